@@ -1,0 +1,1 @@
+"""The model: from configuration to Megatron modules with layout-independent weights."""

@@ -1,0 +1,76 @@
+"""Weights that do not depend on the layout.
+
+Megatron draws each rank's shard from that rank's random stream, so two layouts start from two
+models. Here every global tensor has its own random stream, seeded by the run's seed and the tensor's
+checkpoint name, and a rank keeps the part that its sharding metadata names. The same seed gives the
+same model on one process and on any grid of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from torch import Tensor
+
+# Weights that write into the residual stream; their scale shrinks with depth (GPT-2, section 2.3).
+_RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
+
+
+def initialize_weights(chunks: Iterable[torch.nn.Module], seed: int) -> None:
+    """Initialise every parameter of the local model chunks in place.
+
+    Matrices are drawn from N(0, init_method_std), projections into the residual stream from
+    N(0, init_method_std / sqrt(2 num_layers)), norms are 1.
+
+    Args:
+        chunks: Model chunks of this rank, before any wrapper.
+        seed: Seed of the run.
+    """
+    for chunk in chunks:
+        config = chunk.config
+        parameters = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+        for entry in nested_values(chunk.sharded_state_dict()):
+            for tensor in _sharded_tensors(entry):
+                # Buffers, such as a router's selection bias, keep what they were built with.
+                if tensor.data.untyped_storage().data_ptr() in parameters:
+                    _fill(tensor, seed, config.init_method_std, config.num_layers)
+
+
+def _sharded_tensors(entry: object) -> list[ShardedTensor]:
+    """The sharded tensors behind one entry; views of parameters, so writing fills the parameter."""
+    entries = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+    return [e for e in entries if isinstance(e, ShardedTensor) and e.data is not None]
+
+
+@torch.no_grad()
+def _fill(tensor: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
+    data = tensor.data
+    if "norm" in tensor.key:
+        data.fill_(1.0)
+    else:
+        if tensor.key.endswith(_RESIDUAL_PROJECTIONS):
+            std = std / math.sqrt(2 * num_layers)
+        data.copy_(_global_shard(tensor, seed) * std)
+
+
+def _global_shard(tensor: ShardedTensor, seed: int) -> Tensor:
+    """This rank's part of the standard normal tensor that (seed, key) names, fp32 on the CPU.
+
+    Leading axes that only number copies of a tensor (experts) are part of the name, so a rank
+    draws no expert but its own.
+    """
+    prepended = tensor.prepend_axis_num
+    name = (tensor.key, *tensor.global_offset[:prepended])
+    digest = hashlib.sha256(repr((seed, name)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    shape = tensor.global_shape[prepended:]
+    whole = torch.randn(shape, generator=generator, dtype=torch.float32)
+    offsets = tensor.global_offset[prepended:]
+    for axis, (offset, length) in enumerate(zip(offsets, tensor.local_shape, strict=True)):
+        whole = whole.narrow(axis, offset, length)
+    return whole

@@ -1,0 +1,142 @@
+"""From the user's configuration to megatron-core's and the MoE++ layer's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.enums import Fp8Recipe
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moepp_megatron.config import Config
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.runtime.optional import have_transformer_engine
+
+
+def params_dtype(config: Config) -> torch.dtype:
+    """The dtype of parameters and activations."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
+
+
+def moepp_config(config: Config) -> MoEPPConfig:
+    """The MoE++ layer's settings."""
+    moe = config.moe
+    return MoEPPConfig(
+        num_ffn_experts=moe.num_ffn_experts,
+        num_zero_experts=moe.num_zero_experts,
+        num_copy_experts=moe.num_copy_experts,
+        num_constant_experts=moe.num_constant_experts,
+        router_topk=moe.router_topk,
+        tau=moe.tau,
+        balance_coeff=moe.balance_coeff,
+        balance_scope=moe.balance_scope,
+        capacity_factor=moe.capacity_factor,
+        gating_residual=moe.gating_residual,
+        gate_normalization=moe.gate_normalization,
+        score_function=moe.score_function,
+        expert_input_scale=moe.expert_input_scale,
+        two_layer_gate=moe.two_layer_gate,
+        logits_norm_std=moe.logits_norm_std,
+    )
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """megatron-core's configuration of the model.
+
+    `num_moe_experts` counts FFN experts; see `moepp_megatron.moe.router.router_config`. Weights are
+    not initialised here: `moepp_megatron.model.initialize` does it, independent of the layout.
+    """
+    model, parallel, training = config.model, config.parallel, config.training
+    dtype = params_dtype(config)
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels,
+        qk_layernorm=model.qk_layernorm,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_method_std,
+        perform_initialization=False,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or 1,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Gradients are sums over tokens, divided once by the tokens of the global batch: the token
+        # mean in every layout, however tokens are spread over micro-batches and ranks.
+        calculate_per_token_loss=True,
+        recompute_granularity=training.recompute_granularity,
+        recompute_method=training.recompute_method,
+        recompute_num_layers=training.recompute_num_layers,
+        recompute_modules=list(training.recompute_modules)
+        if training.recompute_granularity == "selective"
+        else None,
+        deterministic_mode=training.deterministic,
+        # The first MoE layer has no gating residual, so layers cannot be stacked in a checkpoint.
+        hetereogenous_dist_checkpoint=True,
+        **_moe_fields(config),
+        **_kernel_fields(config),
+    )
+
+
+def _moe_fields(config: Config) -> dict[str, object]:
+    moe = config.moe
+    fields: dict[str, object] = {
+        "num_moe_experts": moe.num_ffn_experts,
+        "moe_router_topk": moe.router_topk,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size or config.model.ffn_hidden_size,
+        "moe_layer_freq": moe.layer_freq,
+        "moe_token_dispatcher_type": moe.dispatcher,
+        "moe_router_dtype": "fp32",
+        "moe_z_loss_coeff": moe.z_loss_coeff,
+        "moe_input_jitter_eps": moe.input_jitter_eps,
+        "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
+        "moe_router_load_balancing_type": "none",
+    }
+    if moe.is_vanilla:
+        # megatron-core's own router: softmax over all experts keeps the raw scores of the selected
+        # ones ("none"), softmax over the selected ones is "selected".
+        fields |= {
+            "moe_router_score_function": moe.score_function,
+            "moe_router_pre_softmax": moe.gate_normalization == "none",
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": moe.balance_coeff,
+            "moe_expert_capacity_factor": moe.capacity_factor,
+        }
+    return fields
+
+
+def _kernel_fields(config: Config) -> dict[str, object]:
+    """Fused kernels only where Transformer Engine brings them."""
+    fused = have_transformer_engine()
+    fields: dict[str, object] = {
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "moe_grouped_gemm": fused,
+        "moe_permute_fusion": fused,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "bias_activation_fusion": fused,
+        "apply_rope_fusion": fused,
+        "persist_layer_norm": False,
+        "cross_entropy_loss_fusion": False,
+    }
+    if config.precision.fp8 is not None:
+        fields |= {
+            "fp8": config.precision.fp8,
+            "fp8_recipe": Fp8Recipe[config.precision.fp8_recipe or "delayed"],
+        }
+    return fields

@@ -1,0 +1,27 @@
+"""RMSNorm for megatron-core's local modules, usable with sequence parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` whose weight gradient Megatron sums over tensor-parallel ranks.
+
+    megatron-core's local norm refuses sequence parallelism because torch's norm does not mark its
+    weight: each rank sees other tokens, so the marked gradients must be added up.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ) -> None:
+        super().__init__(
+            hidden_size,
+            eps=eps,
+            device=torch.cuda.current_device(),
+            dtype=config.params_dtype,
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

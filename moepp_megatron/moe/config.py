@@ -1,0 +1,139 @@
+"""What a MoE++ layer is: the settings that megatron-core's `TransformerConfig` has no field for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+GateNormalization = Literal["none", "selected", "nonzero"]
+ScoreFunction = Literal["softmax", "sigmoid"]
+BalanceScope = Literal["microbatch", "sequence"]
+
+
+@dataclass(frozen=True)
+class MoEPPConfig:
+    """Settings of the MoE++ layers of one model (arXiv 2410.07348).
+
+    Experts are ordered FFN, constant, copy, zero everywhere: in router rows, logits, gates,
+    statistics and checkpoints.
+
+    Attributes:
+        num_ffn_experts: F, the experts that compute. Equals `TransformerConfig.num_moe_experts`,
+            which in megatron-core sizes the experts and the expert-parallel group; the router is
+            sized by `num_experts` instead.
+        num_zero_experts: Experts that return 0.
+        num_copy_experts: Experts that return their input.
+        num_constant_experts: Experts that mix their input with a learned vector.
+        router_topk: K, experts selected per token. Equals `TransformerConfig.moe_router_topk`.
+        tau: Weight of the zero-computation experts in the balance loss and in the capacities; the
+            smaller, the fewer selections go to FFN experts.
+        balance_coeff: beta, the weight of the balance loss in the total loss.
+        balance_scope: Tokens over which one balance loss is taken: the micro-batch or each sequence.
+        capacity_factor: gamma of the heterogeneous capacities; None never drops a selection.
+        gating_residual: Whether each router adds a learned map of the previous router's logits.
+        gate_normalization: `none` keeps the scores of the selected experts; `selected` divides by
+            their sum; `nonzero` first sets the gates of selected zero experts to 0.
+        score_function: Softmax or sigmoid over the logits of all experts.
+        expert_input_scale: Factor on the experts' input, not the router's; the released model's
+            code uses K.
+        two_layer_gate: Whether the gate is `W_b tanh(W_a x)` with hidden width 8E.
+        logits_norm_std: Rescale each token's logits to this unbiased standard deviation before the
+            scores are taken (the carried logits stay as they are); None leaves them.
+    """
+
+    num_ffn_experts: int
+    num_zero_experts: int = 1
+    num_copy_experts: int = 1
+    num_constant_experts: int = 2
+    router_topk: int = 2
+    tau: float = 0.75
+    balance_coeff: float = 0.01
+    balance_scope: BalanceScope = "microbatch"
+    capacity_factor: float | None = None
+    gating_residual: bool = True
+    gate_normalization: GateNormalization = "none"
+    score_function: ScoreFunction = "softmax"
+    expert_input_scale: float = 1.0
+    two_layer_gate: bool = False
+    logits_norm_std: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no layer can be built from.
+
+        Raises:
+            ValueError: With the name, the value, the rule and a remedy.
+        """
+        if self.num_ffn_experts < 1:
+            raise ValueError(
+                f"num_ffn_experts ({self.num_ffn_experts}) must be at least 1; use 1 or more"
+            )
+        for name in ("num_zero_experts", "num_copy_experts", "num_constant_experts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must not be negative; use 0")
+        if not 1 <= self.router_topk <= self.num_experts:
+            raise ValueError(
+                f"router_topk ({self.router_topk}) must be between 1 and the number of experts "
+                f"({self.num_experts}); select fewer or add experts"
+            )
+        if self.tau <= 0:
+            raise ValueError(f"tau ({self.tau}) must be positive; the paper uses 0.75")
+
+    @property
+    def num_zero_computation_experts(self) -> int:
+        """Z, the experts that need no FFN."""
+        return self.num_zero_experts + self.num_copy_experts + self.num_constant_experts
+
+    @property
+    def num_experts(self) -> int:
+        """E = F + Z, the experts that the router chooses from."""
+        return self.num_ffn_experts + self.num_zero_computation_experts
+
+    @property
+    def is_vanilla(self) -> bool:
+        """Whether the layer is megatron-core's own MoE layer."""
+        return self.num_zero_computation_experts == 0 and not self.gating_residual
+
+    @property
+    def constant_experts(self) -> slice:
+        """Columns of the constant experts among all experts."""
+        return slice(self.num_ffn_experts, self.num_ffn_experts + self.num_constant_experts)
+
+    @property
+    def copy_experts(self) -> slice:
+        """Columns of the copy experts among all experts."""
+        start = self.constant_experts.stop
+        return slice(start, start + self.num_copy_experts)
+
+    @property
+    def zero_experts(self) -> slice:
+        """Columns of the zero experts among all experts."""
+        return slice(self.copy_experts.stop, self.num_experts)
+
+    @property
+    def ffn_share(self) -> float:
+        """Phi, the share of selections that perfect balance sends to FFN experts."""
+        weight = self.tau * self.num_ffn_experts
+        return weight / (weight + self.num_zero_computation_experts)
+
+    def balance_weights(self) -> list[float]:
+        """Eta of every expert in the balance loss: 1 for FFN experts, tau for the others."""
+        return [1.0] * self.num_ffn_experts + [self.tau] * self.num_zero_computation_experts
+
+    def capacities(self, num_tokens: int) -> list[int]:
+        """Most selections that each expert takes from `num_tokens` tokens (arXiv 2410.07348, expert capacity).
+
+        Args:
+            num_tokens: T, tokens of the whole micro-batch.
+
+        Returns:
+            One limit per expert, rounded up.
+
+        Raises:
+            AssertionError: If no capacity factor is set.
+        """
+        assert self.capacity_factor is not None, "capacities need a capacity factor"
+        weight = self.tau * self.num_ffn_experts + self.num_zero_computation_experts
+        per_unit = self.capacity_factor * self.router_topk * num_tokens / weight
+        ffn, zero_computation = math.ceil(self.tau * per_unit), math.ceil(per_unit)
+        return [ffn] * self.num_ffn_experts + [zero_computation] * self.num_zero_computation_experts

@@ -1,0 +1,140 @@
+"""The lane on which router logits travel from MoE layer to MoE layer.
+
+Within a pipeline stage the lane is `TransformerBlock`'s `context` argument, which every layer
+receives and returns and which activation checkpointing treats as an explicit input and output. At a
+stage boundary the logits are glued to the hidden states as extra columns, so they cost no message of
+their own: an fp32 logit is two bf16 columns, reinterpreted bit for bit, never rounded.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.layer import MoEPPLayer
+
+
+class MoEPPTransformerLayer(TransformerLayer):
+    """A transformer layer that takes the previous router's logits and returns its own.
+
+    `context` carries the lane, [s, b, E] fp32, or None before the first MoE layer. A layer without
+    MoE++ hands it on.
+
+    Attributes:
+        lane_width: E for a layer that ends a pipeline stage: it returns its hidden states with the
+            lane glued on. 0 for every other layer.
+    """
+
+    lane_width = 0
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `TransformerLayer.forward`; returns the output and the lane."""
+        hidden_states, _ = self._forward_attention(hidden_states, context=None, **kwargs)
+        if isinstance(self.mlp, MoEPPLayer):
+            hidden_states, context = self._forward_moe(
+                hidden_states, context, kwargs.get("padding_mask")
+            )
+        else:
+            hidden_states = self._forward_mlp(
+                hidden_states,
+                kwargs.get("inference_context"),
+                padding_mask=kwargs.get("padding_mask"),
+                packed_seq_params=kwargs.get("packed_seq_params"),
+            )
+        if self.lane_width > 0:
+            if context is None:
+                context = no_logits(hidden_states, self.lane_width)
+            hidden_states = pack(hidden_states, context)
+        return hidden_states, context
+
+    def _forward_moe(
+        self, hidden_states: Tensor, previous_logits: Tensor | None, padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        normed = self._forward_pre_mlp_layernorm(hidden_states)
+        residual = hidden_states
+        if isinstance(normed, tuple):
+            normed, residual = normed
+        if self.config.fp32_residual_connection:
+            residual = residual.float()
+        output, logits = self.mlp(normed, previous_logits, padding_mask=padding_mask)
+        return self._forward_post_mlp((output, None), residual), logits
+
+
+def lane_columns(moepp: MoEPPConfig, dtype: torch.dtype) -> int:
+    """Columns of `dtype` that the lane adds to the hidden states at a stage boundary."""
+    if not moepp.gating_residual:
+        return 0
+    return moepp.num_experts * torch.float32.itemsize // dtype.itemsize
+
+
+def pipeline_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerConfig:
+    """The configuration to give to the data-parallel wrapper of each model chunk.
+
+    Megatron's pipeline schedules read the width of the tensors they exchange from the outermost
+    module's `config.hidden_size`. This copy widens it by the lane, for the 1F1B and the
+    interleaved schedule alike; the layers keep the true configuration.
+    """
+    if config.pipeline_model_parallel_size == 1:
+        return config
+    wide = copy.copy(config)
+    wide.hidden_size = config.hidden_size + lane_columns(moepp, config.pipeline_dtype)
+    return wide
+
+
+def no_logits(hidden_states: Tensor, num_experts: int) -> Tensor:
+    """The lane [s, b, E] before the first MoE layer, which does not read it."""
+    return torch.zeros(
+        *hidden_states.shape[:-1], num_experts, dtype=torch.float32, device=hidden_states.device
+    )
+
+
+def pack(hidden_states: Tensor, logits: Tensor) -> Tensor:
+    """[s, b, D] hidden states and [s, b, E] fp32 logits as one tensor of the hidden dtype."""
+    return _Pack.apply(hidden_states, logits)
+
+
+def unpack(packed: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`: hidden states [s, b, D] and logits [s, b, E] fp32."""
+    return _Unpack.apply(packed, hidden_size)
+
+
+def _join(hidden: Tensor, logits: Tensor) -> Tensor:
+    return torch.cat([hidden, logits.float().contiguous().view(hidden.dtype)], dim=-1)
+
+
+def _split(packed: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
+    hidden, lane = packed.split([hidden_size, packed.shape[-1] - hidden_size], dim=-1)
+    return hidden.contiguous(), lane.contiguous().view(torch.float32)
+
+
+class _Pack(torch.autograd.Function):
+    """Reinterpreting bits is not differentiable for autograd; the gradient takes the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, logits: Tensor) -> Tensor:
+        ctx.hidden_size = hidden.shape[-1]
+        return _join(hidden, logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return _split(grad, ctx.hidden_size)
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
+        return _split(packed, hidden_size)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, hidden_grad: Tensor, logits_grad: Tensor
+    ) -> tuple[Tensor, None]:
+        return _join(hidden_grad, logits_grad), None

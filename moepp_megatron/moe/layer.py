@@ -1,0 +1,183 @@
+"""The MoE++ layer: megatron-core's `MoELayer` with zero-computation experts and a residual router.
+
+Order of operations: route -> dispatch FFN-routed tokens -> FFN experts -> combine -> add the
+zero-computation experts' closed form, which needs no token to move.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.dispatcher import build_dispatcher, bytes_sent
+from moepp_megatron.moe.router import MoEPPRouter
+from moepp_megatron.moe.statistics import RoutingStatistics
+from moepp_megatron.moe.zero_computation import ZeroComputationExperts
+
+
+class VanillaMoELayer(MoELayer):
+    """megatron-core's MoE layer, counted: the same arithmetic, bit for bit.
+
+    Adds `statistics` so that a vanilla run writes the same metrics as a MoE++ run.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.statistics = RoutingStatistics(config.num_moe_experts)
+
+    def route(
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Route as megatron-core does and count the selections."""
+        probs, routing_map = super().route(hidden_states, padding_mask)
+        if RoutingStatistics.counts_now(self.training):
+            self.statistics.add_selection(routing_map)
+        return probs, routing_map
+
+    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Dispatch as megatron-core does and count the bytes."""
+        dispatched = super().dispatch(hidden_states, probs)
+        if RoutingStatistics.counts_now(self.training):
+            self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
+        return dispatched
+
+
+class MoEPPLayer(MoELayer):
+    """One MoE++ layer.
+
+    Args:
+        config: The model's configuration; `num_moe_experts` counts FFN experts.
+        submodules: Experts, shared experts and router builders (see `moepp_megatron.moe.spec`).
+        layer_number: Global layer number, 1-based.
+        pg_collection: Process groups; Megatron's global ones where None.
+        is_mtp_layer: As in megatron-core.
+        name: Module name.
+        moepp: The MoE++ settings.
+
+    Raises:
+        ValueError: For settings of megatron-core that this layer cannot honour.
+    """
+
+    router: MoEPPRouter
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+        *,
+        moepp: MoEPPConfig,
+    ) -> None:
+        _refuse_unsupported(config)
+        if pg_collection is None:
+            pg_collection = get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        self.moepp = moepp
+        self.token_dispatcher = build_dispatcher(
+            self.num_local_experts, self.local_expert_indices, config, pg_collection
+        )
+        self.zero_computation = ZeroComputationExperts(config, moepp)
+
+    @property
+    def statistics(self) -> RoutingStatistics:
+        """What this layer did since the last reset."""
+        return self.router.statistics
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        previous_logits: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer.
+
+        Args:
+            hidden_states: [s, b, D] local tokens.
+            previous_logits: [s, b, E] fp32 router logits of the MoE layer before, or None.
+            padding_mask: Not supported; must be None.
+
+        Returns:
+            The output [s, b, D] and this layer's router logits [s, b, E] fp32.
+        """
+        if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel ({self.config.sequence_parallel}) must be true where MoE "
+                f"layers train with tensor_model_parallel_size ({self.attn_tp_group.size()}) > 1"
+            )
+        if padding_mask is not None:
+            raise ValueError("padding_mask must be None: MoE++ routing counts every token")
+        if self.moe_layer_recompute and self.training:
+            # The logits are an explicit input and output, so their gradient survives.
+            return tensor_parallel.checkpoint(
+                self._forward, False, hidden_states, previous_logits
+            )
+        return self._forward(hidden_states, previous_logits)
+
+    def _forward(
+        self, hidden_states: Tensor, previous_logits: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        shared_output = self.shared_experts_compute(hidden_states)
+        routing = self.router(hidden_states, previous_logits)
+        num_ffn = self.moepp.num_ffn_experts
+
+        expert_input = hidden_states
+        if self.moepp.expert_input_scale != 1.0:
+            expert_input = hidden_states * self.moepp.expert_input_scale
+        tokens, probs = self.preprocess(
+            expert_input,
+            routing.gates[:, :num_ffn],
+            routing.routing_map[:, :num_ffn],
+        )
+        dispatched, probs = self.dispatch(tokens, probs)
+        if RoutingStatistics.counts_now(self.training):
+            self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
+        expert_output, _ = self.routed_experts_compute(dispatched, probs)
+        ffn_output = self.postprocess(self.combine(expert_output), shared_output)
+
+        hidden_size = hidden_states.shape[-1]
+        output = self.zero_computation(
+            hidden_states.view(-1, hidden_size), routing.gates, ffn_output.view(-1, hidden_size)
+        )
+        return output.view(hidden_states.shape), routing.logits
+
+
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    """Refuse what would silently compute something else.
+
+    Raises:
+        ValueError: With the name, the value, the rule and a remedy.
+    """
+    rules = (
+        ("moe_latent_size", config.moe_latent_size, None),
+        ("moe_pad_expert_input_to_capacity", config.moe_pad_expert_input_to_capacity, False),
+        ("moe_shared_expert_overlap", config.moe_shared_expert_overlap, False),
+        ("overlap_moe_expert_parallel_comm", config.overlap_moe_expert_parallel_comm, False),
+        ("cuda_graph_impl", config.cuda_graph_impl, "none"),
+        ("mlp_chunks_for_training", config.mlp_chunks_for_training, 1),
+    )
+    for name, value, required in rules:
+        if value != required:
+            raise ValueError(
+                f"TransformerConfig.{name} ({value}) is not supported by the MoE++ layer; "
+                f"use {required}"
+            )
+
+
+def moe_statistics(model: torch.nn.Module) -> dict[int, RoutingStatistics]:
+    """Statistics of every MoE layer of a model (or model chunk), by global layer number."""
+    return {
+        module.layer_number: module.statistics
+        for module in model.modules()
+        if isinstance(module, (MoEPPLayer, VanillaMoELayer))
+    }

@@ -1,0 +1,161 @@
+"""The MoE++ layer in plain PyTorch on one process: the readable definition of what is right.
+
+Written for the reader, not for speed: every expert is called on the tokens that selected it, one
+after the other. The parallel layer is tested against this file in every layout.
+
+Shape suffixes: T tokens, D hidden size, E all experts, K selected experts per token, H expert FFN
+width. Expert order: FFN, constant, copy, zero. Source: arXiv 2410.07348, named where used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moepp_megatron.moe.config import MoEPPConfig
+
+
+@dataclass
+class ReferenceOutput:
+    """What one layer computes.
+
+    Attributes:
+        hidden_TD: The layer's output.
+        logits_TE: fp32 router logits, residual included; the next layer's `previous_logits_TE`.
+        gates_TE: Weight of each expert's output, 0 where not selected or dropped.
+        selected_TE: Whether the token selected the expert (before any capacity limit).
+        balance_loss: L_b of these tokens, not yet multiplied by beta.
+    """
+
+    hidden_TD: Tensor
+    logits_TE: Tensor
+    gates_TE: Tensor
+    selected_TE: Tensor
+    balance_loss: Tensor
+
+
+class ReferenceMoEPP(nn.Module):
+    """One MoE++ layer.
+
+    Args:
+        config: The layer's settings.
+        hidden_size: D.
+        ffn_hidden_size: H of one SwiGLU expert.
+        has_residual: Whether this layer sees a previous router (every MoE layer but the first).
+    """
+
+    def __init__(
+        self,
+        config: MoEPPConfig,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        has_residual: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        E, D, H = config.num_experts, hidden_size, ffn_hidden_size
+        gate_shapes = [(8 * E, D), (E, 8 * E)] if config.two_layer_gate else [(E, D)]
+        self.gate_weights = nn.ParameterList(torch.randn(shape) * 0.02 for shape in gate_shapes)
+        self.residual_weight = (
+            nn.Parameter(torch.randn(E, E) * 0.02)
+            if config.gating_residual and has_residual
+            else None
+        )
+        self.expert_in = nn.Parameter(torch.randn(config.num_ffn_experts, 2 * H, D) * 0.02)
+        self.expert_out = nn.Parameter(torch.randn(config.num_ffn_experts, D, H) * 0.02)
+        self.constants = nn.Parameter(torch.randn(config.num_constant_experts, D) * 0.02)
+        self.mixing_weight = nn.Parameter(torch.randn(config.num_constant_experts, 2, D) * 0.02)
+
+    def forward(self, x_TD: Tensor, previous_logits_TE: Tensor | None = None) -> ReferenceOutput:
+        """Route the tokens, run the selected experts, add up what they return."""
+        logits_TE = self.route(x_TD, previous_logits_TE)
+        gates_TE, selected_TE, scores_TE = select_experts(logits_TE, self.config)
+        if self.config.capacity_factor is not None:
+            gates_TE = gates_TE * within_capacity(gates_TE, selected_TE, self.config)
+
+        # The released model scales the experts' input, not the router's.
+        expert_input_TD = x_TD * self.config.expert_input_scale
+        output_TD = torch.zeros_like(x_TD)
+        for index in range(self.config.num_experts):
+            tokens = selected_TE[:, index].nonzero().squeeze(-1)
+            result = self.expert(index, expert_input_TD[tokens])
+            weighted = gates_TE[tokens, index, None] * result
+            output_TD = output_TD.index_add(0, tokens, weighted.to(x_TD.dtype))
+        loss = balance_loss(scores_TE, selected_TE, self.config)
+        return ReferenceOutput(output_TD, logits_TE, gates_TE, selected_TE, loss)
+
+    def route(self, x_TD: Tensor, previous_logits_TE: Tensor | None) -> Tensor:
+        """Router logits: `z_j = W_j x + G_j z_(j-1)` (gating residuals), in fp32."""
+        logits_TE = F.linear(x_TD.float(), self.gate_weights[0].float())
+        if self.config.two_layer_gate:
+            logits_TE = F.linear(torch.tanh(logits_TE), self.gate_weights[1].float())
+        if self.residual_weight is not None and previous_logits_TE is not None:
+            logits_TE = logits_TE + F.linear(previous_logits_TE, self.residual_weight.float())
+        return logits_TE
+
+    def expert(self, index: int, x: Tensor) -> Tensor:
+        """What expert `index` returns for the tokens `x`."""
+        config = self.config
+        if index < config.num_ffn_experts:
+            gate, up = F.linear(x, self.expert_in[index]).chunk(2, dim=-1)
+            return F.linear(F.silu(gate) * up, self.expert_out[index])
+        if index < config.constant_experts.stop:
+            c = index - config.num_ffn_experts
+            keep, replace = torch.softmax(F.linear(x, self.mixing_weight[c]).float(), -1).split(1, -1)
+            return keep * x + replace * self.constants[c]
+        if index < config.copy_experts.stop:
+            return x
+        return torch.zeros_like(x)
+
+
+def select_experts(logits_TE: Tensor, config: MoEPPConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-K selection and the gates of the selected experts.
+
+    Returns:
+        gates_TE: fp32, 0 where not selected.
+        selected_TE: bool, K ones a row.
+        scores_TE: fp32, the probabilities that the balance loss averages (rows sum to 1).
+    """
+    if config.logits_norm_std is not None:
+        logits_TE = logits_TE * (config.logits_norm_std / logits_TE.std(dim=-1, keepdim=True))
+    if config.score_function == "softmax":
+        scores_TE = torch.softmax(logits_TE, dim=-1)
+    else:
+        scores_TE = torch.sigmoid(logits_TE)
+    chosen_TK = scores_TE.topk(config.router_topk, dim=-1).indices
+    selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+    gates_TE = torch.where(selected_TE, scores_TE, 0.0)
+
+    if config.gate_normalization == "nonzero":
+        is_zero_expert = torch.zeros(config.num_experts, dtype=torch.bool, device=logits_TE.device)
+        is_zero_expert[config.zero_experts] = True
+        gates_TE = torch.where(is_zero_expert, 0.0, gates_TE)
+    if config.gate_normalization != "none":
+        total_T1 = gates_TE.sum(dim=-1, keepdim=True)
+        # A token whose picks are all zero experts has nothing to divide: its gates stay 0.
+        gates_TE = gates_TE / torch.where(total_T1 > 0, total_T1, 1.0)
+    probabilities_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    return gates_TE, selected_TE, probabilities_TE
+
+
+def balance_loss(scores_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:
+    """`L_b = sum_i eta_i f_i P_i` (heterogeneous load balance loss) over the given tokens, without beta."""
+    eta_E = torch.tensor(config.balance_weights(), device=scores_TE.device)
+    fraction_E = selected_TE.float().mean(dim=0)
+    return (eta_E * fraction_E * scores_TE.mean(dim=0)).sum()
+
+
+def within_capacity(gates_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:
+    """Which selections stay (bool [T, E]): per expert those with the largest gates.
+
+    Between equal gates the earlier token stays.
+    """
+    kept_TE = torch.zeros_like(selected_TE)
+    for index, capacity in enumerate(config.capacities(gates_TE.shape[0])):
+        rank = torch.where(selected_TE[:, index], gates_TE[:, index], -1.0)
+        order = rank.argsort(descending=True, stable=True)[:capacity]
+        kept_TE[order, index] = True
+    return kept_TE & selected_TE

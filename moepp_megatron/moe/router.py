@@ -1,0 +1,227 @@
+"""The pathway-aware router: gating residuals, selection over all experts, gates, balance loss.
+
+Shape suffixes: T local tokens, E all experts (FFN, constant, copy, zero), K selected per token.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moepp_megatron.moe.balance import attach_loss, local_balance_loss
+from moepp_megatron.moe.capacity import within_capacity
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.statistics import RoutingStatistics
+
+
+class Routing(NamedTuple):
+    """Where the tokens of one micro-batch go.
+
+    Attributes:
+        gates: [T, E] fp32 weight of every expert's output, 0 where not selected or dropped.
+        routing_map: [T, E] bool selections that are carried out.
+        logits: [s, b, E] fp32 router logits, residual included: the next MoE layer's residual.
+    """
+
+    gates: Tensor
+    routing_map: Tensor
+    logits: Tensor
+
+
+def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerConfig:
+    """The configuration of the router alone.
+
+    megatron-core sizes the router, the experts and the expert-parallel group by one number,
+    `num_moe_experts`. Here it counts FFN experts; the router alone chooses among all experts. This
+    is the one place where the two counts meet.
+
+    Raises:
+        ValueError: Where the two configurations contradict each other.
+    """
+    for name, theirs, ours in (
+        ("num_moe_experts", config.num_moe_experts, moepp.num_ffn_experts),
+        ("moe_router_topk", config.moe_router_topk, moepp.router_topk),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"TransformerConfig.{name} ({theirs}) must equal the MoEPPConfig's value ({ours}); "
+                "num_moe_experts counts FFN experts only"
+            )
+    if config.moe_expert_capacity_factor is not None:
+        raise ValueError(
+            f"moe_expert_capacity_factor ({config.moe_expert_capacity_factor}) must be None: it "
+            "knows one kind of expert; use MoEPPConfig.capacity_factor"
+        )
+    own = copy.copy(config)
+    own.num_moe_experts = moepp.num_experts
+    # The heterogeneous balance loss replaces megatron-core's.
+    own.moe_router_load_balancing_type = "none"
+    own.moe_aux_loss_coeff = 0.0
+    if own.moe_router_dtype != "fp64":
+        own.moe_router_dtype = "fp32"
+    return own
+
+
+class MoEPPRouter(TopKRouter):
+    """Routes each token among FFN, constant, copy and zero experts.
+
+    Keeps megatron-core's input jitter, z-loss and gating kernel. The logits are
+    `z_j = W_j x + G_j z_(j-1)`: the previous MoE layer's logits come in as an argument and this
+    layer's go out as a result, so nothing is stored between layers, micro-batches or recomputation.
+
+    Args:
+        config: The model's configuration; `num_moe_experts` counts FFN experts.
+        pg_collection: Process groups `tp`, `cp`, `tp_cp`, `tp_dp_cp`.
+        is_mtp_layer: As in megatron-core.
+        moepp: The layer's settings.
+        has_residual: False for the first MoE layer of the model, which has no layer before.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        *,
+        moepp: MoEPPConfig,
+        has_residual: bool = True,
+    ) -> None:
+        super().__init__(router_config(config, moepp), pg_collection, is_mtp_layer)
+        self.moepp = moepp
+        self.statistics = RoutingStatistics(moepp.num_experts)
+        # Not a buffer: Float16Module would round it to bf16.
+        self.balance_weights = torch.tensor(
+            moepp.balance_weights(), device=torch.cuda.current_device()
+        )
+        num_experts, hidden = moepp.num_experts, config.hidden_size
+        if moepp.two_layer_gate:
+            self.weight = self._parameter(8 * num_experts, hidden)
+            self.output_weight = self._parameter(num_experts, 8 * num_experts)
+        if moepp.gating_residual and has_residual:
+            self.residual_weight = self._parameter(num_experts, num_experts)
+        else:
+            self.residual_weight = None
+
+    def _parameter(self, *shape: int) -> torch.nn.Parameter:
+        data = torch.empty(*shape, dtype=torch.float32)
+        if self.config.perform_initialization:
+            self.config.init_method(data)
+        parameter = torch.nn.Parameter(data.to(self.config.params_dtype))
+        # Every tensor-parallel rank routes other tokens: Megatron must sum these gradients.
+        parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        return parameter
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        previous_logits: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> Routing:
+        """Route one micro-batch.
+
+        Args:
+            input: [s, b, D] hidden states of the local tokens.
+            previous_logits: [s, b, E] fp32 logits of the MoE layer before, or None.
+            padding_mask: Not supported; must be None.
+        """
+        if padding_mask is not None:
+            raise ValueError("padding_mask must be None: MoE++ routing counts every token")
+        self._maintain_float32_expert_bias()
+        logits = self.gating(self.apply_input_jitter(input))
+        if self.residual_weight is not None:
+            assert previous_logits is not None, (
+                f"MoE layer {self.layer_number} has a gating residual but was given no logits of "
+                "the layer before"
+            )
+            weight = self.residual_weight.to(logits.dtype)
+            logits = logits + F.linear(previous_logits.to(logits.dtype), weight)
+        gates, routing_map = self.routing(logits)
+        return Routing(gates, routing_map, logits)
+
+    def gating(self, input: Tensor) -> Tensor:
+        """[s, b, E] logits without residual: `W x`, or `W_b tanh(W_a x)` with two layers."""
+        hidden = super().gating(input)
+        if not self.moepp.two_layer_gate:
+            return hidden
+        return router_gating_linear(torch.tanh(hidden), self.output_weight, None, hidden.dtype)
+
+    def routing(  # type: ignore[override]
+        self, logits: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Select experts, weigh them, attach the losses, apply capacity limits.
+
+        Args:
+            logits: [s, b, E] fp32.
+            padding_mask: Unused, as in `forward`.
+
+        Returns:
+            gates [T, E] fp32 and routing map [T, E] bool.
+        """
+        num_sequences = logits.shape[1]
+        logits_TE = self.apply_z_loss(logits.view(-1, self.moepp.num_experts))
+        scores_TE = self._scores(logits_TE)
+        gates_TE, routing_map_TE = self._select(scores_TE)
+
+        counts = RoutingStatistics.counts_now(self.training)
+        loss = None
+        if counts and self.moepp.balance_coeff > 0:
+            loss, gates_TE = self._balance(scores_TE, routing_map_TE, gates_TE, num_sequences)
+        kept_TE = None
+        if self.moepp.capacity_factor is not None:
+            kept_TE = within_capacity(gates_TE, routing_map_TE, self.moepp, self.tp_cp_group)
+        if counts:
+            self.statistics.add_selection(routing_map_TE, kept_TE, loss)
+        if kept_TE is not None:
+            return gates_TE * kept_TE, kept_TE
+        return gates_TE, routing_map_TE
+
+    def _scores(self, logits_TE: Tensor) -> Tensor:
+        if self.moepp.logits_norm_std is not None:
+            spread = logits_TE.std(dim=-1, keepdim=True)
+            logits_TE = logits_TE * (self.moepp.logits_norm_std / spread)
+        if self.moepp.score_function == "softmax":
+            return torch.softmax(logits_TE, dim=-1)
+        return torch.sigmoid(logits_TE)
+
+    def _select(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Top-K experts and their gates under the configured normalisation."""
+        gates_TK, chosen_TK = scores_TE.topk(self.topk, dim=-1)
+        if self.moepp.gate_normalization == "nonzero":
+            gates_TK = gates_TK.masked_fill(chosen_TK >= self.moepp.zero_experts.start, 0.0)
+        if self.moepp.gate_normalization != "none":
+            total_T1 = gates_TK.sum(dim=-1, keepdim=True)
+            # All picks zero experts: nothing to divide, the gates stay 0.
+            gates_TK = gates_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
+        gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
+        routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+        return gates_TE, routing_map_TE
+
+    def _balance(
+        self, scores_TE: Tensor, routing_map_TE: Tensor, gates_TE: Tensor, num_sequences: int
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's summand of L_b, and the gates with its gradient attached."""
+        if self.moepp.score_function == "sigmoid":
+            scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+        loss = local_balance_loss(
+            scores_TE,
+            routing_map_TE,
+            self.balance_weights,
+            self.tp_cp_group,
+            num_sequences if self.moepp.balance_scope == "sequence" else 1,
+        )
+        gates_TE = attach_loss(
+            gates_TE,
+            loss * self.moepp.balance_coeff,
+            num_tokens=gates_TE.shape[0],
+            group_size=self.tp_cp_group.size(),
+            per_token_loss=self.calculate_per_token_loss,
+        )
+        return loss, gates_TE

@@ -1,0 +1,72 @@
+"""What one MoE layer did since the last reset, counted without touching gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class RoutingStatistics:
+    """Counters of one layer on one rank. Summing over all ranks gives the global batch.
+
+    A forward pass counts when it will be differentiated. Activation recomputation runs a layer
+    twice, the first time without gradients: each micro-batch is counted exactly once.
+
+    Attributes:
+        selected: [E] selections of each expert, before any capacity limit.
+        dropped: Selections that a capacity limit took away.
+        balance_loss: Sum over micro-batches of this rank's summands of L_b, beta excluded.
+        num_tokens: Tokens seen.
+        a2a_bytes: Bytes of hidden vectors that the dispatcher sent to other ranks, forward pass,
+            dispatch and combine.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+        self.selected: Tensor | None = None
+        self.dropped: Tensor | None = None
+        self.balance_loss: Tensor | None = None
+        self.num_tokens = 0
+        self.a2a_bytes = 0
+
+    @staticmethod
+    def counts_now(training: bool) -> bool:
+        """Whether the forward pass that is running counts."""
+        return training and torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def add_selection(
+        self, routing_map: Tensor, kept: Tensor | None = None, balance_loss: Tensor | None = None
+    ) -> None:
+        """Count one micro-batch.
+
+        Args:
+            routing_map: [T, E] bool, every selection.
+            kept: [T, E] bool, the selections within capacity; None where nothing is dropped.
+            balance_loss: Scalar, this rank's summand of L_b.
+        """
+        selected = routing_map.sum(dim=0)
+        self.selected = selected if self.selected is None else self.selected + selected
+        self.num_tokens += routing_map.shape[0]
+        if kept is not None:
+            dropped = selected.sum() - kept.sum()
+            self.dropped = dropped if self.dropped is None else self.dropped + dropped
+        if balance_loss is not None:
+            loss = balance_loss.detach()
+            self.balance_loss = loss if self.balance_loss is None else self.balance_loss + loss
+
+    @torch.no_grad()
+    def as_vector(self) -> Tensor:
+        """[E + 4] float64: selected, dropped, balance loss, tokens, all-to-all bytes."""
+        vector = torch.zeros(self.num_experts + 4, dtype=torch.float64)
+        if self.selected is not None:
+            vector[: self.num_experts] = self.selected.to("cpu", torch.float64)
+        for offset, value in enumerate((self.dropped, self.balance_loss)):
+            if value is not None:
+                vector[self.num_experts + offset] = value.to("cpu", torch.float64)
+        vector[-2], vector[-1] = self.num_tokens, self.a2a_bytes
+        return vector

@@ -1,0 +1,1 @@
+"""Device, CPU support, process groups, optional back ends, precision."""

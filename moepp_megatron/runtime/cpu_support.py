@@ -1,0 +1,266 @@
+"""Lets unmodified megatron-core train on CPU ranks with gloo.
+
+megatron-core 0.19.2 is written for CUDA: it asks for streams, events, device ordinals and CUDA
+random states even where nothing depends on a GPU. `install` maps exactly the part of that surface
+which training calls onto the CPU. It does nothing at all where a GPU is present, so a GPU run is
+never touched. This is the only module of the package that patches another library; every patch
+states the caller it serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_installed = False
+
+
+def install() -> bool:
+    """Map the CUDA surface that megatron-core calls onto the CPU, where there is no GPU.
+
+    Idempotent. Must run before megatron-core builds a model.
+
+    Returns:
+        True when this process runs on the CPU support (now or already), False on a GPU machine.
+    """
+    global _installed
+    if torch.cuda.is_available():
+        return False
+    if _installed:
+        return True
+    _disable_compilation()
+    _patch_streams_and_events()
+    _patch_device_queries()
+    _patch_random_state()
+    _patch_factories()
+    _patch_tensor_methods()
+    _patch_megatron()
+    _installed = True
+    return True
+
+
+class _Event:
+    """Stands for `torch.cuda.Event`: on a CPU all work is done when it is recorded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, *args: Any) -> None:
+        pass
+
+    def wait(self, *args: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Event) -> float:
+        return 0.0
+
+
+class _Stream:
+    """Stands for `torch.cuda.Stream`: a CPU rank has one in-order queue."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, other: _Stream) -> None:
+        pass
+
+    def wait_event(self, event: _Event) -> None:
+        pass
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _stream_context(stream: object) -> Iterator[None]:
+    yield
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _disable_compilation() -> None:
+    # megatron-core wraps small functions in `torch.compile`, which on a CPU would ask for a C++
+    # compiler at run time and gain nothing; with this they run as they are written. The compiler
+    # also keeps a table of torch's functions, which must be built before any of them is replaced.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import torch._dynamo.trace_rules
+
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
+
+
+def _patch_streams_and_events() -> None:
+    # Token dispatcher (device-to-host stream), DDP (communication streams), pipeline
+    # communication and timers create streams and events unconditionally.
+    stream = _Stream()
+    _set(torch.cuda, "Stream", _Stream)
+    _set(torch.cuda, "Event", _Event)
+    _set(torch.cuda, "current_stream", lambda *args, **kwargs: stream)
+    _set(torch.cuda, "default_stream", lambda *args, **kwargs: stream)
+    _set(torch.cuda, "stream", _stream_context)
+    _set(torch.cuda, "is_current_stream_capturing", lambda: False)
+    # `tensor_parallel.mappings` and the profiler ranges of `megatron.core.utils`.
+    _set(torch.cuda.nvtx, "range_push", _nothing)
+    _set(torch.cuda.nvtx, "range_pop", _nothing)
+
+
+def _patch_device_queries() -> None:
+    cpu = torch.device("cpu")
+    # Buffers all over megatron-core are created with `device=torch.cuda.current_device()`.
+    _set(torch.cuda, "current_device", lambda: cpu)
+    _set(torch.cuda, "set_device", _nothing)
+    _set(torch.cuda, "device_count", lambda: 1)
+    _set(torch.cuda, "synchronize", _nothing)
+    _set(torch.cuda, "empty_cache", _nothing)
+    _set(torch.cuda, "reset_peak_memory_stats", _nothing)
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+    ):
+        _set(torch.cuda, name, _zero)
+    # Fused kernels and FP8 ask for the compute capability to decide that they do not apply;
+    # (0, 0) makes every one of them decline.
+    _set(torch.cuda, "get_device_capability", lambda *args, **kwargs: (0, 0))
+
+
+def _patch_random_state() -> None:
+    # `CudaRNGStatesTracker` and activation checkpointing save and restore the CUDA generator;
+    # on a CPU rank the default generator takes its place, so dropout and jitter replay exactly.
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    def seed(value: int) -> None:
+        torch.default_generator.manual_seed(value)
+
+    for module in (torch.cuda, torch.cuda.random):
+        _set(module, "get_rng_state", get_state)
+        _set(module, "set_rng_state", set_state)
+        _set(module, "manual_seed", seed)
+        # `torch.manual_seed` calls this one after seeding the default generator itself.
+        _set(module, "manual_seed_all", _nothing)
+
+
+def _on_cpu(device: Any) -> Any:
+    """The device to use instead of `device`: CUDA devices in any spelling become the CPU."""
+    if isinstance(device, str) and device.startswith("cuda"):
+        return torch.device("cpu")
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return torch.device("cpu")
+    return device
+
+
+def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _patch_factories() -> None:
+    # Schedules, gradient clipping, scalers and attention masks write `device="cuda"` literally.
+    # Wrapping the factories costs nothing elsewhere; a global TorchFunctionMode would add Python
+    # time to every operation of a step.
+    for name in (
+        "empty",
+        "empty_like",
+        "zeros",
+        "zeros_like",
+        "ones",
+        "ones_like",
+        "full",
+        "tensor",
+        "as_tensor",
+        "arange",
+        "rand",
+        "randn",
+        "randint",
+    ):
+        _set(torch, name, _redirected(getattr(torch, name)))
+
+
+def _patch_tensor_methods() -> None:
+    original_to = torch.Tensor.to
+    original_type = torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and not isinstance(args[0], (torch.dtype, torch.Tensor)):
+            args = (_on_cpu(args[0]), *args[1:])
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return original_to(self, *args, **kwargs)
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Both optimizers sort parameters by the strings "torch.cuda.FloatTensor" and
+        # "torch.cuda.BFloat16Tensor" (optimizer.py, distrib_optimizer.py, clip_grads.py).
+        result = original_type(self, *args, **kwargs)
+        if isinstance(result, str) and not result.startswith("torch.cuda."):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    _set(torch.Tensor, "to", to)
+    _set(torch.Tensor, "cuda", cuda)
+    _set(torch.Tensor, "type", type_)
+    _set(torch.Tensor, "record_stream", _nothing)
+
+
+def _patch_megatron() -> None:
+    import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    # Their originals go through `torch.cuda.default_generators`, which is empty without a GPU.
+    def get_state(
+        device: object = "cuda", clone: bool = False, graph_safe: bool = False
+    ) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    _set(megatron_random, "_get_cuda_rng_state", get_state)
+    _set(megatron_random, "_set_cuda_rng_state", set_state)
+
+    # On a GPU this moves the all-to-all's split sizes to the host. On a CPU the original returns
+    # them as tensors, which `all_to_all_single` does not take: hand over Python lists.
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    _set(token_dispatcher, "maybe_move_tensor_to_cpu", move)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    setattr(owner, name, value)
