@@ -18,7 +18,7 @@ class ParallelSection(Section):
     )
     virtual_pipeline_model_parallel_size: int | None = Field(
         default=None,
-        ge=1,
+        ge=2,
         description="Model chunks per pipeline rank (interleaved schedule); null: one",
         json_schema_extra=unit("chunks"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Strict
 
 # Strict everywhere except here: YAML has no path type, so a string is right. The shell does not
 # expand "~" inside a YAML file, and a folder literally named "~" is never meant.
-ConfigPath = Annotated[Path, Strict(False), AfterValidator(lambda path: path.expanduser())]
+# (os.path: for an unknown user it leaves the path as it is, where Path.expanduser raises.)
+ConfigPath = Annotated[
+    Path, Strict(False), AfterValidator(lambda path: Path(os.path.expanduser(path)))
+]
 
 
 class Section(BaseModel):
