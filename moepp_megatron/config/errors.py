@@ -1,0 +1,19 @@
+"""The two errors a user can cause; the command line turns each into one line and an exit code."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """The configuration or the usage is wrong.
+
+    The message is one line a problem, each with name, value, rule and remedy. The command line
+    prints it without a traceback and exits with `exit_code`.
+    """
+
+    exit_code = 2
+
+
+class UnfitError(RuntimeError):
+    """The configuration is sound, but this machine cannot do it (no GPU, no such package)."""
+
+    exit_code = 3

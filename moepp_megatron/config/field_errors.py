@@ -1,0 +1,117 @@
+"""pydantic's findings, turned into problems with name, value, rule and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from moepp_megatron.config.known_keys import section_models
+from moepp_megatron.config.problem import Problem, show
+
+# pydantic's error type -> (what must hold, what to write).
+_TYPES = {
+    "int_type": ("must be a whole number", "write it without quotes or decimals"),
+    "float_type": ("must be a number", "write it without quotes"),
+    "bool_type": ("must be true or false", "write true or false without quotes"),
+    "string_type": ("must be text", "put it in quotes"),
+    "path_type": ("must be a path", "put it in quotes"),
+    "list_type": ("must be a list", "write it as [a, b]"),
+    "finite_number": ("must be a finite number", "write an ordinary number"),
+    "string_too_short": ("must not be empty", "give it a value or leave the key out"),
+}
+_BOUNDS = {
+    "greater_than": ("gt", "greater than", "a value above {}"),
+    "greater_than_equal": ("ge", "at least", "{} or more"),
+    "less_than": ("lt", "less than", "a value below {}"),
+    "less_than_equal": ("le", "at most", "{} or less"),
+}
+
+
+def field_problems(error: ValidationError, content: Mapping[str, Any]) -> list[Problem]:
+    """One problem per field that pydantic refused.
+
+    Args:
+        error: From validating `content` as a Config; every section is present in it.
+        content: The mapping that was validated.
+    """
+    by_field: dict[tuple[str, str], list[ErrorDetails]] = {}
+    for details in error.errors():
+        section, key = str(details["loc"][0]), str(details["loc"][1])
+        by_field.setdefault((section, key), []).append(details)
+    return [
+        _field_problem(section, key, details, content[section].get(key))
+        for (section, key), details in by_field.items()
+    ]
+
+
+def _field_problem(section: str, key: str, errors: list[ErrorDetails], value: Any) -> Problem:
+    """The problem of one field; several errors mean that no alternative of a union fitted."""
+    field = section_models()[section].model_fields[key]
+    name = f"{section}.{key}"
+    first = errors[0]
+    if first["type"] == "missing":
+        return Problem(
+            name,
+            "missing",
+            f"must be given: {field.description}",
+            f"add {key} under {section}: or pass {name}=VALUE",
+        )
+    if first["type"] in _BOUNDS:
+        return _bound_problem(name, field, first, value)
+    if first["type"] == "literal_error":
+        return _choice_problem(name, field, value)
+    if len(errors) > 1:
+        return Problem(
+            name,
+            value,
+            "must be a whole number or a list of whole numbers",
+            f"write it as {show(field.default)} or as [1, 0]",
+        )
+    rule, remedy = _TYPES.get(first["type"], (f"is refused: {first['msg']}", field.description))
+    if first["type"] == "int_type" and isinstance(value, float) and value.is_integer():
+        remedy = f"write {int(value)}"
+    if len(first["loc"]) > 2:
+        rule = rule.replace("must be", "must be a list whose every entry is")
+    return Problem(name, value, rule, remedy or "see the documentation")
+
+
+def _bound_problem(name: str, field: FieldInfo, error: ErrorDetails, value: Any) -> Problem:
+    """A number outside its range; the remedy names the default where there is one."""
+    key, relation, advice = _BOUNDS[error["type"]]
+    bound = error["ctx"][key]
+    if isinstance(value, int) and isinstance(bound, float) and bound.is_integer():
+        bound = int(bound)
+    remedy = "use " + advice.format(bound)
+    if field.default is not None and not field.is_required():
+        remedy += f", such as the default {show(field.default)}"
+    elif not field.is_required():
+        remedy += ", or null"
+    return Problem(name, value, f"must be {relation} {bound}", remedy)
+
+
+def _choice_problem(name: str, field: FieldInfo, value: Any) -> Problem:
+    """A value that is none of the named choices; the remedy is the nearest one."""
+    choices = _choices(field.annotation)
+    named = [choice for choice in choices if choice is not None]
+    near = get_close_matches(str(value).lower(), named, n=1, cutoff=0.5)
+    best = near or ([field.default] if field.default in named else ["null"])
+    listed = ", ".join(show(choice).strip("'") for choice in choices)
+    return Problem(name, value, f"must be one of {listed}", f"use {best[0]}")
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The values of a Literal, and None where the field may be null."""
+    choices: list[Any] = []
+    for argument in get_args(annotation):
+        if argument is type(None):
+            choices.append(None)
+        elif get_args(argument):
+            choices += _choices(argument)
+        else:
+            choices.append(argument)
+    return choices

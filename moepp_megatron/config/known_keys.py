@@ -1,0 +1,91 @@
+"""Unknown sections and keys, refused with the nearest known one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.problem import show
+from moepp_megatron.config.schema import Config, Section
+
+
+def section_models() -> dict[str, type[Section]]:
+    """The sections by name, in file order."""
+    sections: dict[str, type[Section]] = {}
+    for name, field in Config.model_fields.items():
+        annotation = field.annotation
+        assert isinstance(annotation, type), f"{name} is no section but {annotation}"
+        assert issubclass(annotation, Section), f"{name} is no section but {annotation}"
+        sections[name] = annotation
+    return sections
+
+
+def refuse_unknown_keys(content: Mapping[Any, Any], source: str) -> None:
+    """Check the names in a mapping of sections, not their values.
+
+    Args:
+        content: Section name to mapping of keys (or to null, an empty section).
+        source: Where it came from, for the message.
+
+    Raises:
+        ConfigError: An unknown section or key (one line each), or a section that is no mapping.
+    """
+    lines: list[str] = []
+    sections = section_models()
+    for section, keys in content.items():
+        if section not in sections:
+            lines.append(_unknown_section(_one_line(section)))
+        elif keys is not None and not isinstance(keys, Mapping):
+            lines.append(
+                f"{section} must be a mapping of keys, not {show(keys)}; "
+                f"write {section}: with indented keys below, or {section}.KEY=VALUE"
+            )
+        else:
+            known = sections[section].model_fields
+            lines += [
+                _unknown_key(section, _one_line(key)) for key in keys or () if key not in known
+            ]
+    if lines:
+        raise ConfigError("\n".join(f"{line} (in {source})" for line in lines))
+
+
+def _unknown_section(section: str) -> str:
+    """The message for a section that does not exist."""
+    sections = section_models()
+    near = get_close_matches(section, sections, n=1)
+    if near:
+        return f"unknown section {section}; did you mean {near[0]}?"
+    owners = [name for name, model in sections.items() if section in model.model_fields]
+    if owners:
+        return f"unknown section {section}; did you mean the key {owners[0]}.{section}?"
+    return f"unknown section {section}; the sections are {', '.join(sections)}"
+
+
+def _unknown_key(section: str, key: str) -> str:
+    """The message for a key that its section does not have.
+
+    A key that another section has under exactly this name was put in the wrong place, so that
+    beats a similar name in the same section.
+    """
+    sections = section_models()
+    owners = [name for name, model in sections.items() if key in model.model_fields]
+    near = [f"{owner}.{key}" for owner in owners]
+    near += [f"{section}.{name}" for name in _close(key, sections[section])]
+    for other, model in sections.items():
+        near += [f"{other}.{name}" for name in _close(key, model) if other != section]
+    if near:
+        return f"unknown key {section}.{key}; did you mean {near[0]}?"
+    known = ", ".join(sections[section].model_fields)
+    return f"unknown key {section}.{key}; {section} has {known}"
+
+
+def _close(key: str, model: type[Section]) -> list[str]:
+    """Names of `model` that look like `key`, nearest first."""
+    return get_close_matches(key, model.model_fields, n=1, cutoff=0.7)
+
+
+def _one_line(key: Any) -> str:
+    """A key as text, on one line whatever it holds."""
+    return " ".join(str(key).split())

@@ -1,0 +1,105 @@
+"""The rank grid: degrees of parallelism, micro-batches, and where each rank stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moepp_megatron.config.checks import check_world_size
+from moepp_megatron.config.schema import Config
+from moepp_megatron.config.stages import virtual_stages
+
+
+@dataclass(frozen=True)
+class RankCoordinates:
+    """Where one rank stands, each coordinate from 0.
+
+    Attention and dense layers use (tp, cp, dp, pp), FFN experts (etp, ep, edp, pp).
+    """
+
+    rank: int
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    etp: int
+    ep: int
+    edp: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism of a run; tp*cp*dp*pp = etp*ep*edp*pp = world_size.
+
+    Attributes:
+        world_size: Ranks.
+        tp: Tensor-parallel ranks.
+        pp: Pipeline ranks.
+        vpp: Model chunks per pipeline rank, 1 without interleaving.
+        cp: Context-parallel ranks.
+        dp: Data-parallel ranks (of everything but FFN experts).
+        ep: Expert-parallel ranks.
+        etp: Tensor-parallel ranks of an FFN expert.
+        edp: Data-parallel ranks of an FFN expert.
+        num_microbatches: Micro-batches per step and data-parallel rank.
+    """
+
+    world_size: int
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    dp: int
+    ep: int
+    etp: int
+    edp: int
+    num_microbatches: int
+
+    @classmethod
+    def from_config(cls, config: Config, world_size: int) -> Layout:
+        """The layout of `config` on `world_size` ranks.
+
+        Raises:
+            ConfigError: The configuration does not fit this number of ranks.
+        """
+        check_world_size(config, world_size)
+        parallel = config.parallel
+        tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+        pp, ep = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+        etp = parallel.expert_tensor_size
+        dp = world_size // (tp * pp * cp)
+        return cls(
+            world_size=world_size,
+            tp=tp,
+            pp=pp,
+            vpp=virtual_stages(config),
+            cp=cp,
+            dp=dp,
+            ep=ep,
+            etp=etp,
+            edp=world_size // (etp * ep * pp),
+            num_microbatches=config.training.global_batch_size
+            // (config.training.micro_batch_size * dp),
+        )
+
+    def coordinates(self, rank: int) -> RankCoordinates:
+        """Where `rank` stands.
+
+        megatron-core numbers ranks in the order "tp-cp-ep-dp-pp", the first fastest: attention
+        with ep = 1, experts with cp = 1 (megatron/core/parallel_state.py, `RankGenerator`).
+        """
+        assert 0 <= rank < self.world_size, f"rank {rank} of {self.world_size}"
+        pp, within_stage = divmod(rank, self.world_size // self.pp)
+        return RankCoordinates(
+            rank=rank,
+            tp=within_stage % self.tp,
+            cp=within_stage // self.tp % self.cp,
+            dp=within_stage // (self.tp * self.cp),
+            pp=pp,
+            etp=within_stage % self.etp,
+            ep=within_stage // self.etp % self.ep,
+            edp=within_stage // (self.etp * self.ep),
+        )
+
+    def grid(self) -> list[RankCoordinates]:
+        """The coordinates of every rank, in rank order."""
+        return [self.coordinates(rank) for rank in range(self.world_size)]

@@ -1,0 +1,127 @@
+"""From a YAML file, its bases and the command line's overrides to a checked Config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moepp_megatron.config.checks import check_config
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.field_errors import field_problems
+from moepp_megatron.config.known_keys import refuse_unknown_keys, section_models
+from moepp_megatron.config.problem import raise_problems
+from moepp_megatron.config.schema import Config
+from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
+
+Content = dict[str, dict[str, Any]]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Load, merge, validate and check a configuration.
+
+    Args:
+        path: YAML file; its `base:` names a file to start from, relative to the file naming it.
+        overrides: `section.key=value`, the value as YAML; later ones win.
+
+    Raises:
+        ConfigError: Anything wrong, one line a problem; no other error escapes.
+    """
+    content = _read_with_bases(Path(path), chain=())
+    for override in overrides:
+        section, key, value = parse_override(override)
+        content.setdefault(section, {})[key] = value
+    return parse_config(content)
+
+
+def parse_config(content: Mapping[str, Any]) -> Config:
+    """Validate and check a configuration that is already a mapping of sections.
+
+    Raises:
+        ConfigError: Unknown keys, wrong values or broken rules, one line each.
+    """
+    refuse_unknown_keys(content, "the configuration")
+    # Absent sections are added empty, so that a missing field is reported by its own name.
+    filled = {section: dict(content.get(section) or {}) for section in section_models()}
+    try:
+        config = Config.model_validate(filled)
+    except ValidationError as error:
+        raise_problems(field_problems(error, filled))
+        raise AssertionError("a ValidationError without problems") from error
+    check_config(config)
+    return config
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A checked copy of `config` with `section.key=value` overrides applied.
+
+    Raises:
+        ConfigError: As for `load_config`.
+    """
+    content: Content = config.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        section, key, value = parse_override(override)
+        content.setdefault(section, {})[key] = value
+    return parse_config(content)
+
+
+def parse_override(override: str) -> tuple[str, str, Any]:
+    """Split `section.key=value` and read the value as YAML.
+
+    Raises:
+        ConfigError: Not of this form, or an unknown section or key.
+    """
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(
+            f"override {override!r} must have the form section.key=value; "
+            "write for example moe.tau=0.5"
+        )
+    refuse_unknown_keys({section: {key: None}}, f"override {override!r}")
+    if not text.strip():
+        # An unset shell variable would otherwise quietly become null.
+        raise ConfigError(
+            f"override {override!r} must give a value after '='; "
+            f"write {section}.{key}=null for none"
+        )
+    return section, key, parse_yaml(text, f"override {override!r}")
+
+
+def _read_with_bases(path: Path, chain: tuple[str, ...]) -> Content:
+    """Read a file over its base, over the base's base and so on.
+
+    Args:
+        path: The file.
+        chain: The resolved files that led here by `base:`, the first file first.
+    """
+    resolved = os.path.realpath(path)
+    if resolved in chain:
+        names = " -> ".join([*chain[chain.index(resolved) :], resolved])
+        raise ConfigError(f"base: goes in a circle: {names}; remove one of these base: lines")
+    content = read_mapping(path)
+    base = content.pop("base", None)
+    refuse_unknown_keys(content, str(path))
+    own: Content = {section: dict(keys or {}) for section, keys in content.items()}
+    if base is None:
+        return own
+    if not isinstance(base, str) or not base:
+        raise ConfigError(
+            f"base ({base!r}) in {path} must be the path of one file; write base: other.yaml"
+        )
+    base_path = path.parent / os.path.expanduser(base)
+    if not os.path.exists(base_path):
+        raise ConfigError(
+            f"base ({base!r}) in {path} must name a file, and {base_path} is none; "
+            "give a path relative to the file that names it"
+        )
+    return _merge(_read_with_bases(base_path, (*chain, resolved)), own)
+
+
+def _merge(base: Content, over: Content) -> Content:
+    """Sections key by key, `over` first; a list or null replaces what the base had."""
+    sections = [*base, *(section for section in over if section not in base)]
+    return {section: {**base.get(section, {}), **over.get(section, {})} for section in sections}

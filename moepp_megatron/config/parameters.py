@@ -1,0 +1,110 @@
+"""Exact parameter counts from the configuration alone, before any model is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moepp_megatron.config.schema import Config
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of the whole model, over all ranks; each part is summed over its layers.
+
+    Attributes:
+        embedding: Token embedding [V, D] and, unless tied, output layer [V, D].
+        attention: Query, key, value and output projections, query/key norms.
+        norms: RMSNorm weights: two a layer and the final one.
+        dense_ffn: SwiGLU FFNs of layers that are no MoE layer.
+        ffn_experts: All FFN experts.
+        shared_experts: Experts that every token takes.
+        router: Gates W and gating residuals G.
+        zero_computation_experts: Constant experts' v_c [D] and U_c [2, D].
+        per_ffn_expert: One FFN expert of one layer.
+        active: Parameters a token meets on average when the balance loss is at its optimum: all
+            outside the experts, K phi FFN experts and K (1 - phi) zero-computation experts a
+            MoE layer, spread evenly over their kind.
+    """
+
+    embedding: int
+    attention: int
+    norms: int
+    dense_ffn: int
+    ffn_experts: int
+    shared_experts: int
+    router: int
+    zero_computation_experts: int
+    per_ffn_expert: int
+    active: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self._outside_experts + self.ffn_experts + self.zero_computation_experts
+
+    @property
+    def _outside_experts(self) -> int:
+        return (
+            self.embedding
+            + self.attention
+            + self.norms
+            + self.dense_ffn
+            + self.shared_experts
+            + self.router
+        )
+
+
+def count_parameters(config: Config) -> ParameterCounts:
+    """Count the parameters of the model that `config` describes.
+
+    SwiGLU FFNs (three matrices), RMSNorm, no biases.
+    """
+    model, moe = config.model, config.moe
+    width, layers = model.hidden_size, model.num_layers
+    moe_layers = sum(moe.moe_layer_pattern(layers))
+    per_ffn_expert = 3 * width * config.expert_ffn_hidden_size
+    per_constant_expert = width + 2 * width
+    parts = {
+        "embedding": model.vocab_size * width * (1 if model.tie_embeddings else 2),
+        "attention": layers * _attention_parameters(config),
+        "norms": (2 * layers + 1) * width,
+        "dense_ffn": (layers - moe_layers) * 3 * width * model.ffn_hidden_size,
+        "shared_experts": moe_layers * 3 * width * (moe.shared_expert_ffn_hidden_size or 0),
+        "router": _router_parameters(config, moe_layers),
+    }
+    ffn_experts = moe_layers * moe.num_ffn_experts * per_ffn_expert
+    constants = moe_layers * moe.num_constant_experts * per_constant_expert
+    taken_ffn = moe.router_topk * moe.ffn_share
+    taken_zero_computation = moe.router_topk - taken_ffn
+    active = sum(parts.values()) + ffn_experts * taken_ffn / moe.num_ffn_experts
+    if moe.num_zero_computation_experts:
+        active += constants * taken_zero_computation / moe.num_zero_computation_experts
+    return ParameterCounts(
+        **parts,
+        ffn_experts=ffn_experts,
+        zero_computation_experts=constants,
+        per_ffn_expert=per_ffn_expert,
+        active=round(active),
+    )
+
+
+def _attention_parameters(config: Config) -> int:
+    """One layer's attention: Q and output [heads * d, D], K and V [groups * d, D], norms [d]."""
+    model = config.model
+    projections = 2 * (model.num_attention_heads + model.query_groups) * model.head_dim
+    norms = 2 * model.head_dim if model.qk_layernorm else 0
+    return projections * model.hidden_size + norms
+
+
+def _router_parameters(config: Config, moe_layers: int) -> int:
+    """All gates and gating residuals.
+
+    One-layer gate W [E, D]; two-layer gate W_a [8E, D] and W_b [E, 8E]; residual G [E, E] from
+    the second MoE layer on (DESIGN 2).
+    """
+    experts, width = config.moe.num_experts, config.model.hidden_size
+    gate = experts * width
+    if config.moe.two_layer_gate:
+        gate = 8 * experts * width + 8 * experts * experts
+    residuals = max(moe_layers - 1, 0) if config.moe.gating_residual else 0
+    return moe_layers * gate + residuals * experts * experts

@@ -1,0 +1,49 @@
+"""One thing wrong with a configuration, in the one form that every message has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from moepp_megatron.config.errors import ConfigError
+
+_LONGEST_VALUE = 60
+
+
+def show(value: Any) -> str:
+    """A value as a YAML reader expects it: null, true, quoted text; long ones are cut."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A broken rule.
+
+    Attributes:
+        name: Dotted name of the setting, such as `moe.tau`.
+        value: What it was set to.
+        rule: What must hold, starting with "must".
+        remedy: What to write instead.
+    """
+
+    name: str
+    value: Any
+    rule: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """`name (value) rule; remedy`, on one line whatever the value holds."""
+        return f"{self.name} ({show(self.value)}) {self.rule}; {self.remedy}"
+
+
+def raise_problems(problems: Iterable[Problem]) -> None:
+    """Raise one ConfigError with a line for each problem, if there is any."""
+    lines = [str(problem) for problem in problems]
+    if lines:
+        raise ConfigError("\n".join(lines))

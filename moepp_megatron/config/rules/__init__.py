@@ -1,0 +1,24 @@
+"""The named cross-field rules, by subject.
+
+A rule is a generator function: it takes a Config and yields a Problem where it is broken. Its
+name says what must hold. A rule that another rule counts on comes first and the other one stays
+silent where the first is broken, so that one mistake gives one line.
+"""
+
+from collections.abc import Callable, Iterator
+
+from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rules import ignored, model, moe, parallel, training, world_size
+from moepp_megatron.config.schema import Config
+
+RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    *model.RULES,
+    *moe.RULES,
+    *parallel.RULES,
+    *training.RULES,
+)
+IGNORED: tuple[Callable[[Config], Iterator[Problem]], ...] = ignored.RULES
+WORLD_SIZE_RULES: tuple[Callable[[Config, int], Iterator[Problem]], ...] = world_size.RULES
+WORLD_SIZE_IGNORED: tuple[Callable[[Config, int], Iterator[Problem]], ...] = world_size.IGNORED
+
+__all__ = ["IGNORED", "RULES", "WORLD_SIZE_IGNORED", "WORLD_SIZE_RULES"]

@@ -1,0 +1,145 @@
+"""Settings that the user gave and that have no effect: warnings, not errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.schema import Config, Section
+
+
+def _ignored(section: str, owner: Section, key: str, reason: str, remedy: str) -> Iterator[Problem]:
+    """Yield a notice if the user set `key` to something other than its default."""
+    if owner.is_set(key):
+        yield Problem(f"{section}.{key}", getattr(owner, key), f"has no effect {reason}", remedy)
+
+
+def routing_without_object(config: Config) -> Iterator[Problem]:
+    """Tau weighs zero-computation experts; scope and tau shape a balance loss or capacity."""
+    moe = config.moe
+    if moe.num_zero_computation_experts == 0:
+        yield from _ignored(
+            "moe", moe, "tau", "without zero-computation experts", "add some, or leave it out"
+        )
+    elif moe.balance_coeff == 0 and moe.capacity_factor is None:
+        yield from _ignored(
+            "moe",
+            moe,
+            "tau",
+            "with moe.balance_coeff 0 and no moe.capacity_factor",
+            "set moe.balance_coeff above 0, or leave it out",
+        )
+    if moe.balance_coeff == 0:
+        yield from _ignored(
+            "moe",
+            moe,
+            "balance_scope",
+            "with moe.balance_coeff 0",
+            "set moe.balance_coeff above 0, or leave it out",
+        )
+    if moe.gate_normalization == "nonzero" and moe.num_zero_experts == 0:
+        yield Problem(
+            "moe.gate_normalization",
+            "nonzero",
+            "is the same as selected without zero experts",
+            "use selected, or add zero experts",
+        )
+
+
+def residual_without_predecessor(config: Config) -> Iterator[Problem]:
+    """The first MoE layer has no logits before it, so one MoE layer has no residual."""
+    moe_layers = sum(config.moe.moe_layer_pattern(config.model.num_layers))
+    if config.moe.gating_residual and moe_layers == 1:
+        yield Problem(
+            "moe.gating_residual",
+            True,
+            "has no effect with a single MoE layer",
+            "set it to false, or add MoE layers",
+        )
+
+
+def sequence_parallel_without_tensor_parallel(config: Config) -> Iterator[Problem]:
+    """Sequence parallelism splits over the tensor-parallel ranks."""
+    if config.parallel.tensor_model_parallel_size == 1:
+        yield from _ignored(
+            "parallel",
+            config.parallel,
+            "sequence_parallel",
+            "with parallel.tensor_model_parallel_size 1",
+            "set it to false, or use more tensor-parallel ranks",
+        )
+
+
+def recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
+    """Method, layers and modules describe a recomputation that must be switched on."""
+    training = config.training
+    if training.recompute_granularity is None:
+        for key in ("recompute_method", "recompute_num_layers", "recompute_modules"):
+            yield from _ignored(
+                "training",
+                training,
+                key,
+                "without training.recompute_granularity",
+                "set training.recompute_granularity, or leave it out",
+            )
+    elif training.recompute_granularity == "full":
+        yield from _ignored(
+            "training",
+            training,
+            "recompute_modules",
+            "with training.recompute_granularity full",
+            "use selective, or leave it out",
+        )
+    elif (
+        "shared_experts" in training.recompute_modules
+        and config.moe.shared_expert_ffn_hidden_size is None
+    ):
+        yield Problem(
+            "training.recompute_modules",
+            training.recompute_modules,
+            "has no effect for shared_experts without moe.shared_expert_ffn_hidden_size",
+            "drop shared_experts from the list",
+        )
+
+
+def schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
+    """A constant learning rate does not decay."""
+    if config.optimizer.decay_style == "constant":
+        for key in ("min_lr", "decay_iters"):
+            yield from _ignored(
+                "optimizer",
+                config.optimizer,
+                key,
+                "with optimizer.decay_style constant",
+                "use cosine or linear, or leave it out",
+            )
+
+
+def intervals_of_nothing(config: Config) -> Iterator[Problem]:
+    """Validation without batches; keeping checkpoints that are not written."""
+    if config.training.eval_iters == 0:
+        yield from _ignored(
+            "training",
+            config.training,
+            "eval_interval",
+            "with training.eval_iters 0",
+            "set training.eval_iters above 0, or leave it out",
+        )
+    if config.checkpoint.save_interval == 0:
+        yield from _ignored(
+            "checkpoint",
+            config.checkpoint,
+            "keep",
+            "with checkpoint.save_interval 0",
+            "set checkpoint.save_interval above 0, or leave it out",
+        )
+
+
+RULES = (
+    routing_without_object,
+    residual_without_predecessor,
+    sequence_parallel_without_tensor_parallel,
+    recompute_settings_without_recompute,
+    schedule_parts_of_a_constant_rate,
+    intervals_of_nothing,
+)

@@ -1,0 +1,84 @@
+"""Rules of experts and routing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.schema import Config
+
+
+def topk_within_experts(config: Config) -> Iterator[Problem]:
+    """A token cannot select more experts than there are."""
+    moe = config.moe
+    if moe.router_topk > moe.num_experts:
+        yield Problem(
+            "moe.router_topk",
+            moe.router_topk,
+            f"must be at most the number of experts of all kinds ({moe.num_experts})",
+            f"use {moe.num_experts} or less, or add experts",
+        )
+
+
+def single_selection_keeps_raw_gate(config: Config) -> Iterator[Problem]:
+    """With K = 1 a normalised gate is always 1, so the router would get no gradient from it."""
+    moe = config.moe
+    if moe.router_topk == 1 and moe.gate_normalization != "none":
+        yield Problem(
+            "moe.gate_normalization",
+            moe.gate_normalization,
+            "must be none when moe.router_topk is 1, because one gate divided by itself is 1 "
+            "and gives the router no gradient",
+            "use none, or set moe.router_topk to 2 or more",
+        )
+
+
+def layer_freq_names_moe_layers(config: Config) -> Iterator[Problem]:
+    """layer_freq is a positive step, or one flag a layer with at least one MoE layer."""
+    freq, layers = config.moe.layer_freq, config.model.num_layers
+    name = "moe.layer_freq"
+    if isinstance(freq, int):
+        if freq < 1:
+            yield Problem(
+                name, freq, "must be at least 1", "use 1 to make every layer an MoE layer"
+            )
+    elif len(freq) != layers:
+        yield Problem(
+            name,
+            freq,
+            f"must have one entry for each of model.num_layers ({layers}) and has {len(freq)}",
+            f"write {layers} entries of 0 or 1, or a single whole number",
+        )
+    elif set(freq) - {0, 1}:
+        yield Problem(
+            name, freq, "must hold only 0 and 1", "write 1 for an MoE layer and 0 for a dense one"
+        )
+    elif 1 not in freq:
+        yield Problem(
+            name, freq, "must make at least one layer an MoE layer", "set one entry to 1, or use 1"
+        )
+
+
+def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
+    """megatron-core's own MoE layer has none of these, and they would change the model."""
+    moe = config.moe
+    if not moe.is_vanilla:
+        return
+    neutral = {"two_layer_gate": False, "expert_input_scale": 1.0, "logits_norm_std": None}
+    for key, value in neutral.items():
+        if getattr(moe, key) != value:
+            yield Problem(
+                f"moe.{key}",
+                getattr(moe, key),
+                "must be left at its default without zero-computation experts and gating "
+                "residual, because that is megatron-core's vanilla MoE layer, which lacks it",
+                f"drop moe.{key}, set moe.gating_residual to true or add zero-computation experts",
+            )
+
+
+RULES = (
+    topk_within_experts,
+    single_selection_keeps_raw_gate,
+    layer_freq_names_moe_layers,
+    vanilla_layer_has_no_moepp_router,
+)

@@ -1,0 +1,114 @@
+"""Rules that need the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rules.divisibility import must_divide, nearest_multiples
+from moepp_megatron.config.schema import Config
+from moepp_megatron.config.stages import virtual_stages
+
+
+def world_size_is_positive(config: Config, world_size: int) -> Iterator[Problem]:
+    """There is at least one rank."""
+    if world_size < 1:
+        yield Problem("world size", world_size, "must be at least 1", "start 1 rank or more")
+
+
+def model_ranks_divide_world_size(config: Config, world_size: int) -> Iterator[Problem]:
+    """The ranks form whole copies of the model."""
+    parallel = config.parallel
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+    }
+    yield from _product_divides(sizes, world_size)
+
+
+def expert_ranks_divide_world_size(config: Config, world_size: int) -> Iterator[Problem]:
+    """The ranks form whole copies of the experts."""
+    parallel = config.parallel
+    sizes = {
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+    }
+    yield from _product_divides(sizes, world_size)
+
+
+def _product_divides(sizes: dict[str, int], world_size: int) -> Iterator[Problem]:
+    """The product of these degrees of parallelism divides the world size."""
+    product = 1
+    for size in sizes.values():
+        product *= size
+    if world_size % product:
+        factors = " * ".join(f"parallel.{key} ({size})" for key, size in sizes.items())
+        yield Problem(
+            "world size",
+            world_size,
+            f"must be divisible by {factors} = {product}",
+            f"start {nearest_multiples(world_size, product)} ranks, or lower one of these",
+        )
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Copies of the model that share out a batch."""
+    parallel = config.parallel
+    return world_size // (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+
+
+def batch_divides_over_ranks(config: Config, world_size: int) -> Iterator[Problem]:
+    """Every data-parallel rank gets the same whole number of micro-batches."""
+    training, dp = config.training, data_parallel_size(config, world_size)
+    yield from must_divide(
+        "training.global_batch_size",
+        training.global_batch_size,
+        training.micro_batch_size * dp,
+        f"training.micro_batch_size ({training.micro_batch_size}) * data-parallel ranks ({dp}) "
+        f"= {training.micro_batch_size * dp}",
+    )
+
+
+def interleaving_fills_stages(config: Config, world_size: int) -> Iterator[Problem]:
+    """The interleaved schedule takes micro-batches in groups of one per pipeline rank."""
+    training, stages = config.training, config.parallel.pipeline_model_parallel_size
+    if virtual_stages(config) == 1:
+        return
+    per_round = training.micro_batch_size * data_parallel_size(config, world_size)
+    yield from must_divide(
+        "training.global_batch_size",
+        training.global_batch_size,
+        per_round * stages,
+        f"training.micro_batch_size * data-parallel ranks ({per_round}) * "
+        f"parallel.pipeline_model_parallel_size ({stages}) = {per_round * stages}",
+        " for the interleaved schedule",
+    )
+
+
+def overlap_without_data_parallelism(config: Config, world_size: int) -> Iterator[Problem]:
+    """Nothing is reduced or gathered when nobody shares a parameter."""
+    dense_ranks = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
+    for key in ("overlap_grad_reduce", "overlap_param_gather"):
+        if dense_ranks == 1 and getattr(config.parallel, key):
+            yield Problem(
+                f"parallel.{key}",
+                True,
+                "has no effect with one data-parallel rank",
+                "leave it out, or start more ranks",
+            )
+
+
+RULES = (
+    world_size_is_positive,
+    model_ranks_divide_world_size,
+    expert_ranks_divide_world_size,
+    batch_divides_over_ranks,
+    interleaving_fills_stages,
+)
+IGNORED = (overlap_without_data_parallelism,)

@@ -1,0 +1,27 @@
+"""The configuration's sections as pydantic models, one file per subject."""
+
+from moepp_megatron.config.schema.config import Config
+from moepp_megatron.config.schema.model import ModelSection
+from moepp_megatron.config.schema.moe import MoESection
+from moepp_megatron.config.schema.parallel import ParallelSection
+from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
+from moepp_megatron.config.schema.section import Section
+from moepp_megatron.config.schema.training import (
+    OptimizerSection,
+    PrecisionSection,
+    TrainingSection,
+)
+
+__all__ = [
+    "CheckpointSection",
+    "Config",
+    "DataSection",
+    "ModelSection",
+    "MoESection",
+    "OptimizerSection",
+    "ParallelSection",
+    "PrecisionSection",
+    "RunSection",
+    "Section",
+    "TrainingSection",
+]

@@ -1,0 +1,52 @@
+"""The whole configuration: one section per subject, in the order that files are written in."""
+
+from __future__ import annotations
+
+import yaml
+from pydantic import Field
+
+from moepp_megatron.config.schema.model import ModelSection
+from moepp_megatron.config.schema.moe import MoESection
+from moepp_megatron.config.schema.parallel import ParallelSection
+from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
+from moepp_megatron.config.schema.section import Section
+from moepp_megatron.config.schema.training import (
+    OptimizerSection,
+    PrecisionSection,
+    TrainingSection,
+)
+
+
+class Config(Section):
+    """A resolved configuration. Build one with `load_config` or `parse_config`."""
+
+    run: RunSection = Field(description="Where a run's files go")
+    model: ModelSection = Field(description="Shape of the transformer")
+    moe: MoESection = Field(default_factory=MoESection, description="Experts and routing")
+    parallel: ParallelSection = Field(
+        default_factory=ParallelSection, description="Layout over ranks"
+    )
+    precision: PrecisionSection = Field(
+        default_factory=PrecisionSection, description="Number formats"
+    )
+    data: DataSection = Field(default_factory=DataSection, description="The prepared corpus")
+    optimizer: OptimizerSection = Field(description="AdamW and its schedule")
+    training: TrainingSection = Field(description="Batches, length, logging")
+    checkpoint: CheckpointSection = Field(
+        default_factory=CheckpointSection, description="Saving and loading"
+    )
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Inner width of an FFN expert, the default resolved."""
+        return self.moe.ffn_hidden_size or self.model.ffn_hidden_size
+
+    def to_yaml(self, comment: str | None = None) -> str:
+        """The resolved configuration as YAML that `load_config` reads back to an equal one.
+
+        Args:
+            comment: Text for the top of the file, such as version and git commit; each of its
+                lines becomes a YAML comment.
+        """
+        header = "".join(f"# {line}\n" for line in comment.splitlines()) if comment else ""
+        return header + yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

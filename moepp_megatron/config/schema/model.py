@@ -1,0 +1,82 @@
+"""Section `model`: the decoder around the experts (pre-norm, RMSNorm, SwiGLU, RoPE, no biases)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from moepp_megatron.config.schema.section import Section, unit
+
+
+class ModelSection(Section):
+    """Shape of the transformer; names follow megatron-core's TransformerConfig."""
+
+    num_layers: int = Field(
+        ge=1, description="Transformer layers", json_schema_extra=unit("layers")
+    )
+    hidden_size: int = Field(
+        ge=1, description="Width D of the residual stream", json_schema_extra=unit("channels")
+    )
+    ffn_hidden_size: int = Field(
+        ge=1,
+        description="Inner width of an FFN (of an FFN expert too, unless moe.ffn_hidden_size)",
+        json_schema_extra=unit("channels"),
+    )
+    num_attention_heads: int = Field(
+        ge=1, description="Query heads", json_schema_extra=unit("heads")
+    )
+    num_query_groups: int | None = Field(
+        default=None,
+        ge=1,
+        description="Key/value heads (grouped-query attention); null means one per query head",
+        json_schema_extra=unit("heads"),
+    )
+    kv_channels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Width of one head; null means hidden_size / num_attention_heads",
+        json_schema_extra=unit("channels"),
+    )
+    qk_layernorm: bool = Field(
+        default=False,
+        description="Normalise queries and keys per head",
+        json_schema_extra=unit("-"),
+    )
+    seq_length: int = Field(ge=1, description="Sequence length", json_schema_extra=unit("tokens"))
+    vocab_size: int = Field(
+        ge=2, description="Rows of the embedding table", json_schema_extra=unit("tokens")
+    )
+    rotary_base: float = Field(
+        default=10000.0,
+        gt=1.0,
+        description="Base of the rotary position embedding",
+        json_schema_extra=unit("1"),
+    )
+    norm_epsilon: float = Field(
+        default=1e-5,
+        gt=0.0,
+        le=0.1,
+        description="Added to the mean square inside RMSNorm",
+        json_schema_extra=unit("1"),
+    )
+    tie_embeddings: bool = Field(
+        default=False,
+        description="Share the weights of the embedding and the output layer",
+        json_schema_extra=unit("-"),
+    )
+    init_method_std: float = Field(
+        default=0.02,
+        gt=0.0,
+        le=1.0,
+        description="Standard deviation of the initial weights",
+        json_schema_extra=unit("1"),
+    )
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads, the default resolved."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, the default resolved."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads

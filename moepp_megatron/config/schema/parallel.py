@@ -1,0 +1,80 @@
+"""Section `parallel`: how the model is laid out over ranks."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from moepp_megatron.config.schema.section import Section, unit
+
+
+class ParallelSection(Section):
+    """Degrees of parallelism; names follow megatron-core's ModelParallelConfig."""
+
+    tensor_model_parallel_size: int = Field(
+        default=1, ge=1, description="Ranks that split each layer", json_schema_extra=unit("ranks")
+    )
+    pipeline_model_parallel_size: int = Field(
+        default=1, ge=1, description="Pipeline stages", json_schema_extra=unit("ranks")
+    )
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        default=None,
+        ge=2,
+        description="Model chunks per pipeline rank (interleaved schedule); null: one",
+        json_schema_extra=unit("chunks"),
+    )
+    pipeline_model_parallel_layout: str | None = Field(
+        default=None,
+        description="Layers per stage, such as Ett|tt|ttL (E embedding, t layer, L loss)",
+        json_schema_extra=unit("-"),
+    )
+    expert_model_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="Ranks that share out the FFN experts",
+        json_schema_extra=unit("ranks"),
+    )
+    expert_tensor_parallel_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Ranks that split each FFN expert; null means 1",
+        json_schema_extra=unit("ranks"),
+    )
+    context_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="Ranks that split the sequence",
+        json_schema_extra=unit("ranks"),
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Split norms and the residual stream over the tensor-parallel ranks",
+        json_schema_extra=unit("-"),
+    )
+    use_distributed_optimizer: bool = Field(
+        default=True,
+        description="Shard the optimizer state over the data-parallel ranks",
+        json_schema_extra=unit("-"),
+    )
+    overlap_grad_reduce: bool = Field(
+        default=False,
+        description="Reduce gradients during the backward pass",
+        json_schema_extra=unit("-"),
+    )
+    overlap_param_gather: bool = Field(
+        default=False,
+        description="Gather parameters during the forward pass",
+        json_schema_extra=unit("-"),
+    )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that split each FFN expert, the default resolved."""
+        return self.expert_tensor_parallel_size or 1
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """Sequence parallelism with an effect.
+
+        megatron-core refuses the flag without tensor parallelism, so this is what it must get.
+        """
+        return self.sequence_parallel and self.tensor_model_parallel_size > 1

@@ -1,0 +1,87 @@
+"""Sections `run`, `data` and `checkpoint`: where a run reads and writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from moepp_megatron.config.schema.section import ConfigPath, Section, unit
+
+
+class RunSection(Section):
+    """Where a run's files go."""
+
+    dir: ConfigPath = Field(
+        description="Folder of the run: config.yaml, metrics.jsonl, checkpoints, report",
+        json_schema_extra=unit("-"),
+    )
+    name: str = Field(
+        default="moepp",
+        min_length=1,
+        description="Name shown in reports and logs",
+        json_schema_extra=unit("-"),
+    )
+
+
+class DataSection(Section):
+    """The prepared corpus."""
+
+    path: ConfigPath | None = Field(
+        default=None,
+        description="Folder written by `moepp data prepare`; null only where no data is read",
+        json_schema_extra=unit("-"),
+    )
+    tokenizer: ConfigPath | None = Field(
+        default=None,
+        description="Tokenizer file; null takes tokenizer.json in data.path",
+        json_schema_extra=unit("-"),
+    )
+    split: str = Field(
+        default="98,2,0",
+        description="Weights of the train, validation and test parts, separated by commas",
+        json_schema_extra=unit("1"),
+    )
+    num_workers: int = Field(
+        default=0,
+        ge=0,
+        description="Data loader processes per rank; 0 loads in the training process",
+        json_schema_extra=unit("processes"),
+    )
+
+
+class CheckpointSection(Section):
+    """Saving and loading."""
+
+    dir: ConfigPath | None = Field(
+        default=None,
+        description="Folder of the checkpoints; null means RUN/checkpoints",
+        json_schema_extra=unit("-"),
+    )
+    save_interval: int = Field(
+        default=0,
+        ge=0,
+        description="Steps between checkpoints; 0 saves none on the way",
+        json_schema_extra=unit("steps"),
+    )
+    async_save: bool = Field(
+        default=False,
+        description="Write checkpoints in the background while training goes on",
+        json_schema_extra=unit("-"),
+    )
+    keep: int | None = Field(
+        default=None,
+        ge=1,
+        description="Newest checkpoints to keep; null keeps all",
+        json_schema_extra=unit("checkpoints"),
+    )
+    load: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Checkpoint folder or run to start from, or auto for this run's newest",
+        json_schema_extra=unit("-"),
+    )
+
+    def folder(self, run_dir: Path) -> Path:
+        """The folder that checkpoints are written to, for a run in `run_dir`."""
+        return self.dir if self.dir is not None else run_dir / "checkpoints"
