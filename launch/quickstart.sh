@@ -32,5 +32,6 @@ fi
 
 printf '\nA sample from the trained model:\n'
 "$MOEPP_BIN/moepp" generate "$run" --prompt 'def '
+run=$(realpath -- "$run")
 printf '\nreport      %s\ncheckpoint  %s\nmetrics     %s\n' \
-    "$PWD/$run/report.html" "$PWD/$run/checkpoints" "$PWD/$run/metrics.jsonl"
+    "$run/report.html" "$run/checkpoints" "$run/metrics.jsonl"
