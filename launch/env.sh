@@ -1,0 +1,221 @@
+# shellcheck shell=bash
+# Makes the Python environment, or finds it ready. Sourced by the other scripts:
+#
+#   source "$root/launch/env.sh"     # then: "$MOEPP_BIN/moepp", "$MOEPP_BIN/python"
+#
+# Reads  MOEPP_PYTHON  the interpreter to build with (default: the first that fits)
+#        MOEPP_VENV    where the environment is or goes (default: .venv in the repository);
+#                      one that this script did not make keeps the versions it has
+# Sets   MOEPP_ROOT    the repository
+#        MOEPP_BIN     the environment's bin folder
+# Neither is exported, and nothing is activated. Returns non-zero, with the reason on stderr, on failure.
+
+MOEPP_ROOT=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
+
+_moepp_say() { printf 'set-up: %s\n' "$*" >&2; }
+
+# ---- finding an interpreter --------------------------------------------------------------
+
+# Every interpreter worth a try, one a line, in order of preference.
+_moepp_candidates() {
+    local name pyenv=${PYENV_ROOT:-${HOME:-/nonexistent}/.pyenv}
+    for name in python3.12 python3.13 python3; do
+        # All places on the PATH: the first is often a version manager's shim that refuses.
+        type -aP "$name" || true
+    done
+    compgen -G '/usr/bin/python3*' || true
+    compgen -G "$pyenv/versions/3.1[23]*/bin/python" || true
+    compgen -G '/usr/local/bin/python3*' || true
+    compgen -G "${HOME:-/nonexistent}/.local/bin/python3*" || true
+    if command -v uv >/dev/null; then
+        uv python find --no-project '>=3.12,<3.14' 2>/dev/null || true
+    fi
+}
+
+# Prints "VERSION PATH" when $1 is a usable CPython, else fails. VERSION gains "-novenv" where
+# `python -m venv` cannot work (Debian keeps ensurepip in a package of its own).
+_moepp_probe() {
+    [[ ${1##*/} =~ ^python[0-9.]*$ && -x $1 ]] || return 1
+    "$1" -I -c '
+import sys, sysconfig
+fits = (3, 12) <= sys.version_info[:2] < (3, 14) and sys.implementation.name == "cpython"
+if not fits or sysconfig.get_config_var("Py_GIL_DISABLED"):
+    sys.exit(1)
+try:
+    import ensurepip, venv
+    ensurepip.version()
+    note = ""
+except Exception:
+    note = "-novenv"
+print("%d.%d%s" % (*sys.version_info[:2], note), sys.executable)
+' </dev/null 2>/dev/null
+}
+
+# Prints "VERSION PATH" of the interpreter to use; one without venv only if nothing better is there.
+_moepp_find_python() {
+    local candidate found fallback=''
+    if [[ -n ${MOEPP_PYTHON:-} ]]; then
+        candidate=$(type -P "$MOEPP_PYTHON" || true)
+        if [[ -n $candidate ]] && _moepp_probe "$candidate"; then return 0; fi
+        _moepp_say "MOEPP_PYTHON ($MOEPP_PYTHON) must be CPython 3.12 or 3.13; unset it or name another"
+        return 1
+    fi
+    while IFS= read -r candidate; do
+        found=$(_moepp_probe "$candidate") || continue
+        if [[ $found != *-novenv\ * ]]; then
+            printf '%s\n' "$found"
+            return 0
+        fi
+        fallback=${fallback:-$found}
+    done < <(_moepp_candidates)
+    if [[ -n $fallback ]]; then
+        printf '%s\n' "$fallback"
+        return 0
+    fi
+    _moepp_say "no Python 3.12 or 3.13 found on the PATH, in /usr/bin, /usr/local/bin or pyenv;" \
+        "install one (Debian 13: apt-get install python3-venv; elsewhere pyenv or uv) or set MOEPP_PYTHON"
+    return 1
+}
+
+# ---- making the environment --------------------------------------------------------------
+
+# Runs "$@" with its output in the log file $1; on a terminal its latest line stays in view.
+_moepp_logged() {
+    local log=$1 line begin=$SECONDS
+    shift
+    if [[ ! -t 2 ]]; then
+        "$@" >>"$log" 2>&1
+        return
+    fi
+    # In the foreground, so that Ctrl-C reaches the installer and not only this shell.
+    (
+        set -o pipefail
+        "$@" 2>&1 | tee -a "$log" | while IFS= read -r line; do
+            printf '\r\033[K%4d s  %.70s' "$((SECONDS - begin))" "$line" >&2
+        done
+    )
+    local status=$?
+    printf '\r\033[K' >&2
+    return "$status"
+}
+
+_moepp_create_venv() {
+    local venv=$1 log=$2 found version python
+    found=$(_moepp_find_python) || return 1
+    version=${found%% *} python=${found#* }
+    _moepp_say "making $venv with Python ${version%-novenv} ($python)"
+    rm -rf -- "$venv"
+    # The mark comes first: a half-made environment is then known as ours and made anew.
+    mkdir -p -- "$venv" && : >"$venv/.moepp-made" || return 1
+    if command -v uv >/dev/null &&
+        _moepp_logged "$log" uv venv --allow-existing --seed --python "$python" "$venv"; then
+        return 0
+    elif [[ $version != *-novenv ]]; then
+        _moepp_logged "$log" "$python" -m venv "$venv" && return 0
+    elif command -v virtualenv >/dev/null; then
+        _moepp_logged "$log" virtualenv --python "$python" "$venv" && return 0
+    else
+        version=${version%-novenv}
+        _moepp_say "Python $version ($python) cannot make environments: its venv module is missing;" \
+            "run: apt-get install python$version-venv (or install uv or virtualenv)"
+        return 1
+    fi
+    _moepp_say "making the environment failed:"
+    tail -n 15 -- "$log" >&2
+    return 1
+}
+
+# Prints the constraints file for the environment $1: all of constraints.txt for our own, and for
+# somebody else's only what it lacks, so that a container's own torch build stays in place.
+_moepp_constraints() {
+    if [[ -e $1/.moepp-made ]]; then
+        printf '%s\n' "$MOEPP_ROOT/constraints.txt"
+        return
+    fi
+    "$1/bin/python" -I - "$MOEPP_ROOT/constraints.txt" "$2" <<'PYTHON' && printf '%s\n' "$2"
+import importlib.metadata, re, sys
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+have = {normal(d.metadata["Name"]) for d in importlib.metadata.distributions() if d.metadata["Name"]}
+with open(sys.argv[1]) as source, open(sys.argv[2], "w") as target:
+    target.writelines(line for line in source if normal(line.split("==")[0].strip()) not in have)
+PYTHON
+}
+
+_moepp_install() {
+    local venv=$1 log=$2 constraints begin=$SECONDS
+    constraints=$(_moepp_constraints "$venv" "$log.constraints") || return 1
+    _moepp_say "installing the package and its dependencies (about 2 minutes, 6 GB; log: $log)"
+    cd -- "$MOEPP_ROOT" || return 1
+    if command -v uv >/dev/null && _moepp_logged "$log" \
+        uv pip install --python "$venv/bin/python" -c "$constraints" -e '.[dev]'; then
+        :
+    elif ! _moepp_logged "$log" "$venv/bin/python" -m pip install --progress-bar off \
+        --disable-pip-version-check --no-input -c "$constraints" -e '.[dev]'; then
+        _moepp_say "the installation failed; the end of $log:"
+        tail -n 15 -- "$log" >&2
+        return 1
+    fi
+    _moepp_say "ready after $((SECONDS - begin)) s"
+}
+
+# What the environment depends on. No Python is started: this is all that a second call costs.
+_moepp_stamp() {
+    printf 'root %s\n' "$MOEPP_ROOT"
+    sha256sum <"$MOEPP_ROOT/pyproject.toml"
+    sha256sum <"$MOEPP_ROOT/constraints.txt"
+    # The environment's own record of its Python version; absent where it is no venv.
+    if [[ -e $1/pyvenv.cfg ]]; then sha256sum <"$1/pyvenv.cfg"; fi
+}
+
+_moepp_is_ready() {
+    [[ -x $1/bin/python && -x $1/bin/moepp && -e $1/.moepp-stamp ]] &&
+        [[ $(<"$1/.moepp-stamp") == "$(_moepp_stamp "$1")" ]]
+}
+
+_moepp_make_ready() {
+    local venv=$1 log
+    if command -v flock >/dev/null && ! flock -n 9; then
+        _moepp_say "another set-up of $venv is running; waiting for it"
+        flock 9 || _moepp_say "no file lock here; going on without"
+    fi
+    if _moepp_is_ready "$venv"; then return 0; fi
+    log=$venv/moepp-install.log
+    if [[ -e $venv/.moepp-made || ! -x $venv/bin/python ]]; then
+        if [[ -d $venv && ! -e $venv/.moepp-made && -n $(ls -A -- "$venv") ]]; then
+            _moepp_say "MOEPP_VENV ($venv) must be an environment with bin/python, or not exist yet;" \
+                "name another folder or remove this one"
+            return 1
+        fi
+        if ! _moepp_works "$venv"; then
+            _moepp_create_venv "$venv" "$log" || return 1
+        fi
+    elif ! _moepp_probe "$venv/bin/python" >/dev/null; then
+        _moepp_say "MOEPP_VENV ($venv) must hold CPython 3.12 or 3.13; name another or unset it"
+        return 1
+    fi
+    rm -f -- "$venv/.moepp-stamp"
+    (_moepp_install "$venv" "$log") || return 1
+    # Last, and in one step: an interrupted set-up leaves no stamp, so the next call finishes it.
+    _moepp_stamp "$venv" >"$venv/.moepp-stamp.new" && mv -- "$venv/.moepp-stamp.new" "$venv/.moepp-stamp"
+}
+
+# Whether an environment that this script made was made to the end (pip is put in last).
+_moepp_works() {
+    [[ -x $1/bin/python ]] && "$1/bin/python" -I -c 'import pip' 2>/dev/null &&
+        _moepp_probe "$1/bin/python" >/dev/null
+}
+
+_moepp_env() {
+    local venv=${MOEPP_VENV:-$MOEPP_ROOT/.venv}
+    [[ $venv == /* ]] || venv=$PWD/$venv
+    # shellcheck disable=SC2034  # for the sourcing script
+    MOEPP_BIN=$venv/bin
+    if _moepp_is_ready "$venv"; then return 0; fi
+    mkdir -p -- "$(dirname -- "$venv")" || return 1
+    (_moepp_make_ready "$venv") 9>>"$venv.lock" || return 1
+}
+
+_moepp_env

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Trains a small MoE++ model on real text, from nothing:
+#
+#   ./launch/quickstart.sh [section.key=value ...]
+#
+# Makes the environment if needed, prepares the running Python's library sources as a corpus,
+# trains on the devices here (two CPU ranks where there is no GPU), writes the report, samples text.
+set -euo pipefail
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
+
+cd -- "$MOEPP_ROOT"
+run=runs/quickstart
+for argument in "$@"; do
+    if [[ $argument == run.dir=* ]]; then run=${argument#run.dir=}; fi
+done
+
+devices=(--nproc 2)
+gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)
+if [[ $gpus == 1 ]]; then
+    # Two ranks cannot share one GPU under NCCL.
+    devices=(--nproc 1 parallel.expert_model_parallel_size=1)
+fi
+
+# The manifest is written last: with it the corpus is whole.
+if [[ -e data/stdlib/manifest.json ]]; then
+    echo "corpus: data/stdlib is there already (remove it to prepare it anew)"
+else
+    "$MOEPP_BIN/moepp" data prepare stdlib --out data/stdlib --vocab-size 4096
+fi
+"$MOEPP_BIN/moepp" train configs/quickstart.yaml "${devices[@]}" "$@"
+"$MOEPP_BIN/moepp" report "$run"
+
+printf '\nA sample from the trained model:\n'
+"$MOEPP_BIN/moepp" generate "$run" --prompt 'def '
+run=$(realpath -- "$run")
+printf '\nreport      %s\ncheckpoint  %s\nmetrics     %s\n' \
+    "$run/report.html" "$run/checkpoints" "$run/metrics.jsonl"

@@ -1,0 +1,162 @@
+"""What each test rank does: join the gloo group, then run the functions it is sent.
+
+Nothing heavy is imported at the top: pytest's own process imports this module too.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import importlib.util
+import os
+import pickle
+import random
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+# Imported once, in the process that ranks are forked from.
+PRELOADED_MODULES = [
+    "torch",
+    "torch.distributed",
+    "megatron.core.parallel_state",
+    "megatron.core.models.gpt",
+    "megatron.core.transformer.moe.moe_layer",
+    "megatron.core.optimizer",
+    "megatron.core.distributed",
+]
+SEED = 1234
+
+
+def serve(rank: int, world_size: int, pipe: Connection, log: Path) -> None:
+    """The rank's life: answers `(True, result)` or `(False, traceback)` to each call.
+
+    Ends when the pipe closes, which also happens when pytest's process dies.
+    """
+    _send_output_to(log)
+    try:
+        _join_group(rank, world_size, pipe)
+        worker_setup()
+        answer = (True, None)
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(answer))
+    while True:
+        try:
+            call = pipe.recv_bytes()
+        except EOFError:
+            # Not sys.exit: leaving the group in order would wait for peers that are gone.
+            os._exit(0)
+        pipe.send_bytes(_answer(call))
+
+
+def worker_setup() -> None:
+    """Once in each rank, before its first function: what a CPU rank needs to run megatron-core."""
+    name = "moepp_megatron.runtime.cpu_support"
+    if importlib.util.find_spec("moepp_megatron.runtime") and importlib.util.find_spec(name):
+        importlib.import_module(name).install()
+
+
+def reset() -> None:
+    """Forgets what a function left in torch's and megatron-core's module globals."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
+    from megatron.core.tensor_parallel import random as parallel_random
+    from megatron.core.transformer.moe import moe_logging
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    # A peer may still be reading from a group that this rank would close.
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    rerun_state_machine.destroy_rerun_state_machine()
+    moe_logging.destroy_moe_metrics_tracker()
+    parallel_random._CUDA_RNG_STATE_TRACKER = None
+    parallel_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    _destroy_groups_but_default()
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(False)
+    _seed()
+    gc.collect()
+
+
+def _destroy_groups_but_default() -> None:
+    """Megatron only forgets its groups; each would keep its threads and sockets."""
+    import torch.distributed as dist
+
+    default = dist.group.WORLD
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not default:
+            dist.destroy_process_group(group)
+
+
+def _answer(call: bytes) -> bytes:
+    try:
+        module, name, args, kwargs = pickle.loads(call)
+        function: Any = importlib.import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part)
+        # Pickled before the reset: a result may hold a tensor that a group's buffers own.
+        answer = pickle.dumps((True, function(*args, **kwargs)))
+        reset()
+    except BaseException:
+        # SystemExit and pytest's outcomes too: to this rank they are failures of the function.
+        return pickle.dumps((False, traceback.format_exc()))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return answer
+
+
+def _send_output_to(log: Path) -> None:
+    """Sends this process's output, and its stacks on SIGUSR1 and fatal signals, to `log`."""
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    faulthandler.enable(file=2)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+
+
+def _join_group(rank: int, world_size: int, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    # The default collective timeout is 30 minutes; pytest's side ends a stuck call long before.
+    timeout = timedelta(minutes=5)
+    port = 0 if rank == 0 else pickle.loads(pipe.recv_bytes())
+    store = dist.TCPStore(
+        "127.0.0.1", port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False
+    )
+    if rank == 0:
+        pipe.send_bytes(pickle.dumps(store.port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
+    )
+    torch.set_num_threads(1)
+    with contextlib.suppress(RuntimeError):
+        torch.set_num_interop_threads(1)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    _seed()
+
+
+def _seed() -> None:
+    import numpy as np
+    import torch
+
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)

@@ -1,0 +1,288 @@
+"""Process groups that tests send functions to.
+
+Importing torch and megatron-core takes seconds, far more than most multi-rank tests. So ranks are
+started once per world size, forked from one server that has done those imports, and each test sends
+them a module-level function:
+
+    def sum_over_ranks(start):              # runs on every rank; the gloo default group is up
+        value = torch.tensor(start + dist.get_rank())
+        dist.all_reduce(value)
+        return value.item()
+
+    @pytest.mark.parallel
+    def test_sum(ranks):
+        assert ranks(2).run(sum_over_ranks, 10) == [21, 21]
+
+A call on which any rank fails ends its ranks, for their collectives may be out of step; the next
+call starts fresh ones. What the ranks do is in `rank_worker.py`.
+"""
+
+import contextlib
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from multiprocessing import connection, get_context
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.parallel.rank_worker import PRELOADED_MODULES, serve
+
+START_TIMEOUT_S = 120.0
+CALL_TIMEOUT_S = 120.0
+# After one rank has failed, the others usually wait for it in a collective until they are ended.
+GRACE_S = 2.0
+STACK_TIMEOUT_S = 5.0
+# Ranks alive at once, over all world sizes; each holds some hundred MB of its own once in use.
+MAX_RANKS_ALIVE = 10
+LOG_TAIL_LINES = 60
+
+_SERVER_ENVIRONMENT = {
+    # A rank is one thread; the server must have no threads at all for a safe fork.
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    # These are CPU ranks, on machines with GPUs too.
+    "CUDA_VISIBLE_DEVICES": "",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+
+
+class RankError(AssertionError):
+    """A function failed on some rank. The message shows each rank's traceback, stack and output.
+
+    Attributes:
+        reasons: per failed rank, its traceback or how it ended.
+    """
+
+    def __init__(self, message: str, reasons: dict[int, str]) -> None:
+        super().__init__(message)
+        self.reasons = reasons
+
+
+class RankPool:
+    """`world_size` processes with a gloo default group, waiting for functions."""
+
+    def __init__(self, world_size: int) -> None:
+        if world_size < 1:
+            raise ValueError(f"world_size ({world_size}) must be at least 1")
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._pipes: list[connection.Connection] = []
+        self._folder: Path | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        return bool(self._processes) and all(p.is_alive() for p in self._processes)
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float = CALL_TIMEOUT_S,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Calls `function(*args, **kwargs)` on every rank.
+
+        Args:
+            function: a module-level function; ranks import it by name.
+            *args: pickled; every rank gets its own copy.
+            timeout: seconds until ranks still at work are ended and reported.
+            **kwargs: as `args`.
+
+        Returns:
+            What each rank returned, by rank.
+
+        Raises:
+            RankError: a rank raised, died or ran out of time.
+            TypeError: the function cannot be imported by name.
+        """
+        name = getattr(function, "__qualname__", "")
+        if not name or "<" in name:
+            raise TypeError(
+                f"{function!r} must be a module-level function: ranks import it by name"
+            )
+        call = pickle.dumps((function.__module__, name, args, kwargs))
+        try:
+            if not self.is_alive:
+                self.stop()
+                self._start()
+            for log in self._logs():
+                os.truncate(log, 0)
+            for rank in range(self.world_size):
+                self._send(rank, call)
+            return self._collect(f"{function.__module__}.{name}", timeout)
+        except BaseException:
+            # Also on Ctrl-C and pytest's own timeout: what the ranks are doing is unknown.
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _start(self) -> None:
+        context = get_context("forkserver")
+        self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+        with _server_environment():
+            context.set_forkserver_preload(PRELOADED_MODULES)
+            for rank in range(self.world_size):
+                ours, theirs = context.Pipe()
+                log = self._folder / f"{rank}.log"
+                log.touch()
+                process = context.Process(
+                    target=serve, args=(rank, self.world_size, theirs, log), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(ours)
+        # Rank 0 opens the rendezvous on a free port and says which.
+        port = self._receive_port()
+        for rank in range(1, self.world_size):
+            self._send(rank, pickle.dumps(port))
+        self._collect("starting the ranks", START_TIMEOUT_S)
+
+    def _receive_port(self) -> int:
+        try:
+            if self._pipes[0].poll(START_TIMEOUT_S):
+                port: int = pickle.loads(self._pipes[0].recv_bytes())
+                return port
+        except EOFError:
+            pass
+        raise self._error("starting the ranks", {0: "no rendezvous was opened"}, [])
+
+    def _send(self, rank: int, message: bytes) -> None:
+        # A rank that has just died is reported by _collect, with its exit status and output.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._pipes[rank].send_bytes(message)
+
+    def _collect(self, what: str, timeout: float) -> list[Any]:
+        """Waits for one answer from every rank."""
+        results: dict[int, Any] = {}
+        reasons: dict[int, str] = {}
+        waiting = {self._pipes[rank]: rank for rank in range(self.world_size)}
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                assert isinstance(pipe, connection.Connection), "only pipes are waited for"
+                rank = waiting.pop(pipe)
+                try:
+                    succeeded, value = pickle.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    succeeded, value = False, self._how_it_ended(rank)
+                if succeeded:
+                    results[rank] = value
+                else:
+                    reasons[rank] = value
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        stuck = sorted(waiting.values())
+        if stuck and not reasons:
+            reasons = {rank: f"still at work after {timeout:g} s" for rank in stuck}
+        if reasons:
+            raise self._error(what, reasons, stuck)
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _how_it_ended(self, rank: int) -> str:
+        process = self._processes[rank]
+        process.join(5)
+        code = process.exitcode
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"exited with status {code} in the middle of the call"
+
+    def _error(self, what: str, reasons: dict[int, str], stuck: list[int]) -> RankError:
+        """Puts together the message; ranks in `stuck` are asked for their stacks first."""
+        self._dump_stacks(stuck)
+        lines = [f"{what} failed on {len(reasons)} of {self.world_size} ranks"]
+        shown: dict[str, int] = {}
+        for rank, reason in reasons.items():
+            if reason in shown:
+                lines.append(f"---- rank {rank}: as rank {shown[reason]}")
+                continue
+            shown[reason] = rank
+            lines.append(f"---- rank {rank}: {reason.rstrip()}")
+        for rank, log in enumerate(self._logs()):
+            output = log.read_text(errors="replace").splitlines()
+            if output:
+                title = "output, and stack when ended" if rank in stuck else "output"
+                lines.append(f"---- rank {rank}, {title}:")
+                lines += output[-LOG_TAIL_LINES:]
+        return RankError("\n".join(lines), reasons)
+
+    def _dump_stacks(self, ranks: list[int]) -> None:
+        """Has each rank write its stacks to its log, and waits until they are there."""
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._processes[rank].pid, signal.SIGUSR1)  # see rank_worker
+        deadline = time.monotonic() + STACK_TIMEOUT_S
+        for rank in ranks:
+            log = self._logs()[rank]
+            while b"(most recent call first)" not in log.read_bytes():
+                if time.monotonic() > deadline or not self._processes[rank].is_alive():
+                    break
+                time.sleep(0.05)
+        if ranks:
+            time.sleep(0.1)  # the heading was there; its lines follow at once
+
+    def _logs(self) -> list[Path]:
+        assert self._folder is not None, "the pool has not been started"
+        return [self._folder / f"{rank}.log" for rank in range(self.world_size)]
+
+
+class RankPools:
+    """Pools by world size: started on first use, the least recently used ended to make room."""
+
+    def __init__(self, max_ranks_alive: int = MAX_RANKS_ALIVE) -> None:
+        self._max_ranks_alive = max_ranks_alive
+        self._pools: OrderedDict[int, RankPool] = OrderedDict()
+
+    def __call__(self, world_size: int) -> RankPool:
+        pool = self._pools.pop(world_size, None) or RankPool(world_size)
+        while self._pools and world_size + sum(self._pools) > self._max_ranks_alive:
+            self._pools.popitem(last=False)[1].stop()
+        self._pools[world_size] = pool
+        return pool
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for pool in self._pools.values():
+            pool.stop()
+
+
+@contextlib.contextmanager
+def _server_environment() -> Iterator[None]:
+    """Sets what the fork server and so every rank inherits, for the time of its start."""
+    before = {name: os.environ.get(name) for name in _SERVER_ENVIRONMENT}
+    os.environ.update(_SERVER_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

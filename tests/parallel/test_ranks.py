@@ -1,0 +1,216 @@
+"""The rank pools themselves: results, failures told, recovery, isolation between calls."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.parallel.ranks import RankError, RankPool, RankPools
+
+pytestmark = pytest.mark.parallel
+
+
+# ---- functions that run on the ranks -----------------------------------------------------
+
+
+def describe(prefix, suffix=""):
+    import torch.distributed as dist
+
+    return f"{prefix}{dist.get_rank()}/{dist.get_world_size()}{suffix}"
+
+
+def sum_of_rank_squares():
+    import torch
+    import torch.distributed as dist
+
+    value = torch.tensor([float(dist.get_rank() ** 2)])
+    dist.all_reduce(value)
+    return value
+
+
+def fail_on(rank, message):
+    import torch.distributed as dist
+
+    if dist.get_rank() == rank:
+        print("a word before the failure")
+        raise ValueError(message)
+    dist.barrier()
+
+
+def hang_on(rank):
+    import torch.distributed as dist
+
+    if dist.get_rank() == rank:
+        time.sleep(600)
+    dist.barrier()
+
+
+def exit_on(rank, status):
+    import torch.distributed as dist
+
+    if dist.get_rank() == rank:
+        os._exit(status)
+    dist.barrier()
+
+
+def segfault_on(rank):
+    import ctypes
+
+    import torch.distributed as dist
+
+    if dist.get_rank() == rank:
+        ctypes.string_at(0)
+    dist.barrier()
+
+
+def return_something_unpicklable():
+    return lambda: None
+
+
+def process_id():
+    return os.getpid()
+
+
+def leave_state_behind():
+    """Everything that a Megatron test usually leaves, and the draws of its generators."""
+    import torch
+    from megatron.core import num_microbatches_calculator, parallel_state
+
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    num_microbatches_calculator.init_num_microbatches_calculator(0, None, 4, 1, 1)
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_grad_enabled(False)
+    return torch.rand(3, dtype=torch.float32).tolist()
+
+
+def state_found():
+    import torch
+    import torch.distributed as dist
+    from megatron.core import num_microbatches_calculator, parallel_state
+
+    return {
+        "parallel_state": parallel_state.is_initialized(),
+        "calculator": num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None,
+        "dtype": str(torch.get_default_dtype()),
+        "grad": torch.is_grad_enabled(),
+        "groups": len(dist.distributed_c10d._world.pg_map),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.device_count(),
+    }
+
+
+# ---- tests -------------------------------------------------------------------------------
+
+
+def test_results_come_by_rank_with_arguments(ranks):
+    assert ranks(2).run(describe, "rank ", suffix="!") == ["rank 0/2!", "rank 1/2!"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_all_reduce(ranks, world_size):
+    expected = sum(rank**2 for rank in range(world_size))
+    assert [t.item() for t in ranks(world_size).run(sum_of_rank_squares)] == [expected] * world_size
+
+
+def test_ranks_are_reused_between_calls(ranks):
+    first = ranks(2).run(process_id)
+    assert len(set(first)) == 2
+    assert ranks(2).run(process_id) == first
+
+
+def test_exception_names_rank_and_shows_its_traceback_and_output(ranks):
+    started = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(fail_on, 1, "seven is not even")
+    message = str(caught.value)
+    assert "test_ranks.fail_on failed on 1 of 2 ranks" in message
+    assert "---- rank 1: Traceback (most recent call last)" in message
+    assert "in fail_on\n    raise ValueError(message)\nValueError: seven is not even" in message
+    assert "a word before the failure" in message
+    # Rank 0 was waiting in the barrier: its stack says so, and nobody waited for the timeout.
+    assert "---- rank 0, output, and stack when ended:" in message
+    assert "in barrier" in message
+    assert list(caught.value.reasons) == [1]
+    assert time.monotonic() - started < 60
+    assert ranks(2).run(describe, "") == ["0/2", "1/2"]
+
+
+def test_timeout_shows_every_stack_and_the_next_call_works(ranks):
+    before = ranks(2).run(process_id)
+    with pytest.raises(RankError, match="still at work after 5 s") as caught:
+        ranks(2).run(hang_on, 1, timeout=5)
+    message = str(caught.value)
+    assert message.count("in hang_on") == 2
+    assert sorted(caught.value.reasons) == [0, 1]
+    after = ranks(2).run(process_id)
+    assert not set(before) & set(after)
+    for pid in before:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.faults
+def test_exit_is_reported_and_the_next_call_works(ranks):
+    with pytest.raises(RankError, match="rank 1: exited with status 17 in the middle"):
+        ranks(2).run(exit_on, 1, 17)
+    assert ranks(2).run(describe, "") == ["0/2", "1/2"]
+
+
+@pytest.mark.faults
+def test_segmentation_fault_is_reported_with_its_stack(ranks):
+    with pytest.raises(RankError, match="rank 0: killed by SIGSEGV") as caught:
+        ranks(2).run(segfault_on, 0)
+    assert "in segfault_on" in str(caught.value)
+
+
+@pytest.mark.faults
+def test_ranks_that_died_between_calls_are_replaced(ranks):
+    for pid in ranks(2).run(process_id):
+        os.kill(pid, signal.SIGKILL)
+    while ranks(2).is_alive:  # ended by pytest's timeout if it never is
+        time.sleep(0.01)
+    assert ranks(2).run(describe, "") == ["0/2", "1/2"]
+
+
+def test_unpicklable_result_is_the_functions_failure(ranks):
+    with pytest.raises(RankError, match="pickle"):
+        ranks(1).run(return_something_unpicklable)
+
+
+def test_functions_that_ranks_cannot_import_are_refused(ranks):
+    with pytest.raises(TypeError, match="must be a module-level function"):
+        ranks(1).run(lambda: None)
+
+
+def test_nothing_leaks_into_the_next_call(ranks):
+    fresh = ranks(2).run(state_found)
+    draws = ranks(2).run(leave_state_behind)
+    assert ranks(2).run(state_found) == fresh
+    expected = {
+        "parallel_state": False,
+        "calculator": False,
+        "dtype": "torch.float32",
+        "grad": True,
+        "groups": 1,
+        "threads": 1,
+        "cuda": 0,
+    }
+    assert fresh == [expected] * 2
+    assert ranks(2).run(leave_state_behind) == draws
+
+
+def test_least_recently_used_pool_makes_room():
+    with RankPools(max_ranks_alive=3) as pools:
+        one, two = pools(1), pools(2)
+        one.run(process_id)
+        two.run(process_id)
+        assert one.is_alive
+        assert two.is_alive
+        assert pools(1) is one
+        pools(2)  # one is now the least recently used
+        pools(3)
+        assert not one.is_alive
+        assert not two.is_alive
+    with pytest.raises(ValueError, match=r"world_size \(0\) must be at least 1"):
+        RankPool(0)
