@@ -34,9 +34,9 @@ class JsonlSink:
 
         Args:
             path: The file; its folder is made if needed.
-            resume_step: The first step that will be written from now on: records from there on are
-                dropped (0 starts over). None keeps every complete record. An unfinished last line is
-                dropped either way.
+            resume_step: The first step that will be written from now on: records from there
+                on are dropped (0 starts over). None keeps every complete record. An unfinished
+                last line is dropped either way.
 
         Raises:
             MetricsError: An existing file has a damaged line before its last.
@@ -110,8 +110,8 @@ class TensorBoardSink:
         Args:
             folder: ``RUN/tensorboard``.
             experts: Names the entries of ``expert_share``.
-            resume_step: The first step that will be written from now on; TensorBoard hides events of
-                an earlier attempt from there on.
+            resume_step: The first step that will be written from now on; TensorBoard hides
+                events of an earlier attempt from there on.
 
         Raises:
             ImportError: tensorboard is not installed.
