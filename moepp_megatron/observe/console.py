@@ -1,0 +1,97 @@
+"""What a person sees of a running training: a live bar, or plain lines in a log."""
+
+import statistics
+from collections import deque
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moepp_megatron.observe.metrics import StepMetrics
+
+# Enough steps that one slow one (a checkpoint, an evaluation) does not move the estimate.
+STEP_TIME_WINDOW = 20
+
+
+class ConsoleSink:
+    """A progress bar on a terminal, one plain line a record elsewhere."""
+
+    def __init__(
+        self, total_steps: int, phi: float, console: Console | None = None, print_every: int = 1
+    ) -> None:
+        """Opens the sink.
+
+        Args:
+            total_steps: Steps of the whole run.
+            phi: FFN share under perfect balance, shown beside the measured one.
+            console: Where to print; None for standard output.
+            print_every: Without a terminal, print the records of steps divisible by this, and the
+                first, the last and evaluated ones.
+        """
+        self._total_steps = total_steps
+        self._phi = phi
+        self._print_every = max(1, print_every)
+        self._console = console if console is not None else Console()
+        self._step_times: deque[float] = deque(maxlen=STEP_TIME_WINDOW)
+        self._started = False
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]train"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                console=self._console,
+                refresh_per_second=2,
+            )
+            self._task = self._progress.add_task("train", total=total_steps, status="starting")
+
+    def write(self, record: StepMetrics) -> None:
+        """Shows the record."""
+        self._step_times.append(record.step_time_s)
+        if self._progress is not None:
+            if not self._started:
+                self._progress.start()
+            if record.valid_loss is not None:
+                self.message(f"step {record.step}: validation loss {record.valid_loss:.4f}")
+            self._progress.update(self._task, completed=record.step, status=self._status(record))
+        elif self._is_due(record):
+            self.message(f"step {record.step}/{self._total_steps} | {self._status(record)}")
+        self._started = True
+
+    def message(self, text: str) -> None:
+        """Prints a line; on a terminal it goes above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is and gives the terminal back."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _is_due(self, record: StepMetrics) -> bool:
+        return (
+            not self._started
+            or record.step % self._print_every == 0
+            or record.step >= self._total_steps
+            or record.valid_loss is not None
+        )
+
+    def _status(self, record: StepMetrics) -> str:
+        parts = [f"loss {record.loss:.4f}"]
+        if self._progress is None:
+            if record.valid_loss is not None:
+                parts.append(f"valid loss {record.valid_loss:.4f}")
+            parts += [f"lr {record.lr:.2e}", f"grad norm {record.grad_norm:.3f}"]
+        parts.append(f"FFN share {record.ffn_fraction:.3f} (phi {self._phi:.3f})")
+        parts.append(f"{record.tokens_per_s:,.0f} tokens/s")
+        parts.append(f"ETA {self._remaining(record.step)}")
+        return " | ".join(parts)
+
+    def _remaining(self, step: int) -> str:
+        # Own estimate from step times: rich's would count steps of an earlier attempt as progress.
+        seconds = statistics.median(self._step_times) * max(0, self._total_steps - step)
+        if seconds != seconds:
+            return "unknown"
+        minutes, rest = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{rest:02d}"

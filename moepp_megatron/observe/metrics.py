@@ -1,0 +1,144 @@
+"""The record of one logged step, and reading a run's ``metrics.jsonl``."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+
+class MetricsError(ValueError):
+    """A ``metrics.jsonl`` that is missing, empty or damaged; the message is one line."""
+
+
+def _null_to_nan(value: object) -> object:
+    """JSON has no NaN or infinity: they are written as null and read back as NaN."""
+    return math.nan if value is None else value
+
+
+Number = Annotated[float, BeforeValidator(_null_to_nan)]
+
+
+class StepMetrics(BaseModel):
+    """One logged step, global over the batch and all ranks (one line of ``metrics.jsonl``).
+
+    Every value is that of the step itself. Further keys may be given; they are kept. Non-finite
+    numbers are written as ``null``, so that every line is standard JSON.
+
+    Attributes:
+        step: Optimizer steps done, this one included.
+        tokens: Tokens trained on since the beginning of the run, this step included.
+        loss: Language-model loss alone, token mean over the global batch, nats.
+        lr: Learning rate of this step.
+        grad_norm: Global gradient norm before clipping.
+        step_time_s: Wall time of the step, seconds.
+        tokens_per_s: Tokens of the global batch over ``step_time_s``.
+        balance_loss: Heterogeneous load-balance loss without its coefficient, mean over MoE layers.
+        ffn_fraction: FFN share of all K*T selections, mean over MoE layers.
+        ffn_per_token: FFN experts a token takes, mean over tokens and MoE layers.
+        expert_share: [E] share of all selections an expert takes, mean over MoE layers; sums to 1;
+            order of ``EXPERT_KINDS``.
+        max_ffn_load: Busiest FFN expert's selections over the FFN experts' mean.
+        dropped_fraction: Share of all selections dropped by a capacity limit.
+        a2a_bytes: Bytes of hidden vectors that leave their rank through the dispatcher, all ranks
+            and MoE layers, forward.
+        valid_loss: Validation loss, nats; only on evaluated steps.
+        layer_expert_share: [MoE layers][E] ``expert_share`` of each layer.
+        layer_ffn_fraction: [MoE layers] ``ffn_fraction`` of each layer.
+        z_loss: Router z-loss, mean over MoE layers, without its coefficient.
+        num_zeros: Gradient elements that are exactly zero.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
+
+    step: int
+    tokens: int
+    loss: Number
+    lr: Number
+    grad_norm: Number
+    step_time_s: Number
+    tokens_per_s: Number
+    balance_loss: Number
+    ffn_fraction: Number
+    ffn_per_token: Number
+    expert_share: list[Number]
+    max_ffn_load: Number
+    dropped_fraction: Number
+    a2a_bytes: int
+    valid_loss: float | None = None
+    layer_expert_share: list[list[Number]] | None = None
+    layer_ffn_fraction: list[Number] | None = None
+    z_loss: float | None = None
+    num_zeros: int | None = None
+
+    def to_json_line(self) -> str:
+        """One line of JSON with its line end; optional values that are None are left out."""
+        return self.model_dump_json(exclude_none=True) + "\n"
+
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    """Reads a run's ``metrics.jsonl``.
+
+    A last line that a killed run left unfinished is ignored. Where steps were run again after a
+    restart, the later records count.
+
+    Args:
+        path: The file.
+
+    Returns:
+        At least one record, steps strictly increasing.
+
+    Raises:
+        MetricsError: The file is missing, has no complete record, or a line is not a record.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MetricsError(
+            f"{path}: cannot be read ({error.strerror}); name the folder of a run that "
+            "`moepp train` has started"
+        ) from error
+    records = parse_metrics(content, str(path))
+    if not records:
+        raise MetricsError(
+            f"{path}: has no complete record yet; wait for the first logged step "
+            "(training.log_interval)"
+        )
+    return records
+
+
+def parse_metrics(content: bytes, source: str) -> list[StepMetrics]:
+    """Parses the bytes of a ``metrics.jsonl``; see ``read_metrics``.
+
+    Args:
+        content: The file's bytes, possibly none.
+        source: What to call the file in errors.
+
+    Raises:
+        MetricsError: A line other than an unfinished last one is not a record.
+    """
+    lines = content.split(b"\n")
+    records: list[StepMetrics] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = StepMetrics.model_validate_json(line)
+        except ValidationError as error:
+            # Only an interrupted write leaves bytes after the last line end.
+            if number == len(lines):
+                break
+            raise MetricsError(f"{source}:{number}: {_describe(error)}") from error
+        while records and records[-1].step >= record.step:
+            records.pop()
+        records.append(record)
+    return records
+
+
+def _describe(error: ValidationError) -> str:
+    """The first problem of a line, in one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    if not first["loc"]:
+        return f"is not a JSON object ({first['msg']}); remove the line"
+    key = ".".join(str(part) for part in first["loc"])
+    return f"{key}: {first['msg']}; every record needs the keys of StepMetrics"

@@ -1,0 +1,146 @@
+"""The page itself: numbers, plots and configuration put into the template."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import moepp_megatron
+from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.report import formatting
+from moepp_megatron.report.cards import Card, headline_cards
+from moepp_megatron.report.curves import curve_plots
+from moepp_megatron.report.drawing import plot_style
+from moepp_megatron.report.expert_plots import expert_plots
+from moepp_megatron.report.plot import Plot
+from moepp_megatron.report.run_data import ReportError, RunData, load_run
+from moepp_megatron.report.savings import compute_savings
+from moepp_megatron.report.savings_table import SavingsTable, savings_table
+from moepp_megatron.report.summary import Summary, summarize
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything that the template shows.
+
+    Attributes:
+        name: The run's name.
+        facts: Short descriptions of the run, such as its layout.
+        sentence: What the run found, in words.
+        cards: Headline numbers.
+        curves: Plots over steps.
+        experts: Plots over experts.
+        table: The comparison with the vanilla layer; None for a vanilla run.
+        config_text: The resolved configuration.
+        version: Version of this package.
+    """
+
+    name: str
+    facts: list[str]
+    sentence: str
+    cards: list[Card]
+    curves: list[Plot]
+    experts: list[Plot]
+    table: SavingsTable | None
+    config_text: str
+    version: str
+
+
+def build_report(folder: Path) -> Path:
+    """Writes ``report.html`` of a run from its ``config.yaml`` and ``metrics.jsonl``.
+
+    The page is ASCII, needs no other file and asks nothing of the network. The same inputs give
+    the same bytes.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ReportError: The run is missing, incomplete or inconsistent, or the page cannot be written.
+    """
+    html = render(load_run(folder))
+    path = folder / "report.html"
+    try:
+        write_atomic(path, html.encode("ascii", "xmlcharrefreplace"))
+    except OSError as error:
+        raise ReportError(
+            f"{path}: cannot be written ({error.strerror}); make the run's folder writable"
+        ) from error
+    return path
+
+
+def render(run: RunData) -> str:
+    """The page's HTML."""
+    summary = summarize(run)
+    savings = compute_savings(run.config, summary)
+    has_savings = run.config.experts.zero_computation > 0
+    with plot_style():
+        curves, experts = curve_plots(run), expert_plots(run)
+    page = Page(
+        name=run.config.run.name,
+        facts=_facts(run),
+        sentence=_sentence(run, summary),
+        cards=headline_cards(run, summary, savings),
+        curves=curves,
+        experts=experts,
+        table=savings_table(run, summary, savings) if has_savings else None,
+        config_text=run.config_text,
+        version=moepp_megatron.__version__,
+    )
+    environment = Environment(
+        loader=PackageLoader("moepp_megatron.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(page=page)
+
+
+def _facts(run: RunData) -> list[str]:
+    config = run.config
+    experts, parallel = config.experts, config.parallel
+    counts = [f"{experts.ffn} FFN"]
+    counts += [
+        f"{n} {kind}"
+        for kind, n in (
+            ("constant", experts.constant),
+            ("copy", experts.copy),
+            ("zero", experts.zero),
+        )
+        if n
+    ]
+    layout = (
+        f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
+        f"EP {parallel.expert_model_parallel_size}, CP {parallel.context_parallel_size}"
+    )
+    precision = config.precision.dtype + (
+        f" with {config.precision.fp8} fp8" if config.precision.fp8 else ""
+    )
+    return [
+        f"{config.model.num_layers} layers, {len(config.moe_layers)} of them MoE",
+        f"hidden {config.model.hidden_size}, expert FFN {config.expert_ffn_hidden_size}",
+        f"{' + '.join(counts)} experts, top-{config.moe.router_topk}, tau {config.moe.tau:g}",
+        layout,
+        precision,
+        f"batch {config.training.global_batch_size} x {config.model.seq_length} tokens",
+    ]
+
+
+def _sentence(run: RunData, summary: Summary) -> str:
+    planned = run.config.training.train_iters
+    done = f"{summary.last_step:,} of {planned:,} steps are done."
+    if run.config.experts.zero_computation == 0:
+        kind = "megatron-core's vanilla MoE layer" if run.config.is_vanilla else "FFN experts only"
+        return (
+            f"{done} This run has {kind}: every selection goes to an FFN expert, so there is "
+            "nothing to save and nothing to compare with."
+        )
+    return (
+        f"{done} {formatting.percent(summary.ffn_fraction)} of all expert selections went to FFN "
+        f"experts (perfect balance: {formatting.percent(summary.phi)}); the others took "
+        "zero-computation experts and skipped the FFN and the all-to-all."
+    )

@@ -1,0 +1,22 @@
+"""One plot of the page, or the sentence that stands in its place."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A titled picture with its text.
+
+    Attributes:
+        title: Heading.
+        caption: What is seen and how it is computed.
+        image: ``data:`` address of the picture; None if there is nothing to draw.
+        alt: The picture in words; without a picture, why there is none.
+        wide: Takes the whole width of the page.
+    """
+
+    title: str
+    caption: str
+    image: str | None
+    alt: str
+    wide: bool = False

@@ -1,0 +1,191 @@
+"""What a report is made of: a run's resolved configuration and its records."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
+
+
+class ReportError(ValueError):
+    """A run that no report can be made of; the message is one line, the exit code 2."""
+
+    exit_code = 2
+
+
+class RunSection(BaseModel):
+    """What the report needs of ``run:``."""
+
+    name: str = "moepp"
+
+
+class ModelSection(BaseModel):
+    """What the report needs of ``model:``."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    vocab_size: int
+    seq_length: int
+
+
+class MoESection(BaseModel):
+    """What the report needs of ``moe:``."""
+
+    num_ffn_experts: int
+    num_constant_experts: int = 0
+    num_copy_experts: int = 0
+    num_zero_experts: int = 0
+    router_topk: int
+    tau: float
+    gating_residual: bool
+    two_layer_gate: bool = False
+    layer_freq: int | list[int] = 1
+    ffn_hidden_size: int | None = None
+
+
+class ParallelSection(BaseModel):
+    """What the report needs of ``parallel:``."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+
+
+class PrecisionSection(BaseModel):
+    """What the report needs of ``precision:``."""
+
+    dtype: str = "fp32"
+    fp8: str | None = None
+
+
+class TrainingSection(BaseModel):
+    """What the report needs of ``training:``."""
+
+    train_iters: int
+    global_batch_size: int
+
+
+class RunConfig(BaseModel):
+    """The part of a resolved ``config.yaml`` that the report reads.
+
+    A reader of its own, so that a run made by another version of the schema keeps its report.
+    """
+
+    run: RunSection
+    model: ModelSection
+    moe: MoESection
+    parallel: ParallelSection
+    precision: PrecisionSection
+    training: TrainingSection
+
+    @property
+    def experts(self) -> ExpertCounts:
+        """Experts of one MoE layer, by kind."""
+        moe = self.moe
+        return ExpertCounts(
+            moe.num_ffn_experts,
+            moe.num_constant_experts,
+            moe.num_copy_experts,
+            moe.num_zero_experts,
+        )
+
+    @property
+    def phi(self) -> float:
+        """FFN share of all selections under perfect balance."""
+        return self.experts.ffn_share(self.moe.tau)
+
+    @property
+    def is_vanilla(self) -> bool:
+        """Whether the layer is megatron-core's own: no zero-computation expert, no residual."""
+        return self.experts.zero_computation == 0 and not self.moe.gating_residual
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Hidden width of one FFN expert."""
+        return self.moe.ffn_hidden_size or self.model.ffn_hidden_size
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Transformer layers, counted from 1, that are MoE layers (megatron's moe_layer_freq)."""
+        frequency = self.moe.layer_freq
+        if isinstance(frequency, int):
+            pattern = [int(i % frequency == 0) for i in range(self.model.num_layers)]
+        else:
+            pattern = frequency
+        return [i for i, is_moe in enumerate(pattern, start=1) if is_moe]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run as read from its folder.
+
+    Attributes:
+        folder: The run's folder.
+        config: The configuration the report computes with.
+        config_text: ``config.yaml`` as it stands.
+        records: At least one record, steps strictly increasing.
+    """
+
+    folder: Path
+    config: RunConfig
+    config_text: str
+    records: list[StepMetrics]
+
+
+def load_run(folder: Path) -> RunData:
+    """Reads a run's ``config.yaml`` and ``metrics.jsonl``.
+
+    Raises:
+        ReportError: The folder or a file is missing, unreadable, or they do not fit together.
+    """
+    if not folder.is_dir():
+        raise ReportError(
+            f"{folder}: is not a folder; name the folder of a run that `moepp train` has started"
+        )
+    config, text = _read_config(folder / "config.yaml")
+    try:
+        records = read_metrics(folder / "metrics.jsonl")
+    except MetricsError as error:
+        raise ReportError(str(error)) from error
+    _check_fit(config, records, folder)
+    return RunData(folder, config, text, records)
+
+
+def _read_config(path: Path) -> tuple[RunConfig, str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ReportError(
+            f"{path}: cannot be read ({reason}); `moepp train` writes it into the run's folder"
+        ) from error
+    try:
+        return RunConfig.model_validate(yaml.safe_load(text)), text
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ReportError(f"{path}: is not YAML ({reason}); restore the run's own file") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ReportError(
+            f"{path}: {key}: {first['msg']}; restore the resolved configuration of the run"
+        ) from error
+
+
+def _check_fit(config: RunConfig, records: list[StepMetrics], folder: Path) -> None:
+    """Every share over experts must have one entry for each expert of the configuration."""
+    expected = config.experts.total
+    for record in records:
+        rows = [record.expert_share, *(record.layer_expert_share or ())]
+        for row in rows:
+            if row and len(row) != expected:
+                raise ReportError(
+                    f"{folder / 'metrics.jsonl'}: expert shares of step {record.step} have "
+                    f"{len(row)} entries but config.yaml describes {expected} experts; "
+                    "use the configuration that the run was made with"
+                )

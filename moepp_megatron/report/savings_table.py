@@ -1,0 +1,142 @@
+"""The table that sets a run against the vanilla layer of the same size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moepp_megatron.report import formatting
+from moepp_megatron.report.run_data import RunData
+from moepp_megatron.report.savings import Savings
+from moepp_megatron.report.summary import Summary
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a quantity of the vanilla layer, of this run, and what was saved.
+
+    Attributes:
+        name: The quantity.
+        how: How it is computed.
+        vanilla: Formatted value of the vanilla layer.
+        measured: Formatted value of this run.
+        saved: The difference as a share of the vanilla value.
+        strong: A sum or a result.
+    """
+
+    name: str
+    how: str
+    vanilla: str
+    measured: str
+    saved: str
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class SavingsTable:
+    """Rows and the sentences below them."""
+
+    rows: list[Row]
+    notes: list[str]
+
+
+def savings_table(run: RunData, summary: Summary, savings: Savings) -> SavingsTable:
+    """The comparison, for a layer that has zero-computation experts."""
+    rows = [*_work_rows(run, savings), *_traffic_rows(run, summary, savings)]
+    notes = [
+        f"The vanilla layer has the same {run.config.experts.ffn} FFN experts and the same "
+        f"K = {run.config.moe.router_topk}, all of which are FFN experts. Work is that of one "
+        f"token, forward, in all {len(run.config.moe_layers)} MoE layers; the backward pass of "
+        "the experts costs twice as much on both sides. The FFN share is the mean over the run, "
+        f"{formatting.percent(summary.ffn_fraction)}.",
+        f"{formatting.number(savings.speed_limit, 2)} = 1 / FFN share is the most that the expert "
+        "computation can gain in speed. It is a limit, not a measurement.",
+    ]
+    if summary.dropped_fraction > 0:
+        notes.append(
+            f"A capacity limit dropped {formatting.percent(summary.dropped_fraction)} of the "
+            "selections; what that saved is not counted here, on either side."
+        )
+    return SavingsTable(rows, notes)
+
+
+def _work_rows(run: RunData, savings: Savings) -> list[Row]:
+    vanilla, measured = savings.vanilla, savings.measured
+    config = run.config
+    gate = "2 x 8E (D + E)" if config.moe.two_layer_gate else "2 D E"
+    residual = ", and 2 E^2 for the gating residual" if config.moe.gating_residual else ""
+    constants = config.experts.constant
+    return [
+        Row(
+            "FFN experts a token takes",
+            "K; K x FFN share",
+            formatting.number(vanilla.experts_per_token, 2),
+            formatting.number(measured.experts_per_token, 2),
+            formatting.percent(savings.expert_work_saved),
+        ),
+        _difference(
+            "FFN expert work",
+            "6 D H for each FFN expert taken: three matrices of a gated expert, 2 FLOP a weight",
+            vanilla.ffn,
+            measured.ffn,
+            formatting.flops,
+        ),
+        _difference(
+            "Router work",
+            f"2 D F of vanilla; {gate}{residual} here",
+            vanilla.router,
+            measured.router,
+            formatting.flops,
+        ),
+        _difference(
+            "Zero-computation experts",
+            f"2 D + 6 D x {constants} constant experts, as if every token took them",
+            0.0,
+            measured.zero_computation,
+            formatting.flops,
+        ),
+        _difference(
+            "All of the layer's work",
+            "sum of the three",
+            vanilla.total,
+            measured.total,
+            formatting.flops,
+            strong=True,
+        ),
+    ]
+
+
+def _traffic_rows(run: RunData, summary: Summary, savings: Savings) -> list[Row]:
+    steps = summary.last_step
+    if not savings.a2a_bytes or savings.vanilla_a2a_bytes is None:
+        reason = "no hidden vector left its rank in this run"
+        return [Row("All-to-all bytes", reason, "none", "none", "none")]
+    how = "forward, all ranks and MoE layers; vanilla: measured / FFN share, in the same layout"
+    return [
+        _difference(
+            "All-to-all bytes a step",
+            how,
+            savings.vanilla_a2a_bytes / steps,
+            savings.a2a_bytes / steps,
+            formatting.data_size,
+        ),
+        _difference(
+            "All-to-all bytes of the run",
+            f"mean of the records x {steps:,} steps",
+            savings.vanilla_a2a_bytes,
+            savings.a2a_bytes,
+            formatting.data_size,
+            strong=True,
+        ),
+    ]
+
+
+def _difference(
+    name: str,
+    how: str,
+    vanilla: float,
+    measured: float,
+    show: Callable[[float], str],
+    *,
+    strong: bool = False,
+) -> Row:
+    saved = formatting.percent(1.0 - measured / vanilla) if vanilla > 0 else "added"
+    return Row(name, how, show(vanilla), show(measured), saved, strong)
