@@ -1,0 +1,88 @@
+"""Writes the Megatron indexed dataset: documents tokenized in reading order, stored shuffled."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepp_megatron.data.encoding import EncodedPiece, token_dtype
+from moepp_megatron.data.manifest import CORPUS, SourceSummary
+from moepp_megatron.data.sources import Source
+
+
+@dataclass(frozen=True)
+class SpooledCorpus:
+    """Tokens in reading order, in a temporary file.
+
+    Attributes:
+        path: the ids, one document after the other, each ending with EOD.
+        dtype: of the ids.
+        lengths: [documents] int64, tokens of each document.
+        sources: one summary a source.
+        skipped: documents left out, by reason.
+    """
+
+    path: Path
+    dtype: type[np.uint16] | type[np.int32]
+    lengths: NDArray[np.int64]
+    sources: list[SourceSummary]
+    skipped: Counter[str]
+
+
+def spool_corpus(
+    pieces: Iterable[EncodedPiece], sources: Sequence[Source], vocab_size: int, path: Path
+) -> SpooledCorpus:
+    """Append every piece to a file, so that memory holds the lengths only."""
+    dtype = token_dtype(vocab_size)
+    lengths: list[NDArray[np.int64]] = []
+    documents: Counter[int] = Counter()
+    tokens: Counter[int] = Counter()
+    skipped: list[Counter[str]] = [Counter() for _ in sources]
+    with path.open("wb") as stream:
+        for encoded in pieces:
+            stream.write(encoded.tokens.astype(dtype, copy=False).tobytes())
+            lengths.append(encoded.lengths)
+            documents[encoded.piece.source] += len(encoded.lengths)
+            tokens[encoded.piece.source] += len(encoded.tokens)
+            skipped[encoded.piece.source] += encoded.skipped
+    summaries = [
+        SourceSummary(
+            name=source.name,
+            files=len(source.files),
+            bytes=source.size,
+            documents=documents[index],
+            skipped=skipped[index].total(),
+            tokens=tokens[index],
+        )
+        for index, source in enumerate(sources)
+    ]
+    all_skipped = sum(skipped, Counter[str]())
+    return SpooledCorpus(path, dtype, np.concatenate(lengths), summaries, all_skipped)
+
+
+def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> None:
+    """Write `folder/corpus.bin` and `folder/corpus.idx` with megatron-core's builder.
+
+    Megatron splits train, validation and test by position, so documents are shuffled once, here:
+    in reading order the validation split would be the last files of the last source.
+
+    Args:
+        spooled: the tokens in reading order.
+        folder: where to.
+        seed: of the shuffle.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    tokens = np.memmap(spooled.path, dtype=spooled.dtype, mode="r")
+    ends = np.cumsum(spooled.lengths)
+    # RandomState, because NumPy promises its stream across versions; default_rng's may change.
+    order = np.random.RandomState(seed).permutation(len(ends))
+    builder = IndexedDatasetBuilder(str(folder / f"{CORPUS}.bin"), dtype=spooled.dtype)
+    for document in order:
+        length = int(spooled.lengths[document])
+        end = int(ends[document])
+        builder.add_document(tokens[end - length : end], [length])
+    builder.finalize(str(folder / f"{CORPUS}.idx"))

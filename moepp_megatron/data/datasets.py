@@ -1,0 +1,142 @@
+"""A prepared folder as megatron-core GPT datasets: train, validation, test."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.manifest import CACHE, CORPUS, Manifest
+from moepp_megatron.data.tokenizer import Tokenizer
+
+Datasets = tuple[GPTDataset | None, GPTDataset | None, GPTDataset | None]
+
+_SPLITS = ("train", "validation", "test")
+
+
+def build_datasets(
+    data_path: Path,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    split: str,
+    seed: int,
+    num_samples: tuple[int, int, int],
+    *,
+    reset_position_ids: bool = False,
+    reset_attention_mask: bool = False,
+    eod_mask_loss: bool = False,
+    cache_dir: Path | None = None,
+) -> Datasets:
+    """Open a prepared folder. With torch.distributed every rank must call this.
+
+    A sample is `sequence_length` consecutive tokens of the shuffled documents, each of which ends
+    with EOD, and the same shifted by one as labels. A split too small for its number of samples
+    is repeated, reshuffled. Rank 0 computes the sample indices, the others wait and read them,
+    so all ranks must see the same `cache_dir`.
+
+    Args:
+        data_path: folder written by `moepp data prepare`.
+        tokenizer: the folder's, or one with the same ids.
+        sequence_length: tokens of a sample.
+        split: weights of train, validation and test by documents, such as "98,2,0".
+        seed: of the order of samples.
+        num_samples: how many samples each split must have at least.
+        reset_position_ids: positions start at 0 after every EOD.
+        reset_attention_mask: no attention across EOD. Only then a sample has an `attention_mask`,
+            bool [1, s, s], True where attention is forbidden: it is large.
+        eod_mask_loss: no loss where the input is EOD.
+        cache_dir: for the sample indices; by default `data_path/cache`.
+
+    Returns:
+        Train, validation and test; None for one whose weight is 0.
+
+    Raises:
+        ConfigError: no dataset there, another tokenizer, or a split that cannot be made.
+    """
+    manifest = load_manifest(data_path)
+    _check_tokenizer(tokenizer, manifest, data_path)
+    if sequence_length < 1:
+        raise ConfigError(f"model.seq_length ({sequence_length}) must be at least 1; use 2048")
+    check_split(split, manifest.documents)
+    # By content, so that a cache outside the folder survives a replaced dataset.
+    cache = (cache_dir or data_path / CACHE) / manifest.identity[:16]
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=sequence_length,
+        blend=([str((data_path / CORPUS).resolve())], None),
+        split=split,
+        path_to_cache=str(cache.resolve()),
+        tokenizer=tokenizer,
+        reset_position_ids=reset_position_ids,
+        reset_attention_mask=reset_attention_mask,
+        eod_mask_loss=eod_mask_loss,
+        create_attention_mask=reset_attention_mask,
+    )
+    builder = BlendedMegatronDatasetBuilder(
+        GPTDataset, list(num_samples), is_built_on_rank=lambda: True, config=config
+    )
+    train, validation, test = builder.build()
+    return train, validation, test
+
+
+def load_manifest(data_path: Path) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Raises:
+        ConfigError: no complete dataset there.
+    """
+    remedy = f"run: moepp data prepare SOURCE... --out {data_path}"
+    try:
+        manifest = Manifest.read(data_path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.path ({data_path}) must be a prepared folder; {remedy}") from error
+    if not manifest.is_intact(data_path):
+        raise ConfigError(f"data.path ({data_path}) is damaged; {remedy} --force")
+    return manifest
+
+
+def check_split(split: str, documents: int) -> None:
+    """Check that a split string is three weights and leaves no wanted split without a document.
+
+    megatron-core would ignore a minus sign, and loop for ever over a split without documents.
+
+    Raises:
+        ConfigError: it is not, or it does.
+    """
+    number = r"\s*(\d+\.?\d*|\.\d+)\s*"
+    weights = [float(word) for word in split.split(",") if re.fullmatch(number, word)]
+    if len(weights) != len(_SPLITS) or split.count(",") != 2 or sum(weights) <= 0:
+        raise ConfigError(
+            f"data.split ({split}) must be three weights for train, validation and test; use 98,2,0"
+        )
+    for name, bounds in zip(_SPLITS, _document_ranges(split, documents), strict=True):
+        if bounds is not None and bounds[0] == bounds[1]:
+            raise ConfigError(
+                f"data.split ({split}) gives {name} none of the {documents} documents; give it "
+                "more weight, or 0, or prepare the text as more files or records"
+            )
+
+
+def _document_ranges(split: str, documents: int) -> Sequence[tuple[int, int] | None]:
+    # As BlendedMegatronDatasetBuilder._build_megatron_dataset_splits rounds them.
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    return [
+        None if bounds is None else (round(bounds[0] * documents), round(bounds[1] * documents))
+        for bounds in matrix
+    ]
+
+
+def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, data_path: Path) -> None:
+    there = (manifest.vocab_size, manifest.eod_id)
+    if (tokenizer.vocab_size, tokenizer.eod) != there:
+        raise ConfigError(
+            f"data.tokenizer ({tokenizer.vocab_size} tokens, EOD {tokenizer.eod}) must be the one "
+            f"data.path ({data_path}) was prepared with ({there[0]} tokens, EOD {there[1]}); "
+            "leave data.tokenizer out"
+        )

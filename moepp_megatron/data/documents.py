@@ -1,0 +1,208 @@
+"""Documents out of source files, in pieces small enough to spread over processes.
+
+How files are cut into pieces depends on the files alone, never on the number of workers, so the
+order of documents does not either.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.sources import Format, Source, SourceFile
+
+PIECE_BYTES = 256 * 1024
+
+EMPTY = "empty"
+NOT_TEXT = "not UTF-8 text"
+NOT_JSON = "not a JSON object"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a file: bytes [start, end) of text and JSONL, row groups [start, end) of parquet.
+
+    A JSONL record belongs to the part in which its line starts.
+    """
+
+    path: Path
+    format: Format
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one worker reads at a time.
+
+    Attributes:
+        source: index of the source it belongs to.
+        parts: the files or parts of files, in order.
+        size: bytes, for progress and sampling.
+    """
+
+    source: int
+    parts: tuple[Part, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A document that cannot be used, and why."""
+
+    reason: str
+
+
+def plan_pieces(sources: Sequence[Source], text_key: str) -> list[Piece]:
+    """Cut all sources into pieces, in reading order.
+
+    Args:
+        sources: the resolved sources.
+        text_key: the parquet column that must exist.
+
+    Raises:
+        ConfigError: a parquet file that is damaged, lacks the column, or pyarrow is absent.
+    """
+    pieces: list[Piece] = []
+    for index, source in enumerate(sources):
+        pending: list[Part] = []
+        pending_size = 0
+        for file in source.files:
+            for part, size in _parts(file, text_key):
+                if pending and pending_size + size > PIECE_BYTES:
+                    pieces.append(Piece(index, tuple(pending), pending_size))
+                    pending, pending_size = [], 0
+                pending.append(part)
+                pending_size += size
+        pieces.append(Piece(index, tuple(pending), pending_size))
+    return pieces
+
+
+def _parts(file: SourceFile, text_key: str) -> Iterator[tuple[Part, int]]:
+    if file.format == "jsonl":
+        for start in range(0, file.size, PIECE_BYTES):
+            end = min(start + PIECE_BYTES, file.size)
+            yield Part(file.path, "jsonl", start, end), end - start
+    elif file.format == "parquet":
+        with _open_parquet(file.path) as parquet:
+            if text_key not in parquet.schema_arrow.names:
+                raise ConfigError(
+                    f"source {file.path} has no column {text_key}; set --text-key to one of: "
+                    + ", ".join(parquet.schema_arrow.names)
+                )
+            groups = parquet.num_row_groups
+            for group in range(groups):
+                yield Part(file.path, "parquet", group, group + 1), file.size // groups
+    else:
+        yield Part(file.path, "text", 0, file.size), file.size
+
+
+def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
+    """Yield every document of a piece, or why it is skipped.
+
+    Args:
+        piece: from `plan_pieces`.
+        text_key: JSONL key and parquet column that hold the text.
+    """
+    readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+    for part in piece.parts:
+        yield from readers[part.format](part, text_key)
+
+
+def check_usable(sources: Sequence[Source], pieces: Sequence[Piece], text_key: str) -> None:
+    """Read every source up to its first usable document, before hours go into the others.
+
+    Raises:
+        ConfigError: a source without a single usable document.
+    """
+    for index, source in enumerate(sources):
+        skipped: Counter[str] = Counter()
+        own = (piece for piece in pieces if piece.source == index)
+        for document in (document for piece in own for document in read_piece(piece, text_key)):
+            if not isinstance(document, Skipped):
+                break
+            skipped[document.reason] += 1
+        else:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
+            raise ConfigError(
+                f"source {source.name} has no usable document ({reasons or 'no records'}); "
+                "name UTF-8 text, JSONL or parquet, and the right --text-key"
+            )
+
+
+def _usable(text: str) -> str | Skipped:
+    return text if text.strip() else Skipped(EMPTY)
+
+
+def _read_text(part: Part, text_key: str) -> Iterator[str | Skipped]:
+    data = part.path.read_bytes()
+    if b"\0" in data:
+        yield Skipped(NOT_TEXT)
+        return
+    try:
+        # A byte order mark is no part of the text.
+        yield _usable(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        yield Skipped(NOT_TEXT)
+
+
+def _read_jsonl(part: Part, text_key: str) -> Iterator[str | Skipped]:
+    with part.path.open("rb") as stream:
+        if part.start:
+            # From one byte before: where a line starts exactly at `start` this drops only "\n".
+            stream.seek(part.start - 1)
+            stream.readline()
+        while stream.tell() < part.end:
+            line = stream.readline()
+            if line.strip():
+                yield _record_text(line, text_key)
+
+
+def _record_text(line: bytes, text_key: str) -> str | Skipped:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Skipped(NOT_TEXT)
+    except (ValueError, RecursionError):
+        return Skipped(NOT_JSON)
+    if not isinstance(record, dict):
+        return Skipped(NOT_JSON)
+    text = record.get(text_key)
+    if not isinstance(text, str):
+        return Skipped(f"no text under the key {text_key}")
+    try:
+        # JSON can spell half a surrogate pair, which no UTF-8 text contains.
+        text.encode()
+    except UnicodeEncodeError:
+        return Skipped(NOT_TEXT)
+    return _usable(text)
+
+
+def _read_parquet(part: Part, text_key: str) -> Iterator[str | Skipped]:
+    with _open_parquet(part.path) as parquet:
+        groups = list(range(part.start, part.end))
+        for batch in parquet.iter_batches(256, row_groups=groups, columns=[text_key]):
+            for value in batch.column(0).to_pylist():
+                if value is None:
+                    yield Skipped(EMPTY)
+                elif isinstance(value, str):
+                    yield _usable(value)
+                else:
+                    yield Skipped(f"no text in the column {text_key}")
+
+
+def _open_parquet(path: Path) -> Any:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ConfigError(
+            f"source {path} is parquet, which needs pyarrow; install it with: pip install pyarrow"
+        ) from error
+    try:
+        return ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"source {path} is no readable parquet file ({error})") from error

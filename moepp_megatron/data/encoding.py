@@ -1,0 +1,147 @@
+"""Documents to token ids, over several processes, in an order that does not depend on how many."""
+
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepp_megatron.data.documents import Piece, Skipped, read_piece
+from moepp_megatron.data.tokenizer import Tokenizer
+
+# In flight per worker: enough to keep it busy while this process is, little enough for memory.
+_BYTES_AHEAD = 16 * 1024 * 1024
+_PIECES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class EncodedPiece:
+    """The documents of one piece.
+
+    Attributes:
+        piece: where they come from.
+        tokens: [n] uint16 or int32, the documents one after the other, each ending with EOD.
+        lengths: [documents] int64, tokens of each document, EOD included.
+        skipped: documents left out, by reason.
+    """
+
+    piece: Piece
+    tokens: NDArray[np.generic]
+    lengths: NDArray[np.int64]
+    skipped: Counter[str]
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """The smaller integer that holds every id, by the rule of megatron-core's `DType`.
+
+    The rule is repeated here because importing it imports torch, in every worker.
+    """
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+def encode_piece(piece: Piece, tokenizer: Tokenizer, text_key: str) -> EncodedPiece:
+    """Read and tokenize one piece."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    encoded: list[NDArray[np.generic]] = []
+    skipped: Counter[str] = Counter()
+    for document in read_piece(piece, text_key):
+        if isinstance(document, Skipped):
+            skipped[document.reason] += 1
+        else:
+            encoded.append(np.array([*tokenizer.encode(document), tokenizer.eod], dtype=dtype))
+    return EncodedPiece(
+        piece=piece,
+        tokens=np.concatenate(encoded) if encoded else np.empty(0, dtype),
+        lengths=np.array([len(ids) for ids in encoded], dtype=np.int64),
+        skipped=skipped,
+    )
+
+
+def encode_pieces(
+    pieces: Sequence[Piece],
+    tokenizer_file: Path,
+    eod_token: str,
+    text_key: str,
+    workers: int,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Iterator[EncodedPiece]:
+    """Tokenize all pieces; results come in the order of the pieces.
+
+    Args:
+        pieces: from `plan_pieces`.
+        tokenizer_file: what every worker loads.
+        eod_token: its end-of-document token.
+        text_key: JSONL key and parquet column that hold the text.
+        workers: processes; with 1 the work is done in this one.
+        meanwhile: called once, after the workers have been given something to do.
+    """
+    workers = min(workers, len(pieces))
+    if workers <= 1:
+        meanwhile()
+        tokenizer = Tokenizer.load(tokenizer_file, eod_token)
+        yield from (encode_piece(piece, tokenizer, text_key) for piece in pieces)
+        return
+    # Spawn, not fork: training the tokenizer has left threads in this process, and a forked
+    # child can inherit a lock that one of them holds. A spawned one imports no torch either.
+    executor = ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer_file, eod_token, text_key),
+    )
+    try:
+        yield from _in_order(executor, pieces, workers, meanwhile)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    executor: ProcessPoolExecutor,
+    pieces: Iterable[Piece],
+    workers: int,
+    meanwhile: Callable[[], object],
+) -> Iterator[EncodedPiece]:
+    remaining = deque(pieces)
+    waiting: deque[tuple[Piece, Future[EncodedPiece]]] = deque()
+    size_ahead = 0
+
+    def refill() -> None:
+        nonlocal size_ahead
+        while remaining and (
+            len(waiting) < _PIECES_AHEAD * workers or size_ahead < _BYTES_AHEAD * workers
+        ):
+            piece = remaining.popleft()
+            waiting.append((piece, executor.submit(_work, piece)))
+            size_ahead += piece.size
+
+    refill()
+    meanwhile()
+    while waiting:
+        piece, encoded = waiting.popleft()
+        yield encoded.result()
+        size_ahead -= piece.size
+        refill()
+
+
+_worker_state: tuple[Tokenizer, str] | None = None
+
+
+def _start_worker(tokenizer_file: Path, eod_token: str, text_key: str) -> None:
+    global _worker_state
+    # The parent stops the workers; Ctrl-C would print a traceback from each of them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One thread a worker: the processes are the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_state = Tokenizer.load(tokenizer_file, eod_token), text_key
+
+
+def _work(piece: Piece) -> EncodedPiece:
+    assert _worker_state is not None, "_start_worker runs first in every worker"
+    tokenizer, text_key = _worker_state
+    return encode_piece(piece, tokenizer, text_key)

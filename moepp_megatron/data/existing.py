@@ -1,0 +1,75 @@
+"""What to do about an output folder that is already there."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.manifest import CACHE, CORPUS, NAME, TOKENIZER, Inputs, Manifest
+
+_OURS = frozenset({NAME, TOKENIZER, f"{CORPUS}.bin", f"{CORPUS}.idx", CACHE})
+
+
+def find_reusable(
+    out: Path,
+    settings: dict[str, str | int | None],
+    stat_sha256: str,
+    content_sha256: Callable[[], str],
+    force: bool,
+) -> Manifest | None:
+    """Whether `out` already holds what is asked for.
+
+    Args:
+        out: the output folder.
+        settings: what is asked for now.
+        stat_sha256: `stat_fingerprint` of the sources.
+        content_sha256: gives `content_fingerprint`; called only if modification times differ.
+        force: replace a dataset that differs, or even one that does not.
+
+    Returns:
+        The manifest if the folder can be used as it is, None if it must be written.
+
+    Raises:
+        ConfigError: something is there that must not be overwritten.
+    """
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise ConfigError(f"--out ({out}) must be a folder, but is a file; choose another")
+    names = {path.name for path in out.iterdir()}
+    # Never remove what this command has not written, not even with --force.
+    if names and (NAME not in names or names - _OURS):
+        stranger = min(names - _OURS or names)
+        raise ConfigError(
+            f"--out ({out}) must be a new or empty folder, or one written by this command, but "
+            f"holds {stranger}; choose another"
+        )
+    if not names or force:
+        return None
+    manifest, difference = _compare(out, settings, stat_sha256, content_sha256)
+    if difference:
+        raise ConfigError(
+            f"--out ({out}) already holds another dataset ({difference}); "
+            "pass --force to replace it or choose another folder"
+        )
+    return manifest
+
+
+def _compare(
+    out: Path,
+    settings: dict[str, str | int | None],
+    stat_sha256: str,
+    content_sha256: Callable[[], str],
+) -> tuple[Manifest | None, str]:
+    try:
+        manifest = Manifest.read(out)
+    except ValueError as error:
+        return None, f"its manifest is unusable: {error}"
+    if not manifest.is_intact(out):
+        return None, "it is damaged: files are missing or cut short"
+    there: Inputs = manifest.inputs
+    for name, value in settings.items():
+        if there.settings.get(name) != value:
+            return None, f"{name} is {there.settings.get(name)}, not {value}"
+    if there.stat_sha256 != stat_sha256 and there.content_sha256 != content_sha256():
+        return None, "the sources differ"
+    return manifest, ""

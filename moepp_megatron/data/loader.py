@@ -1,0 +1,126 @@
+"""Micro-batches in an order that depends on nothing but the number of samples consumed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+Batch = dict[str, torch.Tensor]
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """Sample indices of the micro-batches of one data-parallel rank.
+
+    Micro-batch m of rank r in the global batch that starts at sample S holds the samples
+    `S + (m * dp_size + r) * micro_batch_size + [0, micro_batch_size)`: the order of Megatron-LM's
+    `MegatronPretrainingSampler`. All ranks together thus read the same samples in the same order
+    whatever `dp_size` is. A last global batch that would be incomplete is left out.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        consumed_samples: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        global_batch_size: int,
+    ) -> None:
+        """Set up the sampler.
+
+        Args:
+            num_samples: length of the dataset.
+            consumed_samples: where to start: samples consumed by all ranks so far.
+            micro_batch_size: samples of a micro-batch.
+            dp_rank: this rank within the data-parallel group.
+            dp_size: size of that group.
+            global_batch_size: samples of an optimizer step over all ranks.
+
+        Raises:
+            ValueError: numbers that do not fit together.
+        """
+        if min(micro_batch_size, dp_size, global_batch_size) < 1 or consumed_samples < 0:
+            raise ValueError(
+                f"micro_batch_size ({micro_batch_size}), dp_size ({dp_size}) and global_batch_size "
+                f"({global_batch_size}) must be at least 1, consumed_samples ({consumed_samples}) "
+                "at least 0"
+            )
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"dp_rank ({dp_rank}) must be in [0, dp_size) with dp_size {dp_size}")
+        if global_batch_size % (micro_batch_size * dp_size):
+            raise ValueError(
+                f"global_batch_size ({global_batch_size}) must be divisible by micro_batch_size "
+                f"times dp_size ({micro_batch_size} * {dp_size})"
+            )
+        self._num_global_batches = max(num_samples - consumed_samples, 0) // global_batch_size
+        self._consumed_samples = consumed_samples
+        self._micro_batch_size = micro_batch_size
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+        self._num_micro_batches = global_batch_size // (micro_batch_size * dp_size)
+
+    def __len__(self) -> int:
+        """Number of micro-batches."""
+        return self._num_global_batches * self._num_micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the sample indices of each micro-batch."""
+        stride = self._micro_batch_size * self._dp_size
+        first = self._consumed_samples + self._dp_rank * self._micro_batch_size
+        for index in range(len(self)):
+            start = first + index * stride
+            yield list(range(start, start + self._micro_batch_size))
+
+
+def batches(
+    dataset: "Dataset[Any]",
+    consumed_samples: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    global_batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Iterate over the micro-batches of one data-parallel rank.
+
+    `global_batch_size / (micro_batch_size * dp_size)` consecutive ones form an optimizer step.
+
+    Args:
+        dataset: from `build_datasets`.
+        consumed_samples: samples consumed by all ranks so far; iteration goes on right after.
+        micro_batch_size: samples of a micro-batch.
+        dp_rank: this rank within the data-parallel group.
+        dp_size: size of that group.
+        global_batch_size: samples of an optimizer step over all ranks.
+        num_workers: processes that read ahead; 0 reads in this one. The order is the same.
+        pin_memory: put the batches into pinned memory (needs a GPU).
+
+    Yields:
+        `tokens`, `labels`, `position_ids`: int64 [b, s]; `loss_mask`: float32 [b, s]; all on the
+        CPU; with `reset_attention_mask` also `attention_mask`: bool [b, 1, s, s], True = forbidden.
+        It ends before a global batch the dataset cannot fill.
+
+    Raises:
+        ValueError: numbers that do not fit together.
+    """
+    sampler = MicroBatchSampler(
+        len(dataset),  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
+        consumed_samples,
+        micro_batch_size,
+        dp_rank,
+        dp_size,
+        global_batch_size,
+    )
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            # Without its own, every iterator would draw a number from the global generator, and
+            # an evaluation or a resume would change dropout and initialization after it.
+            generator=torch.Generator(),
+        )
+    )

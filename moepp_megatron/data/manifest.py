@@ -1,0 +1,122 @@
+"""`manifest.json`: what a prepared folder holds and what it was made from."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+TOKENIZER = "tokenizer.json"
+CORPUS = "corpus"
+CACHE = "cache"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSummary:
+    """One source.
+
+    Attributes:
+        name: as the user gave it.
+        files: number of files.
+        bytes: their size.
+        documents: documents kept.
+        skipped: documents left out.
+        tokens: tokens of the documents kept, EOD included.
+    """
+
+    name: str
+    files: int
+    bytes: int
+    documents: int
+    skipped: int
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What decides the bytes of a prepared folder.
+
+    Attributes:
+        settings: every setting but the number of workers, which changes nothing.
+        content_sha256: over names and contents of the source files.
+        stat_sha256: over names, sizes and modification times, to find out without reading.
+    """
+
+    settings: dict[str, str | int | None]
+    content_sha256: str
+    stat_sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The manifest.
+
+    Attributes:
+        format_version: of the folder's layout.
+        sources: one entry a SOURCE argument.
+        documents: number of documents = sequences of the indexed dataset.
+        skipped: documents left out.
+        skipped_reasons: the same by reason.
+        tokens: number of tokens, EOD included.
+        vocab_size: ids are below it.
+        eod_id: ends every document.
+        eod_token: its name in the tokenizer.
+        tokenizer_sha256: of `tokenizer.json`.
+        files: sizes in bytes of the other files, to notice a damaged folder.
+        inputs: what it was made from.
+    """
+
+    format_version: int
+    sources: list[SourceSummary]
+    documents: int
+    skipped: int
+    skipped_reasons: dict[str, int]
+    tokens: int
+    vocab_size: int
+    eod_id: int
+    eod_token: str
+    tokenizer_sha256: str
+    files: dict[str, int]
+    inputs: Inputs
+
+    def write(self, folder: Path) -> None:
+        """Write `folder/manifest.json`."""
+        text = json.dumps(dataclasses.asdict(self), indent=2)
+        (folder / NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read `folder/manifest.json`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged or of another format version.
+        """
+        values: Any = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        try:
+            if values["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format_version is {values['format_version']}")
+            values["sources"] = [SourceSummary(**source) for source in values["sources"]]
+            values["inputs"] = Inputs(**values["inputs"])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a manifest ({error})") from error
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 that is equal for folders with the same tokens, wherever and whenever made."""
+        parts = {
+            "settings": self.inputs.settings,
+            "content": self.inputs.content_sha256,
+            "tokenizer": self.tokenizer_sha256,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def is_intact(self, folder: Path) -> bool:
+        """Whether all files are there in full."""
+        return all(
+            (folder / name).is_file() and (folder / name).stat().st_size == size
+            for name, size in self.files.items()
+        )

@@ -1,0 +1,235 @@
+"""`moepp data prepare`: sources to a folder with indexed dataset, tokenizer and manifest."""
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.atomic import partial_folder, publish
+from moepp_megatron.data.corpus import SpooledCorpus, spool_corpus, write_indexed_dataset
+from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
+from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
+from moepp_megatron.data.existing import find_reusable
+from moepp_megatron.data.manifest import CORPUS, FORMAT_VERSION, TOKENIZER, Inputs, Manifest
+from moepp_megatron.data.progress import track
+from moepp_megatron.data.sources import (
+    Source,
+    content_fingerprint,
+    resolve_sources,
+    stat_fingerprint,
+)
+from moepp_megatron.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
+
+DEFAULT_VOCAB_SIZE = 4096
+# Characters the tokenizer is trained on. Merges hardly change beyond a few MB, time does.
+SAMPLE_CHARACTERS = 8_000_000
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """How to prepare.
+
+    Attributes:
+        vocab_size: of a tokenizer to be trained; None means 4096.
+        tokenizer: an existing `tokenizer.json` instead.
+        eod_token: its end-of-document token; None means the first known name it has.
+        text_key: JSONL key and parquet column that hold the text.
+        seed: of the document order and the tokenizer's sample.
+        workers: processes; None means one a core. The result does not depend on it.
+        force: replace a dataset that is already there.
+    """
+
+    vocab_size: int | None = None
+    tokenizer: Path | None = None
+    eod_token: str | None = None
+    text_key: str = "text"
+    seed: int = 1234
+    workers: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: one is out of range, or two exclude each other.
+        """
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"--workers ({self.workers}) must be at least 1; leave it out")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed ({self.seed}) must be between 0 and 4294967295; use 1234")
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise ConfigError(
+                f"--vocab-size ({self.vocab_size}) cannot be combined with --tokenizer "
+                f"({self.tokenizer}), whose size is fixed; leave one of them out"
+            )
+        if self.tokenizer is None and self.eod_token is not None:
+            raise ConfigError(
+                f"--eod-token ({self.eod_token}) needs --tokenizer; leave it out to train one"
+            )
+        if self.vocab_size is not None and self.vocab_size < MIN_VOCAB_SIZE:
+            raise ConfigError(
+                f"--vocab-size ({self.vocab_size}) must be at least {MIN_VOCAB_SIZE} (256 bytes "
+                f"and the end-of-document token); use {DEFAULT_VOCAB_SIZE}"
+            )
+
+    def deciding(self) -> dict[str, str | int | None]:
+        """The settings that decide the bytes written.
+
+        Raises:
+            ConfigError: the tokenizer file cannot be read.
+        """
+        trained = DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
+        return {
+            "vocab_size": trained if self.tokenizer is None else None,
+            "tokenizer": None if self.tokenizer is None else _sha256(self.tokenizer),
+            "eod_token": self.eod_token,
+            "text_key": self.text_key,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The outcome: the folder's manifest, and whether it had been there already."""
+
+    manifest: Manifest
+    up_to_date: bool
+
+
+def prepare(
+    names: Sequence[str], out: Path, settings: PrepareSettings, console: Console
+) -> Prepared:
+    """Write the dataset folder `out`, or find it up to date.
+
+    The folder appears complete or not at all, and an interrupted run leaves an older one as it was.
+
+    Args:
+        names: files, folders, or the word `stdlib`.
+        out: the folder.
+        settings: how.
+        console: for progress.
+
+    Raises:
+        ConfigError: settings, sources or output folder cannot be used.
+    """
+    out = Path(os.path.abspath(out))
+    deciding = settings.deciding()
+    sources = resolve_sources(names, exclude=out)
+    stat_sha256 = stat_fingerprint(sources)
+    found = find_reusable(
+        out, deciding, stat_sha256, lambda: content_fingerprint(sources), settings.force
+    )
+    if found:
+        return Prepared(found, up_to_date=True)
+    pieces = plan_pieces(sources, settings.text_key)
+    check_usable(sources, pieces, settings.text_key)
+    with track(console, "read", sum(source.size for source in sources)) as advance:
+        inputs = Inputs(deciding, content_fingerprint(sources, advance), stat_sha256)
+    with partial_folder(out) as partial:
+        tokenizer = _make_tokenizer(pieces, settings, partial / TOKENIZER, console)
+        spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
+        write_indexed_dataset(spooled, partial, settings.seed)
+        spooled.path.unlink()
+        manifest = _manifest(spooled, tokenizer, inputs, partial)
+        manifest.write(partial)
+        publish(partial, out)
+    return Prepared(manifest, up_to_date=False)
+
+
+def _make_tokenizer(
+    pieces: Sequence[Piece], settings: PrepareSettings, path: Path, console: Console
+) -> Tokenizer:
+    if settings.tokenizer is not None:
+        path.write_bytes(settings.tokenizer.read_bytes())
+        return Tokenizer.load(path, settings.eod_token)
+    size = DEFAULT_VOCAB_SIZE if settings.vocab_size is None else settings.vocab_size
+    texts = list(_sample(pieces, settings))
+    console.print(
+        f"tokenizer: training {size} tokens on {sum(map(len, texts)) / 1e6:.1f} M characters",
+        highlight=False,
+        soft_wrap=True,
+    )
+    tokenizer = train_tokenizer(texts, size)
+    if tokenizer.vocab_size < size:
+        console.print(
+            f"tokenizer: {tokenizer.vocab_size} tokens, not {size}: no further pair occurs twice",
+            highlight=False,
+            soft_wrap=True,
+        )
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _sample(pieces: Sequence[Piece], settings: PrepareSettings) -> Iterator[str]:
+    """Documents of randomly chosen pieces up to SAMPLE_CHARACTERS in all."""
+    left = SAMPLE_CHARACTERS
+    for piece in random.Random(settings.seed).sample(pieces, len(pieces)):
+        for document in read_piece(piece, settings.text_key):
+            if left and not isinstance(document, Skipped):
+                yield document[:left]
+                left -= min(left, len(document))
+        if not left:
+            return
+
+
+def _tokenize(
+    pieces: Sequence[Piece],
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    settings: PrepareSettings,
+    partial: Path,
+    console: Console,
+) -> SpooledCorpus:
+    encoded = encode_pieces(
+        pieces,
+        partial / TOKENIZER,
+        tokenizer.eod_token,
+        settings.text_key,
+        settings.workers or len(os.sched_getaffinity(0)),
+        meanwhile=_import_megatron,
+    )
+
+    def counted(advance: Callable[[int], None]) -> Iterator[EncodedPiece]:
+        for piece in encoded:
+            yield piece
+            advance(piece.piece.size)
+
+    with track(console, "tokenize", sum(piece.size for piece in pieces)) as advance:
+        return spool_corpus(counted(advance), sources, tokenizer.vocab_size, partial / "spool")
+
+
+def _import_megatron() -> None:
+    # Several seconds, needed at the end only: hidden behind the workers.
+    import megatron.core.datasets.indexed_dataset  # noqa: F401
+
+
+def _manifest(
+    spooled: SpooledCorpus, tokenizer: Tokenizer, inputs: Inputs, folder: Path
+) -> Manifest:
+    files = [f"{CORPUS}.bin", f"{CORPUS}.idx", TOKENIZER]
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        sources=spooled.sources,
+        documents=len(spooled.lengths),
+        skipped=spooled.skipped.total(),
+        skipped_reasons=dict(sorted(spooled.skipped.items())),
+        tokens=int(spooled.lengths.sum()),
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod,
+        eod_token=tokenizer.eod_token,
+        tokenizer_sha256=_sha256(folder / TOKENIZER),
+        files={name: (folder / name).stat().st_size for name in files},
+        inputs=inputs,
+    )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"--tokenizer ({path}) cannot be read ({error.strerror})") from error

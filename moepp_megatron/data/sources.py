@@ -1,0 +1,183 @@
+"""What the user named as sources, resolved to a fixed order of files, and their fingerprints."""
+
+import hashlib
+import os
+import stat
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moepp_megatron.config.errors import ConfigError
+
+Format = Literal["text", "jsonl", "parquet"]
+
+STDLIB = "stdlib"
+_FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_SITE_FOLDERS = frozenset({"site-packages", "dist-packages"})
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file to read.
+
+    Attributes:
+        path: where it is.
+        name: its path within the source, with forward slashes; the part of it that fingerprints
+            see, so that a corpus may move.
+        format: how to read documents from it.
+        size: bytes.
+        mtime_ns: modification time, nanoseconds.
+    """
+
+    path: Path
+    name: str
+    format: Format
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """One SOURCE argument and its files, in the order they are read."""
+
+    name: str
+    files: tuple[SourceFile, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in all files."""
+        return sum(file.size for file in self.files)
+
+
+def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[Source]:
+    """Find the files of every source.
+
+    Args:
+        names: files, folders, or the word `stdlib` (a folder of that name is `./stdlib`).
+        exclude: a folder that is not walked: the output, which may lie inside a source.
+
+    Returns:
+        One `Source` a name, in the given order.
+
+    Raises:
+        ConfigError: no sources, or one that is missing, unreadable, or without a non-empty file.
+    """
+    if not names:
+        raise ConfigError("SOURCE is missing; name files, folders or the word stdlib")
+    return [_resolve(name, exclude) for name in names]
+
+
+def _resolve(name: str, exclude: Path | None) -> Source:
+    if name == STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        files = _walk(name, root, exclude, only_suffix=".py", skip_folders=_SITE_FOLDERS)
+    else:
+        root = Path(name)
+        mode = _stat(name, root).st_mode
+        if stat.S_ISDIR(mode):
+            files = _walk(name, root, exclude)
+        elif stat.S_ISREG(mode):
+            files = [_source_file(name, root, root.name)]
+        else:
+            raise ConfigError(f"source {name} is neither a file nor a folder; write it to a file")
+    source = Source(name, tuple(files))
+    if not source.files:
+        raise ConfigError(f"source {name} ({root}) holds no files; name one with text in it")
+    if source.size == 0:
+        raise ConfigError(f"source {name} is empty (0 bytes); name one with text in it")
+    return source
+
+
+def _walk(
+    source: str,
+    root: Path,
+    exclude: Path | None,
+    only_suffix: str | None = None,
+    skip_folders: frozenset[str] = frozenset(),
+) -> list[SourceFile]:
+    """Regular, not hidden files below root, sorted by their path within it."""
+
+    def fail(error: OSError) -> None:
+        raise ConfigError(f"source {source}: {error.filename} cannot be read ({error.strerror})")
+
+    excluded = exclude.resolve() if exclude else None
+    found: list[SourceFile] = []
+    for folder, folders, files in os.walk(root, onerror=fail):
+        here = Path(folder)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name not in skip_folders
+            and (here / name).resolve() != excluded
+        ]
+        for name in files:
+            if name.startswith(".") or (only_suffix and not name.endswith(only_suffix)):
+                continue
+            path = here / name
+            # Opening a pipe or a device that happens to lie in a folder would block for ever.
+            if stat.S_ISREG(_stat(source, path).st_mode):
+                found.append(_source_file(source, path, path.relative_to(root).as_posix()))
+    return sorted(found, key=lambda file: file.name)
+
+
+def _stat(source: str, path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise ConfigError(
+            f"source {source}: {path} cannot be read ({error.strerror}); check the path"
+        ) from error
+
+
+def _source_file(source: str, path: Path, name: str) -> SourceFile:
+    status = _stat(source, path)
+    return SourceFile(
+        path=path,
+        name=name,
+        format=_FORMATS.get(path.suffix.lower(), "text"),
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+    )
+
+
+def stat_fingerprint(sources: Sequence[Source]) -> str:
+    """SHA-256 over names, sizes and modification times: no file is opened."""
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(f"source\0{source.name}\0".encode())
+        for file in source.files:
+            digest.update(_key(file) + f"{file.mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def content_fingerprint(
+    sources: Sequence[Source], advance: Callable[[int], None] = lambda _: None
+) -> str:
+    """SHA-256 over names and contents; `advance` hears the bytes read.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(f"source\0{source.name}\0".encode())
+        for file in source.files:
+            digest.update(_key(file))
+            try:
+                with file.path.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            except OSError as error:
+                raise ConfigError(
+                    f"source {source.name}: {file.path} cannot be read ({error.strerror}); "
+                    "make it readable or leave it out"
+                ) from error
+            advance(file.size)
+    return digest.hexdigest()
+
+
+def _key(file: SourceFile) -> bytes:
+    # surrogateescape: file names need not be UTF-8.
+    return f"{file.name}\0{file.size}\0".encode(errors="surrogateescape")

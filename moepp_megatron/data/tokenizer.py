@@ -1,0 +1,151 @@
+"""The tokenizer: a Hugging Face `tokenizers` file and its end-of-document token."""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from moepp_megatron.config.errors import ConfigError
+
+EOD_TOKEN = "<|endoftext|>"
+# What the tokenizers of published models call it, tried in this order.
+_KNOWN_EOD_TOKENS = (
+    EOD_TOKEN,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
+MIN_VOCAB_SIZE = 256 + 1  # every byte, and the end of a document
+
+
+class Tokenizer:
+    """Encodes text without special tokens; `eod` is appended by whoever ends a document.
+
+    It also answers what megatron-core's `GPTDatasetConfig` asks of a tokenizer: `vocab_size`,
+    `eod` and `unique_identifiers`.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eod_token: str) -> None:
+        """Wrap a tokenizer.
+
+        Args:
+            backend: it is changed: no truncation, no padding.
+            eod_token: a token of its vocabulary.
+
+        Raises:
+            ConfigError: the token is not in the vocabulary.
+        """
+        eod = backend.token_to_id(eod_token)
+        if eod is None:
+            raise ConfigError(
+                f"--eod-token ({eod_token}) must be in the tokenizer's vocabulary; name one that is"
+            )
+        backend.no_truncation()
+        backend.no_padding()
+        # A document that spells the end-of-document token must not end there.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self.eod_token = eod_token
+        self.eod: int = eod
+        # Ids may have holes, so the size of the table is not the number of tokens.
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @classmethod
+    def load(cls, path: Path, eod_token: str | None = None) -> "Tokenizer":
+        """Load a tokenizer.
+
+        Args:
+            path: a `tokenizer.json`, or a folder written by `moepp data prepare`.
+            eod_token: the end-of-document token; by default the one the folder was prepared with,
+                or the first known name that is in the vocabulary.
+
+        Raises:
+            ConfigError: no such file, no tokenizer, or no end-of-document token.
+        """
+        if path.is_dir():
+            eod_token = eod_token or _prepared_eod_token(path)
+            path = path / "tokenizer.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"tokenizer ({path}) cannot be read ({error})") from error
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises no narrower class
+            raise ConfigError(
+                f"tokenizer ({path}) must be a Hugging Face tokenizer.json ({error})"
+            ) from error
+        return cls(backend, eod_token or _find_eod_token(backend, path))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; nothing is added."""
+        # The batch call is the one that skips the character offsets, which nobody needs here.
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; special tokens appear by name."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, path: Path) -> None:
+        """Write a `tokenizer.json`."""
+        path.write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
+
+    @property
+    def unique_identifiers(self) -> "OrderedDict[str, str]":
+        """What tells this tokenizer from others in the keys of megatron-core's index cache."""
+        digest = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        return OrderedDict(sha256=digest, eod_token=self.eod_token)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer (GPT-2's kind): every text round-trips.
+
+    Args:
+        texts: what to count pairs in.
+        vocab_size: wanted number of tokens; a small corpus has fewer repeated pairs and gives less.
+
+    Raises:
+        ConfigError: vocab_size below 257.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(
+            f"--vocab-size ({vocab_size}) must be at least {MIN_VOCAB_SIZE} "
+            "(256 bytes and the end-of-document token); use 4096"
+        )
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[EOD_TOKEN],
+        # All 256 bytes, so that no text is ever out of vocabulary.
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, EOD_TOKEN)
+
+
+def _prepared_eod_token(folder: Path) -> str | None:
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return None
+    return str(json.loads(manifest.read_text(encoding="utf-8"))["eod_token"])
+
+
+def _find_eod_token(backend: tokenizers.Tokenizer, path: Path) -> str:
+    for token in _KNOWN_EOD_TOKENS:
+        if backend.token_to_id(token) is not None:
+            return token
+    raise ConfigError(
+        f"tokenizer ({path}) has no known end-of-document token ({', '.join(_KNOWN_EOD_TOKENS[:3])}"
+        ", ...); name its own with --eod-token"
+    )
