@@ -1,1 +1,1 @@
-"""Device, CPU support, process groups, optional back ends, precision."""
+"""Device, CPU support, process groups, optional back ends, launching ranks."""

@@ -1,0 +1,1 @@
+"""The training run: optimizer, schedule, loop, statistics, checkpoints."""

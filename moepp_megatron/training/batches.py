@@ -1,0 +1,43 @@
+"""Micro-batches on this rank's device, for training and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from moepp_megatron.config import Config
+from moepp_megatron.data.loader import batches
+from moepp_megatron.training.step import Batch
+
+
+def rank_batches(
+    dataset: Any, consumed_samples: int, config: Config, num_chunks: int
+) -> list[Iterator[Batch]]:
+    """One iterator per model chunk over this rank's micro-batches, from `consumed_samples` on.
+
+    Every rank reads its own samples: a sample depends on its index alone, so ranks of one
+    data-parallel group agree without a broadcast.
+    """
+    return [_on_device(dataset, consumed_samples, config) for _ in range(num_chunks)]
+
+
+def _on_device(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Batch]:
+    training = config.training
+    device = torch.cuda.current_device()
+    for batch in batches(
+        dataset,
+        consumed_samples,
+        training.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        training.global_batch_size,
+        num_workers=config.data.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    ):
+        on_device = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        # Each context-parallel rank takes its two chunks of every sequence.
+        yield get_batch_on_this_cp_rank(on_device)

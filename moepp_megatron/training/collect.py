@@ -1,0 +1,115 @@
+"""Adds up what all ranks counted in one step."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from torch import Tensor
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.moe.layer import moe_statistics
+from moepp_megatron.moe.spec import moe_layer_pattern
+from moepp_megatron.training.setup import TrainingModel
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a float64 tensor over all ranks; returned on the CPU."""
+    on_device = values.to(torch.cuda.current_device())
+    dist.all_reduce(on_device)
+    return on_device.cpu()
+
+
+def mean_loss(losses: Tensor) -> float:
+    """Token mean of the language-model loss over all ranks.
+
+    Args:
+        losses: [2] this rank's sum and count. Tensor-parallel ranks hold the same tokens, so only
+            the first of each group is counted.
+    """
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        losses = torch.zeros_like(losses)
+    total, count = sum_over_ranks(losses).tolist()
+    return total / count
+
+
+class RoutingCollector:
+    """Routing metrics of one step, global over the batch and all MoE layers.
+
+    Args:
+        model: The wrapped model.
+        config: The run's configuration.
+        layout: The rank grid.
+    """
+
+    def __init__(self, model: TrainingModel, config: Config, layout: Layout) -> None:
+        self._config = config
+        self._num_experts = config.moe.num_experts
+        self._is_vanilla = config.moe.is_vanilla
+        # L_b is a sum over the ranks of one data-parallel replica, once per micro-batch.
+        self._num_losses = layout.dp * layout.num_microbatches
+        self._ranks_per_replica = layout.tp * layout.cp
+        pattern = moe_layer_pattern(model.models[0].config)
+        self._layer_numbers = [number for number, is_moe in enumerate(pattern, 1) if is_moe]
+        self._statistics = {
+            number: statistics
+            for chunk in model.models
+            for number, statistics in moe_statistics(chunk).items()
+        }
+
+    def reset(self) -> None:
+        """Start counting a new step."""
+        for statistics in self._statistics.values():
+            statistics.reset()
+        get_moe_metrics_tracker().clear()
+
+    def collect(self) -> dict[str, object]:
+        """Reduce over all ranks (every rank must call) and compute the metrics of the step."""
+        local = torch.zeros(len(self._layer_numbers), self._num_experts + 6, dtype=torch.float64)
+        for row, number in enumerate(self._layer_numbers):
+            if number in self._statistics:
+                local[row, : self._num_experts + 4] = self._statistics[number].as_vector()
+            local[row, -2:] = self._megatron_losses(number)
+        return self._metrics(sum_over_ranks(local))
+
+    def _megatron_losses(self, layer_number: int) -> Tensor:
+        """[2] what megatron-core's own tracker holds: balance loss (vanilla) and z-loss."""
+        entries = get_moe_metrics_tracker().metrics
+        values = [
+            entries[name].values[layer_number - 1] if name in entries else torch.tensor(0.0)
+            for name in ("load_balancing_loss", "z_loss")
+        ]
+        return torch.stack([value.detach().to("cpu", torch.float64) for value in values])
+
+    def _metrics(self, total: Tensor) -> dict[str, object]:
+        """Metrics from the per-layer sums.
+
+        Args:
+            total: [MoE layers, E + 6] float64: selections of each expert, dropped, balance loss,
+                tokens, bytes, megatron-core's balance loss, z-loss.
+        """
+        experts, ffn = self._num_experts, self._config.moe.num_ffn_experts
+        selected = total[:, :experts]
+        dropped, balance, tokens, num_bytes, their_balance, z_loss = total[:, experts:].T
+        selections = selected.sum(dim=1, keepdim=True)
+        share = selected / selections
+        ffn_share = share[:, :ffn].sum(dim=1)
+        ffn_load = share[:, :ffn].amax(dim=1) / (ffn_share / ffn).clamp(min=1e-12)
+        if self._is_vanilla:
+            balance = their_balance
+        metrics: dict[str, object] = {
+            "balance_loss": float(balance.mean() / self._num_losses),
+            "ffn_fraction": float(ffn_share.mean()),
+            "ffn_per_token": float((selected[:, :ffn].sum(dim=1) / tokens).mean()),
+            "expert_share": share.mean(dim=0).tolist(),
+            "max_ffn_load": float(ffn_load.max()),
+            "dropped_fraction": float(dropped.sum() / selections.sum()),
+            "a2a_bytes": int(num_bytes.sum()),
+            "layer_expert_share": share.tolist(),
+            "layer_ffn_fraction": ffn_share.tolist(),
+        }
+        if self._config.moe.z_loss_coeff is not None:
+            replicas = self._num_losses * self._ranks_per_replica
+            metrics["z_loss"] = float(z_loss.mean() / replicas)
+        return metrics

@@ -1,0 +1,44 @@
+"""The folder of a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from moepp_megatron import __version__
+from moepp_megatron.config import Config
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """Where the run's checkpoints are."""
+    return Path(config.checkpoint.dir or Path(config.run.dir) / "checkpoints")
+
+
+def write_config(config: Config) -> Path:
+    """Write `RUN/config.yaml`: the resolved configuration with version and git commit."""
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    temporary = folder / ".config.yaml.incomplete"
+    provenance = {"version": __version__, "git_commit": _git_commit()}
+    header = "".join(f"# {key}: {value}\n" for key, value in provenance.items())
+    temporary.write_text(header + config.to_yaml(), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _git_commit() -> str:
+    """The commit of the code that runs, or `unknown` outside a repository."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,126 @@
+"""Wraps the model for training: precision, data parallelism, optimizer, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moepp_megatron.config import Config
+from moepp_megatron.model.build import build_model
+from moepp_megatron.model.megatron_config import moepp_config, params_dtype
+from moepp_megatron.moe.lane import pipeline_config
+
+
+@dataclass
+class TrainingModel:
+    """Everything that a training step changes.
+
+    Attributes:
+        chunks: Data-parallel wrappers of this rank's model chunks.
+        models: The chunks themselves.
+        optimizer: Megatron's optimizer over all chunks.
+        scheduler: Learning rate and weight decay by step.
+    """
+
+    chunks: list[DistributedDataParallel]
+    models: list[GPTModel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    def set_training(self, training: bool) -> None:
+        """Switch all chunks between training and evaluation."""
+        for chunk in self.chunks:
+            chunk.train(training)
+
+
+def build_training_model(config: Config) -> TrainingModel:
+    """Build and wrap the model. Process groups must exist."""
+    models = build_model(config)
+    schedule_config = pipeline_config(models[0].config, moepp_config(config))
+    chunks = [
+        _wrap(model, schedule_config, config, bucketed=index == 0)
+        for index, model in enumerate(models)
+    ]
+    optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
+    _connect(schedule_config, config, chunks, optimizer)
+    return TrainingModel(chunks, models, optimizer, _scheduler(config, optimizer))
+
+
+def _wrap(
+    model: GPTModel, schedule_config: TransformerConfig, config: Config, bucketed: bool
+) -> DistributedDataParallel:
+    parallel = config.parallel
+    module: torch.nn.Module = model
+    if params_dtype(config) is torch.bfloat16:
+        module = Float16Module(model.config, model)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    # The schedules read their tensor width from the outermost module's configuration.
+    return DistributedDataParallel(
+        schedule_config, ddp_config, module, disable_bucketing=not bucketed
+    )
+
+
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    settings = config.optimizer
+    dtype = params_dtype(config)
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+
+
+def _scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    settings = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_iters,
+        lr_decay_steps=settings.decay_iters or config.training.train_iters,
+        lr_decay_style=settings.decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=config.training.train_iters,
+        wd_incr_style="constant",
+    )
+
+
+def _connect(
+    schedule_config: TransformerConfig,
+    config: Config,
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+) -> None:
+    """Give the pipeline schedules the hooks that they call."""
+    schedule_config.grad_scale_func = optimizer.scale_loss
+    schedule_config.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        schedule_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]

@@ -1,0 +1,100 @@
+"""One step: forward and backward over the micro-batches, then the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.training.setup import TrainingModel
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class StepResult:
+    """What one step did on this rank.
+
+    Attributes:
+        losses: [2] float64 sum of token losses and number of tokens, on the last pipeline stage.
+        grad_norm: Global gradient norm before clipping.
+        updated: Whether the optimizer changed the parameters.
+    """
+
+    losses: Tensor
+    grad_norm: float = 0.0
+    updated: bool = True
+
+
+def training_step(
+    model: TrainingModel, batches: list[Iterator[Batch]], config: Config, layout: Layout
+) -> StepResult:
+    """Run one optimizer step.
+
+    Args:
+        model: The wrapped model in training mode.
+        batches: One iterator over micro-batches per model chunk, all in the same order.
+        config: The run's configuration.
+        layout: The rank grid.
+    """
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    model.optimizer.zero_grad()
+    losses = run_schedule(model, batches, config, layout.num_microbatches, forward_only=False)
+    # The schedule counts the step that is being taken: the first step already learns.
+    model.scheduler.step(increment=1)
+    updated, grad_norm, _ = model.optimizer.step()
+    return StepResult(losses, float(grad_norm or 0.0), bool(updated))
+
+
+def run_schedule(
+    model: TrainingModel,
+    batches: list[Iterator[Batch]],
+    config: Config,
+    num_microbatches: int,
+    forward_only: bool,
+) -> Tensor:
+    """Megatron's pipeline schedule over `num_microbatches` micro-batches.
+
+    Returns:
+        [2] float64: sum of token losses and number of tokens on this rank; zeros on all stages but
+        the last.
+    """
+    forward_backward = get_forward_backward_func()
+    reduced = forward_backward(
+        forward_step_func=_forward_step,
+        data_iterator=batches if len(batches) > 1 else batches[0],
+        model=list(model.chunks),
+        num_microbatches=num_microbatches,
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        forward_only=forward_only,
+    )
+    if not reduced:
+        return torch.zeros(2, dtype=torch.float64)
+    return torch.stack([entry["loss"] for entry in reduced]).sum(dim=0).cpu()
+
+
+def _forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = next(iterator)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of token losses, number of tokens, and both for the log.
+
+    Args:
+        loss_mask: [b, s] fp32.
+        token_losses: [b, s].
+    """
+    loss = (token_losses.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum()
+    report = torch.stack([loss.detach().double(), num_tokens.double()])
+    return loss, num_tokens.to(torch.int), {"loss": report}

@@ -1,0 +1,169 @@
+"""The training run from start to end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.data.datasets import build_datasets
+from moepp_megatron.data.tokenizer import load_tokenizer
+from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.observe.sinks import Sinks, open_sinks
+from moepp_megatron.training.batches import rank_batches
+from moepp_megatron.training.checkpoint import (
+    Progress,
+    find_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from moepp_megatron.training.collect import RoutingCollector, mean_loss
+from moepp_megatron.training.evaluate import validation_loss
+from moepp_megatron.training.run_folder import checkpoint_folder, write_config
+from moepp_megatron.training.setup import TrainingModel, build_training_model
+from moepp_megatron.training.step import training_step
+
+
+class Trainer:
+    """Trains the model that a configuration describes. Every rank has one.
+
+    Args:
+        config: The run's configuration, checked.
+        layout: The rank grid; process groups exist.
+    """
+
+    def __init__(self, config: Config, layout: Layout) -> None:
+        self.config = config
+        self.layout = layout
+        self.model: TrainingModel = build_training_model(config)
+        self.progress = Progress()
+        assert config.data.path is not None, "training needs data.path"
+        self._tokenizer = config.data.tokenizer or Path(config.data.path) / "tokenizer.json"
+        self._checkpoints = checkpoint_folder(config)
+        self._load()
+        self._train_set, self._valid_set, _ = build_datasets(
+            Path(config.data.path),
+            load_tokenizer(self._tokenizer),
+            config.model.seq_length,
+            config.data.split,
+            config.training.seed,
+            self._num_samples(),
+        )
+        self._routing = RoutingCollector(self.model, config, layout)
+
+    def run(self) -> StepMetrics | None:
+        """Train to `training.train_iters`.
+
+        Returns:
+            The last step's metrics; None if there was nothing left to do.
+        """
+        config, training = self.config, self.config.training
+        if dist.get_rank() == 0:
+            write_config(config)
+        sinks = self._open_sinks()
+        batches = rank_batches(
+            self._train_set, self.progress.consumed_samples, config, len(self.model.chunks)
+        )
+        record = None
+        self.model.set_training(True)
+        while self.progress.step < training.train_iters:
+            started = time.perf_counter()
+            self._routing.reset()
+            result = training_step(self.model, batches, config, self.layout)
+            self._advance()
+            # The loss is needed by the log alone, but reading it waits for the device: so the
+            # time of the step is its own.
+            if self._due(training.log_interval) or self._evaluates():
+                record = self._record(result.losses, result.grad_norm, started)
+                if sinks is not None:
+                    sinks.write(record)
+            if self._due(config.checkpoint.save_interval):
+                self.save()
+        if sinks is not None:
+            sinks.close()
+        return record
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present state; every rank must call."""
+        return save_checkpoint(
+            self._checkpoints, self.model, self.progress, self.config, self._tokenizer
+        )
+
+    def _advance(self) -> None:
+        training = self.config.training
+        self.progress.step += 1
+        self.progress.consumed_samples += training.global_batch_size
+        self.progress.tokens += training.global_batch_size * self.config.model.seq_length
+
+    def _due(self, interval: int) -> bool:
+        """Whether something that happens every `interval` steps, and at the end, happens now."""
+        step = self.progress.step
+        at_end = step == self.config.training.train_iters
+        return interval > 0 and (step % interval == 0 or at_end)
+
+    def _evaluates(self) -> bool:
+        training = self.config.training
+        if self._valid_set is None or training.eval_iters == 0:
+            return False
+        return self.progress.step == training.train_iters or self._due(training.eval_interval)
+
+    def _record(self, losses, grad_norm: float, started: float) -> StepMetrics:  # type: ignore[no-untyped-def]
+        """The metrics of the step just taken, global; every rank must call."""
+        loss = mean_loss(losses)
+        elapsed = time.perf_counter() - started
+        tokens = self.config.training.global_batch_size * self.config.model.seq_length
+        routing = self._routing.collect()
+        valid_loss = None
+        if self._evaluates():
+            valid_loss = validation_loss(self.model, self._valid_set, self.config, self.layout)
+        return StepMetrics(
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            loss=loss,
+            lr=self.model.optimizer.param_groups[0]["lr"],
+            grad_norm=grad_norm,
+            step_time_s=elapsed,
+            tokens_per_s=tokens / elapsed,
+            valid_loss=valid_loss,
+            **routing,  # type: ignore[arg-type]
+        )
+
+    def _num_samples(self) -> tuple[int, int, int]:
+        training = self.config.training
+        batch = training.global_batch_size
+        return training.train_iters * batch, training.eval_iters * batch, 0
+
+    def _load(self) -> None:
+        """Continue from `checkpoint.load`."""
+        name = self.config.checkpoint.load
+        if name is None:
+            return
+        checkpoint = latest_checkpoint(self._checkpoints) if name == "auto" else None
+        if name != "auto":
+            checkpoint = find_checkpoint(name)
+        if checkpoint is not None:
+            self.progress = load_checkpoint(checkpoint, self.model)
+
+    def _open_sinks(self) -> Sinks | None:
+        """Where metrics go; on one rank, since they are global."""
+        if dist.get_rank() != 0:
+            return None
+        moe = self.config.moe
+        counts = ExpertCounts(
+            moe.num_ffn_experts,
+            moe.num_constant_experts,
+            moe.num_copy_experts,
+            moe.num_zero_experts,
+        )
+        return open_sinks(
+            Path(self.config.run.dir),
+            counts,
+            tau=moe.tau,
+            total_steps=self.config.training.train_iters,
+            resume_step=self.progress.step + 1,
+            print_every=10,
+        )
