@@ -32,6 +32,16 @@ _BOUNDS = {
 }
 
 
+class _Missing:
+    """Stands for the value of a key that is not there."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_MISSING = _Missing()
+
+
 def field_problems(error: ValidationError, content: Mapping[str, Any]) -> list[Problem]:
     """One problem per field that pydantic refused.
 
@@ -57,7 +67,7 @@ def _field_problem(section: str, key: str, errors: list[ErrorDetails], value: An
     if first["type"] == "missing":
         return Problem(
             name,
-            "missing",
+            _MISSING,
             f"must be given: {field.description}",
             f"add {key} under {section}: or pass {name}=VALUE",
         )

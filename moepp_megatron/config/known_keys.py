@@ -70,20 +70,23 @@ def _unknown_key(section: str, key: str) -> str:
     beats a similar name in the same section.
     """
     sections = section_models()
-    owners = [name for name, model in sections.items() if key in model.model_fields]
-    near = [f"{owner}.{key}" for owner in owners]
-    near += [f"{section}.{name}" for name in _close(key, sections[section])]
+    near = [f"{name}.{key}" for name, model in sections.items() if key in model.model_fields]
+    near += [f"{section}.{name}" for name in _close(key, sections[section], 0.7)]
+    # From another section only a slip of a letter or two counts, else the list helps more.
     for other, model in sections.items():
-        near += [f"{other}.{name}" for name in _close(key, model) if other != section]
+        near += [f"{other}.{name}" for name in _close(key, model, 0.85) if other != section]
     if near:
         return f"unknown key {section}.{key}; did you mean {near[0]}?"
     known = ", ".join(sections[section].model_fields)
     return f"unknown key {section}.{key}; {section} has {known}"
 
 
-def _close(key: str, model: type[Section]) -> list[str]:
-    """Names of `model` that look like `key`, nearest first."""
-    return get_close_matches(key, model.model_fields, n=1, cutoff=0.7)
+def _close(key: str, model: type[Section], cutoff: float) -> list[str]:
+    """Names of `model` that look like `key`, or contain it but for underscores (top_k)."""
+    names = list(model.model_fields)
+    bare = key.replace("_", "")
+    containing = [name for name in names if len(bare) > 2 and bare in name.replace("_", "")]
+    return get_close_matches(key, names, n=1, cutoff=cutoff) or containing
 
 
 def _one_line(key: Any) -> str:

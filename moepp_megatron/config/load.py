@@ -76,6 +76,9 @@ def parse_override(override: str) -> tuple[str, str, Any]:
     """
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
+    if section and not dot:
+        # `tau=1` is likelier to lack its section than to be a mistake of form.
+        refuse_unknown_keys({section: None}, f"override {override!r}")
     if not (equals and dot and section and key):
         raise ConfigError(
             f"override {override!r} must have the form section.key=value; "
@@ -85,8 +88,7 @@ def parse_override(override: str) -> tuple[str, str, Any]:
     if not text.strip():
         # An unset shell variable would otherwise quietly become null.
         raise ConfigError(
-            f"override {override!r} must give a value after '='; "
-            f"write {section}.{key}=null for none"
+            f"override {override!r} must give a value after '='; write the value, or null for none"
         )
     return section, key, parse_yaml(text, f"override {override!r}")
 
@@ -98,6 +100,8 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> Content:
         path: The file.
         chain: The resolved files that led here by `base:`, the first file first.
     """
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r}: cannot be read (no path holds a zero byte); give a file")
     resolved = os.path.realpath(path)
     if resolved in chain:
         names = " -> ".join([*chain[chain.index(resolved) :], resolved])

@@ -1,0 +1,498 @@
+"""Every wrong configuration gives its own message: name with value, and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import (
+    ConfigError,
+    Layout,
+    check_config,
+    check_world_size,
+    checks,
+    load_config,
+)
+
+TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+PP2 = ["parallel.pipeline_model_parallel_size=2"]
+VANILLA = [
+    "moe.num_zero_experts=0",
+    "moe.num_copy_experts=0",
+    "moe.num_constant_experts=0",
+    "moe.gating_residual=false",
+]
+FP8 = ["precision.dtype=bf16", "precision.fp8=hybrid"]
+LAYOUT = "parallel.pipeline_model_parallel_layout"
+VPP = "parallel.virtual_pipeline_model_parallel_size"
+
+# (overrides on the minimal configuration, name with value, remedy)
+INVALID = [
+    # one field
+    (["model.num_layers=0"], "model.num_layers (0)", "use 1 or more"),
+    (["model.num_layers=4.5"], "model.num_layers (4.5)", "without quotes or decimals"),
+    (["model.num_layers=4.0"], "model.num_layers (4.0)", "write 4"),
+    (["model.hidden_size='64'"], "model.hidden_size ('64')", "without quotes or decimals"),
+    (["model.hidden_size=null"], "model.hidden_size (null)", "without quotes or decimals"),
+    (["model.seq_length=true"], "model.seq_length (true)", "without quotes or decimals"),
+    (["model.vocab_size=1"], "model.vocab_size (1)", "use 2 or more"),
+    (["model.tie_embeddings=1"], "model.tie_embeddings (1)", "write true or false"),
+    (["model.norm_epsilon=1"], "model.norm_epsilon (1)", "such as the default 1e-05"),
+    (["moe.tau=0"], "moe.tau (0)", "use a value above 0, such as the default 0.75"),
+    (["moe.tau=fast"], "moe.tau ('fast')", "without quotes"),
+    (["moe.tau=.nan"], "moe.tau (nan)", "write an ordinary number"),
+    (["moe.num_ffn_experts=0"], "moe.num_ffn_experts (0)", "use 1 or more, such as the default 8"),
+    (["moe.num_zero_experts=-1"], "moe.num_zero_experts (-1)", "use 0 or more"),
+    (["moe.router_topk=0"], "moe.router_topk (0)", "use 1 or more, such as the default 2"),
+    (["moe.balance_coeff=-0.1"], "moe.balance_coeff (-0.1)", "use 0.0 or more"),
+    (["moe.capacity_factor=0"], "moe.capacity_factor (0)", "use a value above 0, or null"),
+    (["moe.input_jitter_eps=1.0"], "moe.input_jitter_eps (1.0)", "use a value below 1.0, or null"),
+    (["moe.dispatcher=all_gather"], "moe.dispatcher ('all_gather')", "use allgather"),
+    (["moe.score_function=relu"], "moe.score_function ('relu')", "use softmax"),
+    (["moe.gate_normalization=null"], "moe.gate_normalization (null)", "use none"),
+    (["moe.layer_freq=often"], "moe.layer_freq ('often')", "write it as 1 or as [1, 0]"),
+    (["precision.dtype=bfloat16"], "precision.dtype ('bfloat16')", "use bf16"),
+    (["precision.fp8=e5m2"], "precision.fp8 ('e5m2')", "use e4m3"),
+    (["optimizer.lr=0"], "optimizer.lr (0)", "use a value above 0"),
+    (["optimizer.adam_beta2=1.0"], "optimizer.adam_beta2 (1.0)", "such as the default 0.95"),
+    (["training.seed=-1"], "training.seed (-1)", "such as the default 1234"),
+    (["training.log_interval=0"], "training.log_interval (0)", "such as the default 1"),
+    (
+        ["training.recompute_modules=moe"],
+        "training.recompute_modules ('moe')",
+        "write it as [a, b]",
+    ),
+    (["training.recompute_modules=[1]"], "training.recompute_modules ([1])", "put it in quotes"),
+    (["run.dir=2024"], "run.dir (2024)", "put it in quotes"),
+    (["run.name=''"], "run.name ('')", "give it a value"),
+    (["data.split=98"], "data.split (98)", "put it in quotes"),
+    (["checkpoint.keep=0"], "checkpoint.keep (0)", "use 1 or more, or null"),
+    ([f"{VPP}=1"], f"{VPP} (1)", "use 2 or more, or null"),
+    # model
+    (["model.hidden_size=60"], "model.hidden_size (60)", "use 56 or 64"),
+    (["model.hidden_size=56"], "model.hidden_size (56)", "use 64"),
+    (["model.kv_channels=7"], "model.kv_channels (7)", "use 8"),
+    (["model.num_query_groups=3"], "model.num_query_groups (3)", "use one of 1, 2, 4, 8"),
+    # experts and routing
+    (["moe.router_topk=13"], "moe.router_topk (13)", "use 12 or less"),
+    (
+        ["moe.router_topk=1", "moe.gate_normalization=selected"],
+        "moe.gate_normalization ('selected')",
+        "use none",
+    ),
+    (["moe.layer_freq=0"], "moe.layer_freq (0)", "use 1"),
+    (["moe.layer_freq=[1, 0]"], "moe.layer_freq ([1, 0])", "write 4 entries of 0 or 1"),
+    (["moe.layer_freq=[1, 2, 1, 1]"], "moe.layer_freq ([1, 2, 1, 1])", "write 1 for an MoE layer"),
+    (["moe.layer_freq=[0, 0, 0, 0]"], "moe.layer_freq ([0, 0, 0, 0])", "set one entry to 1"),
+    ([*VANILLA, "moe.two_layer_gate=true"], "moe.two_layer_gate (true)", "drop moe.two_layer_gate"),
+    (
+        [*VANILLA, "moe.expert_input_scale=2.0"],
+        "moe.expert_input_scale (2.0)",
+        "add zero-computation experts",
+    ),
+    (["moe.dispatcher=flex"], "moe.dispatcher ('flex')", "use alltoall"),
+    # layout
+    (
+        ["moe.num_ffn_experts=6", "parallel.expert_model_parallel_size=4"],
+        "moe.num_ffn_experts (6) must be divisible by parallel.expert_model_parallel_size (4)",
+        "use 4 or 8",
+    ),
+    (
+        ["parallel.tensor_model_parallel_size=2"],
+        "parallel.sequence_parallel (false)",
+        "set parallel.sequence_parallel to true",
+    ),
+    (
+        [*TP2, "model.num_attention_heads=1"],
+        "model.num_attention_heads (1)",
+        "use 2",
+    ),
+    ([*TP2, "model.vocab_size=511"], "model.vocab_size (511)", "use 510 or 512"),
+    ([*TP2, "model.seq_length=127"], "model.seq_length (127)", "use 126 or 128"),
+    (
+        [*TP2, "moe.layer_freq=2", "model.ffn_hidden_size=129"],
+        "model.ffn_hidden_size (129)",
+        "use 128 or 130",
+    ),
+    (
+        [*TP2, "moe.shared_expert_ffn_hidden_size=33"],
+        "moe.shared_expert_ffn_hidden_size (33)",
+        "use 32 or 34",
+    ),
+    (
+        [
+            "parallel.tensor_model_parallel_size=4",
+            "parallel.sequence_parallel=true",
+            "model.num_attention_heads=12",
+            "model.hidden_size=96",
+            "model.num_query_groups=6",
+        ],
+        "model.num_query_groups (6)",
+        "use 4",
+    ),
+    (
+        ["parallel.expert_tensor_parallel_size=3"],
+        "model.ffn_hidden_size (128)",
+        "use 126 or 129",
+    ),
+    (
+        ["parallel.context_parallel_size=2", "model.seq_length=130"],
+        "model.seq_length (130)",
+        "use 128 or 132",
+    ),
+    (
+        ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=false"],
+        "parallel.overlap_param_gather (true)",
+        "set parallel.overlap_grad_reduce to true",
+    ),
+    (
+        [
+            "parallel.overlap_param_gather=true",
+            "parallel.overlap_grad_reduce=true",
+            "parallel.use_distributed_optimizer=false",
+        ],
+        "parallel.overlap_param_gather (true)",
+        "set parallel.use_distributed_optimizer to true",
+    ),
+    ([f"{VPP}=2"], f"{VPP} (2)", "use null"),
+    ([*PP2, "model.num_layers=5"], "model.num_layers (5)", "use 4 or 6"),
+    ([*PP2, f"{VPP}=2", "model.num_layers=6"], "model.num_layers (6)", "use 4 or 8"),
+    ([*PP2, f"{LAYOUT}=Ett|txL"], f"{LAYOUT} ('Ett|txL')", "write for example Ett|tt|ttL"),
+    ([*PP2, f"{LAYOUT}=Et*99999999|L"], f"{LAYOUT} ('Et*99999999|L')", "write for example"),
+    ([*PP2, f"{LAYOUT}=tt|ttL"], f"{LAYOUT} ('tt|ttL')", "write for example Ett|tt|ttL"),
+    ([*PP2, f"{LAYOUT}=Ett|tL"], f"{LAYOUT} ('Ett|tL')", "write t 4 times in all"),
+    ([*PP2, f"{LAYOUT}=Ett|t|tL"], f"{LAYOUT} ('Ett|t|tL')", "write 2 stages separated by |"),
+    (
+        [*PP2, f"{VPP}=2", f"{LAYOUT}=Ett|ttL"],
+        f"{LAYOUT} ('Ett|ttL')",
+        "write 4 stages separated by |",
+    ),
+    ([f"{LAYOUT}=Ett|ttL"], f"{LAYOUT} ('Ett|ttL')", "write 1 stages"),
+    # precision, optimizer, training
+    (["precision.fp8=e4m3"], "precision.fp8 ('e4m3')", "set precision.dtype to bf16"),
+    (
+        ["precision.fp8_recipe=delayed"],
+        "precision.fp8_recipe ('delayed')",
+        "set precision.fp8 to e4m3 or hybrid",
+    ),
+    ([*FP8, "model.hidden_size=72", "model.num_attention_heads=4"], "model.hidden_size (72)", "80"),
+    ([*FP8, "moe.ffn_hidden_size=100"], "moe.ffn_hidden_size (100)", "use 96 or 112"),
+    (["optimizer.min_lr=0.1"], "optimizer.min_lr (0.1)", "a tenth of optimizer.lr"),
+    (["optimizer.warmup_iters=100"], "optimizer.warmup_iters (100)", "use 10, or raise training"),
+    (
+        ["optimizer.warmup_iters=50", "optimizer.decay_iters=40"],
+        "optimizer.warmup_iters (50)",
+        "raise optimizer.decay_iters",
+    ),
+    (["training.micro_batch_size=3"], "training.global_batch_size (16)", "use 15 or 18"),
+    (
+        ["training.recompute_granularity=full", "training.recompute_num_layers=1"],
+        "training.recompute_method (null)",
+        "use uniform or block",
+    ),
+    (
+        ["training.recompute_granularity=full", "training.recompute_method=uniform"],
+        "training.recompute_num_layers (null)",
+        "use 1",
+    ),
+    (
+        [
+            "training.recompute_granularity=full",
+            "training.recompute_method=block",
+            "training.recompute_num_layers=5",
+        ],
+        "training.recompute_num_layers (5)",
+        "use 1",
+    ),
+    (
+        ["training.recompute_granularity=selective", "training.recompute_method=block"],
+        "training.recompute_method ('block')",
+        "set training.recompute_method to null",
+    ),
+    (
+        ["training.recompute_granularity=selective", "training.recompute_modules=[attention]"],
+        "training.recompute_modules (['attention'])",
+        "use [moe]",
+    ),
+    (
+        ["training.recompute_granularity=selective", "training.recompute_modules=[]"],
+        "training.recompute_modules ([])",
+        "use [moe]",
+    ),
+    (
+        [*FP8, "training.recompute_granularity=selective", "training.recompute_modules=[moe_act]"],
+        "training.recompute_modules (['moe_act'])",
+        "set precision.fp8_recipe to tensorwise or blockwise",
+    ),
+    # data, checkpoint
+    (["data.split=98,2"], "data.split ('98,2')", "use '98,2,0'"),
+    (["data.split=98,-2,4"], "data.split ('98,-2,4')", "use '98,2,0'"),
+    (["data.split=a,b,c"], "data.split ('a,b,c')", "use '98,2,0'"),
+    (["data.split=0,1,1"], "data.split ('0,1,1')", "use '98,2,0'"),
+    (["data.split=1,0,0"], "data.split ('1,0,0')", "set training.eval_iters to 0"),
+    (
+        ["checkpoint.async_save=true"],
+        "checkpoint.async_save (true)",
+        "set checkpoint.save_interval to a number of steps",
+    ),
+    # names and form
+    (
+        ["moe.num_ffn_expert=4"],
+        "unknown key moe.num_ffn_expert",
+        "did you mean moe.num_ffn_experts?",
+    ),
+    (["model.tau=0.5"], "unknown key model.tau", "did you mean moe.tau?"),
+    (["moe.top_k=1"], "unknown key moe.top_k", "did you mean moe.router_topk?"),
+    (["parallel.num_nodes=2"], "unknown key parallel.num_nodes", "parallel has tensor_model"),
+    (["optimiser.lr=1.0"], "unknown section optimiser", "did you mean optimizer?"),
+    (["cluster.nodes=2"], "unknown section cluster", "the sections are run, model"),
+    (["tau=0.5"], "unknown section tau", "did you mean the key moe.tau?"),
+    (["moe.tau"], "override 'moe.tau'", "write for example moe.tau=0.5"),
+    (["moe=1"], "override 'moe=1'", "write for example moe.tau=0.5"),
+    (["moe.tau="], "override 'moe.tau='", "write the value, or null"),
+    (["moe.tau=[1"], "override 'moe.tau=[1', line 1", "not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "name_and_value", "remedy"), INVALID)
+def test_invalid_setting(
+    minimal: Path, overrides: list[str], name_and_value: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, overrides)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, "one mistake gives one line"
+    assert message.startswith(name_and_value)
+    assert remedy in message.removeprefix(name_and_value)
+
+
+# (overrides, ranks, name with value, remedy)
+INVALID_WORLD_SIZE = [
+    ([], 0, "world size (0)", "start 1 rank or more"),
+    (TP2, 3, "world size (3)", "start 2 or 4 ranks"),
+    ([*TP2, *PP2], 6, "world size (6)", "start 4 or 8 ranks"),
+    (["parallel.context_parallel_size=4"], 2, "world size (2)", "start 4 ranks"),
+    (["parallel.expert_model_parallel_size=4"], 6, "world size (6)", "start 4 or 8 ranks"),
+    (
+        ["parallel.expert_model_parallel_size=2", "parallel.expert_tensor_parallel_size=2"],
+        2,
+        "world size (2)",
+        "start 4 ranks",
+    ),
+    ([], 3, "training.global_batch_size (16)", "use 12 or 18"),
+    (
+        [*PP2, f"{VPP}=2", "training.global_batch_size=6"],
+        2,
+        "training.global_batch_size (6)",
+        "use 4 or 8",
+    ),
+    (
+        [*PP2, f"{LAYOUT}=Et|t|t|tL", "training.global_batch_size=6"],
+        2,
+        "training.global_batch_size (6)",
+        "use 4 or 8",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "name_and_value", "remedy"), INVALID_WORLD_SIZE
+)
+def test_invalid_world_size(
+    minimal: Path, overrides: list[str], world_size: int, name_and_value: str, remedy: str
+) -> None:
+    config = load_config(minimal, overrides)
+    for check in (check_world_size, Layout.from_config):
+        with pytest.raises(ConfigError) as caught:
+            check(config, world_size)
+        message = str(caught.value)
+        assert len(message.splitlines()) == 1
+        assert message.startswith(name_and_value)
+        assert remedy in message.removeprefix(name_and_value)
+
+
+def test_every_rule_is_broken_by_a_case_above(
+    minimal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = set()
+
+    def recording(rule):
+        def recorded(*args):
+            for problem in rule(*args):
+                broken.add(rule.__name__)
+                yield problem
+
+        return recorded
+
+    rules = (*checks.RULES, *checks.IGNORED, *checks.WORLD_SIZE_RULES, *checks.WORLD_SIZE_IGNORED)
+    for name in ("RULES", "IGNORED", "WORLD_SIZE_RULES", "WORLD_SIZE_IGNORED"):
+        monkeypatch.setattr(checks, name, tuple(map(recording, getattr(checks, name))))
+    for overrides, *_ in INVALID:
+        with pytest.raises(ConfigError):
+            load_config(minimal, overrides)
+    for overrides, world_size, *_ in INVALID_WORLD_SIZE:
+        with pytest.raises(ConfigError):
+            check_world_size(load_config(minimal, overrides), world_size)
+    for overrides, *_ in IGNORED:
+        check_config(load_config(minimal, overrides))
+    check_world_size(load_config(minimal, ["parallel.overlap_grad_reduce=true"]), 1)
+    assert {rule.__name__ for rule in rules} - broken == set()
+
+
+# (text of the file, fragments of the message)
+INVALID_FILES = [
+    ("", ["bad.yaml", "is empty", "write sections"]),
+    ("# only a comment\n", ["bad.yaml", "is empty"]),
+    ("- a\n- b\n", ["bad.yaml", "not a list", "write sections"]),
+    ("just text\n", ["bad.yaml", "not a single value"]),
+    ("model:\n  num_layers: [1\n", ["bad.yaml, line 3", "not valid YAML"]),
+    ("model:\n\tnum_layers: 1\n", ["bad.yaml, line 2", "not valid YAML"]),
+    ("moe:\n  tau: 1.0\n  tau: 0.5\n", ["bad.yaml, line 3", "'tau' is given twice", "line 2"]),
+    ("moe: {}\nmoe: {}\n", ["bad.yaml, line 2", "'moe' is given twice"]),
+    ("run: {dir: !!python/object/apply:os.system [ls]}\n", ["bad.yaml, line 1", "not valid YAML"]),
+    ("run: {name: 2024-99-99}\n", ["bad.yaml", "not valid YAML"]),
+    ("a: &a [*a]\n", ["unknown section a"]),
+    ("moe: &m {x: *m}\n", ["unknown key moe.x"]),
+    ("moe: 3\n", ["moe must be a mapping", "write moe: with indented keys"]),
+    ("moe: [tau]\n", ["moe must be a mapping", "write moe: with indented keys"]),
+    ("1: {}\n", ["unknown section 1"]),
+    ("? [a, b]\n: 1\n", ["bad.yaml"]),
+    ("moe: {on: 1}\n", ["unknown key moe.True"]),
+    ("base: [a, b]\n", ["base (['a', 'b'])", "write base: other.yaml"]),
+    ("base: nowhere.yaml\n", ["base ('nowhere.yaml')", "give a path relative"]),
+    ('base: "a\\0b"\n', ["base ('a\\x00b')", "give a path relative"]),
+    ("base: .\n", ["cannot be read", "give a readable file"]),
+    ("base: bad.yaml\n", ["goes in a circle", "bad.yaml -> ", "remove one"]),
+    ("[" * 10_000, ["bad.yaml"]),
+    ("a\0b", ["bad.yaml", "not valid YAML"]),
+]
+
+
+@pytest.mark.parametrize(("text", "fragments"), INVALID_FILES)
+def test_invalid_file(tmp_path: Path, text: str, fragments: list[str]) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file; check the path"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_folder_instead_of_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
+        load_config(tmp_path)
+
+
+def test_file_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigError, match="must be UTF-8 text"):
+        load_config(path)
+
+
+def test_path_that_no_file_can_have() -> None:
+    for path in ("a\0b", "x" * 5000):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_config(path)
+
+
+def test_home_of_an_unknown_user_is_no_crash(minimal: Path) -> None:
+    config = load_config(minimal, ["run.dir=~no-such-user-here/run"])
+    assert str(config.run.dir) == "~no-such-user-here/run"
+
+
+def test_every_missing_field_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "little.yaml"
+    path.write_text("moe:\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 11
+    assert lines[1].startswith("model.num_layers (missing) must be given: Transformer layers")
+    assert "pass model.num_layers=VALUE" in lines[1]
+
+
+def test_every_mistake_has_its_line(minimal: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, ["moe.router_topk=99", "optimizer.min_lr=1.0", "data.split=1"])
+    assert len(str(caught.value).splitlines()) == 1, "data.split=1 is no text"
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, ["moe.router_topk=99", "optimizer.min_lr=1.0", "data.split='1'"])
+    names = [line.split()[0] for line in str(caught.value).splitlines()]
+    assert names == ["moe.router_topk", "optimizer.min_lr", "data.split"]
+
+
+def test_message_stays_on_one_line_whatever_the_value(minimal: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, ['moe.dispatcher="a\\nb' + "x" * 500 + '"'])
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 200
+
+
+# (overrides, name with value, reason): settings without an effect
+IGNORED = [
+    ([*VANILLA, "moe.tau=0.5"], "moe.tau (0.5)", "without zero-computation experts"),
+    (["moe.balance_coeff=0.0", "moe.tau=0.5"], "moe.tau (0.5)", "with moe.balance_coeff 0"),
+    (
+        ["moe.balance_coeff=0.0", "moe.balance_scope=global"],
+        "moe.balance_scope ('global')",
+        "with moe.balance_coeff 0",
+    ),
+    (
+        ["moe.gate_normalization=nonzero", "moe.num_zero_experts=0"],
+        "moe.gate_normalization ('nonzero')",
+        "same as selected",
+    ),
+    (["moe.layer_freq=4"], "moe.gating_residual (true)", "single MoE layer"),
+    (["parallel.sequence_parallel=true"], "parallel.sequence_parallel (true)", "size 1"),
+    (["training.recompute_num_layers=1"], "training.recompute_num_layers (1)", "without"),
+    (
+        [
+            "training.recompute_granularity=full",
+            "training.recompute_method=block",
+            "training.recompute_num_layers=1",
+            "training.recompute_modules=[mlp]",
+        ],
+        "training.recompute_modules (['mlp'])",
+        "with training.recompute_granularity full",
+    ),
+    (
+        [
+            "training.recompute_granularity=selective",
+            "training.recompute_modules=[moe, shared_experts]",
+        ],
+        "training.recompute_modules (['moe', 'shared_experts'])",
+        "drop shared_experts",
+    ),
+    (
+        ["optimizer.decay_style=constant", "optimizer.min_lr=1e-4"],
+        "optimizer.min_lr (0.0001)",
+        "with optimizer.decay_style constant",
+    ),
+    (
+        ["training.eval_iters=0", "training.eval_interval=5"],
+        "training.eval_interval (5)",
+        "with training.eval_iters 0",
+    ),
+    (["checkpoint.keep=3"], "checkpoint.keep (3)", "with checkpoint.save_interval 0"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "name_and_value", "reason"), IGNORED)
+def test_ignored_setting_is_told(
+    minimal: Path, overrides: list[str], name_and_value: str, reason: str
+) -> None:
+    (warning,) = check_config(load_config(minimal, overrides))
+    assert warning.startswith(name_and_value)
+    assert reason in warning
+
+
+def test_overlap_on_one_rank_is_told(minimal: Path) -> None:
+    config = load_config(minimal, ["parallel.overlap_grad_reduce=true"])
+    (warning,) = check_world_size(config, 1)
+    assert warning.startswith("parallel.overlap_grad_reduce (true) has no effect with one")
+    assert check_world_size(config, 2) == []

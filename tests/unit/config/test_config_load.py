@@ -1,0 +1,216 @@
+"""Loading: bases, overrides, YAML's corners, the round trip, speed of import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import (
+    Config,
+    ConfigError,
+    check_config,
+    check_world_size,
+    load_config,
+    with_overrides,
+)
+from moepp_megatron.config.rules import IGNORED, RULES, WORLD_SIZE_IGNORED, WORLD_SIZE_RULES
+from moepp_megatron.config.schema import Section
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def test_defaults_are_valid_and_silent(minimal: Path) -> None:
+    config = load_config(minimal)
+    assert config.model.query_groups == 8
+    assert config.model.head_dim == 8
+    assert config.moe.num_zero_computation_experts == 4
+    assert config.moe.num_experts == 12
+    assert config.moe.ffn_share == pytest.approx(0.6)  # 0.75 * 8 / (0.75 * 8 + 4)
+    assert not config.moe.is_vanilla
+    assert config.parallel.expert_tensor_size == 1
+    assert config.checkpoint.folder(config.run.dir) == Path("runs/test/checkpoints")
+    assert check_config(config) == []
+
+
+def test_base_is_merged_key_by_key_and_relative_to_the_file_naming_it(
+    minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "middle.yaml").write_text(
+        "base: minimal.yaml\nmoe: {tau: 0.5, router_topk: 3, layer_freq: [1, 0, 1, 0]}\n"
+    )
+    top = tmp_path / "sub" / "top.yaml"
+    top.write_text("base: ../middle.yaml\nmoe: {tau: 0.25, layer_freq: [1, 1, 0, 0]}\ndata:\n")
+    monkeypatch.chdir("/")
+    config = load_config(top)
+    assert config.model.num_layers == 4
+    assert config.moe.router_topk == 3
+    assert config.moe.tau == 0.25
+    assert config.moe.layer_freq == [1, 1, 0, 0]  # a list replaces a list
+    assert config.moe.moe_layer_pattern(4) == [True, True, False, False]
+
+
+def test_base_cycle_is_refused_with_its_chain(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: c.yaml\n")
+    (tmp_path / "c.yaml").write_text("base: b.yaml\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "a.yaml")
+    b, c = tmp_path / "b.yaml", tmp_path / "c.yaml"
+    assert f"{b} -> {c} -> {b}" in str(caught.value)
+
+
+def test_same_base_twice_is_no_cycle(minimal: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top.yaml"
+    top.write_text("base: minimal.yaml\n")
+    assert load_config(top) == load_config(minimal)
+
+
+def test_unknown_key_names_its_file(minimal: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top.yaml"
+    top.write_text("base: middle.yaml\n")
+    middle = tmp_path / "middle.yaml"
+    middle.write_text("base: minimal.yaml\nmoe: {top_k: 1}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(top)
+    assert (
+        str(caught.value) == f"unknown key moe.top_k; did you mean moe.router_topk? (in {middle})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E-4", 1e-4),
+        ("5.0e-4", 5e-4),
+        ("+2.5e+1", 25.0),
+        (".5e0", 0.5),
+        ("1", 1.0),
+        ("0.01", 0.01),
+    ],
+)
+def test_numbers_as_people_write_them(minimal: Path, text: str, value: float) -> None:
+    assert load_config(minimal, [f"optimizer.lr={text}"]).optimizer.lr == value
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(minimal: Path) -> None:
+    config = load_config(
+        minimal,
+        [
+            "moe.tau=0.1",
+            "moe.tau=0.5",
+            "moe.capacity_factor=null",
+            "moe.gating_residual=false",
+            "moe.layer_freq=[1, 0, 0, 1]",
+            "data.path=some/where=here",
+            "checkpoint.load=auto",
+        ],
+    )
+    assert config.moe.tau == 0.5
+    assert config.moe.capacity_factor is None
+    assert config.moe.gating_residual is False
+    assert config.moe.layer_freq == [1, 0, 0, 1]
+    assert config.data.path == Path("some/where=here")
+    assert config.checkpoint.load == "auto"
+
+
+def test_home_is_expanded(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load_config(minimal, ["run.dir=~/run"]).run.dir == Path("/home/somebody/run")
+
+
+def test_round_trip(minimal: Path, tmp_path: Path) -> None:
+    config = load_config(
+        minimal,
+        ["moe.layer_freq=[1, 0, 1, 1]", "optimizer.adam_eps=1e-12", "data.path=d", "run.name='1'"],
+    )
+    written = tmp_path / "written.yaml"
+    written.write_text(config.to_yaml(comment="moepp_megatron 0.1.0\ncommit abc"))
+    assert written.read_text().startswith("# moepp_megatron 0.1.0\n# commit abc\nrun:\n")
+    again = load_config(written)
+    assert again == config
+    assert again.to_yaml() == config.to_yaml()
+
+
+def test_resolved_configuration_does_not_count_defaults_as_set(
+    minimal: Path, tmp_path: Path
+) -> None:
+    vanilla = [f"moe.num_{kind}_experts=0" for kind in ("zero", "copy", "constant")]
+    config = load_config(minimal, [*vanilla, "moe.gating_residual=false"])
+    written = tmp_path / "written.yaml"
+    written.write_text(config.to_yaml())
+    assert load_config(written).moe.is_vanilla
+    assert check_config(load_config(written)) == []
+
+
+def test_with_overrides_checks_and_leaves_the_original(minimal: Path) -> None:
+    config = load_config(minimal)
+    assert with_overrides(config, ["moe.tau=0.5"]).moe.tau == 0.5
+    assert config.moe.tau == 0.75
+    with pytest.raises(ConfigError, match=r"moe\.router_topk \(99\)"):
+        with_overrides(config, ["moe.router_topk=99"])
+
+
+def test_configuration_cannot_change_after_loading(minimal: Path) -> None:
+    config = load_config(minimal)
+    with pytest.raises(ValueError, match="frozen"):
+        config.moe.tau = 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "world_sizes"),
+    [
+        ("quickstart.yaml", (2,)),
+        ("models/moepp_0.6b_8_4.yaml", (1, 8, 64)),
+        ("models/moepp_1b_16_4.yaml", (8, 64)),
+        ("models/moepp_2b_32_8.yaml", (8, 64)),
+        ("models/moepp_7b_16_4.yaml", (8, 32, 64)),
+    ],
+)
+def test_shipped_configuration_fits(name: str, world_sizes: tuple[int, ...]) -> None:
+    config = load_config(CONFIGS / name)
+    assert check_config(config) == []
+    for world_size in world_sizes:
+        overlaps_nothing = world_size == 1
+        assert bool(check_world_size(config, world_size)) == overlaps_nothing
+
+
+def test_every_shipped_configuration_is_tested() -> None:
+    names = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
+    tested = {
+        "quickstart.yaml",
+        "models/_paper.yaml",  # a base, not a model
+        "models/moepp_0.6b_8_4.yaml",
+        "models/moepp_1b_16_4.yaml",
+        "models/moepp_2b_32_8.yaml",
+        "models/moepp_7b_16_4.yaml",
+    }
+    assert names == tested
+
+
+def test_every_setting_is_described_with_its_unit() -> None:
+    for section, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, Section)
+        for name, setting in field.annotation.model_fields.items():
+            assert setting.description, f"{section}.{name}"
+            extra = setting.json_schema_extra
+            assert isinstance(extra, dict), f"{section}.{name}"
+            assert extra["unit"], f"{section}.{name}"
+
+
+def test_every_rule_is_named_and_described_once() -> None:
+    rules = [*RULES, *IGNORED, *WORLD_SIZE_RULES, *WORLD_SIZE_IGNORED]
+    assert len({rule.__name__ for rule in rules}) == len(rules)
+    assert all(rule.__doc__ for rule in rules)
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, moepp_megatron.config; "
+        "print([m for m in ('torch', 'megatron', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
