@@ -46,12 +46,8 @@ def _build_chunk(config: Config, vp_stage: int | None) -> GPTModel:
         moepp=moepp,
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.model.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(
-            ignore_virtual=False, vp_stage=vp_stage
-        ),
-        post_process=parallel_state.is_pipeline_last_stage(
-            ignore_virtual=False, vp_stage=vp_stage
-        ),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         position_embedding_type="rope",
         rotary_base=config.model.rotary_base,

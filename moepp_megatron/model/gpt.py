@@ -57,4 +57,3 @@ class MoEPPGPTModel(GPTModel):
                 lane = no_logits(output, self.moepp.num_experts)
             output = pack(output, lane)
         return output
-

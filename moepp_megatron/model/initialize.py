@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterable
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 # Weights that write into the residual stream; their scale shrinks with depth (GPT-2, section 2.3).

@@ -119,9 +119,7 @@ class MoEPPLayer(MoELayer):
             raise ValueError("padding_mask must be None: MoE++ routing counts every token")
         if self.moe_layer_recompute and self.training:
             # The logits are an explicit input and output, so their gradient survives.
-            return tensor_parallel.checkpoint(
-                self._forward, False, hidden_states, previous_logits
-            )
+            return tensor_parallel.checkpoint(self._forward, False, hidden_states, previous_logits)
         return self._forward(hidden_states, previous_logits)
 
     def _forward(

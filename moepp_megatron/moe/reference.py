@@ -104,7 +104,9 @@ class ReferenceMoEPP(nn.Module):
             return F.linear(F.silu(gate) * up, self.expert_out[index])
         if index < config.constant_experts.stop:
             c = index - config.num_ffn_experts
-            keep, replace = torch.softmax(F.linear(x, self.mixing_weight[c]).float(), -1).split(1, -1)
+            keep, replace = torch.softmax(F.linear(x, self.mixing_weight[c]).float(), -1).split(
+                1, -1
+            )
             return keep * x + replace * self.constants[c]
         if index < config.copy_experts.stop:
             return x

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -12,28 +10,7 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.runtime import cpu_support
-
-
-@dataclass(frozen=True)
-class RankEnvironment:
-    """What torchrun or srun told this process about itself."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-
-    @classmethod
-    def read(cls) -> RankEnvironment:
-        """From the variables that torchrun sets; alone where there are none."""
-        env = os.environ
-        world_size = int(env.get("WORLD_SIZE", "1"))
-        return cls(
-            rank=int(env.get("RANK", "0")),
-            world_size=world_size,
-            local_rank=int(env.get("LOCAL_RANK", "0")),
-            local_world_size=int(env.get("LOCAL_WORLD_SIZE", str(world_size))),
-        )
+from moepp_megatron.runtime.rank import RankEnvironment
 
 
 def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
@@ -46,7 +23,6 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
     Returns:
         The device of this rank.
     """
-    _quiet()
     on_cpu = cpu_support.install()
     if on_cpu:
         device = torch.device("cpu")
@@ -104,16 +80,3 @@ def stop() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _quiet() -> None:
-    """Silence messages that say nothing about the user's run."""
-    import logging
-
-    # Printed on import by megatron-core and torch for every optional package that is missing and on
-    # every machine without a GPU; `moepp doctor` reports the same on request.
-    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    warnings.filterwarnings("ignore", message=".*Apex is not installed.*")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # GPTModel announces its successor on every construction (see docs/LOG.md).
-    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)

@@ -7,13 +7,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from moepp_megatron.runtime.distributed import RankEnvironment
-
-
-def is_rank() -> bool:
-    """Whether torchrun or srun started this process as one of several ranks."""
-    return "RANK" in os.environ and RankEnvironment.read().world_size > 1
-
 
 def run_ranks(num_ranks: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module arguments` on `num_ranks` ranks of this machine and wait.

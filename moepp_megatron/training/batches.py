@@ -40,4 +40,4 @@ def _on_device(dataset: Any, consumed_samples: int, config: Config) -> Iterator[
     ):
         on_device = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         # Each context-parallel rank takes its two chunks of every sequence.
-        yield get_batch_on_this_cp_rank(on_device)
+        yield get_batch_on_this_cp_rank(on_device, is_hybrid_cp=False)

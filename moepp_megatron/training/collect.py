@@ -92,12 +92,14 @@ class RoutingCollector:
         experts, ffn = self._num_experts, self._config.moe.num_ffn_experts
         selected = total[:, :experts]
         dropped, balance, tokens, num_bytes, their_balance, z_loss = total[:, experts:].T
-        selections = selected.sum(dim=1, keepdim=True)
+        # Every token makes K selections; where one capacity serves all experts (vanilla), dropped
+        # selections are those that are missing.
+        selections = (tokens * self._config.moe.router_topk).unsqueeze(1)
+        if self._is_vanilla:
+            balance, dropped = their_balance, selections.squeeze(1) - selected.sum(dim=1)
         share = selected / selections
         ffn_share = share[:, :ffn].sum(dim=1)
         ffn_load = share[:, :ffn].amax(dim=1) / (ffn_share / ffn).clamp(min=1e-12)
-        if self._is_vanilla:
-            balance = their_balance
         metrics: dict[str, object] = {
             "balance_loss": float(balance.mean() / self._num_losses),
             "ffn_fraction": float(ffn_share.mean()),

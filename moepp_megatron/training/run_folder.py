@@ -12,7 +12,7 @@ from moepp_megatron.config import Config
 
 def checkpoint_folder(config: Config) -> Path:
     """Where the run's checkpoints are."""
-    return Path(config.checkpoint.dir or Path(config.run.dir) / "checkpoints")
+    return Path(config.checkpoint.folder(config.run.dir))
 
 
 def write_config(config: Config) -> Path:
@@ -21,9 +21,8 @@ def write_config(config: Config) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     temporary = folder / ".config.yaml.incomplete"
-    provenance = {"version": __version__, "git_commit": _git_commit()}
-    header = "".join(f"# {key}: {value}\n" for key, value in provenance.items())
-    temporary.write_text(header + config.to_yaml(), encoding="utf-8")
+    comment = f"moepp_megatron {__version__}, commit {_git_commit()}"
+    temporary.write_text(config.to_yaml(comment), encoding="utf-8")
     os.replace(temporary, path)
     return path
 

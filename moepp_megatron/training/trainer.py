@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.datasets import build_datasets
-from moepp_megatron.data.tokenizer import load_tokenizer
+from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks, open_sinks
@@ -47,7 +48,7 @@ class Trainer:
         self._load()
         self._train_set, self._valid_set, _ = build_datasets(
             Path(config.data.path),
-            load_tokenizer(self._tokenizer),
+            Tokenizer.load(self._tokenizer),
             config.model.seq_length,
             config.data.split,
             config.training.seed,
@@ -111,7 +112,7 @@ class Trainer:
             return False
         return self.progress.step == training.train_iters or self._due(training.eval_interval)
 
-    def _record(self, losses, grad_norm: float, started: float) -> StepMetrics:  # type: ignore[no-untyped-def]
+    def _record(self, losses: Tensor, grad_norm: float, started: float) -> StepMetrics:
         """The metrics of the step just taken, global; every rank must call."""
         loss = mean_loss(losses)
         elapsed = time.perf_counter() - started

@@ -1,0 +1,58 @@
+"""What `moepp train --dry-run` prints: rank grid and parameters, without touching a device."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from moepp_megatron.config import Config, Layout, count_parameters
+
+# A large grid says nothing that its first and last ranks do not.
+_MOST_ROWS = 32
+
+
+def print_plan(config: Config, layout: Layout) -> None:
+    """Print the parameters and where every rank stands."""
+    console = Console()
+    console.print(_parameters(config))
+    console.print(_grid(layout))
+    console.print(
+        f"{layout.num_microbatches} micro-batches of {config.training.micro_batch_size} sequences "
+        f"a step and data-parallel rank; phi {config.moe.ffn_share:.3f}"
+    )
+
+
+def _parameters(config: Config) -> Table:
+    counts = count_parameters(config)
+    table = Table("part", title="parameters")
+    table.add_column("number", justify="right")
+    for name in (
+        "embedding",
+        "attention",
+        "norms",
+        "dense_ffn",
+        "ffn_experts",
+        "shared_experts",
+        "router",
+        "zero_computation_experts",
+    ):
+        number = getattr(counts, name)
+        if number:
+            table.add_row(name.replace("_", " "), f"{number:,}")
+    table.add_row("total", f"{counts.total:,}", style="bold")
+    table.add_row("active per token", f"{counts.active:,}")
+    return table
+
+
+def _grid(layout: Layout) -> Table:
+    table = Table(title=f"{layout.world_size} ranks")
+    for column in ("rank", "tp", "cp", "dp", "pp", "etp", "ep", "edp"):
+        table.add_column(column, justify="right")
+    ranks = layout.grid()
+    shown = ranks if len(ranks) <= _MOST_ROWS else ranks[: _MOST_ROWS - 1] + ranks[-1:]
+    for place in shown:
+        if place is ranks[-1] and len(shown) < len(ranks):
+            table.add_row(*["..."] * 8)
+        values = (place.rank, place.tp, place.cp, place.dp, place.pp, place.etp, place.ep)
+        table.add_row(*(str(value) for value in (*values, place.edp)))
+    return table

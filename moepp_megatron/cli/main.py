@@ -1,0 +1,35 @@
+"""The `moepp` command. Each command lives in its own file; heavy imports wait until one runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from moepp_megatron.cli import data, generate, report, train
+from moepp_megatron.config import ConfigError, UnfitError
+
+app = typer.Typer(
+    name="moepp",
+    help="Train MoE++ models (arXiv 2410.07348) with megatron-core.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(data.app, name="data")
+app.command()(train.train)
+app.command()(generate.generate)
+app.command()(report.report)
+
+
+def run() -> None:
+    """Entry point. A user's error is one line on stderr a problem, and its exit code."""
+    try:
+        app()
+    except (ConfigError, UnfitError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    run()

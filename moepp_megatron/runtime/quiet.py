@@ -1,0 +1,31 @@
+"""Silences messages of other libraries that say nothing about the user's run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+# One line each, with what it announces and why that is not news.
+_LOGGERS = (
+    # "No CUDA runtime is found": on every CPU machine.
+    "torch.utils.cpp_extension",
+    # "GPTModel IS DEPRECATED": on every construction; the choice is explained in docs/LOG.md.
+    "megatron.core.models.gpt.gpt_model",
+    # "full_param_layout not provided": the layout is computed inside, as documented there.
+    "megatron.core.distributed.distributed_data_parallel",
+    # "MCore's async save is deprecated": also for synchronous saves.
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+
+
+def quiet() -> None:
+    """Call before megatron-core is imported; a second call changes nothing."""
+    # megatron-core announces on import every optional package that is missing; `moepp doctor`
+    # reports the same on request.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
+    # Deprecations inside megatron-core and torch are for their developers.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\..*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(megatron|torch)\..*")
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
