@@ -84,7 +84,7 @@ def _saving_cards(run: RunData, summary: Summary, savings: Savings) -> list[Card
 def _speed_cards(run: RunData, summary: Summary) -> list[Card]:
     return [
         Card("Tokens/s", formatting.big_count(summary.tokens_per_s), "median of the records"),
-        Card("Tokens", formatting.big_count(summary.tokens), f"{summary.tokens:,} trained on"),
+        Card("Tokens", formatting.big_count(summary.tokens), f"trained on: {summary.tokens:,}"),
         Card(
             "Training time",
             formatting.duration(summary.train_seconds),

@@ -63,10 +63,9 @@ def read_page(run: Path) -> Reader:
     return Reader(build_report(run).read_text(encoding="ascii"))
 
 
-def test_the_page_shows_every_number_of_the_run(make_run):
-    run = make_run(steps=60)
-    text = read_page(run).text
-    data = load_run(run)
+def test_the_page_shows_every_number_of_the_run(full_run):
+    text = Reader((full_run / "report.html").read_text(encoding="ascii")).text
+    data = load_run(full_run)
     summary = summarize(data)
     savings = compute_savings(data.config, summary)
     saved_bytes = savings.vanilla_a2a_bytes - savings.a2a_bytes
@@ -90,8 +89,8 @@ def test_the_page_shows_every_number_of_the_run(make_run):
     assert "num_ffn_experts: 8" in text
 
 
-def test_the_page_asks_nothing_of_the_network(make_run):
-    page = read_page(make_run(steps=20))
+def test_the_page_asks_nothing_of_the_network(full_run):
+    page = Reader((full_run / "report.html").read_text())
     addresses = [v for _, key, v in page.attributes if key in ("src", "href", "data", "action")]
     assert addresses
     assert all(a.startswith("data:image/svg+xml;base64,") for a in addresses)
@@ -101,8 +100,8 @@ def test_the_page_asks_nothing_of_the_network(make_run):
     )
 
 
-def test_the_style_names_no_address(make_run):
-    source = build_report(make_run(steps=2)).read_text()
+def test_the_style_names_no_address(full_run):
+    source = (full_run / "report.html").read_text()
     style = re.search(r"<style>(.*?)</style>", source, re.DOTALL)
     assert style is not None
     assert "{" in style[1]
@@ -110,8 +109,8 @@ def test_the_style_names_no_address(make_run):
     assert "@import" not in style[1]
 
 
-def test_every_picture_is_whole_and_described(make_run):
-    pictures = read_page(make_run(steps=60)).pictures
+def test_every_picture_is_whole_and_described(full_run):
+    pictures = Reader((full_run / "report.html").read_text()).pictures
     assert len(pictures) == 10
     for source, alt in pictures:
         root = ElementTree.fromstring(base64.b64decode(source.split(",", 1)[1]))
@@ -123,7 +122,7 @@ def test_every_picture_is_whole_and_described(make_run):
 
 def test_names_and_configuration_are_escaped(make_run):
     name = "<script>alert('1')</script> & \"caf\u00e9\""
-    run = make_run(steps=2, run={"name": name})
+    run = make_run(steps=1, run={"name": name})
     source = build_report(run).read_text(encoding="ascii")
     assert "<script" not in source
     assert "&lt;script&gt;" in source
@@ -131,11 +130,14 @@ def test_names_and_configuration_are_escaped(make_run):
     assert Reader(source).text.count(name) == 2
 
 
-def test_the_same_run_gives_the_same_bytes(make_run):
-    run = make_run(steps=5)
-    first = build_report(run).read_bytes()
-    assert build_report(run).read_bytes() == first
-    assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "metrics.jsonl", "report.html"]
+def test_the_same_run_gives_the_same_bytes(full_run):
+    first = (full_run / "report.html").read_bytes()
+    assert build_report(full_run).read_bytes() == first
+    assert sorted(p.name for p in full_run.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+    ]
 
 
 def test_a_vanilla_run_has_nothing_to_save(make_run):
@@ -232,7 +234,7 @@ def app() -> typer.Typer:
 
 
 def test_the_command_prints_where_the_page_is(make_run, app):
-    run = make_run(steps=2)
+    run = make_run(steps=1)
     result = CliRunner().invoke(app, [str(run)])
     assert result.exit_code == 0
     assert result.stdout.strip() == str(run / "report.html")
