@@ -35,14 +35,11 @@ def headline_cards(run: RunData, summary: Summary, savings: Savings) -> list[Car
 
 
 def _loss_cards(summary: Summary) -> list[Card]:
-    settled = formatting.number(summary.settled_loss)
-    cards = [
-        Card(
-            "Final loss",
-            formatting.number(summary.loss),
-            f"nats, step {summary.last_step:,}; mean of the last {_records(summary)}: {settled}",
-        )
-    ]
+    note = f"nats, step {summary.last_step:,}"
+    if summary.settled_count > 1:
+        settled = formatting.number(summary.settled_loss)
+        note += f"; mean of the last {_records(summary)}: {settled}"
+    cards = [Card("Final loss", formatting.number(summary.loss), note)]
     if summary.valid_loss is None:
         cards.append(Card("Validation loss", "none", "this run was not evaluated"))
         note = "exp of the mean training loss at the end"
@@ -86,12 +83,12 @@ def _saving_cards(run: RunData, summary: Summary, savings: Savings) -> list[Card
 
 def _speed_cards(run: RunData, summary: Summary) -> list[Card]:
     return [
-        Card("Tokens/s", formatting.count(summary.tokens_per_s), "median of the records"),
-        Card("Tokens", formatting.count(summary.tokens), "trained on in total"),
+        Card("Tokens/s", formatting.big_count(summary.tokens_per_s), "median of the records"),
+        Card("Tokens", formatting.big_count(summary.tokens), f"trained on: {summary.tokens:,}"),
         Card(
-            "Time in steps",
+            "Training time",
             formatting.duration(summary.train_seconds),
-            "without start, evaluation, checkpoints",
+            "in steps, without start and evaluation",
         ),
     ]
 

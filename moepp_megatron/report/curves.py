@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
@@ -17,6 +18,7 @@ from moepp_megatron.report.drawing import (
     new_figure,
     step_axis,
     svg_data_uri,
+    thin,
 )
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.run_data import RunData
@@ -138,8 +140,9 @@ def a2a_plot(run: RunData) -> Plot:
     if run.config.experts.zero_computation:
         scaled = [vanilla_a2a_bytes(r.a2a_bytes, r.ffn_fraction) for r in run.records]
         whole = [(step, b / mib) for step, b in zip(steps, scaled, strict=True) if b is not None]
-        draw_noisy(axes, [s for s, _ in whole], [b for _, b in whole], MUTED, "vanilla layer")
-        caption += " The vanilla layer, in the same layout, would send bytes / FFN share."
+        if whole:
+            draw_noisy(axes, [s for s, _ in whole], [b for _, b in whole], MUTED, "vanilla layer")
+            caption += " The vanilla layer, in the same layout, would send bytes / FFN share."
     axes.set_ylim(bottom=0)
     axes.set_ylabel("MiB")
     step_axis(axes)
@@ -155,8 +158,10 @@ def speed_plot(run: RunData) -> Plot:
     steps, speed = _series(run.records, lambda r: r.tokens_per_s)
     if len(steps) < 2:
         return _too_short(run, title, caption, "tokens/s", speed, formatting.count)
-    _, times = _series(run.records, lambda r: r.step_time_s)
-    image = _two_panels(steps, (speed, "tokens/s", BLUE), (times, "step time (s)", GREEN))
+    times = [r.step_time_s for r in run.records if math.isfinite(r.tokens_per_s)]
+    image = _two_panels(
+        steps, _Panel(speed, "tokens/s", BLUE), _Panel(times, "step time (s)", GREEN)
+    )
     alt = _course("Tokens per second", steps, speed, formatting.count)
     return Plot(title, caption, image, f"{alt} {_course('Step time in seconds', steps, times)}")
 
@@ -168,10 +173,12 @@ def gradient_plot(run: RunData) -> Plot:
     steps, norms = _series(run.records, lambda r: r.grad_norm)
     if len(steps) < 2:
         return _too_short(run, title, caption, "gradient norm", norms)
-    rate_steps, rates = _series(run.records, lambda r: r.lr)
-    if rate_steps != steps:
-        rates = [r.lr for r in run.records]
-    image = _two_panels(steps, (norms, "gradient norm", BLUE), (rates, "learning rate", GREEN))
+    rates = [r.lr for r in run.records if math.isfinite(r.grad_norm)]
+    image = _two_panels(
+        steps,
+        _Panel(norms, "gradient norm", BLUE),
+        _Panel(rates, "learning rate", GREEN, noisy=False),
+    )
     alt = _course("Gradient norm", steps, norms)
     return Plot(title, caption, image, f"{alt} {_course('Learning rate', steps, rates)}")
 
@@ -190,28 +197,36 @@ def _plain_plot(
     steps, values = _series(run.records, lambda r: getattr(r, key))
     show = formatting.percent if share else formatting.number
     if len(steps) < 2:
-        return _too_short(run, title, caption, title.lower(), values, show)
+        return _too_short(run, title, caption, title, values, show)
     figure = new_figure()
     axes = figure.subplots()
-    draw_noisy(axes, steps, values, BLUE, None)
+    draw_noisy(axes, steps, values, BLUE)
     if level is not None:
         axes.axhline(level, color=VERMILION, linestyle="--", linewidth=1.2)
     axes.set_ylabel(axis)
     if share:
+        axes.set_ylim(bottom=0)
         _share_axis(axes)
     step_axis(axes)
     return Plot(title, caption, svg_data_uri(figure), _course(title, steps, values, show))
 
 
-Panel = tuple[Sequence[float], str, str]
+class _Panel(NamedTuple):
+    values: Sequence[float]
+    label: str
+    colour: str
+    noisy: bool = True
 
 
-def _two_panels(steps: Sequence[int], *panels: Panel) -> str:
+def _two_panels(steps: Sequence[int], *panels: _Panel) -> str:
     figure = new_figure(height=3.6)
     all_axes = figure.subplots(len(panels), 1, sharex=True)
-    for axes, (values, label, colour) in zip(all_axes, panels, strict=True):
-        draw_noisy(axes, steps, values, colour, None)
-        axes.set_ylabel(label)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        if panel.noisy:
+            draw_noisy(axes, steps, panel.values, panel.colour)
+        else:
+            axes.plot(*thin(steps, panel.values), color=panel.colour)
+        axes.set_ylabel(panel.label)
     step_axis(all_axes[-1])
     return svg_data_uri(figure)
 

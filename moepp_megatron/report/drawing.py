@@ -22,6 +22,9 @@ GREEN = "#009e73"
 # Okabe and Ito's palette: told apart with every kind of colour vision.
 KIND_COLOURS = {"FFN": BLUE, "constant": "#e69f00", "copy": GREEN, "zero": "#9aa5b1"}
 
+# Darker versions where the colour is that of text.
+KIND_INKS = {"FFN": BLUE, "constant": "#9a6700", "copy": "#007a59", "zero": "#52606d"}
+
 # More points than pixels only make the page heavy.
 MAX_POINTS = 1200
 
@@ -98,7 +101,11 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def draw_noisy(
-    axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, label: str | None
+    axes: Axes,
+    steps: Sequence[int],
+    values: Sequence[float],
+    colour: str,
+    label: str | None = None,
 ) -> None:
     """A line; with many points the raw values pale behind their moving mean."""
     x, y = thin(steps, values)

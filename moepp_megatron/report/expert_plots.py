@@ -12,6 +12,7 @@ from moepp_megatron.report import formatting
 from moepp_megatron.report.drawing import (
     INK,
     KIND_COLOURS,
+    KIND_INKS,
     new_figure,
     step_axis,
     svg_data_uri,
@@ -71,21 +72,26 @@ def layer_heat_map(run: RunData) -> Plot:
     layers, experts = shares.shape
     figure = new_figure(13.2, min(9.0, 1.6 + 0.36 * layers))
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", aspect="auto", vmin=0.0, interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, pad=0.01, format=PercentFormatter(xmax=1.0, decimals=0))
+    balanced = np.asarray([balanced_share(run.config, kind) for kind in run.config.experts.kinds])
+    # One fixed scale: pages of different runs can be compared by eye.
+    image = axes.imshow(
+        shares / balanced, cmap="PuOr_r", aspect="auto", vmin=0, vmax=2, interpolation="nearest"
+    )
+    bar = figure.colorbar(image, ax=axes, pad=0.01, extend="max", label="share / balanced share")
     bar.outline.set_visible(False)
     _name_experts(axes, run.config)
     _name_layers(axes, run.config, layers)
     if shares.size <= MAX_NUMBERED_CELLS:
-        _number_cells(axes, shares)
+        _number_cells(axes, shares, balanced)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     low, high = shares.min(), shares.max()
     return Plot(
         title,
-        "Share of the layer's selections, mean over the last tenth of the records; a row sums to "
-        "100%. Rows are MoE layers by their number in the model.",
+        "Numbers: an expert's share of the layer's selections in percent, mean over the last tenth "
+        "of the records; a row sums to 100%. Colour: that share over the one under perfect "
+        "balance, orange for more, purple for less. Rows: MoE layers by their number in the model.",
         svg_data_uri(figure),
         f"Heat map of {layers} MoE layers by {experts} experts; shares between "
         f"{formatting.percent(low)} and {formatting.percent(high)}.",
@@ -112,10 +118,14 @@ def expert_bars(run: RunData) -> Plot:
     _name_experts(axes, config)
     _kind_legend(axes, config)
     by_kind = ", ".join(f"{kind} {formatting.percent(v)}" for kind, v in _kind_sums(run, shares))
+    caption = (
+        "Mean over the last tenth of the records. Black ticks: the share under perfect balance"
+    )
+    if config.experts.zero_computation:
+        caption += f"; for an FFN expert it is tau = {config.moe.tau:g} times that of the others"
     return Plot(
         title,
-        "Mean over the last tenth of the records. Black ticks: the share under perfect balance, "
-        "which tau makes smaller or larger for FFN experts.",
+        f"{caption}.",
         svg_data_uri(figure),
         f"By kind: {by_kind}.",
     )
@@ -183,7 +193,7 @@ def _name_experts(axes: Axes, config: RunConfig) -> None:
         axes.set_xticks(firsts, labels=[kinds[i] for i in firsts], rotation=45, ha="right")
         kinds = [kinds[i] for i in firsts]
     for label, kind in zip(axes.get_xticklabels(), kinds, strict=True):
-        label.set_color("#616e7c" if kind == "zero" else KIND_COLOURS[kind])
+        label.set_color(KIND_INKS[kind])
 
 
 def _name_layers(axes: Axes, config: RunConfig, layers: int) -> None:
@@ -195,9 +205,9 @@ def _name_layers(axes: Axes, config: RunConfig, layers: int) -> None:
     axes.set_ylabel("layer")
 
 
-def _number_cells(axes: Axes, shares: np.ndarray) -> None:
-    dark = 0.6 * shares.max()
+def _number_cells(axes: Axes, shares: np.ndarray, balanced: np.ndarray) -> None:
     for (layer, expert), share in np.ndenumerate(shares):
-        colour = "white" if share > dark else INK
+        extreme = not 0.35 < share / balanced[expert] < 1.65
+        colour = "white" if extreme else INK
         text = f"{100 * share:.1f}"
-        axes.text(expert, layer, text, ha="center", va="center", color=colour, fontsize=8)
+        axes.text(expert, layer, text, ha="center", va="center", color=colour, fontsize=8.5)

@@ -24,6 +24,16 @@ def count(value: float) -> str:
     return f"{round(value):,}" if math.isfinite(value) else NOT_FINITE
 
 
+def big_count(value: float) -> str:
+    """A whole number; from a hundred million on in millions, billions or trillions."""
+    if not abs(value) >= 1e8 or not math.isfinite(value):
+        return count(value)
+    for unit, name in ((1e12, "trillion"), (1e9, "billion")):
+        if abs(value) >= unit:
+            return f"{value / unit:,.2f} {name}"
+    return f"{value / 1e6:,.1f} million"
+
+
 def _scaled(value: float, base: float, units: tuple[str, ...]) -> str:
     if not math.isfinite(value):
         return NOT_FINITE

@@ -133,6 +133,8 @@ def _facts(run: RunData) -> list[str]:
 def _sentence(run: RunData, summary: Summary) -> str:
     planned = run.config.training.train_iters
     done = f"{summary.last_step:,} of {planned:,} steps are done."
+    if summary.last_step > planned:
+        done = f"{summary.last_step:,} steps are done."
     if run.config.experts.zero_computation == 0:
         kind = "megatron-core's vanilla MoE layer" if run.config.is_vanilla else "FFN experts only"
         return (

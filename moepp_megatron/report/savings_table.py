@@ -1,5 +1,6 @@
 """The table that sets a run against the vanilla layer of the same size."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,9 +48,12 @@ def savings_table(run: RunData, summary: Summary, savings: Savings) -> SavingsTa
         f"token, forward, in all {len(run.config.moe_layers)} MoE layers; the backward pass of "
         "the experts costs twice as much on both sides. The FFN share is the mean over the run, "
         f"{formatting.percent(summary.ffn_fraction)}.",
-        f"{formatting.number(savings.speed_limit, 2)} = 1 / FFN share is the most that the expert "
-        "computation can gain in speed. It is a limit, not a measurement.",
     ]
+    if math.isfinite(savings.speed_limit):
+        notes.append(
+            f"{formatting.number(savings.speed_limit, 2)} = 1 / FFN share is the most that the "
+            "expert computation can gain in speed. It is a limit, not a measurement."
+        )
     if summary.dropped_fraction > 0:
         notes.append(
             f"A capacity limit dropped {formatting.percent(summary.dropped_fraction)} of the "
@@ -106,9 +110,13 @@ def _work_rows(run: RunData, savings: Savings) -> list[Row]:
 
 def _traffic_rows(run: RunData, summary: Summary, savings: Savings) -> list[Row]:
     steps = summary.last_step
-    if not savings.a2a_bytes or savings.vanilla_a2a_bytes is None:
+    if not savings.a2a_bytes:
         reason = "no hidden vector left its rank in this run"
         return [Row("All-to-all bytes", reason, "none", "none", "none")]
+    if savings.vanilla_a2a_bytes is None:
+        reason = "without a positive FFN share the vanilla layer's traffic is not known"
+        sent = formatting.data_size(savings.a2a_bytes)
+        return [Row("All-to-all bytes of the run", reason, "not known", sent, "not known")]
     how = "forward, all ranks and MoE layers; vanilla: measured / FFN share, in the same layout"
     return [
         _difference(
@@ -120,7 +128,7 @@ def _traffic_rows(run: RunData, summary: Summary, savings: Savings) -> list[Row]
         ),
         _difference(
             "All-to-all bytes of the run",
-            f"mean of the records x {steps:,} steps",
+            f"mean of the records x steps done ({steps:,})",
             savings.vanilla_a2a_bytes,
             savings.a2a_bytes,
             formatting.data_size,

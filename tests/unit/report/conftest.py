@@ -120,3 +120,14 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return write_run(tmp_path / "run", config, records)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 60 steps with its page, for tests that only read."""
+    from moepp_megatron.report import build_report
+
+    config = synthetic_config()
+    run = write_run(tmp_path_factory.mktemp("full"), config, synthetic_records(config, 60))
+    build_report(run)
+    return run

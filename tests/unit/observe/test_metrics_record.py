@@ -1,0 +1,104 @@
+"""The record of a step and reading it back."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.observe import ExpertCounts, MetricsError, read_metrics
+
+REQUIRED = [
+    "step",
+    "tokens",
+    "loss",
+    "lr",
+    "grad_norm",
+    "step_time_s",
+    "tokens_per_s",
+    "balance_loss",
+    "ffn_fraction",
+    "ffn_per_token",
+    "expert_share",
+    "max_ffn_load",
+    "dropped_fraction",
+    "a2a_bytes",
+]
+
+
+def test_a_line_has_the_promised_keys_and_no_empty_ones(make_record):
+    line = make_record(3).to_json_line()
+    assert line.endswith("}\n")
+    assert line.count("\n") == 1
+    assert sorted(json.loads(line)) == sorted(REQUIRED)
+
+
+def test_optional_and_unknown_keys_survive_a_round_trip(make_record, tmp_path: Path):
+    record = make_record(valid_loss=5.5, layer_expert_share=[[0.5, 0.25, 0.25, 0.0]], own_key=7)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(record.to_json_line())
+    assert read_metrics(path) == [record]
+    assert json.loads(path.read_text())["own_key"] == 7
+
+
+def test_numbers_that_are_not_finite_stay_standard_json(make_record, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(make_record(loss=math.nan, grad_norm=math.inf).to_json_line())
+    values = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert values["loss"] is None
+    (record,) = read_metrics(path)
+    assert math.isnan(record.loss)
+    assert math.isnan(record.grad_norm)
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_record_without_a_required_key_is_refused_by_name(make_record, tmp_path: Path, key: str):
+    values = json.loads(make_record().to_json_line())
+    del values[key]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(values) + "\n")
+    with pytest.raises(MetricsError, match=rf"metrics\.jsonl:1: {key}: Field required"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "tok', b"\x00\x00\x00", b"\xff{"])
+def test_a_torn_last_line_is_ignored(make_record, tmp_path: Path, torn: bytes):
+    path = tmp_path / "metrics.jsonl"
+    whole = make_record(1).to_json_line() + make_record(2).to_json_line()
+    path.write_bytes(whole.encode() + torn)
+    assert [r.step for r in read_metrics(path)] == [1, 2]
+
+
+def test_a_damaged_line_before_the_last_is_an_error(make_record, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(make_record(1).to_json_line() + "{oops\n" + make_record(2).to_json_line())
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: is not a JSON object"):
+        read_metrics(path)
+
+
+def test_steps_that_were_run_again_count_once(make_record, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    records = [make_record(s, loss=float(i)) for i, s in enumerate([1, 2, 3, 2, 3, 4])]
+    path.write_text("".join(r.to_json_line() for r in records))
+    assert [(r.step, r.loss) for r in read_metrics(path)] == [(1, 0), (2, 3), (3, 4), (4, 5)]
+
+
+def test_missing_and_empty_files_are_named_with_a_remedy(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl: cannot be read .*moepp train"):
+        read_metrics(path)
+    path.write_text('{"step": 1')
+    with pytest.raises(MetricsError, match=r"no complete record yet; wait"):
+        read_metrics(path)
+
+
+def test_experts_are_in_the_fixed_order():
+    counts = ExpertCounts(ffn=2, constant=2, copy=1, zero=1)
+    assert counts.names == ["FFN 0", "FFN 1", "constant 0", "constant 1", "copy 0", "zero 0"]
+    assert counts.kinds == ["FFN", "FFN", "constant", "constant", "copy", "zero"]
+    assert (counts.total, counts.zero_computation) == (6, 4)
+
+
+def test_phi_of_the_paper_and_of_vanilla():
+    assert ExpertCounts(8, 2, 1, 1).ffn_share(0.75) == pytest.approx(0.6)
+    assert ExpertCounts(8).ffn_share(0.75) == 1.0

@@ -1,0 +1,240 @@
+"""Where records go, and what happens when that fails."""
+
+import io
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moepp_megatron.observe import (
+    ConsoleSink,
+    ExpertCounts,
+    JsonlSink,
+    MetricsError,
+    Sinks,
+    TensorBoardSink,
+    open_sinks,
+    read_metrics,
+    sinks,
+)
+from moepp_megatron.observe.atomic import write_atomic
+
+EXPERTS = ExpertCounts(ffn=2, constant=1, copy=0, zero=1)
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_every_record_is_one_whole_write(make_record, tmp_path: Path, monkeypatch):
+    writes = []
+    real_write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: writes.append(data) or real_write(fd, data))
+    sink = JsonlSink(tmp_path / "run" / "metrics.jsonl")
+    for step in (1, 2):
+        sink.write(make_record(step))
+        # Readable at once by another process, before close.
+        assert steps_in(sink.path)[-1] == step
+    sink.close()
+    sink.close()
+    assert writes == [make_record(s).to_json_line().encode() for s in (1, 2)]
+
+
+def test_a_short_write_leaves_whole_lines_and_says_so(make_record, tmp_path: Path, monkeypatch):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(make_record(1))
+    real_write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real_write(fd, data[:10]))
+    with pytest.raises(OSError, match=r"only 10 of \d+ bytes could be written; free disk space"):
+        sink.write(make_record(2))
+    monkeypatch.undo()
+    sink.write(make_record(3))
+    assert steps_in(sink.path) == [1, 3]
+    sink.close()
+
+
+@pytest.mark.parametrize(
+    ("resume_step", "expected"), [(None, [1, 2, 3, 4]), (3, [1, 2, 4]), (9, [1, 2, 3, 4]), (0, [4])]
+)
+def test_resuming_repairs_the_file(make_record, tmp_path: Path, resume_step, expected):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(make_record(s).to_json_line() for s in (1, 2, 3)) + '{"step": 4, "lo')
+    sink = JsonlSink(path, resume_step)
+    sink.write(make_record(4))
+    sink.close()
+    assert steps_in(path) == expected
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_whole_last_line_without_line_end_is_kept(make_record, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(make_record(1).to_json_line().rstrip("\n"))
+    sink = JsonlSink(path)
+    sink.write(make_record(2))
+    sink.close()
+    assert steps_in(path) == [1, 2]
+
+
+def test_a_damaged_file_is_not_silently_rewritten(make_record, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("garbage\n" + make_record(1).to_json_line())
+    before = path.read_bytes()
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl:1"):
+        JsonlSink(path, resume_step=2)
+    assert path.read_bytes() == before
+
+
+def test_a_failed_atomic_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def refuse(*_: object) -> None:
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk gone"):
+        write_atomic(path, b"new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class FailingSink:
+    """Fails at every record."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def write(self, record) -> None:
+        self.calls += 1
+        raise RuntimeError("no display")
+
+    def close(self) -> None:
+        raise RuntimeError("cannot close")
+
+
+class ListSink:
+    """Keeps the steps it is given."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.closed = False
+
+    def write(self, record) -> None:
+        self.steps.append(record.step)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_failing_optional_sink_is_left_out_with_one_warning(make_record, caplog):
+    required, failing, other = ListSink(), FailingSink(), ListSink()
+    fan = Sinks([required], [failing, other])
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3):
+            fan.write(make_record(step))
+        fan.close()
+    assert required.steps == other.steps == [1, 2, 3]
+    assert required.closed
+    assert other.closed
+    assert failing.calls == 1
+    messages = [r.getMessage() for r in caplog.records]
+    assert messages == ["FailingSink failed at step 1 and is off from here on: no display"]
+
+
+def test_a_failing_required_sink_stops_the_run_and_the_others_are_closed(make_record):
+    other = ListSink()
+    fan = Sinks([FailingSink()], [other])
+    with pytest.raises(RuntimeError, match="no display"):
+        fan.write(make_record(1))
+    with pytest.raises(RuntimeError, match="cannot close"):
+        fan.close()
+    assert other.closed
+
+
+def test_plain_lines_of_a_log(make_record):
+    out = io.StringIO()
+    sink = ConsoleSink(100, phi=0.6, console=Console(file=out, width=40), print_every=10)
+    for step in range(1, 21):
+        sink.write(make_record(step, valid_loss=5.5 if step == 13 else None))
+    sink.close()
+    lines = out.getvalue().splitlines()
+    assert [line.split(" | ")[0] for line in lines] == [
+        "step 1/100",
+        "step 10/100",
+        "step 13/100",
+        "step 20/100",
+    ]
+    assert lines[1] == (
+        "step 10/100 | loss 5.2500 | lr 3.00e-04 | grad norm 1.500 | FFN share 0.625 (phi 0.600) "
+        "| 1,024 tokens/s | ETA 0:00:45"
+    )
+    assert "| valid loss 5.5000 |" in lines[2]
+
+
+def test_the_last_step_is_always_printed(make_record):
+    out = io.StringIO()
+    sink = ConsoleSink(7, phi=0.6, console=Console(file=out), print_every=5)
+    for step in range(1, 8):
+        sink.write(make_record(step))
+    assert out.getvalue().splitlines()[-1].startswith("step 7/7 ")
+    assert out.getvalue().splitlines()[-1].endswith("ETA 0:00:00")
+
+
+def test_a_terminal_gets_a_bar(make_record):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=160)
+    sink = ConsoleSink(2, phi=0.6, console=console)
+    sink.write(make_record(1, valid_loss=5.5))
+    sink.write(make_record(2))
+    sink.close()
+    shown = out.getvalue()
+    assert "step 1: validation loss 5.5000" in shown
+    assert "FFN share 0.625 (phi 0.600)" in shown
+    assert "2/2" in shown
+
+
+def test_tensorboard_gets_every_number(make_record, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path, EXPERTS)
+    sink.write(make_record(1, valid_loss=5.5, layer_ffn_fraction=[0.5, 0.75], own_key=2.0))
+    sink.write(make_record(2, loss=5.0))
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+
+    def values(tag: str) -> list[tuple[int, float]]:
+        return [(e.step, e.value) for e in events.Scalars(tag)]
+
+    assert values("loss/train") == [(1, 5.25), (2, 5.0)]
+    assert values("loss/validation") == [(1, 5.5)]
+    assert values("other/own_key") == [(1, 2.0)]
+    assert values("layer_ffn_fraction/moe_layer_1") == [(1, 0.75)]
+    shares = [values(f"expert_share/{n}")[0][1] for n in ("FFN_0", "FFN_1", "constant_0", "zero_0")]
+    assert shares == [0.3125, 0.3125, 0.25, 0.125]
+
+
+def test_open_sinks_trains_on_without_tensorboard(
+    make_record, tmp_path: Path, monkeypatch, caplog, capsys
+):
+    def missing(*_: object) -> None:
+        raise ImportError("TensorBoard output needs the tensorboard package")
+
+    monkeypatch.setattr(sinks, "TensorBoardSink", missing)
+    fan = open_sinks(tmp_path, EXPERTS, tau=1.0, total_steps=1)
+    fan.write(make_record(1))
+    fan.close()
+    assert [r.step for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert "no TensorBoard output: TensorBoard output needs" in caplog.text
+    assert "FFN share 0.625 (phi 0.500)" in capsys.readouterr().out
+
+
+def test_open_sinks_writes_all_three(make_record, tmp_path: Path, capsys):
+    fan = open_sinks(tmp_path, EXPERTS, tau=1.0, total_steps=1)
+    fan.write(make_record(1))
+    fan.close()
+    assert steps_in(tmp_path / "metrics.jsonl") == [1]
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert "step 1/1" in capsys.readouterr().out

@@ -1,0 +1,145 @@
+"""Numbers of the report against hand calculations."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moepp_megatron.report import ReportError, formatting
+from moepp_megatron.report.drawing import MAX_POINTS, smooth, thin
+from moepp_megatron.report.run_data import load_run
+from moepp_megatron.report.savings import compute_savings
+from moepp_megatron.report.summary import finite_mean, step_weights, summarize
+
+
+def read_records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_summary_of_a_run(make_run):
+    run = make_run(steps=60)
+    records = read_records(run)
+    summary = summarize(load_run(run))
+    assert summary.phi == pytest.approx(0.75 * 8 / (0.75 * 8 + 4))
+    assert summary.loss == records[-1]["loss"]
+    assert summary.settled_loss == pytest.approx(np.mean([r["loss"] for r in records[-6:]]))
+    assert (summary.valid_loss, summary.valid_step) == (records[-1]["valid_loss"], 60)
+    assert summary.perplexity == pytest.approx(math.exp(records[-1]["valid_loss"]))
+    assert summary.ffn_fraction == pytest.approx(np.mean([r["ffn_fraction"] for r in records]))
+    assert summary.train_seconds == pytest.approx(sum(r["step_time_s"] for r in records))
+    assert summary.a2a_bytes == pytest.approx(sum(r["a2a_bytes"] for r in records))
+    assert summary.tokens == 60 * 16 * 128
+
+
+def test_records_stand_for_the_steps_since_the_one_before(make_run):
+    def every_tenth(records):
+        records[:] = [r for r in records if r["step"] % 10 == 0]
+        for record in records:
+            record["a2a_bytes"] = 100
+
+    run = load_run(make_run(steps=30, edit=every_tenth))
+    assert step_weights(run.records) == [10, 10, 10]
+    assert summarize(run).a2a_bytes == pytest.approx(3000)
+
+
+def test_savings_against_the_vanilla_layer(make_run):
+    def fix(records):
+        for record in records:
+            record["ffn_fraction"], record["a2a_bytes"] = 0.6, 600
+
+    run = load_run(make_run(steps=10, edit=fix))
+    savings = compute_savings(run.config, summarize(run))
+    assert savings.expert_work_saved == pytest.approx(0.4)
+    assert savings.speed_limit == pytest.approx(1 / 0.6)
+    assert savings.a2a_bytes == pytest.approx(6000)
+    assert savings.vanilla_a2a_bytes == pytest.approx(10000)
+    # 4 layers, D 128, H 256, F 8, E 12, 2 constant experts, K 2.
+    assert savings.vanilla.ffn == 4 * 2 * 6 * 128 * 256
+    assert savings.measured.ffn == pytest.approx(0.6 * savings.vanilla.ffn)
+    assert savings.vanilla.router == 4 * 2 * 128 * 8
+    assert savings.measured.router == 4 * 2 * 128 * 12 + 3 * 2 * 12 * 12
+    assert savings.measured.zero_computation == 4 * (2 * 128 + 6 * 2 * 128)
+    assert savings.measured.experts_per_token == pytest.approx(1.2)
+
+
+def test_own_expert_width_and_two_layer_gate_are_counted(make_run):
+    run = load_run(make_run(steps=2, moe={"ffn_hidden_size": 64, "two_layer_gate": True}))
+    savings = compute_savings(run.config, summarize(run))
+    assert savings.vanilla.ffn == 4 * 2 * 6 * 128 * 64
+    assert savings.measured.router == 4 * 2 * 8 * 12 * (128 + 12) + 3 * 2 * 12 * 12
+
+
+@pytest.mark.parametrize(
+    ("frequency", "layers"), [(1, [1, 2, 3, 4]), (2, [1, 3]), ([0, 1, 1, 0], [2, 3])]
+)
+def test_moe_layers_follow_megatrons_pattern(make_run, frequency, layers):
+    assert load_run(make_run(steps=1, moe={"layer_freq": frequency})).config.moe_layers == layers
+
+
+def test_means_leave_out_what_is_not_finite():
+    assert finite_mean([1.0, math.nan, 3.0], [1.0, 5.0, 3.0]) == pytest.approx(2.5)
+    assert math.isnan(finite_mean([math.inf]))
+
+
+def test_thinning_keeps_the_mean_and_the_last_step():
+    values = np.arange(10 * MAX_POINTS + 3, dtype=float)
+    x, y = thin(range(1, len(values) + 1), list(values))
+    assert len(x) <= MAX_POINTS
+    assert x[-1] == len(values)
+    assert y[0] == pytest.approx(values[:11].mean())
+    np.testing.assert_allclose(smooth(np.full(200, 3.0)), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (formatting.number(3.14159), "3.1416"),
+        (formatting.number(1e-7), "1.000e-07"),
+        (formatting.number(math.nan), "not finite"),
+        (formatting.number(4015.882, 2), "4,015.88"),
+        (formatting.percent(0.3936), "39.4%"),
+        (formatting.count(1234567.4), "1,234,567"),
+        (formatting.big_count(99_999_999), "99,999,999"),
+        (formatting.big_count(163_840_000), "163.8 million"),
+        (formatting.big_count(2.5e12), "2.50 trillion"),
+        (formatting.data_size(512), "512 B"),
+        (formatting.data_size(3 * 1024**2), "3.00 MiB"),
+        (formatting.flops(1.5e9), "1.50 GFLOP"),
+        (formatting.duration(12.34), "12.3 s"),
+        (formatting.duration(125), "2 min 05 s"),
+        (formatting.duration(7260), "2 h 01 min"),
+    ],
+)
+def test_numbers_for_readers(text: str, expected: str):
+    assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("break_run", "message"),
+    [
+        (lambda run: (run / "metrics.jsonl").unlink(), r"metrics\.jsonl: cannot be read"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "has no complete record"),
+        (lambda run: (run / "config.yaml").unlink(), r"config\.yaml: cannot be read"),
+        (lambda run: (run / "config.yaml").write_text("a: [1"), "is not YAML"),
+        (lambda run: (run / "config.yaml").write_text("- 1"), r"config\.yaml: the file: "),
+        (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe"), "not UTF-8 text"),
+        (lambda run: (run / "config.yaml").write_text("run: {name: a}"), "model: Field required"),
+    ],
+)
+def test_incomplete_runs_are_refused_in_one_line(make_run, break_run, message):
+    run = make_run(steps=2)
+    break_run(run)
+    with pytest.raises(ReportError, match=message) as caught:
+        load_run(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_of_another_run_is_refused(make_run):
+    def cut(records):
+        for record in records:
+            record["expert_share"] = [0.5, 0.5]
+
+    with pytest.raises(ReportError, match="step 1 have 2 entries but config.yaml describes 12"):
+        load_run(make_run(steps=2, edit=cut))
