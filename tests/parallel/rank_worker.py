@@ -41,7 +41,7 @@ def serve(rank: int, world_size: int, pipe: Connection, log: Path) -> None:
     try:
         _join_group(rank, world_size, pipe)
         worker_setup()
-        answer = (True, None)
+        answer: tuple[bool, str | None] = (True, None)
     except BaseException:
         answer = (False, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(answer))

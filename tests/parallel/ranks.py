@@ -194,7 +194,7 @@ class RankPool:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         stuck = sorted(waiting.values())
         if stuck and not reasons:
-            reasons = {rank: f"still at work after {timeout:g} s" for rank in stuck}
+            reasons = dict.fromkeys(stuck, f"still at work after {timeout:g} s")
         if reasons:
             raise self._error(what, reasons, stuck)
         return [results[rank] for rank in range(self.world_size)]
