@@ -149,10 +149,16 @@ _moepp_install() {
     constraints=$(_moepp_constraints "$venv" "$log.constraints") || return 1
     _moepp_say "installing the package and its dependencies (about 2 minutes, 6 GB; log: $log)"
     cd -- "$MOEPP_ROOT" || return 1
-    if command -v uv >/dev/null && _moepp_logged "$log" \
-        uv pip install --python "$venv/bin/python" -c "$constraints" -e '.[dev]'; then
-        :
-    elif ! _moepp_logged "$log" "$venv/bin/python" -m pip install --progress-bar off \
+    if command -v uv >/dev/null; then
+        if _moepp_logged "$log" \
+            uv pip install --python "$venv/bin/python" -c "$constraints" -e '.[dev]'; then
+            _moepp_say "ready after $((SECONDS - begin)) s"
+            return 0
+        fi
+        # uv reads neither pip's configuration nor the system's certificates.
+        _moepp_say "uv could not (its reason is in the log); trying pip"
+    fi
+    if ! _moepp_logged "$log" "$venv/bin/python" -m pip install --progress-bar off \
         --disable-pip-version-check --no-input -c "$constraints" -e '.[dev]'; then
         _moepp_say "the installation failed; the end of $log:"
         tail -n 15 -- "$log" >&2

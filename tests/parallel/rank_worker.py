@@ -38,10 +38,12 @@ def serve(rank: int, world_size: int, pipe: Connection, log: Path) -> None:
     Ends when the pipe closes, which also happens when pytest's process dies.
     """
     _send_output_to(log)
+    # The collections in reset() need not walk, and so copy, what all ranks share with the server.
+    gc.freeze()
     try:
         _join_group(rank, world_size, pipe)
         worker_setup()
-        answer = (True, None)
+        answer: tuple[bool, str | None] = (True, None)
     except BaseException:
         answer = (False, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(answer))
@@ -70,6 +72,7 @@ def reset() -> None:
     from megatron.core.transformer.moe import moe_logging
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+    assert dist.is_initialized(), "the function destroyed the default group, which ranks keep"
     # A peer may still be reading from a group that this rank would close.
     dist.barrier()
     parallel_state.destroy_model_parallel()

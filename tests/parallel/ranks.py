@@ -38,8 +38,9 @@ CALL_TIMEOUT_S = 120.0
 # After one rank has failed, the others usually wait for it in a collective until they are ended.
 GRACE_S = 2.0
 STACK_TIMEOUT_S = 5.0
-# Ranks alive at once, over all world sizes; each holds some hundred MB of its own once in use.
-MAX_RANKS_ALIVE = 10
+# Ranks alive at once, over all world sizes: pools of 1, 2, 4 and 8 together. What ranks share
+# with the server is most of their memory; about 100 MB each is their own.
+MAX_RANKS_ALIVE = 16
 LOG_TAIL_LINES = 60
 
 _SERVER_ENVIRONMENT = {

@@ -1,0 +1,267 @@
+"""launch/env.sh against stand-in interpreters: which it takes, when it installs, how it recovers.
+
+The stand-ins are bash scripts that answer env.sh's questions and log the installations.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Answers the probe with {answer} (nothing: does not fit), makes environments that are copies of
+# itself, and logs each pip call to $CALLS. A pip call does $PIP_DOES first.
+STAND_IN = """#!/bin/bash
+echo "call: $*" >>"$CALLS.all"
+case "$*" in
+*ensurepip*)
+    [[ -n "{answer}" ]] || exit 1
+    echo "{answer} $0" ;;
+*"import pip"*) [[ -e "$(dirname "$0")/pip-is-here" ]] ;;
+"-m venv "*)
+    mkdir -p "$3/bin"
+    cp "$0" "$3/bin/python"
+    echo "version = {answer}" >"$3/pyvenv.cfg"
+    touch "$3/bin/pip-is-here" ;;
+"-m pip install"*)
+    echo "pip $*" >>"$CALLS"
+    eval "${{PIP_DOES:-}}"
+    printf '#!/bin/sh\\n' >"$(dirname "$0")/moepp"
+    chmod +x "$(dirname "$0")/moepp" ;;
+"-I - "*) cat >/dev/null; : >"$4" ;;
+*) exit 9 ;;
+esac
+"""
+
+
+# All that env.sh may call besides an interpreter.
+TOOLS = ["bash", "cat", "chmod", "cp", "dirname", "flock", "ls", "mkdir", "mv"]
+TOOLS += ["readlink", "rm", "sha256sum", "sleep", "tail", "touch"]
+
+
+class Machine:
+    """A repository, a PATH of stand-ins and system tools, and the log of pip calls."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a clone with spaces"
+        (self.root / "launch").mkdir(parents=True)
+        for name in ("launch/env.sh", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, self.root / name)
+        self.bin = folder / "bin"
+        self.tools = folder / "tools"
+        self.bin.mkdir()
+        self.tools.mkdir()
+        for tool in TOOLS:
+            (self.tools / tool).symlink_to(shutil.which(tool) or "")
+        self.calls = folder / "calls"
+        self.environment = {
+            "PATH": f"{self.bin}:{self.tools}",
+            "HOME": str(folder),
+            "CALLS": str(self.calls),
+        }
+
+    def add_python(self, name: str, answer: str) -> Path:
+        path = self.bin / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STAND_IN.format(answer=answer))
+        path.chmod(0o755)
+        return path
+
+    def start(self, script: str | None = None, **environment: str) -> subprocess.Popen[str]:
+        script = script or f'source "{self.root}/launch/env.sh"; echo "$MOEPP_BIN"'
+        return subprocess.Popen(
+            ["bash", "-c", f"set -euo pipefail; {script}"],
+            env=self.environment | environment,
+            cwd="/",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def source(self, script: str | None = None, **environment: str) -> tuple[int, str, str]:
+        process = self.start(script, **environment)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    @property
+    def installs(self) -> int:
+        return self.calls.read_text().count("pip -m pip install") if self.calls.exists() else 0
+
+    @property
+    def python_calls(self) -> int:
+        log = Path(f"{self.calls}.all")
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+def test_installs_once_and_then_starts_no_python(machine):
+    machine.add_python("python3.12", "3.12")
+    status, out, err = machine.source()
+    assert (status, out.strip()) == (0, f"{machine.root}/.venv/bin"), err
+    assert machine.installs == 1
+    assert "-c " + str(machine.root / "constraints.txt") in machine.calls.read_text()
+    python_calls = machine.python_calls
+    assert machine.source() == (0, out, "")
+    assert machine.python_calls == python_calls
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", ".venv/pyvenv.cfg"])
+def test_installs_again_when_what_it_depends_on_changes(machine, name):
+    machine.add_python("python3.12", "3.12")
+    machine.source()
+    with (machine.root / name).open("a") as file:
+        file.write("# changed\n")
+    assert machine.source()[0] == 0
+    assert machine.installs == 2
+
+
+def test_failed_installation_says_why_and_is_tried_again(machine):
+    machine.add_python("python3.12", "3.12")
+    status, _, err = machine.source(PIP_DOES="echo no route to the registry; exit 1")
+    assert status == 1
+    assert "the installation failed" in err
+    assert "no route to the registry" in err
+    assert machine.source()[0] == 0
+    assert machine.installs == 2
+
+
+@pytest.mark.faults
+def test_killed_installation_is_finished_by_the_next_call(machine):
+    machine.add_python("python3.12", "3.12")
+    # Kills the shell that waits for the installer, as a job limit would.
+    status, _, _ = machine.source(PIP_DOES='kill -9 "$PPID"; exit 1')
+    assert status != 0
+    assert machine.source()[0] == 0
+    assert machine.installs == 2
+
+
+def test_half_made_environment_is_made_anew(machine):
+    machine.add_python("python3.12", "3.12")
+    machine.source()
+    (machine.root / ".venv/bin/pip-is-here").unlink()  # as if ended before pip was put in
+    (machine.root / ".venv/.moepp-stamp").unlink()
+    assert machine.source()[0] == 0
+    assert (machine.root / ".venv/bin/pip-is-here").exists()
+    assert machine.installs == 2
+
+
+def test_two_callers_at_once_install_once(machine):
+    machine.add_python("python3.12", "3.12")
+    callers = [machine.start(PIP_DOES="sleep 1") for _ in range(3)]
+    errors = [caller.communicate(timeout=60)[1] for caller in callers]
+    assert [caller.returncode for caller in callers] == [0, 0, 0], errors
+    assert machine.installs == 1
+
+
+def made_with(machine: Machine) -> str:
+    status, _, err = machine.source()
+    assert status == 0, err
+    return err.split("(", 1)[1].split(")", 1)[0]
+
+
+def test_too_old_python3_first_on_the_path_is_passed_over(machine):
+    machine.add_python("python3", "")
+    fits = machine.add_python("python3.13", "3.13")
+    assert made_with(machine) == str(fits)
+
+
+def test_shim_that_fails_does_not_hide_the_next_of_that_name(machine):
+    machine.add_python("python3.12", "")
+    other = machine.add_python("../second/python3.12", "3.12")
+    machine.environment["PATH"] += f":{other.parent.resolve()}"
+    assert made_with(machine) == str(other.resolve())
+
+
+def test_interpreter_with_venv_is_preferred_to_an_earlier_one_without(machine):
+    machine.add_python("python3.12", "3.12-novenv")
+    fits = machine.add_python("python3.13", "3.13")
+    assert made_with(machine) == str(fits)
+
+
+def test_pyenv_versions_are_found(machine):
+    path = machine.add_python("../pyenv/versions/3.12.9/bin/python", "3.12")
+    machine.environment["PYENV_ROOT"] = str(path.resolve().parents[3])
+    # The real /usr/bin comes before pyenv in the order, so ask for the list itself.
+    machine.add_python("python3.12", "3.12")
+    _, out, _ = machine.source(
+        f'source "{machine.root}/launch/env.sh" 2>/dev/null; _moepp_candidates'
+    )
+    assert str(path.resolve()) in out.splitlines()
+
+
+def test_chosen_interpreter_without_venv_names_the_package(machine):
+    path = machine.add_python("python3.13", "3.13-novenv")
+    status, _, err = machine.source(MOEPP_PYTHON=str(path))
+    assert status == 1
+    assert "apt-get install python3.13-venv" in err
+
+
+def test_chosen_interpreter_that_does_not_fit_is_refused(machine):
+    machine.add_python("python3.12", "3.12")
+    path = machine.add_python("python3.9", "")
+    status, _, err = machine.source(MOEPP_PYTHON=str(path))
+    assert status == 1
+    assert f"MOEPP_PYTHON ({path}) must be CPython 3.12 or 3.13" in err
+    assert machine.installs == 0
+
+
+def test_reused_environment_keeps_its_versions(machine, tmp_path):
+    machine.add_python("../other/bin/python", "3.12")
+    other = tmp_path / "other"
+    status, out, err = machine.source(MOEPP_VENV=str(other))
+    assert (status, out.strip()) == (0, f"{other}/bin"), err
+    # Not the full constraints, and its own interpreter: nothing is made anew.
+    assert "moepp-install.log.constraints" in machine.calls.read_text()
+    assert not (machine.root / ".venv").exists()
+    assert machine.source(MOEPP_VENV=str(other))[2] == ""
+
+
+def test_folder_that_is_no_environment_is_left_alone(machine, tmp_path):
+    machine.add_python("python3.12", "3.12")
+    precious = tmp_path / "documents" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("words")
+    status, _, err = machine.source(MOEPP_VENV=str(precious.parent))
+    assert status == 1
+    assert "must be an environment with bin/python" in err
+    assert precious.read_text() == "words"
+
+
+def test_scripts_work_through_a_symlink_from_another_folder(machine, tmp_path):
+    machine.add_python("python3.12", "3.12")
+    for name in ("test.sh", "quickstart.sh"):
+        shutil.copy(ROOT / "launch" / name, machine.root / "launch" / name)
+    link = tmp_path / "run-tests"
+    link.symlink_to(machine.root / "launch" / "test.sh")
+    # The stand-in answers `-m pytest` with its status for unknown calls, which must come through.
+    status, _, err = machine.source(f'"{link}" --collect-only')
+    assert status == 9, err
+    assert "-m pytest" in Path(f"{machine.calls}.all").read_text()
+
+
+def test_no_tests_collected_is_a_failure():
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu and not gpu",
+            "tests/unit",
+            "-p",
+            "no:cacheprovider",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 5, process.stdout
