@@ -173,7 +173,9 @@ def test_malformed_split_is_refused(split: str):
 def test_split_without_documents_is_refused():
     check_split("98,2,0", 100)
     check_split("1, 0, 0", 1)
+    check_split("1e2,0,0", 1)
     with pytest.raises(ConfigError, match=r"data\.split \(98,2,0\) gives validation none of the 5"):
         check_split("98,2,0", 5)
+    assert check_split("1e1,1e1,0", 4) == check_split("10.0,10,0", 4)
     with pytest.raises(ConfigError, match="gives train none of the 1"):
         check_split("1,98,1", 1)

@@ -232,6 +232,22 @@ def test_existing_tokenizer_is_used(
         prepare([str(corpus_file)], out, SMALL, console)
 
 
+def test_chosen_end_of_document_token_is_remembered(tmp_path: Path, console: Console):
+    import tokenizers
+
+    vocab = {"a": 0, "</s>": 1, "<stop>": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    backend.add_special_tokens(["</s>", "<stop>"])
+    backend.save(str(tmp_path / "other.json"))
+    (tmp_path / "a.txt").write_text("aa")
+    out = tmp_path / "out"
+    settings = PrepareSettings(tokenizer=tmp_path / "other.json", eod_token="<stop>")
+    manifest = prepare([str(tmp_path / "a.txt")], out, settings, console).manifest
+    assert (manifest.eod_id, manifest.tokens) == (2, 3)
+    assert Tokenizer.load(out).eod == Tokenizer.load(out / "tokenizer.json").eod == 2
+    assert Tokenizer.load(tmp_path / "other.json").eod == 1
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
