@@ -1,6 +1,5 @@
 """A prepared folder as megatron-core GPT datasets: train, validation, test."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.split import parse_split
 from moepp_megatron.data.manifest import CACHE, CORPUS, Manifest
 from moepp_megatron.data.tokenizer import Tokenizer
 
@@ -63,14 +63,14 @@ def build_datasets(
     _check_tokenizer(tokenizer, manifest, data_path)
     if sequence_length < 1:
         raise ConfigError(f"model.seq_length ({sequence_length}) must be at least 1; use 2048")
-    check_split(split, manifest.documents)
+    plain_split = check_split(split, manifest.documents)
     # By content, so that a cache outside the folder survives a replaced dataset.
     cache = (cache_dir or data_path / CACHE) / manifest.identity[:16]
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
         blend=([str((data_path / CORPUS).resolve())], None),
-        split=split,
+        split=plain_split,
         path_to_cache=str(cache.resolve()),
         tokenizer=tokenizer,
         reset_position_ids=reset_position_ids,
@@ -101,26 +101,31 @@ def load_manifest(data_path: Path) -> Manifest:
     return manifest
 
 
-def check_split(split: str, documents: int) -> None:
+def check_split(split: str, documents: int) -> str:
     """Check that a split string is three weights and leaves no wanted split without a document.
 
-    megatron-core would ignore a minus sign, and loop for ever over a split without documents.
+    megatron-core would loop for ever over a split without documents.
+
+    Returns:
+        The split as megatron-core reads it.
 
     Raises:
         ConfigError: it is not, or it does.
     """
-    number = r"\s*(\d+\.?\d*|\.\d+)\s*"
-    weights = [float(word) for word in split.split(",") if re.fullmatch(number, word)]
-    if len(weights) != len(_SPLITS) or split.count(",") != 2 or sum(weights) <= 0:
+    weights = parse_split(split)
+    if weights is None or sum(weights) == 0:
         raise ConfigError(
             f"data.split ({split}) must be three weights for train, validation and test; use 98,2,0"
         )
-    for name, bounds in zip(_SPLITS, _document_ranges(split, documents), strict=True):
+    # Plain decimals, because megatron-core would read "1e2" as the two numbers 1 and 2.
+    plain = ",".join(f"{weight:.9f}" for weight in weights)
+    for name, bounds in zip(_SPLITS, _document_ranges(plain, documents), strict=True):
         if bounds is not None and bounds[0] == bounds[1]:
             raise ConfigError(
                 f"data.split ({split}) gives {name} none of the {documents} documents; give it "
                 "more weight, or 0, or prepare the text as more files or records"
             )
+    return plain
 
 
 def _document_ranges(split: str, documents: int) -> Sequence[tuple[int, int] | None]:

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -136,9 +137,18 @@ def _start_worker(tokenizer_file: Path, eod_token: str, text_key: str) -> None:
     global _worker_state
     # The parent stops the workers; Ctrl-C would print a traceback from each of them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # One thread a worker: the processes are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_state = Tokenizer.load(tokenizer_file, eod_token), text_key
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None, "a worker has a parent"
+    parent.join()
+    # The parent was killed; without this its workers would wait for work for ever.
+    os._exit(1)
 
 
 def _work(piece: Piece) -> EncodedPiece:

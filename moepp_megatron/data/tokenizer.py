@@ -1,7 +1,6 @@
 """The tokenizer: a Hugging Face `tokenizers` file and its end-of-document token."""
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.manifest import TOKENIZER, Manifest
 
 EOD_TOKEN = "<|endoftext|>"
 # What the tokenizers of published models call it, tried in this order.
@@ -60,16 +60,16 @@ class Tokenizer:
         """Load a tokenizer.
 
         Args:
-            path: a `tokenizer.json`, or a folder written by `moepp data prepare`.
+            path: a folder written by `moepp data prepare`, its `tokenizer.json`, or another.
             eod_token: the end-of-document token; by default the one the folder was prepared with,
-                or the first known name that is in the vocabulary.
+                or else the first known name that is in the vocabulary.
 
         Raises:
             ConfigError: no such file, no tokenizer, or no end-of-document token.
         """
         if path.is_dir():
-            eod_token = eod_token or _prepared_eod_token(path)
-            path = path / "tokenizer.json"
+            path = path / TOKENIZER
+        eod_token = eod_token or _prepared_eod_token(path)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -134,11 +134,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, EOD_TOKEN)
 
 
-def _prepared_eod_token(folder: Path) -> str | None:
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
+def _prepared_eod_token(path: Path) -> str | None:
+    if path.name != TOKENIZER:
         return None
-    return str(json.loads(manifest.read_text(encoding="utf-8"))["eod_token"])
+    try:
+        return Manifest.read(path.parent).eod_token
+    except (OSError, ValueError):
+        return None  # no prepared folder
 
 
 def _find_eod_token(backend: tokenizers.Tokenizer, path: Path) -> str:

@@ -1,0 +1,49 @@
+"""A small corpus, prepared once."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.data.tokenizer import Tokenizer
+
+VOCAB_SIZE = 300
+
+
+def make_texts(count: int) -> list[str]:
+    """Distinct texts of different lengths, none of them part of another."""
+    return [
+        f"Document {i}: " + f"naïve № {i} wörds and\n\tlines; " * (i % 7 + 1) for i in range(count)
+    ]
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return make_texts(60)
+
+
+@pytest.fixture(scope="session")
+def corpus_file(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "dataset"
+    settings = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1)
+    prepare([str(corpus_file)], out, settings, Console(quiet=True))
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prepared: Path) -> Tokenizer:
+    return Tokenizer.load(prepared)

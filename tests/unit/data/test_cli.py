@@ -1,0 +1,67 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moepp_megatron.cli.data import app
+
+runner = CliRunner()
+
+
+def test_prepare_writes_and_reports(corpus_file: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_text("")
+    (tmp_path / "empty" / "b.txt").write_text("something")
+    sources = [str(corpus_file), str(tmp_path / "empty")]
+    out = str(tmp_path / "out")
+    arguments = ["prepare", *sources, "--out", out, "--vocab-size", "300", "--workers", "1"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "skipped 1: empty" in result.stdout
+    assert "written" in result.stdout
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "up to date" in result.stdout
+    result = runner.invoke(app, [*arguments, "--force"])
+    assert "written" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no-such-source", "--out", "x"], ["no-such-source", "No such file"]),
+        (["stdlib", "--out", "x", "--vocab-size", "9"], ["--vocab-size (9)", "use 4096"]),
+        (["stdlib", "--out", "x", "--tokenizer", "none.json"], ["none.json", "cannot be read"]),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    arguments: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, ["prepare", *arguments])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_heavy_imports_wait(corpus_file: Path, prepared: Path):
+    """Help and an up-to-date folder need no torch; workers never do."""
+    script = f"""
+import sys
+import moepp_megatron.cli.data
+light = {{"torch", "megatron", "numpy", "tokenizers"}} & set(sys.modules)
+import moepp_megatron.data.encoding
+from pathlib import Path
+from rich.console import Console
+from moepp_megatron.data.prepare import PrepareSettings, prepare
+settings = PrepareSettings(vocab_size=300, workers=1)
+assert prepare([{str(corpus_file)!r}], Path({str(prepared)!r}), settings, Console()).up_to_date
+print(light, {{"torch", "megatron"}} & set(sys.modules))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == "set() set()"

@@ -1,0 +1,181 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.datasets import build_datasets, check_split
+from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer
+
+SEQUENCE_LENGTH = 32
+SEED = 1234
+
+
+@pytest.fixture
+def build(prepared: Path, tokenizer: Tokenizer, tmp_path: Path):
+    def build_with(split="80,20,0", num_samples=(8, 4, 0), **arguments):
+        arguments.setdefault("cache_dir", tmp_path / "cache")
+        return build_datasets(
+            prepared, tokenizer, SEQUENCE_LENGTH, split, SEED, num_samples, **arguments
+        )
+
+    return build_with
+
+
+def unshuffled_text(dataset, tokenizer: Tokenizer) -> str:
+    """The text of all samples, put into the order in which they were cut from the documents."""
+    order = sorted(range(len(dataset)), key=lambda i: int(dataset.shuffle_index[i]))
+    return tokenizer.decode([int(token) for i in order for token in dataset[i]["tokens"]])
+
+
+def test_samples_are_the_texts_across_document_boundaries(build, tokenizer, texts):
+    (train, validation, test) = build(split="1,0,0")
+    assert validation is None
+    assert test is None
+    documents = unshuffled_text(train, tokenizer).split(EOD_TOKEN)
+    complete, cut = documents[:-1], documents[-1]
+    # The last sample ends within a document; what follows it is too short for a sample.
+    assert len(complete) >= len(texts) - 3
+    assert len(set(complete)) == len(complete)
+    assert set(complete) <= set(texts)
+    assert any(text.startswith(cut) for text in texts)
+
+
+def test_sample_fields(build):
+    train, _, _ = build()
+    for sample in (train[0], train[len(train) - 1]):
+        assert sorted(sample) == ["labels", "loss_mask", "position_ids", "tokens"]
+        assert {value.shape for value in sample.values()} == {(SEQUENCE_LENGTH,)}
+        assert sample["tokens"].dtype == sample["labels"].dtype == torch.int64
+        assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+        assert torch.equal(sample["loss_mask"], torch.ones(SEQUENCE_LENGTH))
+        assert torch.equal(sample["position_ids"], torch.arange(SEQUENCE_LENGTH))
+
+
+def test_train_and_validation_are_disjoint(build, tokenizer, texts):
+    train, validation, _ = build()
+    in_train = unshuffled_text(train, tokenizer)
+    in_validation = unshuffled_text(validation, tokenizer).split(EOD_TOKEN)[:-1]
+    assert len(in_validation) >= 5
+    assert set(in_validation) <= set(texts)
+    assert not any(text in in_train for text in in_validation)
+    # Texts differ enough for this to mean something: the same test finds train's own texts.
+    assert all(text in in_train for text in in_train.split(EOD_TOKEN)[:-1])
+
+
+def test_more_samples_than_tokens_repeat_the_documents(build):
+    train, _, _ = build(num_samples=(5000, 4, 0))
+    assert len(train) >= 5000
+    assert train[4999]["tokens"].shape == (SEQUENCE_LENGTH,)
+
+
+def test_seed_decides_the_order(prepared, tokenizer, tmp_path):
+    first, same, other = (
+        build_datasets(
+            prepared, tokenizer, 32, "1,0,0", seed, (8, 0, 0), cache_dir=tmp_path / str(i)
+        )[0]
+        for i, seed in enumerate([1, 1, 2])
+    )
+    tokens = [torch.stack([d[i]["tokens"] for i in range(8)]) for d in (first, same, other)]
+    assert torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(tokens[0], tokens[2])
+
+
+def test_document_boundary_options(build, tokenizer):
+    train, _, _ = build(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
+    boundaries = 0
+    for sample in (train[i] for i in range(len(train))):
+        tokens, positions = sample["tokens"], sample["position_ids"]
+        document, expected = 0, []
+        for token in tokens.tolist():
+            expected.append(document)
+            document += token == tokenizer.eod
+        document_of = torch.tensor(expected)
+        for start in (document_of == document_of[:, None]).int().argmax(1).unique():
+            assert positions[start] == 0
+        forbidden = document_of[:, None] != document_of
+        forbidden |= torch.arange(SEQUENCE_LENGTH)[:, None] < torch.arange(SEQUENCE_LENGTH)
+        assert torch.equal(sample["attention_mask"][0], forbidden)
+        assert torch.equal(sample["loss_mask"] == 0, tokens == tokenizer.eod)
+        boundaries += document
+    assert boundaries > 10
+
+
+def test_cache_lies_in_the_folder_and_is_reused(prepared, tokenizer, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(prepared, folder)
+
+    def build():
+        build_datasets(folder, tokenizer, 16, "80,20,0", SEED, (8, 4, 0))
+        return {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*.npy")}
+
+    first = build()
+    assert len(first) == 6
+    assert build() == first
+
+
+def test_cache_outside_does_not_outlive_a_replaced_dataset(corpus_file: Path, tmp_path: Path):
+    tokens = []
+    for seed in (1, 2):
+        settings = PrepareSettings(300, workers=1, seed=seed, force=True)
+        prepare([str(corpus_file)], tmp_path / "out", settings, Console(quiet=True))
+        tokenizer = Tokenizer.load(tmp_path / "out")
+        arguments = (tmp_path / "out", tokenizer, 32, "1,0,0", SEED, (8, 0, 0))
+        shared = build_datasets(*arguments, cache_dir=tmp_path / "cache")[0]
+        fresh = build_datasets(*arguments, cache_dir=tmp_path / f"fresh-{seed}")[0]
+        for i in range(len(shared)):
+            assert torch.equal(shared[i]["tokens"], fresh[i]["tokens"])
+        tokens.append(shared[0]["tokens"])
+    assert not torch.equal(*tokens)
+
+
+def test_same_samples_under_torch_distributed(build, tmp_path):
+    alone = build(cache_dir=tmp_path / "alone")[0]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        together = build(cache_dir=tmp_path / "together")[0]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(alone) == len(together) > 8
+    for i in range(len(alone)):
+        assert torch.equal(alone[i]["tokens"], together[i]["tokens"])
+
+
+def test_missing_or_damaged_folder(prepared, tokenizer, tmp_path):
+    arguments = (tokenizer, 32, "1,0,0", SEED, (8, 0, 0))
+    with pytest.raises(ConfigError, match=r"data\.path .* run: moepp data prepare"):
+        build_datasets(tmp_path, *arguments)
+    folder = tmp_path / "dataset"
+    shutil.copytree(prepared, folder)
+    (folder / "corpus.idx").unlink()
+    with pytest.raises(ConfigError, match=r"data\.path .* is damaged"):
+        build_datasets(folder, *arguments)
+
+
+def test_other_tokenizer_is_refused(prepared, tmp_path):
+    from moepp_megatron.data.tokenizer import train_tokenizer
+
+    with pytest.raises(ConfigError, match=r"data\.tokenizer \(257 tokens, EOD 0\) must be the one"):
+        build_datasets(prepared, train_tokenizer(["x"], 257), 32, "1,0,0", SEED, (8, 0, 0))
+
+
+@pytest.mark.parametrize("split", ["", "98,2", "1,1,1,1", "a,b,c", "-1,1,1", "0,0,0", "1,,2"])
+def test_malformed_split_is_refused(split: str):
+    with pytest.raises(ConfigError, match=r"data\.split .* must be three weights"):
+        check_split(split, 100)
+
+
+def test_split_without_documents_is_refused():
+    check_split("98,2,0", 100)
+    check_split("1, 0, 0", 1)
+    check_split("1e2,0,0", 1)
+    with pytest.raises(ConfigError, match=r"data\.split \(98,2,0\) gives validation none of the 5"):
+        check_split("98,2,0", 5)
+    assert check_split("1e1,1e1,0", 4) == check_split("10.0,10,0", 4)
+    with pytest.raises(ConfigError, match="gives train none of the 1"):
+        check_split("1,98,1", 1)

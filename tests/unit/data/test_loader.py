@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from moepp_megatron.data.loader import batches
+
+GLOBAL_BATCH_SIZE = 8
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Sample i is [i]."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        assert 0 <= index < self.size
+        return {"tokens": torch.tensor([index])}
+
+
+def read(dp_size: int, micro_batch_size: int, size: int = 45, consumed: int = 0, workers: int = 0):
+    """Samples of all ranks, as [step][sample] in the order the definition gives them."""
+    by_rank = [
+        [
+            batch["tokens"].flatten().tolist()
+            for batch in batches(
+                Numbers(size),
+                consumed,
+                micro_batch_size,
+                rank,
+                dp_size,
+                GLOBAL_BATCH_SIZE,
+                workers,
+            )
+        ]
+        for rank in range(dp_size)
+    ]
+    num_micro_batches = GLOBAL_BATCH_SIZE // (micro_batch_size * dp_size)
+    assert all(len(micro_batches) % num_micro_batches == 0 for micro_batches in by_rank)
+    flat = [sample for ranks in zip(*by_rank, strict=True) for batch in ranks for sample in batch]
+    return [flat[i : i + GLOBAL_BATCH_SIZE] for i in range(0, len(flat), GLOBAL_BATCH_SIZE)]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_global_batches_do_not_depend_on_the_layout(dp_size: int, micro_batch_size: int):
+    # 45 samples: five batches of 8, and 5 left over.
+    expected = [list(range(start, start + 8)) for start in range(0, 40, 8)]
+    assert read(dp_size, micro_batch_size) == expected
+
+
+def test_rank_gets_its_micro_batches():
+    got = [batch["tokens"].flatten().tolist() for batch in batches(Numbers(16), 0, 2, 1, 2, 8)]
+    assert got == [[2, 3], [6, 7], [10, 11], [14, 15]]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_resume_continues_exactly(dp_size: int):
+    assert read(dp_size, 2, consumed=16) == read(dp_size, 2)[2:]
+    # A run whose batch size changed may stop anywhere.
+    assert read(dp_size, 2, consumed=3)[0] == list(range(3, 11))
+
+
+def test_workers_keep_the_order():
+    assert read(1, 2, workers=2) == read(1, 2)
+
+
+@pytest.mark.parametrize("consumed", [40, 45, 46, 1000])
+def test_exhausted_dataset_yields_nothing(consumed: int):
+    assert read(2, 2, consumed=consumed) == []
+
+
+def test_global_random_state_is_left_alone():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert len(list(batches(Numbers(16), 0, 2, 0, 1, 8))) == 8
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batches_of_a_real_dataset(prepared, tokenizer, tmp_path):
+    from moepp_megatron.data.datasets import build_datasets
+
+    train, _, _ = build_datasets(
+        prepared, tokenizer, 32, "1,0,0", 1, (16, 0, 0), cache_dir=tmp_path
+    )
+    batch = next(batches(train, 8, 2, 1, 2, 8))
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()} == {
+        "tokens": (torch.int64, (2, 32)),
+        "labels": (torch.int64, (2, 32)),
+        "position_ids": (torch.int64, (2, 32)),
+        "loss_mask": (torch.float32, (2, 32)),
+    }
+    assert torch.equal(batch["tokens"], torch.stack([train[10]["tokens"], train[11]["tokens"]]))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((0, 0, 0, 1, 8), r"micro_batch_size \(0\)"),
+        ((-1, 2, 0, 1, 8), r"consumed_samples \(-1\)"),
+        ((0, 2, 2, 2, 8), r"dp_rank \(2\) must be in"),
+        ((0, 2, 0, 3, 8), r"global_batch_size \(8\) must be divisible by .* \(2 \* 3\)"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(numbers: tuple[int, ...], message: str):
+    with pytest.raises(ValueError, match=message):
+        batches(Numbers(16), *numbers)

@@ -1,0 +1,281 @@
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data import documents
+from moepp_megatron.data import prepare as prepare_module
+from moepp_megatron.data.atomic import partial_folder
+from moepp_megatron.data.manifest import Manifest
+from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.data.tokenizer import Tokenizer
+
+from .conftest import VOCAB_SIZE
+
+SMALL = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1)
+FORCE = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1, force=True)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def mtimes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
+
+
+def stored_texts(folder: Path) -> list[str]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    tokenizer = Tokenizer.load(folder)
+    dataset = IndexedDataset(str(folder / "corpus"))
+    texts = []
+    for ids in (dataset[i] for i in range(len(dataset))):
+        assert ids[-1] == tokenizer.eod
+        assert tokenizer.eod not in ids[:-1]
+        texts.append(tokenizer.decode(ids[:-1]))
+    return texts
+
+
+def test_stored_documents_are_the_texts(prepared: Path, texts: list[str]):
+    stored = stored_texts(prepared)
+    assert sorted(stored) == sorted(texts)
+    assert stored != texts, "documents must be shuffled, for an unbiased validation split"
+
+
+def test_manifest_tells_the_truth(prepared: Path, texts: list[str], tokenizer: Tokenizer):
+    values = json.loads((prepared / "manifest.json").read_text())
+    ids = [tokenizer.encode(text) for text in texts]
+    assert values["format_version"] == 1
+    assert values["documents"] == len(texts)
+    assert values["skipped"] == 0
+    assert values["tokens"] == sum(len(document) + 1 for document in ids)
+    assert values["vocab_size"] == tokenizer.vocab_size == VOCAB_SIZE
+    assert values["eod_id"] == tokenizer.eod
+    assert values["tokenizer_sha256"] == digests(prepared)["tokenizer.json"]
+    # 2 bytes a token: the vocabulary fits uint16.
+    assert (prepared / "corpus.bin").stat().st_size == 2 * values["tokens"]
+    assert {path.name for path in prepared.iterdir()} == {
+        "corpus.bin",
+        "corpus.idx",
+        "tokenizer.json",
+        "manifest.json",
+    }
+
+
+def test_sources_of_all_kinds_are_counted_apart(tmp_path: Path, console: Console):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.md").write_text("# a heading")
+    (folder / "b.txt").write_bytes(b"\xff\xfe")
+    (folder / "c.txt").write_text("")
+    (tmp_path / "l.jsonl").write_text('{"text": "a line"}\n{"text": " "}\n')
+    parquet.write_table(pyarrow.table({"text": ["a row", "another"]}), tmp_path / "p.parquet")
+    names = [str(tmp_path / name) for name in ("folder", "l.jsonl", "p.parquet")]
+    manifest = prepare(names, tmp_path / "out", SMALL, console).manifest
+    assert [(s.name, s.documents, s.skipped) for s in manifest.sources] == [
+        (names[0], 1, 2),
+        (names[1], 1, 1),
+        (names[2], 2, 0),
+    ]
+    assert sum(source.tokens for source in manifest.sources) == manifest.tokens
+    assert (manifest.documents, manifest.skipped) == (4, 3)
+    assert manifest.skipped_reasons == {"empty": 2, "not UTF-8 text": 1}
+    assert sorted(stored_texts(tmp_path / "out")) == [
+        "# a heading",
+        "a line",
+        "a row",
+        "another",
+    ]
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    corpus_file: Path,
+    prepared: Path,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    out = {}
+    monkeypatch.setattr(documents, "PIECE_BYTES", 500)
+    for workers in (1, 2):
+        out[workers] = tmp_path / str(workers)
+        settings = PrepareSettings(vocab_size=VOCAB_SIZE, workers=workers)
+        prepare([str(corpus_file)], out[workers], settings, console)
+    assert digests(out[1]) == digests(out[2])
+
+
+def test_same_inputs_are_not_prepared_again(corpus_file: Path, tmp_path: Path, console: Console):
+    out = tmp_path / "out"
+    source = tmp_path / "corpus.jsonl"
+    shutil.copy(corpus_file, source)
+    assert not prepare([str(source)], out, SMALL, console).up_to_date
+    before = mtimes(out)
+    again = prepare([str(source)], out, PrepareSettings(VOCAB_SIZE, workers=2), console)
+    assert again.up_to_date
+    assert again.manifest == Manifest.read(out)
+    source.touch()
+    assert prepare([str(source)], out, SMALL, console).up_to_date, "only the time changed"
+    assert mtimes(out) == before
+
+
+def test_other_inputs_are_refused_without_force(
+    corpus_file: Path, tmp_path: Path, console: Console
+):
+    out = tmp_path / "out"
+    source = tmp_path / "corpus.jsonl"
+    shutil.copy(corpus_file, source)
+    prepare([str(source)], out, SMALL, console)
+    before = digests(out)
+    with pytest.raises(ConfigError, match=r"seed is 1234, not 5\); pass --force"):
+        prepare([str(source)], out, PrepareSettings(VOCAB_SIZE, seed=5), console)
+    source.write_text('{"text": "something else"}\n')
+    with pytest.raises(ConfigError, match=r"the sources differ\); pass --force"):
+        prepare([str(source)], out, SMALL, console)
+    assert digests(out) == before
+    prepare([str(source)], out, FORCE, console)
+    assert stored_texts(out) == ["something else"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
+
+
+def test_damaged_folder_is_noticed(corpus_file: Path, tmp_path: Path, console: Console):
+    out = tmp_path / "out"
+    prepare([str(corpus_file)], out, SMALL, console)
+    (out / "corpus.bin").write_bytes(b"short")
+    with pytest.raises(ConfigError, match=r"damaged.*; pass --force"):
+        prepare([str(corpus_file)], out, SMALL, console)
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"manifest is unusable.*; pass --force"):
+        prepare([str(corpus_file)], out, SMALL, console)
+    prepare([str(corpus_file)], out, FORCE, console)
+    assert prepare([str(corpus_file)], out, SMALL, console).up_to_date
+
+
+@pytest.mark.parametrize("settings", [SMALL, FORCE], ids=["plain", "force"])
+@pytest.mark.parametrize("with_manifest", [False, True])
+def test_foreign_files_are_never_removed(
+    corpus_file: Path, tmp_path: Path, console: Console, settings, with_manifest: bool
+):
+    out = tmp_path / "home"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    if with_manifest:
+        (out / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds thesis\.tex; choose another"):
+        prepare([str(corpus_file)], out, settings, console)
+    assert (out / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(ConfigError, match="must be a folder, but is a file"):
+        prepare([str(corpus_file)], out / "thesis.tex", settings, console)
+
+
+@pytest.mark.parametrize("step", ["_make_tokenizer", "write_indexed_dataset", "publish"])
+def test_interrupted_run_leaves_nothing_behind(
+    corpus_file: Path,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    old = tmp_path / "old"
+    prepare([str(corpus_file)], old, SMALL, console)
+    before = digests(old)
+    monkeypatch.setattr(prepare_module, step, interrupt)
+    for out in (old, tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            prepare([str(corpus_file)], out, FORCE, console)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert digests(old) == before
+
+
+def test_leftovers_of_a_killed_run_do_no_harm(
+    corpus_file: Path, prepared: Path, tmp_path: Path, console: Console
+):
+    (tmp_path / ".out.partial" / "junk").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "corpus.bin").write_text("half")
+    prepare([str(corpus_file)], tmp_path / "out", SMALL, console)
+    assert digests(tmp_path / "out") == {
+        name: value for name, value in digests(prepared).items() if name != "manifest.json"
+    } | {"manifest.json": digests(tmp_path / "out")["manifest.json"]}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_runs_do_not_write_one_folder(corpus_file: Path, tmp_path: Path, console: Console):
+    out = tmp_path / "out"
+    with (
+        partial_folder(out),
+        pytest.raises(ConfigError, match="being written by another process"),
+    ):
+        prepare([str(corpus_file)], out, SMALL, console)
+    assert not prepare([str(corpus_file)], out, SMALL, console).up_to_date
+
+
+def test_existing_tokenizer_is_used(
+    corpus_file: Path, prepared: Path, tmp_path: Path, console: Console
+):
+    file = prepared / "tokenizer.json"
+    out = tmp_path / "out"
+    manifest = prepare([str(corpus_file)], out, PrepareSettings(tokenizer=file), console).manifest
+    assert (out / "tokenizer.json").read_bytes() == file.read_bytes()
+    assert (out / "corpus.bin").read_bytes() == (prepared / "corpus.bin").read_bytes()
+    assert manifest.inputs.settings["tokenizer"] == manifest.tokenizer_sha256
+    with pytest.raises(ConfigError, match="already holds another dataset"):
+        prepare([str(corpus_file)], out, SMALL, console)
+
+
+def test_chosen_end_of_document_token_is_remembered(tmp_path: Path, console: Console):
+    import tokenizers
+
+    vocab = {"a": 0, "</s>": 1, "<stop>": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    backend.add_special_tokens(["</s>", "<stop>"])
+    backend.save(str(tmp_path / "other.json"))
+    (tmp_path / "a.txt").write_text("aa")
+    out = tmp_path / "out"
+    settings = PrepareSettings(tokenizer=tmp_path / "other.json", eod_token="<stop>")
+    manifest = prepare([str(tmp_path / "a.txt")], out, settings, console).manifest
+    assert (manifest.eod_id, manifest.tokens) == (2, 3)
+    assert Tokenizer.load(out).eod == Tokenizer.load(out / "tokenizer.json").eod == 2
+    assert Tokenizer.load(tmp_path / "other.json").eod == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"workers": 0}, r"--workers \(0\) must be at least 1"),
+        ({"seed": -1}, r"--seed \(-1\) must be between 0"),
+        ({"vocab_size": 100}, r"--vocab-size \(100\) must be at least 257"),
+        ({"vocab_size": 999, "tokenizer": Path("t.json")}, r"--vocab-size \(999\) cannot be comb"),
+        ({"eod_token": "</s>"}, r"--eod-token \(</s>\) needs --tokenizer"),
+    ],
+)
+def test_wrong_settings_are_refused(values: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        PrepareSettings(**values)
+
+
+def test_wide_vocabulary_is_stored_in_32_bits(tmp_path: Path, console: Console):
+    import tokenizers
+
+    vocab = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "wide.json"))
+    (tmp_path / "a.txt").write_text("w1 w69999")
+    out = tmp_path / "out"
+    settings = PrepareSettings(tokenizer=tmp_path / "wide.json")
+    prepare([str(tmp_path / "a.txt")], out, settings, console)
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    # Kept in a name: its arrays are views of a file mapping that ends with it.
+    dataset = IndexedDataset(str(out / "corpus"))
+    assert dataset[0].tolist() == [1, 69_999, 70_000]

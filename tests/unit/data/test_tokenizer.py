@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer, train_tokenizer
+
+AWKWARD = [
+    "",
+    " ",
+    "\n\n\t  x",
+    "plain words, and more  spaces",
+    "Größe № 漢字 🤖👩‍👩‍👧 e\u0301 \u200b\ufeff",
+    "\x00\x01\x7f\r\n\r",
+    f"a text that spells {EOD_TOKEN} itself",
+    "".join(map(chr, range(0x20, 0x250))),
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_round_trip(tokenizer: Tokenizer, text: str):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eod not in ids
+    assert all(0 <= token < tokenizer.vocab_size for token in ids)
+
+
+def test_training_gives_the_size_asked_for_and_is_repeatable(texts: list[str], tmp_path: Path):
+    for name in ("a", "b"):
+        tokenizer = train_tokenizer(texts, 290)
+        tokenizer.save(tmp_path / name)
+    assert tokenizer.vocab_size == 290
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert len(tokenizer.encode(texts[0])) < len(texts[0].encode())
+
+
+def test_small_corpus_gives_fewer_tokens():
+    assert train_tokenizer(["abcdefg"], 1000).vocab_size == 257
+
+
+def test_too_small_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match=r"--vocab-size \(256\) must be at least 257"):
+        train_tokenizer(["x"], 256)
+
+
+def test_loaded_tokenizer_neither_truncates_nor_adds_special_tokens(tmp_path: Path):
+    import tokenizers
+    from tokenizers import models, processors
+
+    vocab = {"<s>": 0, "</s>": 1, "a": 5}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, []))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $0 </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    backend.enable_truncation(2)
+    path = tmp_path / "tokenizer.json"
+    backend.save(str(path))
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.encode("aaaa") == [5, 5, 5, 5]
+    assert (tokenizer.eod, tokenizer.eod_token) == (1, "</s>")
+    assert tokenizer.vocab_size == 6  # ids 0 to 5, though only three tokens
+    assert Tokenizer.load(path, "<s>").eod == 0
+    with pytest.raises(ConfigError, match=r"--eod-token \(<end>\) must be in"):
+        Tokenizer.load(path, "<end>")
+
+
+def test_unusable_tokenizer_files_are_named(tmp_path: Path):
+    import tokenizers
+
+    with pytest.raises(ConfigError, match=r"none\.json\) cannot be read"):
+        Tokenizer.load(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"bad\.json\) must be a Hugging Face tokenizer\.json"):
+        Tokenizer.load(tmp_path / "bad.json")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    backend.save(str(tmp_path / "no-eod.json"))
+    with pytest.raises(ConfigError, match="no known end-of-document token .* with --eod-token"):
+        Tokenizer.load(tmp_path / "no-eod.json")
