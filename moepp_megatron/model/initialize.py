@@ -15,13 +15,14 @@ from collections.abc import Iterable
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 # Weights that write into the residual stream; their scale shrinks with depth (GPT-2, section 2.3).
 _RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
 
 
-def initialize_weights(chunks: Iterable[torch.nn.Module], seed: int) -> None:
+def initialize_weights(chunks: Iterable[GPTModel], seed: int) -> None:
     """Initialise every parameter of the local model chunks in place.
 
     Matrices are drawn from N(0, init_method_std), projections into the residual stream from

@@ -104,7 +104,11 @@ def _moe_fields(config: Config) -> dict[str, object]:
         "moe_z_loss_coeff": moe.z_loss_coeff,
         "moe_input_jitter_eps": moe.input_jitter_eps,
         "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
-        "moe_router_load_balancing_type": "none",
+        # With the global scope megatron-core resets the routers' counts after every step. The loss
+        # itself is ours, so its coefficient stays 0 here.
+        "moe_router_load_balancing_type": "global_aux_loss"
+        if moe.balance_scope == "global"
+        else "none",
     }
     if moe.is_vanilla:
         # megatron-core's own router: softmax over all experts keeps the raw scores of the selected

@@ -1,7 +1,8 @@
 """The heterogeneous balance loss and how it joins the language-model loss.
 
-`L_b = sum_i eta_i f_i P_i` (heterogeneous load balance loss of arXiv 2410.07348), `eta = 1` for FFN and `tau` for
-zero-computation experts. Perfect balance sends the fraction phi of all selections to FFN experts.
+`L_b = sum_i eta_i f_i P_i` (arXiv 2410.07348, heterogeneous load balance loss), with `eta = 1` for
+FFN and `tau` for zero-computation experts. Perfect balance sends the fraction phi of all selections
+to FFN experts.
 """
 
 from __future__ import annotations
@@ -11,39 +12,80 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 
+def selected_fractions(
+    routing_map: Tensor, group: torch.distributed.ProcessGroup | None, num_sequences: int = 1
+) -> Tensor:
+    """f_i: the fraction of tokens that select each expert, over all tokens that a group shares.
+
+    Args:
+        routing_map: [T, E] bool selections of the local tokens, before any capacity limit.
+        group: Ranks that hold parts of the same sequences (tensor x context), or None.
+        num_sequences: 1 counts all tokens together; B counts each sequence by itself, with tokens
+            ordered [sequence position, sequence] as in Megatron's [s, b, h].
+
+    Returns:
+        [num_sequences, E] fp32.
+    """
+    num_experts = routing_map.shape[1]
+    counts = routing_map.view(-1, num_sequences, num_experts).sum(dim=0, dtype=torch.float32)
+    num_tokens = routing_map.shape[0] // num_sequences
+    if group is not None and group.size() > 1:
+        torch.distributed.all_reduce(counts, group=group)
+        num_tokens = num_tokens * group.size()
+    return counts / num_tokens
+
+
+class GlobalBatchFractions:
+    """f_i over the global batch as far as it has been seen in the present step.
+
+    The micro-batches that all data-parallel ranks run at the same time count together, and those
+    that ran before in the step count with them (the mean of `selected_fractions` over the wider
+    group). So the value depends on micro-batch size x data-parallel size, and on nothing else.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new step."""
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, routing_map: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+        """Count a micro-batch; returns [1, E] fp32 fractions, this micro-batch included.
+
+        Args:
+            routing_map: [T, E] bool selections of the local tokens.
+            group: Ranks that run the same micro-batch index (tensor x context x data).
+        """
+        fractions = selected_fractions(routing_map, group)
+        self._sum = fractions if self._sum is None else self._sum + fractions
+        self._count += 1
+        return self._sum / self._count
+
+
 def local_balance_loss(
-    scores: Tensor,
-    routing_map: Tensor,
-    balance_weights: Tensor,
-    group: torch.distributed.ProcessGroup | None,
-    num_sequences: int = 1,
+    scores: Tensor, fractions: Tensor, balance_weights: Tensor, group_size: int
 ) -> Tensor:
     """This rank's summand of the balance loss.
 
-    The fractions f_i are taken over all tokens that the group shares, the probabilities P_i over
-    the local tokens only, divided by the shared count: the summands of the group's ranks add up to
-    L_b, and so do their gradients. f_i counts selections and has no gradient.
+    The probabilities P_i are summed over the local tokens and divided by the number of tokens that
+    the group shares: the summands of the group's ranks add up to L_b, and so do their gradients.
+    f_i counts selections and has no gradient.
 
     Args:
         scores: [T, E] fp32 probabilities of the local tokens, rows sum to 1.
-        routing_map: [T, E] bool selections of the local tokens, before any capacity limit.
+        fractions: [num_sequences, E] fp32 f_i; the result is the mean over the sequences.
         balance_weights: [E] fp32 eta.
-        group: Ranks that hold parts of the same sequences (tensor x context), or None.
-        num_sequences: 1 takes one loss over all tokens; B takes the mean of one loss per sequence,
-            with tokens ordered [sequence position, sequence] as in Megatron's [s, b, h].
+        group_size: Ranks that hold parts of the same sequences (tensor x context).
 
     Returns:
         Scalar fp32, differentiable in `scores`.
     """
-    num_experts = scores.shape[1]
-    counts = routing_map.view(-1, num_sequences, num_experts).sum(dim=0, dtype=torch.float32)
-    sums = scores.view(-1, num_sequences, num_experts).sum(dim=0)
-    num_tokens = scores.shape[0] // num_sequences
-    if group is not None and group.size() > 1:
-        torch.distributed.all_reduce(counts, group=group)
-        num_tokens = num_tokens * group.size()
-    per_sequence = (balance_weights * counts * sums).sum(dim=-1) / num_tokens**2
-    return per_sequence.mean()
+    num_sequences, num_experts = fractions.shape
+    num_tokens = scores.shape[0] // num_sequences * group_size
+    probabilities = scores.view(-1, num_sequences, num_experts).sum(dim=0) / num_tokens
+    return (balance_weights * fractions * probabilities).sum(dim=-1).mean()
 
 
 def attach_loss(

@@ -15,7 +15,9 @@ def within_capacity(
     config: MoEPPConfig,
     group: torch.distributed.ProcessGroup | None,
 ) -> Tensor:
-    """The selections that each expert keeps: those with the largest gates (arXiv 2410.07348, expert capacity).
+    """The selections that each expert keeps: those with the largest gates.
+
+    Source of the limits: arXiv 2410.07348, expert capacity.
 
     The limit counts the tokens of the whole micro-batch, so ranks that hold parts of its sequences
     (sequence and context parallelism) exchange their gates first. Between equal gates the token

@@ -8,7 +8,7 @@ from typing import Literal
 
 GateNormalization = Literal["none", "selected", "nonzero"]
 ScoreFunction = Literal["softmax", "sigmoid"]
-BalanceScope = Literal["microbatch", "sequence"]
+BalanceScope = Literal["microbatch", "sequence", "global"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ class MoEPPConfig:
         tau: Weight of the zero-computation experts in the balance loss and in the capacities; the
             smaller, the fewer selections go to FFN experts.
         balance_coeff: beta, the weight of the balance loss in the total loss.
-        balance_scope: Tokens over which one balance loss is taken: the micro-batch or each sequence.
+        balance_scope: Tokens whose selections one balance loss counts: the micro-batch, each
+            sequence, or the global batch. For the last, set
+            `TransformerConfig.moe_router_load_balancing_type` to `global_aux_loss`, so that
+            megatron-core starts the count anew at the end of every step.
         capacity_factor: gamma of the heterogeneous capacities; None never drops a selection.
         gating_residual: Whether each router adds a learned map of the previous router's logits.
         gate_normalization: `none` keeps the scores of the selected experts; `selected` divides by
@@ -121,7 +124,9 @@ class MoEPPConfig:
         return [1.0] * self.num_ffn_experts + [self.tau] * self.num_zero_computation_experts
 
     def capacities(self, num_tokens: int) -> list[int]:
-        """Most selections that each expert takes from `num_tokens` tokens (arXiv 2410.07348, expert capacity).
+        """Most selections that each expert takes from `num_tokens` tokens.
+
+        Source: arXiv 2410.07348, expert capacity.
 
         Args:
             num_tokens: T, tokens of the whole micro-batch.

@@ -42,7 +42,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     ) -> Tensor:
         tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         if point == "before_permutation_1" and torch.is_tensor(self.num_out_tokens):
-            self.num_out_tokens = int(self.num_out_tokens)
+            self.num_out_tokens = int(self.num_out_tokens)  # type: ignore[assignment]
         return tokens_per_expert
 
 

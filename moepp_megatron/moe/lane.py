@@ -1,9 +1,9 @@
 """The lane on which router logits travel from MoE layer to MoE layer.
 
 Within a pipeline stage the lane is `TransformerBlock`'s `context` argument, which every layer
-receives and returns and which activation checkpointing treats as an explicit input and output. At a
-stage boundary the logits are glued to the hidden states as extra columns, so they cost no message of
-their own: an fp32 logit is two bf16 columns, reinterpreted bit for bit, never rounded.
+receives and returns and which activation checkpointing treats as an explicit input and output. At
+a stage boundary the logits are glued to the hidden states as extra columns, so they cost no message
+of their own: an fp32 logit is two bf16 columns, reinterpreted bit for bit, never rounded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MoEPPTransformerLayer(TransformerLayer):
 
     lane_width = 0
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As `TransformerLayer.forward`; returns the output and the lane."""
@@ -124,7 +124,7 @@ class _Pack(torch.autograd.Function):
         return _join(hidden, logits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return _split(grad, ctx.hidden_size)
 
 
@@ -134,7 +134,5 @@ class _Unpack(torch.autograd.Function):
         return _split(packed, hidden_size)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, hidden_grad: Tensor, logits_grad: Tensor
-    ) -> tuple[Tensor, None]:
+    def backward(ctx: Any, hidden_grad: Tensor, logits_grad: Tensor) -> tuple[Tensor, None]:
         return _join(hidden_grad, logits_grad), None

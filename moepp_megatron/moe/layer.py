@@ -94,7 +94,7 @@ class MoEPPLayer(MoELayer):
         """What this layer did since the last reset."""
         return self.router.statistics
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         previous_logits: Tensor | None = None,

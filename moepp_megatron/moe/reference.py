@@ -144,7 +144,7 @@ def select_experts(logits_TE: Tensor, config: MoEPPConfig) -> tuple[Tensor, Tens
 
 
 def balance_loss(scores_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:
-    """`L_b = sum_i eta_i f_i P_i` (heterogeneous load balance loss) over the given tokens, without beta."""
+    """`L_b = sum_i eta_i f_i P_i` (heterogeneous load balance loss) of these tokens, no beta."""
     eta_E = torch.tensor(config.balance_weights(), device=scores_TE.device)
     fraction_E = selected_TE.float().mean(dim=0)
     return (eta_E * fraction_E * scores_TE.mean(dim=0)).sum()

@@ -16,9 +16,15 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moepp_megatron.moe.balance import attach_loss, local_balance_loss
+from moepp_megatron.moe.balance import (
+    GlobalBatchFractions,
+    attach_loss,
+    local_balance_loss,
+    selected_fractions,
+)
 from moepp_megatron.moe.capacity import within_capacity
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.parameter import replicated_parameter
 from moepp_megatron.moe.statistics import RoutingStatistics
 
 
@@ -97,29 +103,20 @@ class MoEPPRouter(TopKRouter):
         super().__init__(router_config(config, moepp), pg_collection, is_mtp_layer)
         self.moepp = moepp
         self.statistics = RoutingStatistics(moepp.num_experts)
+        self.global_fractions = GlobalBatchFractions()
         # Not a buffer: Float16Module would round it to bf16.
         self.balance_weights = torch.tensor(
             moepp.balance_weights(), device=torch.cuda.current_device()
         )
         num_experts, hidden = moepp.num_experts, config.hidden_size
+        self.residual_weight: torch.nn.Parameter | None = None
         if moepp.two_layer_gate:
-            self.weight = self._parameter(8 * num_experts, hidden)
-            self.output_weight = self._parameter(num_experts, 8 * num_experts)
+            self.weight = replicated_parameter(config, 8 * num_experts, hidden)
+            self.output_weight = replicated_parameter(config, num_experts, 8 * num_experts)
         if moepp.gating_residual and has_residual:
-            self.residual_weight = self._parameter(num_experts, num_experts)
-        else:
-            self.residual_weight = None
+            self.residual_weight = replicated_parameter(config, num_experts, num_experts)
 
-    def _parameter(self, *shape: int) -> torch.nn.Parameter:
-        data = torch.empty(*shape, dtype=torch.float32)
-        if self.config.perform_initialization:
-            self.config.init_method(data)
-        parameter = torch.nn.Parameter(data.to(self.config.params_dtype))
-        # Every tensor-parallel rank routes other tokens: Megatron must sum these gradients.
-        parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
-        return parameter
-
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor,
         previous_logits: Tensor | None = None,
@@ -146,6 +143,10 @@ class MoEPPRouter(TopKRouter):
         gates, routing_map = self.routing(logits)
         return Routing(gates, routing_map, logits)
 
+    def reset_global_aux_loss_tracker(self) -> None:
+        """Start a new global batch; megatron-core's `finalize_model_grads` calls this."""
+        self.global_fractions.reset()
+
     def gating(self, input: Tensor) -> Tensor:
         """[s, b, E] logits without residual: `W x`, or `W_b tanh(W_a x)` with two layers."""
         hidden = super().gating(input)
@@ -153,9 +154,7 @@ class MoEPPRouter(TopKRouter):
             return hidden
         return router_gating_linear(torch.tanh(hidden), self.output_weight, None, hidden.dtype)
 
-    def routing(  # type: ignore[override]
-        self, logits: Tensor, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Select experts, weigh them, attach the losses, apply capacity limits.
 
         Args:
@@ -210,12 +209,15 @@ class MoEPPRouter(TopKRouter):
         """This rank's summand of L_b, and the gates with its gradient attached."""
         if self.moepp.score_function == "sigmoid":
             scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+        if self.moepp.balance_scope == "global":
+            fractions = self.global_fractions.add(routing_map_TE, self.tp_dp_cp_group)
+        else:
+            per_sequence = self.moepp.balance_scope == "sequence"
+            fractions = selected_fractions(
+                routing_map_TE, self.tp_cp_group, num_sequences if per_sequence else 1
+            )
         loss = local_balance_loss(
-            scores_TE,
-            routing_map_TE,
-            self.balance_weights,
-            self.tp_cp_group,
-            num_sequences if self.moepp.balance_scope == "sequence" else 1,
+            scores_TE, fractions, self.balance_weights, self.tp_cp_group.size()
         )
         gates_TE = attach_loss(
             gates_TE,

@@ -50,7 +50,7 @@ def get_moepp_layer_spec(
     """
     spec = _base_layer_spec(config, config.num_moe_experts, use_transformer_engine, norm)
     upstream: MlpBuilder = spec.submodules.mlp
-    submodules: MoESubmodules = upstream.keywords["submodules"]  # type: ignore[attr-defined]
+    submodules: MoESubmodules = upstream.keywords["submodules"]
     if moepp.is_vanilla:
         mlp: MlpBuilder = partial(VanillaMoELayer, submodules=submodules)
         return _with_mlp(spec, mlp)

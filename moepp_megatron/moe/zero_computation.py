@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.parameter import replicated_parameter
 
 
 class ZeroComputationExperts(MegatronModule):
@@ -31,18 +32,8 @@ class ZeroComputationExperts(MegatronModule):
         self.moepp = moepp
         count, hidden = moepp.num_constant_experts, config.hidden_size
         if count > 0:
-            self.constants = self._parameter(count, hidden)
-            self.mixing_weight = self._parameter(count, 2, hidden)
-
-    def _parameter(self, *shape: int) -> torch.nn.Parameter:
-        device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
-        data = torch.empty(*shape, dtype=self.config.params_dtype, device=device)
-        if self.config.perform_initialization:
-            self.config.init_method(data)
-        parameter = torch.nn.Parameter(data)
-        # Every tensor-parallel rank sees other tokens: Megatron must sum these gradients.
-        parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
-        return parameter
+            self.constants = replicated_parameter(config, count, hidden)
+            self.mixing_weight = replicated_parameter(config, count, 2, hidden)
 
     def forward(self, x: Tensor, gates: Tensor, ffn_output: Tensor) -> Tensor:
         """Add the zero-computation experts' output.
