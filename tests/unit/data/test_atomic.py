@@ -36,8 +36,13 @@ def test_exchange_swaps_two_names(tmp_path: Path):
 def test_failure_leaves_the_old_folder(tmp_path: Path):
     out = tmp_path / "out"
     write(out, "old")
-    with pytest.raises(RuntimeError), partial_folder(out) as partial:
-        (partial / "file").write_text("half")
-        raise RuntimeError
+
+    def fail_halfway() -> None:
+        with partial_folder(out) as partial:
+            (partial / "file").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
     assert (out / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
