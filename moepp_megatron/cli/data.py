@@ -61,28 +61,29 @@ def prepare(
         bool, typer.Option("--force", help="Replace a dataset that is already there.")
     ] = False,
 ) -> None:
-    """Prepare a dataset folder; exit code 2 with one line on stderr for a wrong argument."""
+    """Prepare a dataset folder.
+
+    Raises:
+        ConfigError: an argument, a source or the output folder cannot be used.
+    """
     from rich.console import Console
 
-    from moepp_megatron.config.errors import ConfigError
     from moepp_megatron.data.prepare import PrepareSettings
     from moepp_megatron.data.prepare import prepare as prepare_data
+    from moepp_megatron.runtime.quiet import quiet
 
+    quiet()
     console = Console()
-    try:
-        settings = PrepareSettings(
-            vocab_size=vocab_size,
-            tokenizer=tokenizer,
-            eod_token=eod_token,
-            text_key=text_key,
-            seed=seed,
-            workers=workers,
-            force=force,
-        )
-        prepared = prepare_data(sources, out, settings, console)
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
+    settings = PrepareSettings(
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        eod_token=eod_token,
+        text_key=text_key,
+        seed=seed,
+        workers=workers,
+        force=force,
+    )
+    prepared = prepare_data(sources, out, settings, console)
     if prepared.up_to_date:
         typer.echo(f"{out}: up to date, {prepared.manifest.tokens:,} tokens")
     else:
@@ -109,7 +110,3 @@ def _print_summary(console: "Console", manifest: "Manifest") -> None:
     for reason, count in manifest.skipped_reasons.items():
         typer.echo(f"skipped {count:,}: {reason}")
     typer.echo(f"vocabulary: {manifest.vocab_size:,} tokens, end of document {manifest.eod_id}")
-
-
-if __name__ == "__main__":
-    app()

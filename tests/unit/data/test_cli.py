@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from moepp_megatron.cli import main
 from moepp_megatron.cli.data import app
 
 runner = CliRunner()
@@ -37,13 +38,20 @@ def test_prepare_writes_and_reports(corpus_file: Path, tmp_path: Path):
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(
-    arguments: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
-    result = runner.invoke(app, ["prepare", *arguments])
-    assert result.exit_code == 2
-    assert result.stderr.count("\n") == 1
-    assert all(word in result.stderr for word in words)
+    monkeypatch.setattr(sys, "argv", ["moepp", "data", "prepare", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main.run()
+    assert caught.value.code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert all(word in stderr for word in words)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.data import atomic
+from moepp_megatron.data.atomic import partial_folder, publish
+
+
+def write(out: Path, text: str) -> None:
+    with partial_folder(out) as partial:
+        (partial / "file").write_text(text)
+        publish(partial, out)
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool):
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    out = tmp_path / "parent" / "out"
+    write(out, "old")
+    write(out, "new")
+    assert (out / "file").read_text() == "new"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_exchange_swaps_two_names(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not atomic._exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange names")
+    assert (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "b" / "a").exists()
+
+
+def test_failure_leaves_the_old_folder(tmp_path: Path):
+    out = tmp_path / "out"
+    write(out, "old")
+
+    def fail_halfway() -> None:
+        with partial_folder(out) as partial:
+            (partial / "file").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert (out / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
