@@ -1,9 +1,9 @@
 """Weights that do not depend on the layout.
 
 Megatron draws each rank's shard from that rank's random stream, so two layouts start from two
-models. Here every global tensor has its own random stream, seeded by the run's seed and the tensor's
-checkpoint name, and a rank keeps the part that its sharding metadata names. The same seed gives the
-same model on one process and on any grid of ranks.
+models. Here every global tensor has its own random stream, seeded by the run's seed and the name
+that the tensor has in checkpoints, and a rank keeps the part that its sharding metadata names. The
+same seed gives the same model on one process and on any grid of ranks.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def initialize_weights(chunks: Iterable[GPTModel], seed: int) -> None:
         config = chunk.config
         parameters = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
         for entry in nested_values(chunk.sharded_state_dict()):
-            for tensor in _sharded_tensors(entry):
+            for tensor in sharded_tensors(entry):
                 # Buffers, such as a router's selection bias, keep what they were built with.
                 if tensor.data.untyped_storage().data_ptr() in parameters:
                     _fill(tensor, seed, config.init_method_std, config.num_layers)
 
 
-def _sharded_tensors(entry: object) -> list[ShardedTensor]:
+def sharded_tensors(entry: object) -> list[ShardedTensor]:
     """The sharded tensors behind one entry; views of parameters, so writing fills the parameter."""
     entries = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
     return [e for e in entries if isinstance(e, ShardedTensor) and e.data is not None]

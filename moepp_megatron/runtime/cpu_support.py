@@ -111,6 +111,8 @@ def _disable_compilation() -> None:
     import torch._dynamo.trace_rules
 
     torch._dynamo.trace_rules.get_torch_obj_rule_map()
+    # For functions that were wrapped before this call.
+    torch.compiler.set_stance("force_eager")
 
 
 def _patch_streams_and_events() -> None:

@@ -28,6 +28,8 @@ def rank_batches(
 def _on_device(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Batch]:
     training = config.training
     device = torch.cuda.current_device()
+    # Given explicitly: without it the function would split sequences over all ranks.
+    cp_group = parallel_state.get_context_parallel_group()
     for batch in batches(
         dataset,
         consumed_samples,
@@ -40,4 +42,4 @@ def _on_device(dataset: Any, consumed_samples: int, config: Config) -> Iterator[
     ):
         on_device = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         # Each context-parallel rank takes its two chunks of every sequence.
-        yield get_batch_on_this_cp_rank(on_device, is_hybrid_cp=False)
+        yield get_batch_on_this_cp_rank(on_device, is_hybrid_cp=False, cp_group=cp_group)

@@ -51,6 +51,8 @@ _SERVER_ENVIRONMENT = {
     # These are CPU ranks, on machines with GPUs too.
     "CUDA_VISIBLE_DEVICES": "",
     "GLOO_SOCKET_IFNAME": "lo",
+    # As runtime/cpu_support.py sets it, but before the server imports megatron-core.
+    "TORCHDYNAMO_DISABLE": "1",
 }
 
 
