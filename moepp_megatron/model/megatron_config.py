@@ -72,6 +72,10 @@ def transformer_config(config: Config) -> TransformerConfig:
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.uses_sequence_parallel,
+        # The interleaved schedule exchanges activations and gradients with the same two neighbours
+        # at once; as one batch they could not be told apart where both neighbours are one rank.
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _installed = False
 
@@ -39,6 +40,7 @@ def install() -> bool:
     _patch_random_state()
     _patch_factories()
     _patch_tensor_methods()
+    _patch_uneven_collectives()
     _patch_megatron()
     _installed = True
     return True
@@ -240,6 +242,40 @@ def _patch_tensor_methods() -> None:
     _set(torch.Tensor, "record_stream", _nothing)
 
 
+def _patch_uneven_collectives() -> None:
+    # Expert tensor parallelism gathers and reduce-scatters a different number of tokens from every
+    # rank (`tensor_parallel.mappings`). NCCL takes lists of unequal tensors, gloo does not.
+    original_gather, original_scatter = dist.all_gather, dist.reduce_scatter
+
+    def all_gather(
+        outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any
+    ) -> Any:
+        rows = [output.shape[0] if output.dim() else 1 for output in outputs]
+        if len(set(rows)) == 1:
+            return original_gather(outputs, tensor, group=group, **kwargs)
+        padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        gathered = [torch.empty_like(padded) for _ in outputs]
+        original_gather(gathered, padded, group=group)
+        for output, full in zip(outputs, gathered, strict=True):
+            output.copy_(full[: output.shape[0]])
+        return None
+
+    def reduce_scatter(
+        output: torch.Tensor, inputs: list[torch.Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        if len({tensor.shape[0] if tensor.dim() else 1 for tensor in inputs}) == 1:
+            return original_scatter(output, inputs, *args, **kwargs)
+        group = kwargs.get("group")
+        whole = torch.cat(inputs)
+        dist.all_reduce(whole, *args, group=group)
+        output.copy_(whole.split([t.shape[0] for t in inputs])[dist.get_rank(group)])
+        return None
+
+    _set(dist, "all_gather", all_gather)
+    _set(dist, "reduce_scatter", reduce_scatter)
+
+
 def _patch_megatron() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -256,10 +292,10 @@ def _patch_megatron() -> None:
     _set(megatron_random, "_get_cuda_rng_state", get_state)
     _set(megatron_random, "_set_cuda_rng_state", set_state)
 
-    # On a GPU this moves the all-to-all's split sizes to the host. On a CPU the original returns
-    # them as tensors, which `all_to_all_single` does not take: hand over Python lists.
+    # On a GPU this moves the all-to-all's split sizes to the host as numpy arrays. On a CPU the
+    # original returns them as tensors, which `all_to_all_single` does not take.
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     _set(token_dispatcher, "maybe_move_tensor_to_cpu", move)
 

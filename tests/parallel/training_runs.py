@@ -120,9 +120,7 @@ def compare(run: Run, reference: Run, relative: float) -> None:
             np.testing.assert_allclose(
                 mine[name], theirs[name], rtol=0, atol=1e-12, err_msg=f"{name} of step {step}"
             )
-        np.testing.assert_allclose(
-            mine["balance_loss"], theirs["balance_loss"], rtol=10 * relative
-        )
+        np.testing.assert_allclose(mine["balance_loss"], theirs["balance_loss"], rtol=10 * relative)
 
 
 class _SyntheticDataset:
