@@ -32,6 +32,6 @@ fi
 
 printf '\nA sample from the trained model:\n'
 "$MOEPP_BIN/moepp" generate "$run" --prompt 'def '
-run=$(realpath -- "$run")
+run=$(realpath -m -- "$run")
 printf '\nreport      %s\ncheckpoint  %s\nmetrics     %s\n' \
     "$run/report.html" "$run/checkpoints" "$run/metrics.jsonl"

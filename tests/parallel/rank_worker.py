@@ -8,11 +8,13 @@ import faulthandler
 import gc
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import pickle
 import random
 import signal
 import sys
+import threading
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -35,9 +37,10 @@ SEED = 1234
 def serve(rank: int, world_size: int, pipe: Connection, log: Path) -> None:
     """The rank's life: answers `(True, result)` or `(False, traceback)` to each call.
 
-    Ends when the pipe closes, which also happens when pytest's process dies.
+    Ends when the pipe closes or pytest's process is gone.
     """
     _send_output_to(log)
+    _end_with_pytest()
     # The collections in reset() need not walk, and so copy, what all ranks share with the server.
     gc.freeze()
     try:
@@ -127,6 +130,22 @@ def _send_output_to(log: Path) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+
+
+def _end_with_pytest() -> None:
+    """Ends this rank when pytest's process is gone, even in the middle of a hung call.
+
+    The kernel's parent-death signal would not do: the parent is the fork server, which lives on
+    for as long as any rank does.
+    """
+    pytest_process = multiprocessing.parent_process()
+    assert pytest_process is not None, "a rank is started by multiprocessing"
+
+    def watch() -> None:
+        pytest_process.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-pytest", daemon=True).start()
 
 
 def _join_group(rank: int, world_size: int, pipe: Connection) -> None:

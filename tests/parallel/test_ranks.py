@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +47,15 @@ def hang_on(rank):
     if dist.get_rank() == rank:
         time.sleep(600)
     dist.barrier()
+
+
+def write_process_id_and_hang(folder):
+    import torch.distributed as dist
+
+    unfinished = Path(folder) / f"{dist.get_rank()}.new"
+    unfinished.write_text(str(os.getpid()))
+    unfinished.rename(Path(folder) / f"{dist.get_rank()}.pid")
+    time.sleep(600)
 
 
 def exit_on(rank, status):
@@ -96,7 +108,7 @@ def state_found():
         "grad": torch.is_grad_enabled(),
         "groups": len(dist.distributed_c10d._world.pg_map),
         "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.device_count(),
+        "visible_gpus": os.environ["CUDA_VISIBLE_DEVICES"],
     }
 
 
@@ -165,6 +177,34 @@ def test_segmentation_fault_is_reported_with_its_stack(ranks):
 
 
 @pytest.mark.faults
+def test_ranks_end_with_the_process_that_started_them(tmp_path):
+    script = tmp_path / "starts_ranks.py"
+    script.write_text(
+        "from tests.parallel import ranks, test_ranks\n"
+        "if __name__ == '__main__':\n"
+        f"    ranks.RankPool(2).run(test_ranks.write_process_id_and_hang, {str(tmp_path)!r})\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    with subprocess.Popen([sys.executable, str(script)], env=environment) as starter:
+        while len(list(tmp_path.glob("*.pid"))) < 2 and starter.poll() is None:
+            time.sleep(0.05)
+        starter.kill()
+    pids = [int(file.read_text()) for file in tmp_path.glob("*.pid")]
+    assert len(pids) == 2
+    for pid in pids:
+        while _is_running(pid):  # ended by pytest's timeout if it never is
+            time.sleep(0.05)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        # The state follows the command's closing bracket; a zombie only waits to be collected.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.faults
 def test_ranks_that_died_between_calls_are_replaced(ranks):
     for pid in ranks(2).run(process_id):
         os.kill(pid, signal.SIGKILL)
@@ -194,7 +234,7 @@ def test_nothing_leaks_into_the_next_call(ranks):
         "grad": True,
         "groups": 1,
         "threads": 1,
-        "cuda": 0,
+        "visible_gpus": "",
     }
     assert fresh == [expected] * 2
     assert ranks(2).run(leave_state_behind) == draws
