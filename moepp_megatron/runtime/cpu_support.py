@@ -262,13 +262,13 @@ def _patch_uneven_collectives() -> None:
         return None
 
     def reduce_scatter(
-        output: torch.Tensor, inputs: list[torch.Tensor], *args: Any, **kwargs: Any
+        output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None, **kwargs: Any
     ) -> Any:
         if len({tensor.shape[0] if tensor.dim() else 1 for tensor in inputs}) == 1:
-            return original_scatter(output, inputs, *args, **kwargs)
-        group = kwargs.get("group")
+            return original_scatter(output, inputs, group=group, **kwargs)
+        assert not kwargs, f"uneven reduce_scatter knows the sum only, not {sorted(kwargs)}"
         whole = torch.cat(inputs)
-        dist.all_reduce(whole, *args, group=group)
+        dist.all_reduce(whole, group=group)
         output.copy_(whole.split([t.shape[0] for t in inputs])[dist.get_rank(group)])
         return None
 

@@ -15,7 +15,8 @@ VOCAB_SIZE = 300
 def make_texts(count: int) -> list[str]:
     """Distinct texts of different lengths, none of them part of another."""
     return [
-        f"Document {i}: " + f"naïve № {i} wörds and\n\tlines; " * (i % 7 + 1) for i in range(count)
+        f"Document {i}: " + f"na\u00efve \u2116 {i} w\u00f6rds and\n\tlines; " * (i % 7 + 1)
+        for i in range(count)
     ]
 
 

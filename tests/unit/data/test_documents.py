@@ -18,7 +18,7 @@ def read_all(path: Path, text_key: str = "text") -> list[str | Skipped]:
 def test_text_files(tmp_path: Path):
     (tmp_path / "a.txt").write_text("plain\n")
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfwith mark")
-    (tmp_path / "c.txt").write_bytes("latin é".encode("latin-1"))
+    (tmp_path / "c.txt").write_bytes("latin \u00e9".encode("latin-1"))
     (tmp_path / "d.bin").write_bytes(b"null\0byte")
     (tmp_path / "e.txt").write_text(" \n\t")
     assert read_all(tmp_path) == [
@@ -62,7 +62,7 @@ def test_jsonl_records(tmp_path: Path):
 def test_jsonl_cut_anywhere_gives_every_record_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ):
-    texts = [f"é{i}" * (i % 9) + "." for i in range(40)]
+    texts = [f"\u00e9{i}" * (i % 9) + "." for i in range(40)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"k": text}, ensure_ascii=False) + "\n" for text in texts))
     monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
