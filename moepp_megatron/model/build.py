@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from moepp_megatron.config import Config
+from moepp_megatron.model.attention import ContextParallelAttention
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
@@ -33,11 +34,13 @@ def build_model(config: Config) -> list[GPTModel]:
 def _build_chunk(config: Config, vp_stage: int | None) -> GPTModel:
     megatron, moepp = transformer_config(config), moepp_config(config)
     use_te = have_transformer_engine()
+    splits_sequences = config.parallel.context_parallel_size > 1
     spec = get_moepp_block_spec(
         megatron,
         moepp,
         use_transformer_engine=use_te,
         norm=None if use_te else SequenceParallelRMSNorm,
+        core_attention=ContextParallelAttention if splits_sequences and not use_te else None,
         vp_stage=vp_stage,
     )
     model = MoEPPGPTModel(
