@@ -167,19 +167,20 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
         ctx.group = group
-        gathered = local.new_empty(group.size(), *local.shape)
+        # Along axis 0, the one way of joining tensors that gloo and NCCL both know.
+        gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
         torch.distributed.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-        early, late = gathered.chunk(2, dim=2)
+        early, late = gathered.unflatten(0, (group.size(), -1)).chunk(2, dim=2)
         return torch.cat([*early, *late.flip(0)], dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ranks = ctx.group.size()
         chunks = grad.float().chunk(2 * ranks, dim=1)
-        by_rank = torch.stack(
+        by_rank = torch.cat(
             [torch.cat([chunks[r], chunks[2 * ranks - 1 - r]], dim=1) for r in range(ranks)]
         )
-        local = torch.empty_like(by_rank[0])
+        local = torch.empty_like(by_rank.chunk(ranks)[0])
         torch.distributed.reduce_scatter_tensor(local, by_rank, group=ctx.group)
         return local.to(grad.dtype), None
 
