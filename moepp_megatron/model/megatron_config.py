@@ -8,6 +8,7 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config import Config
+from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.runtime.optional import have_transformer_engine
 
@@ -46,6 +47,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     not initialised here: `moepp_megatron.model.initialize` does it, independent of the layout.
     """
     model, parallel, training = config.model, config.parallel, config.training
+    num_chunks = virtual_stages(config)
     dtype = params_dtype(config)
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -66,7 +68,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         perform_initialization=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
         pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
@@ -74,8 +76,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         sequence_parallel=parallel.uses_sequence_parallel,
         # The interleaved schedule exchanges activations and gradients with the same two neighbours
         # at once; as one batch they could not be told apart where both neighbours are one rank.
-        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
-        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
+        overlap_p2p_comm=num_chunks > 1,
+        batch_p2p_comm=num_chunks == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

@@ -127,7 +127,8 @@ def select_experts(logits_TE: Tensor, config: MoEPPConfig) -> tuple[Tensor, Tens
         scores_TE = torch.softmax(logits_TE, dim=-1)
     else:
         scores_TE = torch.sigmoid(logits_TE)
-    chosen_TK = scores_TE.topk(config.router_topk, dim=-1).indices
+    # Between equal scores the first expert, which `topk` would not promise.
+    chosen_TK = scores_TE.argsort(dim=-1, descending=True, stable=True)[:, : config.router_topk]
     selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
     gates_TE = torch.where(selected_TE, scores_TE, 0.0)
 
