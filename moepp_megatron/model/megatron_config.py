@@ -122,7 +122,9 @@ def _moe_fields(config: Config) -> dict[str, object]:
         fields |= {
             "moe_router_score_function": moe.score_function,
             "moe_router_pre_softmax": moe.gate_normalization == "none",
-            "moe_router_load_balancing_type": "aux_loss",
+            "moe_router_load_balancing_type": "seq_aux_loss"
+            if moe.balance_scope == "sequence"
+            else "aux_loss",
             "moe_aux_loss_coeff": moe.balance_coeff,
             "moe_expert_capacity_factor": moe.capacity_factor,
         }

@@ -7,6 +7,11 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 
+# Gates are compared in steps of 1 / GATE_STEPS. Tokens that are equal in exact arithmetic (the same
+# token repeated at the start of a sequence, say) get gates a few 1e-7 apart, in an order that
+# depends on how matrix products are blocked and so on the layout; a step is far wider than that.
+GATE_STEPS = 4096
+
 
 @torch.no_grad()
 def within_capacity(
@@ -21,9 +26,9 @@ def within_capacity(
     Source of the limits: arXiv 2410.07348, expert capacity.
 
     The limit counts the tokens of the whole micro-batch, so ranks that hold parts of its sequences
-    (sequence and context parallelism) exchange their gates first. Between equal gates, which
-    `nonzero` normalisation makes common (a lone FFN pick has gate 1), the token that comes first
-    in [sequence position, sequence] order stays, wherever it is.
+    (sequence and context parallelism) exchange their gates first. Between equal gates (to a step
+    of 1 / GATE_STEPS), which `nonzero` normalisation makes common (a lone FFN pick has gate 1), the
+    token that comes first in [sequence position, sequence] order stays, wherever it is.
 
     Args:
         gates: [T, E] fp32, local tokens in [sequence position, sequence] order, 0 where not
@@ -39,7 +44,7 @@ def within_capacity(
     """
     num_local = gates.shape[0]
     # Gates are never negative; -1 sorts what was not selected behind every selection.
-    ranking = torch.where(routing_map, gates, -1.0)
+    ranking = torch.where(routing_map, (gates * GATE_STEPS).round(), -1.0)
     rank, size = 0, 1
     if group is not None and group.size() > 1:
         rank, size = group.rank(), group.size()

@@ -6,7 +6,8 @@ statistics), so a comparison covers what a user runs. `compare` holds one run ag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +127,7 @@ class Difference:
         gradient: Largest difference of an element of a gradient, relative to the largest element
             of its parameter's gradient.
         parameter: The parameter with that difference.
+        all_gradients: L2 norm of the difference of all gradients, relative to that of the gradients.
         balance_loss: Largest relative difference of a step's balance loss or z-loss.
         selections: Largest difference of a share of the selections: an expert's, the FFN experts',
             the dropped ones', over all layers and steps.
@@ -135,6 +137,7 @@ class Difference:
     grad_norm: float
     gradient: float
     parameter: str
+    all_gradients: float
     balance_loss: float
     selections: float
 
@@ -154,6 +157,8 @@ def difference(run: Run, reference: Run) -> Difference:
         grad_norm=_relative(run.grad_norms, reference.grad_norms),
         gradient=gradients[parameter],
         parameter=parameter,
+        all_gradients=_l2(run.gradients[name] - g for name, g in reference.gradients.items())
+        / _l2(reference.gradients.values()),
         balance_loss=max(
             _relative([mine[name]], [theirs[name]]) for mine, theirs in steps for name in losses
         ),
@@ -165,12 +170,17 @@ def difference(run: Run, reference: Run) -> Difference:
     )
 
 
+def _l2(arrays: Iterable[np.ndarray]) -> float:
+    return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))
+
+
 def _relative(values: list[float], expected: list[float]) -> float:
     """Largest difference, relative to what is expected; 0 where both are 0."""
     wanted = np.abs(np.asarray(expected))
     apart = np.abs(np.subtract(values, expected))
     assert not np.isnan(apart).any(), f"not a number: {values}, expected {expected}"
-    return float(np.max(np.divide(apart, wanted, out=np.where(apart > 0, np.inf, 0.0), where=wanted > 0)))
+    unwanted = np.where(apart > 0, np.inf, 0.0)
+    return float(np.divide(apart, wanted, out=unwanted, where=wanted > 0).max())
 
 
 def _relative_to_largest(values: np.ndarray, expected: np.ndarray) -> float:
