@@ -41,6 +41,9 @@ def train(
 
         print_plan(settings, layout)
         return
+    from moepp_megatron.runtime.fit import check_fit
+
+    check_fit(settings)
     _check_data(settings)
     if rank.is_launched or nproc == 1:
         _train_rank(settings, layout)

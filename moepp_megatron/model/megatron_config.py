@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moepp_megatron.config import Config
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.runtime.optional import have_transformer_engine
+from moepp_megatron.runtime.optional import flex_backend, have_transformer_engine
 
 
 def params_dtype(config: Config) -> torch.dtype:
@@ -106,6 +106,7 @@ def _moe_fields(config: Config) -> dict[str, object]:
         "moe_ffn_hidden_size": config.expert_ffn_hidden_size,
         "moe_layer_freq": moe.layer_freq,
         "moe_token_dispatcher_type": moe.dispatcher,
+        "moe_flex_dispatcher_backend": (moe.dispatcher == "flex" and flex_backend()) or "deepep",
         "moe_router_dtype": "fp32",
         "moe_z_loss_coeff": moe.z_loss_coeff,
         "moe_input_jitter_eps": moe.input_jitter_eps,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from tests.parallel import forced_routing
 from tests.parallel.training_runs import settings
 
 GLOBAL_BATCH = 8
@@ -43,6 +44,26 @@ OPTIMIZER: dict[str, dict[str, bool]] = {
     "overlap reduce": {"overlap_grad_reduce": True},
     "overlap both": {"overlap_grad_reduce": True, "overlap_param_gather": True},
 }
+# How a value of a field reads in the name of a cell, where not as it is.
+_WORDS = {
+    **{name: name + "{}" for name in ("tp", "pp", "ep", "etp", "cp")},
+    "optimizer": "{} optimizer",
+    "micro_batches": "{} micro-batches",
+    "recompute": "recompute {}",
+    "gates": "{} gates",
+    "scope": "{} scope",
+    "layers": "{} layers",
+    "capacity": "capacity",
+    "routing": "[{}]",
+    "seq_length": "{} tokens",
+}
+ROUTINGS = {
+    "": None,
+    "no FFN token": forced_routing.only_zero_experts,
+    "one FFN expert": forced_routing.one_ffn_expert,
+    "half of the FFN experts": forced_routing.first_half_of_ffn_experts,
+    "no FFN token in half of the sequence": forced_routing.second_half_without_ffn,
+}
 VANILLA = {
     "num_zero_experts": 0,
     "num_copy_experts": 0,
@@ -74,6 +95,8 @@ class Cell:
         capacity: Whether selections are dropped.
         dtype: As `precision.dtype`.
         extras: "", "gqa", "tied" embeddings, "z loss" or "shared" expert.
+        routing: A routing to force, see `ROUTINGS`; "" leaves it to the router.
+        seq_length: Tokens of a sequence.
     """
 
     ranks: int
@@ -94,18 +117,17 @@ class Cell:
     capacity: bool = False
     dtype: str = "fp32"
     extras: str = ""
+    routing: str = ""
+    seq_length: int = 16
 
     def __str__(self) -> str:
-        """What differs from the defaults, such as `8 ranks tp2 pp2 ep2 gates=none`."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if self._differs(f)}
+        """What differs from the defaults, such as `dp2 tp2 pp2 interleaved nonzero gates`."""
         words = [f"dp{self.dp}"]
-        for name, value in changed.items():
-            is_degree = isinstance(value, int) and not isinstance(value, bool)
-            words.append(f"{name}{value}" if is_degree else str(name if value is True else value))
-        return " ".join(words).replace("micro_batches", "mb")
-
-    def _differs(self, f: Any) -> bool:
-        return f.name != "ranks" and getattr(self, f.name) != f.default
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                words.append(_WORDS.get(field.name, "{}").format(value))
+        return " ".join(words)
 
     @property
     def dp(self) -> int:
@@ -157,7 +179,7 @@ def reference_settings(cell: Cell) -> dict[str, dict[str, Any]]:
 
 def _shared_settings(cell: Cell) -> dict[str, dict[str, Any]]:
     """What a cell and its reference have in common: model, MoE layers and number format."""
-    model: dict[str, Any] = {"num_layers": cell.num_layers}
+    model: dict[str, Any] = {"num_layers": cell.num_layers, "seq_length": cell.seq_length}
     moe: dict[str, Any] = {"gate_normalization": cell.gates, "balance_scope": cell.scope}
     if cell.layers == "mixed":
         moe["layer_freq"] = [0, 1, 0, 1] * (cell.num_layers // 4)
@@ -167,6 +189,9 @@ def _shared_settings(cell: Cell) -> dict[str, dict[str, Any]]:
         "two layers": {"two_layer_gate": True},
         "vanilla": VANILLA,
     }[cell.router]
+    if "no FFN" in cell.routing:
+        # As many as a token selects, so that it can select nothing else.
+        moe["num_zero_experts"] = 2
     if cell.capacity:
         moe["capacity_factor"] = 0.9
     match cell.extras:
