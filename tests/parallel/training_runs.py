@@ -90,7 +90,7 @@ def train(
     model.set_training(True)
     collector = RoutingCollector(model, config, layout)
     pieces = _capture_gradients(model)
-    batches = rank_batches(_SyntheticDataset(config, steps), 0, config, len(model.chunks))
+    batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
     run = Run()
     for _ in range(steps):
         collector.reset()
@@ -189,7 +189,7 @@ def _relative_to_largest(values: np.ndarray, expected: np.ndarray) -> float:
     return _relative([float(np.abs(values - expected).max()) + largest], [largest])
 
 
-class _SyntheticDataset:
+class SyntheticDataset:
     """Sequences that depend on their index alone; some tokens are masked out of the loss."""
 
     def __init__(self, config: Any, steps: int) -> None:
