@@ -8,12 +8,15 @@ import pytest
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[None]:
     """Process groups of one rank, as a run on one process has them."""
+    import torch
     from megatron.core import parallel_state
 
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.rank import RankEnvironment
 
     distributed.start(RankEnvironment())
+    # The tensors are tiny: a second thread would only wait for a core.
+    torch.set_num_threads(1)
     parallel_state.initialize_model_parallel()
     yield
     distributed.stop()
