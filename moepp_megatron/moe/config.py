@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 GateNormalization = Literal["none", "selected", "nonzero"]
@@ -133,7 +134,10 @@ class MoEPPConfig:
             AssertionError: If no capacity factor is set.
         """
         assert self.capacity_factor is not None, "capacities need a capacity factor"
-        weight = self.tau * self.num_ffn_experts + self.num_zero_computation_experts
-        per_unit = self.capacity_factor * self.router_topk * num_tokens / weight
-        ffn, zero_computation = math.ceil(self.tau * per_unit), math.ceil(per_unit)
+        # Exact arithmetic on the decimals that the user wrote: floating point puts 22 at
+        # 22.000000000000004, which would round up to 23.
+        tau, gamma = Fraction(str(self.tau)), Fraction(str(self.capacity_factor))
+        weight = tau * self.num_ffn_experts + self.num_zero_computation_experts
+        per_unit = gamma * self.router_topk * num_tokens / weight
+        ffn, zero_computation = math.ceil(tau * per_unit), math.ceil(per_unit)
         return [ffn] * self.num_ffn_experts + [zero_computation] * self.num_zero_computation_experts
