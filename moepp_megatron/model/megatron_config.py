@@ -105,6 +105,8 @@ def _moe_fields(config: Config) -> dict[str, object]:
         "moe_input_jitter_eps": moe.input_jitter_eps,
         "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
         "moe_router_load_balancing_type": "none",
+        # megatron-core demands it of top-1 routing; the MoE++ router does not read it.
+        "moe_router_pre_softmax": True,
     }
     if moe.is_vanilla:
         # megatron-core's own router: softmax over all experts keeps the raw scores of the selected
