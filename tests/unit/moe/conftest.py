@@ -4,6 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from moepp_megatron.runtime import cpu_support
+
+# Before the test modules import megatron-core, which compiles some functions on import unless the
+# CPU support has switched that off.
+cpu_support.install()
+
 
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[None]:
