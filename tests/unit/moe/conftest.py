@@ -16,6 +16,7 @@ def one_rank() -> Iterator[None]:
     """Process groups of one rank, as a run on one process has them."""
     import torch
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.rank import RankEnvironment
@@ -24,6 +25,7 @@ def one_rank() -> Iterator[None]:
     # The tensors are tiny: a second thread would only wait for a core.
     torch.set_num_threads(1)
     parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1234)
     yield
     distributed.stop()
 
