@@ -361,9 +361,7 @@ def test_evaluation_computes_the_same_output():
 
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
 def test_bf16(normalization):
-    moepp = MoEPPConfig(
-        num_ffn_experts=4, gate_normalization=normalization, expert_input_scale=2.0
-    )
+    moepp = MoEPPConfig(num_ffn_experts=4, gate_normalization=normalization, expert_input_scale=2.0)
     layer = build_layer(moepp, params_dtype=torch.bfloat16, bf16=True)
     # fp32 parameters would make this test pass without testing anything.
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
