@@ -15,8 +15,14 @@ from moepp_megatron.moe.config import MoEPPConfig
         ({"num_zero_experts": -1}, r"num_zero_experts \(-1\) must not be negative; use 0"),
         ({"num_copy_experts": -2}, r"num_copy_experts \(-2\) must not be negative; use 0"),
         ({"num_constant_experts": -3}, r"num_constant_experts \(-3\) must not be negative; use 0"),
-        ({"router_topk": 0}, r"router_topk \(0\) must be between 1 and the number of experts \(8\)"),
-        ({"router_topk": 9}, r"router_topk \(9\) must be between 1 and the number of experts \(8\)"),
+        (
+            {"router_topk": 0},
+            r"router_topk \(0\) must be between 1 and the number of experts \(8\)",
+        ),
+        (
+            {"router_topk": 9},
+            r"router_topk \(9\) must be between 1 and the number of experts \(8\)",
+        ),
         ({"tau": 0.0}, r"tau \(0.0\) must be positive; the paper uses 0.75"),
         ({"tau": -1.0}, r"tau \(-1.0\) must be positive; the paper uses 0.75"),
         ({"tau": math.nan}, r"tau \(nan\) must be positive; the paper uses 0.75"),
@@ -93,7 +99,9 @@ def test_vanilla_has_neither_zero_computation_experts_nor_residual():
 def test_vanilla_refuses_what_it_would_ignore(setting):
     vanilla = {"num_zero_experts": 0, "num_copy_experts": 0, "num_constant_experts": 0}
     ((name, value),) = setting.items()
-    with pytest.raises(ValueError, match=rf"{name} \({value}\) must be .* without zero-computation"):
+    with pytest.raises(
+        ValueError, match=rf"{name} \({value}\) must be .* without zero-computation"
+    ):
         MoEPPConfig(num_ffn_experts=4, gating_residual=False, **vanilla, **setting)
     MoEPPConfig(num_ffn_experts=4, gating_residual=True, **vanilla, **setting)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.layer import VanillaMoELayer, moe_statistics
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
+from moepp_megatron.moe.layer import VanillaMoELayer, moe_statistics
 from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
 from tests.unit.moe.builders import (
     HIDDEN,
@@ -131,10 +131,13 @@ def test_balance_loss_reaches_the_router():
 
 def test_model_gives_megatrons_bits():
     config = config_of({})
-    ours = build_model(vanilla(), **{
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": 0.1,
-    })
+    ours = build_model(
+        vanilla(),
+        **{
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": 0.1,
+        },
+    )
     block = get_moepp_block_spec(config, vanilla(), use_transformer_engine=False)
     assert not any(spec.module is MoEPPTransformerLayer for spec in block.layer_specs)
     upstream = GPTModel(
