@@ -35,12 +35,13 @@ def megatron(one_rank: None) -> Iterator[None]:
     """Each test starts from the same random streams and auxiliary-loss scale, and leaves none."""
     import torch
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     torch.manual_seed(1234)
     model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     yield
-    get_moe_metrics_tracker().clear()
+    # Cleared, it would still have room for the layers of the last test's model only.
+    destroy_moe_metrics_tracker()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
