@@ -60,6 +60,27 @@ def get_moepp_layer_spec(
     return dataclasses.replace(_with_mlp(spec, mlp), module=MoEPPTransformerLayer)
 
 
+def get_dense_layer_spec(
+    config: TransformerConfig,
+    moepp: MoEPPConfig,
+    *,
+    use_transformer_engine: bool,
+    norm: LayerNormBuilder | None = None,
+) -> ModuleSpec:
+    """Spec of a layer without experts, which hands the router logits on.
+
+    Args:
+        config: The model's configuration.
+        moepp: MoE++ settings.
+        use_transformer_engine: As in `get_moepp_layer_spec`.
+        norm: As in `get_moepp_layer_spec`.
+    """
+    dense = _base_layer_spec(config, None, use_transformer_engine, norm)
+    if moepp.is_vanilla:
+        return dense
+    return dataclasses.replace(dense, module=MoEPPTransformerLayer)
+
+
 def get_moepp_block_spec(
     config: TransformerConfig,
     moepp: MoEPPConfig,
@@ -90,9 +111,9 @@ def get_moepp_block_spec(
         use_transformer_engine=use_transformer_engine,
         norm=norm,
     )
-    dense = _base_layer_spec(config, None, use_transformer_engine, norm)
-    if not moepp.is_vanilla:
-        dense = dataclasses.replace(dense, module=MoEPPTransformerLayer)
+    dense = get_dense_layer_spec(
+        config, moepp, use_transformer_engine=use_transformer_engine, norm=norm
+    )
     first_moe_layer = pattern.index(True)
     layers = [
         layer(has_residual=index > first_moe_layer) if is_moe else dense
@@ -100,7 +121,7 @@ def get_moepp_block_spec(
     ]
     return TransformerBlockSubmodules(
         layer_specs=_of_stage(layers, config, vp_stage, pp_rank),
-        layer_norm=_final_norm(use_transformer_engine, norm),
+        layer_norm=final_norm(use_transformer_engine, norm),
     )
 
 
@@ -175,7 +196,8 @@ def _of_stage(
     return layers[offset : offset + count]
 
 
-def _final_norm(use_transformer_engine: bool, norm: LayerNormBuilder | None) -> LayerNormBuilder:
+def final_norm(use_transformer_engine: bool, norm: LayerNormBuilder | None) -> LayerNormBuilder:
+    """Builder of the norm after the last layer; arguments as in `get_moepp_layer_spec`."""
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
