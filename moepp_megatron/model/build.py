@@ -82,11 +82,12 @@ def _hybrid_model(
 
     from moepp_megatron.model import hybrid
 
-    megatron, pattern = hybrid.hybrid_transformer_config(config), hybrid.hybrid_layer_pattern(config)
+    megatron = hybrid.hybrid_transformer_config(config)
     spec = hybrid.get_moepp_hybrid_stack_spec(
         megatron,
         moepp_config(config),
         use_transformer_engine=use_transformer_engine,
         norm=norm,
     )
+    pattern = hybrid.hybrid_layer_pattern(config)
     return HybridModel(megatron, spec, hybrid_layer_pattern=pattern, **kwargs)

@@ -192,7 +192,7 @@ class MoEPPHybridStack(HybridStack):
 
     def forward(
         self,
-        hidden_states: Tensor | None,
+        hidden_states: Tensor,
         attention_mask: Tensor | None,
         inference_context: Any = None,
         rotary_pos_emb: Tensor | None = None,
@@ -272,7 +272,7 @@ class MoEPPHybridStack(HybridStack):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """As `HybridStack`, under the GPT assembly's names: layers 2i and 2i + 1 are its layer i."""
+        """As `HybridStack`, by the GPT assembly's names: layers 2i and 2i + 1 are its layer i."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         names = {f"{prefix}final_norm.": (f"{prefix}final_norm.", f"{prefix}final_layernorm.")}
         for index, layer in enumerate(self.layers):
