@@ -1,4 +1,4 @@
-"""The layer on expert- and tensor-parallel ranks against reference.py: outputs and all gradients."""
+"""The layer on expert- and tensor-parallel ranks against reference.py."""
 
 from __future__ import annotations
 

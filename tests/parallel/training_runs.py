@@ -74,7 +74,7 @@ def train(raw: dict[str, Any], steps: int) -> tuple[Run, list[Any]]:
     model.set_training(True)
     collector = RoutingCollector(model, config, layout)
     pieces = _capture_gradients(model)
-    batches = rank_batches(_SyntheticDataset(config, steps), 0, config, len(model.chunks))
+    batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
     run = Run()
     for _ in range(steps):
         collector.reset()
@@ -123,7 +123,7 @@ def compare(run: Run, reference: Run, relative: float) -> None:
         np.testing.assert_allclose(mine["balance_loss"], theirs["balance_loss"], rtol=10 * relative)
 
 
-class _SyntheticDataset:
+class SyntheticDataset:
     """Sequences that depend on their index alone; some tokens are masked out of the loss."""
 
     def __init__(self, config: Any, steps: int) -> None:
