@@ -1,10 +1,12 @@
-"""Builds this rank's model chunks."""
+"""Builds this rank's model chunks, as a GPTModel or as a HybridModel: the one place that knows."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.stages import virtual_stages
@@ -16,8 +18,11 @@ from moepp_megatron.model.norm import SequenceParallelRMSNorm
 from moepp_megatron.moe.spec import get_moepp_block_spec
 from moepp_megatron.runtime.optional import have_transformer_engine
 
+if TYPE_CHECKING:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
 
-def build_model(config: Config) -> list[GPTModel]:
+
+def build_model(config: Config) -> list[LanguageModule]:
     """This rank's model chunks with initial weights, on this rank's device, in `precision.dtype`.
 
     Process groups must exist (`moepp_megatron.runtime.distributed.build_groups`).
@@ -32,22 +37,11 @@ def build_model(config: Config) -> list[GPTModel]:
     return chunks
 
 
-def _build_chunk(config: Config, vp_stage: int | None) -> GPTModel:
-    megatron, moepp = transformer_config(config), moepp_config(config)
-    use_te = have_transformer_engine()
-    splits_sequences = config.parallel.context_parallel_size > 1
-    spec = get_moepp_block_spec(
-        megatron,
-        moepp,
-        use_transformer_engine=use_te,
-        norm=None if use_te else SequenceParallelRMSNorm,
-        core_attention=ContextParallelAttention if splits_sequences and not use_te else None,
-        vp_stage=vp_stage,
-    )
-    model = MoEPPGPTModel(
-        megatron,
-        spec,
-        moepp=moepp,
+def _build_chunk(config: Config, vp_stage: int | None) -> LanguageModule:
+    build = {"gpt": _gpt_model, "hybrid": _hybrid_model}[config.model.implementation]
+    model = build(
+        config,
+        _backend(config),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -58,3 +52,35 @@ def _build_chunk(config: Config, vp_stage: int | None) -> GPTModel:
         vp_stage=vp_stage,
     )
     return model.to(torch.cuda.current_device())
+
+
+def _backend(config: Config) -> dict[str, Any]:
+    """Which modules the layers are made of: arguments of the specs in `moepp_megatron.moe.spec`."""
+    if have_transformer_engine():
+        return {"use_transformer_engine": True}
+    splits_sequences = config.parallel.context_parallel_size > 1
+    return {
+        "use_transformer_engine": False,
+        "norm": SequenceParallelRMSNorm,
+        "core_attention": ContextParallelAttention if splits_sequences else None,
+    }
+
+
+def _gpt_model(
+    config: Config, backend: dict[str, Any], *, vp_stage: int | None, **kwargs: Any
+) -> MoEPPGPTModel:
+    megatron, moepp = transformer_config(config), moepp_config(config)
+    spec = get_moepp_block_spec(megatron, moepp, vp_stage=vp_stage, **backend)
+    return MoEPPGPTModel(megatron, spec, moepp=moepp, vp_stage=vp_stage, **kwargs)
+
+
+def _hybrid_model(config: Config, backend: dict[str, Any], **kwargs: Any) -> HybridModel:
+    # Its modules are many and needed only here: ranks that build a GPTModel need not import them.
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from moepp_megatron.model import hybrid
+
+    megatron = hybrid.hybrid_transformer_config(config)
+    spec = hybrid.get_moepp_hybrid_stack_spec(megatron, moepp_config(config), **backend)
+    pattern = hybrid.hybrid_layer_pattern(config)
+    return HybridModel(megatron, spec, hybrid_layer_pattern=pattern, **kwargs)

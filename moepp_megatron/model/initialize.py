@@ -15,18 +15,18 @@ from collections.abc import Iterable
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 
 # Weights that write into the residual stream; their scale shrinks with depth (GPT-2, section 2.3).
 _RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
 
 
-def initialize_weights(chunks: Iterable[GPTModel], seed: int) -> None:
+def initialize_weights(chunks: Iterable[LanguageModule], seed: int) -> None:
     """Initialise every parameter of the local model chunks in place.
 
     Matrices are drawn from N(0, init_method_std), projections into the residual stream from
-    N(0, init_method_std / sqrt(2 num_layers)), norms are 1.
+    N(0, init_method_std / sqrt(number of such projections in depth)), norms are 1.
 
     Args:
         chunks: Model chunks of this rank, before any wrapper.
@@ -34,12 +34,14 @@ def initialize_weights(chunks: Iterable[GPTModel], seed: int) -> None:
     """
     for chunk in chunks:
         config = chunk.config
+        # A GPT layer writes twice, attention and FFN; these are two layers of a hybrid model.
+        branches = config.num_layers * (1 if config.is_hybrid_model else 2)
         parameters = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
         for entry in nested_values(chunk.sharded_state_dict()):
             for tensor in sharded_tensors(entry):
                 # Buffers, such as a router's selection bias, keep what they were built with.
                 if tensor.data.untyped_storage().data_ptr() in parameters:
-                    _fill(tensor, seed, config.init_method_std, config.num_layers)
+                    _fill(tensor, seed, config.init_method_std, branches)
 
 
 def sharded_tensors(entry: object) -> list[ShardedTensor]:
@@ -49,13 +51,13 @@ def sharded_tensors(entry: object) -> list[ShardedTensor]:
 
 
 @torch.no_grad()
-def _fill(tensor: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
+def _fill(tensor: ShardedTensor, seed: int, std: float, branches: int) -> None:
     data = tensor.data
     if "norm" in tensor.key:
         data.fill_(1.0)
     else:
         if tensor.key.endswith(_RESIDUAL_PROJECTIONS):
-            std = std / math.sqrt(2 * num_layers)
+            std = std / math.sqrt(branches)
         data.copy_(_global_shard(tensor, seed) * std)
 
 

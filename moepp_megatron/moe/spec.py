@@ -66,6 +66,29 @@ def get_moepp_layer_spec(
     return dataclasses.replace(_with_mlp(spec, mlp), module=MoEPPTransformerLayer)
 
 
+def get_dense_layer_spec(
+    config: TransformerConfig,
+    moepp: MoEPPConfig,
+    *,
+    use_transformer_engine: bool,
+    norm: LayerNormBuilder | None = None,
+    core_attention: CoreAttentionBuilder | None = None,
+) -> ModuleSpec:
+    """Spec of a layer without experts, which hands the router logits on.
+
+    Args:
+        config: The model's configuration.
+        moepp: MoE++ settings.
+        use_transformer_engine: As in `get_moepp_layer_spec`.
+        norm: As in `get_moepp_layer_spec`.
+        core_attention: As in `get_moepp_layer_spec`.
+    """
+    dense = _base_layer_spec(config, None, use_transformer_engine, norm, core_attention)
+    if moepp.is_vanilla:
+        return dense
+    return dataclasses.replace(dense, module=MoEPPTransformerLayer)
+
+
 def get_moepp_block_spec(
     config: TransformerConfig,
     moepp: MoEPPConfig,
@@ -99,9 +122,13 @@ def get_moepp_block_spec(
         norm=norm,
         core_attention=core_attention,
     )
-    dense = _base_layer_spec(config, None, use_transformer_engine, norm, core_attention)
-    if not moepp.is_vanilla:
-        dense = dataclasses.replace(dense, module=MoEPPTransformerLayer)
+    dense = get_dense_layer_spec(
+        config,
+        moepp,
+        use_transformer_engine=use_transformer_engine,
+        norm=norm,
+        core_attention=core_attention,
+    )
     first_moe_layer = pattern.index(True)
     layers = [
         layer(has_residual=index > first_moe_layer) if is_moe else dense
@@ -109,7 +136,7 @@ def get_moepp_block_spec(
     ]
     return TransformerBlockSubmodules(
         layer_specs=_of_stage(layers, config, vp_stage, pp_rank),
-        layer_norm=_final_norm(use_transformer_engine, norm),
+        layer_norm=final_norm(use_transformer_engine, norm),
     )
 
 
@@ -190,7 +217,8 @@ def _of_stage(
     return layers[offset : offset + count]
 
 
-def _final_norm(use_transformer_engine: bool, norm: LayerNormBuilder | None) -> LayerNormBuilder:
+def final_norm(use_transformer_engine: bool, norm: LayerNormBuilder | None) -> LayerNormBuilder:
+    """Builder of the norm after the last layer; arguments as in `get_moepp_layer_spec`."""
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 

@@ -4,11 +4,13 @@ from itertools import permutations
 
 import pytest
 
+from tests.parallel.training_runs import assemble, compare, settings, train
+
 # Two orders of summation of the same fp32 terms: some hundred roundings of 2^-24 each.
 FP32_TOLERANCE = 1e-5
 SEQUENCE = 32
 STEPS = 5
-GLOBAL_BATCH = 4
+MODEL = {"hidden_size": 64, "num_query_groups": 2, "seq_length": SEQUENCE}
 
 
 # ---- functions that run on the ranks -----------------------------------------------------
@@ -172,105 +174,34 @@ def rotary_positions(cp):
     return (angles - expected).abs().max().item()
 
 
-def make_config(parallel, training):
-    from moepp_megatron.config import Config
+class NumberedSamples:
+    """Sample i holds the numbers from i * SEQUENCE on: they tell sample and position."""
 
-    return Config.model_validate(
-        {
-            "run": {"dir": "unused"},
-            "model": {
-                "num_layers": 4,
-                "hidden_size": 64,
-                "ffn_hidden_size": 96,
-                "num_attention_heads": 4,
-                "num_query_groups": 2,
-                "seq_length": SEQUENCE,
-                "vocab_size": 64,
-            },
-            "moe": {"num_ffn_experts": 4, "gating_residual": True},
-            "parallel": parallel,
-            "data": {"path": None},
-            "optimizer": {"lr": 1e-3, "decay_style": "constant"},
-            "training": {
-                "train_iters": STEPS,
-                "global_batch_size": GLOBAL_BATCH,
-                "micro_batch_size": 1,
-                **training,
-            },
-        }
-    )
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        import torch
+
+        numbers = torch.arange(SEQUENCE) + index * SEQUENCE
+        return {"tokens": numbers, "loss_mask": numbers.float()}
 
 
-def make_samples(count):
-    import torch
-
-    generator = torch.Generator().manual_seed(5)
-    samples = []
-    for _ in range(count):
-        text = torch.randint(64, (SEQUENCE + 1,), generator=generator)
-        samples.append(
-            {
-                "tokens": text[:-1],
-                "labels": text[1:],
-                # Uneven over the ranks: the token mean must not be a mean of means.
-                "loss_mask": (torch.rand(SEQUENCE, generator=generator) < 0.7).float(),
-                "position_ids": torch.arange(SEQUENCE),
-            }
-        )
-    return samples
-
-
-def prepare(parallel, training=None):
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout
-    from moepp_megatron.runtime.distributed import build_groups
-
-    config = make_config(parallel, training or {})
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    return config, layout
-
-
-def positions_read(parallel):
+def batches_read(parallel):
     """Data-parallel rank, context-parallel rank and the micro-batches of one step."""
+    import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
 
-    config, _ = prepare(parallel)
-    (batches,) = rank_batches(make_samples(GLOBAL_BATCH), 0, config, 1)
+    config = parse_config(settings(model=MODEL, parallel=parallel))
+    build_groups(config, Layout.from_config(config, dist.get_world_size()))
+    (batches,) = rank_batches(NumberedSamples(), 0, config, 1)
     read = [{key: value.tolist() for key, value in batch.items()} for batch in batches]
     dp = parallel_state.get_data_parallel_rank()
     return dp, parallel_state.get_context_parallel_rank(), read
-
-
-def train(parallel, training=None):
-    """Metrics of each of STEPS steps, global."""
-    from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.collect import RoutingCollector, mean_loss
-    from moepp_megatron.training.setup import build_training_model
-    from moepp_megatron.training.step import training_step
-
-    config, layout = prepare(parallel, training)
-    model = build_training_model(config)
-    model.set_training(True)
-    batches = rank_batches(make_samples(STEPS * GLOBAL_BATCH), 0, config, len(model.chunks))
-    routing = RoutingCollector(model, config, layout)
-    metrics = []
-    for _ in range(STEPS):
-        routing.reset()
-        result = training_step(model, batches, config, layout)
-        counted = routing.collect()
-        metrics.append(
-            {
-                "loss": mean_loss(result.losses),
-                "grad_norm": result.grad_norm,
-                "balance_loss": counted["balance_loss"],
-                "expert_share": counted["expert_share"],
-            }
-        )
-    return metrics
 
 
 # ---- tests -------------------------------------------------------------------------------
@@ -328,36 +259,30 @@ def test_rotary_angles_are_those_of_the_ranks_positions(ranks, cp):
     assert max(ranks(cp).run(rotary_positions, cp)) < 1e-6
 
 
-@pytest.mark.parametrize("parallel", [{}, {"context_parallel_size": 2}], ids=["dp", "dp_cp"])
-def test_ranks_read_their_samples_and_their_chunks_of_them(ranks, parallel):
-    cp = parallel.get("context_parallel_size", 1)
-    dp = 2
-    samples = [
-        {key: value.tolist() for key, value in sample.items()}
-        for sample in make_samples(GLOBAL_BATCH)
-    ]
+@pytest.mark.parametrize("cp", [1, 2])
+def test_ranks_read_their_samples_and_their_chunks_of_them(ranks, cp):
+    dp, micro_batch = 2, 2
     chunk = SEQUENCE // (2 * cp)
-    for dp_rank, cp_rank, read in ranks(dp * cp).run(positions_read, parallel):
+    for dp_rank, cp_rank, read in ranks(dp * cp).run(batches_read, {"context_parallel_size": cp}):
         starts = (cp_rank * chunk, (2 * cp - 1 - cp_rank) * chunk)
         positions = [start + offset for start in starts for offset in range(chunk)]
-        assert len(read) == GLOBAL_BATCH // dp
+        assert len(read) == len(NumberedSamples()) // (dp * micro_batch)
         for number, batch in enumerate(read):
-            sample = samples[number * dp + dp_rank]
-            expected = {
-                key: [[values[position] for position in positions]]
-                for key, values in sample.items()
-            }
-            assert batch == expected
+            first = (number * dp + dp_rank) * micro_batch
+            numbers = [
+                [sample * SEQUENCE + position for position in positions]
+                for sample in range(first, first + micro_batch)
+            ]
+            assert batch == {"tokens": numbers, "loss_mask": numbers}
 
 
 @pytest.fixture(scope="module")
 def one_process(ranks):
-    return ranks(1).run(train, {})[0]
+    return assemble(ranks(1).run(train, settings(model=MODEL), STEPS))
 
 
 CP2 = {"context_parallel_size": 2}
 LAYOUTS = {
-    "dp2": (2, {}),
     "cp2": (2, CP2),
     "cp2_ep2": (2, CP2 | {"expert_model_parallel_size": 2}),
     "cp2_tp2": (4, CP2 | {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
@@ -378,17 +303,11 @@ RECOMPUTE = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_training_equals_one_process(ranks, one_process, name):
     world_size, parallel = LAYOUTS[name]
-    check_training(ranks(world_size).run(train, parallel), one_process)
+    raw = settings(model=MODEL, parallel=parallel)
+    compare(assemble(ranks(world_size).run(train, raw, STEPS)), one_process, FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", RECOMPUTE)
 def test_training_with_recomputed_attention_equals_one_process(ranks, one_process, name):
-    check_training(ranks(2).run(train, CP2, RECOMPUTE[name]), one_process)
-
-
-def check_training(found, one_process):
-    """Every rank reports the metrics of one process, at every step."""
-    for metrics in found:
-        for step, expected in zip(metrics, one_process, strict=True):
-            for key in expected:
-                assert step[key] == pytest.approx(expected[key], rel=FP32_TOLERANCE), key
+    raw = settings(model=MODEL, parallel=CP2, training=RECOMPUTE[name])
+    compare(assemble(ranks(2).run(train, raw, STEPS)), one_process, FP32_TOLERANCE)

@@ -170,6 +170,19 @@ def difference(run: Run, reference: Run) -> Difference:
     )
 
 
+def compare(run: Run, reference: Run, relative: float) -> Difference:
+    """Fail unless every number of the run is that of the reference run up to `relative`.
+
+    Shares of selections are counts, so equal to the last digit: the same tokens went to the same
+    experts.
+    """
+    found = difference(run, reference)
+    largest = max(found.loss, found.grad_norm, found.gradient, found.balance_loss)
+    assert largest <= relative, found
+    assert found.selections < 1e-12, found
+    return found
+
+
 def _l2(arrays: Iterable[np.ndarray]) -> float:
     return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))
 
@@ -261,7 +274,7 @@ def _gradient_pieces(model: Any) -> list[Any]:
     for entry in nested_values(model.sharded_state_dict()):
         for tensor in sharded_tensors(entry):
             candidates = by_storage.get(tensor.data.untyped_storage().data_ptr(), [])
-            gradient = _view_of_gradient(tensor.data, candidates)
+            gradient = view_of_gradient(tensor.data, candidates)
             if gradient is not None:
                 shape = tensor.global_shape
                 values = gradient.reshape(
@@ -271,7 +284,7 @@ def _gradient_pieces(model: Any) -> list[Any]:
     return pieces
 
 
-def _view_of_gradient(data: Any, candidates: list[Any]) -> Any:
+def view_of_gradient(data: Any, candidates: list[Any]) -> Any:
     """The part of a parameter's gradient that `data` is of the parameter, or None."""
     for _, parameter in candidates:
         start = data.storage_offset() - parameter.storage_offset()

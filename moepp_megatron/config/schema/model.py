@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from moepp_megatron.config.schema.section import Section, unit
@@ -10,6 +12,11 @@ from moepp_megatron.config.schema.section import Section, unit
 class ModelSection(Section):
     """Shape of the transformer; names follow megatron-core's TransformerConfig."""
 
+    implementation: Literal["gpt", "hybrid"] = Field(
+        default="gpt",
+        description="megatron-core's GPTModel or its successor HybridModel; weights are the same",
+        json_schema_extra=unit("-"),
+    )
     num_layers: int = Field(
         ge=1, description="Transformer layers", json_schema_extra=unit("layers")
     )
