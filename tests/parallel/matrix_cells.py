@@ -62,7 +62,7 @@ CORNERS = [
     Cell(ranks=2, tp=2, ep=2, routing=HALF_SEQUENCE),
     Cell(ranks=4, cp=2, ep=4, routing=HALF_SEQUENCE, dispatcher="allgather"),
     Cell(ranks=8, ep=8, seq_length=1, micro_batches=1),
-    Cell(ranks=8, tp=2, cp=2, ep=4, etp=2, seq_length=4, micro_batches=4),
+    Cell(ranks=8, tp=2, cp=2, ep=4, etp=2, seq_length=8, micro_batches=4),
     Cell(ranks=2, tp=2, ep=2, seq_length=2, micro_batches=8, capacity=True, gates="nonzero"),
 ]
 

@@ -25,8 +25,10 @@ FP32 = 1e-5
 # bf16 rounds by 2^-9, and one rounding that tips a selection moves a whole token. A cell may differ
 # from one process as two runs differ whose rounding is independent. How far rounding alone takes a
 # run is measured in the same test: bf16 against fp32, both on one process. Tensor-parallel ranks
-# round partial sums on top, up to twice the roundings: sqrt(1 + 2^2) = 2.2 of that distance.
-BF16_DISTANCES = 2.2
+# round partial sums on top, up to twice the roundings: sqrt(1 + 2^2) = 2.2 of that distance, give
+# or take the few tokens that a selection moves. Measured over all bf16 cells: 2.1 at most, and 0 to
+# 0.02 where no arithmetic differs (pipeline, data and expert parallelism).
+BF16_DISTANCES = 3.0
 # A loss is a mean of about 5 over token losses whose logits, up to 8 in size, are rounded by
 # 8 * 2^-9 = 2^-6 once: relative to the loss 2^-8, and twice that for two runs.
 BF16_LOSS = 2**-7
