@@ -83,7 +83,7 @@ def _force(models: list[Any], favoured: Callable[[Any, list[int], int], list[lis
             for parameter in router.parameters():
                 parameter.mul_(0.1)
         length = models[0].max_sequence_length
-        favours = favoured(router.moepp, _places(length), length)
+        favours = favoured(router.moepp, places_of_this_rank(length), length)
         bias = torch.zeros(len(favours), 1, router.moepp.num_experts)
         for row, experts in enumerate(favours):
             bias[row, 0, experts] = MARGIN
@@ -97,7 +97,7 @@ def _biased(gating: Callable[[Any], Any], bias: Any) -> Callable[[Any], Any]:
     return biased_gating
 
 
-def _places(length: int) -> list[int]:
+def places_of_this_rank(length: int) -> list[int]:
     """Places in the sequence of this rank's tokens: context zigzag, then tensor-parallel parts."""
     from megatron.core import parallel_state
 

@@ -35,9 +35,9 @@ def held(raw: dict[str, Any]) -> tuple[Any, tuple[int, int], int]:
     model = build_training_model(config)
     sizes = [0, 0]
     for chunk in model.models:
-        for parameter in chunk.parameters():
+        for name, parameter in chunk.named_parameters():
             parameter.main_grad.fill_(1.0)
-            sizes[not getattr(parameter, "allreduce", True)] += parameter.numel()
+            sizes[".mlp.experts." in name] += parameter.numel()
     model.optimizer.step()
     state = 0
     for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
