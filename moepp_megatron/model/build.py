@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.transformer.torch_norm import LayerNormBuilder
 
 from moepp_megatron.config import Config
+from moepp_megatron.model.attention import ContextParallelAttention
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
@@ -38,11 +38,9 @@ def build_model(config: Config) -> list[LanguageModule]:
 
 def _build_chunk(config: Config, vp_stage: int | None) -> LanguageModule:
     build = {"gpt": _gpt_model, "hybrid": _hybrid_model}[config.model.implementation]
-    use_te = have_transformer_engine()
     model = build(
         config,
-        use_transformer_engine=use_te,
-        norm=None if use_te else SequenceParallelRMSNorm,
+        _backend(config),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -55,37 +53,31 @@ def _build_chunk(config: Config, vp_stage: int | None) -> LanguageModule:
     return model.to(torch.cuda.current_device())
 
 
+def _backend(config: Config) -> dict[str, Any]:
+    """Which modules the layers are made of: arguments of the specs in `moepp_megatron.moe.spec`."""
+    if have_transformer_engine():
+        return {"use_transformer_engine": True}
+    splits_sequences = config.parallel.context_parallel_size > 1
+    return {
+        "use_transformer_engine": False,
+        "norm": SequenceParallelRMSNorm,
+        "core_attention": ContextParallelAttention if splits_sequences else None,
+    }
+
+
 def _gpt_model(
-    config: Config,
-    *,
-    use_transformer_engine: bool,
-    norm: LayerNormBuilder | None,
-    vp_stage: int | None,
-    **kwargs: Any,
+    config: Config, backend: dict[str, Any], *, vp_stage: int | None, **kwargs: Any
 ) -> MoEPPGPTModel:
     megatron, moepp = transformer_config(config), moepp_config(config)
-    spec = get_moepp_block_spec(
-        megatron,
-        moepp,
-        use_transformer_engine=use_transformer_engine,
-        norm=norm,
-        vp_stage=vp_stage,
-    )
+    spec = get_moepp_block_spec(megatron, moepp, vp_stage=vp_stage, **backend)
     return MoEPPGPTModel(megatron, spec, moepp=moepp, vp_stage=vp_stage, **kwargs)
 
 
-def _hybrid_model(
-    config: Config, *, use_transformer_engine: bool, norm: LayerNormBuilder | None, **kwargs: Any
-) -> MoEPPHybridModel:
+def _hybrid_model(config: Config, backend: dict[str, Any], **kwargs: Any) -> MoEPPHybridModel:
     # Its modules are many and needed only here: ranks that build a GPTModel need not import them.
     from moepp_megatron.model import hybrid
 
     megatron = hybrid.hybrid_transformer_config(config)
-    spec = hybrid.get_moepp_hybrid_stack_spec(
-        megatron,
-        moepp_config(config),
-        use_transformer_engine=use_transformer_engine,
-        norm=norm,
-    )
+    spec = hybrid.get_moepp_hybrid_stack_spec(megatron, moepp_config(config), **backend)
     pattern = hybrid.hybrid_layer_pattern(config)
     return hybrid.MoEPPHybridModel(megatron, spec, hybrid_layer_pattern=pattern, **kwargs)

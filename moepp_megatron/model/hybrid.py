@@ -40,6 +40,7 @@ from moepp_megatron.moe.lane import (
     unpack,
 )
 from moepp_megatron.moe.spec import (
+    CoreAttentionBuilder,
     final_norm,
     get_dense_layer_spec,
     get_moepp_layer_spec,
@@ -97,6 +98,7 @@ def get_moepp_hybrid_stack_spec(
     *,
     use_transformer_engine: bool,
     norm: LayerNormBuilder | None = None,
+    core_attention: CoreAttentionBuilder | None = None,
 ) -> ModuleSpec:
     """Spec of the stack to give to `HybridModel`: the layer specs of the GPT assembly, halved.
 
@@ -105,8 +107,13 @@ def get_moepp_hybrid_stack_spec(
         moepp: MoE++ settings.
         use_transformer_engine: Transformer Engine's modules, or megatron-core's local ones.
         norm: Builder of the norms instead of the back end's own (local modules only).
+        core_attention: Builder of the core attention instead of the back end's own (likewise).
     """
-    backend: dict[str, Any] = {"use_transformer_engine": use_transformer_engine, "norm": norm}
+    backend: dict[str, Any] = {
+        "use_transformer_engine": use_transformer_engine,
+        "norm": norm,
+        "core_attention": core_attention,
+    }
     dense = get_dense_layer_spec(config, moepp, **backend)
     moe = _without_attention(get_moepp_layer_spec(config, moepp, **backend))
     if not moepp.is_vanilla:

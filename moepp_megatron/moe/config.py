@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
+from typing import Literal, get_args
 
 GateNormalization = Literal["none", "selected", "nonzero"]
 ScoreFunction = Literal["softmax", "sigmoid"]
@@ -79,8 +80,50 @@ class MoEPPConfig:
                 f"router_topk ({self.router_topk}) must be between 1 and the number of experts "
                 f"({self.num_experts}); select fewer or add experts"
             )
-        if self.tau <= 0:
+        if not self.tau > 0:
             raise ValueError(f"tau ({self.tau}) must be positive; the paper uses 0.75")
+        self._refuse_unknown_choices()
+        self._refuse_wrong_factors()
+        self._refuse_what_vanilla_lacks()
+
+    def _refuse_unknown_choices(self) -> None:
+        for name, choices in (
+            ("gate_normalization", get_args(GateNormalization)),
+            ("score_function", get_args(ScoreFunction)),
+            ("balance_scope", get_args(BalanceScope)),
+        ):
+            if getattr(self, name) not in choices:
+                *others, last = choices
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) is unknown; use {', '.join(others)} or {last}"
+                )
+
+    def _refuse_wrong_factors(self) -> None:
+        if not self.balance_coeff >= 0:
+            raise ValueError(f"balance_coeff ({self.balance_coeff}) must not be negative; use 0")
+        if not self.expert_input_scale > 0:
+            raise ValueError(
+                f"expert_input_scale ({self.expert_input_scale}) must be positive; use 1.0"
+            )
+        for name, without in (
+            ("capacity_factor", "to drop nothing"),
+            ("logits_norm_std", "to leave the logits"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} ({value}) must be positive; use None {without}")
+
+    def _refuse_what_vanilla_lacks(self) -> None:
+        if not self.is_vanilla:
+            return
+        for name in ("two_layer_gate", "expert_input_scale", "logits_norm_std"):
+            default = self.__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) must be {default} without zero-computation "
+                    "experts and gating residual, because that is megatron-core's MoE layer, "
+                    "which lacks it; add zero-computation experts or set gating_residual"
+                )
 
     @property
     def num_zero_computation_experts(self) -> int:
@@ -138,7 +181,10 @@ class MoEPPConfig:
             AssertionError: If no capacity factor is set.
         """
         assert self.capacity_factor is not None, "capacities need a capacity factor"
-        weight = self.tau * self.num_ffn_experts + self.num_zero_computation_experts
-        per_unit = self.capacity_factor * self.router_topk * num_tokens / weight
-        ffn, zero_computation = math.ceil(self.tau * per_unit), math.ceil(per_unit)
+        # Exact arithmetic on the decimals that the user wrote: floating point puts 22 at
+        # 22.000000000000004, which would round up to 23.
+        tau, gamma = Fraction(str(self.tau)), Fraction(str(self.capacity_factor))
+        weight = tau * self.num_ffn_experts + self.num_zero_computation_experts
+        per_unit = gamma * self.router_topk * num_tokens / weight
+        ffn, zero_computation = math.ceil(tau * per_unit), math.ceil(per_unit)
         return [ffn] * self.num_ffn_experts + [zero_computation] * self.num_zero_computation_experts

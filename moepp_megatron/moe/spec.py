@@ -9,6 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.attention import CoreAttentionBuilder
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -34,6 +35,7 @@ def get_moepp_layer_spec(
     use_transformer_engine: bool,
     has_residual: bool = True,
     norm: LayerNormBuilder | None = None,
+    core_attention: CoreAttentionBuilder | None = None,
 ) -> ModuleSpec:
     """Spec of one MoE++ transformer layer.
 
@@ -47,8 +49,12 @@ def get_moepp_layer_spec(
         use_transformer_engine: Transformer Engine's modules, or megatron-core's local ones.
         has_residual: False for the first MoE layer of the model, which has no router before it.
         norm: Builder of the norms instead of the back end's own (local modules only).
+        core_attention: Builder of the attention between the projections instead of the back end's
+            own (local modules only).
     """
-    spec = _base_layer_spec(config, config.num_moe_experts, use_transformer_engine, norm)
+    spec = _base_layer_spec(
+        config, config.num_moe_experts, use_transformer_engine, norm, core_attention
+    )
     upstream: MlpBuilder = spec.submodules.mlp
     submodules: MoESubmodules = upstream.keywords["submodules"]
     if moepp.is_vanilla:
@@ -66,6 +72,7 @@ def get_dense_layer_spec(
     *,
     use_transformer_engine: bool,
     norm: LayerNormBuilder | None = None,
+    core_attention: CoreAttentionBuilder | None = None,
 ) -> ModuleSpec:
     """Spec of a layer without experts, which hands the router logits on.
 
@@ -74,8 +81,9 @@ def get_dense_layer_spec(
         moepp: MoE++ settings.
         use_transformer_engine: As in `get_moepp_layer_spec`.
         norm: As in `get_moepp_layer_spec`.
+        core_attention: As in `get_moepp_layer_spec`.
     """
-    dense = _base_layer_spec(config, None, use_transformer_engine, norm)
+    dense = _base_layer_spec(config, None, use_transformer_engine, norm, core_attention)
     if moepp.is_vanilla:
         return dense
     return dataclasses.replace(dense, module=MoEPPTransformerLayer)
@@ -87,6 +95,7 @@ def get_moepp_block_spec(
     *,
     use_transformer_engine: bool,
     norm: LayerNormBuilder | None = None,
+    core_attention: CoreAttentionBuilder | None = None,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
@@ -100,6 +109,7 @@ def get_moepp_block_spec(
         moepp: MoE++ settings.
         use_transformer_engine: As in `get_moepp_layer_spec`.
         norm: As in `get_moepp_layer_spec`, for the final norm too.
+        core_attention: As in `get_moepp_layer_spec`.
         vp_stage: Virtual pipeline stage, or None.
         pp_rank: Pipeline rank; Megatron's global one where None.
     """
@@ -110,9 +120,14 @@ def get_moepp_block_spec(
         moepp,
         use_transformer_engine=use_transformer_engine,
         norm=norm,
+        core_attention=core_attention,
     )
     dense = get_dense_layer_spec(
-        config, moepp, use_transformer_engine=use_transformer_engine, norm=norm
+        config,
+        moepp,
+        use_transformer_engine=use_transformer_engine,
+        norm=norm,
+        core_attention=core_attention,
     )
     first_moe_layer = pattern.index(True)
     layers = [
@@ -147,8 +162,9 @@ def _base_layer_spec(
     num_experts: int | None,
     use_transformer_engine: bool,
     norm: LayerNormBuilder | None,
+    core_attention: CoreAttentionBuilder | None,
 ) -> ModuleSpec:
-    """megatron-core's layer spec, with every norm exchanged where `norm` is given."""
+    """megatron-core's layer spec, with norms and core attention exchanged where they are given."""
     if use_transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts,
@@ -161,20 +177,25 @@ def _base_layer_spec(
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
+    if core_attention is not None:
+        spec = _with_attention(spec, core_attention=core_attention)
     if norm is None:
         return spec
-    attention = spec.submodules.self_attention
     qk_norm = norm if config.qk_layernorm else IdentityOp
-    attention_submodules = dataclasses.replace(
-        attention.submodules, q_layernorm=qk_norm, k_layernorm=qk_norm
-    )
-    submodules = dataclasses.replace(
-        spec.submodules,
-        input_layernorm=norm,
-        pre_mlp_layernorm=norm,
-        self_attention=dataclasses.replace(attention, submodules=attention_submodules),
-    )
+    spec = _with_attention(spec, q_layernorm=qk_norm, k_layernorm=qk_norm)
+    submodules = dataclasses.replace(spec.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
     return dataclasses.replace(spec, submodules=submodules)
+
+
+def _with_attention(spec: ModuleSpec, **changes: object) -> ModuleSpec:
+    """The layer spec with other submodules of its self-attention."""
+    attention = spec.submodules.self_attention
+    attention = dataclasses.replace(
+        attention, submodules=dataclasses.replace(attention.submodules, **changes)
+    )
+    return dataclasses.replace(
+        spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention)
+    )
 
 
 def _with_mlp(spec: ModuleSpec, mlp: MlpBuilder) -> ModuleSpec:

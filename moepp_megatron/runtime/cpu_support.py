@@ -187,6 +187,10 @@ def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"])
+        # Rotary embeddings pin the indices of a context-parallel rank's positions
+        # (rope_utils.py, `get_pos_emb_on_this_cp_rank`); only memory for a GPU can be pinned.
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         return function(*args, **kwargs)
 
     return call

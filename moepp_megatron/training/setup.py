@@ -52,7 +52,9 @@ def build_training_model(config: Config) -> TrainingModel:
         _wrap(model, schedule_config, config, bucketed=index == 0)
         for index, model in enumerate(models)
     ]
-    optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
+    optimizer = get_megatron_optimizer(
+        _optimizer_config(config), chunks, use_gloo_process_groups=False
+    )
     _connect(schedule_config, config, chunks, optimizer)
     return TrainingModel(chunks, models, optimizer, _scheduler(config, optimizer))
 

@@ -50,6 +50,7 @@ VANILLA = {
 
 # Ranks and settings by section; what a lane or a pattern could get wrong.
 CORNERS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "cp2": (2, {"parallel": {"context_parallel_size": 2}}),
     "first layer dense, pp2": (2, {"moe": {"layer_freq": [0, 1, 0, 1]}, "parallel": PP2}),
     "uneven stages": (
         2,

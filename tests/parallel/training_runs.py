@@ -195,7 +195,7 @@ def _gradient_pieces(model: Any) -> list[Any]:
     for entry in nested_values(model.sharded_state_dict()):
         for tensor in sharded_tensors(entry):
             candidates = by_storage.get(tensor.data.untyped_storage().data_ptr(), [])
-            gradient = _view_of_gradient(tensor.data, candidates)
+            gradient = view_of_gradient(tensor.data, candidates)
             if gradient is not None:
                 shape = tensor.global_shape
                 values = gradient.reshape(
@@ -205,7 +205,7 @@ def _gradient_pieces(model: Any) -> list[Any]:
     return pieces
 
 
-def _view_of_gradient(data: Any, candidates: list[Any]) -> Any:
+def view_of_gradient(data: Any, candidates: list[Any]) -> Any:
     """The part of a parameter's gradient that `data` is of the parameter, or None."""
     for _, parameter in candidates:
         start = data.storage_offset() - parameter.storage_offset()

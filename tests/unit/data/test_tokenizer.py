@@ -10,7 +10,8 @@ AWKWARD = [
     " ",
     "\n\n\t  x",
     "plain words, and more  spaces",
-    "Gr\u00f6\u00dfe \u2116 \u6f22\u5b57 \U0001f916\U0001f469\u200d\U0001f469\u200d\U0001f467 e\u0301 \u200b\ufeff",
+    "Gr\u00f6\u00dfe \u2116 \u6f22\u5b57 \U0001f916"
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 e\u0301 \u200b\ufeff",
     "\x00\x01\x7f\r\n\r",
     f"a text that spells {EOD_TOKEN} itself",
     "".join(map(chr, range(0x20, 0x250))),

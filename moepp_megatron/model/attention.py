@@ -1,0 +1,213 @@
+"""Exact causal attention under context parallelism for megatron-core's local modules.
+
+megatron-core's own `DotProductAttention` refuses context parallelism: only Transformer Engine's
+attention has it. This one stands in where Transformer Engine is not there, on a CPU above all.
+
+A sequence of s tokens is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r (the
+zigzag of `megatron.core.utils.get_batch_on_this_cp_rank`): an early and a late one, so that under
+the causal mask every rank has the same work. Keys and values are gathered, queries stay.
+
+Shape suffixes: S a rank's tokens, s all tokens of a sequence, b sequences, n query heads and g
+key/value heads of this tensor-parallel rank, d channels of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class ContextParallelAttention(MegatronModule):
+    """Core attention of a layer whose sequences are spread over context-parallel ranks.
+
+    The result is that of `DotProductAttention` on one rank. It holds keys and values of whole
+    sequences for the time of its forward and backward pass, in exchange for one collective each
+    way.
+
+    Args:
+        config: The model's configuration.
+        layer_number: Global layer number, 1-based.
+        attn_mask_type: Must be causal.
+        attention_type: As in megatron-core; unused.
+        attention_dropout: Instead of the configuration's; must be 0.
+        softmax_scale: Factor on the scores; 1 / sqrt(d) where None.
+        cp_comm_type: Must be None or "all_gather".
+        pg_collection: Process groups `cp`; Megatron's global ones where None.
+
+    Raises:
+        ValueError: For settings that it cannot honour.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        _refuse_unsupported(config, attn_mask_type, dropout, cp_comm_type)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        self.layer_number = layer_number
+        self.cp_group = pg_collection.cp
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend from this rank's tokens to all tokens up to them.
+
+        Args:
+            query: [S, b, n, d] this rank's two chunks, the early one first.
+            key: [S, b, g, d]; n is a multiple of g.
+            value: [S, b, g, d].
+            attention_mask: Must be None: the mask is causal.
+            attn_mask_type: As in the constructor, which decides.
+            attention_bias: Must be None.
+            packed_seq_params: Must be None.
+
+        Returns:
+            [S, b, n * d], dtype of `query`.
+
+        Raises:
+            ValueError: For a mask, a bias, packed sequences, or S odd.
+        """
+        for name, given in (
+            ("attention_mask", attention_mask),
+            ("attention_bias", attention_bias),
+            ("packed_seq_params", packed_seq_params),
+        ):
+            if given is not None:
+                raise ValueError(
+                    f"{name} ({type(given).__name__}) must be None in ContextParallelAttention, "
+                    "which is causal over whole sequences; use Transformer Engine's attention"
+                )
+        whole_key, whole_value = _GatherSequence.apply(torch.stack([key, value]), self.cp_group)
+        starts = chunk_starts(query.shape[0], self.cp_group)
+        context = [
+            self._attend(chunk, start, whole_key, whole_value)
+            for chunk, start in zip(query.chunk(2), starts, strict=True)
+        ]
+        return torch.cat(context).flatten(start_dim=2)
+
+    def _attend(self, query: Tensor, start: int, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of consecutive tokens, the first at position `start`.
+
+        Args:
+            query: [c, b, n, d].
+            start: Position of the first query in the sequence.
+            key: [s, b, g, d].
+            value: [s, b, g, d].
+
+        Returns:
+            [c, b, n, d].
+        """
+        # No query of the chunk sees a key behind the chunk.
+        end = start + query.shape[0]
+        query_positions = torch.arange(start, end, device=query.device)
+        key_positions = torch.arange(end, device=query.device)
+        context_bncd = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key[:end].permute(1, 2, 0, 3),
+            value[:end].permute(1, 2, 0, 3),
+            attn_mask=query_positions.unsqueeze(1) >= key_positions,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return context_bncd.permute(2, 0, 1, 3)
+
+
+def chunk_starts(num_local_tokens: int, group: torch.distributed.ProcessGroup) -> tuple[int, int]:
+    """Positions of the first tokens of this rank's two chunks.
+
+    Args:
+        num_local_tokens: Tokens of a sequence on each rank of the group, both chunks.
+        group: Context-parallel group.
+
+    Raises:
+        ValueError: If the tokens do not make two chunks.
+    """
+    if num_local_tokens % 2:
+        raise ValueError(
+            f"sequence length of a context-parallel rank ({num_local_tokens}) must be divisible by "
+            f"2; make the whole a multiple of 2 * context_parallel_size ({2 * group.size()})"
+        )
+    length = num_local_tokens // 2
+    return group.rank() * length, (2 * group.size() - 1 - group.rank()) * length
+
+
+class _GatherSequence(torch.autograd.Function):
+    """[k, S, b, g, d] of every rank to [k, s, b, g, d] in the order of positions.
+
+    Every rank needs the gradient that all ranks' queries give to its keys: backward is a
+    reduce-scatter, summed in fp32 and rounded once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        ctx.group = group
+        # Along axis 0, the one way of joining tensors that gloo and NCCL both know.
+        gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
+        torch.distributed.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        early, late = gathered.unflatten(0, (group.size(), -1)).chunk(2, dim=2)
+        return torch.cat([*early, *late.flip(0)], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ranks = ctx.group.size()
+        chunks = grad.float().chunk(2 * ranks, dim=1)
+        by_rank = torch.cat(
+            [torch.cat([chunks[r], chunks[2 * ranks - 1 - r]], dim=1) for r in range(ranks)]
+        )
+        local = torch.empty_like(by_rank.chunk(ranks)[0])
+        torch.distributed.reduce_scatter_tensor(local, by_rank, group=ctx.group)
+        return local.to(grad.dtype), None
+
+
+def _refuse_unsupported(
+    config: TransformerConfig,
+    attn_mask_type: AttnMaskType,
+    dropout: float,
+    cp_comm_type: str | None,
+) -> None:
+    """Refuse what would silently compute something else.
+
+    Raises:
+        ValueError: With the name, the value, the rule and a remedy.
+    """
+    rules: tuple[tuple[str, object, tuple[object, ...]], ...] = (
+        ("attention_dropout", dropout, (0.0,)),
+        ("attn_mask_type", attn_mask_type, (AttnMaskType.causal,)),
+        ("cp_comm_type", cp_comm_type, (None, "all_gather")),
+        ("window_size", config.window_size, (None,)),
+        ("softmax_type", config.softmax_type, ("vanilla",)),
+        ("qk_clip", config.qk_clip, (False,)),
+    )
+    for name, value, allowed in rules:
+        if value not in allowed:
+            raise ValueError(
+                f"{name} ({value}) must be {' or '.join(str(a) for a in allowed)} with "
+                f"context_parallel_size ({config.context_parallel_size}) > 1 where Transformer "
+                f"Engine is not there; use {allowed[0]}, or Transformer Engine"
+            )

@@ -1,0 +1,60 @@
+"""The layer on expert- and tensor-parallel ranks against reference.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parallel.layer_runs import add_up, run_layer, run_reference
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import settings
+
+# fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
+RELATIVE = 1e-5
+
+# Ranks, expert-parallel size, tensor-parallel size, expert-tensor-parallel size.
+LAYOUTS = [
+    (1, 1, 1, 1),
+    (2, 2, 1, 1),
+    (4, 4, 1, 1),
+    (2, 1, 2, 1),
+    (2, 2, 2, 1),
+    (4, 2, 2, 1),
+    (4, 4, 2, 1),
+    (2, 1, 2, 2),
+    (4, 2, 2, 2),
+]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {"gate_normalization": "nonzero", "expert_input_scale": 2.0},
+    "capacity": {"gate_normalization": "selected", "capacity_factor": 1.0},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("world", "ep", "tp", "etp"), LAYOUTS)
+def test_layer_equals_reference(
+    ranks: RankPools, world: int, ep: int, tp: int, etp: int, variant: str
+) -> None:
+    moe = VARIANTS[variant]
+    parallel = {
+        "expert_model_parallel_size": ep,
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": tp > 1,
+        "expert_tensor_parallel_size": etp,
+    }
+    (expected,) = ranks(1).run(run_reference, settings(moe=moe), world // tp)
+    layer = add_up(ranks(world).run(run_layer, settings(moe=moe, parallel=parallel)))
+    for name in ("output", "logits", "input_grad", "previous_grad"):
+        _assert_close(layer[name], expected[name], name)
+    assert layer["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        assert np.abs(gradient).max() > 0, f"{name} has no gradient to compare"
+        _assert_close(layer["gradients"][name], gradient, name)
+
+
+def _assert_close(actual: np.ndarray, expected: np.ndarray, name: str) -> None:
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=RELATIVE * scale, err_msg=name)

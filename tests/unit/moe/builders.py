@@ -1,0 +1,193 @@
+"""Tiny MoE++ layers and models for one process, their reference, and how to compare the two."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moepp_megatron.model.gpt import MoEPPGPTModel
+from moepp_megatron.model.initialize import initialize_weights
+from moepp_megatron.model.norm import SequenceParallelRMSNorm
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.lane import MoEPPTransformerLayer
+from moepp_megatron.moe.layer import MoEPPLayer
+from moepp_megatron.moe.reference import ReferenceMoEPP
+from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
+
+HIDDEN = 16
+FFN_HIDDEN = 24
+VOCAB = 64
+SEQUENCE = 12
+
+
+def megatron_config(moepp: MoEPPConfig, **changes: Any) -> TransformerConfig:
+    """megatron-core's settings around `moepp`, smallest sizes, everything else as in training."""
+    settings: dict[str, Any] = {
+        "num_layers": 3,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": FFN_HIDDEN,
+        "moe_ffn_hidden_size": FFN_HIDDEN,
+        "num_moe_experts": moepp.num_ffn_experts,
+        "moe_router_topk": moepp.router_topk,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+        # megatron-core demands it of top-1 routing; the MoE++ router does not read it.
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "normalization": "RMSNorm",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "perform_initialization": False,
+        "use_cpu_initialization": True,
+        "calculate_per_token_loss": True,
+        "hetereogenous_dist_checkpoint": True,
+    }
+    return TransformerConfig(**(settings | changes))
+
+
+def build_transformer_layer(
+    moepp: MoEPPConfig, has_residual: bool = True, layer_number: int = 2, **changes: Any
+) -> MoEPPTransformerLayer:
+    config = megatron_config(moepp, **changes)
+    spec = get_moepp_layer_spec(
+        config,
+        moepp,
+        use_transformer_engine=False,
+        has_residual=has_residual,
+        norm=SequenceParallelRMSNorm,
+    )
+    return build_module(spec, config=config, layer_number=layer_number)
+
+
+def build_layer(moepp: MoEPPConfig, has_residual: bool = True, **changes: Any) -> MoEPPLayer:
+    """The MoE++ layer alone, from its spec, with random weights.
+
+    The transformer layer around it is not built: attention is not under test and costs time.
+    """
+    config = megatron_config(moepp, **changes)
+    spec = get_moepp_layer_spec(
+        config, moepp, use_transformer_engine=False, has_residual=has_residual
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    layer = spec.submodules.mlp(config=config, pg_collection=groups, is_mtp_layer=False)
+    layer.set_layer_number(2)
+    randomize(layer)
+    return layer
+
+
+@torch.no_grad()
+def randomize(module: torch.nn.Module, std: float = 0.3) -> None:
+    """Weights large enough that routing differs from token to token."""
+    for parameter in module.parameters():
+        parameter.normal_(std=std)
+
+
+def build_model(moepp: MoEPPConfig, seed: int = 7, **changes: Any) -> MoEPPGPTModel:
+    config = megatron_config(moepp, **changes)
+    spec = get_moepp_block_spec(
+        config, moepp, use_transformer_engine=False, norm=SequenceParallelRMSNorm
+    )
+    model = MoEPPGPTModel(
+        config,
+        spec,
+        moepp=moepp,
+        vocab_size=VOCAB,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type="rope",
+    )
+    initialize_weights([model], seed)
+    return model
+
+
+def token_losses(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    """[b, s] cross entropy of `tokens` [b, s + 1]."""
+    length = tokens.shape[1] - 1
+    positions = torch.arange(length).expand(tokens.shape[0], -1)
+    return model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+
+
+def reference_of(layer: MoEPPLayer) -> ReferenceMoEPP:
+    """The reference with the layer's weights, in fp32."""
+    reference = ReferenceMoEPP(
+        layer.moepp,
+        HIDDEN,
+        FFN_HIDDEN,
+        has_residual=layer.router.residual_weight is not None,
+    )
+    with torch.no_grad():
+        for _, ours, theirs in parameter_pairs(layer, reference):
+            theirs.copy_(ours)
+    return reference
+
+
+def parameter_pairs(
+    layer: MoEPPLayer, reference: ReferenceMoEPP
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, the layer's parameter, the reference's) for every parameter."""
+    return _pairs(layer, reference, gradients=False)
+
+
+def gradient_pairs(
+    layer: MoEPPLayer, reference: ReferenceMoEPP
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, the layer's gradient, the reference's) for every parameter."""
+    return _pairs(layer, reference, gradients=True)
+
+
+def _pairs(
+    layer: MoEPPLayer, reference: ReferenceMoEPP, gradients: bool
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def value(parameter: Any) -> Tensor:
+        if not gradients:
+            return parameter
+        assert parameter.grad is not None, "a parameter got no gradient"
+        return parameter.grad
+
+    router = layer.router
+    weights = [("router.weight", router.weight, reference.gate_weights[0])]
+    if layer.moepp.two_layer_gate:
+        weights.append(("router.output_weight", router.output_weight, reference.gate_weights[1]))
+    if router.residual_weight is not None:
+        weights.append(
+            ("router.residual_weight", router.residual_weight, reference.residual_weight)
+        )
+    if layer.moepp.num_constant_experts > 0:
+        own = layer.zero_computation
+        weights.append(("constants", own.constants, reference.constants))
+        weights.append(("mixing_weight", own.mixing_weight, reference.mixing_weight))
+    for name, ours, theirs in weights:
+        yield name, value(ours), value(theirs)
+    for index, expert in enumerate(layer.experts.local_experts):
+        yield (
+            f"experts.{index}.linear_fc1",
+            value(expert.linear_fc1.weight),
+            value(reference.expert_in)[index],
+        )
+        yield (
+            f"experts.{index}.linear_fc2",
+            value(expert.linear_fc2.weight),
+            value(reference.expert_out)[index],
+        )
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) -> None:
+    """Largest error at most `tolerance` times the largest expected value; zeros match exactly.
+
+    1e-5: both sides run in fp32 (unit roundoff 6e-8) over sums of a few hundred terms.
+    """
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
+    error = (actual.double() - expected.double()).abs().max().item()
+    limit = tolerance * expected.abs().max().item()
+    assert error <= limit, f"{what}: error {error:.3g}, allowed {limit:.3g}"

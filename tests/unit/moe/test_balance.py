@@ -1,0 +1,163 @@
+"""The heterogeneous balance loss: numbers by hand, its gradient, how it joins the loss."""
+
+import itertools
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from moepp_megatron.moe.balance import attach_loss, local_balance_loss
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.reference import balance_loss
+from tests.unit.moe.builders import build_layer
+
+
+def test_by_hand():
+    # f = (2/2, 1/2, 1/2), P = (0.4, 0.35, 0.25), eta = (1, 1, 0.5).
+    scores = torch.tensor([[0.5, 0.3, 0.2], [0.3, 0.4, 0.3]])
+    selected = torch.tensor([[True, False, True], [True, True, False]])
+    weights = torch.tensor([1.0, 1.0, 0.5])
+    # A handful of fp32 operations on numbers below 1.
+    expected = pytest.approx(1 * 0.4 + 0.5 * 0.35 + 0.5 * 0.5 * 0.25, rel=1e-6)
+    assert local_balance_loss(scores, selected, weights, None).item() == expected
+
+
+def test_sequences_by_hand():
+    # Two sequences of two tokens, ordered [position, sequence]: rows 0 and 2 are the first.
+    scores = torch.tensor([[0.5, 0.5], [0.1, 0.9], [0.7, 0.3], [0.3, 0.7]])
+    selected = torch.tensor([[True, False], [False, True], [True, False], [True, False]])
+    weights = torch.tensor([1.0, 0.5])
+    first = 1.0 * 0.6
+    second = 0.5 * 0.2 + 0.5 * 0.5 * 0.8
+    loss = local_balance_loss(scores, selected, weights, None, num_sequences=2)
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
+    whole = local_balance_loss(scores, selected, weights, None, num_sequences=1)
+    assert whole.item() == pytest.approx(0.75 * 0.4 + 0.5 * 0.25 * 0.6, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3])
+def test_gradient_against_finite_differences(num_sequences):
+    config = MoEPPConfig(num_ffn_experts=3, tau=0.3)
+    logits = torch.randn(12, config.num_experts, dtype=torch.float64, requires_grad=True)
+    chosen = logits.topk(2, dim=-1).indices
+    selected = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+    weights = torch.tensor(config.balance_weights(), dtype=torch.float64)
+
+    def loss(logits):
+        scores = torch.softmax(logits, dim=-1)
+        return local_balance_loss(scores, selected, weights, None, num_sequences)
+
+    assert torch.autograd.gradcheck(loss, logits)
+
+
+def test_reference_gradient_against_finite_differences():
+    config = MoEPPConfig(num_ffn_experts=3, tau=0.3)
+    logits = torch.randn(12, config.num_experts, dtype=torch.float64, requires_grad=True)
+    selected = torch.rand(12, config.num_experts) < 0.3
+    assert torch.autograd.gradcheck(
+        lambda z: balance_loss(torch.softmax(z, dim=-1), selected, config), logits
+    )
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scope", ["microbatch", "sequence"])
+def test_router_gradient_against_finite_differences(score_function, scope):
+    # The only gradient that a sum over no output leaves is the balance loss's own.
+    config = MoEPPConfig(
+        num_ffn_experts=3,
+        tau=0.3,
+        balance_coeff=1.0,
+        score_function=score_function,
+        balance_scope=scope,
+    )
+    router = build_layer(config, calculate_per_token_loss=False).router
+    logits = torch.randn(5, 2, config.num_experts, dtype=torch.float64, requires_grad=True)
+    router.balance_weights = router.balance_weights.double()
+
+    def recorded(z):
+        router.statistics.reset()
+        gates, _ = router.routing(z)
+        return gates, router.statistics.balance_loss
+
+    gates, _ = recorded(logits)
+    (gates * 0).sum().backward()
+    step = 1e-6
+    for index in itertools.product(*map(range, logits.shape)):
+        moved = torch.zeros_like(logits)
+        moved[index] = step
+        with torch.no_grad():
+            upper, lower = logits + moved, logits - moved
+        difference = (recorded(upper)[1] - recorded(lower)[1]) / (2 * step)
+        # Central differences in fp64: truncation 1e-12, cancellation 1e-16 / 1e-6 = 1e-10.
+        assert logits.grad[index].item() == pytest.approx(difference.item(), abs=1e-9)
+
+
+def share_config(**changes):
+    settings = {
+        "num_ffn_experts": 3,
+        "num_zero_experts": 1,
+        "num_copy_experts": 1,
+        "num_constant_experts": 0,
+        "router_topk": 1,
+        "tau": 0.5,
+    }
+    return MoEPPConfig(**(settings | changes))
+
+
+def loss_of_allocation(counts, config):
+    """L_b where counts[i] of all tokens select expert i, with probabilities in proportion."""
+    total = sum(counts)
+    probabilities = torch.tensor(counts, dtype=torch.float64) / total
+    scores = probabilities.expand(total, -1)
+    chosen = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    selected = torch.nn.functional.one_hot(chosen, len(counts)).bool()
+    weights = torch.tensor(config.balance_weights(), dtype=torch.float64)
+    return local_balance_loss(scores, selected, weights, None).item()
+
+
+def test_least_loss_is_at_the_ffn_share_phi():
+    # Selections follow the probabilities, f_i = K P_i. Among all ways to give 7 tokens to 5
+    # experts, the least sum eta_i f_i P_i gives each zero-computation expert 1 / tau FFN loads.
+    config = share_config()
+    allocations = [
+        (*counts, 7 - sum(counts))
+        for counts in itertools.product(range(8), repeat=4)
+        if sum(counts) <= 7
+    ]
+    losses = {counts: loss_of_allocation(counts, config) for counts in allocations}
+    best = min(losses, key=losses.__getitem__)
+    assert best == (1, 1, 1, 2, 2)
+    assert sum(best[:3]) / 7 == pytest.approx(config.ffn_share)
+    runner_up = sorted(losses.values())[1]
+    assert losses[best] < runner_up - 1e-3
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.25, 0.5, 0.75, 1.0])
+def test_gradient_vanishes_at_the_ffn_share_phi(tau):
+    # On the simplex: the gradient with respect to P is the same for every expert there.
+    config = MoEPPConfig(num_ffn_experts=8, tau=tau)
+    eta = torch.tensor(config.balance_weights(), dtype=torch.float64)
+    balanced = (1 / eta) / (1 / eta).sum()
+    assert balanced[:8].sum().item() == pytest.approx(config.ffn_share, rel=1e-12)
+    logits = balanced.log().requires_grad_()
+    probabilities = torch.softmax(logits, dim=-1)
+    (eta * 2 * balanced * probabilities).sum().backward()
+    assert logits.grad.abs().max().item() < 1e-15
+
+
+@pytest.mark.parametrize(("per_token_loss", "factor"), [(True, 30.0), (False, 1.0)])
+def test_attached_loss_keeps_the_activation_and_gets_a_gradient(per_token_loss, factor):
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(0.5))
+    activation = torch.randn(3, 4, requires_grad=True)
+    loss = torch.tensor(2.0, requires_grad=True)
+    attached = attach_loss(activation, loss, 10, 3, per_token_loss)
+    assert torch.equal(attached, activation)
+    (attached * 7).sum().backward()
+    assert torch.equal(activation.grad, torch.full_like(activation, 7))
+    assert loss.grad.item() == 0.5 * factor
+
+
+def test_no_balance_loss_with_coefficient_zero():
+    layer = build_layer(MoEPPConfig(num_ffn_experts=4, balance_coeff=0.0))
+    layer(torch.randn(4, 2, 16), torch.randn(4, 2, 8))
+    assert layer.statistics.balance_loss is None

@@ -1,0 +1,111 @@
+"""MoEPPConfig: its errors and its derived numbers."""
+
+import dataclasses
+import math
+
+import pytest
+
+from moepp_megatron.moe.config import MoEPPConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_ffn_experts": 0}, r"num_ffn_experts \(0\) must be at least 1; use 1 or more"),
+        ({"num_zero_experts": -1}, r"num_zero_experts \(-1\) must not be negative; use 0"),
+        ({"num_copy_experts": -2}, r"num_copy_experts \(-2\) must not be negative; use 0"),
+        ({"num_constant_experts": -3}, r"num_constant_experts \(-3\) must not be negative; use 0"),
+        (
+            {"router_topk": 0},
+            r"router_topk \(0\) must be between 1 and the number of experts \(8\)",
+        ),
+        (
+            {"router_topk": 9},
+            r"router_topk \(9\) must be between 1 and the number of experts \(8\)",
+        ),
+        ({"tau": 0.0}, r"tau \(0.0\) must be positive; the paper uses 0.75"),
+        ({"tau": -1.0}, r"tau \(-1.0\) must be positive; the paper uses 0.75"),
+        ({"tau": math.nan}, r"tau \(nan\) must be positive; the paper uses 0.75"),
+        ({"balance_coeff": -0.1}, r"balance_coeff \(-0.1\) must not be negative; use 0"),
+        ({"capacity_factor": 0.0}, r"capacity_factor \(0.0\) must be positive; .* None"),
+        ({"expert_input_scale": 0.0}, r"expert_input_scale \(0.0\) must be positive; use 1.0"),
+        ({"logits_norm_std": 0.0}, r"logits_norm_std \(0.0\) must be positive; .* None"),
+        (
+            {"gate_normalization": "sum"},
+            r"gate_normalization \(sum\) is unknown; use none, selected or nonzero",
+        ),
+        ({"score_function": "tanh"}, r"score_function \(tanh\) is unknown; use softmax or sigmoid"),
+        (
+            {"balance_scope": "global"},
+            r"balance_scope \(global\) is unknown; use microbatch or sequence",
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_errors_name_value_rule_and_remedy(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MoEPPConfig(**({"num_ffn_experts": 4} | settings))
+
+
+def test_every_expert_may_be_selected():
+    assert MoEPPConfig(num_ffn_experts=4, router_topk=8).num_experts == 8
+
+
+def test_columns_of_the_kinds():
+    config = MoEPPConfig(
+        num_ffn_experts=8, num_zero_experts=3, num_copy_experts=2, num_constant_experts=4
+    )
+    columns = list(range(config.num_experts))
+    assert config.num_zero_computation_experts == 9
+    assert columns[: config.num_ffn_experts] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert columns[config.constant_experts] == [8, 9, 10, 11]
+    assert columns[config.copy_experts] == [12, 13]
+    assert columns[config.zero_experts] == [14, 15, 16]
+    assert config.balance_weights() == [1.0] * 8 + [0.75] * 9
+
+
+@pytest.mark.parametrize(
+    ("ffn", "zero_computation", "tau", "share"),
+    [(8, 4, 0.75, 0.6), (16, 4, 0.75, 0.75), (8, 4, 0.1, 1 / 6), (32, 8, 1.0, 0.8), (8, 0, 0.5, 1)],
+)
+def test_ffn_share(ffn, zero_computation, tau, share):
+    config = MoEPPConfig(
+        num_ffn_experts=ffn,
+        num_zero_experts=zero_computation,
+        num_copy_experts=0,
+        num_constant_experts=0,
+        tau=tau,
+    )
+    # Both sides are a few fp64 operations.
+    assert config.ffn_share == pytest.approx(share, rel=1e-15)
+
+
+def test_vanilla_has_neither_zero_computation_experts_nor_residual():
+    vanilla = MoEPPConfig(
+        num_ffn_experts=4,
+        num_zero_experts=0,
+        num_copy_experts=0,
+        num_constant_experts=0,
+        gating_residual=False,
+    )
+    assert vanilla.is_vanilla
+    assert not dataclasses.replace(vanilla, gating_residual=True).is_vanilla
+    assert not dataclasses.replace(vanilla, num_zero_experts=1).is_vanilla
+
+
+@pytest.mark.parametrize(
+    "setting", [{"two_layer_gate": True}, {"expert_input_scale": 2.0}, {"logits_norm_std": 1.0}]
+)
+def test_vanilla_refuses_what_it_would_ignore(setting):
+    vanilla = {"num_zero_experts": 0, "num_copy_experts": 0, "num_constant_experts": 0}
+    ((name, value),) = setting.items()
+    with pytest.raises(
+        ValueError, match=rf"{name} \({value}\) must be .* without zero-computation"
+    ):
+        MoEPPConfig(num_ffn_experts=4, gating_residual=False, **vanilla, **setting)
+    MoEPPConfig(num_ffn_experts=4, gating_residual=True, **vanilla, **setting)
+
+
+def test_settings_do_not_change_after_construction():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MoEPPConfig(num_ffn_experts=4).tau = 0.5

@@ -1,0 +1,397 @@
+"""The parallel layer against reference.py: outputs, logits and every gradient."""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.layer import MoEPPLayer
+from moepp_megatron.moe.reference import (
+    ReferenceMoEPP,
+    ReferenceOutput,
+    balance_loss,
+    select_experts,
+)
+from tests.unit.moe.builders import (
+    HIDDEN,
+    assert_close,
+    build_layer,
+    gradient_pairs,
+    reference_of,
+)
+
+# Zero, copy and constant experts.
+MIXTURES = {
+    "all kinds": (1, 1, 2),
+    "no zero": (0, 1, 2),
+    "no copy": (2, 0, 1),
+    "no constant": (1, 2, 0),
+    "only zero": (2, 0, 0),
+    "none": (0, 0, 0),
+}
+AXES: dict[str, tuple[Any, ...]] = {
+    "gate_normalization": ("none", "selected", "nonzero"),
+    "score_function": ("softmax", "sigmoid"),
+    "mixture": tuple(MIXTURES),
+    "capacity_factor": (None, 0.6),
+    "two_layer_gate": (False, True),
+    "expert_input_scale": (1.0, 2.0),
+    "has_residual": (True, False),
+    "balance_scope": ("microbatch", "sequence"),
+    "calculate_per_token_loss": (True, False),
+    "dispatcher": ("alltoall", "allgather"),
+    "logits_norm_std": (None, 1.5),
+}
+CROSSED = ("gate_normalization", "score_function", "mixture", "capacity_factor")
+
+
+@dataclass
+class Run:
+    """What a layer and the reference made of the same tokens, gradients taken."""
+
+    layer: MoEPPLayer
+    reference: ReferenceMoEPP
+    hidden: Tensor
+    logits: Tensor
+    expected: ReferenceOutput
+    input_grads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        width = self.expected.logits_TE.shape[-1]
+        assert self.logits.dtype is torch.float32
+        assert_close(self.hidden.view(-1, HIDDEN), self.expected.hidden_TD, "output")
+        assert_close(self.logits.view(-1, width), self.expected.logits_TE, "logits")
+        for name, (actual, expected) in self.input_grads.items():
+            assert_close(actual.view(expected.shape), expected, f"gradient of {name}")
+        for name, actual, expected in gradient_pairs(self.layer, self.reference):
+            assert_close(actual, expected, f"gradient of {name}")
+
+
+def case_settings() -> list[dict[str, Any]]:
+    """Every combination of the crossed settings twice, with drawn values of the others.
+
+    The draws meet in every pair of values of any two settings (asserted below).
+    """
+    cases = []
+    others = [name for name in AXES if name not in CROSSED]
+    generator = torch.Generator().manual_seed(5)
+    for values in itertools.product(*(AXES[name] for name in CROSSED), range(2)):
+        picks = torch.randint(2, (len(others),), generator=generator).tolist()
+        case = dict(zip(CROSSED, values[:-1], strict=True))
+        case |= {name: AXES[name][pick] for name, pick in zip(others, picks, strict=True)}
+        cases.append(case)
+    return cases
+
+
+CASES = case_settings()
+
+
+def case_id(case: dict[str, Any]) -> str:
+    return "-".join(str(value).replace(" ", "_") for value in case.values())
+
+
+def test_every_pair_of_settings_meets():
+    for (name_a, values_a), (name_b, values_b) in itertools.combinations(AXES.items(), 2):
+        met = {(case[name_a], case[name_b]) for case in CASES}
+        assert met == set(itertools.product(values_a, values_b)), (name_a, name_b)
+
+
+def moepp_of(case: dict[str, Any], **changes: Any) -> MoEPPConfig:
+    zero, copy, constant = MIXTURES[case["mixture"]]
+    settings = {
+        "num_ffn_experts": 4,
+        "num_zero_experts": zero,
+        "num_copy_experts": copy,
+        "num_constant_experts": constant,
+        "balance_coeff": 0.1,
+        **{
+            name: case[name]
+            for name in (
+                "gate_normalization",
+                "score_function",
+                "capacity_factor",
+                "two_layer_gate",
+                "expert_input_scale",
+                "balance_scope",
+                "logits_norm_std",
+            )
+        },
+    }
+    return MoEPPConfig(**(settings | changes))
+
+
+def reference_balance_loss(logits: Tensor, moepp: MoEPPConfig, num_sequences: int) -> Tensor:
+    """L_b of [T, E] logits, T ordered [position, sequence]; the mean over sequences if so set."""
+    if moepp.balance_scope == "microbatch":
+        num_sequences = 1
+    losses = []
+    for sequence in range(num_sequences):
+        _, selected, scores = select_experts(logits[sequence::num_sequences], moepp)
+        losses.append(balance_loss(scores, selected, moepp))
+    return torch.stack(losses).mean()
+
+
+def run_both(
+    layer: MoEPPLayer,
+    hidden: Tensor,
+    previous: Tensor | None,
+    loss_scale: float = 1.0,
+) -> Run:
+    """Forward and backward of the layer and of the reference on [s, b, D] and [s, b, E]."""
+    reference = reference_of(layer)
+    moepp = layer.moepp
+    num_tokens, num_sequences = hidden.shape[0] * hidden.shape[1], hidden.shape[1]
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(loss_scale))
+
+    x = hidden.clone().requires_grad_()
+    z = None if previous is None else previous.clone().requires_grad_()
+    output, logits = layer(x, z)
+    weight_of_output = torch.randn_like(output)
+    weight_of_logits = torch.randn_like(logits) * 0.1
+    ((output * weight_of_output).sum() + (logits * weight_of_logits).sum()).backward()
+
+    x_ref = hidden.float().view(num_tokens, -1).clone().requires_grad_()
+    z_ref = None if previous is None else previous.view(num_tokens, -1).clone().requires_grad_()
+    expected = reference(x_ref, z_ref)
+    loss = (expected.hidden_TD * weight_of_output.view_as(expected.hidden_TD)).sum()
+    loss = loss + (expected.logits_TE * weight_of_logits.view_as(expected.logits_TE)).sum()
+    balance = reference_balance_loss(expected.logits_TE, moepp, num_sequences)
+    tokens = num_tokens if layer.config.calculate_per_token_loss else 1
+    (loss + loss_scale * moepp.balance_coeff * tokens * balance).backward()
+
+    run = Run(layer, reference, output, logits, expected)
+    run.input_grads["the input"] = (x.grad, x_ref.grad)
+    if z is not None and layer.router.residual_weight is not None:
+        run.input_grads["the previous logits"] = (z.grad, z_ref.grad)
+    return run
+
+
+def inputs(moepp: MoEPPConfig, length: int = 8, batch: int = 3) -> tuple[Tensor, Tensor]:
+    return torch.randn(length, batch, HIDDEN), torch.randn(length, batch, moepp.num_experts)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_every_setting(case):
+    moepp = moepp_of(case)
+    layer = build_layer(
+        moepp,
+        has_residual=case["has_residual"],
+        calculate_per_token_loss=case["calculate_per_token_loss"],
+        moe_token_dispatcher_type=case["dispatcher"],
+    )
+    hidden, previous = inputs(moepp)
+    run = run_both(layer, hidden, previous if case["has_residual"] else None)
+    run.check()
+
+    selected = run.expected.selected_TE
+    assert layer.statistics.selected.tolist() == selected.sum(dim=0).tolist()
+    assert layer.statistics.num_tokens == 24
+    balance = reference_balance_loss(run.expected.logits_TE, moepp, hidden.shape[1])
+    assert_close(layer.statistics.balance_loss, balance, "balance loss")
+    if moepp.capacity_factor is not None:
+        limits = torch.tensor(moepp.capacities(24))
+        over = (selected.sum(dim=0) - limits).clamp(min=0)
+        assert layer.statistics.dropped == over.sum()
+        assert layer.statistics.dropped > 0
+
+
+@pytest.mark.parametrize("per_token_loss", [True, False])
+@pytest.mark.parametrize("loss_scale", [0.25, 8.0])
+def test_balance_loss_follows_the_loss_scale(per_token_loss, loss_scale):
+    # The schedules set 1 / micro-batches or a gradient scaler's factor.
+    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5)
+    layer = build_layer(moepp, calculate_per_token_loss=per_token_loss)
+    run_both(layer, *inputs(moepp), loss_scale=loss_scale).check()
+
+
+@pytest.mark.parametrize("topk", [1, 3, 5])
+@pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
+def test_topk(topk, normalization):
+    # 5 of 3 FFN and 4 others: more picks than there are FFN experts.
+    moepp = MoEPPConfig(num_ffn_experts=3, router_topk=topk, gate_normalization=normalization)
+    run_both(build_layer(moepp), *inputs(moepp)).check()
+
+
+def test_one_ffn_expert():
+    moepp = MoEPPConfig(num_ffn_experts=1, gate_normalization="nonzero")
+    run_both(build_layer(moepp), *inputs(moepp)).check()
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
+def test_one_token(dispatcher, normalization):
+    moepp = MoEPPConfig(num_ffn_experts=4, gate_normalization=normalization)
+    layer = build_layer(moepp, moe_token_dispatcher_type=dispatcher)
+    run_both(layer, *inputs(moepp, length=1, batch=1)).check()
+
+
+def forced(moepp: MoEPPConfig, favoured: list[int], **changes: Any) -> tuple[MoEPPLayer, Tensor]:
+    """A layer and previous logits with which every token selects only `favoured` experts.
+
+    The gate is small and the residual map is the identity, so the previous logits decide.
+    """
+    layer = build_layer(moepp, **changes)
+    with torch.no_grad():
+        layer.router.weight.mul_(0.01)
+        layer.router.residual_weight.copy_(torch.eye(moepp.num_experts))
+    previous = torch.randn(8, 3, moepp.num_experts) * 0.1
+    previous[..., favoured] += 4.0
+    return layer, previous
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("expert", [0, 3, 5, 6, 7])
+def test_all_tokens_to_one_expert(expert, dispatcher):
+    moepp = MoEPPConfig(num_ffn_experts=4, router_topk=1, balance_coeff=0.1)
+    layer, previous = forced(moepp, [expert], moe_token_dispatcher_type=dispatcher)
+    run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
+    assert run.expected.selected_TE.sum(dim=0).tolist() == [
+        24 if index == expert else 0 for index in range(8)
+    ]
+    run.check()
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
+@pytest.mark.parametrize("counts", [(2, 0, 0), (2, 1, 2)], ids=["only zero", "all kinds"])
+def test_all_tokens_to_zero_experts(counts, normalization, dispatcher):
+    zero, copy, constant = counts
+    moepp = MoEPPConfig(
+        num_ffn_experts=4,
+        num_zero_experts=zero,
+        num_copy_experts=copy,
+        num_constant_experts=constant,
+        gate_normalization=normalization,
+        balance_coeff=0.1,
+    )
+    zero_experts = list(range(moepp.num_experts))[moepp.zero_experts]
+    layer, previous = forced(moepp, zero_experts, moe_token_dispatcher_type=dispatcher)
+    run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
+    assert run.expected.selected_TE[:, zero_experts].all()
+    run.check()
+    assert torch.equal(run.hidden, torch.zeros_like(run.hidden))
+    for name, actual, _ in gradient_pairs(layer, run.reference):
+        if name.startswith("experts"):
+            assert torch.equal(actual, torch.zeros_like(actual)), name
+    # The balance loss pulls the tokens back even though no output depends on the router.
+    assert layer.router.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_no_ffn_token_in_the_micro_batch(dispatcher):
+    moepp = MoEPPConfig(num_ffn_experts=4, gate_normalization="selected", balance_coeff=0.1)
+    layer, previous = forced(moepp, [5, 6], moe_token_dispatcher_type=dispatcher)
+    run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
+    assert not run.expected.selected_TE[:, :4].any()
+    run.check()
+    for name, actual, _ in gradient_pairs(layer, run.reference):
+        if name.startswith("experts"):
+            assert torch.equal(actual, torch.zeros_like(actual)), name
+
+
+def test_capacity_of_one_ffn_selection():
+    # gamma so small that every expert keeps one selection of the 24 tokens.
+    moepp = MoEPPConfig(num_ffn_experts=4, capacity_factor=0.01)
+    layer = build_layer(moepp)
+    run = run_both(layer, *inputs(moepp))
+    run.check()
+    assert (run.expected.gates_TE > 0).sum(dim=0).max() == 1
+
+
+def test_shared_expert_joins_unscaled():
+    moepp = MoEPPConfig(num_ffn_experts=4, expert_input_scale=2.0)
+    layer = build_layer(moepp, moe_shared_expert_intermediate_size=8)
+    hidden, previous = inputs(moepp)
+    output, _ = layer(hidden, previous)
+    routed = reference_of(layer)(hidden.view(24, -1), previous.view(24, -1)).hidden_TD
+    assert_close(output.view(24, -1), routed + layer.shared_experts(hidden).view(24, -1), "output")
+
+
+def test_z_loss_and_jitter_are_megatrons():
+    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.0)
+    layer = build_layer(moepp, moe_z_loss_coeff=0.3)
+    hidden, previous = inputs(moepp)
+    z = previous.clone().requires_grad_()
+    output, logits = layer(hidden, z)
+    output.sum().backward()
+    with_z_loss = z.grad.clone()
+
+    plain = build_layer(moepp)
+    plain.load_state_dict(layer.state_dict())
+    z_plain = previous.clone().requires_grad_()
+    output_plain, logits_plain = plain(hidden, z_plain)
+    # ST-MoE: the mean over tokens of logsumexp(z)^2, times the tokens under per-token loss.
+    z_loss = torch.logsumexp(logits_plain.view(24, -1), dim=-1).square().sum() * 0.3
+    (output_plain.sum() + z_loss).backward()
+    assert torch.equal(output, output_plain)
+    assert torch.equal(logits, logits_plain)
+    assert_close(with_z_loss, z_plain.grad, "gradient of the previous logits")
+
+    jittered = build_layer(moepp, moe_input_jitter_eps=0.1)
+    jittered.load_state_dict(layer.state_dict())
+    torch.manual_seed(3)
+    _, logits_jittered = jittered(hidden, previous)
+    torch.manual_seed(3)
+    noise = torch.empty_like(hidden).uniform_(0.9, 1.1)
+    expected = (hidden * noise) @ layer.router.weight.T
+    expected = expected + previous @ layer.router.residual_weight.T
+    assert_close(logits_jittered, expected, "jittered logits")
+
+
+def test_evaluation_computes_the_same_output():
+    moepp = MoEPPConfig(num_ffn_experts=4, capacity_factor=0.6)
+    layer = build_layer(moepp)
+    hidden, previous = inputs(moepp)
+    trained, logits = layer(hidden, previous)
+    layer.eval()
+    with torch.no_grad():
+        evaluated, logits_evaluated = layer(hidden, previous)
+    assert torch.equal(trained, evaluated)
+    assert torch.equal(logits, logits_evaluated)
+
+
+@pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
+def test_bf16(normalization):
+    moepp = MoEPPConfig(num_ffn_experts=4, gate_normalization=normalization, expert_input_scale=2.0)
+    layer = build_layer(moepp, params_dtype=torch.bfloat16, bf16=True)
+    # fp32 parameters would make this test pass without testing anything.
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    hidden, previous = inputs(moepp)
+    run = run_both(layer, hidden.bfloat16(), previous)
+    assert run.hidden.dtype is torch.bfloat16
+    assert run.logits.dtype is torch.float32
+    # Weights and input are the same bf16 numbers on both sides and the router works in fp32.
+    assert_close(run.logits.view(24, -1), run.expected.logits_TE, "logits")
+    gates = layer.router(hidden.bfloat16(), previous).gates
+    assert gates.dtype is torch.float32
+    assert_close(gates, run.expected.gates_TE, "gates")
+    # Seven roundings to bf16 (unit roundoff 2^-9) lie on the longest way of a value: scaled input
+    # (exact for 2), fc1, SiLU, product with up and gate, fc2, combine, constants, input.
+    assert_close(run.hidden.view(24, -1), run.expected.hidden_TD, "output", 7 * 2**-9)
+
+
+def test_residual_needs_previous_logits():
+    layer = build_layer(MoEPPConfig(num_ffn_experts=4))
+    with pytest.raises(AssertionError, match="gating residual but was given no logits"):
+        layer(torch.randn(4, 1, HIDDEN))
+
+
+def test_padding_mask_is_refused():
+    moepp = MoEPPConfig(num_ffn_experts=4)
+    layer = build_layer(moepp)
+    hidden, previous = inputs(moepp)
+    with pytest.raises(ValueError, match="padding_mask must be None"):
+        layer(hidden, previous, padding_mask=torch.ones(3, 8, dtype=torch.bool))
+
+
+def test_comparison_notices_a_wrong_gradient():
+    moepp = MoEPPConfig(num_ffn_experts=4)
+    run = run_both(build_layer(moepp), *inputs(moepp))
+    run.layer.zero_computation.constants.grad[0, 0] += 1e-3
+    with pytest.raises(AssertionError, match="gradient of constants"):
+        run.check()

@@ -1,0 +1,210 @@
+"""What the specs build, and what they refuse."""
+
+import dataclasses
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.dispatcher import build_dispatcher
+from moepp_megatron.moe.lane import MoEPPTransformerLayer
+from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer, moe_statistics
+from moepp_megatron.moe.router import router_config
+from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec, moe_layer_pattern
+from tests.unit.moe.builders import (
+    HIDDEN,
+    SEQUENCE,
+    VOCAB,
+    assert_close,
+    build_layer,
+    build_model,
+    build_transformer_layer,
+    megatron_config,
+    randomize,
+    token_losses,
+)
+
+MOEPP = MoEPPConfig(num_ffn_experts=4)
+
+
+@pytest.mark.parametrize(
+    ("freq", "expected"),
+    [
+        (1, [True, True, True, True]),
+        (2, [True, False, True, False]),
+        (3, [True, False, False, True]),
+        ([0, 1, 0, 1], [False, True, False, True]),
+        ([0, 0, 0, 1], [False, False, False, True]),
+    ],
+)
+def test_pattern(freq, expected):
+    config = megatron_config(MOEPP, num_layers=4, moe_layer_freq=freq)
+    assert moe_layer_pattern(config) == expected
+
+
+@pytest.mark.parametrize("freq", [[1, 0, 1], [0, 0, 0, 0]])
+def test_pattern_refuses_what_fits_no_model(freq):
+    config = megatron_config(MOEPP, num_layers=4)
+    config.moe_layer_freq = freq
+    with pytest.raises(ValueError, match=r"moe_layer_freq \(\[.*\]\) must give 0 or 1 for each of"):
+        moe_layer_pattern(config)
+
+
+@pytest.mark.parametrize("freq", [1, 2, [0, 1, 0, 1]], ids=str)
+@pytest.mark.parametrize("gating_residual", [True, False])
+def test_model_follows_the_pattern(freq, gating_residual):
+    moepp = dataclasses.replace(MOEPP, gating_residual=gating_residual)
+    model = build_model(moepp, num_layers=4, moe_layer_freq=freq)
+    pattern = moe_layer_pattern(model.config)
+    first = pattern.index(True)
+    for index, (layer, is_moe) in enumerate(zip(model.decoder.layers, pattern, strict=True)):
+        assert type(layer) is MoEPPTransformerLayer
+        assert isinstance(layer.mlp, MoEPPLayer) == is_moe
+        if is_moe:
+            has_residual = layer.mlp.router.residual_weight is not None
+            assert has_residual == (gating_residual and index > first)
+    assert sorted(moe_statistics(model)) == [n for n, is_moe in enumerate(pattern, 1) if is_moe]
+
+
+def test_sizes():
+    layer = build_layer(MOEPP)
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    assert shapes["router.weight"] == (8, HIDDEN)
+    assert shapes["router.residual_weight"] == (8, 8)
+    assert shapes["zero_computation.constants"] == (2, HIDDEN)
+    assert shapes["zero_computation.mixing_weight"] == (2, 2, HIDDEN)
+    assert len(layer.experts.local_experts) == 4
+    two = build_layer(dataclasses.replace(MOEPP, two_layer_gate=True))
+    assert two.router.weight.shape == (64, HIDDEN)
+    assert two.router.output_weight.shape == (8, 64)
+
+
+def test_dense_layer_hands_the_lane_on():
+    config = megatron_config(MOEPP, num_layers=4, moe_layer_freq=[1, 0, 1, 0])
+    block = get_moepp_block_spec(config, MOEPP, use_transformer_engine=False)
+    assert [spec.module for spec in block.layer_specs] == [MoEPPTransformerLayer] * 4
+    model = build_model(MOEPP, num_layers=4, moe_layer_freq=[1, 0, 1, 0])
+    dense = model.decoder.layers[1]
+    lane = torch.randn(6, 2, 8)
+    hidden, handed_on = dense(torch.randn(6, 2, HIDDEN), context=lane)
+    assert handed_on is lane
+    _, nothing = dense(hidden, context=None)
+    assert nothing is None
+
+
+def test_moe_layer_returns_its_own_logits():
+    layer = build_transformer_layer(MOEPP)
+    randomize(layer)
+    lane = torch.randn(6, 2, 8)
+    _, logits = layer(torch.randn(6, 2, HIDDEN), context=lane)
+    assert logits.shape == lane.shape
+    assert logits.dtype is torch.float32
+    assert not torch.equal(logits, lane)
+
+
+def test_gradients_reach_earlier_routers_through_the_lane():
+    # The way through the hidden states does not depend on G_3, so what differs without G_3 is the
+    # way through the lane: d sum(z_3) / d z_1 gains the column sums of G_3.
+    model = build_model(MOEPP, num_layers=4, moe_layer_freq=[1, 0, 1, 0])
+    randomize(model, std=0.1)
+    first, third = (model.decoder.layers[index].mlp.router for index in (0, 2))
+    tokens = torch.randint(VOCAB, (2, SEQUENCE + 1))
+
+    def gradient():
+        logits = {}
+        hooks = [
+            router.register_forward_hook(
+                lambda module, _, routing: logits.__setitem__(module, routing.logits)
+            )
+            for router in (first, third)
+        ]
+        token_losses(model, tokens)
+        for hook in hooks:
+            hook.remove()
+        return torch.autograd.grad(logits[third].sum(), logits[first])[0]
+
+    with_lane = gradient()
+    column_sums = third.residual_weight.detach().sum(dim=0)
+    with torch.no_grad():
+        third.residual_weight.zero_()
+    through_lane = with_lane - gradient()
+    assert column_sums.abs().min() > 0
+    assert_close(through_lane, column_sums.expand_as(through_lane), "gradient through the lane")
+
+
+def test_vanilla_is_megatrons_layer():
+    vanilla = MoEPPConfig(
+        num_ffn_experts=4,
+        num_zero_experts=0,
+        num_copy_experts=0,
+        num_constant_experts=0,
+        gating_residual=False,
+    )
+    model = build_model(vanilla)
+    for layer in model.decoder.layers:
+        assert type(layer.mlp) is VanillaMoELayer
+        assert not isinstance(layer, MoEPPTransformerLayer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_moe_experts": 8},
+            r"TransformerConfig.num_moe_experts \(8\) must equal the MoEPPConfig's value \(4\); "
+            r"num_moe_experts counts FFN experts only",
+        ),
+        (
+            {"moe_router_topk": 1},
+            r"TransformerConfig.moe_router_topk \(1\) must equal the MoEPPConfig's value \(2\)",
+        ),
+        (
+            {"moe_expert_capacity_factor": 1.5},
+            r"moe_expert_capacity_factor \(1.5\) must be None: .* use MoEPPConfig.capacity_factor",
+        ),
+    ],
+)
+def test_router_config_refuses_contradictions(changes, message):
+    config = megatron_config(MOEPP, **changes)
+    with pytest.raises(ValueError, match=message):
+        router_config(config, MOEPP)
+
+
+def test_router_config_leaves_the_models_alone():
+    config = megatron_config(MOEPP, moe_router_load_balancing_type="aux_loss")
+    own = router_config(config, MOEPP)
+    assert (own.num_moe_experts, config.num_moe_experts) == (8, 4)
+    assert own.moe_router_load_balancing_type == "none"
+    assert config.moe_router_load_balancing_type == "aux_loss"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("moe_latent_size", 8, "None"),
+        ("moe_pad_expert_input_to_capacity", True, "False"),
+        ("moe_shared_expert_overlap", True, "False"),
+        ("overlap_moe_expert_parallel_comm", True, "False"),
+        ("cuda_graph_impl", "local", "none"),
+        ("mlp_chunks_for_training", 2, "1"),
+    ],
+)
+def test_layer_refuses_what_it_cannot_honour(name, value, remedy):
+    config = megatron_config(MOEPP)
+    # Set afterwards: megatron-core's own checks demand GPUs or further settings for some.
+    setattr(config, name, value)
+    spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)
+    message = (
+        rf"TransformerConfig.{name} \({value}\) is not supported by the MoE\+\+ layer; use {remedy}"
+    )
+    with pytest.raises(ValueError, match=message):
+        spec.submodules.mlp(config=config, pg_collection=None)
+
+
+def test_dispatcher_that_cannot_carry_ffn_only_routing():
+    config = megatron_config(MOEPP)
+    config.moe_token_dispatcher_type = "flex"
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with pytest.raises(ValueError, match=r"moe.dispatcher \(flex\) cannot carry .* use alltoall"):
+        build_dispatcher(4, [0, 1, 2, 3], config, groups)
