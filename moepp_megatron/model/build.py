@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from moepp_megatron.config import Config
+from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.model.attention import ContextParallelAttention
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
@@ -29,7 +30,7 @@ def build_model(config: Config) -> list[LanguageModule]:
     Returns:
         One chunk, or one per virtual pipeline stage.
     """
-    num_chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    num_chunks = virtual_stages(config)
     stages = range(num_chunks) if num_chunks > 1 else [None]
     chunks = [_build_chunk(config, vp_stage) for vp_stage in stages]
     initialize_weights(chunks, config.training.seed)
