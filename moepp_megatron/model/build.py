@@ -19,7 +19,7 @@ from moepp_megatron.moe.spec import get_moepp_block_spec
 from moepp_megatron.runtime.optional import have_transformer_engine
 
 if TYPE_CHECKING:
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from moepp_megatron.model.hybrid import MoEPPHybridModel
 
 
 def build_model(config: Config) -> list[LanguageModule]:
@@ -74,13 +74,11 @@ def _gpt_model(
     return MoEPPGPTModel(megatron, spec, moepp=moepp, vp_stage=vp_stage, **kwargs)
 
 
-def _hybrid_model(config: Config, backend: dict[str, Any], **kwargs: Any) -> HybridModel:
+def _hybrid_model(config: Config, backend: dict[str, Any], **kwargs: Any) -> MoEPPHybridModel:
     # Its modules are many and needed only here: ranks that build a GPTModel need not import them.
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-
     from moepp_megatron.model import hybrid
 
     megatron = hybrid.hybrid_transformer_config(config)
     spec = hybrid.get_moepp_hybrid_stack_spec(megatron, moepp_config(config), **backend)
     pattern = hybrid.hybrid_layer_pattern(config)
-    return HybridModel(megatron, spec, hybrid_layer_pattern=pattern, **kwargs)
+    return hybrid.MoEPPHybridModel(megatron, spec, hybrid_layer_pattern=pattern, **kwargs)

@@ -6,10 +6,19 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from moepp_megatron.moe.balance import attach_loss, local_balance_loss
+from moepp_megatron.moe.balance import (
+    GlobalBatchFractions,
+    attach_loss,
+    local_balance_loss,
+    selected_fractions,
+)
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import balance_loss
 from tests.unit.moe.builders import build_layer
+
+
+def loss_of(scores, selected, weights, num_sequences=1):
+    return local_balance_loss(scores, selected_fractions(selected, None, num_sequences), weights, 1)
 
 
 def test_by_hand():
@@ -19,7 +28,7 @@ def test_by_hand():
     weights = torch.tensor([1.0, 1.0, 0.5])
     # A handful of fp32 operations on numbers below 1.
     expected = pytest.approx(1 * 0.4 + 0.5 * 0.35 + 0.5 * 0.5 * 0.25, rel=1e-6)
-    assert local_balance_loss(scores, selected, weights, None).item() == expected
+    assert loss_of(scores, selected, weights).item() == expected
 
 
 def test_sequences_by_hand():
@@ -29,10 +38,30 @@ def test_sequences_by_hand():
     weights = torch.tensor([1.0, 0.5])
     first = 1.0 * 0.6
     second = 0.5 * 0.2 + 0.5 * 0.5 * 0.8
-    loss = local_balance_loss(scores, selected, weights, None, num_sequences=2)
+    loss = loss_of(scores, selected, weights, num_sequences=2)
     assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
-    whole = local_balance_loss(scores, selected, weights, None, num_sequences=1)
+    whole = loss_of(scores, selected, weights)
     assert whole.item() == pytest.approx(0.75 * 0.4 + 0.5 * 0.25 * 0.6, rel=1e-6)
+
+
+def test_a_rank_of_four_adds_its_part():
+    # Four ranks share the tokens: each sums its probabilities over a quarter of the divisor.
+    scores, fractions = torch.rand(6, 3), torch.rand(1, 3)
+    weights = torch.tensor([1.0, 1.0, 0.5])
+    quarter = local_balance_loss(scores, fractions, weights, 4)
+    assert quarter.item() == pytest.approx(
+        local_balance_loss(scores, fractions, weights, 1).item() / 4, rel=1e-6
+    )
+
+
+def test_global_fractions_are_the_mean_over_the_steps_micro_batches():
+    seen = GlobalBatchFractions()
+    first = torch.tensor([[True, False], [True, False]])
+    second = torch.tensor([[True, False], [False, True]])
+    assert seen.add(first, None).tolist() == [[1.0, 0.0]]
+    assert seen.add(second, None).tolist() == [[0.75, 0.25]]
+    seen.reset()
+    assert seen.add(second, None).tolist() == [[0.5, 0.5]]
 
 
 @pytest.mark.parametrize("num_sequences", [1, 3])
@@ -45,7 +74,7 @@ def test_gradient_against_finite_differences(num_sequences):
 
     def loss(logits):
         scores = torch.softmax(logits, dim=-1)
-        return local_balance_loss(scores, selected, weights, None, num_sequences)
+        return loss_of(scores, selected, weights, num_sequences)
 
     assert torch.autograd.gradcheck(loss, logits)
 
@@ -112,7 +141,7 @@ def loss_of_allocation(counts, config):
     chosen = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     selected = torch.nn.functional.one_hot(chosen, len(counts)).bool()
     weights = torch.tensor(config.balance_weights(), dtype=torch.float64)
-    return local_balance_loss(scores, selected, weights, None).item()
+    return loss_of(scores, selected, weights).item()
 
 
 def test_least_loss_is_at_the_ffn_share_phi():

@@ -36,8 +36,8 @@ from moepp_megatron.moe.config import MoEPPConfig
         ),
         ({"score_function": "tanh"}, r"score_function \(tanh\) is unknown; use softmax or sigmoid"),
         (
-            {"balance_scope": "global"},
-            r"balance_scope \(global\) is unknown; use microbatch or sequence",
+            {"balance_scope": "batch"},
+            r"balance_scope \(batch\) is unknown; use microbatch, sequence or global",
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

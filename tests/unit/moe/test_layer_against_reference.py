@@ -1,6 +1,7 @@
 """The parallel layer against reference.py: outputs, logits and every gradient."""
 
 import itertools
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "two_layer_gate": (False, True),
     "expert_input_scale": (1.0, 2.0),
     "has_residual": (True, False),
-    "balance_scope": ("microbatch", "sequence"),
+    "balance_scope": ("microbatch", "sequence", "global"),
     "calculate_per_token_loss": (True, False),
     "dispatcher": ("alltoall", "allgather"),
     "logits_norm_std": (None, 1.5),
@@ -79,11 +80,10 @@ def case_settings() -> list[dict[str, Any]]:
     """
     cases = []
     others = [name for name in AXES if name not in CROSSED]
-    generator = torch.Generator().manual_seed(5)
+    draw = random.Random(5)
     for values in itertools.product(*(AXES[name] for name in CROSSED), range(2)):
-        picks = torch.randint(2, (len(others),), generator=generator).tolist()
         case = dict(zip(CROSSED, values[:-1], strict=True))
-        case |= {name: AXES[name][pick] for name, pick in zip(others, picks, strict=True)}
+        case |= {name: draw.choice(AXES[name]) for name in others}
         cases.append(case)
     return cases
 
@@ -126,8 +126,11 @@ def moepp_of(case: dict[str, Any], **changes: Any) -> MoEPPConfig:
 
 
 def reference_balance_loss(logits: Tensor, moepp: MoEPPConfig, num_sequences: int) -> Tensor:
-    """L_b of [T, E] logits, T ordered [position, sequence]; the mean over sequences if so set."""
-    if moepp.balance_scope == "microbatch":
+    """L_b of [T, E] logits, T ordered [position, sequence]; the mean over sequences if so set.
+
+    One micro-batch of one rank is a global batch.
+    """
+    if moepp.balance_scope != "sequence":
         num_sequences = 1
     losses = []
     for sequence in range(num_sequences):

@@ -32,6 +32,7 @@ SETTINGS = {
         {},
     ),
     "capacity": ({"capacity_factor": 0.7, "balance_scope": "sequence"}, {}),
+    "global balance": ({"balance_scope": "global"}, {}),
     "no residual": ({"gating_residual": False}, {}),
     "z-loss and jitter": ({}, {"moe_z_loss_coeff": 0.1, "moe_input_jitter_eps": 0.1}),
     "dense first": ({}, {"moe_layer_freq": [0, 1, 0, 1]}),
