@@ -50,9 +50,11 @@ class Tokens:
         self._length, self._vocab_size = length, vocab_size
 
     def __len__(self) -> int:
+        """More than any run reads."""
         return 1_000_000
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Depends on the index alone."""
         generator = torch.Generator().manual_seed(index)
         text = torch.randint(self._vocab_size, (self._length + 1,), generator=generator)
         return {
@@ -64,6 +66,7 @@ class Tokens:
 
 
 def settings(arguments: argparse.Namespace, chunks: int | None, residual: bool) -> dict[str, Any]:
+    """The configuration: 4 layers a stage, or 2 in each of its chunks."""
     stages = dist.get_world_size()
     return {
         "run": {"dir": "unused"},
@@ -90,8 +93,8 @@ def settings(arguments: argparse.Namespace, chunks: int | None, residual: bool) 
     }
 
 
-def measure(arguments: argparse.Namespace, schedule: str, sent: SentBytes) -> list[str]:
-    """Rows of the result table for one schedule."""
+def measure(arguments: argparse.Namespace, schedule: str, sent: SentBytes) -> str:
+    """The row of the result table for one schedule."""
     from megatron.core import parallel_state
 
     from moepp_megatron.config import Layout, parse_config
@@ -129,19 +132,22 @@ def measure(arguments: argparse.Namespace, schedule: str, sent: SentBytes) -> li
     config, layout = runs[True][2:]
     hops = 2 * (layout.pp * layout.vpp - 1) * layout.num_microbatches
     tokens = hops * config.model.seq_length
-    return [
-        f"| {schedule} | {'with' if residual else 'without'} | {int(count) / tokens:.0f} "
-        f"| {statistics.median(times[residual]) * 1e3:.1f} | {spread(times[residual])} |"
-        for residual, count in zip((False, True), total, strict=True)
-    ]
+    without, with_lane = (int(count) / tokens for count in total)
+    differences = [b - a for a, b in zip(times[False], times[True], strict=True)]
+    return (
+        f"| {schedule} | {without:.0f} | {with_lane:.0f} | {quartiles(times[False])} "
+        f"| {quartiles(times[True])} | {quartiles(differences)} |"
+    )
 
 
-def spread(values: list[float]) -> str:
-    low, _, high = statistics.quantiles(values, n=4)
-    return f"{low * 1e3:.1f} to {high * 1e3:.1f}"
+def quartiles(values: list[float]) -> str:
+    """Median and, in brackets, the other quartiles; milliseconds."""
+    low, middle, high = (value * 1e3 for value in statistics.quantiles(values, n=4))
+    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
 
 def main() -> None:
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--seq-length", type=int, default=256)
@@ -156,10 +162,13 @@ def main() -> None:
     quiet()
     distributed.start(RankEnvironment.read())
     sent = SentBytes()
-    rows = [row for schedule in SCHEDULES for row in measure(arguments, schedule, sent)]
+    rows = [measure(arguments, schedule, sent) for schedule in SCHEDULES]
     if dist.get_rank() == 0:
-        print("| schedule | residual | bytes a token and hop | step, median ms | quartiles ms |")
-        print("|---|---|---|---|---|")
+        print("Bytes a token and hop; milliseconds a step, median (quartiles).\n")
+        print(
+            "| schedule | bytes without | with | step without | with | difference of neighbours |"
+        )
+        print("|---|---|---|---|---|---|")
         print("\n".join(rows))
     dist.destroy_process_group()
 

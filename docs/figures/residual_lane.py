@@ -1,6 +1,6 @@
 """Draws residual_lane.svg: how router logits travel from MoE layer to MoE layer.
 
-    python docs/figures/residual_lane.py
+python docs/figures/residual_lane.py
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ HIDDEN, LANE, LAYER, STAGE = "#1f4e79", "#b3400e", "#e8eef4", "#7a7a7a"
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, fill: str) -> None:
+    """A rounded box with text."""
     axes.add_patch(
         FancyBboxPatch(
             (x, y),
@@ -37,9 +38,8 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, 
 
 
 def arrow(axes: Axes, x0: float, x1: float, y: float, color: str) -> None:
-    axes.annotate(
-        "", (x1, y), (x0, y), arrowprops={"arrowstyle": "->", "color": color, "lw": 1.6}
-    )
+    """From x0 to x1."""
+    axes.annotate("", (x1, y), (x0, y), arrowprops={"arrowstyle": "->", "color": color, "lw": 1.6})
 
 
 def stage(axes: Axes, x: float, names: tuple[str, str], title: str) -> None:
@@ -65,6 +65,7 @@ def message(axes: Axes, x: float) -> None:
 
 
 def main() -> None:
+    """Write the figure beside this file."""
     figure, axes = plt.subplots(figsize=(11, 3.1))
     axes.set_xlim(-1.3, 16.6)
     axes.set_ylim(-0.75, 3.6)

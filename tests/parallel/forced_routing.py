@@ -30,13 +30,12 @@ def first_half_of_ffn_experts(models: list[Any]) -> None:
     """Every token selects among the first half of the FFN experts; the others get none."""
     _force(
         models,
-        lambda moepp, positions, length: [list(range(moepp.num_ffn_experts // 2))]
-        * len(positions),
+        lambda moepp, positions, length: [list(range(moepp.num_ffn_experts // 2))] * len(positions),
     )
 
 
 def second_half_without_ffn(models: list[Any]) -> None:
-    """Tokens of the second half of a sequence select zero experts: their rank sends no FFN token."""
+    """Tokens of the second half of a sequence select zero experts: a rank may send no FFN token."""
     _force(
         models,
         lambda moepp, positions, length: [

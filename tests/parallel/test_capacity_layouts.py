@@ -47,9 +47,7 @@ def kept_by_this_rank(tp: int, cp: int, distinct: int) -> tuple[list[int], Any]:
 
 @pytest.mark.parametrize("distinct", [1, 3, 1000])
 @pytest.mark.parametrize(("tp", "cp"), [(2, 1), (1, 2), (2, 2), (1, 4), (4, 2)])
-def test_the_same_selections_are_dropped(
-    ranks: RankPools, tp: int, cp: int, distinct: int
-) -> None:
+def test_the_same_selections_are_dropped(ranks: RankPools, tp: int, cp: int, distinct: int) -> None:
     ((places, expected),) = ranks(1).run(kept_by_this_rank, 1, 1, distinct)
     assert places == list(range(LENGTH))
     assert 0 < expected.sum() < expected.size

@@ -13,7 +13,7 @@ from tests.parallel.training_runs import SyntheticDataset, settings
 
 
 def saved_weights(raw: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
-    """What this rank hands to megatron-core to be saved after two steps: checkpoint key to values."""
+    """What this rank hands to megatron-core to be saved after two steps, by checkpoint key."""
     import torch.distributed as dist
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
