@@ -14,6 +14,7 @@ from moepp_megatron.config import (
     check_config,
     check_world_size,
     load_config,
+    with_overrides,
 )
 
 if TYPE_CHECKING:
