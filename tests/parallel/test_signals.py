@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
+
 from tests.parallel.ranks import RankError, RankPools
 
 
@@ -54,9 +56,5 @@ def test_handlers_are_put_back(ranks: RankPools) -> None:
 
 
 def test_second_signal_ends_the_process_at_once(ranks: RankPools) -> None:
-    try:
+    with pytest.raises(RankError, match=str(128 + signal.SIGUSR1)):
         ranks(1).run(asked_twice)
-    except RankError as error:
-        assert str(128 + signal.SIGUSR1) in str(error)
-    else:
-        raise AssertionError("the process went on after a second signal")
