@@ -26,6 +26,7 @@ from moepp_megatron.training.collect import RoutingCollector, mean_loss
 from moepp_megatron.training.evaluate import validation_loss
 from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.setup import TrainingModel, build_training_model
+from moepp_megatron.training.signals import StopRequest
 from moepp_megatron.training.step import training_step
 
 
@@ -55,6 +56,7 @@ class Trainer:
             self._num_samples(),
         )
         self._routing = RoutingCollector(self.model, config, layout)
+        self.stopped = False
 
     def run(self) -> StepMetrics | None:
         """Train to `training.train_iters`.
@@ -71,19 +73,21 @@ class Trainer:
         )
         record = None
         self.model.set_training(True)
-        while self.progress.step < training.train_iters:
-            started = time.perf_counter()
-            self._routing.reset()
-            result = training_step(self.model, batches, config, self.layout)
-            self._advance()
-            # The loss is needed by the log alone, but reading it waits for the device: so the
-            # time of the step is its own.
-            if self._due(training.log_interval) or self._evaluates():
-                record = self._record(result.losses, result.grad_norm, started)
-                if sinks is not None:
-                    sinks.write(record)
-            if self._due(config.checkpoint.save_interval):
-                self.save()
+        with StopRequest().listening() as stop:
+            while self.progress.step < training.train_iters and not self.stopped:
+                started = time.perf_counter()
+                self._routing.reset()
+                result = training_step(self.model, batches, config, self.layout)
+                self._advance()
+                # The loss is needed by the log alone, but reading it waits for the device: so the
+                # time of the step is its own.
+                if self._due(training.log_interval) or self._evaluates():
+                    record = self._record(result.losses, result.grad_norm, started)
+                    if sinks is not None:
+                        sinks.write(record)
+                self.stopped = stop.agreed()
+                if self._due(config.checkpoint.save_interval) or self.stopped:
+                    self.save()
         if sinks is not None:
             sinks.close()
         return record
