@@ -137,6 +137,13 @@ class MoEPPRouter(TopKRouter):
         if moepp.two_layer_gate:
             self.weight = replicated_parameter(config, 8 * num_experts, hidden)
             self.output_weight = replicated_parameter(config, num_experts, 8 * num_experts)
+        if moepp.selection_bias:
+            # megatron-core's name: its router keeps a buffer of this name in fp32, in checkpoints
+            # too, but sets None and refuses softmax where it makes the buffer itself.
+            del self.expert_bias
+            self.register_buffer(
+                "expert_bias", torch.zeros(num_experts, device=torch.cuda.current_device())
+            )
         if moepp.gating_residual and has_residual:
             self.residual_weight = replicated_parameter(config, num_experts, num_experts)
 
@@ -218,7 +225,10 @@ class MoEPPRouter(TopKRouter):
 
     def _select(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Top-K experts and their gates under the configured normalisation."""
-        routing_map_TE = top_experts(scores_TE, self.topk)
+        ranked_TE = scores_TE
+        if self.expert_bias is not None:
+            ranked_TE = scores_TE.detach() + self.expert_bias
+        routing_map_TE = top_experts(ranked_TE, self.topk)
         gates_TE = torch.where(routing_map_TE, scores_TE, 0.0)
         if self.moepp.gate_normalization == "nonzero":
             gates_TE = torch.where(self.is_zero_expert, 0.0, gates_TE)
@@ -226,6 +236,8 @@ class MoEPPRouter(TopKRouter):
             total_T1 = gates_TE.sum(dim=-1, keepdim=True)
             # All picks zero experts: nothing to divide, the gates stay 0.
             gates_TE = gates_TE / total_T1.masked_fill(total_T1 == 0, 1.0)
+        if self.moepp.gate_scale != 1.0:
+            gates_TE = gates_TE * self.moepp.gate_scale
         return gates_TE, routing_map_TE
 
     def _balance(
