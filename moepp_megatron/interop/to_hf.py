@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.data.atomic import partial_folder, publish
 from moepp_megatron.data.progress import track
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader

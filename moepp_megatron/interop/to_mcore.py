@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -68,9 +68,7 @@ def write_checkpoint(
     account_for(hf, rules)
     target = free_folder(target)
     tensors = hf.tensors
-    total = sum(
-        _num_bytes(tensors[s.name]) for rule in rules for s in rule.sources if s.name in tensors
-    )
+    total = sum(_rule_bytes(tensors, rule) for rule in rules)
     with (
         partial_folder(target) as folder,
         track(console or Console(stderr=True), "converting", total) as advance,
@@ -81,7 +79,7 @@ def write_checkpoint(
                 continue
             sources = [_cast(hf.read(source.name), dtype) for source in rule.sources]
             writer.add(rule.key, rule.pack(sources), rule.shape, rule.index)
-            advance(sum(_num_bytes(tensors[source.name]) for source in rule.sources))
+            advance(_rule_bytes(tensors, rule))
         _write_objects(writer, config)
         _copy_companions(hf, folder)
         (folder / CONFIG_FILE).write_text(
@@ -140,8 +138,9 @@ def _listed(what: str, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def _num_bytes(info: TensorInfo) -> int:
-    return info.dtype.itemsize * torch.Size(info.shape).numel()
+def _rule_bytes(tensors: Mapping[str, TensorInfo], rule: Rule) -> int:
+    infos = [tensors[source.name] for source in rule.sources if source.name in tensors]
+    return sum(info.dtype.itemsize * torch.Size(info.shape).numel() for info in infos)
 
 
 def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
