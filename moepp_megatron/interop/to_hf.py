@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.data.atomic import partial_folder, publish
 from moepp_megatron.data.progress import track
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
@@ -47,7 +47,7 @@ def mcore_to_hf(
     layout: str = "moepp",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     console: Console | None = None,
-) -> None:
+) -> list[str]:
     """Convert a checkpoint of ours into a folder that transformers loads.
 
     Args:
@@ -56,6 +56,9 @@ def mcore_to_hf(
         layout: `moepp` for our configuration and class names, `released` for the released ones.
         max_shard_bytes: Largest shard.
         console: Where progress goes.
+
+    Returns:
+        Warnings for the user.
 
     Raises:
         ConfigError: For a model that the layout cannot express, or a damaged checkpoint.
@@ -73,6 +76,7 @@ def mcore_to_hf(
         copy_companions(folder, partial)
         _copy_model_files(partial)
         publish(partial, target)
+    return list(_warnings(config))
 
 
 def present_rules(reader: CheckpointReader, rules: Sequence[Rule], layout: str) -> list[Rule]:
@@ -160,6 +164,11 @@ def copy_companions(source: Path, target: Path) -> None:
         token = Tokenizer.load(source / TOKENIZER_FILE).eod_token
         content = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": token}
         write_json(target / "tokenizer_config.json", content)
+
+
+def _warnings(config: Config) -> Iterator[str]:
+    if config.moe.capacity_factor is not None:
+        yield "moe.capacity_factor is not exported: the model in transformers drops no selection"
 
 
 def _kept_fields(folder: Path) -> dict[str, Any]:
