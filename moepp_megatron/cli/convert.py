@@ -74,6 +74,44 @@ def mcore_to_hf(
     typer.echo(f"model        {target}")
 
 
+@app.command("upcycle")
+def upcycle(
+    source: Source,
+    target: Target,
+    zero: Annotated[int, typer.Option(min=0, help="Zero experts to add.")] = 1,
+    copy: Annotated[int, typer.Option(min=0, help="Copy experts to add.")] = 1,
+    constant: Annotated[int, typer.Option(min=0, help="Constant experts to add.")] = 2,
+    gating_residual: Annotated[bool, typer.Option(help="Add gating residuals, 0 at first.")] = True,
+    tau: Annotated[float, typer.Option(min=0.001, help="moe.tau of the new model.")] = 0.75,
+    experts: Annotated[int, typer.Option(min=1, help="Of a dense model: FFN experts.")] = 8,
+    topk: Annotated[int, typer.Option(min=1, help="Of a dense model: experts per token.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of what is new.")] = 1234,
+    dtype: ChosenDtype = None,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """A Mixtral, Qwen3-MoE, Llama or Qwen3 checkpoint to a MoE++ one that computes the same."""
+    _quiet()
+    from moepp_megatron.interop.upcycle import Additions
+    from moepp_megatron.interop.upcycle import upcycle as convert
+
+    additions = Additions(
+        num_zero_experts=zero,
+        num_copy_experts=copy,
+        num_constant_experts=constant,
+        gating_residual=gating_residual,
+        tau=tau,
+        num_ffn_experts=experts,
+        router_topk=topk,
+        seed=seed,
+    )
+    config = convert(source, target, additions, dtype, allow_pickle)
+    typer.echo(f"checkpoint   {target}")
+    typer.echo(
+        f"FFN share    1 now; training moves it towards phi ({config.moe.ffn_share:.3f}) at "
+        f"moe.selection_bias_rate ({config.moe.selection_bias_rate})"
+    )
+
+
 def _quiet() -> None:
     from moepp_megatron.runtime.quiet import quiet
 
