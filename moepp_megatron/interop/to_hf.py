@@ -21,14 +21,26 @@ from moepp_megatron.interop.moepp_rules import UNUSED_PREFIX, moepp_rules
 from moepp_megatron.interop.rules import Rule
 from moepp_megatron.interop.safetensors_file import SafetensorsWriter
 from moepp_megatron.interop.to_mcore import HF_CONFIG_FILE, free_folder
+from moepp_megatron.interop.zero_expert_formats import (
+    longcat_hf_config,
+    longcat_warnings,
+    qwen3_moe_rules,
+    zeda_hf_config,
+)
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
 
-LAYOUTS = ("moepp", "released")
 DEFAULT_SHARD_BYTES = 5 * 1000**3
 _MODEL_FILES = ("configuration_moepp.py", "modeling_moepp.py")
 _AUTO_MAPS = {
     "moepp": ("MoEPPConfig", "MoEPPForCausalLM"),
     "released": ("MoeConfig", "MoeForCausalLM"),
+    "longcat": ("MoEPPConfig", "MoEPPForCausalLM"),
+}
+_HF_CONFIGS = {
+    "moepp": own_hf_config,
+    "released": released_hf_config,
+    "longcat": longcat_hf_config,
+    "zeda": zeda_hf_config,
 }
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # Of the source's config.json: what this package has no field for.
@@ -53,7 +65,8 @@ def mcore_to_hf(
     Args:
         source: A checkpoint folder or a run.
         target: Folder to make; it must not exist or be empty.
-        layout: `moepp` for our configuration and class names, `released` for the released ones.
+        layout: `moepp` for our configuration and class names, `released` for the released ones,
+            `longcat` or `zeda` for the fields of those models (`zero_expert_formats`).
         max_shard_bytes: Largest shard.
         console: Where progress goes.
 
@@ -65,18 +78,20 @@ def mcore_to_hf(
     """
     folder = find_checkpoint(source)
     config = load_config(folder / CONFIG_FILE)
-    fields = released_hf_config(config) if layout == "released" else own_hf_config(config)
+    fields = _HF_CONFIGS[layout](config)
     reader = CheckpointReader(folder)
-    rules = present_rules(reader, list(moepp_rules(config)), layout)
+    names = qwen3_moe_rules if layout == "zeda" else moepp_rules
+    rules = present_rules(reader, list(names(config)), layout)
     target = free_folder(target)
     with partial_folder(target) as partial:
         dtype = write_weights(reader, rules, partial, max_shard_bytes, console)
         fields |= _kept_fields(folder) | auto_map(layout, dtype)
         write_json(partial / "config.json", fields)
         copy_companions(folder, partial)
-        _copy_model_files(partial)
+        if layout in _AUTO_MAPS:
+            _copy_model_files(partial)
         publish(partial, target)
-    return list(_warnings(config))
+    return list(_warnings(config, layout))
 
 
 def present_rules(reader: CheckpointReader, rules: Sequence[Rule], layout: str) -> list[Rule]:
@@ -137,15 +152,15 @@ def write_weights(
 
 def auto_map(layout: str, dtype: torch.dtype) -> dict[str, Any]:
     """Fields that tell transformers which classes to load, and in which dtype."""
-    config_class, model_class = _AUTO_MAPS[layout]
-    return {
-        "architectures": [model_class],
-        "auto_map": {
+    fields: dict[str, Any] = {"torch_dtype": _DTYPE_NAMES.get(dtype, "float32")}
+    if layout in _AUTO_MAPS:
+        config_class, model_class = _AUTO_MAPS[layout]
+        fields["architectures"] = [model_class]
+        fields["auto_map"] = {
             "AutoConfig": f"configuration_moepp.{config_class}",
             "AutoModelForCausalLM": f"modeling_moepp.{model_class}",
-        },
-        "torch_dtype": _DTYPE_NAMES.get(dtype, "float32"),
-    }
+        }
+    return fields
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -166,7 +181,9 @@ def copy_companions(source: Path, target: Path) -> None:
         write_json(target / "tokenizer_config.json", content)
 
 
-def _warnings(config: Config) -> Iterator[str]:
+def _warnings(config: Config, layout: str) -> Iterator[str]:
+    if layout == "longcat":
+        yield from longcat_warnings(config)
     if config.moe.capacity_factor is not None:
         yield "moe.capacity_factor is not exported: the model in transformers drops no selection"
 
