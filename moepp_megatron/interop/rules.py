@@ -83,7 +83,14 @@ def stacked(
     if experts is not None:
         count, index = experts
         shape = (count, *shape)
-    return Rule(key, shape, sources, index, torch.cat, lambda tensor: list(tensor.split(rows)))
+    return Rule(
+        key,
+        shape,
+        sources,
+        index,
+        lambda tensors: torch.cat(list(tensors)),
+        lambda tensor: list(tensor.split(rows)),
+    )
 
 
 def decoder_rules(config: Config) -> Iterator[Rule]:

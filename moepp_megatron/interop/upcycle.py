@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,18 +278,17 @@ def _added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> It
     moe, width, std = config.moe, config.model.hidden_size, config.model.init_method_std
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
 
-    def made(key: str, shape: Shape, value: Callable[[], Tensor]) -> Rule:
-        return Rule(ours + key, shape, (), None, lambda _: value().to(dtype), None)
+    def made(key: str, shape: Shape, scale: float) -> Rule:
+        def value(_: Sequence[Tensor]) -> Tensor:
+            return (scale * noise(seed, ours + key, shape)).to(dtype)
+
+        return Rule(ours + key, shape, (), None, value, None)
 
     if moe.gating_residual and has_residual:
-        square = (moe.num_experts, moe.num_experts)
-        yield made("router.residual_weight", square, lambda: torch.zeros(square))
+        yield made("router.residual_weight", (moe.num_experts, moe.num_experts), 0.0)
     if moe.num_constant_experts > 0:
-        for key, shape in (
-            ("zero_computation.constants", (moe.num_constant_experts, width)),
-            ("zero_computation.mixing_weight", (moe.num_constant_experts, 2, width)),
-        ):
-            yield made(key, shape, lambda k=key, s=shape: std * noise(seed, ours + k, s))
+        yield made("zero_computation.constants", (moe.num_constant_experts, width), std)
+        yield made("zero_computation.mixing_weight", (moe.num_constant_experts, 2, width), std)
 
 
 def noise(seed: int, name: str, shape: Shape) -> Tensor:

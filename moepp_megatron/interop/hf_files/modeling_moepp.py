@@ -42,6 +42,7 @@ class MoEPPGate(nn.Module):
             self.gate_map = nn.Linear(experts, experts, bias=False)
         if config.selection_bias:
             self.register_buffer("e_score_correction_bias", torch.zeros(experts))
+            self.e_score_correction_bias: Tensor
 
     def forward(self, x_TD: Tensor, previous_TE: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gates [T, K], selected experts [T, K] and logits [T, E], in fp32."""
@@ -200,17 +201,18 @@ class MoEPPDecoderLayer(LlamaDecoderLayer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As Llama's; `router_lane` holds the logits of the last MoE layer."""
         lane: dict[str, Tensor] = kwargs.pop("router_lane")
+        mlp: nn.Module = self.mlp
         residual = hidden_states
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
         hidden_states = residual + attended
         x = self.post_attention_layernorm(hidden_states)
-        if not isinstance(self.mlp, MoEPPBlock):
-            return hidden_states + self.mlp(x)
-        output, lane["logits"] = self.mlp.moe(x.flatten(0, -2), lane.get("logits"))
+        if not isinstance(mlp, MoEPPBlock):
+            return hidden_states + mlp(x)
+        output, lane["logits"] = mlp.moe(x.flatten(0, -2), lane.get("logits"))
         return hidden_states + output.view_as(hidden_states)
 
 
-def _normalise_heads(projection: nn.Linear, norm: nn.Module) -> None:
+def _normalise_heads(projection: nn.Linear, norm: LlamaRMSNorm) -> None:
     """Normalise each head of a projection's output."""
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -220,7 +222,7 @@ def _normalise_heads(projection: nn.Linear, norm: nn.Module) -> None:
 
 
 class _MoEPPMixin:
-    config_class = MoEPPConfig
+    config_class: type[MoEPPConfig] = MoEPPConfig
     _no_split_modules = ["MoEPPDecoderLayer"]
     # Recomputing a layer would hand its logits to the next one twice.
     supports_gradient_checkpointing = False
