@@ -131,7 +131,7 @@ def train_between(
     build_groups(config, layout)
     model = build_training_model(config)
     model.set_training(True)
-    progress = Progress() if load is None else load_checkpoint(load, model)
+    progress = Progress() if load is None else load_checkpoint(load, model, config)
     assert progress.step == first
     consumed = progress.consumed_samples
     batches = rank_batches(SyntheticDataset(config, 10), consumed, config, len(model.chunks))
