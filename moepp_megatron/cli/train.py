@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
+from moepp_megatron.config import (
+    Config,
+    ConfigError,
+    Layout,
+    check_config,
+    check_world_size,
+    load_config,
+)
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
@@ -34,13 +41,16 @@ def train(
     world_size = rank.world_size if rank.is_launched else nproc
     layout = Layout.from_config(settings, world_size)
     if rank.rank == 0:
-        for warning in check_config(settings):
+        for warning in check_config(settings) + check_world_size(settings, world_size):
             typer.echo(f"warning: {warning}", err=True)
     if dry_run:
         from moepp_megatron.cli.dry_run import print_plan
 
         print_plan(settings, layout)
         return
+    from moepp_megatron.runtime.fit import check_fit
+
+    check_fit(settings)
     _check_data(settings)
     if rank.is_launched or nproc == 1:
         _train_rank(settings, layout)

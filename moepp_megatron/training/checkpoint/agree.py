@@ -19,7 +19,7 @@ class Agreement:
     """Messages between all ranks; every rank must make every call, in the same order."""
 
     def __init__(self) -> None:
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
         if dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 

@@ -83,7 +83,7 @@ def first_valid(
     checkpoints: Iterable[Path], reason_against: Callable[[Path], str | None]
 ) -> tuple[Path | None, list[str]]:
     """The first valid checkpoint, and a line for every one before it."""
-    skipped = []
+    skipped: list[str] = []
     for checkpoint in checkpoints:
         reason = reason_against(checkpoint)
         if reason is None:

@@ -110,6 +110,8 @@ def optimizer_steps(model: TrainingModel) -> int:
 
 
 def _optimizer_state(model: TrainingModel, state: dict[str, Any], is_loading: bool) -> Any:
+    for chained in _chained(model):
+        _allocate(chained.optimizer)
     tensors = {
         f"{chunk}.{key}": tensor
         for chunk, chunk_state in state.items()
@@ -118,6 +120,20 @@ def _optimizer_state(model: TrainingModel, state: dict[str, Any], is_loading: bo
     return model.optimizer.sharded_state_dict(
         tensors, is_loading=is_loading, metadata=dict(METADATA)
     )
+
+
+def _allocate(inner: torch.optim.Optimizer) -> None:
+    """Give torch's Adam the state that it makes at its first step, for megatron-core to find."""
+    if not type(inner).__module__.startswith("torch.optim"):
+        return
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def _chained(model: TrainingModel) -> list[Any]:
