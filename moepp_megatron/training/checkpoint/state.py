@@ -5,7 +5,7 @@ The names in a checkpoint do not depend on who wrote it:
 - Optimizer state is stored per parameter (`optimizer.state.exp_avg.<parameter>`), not per bucket.
 - The fp32 copy of a bf16 parameter is `optimizer.state.fp32_param.<parameter>` whichever optimizer
   keeps it. An fp32 parameter needs no copy, so none is stored: the distributed optimizer, which
-  holds one all the same, reads the parameter.
+  holds one all the same, takes the parameter.
 - Nothing else of the optimizer is stored but the number of its steps. Its parameter groups differ
   between layouts (expert parameters have their own optimizer only where experts are spread over
   ranks), and all that they hold follows from the configuration and the schedule.
@@ -51,9 +51,9 @@ def model_state(models: list[GPTModel]) -> dict[str, Any]:
 def saved_state(model: TrainingModel) -> dict[str, Any]:
     """What a checkpoint stores of the model, the optimizer and the schedule."""
     state = model_state(model.models)
-    parameters = _by_key(state)
+    dtypes = _dtypes(state)
     optimizer = _optimizer_state(model, state, is_loading=False)
-    state["optimizer"] = _without_copies(optimizer, parameters)
+    state["optimizer"] = _without_copies(optimizer, dtypes)
     state["optimizer_steps"] = optimizer_steps(model)
     state["schedule_steps"] = model.scheduler.num_steps
     return state
@@ -62,15 +62,16 @@ def saved_state(model: TrainingModel) -> dict[str, Any]:
 def wanted_state(model: TrainingModel) -> dict[str, Any]:
     """What to read: as `saved_state`, with what only this layout knows kept as it is."""
     state = model_state(model.models)
-    parameters = _by_key(state)
+    dtypes = _dtypes(state)
     optimizer = _optimizer_state(model, state, is_loading=True)
 
     def prepare(entry: Any) -> Any:
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory):
-            return _read_copy(entry, parameters)
-        if isinstance(entry, ShardedBase | LocalNonpersistentObject):
+        if isinstance(entry, LocalNonpersistentObject):
             return entry
-        return LocalNonpersistentObject(entry)
+        if not isinstance(entry, ShardedBase):
+            return LocalNonpersistentObject(entry)
+        entry = _renamed(entry)
+        return LocalNonpersistentObject(None) if _is_needless(entry, dtypes) else entry
 
     state["optimizer"] = dict_list_map_inplace(prepare, optimizer)
     return state
@@ -82,9 +83,16 @@ def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
     optimizer, steps = loaded["optimizer"], loaded["optimizer_steps"]
     optimizers = _chained(model)
     parts = [optimizer] if len(optimizers) == 1 else [optimizer[i] for i in range(len(optimizers))]
+    sharded = []
     for part, chained in zip(parts, optimizers, strict=True):
         _set_steps(part, steps, chained.optimizer)
+        if "param_state" in part:
+            _fill_copies(chained, part["param_state"])
+        if _is_torch(chained.optimizer) and "param_state" in part:
+            sharded.append((chained, part.pop("param_state")))
     model.optimizer.load_state_dict(optimizer)
+    for chained, tensors in sharded:
+        _load_sharded(chained, tensors, steps)
     # Its own load_state_dict would insist on the schedule that the checkpoint was written with.
     model.scheduler.num_steps = 0
     model.scheduler.step(increment=loaded["schedule_steps"])
@@ -124,7 +132,7 @@ def _optimizer_state(model: TrainingModel, state: dict[str, Any], is_loading: bo
 
 def _allocate(inner: torch.optim.Optimizer) -> None:
     """Give torch's Adam the state that it makes at its first step, for megatron-core to find."""
-    if not type(inner).__module__.startswith("torch.optim"):
+    if not _is_torch(inner):
         return
     for group in inner.param_groups:
         for parameter in group["params"]:
@@ -136,25 +144,59 @@ def _allocate(inner: torch.optim.Optimizer) -> None:
                 }
 
 
+def _fill_copies(optimizer: Any, tensors: dict[int, dict[str, Any]]) -> None:
+    """Put the parameters, which have been read, where their fp32 copies were not stored."""
+    # The order in which the distributed optimizer numbers its parameters.
+    parameters = (
+        parameter
+        for buffer, ranges in zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)
+        for _ in ranges
+        for parameter in buffer.param_index_map
+    )
+    for index, parameter in enumerate(parameters):
+        if tensors[index]["param"] is None:
+            tensors[index]["param"] = parameter.data
+
+
+def _load_sharded(optimizer: Any, tensors: Any, steps: int) -> None:
+    """Load the state of a distributed optimizer over torch's Adam.
+
+    megatron-core 0.19.2 does so only for fused optimizers: it looks for torch's per-parameter step
+    among the tensors that were stored, and before that gives all parameters one and the same step
+    tensor, which each of them would then count up (distrib_optimizer.py,
+    `_set_main_param_and_optimizer_states` and `load_state_dict`).
+    """
+    states = optimizer.optimizer.state.values()
+    for state in states:
+        state["step"] = steps  # not a tensor, so it is left alone
+    optimizer.load_parameter_state_from_fully_reshardable(tensors)
+    for state in states:
+        state["step"] = torch.tensor(float(steps))
+
+
+def _is_torch(inner: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is torch's own, as there is without Transformer Engine and apex."""
+    return type(inner).__module__.startswith("torch.optim")
+
+
 def _chained(model: TrainingModel) -> list[Any]:
     chained = getattr(model.optimizer, "chained_optimizers", [model.optimizer])
     return list(chained)
 
 
-def _by_key(state: dict[str, Any]) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+def _dtypes(state: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Type of each parameter by its key, which the experts of a layer share."""
     return {
-        entry.key: entry
+        entry.key: entry.data.dtype
         for entry in nested_values(state)
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
 
 
-def _without_copies(
-    optimizer: Any, parameters: dict[str, ShardedTensor | ShardedTensorFactory]
-) -> list[ShardedBase]:
+def _without_copies(optimizer: Any, dtypes: dict[str, torch.dtype]) -> list[ShardedBase]:
     """The optimizer's entries to store, as a list: where they stand differs between layouts."""
     entries = (_renamed(e) for e in nested_values(optimizer) if isinstance(e, ShardedBase))
-    return [entry for entry in entries if not _is_needless(entry, parameters)]
+    return [entry for entry in entries if not _is_needless(entry, dtypes)]
 
 
 def _renamed(entry: ShardedBase) -> ShardedBase:
@@ -163,38 +205,17 @@ def _renamed(entry: ShardedBase) -> ShardedBase:
     return entry
 
 
-def _is_needless(
-    entry: ShardedBase, parameters: dict[str, ShardedTensor | ShardedTensorFactory]
-) -> bool:
+def _is_needless(entry: ShardedBase, dtypes: dict[str, torch.dtype]) -> bool:
     """Whether an entry is the copy of a parameter that is fp32 itself."""
     if not entry.key.startswith(_STORED_COPY):
         return False
-    return parameters[entry.key.removeprefix(_STORED_COPY)].data.dtype is torch.float32
-
-
-def _read_copy(
-    entry: ShardedTensor | ShardedTensorFactory,
-    parameters: dict[str, ShardedTensor | ShardedTensorFactory],
-) -> ShardedTensor | ShardedTensorFactory:
-    """Where a copy that is not stored is to be read from."""
-    entry = _renamed(entry)
-    if not _is_needless(entry, parameters):
-        return entry
-    # A second reader of the parameter must not count as its owner.
-    return replace(entry, key=entry.key.removeprefix(_STORED_COPY), replica_id=_not_main(entry))
-
-
-def _not_main(entry: ShardedBase) -> int | tuple[int, ...]:
-    if isinstance(entry.replica_id, int):
-        return 1
-    return (1, *entry.replica_id[1:])
+    return dtypes[entry.key.removeprefix(_STORED_COPY)] is torch.float32
 
 
 def _set_steps(optimizer: dict[str, Any], steps: int, inner: torch.optim.Optimizer) -> None:
     """Set the step count in the state of one optimizer, where its class looks for it."""
-    counts_per_parameter = type(inner).__module__.startswith("torch.optim")
     for holder in _holders(optimizer):
-        if counts_per_parameter and "state" in holder:
+        if _is_torch(inner) and "state" in holder:
             holder["state"]["common_step"] = torch.tensor(float(steps))
             continue
         for group in holder["param_groups"]:
