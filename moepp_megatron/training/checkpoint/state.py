@@ -13,6 +13,7 @@ The names in a checkpoint do not depend on who wrote it:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,13 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.models.gpt import GPTModel
 
+from moepp_megatron.training.checkpoint.optimizer import (
+    allocate,
+    fill_copies,
+    is_torch,
+    load_sharded,
+    padded_state,
+)
 from moepp_megatron.training.setup import TrainingModel
 
 METADATA = {
@@ -87,12 +95,12 @@ def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
     for part, chained in zip(parts, optimizers, strict=True):
         _set_steps(part, steps, chained.optimizer)
         if "param_state" in part:
-            _fill_copies(chained, part["param_state"])
-        if _is_torch(chained.optimizer) and "param_state" in part:
+            fill_copies(chained, part["param_state"])
+        if is_torch(chained.optimizer) and "param_state" in part:
             sharded.append((chained, part.pop("param_state")))
     model.optimizer.load_state_dict(optimizer)
     for chained, tensors in sharded:
-        _load_sharded(chained, tensors, steps)
+        load_sharded(chained, tensors, steps)
     # Its own load_state_dict would insist on the schedule that the checkpoint was written with.
     model.scheduler.num_steps = 0
     model.scheduler.step(increment=loaded["schedule_steps"])
@@ -118,65 +126,18 @@ def optimizer_steps(model: TrainingModel) -> int:
 
 
 def _optimizer_state(model: TrainingModel, state: dict[str, Any], is_loading: bool) -> Any:
-    for chained in _chained(model):
-        _allocate(chained.optimizer)
     tensors = {
         f"{chunk}.{key}": tensor
         for chunk, chunk_state in state.items()
         for key, tensor in chunk_state.items()
     }
-    return model.optimizer.sharded_state_dict(
-        tensors, is_loading=is_loading, metadata=dict(METADATA)
-    )
-
-
-def _allocate(inner: torch.optim.Optimizer) -> None:
-    """Give torch's Adam the state that it makes at its first step, for megatron-core to find."""
-    if not _is_torch(inner):
-        return
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            if not inner.state[parameter]:
-                inner.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-def _fill_copies(optimizer: Any, tensors: dict[int, dict[str, Any]]) -> None:
-    """Put the parameters, which have been read, where their fp32 copies were not stored."""
-    # The order in which the distributed optimizer numbers its parameters.
-    parameters = (
-        parameter
-        for buffer, ranges in zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)
-        for _ in ranges
-        for parameter in buffer.param_index_map
-    )
-    for index, parameter in enumerate(parameters):
-        if tensors[index]["param"] is None:
-            tensors[index]["param"] = parameter.data
-
-
-def _load_sharded(optimizer: Any, tensors: Any, steps: int) -> None:
-    """Load the state of a distributed optimizer over torch's Adam.
-
-    megatron-core 0.19.2 does so only for fused optimizers: it looks for torch's per-parameter step
-    among the tensors that were stored, and before that gives all parameters one and the same step
-    tensor, which each of them would then count up (distrib_optimizer.py,
-    `_set_main_param_and_optimizer_states` and `load_state_dict`).
-    """
-    states = optimizer.optimizer.state.values()
-    for state in states:
-        state["step"] = steps  # not a tensor, so it is left alone
-    optimizer.load_parameter_state_from_fully_reshardable(tensors)
-    for state in states:
-        state["step"] = torch.tensor(float(steps))
-
-
-def _is_torch(inner: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer is torch's own, as there is without Transformer Engine and apex."""
-    return type(inner).__module__.startswith("torch.optim")
+    with contextlib.ExitStack() as stack:
+        for chained in _chained(model):
+            allocate(chained.optimizer)
+            stack.enter_context(padded_state(chained))
+        return model.optimizer.sharded_state_dict(
+            tensors, is_loading=is_loading, metadata=dict(METADATA)
+        )
 
 
 def _chained(model: TrainingModel) -> list[Any]:
@@ -215,7 +176,7 @@ def _is_needless(entry: ShardedBase, dtypes: dict[str, torch.dtype]) -> bool:
 def _set_steps(optimizer: dict[str, Any], steps: int, inner: torch.optim.Optimizer) -> None:
     """Set the step count in the state of one optimizer, where its class looks for it."""
     for holder in _holders(optimizer):
-        if _is_torch(inner) and "state" in holder:
+        if is_torch(inner) and "state" in holder:
             holder["state"]["common_step"] = torch.tensor(float(steps))
             continue
         for group in holder["param_groups"]:
