@@ -59,6 +59,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
             "expert_model_parallel_size": 2,
         },
     ),
+    "pp2 ep2 ends apart": (
+        4,
+        {
+            "pipeline_model_parallel_size": 2,
+            "pipeline_model_parallel_layout": "Etttt|L",
+            "expert_model_parallel_size": 2,
+        },
+    ),
     "cp2 pp2 ep2 whole optimizer": (
         4,
         {
@@ -91,6 +99,9 @@ MORE_PAIRS = [
     ("one", "tp2 etp2 ep2"),
     ("tp2 etp2 ep2", "cp2 pp2 ep2 whole optimizer"),
     ("cp2 pp2 ep2 whole optimizer", "tp2"),
+    # The last stage has no layer, and so no experts.
+    ("ep2", "pp2 ep2 ends apart"),
+    ("pp2 ep2 ends apart", "ep2"),
 ]
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from moepp_megatron.data.prepare import PrepareSettings, prepare
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
 from tests.parallel.ranks import RankPools
 
@@ -21,19 +18,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 # Noise on the router's input: equal losses prove that the random states were restored.
 NOISE = {"num_ffn_experts": 8, "input_jitter_eps": 0.01}
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    source = folder / "source.jsonl"
-    # More than an epoch of the longest run: the order of an epoch does not depend on how much of it
-    # is read.
-    texts = [f"Document {i}: " + f"words {i * i} and lines; " * (i % 7 + 1) for i in range(400)]
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare_settings = PrepareSettings(vocab_size=300, workers=1)
-    prepare([str(source)], folder / "prepared", prepare_settings, Console(quiet=True))
-    return folder / "prepared"
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])

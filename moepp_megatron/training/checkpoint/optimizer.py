@@ -12,10 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NO_PARAMETER = "no parameter"
 
-def allocate(inner: torch.optim.Optimizer) -> None:
-    """Give torch's Adam the state that it makes at its first step, for megatron-core to find."""
-    if not is_torch(inner):
+
+@contextlib.contextmanager
+def complete_state(optimizer: Any) -> Iterator[None]:
+    """Inside, torch's Adam has the state that megatron-core counts on.
+
+    Torch makes it at the first step, megatron-core looks for it before. And a rank without any
+    parameter of an optimizer (a stage without experts) has no step count, which
+    `DistributedOptimizer.state_dict` asserts.
+    """
+    inner = optimizer.optimizer
+    if inner is None or not is_torch(inner):
+        yield
         return
     for group in inner.param_groups:
         for parameter in group["params"]:
@@ -25,6 +35,12 @@ def allocate(inner: torch.optim.Optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+    if not inner.state:
+        inner.state[_NO_PARAMETER] = {"step": torch.tensor(0.0)}
+    try:
+        yield
+    finally:
+        inner.state.pop(_NO_PARAMETER, None)
 
 
 def fill_copies(optimizer: Any, tensors: dict[int, dict[str, Any]]) -> None:

@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.models.gpt import GPTModel
 
 from moepp_megatron.training.checkpoint.optimizer import (
-    allocate,
+    complete_state,
     fill_copies,
     is_torch,
     load_sharded,
@@ -114,8 +114,7 @@ def apply_model_state(models: list[GPTModel], loaded: dict[str, Any]) -> None:
 
 def optimizer_steps(model: TrainingModel) -> int:
     """Steps that the optimizer has taken; fewer than the run's where some were skipped."""
-    for chained in _chained(model):
-        inner = chained.optimizer
+    for inner in (chained.optimizer for chained in _chained(model) if chained.optimizer):
         for entry in inner.state.values():
             if "step" in entry:  # torch's Adam counts per parameter
                 return int(entry["step"])
@@ -133,7 +132,7 @@ def _optimizer_state(model: TrainingModel, state: dict[str, Any], is_loading: bo
     }
     with contextlib.ExitStack() as stack:
         for chained in _chained(model):
-            allocate(chained.optimizer)
+            stack.enter_context(complete_state(chained))
             stack.enter_context(padded_state(chained))
         return model.optimizer.sharded_state_dict(
             tensors, is_loading=is_loading, metadata=dict(METADATA)
