@@ -128,7 +128,7 @@ def schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
 
 
 def intervals_of_nothing(config: Config) -> Iterator[Problem]:
-    """Validation without batches; keeping checkpoints that are not written."""
+    """Validation without batches; checkpoints that are not written or not read."""
     if config.training.eval_iters == 0:
         yield from _ignored(
             "training",
@@ -144,6 +144,14 @@ def intervals_of_nothing(config: Config) -> Iterator[Problem]:
             "keep",
             "with checkpoint.save_interval 0",
             "set checkpoint.save_interval above 0, or leave it out",
+        )
+    if config.checkpoint.load is None:
+        yield from _ignored(
+            "checkpoint",
+            config.checkpoint,
+            "load_optimizer",
+            "with checkpoint.load null",
+            "set checkpoint.load, or leave it out",
         )
 
 
