@@ -14,6 +14,7 @@ from moepp_megatron.config import (
     check_config,
     check_world_size,
     load_config,
+    with_overrides,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +29,14 @@ def train(
     nproc: Annotated[
         int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
     ] = 1,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Start all ranks anew this often after one has died; they go on from the newest "
+            "checkpoint.",
+        ),
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, print rank grid and parameters, stop.")
     ] = False,
@@ -52,12 +61,15 @@ def train(
 
     check_fit(settings)
     _check_data(settings)
-    if rank.is_launched or nproc == 1:
+    if rank.is_launched or (nproc == 1 and max_restarts == 0):
+        if rank.restart_count > 0:
+            settings = with_overrides(settings, ["checkpoint.load=auto"])
         _train_rank(settings, layout)
         return
     from moepp_megatron.runtime.launch import run_ranks
 
-    status = run_ranks(nproc, "moepp_megatron.cli.main", ["train", str(config), *(overrides or [])])
+    arguments = ["train", str(config), *(overrides or [])]
+    status = run_ranks(nproc, "moepp_megatron.cli.main", arguments, max_restarts)
     if status != 0:
         raise typer.Exit(status)
 
@@ -98,6 +110,12 @@ def _train_rank(config: Config, layout: Layout) -> None:
     trainer = Trainer(config, layout)
     record = trainer.run()
     distributed.stop()
+    if trainer.stopped:
+        from moepp_megatron.runtime.launch import STOPPED, leave
+
+        if rank.rank == 0:
+            typer.echo(f"stopped on request at step {trainer.progress.step}; run again to go on")
+        leave(STOPPED)
     if rank.rank == 0:
         _finish(config, record)
 

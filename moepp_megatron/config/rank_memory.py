@@ -113,4 +113,6 @@ def _moe_dense(config: Config, layout: Layout, has_residual: bool) -> int:
 
 def _ffn_experts(config: Config, layout: Layout) -> int:
     moe, width = config.moe, config.model.hidden_size
-    return moe.num_ffn_experts // layout.ep * 3 * width * config.expert_ffn_hidden_size // layout.etp
+    return (
+        moe.num_ffn_experts // layout.ep * 3 * width * config.expert_ffn_hidden_size // layout.etp
+    )

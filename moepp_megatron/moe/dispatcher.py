@@ -81,10 +81,11 @@ def build_dispatcher(
 def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int:
     """Bytes of hidden vectors that this rank sends to others for one forward pass.
 
-    Counts dispatch and combine over the expert-parallel group: for the all-to-all from the split
-    sizes that it was called with, for the all-gather one copy of every local token to every other
-    rank and back, for flex one copy of a token to every other rank that it needs and back, although
-    the way back is counted where it ends: the sum over ranks is exact. The gates that travel along (4 bytes a selection) are not counted.
+    Counts dispatch and combine over the expert-parallel group. The all-to-all: by the split sizes
+    that it was called with. The all-gather: one copy of every local token to every other rank and
+    back. Flex: one copy of a token to every other rank that it needs, and back (counted where the
+    token starts, so only the sum over ranks is exact). The gates that travel along, 4 bytes a
+    selection, are not counted.
 
     Args:
         dispatcher: After `dispatch_preprocess` and `token_dispatch` of this pass.

@@ -12,6 +12,8 @@ A row of an FFN-only map holds anything from 0 to K selections. What each backen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import (
@@ -58,6 +60,8 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
         ValueError: For a backend that cannot carry FFN-only routing.
         ImportError: If the backend's package is not installed.
     """
+
+    _comm_manager: Any
 
     def __init__(
         self,

@@ -34,11 +34,9 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "gloo" if on_cpu else "nccl"
-        # A lone process needs no address to meet others at.
-        store = dist.HashStore() if environment.world_size == 1 else None
         dist.init_process_group(
             backend,
-            store=store,
+            store=_meeting_point(environment, timeout),
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,
@@ -56,6 +54,9 @@ def build_groups(config: Config, layout: Layout) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    if config.training.deterministic:
+        # Before the first group: NCCL and cuBLAS read these when they start.
+        _require_determinism()
     world_size = dist.get_world_size()
     assert layout.world_size == world_size, f"layout of {layout.world_size}, {world_size} ranks"
     parallel_state.initialize_model_parallel(
@@ -69,10 +70,21 @@ def build_groups(config: Config, layout: Layout) -> None:
         # here; without them a rank starts faster and has fewer threads.
         create_gloo_process_groups=False,
     )
-    if config.training.deterministic:
-        torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed)
+
+
+def _require_determinism() -> None:
+    """Only kernels and reductions that give the same bits every time, where there is a choice.
+
+    What the user has set in the environment stays.
+    """
+    torch.use_deterministic_algorithms(True)
+    # A fixed workspace (cuBLAS), a fixed order of reduction (NCCL), no atomics in attention
+    # (Transformer Engine); megatron-core's `deterministic_mode` asks for the same.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
 
 def stop() -> None:
@@ -83,3 +95,15 @@ def stop() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _meeting_point(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
+    """The store through which ranks find each other."""
+    if environment.world_size == 1:
+        # A lone process needs no address to meet others at.
+        return dist.HashStore()
+    store, _, _ = next(
+        dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)
+    )
+    # After a restart torchrun hands out the same store, with the addresses of dead ranks in it.
+    return dist.PrefixStore(f"attempt_{environment.restart_count}", store)

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.moe.selection_bias import update_selection_bias
 from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks, open_sinks
@@ -26,6 +28,7 @@ from moepp_megatron.training.collect import RoutingCollector, mean_loss
 from moepp_megatron.training.evaluate import validation_loss
 from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.setup import TrainingModel, build_training_model
+from moepp_megatron.training.signals import StopRequest
 from moepp_megatron.training.step import training_step
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class Trainer:
             self._num_samples(),
         )
         self._routing = RoutingCollector(self.model, config, layout)
+        self.stopped = False
         self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, self._tokenizer)
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load()
@@ -79,22 +83,25 @@ class Trainer:
         )
         record = None
         self.model.set_training(True)
-        while self.progress.step < training.train_iters:
-            started = time.perf_counter()
-            self._routing.reset()
-            result = training_step(self.model, batches, config, self.layout)
-            self._advance()
-            self.checkpoints.poll()
-            # The loss is needed by the log alone, but reading it waits for the device: so the
-            # time of the step is its own.
-            if self._due(training.log_interval) or self._evaluates():
-                record = self._record(result.losses, result.grad_norm, started)
-                if sinks is not None:
-                    sinks.write(record)
-                    self._complain()
-            if self._due(config.checkpoint.save_interval):
-                self.checkpoints.save(self.model, self.progress, self.extra)
-        self.checkpoints.finish()
+        with StopRequest().listening() as stop:
+            while self.progress.step < training.train_iters and not self.stopped:
+                started = time.perf_counter()
+                self._routing.reset()
+                result = training_step(self.model, batches, config, self.layout)
+                self._update_selection_bias()
+                self._advance()
+                self.checkpoints.poll()
+                # The loss is needed by the log alone, but reading it waits for the device: so the
+                # time of the step is its own.
+                if self._due(training.log_interval) or self._evaluates():
+                    record = self._record(result.losses, result.grad_norm, started)
+                    if sinks is not None:
+                        sinks.write(record)
+                        self._complain()
+                self.stopped = stop.agreed()
+                if self._due(config.checkpoint.save_interval) or self.stopped:
+                    self.checkpoints.save(self.model, self.progress, self.extra)
+            self.checkpoints.finish()
         if sinks is not None:
             sinks.close()
         return record
@@ -108,6 +115,12 @@ class Trainer:
                 self.checkpoints.error,
                 self.checkpoints.failed_saves,
             )
+
+    def _update_selection_bias(self) -> None:
+        moe = self.config.moe
+        if moe.selection_bias and moe.selection_bias_rate > 0:
+            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            update_selection_bias(self.model.models, moe.selection_bias_rate, group)
 
     def _advance(self) -> None:
         training = self.config.training

@@ -32,10 +32,9 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None:
         rows = [
-            (dict(report.user_properties), outcome)
+            (dict(report.user_properties), word)
             for outcome, word in (("passed", "pass"), ("failed", "FAIL"))
             for report in terminal.stats.get(outcome, [])
-            for outcome in (word,)
             if report.when == "call" and "cell" in dict(report.user_properties)
         ]
         for line in _table(rows):
@@ -44,7 +43,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
 
 
 def _table(rows: list[tuple[dict[str, object], str]]) -> list[str]:
-    """One line per cell, widest difference first column to last, and a line that sums up."""
+    """One line per cell, by ranks, and one that sums up."""
     if not rows:
         return []
     width = max(len(str(row["cell"])) for row, _ in rows)

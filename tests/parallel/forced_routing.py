@@ -30,13 +30,12 @@ def first_half_of_ffn_experts(models: list[Any]) -> None:
     """Every token selects among the first half of the FFN experts; the others get none."""
     _force(
         models,
-        lambda moepp, positions, length: [list(range(moepp.num_ffn_experts // 2))]
-        * len(positions),
+        lambda moepp, positions, length: [list(range(moepp.num_ffn_experts // 2))] * len(positions),
     )
 
 
 def second_half_without_ffn(models: list[Any]) -> None:
-    """Tokens of the second half of a sequence select zero experts: their rank sends no FFN token."""
+    """Tokens of the second half of a sequence select zero experts: a rank may send no FFN token."""
     _force(
         models,
         lambda moepp, positions, length: [
@@ -83,7 +82,7 @@ def _force(models: list[Any], favoured: Callable[[Any, list[int], int], list[lis
             for parameter in router.parameters():
                 parameter.mul_(0.1)
         length = models[0].max_sequence_length
-        favours = favoured(router.moepp, _places(length), length)
+        favours = favoured(router.moepp, places_of_this_rank(length), length)
         bias = torch.zeros(len(favours), 1, router.moepp.num_experts)
         for row, experts in enumerate(favours):
             bias[row, 0, experts] = MARGIN
@@ -97,7 +96,7 @@ def _biased(gating: Callable[[Any], Any], bias: Any) -> Callable[[Any], Any]:
     return biased_gating
 
 
-def _places(length: int) -> list[int]:
+def places_of_this_rank(length: int) -> list[int]:
     """Places in the sequence of this rank's tokens: context zigzag, then tensor-parallel parts."""
     from megatron.core import parallel_state
 

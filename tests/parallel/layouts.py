@@ -1,4 +1,4 @@
-"""One cell of the layout matrix: a layout with the settings that it trains.
+"""A cell of the layout matrix: a layout with the settings that it trains.
 
 A cell names what differs from the plainest run; `run_settings` is the whole configuration and
 `reference_settings` that of the one process which it must equal.
@@ -44,18 +44,47 @@ OPTIMIZER: dict[str, dict[str, bool]] = {
     "overlap reduce": {"overlap_grad_reduce": True},
     "overlap both": {"overlap_grad_reduce": True, "overlap_param_gather": True},
 }
-# How a value of a field reads in the name of a cell, where not as it is.
-_WORDS = {
-    **{name: name + "{}" for name in ("tp", "pp", "ep", "etp", "cp")},
-    "optimizer": "{} optimizer",
-    "micro_batches": "{} micro-batches",
-    "recompute": "recompute {}",
-    "gates": "{} gates",
-    "scope": "{} scope",
-    "layers": "{} layers",
-    "capacity": "capacity",
-    "routing": "[{}]",
-    "seq_length": "{} tokens",
+# A word of a cell and the field and value that it stands for; what no word names is the default.
+WORDS: dict[str, tuple[str, Any]] = {
+    "interleaved": ("stages", "interleaved"),
+    "uneven": ("stages", "uneven"),
+    "ends-apart": ("stages", "ends apart"),
+    "uneven-interleaved": ("stages", "uneven interleaved"),
+    "whole": ("optimizer", "whole"),
+    "reduce": ("optimizer", "overlap reduce"),
+    "gather": ("optimizer", "overlap both"),
+    "re-uniform": ("recompute", "uniform"),
+    "re-block": ("recompute", "block"),
+    "re-moe": ("recompute", "moe"),
+    "allgather": ("dispatcher", "allgather"),
+    "selected": ("gates", "selected"),
+    "nonzero": ("gates", "nonzero"),
+    "sequence": ("scope", "sequence"),
+    "global": ("scope", "global"),
+    "mixed": ("layers", "mixed"),
+    "no-residual": ("router", "no residual"),
+    "two-layers": ("router", "two layers"),
+    "vanilla": ("router", "vanilla"),
+    "capacity": ("capacity", True),
+    "bf16": ("dtype", "bf16"),
+    "gqa": ("extras", "gqa"),
+    "tied": ("extras", "tied"),
+    "z-loss": ("extras", "z loss"),
+    "shared": ("extras", "shared"),
+    "no-ffn-token": ("routing", "no FFN token"),
+    "one-ffn-expert": ("routing", "one FFN expert"),
+    "half-of-ffn-experts": ("routing", "half of the FFN experts"),
+    "half-sequence-without-ffn": ("routing", "no FFN token in half of the sequence"),
+}
+# Words that end in a number, such as tp2.
+NUMBERS = {
+    "tp": "tp",
+    "pp": "pp",
+    "ep": "ep",
+    "etp": "etp",
+    "cp": "cp",
+    "mb": "micro_batches",
+    "seq": "seq_length",
 }
 ROUTINGS = {
     "": None,
@@ -121,12 +150,16 @@ class Cell:
     seq_length: int = 16
 
     def __str__(self) -> str:
-        """What differs from the defaults, such as `dp2 tp2 pp2 interleaved nonzero gates`."""
-        words = [f"dp{self.dp}"]
+        """The line that `parse_cells` reads."""
+        names = {entry: word for word, entry in WORDS.items()}
+        prefixes = {name: prefix for prefix, name in NUMBERS.items()}
+        words = [str(self.ranks)]
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
-            if value != field.default:
-                words.append(_WORDS.get(field.name, "{}").format(value))
+            if value != field.default and field.name in prefixes:
+                words.append(f"{prefixes[field.name]}{value}")
+            elif value != field.default:
+                words.append(names[field.name, value])
         return " ".join(words)
 
     @property
@@ -143,6 +176,24 @@ class Cell:
     def micro_batch_size(self) -> int:
         """Sequences of a micro-batch, so that `micro_batches` of them make the global batch."""
         return GLOBAL_BATCH // (self.dp * self.micro_batches)
+
+
+def parse_cells(text: str) -> list[Cell]:
+    """The cells of a table, one a line: ranks, then words of `WORDS` and `NUMBERS`."""
+    return [_parse_cell(line.split()) for line in text.strip().splitlines()]
+
+
+def _parse_cell(words: list[str]) -> Cell:
+    values: dict[str, Any] = {"ranks": int(words[0])}
+    for word in words[1:]:
+        prefix = word.rstrip("0123456789")
+        if word in WORDS:
+            name, value = WORDS[word]
+        else:
+            name, value = NUMBERS[prefix], int(word.removeprefix(prefix))
+        assert name not in values, f"{word!r} says again what {' '.join(words)!r} has said"
+        values[name] = value
+    return Cell(**values)
 
 
 def run_settings(cell: Cell) -> dict[str, dict[str, Any]]:

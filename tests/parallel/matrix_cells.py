@@ -1,83 +1,81 @@
-"""The cells of the layout matrix.
+"""The cells of the layout matrix, one a line, in the words of `layouts.WORDS`.
 
-`PAIRS` holds every pair of option values that can meet on up to 8 ranks (a test says which cannot),
-found by a greedy search over random layouts. `CORNERS` are routings that training rarely reaches.
-`FAST` holds every option value once, in few ranks: it runs with every change.
+The first number is that of the ranks; data parallelism takes what the other degrees leave.
 """
 
-from tests.parallel.layouts import Cell
+from tests.parallel.layouts import parse_cells
 
-# fmt: off
-PAIRS = [
-    Cell(ranks=2, cp=2, optimizer="overlap reduce", recompute="moe", gates="selected", scope="sequence", router="no residual", extras="gqa"),
-    Cell(ranks=4, pp=2, stages="ends apart", optimizer="whole", recompute="uniform", scope="sequence", layers="mixed", capacity=True),
-    Cell(ranks=4, tp=2, pp=2, stages="interleaved", optimizer="whole", recompute="moe", gates="selected", scope="sequence", router="two layers", dtype="bf16", extras="gqa"),
-    Cell(ranks=8, etp=2, micro_batches=1, recompute="moe", dispatcher="allgather", gates="nonzero", layers="mixed", router="two layers", capacity=True, dtype="bf16", extras="z loss"),
-    Cell(ranks=8, ep=2, etp=2, optimizer="whole", micro_batches=1, recompute="moe", dispatcher="allgather", gates="nonzero", scope="global", dtype="bf16", extras="tied"),
-    Cell(ranks=8, ep=4, etp=2, optimizer="overlap reduce", micro_batches=1, recompute="block", dispatcher="allgather", gates="nonzero", scope="global", layers="mixed", dtype="bf16", extras="tied"),
-    Cell(ranks=8, ep=8, optimizer="overlap both", micro_batches=1, recompute="block", dispatcher="allgather", router="no residual", extras="shared"),
-    Cell(ranks=8, ep=8, optimizer="overlap both", micro_batches=1, recompute="uniform", gates="selected", layers="mixed", capacity=True, extras="gqa"),
-    Cell(ranks=8, ep=8, optimizer="overlap reduce", micro_batches=1, dispatcher="allgather", scope="sequence", layers="mixed", router="vanilla", dtype="bf16"),
-    Cell(ranks=8, ep=8, cp=2, recompute="uniform", dispatcher="allgather", gates="selected", router="no residual", capacity=True, extras="tied"),
-    Cell(ranks=8, pp=2, stages="ends apart", ep=2, etp=2, cp=2, optimizer="overlap both", micro_batches=4, dispatcher="allgather", gates="nonzero", scope="global", layers="mixed", router="two layers", extras="gqa"),
-    Cell(ranks=8, pp=2, stages="ends apart", ep=4, micro_batches=1, recompute="moe", dispatcher="allgather", gates="selected", scope="global", layers="mixed", router="no residual", dtype="bf16"),
-    Cell(ranks=8, pp=2, stages="interleaved", ep=2, etp=2, optimizer="overlap reduce", layers="mixed", router="vanilla", extras="z loss"),
-    Cell(ranks=8, pp=2, stages="uneven interleaved", recompute="block", dispatcher="allgather", gates="selected", layers="mixed", dtype="bf16", extras="z loss"),
-    Cell(ranks=8, pp=2, stages="uneven interleaved", ep=4, optimizer="overlap both", dispatcher="allgather", scope="sequence", layers="mixed", router="no residual", capacity=True, dtype="bf16", extras="tied"),
-    Cell(ranks=8, pp=2, stages="uneven", etp=2, optimizer="overlap reduce", micro_batches=1, recompute="block", gates="nonzero", scope="sequence", layers="mixed", router="two layers", extras="shared"),
-    Cell(ranks=8, pp=2, stages="uneven", ep=4, optimizer="whole", micro_batches=1, recompute="uniform", scope="sequence", dtype="bf16", extras="z loss"),
-    Cell(ranks=8, pp=4, stages="ends apart", optimizer="overlap reduce", micro_batches=4, recompute="uniform", dispatcher="allgather", gates="selected", scope="global", dtype="bf16", extras="shared"),
-    Cell(ranks=8, pp=4, stages="ends apart", ep=2, cp=2, micro_batches=1, recompute="block", gates="nonzero", scope="sequence", router="no residual", capacity=True, extras="z loss"),
-    Cell(ranks=8, pp=4, optimizer="overlap both", micro_batches=1, recompute="moe", dispatcher="allgather", gates="nonzero", scope="sequence", capacity=True, extras="gqa"),
-    Cell(ranks=8, pp=4, stages="interleaved", ep=2, optimizer="whole", micro_batches=4, recompute="block", dispatcher="allgather", gates="selected", scope="global", router="no residual"),
-    Cell(ranks=8, pp=4, stages="uneven interleaved", ep=2, optimizer="overlap both", micro_batches=4, recompute="moe", dispatcher="allgather", gates="selected", router="two layers", capacity=True, dtype="bf16"),
-    Cell(ranks=8, pp=4, stages="uneven", etp=2, optimizer="whole", recompute="moe", dispatcher="allgather", layers="mixed", router="no residual", extras="tied"),
-    Cell(ranks=8, pp=4, stages="uneven", etp=2, cp=2, micro_batches=4, layers="mixed", router="vanilla", extras="gqa"),
-    Cell(ranks=8, tp=2, ep=4, etp=2, optimizer="whole", recompute="block", gates="nonzero", scope="global", router="two layers", dtype="bf16", extras="gqa"),
-    Cell(ranks=8, tp=2, ep=4, etp=2, cp=2, optimizer="overlap reduce", micro_batches=1, recompute="moe", gates="selected", scope="sequence", router="no residual", capacity=True, extras="shared"),
-    Cell(ranks=8, tp=2, ep=8, optimizer="whole", micro_batches=1, recompute="block", dispatcher="allgather", gates="nonzero", layers="mixed", extras="gqa"),
-    Cell(ranks=8, tp=2, ep=8, cp=2, micro_batches=4, recompute="moe", gates="nonzero", scope="global", router="two layers", extras="z loss"),
-    Cell(ranks=8, tp=2, pp=2, stages="ends apart", ep=4, cp=2, optimizer="overlap reduce", recompute="block", layers="mixed", router="vanilla", extras="tied"),
-    Cell(ranks=8, tp=2, pp=2, ep=4, cp=2, optimizer="overlap both", micro_batches=1, dispatcher="allgather", gates="selected", scope="sequence", layers="mixed", capacity=True, extras="z loss"),
-    Cell(ranks=8, tp=2, pp=2, stages="interleaved", etp=2, cp=2, optimizer="overlap both", recompute="uniform", gates="nonzero", capacity=True),
-    Cell(ranks=8, tp=2, pp=2, stages="interleaved", ep=4, gates="selected", scope="sequence", layers="mixed", extras="tied"),
-    Cell(ranks=8, tp=2, pp=2, stages="interleaved", ep=4, cp=2, micro_batches=4, recompute="moe", dispatcher="allgather", scope="sequence", layers="mixed", router="vanilla", dtype="bf16", extras="shared"),
-    Cell(ranks=8, tp=2, pp=2, stages="uneven interleaved", etp=2, optimizer="overlap reduce", micro_batches=4, recompute="uniform", dispatcher="allgather", gates="nonzero", scope="global", dtype="bf16", extras="gqa"),
-    Cell(ranks=8, tp=2, pp=2, stages="uneven interleaved", ep=2, etp=2, cp=2, optimizer="whole", gates="selected", router="vanilla", extras="shared"),
-    Cell(ranks=8, tp=2, pp=2, stages="uneven", ep=2, etp=2, optimizer="overlap both", micro_batches=4, recompute="uniform", dispatcher="allgather", gates="selected", layers="mixed", router="vanilla"),
-    Cell(ranks=8, tp=2, pp=4, stages="uneven", ep=2, optimizer="whole", micro_batches=4, recompute="uniform", scope="global", router="two layers", capacity=True, dtype="bf16", extras="tied"),
-]
-# fmt: on
+# Every pair of option values that can meet on up to 8 ranks (a test says which cannot), found by a
+# greedy search over random layouts.
+PAIRS = parse_cells("""
+    2 cp2 reduce re-moe selected sequence no-residual gqa
+    4 pp2 ends-apart whole re-uniform sequence mixed capacity
+    4 tp2 pp2 interleaved whole re-moe selected sequence two-layers bf16 gqa
+    8 etp2 mb1 re-moe allgather nonzero mixed two-layers capacity bf16 z-loss
+    8 ep2 etp2 whole mb1 re-moe allgather nonzero global bf16 tied
+    8 ep4 etp2 reduce mb1 re-block allgather nonzero global mixed bf16 tied
+    8 ep8 gather mb1 re-block allgather no-residual shared
+    8 ep8 gather mb1 re-uniform selected mixed capacity gqa
+    8 ep8 reduce mb1 allgather sequence mixed vanilla bf16
+    8 ep8 cp2 re-uniform allgather selected no-residual capacity tied
+    8 pp2 ends-apart ep2 etp2 cp2 gather mb4 allgather nonzero global mixed two-layers gqa
+    8 pp2 ends-apart ep4 mb1 re-moe allgather selected global mixed no-residual bf16
+    8 pp2 interleaved ep2 etp2 reduce mixed vanilla z-loss
+    8 pp2 uneven-interleaved re-block allgather selected mixed bf16 z-loss
+    8 pp2 uneven-interleaved ep4 gather allgather sequence mixed no-residual capacity bf16 tied
+    8 pp2 uneven etp2 reduce mb1 re-block nonzero sequence mixed two-layers shared
+    8 pp2 uneven ep4 whole mb1 re-uniform sequence bf16 z-loss
+    8 pp4 ends-apart reduce mb4 re-uniform allgather selected global bf16 shared
+    8 pp4 ends-apart ep2 cp2 mb1 re-block nonzero sequence no-residual capacity z-loss
+    8 pp4 gather mb1 re-moe allgather nonzero sequence capacity gqa
+    8 pp4 interleaved ep2 whole mb4 re-block allgather selected global no-residual
+    8 pp4 uneven-interleaved ep2 gather mb4 re-moe allgather selected two-layers capacity bf16
+    8 pp4 uneven etp2 whole re-moe allgather mixed no-residual tied
+    8 pp4 uneven etp2 cp2 mb4 mixed vanilla gqa
+    8 tp2 ep4 etp2 whole re-block nonzero global two-layers bf16 gqa
+    8 tp2 ep4 etp2 cp2 reduce mb1 re-moe selected sequence no-residual capacity shared
+    8 tp2 ep8 whole mb1 re-block allgather nonzero mixed gqa
+    8 tp2 ep8 cp2 mb4 re-moe nonzero global two-layers z-loss
+    8 tp2 pp2 ends-apart ep4 cp2 reduce re-block mixed vanilla tied
+    8 tp2 pp2 ep4 cp2 gather mb1 allgather selected sequence mixed capacity z-loss
+    8 tp2 pp2 interleaved etp2 cp2 gather re-uniform nonzero capacity
+    8 tp2 pp2 interleaved ep4 selected sequence mixed tied
+    8 tp2 pp2 interleaved ep4 cp2 mb4 re-moe allgather sequence mixed vanilla bf16 shared
+    8 tp2 pp2 uneven-interleaved etp2 reduce mb4 re-uniform allgather nonzero global bf16 gqa
+    8 tp2 pp2 uneven-interleaved ep2 etp2 cp2 whole selected vanilla shared
+    8 tp2 pp2 uneven ep2 etp2 gather mb4 re-uniform allgather selected mixed vanilla
+    8 tp2 pp4 uneven ep2 whole mb4 re-uniform global two-layers capacity bf16 tied
+""")
 
-NONE, ONE = "no FFN token", "one FFN expert"
-HALF, HALF_SEQUENCE = "half of the FFN experts", "no FFN token in half of the sequence"
-CORNERS = [
-    Cell(ranks=2, ep=2, routing=NONE, optimizer="overlap both", recompute="moe"),
-    Cell(ranks=4, tp=2, ep=2, etp=2, routing=NONE, gates="nonzero"),
-    Cell(ranks=4, pp=2, stages="interleaved", ep=2, routing=NONE, dispatcher="allgather"),
-    Cell(ranks=4, ep=4, routing=ONE, capacity=True),
-    Cell(ranks=8, tp=2, pp=2, ep=4, routing=ONE, recompute="uniform"),
-    Cell(ranks=4, ep=4, routing=HALF, optimizer="overlap reduce"),
-    Cell(ranks=2, ep=2, routing=HALF, dispatcher="allgather"),
-    Cell(ranks=2, tp=2, ep=2, routing=HALF_SEQUENCE),
-    Cell(ranks=4, cp=2, ep=4, routing=HALF_SEQUENCE, dispatcher="allgather"),
-    Cell(ranks=8, ep=8, seq_length=1, micro_batches=1),
-    Cell(ranks=8, tp=2, cp=2, ep=4, etp=2, seq_length=8, micro_batches=4),
-    Cell(ranks=2, tp=2, ep=2, seq_length=2, micro_batches=8, capacity=True, gates="nonzero"),
-]
+# Routings that training rarely reaches, and ranks with few tokens.
+CORNERS = parse_cells("""
+    2 ep2 gather re-moe no-ffn-token
+    4 tp2 ep2 etp2 nonzero no-ffn-token
+    4 pp2 interleaved ep2 allgather no-ffn-token
+    4 ep4 capacity one-ffn-expert
+    8 tp2 pp2 ep4 re-uniform one-ffn-expert
+    4 ep4 reduce half-of-ffn-experts
+    2 ep2 allgather half-of-ffn-experts
+    2 tp2 ep2 half-sequence-without-ffn
+    4 ep4 cp2 allgather half-sequence-without-ffn
+    8 ep8 mb1 seq1
+    8 tp2 ep4 etp2 cp2 mb4 seq8
+    2 tp2 ep2 mb8 nonzero capacity seq2
+""")
 
-FAST = [
-    Cell(ranks=2, optimizer="whole"),
-    Cell(ranks=2, optimizer="overlap both", recompute="uniform", dtype="bf16"),
-    Cell(ranks=2, ep=2, dispatcher="allgather", gates="nonzero", capacity=True),
-    Cell(ranks=2, pp=2, stages="interleaved", recompute="moe", scope="sequence"),
-    Cell(ranks=2, pp=2, stages="uneven", layers="mixed", router="two layers", dtype="bf16"),
-    Cell(ranks=4, pp=4, stages="ends apart", micro_batches=4, extras="tied", recompute="block"),
-    Cell(ranks=4, pp=2, ep=2, stages="uneven interleaved", router="no residual", extras="shared"),
-    Cell(ranks=4, tp=2, ep=2, etp=2, gates="selected", optimizer="overlap reduce", extras="gqa"),
-    Cell(ranks=4, cp=2, ep=4, capacity=True, extras="z loss"),
-    Cell(ranks=4, tp=2, cp=2, ep=2, scope="global", gates="nonzero", capacity=True),
-    Cell(ranks=4, tp=2, pp=2, ep=2, router="vanilla"),
-    Cell(ranks=8, ep=8, micro_batches=1, scope="global"),
-    Cell(ranks=2, ep=2, routing=NONE),
-]
+# Every option value once, in few ranks: this part runs with every change.
+FAST = parse_cells("""
+    2 whole
+    2 gather re-uniform bf16
+    2 ep2 allgather nonzero capacity
+    2 pp2 interleaved re-moe sequence
+    2 pp2 uneven mixed two-layers bf16
+    4 pp4 ends-apart mb4 re-block tied
+    4 pp2 uneven-interleaved ep2 no-residual shared
+    4 tp2 ep2 etp2 reduce selected gqa
+    4 ep4 cp2 capacity z-loss
+    4 tp2 ep2 cp2 nonzero global capacity
+    4 tp2 pp2 ep2 vanilla
+    8 ep8 mb1 global
+    2 ep2 no-ffn-token
+""")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.parallel.forced_routing import only_zero_experts
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import assemble, compare, settings, train
-from tests.parallel.forced_routing import only_zero_experts
 
 FP32 = 1e-5
 
@@ -87,7 +87,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_training_equals_one_process(ranks: RankPools, layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
     reference = assemble(ranks(1).run(train, settings(), 3))
-    run = assemble(ranks(world_size).run(train_with_stand_ins, settings(parallel=parallel, **FLEX), 3))
+    run = assemble(
+        ranks(world_size).run(train_with_stand_ins, settings(parallel=parallel, **FLEX), 3)
+    )
     compare(run, reference, FP32)
 
 
@@ -105,16 +107,14 @@ def test_bytes_are_those_of_one_vector_per_token_and_rank(ranks: RankPools) -> N
 def test_no_ffn_token_at_all(ranks: RankPools) -> None:
     moe = {"num_zero_experts": 2}
     reference = assemble(ranks(1).run(train, settings(moe=moe), 2, only_zero_experts))
-    raw = settings(
-        moe={**moe, "dispatcher": "flex"}, parallel={"expert_model_parallel_size": 2}
-    )
+    raw = settings(moe={**moe, "dispatcher": "flex"}, parallel={"expert_model_parallel_size": 2})
     run = assemble(ranks(2).run(train_with_stand_ins, raw, 2, only_zero_experts))
     assert run.routing[0]["ffn_fraction"] == 0
     compare(run, reference, FP32)
 
 
 def metadata(routing_map: list[list[bool]], gates: list[list[float]]) -> tuple[Any, Any, Any]:
-    """Indices, weights and the gradient of the sum of weights, for F = 4 experts on 2 ranks, K = 2."""
+    """Indices, weights, gradient of the sum of weights, for F = 4 experts on 2 ranks, K = 2."""
     import torch
 
     from moepp_megatron.moe.flex_dispatcher import FFNDeepepManager
@@ -122,9 +122,7 @@ def metadata(routing_map: list[list[bool]], gates: list[list[float]]) -> tuple[A
     manager = FFNDeepepManager.__new__(FFNDeepepManager)
     manager.num_experts, manager.router_topk = 4, 2
     probs = torch.tensor(gates, requires_grad=True)
-    manager.setup_metadata(
-        torch.tensor(routing_map).view(-1, 2, 2), probs.view(-1, 2, 2)
-    )
+    manager.setup_metadata(torch.tensor(routing_map).view(-1, 2, 2), probs.view(-1, 2, 2))
     manager.token_probs.sum().backward()
     return manager.token_indices.tolist(), manager.token_probs.tolist(), probs.grad.tolist()
 

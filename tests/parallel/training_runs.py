@@ -127,7 +127,7 @@ class Difference:
         gradient: Largest difference of an element of a gradient, relative to the largest element
             of its parameter's gradient.
         parameter: The parameter with that difference.
-        all_gradients: L2 norm of the difference of all gradients, relative to that of the gradients.
+        all_gradients: L2 norm of the difference of all gradients, relative to theirs.
         balance_loss: Largest relative difference of a step's balance loss or z-loss.
         selections: Largest difference of a share of the selections: an expert's, the FFN experts',
             the dropped ones', over all layers and steps.

@@ -1,4 +1,4 @@
-"""`moepp train --dry-run`: what it prints, and the layouts that it refuses before anything starts."""
+"""`moepp train --dry-run`: what it prints, and the layouts that it refuses beforehand."""
 
 from __future__ import annotations
 
@@ -146,7 +146,9 @@ def test_another_machine_can_be_planned_for(command):
 
 def test_grid_and_stages_are_printed(command, capsys):
     assert command("pp=2 stages=E|tt|t|tL ep=2 tp=2 sp=true", 8, "--dry-run") == 0
-    rows = [re.findall(r"[^\s\u2500-\u257f]+", line) for line in capsys.readouterr().out.splitlines()]
+    rows = [
+        re.findall(r"[^\s\u2500-\u257f]+", line) for line in capsys.readouterr().out.splitlines()
+    ]
     # Rank 5 of 8: second tensor rank of the second stage's first replica.
     assert ["5", "1", "0", "0", "1", "0", "1", "0"] in rows
     stages = {row[0]: row for row in rows if len(row) > 2 and row[0] in "01" and "|" in row}
