@@ -137,6 +137,13 @@ class MoEPPRouter(TopKRouter):
         if moepp.two_layer_gate:
             self.weight = replicated_parameter(config, 8 * num_experts, hidden)
             self.output_weight = replicated_parameter(config, num_experts, 8 * num_experts)
+        if moepp.selection_bias:
+            # megatron-core's name: its router keeps a buffer of this name in fp32, in checkpoints
+            # too, but sets None and refuses softmax where it makes the buffer itself.
+            del self.expert_bias
+            self.register_buffer(
+                "expert_bias", torch.zeros(num_experts, device=torch.cuda.current_device())
+            )
         if moepp.gating_residual and has_residual:
             self.residual_weight = replicated_parameter(config, num_experts, num_experts)
 
@@ -218,7 +225,11 @@ class MoEPPRouter(TopKRouter):
 
     def _select(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Top-K experts and their gates under the configured normalisation."""
-        chosen_TK = top_experts(scores_TE, self.topk)
+        ranked_TE = scores_TE
+        if self.expert_bias is not None:
+            # The bias decides who is selected, never with which weight.
+            ranked_TE = scores_TE.detach() + self.expert_bias
+        chosen_TK = top_experts(ranked_TE, self.topk)
         gates_TK = scores_TE.gather(1, chosen_TK)
         if self.moepp.gate_normalization == "nonzero":
             gates_TK = gates_TK.masked_fill(chosen_TK >= self.moepp.zero_experts.start, 0.0)
@@ -226,6 +237,8 @@ class MoEPPRouter(TopKRouter):
             total_T1 = gates_TK.sum(dim=-1, keepdim=True)
             # All picks zero experts: nothing to divide, the gates stay 0.
             gates_TK = gates_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
+        if self.moepp.gate_scale != 1.0:
+            gates_TK = gates_TK * self.moepp.gate_scale
         gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
         routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
         return gates_TE, routing_map_TE

@@ -47,6 +47,7 @@ class StepMetrics(BaseModel):
         layer_ffn_fraction: [MoE layers] ``ffn_fraction`` of each layer.
         z_loss: Router z-loss, mean over MoE layers, without its coefficient.
         num_zeros: Gradient elements that are exactly zero.
+        failed_saves: Checkpoints that could not be written so far; only where any are.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
@@ -70,6 +71,7 @@ class StepMetrics(BaseModel):
     layer_ffn_fraction: list[Number] | None = None
     z_loss: float | None = None
     num_zeros: int | None = None
+    failed_saves: int | None = None
 
     def to_json_line(self) -> str:
         """One line of JSON with its line end; optional values that are None are left out."""

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.moe.selection_bias import update_selection_bias
 from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks, open_sinks
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.checkpoint import (
-    Progress,
-    find_checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
+    CheckpointWriter,
+    Loaded,
+    find_start,
+    read_checkpoint,
 )
 from moepp_megatron.training.collect import RoutingCollector, mean_loss
 from moepp_megatron.training.evaluate import validation_loss
@@ -29,6 +31,8 @@ from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
 from moepp_megatron.training.step import training_step
 
+logger = logging.getLogger(__name__)
+
 
 class Trainer:
     """Trains the model that a configuration describes. Every rank has one.
@@ -36,17 +40,19 @@ class Trainer:
     Args:
         config: The run's configuration, checked.
         layout: The rank grid; process groups exist.
+
+    Attributes:
+        progress: Where the run stands.
+        extra: Further state that checkpoints hold, the same on every rank.
+        checkpoints: Writes them; says whether saves failed.
     """
 
     def __init__(self, config: Config, layout: Layout) -> None:
         self.config = config
         self.layout = layout
         self.model: TrainingModel = build_training_model(config)
-        self.progress = Progress()
         assert config.data.path is not None, "training needs data.path"
         self._tokenizer = config.data.tokenizer or Path(config.data.path) / "tokenizer.json"
-        self._checkpoints = checkpoint_folder(config)
-        self._load()
         self._train_set, self._valid_set, _ = build_datasets(
             Path(config.data.path),
             Tokenizer.load(self._tokenizer),
@@ -57,6 +63,10 @@ class Trainer:
         )
         self._routing = RoutingCollector(self.model, config, layout)
         self.stopped = False
+        self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, self._tokenizer)
+        # Last, so that nothing draws random numbers between here and the first step.
+        loaded = self._load()
+        self.progress, self.extra = loaded.progress, loaded.extra
 
     def run(self) -> StepMetrics | None:
         """Train to `training.train_iters`.
@@ -78,25 +88,39 @@ class Trainer:
                 started = time.perf_counter()
                 self._routing.reset()
                 result = training_step(self.model, batches, config, self.layout)
+                self._update_selection_bias()
                 self._advance()
+                self.checkpoints.poll()
                 # The loss is needed by the log alone, but reading it waits for the device: so the
                 # time of the step is its own.
                 if self._due(training.log_interval) or self._evaluates():
                     record = self._record(result.losses, result.grad_norm, started)
                     if sinks is not None:
                         sinks.write(record)
+                        self._complain()
                 self.stopped = stop.agreed()
                 if self._due(config.checkpoint.save_interval) or self.stopped:
-                    self.save()
+                    self.checkpoints.save(self.model, self.progress, self.extra)
+            self.checkpoints.finish()
         if sinks is not None:
             sinks.close()
         return record
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present state; every rank must call."""
-        return save_checkpoint(
-            self._checkpoints, self.model, self.progress, self.config, self._tokenizer
-        )
+    def _complain(self) -> None:
+        """Say on every logged step that the last save failed, until one succeeds."""
+        if self.checkpoints.error is not None:
+            logger.error(
+                "step %d: %s (%d failed saves)",
+                self.progress.step,
+                self.checkpoints.error,
+                self.checkpoints.failed_saves,
+            )
+
+    def _update_selection_bias(self) -> None:
+        moe = self.config.moe
+        if moe.selection_bias and moe.selection_bias_rate > 0:
+            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            update_selection_bias(self.model.models, moe.selection_bias_rate, group)
 
     def _advance(self) -> None:
         training = self.config.training
@@ -134,24 +158,25 @@ class Trainer:
             step_time_s=elapsed,
             tokens_per_s=tokens / elapsed,
             valid_loss=valid_loss,
+            failed_saves=self.checkpoints.failed_saves if self._saves() else None,
             **routing,  # type: ignore[arg-type]
         )
+
+    def _saves(self) -> bool:
+        return self.config.checkpoint.save_interval > 0
 
     def _num_samples(self) -> tuple[int, int, int]:
         training = self.config.training
         batch = training.global_batch_size
         return training.train_iters * batch, training.eval_iters * batch, 0
 
-    def _load(self) -> None:
+    def _load(self) -> Loaded:
         """Continue from `checkpoint.load`."""
-        name = self.config.checkpoint.load
-        if name is None:
-            return
-        checkpoint = latest_checkpoint(self._checkpoints) if name == "auto" else None
-        if name != "auto":
-            checkpoint = find_checkpoint(name)
-        if checkpoint is not None:
-            self.progress = load_checkpoint(checkpoint, self.model)
+        start = find_start(self.config, checkpoint_folder(self.config))
+        if start is None:
+            return Loaded()
+        weights_only = not self.config.checkpoint.load_optimizer
+        return read_checkpoint(start, self.model, self.config, weights_only)
 
     def _open_sinks(self) -> Sinks | None:
         """Where metrics go; on one rank, since they are global."""
