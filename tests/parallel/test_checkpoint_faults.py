@@ -1,4 +1,4 @@
-"""Disks that fail during a save: every rank notices, nothing half written counts, training goes on."""
+"""Disks that fail during a save: all ranks notice, nothing half written counts, training goes on."""
 
 from __future__ import annotations
 
