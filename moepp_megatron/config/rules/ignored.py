@@ -8,7 +8,7 @@ from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.schema import Config, Section
 
 
-def _ignored(section: str, owner: Section, key: str, reason: str, remedy: str) -> Iterator[Problem]:
+def ignored(section: str, owner: Section, key: str, reason: str, remedy: str) -> Iterator[Problem]:
     """Yield a notice if the user set `key` to something other than its default."""
     if owner.is_set(key):
         yield Problem(f"{section}.{key}", getattr(owner, key), f"has no effect {reason}", remedy)
@@ -18,11 +18,11 @@ def routing_without_object(config: Config) -> Iterator[Problem]:
     """Tau weighs zero-computation experts; scope and tau shape a balance loss or capacity."""
     moe = config.moe
     if moe.num_zero_computation_experts == 0:
-        yield from _ignored(
+        yield from ignored(
             "moe", moe, "tau", "without zero-computation experts", "add some, or leave it out"
         )
     elif moe.balance_coeff == 0 and moe.capacity_factor is None:
-        yield from _ignored(
+        yield from ignored(
             "moe",
             moe,
             "tau",
@@ -30,7 +30,7 @@ def routing_without_object(config: Config) -> Iterator[Problem]:
             "set moe.balance_coeff above 0, or leave it out",
         )
     if moe.balance_coeff == 0:
-        yield from _ignored(
+        yield from ignored(
             "moe",
             moe,
             "balance_scope",
@@ -61,7 +61,7 @@ def residual_without_predecessor(config: Config) -> Iterator[Problem]:
 def sequence_parallel_without_tensor_parallel(config: Config) -> Iterator[Problem]:
     """Sequence parallelism splits over the tensor-parallel ranks."""
     if config.parallel.tensor_model_parallel_size == 1:
-        yield from _ignored(
+        yield from ignored(
             "parallel",
             config.parallel,
             "sequence_parallel",
@@ -75,7 +75,7 @@ def recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
     training = config.training
     if training.recompute_granularity is None:
         for key in ("recompute_method", "recompute_num_layers", "recompute_modules"):
-            yield from _ignored(
+            yield from ignored(
                 "training",
                 training,
                 key,
@@ -83,7 +83,7 @@ def recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
                 "set training.recompute_granularity, or leave it out",
             )
     elif training.recompute_granularity == "full":
-        yield from _ignored(
+        yield from ignored(
             "training",
             training,
             "recompute_modules",
@@ -106,7 +106,7 @@ def schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
     """A constant learning rate does not decay."""
     if config.optimizer.decay_style == "constant":
         for key in ("min_lr", "decay_iters"):
-            yield from _ignored(
+            yield from ignored(
                 "optimizer",
                 config.optimizer,
                 key,
@@ -118,7 +118,7 @@ def schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
 def intervals_of_nothing(config: Config) -> Iterator[Problem]:
     """Validation without batches; keeping checkpoints that are not written."""
     if config.training.eval_iters == 0:
-        yield from _ignored(
+        yield from ignored(
             "training",
             config.training,
             "eval_interval",
@@ -126,7 +126,7 @@ def intervals_of_nothing(config: Config) -> Iterator[Problem]:
             "set training.eval_iters above 0, or leave it out",
         )
     if config.checkpoint.save_interval == 0:
-        yield from _ignored(
+        yield from ignored(
             "checkpoint",
             config.checkpoint,
             "keep",
