@@ -245,7 +245,7 @@ INVALID = [
     ),
     (["resilience.guard_max_rollbacks=-1"], "resilience.guard_max_rollbacks (-1)", "use 0 or more"),
     (["resilience.divergence_interval=-1"], "resilience.divergence_interval (-1)", "use 0 or more"),
-    (["resilience.hang_timeout_s=-1"], "resilience.hang_timeout_s (-1.0)", "use 0.0 or more"),
+    (["resilience.hang_timeout_s=-1"], "resilience.hang_timeout_s (-1)", "use 0 or more"),
     (["resilience.hang_timeout_s=0.5"], "resilience.hang_timeout_s (0.5)", "use 600.0, or 0.0"),
     (
         ["resilience.hang_slow_phase_timeout_s=60"],
