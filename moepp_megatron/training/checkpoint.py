@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,15 @@ class Progress:
         step: Optimizer steps taken.
         consumed_samples: Training sequences read by all ranks.
         tokens: Tokens trained on.
+        skipped_steps: Batches that the numerical guard refused.
+        recent_losses: The losses that the guard compares the next one with.
     """
 
     step: int = 0
     consumed_samples: int = 0
     tokens: int = 0
+    skipped_steps: int = 0
+    recent_losses: list[float] = field(default_factory=list)
 
 
 def save_checkpoint(
