@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor
 
 from moepp_megatron.training.resilience.checksum import checksum
 
-Named = list[tuple[str, Tensor]]
+Named = list[tuple[str, torch.nn.Parameter]]
 
 
 class SilentDivergenceError(RuntimeError):
@@ -56,7 +55,10 @@ def check_shared_parameters(models: Sequence[torch.nn.Module], step: int) -> Non
 
 def _shared(models: Sequence[torch.nn.Module]) -> Iterator[tuple[Named, dist.ProcessGroup]]:
     """Parameters with the ranks that must hold the same; the same order on all of these ranks."""
-    experts, split, whole, tied = [], [], [], []
+    experts: Named = []
+    split: Named = []
+    whole: Named = []
+    tied: Named = []
     for index, model in enumerate(models):
         for name, parameter in model.named_parameters():
             entry = (f"{name} (model chunk {index})" if len(models) > 1 else name, parameter)
