@@ -54,7 +54,7 @@ def training_step(
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
-    before = StepState(model.chunks) if guard is not None else None
+    before = StepState(model.models) if guard is not None else None
     losses = run_schedule(model, batches, config, layout.num_microbatches, forward_only=False)
     grad_norm = prepare_gradients(model.optimizer)
     if guard is not None and before is not None and guard.refuses(losses, grad_norm):

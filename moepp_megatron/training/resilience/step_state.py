@@ -17,12 +17,12 @@ class StepState:
     buffers. Everything here is small (tens of kB).
 
     Args:
-        chunks: This rank's model chunks.
+        models: This rank's model chunks, not wrapped.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
         self._buffers = [
-            (buffer, buffer.detach().clone()) for chunk in chunks for buffer in chunk.buffers()
+            (buffer, buffer.detach().clone()) for model in models for buffer in model.buffers()
         ]
         self._python = random.getstate()
         self._numpy = np.random.get_state()
