@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
+from moepp_megatron.config import (
+    Config,
+    ConfigError,
+    Layout,
+    check_config,
+    check_world_size,
+    load_config,
+    with_overrides,
+)
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
@@ -21,6 +29,14 @@ def train(
     nproc: Annotated[
         int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
     ] = 1,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Start all ranks anew this often after one has died; they go on from the newest "
+            "checkpoint.",
+        ),
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, print rank grid and parameters, stop.")
     ] = False,
@@ -34,15 +50,20 @@ def train(
     world_size = rank.world_size if rank.is_launched else nproc
     layout = Layout.from_config(settings, world_size)
     if rank.rank == 0:
-        for warning in check_config(settings):
+        for warning in check_config(settings) + check_world_size(settings, world_size):
             typer.echo(f"warning: {warning}", err=True)
     if dry_run:
         from moepp_megatron.cli.dry_run import print_plan
 
         print_plan(settings, layout)
         return
+    from moepp_megatron.runtime.fit import check_fit
+
+    check_fit(settings)
     _check_data(settings)
-    if rank.is_launched or nproc == 1:
+    if rank.is_launched or (nproc == 1 and max_restarts == 0):
+        if rank.restart_count > 0:
+            settings = with_overrides(settings, ["checkpoint.load=auto"])
         _train_rank(settings, layout)
         return
     from moepp_megatron.runtime.launch import run_ranks
@@ -91,6 +112,12 @@ def _train_rank(config: Config, layout: Layout) -> None:
     trainer = Trainer(config, layout)
     record = trainer.run()
     distributed.stop()
+    if trainer.stopped:
+        from moepp_megatron.runtime.launch import STOPPED, leave
+
+        if rank.rank == 0:
+            typer.echo(f"stopped on request at step {trainer.progress.step}; run again to go on")
+        leave(STOPPED)
     if rank.rank == 0:
         _finish(config, record)
 

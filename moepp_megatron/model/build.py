@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from moepp_megatron.config import Config
+from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.model.attention import ContextParallelAttention
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
@@ -18,7 +19,7 @@ from moepp_megatron.moe.spec import get_moepp_block_spec
 from moepp_megatron.runtime.optional import have_transformer_engine
 
 if TYPE_CHECKING:
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from moepp_megatron.model.hybrid import MoEPPHybridModel
 
 
 def build_model(config: Config) -> list[LanguageModule]:
@@ -29,7 +30,7 @@ def build_model(config: Config) -> list[LanguageModule]:
     Returns:
         One chunk, or one per virtual pipeline stage.
     """
-    num_chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    num_chunks = virtual_stages(config)
     stages = range(num_chunks) if num_chunks > 1 else [None]
     chunks = [_build_chunk(config, vp_stage) for vp_stage in stages]
     initialize_weights(chunks, config.training.seed)
@@ -73,13 +74,11 @@ def _gpt_model(
     return MoEPPGPTModel(megatron, spec, moepp=moepp, vp_stage=vp_stage, **kwargs)
 
 
-def _hybrid_model(config: Config, backend: dict[str, Any], **kwargs: Any) -> HybridModel:
+def _hybrid_model(config: Config, backend: dict[str, Any], **kwargs: Any) -> MoEPPHybridModel:
     # Its modules are many and needed only here: ranks that build a GPTModel need not import them.
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-
     from moepp_megatron.model import hybrid
 
     megatron = hybrid.hybrid_transformer_config(config)
     spec = hybrid.get_moepp_hybrid_stack_spec(megatron, moepp_config(config), **backend)
     pattern = hybrid.hybrid_layer_pattern(config)
-    return HybridModel(megatron, spec, hybrid_layer_pattern=pattern, **kwargs)
+    return hybrid.MoEPPHybridModel(megatron, spec, hybrid_layer_pattern=pattern, **kwargs)

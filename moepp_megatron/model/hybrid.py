@@ -18,6 +18,7 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.recompute import checkpointed_forward
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -134,6 +135,20 @@ def get_moepp_hybrid_stack_spec(
             moe_layer=moe,
         ),
     )
+
+
+class MoEPPHybridModel(HybridModel):
+    """`HybridModel` whose checkpoints the GPT assembly can load, and the other way round.
+
+    Layer names are the business of `MoEPPHybridStack`.
+    """
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As `HybridModel`, without the empty entry that `GPTModel` leaves out too."""
+        state = super().sharded_state_dict(prefix, *args, **kwargs)
+        extra = state.pop(f"{prefix}output_layer._extra_state", None)
+        assert extra is None or not extra.data, "the output layer has no state but its weight"
+        return state
 
 
 class HybridMoELayer(MoEPPTransformerLayer):

@@ -8,8 +8,9 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config import Config
+from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.runtime.optional import have_transformer_engine
+from moepp_megatron.runtime.optional import flex_backend, have_transformer_engine
 
 
 def params_dtype(config: Config) -> torch.dtype:
@@ -46,6 +47,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     not initialised here: `moepp_megatron.model.initialize` does it, independent of the layout.
     """
     model, parallel, training = config.model, config.parallel, config.training
+    num_chunks = virtual_stages(config)
     dtype = params_dtype(config)
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -66,7 +68,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         perform_initialization=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
         pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
@@ -74,8 +76,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         sequence_parallel=parallel.uses_sequence_parallel,
         # The interleaved schedule exchanges activations and gradients with the same two neighbours
         # at once; as one batch they could not be told apart where both neighbours are one rank.
-        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
-        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
+        overlap_p2p_comm=num_chunks > 1,
+        batch_p2p_comm=num_chunks == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -104,6 +106,7 @@ def _moe_fields(config: Config) -> dict[str, object]:
         "moe_ffn_hidden_size": config.expert_ffn_hidden_size,
         "moe_layer_freq": moe.layer_freq,
         "moe_token_dispatcher_type": moe.dispatcher,
+        "moe_flex_dispatcher_backend": (moe.dispatcher == "flex" and flex_backend()) or "deepep",
         "moe_router_dtype": "fp32",
         "moe_z_loss_coeff": moe.z_loss_coeff,
         "moe_input_jitter_eps": moe.input_jitter_eps,
@@ -122,7 +125,9 @@ def _moe_fields(config: Config) -> dict[str, object]:
         fields |= {
             "moe_router_score_function": moe.score_function,
             "moe_router_pre_softmax": moe.gate_normalization == "none",
-            "moe_router_load_balancing_type": "aux_loss",
+            "moe_router_load_balancing_type": "seq_aux_loss"
+            if moe.balance_scope == "sequence"
+            else "aux_loss",
             "moe_aux_loss_coeff": moe.balance_coeff,
             "moe_expert_capacity_factor": moe.capacity_factor,
         }

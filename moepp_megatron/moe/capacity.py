@@ -7,6 +7,11 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 
+# Gates are compared in steps of 1 / GATE_STEPS. Tokens that are equal in exact arithmetic (the same
+# token repeated at the start of a sequence, say) get gates a few 1e-7 apart, in an order that
+# depends on how matrix products are blocked and so on the layout; a step is far wider than that.
+GATE_STEPS = 4096
+
 
 @torch.no_grad()
 def within_capacity(
@@ -14,36 +19,63 @@ def within_capacity(
     routing_map: Tensor,
     config: MoEPPConfig,
     group: torch.distributed.ProcessGroup | None,
+    context_parallel_size: int = 1,
 ) -> Tensor:
     """The selections that each expert keeps: those with the largest gates.
 
     Source of the limits: arXiv 2410.07348, expert capacity.
 
     The limit counts the tokens of the whole micro-batch, so ranks that hold parts of its sequences
-    (sequence and context parallelism) exchange their gates first. Between equal gates the token
-    that comes first in the group's rank order stays.
+    (sequence and context parallelism) exchange their gates first. Between equal gates (to a step
+    of 1 / GATE_STEPS), which `nonzero` normalisation makes common (a lone FFN pick has gate 1), the
+    token that comes first in [sequence position, sequence] order stays, wherever it is.
 
     Args:
-        gates: [T, E] fp32, local tokens, 0 where not selected.
+        gates: [T, E] fp32, local tokens in [sequence position, sequence] order, 0 where not
+            selected.
         routing_map: [T, E] bool, local selections.
         config: Settings; `capacity_factor` must be set.
-        group: Ranks that share the micro-batch (tensor x context), or None for this rank alone.
+        group: Ranks that share the micro-batch (tensor x context, tensor fastest), or None for
+            this rank alone.
+        context_parallel_size: Ranks of the group that share out a sequence in zigzag order.
 
     Returns:
         [T, E] bool, True where a selection stays.
     """
     num_local = gates.shape[0]
     # Gates are never negative; -1 sorts what was not selected behind every selection.
-    ranking = torch.where(routing_map, gates, -1.0)
+    ranking = torch.where(routing_map, (gates * GATE_STEPS).round(), -1.0)
     rank, size = 0, 1
     if group is not None and group.size() > 1:
         rank, size = group.rank(), group.size()
         gathered = ranking.new_empty(num_local * size, ranking.shape[1])
         torch.distributed.all_gather_into_tensor(gathered, ranking.contiguous(), group=group)
-        ranking = gathered
+        ranking = _in_sequence_order(gathered, context_parallel_size)
     order = ranking.argsort(dim=0, descending=True, stable=True)
     limits = torch.tensor(config.capacities(num_local * size), device=gates.device)
     positions = torch.arange(ranking.shape[0], device=gates.device)
     kept = torch.zeros_like(ranking, dtype=torch.bool)
     kept.scatter_(0, order, positions[:, None] < limits[None, :])
+    kept = _in_rank_order(kept, context_parallel_size)
     return kept[rank * num_local : (rank + 1) * num_local] & routing_map
+
+
+def _in_sequence_order(values: Tensor, context_parallel_size: int) -> Tensor:
+    """From the order in which ranks hold tokens, [T, E], to the order of the sequence.
+
+    Context-parallel rank r of R holds chunks r and 2R - 1 - r of the 2R chunks of every sequence
+    (`megatron.core.utils.get_batch_on_this_cp_rank`); tensor-parallel ranks hold its consecutive
+    parts. So the early chunks come in rank order and the late ones in reverse.
+    """
+    if context_parallel_size == 1:
+        return values
+    early, late = values.view(context_parallel_size, 2, -1, values.shape[-1]).unbind(dim=1)
+    return torch.cat([early, late.flip(0)]).view_as(values)
+
+
+def _in_rank_order(values: Tensor, context_parallel_size: int) -> Tensor:
+    """The inverse of `_in_sequence_order`."""
+    if context_parallel_size == 1:
+        return values
+    chunks = values.view(2, context_parallel_size, -1, values.shape[-1])
+    return torch.stack([chunks[0], chunks[1].flip(0)], dim=1).view_as(values)

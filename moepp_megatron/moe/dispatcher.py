@@ -7,10 +7,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
     MoETokenDispatcher,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from moepp_megatron.moe.flex_dispatcher import FFNFlexTokenDispatcher, vectors_sent
 
 
 class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -56,16 +59,18 @@ def build_dispatcher(
 
     Raises:
         ValueError: For a dispatcher that cannot carry FFN-only routing.
+        ImportError: For flex without its package.
     """
-    dispatchers = {
+    dispatchers: dict[str, type[MoETokenDispatcher]] = {
         "alltoall": FFNAlltoAllTokenDispatcher,
         # It counts selections from the map it gathers, so FFN columns alone are right as it is.
         "allgather": MoEAllGatherTokenDispatcher,
+        "flex": FFNFlexTokenDispatcher,
     }
     name = config.moe_token_dispatcher_type
     if name not in dispatchers:
         raise ValueError(
-            f"moe.dispatcher ({name}) cannot carry FFN-only routing yet; use "
+            f"moe_token_dispatcher_type ({name}) must be one that carries FFN-only routing; use "
             + " or ".join(dispatchers)
         )
     return dispatchers[name](
@@ -76,9 +81,11 @@ def build_dispatcher(
 def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int:
     """Bytes of hidden vectors that this rank sends to others for one forward pass.
 
-    Counts dispatch and combine over the expert-parallel group: for the all-to-all from the split
-    sizes that it was called with, for the all-gather one copy of every local token to every other
-    rank and back. The gates that travel along (4 bytes a selection) are not counted.
+    Counts dispatch and combine over the expert-parallel group. The all-to-all: by the split sizes
+    that it was called with. The all-gather: one copy of every local token to every other rank and
+    back. Flex: one copy of a token to every other rank that it needs, and back (counted where the
+    token starts, so only the sum over ranks is exact). The gates that travel along, 4 bytes a
+    selection, are not counted.
 
     Args:
         dispatcher: After `dispatch_preprocess` and `token_dispatch` of this pass.
@@ -97,4 +104,6 @@ def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int:
     if isinstance(dispatcher, MoEAllGatherTokenDispatcher):
         others = dispatcher.tp_size * dispatcher.ep_size - 1
         return 2 * hidden[..., 0].numel() * others * row
+    if isinstance(dispatcher, MoEFlexTokenDispatcher):
+        return 2 * vectors_sent(dispatcher) * row
     raise TypeError(f"no byte count is defined for {type(dispatcher).__name__}")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moepp_megatron.moe.capacity import GATE_STEPS
 from moepp_megatron.moe.config import MoEPPConfig
 
 
@@ -127,7 +128,8 @@ def select_experts(logits_TE: Tensor, config: MoEPPConfig) -> tuple[Tensor, Tens
         scores_TE = torch.softmax(logits_TE, dim=-1)
     else:
         scores_TE = torch.sigmoid(logits_TE)
-    chosen_TK = scores_TE.topk(config.router_topk, dim=-1).indices
+    # Between equal scores the first expert, which `topk` would not promise.
+    chosen_TK = scores_TE.argsort(dim=-1, descending=True, stable=True)[:, : config.router_topk]
     selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
     gates_TE = torch.where(selected_TE, scores_TE, 0.0)
 
@@ -153,11 +155,13 @@ def balance_loss(scores_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) ->
 def within_capacity(gates_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:
     """Which selections stay (bool [T, E]): per expert those with the largest gates.
 
-    Between equal gates the earlier token stays.
+    Between equal gates the earlier token stays. Gates are compared in steps of 1 / GATE_STEPS, so
+    that rounding decides nothing.
     """
     kept_TE = torch.zeros_like(selected_TE)
     for index, capacity in enumerate(config.capacities(gates_TE.shape[0])):
-        rank = torch.where(selected_TE[:, index], gates_TE[:, index], -1.0)
+        steps = (gates_TE[:, index] * GATE_STEPS).round()
+        rank = torch.where(selected_TE[:, index], steps, -1.0)
         order = rank.argsort(descending=True, stable=True)[:capacity]
         kept_TE[order, index] = True
     return kept_TE & selected_TE

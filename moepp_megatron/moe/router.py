@@ -76,6 +76,26 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
     return own
 
 
+def top_experts(scores: Tensor, topk: int) -> Tensor:
+    """The experts with the largest scores of each token; between equal scores the first expert.
+
+    `torch.topk` leaves open which of two equal scores it returns, and its choice differs between
+    devices and sizes. Its smallest returned score does not: everything above it is selected, and
+    of the scores equal to it as many as there is room for, in expert order.
+
+    Args:
+        scores: [T, E].
+        topk: K.
+
+    Returns:
+        [T, E] bool, K ones a row.
+    """
+    smallest = scores.detach().topk(topk, dim=-1).values[:, -1:]
+    above, equal = scores > smallest, scores == smallest
+    room = topk - above.sum(dim=-1, keepdim=True)
+    return above | (equal & (equal.cumsum(dim=-1) <= room))
+
+
 class MoEPPRouter(TopKRouter):
     """Routes each token among FFN, constant, copy and zero experts.
 
@@ -108,6 +128,10 @@ class MoEPPRouter(TopKRouter):
         self.balance_weights = torch.tensor(
             moepp.balance_weights(), device=torch.cuda.current_device()
         )
+        self.is_zero_expert = torch.zeros(
+            moepp.num_experts, dtype=torch.bool, device=torch.cuda.current_device()
+        )
+        self.is_zero_expert[moepp.zero_experts] = True
         num_experts, hidden = moepp.num_experts, config.hidden_size
         self.residual_weight: torch.nn.Parameter | None = None
         if moepp.two_layer_gate:
@@ -175,7 +199,9 @@ class MoEPPRouter(TopKRouter):
             loss, gates_TE = self._balance(scores_TE, routing_map_TE, gates_TE, num_sequences)
         kept_TE = None
         if self.moepp.capacity_factor is not None:
-            kept_TE = within_capacity(gates_TE, routing_map_TE, self.moepp, self.tp_cp_group)
+            kept_TE = within_capacity(
+                gates_TE, routing_map_TE, self.moepp, self.tp_cp_group, self.cp_group.size()
+            )
         if counts:
             self.statistics.add_selection(routing_map_TE, kept_TE, loss)
         if kept_TE is not None:
@@ -192,15 +218,14 @@ class MoEPPRouter(TopKRouter):
 
     def _select(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Top-K experts and their gates under the configured normalisation."""
-        gates_TK, chosen_TK = scores_TE.topk(self.topk, dim=-1)
+        routing_map_TE = top_experts(scores_TE, self.topk)
+        gates_TE = torch.where(routing_map_TE, scores_TE, 0.0)
         if self.moepp.gate_normalization == "nonzero":
-            gates_TK = gates_TK.masked_fill(chosen_TK >= self.moepp.zero_experts.start, 0.0)
+            gates_TE = torch.where(self.is_zero_expert, 0.0, gates_TE)
         if self.moepp.gate_normalization != "none":
-            total_T1 = gates_TK.sum(dim=-1, keepdim=True)
+            total_T1 = gates_TE.sum(dim=-1, keepdim=True)
             # All picks zero experts: nothing to divide, the gates stay 0.
-            gates_TK = gates_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
-        gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
-        routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+            gates_TE = gates_TE / total_T1.masked_fill(total_T1 == 0, 1.0)
         return gates_TE, routing_map_TE
 
     def _balance(

@@ -66,6 +66,9 @@ def build_groups(config: Config, layout: Layout) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    if config.training.deterministic:
+        # Before the first group: NCCL and cuBLAS read these when they start.
+        _require_determinism()
     world_size = dist.get_world_size()
     assert layout.world_size == world_size, f"layout of {layout.world_size}, {world_size} ranks"
     parallel_state.initialize_model_parallel(
@@ -80,10 +83,21 @@ def build_groups(config: Config, layout: Layout) -> None:
         # here; without them a rank starts faster and has fewer threads.
         create_gloo_process_groups=False,
     )
-    if config.training.deterministic:
-        torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed)
+
+
+def _require_determinism() -> None:
+    """Only kernels and reductions that give the same bits every time, where there is a choice.
+
+    What the user has set in the environment stays.
+    """
+    torch.use_deterministic_algorithms(True)
+    # A fixed workspace (cuBLAS), a fixed order of reduction (NCCL), no atomics in attention
+    # (Transformer Engine); megatron-core's `deterministic_mode` asks for the same.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
 
 def stop() -> None:

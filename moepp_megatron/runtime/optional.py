@@ -22,3 +22,20 @@ def have_transformer_engine() -> bool:
 def have_apex() -> bool:
     """Whether NVIDIA apex is installed (the package of that name on PyPI is another one)."""
     return importlib.util.find_spec("amp_C") is not None
+
+
+@functools.cache
+def flex_backend() -> str | None:
+    """What the flex dispatcher runs on here: "deepep", "hybridep", or None for nothing."""
+    # Looked for first, because it takes no import of torch to see that it is missing.
+    if importlib.util.find_spec("deep_ep") is None:
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP, HAVE_HYBRIDEP
+
+    if HAVE_DEEP_EP:
+        return "deepep"
+    return "hybridep" if HAVE_HYBRIDEP else None

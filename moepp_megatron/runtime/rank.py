@@ -16,6 +16,7 @@ class RankEnvironment:
         local_rank: Rank on this node.
         local_world_size: Ranks on this node.
         is_launched: Whether torchrun (or a launcher that sets the same variables) started it.
+        restart_count: How often torchrun has started the ranks anew.
     """
 
     rank: int = 0
@@ -23,6 +24,7 @@ class RankEnvironment:
     local_rank: int = 0
     local_world_size: int = 1
     is_launched: bool = False
+    restart_count: int = 0
 
     @classmethod
     def read(cls) -> RankEnvironment:
@@ -37,4 +39,5 @@ class RankEnvironment:
             local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
             local_world_size=int(env.get("LOCAL_WORLD_SIZE", world_size)),
             is_launched=True,
+            restart_count=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )

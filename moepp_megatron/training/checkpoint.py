@@ -74,6 +74,11 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
+    if config.parallel.overlap_param_gather:
+        # The gather that follows an optimizer step is put off to the next forward pass: until then
+        # a rank has the new values of its own shard alone.
+        for chunk in model.chunks:
+            chunk.start_param_sync(force_sync=True)
     state = _state_dict(model, is_loading=False)
     state["progress"] = asdict(progress)
     dist_checkpointing.save(

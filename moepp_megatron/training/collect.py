@@ -76,9 +76,11 @@ class RoutingCollector:
     def _megatron_losses(self, layer_number: int) -> Tensor:
         """[2] what megatron-core's own tracker holds: balance loss (vanilla) and z-loss."""
         entries = get_moe_metrics_tracker().metrics
+        per_sequence = self._config.moe.balance_scope == "sequence"
+        balance = "seq_load_balancing_loss" if per_sequence else "load_balancing_loss"
         values = [
             entries[name].values[layer_number - 1] if name in entries else torch.tensor(0.0)
-            for name in ("load_balancing_loss", "z_loss")
+            for name in (balance, "z_loss")
         ]
         return torch.stack([value.detach().to("cpu", torch.float64) for value in values])
 

@@ -29,6 +29,7 @@ from moepp_megatron.training.evaluate import validation_loss
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.setup import TrainingModel, build_training_model
+from moepp_megatron.training.signals import StopRequest
 from moepp_megatron.training.step import training_step
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ class Trainer:
             self._num_samples(),
         )
         self._routing = RoutingCollector(self.model, config, layout)
-        self._supervisor = Supervisor(config, self.model.models)
+        self._supervisor = Supervisor(config, self.model)
+        self.stopped = False
 
     def run(self) -> StepMetrics | None:
         """Train to `training.train_iters`.
@@ -77,25 +79,26 @@ class Trainer:
         )
         record = None
         self.model.set_training(True)
-        with self._supervisor as supervisor:
-            self._share_losses_with_guard()
-            while self.progress.step < training.train_iters:
+        self._share_losses_with_guard()
+        with StopRequest().listening() as stop, self._supervisor as supervisor:
+            while self.progress.step < training.train_iters and not self.stopped:
                 supervisor.begin_step(self.progress.step + 1)
                 started = time.perf_counter()
                 self._routing.reset()
                 result = training_step(self.model, batches, config, self.layout, supervisor.guard)
-                if not result.updated:
+                if result.updated:
+                    self._advance()
+                    supervisor.end_step(self.progress.step)
+                else:
                     self._skip()
-                    continue
-                self._advance()
-                supervisor.end_step(self.progress.step)
                 # The loss is needed by the log alone, but reading it waits for the device: so the
                 # time of the step is its own.
-                if self._due(training.log_interval) or self._evaluates():
+                if result.updated and (self._due(training.log_interval) or self._evaluates()):
                     record = self._record(result.losses, result.grad_norm, started)
                     if sinks is not None:
                         sinks.write(record)
-                if self._due(config.checkpoint.save_interval):
+                self.stopped = stop.agreed()
+                if result.updated and self._due(config.checkpoint.save_interval) or self.stopped:
                     with supervisor.during("save"):
                         self.save()
         if sinks is not None:

@@ -6,6 +6,8 @@ statistics), so a comparison covers what a user runs. `compare` holds one run ag
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +58,19 @@ def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return merged
 
 
-def train(raw: dict[str, Any], steps: int) -> tuple[Run, list[Any]]:
-    """Train on this rank's layout. Returns the run and this rank's pieces of the gradients."""
+def train(
+    raw: dict[str, Any], steps: int, prepare: Callable[[list[Any]], None] | None = None
+) -> tuple[Run, list[Any]]:
+    """Train on this rank's layout.
+
+    Args:
+        raw: The configuration, as `settings` returns it.
+        steps: Optimizer steps.
+        prepare: Module-level function, called with this rank's model chunks before the first step.
+
+    Returns:
+        The run and this rank's pieces of the gradients.
+    """
     import torch.distributed as dist
 
     from moepp_megatron.config import Layout, parse_config
@@ -71,6 +84,9 @@ def train(raw: dict[str, Any], steps: int) -> tuple[Run, list[Any]]:
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)
     model = build_training_model(config)
+    if prepare is not None:
+        prepare(model.models)
+        model.optimizer.reload_model_params()
     model.set_training(True)
     collector = RoutingCollector(model, config, layout)
     pieces = _capture_gradients(model)
@@ -101,26 +117,89 @@ def assemble(results: list[tuple[Run, list[Any]]]) -> Run:
     return first
 
 
-def compare(run: Run, reference: Run, relative: float) -> None:
-    """Fail unless the run is the reference run up to `relative`.
+@dataclass(frozen=True)
+class Difference:
+    """How far one run is from another.
 
-    Gradients are compared by tensor, relative to the tensor's largest element.
+    Attributes:
+        loss: Largest relative difference of a step's language-model loss.
+        grad_norm: The same of the gradient norm.
+        gradient: Largest difference of an element of a gradient, relative to the largest element
+            of its parameter's gradient.
+        parameter: The parameter with that difference.
+        all_gradients: L2 norm of the difference of all gradients, relative to theirs.
+        balance_loss: Largest relative difference of a step's balance loss or z-loss.
+        selections: Largest difference of a share of the selections: an expert's, the FFN experts',
+            the dropped ones', over all layers and steps.
     """
-    np.testing.assert_allclose(run.losses, reference.losses, rtol=relative)
-    # The norm adds up squares of all gradients, so its error is that of the largest of them.
-    np.testing.assert_allclose(run.grad_norms, reference.grad_norms, rtol=10 * relative)
-    assert run.gradients.keys() == reference.gradients.keys()
-    for key, expected in reference.gradients.items():
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(
-            run.gradients[key], expected, rtol=0, atol=10 * relative * scale, err_msg=key
-        )
-    for step, (mine, theirs) in enumerate(zip(run.routing, reference.routing, strict=True)):
-        for name in ("expert_share", "layer_expert_share", "ffn_fraction", "dropped_fraction"):
-            np.testing.assert_allclose(
-                mine[name], theirs[name], rtol=0, atol=1e-12, err_msg=f"{name} of step {step}"
-            )
-        np.testing.assert_allclose(mine["balance_loss"], theirs["balance_loss"], rtol=10 * relative)
+
+    loss: float
+    grad_norm: float
+    gradient: float
+    parameter: str
+    all_gradients: float
+    balance_loss: float
+    selections: float
+
+
+def difference(run: Run, reference: Run) -> Difference:
+    """Compare a run with the reference run, step by step and gradient by gradient."""
+    assert run.gradients.keys() == reference.gradients.keys(), "other parameters have gradients"
+    gradients = {
+        name: _relative_to_largest(run.gradients[name], expected)
+        for name, expected in reference.gradients.items()
+    }
+    parameter = max(gradients, key=gradients.__getitem__)
+    steps = list(zip(run.routing, reference.routing, strict=True))
+    losses = [name for name in ("balance_loss", "z_loss") if name in reference.routing[0]]
+    return Difference(
+        loss=_relative(run.losses, reference.losses),
+        grad_norm=_relative(run.grad_norms, reference.grad_norms),
+        gradient=gradients[parameter],
+        parameter=parameter,
+        all_gradients=_l2(run.gradients[name] - g for name, g in reference.gradients.items())
+        / _l2(reference.gradients.values()),
+        balance_loss=max(
+            _relative([mine[name]], [theirs[name]]) for mine, theirs in steps for name in losses
+        ),
+        selections=max(
+            float(np.abs(np.subtract(mine[name], theirs[name])).max())
+            for mine, theirs in steps
+            for name in ("layer_expert_share", "layer_ffn_fraction", "dropped_fraction")
+        ),
+    )
+
+
+def compare(run: Run, reference: Run, relative: float) -> Difference:
+    """Fail unless every number of the run is that of the reference run up to `relative`.
+
+    Shares of selections are counts, so equal to the last digit: the same tokens went to the same
+    experts.
+    """
+    found = difference(run, reference)
+    largest = max(found.loss, found.grad_norm, found.gradient, found.balance_loss)
+    assert largest <= relative, found
+    assert found.selections < 1e-12, found
+    return found
+
+
+def _l2(arrays: Iterable[np.ndarray]) -> float:
+    return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))
+
+
+def _relative(values: list[float], expected: list[float]) -> float:
+    """Largest difference, relative to what is expected; 0 where both are 0."""
+    wanted = np.abs(np.asarray(expected))
+    apart = np.abs(np.subtract(values, expected))
+    assert not np.isnan(apart).any(), f"not a number: {values}, expected {expected}"
+    unwanted = np.where(apart > 0, np.inf, 0.0)
+    return float(np.divide(apart, wanted, out=unwanted, where=wanted > 0).max())
+
+
+def _relative_to_largest(values: np.ndarray, expected: np.ndarray) -> float:
+    """As `_relative`, but to the largest expected element."""
+    largest = float(np.abs(expected).max())
+    return _relative([float(np.abs(values - expected).max()) + largest], [largest])
 
 
 class SyntheticDataset:

@@ -74,6 +74,15 @@ def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
                 "residual, because that is megatron-core's vanilla MoE layer, which lacks it",
                 f"drop moe.{key}, set moe.gating_residual to true or add zero-computation experts",
             )
+    if moe.balance_scope == "global":
+        yield Problem(
+            "moe.balance_scope",
+            "global",
+            "must be microbatch or sequence without zero-computation experts and gating residual, "
+            "because the global loss of megatron-core's vanilla MoE layer shrinks with the number "
+            "of data-parallel ranks",
+            "use microbatch, set moe.gating_residual to true or add zero-computation experts",
+        )
 
 
 RULES = (

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 import torch.distributed as dist
 
 from moepp_megatron.config import Config
@@ -17,6 +15,7 @@ from moepp_megatron.training.resilience.divergence import check_shared_parameter
 from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
 from moepp_megatron.training.resilience.stragglers import OwnTimes, StragglerDetector
 from moepp_megatron.training.resilience.watchdog import Watchdog
+from moepp_megatron.training.setup import TrainingModel
 
 
 class Supervisor:
@@ -24,15 +23,16 @@ class Supervisor:
 
     Args:
         config: The run's configuration.
-        models: This rank's model chunks, not wrapped.
+        model: The wrapped model.
 
     Attributes:
         guard: Judges each step, or None.
     """
 
-    def __init__(self, config: Config, models: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, config: Config, model: TrainingModel) -> None:
         settings = config.resilience
-        self._models, self._divergence_interval = models, settings.divergence_interval
+        self._model, self._divergence_interval = model, settings.divergence_interval
+        self._gathers_late = config.parallel.overlap_param_gather
         self._activity = Activity()
         self._steps_begun = 0
         self._own_times: OwnTimes | None = None
@@ -95,7 +95,11 @@ class Supervisor:
         """
         self._own_times = self._stragglers.end_step(step) if self._stragglers else None
         if self._divergence_interval > 0 and step % self._divergence_interval == 0:
-            check_shared_parameters(self._models, step)
+            if self._gathers_late:
+                # Until the next forward pass a rank has the new values of its own shard alone.
+                for chunk in self._model.chunks:
+                    chunk.start_param_sync(force_sync=True)
+            check_shared_parameters(self._model.models, step)
 
     def metrics(self) -> dict[str, int | float]:
         """Optional fields of the step's record."""

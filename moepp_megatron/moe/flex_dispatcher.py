@@ -1,0 +1,107 @@
+"""megatron-core's flex dispatcher (DeepEP, HybridEP) for routing maps of FFN experts only.
+
+A row of an FFN-only map holds anything from 0 to K selections. What each backend makes of that:
+
+- HybridEP takes the map itself: right as it is.
+- DeepEP takes K expert indices a token. megatron-core fills the slots that a token does not use
+  with real experts of probability 0, which would be sent to and computed for nothing; only with a
+  capacity factor does it write DeepEP's sentinel -1 there. Here the sentinel is always written, and
+  by the map, so that a selection whose gate underflows to 0 keeps its gradient.
+- NCCL-EP takes K indices too and documents no sentinel: refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEFlexTokenDispatcher,
+    _DeepepManager,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class FFNDeepepManager(_DeepepManager):
+    """DeepEP's indices and weights from an FFN-only map."""
+
+    def setup_metadata(self, routing_map: Tensor, probs: Tensor) -> None:
+        """Set `token_indices` and `token_probs`.
+
+        Args:
+            routing_map: [T, ranks, local experts] bool, copied to the tensor ranks of an expert.
+            probs: The same shape, fp32 gates, 0 where not selected.
+
+        `token_indices` becomes [T, slots] int64 with -1 in unused slots, `token_probs` [T, slots]
+        fp32 with 0 there.
+        """
+        routing_map = routing_map.reshape(-1, self.num_experts)
+        probs = probs.reshape(-1, self.num_experts)
+        slots = min(self.router_topk, self.num_experts)
+        # Gates are never negative, so selections come before everything else.
+        indices = torch.where(routing_map, probs.detach(), -1.0).topk(slots, dim=-1).indices
+        is_used = routing_map.gather(1, indices)
+        self.token_indices = indices.masked_fill(~is_used, -1)
+        self.token_probs = torch.where(is_used, probs.gather(1, indices), 0.0)
+
+
+class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
+    """Flex dispatch of FFN-routed tokens only.
+
+    Args:
+        num_local_experts: FFN experts of this rank.
+        local_expert_indices: Their indices.
+        config: The model's configuration; `moe_flex_dispatcher_backend` names the backend.
+        pg_collection: Process groups.
+
+    Raises:
+        ValueError: For a backend that cannot carry FFN-only routing.
+        ImportError: If the backend's package is not installed.
+    """
+
+    _comm_manager: Any
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        backend = config.moe_flex_dispatcher_backend
+        if backend not in ("deepep", "hybridep"):
+            raise ValueError(
+                f"moe_flex_dispatcher_backend ({backend}) must be deepep or hybridep, because it "
+                "has no way to leave a token's slot unused; use deepep"
+            )
+        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+        if backend == "deepep":
+            theirs = self._comm_manager
+            self._comm_manager = FFNDeepepManager(
+                group=theirs.group,
+                num_local_experts=num_local_experts,
+                router_topk=theirs.router_topk,
+                num_experts=theirs.num_experts,
+                config=config,
+            )
+
+
+def vectors_sent(dispatcher: MoEFlexTokenDispatcher) -> int:
+    """Hidden vectors that this rank sends to others in one dispatch: one per token and rank.
+
+    Call between dispatch and combine, which forgets the routing.
+    """
+    manager = dispatcher._comm_manager
+    group = manager.group
+    if isinstance(manager, _DeepepManager):
+        is_used = manager.token_indices >= 0
+        targets = (manager.token_indices // manager.num_local_experts).masked_fill(~is_used, 0)
+        reached = torch.zeros(targets.shape[0], group.size(), device=targets.device)
+        reached.scatter_add_(1, targets, is_used.to(reached.dtype))
+    else:
+        routing_map = manager.routing_map
+        reached = routing_map.view(routing_map.shape[0], group.size(), -1).sum(dim=-1)
+    reached[:, group.rank()] = 0
+    return int((reached > 0).sum())

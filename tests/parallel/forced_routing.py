@@ -1,0 +1,114 @@
+"""Routings that training rarely reaches, forced through the routers of a built model.
+
+Each function is a `prepare` of `training_runs.train`. Router weights are made small and a constant
+is added to the logits by place in the sequence, the same in every layout; the margin leaves
+softmax enough that no gradient vanishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MARGIN = 4.0
+
+
+def only_zero_experts(models: list[Any]) -> None:
+    """Every token selects zero experts (there must be K of them): no FFN token anywhere."""
+    _force(models, lambda moepp, positions, length: [_zero_experts(moepp)] * len(positions))
+
+
+def one_ffn_expert(models: list[Any]) -> None:
+    """Every token selects FFN expert 0 and the zero expert."""
+    _force(
+        models,
+        lambda moepp, positions, length: [[0, *_zero_experts(moepp)]] * len(positions),
+    )
+
+
+def first_half_of_ffn_experts(models: list[Any]) -> None:
+    """Every token selects among the first half of the FFN experts; the others get none."""
+    _force(
+        models,
+        lambda moepp, positions, length: [list(range(moepp.num_ffn_experts // 2))] * len(positions),
+    )
+
+
+def second_half_without_ffn(models: list[Any]) -> None:
+    """Tokens of the second half of a sequence select zero experts: a rank may send no FFN token."""
+    _force(
+        models,
+        lambda moepp, positions, length: [
+            _zero_experts(moepp) if position >= length // 2 else [] for position in positions
+        ],
+    )
+
+
+def duplicate_router_rows(models: list[Any]) -> None:
+    """Every FFN expert has the router row of its neighbour: pairs of equal logits."""
+    import torch
+
+    for router in _routers(models):
+        with torch.no_grad():
+            for weight in (router.weight, router.residual_weight):
+                if weight is not None:
+                    ffn = weight[: router.moepp.num_ffn_experts]
+                    ffn[1::2] = ffn[0::2]
+
+
+def _zero_experts(moepp: Any) -> list[int]:
+    return list(range(moepp.zero_experts.start, moepp.zero_experts.stop))
+
+
+def _routers(models: list[Any]) -> Iterator[Any]:
+    from moepp_megatron.moe.router import MoEPPRouter
+
+    for model in models:
+        yield from (module for module in model.modules() if isinstance(module, MoEPPRouter))
+
+
+def _force(models: list[Any], favoured: Callable[[Any, list[int], int], list[list[int]]]) -> None:
+    """Add MARGIN to the logits of the favoured experts.
+
+    Args:
+        models: This rank's model chunks.
+        favoured: Called with the router's settings, the places in the sequence of this rank's
+            tokens and the sequence's length; for each place the experts.
+    """
+    import torch
+
+    for router in _routers(models):
+        with torch.no_grad():
+            for parameter in router.parameters():
+                parameter.mul_(0.1)
+        length = models[0].max_sequence_length
+        favours = favoured(router.moepp, places_of_this_rank(length), length)
+        bias = torch.zeros(len(favours), 1, router.moepp.num_experts)
+        for row, experts in enumerate(favours):
+            bias[row, 0, experts] = MARGIN
+        router.gating = _biased(router.gating, bias)
+
+
+def _biased(gating: Callable[[Any], Any], bias: Any) -> Callable[[Any], Any]:
+    def biased_gating(hidden: Any) -> Any:
+        return gating(hidden) + bias
+
+    return biased_gating
+
+
+def places_of_this_rank(length: int) -> list[int]:
+    """Places in the sequence of this rank's tokens: context zigzag, then tensor-parallel parts."""
+    from megatron.core import parallel_state
+
+    cp = parallel_state.get_context_parallel_world_size()
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_context_parallel_rank()
+    places = list(range(length))
+    if cp > 1:
+        chunk = length // (2 * cp)
+        late = 2 * cp - 1 - rank
+        early_places = places[rank * chunk : (rank + 1) * chunk]
+        places = early_places + places[late * chunk : (late + 1) * chunk]
+    part = len(places) // tp
+    first = parallel_state.get_tensor_model_parallel_rank() * part
+    return places[first : first + part]

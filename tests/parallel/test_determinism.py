@@ -1,0 +1,87 @@
+"""The same run twice, and what decides between equal scores and equal gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.parallel.forced_routing import duplicate_router_rows
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import assemble, difference, settings, train
+
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tp2 ep2": (2, {**TP2, "expert_model_parallel_size": 2}),
+    "dp2 pp2 interleaved ep2": (
+        4,
+        {
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+        },
+    ),
+    "cp2 ep4": (4, {"context_parallel_size": 2, "expert_model_parallel_size": 4}),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_repeated_runs_are_bitwise_equal(ranks: RankPools, layout: str, dtype: str) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    raw = settings(
+        parallel=parallel,
+        precision={"dtype": dtype},
+        training={"deterministic": True},
+        moe={"input_jitter_eps": 0.1, "capacity_factor": 1.0},
+    )
+    first, second = (assemble(ranks(world_size).run(train, raw, 4)) for _ in range(2))
+    assert first.losses == second.losses
+    assert first.grad_norms == second.grad_norms
+    found = difference(second, first)
+    assert found.gradient == found.selections == found.balance_loss == 0
+
+
+def ties() -> None:
+    """`top_experts` against the definition, on scores with many equal values."""
+    import torch
+
+    from moepp_megatron.moe.router import top_experts
+
+    generator = torch.Generator().manual_seed(1)
+    for experts in (2, 5, 12, 40, 200):
+        for topk in {1, 2, min(8, experts)}:
+            scores = torch.randint(4, (300, experts), generator=generator).float()
+            order = scores.argsort(dim=-1, descending=True, stable=True)[:, :topk]
+            expected = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+            assert torch.equal(top_experts(scores, topk), expected), (experts, topk)
+
+
+def test_between_equal_scores_the_first_expert_wins(ranks: RankPools) -> None:
+    ranks(1).run(ties)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (2, {"expert_model_parallel_size": 2}),
+        (2, TP2),
+        (4, {"context_parallel_size": 2, "expert_model_parallel_size": 4}),
+        (2, {"pipeline_model_parallel_size": 2}),
+    ],
+    ids=["ep2", "tp2", "cp2 ep4", "pp2"],
+)
+def test_ties_break_the_same_way_in_every_layout(
+    ranks: RankPools, world_size: int, parallel: dict[str, Any]
+) -> None:
+    """With router rows in equal pairs, every first pick of a pair of FFN experts is a tie."""
+    moe = {"router_topk": 1}
+    reference = assemble(ranks(1).run(train, settings(moe=moe), 1, duplicate_router_rows))
+    raw = settings(moe=moe, parallel=parallel)
+    run = assemble(ranks(world_size).run(train, raw, 1, duplicate_router_rows))
+    assert difference(run, reference).selections < 1e-12
+    for share in run.routing[0]["layer_expert_share"][:1]:
+        # In the first MoE layer, whose logits are products with equal rows, exactly.
+        assert share[1:8:2] == [0.0] * 4
+        assert sum(share[0:8:2]) > 0

@@ -1,0 +1,66 @@
+"""Parameters that `--dry-run` prints are those that ranks hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.parallel.layouts import Cell, parse_cells, run_settings
+from tests.parallel.ranks import RankPools
+
+CELLS = parse_cells("""
+    1 tied
+    4 tp2 pp2 ep2 shared mixed
+    4 pp4 ends-apart tied two-layers
+    4 tp2 pp2 ep2 uneven-interleaved gqa
+    4 ep2 etp2 whole bf16
+    2 cp2 vanilla bf16
+""")
+
+
+def held(raw: dict[str, Any]) -> tuple[Any, tuple[int, int], int]:
+    """What is said of this rank; parameters outside and in FFN experts, optimizer bytes."""
+    import torch
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.config.rank_memory import rank_memory
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.setup import build_training_model
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    model = build_training_model(config)
+    sizes = [0, 0]
+    for chunk in model.models:
+        for name, parameter in chunk.named_parameters():
+            parameter.main_grad.fill_(1.0)
+            sizes[".mlp.experts." in name] += parameter.numel()
+    model.optimizer.step()
+    state = 0
+    for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
+        for group in optimizer.optimizer.param_groups:
+            for parameter in group["params"]:
+                moments = optimizer.optimizer.state[parameter]
+                state += sum(
+                    value.numel() * value.element_size()
+                    for value in moments.values()
+                    if torch.is_tensor(value) and value.numel() == parameter.numel() > 1
+                )
+                if config.precision.dtype == "bf16":
+                    state += parameter.numel() * parameter.element_size()
+    place = layout.coordinates(dist.get_rank())
+    return rank_memory(config, layout, place.pp), tuple(sizes), state
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_ranks_hold_what_is_printed(ranks: RankPools, cell: Cell) -> None:
+    results = ranks(cell.ranks).run(held, run_settings(cell))
+    for said, (dense, experts), _ in results:
+        assert (said.dense, said.experts) == (dense, experts)
+        assert said.gradients == 4 * (dense + experts)
+    # The shards of the distributed optimizer are as even as whole buckets allow.
+    optimizer = sum(state for *_, state in results)
+    assert optimizer == pytest.approx(sum(said.optimizer for said, *_ in results), rel=0.01)

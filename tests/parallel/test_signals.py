@@ -1,0 +1,60 @@
+"""A request to stop that reaches one rank stops all of them after the same step."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.parallel.ranks import RankError, RankPools
+
+
+def asked_at(step_of_signal: int, rank_of_signal: int, steps: int) -> list[bool]:
+    import torch.distributed as dist
+
+    from moepp_megatron.training.signals import StopRequest
+
+    answers = []
+    with StopRequest().listening() as stop:
+        for step in range(steps):
+            if step == step_of_signal and dist.get_rank() == rank_of_signal:
+                os.kill(os.getpid(), signal.SIGTERM)
+            answers.append(stop.agreed())
+    return answers
+
+
+def handlers_before_and_after() -> bool:
+    from moepp_megatron.training.signals import STOP_SIGNALS, StopRequest
+
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with StopRequest().listening():
+        during = [signal.getsignal(number) for number in STOP_SIGNALS]
+    after = [signal.getsignal(number) for number in STOP_SIGNALS]
+    return before == after != during
+
+
+def asked_twice() -> None:
+    from moepp_megatron.training.signals import StopRequest
+
+    with StopRequest().listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_all_ranks_stop_after_the_same_step(ranks: RankPools) -> None:
+    expected = [False, False, True, True]
+    assert ranks(2).run(asked_at, 2, 1, 4) == [expected, expected]
+
+
+def test_without_a_signal_nobody_stops(ranks: RankPools) -> None:
+    assert ranks(2).run(asked_at, -1, 0, 3) == [[False] * 3] * 2
+
+
+def test_handlers_are_put_back(ranks: RankPools) -> None:
+    assert ranks(1).run(handlers_before_and_after) == [True]
+
+
+def test_second_signal_ends_the_process_at_once(ranks: RankPools) -> None:
+    with pytest.raises(RankError, match=str(128 + signal.SIGUSR1)):
+        ranks(1).run(asked_twice)

@@ -1,0 +1,161 @@
+"""`moepp train --dry-run`: what it prints, and the layouts that it refuses beforehand."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.cli import main
+
+MINIMAL = """\
+run: {dir: runs/test}
+model:
+  num_layers: 4
+  hidden_size: 64
+  ffn_hidden_size: 96
+  num_attention_heads: 8
+  seq_length: 128
+  vocab_size: 512
+moe: {num_ffn_experts: 8}
+optimizer: {lr: 1e-3}
+training: {train_iters: 100, global_batch_size: 16, micro_batch_size: 1}
+"""
+SHORT = {
+    "tp": "parallel.tensor_model_parallel_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "vpp": "parallel.virtual_pipeline_model_parallel_size",
+    "stages": "parallel.pipeline_model_parallel_layout",
+    "ep": "parallel.expert_model_parallel_size",
+    "etp": "parallel.expert_tensor_parallel_size",
+    "cp": "parallel.context_parallel_size",
+    "sp": "parallel.sequence_parallel",
+}
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs `moepp train` on the minimal configuration in this process; returns the exit code."""
+    config = tmp_path / "config.yaml"
+    config.write_text(MINIMAL)
+
+    def run(text: str, ranks: int, *options: str) -> int:
+        overrides = []
+        for setting in text.split():
+            name, _, value = setting.partition("=")
+            overrides.append(f"{SHORT.get(name, name)}={value}")
+        arguments = ["moepp", "train", str(config), *overrides, "--nproc", str(ranks), *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        # Wide enough that no table cell is cut.
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        return int(ended.value.code or 0)
+
+    return run
+
+
+IMPOSSIBLE = [
+    ("tp=3 sp=true", 3, "model.num_attention_heads (8) must be divisible by", "use 6 or 9"),
+    ("tp=2", 2, "parallel.sequence_parallel (false) must be true", "set parallel.sequence_parall"),
+    ("tp=4 sp=true", 6, "world size (6) must be divisible by", "start 4 or 8 ranks"),
+    ("pp=3", 3, "model.num_layers (4) must be divisible by", "use 3 or 6"),
+    ("pp=2 vpp=4", 2, "model.num_layers (4) must be divisible by", "use 8"),
+    ("vpp=2", 1, "parallel.virtual_pipeline_model_parallel_size (2) must be null", "use null"),
+    (
+        "pp=4 vpp=2 model.num_layers=8 training.global_batch_size=6",
+        4,
+        "training.global_batch_size (6) must be divisible by training.micro_batch_size",
+        "use 4 or 8",
+    ),
+    ("pp=2 stages=Et|ttL", 2, "parallel.pipeline_model_parallel_layout ('Et|ttL') must hold t", ""),
+    ("pp=2 stages=Ett|tt", 2, "must start with its only E and end with its only L", "write for"),
+    ("pp=2 stages=Et|tt|tL", 2, "must have as many stages as", "write 2 stages"),
+    ("pp=2 stages=Exx|ttL", 2, "must hold only E, t, L", "write for example"),
+    ("ep=16", 16, "moe.num_ffn_experts (8) must be divisible by", "use 16"),
+    ("ep=8 moe.num_ffn_experts=4", 8, "moe.num_ffn_experts (4) must be divisible by", "use 8"),
+    ("ep=3 moe.num_ffn_experts=9", 4, "world size (4) must be divisible by", "start 3 or 6"),
+    ("ep=4 etp=4", 8, "world size (8) must be divisible by", "start 16 ranks"),
+    ("etp=5", 5, "model.ffn_hidden_size (96) must be divisible by", "use 95 or 100"),
+    ("cp=3", 3, "model.seq_length (128) must be divisible by", "use 126 or 132"),
+    ("cp=2 tp=2 sp=true model.seq_length=12", 4, "model.seq_length (12) must be", "use 8 or 16"),
+    ("cp=4", 6, "world size (6) must be divisible by", "start 4 or 8 ranks"),
+    ("training.micro_batch_size=4", 8, "training.global_batch_size (16) must be", "use 32"),
+    ("training.micro_batch_size=3", 1, "training.global_batch_size (16) must be", "use 15 or 18"),
+    (
+        "parallel.overlap_param_gather=true",
+        2,
+        "parallel.overlap_param_gather (true) must have parallel.overlap_grad_reduce (false)",
+        "set parallel.overlap_grad_reduce to true",
+    ),
+    ("moe.dispatcher=flex", 2, "moe.dispatcher ('flex') must have more than one rank", "use allt"),
+    (
+        "training.recompute_granularity=full training.recompute_method=block "
+        "training.recompute_num_layers=3 pp=2",
+        2,
+        "training.recompute_num_layers (3) must be from 1 to the layers of a pipeline rank (2)",
+        "use 1",
+    ),
+    (
+        "moe.num_zero_experts=0 moe.num_copy_experts=0 moe.num_constant_experts=0 "
+        "moe.gating_residual=false moe.balance_scope=global",
+        2,
+        "moe.balance_scope ('global') must be microbatch or sequence",
+        "use microbatch",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks", "rule", "remedy"),
+    IMPOSSIBLE,
+    ids=[case[0] for case in IMPOSSIBLE],
+)
+@pytest.mark.parametrize("options", [("--dry-run",), ()], ids=["dry run", "run"])
+def test_impossible_layouts_are_refused(
+    command, text, ranks, rule, remedy, options, capsys, monkeypatch
+):
+    """Name, value, rule and remedy on one line, exit status 2, and no rank or group started."""
+    from moepp_megatron.runtime import launch
+
+    monkeypatch.setattr(launch, "run_ranks", lambda *args: pytest.fail("ranks were started"))
+    assert command(text, ranks, *options) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if not line.startswith("warning")]
+    assert lines[0].startswith("error: ")
+    line = next(line for line in lines if rule in line)
+    assert re.search(r"\w \(.*\) must .*; \w", line), "name (value) rule; remedy"
+    assert remedy in line.partition("; ")[2]
+    torch = sys.modules.get("torch")
+    assert torch is None or not torch.distributed.is_initialized()
+
+
+def test_a_machine_without_deepep_refuses_flex(command, capsys):
+    assert command("moe.dispatcher=flex ep=2", 2) == 3
+    error = capsys.readouterr().err
+    assert "moe.dispatcher (flex) must have a GPU and the package deep_ep" in error
+    assert "use alltoall" in error
+
+
+def test_another_machine_can_be_planned_for(command):
+    assert command("moe.dispatcher=flex ep=2", 2, "--dry-run") == 0
+
+
+def test_grid_and_stages_are_printed(command, capsys):
+    assert command("pp=2 stages=E|tt|t|tL ep=2 tp=2 sp=true", 8, "--dry-run") == 0
+    rows = [
+        re.findall(r"[^\s\u2500-\u257f]+", line) for line in capsys.readouterr().out.splitlines()
+    ]
+    # Rank 5 of 8: second tensor rank of the second stage's first replica.
+    assert ["5", "1", "0", "0", "1", "0", "1", "0"] in rows
+    stages = {row[0]: row for row in rows if len(row) > 2 and row[0] in "01" and "|" in row}
+    assert stages["0"][1:4] == ["E", "|", "2"]
+    assert stages["1"][1:5] == ["0-1", "|", "3", "L"]
+
+
+def test_settings_without_effect_are_named(command, capsys):
+    assert command("parallel.overlap_grad_reduce=true", 1, "--dry-run") == 0
+    assert "parallel.overlap_grad_reduce (true) has no effect" in capsys.readouterr().err
