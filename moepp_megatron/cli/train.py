@@ -68,7 +68,8 @@ def train(
         return
     from moepp_megatron.runtime.launch import run_ranks
 
-    status = run_ranks(nproc, "moepp_megatron.cli.main", ["train", str(config), *(overrides or [])])
+    arguments = ["train", str(config), *(overrides or [])]
+    status = run_ranks(nproc, "moepp_megatron.cli.main", arguments, max_restarts)
     if status != 0:
         raise typer.Exit(status)
 

@@ -1,0 +1,178 @@
+"""Runs a real training with the command line and kills its ranks.
+
+Nothing is imported from torch here: the training is `moepp train` in processes of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+# A dead rank is noticed, all are started anew and import megatron-core: seconds, more when busy.
+_RESTART_TIMEOUT_S = 240.0
+_POLL_S = 0.02
+
+
+def prepare_data(folder: Path) -> Path:
+    """A small corpus, prepared by the command line."""
+    texts = folder / "texts"
+    texts.mkdir()
+    for index in range(60):
+        words = " ".join(f"word{(index * j) % 97}" for j in range(400))
+        (texts / f"{index:02d}.txt").write_text(words, encoding="ascii")
+    data = folder / "data"
+    command = ["data", "prepare", str(texts), "--out", str(data), "--vocab-size", "320"]
+    subprocess.run(_moepp(*command), check=True, capture_output=True)
+    return data
+
+
+def write_config(path: Path, data: Path, run: Path, num_ranks: int, **training: Any) -> Path:
+    """A tiny expert-parallel model that takes some hundredths of a second a step."""
+    config = {
+        "run": {"dir": str(run)},
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_attention_heads": 4,
+            "seq_length": 32,
+            "vocab_size": 320,
+        },
+        "moe": {"num_ffn_experts": 4},
+        "parallel": {"expert_model_parallel_size": num_ranks},
+        "data": {"path": str(data)},
+        "optimizer": {"lr": 1.0e-3},
+        "training": {
+            "train_iters": 60,
+            "global_batch_size": 8,
+            "micro_batch_size": 1,
+            "eval_iters": 0,
+            **training,
+        },
+        "checkpoint": {"save_interval": 5, "async_save": True, "keep": 2},
+    }
+    path.write_text(yaml.safe_dump(config), encoding="ascii")
+    return path
+
+
+@contextmanager
+def training(config: Path, num_ranks: int, max_restarts: int = 0) -> Iterator[subprocess.Popen]:
+    """`moepp train` in the background; whatever is left of it is killed at the end."""
+    command = ["train", str(config), "--nproc", str(num_ranks)]
+    if max_restarts:
+        command += ["--max-restarts", str(max_restarts)]
+    log = config.with_suffix(".log")
+    with log.open("ab") as output:
+        process = subprocess.Popen(_moepp(*command), stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        for left in _descendants(process.pid):
+            left.kill()
+        process.kill()
+        process.wait()
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss by step from metrics.jsonl; an unfinished last line is left out."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    except OSError:
+        return {}
+    records = [json.loads(line) for line in lines if line]
+    return {record["step"]: record["loss"] for record in records}
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The rank processes: children of the torchrun agent."""
+    for child in _descendants(process.pid):
+        try:
+            if "torch.distributed.run" in child.cmdline():
+                return [c for c in child.children() if "moepp_megatron.cli.main" in c.cmdline()]
+        except psutil.NoSuchProcess:
+            continue
+    return []
+
+
+def kill_some(
+    process: subprocess.Popen, run: Path, kills: int, last_step: int, chance: random.Random
+) -> tuple[int, int]:
+    """Kill a random rank `kills` times, some of them while a checkpoint is being written.
+
+    Returns:
+        Kills that hit, and how many of them fell into a save.
+    """
+    done = during_save = 0
+    while done < kills and process.poll() is None:
+        in_save = chance.random() < 0.4
+        if not _wait_for_moment(process, run, in_save, last_step, chance):
+            break
+        victims = ranks_of(process)
+        if not victims:
+            continue
+        saving = _is_saving(run)
+        try:
+            chance.choice(victims).send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+        done += 1
+        during_save += saving
+    return done, during_save
+
+
+def _wait_for_moment(
+    process: subprocess.Popen, run: Path, in_save: bool, last_step: int, chance: random.Random
+) -> bool:
+    """Until the run has moved on since now and, if asked, is saving; False if it ended before."""
+    seen = _modified(run)
+    ahead = chance.uniform(0.0, 1.5)
+    deadline = time.monotonic() + _RESTART_TIMEOUT_S
+    moved: float | None = None
+    while time.monotonic() < deadline:
+        if process.poll() is not None or max(losses(run), default=0) >= last_step:
+            return False
+        if moved is None and _modified(run) != seen:
+            moved = time.monotonic()
+        if moved is not None:
+            waited = time.monotonic() - moved
+            if _is_saving(run) if in_save else waited >= ahead:
+                return True
+            if waited > 30.0:
+                return True
+        time.sleep(_POLL_S)
+    raise AssertionError(f"no step within {_RESTART_TIMEOUT_S:g} s after a rank was killed")
+
+
+def _is_saving(run: Path) -> bool:
+    folder = run / "checkpoints"
+    return folder.is_dir() and any(name.startswith(".") for name in os.listdir(folder))
+
+
+def _modified(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _moepp(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "moepp_megatron.cli.main", *arguments]

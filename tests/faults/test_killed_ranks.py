@@ -1,0 +1,89 @@
+"""Ranks killed at random moments: the run ends with the losses of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import (
+    kill_some,
+    losses,
+    prepare_data,
+    ranks_of,
+    training,
+    write_config,
+)
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_data(tmp_path_factory.mktemp("corpus"))
+
+
+def undisturbed(folder: Path, data: Path, num_ranks: int, steps: int) -> dict[int, float]:
+    run = folder / "undisturbed"
+    config = write_config(folder / "undisturbed.yaml", data, run, num_ranks, train_iters=steps)
+    with training(config, num_ranks) as process:
+        assert process.wait() == 0, config.with_suffix(".log").read_text()[-3000:]
+    return losses(run)
+
+
+def survive(
+    folder: Path, data: Path, num_ranks: int, steps: int, kills: int
+) -> tuple[dict[int, float], int, int]:
+    run = folder / "disturbed"
+    config = write_config(folder / "disturbed.yaml", data, run, num_ranks, train_iters=steps)
+    with training(config, num_ranks, max_restarts=2 * kills) as process:
+        hit, during_save = kill_some(process, run, kills, steps, random.Random(num_ranks))
+        assert process.wait() == 0, config.with_suffix(".log").read_text()[-3000:]
+    return losses(run), hit, during_save
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_two_kills(tmp_path: Path, data: Path) -> None:
+    expected = undisturbed(tmp_path, data, 2, STEPS)
+    actual, hit, _ = survive(tmp_path, data, 2, STEPS, kills=2)
+    assert hit == 2
+    # The same layout continues to the bit.
+    assert actual == expected
+    assert sorted(actual) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_twenty_kills(tmp_path: Path, data: Path, num_ranks: int) -> None:
+    steps = 600
+    expected = undisturbed(tmp_path, data, num_ranks, steps)
+    actual, hit, during_save = survive(tmp_path, data, num_ranks, steps, kills=20)
+    assert hit == 20
+    assert during_save > 0, "no kill fell into a save"
+    assert actual == expected
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stop_on_request_saves_and_goes_on(
+    tmp_path: Path, data: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", data, run, 2, train_iters=20000)
+    with training(config, 2) as process:
+        while max(losses(run), default=0) < 7:
+            assert process.poll() is None, config.with_suffix(".log").read_text()[-3000:]
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=120) == 75
+        assert not ranks_of(process)
+    stopped_at = max(losses(run))
+    latest = (run / "checkpoints" / "latest").read_text().strip()
+    assert latest == f"step_{stopped_at:08d}", "nothing is lost but what came after the request"
