@@ -24,8 +24,8 @@ class Fault:
     """What goes wrong, on which rank, while which global batches are read.
 
     Attributes:
-        kind: `loss` (NaN in the loss), `gradient` (Inf in one gradient element, after the
-            reduction), `spike` (a loss 50 times too large) or `slow` (half a second a forward pass).
+        kind: `loss` (NaN in the loss), `gradient` (Inf in the gradients after the reduction),
+            `spike` (a loss 50 times too large) or `slow` (half a second a forward pass).
         rank: Where.
         batches: Numbers of the global batches, from 0; None for all.
     """
@@ -62,9 +62,9 @@ def run_trainer(
     data = _Without(SyntheticDataset(config, 40), without)
     with ExitStack() as stack:
         stack.enter_context(
-            mock.patch.object(module, "build_datasets", lambda *_: (data, None, None))
+            mock.patch.object(module, "build_datasets", return_value=(data, None, None))
         )
-        stack.enter_context(mock.patch.object(module.Tokenizer, "load", lambda *_: None))
+        stack.enter_context(mock.patch.object(module.Tokenizer, "load", return_value=None))
         trainer = module.Trainer(config, layout)
         if fault is not None and fault.rank == dist.get_rank():
             stack.enter_context(_INJECT[fault.kind](trainer, fault))
