@@ -101,6 +101,8 @@ def load_checkpoint(checkpoint: Path, model: TrainingModel) -> Progress:
     loaded = dist_checkpointing.load(state, str(checkpoint), verify_integrity=True)
     _load_models(model.models, loaded)
     model.optimizer.load_state_dict(loaded["optimizer"])
+    # Loading adds the stored steps to those taken; a rollback comes from further on.
+    model.scheduler.num_steps = 0
     model.scheduler.load_state_dict(loaded["scheduler"])
     return Progress(**loaded["progress"])
 
