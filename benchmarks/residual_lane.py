@@ -165,9 +165,7 @@ def main() -> None:
     rows = [measure(arguments, schedule, sent) for schedule in SCHEDULES]
     if dist.get_rank() == 0:
         print("Bytes a token and hop; milliseconds a step, median (quartiles).\n")
-        print(
-            "| schedule | bytes without | with | step without | with | difference of neighbours |"
-        )
+        print("| schedule | bytes without | with | step without | with | paired difference |")
         print("|---|---|---|---|---|---|")
         print("\n".join(rows))
     dist.destroy_process_group()

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from moepp_megatron.cli import data, generate, report, train
+from moepp_megatron.cli import convert, data, generate, report, score, train
 from moepp_megatron.config import ConfigError, UnfitError
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.command()(train.train)
 app.command()(generate.generate)
+app.command()(score.score)
+app.add_typer(convert.app, name="convert")
 app.command()(report.report)
 
 

@@ -37,6 +37,8 @@ def moepp_config(config: Config) -> MoEPPConfig:
         expert_input_scale=moe.expert_input_scale,
         two_layer_gate=moe.two_layer_gate,
         logits_norm_std=moe.logits_norm_std,
+        selection_bias=moe.selection_bias,
+        gate_scale=moe.gate_scale,
     )
 
 

@@ -44,6 +44,10 @@ class MoEPPConfig:
         two_layer_gate: Whether the gate is `W_b tanh(W_a x)` with hidden width 8E.
         logits_norm_std: Rescale each token's logits to this unbiased standard deviation before the
             scores are taken (the carried logits stay as they are); None leaves them.
+        selection_bias: Whether the router holds a bias per expert [E] that is added to the scores
+            for the selection alone, never to the gates (LongCat-Flash, DeepSeek-V3).
+        gate_scale: Factor on all gates after normalisation (LongCat-Flash's
+            `routed_scaling_factor`).
     """
 
     num_ffn_experts: int
@@ -61,6 +65,8 @@ class MoEPPConfig:
     expert_input_scale: float = 1.0
     two_layer_gate: bool = False
     logits_norm_std: float | None = None
+    selection_bias: bool = False
+    gate_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse settings that no layer can be built from.

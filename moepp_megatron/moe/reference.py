@@ -65,6 +65,8 @@ class ReferenceMoEPP(nn.Module):
             if config.gating_residual and has_residual
             else None
         )
+        # Added to the scores for the selection alone; set by a rule, not by gradients.
+        self.selection_bias_E = torch.zeros(E) if config.selection_bias else None
         self.expert_in = nn.Parameter(torch.randn(config.num_ffn_experts, 2 * H, D) * 0.02)
         self.expert_out = nn.Parameter(torch.randn(config.num_ffn_experts, D, H) * 0.02)
         self.constants = nn.Parameter(torch.randn(config.num_constant_experts, D) * 0.02)
@@ -73,7 +75,9 @@ class ReferenceMoEPP(nn.Module):
     def forward(self, x_TD: Tensor, previous_logits_TE: Tensor | None = None) -> ReferenceOutput:
         """Route the tokens, run the selected experts, add up what they return."""
         logits_TE = self.route(x_TD, previous_logits_TE)
-        gates_TE, selected_TE, scores_TE = select_experts(logits_TE, self.config)
+        gates_TE, selected_TE, scores_TE = select_experts(
+            logits_TE, self.config, self.selection_bias_E
+        )
         if self.config.capacity_factor is not None:
             gates_TE = gates_TE * within_capacity(gates_TE, selected_TE, self.config)
 
@@ -114,7 +118,9 @@ class ReferenceMoEPP(nn.Module):
         return torch.zeros_like(x)
 
 
-def select_experts(logits_TE: Tensor, config: MoEPPConfig) -> tuple[Tensor, Tensor, Tensor]:
+def select_experts(
+    logits_TE: Tensor, config: MoEPPConfig, selection_bias_E: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Top-K selection and the gates of the selected experts.
 
     Returns:
@@ -128,8 +134,9 @@ def select_experts(logits_TE: Tensor, config: MoEPPConfig) -> tuple[Tensor, Tens
         scores_TE = torch.softmax(logits_TE, dim=-1)
     else:
         scores_TE = torch.sigmoid(logits_TE)
+    ranked_TE = scores_TE if selection_bias_E is None else scores_TE + selection_bias_E
     # Between equal scores the first expert, which `topk` would not promise.
-    chosen_TK = scores_TE.argsort(dim=-1, descending=True, stable=True)[:, : config.router_topk]
+    chosen_TK = ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, : config.router_topk]
     selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
     gates_TE = torch.where(selected_TE, scores_TE, 0.0)
 
@@ -141,6 +148,7 @@ def select_experts(logits_TE: Tensor, config: MoEPPConfig) -> tuple[Tensor, Tens
         total_T1 = gates_TE.sum(dim=-1, keepdim=True)
         # A token whose picks are all zero experts has nothing to divide: its gates stay 0.
         gates_TE = gates_TE / torch.where(total_T1 > 0, total_T1, 1.0)
+    gates_TE = gates_TE * config.gate_scale
     probabilities_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
     return gates_TE, selected_TE, probabilities_TE
 

@@ -76,24 +76,28 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
     return own
 
 
+@torch.no_grad()
 def top_experts(scores: Tensor, topk: int) -> Tensor:
     """The experts with the largest scores of each token; between equal scores the first expert.
 
-    `torch.topk` leaves open which of two equal scores it returns, and its choice differs between
-    devices and sizes. Its smallest returned score does not: everything above it is selected, and
-    of the scores equal to it as many as there is room for, in expert order.
+    `torch.topk` leaves open which of two equal scores it returns, and its choice differs with the
+    number of experts and the device. So no two keys are equal here: a key is the score's bits,
+    which order as the floats do once negative ones are turned around, with the expert's number,
+    counted from the last, in the places below.
 
     Args:
-        scores: [T, E].
+        scores: [T, E], compared in fp32; of either sign.
         topk: K.
 
     Returns:
-        [T, E] bool, K ones a row.
+        [T, K] int64 expert indices, the largest score first.
     """
-    smallest = scores.detach().topk(topk, dim=-1).values[:, -1:]
-    above, equal = scores > smallest, scores == smallest
-    room = topk - above.sum(dim=-1, keepdim=True)
-    return above | (equal & (equal.cumsum(dim=-1) <= room))
+    num_experts = scores.shape[-1]
+    # Adding 0 makes -0 equal to 0.
+    bits = (scores.float() + 0.0).view(torch.int32)
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    from_last = torch.arange(num_experts - 1, -1, -1, device=scores.device)
+    return (keys * num_experts + from_last).topk(topk, dim=-1).indices
 
 
 class MoEPPRouter(TopKRouter):
@@ -128,15 +132,18 @@ class MoEPPRouter(TopKRouter):
         self.balance_weights = torch.tensor(
             moepp.balance_weights(), device=torch.cuda.current_device()
         )
-        self.is_zero_expert = torch.zeros(
-            moepp.num_experts, dtype=torch.bool, device=torch.cuda.current_device()
-        )
-        self.is_zero_expert[moepp.zero_experts] = True
         num_experts, hidden = moepp.num_experts, config.hidden_size
         self.residual_weight: torch.nn.Parameter | None = None
         if moepp.two_layer_gate:
             self.weight = replicated_parameter(config, 8 * num_experts, hidden)
             self.output_weight = replicated_parameter(config, num_experts, 8 * num_experts)
+        if moepp.selection_bias:
+            # megatron-core's name: its router keeps a buffer of this name in fp32, in checkpoints
+            # too, but sets None and refuses softmax where it makes the buffer itself.
+            del self.expert_bias
+            self.register_buffer(
+                "expert_bias", torch.zeros(num_experts, device=torch.cuda.current_device())
+            )
         if moepp.gating_residual and has_residual:
             self.residual_weight = replicated_parameter(config, num_experts, num_experts)
 
@@ -218,14 +225,22 @@ class MoEPPRouter(TopKRouter):
 
     def _select(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Top-K experts and their gates under the configured normalisation."""
-        routing_map_TE = top_experts(scores_TE, self.topk)
-        gates_TE = torch.where(routing_map_TE, scores_TE, 0.0)
+        ranked_TE = scores_TE
+        if self.expert_bias is not None:
+            # The bias decides who is selected, never with which weight.
+            ranked_TE = scores_TE.detach() + self.expert_bias
+        chosen_TK = top_experts(ranked_TE, self.topk)
+        gates_TK = scores_TE.gather(1, chosen_TK)
         if self.moepp.gate_normalization == "nonzero":
-            gates_TE = torch.where(self.is_zero_expert, 0.0, gates_TE)
+            gates_TK = gates_TK.masked_fill(chosen_TK >= self.moepp.zero_experts.start, 0.0)
         if self.moepp.gate_normalization != "none":
-            total_T1 = gates_TE.sum(dim=-1, keepdim=True)
+            total_T1 = gates_TK.sum(dim=-1, keepdim=True)
             # All picks zero experts: nothing to divide, the gates stay 0.
-            gates_TE = gates_TE / total_T1.masked_fill(total_T1 == 0, 1.0)
+            gates_TK = gates_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
+        if self.moepp.gate_scale != 1.0:
+            gates_TK = gates_TK * self.moepp.gate_scale
+        gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
+        routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
         return gates_TE, routing_map_TE
 
     def _balance(

@@ -35,11 +35,9 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "gloo" if on_cpu else "nccl"
-        # A lone process needs no address to meet others at.
-        store = dist.HashStore() if environment.world_size == 1 else None
         dist.init_process_group(
             backend,
-            store=store,
+            store=_meeting_point(environment, timeout),
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,
@@ -108,3 +106,15 @@ def stop() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _meeting_point(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
+    """The store through which ranks find each other."""
+    if environment.world_size == 1:
+        # A lone process needs no address to meet others at.
+        return dist.HashStore()
+    store, _, _ = next(
+        dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)
+    )
+    # After a restart torchrun hands out the same store, with the addresses of dead ranks in it.
+    return dist.PrefixStore(f"attempt_{environment.restart_count}", store)

@@ -24,6 +24,11 @@ def quiet() -> None:
     # reports the same on request.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
+    # From every configuration, whatever it says about CUDA graphs.
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    # Reading a checkpoint's common part, which megatron-core does on each rank by itself.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+    warnings.filterwarnings("ignore", message="The argument order of load has been changed")
     # Deprecations inside megatron-core and torch are for their developers.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\..*")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(megatron|torch)\..*")

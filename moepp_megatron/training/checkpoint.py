@@ -96,7 +96,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(checkpoint: Path, model: TrainingModel) -> Progress:
-    """Read model, optimizer and schedule in place; every rank must call."""
+    """Read model, optimizer and schedule in place; every rank must call.
+
+    From a checkpoint of weights alone (`moepp convert`) the weights are read, and training starts
+    at step 0 with a fresh optimizer.
+    """
+    if not holds_training_state(checkpoint):
+        load_weights(checkpoint, model.models)
+        # The optimizer's fp32 copies were taken from the weights that these replace.
+        model.optimizer.reload_model_params()
+        return Progress()
     state = _state_dict(model, is_loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint), verify_integrity=True)
     _load_models(model.models, loaded)
@@ -105,6 +114,11 @@ def load_checkpoint(checkpoint: Path, model: TrainingModel) -> Progress:
     model.scheduler.num_steps = 0
     model.scheduler.load_state_dict(loaded["scheduler"])
     return Progress(**loaded["progress"])
+
+
+def holds_training_state(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds optimizer, schedule and progress beside the weights."""
+    return "scheduler" in dist_checkpointing.load_common_state_dict(str(checkpoint))
 
 
 def load_weights(checkpoint: Path, models: list[GPTModel]) -> None:

@@ -55,6 +55,11 @@ def generate_text(
     """
     folder = find_checkpoint(checkpoint)
     config = with_overrides(load_config(folder / CONFIG_FILE, []), list(_ONE_RANK))
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise ConfigError(
+            f"checkpoint ({folder}) must hold {TOKENIZER_FILE} to turn text into tokens, and the "
+            "model it was converted from had none; copy the model's tokenizer.json there"
+        )
     tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
     ids = tokenizer.encode(prompt)
     if not 0 < len(ids) < config.model.seq_length:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.moe.selection_bias import update_selection_bias
 from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks, open_sinks
@@ -87,6 +89,7 @@ class Trainer:
                 self._routing.reset()
                 result = training_step(self.model, batches, config, self.layout, supervisor.guard)
                 if result.updated:
+                    self._update_selection_bias()
                     self._advance()
                     supervisor.end_step(self.progress.step)
                 else:
@@ -110,6 +113,12 @@ class Trainer:
         return save_checkpoint(
             self._checkpoints, self.model, self.progress, self.config, self._tokenizer
         )
+
+    def _update_selection_bias(self) -> None:
+        moe = self.config.moe
+        if moe.selection_bias and moe.selection_bias_rate > 0:
+            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            update_selection_bias(self.model.models, moe.selection_bias_rate, group)
 
     def _advance(self) -> None:
         training = self.config.training

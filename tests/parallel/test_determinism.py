@@ -52,9 +52,11 @@ def ties() -> None:
     generator = torch.Generator().manual_seed(1)
     for experts in (2, 5, 12, 40, 200):
         for topk in {1, 2, min(8, experts)}:
-            scores = torch.randint(4, (300, experts), generator=generator).float()
-            order = scores.argsort(dim=-1, descending=True, stable=True)[:, :topk]
-            expected = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+            scores = torch.randint(-2, 3, (300, experts), generator=generator) / 3
+            scores[:100] = scores[:100].softmax(dim=-1)
+            scores[200] = -0.0
+            scores[200, ::2] = 0.0
+            expected = scores.argsort(dim=-1, descending=True, stable=True)[:, :topk]
             assert torch.equal(top_experts(scores, topk), expected), (experts, topk)
 
 

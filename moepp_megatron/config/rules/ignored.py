@@ -46,6 +46,18 @@ def routing_without_object(config: Config) -> Iterator[Problem]:
         )
 
 
+def selection_bias_rate_without_bias(config: Config) -> Iterator[Problem]:
+    """Only a router that has a selection bias can change it."""
+    if not config.moe.selection_bias:
+        yield from _ignored(
+            "moe",
+            config.moe,
+            "selection_bias_rate",
+            "without moe.selection_bias",
+            "set moe.selection_bias to true, or leave it out",
+        )
+
+
 def residual_without_predecessor(config: Config) -> Iterator[Problem]:
     """The first MoE layer has no logits before it, so one MoE layer has no residual."""
     moe_layers = sum(config.moe.moe_layer_pattern(config.model.num_layers))
@@ -137,6 +149,7 @@ def intervals_of_nothing(config: Config) -> Iterator[Problem]:
 
 RULES = (
     routing_without_object,
+    selection_bias_rate_without_bias,
     residual_without_predecessor,
     sequence_parallel_without_tensor_parallel,
     recompute_settings_without_recompute,

@@ -64,7 +64,13 @@ def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
     moe = config.moe
     if not moe.is_vanilla:
         return
-    neutral = {"two_layer_gate": False, "expert_input_scale": 1.0, "logits_norm_std": None}
+    neutral = {
+        "two_layer_gate": False,
+        "expert_input_scale": 1.0,
+        "logits_norm_std": None,
+        "selection_bias": False,
+        "gate_scale": 1.0,
+    }
     for key, value in neutral.items():
         if getattr(moe, key) != value:
             yield Problem(

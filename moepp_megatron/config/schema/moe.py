@@ -96,6 +96,24 @@ class MoESection(Section):
         description="Standardise each token's logits and scale them to this deviation; null: off",
         json_schema_extra=unit("1"),
     )
+    selection_bias: bool = Field(
+        default=False,
+        description="Keep a bias per expert that is added to the scores for the selection alone",
+        json_schema_extra=unit("-"),
+    )
+    selection_bias_rate: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="Step mu of the selection bias towards the FFN share phi (LongCat-Flash); "
+        "0 leaves the bias as it is",
+        json_schema_extra=unit("1"),
+    )
+    gate_scale: float = Field(
+        default=1.0,
+        gt=0.0,
+        description="Factor on all gates after normalisation (LongCat-Flash)",
+        json_schema_extra=unit("1"),
+    )
     z_loss_coeff: float | None = Field(
         default=None,
         ge=0.0,

@@ -1,0 +1,118 @@
+"""`moepp convert`: checkpoints in and out."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Convert checkpoints.", no_args_is_help=True)
+
+
+class Dtype(StrEnum):
+    """Dtypes of weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Layout(StrEnum):
+    """Layouts of an exported folder."""
+
+    moepp = "moepp"
+    released = "released"
+    longcat = "longcat"
+    zeda = "zeda"
+
+
+Source = Annotated[Path, typer.Argument(help="What to convert.", metavar="SRC")]
+Target = Annotated[Path, typer.Argument(help="Folder to make.", metavar="DST")]
+ChosenDtype = Annotated[
+    Dtype | None, typer.Option(help="Convert all weights; by default each keeps its own.")
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Accept .bin files too (read as weights only); trust the source."
+    ),
+]
+
+
+@app.command("hf-to-mcore")
+def hf_to_mcore(
+    source: Source, target: Target, dtype: ChosenDtype = None, allow_pickle: AllowPickle = False
+) -> None:
+    """A MoE++ checkpoint in Hugging Face format to one that `train`, `score`, `generate` load."""
+    _quiet()
+    from moepp_megatron.interop.to_mcore import hf_to_mcore as convert
+
+    convert(source, target, dtype, allow_pickle)
+    typer.echo(f"checkpoint   {target}")
+
+
+@app.command("mcore-to-hf")
+def mcore_to_hf(
+    source: Source,
+    target: Target,
+    layout: Annotated[
+        Layout,
+        typer.Option(
+            help="moepp: our class names, any model; released: the released MoE++ model's; "
+            "longcat, zeda: configuration fields of models with identity or zero experts."
+        ),
+    ] = Layout.moepp,
+    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest shard, GB.")] = 5.0,
+) -> None:
+    """A checkpoint or a run to a folder that transformers loads with trust_remote_code."""
+    _quiet()
+    from moepp_megatron.interop.to_hf import mcore_to_hf as convert
+
+    for warning in convert(source, target, layout.value, int(max_shard_gb * 1e9)):
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"model        {target}")
+
+
+@app.command("upcycle")
+def upcycle(
+    source: Source,
+    target: Target,
+    zero: Annotated[int, typer.Option(min=0, help="Zero experts to add.")] = 1,
+    copy: Annotated[int, typer.Option(min=0, help="Copy experts to add.")] = 1,
+    constant: Annotated[int, typer.Option(min=0, help="Constant experts to add.")] = 2,
+    gating_residual: Annotated[bool, typer.Option(help="Add gating residuals, 0 at first.")] = True,
+    tau: Annotated[float, typer.Option(min=0.001, help="moe.tau of the new model.")] = 0.75,
+    experts: Annotated[int, typer.Option(min=1, help="Of a dense model: FFN experts.")] = 8,
+    topk: Annotated[int, typer.Option(min=1, help="Of a dense model: experts per token.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of what is new.")] = 1234,
+    dtype: ChosenDtype = None,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """A Mixtral, Qwen3-MoE, Llama or Qwen3 checkpoint to a MoE++ one that computes the same."""
+    _quiet()
+    from moepp_megatron.interop.upcycle import Additions
+    from moepp_megatron.interop.upcycle import upcycle as convert
+
+    additions = Additions(
+        num_zero_experts=zero,
+        num_copy_experts=copy,
+        num_constant_experts=constant,
+        gating_residual=gating_residual,
+        tau=tau,
+        num_ffn_experts=experts,
+        router_topk=topk,
+        seed=seed,
+    )
+    config = convert(source, target, additions, dtype, allow_pickle)
+    typer.echo(f"checkpoint   {target}")
+    typer.echo(
+        f"FFN share    1 now; training moves it towards phi ({config.moe.ffn_share:.3f}) at "
+        f"moe.selection_bias_rate ({config.moe.selection_bias_rate})"
+    )
+
+
+def _quiet() -> None:
+    from moepp_megatron.runtime.quiet import quiet
+
+    quiet()

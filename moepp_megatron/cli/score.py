@@ -1,0 +1,68 @@
+"""`moepp score`: per-token log-probabilities in any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def score(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, or a run.", metavar="CHECKPOINT")
+    ],
+    tokens: Annotated[
+        Path, typer.Option(help="NPZ file with input_ids [b, s].", metavar="FILE.npz")
+    ],
+    out: Annotated[Path, typer.Option(help="NPZ file to write.", metavar="FILE.npz")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Layout to use; by default one rank's.", metavar="parallel.key=value"),
+    ] = None,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
+    ] = 1,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Also write logits [b, s, vocab].")
+    ] = False,
+) -> None:
+    """Write token_logprobs [b, s-1]: the log-probability of each token after the first."""
+    from moepp_megatron.runtime.quiet import quiet
+
+    quiet()
+    from moepp_megatron.interop.score_request import ScoreRequest
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    rank = RankEnvironment.read()
+    world_size = rank.world_size if rank.is_launched else nproc
+    request = ScoreRequest.read(checkpoint, tokens, out, overrides or [], world_size, logits)
+    if rank.rank == 0:
+        for notice in request.notices:
+            typer.echo(f"note: {notice}", err=True)
+    if rank.is_launched or nproc == 1:
+        _score_rank(request)
+        return
+    from moepp_megatron.runtime.launch import run_ranks
+
+    arguments = ["score", str(checkpoint), "--tokens", str(tokens), "--out", str(out)]
+    arguments += ["--logits"] if logits else []
+    status = run_ranks(nproc, "moepp_megatron.cli.main", [*arguments, *(overrides or [])])
+    if status != 0:
+        raise typer.Exit(status)
+
+
+def _score_rank(request: object) -> None:
+    from moepp_megatron.interop.score import score_tokens, write_scores
+    from moepp_megatron.interop.score_request import ScoreRequest
+    from moepp_megatron.runtime import distributed
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    assert isinstance(request, ScoreRequest), "a request was read above"
+    distributed.start(RankEnvironment.read())
+    distributed.build_groups(request.config, request.layout)
+    scores = score_tokens(request)
+    distributed.stop()
+    if scores is not None:
+        write_scores(request.out, scores)
+        typer.echo(f"scores       {request.out}")

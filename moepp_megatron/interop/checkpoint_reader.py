@@ -1,0 +1,146 @@
+"""Reads tensors of our checkpoints one at a time, without a model and without process groups."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from moepp_megatron.config import ConfigError
+
+# What an index is made of. Pickle can call anything that can be imported; nothing but these
+# passes. From the metadata module any class does: all of them are plain records.
+_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+_TRUSTED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.planner", "SavePlan"),
+    ("torch.distributed.checkpoint.planner", "WriteItem"),
+    ("torch.distributed.checkpoint.planner", "WriteItemType"),
+    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
+    ("torch.distributed.checkpoint.planner", "BytesIOWriteData"),
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _TRUSTED:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module == _METADATA_MODULE and "." not in name:
+            found = super().find_class(module, name)
+            # Defined there, not what the module imports.
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint by name.
+
+    Args:
+        folder: A checkpoint folder.
+
+    Raises:
+        ConfigError: If its index cannot be read, or the data files are shorter than it says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._metadata = read_index(folder)
+        self._check_files()
+
+    @property
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every tensor."""
+        return {
+            key: (entry.properties.dtype, tuple(entry.size))
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, key: str, index: int | None = None) -> Tensor:
+        """Read a tensor, or slice `index` of it along the first axis, whatever layout wrote it."""
+        entry = self._metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata), f"{key} is no tensor"
+        begin, end = (0, entry.size[0]) if index is None else (index, index + 1)
+        target = torch.empty((end - begin, *entry.size[1:]), dtype=entry.properties.dtype)
+        for chunk in entry.chunks:
+            first = max(begin, chunk.offsets[0])
+            last = min(end, chunk.offsets[0] + chunk.sizes[0])
+            if first >= last:
+                continue
+            record = self._record(MetadataIndex(key, chunk.offsets))
+            part = record.view(torch.Size(chunk.sizes))
+            part = part[first - chunk.offsets[0] : last - chunk.offsets[0]]
+            _place(target, chunk)[first - begin : last - begin].copy_(part)
+        return target if index is None else target[0]
+
+    def read_object(self, key: str) -> Any:
+        """Read an object that megatron-core stored under `key`."""
+        (value,) = self._record(MetadataIndex(f"{key}/shard_0_1"))
+        return value
+
+    def _record(self, index: MetadataIndex) -> Any:
+        place = self._metadata.storage_data[index]
+        with (self.folder / place.relative_path).open("rb", buffering=0) as stream:
+            stream.seek(place.offset)
+            data = io.BytesIO(stream.read(place.length))
+        return torch.load(data, map_location="cpu", weights_only=True)
+
+    def _check_files(self) -> None:
+        needed: dict[str, int] = {}
+        for place in self._metadata.storage_data.values():
+            end = place.offset + place.length
+            needed[place.relative_path] = max(needed.get(place.relative_path, 0), end)
+        for name, end in needed.items():
+            file = self.folder / name
+            size = file.stat().st_size if Path(name).name == name and file.is_file() else 0
+            if size < end:
+                raise ConfigError(
+                    f"{file} must have at least {end} bytes by the checkpoint's index and has "
+                    f"{size}; it is truncated or changed: copy the checkpoint again"
+                )
+
+
+def _place(target: Tensor, chunk: ChunkStorageMetadata) -> Tensor:
+    """The part of `target` that a chunk covers on every axis but the first."""
+    for axis in range(1, target.dim()):
+        target = target.narrow(axis, chunk.offsets[axis], chunk.sizes[axis])
+    return target
+
+
+def read_index(folder: Path) -> Metadata:
+    """The index of a checkpoint; a file that is anything else is refused, not run.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    file = folder / ".metadata"
+    try:
+        with file.open("rb") as stream:
+            metadata = _IndexUnpickler(stream).load()
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error.strerror}); name a checkpoint folder"
+        ) from None
+    except Exception as error:
+        raise ConfigError(
+            f"{file} must be an index of torch.distributed.checkpoint: {error}; do not use this "
+            "checkpoint unless you know where it comes from"
+        ) from None
+    if not isinstance(metadata, Metadata):
+        raise ConfigError(f"{file} must hold a checkpoint's index; copy the checkpoint again")
+    return metadata

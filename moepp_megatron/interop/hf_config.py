@@ -1,0 +1,315 @@
+"""`config.json` of the released MoE++ format and of our own, from and to our configuration.
+
+The released format (`model_type: MoE++`) fixes 2 constant, 1 copy and 1 zero expert, top-2 routing
+and gating residuals. Ours (`model_type: moepp`) says everything that a forward pass depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moepp_megatron.config import Config, ConfigError, parse_config
+
+RELEASED_TYPE = "MoE++"
+OWN_TYPE = "moepp"
+# moe_plus_plus_layer.py of the released model: MOE_TOP_K, Constant, and one of the other kinds.
+_RELEASED_TOPK = 2
+_RELEASED_KINDS = {"num_constant_experts": 2, "num_copy_experts": 1, "num_zero_experts": 1}
+# Fields of the `moe` section that a forward pass depends on, by the names that both sides use.
+_MOE_FIELDS = (
+    "num_ffn_experts",
+    "num_constant_experts",
+    "num_copy_experts",
+    "num_zero_experts",
+    "gating_residual",
+    "gate_normalization",
+    "score_function",
+    "expert_input_scale",
+    "two_layer_gate",
+    "logits_norm_std",
+    "selection_bias",
+    "gate_scale",
+    "tau",
+)
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def config_from_hf(hf: Mapping[str, Any], name: str, dtype: str | None = None) -> Config:
+    """Our configuration of a MoE++ checkpoint.
+
+    Args:
+        hf: Its `config.json`.
+        name: What to call the model.
+        dtype: fp32 or bf16 instead of the checkpoint's own.
+
+    Raises:
+        ConfigError: For another kind of model, or settings that this package does not have.
+    """
+    kind = hf.get("model_type")
+    if kind == RELEASED_TYPE:
+        moe = _released_moe(hf)
+    elif kind == OWN_TYPE:
+        moe = _own_moe(hf)
+    else:
+        raise ConfigError(
+            f"config.json: model_type ({kind}) must be {RELEASED_TYPE} or {OWN_TYPE}; use "
+            "`moepp convert upcycle` for Mixtral, Qwen3 and Llama"
+        )
+    model = decoder_section(hf)
+    return assemble(model, moe, hf, name, dtype)
+
+
+def assemble(
+    model: dict[str, Any],
+    moe: dict[str, Any],
+    hf: Mapping[str, Any],
+    name: str,
+    dtype: str | None,
+) -> Config:
+    """A whole configuration; what a checkpoint does not say is set to the least that is valid."""
+    return parse_config(
+        {
+            "run": {"dir": f"runs/{name}", "name": name},
+            "model": model,
+            "moe": moe,
+            "precision": {"dtype": dtype or checkpoint_dtype(hf)},
+            "optimizer": {"lr": 1.0e-4},
+            "training": {"train_iters": 1, "global_batch_size": 1, "micro_batch_size": 1},
+        }
+    )
+
+
+def checkpoint_dtype(hf: Mapping[str, Any]) -> str:
+    """fp32 or bf16, as `dtype` (transformers 5) or `torch_dtype` says.
+
+    Raises:
+        ConfigError: For another dtype.
+    """
+    stated = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    if stated not in _DTYPES:
+        raise ConfigError(
+            f"config.json: dtype ({stated}) must be float32 or bfloat16; convert it with "
+            "--dtype fp32 or --dtype bf16"
+        )
+    return _DTYPES[stated]
+
+
+def decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Our `model` section from the fields that Llama's descendants share.
+
+    Raises:
+        ConfigError: For what this package's decoder does not have, and for missing fields.
+    """
+    _refuse_unsupported(hf)
+    heads = require(hf, "num_attention_heads")
+    section = {
+        "num_layers": require(hf, "num_hidden_layers"),
+        "hidden_size": require(hf, "hidden_size"),
+        "ffn_hidden_size": require(hf, "intermediate_size"),
+        "num_attention_heads": heads,
+        "num_query_groups": hf.get("num_key_value_heads") or heads,
+        "seq_length": hf.get("max_position_embeddings", 2048),
+        "vocab_size": require(hf, "vocab_size"),
+        "rotary_base": float(rope_theta(hf)),
+        "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
+        "tie_embeddings": hf.get("tie_word_embeddings", False),
+        "init_method_std": hf.get("initializer_range", 0.02),
+    }
+    if hf.get("head_dim") is not None:
+        section["kv_channels"] = hf["head_dim"]
+    if hf.get("qk_norm"):
+        section["qk_layernorm"] = True
+    return section
+
+
+def require(hf: Mapping[str, Any], key: str) -> Any:
+    """A field that must be there.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if hf.get(key) is None:
+        raise ConfigError(f"config.json: {key} (absent) must be given; fetch the checkpoint again")
+    return hf[key]
+
+
+def rope_theta(hf: Mapping[str, Any]) -> float:
+    """The rotary base, from transformers 5's `rope_parameters` or the older field."""
+    parameters = hf.get("rope_parameters") or {}
+    value: float = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
+    return value
+
+
+def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
+    rope_type = (hf.get("rope_parameters") or {}).get("rope_type", "default")
+    rules = (
+        ("hidden_act", hf.get("hidden_act", "silu"), ("silu",), "SwiGLU"),
+        ("rope_scaling", hf.get("rope_scaling"), (None,), "plain rotary embeddings"),
+        ("rope_parameters.rope_type", rope_type, ("default",), "plain rotary embeddings"),
+        ("attention_bias", hf.get("attention_bias", False), (False,), "no biases"),
+        ("mlp_bias", hf.get("mlp_bias", False), (False,), "no biases"),
+        ("sliding_window", _window(hf), (None,), "full attention"),
+    )
+    for name, value, accepted, what in rules:
+        if value not in accepted:
+            raise ConfigError(
+                f"config.json: {name} ({value}) must be {accepted[0]}: this package's decoder has "
+                f"{what}; such a checkpoint cannot be converted"
+            )
+
+
+def _window(hf: Mapping[str, Any]) -> Any:
+    # Qwen names a window that it does not use.
+    return hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
+
+
+def _released_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+    counts = require(hf, "num_experts")
+    counts = counts if isinstance(counts, list) else [counts]
+    if len(set(counts)) != 1:
+        raise ConfigError(
+            f"config.json: num_experts ({counts}) must be one number for all layers; the released "
+            "code reads the first alone"
+        )
+    fixed = sum(_RELEASED_KINDS.values())
+    if counts[0] <= fixed:
+        raise ConfigError(
+            f"config.json: num_experts ({counts[0]}) must be more than {fixed}, the last of which "
+            "are constant, constant, copy and zero; fetch the checkpoint again"
+        )
+    mixtral = hf.get("moe_use_mixtral_gating", False)
+    plain_input = mixtral or hf.get("moe_feature_no_mul_topk", False)
+    layers, interval = require(hf, "num_hidden_layers"), hf.get("moe_expert_interval", 1)
+    return {
+        "num_ffn_experts": counts[0] - fixed,
+        **_RELEASED_KINDS,
+        "router_topk": _RELEASED_TOPK,
+        "gating_residual": True,
+        "gate_normalization": "selected" if mixtral else "nonzero",
+        "expert_input_scale": 1.0 if plain_input else float(_RELEASED_TOPK),
+        "two_layer_gate": hf.get("moe_2layer_gate", True),
+        "logits_norm_std": float(hf.get("moe_gate_norm_std", 1.0))
+        if hf.get("moe_use_logits_norm", False)
+        else None,
+        # The released code counts from 1: with interval n, layers n, 2n, ... are MoE layers.
+        "layer_freq": 1
+        if interval == 1
+        else [int((layer + 1) % interval == 0) for layer in range(layers)],
+    }
+
+
+def _own_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+    moe = {key: require(hf, key) for key in _MOE_FIELDS if key != "logits_norm_std"}
+    moe["logits_norm_std"] = hf.get("logits_norm_std")
+    moe["router_topk"] = require(hf, "num_experts_per_tok")
+    moe["layer_freq"] = require(hf, "moe_layers")
+    moe["ffn_hidden_size"] = hf.get("moe_intermediate_size")
+    moe["shared_expert_ffn_hidden_size"] = hf.get("shared_expert_intermediate_size")
+    return moe
+
+
+def own_hf_config(config: Config) -> dict[str, Any]:
+    """`config.json` of our own format, without `architectures` and `auto_map`."""
+    moe = config.moe
+    fields = {key: getattr(moe, key) for key in _MOE_FIELDS}
+    if moe.is_vanilla and moe.score_function == "sigmoid" and moe.router_topk > 1:
+        # What megatron-core's own router does there.
+        fields["gate_normalization"] = "selected"
+    return {
+        "model_type": OWN_TYPE,
+        **_shared_fields(config),
+        **fields,
+        "moe_intermediate_size": config.expert_ffn_hidden_size,
+        "shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
+        "num_experts_per_tok": moe.router_topk,
+        "moe_layers": [int(flag) for flag in moe.moe_layer_pattern(config.model.num_layers)],
+        "head_dim": config.model.head_dim,
+        "qk_norm": config.model.qk_layernorm,
+    }
+
+
+def released_hf_config(config: Config) -> dict[str, Any]:
+    """`config.json` of the released format.
+
+    Raises:
+        ConfigError: For a model that the format cannot express, with each reason.
+    """
+    problems = list(_not_released(config))
+    if problems:
+        raise ConfigError(
+            "\n".join(
+                f"{name} ({value}) must be {wanted} in the released format; "
+                "use --layout moepp, which has no such limit"
+                for name, value, wanted in problems
+            )
+        )
+    moe = config.moe
+    mixtral = moe.gate_normalization == "selected"
+    return {
+        "model_type": RELEASED_TYPE,
+        **_shared_fields(config),
+        "num_experts": [moe.num_experts],
+        "moe_expert_interval": _interval(config),
+        "moe_use_mixtral_gating": mixtral,
+        "moe_2layer_gate": moe.two_layer_gate,
+        "moe_use_logits_norm": moe.logits_norm_std is not None,
+        "moe_gate_norm_std": 1.0 if moe.logits_norm_std is None else moe.logits_norm_std,
+        "moe_feature_no_mul_topk": moe.expert_input_scale == 1.0 and not mixtral,
+    }
+
+
+def _shared_fields(config: Config) -> dict[str, Any]:
+    model = config.model
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.seq_length,
+        "initializer_range": model.init_method_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.tie_embeddings,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": None,
+    }
+
+
+def _not_released(config: Config) -> list[tuple[str, Any, Any]]:
+    """(name, value, what the released format wants) of everything it cannot express."""
+    model, moe = config.model, config.moe
+    # With Mixtral gating the released code never scales the experts' input.
+    scales = (1.0,) if moe.gate_normalization == "selected" else (1.0, 2.0)
+    wanted: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("moe.router_topk", moe.router_topk, (_RELEASED_TOPK,)),
+        *((f"moe.{key}", getattr(moe, key), (value,)) for key, value in _RELEASED_KINDS.items()),
+        ("moe.gating_residual", moe.gating_residual, (True,)),
+        ("moe.gate_normalization", moe.gate_normalization, ("nonzero", "selected")),
+        ("moe.score_function", moe.score_function, ("softmax",)),
+        ("moe.expert_input_scale", moe.expert_input_scale, scales),
+        ("moe.selection_bias", moe.selection_bias, (False,)),
+        ("moe.gate_scale", moe.gate_scale, (1.0,)),
+        ("moe.shared_expert_ffn_hidden_size", moe.shared_expert_ffn_hidden_size, (None,)),
+        ("moe.ffn_hidden_size", config.expert_ffn_hidden_size, (model.ffn_hidden_size,)),
+        ("model.qk_layernorm", model.qk_layernorm, (False,)),
+        ("model.kv_channels", model.head_dim, (model.hidden_size // model.num_attention_heads,)),
+    ]
+    broken = [
+        (name, value, " or ".join(map(str, accepted)))
+        for name, value, accepted in wanted
+        if value not in accepted
+    ]
+    if _interval(config) is None:
+        broken.append(("moe.layer_freq", moe.layer_freq, "every n-th layer, counted from the n-th"))
+    return broken
+
+
+def _interval(config: Config) -> int | None:
+    """The released `moe_expert_interval`, or None where the MoE layers follow no such pattern."""
+    pattern = config.moe.moe_layer_pattern(config.model.num_layers)
+    interval = pattern.index(True) + 1
+    expected = [(layer + 1) % interval == 0 for layer in range(len(pattern))]
+    return interval if pattern == expected else None

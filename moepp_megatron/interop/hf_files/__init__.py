@@ -1,0 +1,1 @@
+"""Files that an exported model carries for transformers; copied, never imported from here."""

@@ -1,0 +1,147 @@
+"""Configuration of a MoE++ model (arXiv 2410.07348) for transformers 5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+
+class MoEPPConfig(LlamaConfig):
+    """Llama's configuration, and what the experts need.
+
+    Experts are ordered FFN, constant, copy, zero.
+
+    Args:
+        num_ffn_experts: Experts that compute.
+        num_constant_experts: Experts that mix their input with a learned vector.
+        num_copy_experts: Experts that return their input.
+        num_zero_experts: Experts that return 0.
+        num_experts_per_tok: Experts selected per token.
+        moe_layers: For each layer, 1 for a MoE layer and 0 for a dense one; None means all 1.
+        moe_intermediate_size: Inner width of an FFN expert; None means `intermediate_size`.
+        shared_expert_intermediate_size: Inner width of an expert for all tokens; None: none.
+        gating_residual: Whether a router adds a map of the previous router's logits.
+        gate_normalization: `none`, `selected` (divided by their sum) or `nonzero` (a selected zero
+            expert's gate is 0, the others are divided by their sum).
+        score_function: `softmax` or `sigmoid`.
+        expert_input_scale: Factor on the experts' input, not the router's.
+        two_layer_gate: Whether the gate is `W_b tanh(W_a x)`.
+        logits_norm_std: Standard deviation that each token's logits are scaled to, or None.
+        selection_bias: Whether a bias per expert takes part in the selection, not in the gates.
+        gate_scale: Factor on all gates.
+        qk_norm: Whether queries and keys are normalised per head.
+        tau: Weight of zero-computation experts in the balance loss that the model was trained with.
+        **kwargs: As `LlamaConfig`.
+    """
+
+    model_type = "moepp"
+
+    def __init__(
+        self,
+        num_ffn_experts: int = 8,
+        num_constant_experts: int = 2,
+        num_copy_experts: int = 1,
+        num_zero_experts: int = 1,
+        num_experts_per_tok: int = 2,
+        moe_layers: list[int] | None = None,
+        moe_intermediate_size: int | None = None,
+        shared_expert_intermediate_size: int | None = None,
+        gating_residual: bool = True,
+        gate_normalization: str = "none",
+        score_function: str = "softmax",
+        expert_input_scale: float = 1.0,
+        two_layer_gate: bool = False,
+        logits_norm_std: float | None = None,
+        selection_bias: bool = False,
+        gate_scale: float = 1.0,
+        qk_norm: bool = False,
+        tau: float = 0.75,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_ffn_experts = num_ffn_experts
+        self.num_constant_experts = num_constant_experts
+        self.num_copy_experts = num_copy_experts
+        self.num_zero_experts = num_zero_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_layers = moe_layers or [1] * self.num_hidden_layers
+        self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.gating_residual = gating_residual
+        self.gate_normalization = gate_normalization
+        self.score_function = score_function
+        self.expert_input_scale = expert_input_scale
+        self.two_layer_gate = two_layer_gate
+        self.logits_norm_std = logits_norm_std
+        self.selection_bias = selection_bias
+        self.gate_scale = gate_scale
+        self.qk_norm = qk_norm
+        self.tau = tau
+
+    def validate_architecture(self) -> None:
+        """Unlike Llama's, the head width need not divide the hidden size."""
+
+    @property
+    def total_experts(self) -> int:
+        """All experts: the router's width."""
+        return (
+            self.num_ffn_experts
+            + self.num_constant_experts
+            + self.num_copy_experts
+            + self.num_zero_experts
+        )
+
+
+class MoeConfig(MoEPPConfig):
+    """The released MoE++ model's configuration, by its own field names.
+
+    Args:
+        num_experts: All experts, in a list of one; the last are 2 constant, 1 copy and 1 zero.
+        moe_expert_interval: Every n-th layer, counted from the n-th, is a MoE layer.
+        moe_use_mixtral_gating: Softmax over the selected logits; the experts' input as it is.
+        moe_2layer_gate: Whether the gate has two layers.
+        moe_use_logits_norm: Whether logits are scaled to `moe_gate_norm_std`.
+        moe_gate_norm_std: That standard deviation.
+        moe_feature_no_mul_topk: The experts' input as it is, instead of twice.
+        **kwargs: As `MoEPPConfig`, `num_hidden_layers` above all.
+    """
+
+    model_type = "MoE++"
+
+    def __init__(
+        self,
+        num_experts: list[int] | int = 32,
+        moe_expert_interval: int = 1,
+        moe_use_mixtral_gating: bool = False,
+        moe_2layer_gate: bool = True,
+        moe_use_logits_norm: bool = False,
+        moe_gate_norm_std: float = 1.0,
+        moe_feature_no_mul_topk: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        count = num_experts[0] if isinstance(num_experts, list) else num_experts
+        layers = kwargs.get("num_hidden_layers", 32)
+        derived = {
+            "num_ffn_experts": count - 4,
+            "num_constant_experts": 2,
+            "num_copy_experts": 1,
+            "num_zero_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_layers": [int((i + 1) % moe_expert_interval == 0) for i in range(layers)],
+            "gate_normalization": "selected" if moe_use_mixtral_gating else "nonzero",
+            "expert_input_scale": 1.0 if moe_use_mixtral_gating or moe_feature_no_mul_topk else 2.0,
+            "two_layer_gate": moe_2layer_gate,
+            "logits_norm_std": moe_gate_norm_std if moe_use_logits_norm else None,
+        }
+        super().__init__(**(kwargs | derived))
+        self.num_experts = [count]
+        self.moe_expert_interval = moe_expert_interval
+        self.moe_use_mixtral_gating = moe_use_mixtral_gating
+        self.moe_2layer_gate = moe_2layer_gate
+        self.moe_use_logits_norm = moe_use_logits_norm
+        self.moe_gate_norm_std = moe_gate_norm_std
+        self.moe_feature_no_mul_topk = moe_feature_no_mul_topk
+
+
+__all__ = ["MoEPPConfig", "MoeConfig"]

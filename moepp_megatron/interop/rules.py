@@ -1,0 +1,178 @@
+"""How tensors of a Hugging Face checkpoint and of our checkpoints correspond.
+
+One rule is one tensor of our checkpoint, or one expert's slice of it, and the Hugging Face tensors
+that it is made of. Our names are those that megatron-core's `sharded_state_dict` gives; the tests
+compare them with a real model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.config import Config
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """A tensor of the Hugging Face checkpoint."""
+
+    name: str
+    shape: Shape
+
+
+def _only(tensors: Sequence[Tensor]) -> Tensor:
+    (tensor,) = tensors
+    return tensor
+
+
+def _alone(tensor: Tensor) -> list[Tensor]:
+    return [tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of our checkpoint, or a slice of it along its first axis.
+
+    Attributes:
+        key: Name in our checkpoint.
+        shape: Shape of the whole tensor there.
+        index: The slice along the first axis (an expert), or None for the whole tensor.
+        sources: The Hugging Face tensors that it is made of.
+        pack: From those, in order, to the tensor (or slice, without the first axis).
+        unpack: The inverse; None where there is none (upcycling).
+        unused: The model has no such parameter: kept for the way back alone, and optional there.
+    """
+
+    key: str
+    shape: Shape
+    sources: tuple[HFTensor, ...]
+    index: int | None = None
+    pack: Callable[[Sequence[Tensor]], Tensor] = _only
+    unpack: Callable[[Tensor], list[Tensor]] | None = _alone
+    unused: bool = False
+
+    @property
+    def slice_shape(self) -> Shape:
+        """Shape of what `pack` returns."""
+        return self.shape if self.index is None else self.shape[1:]
+
+
+def same(key: str, name: str, *shape: int) -> Rule:
+    """A tensor that is the same in both."""
+    return Rule(key, shape, (HFTensor(name, shape),))
+
+
+def row(key: str, count: int, index: int, name: str, *shape: int) -> Rule:
+    """A Hugging Face tensor that is slice `index` of `count` of ours."""
+    return Rule(key, (count, *shape), (HFTensor(name, shape),), index)
+
+
+def stacked(
+    key: str, names: Sequence[str], rows: int, columns: int, experts: tuple[int, int] | None = None
+) -> Rule:
+    """Matrices [rows, columns] one above the other; `experts` = (count, index) of a slice."""
+    sources = tuple(HFTensor(name, (rows, columns)) for name in names)
+    shape: Shape = (len(names) * rows, columns)
+    index = None
+    if experts is not None:
+        count, index = experts
+        shape = (count, *shape)
+    return Rule(
+        key,
+        shape,
+        sources,
+        index,
+        lambda tensors: torch.cat(list(tensors)),
+        lambda tensor: list(tensor.split(rows)),
+    )
+
+
+def decoder_rules(config: Config) -> Iterator[Rule]:
+    """Embedding, final norm and output layer."""
+    model = config.model
+    table = (model.vocab_size, model.hidden_size)
+    yield same("embedding.word_embeddings.weight", "model.embed_tokens.weight", *table)
+    if not model.tie_embeddings:
+        yield same("output_layer.weight", "lm_head.weight", *table)
+    yield same("decoder.final_layernorm.weight", "model.norm.weight", model.hidden_size)
+
+
+def attention_rules(config: Config, layer: int) -> Iterator[Rule]:
+    """Attention and both norms of a layer; Llama's names, which all formats here share."""
+    model = config.model
+    ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+    width, head = model.hidden_size, model.head_dim
+    heads, groups = model.num_attention_heads, model.query_groups
+    # megatron-core's names of norms are those of its fused norm-and-linear layers.
+    norm = "self_attention.linear_qkv.layer_norm_weight"
+    yield same(ours + norm, theirs + "input_layernorm.weight", width)
+    yield _qkv(ours + "self_attention.linear_qkv.weight", theirs, width, heads, groups, head)
+    attention = ours + "self_attention."
+    yield same(
+        attention + "linear_proj.weight", theirs + "self_attn.o_proj.weight", width, heads * head
+    )
+    if model.qk_layernorm:
+        yield same(attention + "q_layernorm.weight", theirs + "self_attn.q_norm.weight", head)
+        yield same(attention + "k_layernorm.weight", theirs + "self_attn.k_norm.weight", head)
+    norm = "mlp.linear_fc1.layer_norm_weight"
+    yield same(ours + norm, theirs + "post_attention_layernorm.weight", width)
+
+
+def _qkv(key: str, theirs: str, width: int, heads: int, groups: int, head: int) -> Rule:
+    """Megatron interleaves: for each key/value head its query heads, then key, then value."""
+    per_group = heads // groups
+
+    def pack(tensors: Sequence[Tensor]) -> Tensor:
+        parts = [tensor.view(groups, -1, width) for tensor in tensors]
+        return torch.cat(parts, dim=1).reshape(-1, width)
+
+    def unpack(tensor: Tensor) -> list[Tensor]:
+        parts = tensor.view(groups, (per_group + 2) * head, width)
+        split = parts.split([per_group * head, head, head], dim=1)
+        return [part.reshape(-1, width) for part in split]
+
+    rows = {"q": heads * head, "k": groups * head, "v": groups * head}
+    sources = tuple(
+        HFTensor(f"{theirs}self_attn.{kind}_proj.weight", (count, width))
+        for kind, count in rows.items()
+    )
+    return Rule(key, (sum(rows.values()), width), sources, None, pack, unpack)
+
+
+def dense_mlp_rules(config: Config, layer: int) -> Iterator[Rule]:
+    """The SwiGLU FFN of a layer that is no MoE layer."""
+    width, inner = config.model.hidden_size, config.model.ffn_hidden_size
+    yield from swiglu_rules(
+        f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.", width, inner
+    )
+
+
+def swiglu_rules(ours: str, theirs: str, width: int, inner: int) -> Iterator[Rule]:
+    """A SwiGLU FFN: gate above up projection, then down projection."""
+    names = [theirs + "gate_proj.weight", theirs + "up_proj.weight"]
+    yield stacked(ours + "linear_fc1.weight", names, inner, width)
+    yield same(ours + "linear_fc2.weight", theirs + "down_proj.weight", width, inner)
+
+
+def linear_modules(config: Config) -> Iterator[tuple[str, int]]:
+    """Modules for which megatron-core stores an (empty) extra state, and their number of copies.
+
+    Transformer Engine's modules keep FP8 scales there; megatron-core asks every checkpoint for it.
+    """
+    for layer, is_moe in enumerate(config.moe.moe_layer_pattern(config.model.num_layers)):
+        prefix = f"decoder.layers.{layer}."
+        modules = ["self_attention.linear_qkv", "self_attention.linear_proj"]
+        if config.moe.shared_expert_ffn_hidden_size is not None and is_moe:
+            modules += ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
+        if not is_moe:
+            modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
+        yield from ((prefix + module, 1) for module in modules)
+        if is_moe:
+            for module in ("linear_fc1", "linear_fc2"):
+                yield f"{prefix}mlp.experts.experts.{module}", config.moe.num_ffn_experts

@@ -1,0 +1,253 @@
+"""The safetensors format, read and written one tensor at a time.
+
+The safetensors library maps whole files (which then count as this process's memory) and writes from
+a dictionary that holds every tensor of a shard. A conversion of a model that does not fit in memory
+can do neither. The format is small: 8 bytes header length, a JSON header, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.config import ConfigError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The library's own limit.
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor in a file.
+
+    Attributes:
+        name: Its name.
+        dtype: Its dtype.
+        shape: Its shape.
+        file: The file that holds it.
+        offset: First byte within the file.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return _num_bytes(self.dtype, self.shape)
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of a file, checked against its size; nothing but the header is read.
+
+    Raises:
+        ConfigError: If the file is truncated, or its header contradicts itself or its size.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
+                raise _broken(file, f"has {size} bytes, too few for its header of {length}")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise _broken(file, f"cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise _broken(file, "has a header that is no JSON") from None
+    if not isinstance(header, dict):
+        raise _broken(file, "has a header that is no JSON object")
+    header.pop("__metadata__", None)
+    return _entries(file, header, 8 + length, size)
+
+
+def _entries(
+    file: Path, header: Mapping[str, object], start: int, size: int
+) -> dict[str, TensorEntry]:
+    entries: list[TensorEntry] = []
+    for name, value in header.items():
+        try:
+            assert isinstance(value, dict)
+            dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+            begin, end = value["data_offsets"]
+            assert all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        except (AssertionError, KeyError, TypeError, ValueError):
+            raise _broken(file, f"has no valid entry for tensor {name}") from None
+        if end - begin != _num_bytes(dtype, shape):
+            raise _broken(
+                file, f"gives tensor {name} {end - begin} bytes for shape {list(shape)} {dtype}"
+            )
+        entries.append(TensorEntry(name, dtype, shape, file, start + begin))
+    entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
+    position = start
+    for entry in entries:
+        if entry.offset != position:
+            raise _broken(file, f"has a gap or an overlap before tensor {entry.name}")
+        position += entry.num_bytes
+    if position != size:
+        raise _broken(file, f"must have {position} bytes by its header and has {size}")
+    return {entry.name: entry for entry in entries}
+
+
+def _num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    count = dtype.itemsize
+    for length in shape:
+        count *= length
+    return count
+
+
+def _broken(file: Path, what: str) -> ConfigError:
+    return ConfigError(f"{file} {what}; it is truncated or changed: fetch or write it again")
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """Read one tensor into memory of its own.
+
+    Raises:
+        ConfigError: If the file ends early.
+    """
+    data = torch.empty(entry.shape, dtype=entry.dtype)
+    if entry.num_bytes == 0:
+        return data
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.offset)
+        view = memoryview(data.view(-1).view(torch.uint8).numpy())
+        while view:
+            count = stream.readinto(view)
+            if not count:
+                raise _broken(entry.file, f"ends within tensor {entry.name}")
+            view = view[count:]
+    return data
+
+
+class SafetensorsWriter:
+    """Writes tensors in a planned order into shards of limited size, with an index.
+
+    Args:
+        folder: Where to write; must exist.
+        plan: Name, dtype and shape of every tensor, in the order of writing.
+        max_shard_bytes: Tensor bytes of a shard; a larger tensor gets a shard of its own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+        max_shard_bytes: int,
+    ) -> None:
+        self._folder = folder
+        self._shards = _split(plan, max_shard_bytes)
+        self._position = (0, 0)
+        self._stream: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        """Nothing is opened before the first tensor."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close; write the index if all went well."""
+        if self._stream is not None:
+            self._stream.close()
+        if kind is None:
+            done = self._position == (len(self._shards), 0)
+            assert done, f"only {self._position} of {len(self._shards)} shards were written"
+            self._write_index()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor of the plan."""
+        shard, index = self._position
+        planned = self._shards[shard][index]
+        given = (name, tensor.dtype, tuple(tensor.shape))
+        assert given == planned, f"planned {planned}, given {given}"
+        if index == 0:
+            self._stream = (self._folder / self._file_name(shard)).open("wb")
+            self._stream.write(_header(self._shards[shard]))
+        assert self._stream is not None, "a shard begins with its first tensor"
+        if tensor.numel():
+            self._stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        self._position = (shard, index + 1)
+        if index + 1 == len(self._shards[shard]):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            self._stream, self._position = None, (shard + 1, 0)
+
+    def _file_name(self, shard: int) -> str:
+        if len(self._shards) == 1:
+            return "model.safetensors"
+        return f"model-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
+
+    def _write_index(self) -> None:
+        if len(self._shards) == 1:
+            return
+        weight_map = {
+            name: self._file_name(number)
+            for number, shard in enumerate(self._shards)
+            for name, _, _ in shard
+        }
+        total = sum(_num_bytes(d, s) for shard in self._shards for _, d, s in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        path = self._folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _split(
+    plan: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], limit: int
+) -> list[list[tuple[str, torch.dtype, tuple[int, ...]]]]:
+    shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = []
+    room = 0
+    for item in plan:
+        size = _num_bytes(item[1], item[2])
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(item)
+        room -= size
+    return shards
+
+
+def _header(shard: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape in shard:
+        end = position + _num_bytes(dtype, shape)
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # Padded so that the tensors begin at a multiple of 8 bytes, as the library does.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,191 @@
+"""What `moepp score` is asked to do, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from moepp_megatron.config import Config, ConfigError, Layout, load_config, with_overrides
+from moepp_megatron.config.load import parse_override
+
+# The layout in which a checkpoint is scored unless the command line says otherwise. Activations are
+# kept for no backward pass, and a capacity limit would make a token's score depend on the others.
+_DEFAULTS = (
+    "parallel.tensor_model_parallel_size=1",
+    "parallel.pipeline_model_parallel_size=1",
+    "parallel.virtual_pipeline_model_parallel_size=null",
+    "parallel.pipeline_model_parallel_layout=null",
+    "parallel.expert_model_parallel_size=1",
+    "parallel.expert_tensor_parallel_size=null",
+    "parallel.context_parallel_size=1",
+    # Without effect but where tensor parallelism needs it.
+    "parallel.sequence_parallel=true",
+    "parallel.overlap_grad_reduce=false",
+    "parallel.overlap_param_gather=false",
+    "training.recompute_granularity=null",
+    "training.recompute_method=null",
+    "training.recompute_num_layers=null",
+    "training.micro_batch_size=1",
+    "moe.capacity_factor=null",
+)
+_SECTIONS = ("parallel", "precision")
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """A checked request.
+
+    Attributes:
+        checkpoint: The checkpoint's folder.
+        config: Its configuration in the wanted layout; one sequence a micro-batch, the global
+            batch holds all sequences (and fillers), `model.seq_length` is the padded length.
+        layout: The rank grid.
+        input_ids: [b, s] int64.
+        out: File to write.
+        logits: Whether logits are wanted.
+        notices: What the user should know.
+    """
+
+    checkpoint: Path
+    config: Config
+    layout: Layout
+    input_ids: np.ndarray
+    out: Path
+    logits: bool = False
+    notices: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(
+        cls,
+        checkpoint: Path,
+        tokens: Path,
+        out: Path,
+        overrides: Sequence[str],
+        world_size: int,
+        logits: bool,
+    ) -> ScoreRequest:
+        """Check a request.
+
+        Raises:
+            ConfigError: Whatever is wrong with it.
+        """
+        input_ids = read_input_ids(tokens)
+        _check_overrides(overrides)
+        if out.is_dir():
+            raise ConfigError(f"--out ({out}) must be a file to write, and is a folder; name one")
+        from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
+
+        folder = find_checkpoint(checkpoint)
+        trained = load_config(folder / CONFIG_FILE)
+        _check_vocabulary(tokens, input_ids, trained)
+        config = _scoring_config(trained, overrides, input_ids, world_size)
+        layout = Layout.from_config(config, world_size)
+        notices = list(_notices(trained, input_ids, config))
+        return cls(folder, config, layout, input_ids, out, logits, notices)
+
+
+def read_input_ids(tokens: Path) -> np.ndarray:
+    """The array `input_ids` of an npz file, [b, s] int64.
+
+    Raises:
+        ConfigError: If the file or the array is not what it must be.
+    """
+    try:
+        # allow_pickle=False: an object array could run code.
+        with np.load(tokens, allow_pickle=False) as file:
+            if not hasattr(file, "files") or "input_ids" not in file.files:
+                raise ConfigError(f"--tokens ({tokens}) must hold the array input_ids; add it")
+            input_ids = file["input_ids"]
+    except OSError as error:
+        raise ConfigError(f"--tokens ({tokens}) cannot be read ({error}); name a file") from None
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"--tokens ({tokens}) must be an npz file of plain arrays ({error}); write it with "
+            "numpy.savez"
+        ) from None
+    if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
+        raise ConfigError(
+            f"--tokens ({tokens}): input_ids {list(input_ids.shape)} must be [sequences, tokens] "
+            "with at least 1 sequence of 2 tokens; change its shape"
+        )
+    if not np.issubdtype(input_ids.dtype, np.integer):
+        raise ConfigError(
+            f"--tokens ({tokens}): input_ids ({input_ids.dtype}) must be whole numbers; "
+            "write it as int64"
+        )
+    return input_ids.astype(np.int64)
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        section, key, _ = parse_override(override)
+        if section not in _SECTIONS:
+            raise ConfigError(
+                f"override {section}.{key} must be in section {' or '.join(_SECTIONS)}: the "
+                "checkpoint says the rest; leave it out"
+            )
+
+
+def _check_vocabulary(tokens: Path, input_ids: np.ndarray, config: Config) -> None:
+    size = config.model.vocab_size
+    wrong = input_ids[(input_ids < 0) | (input_ids >= size)]
+    if wrong.size:
+        raise ConfigError(
+            f"--tokens ({tokens}): input_ids ({wrong[0]}) must be between 0 and {size - 1}, the "
+            "model's vocabulary; use the tokenizer that the model was trained with"
+        )
+
+
+def _scoring_config(
+    trained: Config, overrides: Sequence[str], input_ids: np.ndarray, world_size: int
+) -> Config:
+    """The checkpoint's configuration in the wanted layout; the batch holds all sequences."""
+    sequences, length = input_ids.shape
+    padded = _round_up(length, _pieces(overrides))
+    shape = [f"model.seq_length={padded}", "training.global_batch_size=1"]
+    config = with_overrides(trained, [*_DEFAULTS, *overrides, *shape])
+    parallel = config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    model_ranks = parallel.tensor_model_parallel_size * stages * parallel.context_parallel_size
+    data_parallel = max(1, world_size // model_ranks)
+    # The interleaved schedule takes micro-batches in groups of one per pipeline rank.
+    per_rank = _round_up(-(-sequences // data_parallel), stages)
+    return with_overrides(config, [f"training.global_batch_size={per_rank * data_parallel}"])
+
+
+def _pieces(overrides: Sequence[str]) -> int:
+    """Equal pieces that a sequence is cut into by the layout of `overrides`."""
+    degrees = {"tensor_model_parallel_size": 1, "context_parallel_size": 1}
+    for override in overrides:
+        _, key, value = parse_override(override)
+        # Values that are no degree of parallelism are refused with the configuration.
+        if key in degrees and isinstance(value, int) and value > 0:
+            degrees[key] = value
+    tensor, context = degrees.values()
+    return tensor * (2 * context if context > 1 else 1)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _notices(trained: Config, input_ids: np.ndarray, config: Config) -> Iterator[str]:
+    length, padded = input_ids.shape[1], config.model.seq_length
+    if padded != length:
+        yield (
+            f"sequences of {length} tokens are padded to {padded}, which this layout divides; the "
+            "fillers come last and are not written"
+        )
+    if length > trained.model.seq_length:
+        yield (
+            f"sequences of {length} tokens are longer than those that the model was made for "
+            f"({trained.model.seq_length})"
+        )
+    if trained.moe.capacity_factor is not None:
+        yield "moe.capacity_factor is ignored: no selection is dropped when scoring"

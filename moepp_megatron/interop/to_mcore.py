@@ -1,0 +1,164 @@
+"""From a Hugging Face checkpoint to ours, tensor by tensor."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.data.atomic import partial_folder, publish
+from moepp_megatron.data.progress import track
+from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
+from moepp_megatron.interop.hf_config import config_from_hf
+from moepp_megatron.interop.hf_source import HFSource, TensorInfo
+from moepp_megatron.interop.moepp_rules import moepp_rules
+from moepp_megatron.interop.rules import Rule, linear_modules
+from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE
+
+# Beside the weights, so that the way back gives what this package has no field for.
+HF_CONFIG_FILE = "hf_config.json"
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_SHOWN = 5
+
+
+def hf_to_mcore(
+    source: Path,
+    target: Path,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    console: Console | None = None,
+) -> Config:
+    """Convert a MoE++ checkpoint (released format or ours) into a checkpoint of ours.
+
+    Args:
+        source: Its folder.
+        target: Folder to make; it must not exist or be empty.
+        dtype: fp32 or bf16 for all weights; None keeps every tensor as it is.
+        allow_pickle: Also accept pickled weights.
+        console: Where progress goes.
+
+    Raises:
+        ConfigError: With the name of every tensor that is missing, unexpected or of a wrong shape.
+    """
+    hf = HFSource(source, allow_pickle)
+    config = config_from_hf(hf.config, source.resolve().name, dtype)
+    rules = list(moepp_rules(config))
+    write_checkpoint(hf, rules, config, target, dtype, console)
+    return config
+
+
+def write_checkpoint(
+    hf: HFSource,
+    rules: Sequence[Rule],
+    config: Config,
+    target: Path,
+    dtype: str | None,
+    console: Console | None,
+) -> None:
+    """Write the checkpoint that `rules` make of a Hugging Face checkpoint.
+
+    Raises:
+        ConfigError: If a tensor is missing, unexpected or of a wrong shape, or `target` is taken.
+    """
+    account_for(hf, rules)
+    target = free_folder(target)
+    tensors = hf.tensors
+    total = sum(_rule_bytes(tensors, rule) for rule in rules)
+    with (
+        partial_folder(target) as folder,
+        track(console or Console(stderr=True), "converting", total) as advance,
+    ):
+        writer = CheckpointWriter(folder)
+        for rule in rules:
+            if rule.unused and rule.sources[0].name not in tensors:
+                continue
+            sources = [_cast(hf.read(source.name), dtype) for source in rule.sources]
+            writer.add(rule.key, rule.pack(sources), rule.shape, rule.index)
+            advance(_rule_bytes(tensors, rule))
+        _write_objects(writer, config)
+        _copy_companions(hf, folder)
+        (folder / CONFIG_FILE).write_text(
+            config.to_yaml(f"converted from {hf.folder.name}"), encoding="utf-8"
+        )
+        writer.finish()
+        writer.finish_manifest()
+        publish(folder, target)
+
+
+def account_for(hf: HFSource, rules: Sequence[Rule]) -> None:
+    """Refuse a checkpoint that does not hold exactly what the rules read.
+
+    Raises:
+        ConfigError: Naming the tensors.
+    """
+    tensors = hf.tensors
+    wanted = {source.name: source.shape for rule in rules for source in rule.sources}
+    optional = {source.name for rule in rules if rule.unused for source in rule.sources}
+    problems = [
+        *_listed("is missing", sorted(wanted.keys() - tensors.keys() - optional)),
+        *_listed("is unexpected", sorted(tensors.keys() - wanted.keys())),
+    ]
+    for name in sorted(wanted.keys() & tensors.keys()):
+        shape = tensors[name].shape
+        if shape != wanted[name]:
+            problems.append(
+                f"tensor {name} must have shape {list(wanted[name])} by config.json and has "
+                f"{list(shape)}"
+            )
+    for rule in rules:
+        dtypes = {tensors[s.name].dtype for s in rule.sources if s.name in tensors}
+        if len(dtypes) > 1:
+            names = ", ".join(source.name for source in rule.sources)
+            problems.append(f"tensors {names} must have one dtype; use --dtype fp32 or bf16")
+    if problems:
+        raise ConfigError("\n".join(f"{hf.folder}: {problem}" for problem in problems))
+
+
+def free_folder(target: Path) -> Path:
+    """The absolute path of a folder that may be written.
+
+    Raises:
+        ConfigError: If something is there already.
+    """
+    target = target.absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"DST ({target}) must not exist or be empty; choose another folder")
+    return target
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    lines = [f"tensor {name} {what}" for name in names[:_SHOWN]]
+    if len(names) > _SHOWN:
+        lines.append(f"and {len(names) - _SHOWN} more tensors: each {what}")
+    return lines
+
+
+def _rule_bytes(tensors: Mapping[str, TensorInfo], rule: Rule) -> int:
+    infos = [tensors[source.name] for source in rule.sources if source.name in tensors]
+    return sum(info.dtype.itemsize * torch.Size(info.shape).numel() for info in infos)
+
+
+def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(_TORCH_DTYPES[dtype])
+
+
+def _write_objects(writer: CheckpointWriter, config: Config) -> None:
+    for module, count in linear_modules(config):
+        for part in range(count):
+            writer.add_object(f"{module}._extra_state", None, part, count)
+    # No optimizer, schedule or progress: training starts those anew (training/checkpoint.py).
+    writer.add_object("common_state", {})
+
+
+def _copy_companions(hf: HFSource, folder: Path) -> None:
+    names = {"config.json": HF_CONFIG_FILE, TOKENIZER_FILE: TOKENIZER_FILE}
+    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        names[name] = name
+    for name, copied in names.items():
+        if (hf.folder / name).is_file():
+            shutil.copyfile(hf.folder / name, folder / copied)

@@ -1,0 +1,149 @@
+"""Configuration fields by which other stacks know zero-computation experts.
+
+LongCat-Flash calls copy experts identity experts (`zero_expert_num`, `zero_expert_type`); ZEDA
+extends Qwen3-MoE by zero experts (`zce_nums`, `zce_types`). Neither has constant experts or gating
+residuals, and each has one rule for the gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.interop.hf_config import own_hf_config
+from moepp_megatron.interop.rules import (
+    Rule,
+    attention_rules,
+    decoder_rules,
+    dense_mlp_rules,
+    row,
+    same,
+    stacked,
+)
+
+# vLLM's kernel for identity experts works through the hidden size in blocks of this many channels.
+_VLLM_BLOCK = 256
+
+_COMMON: tuple[tuple[str, Any, str], ...] = (
+    ("num_constant_experts", 0, "constant experts are unknown there"),
+    ("gating_residual", False, "gating residuals are unknown there"),
+    ("score_function", "softmax", "scores are softmax probabilities there"),
+    ("expert_input_scale", 1.0, "experts see their input as it is there"),
+    ("two_layer_gate", False, "gates have one layer there"),
+    ("logits_norm_std", None, "logits are not rescaled there"),
+)
+_LONGCAT = (
+    *_COMMON,
+    ("num_zero_experts", 0, "zero_expert_type is one, identity"),
+    ("gate_normalization", "none", "LongCat-Flash keeps the raw scores"),
+    ("shared_expert_ffn_hidden_size", None, "LongCat-Flash has no shared expert"),
+)
+_ZEDA = (
+    *_COMMON,
+    ("num_copy_experts", 0, "ZEDA's Qwen3 has zero experts"),
+    ("gate_normalization", "selected", "ZEDA divides by the sum over all picks"),
+    ("selection_bias", False, "Qwen3-MoE has no selection bias"),
+    ("gate_scale", 1.0, "Qwen3-MoE does not scale gates"),
+    ("shared_expert_ffn_hidden_size", None, "Qwen3-MoE has no shared expert"),
+)
+
+
+def longcat_hf_config(config: Config) -> dict[str, Any]:
+    """Our `config.json`, with the experts in LongCat-Flash's fields too.
+
+    The model around the experts is not LongCat-Flash's (its attention is latent, its layers hold
+    two blocks), so the model type and classes stay ours.
+
+    Raises:
+        ConfigError: For a model whose routing those fields cannot express.
+    """
+    _refuse(config, "longcat", _LONGCAT)
+    moe = config.moe
+    return own_hf_config(config) | {
+        "n_routed_experts": moe.num_ffn_experts,
+        "zero_expert_num": moe.num_copy_experts,
+        "zero_expert_type": "identity",
+        "moe_topk": moe.router_topk,
+        "routed_scaling_factor": moe.gate_scale,
+        "expert_ffn_hidden_size": config.expert_ffn_hidden_size,
+    }
+
+
+def longcat_warnings(config: Config) -> Iterator[str]:
+    """What known servers would get wrong."""
+    width, scale = config.model.hidden_size, config.moe.gate_scale
+    if width % _VLLM_BLOCK and config.moe.num_copy_experts:
+        yield (
+            f"model.hidden_size ({width}) is not divisible by {_VLLM_BLOCK}: vLLM's kernel for "
+            "identity experts leaves the last channels out"
+        )
+    if scale != 1.0 and config.moe.num_copy_experts:
+        yield (
+            f"moe.gate_scale ({scale}) is not 1: sglang adds identity experts without "
+            "routed_scaling_factor; compare its logits before use"
+        )
+
+
+def zeda_hf_config(config: Config) -> dict[str, Any]:
+    """A Qwen3-MoE `config.json` with ZEDA's fields for zero experts.
+
+    Raises:
+        ConfigError: For a model that Qwen3-MoE with zero experts cannot express.
+    """
+    _refuse(config, "zeda", _ZEDA)
+    model, moe = config.model, config.moe
+    if not model.qk_layernorm:
+        raise ConfigError(
+            "model.qk_layernorm (false) must be true for --layout zeda: Qwen3 normalises queries "
+            "and keys; use --layout moepp"
+        )
+    pattern = moe.moe_layer_pattern(model.num_layers)
+    fields = own_hf_config(config)
+    kept = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads hidden_act max_position_embeddings initializer_range rms_norm_eps "
+        "tie_word_embeddings rope_theta rope_scaling moe_intermediate_size num_experts_per_tok "
+        "head_dim"
+    )
+    return {key: fields[key] for key in kept.split()} | {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": moe.num_ffn_experts,
+        "zce_nums": [moe.num_zero_experts],
+        "zce_types": ["zero"],
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, is_moe in enumerate(pattern) if not is_moe],
+    }
+
+
+def qwen3_moe_rules(config: Config) -> Iterator[Rule]:
+    """Qwen3-MoE's names for every tensor; the gate has a row for each zero expert too."""
+    width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
+    count = config.moe.num_ffn_experts
+    yield from decoder_rules(config)
+    for layer, is_moe in enumerate(config.moe.moe_layer_pattern(config.model.num_layers)):
+        yield from attention_rules(config, layer)
+        if not is_moe:
+            yield from dense_mlp_rules(config, layer)
+            continue
+        ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
+        yield same(ours + "router.weight", theirs + "gate.weight", config.moe.num_experts, width)
+        for index in range(count):
+            experts, source = ours + "experts.experts.", f"{theirs}experts.{index}."
+            names = [source + "gate_proj.weight", source + "up_proj.weight"]
+            yield stacked(experts + "linear_fc1.weight", names, inner, width, (count, index))
+            down = source + "down_proj.weight"
+            yield row(experts + "linear_fc2.weight", count, index, down, width, inner)
+
+
+def _refuse(config: Config, layout: str, rules: tuple[tuple[str, Any, str], ...]) -> None:
+    problems = [
+        f"moe.{name} ({getattr(config.moe, name)}) must be {wanted} for --layout {layout}: "
+        f"{reason}; use --layout moepp"
+        for name, wanted, reason in rules
+        if getattr(config.moe, name) != wanted
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))

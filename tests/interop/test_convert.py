@@ -1,0 +1,359 @@
+"""Conversion both ways: names, bits, every gate setting, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config import ConfigError
+from tests.interop.checkpoints import (
+    CASES,
+    GOLDEN,
+    convert,
+    convert_and_score,
+    load_tensors,
+    write_released,
+)
+from tests.interop.conftest import RunPlain
+from tests.interop.models import build, settings
+from tests.parallel.ranks import RankPools
+
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {},
+    "two-layer gate, GQA, dense layers, tied": {
+        "model": {"num_layers": 4, "num_query_groups": 2, "tie_embeddings": True},
+        "moe": {"two_layer_gate": True, "layer_freq": [0, 1, 1, 0]},
+    },
+    "selection bias, shared expert, norms, head width": {
+        "model": {"qk_layernorm": True, "kv_channels": 16},
+        "moe": {
+            "selection_bias": True,
+            "shared_expert_ffn_hidden_size": 24,
+            "ffn_hidden_size": 40,
+            "num_constant_experts": 0,
+        },
+    },
+    "vanilla": {
+        "moe": {
+            "num_zero_experts": 0,
+            "num_copy_experts": 0,
+            "num_constant_experts": 0,
+            "gating_residual": False,
+        }
+    },
+}
+
+
+def names_of_model(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shapes and objects by checkpoint name: of a real model, and as the rules have them."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from moepp_megatron.config import parse_config
+    from moepp_megatron.interop.moepp_rules import moepp_rules
+    from moepp_megatron.interop.rules import linear_modules
+    from moepp_megatron.model.initialize import sharded_tensors
+
+    (model,) = build(raw)
+    real: dict[str, Any] = {}
+    for entry in nested_values(model.sharded_state_dict()):
+        if isinstance(entry, ShardedObject):
+            real[entry.unique_key] = None
+        for tensor in sharded_tensors(entry):
+            real[tensor.key] = tuple(tensor.global_shape)
+    config = parse_config(raw)
+    ours: dict[str, Any] = {r.key: r.shape for r in moepp_rules(config) if not r.unused}
+    for module, count in linear_modules(config):
+        ours |= {f"{module}._extra_state/shard_{part}_{count}": None for part in range(count)}
+    return real, ours
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_names_are_those_of_the_model(ranks: RankPools, model: str) -> None:
+    ((real, ours),) = ranks(1).run(names_of_model, settings(**MODELS[model]))
+    assert ours == real
+
+
+def round_trip(source: Path, work: Path, layout: str) -> Path:
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+    from moepp_megatron.interop.to_mcore import hf_to_mcore
+
+    hf_to_mcore(source, work / "mcore")
+    mcore_to_hf(work / "mcore", work / "hf", layout, max_shard_bytes=100_000)
+    return work / "hf"
+
+
+def assert_same_bits(first: dict[str, Any], second: dict[str, Any]) -> None:
+    import torch
+
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        other = second[name]
+        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
+        same = torch.equal(tensor.view(torch.uint8), other.view(torch.uint8))
+        assert same, f"{name} changed"
+
+
+@pytest.mark.parametrize("layout", ["released", "moepp"])
+@pytest.mark.parametrize("case", CASES)
+def test_golden_round_trip_is_bitwise(tmp_path: Path, case: str, layout: str) -> None:
+    hf = round_trip(GOLDEN / case, tmp_path, layout)
+    assert_same_bits(load_tensors(GOLDEN / case), load_tensors(hf))
+    assert len(list(hf.glob("model-*.safetensors"))) > 3
+    if layout == "released":
+        before = json.loads((GOLDEN / case / "config.json").read_text())
+        after = json.loads((hf / "config.json").read_text())
+        assert {key: after[key] for key in before} == before
+
+
+def test_bf16_round_trip_keeps_fp32_gates(tmp_path: Path) -> None:
+    import torch
+
+    source = write_released(tmp_path / "hf_bf16", "bfloat16", moe_expert_interval=2)
+    tensors = load_tensors(source)
+    assert {t.dtype for t in tensors.values()} == {torch.float32, torch.bfloat16}
+    assert_same_bits(tensors, load_tensors(round_trip(source, tmp_path, "released")))
+
+
+GATES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two layers": {"moe_2layer_gate": True},
+    "mixtral": {"moe_use_mixtral_gating": True},
+    "logits norm": {"moe_use_logits_norm": True, "moe_gate_norm_std": 2.5},
+    "mixtral, logits norm": {
+        "moe_use_mixtral_gating": True,
+        "moe_use_logits_norm": True,
+        "moe_gate_norm_std": 0.5,
+    },
+    "input as it is": {"moe_feature_no_mul_topk": True},
+    "one key/value head, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+}
+
+
+def released_logits(source: Path, tokens: Path) -> Any:
+    """What our modelling file computes from the released format."""
+    import torch
+
+    from tests.interop.transformers_models import load_model
+
+    model = load_model(source, released=True)
+    with torch.no_grad():
+        return model(torch.from_numpy(np.load(tokens)["input_ids"])).logits.numpy()
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_setting(ranks: RankPools, plain: RunPlain, tmp_path: Path, gate: str) -> None:
+    source = write_released(tmp_path / "hf", **GATES[gate])
+    tokens = write_tokens(tmp_path)
+    ((scores),) = ranks(1).run(convert_and_score, source, tmp_path / "mcore", tokens, [])
+    expected = plain(released_logits, source, tokens)
+    np.testing.assert_allclose(scores["logits"], expected, rtol=0, atol=1e-4)
+
+
+def write_tokens(folder: Path) -> Path:
+    tokens = folder / "tokens.npz"
+    np.savez(tokens, input_ids=np.random.default_rng(0).integers(0, 64, (2, 17)))
+    return tokens
+
+
+def break_checkpoint(folder: Path, how: str) -> None:
+    """Damage `folder`, a released checkpoint in one file."""
+    from safetensors.torch import save_file
+
+    file, config = folder / "model.safetensors", folder / "config.json"
+    tensors = load_tensors(folder)
+    name = "model.layers.1.mlp.moe.experts.experts.2.up_proj.weight"
+    if how == "missing":
+        del tensors[name]
+    elif how == "unexpected":
+        tensors["model.layers.9.surprise"] = tensors[name].clone()
+    elif how == "wrong shape":
+        tensors[name] = tensors[name][:-1].clone()
+    elif how == "truncated":
+        os.truncate(file, file.stat().st_size - 4)
+        return
+    elif how == "longer":
+        file.write_bytes(file.read_bytes() + b"\0" * 8)
+        return
+    elif how == "header length":
+        file.write_bytes((2**40).to_bytes(8, "little") + file.read_bytes()[8:])
+        return
+    elif how == "header":
+        data = file.read_bytes()
+        file.write_bytes(data.replace(b'"shape":[64,32]', b'"shape":[64,99]', 1))
+        return
+    elif how == "no json":
+        file.write_bytes((16).to_bytes(8, "little") + b"{" * 16)
+        return
+    elif how == "rope":
+        content = json.loads(config.read_text())
+        config.write_text(json.dumps(content | {"rope_scaling": {"type": "linear", "factor": 2.0}}))
+    elif how == "model type":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "gpt2"}))
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("missing", r"experts\.2\.up_proj\.weight is missing"),
+        ("unexpected", r"model\.layers\.9\.surprise is unexpected"),
+        ("wrong shape", r"experts\.2\.up_proj\.weight must have shape \[96, 32\] .* \[95, 32\]"),
+        ("truncated", r"model\.safetensors must have \d+ bytes by its header and has \d+"),
+        ("longer", r"model\.safetensors must have \d+ bytes"),
+        ("header length", r"model\.safetensors has \d+ bytes, too few for its header"),
+        ("header", r"model\.safetensors gives tensor \S+ 8192 bytes for shape \[64, 99\]"),
+        ("no json", r"model\.safetensors has a header that is no JSON"),
+        ("rope", r"rope_scaling .* must be None"),
+        ("model type", r"model_type \(gpt2\)"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(tmp_path: Path, how: str, named: str) -> None:
+    source = write_released(tmp_path / "hf")
+    break_checkpoint(source, how)
+    with pytest.raises(ConfigError, match=named):
+        convert(source, tmp_path / "mcore")
+    assert not (tmp_path / "mcore").exists()
+
+
+def test_index_that_contradicts_its_shards_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "mixtral_gate", source)
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+
+    def refuse(changed: dict[str, Any], match: str) -> None:
+        index.write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match=match):
+            convert(source, tmp_path / "mcore")
+
+    names = content["weight_map"]
+    refuse({**content, "metadata": {"total_size": 5}}, "total_size")
+    refuse({**content, "weight_map": {**names, "extra": min(names.values())}}, "tensor extra")
+    refuse({**content, "weight_map": {**names, "lm_head.weight": "../x"}}, "its own folder")
+    moved = {**names, "model.norm.weight": min(names.values())}
+    assert moved != names
+    refuse({**content, "weight_map": moved}, "places tensor model.norm.weight")
+    refuse({**content, "weight_map": {**names, "lm_head.weight": "gone"}}, "gone cannot be read")
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (os.environ["MALICIOUS_FOLDER"],))
+
+
+def test_pickled_weights_need_a_flag_and_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from moepp_megatron.interop.to_mcore import hf_to_mcore
+
+    monkeypatch.setenv("MALICIOUS_FOLDER", str(tmp_path / "ran"))
+    source = write_released(tmp_path / "hf")
+    tensors = load_tensors(source)
+    (source / "model.safetensors").unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin holds pickled weights"):
+        hf_to_mcore(source, tmp_path / "mcore")
+    hf_to_mcore(source, tmp_path / "mcore", allow_pickle=True)
+
+    torch.save({**tensors, "lm_head.weight": Malicious()}, source / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="cannot be read as plain weights"):
+        hf_to_mcore(source, tmp_path / "other", allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoint_index_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+
+    monkeypatch.setenv("MALICIOUS_FOLDER", str(tmp_path / "ran"))
+    convert(write_released(tmp_path / "hf"), tmp_path / "mcore")
+    index = tmp_path / "mcore" / ".metadata"
+    good = index.read_bytes()
+    index.write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(ConfigError, match=r"refers to (posix|os)\.mkdir"):
+        mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
+    index.write_bytes(good)
+    data = next((tmp_path / "mcore").glob("*.distcp"))
+    os.truncate(data, data.stat().st_size - 1)
+    with pytest.raises(ConfigError, match=rf"{data.name} must have at least"):
+        mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_taken_folder_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "mcore"
+    target.mkdir()
+    (target / "mine").write_text("kept")
+    with pytest.raises(ConfigError, match="must not exist or be empty"):
+        convert(write_released(tmp_path / "hf"), target)
+    assert [path.name for path in target.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("moe", "named"),
+    [
+        ({"num_constant_experts": 3}, r"moe\.num_constant_experts \(3\)"),
+        ({"gate_normalization": "none"}, r"moe\.gate_normalization \(none\)"),
+        ({"layer_freq": [1, 0]}, r"moe\.layer_freq"),
+    ],
+)
+def test_released_layout_refuses_what_it_cannot_say(moe: dict[str, Any], named: str) -> None:
+    from moepp_megatron.config import parse_config
+    from moepp_megatron.interop.hf_config import released_hf_config
+
+    released = {"num_ffn_experts": 4, "gate_normalization": "nonzero"}
+    released_hf_config(parse_config(settings(moe=released)))
+    with pytest.raises(ConfigError, match=named):
+        released_hf_config(parse_config(settings(moe=released | moe)))
+
+
+def start_training_from(folder: Path, dtype: str) -> None:
+    """Weights alone are read, the optimizer's copies too, and training starts at step 0."""
+    import torch
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.interop.hf_config import config_from_hf
+    from moepp_megatron.interop.hf_source import HFSource
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.checkpoint import load_checkpoint
+    from moepp_megatron.training.setup import build_training_model
+
+    source = write_released(folder / "hf")
+    convert(source, folder / "mcore")
+    config = config_from_hf(HFSource(source).config, "x")
+    raw = config.model_dump(mode="json")
+    raw["precision"]["dtype"] = dtype
+    config = parse_config(raw)
+    build_groups(config, Layout.from_config(config, dist.get_world_size()))
+    model = build_training_model(config)
+    progress = load_checkpoint(folder / "mcore", model)
+    assert progress.step == 0
+    wanted = load_tensors(source)["model.embed_tokens.weight"].to(
+        next(model.models[0].parameters()).dtype
+    )
+    assert torch.equal(model.models[0].embedding.word_embeddings.weight, wanted)
+    # A step with zero gradients writes the optimizer's copies back into the model.
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    for group in model.optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+    model.optimizer.step()
+    assert torch.equal(model.models[0].embedding.word_embeddings.weight, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_training_starts_from_converted_weights(
+    ranks: RankPools, tmp_path: Path, dtype: str
+) -> None:
+    ranks(1).run(start_training_from, tmp_path, dtype)

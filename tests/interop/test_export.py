@@ -1,0 +1,206 @@
+"""What transformers computes from exported folders is what we compute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config import ConfigError, parse_config
+from tests.interop.checkpoints import CASES, GOLDEN, load_tensors
+from tests.interop.conftest import RunPlain
+from tests.interop.models import build, settings
+from tests.parallel.ranks import RankPools
+
+# The issue's tolerance between our logits and transformers'.
+LOGITS = 1e-4
+
+PLAIN_MOE: dict[str, Any] = {"num_constant_experts": 0, "gating_residual": False}
+LONGCAT = PLAIN_MOE | {
+    "num_zero_experts": 0,
+    "num_copy_experts": 3,
+    "router_topk": 3,
+    "selection_bias": True,
+    "gate_scale": 2.5,
+}
+ZEDA = PLAIN_MOE | {
+    "num_zero_experts": 3,
+    "num_copy_experts": 0,
+    "router_topk": 3,
+    "gate_normalization": "selected",
+}
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {"moe": {"num_constant_experts": 3}},
+    "everything else": {
+        "model": {"num_query_groups": 2, "qk_layernorm": True, "kv_channels": 16, "num_layers": 3},
+        "moe": {
+            "layer_freq": [1, 0, 1],
+            "score_function": "sigmoid",
+            "gate_normalization": "selected",
+            "two_layer_gate": True,
+            "selection_bias": True,
+            "gate_scale": 1.5,
+            "expert_input_scale": 2.0,
+            "logits_norm_std": 1.5,
+            "shared_expert_ffn_hidden_size": 24,
+            "ffn_hidden_size": 40,
+        },
+    },
+    "vanilla, tied": {
+        "model": {"tie_embeddings": True},
+        "moe": PLAIN_MOE | {"num_zero_experts": 0, "num_copy_experts": 0},
+    },
+    "longcat": {"moe": LONGCAT},
+    "zeda": {"model": {"qk_layernorm": True}, "moe": ZEDA},
+}
+TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
+
+
+def save_and_compute(raw: dict[str, Any], folder: Path) -> Any:
+    """Save a random model as training does; returns its logits."""
+    import multiprocessing
+
+    import torch
+
+    from moepp_megatron.config import parse_config
+    from moepp_megatron.training.checkpoint import Progress, save_checkpoint
+    from moepp_megatron.training.setup import build_training_model
+
+    build(raw)
+    config = parse_config(raw)
+    model = build_training_model(config)
+    # The optimizer has no state to save before its first step.
+    for wrapped in model.chunks:
+        wrapped.zero_grad_buffer()
+    model.optimizer.step()
+    chunk = model.models[0].eval()
+    for name, buffer in chunk.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.copy_(torch.linspace(0.2, -0.2, len(buffer)))
+    with torch.no_grad():
+        for name, parameter in chunk.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1.0 + 0.3 * torch.randn_like(parameter))
+        ids = torch.from_numpy(TOKENS)
+        logits = chunk(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+    tokenizer = folder.parent / "tokenizer.json"
+    write_tokenizer(tokenizer)
+    # megatron-core hands results over through a process of its own, which daemons may not start.
+    multiprocessing.current_process()._config["daemon"] = False
+    save_checkpoint(folder, model, Progress(step=3), config, tokenizer)
+    return logits.numpy()
+
+
+def write_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"<|endoftext|>": 5} | {chr(97 + i): i for i in range(5)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="a")).save(str(path))
+
+
+def hf_logits(folder: Path, ids: Any, layout: str) -> Any:
+    """Logits through AutoModelForCausalLM, and whether the key/value cache changes greedy text."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    expected = "MoeForCausalLM" if layout == "released" else "MoEPPForCausalLM"
+    assert type(model).__name__ == expected
+    if (folder / "tokenizer.json").exists():
+        assert AutoTokenizer.from_pretrained(folder).eos_token_id == 5 == model.config.eos_token_id
+    tokens = torch.from_numpy(ids)
+    texts = [
+        model.generate(tokens[:1, :8], max_new_tokens=8, do_sample=False, use_cache=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*texts)
+    with torch.no_grad():
+        return model(tokens).logits.numpy()
+
+
+def zeda_logits(folder: Path, ids: Any) -> Any:
+    """transformers' Qwen3-MoE, where FFN experts with weight 0 stand for the zero experts."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    fields = json.loads((folder / "config.json").read_text())
+    (zeros,) = fields.pop("zce_nums")
+    assert fields.pop("zce_types") == ["zero"]
+    fields["num_experts"] += zeros
+    tensors = load_tensors(folder)
+    for name in list(tensors):
+        if ".experts.0." in name:
+            for index in range(fields["num_experts"] - zeros, fields["num_experts"]):
+                spare = torch.zeros_like(tensors[name])
+                tensors[name.replace(".experts.0.", f".experts.{index}.")] = spare
+    from safetensors.torch import save_file
+
+    padded = folder.parent / "padded"
+    padded.mkdir()
+    save_file(tensors, padded / "model.safetensors", metadata={"format": "pt"})
+    Qwen3MoeConfig(**fields).save_pretrained(padded)
+    model, report = Qwen3MoeForCausalLM.from_pretrained(padded, output_loading_info=True)
+    assert not report["missing_keys"], report
+    assert not report["unexpected_keys"], report
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(ids)).logits.numpy()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trained_models_in_transformers(
+    ranks: RankPools, plain: RunPlain, tmp_path: Path, name: str
+) -> None:
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+
+    raw = settings(**MODELS[name])
+    (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "checkpoints")
+    layout = name if name in ("longcat", "zeda") else "moepp"
+    warnings = mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf", layout)
+    assert len(warnings) == (2 if name == "longcat" else 0), warnings
+    if layout == "zeda":
+        theirs = plain(zeda_logits, tmp_path / "hf", TOKENS)
+    else:
+        theirs = plain(hf_logits, tmp_path / "hf", TOKENS, layout)
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGITS)
+    if layout == "longcat":
+        fields = json.loads((tmp_path / "hf" / "config.json").read_text())
+        assert (fields["zero_expert_num"], fields["zero_expert_type"]) == (3, "identity")
+
+
+@pytest.mark.parametrize("layout", ["moepp", "released"])
+@pytest.mark.parametrize("case", CASES)
+def test_golden_in_transformers(plain: RunPlain, tmp_path: Path, case: str, layout: str) -> None:
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+    from moepp_megatron.interop.to_mcore import hf_to_mcore
+
+    hf_to_mcore(GOLDEN / case, tmp_path / "mcore")
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", layout)
+    expected = np.load(GOLDEN / case / "expected.npz")
+    logits = plain(hf_logits, tmp_path / "hf", expected["input_ids"], layout)
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "named"),
+    [
+        (LONGCAT, {"gating_residual": True}, "gating residuals are unknown there"),
+        (LONGCAT, {"num_constant_experts": 2}, "constant experts are unknown there"),
+        (LONGCAT, {"num_zero_experts": 1}, "zero_expert_type is one"),
+        (ZEDA, {"gating_residual": True}, "gating residuals are unknown there"),
+        (ZEDA, {"num_constant_experts": 1}, "constant experts are unknown there"),
+        (ZEDA, {"gate_normalization": "none"}, "divides by the sum over all picks"),
+    ],
+)
+def test_other_formats_refuse_what_they_cannot_say(
+    base: dict[str, Any], change: dict[str, Any], named: str
+) -> None:
+    from moepp_megatron.interop.zero_expert_formats import longcat_hf_config, zeda_hf_config
+
+    fields = longcat_hf_config if base is LONGCAT else zeda_hf_config
+    model = {"qk_layernorm": True}
+    fields(parse_config(settings(model=model, moe=base)))
+    with pytest.raises(ConfigError, match=named):
+        fields(parse_config(settings(model=model, moe=base | change)))

@@ -1,0 +1,101 @@
+"""The golden checkpoints of the released code, converted and scored in every kind of layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.interop.checkpoints import CASES, GOLDEN, convert_and_score
+from tests.parallel.ranks import RankPools
+
+# The contract with the released code's numbers.
+LOGITS = 1e-4
+
+TP2 = "parallel.tensor_model_parallel_size=2"
+PP2 = "parallel.pipeline_model_parallel_size=2"
+EP2 = "parallel.expert_model_parallel_size=2"
+CP2 = "parallel.context_parallel_size=2"
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "1 rank": (1, []),
+    "dp2": (2, []),
+    "tp2": (2, [TP2]),
+    "ep2": (2, [EP2]),
+    "cp2": (2, [CP2]),
+    "tp2 ep2 dp2": (4, [TP2, EP2]),
+    "tp2 etp2 cp2": (4, [TP2, CP2, "parallel.expert_tensor_parallel_size=2"]),
+    "ep4": (4, ["parallel.expert_model_parallel_size=4"]),
+}
+# Four layers share out evenly over stages; the other case's three do not.
+PIPELINES: dict[str, tuple[int, list[str]]] = {
+    "pp2": (2, [PP2]),
+    "pp2 ep2": (4, [PP2, EP2]),
+    "tp2 pp2": (4, [TP2, PP2]),
+    "pp2 vpp2": (2, [PP2, "parallel.virtual_pipeline_model_parallel_size=2"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [(case, layout) for case in CASES for layout in LAYOUTS]
+    + [("two_layer_gate", layout) for layout in PIPELINES],
+)
+def test_scores(ranks: RankPools, tmp_path: Path, case: str, layout: str) -> None:
+    world_size, overrides = (LAYOUTS | PIPELINES)[layout]
+    expected = np.load(GOLDEN / case / "expected.npz")
+    tokens = GOLDEN / case / "expected.npz"
+    scores = ranks(world_size).run(
+        convert_and_score, GOLDEN / case, tmp_path / "checkpoint", tokens, overrides
+    )
+    assert all(other is None for other in scores[1:])
+    for name in ("logits", "token_logprobs"):
+        np.testing.assert_allclose(scores[0][name], expected[name], rtol=0, atol=LOGITS)
+
+
+def routing_of_golden(case: str, folder: Path) -> list[tuple[Any, Any]]:
+    """Router logits and selections [tokens, experts] of every layer."""
+
+    from moepp_megatron.interop import score as scoring
+    from moepp_megatron.moe.layer import MoEPPLayer
+    from tests.interop.checkpoints import convert, score
+
+    convert(GOLDEN / case, folder)
+    routed: list[tuple[Any, Any]] = []
+    build = scoring.build_model
+
+    def build_watched(config: Any) -> Any:
+        models = build(config)
+        layers = [m for model in models for m in model.modules() if isinstance(m, MoEPPLayer)]
+        for layer in layers:
+            layer.router.register_forward_hook(
+                lambda module, inputs, routing: routed.append(
+                    (routing.logits[:, 0].numpy(), routing.routing_map.numpy())
+                )
+            )
+        return models
+
+    scoring.build_model = build_watched
+    try:
+        score(folder, GOLDEN / case / "expected.npz", [])
+    finally:
+        scoring.build_model = build
+    # One sequence a micro-batch: all layers of the first sequence, then of the second.
+    half = len(routed) // 2
+    return [
+        tuple(np.concatenate(pair) for pair in zip(*both, strict=True))
+        for both in zip(routed[:half], routed[half:], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_routing_of_every_layer(ranks: RankPools, tmp_path: Path, case: str) -> None:
+    expected = np.load(GOLDEN / case / "expected.npz")
+    (layers,) = ranks(1).run(routing_of_golden, case, tmp_path / "checkpoint")
+    assert len(layers) == sum(name.endswith("_router_logits") for name in expected)
+    for number, (logits, selected) in enumerate(layers):
+        np.testing.assert_allclose(
+            logits, expected[f"layer{number}_router_logits"], rtol=0, atol=LOGITS
+        )
+        np.testing.assert_array_equal(selected, expected[f"layer{number}_selected"])

@@ -1,0 +1,205 @@
+"""Upcycled checkpoints compute what their sources compute, and then learn to use what was added."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config import ConfigError
+from tests.interop.checkpoints import score
+from tests.interop.conftest import RunPlain
+from tests.parallel.ranks import RankPools
+
+# The issue's tolerance for the function at step 0.
+SAME = 1e-5
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    # Large: routing with clear margins, logits far from uniform.
+    "initializer_range": 0.2,
+}
+SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "head_dim": 16,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+}
+
+
+def write_source(folder: Path, name: str, tokens: Path, **changes: Any) -> Any:
+    """Save a random model of transformers' own class; returns its logits."""
+    import torch
+    import transformers
+
+    family, fields = SOURCES[name]
+    torch.manual_seed(5)
+    config = getattr(transformers, f"{family}Config")(**(SHAPE | fields | changes))
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.copy_(1.0 + 0.3 * torch.randn_like(parameter))
+        logits = model(torch.from_numpy(np.load(tokens)["input_ids"])).logits
+    model.save_pretrained(folder)
+    return logits.numpy()
+
+
+def write_tokens(folder: Path) -> Path:
+    tokens = folder / "tokens.npz"
+    np.savez(tokens, input_ids=np.random.default_rng(0).integers(0, 64, (4, 32)))
+    return tokens
+
+
+def upcycle_and_score(source: Path, target: Path, tokens: Path, changes: dict[str, Any]) -> Any:
+    """Scores of the upcycled model, and its FFN experts' share of all selections."""
+    from moepp_megatron.interop import score as scoring
+    from moepp_megatron.interop.upcycle import Additions, upcycle
+    from moepp_megatron.moe.layer import MoEPPLayer
+
+    upcycle(source, target, Additions(**changes))
+    maps: list[Any] = []
+    build = scoring.build_model
+
+    def build_watched(config: Any) -> Any:
+        models = build(config)
+        for module in models[0].modules():
+            if isinstance(module, MoEPPLayer):
+                module.router.register_forward_hook(
+                    lambda router, inputs, routing: maps.append(routing.routing_map)
+                )
+        return models
+
+    scoring.build_model = build_watched
+    try:
+        scores = score(target, tokens, [])
+    finally:
+        scoring.build_model = build
+    num_ffn = {m.shape[1] for m in maps}.pop() - 4
+    selected = sum(int(m.sum()) for m in maps)
+    return scores["logits"], sum(int(m[:, :num_ffn].sum()) for m in maps) / selected
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_same_function_at_step_0(
+    ranks: RankPools, plain: RunPlain, tmp_path: Path, name: str
+) -> None:
+    tokens = write_tokens(tmp_path)
+    expected = plain(write_source, tmp_path / "hf", name, tokens)
+    ((logits, ffn_share),) = ranks(1).run(
+        upcycle_and_score, tmp_path / "hf", tmp_path / "moepp", tokens, {}
+    )
+    assert ffn_share == 1.0
+    assert np.abs(expected).max() > 1.0, "a model that says nothing would be the same as any"
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=SAME * np.abs(expected).max())
+
+
+def test_bias_bounds_every_score_of_an_added_expert() -> None:
+    """Worst tokens: those that point along an added row, away from the FFN rows."""
+    import torch
+
+    from moepp_megatron.interop.upcycle import new_rows, noise, selection_bias
+
+    ffn, norm = 0.3 * noise(1, "ffn", (5, 24)), 1.0 + 0.5 * noise(1, "norm", (24,))
+    rows = torch.cat([ffn, new_rows(ffn, norm, noise(1, "added", (3, 24)))])
+    bias = selection_bias(rows, norm, 5)
+    directions = torch.cat([norm * (rows[5:] - ffn.mean(dim=0)), noise(1, "u", (2000, 24))])
+    u = directions / directions.norm(dim=-1, keepdim=True) * 24**0.5
+    scores = torch.softmax((norm * u) @ rows.T, dim=-1)
+    assert (scores[:, 5:].amax(dim=-1) < bias[0] + scores[:, :5].amin(dim=-1)).all()
+    # And not by much: a bias of half that size would be wrong for some token.
+    assert float(scores[:, 5:].max()) > 0.5 * float(bias[0])
+
+
+def test_scores_that_are_not_renormalised_are_refused(plain: RunPlain, tmp_path: Path) -> None:
+    from moepp_megatron.interop.upcycle import upcycle
+
+    source, tokens = tmp_path / "hf", write_tokens(tmp_path)
+    plain(write_source, source, "qwen3-moe", tokens)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "norm_topk_prob": False}))
+    with pytest.raises(ConfigError, match=r"norm_topk_prob \(false\) must be true"):
+        upcycle(source, tmp_path / "moepp")
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
+    with pytest.raises(ConfigError, match=r"model_type \(gemma\)"):
+        upcycle(source, tmp_path / "moepp")
+
+
+def train_upcycled(
+    source: Path, target: Path, steps: int
+) -> tuple[list[float], list[float], float]:
+    """Losses and FFN shares of a short run from the upcycled checkpoint, and phi."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from moepp_megatron.config import Layout, load_config, with_overrides
+    from moepp_megatron.interop.upcycle import Additions, upcycle
+    from moepp_megatron.moe.selection_bias import update_selection_bias
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.batches import rank_batches
+    from moepp_megatron.training.checkpoint import load_checkpoint
+    from moepp_megatron.training.collect import RoutingCollector, mean_loss
+    from moepp_megatron.training.setup import build_training_model
+    from moepp_megatron.training.step import training_step
+    from tests.parallel.training_runs import _SyntheticDataset
+
+    if dist.get_rank() == 0:
+        upcycle(source, target, Additions(tau=0.5))
+    dist.barrier()
+    overrides = [f"training.train_iters={steps}", "training.global_batch_size=8"]
+    overrides += ["optimizer.lr=0.001", "optimizer.decay_style=constant", "model.seq_length=16"]
+    overrides += ["parallel.expert_model_parallel_size=2"]
+    config = with_overrides(load_config(target / "config.yaml"), overrides)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    model = build_training_model(config)
+    load_checkpoint(target, model)
+    model.set_training(True)
+    collector = RoutingCollector(model, config, layout)
+    batches = rank_batches(_SyntheticDataset(config, steps), 0, config, 1)
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    losses, shares = [], []
+    for _ in range(steps):
+        collector.reset()
+        result = training_step(model, batches, config, layout)
+        # Faster than the default of 0.01, so that a test's few steps suffice.
+        update_selection_bias(model.models, 0.15, group)
+        losses.append(mean_loss(result.losses))
+        shares.append(float(collector.collect()["ffn_fraction"]))
+    return losses, shares, config.moe.ffn_share
+
+
+def test_short_run_moves_the_ffn_share_from_1_towards_phi(
+    ranks: RankPools, plain: RunPlain, tmp_path: Path
+) -> None:
+    plain(write_source, tmp_path / "hf", "mixtral", write_tokens(tmp_path))
+    runs = ranks(2).run(train_upcycled, tmp_path / "hf", tmp_path / "moepp", 60)
+    (losses, shares, phi), other = runs
+    assert (losses, shares) == (other[0], other[1]), "ranks disagree"
+    assert shares[0] == 1.0
+    last = np.mean(shares[-10:])
+    assert abs(last - phi) < 0.25 * (1.0 - phi), f"share {last}, phi {phi}"
+    # The loss does not jump where new experts come into use: from each ten steps to the next its
+    # mean falls, or rises by no more than batches differ.
+    tens = np.array(losses).reshape(-1, 10).mean(axis=1)
+    assert (np.diff(tens) < 0.05).all(), tens
+    assert tens[-1] < tens[0] - 0.3

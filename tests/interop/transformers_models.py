@@ -1,0 +1,24 @@
+"""Models of the transformers package."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def load_model(folder: Path, released: bool = False) -> Any:
+    """Load a folder with our modelling file, as transformers does with trust_remote_code.
+
+    Args:
+        folder: The checkpoint; without modelling file and auto_map where `released`.
+        released: Use our `MoeForCausalLM` on a folder that only has the released format.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not released:
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    module = importlib.import_module("moepp_megatron.interop.hf_files.modeling_moepp")
+    assert module.__name__ in sys.modules
+    return module.MoeForCausalLM.from_pretrained(folder).eval()
