@@ -26,10 +26,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *training.RULES,
     *resilience.RULES,
 )
-IGNORED: tuple[Callable[[Config], Iterator[Problem]], ...] = (
-    *ignored.RULES,
-    *resilience.IGNORED,
-)
+IGNORED: tuple[Callable[[Config], Iterator[Problem]], ...] = ignored.RULES
 WORLD_SIZE_RULES: tuple[Callable[[Config, int], Iterator[Problem]], ...] = world_size.RULES
 WORLD_SIZE_IGNORED: tuple[Callable[[Config, int], Iterator[Problem]], ...] = world_size.IGNORED
 

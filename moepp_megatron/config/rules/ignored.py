@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Config, Section
 
 
-def ignored(section: str, owner: Section, key: str, reason: str, remedy: str) -> Iterator[Problem]:
+def _ignored(section: str, owner: Section, key: str, reason: str, remedy: str) -> Iterator[Problem]:
     """Yield a notice if the user set `key` to something other than its default."""
     if owner.is_set(key):
         yield Problem(f"{section}.{key}", getattr(owner, key), f"has no effect {reason}", remedy)
@@ -18,11 +18,11 @@ def routing_without_object(config: Config) -> Iterator[Problem]:
     """Tau weighs zero-computation experts; scope and tau shape a balance loss or capacity."""
     moe = config.moe
     if moe.num_zero_computation_experts == 0:
-        yield from ignored(
+        yield from _ignored(
             "moe", moe, "tau", "without zero-computation experts", "add some, or leave it out"
         )
     elif moe.balance_coeff == 0 and moe.capacity_factor is None:
-        yield from ignored(
+        yield from _ignored(
             "moe",
             moe,
             "tau",
@@ -30,7 +30,7 @@ def routing_without_object(config: Config) -> Iterator[Problem]:
             "set moe.balance_coeff above 0, or leave it out",
         )
     if moe.balance_coeff == 0:
-        yield from ignored(
+        yield from _ignored(
             "moe",
             moe,
             "balance_scope",
@@ -73,7 +73,7 @@ def residual_without_predecessor(config: Config) -> Iterator[Problem]:
 def sequence_parallel_without_tensor_parallel(config: Config) -> Iterator[Problem]:
     """Sequence parallelism splits over the tensor-parallel ranks."""
     if config.parallel.tensor_model_parallel_size == 1:
-        yield from ignored(
+        yield from _ignored(
             "parallel",
             config.parallel,
             "sequence_parallel",
@@ -87,7 +87,7 @@ def recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
     training = config.training
     if training.recompute_granularity is None:
         for key in ("recompute_method", "recompute_num_layers", "recompute_modules"):
-            yield from ignored(
+            yield from _ignored(
                 "training",
                 training,
                 key,
@@ -95,7 +95,7 @@ def recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
                 "set training.recompute_granularity, or leave it out",
             )
     elif training.recompute_granularity == "full":
-        yield from ignored(
+        yield from _ignored(
             "training",
             training,
             "recompute_modules",
@@ -118,7 +118,7 @@ def schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
     """A constant learning rate does not decay."""
     if config.optimizer.decay_style == "constant":
         for key in ("min_lr", "decay_iters"):
-            yield from ignored(
+            yield from _ignored(
                 "optimizer",
                 config.optimizer,
                 key,
@@ -128,9 +128,9 @@ def schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
 
 
 def intervals_of_nothing(config: Config) -> Iterator[Problem]:
-    """Validation without batches; keeping checkpoints that are not written."""
+    """Validation without batches; checkpoints that are not written or not read."""
     if config.training.eval_iters == 0:
-        yield from ignored(
+        yield from _ignored(
             "training",
             config.training,
             "eval_interval",
@@ -138,10 +138,53 @@ def intervals_of_nothing(config: Config) -> Iterator[Problem]:
             "set training.eval_iters above 0, or leave it out",
         )
     if config.checkpoint.save_interval == 0:
-        yield from ignored(
+        yield from _ignored(
             "checkpoint",
             config.checkpoint,
             "keep",
+            "with checkpoint.save_interval 0",
+            "set checkpoint.save_interval above 0, or leave it out",
+        )
+    if config.checkpoint.load is None:
+        yield from _ignored(
+            "checkpoint",
+            config.checkpoint,
+            "load_optimizer",
+            "with checkpoint.load null",
+            "set checkpoint.load, or leave it out",
+        )
+
+
+def settings_of_what_is_off(config: Config) -> Iterator[Problem]:
+    """Details of a guard, a timeout or a comparison that is switched off."""
+    resilience = config.resilience
+    off = {
+        "guard": ("guard_window", "guard_threshold", "guard_max_consecutive_skips",
+                  "guard_max_rollbacks"),
+        "hang_timeout_s": ("hang_slow_phase_timeout_s",),
+        "straggler_interval": ("straggler_threshold",),
+    }  # fmt: skip
+    for switch, keys in off.items():
+        value = getattr(resilience, switch)
+        if value:
+            continue
+        for key in keys:
+            yield from _ignored(
+                "resilience",
+                resilience,
+                key,
+                f"with resilience.{switch} {show(value)}",
+                f"switch resilience.{switch} on, or leave it out",
+            )
+
+
+def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
+    """Rolling back needs a checkpoint of this run."""
+    if config.resilience.guard and config.checkpoint.save_interval == 0:
+        yield from _ignored(
+            "resilience",
+            config.resilience,
+            "guard_max_rollbacks",
             "with checkpoint.save_interval 0",
             "set checkpoint.save_interval above 0, or leave it out",
         )
@@ -155,4 +198,6 @@ RULES = (
     recompute_settings_without_recompute,
     schedule_parts_of_a_constant_rate,
     intervals_of_nothing,
+    settings_of_what_is_off,
+    rollback_without_checkpoint,
 )
