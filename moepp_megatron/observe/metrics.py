@@ -53,6 +53,7 @@ class StepMetrics(BaseModel):
         slowest_rank_ratio: Its own time over the ranks' median.
         waiting_fraction: Share of the step time that ranks wait for collectives, their mean; only
             on steps where ranks are compared.
+        failed_saves: Checkpoints that could not be written so far; only where any are.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
@@ -80,6 +81,7 @@ class StepMetrics(BaseModel):
     slowest_rank: int | None = None
     slowest_rank_ratio: float | None = None
     waiting_fraction: float | None = None
+    failed_saves: int | None = None
 
     def to_json_line(self) -> str:
         """One line of JSON with its line end; optional values that are None are left out."""

@@ -22,7 +22,10 @@ def validation_loss(model: TrainingModel, dataset: Any, config: Config, layout: 
     model.set_training(False)
     batches = rank_batches(dataset, 0, config, len(model.chunks))
     losses = torch.zeros(2, dtype=torch.float64)
-    for _ in range(config.training.eval_iters):
-        losses += run_schedule(model, batches, config, layout.num_microbatches, forward_only=True)
+    with model.gathered_parameters():
+        for _ in range(config.training.eval_iters):
+            losses += run_schedule(
+                model, batches, config, layout.num_microbatches, forward_only=True
+            )
     model.set_training(True)
     return mean_loss(losses)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +44,24 @@ class TrainingModel:
         """Switch all chunks between training and evaluation."""
         for chunk in self.chunks:
             chunk.train(training)
+
+    @contextmanager
+    def gathered_parameters(self) -> Iterator[None]:
+        """All parameters are up to date on every rank inside; every rank must enter.
+
+        With `parallel.overlap_param_gather` a step leaves each rank with its share of the new
+        parameters, and the next step's forward pass gathers the others. Whoever reads parameters
+        between steps must gather them first (Megatron-LM's training loop does the same around
+        evaluation and saving).
+        """
+        overlapping = [chunk for chunk in self.chunks if chunk.use_forward_hook]
+        for chunk in overlapping:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        try:
+            yield
+        finally:
+            for chunk in overlapping:
+                chunk.enable_forward_pre_hook()
 
 
 def build_training_model(config: Config) -> TrainingModel:

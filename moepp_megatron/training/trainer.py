@@ -20,11 +20,11 @@ from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks, open_sinks
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.checkpoint import (
-    Progress,
-    find_checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
+    CheckpointWriter,
+    Loaded,
+    find_start,
+    newest_valid,
+    read_checkpoint,
 )
 from moepp_megatron.training.collect import RoutingCollector, mean_loss
 from moepp_megatron.training.evaluate import validation_loss
@@ -43,17 +43,19 @@ class Trainer:
     Args:
         config: The run's configuration, checked.
         layout: The rank grid; process groups exist.
+
+    Attributes:
+        progress: Where the run stands.
+        extra: Further state that checkpoints hold, the same on every rank.
+        checkpoints: Writes them; says whether saves failed.
     """
 
     def __init__(self, config: Config, layout: Layout) -> None:
         self.config = config
         self.layout = layout
         self.model: TrainingModel = build_training_model(config)
-        self.progress = Progress()
         assert config.data.path is not None, "training needs data.path"
         self._tokenizer = config.data.tokenizer or Path(config.data.path) / "tokenizer.json"
-        self._checkpoints = checkpoint_folder(config)
-        self._load()
         self._train_set, self._valid_set, _ = build_datasets(
             Path(config.data.path),
             Tokenizer.load(self._tokenizer),
@@ -65,6 +67,10 @@ class Trainer:
         self._routing = RoutingCollector(self.model, config, layout)
         self._supervisor = Supervisor(config, self.model)
         self.stopped = False
+        self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, self._tokenizer)
+        # Last, so that nothing draws random numbers between here and the first step.
+        loaded = self._load()
+        self.progress, self.extra = loaded.progress, loaded.extra
 
     def run(self) -> StepMetrics | None:
         """Train to `training.train_iters`.
@@ -94,25 +100,33 @@ class Trainer:
                     supervisor.end_step(self.progress.step)
                 else:
                     self._skip()
+                self.checkpoints.poll()
                 # The loss is needed by the log alone, but reading it waits for the device: so the
                 # time of the step is its own.
                 if result.updated and (self._due(training.log_interval) or self._evaluates()):
                     record = self._record(result.losses, result.grad_norm, started)
                     if sinks is not None:
                         sinks.write(record)
+                        self._complain()
                 self.stopped = stop.agreed()
                 if result.updated and self._due(config.checkpoint.save_interval) or self.stopped:
                     with supervisor.during("save"):
-                        self.save()
+                        self.checkpoints.save(self.model, self.progress, self.extra)
+            with supervisor.during("save"):
+                self.checkpoints.finish()
         if sinks is not None:
             sinks.close()
         return record
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present state; every rank must call."""
-        return save_checkpoint(
-            self._checkpoints, self.model, self.progress, self.config, self._tokenizer
-        )
+    def _complain(self) -> None:
+        """Say on every logged step that the last save failed, until one succeeds."""
+        if self.checkpoints.error is not None:
+            logger.error(
+                "step %d: %s (%d failed saves)",
+                self.progress.step,
+                self.checkpoints.error,
+                self.checkpoints.failed_saves,
+            )
 
     def _update_selection_bias(self) -> None:
         moe = self.config.moe
@@ -144,14 +158,17 @@ class Trainer:
         """Load the newest checkpoint; data goes on after all that has been read."""
         guard, before = self._supervisor.guard, self.progress
         assert guard is not None, "only the guard asks to go back"
-        checkpoint = latest_checkpoint(self._checkpoints)
+        self.checkpoints.finish()
+        checkpoint = newest_valid(checkpoint_folder(self.config))
         guard.begin_rollback(before.step, checkpoint is not None)
         assert checkpoint is not None, "begin_rollback raises without one"
+        loaded = read_checkpoint(checkpoint, self.model, self.config)
         self.progress = replace(
-            load_checkpoint(checkpoint, self.model),
+            loaded.progress,
             consumed_samples=before.consumed_samples,
             skipped_steps=before.skipped_steps,
         )
+        self.extra = loaded.extra
         self._share_losses_with_guard()
         if dist.get_rank() == 0:
             logger.warning(
@@ -162,8 +179,9 @@ class Trainer:
             )
 
     def _share_losses_with_guard(self) -> None:
+        """Checkpoints hold what the guard remembers, so that a resumed run judges alike."""
         if self._supervisor.guard is not None:
-            self._supervisor.guard.recent_losses = self.progress.recent_losses
+            self._supervisor.guard.recent_losses = self.extra.setdefault("recent_losses", [])
 
     def _due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens now."""
@@ -198,24 +216,25 @@ class Trainer:
             valid_loss=valid_loss,
             skipped_steps=self.progress.skipped_steps or None,
             **self._supervisor.metrics(),  # type: ignore[arg-type]
+            failed_saves=self.checkpoints.failed_saves if self._saves() else None,
             **routing,  # type: ignore[arg-type]
         )
+
+    def _saves(self) -> bool:
+        return self.config.checkpoint.save_interval > 0
 
     def _num_samples(self) -> tuple[int, int, int]:
         training = self.config.training
         batch = training.global_batch_size
         return training.train_iters * batch, training.eval_iters * batch, 0
 
-    def _load(self) -> None:
+    def _load(self) -> Loaded:
         """Continue from `checkpoint.load`."""
-        name = self.config.checkpoint.load
-        if name is None:
-            return
-        checkpoint = latest_checkpoint(self._checkpoints) if name == "auto" else None
-        if name != "auto":
-            checkpoint = find_checkpoint(name)
-        if checkpoint is not None:
-            self.progress = load_checkpoint(checkpoint, self.model)
+        start = find_start(self.config, checkpoint_folder(self.config))
+        if start is None:
+            return Loaded()
+        weights_only = not self.config.checkpoint.load_optimizer
+        return read_checkpoint(start, self.model, self.config, weights_only)
 
     def _open_sinks(self) -> Sinks | None:
         """Where metrics go; on one rank, since they are global."""

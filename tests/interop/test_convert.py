@@ -337,7 +337,7 @@ def start_training_from(folder: Path, dtype: str) -> None:
     config = parse_config(raw)
     build_groups(config, Layout.from_config(config, dist.get_world_size()))
     model = build_training_model(config)
-    progress = load_checkpoint(folder / "mcore", model)
+    progress = load_checkpoint(folder / "mcore", model, config)
     assert progress.step == 0
     wanted = load_tensors(source)["model.embed_tokens.weight"].to(
         next(model.models[0].parameters()).dtype

@@ -160,7 +160,7 @@ def train_upcycled(
     from moepp_megatron.training.collect import RoutingCollector, mean_loss
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
-    from tests.parallel.training_runs import _SyntheticDataset
+    from tests.parallel.training_runs import SyntheticDataset
 
     if dist.get_rank() == 0:
         upcycle(source, target, Additions(tau=0.5))
@@ -172,10 +172,10 @@ def train_upcycled(
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)
     model = build_training_model(config)
-    load_checkpoint(target, model)
+    load_checkpoint(target, model, config)
     model.set_training(True)
     collector = RoutingCollector(model, config, layout)
-    batches = rank_batches(_SyntheticDataset(config, steps), 0, config, 1)
+    batches = rank_batches(SyntheticDataset(config, steps), 0, config, 1)
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     losses, shares = [], []
     for _ in range(steps):

@@ -1,10 +1,28 @@
-"""The table that ends a run of the layout matrix."""
+"""A corpus for runs on test ranks; the table that ends a run of the layout matrix."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from moepp_megatron.data.prepare import PrepareSettings, prepare
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    source = folder / "source.jsonl"
+    # More than an epoch of the longest run: the order of an epoch does not depend on how much of it
+    # is read.
+    texts = [f"Document {i}: " + f"words {i * i} and lines; " * (i % 7 + 1) for i in range(400)]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare_settings = PrepareSettings(vocab_size=300, workers=1)
+    prepare([str(source)], folder / "prepared", prepare_settings, Console(quiet=True))
+    return folder / "prepared"
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -14,10 +32,9 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None:
         rows = [
-            (dict(report.user_properties), outcome)
+            (dict(report.user_properties), word)
             for outcome, word in (("passed", "pass"), ("failed", "FAIL"))
             for report in terminal.stats.get(outcome, [])
-            for outcome in (word,)
             if report.when == "call" and "cell" in dict(report.user_properties)
         ]
         for line in _table(rows):
@@ -26,7 +43,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
 
 
 def _table(rows: list[tuple[dict[str, object], str]]) -> list[str]:
-    """One line per cell, widest difference first column to last, and a line that sums up."""
+    """One line per cell, by ranks, and one that sums up."""
     if not rows:
         return []
     width = max(len(str(row["cell"])) for row, _ in rows)

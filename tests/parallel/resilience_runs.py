@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,15 +45,10 @@ def run_trainer(
         fault: What goes wrong.
     """
     import torch.distributed as dist
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training import trainer as module
-
-    # A test rank is a daemon, which may not start the process of megatron-core's own queue; a
-    # synchronous save uses it between threads of this process alone.
-    filesystem_async._results_queue = queue.Queue()
 
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())

@@ -117,10 +117,7 @@ def resume(
     raw: dict[str, Any], folder: Path, is_writer: bool, weights_only: bool = False
 ) -> list[float]:
     """Losses of two steps: the writer's 0 and 1, then saved, or the reader's 2 and 3 from there."""
-    import queue
-
     import torch.distributed as dist
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from moepp_megatron.config import Layout
     from moepp_megatron.runtime.distributed import build_groups
@@ -144,9 +141,6 @@ def resume(
 
     if is_writer:
         losses = losses_of_two_steps(0)
-        # A test rank is a daemon, which may not start the process of megatron-core's own queue; a
-        # synchronous save uses it between threads of this process alone.
-        filesystem_async._results_queue = queue.Queue()
         tokenizer = folder / "tokenizer.json"
         checkpoint.save_checkpoint(folder, model, checkpoint.Progress(step=2), config, tokenizer)
         return losses
@@ -154,9 +148,7 @@ def resume(
     if weights_only:
         checkpoint.load_weights(saved, model.models)
     else:
-        # Torch's Adam has no state to load into before its first step.
-        losses_of_two_steps(0)
-        checkpoint.load_checkpoint(saved, model)
+        checkpoint.load_checkpoint(saved, model, config)
     return losses_of_two_steps(2)
 
 

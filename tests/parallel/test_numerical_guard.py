@@ -71,16 +71,13 @@ def test_the_guard_changes_no_number_of_a_healthy_run(ranks: RankPools, tmp_path
     _assert_same(_train(ranks, 1, raw), _train(ranks, 1, off))
 
 
-# Plain: megatron-core 0.19.2 cannot load torch's Adam into a distributed optimizer in use.
-PLAIN = {"use_distributed_optimizer": False}
-
-
-@pytest.mark.parametrize("layout", ["one rank", "ep2", "pp2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_rollback_skips_the_data_between(ranks: RankPools, tmp_path: Path, layout: str) -> None:
     """Checkpoint after batches 0 and 1; 3 to 5 are bad; so the run goes on with batch 6."""
     world_size, sections = LAYOUTS[layout]
     sections = {
-        "parallel": {**sections.get("parallel", {}), **PLAIN},
+        **sections,
+        **NOISY,
         "resilience": GUARD,
         "training": _iterations(5),
         "checkpoint": {"save_interval": 2},
@@ -101,7 +98,6 @@ def test_no_checkpoint_to_go_back_to(ranks: RankPools, tmp_path: Path) -> None:
 def test_rollbacks_that_do_not_help_end_the_run(ranks: RankPools, tmp_path: Path) -> None:
     raw = trainer_settings(
         tmp_path,
-        parallel=PLAIN,
         resilience={**GUARD, "guard_max_rollbacks": 2},
         training=_iterations(6),
         checkpoint={"save_interval": 1},

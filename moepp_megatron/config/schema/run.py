@@ -81,6 +81,11 @@ class CheckpointSection(Section):
         description="Checkpoint folder or run to start from, or auto for this run's newest",
         json_schema_extra=unit("-"),
     )
+    load_optimizer: bool = Field(
+        default=True,
+        description="Go on where the checkpoint was; false takes its weights and starts at step 0",
+        json_schema_extra=unit("-"),
+    )
 
     def folder(self, run_dir: Path) -> Path:
         """The folder that checkpoints are written to, for a run in `run_dir`."""

@@ -32,7 +32,6 @@ class Supervisor:
     def __init__(self, config: Config, model: TrainingModel) -> None:
         settings = config.resilience
         self._model, self._divergence_interval = model, settings.divergence_interval
-        self._gathers_late = config.parallel.overlap_param_gather
         self._activity = Activity()
         self._steps_begun = 0
         self._own_times: OwnTimes | None = None
@@ -95,11 +94,8 @@ class Supervisor:
         """
         self._own_times = self._stragglers.end_step(step) if self._stragglers else None
         if self._divergence_interval > 0 and step % self._divergence_interval == 0:
-            if self._gathers_late:
-                # Until the next forward pass a rank has the new values of its own shard alone.
-                for chunk in self._model.chunks:
-                    chunk.start_param_sync(force_sync=True)
-            check_shared_parameters(self._model.models, step)
+            with self._model.gathered_parameters():
+                check_shared_parameters(self._model.models, step)
 
     def metrics(self) -> dict[str, int | float]:
         """Optional fields of the step's record."""

@@ -459,6 +459,11 @@ def test_message_stays_on_one_line_whatever_the_value(minimal: Path) -> None:
 
 # (overrides, name with value, reason): settings without an effect
 IGNORED = [
+    (
+        ["moe.selection_bias_rate=0.01"],
+        "moe.selection_bias_rate (0.01)",
+        "without moe.selection_bias",
+    ),
     ([*VANILLA, "moe.tau=0.5"], "moe.tau (0.5)", "without zero-computation experts"),
     (["moe.balance_coeff=0.0", "moe.tau=0.5"], "moe.tau (0.5)", "with moe.balance_coeff 0"),
     (

@@ -1,0 +1,85 @@
+"""Checkpoints of a run: what they hold, how they are written and read.
+
+    names.py       the files of a checkpoint, small writes that survive a power cut
+    progress.py    how far a run is
+    validity.py    whether a folder is a whole, undamaged checkpoint
+    pickles.py     whether it can be unpickled without running code
+    find.py        which checkpoint a name means, which one is the newest valid one
+    compatible.py  whether a checkpoint fits a configuration
+    state.py       model, optimizer, schedule as megatron-core's sharded state
+    optimizer.py   what megatron-core gets wrong about optimizer state, put right
+    rng.py         random states of a rank
+    plan.py        which rank writes which bytes
+    background.py  a forked process that writes while training goes on
+    publish.py     from complete files to a checkpoint with a name
+    agree.py       what ranks tell each other without the training backend
+    prune.py       deleting old checkpoints
+    write.py       `CheckpointWriter`: all of a save, in the foreground or background
+    read.py        all of a load
+
+Names are imported on first use: finding a checkpoint and refusing one that does not fit needs no
+torch, so the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moepp_megatron.training.checkpoint.compatible import check_compatible
+from moepp_megatron.training.checkpoint.find import (
+    find_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+)
+from moepp_megatron.training.checkpoint.names import CONFIG_FILE, TOKENIZER_FILE, is_checkpoint
+from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.checkpoint.validity import damage
+
+if TYPE_CHECKING:
+    from moepp_megatron.training.checkpoint.read import (
+        Loaded,
+        find_start,
+        load_checkpoint,
+        load_weights,
+        newest_valid,
+        read_checkpoint,
+    )
+    from moepp_megatron.training.checkpoint.write import CheckpointWriter, save_checkpoint
+
+__all__ = [
+    "CONFIG_FILE",
+    "TOKENIZER_FILE",
+    "CheckpointWriter",
+    "Loaded",
+    "Progress",
+    "check_compatible",
+    "damage",
+    "find_checkpoint",
+    "find_start",
+    "is_checkpoint",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_weights",
+    "newest_valid",
+    "read_checkpoint",
+    "save_checkpoint",
+]
+
+_HOMES = {
+    "CheckpointWriter": "write",
+    "save_checkpoint": "write",
+    "Loaded": "read",
+    "find_start": "read",
+    "load_checkpoint": "read",
+    "load_weights": "read",
+    "newest_valid": "read",
+    "read_checkpoint": "read",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

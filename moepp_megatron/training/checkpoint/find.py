@@ -1,0 +1,131 @@
+"""Which checkpoint a name means, and which is the newest valid one. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import yaml
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.training.checkpoint.names import (
+    CONFIG_FILE,
+    LATEST_FILE,
+    PREFIX,
+    is_checkpoint,
+)
+from moepp_megatron.training.checkpoint.progress import read_record
+from moepp_megatron.training.checkpoint.validity import damage
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(rf"{PREFIX}\d+")
+
+
+def find_checkpoint(name: str | Path, beside: Path | None = None) -> Path:
+    """The checkpoint that `name` means.
+
+    A checkpoint folder is itself. A run (its name, its folder, or the folder of its checkpoints)
+    means its newest valid checkpoint.
+
+    Args:
+        name: What the user gave.
+        beside: A run's folder; `name` may also be another run in the same parent folder.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    path = Path(name).expanduser()
+    if is_checkpoint(path):
+        return path
+    for folder in checkpoint_folders(name, beside):
+        newest, skipped = first_valid(list_checkpoints(folder), damage)
+        warn_skipped(skipped)
+        if newest is not None:
+            return newest
+    raise ConfigError(
+        f"checkpoint ({path}) must be a checkpoint folder or a run that has a valid one; "
+        "train with checkpoint.save_interval > 0 or name another folder"
+    )
+
+
+def checkpoint_folders(name: str | Path, beside: Path | None = None) -> list[Path]:
+    """The folders of checkpoints that a run called `name` may have, likeliest first."""
+    path = Path(name).expanduser()
+    runs = [path]
+    if beside is not None and not path.is_absolute():
+        runs.append(beside.parent / path)
+    folders = []
+    for run in runs:
+        folders += [run, run / "checkpoints"]
+        configured = _configured_folder(run)
+        if configured is not None:
+            folders.append(configured)
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders in `folder`, newest first, whole or not.
+
+    By the time of writing: a run that went back to step 50 and saved step 60 has step 60 as its
+    newest, though step 100 of before is still there.
+    """
+    try:
+        paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    except OSError:
+        return []
+    return sorted(paths, key=_age_key, reverse=True)
+
+
+def first_valid(
+    checkpoints: Iterable[Path], reason_against: Callable[[Path], str | None]
+) -> tuple[Path | None, list[str]]:
+    """The first valid checkpoint, and a line for every one before it."""
+    skipped: list[str] = []
+    for checkpoint in checkpoints:
+        reason = reason_against(checkpoint)
+        if reason is None:
+            return checkpoint, skipped
+        skipped.append(f"{checkpoint}: {reason}")
+    return None, skipped
+
+
+def warn_skipped(skipped: Iterable[str]) -> None:
+    """Say which checkpoints were not taken, and why."""
+    for line in skipped:
+        logger.warning("skipping checkpoint %s", line)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that `latest` points to in a run's checkpoint folder, if it is there."""
+    try:
+        name = (folder / LATEST_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    checkpoint = folder / name
+    return checkpoint if _NAME.fullmatch(name) and is_checkpoint(checkpoint) else None
+
+
+def _configured_folder(run: Path) -> Path | None:
+    """`checkpoint.dir` of a run, which need not be inside the run."""
+    try:
+        content = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+        folder = content["checkpoint"]["dir"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return Path(folder) if isinstance(folder, str) else None
+
+
+def _age_key(checkpoint: Path) -> tuple[float, str]:
+    try:
+        record = read_record(checkpoint)
+    except ValueError:
+        record = None
+    if record is not None:
+        return record.saved_at, checkpoint.name
+    try:
+        return checkpoint.stat().st_mtime, checkpoint.name
+    except OSError:
+        return 0.0, checkpoint.name

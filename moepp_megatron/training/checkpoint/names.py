@@ -1,0 +1,79 @@
+"""The files of a checkpoint, and small writes that survive a power cut.
+
+A checkpoint is a folder `step_NNNNNNNN` in megatron-core's distributed format with everything
+beside it that it takes to stand alone:
+
+    __R_0.distcp     what rank R wrote
+    .metadata        which bytes hold which tensor (torch.distributed.checkpoint)
+    metadata.json    the format (megatron-core)
+    config.yaml      resolved configuration
+    tokenizer.json   copied from the run's data
+    state.json       progress, layout, versions, time
+    integrity.json   SHA-256 and size of every other file (megatron-core's manifest)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FILE = "tokenizer.json"
+STATE_FILE = "state.json"
+FORMAT_FILE = "metadata.json"
+MANIFEST_FILE = "integrity.json"
+TENSORS_FILE = ".metadata"
+LATEST_FILE = "latest"
+PREFIX = "step_"
+# Hidden, so that no listing takes them for checkpoints.
+_INCOMPLETE = "incomplete"
+_DISCARDED = "discarded"
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder's name of the checkpoint after `step` steps."""
+    return f"{PREFIX}{step:08d}"
+
+
+def incomplete_name(name: str, token: str) -> str:
+    """Where `name` is written. The token tells this attempt from one that a dead run left."""
+    return f".{name}.{_INCOMPLETE}-{token}"
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed runs left: folders half written, folders half deleted."""
+    return [
+        path
+        for kind in (_INCOMPLETE, _DISCARDED)
+        for path in sorted(folder.glob(f".{PREFIX}*.{kind}-*"))
+    ]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` has the parts of a complete checkpoint; `damage` looks into them."""
+    return all((path / name).is_file() for name in (FORMAT_FILE, CONFIG_FILE, MANIFEST_FILE))
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and force it to disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Force a folder's entries to disk: without it a rename may be lost with the power."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(path: Path, token: str) -> None:
+    """Delete a checkpoint; what a kill leaves of it on the way no longer bears its name."""
+    hidden = path.with_name(f".{path.name}.{_DISCARDED}-{token}")
+    path.rename(hidden)
+    shutil.rmtree(hidden)

@@ -1,0 +1,124 @@
+"""Whether a checkpoint can be unpickled without running code that somebody planted in it.
+
+torch.distributed.checkpoint unpickles `.metadata` with plain `pickle`, and byte entries with
+`torch.load(weights_only=False)` (filesystem.py, default_planner.py). Checksums do not help: who can
+write the file can write the manifest. So both are read here first with unpicklers that know only
+the classes of a checkpoint; what they accept, the plain ones then read without harm. Tensors are
+read with `weights_only=True` by torch itself.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
+
+from moepp_megatron.training.checkpoint.names import TENSORS_FILE
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_CLASSES = {
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+}
+
+
+class UnsafePickleError(ValueError):
+    """A file of a checkpoint holds something that is not data."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) not in _CLASSES:
+            raise UnsafePickleError(
+                f"{TENSORS_FILE} asks for {module}.{name}, which no checkpoint contains"
+            )
+        return super().find_class(module, name)
+
+
+def read_metadata(checkpoint: Path) -> Metadata:
+    """The index of a checkpoint's tensors.
+
+    Raises:
+        UnsafePickleError: The file is not an index alone.
+        OSError: It cannot be read.
+    """
+    with (checkpoint / TENSORS_FILE).open("rb") as file:
+        try:
+            metadata = _MetadataUnpickler(file).load()
+        except UnsafePickleError:
+            raise
+        except Exception as error:  # whatever damaged bytes make an unpickler do
+            raise UnsafePickleError(f"{TENSORS_FILE} cannot be read ({error})") from error
+    if not isinstance(metadata, Metadata):
+        raise UnsafePickleError(f"{TENSORS_FILE} holds a {type(metadata).__name__}, not an index")
+    return metadata
+
+
+def unsafe_pickle(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
+    """What in a checkpoint would not be safe to unpickle; None if nothing.
+
+    Args:
+        checkpoint: The folder.
+        part: Which part of the byte entries to check, so that ranks share the work.
+        num_parts: Number of parts.
+    """
+    try:
+        metadata = read_metadata(checkpoint)
+        storage = {index.fqn: info for index, info in metadata.storage_data.items()}
+        entries = [
+            key
+            for key, kind in metadata.state_dict_metadata.items()
+            if isinstance(kind, BytesStorageMetadata)
+        ]
+        _check_paths(storage)
+        for key in sorted(entries)[part::num_parts]:
+            _check_entry(checkpoint, key, storage[key])
+    except UnsafePickleError as error:
+        return str(error)
+    except (KeyError, AttributeError) as error:
+        return f"{TENSORS_FILE} is damaged ({error!r})"
+    except OSError as error:
+        return f"{error.filename or checkpoint}: {error.strerror}"
+    return None
+
+
+def _check_paths(storage: dict[str, Any]) -> None:
+    for key, info in storage.items():
+        if Path(info.relative_path).name != info.relative_path:
+            raise UnsafePickleError(
+                f"{TENSORS_FILE} places {key} outside of the folder: {info.relative_path}"
+            )
+        if info.transform_descriptors:
+            raise UnsafePickleError(f"{TENSORS_FILE} wants {key} decoded by an extension")
+
+
+def _check_entry(checkpoint: Path, key: str, info: Any) -> None:
+    with (checkpoint / info.relative_path).open("rb") as file:
+        file.seek(info.offset)
+        content = file.read(info.length)
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; each of them refuses the entry
+        reason = str(error).strip().splitlines()[0]
+        raise UnsafePickleError(
+            f"{info.relative_path}: entry {key} is not plain data ({reason})"
+        ) from error

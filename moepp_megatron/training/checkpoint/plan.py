@@ -1,0 +1,125 @@
+"""Which rank writes which bytes: planned by megatron-core, written by us.
+
+megatron-core plans a save and hands out an asynchronous request. Its own ways to carry one out end
+in collectives that hang all ranks when one rank cannot write, and hash every file on one rank while
+training waits. So only the plan is taken: the bytes of each file, and the index that is to be
+written when all files are there.
+"""
+
+from __future__ import annotations
+
+import queue
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from moepp_megatron.training.checkpoint.state import METADATA
+from moepp_megatron.training.checkpoint.validity import file_digest
+
+
+@dataclass
+class Written:
+    """What one rank wrote.
+
+    Attributes:
+        results: Of torch's writer, for the index.
+        digests: File name to SHA-256.
+        sizes: File name to bytes.
+    """
+
+    results: list[Any] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+class Plan:
+    """A save that is planned and held in host memory, but not written.
+
+    Attributes:
+        folder: Where it is to be written.
+    """
+
+    def __init__(self, folder: Path, writer: FileSystemWriterAsync, metadata: Any) -> None:
+        self.folder = folder
+        self._writer = writer
+        self._metadata = metadata
+        # Copies to the host where tensors are on a GPU.
+        self._buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets, False)
+
+    def write(self) -> Written:
+        """Write this rank's files and force them to disk. May run in a forked process.
+
+        Raises:
+            OSError: The disk is full, read-only or gone.
+        """
+        written = Written()
+        for number, bucket in enumerate(self._buckets):
+            _, results = FileSystemWriterAsync.write_preloaded_data(
+                [self._writer.transforms], number, bucket, None, None, use_fsync=True
+            )
+            if isinstance(results, Exception):
+                raise results
+            path = Path(bucket[0])
+            written.results += results
+            written.digests[path.name] = file_digest(path)
+            written.sizes[path.name] = path.stat().st_size
+        return written
+
+    def write_index(self, results: list[list[Any]]) -> None:
+        """Write `.metadata` from what all ranks wrote; on rank 0 alone."""
+        # Plans of all ranks, for reuse by megatron-core; they would be half of the file.
+        self._metadata.__dict__.pop("all_local_plans", None)
+        self._writer.finish(self._metadata, results)
+
+
+class Planner:
+    """Plans the saves of a run. The first is checked in full: later ones have its structure."""
+
+    def __init__(self) -> None:
+        self._is_checked = False
+
+    def plan(self, state: dict[str, Any], folder: Path) -> Plan:
+        """Plan the save of `state` into `folder`, which exists; every rank must call.
+
+        The state may be changed again once this has returned on a GPU; on a CPU once the plan has
+        been written, or a process that writes it has been forked.
+        """
+        # megatron-core would start a server process for a queue that nothing reads here.
+        filesystem_async._results_queue = queue.SimpleQueue()
+        strategy = _PlanOnly()
+        dist_checkpointing.save(
+            state,
+            str(folder),
+            # Replicas share out the writing.
+            FullyParallelSaveStrategyWrapper(
+                strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
+            ),
+            validate_access_integrity=not self._is_checked,
+            async_sharded_save=True,
+            async_strategy="mcore",
+            content_metadata=dict(METADATA),
+        )
+        self._is_checked = True
+        return Plan(folder, strategy.writer, strategy.metadata)
+
+
+class _PlanOnly(TorchDistSaveShardedStrategy):
+    """Keeps the plan instead of making a request of it."""
+
+    writer: FileSystemWriterAsync
+    metadata: Any
+
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, save_state_dict_ret: Any, async_strategy: str
+    ) -> AsyncRequest:
+        self.writer, self.metadata = writer, save_state_dict_ret[1]
+        return AsyncRequest(None, (), [])

@@ -1,0 +1,104 @@
+"""How far a run is, and the record that a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron import __version__
+from moepp_megatron.config import Layout
+from moepp_megatron.training.checkpoint.names import STATE_FILE
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: Optimizer steps taken.
+        consumed_samples: Training sequences read by all ranks.
+        tokens: Tokens trained on.
+        skipped_steps: Batches that the numerical guard refused.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass
+class Record:
+    """The content of `state.json`: plain numbers that need no unpickling.
+
+    Attributes:
+        progress: Where the run stood.
+        layout: The rank grid that wrote the checkpoint.
+        versions: Of what wrote it.
+        saved_at: Seconds since 1970.
+        format_version: Of this record and of what the tensors are called.
+    """
+
+    progress: Progress
+    layout: dict[str, int]
+    versions: dict[str, str] = field(default_factory=dict)
+    saved_at: float = 0.0
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def now(cls, progress: Progress, layout: Layout) -> Record:
+        """A record of this moment."""
+        return cls(progress, grid(layout), _versions(), time.time())
+
+    def to_json(self) -> bytes:
+        """As `state.json`."""
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+
+
+def grid(layout: Layout) -> dict[str, int]:
+    """The degrees of parallelism that decide which rank draws which random numbers."""
+    degrees = asdict(layout)
+    del degrees["num_microbatches"]
+    return degrees
+
+
+def read_record(checkpoint: Path) -> Record | None:
+    """A checkpoint's record; None where there is none: weights alone, from `moepp convert`.
+
+    Raises:
+        ValueError: The file is there but cannot be read, or is from a newer version.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{STATE_FILE} cannot be read ({error})") from error
+    try:
+        version = content["format_version"]
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{STATE_FILE} has format {version}, and this version reads {FORMAT_VERSION}"
+            )
+        progress = Progress(**content["progress"])
+        layout, saved_at = dict(content["layout"]), float(content["saved_at"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{STATE_FILE} is no record of a checkpoint ({error!r})") from error
+    return Record(progress, layout, dict(content.get("versions", {})), saved_at, version)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "moepp_megatron": __version__,
+        "torch": metadata.version("torch"),
+        "megatron-core": metadata.version("megatron-core"),
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,108 @@
+"""From the files of all ranks to a checkpoint with a name. Runs on rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+
+from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.training.checkpoint.names import (
+    CONFIG_FILE,
+    FORMAT_FILE,
+    LATEST_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    TENSORS_FILE,
+    TOKENIZER_FILE,
+    discard,
+    sync_folder,
+    write_synced,
+)
+from moepp_megatron.training.checkpoint.plan import Plan, Written
+from moepp_megatron.training.checkpoint.progress import Record
+from moepp_megatron.training.checkpoint.validity import damage, file_digest, manifest
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What lies beside the tensors.
+
+    Attributes:
+        config: The resolved configuration, YAML.
+        tokenizer: The tokenizer's file; left out where it is missing.
+        record: Progress, layout, versions.
+    """
+
+    config: str
+    tokenizer: Path
+    record: Record
+
+
+def publish(plan: Plan, final: Path, written: list[Written], companions: Companions) -> None:
+    """Write index, companions and checksums, give the folder its name, move `latest`.
+
+    Args:
+        plan: The save; every rank has written its files.
+        final: The checkpoint's name.
+        written: What each rank wrote.
+        companions: What else belongs into it.
+
+    Raises:
+        OSError: The disk failed; there is then no checkpoint of that name, or the one before.
+    """
+    folder = plan.folder
+    digests = {name: digest for part in written for name, digest in part.digests.items()}
+    sizes = {name: size for part in written for name, size in part.sizes.items()}
+    _check_shared(folder, sizes)
+    plan.write_index([part.results for part in written])
+    _write_companions(folder, companions)
+    content = json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode()
+    write_synced(folder / FORMAT_FILE, content)
+    for name in (TENSORS_FILE, CONFIG_FILE, TOKENIZER_FILE, STATE_FILE, FORMAT_FILE):
+        path = folder / name
+        if path.is_file():
+            digests[name], sizes[name] = file_digest(path), path.stat().st_size
+    write_synced(folder / MANIFEST_FILE, manifest(digests, sizes))
+    sync_folder(folder)
+    _give_name(folder, final)
+    write_atomic(final.parent / LATEST_FILE, f"{final.name}\n".encode())
+    sync_folder(final.parent)
+
+
+def _check_shared(folder: Path, sizes: dict[str, int]) -> None:
+    """Every rank's files must be seen from here."""
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise OSError(
+                f"{path} was written by another rank and is not here; checkpoint.dir must be a "
+                "folder that all nodes share"
+            )
+
+
+def _write_companions(folder: Path, companions: Companions) -> None:
+    write_synced(folder / CONFIG_FILE, companions.config.encode())
+    write_synced(folder / STATE_FILE, companions.record.to_json())
+    if companions.tokenizer.is_file():
+        write_synced(folder / TOKENIZER_FILE, companions.tokenizer.read_bytes())
+
+
+def _give_name(folder: Path, final: Path) -> None:
+    """Rename; an older checkpoint of that name goes if it is whole, and is kept aside if not."""
+    token = folder.name.rpartition("-")[2]
+    aside = None
+    if final.exists():
+        aside = final.with_name(f"{final.name}.unreadable-{token}")
+        final.rename(aside)
+    try:
+        folder.rename(final)
+    except OSError:
+        if aside is not None:
+            aside.rename(final)
+        raise
+    sync_folder(final.parent)
+    if aside is not None and damage(aside) is None:
+        discard(aside, token)

@@ -1,0 +1,196 @@
+"""All of a load: which checkpoint, whether it is sound, into which layout."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+
+from moepp_megatron.config import Config, ConfigError, Layout
+from moepp_megatron.training.checkpoint import rng
+from moepp_megatron.training.checkpoint.agree import Agreement
+from moepp_megatron.training.checkpoint.compatible import check_compatible
+from moepp_megatron.training.checkpoint.find import (
+    checkpoint_folders,
+    first_valid,
+    list_checkpoints,
+    warn_skipped,
+)
+from moepp_megatron.training.checkpoint.names import is_checkpoint
+from moepp_megatron.training.checkpoint.pickles import unsafe_pickle
+from moepp_megatron.training.checkpoint.progress import Progress, grid, read_record
+from moepp_megatron.training.checkpoint.state import (
+    apply_model_state,
+    apply_state,
+    model_state,
+    wanted_state,
+)
+from moepp_megatron.training.checkpoint.validity import damage
+from moepp_megatron.training.setup import TrainingModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Loaded:
+    """What a checkpoint says about the run beside the state that was put in place.
+
+    Attributes:
+        progress: Where the run goes on.
+        extra: What `CheckpointWriter.save` was given.
+    """
+
+    progress: Progress = field(default_factory=Progress)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def find_start(config: Config, folder: Path) -> Path | None:
+    """The checkpoint that `checkpoint.load` means, verified; every rank must call.
+
+    Args:
+        config: The run's configuration.
+        folder: The run's own checkpoint folder, for `auto`.
+
+    Returns:
+        None where training starts from scratch.
+
+    Raises:
+        ConfigError: The checkpoint or run that was named has no valid checkpoint.
+    """
+    name = config.checkpoint.load
+    if name is None:
+        return None
+    start, skipped = _first_agreed(
+        list_checkpoints(folder) if name == "auto" else _named(name, config)
+    )
+    if start is None and name != "auto":
+        why = f" ({'; '.join(skipped)})" if skipped else ""
+        raise ConfigError(
+            f"checkpoint.load ({name}) must be a checkpoint folder or a run that has a valid one"
+            f"{why}; name another one, auto, or null"
+        )
+    if start is None and dist.get_rank() == 0:
+        logger.warning("no valid checkpoint in %s: training starts from scratch", folder)
+    return start
+
+
+def newest_valid(folder: Path) -> Path | None:
+    """The newest valid checkpoint in a run's folder, verified; every rank must call."""
+    return _first_agreed(list_checkpoints(folder))[0]
+
+
+def _first_agreed(candidates: list[Path]) -> tuple[Path | None, list[str]]:
+    """The first valid one, and why those before it are not."""
+    agreement = Agreement()
+    # Rank 0 looks, so that ranks which see a folder's changes late do not choose another one.
+    candidates = agreement.from_first(candidates)
+    start, skipped = first_valid(candidates, lambda path: _agreed_reason(path, agreement))
+    if dist.get_rank() == 0:
+        warn_skipped(skipped)
+    return start, skipped
+
+
+def read_checkpoint(
+    checkpoint: Path, model: TrainingModel, config: Config, weights_only: bool = False
+) -> Loaded:
+    """Put a checkpoint that `find_start` verified in place; every rank must call.
+
+    Args:
+        checkpoint: The folder.
+        model: The wrapped model.
+        config: The run's configuration.
+        weights_only: Take the weights alone, as of a pretrained model: step 0, fresh optimizer.
+
+    Raises:
+        ConfigError: The model has other shapes.
+    """
+    notes = check_compatible(checkpoint, config)
+    if dist.get_rank() == 0:
+        for note in notes:
+            logger.warning("%s", note)
+    record = read_record(checkpoint)
+    with model.gathered_parameters():
+        if weights_only or record is None:
+            _read_weights(checkpoint, model.models)
+            # The optimizer's fp32 copies were taken from the weights that these replace.
+            model.optimizer.reload_model_params()
+            return Loaded()
+        layout = grid(Layout.from_config(config, dist.get_world_size()))
+        is_same_layout = layout == record.layout
+        state = wanted_state(model)
+        if is_same_layout:
+            state[rng.KEY] = rng.sharded_rng_state(with_data=False)
+        loaded = dist_checkpointing.load(state, str(checkpoint))
+        apply_state(model, loaded)
+    _restore_rng(loaded.get(rng.KEY), config, record.progress, record.layout)
+    return Loaded(record.progress, loaded["extra"])
+
+
+def load_checkpoint(checkpoint: Path, model: TrainingModel, config: Config) -> Progress:
+    """Verify a checkpoint and put all of it in place; every rank must call.
+
+    Raises:
+        ConfigError: It is damaged or unsafe, or the model has other shapes.
+    """
+    _refuse_unsound(checkpoint)
+    return read_checkpoint(checkpoint, model, config).progress
+
+
+def load_weights(checkpoint: Path, models: list[GPTModel]) -> None:
+    """Read the model's weights alone, in place, whatever layout wrote them; every rank must call.
+
+    Raises:
+        ConfigError: The checkpoint is damaged or unsafe.
+    """
+    _refuse_unsound(checkpoint)
+    _read_weights(checkpoint, models)
+
+
+def _read_weights(checkpoint: Path, models: list[GPTModel]) -> None:
+    state: dict[str, Any] = model_state(models)
+    apply_model_state(models, dist_checkpointing.load(state, str(checkpoint)))
+
+
+def _restore_rng(
+    state: dict[str, Any] | None, config: Config, progress: Progress, layout: dict[str, int]
+) -> None:
+    if state is not None:
+        rng.set_rng_state(state)
+        return
+    rng.reseed(config.training.seed, progress.step)
+    if dist.get_rank() == 0:
+        grid_text = " ".join(f"{name}={degree}" for name, degree in layout.items())
+        logger.warning(
+            "random states are seeded anew: the checkpoint was written by another layout (%s)",
+            grid_text,
+        )
+
+
+def _named(name: str, config: Config) -> list[Path]:
+    path = Path(name).expanduser()
+    if is_checkpoint(path):
+        return [path]
+    folders = checkpoint_folders(name, beside=Path(os.path.abspath(config.run.dir)))
+    return [checkpoint for folder in folders for checkpoint in list_checkpoints(folder)]
+
+
+def _agreed_reason(checkpoint: Path, agreement: Agreement) -> str | None:
+    """Why not to read a checkpoint; ranks share the work and all get the answer."""
+    part, num_parts = dist.get_rank(), dist.get_world_size()
+    mine = damage(checkpoint, part, num_parts) or unsafe_pickle(checkpoint, part, num_parts)
+    return next((reason for reason in agreement.gather(mine) if reason is not None), None)
+
+
+def _refuse_unsound(checkpoint: Path) -> None:
+    reason = _agreed_reason(checkpoint, Agreement())
+    if reason is not None:
+        raise ConfigError(
+            f"checkpoint ({checkpoint}) must be whole and hold nothing but data, and: {reason}; "
+            "use another one"
+        )

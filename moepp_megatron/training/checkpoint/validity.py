@@ -1,0 +1,97 @@
+"""Whether a folder is a whole, undamaged checkpoint. Reads bytes only; unpickles nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.training.checkpoint.names import (
+    CONFIG_FILE,
+    FORMAT_FILE,
+    MANIFEST_FILE,
+    TENSORS_FILE,
+)
+from moepp_megatron.training.checkpoint.progress import read_record
+
+# megatron-core reads it, where it is, in place of what the manifest vouches for.
+_LEGACY_FILE = "common.pt"
+
+
+def damage(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in one line that names the file; None if nothing is.
+
+    Args:
+        checkpoint: The folder.
+        part: Which part of the files to hash, so that ranks share the work; presence and sizes
+            are always checked for all.
+        num_parts: Number of parts.
+    """
+    try:
+        return _structure(checkpoint) or _contents(checkpoint, part, num_parts)
+    except OSError as error:
+        return f"{error.filename or checkpoint}: {error.strerror}"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest(digests: dict[str, str], sizes: dict[str, int]) -> bytes:
+    """megatron-core's integrity manifest with the files' sizes, which are cheap to check."""
+    content = {"algorithm": "sha256", "files": digests, "sizes": sizes}
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _structure(checkpoint: Path) -> str | None:
+    if not checkpoint.is_dir():
+        return "is not a folder"
+    for name in (FORMAT_FILE, MANIFEST_FILE, CONFIG_FILE):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing: the save did not finish"
+    if (checkpoint / _LEGACY_FILE).exists():
+        return f"{_LEGACY_FILE} does not belong into this format"
+    try:
+        content = _read_manifest(checkpoint)
+        read_record(checkpoint)
+    except ValueError as error:
+        return str(error)
+    files: dict[str, str] = content["files"]
+    sizes: dict[str, int] = content.get("sizes", {})
+    for name in (TENSORS_FILE, FORMAT_FILE, CONFIG_FILE):
+        if name not in files:
+            return f"{MANIFEST_FILE} does not vouch for {name}"
+    for name in files:
+        if Path(name).name != name:
+            return f"{MANIFEST_FILE} names {name!r}, which is not a file of this folder"
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if name in sizes and path.stat().st_size != sizes[name]:
+            return f"{name} has {path.stat().st_size} bytes instead of {sizes[name]}"
+    return None
+
+
+def _contents(checkpoint: Path, part: int, num_parts: int) -> str | None:
+    files: dict[str, str] = _read_manifest(checkpoint)["files"]
+    for name in sorted(files)[part::num_parts]:
+        if file_digest(checkpoint / name) != files[name]:
+            return f"{name} is damaged: its SHA-256 is not that of {MANIFEST_FILE}"
+    return None
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((checkpoint / MANIFEST_FILE).read_bytes())
+        files = content["files"]
+        is_sound = content["algorithm"] == "sha256" and all(
+            isinstance(name, str) and isinstance(digest, str) for name, digest in files.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_sound = False
+    if not is_sound:
+        raise ValueError(f"{MANIFEST_FILE} is damaged: it is no SHA-256 manifest")
+    return content

@@ -1,0 +1,232 @@
+"""All of a save: prepare, plan, write in the foreground or background, agree, publish."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.training.checkpoint import rng
+from moepp_megatron.training.checkpoint.agree import Agreement
+from moepp_megatron.training.checkpoint.background import Background, BackgroundError
+from moepp_megatron.training.checkpoint.names import checkpoint_name, incomplete_name
+from moepp_megatron.training.checkpoint.plan import Plan, Planner, Written
+from moepp_megatron.training.checkpoint.progress import Progress, Record
+from moepp_megatron.training.checkpoint.prune import Pruner
+from moepp_megatron.training.checkpoint.publish import Companions, publish
+from moepp_megatron.training.checkpoint.state import saved_state
+from moepp_megatron.training.setup import TrainingModel
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.02
+
+
+@dataclass
+class _Save:
+    """A save on its way.
+
+    Attributes:
+        final: The checkpoint's name.
+        plan: What is written where.
+        companions: What lies beside the tensors.
+        process: Writes this rank's files; None where it could not be started.
+        failure: Why it could not.
+    """
+
+    final: Path
+    plan: Plan
+    companions: Companions
+    process: Background | None = None
+    failure: str | None = None
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints. Every rank has one and makes the same calls.
+
+    A save that fails on any rank fails on all: nothing of it gets a checkpoint's name, `error`
+    says why, and training can go on.
+
+    Args:
+        folder: The run's checkpoint folder; made when first needed.
+        config: The run's configuration.
+        tokenizer: The tokenizer's file, copied into each checkpoint.
+
+    Attributes:
+        failed_saves: Saves that failed so far.
+        error: Why the last save failed; None if it did not.
+    """
+
+    def __init__(self, folder: Path, config: Config, tokenizer: Path) -> None:
+        self.failed_saves = 0
+        self.error: str | None = None
+        self._folder = folder
+        self._config = config
+        self._tokenizer = tokenizer
+        self._layout = Layout.from_config(config, dist.get_world_size())
+        self._agreement = Agreement()
+        self._planner = Planner()
+        self._pruner = Pruner(folder, config.checkpoint.keep)
+        self._save: _Save | None = None
+
+    def save(
+        self, model: TrainingModel, progress: Progress, extra: dict[str, Any] | None = None
+    ) -> Path:
+        """Save the present state; with `checkpoint.async_save` return while it is being written.
+
+        A save that is still being written is waited for.
+
+        Args:
+            model: Model, optimizer and schedule.
+            progress: Where the run stands.
+            extra: Further state, the same on every rank: numbers, strings, tensors, lists, dicts.
+
+        Returns:
+            The folder that the checkpoint has, or will have, unless the save fails.
+        """
+        self.finish()
+        final = self._folder / checkpoint_name(progress.step)
+        temporary = self._prepare(final)
+        if temporary is None:
+            return final
+        with model.gathered_parameters():
+            state = saved_state(model)
+            state[rng.KEY] = rng.sharded_rng_state(with_data=True)
+            state["extra"] = dict(extra or {})
+            plan = self._planner.plan(state, temporary)
+            companions = Companions(
+                self._config.to_yaml(), self._tokenizer, Record.now(progress, self._layout)
+            )
+            save = _Save(final, plan, companions)
+            if self._config.checkpoint.async_save:
+                self._save = save
+                self._start(save)
+            else:
+                self._complete(save, plan.write)
+        return final
+
+    def poll(self) -> None:
+        """Complete the save that is being written, if every rank has written its part."""
+        save = self._save
+        if save is None:
+            return
+        process = save.process
+        if self._agreement.all(process is None or process.done()):
+            self._save = None
+            self._complete(save, lambda: _result(save))
+
+    def finish(self) -> None:
+        """Wait until nothing is being written."""
+        while self._save is not None:
+            self.poll()
+            if self._save is not None:
+                time.sleep(_POLL_S)
+
+    def close(self) -> None:
+        """End a save that is being written, without waiting for it or for other ranks."""
+        if self._save is not None and self._save.process is not None:
+            self._save.process.kill()
+        self._save = None
+
+    def _prepare(self, final: Path) -> Path | None:
+        """The folder to write into, seen by every rank; None if there can be none."""
+        name = self._agreement.from_first(incomplete_name(final.name, secrets.token_hex(4)))
+        temporary = self._folder / name
+        reason = None
+        if dist.get_rank() == 0:
+            try:
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                reason = str(error)
+        reason = self._agreement.from_first(reason)
+        if reason is None:
+            is_there = temporary.is_dir()
+            reason = self._agreement.first_reason(
+                None if is_there else f"{temporary} is not there; checkpoint.dir must be shared"
+            )
+        if reason is not None:
+            self._failed(final, reason)
+            return None
+        return temporary
+
+    def _start(self, save: _Save) -> None:
+        try:
+            save.process = Background(save.plan.write)
+        except OSError as error:
+            save.failure = f"no process could be started ({error})"
+
+    def _complete(self, save: _Save, write: Callable[[], Written]) -> None:
+        """Collect what every rank wrote, publish it on rank 0, tell everybody how it went."""
+        written, reason = None, None
+        try:
+            written = write()
+        except (OSError, BackgroundError) as error:
+            reason = str(error)
+        reason = self._agreement.first_reason(reason)
+        parts = self._agreement.gather(written if reason is None else None)
+        if dist.get_rank() == 0:
+            if reason is None:
+                reason = self._publish(save, parts)
+            if reason is not None:
+                shutil.rmtree(save.plan.folder, ignore_errors=True)
+        reason = self._agreement.from_first(reason)
+        if reason is not None:
+            self._failed(save.final, reason)
+            return
+        self.error = None
+        if dist.get_rank() == 0:
+            self._pruner.wrote(save.final)
+
+    def _publish(self, save: _Save, parts: list[Written]) -> str | None:
+        try:
+            publish(save.plan, save.final, parts, save.companions)
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _failed(self, final: Path, reason: str) -> None:
+        self.failed_saves += 1
+        self.error = f"checkpoint {final} could not be written: {reason}"
+        if dist.get_rank() == 0:
+            logger.error("%s; training goes on without it", self.error)
+
+
+def save_checkpoint(
+    folder: Path, model: TrainingModel, progress: Progress, config: Config, tokenizer: Path
+) -> Path:
+    """Write one checkpoint and wait for it; every rank must call.
+
+    Args:
+        folder: The run's checkpoint folder.
+        model: Model, optimizer and schedule.
+        progress: Where the run stands.
+        config: Resolved configuration, written beside the weights.
+        tokenizer: The tokenizer's file, copied beside the weights.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    writer = CheckpointWriter(folder, config, tokenizer)
+    checkpoint = writer.save(model, progress)
+    writer.finish()
+    if writer.error is not None:
+        raise OSError(writer.error)
+    return checkpoint
+
+
+def _result(save: _Save) -> Written:
+    if save.process is None:
+        raise BackgroundError(save.failure or "no process was started")
+    written: Written = save.process.result()
+    return written

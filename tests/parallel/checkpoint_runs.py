@@ -1,0 +1,101 @@
+"""Runs that stop and go on, on test ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from tests.parallel.training_runs import SyntheticDataset, settings
+
+# Wide enough for every run of these tests.
+NUM_STEPS = 12
+
+
+class Messages(logging.Handler):
+    """What the package logs, for a test to look at."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        logging.getLogger("moepp_megatron").addHandler(self)
+        return self.lines
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("moepp_megatron").removeHandler(self)
+
+
+def run_trainer(raw: dict[str, Any]) -> list[str]:
+    """A whole `Trainer` run on this rank; returns what it logged."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.trainer import Trainer
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    with Messages() as messages:
+        Trainer(config, layout).run()
+    return messages
+
+
+def trainer_settings(corpus: Path, run: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a `Trainer` run of 20 steps on real text, in folder `run`."""
+    training = {"train_iters": 20, "eval_iters": 0, **sections.pop("training", {})}
+    model = {"vocab_size": 320, **sections.pop("model", {})}
+    optimizer = {"decay_iters": 20, **sections.pop("optimizer", {})}
+    return settings(
+        run={"dir": str(run)},
+        data={"path": str(corpus)},
+        training=training,
+        model=model,
+        optimizer=optimizer,
+        **sections,
+    )
+
+
+def logged(run: Path, key: str = "loss") -> list[Any]:
+    """A value of every line of a run's metrics, by step; fails on a step that is there twice."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records]
+    assert steps == sorted(set(steps)), f"steps are logged twice or out of order: {steps}"
+    return [record.get(key) for record in records]
+
+
+def train_between(
+    raw: dict[str, Any], folder: Path, last: int, start: Path | None = None
+) -> list[float]:
+    """Losses from a checkpoint (or step 0) to step `last`, which is saved into `folder`."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.batches import rank_batches
+    from moepp_megatron.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+    from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.setup import build_training_model
+    from moepp_megatron.training.step import training_step
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    model = build_training_model(config)
+    model.set_training(True)
+    progress = Progress() if start is None else load_checkpoint(start, model, config)
+    dataset = SyntheticDataset(config, NUM_STEPS)
+    batches = rank_batches(dataset, progress.consumed_samples, config, len(model.chunks))
+    losses = []
+    while progress.step < last:
+        losses.append(mean_loss(training_step(model, batches, config, layout).losses))
+        progress.step += 1
+        progress.consumed_samples += config.training.global_batch_size
+    save_checkpoint(folder, model, progress, config, folder / "no tokenizer")
+    return losses

@@ -1,0 +1,287 @@
+"""Disks that fail during a save: all ranks notice, nothing half written counts, training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.checkpoint_runs import Messages, logged, run_trainer, trainer_settings
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import SyntheticDataset, settings
+
+EP2 = {"expert_model_parallel_size": 2}
+
+
+class Run:
+    """A model that trains and saves, on each test rank."""
+
+    def __init__(self, folder: Path, **checkpoint: Any) -> None:
+        import torch.distributed as dist
+
+        from moepp_megatron.config import Layout, parse_config
+        from moepp_megatron.runtime.distributed import build_groups
+        from moepp_megatron.training.batches import rank_batches
+        from moepp_megatron.training.checkpoint import CheckpointWriter, Progress
+        from moepp_megatron.training.setup import build_training_model
+
+        parallel = EP2 if dist.get_world_size() == 2 else {}
+        raw = settings(parallel=parallel, checkpoint={"save_interval": 1, **checkpoint})
+        self.config = parse_config(raw)
+        self.layout = Layout.from_config(self.config, dist.get_world_size())
+        build_groups(self.config, self.layout)
+        self.model = build_training_model(self.config)
+        self.model.set_training(True)
+        dataset = SyntheticDataset(self.config, 20)
+        self.batches = rank_batches(dataset, 0, self.config, len(self.model.chunks))
+        self.progress = Progress()
+        self.writer = CheckpointWriter(folder, self.config, folder / "no tokenizer")
+
+    def step(self) -> None:
+        from moepp_megatron.training.step import training_step
+
+        training_step(self.model, self.batches, self.config, self.layout)
+        self.progress.step += 1
+        self.writer.poll()
+
+    def save(self, wait: bool = True) -> str | None:
+        """Save; returns why that failed."""
+        self.writer.save(self.model, self.progress, {"note": self.progress.step})
+        if wait:
+            self.writer.finish()
+        return self.writer.error
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def full_disk(fault: str) -> Iterator[None]:
+    """A disk that takes no more than `fault` says, on the rank that enters."""
+    from moepp_megatron.training.checkpoint import plan, publish
+
+    owner, name, limited = plan.Plan, "write", None
+    if fault == "index":
+        name = "write_index"
+    elif fault == "manifest":
+        owner, name = publish, "write_synced"  # type: ignore[assignment]
+    elif fault == "file size":
+        # A real refusal of the kernel, in the middle of a file.
+        limited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    elif fault == "killed":
+        pass
+    original = getattr(owner, name)
+
+    def fails(*args: Any) -> Any:
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "manifest" and "integrity" not in str(args[0]):
+            return original(*args)
+        raise OSError(errno.ENOSPC, "No space left on device", str(args[0]))
+
+    if limited is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limited[1]))
+    else:
+        setattr(owner, name, fails)
+    try:
+        yield
+    finally:
+        if limited is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limited)
+        setattr(owner, name, original)
+
+
+def save_with_fault(folder: Path, fault: str, bad_rank: int, is_async: bool) -> dict[str, Any]:
+    """Good save, save with the fault on one rank, good save."""
+    import torch.distributed as dist
+
+    run = Run(folder, async_save=is_async)
+    run.step()
+    assert run.save() is None
+    run.step()
+    is_bad = dist.get_rank() == bad_rank
+    with Messages() as messages, full_disk(fault) if is_bad else contextlib.nullcontext():
+        error = run.save()
+    dist.barrier()
+    between = names(folder)
+    # Nobody may look before everybody has looked.
+    dist.barrier()
+    run.step()
+    assert run.save() is None
+    return {"error": error, "between": between, "failed": run.writer.failed_saves, "log": messages}
+
+
+@pytest.mark.parametrize(
+    ("fault", "bad_rank", "is_async"),
+    [
+        ("file", 1, False),
+        ("file", 1, True),
+        ("file size", 0, False),
+        ("file size", 1, True),
+        ("index", 0, True),
+        ("manifest", 0, False),
+        ("killed", 1, True),
+    ],
+)
+def test_failed_save_on_one_rank(
+    ranks: RankPools, tmp_path: Path, fault: str, bad_rank: int, is_async: bool
+) -> None:
+    results = ranks(2).run(save_with_fault, tmp_path, fault, bad_rank, is_async)
+    for result in results:
+        assert result["failed"] == 1
+        assert result["between"] == ["latest", "step_00000001"]
+        reason = {"killed": "killed by signal 9", "file size": "File too large"}.get(
+            fault, "No space left"
+        )
+        assert reason in result["error"]
+    assert any("training goes on" in line for line in results[0]["log"])
+    assert names(tmp_path) == ["latest", "step_00000001", "step_00000003"]
+    assert (tmp_path / "latest").read_text() == "step_00000003\n"
+
+
+def save_every_step(folder: Path, steps: int) -> int:
+    run = Run(folder, async_save=True, keep=2)
+    for _ in range(steps):
+        run.step()
+        run.save(wait=False)
+    run.writer.finish()
+    return run.writer.failed_saves
+
+
+def test_forked_writers_among_gloo_threads(ranks: RankPools, tmp_path: Path) -> None:
+    assert ranks(2).run(save_every_step, tmp_path, 12) == [0, 0]
+    assert names(tmp_path) == ["latest", "step_00000011", "step_00000012"]
+
+
+def step_while_writing(folder: Path) -> int:
+    """Steps taken while a slow disk writes a checkpoint of the first."""
+    from moepp_megatron.training.checkpoint import plan
+
+    original = plan.Plan.write
+
+    def slow(self: Any) -> Any:
+        time.sleep(2.0)
+        return original(self)
+
+    plan.Plan.write = slow  # type: ignore[method-assign]
+    try:
+        run = Run(folder, async_save=True)
+        run.step()
+        run.save(wait=False)
+        steps = 0
+        while not any(folder.glob("step_*")) and steps < 15:
+            run.step()
+            steps += 1
+        run.writer.finish()
+    finally:
+        plan.Plan.write = original  # type: ignore[method-assign]
+    return steps
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(ranks: RankPools, tmp_path: Path) -> None:
+    # A snapshot, though the parameters have changed several times before they are written.
+    (steps,) = ranks(1).run(step_while_writing, tmp_path / "slow")
+    assert steps >= 2
+    (_,) = ranks(1).run(save_first_step, tmp_path / "fast")
+    for folder in ("slow", "fast"):
+        assert (tmp_path / folder / "step_00000001" / "__0_0.distcp").is_file()
+    slow, fast = ranks(1).run(weights_of, [tmp_path / "slow", tmp_path / "fast"])[0]
+    assert slow == fast
+
+
+def save_first_step(folder: Path) -> None:
+    run = Run(folder)
+    run.step()
+    assert run.save() is None
+
+
+def weights_of(folders: list[Path]) -> list[str]:
+    """A digest of all tensors of each folder's first checkpoint."""
+    import hashlib
+
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    digests = []
+    for folder in folders:
+        reader = dcp.FileSystemReader(str(folder / "step_00000001"))
+        tensors = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in reader.read_metadata().state_dict_metadata.items()
+            if hasattr(entry, "size")
+        }
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        digest = hashlib.sha256()
+        for key in sorted(tensors):
+            digest.update(key.encode() + tensors[key].numpy().tobytes())
+        digests.append(digest.hexdigest())
+    return digests
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def save_twice(folder: Path, change: str) -> tuple[list[str | None], list[str]]:
+    """Errors of a save onto the disk, and of one after `change`."""
+    run = Run(folder / "checkpoints")
+    run.step()
+    errors = [run.save()]
+    run.step()
+    subprocess.run(change.split(), check=True)
+    errors.append(run.save())
+    run.step()
+    return errors, names(folder / "checkpoints")
+
+
+def test_full_disk(ranks: RankPools, small_disk: Path) -> None:
+    change = f"fallocate -l 500K {small_disk}/ballast"
+    errors, left = ranks(1).run(save_twice, small_disk, change)[0]
+    assert errors[0] is None
+    assert errors[1] is not None
+    assert "No space left on device" in errors[1]
+    assert left == ["latest", "step_00000001"]
+
+
+def test_read_only_disk(ranks: RankPools, small_disk: Path) -> None:
+    change = f"mount -o remount,ro {small_disk}"
+    errors, left = ranks(1).run(save_twice, small_disk, change)[0]
+    assert errors[0] is None
+    assert errors[1] is not None
+    assert "Read-only file system" in errors[1]
+    assert left == ["latest", "step_00000001"]
+
+
+def test_trainer_goes_on_without_its_folder(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
+    # Works as root too, for whom no folder is read-only: a file stands in the folder's place.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("not a folder")
+    raw = trainer_settings(
+        corpus, tmp_path / "run", training={"train_iters": 6}, checkpoint={"save_interval": 2}
+    )
+    messages = ranks(1).run(run_trainer, raw)[0]
+    assert logged(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6]
+    assert logged(tmp_path / "run", "failed_saves") == [0, 0, 1, 1, 2, 2]
+    for step in (3, 4, 5, 6):
+        assert any(line.startswith(f"step {step}: checkpoint") for line in messages), messages

@@ -1,0 +1,168 @@
+"""A checkpoint of any layout goes on in any other as if nothing had happened."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parallel.checkpoint_runs import train_between
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import assemble, settings, train
+
+# As between layouts without a checkpoint (test_matrix.py): sums in another order, a few units in
+# the last place (6e-8) each, carried on by six steps of Adam.
+FP32 = 1e-5
+STEPS, CHANGE_AT = 6, 3
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "dp2 whole optimizer": (2, {"use_distributed_optimizer": False}),
+    "dp2 overlapped": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+    "ep2 whole optimizer": (
+        2,
+        {"expert_model_parallel_size": 2, "use_distributed_optimizer": False},
+    ),
+    "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "etp2": (2, {"expert_tensor_parallel_size": 2}),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp2 interleaved": (
+        2,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    ),
+    "pp2 uneven": (
+        2,
+        {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tttL"},
+    ),
+    "ep4": (4, {"expert_model_parallel_size": 4}),
+    "tp2 pp2 ep2": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "pipeline_model_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+        },
+    ),
+    "tp2 etp2 ep2": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "expert_tensor_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+        },
+    ),
+    "pp2 ep2 ends apart": (
+        4,
+        {
+            "pipeline_model_parallel_size": 2,
+            "pipeline_model_parallel_layout": "Etttt|L",
+            "expert_model_parallel_size": 2,
+        },
+    ),
+    "cp2 pp2 ep2 whole optimizer": (
+        4,
+        {
+            "context_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+            "use_distributed_optimizer": False,
+        },
+    ),
+}
+PAIRS = [
+    ("one", "ep2"),
+    ("tp2", "pp2 interleaved"),
+    ("ep2", "dp2 whole optimizer"),
+    ("dp2 whole optimizer", "tp2"),
+]
+MORE_PAIRS = [
+    ("ep2", "one"),
+    ("dp2", "dp2 whole optimizer"),
+    ("dp2 overlapped", "ep2"),
+    ("ep2 whole optimizer", "dp2 overlapped"),
+    ("pp2 interleaved", "ep2"),
+    ("pp2", "pp2 uneven"),
+    ("pp2 uneven", "cp2"),
+    ("cp2", "etp2"),
+    ("etp2", "ep2"),
+    ("ep2", "ep4"),
+    ("ep4", "tp2 pp2 ep2"),
+    ("tp2 pp2 ep2", "one"),
+    ("one", "tp2 etp2 ep2"),
+    ("tp2 etp2 ep2", "cp2 pp2 ep2 whole optimizer"),
+    ("cp2 pp2 ep2 whole optimizer", "tp2"),
+    # The last stage has no layer, and so no experts.
+    ("ep2", "pp2 ep2 ends apart"),
+    ("pp2 ep2 ends apart", "ep2"),
+]
+
+
+@cache
+def unbroken(ranks: RankPools) -> list[float]:
+    return assemble(ranks(1).run(train, settings(), STEPS)).losses
+
+
+def check(ranks: RankPools, folder: Path, writer: str, reader: str, **sections: Any) -> list[float]:
+    """Losses of a run that changes its layout in the middle."""
+    world_size, parallel = LAYOUTS[writer]
+    raw = settings(parallel=parallel, **sections)
+    losses = ranks(world_size).run(train_between, raw, folder, CHANGE_AT)[0]
+    world_size, parallel = LAYOUTS[reader]
+    raw = settings(parallel=parallel, **sections)
+    start = folder / f"step_{CHANGE_AT:08d}"
+    rest: list[float] = ranks(world_size).run(train_between, raw, folder, STEPS, start)[0]
+    return losses + rest
+
+
+@pytest.mark.parametrize(("writer", "reader"), PAIRS)
+def test_run_goes_on_in_another_layout(
+    ranks: RankPools, tmp_path: Path, writer: str, reader: str
+) -> None:
+    losses = check(ranks, tmp_path, writer, reader)
+    np.testing.assert_allclose(losses, unbroken(ranks), rtol=FP32)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("writer", "reader"), MORE_PAIRS)
+def test_run_goes_on_in_another_layout_more(
+    ranks: RankPools, tmp_path: Path, writer: str, reader: str
+) -> None:
+    losses = check(ranks, tmp_path, writer, reader)
+    np.testing.assert_allclose(losses, unbroken(ranks), rtol=FP32)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "sections",
+    [{"model": {"tie_embeddings": True}}, {"moe": {"num_ffn_experts": 8, "layer_freq": 2}}],
+    ids=["tied", "mixed"],
+)
+def test_other_models(ranks: RankPools, tmp_path: Path, sections: dict[str, Any]) -> None:
+    losses = check(ranks, tmp_path, "pp2", "ep2", **sections)
+    expected = assemble(ranks(1).run(train, settings(**sections), STEPS)).losses
+    np.testing.assert_allclose(losses, expected, rtol=FP32)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [("dp2", "dp2 whole optimizer"), ("dp2 whole optimizer", "dp2")],
+)
+def test_fp32_copies_of_bf16_parameters_are_the_same_for_either_optimizer(
+    ranks: RankPools, tmp_path: Path, writer: str, reader: str
+) -> None:
+    # The same ranks add the same gradients in the same order, so nothing may differ but what a
+    # lost fp32 copy would change (bf16 keeps 8 bits: 4e-3).
+    sections = {"precision": {"dtype": "bf16"}}
+    losses = check(ranks, tmp_path, writer, reader, **sections)
+    world_size, parallel = LAYOUTS[writer]
+    raw = settings(parallel=parallel, **sections)
+    expected = ranks(world_size).run(train_between, raw, tmp_path / "whole", STEPS)[0]
+    np.testing.assert_allclose(losses, expected, rtol=FP32)

@@ -1,0 +1,47 @@
+"""A run that is stopped and resumed on the same layout is the run that was not, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
+from tests.parallel.ranks import RankPools
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+    "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "dp2 overlapped": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+}
+# Noise on the router's input: equal losses prove that the random states were restored.
+NOISE = {"num_ffn_experts": 8, "input_jitter_eps": 0.01}
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ten_and_ten_steps_are_twenty(
+    ranks: RankPools, corpus: Path, tmp_path: Path, layout: str, is_async: bool
+) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    common = {"moe": NOISE, "parallel": parallel}
+    ranks(world_size).run(run_trainer, trainer_settings(corpus, tmp_path / "whole", **common))
+
+    checkpoint = {"save_interval": 5, "async_save": is_async, "load": "auto"}
+    first = trainer_settings(
+        corpus, tmp_path / "run", checkpoint=checkpoint, training={"train_iters": 10}, **common
+    )
+    ranks(world_size).run(run_trainer, first)
+    second = trainer_settings(corpus, tmp_path / "run", checkpoint=checkpoint, **common)
+    messages = ranks(world_size).run(run_trainer, second)[0]
+
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+    assert logged(tmp_path / "run", "grad_norm") == logged(tmp_path / "whole", "grad_norm")
+    assert not [line for line in messages if "skipping" in line or "seeded anew" in line]
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "latest", *(f"step_{step:08d}" for step in (5, 10, 15, 20))
+    ]  # fmt: skip
+    assert (folder / "latest").read_text() == "step_00000020\n"
