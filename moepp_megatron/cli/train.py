@@ -61,6 +61,7 @@ def train(
 
     check_fit(settings)
     _check_data(settings)
+    _check_start(settings)
     if rank.is_launched or (nproc == 1 and max_restarts == 0):
         if rank.restart_count > 0:
             settings = with_overrides(settings, ["checkpoint.load=auto"])
@@ -95,6 +96,14 @@ def _check_data(config: Config) -> None:
         )
 
 
+def _check_start(config: Config) -> None:
+    """Refuse a `checkpoint.load` that names nothing or another model, before any rank starts."""
+    from moepp_megatron.training.checkpoint import check_start
+    from moepp_megatron.training.run_folder import checkpoint_folder
+
+    check_start(config, checkpoint_folder(config))
+
+
 def _train_rank(config: Config, layout: Layout) -> None:
     """Be one rank: train, and on rank 0 write the report and print what happened."""
     from moepp_megatron.runtime.quiet import quiet
@@ -113,14 +122,22 @@ def _train_rank(config: Config, layout: Layout) -> None:
     trainer = Trainer(config, layout)
     record = trainer.run()
     distributed.stop()
+    failure = trainer.checkpoints.error
     if trainer.stopped:
         from moepp_megatron.runtime.launch import STOPPED, leave
 
+        if failure is not None:
+            raise OSError(failure)
         if rank.rank == 0:
             typer.echo(f"stopped on request at step {trainer.progress.step}; run again to go on")
         leave(STOPPED)
     if rank.rank == 0:
         _finish(config, record)
+        if failure is not None:
+            typer.echo(f"error: the last {failure}", err=True)
+    if failure is not None:
+        # All that could be done is done, but the run's last state is nowhere.
+        raise typer.Exit(1)
 
 
 def _finish(config: Config, record: StepMetrics | None) -> None:

@@ -47,7 +47,7 @@ def publish(partial: Path, out: Path) -> None:
         partial.rename(out)
         return
     replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-    if _exchange(partial, out):
+    if exchange(partial, out):
         partial.rename(replaced)
     else:
         # A file system without an atomic exchange: for an instant there is no such folder.
@@ -93,8 +93,12 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step (Linux `renameat2`); False where that is not possible."""
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux `renameat2`); False where that is not possible.
+
+    Raises:
+        OSError: Either name does not exist, or the folder cannot be written.
+    """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from moepp_megatron.interop.checkpoint_reader import read_index
 from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.megatron_config import moepp_config
@@ -53,6 +54,8 @@ def score_tokens(request: ScoreRequest) -> dict[str, np.ndarray] | None:
         On rank 0 `token_logprobs` [b, s-1] float64, the log-probability of each token after the
         first given those before it, and where wanted `logits` [b, s, vocab] fp32. None elsewhere.
     """
+    # megatron-core would run whatever the pickled index of a stranger's checkpoint asks for.
+    read_index(request.checkpoint)
     models = build_model(request.config)
     load_weights(request.checkpoint, models)
     wide = pipeline_config(models[0].config, moepp_config(request.config))

@@ -10,6 +10,7 @@ from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.console import ConsoleSink
 from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics, parse_metrics
+from moepp_megatron.observe.patient import PatientSink
 
 logger = logging.getLogger(__name__)
 
@@ -222,4 +223,4 @@ def open_sinks(
         optional.append(TensorBoardSink(run_dir / "tensorboard", experts, resume_step))
     except Exception as error:  # a view must not keep a run from starting
         logger.warning("no TensorBoard output: %s", error)
-    return Sinks([jsonl], optional)
+    return Sinks([PatientSink(jsonl)], optional)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.find import (
+    check_start,
     find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
@@ -54,6 +55,7 @@ __all__ = [
     "Loaded",
     "Progress",
     "check_compatible",
+    "check_start",
     "damage",
     "find_checkpoint",
     "find_start",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
 
-from moepp_megatron.config import ConfigError
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.names import (
     CONFIG_FILE,
     LATEST_FILE,
@@ -48,6 +50,50 @@ def find_checkpoint(name: str | Path, beside: Path | None = None) -> Path:
     raise ConfigError(
         f"checkpoint ({path}) must be a checkpoint folder or a run that has a valid one; "
         "train with checkpoint.save_interval > 0 or name another folder"
+    )
+
+
+def start_candidates(config: Config, folder: Path) -> list[Path]:
+    """What `checkpoint.load` may mean, newest first, whole or not.
+
+    Args:
+        config: The run's configuration.
+        folder: The run's own checkpoint folder, for `auto`.
+    """
+    name = config.checkpoint.load
+    if name is None:
+        return []
+    if name == "auto":
+        return list_checkpoints(folder)
+    path = Path(name).expanduser()
+    if is_checkpoint(path):
+        return [path]
+    folders = checkpoint_folders(name, beside=Path(os.path.abspath(config.run.dir)))
+    return [checkpoint for each in folders for checkpoint in list_checkpoints(each)]
+
+
+def check_start(config: Config, folder: Path) -> None:
+    """Refuse, before any rank starts, a `checkpoint.load` that does not fit; hashes nothing.
+
+    Raises:
+        ConfigError: There is no checkpoint of that name, or its model has other shapes.
+    """
+    name = config.checkpoint.load
+    if name is None:
+        return
+    complete = [path for path in start_candidates(config, folder) if is_checkpoint(path)]
+    if complete:
+        check_compatible(complete[0], config)
+    elif name != "auto":
+        raise no_start(name, [])
+
+
+def no_start(name: str, skipped: list[str]) -> ConfigError:
+    """What to say where `checkpoint.load` means nothing that can be read."""
+    why = f" ({'; '.join(skipped)})" if skipped else ""
+    return ConfigError(
+        f"checkpoint.load ({name}) must be a checkpoint folder or a run that has a valid one"
+        f"{why}; name another one, auto, or null"
     )
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.optimizer import distrib_optimizer
 from torch import Tensor
 
 _NO_PARAMETER = "no parameter"
@@ -71,6 +73,21 @@ def load_sharded(optimizer: Any, tensors: Any, steps: int) -> None:
     optimizer.load_parameter_state_from_fully_reshardable(tensors)
     for state in states:
         state["step"] = torch.tensor(float(steps))
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Inside, the distributed optimizer does not run the garbage collector.
+
+    It does so for runs that switched the collector off; here that would be a third of the time
+    that a save keeps training (docs/LOG.md).
+    """
+    collector = distrib_optimizer.gc
+    distrib_optimizer.gc = SimpleNamespace(collect=lambda: 0)
+    try:
+        yield
+    finally:
+        distrib_optimizer.gc = collector
 
 
 @contextlib.contextmanager

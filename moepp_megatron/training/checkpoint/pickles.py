@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,11 @@ def _check_entry(checkpoint: Path, key: str, info: Any) -> None:
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; each of them refuses the entry
-        reason = str(error).strip().splitlines()[0]
-        raise UnsafePickleError(
-            f"{info.relative_path}: entry {key} is not plain data ({reason})"
-        ) from error
+        # Torch's message explains at length how to read the entry all the same.
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = (
+            f"asks for {asked[1]}, which no checkpoint contains"
+            if asked
+            else f"cannot be read ({type(error).__name__})"
+        )
+        raise UnsafePickleError(f"{info.relative_path}: entry {key} {what}") from error

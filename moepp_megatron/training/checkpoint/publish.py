@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
+from moepp_megatron.data.atomic import exchange
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.training.checkpoint.names import (
     CONFIG_FILE,
@@ -93,16 +95,15 @@ def _write_companions(folder: Path, companions: Companions) -> None:
 def _give_name(folder: Path, final: Path) -> None:
     """Rename; an older checkpoint of that name goes if it is whole, and is kept aside if not."""
     token = folder.name.rpartition("-")[2]
-    aside = None
+    is_whole = False
     if final.exists():
-        aside = final.with_name(f"{final.name}.unreadable-{token}")
-        final.rename(aside)
-    try:
+        is_whole = damage(final) is None
+        if not is_whole:
+            final.rename(final.with_name(f"{final.name}.unreadable-{token}"))
+    if is_whole and exchange(folder, final):
+        # At no moment is there no checkpoint of that name.
+        shutil.rmtree(folder)
+    else:
+        if is_whole:
+            discard(final, token)
         folder.rename(final)
-    except OSError:
-        if aside is not None:
-            aside.rename(final)
-        raise
-    sync_folder(final.parent)
-    if aside is not None and damage(aside) is None:
-        discard(aside, token)

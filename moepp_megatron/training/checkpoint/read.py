@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from moepp_megatron.training.checkpoint import rng
 from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.find import (
-    checkpoint_folders,
     first_valid,
     list_checkpoints,
+    no_start,
+    start_candidates,
     warn_skipped,
 )
-from moepp_megatron.training.checkpoint.names import is_checkpoint
 from moepp_megatron.training.checkpoint.pickles import unsafe_pickle
 from moepp_megatron.training.checkpoint.progress import Progress, grid, read_record
 from moepp_megatron.training.checkpoint.state import (
@@ -66,15 +65,9 @@ def find_start(config: Config, folder: Path) -> Path | None:
     name = config.checkpoint.load
     if name is None:
         return None
-    start, skipped = _first_agreed(
-        list_checkpoints(folder) if name == "auto" else _named(name, config)
-    )
+    start, skipped = _first_agreed(start_candidates(config, folder))
     if start is None and name != "auto":
-        why = f" ({'; '.join(skipped)})" if skipped else ""
-        raise ConfigError(
-            f"checkpoint.load ({name}) must be a checkpoint folder or a run that has a valid one"
-            f"{why}; name another one, auto, or null"
-        )
+        raise no_start(name, skipped)
     if start is None and dist.get_rank() == 0:
         logger.warning("no valid checkpoint in %s: training starts from scratch", folder)
     return start
@@ -170,14 +163,6 @@ def _restore_rng(
             "random states are seeded anew: the checkpoint was written by another layout (%s)",
             grid_text,
         )
-
-
-def _named(name: str, config: Config) -> list[Path]:
-    path = Path(name).expanduser()
-    if is_checkpoint(path):
-        return [path]
-    folders = checkpoint_folders(name, beside=Path(os.path.abspath(config.run.dir)))
-    return [checkpoint for folder in folders for checkpoint in list_checkpoints(folder)]
 
 
 def _agreed_reason(checkpoint: Path, agreement: Agreement) -> str | None:

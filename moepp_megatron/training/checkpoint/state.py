@@ -34,6 +34,7 @@ from moepp_megatron.training.checkpoint.optimizer import (
     is_torch,
     load_sharded,
     padded_state,
+    without_collection,
 )
 from moepp_megatron.training.setup import TrainingModel
 
@@ -131,6 +132,7 @@ def _optimizer_state(model: TrainingModel, state: dict[str, Any], is_loading: bo
         for key, tensor in chunk_state.items()
     }
     with contextlib.ExitStack() as stack:
+        stack.enter_context(without_collection())
         for chained in _chained(model):
             stack.enter_context(complete_state(chained))
             stack.enter_context(padded_state(chained))

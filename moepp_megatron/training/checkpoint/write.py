@@ -123,6 +123,11 @@ class CheckpointWriter:
             self._save = None
             self._complete(save, lambda: _result(save))
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is on its way."""
+        return self._save is not None
+
     def finish(self) -> None:
         """Wait until nothing is being written."""
         while self._save is not None:

@@ -15,7 +15,7 @@ def write(out: Path, text: str) -> None:
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
 def test_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool):
     if not exchange:
-        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(atomic, "exchange", lambda first, second: False)
     out = tmp_path / "parent" / "out"
     write(out, "old")
     write(out, "new")
@@ -27,7 +27,7 @@ def test_exchange_swaps_two_names(tmp_path: Path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    if not atomic._exchange(tmp_path / "a", tmp_path / "b"):
+    if not atomic.exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system cannot exchange names")
     assert (tmp_path / "a" / "b").exists()
     assert (tmp_path / "b" / "a").exists()

@@ -1,5 +1,6 @@
 """Where records go, and what happens when that fails."""
 
+import errno
 import io
 import json
 import logging
@@ -21,6 +22,7 @@ from moepp_megatron.observe import (
     sinks,
 )
 from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.observe.patient import PatientSink
 
 EXPERTS = ExpertCounts(ffn=2, constant=1, copy=0, zero=1)
 
@@ -54,6 +56,29 @@ def test_a_short_write_leaves_whole_lines_and_says_so(make_record, tmp_path: Pat
     sink.write(make_record(3))
     assert steps_in(sink.path) == [1, 3]
     sink.close()
+
+
+def test_records_wait_for_a_full_disk(make_record, tmp_path: Path, monkeypatch, caplog):
+    sink = PatientSink(JsonlSink(tmp_path / "metrics.jsonl"))
+    sink.write(make_record(1))
+    real_write = os.write
+
+    def refuse(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", refuse)
+    sink.write(make_record(2))
+    sink.write(make_record(3))
+    assert caplog.messages[-1] == (
+        "step 3: 2 records of metrics wait for the disk: [Errno 28] No space left on device"
+    )
+    monkeypatch.setattr(os, "write", real_write)
+    sink.write(make_record(4))
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
+    monkeypatch.setattr(os, "write", refuse)
+    sink.write(make_record(5))
+    with pytest.raises(OSError, match="No space left"):
+        sink.close()
 
 
 @pytest.mark.parametrize(

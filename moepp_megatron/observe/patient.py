@@ -1,0 +1,58 @@
+"""Records outlive a full disk: what cannot be written is kept and tried again."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import TYPE_CHECKING
+
+from moepp_megatron.observe.metrics import StepMetrics
+
+if TYPE_CHECKING:
+    from moepp_megatron.observe.sinks import Sink
+
+logger = logging.getLogger(__name__)
+
+
+class PatientSink:
+    """Hands records to a sink on a disk, in order, none left out while the process lives.
+
+    A full disk must not end a training run that could go on; at the end of the run it must not
+    pass unnoticed either.
+
+    Args:
+        sink: Raises OSError for a record that it could not write, and is then as before.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._waiting: deque[StepMetrics] = deque()
+
+    def write(self, record: StepMetrics) -> None:
+        """Takes one record; says so, every time, when records have to wait."""
+        self._waiting.append(record)
+        try:
+            self._hand_over()
+        except OSError as error:
+            logger.error(
+                "step %d: %d records of metrics wait for the disk: %s",
+                record.step,
+                len(self._waiting),
+                error,
+            )
+
+    def close(self) -> None:
+        """Hands over what waits and closes the sink.
+
+        Raises:
+            OSError: The disk still fails; the records that waited are lost.
+        """
+        try:
+            self._hand_over()
+        finally:
+            self._sink.close()
+
+    def _hand_over(self) -> None:
+        while self._waiting:
+            self._sink.write(self._waiting[0])
+            self._waiting.popleft()

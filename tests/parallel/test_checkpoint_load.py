@@ -1,0 +1,225 @@
+"""Which checkpoint a run starts from: the newest valid one, another run's, or its weights alone."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
+from tests.parallel.ranks import RankError, RankPools
+
+EP2 = {"expert_model_parallel_size": 2}
+AUTO = {"save_interval": 5, "load": "auto"}
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 10 steps with checkpoints of steps 5 and 10, on two ranks."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    ranks(2).run(run_trainer, _settings(corpus, folder, 10, {"save_interval": 5}))
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, to do harm to."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def _settings(
+    corpus: Path, run: Path, steps: int, checkpoint: dict[str, Any], **sections: Any
+) -> dict[str, Any]:
+    training = {"train_iters": steps}
+    return trainer_settings(
+        corpus, run, training=training, checkpoint=checkpoint, parallel=EP2, **sections
+    )
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "why"),
+    [
+        ("__1_0.distcp", _flip, "__1_0.distcp is damaged"),
+        ("__0_0.distcp", _truncate, "__0_0.distcp has "),
+        ("__0_0.distcp", Path.unlink, "__0_0.distcp is missing"),
+        ("metadata.json", Path.unlink, "metadata.json is missing"),
+        ("integrity.json", Path.unlink, "integrity.json is missing"),
+        ("integrity.json", _truncate, "integrity.json is damaged"),
+        ("state.json", _truncate, "state.json cannot be read"),
+        (".metadata", _flip, ".metadata is damaged"),
+    ],
+)
+def test_auto_skips_what_is_damaged(
+    ranks: RankPools, corpus: Path, run: Path, name: str, harm: Any, why: str
+) -> None:
+    newest = run / "checkpoints" / "step_00000010"
+    harm(newest / name)
+    left = sorted(path.name for path in newest.iterdir())
+    expected = logged(run)[5:10]
+    # Without saving, so that step 10 stays as it is.
+    messages = ranks(2).run(run_trainer, _settings(corpus, run, 10, {"load": "auto"}))
+    assert logged(run)[5:10] == expected
+    assert [line for line in messages[0] if f"{newest}: {why}" in line], messages[0]
+    assert not messages[1], "rank 0 alone warns"
+    assert sorted(path.name for path in newest.iterdir()) == left
+
+
+def test_auto_ignores_what_a_killed_save_left(ranks: RankPools, corpus: Path, run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000010", checkpoints / ".step_00000015.incomplete-ab")
+    (checkpoints / "step_00000020").mkdir()
+    (checkpoints / "latest").write_text("step_00000020\n")
+    messages = ranks(2).run(run_trainer, _settings(corpus, run, 15, AUTO))[0]
+    assert logged(run, "step") == list(range(1, 16))
+    assert any("step_00000020: metadata.json is missing" in line for line in messages)
+    # Read, and so kept; never complete, and so removed.
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest", "step_00000005", "step_00000010", "step_00000015", "step_00000020"
+    ]  # fmt: skip
+
+
+def test_unreadable_checkpoint_of_the_same_step_is_put_aside(
+    ranks: RankPools, corpus: Path, run: Path
+) -> None:
+    checkpoints = run / "checkpoints"
+    _flip(checkpoints / "step_00000010" / "__1_0.distcp")
+    damaged = (checkpoints / "step_00000010" / "__1_0.distcp").read_bytes()
+    ranks(2).run(run_trainer, _settings(corpus, run, 10, {**AUTO, "keep": 1}))
+    (aside,) = checkpoints.glob("step_00000010.unreadable-*")
+    assert (aside / "__1_0.distcp").read_bytes() == damaged
+    assert (checkpoints / "step_00000010").is_dir()
+    assert not (checkpoints / "step_00000005").exists(), "keep deletes what is valid and old"
+
+
+def test_auto_starts_from_scratch_where_there_is_nothing(
+    ranks: RankPools, corpus: Path, tmp_path: Path
+) -> None:
+    messages = ranks(2).run(run_trainer, _settings(corpus, tmp_path / "new", 3, {"load": "auto"}))
+    assert logged(tmp_path / "new", "step") == [1, 2, 3]
+    assert any("starts from scratch" in line for line in messages[0])
+
+
+@pytest.mark.parametrize("name", ["run", "{tmp}/run", "{tmp}/run/checkpoints/step_00000005"])
+def test_another_run_goes_on_from_a_name(
+    ranks: RankPools, corpus: Path, run: Path, tmp_path: Path, name: str
+) -> None:
+    load = {"load": name.format(tmp=tmp_path)}
+    ranks(2).run(run_trainer, _settings(corpus, tmp_path / "second", 12, load))
+    first = 6 if "step" in name else 11
+    assert logged(tmp_path / "second", "step") == list(range(first, 13))
+    if first == 6:
+        assert logged(tmp_path / "second")[:5] == logged(run)[5:]
+
+
+def test_weights_alone_start_at_step_0(
+    ranks: RankPools, corpus: Path, run: Path, tmp_path: Path
+) -> None:
+    load = {"load": str(run), "load_optimizer": False}
+    ranks(2).run(run_trainer, _settings(corpus, tmp_path / "tuned", 3, load))
+    assert logged(tmp_path / "tuned", "step") == [1, 2, 3]
+    # The first batch of the data again, with weights of 10 steps.
+    assert logged(tmp_path / "tuned")[0] < logged(run)[0] - 0.1
+
+
+def test_missing_name_is_refused(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"checkpoint.load \(nowhere\) must be a checkpoint"):
+        ranks(2).run(run_trainer, _settings(corpus, tmp_path / "new", 3, {"load": "nowhere"}))
+
+
+def test_other_shapes_are_refused(ranks: RankPools, corpus: Path, run: Path) -> None:
+    raw = _settings(corpus, run, 12, {"load": "auto"}, model={"hidden_size": 64})
+    with pytest.raises(RankError, match=r"model.hidden_size \(64\) must be .* \(32\); use 32"):
+        ranks(2).run(run_trainer, raw)
+
+
+class _Bomb:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+def _plant(checkpoint: Path, name: str, bomb: _Bomb) -> None:
+    """Replace a file by a pickle, and have the manifest vouch for it, as an attacker would."""
+    import json
+
+    from moepp_megatron.training.checkpoint.validity import file_digest
+
+    path = checkpoint / name
+    if name == ".metadata":
+        path.write_bytes(pickle.dumps(bomb))
+    else:
+        _plant_entry(checkpoint, path, bomb)
+    manifest = json.loads((checkpoint / "integrity.json").read_bytes())
+    manifest["files"][name] = file_digest(path)
+    manifest["sizes"][name] = path.stat().st_size
+    (checkpoint / "integrity.json").write_text(json.dumps(manifest))
+
+
+def _plant_entry(checkpoint: Path, path: Path, bomb: _Bomb) -> None:
+    """Append a pickled object and let the common state's entry point to it."""
+    import io
+
+    import torch
+
+    content = io.BytesIO()
+    torch.save([bomb], content)
+    offset = path.stat().st_size
+    path.write_bytes(path.read_bytes() + content.getvalue())
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    for index, info in metadata.storage_data.items():
+        if index.fqn.startswith("common_state"):
+            info.relative_path, info.offset = path.name, offset
+            info.length = len(content.getvalue())
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    import json
+
+    from moepp_megatron.training.checkpoint.validity import file_digest
+
+    manifest = json.loads((checkpoint / "integrity.json").read_bytes())
+    manifest["files"][".metadata"] = file_digest(checkpoint / ".metadata")
+    manifest["sizes"][".metadata"] = (checkpoint / ".metadata").stat().st_size
+    (checkpoint / "integrity.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (".metadata", ".metadata asks for pathlib.Path.touch"),
+        ("__0_0.distcp", "__0_0.distcp: entry common_state/shard_0_1 asks for "),
+    ],
+)
+def test_planted_pickle_is_not_executed(
+    ranks: RankPools, corpus: Path, run: Path, tmp_path: Path, name: str, why: str
+) -> None:
+    newest, exploded = run / "checkpoints" / "step_00000010", tmp_path / "exploded"
+    _plant(newest, name, _Bomb(exploded))
+    messages = ranks(2).run(run_trainer, _settings(corpus, run, 10, {"load": "auto"}))[0]
+    assert any(f"{newest}: {why}" in line for line in messages), messages
+    assert not exploded.exists()
+    assert len(logged(run)) == 10
+    load = {"load": str(newest), "load_optimizer": False}
+    with pytest.raises(RankError, match=f"must be a checkpoint folder .*{why}"):
+        ranks(2).run(run_trainer, _settings(corpus, run, 10, load))
+    assert not exploded.exists()
+
+
+def test_planted_legacy_file_is_refused(ranks: RankPools, corpus: Path, run: Path) -> None:
+    newest = run / "checkpoints" / "step_00000010"
+    (newest / "common.pt").write_bytes(b"anything")
+    messages = ranks(2).run(run_trainer, _settings(corpus, run, 10, {"load": "auto"}))[0]
+    assert any("common.pt does not belong" in line for line in messages)

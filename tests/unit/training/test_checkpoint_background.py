@@ -1,0 +1,120 @@
+"""The forked process that writes checkpoints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.training.checkpoint.background import Background, BackgroundError
+
+
+def test_result_larger_than_a_pipe():
+    assert Background(lambda: list(range(300_000))).result() == list(range(300_000))
+
+
+def test_done_turns_true_without_waiting():
+    process = Background(lambda: time.sleep(0.2))
+    assert not process.done()
+    deadline = time.monotonic() + 30
+    while not process.done() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.done()
+    assert process.result() is None
+
+
+def test_error_is_passed_on():
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(BackgroundError, match=r"OSError: \[Errno 28\] No space left"):
+        Background(fail).result()
+
+
+def test_death_is_noticed():
+    process = Background(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(BackgroundError, match="killed by signal 9"):
+        process.result()
+
+
+def test_kill_ends_it():
+    process = Background(lambda: time.sleep(600))
+    process.kill()
+    assert process.done()
+
+
+def test_signals_of_the_launcher_do_not_end_it(tmp_path: Path):
+    ready = tmp_path / "ready"
+
+    def survive() -> str:
+        ready.touch()
+        time.sleep(0.3)
+        return "written"
+
+    process = Background(survive)
+    while not ready.exists():
+        time.sleep(0.01)
+    os.kill(process._pid, signal.SIGTERM)
+    os.kill(process._pid, signal.SIGUSR1)
+    assert process.result() == "written"
+
+
+def test_snapshot_of_memory():
+    value = [1]
+    process = Background(lambda: list(value))
+    value[0] = 2
+    assert process.result() == [1]
+
+
+def test_fork_beside_busy_threads():
+    stop = threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            sorted(str(i) for i in range(100))
+
+    threads = [threading.Thread(target=busy) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert [Background(lambda i=i: i).result() for i in range(20)] == list(range(20))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_orphan_dies_with_its_parent(tmp_path: Path):
+    code = f"""
+import os, signal, time
+from moepp_megatron.training.checkpoint.background import Background
+
+def write():
+    open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+    time.sleep(600)
+
+process = Background(write)
+while not os.path.exists({str(tmp_path / "pid")!r}) or not open({str(tmp_path / "pid")!r}).read():
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60)
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 30
+    while _is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _is_running(pid)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -1,0 +1,156 @@
+"""Names, validity, age and deletion of checkpoints, on folders without tensors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.training.checkpoint import (
+    check_compatible,
+    check_start,
+    damage,
+    find_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+)
+from moepp_megatron.training.checkpoint.prune import Pruner
+from tests.unit.training.conftest import config_of
+
+
+def test_a_whole_checkpoint_has_no_damage(write, tmp_path: Path):
+    assert damage(write(tmp_path, 5)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("__0_0.distcp", b"tensorz" * 100, "__0_0.distcp is damaged"),
+        ("__0_0.distcp", b"tensors" * 99, "__0_0.distcp has 693 bytes instead of 700"),
+        ("__0_0.distcp", None, "__0_0.distcp is missing"),
+        ("integrity.json", b'{"files": {}}', "integrity.json is damaged"),
+        ("integrity.json", b'{"algorithm": "sha256", "files": {}}', "does not vouch for .metadata"),
+        ("state.json", b'{"format_version": 99}', "state.json has format 99"),
+        ("state.json", b"[]", "state.json is no record"),
+        ("common.pt", b"", "common.pt does not belong"),
+    ],
+)
+def test_damage_names_the_file(write, tmp_path: Path, name, content, why):
+    checkpoint = write(tmp_path, 5)
+    if content is None:
+        (checkpoint / name).unlink()
+    else:
+        (checkpoint / name).write_bytes(content)
+    assert why in str(damage(checkpoint))
+
+
+def test_manifest_may_not_point_outside(write, tmp_path: Path):
+    checkpoint = write(tmp_path, 5)
+    content = json.loads((checkpoint / "integrity.json").read_text())
+    content["files"]["../secret"] = "0" * 64
+    (checkpoint / "integrity.json").write_text(json.dumps(content))
+    assert "'../secret', which is not a file of this folder" in str(damage(checkpoint))
+
+
+def test_ranks_share_the_hashing_and_one_of_them_finds_the_damage(write, tmp_path: Path):
+    checkpoint = write(tmp_path, 5)
+    (checkpoint / "__0_0.distcp").write_bytes(b"tensorz" * 100)
+    found = [damage(checkpoint, part, 4) for part in range(4)]
+    assert sum(reason is not None for reason in found) == 1
+
+
+def test_newest_is_the_last_written_not_the_highest_step(write, tmp_path: Path):
+    for step, saved_at in ((50, 1.0), (100, 2.0), (60, 3.0)):
+        write(tmp_path, step, saved_at)
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == ["step_00000060", "step_00000100", "step_00000050"]
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step_00000010"])
+def test_find_by_run_folder_and_checkpoint(write, tmp_path: Path, name: str):
+    write(tmp_path / "checkpoints", 5)
+    newest = write(tmp_path / "checkpoints", 10)
+    assert find_checkpoint(tmp_path / name) == newest
+
+
+def test_find_skips_what_is_damaged_and_says_so(write, tmp_path: Path, caplog):
+    older = write(tmp_path, 5)
+    newest = write(tmp_path, 10)
+    (newest / "__0_0.distcp").unlink()
+    assert find_checkpoint(tmp_path) == older
+    assert caplog.messages == [f"skipping checkpoint {newest}: __0_0.distcp is missing"]
+
+
+def test_find_follows_a_configured_folder(write, tmp_path: Path):
+    elsewhere = write(tmp_path / "elsewhere", 5)
+    run = tmp_path / "run"
+    run.mkdir()
+    config = config_of(checkpoint={"dir": str(tmp_path / "elsewhere")})
+    (run / "config.yaml").write_text(config.to_yaml())
+    assert find_checkpoint(run) == elsewhere
+
+
+def test_nothing_to_find_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="must be a checkpoint folder or a run"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["step_00000005", "../step_00000005", "", "\0"])
+def test_latest(write, tmp_path: Path, content: str):
+    checkpoint = write(tmp_path / "checkpoints", 5)
+    write(tmp_path, 5)
+    (tmp_path / "checkpoints" / "latest").write_text(content)
+    expected = checkpoint if content == "step_00000005" else None
+    assert latest_checkpoint(tmp_path / "checkpoints") == expected
+
+
+def test_keep_counts_valid_ones_and_never_deletes_what_is_damaged(write, tmp_path: Path, caplog):
+    for step in (5, 10, 15, 20):
+        write(tmp_path, step)
+    (tmp_path / "step_00000015" / "__0_0.distcp").write_bytes(b"tensorz" * 100)
+    (tmp_path / ".step_00000030.incomplete-ab").mkdir()
+    Pruner(tmp_path, keep=2).wrote(tmp_path / "step_00000020")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_00000010", "step_00000015", "step_00000020"
+    ]  # fmt: skip
+    (message,) = caplog.messages
+    assert "step_00000015 alone: __0_0.distcp is damaged" in message
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"hidden_size": 64}}, r"model.hidden_size \(64\) must be .* \(32\); use 32"),
+        ({"moe": {"num_ffn_experts": 8}}, r"moe.num_ffn_experts \(8\) must be .* \(4\); use 4"),
+        ({"moe": {"gating_residual": False}}, r"moe.gating_residual \(false\) must be"),
+    ],
+)
+def test_other_shapes_are_refused_by_name(write, tmp_path: Path, sections, message):
+    checkpoint = write(tmp_path / "checkpoints", 5)
+    with pytest.raises(ConfigError, match=message):
+        check_compatible(checkpoint, config_of(**sections))
+    with pytest.raises(ConfigError, match=message):
+        check_start(config_of(**sections, checkpoint={"load": str(tmp_path)}), tmp_path / "own")
+
+
+def test_other_settings_are_noted(write, tmp_path: Path):
+    checkpoint = write(tmp_path, 5)
+    notes = check_compatible(checkpoint, config_of(optimizer={"lr": 0.5}))
+    assert notes == [f"optimizer.lr is 0.5 and was 0.001 in {checkpoint}"]
+
+
+def test_default_written_out_is_the_same(write, tmp_path: Path):
+    config = config_of(model={"num_query_groups": 4, "kv_channels": 8})
+    assert check_compatible(write(tmp_path, 5), config) == []
+
+
+def test_finding_needs_no_torch():
+    code = (
+        "import sys, moepp_megatron.training.checkpoint as c; c.check_start; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
