@@ -108,3 +108,23 @@ def test_rollbacks_that_do_not_help_end_the_run(ranks: RankPools, tmp_path: Path
 
 def _iterations(count: int) -> dict[str, Any]:
     return {"train_iters": count, "global_batch_size": 8, "micro_batch_size": 2, "seed": 7}
+
+
+def test_a_resumed_run_remembers_the_losses_before(ranks: RankPools, tmp_path: Path) -> None:
+    """Batch 5 is a spike; the resumed run has seen one loss of its own, too few to tell."""
+    sections = {
+        **NOISY,
+        "resilience": GUARD,
+        "optimizer": {"lr": 1.0e-3, "decay_iters": 6},
+        "checkpoint": {"save_interval": 4, "load": "auto"},
+    }
+    fault = Fault("spike", 0, (5,))
+    unbroken = trainer_settings(tmp_path / "a", **sections, training=_iterations(6))
+    first = trainer_settings(tmp_path / "b", **sections, training=_iterations(4))
+    second = trainer_settings(tmp_path / "b", **sections, training=_iterations(6))
+    run = _train(ranks, 1, unbroken, (), fault)
+    _train(ranks, 1, first, (), fault)
+    resumed = _train(ranks, 1, second, (), fault)
+    _assert_same(resumed, run)
+    assert [r.skipped_steps for r in resumed] == [r.skipped_steps for r in run]
+    assert resumed[-1].skipped_steps == 1

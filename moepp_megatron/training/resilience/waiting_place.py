@@ -9,7 +9,7 @@ from types import FrameType
 
 _C10D = "distributed_c10d.py"
 # Frames of the machinery around a wait, which say nothing about the program.
-_UNINTERESTING = ("/torch/", "/threading.py", "/contextlib.py")
+_UNINTERESTING = ("/torch/", "/threading.py", "/contextlib.py", "/collective_clock.py")
 
 
 def collective_of(frame: FrameType | None) -> str | None:
