@@ -111,10 +111,13 @@ def _train_rank(config: Config, layout: Layout) -> None:
     quiet()
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.training.resilience import flight_recorder
     from moepp_megatron.training.trainer import Trainer
 
     rank = RankEnvironment.read()
-    distributed.start(rank)
+    if config.resilience.hang_timeout_s > 0:
+        flight_recorder.enable(Path(config.run.dir) / "hangs")
+    distributed.start(rank, distributed.collective_timeout(config))
     distributed.build_groups(config, layout)
     trainer = Trainer(config, layout)
     record = trainer.run()

@@ -47,6 +47,12 @@ class StepMetrics(BaseModel):
         layer_ffn_fraction: [MoE layers] ``ffn_fraction`` of each layer.
         z_loss: Router z-loss, mean over MoE layers, without its coefficient.
         num_zeros: Gradient elements that are exactly zero.
+        skipped_steps: Batches that the numerical guard refused since the run began; they are no
+            steps and not in ``tokens``.
+        slowest_rank: Rank with the longest own time; only on steps where ranks are compared.
+        slowest_rank_ratio: Its own time over the ranks' median.
+        waiting_fraction: Share of the step time that ranks wait for collectives, their mean; only
+            on steps where ranks are compared.
         failed_saves: Checkpoints that could not be written so far; only where any are.
     """
 
@@ -71,6 +77,10 @@ class StepMetrics(BaseModel):
     layer_ffn_fraction: list[Number] | None = None
     z_loss: float | None = None
     num_zeros: int | None = None
+    skipped_steps: int | None = None
+    slowest_rank: int | None = None
+    slowest_rank_ratio: float | None = None
+    waiting_fraction: float | None = None
     failed_saves: int | None = None
 
     def to_json_line(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import timedelta
 
@@ -44,6 +45,15 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
     return device
 
 
+def collective_timeout(config: Config) -> timedelta:
+    """When a collective gives up by itself: after the watchdog, which reports who is missing."""
+    resilience = config.resilience
+    if resilience.hang_timeout_s == 0:
+        return timedelta(minutes=10)
+    # A minute for the watchdog's own work on a slow file system.
+    return timedelta(seconds=resilience.hang_slow_phase_timeout_s, minutes=1)
+
+
 def build_groups(config: Config, layout: Layout) -> None:
     """Create Megatron's process groups and seed its random streams.
 
@@ -66,6 +76,7 @@ def build_groups(config: Config, layout: Layout) -> None:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
+        distributed_timeout_minutes=math.ceil(collective_timeout(config).total_seconds() / 60),
         # A gloo twin of each data-parallel group serves only checkpoint formats that are not used
         # here; without them a rank starts faster and has fewer threads.
         create_gloo_process_groups=False,

@@ -17,7 +17,10 @@ from moepp_megatron.training.step import Batch
 def rank_batches(
     dataset: Any, consumed_samples: int, config: Config, num_chunks: int
 ) -> list[Iterator[Batch]]:
-    """One iterator per model chunk over this rank's micro-batches, from `consumed_samples` on.
+    """One endless iterator per model chunk over this rank's micro-batches, from `consumed_samples`.
+
+    After the last whole global batch comes the first again: a run that skipped bad batches needs
+    some in their place.
 
     Every rank reads its own samples: a sample depends on its index alone, so ranks of one
     data-parallel group agree without a broadcast.
@@ -26,20 +29,30 @@ def rank_batches(
 
 
 def _on_device(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Batch]:
-    training = config.training
     device = torch.cuda.current_device()
     # Given explicitly: without it the function would split sequences over all ranks.
     cp_group = parallel_state.get_context_parallel_group()
-    for batch in batches(
-        dataset,
-        consumed_samples,
-        training.micro_batch_size,
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-        training.global_batch_size,
-        num_workers=config.data.num_workers,
-        pin_memory=torch.cuda.is_available(),
-    ):
+    for batch in _endless(dataset, consumed_samples, config):
         on_device = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         # Each context-parallel rank takes its two chunks of every sequence.
         yield get_batch_on_this_cp_rank(on_device, is_hybrid_cp=False, cp_group=cp_group)
+
+
+def _endless(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Batch]:
+    training = config.training
+    batch = training.global_batch_size
+    usable = len(dataset) // batch * batch
+    assert usable > 0, f"{len(dataset)} samples do not fill a global batch of {batch}"
+    start = consumed_samples % usable
+    while True:
+        yield from batches(
+            dataset,
+            start,
+            training.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+            batch,
+            num_workers=config.data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        start = 0

@@ -12,6 +12,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
+from moepp_megatron.training.resilience.ready_gradients import gradients_ready, prepare_gradients
+from moepp_megatron.training.resilience.step_state import StepState
 from moepp_megatron.training.setup import TrainingModel
 
 Batch = dict[str, Tensor]
@@ -33,7 +36,11 @@ class StepResult:
 
 
 def training_step(
-    model: TrainingModel, batches: list[Iterator[Batch]], config: Config, layout: Layout
+    model: TrainingModel,
+    batches: list[Iterator[Batch]],
+    config: Config,
+    layout: Layout,
+    guard: NumericalGuard | None = None,
 ) -> StepResult:
     """Run one optimizer step.
 
@@ -42,15 +49,22 @@ def training_step(
         batches: One iterator over micro-batches per model chunk, all in the same order.
         config: The run's configuration.
         layout: The rank grid.
+        guard: May refuse the step: then the batch is read and nothing else has changed.
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
+    before = StepState(model.models) if guard is not None else None
     losses = run_schedule(model, batches, config, layout.num_microbatches, forward_only=False)
+    grad_norm = prepare_gradients(model.optimizer)
+    if guard is not None and before is not None and guard.refuses(losses, grad_norm):
+        before.restore()
+        return StepResult(losses, grad_norm, updated=False)
     # The schedule counts the step that is being taken: the first step already learns.
     model.scheduler.step(increment=1)
-    updated, grad_norm, _ = model.optimizer.step()
-    return StepResult(losses, float(grad_norm or 0.0), bool(updated))
+    with gradients_ready(model.optimizer, grad_norm):
+        updated, _, _ = model.optimizer.step()
+    return StepResult(losses, grad_norm, bool(updated))
 
 
 def run_schedule(

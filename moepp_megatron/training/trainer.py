@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,10 +23,12 @@ from moepp_megatron.training.checkpoint import (
     CheckpointWriter,
     Loaded,
     find_start,
+    newest_valid,
     read_checkpoint,
 )
 from moepp_megatron.training.collect import RoutingCollector, mean_loss
 from moepp_megatron.training.evaluate import validation_loss
+from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
@@ -62,6 +65,7 @@ class Trainer:
             self._num_samples(),
         )
         self._routing = RoutingCollector(self.model, config, layout)
+        self._supervisor = Supervisor(config, self.model)
         self.stopped = False
         self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, self._tokenizer)
         # Last, so that nothing draws random numbers between here and the first step.
@@ -83,25 +87,33 @@ class Trainer:
         )
         record = None
         self.model.set_training(True)
-        with StopRequest().listening() as stop:
+        self._share_losses_with_guard()
+        with StopRequest().listening() as stop, self._supervisor as supervisor:
             while self.progress.step < training.train_iters and not self.stopped:
+                supervisor.begin_step(self.progress.step + 1)
                 started = time.perf_counter()
                 self._routing.reset()
-                result = training_step(self.model, batches, config, self.layout)
-                self._update_selection_bias()
-                self._advance()
+                result = training_step(self.model, batches, config, self.layout, supervisor.guard)
+                if result.updated:
+                    self._update_selection_bias()
+                    self._advance()
+                    supervisor.end_step(self.progress.step)
+                else:
+                    self._skip()
                 self.checkpoints.poll()
                 # The loss is needed by the log alone, but reading it waits for the device: so the
                 # time of the step is its own.
-                if self._due(training.log_interval) or self._evaluates():
+                if result.updated and (self._due(training.log_interval) or self._evaluates()):
                     record = self._record(result.losses, result.grad_norm, started)
                     if sinks is not None:
                         sinks.write(record)
                         self._complain()
                 self.stopped = stop.agreed()
-                if self._due(config.checkpoint.save_interval) or self.stopped:
-                    self.checkpoints.save(self.model, self.progress, self.extra)
-            self.checkpoints.finish()
+                if result.updated and self._due(config.checkpoint.save_interval) or self.stopped:
+                    with supervisor.during("save"):
+                        self.checkpoints.save(self.model, self.progress, self.extra)
+            with supervisor.during("save"):
+                self.checkpoints.finish()
         if sinks is not None:
             sinks.close()
         return record
@@ -128,6 +140,49 @@ class Trainer:
         self.progress.consumed_samples += training.global_batch_size
         self.progress.tokens += training.global_batch_size * self.config.model.seq_length
 
+    def _skip(self) -> None:
+        """Leave the batch of a refused step behind; after too many in a row, go back."""
+        guard, progress = self._supervisor.guard, self.progress
+        assert guard is not None, "only the guard refuses steps"
+        progress.consumed_samples += self.config.training.global_batch_size
+        progress.skipped_steps += 1
+        if dist.get_rank() == 0:
+            logger.warning(
+                "skipped a batch before step %d: %s", progress.step + 1, guard.last_reason
+            )
+        if guard.must_roll_back:
+            with self._supervisor.during("rollback"):
+                self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Load the newest checkpoint; data goes on after all that has been read."""
+        guard, before = self._supervisor.guard, self.progress
+        assert guard is not None, "only the guard asks to go back"
+        self.checkpoints.finish()
+        checkpoint = newest_valid(checkpoint_folder(self.config))
+        guard.begin_rollback(before.step, checkpoint is not None)
+        assert checkpoint is not None, "begin_rollback raises without one"
+        loaded = read_checkpoint(checkpoint, self.model, self.config)
+        self.progress = replace(
+            loaded.progress,
+            consumed_samples=before.consumed_samples,
+            skipped_steps=before.skipped_steps,
+        )
+        self.extra = loaded.extra
+        self._share_losses_with_guard()
+        if dist.get_rank() == 0:
+            logger.warning(
+                "rolled back from step %d to %s; data goes on after sample %d",
+                before.step,
+                checkpoint,
+                before.consumed_samples,
+            )
+
+    def _share_losses_with_guard(self) -> None:
+        """Checkpoints hold what the guard remembers, so that a resumed run judges alike."""
+        if self._supervisor.guard is not None:
+            self._supervisor.guard.recent_losses = self.extra.setdefault("recent_losses", [])
+
     def _due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens now."""
         step = self.progress.step
@@ -148,7 +203,8 @@ class Trainer:
         routing = self._routing.collect()
         valid_loss = None
         if self._evaluates():
-            valid_loss = validation_loss(self.model, self._valid_set, self.config, self.layout)
+            with self._supervisor.during("evaluation"):
+                valid_loss = validation_loss(self.model, self._valid_set, self.config, self.layout)
         return StepMetrics(
             step=self.progress.step,
             tokens=self.progress.tokens,
@@ -158,6 +214,8 @@ class Trainer:
             step_time_s=elapsed,
             tokens_per_s=tokens / elapsed,
             valid_loss=valid_loss,
+            skipped_steps=self.progress.skipped_steps or None,
+            **self._supervisor.metrics(),  # type: ignore[arg-type]
             failed_saves=self.checkpoints.failed_saves if self._saves() else None,
             **routing,  # type: ignore[arg-type]
         )

@@ -8,7 +8,15 @@ silent where the first is broken, so that one mistake gives one line.
 from collections.abc import Callable, Iterator
 
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rules import ignored, model, moe, parallel, training, world_size
+from moepp_megatron.config.rules import (
+    ignored,
+    model,
+    moe,
+    parallel,
+    resilience,
+    training,
+    world_size,
+)
 from moepp_megatron.config.schema import Config
 
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
@@ -16,6 +24,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *moe.RULES,
     *parallel.RULES,
     *training.RULES,
+    *resilience.RULES,
 )
 IGNORED: tuple[Callable[[Config], Iterator[Problem]], ...] = ignored.RULES
 WORLD_SIZE_RULES: tuple[Callable[[Config, int], Iterator[Problem]], ...] = world_size.RULES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Config, Section
 
 
@@ -155,6 +155,41 @@ def intervals_of_nothing(config: Config) -> Iterator[Problem]:
         )
 
 
+def settings_of_what_is_off(config: Config) -> Iterator[Problem]:
+    """Details of a guard, a timeout or a comparison that is switched off."""
+    resilience = config.resilience
+    off = {
+        "guard": ("guard_window", "guard_threshold", "guard_max_consecutive_skips",
+                  "guard_max_rollbacks"),
+        "hang_timeout_s": ("hang_slow_phase_timeout_s",),
+        "straggler_interval": ("straggler_threshold",),
+    }  # fmt: skip
+    for switch, keys in off.items():
+        value = getattr(resilience, switch)
+        if value:
+            continue
+        for key in keys:
+            yield from _ignored(
+                "resilience",
+                resilience,
+                key,
+                f"with resilience.{switch} {show(value)}",
+                f"switch resilience.{switch} on, or leave it out",
+            )
+
+
+def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
+    """Rolling back needs a checkpoint of this run."""
+    if config.resilience.guard and config.checkpoint.save_interval == 0:
+        yield from _ignored(
+            "resilience",
+            config.resilience,
+            "guard_max_rollbacks",
+            "with checkpoint.save_interval 0",
+            "set checkpoint.save_interval above 0, or leave it out",
+        )
+
+
 RULES = (
     routing_without_object,
     selection_bias_rate_without_bias,
@@ -163,4 +198,6 @@ RULES = (
     recompute_settings_without_recompute,
     schedule_parts_of_a_constant_rate,
     intervals_of_nothing,
+    settings_of_what_is_off,
+    rollback_without_checkpoint,
 )

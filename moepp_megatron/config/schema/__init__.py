@@ -4,6 +4,7 @@ from moepp_megatron.config.schema.config import Config
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.parallel import ParallelSection
+from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.training import (
@@ -21,6 +22,7 @@ __all__ = [
     "OptimizerSection",
     "ParallelSection",
     "PrecisionSection",
+    "ResilienceSection",
     "RunSection",
     "Section",
     "TrainingSection",

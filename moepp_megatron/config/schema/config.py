@@ -8,6 +8,7 @@ from pydantic import Field
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.parallel import ParallelSection
+from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.training import (
@@ -34,6 +35,10 @@ class Config(Section):
     training: TrainingSection = Field(description="Batches, length, logging")
     checkpoint: CheckpointSection = Field(
         default_factory=CheckpointSection, description="Saving and loading"
+    )
+    resilience: ResilienceSection = Field(
+        default_factory=ResilienceSection,
+        description="Bad batches, silent divergence, hangs, stragglers",
     )
 
     @property

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         find_start,
         load_checkpoint,
         load_weights,
+        newest_valid,
         read_checkpoint,
     )
     from moepp_megatron.training.checkpoint.write import CheckpointWriter, save_checkpoint
@@ -63,6 +64,7 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "load_weights",
+    "newest_valid",
     "read_checkpoint",
     "save_checkpoint",
 ]
@@ -74,6 +76,7 @@ _HOMES = {
     "find_start": "read",
     "load_checkpoint": "read",
     "load_weights": "read",
+    "newest_valid": "read",
     "read_checkpoint": "read",
 }
 

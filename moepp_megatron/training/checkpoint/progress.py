@@ -25,11 +25,13 @@ class Progress:
         step: Optimizer steps taken.
         consumed_samples: Training sequences read by all ranks.
         tokens: Tokens trained on.
+        skipped_steps: Batches that the numerical guard refused.
     """
 
     step: int = 0
     consumed_samples: int = 0
     tokens: int = 0
+    skipped_steps: int = 0
 
 
 @dataclass

@@ -17,6 +17,7 @@ from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.find import (
     first_valid,
+    list_checkpoints,
     no_start,
     start_candidates,
     warn_skipped,
@@ -64,17 +65,28 @@ def find_start(config: Config, folder: Path) -> Path | None:
     name = config.checkpoint.load
     if name is None:
         return None
-    agreement = Agreement()
-    # Rank 0 looks, so that ranks which see a folder's changes late do not choose another one.
-    candidates = agreement.from_first(start_candidates(config, folder))
-    start, skipped = first_valid(candidates, lambda path: _agreed_reason(path, agreement))
-    if dist.get_rank() == 0:
-        warn_skipped(skipped)
+    start, skipped = _first_agreed(start_candidates(config, folder))
     if start is None and name != "auto":
         raise no_start(name, skipped)
     if start is None and dist.get_rank() == 0:
         logger.warning("no valid checkpoint in %s: training starts from scratch", folder)
     return start
+
+
+def newest_valid(folder: Path) -> Path | None:
+    """The newest valid checkpoint in a run's folder, verified; every rank must call."""
+    return _first_agreed(list_checkpoints(folder))[0]
+
+
+def _first_agreed(candidates: list[Path]) -> tuple[Path | None, list[str]]:
+    """The first valid one, and why those before it are not."""
+    agreement = Agreement()
+    # Rank 0 looks, so that ranks which see a folder's changes late do not choose another one.
+    candidates = agreement.from_first(candidates)
+    start, skipped = first_valid(candidates, lambda path: _agreed_reason(path, agreement))
+    if dist.get_rank() == 0:
+        warn_skipped(skipped)
+    return start, skipped
 
 
 def read_checkpoint(

@@ -234,6 +234,30 @@ INVALID = [
         "checkpoint.async_save (true)",
         "set checkpoint.save_interval to a number of steps",
     ),
+    # resilience
+    (["resilience.guard=1"], "resilience.guard (1)", "write true or false"),
+    (["resilience.guard_window=4"], "resilience.guard_window (4)", "such as the default 128"),
+    (["resilience.guard_threshold=0"], "resilience.guard_threshold (0)", "use a value above 0"),
+    (
+        ["resilience.guard_max_consecutive_skips=0"],
+        "resilience.guard_max_consecutive_skips (0)",
+        "such as the default 5",
+    ),
+    (["resilience.guard_max_rollbacks=-1"], "resilience.guard_max_rollbacks (-1)", "use 0 or more"),
+    (["resilience.divergence_interval=-1"], "resilience.divergence_interval (-1)", "use 0 or more"),
+    (["resilience.hang_timeout_s=-1"], "resilience.hang_timeout_s (-1)", "use 0 or more"),
+    (["resilience.hang_timeout_s=0.5"], "resilience.hang_timeout_s (0.5)", "use 600.0, or 0.0"),
+    (
+        ["resilience.hang_slow_phase_timeout_s=60"],
+        "resilience.hang_slow_phase_timeout_s (60.0)",
+        "use 600.0 or more",
+    ),
+    (["resilience.straggler_interval=-1"], "resilience.straggler_interval (-1)", "use 0 or more"),
+    (
+        ["resilience.straggler_threshold=1"],
+        "resilience.straggler_threshold (1)",
+        "use a value above 1",
+    ),
     # names and form
     (
         ["moe.num_ffn_expert=4"],
@@ -484,6 +508,26 @@ IGNORED = [
         "with training.eval_iters 0",
     ),
     (["checkpoint.keep=3"], "checkpoint.keep (3)", "with checkpoint.save_interval 0"),
+    (
+        ["resilience.guard_max_rollbacks=1"],
+        "resilience.guard_max_rollbacks (1)",
+        "with checkpoint.save_interval 0",
+    ),
+    (
+        ["resilience.guard=false", "resilience.guard_max_rollbacks=1"],
+        "resilience.guard_max_rollbacks (1)",
+        "with resilience.guard false",
+    ),
+    (
+        ["resilience.hang_timeout_s=0.0", "resilience.hang_slow_phase_timeout_s=60.0"],
+        "resilience.hang_slow_phase_timeout_s (60.0)",
+        "with resilience.hang_timeout_s 0.0",
+    ),
+    (
+        ["resilience.straggler_interval=0", "resilience.straggler_threshold=2.0"],
+        "resilience.straggler_threshold (2.0)",
+        "with resilience.straggler_interval 0",
+    ),
 ]
 
 

@@ -1,0 +1,53 @@
+"""What this rank is doing: the training thread says it, the watchdog's thread reads it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# Of these ordinary time limits hold; whatever has another name may take long.
+STEP = "step"
+FIRST_STEP = "first step"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One entry into a phase. Replaced as a whole, so that readers need no lock.
+
+    Attributes:
+        step: The optimizer step in work.
+        phase: `STEP`, `FIRST_STEP` or the name of something slow ("save").
+        count: Phases entered so far; the same sequence on every rank, so a rank with a lower count
+            is behind.
+        since: `time.monotonic()` of the entry.
+    """
+
+    step: int
+    phase: str
+    count: int
+    since: float
+
+
+class Activity:
+    """Where the training thread is."""
+
+    def __init__(self) -> None:
+        self.now = Moment(0, "start", 0, time.monotonic())
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Begin a phase; progress."""
+        before = self.now
+        number = before.step if step is None else step
+        self.now = Moment(number, phase, before.count + 1, time.monotonic())
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Be in a phase, then again in the one before."""
+        outer = self.now.phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(outer)

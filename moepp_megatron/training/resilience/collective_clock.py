@@ -1,0 +1,121 @@
+"""How long the training thread waits for other ranks.
+
+Neither gloo nor NCCL says. So while the clock runs, torch's collectives and the waits for
+asynchronous ones are wrapped: with the wall clock on CPUs, with CUDA events on GPUs, where the
+time of a collective on the compute stream is what training loses to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_FUNCTIONS = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "recv",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "send",
+)
+
+
+class CollectiveClock:
+    """Adds up the time spent in collectives, this rank's own."""
+
+    def __init__(self) -> None:
+        self._on_gpu = dist.get_backend() == "nccl"
+        self._depth = 0
+        self._seconds = 0.0
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._replaced: list[tuple[Any, str, Any]] = []
+
+    def start(self) -> None:
+        """Wrap the collectives."""
+        wrappers = {getattr(dist, name): self._timed(getattr(dist, name)) for name in _FUNCTIONS}
+        # megatron-core keeps some under names of its own, taken at import.
+        for module in _modules_with_collectives():
+            for name, value in list(vars(module).items()):
+                if callable(value) and _is_key(value, wrappers):
+                    self._replace(module, name, wrappers[value])
+        work = torch._C._distributed_c10d.Work
+        self._replace(work, "wait", self._timed(work.wait))
+
+    def stop(self) -> None:
+        """Put everything back."""
+        for owner, name, original in reversed(self._replaced):
+            setattr(owner, name, original)
+        self._replaced.clear()
+
+    def read(self) -> float:
+        """Seconds of waiting since the last reading; on GPUs the device must be in step."""
+        seconds = self._seconds
+        if self._pairs:
+            self._pairs[-1][1].synchronize()
+            seconds += sum(begin.elapsed_time(end) for begin, end in self._pairs) / 1000.0
+        self._seconds = 0.0
+        self._pairs.clear()
+        return seconds
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        self._replaced.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            # A blocking collective waits for its own asynchronous one: that counts once.
+            if self._depth > 0:
+                return function(*args, **kwargs)
+            with self._measure():
+                return function(*args, **kwargs)
+
+        return timed
+
+    @contextmanager
+    def _measure(self) -> Iterator[None]:
+        self._depth += 1
+        events = None
+        if self._on_gpu:
+            events = (
+                torch.cuda.Event(enable_timing=True),
+                torch.cuda.Event(enable_timing=True),
+            )
+            events[0].record()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if events is None:
+                self._seconds += time.perf_counter() - began
+            else:
+                events[1].record()
+                self._pairs.append(events)
+
+
+def _modules_with_collectives() -> list[ModuleType]:
+    prefixes = ("megatron.core.", "moepp_megatron.")
+    return [dist, dist.distributed_c10d] + [
+        module for name, module in list(sys.modules.items()) if name.startswith(prefixes) and module
+    ]
+
+
+def _is_key(value: Any, wrappers: dict[Any, Any]) -> bool:
+    try:
+        return value in wrappers
+    except TypeError:  # not hashable
+        return False

@@ -1,0 +1,107 @@
+"""Finds ranks whose copies of the same parameters have come apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from moepp_megatron.training.resilience.checksum import checksum
+
+Named = list[tuple[str, torch.nn.Parameter]]
+
+
+class SilentDivergenceError(RuntimeError):
+    """Parameters that must be equal on several ranks are not."""
+
+
+def check_shared_parameters(models: Sequence[torch.nn.Module], step: int) -> None:
+    """Compare every parameter with its copies on other ranks, bit by bit; every rank must call.
+
+    Copies: FFN experts over the expert-data-parallel ranks, everything else over the data- and
+    context-parallel ranks; norms, routers, zero-computation experts and whatever else tensor
+    parallelism does not split over the tensor-parallel ranks too; tied embeddings over the first
+    and last pipeline stage.
+
+    Args:
+        models: This rank's model chunks, not wrapped.
+        step: For the message.
+
+    Raises:
+        SilentDivergenceError: On every rank; names parameter, ranks and step.
+    """
+    problems: list[str] = []
+    for parameters, group in _shared(models):
+        if group.size() > 1:
+            problems += _differences(parameters, group)
+    found = torch.tensor([len(problems)], device=torch.cuda.current_device())
+    dist.all_reduce(found)
+    if int(found) == 0:
+        return
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, problems)
+    # Every rank of a group finds the same.
+    lines = list(dict.fromkeys(line for lines in everyone for line in lines))
+    raise SilentDivergenceError(
+        f"after step {step}, ranks hold different copies of the same parameters "
+        f"({len(lines)} cases); a memory fault or an unsynchronised update: test the node of the "
+        "named ranks and resume from a checkpoint (checkpoint.load=auto)\n"
+        + "\n".join(f"  step {step}: {line}" for line in lines[:50])
+    )
+
+
+def _shared(models: Sequence[torch.nn.Module]) -> Iterator[tuple[Named, dist.ProcessGroup]]:
+    """Parameters with the ranks that must hold the same; the same order on all of these ranks."""
+    experts: Named = []
+    split: Named = []
+    whole: Named = []
+    tied: Named = []
+    for index, model in enumerate(models):
+        for name, parameter in model.named_parameters():
+            entry = (f"{name} (model chunk {index})" if len(models) > 1 else name, parameter)
+            if not getattr(parameter, "allreduce", True):
+                experts.append(entry)
+            elif getattr(parameter, "tensor_model_parallel", False):
+                split.append(entry)
+            else:
+                whole.append(entry)
+            if getattr(parameter, "shared_embedding", False):
+                # One object under two names would be two entries on a lone stage.
+                tied.append(("tied embedding", parameter))
+    yield experts, parallel_state.get_expert_data_parallel_group()
+    yield split, parallel_state.get_data_parallel_group(with_context_parallel=True)
+    yield whole, parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    if tied:
+        yield tied, parallel_state.get_embedding_group()
+
+
+def _differences(parameters: Named, group: dist.ProcessGroup) -> list[str]:
+    """A line per parameter that differs within the group."""
+    if not parameters:
+        return []
+    mine = torch.stack([checksum(parameter) for _, parameter in parameters])
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyone, mine, group=group)
+    by_rank = torch.stack(everyone).tolist()
+    ranks = dist.get_process_group_ranks(group)
+    lines = []
+    for column, (name, parameter) in enumerate(parameters):
+        sums = [row[column] for row in by_rank]
+        if len(set(sums)) > 1:
+            lines.append(f"{name} {list(parameter.shape)}: {_who(ranks, sums)}")
+    return lines
+
+
+def _who(ranks: list[int], sums: list[int]) -> str:
+    """Names the ranks that are not with the majority, or all where there is none."""
+    (value, count), *rest = Counter(sums).most_common()
+    if rest and rest[0][1] == count:
+        shown = ", ".join(
+            f"rank {r} {s & (2**64 - 1):016x}" for r, s in zip(ranks, sums, strict=True)
+        )
+        return f"no two halves agree: {shown}"
+    odd = [rank for rank, s in zip(ranks, sums, strict=True) if s != value]
+    return f"rank {', '.join(map(str, odd))} differs from the other {count} of {len(ranks)} ranks"

@@ -1,0 +1,90 @@
+"""Who holds everybody up, judged from the heartbeats of all ranks."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from moepp_megatron.training.resilience.heartbeat import Heartbeat
+
+_MOST_LINES = 64
+
+
+def hang_report(
+    beats: Mapping[int, Heartbeat],
+    silent: Collection[int],
+    world_size: int,
+    pending: Mapping[int, str],
+) -> str:
+    """Names the rank that is behind and what the others wait in.
+
+    Args:
+        beats: Last heartbeat of each rank, the stacks' place included.
+        silent: Ranks whose heartbeat has stopped or is missing.
+        world_size: Ranks of the run.
+        pending: Collective that a rank has not completed, from its flight recorder.
+    """
+    held_up = [rank for rank in range(world_size) if rank not in silent and rank in beats]
+    lines = []
+    culprits, why = _culprits({rank: beats[rank] for rank in held_up}, silent)
+    for rank in culprits:
+        lines.append(f"hang: rank {rank} {why}{_last_seen(rank, beats.get(rank))}")
+    if not culprits:
+        lines.append(f"hang: {why}")
+    waits = Counter(
+        pending.get(rank) or beats[rank].collective or beats[rank].place or "an unknown place"
+        for rank in held_up
+        if rank not in culprits
+    )
+    for place, count in waits.most_common(5):
+        lines.append(f"  {count} other rank{'s' * (count > 1)} wait{'s' * (count == 1)} in {place}")
+    for rank in held_up[:_MOST_LINES]:
+        beat = beats[rank]
+        lines.append(
+            f"  rank {rank}: step {beat.step}, {beat.phase}, no progress for {beat.stalled_s:.1f} s"
+            f", in {beat.collective or 'no collective'} ({beat.place})"
+        )
+    return "\n".join(lines)
+
+
+def _culprits(awake: Mapping[int, Heartbeat], silent: Collection[int]) -> tuple[list[int], str]:
+    """The ranks to look at and why; in order of how much each sign says."""
+    if silent:
+        return sorted(silent), "does not answer"
+    latest = max(beat.count for beat in awake.values())
+    behind = [rank for rank, beat in awake.items() if beat.count < latest]
+    if behind:
+        least = min(awake[rank].count for rank in behind)
+        return [rank for rank in behind if awake[rank].count == least], "is behind"
+    outside = [rank for rank, beat in awake.items() if beat.collective is None]
+    if outside and len(outside) < len(awake):
+        return outside, "is in no collective"
+    if len(awake) == 1:
+        return list(awake), "makes no progress"
+    return [], "all ranks answer and wait for each other: collectives do not match, or the network"
+
+
+def _last_seen(rank: int, beat: Heartbeat | None) -> str:
+    if beat is None:
+        return " and has never written a heartbeat"
+    where = f"; last seen in step {beat.step} ({beat.phase}), process {beat.pid} on {beat.host}"
+    if beat.collective is None and beat.place is not None:
+        where += f", in {beat.place}"
+    state = process_state(beat)
+    return where + (f", which is {state}" if state else "")
+
+
+def process_state(beat: Heartbeat) -> str | None:
+    """The kernel's word for a process of this host, such as `T (stopped)`; None elsewhere."""
+    if beat.host != socket.gethostname():
+        return None
+    try:
+        status = Path(f"/proc/{beat.pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return "gone"
+    for line in status.splitlines():
+        if line.startswith("State:"):
+            return line.removeprefix("State:").strip()
+    return None

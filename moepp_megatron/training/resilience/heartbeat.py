@@ -1,0 +1,103 @@
+"""Heartbeats: one small file a rank in RUN/heartbeats, which others read when all stand still.
+
+Files, not a store: they need no connection that a stuck rank could hold up, and stay readable
+after a rank is gone. Ranks never compare clocks, only whether a peer's counter moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_ALARM = "alarm"
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a rank last said of itself.
+
+    Attributes:
+        rank: The rank.
+        host: Its machine.
+        pid: Its process there.
+        beat: Counts up as long as the process runs at all.
+        step: Optimizer step in work.
+        phase: What it does in it.
+        count: Phases entered so far.
+        stalled_s: Seconds without progress.
+        collective: The collective its main thread is in, or None.
+        place: Where its main thread is, or None if it has not been looked at.
+        has_dumped: Whether its stacks are written.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    beat: int
+    step: int
+    phase: str
+    count: int
+    stalled_s: float
+    collective: str | None = None
+    place: str | None = None
+    has_dumped: bool = False
+
+
+class HeartbeatFolder:
+    """RUN/heartbeats.
+
+    Args:
+        path: The folder, shared by all ranks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def clear(self) -> None:
+        """Forget earlier attempts; one rank, before any beats."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def write(self, heartbeat: Heartbeat) -> None:
+        """Replace this rank's file; quietly does nothing where the disk refuses."""
+        final = self._file(heartbeat.rank)
+        temporary = final.with_suffix(".incomplete")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(asdict(heartbeat)), encoding="utf-8")
+            os.replace(temporary, final)
+
+    def read(self, world_size: int) -> dict[int, Heartbeat]:
+        """The newest heartbeat of every rank that has a readable one."""
+        found = {}
+        for rank in range(world_size):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                content = json.loads(self._file(rank).read_text(encoding="utf-8"))
+                found[rank] = Heartbeat(**content)
+        return found
+
+    def raise_alarm(self, name: str) -> str:
+        """Tell all ranks to write their stacks.
+
+        Args:
+            name: Of the folder that they go to.
+
+        Returns:
+            The name that counts: the first rank's to raise the alarm.
+        """
+        with contextlib.suppress(OSError), open(self.path / _ALARM, "x", encoding="utf-8") as file:
+            file.write(name)
+        return self.alarm() or name
+
+    def alarm(self) -> str | None:
+        """The name given with the alarm, or None while all is well."""
+        try:
+            return (self.path / _ALARM).read_text(encoding="utf-8") or None
+        except OSError:
+            return None
+
+    def _file(self, rank: int) -> Path:
+        return self.path / f"rank_{rank:05d}.json"

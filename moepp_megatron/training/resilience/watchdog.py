@@ -1,0 +1,191 @@
+"""A thread beside training that ends a run in which nothing moves any more."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from moepp_megatron.config.schema import ResilienceSection
+from moepp_megatron.training.resilience import flight_recorder
+from moepp_megatron.training.resilience.activity import STEP, Activity
+from moepp_megatron.training.resilience.hang_report import hang_report
+from moepp_megatron.training.resilience.heartbeat import Heartbeat, HeartbeatFolder
+from moepp_megatron.training.resilience.waiting_place import (
+    collective_of,
+    main_thread_frame,
+    place_of,
+)
+
+logger = logging.getLogger(__name__)
+
+# Looks this often within a timeout, but neither burdens the file system nor sleeps for minutes.
+_LOOKS = 20
+_SHORTEST_TICK_S, _LONGEST_TICK_S = 0.1, 10.0
+# How many looks a rank waits for the others' stacks before it ends.
+_GRACE_TICKS = 10
+HANG_EXIT_CODE = 70
+
+
+class Watchdog:
+    """Detects that this rank stands still; names who holds it up; ends the process.
+
+    Every rank has one. A rank in a collective stands still because of another rank, so all ranks
+    find out at about the same time; the first one raises an alarm, all write their stacks, and the
+    lowest rank that still runs writes the report.
+
+    Args:
+        run_dir: The run's folder; writes `heartbeats/` and, after a hang, `hangs/`.
+        rank: This rank.
+        world_size: Ranks of the run.
+        activity: What the training thread says it does.
+        settings: Section `resilience`; `hang_timeout_s` is above 0.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int,
+        world_size: int,
+        activity: Activity,
+        settings: ResilienceSection,
+    ) -> None:
+        self._folder = HeartbeatFolder(run_dir / "heartbeats")
+        self._hangs = run_dir / "hangs"
+        self._rank, self._world_size = rank, world_size
+        self._activity, self._settings = activity, settings
+        tick = settings.hang_timeout_s / _LOOKS
+        self._tick_s = min(max(tick, _SHORTEST_TICK_S), _LONGEST_TICK_S)
+        self._host, self._pid, self._beats = socket.gethostname(), os.getpid(), 0
+        self._resumed_at = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def clear(self) -> None:
+        """Remove what earlier attempts left; one rank calls it before any rank starts."""
+        self._folder.clear()
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; training is over or has failed by itself."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        looked_at = time.monotonic()
+        while not self._stop.wait(self._tick_s):
+            if time.monotonic() - looked_at > self._settings.hang_timeout_s / 2:
+                # This whole process was suspended (SIGSTOP, `scontrol suspend`) and goes on now.
+                self._resumed_at = time.monotonic()
+            looked_at = time.monotonic()
+            self._beat()
+            if self._folder.alarm() is not None or self._stalled_s() > self._limit_s():
+                # Training may have ended just now, or moved on while the disk was slow.
+                if self._stop.is_set():
+                    return
+                self._end()
+
+    def _stalled_s(self) -> float:
+        return time.monotonic() - max(self._activity.now.since, self._resumed_at)
+
+    def _limit_s(self) -> float:
+        settings = self._settings
+        is_step = self._activity.now.phase == STEP
+        return settings.hang_timeout_s if is_step else settings.hang_slow_phase_timeout_s
+
+    def _beat(self, has_dumped: bool = False) -> None:
+        self._beats += 1
+        now, stalled = self._activity.now, self._stalled_s()
+        frame = main_thread_frame()
+        self._folder.write(
+            Heartbeat(
+                rank=self._rank,
+                host=self._host,
+                pid=self._pid,
+                beat=self._beats,
+                step=now.step,
+                phase=now.phase,
+                count=now.count,
+                stalled_s=round(stalled, 1),
+                collective=collective_of(frame),
+                place=place_of(frame),
+                has_dumped=has_dumped,
+            )
+        )
+
+    def _end(self) -> None:
+        """Write what is known and end the process, so that the launcher starts it again."""
+        try:
+            name = self._folder.raise_alarm(
+                f"{time.strftime('%Y%m%dT%H%M%S')}_step_{self._activity.now.step}"
+            )
+            folder = self._hangs / name
+            self._dump(folder)
+            silent = self._wait_for_others()
+            self._report(folder, silent)
+        except Exception:
+            # Nothing must keep a hung rank alive, least of all a full disk.
+            logger.exception("rank %d hangs and could not report it in full", self._rank)
+        finally:
+            sys.stderr.flush()
+            # Not sys.exit: the main thread is stuck, and leaving groups in order waits for peers.
+            os._exit(HANG_EXIT_CODE)
+
+    def _dump(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"stacks_rank_{self._rank}.txt").open("w", encoding="utf-8") as file:
+            file.write(f"rank {self._rank}, {self._activity.now}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        flight_recorder.dump(folder, self._rank)
+        self._beat(has_dumped=True)
+
+    def _wait_for_others(self) -> list[int]:
+        """Keep beating until all have written their stacks; returns the ranks that do not answer.
+
+        Waits even if this rank is the slow one: its end would end the others before their reports.
+        """
+        first = self._folder.read(self._world_size)
+        latest = first
+        for _ in range(_GRACE_TICKS):
+            time.sleep(self._tick_s)
+            self._beat(has_dumped=True)
+            latest = self._folder.read(self._world_size)
+            if len(latest) == self._world_size and all(b.has_dumped for b in latest.values()):
+                break
+        return [
+            rank
+            for rank in range(self._world_size)
+            if rank not in latest or (rank in first and not _moved(first[rank], latest[rank]))
+        ]
+
+    def _report(self, folder: Path, silent: list[int]) -> None:
+        report_file = folder / "report.txt"
+        if self._rank != min(set(range(self._world_size)) - set(silent)):
+            # The launcher ends all ranks when the first one ends: let the reporting one finish.
+            for _ in range(_GRACE_TICKS):
+                if report_file.exists():
+                    return
+                time.sleep(self._tick_s)
+            return
+        beats = self._folder.read(self._world_size)
+        pending = flight_recorder.pending_collectives(folder, self._world_size)
+        report = hang_report(beats, silent, self._world_size, pending)
+        print(f"{report}\n  stacks: {folder}", file=sys.stderr, flush=True)
+        temporary = folder / ".report.incomplete"
+        temporary.write_text(report + "\n", encoding="utf-8")
+        os.replace(temporary, report_file)
+
+
+def _moved(before: Heartbeat, after: Heartbeat) -> bool:
+    """Whether the process ran in between."""
+    return after.has_dumped or after.beat != before.beat

@@ -1,0 +1,78 @@
+"""A rank that is stopped, or stuck: named in time, with the collective that the others wait in."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.faults.harness import losses, prepare_data, training, write_config
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
+HANG_TIMEOUT_S = 5.0
+# torchrun waits 30 s before it kills a rank that does not react to SIGTERM, as a stopped one.
+END_TIMEOUT_S = HANG_TIMEOUT_S + 30.0 + 60.0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_data(tmp_path_factory.mktemp("corpus"))
+
+
+def start(folder: Path, data: Path, **settings: object) -> Path:
+    path = write_config(folder / "run.yaml", data, folder / "run", 2, train_iters=100000)
+    config = yaml.safe_load(path.read_text())
+    config["checkpoint"] = {}
+    config["resilience"] = {"hang_timeout_s": HANG_TIMEOUT_S, **settings}
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    deadline = time.monotonic() + 240
+    while len(losses(run)) < count:
+        assert time.monotonic() < deadline, "the run does not start"
+        time.sleep(0.1)
+
+
+def test_stopped_rank_is_named_and_the_run_ends(tmp_path: Path, data: Path) -> None:
+    config = start(tmp_path, data)
+    run = tmp_path / "run"
+    with training(config, 2) as process:
+        wait_for_steps(run, 5)
+        beat = json.loads((run / "heartbeats" / "rank_00001.json").read_text())
+        psutil.Process(beat["pid"]).send_signal(signal.SIGSTOP)
+        stopped_at = max(losses(run))
+        assert process.wait(END_TIMEOUT_S) not in (0, 75)
+        assert not psutil.pid_exists(beat["pid"])
+    (folder,) = (run / "hangs").iterdir()
+    report = (folder / "report.txt").read_text()
+    assert report in config.with_suffix(".log").read_text(), "the report is shown too"
+    first, second = report.splitlines()[:2]
+    assert first.startswith("hang: rank 1 does not answer; last seen in step ")
+    step = int(first.split("last seen in step ")[1].split()[0])
+    assert stopped_at <= step <= max(losses(run)) + 1
+    assert f"process {beat['pid']} on " in first
+    assert "which is T (stopped)" in first
+    assert second.startswith("  1 other rank waits in gloo:"), "the flight recorder names it"
+    # The stack of the rank that waits shows the collective too.
+    assert "distributed_c10d.py" in (folder / "stacks_rank_0.txt").read_text()
+
+
+def test_slow_phases_are_no_hangs(tmp_path: Path, data: Path) -> None:
+    """With a timeout far below what the first step takes, a healthy run goes on to its end."""
+    path = start(tmp_path, data, hang_slow_phase_timeout_s=300.0)
+    config = yaml.safe_load(path.read_text())
+    config["training"].update(train_iters=30, eval_iters=2, eval_interval=10)
+    config["checkpoint"] = {"save_interval": 10}
+    path.write_text(yaml.safe_dump(config))
+    with training(path, 2) as process:
+        assert process.wait(240) == 0, path.with_suffix(".log").read_text()[-3000:]
+    assert len(losses(tmp_path / "run")) == 30
+    assert not (tmp_path / "run" / "hangs").exists()

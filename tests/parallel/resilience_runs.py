@@ -1,0 +1,155 @@
+"""Runs of the real trainer on test ranks, with faults injected into its parts.
+
+`run_trainer` runs on every rank. Data is synthetic; nothing in the package knows of the faults.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tests.parallel.training_runs import SyntheticDataset
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong, on which rank, while which global batches are read.
+
+    Attributes:
+        kind: `loss` (NaN in the loss), `gradient` (Inf in the gradients after the reduction),
+            `spike` (a loss 50 times too large) or `slow` (half a second a forward pass).
+        rank: Where.
+        batches: Numbers of the global batches, from 0; None for all.
+    """
+
+    kind: str
+    rank: int
+    batches: tuple[int, ...] | None = None
+
+
+def run_trainer(
+    raw: dict[str, Any], without: tuple[int, ...] = (), fault: Fault | None = None
+) -> None:
+    """Train as `moepp train` does, on synthetic data.
+
+    Args:
+        raw: The configuration.
+        without: Global batches that the data set does not have.
+        fault: What goes wrong.
+    """
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training import trainer as module
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    data = _Without(SyntheticDataset(config, 40), without)
+    with ExitStack() as stack:
+        stack.enter_context(
+            mock.patch.object(module, "build_datasets", return_value=(data, None, None))
+        )
+        stack.enter_context(mock.patch.object(module.Tokenizer, "load", return_value=None))
+        trainer = module.Trainer(config, layout)
+        if fault is not None and fault.rank == dist.get_rank():
+            stack.enter_context(_INJECT[fault.kind](trainer, fault))
+        trainer.run()
+
+
+def trainer_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A configuration for `run_trainer` whose files go to `folder`."""
+    from tests.parallel.training_runs import settings
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text("{}")
+    raw = settings(**sections)
+    raw["model"]["num_layers"] = 2
+    raw["run"] = {"dir": str(folder)}
+    raw["data"] = {"path": str(folder), "tokenizer": str(tokenizer)}
+    raw["training"].setdefault("eval_iters", 0)
+    return raw
+
+
+class _Without:
+    """A data set that lacks some global batches."""
+
+    def __init__(self, dataset: Any, batches: tuple[int, ...]) -> None:
+        self._dataset = dataset
+        whole = len(dataset) // BATCH
+        self._kept = [batch for batch in range(whole) if batch not in batches]
+
+    def __len__(self) -> int:
+        return len(self._kept) * BATCH
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[self._kept[index // BATCH] * BATCH + index % BATCH]
+
+
+def _is_on(trainer: Any, fault: Fault) -> bool:
+    batch = trainer.progress.consumed_samples // BATCH
+    return fault.batches is None or batch in fault.batches
+
+
+@contextmanager
+def _changed_loss(trainer: Any, fault: Fault, factor: float) -> Iterator[None]:
+    from moepp_megatron.training import step
+
+    original = step._loss
+
+    def changed(*args: Any) -> Any:
+        loss, num_tokens, report = original(*args)
+        if _is_on(trainer, fault):
+            scale = report["loss"].new_tensor([factor, 1.0])
+            return loss * factor, num_tokens, {"loss": report["loss"] * scale}
+        return loss, num_tokens, report
+
+    with mock.patch.object(step, "_loss", changed):
+        yield
+
+
+@contextmanager
+def _bad_gradient(trainer: Any, fault: Fault) -> Iterator[None]:
+    config = trainer.model.chunks[0].config
+    original = config.finalize_model_grads_func
+
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        if _is_on(trainer, fault):
+            # Of all parameters, for the distributed optimizer reads only a rank's own shard.
+            for parameter in trainer.model.models[0].parameters():
+                parameter.main_grad.fill_(float("inf"))
+
+    config.finalize_model_grads_func = finalize
+    yield
+
+
+@contextmanager
+def _slow(trainer: Any, fault: Fault) -> Iterator[None]:
+    from moepp_megatron.training import step
+
+    original = step._forward_step
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return original(*args)
+
+    with mock.patch.object(step, "_forward_step", slow):
+        yield
+
+
+_INJECT: dict[str, Callable[..., Any]] = {
+    "loss": lambda trainer, fault: _changed_loss(trainer, fault, float("nan")),
+    "spike": lambda trainer, fault: _changed_loss(trainer, fault, 50.0),
+    "gradient": _bad_gradient,
+    "slow": _slow,
+}
