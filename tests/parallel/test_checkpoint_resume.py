@@ -20,8 +20,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 NOISE = {"num_ffn_experts": 8, "input_jitter_eps": 0.01}
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+def _cases() -> list[Any]:
+    """Every layout both ways; by default each layout one way and one of them both."""
+    default = [("one", False), ("ep2", False), ("ep2", True), ("tp2", True)]
+    default += [("dp2 overlapped", True)]
+    rest = [(layout, way) for layout in LAYOUTS for way in (False, True)]
+    return default + [pytest.param(*c, marks=pytest.mark.matrix) for c in rest if c not in default]
+
+
+@pytest.mark.parametrize(("layout", "is_async"), _cases())
 def test_ten_and_ten_steps_are_twenty(
     ranks: RankPools, corpus: Path, tmp_path: Path, layout: str, is_async: bool
 ) -> None:

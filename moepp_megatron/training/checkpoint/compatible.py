@@ -74,7 +74,9 @@ def _shape_problems(checkpoint: Path, saved: Config, config: Config) -> list[Pro
     problems = []
     for name, read in _SHAPES.items():
         wanted, found = read(config), read(saved)
-        if wanted != found:
+        # Where neither gives a value, it follows from others, which are reported.
+        is_derived = _value(config, name) is None and _value(saved, name) is None
+        if wanted != found and not is_derived:
             rule = f"must be that of the checkpoint {checkpoint} ({found})"
             remedy = f"use {found}, or load another checkpoint"
             if name == "moe.layer_freq":

@@ -137,6 +137,12 @@ def test_other_shapes_are_refused_by_name(write, tmp_path: Path, sections, messa
         check_start(config_of(**sections, checkpoint={"load": str(tmp_path)}), tmp_path / "own")
 
 
+def test_one_wrong_width_is_one_line(write, tmp_path: Path):
+    with pytest.raises(ConfigError) as caught:
+        check_compatible(write(tmp_path, 5), config_of(model={"hidden_size": 64}))
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_other_settings_are_noted(write, tmp_path: Path):
     checkpoint = write(tmp_path, 5)
     notes = check_compatible(checkpoint, config_of(optimizer={"lr": 0.5}))
