@@ -72,7 +72,8 @@ class Loop:
         started = time.perf_counter()
         training_step(self.model, self._batches, self._config, self._layout)
         torch.cuda.synchronize()
-        self.progress.step += 1
+        samples = self._config.training.global_batch_size
+        self.progress = self.progress.after_step(samples, samples * self._config.model.seq_length)
         return time.perf_counter() - started
 
 

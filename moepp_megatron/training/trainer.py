@@ -135,20 +135,17 @@ class Trainer:
             update_selection_bias(self.model.models, moe.selection_bias_rate, group)
 
     def _advance(self) -> None:
-        training = self.config.training
-        self.progress.step += 1
-        self.progress.consumed_samples += training.global_batch_size
-        self.progress.tokens += training.global_batch_size * self.config.model.seq_length
+        samples = self.config.training.global_batch_size
+        self.progress = self.progress.after_step(samples, samples * self.config.model.seq_length)
 
     def _skip(self) -> None:
         """Leave the batch of a refused step behind; after too many in a row, go back."""
-        guard, progress = self._supervisor.guard, self.progress
+        guard = self._supervisor.guard
         assert guard is not None, "only the guard refuses steps"
-        progress.consumed_samples += self.config.training.global_batch_size
-        progress.skipped_steps += 1
+        self.progress = self.progress.after_skip(self.config.training.global_batch_size)
         if dist.get_rank() == 0:
             logger.warning(
-                "skipped a batch before step %d: %s", progress.step + 1, guard.last_reason
+                "skipped a batch before step %d: %s", self.progress.step + 1, guard.last_reason
             )
         if guard.must_roll_back:
             with self._supervisor.during("rollback"):

@@ -95,7 +95,7 @@ def train_between(
     losses = []
     while progress.step < last:
         losses.append(mean_loss(training_step(model, batches, config, layout).losses))
-        progress.step += 1
-        progress.consumed_samples += config.training.global_batch_size
+        samples = config.training.global_batch_size
+        progress = progress.after_step(samples, samples * config.model.seq_length)
     save_checkpoint(folder, model, progress, config, folder / "no tokenizer")
     return losses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import resource
 import signal
@@ -50,7 +51,7 @@ class Run:
         from moepp_megatron.training.step import training_step
 
         training_step(self.model, self.batches, self.config, self.layout)
-        self.progress.step += 1
+        self.progress = self.progress.after_step(8, 8 * 16)
         self.writer.poll()
 
     def save(self, wait: bool = True) -> str | None:
@@ -197,6 +198,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(ranks: RankPools, tmp_pa
         assert (tmp_path / folder / "step_00000001" / "__0_0.distcp").is_file()
     slow, fast = ranks(1).run(weights_of, [tmp_path / "slow", tmp_path / "fast"])[0]
     assert slow == fast
+    # Where the run stood, too, not where it is when the files are complete.
+    for folder in ("slow", "fast"):
+        record = json.loads((tmp_path / folder / "step_00000001" / "state.json").read_text())
+        assert record["progress"]["step"] == 1
 
 
 def save_first_step(folder: Path) -> None:

@@ -189,6 +189,8 @@ class NumberedSamples:
 
 def batches_read(parallel):
     """Data-parallel rank, context-parallel rank and the micro-batches of one step."""
+    from itertools import islice
+
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -197,9 +199,13 @@ def batches_read(parallel):
     from moepp_megatron.training.batches import rank_batches
 
     config = parse_config(settings(model=MODEL, parallel=parallel))
-    build_groups(config, Layout.from_config(config, dist.get_world_size()))
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
     (batches,) = rank_batches(NumberedSamples(), 0, config, 1)
-    read = [{key: value.tolist() for key, value in batch.items()} for batch in batches]
+    read = [
+        {key: value.tolist() for key, value in batch.items()}
+        for batch in islice(batches, layout.num_microbatches)
+    ]
     dp = parallel_state.get_data_parallel_rank()
     return dp, parallel_state.get_context_parallel_rank(), read
 

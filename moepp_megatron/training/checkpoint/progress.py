@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from moepp_megatron.training.checkpoint.names import STATE_FILE
 FORMAT_VERSION = 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """How far a run is at one moment.
+
+    Frozen: a save that is still being written keeps the moment it was made of.
 
     Attributes:
         step: Optimizer steps taken.
@@ -32,6 +34,23 @@ class Progress:
     consumed_samples: int = 0
     tokens: int = 0
     skipped_steps: int = 0
+
+    def after_step(self, samples: int, tokens: int) -> Progress:
+        """One optimizer step later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            consumed_samples=self.consumed_samples + samples,
+            tokens=self.tokens + tokens,
+        )
+
+    def after_skip(self, samples: int) -> Progress:
+        """One refused batch later."""
+        return replace(
+            self,
+            consumed_samples=self.consumed_samples + samples,
+            skipped_steps=self.skipped_steps + 1,
+        )
 
 
 @dataclass
