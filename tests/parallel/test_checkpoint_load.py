@@ -199,7 +199,7 @@ def _plant_entry(checkpoint: Path, path: Path, bomb: _Bomb) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        (".metadata", ".metadata asks for pathlib.Path.touch"),
+        (".metadata", f".metadata asks for {Path.__module__}.Path.touch"),
         ("__0_0.distcp", "__0_0.distcp: entry common_state/shard_0_1 asks for "),
     ],
 )
