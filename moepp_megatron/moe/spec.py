@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -12,7 +13,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.attention import CoreAttentionBuilder
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import ExpertsBuilder, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
@@ -23,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MlpBuilder, get_transformer_layer_offset
 
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.cpu_experts import CPUExperts, suits
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
 from moepp_megatron.moe.router import MoEPPRouter
@@ -61,7 +64,9 @@ def get_moepp_layer_spec(
         mlp: MlpBuilder = partial(VanillaMoELayer, submodules=submodules)
         return _with_mlp(spec, mlp)
     router = partial(MoEPPRouter, moepp=moepp, has_residual=has_residual)
-    submodules = dataclasses.replace(submodules, router=router)
+    submodules = dataclasses.replace(
+        submodules, router=router, experts=_experts(submodules.experts, config)
+    )
     mlp = partial(MoEPPLayer, submodules=submodules, moepp=moepp)
     return dataclasses.replace(_with_mlp(spec, mlp), module=MoEPPTransformerLayer)
 
@@ -155,6 +160,14 @@ def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
             "with at least one 1"
         )
     return [bool(is_moe) for is_moe in freq]
+
+
+def _experts(upstream: ExpertsBuilder, config: TransformerConfig) -> ExpertsBuilder:
+    """Builder of the FFN experts: megatron-core's own, but for its `SequentialMLP` on a CPU."""
+    is_sequential = getattr(upstream, "func", None) is SequentialMLP
+    if not is_sequential or torch.cuda.is_available() or not suits(config):
+        return upstream
+    return partial(CPUExperts, *upstream.args, **upstream.keywords)
 
 
 def _base_layer_spec(
