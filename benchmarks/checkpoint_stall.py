@@ -20,35 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moepp_megatron.bench.random_tokens import RandomTokens
 from moepp_megatron.config import Config, Layout, load_config, with_overrides
 from moepp_megatron.runtime import distributed
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
 
 STEPS_BETWEEN = 3
-
-
-class RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """As many sequences as anybody asks for; each depends on its index alone."""
-
-    def __init__(self, config: Config) -> None:
-        self._model = config.model
-
-    def __len__(self) -> int:
-        """More than any run reads."""
-        return 1_000_000
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One sequence."""
-        length = self._model.seq_length
-        generator = torch.Generator().manual_seed(index)
-        tokens = torch.randint(self._model.vocab_size, (length + 1,), generator=generator)
-        return {
-            "tokens": tokens[:-1],
-            "labels": tokens[1:],
-            "loss_mask": torch.ones(length),
-            "position_ids": torch.arange(length),
-        }
 
 
 class Loop:

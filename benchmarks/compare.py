@@ -23,6 +23,7 @@ quiet()
 
 import torch.distributed as dist  # noqa: E402
 
+from moepp_megatron.bench.rival import vanilla  # noqa: E402
 from moepp_megatron.config import Config, Layout, load_config, with_overrides  # noqa: E402
 from moepp_megatron.data.datasets import build_datasets  # noqa: E402
 from moepp_megatron.data.tokenizer import Tokenizer  # noqa: E402
@@ -33,26 +34,6 @@ from moepp_megatron.training.collect import RoutingCollector, mean_loss  # noqa:
 from moepp_megatron.training.evaluate import validation_loss  # noqa: E402
 from moepp_megatron.training.setup import build_training_model  # noqa: E402
 from moepp_megatron.training.step import training_step  # noqa: E402
-
-
-def vanilla(config: Config) -> Config:
-    """The same model without zero-computation experts and gating residual.
-
-    megatron-core's balance loss is E / K times the paper's, so its coefficient is that much smaller
-    for the same strength.
-    """
-    moe = config.moe
-    coefficient = moe.balance_coeff * moe.router_topk / moe.num_ffn_experts
-    return with_overrides(
-        config,
-        [
-            "moe.num_zero_experts=0",
-            "moe.num_copy_experts=0",
-            "moe.num_constant_experts=0",
-            "moe.gating_residual=false",
-            f"moe.balance_coeff={coefficient}",
-        ],
-    )
 
 
 class Contestant:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from moepp_megatron.config import Config, Layout
 
 app = typer.Typer(help="Measure speed against the vanilla layer.", no_args_is_help=True)
 
@@ -75,3 +78,76 @@ def layer(
     if plot is not None:
         bench.plot(plot, results)
         typer.echo(f"plot         {plot}")
+
+
+@app.command()
+def step(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
+    ] = None,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
+    ] = 1,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Steps of each model; the models take turns.")
+    ] = 9,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Whole training steps of CONFIG's model and of its vanilla rival, on random tokens.
+
+    Routing is held at the balanced share phi, so the result does not depend on training.
+    """
+    from moepp_megatron.config import Layout, check_config, check_world_size, load_config
+    from moepp_megatron.config.errors import ConfigError
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    rank = RankEnvironment.read()
+    settings = load_config(config, overrides or [])
+    if settings.moe.is_vanilla:
+        raise ConfigError(
+            f"moe.num_zero_experts ({settings.moe.num_zero_experts}) and the other counts of "
+            "zero-computation experts must not all be 0 to be compared with vanilla; use 1"
+        )
+    world_size = rank.world_size if rank.is_launched else nproc
+    layout = Layout.from_config(settings, world_size)
+    if rank.rank == 0:
+        for warning in check_config(settings) + check_world_size(settings, world_size):
+            typer.echo(f"warning: {warning}", err=True)
+    from moepp_megatron.runtime.fit import check_fit
+
+    check_fit(settings)
+    if not rank.is_launched and nproc > 1:
+        from moepp_megatron.runtime.launch import run_ranks
+
+        arguments = ["bench", "step", str(config), "--rounds", str(rounds), *(overrides or [])]
+        arguments += [] if json_file is None else ["--json", str(json_file)]
+        status = run_ranks(nproc, "moepp_megatron.cli.main", arguments)
+        if status != 0:
+            raise typer.Exit(status)
+        return
+    _step_on_rank(settings, layout, rounds, json_file)
+
+
+def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path | None) -> None:
+    from moepp_megatron.runtime.quiet import quiet
+
+    quiet()
+    from moepp_megatron.bench.step import run_step_benchmark
+    from moepp_megatron.report import bench
+    from moepp_megatron.runtime import distributed
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    rank = RankEnvironment.read()
+    distributed.start(rank)
+    distributed.build_groups(config, layout)
+    result = run_step_benchmark(config, layout, rounds)
+    distributed.stop()
+    if rank.rank != 0:
+        return
+    bench.print_step(result)
+    if json_file is not None:
+        bench.write_step_json(json_file, result)
+        typer.echo(f"result       {json_file}")

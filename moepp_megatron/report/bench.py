@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moepp_megatron.bench.layer import LayerResult
+from moepp_megatron.bench.step import StepResult
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.report.drawing import BLUE, INK, MUTED, STYLE, VERMILION
 
@@ -147,3 +148,36 @@ def _panel(axis: Axes, results: Sequence[LayerResult]) -> None:
     axis.set_xlabel("tau")
     axis.set_ylim(0, 1.15)
     axis.legend(loc="lower right", fontsize=8)
+
+
+def print_step(result: StepResult) -> None:
+    """Both models' step times and bytes."""
+    table = Table(
+        title=f"Training step on {result.ranks} rank{'s' if result.ranks > 1 else ''}, tau "
+        f"{result.tau:g}, {result.tokens} tokens",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("model")
+    for name in ("FFN share", "ms a step", "tokens/s", "all-to-all MB"):
+        table.add_column(name, justify="right")
+    rows = (
+        ("vanilla", 1.0, result.vanilla_ms, result.vanilla_a2a_bytes),
+        ("MoE++", result.measured_ffn_fraction, result.moepp_ms, result.moepp_a2a_bytes),
+    )
+    for name, share, milliseconds, sent in rows:
+        rate = result.tokens / milliseconds * 1e3
+        table.add_row(
+            name, f"{share:.3f}", f"{milliseconds:.1f}", f"{rate:,.0f}", f"{sent / 1e6:.1f}"
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"MoE++ is {result.speedup:.2f} times as fast (median of the rounds' ratios); "
+        f"without anything but FFN experts it could be {1 / result.phi:.2f} times"
+    )
+
+
+def write_step_json(path: Path, result: StepResult) -> None:
+    """One object."""
+    write_atomic(path, (json.dumps(asdict(result), indent=1) + "\n").encode())
