@@ -7,8 +7,8 @@ layer below, which the same forward pass has just computed, so the lane of route
 as long as the hidden states: the prompt first, one position from then on (`moe/lane.py`).
 
 What is not done: dropping. A capacity limit counts the tokens of a forward pass, so with a cache
-(few tokens a pass) it would decide otherwise than without. The request switches it off; the
-released MoE++ code, which infers alone, has no limit either.
+(few tokens a pass) it would decide otherwise than without. The request switches it off. The
+released MoE++ code, which only infers, has no limit either (moe_plus_plus_layer.py).
 """
 
 from __future__ import annotations

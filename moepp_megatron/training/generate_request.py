@@ -120,7 +120,7 @@ class GenerateRequest:
                 f"has {trained.model.seq_length - room} tokens and the model knows "
                 f"{trained.model.seq_length} positions; use {room}, or shorten the prompt"
             )
-        config = _generation_config(trained, overrides, world_size)
+        config = generation_config(trained, overrides, world_size)
         layout = Layout.from_config(config, world_size)
         notices = list(_notices(trained))
         return cls(folder, config, layout, tokenizer, ids, max_new_tokens, sampling, notices)
@@ -177,7 +177,12 @@ def _encode(tokenizer: Tokenizer, prompt: str, seq_length: int) -> list[int]:
     return ids
 
 
-def _generation_config(trained: Config, overrides: Sequence[str], world_size: int) -> Config:
+def generation_config(trained: Config, overrides: Sequence[str], world_size: int) -> Config:
+    """A checkpoint's configuration in the wanted layout, for a model that generates.
+
+    Raises:
+        ConfigError: The layout does not fit, or cannot generate.
+    """
     # One sequence a data-parallel rank, which the check of the rank grid asks for.
     config = with_overrides(trained, [*_GENERATION, *overrides, "training.global_batch_size=1"])
     parallel = config.parallel
