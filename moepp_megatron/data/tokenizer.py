@@ -9,6 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.manifest import NAME as MANIFEST
 from moepp_megatron.data.manifest import TOKENIZER, Manifest
 
 # Beside a tokenizer.json, where Hugging Face names special tokens.
@@ -73,7 +74,7 @@ class Tokenizer:
         """
         if path.is_dir():
             path = path / TOKENIZER
-        eod_token = eod_token or named_eod_token(path)
+        named = named_eod_token(path)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -84,7 +85,12 @@ class Tokenizer:
             raise ConfigError(
                 f"tokenizer ({path}) must be a Hugging Face tokenizer.json ({error})"
             ) from error
-        return cls(backend, eod_token or _find_eod_token(backend, path))
+        if eod_token is None and named is not None and backend.token_to_id(named) is None:
+            raise ConfigError(
+                f"tokenizer ({path}) must have the end-of-document token ({named}) that "
+                f"{MANIFEST} or {TOKENIZER_CONFIG} beside it names; correct the name there"
+            )
+        return cls(backend, eod_token or named or _find_eod_token(backend, path))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; nothing is added."""
