@@ -14,7 +14,8 @@ from rich.console import Console
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.prepare import PrepareSettings, prepare
-from moepp_megatron.training.generate_request import GenerateRequest
+from moepp_megatron.training.generate_request import GenerateRequest, Sampling
+from tests.interop.checkpoints import score
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.planted_pickles import plant
 from tests.parallel.ranks import RankPools
@@ -137,3 +138,45 @@ def test_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Path)
     config.write_text(config.read_text().replace("vocab_size: 320", "vocab_size: 200"))
     with pytest.raises(ConfigError, match=r"must not have more than model.vocab_size \(200\)"):
         GenerateRequest.read(tmp_path / "other", ["Document"])
+
+
+def greedy(checkpoint: Path, overrides: list[str], tokens: Path) -> list[int]:
+    """New tokens of a prompt, by the checkpoint's weights; prompt and they as `score` wants it."""
+    import torch.distributed as dist
+
+    from moepp_megatron.model.build import build_model
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.checkpoint import load_weights
+    from moepp_megatron.training.generate import continue_prompts
+
+    request = GenerateRequest.read(
+        checkpoint, ["Document 7"], overrides, dist.get_world_size(), 12, Sampling(temperature=0.0)
+    )
+    build_groups(request.config, request.layout)
+    models = build_model(request.config)
+    load_weights(request.checkpoint, models)
+    (new,) = continue_prompts(
+        models,
+        request.config,
+        request.layout,
+        request.prompts,
+        request.max_new_tokens,
+        request.sampling,
+        eod=request.tokenizer.eod,
+        vocab_size=request.config.model.vocab_size,
+    )
+    if dist.get_rank() == 0:
+        np.savez(tokens, input_ids=np.array([request.prompts[0] + new]))
+    return new
+
+
+def test_scores_of_the_checkpoint_lead_to_the_same_tokens(
+    ranks: RankPools, checkpoint: Path, tmp_path: Path
+) -> None:
+    ep2 = ["parallel.expert_model_parallel_size=2"]
+    new, same = ranks(2).run(greedy, checkpoint, ep2, tmp_path / "tokens.npz")
+    assert new == same
+    assert len(new) == 12
+    scores = ranks(1).run(score, checkpoint, tmp_path / "tokens.npz", [])[0]
+    likeliest = scores["logits"][0].argmax(axis=-1)
+    assert likeliest[-13:-1].tolist() == new
