@@ -183,8 +183,10 @@ def generation_config(trained: Config, overrides: Sequence[str], world_size: int
     Raises:
         ConfigError: The layout does not fit, or cannot generate.
     """
-    # One sequence a data-parallel rank, which the check of the rank grid asks for.
-    config = with_overrides(trained, [*_GENERATION, *overrides, "training.global_batch_size=1"])
+    # One sequence a data-parallel rank, which the check of the rank grid asks for. For sequence
+    # parallelism see below.
+    fixed = ("training.global_batch_size=1", "parallel.sequence_parallel=true")
+    config = with_overrides(trained, [*_GENERATION, *overrides, *fixed])
     parallel = config.parallel
     if virtual_stages(config) > 1:
         raise ConfigError(
