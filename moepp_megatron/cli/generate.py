@@ -1,32 +1,91 @@
-"""`moepp generate`: samples text from a checkpoint on one process."""
+"""`moepp generate`: samples text from a checkpoint in any layout."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from moepp_megatron.training.generate_request import GenerateRequest
 
 
 def generate(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint folder, or a run.", metavar="CHECKPOINT")
     ],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 96,
+    prompt: Annotated[
+        list[str], typer.Option(help="Text to continue; several are continued side by side.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Layout to use; by default one rank's.", metavar="parallel.key=value"),
+    ] = None,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
+    ] = 1,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens to generate at most.",
+            show_default="96, or as many as fit into the model's sequence length",
+        ),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
     ] = 0.8,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")
     ] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 1234,
+    seed: Annotated[
+        int,
+        # The generators' seeds are 64 bits wide, and one is counted up for each prompt.
+        typer.Option(min=0, max=2**62, help="Of the sampling; the same in every layout."),
+    ] = 1234,
 ) -> None:
-    """Continue PROMPT with the model of CHECKPOINT."""
+    """Continue PROMPT with the model of CHECKPOINT, up to its end-of-document token."""
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
-    from moepp_megatron.training.generate import generate_text
+    from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.training.generate_request import GenerateRequest, Sampling
 
-    text = generate_text(checkpoint, prompt, max_new_tokens, temperature, top_p, seed)
-    typer.echo(text)
+    rank = RankEnvironment.read()
+    world_size = rank.world_size if rank.is_launched else nproc
+    sampling = Sampling(temperature, top_p, seed)
+    request = GenerateRequest.read(
+        checkpoint, prompt, overrides or [], world_size, max_new_tokens, sampling
+    )
+    if rank.is_launched or nproc == 1:
+        _generate_rank(request)
+        return
+    from moepp_megatron.runtime.launch import run_ranks
+
+    # The folder that was found, so that ranks need not look for it again.
+    arguments = ["generate", str(request.checkpoint)]
+    arguments += [f"--prompt={text}" for text in prompt]
+    arguments += [f"--max-new-tokens={request.max_new_tokens}", f"--temperature={temperature}"]
+    arguments += [f"--top-p={top_p}", f"--seed={seed}", *(overrides or [])]
+    status = run_ranks(nproc, "moepp_megatron.cli.main", arguments)
+    if status != 0:
+        raise typer.Exit(status)
+
+
+def _generate_rank(request: GenerateRequest) -> None:
+    from moepp_megatron.runtime import distributed
+    from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.training.generate import generate_texts
+
+    rank = RankEnvironment.read()
+    if rank.rank == 0:
+        for notice in request.notices:
+            typer.echo(f"note: {notice}", err=True)
+    distributed.start(rank)
+    distributed.build_groups(request.config, request.layout)
+    texts = generate_texts(request)
+    distributed.stop()
+    if rank.rank == 0:
+        # An empty line between texts.
+        typer.echo("\n\n".join(texts))

@@ -1,6 +1,7 @@
 """The tokenizer: a Hugging Face `tokenizers` file and its end-of-document token."""
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,8 +9,11 @@ from pathlib import Path
 import tokenizers
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.manifest import NAME as MANIFEST
 from moepp_megatron.data.manifest import TOKENIZER, Manifest
 
+# Beside a tokenizer.json, where Hugging Face names special tokens.
+TOKENIZER_CONFIG = "tokenizer_config.json"
 EOD_TOKEN = "<|endoftext|>"
 # What the tokenizers of published models call it, tried in this order.
 _KNOWN_EOD_TOKENS = (
@@ -60,16 +64,17 @@ class Tokenizer:
         """Load a tokenizer.
 
         Args:
-            path: a folder written by `moepp data prepare`, its `tokenizer.json`, or another.
-            eod_token: the end-of-document token; by default the one the folder was prepared with,
-                or else the first known name that is in the vocabulary.
+            path: a folder written by `moepp data prepare`, its `tokenizer.json`, or another, such
+                as a checkpoint's.
+            eod_token: the end-of-document token; by default the one that is named beside the file
+                (see `named_eod_token`), or else the first known name that is in the vocabulary.
 
         Raises:
             ConfigError: no such file, no tokenizer, or no end-of-document token.
         """
         if path.is_dir():
             path = path / TOKENIZER
-        eod_token = eod_token or _prepared_eod_token(path)
+        named = named_eod_token(path)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -80,7 +85,12 @@ class Tokenizer:
             raise ConfigError(
                 f"tokenizer ({path}) must be a Hugging Face tokenizer.json ({error})"
             ) from error
-        return cls(backend, eod_token or _find_eod_token(backend, path))
+        if eod_token is None and named is not None and backend.token_to_id(named) is None:
+            raise ConfigError(
+                f"tokenizer ({path}) must have the end-of-document token ({named}) that "
+                f"{MANIFEST} or {TOKENIZER_CONFIG} beside it names; correct the name there"
+            )
+        return cls(backend, eod_token or named or _find_eod_token(backend, path))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; nothing is added."""
@@ -134,13 +144,32 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, EOD_TOKEN)
 
 
-def _prepared_eod_token(path: Path) -> str | None:
+def named_eod_token(path: Path) -> str | None:
+    """The end-of-document token that the folder of a `tokenizer.json` names; None if it does not.
+
+    That is the token that `moepp data prepare` was run with, from its manifest, or the `eos_token`
+    of a `tokenizer_config.json`, which checkpoints of ours and Hugging Face's models have.
+    """
     if path.name != TOKENIZER:
         return None
     try:
         return Manifest.read(path.parent).eod_token
     except (OSError, ValueError):
-        return None  # no prepared folder
+        pass  # no prepared folder
+    try:
+        content = json.loads((path.parent / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    token = content.get("eos_token") if isinstance(content, dict) else None
+    # Older files describe the token instead of naming it.
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token else None
+
+
+def tokenizer_config(eod_token: str) -> bytes:
+    """A `tokenizer_config.json` that names the token; transformers reads it as well."""
+    content = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eod_token}
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _find_eod_token(backend: tokenizers.Tokenizer, path: Path) -> str:

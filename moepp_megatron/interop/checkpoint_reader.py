@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from moepp_megatron.config import ConfigError
-
-# What an index is made of. Pickle can call anything that can be imported; nothing but these
-# passes. From the metadata module any class does: all of them are plain records.
-_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
-_TRUSTED = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.planner", "SavePlan"),
-    ("torch.distributed.checkpoint.planner", "WriteItem"),
-    ("torch.distributed.checkpoint.planner", "WriteItemType"),
-    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
-    ("torch.distributed.checkpoint.planner", "BytesIOWriteData"),
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _TRUSTED:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module == _METADATA_MODULE and "." not in name:
-            found = super().find_class(module, name)
-            # Defined there, not what the module imports.
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+from moepp_megatron.training.checkpoint.names import TENSORS_FILE
+from moepp_megatron.training.checkpoint.pickles import UnsafePickleError, read_metadata
 
 
 class CheckpointReader:
@@ -128,19 +101,15 @@ def read_index(folder: Path) -> Metadata:
     Raises:
         ConfigError: If it is.
     """
-    file = folder / ".metadata"
+    file = folder / TENSORS_FILE
     try:
-        with file.open("rb") as stream:
-            metadata = _IndexUnpickler(stream).load()
+        return read_metadata(folder)
     except OSError as error:
         raise ConfigError(
             f"{file} cannot be read ({error.strerror}); name a checkpoint folder"
         ) from None
-    except Exception as error:
+    except UnsafePickleError as error:
         raise ConfigError(
             f"{file} must be an index of torch.distributed.checkpoint: {error}; do not use this "
             "checkpoint unless you know where it comes from"
         ) from None
-    if not isinstance(metadata, Metadata):
-        raise ConfigError(f"{file} must hold a checkpoint's index; copy the checkpoint again")
-    return metadata

@@ -12,38 +12,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from moepp_megatron.interop.checkpoint_reader import read_index
 from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.model.build import build_model
-from moepp_megatron.model.megatron_config import moepp_config
-from moepp_megatron.moe.lane import pipeline_config
+from moepp_megatron.model.stage import evaluation_stages
 from moepp_megatron.training.checkpoint import load_weights
 
 Batch = dict[str, Tensor]
 # Sequence, positions [s'], log-probabilities [s'] and logits [s', vocab] of a rank's tokens.
 _Piece = tuple[int, np.ndarray, np.ndarray, np.ndarray | None]
-
-
-class _Stage(MegatronModule):
-    """A model chunk with the configuration that the pipeline schedules read tensor widths from.
-
-    In training that is the data-parallel wrapper, which has buffers that scoring does not need.
-    """
-
-    def __init__(self, config: TransformerConfig, module: GPTModel) -> None:
-        super().__init__(config)
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
 
 
 @torch.no_grad()
@@ -58,8 +40,7 @@ def score_tokens(request: ScoreRequest) -> dict[str, np.ndarray] | None:
     read_index(request.checkpoint)
     models = build_model(request.config)
     load_weights(request.checkpoint, models)
-    wide = pipeline_config(models[0].config, moepp_config(request.config))
-    stages = [_Stage(wide, model.eval()) for model in models]
+    stages = evaluation_stages(models, request.config)
     batches = [_batches(request) for _ in stages]
     forward = get_forward_backward_func()
     pieces: list[_Piece] = forward(

@@ -11,27 +11,8 @@ import numpy as np
 
 from moepp_megatron.config import Config, ConfigError, Layout, load_config, with_overrides
 from moepp_megatron.config.load import parse_override
+from moepp_megatron.training.inference_settings import FORWARD_ONLY
 
-# The layout in which a checkpoint is scored unless the command line says otherwise. Activations are
-# kept for no backward pass, and a capacity limit would make a token's score depend on the others.
-_DEFAULTS = (
-    "parallel.tensor_model_parallel_size=1",
-    "parallel.pipeline_model_parallel_size=1",
-    "parallel.virtual_pipeline_model_parallel_size=null",
-    "parallel.pipeline_model_parallel_layout=null",
-    "parallel.expert_model_parallel_size=1",
-    "parallel.expert_tensor_parallel_size=null",
-    "parallel.context_parallel_size=1",
-    # Without effect but where tensor parallelism needs it.
-    "parallel.sequence_parallel=true",
-    "parallel.overlap_grad_reduce=false",
-    "parallel.overlap_param_gather=false",
-    "training.recompute_granularity=null",
-    "training.recompute_method=null",
-    "training.recompute_num_layers=null",
-    "training.micro_batch_size=1",
-    "moe.capacity_factor=null",
-)
 _SECTIONS = ("parallel", "precision")
 
 
@@ -149,7 +130,7 @@ def _scoring_config(
     sequences, length = input_ids.shape
     padded = _round_up(length, _pieces(overrides))
     shape = [f"model.seq_length={padded}", "training.global_batch_size=1"]
-    config = with_overrides(trained, [*_DEFAULTS, *overrides, *shape])
+    config = with_overrides(trained, [*FORWARD_ONLY, *overrides, *shape])
     parallel = config.parallel
     stages = parallel.pipeline_model_parallel_size
     model_ranks = parallel.tensor_model_parallel_size * stages * parallel.context_parallel_size

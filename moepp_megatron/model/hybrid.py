@@ -25,7 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-from megatron.core.utils import make_viewless_tensor
+from megatron.core.utils import WrappedTensor, make_viewless_tensor
 from torch import Tensor
 
 from moepp_megatron.config import Config, stage_layers
@@ -214,7 +214,7 @@ class MoEPPHybridStack(HybridStack):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | WrappedTensor,
         attention_mask: Tensor | None,
         inference_context: Any = None,
         rotary_pos_emb: Tensor | None = None,
@@ -228,7 +228,7 @@ class MoEPPHybridStack(HybridStack):
         Args:
             hidden_states: [s, b, D] embeddings; unused on a stage that is not the first.
             attention_mask: As `HybridStack`.
-            inference_context: Not supported; must be None.
+            inference_context: Keys and values read before, one cache for whole batches (static).
             rotary_pos_emb: As `HybridStack`.
             inference_params: Not supported; must be None.
             packed_seq_params: As `HybridStack`.
@@ -237,11 +237,10 @@ class MoEPPHybridStack(HybridStack):
         Returns:
             [s, b, D], on a stage that is not the last [s, b, D + lane columns].
         """
-        if inference_context is not None or inference_params is not None:
-            raise ValueError(
-                "inference_context must be None: no cache keeps the lane of router logits; "
-                "run the whole sequence instead"
-            )
+        _refuse_unsupported(inference_context, inference_params)
+        if isinstance(hidden_states, WrappedTensor):
+            # In inference the model hands over its only reference.
+            hidden_states = hidden_states.unwrap()
         lane = None
         if not self.pre_process:
             hidden_states = self.input_tensor
@@ -251,6 +250,7 @@ class MoEPPHybridStack(HybridStack):
             hidden_states,
             lane,
             attention_mask=attention_mask,
+            inference_context=inference_context,
             rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
             padding_mask=padding_mask,
@@ -274,6 +274,7 @@ class MoEPPHybridStack(HybridStack):
         inner_fp8 = bool(self.config.fp8) and not delayed
         with get_fp8_context(self.config) if outer_fp8 else nullcontext():
             if self.config.recompute_granularity == "full" and self.training:
+                del kwargs["inference_context"]
                 return checkpointed_forward(
                     self,
                     hidden_states=hidden_states,
@@ -307,6 +308,24 @@ class MoEPPHybridStack(HybridStack):
             entries = {key: entry for key, entry in state.items() if key.startswith(module)}
             replace_prefix_for_sharding(entries, own_name, gpt_name)
         return state
+
+
+def _refuse_unsupported(inference_context: Any, inference_params: Any) -> None:
+    """Refuse a cache that the layers would ignore or misread.
+
+    Raises:
+        ValueError: With the name, the value, the rule and a remedy.
+    """
+    if inference_params is not None:
+        raise ValueError(
+            f"inference_params ({type(inference_params).__name__}) must be None; "
+            "use inference_context"
+        )
+    if inference_context is not None and not inference_context.is_static_batching():
+        raise ValueError(
+            f"inference_context ({type(inference_context).__name__}) must be static in this "
+            "stack; use StaticInferenceContext"
+        )
 
 
 def _without_ffn(layer: ModuleSpec) -> ModuleSpec:

@@ -279,7 +279,7 @@ def test_checkpoint_index_runs_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     index = tmp_path / "mcore" / ".metadata"
     good = index.read_bytes()
     index.write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(ConfigError, match=r"refers to (posix|os)\.mkdir"):
+    with pytest.raises(ConfigError, match=r"asks for (posix|os)\.mkdir"):
         mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
     index.write_bytes(good)
     data = next((tmp_path / "mcore").glob("*.distcp"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
+from tests.parallel.planted_pickles import plant
 from tests.parallel.ranks import RankError, RankPools
 
 EP2 = {"expert_model_parallel_size": 2}
@@ -145,57 +145,6 @@ def test_other_shapes_are_refused(ranks: RankPools, corpus: Path, run: Path) -> 
         ranks(2).run(run_trainer, raw)
 
 
-class _Bomb:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self._path,)
-
-
-def _plant(checkpoint: Path, name: str, bomb: _Bomb) -> None:
-    """Replace a file by a pickle, and have the manifest vouch for it, as an attacker would."""
-    import json
-
-    from moepp_megatron.training.checkpoint.validity import file_digest
-
-    path = checkpoint / name
-    if name == ".metadata":
-        path.write_bytes(pickle.dumps(bomb))
-    else:
-        _plant_entry(checkpoint, path, bomb)
-    manifest = json.loads((checkpoint / "integrity.json").read_bytes())
-    manifest["files"][name] = file_digest(path)
-    manifest["sizes"][name] = path.stat().st_size
-    (checkpoint / "integrity.json").write_text(json.dumps(manifest))
-
-
-def _plant_entry(checkpoint: Path, path: Path, bomb: _Bomb) -> None:
-    """Append a pickled object and let the common state's entry point to it."""
-    import io
-
-    import torch
-
-    content = io.BytesIO()
-    torch.save([bomb], content)
-    offset = path.stat().st_size
-    path.write_bytes(path.read_bytes() + content.getvalue())
-    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
-    for index, info in metadata.storage_data.items():
-        if index.fqn.startswith("common_state"):
-            info.relative_path, info.offset = path.name, offset
-            info.length = len(content.getvalue())
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    import json
-
-    from moepp_megatron.training.checkpoint.validity import file_digest
-
-    manifest = json.loads((checkpoint / "integrity.json").read_bytes())
-    manifest["files"][".metadata"] = file_digest(checkpoint / ".metadata")
-    manifest["sizes"][".metadata"] = (checkpoint / ".metadata").stat().st_size
-    (checkpoint / "integrity.json").write_text(json.dumps(manifest))
-
-
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -207,7 +156,7 @@ def test_planted_pickle_is_not_executed(
     ranks: RankPools, corpus: Path, run: Path, tmp_path: Path, name: str, why: str
 ) -> None:
     newest, exploded = run / "checkpoints" / "step_00000010", tmp_path / "exploded"
-    _plant(newest, name, _Bomb(exploded))
+    plant(newest, name, exploded)
     messages = ranks(2).run(run_trainer, _settings(corpus, run, 10, {"load": "auto"}))[0]
     assert any(f"{newest}: {why}" in line for line in messages), messages
     assert not exploded.exists()

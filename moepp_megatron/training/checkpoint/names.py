@@ -8,6 +8,7 @@ beside it that it takes to stand alone:
     metadata.json    the format (megatron-core)
     config.yaml      resolved configuration
     tokenizer.json   copied from the run's data
+    tokenizer_config.json  its end-of-document token, where the data name one
     state.json       progress, layout, versions, time
     integrity.json   SHA-256 and size of every other file (megatron-core's manifest)
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 STATE_FILE = "state.json"
 FORMAT_FILE = "metadata.json"
 MANIFEST_FILE = "integrity.json"

@@ -21,22 +21,25 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from moepp_megatron.training.checkpoint.names import TENSORS_FILE
 
-_METADATA = "torch.distributed.checkpoint.metadata"
+# From this module any class does: all of them are plain records.
+_RECORDS = "torch.distributed.checkpoint.metadata"
+_PLANNER = "torch.distributed.checkpoint.planner"
 _CLASSES = {
-    (_METADATA, "BytesStorageMetadata"),
-    (_METADATA, "ChunkStorageMetadata"),
-    (_METADATA, "Metadata"),
-    (_METADATA, "MetadataIndex"),
-    (_METADATA, "StorageMeta"),
-    (_METADATA, "TensorProperties"),
-    (_METADATA, "TensorStorageMetadata"),
-    (_METADATA, "_MEM_FORMAT_ENCODING"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    # Plans of all ranks, which torch's own writer keeps.
+    (_PLANNER, "SavePlan"),
+    (_PLANNER, "WriteItem"),
+    (_PLANNER, "WriteItemType"),
+    (_PLANNER, "TensorWriteData"),
+    (_PLANNER, "BytesIOWriteData"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
     ("pathlib", "Path"),
+    # Where Python 3.13 has them.
+    ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "Path"),
 }
 
 
@@ -46,13 +49,18 @@ class UnsafePickleError(ValueError):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _CLASSES:
+            return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if (module, name) not in _CLASSES:
-            raise UnsafePickleError(
-                f"{TENSORS_FILE} asks for {module}.{name}, which no checkpoint contains"
-            )
-        return super().find_class(module, name)
+        if module == _RECORDS and "." not in name:
+            found = super().find_class(module, name)
+            # Defined there, not what the module imports.
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        raise UnsafePickleError(
+            f"{TENSORS_FILE} asks for {module}.{name}, which no checkpoint contains"
+        )
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
@@ -84,32 +92,38 @@ def unsafe_pickle(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | 
     """
     try:
         metadata = read_metadata(checkpoint)
-        storage = {index.fqn: info for index, info in metadata.storage_data.items()}
+        _check_index(checkpoint, metadata)
+        # All places of a name: torch looks them up by name and offset, and any of them may be it.
         entries = [
-            key
-            for key, kind in metadata.state_dict_metadata.items()
-            if isinstance(kind, BytesStorageMetadata)
+            (index.fqn, info)
+            for index, info in metadata.storage_data.items()
+            if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
         ]
-        _check_paths(storage)
-        for key in sorted(entries)[part::num_parts]:
-            _check_entry(checkpoint, key, storage[key])
+        entries.sort(key=lambda entry: (entry[0], entry[1].relative_path, entry[1].offset))
+        for key, info in entries[part::num_parts]:
+            _check_entry(checkpoint, key, info)
     except UnsafePickleError as error:
         return str(error)
-    except (KeyError, AttributeError) as error:
+    except (KeyError, AttributeError, TypeError) as error:
         return f"{TENSORS_FILE} is damaged ({error!r})"
     except OSError as error:
         return f"{error.filename or checkpoint}: {error.strerror}"
     return None
 
 
-def _check_paths(storage: dict[str, Any]) -> None:
-    for key, info in storage.items():
+def _check_index(checkpoint: Path, metadata: Metadata) -> None:
+    for index, info in metadata.storage_data.items():
         if Path(info.relative_path).name != info.relative_path:
             raise UnsafePickleError(
-                f"{TENSORS_FILE} places {key} outside of the folder: {info.relative_path}"
+                f"{TENSORS_FILE} places {index.fqn} outside of the folder: {info.relative_path}"
             )
         if info.transform_descriptors:
-            raise UnsafePickleError(f"{TENSORS_FILE} wants {key} decoded by an extension")
+            raise UnsafePickleError(f"{TENSORS_FILE} wants {index.fqn} decoded by an extension")
+    # Where torch cannot use the index it unpickles a rank's own one instead
+    # (state_dict_loader.py, `local_step`). No checkpoint of ours has such a file.
+    for path in sorted(checkpoint.glob(f"*{TENSORS_FILE}")):
+        if path.name != TENSORS_FILE:
+            raise UnsafePickleError(f"{path.name} does not belong into this format")
 
 
 def _check_entry(checkpoint: Path, key: str, info: Any) -> None:

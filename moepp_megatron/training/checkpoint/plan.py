@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from moepp_megatron.training.checkpoint.state import METADATA
 from moepp_megatron.training.checkpoint.validity import file_digest
@@ -78,6 +79,10 @@ class Plan:
         """Write `.metadata` from what all ranks wrote; on rank 0 alone."""
         # Plans of all ranks, for reuse by megatron-core; they would be half of the file.
         self._metadata.__dict__.pop("all_local_plans", None)
+        # torch would store the path written to, as an object: Python 3.12 cannot unpickle a path of
+        # Python 3.13, and nobody reads it.
+        meta = StorageMeta(save_id=self._writer.save_id)
+        self._writer.storage_meta = lambda: meta
         self._writer.finish(self._metadata, results)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from moepp_megatron.data.atomic import exchange
+from moepp_megatron.data.tokenizer import named_eod_token, tokenizer_config
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.training.checkpoint.names import (
     CONFIG_FILE,
@@ -18,6 +19,7 @@ from moepp_megatron.training.checkpoint.names import (
     MANIFEST_FILE,
     STATE_FILE,
     TENSORS_FILE,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     discard,
     sync_folder,
@@ -26,6 +28,8 @@ from moepp_megatron.training.checkpoint.names import (
 from moepp_megatron.training.checkpoint.plan import Plan, Written
 from moepp_megatron.training.checkpoint.progress import Record
 from moepp_megatron.training.checkpoint.validity import damage, file_digest, manifest
+
+_COMPANIONS = (CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, STATE_FILE)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def publish(plan: Plan, final: Path, written: list[Written], companions: Compani
     _write_companions(folder, companions)
     content = json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode()
     write_synced(folder / FORMAT_FILE, content)
-    for name in (TENSORS_FILE, CONFIG_FILE, TOKENIZER_FILE, STATE_FILE, FORMAT_FILE):
+    for name in (*_COMPANIONS, TENSORS_FILE, FORMAT_FILE):
         path = folder / name
         if path.is_file():
             digests[name], sizes[name] = file_digest(path), path.stat().st_size
@@ -90,6 +94,11 @@ def _write_companions(folder: Path, companions: Companions) -> None:
     write_synced(folder / STATE_FILE, companions.record.to_json())
     if companions.tokenizer.is_file():
         write_synced(folder / TOKENIZER_FILE, companions.tokenizer.read_bytes())
+        # Its name in the tokenizer is all that tells this token from others, and the data that say
+        # so need not be there when the checkpoint is used.
+        eod_token = named_eod_token(companions.tokenizer)
+        if eod_token is not None:
+            write_synced(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(eod_token))
 
 
 def _give_name(folder: Path, final: Path) -> None:

@@ -1,9 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer, train_tokenizer
+from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer, tokenizer_config, train_tokenizer
 
 AWKWARD = [
     "",
@@ -78,3 +79,27 @@ def test_unusable_tokenizer_files_are_named(tmp_path: Path):
     backend.save(str(tmp_path / "no-eod.json"))
     with pytest.raises(ConfigError, match="no known end-of-document token .* with --eod-token"):
         Tokenizer.load(tmp_path / "no-eod.json")
+
+
+@pytest.mark.parametrize("entry", ["<stop>", {"content": "<stop>", "lstrip": False}])
+def test_end_of_document_is_the_one_named_beside_the_file(
+    tmp_path: Path, texts: list[str], entry: object
+):
+    train_tokenizer(texts, 290).save(tmp_path / "tokenizer.json")
+    path = tmp_path / "tokenizer.json"
+    known = Tokenizer.load(path)
+    # Another name, at the end of the vocabulary; the known one is still there.
+    content = json.loads(path.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 290, "content": "<stop>"})
+    path.write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": entry}))
+    assert known.eod_token == EOD_TOKEN
+    assert (Tokenizer.load(path).eod_token, Tokenizer.load(path).eod) == ("<stop>", 290)
+    assert Tokenizer.load(path, EOD_TOKEN).eod == known.eod
+    (tmp_path / "tokenizer_config.json").write_bytes(tokenizer_config("<gone>"))
+    with pytest.raises(ConfigError, match=r"must have the end-of-document token \(<gone>\)"):
+        Tokenizer.load(path)
+    # Damaged, or without the entry: as if it were not there.
+    for nothing in ("[]", "{", '{"eos_token": null}'):
+        (tmp_path / "tokenizer_config.json").write_text(nothing)
+        assert Tokenizer.load(path).eod_token == EOD_TOKEN

@@ -1,0 +1,27 @@
+"""A training configuration made fit for forward passes alone: scoring and generation."""
+
+from __future__ import annotations
+
+# One rank, unless the command line says otherwise, and nothing that only training wants.
+FORWARD_ONLY = (
+    "parallel.tensor_model_parallel_size=1",
+    "parallel.pipeline_model_parallel_size=1",
+    "parallel.virtual_pipeline_model_parallel_size=null",
+    "parallel.pipeline_model_parallel_layout=null",
+    "parallel.expert_model_parallel_size=1",
+    "parallel.expert_tensor_parallel_size=null",
+    "parallel.context_parallel_size=1",
+    # Without effect but where tensor parallelism needs it.
+    "parallel.sequence_parallel=true",
+    "parallel.overlap_grad_reduce=false",
+    "parallel.overlap_param_gather=false",
+    # Activations are kept for no backward pass.
+    "training.recompute_granularity=null",
+    "training.recompute_method=null",
+    "training.recompute_num_layers=null",
+    "training.micro_batch_size=1",
+    # A limit would make a token's logits depend on which other tokens are there.
+    "moe.capacity_factor=null",
+    # Noise on the router's input, which megatron-core adds outside of training too.
+    "moe.input_jitter_eps=null",
+)

@@ -1,0 +1,182 @@
+"""`moepp generate` as a command, on a checkpoint of a run whose data are gone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.training.generate_request import GenerateRequest, Sampling
+from tests.interop.checkpoints import score
+from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
+from tests.parallel.planted_pickles import plant
+from tests.parallel.ranks import RankPools
+
+EOD = "<end of it>"
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def checkpoint(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run on data whose end-of-document token nobody else has, and that are gone since."""
+    folder = tmp_path_factory.mktemp("own-eod")
+    text = (corpus / "tokenizer.json").read_text()
+    (folder / "own.json").write_text(text.replace("<|endoftext|>", EOD))
+    (folder / "source.jsonl").write_text(
+        "".join(json.dumps({"text": f"Document {i}: " + "words " * 30}) + "\n" for i in range(200))
+    )
+    own = PrepareSettings(tokenizer=folder / "own.json", eod_token=EOD, workers=1)
+    source = str(folder / "source.jsonl")
+    prepare([source], folder / "data", own, Console(quiet=True))
+    raw = trainer_settings(
+        folder / "data",
+        folder / "run",
+        model={"seq_length": LENGTH},
+        training={"train_iters": 2},
+        optimizer={"warmup_iters": 0},
+        checkpoint={"save_interval": 2},
+    )
+    ranks(1).run(run_trainer, raw)
+    shutil.rmtree(folder / "data")
+    return folder / "run" / "checkpoints" / "step_00000002"
+
+
+def moepp(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moepp_megatron.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_same_text_in_every_layout(checkpoint: Path) -> None:
+    prompts = ["--prompt", "Document 7", "--prompt", "-- words"]
+    drawn = ["--seed", 5, "--temperature", 1.5, "--top-p", 0.9]
+    alone = moepp("generate", checkpoint.parent.parent, *prompts, *drawn)
+    assert alone.returncode == 0, alone.stderr
+    tp2 = "parallel.tensor_model_parallel_size=2"
+    split = moepp("generate", checkpoint, tp2, "--nproc", 2, *prompts, *drawn)
+    assert split.returncode == 0, split.stderr
+    assert split.stdout == alone.stdout
+    first, second = alone.stdout.split("\n\n-- words")
+    assert first.startswith("Document 7")
+    assert len(first) > len("Document 7")
+    assert len(second) > 0
+
+
+def test_end_of_document_is_that_of_the_run(checkpoint: Path) -> None:
+    request = GenerateRequest.read(checkpoint, ["Document"])
+    assert request.tokenizer.eod_token == EOD
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    assert config == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD}
+
+
+@pytest.mark.parametrize("command", ["generate", "score"])
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_planted_pickle_is_refused_and_not_executed(
+    checkpoint: Path, tmp_path: Path, command: str, name: str
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "planted")
+    exploded = tmp_path / "exploded"
+    plant(tmp_path / "planted", name, exploded)
+    if command == "generate":
+        arguments = ["--prompt", "Document"]
+    else:
+        np.savez(tmp_path / "tokens.npz", input_ids=np.ones((1, 8), int))
+        arguments = ["--tokens", tmp_path / "tokens.npz", "--out", tmp_path / "out.npz"]
+    done = moepp(command, tmp_path / "planted", *arguments)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "which no checkpoint contains" in line
+    assert "Traceback" not in done.stderr
+    assert not exploded.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"prompts": [""]}, r"--prompt \(0 tokens\) must have between 1 and 63 tokens"),
+        ({"prompts": ["ok", "x\n" * 64]}, r"tokens\) must have between 1 and 63 tokens"),
+        ({"prompts": ["\udcff"]}, "must be UTF-8 text"),
+        ({"max_new_tokens": 64}, r"--max-new-tokens \(64\) must be at most 6\d: the longest"),
+        ({"overrides": ["parallel.context_parallel_size=2"]}, r"\(2\) must be 1 for moepp gen"),
+        ({"overrides": ["precision.fp8=hybrid"]}, r"precision.fp8 \(hybrid\) must be null for"),
+        ({"overrides": ["moe.tau=0.5"]}, r"moe\.tau must be in section parallel or precision"),
+        ({"overrides": ["parallel.tensor_model_parallel_size=2"]}, r"world size \(1\) must be"),
+        (
+            {
+                "overrides": [
+                    "parallel.pipeline_model_parallel_size=2",
+                    "parallel.virtual_pipeline_model_parallel_size=2",
+                ],
+                "world_size": 2,
+            },
+            r"virtual_pipeline_model_parallel_size \(2\) must be null for moepp generate",
+        ),
+    ],
+)
+def test_wrong_requests_are_refused(
+    checkpoint: Path, arguments: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        GenerateRequest.read(checkpoint, **{"prompts": ["Document"], **arguments})  # type: ignore[arg-type]
+
+
+def test_room_decides_how_many_tokens_unless_told(checkpoint: Path) -> None:
+    request = GenerateRequest.read(checkpoint, ["Document"])
+    assert len(request.prompts[0]) + request.max_new_tokens == LENGTH
+
+
+def test_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "other")
+    config = tmp_path / "other" / "config.yaml"
+    config.write_text(config.read_text().replace("vocab_size: 320", "vocab_size: 200"))
+    with pytest.raises(ConfigError, match=r"must not have more than model.vocab_size \(200\)"):
+        GenerateRequest.read(tmp_path / "other", ["Document"])
+
+
+def greedy(checkpoint: Path, overrides: list[str], tokens: Path) -> list[int]:
+    """New tokens of a prompt, by the checkpoint's weights; prompt and they as `score` wants it."""
+    import torch.distributed as dist
+
+    from moepp_megatron.model.build import build_model
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.checkpoint import load_weights
+    from moepp_megatron.training.generate import continue_prompts
+
+    request = GenerateRequest.read(
+        checkpoint, ["Document 7"], overrides, dist.get_world_size(), 12, Sampling(temperature=0.0)
+    )
+    build_groups(request.config, request.layout)
+    models = build_model(request.config)
+    load_weights(request.checkpoint, models)
+    (new,) = continue_prompts(
+        models,
+        request.config,
+        request.layout,
+        request.prompts,
+        request.max_new_tokens,
+        request.sampling,
+        eod=request.tokenizer.eod,
+        vocab_size=request.config.model.vocab_size,
+    )
+    if dist.get_rank() == 0:
+        np.savez(tokens, input_ids=np.array([request.prompts[0] + new]))
+    return new
+
+
+def test_scores_of_the_checkpoint_lead_to_the_same_tokens(
+    ranks: RankPools, checkpoint: Path, tmp_path: Path
+) -> None:
+    ep2 = ["parallel.expert_model_parallel_size=2"]
+    new, same = ranks(2).run(greedy, checkpoint, ep2, tmp_path / "tokens.npz")
+    assert new == same
+    assert len(new) == 12
+    scores = ranks(1).run(score, checkpoint, tmp_path / "tokens.npz", [])[0]
+    likeliest = scores["logits"][0].argmax(axis=-1)
+    assert likeliest[-13:-1].tolist() == new
