@@ -163,7 +163,8 @@ class MoEPPRouter(TopKRouter):
         if padding_mask is not None:
             raise ValueError("padding_mask must be None: MoE++ routing counts every token")
         self._maintain_float32_expert_bias()
-        logits = self.gating(self.apply_input_jitter(input))
+        # megatron-core adds the noise in validation too; there it would only blur the loss.
+        logits = self.gating(self.apply_input_jitter(input) if self.training else input)
         if self.residual_weight is not None:
             assert previous_logits is not None, (
                 f"MoE layer {self.layer_number} has a gating residual but was given no logits of "
