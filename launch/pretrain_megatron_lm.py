@@ -9,10 +9,8 @@ marked MoE++ are all that a `pretrain_*.py` of your own needs.
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ quiet()
 # Does nothing where there is a GPU.
 cpu_support.install_for_megatron_training()
 
-from megatron.core import parallel_state  # noqa: E402
+from megatron.core import datasets, parallel_state  # noqa: E402
 from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E402
     BlendedMegatronDatasetBuilder,
 )
@@ -49,7 +47,7 @@ from moepp_megatron.interop.megatron_arguments import moepp_config, refuse  # no
 from moepp_megatron.interop.megatron_lm import MoEPPModelConfig, add_moepp_arguments  # noqa: E402
 
 
-def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:
+def provide_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:
     """Training, validation and test sequences, built on every rank."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -71,7 +69,7 @@ def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, 
 
 
 # Every rank reads its own batches, so nothing is broadcast.
-datasets.is_distributed = True  # type: ignore[attr-defined]
+provide_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def forward_step(iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Any, Any]:
@@ -96,9 +94,7 @@ def spare_the_dataset_compiler() -> None:
 
     Megatron's loop runs it at every start. The wheel brings the compiled helper, but no Makefile.
     """
-    package = find_spec("megatron.core.datasets")
-    assert package is not None and package.origin is not None, "megatron-core is installed"
-    if not (Path(package.origin).parent / "Makefile").exists():
+    if not (Path(datasets.__file__).parent / "Makefile").exists():
         os.environ["GNUMAKEFLAGS"] = "--eval=all:;"
 
 
@@ -113,12 +109,12 @@ def main() -> None:
     spare_the_dataset_compiler()
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
-        datasets,
+        provide_datasets,
         ModelType.encoder_or_decoder,
         forward_step,
     )
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
+    torch.distributed.destroy_process_group()

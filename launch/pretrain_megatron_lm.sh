@@ -39,5 +39,7 @@ if [[ $gpus == 0 ]]; then
     )
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
+# Megatron asks for it with tensor or context parallelism on GPUs before Blackwell.
+export CUDA_DEVICE_MAX_CONNECTIONS=1
 "$MOEPP_BIN/torchrun" --nproc-per-node "${NPROC:-2}" launch/pretrain_megatron_lm.py \
     "${model[@]}" "${experts[@]}" "${training[@]}" "${data[@]}" "${devices[@]}" "$@"

@@ -118,7 +118,7 @@ def moepp_config(config: TransformerConfig, args: argparse.Namespace) -> MoEPPCo
     own = _own_arguments(args)
     _refuse_unsupported(config)
     scope, beta = _balance(config)
-    names = [name for name, *_ in (*_SETTINGS, *_FLAGS)] + ["gating_residual"]
+    names = [setting[0] for setting in _SETTINGS] + [flag[0] for flag in _FLAGS]
     return MoEPPConfig(
         num_ffn_experts=config.num_moe_experts,
         router_topk=config.moe_router_topk,
@@ -126,13 +126,18 @@ def moepp_config(config: TransformerConfig, args: argparse.Namespace) -> MoEPPCo
         balance_scope=scope,
         score_function=config.moe_router_score_function,
         gate_scale=config.moe_router_topk_scaling_factor or 1.0,
+        gating_residual=own.moepp_gating_residual,
         **{name: getattr(own, f"moepp_{name}") for name in names},
     )
 
 
 def refuse(error: Exception) -> NoReturn:
-    """End this process as every wrong configuration does: one line on stderr, exit code 2."""
-    print(f"error: {error}", file=sys.stderr)
+    """End this process as every wrong configuration does: exit code 2, one line on stderr.
+
+    The line comes from rank 0 alone: every rank finds the same error.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -189,5 +194,3 @@ def _balance(config: TransformerConfig) -> tuple[BalanceScope, float]:
             "loss"
         )
     return _SCOPES[kind], float(beta)
-
-

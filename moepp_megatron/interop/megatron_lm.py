@@ -131,7 +131,7 @@ class MoEPPModelBuilder(GPTModelBuilder):
         return model
 
     def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """As Megatron's, but the wrapper for bf16 takes the stage's configuration, not the true one."""
+        """As Megatron's, but the bf16 wrapper takes over the stage's own configuration."""
         kwargs.setdefault("mixed_precision_wrapper", _as_float16)
         return super().build_distributed_models(*args, **kwargs)
 

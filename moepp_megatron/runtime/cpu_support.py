@@ -317,10 +317,16 @@ def _patch_megatron() -> None:
 
 
 def _patch_megatron_training() -> None:
+    import megatron.training.arguments as arguments
     import megatron.training.training as loop
 
+    # `validate_args` asks the driver with tensor or context parallelism; (0, 0) as above.
+    _set(arguments, "get_device_arch_version", _zero)
+
     # `pretrain` insists on a GPU, unless this argument is given, which it does not pass on.
-    _set(loop, "initialize_megatron", functools.partial(loop.initialize_megatron, allow_no_cuda=True))
+    _set(
+        loop, "initialize_megatron", functools.partial(loop.initialize_megatron, allow_no_cuda=True)
+    )
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
