@@ -9,8 +9,8 @@ its TensorBoard files.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -52,7 +52,8 @@ ARGUMENTS = (
 def script() -> ModuleType:
     """launch/pretrain_megatron_lm.py as a module."""
     spec = importlib.util.spec_from_file_location("pretrain_megatron_lm", SCRIPT)
-    assert spec is not None and spec.loader is not None, f"{SCRIPT} is there"
+    assert spec is not None, f"{SCRIPT} is no Python file"
+    assert spec.loader is not None, f"{SCRIPT} cannot be loaded"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -60,6 +61,8 @@ def script() -> ModuleType:
 
 def command_line(arguments: str, log: str) -> None:
     """Give this rank the command line of a run that logs to `log`."""
+    # Megatron asks for it with tensor or context parallelism before it looks for a GPU.
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     sys.argv = ["pretrain_megatron_lm.py", *arguments.split(), "--tensorboard-dir", log]
 
 
@@ -80,25 +83,15 @@ def scalars(log: str) -> dict[str, list[float]]:
     }
 
 
-def shared_folder() -> str:
-    """A new folder that all ranks know."""
-    import torch.distributed as dist
-
-    names = [tempfile.mkdtemp(prefix="megatron-lm-") if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(names, src=0)
-    assert names[0] is not None, "rank 0 made it"
-    return names[0]
-
-
-def train_in_megatron_lm(arguments: str, way: str) -> tuple[Run, list[Any]]:
+def train_in_megatron_lm(arguments: str, way: str, log: str) -> tuple[Run, list[Any]]:
     """Train in Megatron's loop; returns what `training_runs.train` returns.
 
     Args:
         arguments: Added to `ARGUMENTS`.
         way: How the model gets in: "config", "spec" or "provider".
+        log: A new folder for TensorBoard.
     """
     launch = script()
-    log = shared_folder()
     command_line(f"{ARGUMENTS} {arguments}", log)
     observer = _Observer(arguments)
     try:
@@ -196,17 +189,32 @@ class _Observer:
                 statistics.reset()
 
 
-def _parallel(arguments: str) -> dict[str, int]:
+def _parallel(arguments: str) -> dict[str, int | bool]:
     """The layout among Megatron's arguments, in ours."""
     words = arguments.split()
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    names += ("expert_model_parallel_size", "context_parallel_size")
-    options = {name: f"--{name.replace('_', '-')}" for name in names}
-    return {
-        name: int(words[words.index(option) + 1])
-        for name, option in options.items()
-        if option in words
-    }
+    layout: dict[str, int | bool] = {"sequence_parallel": "--sequence-parallel" in words}
+    for name in ("tensor", "pipeline", "expert"):
+        option = f"--{name}-model-parallel-size"
+        if option in words:
+            layout[f"{name}_model_parallel_size"] = int(words[words.index(option) + 1])
+    if "--context-parallel-size" in words:
+        layout["context_parallel_size"] = int(words[words.index("--context-parallel-size") + 1])
+    return layout
+
+
+def run_script(arguments: str, log: str) -> dict[str, list[float]]:
+    """Run launch/pretrain_megatron_lm.py as it is; returns what it logged.
+
+    Args:
+        arguments: The whole command line but for the folder of TensorBoard.
+        log: A new folder for TensorBoard.
+    """
+    command_line(arguments, log)
+    try:
+        script().main()
+        return scalars(log)
+    finally:
+        _forget()
 
 
 def _forget() -> None:
