@@ -24,6 +24,7 @@ from typing import NoReturn, get_args
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.moe.config import BalanceScope, GateNormalization, MoEPPConfig
+from moepp_megatron.moe.router import router_config
 
 ENVIRONMENT = "MOEPP_ARGS"
 
@@ -74,7 +75,9 @@ _REFUSED: tuple[tuple[str, object], ...] = (
     ("moe_router_num_groups", None),
     ("moe_router_group_topk", None),
     ("moe_router_force_load_balancing", False),
+    ("moe_router_force_biased", None),
     ("moe_router_fusion", False),
+    ("moe_enable_routing_replay", False),
 )
 
 
@@ -119,7 +122,7 @@ def moepp_config(config: TransformerConfig, args: argparse.Namespace) -> MoEPPCo
     _refuse_unsupported(config)
     scope, beta = _balance(config)
     names = [setting[0] for setting in _SETTINGS] + [flag[0] for flag in _FLAGS]
-    return MoEPPConfig(
+    moepp = MoEPPConfig(
         num_ffn_experts=config.num_moe_experts,
         router_topk=config.moe_router_topk,
         balance_coeff=beta,
@@ -129,6 +132,9 @@ def moepp_config(config: TransformerConfig, args: argparse.Namespace) -> MoEPPCo
         gating_residual=own.moepp_gating_residual,
         **{name: getattr(own, f"moepp_{name}") for name in names},
     )
+    # What it refuses is better said now than by a rank that builds its layers.
+    router_config(config, moepp)
+    return moepp
 
 
 def refuse(error: Exception) -> NoReturn:
