@@ -25,6 +25,16 @@ def have_apex() -> bool:
 
 
 @functools.cache
+def have_resiliency_on_gpu() -> bool:
+    """Whether nvidia-resiliency-ext can watch kernels here."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    return importlib.util.find_spec("nvidia_resiliency_ext") is not None
+
+
+@functools.cache
 def flex_backend() -> str | None:
     """What the flex dispatcher runs on here: "deepep", "hybridep", or None for nothing."""
     # Looked for first, because it takes no import of torch to see that it is missing.

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,27 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     return []
 
 
+@dataclass
+class Kills:
+    """What was done to a run.
+
+    Attributes:
+        hit: Ranks killed.
+        during_save: How many of them while a checkpoint was being written.
+        recovery_s: From each kill to the next training step in the log, seconds.
+    """
+
+    hit: int = 0
+    during_save: int = 0
+    recovery_s: list[float] = field(default_factory=list)
+
+
 def kill_some(
     process: subprocess.Popen, run: Path, kills: int, last_step: int, chance: random.Random
-) -> tuple[int, int]:
-    """Kill a random rank `kills` times, some of them while a checkpoint is being written.
-
-    Returns:
-        Kills that hit, and how many of them fell into a save.
-    """
-    done = during_save = 0
-    while done < kills and process.poll() is None:
+) -> Kills:
+    """Kill a random rank `kills` times, some of them while a checkpoint is being written."""
+    done = Kills()
+    while done.hit < kills and process.poll() is None:
         in_save = chance.random() < 0.4
         if not _wait_for_moment(process, run, in_save, last_step, chance):
             break
@@ -127,9 +139,25 @@ def kill_some(
             chance.choice(victims).send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
             continue
-        done += 1
-        during_save += saving
-    return done, during_save
+        done.hit += 1
+        done.during_save += saving
+        done.recovery_s.append(_wait_for_step(process, run))
+    return done
+
+
+def _wait_for_step(process: subprocess.Popen, run: Path) -> float:
+    """Seconds until the run, all of whose ranks are dead or dying, has taken another step."""
+    killed = time.monotonic()
+    # The first rank may still be writing the step that was under way.
+    while ranks_of(process) and time.monotonic() - killed < 0.5:
+        time.sleep(_POLL_S)
+    seen = _modified(run)
+    while _modified(run) == seen:
+        if process.poll() is not None:
+            break
+        assert time.monotonic() - killed < _RESTART_TIMEOUT_S, "no step after a rank was killed"
+        time.sleep(_POLL_S)
+    return time.monotonic() - killed
 
 
 def _wait_for_moment(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import signal
+import statistics
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.faults.harness import (
+    Kills,
     kill_some,
     losses,
     prepare_data,
@@ -36,21 +38,27 @@ def undisturbed(folder: Path, data: Path, num_ranks: int, steps: int) -> dict[in
 
 def survive(
     folder: Path, data: Path, num_ranks: int, steps: int, kills: int
-) -> tuple[dict[int, float], int, int]:
+) -> tuple[dict[int, float], Kills]:
     run = folder / "disturbed"
     config = write_config(folder / "disturbed.yaml", data, run, num_ranks, train_iters=steps)
     with training(config, num_ranks, max_restarts=2 * kills) as process:
-        hit, during_save = kill_some(process, run, kills, steps, random.Random(num_ranks))
+        done = kill_some(process, run, kills, steps, random.Random(num_ranks))
         assert process.wait() == 0, config.with_suffix(".log").read_text()[-3000:]
-    return losses(run), hit, during_save
+    waits = sorted(done.recovery_s)
+    print(
+        f"{num_ranks} ranks: {done.hit} kills, {done.during_save} of them during a save; seconds "
+        f"from kill to next step: median {statistics.median(waits):.1f}, "
+        f"{waits[0]:.1f} to {waits[-1]:.1f}"
+    )
+    return losses(run), done
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_two_kills(tmp_path: Path, data: Path) -> None:
     expected = undisturbed(tmp_path, data, 2, STEPS)
-    actual, hit, _ = survive(tmp_path, data, 2, STEPS, kills=2)
-    assert hit == 2
+    actual, done = survive(tmp_path, data, 2, STEPS, kills=2)
+    assert done.hit == 2
     # The same layout continues to the bit.
     assert actual == expected
     assert sorted(actual) == list(range(1, STEPS + 1))
@@ -63,9 +71,9 @@ def test_two_kills(tmp_path: Path, data: Path) -> None:
 def test_twenty_kills(tmp_path: Path, data: Path, num_ranks: int) -> None:
     steps = 600
     expected = undisturbed(tmp_path, data, num_ranks, steps)
-    actual, hit, during_save = survive(tmp_path, data, num_ranks, steps, kills=20)
-    assert hit == 20
-    assert during_save > 0, "no kill fell into a save"
+    actual, done = survive(tmp_path, data, num_ranks, steps, kills=20)
+    assert done.hit == 20
+    assert done.during_save > 0, "no kill fell into a save"
     assert actual == expected
 
 

@@ -10,8 +10,13 @@ from typing import Self
 import torch.distributed as dist
 
 from moepp_megatron.config import Config
+from moepp_megatron.runtime.optional import have_resiliency_on_gpu
 from moepp_megatron.training.resilience.activity import FIRST_STEP, STEP, Activity
 from moepp_megatron.training.resilience.divergence import check_shared_parameters
+from moepp_megatron.training.resilience.kernel_stragglers import (
+    KernelScores,
+    KernelStragglerDetector,
+)
 from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
 from moepp_megatron.training.resilience.stragglers import OwnTimes, StragglerDetector
 from moepp_megatron.training.resilience.watchdog import Watchdog
@@ -34,7 +39,7 @@ class Supervisor:
         self._model, self._divergence_interval = model, settings.divergence_interval
         self._activity = Activity()
         self._steps_begun = 0
-        self._own_times: OwnTimes | None = None
+        self._comparison: OwnTimes | KernelScores | None = None
         self.guard = NumericalGuard(settings) if settings.guard else None
         self._watchdog: Watchdog | None = None
         if settings.hang_timeout_s > 0:
@@ -45,11 +50,10 @@ class Supervisor:
                 self._activity,
                 settings,
             )
-        self._stragglers: StragglerDetector | None = None
+        self._stragglers: StragglerDetector | KernelStragglerDetector | None = None
         if settings.straggler_interval > 0 and dist.get_world_size() > 1:
-            self._stragglers = StragglerDetector(
-                settings.straggler_interval, settings.straggler_threshold
-            )
+            detector = KernelStragglerDetector if have_resiliency_on_gpu() else StragglerDetector
+            self._stragglers = detector(settings.straggler_interval, settings.straggler_threshold)
 
     def __enter__(self) -> Self:
         """Begin; every rank must enter."""
@@ -92,18 +96,17 @@ class Supervisor:
         Raises:
             SilentDivergenceError: Ranks hold different copies of the same parameters.
         """
-        self._own_times = self._stragglers.end_step(step) if self._stragglers else None
+        self._comparison = self._stragglers.end_step(step) if self._stragglers else None
         if self._divergence_interval > 0 and step % self._divergence_interval == 0:
             with self._model.gathered_parameters():
                 check_shared_parameters(self._model.models, step)
 
     def metrics(self) -> dict[str, int | float]:
         """Optional fields of the step's record."""
-        times = self._own_times
-        if times is None:
+        found = self._comparison
+        if found is None:
             return {}
-        return {
-            "slowest_rank": times.slowest,
-            "slowest_rank_ratio": times.ratio,
-            "waiting_fraction": times.waiting_fraction,
-        }
+        metrics = {"slowest_rank": found.slowest, "slowest_rank_ratio": found.ratio}
+        if found.waiting_fraction is not None:
+            metrics["waiting_fraction"] = found.waiting_fraction
+        return metrics

@@ -1,10 +1,13 @@
-r"""Trains MoE++ and a vanilla MoE of the same FFN experts in turn, on the same tokens.
+r"""Trains variants of one model in turn, on the same tokens: losses and ratios of step times.
 
-Both models live on the same ranks and take their steps alternately, so that whatever else the
-machine does meets both alike: compare the ratio of the step times, not the times.
+All models live on the same ranks and take their steps alternately, so that whatever else the
+machine does meets all alike: compare the ratios of the step times, not the times. `vanilla` is the
+model without zero-computation experts and gating residual.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/vanilla_comparison.py \\
-        configs/quickstart.yaml [section.key=value ...]
+    torchrun --standalone --nproc-per-node 2 benchmarks/compare.py configs/quickstart.yaml \\
+        [section.key=value ...] [--variant NAME [section.key=value ...]] ...
+
+Without a variant the rival is `--variant vanilla`.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ def vanilla(config: Config) -> Config:
 
 
 class Contestant:
-    """One of the two models, its data and what it measured."""
+    """One of the models, its data and what it measured."""
 
     def __init__(self, name: str, config: Config, layout: Layout) -> None:
         self.name, self.config, self.layout = name, config, layout
@@ -86,40 +89,54 @@ class Contestant:
         self.losses.append(mean_loss(result.losses))
         self.ffn_fractions.append(float(self.routing.collect()["ffn_fraction"]))  # type: ignore[arg-type]
 
+    def recent_loss(self) -> float:
+        """Mean of the last ten steps."""
+        return statistics.mean(self.losses[-10:])
+
     def validation(self) -> float:
         """Validation loss now."""
         return validation_loss(self.model, self.valid_set, self.config, self.layout)
 
 
+def parse(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Overrides of all models, and those of each variant by its name."""
+    groups: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument == "--variant":
+            groups.append([])
+        else:
+            groups[-1].append(argument)
+    variants = {group[0]: group[1:] for group in groups[1:]}
+    return groups[0], variants or {"vanilla": []}
+
+
 def main() -> None:
-    """Run both to `training.train_iters` and print what came of it."""
-    config = load_config(Path(sys.argv[1]), sys.argv[2:])
+    """Run all to `training.train_iters` and print what came of it."""
+    overrides, variants = parse(sys.argv[2:])
+    config = load_config(Path(sys.argv[1]), overrides)
     rank = RankEnvironment.read()
     distributed.start(rank)
     layout = Layout.from_config(config, rank.world_size)
     distributed.build_groups(config, layout)
-    moepp, rival = (
-        Contestant(name, c, layout) for name, c in (("MoE++", config), ("vanilla", vanilla(config)))
-    )
+    contestants = [Contestant("base", config, layout)]
+    for name, changes in variants.items():
+        start = vanilla(config) if name == "vanilla" else config
+        contestants.append(Contestant(name, with_overrides(start, changes), layout))
     for step in range(1, config.training.train_iters + 1):
-        for contestant in (moepp, rival) if step % 2 else (rival, moepp):
-            contestant.step()
+        for index in range(len(contestants)):
+            contestants[(index + step) % len(contestants)].step()
         if rank.rank == 0 and step % 20 == 0:
-            losses = ", ".join(f"{c.name} {c.losses[-1]:.4f}" for c in (moepp, rival))
-            print(f"step {step}: {losses}", flush=True)
-    results = [(c, c.validation()) for c in (moepp, rival)]
+            losses = ", ".join(f"{c.name} {c.recent_loss():.4f}" for c in contestants)
+            print(f"step {step}, mean of 10: {losses}", flush=True)
+    results = [(c, c.validation()) for c in contestants]
     if rank.rank == 0:
         for contestant, valid_loss in results:
-            late = contestant.losses[-10:]
+            ratios = [v / b for v, b in zip(contestant.times, contestants[0].times, strict=True)]
             print(
-                f"{contestant.name}: loss {statistics.mean(late):.4f} (last 10 steps), validation "
-                f"{valid_loss:.4f}, median step {statistics.median(contestant.times):.3f} s, "
-                f"FFN share {statistics.mean(contestant.ffn_fractions[-10:]):.3f}"
+                f"{contestant.name}: loss {contestant.recent_loss():.4f} (mean of 10), validation "
+                f"{valid_loss:.4f}, FFN share {statistics.mean(contestant.ffn_fractions[-10:]):.3f}"
+                f", step time against base {statistics.median(ratios):.3f} (median of pairs)"
             )
-        ratios = [v / m for m, v in zip(moepp.times, rival.times, strict=True)]
-        print(
-            f"vanilla step time / MoE++ step time, median of pairs: {statistics.median(ratios):.3f}"
-        )
     distributed.stop()
 
 

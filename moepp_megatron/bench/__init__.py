@@ -1,0 +1,10 @@
+"""Speed of the MoE++ layer against megatron-core's vanilla layer, measured in the same run.
+
+shapes.py       the paper's models and what it measured for them
+held_routing.py routing held at the balanced share phi
+contestants.py  the two layers
+interleave.py   times that may be compared
+layer.py        `moepp bench layer`
+parts.py        where a layer's time goes
+activations.py  what a layer keeps for its backward pass
+"""

@@ -1,0 +1,74 @@
+"""Routing held at perfect balance: FFN experts get exactly the share phi of all selections.
+
+Untrained routers are far from balance, and a benchmark must not depend on how far. So fixed numbers
+are added to each token's logits. They decide who is selected; the router still does all its work,
+and softmax keeps enough spread that no gradient vanishes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Selected experts stand this far above the others.
+MARGIN = 6.0
+
+
+def balanced_selection(
+    num_tokens: int, weights: Tensor, topk: int, generator: torch.Generator
+) -> Tensor:
+    """K different experts for each token, each expert with its share of the selections.
+
+    Args:
+        num_tokens: T.
+        weights: [E] shares of the K T selections, each at most 1 / K; sum 1.
+        topk: K.
+        generator: Decides which tokens go where.
+
+    Returns:
+        [T, K] int64.
+    """
+    total = num_tokens * topk
+    ends = (weights.double().cumsum(0) * total).round().long()
+    ends[-1] = total
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    assert int(counts.max()) <= num_tokens, f"an expert cannot be selected by {counts.max()} tokens"
+    deck = torch.repeat_interleave(torch.arange(len(weights)), counts)
+    picks = deck[torch.randperm(total, generator=generator)].view(num_tokens, topk)
+    while True:
+        ordered = picks.sort(dim=1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1).nonzero().flatten()
+        if len(twice) == 0:
+            return picks
+        # Tokens that hold an expert twice exchange a pick with any others.
+        others = torch.randperm(num_tokens, generator=generator)[: len(twice)]
+        rows = torch.cat([twice, others]).unique()
+        cards = picks[rows].flatten()
+        picks[rows] = cards[torch.randperm(len(cards), generator=generator)].view(-1, topk)
+
+
+def balanced_shares(num_ffn: int, num_zero_computation: int, tau: float) -> Tensor:
+    """[E] each expert's share of selections where the balance loss is least."""
+    weights = torch.tensor([tau] * num_ffn + [1.0] * num_zero_computation, dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def hold(router: Any, picks: Tensor) -> None:
+    """Make `router` select `picks` for the tokens of its next calls.
+
+    Args:
+        router: megatron-core's `TopKRouter` or a subclass.
+        picks: [T, K] expert indices.
+    """
+    own = router.gating
+    num_experts = router.weight.shape[0]
+    offsets = torch.zeros(len(picks), num_experts).scatter(1, picks, MARGIN)
+    offsets = offsets.to(torch.cuda.current_device())
+
+    def gating(hidden: Tensor) -> Tensor:
+        logits = own(hidden)
+        return logits + offsets.view(logits.shape).to(logits.dtype)
+
+    router.gating = gating

@@ -1,0 +1,55 @@
+"""Comma-separated values of command-line options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+
+from moepp_megatron.config.errors import ConfigError
+
+
+def parse_choices(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """Names out of `known`, each once, in the order given.
+
+    Raises:
+        ConfigError: For an unknown name, or none at all.
+    """
+    names = list(dict.fromkeys(_parts(text)))
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{option} ({name}) must be one of {', '.join(known)}{hint}")
+    if not names:
+        raise ConfigError(f"{option} ({text!r}) must name at least one of {', '.join(known)}")
+    return names
+
+
+def parse_numbers(option: str, text: str, rule: str, holds: Callable[[float], bool]) -> list[float]:
+    """Numbers, each once, in the order given.
+
+    Args:
+        option: Its name, for the message.
+        text: Its value.
+        rule: What each must be, in words.
+        holds: The same as a function.
+
+    Raises:
+        ConfigError: For what is no number or breaks the rule, or none at all.
+    """
+    numbers = []
+    for part in _parts(text):
+        try:
+            number = float(part)
+        except ValueError:
+            number = float("nan")
+        if not holds(number):
+            raise ConfigError(f"{option} ({part}) must be {rule}; use for example {option} 0.75")
+        numbers.append(number)
+    if not numbers:
+        raise ConfigError(f"{option} ({text!r}) must hold {rule}; use for example {option} 0.75")
+    return list(dict.fromkeys(numbers))
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
