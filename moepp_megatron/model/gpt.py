@@ -31,6 +31,9 @@ class MoEPPGPTModel(GPTModel):
     ) -> None:
         super().__init__(config, *args, **kwargs)
         self.moepp = moepp
+        # Not read from `self.config` later: whoever wraps this model may give that the wider shape
+        # of what stages exchange (`moepp_megatron.moe.lane.pipeline_config`).
+        self._hidden_size = config.hidden_size
         self._lane: Tensor | None = None
         crosses_stages = config.pipeline_model_parallel_size > 1 and (
             lane_columns(moepp, config.params_dtype) > 0
@@ -44,7 +47,7 @@ class MoEPPGPTModel(GPTModel):
         """Take what the stage before sent: [s, b, D + lane columns]."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if tensor is not None and self._receives_lane:
-            tensor, self._lane = unpack(tensor, self.config.hidden_size)
+            tensor, self._lane = unpack(tensor, self._hidden_size)
         super().set_input_tensor(tensor)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,9 +24,16 @@ from moepp_megatron.moe.balance import (
     selected_fractions,
 )
 from moepp_megatron.moe.capacity import within_capacity
-from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.config import BalanceScope, MoEPPConfig
 from moepp_megatron.moe.parameter import replicated_parameter
 from moepp_megatron.moe.statistics import RoutingStatistics
+
+# The names under which Megatron's training loop looks for a balance loss of this scope.
+_TRACKED_NAMES: dict[BalanceScope, str] = {
+    "microbatch": "load_balancing_loss",
+    "sequence": "seq_load_balancing_loss",
+    "global": "global_load_balancing_loss",
+}
 
 
 class Routing(NamedTuple):
@@ -259,6 +267,13 @@ class MoEPPRouter(TopKRouter):
             )
         loss = local_balance_loss(
             scores_TE, fractions, self.balance_weights, self.tp_cp_group.size()
+        )
+        get_moe_metrics_tracker().record(
+            _TRACKED_NAMES[self.moepp.balance_scope],
+            loss,
+            self.layer_number,
+            self.config.num_layers,
+            reduce_group=self.tp_cp_group,
         )
         gates_TE = attach_loss(
             gates_TE,

@@ -46,6 +46,18 @@ def install() -> bool:
     return True
 
 
+def install_for_megatron_training() -> bool:
+    """As `install`, and what Megatron-LM's own loop, `megatron.training`, needs besides.
+
+    Returns:
+        As `install`.
+    """
+    if not install():
+        return False
+    _patch_megatron_training()
+    return True
+
+
 class _Event:
     """Stands for `torch.cuda.Event`: on a CPU all work is done when it is recorded."""
 
@@ -302,6 +314,19 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     _set(token_dispatcher, "maybe_move_tensor_to_cpu", move)
+
+
+def _patch_megatron_training() -> None:
+    import megatron.training.arguments as arguments
+    import megatron.training.training as loop
+
+    # `validate_args` asks the driver with tensor or context parallelism; (0, 0) as above.
+    _set(arguments, "get_device_arch_version", _zero)
+
+    # `pretrain` insists on a GPU, unless this argument is given, which it does not pass on.
+    _set(
+        loop, "initialize_megatron", functools.partial(loop.initialize_megatron, allow_no_cuda=True)
+    )
 
 
 def _set(owner: Any, name: str, value: Any) -> None:

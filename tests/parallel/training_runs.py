@@ -241,14 +241,14 @@ def _capture_gradients(model: Any) -> list[Any]:
         finalize_model_grads(chunks, num_tokens, **kwargs)
         if not pieces:
             for chunk, inner in zip(model.chunks, model.models, strict=True):
-                _complete_shards(chunk)
-                pieces.extend(_gradient_pieces(inner))
+                complete_shards(chunk)
+                pieces.extend(gradient_pieces(inner))
 
     model.chunks[0].config.finalize_model_grads_func = finalize
     return pieces
 
 
-def _complete_shards(chunk: Any) -> None:
+def complete_shards(chunk: Any) -> None:
     """The distributed optimizer leaves each rank its shard of the gradients: gather the others."""
     import torch.distributed as dist
 
@@ -261,7 +261,7 @@ def _complete_shards(chunk: Any) -> None:
             dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def _gradient_pieces(model: Any) -> list[Any]:
+def gradient_pieces(model: Any) -> list[Any]:
     """(name, global shape, global offset, values) of every local parameter's gradient."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 

@@ -1,0 +1,202 @@
+"""MoE++ settings of a Megatron-LM run: `--moepp-*` for what Megatron's arguments lack.
+
+What Megatron has an argument for keeps it, and is read from the `TransformerConfig` that Megatron
+makes of it:
+
+    --num-experts                      F, the FFN experts alone
+    --moe-router-topk                  K
+    --moe-aux-loss-coeff               beta of the balance loss
+    --moe-router-load-balancing-type   aux_loss, seq_aux_loss or global_aux_loss (the micro-batch,
+                                       each sequence or the global batch), or none
+    --moe-router-score-function        softmax or sigmoid
+    --moe-router-topk-scaling-factor   factor on the gates
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from dataclasses import MISSING, fields
+from typing import NoReturn, get_args
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moepp_megatron.moe.config import BalanceScope, GateNormalization, MoEPPConfig
+from moepp_megatron.moe.router import router_config
+
+ENVIRONMENT = "MOEPP_ARGS"
+
+_SCOPES: dict[str, BalanceScope] = {
+    "aux_loss": "microbatch",
+    "seq_aux_loss": "sequence",
+    "global_aux_loss": "global",
+}
+# Field of MoEPPConfig, type, help. `--moepp-no-gating-residual` is the one that turns a thing off.
+_SETTINGS: tuple[tuple[str, type, str], ...] = (
+    ("num_zero_experts", int, "Experts that return 0."),
+    ("num_copy_experts", int, "Experts that return their input."),
+    ("num_constant_experts", int, "Experts that mix their input with a learned vector."),
+    (
+        "tau",
+        float,
+        "Weight of the zero-computation experts in the balance loss and in the capacities: the "
+        "smaller, the fewer selections go to FFN experts.",
+    ),
+    (
+        "capacity_factor",
+        float,
+        "gamma of the heterogeneous capacities, in place of --moe-expert-capacity-factor; never "
+        "drops a selection where it is not given.",
+    ),
+    (
+        "gate_normalization",
+        str,
+        "Gates of the selected experts, in place of --moe-router-pre-softmax: none keeps their "
+        "scores, selected divides by their sum, nonzero first sets those of zero experts to 0.",
+    ),
+    ("expert_input_scale", float, "Factor on the experts' input, not the router's."),
+    ("logits_norm_std", float, "Rescale each token's logits to this standard deviation."),
+)
+_FLAGS = (
+    ("two_layer_gate", "Gate W_b tanh(W_a x) of the released MoE++ model."),
+    ("selection_bias", "A bias per expert that counts for the selection alone."),
+)
+# Settings of TransformerConfig that the MoE++ router or layer specs would not honour.
+_REFUSED: tuple[tuple[str, object], ...] = (
+    ("multi_latent_attention", False),
+    ("experimental_attention_variant", None),
+    ("heterogeneous_block_specs", False),
+    ("mtp_num_layers", None),
+    ("qk_l2_norm", False),
+    ("use_kitchen", False),
+    ("moe_router_enable_expert_bias", False),
+    ("moe_router_num_groups", None),
+    ("moe_router_group_topk", None),
+    ("moe_router_force_load_balancing", False),
+    ("moe_router_force_biased", None),
+    ("moe_router_fusion", False),
+    ("moe_enable_routing_replay", False),
+)
+
+
+def add_moepp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--moepp-*` to a parser: an `extra_args_provider` of Megatron's `parse_args`."""
+    group = parser.add_argument_group(title="MoE++")
+    defaults = {field.name: field.default for field in fields(MoEPPConfig)}
+    for name, kind, text in _SETTINGS:
+        assert defaults[name] is not MISSING, f"{name} has a default"
+        group.add_argument(
+            _option(name),
+            type=kind,
+            default=defaults[name],
+            choices=get_args(GateNormalization) if name == "gate_normalization" else None,
+            help=f"{text} Default: {defaults[name]}.",
+        )
+    for name, text in _FLAGS:
+        group.add_argument(_option(name), action="store_true", help=text)
+    group.add_argument(
+        "--moepp-no-gating-residual",
+        action="store_false",
+        dest="moepp_gating_residual",
+        help="Routers do not see the logits of the MoE layer before.",
+    )
+    return parser
+
+
+def moepp_config(config: TransformerConfig, args: argparse.Namespace) -> MoEPPConfig:
+    """The layer's settings from Megatron's configuration and arguments.
+
+    Args:
+        config: What Megatron made of its own arguments.
+        args: Megatron's arguments. Where its parser had no `--moepp-*`, as in Megatron-LM's own
+            `pretrain_gpt.py`, they are read from the environment variable MOEPP_ARGS, such as
+            `MOEPP_ARGS="--moepp-tau 0.5"`.
+
+    Raises:
+        ValueError: For settings that contradict each other or that MoE++ cannot honour, with the
+            name, the value, the rule and a remedy.
+    """
+    own = _own_arguments(args)
+    _refuse_unsupported(config)
+    scope, beta = _balance(config)
+    names = [setting[0] for setting in _SETTINGS] + [flag[0] for flag in _FLAGS]
+    moepp = MoEPPConfig(
+        num_ffn_experts=config.num_moe_experts,
+        router_topk=config.moe_router_topk,
+        balance_coeff=beta,
+        balance_scope=scope,
+        score_function=config.moe_router_score_function,
+        gate_scale=config.moe_router_topk_scaling_factor or 1.0,
+        gating_residual=own.moepp_gating_residual,
+        **{name: getattr(own, f"moepp_{name}") for name in names},
+    )
+    # What it refuses is better said now than by a rank that builds its layers.
+    router_config(config, moepp)
+    return moepp
+
+
+def refuse(error: Exception) -> NoReturn:
+    """End this process as every wrong configuration does: exit code 2, one line on stderr.
+
+    The line comes from rank 0 alone: every rank finds the same error.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _option(name: str) -> str:
+    return f"--moepp-{name.replace('_', '-')}"
+
+
+def _own_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    text = os.environ.get(ENVIRONMENT, "")
+    if not hasattr(args, "moepp_tau"):
+        parser = argparse.ArgumentParser(prog=ENVIRONMENT, add_help=False, allow_abbrev=False)
+        return add_moepp_arguments(parser).parse_args(shlex.split(text))
+    if text:
+        raise ValueError(
+            f"{ENVIRONMENT} ({text}) must be unset where the command line takes --moepp-*; "
+            "give its settings there"
+        )
+    return args
+
+
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    if config.num_moe_experts is None:
+        raise ValueError(
+            "--num-experts (None) must be the number of FFN experts of a MoE++ layer; use 8"
+        )
+    if config.transformer_impl not in ("local", "transformer_engine"):
+        raise ValueError(
+            f"--transformer-impl ({config.transformer_impl}) is not supported by the MoE++ layer; "
+            "use transformer_engine or local"
+        )
+    for name, required in _REFUSED:
+        value = getattr(config, name)
+        if value != required:
+            raise ValueError(
+                f"TransformerConfig.{name} ({value}) is not supported by the MoE++ layer; "
+                f"use {required}"
+            )
+
+
+def _balance(config: TransformerConfig) -> tuple[BalanceScope, float]:
+    """Scope and beta of the balance loss."""
+    kind, beta = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if kind == "none":
+        return "microbatch", 0.0
+    if not isinstance(kind, str) or kind not in _SCOPES:
+        raise ValueError(
+            f"--moe-router-load-balancing-type ({kind}) must be one that MoE++ has; "
+            f"use {', '.join(_SCOPES)} or none"
+        )
+    if not isinstance(beta, (int, float)) or beta <= 0:
+        raise ValueError(
+            f"--moe-aux-loss-coeff ({beta}) must be one positive number with "
+            f"--moe-router-load-balancing-type {kind}; use 0.01, or the type none for no balance "
+            "loss"
+        )
+    return _SCOPES[kind], float(beta)

@@ -1,0 +1,147 @@
+"""From Megatron's arguments to the layer's settings."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moepp_megatron.interop.megatron_arguments import (
+    ENVIRONMENT,
+    add_moepp_arguments,
+    moepp_config,
+    refuse,
+)
+from moepp_megatron.moe.config import MoEPPConfig
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    return add_moepp_arguments(argparse.ArgumentParser()).parse_args(words)
+
+
+def transformer(**changes: Any) -> TransformerConfig:
+    """What Megatron's arguments give: its own defaults, but for a coefficient of the loss."""
+    settings: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_moe_experts": 8,
+        "moe_router_topk": 2,
+        "moe_aux_loss_coeff": 0.01,
+        "transformer_impl": "local",
+    }
+    return TransformerConfig(**{**settings, **changes})
+
+
+def test_without_arguments_it_is_the_layer_of_the_paper() -> None:
+    assert moepp_config(transformer(), parsed()) == MoEPPConfig(num_ffn_experts=8)
+
+
+def test_every_setting_of_the_layer_can_be_given() -> None:
+    words = (
+        "--moepp-num-zero-experts 2 --moepp-num-copy-experts 3 --moepp-num-constant-experts 4 "
+        "--moepp-tau 0.5 --moepp-capacity-factor 1.1 --moepp-gate-normalization nonzero "
+        "--moepp-expert-input-scale 2 --moepp-logits-norm-std 3 --moepp-two-layer-gate "
+        "--moepp-selection-bias --moepp-no-gating-residual"
+    )
+    config = transformer(
+        moe_router_topk=3,
+        moe_aux_loss_coeff=0.02,
+        moe_router_load_balancing_type="seq_aux_loss",
+        moe_router_score_function="sigmoid",
+        moe_router_topk_scaling_factor=2.5,
+    )
+    expected = MoEPPConfig(
+        num_ffn_experts=8,
+        num_zero_experts=2,
+        num_copy_experts=3,
+        num_constant_experts=4,
+        router_topk=3,
+        tau=0.5,
+        balance_coeff=0.02,
+        balance_scope="sequence",
+        capacity_factor=1.1,
+        gating_residual=False,
+        gate_normalization="nonzero",
+        score_function="sigmoid",
+        expert_input_scale=2.0,
+        two_layer_gate=True,
+        logits_norm_std=3.0,
+        selection_bias=True,
+        gate_scale=2.5,
+    )
+    assert moepp_config(config, parsed(*words.split())) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "scope", "beta"),
+    [
+        ("aux_loss", "microbatch", 0.01),
+        ("seq_aux_loss", "sequence", 0.01),
+        ("global_aux_loss", "global", 0.01),
+        ("none", "microbatch", 0.0),
+    ],
+)
+def test_megatrons_name_of_the_loss_gives_the_scope(kind: str, scope: str, beta: float) -> None:
+    made = moepp_config(transformer(moe_router_load_balancing_type=kind), parsed())
+    assert (made.balance_scope, made.balance_coeff) == (scope, beta)
+
+
+def test_a_parser_without_our_arguments_leaves_them_to_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nothing_of_ours = argparse.Namespace(num_experts=8)
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    assert moepp_config(transformer(), nothing_of_ours).tau == 0.75
+    monkeypatch.setenv(ENVIRONMENT, "--moepp-tau 0.25 --moepp-no-gating-residual")
+    made = moepp_config(transformer(), nothing_of_ours)
+    assert (made.tau, made.gating_residual) == (0.25, False)
+    with pytest.raises(ValueError, match=r"^MOEPP_ARGS \(--moepp-tau.*must be unset"):
+        moepp_config(transformer(), parsed())
+
+
+def test_an_unknown_word_in_the_environment_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, "--moepp-taw 0.25")
+    with pytest.raises(SystemExit) as end:
+        moepp_config(transformer(), argparse.Namespace())
+    assert end.value.code == 2
+    assert "--moepp-taw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_moe_experts": None}, r"--num-experts \(None\) must be .*; use 8"),
+        ({"moe_aux_loss_coeff": 0.0}, r"--moe-aux-loss-coeff \(0.0\) must be .*; use 0.01"),
+        (
+            {"moe_router_load_balancing_type": "sinkhorn"},
+            r"--moe-router-load-balancing-type \(sinkhorn\) must be .*; use aux_loss",
+        ),
+        ({"multi_latent_attention": True}, r"multi_latent_attention \(True\).*; use False"),
+        ({"moe_router_force_load_balancing": True}, r"force_load_balancing \(True\).*; use False"),
+        ({"mtp_num_layers": 1}, r"mtp_num_layers \(1\).*; use None"),
+        ({"moe_expert_capacity_factor": 1.0}, r"MoEPPConfig.capacity_factor"),
+        ({"qk_l2_norm": True}, r"qk_l2_norm \(True\).*; use False"),
+    ],
+)
+def test_what_the_layer_would_not_honour_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = transformer()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        moepp_config(config, parsed())
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", "error: tau is wrong\n"), ("1", "")])
+def test_refusal_is_one_line_and_exit_code_2(
+    rank: str, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as end:
+        refuse(ValueError("tau is wrong"))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == printed

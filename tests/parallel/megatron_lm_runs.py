@@ -1,0 +1,225 @@
+"""Runs of Megatron-LM's own loop, `megatron.training.pretrain`, on test ranks.
+
+The loop is entered as a user enters it: with the command line in `sys.argv`, the forward pass of
+launch/pretrain_megatron_lm.py, and nothing of the package's trainer. Initial weights and data are
+those of `training_runs.train`, so the two can be compared. What the loop logs is read back from
+its TensorBoard files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from tests.parallel.training_runs import (
+    Run,
+    SyntheticDataset,
+    complete_shards,
+    gradient_pieces,
+    settings,
+)
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "pretrain_megatron_lm.py"
+STEPS = 4
+# Megatron's schedule counts steps from 0 where ours counts from 1; a constant rate has no such
+# difference.
+SETTINGS = settings(optimizer={"decay_style": "constant", "warmup_iters": 0})
+CPU_ARGUMENTS = (
+    "--distributed-backend gloo --transformer-impl local --use-cpu-initialization "
+    "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion "
+    "--no-rope-fusion --no-persist-layer-norm --num-workers 0"
+)
+# `SETTINGS` in Megatron's words.
+ARGUMENTS = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
+    "--seq-length 16 --max-position-embeddings 16 --position-embedding-type rope "
+    "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
+    "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2 "
+    "--num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 0.01 "
+    "--moe-token-dispatcher-type alltoall --expert-tensor-parallel-size 1 "
+    "--micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-style constant "
+    "--weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1 --use-distributed-optimizer "
+    "--calculate-per-token-loss --tokenizer-type NullTokenizer --vocab-size 64 "
+    "--make-vocab-size-divisible-by 1 --eval-iters 0 --eval-interval 100 --log-interval 1 "
+    f"--tensorboard-log-interval 1 --train-iters {STEPS} {CPU_ARGUMENTS}"
+)
+
+
+def script() -> ModuleType:
+    """launch/pretrain_megatron_lm.py as a module."""
+    spec = importlib.util.spec_from_file_location("pretrain_megatron_lm", SCRIPT)
+    assert spec is not None, f"{SCRIPT} is no Python file"
+    assert spec.loader is not None, f"{SCRIPT} cannot be loaded"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command_line(arguments: str, log: str) -> None:
+    """Give this rank the command line of a run that logs to `log`."""
+    # Megatron asks for it with tensor or context parallelism before it looks for a GPU.
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    sys.argv = ["pretrain_megatron_lm.py", *arguments.split(), "--tensorboard-dir", log]
+
+
+def scalars(log: str) -> dict[str, list[float]]:
+    """What Megatron's loop logged, by name, one value a step. Every rank must call."""
+    import torch.distributed as dist
+    from megatron.training import get_tensorboard_writer
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = get_tensorboard_writer()
+    if writer:
+        writer.flush()
+    dist.barrier()
+    events = EventAccumulator(log)
+    events.Reload()
+    return {
+        name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]
+    }
+
+
+def train_in_megatron_lm(arguments: str, way: str, log: str) -> tuple[Run, list[Any]]:
+    """Train in Megatron's loop; returns what `training_runs.train` returns.
+
+    Args:
+        arguments: Added to `ARGUMENTS`.
+        way: How the model gets in: "config", "spec" or "provider".
+        log: A new folder for TensorBoard.
+    """
+    launch = script()
+    command_line(f"{ARGUMENTS} {arguments}", log)
+    observer = _Observer(arguments)
+    try:
+        _pretrain(launch, way, observer)
+        logged = scalars(log)
+    finally:
+        _forget()
+    run = Run(logged["lm loss"], logged["grad-norm"], observer.routing)
+    assert len(run.losses) == STEPS, f"{len(run.losses)} steps are logged"
+    for mine, theirs in zip(observer.routing, logged["load_balancing_loss"], strict=True):
+        # TensorBoard keeps fp32.
+        assert abs(float(mine["balance_loss"]) - theirs) <= 1e-6 * theirs, "the log is wrong"
+    return run, observer.pieces
+
+
+def _pretrain(launch: ModuleType, way: str, observer: _Observer) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from moepp_megatron.interop import megatron_lm
+
+    # Megatron-LM's own pretrain_gpt.py knows no argument of ours.
+    extra = None if way == "spec" else megatron_lm.add_moepp_arguments
+    args = parse_and_validate_args(extra_args_provider=extra)
+    launch.spare_the_dataset_compiler()
+    model_config, provider = None, None
+    if way == "provider":
+
+        def provider(*inputs: Any, **named: Any) -> Any:
+            model = megatron_lm.model_provider(*inputs, **named)
+            observer.built([model])
+            return model
+
+    else:
+        kind = {} if way == "spec" else {"model_config_cls": megatron_lm.MoEPPModelConfig}
+        model_config = gpt_config_from_args(args, **kind)
+        model_config.pre_wrap_hooks.append(observer.built)
+
+    def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, None, None]:
+        return SyntheticDataset(observer.config, STEPS), None, None
+
+    datasets.is_distributed = True  # type: ignore[attr-defined]
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        datasets,
+        ModelType.encoder_or_decoder,
+        launch.forward_step,
+        model_provider=provider,
+    )
+
+
+class _Observer:
+    """Sets the weights of a run, and sees its gradients and routing."""
+
+    def __init__(self, arguments: str) -> None:
+        from moepp_megatron.config import parse_config
+
+        self.models: list[Any] = []
+        self.routing: list[dict[str, Any]] = []
+        self.pieces: list[Any] = []
+        self.config = parse_config(settings(**{**SETTINGS, "parallel": _parallel(arguments)}))
+
+    def built(self, models: list[Any]) -> list[Any]:
+        from moepp_megatron.model.initialize import initialize_weights
+
+        initialize_weights(models, self.config.training.seed)
+        self.models += models
+        # The loop sets its own function where there is none.
+        models[0].config.finalize_model_grads_func = self._finalize
+        return models
+
+    def _finalize(self, chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+        import torch.distributed as dist
+        from megatron.core.distributed import finalize_model_grads
+
+        from moepp_megatron.config import Layout
+        from moepp_megatron.moe.layer import moe_statistics
+        from moepp_megatron.training.collect import RoutingCollector
+
+        finalize_model_grads(chunks, num_tokens, **kwargs)
+        if not self.pieces:
+            for chunk, model in zip(chunks, self.models, strict=True):
+                complete_shards(chunk)
+                self.pieces.extend(gradient_pieces(model))
+        layout = Layout.from_config(self.config, dist.get_world_size())
+        model = SimpleNamespace(models=self.models)
+        self.routing.append(RoutingCollector(model, self.config, layout).collect())  # type: ignore[arg-type]
+        for chunk in self.models:
+            for statistics in moe_statistics(chunk).values():
+                statistics.reset()
+
+
+def _parallel(arguments: str) -> dict[str, int | bool]:
+    """The layout among Megatron's arguments, in ours."""
+    words = arguments.split()
+    layout: dict[str, int | bool] = {"sequence_parallel": "--sequence-parallel" in words}
+    for name in ("tensor", "pipeline", "expert"):
+        option = f"--{name}-model-parallel-size"
+        if option in words:
+            layout[f"{name}_model_parallel_size"] = int(words[words.index(option) + 1])
+    if "--context-parallel-size" in words:
+        layout["context_parallel_size"] = int(words[words.index("--context-parallel-size") + 1])
+    return layout
+
+
+def run_script(arguments: str, log: str) -> dict[str, list[float]]:
+    """Run launch/pretrain_megatron_lm.py as it is; returns what it logged.
+
+    Args:
+        arguments: The whole command line but for the folder of TensorBoard.
+        log: A new folder for TensorBoard.
+    """
+    command_line(arguments, log)
+    try:
+        script().main()
+        return scalars(log)
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    """Empty Megatron's globals, for the next run in this process."""
+    from megatron.training import global_vars
+
+    global_vars.unset_global_variables()
+    global_vars.destroy_global_vars()

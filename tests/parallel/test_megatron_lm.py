@@ -1,0 +1,84 @@
+"""MoE++ in Megatron-LM's own loop trains to the result of our trainer on one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.megatron_lm_runs import (
+    ARGUMENTS,
+    SETTINGS,
+    STEPS,
+    run_script,
+    train_in_megatron_lm,
+)
+from tests.parallel.ranks import RankError, RankPools
+from tests.parallel.training_runs import Run, assemble, compare, train
+
+# fp32; the same bound as in the layout matrix, whose largest difference is 2.3e-6.
+RELATIVE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: RankPools) -> Run:
+    return assemble(ranks(1).run(train, SETTINGS, STEPS))
+
+
+SPEC = "--spec moepp_megatron.interop.megatron_lm moepp_spec"
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize(
+    ("way", "arguments"),
+    [
+        pytest.param("config", "--expert-model-parallel-size 2", id="config, ep 2"),
+        pytest.param("spec", f"--expert-model-parallel-size 2 {SPEC}", id="spec, ep 2"),
+        pytest.param(
+            "config", "--tensor-model-parallel-size 2 --sequence-parallel", id="config, tp 2"
+        ),
+        pytest.param(
+            "config", "--context-parallel-size 2 --cp-comm-type all_gather", id="config, cp 2"
+        ),
+        pytest.param("provider", "--pipeline-model-parallel-size 2", id="provider, pp 2"),
+        pytest.param(
+            "config",
+            "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+            id="config, pp 2, vpp 2",
+        ),
+    ],
+)
+def test_equals_our_trainer(
+    ranks: RankPools, reference: Run, tmp_path: Path, way: str, arguments: str
+) -> None:
+    results = ranks(2).run(train_in_megatron_lm, arguments, way, str(tmp_path))
+    compare(assemble(results), reference, RELATIVE)
+
+
+@pytest.mark.parallel
+def test_bf16_crosses_stages(ranks: RankPools, tmp_path: Path) -> None:
+    alone, staged = (
+        assemble(ranks(n).run(train_in_megatron_lm, arguments, "config", str(tmp_path / str(n))))
+        for n, arguments in ((1, "--bf16"), (2, "--bf16 --pipeline-model-parallel-size 2"))
+    )
+    # Nothing is rounded between stages, and they change no sum but that of the gradient norm.
+    assert staged.losses == alone.losses
+    compare(staged, alone, RELATIVE)
+
+
+@pytest.mark.parallel
+def test_spec_refuses_a_gating_residual_across_stages(ranks: RankPools, tmp_path: Path) -> None:
+    arguments = f"--pipeline-model-parallel-size 2 {SPEC}"
+    with pytest.raises(RankError) as error:
+        ranks(2).run(train_in_megatron_lm, arguments, "spec", str(tmp_path))
+    assert "--pipeline-model-parallel-size (2) must be 1 with --spec" in error.value.reasons[0]
+
+
+@pytest.mark.parallel
+def test_example_script_trains_on_mock_data(ranks: RankPools, tmp_path: Path) -> None:
+    arguments = f"{ARGUMENTS} --mock-data --expert-model-parallel-size 2 --moepp-tau 0.5"
+    first, *others = ranks(2).run(run_script, arguments, str(tmp_path))
+    assert len(first["lm loss"]) == STEPS
+    assert first["lm loss"][-1] < first["lm loss"][0]
+    assert all(value > 0 for value in first["load_balancing_loss"])
+    assert others == [first]
