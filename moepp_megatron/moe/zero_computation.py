@@ -13,7 +13,7 @@ from moepp_megatron.moe.parameter import replicated_parameter
 
 
 class ZeroComputationExperts(MegatronModule):
-    """Adds the output of every zero-computation expert of a layer to its FFN experts' output.
+    """The output of every zero-computation expert of a layer, added up.
 
     zero(x) = 0, copy(x) = x, constant_c(x) = a1 x + a2 v_c with [a1, a2] = softmax(U_c x)
     (arXiv 2410.07348, zero-computation experts). Weighted by their gates g they sum to
@@ -35,30 +35,35 @@ class ZeroComputationExperts(MegatronModule):
             self.constants = replicated_parameter(config, count, hidden)
             self.mixing_weight = replicated_parameter(config, count, 2, hidden)
 
-    def forward(self, x: Tensor, gates: Tensor, ffn_output: Tensor) -> Tensor:
-        """Add the zero-computation experts' output.
+    def forward(self, x: Tensor, gates: Tensor, addend: Tensor | None = None) -> Tensor | None:
+        """Add up the zero-computation experts' output.
 
         Args:
-            x: [T, D] the layer's input.
-            gates: [T, E] fp32 gates of all experts, 0 where not selected.
-            ffn_output: [T, D] combined output of the FFN experts, dtype of `x`.
+            x: [s, b, D] the layer's input.
+            gates: [s b, E] fp32 gates of all experts, 0 where not selected.
+            addend: What to add them to, as `x`; None for nothing.
 
         Returns:
-            [T, D], dtype of `x`.
+            As `x`; None where that is 0 everywhere and there was nothing to add to.
         """
         moepp = self.moepp
+        if moepp.num_constant_experts + moepp.num_copy_experts == 0:
+            return addend
+        shape, x = x.shape, x.view(-1, x.shape[-1])
+        output = None if addend is None else addend.view_as(x)
         weight_of_input = gates[:, moepp.copy_experts].sum(dim=-1)
-        output = ffn_output
         if moepp.num_constant_experts > 0:
             constant_gates = gates[:, moepp.constant_experts]
             keep, replace = self._mixing(x).unbind(dim=-1)
             weight_of_input = weight_of_input + (constant_gates * keep).sum(dim=-1)
             weight_of_constants = (constant_gates * replace).to(x.dtype)
-            output = torch.addmm(output, weight_of_constants, self.constants)
-        if moepp.num_constant_experts + moepp.num_copy_experts > 0:
-            weight_of_input = weight_of_input * moepp.expert_input_scale
-            output = torch.addcmul(output, x, weight_of_input.to(x.dtype).unsqueeze(-1))
-        return output
+            if output is None:
+                output = weight_of_constants @ self.constants
+            else:
+                output = torch.addmm(output, weight_of_constants, self.constants)
+        weight_of_input = (weight_of_input * moepp.expert_input_scale).to(x.dtype).unsqueeze(-1)
+        output = x * weight_of_input if output is None else output.addcmul(x, weight_of_input)
+        return output.view(shape)
 
     def _mixing(self, x: Tensor) -> Tensor:
         """[T, C, 2] fp32: how much of the input each constant expert keeps and replaces."""
