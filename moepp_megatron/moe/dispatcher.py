@@ -30,6 +30,8 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     megatron-core's dropless path assumes.
     """
 
+    tokens_per_expert: Tensor
+
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """As in megatron-core, with the number of permuted rows taken from the map.
 
@@ -82,10 +84,10 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return super().combine_postprocess(self._inbound.end(hidden_states))
 
     def _exchange(self, back: bool) -> Exchange:
-        splits = (self.input_splits, self.output_splits)
-        if self.ep_size == 1:
-            splits = ([], [])
-        return Exchange(self.ep_group, *(reversed(splits) if back else splits))
+        """An all-to-all of one row a selection, towards the experts or back."""
+        # megatron-core leaves the splits alone where there is one rank.
+        out, home = ([], []) if self.ep_size == 1 else (self.input_splits, self.output_splits)
+        return Exchange(self.ep_group, home, out) if back else Exchange(self.ep_group, out, home)
 
 
 def build_dispatcher(
@@ -137,10 +139,11 @@ def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int:
     """Bytes of hidden vectors that this rank sends to others for one forward pass.
 
     Counts dispatch and combine over the expert-parallel group. The all-to-all: by the split sizes
-    that it was called with, of selections or, deduplicated, of copies. The all-gather: one copy of every local token to every other rank and
-    back. Flex: one copy of a token to every other rank that it needs, and back (counted where the
-    token starts, so only the sum over ranks is exact). The gates that travel along, 4 bytes a
-    selection, and the deduplicated dispatcher's maps, a byte an expert and copy, are not counted.
+    that it was called with, of selections or, deduplicated, of copies. The all-gather: one copy of
+    every local token to every other rank and back. Flex: one copy of a token to every other rank
+    that it needs, and back (counted where the token starts, so only the sum over ranks is exact).
+    What travels along is not counted: gates, 4 bytes a selection, and the deduplicated
+    dispatcher's maps, a byte for each expert of a rank with each copy.
 
     Args:
         dispatcher: After `dispatch_preprocess` and `token_dispatch` of this pass.
@@ -148,14 +151,11 @@ def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int:
     """
     row = hidden.shape[-1] * hidden.element_size()
     if isinstance(dispatcher, (MoEAlltoAllTokenDispatcher, DedupAlltoAllTokenDispatcher)):
-        if dispatcher.ep_size == 1 or dispatcher.input_splits is None:
+        out, home = dispatcher.input_splits, dispatcher.output_splits
+        if dispatcher.ep_size == 1 or out is None or home is None:
             return 0
         own = dispatcher.ep_rank
-        outgoing = sum(int(n) for n in dispatcher.input_splits) - int(dispatcher.input_splits[own])
-        returning = sum(int(n) for n in dispatcher.output_splits) - int(
-            dispatcher.output_splits[own]
-        )
-        return (outgoing + returning) * row
+        return int(sum(out) - out[own] + sum(home) - home[own]) * row
     if isinstance(dispatcher, MoEAllGatherTokenDispatcher):
         others = dispatcher.tp_size * dispatcher.ep_size - 1
         return 2 * hidden[..., 0].numel() * others * row

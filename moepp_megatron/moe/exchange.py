@@ -63,6 +63,7 @@ class Exchange:
         work = dist.all_to_all_single(
             arriving, rows, receive, send, group=self._group, async_op=True
         )
+        assert work is not None, "this rank is not in the group that it exchanges with"
         # The input is kept until the collective has read it.
         self._flight = (work, arriving, rows)
 
