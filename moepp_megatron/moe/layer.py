@@ -145,11 +145,25 @@ class MoEPPLayer(MoELayer):
         dispatched, probs = self.dispatch(tokens, probs)
         if RoutingStatistics.counts_now(self.training):
             self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
-        local_output = self.shared_experts_compute(hidden_states)
+        # While tokens travel to their experts and back: what needs no token to move.
+        shared_output = self.shared_experts_compute(hidden_states)
         expert_output, _ = self.routed_experts_compute(dispatched, probs)
         returning = self.combine(expert_output)
-        local_output = self.zero_computation(hidden_states, routing.gates, local_output)
-        return self.postprocess(returning, local_output), routing.logits
+        output = self._local_output(hidden_states, routing.gates, shared_output)
+        ffn_output = self.postprocess(returning, None)
+        if output is None:
+            return ffn_output, routing.logits
+        output.add_(ffn_output.view_as(output))
+        return output.view(hidden_states.shape), routing.logits
+
+    def _local_output(
+        self, hidden_states: Tensor, gates: Tensor, shared_output: Tensor | None
+    ) -> Tensor | None:
+        """[T, D] what zero-computation and shared experts return; None where there is nothing."""
+        hidden_size = hidden_states.shape[-1]
+        if shared_output is not None:
+            shared_output = shared_output.reshape(-1, hidden_size)
+        return self.zero_computation(hidden_states.view(-1, hidden_size), gates, shared_output)
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:

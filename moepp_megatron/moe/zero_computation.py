@@ -39,31 +39,33 @@ class ZeroComputationExperts(MegatronModule):
         """Add up the zero-computation experts' output.
 
         Args:
-            x: [s, b, D] the layer's input.
-            gates: [s b, E] fp32 gates of all experts, 0 where not selected.
-            addend: What to add them to, as `x`; None for nothing.
+            x: [T, D] the layer's input.
+            gates: [T, E] fp32 gates of all experts, 0 where not selected.
+            addend: [T, D] what to add them to, dtype of `x`, left as it is; None for nothing.
 
         Returns:
-            As `x`; None where that is 0 everywhere and there was nothing to add to.
+            [T, D], dtype of `x`, a tensor of its own that may be added to in place; None where
+            there is nothing to add up.
         """
         moepp = self.moepp
         if moepp.num_constant_experts + moepp.num_copy_experts == 0:
-            return addend
-        shape, x = x.shape, x.view(-1, x.shape[-1])
-        output = None if addend is None else addend.view_as(x)
+            return None if addend is None else addend.clone()
+        output = None
         weight_of_input = gates[:, moepp.copy_experts].sum(dim=-1)
         if moepp.num_constant_experts > 0:
             constant_gates = gates[:, moepp.constant_experts]
             keep, replace = self._mixing(x).unbind(dim=-1)
             weight_of_input = weight_of_input + (constant_gates * keep).sum(dim=-1)
             weight_of_constants = (constant_gates * replace).to(x.dtype)
-            if output is None:
+            if addend is None:
                 output = weight_of_constants @ self.constants
             else:
-                output = torch.addmm(output, weight_of_constants, self.constants)
+                output = torch.addmm(addend, weight_of_constants, self.constants)
+        elif addend is not None:
+            output = addend.clone()
         weight_of_input = (weight_of_input * moepp.expert_input_scale).to(x.dtype).unsqueeze(-1)
-        output = x * weight_of_input if output is None else output.addcmul(x, weight_of_input)
-        return output.view(shape)
+        # In place: a further tensor of this size would be the largest cost of these experts.
+        return x * weight_of_input if output is None else output.addcmul_(x, weight_of_input)
 
     def _mixing(self, x: Tensor) -> Tensor:
         """[T, C, 2] fp32: how much of the input each constant expert keeps and replaces."""
