@@ -39,6 +39,7 @@ def moepp_config(config: Config) -> MoEPPConfig:
         logits_norm_std=moe.logits_norm_std,
         selection_bias=moe.selection_bias,
         gate_scale=moe.gate_scale,
+        deduplicate_dispatch=moe.dispatcher == "alltoall_dedup",
     )
 
 
@@ -107,7 +108,8 @@ def _moe_fields(config: Config) -> dict[str, object]:
         "moe_router_topk": moe.router_topk,
         "moe_ffn_hidden_size": config.expert_ffn_hidden_size,
         "moe_layer_freq": moe.layer_freq,
-        "moe_token_dispatcher_type": moe.dispatcher,
+        # megatron-core knows no deduplicated all-to-all; the MoE++ layer builds it.
+        "moe_token_dispatcher_type": moe.dispatcher.removesuffix("_dedup"),
         "moe_flex_dispatcher_backend": (moe.dispatcher == "flex" and flex_backend()) or "deepep",
         "moe_router_dtype": "fp32",
         "moe_z_loss_coeff": moe.z_loss_coeff,

@@ -48,6 +48,9 @@ class MoEPPConfig:
             for the selection alone, never to the gates (LongCat-Flash, DeepSeek-V3).
         gate_scale: Factor on all gates after normalisation (LongCat-Flash's
             `routed_scaling_factor`).
+        deduplicate_dispatch: Whether the all-to-all sends a token once to each rank that holds
+            experts of it, and not once to each expert
+            (`TransformerConfig.moe_token_dispatcher_type` must be `alltoall`).
     """
 
     num_ffn_experts: int
@@ -67,6 +70,7 @@ class MoEPPConfig:
     logits_norm_std: float | None = None
     selection_bias: bool = False
     gate_scale: float = 1.0
+    deduplicate_dispatch: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that no layer can be built from.
@@ -122,7 +126,12 @@ class MoEPPConfig:
     def _refuse_what_vanilla_lacks(self) -> None:
         if not self.is_vanilla:
             return
-        for name in ("two_layer_gate", "expert_input_scale", "logits_norm_std"):
+        for name in (
+            "two_layer_gate",
+            "expert_input_scale",
+            "logits_norm_std",
+            "deduplicate_dispatch",
+        ):
             default = self.__dataclass_fields__[name].default
             if getattr(self, name) != default:
                 raise ValueError(

@@ -1,4 +1,8 @@
-"""Token dispatchers that move only what FFN experts need."""
+"""Token dispatchers that move only what FFN experts need.
+
+Those with an all-to-all do not wait for it: `token_dispatch` and `token_combine` only start it and
+return tickets (see `exchange`), `dispatch_postprocess` and `combine_postprocess` wait.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moepp_megatron.moe.dedup_dispatcher import DedupAlltoAllTokenDispatcher
+from moepp_megatron.moe.exchange import Exchange
 from moepp_megatron.moe.flex_dispatcher import FFNFlexTokenDispatcher, vectors_sent
 
 
@@ -23,6 +29,8 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     to K selections, so the number of permuted rows is the map's sum and not T * K, which
     megatron-core's dropless path assumes.
     """
+
+    tokens_per_expert: Tensor
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """As in megatron-core, with the number of permuted rows taken from the map.
@@ -48,17 +56,58 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             self.num_out_tokens = int(self.num_out_tokens)  # type: ignore[assignment]
         return tokens_per_expert
 
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Send rows [rows, D] and gates [rows] to their experts' ranks; returns tickets."""
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+            "before_ep_alltoall", self.tokens_per_expert
+        )
+        self._outbound = [self._exchange(back=False) for _ in range(2)]
+        rows, gates = self._outbound
+        # Collectives of a group run in the order they began: the small one need not wait.
+        gates_ticket = gates.begin(probs)
+        return rows.begin(hidden_states), gates_ticket
+
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Wait for rows and gates, given their tickets; then as in megatron-core."""
+        rows, gates = self._outbound
+        return super().dispatch_postprocess(rows.end(hidden_states), gates.end(probs))
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """Send the experts' outputs back; returns a ticket."""
+        self._inbound = self._exchange(back=True)
+        return self._inbound.begin(hidden_states)
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """Wait for the experts' outputs, given their ticket; then as in megatron-core."""
+        return super().combine_postprocess(self._inbound.end(hidden_states))
+
+    def _exchange(self, back: bool) -> Exchange:
+        """An all-to-all of one row a selection, towards the experts or back."""
+        # megatron-core leaves the splits alone where there is one rank.
+        out, home = ([], []) if self.ep_size == 1 else (self.input_splits, self.output_splits)
+        return Exchange(self.ep_group, home, out) if back else Exchange(self.ep_group, out, home)
+
 
 def build_dispatcher(
     num_local_experts: int,
     local_expert_indices: list[int],
     config: TransformerConfig,
     pg_collection: ProcessGroupCollection,
+    deduplicate: bool = False,
 ) -> MoETokenDispatcher:
     """The FFN-only dispatcher that `config.moe_token_dispatcher_type` names.
 
+    Args:
+        num_local_experts: FFN experts of this rank.
+        local_expert_indices: Their indices.
+        config: The model's configuration.
+        pg_collection: Process groups.
+        deduplicate: Whether the all-to-all sends a token once to each rank (`dedup_dispatcher`).
+
     Raises:
-        ValueError: For a dispatcher that cannot carry FFN-only routing.
+        ValueError: For a dispatcher that cannot carry FFN-only routing or deduplicate it.
         ImportError: For flex without its package.
     """
     dispatchers: dict[str, type[MoETokenDispatcher]] = {
@@ -73,7 +122,15 @@ def build_dispatcher(
             f"moe_token_dispatcher_type ({name}) must be one that carries FFN-only routing; use "
             + " or ".join(dispatchers)
         )
-    return dispatchers[name](
+    dispatcher = dispatchers[name]
+    if deduplicate:
+        if name != "alltoall":
+            raise ValueError(
+                f"moe_token_dispatcher_type ({name}) must be alltoall with deduplicate_dispatch "
+                "(True); use alltoall"
+            )
+        dispatcher = DedupAlltoAllTokenDispatcher
+    return dispatcher(
         num_local_experts, local_expert_indices, config=config, pg_collection=pg_collection
     )
 
@@ -82,25 +139,23 @@ def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int:
     """Bytes of hidden vectors that this rank sends to others for one forward pass.
 
     Counts dispatch and combine over the expert-parallel group. The all-to-all: by the split sizes
-    that it was called with. The all-gather: one copy of every local token to every other rank and
-    back. Flex: one copy of a token to every other rank that it needs, and back (counted where the
-    token starts, so only the sum over ranks is exact). The gates that travel along, 4 bytes a
-    selection, are not counted.
+    that it was called with, of selections or, deduplicated, of copies. The all-gather: one copy of
+    every local token to every other rank and back. Flex: one copy of a token to every other rank
+    that it needs, and back (counted where the token starts, so only the sum over ranks is exact).
+    What travels along is not counted: gates, 4 bytes a selection, and the deduplicated
+    dispatcher's maps, a byte for each expert of a rank with each copy.
 
     Args:
         dispatcher: After `dispatch_preprocess` and `token_dispatch` of this pass.
         hidden: [s, b, D] the layer's input.
     """
     row = hidden.shape[-1] * hidden.element_size()
-    if isinstance(dispatcher, MoEAlltoAllTokenDispatcher):
-        if dispatcher.ep_size == 1 or dispatcher.input_splits is None:
+    if isinstance(dispatcher, (MoEAlltoAllTokenDispatcher, DedupAlltoAllTokenDispatcher)):
+        out, home = dispatcher.input_splits, dispatcher.output_splits
+        if dispatcher.ep_size == 1 or out is None or home is None:
             return 0
         own = dispatcher.ep_rank
-        outgoing = sum(int(n) for n in dispatcher.input_splits) - int(dispatcher.input_splits[own])
-        returning = sum(int(n) for n in dispatcher.output_splits) - int(
-            dispatcher.output_splits[own]
-        )
-        return (outgoing + returning) * row
+        return int(sum(out) - out[own] + sum(home) - home[own]) * row
     if isinstance(dispatcher, MoEAllGatherTokenDispatcher):
         others = dispatcher.tp_size * dispatcher.ep_size - 1
         return 2 * hidden[..., 0].numel() * others * row

@@ -1,7 +1,9 @@
 """The MoE++ layer: megatron-core's `MoELayer` with zero-computation experts and a residual router.
 
-Order of operations: route -> dispatch FFN-routed tokens -> FFN experts -> combine -> add the
-zero-computation experts' closed form, which needs no token to move.
+Order of operations, with what needs no token to move filling the time while tokens travel:
+
+    route -> dispatch FFN-routed tokens ...... FFN experts -> combine ........... -> add
+                  shared experts in the meantime      zero-computation experts
 """
 
 from __future__ import annotations
@@ -85,7 +87,11 @@ class MoEPPLayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.moepp = moepp
         self.token_dispatcher = build_dispatcher(
-            self.num_local_experts, self.local_expert_indices, config, pg_collection
+            self.num_local_experts,
+            self.local_expert_indices,
+            config,
+            pg_collection,
+            moepp.deduplicate_dispatch,
         )
         self.zero_computation = ZeroComputationExperts(config, moepp)
 
@@ -125,7 +131,6 @@ class MoEPPLayer(MoELayer):
     def _forward(
         self, hidden_states: Tensor, previous_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        shared_output = self.shared_experts_compute(hidden_states)
         routing = self.router(hidden_states, previous_logits)
         num_ffn = self.moepp.num_ffn_experts
 
@@ -140,14 +145,25 @@ class MoEPPLayer(MoELayer):
         dispatched, probs = self.dispatch(tokens, probs)
         if RoutingStatistics.counts_now(self.training):
             self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
+        # While tokens travel to their experts and back: what needs no token to move.
+        shared_output = self.shared_experts_compute(hidden_states)
         expert_output, _ = self.routed_experts_compute(dispatched, probs)
-        ffn_output = self.postprocess(self.combine(expert_output), shared_output)
-
-        hidden_size = hidden_states.shape[-1]
-        output = self.zero_computation(
-            hidden_states.view(-1, hidden_size), routing.gates, ffn_output.view(-1, hidden_size)
-        )
+        returning = self.combine(expert_output)
+        output = self._local_output(hidden_states, routing.gates, shared_output)
+        ffn_output = self.postprocess(returning, None)
+        if output is None:
+            return ffn_output, routing.logits
+        output.add_(ffn_output.view_as(output))
         return output.view(hidden_states.shape), routing.logits
+
+    def _local_output(
+        self, hidden_states: Tensor, gates: Tensor, shared_output: Tensor | None
+    ) -> Tensor | None:
+        """[T, D] what zero-computation and shared experts return; None where there is nothing."""
+        hidden_size = hidden_states.shape[-1]
+        if shared_output is not None:
+            shared_output = shared_output.reshape(-1, hidden_size)
+        return self.zero_computation(hidden_states.view(-1, hidden_size), gates, shared_output)
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:

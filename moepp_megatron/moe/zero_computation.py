@@ -13,7 +13,7 @@ from moepp_megatron.moe.parameter import replicated_parameter
 
 
 class ZeroComputationExperts(MegatronModule):
-    """Adds the output of every zero-computation expert of a layer to its FFN experts' output.
+    """The output of every zero-computation expert of a layer, added up.
 
     zero(x) = 0, copy(x) = x, constant_c(x) = a1 x + a2 v_c with [a1, a2] = softmax(U_c x)
     (arXiv 2410.07348, zero-computation experts). Weighted by their gates g they sum to
@@ -35,30 +35,37 @@ class ZeroComputationExperts(MegatronModule):
             self.constants = replicated_parameter(config, count, hidden)
             self.mixing_weight = replicated_parameter(config, count, 2, hidden)
 
-    def forward(self, x: Tensor, gates: Tensor, ffn_output: Tensor) -> Tensor:
-        """Add the zero-computation experts' output.
+    def forward(self, x: Tensor, gates: Tensor, addend: Tensor | None = None) -> Tensor | None:
+        """Add up the zero-computation experts' output.
 
         Args:
             x: [T, D] the layer's input.
             gates: [T, E] fp32 gates of all experts, 0 where not selected.
-            ffn_output: [T, D] combined output of the FFN experts, dtype of `x`.
+            addend: [T, D] what to add them to, dtype of `x`, left as it is; None for nothing.
 
         Returns:
-            [T, D], dtype of `x`.
+            [T, D], dtype of `x`, a tensor of its own that may be added to in place; None where
+            there is nothing to add up.
         """
         moepp = self.moepp
+        if moepp.num_constant_experts + moepp.num_copy_experts == 0:
+            return None if addend is None else addend.clone()
+        output = None
         weight_of_input = gates[:, moepp.copy_experts].sum(dim=-1)
-        output = ffn_output
         if moepp.num_constant_experts > 0:
             constant_gates = gates[:, moepp.constant_experts]
             keep, replace = self._mixing(x).unbind(dim=-1)
             weight_of_input = weight_of_input + (constant_gates * keep).sum(dim=-1)
             weight_of_constants = (constant_gates * replace).to(x.dtype)
-            output = torch.addmm(output, weight_of_constants, self.constants)
-        if moepp.num_constant_experts + moepp.num_copy_experts > 0:
-            weight_of_input = weight_of_input * moepp.expert_input_scale
-            output = torch.addcmul(output, x, weight_of_input.to(x.dtype).unsqueeze(-1))
-        return output
+            if addend is None:
+                output = weight_of_constants @ self.constants
+            else:
+                output = torch.addmm(addend, weight_of_constants, self.constants)
+        elif addend is not None:
+            output = addend.clone()
+        weight_of_input = (weight_of_input * moepp.expert_input_scale).to(x.dtype).unsqueeze(-1)
+        # In place: a further tensor of this size would be the largest cost of these experts.
+        return x * weight_of_input if output is None else output.addcmul_(x, weight_of_input)
 
     def _mixing(self, x: Tensor) -> Tensor:
         """[T, C, 2] fp32: how much of the input each constant expert keeps and replaces."""

@@ -57,6 +57,7 @@ WORDS: dict[str, tuple[str, Any]] = {
     "re-block": ("recompute", "block"),
     "re-moe": ("recompute", "moe"),
     "allgather": ("dispatcher", "allgather"),
+    "dedup": ("dispatcher", "alltoall_dedup"),
     "selected": ("gates", "selected"),
     "nonzero": ("gates", "nonzero"),
     "sequence": ("scope", "sequence"),

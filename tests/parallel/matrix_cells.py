@@ -45,6 +45,12 @@ PAIRS = parse_cells("""
     8 tp2 pp2 uneven-interleaved ep2 etp2 cp2 whole selected vanilla shared
     8 tp2 pp2 uneven ep2 etp2 gather mb4 re-uniform allgather selected mixed vanilla
     8 tp2 pp4 uneven ep2 whole mb4 re-uniform global two-layers capacity bf16 tied
+    8 ep8 whole mb1 re-moe dedup selected two-layers bf16 tied
+    8 ep8 cp2 re-uniform dedup selected sequence mixed no-residual capacity shared
+    8 pp2 ends-apart ep2 etp2 cp2 gather mb4 re-block dedup nonzero global tied
+    8 pp4 uneven etp2 cp2 reduce mb1 re-moe dedup global two-layers capacity bf16 gqa
+    8 tp2 pp2 interleaved ep4 whole dedup mixed z-loss
+    8 tp2 pp4 uneven-interleaved ep2 mb4 re-block dedup capacity bf16
 """)
 
 # Routings that training rarely reaches, and ranks with few tokens.
@@ -63,6 +69,23 @@ CORNERS = parse_cells("""
     2 tp2 ep2 mb8 nonzero capacity seq2
 """)
 
+# The deduplicated all-to-all with one thing at a time: what can break in it alone.
+DEDUP = parse_cells("""
+    2 ep2 dedup
+    2 ep2 dedup capacity
+    2 tp2 ep2 dedup
+    2 ep2 dedup no-ffn-token
+    2 tp2 ep2 dedup half-sequence-without-ffn
+    2 tp2 ep2 mb8 dedup seq2
+    4 ep4 dedup
+    4 ep2 etp2 dedup
+    4 pp2 ep2 dedup
+    4 ep2 cp2 dedup
+    4 ep4 re-moe dedup bf16
+    4 ep4 dedup one-ffn-expert
+    4 ep2 etp2 dedup half-of-ffn-experts
+""")
+
 # Every option value once, in few ranks: this part runs with every change.
 FAST = parse_cells("""
     2 whole
@@ -78,4 +101,5 @@ FAST = parse_cells("""
     4 tp2 pp2 ep2 vanilla
     8 ep8 mb1 global
     2 ep2 no-ffn-token
+    4 tp2 ep2 etp2 re-moe dedup
 """)

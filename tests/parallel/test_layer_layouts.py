@@ -30,6 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {"gate_normalization": "nonzero", "expert_input_scale": 2.0},
     "capacity": {"gate_normalization": "selected", "capacity_factor": 1.0},
+    "dedup": {"dispatcher": "alltoall_dedup", "router_topk": 4},
+    "dedup capacity": {"dispatcher": "alltoall_dedup", "capacity_factor": 1.0},
 }
 
 

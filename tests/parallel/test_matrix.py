@@ -18,7 +18,7 @@ from tests.parallel.layouts import (
     reference_settings,
     run_settings,
 )
-from tests.parallel.matrix_cells import CORNERS, FAST, PAIRS
+from tests.parallel.matrix_cells import CORNERS, DEDUP, FAST, PAIRS
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import Difference, Run, assemble, compare, difference, train
 
@@ -63,7 +63,7 @@ def test_fast_layout(
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("cell", [*PAIRS, *CORNERS], ids=str)
+@pytest.mark.parametrize("cell", [*PAIRS, *CORNERS, *DEDUP], ids=str)
 def test_layout(
     cell: Cell, ranks: RankPools, reference: Callable[[Cell], Run], record_property: Callable
 ) -> None:
@@ -125,7 +125,7 @@ OPTIONS = {
     "optimizer": ("whole", "distributed", "overlap reduce", "overlap both"),
     "micro_batches": (1, 2, 4),
     "recompute": ("none", "uniform", "block", "moe"),
-    "dispatcher": ("alltoall", "allgather"),
+    "dispatcher": ("alltoall", "alltoall_dedup", "allgather"),
     "gates": ("none", "selected", "nonzero"),
     "scope": ("microbatch", "sequence", "global"),
     "layers": ("moe", "mixed"),
@@ -160,6 +160,7 @@ def is_impossible(one: str, value: object, other: str, other_value: object) -> b
                 pair.get("gates") == "nonzero"
                 or pair.get("scope") == "global"
                 or pair.get("capacity") is True
+                or pair.get("dispatcher") == "alltoall_dedup"
             ),
         )
     )
@@ -177,12 +178,12 @@ def test_every_pair_of_options_is_in_the_matrix() -> None:
 
 
 def test_cells_read_as_they_are_written() -> None:
-    cells = [*PAIRS, *CORNERS, *FAST]
+    cells = [*PAIRS, *CORNERS, *DEDUP, *FAST]
     assert parse_cells("\n".join(map(str, cells))) == cells
 
 
 def test_the_matrix_is_large_and_without_repetition() -> None:
-    cells = [*PAIRS, *CORNERS]
+    cells = [*PAIRS, *CORNERS, *DEDUP]
     assert len(cells) == len(set(cells)) >= 40
 
 

@@ -46,6 +46,27 @@ def routing_without_object(config: Config) -> Iterator[Problem]:
         )
 
 
+def deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
+    """A token meets two experts of one rank only where a rank holds two and a token takes two."""
+    moe, ranks = config.moe, config.parallel.expert_model_parallel_size
+    if moe.dispatcher != "alltoall_dedup":
+        return
+    reasons = {
+        "parallel.expert_model_parallel_size (1)": ranks == 1,
+        "one FFN expert a rank": ranks == moe.num_ffn_experts,
+        "moe.router_topk (1)": moe.router_topk == 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            yield Problem(
+                "moe.dispatcher",
+                "alltoall_dedup",
+                f"sends no byte less than alltoall with {reason}",
+                "use alltoall",
+            )
+            return
+
+
 def selection_bias_rate_without_bias(config: Config) -> Iterator[Problem]:
     """Only a router that has a selection bias can change it."""
     if not config.moe.selection_bias:
@@ -192,6 +213,7 @@ def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
 
 RULES = (
     routing_without_object,
+    deduplication_without_duplicates,
     selection_bias_rate_without_bias,
     residual_without_predecessor,
     sequence_parallel_without_tensor_parallel,

@@ -80,6 +80,14 @@ def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
                 "residual, because that is megatron-core's vanilla MoE layer, which lacks it",
                 f"drop moe.{key}, set moe.gating_residual to true or add zero-computation experts",
             )
+    if moe.dispatcher == "alltoall_dedup":
+        yield Problem(
+            "moe.dispatcher",
+            "alltoall_dedup",
+            "must be alltoall, allgather or flex without zero-computation experts and gating "
+            "residual, because that is megatron-core's vanilla MoE layer, which lacks it",
+            "use alltoall, set moe.gating_residual to true or add zero-computation experts",
+        )
     if moe.balance_scope == "global":
         yield Problem(
             "moe.balance_scope",

@@ -127,9 +127,10 @@ class MoESection(Section):
         description="Half width of the uniform noise factor on the router's input; null: off",
         json_schema_extra=unit("1"),
     )
-    dispatcher: Literal["alltoall", "allgather", "flex"] = Field(
+    dispatcher: Literal["alltoall", "alltoall_dedup", "allgather", "flex"] = Field(
         default="alltoall",
-        description="How FFN-routed tokens reach their experts (flex: DeepEP or HybridEP)",
+        description="How FFN-routed tokens reach their experts (alltoall_dedup: a token goes once "
+        "to each rank; flex: DeepEP or HybridEP)",
         json_schema_extra=unit("-"),
     )
     layer_freq: int | list[int] = Field(

@@ -13,6 +13,7 @@ from moepp_megatron.config import (
     load_config,
 )
 
+DEDUP = "moe.dispatcher ('alltoall_dedup')"
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 VANILLA = [
@@ -90,6 +91,11 @@ INVALID = [
         "add zero-computation experts",
     ),
     (["moe.dispatcher=flex"], "moe.dispatcher ('flex')", "use alltoall"),
+    (
+        [*VANILLA, "moe.dispatcher=alltoall_dedup", "parallel.expert_model_parallel_size=2"],
+        DEDUP,
+        "add zero-computation experts",
+    ),
     # layout
     (
         ["moe.num_ffn_experts=6", "parallel.expert_model_parallel_size=4"],
@@ -475,6 +481,21 @@ IGNORED = [
         ["moe.gate_normalization=nonzero", "moe.num_zero_experts=0"],
         "moe.gate_normalization ('nonzero')",
         "same as selected",
+    ),
+    (["moe.dispatcher=alltoall_dedup"], DEDUP, "parallel.expert_model_parallel_size (1)"),
+    (
+        ["moe.dispatcher=alltoall_dedup", "parallel.expert_model_parallel_size=8"],
+        DEDUP,
+        "one FFN expert a rank",
+    ),
+    (
+        [
+            "moe.dispatcher=alltoall_dedup",
+            "parallel.expert_model_parallel_size=2",
+            "moe.router_topk=1",
+        ],
+        DEDUP,
+        "moe.router_topk (1)",
     ),
     (["moe.layer_freq=4"], "moe.gating_residual (true)", "single MoE layer"),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel (true)", "size 1"),

@@ -1,5 +1,6 @@
 """Tiny MoE++ layers and models for one process, their reference, and how to compare the two."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,12 +72,17 @@ def build_transformer_layer(
     return build_module(spec, config=config, layer_number=layer_number)
 
 
-def build_layer(moepp: MoEPPConfig, has_residual: bool = True, **changes: Any) -> MoEPPLayer:
-    """The MoE++ layer alone, from its spec, with random weights.
+def build_layer(
+    moepp: MoEPPConfig, has_residual: bool = True, dispatcher: str = "alltoall", **changes: Any
+) -> MoEPPLayer:
+    """The MoE++ layer alone, from its spec, with random weights; `dispatcher` as `moe.dispatcher`.
 
     The transformer layer around it is not built: attention is not under test and costs time.
     """
-    config = megatron_config(moepp, **changes)
+    if dispatcher == "alltoall_dedup":
+        dispatcher = "alltoall"
+        moepp = dataclasses.replace(moepp, deduplicate_dispatch=True)
+    config = megatron_config(moepp, moe_token_dispatcher_type=dispatcher, **changes)
     spec = get_moepp_layer_spec(
         config, moepp, use_transformer_engine=False, has_residual=has_residual
     )

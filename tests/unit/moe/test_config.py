@@ -94,7 +94,13 @@ def test_vanilla_has_neither_zero_computation_experts_nor_residual():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"two_layer_gate": True}, {"expert_input_scale": 2.0}, {"logits_norm_std": 1.0}]
+    "setting",
+    [
+        {"two_layer_gate": True},
+        {"expert_input_scale": 2.0},
+        {"logits_norm_std": 1.0},
+        {"deduplicate_dispatch": True},
+    ],
 )
 def test_vanilla_refuses_what_it_would_ignore(setting):
     vanilla = {"num_zero_experts": 0, "num_copy_experts": 0, "num_constant_experts": 0}

@@ -35,6 +35,7 @@ MIXTURES = {
     "only zero": (2, 0, 0),
     "none": (0, 0, 0),
 }
+DISPATCHERS = ("alltoall", "alltoall_dedup", "allgather")
 AXES: dict[str, tuple[Any, ...]] = {
     "gate_normalization": ("none", "selected", "nonzero"),
     "score_function": ("softmax", "sigmoid"),
@@ -45,7 +46,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "has_residual": (True, False),
     "balance_scope": ("microbatch", "sequence", "global"),
     "calculate_per_token_loss": (True, False),
-    "dispatcher": ("alltoall", "allgather"),
+    "dispatcher": DISPATCHERS,
     "logits_norm_std": (None, 1.5),
 }
 CROSSED = ("gate_normalization", "score_function", "mixture", "capacity_factor")
@@ -185,7 +186,7 @@ def test_every_setting(case):
         moepp,
         has_residual=case["has_residual"],
         calculate_per_token_loss=case["calculate_per_token_loss"],
-        moe_token_dispatcher_type=case["dispatcher"],
+        dispatcher=case["dispatcher"],
     )
     hidden, previous = inputs(moepp)
     run = run_both(layer, hidden, previous if case["has_residual"] else None)
@@ -225,11 +226,11 @@ def test_one_ffn_expert():
     run_both(build_layer(moepp), *inputs(moepp)).check()
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
 def test_one_token(dispatcher, normalization):
     moepp = MoEPPConfig(num_ffn_experts=4, gate_normalization=normalization)
-    layer = build_layer(moepp, moe_token_dispatcher_type=dispatcher)
+    layer = build_layer(moepp, dispatcher=dispatcher)
     run_both(layer, *inputs(moepp, length=1, batch=1)).check()
 
 
@@ -247,11 +248,11 @@ def forced(moepp: MoEPPConfig, favoured: list[int], **changes: Any) -> tuple[MoE
     return layer, previous
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("expert", [0, 3, 5, 6, 7])
 def test_all_tokens_to_one_expert(expert, dispatcher):
     moepp = MoEPPConfig(num_ffn_experts=4, router_topk=1, balance_coeff=0.1)
-    layer, previous = forced(moepp, [expert], moe_token_dispatcher_type=dispatcher)
+    layer, previous = forced(moepp, [expert], dispatcher=dispatcher)
     run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
     assert run.expected.selected_TE.sum(dim=0).tolist() == [
         24 if index == expert else 0 for index in range(8)
@@ -259,7 +260,7 @@ def test_all_tokens_to_one_expert(expert, dispatcher):
     run.check()
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
 @pytest.mark.parametrize("counts", [(2, 0, 0), (2, 1, 2)], ids=["only zero", "all kinds"])
 def test_all_tokens_to_zero_experts(counts, normalization, dispatcher):
@@ -273,7 +274,7 @@ def test_all_tokens_to_zero_experts(counts, normalization, dispatcher):
         balance_coeff=0.1,
     )
     zero_experts = list(range(moepp.num_experts))[moepp.zero_experts]
-    layer, previous = forced(moepp, zero_experts, moe_token_dispatcher_type=dispatcher)
+    layer, previous = forced(moepp, zero_experts, dispatcher=dispatcher)
     run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
     assert run.expected.selected_TE[:, zero_experts].all()
     run.check()
@@ -285,10 +286,10 @@ def test_all_tokens_to_zero_experts(counts, normalization, dispatcher):
     assert layer.router.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 def test_no_ffn_token_in_the_micro_batch(dispatcher):
     moepp = MoEPPConfig(num_ffn_experts=4, gate_normalization="selected", balance_coeff=0.1)
-    layer, previous = forced(moepp, [5, 6], moe_token_dispatcher_type=dispatcher)
+    layer, previous = forced(moepp, [5, 6], dispatcher=dispatcher)
     run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
     assert not run.expected.selected_TE[:, :4].any()
     run.check()

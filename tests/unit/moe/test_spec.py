@@ -208,3 +208,19 @@ def test_dispatcher_that_cannot_carry_ffn_only_routing():
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with pytest.raises(ValueError, match=r"type \(other\) must be .* use alltoall"):
         build_dispatcher(4, [0, 1, 2, 3], config, groups)
+
+
+def test_only_the_all_to_all_can_be_deduplicated():
+    config = megatron_config(MOEPP, moe_token_dispatcher_type="allgather")
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with pytest.raises(ValueError, match=r"type \(allgather\) must be alltoall with dedup"):
+        build_dispatcher(4, [0, 1, 2, 3], config, groups, deduplicate=True)
+
+
+def test_deduplicated_dispatch_refuses_padded_routing():
+    config = megatron_config(MOEPP)
+    # Set afterwards: megatron-core allows it with FP8 only.
+    config.moe_router_padding_for_quantization = True
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with pytest.raises(ValueError, match=r"padding_for_quantization \(True\) must be False"):
+        build_dispatcher(4, [0, 1, 2, 3], config, groups, deduplicate=True)

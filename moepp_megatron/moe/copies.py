@@ -1,0 +1,82 @@
+"""Copies of rows for the columns of a map, and their sums on the way back.
+
+Two operations, each the other's transpose, so each is the other's backward pass:
+
+    spread   [N, D] -> [C, D]   copy c is row[c]                gradient: add_up
+    add_up   [C, D] -> [N, D]   a row is the sum of its copies  gradient: spread
+
+Both only gather. Without atomic additions the sum has one order, that of the columns, on every
+device and in every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Copies:
+    """One copy of a row for every column that its entry of the map is true for.
+
+    Args:
+        wanted: [N, M] bool, the map of N rows and M columns.
+        count: C, its true entries, known on the host so that a GPU need not be waited for.
+
+    Attributes:
+        row: [C] int64, the row of each copy. Copies are in order of columns, then rows.
+        column: [C] int64, the column of each copy.
+    """
+
+    def __init__(self, wanted: Tensor, count: int) -> None:
+        self.column, self.row = wanted.T.nonzero_static(size=count).unbind(dim=1)
+        # The same copies in order of rows, then columns, and where in it each row begins.
+        self._of_rows = self.row.argsort(stable=True)
+        lengths = wanted.sum(dim=1)
+        self._first = lengths.cumsum(dim=0) - lengths
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Copy [N, D] rows to [C, D]."""
+        return _Spread.apply(rows, self)
+
+    def add_up(self, copies: Tensor) -> Tensor:
+        """Sum [C, D] copies to [N, D] rows, accumulated in fp32; a row without copies is 0."""
+        return _AddUp.apply(copies, self)
+
+    def in_order_of_columns(self, values: Tensor) -> Tensor:
+        """Reorder [C] values from (row, column) order to that of the copies."""
+        return torch.empty_like(values).index_copy(0, self._of_rows, values)
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.row)
+
+    def _add_up(self, copies: Tensor) -> Tensor:
+        # A row's copies are the bag of an embedding: read once, added in fp32, written once.
+        return F.embedding_bag(self._of_rows, copies, self._first, mode="sum")
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, copies: Copies) -> Tensor:
+        ctx.copies = copies
+        return copies._spread(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.copies._add_up(grad.contiguous()), None
+
+
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, copies: Copies) -> Tensor:
+        ctx.copies = copies
+        return copies._add_up(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.copies._spread(grad), None

@@ -1,0 +1,157 @@
+"""A MoE++ layer on expert-parallel ranks whose collectives are watched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+HIDDEN = 32
+
+
+def routing_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int) -> Any:
+    """[T, E] bool random selections of a rank's tokens, another draw for every rank."""
+    import torch
+
+    generator = torch.Generator().manual_seed(100 + rank)
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    # Some tokens without FFN expert and, on odd ranks, many.
+    scores[:: 2 if rank % 2 else 5, :num_ffn] -= 1.0
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(topk).indices, True)
+
+
+def balanced_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int) -> Any:
+    """[T, E] bool: every FFN expert is selected by as many tokens; all FFN shares are 3/4.
+
+    Token t selects FFN experts t, t + 1, ... (modulo F), and three of four tokens do.
+    """
+    import torch
+
+    selected = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
+    for token in range(num_tokens):
+        block, place = divmod(token, num_ffn)
+        for k in range(topk):
+            is_ffn = block % 4 < 3
+            selected[token, (place + k) % num_ffn if is_ffn else num_ffn + k] = True
+    return selected
+
+
+def build(raw: dict[str, Any]) -> Any:
+    """The second MoE++ layer of a model, and its configuration."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.model.build import build_model
+    from moepp_megatron.runtime.distributed import build_groups
+
+    config = parse_config(raw)
+    build_groups(config, Layout.from_config(config, dist.get_world_size()))
+    (model,) = build_model(config)
+    return model.decoder.layers[1].mlp, config
+
+
+def force(layer: Any, selected: Any) -> None:
+    """Make the layer's router select what the [T, E] map says, with softmax gates."""
+    import torch
+
+    def routing(logits: Any, padding_mask: Any = None) -> tuple[Any, Any]:
+        scores = torch.softmax(logits.view(selected.shape), dim=-1)
+        return scores * selected, selected
+
+    layer.router.routing = routing
+
+
+@contextlib.contextmanager
+def watched_all_to_all(seen: Callable[..., Any]) -> Iterator[None]:
+    """Call `seen(work, output, input, send)` for each all-to-all; what it returns is the work."""
+    import torch.distributed as dist
+
+    original = dist.all_to_all_single
+
+    def watched(
+        output: Any, input: Any, output_split_sizes: Any, input_split_sizes: Any, **kwargs: Any
+    ) -> Any:
+        work = original(output, input, output_split_sizes, input_split_sizes, **kwargs)
+        return seen(work, output, input, input_split_sizes)
+
+    dist.all_to_all_single = watched
+    try:
+        yield
+    finally:
+        dist.all_to_all_single = original
+
+
+def sent_bytes(raw: dict[str, Any], draw: Callable[..., Any], num_tokens: int) -> dict[str, Any]:
+    """Forward and backward of a layer; what it handed to all-to-alls for other ranks.
+
+    Returns:
+        `vectors`, `metadata`: bytes of hidden vectors and of everything else, [forward, backward];
+        `counted`: what the layer's statistics say; `map`: this rank's [T, F] FFN selections.
+    """
+    import torch
+    import torch.distributed as dist
+
+    layer, config = build(raw)
+    moe, rank = config.moe, dist.get_rank()
+    selected = draw(rank, num_tokens, moe.num_ffn_experts, moe.num_experts, moe.router_topk)
+    force(layer, selected)
+    bytes_of: dict[str, list[int]] = {"vectors": [0, 0], "metadata": [0, 0]}
+    direction = 0
+
+    def count(work: Any, output: Any, input: Any, send: list[int]) -> Any:
+        rows = sum(send) - send[rank]
+        kind = "vectors" if input.shape[1:] == (HIDDEN,) else "metadata"
+        row = input[:0].new_empty((1, *input.shape[1:]))
+        bytes_of[kind][direction] += rows * row.numel() * row.element_size()
+        return work
+
+    dtype = next(layer.experts.parameters()).dtype
+    hidden = torch.randn(num_tokens, 1, HIDDEN, dtype=dtype, requires_grad=True)
+    with watched_all_to_all(count):
+        output, _ = layer(hidden, torch.randn(num_tokens, 1, moe.num_experts))
+        direction = 1
+        output.float().sum().backward()
+    return bytes_of | {
+        "counted": layer.statistics.a2a_bytes,
+        "map": selected[:, : moe.num_ffn_experts].numpy(),
+    }
+
+
+def events(raw: dict[str, Any]) -> list[str]:
+    """What a layer with a shared expert starts, computes and waits for, in order."""
+    import torch
+    import torch.distributed as dist
+
+    layer, config = build(raw)
+    moe = config.moe
+    num_tokens = 16
+    force(layer, routing_map(dist.get_rank(), num_tokens, 8, moe.num_experts, moe.router_topk))
+    log: list[str] = []
+
+    class Watched:
+        def __init__(self, work: Any, what: str) -> None:
+            self._work, self._what = work, what
+
+        def wait(self) -> None:
+            log.append(f"wait {self._what}")
+            self._work.wait()
+
+    def watch(work: Any, output: Any, input: Any, send: list[int]) -> Any:
+        what = "vectors" if input.shape[1:] == (HIDDEN,) else "metadata"
+        log.append(f"start {what}")
+        return Watched(work, what)
+
+    parts = {
+        "shared expert": (layer.shared_experts, layer.shared_experts.linear_fc2.weight),
+        "experts": (layer.experts, layer.experts.local_experts[0].linear_fc2.weight),
+        "zero-computation experts": (layer.zero_computation, layer.zero_computation.constants),
+    }
+    for name, (module, weight) in parts.items():
+        module.register_forward_hook(lambda *_, name=name: log.append(name))
+        weight.register_hook(lambda _, name=name: log.append(name))
+    hidden = torch.randn(num_tokens, 1, HIDDEN, requires_grad=True)
+    with watched_all_to_all(watch):
+        output, _ = layer(hidden, torch.randn(num_tokens, 1, moe.num_experts))
+        log.append("backward")
+        output.sum().backward()
+    return log

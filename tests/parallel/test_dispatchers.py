@@ -1,0 +1,158 @@
+"""What the two all-to-all dispatchers send, in which order they work, and that they agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parallel.dispatch_runs import (
+    HIDDEN,
+    balanced_map,
+    events,
+    routing_map,
+    sent_bytes,
+)
+from tests.parallel.layer_runs import run_layer
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import settings
+
+TOKENS, FFN = 96, 8
+WIDTH = {"fp32": 4, "bf16": 2}
+
+
+def layer_settings(dispatcher: str, ep: int, dtype: str = "fp32", **moe: Any) -> dict[str, Any]:
+    return settings(
+        moe={"dispatcher": dispatcher, "num_zero_experts": 2, **moe},
+        parallel={"expert_model_parallel_size": ep},
+        precision={"dtype": dtype},
+    )
+
+
+# ---- bytes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", WIDTH)
+@pytest.mark.parametrize("ep", [2, 4])
+@pytest.mark.parametrize("topk", [2, 4])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup"])
+def test_bytes_are_those_of_the_routing(
+    ranks: RankPools, dispatcher: str, topk: int, ep: int, dtype: str
+) -> None:
+    raw = layer_settings(dispatcher, ep, dtype, router_topk=topk)
+    results = ranks(ep).run(sent_bytes, raw, routing_map, TOKENS)
+    # [from rank, token, to rank, its experts]
+    maps = np.stack([result["map"] for result in results]).reshape(ep, TOKENS, ep, FFN // ep)
+    selections = maps.sum(axis=(1, 3))
+    copies = maps.any(axis=3).sum(axis=1)
+    assert (copies < selections).any(), "no token meets two experts on a rank"
+    vectors = copies if dispatcher == "alltoall_dedup" else selections
+    for rank, result in enumerate(results):
+        out, back = _others(vectors, rank)
+        # Copies out and sums back, then their gradients the other way round.
+        expected = (out + back) * HIDDEN * WIDTH[dtype]
+        assert result["vectors"] == [expected, expected]
+        assert result["counted"] == expected
+        # Gates of 4 bytes and their gradients; deduplicated, a byte an expert of each copy too.
+        gates_out, gates_back = (4 * count for count in _others(selections, rank))
+        map_bytes = out * (FFN // ep) if dispatcher == "alltoall_dedup" else 0
+        assert result["metadata"] == [gates_out + map_bytes, gates_back]
+
+
+def _others(rows: np.ndarray, rank: int) -> tuple[int, int]:
+    """Rows that a rank sends to others and that it gets from others, of [from, to] rows."""
+    return rows[rank].sum() - rows[rank, rank], rows[:, rank].sum() - rows[rank, rank]
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+@pytest.mark.parametrize("topk", [1, 2])
+def test_bytes_of_balanced_routing_are_the_formula(ranks: RankPools, topk: int, ep: int) -> None:
+    """Dispatch sends T K phi D w (1 - 1/ep) from every rank, and so does combine."""
+    raw = layer_settings("alltoall", ep, router_topk=topk)
+    formula = TOKENS * topk * 0.75 * HIDDEN * 4 * (1 - 1 / ep)
+    for result in ranks(ep).run(sent_bytes, raw, balanced_map, TOKENS):
+        assert result["vectors"] == [2 * formula, 2 * formula]
+        assert result["counted"] == 2 * formula
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+def test_neighbouring_experts_share_a_vector(ranks: RankPools, ep: int) -> None:
+    """Experts t and t + 1 share a rank but for the last of each: F tokens make F + ep copies."""
+    raw = layer_settings("alltoall_dedup", ep)
+    # Every rank is the destination of 1/ep of them, by symmetry.
+    vectors = TOKENS * 0.75 / FFN * (FFN + ep) * (1 - 1 / ep)
+    for result in ranks(ep).run(sent_bytes, raw, balanced_map, TOKENS):
+        assert result["counted"] == 2 * vectors * HIDDEN * 4
+
+
+# ---- results -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "ep", "tp"), [(2, 2, 1), (4, 4, 1), (4, 2, 2)])
+def test_two_selections_give_the_bits_of_the_plain_dispatcher(
+    ranks: RankPools, world: int, ep: int, tp: int
+) -> None:
+    parallel = {
+        "expert_model_parallel_size": ep,
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": tp > 1,
+    }
+    plain, dedup = (
+        ranks(world).run(run_layer, settings(moe={"dispatcher": name}, parallel=parallel))
+        for name in ("alltoall", "alltoall_dedup")
+    )
+    _assert_same_bits(plain, dedup)
+
+
+def test_many_selections_are_added_in_one_order(ranks: RankPools) -> None:
+    raw = layer_settings("alltoall_dedup", 2, router_topk=6)
+    first, second = (ranks(2).run(run_layer, raw) for _ in range(2))
+    _assert_same_bits(first, second)
+
+
+def _assert_same_bits(ones: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    for one, other in zip(ones, others, strict=True):
+        for name in ("output", "logits", "input_grad", "previous_grad"):
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+        for mine, theirs in zip(one["pieces"], other["pieces"], strict=True):
+            np.testing.assert_array_equal(mine[-1], theirs[-1], err_msg=mine[0])
+
+
+# ---- order ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup"])
+def test_local_work_runs_while_tokens_travel(ranks: RankPools, dispatcher: str) -> None:
+    raw = layer_settings(dispatcher, 2, shared_expert_ffn_hidden_size=16)
+    is_dedup = dispatcher == "alltoall_dedup"
+    num_metadata = 2 if is_dedup else 1
+    dispatch = ["start metadata"] * num_metadata + ["start vectors"]
+    arrive = (
+        ["wait metadata"] * num_metadata + ["wait vectors"]
+        if is_dedup
+        else ["wait vectors", "wait metadata"]
+    )
+    forward = [
+        *dispatch,
+        "shared expert",
+        *arrive,
+        "experts",
+        "start vectors",
+        "zero-computation experts",
+        "wait vectors",
+    ]
+    for log in ranks(2).run(events, raw):
+        border = log.index("backward")
+        assert log[:border] == forward
+        backward = log[border + 1 :]
+        # The map has no gradient, so two exchanges remain of dispatch whatever the dispatcher.
+        assert backward[:4] == [
+            "start vectors",
+            "zero-computation experts",
+            "wait vectors",
+            "experts",
+        ]
+        assert sorted(backward[4:6]) == ["start metadata", "start vectors"]
+        assert backward[6] == "shared expert"
+        assert sorted(backward[7:]) == ["wait metadata", "wait vectors"]
