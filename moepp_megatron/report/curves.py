@@ -138,11 +138,13 @@ def a2a_plot(run: RunData) -> Plot:
     mib = 1024.0**2
     draw_noisy(axes, steps, [b / mib for b in sent], BLUE, "this run")
     if run.config.experts.zero_computation:
-        scaled = [vanilla_a2a_bytes(r.a2a_bytes, r.ffn_fraction) for r in run.records]
+        how = run.config.moe.dispatcher
+        scaled = [vanilla_a2a_bytes(how, r.a2a_bytes, r.ffn_fraction) for r in run.records]
         whole = [(step, b / mib) for step, b in zip(steps, scaled, strict=True) if b is not None]
         if whole:
             draw_noisy(axes, [s for s, _ in whole], [b for _, b in whole], MUTED, "vanilla layer")
-            caption += " The vanilla layer, in the same layout, would send bytes / FFN share."
+            rule = "as much" if how == "allgather" else "bytes / FFN share"
+            caption += f" The vanilla layer, in the same layout, would send {rule}."
     axes.set_ylim(bottom=0)
     axes.set_ylabel("MiB")
     step_axis(axes)

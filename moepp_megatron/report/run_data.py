@@ -45,6 +45,7 @@ class MoESection(BaseModel):
     two_layer_gate: bool = False
     layer_freq: int | list[int] = 1
     ffn_hidden_size: int | None = None
+    dispatcher: str = "alltoall"
 
 
 class ParallelSection(BaseModel):

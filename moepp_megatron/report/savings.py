@@ -59,17 +59,22 @@ class Savings:
     vanilla_a2a_bytes: float | None
 
 
-def vanilla_a2a_bytes(measured: float, ffn_fraction: float) -> float | None:
+def vanilla_a2a_bytes(dispatcher: str, measured: float, ffn_fraction: float) -> float | None:
     """All-to-all bytes if every selection went to an FFN expert, in the same layout.
 
     Args:
+        dispatcher: `moe.dispatcher`.
         measured: Bytes of the FFN-routed selections.
         ffn_fraction: Their share of all selections.
 
     Returns:
-        Bytes, or None where no selection was FFN-routed, so that there is nothing to scale up.
+        Bytes, or None where they cannot be known: where no selection was FFN-routed, so that there
+        is nothing to scale up, and where several selections of a token may travel as one vector.
     """
-    if not ffn_fraction > 0:
+    if dispatcher == "allgather":
+        # Every token goes everywhere, whatever its experts.
+        return measured
+    if dispatcher != "alltoall" or not ffn_fraction > 0:
         return None
     return measured / ffn_fraction
 
@@ -96,7 +101,7 @@ def compute_savings(config: RunConfig, summary: Summary) -> Savings:
         expert_work_saved=1.0 - fraction,
         speed_limit=1.0 / fraction if fraction > 0 else math.inf,
         a2a_bytes=summary.a2a_bytes,
-        vanilla_a2a_bytes=vanilla_a2a_bytes(summary.a2a_bytes, fraction),
+        vanilla_a2a_bytes=vanilla_a2a_bytes(config.moe.dispatcher, summary.a2a_bytes, fraction),
     )
 
 

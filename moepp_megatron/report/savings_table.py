@@ -114,10 +114,14 @@ def _traffic_rows(run: RunData, summary: Summary, savings: Savings) -> list[Row]
         reason = "no hidden vector left its rank in this run"
         return [Row("All-to-all bytes", reason, "none", "none", "none")]
     if savings.vanilla_a2a_bytes is None:
-        reason = "without a positive FFN share the vanilla layer's traffic is not known"
+        reason = (
+            f"the vanilla layer's traffic does not follow from this run's (moe.dispatcher: "
+            f"{run.config.moe.dispatcher}, FFN share {formatting.percent(summary.ffn_fraction)})"
+        )
         sent = formatting.data_size(savings.a2a_bytes)
         return [Row("All-to-all bytes of the run", reason, "not known", sent, "not known")]
-    how = "forward, all ranks and MoE layers; vanilla: measured / FFN share, in the same layout"
+    rule = "the same" if run.config.moe.dispatcher == "allgather" else "measured / FFN share"
+    how = f"forward, all ranks and MoE layers; vanilla: {rule}, in the same layout"
     return [
         _difference(
             "All-to-all bytes a step",

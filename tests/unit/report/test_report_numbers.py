@@ -10,7 +10,7 @@ import pytest
 from moepp_megatron.report import ReportError, formatting
 from moepp_megatron.report.drawing import MAX_POINTS, smooth, thin
 from moepp_megatron.report.run_data import load_run
-from moepp_megatron.report.savings import compute_savings
+from moepp_megatron.report.savings import compute_savings, vanilla_a2a_bytes
 from moepp_megatron.report.summary import finite_mean, step_weights, summarize
 
 
@@ -143,3 +143,13 @@ def test_a_configuration_of_another_run_is_refused(make_run):
 
     with pytest.raises(ReportError, match="step 1 have 2 entries but config.yaml describes 12"):
         load_run(make_run(steps=2, edit=cut))
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "expected"),
+    [("alltoall", 1000.0), ("allgather", 600.0), ("alltoall_dedup", None), ("flex", None)],
+)
+def test_vanilla_traffic_is_only_claimed_where_it_follows(
+    dispatcher: str, expected: float | None
+) -> None:
+    assert vanilla_a2a_bytes(dispatcher, 600.0, 0.6) == expected

@@ -197,7 +197,7 @@ def test_a_run_whose_numbers_are_not_finite(make_run):
     page = read_page(make_run(steps=20, edit=blow_up))
     assert "Final loss not finite" in page.text
     assert "No record of this run has a finite loss." in page.text
-    assert "vanilla layer's traffic is not known" in page.text
+    assert "vanilla layer's traffic does not follow" in page.text
 
 
 def test_a_run_without_any_ffn_selection(make_run):
