@@ -9,5 +9,6 @@ parts.py         where a layer's time goes
 activations.py   what a layer keeps for its backward pass
 step.py          `moepp bench step`
 rival.py         the vanilla model of a configuration
+dispatch.py      `moepp bench dispatch`
 random_tokens.py what the steps read
 """

@@ -65,7 +65,7 @@ def hold(router: Any, picks: Tensor) -> None:
     own = router.gating
     num_experts = router.weight.shape[0]
     offsets = torch.zeros(len(picks), num_experts).scatter(1, picks, MARGIN)
-    offsets = offsets.to(torch.cuda.current_device())
+    offsets = offsets.to(router.weight.device)
 
     def gating(hidden: Tensor) -> Tensor:
         logits = own(hidden)

@@ -149,5 +149,70 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
         return
     bench.print_step(result)
     if json_file is not None:
-        bench.write_step_json(json_file, result)
+        bench.write_records(json_file, result)
         typer.echo(f"result       {json_file}")
+
+
+@app.command()
+def dispatch(
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
+    ] = 2,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 2048,
+    hidden_size: Annotated[int, typer.Option(min=1)] = 768,
+    experts: Annotated[int, typer.Option(min=1, help="FFN experts of all ranks.")] = 8,
+    topk: Annotated[int, typer.Option(min=1, help="Experts a token.")] = 2,
+    phi: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="FFN experts' share of all selections.")
+    ] = 0.6,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the dispatchers take turns.")] = 20,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Bytes and time of dispatch and combine: vanilla, FFN-only, deduplicated.
+
+    All ranks form one expert-parallel group.
+    """
+    from moepp_megatron.config.choices import parse_choices
+    from moepp_megatron.config.errors import ConfigError
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    rank = RankEnvironment.read()
+    ranks = rank.world_size if rank.is_launched else nproc
+    (chosen_dtype,) = parse_choices("--dtype", dtype, _DTYPES)
+    if experts % ranks != 0:
+        raise ConfigError(
+            f"--experts ({experts}) must be divisible by the number of ranks ({ranks}); "
+            f"use {(experts // ranks + 1) * ranks}"
+        )
+    if topk > experts:
+        raise ConfigError(f"--topk ({topk}) must be at most --experts ({experts}); use {experts}")
+    if not rank.is_launched:
+        from moepp_megatron.runtime.launch import run_ranks
+
+        arguments = ["bench", "dispatch", "--tokens", str(tokens), "--phi", str(phi)]
+        arguments += ["--hidden-size", str(hidden_size), "--experts", str(experts)]
+        arguments += ["--topk", str(topk), "--dtype", dtype, "--rounds", str(rounds)]
+        arguments += [] if json_file is None else ["--json", str(json_file)]
+        status = run_ranks(nproc, "moepp_megatron.cli.main", arguments)
+        if status != 0:
+            raise typer.Exit(status)
+        return
+    from moepp_megatron.runtime.quiet import quiet
+
+    quiet()
+    from moepp_megatron.bench.dispatch import DispatchSetting, run_dispatch_benchmark
+    from moepp_megatron.report import bench
+    from moepp_megatron.runtime import distributed
+
+    distributed.start(rank)
+    setting = DispatchSetting(tokens, hidden_size, experts, topk, phi, chosen_dtype)
+    results = run_dispatch_benchmark(setting, rounds)
+    distributed.stop()
+    if rank.rank == 0:
+        bench.print_dispatch(setting, results)
+        if json_file is not None:
+            bench.write_records(json_file, results)
+            typer.echo(f"results      {json_file}")

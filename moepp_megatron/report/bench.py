@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moepp_megatron.bench.dispatch import DispatchResult, DispatchSetting
 from moepp_megatron.bench.layer import LayerResult
 from moepp_megatron.bench.step import StepResult
 from moepp_megatron.observe.atomic import write_atomic
@@ -178,6 +179,40 @@ def print_step(result: StepResult) -> None:
     )
 
 
-def write_step_json(path: Path, result: StepResult) -> None:
-    """One object."""
-    write_atomic(path, (json.dumps(asdict(result), indent=1) + "\n").encode())
+def print_dispatch(setting: DispatchSetting, results: Sequence[DispatchResult]) -> None:
+    """Bytes beside the formula, and times, of each dispatcher."""
+    first = results[0]
+    table = Table(
+        title=f"Dispatch and combine, EP {first.ep}: {setting.tokens} tokens a rank, hidden "
+        f"{setting.hidden_size}, {setting.experts} FFN experts, top-{setting.topk}, phi "
+        f"{setting.phi:g}, {setting.dtype}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("dispatcher", no_wrap=True)
+    for name in ("vectors MB", "of vanilla", "formula MB", "other MB", "ms", "time of vanilla"):
+        table.add_column(name, justify="right")
+    for r in results:
+        table.add_row(
+            r.dispatcher,
+            f"{r.vector_bytes / 1e6:.3f}",
+            f"{r.vector_bytes / max(first.vector_bytes, 1):.3f}",
+            "" if r.dispatcher == "dedup" else f"{r.formula_bytes / 1e6:.3f}",
+            f"{r.metadata_bytes / 1e6:.3f}",
+            f"{r.total_ms:.1f}",
+            f"{r.time_of_vanilla:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "Bytes that leave rank 0 in a forward pass, equal to what its selections ask for; the "
+        "formula 2 T K phi D w (EP - 1) / EP is their mean. Milliseconds forward and backward."
+    )
+
+
+def write_records(path: Path, results: object) -> None:
+    """One object, or a list of them: the fields of the results."""
+    records = (
+        [asdict(result) for result in results] if isinstance(results, list) else asdict(results)  # type: ignore[call-overload]
+    )
+    write_atomic(path, (json.dumps(records, indent=1) + "\n").encode())
