@@ -128,13 +128,15 @@ def kill_some(
     """Kill a random rank `kills` times, some of them while a checkpoint is being written."""
     done = Kills()
     while done.hit < kills and process.poll() is None:
+        # What an earlier kill left behind is no save that is under way.
+        stale = _incomplete(run)
         in_save = chance.random() < 0.4
-        if not _wait_for_moment(process, run, in_save, last_step, chance):
+        if not _wait_for_moment(process, run, stale if in_save else None, last_step, chance):
             break
         victims = ranks_of(process)
         if not victims:
             continue
-        saving = _is_saving(run)
+        saving = bool(_incomplete(run) - stale)
         try:
             chance.choice(victims).send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
@@ -161,31 +163,44 @@ def _wait_for_step(process: subprocess.Popen, run: Path) -> float:
 
 
 def _wait_for_moment(
-    process: subprocess.Popen, run: Path, in_save: bool, last_step: int, chance: random.Random
+    process: subprocess.Popen,
+    run: Path,
+    stale: set[str] | None,
+    last_step: int,
+    chance: random.Random,
 ) -> bool:
-    """Until the run has moved on since now and, if asked, is saving; False if it ended before."""
-    seen = _modified(run)
-    ahead = chance.uniform(0.0, 1.5)
+    """Until a save begins, or a random moment within the next steps; False if the run ended before.
+
+    Args:
+        process: The launcher.
+        run: The run's folder.
+        stale: Unfinished checkpoints to ignore where a save is waited for; None for any moment.
+        last_step: Where the run ends.
+        chance: Decides the moment.
+    """
+    # Steps since the newest in the log, and a part of the next: most reach beyond a save.
+    target = max(losses(run), default=0) + chance.randint(1, 12)
+    delay = chance.uniform(0.0, 0.1)
     deadline = time.monotonic() + _RESTART_TIMEOUT_S
-    moved: float | None = None
     while time.monotonic() < deadline:
-        if process.poll() is not None or max(losses(run), default=0) >= last_step:
+        step = max(losses(run), default=0)
+        if process.poll() is not None or step >= last_step:
             return False
-        if moved is None and _modified(run) != seen:
-            moved = time.monotonic()
-        if moved is not None:
-            waited = time.monotonic() - moved
-            if _is_saving(run) if in_save else waited >= ahead:
-                return True
-            if waited > 30.0:
-                return True
+        if stale is not None and _incomplete(run) - stale:
+            return True
+        if stale is None and step >= target:
+            time.sleep(delay)
+            return True
         time.sleep(_POLL_S)
-    raise AssertionError(f"no step within {_RESTART_TIMEOUT_S:g} s after a rank was killed")
+    raise AssertionError(f"no moment to kill within {_RESTART_TIMEOUT_S:g} s")
 
 
-def _is_saving(run: Path) -> bool:
+def _incomplete(run: Path) -> set[str]:
+    """Names of checkpoints that are being written, or that nobody finished."""
     folder = run / "checkpoints"
-    return folder.is_dir() and any(name.startswith(".") for name in os.listdir(folder))
+    if not folder.is_dir():
+        return set()
+    return {name for name in os.listdir(folder) if name.startswith(".")}
 
 
 def _modified(run: Path) -> int:

@@ -74,6 +74,7 @@ def test_twenty_kills(tmp_path: Path, data: Path, num_ranks: int) -> None:
     actual, done = survive(tmp_path, data, num_ranks, steps, kills=20)
     assert done.hit == 20
     assert done.during_save > 0, "no kill fell into a save"
+    assert done.during_save < 20, "no kill fell between saves"
     assert actual == expected
 
 
