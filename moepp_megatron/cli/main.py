@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from moepp_megatron.cli import convert, data, generate, report, score, train
+from moepp_megatron.cli import convert, data, generate, report, score, slurm, train
 from moepp_megatron.config import ConfigError, UnfitError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command()(generate.generate)
 app.command()(score.score)
 app.add_typer(convert.app, name="convert")
 app.command()(report.report)
+app.command()(slurm.slurm)
 
 
 def run() -> None:

@@ -72,7 +72,8 @@ def train(
     from moepp_megatron.runtime.rank import RankEnvironment
 
     nodes = _nodes(nnodes, node_rank, rdzv_endpoint, rdzv_id)
-    rank = RankEnvironment.read()
+    # Told to be a launcher it is none of srun's ranks, though srun may have started several.
+    rank = RankEnvironment.read() if nodes is None else RankEnvironment()
     settings = load_config(config, overrides or [])
     world_size = rank.world_size if rank.is_launched else nnodes * nproc
     layout = Layout.from_config(settings, world_size)

@@ -138,9 +138,9 @@ def _run(command: list[str], environment: dict[str, str], stoppable: bool) -> in
             env=environment,
             preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
-    with _passing_on_signals(agent, stoppable):
+    with _passing_on_signals(agent, stoppable) as request:
         try:
-            return agent.wait()
+            status = agent.wait()
         except KeyboardInterrupt:
             # The terminal has sent it to torchrun too, which ends the ranks.
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -149,6 +149,8 @@ def _run(command: list[str], environment: dict[str, str], stoppable: bool) -> in
         finally:
             agent.kill()
             agent.wait()
+    # Nothing ran that could have been lost.
+    return STOPPED if request.met_no_rank and status != 0 else status
 
 
 @contextmanager
@@ -165,8 +167,17 @@ def _starting(stoppable: bool) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@dataclass
+class _Request:
+    """What became of a request to stop; `met_no_rank` if torchrun was waiting for other machines."""
+
+    met_no_rank: bool = False
+
+
 @contextmanager
-def _passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iterator[None]:
+def _passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iterator[_Request]:
+    request = _Request()
+
     def pass_on(number: int, frame: FrameType | None) -> None:
         try:
             ranks = psutil.Process(agent.pid).children()
@@ -176,10 +187,14 @@ def _passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iter
             # torchrun itself uses SIGTERM to end ranks, for good.
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGUSR1 if stoppable else number)
+        if not ranks:
+            request.met_no_rank = True
+            with contextlib.suppress(ProcessLookupError):
+                agent.send_signal(signal.SIGINT)
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        yield
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -20,10 +20,10 @@ class RankEnvironment:
         world_size: Ranks of the run.
         local_rank: Rank on this node.
         local_world_size: Ranks on this node.
-        is_launched: Whether torchrun (or a launcher that sets the same variables) or srun started it.
+        is_launched: Whether torchrun, a launcher that sets the same variables, or srun started it.
         restart_count: How often torchrun has started the ranks anew.
-        meets_at: Host and port of the store where ranks meet, and whether this rank serves it; None
-            to take what torch finds in the environment.
+        meets_at: Host and port of the store where ranks meet, and whether this rank serves it;
+            None to take what torch finds in the environment.
     """
 
     rank: int = 0

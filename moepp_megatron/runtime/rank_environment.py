@@ -1,8 +1,8 @@
 """The environment variables that every rank is started with: the one place that sets them.
 
 `moepp train --nproc`, `launch/*.sh` and `slurm/*.sbatch` all start ranks through
-`runtime.launch.run_ranks`, which asks here. Nothing that the user has set is changed. The same set is
-used without a GPU: NCCL and CUDA variables do nothing there.
+`runtime.launch.run_ranks`, which asks here. Nothing that the user has set is changed. The same set
+is used without a GPU: NCCL and CUDA variables do nothing there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
         Variable(
             "PYTORCH_ALLOC_CONF",
             "expandable_segments:True",
-            "token counts of experts change every step; fixed segments fragment until memory is out",
+            "token counts of experts change every step; fixed segments fragment memory",
             aliases=("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
         ),
         Variable("NCCL_DEBUG", "WARN", "a failing collective says why; INFO would fill the logs"),
