@@ -101,8 +101,10 @@ class Job:
             try:
                 environment = process.environ()
                 parent = process.parent()
-                if "RANK" in environment and parent is not None and (
-                    "torch.distributed.run" in parent.cmdline()
+                if (
+                    "RANK" in environment
+                    and parent is not None
+                    and ("torch.distributed.run" in parent.cmdline())
                 ):
                     found[int(environment["RANK"])] = process
             except psutil.Error:
