@@ -129,6 +129,8 @@ class SlurmJob:
                 capture_output=True,
                 text=True,
                 encoding="utf-8",
+                # A path may hold bytes that are no text.
+                errors="surrogateescape",
                 cwd=self.directory,
             )
         except FileNotFoundError:

@@ -169,7 +169,7 @@ def _starting(stoppable: bool) -> Iterator[None]:
 
 @dataclass
 class _Request:
-    """What became of a request to stop; `met_no_rank` if torchrun was waiting for other machines."""
+    """What became of a request to stop; torchrun may just be waiting for other machines."""
 
     met_no_rank: bool = False
 

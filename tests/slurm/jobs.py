@@ -106,7 +106,9 @@ class Job:
                     and parent is not None
                     and ("torch.distributed.run" in parent.cmdline())
                 ):
-                    found[int(environment["RANK"])] = process
+                    node = int(environment.get("MOEPP_NODE_RANK", 0))
+                    per_node = int(environment["LOCAL_WORLD_SIZE"])
+                    found[node * per_node + int(environment["LOCAL_RANK"])] = process
             except psutil.Error:
                 continue
         return found

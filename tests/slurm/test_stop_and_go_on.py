@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import psutil
 import pytest
 
 from tests.faults.harness import losses
@@ -11,13 +14,18 @@ from tests.slurm.jobs import STEPS, Jobs
 pytestmark = pytest.mark.timeout(900)
 
 
+def node_of(pid: int) -> str:
+    return psutil.Process(pid).environ()["SLURMD_NODENAME"]
+
+
 def test_preempted_twice_with_an_unbroken_loss_curve(
     jobs: Jobs, undisturbed: dict[int, float]
 ) -> None:
     job = jobs.submit(run={"name": NASTY})
     job.wait_for_step(10)
-    nodes = {rank: each.environ()["SLURMD_NODENAME"] for rank, each in job.ranks().items()}
-    assert nodes == {0: "n1", 1: "n2"}, "expert-parallel across the nodes"
+    beats = [json.loads(path.read_text()) for path in (job.run / "heartbeats").glob("*.json")]
+    nodes = {beat["rank"]: node_of(beat["pid"]) for beat in beats}
+    assert nodes == {0: "n1", 1: "n2"}, "one rank a node, in the order of the nodes"
     assert jobs.cluster.run("squeue", "-h", "-j", job.number, "-o", "%j").strip() == NASTY
     # To the batch script alone, as before a time limit.
     job.signal("--batch", "--signal=USR1")

@@ -94,8 +94,8 @@ class SlurmSection(Section):
     )
     preflight_command: list[str] = Field(
         default=[],
-        description="What checks a node: runs once on each, fails on a sick one and says why; empty "
-        "means moepp doctor --preflight",
+        description="What checks a node: runs once on each, fails on a sick one and says why; "
+        "empty means moepp doctor --preflight",
         json_schema_extra=unit("-"),
     )
     container: Literal["none", "pyxis", "apptainer"] = Field(
