@@ -5,6 +5,7 @@
 #
 # Everything else is `moepp train`'s: see  moepp train --help.  Makes the environment if needed.
 set -euo pipefail
+# shellcheck source=launch/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 # shellcheck source=launch/ranks.sh
 source "$MOEPP_ROOT/launch/ranks.sh"

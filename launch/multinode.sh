@@ -8,6 +8,7 @@
 # Paths in CONFIG must mean the same shared folders on all machines. A machine that was lost joins
 # again when this is run there again; the others wait for it as long as --max-restarts allows.
 set -euo pipefail
+# shellcheck source=launch/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 # shellcheck source=launch/ranks.sh
 source "$MOEPP_ROOT/launch/ranks.sh"

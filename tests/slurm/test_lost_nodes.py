@@ -10,7 +10,7 @@ from tests.faults.harness import losses
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import STEPS, Jobs
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 
 @pytest.fixture
