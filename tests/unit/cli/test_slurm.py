@@ -206,27 +206,6 @@ def test_layout_that_does_not_fit_the_nodes_is_refused() -> None:
         ).script()
 
 
-@pytest.mark.parametrize(
-    ("slurm", "message"),
-    [
-        ({"partition": "a b"}, "slurm.partition ('a b') must hold only letters"),
-        ({"exclude": "n1\n#"}, "slurm.exclude ('n1\\n#') must hold only letters"),
-        ({"time": "soon"}, "slurm.time ('soon') must be minutes"),
-        ({"options": ["-n2"]}, "slurm.options ('-n2') must be a long option"),
-        ({"options": ["--comment=a\nb"]}, "must be a long option of sbatch on one line"),
-        ({"nodes": 2, "min_nodes": 3}, "slurm.min_nodes (3) must be at most slurm.nodes (2)"),
-        ({"container": "pyxis"}, "slurm.container_image (null) must name an image"),
-        ({"container_image": "x"}, "must come with slurm.container pyxis or apptainer"),
-        ({"container_mounts": ["a:b,c"]}, "must have the form SOURCE:TARGET without a comma"),
-    ],
-)
-def test_wrong_settings_are_refused(slurm, message: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        config(slurm=slurm)
-    assert message in str(refused.value)
-    assert len(str(refused.value).splitlines()) == 1
-
-
 def test_output_path_is_no_pattern() -> None:
     output = directives(job(run={"dir": "100%j/x"}).script())["output"]
     assert output == "/work/100%%j/x/slurm/%j.out"
