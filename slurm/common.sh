@@ -106,9 +106,10 @@ _moepp_train() {
     command=("${MOEPP_COMMAND[@]}" train --resume --nproc "$MOEPP_RANKS_PER_NODE"
         --max-restarts "$MOEPP_MAX_RESTARTS" --log-dir "$MOEPP_LOG_DIR/$id")
     if ((nodes > 1)); then
-        # A port of the job's own, so that two jobs that share a node do not meet.
+        # A port of the job's own, so that two jobs that share a node do not meet, and none of those
+        # that Linux hands out to connections (from 32768 on).
         command+=(--nnodes "$nodes" --rdzv-id "$id"
-            --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))")
+            --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 12000))")
     fi
     # The node's number is known on the node only.
     # shellcheck disable=SC2016

@@ -72,8 +72,9 @@ class RankEnvironment:
     def _of_srun(cls, env: Mapping[str, str]) -> RankEnvironment:
         rank, world_size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
         host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
-        # Derived from the job, so that all ranks know it and two jobs rarely share one.
-        port = int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        # Derived from the job, so that all ranks know it and two jobs rarely share one; below those
+        # that Linux hands out to connections.
+        port = int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 12000))
         return cls(
             rank=rank,
             world_size=world_size,

@@ -50,6 +50,8 @@ ReturnToService=2
 SlurmdTimeout=6
 KillWait=30
 MinJobAge=3600
+# Ports follow from the job's number: test runs beside each other must not have the same.
+FirstJobId={first_job}
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port_1} CPUs=2 State=UNKNOWN
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port_2} CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -81,6 +83,7 @@ class Cluster:
                 folder=folder,
                 user=getpass.getuser(),
                 controller_port=ports[0],
+                first_job=1 + os.getpid(),
                 port_1=ports[1],
                 port_2=ports[2],
             )

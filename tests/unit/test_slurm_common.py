@@ -100,7 +100,7 @@ def test_one_launcher_a_node_meets_at_the_first_nodes_address(node: Node) -> Non
     assert "--nodes=2 --relative=0 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none" in text
     assert "--nproc 8" in text
     assert "--nnodes 2" in text
-    assert "--rdzv-endpoint 10.0.0.1:20007" in text
+    assert "--rdzv-endpoint 10.0.0.1:28007" in text
     assert "--resume" in step
     assert step[-3:] == ["--", "/c d/run.yaml", "run.name=$(x)"]
     assert node.orders == []

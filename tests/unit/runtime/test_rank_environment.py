@@ -81,7 +81,7 @@ SRUN = {
     "SLURM_NODEID": "2",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2),2(x2)",
     "SLURM_STEP_NODELIST": "gpu[07-09,12]",
-    "SLURM_JOB_ID": "20005",
+    "SLURM_JOB_ID": "12005",
 }
 
 
