@@ -16,12 +16,14 @@
 #                             MOEPP_CONTAINER_MOUNTS
 #   MOEPP_LOG_DIR             folder on each node for the ranks' own output
 #   MOEPP_STEP_WAIT           seconds that nodes get to end after the first one has ended
+#   MOEPP_PROBE_TIMEOUT       seconds that nodes get to answer after a failure
 
 # Exit statuses of moepp.
 _MOEPP_USAGE=2 _MOEPP_UNFIT=3 _MOEPP_HUNG=70 _MOEPP_STOPPED=75
 
 : "${MOEPP_MAX_RESTARTS:=3}" "${MOEPP_MAX_REQUEUES:=20}" "${MOEPP_REQUEUE_ON_FAILURE:=0}"
 : "${MOEPP_CONTAINER:=none}" "${MOEPP_CONTAINER_IMAGE:=}" "${MOEPP_STEP_WAIT:=60}"
+: "${MOEPP_PROBE_TIMEOUT:=120}"
 : "${MOEPP_RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
 : "${MOEPP_LOG_DIR:=${TMPDIR:-/tmp}/moepp-logs}"
 if [[ -z ${MOEPP_COMMAND[*]:-} ]]; then
@@ -161,6 +163,13 @@ moepp_preflight() {
     _moepp_requeue_without "${sick[@]}"
 }
 
+# Whether a node of the job does not answer. When one dies, ranks on the others fail within seconds, and
+# Slurm itself notices only after its SlurmdTimeout, by default five minutes.
+_moepp_lost_a_node() {
+    ! timeout "$MOEPP_PROBE_TIMEOUT" srun --nodes="$SLURM_JOB_NUM_NODES" \
+        --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 true
+}
+
 # Ends this script; the job starts again without the nodes "$@".
 _moepp_requeue_without() {
     local nodes=$* excluded
@@ -212,6 +221,7 @@ _moepp_after() {
     "$_MOEPP_HUNG") _moepp_requeue 'the run hung (see hangs/ in its folder)' ;;
     "$_MOEPP_USAGE" | "$_MOEPP_UNFIT") exit "$status" ;;
     *)
+        if _moepp_lost_a_node; then _moepp_requeue "status $status; a node does not answer"; fi
         _moepp_say "failed with status $status; each rank's output: $MOEPP_LOG_DIR on its node"
         if ((MOEPP_REQUEUE_ON_FAILURE)); then _moepp_requeue "failed with status $status"; fi
         exit "$status"

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Logs each call, one NUL-separated record a call. srun ends with $SRUN_STATUS, after being asked to
 # stop where $SRUN_STOPS says so; for a preflight it plays the nodes, sick ones named by $SICK.
 SRUN = r"""#!/bin/bash
+# Whether all nodes still answer.
+if [[ ${*: -1} == true ]]; then exit "${PROBE_STATUS:-0}"; fi
 printf '%s\0' "$@" "" >>"$CALLS"
 if [[ " $* " == *" preflight "* ]]; then
     for node in n1 n2; do
@@ -116,6 +118,9 @@ def test_one_launcher_a_node_meets_at_the_first_nodes_address(node: Node) -> Non
         (3, "MOEPP_REQUEUE_ON_FAILURE=1", {}, 3, None, ""),
         (1, "", {}, 1, None, "failed with status 1; each rank's output"),
         (1, "MOEPP_REQUEUE_ON_FAILURE=1", {}, 75, "requeue", "failed with status 1; requeued"),
+        (1, "", {"PROBE_STATUS": "1"}, 75, "requeue", "status 1; a node does not answer"),
+        (137, "", {"PROBE_STATUS": "124"}, 75, "requeue", "status 137; a node does not answer"),
+        (2, "", {"PROBE_STATUS": "1"}, 2, None, ""),
         # Killed by the request to stop itself, before it could listen.
         (138, "", {"SRUN_STOPS": "1"}, 75, "requeue", "asked to stop"),
         (75, "", {"SRUN_STOPS": "1"}, 75, "requeue", "stopped on request and saved"),
