@@ -46,8 +46,8 @@ SelectType=select/linear
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1
 ReturnToService=2
-# A node that does not answer is down after this long.
-SlurmdTimeout=6
+# A node that does not answer is down after this long; a healthy one on a busy machine may take some.
+SlurmdTimeout=20
 KillWait=30
 MinJobAge=3600
 # Ports follow from the job's number: test runs beside each other must not have the same.
@@ -121,6 +121,12 @@ class Cluster:
             except ProcessLookupError:
                 continue
 
+    def heal(self) -> None:
+        """Start what a test has killed."""
+        for node in NODES:
+            if node not in self._daemons:
+                self.start_node(node)
+
     def stop(self) -> None:
         """Cancel everything and end the daemons."""
         self.run("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
@@ -155,9 +161,11 @@ class Cluster:
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
 
     def wait_for_nodes(self, state: str, nodes: tuple[str, ...] = NODES) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while True:
-            states = self.run("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%T").split()
+            shown = self.run("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%T").split()
+            # A star: it does not answer.
+            states = [each.rstrip("*") for each in shown]
             if states and all(each == state for each in states):
                 return
             assert time.monotonic() < deadline, f"{nodes} are {states}, not {state}:\n{self.logs()}"

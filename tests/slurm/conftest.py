@@ -51,11 +51,13 @@ def jobs(cluster: Cluster, data: Path, tmp_path: Path) -> Iterator[Jobs]:
     """Submits jobs from a folder whose name no shell may read; none is left afterwards."""
     folder = tmp_path / NASTY
     folder.mkdir()
+    cluster.wait_for_nodes("idle")
     jobs = Jobs(cluster, data, folder)
     try:
         yield jobs
     finally:
         jobs.cancel_all()
+        cluster.heal()
 
 
 @pytest.fixture(scope="session")

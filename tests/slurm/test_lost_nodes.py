@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.faults.harness import losses
-from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import STEPS, Jobs
 
 pytestmark = pytest.mark.timeout(2400)
-
-
-@pytest.fixture
-def healed(cluster: Cluster) -> Iterator[None]:
-    """Whatever a test does to n2, the next one finds it well."""
-    yield
-    cluster.start_node("n2")
-    cluster.wait_for_nodes("idle", ("n2",))
 
 
 def test_job_waits_for_a_lost_node(jobs: Jobs, undisturbed: dict[int, float]) -> None:
@@ -35,7 +24,7 @@ def test_job_waits_for_a_lost_node(jobs: Jobs, undisturbed: dict[int, float]) ->
     assert losses(job.run) == undisturbed
 
 
-def test_job_goes_on_with_the_nodes_that_are_left(jobs: Jobs, healed: None) -> None:
+def test_job_goes_on_with_the_nodes_that_are_left(jobs: Jobs) -> None:
     job = jobs.submit(slurm={"min_nodes": 1}, parallel={"expert_model_parallel_size": 1})
     job.wait_for_step(10)
     assert len(job.ranks()) == 2
