@@ -46,7 +46,7 @@ SelectType=select/linear
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1
 ReturnToService=2
-# A node that does not answer is down after this long; a healthy one on a busy machine may take some.
+# After which a node that does not answer is down; a healthy one on a busy machine takes seconds.
 SlurmdTimeout=20
 KillWait=30
 MinJobAge=3600
