@@ -78,7 +78,8 @@ class SlurmSection(Section):
     max_restarts: int = Field(
         default=3,
         ge=0,
-        description="How often all ranks start anew inside the job after one has died",
+        description="How often all ranks start anew inside the job after one of a node has died; "
+        "each node counts its own",
         json_schema_extra=unit("restarts"),
     )
     requeue_on_failure: bool = Field(
