@@ -143,10 +143,11 @@ class Jobs:
         path.write_text(yaml.safe_dump(content))
         return path
 
-    def moepp(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """A `moepp` command in the folder of the jobs."""
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of whoever submits; jobs inherit it."""
         root = str(Path(__file__).parents[2])
-        environment = {
+        return {
             **self.cluster.environment,
             "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
@@ -154,9 +155,12 @@ class Jobs:
             "MOEPP_STEP_WAIT": "20",
             "MOEPP_LOG_DIR": str(self.folder / "rank logs"),
         }
+
+    def moepp(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A `moepp` command in the folder of the jobs."""
         return subprocess.run(
             [sys.executable, "-m", "moepp_megatron.cli.main", *arguments],
-            env=environment,
+            env=self.environment,
             cwd=self.folder,
             capture_output=True,
             text=True,
