@@ -63,7 +63,7 @@ _moepp_stop() {
 # Runs "$@" once on each of the first $1 nodes, waits, and returns the highest status. Signals to
 # this script are dealt with meanwhile.
 _moepp_on_nodes() {
-    local nodes=$1 status=0 last=0 mount
+    local nodes=$1 status=0 last=0 waited=0 mount
     local -a runtime=()
     shift
     case $MOEPP_CONTAINER in
@@ -88,9 +88,9 @@ _moepp_on_nodes() {
         _moepp_interrupted=0
         last=0
         wait "$_moepp_srun" || last=$?
-        # The signal came when it had been waited for already.
-        ((last != 127)) || break
-        status=$last
+        # The signal came when it had been waited for already: bash knows it no longer.
+        if ((waited && last == 127)); then break; fi
+        status=$last waited=1
         ((_moepp_interrupted)) || break
     done
     _moepp_srun=

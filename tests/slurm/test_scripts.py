@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -23,9 +24,20 @@ def sbatch(jobs: Jobs, *arguments: str) -> Job:
     """Submit; the output goes where the job's run has its own."""
     folder = jobs.folder / "run" / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
+    # The command as an installation has it, from the code under test.
+    moepp = jobs.folder / "moepp"
+    moepp.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moepp_megatron.cli.main "$@"\n')
+    moepp.chmod(0o755)
+    environment = {
+        **jobs.environment,
+        "MOEPP_ROOT": str(ROOT),
+        "PATH": f"{jobs.folder}:{os.environ['PATH']}",
+        # The names of these nodes are no addresses.
+        "MASTER_ADDR": "127.0.0.1",
+    }
     done = subprocess.run(
         ["sbatch", f"--output={str(folder).replace('%', '%%')}/%j.out", *OPTIONS, *arguments],
-        env=jobs.environment | {"MOEPP_ROOT": str(ROOT)},
+        env=environment,
         cwd=jobs.folder,
         capture_output=True,
         text=True,
@@ -63,7 +75,7 @@ def test_scaling_runs_every_size(jobs: Jobs) -> None:
 @pytest.mark.slow
 def test_ranks_that_srun_starts(jobs: Jobs, undisturbed: dict[int, float]) -> None:
     config = jobs.config({})
-    command = [sys.executable, "-m", "moepp_megatron.cli.main", "train", str(config)]
+    command = ["moepp", "train", str(config)]
     job = sbatch(jobs, "--ntasks-per-node=1", f"--wrap=srun {shlex.join(command)}")
     job.wait_for_end("COMPLETED")
     assert losses(job.run) == undisturbed
