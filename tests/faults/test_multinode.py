@@ -17,7 +17,7 @@ import yaml
 
 from tests.faults.harness import losses, prepare_data, training, write_config
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60

@@ -24,6 +24,7 @@ def test_job_waits_for_a_lost_node(jobs: Jobs, undisturbed: dict[int, float]) ->
     assert losses(job.run) == undisturbed
 
 
+@pytest.mark.slow
 def test_job_goes_on_with_the_nodes_that_are_left(jobs: Jobs) -> None:
     job = jobs.submit(slurm={"min_nodes": 1}, parallel={"expert_model_parallel_size": 1})
     job.wait_for_step(10)

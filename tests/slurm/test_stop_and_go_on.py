@@ -35,6 +35,7 @@ def test_preempted_twice_with_an_unbroken_loss_curve(
     assert not list(jobs.folder.rglob("pwned"))
 
 
+@pytest.mark.slow
 def test_cancelled_job_stays_cancelled(jobs: Jobs) -> None:
     job = jobs.submit(training={"train_iters": 100000})
     job.wait_for_step(3)
