@@ -6,6 +6,7 @@
 # Makes the environment if needed, prepares the running Python's library sources as a corpus,
 # trains on the devices here (two CPU ranks where there is no GPU), writes the report, samples text.
 set -euo pipefail
+# shellcheck source=launch/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 
 cd -- "$MOEPP_ROOT"

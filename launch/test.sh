@@ -3,6 +3,7 @@
 # Without a -m of your own the default selection runs: no layout matrix, nothing slow, and
 # GPU tests only where there is a GPU. Paths are relative to the repository.
 set -euo pipefail
+# shellcheck source=launch/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 
 cd -- "$MOEPP_ROOT"

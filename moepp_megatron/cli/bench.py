@@ -120,11 +120,11 @@ def step(
 
     check_fit(settings)
     if not rank.is_launched and nproc > 1:
-        from moepp_megatron.runtime.launch import run_ranks
+        from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 
         arguments = ["bench", "step", str(config), "--rounds", str(rounds), *(overrides or [])]
         arguments += [] if json_file is None else ["--json", str(json_file)]
-        status = run_ranks(nproc, "moepp_megatron.cli.main", arguments)
+        status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
         if status != 0:
             raise typer.Exit(status)
         return
@@ -190,13 +190,13 @@ def dispatch(
     if topk > experts:
         raise ConfigError(f"--topk ({topk}) must be at most --experts ({experts}); use {experts}")
     if not rank.is_launched:
-        from moepp_megatron.runtime.launch import run_ranks
+        from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 
         arguments = ["bench", "dispatch", "--tokens", str(tokens), "--phi", str(phi)]
         arguments += ["--hidden-size", str(hidden_size), "--experts", str(experts)]
         arguments += ["--topk", str(topk), "--dtype", dtype, "--rounds", str(rounds)]
         arguments += [] if json_file is None else ["--json", str(json_file)]
-        status = run_ranks(nproc, "moepp_megatron.cli.main", arguments)
+        status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
         if status != 0:
             raise typer.Exit(status)
         return

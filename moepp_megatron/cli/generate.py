@@ -61,14 +61,14 @@ def generate(
     if rank.is_launched or nproc == 1:
         _generate_rank(request)
         return
-    from moepp_megatron.runtime.launch import run_ranks
+    from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 
     # The folder that was found, so that ranks need not look for it again.
     arguments = ["generate", str(request.checkpoint)]
     arguments += [f"--prompt={text}" for text in prompt]
     arguments += [f"--max-new-tokens={request.max_new_tokens}", f"--temperature={temperature}"]
     arguments += [f"--top-p={top_p}", f"--seed={seed}", *(overrides or [])]
-    status = run_ranks(nproc, "moepp_megatron.cli.main", arguments)
+    status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
     if status != 0:
         raise typer.Exit(status)
 

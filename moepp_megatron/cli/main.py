@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from moepp_megatron.cli import bench, convert, data, generate, report, score, train
+from moepp_megatron.cli import bench, convert, data, generate, report, score, slurm, train
 from moepp_megatron.config import ConfigError, UnfitError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command()(score.score)
 app.add_typer(convert.app, name="convert")
 app.command()(report.report)
 app.add_typer(bench.app, name="bench")
+app.command()(slurm.slurm)
 
 
 def run() -> None:

@@ -43,11 +43,12 @@ def score(
     if rank.is_launched or nproc == 1:
         _score_rank(request)
         return
-    from moepp_megatron.runtime.launch import run_ranks
+    from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 
     arguments = ["score", str(checkpoint), "--tokens", str(tokens), "--out", str(out)]
     arguments += ["--logits"] if logits else []
-    status = run_ranks(nproc, "moepp_megatron.cli.main", [*arguments, *(overrides or [])])
+    arguments += overrides or []
+    status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
     if status != 0:
         raise typer.Exit(status)
 

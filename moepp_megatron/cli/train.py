@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ from moepp_megatron.config import (
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
+    from moepp_megatron.runtime.nodes import Nodes
 
 
 def train(
@@ -37,6 +39,30 @@ def train(
             "checkpoint.",
         ),
     ] = 0,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from this run's newest checkpoint if it has one, else start as "
+            "checkpoint.load says.",
+        ),
+    ] = False,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of this machine for the output of each rank, shown as well."),
+    ] = None,
+    nnodes: Annotated[int, typer.Option(min=1, help="Machines; run this on each of them.")] = 1,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="This machine among them, from 0; by default torchrun decides."),
+    ] = None,
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(help="Where the machines meet: machine 0's address.", metavar="HOST[:PORT]"),
+    ] = None,
+    rdzv_id: Annotated[
+        str, typer.Option(help="A name for this start of the run, the same on all machines.")
+    ] = "moepp",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, print rank grid and parameters, stop.")
     ] = False,
@@ -45,11 +71,14 @@ def train(
     # Read from the environment only: asking torch would cost seconds before an error shows.
     from moepp_megatron.runtime.rank import RankEnvironment
 
-    rank = RankEnvironment.read()
+    nodes = _nodes(nnodes, node_rank, rdzv_endpoint, rdzv_id)
+    # Told to be a launcher it is none of srun's ranks, though srun may have started several.
+    rank = RankEnvironment.read() if nodes is None else RankEnvironment()
     settings = load_config(config, overrides or [])
-    world_size = rank.world_size if rank.is_launched else nproc
+    world_size = rank.world_size if rank.is_launched else nnodes * nproc
     layout = Layout.from_config(settings, world_size)
-    if rank.rank == 0:
+    # Each machine's launcher finds the same; one of them says it.
+    if rank.rank == 0 and not node_rank:
         for warning in check_config(settings) + check_world_size(settings, world_size):
             typer.echo(f"warning: {warning}", err=True)
     if dry_run:
@@ -61,18 +90,65 @@ def train(
 
     check_fit(settings)
     _check_data(settings)
+    if resume or rank.restart_count > 0:
+        settings = _resumed(settings)
     _check_start(settings)
-    if rank.is_launched or (nproc == 1 and max_restarts == 0):
-        if rank.restart_count > 0:
-            settings = with_overrides(settings, ["checkpoint.load=auto"])
+    alone = nproc == 1 and max_restarts == 0 and nodes is None and log_dir is None
+    if rank.is_launched or alone:
         _train_rank(settings, layout)
         return
-    from moepp_megatron.runtime.launch import run_ranks
+    from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 
-    arguments = ["train", str(config), *(overrides or [])]
-    status = run_ranks(nproc, "moepp_megatron.cli.main", arguments, max_restarts)
+    arguments = ["train", *(["--resume"] if resume else []), "--", str(config)]
+    options = LaunchOptions(nproc, nodes, max_restarts, log_dir, stoppable=True)
+    status = run_ranks(options, "moepp_megatron.cli.main", [*arguments, *(overrides or [])])
     if status != 0:
         raise typer.Exit(status)
+
+
+def _nodes(count: int, rank: int | None, endpoint: str | None, run_id: str) -> Nodes | None:
+    """The machines of a run on several; None on one.
+
+    Raises:
+        ConfigError: The options do not belong together.
+    """
+    if rank is not None and rank >= count:
+        raise ConfigError(
+            f"--node-rank ({rank}) must be below --nnodes ({count}); number the machines from 0"
+        )
+    if count == 1:
+        return None
+    if endpoint is None:
+        raise ConfigError(
+            f"--nnodes ({count}) must come with --rdzv-endpoint; name machine 0's address, the "
+            "same on all machines"
+        )
+    from moepp_megatron.runtime.nodes import Nodes, parse_endpoint
+
+    try:
+        host, port = parse_endpoint(endpoint)
+        nodes = Nodes(count, rank, host, port, run_id)
+        nodes.local_address()
+    except ValueError as error:
+        raise ConfigError(f"--rdzv-endpoint {error}; give for example node01:29500") from None
+    except OSError as error:
+        raise ConfigError(
+            f"--rdzv-endpoint ({endpoint}) must be reachable from here ({error.strerror}); check "
+            "the name and the network"
+        ) from None
+    return nodes
+
+
+def _resumed(config: Config) -> Config:
+    """`config` that starts from the run's own newest checkpoint, if there is one."""
+    from moepp_megatron.training.checkpoint import is_checkpoint, list_checkpoints
+    from moepp_megatron.training.run_folder import checkpoint_folder
+
+    own = list_checkpoints(checkpoint_folder(config))
+    # Without anything else to start from, `auto` alone decides, on all ranks together.
+    if config.checkpoint.load is not None and not any(is_checkpoint(path) for path in own):
+        return config
+    return with_overrides(config, ["checkpoint.load=auto", "checkpoint.load_optimizer=true"])
 
 
 def _check_data(config: Config) -> None:
@@ -110,11 +186,14 @@ def _train_rank(config: Config, layout: Layout) -> None:
 
     quiet()
     from moepp_megatron.runtime import distributed
+    from moepp_megatron.runtime.parent import die_with_parent
     from moepp_megatron.runtime.rank import RankEnvironment
     from moepp_megatron.training.resilience import flight_recorder
     from moepp_megatron.training.trainer import Trainer
 
     rank = RankEnvironment.read()
+    if rank.is_launched:
+        die_with_parent(os.getppid())
     if config.resilience.hang_timeout_s > 0:
         flight_recorder.enable(Path(config.run.dir) / "hangs")
     distributed.start(rank, distributed.collective_timeout(config))

@@ -113,6 +113,9 @@ def _meeting_point(environment: RankEnvironment, timeout: timedelta) -> dist.Sto
     if environment.world_size == 1:
         # A lone process needs no address to meet others at.
         return dist.HashStore()
+    if environment.meets_at is not None:
+        host, port, serves = environment.meets_at
+        return dist.TCPStore(host, port, environment.world_size, is_master=serves, timeout=timeout)
     store, _, _ = next(
         dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)
     )

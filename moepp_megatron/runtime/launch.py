@@ -1,7 +1,9 @@
-"""Starts ranks on this machine with torchrun and looks after them."""
+"""Starts this machine's ranks with torchrun and looks after them."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -9,89 +11,190 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
+from moepp_megatron.runtime.nodes import Nodes
+from moepp_megatron.runtime.parent import die_with_parent
+from moepp_megatron.runtime.rank import NODE_RANK
+from moepp_megatron.runtime.rank_environment import with_rank_variables
+
 # Exit status of a run that was asked to stop and has saved: run it again.
 STOPPED = 75
+# Exit status of a rank in a run in which nothing moved any more.
+HUNG = 70
 
-# A rank that leaves with another status than 0 makes torchrun restart all of them. Ranks that stop
-# on request therefore leave with 0 and write down what it meant.
+# torchrun turns every status of a rank but 0 into 1, and restarts all ranks. So ranks that stop on
+# request leave with 0, and what a status meant is written down here.
 _STATUS_FILE = "MOEPP_STATUS_FILE"
 
+# By these a run is asked to stop.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Longer than TORCH_ELASTIC_SHUTDOWN_TIMEOUT, so that torchrun is done first.
+_INTERRUPT_TIMEOUT_S = 20.0
 
-def run_ranks(num_ranks: int, module: str, arguments: Sequence[str], max_restarts: int = 0) -> int:
-    """Run `python -m module arguments` on `num_ranks` ranks of this machine and wait.
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How to start ranks.
+
+    Attributes:
+        num_local_ranks: Ranks on this machine.
+        nodes: The machines; None for this one alone.
+        max_restarts: How often to start all ranks anew after one has died.
+        log_dir: Folder of this machine for each rank's own output, which is shown as well; None for
+            no files.
+        stoppable: Whether the ranks finish a step and save when asked to stop
+            (`training.signals.StopRequest`); others are ended.
+    """
+
+    num_local_ranks: int
+    nodes: Nodes | None = None
+    max_restarts: int = 0
+    log_dir: Path | None = None
+    stoppable: bool = False
+
+
+def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module arguments` on this machine's ranks and wait.
 
     SIGTERM and SIGUSR1 that this process receives are passed on to the ranks, not to torchrun,
-    which would end them after a fixed time whether they have saved or not.
+    which would end them after a fixed time whether they have saved or not. Slurm sends its SIGTERM
+    to all processes of a job at once, so torchrun does not get to see that one either.
 
     Args:
-        num_ranks: Ranks to start.
+        options: How many, where, how often.
         module: Module to run as main.
         arguments: Its arguments, passed on as they are, never through a shell.
-        max_restarts: How often to start all ranks anew after one has died.
 
     Returns:
-        The exit status: 0 when every rank ended with 0, `STOPPED` when they stopped on request.
+        The exit status: 0 when every rank of this machine ended with 0, `STOPPED` when they stopped
+        on request, `HUNG` when they stood still, otherwise torchrun's.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={num_ranks}",
-        f"--max-restarts={max_restarts}",
-        # How long the agent takes to notice a dead rank.
-        "--monitor-interval=0.5",
-        "--module",
-        module,
-        *arguments,
-    ]
-    environment = dict(os.environ)
-    # One thread a core in all; torchrun would warn and choose 1 whatever the machine has.
-    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    interface = options.nodes.interface() if options.nodes is not None else None
+    environment = with_rank_variables(os.environ, options.num_local_ranks, interface)
+    if options.nodes is not None:
+        # A store of its own for each attempt: agents count restarts differently, and a store that
+        # they keep holds the addresses of dead ranks.
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        if options.nodes.rank is not None:
+            environment[NODE_RANK] = str(options.nodes.rank)
     with tempfile.TemporaryDirectory(prefix="moepp-") as folder:
         status_file = Path(folder) / "status"
         environment[_STATUS_FILE] = str(status_file)
-        agent = subprocess.Popen(command, env=environment)
-        with _passing_on_signals(agent):
-            status = agent.wait()
-        if status == 0 and status_file.exists():
-            return int(status_file.read_text(encoding="ascii"))
+        status = _run(_torchrun(options, module, arguments), environment, options.stoppable)
+        written = int(status_file.read_text(encoding="ascii")) if status_file.exists() else 0
+    # What a rank wrote before torchrun started all of them anew successfully is over.
+    if (status == 0) == (written == STOPPED):
+        return written or status
     return status
 
 
 def leave(status: int) -> None:
     """End this rank with `status`; under `run_ranks` the status reaches the caller instead."""
+    sys.exit(0 if write_status(status) else status)
+
+
+def write_status(status: int) -> bool:
+    """Tell `run_ranks` what this rank ends with; False if nobody asks."""
     status_file = os.environ.get(_STATUS_FILE)
     if status_file is None:
-        sys.exit(status)
-    if os.environ.get("RANK", "0") == "0":
-        Path(status_file).write_text(str(status), encoding="ascii")
-    sys.exit(0)
+        return False
+    # In one step, since all ranks of the machine may write.
+    temporary = Path(f"{status_file}.{os.getpid()}")
+    temporary.write_text(str(status), encoding="ascii")
+    os.replace(temporary, status_file)
+    return True
+
+
+def _torchrun(options: LaunchOptions, module: str, arguments: Sequence[str]) -> list[str]:
+    where = ["--standalone"] if options.nodes is None else options.nodes.torchrun_options()
+    logs: list[str] = []
+    if options.log_dir is not None:
+        logs = [f"--log-dir={options.log_dir}", "--redirects=3", "--tee=3"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *where,
+        f"--nproc-per-node={options.num_local_ranks}",
+        f"--max-restarts={options.max_restarts}",
+        # How long the agent takes to notice a dead rank.
+        "--monitor-interval=0.5",
+        *logs,
+        "--module",
+        module,
+        *arguments,
+    ]
+
+
+def _run(command: list[str], environment: dict[str, str], stoppable: bool) -> int:
+    with _starting(stoppable):
+        agent = subprocess.Popen(
+            command,
+            env=environment,
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
+        )
+    with _passing_on_signals(agent, stoppable) as request:
+        try:
+            status = agent.wait()
+        except KeyboardInterrupt:
+            # The terminal has sent it to torchrun too, which ends the ranks.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                agent.wait(_INTERRUPT_TIMEOUT_S)
+            return 128 + signal.SIGINT
+        finally:
+            agent.kill()
+            agent.wait()
+    # Nothing ran that could have been lost.
+    return STOPPED if request.met_no_rank and status != 0 else status
 
 
 @contextmanager
-def _passing_on_signals(agent: subprocess.Popen[bytes]) -> Iterator[None]:
+def _starting(stoppable: bool) -> Iterator[None]:
+    """Children begin with the stop signals held back.
+
+    torchrun never takes them. A rank takes them once it listens, so that a request that comes while
+    it still starts is neither lost nor its end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS if stoppable else ())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@dataclass
+class _Request:
+    """What became of a request to stop; torchrun may just be waiting for other machines."""
+
+    met_no_rank: bool = False
+
+
+@contextmanager
+def _passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iterator[_Request]:
+    request = _Request()
+
     def pass_on(number: int, frame: FrameType | None) -> None:
         try:
             ranks = psutil.Process(agent.pid).children()
         except psutil.NoSuchProcess:
             return
         for rank in ranks:
-            try:
-                rank.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
+            # torchrun itself uses SIGTERM to end ranks, for good.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGUSR1 if stoppable else number)
+        if not ranks:
+            request.met_no_rank = True
+            with contextlib.suppress(ProcessLookupError):
+                agent.send_signal(signal.SIGINT)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, pass_on) for number in numbers}
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        yield
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,26 +12,33 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from moepp_megatron.runtime.launch import STOP_SIGNALS
+
+# One request reaches a rank by several ways: Slurm signals every process of a job, and the launcher
+# passes on what it got.
+SAME_REQUEST_S = 10.0
 
 
 class StopRequest:
     """Whether this run was asked to stop.
 
-    The first SIGTERM or SIGUSR1 is remembered and the step goes on; a second one ends the process
-    at once.
+    The first SIGTERM or SIGUSR1 is remembered and the step goes on; one that comes more than
+    `SAME_REQUEST_S` later ends the process at once.
     """
 
     def __init__(self) -> None:
-        self._signal: int | None = None
+        self._asked_at: float | None = None
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handle the signals inside the block; the handlers before are put back afterwards."""
         before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        # The launcher holds them back until now; one that came meanwhile arrives here.
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         try:
             yield self
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -40,13 +48,15 @@ class StopRequest:
         A launcher does not reach all ranks between the same two steps: one that stopped alone
         would leave the others waiting for it.
         """
-        asked = torch.tensor([self._signal is not None], dtype=torch.int32)
+        asked = torch.tensor([self._asked_at is not None], dtype=torch.int32)
         asked = asked.to(torch.cuda.current_device())
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
-            # Without cleaning up: whoever asks twice does not want to wait.
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at > SAME_REQUEST_S:
+            # Without cleaning up: whoever asks again does not want to wait.
             os._exit(128 + number)
-        self._signal = number

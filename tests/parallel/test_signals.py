@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 
 import pytest
 
@@ -34,12 +35,27 @@ def handlers_before_and_after() -> bool:
     return before == after != during
 
 
-def asked_twice() -> None:
-    from moepp_megatron.training.signals import StopRequest
+def asked_twice(same_request_s: float) -> bool:
+    from moepp_megatron.training import signals
 
-    with StopRequest().listening():
+    signals.SAME_REQUEST_S = same_request_s
+    with signals.StopRequest().listening() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return stop.agreed()
+
+
+def asked_before_listening() -> bool:
+    """As under the launcher, which starts ranks with the signals held back."""
+    from moepp_megatron.training.signals import STOP_SIGNALS, StopRequest
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # To this thread: the test's process has others, which do not hold it back.
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+    with StopRequest().listening() as stop:
+        asked = stop.agreed()
+    assert signal.pthread_sigmask(signal.SIG_SETMASK, before) >= set(STOP_SIGNALS)
+    return asked
 
 
 def test_all_ranks_stop_after_the_same_step(ranks: RankPools) -> None:
@@ -55,6 +71,14 @@ def test_handlers_are_put_back(ranks: RankPools) -> None:
     assert ranks(1).run(handlers_before_and_after) == [True]
 
 
-def test_second_signal_ends_the_process_at_once(ranks: RankPools) -> None:
-    with pytest.raises(RankError, match=str(128 + signal.SIGUSR1)):
-        ranks(1).run(asked_twice)
+def test_request_from_before_is_taken_up(ranks: RankPools) -> None:
+    assert ranks(1).run(asked_before_listening) == [True]
+
+
+def test_one_request_may_come_several_ways(ranks: RankPools) -> None:
+    assert ranks(1).run(asked_twice, 3600.0) == [True]
+
+
+def test_second_request_ends_the_process_at_once(ranks: RankPools) -> None:
+    with pytest.raises(RankError, match=str(128 + signal.SIGTERM)):
+        ranks(1).run(asked_twice, -1.0)

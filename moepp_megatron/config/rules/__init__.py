@@ -14,6 +14,7 @@ from moepp_megatron.config.rules import (
     moe,
     parallel,
     resilience,
+    slurm,
     training,
     world_size,
 )
@@ -25,6 +26,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *parallel.RULES,
     *training.RULES,
     *resilience.RULES,
+    *slurm.RULES,
 )
 IGNORED: tuple[Callable[[Config], Iterator[Problem]], ...] = ignored.RULES
 WORLD_SIZE_RULES: tuple[Callable[[Config, int], Iterator[Problem]], ...] = world_size.RULES

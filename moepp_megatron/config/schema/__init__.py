@@ -7,6 +7,7 @@ from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
+from moepp_megatron.config.schema.slurm import SlurmSection
 from moepp_megatron.config.schema.training import (
     OptimizerSection,
     PrecisionSection,
@@ -25,5 +26,6 @@ __all__ = [
     "ResilienceSection",
     "RunSection",
     "Section",
+    "SlurmSection",
     "TrainingSection",
 ]

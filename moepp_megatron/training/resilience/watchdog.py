@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 from moepp_megatron.config.schema import ResilienceSection
+from moepp_megatron.runtime.launch import HUNG, write_status
 from moepp_megatron.training.resilience import flight_recorder
 from moepp_megatron.training.resilience.activity import STEP, Activity
 from moepp_megatron.training.resilience.hang_report import hang_report
@@ -29,7 +31,6 @@ _LOOKS = 20
 _SHORTEST_TICK_S, _LONGEST_TICK_S = 0.1, 10.0
 # How many looks a rank waits for the others' stacks before it ends.
 _GRACE_TICKS = 10
-HANG_EXIT_CODE = 70
 
 
 class Watchdog:
@@ -137,8 +138,10 @@ class Watchdog:
             logger.exception("rank %d hangs and could not report it in full", self._rank)
         finally:
             sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                write_status(HUNG)
             # Not sys.exit: the main thread is stuck, and leaving groups in order waits for peers.
-            os._exit(HANG_EXIT_CODE)
+            os._exit(HUNG)
 
     def _dump(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -264,6 +264,21 @@ INVALID = [
         "resilience.straggler_threshold (1)",
         "use a value above 1",
     ),
+    # slurm
+    (["slurm.partition=a b"], "slurm.partition ('a b')", "use a name that this cluster has"),
+    (['slurm.exclude="n1\\n#"'], "slurm.exclude ('n1\\n#')", "use a name that this cluster has"),
+    (["slurm.time=soon"], "slurm.time ('soon')", 'write for example "4:00:00"'),
+    (["slurm.time=4:00:00"], "slurm.time (14400)", "put it in quotes"),
+    (["slurm.options=[-n2]"], "slurm.options ('-n2')", "write it as --name=value"),
+    (['slurm.options=["--a=b\\nc"]'], "slurm.options ('--a=b\\nc')", "write it as --name=value"),
+    (["slurm.min_nodes=3"], "slurm.min_nodes (3)", "use 1 or less, or null"),
+    (["slurm.container=pyxis"], "slurm.container_image (null)", "or use slurm.container none"),
+    (["slurm.container_image=x"], "slurm.container_image ('x')", "set slurm.container"),
+    (
+        ["slurm.container_mounts=['a:b,c']"],
+        "slurm.container_mounts ('a:b,c')",
+        "mount a folder whose name has none",
+    ),
     # names and form
     (
         ["moe.num_ffn_expert=4"],

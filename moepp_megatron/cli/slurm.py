@@ -1,0 +1,43 @@
+"""`moepp slurm`: the batch script of a run on a Slurm cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moepp_megatron.config import check_config, load_config, with_overrides
+
+
+def slurm(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; by default slurm.nodes.")] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A job array with one run for each value, or for each combination of several.",
+            metavar="section.key=[a,b]",
+        ),
+    ] = None,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="Submit the job instead of printing its script.")
+    ] = False,
+) -> None:
+    """Print, or submit, the Slurm job that trains the model of CONFIG."""
+    from moepp_megatron.cluster.slurm_script import SlurmJob, sweep_variants
+
+    settings = load_config(config, overrides or [])
+    for warning in check_config(settings):
+        typer.echo(f"warning: {warning}", err=True)
+    if nodes is not None:
+        settings = with_overrides(settings, [f"slurm.nodes={nodes}"])
+    variants = sweep_variants(settings, sweep or []) if sweep else []
+    job = SlurmJob(settings, config, overrides or [], Path.cwd(), variants)
+    if submit:
+        typer.echo(job.submit())
+    else:
+        typer.echo(job.script(), nl=False)

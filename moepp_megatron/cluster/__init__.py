@@ -1,0 +1,1 @@
+"""Jobs on clusters: batch scripts rendered from the configuration."""

@@ -1,0 +1,275 @@
+"""The batch script of a run on a Slurm cluster.
+
+Values of a configuration reach two languages: bash, quoted by `shlex.quote`, and the `#SBATCH`
+lines that sbatch reads by rules of its own. The template quotes whatever it prints, so that a value
+which nobody thought of is still a value.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from moepp_megatron.config import Config, ConfigError, check_world_size, with_overrides
+from moepp_megatron.config.load import parse_override
+from moepp_megatron.config.problem import show
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_TEMPLATE = "job.sbatch.j2"
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """What a batch script runs.
+
+    Attributes:
+        config: The run's configuration, overrides applied.
+        config_file: Its file.
+        overrides: The overrides, for the command line of `moepp train`.
+        directory: Where the job runs; relative paths of the configuration start here.
+        variants: One list of further overrides for each element of a job array; empty for one job.
+    """
+
+    config: Config
+    config_file: Path
+    overrides: Sequence[str]
+    directory: Path
+    variants: Sequence[Sequence[str]] = ()
+
+    @property
+    def ranks_per_node(self) -> int:
+        """One rank a GPU."""
+        slurm = self.config.slurm
+        return slurm.gpus_per_node or slurm.cpu_ranks_per_node
+
+    @property
+    def output_folder(self) -> Path:
+        """Where Slurm writes the job's output."""
+        return self.directory / self.config.run.dir / "slurm"
+
+    def node_counts(self) -> list[int]:
+        """Numbers of nodes that the job may run on, fewest first.
+
+        Raises:
+            ConfigError: The layout fits neither `slurm.nodes` nor, where set, `slurm.min_nodes`.
+        """
+        slurm = self.config.slurm
+        fewest = slurm.min_nodes or slurm.nodes
+        counts = []
+        for count in range(fewest, slurm.nodes + 1):
+            try:
+                check_world_size(self.config, count * self.ranks_per_node)
+            except ConfigError as error:
+                if count in (fewest, slurm.nodes):
+                    where = f"{count} nodes * {self.ranks_per_node} ranks"
+                    raise ConfigError(f"{error} (slurm: {where})") from None
+            else:
+                counts.append(count)
+        return counts
+
+    def script(self) -> str:
+        """The batch script.
+
+        Raises:
+            ConfigError: The layout does not fit the nodes, or a value cannot stand in the script.
+        """
+        if not (REPOSITORY / "slurm" / "common.sh").is_file():
+            raise ConfigError(
+                f"the installation ({REPOSITORY}) must be a clone of the repository with its "
+                "folder slurm; install with: pip install -e CLONE"
+            )
+        slurm = self.config.slurm
+        command = [sys.executable, "-m", "moepp_megatron.cli.main"]
+        if slurm.container != "none":
+            # This Python is outside; the image brings its own.
+            command = ["moepp"]
+        return (
+            _environment()
+            .get_template(_TEMPLATE)
+            .render(
+                options=self._options(),
+                root=str(REPOSITORY),
+                command=command,
+                ranks_per_node=self.ranks_per_node,
+                max_restarts=slurm.max_restarts,
+                max_requeues=slurm.max_requeues,
+                requeue_on_failure=int(slurm.requeue_on_failure),
+                preflight=self._preflight(command),
+                container=slurm.container,
+                container_image=slurm.container_image or "",
+                container_mounts=slurm.container_mounts,
+                arguments=[str(self.config_file.absolute()), *self.overrides],
+                variants=self.variants,
+            )
+        )
+
+    def submit(self) -> str:
+        """Hand the script to sbatch.
+
+        Returns:
+            What sbatch says.
+
+        Raises:
+            ConfigError: There is no sbatch, or it refuses.
+        """
+        self.output_folder.mkdir(parents=True, exist_ok=True)
+        try:
+            done = subprocess.run(
+                ["sbatch"],
+                input=self.script(),
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                # A path may hold bytes that are no text.
+                errors="surrogateescape",
+                cwd=self.directory,
+            )
+        except FileNotFoundError:
+            raise ConfigError(
+                "--submit must find sbatch on the PATH; run it on a login node, or leave --submit "
+                "out and copy the script there"
+            ) from None
+        if done.returncode != 0:
+            raise ConfigError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+        return done.stdout.strip()
+
+    def _preflight(self, command: list[str]) -> list[str]:
+        slurm = self.config.slurm
+        if not slurm.preflight:
+            return []
+        return slurm.preflight_command or [*command, "doctor", "--preflight"]
+
+    def _options(self) -> list[_Option]:
+        slurm, counts = self.config.slurm, self.node_counts()
+        element = "%A_%a" if self.variants else "%j"
+        values: dict[str, str | int | None] = {
+            "job-name": self.config.run.name,
+            "chdir": str(self.directory),
+            "output": f"{_no_pattern('run.dir', str(self.output_folder))}/{element}.out",
+            # A requeued job goes on in the same file.
+            "open-mode": "append",
+            "nodes": _node_option(counts),
+            # One launcher a node, which starts the ranks.
+            "ntasks-per-node": 1,
+            "gpus-per-node": slurm.gpus_per_node or None,
+            # To the batch script alone: it passes the request on.
+            "signal": f"B:USR1@{slurm.signal_before_s}",
+            "time": slurm.time,
+            "partition": slurm.partition,
+            "account": slurm.account,
+            "qos": slurm.qos,
+            "constraint": slurm.constraint,
+            "exclude": slurm.exclude,
+            "array": f"0-{len(self.variants) - 1}" if self.variants else None,
+        }
+        options = [
+            _Option(f"--{name}={value}") for name, value in values.items() if value is not None
+        ]
+        flags = ["--requeue"]
+        if slurm.exclusive:
+            # All memory of the node comes with it.
+            flags += ["--exclusive", "--mem=0"]
+        return [*options, *(_Option(text) for text in [*flags, *slurm.options])]
+
+
+def sweep_variants(config: Config, sweeps: Sequence[str]) -> list[list[str]]:
+    """Every combination of the swept values, each with a run folder of its own.
+
+    Args:
+        config: The configuration without them.
+        sweeps: `section.key=[value, ...]`.
+
+    Raises:
+        ConfigError: Not a list, or a combination that the configuration refuses.
+    """
+    choices = []
+    for sweep in sweeps:
+        section, key, values = parse_override(sweep)
+        if not isinstance(values, list) or not values:
+            raise ConfigError(
+                f"--sweep {section}.{key} ({show(values)}) must be a list of values; write for "
+                "example moe.tau=[0.25,0.5]"
+            )
+        # JSON is YAML on one line.
+        choices.append([f"{section}.{key}={json.dumps(value)}" for value in values])
+    variants = []
+    for index, combination in enumerate(itertools.product(*choices)):
+        folder = json.dumps(str(Path(config.run.dir) / "sweep" / f"{index:03d}"))
+        variants.append([*combination, f"run.dir={folder}"])
+    for variant in variants:
+        varied = with_overrides(config, variant)
+        check_world_size(varied, varied.slurm.nodes * _ranks_per_node(varied))
+    return variants
+
+
+def _ranks_per_node(config: Config) -> int:
+    return config.slurm.gpus_per_node or config.slurm.cpu_ranks_per_node
+
+
+class _Option(str):
+    """An option of sbatch, for a `#SBATCH` line."""
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        # Not for pages: `finalize` quotes what is printed.
+        autoescape=False,
+        finalize=_quoted,
+    )
+
+
+def _quoted(value: Any) -> str:
+    """A value as it may stand in the script."""
+    if isinstance(value, _Option):
+        return _sbatch_word(value)
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ConfigError(f"a value ({show(value)}) must not hold a zero byte; remove it")
+        return shlex.quote(value)
+    assert type(value) is int, f"{value!r} has no form in a script"
+    return str(value)
+
+
+def _sbatch_word(option: str) -> str:
+    """One word of a `#SBATCH` line, by the rules of sbatch's own parser (src/sbatch/opt.c).
+
+    It knows double quotes and backslashes, and nothing can stand for the end of a line.
+    """
+    name, equals, value = option.partition("=")
+    if not option.isprintable():
+        raise ConfigError(
+            f"{name} ({show(value)}) must be printable text on one line; rename what it comes from "
+            "(run.name, run.dir, the folder you are in)"
+        )
+    if not equals:
+        return option
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{escaped}"'
+
+
+def _no_pattern(name: str, path: str) -> str:
+    """A path for --output, in which % starts a pattern and a backslash switches patterns off."""
+    if "\\" in path:
+        raise ConfigError(
+            f"{name} ({show(path)}) must not hold a backslash, with which Slurm would ignore the "
+            "job's number in the name of the output; rename the folder"
+        )
+    return path.replace("%", "%%")
+
+
+def _node_option(counts: list[int]) -> str:
+    if counts[-1] - counts[0] + 1 == len(counts):
+        return str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+    return ",".join(map(str, counts))

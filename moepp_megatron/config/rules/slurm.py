@@ -1,0 +1,103 @@
+"""Rules of the section `slurm`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.schema import Config
+
+# What Slurm's names and lists of names consist of, and how it writes durations.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:&|()\[\]*%+-]*")
+_TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2})|(\d+(:\d{2}){0,2})")
+
+
+def names_are_slurms(config: Config) -> Iterator[Problem]:
+    """Names hold only what Slurm's names hold."""
+    for key in ("partition", "account", "qos", "constraint", "exclude"):
+        value = getattr(config.slurm, key)
+        if value is not None and not _NAME.fullmatch(value):
+            yield Problem(
+                f"slurm.{key}",
+                value,
+                "must hold only letters, digits and _.,:&|()[]*%+-",
+                "use a name that this cluster has, or null",
+            )
+
+
+def time_limit_is_a_duration(config: Config) -> Iterator[Problem]:
+    """The time limit is one of Slurm's forms."""
+    time = config.slurm.time
+    if time is not None and not _TIME.fullmatch(time):
+        yield Problem(
+            "slurm.time",
+            time,
+            "must be minutes, hours:minutes:seconds or days-hours:minutes:seconds",
+            'write for example "4:00:00" or "2-00:00:00"',
+        )
+
+
+def fewest_nodes_are_among_the_nodes(config: Config) -> Iterator[Problem]:
+    """The job does not go on with more nodes than it asks for."""
+    slurm = config.slurm
+    if slurm.min_nodes is not None and slurm.min_nodes > slurm.nodes:
+        yield Problem(
+            "slurm.min_nodes",
+            slurm.min_nodes,
+            f"must be at most slurm.nodes ({slurm.nodes})",
+            f"use {slurm.nodes} or less, or null",
+        )
+
+
+def container_has_an_image(config: Config) -> Iterator[Problem]:
+    """A container needs an image, and an image something that runs it."""
+    slurm = config.slurm
+    if slurm.container != "none" and slurm.container_image is None:
+        yield Problem(
+            "slurm.container_image",
+            None,
+            f"must name an image for slurm.container ({slurm.container})",
+            "name one, or use slurm.container none",
+        )
+    if slurm.container == "none" and slurm.container_image is not None:
+        yield Problem(
+            "slurm.container_image",
+            slurm.container_image,
+            "must come with slurm.container pyxis or apptainer",
+            "set slurm.container, or leave the image out",
+        )
+
+
+def options_are_options(config: Config) -> Iterator[Problem]:
+    """Further options are long options on one line, each in one piece."""
+    for option in config.slurm.options:
+        if not option.startswith("--") or not option.isprintable():
+            yield Problem(
+                "slurm.options",
+                option,
+                "must be a long option of sbatch on one line",
+                "write it as --name=value",
+            )
+
+
+def mounts_are_pairs(config: Config) -> Iterator[Problem]:
+    """Container runtimes separate mounts by commas and their halves by colons."""
+    for mount in config.slurm.container_mounts:
+        if ":" not in mount or "," in mount:
+            yield Problem(
+                "slurm.container_mounts",
+                mount,
+                "must have the form SOURCE:TARGET without a comma",
+                "mount a folder whose name has none",
+            )
+
+
+RULES = (
+    names_are_slurms,
+    time_limit_is_a_duration,
+    fewest_nodes_are_among_the_nodes,
+    container_has_an_image,
+    options_are_options,
+    mounts_are_pairs,
+)

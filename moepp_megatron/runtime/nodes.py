@@ -1,0 +1,90 @@
+"""How the machines of a run find each other."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+import psutil
+
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a run and this one among them.
+
+    Attributes:
+        count: Machines.
+        rank: This machine from 0, or None to let torchrun number them. Ranks are numbered in its
+            order, so that neighbours in the cluster are neighbours in the rank grid.
+        host: Machine where they meet; the first one, if they are numbered.
+        port: Its port.
+        run_id: Same for all machines of this run, different from any other at the same place.
+        join_timeout_s: How long machines wait for each other, at the start and after a failure.
+    """
+
+    count: int
+    rank: int | None
+    host: str
+    port: int = DEFAULT_PORT
+    run_id: str = "moepp"
+    join_timeout_s: int = 900
+
+    def local_address(self) -> str:
+        """The address by which the others reach this machine.
+
+        Not the host's name: many machines map theirs to a loopback address.
+        """
+        # Connecting a datagram socket sends nothing; it only chooses the route.
+        family, kind, protocol, _, target = socket.getaddrinfo(
+            self.host, self.port, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)
+            return str(probe.getsockname()[0])
+
+    def interface(self) -> str | None:
+        """The network interface with `local_address`, or None if it is unknown."""
+        address = self.local_address()
+        for name, addresses in psutil.net_if_addrs().items():
+            # IPv6 link-local addresses are listed as address%interface.
+            if any(each.address.partition("%")[0] == address for each in addresses):
+                return str(name)
+        return None
+
+    def torchrun_options(self) -> list[str]:
+        """What torchrun must know."""
+        settings = [f"join_timeout={self.join_timeout_s}", f"timeout={self.join_timeout_s}"]
+        if self.rank is not None:
+            # torchrun would compare names, which misleads where machines have several.
+            settings.append(f"is_host={int(self.rank == 0)}")
+        return [
+            f"--nnodes={self.count}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={_bracketed(self.host)}:{self.port}",
+            f"--rdzv-id={self.run_id}",
+            f"--rdzv-conf={','.join(settings)}",
+            f"--local-addr={self.local_address()}",
+        ]
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def parse_endpoint(endpoint: str) -> tuple[str, int]:
+    """Split HOST, HOST:PORT or [IPV6]:PORT.
+
+    Raises:
+        ValueError: Not of this form.
+    """
+    if endpoint.startswith("["):
+        host, _, rest = endpoint[1:].partition("]")
+        colon, port = rest[:1], rest[1:]
+    else:
+        host, colon, port = endpoint.partition(":")
+    is_port = port.isascii() and port.isdigit() and 0 < int(port) < 65536
+    if not host or (colon or port) and not (colon == ":" and is_port):
+        raise ValueError(f"{endpoint!r} must be HOST or HOST:PORT")
+    return host, int(port) if port else DEFAULT_PORT

@@ -1,0 +1,90 @@
+"""The environment variables that every rank is started with: the one place that sets them.
+
+`moepp train --nproc`, `launch/*.sh` and `slurm/*.sbatch` all start ranks through
+`runtime.launch.run_ranks`, which asks here. Nothing that the user has set is changed. The same set
+is used without a GPU: NCCL and CUDA variables do nothing there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable.
+
+    Attributes:
+        name: Its name.
+        value: What it is set to where the user has not set it.
+        reason: Why.
+        aliases: Other names for the same thing; one that is set counts as this one.
+    """
+
+    name: str
+    value: str
+    reason: str
+    aliases: tuple[str, ...] = ()
+
+
+def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[Variable]:
+    """The variables of ranks on this machine.
+
+    Args:
+        num_local_ranks: Ranks on this machine, which share its cores.
+        interface: Network interface towards the other machines; None where there are none.
+    """
+    cores = len(os.sched_getaffinity(0))
+    variables = [
+        Variable(
+            "OMP_NUM_THREADS",
+            str(max(1, cores // num_local_ranks)),
+            "one thread a core in all; torchrun would choose 1 whatever the machine has",
+        ),
+        Variable(
+            "CUDA_DEVICE_MAX_CONNECTIONS",
+            "1",
+            "kernels start in the order of their launch, so that a collective begins before the "
+            "matrix product that hides it; megatron-core asks for it with tensor parallelism",
+        ),
+        Variable(
+            "PYTORCH_ALLOC_CONF",
+            "expandable_segments:True",
+            "token counts of experts change every step; fixed segments fragment memory",
+            aliases=("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+        ),
+        Variable("NCCL_DEBUG", "WARN", "a failing collective says why; INFO would fill the logs"),
+        Variable(
+            "NCCL_IB_TIMEOUT",
+            "22",
+            "an InfiniBand link that flaps for seconds does not end the run (4.1 us * 2^22 = 17 s)",
+        ),
+        Variable("PYTHONUNBUFFERED", "1", "the last lines of a killed rank are in its log"),
+        Variable(
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+            "10",
+            "torchrun ends ranks only after one has died; the others wait for it in vain",
+        ),
+    ]
+    if interface is not None:
+        variables.append(
+            Variable(
+                "GLOO_SOCKET_IFNAME",
+                interface,
+                "gloo looks up the host's name, which many machines map to a loopback address",
+            )
+        )
+    return variables
+
+
+def with_rank_variables(
+    environment: Mapping[str, str], num_local_ranks: int, interface: str | None = None
+) -> dict[str, str]:
+    """A copy of `environment` with the variables that it lacks."""
+    result = dict(environment)
+    for variable in rank_variables(num_local_ranks, interface):
+        if not any(alias in result for alias in variable.aliases):
+            result.setdefault(variable.name, variable.value)
+    return result

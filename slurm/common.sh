@@ -1,0 +1,241 @@
+# shellcheck shell=bash
+# What every batch script here shares; sourced on the first node of a job.
+#
+#   source "$MOEPP_ROOT/slurm/common.sh"
+#   moepp_job CONFIG [section.key=value ...]
+#
+# A script sets, before sourcing, what it does not want to be the default:
+#   MOEPP_ROOT                the repository
+#   MOEPP_COMMAND             array: how to call moepp
+#   MOEPP_RANKS_PER_NODE      ranks a node (default: its GPUs, or 1)
+#   MOEPP_MAX_RESTARTS        how often ranks start anew inside the job
+#   MOEPP_MAX_REQUEUES        how often the job may start again
+#   MOEPP_REQUEUE_ON_FAILURE  1: also after a failure with a traceback
+#   MOEPP_PREFLIGHT           array: command that fails on a sick node; empty for none
+#   MOEPP_CONTAINER           none, pyxis or apptainer, with MOEPP_CONTAINER_IMAGE and the array
+#                             MOEPP_CONTAINER_MOUNTS
+#   MOEPP_LOG_DIR             folder on each node for the ranks' own output
+#   MOEPP_STEP_WAIT           seconds that nodes get to end after the first one has ended
+#   MOEPP_PROBE_TIMEOUT       seconds that nodes get to answer after a failure
+
+# Exit statuses of moepp.
+_MOEPP_USAGE=2 _MOEPP_UNFIT=3 _MOEPP_HUNG=70 _MOEPP_STOPPED=75
+
+: "${MOEPP_MAX_RESTARTS:=3}" "${MOEPP_MAX_REQUEUES:=20}" "${MOEPP_REQUEUE_ON_FAILURE:=0}"
+: "${MOEPP_CONTAINER:=none}" "${MOEPP_CONTAINER_IMAGE:=}" "${MOEPP_STEP_WAIT:=60}"
+: "${MOEPP_PROBE_TIMEOUT:=120}"
+: "${MOEPP_RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
+: "${MOEPP_LOG_DIR:=${TMPDIR:-/tmp}/moepp-logs}"
+if [[ -z ${MOEPP_COMMAND[*]:-} ]]; then
+    MOEPP_COMMAND=(moepp)
+    if [[ $MOEPP_CONTAINER == none && -x $MOEPP_ROOT/.venv/bin/moepp ]]; then
+        MOEPP_COMMAND=("$MOEPP_ROOT/.venv/bin/moepp")
+    fi
+fi
+[[ -v MOEPP_PREFLIGHT ]] || declare -a MOEPP_PREFLIGHT=()
+[[ -v MOEPP_CONTAINER_MOUNTS ]] || declare -a MOEPP_CONTAINER_MOUNTS=()
+
+_MOEPP_RESTART=${SLURM_RESTART_COUNT:-0}
+_moepp_stopping=0    # asked to stop
+_moepp_interrupted=0 # since the last wait began
+
+_moepp_say() { printf 'moepp job %s: %s\n' "$SLURM_JOB_ID" "$*" >&2; }
+
+# ---- running something on the nodes ------------------------------------------------------
+
+# Asks the run to save and stop. One rank is enough, all agree after each step; so the request goes to
+# the launcher on this node and to nothing else: a signal to the whole step would also reach the
+# ranks' own helper processes, which it ends.
+_moepp_stop() {
+    local pid found=0
+    _moepp_stopping=1 _moepp_interrupted=1
+    _moepp_say "asked to stop; the run saves after its step"
+    # Columns: pid, job, step, local task, global task. Tasks have a number, their children none.
+    while read -r pid; do
+        kill -USR1 "$pid" 2>/dev/null && found=1
+    done < <(scontrol listpids "$SLURM_JOB_ID" "$SLURMD_NODENAME" 2>/dev/null |
+        awk '$3 ~ /^[0-9]+$/ && $4 == 0 { print $1 }')
+    if ((!found)) && [[ -n ${_moepp_srun:-} ]]; then
+        kill -USR1 "$_moepp_srun" 2>/dev/null || true
+    fi
+}
+
+# Runs "$@" once on each of the first $1 nodes, waits, and returns the highest status. Signals to
+# this script are dealt with meanwhile.
+_moepp_on_nodes() {
+    local nodes=$1 status=0 last=0 waited=0 mount
+    local -a runtime=()
+    shift
+    case $MOEPP_CONTAINER in
+    pyxis)
+        local mounts=$PWD:$PWD
+        for mount in "${MOEPP_CONTAINER_MOUNTS[@]}"; do mounts+=,$mount; done
+        set -- --container-image="$MOEPP_CONTAINER_IMAGE" --container-mounts="$mounts" \
+            --container-workdir="$PWD" "$@"
+        ;;
+    apptainer)
+        runtime=(apptainer exec --nv --pwd "$PWD" --bind "$PWD")
+        for mount in "${MOEPP_CONTAINER_MOUNTS[@]}"; do runtime+=(--bind "$mount"); done
+        set -- "${runtime[@]}" "$MOEPP_CONTAINER_IMAGE" "$@"
+        ;;
+    esac
+    # No binding: the launcher's ranks share out the node's cores. Ended nodes are given time, not
+    # killed at once: the first to leave after a save must not end the last.
+    srun --nodes="$nodes" --relative=0 --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
+        --kill-on-bad-exit=0 --wait="$MOEPP_STEP_WAIT" "$@" &
+    _moepp_srun=$!
+    while :; do
+        _moepp_interrupted=0
+        last=0
+        wait "$_moepp_srun" || last=$?
+        # The signal came when it had been waited for already: bash knows it no longer.
+        if ((waited && last == 127)); then break; fi
+        status=$last waited=1
+        ((_moepp_interrupted)) || break
+    done
+    _moepp_srun=
+    return "$status"
+}
+
+# Trains on the first $1 nodes: _moepp_train NODES CONFIG [section.key=value ...]
+_moepp_train() {
+    local nodes=$1 id=$SLURM_JOB_ID.$_MOEPP_RESTART.$SECONDS head
+    local -a command
+    shift
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # The node's address as Slurm itself uses it: a node's name need not be one.
+    head=$(scontrol show node --oneliner "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    command=("${MOEPP_COMMAND[@]}" train --resume --nproc "$MOEPP_RANKS_PER_NODE"
+        --max-restarts "$MOEPP_MAX_RESTARTS" --log-dir "$MOEPP_LOG_DIR/$id")
+    if ((nodes > 1)); then
+        # A port of the job's own, so that two jobs that share a node do not meet, and none of those
+        # that Linux hands out to connections (from 32768 on).
+        command+=(--nnodes "$nodes" --rdzv-id "$id"
+            --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 12000))")
+    fi
+    # The node's number is known on the node only.
+    # shellcheck disable=SC2016
+    _moepp_on_nodes "$nodes" bash -c \
+        'n=$1; shift; exec "${@:1:n}" --node-rank "$SLURM_NODEID" "${@:n+1}"' \
+        moepp "${#command[@]}" "${command[@]}" -- "$@"
+}
+
+# ---- before and after --------------------------------------------------------------------
+
+# Runs MOEPP_PREFLIGHT on every node. Nodes that fail it are excluded and the job is requeued.
+moepp_preflight() {
+    local report node status
+    local -A statuses=()
+    local -a sick=()
+    if ((${#MOEPP_PREFLIGHT[@]} == 0)); then return 0; fi
+    report=$(mktemp)
+    # shellcheck disable=SC2016
+    _moepp_on_nodes "$SLURM_JOB_NUM_NODES" bash -c '
+        output=$("$@" 2>&1) && status=0 || status=$?
+        while IFS= read -r line; do printf "%s: %s\n" "$SLURMD_NODENAME" "$line"; done <<<"$output"
+        printf "moepp-preflight %s %d\n" "$SLURMD_NODENAME" "$status"
+    ' preflight "${MOEPP_PREFLIGHT[@]}" >"$report" || true
+    while read -r _ node status; do
+        statuses[$node]=$status
+    done < <(grep '^moepp-preflight [^ ]* [0-9]*$' "$report" || true)
+    grep -v '^moepp-preflight ' "$report" >&2 || true
+    rm -f -- "$report"
+    if ((_moepp_stopping)); then _moepp_requeue "asked to stop before training"; fi
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        status=${statuses[$node]:-none}
+        case $status in
+        0) ;;
+        "$_MOEPP_USAGE" | 126 | 127)
+            _moepp_say "the preflight command itself is wrong (exit $status on $node); not started"
+            exit "$_MOEPP_USAGE"
+            ;;
+        *)
+            _moepp_say "preflight failed on $node (exit $status); see its lines above"
+            sick+=("$node")
+            ;;
+        esac
+    done
+    if ((${#sick[@]} == 0)); then return 0; fi
+    if ((${#sick[@]} == SLURM_JOB_NUM_NODES)); then
+        _moepp_say "every node fails: likelier one cause than ${#sick[@]}; not started, not requeued"
+        exit "$_MOEPP_UNFIT"
+    fi
+    _moepp_requeue_without "${sick[@]}"
+}
+
+# Whether a node of the job does not answer. When one dies, ranks on the others fail within seconds, and
+# Slurm itself notices only after its SlurmdTimeout, by default five minutes.
+_moepp_lost_a_node() {
+    ! timeout "$MOEPP_PROBE_TIMEOUT" srun --nodes="$SLURM_JOB_NUM_NODES" \
+        --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 true
+}
+
+# Ends this script; the job starts again without the nodes "$@".
+_moepp_requeue_without() {
+    local nodes=$* excluded
+    nodes=${nodes// /,}
+    _moepp_may_requeue "nodes $nodes failed preflight" || exit "$_MOEPP_UNFIT"
+    _moepp_say "not started; requeued without $nodes"
+    # Slurm takes a list of nodes to avoid for pending jobs only, and ends this script meanwhile.
+    trap '' TERM USR1
+    scontrol requeuehold "$SLURM_JOB_ID"
+    excluded=$(scontrol show job --oneliner "$SLURM_JOB_ID" |
+        sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    if [[ -n $excluded && $excluded != '(null)' ]]; then nodes=$excluded,$nodes; fi
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$nodes"
+    scontrol release "$SLURM_JOB_ID"
+    exit "$_MOEPP_UNFIT"
+}
+
+_moepp_may_requeue() {
+    local state
+    if ((_MOEPP_RESTART >= MOEPP_MAX_REQUEUES)); then
+        _moepp_say "$1; requeued $_MOEPP_RESTART times already, the most allowed: not again"
+        return 1
+    fi
+    # Slurm would also bring back a job that its user has cancelled.
+    state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p')
+    if [[ $state != RUNNING && $state != TIMEOUT ]]; then
+        _moepp_say "$1; the job is $state, so Slurm decides what happens"
+        return 1
+    fi
+}
+
+# Requeues for reason $1 and ends this script.
+_moepp_requeue() {
+    _moepp_may_requeue "$1" || exit "$_MOEPP_STOPPED"
+    _moepp_say "$1; requeued ($((_MOEPP_RESTART + 1)) of at most $MOEPP_MAX_REQUEUES times)"
+    trap '' TERM USR1
+    scontrol requeue "$SLURM_JOB_ID"
+    exit "$_MOEPP_STOPPED"
+}
+
+# What follows from the status $1 of the training.
+_moepp_after() {
+    local status=$1
+    # Ended by the request itself, before it could listen: nothing was done, nothing is lost.
+    if ((_moepp_stopping && status == 128 + 10)); then status=$_MOEPP_STOPPED; fi
+    case $status in
+    0) _moepp_say 'done' ;;
+    "$_MOEPP_STOPPED") _moepp_requeue 'stopped on request and saved' ;;
+    "$_MOEPP_HUNG") _moepp_requeue 'the run hung (see hangs/ in its folder)' ;;
+    "$_MOEPP_USAGE" | "$_MOEPP_UNFIT") exit "$status" ;;
+    *)
+        if _moepp_lost_a_node; then _moepp_requeue "status $status; a node does not answer"; fi
+        _moepp_say "failed with status $status; each rank's output: $MOEPP_LOG_DIR on its node"
+        if ((MOEPP_REQUEUE_ON_FAILURE)); then _moepp_requeue "failed with status $status"; fi
+        exit "$status"
+        ;;
+    esac
+}
+
+# The whole job: preflight, training on all nodes, and what its end asks for.
+moepp_job() {
+    local status=0
+    _moepp_say "start $((_MOEPP_RESTART + 1)) on $SLURM_JOB_NODELIST," \
+        "$SLURM_JOB_NUM_NODES nodes * $MOEPP_RANKS_PER_NODE ranks"
+    trap _moepp_stop USR1 TERM
+    moepp_preflight
+    _moepp_train "$SLURM_JOB_NUM_NODES" "$@" || status=$?
+    _moepp_after "$status"
+}

@@ -1,0 +1,150 @@
+"""run_ranks with ranks of a few lines: statuses, signals, orphans."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
+options = LaunchOptions(2, stoppable=sys.argv[2] == "stoppable", log_dir=Path(sys.argv[3]))
+sys.exit(run_ranks(options, sys.argv[1], sys.argv[4:]))
+"""
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from moepp_megatron.runtime.launch import HUNG, STOPPED, leave, write_status
+from moepp_megatron.runtime.parent import die_with_parent
+
+die_with_parent(os.getppid())
+what, folder = sys.argv[1:]
+rank = os.environ["RANK"]
+print("rank", rank, "says hello")
+Path(folder, rank).write_text(str(os.getpid()))
+if what == "end":
+    leave(0)
+if what == "stop":
+    leave(STOPPED)
+if what == "hang":
+    write_status(HUNG)
+    os._exit(HUNG)
+if what == "crash":
+    sys.exit(9)
+if what == "late listener":
+    # A request that came already is taken up here.
+    while not Path(folder, "asked").exists():
+        time.sleep(0.05)
+    def stop(*_):
+        leave(STOPPED)
+    signal.signal(signal.SIGUSR1, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+time.sleep(200)
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    (tmp_path / "rank_of_test.py").write_text(RANK)
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join([str(tmp_path), root, os.environ.get("PYTHONPATH", "")])
+    started = []
+
+    def launcher(what: str, kind: str = "stoppable") -> subprocess.Popen[str]:
+        logs = str(tmp_path / "logs")
+        arguments = ["rank_of_test", kind, logs, what, str(tmp_path)]
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, *arguments],
+            env={**os.environ, "PYTHONPATH": paths},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield launcher
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def pids(folder: Path) -> list[int]:
+    files = [folder / "0", folder / "1"]
+    wait_until(lambda: all(path.exists() and path.read_text() for path in files))
+    return [int(path.read_text()) for path in files]
+
+
+def gone(numbers: list[int]) -> bool:
+    for number in numbers:
+        try:
+            if psutil.Process(number).status() != psutil.STATUS_ZOMBIE:
+                return False
+        except psutil.NoSuchProcess:
+            continue
+    return True
+
+
+@pytest.mark.parametrize(("what", "status"), [("end", 0), ("stop", 75), ("hang", 70), ("crash", 1)])
+def test_what_ranks_end_with_reaches_the_caller(start, what: str, status: int) -> None:
+    process = start(what)
+    output, _ = process.communicate()
+    assert process.returncode == status, output
+
+
+def test_each_rank_has_its_own_log_and_is_heard(start, tmp_path: Path) -> None:
+    output, _ = start("end").communicate()
+    for rank in range(2):
+        (log,) = tmp_path.glob(f"logs/*/attempt_0/{rank}/stdout.log")
+        assert log.read_text() == f"rank {rank} says hello\n"
+        assert f"rank {rank} says hello" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_request_to_a_rank_that_still_starts_waits_for_it(start, tmp_path, number) -> None:
+    process = start("late listener")
+    pids(tmp_path)
+    process.send_signal(number)
+    # To torchrun as well, as Slurm does.
+    for child in psutil.Process(process.pid).children():
+        child.send_signal(signal.SIGTERM)
+    (tmp_path / "asked").touch()
+    output, _ = process.communicate()
+    assert process.returncode == 75, output
+
+
+def test_ranks_that_cannot_stop_are_ended(start, tmp_path: Path) -> None:
+    process = start("sleep", "other")
+    ranks = pids(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode not in (0, 75)
+    assert gone(ranks)
+
+
+def test_killed_launcher_leaves_no_orphans(start, tmp_path: Path) -> None:
+    process = start("sleep")
+    ranks = pids(tmp_path)
+    (agent,) = psutil.Process(process.pid).children()
+    process.kill()
+    wait_until(lambda: gone([agent.pid, *ranks]))

@@ -1,0 +1,73 @@
+"""One cluster and one corpus for all tests of this folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import losses, prepare_data
+from tests.slurm.cluster import Cluster, missing_programs
+from tests.slurm.jobs import STEPS, Jobs
+
+# Shell, YAML and sbatch all have something to say about these characters.
+NASTY = 'it\'s "a" $(touch pwned) `touch pwned` $HOME; # & * %j \u00e9'
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = missing_programs()
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker("slurm")
+            if missing:
+                reason = f"no {', '.join(missing)} here; apt-get install slurm-wlm"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    # Not pytest's folder: the path of a socket may have 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="moepp-slurm-"))
+    cluster = Cluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_data(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def jobs(cluster: Cluster, data: Path, tmp_path: Path) -> Iterator[Jobs]:
+    """Submits jobs from a folder whose name no shell may read; none is left afterwards."""
+    folder = tmp_path / NASTY
+    folder.mkdir()
+    cluster.wait_for_nodes("idle")
+    jobs = Jobs(cluster, data, folder)
+    try:
+        yield jobs
+    finally:
+        jobs.cancel_all()
+        cluster.heal()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, float]:
+    """Losses by step of the two-node expert-parallel run that nobody disturbs."""
+    jobs = Jobs(cluster, data, tmp_path_factory.mktemp("undisturbed"))
+    job = jobs.submit()
+    job.wait_for_end("COMPLETED")
+    reached = losses(job.run)
+    assert sorted(reached) == list(range(1, STEPS + 1)), job.report()
+    return reached

@@ -1,0 +1,184 @@
+"""Jobs of the tests: the tiny expert-parallel run of tests/faults, submitted by `moepp slurm`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from tests.faults.harness import losses, write_config
+from tests.slurm.cluster import Cluster
+
+# Enough to be disturbed twice on the way; some hundredths of a second each.
+STEPS = 120
+# A start imports megatron-core on both "nodes"; two very busy cores take minutes.
+_TIMEOUT_S = 900.0
+_POLL_S = 0.05
+
+
+class Job:
+    """A submitted job.
+
+    Args:
+        cluster: Where.
+        number: Its number.
+        run: The folder of its run.
+    """
+
+    def __init__(self, cluster: Cluster, number: str, run: Path) -> None:
+        self.cluster, self.number, self.run = cluster, number, run
+
+    @property
+    def state(self) -> str:
+        return self.cluster.job(self.number)["JobState"]
+
+    @property
+    def restarts(self) -> int:
+        return int(self.cluster.job(self.number)["Restarts"])
+
+    @property
+    def step(self) -> int:
+        return max(losses(self.run), default=0)
+
+    @property
+    def output(self) -> str:
+        """What the job has printed so far."""
+        files = sorted((self.run / "slurm").glob("*.out"))
+        return "\n".join(path.read_text(errors="replace") for path in files)
+
+    def report(self) -> str:
+        """For a failing test."""
+        shown = self.cluster.run("scontrol", "show", "job", self.number)
+        return f"{shown}\n{self.output[-6000:]}\n{self.cluster.logs()}"
+
+    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not happened():
+            assert time.monotonic() < deadline, f"not {what}:\n{self.report()}"
+            time.sleep(_POLL_S)
+
+    def wait_for_step(self, step: int) -> None:
+        def reached() -> bool:
+            assert self.state in ("PENDING", "RUNNING", "COMPLETING"), self.report()
+            return self.step >= step
+
+        self.wait_until(reached, f"at step {step}")
+
+    def wait_for_end(self, state: str) -> None:
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait_until(lambda: self.state in over, "over")
+        assert self.state == state, self.report()
+
+    def wait_for_restart(self, count: int) -> None:
+        self.wait_until(lambda: self.restarts >= count, f"restarted {count} times")
+
+    def signal(self, *options: str) -> None:
+        self.cluster.run("scancel", *options, self.number, check=True)
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that runs for this job on any node, batch script included."""
+        config = str(self.cluster.config)
+        found = []
+        for process in psutil.process_iter(["environ"]):
+            environment = process.info["environ"] or {}
+            if environment.get("SLURM_CONF") == config and (
+                environment.get("SLURM_JOB_ID") == self.number
+            ):
+                found.append(process)
+        return found
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The rank processes by rank; none that is about to end."""
+        found = {}
+        for process in self.processes():
+            try:
+                environment = process.environ()
+                parent = process.parent()
+                if (
+                    "RANK" in environment
+                    and parent is not None
+                    and ("torch.distributed.run" in parent.cmdline())
+                ):
+                    node = int(environment.get("MOEPP_NODE_RANK", 0))
+                    per_node = int(environment["LOCAL_WORLD_SIZE"])
+                    found[node * per_node + int(environment["LOCAL_RANK"])] = process
+            except psutil.Error:
+                continue
+        return found
+
+
+class Jobs:
+    """Writes configurations and submits them.
+
+    Args:
+        cluster: Where to.
+        data: The corpus.
+        folder: Where configurations and runs go.
+    """
+
+    def __init__(self, cluster: Cluster, data: Path, folder: Path) -> None:
+        self.cluster, self.data, self.folder = cluster, data, folder
+        self._submitted: list[Job] = []
+
+    def config(self, sections: dict[str, dict[str, Any]]) -> Path:
+        """A configuration for two nodes with one CPU rank each; `sections` are merged into it."""
+        path = self.folder / "run.yaml"
+        write_config(path, self.data, self.folder / "run", 2, train_iters=STEPS)
+        content = yaml.safe_load(path.read_text())
+        content["slurm"] = {
+            "nodes": 2,
+            "gpus_per_node": 0,
+            "exclusive": False,
+            "max_restarts": 0,
+        }
+        for name, section in sections.items():
+            content.setdefault(name, {}).update(section)
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of whoever submits; jobs inherit it."""
+        root = str(Path(__file__).parents[2])
+        return {
+            **self.cluster.environment,
+            "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+            # Nodes that are still there end soon after one has ended.
+            "MOEPP_STEP_WAIT": "20",
+            "MOEPP_LOG_DIR": str(self.folder / "rank logs"),
+        }
+
+    def moepp(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A `moepp` command in the folder of the jobs."""
+        return subprocess.run(
+            [sys.executable, "-m", "moepp_megatron.cli.main", *arguments],
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+        )
+
+    def submit(self, *overrides: str, **sections: dict[str, Any]) -> Job:
+        config = self.config(sections)
+        done = self.moepp("slurm", config.name, *overrides, "--submit")
+        assert done.returncode == 0, done.stderr
+        return self.taken(done.stdout.split()[-1])
+
+    def taken(self, number: str) -> Job:
+        """A job that was submitted otherwise."""
+        self._submitted.append(Job(self.cluster, number, self.folder / "run"))
+        return self._submitted[-1]
+
+    def cancel_all(self) -> None:
+        for job in self._submitted:
+            self.cluster.run("scancel", "--full", "--signal=KILL", job.number)
+            self.cluster.run("scancel", job.number)
+            job.wait_until(lambda job=job: not job.processes(), "gone")  # type: ignore[misc]

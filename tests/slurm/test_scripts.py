@@ -1,0 +1,82 @@
+"""The batch scripts of slurm/ as a user submits them by hand, and ranks that srun itself starts."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import losses
+from tests.slurm.jobs import STEPS, Job, Jobs
+
+pytestmark = pytest.mark.timeout(2400)
+
+ROOT = Path(__file__).resolve().parents[2]
+# These nodes have no GPUs to ask for.
+OPTIONS = ["--nodes=2", "--gpus-per-node=0", "--mem=1"]
+
+
+def sbatch(jobs: Jobs, *arguments: str) -> Job:
+    """Submit; the output goes where the job's run has its own."""
+    folder = jobs.folder / "run" / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The command as an installation has it, from the code under test.
+    moepp = jobs.folder / "moepp"
+    moepp.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moepp_megatron.cli.main "$@"\n')
+    moepp.chmod(0o755)
+    environment = {
+        **jobs.environment,
+        "MOEPP_ROOT": str(ROOT),
+        "PATH": f"{jobs.folder}:{os.environ['PATH']}",
+        # The names of these nodes are no addresses.
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    done = subprocess.run(
+        ["sbatch", f"--output={str(folder).replace('%', '%%')}/%j.out", *OPTIONS, *arguments],
+        env=environment,
+        cwd=jobs.folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return jobs.taken(done.stdout.split()[-1])
+
+
+def test_preflight_names_the_sick_node(jobs: Jobs) -> None:
+    script = str(ROOT / "slurm/preflight.sbatch")
+    check = "[[ $SLURMD_NODENAME == n1 ]] || { echo too hot; exit 5; }"
+    job = sbatch(jobs, script, "bash", "-c", check)
+    job.wait_for_end("FAILED")
+    assert job.cluster.job(job.number)["ExitCode"] == "3:0"
+    assert "n2: too hot" in job.output
+    assert "preflight failed on n2 (exit 5)" in job.output
+    healthy = sbatch(jobs, script, "bash", "-c", "true")
+    healthy.wait_for_end("COMPLETED")
+    assert "preflight: all 2 nodes passed" in healthy.output
+
+
+@pytest.mark.slow
+def test_scaling_runs_every_size(jobs: Jobs) -> None:
+    config = jobs.config({"parallel": {"expert_model_parallel_size": 1}})
+    folder = str(jobs.folder / "scaling")
+    script = str(ROOT / "slurm/scaling.sbatch")
+    job = sbatch(jobs, script, str(config), folder, "training.train_iters=5")
+    job.wait_for_end("COMPLETED")
+    sizes = {path.name for path in Path(folder).iterdir()}
+    assert sizes == {"nodes_1", "nodes_2"}
+    for size in sizes:
+        assert sorted(losses(Path(folder) / size)) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_ranks_that_srun_starts(jobs: Jobs, undisturbed: dict[int, float]) -> None:
+    config = jobs.config({})
+    command = ["moepp", "train", str(config)]
+    job = sbatch(jobs, "--ntasks-per-node=1", f"--wrap=srun {shlex.join(command)}")
+    job.wait_for_end("COMPLETED")
+    assert losses(job.run) == undisturbed
+    assert len(undisturbed) == STEPS

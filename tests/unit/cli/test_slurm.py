@@ -1,0 +1,271 @@
+"""`moepp slurm`: what the script asks for, and that nothing in it is more than a value."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moepp_megatron.cluster import slurm_script
+from moepp_megatron.cluster.slurm_script import SlurmJob, sweep_variants
+from moepp_megatron.config import Config, ConfigError, load_config, parse_config
+
+CONTENT = {
+    "run": {"dir": "runs/test"},
+    "model": {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "seq_length": 128,
+        "vocab_size": 512,
+    },
+    "moe": {"num_ffn_experts": 8},
+    "optimizer": {"lr": 1.0e-3},
+    "training": {"train_iters": 100, "global_batch_size": 96, "micro_batch_size": 1},
+}
+NASTY = [
+    "plain",
+    "two words",
+    "it's",
+    '"',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "$HOME ${PATH} $0",
+    "; touch pwned; #",
+    "a\nb\n#SBATCH --nodes=99\ntouch pwned",
+    "\\",
+    "\\'; touch pwned",
+    "{{ 7 * 7 }}{% raw %}",
+    "* ? [a] ~ !x & | < > ( )",
+    "\u00e9\u4e2d\U0001f600",
+    "\r\t\x1b",
+    "-n --nodes=99",
+]
+
+
+def config(**sections: dict) -> Config:
+    content = {name: dict(section) for name, section in CONTENT.items()}
+    for name, section in sections.items():
+        content.setdefault(name, {}).update(section)
+    return parse_config(content)
+
+
+def job(
+    *, file: str = "/c.yaml", overrides=(), variants=(), folder="/work", **sections
+) -> SlurmJob:
+    return SlurmJob(config(**sections), Path(file), overrides, Path(folder), variants)
+
+
+def directives(script: str) -> dict[str, str]:
+    """The `#SBATCH` options, split by a shell's rules; sbatch's own are tested in tests/slurm."""
+    options = {}
+    for line in script.splitlines():
+        if line.startswith("#SBATCH "):
+            (option,) = shlex.split(line.removeprefix("#SBATCH "))
+            name, _, value = option.removeprefix("--").partition("=")
+            options[name] = value
+    return options
+
+
+@pytest.fixture
+def bash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs a script in real bash, where a stand-in for common.sh prints what it was given."""
+
+    def run(make, folder_name: str = "repository", **environment: str) -> dict[str, list[str]]:
+        root = tmp_path / folder_name
+        (root / "slurm").mkdir(parents=True)
+        (root / "slurm" / "common.sh").write_text(
+            'show() { printf "%s\\0" "$1"; shift; printf "%s\\0" "$#" "$@"; }\n'
+            'moepp_job() { show arguments "$@"; show image "$MOEPP_CONTAINER_IMAGE"\n'
+            'show mounts "${MOEPP_CONTAINER_MOUNTS[@]}"\n'
+            'show preflight "${MOEPP_PREFLIGHT[@]}"; }\n'
+        )
+        monkeypatch.setattr(slurm_script, "REPOSITORY", root)
+        script = make().script()
+        done = subprocess.run(
+            [shutil.which("bash") or "bash"],
+            input=script.encode(),
+            env={"PATH": "/usr/bin:/bin", "HOME": "/expanded", **environment},
+            cwd=tmp_path,
+            capture_output=True,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert not list(tmp_path.rglob("pwned"))
+        words = done.stdout.decode().split("\0")[:-1]
+        shown = {}
+        while words:
+            name, count, words = words[0], int(words[1]), words[2:]
+            shown[name], words = words[:count], words[count:]
+        return shown
+
+    return run
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_bash_sees_every_value_unharmed(bash, text: str) -> None:
+    overrides = [f"run.name={text}", text]
+    shown = bash(
+        lambda: job(
+            file=f"/{text}/c.yaml",
+            overrides=overrides,
+            slurm={
+                "container": "apptainer",
+                "container_image": text,
+                "container_mounts": [f"{text}:/x"],
+                "preflight": True,
+                "preflight_command": [text, text],
+            },
+        ),
+        # No folder name holds a slash; every other character may be in the clone's path.
+        folder_name=f"clone {text}",
+    )
+    assert shown == {
+        "arguments": [f"/{text}/c.yaml", *overrides],
+        "image": [text],
+        "mounts": [f"{text}:/x"],
+        "preflight": [text, text],
+    }
+
+
+@pytest.mark.parametrize("text", [text for text in NASTY if text.isprintable()])
+def test_sbatch_lines_hold_one_value(text: str) -> None:
+    options = directives(job(run={"name": text}).script())
+    assert options["job-name"] == text
+    assert options["nodes"] == "1"
+
+
+@pytest.mark.parametrize("text", [text for text in NASTY if not text.isprintable()])
+def test_what_no_sbatch_line_can_hold_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        job(run={"name": text}).script()
+    assert "--job-name (" in str(refused.value)
+    assert "must be printable text on one line" in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_the_job_that_is_asked_for() -> None:
+    options = directives(
+        job(
+            run={"name": "x"},
+            slurm={
+                "nodes": 4,
+                "time": "2-00:00:00",
+                "partition": "gpu",
+                "account": "team",
+                "exclude": "n[1-2],n7",
+                "options": ["--reservation=big one", "--verbose"],
+            },
+        ).script()
+    )
+    assert options == {
+        "job-name": "x",
+        "chdir": "/work",
+        "output": "/work/runs/test/slurm/%j.out",
+        "open-mode": "append",
+        "nodes": "4",
+        "ntasks-per-node": "1",
+        "gpus-per-node": "8",
+        "signal": "B:USR1@600",
+        "time": "2-00:00:00",
+        "partition": "gpu",
+        "account": "team",
+        "exclude": "n[1-2],n7",
+        "requeue": "",
+        "exclusive": "",
+        "mem": "0",
+        "reservation": "big one",
+        "verbose": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("slurm", "expected"),
+    [
+        ({"nodes": 4}, "4"),
+        ({"nodes": 4, "min_nodes": 3}, "3-4"),
+        # 96 sequences do not divide over 5 * 8 ranks.
+        ({"nodes": 6, "min_nodes": 4}, "4,6"),
+    ],
+)
+def test_only_numbers_of_nodes_that_the_layout_fits(slurm, expected: str) -> None:
+    assert directives(job(slurm=slurm).script())["nodes"] == expected
+
+
+def test_layout_that_does_not_fit_the_nodes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"must be divisible .* \(slurm: 5 nodes \* 8 ranks\)"):
+        job(slurm={"nodes": 5}).script()
+    with pytest.raises(ConfigError, match=r"\(slurm: 1 nodes \* 1 ranks\)"):
+        job(
+            slurm={"nodes": 2, "min_nodes": 1, "gpus_per_node": 0},
+            parallel={"expert_model_parallel_size": 2},
+        ).script()
+
+
+def test_output_path_is_no_pattern() -> None:
+    output = directives(job(run={"dir": "100%j/x"}).script())["output"]
+    assert output == "/work/100%%j/x/slurm/%j.out"
+    with pytest.raises(ConfigError, match="must not hold a backslash"):
+        job(run={"dir": "a\\b"}).script()
+
+
+def test_sweep_gives_each_element_of_the_array_its_values_and_folder(bash) -> None:
+    settings = config(run={"dir": "it's/$(x)"})
+    variants = sweep_variants(settings, ["moe.tau=[0.25, 0.5]", "run.name=['a b', '$(y)']"])
+    assert len(variants) == 4
+    shown = bash(
+        lambda: SlurmJob(settings, Path("/c.yaml"), [], Path("/work"), variants),
+        SLURM_ARRAY_TASK_ID="3",
+    )
+    path, *overrides = shown["arguments"]
+    assert overrides == variants[3]
+    # As `moepp train` reads them.
+    content = [yaml.safe_load(override.partition("=")[2]) for override in overrides]
+    assert content == [0.5, "$(y)", "it's/$(x)/sweep/003"]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("moe.tau=0.5", r"--sweep moe.tau \(0.5\) must be a list of values"),
+        ("moe.tau=[]", "must be a list of values"),
+        ("moe.tau=[0.5, -1]", r"moe.tau \(-1"),
+    ],
+)
+def test_wrong_sweeps_are_refused(sweep: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep_variants(config(), [sweep])
+
+
+def test_prints_by_default_and_submits_on_request(tmp_path: Path, monkeypatch, capsys) -> None:
+    from moepp_megatron.cli import slurm
+
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(CONTENT))
+    monkeypatch.chdir(tmp_path)
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/bash\ncat >{shlex.quote(str(tmp_path))}/given; echo job 7\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    slurm.slurm(path, nodes=2)
+    printed = capsys.readouterr().out
+    assert directives(printed)["nodes"] == "2"
+    assert not (tmp_path / "given").exists()
+    assert not (tmp_path / "runs").exists()
+    slurm.slurm(path, nodes=2, submit=True)
+    assert capsys.readouterr().out == "job 7\n"
+    assert (tmp_path / "given").read_text() == printed
+    assert (tmp_path / "runs/test/slurm").is_dir(), "Slurm does not make it"
+
+
+def test_script_is_sound_bash(tmp_path: Path) -> None:
+    config_file = Path(__file__).parents[3] / "configs/models/moepp_7b_16_4.yaml"
+    settings = load_config(config_file, ["slurm.nodes=4"])
+    variants = sweep_variants(settings, ["moe.tau=[0.5,0.75]"])
+    script = tmp_path / "job.sh"
+    script.write_text(SlurmJob(settings, config_file, [], tmp_path, variants).script())
+    subprocess.run(["bash", "-n", str(script)], check=True)

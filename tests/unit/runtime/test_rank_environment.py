@@ -1,0 +1,155 @@
+"""What ranks are started with, and how they learn their place."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import psutil
+import pytest
+
+from moepp_megatron.runtime.nodes import Nodes, parse_endpoint
+from moepp_megatron.runtime.rank import RankEnvironment, first_host
+from moepp_megatron.runtime.rank_environment import rank_variables, with_rank_variables
+
+
+def test_nothing_that_the_user_has_set_is_changed() -> None:
+    names = [variable.name for variable in rank_variables(2, "eth0")]
+    assert len(set(names)) == len(names)
+    user = dict.fromkeys(names, "the user's")
+    assert with_rank_variables(user, 2, "eth0") == user
+
+
+def test_the_rest_is_set_each_for_a_reason() -> None:
+    for variable in rank_variables(2, "eth0"):
+        assert with_rank_variables({"A": "b"}, 2, "eth0")[variable.name] == variable.value
+        assert variable.reason
+    assert "GLOO_SOCKET_IFNAME" not in with_rank_variables({}, 2)
+
+
+def test_an_older_name_of_a_variable_counts() -> None:
+    user = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
+    assert "PYTORCH_ALLOC_CONF" not in with_rank_variables(user, 1)
+
+
+def test_cores_are_shared_out() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert with_rank_variables({}, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert with_rank_variables({}, 10 * cores)["OMP_NUM_THREADS"] == "1"
+
+
+def place(monkeypatch: pytest.MonkeyPatch, **environment: str) -> RankEnvironment:
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "TORCHELASTIC", "MASTER", "LOCAL", "MOEPP")):
+            monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return RankEnvironment.read()
+
+
+TORCHRUN = {
+    "RANK": "9",
+    "WORLD_SIZE": "16",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "8",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "1234",
+}
+
+
+def test_rank_of_torchrun(monkeypatch) -> None:
+    rank = place(monkeypatch, **TORCHRUN, TORCHELASTIC_RESTART_COUNT="2")
+    assert (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size) == (9, 16, 1, 8)
+    assert (rank.is_launched, rank.restart_count, rank.meets_at) == (True, 2, None)
+
+
+@pytest.mark.parametrize(("torchruns", "serves"), [("0", True), ("9", False)])
+def test_machines_keep_the_number_that_they_were_given(monkeypatch, torchruns, serves) -> None:
+    """The store stays with torchrun's rank 0, whose machine's address torchrun handed out."""
+    environment = {**TORCHRUN, "RANK": torchruns, "MOEPP_NODE_RANK": "1"}
+    rank = place(monkeypatch, **environment, TORCHELASTIC_USE_AGENT_STORE="False")
+    assert rank.rank == 9
+    assert rank.meets_at == ("host", 1234, serves)
+
+
+SRUN = {
+    "SLURM_PROCID": "9",
+    "SLURM_STEP_NUM_TASKS": "12",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),2(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-09,12]",
+    "SLURM_JOB_ID": "12005",
+}
+
+
+def test_rank_of_srun(monkeypatch) -> None:
+    rank = place(monkeypatch, **SRUN)
+    assert (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size) == (9, 12, 1, 2)
+    assert rank.meets_at == ("gpu07", 20005, False)
+    assert place(monkeypatch, **SRUN, MASTER_ADDR="x", MASTER_PORT="7").meets_at == ("x", 7, False)
+    assert place(monkeypatch, **{**SRUN, "SLURM_PROCID": "0"}).meets_at == ("gpu07", 20005, True)
+
+
+def test_shell_in_an_allocation_is_no_rank(monkeypatch) -> None:
+    assert not place(monkeypatch, **{**SRUN, "SLURM_STEP_NUM_TASKS": "1"}).is_launched
+    assert not place(monkeypatch, SLURM_PROCID="0", SLURM_NTASKS="8").is_launched
+    assert not place(monkeypatch).is_launched
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("login1", "login1"),
+        ("a,b", "a"),
+        ("gpu[07-09,12],login1", "gpu07"),
+        ("rack[3,5]-ib,b", "rack3-ib"),
+        ("n[1-2]", "n1"),
+    ],
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("node1", ("node1", 29500)),
+        ("10.0.0.1:80", ("10.0.0.1", 80)),
+        ("[fd00::2]:80", ("fd00::2", 80)),
+        ("[fd00::2]", ("fd00::2", 29500)),
+    ],
+)
+def test_endpoint(text: str, expected: tuple[str, int]) -> None:
+    assert parse_endpoint(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":80", "a:", "a:b", "a:0", "a:65536", "a:1:2", "[a]b", "[]:1"]
+)
+def test_wrong_endpoint(text: str) -> None:
+    with pytest.raises(ValueError, match="must be HOST or HOST:PORT"):
+        parse_endpoint(text)
+
+
+def test_address_and_interface_are_those_of_the_route() -> None:
+    nodes = Nodes(2, 0, "127.0.0.1")
+    assert nodes.local_address() == "127.0.0.1"
+    name = nodes.interface()
+    assert name is not None
+    assert any(
+        each.family == socket.AF_INET and each.address == "127.0.0.1"
+        for each in psutil.net_if_addrs()[name]
+    )
+
+
+def test_torchrun_is_told_who_hosts_the_meeting() -> None:
+    first, second = (
+        Nodes(2, rank, "127.0.0.1", 80, "job", 60).torchrun_options() for rank in range(2)
+    )
+    assert "--rdzv-conf=join_timeout=60,timeout=60,is_host=1" in first
+    assert "--rdzv-conf=join_timeout=60,timeout=60,is_host=0" in second
+    assert "--rdzv-endpoint=127.0.0.1:80" in first
+    assert "is_host" not in str(Nodes(2, None, "127.0.0.1").torchrun_options())

@@ -1,0 +1,209 @@
+"""slurm/common.sh with stand-ins for Slurm's programs: its calls, what follows from statuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Logs each call, one NUL-separated record a call. srun ends with $SRUN_STATUS, after being asked to
+# stop where $SRUN_STOPS says so; for a preflight it plays the nodes, sick ones named by $SICK.
+SRUN = r"""#!/bin/bash
+# Whether all nodes still answer.
+if [[ ${*: -1} == true ]]; then exit "${PROBE_STATUS:-0}"; fi
+printf '%s\0' "$@" "" >>"$CALLS"
+if [[ " $* " == *" preflight "* ]]; then
+    for node in n1 n2; do
+        status=0
+        [[ " $SICK " != *" $node "* ]] || status=${SICK_STATUS:-1}
+        printf '%s: checked\nmoepp-preflight %s %d\n' "$node" "$node" "$status"
+    done
+    exit 0
+fi
+if [[ -n ${SRUN_STOPS:-} ]]; then kill -USR1 "$PPID"; sleep 0.3; fi
+exit "${SRUN_STATUS:-0}"
+"""
+SCONTROL = r"""#!/bin/bash
+case "$1 $2" in
+"show hostnames") printf 'n1\nn2\n' ;;
+"show node") echo "NodeName=n1 Arch=x NodeAddr=10.0.0.1 NodeHostName=h" ;;
+"show job") echo "JobId=7 JobState=${STATE:-RUNNING} ExcNodeList=${EXCLUDED:-(null)} X=y" ;;
+listpids*) ;;
+*) printf 'scontrol %s\n' "$*" >>"$CALLS.scontrol" ;;
+esac
+"""
+
+
+class Node:
+    """The first node of a job of two."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.calls_file = folder / "calls"
+        bin_folder = folder / "bin"
+        bin_folder.mkdir()
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+            (bin_folder / name).write_text(text)
+            (bin_folder / name).chmod(0o755)
+        self.environment = {
+            "PATH": f"{bin_folder}:/usr/bin:/bin",
+            "CALLS": str(self.calls_file),
+            "SICK": "",
+            "SLURM_JOB_ID": "20007",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURMD_NODENAME": "n1",
+        }
+
+    def job(self, settings: str = "", **environment: str) -> tuple[int, str]:
+        """Run a job; its exit status and what it said."""
+        script = (
+            f"set -euo pipefail\nMOEPP_ROOT={ROOT}\nMOEPP_COMMAND=(moepp)\n{settings}\n"
+            'source "$MOEPP_ROOT/slurm/common.sh"\nmoepp_job "/c d/run.yaml" "run.name=$(x)"'
+        ).replace("$(x)", "\\$(x)")
+        done = subprocess.run(
+            ["bash", "-c", script],
+            env=self.environment | environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stderr
+
+    @property
+    def steps(self) -> list[list[str]]:
+        """The arguments of each srun."""
+        if not self.calls_file.exists():
+            return []
+        records = self.calls_file.read_text().split("\0\0")[:-1]
+        return [record.split("\0") for record in records]
+
+    @property
+    def orders(self) -> list[str]:
+        """What the controller was told."""
+        log = Path(f"{self.calls_file}.scontrol")
+        return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path)
+
+
+def test_one_launcher_a_node_meets_at_the_first_nodes_address(node: Node) -> None:
+    status, said = node.job("MOEPP_RANKS_PER_NODE=8", SLURM_RESTART_COUNT="3")
+    assert status == 0, said
+    (step,) = node.steps
+    text = " ".join(step)
+    assert "--nodes=2 --relative=0 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none" in text
+    assert "--nproc 8" in text
+    assert "--nnodes 2" in text
+    assert "--rdzv-endpoint 10.0.0.1:28007" in text
+    assert "--resume" in step
+    assert step[-3:] == ["--", "/c d/run.yaml", "run.name=$(x)"]
+    assert node.orders == []
+
+
+@pytest.mark.parametrize(
+    ("status", "settings", "environment", "ends", "order", "says"),
+    [
+        (0, "", {}, 0, None, "done"),
+        (75, "", {}, 75, "requeue", "requeued (1 of at most 20 times)"),
+        (70, "", {}, 75, "requeue", "the run hung"),
+        (2, "", {}, 2, None, ""),
+        (3, "MOEPP_REQUEUE_ON_FAILURE=1", {}, 3, None, ""),
+        (1, "", {}, 1, None, "failed with status 1; each rank's output"),
+        (1, "MOEPP_REQUEUE_ON_FAILURE=1", {}, 75, "requeue", "failed with status 1; requeued"),
+        (1, "", {"PROBE_STATUS": "1"}, 75, "requeue", "status 1; a node does not answer"),
+        (137, "", {"PROBE_STATUS": "124"}, 75, "requeue", "status 137; a node does not answer"),
+        (2, "", {"PROBE_STATUS": "1"}, 2, None, ""),
+        # Killed by the request to stop itself, before it could listen.
+        (138, "", {"SRUN_STOPS": "1"}, 75, "requeue", "asked to stop"),
+        (75, "", {"SRUN_STOPS": "1"}, 75, "requeue", "stopped on request and saved"),
+        (138, "", {}, 138, None, "failed with status 138"),
+        # What bash also says of a process that it does not know.
+        (127, "", {}, 127, None, "failed with status 127"),
+        (75, "MOEPP_MAX_REQUEUES=2", {"SLURM_RESTART_COUNT": "2"}, 75, None, "not again"),
+        (75, "MOEPP_MAX_REQUEUES=2", {"SLURM_RESTART_COUNT": "1"}, 75, "requeue", "(2 of at most"),
+        (75, "", {"STATE": "CANCELLED"}, 75, None, "the job is CANCELLED"),
+        (75, "", {"STATE": "TIMEOUT"}, 75, "requeue", ""),
+    ],
+)
+def test_what_follows_from_a_status(
+    node: Node,
+    status: int,
+    settings: str,
+    environment: dict[str, str],
+    ends: int,
+    order: str | None,
+    says: str,
+) -> None:
+    ended, said = node.job(settings, SRUN_STATUS=str(status), **environment)
+    assert ended == ends, said
+    assert node.orders == ([f"scontrol {order} 20007"] if order else [])
+    assert says in said
+
+
+PREFLIGHT = "MOEPP_PREFLIGHT=(check 'two words')"
+
+
+def test_healthy_nodes_are_checked_and_then_train(node: Node) -> None:
+    status, said = node.job(PREFLIGHT)
+    assert status == 0, said
+    check, train = node.steps
+    assert check[-2:] == ["check", "two words"]
+    assert "train" in train
+    assert "n2: checked" in said
+
+
+def test_sick_node_is_excluded_besides_those_that_were(node: Node) -> None:
+    status, said = node.job(PREFLIGHT, SICK="n2", EXCLUDED="n9")
+    assert status == 3
+    assert len(node.steps) == 1, "nothing was trained"
+    assert node.orders == [
+        "scontrol requeuehold 20007",
+        "scontrol update JobId=20007 ExcNodeList=n9,n2",
+        "scontrol release 20007",
+    ]
+    assert "preflight failed on n2 (exit 1)" in said
+
+
+@pytest.mark.parametrize(
+    ("environment", "ends", "says"),
+    [
+        ({"SICK": "n1 n2"}, 3, "every node fails"),
+        ({"SICK": "n2", "SICK_STATUS": "127"}, 2, "the preflight command itself is wrong"),
+        ({"SICK": "n2", "SLURM_RESTART_COUNT": "20"}, 3, "not again"),
+    ],
+)
+def test_preflight_that_excludes_nobody(node: Node, environment, ends: int, says: str) -> None:
+    status, said = node.job(PREFLIGHT, **environment)
+    assert (status, node.orders, len(node.steps)) == (ends, [], 1), said
+    assert says in said
+
+
+IMAGE = "MOEPP_CONTAINER_IMAGE='/my images/x.sqsh' MOEPP_CONTAINER_MOUNTS=('/a b:/c' /d:/e)"
+
+
+def test_pyxis(node: Node) -> None:
+    node.job(f"MOEPP_CONTAINER=pyxis\n{IMAGE}")
+    (step,) = node.steps
+    here = os.path.realpath(node.folder)
+    assert "--container-image=/my images/x.sqsh" in step
+    assert f"--container-mounts={here}:{here},/a b:/c,/d:/e" in step
+    assert step.index(f"--container-workdir={here}") < step.index("bash")
+
+
+def test_apptainer(node: Node) -> None:
+    node.job(f"MOEPP_CONTAINER=apptainer\n{IMAGE}")
+    (step,) = node.steps
+    here = os.path.realpath(node.folder)
+    start = step.index("apptainer")
+    assert step[start : step.index("bash")] == [
+        *["apptainer", "exec", "--nv", "--pwd", here, "--bind", here],
+        *["--bind", "/a b:/c", "--bind", "/d:/e", "/my images/x.sqsh"],
+    ]
