@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import TYPE_CHECKING
 
 from moepp_megatron.observe.metrics import StepMetrics
-
-if TYPE_CHECKING:
-    from moepp_megatron.observe.sinks import Sink
+from moepp_megatron.observe.sink import Sink
 
 logger = logging.getLogger(__name__)
 

@@ -4,27 +4,17 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.console import ConsoleSink
 from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics, parse_metrics
 from moepp_megatron.observe.patient import PatientSink
+from moepp_megatron.observe.sink import Sink
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["ConsoleSink", "JsonlSink", "Sink", "Sinks", "TensorBoardSink", "open_sinks"]
-
-
-class Sink(Protocol):
-    """Takes the record of every logged step. One rank of a run owns the sinks."""
-
-    def write(self, record: StepMetrics) -> None:
-        """Takes one record."""
-
-    def close(self) -> None:
-        """Ends the sink; nothing is written after it."""
 
 
 class JsonlSink:
