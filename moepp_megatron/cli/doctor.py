@@ -30,9 +30,7 @@ def doctor(
             "busy or slow cards for errors.",
         ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of a table.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Also write the JSON to this file.", metavar="FILE.json")
     ] = None,

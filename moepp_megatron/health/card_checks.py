@@ -155,6 +155,9 @@ def clocks(card: Card, judge: Judge) -> Finding | None:
     """The clock under load; says nothing of an idle card, whose clock is low to save power."""
     if not is_loaded(card) or card.sm_clock is None or not card.max_sm_clock:
         return None
+    if throttling(card, judge) is not None:
+        # The cause is named already.
+        return None
     share = card.sm_clock / card.max_sm_clock
     # Under the power limit a large matrix product runs at 0.65 to 0.9 of the highest clock.
     if share >= 0.5:

@@ -93,9 +93,7 @@ class NodeExaminer:
         self, speeds: list[DeviceSpeed], loaded: list[Card] | None = None
     ) -> list[Finding]:
         """What the matrix products of this node say, and cards looked at while they ran."""
-        found = check_matmul(
-            speeds, self.hardware, self.judge.thresholds, self.judge.unfit_now
-        )
+        found = check_matmul(speeds, self.hardware, self.judge.thresholds, self.judge.unfit_now)
         for card in loaded or ():
             found += [f for f in _under_load(card, self.judge) if f is not None]
         return found

@@ -54,8 +54,10 @@ def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> Folde
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Bytes of one checkpoint: fp32 weights and two Adam moments of every parameter, and with bf16
-    also the weights that the model computes with.
+    """Bytes of one checkpoint.
+
+    fp32 weights and two Adam moments of every parameter, and with bf16 also the weights that the
+    model computes with.
     """
     per_parameter = 12 + (2 if config.precision.dtype == "bf16" else 0)
     return count_parameters(config).total * per_parameter

@@ -62,9 +62,7 @@ def nvlink_errors(card: Card, judge: Judge) -> Finding | None:
     if not recoveries and not repeats:
         return None
     bad = [
-        str(link.index)
-        for link in card.links
-        if link.recoveries or link.replays or link.crc_errors
+        str(link.index) for link in card.links if link.recoveries or link.replays or link.crc_errors
     ]
     return Finding(
         "NVLink errors",

@@ -34,9 +34,7 @@ class Collective:
     seconds: float
 
 
-def matmul_tflops(
-    device: torch.device, while_running: Callable[[], None] | None = None
-) -> float:
+def matmul_tflops(device: torch.device, while_running: Callable[[], None] | None = None) -> float:
     """Rate of a matrix product on `device`, TFLOP/s: bf16 on a GPU, fp32 on a CPU.
 
     Args:

@@ -241,9 +241,7 @@ class Nvml:
             energy=_scaled(self._ask("nvmlDeviceGetTotalEnergyConsumption", handle), 1e-3),
             utilization=None if busy is None else busy.gpu / 100.0,
             memory_used=None if memory is None else int(memory.used),
-            temperature=self._ask(
-                "nvmlDeviceGetTemperature", handle, library.NVML_TEMPERATURE_GPU
-            ),
+            temperature=self._ask("nvmlDeviceGetTemperature", handle, library.NVML_TEMPERATURE_GPU),
             sm_clock=self._ask("nvmlDeviceGetClockInfo", handle, library.NVML_CLOCK_SM),
             pcie_tx=pcie[0],
             pcie_rx=pcie[1],

@@ -101,8 +101,10 @@ class FakeNvml:
         return self._cuda
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        _answer(self._cards[index] | {"nvmlDeviceGetHandleByIndex": None} | self._cards[index],
-                "nvmlDeviceGetHandleByIndex")
+        _answer(
+            self._cards[index] | {"nvmlDeviceGetHandleByIndex": None} | self._cards[index],
+            "nvmlDeviceGetHandleByIndex",
+        )
         return index
 
     def nvmlDeviceGetTotalEccErrors(self, handle: int, kind: int, counter: int) -> int:

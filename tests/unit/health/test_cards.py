@@ -80,13 +80,19 @@ SICKNESSES = {
         ("GPU memory rows", NOTE, "2 rows remapped", "watch"),
     ),
     "page retirement pending": (
-        {"nvmlDeviceGetRemappedRows": pynvml.NVMLError_NotSupported(),
-         "nvmlDeviceGetRetiredPages": [4096], "nvmlDeviceGetRetiredPagesPendingStatus": 1},
+        {
+            "nvmlDeviceGetRemappedRows": pynvml.NVMLError_NotSupported(),
+            "nvmlDeviceGetRetiredPages": [4096],
+            "nvmlDeviceGetRetiredPagesPendingStatus": 1,
+        },
         ("GPU memory rows", ERROR, "retired page waits for a reset", "nvidia-smi -r"),
     ),
     "pages retired": (
-        {"nvmlDeviceGetRemappedRows": pynvml.NVMLError_NotSupported(),
-         "nvmlDeviceGetRetiredPages": [4096], "nvmlDeviceGetRetiredPagesPendingStatus": 0},
+        {
+            "nvmlDeviceGetRemappedRows": pynvml.NVMLError_NotSupported(),
+            "nvmlDeviceGetRetiredPages": [4096],
+            "nvmlDeviceGetRetiredPagesPendingStatus": 0,
+        },
         ("GPU memory rows", NOTE, "2 retired pages", "60 pages"),
     ),
     "hot hardware": (
@@ -163,7 +169,7 @@ SICKNESSES = {
 @pytest.mark.parametrize("name", SICKNESSES)
 def test_a_sick_card_yields_exactly_its_finding(name):
     changes, (check, severity, found, remedy) = SICKNESSES[name]
-    complaint, = complaints(answers(0), answers(1, **changes), answers(2))
+    (complaint,) = complaints(answers(0), answers(1, **changes), answers(2))
     assert complaint.check == check
     assert complaint.severity == severity
     assert complaint.found.startswith("GPU 1: ")
@@ -174,7 +180,7 @@ def test_a_sick_card_yields_exactly_its_finding(name):
 @pytest.mark.parametrize("name", ["slow under load", "taken", "narrow PCIe"])
 def test_what_spoils_a_run_keeps_a_job_from_starting(name):
     changes, _ = SICKNESSES[name]
-    complaint, = complaints(answers(0, **changes), preflight=True)
+    (complaint,) = complaints(answers(0, **changes), preflight=True)
     assert complaint.severity == Severity.ERROR
 
 
