@@ -60,6 +60,10 @@ def train(
     from moepp_megatron.runtime.fit import check_fit
 
     check_fit(settings)
+    if settings.telemetry.hardware is not None:
+        from moepp_megatron.config.hardware import load_hardware
+
+        load_hardware(settings.telemetry.hardware)
     _check_data(settings)
     _check_start(settings)
     if rank.is_launched or (nproc == 1 and max_restarts == 0):
@@ -119,6 +123,10 @@ def _train_rank(config: Config, layout: Layout) -> None:
         flight_recorder.enable(Path(config.run.dir) / "hangs")
     distributed.start(rank, distributed.collective_timeout(config))
     distributed.build_groups(config, layout)
+    if rank.rank == 0:
+        from moepp_megatron.runtime.backends import choices_line
+
+        typer.echo(choices_line())
     trainer = Trainer(config, layout)
     record = trainer.run()
     distributed.stop()

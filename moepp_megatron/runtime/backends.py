@@ -85,6 +85,14 @@ def optional_backends() -> list[Backend]:
     ]
 
 
+def choices_line() -> str:
+    """All choices in one line, for the log of a run; imports torch."""
+    backends = optional_backends()
+    used = ", ".join(f"{b.name} {b.version}" for b in backends if b.used) or "none"
+    missing = ", ".join(b.name for b in backends if not b.used) or "none"
+    return f"optional packages used: {used}; not used: {missing} (moepp doctor says why)"
+
+
 def _triton() -> Backend:
     import torch
 

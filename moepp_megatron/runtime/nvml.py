@@ -6,6 +6,7 @@ a stand-in for the library with the same function names.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -144,7 +145,7 @@ class Nvml:
     def __init__(self, library: Any = None) -> None:
         if library is None:
             try:
-                import pynvml as library
+                library = importlib.import_module("pynvml")
             except ImportError:
                 raise NvmlUnavailableError(
                     "package nvidia-ml-py is missing", has_driver=False
@@ -249,6 +250,26 @@ class Nvml:
             nvlink_rx=None if rx is None else rx * 1024,
         )
 
+    def watch_faults(self, indices: Sequence[int]) -> FaultWatch | None:
+        """Watch these cards for Xid errors; None where the driver cannot."""
+        events = self._ask("nvmlEventSetCreate")
+        if events is None:
+            return None
+        for index in indices:
+            handle = self._ask("nvmlDeviceGetHandleByIndex", index)
+            kind = self._library.nvmlEventTypeXidCriticalError
+            self._ask("nvmlDeviceRegisterEvents", handle, kind, events)
+        return FaultWatch(self, events)
+
+    def energies(self, indices: Sequence[int]) -> list[float | None]:
+        """Energy in J since the driver was loaded, of each card."""
+        energies: list[float | None] = []
+        for index in indices:
+            handle = self._ask("nvmlDeviceGetHandleByIndex", index)
+            counter = self._ask("nvmlDeviceGetTotalEnergyConsumption", handle)
+            energies.append(_scaled(counter, 1e-3))
+        return energies
+
     def fields(self, handle: Any, *fields: int | tuple[int, int]) -> list[int | None]:
         """Field values of a card, each None where it has none; a pair is (field, scope)."""
         values = self._ask("nvmlDeviceGetFieldValues", handle, list(fields))
@@ -270,6 +291,24 @@ class Nvml:
             if faults is not None and str(error) not in faults:
                 faults.append(str(error))
             return None
+
+
+class FaultWatch:
+    """Xid errors of the watched cards since the watch began. Made by `Nvml.watch_faults`."""
+
+    def __init__(self, nvml: Nvml, events: Any) -> None:
+        self._nvml, self._events = nvml, events
+
+    def poll(self) -> list[tuple[int | None, int]]:
+        """New errors, each as (NVML's number of the card, Xid); never waits."""
+        found: list[tuple[int | None, int]] = []
+        while True:
+            event = self._nvml._ask("nvmlEventSetWait_v2", self._events, 0)
+            if event is None:
+                # NVML says "timeout" where there is no event.
+                return found
+            index = self._nvml._ask("nvmlDeviceGetIndex", event.device)
+            found.append((index, int(event.eventData)))
 
 
 class _CardReader:

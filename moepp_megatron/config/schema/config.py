@@ -11,6 +11,7 @@ from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
+from moepp_megatron.config.schema.telemetry import TelemetrySection
 from moepp_megatron.config.schema.training import (
     OptimizerSection,
     PrecisionSection,
@@ -39,6 +40,9 @@ class Config(Section):
     resilience: ResilienceSection = Field(
         default_factory=ResilienceSection,
         description="Bad batches, silent divergence, hangs, stragglers",
+    )
+    telemetry: TelemetrySection = Field(
+        default_factory=TelemetrySection, description="Power, utilisation, MFU"
     )
 
     @property

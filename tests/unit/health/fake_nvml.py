@@ -63,7 +63,7 @@ def process(pid: int, memory: int | None) -> SimpleNamespace:
 
 
 class FakeNvml:
-    """Answers like `pynvml` for the given cards; counts how often each function is asked."""
+    """Answers like `pynvml` for the given cards, whose handles are their numbers."""
 
     def __init__(
         self,
@@ -74,6 +74,8 @@ class FakeNvml:
     ) -> None:
         self._cards, self._driver, self._cuda = cards, driver, cuda
         self._init_error = init_error
+        self.watched: list[int] = []
+        self.xids: list[tuple[int, int]] = []
         self.is_open = False
 
     def __getattr__(self, name: str) -> Any:
@@ -106,6 +108,23 @@ class FakeNvml:
             "nvmlDeviceGetHandleByIndex",
         )
         return index
+
+    def nvmlEventSetCreate(self) -> str:
+        return "events"
+
+    def nvmlDeviceRegisterEvents(self, handle: int, kinds: int, events: str) -> None:
+        assert kinds == pynvml.nvmlEventTypeXidCriticalError
+        self.watched.append(handle)
+
+    def nvmlEventSetWait_v2(self, events: str, timeout_ms: int) -> SimpleNamespace:
+        assert timeout_ms == 0, "telemetry must not wait"
+        if not self.xids:
+            raise pynvml.NVMLError_Timeout
+        handle, xid = self.xids.pop(0)
+        return SimpleNamespace(device=handle, eventData=xid)
+
+    def nvmlDeviceGetIndex(self, handle: int) -> int:
+        return handle
 
     def nvmlDeviceGetTotalEccErrors(self, handle: int, kind: int, counter: int) -> int:
         corrected = kind == pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED
