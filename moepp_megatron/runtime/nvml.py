@@ -257,8 +257,9 @@ class Nvml:
             return None
         for index in indices:
             handle = self._ask("nvmlDeviceGetHandleByIndex", index)
-            kind = self._library.nvmlEventTypeXidCriticalError
-            self._ask("nvmlDeviceRegisterEvents", handle, kind, events)
+            if handle is not None:
+                kind = self._library.nvmlEventTypeXidCriticalError
+                self._ask("nvmlDeviceRegisterEvents", handle, kind, events)
         return FaultWatch(self, events)
 
     def energies(self, indices: Sequence[int]) -> list[float | None]:

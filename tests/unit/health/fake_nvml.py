@@ -79,7 +79,7 @@ class FakeNvml:
         self.is_open = False
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("nvml"):
+        if not name.startswith("nvml") or isinstance(getattr(pynvml, name, None), int):
             return getattr(pynvml, name)
         if name.startswith(("nvmlDevice", "nvmlSystem")):
             return lambda handle, *arguments: _answer(self._cards[handle], name)
