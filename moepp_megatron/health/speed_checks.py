@@ -34,7 +34,7 @@ def check_matmul(
     """
     rated = hardware.bf16_tflops if hardware is not None else None
     if rated is None:
-        text = ", ".join(f"{s.name} {s.tflops:.3g} TFLOP/s" for s in speeds)
+        text = ", ".join(f"{s.name}: {s.tflops:.3g} TFLOP/s" for s in speeds)
         return [Finding(MATMUL, Severity.OK, f"{text} (no rated speed to compare with)")]
     least = rated * thresholds.matmul_fraction
     slow = [

@@ -37,7 +37,8 @@ class Sampler:
         self._begun, self._energy = clock(), self._read_energy()
 
     def start(self) -> None:
-        """Begin to sample."""
+        """Begin to sample; the first look is over on return, so that every `take` has one."""
+        self.look()
         self._begun, self._energy = self._clock(), self._read_energy()
         self._thread.start()
 
