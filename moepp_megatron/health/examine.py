@@ -73,16 +73,19 @@ class NodeExaminer:
     Args:
         request: What to examine.
         cards: What NVML said.
+        own_pids: Further processes of this examination, which may hold memory on the cards.
     """
 
-    def __init__(self, request: Request, cards: Cards) -> None:
+    def __init__(
+        self, request: Request, cards: Cards, own_pids: frozenset[int] = frozenset()
+    ) -> None:
         self.request, self.cards = request, cards
         self.hardware = _hardware(request, cards)
         self.judge = Judge(
             self.hardware,
             gpu_checks.thresholds_of(self.hardware),
             request.preflight,
-            frozenset({os.getpid(), os.getppid()}),
+            own_pids | {os.getpid()},
         )
 
     def node_findings(self) -> list[Finding]:

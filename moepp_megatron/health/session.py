@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -69,7 +71,7 @@ def _examine_started(
     node = this_node()
     name = _name(device) if device.type == "cuda" else f"CPU, rank {rank.rank}"
     own = DeviceSpeed(name, _matmul(device, loaded), node)
-    examiner = NodeExaminer(request, cards) if rank.local_rank == 0 else None
+    examiner = NodeExaminer(request, cards, _siblings()) if rank.local_rank == 0 else None
     mine = examiner.node_findings() if examiner is not None else []
     findings = [finding.on(node) for finding in mine]
     report = _RankReport(node, own, speed.clock_offset(), findings, loaded)
@@ -126,6 +128,11 @@ def _together(
         }
         findings.append(check_clock_skew(offsets, thresholds))
     return _once(findings)
+
+
+def _siblings() -> frozenset[int]:
+    """The other ranks of this node, which their launcher has started like this one."""
+    return frozenset(process.pid for process in psutil.Process(os.getppid()).children())
 
 
 def _once(findings: list[Finding]) -> list[Finding]:
