@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="Run whose needs and folders count.", metavar="[CONFIG]")
+        Path | None, typer.Argument(help="Run whose needs and folders count.", metavar="CONFIG")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
