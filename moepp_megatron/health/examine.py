@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config
-from moepp_megatron.config.hardware import Hardware, find_hardware, load_hardware
+from moepp_megatron.config.hardware import Hardware, find_hardware, known_hardware, load_hardware
 from moepp_megatron.health import (
     card_checks,
     folders,
@@ -150,8 +150,11 @@ def _hardware(request: Request, cards: Cards) -> Hardware | None:
     names = [card.name for card in cards.cards if card.name is not None]
     if names:
         return find_hardware(names[0])
-    # Cards that do not even say their name are no CPU machine.
-    return None if cards.cards else load_hardware("cpu")
+    # Cards that do not even say their name are no CPU machine; the descriptions come with the source
+    # tree and not with a wheel.
+    if cards.cards or "cpu" not in known_hardware():
+        return None
+    return load_hardware("cpu")
 
 
 def _under_load(card: Card, judge: Judge) -> list[Finding | None]:

@@ -3,7 +3,8 @@
 import pynvml
 import pytest
 
-from moepp_megatron.health import packages, system
+from moepp_megatron.config import hardware
+from moepp_megatron.health import folders, packages, system
 from moepp_megatron.health.examine import Cards, NodeExaminer, Request, expected_gpus
 from moepp_megatron.health.finding import Severity, worst
 from moepp_megatron.health.gpu_checks import TorchCuda
@@ -18,6 +19,8 @@ def _sound_node(monkeypatch):
     monkeypatch.setattr(system, "shared_memory_bytes", lambda: 64 * 2**30)
     monkeypatch.setattr(system, "clock_synchronized", lambda: True)
     monkeypatch.setattr(system, "read_ports", lambda: [])
+    monkeypatch.setattr(system.Limits, "read", lambda: system.Limits(None, None, None))
+    monkeypatch.setattr(folders, "_write_rate", lambda folder, num_bytes: 1e9)
 
 
 def examiner(*cards, **request) -> NodeExaminer:
@@ -60,6 +63,14 @@ def test_a_broken_driver_is_an_error_and_no_driver_is_not():
     assert (gpu.check, gpu.severity) == ("GPU count", Severity.NOTE)
     wanted, *_ = NodeExaminer(Request(expected_gpus=8), cards).node_findings()
     assert (wanted.check, wanted.severity) == ("GPU count", Severity.ERROR)
+
+
+def test_without_descriptions_nothing_is_judged_by_rated_numbers(monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware, "_FOLDER", tmp_path)
+    for cards in (FakeNvml(answers(0)), FakeNvml(init_error=pynvml.NVMLError_LibraryNotFound())):
+        node = NodeExaminer(Request(), Cards.read(cards))
+        assert node.hardware is None
+        assert worst(node.node_findings()) < Severity.WARNING
 
 
 def test_cards_that_slurm_gave():
