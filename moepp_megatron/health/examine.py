@@ -150,7 +150,7 @@ def _hardware(request: Request, cards: Cards) -> Hardware | None:
     names = [card.name for card in cards.cards if card.name is not None]
     if names:
         return find_hardware(names[0])
-    # Cards that do not even say their name are no CPU machine; the descriptions come with the source
+    # Cards that do not even say their name are no CPU machine; descriptions come with the source
     # tree and not with a wheel.
     if cards.cards or "cpu" not in known_hardware():
         return None
