@@ -6,7 +6,17 @@ import sys
 
 import typer
 
-from moepp_megatron.cli import bench, convert, data, generate, report, score, slurm, train
+from moepp_megatron.cli import (
+    bench,
+    convert,
+    data,
+    doctor,
+    generate,
+    report,
+    score,
+    slurm,
+    train,
+)
 from moepp_megatron.config import ConfigError, UnfitError
 
 app = typer.Typer(
@@ -16,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.command()(train.train)
 app.command()(generate.generate)

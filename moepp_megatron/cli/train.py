@@ -89,6 +89,10 @@ def train(
     from moepp_megatron.runtime.fit import check_fit
 
     check_fit(settings)
+    if settings.telemetry.hardware is not None:
+        from moepp_megatron.config.hardware import load_hardware
+
+        load_hardware(settings.telemetry.hardware)
     _check_data(settings)
     if resume or rank.restart_count > 0:
         settings = _resumed(settings)
@@ -198,6 +202,10 @@ def _train_rank(config: Config, layout: Layout) -> None:
         flight_recorder.enable(Path(config.run.dir) / "hangs")
     distributed.start(rank, distributed.collective_timeout(config))
     distributed.build_groups(config, layout)
+    if rank.rank == 0:
+        from moepp_megatron.runtime.backends import choices_line
+
+        typer.echo(choices_line())
     trainer = Trainer(config, layout)
     record = trainer.run()
     distributed.stop()

@@ -25,6 +25,7 @@ from moepp_megatron.config.problem import show
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _TEMPLATE = "job.sbatch.j2"
+_PREFLIGHT_TIMEOUT = "10m"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,9 @@ class SlurmJob:
         slurm = self.config.slurm
         if not slurm.preflight:
             return []
-        return slurm.preflight_command or [*command, "doctor", "--preflight"]
+        # A hung file system would hold doctor up; a node that does not answer is sick too.
+        limit = ["timeout", _PREFLIGHT_TIMEOUT]
+        return slurm.preflight_command or [*limit, *command, "doctor", "--preflight"]
 
     def _options(self) -> list[_Option]:
         slurm, counts = self.config.slurm, self.node_counts()

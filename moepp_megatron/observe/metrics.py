@@ -54,6 +54,22 @@ class StepMetrics(BaseModel):
         waiting_fraction: Share of the step time that ranks wait for collectives, their mean; only
             on steps where ranks are compared.
         failed_saves: Checkpoints that could not be written so far; only where any are.
+        mfu: Model FLOP/s (`config/flops.py`) over the rated dense FLOP/s of all cards.
+        model_tflops: Model TFLOP/s of a rank.
+        energy_j: Energy of all cards since the record before, J, whatever was done meanwhile
+            (evaluation and saving too); like the next two only where NVML tells.
+        energy_per_token_j: ``energy_j`` over the tokens trained on since the record before.
+        gpu_hours: Hours since the record before times the number of cards.
+        gpu_power_w: Power of a card, mean over cards and time since the record before; so are
+            the next two.
+        gpu_utilization: Share of the time in which a kernel ran.
+        gpu_clock_mhz: Clock of the multiprocessors.
+        gpu_memory_bytes: Most memory in use on any card, other processes included.
+        gpu_temperature_c: Highest temperature of any card, degrees Celsius.
+        nvlink_bytes_per_s: NVLink traffic of a card, sent and received, mean over cards.
+        pcie_bytes_per_s: PCIe traffic of a card, sent and received, mean over cards.
+        cpu_utilization: Share of all cores of a node in use, mean over nodes without a GPU.
+        host_memory_bytes: Most host memory in use on any node without a GPU.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
@@ -82,6 +98,20 @@ class StepMetrics(BaseModel):
     slowest_rank_ratio: float | None = None
     waiting_fraction: float | None = None
     failed_saves: int | None = None
+    mfu: float | None = None
+    model_tflops: float | None = None
+    energy_j: float | None = None
+    energy_per_token_j: float | None = None
+    gpu_hours: float | None = None
+    gpu_power_w: float | None = None
+    gpu_utilization: float | None = None
+    gpu_clock_mhz: float | None = None
+    gpu_memory_bytes: int | None = None
+    gpu_temperature_c: float | None = None
+    nvlink_bytes_per_s: float | None = None
+    pcie_bytes_per_s: float | None = None
+    cpu_utilization: float | None = None
+    host_memory_bytes: int | None = None
 
     def to_json_line(self) -> str:
         """One line of JSON with its line end; optional values that are None are left out."""

@@ -29,21 +29,17 @@ def curve_plots(run: RunData) -> list[Plot]:
     """All plots over steps, in the order of the page."""
     plots = [loss_plot(run), ffn_share_plot(run), a2a_plot(run)]
     plots += [
-        _plain_plot(
-            run, "Busiest FFN expert", "max_ffn_load", "load / mean load", _LOAD, level=1.0
-        ),
+        plain_plot(run, "Busiest FFN expert", "max_ffn_load", "load / mean load", _LOAD, level=1.0),
         speed_plot(run),
-        _plain_plot(run, "Balance loss", "balance_loss", "balance loss", _BALANCE),
+        plain_plot(run, "Balance loss", "balance_loss", "balance loss", _BALANCE),
         gradient_plot(run),
     ]
     if any(r.dropped_fraction > 0 for r in run.records):
         plots.append(
-            _plain_plot(
-                run, "Dropped selections", "dropped_fraction", "share", _DROPPED, share=True
-            )
+            plain_plot(run, "Dropped selections", "dropped_fraction", "share", _DROPPED, share=True)
         )
     if any(r.z_loss is not None for r in run.records):
-        plots.append(_plain_plot(run, "Router z-loss", "z_loss", "z-loss", _Z))
+        plots.append(plain_plot(run, "Router z-loss", "z_loss", "z-loss", _Z))
     return plots
 
 
@@ -185,7 +181,7 @@ def gradient_plot(run: RunData) -> Plot:
     return Plot(title, caption, image, f"{alt} {_course('Learning rate', steps, rates)}")
 
 
-def _plain_plot(
+def plain_plot(
     run: RunData,
     title: str,
     key: str,

@@ -12,6 +12,7 @@ from moepp_megatron.report.cards import Card, headline_cards
 from moepp_megatron.report.curves import curve_plots
 from moepp_megatron.report.drawing import plot_style
 from moepp_megatron.report.expert_plots import expert_plots
+from moepp_megatron.report.hardware import hardware_cards, hardware_plots
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.run_data import ReportError, RunData, load_run
 from moepp_megatron.report.savings import compute_savings
@@ -30,6 +31,7 @@ class Page:
         cards: Headline numbers.
         curves: Plots over steps.
         experts: Plots over experts.
+        hardware: Plots of what the run cost its machines; empty without telemetry.
         table: The comparison with the vanilla layer; None for a vanilla run.
         config_text: The resolved configuration.
         version: Version of this package.
@@ -41,6 +43,7 @@ class Page:
     cards: list[Card]
     curves: list[Plot]
     experts: list[Plot]
+    hardware: list[Plot]
     table: SavingsTable | None
     config_text: str
     version: str
@@ -78,14 +81,15 @@ def render(run: RunData) -> str:
     savings = compute_savings(run.config, summary)
     has_savings = run.config.experts.zero_computation > 0
     with plot_style():
-        curves, experts = curve_plots(run), expert_plots(run)
+        curves, experts, hardware = curve_plots(run), expert_plots(run), hardware_plots(run)
     page = Page(
         name=run.config.run.name,
         facts=_facts(run),
         sentence=_sentence(run, summary),
-        cards=headline_cards(run, summary, savings),
+        cards=[*headline_cards(run, summary, savings), *hardware_cards(run)],
         curves=curves,
         experts=experts,
+        hardware=hardware,
         table=savings_table(run, summary, savings) if has_savings else None,
         config_text=run.config_text,
         version=moepp_megatron.__version__,

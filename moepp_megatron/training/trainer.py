@@ -33,6 +33,7 @@ from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
 from moepp_megatron.training.step import training_step
+from moepp_megatron.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Trainer:
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load()
         self.progress, self.extra = loaded.progress, loaded.extra
+        self._telemetry = Telemetry(config, self.progress.tokens)
 
     def run(self) -> StepMetrics | None:
         """Train to `training.train_iters`.
@@ -88,7 +90,7 @@ class Trainer:
         record = None
         self.model.set_training(True)
         self._share_losses_with_guard()
-        with StopRequest().listening() as stop, self._supervisor as supervisor:
+        with StopRequest().listening() as stop, self._supervisor as supervisor, self._telemetry:
             while self.progress.step < training.train_iters and not self.stopped:
                 supervisor.begin_step(self.progress.step + 1)
                 started = time.perf_counter()
@@ -202,6 +204,9 @@ class Trainer:
         if self._evaluates():
             with self._supervisor.during("evaluation"):
                 valid_loss = validation_loss(self.model, self._valid_set, self.config, self.layout)
+        ffn_fraction = routing["ffn_fraction"]
+        assert isinstance(ffn_fraction, float), "a share"
+        telemetry = self._telemetry.metrics(self.progress.tokens, tokens / elapsed, ffn_fraction)
         return StepMetrics(
             step=self.progress.step,
             tokens=self.progress.tokens,
@@ -215,6 +220,7 @@ class Trainer:
             **self._supervisor.metrics(),  # type: ignore[arg-type]
             failed_saves=self.checkpoints.failed_saves if self._saves() else None,
             **routing,  # type: ignore[arg-type]
+            **telemetry,
         )
 
     def _saves(self) -> bool:

@@ -12,6 +12,7 @@ from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
+from moepp_megatron.config.schema.telemetry import TelemetrySection
 from moepp_megatron.config.schema.training import (
     OptimizerSection,
     PrecisionSection,
@@ -43,6 +44,9 @@ class Config(Section):
     )
     slurm: SlurmSection = Field(
         default_factory=SlurmSection, description="The job of this run on a Slurm cluster"
+    )
+    telemetry: TelemetrySection = Field(
+        default_factory=TelemetrySection, description="Power, utilisation, MFU"
     )
 
     @property

@@ -89,7 +89,7 @@ class SlurmSection(Section):
         json_schema_extra=unit("-"),
     )
     preflight: bool = Field(
-        default=False,
+        default=True,
         description="Check every node before training; nodes that fail are excluded",
         json_schema_extra=unit("-"),
     )

@@ -1,0 +1,80 @@
+"""Floating-point operations of training, counted from the configuration.
+
+Counted as model FLOPs utilisation (MFU) is defined in PaLM (arXiv 2204.02311, appendix B): what the
+model needs and not what recomputation adds; every score of attention, although half are masked;
+2 FLOP a weight and token forward, twice that backward. Of the FFN experts only those that tokens
+took count, so that skipped work is no achievement.
+"""
+
+from __future__ import annotations
+
+from moepp_megatron.config.schema import Config
+
+# Gradients of the inputs and of the weights cost a forward pass each.
+_FORWARD_AND_BACKWARD = 3
+
+
+def training_flops_per_token(config: Config, ffn_fraction: float) -> float:
+    """FLOP of forward and backward pass for one token.
+
+    Args:
+        config: A checked configuration.
+        ffn_fraction: FFN share of all selections, measured; phi for an estimate.
+    """
+    return _FORWARD_AND_BACKWARD * forward_flops_per_token(config, ffn_fraction)
+
+
+def forward_flops_per_token(config: Config, ffn_fraction: float) -> float:
+    """FLOP of the forward pass for one token; see `training_flops_per_token`."""
+    model, moe = config.model, config.moe
+    moe_layers = sum(moe.moe_layer_pattern(model.num_layers))
+    dense_layers = model.num_layers - moe_layers
+    experts_taken = moe.router_topk * ffn_fraction
+    per_moe_layer = (
+        experts_taken * _swiglu(config, config.expert_ffn_hidden_size)
+        + _swiglu(config, moe.shared_expert_ffn_hidden_size or 0)
+        + _gate(config)
+        + _zero_computation(config)
+    )
+    return (
+        model.num_layers * _attention(config)
+        + dense_layers * _swiglu(config, model.ffn_hidden_size)
+        + moe_layers * per_moe_layer
+        + _gating_residuals(config, moe_layers)
+        + 2 * model.hidden_size * model.vocab_size
+    )
+
+
+def _attention(config: Config) -> float:
+    """Projections, scores [s, s] and their product with the values, of one layer."""
+    model = config.model
+    heads, groups = model.num_attention_heads, model.query_groups
+    projections = 2 * model.hidden_size * model.head_dim * (2 * heads + 2 * groups)
+    return projections + 4 * model.seq_length * heads * model.head_dim
+
+
+def _swiglu(config: Config, inner: int) -> float:
+    """Three matrices [D, H]."""
+    return 6 * config.model.hidden_size * inner
+
+
+def _gate(config: Config) -> float:
+    """W [E, D], or W_a [8E, D] and W_b [E, 8E]."""
+    experts, width = config.moe.num_experts, config.model.hidden_size
+    if config.moe.two_layer_gate:
+        return 2 * 8 * experts * (width + experts)
+    return 2 * experts * width
+
+
+def _gating_residuals(config: Config, moe_layers: int) -> float:
+    """G [E, E] from the second MoE layer on."""
+    residuals = max(moe_layers - 1, 0) if config.moe.gating_residual else 0
+    return 2 * residuals * config.moe.num_experts**2
+
+
+def _zero_computation(config: Config) -> float:
+    """`y = s x + A V` and `softmax(U_c x)` of the constant experts, as if every token took part."""
+    if config.moe.num_zero_computation_experts == 0:
+        return 0
+    width, constants = config.model.hidden_size, config.moe.num_constant_experts
+    return 2 * width + 2 * constants * width + 4 * constants * width

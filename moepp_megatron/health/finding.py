@@ -1,0 +1,63 @@
+"""What a check says: one finding, its severity, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+
+
+class Severity(IntEnum):
+    """How much a finding matters; only an error keeps a job from starting."""
+
+    OK = 0
+    NOTE = 1
+    WARNING = 2
+    ERROR = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer of one check.
+
+    Attributes:
+        check: What was looked at, such as "ECC errors".
+        severity: How much it matters.
+        found: What is there, with the subject's name and the number.
+        rule: What must hold; empty where nothing is broken.
+        remedy: What to do; empty where there is nothing to do.
+        node: The node it was found on; empty on a single node.
+    """
+
+    check: str
+    severity: Severity
+    found: str
+    rule: str = ""
+    remedy: str = ""
+    node: str = ""
+
+    def __post_init__(self) -> None:
+        """A finding that asks for attention must say why and what to do."""
+        if self.severity >= Severity.WARNING:
+            assert self.rule, f"{self.check}: a {self.severity.name} needs a rule"
+            assert self.remedy, f"{self.check}: a {self.severity.name} needs a remedy"
+
+    def line(self) -> str:
+        """All of it in one line, as it stands on stderr: `NODE: CHECK: FOUND, RULE; REMEDY`."""
+        where = f"{self.node}: " if self.node else ""
+        text = f"{where}{self.check}: {self.found}"
+        text += f" ({self.rule})" if self.rule else ""
+        return " ".join((text + (f"; {self.remedy}" if self.remedy else "")).split())
+
+    def on(self, node: str) -> Finding:
+        """The same, found on `node`."""
+        return replace(self, node=node)
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON; the severity in lower case."""
+        return asdict(self) | {"severity": self.severity.name.lower()}
+
+
+def worst(findings: Iterable[Finding]) -> Severity:
+    """The highest severity; OK without findings."""
+    return max((finding.severity for finding in findings), default=Severity.OK)

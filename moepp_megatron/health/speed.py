@@ -1,0 +1,169 @@
+"""Short measurements: a matrix product a device, and collectives between ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+# Large enough to fill any card (1.1 TFLOP each), and enough of them to look at the card meanwhile;
+# on a CPU small, for laptops.
+_GPU_SIZE, _GPU_PRODUCTS = 8192, 200
+_CPU_SIZE, _CPU_PRODUCTS = 512, 8
+# Of each rank: large enough that bandwidth and not latency decides.
+_GPU_BYTES, _CPU_BYTES = 256 * 2**20, 2**20
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One measured collective.
+
+    Attributes:
+        name: "all-reduce" or "all-to-all".
+        num_bytes: Bytes of each rank's buffer.
+        seconds: Median time, of the slowest rank.
+    """
+
+    name: str
+    num_bytes: int
+    seconds: float
+
+
+def matmul_tflops(device: torch.device, while_running: Callable[[], None] | None = None) -> float:
+    """Rate of a matrix product on `device`, TFLOP/s: bf16 on a GPU, fp32 on a CPU.
+
+    Args:
+        device: Where.
+        while_running: Called while the products run on a GPU, to look at the card under load.
+    """
+    on_gpu = device.type == "cuda"
+    size, count = (_GPU_SIZE, _GPU_PRODUCTS) if on_gpu else (_CPU_SIZE, _CPU_PRODUCTS)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    # Ordinary numbers: the power that a product draws, and so its speed, depends on its bits.
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    right = torch.randn(size, size, device=device, dtype=dtype)
+    _products(left, right, count)  # clocks rise, libraries choose their kernels
+    _synchronize(device)
+    started = time.perf_counter()
+    _products(left, right, count)
+    if on_gpu and while_running is not None:
+        while_running()
+    _synchronize(device)
+    seconds = time.perf_counter() - started
+    return 2.0 * size**3 * count / seconds / 1e12
+
+
+def measure_collectives(device: torch.device) -> list[Collective]:
+    """All-reduce and all-to-all over the default process group; every rank must call.
+
+    Args:
+        device: This rank's device.
+    """
+    num_ranks = dist.get_world_size()
+    num_bytes = _GPU_BYTES if device.type == "cuda" else _CPU_BYTES
+    # fp32, in equal parts for the all-to-all.
+    count = num_bytes // 4 // num_ranks * num_ranks
+    sent = torch.ones(count, device=device)
+    received = torch.empty_like(sent)
+    operations: dict[str, Callable[[], object]] = {
+        "all-reduce": lambda: dist.all_reduce(sent),
+        "all-to-all": lambda: dist.all_to_all_single(received, sent),
+    }
+    return [
+        Collective(name, count * 4, _slowest(_timed(operation, device), device))
+        for name, operation in operations.items()
+    ]
+
+
+def expected_seconds(
+    collective: Collective,
+    num_ranks: int,
+    ranks_per_node: int,
+    link_bytes_s: float | None,
+    network_bytes_s: float | None,
+) -> float | None:
+    """Time that the rated links need; None where a link that is used has no rated speed.
+
+    A ring all-reduce sends `2 (n - 1) / n` times the buffer over a rank's slowest link; across
+    nodes all network ports of a node work together. An all-to-all sends `1 / n` of the buffer to
+    each rank, over NVLink within the node and over the rank's own port beyond it.
+
+    Args:
+        collective: Its name and size.
+        num_ranks: Ranks.
+        ranks_per_node: Ranks of a node.
+        link_bytes_s: NVLink bandwidth of a card in one direction.
+        network_bytes_s: Network bandwidth of a card in one direction.
+    """
+    crosses = num_ranks > ranks_per_node
+    if link_bytes_s is None or (crosses and network_bytes_s is None):
+        return None
+    if collective.name == "all-reduce":
+        rate = link_bytes_s
+        if crosses:
+            assert network_bytes_s is not None, "checked above"
+            rate = min(rate, network_bytes_s * ranks_per_node)
+        return 2 * (num_ranks - 1) / num_ranks * collective.num_bytes / rate
+    part = collective.num_bytes / num_ranks
+    within = part * (min(num_ranks, ranks_per_node) - 1) / link_bytes_s
+    if not crosses:
+        return within
+    assert network_bytes_s is not None, "checked above"
+    return max(within, part * (num_ranks - ranks_per_node) / network_bytes_s)
+
+
+def clock_offset() -> float:
+    """This rank's clock less rank 0's, seconds; every rank must call.
+
+    Read after a barrier, several times; the median leaves out barriers that a rank left late.
+    """
+    offsets = []
+    for _ in range(_REPEATS):
+        dist.barrier()
+        now = torch.tensor([time.time()], dtype=torch.float64)
+        on_device = now.to(_communication_device())
+        theirs = on_device.clone()
+        dist.broadcast(theirs, src=0)
+        offsets.append(now.item() - theirs.item())
+    return median(offsets)
+
+
+def _communication_device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _products(left: torch.Tensor, right: torch.Tensor, count: int) -> None:
+    out = torch.empty_like(left)
+    for _ in range(count):
+        torch.mm(left, right, out=out)
+
+
+def _timed(operation: Callable[[], object], device: torch.device) -> float:
+    """Median seconds of an operation, after one that builds connections."""
+    times = []
+    for _ in range(_REPEATS + 1):
+        dist.barrier()
+        _synchronize(device)
+        started = time.perf_counter()
+        operation()
+        _synchronize(device)
+        times.append(time.perf_counter() - started)
+    return median(times[1:])
+
+
+def _slowest(seconds: float, device: torch.device) -> float:
+    value = torch.tensor([seconds], dtype=torch.float64, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value.item())
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

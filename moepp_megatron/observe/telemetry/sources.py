@@ -1,0 +1,136 @@
+"""Where samples come from: a node's cards through NVML, or its CPU through psutil."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import psutil
+
+from moepp_megatron.observe.telemetry.usage import DeviceSample
+from moepp_megatron.runtime.nvml import Nvml
+
+
+class Source(Protocol):
+    """The devices of one node."""
+
+    @property
+    def devices(self) -> int:
+        """How many there are; 0 where they are no cards."""
+        ...
+
+    def sample(self) -> list[DeviceSample]:
+        """Look at every device."""
+        ...
+
+    def energy_j(self) -> float | None:
+        """Energy of all of them together since some start; None where any does not tell."""
+        ...
+
+    def faults(self) -> list[str]:
+        """What has gone wrong since the last call, in words."""
+        ...
+
+    def close(self) -> None:
+        """No more calls will come."""
+        ...
+
+
+class GpuSource:
+    """Cards of this node.
+
+    Args:
+        uuids: The cards that the run uses, "GPU-...".
+        nvml: An open NVML, which is closed with this.
+        clock: Seconds, for rates from counters.
+    """
+
+    def __init__(
+        self, uuids: Sequence[str], nvml: Nvml, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._nvml, self._clock = nvml, clock
+        self._indices = nvml.index_of(uuids)
+        self._watch = nvml.watch_faults(self._indices)
+        self._traffic: dict[int, tuple[float, int]] = {}
+
+    @property
+    def devices(self) -> int:
+        """Number of cards."""
+        return len(self._indices)
+
+    def sample(self) -> list[DeviceSample]:
+        """Look at every card; takes about 40 ms a card, nearly all of it waiting for PCIe."""
+        return [self._sample(index) for index in self._indices]
+
+    def _sample(self, index: int) -> DeviceSample:
+        seen = self._nvml.sample(index)
+        pcie = [rate for rate in (seen.pcie_tx, seen.pcie_rx) if rate is not None]
+        return DeviceSample(
+            power_w=seen.power,
+            utilization=seen.utilization,
+            clock_mhz=seen.sm_clock,
+            memory_bytes=seen.memory_used,
+            temperature_c=seen.temperature,
+            nvlink_bytes_per_s=self._nvlink_rate(index, seen.nvlink_tx, seen.nvlink_rx),
+            pcie_bytes_per_s=sum(pcie) if len(pcie) == 2 else None,
+        )
+
+    def _nvlink_rate(self, index: int, sent: int | None, received: int | None) -> float | None:
+        if sent is None or received is None:
+            return None
+        now, total = self._clock(), sent + received
+        before, self._traffic[index] = self._traffic.get(index), (now, total)
+        # The counter starts anew when the driver is loaded again.
+        if before is None or total < before[1] or now <= before[0]:
+            return None
+        return (total - before[1]) / (now - before[0])
+
+    def energy_j(self) -> float | None:
+        """Energy of all cards since the driver was loaded."""
+        energies = self._nvml.energies(self._indices)
+        known = [energy for energy in energies if energy is not None]
+        return sum(known) if known and len(known) == len(energies) else None
+
+    def faults(self) -> list[str]:
+        """Xid errors that the driver has reported."""
+        found = self._watch.poll() if self._watch is not None else []
+        return [
+            f"GPU {index if index is not None else '?'}: Xid {xid}; look for NVRM Xid lines in "
+            "dmesg and at moepp doctor on this node"
+            for index, xid in found
+        ]
+
+    def close(self) -> None:
+        """Shut NVML down."""
+        self._nvml.close()
+
+
+class CpuSource:
+    """All cores and the memory of this node."""
+
+    def __init__(self) -> None:
+        # The first call only marks the start of what the next one measures.
+        psutil.cpu_percent()
+
+    @property
+    def devices(self) -> int:
+        """No cards."""
+        return 0
+
+    def sample(self) -> list[DeviceSample]:
+        """Use of the cores since the sample before, and of the memory now."""
+        memory = psutil.virtual_memory()
+        used = memory.total - memory.available
+        return [DeviceSample(utilization=psutil.cpu_percent() / 100.0, memory_bytes=used)]
+
+    def energy_j(self) -> float | None:
+        """Unknown: the counters of CPUs are the administrator's alone."""
+        return None
+
+    def faults(self) -> list[str]:
+        """None are looked for."""
+        return []
+
+    def close(self) -> None:
+        """Nothing to close."""

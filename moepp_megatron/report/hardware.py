@@ -1,0 +1,62 @@
+"""What the run cost its machines: energy, GPU-hours, MFU, from the telemetry in the records."""
+
+from statistics import median
+
+from moepp_megatron.report import formatting
+from moepp_megatron.report.cards import Card
+from moepp_megatron.report.curves import plain_plot
+from moepp_megatron.report.plot import Plot
+from moepp_megatron.report.run_data import RunData
+
+_MFU = "Model FLOP/s over the rated dense FLOP/s of all cards; skipped experts do not count."
+_TFLOPS = "Model TFLOP/s of a rank; skipped experts do not count."
+_ENERGY = "Energy of all cards since the record before, evaluation and saving included, a token."
+_POWER = "Power of a card, mean over cards and time since the record before."
+_BUSY = "Share of the time in which a kernel ran, mean over cards."
+_NVLINK = "NVLink traffic of a card, sent and received."
+_CPU = "Share of all cores of a node in use, other processes included."
+
+# Key of the record, title, axis, caption, whether it is a share.
+_PLOTS = (
+    ("mfu", "Model FLOPs utilisation", "MFU", _MFU, True),
+    ("energy_per_token_j", "Energy a token", "J", _ENERGY, False),
+    ("gpu_power_w", "Power of a card", "W", _POWER, False),
+    ("gpu_utilization", "Utilisation of a card", "share", _BUSY, True),
+    ("nvlink_bytes_per_s", "NVLink traffic", "bytes/s", _NVLINK, False),
+    ("model_tflops", "Model TFLOP/s", "TFLOP/s", _TFLOPS, False),
+    ("cpu_utilization", "CPU utilisation", "share", _CPU, True),
+)
+
+
+def hardware_plots(run: RunData) -> list[Plot]:
+    """Plots of what the records have; none for a run without telemetry."""
+    return [
+        plain_plot(run, title, key, axis, caption, share=share)
+        for key, title, axis, caption, share in _PLOTS
+        if any(getattr(record, key) is not None for record in run.records)
+    ]
+
+
+def hardware_cards(run: RunData) -> list[Card]:
+    """Totals of the run and medians of its records, of what the records have."""
+    records, cards = run.records, []
+    mfu = [record.mfu for record in records if record.mfu is not None]
+    if mfu:
+        cards.append(Card("MFU", formatting.percent(median(mfu)), "median of the records"))
+    hours = [record.gpu_hours for record in records if record.gpu_hours is not None]
+    if hours:
+        note = "evaluation and saving included"
+        cards.append(Card("GPU-hours", formatting.number(sum(hours), 2), note))
+    energy = [record.energy_j for record in records if record.energy_j is not None]
+    if energy:
+        kwh = sum(energy) / 3.6e6
+        tokens = sum(
+            record.energy_j / record.energy_per_token_j
+            for record in records
+            if record.energy_j is not None and record.energy_per_token_j
+        )
+        note = "cards alone"
+        if tokens > 0:
+            note += f"; {formatting.number(sum(energy) / tokens)} J a token"
+        cards.append(Card("Energy", f"{formatting.number(kwh, 3)} kWh", note))
+    return cards

@@ -1,0 +1,115 @@
+"""What optional packages do here, and what is used where they are missing: said in one place.
+
+The training log says it once; `moepp doctor` shows it. Imports nothing heavy by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+from moepp_megatron.runtime.optional import (
+    flex_backend,
+    have_apex,
+    have_resiliency_on_gpu,
+    have_transformer_engine,
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One optional package.
+
+    Attributes:
+        name: What it is called.
+        version: Installed version; None where it is not installed.
+        used: Whether it is used here.
+        role: What it does where it is used.
+        fallback: What does it instead.
+        remedy: How to get it.
+    """
+
+    name: str
+    version: str | None
+    used: bool
+    role: str
+    fallback: str
+    remedy: str
+
+    def line(self) -> str:
+        """One line for the log and the table."""
+        if self.used:
+            return f"{self.name} {self.version or ''}: {self.role}".replace("  ", " ")
+        state = "not installed" if self.version is None else f"{self.version} not usable here"
+        return f"{self.name}: {state}; instead {self.fallback}"
+
+
+def optional_backends() -> list[Backend]:
+    """Every optional package and the choice made; imports torch."""
+    # apex of PyPI is another package, so that a version alone says nothing.
+    apex = have_apex()
+    return [
+        Backend(
+            "Transformer Engine",
+            version_of("transformer-engine"),
+            have_transformer_engine(),
+            "linear layers, norms, attention, grouped FFN experts, FP8",
+            "megatron-core's local layers and this package's attention and norm; no FP8",
+            "pip install 'moepp-megatron[te]' on a CUDA machine",
+        ),
+        Backend(
+            "apex",
+            (version_of("apex") or "found") if apex else None,
+            apex,
+            "fused Adam and multi-tensor operations through megatron-core",
+            "torch's Adam, and Transformer Engine's where it is there",
+            "comes with NVIDIA's containers or from its source (not PyPI's apex)",
+        ),
+        Backend(
+            "DeepEP",
+            version_of("deep_ep"),
+            flex_backend() is not None,
+            f"moe.dispatcher=flex runs on {flex_backend()}",
+            "moe.dispatcher=alltoall or allgather; flex is refused",
+            "install deep_ep from its source on a machine with RDMA",
+        ),
+        Backend(
+            "nvidia-resiliency-ext",
+            version_of("nvidia-resiliency-ext"),
+            have_resiliency_on_gpu(),
+            "stragglers found from kernel times",
+            "stragglers found from each rank's own step time",
+            "pip install 'moepp-megatron[resiliency]'",
+        ),
+        _triton(),
+    ]
+
+
+def choices_line() -> str:
+    """All choices in one line, for the log of a run; imports torch."""
+    backends = optional_backends()
+    used = ", ".join(f"{b.name} {b.version}" for b in backends if b.used) or "none"
+    missing = ", ".join(b.name for b in backends if not b.used) or "none"
+    return f"optional packages used: {used}; not used: {missing} (moepp doctor says why)"
+
+
+def _triton() -> Backend:
+    import torch
+
+    version = version_of("triton")
+    return Backend(
+        "Triton",
+        version,
+        version is not None and torch.cuda.is_available(),
+        "kernels that torch and megatron-core compile",
+        "plain torch operations",
+        "comes with torch for CUDA",
+    )
+
+
+def version_of(distribution: str) -> str | None:
+    """Installed version of a distribution, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

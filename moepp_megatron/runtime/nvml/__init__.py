@@ -1,0 +1,27 @@
+"""The only place that asks NVML (through nvidia-ml-py), for health checks and telemetry.
+
+Every number may be None: NVML does not know it for this card, driver or permission. Tests hand in
+a stand-in for the library with the same function names.
+"""
+
+from moepp_megatron.runtime.nvml.session import FaultWatch, Nvml, NvmlUnavailableError
+from moepp_megatron.runtime.nvml.state import (
+    Card,
+    Driver,
+    GpuProcess,
+    NvLink,
+    RemappedRows,
+    Sample,
+)
+
+__all__ = [
+    "Card",
+    "Driver",
+    "FaultWatch",
+    "GpuProcess",
+    "NvLink",
+    "Nvml",
+    "NvmlUnavailableError",
+    "RemappedRows",
+    "Sample",
+]

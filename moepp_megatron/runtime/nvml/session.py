@@ -1,0 +1,175 @@
+"""An open NVML."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from moepp_megatron.runtime.nvml.card_reader import CardReader
+from moepp_megatron.runtime.nvml.library import Library, scaled, text
+from moepp_megatron.runtime.nvml.state import Card, Driver, Sample
+
+
+class NvmlUnavailableError(RuntimeError):
+    """NVML cannot be used here.
+
+    Attributes:
+        has_driver: Whether a driver is installed and refuses, as opposed to a machine without one.
+    """
+
+    def __init__(self, message: str, has_driver: bool) -> None:
+        super().__init__(message)
+        self.has_driver = has_driver
+
+
+class Nvml:
+    """An open NVML. Use as a context.
+
+    Args:
+        library: The module `pynvml`, or a stand-in with its function names; None imports it.
+
+    Raises:
+        NvmlUnavailableError: No driver, or one that does not work.
+    """
+
+    def __init__(self, library: Any = None) -> None:
+        if library is None:
+            try:
+                library = importlib.import_module("pynvml")
+            except ImportError:
+                raise NvmlUnavailableError(
+                    "package nvidia-ml-py is missing", has_driver=False
+                ) from None
+        try:
+            library.nvmlInit()
+        except library.NVMLError_LibraryNotFound:
+            raise NvmlUnavailableError(
+                "no NVIDIA driver on this machine", has_driver=False
+            ) from None
+        except library.NVMLError as error:
+            raise NvmlUnavailableError(str(error), has_driver=True) from None
+        self._library = Library(library)
+
+    def __enter__(self) -> Self:
+        """Open already."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """Shut NVML down; samples can no longer be taken."""
+        self._library.module.nvmlShutdown()
+
+    def driver(self) -> Driver:
+        """Versions of the driver."""
+        version = self._library.ask("nvmlSystemGetDriverVersion")
+        cuda = self._library.ask("nvmlSystemGetCudaDriverVersion_v2")
+        parts = None if cuda is None else (cuda // 1000, cuda % 1000 // 10)
+        return Driver(text(version), parts)
+
+    def count(self) -> int:
+        """Cards that NVML shows this process, whatever CUDA_VISIBLE_DEVICES says."""
+        return int(self._library.module.nvmlDeviceGetCount())
+
+    def card(self, index: int) -> Card:
+        """State of card `index`; a card that does not answer has `faults`."""
+        faults: list[str] = []
+        handle = self._library.ask("nvmlDeviceGetHandleByIndex", index, faults=faults)
+        if handle is None:
+            return Card(index, faults=tuple(faults) or ("no handle",))
+        return CardReader(self._library, handle, faults).read(index)
+
+    def index_of(self, uuids: Sequence[str]) -> list[int]:
+        """NVML numbers of the cards with these UUIDs, in this order; unknown ones are left out."""
+        known = {}
+        for index in range(self.count()):
+            handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
+            if handle is not None:
+                known[text(self._library.ask("nvmlDeviceGetUUID", handle))] = index
+        return [known[uuid] for uuid in uuids if uuid in known]
+
+    def sample(self, index: int, with_traffic: bool = True) -> Sample:
+        """What telemetry reads of card `index`.
+
+        Args:
+            index: NVML's number.
+            with_traffic: Also PCIe traffic, for which NVML watches the link 20 ms a direction.
+        """
+        library = self._library.module
+        handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
+        if handle is None:
+            return Sample()
+        busy = self._library.ask("nvmlDeviceGetUtilizationRates", handle)
+        memory = self._library.ask("nvmlDeviceGetMemoryInfo", handle)
+        tx, rx = self._library.fields(
+            handle,
+            library.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
+            library.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
+        )
+        pcie: list[float | None] = [None, None]
+        if with_traffic:
+            counters = (library.NVML_PCIE_UTIL_TX_BYTES, library.NVML_PCIE_UTIL_RX_BYTES)
+            ask = "nvmlDeviceGetPcieThroughput"
+            pcie = [scaled(self._library.ask(ask, handle, c), 1024.0) for c in counters]
+        return Sample(
+            power=scaled(self._library.ask("nvmlDeviceGetPowerUsage", handle), 1e-3),
+            energy=scaled(self._library.ask("nvmlDeviceGetTotalEnergyConsumption", handle), 1e-3),
+            utilization=None if busy is None else busy.gpu / 100.0,
+            memory_used=None if memory is None else int(memory.used),
+            temperature=self._library.ask(
+                "nvmlDeviceGetTemperature", handle, library.NVML_TEMPERATURE_GPU
+            ),
+            sm_clock=self._library.ask("nvmlDeviceGetClockInfo", handle, library.NVML_CLOCK_SM),
+            pcie_tx=pcie[0],
+            pcie_rx=pcie[1],
+            nvlink_tx=None if tx is None else tx * 1024,
+            nvlink_rx=None if rx is None else rx * 1024,
+        )
+
+    def watch_faults(self, indices: Sequence[int]) -> FaultWatch | None:
+        """Watch these cards for Xid errors; None where the driver cannot."""
+        events = self._library.ask("nvmlEventSetCreate")
+        if events is None:
+            return None
+        for index in indices:
+            handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
+            if handle is not None:
+                kind = self._library.module.nvmlEventTypeXidCriticalError
+                self._library.ask("nvmlDeviceRegisterEvents", handle, kind, events)
+        return FaultWatch(self._library, events)
+
+    def energies(self, indices: Sequence[int]) -> list[float | None]:
+        """Energy in J since the driver was loaded, of each card."""
+        energies: list[float | None] = []
+        for index in indices:
+            handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
+            counter = self._library.ask("nvmlDeviceGetTotalEnergyConsumption", handle)
+            energies.append(scaled(counter, 1e-3))
+        return energies
+
+
+class FaultWatch:
+    """Xid errors of the watched cards since the watch began. Made by `Nvml.watch_faults`."""
+
+    def __init__(self, library: Library, events: Any) -> None:
+        self._library, self._events = library, events
+
+    def poll(self) -> list[tuple[int | None, int]]:
+        """New errors, each as (NVML's number of the card, Xid); never waits."""
+        found: list[tuple[int | None, int]] = []
+        while True:
+            event = self._library.ask("nvmlEventSetWait_v2", self._events, 0)
+            if event is None:
+                # NVML says "timeout" where there is no event.
+                return found
+            index = self._library.ask("nvmlDeviceGetIndex", event.device)
+            found.append((index, int(event.eventData)))

@@ -1,0 +1,162 @@
+"""Telemetry of all nodes, put beside a step's metrics."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from moepp_megatron.config import Config
+from moepp_megatron.config.flops import training_flops_per_token
+from moepp_megatron.config.hardware import Hardware, find_hardware, load_hardware
+from moepp_megatron.observe.telemetry import NOTHING, CpuSource, GpuSource, Sampler, Source, Usage
+from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
+from moepp_megatron.training.collect import sum_over_ranks
+
+logger = logging.getLogger(__name__)
+
+# Metric of a record, and quantity of a sample.
+_GPU_METRICS = {
+    "gpu_power_w": "power_w",
+    "gpu_utilization": "utilization",
+    "gpu_clock_mhz": "clock_mhz",
+    "gpu_memory_bytes": "memory_bytes",
+    "gpu_temperature_c": "temperature_c",
+    "nvlink_bytes_per_s": "nvlink_bytes_per_s",
+    "pcie_bytes_per_s": "pcie_bytes_per_s",
+}
+_CPU_METRICS = {"cpu_utilization": "utilization", "host_memory_bytes": "memory_bytes"}
+
+
+class Telemetry:
+    """Samples on the first rank of every node. Every rank has one and calls its methods together.
+
+    Args:
+        config: The run's configuration.
+        tokens: Tokens trained on so far.
+    """
+
+    def __init__(self, config: Config, tokens: int) -> None:
+        self._config, self._tokens = config, tokens
+        self._on_gpu = torch.cuda.is_available()
+        self._sampler: Sampler | None = None
+        self._hardware = _hardware(config, self._on_gpu)
+
+    def __enter__(self) -> Self:
+        """Begin; what is sampled from here on belongs to the next record. Every rank must enter."""
+        if self.is_on:
+            uuids = _cards_of_this_node(self._on_gpu)
+            if uuids is not None:
+                self._sampler = Sampler(_source(uuids), self._config.telemetry.interval_s)
+                self._sampler.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End, whatever happened."""
+        if self._sampler is not None:
+            self._sampler.stop()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is sampled."""
+        return self._config.telemetry.interval_s > 0
+
+    def metrics(self, tokens: int, tokens_per_s: float, ffn_fraction: float) -> dict[str, Any]:
+        """Optional fields of a record; a collective.
+
+        Args:
+            tokens: Tokens trained on so far.
+            tokens_per_s: Speed of the step.
+            ffn_fraction: FFN share of the step's selections.
+        """
+        if not self.is_on:
+            return {}
+        usage = _over_ranks(NOTHING if self._sampler is None else self._sampler.take())
+        new_tokens, self._tokens = tokens - self._tokens, tokens
+        # After a rollback there may be fewer tokens than before.
+        found = usage_metrics(usage, max(new_tokens, 0))
+        return found | self._efficiency(tokens_per_s, ffn_fraction)
+
+    def _efficiency(self, tokens_per_s: float, ffn_fraction: float) -> dict[str, float]:
+        flops = training_flops_per_token(self._config, ffn_fraction)
+        tflops = flops * tokens_per_s / dist.get_world_size() / 1e12
+        precision = self._config.precision
+        peak = None
+        if self._hardware is not None:
+            peak = self._hardware.peak_tflops(precision.dtype, precision.fp8)
+        return {"model_tflops": tflops} | ({} if peak is None else {"mfu": tflops / peak})
+
+
+def _over_ranks(usage: Usage) -> Usage:
+    """The devices of all nodes; two all-reduces of a dozen numbers."""
+    summands = sum_over_ranks(torch.tensor(usage.summands(), dtype=torch.float64))
+    tops = torch.tensor(usage.tops(), dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(tops, op=dist.ReduceOp.MAX)
+    return Usage.from_vectors(summands.tolist(), tops.tolist())
+
+
+def usage_metrics(usage: Usage, tokens: int) -> dict[str, Any]:
+    """Fields of a record from the devices of all nodes.
+
+    Args:
+        usage: Since the record before.
+        tokens: Trained on since then.
+    """
+    names = _GPU_METRICS if usage.devices else _CPU_METRICS
+    found: dict[str, Any] = {
+        metric: value
+        for metric, quantity in names.items()
+        if (value := usage.value(quantity)) is not None
+    }
+    for metric in found.keys() & {"gpu_memory_bytes", "host_memory_bytes"}:
+        found[metric] = int(found[metric])
+    if usage.devices:
+        found["gpu_hours"] = usage.seconds * usage.devices / 3600
+    if usage.energy_j is not None:
+        found["energy_j"] = usage.energy_j
+        if tokens > 0:
+            found["energy_per_token_j"] = usage.energy_j / tokens
+    return found
+
+
+def first_of_each_node(nodes: Sequence[str]) -> dict[str, int]:
+    """The lowest rank of every node, from each rank's node."""
+    return {node: nodes.index(node) for node in dict.fromkeys(nodes)}
+
+
+def _cards_of_this_node(on_gpu: bool) -> list[str] | None:
+    """UUIDs of the cards of this node's ranks, on its first rank; None on the others."""
+    uuid = None
+    if on_gpu:
+        uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    node = socket.gethostname()
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (node, uuid))
+    if first_of_each_node([there for there, _ in ranks])[node] != dist.get_rank():
+        return None
+    return list(dict.fromkeys(card for there, card in ranks if there == node and card))
+
+
+def _source(uuids: list[str]) -> Source:
+    if uuids:
+        try:
+            return GpuSource(uuids, Nvml())
+        except NvmlUnavailableError as error:
+            logger.warning("no telemetry of the GPUs: %s", error)
+    return CpuSource()
+
+
+def _hardware(config: Config, on_gpu: bool) -> Hardware | None:
+    if config.telemetry.hardware is not None:
+        return load_hardware(config.telemetry.hardware)
+    return find_hardware(torch.cuda.get_device_name()) if on_gpu else None

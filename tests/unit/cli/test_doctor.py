@@ -1,0 +1,84 @@
+"""`moepp doctor` as a user calls it, on this machine and with findings of another."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from moepp_megatron.cli.main import app
+from moepp_megatron.health import session
+from moepp_megatron.health.finding import Finding, Severity
+
+SICK = [
+    Finding("torch", Severity.OK, "fine"),
+    Finding("GPU processes", Severity.WARNING, "GPU 0: [busy]", "rule", "end them"),
+    Finding("ECC errors", Severity.ERROR, "GPU 3: 1", "must be 0", "reset the card"),
+]
+
+
+def doctor(*arguments: str):
+    return CliRunner().invoke(app, ["doctor", *arguments])
+
+
+@pytest.fixture
+def findings(monkeypatch):
+    found = list(SICK)
+    monkeypatch.setattr(session, "examine_machine", lambda request: found)
+    return found
+
+
+def test_an_error_is_exit_code_3(findings):
+    result = doctor()
+    assert result.exit_code == 3
+    for text in ("ECC errors", "reset the card", "GPU 0: [busy]", "1 errors, 1 warnings"):
+        assert text in result.stdout
+
+
+def test_warnings_alone_are_exit_code_0(findings):
+    findings.pop()
+    assert doctor().exit_code == 0
+    assert doctor("--preflight").exit_code == 0
+
+
+def test_preflight_gives_its_reasons_on_stderr(findings):
+    result = doctor("--preflight")
+    assert result.exit_code == 3
+    assert result.stderr.splitlines() == [
+        "warning: GPU processes: GPU 0: [busy] (rule); end them",
+        "error: ECC errors: GPU 3: 1 (must be 0); reset the card",
+    ]
+    assert result.stdout == "not fit: 3 findings, 1 errors, 1 warnings\n"
+
+
+def test_json_is_all_of_stdout(findings, tmp_path):
+    out = tmp_path / "doctor.json"
+    result = doctor("--json", "--out", str(out))
+    assert result.exit_code == 3
+    content = json.loads(result.stdout)
+    assert content == json.loads(out.read_text())
+    assert content["findings"][2] == {
+        "check": "ECC errors",
+        "severity": "error",
+        "found": "GPU 3: 1",
+        "rule": "must be 0",
+        "remedy": "reset the card",
+        "node": "",
+    }
+
+
+def test_the_request_reaches_the_examination(monkeypatch):
+    seen = []
+    monkeypatch.setattr(session, "examine_machine", lambda request: seen.append(request) or [])
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    doctor("configs/quickstart.yaml", "moe.tau=0.5", "--hardware", "h200", "--preflight")
+    doctor("--gpus", "2")
+    assert seen[0].config.moe.tau == 0.5
+    assert (seen[0].hardware, seen[0].preflight, seen[0].expected_gpus) == ("h200", True, 4)
+    assert (seen[1].config, seen[1].expected_gpus) == (None, 2)
+
+
+def test_a_wrong_configuration_is_refused_before_anything_is_examined():
+    from moepp_megatron.config import ConfigError
+
+    for arguments in (["missing.yaml"], ["--hardware", "h1000"]):
+        assert isinstance(doctor(*arguments).exception, ConfigError)

@@ -1,0 +1,158 @@
+"""A stand-in for the module `pynvml`: constants and errors of the real one, recorded answers.
+
+The answers have the form, the units and the magnitudes that NVML documents for an H100 SXM; a sick
+card is a healthy one with some answers replaced.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+
+LINKS = 18
+
+
+def answers(index: int = 0, **changes: Any) -> dict[str, Any]:
+    """What NVML answers about a healthy, idle card; a value may be an error to raise."""
+    healthy = {
+        "nvmlDeviceGetName": "NVIDIA H100 80GB HBM3",
+        "nvmlDeviceGetUUID": f"GPU-0000000{index}-aaaa-bbbb-cccc-dddddddddddd",
+        "nvmlDeviceGetEccMode": [1, 1],
+        "uncorrected": 0,
+        "corrected": 2,
+        # Row remapping has taken the place of page retirement since Ampere.
+        "nvmlDeviceGetRetiredPages": pynvml.NVMLError_NotSupported(),
+        "nvmlDeviceGetRetiredPagesPendingStatus": pynvml.NVMLError_NotSupported(),
+        "nvmlDeviceGetRemappedRows": (0, 0, 0, 0),
+        "nvmlDeviceGetCurrentClocksEventReasons": pynvml.nvmlClocksEventReasonGpuIdle,
+        "nvmlDeviceGetClockInfo": 345,
+        "nvmlDeviceGetMaxClockInfo": 1980,
+        "nvmlDeviceGetPowerUsage": 69_432,
+        "nvmlDeviceGetEnforcedPowerLimit": 700_000,
+        "nvmlDeviceGetPowerManagementDefaultLimit": 700_000,
+        "nvmlDeviceGetTotalEnergyConsumption": 1_234_567_890,
+        "nvmlDeviceGetTemperature": 31,
+        "nvmlDeviceGetTemperatureThreshold": 87,
+        "nvmlDeviceGetPerformanceState": pynvml.NVML_PSTATE_0,
+        "nvmlDeviceGetCurrPcieLinkGeneration": 5,
+        "nvmlDeviceGetMaxPcieLinkGeneration": 5,
+        "nvmlDeviceGetCurrPcieLinkWidth": 16,
+        "nvmlDeviceGetPcieReplayCounter": 0,
+        "nvmlDeviceGetPcieThroughput": 1000,
+        "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=0, memory=0),
+        "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=85_520_809_984, used=4_325_376),
+        "nvmlDeviceGetComputeRunningProcesses": [],
+        "links": [1] * LINKS,
+        "link_errors": {},
+        "fields": {
+            pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION: 0,
+            pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX: 1_000,
+            pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX: 2_000,
+        },
+    }
+    unknown = set(changes) - set(healthy) - {"nvmlDeviceGetHandleByIndex"}
+    assert not unknown, f"NVML is never asked for {unknown}"
+    return healthy | changes
+
+
+def process(pid: int, memory: int | None) -> SimpleNamespace:
+    """A running process as nvidia-ml-py describes it."""
+    return SimpleNamespace(pid=pid, usedGpuMemory=memory)
+
+
+class FakeNvml:
+    """Answers like `pynvml` for the given cards, whose handles are their numbers."""
+
+    def __init__(
+        self,
+        *cards: dict[str, Any],
+        driver: str = "580.95.05",
+        cuda: int = 13000,
+        init_error: Exception | None = None,
+    ) -> None:
+        self._cards, self._driver, self._cuda = cards, driver, cuda
+        self._init_error = init_error
+        self.watched: list[int] = []
+        self.xids: list[tuple[int, int]] = []
+        self.is_open = False
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("nvml") or isinstance(getattr(pynvml, name, None), int):
+            return getattr(pynvml, name)
+        if name.startswith(("nvmlDevice", "nvmlSystem")):
+            return lambda handle, *arguments: _answer(self._cards[handle], name)
+        raise AttributeError(name)
+
+    def nvmlInit(self) -> None:
+        if self._init_error is not None:
+            raise self._init_error
+        self.is_open = True
+
+    def nvmlShutdown(self) -> None:
+        self.is_open = False
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self._cards)
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return self._driver
+
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
+        return self._cuda
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        _answer(
+            self._cards[index] | {"nvmlDeviceGetHandleByIndex": None} | self._cards[index],
+            "nvmlDeviceGetHandleByIndex",
+        )
+        return index
+
+    def nvmlEventSetCreate(self) -> str:
+        return "events"
+
+    def nvmlDeviceRegisterEvents(self, handle: int, kinds: int, events: str) -> None:
+        assert kinds == pynvml.nvmlEventTypeXidCriticalError
+        self.watched.append(handle)
+
+    def nvmlEventSetWait_v2(self, events: str, timeout_ms: int) -> SimpleNamespace:
+        assert timeout_ms == 0, "telemetry must not wait"
+        if not self.xids:
+            raise pynvml.NVMLError_Timeout
+        handle, xid = self.xids.pop(0)
+        return SimpleNamespace(device=handle, eventData=xid)
+
+    def nvmlDeviceGetIndex(self, handle: int) -> int:
+        return handle
+
+    def nvmlDeviceGetTotalEccErrors(self, handle: int, kind: int, counter: int) -> int:
+        corrected = kind == pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED
+        return _answer(self._cards[handle], "corrected" if corrected else "uncorrected")
+
+    def nvmlDeviceGetNvLinkState(self, handle: int, link: int) -> int:
+        links = self._cards[handle]["links"]
+        if link >= len(links):
+            raise pynvml.NVMLError_NotSupported
+        return links[link]
+
+    def nvmlDeviceGetNvLinkErrorCounter(self, handle: int, link: int, counter: int) -> int:
+        return self._cards[handle]["link_errors"].get((link, counter), 0)
+
+    def nvmlDeviceGetFieldValues(self, handle: int, fields: list[int]) -> list[SimpleNamespace]:
+        known = self._cards[handle]["fields"]
+        return [
+            SimpleNamespace(
+                nvmlReturn=0 if field in known else pynvml.NVML_ERROR_NOT_SUPPORTED,
+                valueType=pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG,
+                value=SimpleNamespace(ullVal=known.get(field)),
+            )
+            for field in fields
+        ]
+
+
+def _answer(card: dict[str, Any], name: str) -> Any:
+    value = card[name]
+    if isinstance(value, Exception):
+        raise value
+    return value

@@ -1,0 +1,58 @@
+"""Telemetry on the page."""
+
+from typing import Any
+
+import pytest
+
+from moepp_megatron.report.hardware import hardware_cards, hardware_plots
+from moepp_megatron.report.page import render
+from moepp_megatron.report.run_data import load_run
+
+
+def with_gpus(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        tokens = 2048
+        record |= {
+            "mfu": 0.4,
+            "energy_j": 3.6e6,
+            "energy_per_token_j": 3.6e6 / tokens,
+            "gpu_hours": 0.25,
+            "gpu_power_w": 600.0,
+        }
+
+
+def test_totals_of_the_run(make_run):
+    run = load_run(make_run(steps=4, edit=with_gpus))
+    cards = {card.label: card for card in hardware_cards(run)}
+    assert cards["MFU"].value == "40.0%"
+    assert cards["GPU-hours"].value == "1.00"
+    assert cards["Energy"].value == "4.000 kWh"
+    assert "1,757.8125 J a token" in cards["Energy"].note
+
+
+def test_plots_are_those_that_the_records_have(make_run):
+    run = load_run(make_run(steps=4, edit=with_gpus))
+    assert [plot.title for plot in hardware_plots(run)] == [
+        "Model FLOPs utilisation",
+        "Energy a token",
+        "Power of a card",
+    ]
+    page = render(run)
+    assert "<h2>Hardware</h2>" in page
+
+
+@pytest.mark.parametrize("missing", ["energy_j", "mfu"])
+def test_records_without_some_of_it(make_run, missing):
+    def edit(records: list[dict[str, Any]]) -> None:
+        with_gpus(records)
+        for record in records[:2]:
+            del record[missing]
+
+    labels = [card.label for card in hardware_cards(load_run(make_run(steps=4, edit=edit)))]
+    assert labels == ["MFU", "GPU-hours", "Energy"]
+
+
+def test_a_run_without_telemetry_has_no_such_section(make_run):
+    run = load_run(make_run(steps=4))
+    assert hardware_cards(run) == []
+    assert "<h2>Hardware</h2>" not in render(run)
