@@ -71,8 +71,8 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         arguments: Its arguments, passed on as they are, never through a shell.
 
     Returns:
-        The exit status: 0 when every rank of this machine ended with 0, what they passed to `leave`
-        (such as `STOPPED`), `HUNG` when they stood still, otherwise torchrun's.
+        The exit status: 0 when every rank of this machine ended with 0, or what a rank passed to
+        `leave` (such as `STOPPED`); `HUNG` when they stood still; otherwise torchrun's.
     """
     interface = options.nodes.interface() if options.nodes is not None else None
     environment = with_rank_variables(os.environ, options.num_local_ranks, interface)
@@ -87,8 +87,8 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         environment[_STATUS_FILE] = str(status_file)
         status = _run(_torchrun(options, module, arguments), environment, options.stoppable)
         written = int(status_file.read_text(encoding="ascii")) if status_file.exists() else 0
-    # Ranks that leave end with 0, ranks that hang do not: a hang before torchrun started all of them
-    # anew successfully is over, and so is a stop in a run that failed after all.
+    # Ranks that leave end with 0, ranks that hang do not: a hang before torchrun started all of
+    # them anew successfully is over, and so is a stop in a run that failed after all.
     if (status == 0) == (written != HUNG):
         return written or status
     return status
