@@ -24,6 +24,9 @@ STEPS = 60
 # The second holds for a save, which the cut may fall into.
 HANG_TIMEOUT_S, SLOW_PHASE_TIMEOUT_S = 5.0, 20.0
 _TIMEOUT_S = 280.0
+# The threads of a rank decide how its matrix products are summed, to the last bit. By default ranks
+# share out their host's cores: one host between two of them, two hosts to one each.
+_THREADS = "1"
 
 
 def fake_environment(folder: Path) -> Path:
@@ -55,6 +58,7 @@ class Hosts:
         self.wires = [f"mp{os.getpid() % 100000}-{index}" for index in range(2)]
         self.environment = {
             **os.environ,
+            "OMP_NUM_THREADS": _THREADS,
             "MOEPP_VENV": str(fake_environment(folder / "venv")),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "TMPDIR": str(folder),
@@ -124,9 +128,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 def test_host_that_is_cut_off_and_comes_back(
     hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A rank's share of the cores decides how its matrix products are summed, to the last bit; one
-    # host has two ranks to share its cores between, two hosts have one each.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", _THREADS)
     data = prepare_data(tmp_path)
     alone = write_config(tmp_path / "alone.yaml", data, tmp_path / "alone", 2, train_iters=STEPS)
     with training(alone, 2) as process:
