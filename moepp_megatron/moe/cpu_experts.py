@@ -9,6 +9,7 @@ only the first product's result is kept. Parameters, their names and checkpoints
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,10 +58,11 @@ class CPUExperts(SequentialMLP):
             for expert in self.local_experts
             for weight in (expert.linear_fc1.weight, expert.linear_fc2.weight)
         ]
-        output = _Experts.apply(
-            permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist(), *weights
-        )
-        return output, None
+        rows = tokens_per_expert.tolist()
+        tokens, gates = permuted_local_hidden_states, permuted_probs
+        if torch.is_grad_enabled():
+            return _Experts.apply(tokens, gates, rows, *weights), None
+        return _forward(tokens, gates, rows, weights, keep=None), None
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -68,23 +70,43 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-class _Experts(torch.autograd.Function):
-    """gate * W_out (silu(W_gate x) * W_up x) of every expert, with fc1 holding W_gate and W_up."""
+def _forward(
+    tokens: Tensor,
+    gates: Tensor,
+    rows: list[int],
+    weights: Sequence[Tensor],
+    keep: list[Tensor] | None,
+) -> Tensor:
+    """Compute gate * W_out (silu(W_gate x) * W_up x) of every expert, with fc1 holding W_gate and W_up.
 
+    Args:
+        tokens: [rows, D] sorted by expert.
+        gates: [rows] fp32.
+        rows: Of each expert.
+        weights: fc1 and fc2 of each expert in turn.
+        keep: Gets fc1's result of each expert. Without it one expert's memory serves the next:
+            fresh pages cost as much as an elementwise pass.
+    """
+    output = torch.empty_like(tokens)
+    parts = zip(tokens.split(rows), gates.split(rows), output.split(rows), strict=True)
+    for index, (x, gate, out) in enumerate(parts):
+        # A product of no rows at all is not defined for oneDNN.
+        projected = _linear(x, weights[2 * index]) if len(x) else x.new_empty(0, 0)
+        if keep is not None:
+            keep.append(projected)
+        if len(x):
+            activated = _swiglu(*projected.chunk(2, dim=-1))
+            out.copy_(_linear(_weighted(activated, gate), weights[2 * index + 1]))
+    return output
+
+
+class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, tokens: Tensor, gates: Tensor, rows: list[int], *weights: Tensor
     ) -> Tensor:
-        output = torch.empty_like(tokens)
-        hidden = []
-        parts = zip(tokens.split(rows), gates.split(rows), output.split(rows), strict=True)
-        for index, (x, gate, out) in enumerate(parts):
-            # A product of no rows at all is not defined for oneDNN.
-            projected = _linear(x, weights[2 * index]) if len(x) else x.new_empty(0, 0)
-            hidden.append(projected)
-            if len(x):
-                activated = _swiglu(*projected.chunk(2, dim=-1))
-                out.copy_(_linear(_weighted(activated, gate), weights[2 * index + 1]))
+        hidden: list[Tensor] = []
+        output = _forward(tokens, gates, rows, weights, keep=hidden)
         ctx.rows = rows
         ctx.save_for_backward(tokens, gates, *weights, *hidden)
         return output

@@ -24,6 +24,10 @@ def quiet() -> None:
     # reports the same on request.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
+    # megatron-core imports its experimental classes whether they are used or not.
+    warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
+    # Its optimizer looks whether a parameter's copy has a gradient.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     # From every configuration, whatever it says about CUDA graphs.
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     # Reading a checkpoint's common part, which megatron-core does on each rank by itself.
