@@ -77,13 +77,13 @@ def _forward(
     weights: Sequence[Tensor],
     keep: list[Tensor] | None,
 ) -> Tensor:
-    """Compute gate * W_out (silu(W_gate x) * W_up x) of every expert, with fc1 holding W_gate and W_up.
+    """Compute gate * W_out (silu(W_gate x) * W_up x) of every expert.
 
     Args:
         tokens: [rows, D] sorted by expert.
         gates: [rows] fp32.
         rows: Of each expert.
-        weights: fc1 and fc2 of each expert in turn.
+        weights: fc1 and fc2 of each expert in turn; fc1 holds W_gate and W_up.
         keep: Gets fc1's result of each expert. Without it one expert's memory serves the next:
             fresh pages cost as much as an elementwise pass.
     """
