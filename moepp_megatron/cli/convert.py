@@ -108,7 +108,7 @@ def upcycle(
     typer.echo(f"checkpoint   {target}")
     typer.echo(
         f"FFN share    1 now; training moves it towards phi ({config.moe.ffn_share:.3f}) at "
-        f"moe.selection_bias_rate ({config.moe.selection_bias_rate})"
+        f"moe.budget.gain ({config.moe.budget.gain})"
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from moepp_megatron.config.known_keys import section_models
+from moepp_megatron.config.known_keys import section_models, subsection
 from moepp_megatron.config.problem import Problem, show
 
 # pydantic's error type -> (what must hold, what to write).
@@ -49,27 +49,38 @@ def field_problems(error: ValidationError, content: Mapping[str, Any]) -> list[P
         error: From validating `content` as a Config; every section is present in it.
         content: The mapping that was validated.
     """
-    by_field: dict[tuple[str, str], list[ErrorDetails]] = {}
+    by_field: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for details in error.errors():
-        section, key = str(details["loc"][0]), str(details["loc"][1])
-        by_field.setdefault((section, key), []).append(details)
-    return [
-        _field_problem(section, key, details, content[section].get(key))
-        for (section, key), details in by_field.items()
-    ]
+        by_field.setdefault(_setting(details["loc"]), []).append(details)
+    return [_field_problem(path, details, content) for path, details in by_field.items()]
 
 
-def _field_problem(section: str, key: str, errors: list[ErrorDetails], value: Any) -> Problem:
+def _setting(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Section, sections inside it, key: the part of pydantic's location that names a setting."""
+    model, length = section_models()[str(location[0])], 2
+    while (inner := subsection(model, str(location[length - 1]))) and len(location) > length:
+        model, length = inner, length + 1
+    return tuple(str(name) for name in location[:length])
+
+
+def _field_problem(
+    path: tuple[str, ...], errors: list[ErrorDetails], content: Mapping[str, Any]
+) -> Problem:
     """The problem of one field; several errors mean that no alternative of a union fitted."""
-    field = section_models()[section].model_fields[key]
-    name = f"{section}.{key}"
+    *sections, key = path
+    model, holder = section_models()[sections[0]], content[sections[0]]
+    for section in sections[1:]:
+        inner = subsection(model, section)
+        assert inner is not None, f"{section} is no section"
+        model, holder = inner, holder[section]
+    field, value, name = model.model_fields[key], holder.get(key), ".".join(path)
     first = errors[0]
     if first["type"] == "missing":
         return Problem(
             name,
             _MISSING,
             f"must be given: {field.description}",
-            f"add {key} under {section}: or pass {name}=VALUE",
+            f"add {key} under {'.'.join(sections)}: or pass {name}=VALUE",
         )
     if first["type"] in _BOUNDS:
         return _bound_problem(name, field, first, value)
@@ -85,7 +96,7 @@ def _field_problem(section: str, key: str, errors: list[ErrorDetails], value: An
     rule, remedy = _TYPES.get(first["type"], (f"is refused: {first['msg']}", field.description))
     if first["type"] == "int_type" and isinstance(value, float) and value.is_integer():
         remedy = f"write {int(value)}"
-    if len(first["loc"]) > 2:
+    if len(first["loc"]) > len(path):
         rule = rule.replace("must be", "must be a list whose every entry is")
     return Problem(name, value, rule, remedy or "see the documentation")
 

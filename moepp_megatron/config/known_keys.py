@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -22,6 +22,14 @@ def section_models() -> dict[str, type[Section]]:
     return sections
 
 
+def subsection(model: type[Section], key: str) -> type[Section] | None:
+    """The section that `key` of `model` is, or None where it is an ordinary setting."""
+    annotation = model.model_fields[key].annotation
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return None
+
+
 def refuse_unknown_keys(content: Mapping[Any, Any], source: str) -> None:
     """Check the names in a mapping of sections, not their values.
 
@@ -37,18 +45,33 @@ def refuse_unknown_keys(content: Mapping[Any, Any], source: str) -> None:
     for section, keys in content.items():
         if section not in sections:
             lines.append(_unknown_section(_one_line(section)))
-        elif keys is not None and not isinstance(keys, Mapping):
-            lines.append(
-                f"{section} must be a mapping of keys, not {show(keys)}; "
-                f"write {section}: with indented keys below, or {section}.KEY=VALUE"
-            )
         else:
-            known = sections[section].model_fields
-            lines += [
-                _unknown_key(section, _one_line(key)) for key in keys or () if key not in known
-            ]
+            lines += _unknown_keys(section, sections[section], keys)
     if lines:
         raise ConfigError("\n".join(f"{line} (in {source})" for line in lines))
+
+
+def _unknown_keys(path: str, model: type[Section], keys: Any) -> Iterator[str]:
+    """What is wrong with the names in one section and in the sections inside it.
+
+    Args:
+        path: Dotted name of the section.
+        model: What it may hold.
+        keys: What it holds; null for nothing.
+    """
+    if keys is None:
+        return
+    if not isinstance(keys, Mapping):
+        yield (
+            f"{path} must be a mapping of keys, not {show(keys)}; "
+            f"write {path}: with indented keys below, or {path}.KEY=VALUE"
+        )
+        return
+    for key, value in keys.items():
+        if key not in model.model_fields:
+            yield _unknown_key(path, model, _one_line(key))
+        elif (inner := subsection(model, key)) is not None:
+            yield from _unknown_keys(f"{path}.{key}", inner, value)
 
 
 def _unknown_section(section: str) -> str:
@@ -63,22 +86,32 @@ def _unknown_section(section: str) -> str:
     return f"unknown section {section}; the sections are {', '.join(sections)}"
 
 
-def _unknown_key(section: str, key: str) -> str:
+def _unknown_key(path: str, own: type[Section], key: str) -> str:
     """The message for a key that its section does not have.
 
     A key that another section has under exactly this name was put in the wrong place, so that
     beats a similar name in the same section.
     """
-    sections = section_models()
+    sections = dict(_all_sections())
     near = [f"{name}.{key}" for name, model in sections.items() if key in model.model_fields]
-    near += [f"{section}.{name}" for name in _close(key, sections[section], 0.7)]
+    near += [f"{path}.{name}" for name in _close(key, own, 0.7)]
     # From another section only a slip of a letter or two counts, else the list helps more.
     for other, model in sections.items():
-        near += [f"{other}.{name}" for name in _close(key, model, 0.85) if other != section]
+        near += [f"{other}.{name}" for name in _close(key, model, 0.85) if other != path]
     if near:
-        return f"unknown key {section}.{key}; did you mean {near[0]}?"
-    known = ", ".join(sections[section].model_fields)
-    return f"unknown key {section}.{key}; {section} has {known}"
+        return f"unknown key {path}.{key}; did you mean {near[0]}?"
+    return f"unknown key {path}.{key}; {path} has {', '.join(own.model_fields)}"
+
+
+def _all_sections() -> Iterator[tuple[str, type[Section]]]:
+    """Every section by its dotted name, those inside others after them."""
+    waiting = list(section_models().items())
+    while waiting:
+        path, model = waiting.pop(0)
+        yield path, model
+        for key in model.model_fields:
+            if (inner := subsection(model, key)) is not None:
+                waiting.append((f"{path}.{key}", inner))
 
 
 def _close(key: str, model: type[Section], cutoff: float) -> list[str]:

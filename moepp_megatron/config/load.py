@@ -12,12 +12,16 @@ from pydantic import ValidationError
 from moepp_megatron.config.checks import check_config
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.field_errors import field_problems
-from moepp_megatron.config.known_keys import refuse_unknown_keys, section_models
+from moepp_megatron.config.known_keys import (
+    refuse_unknown_keys,
+    section_models,
+    subsection,
+)
 from moepp_megatron.config.problem import raise_problems
-from moepp_megatron.config.schema import Config
+from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
 
-Content = dict[str, dict[str, Any]]
+Content = dict[str, Any]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -32,8 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     content = _read_with_bases(Path(path), chain=())
     for override in overrides:
-        section, key, value = parse_override(override)
-        content.setdefault(section, {})[key] = value
+        content = _merge(content, _nested(*parse_override(override)))
     return parse_config(content)
 
 
@@ -45,7 +48,10 @@ def parse_config(content: Mapping[str, Any]) -> Config:
     """
     refuse_unknown_keys(content, "the configuration")
     # Absent sections are added empty, so that a missing field is reported by its own name.
-    filled = {section: dict(content.get(section) or {}) for section in section_models()}
+    filled = {
+        section: _without_empty(model, content.get(section))
+        for section, model in section_models().items()
+    }
     try:
         config = Config.model_validate(filled)
     except ValidationError as error:
@@ -63,13 +69,15 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """
     content: Content = config.model_dump(mode="json", exclude_unset=True)
     for override in overrides:
-        section, key, value = parse_override(override)
-        content.setdefault(section, {})[key] = value
+        content = _merge(content, _nested(*parse_override(override)))
     return parse_config(content)
 
 
 def parse_override(override: str) -> tuple[str, str, Any]:
     """Split `section.key=value` and read the value as YAML.
+
+    Returns:
+        The section, the key (dotted where it lies in a section inside that section) and the value.
 
     Raises:
         ConfigError: Not of this form, or an unknown section or key.
@@ -84,7 +92,7 @@ def parse_override(override: str) -> tuple[str, str, Any]:
             f"override {override!r} must have the form section.key=value; "
             "write for example moe.tau=0.5"
         )
-    refuse_unknown_keys({section: {key: None}}, f"override {override!r}")
+    refuse_unknown_keys(_nested(section, key, None), f"override {override!r}")
     if not text.strip():
         # An unset shell variable would otherwise quietly become null.
         raise ConfigError(
@@ -109,7 +117,7 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> Content:
     content = read_mapping(path)
     base = content.pop("base", None)
     refuse_unknown_keys(content, str(path))
-    own: Content = {section: dict(keys or {}) for section, keys in content.items()}
+    own: Content = {section: keys or {} for section, keys in content.items()}
     if base is None:
         return own
     if not isinstance(base, str) or not base:
@@ -125,7 +133,30 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> Content:
     return _merge(_read_with_bases(base_path, (*chain, resolved)), own)
 
 
-def _merge(base: Content, over: Content) -> Content:
+def _nested(section: str, key: str, value: Any) -> Content:
+    """The content that sets one key, whose dots lead into sections inside `section`."""
+    first, *inner = key.split(".")
+    for name in reversed(inner):
+        value = {name: value}
+    return {section: {first: value}}
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Sections key by key, `over` first; a list or null replaces what the base had."""
-    sections = [*base, *(section for section in over if section not in base)]
-    return {section: {**base.get(section, {}), **over.get(section, {})} for section in sections}
+    merged = dict(base)
+    for name, value in over.items():
+        below = merged.get(name)
+        if isinstance(value, Mapping):
+            value = _merge(below if isinstance(below, Mapping) else {}, value)
+        merged[name] = value
+    return merged
+
+
+def _without_empty(model: type[Section], keys: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy in which a section without keys, null in YAML, is an empty mapping."""
+    filled = dict(keys or {})
+    for name, value in filled.items():
+        inner = subsection(model, name)
+        if inner is not None:
+            filled[name] = _without_empty(inner, value)
+    return filled

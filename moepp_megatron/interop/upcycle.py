@@ -11,7 +11,7 @@ rows. Added: zero-computation experts and gating residuals, so that step 0 is ex
   eta = |g * (w_new - w)| sqrt(D), and the mean's exponential is at most the mean of exponentials:
   no new score exceeds exp(eta) / F, for any token.
 - A selection bias of that much on the FFN experts therefore keeps every new expert unselected.
-  LongCat-Flash's rule (`moe.selection_bias_rate`) takes it back in training, at the rate at which
+  LongCat-Flash's rule (`moe.budget`) takes it back in training, at the rate at which
   the FFN share is above phi.
 """
 
@@ -61,7 +61,7 @@ class Additions:
         num_constant_experts: Experts that mix their input with a learned vector.
         gating_residual: Whether routers see the logits of the layer before.
         tau: Weight of zero-computation experts in the balance loss.
-        selection_bias_rate: Step of the selection bias in training.
+        bias_gain: `moe.budget.gain` of the selection bias in training.
         num_ffn_experts: FFN experts made of a dense FFN; a MoE checkpoint has its own.
         router_topk: Experts per token of a model made from a dense one; likewise.
         seed: Of all random numbers.
@@ -72,7 +72,7 @@ class Additions:
     num_constant_experts: int = 2
     gating_residual: bool = True
     tau: float = 0.75
-    selection_bias_rate: float = 0.01
+    bias_gain: float = 0.01
     num_ffn_experts: int = 8
     router_topk: int = 2
     seed: int = 1234
@@ -139,7 +139,7 @@ def upcycled_config(
         "tau": additions.tau,
         "gate_normalization": "selected",
         "selection_bias": True,
-        "selection_bias_rate": additions.selection_bias_rate,
+        "budget": {"controller": "bias", "gain": additions.bias_gain},
         **_source_experts(hf, additions),
     }
     return assemble(model, moe, hf, name, dtype)

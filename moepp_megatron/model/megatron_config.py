@@ -27,7 +27,7 @@ def moepp_config(config: Config) -> MoEPPConfig:
         num_copy_experts=moe.num_copy_experts,
         num_constant_experts=moe.num_constant_experts,
         router_topk=moe.router_topk,
-        tau=moe.tau,
+        tau=moe.balanced_tau,
         balance_coeff=moe.balance_coeff,
         balance_scope=moe.balance_scope,
         capacity_factor=moe.capacity_factor,

@@ -183,6 +183,10 @@ class MoEPPRouter(TopKRouter):
         gates, routing_map = self.routing(logits)
         return Routing(gates, routing_map, logits)
 
+    def set_tau(self, tau: float) -> None:
+        """Weigh zero-computation experts by `tau` in the balance loss from now on."""
+        self.balance_weights[self.moepp.num_ffn_experts :] = tau
+
     def reset_global_aux_loss_tracker(self) -> None:
         """Start a new global batch; megatron-core's `finalize_model_grads` calls this."""
         self.global_fractions.reset()

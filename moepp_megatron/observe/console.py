@@ -82,10 +82,15 @@ class ConsoleSink:
             if record.valid_loss is not None:
                 parts.append(f"valid loss {record.valid_loss:.4f}")
             parts += [f"lr {record.lr:.2e}", f"grad norm {record.grad_norm:.3f}"]
-        parts.append(f"FFN share {record.ffn_fraction:.3f} (phi {self._phi:.3f})")
+        parts.append(f"FFN share {record.ffn_fraction:.3f} ({self._wanted(record)})")
         parts.append(f"{record.tokens_per_s:,.0f} tokens/s")
         parts.append(f"ETA {self._remaining(record.step)}")
         return " | ".join(parts)
+
+    def _wanted(self, record: StepMetrics) -> str:
+        if record.ffn_target is not None:
+            return f"target {record.ffn_target:.3f}"
+        return f"phi {self._phi:.3f}"
 
     def _remaining(self, step: int) -> str:
         # Own estimate from step times: rich's would count steps of an earlier attempt as progress.

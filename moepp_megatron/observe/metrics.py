@@ -42,6 +42,10 @@ class StepMetrics(BaseModel):
         dropped_fraction: Share of all selections dropped by a capacity limit.
         a2a_bytes: Bytes of hidden vectors that leave their rank through the dispatcher, all ranks
             and MoE layers, forward.
+        ffn_target: FFN share of all selections that ``moe.budget`` wants in this step; only with a
+            budget.
+        tau: Weight of zero-computation experts in the balance loss, mean over MoE layers; only with
+            a budget.
         valid_loss: Validation loss, nats; only on evaluated steps.
         layer_expert_share: [MoE layers][E] ``expert_share`` of each layer.
         layer_ffn_fraction: [MoE layers] ``ffn_fraction`` of each layer.
@@ -88,6 +92,8 @@ class StepMetrics(BaseModel):
     max_ffn_load: Number
     dropped_fraction: Number
     a2a_bytes: int
+    ffn_target: float | None = None
+    tau: float | None = None
     valid_loss: float | None = None
     layer_expert_share: list[list[Number]] | None = None
     layer_ffn_fraction: list[Number] | None = None

@@ -107,6 +107,8 @@ class TensorBoardSink:
         "host_memory_bytes": "hardware/host_memory_bytes",
         "tokens": "speed/tokens",
         "ffn_fraction": "router/ffn_fraction",
+        "ffn_target": "router/ffn_target",
+        "tau": "router/tau",
         "ffn_per_token": "router/ffn_per_token",
         "max_ffn_load": "router/max_ffn_load",
         "dropped_fraction": "router/dropped_fraction",
@@ -203,7 +205,7 @@ def open_sinks(
     run_dir: Path,
     experts: ExpertCounts,
     *,
-    tau: float,
+    phi: float,
     total_steps: int,
     resume_step: int | None = None,
     print_every: int = 1,
@@ -213,16 +215,14 @@ def open_sinks(
     Args:
         run_dir: The run's folder.
         experts: Counts of the run's MoE layers.
-        tau: ``moe.tau``, for the target FFN share that the console shows.
+        phi: The FFN share that is wanted; the console shows it.
         total_steps: ``training.train_iters``.
         resume_step: The first step that will be written; see ``JsonlSink``.
         print_every: In a log without a terminal, print the records of steps divisible by this
             (and the first, the last and evaluated ones).
     """
     jsonl = JsonlSink(run_dir / "metrics.jsonl", resume_step)
-    optional: list[Sink] = [
-        ConsoleSink(total_steps, phi=experts.ffn_share(tau), print_every=print_every)
-    ]
+    optional: list[Sink] = [ConsoleSink(total_steps, phi=phi, print_every=print_every)]
     try:
         optional.append(TensorBoardSink(run_dir / "tensorboard", experts, resume_step))
     except Exception as error:  # a view must not keep a run from starting

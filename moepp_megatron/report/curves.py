@@ -81,7 +81,7 @@ def loss_plot(run: RunData) -> Plot:
 
 
 def ffn_share_plot(run: RunData) -> Plot:
-    """FFN share of all selections against phi."""
+    """FFN share of all selections against what is wanted."""
     title = "FFN share of all selections"
     phi = run.config.phi
     if run.config.experts.zero_computation == 0:
@@ -91,23 +91,30 @@ def ffn_share_plot(run: RunData) -> Plot:
             None,
             "This layer has no zero-computation experts: every selection goes to an FFN expert.",
         )
-    caption = (
-        f"Dashed: phi = tau F / (tau F + Z) = {formatting.percent(phi)}, the share under perfect "
-        "balance. What lies below 100% is expert work that was not done."
-    )
+    wanted = [phi if r.ffn_target is None else r.ffn_target for r in run.records]
+    has_budget = any(r.ffn_target is not None for r in run.records)
+    name = "target" if has_budget else "phi"
+    what = f"phi = tau F / (tau F + Z) = {formatting.percent(phi)}, the share under perfect balance"
+    if has_budget:
+        what = f"the target of moe.budget, {formatting.percent(wanted[-1])} in the last step"
+    caption = f"Dashed: {what}. What lies below 100% is expert work that was not done."
     steps, shares = _series(run.records, lambda r: r.ffn_fraction)
     if len(steps) < 2:
         return _too_short(run, title, caption, "FFN share", shares, formatting.percent)
     figure = new_figure()
     axes = figure.subplots()
     draw_noisy(axes, steps, shares, BLUE, "measured")
-    axes.axhline(phi, color=VERMILION, linestyle="--", linewidth=1.5, label="phi")
+    axes.plot(
+        [r.step for r in run.records], wanted, "--", color=VERMILION, linewidth=1.5, label=name
+    )
     axes.set_ylim(0, 1.02)
     _share_axis(axes)
     step_axis(axes)
     axes.legend(ncols=2, loc="lower right")
     alt = _course("FFN share", steps, shares, formatting.percent)
-    return Plot(title, caption, svg_data_uri(figure), f"{alt} phi is {formatting.percent(phi)}.")
+    return Plot(
+        title, caption, svg_data_uri(figure), f"{alt} {name} is {formatting.percent(wanted[-1])}."
+    )
 
 
 def a2a_plot(run: RunData) -> Plot:

@@ -32,6 +32,12 @@ class ModelSection(BaseModel):
     seq_length: int
 
 
+class BudgetSection(BaseModel):
+    """What the report needs of ``moe.budget:``."""
+
+    target_ffn_per_token: float | None = None
+
+
 class MoESection(BaseModel):
     """What the report needs of ``moe:``."""
 
@@ -46,6 +52,7 @@ class MoESection(BaseModel):
     layer_freq: int | list[int] = 1
     ffn_hidden_size: int | None = None
     dispatcher: str = "alltoall"
+    budget: BudgetSection = BudgetSection()
 
 
 class ParallelSection(BaseModel):
@@ -97,7 +104,10 @@ class RunConfig(BaseModel):
 
     @property
     def phi(self) -> float:
-        """FFN share of all selections under perfect balance."""
+        """FFN share of all selections that is wanted: the budget's, or under perfect balance."""
+        target = self.moe.budget.target_ffn_per_token
+        if target is not None:
+            return target / self.moe.router_topk
         return self.experts.ffn_share(self.moe.tau)
 
     @property

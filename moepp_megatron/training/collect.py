@@ -41,6 +41,9 @@ class RoutingCollector:
         model: The wrapped model.
         config: The run's configuration.
         layout: The rank grid.
+
+    Attributes:
+        layer_numbers: Global numbers of all MoE layers of the model.
     """
 
     def __init__(self, model: TrainingModel, config: Config, layout: Layout) -> None:
@@ -51,7 +54,7 @@ class RoutingCollector:
         self._num_losses = layout.dp * layout.num_microbatches
         self._ranks_per_replica = layout.tp * layout.cp
         pattern = moe_layer_pattern(model.models[0].config)
-        self._layer_numbers = [number for number, is_moe in enumerate(pattern, 1) if is_moe]
+        self.layer_numbers = [number for number, is_moe in enumerate(pattern, 1) if is_moe]
         self._statistics = {
             number: statistics
             for chunk in model.models
@@ -64,10 +67,18 @@ class RoutingCollector:
             statistics.reset()
         get_moe_metrics_tracker().clear()
 
+    def selections(self) -> Tensor:
+        """[MoE layers, E] float64 selections of the step over all ranks; every rank must call."""
+        local = torch.zeros(len(self.layer_numbers), self._num_experts, dtype=torch.float64)
+        for row, number in enumerate(self.layer_numbers):
+            if number in self._statistics:
+                local[row] = self._statistics[number].as_vector()[: self._num_experts]
+        return sum_over_ranks(local)
+
     def collect(self) -> dict[str, object]:
         """Reduce over all ranks (every rank must call) and compute the metrics of the step."""
-        local = torch.zeros(len(self._layer_numbers), self._num_experts + 6, dtype=torch.float64)
-        for row, number in enumerate(self._layer_numbers):
+        local = torch.zeros(len(self.layer_numbers), self._num_experts + 6, dtype=torch.float64)
+        for row, number in enumerate(self.layer_numbers):
             if number in self._statistics:
                 local[row, : self._num_experts + 4] = self._statistics[number].as_vector()
             local[row, -2:] = self._megatron_losses(number)

@@ -8,17 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.moe.selection_bias import update_selection_bias
 from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks, open_sinks
 from moepp_megatron.training.batches import rank_batches
+from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.checkpoint import (
     CheckpointWriter,
     Loaded,
@@ -72,6 +71,7 @@ class Trainer:
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load()
         self.progress, self.extra = loaded.progress, loaded.extra
+        self._budget = self._open_budget()
         self._telemetry = Telemetry(config, self.progress.tokens)
 
     def run(self) -> StepMetrics | None:
@@ -95,10 +95,12 @@ class Trainer:
                 supervisor.begin_step(self.progress.step + 1)
                 started = time.perf_counter()
                 self._routing.reset()
+                if self._budget is not None:
+                    self._budget.begin_step(self.progress.step + 1)
                 result = training_step(self.model, batches, config, self.layout, supervisor.guard)
                 if result.updated:
-                    self._update_selection_bias()
                     self._advance()
+                    self._learn_budget()
                     supervisor.end_step(self.progress.step)
                 else:
                     self._skip()
@@ -130,11 +132,16 @@ class Trainer:
                 self.checkpoints.failed_saves,
             )
 
-    def _update_selection_bias(self) -> None:
-        moe = self.config.moe
-        if moe.selection_bias and moe.selection_bias_rate > 0:
-            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-            update_selection_bias(self.model.models, moe.selection_bias_rate, group)
+    def _learn_budget(self) -> None:
+        if self._budget is not None:
+            # A new entry, not a changed one: a save under way keeps the old one.
+            self.extra = {**self.extra, "budget": self._budget.end_step(self.progress.step)}
+
+    def _open_budget(self) -> BudgetControl | None:
+        """Goes on from what `extra` holds."""
+        if not self.config.moe.budget.acts:
+            return None
+        return BudgetControl(self.config, self.model, self._routing, self.extra.get("budget"))
 
     def _advance(self) -> None:
         samples = self.config.training.global_batch_size
@@ -168,6 +175,7 @@ class Trainer:
             skipped_steps=before.skipped_steps,
         )
         self.extra = loaded.extra
+        self._budget = self._open_budget()
         self._share_losses_with_guard()
         if dist.get_rank() == 0:
             logger.warning(
@@ -220,6 +228,7 @@ class Trainer:
             **self._supervisor.metrics(),  # type: ignore[arg-type]
             failed_saves=self.checkpoints.failed_saves if self._saves() else None,
             **routing,  # type: ignore[arg-type]
+            **({} if self._budget is None else self._budget.metrics(self.progress.step)),
             **telemetry,
         )
 
@@ -253,7 +262,7 @@ class Trainer:
         return open_sinks(
             Path(self.config.run.dir),
             counts,
-            tau=moe.tau,
+            phi=moe.ffn_share,
             total_steps=self.config.training.train_iters,
             resume_step=self.progress.step + 1,
             print_every=10,

@@ -183,10 +183,9 @@ def test_reference_with_selection_bias_and_gate_scale(ranks: RankPools) -> None:
 def test_bias_step_follows_the_published_rule() -> None:
     import torch
 
-    from moepp_megatron.moe.config import MoEPPConfig
     from moepp_megatron.moe.selection_bias import bias_step
 
-    config = MoEPPConfig(2, num_zero_experts=1, num_copy_experts=1, num_constant_experts=0, tau=1.0)
-    # 40 selections; phi is 2 / 4, so each FFN expert should take a quarter.
-    step = bias_step(torch.tensor([20, 10, 6, 4]), config, rate=0.1)
-    torch.testing.assert_close(step, torch.tensor([0.1 * (0.25 - 0.5), 0.0, 0.0, 0.0]))
+    # Half of the selections are wanted for two FFN experts, a quarter for each.
+    shares = torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.0, 0.25, 0.25, 0.5]])
+    steps = bias_step(shares, 0.5, 2, rate=0.1)
+    torch.testing.assert_close(steps, torch.tensor([[-0.025, 0, 0, 0], [0.025, 0, 0, 0]]))

@@ -171,13 +171,12 @@ def train_upcycled(
 ) -> tuple[list[float], list[float], float]:
     """Losses and FFN shares of a short run from the upcycled checkpoint, and phi."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from moepp_megatron.config import Layout, load_config, with_overrides
     from moepp_megatron.interop.upcycle import Additions, upcycle
-    from moepp_megatron.moe.selection_bias import update_selection_bias
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
+    from moepp_megatron.training.budget import BudgetControl
     from moepp_megatron.training.checkpoint import load_checkpoint
     from moepp_megatron.training.collect import RoutingCollector, mean_loss
     from moepp_megatron.training.setup import build_training_model
@@ -190,6 +189,8 @@ def train_upcycled(
     overrides = [f"training.train_iters={steps}", "training.global_batch_size=8"]
     overrides += ["optimizer.lr=0.001", "optimizer.decay_style=constant", "model.seq_length=16"]
     overrides += ["parallel.expert_model_parallel_size=2"]
+    # Faster than the default of 0.01, so that a test's few steps suffice.
+    overrides += ["moe.budget.gain=0.15", "moe.budget.decay=0.0"]
     config = with_overrides(load_config(target / "config.yaml"), overrides)
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)
@@ -198,13 +199,13 @@ def train_upcycled(
     model.set_training(True)
     collector = RoutingCollector(model, config, layout)
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, 1)
-    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    budget = BudgetControl(config, model, collector, None)
     losses, shares = [], []
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         collector.reset()
+        budget.begin_step(step)
         result = training_step(model, batches, config, layout)
-        # Faster than the default of 0.01, so that a test's few steps suffice.
-        update_selection_bias(model.models, 0.15, group)
+        budget.end_step(step)
         losses.append(mean_loss(result.losses))
         shares.append(float(collector.collect()["ffn_fraction"]))
     return losses, shares, config.moe.ffn_share

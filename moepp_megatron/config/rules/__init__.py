@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules import (
+    budget,
     ignored,
     model,
     moe,
@@ -23,6 +24,7 @@ from moepp_megatron.config.schema import Config
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *model.RULES,
     *moe.RULES,
+    *budget.RULES,
     *parallel.RULES,
     *training.RULES,
     *resilience.RULES,

@@ -67,15 +67,36 @@ def deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
             return
 
 
-def selection_bias_rate_without_bias(config: Config) -> Iterator[Problem]:
-    """Only a router that has a selection bias can change it."""
-    if not config.moe.selection_bias:
+def tau_beside_a_target(config: Config) -> Iterator[Problem]:
+    """The target gives tau."""
+    if config.moe.budget.target_ffn_per_token is not None:
         yield from _ignored(
             "moe",
             config.moe,
-            "selection_bias_rate",
-            "without moe.selection_bias",
-            "set moe.selection_bias to true, or leave it out",
+            "tau",
+            "with moe.budget.target_ffn_per_token, from which tau follows",
+            "leave one of them out",
+        )
+
+
+def budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
+    """Gain, average and scope are the controller's; the start and its ramp need each other."""
+    budget = config.moe.budget
+    if budget.controller == "none":
+        for key in ("gain", "decay", "scope"):
+            reason = "without moe.budget.controller"
+            yield from _ignored("moe.budget", budget, key, reason, "use bias or tau")
+    if budget.start_ffn_per_token is None:
+        for key in ("ramp_begin", "ramp_steps"):
+            reason = "without moe.budget.start_ffn_per_token"
+            yield from _ignored("moe.budget", budget, key, reason, "set it, or leave this out")
+    elif not budget.acts:
+        yield from _ignored(
+            "moe.budget",
+            budget,
+            "start_ffn_per_token",
+            "without moe.budget.target_ffn_per_token or controller",
+            "set one of them, or leave it out",
         )
 
 
@@ -214,7 +235,8 @@ def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
 RULES = (
     routing_without_object,
     deduplication_without_duplicates,
-    selection_bias_rate_without_bias,
+    tau_beside_a_target,
+    budget_settings_of_what_is_off,
     residual_without_predecessor,
     sequence_parallel_without_tensor_parallel,
     recompute_settings_without_recompute,

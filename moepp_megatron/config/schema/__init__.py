@@ -1,5 +1,6 @@
 """The configuration's sections as pydantic models, one file per subject."""
 
+from moepp_megatron.config.schema.budget import BudgetSection
 from moepp_megatron.config.schema.config import Config
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
@@ -15,6 +16,7 @@ from moepp_megatron.config.schema.training import (
 )
 
 __all__ = [
+    "BudgetSection",
     "CheckpointSection",
     "Config",
     "DataSection",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from moepp_megatron.config.schema.budget import BudgetSection
 from moepp_megatron.config.schema.section import Section, unit
 
 
@@ -101,13 +102,6 @@ class MoESection(Section):
         description="Keep a bias per expert that is added to the scores for the selection alone",
         json_schema_extra=unit("-"),
     )
-    selection_bias_rate: float = Field(
-        default=0.0,
-        ge=0.0,
-        description="Step mu of the selection bias towards the FFN share phi (LongCat-Flash); "
-        "0 leaves the bias as it is",
-        json_schema_extra=unit("1"),
-    )
     gate_scale: float = Field(
         default=1.0,
         gt=0.0,
@@ -151,6 +145,10 @@ class MoESection(Section):
         json_schema_extra=unit("channels"),
     )
 
+    budget: BudgetSection = Field(
+        default_factory=BudgetSection, description="FFN experts a token, held during training"
+    )
+
     @property
     def num_zero_computation_experts(self) -> int:
         """Zero, copy and constant experts together, Z."""
@@ -163,9 +161,22 @@ class MoESection(Section):
 
     @property
     def ffn_share(self) -> float:
-        """Fraction phi of selections that go to FFN experts under perfect balance (DESIGN 2)."""
+        """Fraction of selections that go to FFN experts: the budget's, or else phi.
+
+        Phi is what perfect balance under `tau` gives (arXiv 2410.07348).
+        """
+        if self.budget.target_ffn_per_token is not None:
+            return self.budget.target_ffn_per_token / self.router_topk
         weighted_ffn = self.tau * self.num_ffn_experts
         return weighted_ffn / (weighted_ffn + self.num_zero_computation_experts)
+
+    @property
+    def balanced_tau(self) -> float:
+        """The tau under which perfect balance gives `ffn_share`."""
+        share = self.ffn_share
+        if self.budget.target_ffn_per_token is None or share >= 1.0:
+            return self.tau
+        return share * self.num_zero_computation_experts / (self.num_ffn_experts * (1.0 - share))
 
     @property
     def is_vanilla(self) -> bool:

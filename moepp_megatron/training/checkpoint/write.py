@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import secrets
 import shutil
@@ -100,7 +101,7 @@ class CheckpointWriter:
         with model.gathered_parameters():
             state = saved_state(model)
             state[rng.KEY] = rng.sharded_rng_state(with_data=True)
-            state["extra"] = dict(extra or {})
+            state["extra"] = copy.deepcopy(extra or {})
             plan = self._planner.plan(state, temporary)
             companions = Companions(
                 self._config.to_yaml(), self._tokenizer, Record.now(progress, self._layout)

@@ -279,6 +279,42 @@ INVALID = [
         "slurm.container_mounts ('a:b,c')",
         "mount a folder whose name has none",
     ),
+    # the budget, a section inside a section
+    (["moe.budget.gain=0"], "moe.budget.gain (0)", "use a value above 0, or null"),
+    (["moe.budget.controller=pid"], "moe.budget.controller ('pid')", "use none"),
+    (["moe.budget=3"], "moe.budget must be a mapping", "moe.budget.KEY=VALUE"),
+    (["moe.budget.gian=1.0"], "unknown key moe.budget.gian", "did you mean moe.budget.gain?"),
+    (["moe.controller=tau"], "unknown key moe.controller", "did you mean moe.budget.controller?"),
+    (
+        ["moe.budget.target_ffn_per_token=2.0"],
+        "moe.budget.target_ffn_per_token (2.0)",
+        "use for example 1.5",
+    ),
+    (
+        ["moe.budget.start_ffn_per_token=2.5", "moe.budget.target_ffn_per_token=1.0"],
+        "moe.budget.start_ffn_per_token (2.5)",
+        "use for example 1.5",
+    ),
+    (
+        [*VANILLA, "moe.budget.target_ffn_per_token=1.0"],
+        "moe.budget.target_ffn_per_token (1.0)",
+        "add zero-computation experts",
+    ),
+    (
+        ["moe.budget.controller=bias"],
+        "moe.budget.controller ('bias')",
+        "set moe.selection_bias to true",
+    ),
+    (
+        ["moe.budget.controller=tau", "moe.balance_coeff=0.0"],
+        "moe.balance_coeff (0.0)",
+        "use 0.01",
+    ),
+    (
+        ["moe.budget.controller=tau", "moe.capacity_factor=1.1"],
+        "moe.capacity_factor (1.1)",
+        "use null",
+    ),
     # names and form
     (
         ["moe.num_ffn_expert=4"],
@@ -481,9 +517,24 @@ def test_message_stays_on_one_line_whatever_the_value(minimal: Path) -> None:
 # (overrides, name with value, reason): settings without an effect
 IGNORED = [
     (
-        ["moe.selection_bias_rate=0.01"],
-        "moe.selection_bias_rate (0.01)",
-        "without moe.selection_bias",
+        ["moe.budget.gain=0.1"],
+        "moe.budget.gain (0.1)",
+        "without moe.budget.controller",
+    ),
+    (
+        ["moe.budget.ramp_steps=5"],
+        "moe.budget.ramp_steps (5)",
+        "without moe.budget.start_ffn_per_token",
+    ),
+    (
+        ["moe.budget.start_ffn_per_token=2.0"],
+        "moe.budget.start_ffn_per_token (2.0)",
+        "without moe.budget.target_ffn_per_token or controller",
+    ),
+    (
+        ["moe.tau=0.5", "moe.budget.target_ffn_per_token=1.0"],
+        "moe.tau (0.5)",
+        "with moe.budget.target_ffn_per_token",
     ),
     ([*VANILLA, "moe.tau=0.5"], "moe.tau (0.5)", "without zero-computation experts"),
     (["moe.balance_coeff=0.0", "moe.tau=0.5"], "moe.tau (0.5)", "with moe.balance_coeff 0"),

@@ -51,6 +51,27 @@ def test_base_is_merged_key_by_key_and_relative_to_the_file_naming_it(
     assert config.moe.moe_layer_pattern(4) == [True, True, False, False]
 
 
+def test_section_inside_a_section_is_merged_key_by_key(minimal: Path, tmp_path: Path) -> None:
+    (tmp_path / "middle.yaml").write_text(
+        "base: minimal.yaml\nmoe: {budget: {target_ffn_per_token: 1.0, decay: 0.5}}\n"
+    )
+    top = tmp_path / "top.yaml"
+    top.write_text("base: middle.yaml\nmoe:\n  budget: {controller: tau}\n")
+    config = load_config(top, ["moe.budget.decay=0.25"])
+    budget = config.moe.budget
+    assert (budget.target_ffn_per_token, budget.controller, budget.decay) == (1.0, "tau", 0.25)
+    assert config.moe.ffn_share == 0.5
+    assert config.moe.balanced_tau == pytest.approx(0.5)  # 0.5 * 8 / (0.5 * 8 + 4) is a half
+    again = with_overrides(config, ["moe.budget.controller=none"])
+    assert (again.moe.budget.controller, again.moe.budget.decay) == ("none", 0.25)
+
+
+def test_empty_section_inside_a_section_is_its_defaults(minimal: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top.yaml"
+    top.write_text("base: minimal.yaml\nmoe:\n  budget:\n")
+    assert load_config(top) == load_config(minimal)
+
+
 def test_base_cycle_is_refused_with_its_chain(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: c.yaml\n")
@@ -192,15 +213,28 @@ def test_every_shipped_configuration_is_tested() -> None:
     assert names == tested
 
 
+def described_settings(path: str, model: type[Section]) -> int:
+    """Checks each setting of a section and of the sections inside it; returns how many."""
+    count = 0
+    for name, setting in model.model_fields.items():
+        assert setting.description, f"{path}.{name}"
+        inner = setting.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            count += described_settings(f"{path}.{name}", inner)
+            continue
+        extra = setting.json_schema_extra
+        assert isinstance(extra, dict), f"{path}.{name}"
+        assert extra["unit"], f"{path}.{name}"
+        count += 1
+    return count
+
+
 def test_every_setting_is_described_with_its_unit() -> None:
-    for section, field in Config.model_fields.items():
+    sections = list(Config.model_fields.items())
+    for name, field in sections:
         assert isinstance(field.annotation, type)
-        assert issubclass(field.annotation, Section)
-        for name, setting in field.annotation.model_fields.items():
-            assert setting.description, f"{section}.{name}"
-            extra = setting.json_schema_extra
-            assert isinstance(extra, dict), f"{section}.{name}"
-            assert extra["unit"], f"{section}.{name}"
+        assert issubclass(field.annotation, Section), name
+    assert described_settings("config", Config) > 100
 
 
 def test_every_rule_is_named_and_described_once() -> None:

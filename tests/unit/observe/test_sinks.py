@@ -248,7 +248,7 @@ def test_open_sinks_trains_on_without_tensorboard(
         raise ImportError("TensorBoard output needs the tensorboard package")
 
     monkeypatch.setattr(sinks, "TensorBoardSink", missing)
-    fan = open_sinks(tmp_path, EXPERTS, tau=1.0, total_steps=1)
+    fan = open_sinks(tmp_path, EXPERTS, phi=0.5, total_steps=1)
     fan.write(make_record(1))
     fan.close()
     assert [r.step for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
@@ -257,7 +257,7 @@ def test_open_sinks_trains_on_without_tensorboard(
 
 
 def test_open_sinks_writes_all_three(make_record, tmp_path: Path, capsys):
-    fan = open_sinks(tmp_path, EXPERTS, tau=1.0, total_steps=1)
+    fan = open_sinks(tmp_path, EXPERTS, phi=0.5, total_steps=1)
     fan.write(make_record(1))
     fan.close()
     assert steps_in(tmp_path / "metrics.jsonl") == [1]

@@ -1,0 +1,196 @@
+"""How many FFN experts a token gets, and what holds a model to it.
+
+The *share* is the FFN experts' part of all selections; a token takes share x K of them. Balance
+under a weight tau gives the share phi = tau F / (tau F + Z), which turned around is
+
+    log tau = logit(share) - log(F / Z)
+
+so tau follows from the share that is wanted (feed-forward). What training then really does differs
+from perfect balance; two controllers close the loop:
+
+- **tau** adds to log tau what the measured share is short of, in log odds, the scale on which the
+  equation above is a straight line; and, a hundredth as much a step, what it was short of in the
+  past. Routers follow tau with a delay of many steps: the sum over the past alone would swing.
+- **bias** moves the FFN experts' selection bias (`selection_bias`, LongCat-Flash).
+
+The state is a few numbers a layer that follow from counts over the global batch: the same on
+every rank and in every layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.layer import MoEPPLayer
+from moepp_megatron.moe.selection_bias import bias_step
+
+Controller = Literal["none", "bias", "tau"]
+
+# Beyond these the balance loss is all zero-computation experts or none of them.
+_LEAST_TAU, _MOST_TAU = 0.01, 100.0
+# The past's part of the tau controller's gain, a step.
+_INTEGRAL = 0.01
+# Log odds of 0 and 1 are infinite; a share nearer to them than this counts as this far.
+_EDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is wanted.
+
+    Attributes:
+        share: FFN share of all selections.
+        controller: What moves the measured share there.
+        gain: Of the bias a step for each share that is missing, or of log tau for each unit of
+            log odds.
+        decay: Weight of the past in the measured share's moving average.
+        per_layer: Whether each layer is held to the share, or their mean.
+        start_share: Where the share starts; None where it does not move.
+        ramp_begin: Steps that it stays there.
+        ramp_steps: Steps in which it then moves on a straight line.
+    """
+
+    share: float
+    controller: Controller = "none"
+    gain: float = 1.0
+    decay: float = 0.9
+    per_layer: bool = True
+    start_share: float | None = None
+    ramp_begin: int = 0
+    ramp_steps: int = 0
+
+    def share_at(self, step: int) -> float:
+        """The share that is wanted in `step`, the first being 1."""
+        if self.start_share is None:
+            return self.share
+        steps_on_ramp = max(0, step - 1 - self.ramp_begin)
+        if step > self.ramp_begin and steps_on_ramp >= self.ramp_steps:
+            return self.share
+        way = steps_on_ramp / self.ramp_steps if self.ramp_steps > 0 else 0.0
+        return self.start_share + way * (self.share - self.start_share)
+
+
+def tau_for(share: float, num_ffn: int, num_zero_computation: int) -> float:
+    """The tau under which perfect balance gives FFN experts this share."""
+    return math.exp(_log_odds(share) - math.log(num_ffn / num_zero_computation))
+
+
+def _log_odds(share: float) -> float:
+    share = min(max(share, _EDGE), 1.0 - _EDGE)
+    return math.log(share / (1.0 - share))
+
+
+class BudgetController:
+    """Holds the MoE layers of a model to a budget.
+
+    Args:
+        budget: What is wanted.
+        config: Gives the counts of experts.
+        num_layers: MoE layers of the whole model.
+        state: Of an earlier `state()`, to go on from there.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        config: MoEPPConfig,
+        num_layers: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.budget = budget
+        self._config = config
+        self._num_layers = num_layers
+        state = state or {}
+        self._shares: Tensor | None = None
+        if state.get("shares") is not None:
+            self._shares = torch.tensor(state["shares"], dtype=torch.float64)
+        self._missing: list[float] = list(state.get("missing") or [0.0] * num_layers)
+        self._past: list[float] = list(state.get("past") or [0.0] * num_layers)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: plain numbers, nothing that later steps change."""
+        shares = None if self._shares is None else self._shares.tolist()
+        return {"shares": shares, "missing": list(self._missing), "past": list(self._past)}
+
+    def taus(self, step: int) -> list[float]:
+        """Tau of each MoE layer in `step`."""
+        config = self._config
+        wanted = self.budget.share_at(step)
+        base = tau_for(wanted, config.num_ffn_experts, config.num_zero_computation_experts)
+        pulls = [
+            self.budget.gain * (missing + past)
+            for missing, past in zip(self._missing, self._past, strict=True)
+        ]
+        return [min(max(base * math.exp(pull), _LEAST_TAU), _MOST_TAU) for pull in pulls]
+
+    def observe(self, selected_LE: Tensor, step: int) -> Tensor | None:
+        """Learn from a step's selections.
+
+        Args:
+            selected_LE: [MoE layers, E] selections over the global batch.
+            step: The step that made them.
+
+        Returns:
+            [MoE layers, E] fp32 to add to the selection biases; None where tau acts, or nothing.
+        """
+        shares = selected_LE.double() / selected_LE.sum(dim=1, keepdim=True)
+        past = shares if self._shares is None else self._shares
+        self._shares = self.budget.decay * past + (1.0 - self.budget.decay) * shares
+        measured = self._shares
+        if not self.budget.per_layer:
+            measured = measured.mean(dim=0, keepdim=True).expand_as(measured)
+        wanted = self.budget.share_at(step)
+        if self.budget.controller == "bias":
+            ffn = self._config.num_ffn_experts
+            return bias_step(measured, wanted, ffn, self.budget.gain)
+        if self.budget.controller == "tau":
+            self._turn_tau(measured, wanted, step)
+        return None
+
+    def _turn_tau(self, measured: Tensor, wanted: float, step: int) -> None:
+        ffn_shares = measured[:, : self._config.num_ffn_experts].sum(dim=1).tolist()
+        for layer, (share, tau) in enumerate(zip(ffn_shares, self.taus(step), strict=True)):
+            missing = _log_odds(wanted) - _log_odds(share)
+            self._missing[layer] = missing
+            # At its end tau cannot follow; what would be added there had to be undone later.
+            if (missing > 0 and tau < _MOST_TAU) or (missing < 0 and tau > _LEAST_TAU):
+                self._past[layer] += _INTEGRAL * missing
+
+
+def set_taus(chunks: Iterable[torch.nn.Module], taus: dict[int, float]) -> None:
+    """Set tau of the balance loss, from the next forward pass on.
+
+    Args:
+        chunks: This rank's model chunks.
+        taus: By global layer number, of all MoE layers of the model.
+    """
+    for layer in _layers(chunks):
+        layer.router.set_tau(taus[layer.layer_number])
+
+
+@torch.no_grad()
+def add_to_biases(
+    chunks: Iterable[torch.nn.Module], layer_numbers: Sequence[int], steps_LE: Tensor
+) -> None:
+    """Add to the selection biases.
+
+    Args:
+        chunks: This rank's model chunks.
+        layer_numbers: Global layer numbers of all MoE layers of the model.
+        steps_LE: [MoE layers, E] of `BudgetController.observe`.
+    """
+    for layer in _layers(chunks):
+        bias = layer.router.expert_bias
+        assert bias is not None, f"MoE layer {layer.layer_number} has no selection bias"
+        bias.add_(steps_LE[layer_numbers.index(layer.layer_number)].to(bias))
+
+
+def _layers(chunks: Iterable[torch.nn.Module]) -> list[MoEPPLayer]:
+    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, MoEPPLayer)]

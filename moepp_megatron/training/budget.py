@@ -1,0 +1,73 @@
+"""The budget of FFN experts a token, from the configuration into the model, step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moepp_megatron.config import Config
+from moepp_megatron.model.megatron_config import moepp_config
+from moepp_megatron.moe.budget import Budget, BudgetController, add_to_biases, set_taus
+from moepp_megatron.training.collect import RoutingCollector
+from moepp_megatron.training.setup import TrainingModel
+
+
+class BudgetControl:
+    """Holds the model to `moe.budget`. Every rank has one and calls its methods together.
+
+    Args:
+        config: The run's configuration; `moe.budget.acts` is true.
+        model: The wrapped model.
+        routing: Counts the selections of a step.
+        state: From a checkpoint; None at the beginning.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: TrainingModel,
+        routing: RoutingCollector,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self._model, self._routing = model, routing
+        self._controller = BudgetController(
+            _budget(config), moepp_config(config), len(routing.layer_numbers), state
+        )
+
+    def begin_step(self, step: int) -> None:
+        """Set tau for `step`."""
+        taus = self._controller.taus(step)
+        set_taus(self._model.models, dict(zip(self._routing.layer_numbers, taus, strict=True)))
+
+    def end_step(self, step: int) -> dict[str, Any]:
+        """Learn from the selections of `step`, once the optimizer has acted; a collective.
+
+        Returns:
+            The state for a checkpoint.
+        """
+        biases = self._controller.observe(self._routing.selections(), step)
+        if biases is not None:
+            add_to_biases(self._model.models, self._routing.layer_numbers, biases)
+        return self._controller.state()
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        """Fields of the record of `step`."""
+        taus = self._controller.taus(step)
+        return {
+            "ffn_target": self._controller.budget.share_at(step),
+            "tau": sum(taus) / len(taus),
+        }
+
+
+def _budget(config: Config) -> Budget:
+    moe, settings = config.moe, config.moe.budget
+    start = settings.start_ffn_per_token
+    return Budget(
+        share=moe.ffn_share,
+        controller=settings.controller,
+        gain=settings.controller_gain,
+        decay=settings.decay,
+        per_layer=settings.scope == "layer",
+        start_share=None if start is None else start / moe.router_topk,
+        ramp_begin=settings.ramp_begin,
+        ramp_steps=settings.ramp_steps,
+    )
