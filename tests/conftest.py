@@ -1,10 +1,32 @@
 """Fixtures and collection rules for every test."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.parallel.ranks import RankPools
+
+
+def _import_triton_for_its_interpreter() -> None:
+    """Have kernels interpreted where there is no GPU (tests/unit/moe/test_kernels.py).
+
+    Triton decides when it is imported whether its own functions, `tl.sum` and the like, are
+    compiled or interpreted; so before any test imports megatron-core, which imports it. The
+    variable is taken back: processes that tests start are to be like a user's.
+    """
+    if shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists():
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        try:
+            import triton.language  # noqa: F401
+        except ImportError:
+            return
+
+
+_import_triton_for_its_interpreter()
 
 
 @pytest.fixture(scope="session")

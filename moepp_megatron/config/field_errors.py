@@ -118,11 +118,11 @@ def _bound_problem(name: str, field: FieldInfo, error: ErrorDetails, value: Any)
 def _choice_problem(name: str, field: FieldInfo, value: Any) -> Problem:
     """A value that is none of the named choices; the remedy is the nearest one."""
     choices = _choices(field.annotation)
-    named = [choice for choice in choices if choice is not None]
+    shown = [show(choice).strip("'") for choice in choices]
+    named = [text for text, choice in zip(shown, choices, strict=True) if choice is not None]
     near = get_close_matches(str(value).lower(), named, n=1, cutoff=0.5)
     best = near or ([field.default] if field.default in named else ["null"])
-    listed = ", ".join(show(choice).strip("'") for choice in choices)
-    return Problem(name, value, f"must be one of {listed}", f"use {best[0]}")
+    return Problem(name, value, f"must be one of {', '.join(shown)}", f"use {best[0]}")
 
 
 def _choices(annotation: Any) -> list[Any]:

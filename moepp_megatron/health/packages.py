@@ -92,6 +92,16 @@ def check_needs(config: Config, used: set[str]) -> list[Finding]:
                 "install it, or use alltoall",
             )
         )
+    if config.moe.fused is True and "Triton" not in used:
+        findings.append(
+            Finding(
+                "moe.fused",
+                Severity.ERROR,
+                "true",
+                "needs a GPU and the package triton",
+                "install it, or use auto",
+            )
+        )
     return findings
 
 

@@ -40,6 +40,7 @@ def moepp_config(config: Config) -> MoEPPConfig:
         selection_bias=moe.selection_bias,
         gate_scale=moe.gate_scale,
         deduplicate_dispatch=moe.dispatcher == "alltoall_dedup",
+        fused=moe.fused,
     )
 
 

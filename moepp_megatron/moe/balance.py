@@ -13,23 +13,21 @@ from torch import Tensor
 
 
 def selected_fractions(
-    routing_map: Tensor, group: torch.distributed.ProcessGroup | None, num_sequences: int = 1
+    counts: Tensor, num_tokens: int, group: torch.distributed.ProcessGroup | None
 ) -> Tensor:
     """f_i: the fraction of tokens that select each expert, over all tokens that a group shares.
 
     Args:
-        routing_map: [T, E] bool selections of the local tokens, before any capacity limit.
+        counts: [S, E] fp32 selections of each expert among the local tokens of each of S sequences,
+            before any capacity limit; S = 1 counts all tokens together.
+        num_tokens: Local tokens of a sequence.
         group: Ranks that hold parts of the same sequences (tensor x context), or None.
-        num_sequences: 1 counts all tokens together; B counts each sequence by itself, with tokens
-            ordered [sequence position, sequence] as in Megatron's [s, b, h].
 
     Returns:
-        [num_sequences, E] fp32.
+        [S, E] fp32.
     """
-    num_experts = routing_map.shape[1]
-    counts = routing_map.view(-1, num_sequences, num_experts).sum(dim=0, dtype=torch.float32)
-    num_tokens = routing_map.shape[0] // num_sequences
     if group is not None and group.size() > 1:
+        counts = counts.clone()
         torch.distributed.all_reduce(counts, group=group)
         num_tokens = num_tokens * group.size()
     return counts / num_tokens
@@ -51,21 +49,24 @@ class GlobalBatchFractions:
         self._sum: Tensor | None = None
         self._count = 0
 
-    def add(self, routing_map: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    def add(
+        self, counts: Tensor, num_tokens: int, group: torch.distributed.ProcessGroup | None
+    ) -> Tensor:
         """Count a micro-batch; returns [1, E] fp32 fractions, this micro-batch included.
 
         Args:
-            routing_map: [T, E] bool selections of the local tokens.
+            counts: [1, E] fp32 selections of the local tokens.
+            num_tokens: T, local tokens.
             group: Ranks that run the same micro-batch index (tensor x context x data).
         """
-        fractions = selected_fractions(routing_map, group)
+        fractions = selected_fractions(counts, num_tokens, group)
         self._sum = fractions if self._sum is None else self._sum + fractions
         self._count += 1
         return self._sum / self._count
 
 
 def local_balance_loss(
-    scores: Tensor, fractions: Tensor, balance_weights: Tensor, group_size: int
+    score_sums: Tensor, fractions: Tensor, balance_weights: Tensor, num_tokens: int
 ) -> Tensor:
     """This rank's summand of the balance loss.
 
@@ -74,18 +75,15 @@ def local_balance_loss(
     f_i counts selections and has no gradient.
 
     Args:
-        scores: [T, E] fp32 probabilities of the local tokens, rows sum to 1.
-        fractions: [num_sequences, E] fp32 f_i; the result is the mean over the sequences.
+        score_sums: [S, E] fp32 probabilities, summed over the local tokens of each sequence.
+        fractions: [S, E] fp32 f_i; the result is the mean over the sequences.
         balance_weights: [E] fp32 eta.
-        group_size: Ranks that hold parts of the same sequences (tensor x context).
+        num_tokens: Tokens of a sequence on all ranks that hold parts of it (tensor x context).
 
     Returns:
-        Scalar fp32, differentiable in `scores`.
+        Scalar fp32, differentiable in `score_sums`.
     """
-    num_sequences, num_experts = fractions.shape
-    num_tokens = scores.shape[0] // num_sequences * group_size
-    probabilities = scores.view(-1, num_sequences, num_experts).sum(dim=0) / num_tokens
-    return (balance_weights * fractions * probabilities).sum(dim=-1).mean()
+    return (balance_weights * fractions * (score_sums / num_tokens)).sum(dim=-1).mean()
 
 
 def attach_loss(

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 GateNormalization = Literal["none", "selected", "nonzero"]
 ScoreFunction = Literal["softmax", "sigmoid"]
 BalanceScope = Literal["microbatch", "sequence", "global"]
+Fused = Literal["auto", True, False]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class MoEPPConfig:
         deduplicate_dispatch: Whether the all-to-all sends a token once to each rank that holds
             experts of it, and not once to each expert
             (`TransformerConfig.moe_token_dispatcher_type` must be `alltoall`).
+        fused: Whether the Triton kernels of `moepp_megatron.moe.kernels` route and combine; `auto`
+            uses them where there are a GPU and Triton. The results are the same to rounding.
     """
 
     num_ffn_experts: int
@@ -71,6 +74,7 @@ class MoEPPConfig:
     selection_bias: bool = False
     gate_scale: float = 1.0
     deduplicate_dispatch: bool = False
+    fused: Fused = "auto"
 
     def __post_init__(self) -> None:
         """Refuse settings that no layer can be built from.
@@ -92,6 +96,8 @@ class MoEPPConfig:
             )
         if not self.tau > 0:
             raise ValueError(f"tau ({self.tau}) must be positive; the paper uses 0.75")
+        if self.fused not in get_args(Fused):
+            raise ValueError(f"fused ({self.fused}) is unknown; use True, False or auto")
         self._refuse_unknown_choices()
         self._refuse_wrong_factors()
         self._refuse_what_vanilla_lacks()

@@ -58,6 +58,27 @@ class Copies:
         return F.embedding_bag(self._of_rows, copies, self._first, mode="sum")
 
 
+def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
+    """Where each token's copies are, for a kernel that adds them up in one pass.
+
+    Args:
+        routing_map: [T, M] bool: token t has a copy for each true column.
+        slots: Most copies of a token.
+
+    Returns:
+        [T, slots] int32 numbers of copies, in order of columns, then tokens; -1 in slots that are
+        left.
+    """
+    # Counting along the columns numbers the copies: no sort, and no count for the host to wait for.
+    by_column = routing_map.T
+    numbers = by_column.flatten().cumsum(dim=0, dtype=torch.int32).view(by_column.shape).T - 1
+    slot = routing_map.cumsum(dim=1) - 1
+    # What is no copy goes to a slot of its own, which is then cut off.
+    slot = slot.masked_fill(~routing_map, slots)
+    table = numbers.new_full((routing_map.shape[0], slots + 1), -1)
+    return table.scatter_(1, slot, numbers)[:, :slots].contiguous()
+
+
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, copies: Copies) -> Tensor:

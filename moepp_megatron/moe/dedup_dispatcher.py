@@ -99,6 +99,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         map_TRL, gates_TRL = routing_map.view(by_rank), probs.reshape(by_rank)
         map_TR = map_TRL.any(dim=-1)
 
+        self._map_TR = map_TR
         counts = self._exchange_counts(routing_map, map_TR)
         self._counts = counts
         self.input_splits, self.output_splits = counts.copies.sent, counts.copies.received
@@ -178,6 +179,20 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         """Wait for the sums and add up those of each token: [s, b, D]."""
         returned_CD = self._inbound.end(hidden_states)
         return self._to_ranks.add_up(returned_CD).view(self._hidden_shape)
+
+    def combine_rows(self, ticket: Tensor) -> tuple[Tensor, Tensor]:
+        """In place of `combine_postprocess`, for `kernels.combine`.
+
+        Args:
+            ticket: Of the sums.
+
+        Returns:
+            [C, D] the sums and [T, slots] int32, which of them are each token's.
+        """
+        from moepp_megatron.moe.kernels.rows import rows_of_tokens
+
+        table = rows_of_tokens(self._map_TR, min(self.config.moe_router_topk, self.ep_size))
+        return self._inbound.end(ticket), table
 
     def _gather(self, rows: Tensor, counts: _Counts) -> Tensor:
         """The rows that all tensor ranks of this rank's experts received."""

@@ -83,11 +83,33 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """Wait for the experts' outputs, given their ticket; then as in megatron-core."""
         return super().combine_postprocess(self._inbound.end(hidden_states))
 
+    def combine_rows(self, ticket: Tensor) -> tuple[Tensor, Tensor]:
+        """In place of `combine_postprocess`, for `kernels.combine`.
+
+        Args:
+            ticket: Of the experts' outputs.
+
+        Returns:
+            [R, D] the experts' outputs and [T, slots] int32, which of them are each token's.
+        """
+        from moepp_megatron.moe.kernels.rows import rows_of_tokens
+
+        slots = min(self.config.moe_router_topk, self.num_experts)
+        if self.config.moe_router_padding_for_quantization:
+            # Rows that fill an expert's batch are tokens that did not select it.
+            slots = self.num_experts
+        table = rows_of_tokens(self.routing_map, slots)
+        return self._inbound.end(ticket), table
+
     def _exchange(self, back: bool) -> Exchange:
         """An all-to-all of one row a selection, towards the experts or back."""
         # megatron-core leaves the splits alone where there is one rank.
         out, home = ([], []) if self.ep_size == 1 else (self.input_splits, self.output_splits)
         return Exchange(self.ep_group, home, out) if back else Exchange(self.ep_group, out, home)
+
+
+# Those that have the experts' outputs as rows before they add them up.
+RowDispatcher = FFNAlltoAllTokenDispatcher | DedupAlltoAllTokenDispatcher
 
 
 def build_dispatcher(

@@ -4,11 +4,14 @@ Order of operations, with what needs no token to move filling the time while tok
 
     route -> dispatch FFN-routed tokens ...... FFN experts -> combine ........... -> add
                   shared experts in the meantime      zero-computation experts
+
+With the Triton kernels of `moe/kernels`, one kernel adds up all experts' outputs after they have
+arrived; `kernels.combine` says why that is shorter.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import tensor_parallel
@@ -19,8 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.dispatcher import build_dispatcher, bytes_sent
-from moepp_megatron.moe.router import MoEPPRouter
+from moepp_megatron.moe.dispatcher import RowDispatcher, build_dispatcher, bytes_sent
+from moepp_megatron.moe.kernels import use_kernels
+from moepp_megatron.moe.router import MoEPPRouter, Routing
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.zero_computation import ZeroComputationExperts
 
@@ -41,7 +45,7 @@ class VanillaMoELayer(MoELayer):
         """Route as megatron-core does and count the selections."""
         probs, routing_map = super().route(hidden_states, padding_mask)
         if RoutingStatistics.counts_now(self.training):
-            self.statistics.add_selection(routing_map)
+            self.statistics.add_selection(routing_map.sum(dim=0), routing_map.shape[0])
         return probs, routing_map
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,6 +98,9 @@ class MoEPPLayer(MoELayer):
             moepp.deduplicate_dispatch,
         )
         self.zero_computation = ZeroComputationExperts(config, moepp)
+        self.fuses_combine = use_kernels(moepp.fused) and isinstance(
+            self.token_dispatcher, RowDispatcher
+        )
 
     @property
     def statistics(self) -> RoutingStatistics:
@@ -149,6 +156,9 @@ class MoEPPLayer(MoELayer):
         shared_output = self.shared_experts_compute(hidden_states)
         expert_output, _ = self.routed_experts_compute(dispatched, probs)
         returning = self.combine(expert_output)
+        if self.fuses_combine:
+            all_output = self._fused_output(returning, hidden_states, routing, shared_output)
+            return all_output.view(hidden_states.shape), routing.logits
         output = self._local_output(hidden_states, routing.gates, shared_output)
         ffn_output = self.postprocess(returning, None)
         if output is None:
@@ -164,6 +174,24 @@ class MoEPPLayer(MoELayer):
         if shared_output is not None:
             shared_output = shared_output.reshape(-1, hidden_size)
         return self.zero_computation(hidden_states.view(-1, hidden_size), gates, shared_output)
+
+    def _fused_output(
+        self,
+        returning: Tensor,
+        hidden_states: Tensor,
+        routing: Routing,
+        shared_output: Tensor | None,
+    ) -> Tensor:
+        """[T, D] what all experts return, added up by one kernel."""
+        from moepp_megatron.moe.kernels.combine import combine
+
+        hidden_size = hidden_states.shape[-1]
+        if shared_output is not None:
+            shared_output = shared_output.reshape(-1, hidden_size)
+        tokens = hidden_states.reshape(-1, hidden_size)
+        zero = self.zero_computation.ingredients(tokens, routing.gates, routing.routing_map)
+        rows, table = cast(RowDispatcher, self.token_dispatcher).combine_rows(returning)
+        return combine(rows, table, zero, shared_output, self.moepp)
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:

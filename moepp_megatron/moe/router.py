@@ -9,7 +9,6 @@ import copy
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
@@ -25,7 +24,9 @@ from moepp_megatron.moe.balance import (
 )
 from moepp_megatron.moe.capacity import within_capacity
 from moepp_megatron.moe.config import BalanceScope, MoEPPConfig
+from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.parameter import replicated_parameter
+from moepp_megatron.moe.selection import Selection, select
 from moepp_megatron.moe.statistics import RoutingStatistics
 
 # The names under which Megatron's training loop looks for a balance loss of this scope.
@@ -84,30 +85,6 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
     return own
 
 
-@torch.no_grad()
-def top_experts(scores: Tensor, topk: int) -> Tensor:
-    """The experts with the largest scores of each token; between equal scores the first expert.
-
-    `torch.topk` leaves open which of two equal scores it returns, and its choice differs with the
-    number of experts and the device. So no two keys are equal here: a key is the score's bits,
-    which order as the floats do once negative ones are turned around, with the expert's number,
-    counted from the last, in the places below.
-
-    Args:
-        scores: [T, E], compared in fp32; of either sign.
-        topk: K.
-
-    Returns:
-        [T, K] int64 expert indices, the largest score first.
-    """
-    num_experts = scores.shape[-1]
-    # Adding 0 makes -0 equal to 0.
-    bits = (scores.float() + 0.0).view(torch.int32)
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
-    from_last = torch.arange(num_experts - 1, -1, -1, device=scores.device)
-    return (keys * num_experts + from_last).topk(topk, dim=-1).indices
-
-
 class MoEPPRouter(TopKRouter):
     """Routes each token among FFN, constant, copy and zero experts.
 
@@ -134,6 +111,7 @@ class MoEPPRouter(TopKRouter):
     ) -> None:
         super().__init__(router_config(config, moepp), pg_collection, is_mtp_layer)
         self.moepp = moepp
+        self.fused = use_kernels(moepp.fused)
         self.statistics = RoutingStatistics(moepp.num_experts)
         self.global_fractions = GlobalBatchFractions()
         # Not a buffer: Float16Module would round it to bf16.
@@ -178,8 +156,7 @@ class MoEPPRouter(TopKRouter):
                 f"MoE layer {self.layer_number} has a gating residual but was given no logits of "
                 "the layer before"
             )
-            weight = self.residual_weight.to(logits.dtype)
-            logits = logits + F.linear(previous_logits.to(logits.dtype), weight)
+            logits = self._add_residual(logits, previous_logits, self.residual_weight)
         gates, routing_map = self.routing(logits)
         return Routing(gates, routing_map, logits)
 
@@ -208,69 +185,64 @@ class MoEPPRouter(TopKRouter):
         Returns:
             gates [T, E] fp32 and routing map [T, E] bool.
         """
-        num_sequences = logits.shape[1]
-        logits_TE = self.apply_z_loss(logits.view(-1, self.moepp.num_experts))
-        scores_TE = self._scores(logits_TE)
-        gates_TE, routing_map_TE = self._select(scores_TE)
-
+        logits_TE = self._standardized(self.apply_z_loss(logits.view(-1, self.moepp.num_experts)))
+        num_tokens = logits_TE.shape[0]
         counts = RoutingStatistics.counts_now(self.training)
+        num_sequences = logits.shape[1] if self.moepp.balance_scope == "sequence" else 1
+        selection = self._select(logits_TE, num_sequences if counts else None)
+        gates_TE, routing_map_TE = selection.gates, selection.routing_map
+
         loss = None
         if counts and self.moepp.balance_coeff > 0:
-            loss, gates_TE = self._balance(scores_TE, routing_map_TE, gates_TE, num_sequences)
+            loss, gates_TE = self._balance(selection, num_tokens)
         kept_TE = None
         if self.moepp.capacity_factor is not None:
             kept_TE = within_capacity(
                 gates_TE, routing_map_TE, self.moepp, self.tp_cp_group, self.cp_group.size()
             )
-        if counts:
-            self.statistics.add_selection(routing_map_TE, kept_TE, loss)
+        if selection.counts is not None:
+            selected_E = selection.counts.sum(dim=0).long()
+            self.statistics.add_selection(selected_E, num_tokens, kept_TE, loss)
         if kept_TE is not None:
             return gates_TE * kept_TE, kept_TE
         return gates_TE, routing_map_TE
 
-    def _scores(self, logits_TE: Tensor) -> Tensor:
-        if self.moepp.logits_norm_std is not None:
-            spread = logits_TE.std(dim=-1, keepdim=True)
-            logits_TE = logits_TE * (self.moepp.logits_norm_std / spread)
-        if self.moepp.score_function == "softmax":
-            return torch.softmax(logits_TE, dim=-1)
-        return torch.sigmoid(logits_TE)
+    def _add_residual(self, logits: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
+        """`logits + G z_(j-1)`, [s, b, E]; the matrix product adds, so nothing is read twice."""
+        num_experts = self.moepp.num_experts
+        residual = previous.to(logits.dtype).reshape(-1, num_experts)
+        total = torch.addmm(logits.view(-1, num_experts), residual, weight.to(logits.dtype).T)
+        return total.view(logits.shape)
 
-    def _select(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Top-K experts and their gates under the configured normalisation."""
-        ranked_TE = scores_TE
-        if self.expert_bias is not None:
-            # The bias decides who is selected, never with which weight.
-            ranked_TE = scores_TE.detach() + self.expert_bias
-        chosen_TK = top_experts(ranked_TE, self.topk)
-        gates_TK = scores_TE.gather(1, chosen_TK)
-        if self.moepp.gate_normalization == "nonzero":
-            gates_TK = gates_TK.masked_fill(chosen_TK >= self.moepp.zero_experts.start, 0.0)
-        if self.moepp.gate_normalization != "none":
-            total_T1 = gates_TK.sum(dim=-1, keepdim=True)
-            # All picks zero experts: nothing to divide, the gates stay 0.
-            gates_TK = gates_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
-        if self.moepp.gate_scale != 1.0:
-            gates_TK = gates_TK * self.moepp.gate_scale
-        gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
-        routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
-        return gates_TE, routing_map_TE
+    def _standardized(self, logits_TE: Tensor) -> Tensor:
+        if self.moepp.logits_norm_std is None:
+            return logits_TE
+        spread = logits_TE.std(dim=-1, keepdim=True)
+        return logits_TE * (self.moepp.logits_norm_std / spread)
 
-    def _balance(
-        self, scores_TE: Tensor, routing_map_TE: Tensor, gates_TE: Tensor, num_sequences: int
-    ) -> tuple[Tensor, Tensor]:
+    def _select(self, logits_TE: Tensor, num_sequences: int | None) -> Selection:
+        if self.fused and logits_TE.dtype == torch.float32:
+            from moepp_megatron.moe.kernels.router import select as fused_select
+
+            return fused_select(logits_TE, self.expert_bias, self.moepp, num_sequences)
+        return select(logits_TE, self.expert_bias, self.moepp, num_sequences)
+
+    def _balance(self, selection: Selection, num_tokens: int) -> tuple[Tensor, Tensor]:
         """This rank's summand of L_b, and the gates with its gradient attached."""
-        if self.moepp.score_function == "sigmoid":
-            scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+        assert selection.counts is not None, "a selection that was not counted has no balance loss"
+        assert selection.score_sums is not None, "counts and sums come together"
+        per_sequence = num_tokens // selection.counts.shape[0]
         if self.moepp.balance_scope == "global":
-            fractions = self.global_fractions.add(routing_map_TE, self.tp_dp_cp_group)
-        else:
-            per_sequence = self.moepp.balance_scope == "sequence"
-            fractions = selected_fractions(
-                routing_map_TE, self.tp_cp_group, num_sequences if per_sequence else 1
+            fractions = self.global_fractions.add(
+                selection.counts, per_sequence, self.tp_dp_cp_group
             )
+        else:
+            fractions = selected_fractions(selection.counts, per_sequence, self.tp_cp_group)
         loss = local_balance_loss(
-            scores_TE, fractions, self.balance_weights, self.tp_cp_group.size()
+            selection.score_sums,
+            fractions,
+            self.balance_weights,
+            per_sequence * self.tp_cp_group.size(),
         )
         get_moe_metrics_tracker().record(
             _TRACKED_NAMES[self.moepp.balance_scope],
@@ -280,9 +252,9 @@ class MoEPPRouter(TopKRouter):
             reduce_group=self.tp_cp_group,
         )
         gates_TE = attach_loss(
-            gates_TE,
+            selection.gates,
             loss * self.moepp.balance_coeff,
-            num_tokens=gates_TE.shape[0],
+            num_tokens=num_tokens,
             group_size=self.tp_cp_group.size(),
             per_token_loss=self.calculate_per_token_loss,
         )

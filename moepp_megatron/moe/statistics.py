@@ -40,18 +40,22 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def add_selection(
-        self, routing_map: Tensor, kept: Tensor | None = None, balance_loss: Tensor | None = None
+        self,
+        selected: Tensor,
+        num_tokens: int,
+        kept: Tensor | None = None,
+        balance_loss: Tensor | None = None,
     ) -> None:
         """Count one micro-batch.
 
         Args:
-            routing_map: [T, E] bool, every selection.
+            selected: [E] int64 selections of each expert, all of them.
+            num_tokens: T.
             kept: [T, E] bool, the selections within capacity; None where nothing is dropped.
             balance_loss: Scalar, this rank's summand of L_b.
         """
-        selected = routing_map.sum(dim=0)
         self.selected = selected if self.selected is None else self.selected + selected
-        self.num_tokens += routing_map.shape[0]
+        self.num_tokens += num_tokens
         if kept is not None:
             dropped = selected.sum() - kept.sum()
             self.dropped = dropped if self.dropped is None else self.dropped + dropped

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
@@ -10,6 +12,24 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.parameter import replicated_parameter
+
+
+class Ingredients(NamedTuple):
+    """What zero-computation experts' output is made of, for a kernel that adds more to it.
+
+    Attributes:
+        x: [T, D] their input.
+        gates: [T, E] fp32 gates of all experts, 0 where not selected.
+        routing_map: [T, E] bool selections.
+        mixing_logits: [T, 2C] fp32, U x; None without constant experts.
+        constants: [C, D] V, dtype of `x`; None without constant experts.
+    """
+
+    x: Tensor
+    gates: Tensor
+    routing_map: Tensor
+    mixing_logits: Tensor | None
+    constants: Tensor | None
 
 
 class ZeroComputationExperts(MegatronModule):
@@ -67,9 +87,25 @@ class ZeroComputationExperts(MegatronModule):
         # In place: a further tensor of this size would be the largest cost of these experts.
         return x * weight_of_input if output is None else output.addcmul_(x, weight_of_input)
 
+    def ingredients(self, x: Tensor, gates: Tensor, routing_map: Tensor) -> Ingredients | None:
+        """What `forward` works with; arguments as there and in `Ingredients`.
+
+        Returns:
+            None where there is nothing but zero experts.
+        """
+        if self.moepp.num_constant_experts > 0:
+            logits = self._mixing_logits(x)
+            return Ingredients(x, gates, routing_map, logits, self.constants)
+        if self.moepp.num_copy_experts > 0:
+            return Ingredients(x, gates, routing_map, None, None)
+        return None
+
     def _mixing(self, x: Tensor) -> Tensor:
         """[T, C, 2] fp32: how much of the input each constant expert keeps and replaces."""
-        count = self.moepp.num_constant_experts
-        weight = self.mixing_weight.view(2 * count, -1)
-        logits = router_gating_linear(x, weight, None, torch.float32)
-        return torch.softmax(logits.view(-1, count, 2) * self.moepp.expert_input_scale, dim=-1)
+        logits = self._mixing_logits(x).view(-1, self.moepp.num_constant_experts, 2)
+        return torch.softmax(logits * self.moepp.expert_input_scale, dim=-1)
+
+    def _mixing_logits(self, x: Tensor) -> Tensor:
+        """[T, 2C] fp32, U x without the scale of the experts' input."""
+        weight = self.mixing_weight.view(2 * self.moepp.num_constant_experts, -1)
+        return router_gating_linear(x, weight, None, torch.float32)

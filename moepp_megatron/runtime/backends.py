@@ -13,6 +13,7 @@ from moepp_megatron.runtime.optional import (
     have_apex,
     have_resiliency_on_gpu,
     have_transformer_engine,
+    have_triton,
 )
 
 
@@ -81,7 +82,14 @@ def optional_backends() -> list[Backend]:
             "stragglers found from each rank's own step time",
             "pip install 'moepp-megatron[resiliency]'",
         ),
-        _triton(),
+        Backend(
+            "Triton",
+            version_of("triton"),
+            have_triton(),
+            "moe.fused=auto: routing and combining in one kernel each, forward and backward",
+            "moe.fused=auto: plain torch operations; moe.fused=true is refused",
+            "comes with torch for CUDA",
+        ),
     ]
 
 
@@ -91,20 +99,6 @@ def choices_line() -> str:
     used = ", ".join(f"{b.name} {b.version}" for b in backends if b.used) or "none"
     missing = ", ".join(b.name for b in backends if not b.used) or "none"
     return f"optional packages used: {used}; not used: {missing} (moepp doctor says why)"
-
-
-def _triton() -> Backend:
-    import torch
-
-    version = version_of("triton")
-    return Backend(
-        "Triton",
-        version,
-        version is not None and torch.cuda.is_available(),
-        "kernels that torch and megatron-core compile",
-        "plain torch operations",
-        "comes with torch for CUDA",
-    )
 
 
 def version_of(distribution: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moepp_megatron.config import Config, UnfitError
-from moepp_megatron.runtime.optional import flex_backend
+from moepp_megatron.runtime.optional import flex_backend, have_triton
 
 
 def check_fit(config: Config) -> None:
@@ -16,4 +16,9 @@ def check_fit(config: Config) -> None:
         raise UnfitError(
             "moe.dispatcher (flex) must have a GPU and the package deep_ep (DeepEP or its "
             "hybrid-ep branch), which this machine lacks; use alltoall"
+        )
+    if config.moe.fused is True and not have_triton():
+        raise UnfitError(
+            "moe.fused (true) must have a GPU and the package triton, which this machine lacks; "
+            "use auto"
         )

@@ -49,3 +49,11 @@ def flex_backend() -> str | None:
     if HAVE_DEEP_EP:
         return "deepep"
     return "hybridep" if HAVE_HYBRIDEP else None
+
+
+@functools.cache
+def have_triton() -> bool:
+    """Whether Triton kernels run here: installed, and a GPU is present."""
+    import torch
+
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None

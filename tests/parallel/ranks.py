@@ -53,6 +53,8 @@ _SERVER_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     # As runtime/cpu_support.py sets it, but before the server imports megatron-core.
     "TORCHDYNAMO_DISABLE": "1",
+    # For moe.fused=true: Triton, which megatron-core imports, runs kernels on CPU tensors.
+    "TRITON_INTERPRET": "1",
 }
 
 

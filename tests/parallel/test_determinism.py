@@ -47,7 +47,7 @@ def ties() -> None:
     """`top_experts` against the definition, on scores with many equal values."""
     import torch
 
-    from moepp_megatron.moe.router import top_experts
+    from moepp_megatron.moe.selection import top_experts
 
     generator = torch.Generator().manual_seed(1)
     for experts in (2, 5, 12, 40, 200):

@@ -111,6 +111,24 @@ def test_many_selections_are_added_in_one_order(ranks: RankPools) -> None:
     _assert_same_bits(first, second)
 
 
+@pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup"])
+def test_kernels_change_rounding_only(ranks: RankPools, dispatcher: str) -> None:
+    moe = {"router_topk": 4, "shared_expert_ffn_hidden_size": 16}
+    plain, fused = (
+        ranks(2).run(run_layer, layer_settings(dispatcher, 2, fused=fused, **moe))
+        for fused in (False, True)
+    )
+    differs = False
+    for one, other in zip(plain, fused, strict=True):
+        pairs = [(one[name], other[name]) for name in ("output", "input_grad", "previous_grad")]
+        pairs += [(a[-1], b[-1]) for a, b in zip(one["pieces"], other["pieces"], strict=True)]
+        for expected, actual in pairs:
+            # Sums of a few hundred fp32 terms, unit roundoff 6e-8.
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * abs(expected).max())
+            differs |= not np.array_equal(actual, expected)
+    assert differs, "the kernels did not run"
+
+
 def _assert_same_bits(ones: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
     for one, other in zip(ones, others, strict=True):
         for name in ("output", "logits", "input_grad", "previous_grad"):

@@ -67,6 +67,18 @@ def deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
             return
 
 
+def kernels_of_the_vanilla_layer(config: Config) -> Iterator[Problem]:
+    """The Triton kernels are the MoE++ layer's."""
+    if config.moe.is_vanilla:
+        yield from _ignored(
+            "moe",
+            config.moe,
+            "fused",
+            "on megatron-core's vanilla MoE layer",
+            "add zero-computation experts, or leave it out",
+        )
+
+
 def tau_beside_a_target(config: Config) -> Iterator[Problem]:
     """The target gives tau."""
     if config.moe.budget.target_ffn_per_token is not None:
@@ -235,6 +247,7 @@ def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
 RULES = (
     routing_without_object,
     deduplication_without_duplicates,
+    kernels_of_the_vanilla_layer,
     tau_beside_a_target,
     budget_settings_of_what_is_off,
     residual_without_predecessor,

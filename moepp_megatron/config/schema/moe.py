@@ -127,6 +127,12 @@ class MoESection(Section):
         "to each rank; flex: DeepEP or HybridEP)",
         json_schema_extra=unit("-"),
     )
+    fused: Literal["auto", True, False] = Field(
+        default="auto",
+        description="Triton kernels for routing and combining: true, false, or auto, where there "
+        "is a GPU and Triton",
+        json_schema_extra=unit("-"),
+    )
     layer_freq: int | list[int] = Field(
         default=1,
         description="MoE layers: every n-th layer from the first, or one 0 or 1 per layer",

@@ -140,8 +140,16 @@ def test_a_machine_without_deepep_refuses_flex(command, capsys):
     assert "use alltoall" in error
 
 
+def test_a_machine_without_triton_refuses_its_kernels(command, capsys, monkeypatch):
+    monkeypatch.setattr("moepp_megatron.runtime.fit.have_triton", lambda: False)
+    assert command("moe.fused=true ep=2", 2) == 3
+    error = capsys.readouterr().err
+    assert "moe.fused (true) must have a GPU and the package triton" in error
+    assert "use auto" in error
+
+
 def test_another_machine_can_be_planned_for(command):
-    assert command("moe.dispatcher=flex ep=2", 2, "--dry-run") == 0
+    assert command("moe.dispatcher=flex moe.fused=true ep=2", 2, "--dry-run") == 0
 
 
 def test_grid_and_stages_are_printed(command, capsys):

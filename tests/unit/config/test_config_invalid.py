@@ -50,6 +50,7 @@ INVALID = [
     (["moe.dispatcher=all_gather"], "moe.dispatcher ('all_gather')", "use allgather"),
     (["moe.score_function=relu"], "moe.score_function ('relu')", "use softmax"),
     (["moe.gate_normalization=null"], "moe.gate_normalization (null)", "use none"),
+    (["moe.fused=ture"], "moe.fused ('ture')", "must be one of auto, true, false; use true"),
     (["moe.layer_freq=often"], "moe.layer_freq ('often')", "write it as 1 or as [1, 0]"),
     (["precision.dtype=bfloat16"], "precision.dtype ('bfloat16')", "use bf16"),
     (["precision.fp8=e5m2"], "precision.fp8 ('e5m2')", "use e4m3"),
@@ -548,6 +549,7 @@ IGNORED = [
         "moe.gate_normalization ('nonzero')",
         "same as selected",
     ),
+    ([*VANILLA, "moe.fused=true"], "moe.fused (true)", "vanilla MoE layer"),
     (["moe.dispatcher=alltoall_dedup"], DEDUP, "parallel.expert_model_parallel_size (1)"),
     (
         ["moe.dispatcher=alltoall_dedup", "parallel.expert_model_parallel_size=8"],

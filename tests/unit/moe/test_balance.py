@@ -18,7 +18,11 @@ from tests.unit.moe.builders import build_layer
 
 
 def loss_of(scores, selected, weights, num_sequences=1):
-    return local_balance_loss(scores, selected_fractions(selected, None, num_sequences), weights, 1)
+    by_sequence = (-1, num_sequences, scores.shape[1])
+    counts = selected.view(by_sequence).sum(dim=0, dtype=torch.float32)
+    num_tokens = len(scores) // num_sequences
+    fractions = selected_fractions(counts, num_tokens, None)
+    return local_balance_loss(scores.view(by_sequence).sum(dim=0), fractions, weights, num_tokens)
 
 
 def test_by_hand():
@@ -44,24 +48,13 @@ def test_sequences_by_hand():
     assert whole.item() == pytest.approx(0.75 * 0.4 + 0.5 * 0.25 * 0.6, rel=1e-6)
 
 
-def test_a_rank_of_four_adds_its_part():
-    # Four ranks share the tokens: each sums its probabilities over a quarter of the divisor.
-    scores, fractions = torch.rand(6, 3), torch.rand(1, 3)
-    weights = torch.tensor([1.0, 1.0, 0.5])
-    quarter = local_balance_loss(scores, fractions, weights, 4)
-    assert quarter.item() == pytest.approx(
-        local_balance_loss(scores, fractions, weights, 1).item() / 4, rel=1e-6
-    )
-
-
 def test_global_fractions_are_the_mean_over_the_steps_micro_batches():
     seen = GlobalBatchFractions()
-    first = torch.tensor([[True, False], [True, False]])
-    second = torch.tensor([[True, False], [False, True]])
-    assert seen.add(first, None).tolist() == [[1.0, 0.0]]
-    assert seen.add(second, None).tolist() == [[0.75, 0.25]]
+    first, second = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+    assert seen.add(first, 2, None).tolist() == [[1.0, 0.0]]
+    assert seen.add(second, 2, None).tolist() == [[0.75, 0.25]]
     seen.reset()
-    assert seen.add(second, None).tolist() == [[0.5, 0.5]]
+    assert seen.add(second, 2, None).tolist() == [[0.5, 0.5]]
 
 
 @pytest.mark.parametrize("num_sequences", [1, 3])

@@ -34,6 +34,7 @@ from moepp_megatron.moe.config import MoEPPConfig
             {"gate_normalization": "sum"},
             r"gate_normalization \(sum\) is unknown; use none, selected or nonzero",
         ),
+        ({"fused": "yes"}, r"fused \(yes\) is unknown; use True, False or auto"),
         ({"score_function": "tanh"}, r"score_function \(tanh\) is unknown; use softmax or sigmoid"),
         (
             {"balance_scope": "batch"},

@@ -1,0 +1,49 @@
+"""Triton kernels for what is bound by memory and by launches on a GPU. Never required.
+
+    router.py    logits to gates, routing map and statistics, in one kernel each way
+    rows.py      which FFN rows are each token's
+    combine.py   FFN rows back to their tokens, plus zero-computation and shared experts
+    traffic.py   bytes that each kernel reads and writes
+
+Each computes what a few lines of PyTorch elsewhere in `moe/` compute; those lines are its
+definition, run wherever a kernel does not, and are what its tests compare it with. Nothing here
+adds floating-point numbers in an order that depends on timing, so results repeat to the bit.
+
+Importing this package imports no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from moepp_megatron.moe.config import Fused
+from moepp_megatron.runtime.optional import have_triton
+
+
+def use_kernels(fused: Fused) -> bool:
+    """Whether the kernels run in this process.
+
+    Triton's interpreter (the variable TRITON_INTERPRET, set before Triton is imported) runs them
+    on CPU tensors, thousands of times slower: only `fused=True` takes it.
+
+    Args:
+        fused: `MoEPPConfig.fused`.
+
+    Raises:
+        RuntimeError: For True where neither a GPU with Triton nor the interpreter is there.
+    """
+    if fused == "auto" or not fused:
+        return fused == "auto" and have_triton()
+    if have_triton() or _interprets():
+        return True
+    raise RuntimeError(
+        "fused (True) must have a GPU and the package triton, which this machine lacks; use auto"
+    )
+
+
+def _interprets() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)

@@ -1,0 +1,181 @@
+"""FFN experts' rows back to their tokens, with all that is added to them, in one kernel.
+
+    y_t = sum of the token's rows + s_t x_t + A_t V + addend_t
+
+The definition is what stands in its place without kernels: the dispatcher's unpermutation, then
+`ZeroComputationExperts.forward`, then an addition; 5 to 7 passes over [T, D] and a dozen launches
+for s and A, against one read of each operand and one write here, summed in fp32 and rounded once. x
+is read only for tokens that selected a copy or constant expert.
+
+Which is better where. Without kernels zero-computation experts run while the experts' outputs
+travel. Here they run after these have arrived, but no longer than the addition of what they had
+written would take (it reads [T, D] where this reads x), and nothing is written and read in
+between; what is left for the travel time is U x. So the kernel is as short after the arrival and
+shorter in all, except that with shared experts it reads their output besides x. In the backward
+pass the gradient of x is made before the rows' gradients leave: x read and written once more until
+then. A dispatcher whose package combines by itself (all-gather, flex) hands over finished tokens
+and keeps the order without kernels.
+
+Bytes a token: `traffic.py`. Shape suffixes: T tokens, R rows, D hidden size, C constant experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.kernels import combine_triton as kernel
+from moepp_megatron.moe.zero_computation import Ingredients
+
+# A program's tile: 256 columns of 8 tokens, so every row is read in pieces of 512 bytes (bf16),
+# and V, which all tokens share, comes from the cache once for 8 tokens: a quarter of a row a
+# token with two constant experts. 16 elements a thread leave registers for many loads in flight.
+_BLOCK_T, _BLOCK_D = 8, 256
+# Programs of a backward pass to aim at: eight on each of an H100's 132 processors. Not taken from
+# the device, so that the order of additions, and with it the last bit, depends on shapes alone.
+_PROGRAMS = 1024
+# Tokens of a program that turns weights' gradients into those of gates and mixing logits.
+_BLOCK_W = 64
+
+
+def combine(
+    rows: Tensor,
+    table: Tensor,
+    zero: Ingredients | None,
+    addend: Tensor | None,
+    config: MoEPPConfig,
+) -> Tensor:
+    """Add up what the experts of each token return.
+
+    Args:
+        rows: [R, D] FFN experts' outputs, times their gates.
+        table: [T, slots] int32, which rows are each token's, -1 for none; every row is of exactly
+            one token (`copies.rows_of_tokens`).
+        zero: Of zero-computation experts; None where they return 0. A token's gates of experts
+            that it did not select must be 0, and get a gradient that means nothing.
+        addend: [T, D] shared experts' output; None for none.
+        config: `expert_input_scale` and the experts' columns are read.
+
+    Returns:
+        [T, D], dtype of `rows`. Differentiable in rows, x, gates, mixing logits, V and addend.
+    """
+    parts = (None,) * 5 if zero is None else tuple(zero)
+    return _Combine.apply(rows, table, *parts, addend, config)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        table: Tensor,
+        x: Tensor | None,
+        gates: Tensor | None,
+        routing_map: Tensor | None,
+        mixing: Tensor | None,
+        V: Tensor | None,
+        addend: Tensor | None,
+        config: MoEPPConfig,
+    ) -> Tensor:
+        rows = rows.contiguous()
+        x, gates, routing_map, mixing, V, addend = map(
+            _contiguous, (x, gates, routing_map, mixing, V, addend)
+        )
+        num_tokens, hidden = table.shape[0], rows.shape[1]
+        output = rows.new_empty(num_tokens, hidden)
+        programs = triton.cdiv(num_tokens, _BLOCK_T) * triton.cdiv(hidden, _BLOCK_D)
+        if programs:
+            kernel.forward[(programs,)](
+                rows, table, x, gates, routing_map, mixing, V, addend, output, num_tokens,
+                config.expert_input_scale, SLOTS=table.shape[1], **_tile(hidden),
+                **_columns(config),
+            )  # fmt: skip
+        ctx.save_for_backward(table, x, gates, routing_map, mixing, V)
+        ctx.num_rows, ctx.config = rows.shape[0], config
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        table, x, gates, routing_map, mixing, V = ctx.saved_tensors
+        grad = grad.contiguous()
+        num_tokens, hidden = table.shape[0], grad.shape[1]
+        columns = _columns(ctx.config)
+        constants = columns["CONSTANTS"]
+        parts = triton.cdiv(hidden, _BLOCK_D)
+        chunk = _chunk(num_tokens, parts)
+        chunks = triton.cdiv(num_tokens, chunk)
+
+        grad_rows = grad.new_empty(ctx.num_rows, hidden)
+        grad_x = weights = vectors = None
+        if x is not None:
+            grad_x = torch.empty_like(x)
+            # Sums over D and over T, each program's by itself: added up in one order on every run.
+            weights = gates.new_empty(parts, num_tokens, 1 + constants)
+        if V is not None:
+            vectors = gates.new_empty(chunks, constants, hidden)
+        if chunks:
+            kernel.backward[(chunks * parts,)](
+                grad, table, x, gates, routing_map, mixing, V, grad_rows, grad_x, weights, vectors,
+                num_tokens, ctx.config.expert_input_scale, SLOTS=table.shape[1], CHUNK=chunk,
+                BLOCK_C=triton.next_power_of_2(max(constants, 1)), **_tile(hidden), **columns,
+            )  # fmt: skip
+        grad_gates, grad_mixing = _backward_of_weights(weights, gates, mixing, ctx.config)
+        return (
+            grad_rows, None, grad_x, grad_gates, None, grad_mixing,
+            None if vectors is None else vectors.sum(dim=0).to(V.dtype),
+            grad if ctx.needs_input_grad[7] else None, None,
+        )  # fmt: skip
+
+
+def _backward_of_weights(
+    weights: Tensor | None, gates: Tensor | None, mixing: Tensor | None, config: MoEPPConfig
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of gates and mixing logits, from parts [parts, T, 1 + C] of those of s and A."""
+    if weights is None or gates is None:
+        return None, None
+    parts, num_tokens, _ = weights.shape
+    grad_gates = torch.empty_like(gates)
+    grad_mixing = None if mixing is None else torch.empty_like(mixing)
+    if num_tokens:
+        kernel.backward_of_weights[(triton.cdiv(num_tokens, _BLOCK_W),)](
+            weights, gates, mixing, grad_gates, grad_mixing, num_tokens,
+            config.expert_input_scale, PARTS=parts, BLOCK_T=_BLOCK_W,
+            BLOCK_E=triton.next_power_of_2(gates.shape[1]), **_columns(config),
+        )  # fmt: skip
+    return grad_gates, grad_mixing
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _tile(hidden: int) -> dict[str, int]:
+    return {"HIDDEN": hidden, "BLOCK_T": _BLOCK_T, "BLOCK_D": _BLOCK_D}
+
+
+def _columns(config: MoEPPConfig) -> dict[str, int]:
+    """Where constant and copy experts are among all; constant ones come first."""
+    return {
+        "NUM_EXPERTS": config.num_experts,
+        "FIRST": config.constant_experts.start,
+        "CONSTANTS": config.num_constant_experts,
+        "COPIES": config.num_copy_experts,
+    }
+
+
+def _chunk(num_tokens: int, parts: int) -> int:
+    """Tokens that one program of the backward pass adds up for V's gradient.
+
+    Few give enough programs; many write less: partial sums are 4 C D / chunk bytes a token. A
+    power of two, because the kernel is compiled for each.
+    """
+    chunk = 2 * _BLOCK_T
+    while chunk < 128 and num_tokens * parts >= 2 * chunk * _PROGRAMS:
+        chunk *= 2
+    return chunk

@@ -1,0 +1,225 @@
+"""From router logits to gates, routing map and statistics in one kernel, and back in another.
+
+The definition is `moepp_megatron.moe.selection`: about 25 PyTorch operations forward on a few bytes
+a token, so that on a GPU nearly all of their time is launches. The residual G z is added by the
+matrix product that computes it, before this kernel.
+
+Selection is the same, ties included: keys are built from the scores' bits as in `top_experts`. The
+scores themselves may differ from PyTorch's in the last bit, which can decide between two scores
+that are that close. NaN counts as the largest score.
+
+Bytes a token: forward reads 4E, writes 5E; backward reads 9E, writes 4E (`traffic.py`). Nothing but
+logits and map is kept for the backward pass, which computes the scores again.
+
+Shape suffixes: T tokens, E experts, S sequences that are counted each by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.selection import Selection
+
+# Elements of a program's tile [tokens, experts]. It moves few bytes and waits for reductions, so
+# many small programs finish first: 4096 tokens of 12 experts are 128 programs on 132 processors.
+_TILE = 512
+
+# Below every key: experts that are selected already, and columns that are no experts.
+_LOWEST = tl.constexpr(-(2**62))
+
+
+def select(
+    logits: Tensor, bias: Tensor | None, config: MoEPPConfig, num_sequences: int | None
+) -> Selection:
+    """As `moepp_megatron.moe.selection.select`; logits must be fp32."""
+    assert logits.dtype == torch.float32, f"logits must be fp32, not {logits.dtype}"
+    selection = Selection(*_Select.apply(logits.contiguous(), bias, config, num_sequences or 0))
+    if num_sequences is None:
+        return selection._replace(counts=None, score_sums=None)
+    return selection
+
+
+class _Select(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, bias: Tensor | None, config: MoEPPConfig, num_sequences: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gates = torch.empty_like(logits)
+        routing_map = torch.empty_like(logits, dtype=torch.bool)
+        ctx.config, ctx.num_sequences = config, max(num_sequences, 1)
+        positions, blocks, settings = _launch(logits, config, ctx.num_sequences)
+        partial = None
+        if num_sequences:
+            partial = logits.new_empty(blocks, num_sequences, 2, logits.shape[1])
+        if blocks:
+            _forward[(blocks, ctx.num_sequences)](
+                logits, bias, gates, routing_map, partial, positions, ctx.num_sequences,
+                config.gate_scale, TOPK=config.router_topk, **settings,
+            )  # fmt: skip
+        # One order of addition on every run: a program's tokens, then the programs.
+        totals = logits.new_empty(2, 0) if partial is None else partial.sum(dim=0).transpose(0, 1)
+        counts, sums = totals.unbind()
+        ctx.save_for_backward(logits, routing_map)
+        ctx.mark_non_differentiable(routing_map, counts)
+        ctx.set_materialize_grads(False)
+        return gates, routing_map, counts, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_gates: Tensor | None, _map: None, _counts: None, grad_sums: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None]:
+        if grad_gates is None and grad_sums is None:
+            return None, None, None, None
+        logits, routing_map = ctx.saved_tensors
+        grad_logits = torch.empty_like(logits)
+        positions, blocks, settings = _launch(logits, ctx.config, ctx.num_sequences)
+        if blocks:
+            _backward[(blocks, ctx.num_sequences)](
+                logits, routing_map,
+                None if grad_gates is None else grad_gates.contiguous(),
+                None if grad_sums is None else grad_sums.contiguous(),
+                grad_logits, positions, ctx.num_sequences, ctx.config.gate_scale, **settings,
+            )  # fmt: skip
+        return grad_logits, None, None, None
+
+
+def _launch(
+    logits: Tensor, config: MoEPPConfig, num_sequences: int
+) -> tuple[int, int, dict[str, Any]]:
+    """Positions of a sequence, programs that share them, and what both kernels are compiled for."""
+    num_tokens, num_experts = logits.shape
+    assert num_tokens % num_sequences == 0, (
+        f"{num_tokens} tokens are not {num_sequences} sequences of one length"
+    )
+    positions = num_tokens // num_sequences
+    block_e = triton.next_power_of_2(num_experts)
+    block_t = max(1, _TILE // block_e)
+    settings = {
+        "NUM_EXPERTS": num_experts,
+        "SOFTMAX": config.score_function == "softmax",
+        "NORMALIZED": config.gate_normalization != "none",
+        # Where the experts end whose gates count in the normalisation.
+        "END": config.zero_experts.start if config.gate_normalization == "nonzero" else num_experts,
+        "BLOCK_T": block_t,
+        "BLOCK_E": block_e,
+    }
+    return positions, triton.cdiv(positions, block_t), settings
+
+
+@triton.jit
+def _tile(  # type: ignore[no-untyped-def]
+    positions, sequences, NUM_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """Offsets of this program's tile in [T, E], what of it exists, and its columns."""
+    position = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_E)
+    token = position.to(tl.int64) * sequences + tl.program_id(1)
+    exists = (position < positions)[:, None] & (column < NUM_EXPERTS)[None, :]
+    return token[:, None] * NUM_EXPERTS + column[None, :], exists, column
+
+
+@triton.jit
+def _scores(  # type: ignore[no-untyped-def]
+    logits, column, NUM_EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr
+):  # fmt: skip
+    """Scores of the tile's experts, 0 in the columns that are none."""
+    is_expert = (column < NUM_EXPERTS)[None, :]
+    if SOFTMAX:
+        largest = tl.max(tl.where(is_expert, logits, float("-inf")), axis=1)
+        powers = tl.where(is_expert, tl.exp(logits - largest[:, None]), 0.0)
+        scores = powers / tl.sum(powers, axis=1)[:, None]
+    else:
+        scores = tl.where(is_expert, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
+    return scores
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    logits_ptr, bias_ptr, gates_ptr, map_ptr, partial_ptr, positions, sequences, scale,
+    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SOFTMAX: tl.constexpr,
+    NORMALIZED: tl.constexpr, END: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    at, exists, column = _tile(positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
+    is_expert = (column < NUM_EXPERTS)[None, :]
+    scores = _scores(tl.load(logits_ptr + at, exists, 0.0), column, NUM_EXPERTS, SOFTMAX)
+
+    ranked = scores
+    if bias_ptr is not None:
+        ranked += tl.load(bias_ptr + column, column < NUM_EXPERTS, 0.0)[None, :]
+    # A float's bits order as the float does once negative ones are turned around. There is no -0:
+    # scores are not negative, and a - a is 0.
+    bits = ranked.to(tl.int32, bitcast=True)
+    bits = tl.where(ranked != ranked, 0x7FC00000, bits)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    # No two keys of a token are equal: between equal scores the first expert has the larger one.
+    keys = order * NUM_EXPERTS + (NUM_EXPERTS - 1 - column)[None, :]
+    keys = tl.where(is_expert, keys, _LOWEST)
+    chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
+    for _ in tl.static_range(TOPK):
+        pick = keys == tl.max(keys, axis=1)[:, None]
+        chosen = chosen | pick
+        keys = tl.where(pick, _LOWEST, keys)
+
+    gates = tl.where(chosen & (column < END)[None, :], scores, 0.0)
+    if NORMALIZED:
+        total = tl.sum(gates, axis=1)
+        gates = gates / tl.where(total == 0.0, 1.0, total)[:, None]
+        # Where a score is NaN the total is, but only the selected may show it.
+        gates = tl.where(chosen, gates, 0.0)
+    tl.store(gates_ptr + at, gates * scale, exists)
+    tl.store(map_ptr + at, chosen, exists)
+
+    if partial_ptr is not None:
+        if not SOFTMAX:
+            scores = scores / tl.sum(scores, axis=1)[:, None]
+        out = (tl.program_id(0).to(tl.int64) * sequences + tl.program_id(1)) * 2 * NUM_EXPERTS
+        counts = tl.sum(tl.where(exists & chosen, 1.0, 0.0), axis=0)
+        sums = tl.sum(tl.where(exists, scores, 0.0), axis=0)
+        tl.store(partial_ptr + out + column, counts, column < NUM_EXPERTS)
+        tl.store(partial_ptr + out + NUM_EXPERTS + column, sums, column < NUM_EXPERTS)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    logits_ptr, map_ptr, grad_gates_ptr, grad_sums_ptr, grad_logits_ptr, positions, sequences,
+    scale, NUM_EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZED: tl.constexpr,
+    END: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    at, exists, column = _tile(positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
+    scores = _scores(tl.load(logits_ptr + at, exists, 0.0), column, NUM_EXPERTS, SOFTMAX)
+    grad = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+
+    if grad_gates_ptr is not None:
+        grad_gates = tl.load(grad_gates_ptr + at, exists, 0.0) * scale
+        counted = (tl.load(map_ptr + at, exists, 0) != 0) & (column < END)[None, :]
+        if NORMALIZED:
+            # g_i = s_i / n with n the sum of s: dL/ds_i = (dL/dg_i - sum_j dL/dg_j g_j) / n.
+            total = tl.sum(tl.where(counted, scores, 0.0), axis=1)
+            divisor = tl.where(total == 0.0, 1.0, total)[:, None]
+            along = tl.sum(tl.where(counted, grad_gates * (scores / divisor), 0.0), axis=1)
+            grad_gates = (grad_gates - along[:, None]) / divisor
+        grad = tl.where(counted, grad_gates, 0.0)
+
+    if grad_sums_ptr is not None:
+        of_sequence = grad_sums_ptr + tl.program_id(1) * NUM_EXPERTS + column
+        grad_sums = tl.load(of_sequence, column < NUM_EXPERTS, 0.0)[None, :]
+        if SOFTMAX:
+            grad += grad_sums
+        else:
+            total = tl.sum(scores, axis=1)[:, None]
+            along = tl.sum(grad_sums * (scores / total), axis=1)
+            grad += (grad_sums - along[:, None]) / total
+
+    if SOFTMAX:
+        grad = scores * (grad - tl.sum(scores * grad, axis=1)[:, None])
+    else:
+        grad = scores * (1.0 - scores) * grad
+    tl.store(grad_logits_ptr + at, grad, exists)

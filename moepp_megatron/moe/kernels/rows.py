@@ -1,0 +1,94 @@
+"""Where each token's rows are, in two small launches instead of a dozen; for `kernels.combine`.
+
+The definition is `moepp_megatron.moe.copies.rows_of_tokens`. Programs first count their tokens'
+rows, then each adds up the counts of those before it.
+
+Bytes a token: reads the map twice, writes 4 for each slot.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Entries of a program's tile, 32 a thread (64 do not fit into registers), and most tokens of it.
+_TILE, _MOST_TOKENS = 4096, 128
+# Programs whose counts are read at once.
+_BLOCK_P = 32
+
+
+def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
+    """As `moepp_megatron.moe.copies.rows_of_tokens`; the map's rows may be parts of longer ones."""
+    num_tokens, num_columns = routing_map.shape
+    table = torch.empty(num_tokens, slots, dtype=torch.int32, device=routing_map.device)
+    block_m = triton.next_power_of_2(num_columns)
+    block_t = min(_MOST_TOKENS, max(1, _TILE // block_m))
+    programs = triton.cdiv(num_tokens, block_t)
+    counts = table.new_empty(programs, num_columns)
+    if routing_map.stride(1) != 1:
+        routing_map = routing_map.contiguous()
+    sizes = {"COLUMNS": num_columns, "BLOCK_T": block_t, "BLOCK_M": block_m}
+    if programs:
+        stride = routing_map.stride(0)
+        _count[(programs,)](routing_map, counts, num_tokens, stride, **sizes)
+        _number[(programs,)](
+            routing_map, counts, table, num_tokens, stride, programs, SLOTS=slots,
+            BLOCK_S=triton.next_power_of_2(slots), BLOCK_P=_BLOCK_P, **sizes,
+        )  # fmt: skip
+    return table
+
+
+@triton.jit
+def _selected(  # type: ignore[no-untyped-def]
+    map_ptr, num_tokens, stride, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_T, BLOCK_M] int32, 1 where the program's tokens have a row, and their numbers."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_M)
+    exists = (token < num_tokens)[:, None] & (column < COLUMNS)[None, :]
+    selected = tl.load(map_ptr + token[:, None] * stride + column[None, :], exists, 0)
+    return selected.to(tl.int32), token
+
+
+@triton.jit
+def _count(  # type: ignore[no-untyped-def]
+    map_ptr, counts_ptr, num_tokens, stride, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    selected, _ = _selected(map_ptr, num_tokens, stride, COLUMNS, BLOCK_T, BLOCK_M)
+    column = tl.arange(0, BLOCK_M)
+    counts = counts_ptr + tl.program_id(0) * COLUMNS + column
+    tl.store(counts, tl.sum(selected, axis=0), column < COLUMNS)
+
+
+@triton.jit
+def _number(  # type: ignore[no-untyped-def]
+    map_ptr, counts_ptr, table_ptr, num_tokens, stride, programs, COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK_M)
+    # Rows of each column: all, and those of tokens before this program's.
+    total = tl.zeros([BLOCK_M], tl.int32)
+    before = tl.zeros([BLOCK_M], tl.int32)
+    for start in range(0, programs, BLOCK_P):
+        program = start + tl.arange(0, BLOCK_P)
+        exists = (program < programs)[:, None] & (column < COLUMNS)[None, :]
+        at = program[:, None] * COLUMNS + column[None, :]
+        counts = tl.load(counts_ptr + at, exists, 0)
+        total += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where((program < tl.program_id(0))[:, None], counts, 0), axis=0)
+    first = tl.cumsum(total, axis=0) - total + before
+
+    selected, token = _selected(map_ptr, num_tokens, stride, COLUMNS, BLOCK_T, BLOCK_M)
+    number = first[None, :] + tl.cumsum(selected, axis=0) - selected
+    slot = tl.cumsum(selected, axis=1) - selected
+    at = table_ptr + token[:, None] * SLOTS + slot
+    tl.store(at, number, (selected != 0) & (slot < SLOTS))
+    slots = tl.arange(0, BLOCK_S)
+    left = (slots < SLOTS)[None, :] & (slots[None, :] >= tl.sum(selected, axis=1)[:, None])
+    at_slot = table_ptr + token[:, None] * SLOTS + slots[None, :]
+    tl.store(at_slot, -1, left & (token < num_tokens)[:, None])

@@ -1,0 +1,96 @@
+"""Which experts a token's logits select, and with which gates.
+
+Shape suffixes: T local tokens, E all experts, K selected per token, S sequences that are counted
+each by itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
+
+
+class Selection(NamedTuple):
+    """What the logits of one micro-batch decide, before any capacity limit.
+
+    Attributes:
+        gates: [T, E] fp32 weight of every expert's output, 0 where not selected.
+        routing_map: [T, E] bool selections.
+        counts: [S, E] fp32 selections of each expert in each sequence; None where nothing is
+            counted.
+        score_sums: [S, E] fp32 scores, each token's divided by their sum, added up over the tokens
+            of each sequence: T P_i; differentiable. None as `counts`.
+    """
+
+    gates: Tensor
+    routing_map: Tensor
+    counts: Tensor | None
+    score_sums: Tensor | None
+
+
+def select(
+    logits: Tensor, bias: Tensor | None, config: MoEPPConfig, num_sequences: int | None
+) -> Selection:
+    """Select experts and weigh them. `kernels.router.select` does the same on a GPU.
+
+    Args:
+        logits: [T, E] fp32, residual included; differentiable.
+        bias: [E] fp32 added to the scores for the selection alone, never to the gates; or None.
+        config: `score_function`, `gate_normalization`, `gate_scale`, `router_topk` are read.
+        num_sequences: S, with tokens ordered [sequence position, sequence] as in Megatron's
+            [s, b, h]; 1 counts all tokens together; None counts nothing.
+    """
+    uses_softmax = config.score_function == "softmax"
+    scores_TE = torch.softmax(logits, dim=-1) if uses_softmax else torch.sigmoid(logits)
+    ranked_TE = scores_TE if bias is None else scores_TE.detach() + bias
+    chosen_TK = top_experts(ranked_TE, config.router_topk)
+    gates_TK = _gates(scores_TE, chosen_TK, config)
+    gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
+    routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+    if num_sequences is None:
+        return Selection(gates_TE, routing_map_TE, None, None)
+    by_sequence = (-1, num_sequences, logits.shape[1])
+    counts_SE = routing_map_TE.view(by_sequence).sum(dim=0, dtype=torch.float32)
+    if not uses_softmax:
+        scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    return Selection(gates_TE, routing_map_TE, counts_SE, scores_TE.view(by_sequence).sum(dim=0))
+
+
+def _gates(scores_TE: Tensor, chosen_TK: Tensor, config: MoEPPConfig) -> Tensor:
+    """[T, K] gates of the chosen experts under the configured normalisation."""
+    gates_TK = scores_TE.gather(1, chosen_TK)
+    if config.gate_normalization == "nonzero":
+        gates_TK = gates_TK.masked_fill(chosen_TK >= config.zero_experts.start, 0.0)
+    if config.gate_normalization != "none":
+        total_T1 = gates_TK.sum(dim=-1, keepdim=True)
+        # All picks zero experts: nothing to divide, the gates stay 0.
+        gates_TK = gates_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
+    return gates_TK if config.gate_scale == 1.0 else gates_TK * config.gate_scale
+
+
+@torch.no_grad()
+def top_experts(scores: Tensor, topk: int) -> Tensor:
+    """The experts with the largest scores of each token; between equal scores the first expert.
+
+    `torch.topk` leaves open which of two equal scores it returns, and its choice differs with the
+    number of experts and the device. So no two keys are equal here: a key is the score's bits,
+    which order as the floats do once negative ones are turned around, with the expert's number,
+    counted from the last, in the places below.
+
+    Args:
+        scores: [T, E], compared in fp32; of either sign.
+        topk: K.
+
+    Returns:
+        [T, K] int64 expert indices, the largest score first.
+    """
+    num_experts = scores.shape[-1]
+    # Adding 0 makes -0 equal to 0.
+    bits = (scores.float() + 0.0).view(torch.int32)
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    from_last = torch.arange(num_experts - 1, -1, -1, device=scores.device)
+    return (keys * num_experts + from_last).topk(topk, dim=-1).indices

@@ -1,0 +1,466 @@
+"""Triton kernels against the PyTorch code that defines them: compiled where there is a GPU."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moepp_megatron.moe import kernels, selection
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.copies import Copies, rows_of_tokens
+from moepp_megatron.moe.kernels import traffic
+from moepp_megatron.moe.zero_computation import Ingredients
+from tests.unit.moe.builders import HIDDEN, assert_close, build_layer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# A dozen fp32 operations on numbers around 1, exponentials and divisions in another way than
+# PyTorch's, sums over at most 300 terms: unit roundoff 6e-8 times a few tens.
+FP32 = 5e-6
+# One conversion to bf16 of what was summed in fp32. The interpreter cuts off, up to 2^-7; a GPU
+# rounds, half of it.
+BF16 = 2**-7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> Iterator[SimpleNamespace]:
+    """The kernels' modules. Triton asks for its interpreter when it sees a kernel's definition."""
+    triton = pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            # Triton's own functions are kernels as well (see tests/conftest.py).
+            if isinstance(triton.language.sum, triton.JITFunction):
+                pytest.skip("no GPU here, and Triton was imported without its interpreter")
+            patch.setenv("TRITON_INTERPRET", "1")
+        from moepp_megatron.moe.kernels import combine, router, rows
+
+        yield SimpleNamespace(
+            select=router.select, combine=combine.combine, rows_of_tokens=rows.rows_of_tokens
+        )
+
+
+# Experts of each kind: FFN, zero, copy, constant.
+E5, E12, E20, FFN3 = (2, 1, 1, 1), (8, 1, 1, 2), (16, 1, 1, 2), (3, 0, 0, 0)
+# (experts, K, score function, normalisation, scale, bias, tokens, sequences)
+SELECTIONS = [
+    (E12, 2, "softmax", "none", 1.0, False, 66, 1),
+    (E12, 2, "softmax", "selected", 2.5, True, 66, 3),
+    (E12, 3, "softmax", "nonzero", 1.0, False, 33, None),
+    (E12, 1, "sigmoid", "none", 2.5, True, 31, 1),
+    (E20, 4, "sigmoid", "selected", 1.0, False, 40, 2),
+    (E20, 2, "softmax", "nonzero", 1.5, True, 17, 1),
+    (E5, 3, "sigmoid", "nonzero", 1.0, True, 130, 2),
+    (E5, 4, "softmax", "none", 1.0, False, 1, 1),
+    (FFN3, 3, "softmax", "selected", 1.0, False, 7, 7),
+]
+
+
+def settings(experts: tuple[int, int, int, int], topk: int, **changes: Any) -> MoEPPConfig:
+    ffn, zero, copy, constant = experts
+    return MoEPPConfig(
+        num_ffn_experts=ffn,
+        num_zero_experts=zero,
+        num_copy_experts=copy,
+        num_constant_experts=constant,
+        router_topk=topk,
+        **changes,
+    )
+
+
+def assert_same_selection(
+    actual: selection.Selection, expected: selection.Selection, tolerance: float = FP32
+) -> None:
+    assert torch.equal(actual.routing_map, expected.routing_map)
+    assert_close(actual.gates, expected.gates, "gates", tolerance)
+    assert (actual.counts is None) == (expected.counts is None)
+    if expected.counts is not None:
+        assert torch.equal(actual.counts, expected.counts)
+        assert_close(actual.score_sums, expected.score_sums, "score sums", tolerance)
+
+
+@pytest.mark.parametrize("case", SELECTIONS)
+def test_selection(compiled, case):
+    experts, topk, function, normalization, scale, has_bias, tokens, sequences = case
+    config = settings(
+        experts, topk, score_function=function, gate_normalization=normalization, gate_scale=scale
+    )
+    num_experts = config.num_experts
+    logits = torch.randn(tokens, num_experts, device=DEVICE) * 2
+    bias = torch.randn(num_experts, device=DEVICE) * 0.1 if has_bias else None
+    to_gates = torch.randn(tokens, num_experts, device=DEVICE)
+    to_sums = torch.randn(sequences or 1, num_experts, device=DEVICE)
+
+    def run(select):
+        leaf = logits.clone().requires_grad_()
+        chosen = select(leaf, bias, config, sequences)
+        loss = (chosen.gates * to_gates).sum()
+        if chosen.score_sums is not None:
+            loss = loss + (chosen.score_sums * to_sums).sum()
+        loss.backward()
+        return chosen, leaf.grad
+
+    expected, expected_grad = run(selection.select)
+    actual, actual_grad = run(compiled.select)
+    assert_same_selection(actual, expected)
+    assert_close(actual_grad, expected_grad, "gradient of logits")
+
+
+@pytest.mark.parametrize("used", ["gates", "sums"])
+def test_selection_with_one_gradient(compiled, used):
+    config = settings(E12, 2, score_function="sigmoid", gate_normalization="selected")
+    logits = torch.randn(20, 12, device=DEVICE)
+    weights = torch.randn(20, 12, device=DEVICE)
+
+    def gradient(select):
+        leaf = logits.clone().requires_grad_()
+        chosen = select(leaf, None, config, 1)
+        loss = chosen.gates * weights if used == "gates" else chosen.score_sums * weights[:1]
+        loss.sum().backward()
+        return leaf.grad
+
+    assert_close(gradient(compiled.select), gradient(selection.select), "gradient of logits")
+
+
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("largest_bias", [None, 2, -1])
+def test_ties(compiled, function, largest_bias):
+    # Few different logits, -0 among them, so most tokens have ties; the bias makes more, and ranks
+    # that are negative, all of them in the last case. Its steps are larger than what scores differ
+    # by between two libraries.
+    values = torch.tensor([-1.0, -0.0, 0.0, 1.0, -300.0, 300.0, 400.0], device=DEVICE)
+    logits = values[torch.randint(len(values), (96, 20), device=DEVICE)]
+    bias = None
+    if largest_bias is not None:
+        bias = torch.randint(-4, largest_bias, (20,), device=DEVICE) * 0.75
+    for topk in (1, 2, 4):
+        config = settings(E20, topk, score_function=function)
+        expected = selection.select(logits, bias, config, 1)
+        assert_same_selection(compiled.select(logits, bias, config, 1), expected)
+    assert (logits.sort(dim=1).values.diff(dim=1) == 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("normalization", ["selected", "nonzero"])
+def test_gates_that_are_all_zero(compiled, normalization):
+    # Sigmoid scores of -300 are 0 in fp32: there is nothing to divide by, and no NaN.
+    config = settings(E5, 2, score_function="sigmoid", gate_normalization=normalization)
+    logits = torch.full((3, 5), -300.0, device=DEVICE)
+    logits[1] = torch.tensor([-300.0, -300.0, -300.0, -300.0, 1.0])
+    leaf = logits.clone().requires_grad_()
+    chosen = compiled.select(leaf, None, config, None)
+    assert_same_selection(chosen, selection.select(logits, None, config, None))
+    chosen.gates.sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
+def test_nan_is_selected_and_seen(compiled):
+    # Whatever a broken token's logits are, K experts are selected and other tokens are as before.
+    logits = torch.randn(5, 12, device=DEVICE)
+    broken = logits.clone()
+    broken[3, 7] = float("nan")
+    for function, normalization in (("sigmoid", "none"), ("softmax", "selected")):
+        config = settings(E12, 2, score_function=function, gate_normalization=normalization)
+        actual = compiled.select(broken, None, config, None)
+        expected = selection.select(logits, None, config, None)
+        assert (actual.routing_map.sum(dim=1) == 2).all()
+        assert actual.gates[3][actual.routing_map[3]].isnan().any()
+        assert not actual.gates[3][~actual.routing_map[3]].isnan().any()
+        assert function == "softmax" or actual.routing_map[3, 7]
+        others = torch.tensor([0, 1, 2, 4], device=DEVICE)
+        assert torch.equal(actual.routing_map[others], expected.routing_map[others])
+        assert torch.equal(actual.gates[others].isnan(), expected.gates[others].isnan())
+
+
+def test_no_tokens(compiled):
+    config = settings(E12, 2)
+    chosen = compiled.select(torch.zeros(0, 12, device=DEVICE), None, config, 1)
+    assert chosen.gates.shape == (0, 12)
+    assert chosen.counts.tolist() == [[0.0] * 12]
+    assert chosen.score_sums.tolist() == [[0.0] * 12]
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(23, 5), (1, 3), (128, 1), (300, 20)])
+def test_rows_of_tokens(compiled, tokens, columns):
+    # Columns of a wider map, as FFN columns are of the map of all experts.
+    routing_map = (torch.rand(tokens, columns + 3, device=DEVICE) < 0.3)[:, :columns]
+    slots = min(columns, 12)
+    routing_map &= routing_map.cumsum(dim=1) <= slots
+    table = rows_of_tokens(routing_map, slots)
+    assert torch.equal(compiled.rows_of_tokens(routing_map, slots), table)
+    copies = Copies(routing_map, int(routing_map.sum()))
+    for token, rows in enumerate(table.tolist()):
+        found = (copies.row == token).nonzero().flatten().tolist()
+        assert rows == found + [-1] * (slots - len(found))
+
+
+def test_rows_of_tokens_beyond_one_load_of_counts(compiled):
+    # More than 32 programs of 128 tokens.
+    routing_map = torch.rand(4500, 2, device=DEVICE) < 0.5
+    table = compiled.rows_of_tokens(routing_map, 2)
+    assert torch.equal(table, rows_of_tokens(routing_map, 2))
+
+
+@dataclasses.dataclass
+class Parts:
+    """What is combined; floating-point tensors are leaves."""
+
+    config: MoEPPConfig
+    routing_map: Tensor
+    rows: Tensor
+    zero: Ingredients | None
+    addend: Tensor | None
+
+    @property
+    def ffn_map(self) -> Tensor:
+        return self.routing_map[:, : self.config.num_ffn_experts]
+
+    def leaves(self) -> dict[str, Tensor]:
+        named = {"rows": self.rows, "addend": self.addend}
+        if self.zero is not None:
+            named |= self.zero._asdict()
+            del named["routing_map"]
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def make_parts(
+    routing_map: Tensor,
+    hidden: int,
+    config: MoEPPConfig,
+    has_addend: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Parts:
+    def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=dtype).requires_grad_()
+
+    tokens, constants = len(routing_map), config.num_constant_experts
+    rows = leaf(int(routing_map[:, : config.num_ffn_experts].sum()), hidden)
+    zero = None
+    if constants or config.num_copy_experts:
+        gates = leaf(tokens, config.num_experts, dtype=torch.float32)
+        gates.detach().mul_(routing_map)
+        mixing = leaf(tokens, 2 * constants, dtype=torch.float32) if constants else None
+        vectors = leaf(constants, hidden) if constants else None
+        zero = Ingredients(leaf(tokens, hidden), gates, routing_map, mixing, vectors)
+    return Parts(config, routing_map, rows, zero, leaf(tokens, hidden) if has_addend else None)
+
+
+def plain_combine(parts: Parts) -> Tensor:
+    """The definition, in fp32."""
+    config = parts.config
+    token = parts.ffn_map.T.nonzero()[:, 1]
+    output = torch.zeros(len(parts.routing_map), parts.rows.shape[1], device=DEVICE)
+    output = output.index_add(0, token, parts.rows.float())
+    if parts.zero is not None:
+        x, gates, _, mixing, vectors = parts.zero
+        s = gates[:, config.copy_experts].sum(dim=1)
+        if mixing is not None:
+            pairs = mixing.view(len(x), -1, 2) * config.expert_input_scale
+            keep, replace = torch.softmax(pairs, dim=-1).unbind(dim=-1)
+            s = s + (gates[:, config.constant_experts] * keep).sum(dim=1)
+            output = output + (gates[:, config.constant_experts] * replace) @ vectors.float()
+        output = output + (s * config.expert_input_scale).unsqueeze(1) * x.float()
+    return output if parts.addend is None else output + parts.addend.float()
+
+
+def random_map(tokens: int, config: MoEPPConfig) -> Tensor:
+    """0 to K selections a token."""
+    shape = (tokens, config.num_experts)
+    picks = torch.rand(shape, device=DEVICE).topk(config.router_topk, dim=1).indices
+    routing_map = torch.zeros(shape, dtype=torch.bool, device=DEVICE).scatter_(1, picks, True)
+    return routing_map & (torch.rand(shape, device=DEVICE) < 0.7)
+
+
+# (tokens, hidden, experts of each kind, K, scale of the experts' input, addend)
+COMBINATIONS = [
+    (37, 20, E12, 2, 1.0, False),
+    (1, 300, E5, 1, 2.0, True),
+    (19, 257, (5, 1, 2, 6), 3, 1.0, False),
+    (40, 48, (8, 1, 3, 0), 4, 2.0, True),
+    (35, 96, (16, 0, 0, 3), 2, 1.5, True),
+    (16, 64, (3, 2, 0, 0), 2, 1.0, True),
+    (9, 100, (3, 2, 0, 0), 1, 1.0, False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", COMBINATIONS)
+def test_combine(compiled, case, dtype):
+    tokens, hidden, experts, topk, scale, has_addend = case
+    config = settings(experts, topk, expert_input_scale=scale)
+    parts = make_parts(random_map(tokens, config), hidden, config, has_addend, dtype)
+    check_combine(compiled.combine, parts)
+
+
+@pytest.mark.parametrize("expert", [None, 2, 8])
+def test_combine_where_all_select_the_same(compiled, expert):
+    # No FFN token; all tokens to one FFN expert; all to one zero-computation expert.
+    config = settings(E12, 2)
+    routing_map = torch.zeros(21, 12, dtype=torch.bool, device=DEVICE)
+    if expert is not None:
+        routing_map[:, expert] = True
+    check_combine(compiled.combine, make_parts(routing_map, 40, config))
+
+
+def test_combine_with_long_sums(compiled, monkeypatch):
+    # As with many tokens: 128 of them in one program of the backward pass, then 22 in another.
+    from moepp_megatron.moe.kernels import combine
+
+    monkeypatch.setattr(combine, "_PROGRAMS", 1)
+    config = settings(E12, 2)
+    check_combine(compiled.combine, make_parts(random_map(150, config), 20, config))
+
+
+def check_combine(combine: Any, parts: Parts) -> None:
+    tolerance = FP32 if parts.rows.dtype == torch.float32 else BF16
+    table = rows_of_tokens(parts.ffn_map, parts.config.router_topk)
+    actual = combine(parts.rows, table, parts.zero, parts.addend, parts.config)
+    expected = plain_combine(parts)
+    assert actual.dtype == parts.rows.dtype
+    compare(actual, expected, "output", tolerance)
+    weights = torch.randn(expected.shape, device=DEVICE).to(actual.dtype)
+    leaves = parts.leaves()
+    ours = torch.autograd.grad((actual * weights).sum(), list(leaves.values()))
+    theirs = torch.autograd.grad(
+        (expected * weights.float()).sum(), list(leaves.values()), materialize_grads=True
+    )
+    for name, mine, reference in zip(leaves, ours, theirs, strict=True):
+        if name == "gates":
+            # The router drops gradients of gates that are 0 because nothing was selected.
+            mine, reference = mine * parts.routing_map, reference * parts.routing_map
+        compare(mine, reference, f"gradient of {name}", tolerance)
+
+
+def compare(actual: Tensor, expected: Tensor, what: str, tolerance: float) -> None:
+    if expected.numel():
+        assert_close(actual, expected, what, tolerance)
+    assert actual.shape == expected.shape
+
+
+def test_combine_of_no_tokens(compiled):
+    config = settings(E12, 2)
+    parts = make_parts(torch.zeros(0, 12, dtype=torch.bool, device=DEVICE), 24, config, True)
+    table = rows_of_tokens(parts.ffn_map, 2)
+    output = compiled.combine(parts.rows, table, parts.zero, parts.addend, config)
+    output.sum().backward()
+    assert output.shape == (0, 24)
+    assert parts.zero.constants.grad.abs().max() == 0
+    assert parts.zero.gates.grad.shape == (0, 12)
+
+
+# (MoEPPConfig, dispatcher, megatron-core's settings)
+LAYERS = [
+    ({}, "alltoall", {}),
+    ({"gate_normalization": "nonzero", "expert_input_scale": 2.0}, "alltoall_dedup", {}),
+    ({"balance_scope": "sequence", "score_function": "sigmoid"}, "allgather", {}),
+    (
+        {"gate_normalization": "selected", "capacity_factor": 0.6, "logits_norm_std": 1.5},
+        "alltoall",
+        {"moe_shared_expert_intermediate_size": 8, "moe_z_loss_coeff": 1e-2},
+    ),
+    (
+        {"num_constant_experts": 0, "num_copy_experts": 0, "balance_scope": "global"},
+        "alltoall",
+        {},
+    ),
+    ({"selection_bias": True, "gate_scale": 2.0, "two_layer_gate": True}, "alltoall", {}),
+]
+
+
+@pytest.mark.parametrize(("changes", "dispatcher", "megatron"), LAYERS)
+def test_layer_with_and_without_kernels(compiled, changes, dispatcher, megatron):
+    config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, **changes)
+    plain = build_layer(dataclasses.replace(config, fused=False), dispatcher=dispatcher, **megatron)
+    fused = build_layer(dataclasses.replace(config, fused=True), dispatcher=dispatcher, **megatron)
+    fused.load_state_dict(plain.state_dict())
+    for layer in (plain, fused):
+        layer.to(DEVICE)
+        if config.selection_bias:
+            layer.router.expert_bias.copy_(torch.linspace(-0.2, 0.2, config.num_experts))
+    assert fused.router.fused
+    assert fused.fuses_combine == (dispatcher != "allgather")
+    hidden, previous, *weights = (
+        torch.randn(9, 3, width, device=DEVICE)
+        for width in (HIDDEN, config.num_experts, HIDDEN, config.num_experts)
+    )
+
+    def run(layer):
+        inputs = hidden.clone().requires_grad_(), previous.clone().requires_grad_()
+        output, logits = layer(*inputs)
+        ((output * weights[0]).sum() + (logits * weights[1]).sum()).backward()
+        tensors = {"output": output, "logits": logits}
+        tensors |= {"hidden": inputs[0].grad, "previous": inputs[1].grad}
+        tensors |= {name: p.grad for name, p in layer.named_parameters()}
+        return tensors, layer.statistics.as_vector()
+
+    expected, expected_counts = run(plain)
+    actual, actual_counts = run(fused)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        # The same sums as in builders.assert_close, which allows 1e-5.
+        assert_close(actual[name], value, name)
+    assert_close(actual_counts, expected_counts, "statistics")
+    with torch.no_grad():
+        assert_close(fused(hidden, previous)[0], plain(hidden, previous)[0], "without gradients")
+
+
+def test_who_uses_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels, "have_triton", lambda: False)
+    assert not kernels.use_kernels("auto")
+    assert not kernels.use_kernels(False)
+    with pytest.raises(RuntimeError, match=r"^fused \(True\) must have a GPU .* use auto$"):
+        kernels.use_kernels(True)
+    monkeypatch.setattr(kernels, "have_triton", lambda: True)
+    assert kernels.use_kernels("auto")
+    assert kernels.use_kernels(True)
+    assert not kernels.use_kernels(False)
+
+
+def test_interpreter_is_taken_only_where_it_is_asked_for(compiled):
+    if DEVICE.type == "cuda":
+        pytest.skip("kernels are compiled here")
+    assert kernels.use_kernels(True)
+    assert not kernels.use_kernels("auto")
+
+
+def test_traffic_by_hand():
+    # 10 tokens of 3 experts: fp32 logits in; fp32 gates and a byte of the map out.
+    assert traffic.router_forward(10, 3) == (120, 150)
+    assert traffic.router_backward(10, 3) == (270, 120)
+    sizes = {"num_experts": 5, "slots": 2, "num_used": 4, "num_copies": 1, "num_constants": 2}
+    # A vector of 8 bf16 is 16 bytes. In: 7 rows, 4 inputs, 10 addends; for each token two numbers
+    # of rows, three gates with a byte of the map each, and four mixing logits. Out: 10 outputs.
+    small = 10 * (2 * 4 + 3 * 5 + 4 * 4)
+    forward = traffic.combine_forward(10, 7, 8, 2, **sizes, has_addend=True)
+    assert forward == (21 * 16 + small, 160)
+    assert forward.total == sum(forward)
+    # In: 10 gradients, 4 inputs. Out: gradients of 7 rows and 10 inputs, 5 gates and the logits.
+    backward = traffic.combine_backward(10, 7, 8, 2, **sizes)
+    assert backward == (14 * 16 + small, 17 * 16 + 10 * (5 * 4 + 4 * 4))
+
+
+def test_kernels_compile_for_hopper(tmp_path):
+    # What the interpreter lets pass may not compile. A process of its own: in this one kernels are
+    # interpreted. No GPU is needed; ptxas comes with Triton.
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.unit.moe.compile_kernels"],
+        env={**kernels_environment(), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    names = Counter(done.stdout.split())
+    assert set(names.values()) == {2}
+    assert len(names) == 7
+
+
+def kernels_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
