@@ -108,6 +108,22 @@ def top_experts(scores: Tensor, topk: int) -> Tensor:
     return (keys * num_experts + from_last).topk(topk, dim=-1).indices
 
 
+class Choice(NamedTuple):
+    """What a router chose for one micro-batch: functions of its inputs and weights alone.
+
+    Attributes:
+        logits: [s, b, E] fp32.
+        scores: [T, E] fp32.
+        gates: [T, E] fp32, before losses and capacity limits.
+        routing_map: [T, E] bool, likewise.
+    """
+
+    logits: Tensor
+    scores: Tensor
+    gates: Tensor
+    routing_map: Tensor
+
+
 class MoEPPRouter(TopKRouter):
     """Routes each token among FFN, constant, copy and zero experts.
 
@@ -170,6 +186,10 @@ class MoEPPRouter(TopKRouter):
         """
         if padding_mask is not None:
             raise ValueError("padding_mask must be None: MoE++ routing counts every token")
+        return self.settle(self.choose(input, previous_logits))
+
+    def choose(self, input: Tensor, previous_logits: Tensor | None) -> Choice:
+        """Score and select; arguments as `forward`. Has no effect but its result."""
         self._maintain_float32_expert_bias()
         # megatron-core adds the noise in validation too; there it would only blur the loss.
         logits = self.gating(self.apply_input_jitter(input) if self.training else input)
@@ -180,8 +200,12 @@ class MoEPPRouter(TopKRouter):
             )
             weight = self.residual_weight.to(logits.dtype)
             logits = logits + F.linear(previous_logits.to(logits.dtype), weight)
-        gates, routing_map = self.routing(logits)
-        return Routing(gates, routing_map, logits)
+        return self._choose(logits)
+
+    def settle(self, choice: Choice) -> Routing:
+        """Attach the losses, apply capacity limits, count."""
+        gates, routing_map = self._settle(choice)
+        return Routing(gates, routing_map, choice.logits)
 
     def set_tau(self, tau: float) -> None:
         """Weigh zero-computation experts by `tau` in the balance loss from now on."""
@@ -208,11 +232,16 @@ class MoEPPRouter(TopKRouter):
         Returns:
             gates [T, E] fp32 and routing map [T, E] bool.
         """
-        num_sequences = logits.shape[1]
+        return self._settle(self._choose(logits))
+
+    def _choose(self, logits: Tensor) -> Choice:
         logits_TE = self.apply_z_loss(logits.view(-1, self.moepp.num_experts))
         scores_TE = self._scores(logits_TE)
-        gates_TE, routing_map_TE = self._select(scores_TE)
+        return Choice(logits, scores_TE, *self._select(scores_TE))
 
+    def _settle(self, choice: Choice) -> tuple[Tensor, Tensor]:
+        logits, scores_TE, gates_TE, routing_map_TE = choice
+        num_sequences = logits.shape[1]
         counts = RoutingStatistics.counts_now(self.training)
         loss = None
         if counts and self.moepp.balance_coeff > 0:

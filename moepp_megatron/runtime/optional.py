@@ -35,17 +35,31 @@ def have_resiliency_on_gpu() -> bool:
 
 
 @functools.cache
-def flex_backend() -> str | None:
-    """What the flex dispatcher runs on here: "deepep", "hybridep", or None for nothing."""
+def flex_backends() -> tuple[str, ...]:
+    """What the flex dispatcher can run on here, the preferred one first: deepep, hybridep."""
     # Looked for first, because it takes no import of torch to see that it is missing.
     if importlib.util.find_spec("deep_ep") is None:
-        return None
+        return ()
     import torch
 
     if not torch.cuda.is_available():
-        return None
+        return ()
     from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP, HAVE_HYBRIDEP
 
-    if HAVE_DEEP_EP:
-        return "deepep"
-    return "hybridep" if HAVE_HYBRIDEP else None
+    here = {"deepep": HAVE_DEEP_EP, "hybridep": HAVE_HYBRIDEP}
+    return tuple(name for name, is_here in here.items() if is_here)
+
+
+def flex_backend(wanted: str = "auto") -> str | None:
+    """What the flex dispatcher runs on here.
+
+    Args:
+        wanted: `moe.flex_backend`: auto, deepep or hybridep.
+
+    Returns:
+        "deepep", "hybridep", or None where what is wanted cannot be used.
+    """
+    here = flex_backends()
+    if wanted == "auto":
+        return here[0] if here else None
+    return wanted if wanted in here else None

@@ -140,6 +140,11 @@ def test_a_machine_without_deepep_refuses_flex(command, capsys):
     assert "use alltoall" in error
 
 
+def test_a_machine_without_a_gpu_refuses_cuda_graphs(command, capsys):
+    assert command("training.cuda_graphs=[attn]", 2) == 3
+    assert "must be empty without a GPU; use []" in capsys.readouterr().err
+
+
 def test_another_machine_can_be_planned_for(command):
     assert command("moe.dispatcher=flex ep=2", 2, "--dry-run") == 0
 

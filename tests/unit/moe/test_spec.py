@@ -180,23 +180,23 @@ def test_router_config_leaves_the_models_alone():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "remedy"),
+    ("name", "value", "reason", "remedy"),
     [
-        ("moe_latent_size", 8, "None"),
-        ("moe_pad_expert_input_to_capacity", True, "False"),
-        ("moe_shared_expert_overlap", True, "False"),
-        ("overlap_moe_expert_parallel_comm", True, "False"),
-        ("cuda_graph_impl", "local", "none"),
-        ("mlp_chunks_for_training", 2, "1"),
+        ("moe_latent_size", 8, "whole vector", "None"),
+        ("moe_pad_expert_input_to_capacity", True, "K selections a token", "False"),
+        ("moe_expert_rank_capacity_factor", 1.5, "vanish uncounted", "None"),
+        ("moe_shared_expert_overlap", True, "during the all-to-all anyway", "False"),
+        ("mlp_chunks_for_training", 2, "without its router logits", "1"),
     ],
 )
-def test_layer_refuses_what_it_cannot_honour(name, value, remedy):
+def test_layer_refuses_what_it_cannot_honour(name, value, reason, remedy):
     config = megatron_config(MOEPP)
     # Set afterwards: megatron-core's own checks demand GPUs or further settings for some.
     setattr(config, name, value)
     spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)
     message = (
-        rf"TransformerConfig.{name} \({value}\) is not supported by the MoE\+\+ layer; use {remedy}"
+        rf"TransformerConfig.{name} \({value}\) is not supported by the MoE\+\+ layer, "
+        rf"because .*{reason}; use {remedy}"
     )
     with pytest.raises(ValueError, match=message):
         spec.submodules.mlp(config=config, pg_collection=None)
