@@ -41,6 +41,7 @@ class CapturedParts:
 
     def __init__(self, layer: torch.nn.Module, config: TransformerConfig) -> None:
         self._layer = layer
+        self._is_pipeline = config.pipeline_model_parallel_size > 1
         self._parts = {part for part in config.cuda_graph_modules if part in _FUNCTIONS}
         for part in self._parts:
             manager = CudaGraphManager(config, layer, function_name=_FUNCTIONS[part])
@@ -52,15 +53,26 @@ class CapturedParts:
         """Whether norm and router are captured."""
         return CudaGraphModule.moe_router in self._parts
 
-    def options(self, part: CudaGraphModule) -> dict[str, Any]:
-        """Further arguments for a captured method: outside of training it runs as it is.
+    def arguments(self, part: CudaGraphModule, **kwargs: Any) -> dict[str, Any]:
+        """The keyword arguments to call a method with that may be captured.
 
-        Graphs are captured in training. Evaluation routes without losses, generation has other
-        shapes.
+        Graphs are of training alone: evaluation routes without losses, generation has other shapes.
+
+        megatron-core gives graphs that take the same tensor one input buffer, and insists that all
+        of them are captured before the first backward graph. Among pipeline stages the next
+        micro-batches come after that, and the rotary embedding is one tensor for all of them; so
+        each call gets a tensor object of its own.
         """
-        if part not in self._parts or (self._layer.training and torch.is_grad_enabled()):
-            return {}
-        return {"eager": True}
+        if part not in self._parts:
+            return kwargs
+        if not (self._layer.training and torch.is_grad_enabled()):
+            return {**kwargs, "eager": True}
+        if self._is_pipeline:
+            return {
+                name: value.detach() if name.startswith("rotary") and value is not None else value
+                for name, value in kwargs.items()
+            }
+        return kwargs
 
 
 def refuse_uncapturable(config: TransformerConfig) -> None:

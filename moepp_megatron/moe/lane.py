@@ -43,7 +43,7 @@ class MoEPPTransformerLayer(TransformerLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """As `TransformerLayer.forward`; returns the output and the lane."""
         hidden_states, _ = self._forward_attention(
-            hidden_states, context=None, **self._options(CudaGraphModule.attn), **kwargs
+            hidden_states, context=None, **self._arguments(CudaGraphModule.attn, **kwargs)
         )
         if isinstance(self.mlp, MoEPPLayer):
             hidden_states, context = self._forward_moe(
@@ -67,8 +67,9 @@ class MoEPPTransformerLayer(TransformerLayer):
     ) -> tuple[Tensor, Tensor]:
         if self.captured is not None and self.captured.has_router:
             assert padding_mask is None, "a captured router knows no padding"
-            options = self._options(CudaGraphModule.moe_router)
-            normed, *choice = self._forward_router(hidden_states, previous_logits, **options)
+            normed, *choice = self._forward_router(
+                hidden_states, previous_logits, **self._arguments(CudaGraphModule.moe_router)
+            )
             residual = self._residual(hidden_states)
             output, logits = self.mlp(normed, choice=Choice(*choice))
         else:
@@ -98,8 +99,8 @@ class MoEPPTransformerLayer(TransformerLayer):
         """megatron-core's constructor calls this where `cuda_graph_impl` is local."""
         self.captured = CapturedParts(self, config)
 
-    def _options(self, part: CudaGraphModule) -> dict[str, Any]:
-        return {} if self.captured is None else self.captured.options(part)
+    def _arguments(self, part: CudaGraphModule, **kwargs: Any) -> dict[str, Any]:
+        return kwargs if self.captured is None else self.captured.arguments(part, **kwargs)
 
 
 def lane_columns(moepp: MoEPPConfig, dtype: torch.dtype) -> int:

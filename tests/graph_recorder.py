@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,8 @@ class _Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(name in str(function) for name in HOST_READS):
             raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
+        # gloo finishes a collective on the host, in operations that are not the graph's.
+        assert function.namespace != "c10d", f"the recorder knows no collectives: {function}"
         result = function(*args, **kwargs)
         self._graph.operations.append((function, args, kwargs, tree_flatten(result)[0]))
         return result
@@ -69,27 +72,40 @@ def _capture(graph: CPUGraph, **kwargs: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cpu_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def cpu_graphs() -> Iterator[None]:
     """megatron-core's local CUDA graphs work inside; none is left behind."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     from megatron.core.transformer import cuda_graphs
 
-    nothing = lambda *args, **kwargs: None  # noqa: E731
-    with monkeypatch.context() as patch:
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "CUDAGraph", CPUGraph)
         patch.setattr(torch.cuda, "graph", _capture)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
         patch.setattr(torch.cuda, "set_stream", nothing)
         patch.setattr(torch.cuda, "memory_stats", lambda: defaultdict(int))
         patch.setattr(torch.cuda, "device_count", lambda: 0)
-        patch.setattr(torch._C, "_cuda_beginAllocateCurrentThreadToPool", nothing, raising=False)
-        patch.setattr(torch._C, "_cuda_endAllocateToPool", nothing, raising=False)
+        for name in ("_cuda_beginAllocateCurrentThreadToPool", "_cuda_endAllocateToPool"):
+            patch.setattr(torch._C, name, nothing, raising=False)
+        # There is no generator of a GPU that a graph could take over.
         patch.setattr(cuda_graphs, "get_all_rng_states", dict)
-        tracker = get_cuda_rng_tracker()
-        patch.setattr(tracker, "use_cudagraphable_rng", True)
+        tracker = SimpleNamespace(is_inference_rng_tracker=True)
+        patch.setattr(cuda_graphs, "get_cuda_rng_tracker", lambda: tracker)
         # It compares states of the CPU's generator, which on a GPU is no operation of the device.
-        patch.setattr(tracker, "fork", lambda *args: contextlib.nullcontext())
+        fork = staticmethod(lambda *args: contextlib.nullcontext())
+        patch.setattr(CudaRNGStatesTracker, "fork", fork)
         try:
             yield
         finally:
             cuda_graphs.delete_cuda_graphs()
+
+
+def graphs_of(module: torch.nn.Module) -> list[CPUGraph]:
+    """The forward graphs of all layers of a model."""
+    return [
+        runner.fwd_graph
+        for part in module.modules()
+        for runner in getattr(part, "cudagraph_runners", [])
+    ]
