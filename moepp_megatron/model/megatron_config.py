@@ -10,7 +10,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moepp_megatron.config import Config
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.runtime.optional import flex_backend, have_transformer_engine
+from moepp_megatron.runtime.optional import (
+    flex_backend,
+    have_fused_weight_gradient,
+    have_transformer_engine,
+)
 
 # megatron-core's `fused_a2a.HYBRIDEP_TOKEN_ALIGNMENT`.
 HYBRIDEP_CHUNK = 64
@@ -174,7 +178,8 @@ def _kernel_fields(config: Config) -> dict[str, object]:
         "use_cpu_initialization": not torch.cuda.is_available(),
         "moe_grouped_gemm": fused,
         "moe_permute_fusion": fused,
-        "gradient_accumulation_fusion": False,
+        # Not where only Transformer Engine is there: megatron-core's output layer asks for apex's.
+        "gradient_accumulation_fusion": have_fused_weight_gradient(),
         "masked_softmax_fusion": fused,
         "bias_dropout_fusion": fused,
         "bias_activation_fusion": fused,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 
 @functools.cache
@@ -22,6 +25,33 @@ def have_transformer_engine() -> bool:
 def have_apex() -> bool:
     """Whether NVIDIA apex is installed (the package of that name on PyPI is another one)."""
     return importlib.util.find_spec("amp_C") is not None
+
+
+@functools.cache
+def have_fused_weight_gradient() -> bool:
+    """Whether apex's kernel can add a weight gradient to its buffer inside the matrix product."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+@functools.cache
+def fused_rms_norm() -> Callable[..., Any] | None:
+    """Apex's fused RMSNorm, `f(input, weight, normalized_shape, eps)`, or None for torch's."""
+    import torch
+
+    if not torch.cuda.is_available() or not have_apex():
+        return None
+    try:
+        module = importlib.import_module("apex.normalization.fused_layer_norm")
+        # The function imports its kernels only when it is called.
+        importlib.import_module("fused_layer_norm_cuda")
+    except ImportError:
+        return None
+    function: Callable[..., Any] | None = getattr(module, "fused_rms_norm_affine", None)
+    return function
 
 
 @functools.cache

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from megatron.core.transformer.enums import CudaGraphModule
 
 from moepp_megatron.config import load_config
+from moepp_megatron.model import megatron_config, norm
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -47,3 +49,27 @@ def test_graphs_and_overlap_reach_megatron():
     config = transformer_config(load_config(QUICKSTART, overrides))
     assert config.overlap_moe_expert_parallel_comm
     assert config.cuda_graph_impl == "none"
+
+
+def test_weight_gradients_are_accumulated_in_the_product_where_apex_can(monkeypatch):
+    config = load_config(QUICKSTART, [])
+    assert not transformer_config(config).gradient_accumulation_fusion
+    monkeypatch.setattr(megatron_config, "have_fused_weight_gradient", lambda: True)
+    assert transformer_config(config).gradient_accumulation_fusion
+
+
+def test_apex_norm_is_called_where_it_is_there(monkeypatch):
+    config = transformer_config(load_config(QUICKSTART, []))
+    plain = norm.SequenceParallelRMSNorm(config, config.hidden_size)
+    x = torch.randn(3, 2, config.hidden_size)
+    expected = plain(x)
+    calls = []
+
+    def fused(x, weight, shape, eps):
+        calls.append((tuple(shape), eps))
+        return torch.nn.functional.rms_norm(x, shape, weight, eps)
+
+    monkeypatch.setattr(norm, "fused_rms_norm", lambda: fused)
+    found = norm.SequenceParallelRMSNorm(config, config.hidden_size)(x)
+    assert torch.equal(found, expected)
+    assert calls == [((config.hidden_size,), 1e-5)]
