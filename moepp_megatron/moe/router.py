@@ -186,10 +186,20 @@ class MoEPPRouter(TopKRouter):
         """
         if padding_mask is not None:
             raise ValueError("padding_mask must be None: MoE++ routing counts every token")
-        return self.settle(self.choose(input, previous_logits))
+        logits = self._logits(input, previous_logits)
+        gates, routing_map = self.routing(logits)
+        return Routing(gates, routing_map, logits)
 
     def choose(self, input: Tensor, previous_logits: Tensor | None) -> Choice:
-        """Score and select; arguments as `forward`. Has no effect but its result."""
+        """The first half of `forward`: has no effect but its result, so a graph can hold it."""
+        return self._choose(self._logits(input, previous_logits))
+
+    def settle(self, choice: Choice) -> Routing:
+        """The second half of `forward`: attach the losses, apply capacity limits, count."""
+        return Routing(*self._settle(choice), choice.logits)
+
+    def _logits(self, input: Tensor, previous_logits: Tensor | None) -> Tensor:
+        """[s, b, E] fp32 logits, residual included."""
         self._maintain_float32_expert_bias()
         # megatron-core adds the noise in validation too; there it would only blur the loss.
         logits = self.gating(self.apply_input_jitter(input) if self.training else input)
@@ -200,12 +210,7 @@ class MoEPPRouter(TopKRouter):
             )
             weight = self.residual_weight.to(logits.dtype)
             logits = logits + F.linear(previous_logits.to(logits.dtype), weight)
-        return self._choose(logits)
-
-    def settle(self, choice: Choice) -> Routing:
-        """Attach the losses, apply capacity limits, count."""
-        gates, routing_map = self._settle(choice)
-        return Routing(gates, routing_map, choice.logits)
+        return logits
 
     def set_tau(self, tau: float) -> None:
         """Weigh zero-computation experts by `tau` in the balance loss from now on."""
