@@ -152,6 +152,20 @@ class MoEPPLayer(MoELayer):
         output.add_(ffn_output.view_as(output))
         return output.view(hidden_states.shape), routing.logits
 
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
+        """megatron-core's way to call a router, which has no room for its logits.
+
+        Raises:
+            ValueError: Always: whoever calls it would lose the lane.
+        """
+        raise ValueError(
+            "TransformerConfig.overlap_moe_expert_parallel_comm "
+            f"({self.config.overlap_moe_expert_parallel_comm}) must run MoE++ layers through "
+            "MoEPPGPTModel.build_schedule_plan, because megatron-core's own schedule plan keeps "
+            "probabilities and routing map of a router and drops its logits; build the model as "
+            "MoEPPGPTModel, or set it to False"
+        )
+
     def ffn_input(self, hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """What `dispatch` sends: rows for FFN experts and their gates, as the dispatcher orders."""
         num_ffn = self.moepp.num_ffn_experts

@@ -109,14 +109,7 @@ def top_experts(scores: Tensor, topk: int) -> Tensor:
 
 
 class Choice(NamedTuple):
-    """What a router chose for one micro-batch: functions of its inputs and weights alone.
-
-    Attributes:
-        logits: [s, b, E] fp32.
-        scores: [T, E] fp32.
-        gates: [T, E] fp32, before losses and capacity limits.
-        routing_map: [T, E] bool, likewise.
-    """
+    """A `Routing` before losses and capacity limits, and the scores [T, E] fp32 behind it."""
 
     logits: Tensor
     scores: Tensor
@@ -194,10 +187,6 @@ class MoEPPRouter(TopKRouter):
         """The first half of `forward`: has no effect but its result, so a graph can hold it."""
         return self._choose(self._logits(input, previous_logits))
 
-    def settle(self, choice: Choice) -> Routing:
-        """The second half of `forward`: attach the losses, apply capacity limits, count."""
-        return Routing(*self._settle(choice), choice.logits)
-
     def _logits(self, input: Tensor, previous_logits: Tensor | None) -> Tensor:
         """[s, b, E] fp32 logits, residual included."""
         self._maintain_float32_expert_bias()
@@ -237,14 +226,16 @@ class MoEPPRouter(TopKRouter):
         Returns:
             gates [T, E] fp32 and routing map [T, E] bool.
         """
-        return self._settle(self._choose(logits))
+        gates, routing_map, _ = self.settle(self._choose(logits))
+        return gates, routing_map
 
     def _choose(self, logits: Tensor) -> Choice:
         logits_TE = self.apply_z_loss(logits.view(-1, self.moepp.num_experts))
         scores_TE = self._scores(logits_TE)
         return Choice(logits, scores_TE, *self._select(scores_TE))
 
-    def _settle(self, choice: Choice) -> tuple[Tensor, Tensor]:
+    def settle(self, choice: Choice) -> Routing:
+        """The second half of `forward`: attach the losses, apply capacity limits, count."""
         logits, scores_TE, gates_TE, routing_map_TE = choice
         num_sequences = logits.shape[1]
         counts = RoutingStatistics.counts_now(self.training)
@@ -259,8 +250,8 @@ class MoEPPRouter(TopKRouter):
         if counts:
             self.statistics.add_selection(routing_map_TE, kept_TE, loss)
         if kept_TE is not None:
-            return gates_TE * kept_TE, kept_TE
-        return gates_TE, routing_map_TE
+            return Routing(gates_TE * kept_TE, kept_TE, logits)
+        return Routing(gates_TE, routing_map_TE, logits)
 
     def _scores(self, logits_TE: Tensor) -> Tensor:
         if self.moepp.logits_norm_std is not None:

@@ -1,9 +1,11 @@
 """What the specs build, and what they refuse."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.models.common.fine_grained_callables import build_transformer_layer_callables
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moepp_megatron.moe.config import MoEPPConfig
@@ -224,3 +226,27 @@ def test_deduplicated_dispatch_refuses_padded_routing():
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with pytest.raises(ValueError, match=r"padding_for_quantization \(True\) must be False"):
         build_dispatcher(4, [0, 1, 2, 3], config, groups, deduplicate=True)
+
+
+def test_deduplicated_dispatch_refuses_the_combined_schedule():
+    config = megatron_config(MOEPP)
+    config.overlap_moe_expert_parallel_comm = True
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with pytest.raises(ValueError, match="frees what is still on its way"):
+        build_dispatcher(4, [0, 1, 2, 3], config, groups, deduplicate=True)
+
+
+def test_upstreams_nodes_would_drop_the_router_logits():
+    """Should this fail after an upgrade: megatron-core's own nodes may carry the lane by now."""
+    layer = build_transformer_layer(MOEPP, has_residual=False)
+    (pre_dispatch, *_), _ = build_transformer_layer_callables(layer)
+    hidden = torch.randn(4, 2, HIDDEN, requires_grad=True)
+    node = SimpleNamespace(chunk_state=empty_chunk_state(), layer_state=SimpleNamespace())
+    with pytest.raises(ValueError, match="drops its logits; build the model as MoEPPGPTModel"):
+        pre_dispatch(node, hidden)
+
+
+def empty_chunk_state():
+    names = ("attention_mask", "packed_seq_params", "sequence_len_offset")
+    rotary = ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin")
+    return SimpleNamespace(**dict.fromkeys((*names, *rotary)))
