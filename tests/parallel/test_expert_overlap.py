@@ -72,6 +72,13 @@ def test_without_pipeline(ranks: RankPools, name: str) -> None:
     compare(run, reference, 0.0)
 
 
+def test_overlapped_reduction_and_gathering(ranks: RankPools) -> None:
+    """Parameters are gathered by hooks of the modules, which the nodes must still call."""
+    parallel = {**EP2, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    run, reference = both(ranks, 2, train, parallel=parallel)
+    compare(run, reference, 0.0)
+
+
 @pytest.mark.parametrize("layout", ["even", "embedding and loss alone"])
 def test_interleaved_pipeline(ranks: RankPools, layout: str) -> None:
     parallel = dict(STAGES)
