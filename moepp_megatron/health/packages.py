@@ -9,6 +9,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.health.finding import Finding, Severity
 from moepp_megatron.health.gpu_checks import TorchCuda
 from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
+from moepp_megatron.runtime.kernel_choices import KernelChoice, kernel_choices
 
 # The version whose internals the layer extends; as pinned in pyproject.toml.
 MEGATRON_CORE = "0.19.2"
@@ -23,6 +24,7 @@ def check_packages(config: Config | None) -> list[Finding]:
     backends = optional_backends()
     findings = [_python(), _torch(), check_megatron(version_of("megatron-core")), _nccl()]
     findings += [check_backend(backend) for backend in backends]
+    findings += [check_kernel(choice) for choice in kernel_choices()]
     if config is not None:
         findings += check_needs(config, {backend.name for backend in backends if backend.used})
     return [finding for finding in findings if finding is not None]
@@ -62,6 +64,12 @@ def check_backend(backend: Backend) -> Finding:
         f"{state}; instead {backend.fallback}",
         remedy=backend.remedy if backend.version is None else "needs a GPU",
     )
+
+
+def check_kernel(choice: KernelChoice) -> Finding:
+    """Which implementation an operation has: each of them is right, some are faster."""
+    found = f"{choice.implementation}: {choice.detail}"
+    return Finding(f"kernel: {choice.operation}", Severity.OK, found)
 
 
 def check_needs(config: Config, used: set[str]) -> list[Finding]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import lane_columns, no_logits, pack, unpack
+from moepp_megatron.moe.overlap import MoEPPChunkPlan
 
 
 class MoEPPGPTModel(GPTModel):
@@ -33,8 +34,7 @@ class MoEPPGPTModel(GPTModel):
         self.moepp = moepp
         # Not read from `self.config` later: whoever wraps this model may give that the wider shape
         # of what stages exchange (`moepp_megatron.moe.lane.pipeline_config`).
-        self._hidden_size = config.hidden_size
-        self._lane: Tensor | None = None
+        self.hidden_size = config.hidden_size
         crosses_stages = config.pipeline_model_parallel_size > 1 and (
             lane_columns(moepp, config.params_dtype) > 0
         )
@@ -43,16 +43,14 @@ class MoEPPGPTModel(GPTModel):
         if self._sends_lane and len(self.decoder.layers) > 0:
             self.decoder.layers[-1].lane_width = moepp.num_experts
 
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take what the stage before sent: [s, b, D + lane columns]."""
-        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if tensor is not None and self._receives_lane:
-            tensor, self._lane = unpack(tensor, self._hidden_size)
-        super().set_input_tensor(tensor)
-
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As `GPTModel.forward`; a stage that is not the last returns [s, b, D + lane columns]."""
-        lane, self._lane = self._lane, None
+        lane = None
+        if self._receives_lane:
+            # Not in `set_input_tensor`: the combined schedule calls that before the tensor is here.
+            received = self.decoder.input_tensor
+            hidden_states, lane = unpack(received, self.hidden_size)
+            self.set_input_tensor(hidden_states)
         output = super().forward(*args, extra_block_kwargs={"context": lane}, **kwargs)
         if self._sends_lane and len(self.decoder.layers) == 0:
             # A stage of embeddings only, or an empty one: no layer glues the lane on.
@@ -60,3 +58,29 @@ class MoEPPGPTModel(GPTModel):
                 lane = no_logits(output, self.moepp.num_experts)
             output = pack(output, lane)
         return output
+
+    def build_schedule_plan(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoEPPChunkPlan:
+        """This chunk as nodes of the combined schedule; arguments as `forward`."""
+        if padding_mask is not None:
+            raise ValueError("padding_mask must be None: MoE++ routing counts every token")
+        return MoEPPChunkPlan(self, input_ids, position_ids, attention_mask, **kwargs)
+
+    def with_lane(self, hidden_states: Tensor) -> Tensor:
+        """What the first layer of this chunk gets in the combined schedule.
+
+        Args:
+            hidden_states: [s, b, D] embeddings, or what the stage before sent, lane included.
+
+        Returns:
+            [s, b, D + lane columns].
+        """
+        if self._receives_lane or lane_columns(self.moepp, self.config.params_dtype) == 0:
+            return hidden_states
+        return pack(hidden_states, no_logits(hidden_states, self.moepp.num_experts))

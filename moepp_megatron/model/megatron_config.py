@@ -10,7 +10,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moepp_megatron.config import Config
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.runtime.optional import flex_backend, have_transformer_engine
+from moepp_megatron.runtime.optional import (
+    flex_backend,
+    have_fused_weight_gradient,
+    have_transformer_engine,
+)
+
+# megatron-core's `fused_a2a.HYBRIDEP_TOKEN_ALIGNMENT`.
+HYBRIDEP_CHUNK = 64
 
 
 def params_dtype(config: Config) -> torch.dtype:
@@ -95,9 +102,11 @@ def transformer_config(config: Config) -> TransformerConfig:
         if training.recompute_granularity == "selective"
         else None,
         deterministic_mode=training.deterministic,
+        overlap_moe_expert_parallel_comm=parallel.overlap_moe_expert_parallel_comm,
         # The first MoE layer has no gating residual, so layers cannot be stacked in a checkpoint.
         hetereogenous_dist_checkpoint=True,
         **_moe_fields(config),
+        **_graph_fields(config),
         **_kernel_fields(config),
     )
 
@@ -111,7 +120,7 @@ def _moe_fields(config: Config) -> dict[str, object]:
         "moe_layer_freq": moe.layer_freq,
         # megatron-core knows no deduplicated all-to-all; the MoE++ layer builds it.
         "moe_token_dispatcher_type": moe.dispatcher.removesuffix("_dedup"),
-        "moe_flex_dispatcher_backend": (moe.dispatcher == "flex" and flex_backend()) or "deepep",
+        **_flex_fields(config),
         "moe_router_dtype": "fp32",
         "moe_z_loss_coeff": moe.z_loss_coeff,
         "moe_input_jitter_eps": moe.input_jitter_eps,
@@ -139,6 +148,30 @@ def _moe_fields(config: Config) -> dict[str, object]:
     return fields
 
 
+def _flex_fields(config: Config) -> dict[str, object]:
+    moe = config.moe
+    if moe.dispatcher != "flex":
+        return {}
+    backend = flex_backend(moe.flex_backend)
+    if backend is None:
+        # Nothing is installed (`runtime.fit` has refused a run by now): what the user named.
+        backend = "hybridep" if moe.flex_backend == "hybridep" else "deepep"
+    return {
+        "moe_flex_dispatcher_backend": backend,
+        "moe_flex_dispatcher_num_sms": moe.flex_num_sms,
+        # Its kernels are compiled for whole chunks of 64 tokens. Padding costs a small all-reduce
+        # and a wait for it in every layer, so only where it is needed.
+        "moe_hybridep_pad_uneven_dispatch_inputs": backend == "hybridep"
+        and config.tokens_per_rank % HYBRIDEP_CHUNK > 0,
+    }
+
+
+def _graph_fields(config: Config) -> dict[str, object]:
+    if not config.training.cuda_graphs:
+        return {}
+    return {"cuda_graph_impl": "local", "cuda_graph_modules": list(config.training.cuda_graphs)}
+
+
 def _kernel_fields(config: Config) -> dict[str, object]:
     """Fused kernels only where Transformer Engine brings them."""
     fused = have_transformer_engine()
@@ -146,7 +179,8 @@ def _kernel_fields(config: Config) -> dict[str, object]:
         "use_cpu_initialization": not torch.cuda.is_available(),
         "moe_grouped_gemm": fused,
         "moe_permute_fusion": fused,
-        "gradient_accumulation_fusion": False,
+        # Not where only Transformer Engine is there: megatron-core's output layer asks for apex's.
+        "gradient_accumulation_fusion": have_fused_weight_gradient(),
         "masked_softmax_fusion": fused,
         "bias_dropout_fusion": fused,
         "bias_activation_fusion": fused,

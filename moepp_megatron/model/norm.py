@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moepp_megatron.runtime.optional import fused_rms_norm
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` whose weight gradient Megatron sums over tensor-parallel ranks.
 
     megatron-core's local norm refuses sequence parallelism because torch's norm does not mark its
-    weight: each rank sees other tokens, so the marked gradients must be added up.
+    weight: each rank sees other tokens, so the marked gradients must be added up. Where apex is
+    installed, its fused kernel computes it.
     """
 
     def __init__(
@@ -25,3 +29,11 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
             dtype=config.params_dtype,
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._fused = fused_rms_norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of `x`."""
+        if self._fused is None:
+            return super().forward(x)
+        normed: Tensor = self._fused(x, self.weight, self.normalized_shape, self.eps)
+        return normed

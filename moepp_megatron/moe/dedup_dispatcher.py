@@ -75,6 +75,12 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
                 "deduplicated dispatch, because padding would select experts that the router did "
                 "not; use False, and experts pad their own batches"
             )
+        if config.overlap_moe_expert_parallel_comm:
+            raise ValueError(
+                "TransformerConfig.overlap_moe_expert_parallel_comm (True) must be False with "
+                "deduplicated dispatch, because that schedule frees what is still on its way; use "
+                "False, or the plain all-to-all"
+            )
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
         self.input_splits: list[int] | None = None

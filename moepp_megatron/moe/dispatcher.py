@@ -32,6 +32,20 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     tokens_per_expert: Tensor
 
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+        # megatron-core moves this behind the permutation where `preprocess` is captured in a CUDA
+        # graph, and its "local" graphs claim to whenever the router is. Here it never is.
+        self.cuda_dtoh_point = "before_permutation_1"
+        # The combined schedule frees what has been sent as soon as the call returns.
+        self._waits_at_once = config.overlap_moe_expert_parallel_comm
+
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """As in megatron-core, with the number of permuted rows taken from the map.
 
@@ -57,7 +71,11 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return tokens_per_expert
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Send rows [rows, D] and gates [rows] to their experts' ranks; returns tickets."""
+        """Send rows [rows, D] and gates [rows] to their experts' ranks.
+
+        Returns:
+            Tickets; with `overlap_moe_expert_parallel_comm` what has arrived.
+        """
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_ep_alltoall", self.tokens_per_expert
         )
@@ -65,23 +83,31 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         rows, gates = self._outbound
         # Collectives of a group run in the order they began: the small one need not wait.
         gates_ticket = gates.begin(probs)
-        return rows.begin(hidden_states), gates_ticket
+        rows_ticket = rows.begin(hidden_states)
+        if self._waits_at_once:
+            return rows.end(rows_ticket), gates.end(gates_ticket)
+        return rows_ticket, gates_ticket
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Wait for rows and gates, given their tickets; then as in megatron-core."""
-        rows, gates = self._outbound
-        return super().dispatch_postprocess(rows.end(hidden_states), gates.end(probs))
+        if not self._waits_at_once:
+            rows, gates = self._outbound
+            hidden_states, probs = rows.end(hidden_states), gates.end(probs)
+        return super().dispatch_postprocess(hidden_states, probs)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """Send the experts' outputs back; returns a ticket."""
+        """Send the experts' outputs back; returns a ticket, or as in `token_dispatch`."""
         self._inbound = self._exchange(back=True)
-        return self._inbound.begin(hidden_states)
+        ticket = self._inbound.begin(hidden_states)
+        return self._inbound.end(ticket) if self._waits_at_once else ticket
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Wait for the experts' outputs, given their ticket; then as in megatron-core."""
-        return super().combine_postprocess(self._inbound.end(hidden_states))
+        if not self._waits_at_once:
+            hidden_states = self._inbound.end(hidden_states)
+        return super().combine_postprocess(hidden_states)
 
     def combine_rows(self, ticket: Tensor) -> tuple[Tensor, Tensor]:
         """In place of `combine_postprocess`, for `kernels.combine`.

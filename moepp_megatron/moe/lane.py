@@ -12,12 +12,15 @@ import copy
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.cuda_graphs import CapturedParts
 from moepp_megatron.moe.layer import MoEPPLayer
+from moepp_megatron.moe.router import Choice
 
 
 class MoEPPTransformerLayer(TransformerLayer):
@@ -29,15 +32,19 @@ class MoEPPTransformerLayer(TransformerLayer):
     Attributes:
         lane_width: E for a layer that ends a pipeline stage: it returns its hidden states with the
             lane glued on. 0 for every other layer.
+        captured: The parts that run as CUDA graphs; None for none.
     """
 
     lane_width = 0
+    captured: CapturedParts | None = None
 
     def forward(
         self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As `TransformerLayer.forward`; returns the output and the lane."""
-        hidden_states, _ = self._forward_attention(hidden_states, context=None, **kwargs)
+        hidden_states, _ = self._forward_attention(
+            hidden_states, context=None, **self._arguments(CudaGraphModule.attn, **kwargs)
+        )
         if isinstance(self.mlp, MoEPPLayer):
             hidden_states, context = self._forward_moe(
                 hidden_states, context, kwargs.get("padding_mask")
@@ -58,14 +65,42 @@ class MoEPPTransformerLayer(TransformerLayer):
     def _forward_moe(
         self, hidden_states: Tensor, previous_logits: Tensor | None, padding_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        normed = self._forward_pre_mlp_layernorm(hidden_states)
-        residual = hidden_states
-        if isinstance(normed, tuple):
-            normed, residual = normed
-        if self.config.fp32_residual_connection:
-            residual = residual.float()
-        output, logits = self.mlp(normed, previous_logits, padding_mask=padding_mask)
+        if self.captured is not None and self.captured.has_router:
+            assert padding_mask is None, "a captured router knows no padding"
+            normed, *choice = self._forward_router(
+                hidden_states, previous_logits, **self._arguments(CudaGraphModule.moe_router)
+            )
+            residual = self._residual(hidden_states)
+            output, logits = self.mlp(normed, choice=Choice(*choice))
+        else:
+            normed, residual = self.normed_and_residual(hidden_states)
+            output, logits = self.mlp(normed, previous_logits, padding_mask=padding_mask)
         return self._forward_post_mlp((output, None), residual), logits
+
+    def _forward_router(
+        self, hidden_states: Tensor, previous_logits: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Norm and router up to the selection, [s, b, D] and a `Choice`: what a graph captures."""
+        normed = self._forward_pre_mlp_layernorm(hidden_states)
+        assert torch.is_tensor(normed), "a norm fused with its residual cannot be captured here"
+        return normed, *self.mlp.router.choose(normed, previous_logits)
+
+    def normed_and_residual(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The MoE layer's input and what its output is added to, both [s, b, D]."""
+        normed = self._forward_pre_mlp_layernorm(hidden_states)
+        if isinstance(normed, tuple):
+            normed, hidden_states = normed
+        return normed, self._residual(hidden_states)
+
+    def _residual(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.float() if self.config.fp32_residual_connection else hidden_states
+
+    def create_mcore_cudagraph_manager(self, config: TransformerConfig) -> None:
+        """megatron-core's constructor calls this where `cuda_graph_impl` is local."""
+        self.captured = CapturedParts(self, config)
+
+    def _arguments(self, part: CudaGraphModule, **kwargs: Any) -> dict[str, Any]:
+        return kwargs if self.captured is None else self.captured.arguments(part, **kwargs)
 
 
 def lane_columns(moepp: MoEPPConfig, dtype: torch.dtype) -> int:

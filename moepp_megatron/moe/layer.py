@@ -22,9 +22,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.cuda_graphs import refuse_uncapturable
 from moepp_megatron.moe.dispatcher import RowDispatcher, build_dispatcher, bytes_sent
 from moepp_megatron.moe.kernels import use_kernels
-from moepp_megatron.moe.router import MoEPPRouter, Routing
+from moepp_megatron.moe.router import Choice, MoEPPRouter, Routing
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.zero_computation import ZeroComputationExperts
 
@@ -112,6 +113,7 @@ class MoEPPLayer(MoELayer):
         hidden_states: Tensor,
         previous_logits: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        choice: Choice | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer.
 
@@ -119,6 +121,7 @@ class MoEPPLayer(MoELayer):
             hidden_states: [s, b, D] local tokens.
             previous_logits: [s, b, E] fp32 router logits of the MoE layer before, or None.
             padding_mask: Not supported; must be None.
+            choice: What the router chose, where it has run before (`cuda_graphs`).
 
         Returns:
             The output [s, b, D] and this layer's router logits [s, b, E] fp32.
@@ -133,25 +136,18 @@ class MoEPPLayer(MoELayer):
         if self.moe_layer_recompute and self.training:
             # The logits are an explicit input and output, so their gradient survives.
             return tensor_parallel.checkpoint(self._forward, False, hidden_states, previous_logits)
-        return self._forward(hidden_states, previous_logits)
+        if choice is None:
+            return self._forward(hidden_states, previous_logits)
+        return self._experts(hidden_states, self.router.settle(choice))
 
     def _forward(
         self, hidden_states: Tensor, previous_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        routing = self.router(hidden_states, previous_logits)
-        num_ffn = self.moepp.num_ffn_experts
+        return self._experts(hidden_states, self.router(hidden_states, previous_logits))
 
-        expert_input = hidden_states
-        if self.moepp.expert_input_scale != 1.0:
-            expert_input = hidden_states * self.moepp.expert_input_scale
-        tokens, probs = self.preprocess(
-            expert_input,
-            routing.gates[:, :num_ffn],
-            routing.routing_map[:, :num_ffn],
-        )
-        dispatched, probs = self.dispatch(tokens, probs)
-        if RoutingStatistics.counts_now(self.training):
-            self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
+    def _experts(self, hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """The layer after its router."""
+        dispatched, probs = self.dispatch(*self.ffn_input(hidden_states, routing))
         # While tokens travel to their experts and back: what needs no token to move.
         shared_output = self.shared_experts_compute(hidden_states)
         expert_output, _ = self.routed_experts_compute(dispatched, probs)
@@ -159,14 +155,44 @@ class MoEPPLayer(MoELayer):
         if self.fuses_combine:
             all_output = self._fused_output(returning, hidden_states, routing, shared_output)
             return all_output.view(hidden_states.shape), routing.logits
-        output = self._local_output(hidden_states, routing.gates, shared_output)
+        output = self.local_output(hidden_states, routing.gates, shared_output)
         ffn_output = self.postprocess(returning, None)
         if output is None:
             return ffn_output, routing.logits
         output.add_(ffn_output.view_as(output))
         return output.view(hidden_states.shape), routing.logits
 
-    def _local_output(
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
+        """megatron-core's way to call a router, which has no room for its logits.
+
+        Raises:
+            ValueError: Always: whoever calls it would lose the lane.
+        """
+        raise ValueError(
+            "TransformerConfig.overlap_moe_expert_parallel_comm "
+            f"({self.config.overlap_moe_expert_parallel_comm}) must run MoE++ layers through "
+            "MoEPPGPTModel.build_schedule_plan, because megatron-core's own schedule plan keeps "
+            "probabilities and routing map of a router and drops its logits; build the model as "
+            "MoEPPGPTModel, or set it to False"
+        )
+
+    def ffn_input(self, hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """What `dispatch` sends: rows for FFN experts and their gates, as the dispatcher orders."""
+        num_ffn = self.moepp.num_ffn_experts
+        if self.moepp.expert_input_scale != 1.0:
+            hidden_states = hidden_states * self.moepp.expert_input_scale
+        return self.preprocess(
+            hidden_states, routing.gates[:, :num_ffn], routing.routing_map[:, :num_ffn]
+        )
+
+    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Dispatch as megatron-core does and count the bytes."""
+        dispatched = super().dispatch(hidden_states, probs)
+        if RoutingStatistics.counts_now(self.training):
+            self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
+        return dispatched
+
+    def local_output(
         self, hidden_states: Tensor, gates: Tensor, shared_output: Tensor | None
     ) -> Tensor | None:
         """[T, D] what zero-computation and shared experts return; None where there is nothing."""
@@ -201,19 +227,20 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         ValueError: With the name, the value, the rule and a remedy.
     """
     rules = (
-        ("moe_latent_size", config.moe_latent_size, None),
-        ("moe_pad_expert_input_to_capacity", config.moe_pad_expert_input_to_capacity, False),
-        ("moe_shared_expert_overlap", config.moe_shared_expert_overlap, False),
-        ("overlap_moe_expert_parallel_comm", config.overlap_moe_expert_parallel_comm, False),
-        ("cuda_graph_impl", config.cuda_graph_impl, "none"),
-        ("mlp_chunks_for_training", config.mlp_chunks_for_training, 1),
+        ("moe_latent_size", None, "zero-computation experts take the whole vector"),
+        ("moe_pad_expert_input_to_capacity", False, "it counts K selections a token"),
+        ("moe_expert_rank_capacity_factor", None, "tokens over it would vanish uncounted"),
+        ("moe_shared_expert_overlap", False, "shared experts run during the all-to-all anyway"),
+        ("mlp_chunks_for_training", 1, "a chunk would be routed without its router logits"),
     )
-    for name, value, required in rules:
+    for name, required, reason in rules:
+        value = getattr(config, name)
         if value != required:
             raise ValueError(
-                f"TransformerConfig.{name} ({value}) is not supported by the MoE++ layer; "
-                f"use {required}"
+                f"TransformerConfig.{name} ({value}) is not supported by the MoE++ layer, because "
+                f"{reason}; use {required}"
             )
+    refuse_uncapturable(config)
 
 
 def moe_statistics(model: torch.nn.Module) -> dict[int, RoutingStatistics]:

@@ -85,6 +85,16 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
     return own
 
 
+class Choice(NamedTuple):
+    """A `Routing` before losses and capacity limits: the logits, and the `Selection` they make."""
+
+    logits: Tensor
+    gates: Tensor
+    routing_map: Tensor
+    counts: Tensor | None
+    score_sums: Tensor | None
+
+
 class MoEPPRouter(TopKRouter):
     """Routes each token among FFN, constant, copy and zero experts.
 
@@ -148,6 +158,16 @@ class MoEPPRouter(TopKRouter):
         """
         if padding_mask is not None:
             raise ValueError("padding_mask must be None: MoE++ routing counts every token")
+        logits = self._logits(input, previous_logits)
+        gates, routing_map = self.routing(logits)
+        return Routing(gates, routing_map, logits)
+
+    def choose(self, input: Tensor, previous_logits: Tensor | None) -> Choice:
+        """The first half of `forward`: has no effect but its result, so a graph can hold it."""
+        return self._choose(self._logits(input, previous_logits))
+
+    def _logits(self, input: Tensor, previous_logits: Tensor | None) -> Tensor:
+        """[s, b, E] fp32 logits, residual included."""
         self._maintain_float32_expert_bias()
         # megatron-core adds the noise in validation too; there it would only blur the loss.
         logits = self.gating(self.apply_input_jitter(input) if self.training else input)
@@ -157,8 +177,7 @@ class MoEPPRouter(TopKRouter):
                 "the layer before"
             )
             logits = self._add_residual(logits, previous_logits, self.residual_weight)
-        gates, routing_map = self.routing(logits)
-        return Routing(gates, routing_map, logits)
+        return logits
 
     def set_tau(self, tau: float) -> None:
         """Weigh zero-computation experts by `tau` in the balance loss from now on."""
@@ -185,27 +204,34 @@ class MoEPPRouter(TopKRouter):
         Returns:
             gates [T, E] fp32 and routing map [T, E] bool.
         """
-        logits_TE = self._standardized(self.apply_z_loss(logits.view(-1, self.moepp.num_experts)))
-        num_tokens = logits_TE.shape[0]
-        counts = RoutingStatistics.counts_now(self.training)
-        num_sequences = logits.shape[1] if self.moepp.balance_scope == "sequence" else 1
-        selection = self._select(logits_TE, num_sequences if counts else None)
-        gates_TE, routing_map_TE = selection.gates, selection.routing_map
+        gates, routing_map, _ = self.settle(self._choose(logits))
+        return gates, routing_map
 
+    def _choose(self, logits: Tensor) -> Choice:
+        logits_TE = self._standardized(self.apply_z_loss(logits.view(-1, self.moepp.num_experts)))
+        num_sequences = None
+        if RoutingStatistics.counts_now(self.training):
+            num_sequences = logits.shape[1] if self.moepp.balance_scope == "sequence" else 1
+        return Choice(logits, *self._select(logits_TE, num_sequences))
+
+    def settle(self, choice: Choice) -> Routing:
+        """The second half of `forward`: attach the losses, apply capacity limits, count."""
+        logits, gates_TE, routing_map_TE, counts_SE, score_sums_SE = choice
+        num_tokens = gates_TE.shape[0]
         loss = None
-        if counts and self.moepp.balance_coeff > 0:
-            loss, gates_TE = self._balance(selection, num_tokens)
+        if counts_SE is not None and score_sums_SE is not None and self.moepp.balance_coeff > 0:
+            loss, gates_TE = self._balance(gates_TE, counts_SE, score_sums_SE)
         kept_TE = None
         if self.moepp.capacity_factor is not None:
             kept_TE = within_capacity(
                 gates_TE, routing_map_TE, self.moepp, self.tp_cp_group, self.cp_group.size()
             )
-        if selection.counts is not None:
-            selected_E = selection.counts.sum(dim=0).long()
+        if counts_SE is not None:
+            selected_E = counts_SE.sum(dim=0).long()
             self.statistics.add_selection(selected_E, num_tokens, kept_TE, loss)
         if kept_TE is not None:
-            return gates_TE * kept_TE, kept_TE
-        return gates_TE, routing_map_TE
+            return Routing(gates_TE * kept_TE, kept_TE, logits)
+        return Routing(gates_TE, routing_map_TE, logits)
 
     def _add_residual(self, logits: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
         """`logits + G z_(j-1)`, [s, b, E]; the matrix product adds, so nothing is read twice."""
@@ -227,19 +253,18 @@ class MoEPPRouter(TopKRouter):
             return fused_select(logits_TE, self.expert_bias, self.moepp, num_sequences)
         return select(logits_TE, self.expert_bias, self.moepp, num_sequences)
 
-    def _balance(self, selection: Selection, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def _balance(
+        self, gates_TE: Tensor, counts_SE: Tensor, score_sums_SE: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """This rank's summand of L_b, and the gates with its gradient attached."""
-        assert selection.counts is not None, "a selection that was not counted has no balance loss"
-        assert selection.score_sums is not None, "counts and sums come together"
-        per_sequence = num_tokens // selection.counts.shape[0]
+        num_tokens = gates_TE.shape[0]
+        per_sequence = num_tokens // counts_SE.shape[0]
         if self.moepp.balance_scope == "global":
-            fractions = self.global_fractions.add(
-                selection.counts, per_sequence, self.tp_dp_cp_group
-            )
+            fractions = self.global_fractions.add(counts_SE, per_sequence, self.tp_dp_cp_group)
         else:
-            fractions = selected_fractions(selection.counts, per_sequence, self.tp_cp_group)
+            fractions = selected_fractions(counts_SE, per_sequence, self.tp_cp_group)
         loss = local_balance_loss(
-            selection.score_sums,
+            score_sums_SE,
             fractions,
             self.balance_weights,
             per_sequence * self.tp_cp_group.size(),
@@ -252,7 +277,7 @@ class MoEPPRouter(TopKRouter):
             reduce_group=self.tp_cp_group,
         )
         gates_TE = attach_loss(
-            selection.gates,
+            gates_TE,
             loss * self.moepp.balance_coeff,
             num_tokens=num_tokens,
             group_size=self.tp_cp_group.size(),

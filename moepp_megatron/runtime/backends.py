@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import metadata
 
+from moepp_megatron.runtime.kernel_choices import kernel_choices
 from moepp_megatron.runtime.optional import (
     flex_backend,
+    flex_backends,
     have_apex,
     have_resiliency_on_gpu,
     have_transformer_engine,
@@ -62,15 +64,16 @@ def optional_backends() -> list[Backend]:
             "apex",
             (version_of("apex") or "found") if apex else None,
             apex,
-            "fused Adam and multi-tensor operations through megatron-core",
-            "torch's Adam, and Transformer Engine's where it is there",
+            "fused Adam, multi-tensor operations, norms, gradient accumulation, each where "
+            "Transformer Engine does not do it",
+            "torch's operations, or Transformer Engine's",
             "comes with NVIDIA's containers or from its source (not PyPI's apex)",
         ),
         Backend(
             "DeepEP",
             version_of("deep_ep"),
             flex_backend() is not None,
-            f"moe.dispatcher=flex runs on {flex_backend()}",
+            f"moe.dispatcher=flex runs on {' or '.join(flex_backends())}",
             "moe.dispatcher=alltoall or allgather; flex is refused",
             "install deep_ep from its source on a machine with RDMA",
         ),
@@ -98,7 +101,8 @@ def choices_line() -> str:
     backends = optional_backends()
     used = ", ".join(f"{b.name} {b.version}" for b in backends if b.used) or "none"
     missing = ", ".join(b.name for b in backends if not b.used) or "none"
-    return f"optional packages used: {used}; not used: {missing} (moepp doctor says why)"
+    kernels = "; ".join(choice.line() for choice in kernel_choices())
+    return f"optional packages used: {used}; not used: {missing} (moepp doctor says why); {kernels}"
 
 
 def version_of(distribution: str) -> str | None:

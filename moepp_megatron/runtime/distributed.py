@@ -82,7 +82,10 @@ def build_groups(config: Config, layout: Layout) -> None:
         create_gloo_process_groups=False,
     )
     torch.manual_seed(config.training.seed)
-    model_parallel_cuda_manual_seed(config.training.seed)
+    # A graph draws random numbers from generators that it knows, not from copied states.
+    model_parallel_cuda_manual_seed(
+        config.training.seed, use_cudagraphable_rng=bool(config.training.cuda_graphs)
+    )
 
 
 def _require_determinism() -> None:

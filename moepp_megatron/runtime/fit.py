@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moepp_megatron.config import Config, UnfitError
-from moepp_megatron.runtime.optional import flex_backend, have_triton
+from moepp_megatron.runtime.optional import flex_backend, flex_backends, have_triton
 
 
 def check_fit(config: Config) -> None:
@@ -12,13 +12,42 @@ def check_fit(config: Config) -> None:
     Raises:
         UnfitError: With the name, the value, the rule and a remedy.
     """
-    if config.moe.dispatcher == "flex" and flex_backend() is None:
-        raise UnfitError(
-            "moe.dispatcher (flex) must have a GPU and the package deep_ep (DeepEP or its "
-            "hybrid-ep branch), which this machine lacks; use alltoall"
-        )
+    if config.moe.dispatcher == "flex":
+        _check_flex(config)
+    if config.training.cuda_graphs:
+        _check_cuda_graphs(config)
     if config.moe.fused is True and not have_triton():
         raise UnfitError(
             "moe.fused (true) must have a GPU and the package triton, which this machine lacks; "
             "use auto"
+        )
+
+
+def _check_flex(config: Config) -> None:
+    wanted = config.moe.flex_backend
+    if not flex_backends():
+        raise UnfitError(
+            "moe.dispatcher (flex) must have a GPU and the package deep_ep (DeepEP or its "
+            "hybrid-ep branch), which this machine lacks; use alltoall"
+        )
+    if flex_backend(wanted) is None:
+        here = " or ".join(flex_backends())
+        raise UnfitError(
+            f"moe.flex_backend ({wanted}) must be in the installed deep_ep, which has {here}; "
+            f"use {here}"
+        )
+    if config.precision.dtype != "bf16":
+        raise UnfitError(
+            f"precision.dtype ({config.precision.dtype}) must be bf16 with moe.dispatcher flex, "
+            "because deep_ep's kernels carry 16-bit vectors; use bf16, or moe.dispatcher alltoall"
+        )
+
+
+def _check_cuda_graphs(config: Config) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnfitError(
+            f"training.cuda_graphs ({config.training.cuda_graphs}) must be empty without a GPU; "
+            "use []"
         )

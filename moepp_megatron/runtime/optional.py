@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 
 @functools.cache
@@ -25,6 +28,33 @@ def have_apex() -> bool:
 
 
 @functools.cache
+def have_fused_weight_gradient() -> bool:
+    """Whether apex's kernel can add a weight gradient to its buffer inside the matrix product."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+@functools.cache
+def fused_rms_norm() -> Callable[..., Any] | None:
+    """Apex's fused RMSNorm, `f(input, weight, normalized_shape, eps)`, or None for torch's."""
+    import torch
+
+    if not torch.cuda.is_available() or not have_apex():
+        return None
+    try:
+        module = importlib.import_module("apex.normalization.fused_layer_norm")
+        # The function imports its kernels only when it is called.
+        importlib.import_module("fused_layer_norm_cuda")
+    except ImportError:
+        return None
+    function: Callable[..., Any] | None = getattr(module, "fused_rms_norm_affine", None)
+    return function
+
+
+@functools.cache
 def have_resiliency_on_gpu() -> bool:
     """Whether nvidia-resiliency-ext can watch kernels here."""
     import torch
@@ -35,20 +65,34 @@ def have_resiliency_on_gpu() -> bool:
 
 
 @functools.cache
-def flex_backend() -> str | None:
-    """What the flex dispatcher runs on here: "deepep", "hybridep", or None for nothing."""
+def flex_backends() -> tuple[str, ...]:
+    """What the flex dispatcher can run on here, the preferred one first: deepep, hybridep."""
     # Looked for first, because it takes no import of torch to see that it is missing.
     if importlib.util.find_spec("deep_ep") is None:
-        return None
+        return ()
     import torch
 
     if not torch.cuda.is_available():
-        return None
+        return ()
     from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP, HAVE_HYBRIDEP
 
-    if HAVE_DEEP_EP:
-        return "deepep"
-    return "hybridep" if HAVE_HYBRIDEP else None
+    here = {"deepep": HAVE_DEEP_EP, "hybridep": HAVE_HYBRIDEP}
+    return tuple(name for name, is_here in here.items() if is_here)
+
+
+def flex_backend(wanted: str = "auto") -> str | None:
+    """What the flex dispatcher runs on here.
+
+    Args:
+        wanted: `moe.flex_backend`: auto, deepep or hybridep.
+
+    Returns:
+        "deepep", "hybridep", or None where what is wanted cannot be used.
+    """
+    here = flex_backends()
+    if wanted == "auto":
+        return here[0] if here else None
+    return wanted if wanted in here else None
 
 
 @functools.cache

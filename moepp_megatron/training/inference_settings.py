@@ -15,11 +15,18 @@ FORWARD_ONLY = (
     "parallel.sequence_parallel=true",
     "parallel.overlap_grad_reduce=false",
     "parallel.overlap_param_gather=false",
+    "parallel.overlap_moe_expert_parallel_comm=false",
+    # Its packages want several ranks; the others give the same results.
+    "moe.dispatcher=alltoall",
+    "moe.flex_backend=auto",
+    "moe.flex_num_sms=null",
     # Activations are kept for no backward pass.
     "training.recompute_granularity=null",
     "training.recompute_method=null",
     "training.recompute_num_layers=null",
     "training.micro_batch_size=1",
+    # Sequences are of any length.
+    "training.cuda_graphs=[]",
     # A limit would make a token's logits depend on which other tokens are there.
     "moe.capacity_factor=null",
     # Noise on the router's input, which megatron-core adds outside of training too.

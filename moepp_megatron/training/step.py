@@ -95,9 +95,13 @@ def run_schedule(
     return torch.stack([entry["loss"] for entry in reduced]).sum(dim=0).cpu()
 
 
-def _forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward_step(
+    iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """One micro-batch's output, or its plan for the combined schedule, and the loss of it."""
     batch = next(iterator)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    forward = model.build_schedule_plan if return_schedule_plan else model
+    output = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(_loss, batch["loss_mask"])
 
 

@@ -1,8 +1,4 @@
-"""The flex dispatcher against stand-ins for DeepEP's two fused functions, which need GPUs.
-
-The stand-ins do what DeepEP documents: a token goes once to every rank that holds one of its
-experts, -1 marks a slot without expert, and combining adds up what comes back.
-"""
+"""The flex dispatcher over stand-ins for its packages: what it trains equals one process."""
 
 from __future__ import annotations
 
@@ -10,64 +6,19 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.forced_routing import only_zero_experts
+from tests.parallel.flex_stand_ins import train_with_deepep, train_with_hybridep
+from tests.parallel.forced_routing import (
+    first_half_of_ffn_experts,
+    one_ffn_expert,
+    only_zero_experts,
+)
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import assemble, compare, settings, train
 
 FP32 = 1e-5
 
 
-def fused_dispatch(
-    x: Any, token_indices: Any, token_probs: Any, num_experts: int, group: Any, **kwargs: Any
-) -> tuple[Any, ...]:
-    """DeepEP's dispatch, by gathering everything and keeping what is for this rank."""
-    import torch
-    import torch.distributed as dist
-    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-
-    assert token_indices.dtype is torch.int64
-    assert token_probs.dtype is torch.float32
-    local = num_experts // group.size()
-    all_x = gather_from_sequence_parallel_region(x, group=group)
-    all_probs = gather_from_sequence_parallel_region(token_probs, group=group)
-    all_indices = token_indices.new_empty(all_x.shape[0], token_indices.shape[1])
-    dist.all_gather_into_tensor(all_indices, token_indices.contiguous(), group=group)
-    is_mine = all_indices // local == group.rank()
-    rows = is_mine.any(dim=1).nonzero().squeeze(1)
-    is_mine = is_mine[rows]
-    indices = torch.where(is_mine, all_indices[rows] % local, -1)
-    probs = torch.where(is_mine, all_probs[rows], 0.0)
-    counts = torch.stack([(indices == expert).sum() for expert in range(local)])
-    return all_x[rows], indices, probs, counts, (rows, all_x.shape[0])
-
-
-def fused_combine(x: Any, group: Any, handle: Any, **kwargs: Any) -> tuple[Any, None]:
-    """DeepEP's combine: every token's results from all ranks, added up on its own rank."""
-    from megatron.core.tensor_parallel.mappings import reduce_scatter_to_sequence_parallel_region
-
-    rows, total = handle
-    whole = x.new_zeros(total, x.shape[1]).index_add(0, rows, x)
-    return reduce_scatter_to_sequence_parallel_region(whole, group=group), None
-
-
-def train_with_stand_ins(*args: Any) -> Any:
-    from megatron.core.transformer.moe import token_dispatcher
-
-    stand_ins = {
-        "fused_dispatch": fused_dispatch,
-        "fused_combine": fused_combine,
-        "set_deepep_num_sms": lambda number: None,
-    }
-    before = {name: getattr(token_dispatcher, name) for name in stand_ins}
-    try:
-        for name, function in stand_ins.items():
-            setattr(token_dispatcher, name, function)
-        return train(*args)
-    finally:
-        for name, function in before.items():
-            setattr(token_dispatcher, name, function)
-
-
+BACKENDS = {"deepep": train_with_deepep, "hybridep": train_with_hybridep}
 FLEX = {"moe": {"dispatcher": "flex"}}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, {"expert_model_parallel_size": 2}),
@@ -84,32 +35,39 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_equals_one_process(ranks: RankPools, layout: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_equals_one_process(ranks: RankPools, backend: str, layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
     reference = assemble(ranks(1).run(train, settings(), 3))
-    run = assemble(
-        ranks(world_size).run(train_with_stand_ins, settings(parallel=parallel, **FLEX), 3)
-    )
+    raw = settings(parallel=parallel, **FLEX)
+    run = assemble(ranks(world_size).run(BACKENDS[backend], raw, 3))
     compare(run, reference, FP32)
 
 
-def test_bytes_are_those_of_one_vector_per_token_and_rank(ranks: RankPools) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bytes_are_those_of_one_vector_per_token_and_rank(ranks: RankPools, backend: str) -> None:
     """With one expert a rank no two selections share a vector: as many as the all-to-all sends."""
     parallel = {"expert_model_parallel_size": 2}
     moe = {"num_ffn_experts": 2}
     alltoall = assemble(ranks(2).run(train, settings(parallel=parallel, moe=moe), 1))
-    flex_moe = {**moe, "dispatcher": "flex"}
-    raw = settings(parallel=parallel, moe=flex_moe)
-    flex = assemble(ranks(2).run(train_with_stand_ins, raw, 1))
+    raw = settings(parallel=parallel, moe={**moe, "dispatcher": "flex"})
+    flex = assemble(ranks(2).run(BACKENDS[backend], raw, 1))
     assert flex.routing[0]["a2a_bytes"] == alltoall.routing[0]["a2a_bytes"] > 0
 
 
-def test_no_ffn_token_at_all(ranks: RankPools) -> None:
-    moe = {"num_zero_experts": 2}
-    reference = assemble(ranks(1).run(train, settings(moe=moe), 2, only_zero_experts))
+# What each forces through the routers, and the FFN share that it leaves.
+FORCED = {only_zero_experts: 0.0, one_ffn_expert: 0.5, first_half_of_ffn_experts: 1.0}
+
+
+@pytest.mark.parametrize("prepare", FORCED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_and_experts_without_tokens(ranks: RankPools, backend: str, prepare: Any) -> None:
+    """No FFN token at all; all of them on one expert; none for the second rank."""
+    moe = {"num_zero_experts": 1 if prepare is one_ffn_expert else 2}
+    reference = assemble(ranks(1).run(train, settings(moe=moe), 2, prepare))
     raw = settings(moe={**moe, "dispatcher": "flex"}, parallel={"expert_model_parallel_size": 2})
-    run = assemble(ranks(2).run(train_with_stand_ins, raw, 2, only_zero_experts))
-    assert run.routing[0]["ffn_fraction"] == 0
+    run = assemble(ranks(2).run(BACKENDS[backend], raw, 2, prepare))
+    assert run.routing[0]["ffn_fraction"] == FORCED[prepare]
     compare(run, reference, FP32)
 
 

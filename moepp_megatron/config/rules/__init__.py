@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules import (
     budget,
+    cuda_graphs,
+    expert_overlap,
+    flex,
     ignored,
     model,
     moe,
@@ -26,7 +29,10 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *moe.RULES,
     *budget.RULES,
     *parallel.RULES,
+    *flex.RULES,
+    *expert_overlap.RULES,
     *training.RULES,
+    *cuda_graphs.RULES,
     *resilience.RULES,
     *slurm.RULES,
 )

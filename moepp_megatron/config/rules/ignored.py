@@ -46,6 +46,19 @@ def routing_without_object(config: Config) -> Iterator[Problem]:
         )
 
 
+def flex_settings_without_flex(config: Config) -> Iterator[Problem]:
+    """Backend and multiprocessors are those of the flex dispatcher."""
+    if config.moe.dispatcher != "flex":
+        for key in ("flex_backend", "flex_num_sms"):
+            yield from _ignored(
+                "moe",
+                config.moe,
+                key,
+                f"with moe.dispatcher {config.moe.dispatcher}",
+                "set moe.dispatcher to flex, or leave it out",
+            )
+
+
 def deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
     """A token meets two experts of one rank only where a rank holds two and a token takes two."""
     moe, ranks = config.moe, config.parallel.expert_model_parallel_size
@@ -246,6 +259,7 @@ def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
 
 RULES = (
     routing_without_object,
+    flex_settings_without_flex,
     deduplication_without_duplicates,
     kernels_of_the_vanilla_layer,
     tau_beside_a_target,

@@ -84,20 +84,6 @@ def sequence_divides_over_ranks(config: Config) -> Iterator[Problem]:
     yield from must_divide("model.seq_length", config.model.seq_length, pieces, text)
 
 
-def flex_dispatcher_needs_expert_ranks(config: Config) -> Iterator[Problem]:
-    """DeepEP asserts that there is somebody to send to."""
-    parallel = config.parallel
-    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
-    if config.moe.dispatcher == "flex" and ranks == 1:
-        yield Problem(
-            "moe.dispatcher",
-            "flex",
-            "must have more than one rank in parallel.expert_model_parallel_size (1) * "
-            "parallel.expert_tensor_parallel_size (1)",
-            "use alltoall, or set parallel.expert_model_parallel_size to 2 or more",
-        )
-
-
 def param_gather_overlap_has_its_parts(config: Config) -> Iterator[Problem]:
     """Only the distributed optimizer gathers parameters, by the gradient buckets' order."""
     parallel = config.parallel
@@ -192,7 +178,6 @@ RULES = (
     expert_tensor_ranks_divide_expert_width,
     tensor_parallel_needs_sequence_parallel,
     sequence_divides_over_ranks,
-    flex_dispatcher_needs_expert_ranks,
     param_gather_overlap_has_its_parts,
     virtual_stages_need_pipeline,
     layers_divide_over_stages,

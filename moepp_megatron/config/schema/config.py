@@ -54,6 +54,13 @@ class Config(Section):
         """Inner width of an FFN expert, the default resolved."""
         return self.moe.ffn_hidden_size or self.model.ffn_hidden_size
 
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of a micro-batch that a rank routes, T."""
+        parallel = self.parallel
+        ranks = parallel.context_parallel_size * parallel.tensor_model_parallel_size
+        return self.model.seq_length * self.training.micro_batch_size // ranks
+
     def to_yaml(self, comment: str | None = None) -> str:
         """The resolved configuration as YAML that `load_config` reads back to an equal one.
 

@@ -133,6 +133,18 @@ class MoESection(Section):
         "is a GPU and Triton",
         json_schema_extra=unit("-"),
     )
+    flex_backend: Literal["auto", "deepep", "hybridep"] = Field(
+        default="auto",
+        description="What the flex dispatcher runs on; auto takes DeepEP, or else HybridEP",
+        json_schema_extra=unit("-"),
+    )
+    flex_num_sms: int | None = Field(
+        default=None,
+        ge=2,
+        description="Multiprocessors that the flex dispatcher's kernels occupy; null: 20 with "
+        "DeepEP, HybridEP's own choice",
+        json_schema_extra=unit("multiprocessors"),
+    )
     layer_freq: int | list[int] = Field(
         default=1,
         description="MoE layers: every n-th layer from the first, or one 0 or 1 per layer",

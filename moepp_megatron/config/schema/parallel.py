@@ -65,6 +65,12 @@ class ParallelSection(Section):
         description="Gather parameters during the forward pass",
         json_schema_extra=unit("-"),
     )
+    overlap_moe_expert_parallel_comm: bool = Field(
+        default=False,
+        description="Move the tokens of one micro-batch while another one's layer computes "
+        "(megatron-core's combined schedule of forward and backward)",
+        json_schema_extra=unit("-"),
+    )
 
     @property
     def expert_tensor_size(self) -> int:

@@ -113,6 +113,11 @@ class TrainingSection(Section):
         description="With selective: the modules to recompute",
         json_schema_extra=unit("-"),
     )
+    cuda_graphs: list[str] = Field(
+        default=[],
+        description="Parts of each layer that run as CUDA graphs: attn, moe_router",
+        json_schema_extra=unit("-"),
+    )
     log_interval: int = Field(
         default=1, ge=1, description="Steps between log lines", json_schema_extra=unit("steps")
     )

@@ -38,7 +38,10 @@ def get_rng_state() -> dict[str, Any]:
         # numpy's arrays are not among the plain types.
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "python": [version, list(words), next_gauss],
-        "tracker": dict(get_cuda_rng_tracker().get_states()),
+        "tracker": {
+            name: state.get_state() if isinstance(state, torch.Generator) else state
+            for name, state in get_cuda_rng_tracker().get_states().items()
+        },
     }
 
 
@@ -50,7 +53,15 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, words, next_gauss = state["python"]
     random.setstate((version, tuple(words), next_gauss))
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker = get_cuda_rng_tracker()
+    present = tracker.get_states()
+    for name, stream in state["tracker"].items():
+        # With CUDA graphs the streams are generators, which graphs know by their identity.
+        if isinstance(present.get(name), torch.Generator):
+            present[name].set_state(stream)
+        else:
+            present[name] = stream
+    tracker.set_states(present)
 
 
 def reseed(seed: int, step: int) -> None:

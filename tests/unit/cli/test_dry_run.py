@@ -121,6 +121,7 @@ def test_impossible_layouts_are_refused(
     from moepp_megatron.runtime import launch
 
     monkeypatch.setattr(launch, "run_ranks", lambda *args: pytest.fail("ranks were started"))
+    had_groups = _has_process_groups()
     assert command(text, ranks, *options) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -129,8 +130,13 @@ def test_impossible_layouts_are_refused(
     line = next(line for line in lines if rule in line)
     assert re.search(r"\w \(.*\) must .*; \w", line), "name (value) rule; remedy"
     assert remedy in line.partition("; ")[2]
+    # Tests before this one may have left groups behind.
+    assert _has_process_groups() == had_groups
+
+
+def _has_process_groups() -> bool:
     torch = sys.modules.get("torch")
-    assert torch is None or not torch.distributed.is_initialized()
+    return torch is not None and torch.distributed.is_initialized()
 
 
 def test_a_machine_without_deepep_refuses_flex(command, capsys):
@@ -146,6 +152,11 @@ def test_a_machine_without_triton_refuses_its_kernels(command, capsys, monkeypat
     error = capsys.readouterr().err
     assert "moe.fused (true) must have a GPU and the package triton" in error
     assert "use auto" in error
+
+
+def test_a_machine_without_a_gpu_refuses_cuda_graphs(command, capsys):
+    assert command("training.cuda_graphs=[attn]", 2) == 3
+    assert "must be empty without a GPU; use []" in capsys.readouterr().err
 
 
 def test_another_machine_can_be_planned_for(command):

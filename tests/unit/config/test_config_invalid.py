@@ -23,6 +23,15 @@ VANILLA = [
     "moe.gating_residual=false",
 ]
 FP8 = ["precision.dtype=bf16", "precision.fp8=hybrid"]
+FLEX = ["moe.dispatcher=flex", "parallel.expert_model_parallel_size=2"]
+OVERLAP_NAME = "parallel.overlap_moe_expert_parallel_comm"
+OVERLAP = [
+    f"{OVERLAP_NAME}=true",
+    "parallel.expert_model_parallel_size=2",
+    "precision.dtype=bf16",
+]
+GRAPHS = ["training.cuda_graphs=[attn, moe_router]"]
+GRAPHS_NAME = "training.cuda_graphs (['attn', 'moe_router'])"
 LAYOUT = "parallel.pipeline_model_parallel_layout"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
 
@@ -96,6 +105,99 @@ INVALID = [
         [*VANILLA, "moe.dispatcher=alltoall_dedup", "parallel.expert_model_parallel_size=2"],
         DEDUP,
         "add zero-computation experts",
+    ),
+    (
+        [*FLEX, "model.hidden_size=36", "model.num_attention_heads=6"],
+        "model.hidden_size (36) must be divisible by 8 for moe.dispatcher flex",
+        "use 32 or 40",
+    ),
+    ([*FLEX, "moe.flex_num_sms=21"], "moe.flex_num_sms (21)", "use 20 or 22"),
+    (["moe.flex_num_sms=0"], "moe.flex_num_sms (0)", "use 2 or more, or null"),
+    (["moe.flex_backend=ncclep"], "moe.flex_backend ('ncclep')", "use"),
+    (
+        [*FLEX, "moe.flex_backend=hybridep", "model.seq_length=127"],
+        "training.micro_batch_size (2) must give each rank a number of tokens (254)",
+        "use 4, or moe.flex_backend deepep",
+    ),
+    # overlap of the all-to-all with other micro-batches
+    (
+        [*OVERLAP, "parallel.expert_model_parallel_size=1"],
+        f"{OVERLAP_NAME} (true) must have parallel.expert_model_parallel_size (1) above 1",
+        "to false",
+    ),
+    (
+        [*OVERLAP, "precision.dtype=fp32"],
+        f"{OVERLAP_NAME} (true) must have precision.dtype (fp32) bf16",
+        "to false",
+    ),
+    (
+        [*OVERLAP, "moe.dispatcher=allgather"],
+        f"{OVERLAP_NAME} (true) must have moe.dispatcher (allgather) alltoall or flex",
+        "to false",
+    ),
+    (
+        [*OVERLAP, *PP2],
+        f"{OVERLAP_NAME} (true) must have {VPP} (null) 2 or more",
+        "to false",
+    ),
+    (
+        [
+            *OVERLAP,
+            "training.recompute_granularity=full",
+            "training.recompute_method=uniform",
+            "training.recompute_num_layers=1",
+        ],
+        f"{OVERLAP_NAME} (true) must have training.recompute_granularity (full) null or selective",
+        "to false",
+    ),
+    (
+        [*OVERLAP, "training.recompute_granularity=selective"],
+        f"{OVERLAP_NAME} (true) must have training.recompute_modules (['moe']) without moe",
+        "to false",
+    ),
+    (
+        [*OVERLAP, "model.implementation=hybrid"],
+        f"{OVERLAP_NAME} (true) must have model.implementation (hybrid) gpt",
+        "to false",
+    ),
+    # CUDA graphs
+    (
+        ["training.cuda_graphs=[moe]"],
+        "training.cuda_graphs (['moe']) must hold only attn and moe_router, because of moe: an",
+        "use [attn, moe_router]",
+    ),
+    (
+        ["training.cuda_graphs=[attn, atn]"],
+        "training.cuda_graphs (['attn', 'atn'])",
+        "use [attn, moe_router]",
+    ),
+    (["training.cuda_graphs=attn"], "training.cuda_graphs ('attn')", "write it as [a, b]"),
+    (
+        [*GRAPHS, "training.recompute_granularity=selective"],
+        f"{GRAPHS_NAME} must have training.recompute_granularity (selective) null",
+        "to []",
+    ),
+    (
+        [*GRAPHS, *OVERLAP],
+        f"{GRAPHS_NAME} must have {OVERLAP_NAME} (true) false",
+        "to []",
+    ),
+    (
+        [*GRAPHS, "model.implementation=hybrid"],
+        f"{GRAPHS_NAME} must have model.implementation (hybrid) gpt",
+        "to []",
+    ),
+    (
+        [*GRAPHS, *VANILLA],
+        f"{GRAPHS_NAME} must have zero-computation experts or moe.gating_residual",
+        "to []",
+    ),
+    ([*GRAPHS, *FP8], f"{GRAPHS_NAME} must have precision.fp8 (hybrid) null", "to []"),
+    ([*GRAPHS, "moe.z_loss_coeff=0.1"], f"{GRAPHS_NAME} must have moe.z_loss_coeff (0.1)", "to []"),
+    (
+        [*GRAPHS, "moe.input_jitter_eps=0.1"],
+        f"{GRAPHS_NAME} must have moe.input_jitter_eps (0.1) null",
+        "to []",
     ),
     # layout
     (
@@ -550,6 +652,8 @@ IGNORED = [
         "same as selected",
     ),
     ([*VANILLA, "moe.fused=true"], "moe.fused (true)", "vanilla MoE layer"),
+    (["moe.flex_backend=deepep"], "moe.flex_backend ('deepep')", "with moe.dispatcher alltoall"),
+    (["moe.flex_num_sms=24"], "moe.flex_num_sms (24)", "with moe.dispatcher alltoall"),
     (["moe.dispatcher=alltoall_dedup"], DEDUP, "parallel.expert_model_parallel_size (1)"),
     (
         ["moe.dispatcher=alltoall_dedup", "parallel.expert_model_parallel_size=8"],

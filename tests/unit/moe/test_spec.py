@@ -1,9 +1,11 @@
 """What the specs build, and what they refuse."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.models.common.fine_grained_callables import build_transformer_layer_callables
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moepp_megatron.moe.config import MoEPPConfig
@@ -180,23 +182,23 @@ def test_router_config_leaves_the_models_alone():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "remedy"),
+    ("name", "value", "reason", "remedy"),
     [
-        ("moe_latent_size", 8, "None"),
-        ("moe_pad_expert_input_to_capacity", True, "False"),
-        ("moe_shared_expert_overlap", True, "False"),
-        ("overlap_moe_expert_parallel_comm", True, "False"),
-        ("cuda_graph_impl", "local", "none"),
-        ("mlp_chunks_for_training", 2, "1"),
+        ("moe_latent_size", 8, "whole vector", "None"),
+        ("moe_pad_expert_input_to_capacity", True, "K selections a token", "False"),
+        ("moe_expert_rank_capacity_factor", 1.5, "vanish uncounted", "None"),
+        ("moe_shared_expert_overlap", True, "during the all-to-all anyway", "False"),
+        ("mlp_chunks_for_training", 2, "without its router logits", "1"),
     ],
 )
-def test_layer_refuses_what_it_cannot_honour(name, value, remedy):
+def test_layer_refuses_what_it_cannot_honour(name, value, reason, remedy):
     config = megatron_config(MOEPP)
     # Set afterwards: megatron-core's own checks demand GPUs or further settings for some.
     setattr(config, name, value)
     spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)
     message = (
-        rf"TransformerConfig.{name} \({value}\) is not supported by the MoE\+\+ layer; use {remedy}"
+        rf"TransformerConfig.{name} \({value}\) is not supported by the MoE\+\+ layer, "
+        rf"because .*{reason}; use {remedy}"
     )
     with pytest.raises(ValueError, match=message):
         spec.submodules.mlp(config=config, pg_collection=None)
@@ -224,3 +226,27 @@ def test_deduplicated_dispatch_refuses_padded_routing():
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with pytest.raises(ValueError, match=r"padding_for_quantization \(True\) must be False"):
         build_dispatcher(4, [0, 1, 2, 3], config, groups, deduplicate=True)
+
+
+def test_deduplicated_dispatch_refuses_the_combined_schedule():
+    config = megatron_config(MOEPP)
+    config.overlap_moe_expert_parallel_comm = True
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with pytest.raises(ValueError, match="frees what is still on its way"):
+        build_dispatcher(4, [0, 1, 2, 3], config, groups, deduplicate=True)
+
+
+def test_upstreams_nodes_would_drop_the_router_logits():
+    """Should this fail after an upgrade: megatron-core's own nodes may carry the lane by now."""
+    layer = build_transformer_layer(MOEPP, has_residual=False)
+    (pre_dispatch, *_), _ = build_transformer_layer_callables(layer)
+    hidden = torch.randn(4, 2, HIDDEN, requires_grad=True)
+    node = SimpleNamespace(chunk_state=empty_chunk_state(), layer_state=SimpleNamespace())
+    with pytest.raises(ValueError, match="drops its logits; build the model as MoEPPGPTModel"):
+        pre_dispatch(node, hidden)
+
+
+def empty_chunk_state():
+    names = ("attention_mask", "packed_seq_params", "sequence_len_offset")
+    rotary = ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin")
+    return SimpleNamespace(**dict.fromkeys((*names, *rotary)))

@@ -1,0 +1,106 @@
+"""Attention and router of a layer as CUDA graphs, the rest launched as ever.
+
+    attention | norm, router logits, scores, selection, gates | losses, limits, counts, experts
+    ---- graph ---- ------------------ graph ----------------   ----------- no graph ----------
+
+A graph repeats kernels on fixed addresses; what Python does beside them happens once, at capture.
+So the cut is where the router stops being a function of its tensors: `MoEPPRouter.choose` is in the
+graph, `settle` (balance loss, capacity limits, statistics) is not. The lane of router logits enters
+and leaves the graph like any other tensor. Dispatch reads sizes on the host and experts get another
+number of tokens each time: neither can be captured.
+
+megatron-core's "local" graphs do the work (`CudaGraphManager`): the first training step runs
+eagerly and is recorded, graphs are made at its end, later steps replay them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.cuda_graphs import CudaGraphManager
+from megatron.core.transformer.enums import CudaGraphModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+# Of a layer, the function to capture for each part.
+_FUNCTIONS = {
+    CudaGraphModule.attn: "_forward_attention",
+    CudaGraphModule.moe_router: "_forward_router",
+}
+# megatron-core adds it to moe_router by itself. Nothing here is captured for it.
+_IMPLIED = CudaGraphModule.moe_preprocess
+
+
+class CapturedParts:
+    """Which parts of one layer run as graphs, and when.
+
+    Args:
+        layer: A `MoEPPTransformerLayer` under construction; the captured methods are replaced.
+        config: Its configuration; `cuda_graph_modules` names the parts.
+    """
+
+    def __init__(self, layer: torch.nn.Module, config: TransformerConfig) -> None:
+        self._layer = layer
+        self._is_pipeline = config.pipeline_model_parallel_size > 1
+        self._parts = {part for part in config.cuda_graph_modules if part in _FUNCTIONS}
+        for part in self._parts:
+            manager = CudaGraphManager(config, layer, function_name=_FUNCTIONS[part])
+            # A submodule, so that it learns of training and evaluation; it has no parameters.
+            layer.add_module(f"{part.name}_graphs", manager)
+
+    @property
+    def has_router(self) -> bool:
+        """Whether norm and router are captured."""
+        return CudaGraphModule.moe_router in self._parts
+
+    def arguments(self, part: CudaGraphModule, **kwargs: Any) -> dict[str, Any]:
+        """The keyword arguments to call a method with that may be captured.
+
+        Graphs are of training alone: evaluation routes without losses, generation has other shapes.
+
+        megatron-core gives graphs that take the same tensor one input buffer, and insists that all
+        of them are captured before the first backward graph. Among pipeline stages the next
+        micro-batches come after that, and the rotary embedding is one tensor for all of them; so
+        each call gets a tensor object of its own.
+        """
+        if part not in self._parts:
+            return kwargs
+        if not (self._layer.training and torch.is_grad_enabled()):
+            return {**kwargs, "eager": True}
+        if self._is_pipeline:
+            return {
+                name: value.detach() if name.startswith("rotary") and value is not None else value
+                for name, value in kwargs.items()
+            }
+        return kwargs
+
+
+def refuse_uncapturable(config: TransformerConfig) -> None:
+    """Refuse what no graph of a MoE++ layer can hold.
+
+    Raises:
+        ValueError: With the name, the value, the rule and a remedy.
+    """
+    if config.cuda_graph_impl == "none":
+        return
+    if config.cuda_graph_impl != "local":
+        raise ValueError(
+            f"TransformerConfig.cuda_graph_impl ({config.cuda_graph_impl}) must be local or none "
+            "with MoE++ layers: whole iterations hold the host-side sizes of the all-to-all, and "
+            "TransformerLayer._te_cuda_graph_replay resumes a layer behind its router without the "
+            "router logits; use local"
+        )
+    parts = [part for part in config.cuda_graph_modules if part is not _IMPLIED]
+    if not parts or set(parts) - set(_FUNCTIONS):
+        names = [part.name for part in parts]
+        raise ValueError(
+            f"TransformerConfig.cuda_graph_modules ({names}) must hold attn, moe_router or both "
+            "with MoE++ layers: the number of tokens of an expert is another in every step, and a "
+            "graph's sizes are fixed; use [attn, moe_router]"
+        )
+    if config.recompute_granularity is not None:
+        raise ValueError(
+            f"TransformerConfig.recompute_granularity ({config.recompute_granularity}) must be "
+            "None with CUDA graphs of MoE++ layers, because a graph runs forward once for each "
+            "backward pass; use None"
+        )

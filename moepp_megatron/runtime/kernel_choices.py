@@ -1,0 +1,99 @@
+"""Which implementation serves each operation that apex or Transformer Engine can fuse.
+
+megatron-core decides most of this when it is imported: Transformer Engine first, then apex, then
+torch. The same question is asked here in the same order, so that the log and `moepp doctor` can
+say it; `tests/unit/runtime/test_kernel_choices.py` holds both answers together.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from moepp_megatron.runtime.optional import (
+    fused_rms_norm,
+    have_fused_weight_gradient,
+    have_transformer_engine,
+)
+
+TRANSFORMER_ENGINE, APEX, TORCH = "Transformer Engine", "apex", "torch"
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """One operation.
+
+    Attributes:
+        operation: What is computed.
+        implementation: Whose code does it.
+        detail: How, in a few words.
+    """
+
+    operation: str
+    implementation: str
+    detail: str
+
+    def line(self) -> str:
+        """For the log and the table."""
+        return f"{self.operation}: {self.implementation} ({self.detail})"
+
+
+def kernel_choices() -> list[KernelChoice]:
+    """Every choice of this machine; imports torch and what is installed of the other two."""
+    return [_adam(), _multi_tensor(), _norm(), _gradient_accumulation()]
+
+
+def _adam() -> KernelChoice:
+    """megatron/core/optimizer/__init__.py."""
+    used = _first(
+        (TRANSFORMER_ENGINE, {"transformer_engine.pytorch.optimizers": ["FusedAdam", "FusedSGD"]}),
+        (APEX, {"apex.optimizers": ["FusedAdam", "FusedSGD"]}),
+    )
+    return KernelChoice("Adam", used, "torch.optim.AdamW" if used == TORCH else "FusedAdam")
+
+
+def _multi_tensor() -> KernelChoice:
+    """megatron/core/optimizer/clip_grads.py and optimizer.py."""
+    names = ["multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"]
+    names.append("multi_tensor_scale_tensor")
+    used = _first(
+        (TRANSFORMER_ENGINE, {"transformer_engine.pytorch.optimizers": names}),
+        (APEX, {"amp_C": [], "apex.multi_tensor_apply": ["multi_tensor_applier"]}),
+    )
+    detail = "tensor by tensor" if used == TORCH else "multi-tensor l2norm and scale"
+    return KernelChoice("gradient norm and scaling", used, detail)
+
+
+def _norm() -> KernelChoice:
+    """model/build.py and model/norm.py. megatron-core takes LayerNorm alone from apex."""
+    if have_transformer_engine():
+        return KernelChoice("RMSNorm", TRANSFORMER_ENGINE, "fused with the linear layer after it")
+    if fused_rms_norm() is not None:
+        return KernelChoice("RMSNorm", APEX, "fused_rms_norm_affine")
+    return KernelChoice("RMSNorm", TORCH, "torch.nn.RMSNorm")
+
+
+def _gradient_accumulation() -> KernelChoice:
+    """`TransformerConfig.gradient_accumulation_fusion`, see model/megatron_config.py.
+
+    Transformer Engine alone does not suffice: megatron-core's output layer then asks for apex's
+    kernel and raises without it (tensor_parallel/layers.py, `ColumnParallelLinear`).
+    """
+    name = "gradient accumulation of linear layers"
+    if have_fused_weight_gradient():
+        return KernelChoice(name, APEX, "in the matrix product of the weight gradient")
+    return KernelChoice(name, TORCH, "added after the product; apex's kernel is missing")
+
+
+def _first(*candidates: tuple[str, dict[str, list[str]]]) -> str:
+    """The first whose modules and names can be imported; torch where there is none."""
+    for owner, modules in candidates:
+        try:
+            for module, names in modules.items():
+                imported = importlib.import_module(module)
+                for name in names:
+                    getattr(imported, name)
+        except (ImportError, AttributeError):
+            continue
+        return owner
+    return TORCH

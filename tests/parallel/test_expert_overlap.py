@@ -1,0 +1,101 @@
+"""megatron-core's combined schedule with the lane: what it trains equals the ordinary schedules.
+
+Both run in the same layout and in bf16, which the schedule asks for. It runs the same operations on
+the same numbers; only the order in which gradients of micro-batches meet may differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.parallel.flex_stand_ins import train_with_deepep, train_with_hybridep
+from tests.parallel.forced_routing import only_zero_experts, second_half_without_ffn
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import assemble, compare, settings, train
+
+EP2 = {"expert_model_parallel_size": 2}
+STAGES = {
+    **EP2,
+    "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+}
+
+
+def counted(function: Any, *args: Any) -> Any:
+    """Run `function`; returns its result and how many plans of the combined schedule were made."""
+    from moepp_megatron.moe.overlap import MoEPPChunkPlan
+
+    made = []
+    original = MoEPPChunkPlan.__init__
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.append(self)
+        original(self, *args, **kwargs)
+
+    MoEPPChunkPlan.__init__ = counting  # type: ignore[method-assign]
+    try:
+        return function(*args), len(made)
+    finally:
+        MoEPPChunkPlan.__init__ = original  # type: ignore[method-assign]
+
+
+def both(
+    ranks: RankPools, world_size: int, function: Any, prepare: Any = None, **sections: Any
+) -> tuple[Any, Any]:
+    """The overlapped run and the ordinary one."""
+    sections["training"] = {"micro_batch_size": 1}
+    sections["precision"] = {"dtype": "bf16"}
+    plain = ranks(world_size).run(function, settings(**sections), 2, prepare)
+    parallel = {**sections.pop("parallel"), "overlap_moe_expert_parallel_comm": True}
+    raw = settings(parallel=parallel, **sections)
+    overlapped = ranks(world_size).run(counted, function, raw, 2, prepare)
+    assert all(number > 0 for _, number in overlapped), "the combined schedule did not run"
+    return assemble([result for result, _ in overlapped]), assemble(plain)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "every layer": {},
+    "dense layers, shared expert": {
+        "layer_freq": [0, 1, 0, 1],
+        "shared_expert_ffn_hidden_size": 16,
+        "expert_input_scale": 2.0,
+    },
+    "no residual": {"gating_residual": False},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_pipeline(ranks: RankPools, name: str) -> None:
+    run, reference = both(ranks, 2, train, moe=MODELS[name], parallel=EP2)
+    compare(run, reference, 0.0)
+
+
+def test_overlapped_reduction_and_gathering(ranks: RankPools) -> None:
+    """Parameters are gathered by hooks of the modules, which the nodes must still call."""
+    parallel = {**EP2, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    run, reference = both(ranks, 2, train, parallel=parallel)
+    compare(run, reference, 0.0)
+
+
+@pytest.mark.parametrize("layout", ["even", "embedding and loss alone"])
+def test_interleaved_pipeline(ranks: RankPools, layout: str) -> None:
+    parallel = dict(STAGES)
+    if layout != "even":
+        parallel["pipeline_model_parallel_layout"] = "E|tt|tt|L"
+    run, reference = both(ranks, 4, train, parallel=parallel)
+    compare(run, reference, 0.0)
+
+
+@pytest.mark.parametrize("prepare", [only_zero_experts, second_half_without_ffn])
+def test_ranks_without_ffn_tokens(ranks: RankPools, prepare: Any) -> None:
+    moe = {"num_zero_experts": 2}
+    run, reference = both(ranks, 2, train, prepare, moe=moe, parallel=EP2)
+    compare(run, reference, 0.0)
+
+
+@pytest.mark.parametrize("function", [train_with_deepep, train_with_hybridep])
+def test_flex(ranks: RankPools, function: Any) -> None:
+    run, reference = both(ranks, 2, function, moe={"dispatcher": "flex"}, parallel=EP2)
+    compare(run, reference, 0.0)

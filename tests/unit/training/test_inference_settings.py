@@ -1,0 +1,30 @@
+"""What a run was trained with does not keep it from being scored on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import check_config, load_config, with_overrides
+from moepp_megatron.training.inference_settings import FORWARD_ONLY
+
+QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+EP2 = ["parallel.expert_model_parallel_size=2", "precision.dtype=bf16"]
+
+
+@pytest.mark.parametrize(
+    "trained_with",
+    [
+        [*EP2, "moe.dispatcher=flex", "moe.flex_backend=hybridep", "moe.flex_num_sms=24"],
+        [*EP2, "parallel.overlap_moe_expert_parallel_comm=true"],
+        ["training.cuda_graphs=[attn, moe_router]"],
+    ],
+)
+def test_settings_of_training_alone_are_dropped(trained_with: list[str]) -> None:
+    trained = load_config(QUICKSTART, trained_with)
+    config = with_overrides(trained, FORWARD_ONLY)
+    assert config.moe.dispatcher == "alltoall"
+    assert not config.training.cuda_graphs
+    assert not config.parallel.overlap_moe_expert_parallel_comm
+    assert [notice for notice in check_config(config) if "flex" in notice] == []
