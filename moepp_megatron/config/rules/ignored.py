@@ -181,6 +181,29 @@ def recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
         )
 
 
+def fp8_settings_without_use(config: Config) -> Iterator[Problem]:
+    """Delayed scaling alone has a history; the numbers of bf16 layers count where there are any."""
+    precision = config.precision
+    if precision.recipe != "delayed":
+        for key in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
+            yield from _ignored(
+                "precision",
+                precision,
+                key,
+                "without precision.fp8_recipe delayed",
+                "leave it out",
+            )
+    if not precision.first_last_layers_bf16:
+        for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            yield from _ignored(
+                "precision",
+                precision,
+                key,
+                "without precision.first_last_layers_bf16",
+                "set precision.first_last_layers_bf16 to true, or leave it out",
+            )
+
+
 def schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
     """A constant learning rate does not decay."""
     if config.optimizer.decay_style == "constant":
@@ -267,6 +290,7 @@ RULES = (
     residual_without_predecessor,
     sequence_parallel_without_tensor_parallel,
     recompute_settings_without_recompute,
+    fp8_settings_without_use,
     schedule_parts_of_a_constant_rate,
     intervals_of_nothing,
     settings_of_what_is_off,

@@ -1,4 +1,4 @@
-"""Rules of precision, optimizer, batches, recomputation, data and checkpoints."""
+"""Rules of optimizer, batches, recomputation, data and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,44 +11,6 @@ from moepp_megatron.config.split import parse_split
 
 # megatron-core knows two more (mla_up_proj, gdn_norm_out), for attention we do not build.
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts")
-# Transformer Engine quantises in blocks of this many values; GEMM sides must be multiples.
-FP8_ALIGNMENT = 16
-
-
-def fp8_rests_on_bf16(config: Config) -> Iterator[Problem]:
-    """FP8 is a way to run bf16 GEMMs, in Transformer Engine on a GPU."""
-    precision = config.precision
-    if precision.fp8 is not None and precision.dtype != "bf16":
-        yield Problem(
-            "precision.fp8",
-            precision.fp8,
-            f"must have precision.dtype ({precision.dtype}) bf16, with Transformer Engine on a GPU",
-            "set precision.dtype to bf16, or precision.fp8 to null",
-        )
-    if precision.fp8 is None and precision.fp8_recipe is not None:
-        yield Problem(
-            "precision.fp8_recipe",
-            precision.fp8_recipe,
-            "must come with precision.fp8, which is null",
-            "set precision.fp8 to e4m3 or hybrid, or precision.fp8_recipe to null",
-        )
-
-
-def fp8_widths_are_aligned(config: Config) -> Iterator[Problem]:
-    """Transformer Engine's FP8 GEMMs need both sides of a weight shard to be multiples of 16."""
-    if config.precision.fp8 is None:
-        return
-    etp = config.parallel.expert_tensor_size
-    own = config.moe.ffn_hidden_size is not None
-    widths = {
-        "model.hidden_size": (config.model.hidden_size, FP8_ALIGNMENT),
-        f"{'moe' if own else 'model'}.ffn_hidden_size": (
-            config.expert_ffn_hidden_size,
-            FP8_ALIGNMENT * etp,
-        ),
-    }
-    for name, (value, divisor) in widths.items():
-        yield from must_divide(name, value, divisor, f"{divisor} for FP8")
 
 
 def learning_rate_falls(config: Config) -> Iterator[Problem]:
@@ -135,20 +97,6 @@ def selective_recompute_names_modules(config: Config) -> Iterator[Problem]:
         )
 
 
-def delayed_fp8_keeps_inner_activations(config: Config) -> Iterator[Problem]:
-    """megatron-core cannot recompute these under delayed scaling."""
-    training, precision = config.training, config.precision
-    inner = sorted({"moe_act", "layernorm"} & set(training.recompute_modules))
-    delayed = precision.fp8 is not None and precision.fp8_recipe in (None, "delayed")
-    if training.recompute_granularity == "selective" and delayed and inner:
-        yield Problem(
-            "training.recompute_modules",
-            training.recompute_modules,
-            f"must not hold {' or '.join(inner)} with precision.fp8_recipe delayed",
-            "use [moe], or set precision.fp8_recipe to tensorwise or blockwise",
-        )
-
-
 def split_has_three_parts(config: Config) -> Iterator[Problem]:
     """Three weights, something to train on, and something to validate on if that is asked for."""
     name, text = "data.split", config.data.split
@@ -184,14 +132,11 @@ def background_saving_saves(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    fp8_rests_on_bf16,
-    fp8_widths_are_aligned,
     learning_rate_falls,
     warmup_ends_in_time,
     micro_batches_divide_global_batch,
     full_recompute_has_its_parts,
     selective_recompute_names_modules,
-    delayed_fp8_keeps_inner_activations,
     split_has_three_parts,
     background_saving_saves,
 )

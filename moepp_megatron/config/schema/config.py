@@ -8,16 +8,13 @@ from pydantic import Field
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.parallel import ParallelSection
+from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
 from moepp_megatron.config.schema.telemetry import TelemetrySection
-from moepp_megatron.config.schema.training import (
-    OptimizerSection,
-    PrecisionSection,
-    TrainingSection,
-)
+from moepp_megatron.config.schema.training import OptimizerSection, TrainingSection
 
 
 class Config(Section):

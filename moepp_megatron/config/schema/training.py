@@ -1,4 +1,4 @@
-"""Sections `precision`, `optimizer` and `training`: how the model is trained."""
+"""Sections `optimizer` and `training`: how the model is trained."""
 
 from __future__ import annotations
 
@@ -7,26 +7,6 @@ from typing import Literal
 from pydantic import Field
 
 from moepp_megatron.config.schema.section import Section, unit
-
-
-class PrecisionSection(Section):
-    """Number formats."""
-
-    dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32",
-        description="Type of parameters and activations (optimizer state is always fp32)",
-        json_schema_extra=unit("-"),
-    )
-    fp8: Literal["e4m3", "hybrid"] | None = Field(
-        default=None,
-        description="FP8 format of the GEMMs (Transformer Engine, GPU); null: off",
-        json_schema_extra=unit("-"),
-    )
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] | None = Field(
-        default=None,
-        description="FP8 scaling; null with fp8 means delayed",
-        json_schema_extra=unit("-"),
-    )
 
 
 class OptimizerSection(Section):

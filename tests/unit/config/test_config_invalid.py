@@ -32,6 +32,7 @@ OVERLAP = [
 ]
 GRAPHS = ["training.cuda_graphs=[attn, moe_router]"]
 GRAPHS_NAME = "training.cuda_graphs (['attn', 'moe_router'])"
+BF16_ENDS = [*FP8, "precision.fp8_recipe=blockwise", "precision.first_last_layers_bf16=true"]
 LAYOUT = "parallel.pipeline_model_parallel_layout"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
 
@@ -285,6 +286,66 @@ INVALID = [
     ),
     ([*FP8, "model.hidden_size=72", "model.num_attention_heads=4"], "model.hidden_size (72)", "80"),
     ([*FP8, "moe.ffn_hidden_size=100"], "moe.ffn_hidden_size (100)", "use 96 or 112"),
+    (
+        [*FP8, "parallel.expert_tensor_parallel_size=4", "model.ffn_hidden_size=96"],
+        "model.ffn_hidden_size (96)",
+        "use 64 or 128",
+    ),
+    (
+        [*FP8, *TP2, "moe.shared_expert_ffn_hidden_size=48"],
+        "moe.shared_expert_ffn_hidden_size (48)",
+        "use 32 or 64",
+    ),
+    (
+        [*FP8, *TP2, "moe.layer_freq=2", "model.ffn_hidden_size=112", "moe.ffn_hidden_size=96"],
+        "model.ffn_hidden_size (112)",
+        "use 96 or 128",
+    ),
+    (
+        [*FP8, "parallel.tensor_model_parallel_size=8", "parallel.sequence_parallel=true"],
+        "model.num_attention_heads (8)",
+        "use heads of 16 channels or more",
+    ),
+    ([*FP8, "model.seq_length=140"], "model.seq_length (140)", "use a multiple of 16"),
+    ([*FP8, *TP2, "model.seq_length=148"], "model.seq_length (148)", "use a multiple of 32"),
+    (
+        ["precision.fp8_param=true"],
+        "precision.fp8_param (true)",
+        "or leave precision.fp8_param out",
+    ),
+    (
+        ["precision.first_last_layers_bf16=true"],
+        "precision.first_last_layers_bf16 (true)",
+        "set precision.fp8 to e4m3 or hybrid",
+    ),
+    (
+        [*FP8, "precision.fp8_recipe=mxfp8"],
+        "precision.fp8_recipe ('mxfp8')",
+        "use blockwise",
+    ),
+    ([*FP8, "precision.fp8_recipe=nvfp4"], "precision.fp8_recipe ('nvfp4')", "use null"),
+    (
+        [*FP8, "precision.fp8_param=true", "parallel.use_distributed_optimizer=false"],
+        "precision.fp8_param (true)",
+        "set parallel.use_distributed_optimizer to true",
+    ),
+    (
+        [*FP8, "precision.first_last_layers_bf16=true"],
+        "precision.first_last_layers_bf16 (true)",
+        "use precision.fp8_recipe tensorwise or blockwise",
+    ),
+    (
+        [*BF16_ENDS, *PP2, "precision.num_layers_at_end_in_bf16=3"],
+        "precision.num_layers_at_end_in_bf16 (3)",
+        "use 1",
+    ),
+    (
+        [*BF16_ENDS, "precision.num_layers_at_start_in_bf16=3"],
+        "precision.num_layers_at_start_in_bf16 (3)",
+        "set precision.fp8 to null",
+    ),
+    (["precision.fp8_margin=-1"], "precision.fp8_margin (-1)", "use 0 or more"),
+    (["precision.fp8_amax_history_len=0"], "precision.fp8_amax_history_len (0)", "use 1 or more"),
     (["optimizer.min_lr=0.1"], "optimizer.min_lr (0.1)", "a tenth of optimizer.lr"),
     (["optimizer.warmup_iters=100"], "optimizer.warmup_iters (100)", "use 10, or raise training"),
     (
@@ -689,6 +750,16 @@ IGNORED = [
         ],
         "training.recompute_modules (['moe', 'shared_experts'])",
         "drop shared_experts",
+    ),
+    (
+        [*FP8, "precision.fp8_recipe=tensorwise", "precision.fp8_margin=1"],
+        "precision.fp8_margin (1)",
+        "without precision.fp8_recipe delayed",
+    ),
+    (
+        [*FP8, "precision.num_layers_at_start_in_bf16=2"],
+        "precision.num_layers_at_start_in_bf16 (2)",
+        "without precision.first_last_layers_bf16",
     ),
     (
         ["optimizer.decay_style=constant", "optimizer.min_lr=1e-4"],
