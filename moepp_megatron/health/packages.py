@@ -9,6 +9,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.health.finding import Finding, Severity
 from moepp_megatron.health.gpu_checks import TorchCuda
 from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
+from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
 from moepp_megatron.runtime.kernel_choices import KernelChoice, kernel_choices
 
 # The version whose internals the layer extends; as pinned in pyproject.toml.
@@ -26,7 +27,10 @@ def check_packages(config: Config | None) -> list[Finding]:
     findings += [check_backend(backend) for backend in backends]
     findings += [check_kernel(choice) for choice in kernel_choices()]
     if config is not None:
-        findings += check_needs(config, {backend.name for backend in backends if backend.used})
+        used = {backend.name for backend in backends if backend.used}
+        findings += check_needs(config, used)
+        if "Transformer Engine" in used:
+            findings.append(check_fp8(config, FP8Machine.this()))
     return [finding for finding in findings if finding is not None]
 
 
@@ -111,6 +115,23 @@ def check_needs(config: Config, used: set[str]) -> list[Finding]:
             )
         )
     return findings
+
+
+def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
+    """Whether card and versions can run the configuration's FP8; None without FP8.
+
+    Args:
+        config: The configuration.
+        machine: A machine that has Transformer Engine.
+    """
+    recipe = config.precision.recipe
+    if recipe is None:
+        return None
+    obstacle = fp8_obstacle(config, machine)
+    if obstacle is None:
+        return Finding("precision.fp8", Severity.OK, f"{config.precision.fp8}, {recipe}")
+    rule, _, remedy = obstacle.partition("; ")
+    return Finding("precision.fp8", Severity.ERROR, config.precision.fp8 or "", rule, remedy)
 
 
 def _python() -> Finding:

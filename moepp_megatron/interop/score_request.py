@@ -170,3 +170,5 @@ def _notices(trained: Config, input_ids: np.ndarray, config: Config) -> Iterator
         )
     if trained.moe.capacity_factor is not None:
         yield "moe.capacity_factor is ignored: no selection is dropped when scoring"
+    if trained.precision.fp8 is not None:
+        yield f"precision.fp8 is ignored: the model scores in {trained.precision.dtype}"

@@ -47,6 +47,8 @@ from moepp_megatron.moe.spec import (
     moe_layer_pattern,
 )
 
+_BF16_LAYERS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+
 
 def hybrid_layer_pattern(config: Config) -> str:
     """The model as `HybridModel`'s pattern, such as `*E*E|*E*E` for four layers on two stages."""
@@ -64,13 +66,13 @@ def hybrid_layer_pattern(config: Config) -> str:
 def hybrid_transformer_config(config: Config) -> TransformerConfig:
     """megatron-core's configuration for the same model with 2N layers.
 
-    Stages are in the pattern, so there is no layout string. Recomputation counts double layers, so
-    that `training.recompute_num_layers` means the same in both assemblies.
+    Stages are in the pattern, so there is no layout string. Recomputation and the bf16 layers at
+    the ends count double layers, so that the settings mean the same in both assemblies.
     """
     model, training = config.model, config.training
     is_moe = config.moe.moe_layer_pattern(model.num_layers)
     layer_freq = [flag for layer in is_moe for flag in (0, int(layer))]
-    recomputed = training.recompute_num_layers
+    recomputed, precision = training.recompute_num_layers, config.precision
     chunks = virtual_stages(config)
     doubled = config.model_copy(
         update={
@@ -81,6 +83,9 @@ def hybrid_transformer_config(config: Config) -> TransformerConfig:
                     "pipeline_model_parallel_layout": None,
                     "virtual_pipeline_model_parallel_size": chunks if chunks > 1 else None,
                 }
+            ),
+            "precision": precision.model_copy(
+                update={key: 2 * getattr(precision, key) for key in _BF16_LAYERS}
             ),
             "training": training.model_copy(
                 update={"recompute_num_layers": None if recomputed is None else 2 * recomputed}

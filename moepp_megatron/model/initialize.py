@@ -18,6 +18,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 
+from moepp_megatron.model.fp8_weights import fp8_weights_as_plain
+
 # Weights that write into the residual stream; their scale shrinks with depth (GPT-2, section 2.3).
 _RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
 
@@ -36,12 +38,13 @@ def initialize_weights(chunks: Iterable[LanguageModule], seed: int) -> None:
         config = chunk.config
         # A GPT layer writes twice, attention and FFN; these are two layers of a hybrid model.
         branches = config.num_layers * (1 if config.is_hybrid_model else 2)
-        parameters = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
-        for entry in nested_values(chunk.sharded_state_dict()):
-            for tensor in sharded_tensors(entry):
-                # Buffers, such as a router's selection bias, keep what they were built with.
-                if tensor.data.untyped_storage().data_ptr() in parameters:
-                    _fill(tensor, seed, config.init_method_std, branches)
+        with fp8_weights_as_plain(chunk):
+            parameters = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+            for entry in nested_values(chunk.sharded_state_dict()):
+                for tensor in sharded_tensors(entry):
+                    # Buffers, such as a router's selection bias, keep what they were built with.
+                    if tensor.data.untyped_storage().data_ptr() in parameters:
+                        _fill(tensor, seed, config.init_method_std, branches)
 
 
 def sharded_tensors(entry: object) -> list[ShardedTensor]:

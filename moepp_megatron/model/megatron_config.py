@@ -76,7 +76,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_method_std,
-        perform_initialization=False,
+        # FP8 weights are quantised as they are built. Uninitialised memory would put its largest
+        # value into the history of delayed scaling, to stay for as many steps as the history has.
+        perform_initialization=config.precision.fp8_param,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
@@ -108,6 +110,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         **_moe_fields(config),
         **_graph_fields(config),
         **_kernel_fields(config),
+        **_fp8_fields(config),
     )
 
 
@@ -188,9 +191,26 @@ def _kernel_fields(config: Config) -> dict[str, object]:
         "persist_layer_norm": False,
         "cross_entropy_loss_fusion": False,
     }
-    if config.precision.fp8 is not None:
-        fields |= {
-            "fp8": config.precision.fp8,
-            "fp8_recipe": Fp8Recipe[config.precision.fp8_recipe or "delayed"],
-        }
     return fields
+
+
+def _fp8_fields(config: Config) -> dict[str, object]:
+    """How Transformer Engine's modules quantise.
+
+    What is not one of them stays as it is: router, gating residual, zero-computation experts,
+    embedding and output layer.
+    """
+    precision = config.precision
+    if precision.recipe is None:
+        return {}
+    return {
+        "fp8": precision.fp8,
+        "fp8_recipe": Fp8Recipe[precision.recipe],
+        "fp8_param": precision.fp8_param,
+        "fp8_margin": precision.fp8_margin,
+        "fp8_amax_history_len": precision.fp8_amax_history_len,
+        "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
+    }

@@ -6,6 +6,9 @@ return tickets (see `exchange`), `dispatch_postprocess` and `combine_postprocess
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import (
@@ -45,6 +48,20 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.cuda_dtoh_point = "before_permutation_1"
         # The combined schedule frees what has been sent as soon as the call returns.
         self._waits_at_once = config.overlap_moe_expert_parallel_comm
+        self._given_config = self.config
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As in megatron-core: rows [rows, D] and gates [rows] in order of experts.
+
+        Args:
+            hidden_states: [s, b, D] local tokens.
+            routing_map: [T, F] bool.
+            probs: [T, F] gates.
+        """
+        self.config = self._given_config
+        return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """As in megatron-core, with the number of permuted rows taken from the map.
@@ -68,6 +85,8 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         if point == "before_permutation_1" and torch.is_tensor(self.num_out_tokens):
             self.num_out_tokens = int(self.num_out_tokens)  # type: ignore[assignment]
+            if self.num_out_tokens == 0:
+                self.config = _without_fusion(self.config)
         return tokens_per_expert
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,6 +153,46 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return Exchange(self.ep_group, home, out) if back else Exchange(self.ep_group, out, home)
 
 
+class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
+    """All-gather; a rank whose experts nobody selected is none of megatron-core's cases.
+
+    It counts selections from the map that it gathers, so FFN columns alone are right as it is.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given_config = self.config
+
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As in megatron-core: rows [rows, D], [local experts] rows of each, gates [rows].
+
+        Args:
+            hidden_states: [tokens of all ranks, D].
+            probs: [tokens of all ranks, F] gates.
+        """
+        self.config = self._given_config
+        if self.config.moe_permute_fusion:
+            own = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
+            # The rows are counted on the host anyway, so waiting for the map costs nothing.
+            if not self.routing_map[:, own].any():
+                self.config = _without_fusion(self.config)
+        return super().dispatch_postprocess(hidden_states, probs)
+
+
+def _without_fusion(config: TransformerConfig) -> TransformerConfig:
+    """The configuration of a pass in which no row is permuted.
+
+    Transformer Engine's fused kernels refuse to permute no rows (permutation.py,
+    `moe_permute_mask_map_forward`) and restore none from none, instead of one zero row a token
+    (`moe_unpermute_mask_map_forward`). The plain operations know the case.
+    """
+    plain = copy.copy(config)
+    plain.moe_permute_fusion = False
+    return plain
+
+
 # Those that have the experts' outputs as rows before they add them up.
 RowDispatcher = FFNAlltoAllTokenDispatcher | DedupAlltoAllTokenDispatcher
 
@@ -160,8 +219,7 @@ def build_dispatcher(
     """
     dispatchers: dict[str, type[MoETokenDispatcher]] = {
         "alltoall": FFNAlltoAllTokenDispatcher,
-        # It counts selections from the map it gathers, so FFN columns alone are right as it is.
-        "allgather": MoEAllGatherTokenDispatcher,
+        "allgather": FFNAllGatherTokenDispatcher,
         "flex": FFNFlexTokenDispatcher,
     }
     name = config.moe_token_dispatcher_type

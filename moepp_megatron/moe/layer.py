@@ -134,11 +134,29 @@ class MoEPPLayer(MoELayer):
         if padding_mask is not None:
             raise ValueError("padding_mask must be None: MoE++ routing counts every token")
         if self.moe_layer_recompute and self.training:
-            # The logits are an explicit input and output, so their gradient survives.
-            return tensor_parallel.checkpoint(self._forward, False, hidden_states, previous_logits)
+            return self._recomputed_forward(hidden_states, previous_logits)
         if choice is None:
             return self._forward(hidden_states, previous_logits)
         return self._experts(hidden_states, self.router.settle(choice))
+
+    def _recomputed_forward(
+        self, hidden_states: Tensor, previous_logits: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `_forward`, which the backward pass repeats; logits go in and out, gradients too."""
+        if not self.config.fp8:
+            return tensor_parallel.checkpoint(self._forward, False, hidden_states, previous_logits)
+        # The backward pass runs outside of the FP8 context. Transformer Engine's own function
+        # enters it again, and with delayed scaling takes the scales of the first pass.
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        return te_checkpoint(
+            self._forward,
+            False,
+            tensor_parallel.random.get_cuda_rng_tracker,
+            self.tp_group,
+            hidden_states,
+            previous_logits,
+        )
 
     def _forward(
         self, hidden_states: Tensor, previous_logits: Tensor | None
@@ -241,6 +259,12 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
                 f"{reason}; use {required}"
             )
     refuse_uncapturable(config)
+    if config.moe_router_padding_for_quantization:
+        raise ValueError(
+            "TransformerConfig.moe_router_padding_for_quantization (True) must be False with the "
+            "MoE++ layer, because padding the routing map would select experts that the router "
+            "did not, and send and count those rows; use False, and experts pad their own rows"
+        )
 
 
 def moe_statistics(model: torch.nn.Module) -> dict[int, RoutingStatistics]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moepp_megatron.config import Config, UnfitError
+from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
 from moepp_megatron.runtime.optional import flex_backend, flex_backends, have_triton
 
 
@@ -21,6 +22,10 @@ def check_fit(config: Config) -> None:
             "moe.fused (true) must have a GPU and the package triton, which this machine lacks; "
             "use auto"
         )
+    if config.precision.fp8 is not None:
+        obstacle = fp8_obstacle(config, FP8Machine.this())
+        if obstacle is not None:
+            raise UnfitError(obstacle)
 
 
 def _check_flex(config: Config) -> None:

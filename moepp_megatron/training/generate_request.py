@@ -18,9 +18,6 @@ DEFAULT_NEW_TOKENS = 96
 
 _GENERATION = (
     *FORWARD_ONLY,
-    # FP8 kernels take tokens by eights or sixteens, and decoding has one a sequence.
-    "precision.fp8=null",
-    "precision.fp8_recipe=null",
     # How tokens travel changes no result, and this way needs no package.
     "moe.dispatcher=alltoall",
 )
@@ -140,7 +137,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
                 "cache of keys and values is spread over ranks; leave it out, or use "
                 "parallel.tensor_model_parallel_size"
             )
-        if key.startswith("fp8") and value is not None:
+        if key.startswith("fp8") and value not in (None, False):
             raise ConfigError(
                 f"precision.{key} ({value}) must be null for moepp generate: FP8 needs more tokens "
                 "at once than decoding has; leave it out"

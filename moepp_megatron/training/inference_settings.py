@@ -20,6 +20,11 @@ FORWARD_ONLY = (
     "moe.dispatcher=alltoall",
     "moe.flex_backend=auto",
     "moe.flex_num_sms=null",
+    # FP8 GEMMs take tokens by sixteens: decoding has one a sequence, scoring any number.
+    "precision.fp8=null",
+    "precision.fp8_recipe=null",
+    "precision.fp8_param=false",
+    "precision.first_last_layers_bf16=false",
     # Activations are kept for no backward pass.
     "training.recompute_granularity=null",
     "training.recompute_method=null",

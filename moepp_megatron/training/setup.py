@@ -91,6 +91,7 @@ def _wrap(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=config.precision.fp8_param,
     )
     # The schedules read their tensor width from the outermost module's configuration.
     return DistributedDataParallel(
@@ -114,6 +115,8 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        # How it cuts FP8 weights depends on their format.
+        fp8_recipe=config.precision.recipe,
     )
 
 

@@ -7,6 +7,7 @@
     find.py        which checkpoint a name means, which one is the newest valid one
     compatible.py  whether a checkpoint fits a configuration
     state.py       model, optimizer, schedule as megatron-core's sharded state
+    fp8_state.py   what delayed FP8 scaling remembers, checked before it is unpickled
     optimizer.py   what megatron-core gets wrong about optimizer state, put right
     rng.py         random states of a rank
     plan.py        which rank writes which bytes

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.models.gpt import GPTModel
 
+from moepp_megatron.training.checkpoint.fp8_state import checked_fp8_state
 from moepp_megatron.training.checkpoint.optimizer import (
     complete_state,
     fill_copies,
@@ -110,7 +111,9 @@ def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
 def apply_model_state(models: list[GPTModel], loaded: dict[str, Any]) -> None:
     """Put what was read into the model."""
     for index, model in enumerate(models):
-        model.load_state_dict(loaded[f"model{index}"])
+        state = loaded[f"model{index}"]
+        with checked_fp8_state(state):
+            model.load_state_dict(state)
 
 
 def optimizer_steps(model: TrainingModel) -> int:

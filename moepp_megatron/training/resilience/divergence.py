@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from moepp_megatron.model.fp8_weights import plain_value
 from moepp_megatron.training.resilience.checksum import checksum
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -82,7 +83,7 @@ def _differences(parameters: Named, group: dist.ProcessGroup) -> list[str]:
     """A line per parameter that differs within the group."""
     if not parameters:
         return []
-    mine = torch.stack([checksum(parameter) for _, parameter in parameters])
+    mine = torch.stack([checksum(plain_value(parameter)) for _, parameter in parameters])
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine, group=group)
     by_rank = torch.stack(everyone).tolist()

@@ -1,0 +1,117 @@
+"""Whether this machine can run FP8: the card, Transformer Engine and CUDA, per recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moepp_megatron.config import Config
+from moepp_megatron.runtime.optional import have_transformer_engine
+
+Version = tuple[int, ...]
+
+# The first Transformer Engine with the recipe in megatron-core 0.19.2 (fp8_utils.py,
+# `get_fp8_recipe`; transformer_config.py for FP8 grouped GEMMs, which all of them need).
+_TE_OF_RECIPE: dict[str, Version] = {
+    "delayed": (1, 11),
+    "tensorwise": (2, 2),
+    "blockwise": (2, 3),
+}
+# fp8_utils.py, `_quantize_param_shard_impl`: one FP8 weight at a time in the recipe's own format.
+_TE_OF_FP8_PARAM: Version = (2, 3)
+# transformer_config.py: recomputing moe_act or layernorm keeps their consumers' bf16 inputs.
+_TE_OF_INNER_RECOMPUTE: Version = (2, 6)
+# Transformer Engine's quantization.py, `_compute_fp8_support` and the one for block scaling.
+_CAPABILITY_OF_RECIPE: dict[str, Version] = {
+    "delayed": (8, 9),
+    "tensorwise": (8, 9),
+    "blockwise": (9, 0),
+}
+_CUDA_OF_BLOCKWISE: Version = (12, 9)
+
+
+@dataclass(frozen=True)
+class FP8Machine:
+    """What FP8 asks of a machine.
+
+    Attributes:
+        transformer_engine: Its version, None where its modules cannot be built (no GPU, not
+            installed).
+        capability: Compute capability of the card, None without one.
+        cuda: The CUDA version that torch was built for, None for a CPU build.
+    """
+
+    transformer_engine: Version | None
+    capability: Version | None
+    cuda: Version | None
+
+    @classmethod
+    def this(cls) -> FP8Machine:
+        """The machine that this process runs on; imports torch."""
+        import torch
+
+        engine = None
+        if have_transformer_engine():
+            from megatron.core.utils import get_te_version
+
+            engine = tuple(get_te_version().release)
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        cuda = torch.version.cuda
+        return cls(engine, capability, cuda and tuple(int(part) for part in cuda.split(".")))
+
+
+def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
+    """Why a machine cannot run a configuration's FP8, in one line; None where it can.
+
+    Args:
+        config: A sound configuration.
+        machine: The machine.
+    """
+    precision = config.precision
+    recipe = precision.recipe
+    if recipe is None:
+        return None
+    off = "set precision.fp8 to null"
+    start = f"precision.fp8 ({precision.fp8}) must have"
+    if machine.transformer_engine is None or machine.capability is None:
+        return (
+            f"{start} Transformer Engine and a GPU, which this machine lacks; {off}, or install "
+            "it where there is a GPU: pip install 'moepp-megatron[te]'"
+        )
+    name = f"precision.fp8_recipe ({recipe}) must have"
+    needed = _CAPABILITY_OF_RECIPE[recipe]
+    if machine.capability < needed:
+        return (
+            f"{name} a card of compute capability {_text(needed)}, not "
+            f"{_text(machine.capability)}; {off}, or use another card (H100: 9.0)"
+        )
+    if recipe == "blockwise" and (machine.cuda is None or machine.cuda < _CUDA_OF_BLOCKWISE):
+        found = _text(machine.cuda) if machine.cuda else "none"
+        return (
+            f"{name} torch built for CUDA {_text(_CUDA_OF_BLOCKWISE)} or newer, not {found}; "
+            "use tensorwise, or a newer torch"
+        )
+    for setting, wanted in _engine_versions(config, recipe):
+        if machine.transformer_engine < wanted:
+            return (
+                f"{setting} must have Transformer Engine {_text(wanted)} or newer, not "
+                f"{_text(machine.transformer_engine)}; install a newer one, or change the setting"
+            )
+    return None
+
+
+def _engine_versions(config: Config, recipe: str) -> list[tuple[str, Version]]:
+    """(setting with value, the first Transformer Engine that has it) of what is asked for."""
+    training = config.training
+    wanted = [(f"precision.fp8_recipe ({recipe})", _TE_OF_RECIPE[recipe])]
+    if config.precision.fp8_param:
+        wanted.append(("precision.fp8_param (true)", _TE_OF_FP8_PARAM))
+    inner = {"moe_act", "layernorm"} & set(training.recompute_modules)
+    if training.recompute_granularity == "selective" and inner:
+        modules = ", ".join(training.recompute_modules)
+        setting = f"training.recompute_modules ([{modules}]) with precision.fp8"
+        wanted.append((setting, _TE_OF_INNER_RECOMPUTE))
+    return wanted
+
+
+def _text(version: Version) -> str:
+    return ".".join(str(part) for part in version)

@@ -1,0 +1,82 @@
+"""Loads what delayed FP8 scaling remembers: histories and scales, pickled by Transformer Engine.
+
+Transformer Engine refuses to read such a pickle unless a variable of the environment allows it for
+the whole process (its `_extra_state.py`, from 2.20 at the latest), because a crafted one could run
+code. Here each pickle is read first by an unpickler that knows only what a history is made of; what
+it accepts, Transformer Engine may then read. Other recipes store nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megatron.core.safe_globals import SafeUnpickler, safe_load_from_bytes
+from torch import Tensor
+
+from moepp_megatron.config import ConfigError
+
+_ALLOW = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
+
+@contextmanager
+def checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
+    """Inside, Transformer Engine reads the FP8 state of `state`, all of which is safe to read.
+
+    Args:
+        state: A model's state, `name: tensor or object`, as it was read from a checkpoint.
+
+    Raises:
+        ConfigError: An entry holds anything but numbers, tensors and recipes.
+    """
+    # Without Transformer Engine nobody reads them.
+    if importlib.util.find_spec("transformer_engine") is None:
+        yield
+        return
+    entries = {name: value for name, value in state.items() if "_extra_state" in name}
+    pickles = {name: value for name, value in entries.items() if not _is_empty(value)}
+    for name, value in pickles.items():
+        _refuse_unsafe(name, value)
+    if not pickles:
+        yield
+        return
+    before = os.environ.get(_ALLOW)
+    os.environ[_ALLOW] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ALLOW]
+        else:
+            os.environ[_ALLOW] = before
+
+
+class _HistoryUnpickler(SafeUnpickler):
+    """megatron-core's, whose tensors are read as data too: it lets torch unpickle them freely."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return safe_load_from_bytes
+        return super().find_class(module, name)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, Tensor) and value.numel() == 0)
+
+
+def _refuse_unsafe(name: str, value: Any) -> None:
+    try:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a {type(value).__name__}, not bytes in a tensor")
+        # The very bytes that Transformer Engine takes, whatever the tensor's type.
+        content = value.detach().cpu().numpy().tobytes()
+        _HistoryUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # whatever crafted or damaged bytes make an unpickler do
+        raise ConfigError(
+            f"checkpoint entry {name} must hold the history of delayed FP8 scaling and nothing "
+            f"else ({error}); load another checkpoint"
+        ) from error

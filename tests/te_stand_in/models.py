@@ -1,0 +1,61 @@
+"""A tiny model in FP8, from a configuration as users write it, and what it did."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_engine.pytorch.record import CALLS, Call
+
+from moepp_megatron.config import Config, parse_config
+from moepp_megatron.model.build import build_model
+
+RECIPES = {
+    "delayed": "TEDelayedScaling",
+    "tensorwise": "Float8CurrentScaling",
+    "blockwise": "Float8BlockScaling",
+}
+SEQUENCE, BATCH, VOCAB = 16, 2, 64
+
+
+def config_of(recipe: str | None, **sections: dict[str, Any]) -> Config:
+    """Four layers of hidden size 32 with 4 FFN experts; FP8 where a recipe is given."""
+    precision: dict[str, Any] = {"dtype": "bf16"}
+    if recipe is not None:
+        precision |= {"fp8": "hybrid", "fp8_recipe": recipe}
+    settings: dict[str, Any] = {
+        "run": {"dir": "runs/none"},
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_attention_heads": 2,
+            "seq_length": SEQUENCE,
+            "vocab_size": VOCAB,
+            "init_method_std": 0.1,
+        },
+        "moe": {"num_ffn_experts": 4},
+        "optimizer": {"lr": 1e-2},
+        "training": {"train_iters": 10, "global_batch_size": BATCH, "micro_batch_size": BATCH},
+        "precision": precision,
+    }
+    for name, values in sections.items():
+        settings[name] = settings.get(name, {}) | values
+    return parse_config(settings)
+
+
+def model_of(config: Config) -> torch.nn.Module:
+    (model,) = build_model(config)
+    return model
+
+
+def losses(model: torch.nn.Module, seed: int = 3) -> Tensor:
+    """[b, s] losses of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB, (BATCH, SEQUENCE + 1), generator=generator)
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    return model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+
+
+def calls_of(module: str) -> list[Call]:
+    """What was recorded of a class of modules, by the name that megatron-core's has."""
+    return [call for call in CALLS if call.module == module]

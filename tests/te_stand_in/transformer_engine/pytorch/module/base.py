@@ -1,0 +1,133 @@
+"""What every module with weights shares: FP8 weights, contexts, and state in checkpoints."""
+
+import os
+import pickle
+
+import torch
+
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+from transformer_engine.pytorch.record import CALLS, Call
+from transformer_engine.pytorch.tensor import (
+    Float8BlockwiseQTensor,
+    Float8Tensor,
+    QuantizedTensor,
+    attach_high_precision_init_val,
+    plain_of,
+)
+
+
+def get_dummy_wgrad(shape, dtype, zero=False):
+    return torch.zeros(shape, dtype=dtype)
+
+
+class TransformerEngineBaseModule(torch.nn.Module):
+    num_gemms = 1
+
+    def __init__(self, name=None):
+        super().__init__()
+        self.name = name
+        self.fp8 = False
+        self.fp8_calibration = False
+        self.fp8_meta = {"fp8_checkpoint": False}
+        self.primary_weights_in_fp8 = FP8GlobalStateManager.with_fp8_parameters()
+        self.keeps_init_val = FP8GlobalStateManager.with_high_precision_init_val()
+
+    def set_tensor_parallel_group(self, tp_group):
+        self.tp_group = tp_group
+
+    def add_weight(self, name, rows, columns, dtype, device, init_method):
+        weight = torch.empty(rows, columns, dtype=dtype, device=device)
+        if init_method is None:
+            torch.nn.init.normal_(weight, std=0.023)
+        else:
+            # Not initialised memory, made visible.
+            init_method(weight.fill_(float("nan")))
+        if not self.primary_weights_in_fp8:
+            self.register_parameter(name, torch.nn.Parameter(weight))
+            return
+        assert weight.isfinite().all(), "uninitialised memory would be quantised"
+        recipe = FP8GlobalStateManager.get_fp8_recipe()
+        kind = Float8BlockwiseQTensor if recipe.float8_block_scaling() else Float8Tensor
+        parameter = torch.nn.Parameter(kind.of(weight))
+        if self.keeps_init_val:
+            attach_high_precision_init_val(parameter, weight.detach().cpu())
+        self.register_parameter(name, parameter)
+
+    def init_fp8_metadata(self, num_gemms=1):
+        self.fp8 = FP8GlobalStateManager.is_fp8_enabled()
+        self.fp8_meta["fp8_checkpoint"] = self.fp8
+        if not self.fp8:
+            return
+        recipe = self.fp8_meta["recipe"] = FP8GlobalStateManager.get_fp8_recipe()
+        self.fp8_meta["num_gemms"] = num_gemms
+        if recipe.delayed() and "scale_fwd" not in self.fp8_meta:
+            for suffix, tensors in (("fwd", 3), ("bwd", 2)):
+                count, length = tensors * num_gemms, recipe.amax_history_len
+                self.fp8_meta[f"scale_{suffix}"] = torch.ones(count)
+                self.fp8_meta[f"amax_history_{suffix}"] = torch.zeros(length, count)
+
+    def begin(self, inp, rows):
+        self.init_fp8_metadata(self.num_gemms)
+        recipe = type(self.fp8_meta["recipe"]).__name__ if self.fp8 else None
+        CALLS.append(Call(type(self).__name__, tuple(rows), recipe))
+        if self.fp8 and "amax_history_fwd" in self.fp8_meta and inp.numel():
+            self.fp8_meta["amax_history_fwd"][0, 0] = inp.detach().abs().max()
+
+    def get_extra_state(self):
+        recipe = self.fp8_meta.get("recipe")
+        if not self.fp8_meta["fp8_checkpoint"] or not recipe.delayed():
+            return torch.empty(0, dtype=torch.uint8)
+        names = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
+        state = {name: self.fp8_meta[name] for name in names}
+        state |= {"recipe": recipe, "extra_fp8_variables": {"num_gemms": self.num_gemms}}
+        return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        if state is None or state.numel() == 0:
+            return
+        if os.getenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "0") != "1":
+            raise RuntimeError("Refusing to load pickled Transformer Engine extra state")
+        state = pickle.loads(state.numpy().tobytes())
+        self.fp8_meta.update(state.pop("extra_fp8_variables"))
+        self.fp8_meta.update(state)
+
+
+def needs_fp8_sizes(*tensors):
+    for tensor in tensors:
+        *leading, last = tensor.shape
+        if torch.Size(leading).numel() % 8 or last % 16:
+            raise ValueError(
+                f"FP8 execution requires sizes divisible by 8 and 16, got {[*leading, last]}"
+            )
+
+
+class _Gemm(torch.autograd.Function):
+    """y = x w^T, with FP8 operands where `fp8`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, fp8):
+        ctx.fp8, ctx.is_quantized = fp8, isinstance(weight, QuantizedTensor)
+        w = plain_of(weight)
+        if fp8:
+            x, w = _rounded(x, torch.float8_e4m3fn), _rounded(w, torch.float8_e4m3fn)
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        if ctx.fp8:
+            grad = _rounded(grad, torch.float8_e5m2)
+        return grad @ w, grad.T @ x, None
+
+
+def gemm(x, weight, fp8):
+    return _Gemm.apply(x.reshape(-1, x.shape[-1]), weight, fp8).view(*x.shape[:-1], -1)
+
+
+def _rounded(tensor, fp8_dtype):
+    if not tensor.numel():
+        return tensor
+    largest = tensor.abs().max().float().clamp_min(1e-12)
+    scale = torch.finfo(fp8_dtype).max / largest
+    return ((tensor.float() * scale).to(fp8_dtype).float() / scale).to(tensor.dtype)

@@ -1,0 +1,158 @@
+"""Linear layers, alone, with a norm before, and many at once."""
+
+import torch
+
+from transformer_engine.pytorch.module.base import (
+    TransformerEngineBaseModule,
+    gemm,
+    needs_fp8_sizes,
+)
+from transformer_engine.pytorch.module.norm import rms_norm
+from transformer_engine.pytorch.quantization import get_align_size_for_quantization
+
+
+class Linear(TransformerEngineBaseModule):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        sequence_parallel=False,
+        fuse_wgrad_accumulation=False,
+        tp_group=None,
+        tp_size=1,
+        get_rng_state_tracker=None,
+        rng_tracker_name=None,
+        init_method=None,
+        bias=True,
+        return_bias=False,
+        params_dtype=None,
+        parallel_mode=None,
+        parameters_split=None,
+        device="cuda",
+        ub_overlap_ag=False,
+        ub_overlap_rs=False,
+        ub_overlap_rs_dgrad=False,
+        ub_bulk_dgrad=False,
+        ub_bulk_wgrad=False,
+        ub_name=None,
+        delay_wgrad_compute=False,
+        symmetric_ar_type=None,
+        save_original_input=False,
+        name=None,
+    ):
+        super().__init__(name)
+        assert tp_size == 1, "the stand-in knows one tensor-parallel rank"
+        assert not bias, "the stand-in knows no bias"
+        self.in_features, self.out_features = in_features, out_features
+        self.use_bias, self.parallel_mode, self.tp_size = bias, parallel_mode, tp_size
+        self.save_original_input = save_original_input
+        self.add_weight("weight", out_features, in_features, params_dtype, device, init_method)
+
+    def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
+        self.begin(inp, [inp.shape[:-1].numel()])
+        if self.fp8:
+            needs_fp8_sizes(inp, self.weight)
+        return gemm(inp, self.weight, self.fp8)
+
+
+class LayerNormLinear(TransformerEngineBaseModule):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        eps=1e-5,
+        sequence_parallel=False,
+        fuse_wgrad_accumulation=False,
+        tp_group=None,
+        tp_size=1,
+        get_rng_state_tracker=None,
+        init_method=None,
+        bias=True,
+        normalization="LayerNorm",
+        return_bias=False,
+        params_dtype=None,
+        parallel_mode=None,
+        return_layernorm_output=False,
+        return_layernorm_output_gathered=False,
+        parameters_split=None,
+        zero_centered_gamma=False,
+        device="cuda",
+        ub_overlap_ag=False,
+        ub_overlap_rs=False,
+        ub_overlap_rs_dgrad=False,
+        ub_bulk_wgrad=False,
+        ub_bulk_dgrad=False,
+        ub_name=None,
+        delay_wgrad_compute=False,
+        symmetric_ar_type=None,
+        name=None,
+    ):
+        super().__init__(name)
+        assert tp_size == 1, "the stand-in knows one tensor-parallel rank"
+        assert not bias, "the stand-in knows no bias"
+        assert normalization == "RMSNorm"
+        self.in_features, self.out_features, self.eps = in_features, out_features, eps
+        self.use_bias, self.parallel_mode, self.tp_size = bias, parallel_mode, tp_size
+        self.layer_norm_weight = torch.nn.Parameter(
+            torch.ones(in_features, dtype=params_dtype, device=device)
+        )
+        self.add_weight("weight", out_features, in_features, params_dtype, device, init_method)
+
+    def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
+        self.begin(inp, [inp.shape[:-1].numel()])
+        if self.fp8:
+            needs_fp8_sizes(inp, self.weight)
+        return gemm(rms_norm(inp, self.layer_norm_weight, self.eps), self.weight, self.fp8)
+
+
+class GroupedLinear(TransformerEngineBaseModule):
+    def __init__(
+        self,
+        num_gemms,
+        in_features,
+        out_features,
+        sequence_parallel=False,
+        fuse_wgrad_accumulation=False,
+        tp_group=None,
+        tp_size=1,
+        get_rng_state_tracker=None,
+        rng_tracker_name=None,
+        init_method=None,
+        bias=True,
+        return_bias=False,
+        params_dtype=None,
+        parallel_mode=None,
+        device="cuda",
+        ub_overlap_rs=False,
+        ub_overlap_ag=False,
+        ub_name=None,
+        delay_wgrad_compute=False,
+        save_original_input=False,
+        single_grouped_weight=False,
+        single_grouped_bias=False,
+        name=None,
+        use_grouped_tensor=None,
+    ):
+        super().__init__(name)
+        assert not bias, "the stand-in knows no bias"
+        self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
+        self.use_bias, self.parallel_mode, self.tp_size = bias, parallel_mode, tp_size
+        self.save_original_input = save_original_input
+        self.single_grouped_weight, self.single_grouped_bias = False, False
+        for i in range(num_gemms):
+            shape = (out_features, in_features)
+            self.add_weight(f"weight{i}", *shape, params_dtype, device, init_method)
+
+    def forward(self, inp, m_splits, is_first_microbatch=None, out=None, dgrad_out=None):
+        self.begin(inp, m_splits)
+        if len(m_splits) != self.num_gemms or sum(m_splits) != inp.shape[0]:
+            raise ValueError(
+                f"splits {m_splits} do not fit {self.num_gemms} GEMMs, {inp.shape} rows"
+            )
+        if self.fp8:
+            align = get_align_size_for_quantization(self.fp8_meta["recipe"])
+            if any(rows % align for rows in m_splits):
+                raise RuntimeError(f"FP8 GEMM with rows {m_splits}, not multiples of {align}")
+        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        parts = zip(inp.split(list(m_splits)), weights, strict=True)
+        return torch.cat([gemm(x, weight, self.fp8) for x, weight in parts])
