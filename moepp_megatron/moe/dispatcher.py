@@ -33,6 +33,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     megatron-core's dropless path assumes.
     """
 
+    config: TransformerConfig
     tokens_per_expert: Tensor
 
     def __init__(
@@ -158,6 +159,8 @@ class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
 
     It counts selections from the map that it gathers, so FFN columns alone are right as it is.
     """
+
+    config: TransformerConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -55,8 +55,9 @@ class FP8Machine:
 
             engine = tuple(get_te_version().release)
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-        cuda = torch.version.cuda
-        return cls(engine, capability, cuda and tuple(int(part) for part in cuda.split(".")))
+        built = torch.version.cuda
+        cuda = None if built is None else tuple(int(part) for part in built.split("."))
+        return cls(engine, capability, cuda)
 
 
 def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:

@@ -26,4 +26,11 @@ def transformer_engine(monkeypatch):
 
     for module in (build, megatron_config):
         monkeypatch.setattr(module, "have_transformer_engine", lambda: True)
+    fields = megatron_config._kernel_fields
+    monkeypatch.setattr(
+        megatron_config,
+        "_kernel_fields",
+        # As on a GPU: Transformer Engine's modules initialise their own weights.
+        lambda config: fields(config) | {"use_cpu_initialization": False},
+    )
     CALLS.clear()

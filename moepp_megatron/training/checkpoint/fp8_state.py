@@ -76,7 +76,9 @@ def _refuse_unsafe(name: str, value: Any) -> None:
         content = value.detach().cpu().numpy().tobytes()
         _HistoryUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # whatever crafted or damaged bytes make an unpickler do
+        # torch explains at length how to read it all the same.
+        reason = str(error).split(". ")[0]
         raise ConfigError(
             f"checkpoint entry {name} must hold the history of delayed FP8 scaling and nothing "
-            f"else ({error}); load another checkpoint"
+            f"else ({reason}); load another checkpoint"
         ) from error

@@ -6,6 +6,7 @@ The names in a checkpoint do not depend on who wrote it:
 - The fp32 copy of a bf16 parameter is `optimizer.state.fp32_param.<parameter>` whichever optimizer
   keeps it. An fp32 parameter needs no copy, so none is stored: the distributed optimizer, which
   holds one all the same, takes the parameter.
+- FP8 weights are stored as bf16 ones are.
 - Nothing else of the optimizer is stored but the number of its steps. Its parameter groups differ
   between layouts (expert parameters have their own optimizer only where experts are spread over
   ranks), and all that they hold follows from the configuration and the schedule.
@@ -26,6 +27,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.models.gpt import GPTModel
 
 from moepp_megatron.training.checkpoint.fp8_state import checked_fp8_state
@@ -66,6 +68,9 @@ def saved_state(model: TrainingModel) -> dict[str, Any]:
     state["optimizer"] = _without_copies(optimizer, dtypes)
     state["optimizer_steps"] = optimizer_steps(model)
     state["schedule_steps"] = model.scheduler.num_steps
+    # Read back in any precision, and without Transformer Engine. Last, because the optimizer knows
+    # the weights that it holds state of as objects.
+    force_all_tensors_to_non_fp8(state)
     return state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -161,6 +162,31 @@ def test_a_machine_without_a_gpu_refuses_cuda_graphs(command, capsys):
 
 def test_another_machine_can_be_planned_for(command):
     assert command("moe.dispatcher=flex moe.fused=true ep=2", 2, "--dry-run") == 0
+
+
+MODELS = sorted((Path(__file__).parents[3] / "configs/models").glob("moepp_*.yaml"))
+
+
+@pytest.mark.parametrize("config", MODELS, ids=lambda path: path.stem)
+def test_every_starting_point_is_sound(config, monkeypatch, capsys):
+    """On a machine without a GPU, FP8 included: 32 ranks, nothing ignored."""
+    arguments = ["moepp", "train", str(config), "data.path=corpus", "--nproc", "32", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert not ended.value.code
+    assert capsys.readouterr().err == ""
+
+
+def test_a_machine_without_transformer_engine_refuses_fp8(command, capsys):
+    if importlib.util.find_spec("transformer_engine") is not None:
+        pytest.skip("Transformer Engine is here")
+    fp8 = "precision.dtype=bf16 precision.fp8=hybrid precision.fp8_recipe=tensorwise"
+    assert command(fp8, 1, "--dry-run") == 0
+    assert command(fp8, 1) == 3
+    error = capsys.readouterr().err
+    assert "precision.fp8 (hybrid) must have Transformer Engine and a GPU" in error
+    assert "set precision.fp8 to null" in error
 
 
 def test_grid_and_stages_are_printed(command, capsys):

@@ -3,7 +3,6 @@
 from contextlib import contextmanager, nullcontext
 
 import torch
-
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 

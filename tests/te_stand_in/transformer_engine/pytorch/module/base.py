@@ -4,7 +4,6 @@ import os
 import pickle
 
 import torch
-
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from transformer_engine.pytorch.record import CALLS, Call
 from transformer_engine.pytorch.tensor import (
@@ -122,7 +121,8 @@ class _Gemm(torch.autograd.Function):
 
 
 def gemm(x, weight, fp8):
-    return _Gemm.apply(x.reshape(-1, x.shape[-1]), weight, fp8).view(*x.shape[:-1], -1)
+    rows = _Gemm.apply(x.reshape(-1, x.shape[-1]), weight, fp8)
+    return rows.view(*x.shape[:-1], weight.shape[0])
 
 
 def _rounded(tensor, fp8_dtype):

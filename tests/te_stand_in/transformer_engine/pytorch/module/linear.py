@@ -1,7 +1,6 @@
 """Linear layers, alone, with a norm before, and many at once."""
 
 import torch
-
 from transformer_engine.pytorch.module.base import (
     TransformerEngineBaseModule,
     gemm,

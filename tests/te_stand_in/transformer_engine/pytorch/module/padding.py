@@ -1,7 +1,6 @@
 """Rows of each expert filled up with zero rows to a multiple, and taken away again."""
 
 import torch
-
 from transformer_engine.pytorch.quantization import (
     FP8GlobalStateManager,
     get_align_size_for_quantization,

@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-
 from transformer_engine.pytorch.tensor import scale_of
 
 

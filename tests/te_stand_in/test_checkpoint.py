@@ -1,0 +1,150 @@
+"""Checkpoints of FP8 runs: weights for any precision, and what delayed scaling remembers."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.training.checkpoint.fp8_state import checked_fp8_state
+from moepp_megatron.training.checkpoint.pickles import unsafe_pickle
+from moepp_megatron.training.checkpoint.state import (
+    apply_model_state,
+    apply_state,
+    model_state,
+    saved_state,
+    wanted_state,
+)
+from moepp_megatron.training.setup import TrainingModel, build_training_model
+from tests.te_stand_in.models import config_of, losses, model_of
+
+
+def histories(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: module.fp8_meta["amax_history_fwd"]
+        for name, module in model.named_modules()
+        if "amax_history_fwd" in getattr(module, "fp8_meta", {})
+    }
+
+
+def save_and_load(path, saved: TrainingModel, loaded: TrainingModel) -> None:
+    """All of a checkpoint, as a run writes and reads it."""
+    dist_checkpointing.save(saved_state(saved), str(path))
+    assert unsafe_pickle(path) is None
+    apply_state(loaded, dist_checkpointing.load(wanted_state(loaded), str(path)))
+
+
+def read_weights(path, model: torch.nn.Module) -> None:
+    apply_model_state([model], dist_checkpointing.load(model_state([model]), str(path)))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Builds a model with its optimizer and trains it for a step or more."""
+    # One rank has nothing to gather, and gloo's coalesced gather would mix up FP8 and bf16 buckets.
+    monkeypatch.setattr(_ParamAndGradBucketGroup, "start_param_sync", lambda *args, **kwargs: None)
+
+    def build(config, steps: int = 1) -> TrainingModel:
+        model = build_training_model(config)
+        for _ in range(steps):
+            step(model)
+        return model
+
+    return build
+
+
+def step(model: TrainingModel) -> torch.Tensor:
+    (chunk,) = model.chunks
+    loss = losses(chunk).sum()
+    chunk.zero_grad_buffer()
+    loss.backward()
+    chunk.finish_grad_sync()
+    model.scheduler.step(increment=1)
+    model.optimizer.step()
+    return loss.detach()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fp8_param"), [("delayed", False), ("delayed", True), ("blockwise", True)]
+)
+def test_training_goes_on_as_if_it_had_not_stopped(tmp_path, trained, recipe, fp8_param):
+    config = config_of(recipe, precision={"fp8_param": fp8_param})
+    first, second = trained(config, steps=2), trained(config, steps=0)
+    save_and_load(tmp_path, first, second)
+    for _ in range(2):
+        assert torch.equal(step(second), step(first))
+    for (name, actual), expected in zip(
+        second.models[0].named_parameters(), first.models[0].parameters(), strict=True
+    ):
+        assert torch.equal(actual * 1.0, expected * 1.0), name
+
+
+def test_the_history_of_delayed_scaling_comes_back(tmp_path, trained):
+    config = config_of("delayed", precision={"fp8_amax_history_len": 4})
+    first, second = trained(config), trained(config, steps=0)
+    assert histories(second.models[0]) == {}
+    save_and_load(tmp_path, first, second)
+    expected, found = (histories(model.models[0]) for model in (first, second))
+    assert found.keys() == expected.keys()
+    assert len(found) == 4 * (2 + 2)
+    for name, history in found.items():
+        assert history.shape[0] == 4
+        assert history[0, 0] > 0
+        assert torch.equal(history, expected[name]), name
+    assert "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE" not in os.environ
+
+
+@pytest.mark.parametrize(("recipe", "fp8_param"), [("delayed", False), ("tensorwise", True)])
+def test_weights_are_read_in_any_precision(tmp_path, trained, recipe, fp8_param):
+    """What `moepp generate` does with the checkpoint of an FP8 run, in bf16."""
+    first = trained(config_of(recipe, precision={"fp8_param": fp8_param}))
+    dist_checkpointing.save(saved_state(first), str(tmp_path))
+    second = model_of(config_of(None))
+    read_weights(tmp_path, second)
+    plain = dict(first.models[0].named_parameters())
+    for name, parameter in second.named_parameters():
+        assert torch.equal(parameter, plain[name] * 1.0), name
+    assert losses(second).isfinite().all()
+
+
+def crafted(content: object) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(content)), dtype=torch.uint8)
+
+
+class _RunsCode:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+class _HidesCode:
+    """A tensor whose own bytes are a pickle, as torch stores them."""
+
+    def __reduce__(self):
+        return torch.storage._load_from_bytes, (pickle.dumps(_RunsCode()),)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (crafted(_RunsCode()), "system"),
+        (crafted({"scale_fwd": _HidesCode()}), "Weights only load failed"),
+        (crafted({"a": 1})[:5], "pickle data was truncated"),
+        (b"bytes", "a bytes, not bytes in a tensor"),
+    ],
+    ids=["code", "code in a tensor", "cut", "no tensor"],
+)
+def test_anything_but_a_history_is_refused(value, found):
+    state = {"decoder.layers.0.mlp.experts.linear_fc1._extra_state": value}
+    with pytest.raises(ConfigError, match=found) as caught, checked_fp8_state(state):
+        pytest.fail("nothing may be read")
+    message = str(caught.value)
+    assert "_extra_state must hold the history of delayed FP8 scaling" in message
+    assert message.endswith("; load another checkpoint")
+
+
+def test_without_a_history_nothing_is_allowed():
+    with checked_fp8_state({"linear._extra_state": torch.empty(0, dtype=torch.uint8)}):
+        assert "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE" not in os.environ

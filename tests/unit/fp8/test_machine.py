@@ -1,0 +1,103 @@
+"""Which machines can run which FP8, and how the others are refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import UnfitError, load_config
+from moepp_megatron.health import packages
+from moepp_megatron.health.finding import Severity
+from moepp_megatron.runtime.fit import check_fit
+from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
+
+ROOT = Path(__file__).parents[3]
+H100 = FP8Machine(transformer_engine=(2, 20, 0), capability=(9, 0), cuda=(13, 0))
+A100, L40, NEITHER = (8, 0), (8, 9), FP8Machine(None, None, None)
+
+
+def config_of(recipe: str, *overrides: str):
+    fp8 = ["precision.dtype=bf16", "precision.fp8=hybrid", f"precision.fp8_recipe={recipe}"]
+    return load_config(ROOT / "configs/models/moepp_0.6b_8_4.yaml", [*fp8, *overrides])
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_an_h100_runs_every_recipe(recipe):
+    assert fp8_obstacle(config_of(recipe, "precision.fp8_param=true"), H100) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "machine", "rule", "remedy"),
+    [
+        (
+            "delayed",
+            [],
+            NEITHER,
+            "precision.fp8 (hybrid) must have Transformer Engine and a GPU",
+            "set precision.fp8 to null, or install",
+        ),
+        (
+            "delayed",
+            [],
+            replace(H100, capability=A100),
+            "precision.fp8_recipe (delayed) must have a card of compute capability 8.9, not 8.0",
+            "use another card (H100: 9.0)",
+        ),
+        ("tensorwise", [], replace(H100, capability=A100), "compute capability 8.9", "H100"),
+        ("blockwise", [], replace(H100, capability=L40), "capability 9.0, not 8.9", "H100"),
+        ("blockwise", [], replace(H100, cuda=(12, 8)), "12.9 or newer, not 12.8", "tensorwise"),
+        (
+            "tensorwise",
+            [],
+            replace(H100, transformer_engine=(2, 1)),
+            "precision.fp8_recipe (tensorwise) must have Transformer Engine 2.2 or newer, not 2.1",
+            "install a newer one",
+        ),
+        ("blockwise", [], replace(H100, transformer_engine=(2, 2)), "Engine 2.3", "newer"),
+        ("delayed", [], replace(H100, transformer_engine=(1, 10)), "Engine 1.11", "newer"),
+        (
+            "delayed",
+            ["precision.fp8_param=true"],
+            replace(H100, transformer_engine=(2, 2)),
+            "precision.fp8_param (true) must have Transformer Engine 2.3",
+            "change the setting",
+        ),
+        (
+            "tensorwise",
+            ["training.recompute_granularity=selective", "training.recompute_modules=[moe_act]"],
+            replace(H100, transformer_engine=(2, 5)),
+            "training.recompute_modules ([moe_act]) with precision.fp8 must have Transformer "
+            "Engine 2.6",
+            "change the setting",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(recipe, overrides, machine, rule, remedy):
+    obstacle = fp8_obstacle(config_of(recipe, *overrides), machine)
+    found, _, told = obstacle.partition("; ")
+    assert rule in found
+    assert remedy in told
+    assert "\n" not in obstacle
+
+
+def test_an_older_card_runs_what_it_can():
+    ada = replace(H100, capability=L40, cuda=(12, 4))
+    assert fp8_obstacle(config_of("delayed"), ada) is None
+    assert fp8_obstacle(config_of("tensorwise"), ada) is None
+
+
+def test_the_doctor_shows_the_same():
+    fine = packages.check_fp8(config_of("blockwise"), H100)
+    assert (fine.severity, fine.found) == (Severity.OK, "hybrid, blockwise")
+    finding = packages.check_fp8(config_of("blockwise"), replace(H100, capability=L40))
+    assert finding.severity is Severity.ERROR
+    assert "9.0, not 8.9" in finding.rule
+    assert "H100" in finding.remedy
+    assert packages.check_fp8(load_config(ROOT / "configs/quickstart.yaml"), H100) is None
+
+
+def test_this_machine_refuses_before_it_starts(monkeypatch):
+    monkeypatch.setattr(FP8Machine, "this", classmethod(lambda cls: NEITHER))
+    with pytest.raises(UnfitError, match=r"precision.fp8 \(hybrid\) must have") as caught:
+        check_fit(config_of("delayed"))
+    assert caught.value.exit_code == 3
