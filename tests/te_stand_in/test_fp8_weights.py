@@ -70,6 +70,8 @@ def test_a_step_starts_from_exact_copies_and_writes_fp8(recipe, monkeypatch):
         master = weight.main_param.view(weight.shape)
         assert torch.equal(master, plain[name].float()), name
         assert not hasattr(weight, "_high_precision_init_val"), "no second copy is kept"
+    # Which of its two ways the optimizer takes to cut FP8 weights.
+    assert training.optimizer.chained_optimizers[0].config.fp8_recipe == recipe
     before = {name: weight.dequantize() for name, weight in weights.items()}
     first = losses(chunk).sum()
     first.backward()

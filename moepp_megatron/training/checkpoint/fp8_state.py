@@ -2,8 +2,9 @@
 
 Transformer Engine refuses to read such a pickle unless a variable of the environment allows it for
 the whole process (its `_extra_state.py`, from 2.20 at the latest), because a crafted one could run
-code. Here each pickle is read first by an unpickler that knows only what a history is made of; what
-it accepts, Transformer Engine may then read. Other recipes store nothing.
+code. Here megatron-core's unpickler reads each of them first, which knows only what a history is
+made of (and has torch read the tensors inside as data); what it accepts, Transformer Engine may
+then read. Other recipes store nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron.core.safe_globals import SafeUnpickler, safe_load_from_bytes
+from megatron.core.safe_globals import SafeUnpickler
 from torch import Tensor
 
 from moepp_megatron.config import ConfigError
@@ -55,15 +56,6 @@ def checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
             os.environ[_ALLOW] = before
 
 
-class _HistoryUnpickler(SafeUnpickler):
-    """megatron-core's, whose tensors are read as data too: it lets torch unpickle them freely."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return safe_load_from_bytes
-        return super().find_class(module, name)
-
-
 def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, Tensor) and value.numel() == 0)
 
@@ -74,7 +66,7 @@ def _refuse_unsafe(name: str, value: Any) -> None:
             raise TypeError(f"a {type(value).__name__}, not bytes in a tensor")
         # The very bytes that Transformer Engine takes, whatever the tensor's type.
         content = value.detach().cpu().numpy().tobytes()
-        _HistoryUnpickler(io.BytesIO(content)).load()
+        SafeUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # whatever crafted or damaged bytes make an unpickler do
         # torch explains at length how to read it all the same.
         reason = str(error).split(". ")[0]

@@ -188,6 +188,7 @@ def test_configuration_cannot_change_after_loading(minimal: Path) -> None:
         ("models/moepp_1b_16_4.yaml", (8, 64)),
         ("models/moepp_2b_32_8.yaml", (8, 64)),
         ("models/moepp_7b_16_4.yaml", (8, 32, 64)),
+        ("models/moepp_7b_16_4_fp8.yaml", (8, 32, 64)),
     ],
 )
 def test_shipped_configuration_fits(name: str, world_sizes: tuple[int, ...]) -> None:
@@ -209,6 +210,7 @@ def test_every_shipped_configuration_is_tested() -> None:
         "models/moepp_1b_16_4.yaml",
         "models/moepp_2b_32_8.yaml",
         "models/moepp_7b_16_4.yaml",
+        "models/moepp_7b_16_4_fp8.yaml",
     }
     assert names == tested
 
