@@ -1,0 +1,47 @@
+"""What expert-parallel ranks do for tests with the stand-in; ranks import these by name."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformer_engine.common.recipe import Float8BlockScaling
+from transformer_engine.pytorch import autocast
+from transformer_engine.pytorch.record import CALLS
+
+from tests.parallel import dispatch_runs
+
+TOKENS = 48
+
+
+def uneven(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int) -> torch.Tensor:
+    """Random selections, others on each rank."""
+    return dispatch_runs.routing_map(rank, num_tokens, num_ffn, num_experts, topk)
+
+
+def starved(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int) -> torch.Tensor:
+    """Rank 0 sends to its own experts alone; rank 1 neither sends a token nor gets one."""
+    selected = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
+    first = 0 if rank == 0 else num_ffn
+    selected[:, first : first + topk] = True
+    return selected
+
+
+def dispatch(raw: dict[str, Any], draw: Any, in_fp8: bool) -> dict[str, Any]:
+    """`dispatch_runs.sent_bytes` of a layer with Transformer Engine's experts, in FP8 or not.
+
+    Returns:
+        As that, and `rows`: the rows of each GEMM of the experts' first and second layer.
+    """
+    from moepp_megatron.model import build
+
+    # The pool that runs this is for these tests alone, so nothing has to be put back.
+    build.have_transformer_engine = lambda: True
+    from moepp_megatron.model import megatron_config
+
+    megatron_config.have_transformer_engine = lambda: True
+    CALLS.clear()
+    with autocast(recipe=Float8BlockScaling()) if in_fp8 else nullcontext():
+        result = dispatch_runs.sent_bytes(raw, draw, TOKENS)
+    return result | {"rows": [call.rows for call in CALLS]}
