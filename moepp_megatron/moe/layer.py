@@ -143,7 +143,7 @@ class MoEPPLayer(MoELayer):
         self, hidden_states: Tensor, previous_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """As `_forward`, which the backward pass repeats; logits go in and out, gradients too."""
-        if not self.config.fp8:
+        if not (self.config.fp8 or self.config.fp4):
             return tensor_parallel.checkpoint(self._forward, False, hidden_states, previous_logits)
         # The backward pass runs outside of the FP8 context. Transformer Engine's own function
         # enters it again, and with delayed scaling takes the scales of the first pass.
