@@ -86,13 +86,10 @@ def local_balance_loss(
     return (balance_weights * fractions * (score_sums / num_tokens)).sum(dim=-1).mean()
 
 
-def attach_loss(
-    activation: Tensor, loss: Tensor, num_tokens: int, group_size: int, per_token_loss: bool
-) -> Tensor:
-    """Give `loss` a gradient without returning it: megatron-core's auxiliary-loss mechanism.
+def attached_loss(loss: Tensor, num_tokens: int, group_size: int, per_token_loss: bool) -> Tensor:
+    """`loss` as it has to be attached to count once, whatever gradients are divided by.
 
     Args:
-        activation: Any tensor on the way to the language-model loss; returned unchanged.
         loss: Scalar, this rank's summand, beta included.
         num_tokens: Local tokens of the micro-batch.
         group_size: Ranks that share the micro-batch's sequences (tensor x context).
@@ -101,6 +98,14 @@ def attach_loss(
             micro-batch's token count leaves the mean over micro-batches
             (`megatron/core/transformer/moe/router.py: attach_and_log_load_balancing_loss`).
     """
-    if per_token_loss:
-        loss = loss * (num_tokens * group_size)
+    return loss * (num_tokens * group_size) if per_token_loss else loss
+
+
+def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:
+    """Give `loss` a gradient without returning it: megatron-core's auxiliary-loss mechanism.
+
+    Args:
+        activation: Any tensor on the way to the language-model loss; returned unchanged.
+        loss: Scalar, of `attached_loss`.
+    """
     return MoEAuxLossAutoScaler.apply(activation, loss)

@@ -165,6 +165,8 @@ class MoEPPLayer(MoELayer):
 
     def _experts(self, hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """The layer after its router."""
+        if self.router.health.enabled and RoutingStatistics.counts_now(self.training):
+            self._measure_constants(hidden_states, routing.gates)
         dispatched, probs = self.dispatch(*self.ffn_input(hidden_states, routing))
         # While tokens travel to their experts and back: what needs no token to move.
         shared_output = self.shared_experts_compute(hidden_states)
@@ -179,6 +181,13 @@ class MoEPPLayer(MoELayer):
             return ffn_output, routing.logits
         output.add_(ffn_output.view_as(output))
         return output.view(hidden_states.shape), routing.logits
+
+    def _measure_constants(self, hidden_states: Tensor, gates: Tensor) -> None:
+        if self.moepp.num_constant_experts > 0:
+            tokens = hidden_states.detach().reshape(-1, hidden_states.shape[-1])
+            with torch.no_grad():
+                mixing = self.zero_computation.mixing(tokens)
+            self.router.health.add_constants(gates, mixing, self.zero_computation.constants)
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
         """megatron-core's way to call a router, which has no room for its logits.

@@ -19,11 +19,13 @@ from torch import Tensor
 from moepp_megatron.moe.balance import (
     GlobalBatchFractions,
     attach_loss,
+    attached_loss,
     local_balance_loss,
     selected_fractions,
 )
 from moepp_megatron.moe.capacity import within_capacity
 from moepp_megatron.moe.config import BalanceScope, MoEPPConfig
+from moepp_megatron.moe.health import RouterHealth
 from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.parameter import replicated_parameter
 from moepp_megatron.moe.selection import Selection, select
@@ -123,6 +125,7 @@ class MoEPPRouter(TopKRouter):
         self.moepp = moepp
         self.fused = use_kernels(moepp.fused)
         self.statistics = RoutingStatistics(moepp.num_experts)
+        self.health = RouterHealth(moepp)
         self.global_fractions = GlobalBatchFractions()
         # Not a buffer: Float16Module would round it to bf16.
         self.balance_weights = torch.tensor(
@@ -160,6 +163,8 @@ class MoEPPRouter(TopKRouter):
             raise ValueError("padding_mask must be None: MoE++ routing counts every token")
         logits = self._logits(input, previous_logits)
         gates, routing_map = self.routing(logits)
+        if self.health.enabled and self.training:
+            self._measure(logits, previous_logits, routing_map)
         return Routing(gates, routing_map, logits)
 
     def choose(self, input: Tensor, previous_logits: Tensor | None) -> Choice:
@@ -178,6 +183,11 @@ class MoEPPRouter(TopKRouter):
             )
             logits = self._add_residual(logits, previous_logits, self.residual_weight)
         return logits
+
+    @property
+    def logits_weight(self) -> Tensor:
+        """[E, ...] the matrix whose rows give the experts' logits."""
+        return self.output_weight if self.moepp.two_layer_gate else self.weight
 
     def set_tau(self, tau: float) -> None:
         """Weigh zero-computation experts by `tau` in the balance loss from now on."""
@@ -216,11 +226,11 @@ class MoEPPRouter(TopKRouter):
 
     def settle(self, choice: Choice) -> Routing:
         """The second half of `forward`: attach the losses, apply capacity limits, count."""
-        logits, gates_TE, routing_map_TE, counts_SE, score_sums_SE = choice
+        logits, gates_TE, routing_map_TE, counts_SE, _ = choice
         num_tokens = gates_TE.shape[0]
         loss = None
-        if counts_SE is not None and score_sums_SE is not None and self.moepp.balance_coeff > 0:
-            loss, gates_TE = self._balance(gates_TE, counts_SE, score_sums_SE)
+        if counts_SE is not None and self.moepp.balance_coeff > 0:
+            loss, gates_TE = self._balance(choice)
         kept_TE = None
         if self.moepp.capacity_factor is not None:
             kept_TE = within_capacity(
@@ -253,10 +263,26 @@ class MoEPPRouter(TopKRouter):
             return fused_select(logits_TE, self.expert_bias, self.moepp, num_sequences)
         return select(logits_TE, self.expert_bias, self.moepp, num_sequences)
 
-    def _balance(
-        self, gates_TE: Tensor, counts_SE: Tensor, score_sums_SE: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _measure(
+        self, logits: Tensor, previous_logits: Tensor | None, routing_map_TE: Tensor
+    ) -> None:
+        """Tell `health` of a micro-batch; a pass that will be repeated only counts FFN experts."""
+        if not RoutingStatistics.counts_now(self.training):
+            self.health.count_ffn(routing_map_TE)
+            return
+        logits_TE = logits.detach().reshape(-1, self.moepp.num_experts)
+        own_TE = logits_TE
+        if self.residual_weight is not None and previous_logits is not None:
+            residual = previous_logits.detach().to(logits.dtype).reshape(logits_TE.shape)
+            own_TE = logits_TE - residual @ self.residual_weight.detach().to(logits.dtype).T
+        logits_TE = self._standardized(logits_TE)
+        self.health.add_routing(logits_TE, own_TE, routing_map_TE, self.expert_bias)
+
+    def _balance(self, choice: Choice) -> tuple[Tensor, Tensor]:
         """This rank's summand of L_b, and the gates with its gradient attached."""
+        logits, gates_TE, _, counts_SE, score_sums_SE = choice
+        assert counts_SE is not None, "a selection that was not counted has no balance loss"
+        assert score_sums_SE is not None, "counts and sums come together"
         num_tokens = gates_TE.shape[0]
         per_sequence = num_tokens // counts_SE.shape[0]
         if self.moepp.balance_scope == "global":
@@ -276,11 +302,12 @@ class MoEPPRouter(TopKRouter):
             self.config.num_layers,
             reduce_group=self.tp_cp_group,
         )
-        gates_TE = attach_loss(
-            gates_TE,
+        attached = attached_loss(
             loss * self.moepp.balance_coeff,
             num_tokens=num_tokens,
             group_size=self.tp_cp_group.size(),
             per_token_loss=self.calculate_per_token_loss,
         )
-        return loss, gates_TE
+        if self.health.enabled:
+            self.health.watch_gradients(logits, attached)
+        return loss, attach_loss(gates_TE, attached)

@@ -74,7 +74,7 @@ class ZeroComputationExperts(MegatronModule):
         weight_of_input = gates[:, moepp.copy_experts].sum(dim=-1)
         if moepp.num_constant_experts > 0:
             constant_gates = gates[:, moepp.constant_experts]
-            keep, replace = self._mixing(x).unbind(dim=-1)
+            keep, replace = self.mixing(x).unbind(dim=-1)
             weight_of_input = weight_of_input + (constant_gates * keep).sum(dim=-1)
             weight_of_constants = (constant_gates * replace).to(x.dtype)
             if addend is None:
@@ -100,7 +100,7 @@ class ZeroComputationExperts(MegatronModule):
             return Ingredients(x, gates, routing_map, None, None)
         return None
 
-    def _mixing(self, x: Tensor) -> Tensor:
+    def mixing(self, x: Tensor) -> Tensor:
         """[T, C, 2] fp32: how much of the input each constant expert keeps and replaces."""
         logits = self._mixing_logits(x).view(-1, self.moepp.num_constant_experts, 2)
         return torch.softmax(logits * self.moepp.expert_input_scale, dim=-1)

@@ -49,6 +49,11 @@ class StepMetrics(BaseModel):
         valid_loss: Validation loss, nats; only on evaluated steps.
         layer_expert_share: [MoE layers][E] ``expert_share`` of each layer.
         layer_ffn_fraction: [MoE layers] ``ffn_fraction`` of each layer.
+        router_health: Metric to [MoE layers] of ``docs/routing.md``; only on measured steps
+            (``observe.health_interval``), as the next two.
+        layer_ffn_histogram: [MoE layers][K + 1] share of the tokens with 0, 1, ..., K FFN experts.
+        loss_by_ffn: [K + 1] mean language-model loss of the tokens with 0, 1, ..., K FFN experts on
+            average over the last pipeline stage's MoE layers, rounded; NaN where there is none.
         z_loss: Router z-loss, mean over MoE layers, without its coefficient.
         num_zeros: Gradient elements that are exactly zero.
         skipped_steps: Batches that the numerical guard refused since the run began; they are no
@@ -97,6 +102,9 @@ class StepMetrics(BaseModel):
     valid_loss: float | None = None
     layer_expert_share: list[list[Number]] | None = None
     layer_ffn_fraction: list[Number] | None = None
+    router_health: dict[str, list[Number]] | None = None
+    layer_ffn_histogram: list[list[Number]] | None = None
+    loss_by_ffn: list[Number] | None = None
     z_loss: float | None = None
     num_zeros: int | None = None
     skipped_steps: int | None = None

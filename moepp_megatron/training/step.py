@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from moepp_megatron.training.resilience.step_state import StepState
 from moepp_megatron.training.setup import TrainingModel
 
 Batch = dict[str, Tensor]
+# Sees a model chunk, its token losses [b, s] and the mask [b, s] of those that count.
+LossWatcher = Callable[[torch.nn.Module, Tensor, Tensor], None]
 
 
 @dataclass
@@ -41,6 +43,7 @@ def training_step(
     config: Config,
     layout: Layout,
     guard: NumericalGuard | None = None,
+    watcher: LossWatcher | None = None,
 ) -> StepResult:
     """Run one optimizer step.
 
@@ -50,12 +53,15 @@ def training_step(
         config: The run's configuration.
         layout: The rank grid.
         guard: May refuse the step: then the batch is read and nothing else has changed.
+        watcher: Called on the last pipeline stage with each micro-batch's token losses.
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
     before = StepState(model.models) if guard is not None else None
-    losses = run_schedule(model, batches, config, layout.num_microbatches, forward_only=False)
+    losses = run_schedule(
+        model, batches, config, layout.num_microbatches, forward_only=False, watcher=watcher
+    )
     grad_norm = prepare_gradients(model.optimizer)
     if guard is not None and before is not None and guard.refuses(losses, grad_norm):
         before.restore()
@@ -73,8 +79,17 @@ def run_schedule(
     config: Config,
     num_microbatches: int,
     forward_only: bool,
+    watcher: LossWatcher | None = None,
 ) -> Tensor:
     """Megatron's pipeline schedule over `num_microbatches` micro-batches.
+
+    Args:
+        model: The wrapped model.
+        batches: As in `training_step`.
+        config: The run's configuration.
+        num_microbatches: Of this rank.
+        forward_only: Without a backward pass.
+        watcher: As in `training_step`.
 
     Returns:
         [2] float64: sum of token losses and number of tokens on this rank; zeros on all stages but
@@ -82,7 +97,7 @@ def run_schedule(
     """
     forward_backward = get_forward_backward_func()
     reduced = forward_backward(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, watcher=watcher),
         data_iterator=batches if len(batches) > 1 else batches[0],
         model=list(model.chunks),
         num_microbatches=num_microbatches,
@@ -96,22 +111,31 @@ def run_schedule(
 
 
 def _forward_step(
-    iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
+    iterator: Iterator[Batch],
+    model: Any,
+    return_schedule_plan: bool = False,
+    watcher: LossWatcher | None = None,
 ) -> tuple[Any, Any]:
     """One micro-batch's output, or its plan for the combined schedule, and the loss of it."""
     batch = next(iterator)
     forward = model.build_schedule_plan if return_schedule_plan else model
     output = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(_loss, batch["loss_mask"])
+    watch = None if watcher is None else partial(watcher, model)
+    return output, partial(_loss, batch["loss_mask"], watch)
 
 
-def _loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss(
+    loss_mask: Tensor, watch: Callable[[Tensor, Tensor], None] | None, token_losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of token losses, number of tokens, and both for the log.
 
     Args:
         loss_mask: [b, s] fp32.
+        watch: Sees the token losses and the mask.
         token_losses: [b, s].
     """
+    if watch is not None:
+        watch(token_losses, loss_mask)
     loss = (token_losses.float() * loss_mask).sum()
     num_tokens = loss_mask.sum()
     report = torch.stack([loss.detach().double(), num_tokens.double()])

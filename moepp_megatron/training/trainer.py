@@ -26,6 +26,7 @@ from moepp_megatron.training.checkpoint import (
     read_checkpoint,
 )
 from moepp_megatron.training.collect import RoutingCollector, mean_loss
+from moepp_megatron.training.health import HealthCollector
 from moepp_megatron.training.evaluate import validation_loss
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.run_folder import checkpoint_folder, write_config
@@ -72,6 +73,9 @@ class Trainer:
         loaded = self._load()
         self.progress, self.extra = loaded.progress, loaded.extra
         self._budget = self._open_budget()
+        self._health = HealthCollector(
+            config, self.model, self._routing.layer_numbers, config.observe.health_interval
+        )
         self._telemetry = Telemetry(config, self.progress.tokens)
 
     def run(self) -> StepMetrics | None:
@@ -95,9 +99,17 @@ class Trainer:
                 supervisor.begin_step(self.progress.step + 1)
                 started = time.perf_counter()
                 self._routing.reset()
+                self._health.begin_step(self.progress.step + 1)
                 if self._budget is not None:
                     self._budget.begin_step(self.progress.step + 1)
-                result = training_step(self.model, batches, config, self.layout, supervisor.guard)
+                result = training_step(
+                    self.model,
+                    batches,
+                    config,
+                    self.layout,
+                    supervisor.guard,
+                    self._health.add_losses,
+                )
                 if result.updated:
                     self._advance()
                     self._learn_budget()
@@ -228,6 +240,7 @@ class Trainer:
             **self._supervisor.metrics(),  # type: ignore[arg-type]
             failed_saves=self.checkpoints.failed_saves if self._saves() else None,
             **routing,  # type: ignore[arg-type]
+            **self._health.collect(),
             **({} if self._budget is None else self._budget.metrics(self.progress.step)),
             **telemetry,
         )

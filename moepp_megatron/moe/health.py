@@ -1,0 +1,175 @@
+"""How healthy a router is: what one step's logits, gates and gradients say.
+
+Everything here is a sum over tokens, so sums over ranks are right in every layout. Nothing is
+measured unless `RouterHealth.enabled` is set, which a training loop does for single steps.
+
+Shape suffixes: T local tokens, E all experts, K selected per token, C constant experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
+
+_SCALARS = (
+    "tokens",
+    "logits",
+    "entropy",
+    "margin",
+    "logit",
+    "logit_square",
+    "own_logit",
+    "own_logit_square",
+    "residual_norm",
+    "own_norm",
+    "balance_grad_square",
+    "model_grad_square",
+    # Each rank that holds the layer adds its parameters' values once.
+    "copies",
+    "row_cosine",
+    "row_cosine_max",
+)
+
+
+class RouterHealth:
+    """Sums of one MoE++ layer on one rank since the last reset.
+
+    Args:
+        config: The layer's settings.
+
+    Attributes:
+        enabled: Whether forward passes are measured.
+        ffn_counts: [T] FFN experts of each token of the newest micro-batch; None before one.
+    """
+
+    def __init__(self, config: MoEPPConfig) -> None:
+        self._config = config
+        self.enabled = False
+        self.reset()
+
+    @staticmethod
+    def names_for(topk: int, num_constants: int) -> list[str]:
+        """What each entry of `as_vector` is, of layers with these counts."""
+        constants = range(num_constants)
+        return [
+            *_SCALARS,
+            *(f"tokens_with_{count}_ffn" for count in range(topk + 1)),
+            *(f"constant_gate_{index}" for index in constants),
+            *(f"constant_replaced_{index}" for index in constants),
+            *(f"constant_norm_{index}" for index in constants),
+        ]
+
+    def reset(self) -> None:
+        """Forget everything measured."""
+        self._sums: dict[str, Tensor] = {}
+        self.ffn_counts: Tensor | None = None
+
+    @torch.no_grad()
+    def add_routing(
+        self, logits: Tensor, own_logits: Tensor, routing_map: Tensor, bias: Tensor | None
+    ) -> None:
+        """Measure one micro-batch's routing.
+
+        Args:
+            logits: [T, E] fp32, what the selection was made from.
+            own_logits: [T, E] fp32 without the residual; `logits` itself where there is none.
+            routing_map: [T, E] bool selections that are carried out.
+            bias: [E] selection bias, or None.
+        """
+        config = self._config
+        uses_softmax = config.score_function == "softmax"
+        scores = torch.softmax(logits, dim=-1) if uses_softmax else torch.sigmoid(logits)
+        shares = scores / scores.sum(dim=-1, keepdim=True)
+        # x log x is 0 at 0.
+        self._add("entropy", -(torch.xlogy(shares, shares)).sum())
+        self._add("margin", _margins(scores if bias is None else scores + bias, config).sum())
+        self._add("tokens", logits.new_tensor(float(logits.shape[0])))
+        self._add("logits", logits.new_tensor(float(logits.numel())))
+        for name, values in (("logit", logits), ("own_logit", own_logits)):
+            self._add(name, values.sum())
+            self._add(f"{name}_square", values.square().sum())
+        self._add("own_norm", own_logits.norm(dim=-1).sum())
+        if own_logits is not logits:
+            self._add("residual_norm", (logits - own_logits).norm(dim=-1).sum())
+        histogram = torch.bincount(self.count_ffn(routing_map), minlength=config.router_topk + 1)
+        for count, tokens in enumerate(histogram.to(logits.dtype)):
+            self._add(f"tokens_with_{count}_ffn", tokens)
+
+    def count_ffn(self, routing_map: Tensor) -> Tensor:
+        """[T] FFN experts that each token gets, kept in `ffn_counts`; argument as above."""
+        self.ffn_counts = routing_map[:, : self._config.num_ffn_experts].sum(dim=-1)
+        return self.ffn_counts
+
+    @torch.no_grad()
+    def add_constants(self, gates: Tensor, mixing: Tensor, constants: Tensor) -> None:
+        """Measure one micro-batch's constant experts.
+
+        Args:
+            gates: [T, E] fp32.
+            mixing: [T, C, 2] fp32, how much of the input each keeps and replaces.
+            constants: [C, D] their vectors.
+        """
+        gates_TC = gates[:, self._config.constant_experts]
+        replaced_TC = gates_TC * mixing[..., 1]
+        norms = constants.float().norm(dim=-1)
+        for index in range(self._config.num_constant_experts):
+            self._add(f"constant_gate_{index}", gates_TC[:, index].sum())
+            self._add(f"constant_replaced_{index}", replaced_TC[:, index].sum())
+            self._sums[f"constant_norm_{index}"] = norms[index]
+
+    @torch.no_grad()
+    def add_rows(self, weight: Tensor) -> None:
+        """Measure how alike the router's rows are.
+
+        Args:
+            weight: [E, ...] the matrix that gives the logits.
+        """
+        rows = F.normalize(weight.float().flatten(1), dim=-1)
+        others = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+        cosines = (rows @ rows.T)[others].abs()
+        self._sums["row_cosine"], self._sums["row_cosine_max"] = cosines.mean(), cosines.max()
+        self._sums["copies"] = cosines.new_tensor(1.0)
+
+    def watch_gradients(self, logits: Tensor, attached: Tensor) -> None:
+        """Compare, when the backward pass comes, the balance loss's pull with the model's.
+
+        A z-loss counts with the balance loss. The model's pull is what else reaches the logits:
+        through the gates, and through later layers' residuals, their balance losses included.
+
+        Args:
+            logits: [..., E] differentiable; every use of them has to come from this tensor.
+            attached: The balance loss as it is attached (`balance.attached_loss`).
+        """
+        (pull,) = torch.autograd.grad(attached, logits, retain_graph=True)
+
+        def measure(total: Tensor) -> None:
+            scale = MoEAuxLossAutoScaler.main_loss_backward_scale
+            balance = pull if scale is None else pull * scale
+            self._add("balance_grad_square", balance.square().sum())
+            self._add("model_grad_square", (total - balance).square().sum())
+
+        logits.register_hook(measure)
+
+    def as_vector(self) -> Tensor:
+        """Float64 on the CPU, in the order of `names_for` this layer's counts."""
+        names = self.names_for(self._config.router_topk, self._config.num_constant_experts)
+        missing = torch.zeros(())
+        values = [self._sums.get(name, missing).detach() for name in names]
+        return torch.stack([value.to("cpu", torch.float64) for value in values])
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        before = self._sums.get(name)
+        self._sums[name] = value if before is None else before + value
+
+
+def _margins(ranked: Tensor, config: MoEPPConfig) -> Tensor:
+    """[T] score of the last selected expert less that of the first one that was not."""
+    if config.router_topk == config.num_experts:
+        return ranked.new_zeros(ranked.shape[0])
+    best = ranked.topk(config.router_topk + 1, dim=-1).values
+    return best[:, -2] - best[:, -1]

@@ -1,0 +1,150 @@
+"""Router health of one step, from every rank's sums to the record's numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from moepp_megatron.config import Config
+from moepp_megatron.moe.health import RouterHealth
+from moepp_megatron.moe.layer import MoEPPLayer
+from moepp_megatron.training.collect import sum_over_ranks
+from moepp_megatron.training.setup import TrainingModel
+
+
+class HealthCollector:
+    """Measures the routers in single steps. Every rank has one and calls its methods together.
+
+    Args:
+        config: The run's configuration.
+        model: The wrapped model.
+        layer_numbers: Global numbers of all MoE layers of the model.
+        interval: Steps from one measured step to the next; 0 measures nothing.
+    """
+
+    def __init__(
+        self, config: Config, model: TrainingModel, layer_numbers: Sequence[int], interval: int
+    ) -> None:
+        self._topk = config.moe.router_topk
+        self._num_constants = config.moe.num_constant_experts
+        self._numbers = list(layer_numbers)
+        self._chunks = [_moepp_layers(chunk) for chunk in model.models]
+        self._layers = {layer.layer_number: layer for chunk in self._chunks for layer in chunk}
+        # A router in a CUDA graph repeats kernels; it has no place for further ones.
+        is_captured = "moe_router" in config.training.cuda_graphs
+        self._interval = 0 if is_captured or config.moe.is_vanilla else interval
+        # There the loss comes after other micro-batches have passed the layers.
+        self._sorts_losses = not config.parallel.overlap_moe_expert_parallel_comm
+        self._losses = torch.zeros(2, self._topk + 1, dtype=torch.float64)
+        self._is_on = False
+
+    def begin_step(self, step: int) -> None:
+        """Measure in `step`, or not."""
+        self._is_on = self._interval > 0 and step % self._interval == 0
+        self._losses.zero_()
+        for layer in self._layers.values():
+            layer.router.health.reset()
+            layer.router.health.enabled = self._is_on
+
+    def add_losses(self, chunk: torch.nn.Module, token_losses: Tensor, loss_mask: Tensor) -> None:
+        """Sort a micro-batch's token losses by how many FFN experts the tokens got.
+
+        Counts are means over the MoE layers of this pipeline stage's chunk, rounded: with several
+        stages, of those after the last boundary.
+
+        Args:
+            chunk: The model chunk, wrapped or not, that has just made the losses.
+            token_losses: [b, s].
+            loss_mask: [b, s], 0 for tokens that do not count.
+        """
+        layers = _moepp_layers(chunk) if self._is_on and self._sorts_losses else []
+        counts = [layer.router.health.ffn_counts for layer in layers]
+        if not counts or any(count is None for count in counts):
+            return
+        mean_T = torch.stack([count for count in counts if count is not None]).float().mean(dim=0)
+        # Tokens are ordered [s, b], and spread over the tensor ranks where there are several.
+        losses, mask = (_own_tokens(values) for values in (token_losses.detach(), loss_mask))
+        buckets = mean_T.round().long()
+        for row, values in enumerate((losses * mask, mask)):
+            sums = torch.zeros(self._topk + 1, dtype=torch.float64, device=values.device)
+            self._losses[row] += sums.index_add_(0, buckets, values.double()).cpu()
+
+    def collect(self) -> dict[str, Any]:
+        """Fields of the record of a measured step, none of another; a collective if measured."""
+        if not self._is_on:
+            return {}
+        width = len(RouterHealth.names_for(self._topk, self._num_constants))
+        local = torch.zeros(len(self._numbers), width, dtype=torch.float64)
+        for row, number in enumerate(self._numbers):
+            if number in self._layers:
+                router = self._layers[number].router
+                router.health.add_rows(router.logits_weight)
+                local[row] = router.health.as_vector()
+        total, losses = sum_over_ranks(local), sum_over_ranks(self._losses)
+        names = RouterHealth.names_for(self._topk, self._num_constants)
+        layers = [dict(zip(names, row, strict=True)) for row in total.tolist()]
+        fields: dict[str, Any] = {
+            "router_health": _by_metric([self._metrics(sums) for sums in layers]),
+            "layer_ffn_histogram": [self._histogram(sums) for sums in layers],
+        }
+        if losses[1].sum() > 0:
+            fields["loss_by_ffn"] = [_ratio(loss, count) for loss, count in losses.T.tolist()]
+        return fields
+
+    def _histogram(self, sums: dict[str, float]) -> list[float]:
+        """Share of the tokens with 0, 1, ..., K FFN experts."""
+        counts = range(self._topk + 1)
+        return [_ratio(sums[f"tokens_with_{count}_ffn"], sums["tokens"]) for count in counts]
+
+    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """The numbers of one layer; `docs/routing.md` says what each means."""
+        tokens, logits = sums["tokens"], sums["logits"]
+        mean, own_mean = _ratio(sums["logit"], logits), _ratio(sums["own_logit"], logits)
+        constants = range(self._num_constants)
+        gates = sum(sums[f"constant_gate_{index}"] for index in constants)
+        replaced = sum(sums[f"constant_replaced_{index}"] for index in constants)
+        norms = sum(sums[f"constant_norm_{index}"] for index in constants)
+        metrics = {
+            "gate_entropy": _ratio(sums["entropy"], tokens),
+            "selection_margin": _ratio(sums["margin"], tokens),
+            "logit_mean": mean,
+            "logit_variance": _ratio(sums["logit_square"], logits) - mean**2,
+            "own_logit_mean": own_mean,
+            "own_logit_variance": _ratio(sums["own_logit_square"], logits) - own_mean**2,
+            "residual_ratio": _ratio(sums["residual_norm"], sums["own_norm"]),
+            "row_cosine": _ratio(sums["row_cosine"], sums["copies"]),
+            "row_cosine_max": _ratio(sums["row_cosine_max"], sums["copies"]),
+            "balance_gradient_ratio": math.sqrt(
+                _ratio(sums["balance_grad_square"], sums["model_grad_square"])
+            ),
+        }
+        if self._num_constants > 0:
+            metrics["constant_replaced"] = _ratio(replaced, gates)
+            metrics["constant_norm"] = _ratio(norms, sums["copies"] * self._num_constants)
+        return metrics
+
+
+def _moepp_layers(chunk: torch.nn.Module) -> list[MoEPPLayer]:
+    return [module for module in chunk.modules() if isinstance(module, MoEPPLayer)]
+
+
+def _own_tokens(values: Tensor) -> Tensor:
+    """[b, s] values of all tokens to those of this tensor rank, in the layers' order."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return values.T.chunk(size)[rank].reshape(-1)
+
+
+def _by_metric(layers: list[dict[str, float]]) -> dict[str, list[float]]:
+    """From one mapping a layer to one list a metric."""
+    return {name: [layer[name] for layer in layers] for name in layers[0]}
+
+
+def _ratio(part: float, whole: float) -> float:
+    """NaN where there is nothing to divide by: nothing was measured, and 0 would look healthy."""
+    return part / whole if whole > 0 else math.nan
