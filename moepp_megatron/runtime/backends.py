@@ -13,6 +13,7 @@ from moepp_megatron.runtime.optional import (
     have_apex,
     have_resiliency_on_gpu,
     have_transformer_engine,
+    have_wandb,
 )
 
 
@@ -82,6 +83,14 @@ def optional_backends() -> list[Backend]:
             "pip install 'moepp-megatron[resiliency]'",
         ),
         _triton(),
+        Backend(
+            "W&B",
+            version_of("wandb"),
+            have_wandb(),
+            "records are sent where observe.wandb.project is set",
+            "metrics.jsonl, TensorBoard and moepp monitor; observe.wandb.project is refused",
+            "pip install 'moepp-megatron[wandb]'",
+        ),
     ]
 
 

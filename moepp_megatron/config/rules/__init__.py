@@ -13,6 +13,7 @@ from moepp_megatron.config.rules import (
     ignored,
     model,
     moe,
+    observe,
     parallel,
     resilience,
     slurm,
@@ -29,6 +30,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *training.RULES,
     *resilience.RULES,
     *slurm.RULES,
+    *observe.RULES,
 )
 IGNORED: tuple[Callable[[Config], Iterator[Problem]], ...] = ignored.RULES
 WORLD_SIZE_RULES: tuple[Callable[[Config, int], Iterator[Problem]], ...] = world_size.RULES

@@ -4,6 +4,7 @@ from moepp_megatron.config.schema.budget import BudgetSection
 from moepp_megatron.config.schema.config import Config
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
+from moepp_megatron.config.schema.observe import ObserveSection, WandbSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
@@ -22,6 +23,7 @@ __all__ = [
     "DataSection",
     "ModelSection",
     "MoESection",
+    "ObserveSection",
     "OptimizerSection",
     "ParallelSection",
     "PrecisionSection",
@@ -30,4 +32,5 @@ __all__ = [
     "Section",
     "SlurmSection",
     "TrainingSection",
+    "WandbSection",
 ]

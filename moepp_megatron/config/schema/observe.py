@@ -1,0 +1,44 @@
+"""Section `observe`: where records and alerts go besides the run's own files."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moepp_megatron.config.schema.section import Section, unit
+
+
+class WandbSection(Section):
+    """Weights & Biases. Who may write there is settled by `wandb login`, not here."""
+
+    project: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Project that records are sent to; null is off",
+        json_schema_extra=unit("-"),
+    )
+    entity: str | None = Field(
+        default=None,
+        min_length=1,
+        description="User or team that the project belongs to; null takes the user's own",
+        json_schema_extra=unit("-"),
+    )
+    mode: Literal["online", "offline"] = Field(
+        default="online",
+        description="Send at once, or write RUN/wandb for `wandb sync` later",
+        json_schema_extra=unit("-"),
+    )
+
+
+class ObserveSection(Section):
+    """Sinks that leave the run's folder; all are off by default."""
+
+    wandb: WandbSection = Field(default_factory=WandbSection, description="Weights & Biases")
+    webhook_url_env: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Environment variable that holds the address alerts are posted to (https, or "
+        "localhost), so that the address stands in no file; null is off",
+        json_schema_extra=unit("-"),
+    )
