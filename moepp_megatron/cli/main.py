@@ -12,6 +12,7 @@ from moepp_megatron.cli import (
     data,
     doctor,
     generate,
+    monitor,
     report,
     score,
     slurm,
@@ -33,6 +34,7 @@ app.command()(generate.generate)
 app.command()(score.score)
 app.add_typer(convert.app, name="convert")
 app.command()(report.report)
+app.command()(monitor.monitor)
 app.add_typer(bench.app, name="bench")
 app.command()(slurm.slurm)
 

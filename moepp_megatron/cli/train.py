@@ -12,6 +12,7 @@ from moepp_megatron.config import (
     Config,
     ConfigError,
     Layout,
+    UnfitError,
     check_config,
     check_world_size,
     load_config,
@@ -93,6 +94,8 @@ def train(
         from moepp_megatron.config.hardware import load_hardware
 
         load_hardware(settings.telemetry.hardware)
+    if rank.rank == 0 and not node_rank:
+        _check_sinks(settings)
     _check_data(settings)
     if resume or rank.restart_count > 0:
         settings = _resumed(settings)
@@ -153,6 +156,26 @@ def _resumed(config: Config) -> Config:
     if config.checkpoint.load is not None and not any(is_checkpoint(path) for path in own):
         return config
     return with_overrides(config, ["checkpoint.load=auto", "checkpoint.load_optimizer=true"])
+
+
+def _check_sinks(config: Config) -> None:
+    """Refuse sinks that cannot work, where the rank that owns them starts."""
+    from moepp_megatron.runtime.optional import have_wandb
+
+    project, variable = config.observe.wandb.project, config.observe.webhook_url_env
+    if project is not None and not have_wandb():
+        raise UnfitError(
+            f"observe.wandb.project ({project!r}) must have the package wandb, which is not "
+            "installed; pip install 'moepp-megatron[wandb]', or set it to null"
+        )
+    if variable is None:
+        return
+    from moepp_megatron.observe.webhook import WebhookAddressError, read_address
+
+    try:
+        read_address(variable)
+    except WebhookAddressError as error:
+        raise ConfigError(f"observe.webhook_url_env ({variable}): {error}") from None
 
 
 def _check_data(config: Config) -> None:

@@ -1,20 +1,35 @@
-"""Where records go: the file, TensorBoard, and the fan-out that protects training."""
+"""Where records go: the file, the views of it, and the fan-out that protects training."""
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from moepp_megatron.config.schema import WandbSection
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.console import ConsoleSink
 from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.observe.line_file import append_line
 from moepp_megatron.observe.metrics import StepMetrics, parse_metrics
 from moepp_megatron.observe.patient import PatientSink
 from moepp_megatron.observe.sink import Sink
+from moepp_megatron.observe.status import StatusSink
+from moepp_megatron.observe.tensorboard import TensorBoardSink
+from moepp_megatron.observe.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ConsoleSink", "JsonlSink", "Sink", "Sinks", "TensorBoardSink", "open_sinks"]
+__all__ = [
+    "ConsoleSink",
+    "JsonlSink",
+    "Sink",
+    "Sinks",
+    "TensorBoardSink",
+    "WandbRun",
+    "open_sinks",
+]
 
 
 class JsonlSink:
@@ -56,15 +71,7 @@ class JsonlSink:
         Raises:
             OSError: The disk is full or gone; the file then still ends with a complete line.
         """
-        line = record.to_json_line().encode()
-        end = os.fstat(self._fd).st_size
-        written = os.write(self._fd, line)
-        if written != len(line):
-            os.ftruncate(self._fd, end)
-            raise OSError(
-                f"{self.path}: only {written} of {len(line)} bytes could be written; "
-                "free disk space and resume the run"
-            )
+        append_line(self._fd, self.path, record.to_json_line().encode())
 
     def close(self) -> None:
         """Forces the file to disk and closes it; a second call does nothing."""
@@ -74,97 +81,25 @@ class JsonlSink:
             self._fd = -1
 
 
-class TensorBoardSink:
-    """Writes scalars to a TensorBoard event folder."""
-
-    GROUPS = {
-        "loss": "loss/train",
-        "valid_loss": "loss/validation",
-        "balance_loss": "loss/balance",
-        "z_loss": "loss/z",
-        "lr": "optimizer/lr",
-        "grad_norm": "optimizer/grad_norm",
-        "num_zeros": "optimizer/num_zeros",
-        "step_time_s": "speed/step_time_s",
-        "tokens_per_s": "speed/tokens_per_s",
-        "a2a_bytes": "speed/a2a_bytes",
-        "slowest_rank_ratio": "speed/slowest_rank_ratio",
-        "waiting_fraction": "speed/waiting_fraction",
-        "skipped_steps": "optimizer/skipped_steps",
-        "mfu": "speed/mfu",
-        "model_tflops": "speed/model_tflops",
-        "energy_j": "hardware/energy_j",
-        "energy_per_token_j": "hardware/energy_per_token_j",
-        "gpu_hours": "hardware/gpu_hours",
-        "gpu_power_w": "hardware/gpu_power_w",
-        "gpu_utilization": "hardware/gpu_utilization",
-        "gpu_clock_mhz": "hardware/gpu_clock_mhz",
-        "gpu_memory_bytes": "hardware/gpu_memory_bytes",
-        "gpu_temperature_c": "hardware/gpu_temperature_c",
-        "nvlink_bytes_per_s": "hardware/nvlink_bytes_per_s",
-        "pcie_bytes_per_s": "hardware/pcie_bytes_per_s",
-        "cpu_utilization": "hardware/cpu_utilization",
-        "host_memory_bytes": "hardware/host_memory_bytes",
-        "tokens": "speed/tokens",
-        "ffn_fraction": "router/ffn_fraction",
-        "ffn_target": "router/ffn_target",
-        "tau": "router/tau",
-        "ffn_per_token": "router/ffn_per_token",
-        "max_ffn_load": "router/max_ffn_load",
-        "dropped_fraction": "router/dropped_fraction",
-    }
-
-    def __init__(self, folder: Path, experts: ExpertCounts, resume_step: int | None = None) -> None:
-        """Opens the sink.
-
-        Args:
-            folder: ``RUN/tensorboard``.
-            experts: Names the entries of ``expert_share``.
-            resume_step: The first step that will be written from now on; TensorBoard hides
-                events of an earlier attempt from there on.
-
-        Raises:
-            ImportError: tensorboard is not installed.
-        """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                "TensorBoard output needs the tensorboard package; pip install tensorboard"
-            ) from error
-        self._names = experts.names
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step)
-
-    def write(self, record: StepMetrics) -> None:
-        """Writes every number of the record, and the shares by expert and by MoE layer."""
-        for key, value in record.model_dump(exclude_none=True).items():
-            if isinstance(value, int | float) and key != "step":
-                self._scalar(self.GROUPS.get(key, f"other/{key}"), value, record.step)
-        for name, share in zip(self._names, record.expert_share, strict=True):
-            self._scalar(f"expert_share/{name.replace(' ', '_')}", share, record.step)
-        for layer, fraction in enumerate(record.layer_ffn_fraction or ()):
-            self._scalar(f"layer_ffn_fraction/moe_layer_{layer}", fraction, record.step)
-
-    def _scalar(self, tag: str, value: float, step: int) -> None:
-        self._writer.add_scalar(tag, value, step)
-
-    def close(self) -> None:
-        """Flushes and closes the event file."""
-        self._writer.close()
-
-
 class Sinks:
     """Hands each record to every sink; an optional sink that fails is left out from then on."""
 
-    def __init__(self, required: Sequence[Sink], optional: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self,
+        required: Sequence[Sink],
+        optional: Sequence[Sink] = (),
+        say: Callable[[str], None] = print,
+    ) -> None:
         """Takes open sinks, which it closes.
 
         Args:
             required: Sinks whose failure must stop the run, since the record would be lost.
             optional: Sinks that are a convenience.
+            say: Prints a line between the records that are shown.
         """
         self._required = list(required)
         self._optional = list(optional)
+        self.say = say
 
     def write(self, record: StepMetrics) -> None:
         """Hands the record to every sink, required ones first.
@@ -201,6 +136,21 @@ class Sinks:
             raise failure
 
 
+@dataclass(frozen=True)
+class WandbRun:
+    """What a run at W&B is opened with.
+
+    Attributes:
+        settings: ``observe.wandb``, with a project.
+        name: ``run.name``.
+        config: The resolved configuration.
+    """
+
+    settings: WandbSection
+    name: str
+    config: Mapping[str, Any]
+
+
 def open_sinks(
     run_dir: Path,
     experts: ExpertCounts,
@@ -209,8 +159,11 @@ def open_sinks(
     total_steps: int,
     resume_step: int | None = None,
     print_every: int = 1,
+    wandb: WandbRun | None = None,
 ) -> Sinks:
-    """The sinks of a training run: ``metrics.jsonl``, the console, and TensorBoard if installed.
+    """The sinks of a training run.
+
+    ``metrics.jsonl``, ``status.json``, the console, TensorBoard if installed, W&B if asked for.
 
     Args:
         run_dir: The run's folder.
@@ -220,11 +173,25 @@ def open_sinks(
         resume_step: The first step that will be written; see ``JsonlSink``.
         print_every: In a log without a terminal, print the records of steps divisible by this
             (and the first, the last and evaluated ones).
+        wandb: The run at W&B; None for none.
     """
     jsonl = JsonlSink(run_dir / "metrics.jsonl", resume_step)
-    optional: list[Sink] = [ConsoleSink(total_steps, phi=phi, print_every=print_every)]
-    try:
-        optional.append(TensorBoardSink(run_dir / "tensorboard", experts, resume_step))
-    except Exception as error:  # a view must not keep a run from starting
-        logger.warning("no TensorBoard output: %s", error)
-    return Sinks([PatientSink(jsonl)], optional)
+    console = ConsoleSink(total_steps, phi=phi, print_every=print_every)
+    views: dict[str, Callable[[], Sink]] = {
+        "status file": lambda: StatusSink(run_dir),
+        "TensorBoard output": lambda: TensorBoardSink(
+            run_dir / "tensorboard", experts, resume_step
+        ),
+    }
+    if wandb is not None:
+        go_on = resume_step is not None and resume_step > 1
+        views["W&B output"] = lambda: WandbSink(
+            wandb.settings, run_dir, wandb.name, wandb.config, experts, go_on
+        )
+    optional: list[Sink] = [console]
+    for name, view in views.items():
+        try:
+            optional.append(view())
+        except Exception as error:  # a view must not keep a run from starting
+            logger.warning("no %s: %s", name, error)
+    return Sinks([PatientSink(jsonl)], optional, console.message)

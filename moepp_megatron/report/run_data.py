@@ -158,7 +158,7 @@ def load_run(folder: Path) -> RunData:
         raise ReportError(
             f"{folder}: is not a folder; name the folder of a run that `moepp train` has started"
         )
-    config, text = _read_config(folder / "config.yaml")
+    config, text = read_config(folder / "config.yaml")
     try:
         records = read_metrics(folder / "metrics.jsonl")
     except MetricsError as error:
@@ -167,7 +167,15 @@ def load_run(folder: Path) -> RunData:
     return RunData(folder, config, text, records)
 
 
-def _read_config(path: Path) -> tuple[RunConfig, str]:
+def read_config(path: Path) -> tuple[RunConfig, str]:
+    """Reads a run's ``config.yaml``.
+
+    Returns:
+        What the report needs of it, and its text.
+
+    Raises:
+        ReportError: It cannot be read, or is not the configuration of a run.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -16,6 +16,7 @@ from moepp_megatron.runtime.optional import (
     have_resiliency_on_gpu,
     have_transformer_engine,
     have_triton,
+    have_wandb,
 )
 
 
@@ -92,6 +93,14 @@ def optional_backends() -> list[Backend]:
             "moe.fused=auto: routing and combining in one kernel each, forward and backward",
             "moe.fused=auto: plain torch operations; moe.fused=true is refused",
             "comes with torch for CUDA",
+        ),
+        Backend(
+            "W&B",
+            version_of("wandb"),
+            have_wandb(),
+            "records are sent where observe.wandb.project is set",
+            "metrics.jsonl, TensorBoard and moepp monitor; observe.wandb.project is refused",
+            "pip install 'moepp-megatron[wandb]'",
         ),
     ]
 

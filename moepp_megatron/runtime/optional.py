@@ -64,6 +64,13 @@ def have_resiliency_on_gpu() -> bool:
     return importlib.util.find_spec("nvidia_resiliency_ext") is not None
 
 
+def have_wandb() -> bool:
+    """Whether W&B's package is installed."""
+    # It writes a folder of its own name, which Python takes for a package without a file.
+    spec = importlib.util.find_spec("wandb")
+    return spec is not None and spec.origin is not None
+
+
 @functools.cache
 def flex_backends() -> tuple[str, ...]:
     """What the flex dispatcher can run on here, the preferred one first: deepep, hybridep."""

@@ -13,9 +13,16 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.observe.alerts import Alert, AlertSinks
 from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.observe.sinks import Sinks, open_sinks
+from moepp_megatron.observe.sinks import Sinks, WandbRun, open_sinks
+from moepp_megatron.training.alerts import (
+    batch_skipped,
+    open_run_alerts,
+    rolled_back,
+    save_failed,
+)
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.checkpoint import (
@@ -26,8 +33,8 @@ from moepp_megatron.training.checkpoint import (
     read_checkpoint,
 )
 from moepp_megatron.training.collect import RoutingCollector, mean_loss
-from moepp_megatron.training.health import HealthCollector
 from moepp_megatron.training.evaluate import validation_loss
+from moepp_megatron.training.health import HealthCollector
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.setup import TrainingModel, build_training_model
@@ -68,6 +75,8 @@ class Trainer:
         self._routing = RoutingCollector(self.model, config, layout)
         self._supervisor = Supervisor(config, self.model)
         self.stopped = False
+        self._alerts: AlertSinks | None = None
+        self._told_failed_saves = 0
         self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, self._tokenizer)
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load()
@@ -88,6 +97,8 @@ class Trainer:
         if dist.get_rank() == 0:
             write_config(config)
         sinks = self._open_sinks()
+        if sinks is not None:
+            self._alerts = open_run_alerts(config, sinks, self.progress)
         batches = rank_batches(
             self._train_set, self.progress.consumed_samples, config, len(self.model.chunks)
         )
@@ -130,9 +141,16 @@ class Trainer:
                         self.checkpoints.save(self.model, self.progress, self.extra)
             with supervisor.during("save"):
                 self.checkpoints.finish()
+        if self._alerts is not None:
+            self._alerts.close()
         if sinks is not None:
             sinks.close()
         return record
+
+    def _alert(self, alert: Alert) -> None:
+        """Tell, on the one rank that tells."""
+        if self._alerts is not None:
+            self._alerts.send(alert)
 
     def _complain(self) -> None:
         """Say on every logged step that the last save failed, until one succeeds."""
@@ -143,6 +161,11 @@ class Trainer:
                 self.checkpoints.error,
                 self.checkpoints.failed_saves,
             )
+            if self.checkpoints.failed_saves > self._told_failed_saves:
+                self._told_failed_saves = self.checkpoints.failed_saves
+                self._alert(
+                    save_failed(self.progress, self._told_failed_saves, self.checkpoints.error)
+                )
 
     def _learn_budget(self) -> None:
         if self._budget is not None:
@@ -164,10 +187,7 @@ class Trainer:
         guard = self._supervisor.guard
         assert guard is not None, "only the guard refuses steps"
         self.progress = self.progress.after_skip(self.config.training.global_batch_size)
-        if dist.get_rank() == 0:
-            logger.warning(
-                "skipped a batch before step %d: %s", self.progress.step + 1, guard.last_reason
-            )
+        self._alert(batch_skipped(self.progress, guard.last_reason))
         if guard.must_roll_back:
             with self._supervisor.during("rollback"):
                 self._roll_back()
@@ -189,13 +209,7 @@ class Trainer:
         self.extra = loaded.extra
         self._budget = self._open_budget()
         self._share_losses_with_guard()
-        if dist.get_rank() == 0:
-            logger.warning(
-                "rolled back from step %d to %s; data goes on after sample %d",
-                before.step,
-                checkpoint,
-                before.consumed_samples,
-            )
+        self._alert(rolled_back(before, f"{guard.last_reason}; back to {checkpoint.name}"))
 
     def _share_losses_with_guard(self) -> None:
         """Checkpoints hold what the guard remembers, so that a resumed run judges alike."""
@@ -279,4 +293,11 @@ class Trainer:
             total_steps=self.config.training.train_iters,
             resume_step=self.progress.step + 1,
             print_every=10,
+            wandb=self._wandb(),
         )
+
+    def _wandb(self) -> WandbRun | None:
+        settings = self.config.observe.wandb
+        if settings.project is None:
+            return None
+        return WandbRun(settings, self.config.run.name, self.config.model_dump(mode="json"))

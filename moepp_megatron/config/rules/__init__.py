@@ -16,6 +16,7 @@ from moepp_megatron.config.rules import (
     ignored,
     model,
     moe,
+    observe,
     parallel,
     precision,
     resilience,
@@ -37,6 +38,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *cuda_graphs.RULES,
     *resilience.RULES,
     *slurm.RULES,
+    *observe.RULES,
 )
 IGNORED: tuple[Callable[[Config], Iterator[Problem]], ...] = ignored.RULES
 WORLD_SIZE_RULES: tuple[Callable[[Config, int], Iterator[Problem]], ...] = world_size.RULES

@@ -280,6 +280,15 @@ def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
         )
 
 
+def wandb_settings_without_project(config: Config) -> Iterator[Problem]:
+    """W&B is on where a project is named."""
+    wandb = config.observe.wandb
+    if wandb.project is None:
+        for key in ("entity", "mode"):
+            reason = "without observe.wandb.project"
+            yield from _ignored("observe.wandb", wandb, key, reason, "name a project")
+
+
 RULES = (
     routing_without_object,
     flex_settings_without_flex,
@@ -295,4 +304,5 @@ RULES = (
     intervals_of_nothing,
     settings_of_what_is_off,
     rollback_without_checkpoint,
+    wandb_settings_without_project,
 )

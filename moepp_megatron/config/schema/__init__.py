@@ -4,6 +4,7 @@ from moepp_megatron.config.schema.budget import BudgetSection
 from moepp_megatron.config.schema.config import Config
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
+from moepp_megatron.config.schema.observe import ObserveSection, WandbSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
@@ -19,6 +20,7 @@ __all__ = [
     "DataSection",
     "ModelSection",
     "MoESection",
+    "ObserveSection",
     "OptimizerSection",
     "ParallelSection",
     "PrecisionSection",
@@ -27,4 +29,5 @@ __all__ = [
     "Section",
     "SlurmSection",
     "TrainingSection",
+    "WandbSection",
 ]

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
+from moepp_megatron.config.schema.observe import ObserveSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
@@ -44,6 +45,9 @@ class Config(Section):
     )
     telemetry: TelemetrySection = Field(
         default_factory=TelemetrySection, description="Power, utilisation, MFU"
+    )
+    observe: ObserveSection = Field(
+        default_factory=ObserveSection, description="W&B, and where alerts are sent"
     )
 
     @property

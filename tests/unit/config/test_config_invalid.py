@@ -788,6 +788,16 @@ IGNORED = [
         "with resilience.hang_timeout_s 0.0",
     ),
     (
+        ["observe.wandb.entity=team"],
+        "observe.wandb.entity ('team')",
+        "without observe.wandb.project",
+    ),
+    (
+        ["observe.wandb.mode=offline"],
+        "observe.wandb.mode ('offline')",
+        "without observe.wandb.project",
+    ),
+    (
         ["resilience.straggler_interval=0", "resilience.straggler_threshold=2.0"],
         "resilience.straggler_threshold (2.0)",
         "with resilience.straggler_interval 0",

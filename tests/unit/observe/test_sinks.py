@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -241,6 +242,31 @@ def test_tensorboard_gets_every_number(make_record, tmp_path: Path):
     assert shares == [0.3125, 0.3125, 0.25, 0.125]
 
 
+def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path, EXPERTS)
+    for step in range(1, 12):
+        tokens = [[0.25, 0.5, 0.25], [math.nan, 0.5, 0.5]]
+        sink.write(make_record(step, layer_ffn_histogram=tokens, unnamed_list=[1.0, 2.0]))
+    sink.close()
+    events = EventAccumulator(str(tmp_path), {"histograms": 0}).Reload()
+    # A layer whose weights are no numbers and a list that no table names give none.
+    assert sorted(events.Tags()["histograms"]) == [
+        "expert_share/all_layers",
+        "ffn_experts_per_token/moe_layer_0",
+    ]
+    first, second = events.Histograms("ffn_experts_per_token/moe_layer_0")
+    assert (first.step, second.step) == (1, 11)
+    value = first.histogram_value
+    # Tokens that take 0, 1 and 2 FFN experts; one on average.
+    assert list(value.bucket) == [0.25, 0.5, 0.25]
+    assert list(value.bucket_limit) == [0.5, 1.5, 2.5]
+    assert (value.num, value.sum, value.min, value.max) == (1.0, 1.0, -0.5, 2.5)
+    shares = events.Histograms("expert_share/all_layers")[0].histogram_value
+    assert list(shares.bucket) == [0.3125, 0.3125, 0.25, 0.125]
+
+
 def test_open_sinks_trains_on_without_tensorboard(
     make_record, tmp_path: Path, monkeypatch, caplog, capsys
 ):
@@ -262,4 +288,5 @@ def test_open_sinks_writes_all_three(make_record, tmp_path: Path, capsys):
     fan.close()
     assert steps_in(tmp_path / "metrics.jsonl") == [1]
     assert list((tmp_path / "tensorboard").iterdir())
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "ended"
     assert "step 1/1" in capsys.readouterr().out

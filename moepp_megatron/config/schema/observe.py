@@ -1,0 +1,51 @@
+"""Section `observe`: router health, and where records and alerts go besides the run's files."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moepp_megatron.config.schema.section import Section, unit
+
+
+class WandbSection(Section):
+    """Weights & Biases. Who may write there is settled by `wandb login`, not here."""
+
+    project: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Project that records are sent to; null is off",
+        json_schema_extra=unit("-"),
+    )
+    entity: str | None = Field(
+        default=None,
+        min_length=1,
+        description="User or team that the project belongs to; null takes the user's own",
+        json_schema_extra=unit("-"),
+    )
+    mode: Literal["online", "offline"] = Field(
+        default="online",
+        description="Send at once, or write RUN/wandb for `wandb sync` later",
+        json_schema_extra=unit("-"),
+    )
+
+
+class ObserveSection(Section):
+    """How closely routers are measured, and sinks that leave the run's folder."""
+
+    health_interval: int = Field(
+        default=10,
+        ge=0,
+        description="Steps from one measurement of router health to the next; it costs a few "
+        "percent of a measured step; 0 is off",
+        json_schema_extra=unit("steps"),
+    )
+    wandb: WandbSection = Field(default_factory=WandbSection, description="Weights & Biases")
+    webhook_url_env: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Environment variable that holds the address alerts are posted to (https, or "
+        "localhost), so that the address stands in no file; null is off",
+        json_schema_extra=unit("-"),
+    )

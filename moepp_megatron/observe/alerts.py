@@ -1,0 +1,185 @@
+"""What a run tells people: the record of one alert, ``RUN/alerts.jsonl``, and what takes alerts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moepp_megatron.observe.line_file import append_line
+from moepp_megatron.observe.metrics import Number
+
+logger = logging.getLogger(__name__)
+
+Severity = Literal["info", "warning", "critical"]
+ALERTS_FILE = "alerts.jsonl"
+
+
+class Alert(BaseModel):
+    """One alert (one line of ``RUN/alerts.jsonl``).
+
+    Attributes:
+        step: Optimizer steps done when it was raised.
+        time: When, seconds since 1970 (UTC).
+        rule: Name of the rule that raised it, such as ``dead_expert``.
+        metric: The metric that the rule looks at.
+        value: Its value; NaN is written as null.
+        condition: What the rule asks, such as ``< 0.2 for 50 steps``.
+        severity: ``info`` (also: back to normal), ``warning`` or ``critical``.
+        action: What was done about it, such as ``warn`` or ``safe_mode``.
+        layer: Number of the transformer layer from 1, for a metric of one layer.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
+
+    step: int
+    time: float
+    rule: str
+    metric: str
+    value: Number
+    condition: str
+    severity: Severity
+    action: str
+    layer: int | None = None
+
+    def to_json_line(self) -> str:
+        """One line of JSON with its line end."""
+        # None is left out, but a value that is not finite must stay: as null, as in metrics.jsonl.
+        return self.model_dump_json(exclude_none=True) + "\n"
+
+    def text(self) -> str:
+        """One line for people."""
+        where = "" if self.layer is None else f" of layer {self.layer}"
+        return (
+            f"{self.severity} at step {self.step}: {self.rule}: {self.metric}{where} is "
+            f"{self.value:.4g} ({self.condition}); action: {self.action}"
+        )
+
+
+class AlertSink(Protocol):
+    """Takes alerts. One rank of a run owns the sinks."""
+
+    def send(self, alert: Alert) -> None:
+        """Takes one alert; returns at once."""
+
+    def close(self) -> None:
+        """Ends the sink; nothing is sent after it."""
+
+
+class AlertFile:
+    """Appends each alert to ``RUN/alerts.jsonl`` as one line.
+
+    The file tells what happened, in the order of time: a resumed or rolled back run keeps the
+    alerts of steps that are taken again.
+
+    Args:
+        path: The file; its folder exists.
+        start_over: Begin an empty file, for a run that begins at its first step.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+
+    def __init__(self, path: Path, start_over: bool = False) -> None:
+        self._path = path
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        self._fd = os.open(path, flags | (os.O_TRUNC if start_over else 0), 0o666)
+        self._repair()
+
+    def _repair(self) -> None:
+        """A killed run may have left half a line, which the next one must not be glued to."""
+        content = self._path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.ftruncate(self._fd, content.rfind(b"\n") + 1)
+
+    def send(self, alert: Alert) -> None:
+        """Appends the alert.
+
+        Raises:
+            OSError: The disk is full or gone.
+        """
+        append_line(self._fd, self._path, alert.to_json_line().encode())
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class AlertLines:
+    """Says each alert as one line.
+
+    Args:
+        say: Prints a line, such as ``ConsoleSink.message``.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def send(self, alert: Alert) -> None:
+        """Says the alert."""
+        self._say(alert.text())
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class AlertSinks:
+    """Hands each alert to every sink. One that fails says so and is asked again next time.
+
+    Args:
+        sinks: Open sinks, which it closes.
+    """
+
+    def __init__(self, sinks: Sequence[AlertSink]) -> None:
+        self._sinks = list(sinks)
+
+    def send(self, alert: Alert) -> None:
+        """Hands the alert on; nothing is raised, since telling must not end a training run."""
+        for sink in self._sinks:
+            try:
+                sink.send(alert)
+            except Exception as error:
+                logger.error(
+                    "step %d: %s could not take an alert: %s",
+                    alert.step,
+                    type(sink).__name__,
+                    error,
+                )
+
+    def close(self) -> None:
+        """Closes every sink, whatever the others do."""
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                logger.warning("%s could not be closed: %s", type(sink).__name__, error)
+
+
+def parse_alert(line: bytes) -> Alert | None:
+    """The alert of one line; None for a line that is none."""
+    try:
+        return Alert.model_validate_json(line)
+    except ValidationError:
+        return None
+
+
+def read_alerts(path: Path) -> list[Alert]:
+    """The alerts of a run in the order of time; none where there is no file.
+
+    Lines that are no alerts are left out: they are of a version that says more, or half written.
+
+    Raises:
+        OSError: The file is there and cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    alerts = (parse_alert(line) for line in content.split(b"\n") if line.strip())
+    return [alert for alert in alerts if alert is not None]

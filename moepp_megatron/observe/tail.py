@@ -1,0 +1,97 @@
+"""New lines of a file that another process appends to, and now and then rewrites."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+# What a poll reads at once; a file far longer is read in several pieces.
+CHUNK = 1 << 22
+# The end of what was read, kept to see whether it still stands there.
+FINGERPRINT = 256
+
+
+class NewLines(NamedTuple):
+    """What one look at the file brought.
+
+    Attributes:
+        rewritten: The file is another one than before, or was cut: ``lines`` start at its
+            beginning, and what was read before counts no longer.
+        lines: Whole lines without their line ends.
+    """
+
+    rewritten: bool
+    lines: list[bytes]
+
+
+class Tail:
+    """Reads a growing file of lines, each byte once.
+
+    A line counts once it has its line end. Resuming a run replaces or cuts its files; that is
+    seen by the file's identity, its length, and the bytes before the place that was reached.
+
+    Args:
+        path: The file; it may appear later, or vanish.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._identity: tuple[int, int] | None = None
+        self._fingerprint = b""
+
+    @property
+    def mtime(self) -> float | None:
+        """When the file was last written, seconds since 1970; None while there is none."""
+        try:
+            return self._path.stat().st_mtime
+        except OSError:
+            return None
+
+    def poll(self) -> NewLines:
+        """The lines since the last look.
+
+        Raises:
+            OSError: The file is there and cannot be read.
+        """
+        try:
+            fd = os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError:
+            return NewLines(self._forget(None), [])
+        try:
+            stat = os.fstat(fd)
+            identity = (stat.st_dev, stat.st_ino)
+            rewritten = not self._still_holds(fd, identity) and self._forget(identity)
+            self._identity = identity
+            return NewLines(rewritten, self._read(fd))
+        finally:
+            os.close(fd)
+
+    def _still_holds(self, fd: int, identity: tuple[int, int]) -> bool:
+        """Whether what was read so far is still the beginning of the file."""
+        start = self._offset - len(self._fingerprint)
+        return (
+            identity == self._identity
+            and os.pread(fd, len(self._fingerprint), start) == self._fingerprint
+        )
+
+    def _forget(self, identity: tuple[int, int] | None) -> bool:
+        """Starts at the beginning; returns whether anything had been read."""
+        had_read = self._offset > 0
+        self._offset, self._identity, self._fingerprint = 0, identity, b""
+        return had_read
+
+    def _read(self, fd: int) -> list[bytes]:
+        lines: list[bytes] = []
+        rest = b""
+        while piece := os.pread(fd, CHUNK, self._offset + len(rest)):
+            rest += piece
+            end = rest.rfind(b"\n") + 1
+            if end == 0:
+                continue
+            lines += rest[:end].split(b"\n")[:-1]
+            self._fingerprint = (self._fingerprint + rest[:end])[-FINGERPRINT:]
+            self._offset += end
+            rest = rest[end:]
+        return lines

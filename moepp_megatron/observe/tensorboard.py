@@ -1,0 +1,151 @@
+"""TensorBoard: scalars, and histograms of what a record lists."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.observe.metrics import StepMetrics
+
+HISTOGRAMS: Mapping[str, str] = {
+    "expert_share": "expert_share/all_layers",
+    "layer_expert_share": "expert_share/moe_layer",
+    "ffn_histogram": "ffn_experts_per_token/all_layers",
+    "layer_ffn_histogram": "ffn_experts_per_token/moe_layer",
+}
+"""Fields that are shown as histograms, and their tags; a list of lists gives one a MoE layer, with
+its number behind the tag. Entry i of a list is the weight of i: of expert number i, or of tokens
+that take i FFN experts. What a record does not have is left out."""
+
+# TensorBoard itself shows about 50 histograms of a tag, picked from those that there are.
+RECORDS_PER_HISTOGRAM = 10
+
+
+class TensorBoardSink:
+    """Writes scalars and histograms to a TensorBoard event folder."""
+
+    GROUPS = {
+        "loss": "loss/train",
+        "valid_loss": "loss/validation",
+        "balance_loss": "loss/balance",
+        "z_loss": "loss/z",
+        "lr": "optimizer/lr",
+        "grad_norm": "optimizer/grad_norm",
+        "num_zeros": "optimizer/num_zeros",
+        "step_time_s": "speed/step_time_s",
+        "tokens_per_s": "speed/tokens_per_s",
+        "a2a_bytes": "speed/a2a_bytes",
+        "slowest_rank_ratio": "speed/slowest_rank_ratio",
+        "waiting_fraction": "speed/waiting_fraction",
+        "skipped_steps": "optimizer/skipped_steps",
+        "mfu": "speed/mfu",
+        "model_tflops": "speed/model_tflops",
+        "energy_j": "hardware/energy_j",
+        "energy_per_token_j": "hardware/energy_per_token_j",
+        "gpu_hours": "hardware/gpu_hours",
+        "gpu_power_w": "hardware/gpu_power_w",
+        "gpu_utilization": "hardware/gpu_utilization",
+        "gpu_clock_mhz": "hardware/gpu_clock_mhz",
+        "gpu_memory_bytes": "hardware/gpu_memory_bytes",
+        "gpu_temperature_c": "hardware/gpu_temperature_c",
+        "nvlink_bytes_per_s": "hardware/nvlink_bytes_per_s",
+        "pcie_bytes_per_s": "hardware/pcie_bytes_per_s",
+        "cpu_utilization": "hardware/cpu_utilization",
+        "host_memory_bytes": "hardware/host_memory_bytes",
+        "tokens": "speed/tokens",
+        "ffn_fraction": "router/ffn_fraction",
+        "ffn_target": "router/ffn_target",
+        "tau": "router/tau",
+        "ffn_per_token": "router/ffn_per_token",
+        "max_ffn_load": "router/max_ffn_load",
+        "dropped_fraction": "router/dropped_fraction",
+    }
+
+    def __init__(self, folder: Path, experts: ExpertCounts, resume_step: int | None = None) -> None:
+        """Opens the sink.
+
+        Args:
+            folder: ``RUN/tensorboard``.
+            experts: Names the entries of ``expert_share``.
+            resume_step: The first step that will be written from now on; TensorBoard hides
+                events of an earlier attempt from there on.
+
+        Raises:
+            ImportError: tensorboard is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "TensorBoard output needs the tensorboard package; pip install tensorboard"
+            ) from error
+        self._names = experts.names
+        self._records = 0
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step)
+
+    def write(self, record: StepMetrics) -> None:
+        """Writes every number of the record, the shares by expert and MoE layer, histograms.
+
+        Histograms are written of the first record, every tenth after it, and those with router
+        health.
+        """
+        values = record.model_dump(exclude_none=True)
+        for key, value in values.items():
+            if isinstance(value, int | float) and key != "step":
+                self._scalar(self.GROUPS.get(key, f"other/{key}"), value, record.step)
+        for name, share in zip(self._names, record.expert_share, strict=True):
+            self._scalar(f"expert_share/{name.replace(' ', '_')}", share, record.step)
+        for layer, fraction in enumerate(record.layer_ffn_fraction or ()):
+            self._scalar(f"layer_ffn_fraction/moe_layer_{layer}", fraction, record.step)
+        for metric, layers in (record.router_health or {}).items():
+            for layer, value in enumerate(layers):
+                self._scalar(f"router_health/{metric}/moe_layer_{layer}", value, record.step)
+        for count, loss in enumerate(record.loss_by_ffn or ()):
+            if math.isfinite(loss):
+                self._scalar(f"loss_by_ffn_experts/{count}", loss, record.step)
+        is_measured = record.router_health is not None
+        if is_measured or self._records % RECORDS_PER_HISTOGRAM == 0:
+            for key, tag in HISTOGRAMS.items():
+                self._histograms(tag, values.get(key) or (), record.step)
+        self._records += 1
+
+    def _histograms(self, tag: str, weights: Sequence[Any], step: int) -> None:
+        """Writes one histogram, or one a MoE layer."""
+        if weights and isinstance(weights[0], list | tuple):
+            for layer, row in enumerate(weights):
+                self._histogram(f"{tag}_{layer}", row, step)
+        else:
+            self._histogram(tag, weights, step)
+
+    def _histogram(self, tag: str, weights: Sequence[float], step: int) -> None:
+        """Writes a histogram of the whole numbers from 0 on; nothing where a weight is no number.
+
+        Args:
+            tag: Its name.
+            weights: [n] the weight of each number.
+            step: The record's step.
+        """
+        if not weights or not all(math.isfinite(weight) for weight in weights):
+            return
+        n = len(weights)
+        self._writer.add_histogram_raw(
+            tag,
+            min=-0.5,
+            max=n - 0.5,
+            num=sum(weights),
+            sum=sum(i * weight for i, weight in enumerate(weights)),
+            sum_squares=sum(i * i * weight for i, weight in enumerate(weights)),
+            bucket_limits=[i + 0.5 for i in range(n)],
+            bucket_counts=list(weights),
+            global_step=step,
+        )
+
+    def _scalar(self, tag: str, value: float, step: int) -> None:
+        self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        self._writer.close()

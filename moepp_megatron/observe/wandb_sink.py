@@ -1,0 +1,117 @@
+"""Weights & Biases: the records of a run in a project there, or in files to upload later."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.config.schema import WandbSection
+from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.observe.metrics import StepMetrics
+
+logger = logging.getLogger(__name__)
+
+ID_FILE = "wandb_id"
+# A service that does not answer must not hold cards for minutes before the first step.
+INIT_TIMEOUT_S = 30
+
+
+class WandbSink:
+    """Logs every number of a record, and the shares by expert and MoE layer.
+
+    The package's own process sends them; who is allowed to is its own matter (``wandb login`` or
+    ``WANDB_API_KEY``), so that no key passes through here. It gets neither console output nor
+    source code.
+
+    Args:
+        settings: ``observe.wandb``, with a project.
+        run_dir: The run's folder; offline files lie in ``RUN/wandb``.
+        name: ``run.name``.
+        config: The resolved configuration, shown beside the run.
+        experts: Names the entries of ``expert_share``.
+        go_on: Whether the run goes on from a checkpoint: then the same W&B run does too.
+
+    Raises:
+        ImportError: wandb is not installed.
+        RuntimeError: It cannot start; the message holds no key.
+    """
+
+    def __init__(
+        self,
+        settings: WandbSection,
+        run_dir: Path,
+        name: str,
+        config: Mapping[str, Any],
+        experts: ExpertCounts,
+        go_on: bool = False,
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError(
+                "observe.wandb needs the wandb package; pip install 'moepp-megatron[wandb]'"
+            ) from error
+        self._names = [name.replace(" ", "_") for name in experts.names]
+        try:
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                name=name,
+                id=_run_id(run_dir, go_on),
+                resume="allow",
+                mode=settings.mode,
+                dir=str(run_dir),
+                config=dict(config),
+                save_code=False,
+                settings=wandb.Settings(
+                    console="off",
+                    disable_code=True,
+                    disable_git=True,
+                    init_timeout=INIT_TIMEOUT_S,
+                    silent=True,
+                ),
+            )
+            # Steps that are taken again after a rollback would be refused as W&B's own step.
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:
+            raise RuntimeError(f"W&B cannot start: {_without_key(error)}") from None
+
+    def write(self, record: StepMetrics) -> None:
+        """Hands the record to W&B's process."""
+        values: dict[str, float] = {
+            key: value
+            for key, value in record.model_dump(exclude_none=True).items()
+            if isinstance(value, int | float)
+        }
+        for name, share in zip(self._names, record.expert_share, strict=True):
+            values[f"expert_share/{name}"] = share
+        for layer, fraction in enumerate(record.layer_ffn_fraction or ()):
+            values[f"layer_ffn_fraction/moe_layer_{layer}"] = fraction
+        self._run.log(values)
+
+    def close(self) -> None:
+        """Ends the W&B run after all has been sent or written."""
+        self._run.finish()
+
+
+def _run_id(run_dir: Path, go_on: bool) -> str:
+    """The id of this run at W&B, kept in its folder for a resumed run; a new run gets a new one."""
+    path = run_dir / ID_FILE
+    if go_on and path.is_file():
+        kept = path.read_text(encoding="utf-8").strip()
+        if kept:
+            return kept
+    new = uuid.uuid4().hex[:12]
+    path.write_text(new + "\n", encoding="utf-8")
+    return new
+
+
+def _without_key(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    key = os.environ.get("WANDB_API_KEY")
+    return text.replace(key, "***") if key else text

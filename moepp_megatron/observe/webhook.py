@@ -1,0 +1,202 @@
+"""Alerts sent to a web address, from a thread of their own, so that training never waits."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import math
+import os
+import queue
+import socket
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import urlsplit
+
+from moepp_megatron.observe.alerts import Alert
+
+logger = logging.getLogger(__name__)
+
+# A service that is down must cost neither memory nor more than seconds at the end of a run.
+QUEUE_SIZE = 64
+ATTEMPTS = 3
+TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 5.0
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+class WebhookAddressError(ValueError):
+    """An address that alerts are not sent to; the message does not hold the address."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect could lead off https, or hand the alert to somebody else."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def read_address(variable: str) -> str:
+    """The address that an environment variable holds.
+
+    Args:
+        variable: Its name (``observe.webhook_url_env``).
+
+    Raises:
+        WebhookAddressError: It is not set, or holds neither an https address nor one of this
+            machine.
+    """
+    address = os.environ.get(variable, "").strip()
+    if not address:
+        raise WebhookAddressError(
+            f"the environment variable {variable} must hold the webhook's address; export it, or "
+            "set observe.webhook_url_env to null"
+        )
+    try:
+        parts = urlsplit(address)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host, parts = None, urlsplit("")
+    is_local = parts.scheme == "http" and host in LOCAL_HOSTS
+    if not host or (parts.scheme != "https" and not is_local):
+        raise WebhookAddressError(
+            f"the environment variable {variable} must hold an https address, or an http address "
+            "of localhost; correct it (its value is a secret and not shown)"
+        )
+    return address
+
+
+class Webhook:
+    """Posts each alert as JSON: the fields of ``Alert``, ``run``, and ``text`` for people.
+
+    Chat services that take ``{"text": ...}`` show the text. Alerts wait in a bounded queue; each
+    is tried a few times. Failures are logged once until one gets through, never with the address.
+
+    Args:
+        address: Where to; see ``read_address``.
+        run: Name of the run.
+        timeout_s: Longest wait for the service, each time that it is waited for.
+        retry_s: Pause before the second attempt; doubled before each further one.
+    """
+
+    def __init__(
+        self, address: str, run: str, timeout_s: float = TIMEOUT_S, retry_s: float = 1.0
+    ) -> None:
+        self._address, self._run = address, run
+        self._timeout_s, self._retry_s = timeout_s, retry_s
+        # Proxies are for the way out of this machine.
+        is_local = urlsplit(address).hostname in LOCAL_HOSTS
+        proxies = urllib.request.ProxyHandler({} if is_local else None)
+        self._opener = urllib.request.build_opener(proxies, _NoRedirect)
+        self._queue: queue.Queue[Alert | None] = queue.Queue(QUEUE_SIZE)
+        self._stop = threading.Event()
+        self._failing = False
+        # Each is written by one thread only.
+        self._taken = 0
+        self._delivered = 0
+        self._thread = threading.Thread(target=self._deliver, name="moepp-webhook", daemon=True)
+        self._thread.start()
+
+    def send(self, alert: Alert) -> None:
+        """Takes one alert; returns at once. With a full queue the alert is not sent."""
+        self._taken += 1
+        try:
+            self._queue.put_nowait(alert)
+        except queue.Full:
+            self._complain("its queue is full")
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Waits for what is under way, `timeout_s` at most; says how many alerts were not sent."""
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(queue.Full):
+            # The end of the queue; a full one is worked off first.
+            self._queue.put(None, timeout=timeout_s)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._stop.set()
+        if self._delivered < self._taken:
+            logger.warning(
+                "webhook: %d of %d alerts were not delivered",
+                self._taken - self._delivered,
+                self._taken,
+            )
+
+    def _deliver(self) -> None:
+        """The thread: one alert after the other."""
+        while not self._stop.is_set():
+            alert = self._queue.get()
+            if alert is None:
+                return
+            self._try(self._body(alert))
+
+    def _body(self, alert: Alert) -> bytes:
+        fields: dict[str, Any] = {"run": self._run, "text": f"{self._run}: {alert.text()}"}
+        fields |= alert.model_dump(mode="json", exclude_none=True)
+        if not math.isfinite(alert.value):
+            fields["value"] = None
+        return json.dumps(fields, allow_nan=False).encode()
+
+    def _try(self, body: bytes) -> None:
+        reason = ""
+        for attempt in range(ATTEMPTS):
+            if attempt and self._stop.wait(self._retry_s * 2 ** (attempt - 1)):
+                break
+            failure, may_help = self._post(body)
+            if failure is None:
+                if self._failing:
+                    logger.info("webhook: alerts get through again")
+                self._failing = False
+                self._delivered += 1
+                return
+            reason = failure
+            if not may_help:
+                break
+        self._complain(reason)
+
+    def _post(self, body: bytes) -> tuple[str | None, bool]:
+        """One attempt.
+
+        Returns:
+            What went wrong, without the address; None if nothing. Whether to try again.
+        """
+        headers = {"Content-Type": "application/json", "User-Agent": "moepp"}
+        request = urllib.request.Request(self._address, body, headers, method="POST")
+        try:
+            with self._opener.open(request, timeout=self._timeout_s):
+                return None, False
+        except urllib.error.HTTPError as error:
+            error.close()
+            # 4xx: the same again is refused again, except for "too many" and "too slow".
+            return f"HTTP status {error.code}", error.code >= 500 or error.code in (408, 429)
+        except Exception as error:
+            return _reason(error), True
+
+    def _complain(self, reason: str) -> None:
+        """Says why an alert was not delivered, at the first of a row."""
+        if not self._failing:
+            logger.warning(
+                "webhook: an alert could not be delivered (%s); it stands in alerts.jsonl, and "
+                "further failures are not told until one gets through",
+                reason,
+            )
+        self._failing = True
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in words that cannot hold the address, which messages of errors may."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, TimeoutError):
+        return "timed out"
+    if isinstance(cause, socket.gaierror):
+        return "its name is not known"
+    if isinstance(cause, ssl.SSLError):
+        return "its TLS certificate or handshake failed"
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return os.strerror(cause.errno)
+    if isinstance(cause, http.client.HTTPException):
+        return "it does not speak HTTP"
+    return type(cause).__name__

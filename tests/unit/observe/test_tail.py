@@ -1,0 +1,97 @@
+"""Reading a file that grows, is cut and is replaced."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.observe import JsonlSink, tail
+from moepp_megatron.observe.tail import Tail
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """So small that lines span several."""
+    monkeypatch.setattr(tail, "CHUNK", 4)
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+def test_lines_come_once_and_whole(tmp_path: Path):
+    path = tmp_path / "file"
+    reader = Tail(path)
+    assert reader.poll() == (False, [])
+    assert reader.mtime is None
+    append(path, "first\nsec")
+    assert reader.poll() == (False, [b"first"])
+    assert reader.poll() == (False, [])
+    append(path, "ond\n\nthird\n")
+    assert reader.poll() == (False, [b"second", b"", b"third"])
+    assert reader.mtime is not None
+
+
+def test_a_cut_half_line_is_not_seen(tmp_path: Path):
+    """What a full disk leaves: half a line that its writer takes back."""
+    path = tmp_path / "file"
+    reader = Tail(path)
+    append(path, "one\ntw")
+    assert reader.poll() == (False, [b"one"])
+    os.truncate(path, 4)
+    append(path, "2\n")
+    assert reader.poll() == (False, [b"2"])
+
+
+@pytest.mark.parametrize("content", ["", "one\n", "one\nnew\n", "ONE\ntwo\nmore\n"])
+def test_a_file_cut_or_changed_in_place_starts_over(tmp_path: Path, content):
+    path = tmp_path / "file"
+    path.write_text("one\ntwo\n")
+    reader = Tail(path)
+    reader.poll()
+    with path.open("r+") as file:
+        file.truncate()
+        file.write(content)
+    assert reader.poll() == (True, content.encode().split(b"\n")[:-1])
+    append(path, "next\n")
+    assert reader.poll() == (False, [b"next"])
+
+
+def test_a_replaced_or_removed_file_starts_over(tmp_path: Path):
+    path, other = tmp_path / "file", tmp_path / "other"
+    path.write_text("one\ntwo\n")
+    reader = Tail(path)
+    reader.poll()
+    other.write_text("one\ntwo\n")
+    os.replace(other, path)
+    assert reader.poll() == (True, [b"one", b"two"])
+    path.unlink()
+    assert reader.poll() == (True, [])
+    assert reader.poll() == (False, [])
+
+
+def test_only_new_bytes_are_read(tmp_path: Path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("x" * 100_000 + "\n")
+    reader = Tail(path)
+    reader.poll()
+    read = []
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: read.append(n) or real(fd, n, at))
+    append(path, "new\n")
+    assert reader.poll() == (False, [b"new"])
+    assert sum(read) <= tail.FINGERPRINT + 4 * tail.CHUNK
+
+
+def test_what_a_resume_drops_is_dropped(make_record, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in (1, 2, 3):
+        sink.write(make_record(step))
+    reader = Tail(path)
+    assert len(reader.poll().lines) == 3
+    JsonlSink(path, resume_step=2).close()
+    news = reader.poll()
+    assert news.rewritten
+    assert len(news.lines) == 1

@@ -1,0 +1,103 @@
+"""Weights & Biases, by a stand-in for its package."""
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from moepp_megatron.config.schema import WandbSection
+from moepp_megatron.observe import ExpertCounts, open_sinks
+from moepp_megatron.observe.sinks import WandbRun
+from moepp_megatron.observe.wandb_sink import WandbSink
+from moepp_megatron.runtime.optional import have_wandb
+
+EXPERTS = ExpertCounts(ffn=2, constant=1, copy=0, zero=1)
+OFFLINE = WandbSection(project="moe", entity="team", mode="offline")
+
+
+class StandIn(ModuleType):
+    """Keeps what it is asked."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__("wandb")
+        self.failure = failure
+        self.inits: list[dict] = []
+        self.logged: list[dict] = []
+        self.finished = 0
+        self.Settings = lambda **settings: settings
+
+    def init(self, **arguments):
+        if self.failure is not None:
+            raise self.failure
+        self.inits.append(arguments)
+        return SimpleNamespace(log=self.logged.append, finish=self.finish, define_metric=self.axis)
+
+    def axis(self, name: str, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "step")
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def open_sink(folder: Path, go_on: bool = False) -> WandbSink:
+    return WandbSink(OFFLINE, folder, "quick", {"moe": {"tau": 0.75}}, EXPERTS, go_on)
+
+
+def test_records_and_settings_arrive(make_record, tmp_path: Path, monkeypatch):
+    wandb = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    sink = open_sink(tmp_path)
+    sink.write(make_record(3, layer_ffn_fraction=[0.5, 0.75], valid_loss=5.5))
+    sink.close()
+    (init,) = wandb.inits
+    assert (init["project"], init["entity"], init["mode"]) == ("moe", "team", "offline")
+    assert (init["name"], init["dir"], init["config"]) == (
+        "quick",
+        str(tmp_path),
+        {"moe": {"tau": 0.75}},
+    )
+    assert init["settings"]["console"] == "off"
+    assert init["settings"]["disable_code"]
+    (values,) = wandb.logged
+    assert (values["step"], values["loss"], values["valid_loss"]) == (3, 5.25, 5.5)
+    assert values["expert_share/constant_0"] == 0.25
+    assert values["layer_ffn_fraction/moe_layer_1"] == 0.75
+    assert all(isinstance(value, int | float) for value in values.values())
+    assert wandb.finished == 1
+
+
+def test_a_resumed_run_keeps_its_id_and_a_new_one_does_not(tmp_path: Path, monkeypatch):
+    wandb = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for go_on in (False, True, False, True):
+        open_sink(tmp_path, go_on).close()
+    first, resumed, anew, again = [init["id"] for init in wandb.inits]
+    assert first == resumed != anew == again
+
+
+def test_open_sinks_trains_on_where_it_cannot_start(
+    make_record, tmp_path: Path, monkeypatch, caplog
+):
+    monkeypatch.setenv("WANDB_API_KEY", "0123secret")
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(RuntimeError("key 0123secret\nrefused")))
+    run = WandbRun(OFFLINE, "quick", {})
+    sinks = open_sinks(tmp_path, EXPERTS, phi=0.5, total_steps=1, wandb=run)
+    sinks.write(make_record(1))
+    sinks.close()
+    assert "no W&B output: W&B cannot start: key *** refused" in caplog.text
+    assert "0123secret" not in caplog.text
+
+
+def test_a_missing_package_is_named_on_use_and_not_before(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"pip install 'moepp-megatron\[wandb\]'"):
+        open_sink(tmp_path)
+
+
+def test_its_own_folder_is_not_the_package(tmp_path: Path, monkeypatch):
+    if have_wandb():
+        pytest.skip("wandb is installed")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not have_wandb()

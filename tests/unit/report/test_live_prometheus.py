@@ -1,0 +1,146 @@
+"""The numbers that Prometheus gets, and the dashboard and table that name them."""
+
+import json
+import re
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.observe.alerts import Alert, AlertFile
+from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.report.live.exported import OF_RECORDS, exported_names
+from moepp_megatron.report.live.grafana import dashboard
+from moepp_megatron.report.live.prometheus import serve
+from moepp_megatron.report.live.run import LiveRun
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def scrape():
+    """Serves a run and returns a function that asks for its metrics."""
+
+    def start(run: Path, clock=time.time):
+        address = serve(LiveRun(run, clock), 0)
+
+        def get() -> dict[str, dict[tuple[str, ...], float]]:
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                families = list(text_string_to_metric_families(answer.read().decode()))
+            return {
+                # By the labels' values, labels in the order of their names.
+                family.name: {tuple(s.labels.values()): s.value for s in family.samples}
+                for family in families
+            }
+
+        get.address = address
+        return get
+
+    return start
+
+
+def test_the_newest_record_is_served(make_run, scrape):
+    def edit(records):
+        records[-1]["own_key"] = 3.0
+        records[-1]["layer_ffn_histogram"] = [[0.5, 0.25, 0.25]] * 4
+
+    run = make_run(steps=5, edit=edit)
+    alert = Alert(
+        step=1,
+        time=1.0,
+        rule="collapse",
+        metric="ffn_fraction",
+        value=0.0,
+        condition="< 0.1",
+        severity="critical",
+        action="warn",
+    )
+    AlertFile(run / "alerts.jsonl").send(alert)
+    get = scrape(run)
+    got = get()
+    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert set(got) <= exported_names()
+    assert got["moepp_loss"] == {(): pytest.approx(record["loss"])}
+    assert got["moepp_step"] == {(): 5}
+    assert got["moepp_phi_ratio"] == {(): pytest.approx(0.6)}
+    assert got["moepp_run_info"] == {("quickstart",): 1}
+    assert got["moepp_run_state"][("running",)] == 1
+    assert sum(got["moepp_run_state"].values()) == 1
+    assert got["moepp_record_age_seconds"][()] >= 0
+    assert got["moepp_other"] == {("own_key",): 3.0}
+    assert got["moepp_alerts"] == {("collapse", "critical"): 1}
+    assert got["moepp_expert_share_ratio"][("FFN 0", "FFN")] == record["expert_share"][0]
+    layer = record["layer_expert_share"][1]
+    constant = got["moepp_layer_share_ratio"][("constant", "2")]
+    assert constant == pytest.approx(layer[8] + layer[9])
+    assert got["moepp_layer_ffn_ratio"][("4",)] == record["layer_ffn_fraction"][3]
+    assert got["moepp_layer_tokens_ratio"][("0", "1")] == 0.5
+
+    record |= {"step": 6, "loss": None, "valid_loss": None}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    again = get()
+    assert again["moepp_step"] == {(): 6}
+    assert again["moepp_loss"][()] != again["moepp_loss"][()], "NaN"
+    assert again["moepp_valid_loss"] == got["moepp_valid_loss"]
+
+
+def test_a_run_that_stands_still_keeps_state_and_age_only(make_run, scrape):
+    got = scrape(make_run(steps=5), clock=lambda: time.time() + 3600.0)()
+    assert got["moepp_run_state"][("silent",)] == 1
+    assert got["moepp_record_age_seconds"][()] >= 3600.0
+    assert "moepp_loss" not in got
+
+
+def test_a_run_that_has_not_begun(tmp_path: Path, scrape):
+    got = scrape(tmp_path)()
+    assert set(got) == {"moepp_run_state", "moepp_alerts"}
+    assert got["moepp_run_state"][("waiting",)] == 1
+
+
+def test_only_this_machine_can_ask(tmp_path: Path, scrape):
+    get = scrape(tmp_path)
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/metrics", get.address)
+    port = int(get.address.split(":")[2].split("/")[0])
+    # Another address of this very machine, all of 127/8 being its own.
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=10)
+
+
+def test_a_port_in_use_is_named(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"--prometheus \({port}\) must be a free port"):
+            serve(LiveRun(tmp_path), port)
+
+
+def test_every_number_of_a_record_has_a_name_of_its_own():
+    assert set(OF_RECORDS) - {"layer_ffn_histogram"} <= set(StepMetrics.model_fields)
+    assert set(StepMetrics.model_fields) <= set(OF_RECORDS)
+    names = [metric.name for metric in OF_RECORDS.values()]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"moepp_[a-z0-9_]+", name) for name in names)
+
+
+def test_the_dashboard_is_the_file_and_asks_for_what_is_exported():
+    file = json.loads((ROOT / "docs" / "grafana" / "moepp.json").read_text())
+    assert file == dashboard(), "write it anew: python -m moepp_megatron.report.live.grafana"
+    queries = [target["expr"] for panel in file["panels"] for target in panel["targets"]]
+    queries += [one["query"]["query"] for one in file["templating"]["list"][1:]]
+    asked = {name for query in queries for name in re.findall(r"moepp_\w+", query)}
+    assert len(asked) > 15
+    assert asked <= exported_names()
+    places = [panel["gridPos"] for panel in file["panels"]]
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+    corners = {(place["x"], place["y"]) for place in places}
+    assert len(corners) == len(places)
+
+
+def test_the_table_in_the_docs_is_complete():
+    text = (ROOT / "docs" / "monitor.md").read_text()
+    assert set(re.findall(r"^\| `(moepp_\w+)`", text, re.M)) == exported_names()
