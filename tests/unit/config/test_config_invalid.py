@@ -38,6 +38,16 @@ VPP = "parallel.virtual_pipeline_model_parallel_size"
 
 # (overrides on the minimal configuration, name with value, remedy)
 INVALID = [
+    (
+        ["observe.webhook_url_env=https://example.com/secret"],
+        "observe.webhook_url_env ('...')",
+        "export MOEPP_WEBHOOK=ADDRESS",
+    ),
+    (
+        ["observe.wandb.mode=disabled"],
+        "observe.wandb.mode ('disabled')",
+        "use online",
+    ),
     # one field
     (["model.num_layers=0"], "model.num_layers (0)", "use 1 or more"),
     (["model.num_layers=4.5"], "model.num_layers (4.5)", "without quotes or decimals"),
