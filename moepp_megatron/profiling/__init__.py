@@ -1,0 +1,4 @@
+"""Where the communication time of a run goes, and how its speed scales.
+
+collective.py    one collective operation, whatever recorded it
+"""
