@@ -28,7 +28,7 @@ class Operation(StrEnum):
 
 
 def bus_factor(operation: Operation, ranks: int) -> float:
-    """Bus over algorithm bandwidth in a group of `ranks`; source: nccl-tests, doc/PERFORMANCE.md."""
+    """Bus over algorithm bandwidth in a group of `ranks` (nccl-tests, doc/PERFORMANCE.md)."""
     if operation is Operation.ALL_REDUCE:
         return 2.0 * (ranks - 1) / ranks
     shared = (
