@@ -1,102 +1,23 @@
-"""The page of `moepp inspect`: its bytes, and what it does in a real browser."""
+"""The page of `moepp inspect` in a real browser, without a window."""
 
 from __future__ import annotations
 
-import html
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moepp_megatron.config import ConfigError
-from moepp_megatron.inspection.classes import CLASSES, token_classes
+from moepp_megatron.inspection.classes import CLASSES
 from moepp_megatron.inspection.request import InspectRequest
-from moepp_megatron.inspection.text import TokenizedText, tokenize
+from moepp_megatron.inspection.text import TokenizedText
 from moepp_megatron.inspection.trace import Trace
 from moepp_megatron.report.inspect import write_inspection
-from moepp_megatron.report.inspect.page import render
-from tests.unit.inspection.conftest import (  # noqa: F401
-    invented_trace,
-    make_request,
-    text,
-    tokenizer,
-)
+from tests.unit.inspection.conftest import invented_trace
 
 Make = Callable[..., InspectRequest]
-
-
-def packed_of(page: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
-
-
-def test_page_is_ascii_and_asks_nothing_of_the_network(
-    make_request: Make,  # noqa: F811
-    text: TokenizedText,  # noqa: F811
-) -> None:
-    request = make_request()
-    assert write_inspection(request, [invented_trace(len(text))]) == [("page", request.out)]
-    page = request.out.read_text(encoding="ascii")
-    assert not re.search(r"""(src|href)=["'](?!data:image/svg)""", page)
-    policy = re.search(r'content="default-src ([^"]*)"', page)
-    assert policy is not None
-    assert re.fullmatch(
-        r"'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-[\w+/]+='",
-        html.unescape(policy[1]),
-    )
-    assert packed_of(page)["pieces"] == text.pieces
-    assert f"<h1>{text.name}</h1>" in page
-    assert page.encode() == render(request, [invented_trace(len(text))]).encode(
-        "ascii", "xmlcharrefreplace"
-    )
-
-
-def test_text_cannot_break_out(make_request: Make, tokenizer) -> None:  # noqa: F811
-    evil = "</script><script>alert('1')</script> <b>&amp; \u2028 caf\u00e9 " * 3
-    own = tokenize(tokenizer, evil, "<i>&", 1000)
-    classes = token_classes(own.text, own.spans.tolist(), "text")
-    request = make_request(text=own, language="text", classes=classes, tags=["<T>"] * len(own))
-    write_inspection(request, [invented_trace(len(own))])
-    page = request.out.read_text(encoding="ascii")
-    assert page.count("<script") == page.count("</script>") == 2
-    assert "".join(packed_of(page)["pieces"]) == evil
-    assert "<i>&" not in page
-    assert "&lt;i&gt;&amp;" in page
-    assert 'data-tag="&lt;T&gt;"' in page
-
-
-def test_a_very_short_text_has_sentences_for_plots(make_request: Make, tokenizer) -> None:  # noqa: F811
-    own = tokenize(tokenizer, "ab", "x", 10)
-    request = make_request(text=own, classes=token_classes("ab", own.spans.tolist(), "text"))
-    page = render(request, [invented_trace(2)])
-    assert page.count("The text is too short") == 3
-
-
-def test_two_models_show_their_difference(make_request: Make, text: TokenizedText) -> None:  # noqa: F811
-    traces = [invented_trace(len(text), seed) for seed in (1, 2)]
-    page = html.unescape(render(make_request(), traces))
-    words = [trace.ffn_mean.mean() for trace in traces]
-    assert f"{words[0]:.2f} / {words[1]:.2f}" in page
-    chosen = make_request().classes == CLASSES.index("keyword")
-    a, b = (trace.ffn_mean[chosen].mean() for trace in traces)
-    assert f'<td class="num">{b - a:+.2f}</td>' in page
-    assert len(packed_of(page)["models"]) == 2
-
-
-def test_an_unwritable_page_is_a_line(
-    make_request: Make,  # noqa: F811
-    text: TokenizedText,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    request = make_request(out=tmp_path / "gone" / "page.html")
-    with pytest.raises(ConfigError, match=r"page\.html cannot be written \(No such file"):
-        write_inspection(request, [invented_trace(len(text))])
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +41,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def open_page(
     browser: Any,
-    make_request: Make,  # noqa: F811
-    text: TokenizedText,  # noqa: F811
+    make_request: Make,
+    text: TokenizedText,
 ) -> Iterator[Callable[..., tuple[Any, list[Trace]]]]:
     """Opens the page of one or two models; fails at the end if the page complained."""
     complaints: list[str] = []
@@ -163,7 +84,7 @@ def shown_path(page: Any) -> list[list[str]]:
     ]
 
 
-def test_a_hovered_token_shows_its_path(open_page, text: TokenizedText) -> None:  # noqa: F811
+def test_a_hovered_token_shows_its_path(open_page, text: TokenizedText) -> None:
     page, (trace,) = open_page()
     for at in (5, 17):
         page.hover(f"b[data-i='{at}']")
@@ -212,7 +133,7 @@ def test_loss_and_kinds_colour_the_text_too(open_page) -> None:
     assert page.locator("#layers button").first.is_disabled()
 
 
-def test_a_class_is_picked_from_the_table(open_page, make_request: Make) -> None:  # noqa: F811
+def test_a_class_is_picked_from_the_table(open_page, make_request: Make) -> None:
     page, _ = open_page()
     page.click("button.pick[data-class='keyword']")
     faded = page.locator(".text b.faded").count()
