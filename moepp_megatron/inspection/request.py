@@ -6,15 +6,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.inspection.classes import Language, language_of, token_classes
 from moepp_megatron.inspection.tags import Tagger, read_tags, run_tagger, token_tags
 from moepp_megatron.inspection.text import TokenizedText, read_text, tokenize, windows
 from moepp_megatron.interop.score_request import ScoreRequest, check_overrides
-from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.observe.expert_names import EXPERT_KINDS, ExpertCounts
 from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.generate_request import checkpoint_tokenizer
@@ -87,6 +89,19 @@ class InspectRequest:
     ) -> InspectRequest:
         """Check a request.
 
+        Args:
+            checkpoint: A checkpoint folder or a run.
+            text: File to read.
+            out: Page to write.
+            overrides: Settings `parallel.key=value` or `precision.key=value`, for every model.
+            world_size: Ranks.
+            against: A second checkpoint or run, to compare with the first.
+            json: JSON file to write.
+            language: Whether there are keywords and identifiers.
+            pos_tags: File of parts of speech (`tags.read_tags`).
+            tagger: Package that tags parts of speech instead.
+            max_tokens: Tokens to read at most.
+
         Raises:
             ConfigError: Whatever is wrong with it.
             UnfitError: The tagger is not installed.
@@ -99,29 +114,38 @@ class InspectRequest:
             )
         for name, path in (("--out", out), ("--json", json)):
             _check_writable(name, path)
-        folders = [find_checkpoint(path) for path in (checkpoint, against) if path is not None]
-        trained = [load_config(folder / CONFIG_FILE) for folder in folders]
-        for folder, config in zip(folders, trained, strict=True):
-            _check_kinds(folder, config)
+        found = [_Found.of(path) for path in (checkpoint, against) if path is not None]
         content, more = read_text(text, max_tokens)
-        tokenizers = [checkpoint_tokenizer(*pair) for pair in zip(folders, trained, strict=True)]
-        tokenized = [tokenize(each, content, text.name, max_tokens) for each in tokenizers]
-        if len(tokenized) > 1:
+        tokenized = [tokenize(each.tokenizer, content, text.name, max_tokens) for each in found]
+        if against is not None:
             _check_same_tokens(against, *tokenized)
         own = tokenized[0]
         is_cut = own.is_cut or more
-        window = min(len(own), *(config.model.seq_length for config in trained))
+        window = min(len(own), *(each.config.model.seq_length for each in found))
         models = [
-            _model(folder, config, windows(each, window, tokenizer.eod), overrides, world_size)
-            for folder, config, each, tokenizer in zip(
-                folders, trained, tokenized, tokenizers, strict=True
-            )
+            _model(each, windows(tokens, window, each.tokenizer.eod), overrides, world_size)
+            for each, tokens in zip(found, tokenized, strict=True)
         ]
         tags = _tags(own, is_cut, pos_tags, tagger)
         language = language_of(text, language)
         classes = token_classes(own.text, own.spans.tolist(), language)
         notices = _notices(models, own, is_cut, window)
         return cls(own, language, classes, tags, window, models, out, json, notices)
+
+
+class _Found(NamedTuple):
+    """A checkpoint that can be inspected: its folder, its configuration, its tokenizer."""
+
+    folder: Path
+    config: Config
+    tokenizer: Tokenizer
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> _Found:
+        folder = find_checkpoint(checkpoint)
+        config = load_config(folder / CONFIG_FILE)
+        _check_kinds(folder, config)
+        return cls(folder, config, checkpoint_tokenizer(folder, config))
 
 
 def _check_writable(name: str, path: Path | None) -> None:
@@ -146,7 +170,7 @@ def _check_kinds(folder: Path, config: Config) -> None:
         )
 
 
-def _check_same_tokens(against: Path | None, first: TokenizedText, second: TokenizedText) -> None:
+def _check_same_tokens(against: Path, first: TokenizedText, second: TokenizedText) -> None:
     if np.array_equal(first.spans, second.spans):
         return
     shorter = min(len(first), len(second))
@@ -161,15 +185,16 @@ def _check_same_tokens(against: Path | None, first: TokenizedText, second: Token
 
 
 def _model(
-    folder: Path, config: Config, input_ids: np.ndarray, overrides: Sequence[str], world_size: int
+    found: _Found, input_ids: np.ndarray, overrides: Sequence[str], world_size: int
 ) -> InspectedModel:
+    folder, config, _ = found
     moe = config.moe
     experts = ExpertCounts(
         moe.num_ffn_experts, moe.num_constant_experts, moe.num_copy_experts, moe.num_zero_experts
     )
     pattern = moe.moe_layer_pattern(config.model.num_layers)
     layers = tuple(number for number, is_moe in enumerate(pattern, start=1) if is_moe)
-    counts = [f"{n} {kind}" for kind, n in zip(_KINDS, experts.by_kind, strict=True) if n]
+    counts = [f"{n} {kind}" for kind, n in zip(EXPERT_KINDS, experts.by_kind, strict=True) if n]
     target = moe.budget.target_ffn_per_token
     share = experts.ffn_share(moe.tau) if target is None else target / moe.router_topk
     facts = (
@@ -179,9 +204,6 @@ def _model(
     )
     scoring = ScoreRequest.of(folder, config, input_ids, overrides, world_size)
     return InspectedModel(_label(folder, config), facts, experts, layers, share, scoring)
-
-
-_KINDS = ("FFN", "constant", "copy", "zero")
 
 
 def _label(folder: Path, config: Config) -> str:

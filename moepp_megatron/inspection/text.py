@@ -60,8 +60,7 @@ def read_text(path: Path, max_tokens: int) -> tuple[str, bool]:
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"--text ({path}) must be UTF-8 text ({error.reason} at byte {error.start}); "
-            "encode it so"
+            f"--text ({path}) must be UTF-8 text ({error.reason}); encode it so"
         ) from None
     if not text:
         raise ConfigError(f"--text ({path}) must hold some text, and is empty; name another file")
