@@ -37,7 +37,7 @@ def inspect(
     pos_tags: Annotated[
         Path | None,
         typer.Option(
-            help="Parts of speech: lines of word, tab, tag, or a JSON list of [word, tag].",
+            help="Parts of speech: lines of word, tab, tag, or a JSON list of such pairs.",
             metavar="FILE",
         ),
     ] = None,

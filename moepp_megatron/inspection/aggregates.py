@@ -151,10 +151,20 @@ def by_layer(trace: Trace) -> list[LayerSummary]:
     ]
 
 
-def loss_correlation(trace: Trace) -> float:
-    """Pearson's r of a token's loss and its mean FFN experts; NaN where either does not vary."""
-    known = np.isfinite(trace.losses)
-    losses, ffn = trace.losses[known], trace.ffn_mean[known]
+def loss_correlation(trace: Trace, *, of_next: bool = False) -> float:
+    """Pearson's r of loss and mean FFN experts over tokens; NaN where either does not vary.
+
+    Args:
+        trace: What the model did.
+        of_next: Take the loss of the token behind, which is predicted from this token's place;
+            otherwise the token's own, which tells how surprising it was.
+    """
+    losses = trace.losses
+    if of_next:
+        # Nothing predicts the first token of a window: its loss is NaN.
+        losses = np.append(losses[1:], np.nan)
+    known = np.isfinite(losses)
+    losses, ffn = losses[known], trace.ffn_mean[known]
     if known.sum() < 2 or losses.std() == 0 or ffn.std() == 0:
         return float("nan")
     return float(np.corrcoef(losses, ffn)[0, 1])

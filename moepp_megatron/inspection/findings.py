@@ -39,7 +39,8 @@ class Findings:
         by_layer: MoE layers.
         without_ffn: Share of the tokens that get no FFN expert in any layer.
         all_ffn: Share of the tokens whose every selection is an FFN expert.
-        loss_correlation: Pearson's r of loss and FFN experts; NaN where undefined.
+        loss_correlation: Pearson's r of a token's own loss and its FFN experts; NaN where undefined.
+        next_loss_correlation: The same with the loss of the next token, predicted from its place.
     """
 
     whole: Group
@@ -54,6 +55,7 @@ class Findings:
     without_ffn: float
     all_ffn: float
     loss_correlation: float
+    next_loss_correlation: float
 
 
 def find(request: InspectRequest, trace: Trace) -> Findings:
@@ -76,4 +78,5 @@ def find(request: InspectRequest, trace: Trace) -> Findings:
         float((trace.ffn == 0).all(axis=0).mean()),
         float((trace.ffn == trace.topk).all(axis=0).mean()),
         loss_correlation(trace),
+        loss_correlation(trace, of_next=True),
     )

@@ -188,7 +188,8 @@ def _cards(traces: Sequence[Trace], findings: Sequence[Findings]) -> list[Card]:
         Card(
             "Loss and FFN experts",
             _joined([_correlation(found.loss_correlation) for found in findings]),
-            "correlation over tokens; above 0: hard tokens get more",
+            "correlation over tokens; with the next token's loss "
+            + _joined([_correlation(found.next_loss_correlation) for found in findings]),
         ),
     ]
 

@@ -181,7 +181,8 @@ def _loss(traces: Sequence[Trace]) -> Plot:
     axes.yaxis.grid(color=GRID)
     return Plot(
         title,
-        "Box: the middle half of the tokens, line: the median, number: tokens.",
+        "A token's own loss: how surprising it was. Box: the middle half of the tokens, line: the "
+        "median, number: tokens.",
         svg_data_uri(figure),
         f"Loss of the tokens with 0 to {topk} FFN experts.",
     )

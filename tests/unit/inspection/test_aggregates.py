@@ -98,6 +98,10 @@ def test_loss_correlation() -> None:
     assert loss_correlation(trace([4.0, 1.0, 0.0, 3.0])) == pytest.approx(1.0)
     assert loss_correlation(trace([math.nan, 0.5, 0.0, 1.5])) == pytest.approx(1.0)
     assert math.isnan(loss_correlation(trace([1.0] * 4)))
+    # The loss of the next token: 2.0, 0.5, 0.0 at tokens with that many FFN experts.
+    shifted = trace([9.0, 2.0, 0.5, 0.0])
+    assert loss_correlation(shifted, of_next=True) == pytest.approx(1.0)
+    assert loss_correlation(shifted) != pytest.approx(1.0)
 
 
 def test_json_has_every_selection_and_aggregate(make_request, text) -> None:
