@@ -39,8 +39,8 @@ class Findings:
         by_layer: MoE layers.
         without_ffn: Share of the tokens that get no FFN expert in any layer.
         all_ffn: Share of the tokens whose every selection is an FFN expert.
-        loss_correlation: Pearson's r of a token's own loss and its FFN experts; NaN where undefined.
-        next_loss_correlation: The same with the loss of the next token, predicted from its place.
+        loss_correlation: Pearson's r of a token's loss and its FFN experts; NaN where undefined.
+        next_loss_correlation: The same with the loss of the next token.
     """
 
     whole: Group

@@ -198,6 +198,8 @@ def _model(
     target = moe.budget.target_ffn_per_token
     share = experts.ffn_share(moe.tau) if target is None else target / moe.router_topk
     facts = (
+        # Two runs may have one name; of a long path the end tells them apart.
+        "/".join(folder.parts[-3:]),
         f"{len(layers)} MoE layers, hidden {config.model.hidden_size}",
         f"{' + '.join(counts)} experts, top-{moe.router_topk}",
         f"tau {moe.tau:g}" if target is None else f"budget {target:g} FFN experts a token",
