@@ -85,7 +85,7 @@
     shown.forEach((model, index) => {
       const column = element("div");
       if (models.length > 1) {
-        const title = model === null ? "B less A" : `${"AB"[index]}: ${model.label}`;
+        const title = model === null ? "B minus A" : `${"AB"[index]}: ${model.label}`;
         column.append(element("h3", "", title));
       }
       const panel = element("div", document.body.dataset.code ? "text panel code" : "text panel");
