@@ -260,7 +260,9 @@
   const lossOf = (model, at) => {
     const loss = model.losses[at];
     if (Number.isNaN(loss)) return "none";
-    return models.length > 1 ? loss.toFixed(2) : `${loss.toFixed(2)} (p ${Math.exp(-loss).toPrecision(2)})`;
+    const p = Math.exp(-loss);
+    const text = p < 0.001 ? p.toExponential(1) : p.toPrecision(2);
+    return models.length > 1 ? loss.toFixed(2) : `${loss.toFixed(2)} (p ${text})`;
   };
   const ffnOf = (model, at) => {
     let sum = 0;
