@@ -16,7 +16,7 @@ FORMAT = 1
 
 
 def describe(config: Config, layout: Layout, clock_ns: list[int]) -> dict[str, Any]:
-    """This rank's place in the run, for JSON.
+    """This rank's place in the run, for JSON; all ranks must call.
 
     Args:
         config: The run's configuration.
@@ -40,6 +40,7 @@ def describe(config: Config, layout: Layout, clock_ns: list[int]) -> dict[str, A
         "num_ffn_experts": config.moe.num_ffn_experts,
         "hidden_size": config.model.hidden_size,
         "tokens_per_step": config.training.global_batch_size * config.model.seq_length,
+        "nodes": _nodes(),
         "groups": _groups(),
         "clock": {"barrier_unix_ns": clock_ns},
     }
@@ -67,6 +68,13 @@ def _groups() -> dict[str, dict[str, Any]]:
         for group, name in names.items()
         if isinstance(group, dist.ProcessGroup)
     }
+
+
+def _nodes() -> list[str]:
+    """Host name of each rank."""
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
 
 
 def _device() -> str:
