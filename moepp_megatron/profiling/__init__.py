@@ -1,4 +1,9 @@
 """Where the communication time of a run goes, and how its speed scales.
 
-collective.py    one collective operation, whatever recorded it
+collective.py        one collective operation, whatever recorded it
+records.py           fields and lines of files that other programs write
+nccl_names.py        functions, data types and counts as NCCL tells them to profilers
+communicators.py     global ranks from ranks within communicators
+peer_transfers.py    all-to-alls from sends and receives
+inspector.py         logs of NCCL Inspector
 """
