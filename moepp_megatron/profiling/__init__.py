@@ -6,4 +6,5 @@ nccl_names.py        functions, data types and counts as NCCL tells them to prof
 communicators.py     global ranks from ranks within communicators
 peer_transfers.py    all-to-alls from sends and receives
 inspector.py         logs of NCCL Inspector
+plugin_trace.py      traces of NCCL's example profiler plugin
 """

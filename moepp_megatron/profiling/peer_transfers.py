@@ -39,8 +39,12 @@ class Transfer:
     returned_us: float | None = None
 
 
-def split_calls(transfers: Iterable[Transfer], own_rank: int) -> list[list[Transfer]]:
-    """Parts a rank's transfers, in the order they were issued, into grouped calls.
+def split_calls(transfers: Iterable[Transfer], own_rank: int | None = None) -> list[list[Transfer]]:
+    """Parts a rank's transfers into grouped calls.
+
+    Args:
+        transfers: In the order in which NCCL scheduled them; with `own_rank` None in any order.
+        own_rank: This rank's place in the group.
 
     A call ends where the next transfer repeats a peer and direction, where a send to itself follows
     (the first round of NCCL's schedule, src/init.cc, p2pSchedule), or where the host had already
