@@ -7,4 +7,5 @@ communicators.py     global ranks from ranks within communicators
 peer_transfers.py    all-to-alls from sends and receives
 inspector.py         logs of NCCL Inspector
 plugin_trace.py      traces of NCCL's example profiler plugin
+flight_recorder.py   dumps of torch's flight recorder
 """
