@@ -8,4 +8,5 @@ peer_transfers.py    all-to-alls from sends and receives
 inspector.py         logs of NCCL Inspector
 plugin_trace.py      traces of NCCL's example profiler plugin
 flight_recorder.py   dumps of torch's flight recorder
+merge.py             ranks brought onto one clock
 """

@@ -63,12 +63,12 @@ class Collective:
         start_us: When the transfer (or, on a host backend, the call) began, in microseconds, by the
             clock of this rank's file; `merge` brings ranks onto one clock.
         end_us: When it had finished, in microseconds.
-        placed: False where the source gives no time of the transfer, only how long it took:
-            `start_us` is then 0, or when the host issued the call; no place on a timeline.
         stream: CUDA stream or host thread.
         source: Which format it was read from: kineto, inspector, plugin, flight_recorder.
         scopes: Names of the profiler ranges it lies in, outermost first.
         synthetic: True if read from a sample written from documentation.
+        placed: False where the source gives no time of the transfer, only how long it took:
+            `start_us` is then 0, or when the host issued the call; no place on a timeline.
     """
 
     operation: Operation
@@ -84,11 +84,11 @@ class Collective:
     sequence: int | None = None
     start_us: float = 0.0
     end_us: float = 0.0
-    placed: bool = True
     stream: str = ""
     source: str = ""
     scopes: tuple[str, ...] = field(default=())
     synthetic: bool = False
+    placed: bool = True
 
     @property
     def duration_us(self) -> float:

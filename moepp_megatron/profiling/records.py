@@ -14,6 +14,8 @@ _GZIP = b"\x1f\x8b"
 class SourceError(ValueError):
     """A profile that cannot be read: names the file, the place in it, and what is missing."""
 
+    exit_code = 2
+
 
 def read_bytes(path: Path, limit: int = -1) -> bytes:
     """The content of a file, unpacked if gzip; its first `limit` bytes if that is not negative.
