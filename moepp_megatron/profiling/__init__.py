@@ -9,4 +9,5 @@ inspector.py         logs of NCCL Inspector
 plugin_trace.py      traces of NCCL's example profiler plugin
 flight_recorder.py   dumps of torch's flight recorder
 merge.py             ranks brought onto one clock
+sources.py           which format a file is in, and its collectives
 """

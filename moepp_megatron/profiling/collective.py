@@ -63,6 +63,9 @@ class Collective:
         start_us: When the transfer (or, on a host backend, the call) began, in microseconds, by the
             clock of this rank's file; `merge` brings ranks onto one clock.
         end_us: When it had finished, in microseconds.
+        pair: Ranks of the group that a send or receive goes from and to; None for what all ranks
+            do. `sequence` then counts within the pair.
+        row_bytes: Bytes of a row, the unit in which an all-to-all is split; None where unknown.
         stream: CUDA stream or host thread.
         source: Which format it was read from: kineto, inspector, plugin, flight_recorder.
         scopes: Names of the profiler ranges it lies in, outermost first.
@@ -84,6 +87,8 @@ class Collective:
     sequence: int | None = None
     start_us: float = 0.0
     end_us: float = 0.0
+    pair: tuple[int, int] | None = None
+    row_bytes: int | None = None
     stream: str = ""
     source: str = ""
     scopes: tuple[str, ...] = field(default=())

@@ -151,15 +151,16 @@ def _collective(
 ) -> Collective:
     name = field(entry, "profiling_name", str, place).rpartition(":")[2]
     operation = _OPERATIONS.get(name.partition(" ")[0], Operation.OTHER)
-    pair = entry.get("process_group")
-    if not isinstance(pair, list | tuple) or len(pair) < 2:
+    named = entry.get("process_group")
+    if not isinstance(named, list | tuple) or len(named) < 2:
         raise SourceError(f"{place}: field 'process_group' is not a name and a description")
-    group, description = str(pair[0]), str(pair[1])
+    group, description = str(named[0]), str(named[1])
     ranks = groups.get(group, groups.get("", ()) if description == "default_pg" else ())
     start = field(entry, "time_created_ns", int, place) / 1e3
     took = field(entry, "duration_ms", float, place, 0.0) * 1e3
     size, dtype = _size(entry, place)
-    sent, received = _parts(name, size, len(ranks))
+    pair = _pair(name)
+    sent, received = _parts(operation, pair, size, len(ranks))
     point_to_point = operation in (Operation.SEND, Operation.RECEIVE)
     sequence = field(entry, "collective_seq_id", int, place)
     return Collective(
@@ -176,6 +177,7 @@ def _collective(
         sequence=None if point_to_point else sequence,
         start_us=start,
         end_us=start + took,
+        pair=pair,
         placed=False,
         source=SOURCE,
     )
@@ -201,12 +203,22 @@ def _size(entry: dict[str, Any], place: str) -> tuple[int | None, str]:
     return (max(totals) if totals else None), (names[0] if names else "")
 
 
+def _pair(name: str) -> tuple[int, int] | None:
+    """Ranks of the group that a send or receive goes from and to; None where not said."""
+    found = _PEER.match(name)
+    if found is None or found[3] == "?":
+        return None
+    own, other = int(found[1]), int(found[3])
+    return (own, other) if found[2] == "->" else (other, own)
+
+
 def _parts(
-    name: str, size: int | None, ranks: int
+    operation: Operation, pair: tuple[int, int] | None, size: int | None, ranks: int
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
     """Bytes to and from each rank for a send or receive with a known peer; None otherwise."""
-    found = _PEER.match(name)
-    if found is None or size is None or found[3] == "?" or int(found[3]) >= ranks:
+    if pair is None or size is None or max(pair) >= ranks:
         return None, None
-    parts = tuple(size if rank == int(found[3]) else 0 for rank in range(ranks))
-    return (parts, None) if found[2] == "->" else (None, parts)
+    sends = operation is Operation.SEND
+    peer = pair[1] if sends else pair[0]
+    parts = tuple(size if rank == peer else 0 for rank in range(ranks))
+    return (parts, None) if sends else (None, parts)

@@ -112,6 +112,7 @@ def put_together(call: Sequence[Transfer], own_rank: int, base: Collective) -> l
             size=one.size,
             sent=_by_peer([one], base.group_size) if one.is_send else None,
             received=None if one.is_send else _by_peer([one], base.group_size),
+            pair=(own_rank, one.peer) if one.is_send else (one.peer, own_rank),
             start_us=one.start_us,
             end_us=one.end_us,
         )

@@ -58,6 +58,7 @@ def test_sends_and_receives_name_their_peer():
     assert sends[Operation.SEND].sent == (0, size)
     assert sends[Operation.SEND].group_ranks == (0, 2)
     assert receives[Operation.RECEIVE].received == (size, 0)
+    assert sends[Operation.SEND].pair == receives[Operation.RECEIVE].pair == (0, 1)
 
 
 def test_a_collective_that_has_not_ended_takes_no_time():

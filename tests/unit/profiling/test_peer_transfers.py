@@ -58,6 +58,7 @@ def test_a_pipeline_exchange_stays_sends_and_receives():
     ]
     assert made[0].sent == (0, 0, 100, 0)
     assert made[1].received == (50, 0, 0, 0)
+    assert [one.pair for one in made] == [(1, 2), (0, 1), (2, 1)]
     assert all(one.sequence is None and one.rank == 5 for one in made)
 
 
