@@ -10,4 +10,6 @@ plugin_trace.py      traces of NCCL's example profiler plugin
 flight_recorder.py   dumps of torch's flight recorder
 merge.py             ranks brought onto one clock
 sources.py           which format a file is in, and its collectives
+summary.py           a profile in a few numbers, to compare
+compare.py           what changed between two profiles, and why
 """
