@@ -11,4 +11,6 @@ step.py          `moepp bench step`
 rival.py         the vanilla model of a configuration
 dispatch.py      `moepp bench dispatch`
 random_tokens.py what the steps read
+collectives.py   `moepp bench collectives`
+collective_cases.py  its operations, their buffers and what must arrive
 """

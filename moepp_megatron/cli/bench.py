@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.bench_collectives import collectives
+
 if TYPE_CHECKING:
     from moepp_megatron.config import Config, Layout
 
 app = typer.Typer(help="Measure speed against the vanilla layer.", no_args_is_help=True)
+app.command()(collectives)
 
 _DTYPES = ("fp32", "bf16")
 
