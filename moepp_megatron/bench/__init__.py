@@ -11,6 +11,8 @@ step.py          `moepp bench step`
 rival.py         the vanilla model of a configuration
 dispatch.py      `moepp bench dispatch`
 random_tokens.py what the steps read
+scale.py         one point of `moepp scale`
+all_to_all_clock.py  time and bytes of all-to-alls within a step
 collectives.py   `moepp bench collectives`
 collective_cases.py  its operations, their buffers and what must arrive
 """

@@ -60,9 +60,10 @@ def layer(
     from moepp_megatron.bench.layer import run_layer_benchmark
     from moepp_megatron.bench.process import single_process
     from moepp_megatron.report import bench
+    from moepp_megatron.report.progress import progress
 
     total = len(shape_names) * len(tau_values) * len(pass_names)
-    with single_process(), bench.progress(total) as advance:
+    with single_process(), progress(total) as advance:
         results = list(
             run_layer_benchmark(
                 [SHAPES[name] for name in shape_names],

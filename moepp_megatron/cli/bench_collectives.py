@@ -128,6 +128,7 @@ def _measure(setting: object, json_file: Path | None, plot: Path | None) -> None
 
     from moepp_megatron.bench.collectives import CollectiveSetting, run_collectives
     from moepp_megatron.report import bench, collectives
+    from moepp_megatron.report.progress import progress
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.launch import leave
     from moepp_megatron.runtime.rank import RankEnvironment
@@ -137,7 +138,7 @@ def _measure(setting: object, json_file: Path | None, plot: Path | None) -> None
     device = distributed.start(rank)
     _check_memory(max(setting.sizes), rank.local_world_size, device.type)
     first = rank.rank == 0
-    bar = bench.progress(setting.repeats + 2) if first else nullcontext(lambda what: None)
+    bar = progress(setting.repeats + 2) if first else nullcontext(lambda what: None)
     with bar as advance:
         results = run_collectives(setting, device, rank.local_world_size, advance)
     distributed.stop()

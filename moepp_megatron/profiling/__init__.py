@@ -2,4 +2,5 @@
 
 collective.py    one collective operation, whatever recorded it
 ceiling.py       bandwidth that `moepp bench collectives` has measured
+scaling/         scaling tests: points, jobs, efficiency
 """
