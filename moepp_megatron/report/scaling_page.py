@@ -116,11 +116,22 @@ def build_scaling_page(
     return path
 
 
+def _is_crowded(record: ScaleRecord) -> bool:
+    """Whether ranks share processor cores."""
+    return record.device == "cpu" and record.nproc > record.cores * record.hosts
+
+
 def _largest(records: Sequence[ScaleRecord], mode: str) -> dict[str, ScaleRecord]:
-    """By kind: the fastest layout at the largest count that all kinds have."""
+    """By kind: the fastest layout at the largest count that all kinds have.
+
+    Counts at which ranks share cores are taken only where there are no others.
+    """
     lines = series([record for record in records if record.mode == mode])
-    common = set.intersection(*({r.nproc for r in line.best} for line in lines)) if lines else set()
-    return {line.kind: next(r for r in line.best if r.nproc == max(common)) for line in lines}
+    if not lines:
+        return {}
+    common = set.intersection(*({r.nproc for r in line.best} for line in lines))
+    counts = {r.nproc for r in lines[0].best if not _is_crowded(r)} & common or common
+    return {line.kind: next(r for r in line.best if r.nproc == max(counts)) for line in lines}
 
 
 def _sentence(records: Sequence[ScaleRecord]) -> str:
@@ -151,13 +162,14 @@ def _ranks(count: int) -> str:
 
 def _warnings(records: Sequence[ScaleRecord]) -> list[str]:
     warnings = []
-    crowded = [r for r in records if r.device == "cpu" and r.nproc > r.cores * r.hosts]
+    crowded = [r for r in records if _is_crowded(r)]
     if crowded:
         first = min(crowded, key=lambda r: r.nproc)
         warnings.append(
             f"From {_ranks(first.nproc)} on, ranks share {first.cores * first.hosts} processor "
             "cores: there the efficiency says how the machine is overloaded, not how the model "
-            "scales. MoE++ and vanilla still compare with each other."
+            "scales, and the numbers on top are those of fewer ranks. MoE++ and vanilla still "
+            "compare with each other."
         )
     machines = sorted({f"{r.device}, {r.backend}" for r in records})
     if len(machines) > 1:

@@ -111,7 +111,7 @@ def _ideal(axes: Axes, lines: list[Series], value: Callable[[ScaleRecord, int], 
             counts,
             [value(first, count) for count in counts],
             color=MUTED,
-            linewidth=1.0,
+            linewidth=1.3,
             linestyle=":",
             label="perfect" if index == len(lines) - 1 else None,
         )

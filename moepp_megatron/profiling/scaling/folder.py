@@ -33,6 +33,8 @@ _IN_NAME = {
         "context_parallel_size",
         "expert_model_parallel_size",
         "expert_tensor_parallel_size",
+        # Follows from the first.
+        "sequence_parallel",
     },
     "training": {"global_batch_size", "train_iters"},
 }

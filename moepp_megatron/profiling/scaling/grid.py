@@ -53,13 +53,13 @@ class Point:
         Raises:
             ConfigError: They do not fit.
         """
-        return with_overrides(
-            config,
-            [
-                *(f"parallel.{_DEGREES[key]}={n}" for key, n in parse_layout(self.layout).items()),
-                f"training.global_batch_size={self.global_batch_size}",
-            ],
-        )
+        degrees = parse_layout(self.layout)
+        overrides = [f"parallel.{_DEGREES[key]}={n}" for key, n in degrees.items()]
+        overrides.append(f"training.global_batch_size={self.global_batch_size}")
+        # MoE layers need it with tensor parallelism, and it has no effect without.
+        if degrees["tp"] > 1:
+            overrides.append("parallel.sequence_parallel=true")
+        return with_overrides(config, overrides)
 
 
 @dataclass(frozen=True)
