@@ -14,6 +14,7 @@ from moepp_megatron.cli import (
     generate,
     monitor,
     report,
+    scale,
     score,
     slurm,
     train,
@@ -36,6 +37,7 @@ app.add_typer(convert.app, name="convert")
 app.command()(report.report)
 app.command()(monitor.monitor)
 app.add_typer(bench.app, name="bench")
+app.command()(scale.scale)
 app.command()(slurm.slurm)
 
 

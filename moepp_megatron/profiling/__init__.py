@@ -21,4 +21,6 @@ merge.py             ranks brought onto one clock
 sources.py           which format a file is in, and its collectives
 summary.py           a profile in a few numbers, to compare
 compare.py           what changed between two profiles, and why
+ceiling.py           bandwidth that `moepp bench collectives` has measured
+scaling/             scaling tests: points, jobs, efficiency
 """
