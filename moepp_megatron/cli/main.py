@@ -12,6 +12,7 @@ from moepp_megatron.cli import (
     data,
     doctor,
     generate,
+    inspect,
     monitor,
     report,
     scale,
@@ -33,6 +34,7 @@ app.add_typer(data.app, name="data")
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(score.score)
+app.command()(inspect.inspect)
 app.add_typer(convert.app, name="convert")
 app.command()(report.report)
 app.command()(monitor.monitor)
