@@ -18,34 +18,28 @@ class StepEnd:
     Attributes:
         reduce: Reduce-scatter (or all-reduce) of gradients.
         gather: All-gather of parameters.
-        exposed: What of both does not run beside computation.
         optimizer: Gradient norm, Adam, casts: all bound by memory.
     """
 
     reduce: float
     gather: float
-    exposed: float
     optimizer: float
 
+    def exposed(self, grid: Grid, forward_s: float, backward_s: float) -> float:
+        """What of both does not run beside computation.
 
-def step_end(
-    load: Workload,
-    grid: Grid,
-    machine: Machine,
-    parameters: RankParameters,
-    forward_s: float,
-    backward_s: float,
-) -> StepEnd:
-    """The end of a step.
+        Args:
+            grid: The layout, which says what may overlap.
+            forward_s: Forward pass of one micro-batch, beside which parameters are gathered.
+            backward_s: Backward pass of the last one, beside which gradients are reduced.
+        """
+        reduce = self.reduce - (backward_s if grid.grad_overlap else 0.0)
+        gather = self.gather - (forward_s if grid.param_overlap else 0.0)
+        return max(reduce, 0.0) + max(gather, 0.0)
 
-    Args:
-        load: What is trained.
-        grid: The layout.
-        machine: The cluster.
-        parameters: Of the rank.
-        forward_s: Forward pass of one micro-batch, beside which parameters are gathered.
-        backward_s: Backward pass of the last one, beside which gradients are reduced.
-    """
+
+def step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> StepEnd:
+    """The end of a step of a rank with these parameters."""
     numbers = load.numbers
     dense = placement(grid, "dp_cp", machine.per_node)
     experts = placement(grid, "edp", machine.per_node)
@@ -57,9 +51,7 @@ def step_end(
         gather += gather_seconds(experts, parameters.experts * numbers.weight_bytes, machine)
     else:
         reduce *= 2  # an all-reduce is a reduce-scatter and an all-gather
-    exposed = max(reduce - (backward_s if grid.grad_overlap else 0.0), 0.0)
-    exposed += max(gather - (forward_s if grid.param_overlap else 0.0), 0.0)
-    return StepEnd(reduce, gather, exposed, _optimizer(load, grid, machine, parameters))
+    return StepEnd(reduce, gather, _optimizer(load, grid, machine, parameters))
 
 
 def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from moepp_megatron.config import Config, Layout, stage_layers
 from moepp_megatron.planning.activations import kept_bytes, output_bytes, peak_bytes
@@ -61,16 +60,68 @@ def memory_of(
         pp_rank: The pipeline rank.
         skew: Rows of the fullest rank over the mean.
     """
-    parameters = rank_parameters(load, grid, stages, pp_rank)
+    layers = [load.is_moe[layer] for chunk in stages[pp_rank] for layer in chunk]
+    return assemble(
+        load,
+        grid,
+        pp_rank,
+        rank_parameters(load, grid, stages, pp_rank),
+        (sum(layers), len(layers) - sum(layers)),
+        (layer_bytes(load, grid, True, skew), layer_bytes(load, grid, False, skew)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """Activations of one layer and micro-batch.
+
+    Attributes:
+        kept: From the forward to the backward pass.
+        peak: Needed at once beside what is kept.
+    """
+
+    kept: float
+    peak: float
+
+
+def layer_bytes(load: Workload, grid: Grid, is_moe: bool, skew: float) -> LayerBytes:
+    """Activations of an MoE layer or of another one."""
+    layer = Layer(is_moe, fullest_rows(load, grid, skew))
+    return LayerBytes(kept_bytes(load, grid, layer), peak_bytes(load, grid, layer))
+
+
+def assemble(
+    load: Workload,
+    grid: Grid,
+    pp_rank: int,
+    parameters: RankParameters,
+    layers: tuple[int, int],
+    each: tuple[LayerBytes, LayerBytes],
+) -> RankMemory:
+    """Memory of a rank from its parts.
+
+    Args:
+        load: What is trained.
+        grid: The layout.
+        pp_rank: The pipeline rank.
+        parameters: Its parameters.
+        layers: Its MoE layers, and its others.
+        each: Activations of one of either.
+    """
     count = parameters.dense + parameters.experts
-    activations, buffers = _activations(load, grid, stages, pp_rank, skew)
+    flying = chunks_in_flight(grid.pp, grid.vpp, pp_rank, grid.micro_batches(load.batch))
+    kept = layers[0] * each[0].kept + layers[1] * each[1].kept
+    buffers = max(each[0].peak if layers[0] else 0.0, each[1].peak if layers[1] else 0.0)
+    if pp_rank == grid.pp - 1:
+        buffers = max(buffers, (1 + load.extra_layers) * output_bytes(load, grid))
     return RankMemory(
         dense=parameters.dense,
         experts=parameters.experts,
         weights=load.numbers.weight_bytes * count,
         gradients=load.numbers.gradient_bytes * count,
         optimizer=optimizer_bytes(load, grid, parameters),
-        activations=activations,
+        # Chunks of a rank hold about as many layers each.
+        activations=kept / grid.vpp * flying,
         buffers=buffers,
     )
 
@@ -89,47 +140,15 @@ def fullest_rows(load: Workload, grid: Grid, skew: float = 1.0) -> float:
     return grid.tokens(load.seq) * load.experts.ffn_per_token * skew
 
 
-@lru_cache(maxsize=100_000)
-def _layer_bytes(load: Workload, grid: Grid, is_moe: bool, rows: float) -> tuple[float, float]:
-    """Kept bytes and peak of a layer."""
-    layer = Layer(is_moe, rows)
-    return kept_bytes(load, grid, layer), peak_bytes(load, grid, layer)
+def candidate_ranks(pp: int) -> tuple[int, ...]:
+    """Pipeline ranks of which one needs most, when the stages in between are alike.
 
-
-def _activations(
-    load: Workload, grid: Grid, stages: Stages, pp_rank: int, skew: float
-) -> tuple[float, float]:
-    rows = fullest_rows(load, grid, skew)
-    # Everything that layers keep depends on these alone, which makes the cache effective.
-    key = Grid(
-        world=grid.tp * grid.cp * grid.ep * grid.etp,
-        tp=grid.tp,
-        cp=grid.cp,
-        ep=grid.ep,
-        etp=grid.etp,
-        micro_batch=grid.micro_batch,
-        recompute=grid.recompute,
-    )
-    kept_of = {kind: _layer_bytes(load, key, kind, rows) for kind in set(load.is_moe)}
-    chunks = stages[pp_rank]
-    per_chunk = [sum(kept_of[load.is_moe[layer]][0] for layer in chunk) for chunk in chunks]
-    micro_batches = grid.micro_batches(load.batch)
-    flying = chunks_in_flight(grid.pp, grid.vpp, pp_rank, micro_batches)
-    activations = sum(per_chunk) / len(per_chunk) * flying
-    present = {load.is_moe[layer] for chunk in chunks for layer in chunk}
-    buffers = max((kept_of[kind][1] for kind in present), default=0.0)
-    if pp_rank == grid.pp - 1:
-        outputs = (1 + load.extra_layers) * output_bytes(load, grid)
-        buffers = max(buffers, outputs)
-    return activations, buffers
+    Earlier ranks hold more micro-batches; the first has the embedding, the last the output layer.
+    """
+    return tuple(sorted({0, min(1, pp - 1), pp - 1}))
 
 
 def fullest_rank(load: Workload, grid: Grid, stages: Stages, skew: float = 1.0) -> RankMemory:
-    """Memory of the rank that needs most.
-
-    Earlier ranks hold more micro-batches, the last one the output layer: one of the first two and
-    the last is the fullest when the stages in between are alike.
-    """
-    ranks = {0, min(1, grid.pp - 1), grid.pp - 1}
-    found = [memory_of(load, grid, stages, rank, skew) for rank in sorted(ranks)]
+    """Memory of the rank that needs most."""
+    found = [memory_of(load, grid, stages, rank, skew) for rank in candidate_ranks(grid.pp)]
     return max(found, key=lambda memory: memory.total)

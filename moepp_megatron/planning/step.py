@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moepp_megatron.planning.data_parallel import StepEnd, step_end
+from moepp_megatron.planning.data_parallel import step_end
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.imbalance import Load, Routing, rank_load
 from moepp_megatron.planning.layer_time import PassTime, edge_time, layer_key, layer_time
@@ -76,16 +76,17 @@ def step_time(
     seconds: dict[str, float] = defaultdict(float)
     for name, value in work.seconds.items():
         seconds[name] += micro_batches * value
-    transfer = _transfers(load, grid, machine)
+    transfer = stage_transfers(load, grid, machine)
     mean = sum(one.total for one in passes) / grid.pp + transfer.idle
     if grid.pp > 1:
         seconds[BUBBLE] = bubble_passes(grid.pp, grid.vpp) * mean
         seconds[POINT_TO_POINT] = micro_batches * transfer.steady
-    end = _end(load, grid, machine, stages, slowest, work)
-    seconds[DATA] = end.exposed
+    parameters = rank_parameters(load, grid, stages, slowest)
+    end = step_end(load, grid, machine, parameters)
+    seconds[DATA] = end.exposed(grid, work.forward, work.backward)
     seconds[OPTIMIZER] = end.optimizer
     hidden = {name: micro_batches * value for name, value in work.hidden.items()}
-    hidden[DATA] = end.reduce + end.gather - end.exposed
+    hidden[DATA] = end.reduce + end.gather - seconds[DATA]
     moe_layers = sum(load.is_moe) + load.extra_layers
     ranks_of_layer = grid.world / grid.pp
     sent = exchanged_bytes(load, grid) * moe_layers * ranks_of_layer * micro_batches
@@ -137,8 +138,8 @@ def _sum(parts: list[tuple[PassTime, int]]) -> PassTime:
     )
 
 
-@dataclass(frozen=True)
-class _Transfer:
+@dataclass(frozen=True, slots=True)
+class Transfer:
     """Stage-to-stage messages of one micro-batch, seconds.
 
     Attributes:
@@ -150,9 +151,10 @@ class _Transfer:
     idle: float
 
 
-def _transfers(load: Workload, grid: Grid, machine: Machine) -> _Transfer:
+def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> Transfer:
+    """Messages between pipeline stages."""
     if grid.pp == 1:
-        return _Transfer(0.0, 0.0)
+        return Transfer(0.0, 0.0)
     size = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
     if load.experts.gating_residual:
         # Router logits travel with the hidden states, as fp32.
@@ -160,11 +162,4 @@ def _transfers(load: Workload, grid: Grid, machine: Machine) -> _Transfer:
     across = placement(grid, "pp", machine.per_node).nodes > 1
     both = 2 * grid.vpp * send_seconds(across, size, machine)
     share = 1.0 - machine.reached.point_to_point_overlap if grid.vpp > 1 else 1.0
-    return _Transfer(steady=both * share, idle=both)
-
-
-def _end(
-    load: Workload, grid: Grid, machine: Machine, stages: Stages, rank: int, work: PassTime
-) -> StepEnd:
-    parameters = rank_parameters(load, grid, stages, rank)
-    return step_end(load, grid, machine, parameters, work.forward, work.backward)
+    return Transfer(steady=both * share, idle=both)
