@@ -15,6 +15,7 @@ from moepp_megatron.cli import (
     inspect,
     monitor,
     report,
+    scale,
     score,
     slurm,
     train,
@@ -38,6 +39,7 @@ app.add_typer(convert.app, name="convert")
 app.command()(report.report)
 app.command()(monitor.monitor)
 app.add_typer(bench.app, name="bench")
+app.command()(scale.scale)
 app.command()(slurm.slurm)
 
 
