@@ -280,6 +280,18 @@ def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
         )
 
 
+def profiled_ranks_without_steps(config: Config) -> Iterator[Problem]:
+    """Ranks record steps."""
+    if not config.training.profile_steps:
+        yield from _ignored(
+            "training",
+            config.training,
+            "profile_ranks",
+            "without training.profile_steps",
+            "name some steps, or leave it out",
+        )
+
+
 def wandb_settings_without_project(config: Config) -> Iterator[Problem]:
     """W&B is on where a project is named."""
     wandb = config.observe.wandb
@@ -304,5 +316,6 @@ RULES = (
     intervals_of_nothing,
     settings_of_what_is_off,
     rollback_without_checkpoint,
+    profiled_ranks_without_steps,
     wandb_settings_without_project,
 )

@@ -48,6 +48,17 @@ INVALID = [
         "observe.wandb.mode ('disabled')",
         "use online",
     ),
+    (
+        ["training.profile_steps=[99, 100, 101]"],
+        "training.profile_steps ([99, 100, 101])",
+        "use steps of this run",
+    ),
+    (["training.profile_steps=[0]"], "training.profile_steps ([0])", "use steps of this run"),
+    (
+        ["training.profile_steps=[10, 12]"],
+        "training.profile_steps ([10, 12])",
+        "use [10, 11]",
+    ),
     # one field
     (["model.num_layers=0"], "model.num_layers (0)", "use 1 or more"),
     (["model.num_layers=4.5"], "model.num_layers (4.5)", "without quotes or decimals"),
@@ -522,6 +533,12 @@ def test_invalid_setting(
 
 # (overrides, ranks, name with value, remedy)
 INVALID_WORLD_SIZE = [
+    (
+        ["training.profile_steps=[10]", "training.profile_ranks=[0, 4]"],
+        4,
+        "training.profile_ranks ([0, 4])",
+        "use null for all",
+    ),
     ([], 0, "world size (0)", "start 1 rank or more"),
     (TP2, 3, "world size (3)", "start 2 or 4 ranks"),
     ([*TP2, *PP2], 6, "world size (6)", "start 4 or 8 ranks"),
@@ -690,6 +707,11 @@ def test_message_stays_on_one_line_whatever_the_value(minimal: Path) -> None:
 
 # (overrides, name with value, reason): settings without an effect
 IGNORED = [
+    (
+        ["training.profile_ranks=[0]"],
+        "training.profile_ranks ([0])",
+        "without training.profile_steps",
+    ),
     (
         ["moe.budget.gain=0.1"],
         "moe.budget.gain (0.1)",
