@@ -98,17 +98,21 @@ class Comparison:
     @property
     def step_us(self) -> float | None:
         """Change of the time of a step."""
-        if self.before.step_us is None or self.after.step_us is None:
-            return None
-        return self.after.step_us - self.before.step_us
+        return _difference(self.before.step_us, self.after.step_us)
 
     @property
-    def rest_us(self) -> float | None:
-        """Change of what is not exposed communication: work, and what neither is."""
-        exposed = (self.before.exposed_us, self.after.exposed_us)
-        if self.step_us is None or exposed[0] is None or exposed[1] is None:
-            return None
-        return self.step_us - (exposed[1] - exposed[0])
+    def parts_us(self) -> dict[str, float]:
+        """Change of the step's parts besides exposed communication, as far as they are known.
+
+        Computation, and what is neither: idle time, and what the slowest rank takes longer.
+        """
+        exposed = _difference(self.before.exposed_us, self.after.exposed_us)
+        if self.step_us is None or exposed is None:
+            return {}
+        compute = _difference(self.before.compute_us, self.after.compute_us)
+        if compute is None:
+            return {"work and the rest": self.step_us - exposed}
+        return {"computation": compute, "neither": self.step_us - exposed - compute}
 
     def notable(self) -> tuple[list[Change], list[Change]]:
         """Changes of at least a hundredth of the step (or of the largest time), and the others."""
@@ -130,6 +134,10 @@ def compare(before: Summary, after: Summary) -> Comparison:
     ]
     changes.sort(key=lambda one: -abs(one.us))
     return Comparison(before, after, "step" if by_step else "call", tuple(changes))
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
 
 
 def _by_kind(summary: Summary, by_step: bool) -> dict[tuple[str, str, str, str], Row]:
@@ -215,10 +223,10 @@ def _step_lines(comparison: Comparison) -> list[str]:
     elif overlap:
         lines.append("Single steps of one are as fast as single steps of the other.")
     if before.exposed_us is not None and after.exposed_us is not None:
-        rest = comparison.rest_us or 0.0
+        parts = [f"{name}: {amount(us)}" for name, us in comparison.parts_us.items()]
         lines.append(
             f"Exposed communication {duration(before.exposed_us)} -> {duration(after.exposed_us)}; "
-            f"work and the rest: {amount(rest)}."
+            f"{'; '.join(parts)}."
         )
     return lines
 

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast, overload
 
+from moepp_megatron.profiling.trace import ProfileError
+
 _GZIP = b"\x1f\x8b"
 
 
-class SourceError(ValueError):
+class SourceError(ProfileError):
     """A profile that cannot be read: names the file, the place in it, and what is missing."""
-
-    exit_code = 2
 
 
 def read_bytes(path: Path, limit: int = -1) -> bytes:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepp_megatron.profiling.collective import Collective
-from moepp_megatron.profiling.records import SourceError, read_bytes
+from moepp_megatron.profiling.document import FORMAT
+from moepp_megatron.profiling.groups import meaning
+from moepp_megatron.profiling.lateness import CallKey, Lateness, lateness
+from moepp_megatron.profiling.merge import Basis, find_clocks
+from moepp_megatron.profiling.records import SourceError, field, read_bytes
 from moepp_megatron.profiling.sources import Recording
 
 
@@ -63,6 +69,8 @@ class Summary(BaseModel):
             steps.
         exposed_us: Time of a step in which a rank only communicated, mean over ranks and steps.
             Less than the sum over rows where kinds overlap. None where unknown.
+        compute_us: Time of a step in which a rank computed, mean over ranks and steps. None where
+            unknown.
         rows: Communication by kind. Means over ranks and steps; without steps, over ranks.
     """
 
@@ -73,6 +81,7 @@ class Summary(BaseModel):
     ranks: int = Field(ge=1)
     step_times_us: tuple[float, ...] = ()
     exposed_us: float | None = None
+    compute_us: float | None = None
     rows: tuple[Row, ...] = ()
 
     @property
@@ -84,7 +93,7 @@ class Summary(BaseModel):
 
 
 def read_summary(path: Path) -> Summary:
-    """Reads what `moepp profile --json` wrote: a summary, or an object with one as `summary`.
+    """Reads what `moepp profile --json` wrote: a profile (`document`) or a summary.
 
     Raises:
         SourceError: The file cannot be read, or is something else.
@@ -97,8 +106,8 @@ def read_summary(path: Path) -> Summary:
         raise SourceError(
             f"{path}: not JSON ({error}); write it with moepp profile --json"
         ) from error
-    if isinstance(content, dict) and "summary" in content:
-        content = content["summary"]
+    if isinstance(content, dict) and "rank_steps" in content:
+        return summarise_document(content, str(path))
     try:
         return Summary.model_validate(content)
     except ValidationError as error:
@@ -110,6 +119,57 @@ def read_summary(path: Path) -> Summary:
         ) from error
 
 
+def summarise_document(document: Mapping[str, Any], place: str) -> Summary:
+    """The summary of an analysed profile.
+
+    Args:
+        document: What `document.document` returns.
+        place: Where it comes from, for errors.
+
+    Raises:
+        SourceError: A field is missing.
+    """
+    format_ = field(document, "format", int, place)
+    if format_ != FORMAT:
+        raise SourceError(f"{place}: profile of format {format_}; write it with this version")
+    times = field(document, "rank_steps", list, place)
+    steps: dict[int, float] = defaultdict(float)
+    for one in times:
+        step = field(one, "step", int, place)
+        steps[step] = max(steps[step], _us(one, "step_ms", place))
+    return Summary(
+        name=field(document, "name", str, place),
+        ranks=len(field(document, "ranks", list, place)),
+        step_times_us=tuple(steps.values()),
+        exposed_us=_mean(_us(one, "exposed_ms", place) for one in times),
+        compute_us=_mean(_us(one, "compute_ms", place) for one in times),
+        rows=tuple(
+            Row(
+                purpose=field(one, "purpose", str, place),
+                operation=field(one, "operation", str, place),
+                group=field(one, "group", str, place),
+                phase=field(one, "pass", str, place),
+                calls=field(one, "calls", float, place),
+                bytes=field(one, "bytes", float, place),
+                time_us=_us(one, "time_ms", place),
+                exposed_us=_us(one, "exposed_ms", place),
+                wait_us=None if one.get("wait_ms") is None else _us(one, "wait_ms", place),
+            )
+            for one in field(document, "collectives", list, place)
+        ),
+    )
+
+
+def _us(record: Any, name: str, place: str) -> float:
+    # Overlaps are differences of times, and may come out as a little less than nothing.
+    return max(0.0, field(record, name, float, place)) * 1e3
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return sum(found) / len(found) if found else None
+
+
 def summarise_recording(recording: Recording, name: str) -> Summary:
     """The summary of a source that knows neither steps nor work: sums a rank over the recording.
 
@@ -117,24 +177,57 @@ def summarise_recording(recording: Recording, name: str) -> Summary:
         recording: Any source's.
         name: How to call it.
     """
-    kinds: dict[tuple[str, str], list[Collective]] = defaultdict(list)
-    for own in recording.by_rank.values():
-        for one in own:
-            kinds[one.operation.value, one.description or one.group].append(one)
-    ranks = max(1, len(recording.by_rank))
+    waits = waiting(recording)
+    kinds: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for rank, own in recording.by_rank.items():
+        for place, one in enumerate(own):
+            group = meaning(one.description) or one.description or one.group
+            kinds[one.operation.value, group].append((rank, place))
     rows = [
-        _row(operation, group, calls, ranks) for (operation, group), calls in sorted(kinds.items())
+        _row(operation, group, calls, recording, waits)
+        for (operation, group), calls in kinds.items()
     ]
     rows.sort(key=lambda row: -row.time_us)
-    return Summary(name=name, ranks=ranks, rows=tuple(rows))
+    return Summary(name=name, ranks=max(1, len(recording.by_rank)), rows=tuple(rows))
 
 
-def _row(operation: str, group: str, calls: list[Collective], ranks: int) -> Row:
+def waiting(recording: Recording) -> dict[CallKey, Lateness]:
+    """How long each call waited for the last rank, where the clocks of its ranks can be compared.
+
+    Returns:
+        By rank and place in its list.
+    """
+    clocks = find_clocks(recording.by_rank)
+    moved: dict[int, list[Collective]] = {}
+    for rank, own in recording.by_rank.items():
+        if clocks[rank].basis is not Basis.UNKNOWN:
+            late = clocks[rank].offset_us
+            # A call without a place in time keeps its place in the list, and has no counterpart.
+            moved[rank] = [
+                replace(one, start_us=one.start_us + late, end_us=one.end_us + late)
+                if one.placed
+                else replace(one, sequence=None)
+                for one in own
+            ]
+    return lateness(moved)
+
+
+def _row(
+    operation: str,
+    group: str,
+    keys: Sequence[CallKey],
+    recording: Recording,
+    waits: Mapping[CallKey, Lateness],
+) -> Row:
+    ranks = len(recording.by_rank)
+    calls = [recording.by_rank[rank][place] for rank, place in keys]
     sizes = [one.size for one in calls if one.size is not None]
+    waited = [waits[key].wait_us for key in keys if key in waits]
     return Row(
         operation=operation,
         group=group,
         calls=len(calls) / ranks,
         bytes=sum(sizes) / ranks if len(sizes) == len(calls) else None,
         time_us=sum(one.duration_us for one in calls) / ranks,
+        wait_us=sum(waited) / ranks if waited else None,
     )

@@ -103,10 +103,8 @@ def _bars(comparison: Comparison) -> list[_Bar]:
     large, small = comparison.notable()
     shown, left = large[:_MOST_BARS], [*large[_MOST_BARS:], *small]
     bars: list[_Bar] = [_bar(change) for change in shown]
-    rest = comparison.rest_us
-    if rest is not None:
-        bars.append(("work and the rest", rest, None, ""))
-        bars.sort(key=lambda bar: -abs(bar[1]))
+    bars += [(name, us, None, "") for name, us in comparison.parts_us.items()]
+    bars.sort(key=lambda bar: -abs(bar[1]))
     if left:
         kinds = "1 other kind" if len(left) == 1 else f"{len(left)} other kinds"
         bars.append((kinds, total_of(left), None, ""))

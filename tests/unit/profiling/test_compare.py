@@ -88,7 +88,7 @@ def test_the_step_and_what_is_not_communication():
     after = summary("A", row(), steps=(640e3, 646e3), exposed_us=50e3)
     comparison = compare(before, after)
     assert comparison.step_us == 643e3 - 810e3
-    assert comparison.rest_us == -167e3 + 40e3
+    assert comparison.parts_us == {"work and the rest": -167e3 + 40e3}
     assert in_words(comparison) == [
         "A step takes 643.0 ms instead of 810.0 ms: 167.0 ms less (20.6%).",
         "Exposed communication 90.0 ms -> 50.0 ms; work and the rest: 127.0 ms less.",
@@ -143,10 +143,14 @@ def test_recordings_of_nccl_s_profilers_can_be_compared():
     recording = read_recording(SAMPLES / "inspector_2_30")
     found = summarise_recording(recording, "sample")
     rows = {(one.operation, one.group): one for one in found.rows}
-    exchange = rows["all_to_all", "EXPERT_MODEL_PARALLEL_GROUP"]
+    exchange = rows["all_to_all", "expert"]
     assert (found.ranks, found.step_us, exchange.calls) == (4, None, 2)
-    assert rows["all_reduce", "default_pg"].bytes == 2 * 4194304
-    assert rows["all_reduce", "default_pg"].exposed_us is None
+    reduced = rows["all_reduce", "all ranks"]
+    assert reduced.bytes == 2 * 4194304
+    assert reduced.exposed_us is None
+    # Written: ranks 1 to 3 start 30, 5 and 12 us after rank 0 and end with it: the others wait for
+    # rank 1 for 30, 25 and 18 us in each of two calls; a mean of four ranks.
+    assert reduced.wait_us == pytest.approx(2 * (30 + 25 + 18) / 4, abs=1e-2)
     comparison = compare(found, found)
     assert all(change.us == 0 for change in comparison.changes)
     assert in_words(comparison)[1:] == [
@@ -154,12 +158,63 @@ def test_recordings_of_nccl_s_profilers_can_be_compared():
     ]
 
 
-def test_summaries_are_read_alone_or_within_a_profile(tmp_path):
+def test_computation_is_told_from_idle_time_where_it_is_known():
+    before = summary("B", steps=(100e3, 100e3), exposed_us=20e3, compute_us=70e3)
+    after = summary("A", steps=(90e3, 90e3), exposed_us=21e3, compute_us=58e3)
+    assert compare(before, after).parts_us == {"computation": -12e3, "neither": 1e3}
+    assert "computation: 12.0 ms less; neither: 1.0 ms more." in in_words(compare(before, after))[1]
+
+
+def test_summaries_are_read_again(tmp_path):
     written = summary("B", row())
-    alone, within = tmp_path / "alone.json", tmp_path / "within.json"
-    alone.write_text(written.model_dump_json())
-    within.write_text(json.dumps({"other": 1, "summary": written.model_dump(mode="json")}))
-    assert read_summary(alone) == read_summary(within) == written
+    path = tmp_path / "summary.json"
+    path.write_text(written.model_dump_json())
+    assert read_summary(path) == written
+
+
+DOCUMENT = {
+    "format": 1,
+    "name": "run",
+    "ranks": [0, 1],
+    "rank_steps": [
+        {"step": 10, "rank": 0, "step_ms": 100.0, "compute_ms": 60.0, "exposed_ms": 30.0},
+        {"step": 10, "rank": 1, "step_ms": 104.0, "compute_ms": 70.0, "exposed_ms": 20.0},
+        {"step": 11, "rank": 0, "step_ms": 90.0, "compute_ms": 60.0, "exposed_ms": 30.0},
+        {"step": 11, "rank": 1, "step_ms": 80.0, "compute_ms": 70.0, "exposed_ms": 20.0},
+    ],
+    "collectives": [
+        {
+            "purpose": "dispatch",
+            "operation": "all_to_all",
+            "group": "expert",
+            "pass": "forward",
+            "calls": 12.0,
+            "bytes": 4.0e8,
+            "time_ms": 50.0,
+            "exposed_ms": 40.0,
+            "wait_ms": None,
+        }
+    ],
+}
+
+
+def test_what_moepp_profile_writes_is_summarised(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(DOCUMENT))
+    found = read_summary(path)
+    assert found.step_times_us == (104e3, 90e3)  # the slowest rank of each
+    assert (found.ranks, found.exposed_us, found.compute_us) == (2, 25e3, 65e3)
+    assert found.rows == (row(wait_us=None),)
+
+
+def test_a_profile_that_lacks_a_field_is_named(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(DOCUMENT | {"collectives": [{"purpose": "dispatch"}]}))
+    with pytest.raises(SourceError, match=r"profile\.json: field 'operation' is missing"):
+        read_summary(path)
+    path.write_text(json.dumps(DOCUMENT | {"format": 7}))
+    with pytest.raises(SourceError, match="profile of format 7; write it with this version"):
+        read_summary(path)
 
 
 @pytest.mark.parametrize(
