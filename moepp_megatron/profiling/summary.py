@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepp_megatron.profiling.collective import Collective
-from moepp_megatron.profiling.document import FORMAT
 from moepp_megatron.profiling.groups import meaning
 from moepp_megatron.profiling.lateness import CallKey, Lateness, lateness
 from moepp_megatron.profiling.merge import Basis, find_clocks
-from moepp_megatron.profiling.records import SourceError, field, read_bytes
+from moepp_megatron.profiling.records import SourceError, read_bytes
 from moepp_megatron.profiling.sources import Recording
 
 
@@ -93,7 +92,7 @@ class Summary(BaseModel):
 
 
 def read_summary(path: Path) -> Summary:
-    """Reads what `moepp profile --json` wrote: a profile (`document`) or a summary.
+    """Reads what `moepp profile --json` wrote: a summary, or an object with one as `summary`.
 
     Raises:
         SourceError: The file cannot be read, or is something else.
@@ -106,8 +105,8 @@ def read_summary(path: Path) -> Summary:
         raise SourceError(
             f"{path}: not JSON ({error}); write it with moepp profile --json"
         ) from error
-    if isinstance(content, dict) and "rank_steps" in content:
-        return summarise_document(content, str(path))
+    if isinstance(content, dict) and "summary" in content:
+        content = content["summary"]
     try:
         return Summary.model_validate(content)
     except ValidationError as error:
@@ -117,57 +116,6 @@ def read_summary(path: Path) -> Summary:
             f"{path}: no summary of a profile: field {where!r}: {first['msg'].lower()}; write it "
             "with moepp profile --json"
         ) from error
-
-
-def summarise_document(document: Mapping[str, Any], place: str) -> Summary:
-    """The summary of an analysed profile.
-
-    Args:
-        document: What `document.document` returns.
-        place: Where it comes from, for errors.
-
-    Raises:
-        SourceError: A field is missing.
-    """
-    format_ = field(document, "format", int, place)
-    if format_ != FORMAT:
-        raise SourceError(f"{place}: profile of format {format_}; write it with this version")
-    times = field(document, "rank_steps", list, place)
-    steps: dict[int, float] = defaultdict(float)
-    for one in times:
-        step = field(one, "step", int, place)
-        steps[step] = max(steps[step], _us(one, "step_ms", place))
-    return Summary(
-        name=field(document, "name", str, place),
-        ranks=len(field(document, "ranks", list, place)),
-        step_times_us=tuple(steps.values()),
-        exposed_us=_mean(_us(one, "exposed_ms", place) for one in times),
-        compute_us=_mean(_us(one, "compute_ms", place) for one in times),
-        rows=tuple(
-            Row(
-                purpose=field(one, "purpose", str, place),
-                operation=field(one, "operation", str, place),
-                group=field(one, "group", str, place),
-                phase=field(one, "pass", str, place),
-                calls=field(one, "calls", float, place),
-                bytes=field(one, "bytes", float, place),
-                time_us=_us(one, "time_ms", place),
-                exposed_us=_us(one, "exposed_ms", place),
-                wait_us=None if one.get("wait_ms") is None else _us(one, "wait_ms", place),
-            )
-            for one in field(document, "collectives", list, place)
-        ),
-    )
-
-
-def _us(record: Any, name: str, place: str) -> float:
-    # Overlaps are differences of times, and may come out as a little less than nothing.
-    return max(0.0, field(record, name, float, place)) * 1e3
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return sum(found) / len(found) if found else None
 
 
 def summarise_recording(recording: Recording, name: str) -> Summary:

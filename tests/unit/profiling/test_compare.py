@@ -165,56 +165,12 @@ def test_computation_is_told_from_idle_time_where_it_is_known():
     assert "computation: 12.0 ms less; neither: 1.0 ms more." in in_words(compare(before, after))[1]
 
 
-def test_summaries_are_read_again(tmp_path):
+def test_summaries_are_read_alone_or_within_a_profile(tmp_path):
     written = summary("B", row())
-    path = tmp_path / "summary.json"
-    path.write_text(written.model_dump_json())
-    assert read_summary(path) == written
-
-
-DOCUMENT = {
-    "format": 1,
-    "name": "run",
-    "ranks": [0, 1],
-    "rank_steps": [
-        {"step": 10, "rank": 0, "step_ms": 100.0, "compute_ms": 60.0, "exposed_ms": 30.0},
-        {"step": 10, "rank": 1, "step_ms": 104.0, "compute_ms": 70.0, "exposed_ms": 20.0},
-        {"step": 11, "rank": 0, "step_ms": 90.0, "compute_ms": 60.0, "exposed_ms": 30.0},
-        {"step": 11, "rank": 1, "step_ms": 80.0, "compute_ms": 70.0, "exposed_ms": 20.0},
-    ],
-    "collectives": [
-        {
-            "purpose": "dispatch",
-            "operation": "all_to_all",
-            "group": "expert",
-            "pass": "forward",
-            "calls": 12.0,
-            "bytes": 4.0e8,
-            "time_ms": 50.0,
-            "exposed_ms": 40.0,
-            "wait_ms": None,
-        }
-    ],
-}
-
-
-def test_what_moepp_profile_writes_is_summarised(tmp_path):
-    path = tmp_path / "profile.json"
-    path.write_text(json.dumps(DOCUMENT))
-    found = read_summary(path)
-    assert found.step_times_us == (104e3, 90e3)  # the slowest rank of each
-    assert (found.ranks, found.exposed_us, found.compute_us) == (2, 25e3, 65e3)
-    assert found.rows == (row(wait_us=None),)
-
-
-def test_a_profile_that_lacks_a_field_is_named(tmp_path):
-    path = tmp_path / "profile.json"
-    path.write_text(json.dumps(DOCUMENT | {"collectives": [{"purpose": "dispatch"}]}))
-    with pytest.raises(SourceError, match=r"profile\.json: field 'operation' is missing"):
-        read_summary(path)
-    path.write_text(json.dumps(DOCUMENT | {"format": 7}))
-    with pytest.raises(SourceError, match="profile of format 7; write it with this version"):
-        read_summary(path)
+    alone, within = tmp_path / "alone.json", tmp_path / "within.json"
+    alone.write_text(written.model_dump_json())
+    within.write_text(json.dumps({"other": 1, "summary": written.model_dump(mode="json")}))
+    assert read_summary(alone) == read_summary(within) == written
 
 
 @pytest.mark.parametrize(
