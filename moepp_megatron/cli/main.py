@@ -13,6 +13,7 @@ from moepp_megatron.cli import (
     doctor,
     generate,
     monitor,
+    profile,
     report,
     score,
     slurm,
@@ -35,6 +36,7 @@ app.command()(score.score)
 app.add_typer(convert.app, name="convert")
 app.command()(report.report)
 app.command()(monitor.monitor)
+app.command()(profile.profile)
 app.add_typer(bench.app, name="bench")
 app.command()(slurm.slurm)
 
