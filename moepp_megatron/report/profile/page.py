@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 import moepp_megatron
 from moepp_megatron.profiling.analysis import Profile
+from moepp_megatron.profiling.compare import Comparison, in_words
 from moepp_megatron.report.cards import Card
+from moepp_megatron.report.drawing import plot_style, svg_data_uri
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.profile.plots import profile_plots
 from moepp_megatron.report.profile.rows import (
@@ -24,6 +24,8 @@ from moepp_megatron.report.profile.rows import (
 )
 from moepp_megatron.report.profile.timeline import timeline
 from moepp_megatron.report.profile.words import cards, findings
+from moepp_megatron.report.profile_comparison import comparison_figure
+from moepp_megatron.report.template import render_template
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,15 @@ class TextTable:
 
 
 @dataclass(frozen=True)
+class ComparisonPart:
+    """What changed against another profile: sentences and a plot."""
+
+    name: str
+    sentences: list[str]
+    plot: Plot
+
+
+@dataclass(frozen=True)
 class ProfilePage:
     """Everything that the template shows."""
 
@@ -55,12 +66,19 @@ class ProfilePage:
     cards: list[Card]
     plots: list[Plot]
     tables: list[TextTable]
+    comparison: ComparisonPart | None
     timeline: str
     version: str
 
 
-def render(profile: Profile, document: dict[str, Any]) -> str:
-    """The page's HTML. The same profile gives the same page."""
+def render(profile: Profile, document: dict[str, Any], comparison: Comparison | None = None) -> str:
+    """The page's HTML. The same profile gives the same page.
+
+    Args:
+        profile: The profile.
+        document: The same as `profiling.document` gives it.
+        comparison: Against another.
+    """
     data = json.dumps(timeline(profile), separators=(",", ":"))
     page = ProfilePage(
         name=profile.name,
@@ -70,17 +88,19 @@ def render(profile: Profile, document: dict[str, Any]) -> str:
         plots=profile_plots(profile, document),
         tables=_tables(document),
         # Inside of a script element nothing but its end tag is special.
+        comparison=None if comparison is None else _comparison(comparison),
         timeline=data.replace("</", "<\\/"),
         version=moepp_megatron.__version__,
     )
-    environment = Environment(
-        loader=PackageLoader("moepp_megatron.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("profile.html.j2").render(page=page)
+    return render_template("profile.html.j2", page=page)
+
+
+def _comparison(comparison: Comparison) -> ComparisonPart:
+    with plot_style():
+        image = svg_data_uri(comparison_figure(comparison))
+    caption = "A rank's step: bars are exposed time, the largest change on top."
+    plot = Plot("What changed", caption, image, "Bars of changes by kind of communication", True)
+    return ComparisonPart(comparison.before.name, in_words(comparison), plot)
 
 
 def _facts(document: dict[str, Any]) -> list[str]:

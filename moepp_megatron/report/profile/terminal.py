@@ -9,9 +9,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from moepp_megatron.profiling.summary import Summary
+from moepp_megatron.report import formatting
 from moepp_megatron.report.profile.rows import (
     COLLECTIVE_COLUMNS,
     LAYER_COLUMNS,
+    NO,
     RANK_COLUMNS,
     collective_rows,
     layer_rows,
@@ -53,6 +56,27 @@ def print_profile(
             words=3,
         )
     _print(console, "Ranks, ms", RANK_COLUMNS, rank_rows(document), words=0)
+
+
+def print_summary(summary: Summary, console: Console | None = None) -> None:
+    """Of a source that knows collectives and nothing else: sums of a rank over the recording."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    rows = [
+        (
+            row.operation,
+            row.group or NO,
+            f"{row.calls:g}",
+            NO if row.bytes is None else formatting.data_size(row.bytes),
+            f"{row.time_us / 1e3:,.3f}",
+            f"{row.bytes / row.time_us / 1e3:.3g}" if row.bytes and row.time_us else NO,
+        )
+        for row in summary.rows
+    ]
+    title = f"{summary.name}: collectives of a rank ({summary.ranks} recorded), ms and GB/s"
+    columns = ("operation", "group", "calls", "bytes", "time", "algbw")
+    _print(console, title, columns, rows, words=2)
 
 
 def _print(
