@@ -71,12 +71,8 @@ def layer(
         _refuse_unfit_fp8(recipe)
     from moepp_megatron.bench.layer import LayerSetting, run_layer_benchmark
     from moepp_megatron.bench.process import single_process
-<<<<<<< HEAD
     from moepp_megatron.report import bench, bench_bounds
-=======
-    from moepp_megatron.report import bench
     from moepp_megatron.report.progress import progress
->>>>>>> scale
 
     total = len(shape_names) * len(tau_values) * len(pass_names)
     with single_process(), progress(total) as advance:

@@ -301,6 +301,21 @@ def wandb_settings_without_project(config: Config) -> Iterator[Problem]:
             yield from _ignored("observe.wandb", wandb, key, reason, "name a project")
 
 
+def guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
+    """Rules are judged only where the guard is on; ids and shares belong to one kind of tokens."""
+    guard = config.routing_guard
+    if not guard.enabled:
+        for key in ("dry_run", "rules"):
+            reason = "without routing_guard.enabled"
+            yield from _ignored("routing_guard", guard, key, reason, "set enabled to true")
+    kinds = {"token_ids": "ids", "share": "high_loss", "decay": "high_loss"}
+    for key, kind in kinds.items():
+        if guard.force_ffn.tokens != kind:
+            reason = f"with routing_guard.force_ffn.tokens {guard.force_ffn.tokens}"
+            section = "routing_guard.force_ffn"
+            yield from _ignored(section, guard.force_ffn, key, reason, f"use tokens {kind}")
+
+
 RULES = (
     routing_without_object,
     flex_settings_without_flex,
@@ -318,4 +333,5 @@ RULES = (
     rollback_without_checkpoint,
     profiled_ranks_without_steps,
     wandb_settings_without_project,
+    guard_settings_of_what_is_off,
 )
