@@ -10,6 +10,7 @@ from typing import Any
 from moepp_megatron.profiling.analysis import Profile
 from moepp_megatron.profiling.classes import CallClass
 from moepp_megatron.profiling.expected_bytes import LayerBytes
+from moepp_megatron.profiling.step_summary import summarise
 
 FORMAT = 1
 
@@ -39,6 +40,7 @@ def document(profile: Profile) -> dict[str, Any]:
         "collectives": [_class(one, _count(profile)) for one in profile.classes],
         "all_to_all": [_layer(step, one) for step in profile.steps for one in profile.layers[step]],
         "all_to_all_equals_formula": equals_formula(profile),
+        "summary": summarise(profile).model_dump(mode="json"),
     }
 
 

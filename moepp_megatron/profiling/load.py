@@ -23,13 +23,7 @@ def load_profile(folder: Path) -> list[RankTrace]:
     Raises:
         ProfileError: There is none, or one cannot be read.
     """
-    place = folder / "profile" if (folder / "profile").is_dir() else folder
-    files = sorted(
-        path
-        for pattern in ("*.pt.trace.json", "*.pt.trace.json.gz")
-        for path in (place.glob(pattern) if place.is_dir() else [])
-        if not path.name.startswith(".")
-    )
+    place, files = _files(folder)
     if not files:
         raise ProfileError(
             f"profile ({folder}) must be a run's folder with profile/rank0.pt.trace.json.gz, or a "
@@ -44,6 +38,21 @@ def load_profile(folder: Path) -> list[RankTrace]:
             "others away"
         )
     return _on_one_clock(traces)
+
+
+def has_kineto(folder: Path) -> bool:
+    """Whether `load_profile` finds traces there."""
+    return bool(_files(folder)[1])
+
+
+def _files(folder: Path) -> tuple[Path, list[Path]]:
+    place = folder / "profile" if (folder / "profile").is_dir() else folder
+    return place, sorted(
+        path
+        for pattern in ("*.pt.trace.json", "*.pt.trace.json.gz")
+        for path in (place.glob(pattern) if place.is_dir() else [])
+        if not path.name.startswith(".")
+    )
 
 
 def _load(path: Path) -> RankTrace:
