@@ -23,6 +23,7 @@ def summarise(profile: Profile, name: str | None = None) -> Summary:
             time_us=one.time_us / len(times),
             exposed_us=one.exposed_us / len(times),
             wait_us=one.wait_us / len(times) if one.matched else None,
+            bus_bytes=one.bus_bytes / len(times),
         )
         for one in profile.classes
     ]
@@ -33,6 +34,7 @@ def summarise(profile: Profile, name: str | None = None) -> Summary:
             max(time.step_us for time in ranks.values()) for ranks in profile.times.values()
         ),
         exposed_us=sum(time.exposed_us for time in times) / len(times),
+        compute_us=sum(time.compute_us for time in times) / len(times),
         rows=tuple(rows),
     )
 

@@ -69,14 +69,16 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
             row.group or NO,
             f"{row.calls:g}",
             NO if row.bytes is None else formatting.data_size(row.bytes),
-            f"{row.time_us / 1e3:,.3f}",
-            f"{row.bytes / row.time_us / 1e3:.3g}" if row.bytes and row.time_us else NO,
+            f"{row.time_us / 1e3:,.3f}" if row.time_us else NO,
+            NO if row.wait_us is None else f"{row.wait_us / 1e3:,.3f}",
+            NO if row.algorithm_gb_s is None else f"{row.algorithm_gb_s:.3g}",
+            NO if row.bus_gb_s is None else f"{row.bus_gb_s:.3g}",
         )
         for row in summary.rows
     ]
-    title = f"{summary.name}: collectives of a rank ({summary.ranks} recorded), ms and GB/s"
-    columns = ("operation", "group", "calls", "bytes", "time", "algbw")
-    _print(console, title, columns, rows, words=2)
+    console.print(f"{summary.name}, {summary.ranks} ranks", markup=False, highlight=False)
+    columns = ("operation", "group", "calls", "bytes", "time", "waiting", "algbw", "busbw")
+    _print(console, "Collectives of a rank, ms and GB/s of the transfer", columns, rows, words=2)
 
 
 def _print(
