@@ -21,7 +21,8 @@ merge.py             ranks brought onto one clock
 sources.py           which format a file is in, and its collectives
 summary.py           a profile in a few numbers, to compare
 step_summary.py      the summary of an analysed profile
-compare.py           what changed between two profiles, and why
+changes.py           what changed between two profiles, by how much, and why
+compare.py           the same in words
 ceiling.py           bandwidth that `moepp bench collectives` has measured
 scaling/             scaling tests: points, jobs, efficiency
 """

@@ -11,15 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from moepp_megatron.observe.atomic import write_atomic
-from moepp_megatron.profiling.compare import (
-    Change,
-    Comparison,
-    amount,
-    duration,
-    in_words,
-    kind_name,
-    total_of,
-)
+from moepp_megatron.profiling.changes import Change, Comparison, total_of
+from moepp_megatron.profiling.compare import amount, duration, in_words, kind_name
 from moepp_megatron.report.drawing import GREEN, INK, MUTED, VERMILION, new_figure, plot_style
 
 # More than these are read in the words.
