@@ -24,6 +24,7 @@ def document(profile: Profile) -> dict[str, Any]:
         "backend": profile.traces[0].backend,
         "device": about.get("device", "gpu" if profile.traces[0].on_gpu else "cpu"),
         "world_size": profile.world_size,
+        "synthetic": any(one.synthetic for trace in profile.traces for one in trace.collectives),
         "ranks": profile.ranks,
         "nodes": about.get("nodes", []),
         "layout": about.get("layout", {}),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.profiling.kineto import read_kineto
+from moepp_megatron.profiling.sources import SYNTHETIC_MARK
 from moepp_megatron.profiling.trace import ProfileError, RankTrace
 
 _RANK = re.compile(r"rank[-_]?(\d+)")
@@ -64,6 +66,8 @@ def _load(path: Path) -> RankTrace:
     about = path.with_name(path.name.split(".")[0] + ".meta.json")
     if about.is_file():
         trace.about = _about(about)
+    if (path.parent / SYNTHETIC_MARK).exists():
+        trace.collectives = [replace(one, synthetic=True) for one in trace.collectives]
     return trace
 
 

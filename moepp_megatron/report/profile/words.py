@@ -189,6 +189,8 @@ def _bytes(moved: Vectors) -> str:
 
 
 def _unseen(profile: Profile) -> list[str]:
+    if any(one.synthetic for trace in profile.traces for one in trace.collectives):
+        return ["This recording was written from documentation: its times say nothing."]
     missing = profile.world_size - len(profile.ranks)
     if missing <= 0:
         return []
