@@ -14,6 +14,7 @@ from moepp_megatron.cli import (
     generate,
     inspect,
     monitor,
+    profile,
     report,
     scale,
     score,
@@ -38,6 +39,7 @@ app.command()(inspect.inspect)
 app.add_typer(convert.app, name="convert")
 app.command()(report.report)
 app.command()(monitor.monitor)
+app.command()(profile.profile)
 app.add_typer(bench.app, name="bench")
 app.command()(scale.scale)
 app.command()(slurm.slurm)

@@ -82,8 +82,16 @@ def name_layers(ranges: Ranges, model: torch.nn.Module) -> None:
     """Put ranges around the parts of every layer of a model or model chunk.
 
     MoE layers, ours and megatron-core's: router, dispatch, experts, zero_computation,
-    shared_experts, combine. All layers: attention; those without experts: ffn.
+    shared_experts, combine. All layers: attention; those without experts: ffn. Around them:
+    `model/embedding`, `model/output_layer`, `model/loss`.
     """
+    for owner, method, part in (
+        (getattr(model, "embedding", None), "forward", "embedding"),
+        (getattr(model, "output_layer", None), "forward", "output_layer"),
+        (model, "compute_language_model_loss", "loss"),
+    ):
+        if owner is not None and hasattr(owner, method):
+            ranges.around(owner, method, f"model/{part}")
     for module in model.modules():
         if isinstance(module, MoELayer):
             _name_moe(ranges, module)

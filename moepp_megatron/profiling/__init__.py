@@ -20,7 +20,9 @@ flight_recorder.py   dumps of torch's flight recorder
 merge.py             ranks brought onto one clock
 sources.py           which format a file is in, and its collectives
 summary.py           a profile in a few numbers, to compare
-compare.py           what changed between two profiles, and why
+step_summary.py      the summary of an analysed profile
+changes.py           what changed between two profiles, by how much, and why
+compare.py           the same in words
 ceiling.py           bandwidth that `moepp bench collectives` has measured
 scaling/             scaling tests: points, jobs, efficiency
 """

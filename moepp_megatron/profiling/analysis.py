@@ -101,7 +101,7 @@ def analyse_traces(
     links = Links(traces)
     rated = links.hardware is not None
     return Profile(
-        name=name,
+        name=str(traces[0].about.get("name") or name),
         traces=traces,
         steps=steps,
         times={

@@ -1,159 +1,14 @@
-"""What changed between two profiles, by how much, and why.
-
-A kind of communication takes `time = bytes / bandwidth + waiting`, of which work hides a part. A
-change of its time, or of the exposed part, is split into these four:
-
-- bytes: the change of bytes at the old bandwidth,
-- rate: the new bytes at the new bandwidth instead of the old,
-- waiting: for late ranks,
-- hiding: what work hid more or less than before (exposed time only).
-"""
+"""What changed between two profiles, in words, the largest first."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from moepp_megatron.profiling.changes import SMALL, Change, Comparison, compare
+from moepp_megatron.profiling.summary import Row
 
-from moepp_megatron.profiling.summary import Row, Summary
+__all__ = ["Comparison", "amount", "compare", "duration", "in_words", "kind_name"]
 
-# Of the step: less is named together.
-_SMALL = 0.01
 # Of the largest cause: less is not named.
 _MINOR = 0.25
-
-
-@dataclass(frozen=True)
-class Change:
-    """One kind of communication before and after; None where it did not occur.
-
-    Times are microseconds of a rank in a step, or in a call where steps are unknown.
-
-    Attributes:
-        before: In the profile that is compared against.
-        after: In the other.
-        exposed: Whether the change is that of exposed time, not of all of its time.
-    """
-
-    before: Row | None
-    after: Row | None
-    exposed: bool
-
-    @property
-    def row(self) -> Row:
-        """Either, for its kind."""
-        row = self.after or self.before
-        assert row is not None, "a change has a side"
-        return row
-
-    @property
-    def before_us(self) -> float:
-        """Its (exposed) time before."""
-        return _time(self.before, self.exposed)
-
-    @property
-    def after_us(self) -> float:
-        """Its (exposed) time after."""
-        return _time(self.after, self.exposed)
-
-    @property
-    def us(self) -> float:
-        """By how much it changed."""
-        return self.after_us - self.before_us
-
-    @property
-    def causes(self) -> dict[str, float]:
-        """Microseconds of the change by bytes, rate, waiting and hiding, where these are known."""
-        if self.before is None or self.after is None:
-            return {}
-        before, after = self.before, self.after
-        moved = before.transfer_us
-        if before.bytes and after.bytes is not None:
-            moved *= after.bytes / before.bytes
-        found = {
-            "bytes": moved - before.transfer_us,
-            "rate": after.transfer_us - moved,
-            "waiting": (after.wait_us or 0.0) - (before.wait_us or 0.0),
-        }
-        if self.exposed:
-            found["hiding"] = self.us - (after.time_us - before.time_us)
-        return found
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two profiles.
-
-    Attributes:
-        before: The one that is compared against.
-        after: The other.
-        unit: What times are of: a step, or a call where one of them knows no steps.
-        changes: By kind, the largest first.
-    """
-
-    before: Summary
-    after: Summary
-    unit: str
-    changes: tuple[Change, ...]
-
-    @property
-    def step_us(self) -> float | None:
-        """Change of the time of a step."""
-        if self.before.step_us is None or self.after.step_us is None:
-            return None
-        return self.after.step_us - self.before.step_us
-
-    @property
-    def rest_us(self) -> float | None:
-        """Change of what is not exposed communication: work, and what neither is."""
-        exposed = (self.before.exposed_us, self.after.exposed_us)
-        if self.step_us is None or exposed[0] is None or exposed[1] is None:
-            return None
-        return self.step_us - (exposed[1] - exposed[0])
-
-    def notable(self) -> tuple[list[Change], list[Change]]:
-        """Changes of at least a hundredth of the step (or of the largest time), and the others."""
-        whole = self.before.step_us if self.unit == "step" else None
-        if whole is None:
-            whole = max((max(one.before_us, one.after_us) for one in self.changes), default=0.0)
-        large = [one for one in self.changes if abs(one.us) >= _SMALL * whole and one.us]
-        return large, [one for one in self.changes if one not in large]
-
-
-def compare(before: Summary, after: Summary) -> Comparison:
-    """Compares `after` against `before`."""
-    by_step = before.step_us is not None and after.step_us is not None
-    old, new = _by_kind(before, by_step), _by_kind(after, by_step)
-    rows = [*old.values(), *new.values()]
-    exposed = by_step and all(row.exposed_us is not None for row in rows)
-    changes = [
-        Change(old.get(kind), new.get(kind), exposed) for kind in dict.fromkeys([*new, *old])
-    ]
-    changes.sort(key=lambda one: -abs(one.us))
-    return Comparison(before, after, "step" if by_step else "call", tuple(changes))
-
-
-def _by_kind(summary: Summary, by_step: bool) -> dict[tuple[str, str, str, str], Row]:
-    return {row.kind: row if by_step else _a_call(row) for row in summary.rows}
-
-
-def _a_call(row: Row) -> Row:
-    """The row of one call: recordings of different length differ in their number."""
-    calls = row.calls or 1.0
-    return row.model_copy(
-        update={
-            "calls": 1.0,
-            "bytes": None if row.bytes is None else row.bytes / calls,
-            "time_us": row.time_us / calls,
-            "exposed_us": None,
-            "wait_us": None if row.wait_us is None else row.wait_us / calls,
-        }
-    )
-
-
-def _time(row: Row | None, exposed: bool) -> float:
-    if row is None:
-        return 0.0
-    return (row.exposed_us or 0.0) if exposed else row.time_us
 
 
 def in_words(comparison: Comparison) -> list[str]:
@@ -165,6 +20,7 @@ def in_words(comparison: Comparison) -> list[str]:
             f"They are of {comparison.before.ranks} and {comparison.after.ranks} ranks: what a "
             "rank does in a step may differ for that alone."
         )
+    lines += _byte_lines(comparison)
     lines += [f"{kind_name(one.row)}: {_change(one)}." for one in large]
     what = "a step" if comparison.unit == "step" else "the longest call"
     if not large:
@@ -215,12 +71,43 @@ def _step_lines(comparison: Comparison) -> list[str]:
     elif overlap:
         lines.append("Single steps of one are as fast as single steps of the other.")
     if before.exposed_us is not None and after.exposed_us is not None:
-        rest = comparison.rest_us or 0.0
+        parts = [f"{name}: {amount(us)}" for name, us in comparison.parts_us.items()]
         lines.append(
             f"Exposed communication {duration(before.exposed_us)} -> {duration(after.exposed_us)}; "
-            f"work and the rest: {amount(rest)}."
+            f"{'; '.join(parts)}."
         )
     return lines
+
+
+def _byte_lines(comparison: Comparison) -> list[str]:
+    """Changes of what is sent, which, unlike times, chance has no part in; the largest first."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    unknown: set[tuple[str, str]] = set()
+    for change in comparison.changes:
+        kind = change.row.operation, change.row.group
+        total = sums.setdefault(kind, [0.0, 0.0])
+        for side, row in enumerate((change.before, change.after)):
+            if row is not None and row.bytes is None:
+                unknown.add(kind)
+            elif row is not None:
+                total[side] += row.bytes or 0.0
+    unit = "rank's step" if comparison.unit == "step" else "call"
+    said = []
+    for kind, (before, after) in sorted(sums.items(), key=lambda one: -abs(one[1][1] - one[1][0])):
+        if kind not in unknown and before and after and abs(after / before - 1) >= SMALL:
+            operation, group = kind[0].replace("_", "-"), kind[1]
+            said.append(
+                f"{operation} ({group}) carries {_size(after)} instead of {_size(before)} in a "
+                f"{unit}: {_times(before, after)}."
+            )
+    return said
+
+
+def _size(count: float) -> str:
+    for unit, name in ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} B"
 
 
 def _change(change: Change) -> str:
@@ -278,8 +165,3 @@ def _signed(us: float) -> str:
 
 def _kinds(count: int) -> str:
     return "1 other kind" if count == 1 else f"{count} other kinds"
-
-
-def total_of(changes: Sequence[Change]) -> float:
-    """Sum of changes in microseconds."""
-    return sum(change.us for change in changes)

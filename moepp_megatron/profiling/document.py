@@ -10,6 +10,7 @@ from typing import Any
 from moepp_megatron.profiling.analysis import Profile
 from moepp_megatron.profiling.classes import CallClass
 from moepp_megatron.profiling.expected_bytes import LayerBytes
+from moepp_megatron.profiling.step_summary import summarise
 
 FORMAT = 1
 
@@ -23,6 +24,7 @@ def document(profile: Profile) -> dict[str, Any]:
         "backend": profile.traces[0].backend,
         "device": about.get("device", "gpu" if profile.traces[0].on_gpu else "cpu"),
         "world_size": profile.world_size,
+        "synthetic": any(one.synthetic for trace in profile.traces for one in trace.collectives),
         "ranks": profile.ranks,
         "nodes": about.get("nodes", []),
         "layout": about.get("layout", {}),
@@ -39,6 +41,7 @@ def document(profile: Profile) -> dict[str, Any]:
         "collectives": [_class(one, _count(profile)) for one in profile.classes],
         "all_to_all": [_layer(step, one) for step in profile.steps for one in profile.layers[step]],
         "all_to_all_equals_formula": equals_formula(profile),
+        "summary": summarise(profile).model_dump(mode="json"),
     }
 
 

@@ -13,14 +13,14 @@ NCCL_INSPECTOR_DUMP_VERBOSE=1, when a call took place. Set both to 1 for a whole
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.profiling.collective import Collective, Operation
 from moepp_megatron.profiling.communicators import Membership, Ranks, global_ranks
-from moepp_megatron.profiling.nccl_names import buffer_size, operation_of
+from moepp_megatron.profiling.nccl_names import POINT_TO_POINT, buffer_size, operation_of
 from moepp_megatron.profiling.peer_transfers import Transfer, put_together, split_calls
 from moepp_megatron.profiling.records import SourceError, field, json_objects
 
@@ -28,51 +28,45 @@ SOURCE = "inspector"
 _FORMATS = ("v4.0",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Record:
-    """One line: where it stands, its process, its communicator, its numbers."""
+    """What is kept of one line: logs grow to millions of them.
 
-    place: str
+    Attributes:
+        member: Its process and communicator.
+        name: Of the communicator; "" where unknown.
+        is_p2p: A send or receive, or what else is between two ranks.
+        function: Name of the NCCL function.
+        number: Of the call: within communicator and function, or of this process's transfers.
+        size: Bytes that NCCL's count stands for.
+        took_us: How long the kernel took by the GPU's clock.
+        kernel_us: When the host saw it start; None unless verbose.
+        issued_us: When the host began to issue the call; None unless verbose.
+        returned_us: When it had; None unless verbose.
+        peer: The other rank within the communicator; -1 for collectives.
+    """
+
     member: Membership
     name: str
-    performance: dict[str, Any]
     is_p2p: bool
-
-    def number(self, name: str) -> int:
-        """A field of `coll_perf` or `p2p_perf`, whose names begin alike."""
-        return field(self.performance, f"{self._prefix}_{name}", int, self.place)
-
-    @property
-    def function(self) -> str:
-        """Name of the NCCL function."""
-        return field(self.performance, self._prefix, str, self.place)
-
-    @property
-    def _prefix(self) -> str:
-        return "p2p" if self.is_p2p else "coll"
-
-    def times(self) -> tuple[float, float, bool]:
-        """Start, end and whether they lie on the host's clock (see `Collective.placed`).
-
-        The kernel's start is when the host saw it; how long it took is by the GPU's own clock.
-        """
-        took = float(self.number("exec_time_us"))
-        trace = field(self.performance, "event_trace_ts", dict, self.place, {})
-        kernels = field(trace, "kernel_events", list, self.place, [])
-        starts = [field(one, "kernel_start_ts", float, self.place) for one in kernels]
-        if not starts:
-            return 0.0, took, False
-        return min(starts), min(starts) + took, True
-
-    def host(self, event: str) -> float | None:
-        """When the host began (`start`) or ended (`stop`) to issue it; None unless verbose."""
-        name = f"event_trace_ts.{self._prefix}_{event}_ts"
-        return field(self.performance, name, float, self.place, -1.0) if self.verbose else None
+    function: str
+    number: int
+    size: int
+    took_us: int
+    kernel_us: float | None
+    issued_us: float | None
+    returned_us: float | None
+    peer: int
 
     @property
-    def verbose(self) -> bool:
-        """Whether the line has the times of its events."""
-        return "event_trace_ts" in self.performance
+    def is_transfer(self) -> bool:
+        """Whether it is a send or receive; an unknown function between two ranks is neither."""
+        return self.is_p2p and operation_of(self.function) in POINT_TO_POINT
+
+    @property
+    def start_us(self) -> float:
+        """When the kernel started; 0 where unknown."""
+        return self.kernel_us or 0.0
 
 
 def read_inspector(paths: Sequence[Path]) -> list[Collective]:
@@ -90,31 +84,72 @@ def read_inspector(paths: Sequence[Path]) -> list[Collective]:
     """
     records = [record for path in paths for record in _records(path)]
     ranks = global_ranks(record.member for record in records)
-    found = [_collective(record, ranks) for record in records if not record.is_p2p]
-    found += _exchanges([record for record in records if record.is_p2p], ranks)
+    found = [_collective(record, ranks) for record in records if not record.is_transfer]
+    found += _exchanges([record for record in records if record.is_transfer], ranks)
     return sorted(found, key=lambda one: (one.rank, one.start_us))
 
 
-def _records(path: Path) -> Iterable[_Record]:
+def _records(path: Path) -> Iterator[_Record]:
+    members: dict[tuple[str, int, str, int, int], Membership] = {}
     for place, line in json_objects(path):
         version = field(line, "metadata.inspector_output_format_version", str, place)
         if version not in _FORMATS:
             raise SourceError(
                 f"{place}: NCCL Inspector format {version}; supported: {', '.join(_FORMATS)}"
             )
-        is_p2p = "p2p_perf" in line
-        host = field(line, "metadata.hostname", str, place)
-        process = field(line, "metadata.pid", int, place)
-        member = Membership(
-            process=f"{host} pid {process:010d}",
-            communicator=field(line, "header.id", str, place),
-            rank=field(line, "header.rank", int, place),
-            size=field(line, "header.n_ranks", int, place),
+        header = field(line, "header", dict, place)
+        key = (
+            field(line, "metadata.hostname", str, place),
+            field(line, "metadata.pid", int, place),
+            field(line, "header.id", str, place),
+            field(line, "header.rank", int, place),
+            field(line, "header.n_ranks", int, place),
         )
-        name = field(line, "header.comm_name", str, place, "")
-        name = "" if name == "unknown" else name
-        performance = field(line, "p2p_perf" if is_p2p else "coll_perf", dict, place)
-        yield _Record(place, member, name, performance, is_p2p)
+        if key not in members:
+            host, process, communicator, rank, size = key
+            members[key] = Membership(
+                process=f"{host} pid {process:010d}",
+                communicator=communicator,
+                rank=rank,
+                size=size,
+            )
+        name = field(header, "comm_name", str, place, "")
+        yield _record(line, members[key], "" if name == "unknown" else name, place)
+
+
+def _record(line: dict[str, Any], member: Membership, name: str, place: str) -> _Record:
+    is_p2p = "p2p_perf" in line
+    kind = "p2p" if is_p2p else "coll"
+    numbers = field(line, f"{kind}_perf", dict, place)
+    kernel, issued, returned = _trace(numbers, kind, place)
+    return _Record(
+        member=member,
+        name=name,
+        is_p2p=is_p2p,
+        function=field(numbers, kind, str, place),
+        number=field(numbers, f"{kind}_sn", int, place),
+        size=field(numbers, f"{kind}_msg_size_bytes", int, place),
+        took_us=field(numbers, f"{kind}_exec_time_us", int, place),
+        kernel_us=kernel,
+        issued_us=issued,
+        returned_us=returned,
+        peer=field(numbers, "p2p_peer", int, place) if is_p2p else -1,
+    )
+
+
+def _trace(
+    numbers: dict[str, Any], kind: str, place: str
+) -> tuple[float | None, float | None, float | None]:
+    """When the host saw the kernel start, and when it began and ended to issue the call."""
+    if "event_trace_ts" not in numbers:
+        return None, None, None
+    trace = field(numbers, "event_trace_ts", dict, place)
+    kernels = field(trace, "kernel_events", list, place)
+    starts = [field(one, "kernel_start_ts", float, place) for one in kernels]
+    issued = field(trace, f"{kind}_start_ts", float, place)
+    # A channel whose kernel was not seen has 0.
+    first = min((start for start in starts if start > 0), default=None)
+    return first, issued, field(trace, f"{kind}_stop_ts", float, place)
 
 
 def _base(record: _Record, ranks: Ranks, placed: bool) -> dict[str, Any]:
@@ -132,15 +167,13 @@ def _base(record: _Record, ranks: Ranks, placed: bool) -> dict[str, Any]:
 
 def _collective(record: _Record, ranks: Ranks) -> Collective:
     operation = operation_of(record.function)
-    start, end, placed = record.times()
-    size = buffer_size(operation, record.number("msg_size_bytes"), record.member.size)
     return Collective(
         operation=operation,
-        size=size,
-        sequence=record.number("sn"),
-        start_us=start,
-        end_us=end,
-        **_base(record, ranks, placed),
+        size=buffer_size(operation, record.size, record.member.size),
+        sequence=None if record.is_p2p else record.number,
+        start_us=record.start_us,
+        end_us=record.start_us + record.took_us,
+        **_base(record, ranks, record.kernel_us is not None),
     )
 
 
@@ -151,12 +184,12 @@ def _exchanges(records: Sequence[_Record], ranks: Ranks) -> list[Collective]:
         by_member[record.member].append(record)
     found = []
     for member, own in by_member.items():
-        own.sort(key=lambda record: record.number("sn"))
+        own.sort(key=lambda record: record.number)
         # Some were lost where the numbers, which begin at 1, are not all there.
-        complete = [record.number("sn") for record in own] == list(range(1, len(own) + 1))
+        complete = [record.number for record in own] == list(range(1, len(own) + 1))
+        placed = all(record.kernel_us is not None for record in own)
         number = 0
         for call in split_calls((_transfer(record) for record in own), member.rank):
-            placed = all(one.start_us > 0 for one in call)
             base = Collective(
                 operation=Operation.OTHER,
                 sequence=number if complete else None,
@@ -169,16 +202,12 @@ def _exchanges(records: Sequence[_Record], ranks: Ranks) -> list[Collective]:
 
 
 def _transfer(record: _Record) -> Transfer:
-    start, end, _ = record.times()
-    operation = operation_of(record.function)
-    if operation not in (Operation.SEND, Operation.RECEIVE):
-        raise SourceError(f"{record.place}: field 'p2p' is {record.function!r}, not Send or Recv")
     return Transfer(
-        is_send=operation is Operation.SEND,
-        peer=record.number("peer"),
-        size=record.number("msg_size_bytes"),
-        start_us=start,
-        end_us=end,
-        issued_us=record.host("start"),
-        returned_us=record.host("stop"),
+        is_send=operation_of(record.function) is Operation.SEND,
+        peer=record.peer,
+        size=record.size,
+        start_us=record.start_us,
+        end_us=record.start_us + record.took_us,
+        issued_us=record.issued_us,
+        returned_us=record.returned_us,
     )

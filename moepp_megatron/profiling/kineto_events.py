@@ -23,7 +23,8 @@ Key = tuple[Any, float]
 
 _PREFIX = "moepp/"
 _COMM = re.compile(r"comm/([^/]+)/(?:(\d+)>(\d+)\.)?(\d+)/(\w+)")
-_LAYER = re.compile(r"layer\d+/\w+")
+_MODEL_PART = re.compile(r"(layer\d+|model)/\w+")
+_NODE = "autograd::engine::evaluate_function"
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class _Pass:
         # End, scope or None, collective or None, whether it is a node of the graph.
         self._open: list[tuple[float, str | None, Call | None, bool]] = []
         self._backward: Span | None = None
+        self._pass: Span | None = None
 
     def run(self, events: list[Event]) -> None:
         for event in events:
@@ -159,6 +161,7 @@ class _Pass:
                 self._open.pop()
             self._enter(event)
         self._close_backward()
+        self._close_pass()
 
     def _enter(self, event: Event) -> None:
         name: str = event["name"]
@@ -171,10 +174,11 @@ class _Pass:
             if part is not None:
                 scope = f"{part.split(':')[0]}:backward"
                 self._extend_backward(event, scope)
-        elif name.startswith("autograd::engine::evaluate_function"):
+        elif name.startswith(_NODE):
             is_node = True
+            self._extend_pass(event)
         if at in self._operations:
-            part = self._innermost_layer()
+            part = self._innermost_part()
             if part is not None:
                 self._parts[at] = part
         if at in self._keys:
@@ -198,17 +202,36 @@ class _Pass:
             self._swept.steps[int(name.removeprefix("step/"))] = span(event, name)
             self._swept.thread = event["tid"]
             return None, None
-        is_layer = _LAYER.fullmatch(name) is not None
-        recomputed = is_layer and any(one[3] for one in self._open)
-        kind = ("recompute" if recomputed else "forward") if is_layer else ""
+        is_part = _MODEL_PART.fullmatch(name) is not None
+        recomputed = is_part and self._in_node()
+        kind = ("recompute" if recomputed else "forward") if is_part else ""
+        if not self._in_node():
+            self._close_pass()
         self._swept.parts.append(span(event, name, kind))
         return (f"{name}:recompute" if recomputed else name), None
 
-    def _innermost_layer(self) -> str | None:
+    def _in_node(self) -> bool:
+        return any(one[3] for one in self._open)
+
+    def _innermost_part(self) -> str | None:
         for _, scope, _, _ in reversed(self._open):
-            if scope is not None and scope.startswith("layer"):
+            if scope is not None and "/" in scope:
                 return scope
         return None
+
+    def _extend_pass(self, event: Event) -> None:
+        """Outermost nodes that follow each other are one backward pass."""
+        if self._in_node():
+            return
+        end = event["ts"] + event["dur"]
+        if self._pass is None:
+            self._pass = span(event, "backward")
+        self._pass = Span("backward", self._pass.start_us, end, str(event["tid"]))
+
+    def _close_pass(self) -> None:
+        if self._pass is not None:
+            self._swept.parts.append(self._pass)
+            self._pass = None
 
     def _extend_backward(self, event: Event, scope: str) -> None:
         """Derivatives of one part that follow each other are one span."""

@@ -45,7 +45,9 @@ def lateness(
     for rank, calls in collectives.items():
         for place, call in enumerate(calls):
             if call.sequence is not None and call.group_ranks:
-                name = (call.group, call.group_ranks, call.pair, call.sequence)
+                # NCCL's own profilers number each operation of a group by itself.
+                kind = _kind(call)
+                name = (call.group, call.group_ranks, call.pair, kind, call.sequence)
                 same[name].append((rank, place))
     found: dict[CallKey, Lateness] = {}
     for keys in same.values():
@@ -62,10 +64,13 @@ def _members(call: Collective) -> int:
 def _are_one(calls: Iterable[Collective]) -> bool:
     """Whether these can be one call: of different ranks, of one operation."""
     ranks = [call.rank for call in calls]
-    kinds = {
-        Operation.SEND if call.operation is Operation.RECEIVE else call.operation for call in calls
-    }
+    kinds = {_kind(call) for call in calls}
     return len(set(ranks)) == len(ranks) and len(kinds) == 1
+
+
+def _kind(call: Collective) -> Operation:
+    """The operation; a receive is the other end of a send."""
+    return Operation.SEND if call.operation is Operation.RECEIVE else call.operation
 
 
 def _split(calls: list[Collective]) -> list[Lateness]:

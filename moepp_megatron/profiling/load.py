@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.profiling.kineto import read_kineto
+from moepp_megatron.profiling.sources import SYNTHETIC_MARK
 from moepp_megatron.profiling.trace import ProfileError, RankTrace
 
 _RANK = re.compile(r"rank[-_]?(\d+)")
@@ -23,13 +25,7 @@ def load_profile(folder: Path) -> list[RankTrace]:
     Raises:
         ProfileError: There is none, or one cannot be read.
     """
-    place = folder / "profile" if (folder / "profile").is_dir() else folder
-    files = sorted(
-        path
-        for pattern in ("*.pt.trace.json", "*.pt.trace.json.gz")
-        for path in (place.glob(pattern) if place.is_dir() else [])
-        if not path.name.startswith(".")
-    )
+    place, files = _files(folder)
     if not files:
         raise ProfileError(
             f"profile ({folder}) must be a run's folder with profile/rank0.pt.trace.json.gz, or a "
@@ -46,6 +42,21 @@ def load_profile(folder: Path) -> list[RankTrace]:
     return _on_one_clock(traces)
 
 
+def has_kineto(folder: Path) -> bool:
+    """Whether `load_profile` finds traces there."""
+    return bool(_files(folder)[1])
+
+
+def _files(folder: Path) -> tuple[Path, list[Path]]:
+    place = folder / "profile" if (folder / "profile").is_dir() else folder
+    return place, sorted(
+        path
+        for pattern in ("*.pt.trace.json", "*.pt.trace.json.gz")
+        for path in (place.glob(pattern) if place.is_dir() else [])
+        if not path.name.startswith(".")
+    )
+
+
 def _load(path: Path) -> RankTrace:
     trace = read_kineto(path)
     named = _RANK.search(path.name)
@@ -55,6 +66,8 @@ def _load(path: Path) -> RankTrace:
     about = path.with_name(path.name.split(".")[0] + ".meta.json")
     if about.is_file():
         trace.about = _about(about)
+    if (path.parent / SYNTHETIC_MARK).exists():
+        trace.collectives = [replace(one, synthetic=True) for one in trace.collectives]
     return trace
 
 

@@ -23,6 +23,8 @@ _OPERATIONS = {
     "Send": Operation.SEND,
 }
 
+POINT_TO_POINT = frozenset({Operation.SEND, Operation.RECEIVE})
+
 # In the order of ncclDataType_t: NCCL 2.23's plugin writes the number.
 _TYPES = (
     ("ncclInt8", 1),

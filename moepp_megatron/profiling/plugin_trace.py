@@ -28,7 +28,12 @@ from typing import Any
 from moepp_megatron.profiling import records
 from moepp_megatron.profiling.collective import Collective, Operation
 from moepp_megatron.profiling.communicators import Membership, Ranks, global_ranks
-from moepp_megatron.profiling.nccl_names import buffer_size, data_type, operation_of
+from moepp_megatron.profiling.nccl_names import (
+    POINT_TO_POINT,
+    buffer_size,
+    data_type,
+    operation_of,
+)
 from moepp_megatron.profiling.peer_transfers import Transfer, put_together, split_calls
 from moepp_megatron.profiling.records import SourceError
 
@@ -67,6 +72,12 @@ class _Operation:
 
     def argument[Value](self, name: str, kind: type[Value]) -> Value:
         return records.field(self.begin, f"args.{name}", kind, self.place)
+
+    @property
+    def is_transfer(self) -> bool:
+        """Whether it is a send or receive; an unknown operation between two ranks is neither."""
+        name = records.field(self.begin, "name", str, self.place)
+        return self.begin["cat"] == "P2P" and operation_of(name) in POINT_TO_POINT
 
     @property
     def is_copy(self) -> bool:
@@ -111,8 +122,8 @@ class _File:
             process=self.process, communicator=self.communicator, rank=self.rank, size=0
         )
 
-    def transfers(self) -> Iterable[_Operation]:
-        return (one for one in self.operations if one.begin["cat"] == "P2P")
+    def transfers(self) -> list[_Operation]:
+        return [one for one in self.operations if one.is_transfer]
 
 
 def read_plugin_trace(paths: Sequence[Path]) -> list[Collective]:
@@ -140,7 +151,7 @@ def read_plugin_trace(paths: Sequence[Path]) -> list[Collective]:
         found += [
             _collective(one, _base(file, one, ranks))
             for one in file.operations
-            if one.begin["cat"] != "P2P"
+            if not one.is_transfer
         ]
         found += _exchanges(file, ranks)
     return sorted(found, key=lambda one: (one.rank, one.start_us))
@@ -148,8 +159,7 @@ def read_plugin_trace(paths: Sequence[Path]) -> list[Collective]:
 
 def _events(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and value of each event, without a last one that a killed process left unfinished."""
-    lines = list(records.read_lines(path))
-    for position, (number, line) in enumerate(lines, start=1):
+    for number, line, is_last in records.read_lines(path):
         place = f"{path}, line {number}"
         text = _UNQUOTED.sub(r'\1"\2"', line.removeprefix("[").removesuffix("]").rstrip(","))
         if not text:
@@ -157,7 +167,7 @@ def _events(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             event = json.loads(text)
         except ValueError as error:
-            if position == len(lines):
+            if is_last:
                 return
             raise SourceError(f"{place}: not an event on a line of its own ({error})") from error
         if not isinstance(event, dict):
@@ -263,6 +273,8 @@ def _collective(operation: _Operation, base: Collective) -> Collective:
         even = base.operation is Operation.ALL_TO_ALL and size is not None and base.group_size > 0
         parts = (size or 0,) * base.group_size if even else None
         return replace(base, size=whole, sent=parts, received=parts)
+    if operation.begin["cat"] == "P2P":
+        return replace(base, size=whole)
     return replace(base, size=whole, sequence=operation.argument("SeqNum", int))
 
 
@@ -282,9 +294,6 @@ def _exchanges(file: _File, ranks: Ranks) -> list[Collective]:
 
 
 def _transfer(operation: _Operation, base: Collective) -> Transfer:
-    if base.operation not in (Operation.SEND, Operation.RECEIVE):
-        name = operation.begin["name"]
-        raise SourceError(f"{operation.place}: field 'name' is {name!r}, not Send or Recv")
     if base.size is None:
         raise SourceError(f"{operation.place}: unknown data type {base.dtype!r}")
     return Transfer(

@@ -34,6 +34,9 @@ def purpose_of(collective: Collective, meaning: str) -> str:
     if place is not None and place.part in ("dispatch", "combine", "router"):
         return place.part
     operation = collective.operation
+    if meaning == "context":
+        # Ring attention sends and receives too.
+        return "context parallel"
     if operation in (Operation.SEND, Operation.RECEIVE) or meaning == "pipeline":
         return "pipeline"
     if meaning in DATA_MEANINGS:
@@ -44,8 +47,6 @@ def purpose_of(collective: Collective, meaning: str) -> str:
         return "optimizer"
     if meaning.startswith("tensor"):
         return "tensor parallel"
-    if meaning == "context":
-        return "context parallel"
     # Without ranges, tokens of experts can only be told from other things by their group.
     if meaning == "expert" and operation is Operation.ALL_TO_ALL:
         return "dispatch"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any, cast, overload
+
+from moepp_megatron.profiling.trace import ProfileError
 
 _GZIP = b"\x1f\x8b"
 
 
-class SourceError(ValueError):
+class SourceError(ProfileError):
     """A profile that cannot be read: names the file, the place in it, and what is missing."""
-
-    exit_code = 2
 
 
 def read_bytes(path: Path, limit: int = -1) -> bytes:
@@ -23,23 +25,38 @@ def read_bytes(path: Path, limit: int = -1) -> bytes:
     Raises:
         SourceError: The file cannot be read, or its compression is damaged.
     """
+    with _opened(path) as file:
+        return file.read(limit)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The file, unpacked while it is read if gzip; SourceError for what goes wrong."""
     try:
         with path.open("rb") as file:
             packed = file.read(len(_GZIP)) == _GZIP
         with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            return file.read(limit)
+            # typeshed's GzipFile is no IO[bytes].
+            yield cast(IO[bytes], file)
     except EOFError as error:
         raise SourceError(f"{path}: cut short inside its gzip data; copy it again") from error
-    except OSError as error:
-        raise SourceError(f"{path}: {error.strerror or error}") from error
+    except (OSError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise SourceError(f"{path}: {reason or error}") from error
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of each line that is not empty."""
-    text = read_bytes(path).decode("utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            yield number, line.strip()
+def read_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """Number (from 1) and text of each line that is not empty, and whether it is the last."""
+    before: tuple[int, str] | None = None
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            text = line.decode("utf-8", errors="replace").strip()
+            if text:
+                if before is not None:
+                    yield *before, False
+                before = number, text
+    if before is not None:
+        yield *before, True
 
 
 def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -51,13 +68,12 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         SourceError: Another line is no JSON object.
     """
-    lines = list(read_lines(path))
-    for position, (number, line) in enumerate(lines, start=1):
+    for number, line, is_last in read_lines(path):
         place = f"{path}, line {number}"
         try:
             value = json.loads(line)
         except ValueError as error:
-            if position == len(lines):
+            if is_last:
                 return
             raise SourceError(f"{place}: not JSON ({error})") from error
         if not isinstance(value, dict):

@@ -12,6 +12,7 @@ from pathlib import Path
 from moepp_megatron.profiling.collective import Collective
 from moepp_megatron.profiling.flight_recorder import read_flight_record
 from moepp_megatron.profiling.inspector import read_inspector
+from moepp_megatron.profiling.kineto import read_kineto
 from moepp_megatron.profiling.plugin_trace import read_plugin_trace
 from moepp_megatron.profiling.records import SourceError, read_bytes
 
@@ -127,7 +128,7 @@ def _read(kind: Format, files: Sequence[Path]) -> list[Collective]:
     elif kind is Format.FLIGHT_RECORDER:
         found = [one for file in _one_a_rank(files) for one in read_flight_record(file)]
     else:
-        raise SourceError(f"{files[0]}: {kind} are read by load.load_profile")
+        found = [one for file in files for one in read_kineto(file).collectives]
     if any((file.parent / SYNTHETIC_MARK).exists() for file in files):
         return [replace(one, synthetic=True) for one in found]
     return found

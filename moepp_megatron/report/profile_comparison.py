@@ -11,15 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from moepp_megatron.observe.atomic import write_atomic
-from moepp_megatron.profiling.compare import (
-    Change,
-    Comparison,
-    amount,
-    duration,
-    in_words,
-    kind_name,
-    total_of,
-)
+from moepp_megatron.profiling.changes import Change, Comparison, total_of
+from moepp_megatron.profiling.compare import amount, duration, in_words, kind_name
 from moepp_megatron.report.drawing import GREEN, INK, MUTED, VERMILION, new_figure, plot_style
 
 # More than these are read in the words.
@@ -103,10 +96,8 @@ def _bars(comparison: Comparison) -> list[_Bar]:
     large, small = comparison.notable()
     shown, left = large[:_MOST_BARS], [*large[_MOST_BARS:], *small]
     bars: list[_Bar] = [_bar(change) for change in shown]
-    rest = comparison.rest_us
-    if rest is not None:
-        bars.append(("work and the rest", rest, None, ""))
-        bars.sort(key=lambda bar: -abs(bar[1]))
+    bars += [(name, us, None, "") for name, us in comparison.parts_us.items()]
+    bars.sort(key=lambda bar: -abs(bar[1]))
     if left:
         kinds = "1 other kind" if len(left) == 1 else f"{len(left)} other kinds"
         bars.append((kinds, total_of(left), None, ""))

@@ -34,6 +34,16 @@ def first_half_of_ffn_experts(models: list[Any]) -> None:
     )
 
 
+def one_ffn_expert_of_each_half(models: list[Any]) -> None:
+    """Every token selects the first FFN expert of either half, and zero experts: an even load."""
+    _force(
+        models,
+        lambda moepp, positions, length: (
+            [[0, moepp.num_ffn_experts // 2, *_zero_experts(moepp)]] * len(positions)
+        ),
+    )
+
+
 def second_half_without_ffn(models: list[Any]) -> None:
     """Tokens of the second half of a sequence select zero experts: a rank may send no FFN token."""
     _force(

@@ -26,6 +26,7 @@ def describe(config: Config, layout: Layout, clock_ns: list[int]) -> dict[str, A
     rank = dist.get_rank()
     return {
         "format": FORMAT,
+        "name": config.run.name,
         "rank": rank,
         "world_size": dist.get_world_size(),
         "node": socket.gethostname(),

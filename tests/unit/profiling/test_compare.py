@@ -78,6 +78,16 @@ def test_largest_first_whatever_the_direction():
     assert len(small) == 2
 
 
+def test_what_is_sent_is_said_whatever_the_times_are():
+    before = summary("B", row(), row("combine", bytes=3e6), row("router", operation="x"))
+    after = summary("A", row(bytes=200e6), row("combine", bytes=4e6), row("router", operation="x"))
+    (said,) = [line for line in in_words(compare(before, after)) if "carries" in line]
+    assert said == (
+        "all-to-all (expert) carries 194.55 MiB instead of 384.33 MiB in a rank's step: "
+        "49% fewer bytes."
+    )
+
+
 def test_what_is_gone():
     said = in_words(compare(summary("B", row()), summary("A", row("combine"))))
     assert "dispatch, forward (all-to-all, expert): gone, 40.0 ms exposed before." in said
@@ -88,7 +98,7 @@ def test_the_step_and_what_is_not_communication():
     after = summary("A", row(), steps=(640e3, 646e3), exposed_us=50e3)
     comparison = compare(before, after)
     assert comparison.step_us == 643e3 - 810e3
-    assert comparison.rest_us == -167e3 + 40e3
+    assert comparison.parts_us == {"work and the rest": -167e3 + 40e3}
     assert in_words(comparison) == [
         "A step takes 643.0 ms instead of 810.0 ms: 167.0 ms less (20.6%).",
         "Exposed communication 90.0 ms -> 50.0 ms; work and the rest: 127.0 ms less.",
@@ -143,15 +153,26 @@ def test_recordings_of_nccl_s_profilers_can_be_compared():
     recording = read_recording(SAMPLES / "inspector_2_30")
     found = summarise_recording(recording, "sample")
     rows = {(one.operation, one.group): one for one in found.rows}
-    exchange = rows["all_to_all", "EXPERT_MODEL_PARALLEL_GROUP"]
+    exchange = rows["all_to_all", "expert"]
     assert (found.ranks, found.step_us, exchange.calls) == (4, None, 2)
-    assert rows["all_reduce", "default_pg"].bytes == 2 * 4194304
-    assert rows["all_reduce", "default_pg"].exposed_us is None
+    reduced = rows["all_reduce", "all ranks"]
+    assert reduced.bytes == 2 * 4194304
+    assert reduced.exposed_us is None
+    # Written: ranks 1 to 3 start 30, 5 and 12 us after rank 0 and end with it: the others wait for
+    # rank 1 for 30, 25 and 18 us in each of two calls; a mean of four ranks.
+    assert reduced.wait_us == pytest.approx(2 * (30 + 25 + 18) / 4, abs=1e-2)
     comparison = compare(found, found)
     assert all(change.us == 0 for change in comparison.changes)
     assert in_words(comparison)[1:] == [
         "No kind of communication changed by 1% of the longest call or more."
     ]
+
+
+def test_computation_is_told_from_idle_time_where_it_is_known():
+    before = summary("B", steps=(100e3, 100e3), exposed_us=20e3, compute_us=70e3)
+    after = summary("A", steps=(90e3, 90e3), exposed_us=21e3, compute_us=58e3)
+    assert compare(before, after).parts_us == {"computation": -12e3, "neither": 1e3}
+    assert "computation: 12.0 ms less; neither: 1.0 ms more." in in_words(compare(before, after))[1]
 
 
 def test_summaries_are_read_alone_or_within_a_profile(tmp_path):

@@ -160,6 +160,13 @@ def test_unknown_fields_and_functions_are_kept_out_of_the_way(tmp_path):
     assert [one.operation for one in found].count(Operation.OTHER) == 1
 
 
+def test_an_unknown_function_between_two_ranks_is_kept_as_other(tmp_path):
+    path = tmp_path / NEW[0].name
+    path.write_text(NEW[0].read_text().replace('"p2p":"Send"', '"p2p":"Put"', 1))
+    found = read_inspector([path])
+    assert [one.operation for one in found].count(Operation.OTHER) == 1
+
+
 def test_a_damaged_line_that_is_not_the_last_is_an_error(tmp_path):
     path = tmp_path / "node-a-pid1.log"
     path.write_text(OLD[0].read_text().replace('{"header"', '{"header', 1))

@@ -53,6 +53,7 @@ def test_torch_profiler_traces_are_told_from_the_plugin_s(tmp_path):
     kineto = tmp_path / "rank0.pt.trace.json"
     kineto.write_text(json.dumps({"schemaVersion": 1, "traceEvents": []}))
     assert recognise(kineto) is Format.KINETO
+    assert read_recording(kineto).by_rank == {}  # nothing communicated
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,220 @@
+"""Real traces of gloo ranks: every byte, pass and part is found again, and nothing stays behind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moepp_megatron.profiling.analysis import Profile, analyse
+from moepp_megatron.profiling.collective import Operation
+from moepp_megatron.profiling.document import document
+from moepp_megatron.profiling.place import Place, place_of
+from tests.parallel import forced_routing
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import SyntheticDataset, settings
+
+pytestmark = pytest.mark.parallel
+
+STEPS = [2, 3]
+LAYERS = 4
+
+
+def record(
+    raw: dict[str, Any], prepare: Callable[[list[Any]], None] | None = None
+) -> tuple[list[float], bool]:
+    """Train four steps and record some; returns losses, and whether all methods are back."""
+    import torch.distributed as dist
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.batches import rank_batches
+    from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.profiler import StepRecorder
+    from moepp_megatron.training.setup import build_training_model
+    from moepp_megatron.training.step import training_step
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    model = build_training_model(config)
+    if prepare is not None:
+        prepare(model.models)
+        model.optimizer.reload_model_params()
+    model.set_training(True)
+
+    def owners() -> list[Any]:
+        layers = [one for chunk in model.models for one in chunk.modules()]
+        experts = [one for one in layers if isinstance(one, MoELayer)]
+        dispatchers = [one.token_dispatcher for one in experts]
+        return [dist.ProcessGroup, dist.Work, model.optimizer, *model.chunks, *layers, *dispatchers]
+
+    def methods() -> list[dict[str, Any]]:
+        return [
+            {name: value for name, value in vars(one).items() if callable(value)}
+            for one in owners()
+        ]
+
+    before = methods()
+    recorder = StepRecorder(config, layout, model)
+    batches = rank_batches(SyntheticDataset(config, 4), 0, config, len(model.chunks))
+    losses = []
+    for step in (1, 2, 3, 4):
+        recorder.begin_step(step)
+        result = training_step(model, batches, config, layout)
+        recorder.end_step()
+        losses.append(mean_loss(result.losses))
+    recorder.close()
+    return losses, methods() == before
+
+
+def profile(
+    ranks: RankPools,
+    folder: Path,
+    world_size: int = 2,
+    prepare: Callable[[list[Any]], None] | None = None,
+    **sections: dict[str, Any],
+) -> Profile:
+    training = {"profile_steps": STEPS, **sections.pop("training", {})}
+    raw = settings(run={"dir": str(folder)}, training=training, **sections)
+    results = ranks(world_size).run(record, raw, prepare)
+    assert all(restored for _, restored in results)
+    return analyse(folder)
+
+
+EP2 = {"expert_model_parallel_size": 2}
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+VANILLA = {
+    "num_ffn_experts": 8,
+    "num_zero_experts": 0,
+    "num_copy_experts": 0,
+    "num_constant_experts": 0,
+    "gating_residual": False,
+}
+RUNS: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "deduplicated": {"moe": {"num_ffn_experts": 8, "dispatcher": "alltoall_dedup"}},
+    "vanilla": {"moe": VANILLA},
+    "recompute": {"training": RECOMPUTE},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_bytes_equal_the_routing_in_every_layer_direction_and_pass(
+    ranks: RankPools, tmp_path: Path, name: str
+) -> None:
+    found = profile(ranks, tmp_path, parallel=EP2, **RUNS[name])
+    phases = ["forward", "backward"] + ["recompute"] * (name == "recompute")
+    every = {
+        Place(layer, part, phase)
+        for layer in range(1, LAYERS + 1)
+        for part in ("dispatch", "combine")
+        for phase in phases
+    }
+    assert found.steps == STEPS
+    for step in STEPS:
+        layers = found.layers[step]
+        assert {one.place for one in layers} == every
+        for one in layers:
+            assert one.measured == one.expected, one
+            assert 0 < one.deduplicated <= one.plain, one
+    moved = [one for step in STEPS for one in found.layers[step]]
+    if name == "deduplicated":
+        assert all(one.measured == one.deduplicated for one in moved)
+        # Top-2 of four experts a rank: some tokens must have had both on the other one.
+        assert sum(one.measured for one in moved) < sum(one.plain for one in moved)
+    if name == "vanilla":
+        # No selection is left out, whatever the load.
+        assert sum(one.even for one in moved) == sum(one.vanilla for one in moved)
+
+
+def test_formula_with_an_even_load(ranks: RankPools, tmp_path: Path) -> None:
+    """T K phi D b (EP - 1) / EP in numbers that nothing of the profile knows."""
+    moe = {"num_ffn_experts": 8, "router_topk": 3}
+    found = profile(
+        ranks,
+        tmp_path,
+        prepare=forced_routing.one_ffn_expert_of_each_half,
+        moe=moe,
+        parallel=EP2,
+    )
+    tokens, topk, phi, vector = 8 * 16, 3, 2 / 3, 32 * 4
+    expected = tokens * topk * phi * vector * (2 - 1) / 2
+    for step in STEPS:
+        assert [one.measured for one in found.layers[step]] == [expected] * LAYERS * 4
+        # The two experts live on two ranks: nothing is sent twice.
+        assert all(one.deduplicated == one.measured for one in found.layers[step])
+
+
+def test_every_call_is_placed_and_matched(ranks: RankPools, tmp_path: Path) -> None:
+    found = profile(ranks, tmp_path, parallel=EP2)
+    microbatches = 2
+    for trace in found.traces:
+        span = trace.steps[2]
+        calls = [c for c in trace.collectives if span.start_us <= c.start_us < span.end_us]
+        exchanges = Counter(
+            (place_of(one), one.row_bytes == 32 * 4)
+            for one in calls
+            if one.operation is Operation.ALL_TO_ALL
+        )
+        # Rows and gates out, rows back; the gradient of each.
+        for layer in range(1, LAYERS + 1):
+            for phase in ("forward", "backward"):
+                assert exchanges[Place(layer, "dispatch", phase), True] == microbatches
+                assert exchanges[Place(layer, "dispatch", phase), False] == microbatches
+                assert exchanges[Place(layer, "combine", phase), True] == microbatches
+        assert exchanges.total() == 3 * 2 * LAYERS * microbatches
+        # All calls of groups with several ranks have a size, and are the same call on both.
+        for place, one in enumerate(trace.collectives):
+            assert one.size is not None, one
+            assert (trace.rank, place) in found.late, one
+        assert all(one.end_us > one.start_us for one in trace.collectives)
+        # The thread waits only where something is on its way, so the parts do not add up to more.
+        time = found.times[2][trace.rank]
+        assert 0 < time.exposed_us <= time.communication_us
+        assert time.compute_us + time.exposed_us <= time.step_us + 1e-3  # Rounding of a sum.
+    purposes = {one.name.purpose for one in found.classes}
+    assert {"dispatch", "combine", "gradient reduce", "parameter gather"} <= purposes
+    parts = {(span.name, span.kind) for span in found.traces[0].parts}
+    for part in ("router", "dispatch", "experts", "zero_computation", "combine", "attention"):
+        assert {(f"layer3/{part}", "forward"), (f"layer3/{part}", "backward")} <= parts
+
+
+def test_pipeline_and_tensor_parallel(ranks: RankPools, tmp_path: Path) -> None:
+    pipeline = profile(ranks, tmp_path / "pp", parallel={"pipeline_model_parallel_size": 2})
+    ends = (Operation.SEND, Operation.RECEIVE)
+    sends = [one for one in pipeline.classes if one.name.operation in ends]
+    assert {one.name.operation for one in sends} == set(ends)
+    assert {one.name.purpose for one in sends} == {"pipeline"}
+    assert all(one.matched == one.calls and one.size > 0 for one in sends)
+    tensor = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    found = profile(ranks, tmp_path / "tp", parallel=tensor)
+    purposes = {(one.name.purpose, one.name.phase) for one in found.classes}
+    assert {("tensor parallel", "forward"), ("tensor parallel", "backward")} <= purposes
+
+
+def test_some_ranks(ranks: RankPools, tmp_path: Path) -> None:
+    """Bytes of one rank are held against its own routing; waiting stays unknown."""
+    found = profile(ranks, tmp_path, parallel=EP2, training={"profile_ranks": [1]})
+    assert [trace.rank for trace in found.traces] == [1]
+    assert all(one.measured == one.expected for one in found.layers[2])
+    assert found.critical_rank is None
+    assert document(found)["collectives"][0]["wait_ms"] is None
+
+
+def test_recording_changes_no_loss(ranks: RankPools, tmp_path: Path) -> None:
+    raw = settings(run={"dir": str(tmp_path)}, parallel=EP2)
+    plain = ranks(2).run(record, raw)
+    raw["training"]["profile_steps"] = STEPS
+    assert ranks(2).run(record, raw)[0][0] == plain[0][0]
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {
+        f"rank{rank}.{ending}" for rank in (0, 1) for ending in ("meta.json", "pt.trace.json.gz")
+    }
