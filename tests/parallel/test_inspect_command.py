@@ -124,7 +124,7 @@ def test_the_command_compares_two_checkpoints(
     page, numbers = (line.split()[-1] for line in done.stdout.splitlines()[-2:])
     assert (page, numbers) == (str(tmp_path / "page.html"), str(tmp_path / "all.json"))
     assert "is read in windows of 16 (model.seq_length)" in done.stderr
-    assert "B less A" in Path(page).read_text(encoding="ascii")
+    assert "B minus A" in Path(page).read_text(encoding="ascii")
     content = json.loads(Path(numbers).read_text())
     first, second = content["models"]
     assert first["layers"] == [1, 3, 4]

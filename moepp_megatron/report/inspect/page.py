@@ -115,7 +115,7 @@ def render(request: InspectRequest, traces: Sequence[Trace]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     page = InspectionPage(
         title=request.text.name,
-        sentence=_sentence(traces[0], findings[0]),
+        sentence=_sentence(traces, findings),
         models=[(trace.label, trace.facts) for trace in traces],
         notices=request.notices,
         cards=_cards(traces, findings),
@@ -139,7 +139,17 @@ def _extremes(trace: Trace, found: Findings) -> Extremes:
     )
 
 
-def _sentence(trace: Trace, found: Findings) -> str:
+def _sentence(traces: Sequence[Trace], findings: Sequence[Findings]) -> str:
+    if len(traces) == 1:
+        return _findings_sentence(traces[0], findings[0])
+    (a, b), (first, second) = (found.whole for found in findings), traces
+    return (
+        f"A: {_findings_sentence(first, findings[0])} B: {b.ffn:.2f} of {second.topk} "
+        f"({b.ffn - a.ffn:+.2f}), loss {b.loss:.3f} nats ({b.loss - a.loss:+.3f})."
+    )
+
+
+def _findings_sentence(trace: Trace, found: Findings) -> str:
     whole = found.whole
     start = (
         f"{whole.count:,} tokens took {whole.ffn:.2f} of {trace.topk} FFN experts a layer on "

@@ -85,7 +85,7 @@
     shown.forEach((model, index) => {
       const column = element("div");
       if (models.length > 1) {
-        const title = model === null ? "B less A" : `${"AB"[index]}: ${model.label}`;
+        const title = model === null ? "B minus A" : `${"AB"[index]}: ${model.label}`;
         column.append(element("h3", "", title));
       }
       const panel = element("div", document.body.dataset.code ? "text panel code" : "text panel");
@@ -260,7 +260,9 @@
   const lossOf = (model, at) => {
     const loss = model.losses[at];
     if (Number.isNaN(loss)) return "none";
-    return models.length > 1 ? loss.toFixed(2) : `${loss.toFixed(2)} (p ${Math.exp(-loss).toPrecision(2)})`;
+    const p = Math.exp(-loss);
+    const text = p < 0.001 ? p.toExponential(1) : p.toPrecision(2);
+    return models.length > 1 ? loss.toFixed(2) : `${loss.toFixed(2)} (p ${text})`;
   };
   const ffnOf = (model, at) => {
     let sum = 0;
