@@ -1,0 +1,130 @@
+"""What recording a step costs it: steps with and without, in turn.
+
+Run under torchrun:
+
+    torchrun --standalone --nproc-per-node 2 benchmarks/profile_cost.py
+
+The model is that of configs/quickstart.yaml on random tokens. Starting, stopping and writing a
+recording happen between steps and are timed apart. Prints a row: milliseconds a step, median
+(quartiles), and the ratio of a recorded step to the one beside it that is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Tokens:
+    """Sequences of random tokens."""
+
+    def __init__(self, length: int, vocab_size: int) -> None:
+        self._length, self._vocab_size = length, vocab_size
+
+    def __len__(self) -> int:
+        """More than any run reads."""
+        return 1_000_000
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Depends on the index alone."""
+        generator = torch.Generator().manual_seed(index)
+        text = torch.randint(self._vocab_size, (self._length + 1,), generator=generator)
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": torch.ones(self._length),
+            "position_ids": torch.arange(self._length),
+        }
+
+
+def measure(pairs: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds of plain and recorded steps, and of starting and of ending a recording."""
+    from moepp_megatron.config import Layout, load_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.batches import rank_batches
+    from moepp_megatron.training.profiler import StepRecorder
+    from moepp_megatron.training.setup import build_training_model
+    from moepp_megatron.training.step import training_step
+
+    quickstart = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    config = load_config(quickstart, [f"run.dir={folder}", "training.profile_steps=[1]"])
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    model = build_training_model(config)
+    model.set_training(True)
+    data = Tokens(config.model.seq_length, config.model.vocab_size)
+    batches = rank_batches(data, 0, config, len(model.chunks))
+    times: dict[str, list[float]] = {"plain": [], "recorded": [], "start": [], "end": []}
+
+    def plain() -> None:
+        dist.barrier()
+        began = time.perf_counter()
+        training_step(model, batches, config, layout)
+        dist.barrier()
+        times["plain"].append(time.perf_counter() - began)
+
+    def recorded() -> None:
+        recorder = StepRecorder(config, layout, model)
+        began = time.perf_counter()
+        recorder.begin_step(1)
+        dist.barrier()
+        ready = time.perf_counter()
+        training_step(model, batches, config, layout)
+        recorder.end_step()
+        dist.barrier()
+        done = time.perf_counter()
+        recorder.close()
+        times["start"].append(ready - began)
+        times["recorded"].append(done - ready)
+        times["end"].append(time.perf_counter() - done)
+
+    for pair in range(pairs + 1):
+        for take in (plain, recorded) if pair % 2 else (recorded, plain):
+            take()
+    return {name: values[1:] for name, values in times.items()}
+
+
+def quartiles(values: list[float], unit: float = 1e3) -> str:
+    """Median (quartiles)."""
+    low, middle, high = (unit * one for one in statistics.quantiles(values, n=4))
+    digits = 0 if unit == 1e3 else 3
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def main() -> None:
+    """Measure and print."""
+    from moepp_megatron.runtime.distributed import start, stop
+    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=20)
+    pairs = parser.parse_args().pairs
+    quiet()
+    logging.disable()
+    start(RankEnvironment.read())
+    with tempfile.TemporaryDirectory() as folder:
+        times: dict[str, Any] = measure(pairs, Path(folder))
+        size = sum(path.stat().st_size for path in Path(folder, "profile").glob("rank0*"))
+    if dist.get_rank() == 0:
+        ratios = [b / a for a, b in zip(times["plain"], times["recorded"], strict=True)]
+        print("| plain | recorded | ratio | start | end and write | size of a rank's files |")
+        print("|---|---|---|---|---|---|")
+        print(
+            f"| {quartiles(times['plain'])} | {quartiles(times['recorded'])} "
+            f"| {quartiles(ratios, 1)} | {quartiles(times['start'])} | {quartiles(times['end'])} "
+            f"| {size / 1024:.0f} KiB |"
+        )
+    stop()
+
+
+if __name__ == "__main__":
+    main()
