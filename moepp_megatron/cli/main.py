@@ -13,6 +13,7 @@ from moepp_megatron.cli import (
     doctor,
     generate,
     monitor,
+    plan,
     report,
     score,
     slurm,
@@ -36,6 +37,7 @@ app.add_typer(convert.app, name="convert")
 app.command()(report.report)
 app.command()(monitor.monitor)
 app.add_typer(bench.app, name="bench")
+app.command()(plan.plan)
 app.command()(slurm.slurm)
 
 

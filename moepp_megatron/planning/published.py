@@ -2,8 +2,8 @@
 
 `RESULTS` are the five that the model is judged by. `FURTHER` were measured by the same people with
 other layouts, formats or software; they show how far the model carries. Routing was forced to
-balance in all but one. Model FLOP are counted as `num_floating_point_operations` of Megatron-LM
-does: products of the tokens' own experts, output layer and multi-token prediction included, causal scores
+balance in all but one. Model FLOP are counted as in Megatron-LM's `num_floating_point_operations`:
+products of the tokens' own experts, output layer and multi-token prediction included, causal scores
 counted half, recomputation not. Multi-head latent attention lives here alone: no configuration of
 this project has it.
 """

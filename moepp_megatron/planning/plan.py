@@ -1,0 +1,297 @@
+"""The plan: the best layouts of MoE++ and of its vanilla rival, and why the others lose."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moepp_megatron.bench.rival import vanilla
+from moepp_megatron.config import Config, ConfigError, with_overrides
+from moepp_megatron.config.flops import training_flops_per_token
+from moepp_megatron.planning.coster import GIB, Cost, Coster
+from moepp_megatron.planning.grid import Grid
+from moepp_megatron.planning.imbalance import Routing
+from moepp_megatron.planning.machine import Machine
+from moepp_megatron.planning.overlay import config_of, settings_of
+from moepp_megatron.planning.search import Space
+from moepp_megatron.planning.step import StepTime, step_time
+from moepp_megatron.planning.workload import Workload
+
+# Candidates that go through the rules themselves; the plan shows the first of those that pass.
+_MOST_KEPT = 60
+_NEAREST_MISSES = 5
+
+LOSSES = ("work", "recompute", "network", "bubble", "end")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One layout of one model.
+
+    Attributes:
+        grid: The layout.
+        kind: The model.
+        tau: Weight of its zero-computation experts; None for vanilla.
+        ffn_share: phi; 1 for vanilla.
+        fits: The fullest rank fits the card.
+        memory_gib: Of the fullest rank, libraries included.
+        step: Time of a step.
+        tokens_per_s_per_gpu: Throughput of a card.
+        tflops_per_gpu: Model TFLOP/s of a card, as `metrics.jsonl` counts them (config/flops.py).
+        mfu: Their share of the rated rate.
+    """
+
+    grid: Grid
+    kind: Literal["moepp", "vanilla"]
+    tau: float | None
+    ffn_share: float
+    fits: bool
+    memory_gib: float
+    step: StepTime
+    tokens_per_s_per_gpu: float
+    tflops_per_gpu: float
+    mfu: float
+
+    def record(self, layers: int) -> dict[str, Any]:
+        """For JSON; the contract's keys first."""
+        settings = settings_of(self.grid, layers)
+        return {
+            "layout": {**settings["parallel"], **settings["training"]},
+            "kind": self.kind,
+            "tau": self.tau,
+            "fits": self.fits,
+            "memory_gib": round(self.memory_gib, 3),
+            "step_time_s": self.step.total,
+            "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu,
+            "tflops_per_gpu": self.tflops_per_gpu,
+            "a2a_bytes": round(self.step.exchange_bytes),
+            "ffn_share": self.ffn_share,
+            "mfu": self.mfu,
+            "seconds": dict(self.step.seconds),
+            "hidden_seconds": dict(self.step.hidden),
+            "rank_load": {
+                "mean": self.step.load.mean,
+                "p50": self.step.load.median,
+                "p90": self.step.load.p90,
+                "p99": self.step.load.p99,
+            },
+        }
+
+
+@dataclass
+class Search:
+    """What became of all layouts of one model.
+
+    Attributes:
+        best: (seconds, layout, cost, bytes) of the fastest that fit, fastest first.
+        misses: (bytes, layout) of those that come closest to fitting.
+        legal: Layouts in all.
+        over: Bytes by which each of the others is too large.
+        lost: How many lose most by each of `LOSSES`, against the best.
+        gaps: The median loss of those, as a share of the best step.
+    """
+
+    best: list[tuple[float, Grid, Cost, float]] = field(default_factory=list)
+    misses: list[tuple[float, Grid]] = field(default_factory=list)
+    legal: int = 0
+    over: list[float] = field(default_factory=list)
+    lost: dict[str, int] = field(default_factory=dict)
+    gaps: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result.
+
+    Attributes:
+        config: What was planned for.
+        world: Cards.
+        machine: Of this kind.
+        routing: How unevenly tokens choose.
+        layouts: The configured model, best first; layouts that do not fit only if none does.
+        rivals: The best layout of the vanilla model and of each further tau.
+        search: What became of the other layouts.
+    """
+
+    config: Config
+    world: int
+    machine: Machine
+    routing: Routing
+    layouts: list[Planned]
+    rivals: list[Planned]
+    search: Search
+
+    @property
+    def best(self) -> Planned | None:
+        """The fastest that fits."""
+        return self.layouts[0] if self.layouts and self.layouts[0].fits else None
+
+    def hours(self, planned: Planned, tokens: float) -> float:
+        """Hours to train on this many tokens."""
+        return tokens / (planned.tokens_per_s_per_gpu * self.world) / 3600
+
+
+def make_plan(
+    config: Config,
+    world: int,
+    machine: Machine,
+    routing: Routing,
+    taus: Sequence[float] = (),
+    top: int = 5,
+) -> Plan:
+    """Search all layouts.
+
+    Args:
+        config: A checked configuration; its own layout does not matter.
+        world: Cards.
+        machine: Of this kind.
+        routing: How unevenly tokens choose.
+        taus: Further weights of zero-computation experts to set beside the configured one.
+        top: Layouts to keep of each model.
+
+    Raises:
+        ConfigError: The cards cannot do the configured format, or no layout is legal.
+    """
+    _check_formats(config, machine)
+    search = search_layouts(config, world, machine, routing)
+    if search.legal == 0:
+        raise ConfigError(
+            f"--gpus ({world}) must allow a legal layout of this model and of "
+            f"training.global_batch_size ({config.training.global_batch_size}); use a number of "
+            "cards that divides the batch, such as a power of two"
+        )
+    layouts = _accepted(config, search, world, machine, routing, top)
+    rivals = []
+    if not config.moe.is_vanilla:
+        rivals += _best_of(vanilla(config), world, machine, routing)
+        for tau in taus:
+            if tau != config.moe.tau:
+                rivals += _best_again(_with_tau(config, tau), search, world, machine, routing)
+    return Plan(config, world, machine, routing, layouts, rivals, search)
+
+
+def search_layouts(config: Config, world: int, machine: Machine, routing: Routing) -> Search:
+    """Cost and memory of every legal layout."""
+    space = Space.of(config, world, machine.per_node)
+    coster = Coster(space.load, machine, routing)
+    search = Search()
+    fitting: list[tuple[float, int, Grid, Cost, float]] = []
+    missing: list[tuple[float, int, Grid]] = []
+    for number, grid in enumerate(space.grids()):
+        held = coster.memory(grid)
+        if held > machine.memory_bytes:
+            missing.append((held, number, grid))
+        else:
+            cost = coster.cost(grid)
+            fitting.append((cost.total, number, grid, cost, held))
+    search.legal = len(fitting) + len(missing)
+    search.over = [held - machine.memory_bytes for held, *_ in missing]
+    search.misses = [(held, grid) for held, _, grid in heapq.nsmallest(_NEAREST_MISSES, missing)]
+    best = heapq.nsmallest(_MOST_KEPT, fitting)
+    search.best = [(total, grid, cost, held) for total, _, grid, cost, held in best]
+    if fitting:
+        _count_losses(search, best[0][3], [cost for *_, cost, _ in fitting])
+    return search
+
+
+def _count_losses(search: Search, best: Cost, costs: Sequence[Cost]) -> None:
+    """What each layout loses most by, against the best."""
+    gaps: dict[str, list[float]] = {name: [] for name in LOSSES}
+    for cost in costs:
+        if cost.total > best.total:
+            excess = {name: getattr(cost, name) - getattr(best, name) for name in LOSSES}
+            gaps[max(excess, key=lambda name: excess[name])].append(cost.total / best.total - 1)
+    for name, values in gaps.items():
+        if values:
+            search.lost[name] = len(values)
+            search.gaps[name] = sorted(values)[len(values) // 2]
+
+
+def _accepted(
+    config: Config, search: Search, world: int, machine: Machine, routing: Routing, top: int
+) -> list[Planned]:
+    """The best layouts that the configuration's rules accept as well."""
+    candidates = [(grid, held, True) for _, grid, _, held in search.best]
+    candidates += [(grid, held, False) for held, grid in search.misses]
+    found: list[Planned] = []
+    for grid, held, fits in candidates:
+        if len(found) == top or (found and not fits):
+            break
+        try:
+            config_of(config, grid)
+        except ConfigError:
+            # A rule beyond the degrees of parallelism, such as FP8's alignment.
+            continue
+        found.append(planned_of(config, grid, held, fits, machine, routing))
+    return found
+
+
+def planned_of(
+    config: Config, grid: Grid, held: float, fits: bool, machine: Machine, routing: Routing
+) -> Planned:
+    """A layout with its numbers."""
+    step = step_time(Workload.from_config(config), grid, machine, routing)
+    tokens = config.training.global_batch_size * config.model.seq_length
+    rate = tokens / step.total / grid.world
+    tflops = rate * training_flops_per_token(config, config.moe.ffn_share) / 1e12
+    peak = machine.hardware.peak_tflops(config.precision.dtype, config.precision.fp8)
+    assert peak is not None, "formats were checked"
+    is_vanilla = config.moe.num_zero_computation_experts == 0
+    return Planned(
+        grid=grid,
+        kind="vanilla" if is_vanilla else "moepp",
+        tau=None if is_vanilla else config.moe.balanced_tau,
+        ffn_share=config.moe.ffn_share,
+        fits=fits,
+        memory_gib=held / GIB,
+        step=step,
+        tokens_per_s_per_gpu=rate,
+        tflops_per_gpu=tflops,
+        mfu=tflops / peak,
+    )
+
+
+def _best_of(config: Config, world: int, machine: Machine, routing: Routing) -> list[Planned]:
+    search = search_layouts(config, world, machine, routing)
+    return _accepted(config, search, world, machine, routing, top=1)
+
+
+def _best_again(
+    config: Config, search: Search, world: int, machine: Machine, routing: Routing
+) -> list[Planned]:
+    """The best layout of the same model with another tau, among the first of `search`.
+
+    tau changes how many rows experts compute, not what is legal and little of what fits: the best
+    layout is among the sixty best.
+    """
+    coster = Coster(Workload.from_config(config), machine, routing)
+    again = Search()
+    for _, grid, _, _ in search.best:
+        held = coster.memory(grid)
+        if held <= machine.memory_bytes:
+            cost = coster.cost(grid)
+            again.best.append((cost.total, grid, cost, held))
+        else:
+            again.misses.append((held, grid))
+    again.best.sort(key=lambda entry: entry[0])
+    return _accepted(config, again, world, machine, routing, top=1)
+
+
+def _with_tau(config: Config, tau: float) -> Config:
+    overrides = [f"moe.tau={tau}"]
+    if config.moe.budget.target_ffn_per_token is not None:
+        overrides.append("moe.budget.target_ffn_per_token=null")
+    return with_overrides(config, overrides)
+
+
+def _check_formats(config: Config, machine: Machine) -> None:
+    hardware, precision = machine.hardware, config.precision
+    if hardware.peak_tflops(precision.dtype, precision.fp8) is None:
+        name = "precision.fp8" if precision.fp8 else "precision.dtype"
+        value = precision.fp8 or precision.dtype
+        raise ConfigError(
+            f"{name} ({value}) must be a format of {hardware.name}, which has none such; set "
+            "precision.fp8 to null, or plan for another card"
+        )
