@@ -19,8 +19,8 @@ from moepp_megatron.planning.search import Space
 from moepp_megatron.planning.step import StepTime, step_time
 from moepp_megatron.planning.workload import Workload
 
-# Candidates that go through the rules themselves; the plan shows the first of those that pass.
-_MOST_KEPT = 60
+# Candidates of another tau.
+_FIRST = 100
 _NEAREST_MISSES = 5
 
 LOSSES = ("work", "recompute", "network", "bubble", "end")
@@ -85,7 +85,7 @@ class Search:
     """What became of all layouts of one model.
 
     Attributes:
-        best: (seconds, layout, cost, bytes) of the fastest that fit, fastest first.
+        best: (seconds, layout, cost, bytes) of those that fit, fastest first.
         misses: (bytes, layout) of those that come closest to fitting.
         legal: Layouts in all.
         over: Bytes by which each of the others is too large.
@@ -189,10 +189,10 @@ def search_layouts(config: Config, world: int, machine: Machine, routing: Routin
     search.legal = len(fitting) + len(missing)
     search.over = [held - machine.memory_bytes for held, *_ in missing]
     search.misses = [(held, grid) for held, _, grid in heapq.nsmallest(_NEAREST_MISSES, missing)]
-    best = heapq.nsmallest(_MOST_KEPT, fitting)
-    search.best = [(total, grid, cost, held) for total, _, grid, cost, held in best]
+    fitting.sort(key=lambda entry: entry[:2])
+    search.best = [(total, grid, cost, held) for total, _, grid, cost, held in fitting]
     if fitting:
-        _count_losses(search, best[0][3], [cost for *_, cost, _ in fitting])
+        _count_losses(search, fitting[0][3], [cost for *_, cost, _ in fitting])
     return search
 
 
@@ -212,13 +212,19 @@ def _count_losses(search: Search, best: Cost, costs: Sequence[Cost]) -> None:
 def _accepted(
     config: Config, search: Search, world: int, machine: Machine, routing: Routing, top: int
 ) -> list[Planned]:
-    """The best layouts that the configuration's rules accept as well."""
+    """The best layouts that the configuration's rules accept as well.
+
+    One of each set of degrees of parallelism: others differ only in micro-batch, recomputation or
+    model chunks.
+    """
     candidates = [(grid, held, True) for _, grid, _, held in search.best]
     candidates += [(grid, held, False) for held, grid in search.misses]
     found: list[Planned] = []
     for grid, held, fits in candidates:
-        if len(found) == top or (found and not fits):
+        if len(found) == top or (found and found[0].fits and not fits):
             break
+        if any(_degrees(grid) == _degrees(planned.grid) for planned in found):
+            continue
         try:
             config_of(config, grid)
         except ConfigError:
@@ -226,6 +232,10 @@ def _accepted(
             continue
         found.append(planned_of(config, grid, held, fits, machine, routing))
     return found
+
+
+def _degrees(grid: Grid) -> tuple[int, ...]:
+    return (grid.tp, grid.cp, grid.pp, grid.ep, grid.etp)
 
 
 def planned_of(
@@ -264,11 +274,11 @@ def _best_again(
     """The best layout of the same model with another tau, among the first of `search`.
 
     tau changes how many rows experts compute, not what is legal and little of what fits: the best
-    layout is among the sixty best.
+    layout is among the first hundred.
     """
     coster = Coster(Workload.from_config(config), machine, routing)
     again = Search()
-    for _, grid, _, _ in search.best:
+    for _, grid, _, _ in search.best[:_FIRST]:
         held = coster.memory(grid)
         if held <= machine.memory_bytes:
             cost = coster.cost(grid)

@@ -138,6 +138,33 @@ def compare(results: Sequence[Published], reached: Efficiencies = DEFAULT) -> li
     return comparisons
 
 
+def error_table(comparisons: Sequence[Comparison]) -> str:
+    """The comparisons as a table for docs/planning.md."""
+    lines = [
+        "| result | GPUs | layout | published | model | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in comparisons:
+        result = one.result
+        lines.append(
+            f"| {result.name} | {result.gpus:,} | {_layout(result.grid)} | {result.tflops:g} "
+            f"| {one.tflops:.0f} | {one.error:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def _layout(grid: Grid) -> str:
+    degrees = (
+        ("TP", grid.tp),
+        ("CP", grid.cp),
+        ("PP", grid.pp),
+        ("VPP", grid.vpp),
+        ("EP", grid.ep),
+    )
+    text = " ".join(f"{name}{degree}" for name, degree in degrees if degree > 1)
+    return text + (", overlap" if grid.expert_overlap else "")
+
+
 def model_flop_per_token(load: Workload) -> float:
     """Model FLOP of forward and backward pass a token, Megatron-LM's count."""
     attention, experts = load.attention, load.experts
@@ -187,6 +214,8 @@ _BF16 = Numbers()
 # --fp8-recipe blockwise --fp8-param-gather, Adam's moments in bf16 (Model Zoo, sbatch script).
 _BLOCKWISE = Numbers(fp8="blockwise", fp8_weights=True, moment_bytes=2)
 _TENSORWISE = Numbers(fp8="tensorwise")
+# grad_reduce_in_fp32 false (Megatron-Bridge, recipes/qwen/h100/qwen3_moe.py).
+_BF16_GRADIENTS = Numbers(gradient_bytes=2)
 
 
 def _mixtral(numbers: Numbers) -> Workload:
@@ -263,7 +292,7 @@ RESULTS = (
         name="Qwen3-30B bf16",
         gpus=16,
         tflops=299,
-        load=_qwen_30b(_BF16),
+        load=_qwen_30b(_BF16_GRADIENTS),
         grid=Grid(16, ep=16, expert_overlap=True),
         source="NVIDIA-NeMo/Megatron-Bridge, docs/training/moe-optimization.md (20.147 s a step)",
     ),

@@ -62,11 +62,14 @@ def product_seconds(product: Product, machine: Machine) -> float:
 
 def _filled(product: Product, tile: tuple[int, int], multiprocessors: int) -> float:
     """Useful share of the tiles' work, times what a tile of this size reaches."""
-    rows, columns = ceil(product.m / tile[0]), ceil(product.n / tile[1])
-    tiles = rows * columns * product.groups
+    rows: float = ceil(product.m / tile[0])
+    if product.groups > 1:
+        # Groups differ in size: on average half a tile of each is empty.
+        rows = max(product.m / tile[0] + 0.5, 1.0)
+    tiles = rows * ceil(product.n / tile[1]) * product.groups
     waves = ceil(tiles / multiprocessors)
     # A product with few tiles and a long inner dimension is split along it.
-    split = min(max(multiprocessors // tiles, 1), max(int(product.k // 1024), 1))
+    split = min(max(int(multiprocessors // tiles), 1), max(int(product.k // 1024), 1))
     slots = waves * multiprocessors if split == 1 else multiprocessors / split
     useful = product.m * product.n * product.groups
     return useful / (slots * tile[0] * tile[1]) * _TILE_SHARE[tile[0] * tile[1]]

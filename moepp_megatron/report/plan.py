@@ -153,7 +153,7 @@ def _losses(plan: Plan) -> list[str]:
 
 
 def _models(plan: Plan, tokens: float, price: float | None) -> Table:
-    title = f"MoE++ beside vanilla, each in its best layout; {formatting.count(tokens)} tokens"
+    title = f"MoE++ beside vanilla, each in its best layout; {formatting.big_count(tokens)} tokens"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("model")
     for name in ("phi", "step s", "speed-up", "tok/s/GPU", "a2a GB", "days", "GPU hours"):
