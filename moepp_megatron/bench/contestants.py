@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -16,10 +17,12 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from torch import Tensor
 
+from moepp_megatron.bench.bounds import Load, Work, layer_work
 from moepp_megatron.bench.held_routing import balanced_selection, balanced_shares, hold
 from moepp_megatron.bench.shapes import PaperShape
 from moepp_megatron.config import Config, parse_config
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
+from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.spec import get_moepp_layer_spec
 from moepp_megatron.runtime.optional import have_transformer_engine
 
@@ -28,9 +31,17 @@ TOPK = 2
 
 
 def layer_config(
-    shape: PaperShape, tau: float, dtype: str, vanilla: bool, dispatcher: str
+    shape: PaperShape,
+    tau: float,
+    dtype: str,
+    vanilla: bool,
+    dispatcher: str,
+    fp8_recipe: str = "delayed",
 ) -> Config:
-    """A configuration whose MoE layers are those of `shape`."""
+    """A configuration whose MoE layers are those of `shape`; `fp8_recipe` counts for "fp8"."""
+    precision: dict[str, object] = {"dtype": dtype}
+    if dtype == "fp8":
+        precision = {"dtype": "bf16", "fp8": "hybrid", "fp8_recipe": fp8_recipe}
     zero_computation = {
         "num_zero_experts": 0 if vanilla else 1,
         "num_copy_experts": 0 if vanilla else 1,
@@ -55,7 +66,7 @@ def layer_config(
                 "dispatcher": dispatcher,
                 **zero_computation,
             },
-            "precision": {"dtype": dtype},
+            "precision": precision,
             "optimizer": {"lr": 1e-3},
             "training": {"train_iters": 1, "global_batch_size": 1, "micro_batch_size": 1},
         }
@@ -68,13 +79,16 @@ class Contestant:
     Args:
         shape: Which layer.
         tau: Weight of a zero-computation expert in the balance.
-        dtype: "fp32" or "bf16".
+        dtype: "fp32", "bf16" or "fp8" (the experts' products in FP8, all else in bf16).
         num_tokens: Local tokens.
         vanilla: megatron-core's layer instead of the MoE++ layer.
         dispatcher: `moe.dispatcher`.
+        fp8_recipe: `precision.fp8_recipe`, for "fp8".
 
     Attributes:
         layer: The module.
+        load: What the held routing asks for.
+        work: Part to what it cannot avoid in a forward pass.
     """
 
     def __init__(
@@ -86,8 +100,9 @@ class Contestant:
         *,
         vanilla: bool,
         dispatcher: str = "alltoall",
+        fp8_recipe: str = "delayed",
     ) -> None:
-        config = layer_config(shape, tau, dtype, vanilla, dispatcher)
+        config = layer_config(shape, tau, dtype, vanilla, dispatcher, fp8_recipe)
         self._is_vanilla = vanilla
         self.layer: Any = _vanilla_layer(config) if vanilla else _moepp_layer(config)
         device = torch.cuda.current_device()
@@ -96,7 +111,13 @@ class Contestant:
         generator = torch.Generator().manual_seed(_SEED)
         zero_computation = 0 if vanilla else shape.num_zero_computation_experts
         shares = balanced_shares(shape.num_ffn_experts, zero_computation, tau)
-        hold(self.layer.router, balanced_selection(num_tokens, shares, TOPK, generator))
+        picks = balanced_selection(num_tokens, shares, TOPK, generator)
+        hold(self.layer.router, picks)
+        self.load = Load.of(picks, shape)
+        fused = isinstance(self.layer, MoEPPLayer) and self.layer.fuses_combine
+        self.work: dict[str, Work] = layer_work(
+            shape, self.load, dtype, topk=TOPK, vanilla=vanilla, fused=fused
+        )
         size = (num_tokens, 1, shape.hidden_size)
         params_dtype = self.layer.config.params_dtype
         self._input = torch.randn(size, generator=generator).to(device, params_dtype)
@@ -110,11 +131,15 @@ class Contestant:
 
     def forward(self) -> Tensor:
         """One forward pass as in training; returns the output [T, 1, D]."""
-        if self._is_vanilla:
-            output, _ = self.layer(self._input)
-        else:
-            output, _ = self.layer(self._input, self._previous)
+        inputs = (self._input,) if self._is_vanilla else (self._input, self._previous)
+        with get_fp8_context(self.layer.config):
+            output, _ = self.layer(*inputs)
         return output
+
+    @property
+    def experts(self) -> str:
+        """Whose FFN experts run, such as "TEGroupedMLP"."""
+        return type(self.layer.experts).__name__
 
     def forward_only(self) -> Tensor:
         """One forward pass that nothing will be differentiated of."""
@@ -129,8 +154,15 @@ class Contestant:
             parameter.grad = None
 
 
-def _moepp_layer(config: Config) -> Any:
+def _megatron(config: Config) -> Any:
     megatron = transformer_config(config)
+    # The wrapper that owns the buffers to accumulate gradients in is not here.
+    megatron.gradient_accumulation_fusion = False
+    return megatron
+
+
+def _moepp_layer(config: Config) -> Any:
+    megatron = _megatron(config)
     spec = get_moepp_layer_spec(
         megatron, moepp_config(config), use_transformer_engine=have_transformer_engine()
     )
@@ -138,8 +170,8 @@ def _moepp_layer(config: Config) -> Any:
 
 
 def _vanilla_layer(config: Config) -> Any:
-    """Straight from megatron-core's own layer specs."""
-    megatron = transformer_config(config)
+    """Straight from megatron-core's own layer specs: with Transformer Engine its grouped GEMM."""
+    megatron = _megatron(config)
     experts = megatron.num_moe_experts
     if have_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec(

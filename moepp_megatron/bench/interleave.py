@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
+from moepp_megatron.bench import clock
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,8 @@ def interleaved(
 ) -> dict[str, Timed]:
     """Run all contestants once a round, each round beginning with another one.
 
+    A GPU has nothing to do when a contestant begins, so that its time is its own.
+
     Args:
         contestants: What to time, by name.
         rounds: Rounds that count.
@@ -51,11 +52,12 @@ def interleaved(
     for number in range(-warmup, rounds):
         for index in range(len(names)):
             name = names[(index + number) % len(names)]
-            torch.cuda.synchronize()
-            began = time.perf_counter()
+            clock.settle()
+            began = clock.now()
             contestants[name]()
-            torch.cuda.synchronize()
+            ended = clock.now()
+            clock.settle()
             if number >= 0:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock.seconds(began, ended))
         progress()
     return {name: Timed(values) for name, values in seconds.items()}

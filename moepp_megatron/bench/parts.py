@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from moepp_megatron.bench import clock
 
-# Part to methods of megatron-core's `MoELayer` and of ours. What they leave is "rest".
+# Part to methods of megatron-core's `MoELayer` and of ours. What they leave is "rest". Where one
+# kernel combines and adds up zero-computation experts, all of it is "combine" but the product of
+# the mixing weights.
 _PARTS = {
     "router": (("", "route"), ("router", "forward")),
     "dispatch": (("", "preprocess"), ("", "dispatch")),
     "experts": (("", "routed_experts_compute"),),
-    "combine": (("", "combine"), ("", "postprocess")),
-    "zero_computation": (("zero_computation", "forward"),),
+    "combine": (("", "combine"), ("", "postprocess"), ("", "_fused_output")),
+    "zero_computation": (("zero_computation", "forward"), ("zero_computation", "ingredients")),
 }
+
+
+@dataclass
+class _Span:
+    """A call of a part's method, between two points in time, and the calls inside it."""
+
+    part: str
+    begin: Any
+    end: Any = None
+    inner: list[_Span] = field(default_factory=list)
+
+    def add_to(self, seconds: dict[str, float]) -> float:
+        """Add what belongs to this part and to no other inside it; returns all of the time."""
+        total = clock.seconds(self.begin, self.end)
+        inside = sum(span.add_to(seconds) for span in self.inner)
+        seconds[self.part] += total - inside
+        return total
 
 
 def parts_ms(layer: Any, forward: Callable[[], object], rounds: int) -> dict[str, float]:
@@ -30,43 +49,43 @@ def parts_ms(layer: Any, forward: Callable[[], object], rounds: int) -> dict[str
         rounds: Passes to time, after one that is not counted.
     """
     seconds: dict[str, list[float]] = defaultdict(list)
-    current: dict[str, float] = {}
+    open_spans: list[_Span] = []
     originals: list[tuple[Any, str]] = []
     for part, methods in _PARTS.items():
         for owner_name, method in methods:
             owner = getattr(layer, owner_name, None) if owner_name else layer
             if owner is not None and hasattr(owner, method):
-                setattr(owner, method, _timed(getattr(owner, method), part, current))
+                setattr(owner, method, _timed(getattr(owner, method), part, open_spans))
                 originals.append((owner, method))
     try:
-        forward()
-        for _ in range(rounds):
-            current.clear()
-            began = _now()
+        for number in range(rounds + 1):
+            clock.settle()
+            whole = _Span("rest", clock.now())
+            open_spans[:] = [whole]
             forward()
-            current["rest"] = _now() - began - sum(current.values())
-            for part, value in current.items():
-                seconds[part].append(value)
+            whole.end = clock.now()
+            clock.settle()
+            if number > 0:
+                current: dict[str, float] = defaultdict(float)
+                whole.add_to(current)
+                for part, value in current.items():
+                    seconds[part].append(value)
     finally:
         for owner, method in originals:
             delattr(owner, method)
     return {part: statistics.median(values) * 1e3 for part, values in seconds.items()}
 
 
-def _timed(
-    function: Callable[..., Any], part: str, current: dict[str, float]
-) -> Callable[..., Any]:
+def _timed(function: Callable[..., Any], part: str, open_spans: list[_Span]) -> Callable[..., Any]:
     @functools.wraps(function)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        # Parts do not nest, but two methods may be one part, one inside the other.
-        began, before = _now(), current.get(part, 0.0)
-        result = function(*args, **kwargs)
-        current[part] = before + _now() - began
-        return result
+        span = _Span(part, clock.now())
+        open_spans[-1].inner.append(span)
+        open_spans.append(span)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            open_spans.pop()
+            span.end = clock.now()
 
     return timed
-
-
-def _now() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.bench_collectives import collectives
+
 if TYPE_CHECKING:
     from moepp_megatron.config import Config, Layout
 
 app = typer.Typer(help="Measure speed against the vanilla layer.", no_args_is_help=True)
+app.command()(collectives)
 
 _DTYPES = ("fp32", "bf16")
+_LAYER_DTYPES = (*_DTYPES, "fp8")
+_FP8_RECIPES = ("delayed", "tensorwise", "blockwise")
 
 
 @app.command()
@@ -23,7 +28,13 @@ def layer(
     taus: Annotated[
         str, typer.Option(help="Weights of a zero-computation expert.", metavar="TAU,...")
     ] = "0.1,0.25,0.5,0.75,1.0",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    dtype: Annotated[
+        str,
+        typer.Option(help="fp32, bf16, or fp8: the experts' products in FP8, all else in bf16."),
+    ] = "fp32",
+    fp8_recipe: Annotated[
+        str, typer.Option(help="With fp8: delayed, tensorwise or blockwise.")
+    ] = "delayed",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a pass.")] = 4096,
     passes: Annotated[
         str, typer.Option(help="forward, forward_backward.", metavar="PASS,...")
@@ -41,43 +52,99 @@ def layer(
     """One MoE++ layer against megatron-core's MoE layer of the same FFN experts.
 
     Routing is held at the balanced share phi. efficiency = speedup x phi: how much of the speed-up
-    that the routing allows is reached.
+    that the routing allows is reached. Each part's time stands beside its bound: its bytes over the
+    measured copy, or its FLOPs over the measured matrix product of this card.
     """
     from moepp_megatron.config.choices import parse_choices, parse_numbers
 
     tau_values = parse_numbers("--taus", taus, "a number > 0", lambda tau: tau > 0)
     pass_names = parse_choices("--passes", passes, ("forward", "forward_backward"))
-    (chosen_dtype,) = parse_choices("--dtype", dtype, _DTYPES)
+    (chosen_dtype,) = parse_choices("--dtype", dtype, _LAYER_DTYPES)
+    (recipe,) = parse_choices("--fp8-recipe", fp8_recipe, _FP8_RECIPES)
     from moepp_megatron.bench.shapes import SHAPES
 
     shape_names = parse_choices("--shapes", shapes, tuple(SHAPES))
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
-    from moepp_megatron.bench.layer import run_layer_benchmark
+    if chosen_dtype == "fp8":
+        _refuse_unfit_fp8(recipe)
+    from moepp_megatron.bench.layer import LayerSetting, run_layer_benchmark
     from moepp_megatron.bench.process import single_process
-    from moepp_megatron.report import bench
+    from moepp_megatron.report import bench, bench_bounds
+    from moepp_megatron.report.progress import progress
 
     total = len(shape_names) * len(tau_values) * len(pass_names)
-    with single_process(), bench.progress(total) as advance:
+    with single_process(), progress(total) as advance:
         results = list(
             run_layer_benchmark(
                 [SHAPES[name] for name in shape_names],
                 tau_values,
-                chosen_dtype,
-                tokens,
                 pass_names,
-                rounds,
+                LayerSetting(chosen_dtype, tokens, rounds, fp8_recipe=recipe),
                 progress=advance,
             )
         )
     bench.print_table(results)
+    bench_bounds.print_bounds(results)
     if json_file is not None:
         bench.write_json(json_file, results)
         typer.echo(f"results      {json_file}")
     if plot is not None:
         bench.plot(plot, results)
         typer.echo(f"plot         {plot}")
+
+
+def _refuse_unfit_fp8(recipe: str) -> None:
+    from moepp_megatron.bench.contestants import layer_config
+    from moepp_megatron.bench.shapes import SHAPES
+    from moepp_megatron.config import UnfitError
+    from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
+
+    config = layer_config(SHAPES["0.6B"], 0.75, "fp8", False, "alltoall", recipe)
+    obstacle = fp8_obstacle(config, FP8Machine.this())
+    if obstacle is not None:
+        reason, _, _ = obstacle.partition("; ")
+        raise UnfitError(f"--dtype (fp8) cannot be measured here: {reason}; use bf16")
+
+
+@app.command()
+def card(
+    dtypes: Annotated[
+        str,
+        typer.Option(help="Number formats; fp8 only where the card has it.", metavar="NAME,..."),
+    ] = "fp32,bf16,fp8",
+    size: Annotated[
+        int | None, typer.Option(min=16, help="Side of the matrices; 8192 on a GPU, else 1024.")
+    ] = None,
+    megabytes: Annotated[
+        int | None, typer.Option(min=1, help="MB to copy; 1074 on a GPU, else 268.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
+    ] = None,
+) -> None:
+    """What this card reaches by itself: matrix products and a copy in its memory."""
+    from moepp_megatron.config.choices import parse_choices
+    from moepp_megatron.config.errors import ConfigError
+
+    names = parse_choices("--dtypes", dtypes, _LAYER_DTYPES)
+    if size is not None and size % 16 != 0:
+        raise ConfigError(
+            f"--size ({size}) must be a multiple of 16, as FP8 products are; "
+            f"use {(size // 16 + 1) * 16}"
+        )
+    from moepp_megatron.runtime.quiet import quiet
+
+    quiet()
+    from moepp_megatron.bench.card import measure_card
+    from moepp_megatron.report import bench, bench_bounds
+
+    result = measure_card(names, size, None if megabytes is None else megabytes * 10**6)
+    bench_bounds.print_card(result, names)
+    if json_file is not None:
+        bench.write_records(json_file, result)
+        typer.echo(f"result       {json_file}")
 
 
 @app.command()

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
-from moepp_megatron.config import ConfigError
+from moepp_megatron.config import ConfigError, UnfitError
 
 
 def test_layer_writes_json_and_plot(tmp_path: Path) -> None:
@@ -30,8 +30,18 @@ def test_layer_writes_json_and_plot(tmp_path: Path) -> None:
         # Half of the selections skip the FFN experts: so does what is kept of them.
         assert record["moepp_kept_bytes"] < 0.6 * record["vanilla_kept_bytes"]
         assert set(record["moepp_parts_ms"]) >= {"router", "experts", "zero_computation"}
+        # Every part has its bound.
+        assert set(record["moepp_bounds_ms"]) == set(record["moepp_parts_ms"]) - {"rest"}
+        assert set(record["vanilla_bounds_ms"]) == set(record["vanilla_parts_ms"]) - {"rest"}
+        passes = 1 if record["pass"] == "forward" else 3
+        flops = passes * 6 * 64 * 768 * 2048  # K T rows of 32 tokens
+        assert record["vanilla_tflops"] == pytest.approx(flops / record["vanilla_ms"] / 1e9)
+        assert record["moepp_tflops"] == pytest.approx(flops / 2 / record["moepp_ms"] / 1e9)
+        assert record["vanilla_experts"] == "SequentialMLP"
+        assert min(record["matmul_tflops"], record["copy_gb_s"]) > 0
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert "efficiency" in done.stdout
+    assert "over its bound" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -41,7 +51,10 @@ def test_layer_writes_json_and_plot(tmp_path: Path) -> None:
         (["layer", "--taus", "0.5,x"], "--taus (x) must be a number > 0"),
         (["layer", "--taus", "-1"], "--taus (-1) must be a number > 0"),
         (["layer", "--passes", "fwd"], "--passes (fwd) must be one of forward"),
-        (["layer", "--dtype", "bf1"], "--dtype (bf1) must be one of fp32, bf16; did you mean bf16"),
+        (
+            ["layer", "--dtype", "bf1"],
+            "--dtype (bf1) must be one of fp32, bf16, fp8; did you mean bf16",
+        ),
         (["layer", "--shapes", ","], "--shapes (',') must name at least one"),
         (["dispatch", "--experts", "7"], "--experts (7) must be divisible by the number of ranks"),
         (["dispatch", "--topk", "9"], "--topk (9) must be at most --experts (8)"),
@@ -51,3 +64,22 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
+
+
+def test_fp8_is_refused_with_the_reason_where_it_cannot_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from moepp_megatron.runtime.fp8 import FP8Machine
+
+    for machine, reason in (
+        (FP8Machine(None, None, None), "must have Transformer Engine and a GPU, which this"),
+        (FP8Machine((2, 20, 0), (8, 0), (13, 0)), "compute capability 8.9, not 8.0"),
+    ):
+        monkeypatch.setattr(FP8Machine, "this", classmethod(lambda cls, found=machine: found))
+        result = CliRunner().invoke(app, ["bench", "layer", "--dtype", "fp8"])
+        assert isinstance(result.exception, UnfitError)
+        assert result.exception.exit_code == 3
+        message = str(result.exception)
+        assert message.startswith("--dtype (fp8) cannot be measured here: ")
+        assert reason in message
+        assert message.endswith("; use bf16")
