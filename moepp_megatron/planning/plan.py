@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moepp_megatron.bench.rival import vanilla
-from moepp_megatron.config import Config, ConfigError, with_overrides
+from moepp_megatron.config import Config, ConfigError, parse_config, with_overrides
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.planning.coster import GIB, Cost, Coster
 from moepp_megatron.planning.grid import Grid
@@ -165,7 +165,7 @@ def make_plan(
     layouts = _accepted(config, search, world, machine, routing, top)
     rivals = []
     if not config.moe.is_vanilla:
-        rivals += _best_of(vanilla(config), world, machine, routing)
+        rivals += _best_of(vanilla(_without_budget(config)), world, machine, routing)
         for tau in taus:
             if tau != config.moe.tau:
                 rivals += _best_again(_with_tau(config, tau), search, world, machine, routing)
@@ -290,10 +290,14 @@ def _best_again(
 
 
 def _with_tau(config: Config, tau: float) -> Config:
-    overrides = [f"moe.tau={tau}"]
-    if config.moe.budget.target_ffn_per_token is not None:
-        overrides.append("moe.budget.target_ffn_per_token=null")
-    return with_overrides(config, overrides)
+    return with_overrides(_without_budget(config), [f"moe.tau={tau}"])
+
+
+def _without_budget(config: Config) -> Config:
+    """The same model, balanced by tau alone."""
+    content = config.model_dump(mode="json", exclude_unset=True)
+    content["moe"].pop("budget", None)
+    return parse_config(content)
 
 
 def _check_formats(config: Config, machine: Machine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from typing import Literal
 
 from moepp_megatron.planning.machine import Machine
 
@@ -83,6 +84,7 @@ class Work:
         products: Matrix products.
         core_flop: FLOP of the attention's core, masked scores left out.
         core_seq: Sequence length of the core, which its speed depends on.
+        core_number: Format of the core: it stays in bf16 where products are in FP8.
         moved: Bytes that kernels without products read and write.
         kernels: Kernels, the products' too.
         is_backward: The attention's core is slower backward.
@@ -94,6 +96,7 @@ class Work:
     moved: float = 0.0
     kernels: int = 0
     is_backward: bool = False
+    core_number: Literal["fp32", "bf16"] = "bf16"
 
     @property
     def flop(self) -> float:
@@ -106,6 +109,5 @@ def work_seconds(work: Work, machine: Machine) -> float:
     seconds = sum(product_seconds(product, machine) for product in work.products)
     if work.core_flop:
         share = machine.reached.attention_share(work.core_seq, work.is_backward)
-        rated = (machine.hardware.bf16_tflops or 0.0) * 1e12
-        seconds += work.core_flop / (rated * share)
+        seconds += work.core_flop / (machine.rated(work.core_number) * share)
     return seconds + work.moved / machine.memory_rate + work.kernels * machine.reached.kernel_s

@@ -149,6 +149,14 @@ def test_the_plan_is_the_best_of_all_layouts(h100: Machine) -> None:
     assert hours * 3600 * plan.best.tokens_per_s_per_gpu * WORLD == pytest.approx(1e9)
 
 
+def test_a_budget_is_planned_beside_taus_and_vanilla(h100: Machine) -> None:
+    config = configured(moe={"budget": {"target_ffn_per_token": 1.2}}, batch=96)
+    plan = make_plan(config, WORLD, h100, LEARNED, taus=(0.25,), top=1)
+    assert plan.best is not None
+    assert plan.best.ffn_share == pytest.approx(0.6)
+    assert [rival.kind for rival in plan.rivals] == ["vanilla", "moepp"]
+
+
 def test_a_model_that_does_not_fit_names_what_comes_closest(h100: Machine) -> None:
     tiny = replace(h100, memory_bytes=1e9)
     plan = make_plan(configured(), 1, tiny, FORCED_BALANCE)
