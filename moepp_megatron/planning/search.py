@@ -21,7 +21,7 @@ from moepp_megatron.planning.workload import Workload
 
 # arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.
 _LEAST_TOKENS_PER_CONTEXT_RANK = 4096
-_MICRO_BATCHES = (1, 2, 4, 8)
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
 _RECOMPUTE: tuple[Recompute, ...] = ((), ("layernorm", "moe_act"), ("moe_act",), ("moe",), FULL)
 # What the combined schedule of forward and backward cannot repeat (rules/expert_overlap.py).
 _NOT_WITH_OVERLAP = {"layernorm", "moe", "full"}

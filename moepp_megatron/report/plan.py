@@ -17,7 +17,8 @@ from rich.table import Table
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.planning.coster import GIB
 from moepp_megatron.planning.links import placement
-from moepp_megatron.planning.plan import Plan, Planned
+from moepp_megatron.planning.plan import Plan
+from moepp_megatron.planning.planned import Planned
 from moepp_megatron.report import formatting
 from moepp_megatron.report.drawing import BLUE, GREEN, INK, MUTED, STYLE, VERMILION
 
@@ -89,7 +90,7 @@ def _layouts(plan: Plan) -> Table:
     for name in ("", "TP", "CP", "PP", "VPP", "EP", "ETP", "DP", "MBS"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("recompute, overlap")
-    for name in ("GiB", "step s", "tok/s/GPU", "TFLOP/s", "MFU", "a2a GB"):
+    for name in ("GiB", "step s", "tok/s/GPU", "TFLOP/s", "MFU", "a2a"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, planned in enumerate(plan.layouts, start=1):
         grid = planned.grid
@@ -105,7 +106,7 @@ def _layouts(plan: Plan) -> Table:
             f"{planned.tokens_per_s_per_gpu:,.0f}",
             f"{planned.tflops_per_gpu:.0f}",
             f"{planned.mfu:.1%}",
-            f"{planned.step.exchange_bytes / 1e9:,.0f}",
+            _size(planned.step.exchange_bytes),
         )
     return table
 
@@ -156,7 +157,7 @@ def _models(plan: Plan, tokens: float, price: float | None) -> Table:
     title = f"MoE++ beside vanilla, each in its best layout; {formatting.big_count(tokens)} tokens"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("model")
-    for name in ("phi", "step s", "speed-up", "tok/s/GPU", "a2a GB", "days", "GPU hours"):
+    for name in ("phi", "step s", "speed-up", "tok/s/GPU", "a2a", "days", "GPU hours"):
         table.add_column(name, justify="right", no_wrap=True)
     if price is not None:
         table.add_column("money", justify="right", no_wrap=True)
@@ -173,7 +174,7 @@ def _models(plan: Plan, tokens: float, price: float | None) -> Table:
             f"{planned.step.total:.3f}",
             f"{base.step.total / planned.step.total:.2f}",
             f"{planned.tokens_per_s_per_gpu:,.0f}",
-            f"{planned.step.exchange_bytes / 1e9:,.0f}",
+            _size(planned.step.exchange_bytes),
             f"{hours / 24:,.1f}",
             f"{hours * plan.world:,.0f}",
         ]
@@ -181,6 +182,13 @@ def _models(plan: Plan, tokens: float, price: float | None) -> Table:
             row.append(f"{hours * plan.world * price:,.0f}")
         table.add_row(*row, short_name(planned))
     return table
+
+
+def _size(count: float) -> str:
+    """Bytes as GB or TB."""
+    if count >= 10e12:
+        return f"{count / 1e12:,.0f} TB"
+    return f"{count / 1e9:,.0f} GB" if count else "0"
 
 
 def models(plan: Plan) -> list[Planned]:
