@@ -52,7 +52,7 @@ def _stages(config: Config, layout: Layout) -> Table:
         "stage",
         "layers",
         title="each rank of a pipeline stage, MiB",
-        caption="activations and buffers are estimates for even routing (docs/planning.md)",
+        caption="activations and buffers: estimates for GPUs and even routing (docs/planning.md)",
     )
     columns = ("parameters", "weights", "gradients", "optimizer", "activations", "buffers", "sum")
     for column in columns:

@@ -14,6 +14,7 @@ from moepp_megatron.cli import (
     generate,
     inspect,
     monitor,
+    plan,
     profile,
     report,
     scale,
@@ -41,6 +42,7 @@ app.command()(report.report)
 app.command()(monitor.monitor)
 app.command()(profile.profile)
 app.add_typer(bench.app, name="bench")
+app.command()(plan.plan)
 app.command()(scale.scale)
 app.command()(slurm.slurm)
 

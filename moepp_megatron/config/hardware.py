@@ -191,6 +191,14 @@ def known_hardware() -> list[str]:
     return [path.stem for path in _FOLDER.glob("*.yaml")]
 
 
+def nearest_hardware(name: str) -> str:
+    """The name of the one description that starts with `name`, such as h100; else `name` itself."""
+    if name in known_hardware():
+        return name
+    starting = [known for known in known_hardware() if known.startswith(name.lower())]
+    return starting[0] if len(starting) == 1 else name
+
+
 def find_hardware(device_name: str) -> Hardware | None:
     """The description of the card that NVML calls `device_name`, or None."""
     for name in known_hardware():

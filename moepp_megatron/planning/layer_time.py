@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from moepp_megatron.planning.grid import Grid
@@ -104,7 +104,7 @@ def layer_key(grid: Grid) -> Grid:
 
 
 def _core_seconds(work: Work, machine: Machine) -> float:
-    core = Work((), work.core_flop, work.core_seq, is_backward=work.is_backward)
+    core = replace(work, products=(), moved=0.0, kernels=0)
     return work_seconds(core, machine)
 
 

@@ -11,8 +11,6 @@ from moepp_megatron.planning.efficiency import DEFAULT, Efficiencies
 _NEEDED = (
     "memory_gb",
     "memory_bandwidth_gb_s",
-    "fp32_tflops",
-    "bf16_tflops",
     "network_gbit_s_per_gpu",
     "gpus_per_node",
 )
@@ -49,6 +47,11 @@ class Machine:
         Args:
             number: "fp32", "bf16", "fp8" (tensorwise, delayed) or "fp8_blockwise".
         """
+        share: float = getattr(self.reached, f"{number}_matmul")
+        return self.rated(number) * share
+
+    def rated(self, number: str) -> float:
+        """Rated FLOP/s of a format."""
         rated = {
             "fp32": self.hardware.fp32_tflops,
             "bf16": self.hardware.bf16_tflops,
@@ -56,8 +59,7 @@ class Machine:
             "fp8_blockwise": self.hardware.fp8_tflops,
         }[number]
         assert rated is not None, f"{self.hardware.name} has no {number} rate"
-        share: float = getattr(self.reached, f"{number}_matmul")
-        return rated * 1e12 * share
+        return rated * 1e12
 
 
 def machine_of(hardware: Hardware, reached: Efficiencies = DEFAULT) -> Machine:

@@ -125,14 +125,25 @@ def _attention(load: Workload, grid: Grid) -> Part:
     # The rotation reads and writes queries and keys; query/key norms do so again.
     turned = 2 * size * group * heads * 2 * attention.qk_dim
     moved = turned * (2 if attention.norm_parameters() else 1)
-    ahead_work = Work(forward, core, load.seq, moved + moved_forward, 12)
+    number = load.numbers.dtype
+    ahead_work = Work(
+        forward, core, load.seq // grid.cp, moved + moved_forward, 12, core_number=number
+    )
     # Backward the core computes scores again: five products where the forward pass has two.
-    back_work = Work(backward, 2.5 * core, load.seq, moved + moved_backward, 18, is_backward=True)
+    back_work = Work(
+        backward,
+        2.5 * core,
+        load.seq // grid.cp,
+        moved + moved_backward,
+        18,
+        is_backward=True,
+        core_number=number,
+    )
     again = Work()
     if grid.recomputes_all:
         again = ahead_work
     elif "core_attn" in grid.recompute:
-        again = Work((), core, load.seq, 0.0, 1)
+        again = Work((), core, load.seq // grid.cp, 0.0, 1, core_number=number)
     elif "mla_up_proj" in grid.recompute:
         again = Work(up, kernels=4)
     return Part("attention", ahead_work, back_work, again)

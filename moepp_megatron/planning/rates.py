@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from typing import Literal
 
 from moepp_megatron.planning.machine import Machine
 
@@ -62,11 +63,14 @@ def product_seconds(product: Product, machine: Machine) -> float:
 
 def _filled(product: Product, tile: tuple[int, int], multiprocessors: int) -> float:
     """Useful share of the tiles' work, times what a tile of this size reaches."""
-    rows, columns = ceil(product.m / tile[0]), ceil(product.n / tile[1])
-    tiles = rows * columns * product.groups
+    rows: float = ceil(product.m / tile[0])
+    if product.groups > 1:
+        # Groups differ in size: on average half a tile of each is empty.
+        rows = max(product.m / tile[0] + 0.5, 1.0)
+    tiles = rows * ceil(product.n / tile[1]) * product.groups
     waves = ceil(tiles / multiprocessors)
     # A product with few tiles and a long inner dimension is split along it.
-    split = min(max(multiprocessors // tiles, 1), max(int(product.k // 1024), 1))
+    split = min(max(int(multiprocessors // tiles), 1), max(int(product.k // 1024), 1))
     slots = waves * multiprocessors if split == 1 else multiprocessors / split
     useful = product.m * product.n * product.groups
     return useful / (slots * tile[0] * tile[1]) * _TILE_SHARE[tile[0] * tile[1]]
@@ -80,6 +84,7 @@ class Work:
         products: Matrix products.
         core_flop: FLOP of the attention's core, masked scores left out.
         core_seq: Sequence length of the core, which its speed depends on.
+        core_number: Format of the core: it stays in bf16 where products are in FP8.
         moved: Bytes that kernels without products read and write.
         kernels: Kernels, the products' too.
         is_backward: The attention's core is slower backward.
@@ -91,6 +96,7 @@ class Work:
     moved: float = 0.0
     kernels: int = 0
     is_backward: bool = False
+    core_number: Literal["fp32", "bf16"] = "bf16"
 
     @property
     def flop(self) -> float:
@@ -103,6 +109,5 @@ def work_seconds(work: Work, machine: Machine) -> float:
     seconds = sum(product_seconds(product, machine) for product in work.products)
     if work.core_flop:
         share = machine.reached.attention_share(work.core_seq, work.is_backward)
-        rated = (machine.hardware.bf16_tflops or 0.0) * 1e12
-        seconds += work.core_flop / (rated * share)
+        seconds += work.core_flop / (machine.rated(work.core_number) * share)
     return seconds + work.moved / machine.memory_rate + work.kernels * machine.reached.kernel_s

@@ -6,7 +6,7 @@ integers because a hundred thousand configurations cannot be built and checked i
 themselves.
 
 Left out although legal, because they never win: tensor parallelism beyond a node, context
-parallelism with less than 2,048 tokens a rank, experts split over another number of ranks than 1 or
+parallelism with less than 4,096 tokens a rank, experts split over another number of ranks than 1 or
 TP, stages whose layers are uneven without need.
 """
 
@@ -19,8 +19,9 @@ from moepp_megatron.config import Config
 from moepp_megatron.planning.grid import FULL, Grid, Recompute
 from moepp_megatron.planning.workload import Workload
 
-_LEAST_TOKENS_PER_CONTEXT_RANK = 2048
-_MICRO_BATCHES = (1, 2, 4, 8)
+# arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.
+_LEAST_TOKENS_PER_CONTEXT_RANK = 4096
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
 _RECOMPUTE: tuple[Recompute, ...] = ((), ("layernorm", "moe_act"), ("moe_act",), ("moe",), FULL)
 # What the combined schedule of forward and backward cannot repeat (rules/expert_overlap.py).
 _NOT_WITH_OVERLAP = {"layernorm", "moe", "full"}

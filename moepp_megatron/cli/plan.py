@@ -1,0 +1,145 @@
+"""`moepp plan`: layouts, memory, step time, traffic and money before a cluster is booked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moepp_megatron.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from moepp_megatron.planning.plan import Plan
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Cards to plan for.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="Kind of card: a name in configs/hardware, or a YAML file.")
+    ] = "h100_sxm",
+    taus: Annotated[
+        str, typer.Option(help="Further weights of zero-computation experts.", metavar="TAU,...")
+    ] = "0.25,0.5,1.0",
+    price: Annotated[
+        float | None,
+        typer.Option(help="Price of a card an hour; by default the hardware file's, if any."),
+    ] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option(help="Tokens to train on; by default all of the configured steps."),
+    ] = None,
+    routing: Annotated[
+        Path | None,
+        typer.Option(
+            help="A run, or its metrics.jsonl, whose routing was as uneven as yours will be.",
+            metavar="RUN",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=50, help="Layouts to show.")] = 5,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the layouts here.", metavar="FILE")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw where the time goes.", metavar="FILE.png")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the best layout, as a file with `base:`.", metavar="FILE.yaml"),
+    ] = None,
+) -> None:
+    """Search every legal layout of CONFIG's model on a number of cards.
+
+    Estimates from a cost model, nothing is run: docs/planning.md says how well they hold.
+    """
+    from moepp_megatron.config.choices import parse_numbers
+    from moepp_megatron.config.hardware import load_hardware, nearest_hardware
+
+    settings = load_config(config, overrides or [])
+    tau_values = parse_numbers("--taus", taus, "a number > 0", lambda tau: 0 < tau <= 10)
+    for name, value in (("--price", price), ("--tokens", tokens)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{name} ({value:g}) must be a number above 0; use for example 2.5")
+    hardware = load_hardware(nearest_hardware(gpu))
+    from moepp_megatron.planning.machine import machine_of
+
+    machine = machine_of(hardware)
+    from moepp_megatron.planning.imbalance import LEARNED
+    from moepp_megatron.planning.plan import make_plan
+    from moepp_megatron.planning.recorded_routing import recorded_routing
+
+    moe = settings.moe
+    evenness = (
+        recorded_routing(routing, moe.num_ffn_experts, moe.router_topk) if routing else LEARNED
+    )
+    result = make_plan(settings, gpus, machine, evenness, tau_values, top)
+    from moepp_megatron.report import plan as report
+
+    training = settings.training
+    per_step = training.global_batch_size * settings.model.seq_length
+    report.print_plan(
+        result, tokens or training.train_iters * per_step, price or hardware.price_per_hour
+    )
+    if json_file is not None:
+        report.write_json(json_file, result)
+        typer.echo(f"layouts      {json_file}")
+    if plot is not None:
+        report.plot(plot, result)
+        typer.echo(f"plot         {plot}")
+    _require_fit(result)
+    if out is not None:
+        _write_layout(out, result, config, overrides or [])
+        typer.echo(f"layout       {out}")
+
+
+def _require_fit(result: Plan) -> None:
+    """A plan without a layout is an answer, but not one to train by."""
+    if result.best is not None:
+        return
+    held = min(memory for memory, _ in result.search.misses)
+    raise ConfigError(
+        f"--gpus ({result.world}) must be enough for the model: the smallest layout needs "
+        f"{held / 2**30:.1f} GiB of {result.machine.memory_bytes / 2**30:.1f} on its fullest rank; "
+        "use more cards or a card with more memory"
+    )
+
+
+def _write_layout(out: Path, result: Plan, config: Path, overrides: list[str]) -> None:
+    from moepp_megatron.config.load import parse_override
+    from moepp_megatron.observe.atomic import write_atomic
+    from moepp_megatron.planning.overlay import overlay_text
+
+    best = result.best
+    assert best is not None, "a layout that fits was required"
+    if out.exists() and out.resolve() == config.resolve():
+        raise ConfigError(
+            f"--out ({out}) must not be CONFIG itself, which it starts from; use another"
+        )
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        section, key, value = parse_override(override)
+        first, *inner = key.split(".")
+        for name in reversed(inner):
+            value = {name: value}
+        changes.setdefault(section, {})[first] = value
+    comment = (
+        f"Planned for {result.world} {result.machine.hardware.name}: {best.step.total:.3f} s a "
+        f"step, {best.memory_gib:.1f} GiB a card (estimates)."
+    )
+    layers = result.config.model.num_layers
+    text = overlay_text(best.grid, layers, config, out, changes, comment)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, text.encode())
+    _check(out, result)
+
+
+def _check(out: Path, result: Plan) -> None:
+    """What was written is a valid configuration for these cards."""
+    from moepp_megatron.config import Layout
+
+    written: Config = load_config(out)
+    Layout.from_config(written, result.world)

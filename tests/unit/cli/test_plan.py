@@ -1,0 +1,134 @@
+"""`moepp plan` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.cli import main
+from moepp_megatron.config import Layout, load_config
+
+CONFIG = """\
+run: {dir: runs/test, name: planned}
+model:
+  num_layers: 8
+  hidden_size: 1024
+  ffn_hidden_size: 4096
+  num_attention_heads: 16
+  seq_length: 2048
+  vocab_size: 32768
+moe: {num_ffn_experts: 8}
+precision: {dtype: bf16}
+optimizer: {lr: 1e-3}
+training: {train_iters: 100, global_batch_size: 64, micro_batch_size: 1}
+"""
+CONTRACT = {
+    "layout",
+    "kind",
+    "tau",
+    "fits",
+    "memory_gib",
+    "step_time_s",
+    "tokens_per_s_per_gpu",
+    "tflops_per_gpu",
+    "a2a_bytes",
+}
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs `moepp plan` on a small configuration in this process; returns the exit code."""
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+
+    def run(*options: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["moepp", "plan", str(config), *options])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        return int(ended.value.code or 0)
+
+    return run
+
+
+def test_table_json_plot_and_layout(plan, tmp_path: Path, capsys) -> None:
+    out, data, picture = (tmp_path / name for name in ("best.yaml", "plan.json", "plan.png"))
+    files = ("--json", str(data), "--plot", str(picture), "--out", str(out))
+    prices = ("--price", "2.5", "--tokens", "1e9")
+    assert plan("moe.tau=0.5", "--gpus", "16", "--gpu", "h100", *files, *prices) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "legal layouts on 16 h100_sxm",
+        "vanilla",
+        "MoE++ tau 0.5",
+        "money",
+        "1.00 billion",
+    ):
+        assert text in printed
+    records = json.loads(data.read_text())
+    assert all(record.keys() >= CONTRACT for record in records)
+    assert [record["step_time_s"] for record in records] == sorted(
+        record["step_time_s"] for record in records
+    )
+    assert {(record["kind"], record["tau"]) for record in records} >= {
+        ("moepp", 0.5),
+        ("moepp", 0.25),
+        ("vanilla", None),
+    }
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    written = load_config(out)
+    assert written.moe.tau == 0.5
+    assert Layout.from_config(written, 16).world_size == 16
+    best = next(record for record in records if record["tau"] == 0.5)
+    assert best["layout"]["micro_batch_size"] == written.training.micro_batch_size
+    # Model FLOP/s and tokens/s are two sides of the same step.
+    assert best["tokens_per_s_per_gpu"] == pytest.approx(64 * 2048 / best["step_time_s"] / 16)
+
+
+def test_a_vanilla_model_is_planned_alone(plan, tmp_path: Path) -> None:
+    data = tmp_path / "plan.json"
+    none = [f"moe.num_{kind}_experts=0" for kind in ("zero", "copy", "constant")]
+    assert plan(*none, "moe.gating_residual=false", "--gpus", "8", "--json", str(data)) == 0
+    assert {record["kind"] for record in json.loads(data.read_text())} == {"vanilla"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "11"], "--gpus (11) must allow a legal layout"),
+        (["--gpu", "h300"], "hardware (h300) must be a known name"),
+        (["--gpu", "cpu"], "hardware (cpu) must give"),
+        (["--taus", "0"], "--taus (0) must be a number > 0"),
+        (["--price", "-1"], "--price (-1) must be a number above 0"),
+        (["--tokens", "inf"], "--tokens (inf) must be a number above 0"),
+        (["--routing", "nowhere"], "--routing (nowhere) must be a run"),
+        (["moe.tau=-1"], "moe.tau"),
+        (["precision.fp8=hybrid", "--gpu", "a100"], "precision.fp8 (hybrid) must be a format"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(plan, capsys, options, message) -> None:
+    assert plan(*options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_a_model_too_large_is_said_after_the_nearest_misses(plan, capsys, tmp_path: Path) -> None:
+    out = tmp_path / "best.yaml"
+    huge = ["model.hidden_size=16384", "model.num_layers=64", "model.ffn_hidden_size=65536"]
+    assert plan(*huge, "--gpus", "1", "--out", str(out)) == 2
+    captured = capsys.readouterr()
+    assert "does not fit" in captured.out
+    assert "use more cards" in captured.err
+    assert not out.exists()
+
+
+def test_the_configuration_is_not_overwritten(plan, capsys, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    assert plan("--out", str(config)) == 2
+    assert "must not be CONFIG itself" in capsys.readouterr().err
+    assert config.read_text() == CONFIG
