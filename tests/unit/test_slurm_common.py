@@ -28,6 +28,7 @@ if [[ " $* " == *" --plan "* || ${*: -1} == --plan ]]; then
     printf '%b' "$PLAN"
     exit "${PLAN_STATUS:-0}"
 fi
+cat >/dev/null # as srun, which hands its input to the nodes
 if [[ -n ${CURSED:-} && " $* " == *" $CURSED "* ]]; then exit 1; fi
 if [[ -n ${SRUN_STOPS:-} ]]; then kill -USR1 "$PPID"; sleep 0.3; fi
 exit "${SRUN_STATUS:-0}"
@@ -74,6 +75,7 @@ class Node:
             ["bash", "-c", script],
             env=self.environment | environment,
             cwd=self.folder,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
         )
@@ -230,6 +232,7 @@ def scaling(node: Node, **environment: str) -> tuple[int, str]:
             **environment,
         },
         cwd=node.folder,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
