@@ -329,3 +329,51 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     )
     assert isinstance(result.exception, ConfigError)
     assert "must be a folder that can be written" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "message"),
+    [
+        ("3", [], "--point (null) must name one of the points of 3 ranks: none"),
+        ("2", [], "of 2 ranks: n2_tp1-pp1-cp1-ep2-etp1_b16, n2_tp1-pp1-cp1-ep2-etp1_b32"),
+        (
+            "2",
+            ["--point", "n1_tp1-pp1-cp1-ep1-etp1_b16"],
+            "must have as many ranks as were started (2); start 1",
+        ),
+    ],
+)
+def test_ranks_of_somebody_else_must_know_their_point(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    base = ["scale", str(QUICKSTART), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, [*base, *arguments])
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+
+
+def test_rank_that_fails_says_so_in_words_that_the_launcher_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory.\nmore lines")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("moepp_megatron.cli.scale._measure", fail)
+    # This process is no rank, and is to outlive its parent.
+    monkeypatch.setattr("moepp_megatron.runtime.parent.die_with_parent", lambda parent: None)
+    result = CliRunner().invoke(
+        app, ["scale", str(QUICKSTART), "--out", str(tmp_path), "--nproc", "1"]
+    )
+    assert result.exit_code == 1
+    log = tmp_path / "log"
+    log.write_text(result.output)
+    reason = ScalingFolder(tmp_path).reason(log, 1)
+    assert reason == "rank 0: RuntimeError: CUDA out of memory."
