@@ -16,6 +16,7 @@ from moepp_megatron.profiling.scaling.efficiency import efficiency, scale_record
 from moepp_megatron.profiling.scaling.folder import FAILURE_MARK, Measuring, ScalingFolder
 from moepp_megatron.profiling.scaling.grid import build_grid, parse_layout
 from moepp_megatron.profiling.scaling.point import KindResult, PointResult
+from moepp_megatron.report.scaling_plots import series
 from moepp_megatron.runtime.launch import LaunchOptions
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -126,6 +127,21 @@ def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(
     assert all(r.efficiency_nproc == 2 for r in records)
     assert records[1].tokens_per_s == pytest.approx(4096 / 3)
     assert records[1].step_time_max_s == 27.0
+
+
+def test_page_compares_both_models_in_the_same_layout(config: Config, tmp_path: Path) -> None:
+    grid = build_grid(config, [2], ["ep=1", "ep=2"], ["strong"])
+    folder = ScalingFolder(tmp_path)
+    folder.claim(config, Measuring(("moepp", "vanilla"), 1, 1, 1))
+    # MoE++ is fastest in ep=2, vanilla in ep=1.
+    for point, moepp, vanilla in zip(grid.points, (3.0, 2.0), (4.0, 5.0), strict=True):
+        folder.finish(point, point_result([moepp], [vanilla]))
+    lines = series(scale_records(folder, grid.points))
+    assert [(line.kind, [r.layout[-11:] for r in line.best]) for line in lines] == [
+        ("moepp", [",ep=2,etp=1"]),
+        ("vanilla", [",ep=2,etp=1"]),
+    ]
+    assert [[r.step_time_s for r in line.others] for line in lines] == [[3.0], [4.0]]
 
 
 def test_folder_of_another_test_is_refused(config: Config, tmp_path: Path) -> None:
