@@ -97,27 +97,39 @@ _moepp_on_nodes() {
     return "$status"
 }
 
-# Trains on the first $1 nodes: _moepp_train NODES CONFIG [section.key=value ...]
-_moepp_train() {
-    local nodes=$1 id=$SLURM_JOB_ID.$_MOEPP_RESTART.$SECONDS head
-    local -a command
+# Runs a moepp command that starts ranks once on each of the first $1 nodes, with the options by which
+# the nodes find each other: _moepp_launch NODES COMMAND [OPTION ...] [-- ARGUMENT ...]
+_moepp_launch() {
+    local nodes=$1 head
+    local -a command=("${MOEPP_COMMAND[@]}")
     shift
+    while (($#)) && [[ $1 != -- ]]; do
+        command+=("$1")
+        shift
+    done
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # The node's address as Slurm itself uses it: a node's name need not be one.
     head=$(scontrol show node --oneliner "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-    command=("${MOEPP_COMMAND[@]}" train --resume --nproc "$MOEPP_RANKS_PER_NODE"
-        --max-restarts "$MOEPP_MAX_RESTARTS" --log-dir "$MOEPP_LOG_DIR/$id")
     if ((nodes > 1)); then
         # A port of the job's own, so that two jobs that share a node do not meet, and none of those
         # that Linux hands out to connections (from 32768 on).
-        command+=(--nnodes "$nodes" --rdzv-id "$id"
+        command+=(--nnodes "$nodes" --rdzv-id "$SLURM_JOB_ID.$_MOEPP_RESTART.$SECONDS"
             --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 12000))")
     fi
     # The node's number is known on the node only.
     # shellcheck disable=SC2016
     _moepp_on_nodes "$nodes" bash -c \
         'n=$1; shift; exec "${@:1:n}" --node-rank "$SLURM_NODEID" "${@:n+1}"' \
-        moepp "${#command[@]}" "${command[@]}" -- "$@"
+        moepp "${#command[@]}" "${command[@]}" "$@"
+}
+
+# Trains on the first $1 nodes: _moepp_train NODES CONFIG [section.key=value ...]
+_moepp_train() {
+    local nodes=$1
+    shift
+    _moepp_launch "$nodes" train --resume --nproc "$MOEPP_RANKS_PER_NODE" \
+        --max-restarts "$MOEPP_MAX_RESTARTS" \
+        --log-dir "$MOEPP_LOG_DIR/$SLURM_JOB_ID.$_MOEPP_RESTART.$SECONDS" -- "$@"
 }
 
 # ---- before and after --------------------------------------------------------------------

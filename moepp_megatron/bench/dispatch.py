@@ -164,7 +164,8 @@ class SentBytes:
             dist.all_to_all_single = self._original
 
     def _counted(self, output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        send: list[int] = kwargs.get("input_split_sizes") or args[1]
+        # A list or an array, by the caller.
+        send = kwargs["input_split_sizes"] if "input_split_sizes" in kwargs else args[1]
         rows = sum(send) - send[dist.get_rank()]
         num_bytes = int(rows) * input[0:1].numel() * input.element_size() if len(input) else 0
         if input.shape[1:] == (self._hidden_size,):

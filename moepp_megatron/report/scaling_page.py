@@ -122,7 +122,7 @@ def _is_crowded(record: ScaleRecord) -> bool:
 
 
 def _largest(records: Sequence[ScaleRecord], mode: str) -> dict[str, ScaleRecord]:
-    """By kind: the fastest layout at the largest count that all kinds have.
+    """By kind: the layout in which MoE++ is fastest, at the largest count that all kinds have.
 
     Counts at which ranks share cores are taken only where there are no others.
     """

@@ -24,8 +24,9 @@ class Series:
 
     Attributes:
         kind: "moepp" or "vanilla".
-        best: The fastest layout at each count, by count.
-        others: Slower layouts.
+        best: At each count the layout in which MoE++ is fastest, the same for both models, so that
+            what is compared differs in the model alone.
+        others: Other layouts.
     """
 
     kind: str
@@ -35,17 +36,23 @@ class Series:
 
 def series(records: Sequence[ScaleRecord]) -> list[Series]:
     """MoE++ first; `records` are of one mode."""
-    found = []
-    for kind in _LOOKS:
-        best: dict[int, ScaleRecord] = {}
-        for r in (r for r in records if r.kind == kind):
-            if r.nproc not in best or r.step_time_s < best[r.nproc].step_time_s:
-                best[r.nproc] = r
-        if best:
-            line = [best[nproc] for nproc in sorted(best)]
-            others = [r for r in records if r.kind == kind and r not in line]
-            found.append(Series(kind, line, others))
-    return found
+    kinds = [kind for kind in _LOOKS if any(r.kind == kind for r in records)]
+    chosen: dict[int, ScaleRecord] = {}
+    for r in (r for r in records if r.kind == kinds[0]):
+        if r.nproc not in chosen or r.step_time_s < chosen[r.nproc].step_time_s:
+            chosen[r.nproc] = r
+    layouts = {(nproc, r.layout) for nproc, r in chosen.items()}
+    return [
+        Series(
+            kind,
+            sorted(
+                (r for r in records if r.kind == kind and (r.nproc, r.layout) in layouts),
+                key=lambda r: r.nproc,
+            ),
+            [r for r in records if r.kind == kind and (r.nproc, r.layout) not in layouts],
+        )
+        for kind in kinds
+    ]
 
 
 def scaling_plots(records: Sequence[ScaleRecord], mode: str) -> list[Plot]:
@@ -76,7 +83,7 @@ def _axes(lines: list[Series]) -> Axes:
 def _draw(
     axes: Axes, lines: list[Series], value: Value, spread: tuple[Value, Value] | None = None
 ) -> None:
-    """Lines through the fastest layouts, rings for the others, bars from least to most."""
+    """Lines through the chosen layouts, rings for the others, bars from least to most."""
     for line in lines:
         colour, marker = _LOOKS[line.kind]
         points = [(r, v) for r in line.best if (v := value(r)) is not None]
@@ -99,7 +106,8 @@ def _draw(
 
 
 def _others(lines: list[Series]) -> str:
-    return " Rings: slower layouts." if any(line.others for line in lines) else ""
+    shown = any(line.others for line in lines)
+    return " Lines: the layout in which MoE++ is fastest. Rings: others." if shown else ""
 
 
 def _ideal(axes: Axes, lines: list[Series], value: Callable[[ScaleRecord, int], float]) -> None:

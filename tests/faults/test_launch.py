@@ -19,7 +19,9 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
-options = LaunchOptions(2, stoppable=sys.argv[2] == "stoppable", log_dir=Path(sys.argv[3]))
+kind, logs = sys.argv[2], Path(sys.argv[3])
+output = logs.with_name("all.log") if kind == "quiet" else None
+options = LaunchOptions(2, stoppable=kind == "stoppable", log_dir=logs, output=output)
 sys.exit(run_ranks(options, sys.argv[1], sys.argv[4:]))
 """
 RANK = """
@@ -120,6 +122,14 @@ def test_each_rank_has_its_own_log_and_is_heard(start, tmp_path: Path) -> None:
         assert f"rank {rank} says hello" in output
 
 
+def test_output_of_all_ranks_goes_to_a_file(start, tmp_path: Path) -> None:
+    output, _ = start("crash", "quiet").communicate()
+    assert output == ""
+    text = (tmp_path / "all.log").read_text()
+    assert "rank 0 says hello" in text
+    assert "rank 1 says hello" in text
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_request_to_a_rank_that_still_starts_waits_for_it(start, tmp_path, number) -> None:
     process = start("late listener")
@@ -138,7 +148,7 @@ def test_ranks_that_cannot_stop_are_ended(start, tmp_path: Path) -> None:
     ranks = pids(tmp_path)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    assert process.returncode not in (0, 75)
+    assert process.returncode == 128 + signal.SIGTERM
     assert gone(ranks)
 
 

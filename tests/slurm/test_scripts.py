@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -60,16 +61,26 @@ def test_preflight_names_the_sick_node(jobs: Jobs) -> None:
 
 
 @pytest.mark.slow
-def test_scaling_runs_every_size(jobs: Jobs) -> None:
+def test_scaling_over_node_counts(jobs: Jobs) -> None:
+    """One rank a node, 1 and 2 nodes; a second submission measures only what is missing."""
     config = jobs.config({"parallel": {"expert_model_parallel_size": 1}})
-    folder = str(jobs.folder / "scaling")
+    folder = jobs.folder / "scaling"
     script = str(ROOT / "slurm/scaling.sbatch")
-    job = sbatch(jobs, script, str(config), folder, "training.train_iters=5")
+    arguments = [str(config), str(folder), "--repeats", "2", "--steps", "1", "--warmup", "1"]
+    job = sbatch(jobs, script, *arguments, "--mode", "strong")
     job.wait_for_end("COMPLETED")
-    sizes = {path.name for path in Path(folder).iterdir()}
-    assert sizes == {"nodes_1", "nodes_2"}
-    for size in sizes:
-        assert sorted(losses(Path(folder) / size)) == [1, 2, 3, 4, 5]
+    records = json.loads((folder / "scale.json").read_text())
+    assert [(r["nproc"], r["hosts"], r["kind"]) for r in records] == [
+        (nproc, 1, kind) for nproc in (1, 2) for kind in ("moepp", "vanilla")
+    ], "both nodes of this cluster are one host"
+    assert records[-1]["layout"] == "tp=1,pp=1,cp=1,ep=2,etp=1"
+    assert records[-1]["a2a_bytes"] > 0
+    assert (folder / "logs" / "n2_tp1-pp1-cp1-ep2-etp1_b8.node1.log").exists(), "two launchers"
+    again = sbatch(jobs, script, *arguments, "--mode", "strong,weak")
+    again.wait_for_end("COMPLETED")
+    assert "n2_tp1-pp1-cp1-ep2-etp1_b16 on 2 nodes" in again.output
+    assert "_b8 on" not in again.output.split(f"moepp job {again.number}: ", 1)[1]
+    assert len(json.loads((folder / "scale.json").read_text())) == 8
 
 
 @pytest.mark.slow

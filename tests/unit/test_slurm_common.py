@@ -24,6 +24,12 @@ if [[ " $* " == *" preflight "* ]]; then
     done
     exit 0
 fi
+if [[ " $* " == *" --plan "* || ${*: -1} == --plan ]]; then
+    printf '%b' "$PLAN"
+    exit "${PLAN_STATUS:-0}"
+fi
+cat >/dev/null # as srun, which hands its input to the nodes
+if [[ -n ${CURSED:-} && " $* " == *" $CURSED "* ]]; then exit 1; fi
 if [[ -n ${SRUN_STOPS:-} ]]; then kill -USR1 "$PPID"; sleep 0.3; fi
 exit "${SRUN_STATUS:-0}"
 """
@@ -69,6 +75,7 @@ class Node:
             ["bash", "-c", script],
             env=self.environment | environment,
             cwd=self.folder,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
         )
@@ -207,3 +214,61 @@ def test_apptainer(node: Node) -> None:
         *["apptainer", "exec", "--nv", "--pwd", here, "--bind", here],
         *["--bind", "/a b:/c", "--bind", "/d:/e", "/my images/x.sqsh"],
     ]
+
+
+PLAN = "n8_ep8_b16 8\\nn16_ep8_b16 16\\n"
+
+
+def scaling(node: Node, **environment: str) -> tuple[int, str]:
+    """slurm/scaling.sbatch on the two nodes, 8 ranks each."""
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm/scaling.sbatch"), "/c d/run.yaml", "/o ut", "run.name=$(x)"],
+        env={
+            **node.environment,
+            "MOEPP_ROOT": str(ROOT),
+            "MOEPP_RANKS_PER_NODE": "8",
+            "MOEPP_COMMAND": "moepp",
+            "PLAN": PLAN,
+            **environment,
+        },
+        cwd=node.folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stderr
+
+
+def test_scaling_measures_each_point_on_its_nodes(node: Node) -> None:
+    status, said = scaling(node)
+    assert status == 0, said
+    plan, first, second, collect = node.steps
+    command = ["moepp", "scale", "/c d/run.yaml", "--out", "/o ut", "--nproc", "8,16"]
+    assert plan[-9:] == [*command, "run.name=$(x)", "--plan"]
+    assert "--nodes=1" in first
+    assert first[first.index("scale") - 1 :] == [*command, "run.name=$(x)", "--point", "n8_ep8_b16"]
+    assert "--nodes=2" in second
+    assert second[-8:-2] == [
+        *["--point", "n16_ep8_b16", "--nnodes", "2"],
+        *["--rdzv-id", second[-3]],
+    ]
+    assert second[-2:] == ["--rdzv-endpoint", "10.0.0.1:28007"]
+    assert collect[-9:] == [*command, "run.name=$(x)", "--collect"]
+
+
+def test_scaling_goes_on_after_a_failed_point(node: Node) -> None:
+    status, said = scaling(node, CURSED="n8_ep8_b16")
+    assert status == 1
+    assert "scaling: n8_ep8_b16 failed" in said
+    _, _, second, collect = node.steps
+    assert "n16_ep8_b16" in second
+    assert collect[-1] == "--collect"
+
+
+def test_scaling_with_a_wrong_configuration_starts_nothing(node: Node) -> None:
+    status, _ = scaling(node, PLAN_STATUS="2", PLAN="")
+    assert status == 2
+    assert len(node.steps) == 1
+    status, said = scaling(node, PLAN="n32_ep8_b16 32\\n")
+    assert status == 1
+    assert "n32_ep8_b16 wants 4 nodes; left out" in said

@@ -16,6 +16,7 @@ from moepp_megatron.profiling.scaling.efficiency import efficiency, scale_record
 from moepp_megatron.profiling.scaling.folder import FAILURE_MARK, Measuring, ScalingFolder
 from moepp_megatron.profiling.scaling.grid import build_grid, parse_layout
 from moepp_megatron.profiling.scaling.point import KindResult, PointResult
+from moepp_megatron.report.scaling_plots import series
 from moepp_megatron.runtime.launch import LaunchOptions
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -126,6 +127,21 @@ def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(
     assert all(r.efficiency_nproc == 2 for r in records)
     assert records[1].tokens_per_s == pytest.approx(4096 / 3)
     assert records[1].step_time_max_s == 27.0
+
+
+def test_page_compares_both_models_in_the_same_layout(config: Config, tmp_path: Path) -> None:
+    grid = build_grid(config, [2], ["ep=1", "ep=2"], ["strong"])
+    folder = ScalingFolder(tmp_path)
+    folder.claim(config, Measuring(("moepp", "vanilla"), 1, 1, 1))
+    # MoE++ is fastest in ep=2, vanilla in ep=1.
+    for point, moepp, vanilla in zip(grid.points, (3.0, 2.0), (4.0, 5.0), strict=True):
+        folder.finish(point, point_result([moepp], [vanilla]))
+    lines = series(scale_records(folder, grid.points))
+    assert [(line.kind, [r.layout[-11:] for r in line.best]) for line in lines] == [
+        ("moepp", [",ep=2,etp=1"]),
+        ("vanilla", [",ep=2,etp=1"]),
+    ]
+    assert [[r.step_time_s for r in line.others] for line in lines] == [[3.0], [4.0]]
 
 
 def test_folder_of_another_test_is_refused(config: Config, tmp_path: Path) -> None:
@@ -329,3 +345,51 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     )
     assert isinstance(result.exception, ConfigError)
     assert "must be a folder that can be written" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "message"),
+    [
+        ("3", [], "--point (null) must name one of the points of 3 ranks: none"),
+        ("2", [], "of 2 ranks: n2_tp1-pp1-cp1-ep2-etp1_b16, n2_tp1-pp1-cp1-ep2-etp1_b32"),
+        (
+            "2",
+            ["--point", "n1_tp1-pp1-cp1-ep1-etp1_b16"],
+            "must have as many ranks as were started (2); start 1",
+        ),
+    ],
+)
+def test_ranks_of_somebody_else_must_know_their_point(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    base = ["scale", str(QUICKSTART), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, [*base, *arguments])
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+
+
+def test_rank_that_fails_says_so_in_words_that_the_launcher_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory.\nmore lines")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("moepp_megatron.cli.scale._measure", fail)
+    # This process is no rank, and is to outlive its parent.
+    monkeypatch.setattr("moepp_megatron.runtime.parent.die_with_parent", lambda parent: None)
+    result = CliRunner().invoke(
+        app, ["scale", str(QUICKSTART), "--out", str(tmp_path), "--nproc", "1"]
+    )
+    assert result.exit_code == 1
+    log = tmp_path / "log"
+    log.write_text(result.output)
+    reason = ScalingFolder(tmp_path).reason(log, 1)
+    assert reason == "rank 0: RuntimeError: CUDA out of memory."
