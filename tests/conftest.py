@@ -24,6 +24,10 @@ HAS_NVIDIA = bool(shutil.which("nvidia-smi")) or Path("/dev/nvidiactl").exists()
 HAS_CARDS = HAS_NVIDIA and _names_gpu_tests()
 if HAS_NVIDIA and not HAS_CARDS:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if HAS_CARDS:
+    # Transformer Engine multiplies fp32 in TF32 (common/gemm/cublaslt_gemm.cu), megatron-core's
+    # router through it too. Tests in fp32 are about what is computed, so they want fp32.
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 
 def _import_triton_for_its_interpreter() -> None:

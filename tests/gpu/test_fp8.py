@@ -74,10 +74,10 @@ def test_experts_are_those_of_bf16_but_for_rounding(card, recipe, dispatcher, co
     warmed_up(layer, routing, hidden, weights)
     seen, gradients = pass_of(layer, routing, hidden, weights)
     assert (seen.rows, seen.by_expert) == (sum(counts), counts), "padding does not travel"
-    # Of the experts alone: what zero-computation experts add is the same on both sides.
+    # Relative to the FFN experts alone: the others add the same on both sides.
     alone = layer.zero_computation(hidden.view(TOKENS, HIDDEN), routing.gates).view_as(hidden)
-    error = relative_l2(seen.output - alone, expected.output - alone)
-    assert FP8_RAN < error < OUTPUT_ERROR
+    off = (seen.output - expected.output).float().norm()
+    assert FP8_RAN < off / (expected.output - alone).float().norm() < OUTPUT_ERROR
     assert gradients.keys() == wanted.keys()
     for name, gradient in wanted.items():
         if gradient.count_nonzero() == 0:  # an expert without a row
