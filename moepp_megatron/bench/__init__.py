@@ -15,4 +15,8 @@ rival.py         the vanilla model of a configuration
 dispatch.py      `moepp bench dispatch`
 record.py        all of a card's results in one file, for benchmarks/gpu.sh
 random_tokens.py what the steps read
+scale.py         one point of `moepp scale`
+all_to_all_clock.py  time and bytes of all-to-alls within a step
+collectives.py   `moepp bench collectives`
+collective_cases.py  its operations, their buffers and what must arrive
 """

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.bench_collectives import collectives
+
 if TYPE_CHECKING:
     from moepp_megatron.config import Config, Layout
 
 app = typer.Typer(help="Measure speed against the vanilla layer.", no_args_is_help=True)
+app.command()(collectives)
 
 _DTYPES = ("fp32", "bf16")
 _LAYER_DTYPES = (*_DTYPES, "fp8")
@@ -69,9 +72,10 @@ def layer(
     from moepp_megatron.bench.layer import LayerSetting, run_layer_benchmark
     from moepp_megatron.bench.process import single_process
     from moepp_megatron.report import bench, bench_bounds
+    from moepp_megatron.report.progress import progress
 
     total = len(shape_names) * len(tau_values) * len(pass_names)
-    with single_process(), bench.progress(total) as advance:
+    with single_process(), progress(total) as advance:
         results = list(
             run_layer_benchmark(
                 [SHAPES[name] for name in shape_names],

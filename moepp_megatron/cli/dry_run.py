@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
-from moepp_megatron.config.rank_memory import rank_memory
+from moepp_megatron.planning.memory import rank_memory
 
 # A large grid says nothing that its first and last ranks do not.
 _MOST_ROWS = 32
@@ -48,8 +48,14 @@ def _parameters(config: Config) -> Table:
 
 def _stages(config: Config, layout: Layout) -> Table:
     """Layers by model chunk; E is the embedding, L the loss, as in layout strings."""
-    table = Table("stage", "layers", title="each rank of a pipeline stage, MiB")
-    for column in ("parameters", "weights", "gradients", "optimizer"):
+    table = Table(
+        "stage",
+        "layers",
+        title="each rank of a pipeline stage, MiB",
+        caption="activations and buffers are estimates for even routing (docs/planning.md)",
+    )
+    columns = ("parameters", "weights", "gradients", "optimizer", "activations", "buffers", "sum")
+    for column in columns:
         table.add_column(column, justify="right")
     for stage, chunks in enumerate(stage_layers(config)):
         memory = rank_memory(config, layout, stage)
@@ -58,7 +64,14 @@ def _stages(config: Config, layout: Layout) -> Table:
             names[0] = f"E {names[0]}".strip()
         if stage == layout.pp - 1:
             names[-1] = f"{names[-1]} L".strip()
-        sizes = (memory.weights, memory.gradients, memory.optimizer)
+        sizes = (
+            memory.weights,
+            memory.gradients,
+            memory.optimizer,
+            memory.activations,
+            memory.buffers,
+            memory.total,
+        )
         table.add_row(
             str(stage),
             " | ".join(name or "-" for name in names),

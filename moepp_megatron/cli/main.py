@@ -12,8 +12,10 @@ from moepp_megatron.cli import (
     data,
     doctor,
     generate,
+    inspect,
     monitor,
     report,
+    scale,
     score,
     slurm,
     train,
@@ -32,10 +34,12 @@ app.add_typer(data.app, name="data")
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(score.score)
+app.command()(inspect.inspect)
 app.add_typer(convert.app, name="convert")
 app.command()(report.report)
 app.command()(monitor.monitor)
 app.add_typer(bench.app, name="bench")
+app.command()(scale.scale)
 app.command()(slurm.slurm)
 
 

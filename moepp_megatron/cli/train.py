@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.machines import machines
 from moepp_megatron.config import (
     Config,
     ConfigError,
@@ -21,7 +22,6 @@ from moepp_megatron.config import (
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
-    from moepp_megatron.runtime.nodes import Nodes
 
 
 def train(
@@ -72,7 +72,7 @@ def train(
     # Read from the environment only: asking torch would cost seconds before an error shows.
     from moepp_megatron.runtime.rank import RankEnvironment
 
-    nodes = _nodes(nnodes, node_rank, rdzv_endpoint, rdzv_id)
+    nodes = machines(nnodes, node_rank, rdzv_endpoint, rdzv_id)
     # Told to be a launcher it is none of srun's ranks, though srun may have started several.
     rank = RankEnvironment.read() if nodes is None else RankEnvironment()
     settings = load_config(config, overrides or [])
@@ -111,39 +111,6 @@ def train(
     status = run_ranks(options, "moepp_megatron.cli.main", [*arguments, *(overrides or [])])
     if status != 0:
         raise typer.Exit(status)
-
-
-def _nodes(count: int, rank: int | None, endpoint: str | None, run_id: str) -> Nodes | None:
-    """The machines of a run on several; None on one.
-
-    Raises:
-        ConfigError: The options do not belong together.
-    """
-    if rank is not None and rank >= count:
-        raise ConfigError(
-            f"--node-rank ({rank}) must be below --nnodes ({count}); number the machines from 0"
-        )
-    if count == 1:
-        return None
-    if endpoint is None:
-        raise ConfigError(
-            f"--nnodes ({count}) must come with --rdzv-endpoint; name machine 0's address, the "
-            "same on all machines"
-        )
-    from moepp_megatron.runtime.nodes import Nodes, parse_endpoint
-
-    try:
-        host, port = parse_endpoint(endpoint)
-        nodes = Nodes(count, rank, host, port, run_id)
-        nodes.local_address()
-    except ValueError as error:
-        raise ConfigError(f"--rdzv-endpoint {error}; give for example node01:29500") from None
-    except OSError as error:
-        raise ConfigError(
-            f"--rdzv-endpoint ({endpoint}) must be reachable from here ({error.strerror}); check "
-            "the name and the network"
-        ) from None
-    return nodes
 
 
 def _resumed(config: Config) -> Config:

@@ -7,6 +7,8 @@ from difflib import get_close_matches
 
 from moepp_megatron.config.errors import ConfigError
 
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
 
 def parse_choices(option: str, text: str, known: Sequence[str]) -> list[str]:
     """Names out of `known`, each once, in the order given.
@@ -53,3 +55,37 @@ def parse_numbers(option: str, text: str, rule: str, holds: Callable[[float], bo
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes, with K, M or G for binary multiples as nccl-tests has them.
+
+    Raises:
+        ConfigError: Not a whole number above 0 with such a unit.
+    """
+    number, unit = text.strip().upper(), ""
+    if number[-1:] in ("K", "M", "G"):
+        number, unit = number[:-1], number[-1]
+    if not (number.isascii() and number.isdigit() and int(number) > 0):
+        raise ConfigError(
+            f"{option} ({text}) must be bytes above 0, with K, M or G if wanted; "
+            f"use for example {option} 16M"
+        )
+    return int(number) * _UNITS[unit]
+
+
+def parse_counts(option: str, text: str) -> list[int]:
+    """Whole numbers above 0, each once, ascending.
+
+    Raises:
+        ConfigError: For anything else, or none at all.
+    """
+    parts = _parts(text)
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and int(part) > 0):
+            raise ConfigError(
+                f"{option} ({part}) must be a whole number above 0; use for example {option} 1,2,4"
+            )
+    if not parts:
+        raise ConfigError(f"{option} ({text!r}) must hold a number; use for example {option} 1,2,4")
+    return sorted({int(part) for part in parts})

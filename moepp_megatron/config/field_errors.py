@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from moepp_megatron.config.known_keys import section_models, subsection
 from moepp_megatron.config.problem import Problem, show
+from moepp_megatron.config.schema import Section
 
 # pydantic's error type -> (what must hold, what to write).
 _TYPES = {
@@ -74,13 +75,48 @@ def _field_problem(
         assert inner is not None, f"{section} is no section"
         model, holder = inner, holder[section]
     field, value, name = model.model_fields[key], holder.get(key), ".".join(path)
+    entry = _entry_problem(name, field, errors[0], value, len(path))
+    if entry is not None:
+        return entry
+    return _problem(name, field, errors, value, len(errors[0]["loc"]) > len(path))
+
+
+def _entry_problem(
+    name: str, field: FieldInfo, error: ErrorDetails, value: Any, depth: int
+) -> Problem | None:
+    """The problem of a setting inside a list of sections, such as `routing_guard.rules[0].above`.
+
+    None where the field is no such list, or the list itself is wrong.
+    """
+    model = next((a for a in get_args(field.annotation) if isinstance(a, type)), None)
+    location = error["loc"][depth:]
+    if model is None or not issubclass(model, Section) or not location:
+        return None
+    index = int(location[0])
+    name, entry = f"{name}[{index}]", value[index]
+    if len(location) == 1:
+        return Problem(name, entry, "must be a mapping of keys", "write it as {name: ...}")
+    key = str(location[1])
+    if error["type"] == "extra_forbidden":
+        near = get_close_matches(key, model.model_fields, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"use {', '.join(model.model_fields)}"
+        return Problem(f"{name}.{key}", entry[key], "is no known key", remedy)
+    inner = model.model_fields[key]
+    return _problem(f"{name}.{key}", inner, [error], entry.get(key), len(location) > 2)
+
+
+def _problem(
+    name: str, field: FieldInfo, errors: list[ErrorDetails], value: Any, in_list: bool
+) -> Problem:
+    """The problem of the setting `name`, which is `value`."""
     first = errors[0]
     if first["type"] == "missing":
+        section, _, key = name.rpartition(".")
         return Problem(
             name,
             _MISSING,
             f"must be given: {field.description}",
-            f"add {key} under {'.'.join(sections)}: or pass {name}=VALUE",
+            f"add {key} under {section}: or pass {name}=VALUE",
         )
     if first["type"] in _BOUNDS:
         return _bound_problem(name, field, first, value)
@@ -96,7 +132,7 @@ def _field_problem(
     rule, remedy = _TYPES.get(first["type"], (f"is refused: {first['msg']}", field.description))
     if first["type"] == "int_type" and isinstance(value, float) and value.is_integer():
         remedy = f"write {int(value)}"
-    if len(first["loc"]) > len(path):
+    if in_list:
         rule = rule.replace("must be", "must be a list whose every entry is")
     return Problem(name, value, rule, remedy or "see the documentation")
 

@@ -115,6 +115,9 @@ class Hardware(Section):
     fp8_tflops: float | None = Field(
         default=None, gt=0.0, description="fp8 tensor cores, dense", json_schema_extra=unit("TF")
     )
+    multiprocessors: int | None = Field(
+        default=None, ge=1, description="Streaming multiprocessors", json_schema_extra=unit("-")
+    )
     nvlink_gb_s: float | None = Field(
         default=None,
         gt=0.0,
@@ -141,6 +144,12 @@ class Hardware(Section):
     )
     gpus_per_node: int | None = Field(
         default=None, ge=1, description="Cards of the reference server", json_schema_extra=unit("-")
+    )
+    price_per_hour: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="What a card costs an hour, in your currency; none is set here",
+        json_schema_extra=unit("money/h"),
     )
     thresholds: Thresholds = Field(default_factory=Thresholds, description="What counts as unfit")
 

@@ -97,6 +97,14 @@ class Tokenizer:
         # The batch call is the one that skips the character offsets, which nobody needs here.
         return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text, and for each its first character and the one behind its last.
+
+        Tokens of one character that a byte-level tokenizer has split all span that character.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens appear by name."""
         return self._backend.decode(list(ids), skip_special_tokens=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 from moepp_megatron.interop.checkpoint_reader import read_index
 from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.model.build import build_model
-from moepp_megatron.model.stage import evaluation_stages
+from moepp_megatron.model.stage import PipelineStage, evaluation_stages
 from moepp_megatron.training.checkpoint import load_weights
 
 Batch = dict[str, Tensor]
@@ -28,19 +28,37 @@ Batch = dict[str, Tensor]
 _Piece = tuple[int, np.ndarray, np.ndarray, np.ndarray | None]
 
 
-@torch.no_grad()
 def score_tokens(request: ScoreRequest) -> dict[str, np.ndarray] | None:
     """Score all sequences; every rank must call, and process groups must exist.
+
+    Returns:
+        As `score_stages`.
+    """
+    return score_stages(request, scoring_stages(request))
+
+
+def scoring_stages(request: ScoreRequest) -> list[PipelineStage]:
+    """This rank's part of the checkpoint's model, ready to score; every rank must call."""
+    # megatron-core would run whatever the pickled index of a stranger's checkpoint asks for.
+    read_index(request.checkpoint)
+    models = build_model(request.config)
+    load_weights(request.checkpoint, models)
+    return evaluation_stages(models, request.config)
+
+
+@torch.no_grad()
+def score_stages(
+    request: ScoreRequest, stages: list[PipelineStage]
+) -> dict[str, np.ndarray] | None:
+    """Score all sequences with a model that is there; every rank must call.
+
+    Each chunk reads this rank's sequences in order: micro-batch i is sequence
+    `i * data-parallel size + data-parallel rank`, fillers behind them.
 
     Returns:
         On rank 0 `token_logprobs` [b, s-1] float64, the log-probability of each token after the
         first given those before it, and where wanted `logits` [b, s, vocab] fp32. None elsewhere.
     """
-    # megatron-core would run whatever the pickled index of a stranger's checkpoint asks for.
-    read_index(request.checkpoint)
-    models = build_model(request.config)
-    load_weights(request.checkpoint, models)
-    stages = evaluation_stages(models, request.config)
     batches = [_batches(request) for _ in stages]
     forward = get_forward_backward_func()
     pieces: list[_Piece] = forward(

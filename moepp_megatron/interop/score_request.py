@@ -55,7 +55,7 @@ class ScoreRequest:
             ConfigError: Whatever is wrong with it.
         """
         input_ids = read_input_ids(tokens)
-        _check_overrides(overrides)
+        check_overrides(overrides)
         if out.is_dir():
             raise ConfigError(f"--out ({out}) must be a file to write, and is a folder; name one")
         from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
@@ -63,6 +63,34 @@ class ScoreRequest:
         folder = find_checkpoint(checkpoint)
         trained = load_config(folder / CONFIG_FILE)
         _check_vocabulary(tokens, input_ids, trained)
+        return cls.of(folder, trained, input_ids, overrides, world_size, out=out, logits=logits)
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        trained: Config,
+        input_ids: np.ndarray,
+        overrides: Sequence[str],
+        world_size: int,
+        *,
+        out: Path = Path("scores.npz"),
+        logits: bool = False,
+    ) -> ScoreRequest:
+        """A request for tokens that are known to suit the model.
+
+        Args:
+            folder: A checkpoint's folder.
+            trained: Its configuration.
+            input_ids: [b, s] int64.
+            overrides: Settings that `check_overrides` has passed.
+            world_size: Ranks.
+            out: File to write, for `write_scores`.
+            logits: Whether logits are wanted.
+
+        Raises:
+            ConfigError: The layout does not fit the model or the ranks.
+        """
         config = _scoring_config(trained, overrides, input_ids, world_size)
         layout = Layout.from_config(config, world_size)
         notices = list(_notices(trained, input_ids, config))
@@ -103,7 +131,12 @@ def read_input_ids(tokens: Path) -> np.ndarray:
     return input_ids.astype(np.int64)
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse settings that the checkpoint decides.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
     for override in overrides:
         section, key, _ = parse_override(override)
         if section not in _SECTIONS:

@@ -11,6 +11,7 @@ from torch import Tensor
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import lane_columns, no_logits, pack, unpack
 from moepp_megatron.moe.overlap import MoEPPChunkPlan
+from moepp_megatron.moe.token_tags import TokenTags
 
 
 class MoEPPGPTModel(GPTModel):
@@ -25,7 +26,12 @@ class MoEPPGPTModel(GPTModel):
         *args: As `GPTModel`.
         moepp: MoE++ settings.
         **kwargs: As `GPTModel`.
+
+    Attributes:
+        token_tags: Makes what the routers are told of each token; None tells them nothing.
     """
+
+    token_tags: TokenTags | None = None
 
     def __init__(
         self, config: TransformerConfig, *args: Any, moepp: MoEPPConfig, **kwargs: Any
@@ -51,7 +57,12 @@ class MoEPPGPTModel(GPTModel):
             received = self.decoder.input_tensor
             hidden_states, lane = unpack(received, self.hidden_size)
             self.set_input_tensor(hidden_states)
-        output = super().forward(*args, extra_block_kwargs={"context": lane}, **kwargs)
+        block_kwargs = {"context": lane}
+        if self.token_tags is not None:
+            input_ids, position_ids = args[:2]
+            tags = self.token_tags(input_ids, position_ids, self.config.sequence_parallel)
+            block_kwargs["context_mask"] = tags
+        output = super().forward(*args, extra_block_kwargs=block_kwargs, **kwargs)
         if self._sends_lane and len(self.decoder.layers) == 0:
             # A stage of embeddings only, or an empty one: no layer glues the lane on.
             if lane is None:

@@ -41,13 +41,17 @@ class MoEPPTransformerLayer(TransformerLayer):
     def forward(
         self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As `TransformerLayer.forward`; returns the output and the lane."""
+        """As `TransformerLayer.forward`; returns the output and the lane.
+
+        `context_mask`, which a decoder has no other use for, brings the tags of `token_tags`.
+        """
+        tags = kwargs.pop("context_mask", None)
         hidden_states, _ = self._forward_attention(
             hidden_states, context=None, **self._arguments(CudaGraphModule.attn, **kwargs)
         )
         if isinstance(self.mlp, MoEPPLayer):
             hidden_states, context = self._forward_moe(
-                hidden_states, context, kwargs.get("padding_mask")
+                hidden_states, context, kwargs.get("padding_mask"), tags
             )
         else:
             hidden_states = self._forward_mlp(
@@ -63,7 +67,11 @@ class MoEPPTransformerLayer(TransformerLayer):
         return hidden_states, context
 
     def _forward_moe(
-        self, hidden_states: Tensor, previous_logits: Tensor | None, padding_mask: Tensor | None
+        self,
+        hidden_states: Tensor,
+        previous_logits: Tensor | None,
+        padding_mask: Tensor | None,
+        tags: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if self.captured is not None and self.captured.has_router:
             assert padding_mask is None, "a captured router knows no padding"
@@ -74,7 +82,7 @@ class MoEPPTransformerLayer(TransformerLayer):
             output, logits = self.mlp(normed, choice=Choice(*choice))
         else:
             normed, residual = self.normed_and_residual(hidden_states)
-            output, logits = self.mlp(normed, previous_logits, padding_mask=padding_mask)
+            output, logits = self.mlp(normed, previous_logits, padding_mask=padding_mask, tags=tags)
         return self._forward_post_mlp((output, None), residual), logits
 
     def _forward_router(

@@ -114,6 +114,7 @@ class MoEPPLayer(MoELayer):
         previous_logits: Tensor | None = None,
         padding_mask: Tensor | None = None,
         choice: Choice | None = None,
+        tags: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer.
 
@@ -122,6 +123,7 @@ class MoEPPLayer(MoELayer):
             previous_logits: [s, b, E] fp32 router logits of the MoE layer before, or None.
             padding_mask: Not supported; must be None.
             choice: What the router chose, where it has run before (`cuda_graphs`).
+            tags: [s, b] of `token_tags`, or None.
 
         Returns:
             The output [s, b, D] and this layer's router logits [s, b, E] fp32.
@@ -134,17 +136,19 @@ class MoEPPLayer(MoELayer):
         if padding_mask is not None:
             raise ValueError("padding_mask must be None: MoE++ routing counts every token")
         if self.moe_layer_recompute and self.training:
-            return self._recomputed_forward(hidden_states, previous_logits)
+            return self._recomputed_forward(hidden_states, previous_logits, tags)
         if choice is None:
-            return self._forward(hidden_states, previous_logits)
+            return self._forward(hidden_states, previous_logits, tags)
         return self._experts(hidden_states, self.router.settle(choice))
 
     def _recomputed_forward(
-        self, hidden_states: Tensor, previous_logits: Tensor | None
+        self, hidden_states: Tensor, previous_logits: Tensor | None, tags: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """As `_forward`, which the backward pass repeats; logits go in and out, gradients too."""
         if not (self.config.fp8 or self.config.fp4):
-            return tensor_parallel.checkpoint(self._forward, False, hidden_states, previous_logits)
+            return tensor_parallel.checkpoint(
+                self._forward, False, hidden_states, previous_logits, tags
+            )
         # The backward pass runs outside of the FP8 context. Transformer Engine's own function
         # enters it again, and with delayed scaling takes the scales of the first pass.
         from megatron.core.extensions.transformer_engine import te_checkpoint
@@ -156,12 +160,13 @@ class MoEPPLayer(MoELayer):
             self.tp_group,
             hidden_states,
             previous_logits,
+            tags,
         )
 
     def _forward(
-        self, hidden_states: Tensor, previous_logits: Tensor | None
+        self, hidden_states: Tensor, previous_logits: Tensor | None, tags: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return self._experts(hidden_states, self.router(hidden_states, previous_logits))
+        return self._experts(hidden_states, self.router(hidden_states, previous_logits, tags=tags))
 
     def _experts(self, hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """The layer after its router."""

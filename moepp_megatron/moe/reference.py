@@ -10,6 +10,7 @@ width. Expert order: FFN, constant, copy, zero. Source: arXiv 2410.07348, named 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from moepp_megatron.moe.capacity import GATE_STEPS
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.ffn_demand import FFNDemand
 
 
 @dataclass
@@ -69,15 +71,28 @@ class ReferenceMoEPP(nn.Module):
         self.selection_bias_E = torch.zeros(E) if config.selection_bias else None
         self.expert_in = nn.Parameter(torch.randn(config.num_ffn_experts, 2 * H, D) * 0.02)
         self.expert_out = nn.Parameter(torch.randn(config.num_ffn_experts, D, H) * 0.02)
+        # FFN experts that tokens must take (`ffn_demand`); set by a rule as well.
+        self.ffn_demand: FFNDemand = "none"
         self.constants = nn.Parameter(torch.randn(config.num_constant_experts, D) * 0.02)
         self.mixing_weight = nn.Parameter(torch.randn(config.num_constant_experts, 2, D) * 0.02)
 
-    def forward(self, x_TD: Tensor, previous_logits_TE: Tensor | None = None) -> ReferenceOutput:
+    def forward(
+        self,
+        x_TD: Tensor,
+        previous_logits_TE: Tensor | None = None,
+        forced_T: Tensor | None = None,
+    ) -> ReferenceOutput:
         """Route the tokens, run the selected experts, add up what they return."""
         logits_TE = self.route(x_TD, previous_logits_TE)
         gates_TE, selected_TE, scores_TE = select_experts(
             logits_TE, self.config, self.selection_bias_E
         )
+        # The balance loss is of what the router wants, demand or not.
+        wanted_TE = selected_TE
+        if self.ffn_demand != "none":
+            gates_TE, selected_TE = demanded_experts(
+                logits_TE, self.config, self.selection_bias_E, self.ffn_demand, forced_T
+            )
         if self.config.capacity_factor is not None:
             gates_TE = gates_TE * within_capacity(gates_TE, selected_TE, self.config)
 
@@ -89,7 +104,7 @@ class ReferenceMoEPP(nn.Module):
             result = self.expert(index, expert_input_TD[tokens])
             weighted = gates_TE[tokens, index, None] * result
             output_TD = output_TD.index_add(0, tokens, weighted.to(x_TD.dtype))
-        loss = balance_loss(scores_TE, selected_TE, self.config)
+        loss = balance_loss(scores_TE, wanted_TE, self.config)
         return ReferenceOutput(output_TD, logits_TE, gates_TE, selected_TE, loss)
 
     def route(self, x_TD: Tensor, previous_logits_TE: Tensor | None) -> Tensor:
@@ -128,29 +143,68 @@ def select_experts(
         selected_TE: bool, K ones a row.
         scores_TE: fp32, the probabilities that the balance loss averages (rows sum to 1).
     """
-    if config.logits_norm_std is not None:
-        logits_TE = logits_TE * (config.logits_norm_std / logits_TE.std(dim=-1, keepdim=True))
-    if config.score_function == "softmax":
-        scores_TE = torch.softmax(logits_TE, dim=-1)
-    else:
-        scores_TE = torch.sigmoid(logits_TE)
+    scores_TE = _scores(logits_TE, config)
     ranked_TE = scores_TE if selection_bias_E is None else scores_TE + selection_bias_E
     # Between equal scores the first expert, which `topk` would not promise.
     chosen_TK = ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, : config.router_topk]
     selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
-    gates_TE = torch.where(selected_TE, scores_TE, 0.0)
+    gates_TE = _gates(scores_TE, selected_TE, config)
+    probabilities_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    return gates_TE, selected_TE, probabilities_TE
 
+
+def demanded_experts(
+    logits_TE: Tensor,
+    config: MoEPPConfig,
+    selection_bias_E: Tensor | None,
+    demand: FFNDemand,
+    forced_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gates and the selection under a demand for FFN experts (`ffn_demand`).
+
+    Returns:
+        gates_TE and selected_TE of `select_experts`.
+    """
+    scores_TE = _scores(logits_TE, config, only_ffn=demand == "all")
+    ranked_TE = scores_TE.detach().clone()
+    if selection_bias_E is not None:
+        ranked_TE += selection_bias_E
+    order_TE = ranked_TE.argsort(dim=-1, descending=True, stable=True)
+    selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+    for token, order in enumerate(order_TE.tolist()):
+        ffn = [expert for expert in order if expert < config.num_ffn_experts]
+        chosen = ffn if demand == "all" else order
+        chosen = chosen[: config.router_topk]
+        is_forced = demand == "one" and (forced_T is None or bool(forced_T[token]))
+        if is_forced and not set(chosen) & set(ffn):
+            chosen[-1] = ffn[0]
+        selected_TE[token, chosen] = True
+    return _gates(scores_TE, selected_TE, config), selected_TE
+
+
+def _scores(logits_TE: Tensor, config: MoEPPConfig, only_ffn: bool = False) -> Tensor:
+    """Scores of all experts; with `only_ffn` those of a router that has FFN experts alone."""
+    if config.logits_norm_std is not None:
+        logits_TE = logits_TE * (config.logits_norm_std / logits_TE.std(dim=-1, keepdim=True))
+    score = torch.sigmoid if config.score_function == "sigmoid" else partial(torch.softmax, dim=-1)
+    if not only_ffn:
+        return score(logits_TE)
+    ffn_TF = score(logits_TE[:, : config.num_ffn_experts])
+    return F.pad(ffn_TF, (0, config.num_zero_computation_experts))
+
+
+def _gates(scores_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:
+    """Gates of the selected experts under the configured normalisation, 0 elsewhere."""
+    gates_TE = torch.where(selected_TE, scores_TE, 0.0)
     if config.gate_normalization == "nonzero":
-        is_zero_expert = torch.zeros(config.num_experts, dtype=torch.bool, device=logits_TE.device)
+        is_zero_expert = torch.zeros(config.num_experts, dtype=torch.bool, device=scores_TE.device)
         is_zero_expert[config.zero_experts] = True
         gates_TE = torch.where(is_zero_expert, 0.0, gates_TE)
     if config.gate_normalization != "none":
         total_T1 = gates_TE.sum(dim=-1, keepdim=True)
         # A token whose picks are all zero experts has nothing to divide: its gates stay 0.
         gates_TE = gates_TE / torch.where(total_T1 > 0, total_T1, 1.0)
-    gates_TE = gates_TE * config.gate_scale
-    probabilities_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    return gates_TE, selected_TE, probabilities_TE
+    return gates_TE * config.gate_scale
 
 
 def balance_loss(scores_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:

@@ -25,11 +25,13 @@ from moepp_megatron.moe.balance import (
 )
 from moepp_megatron.moe.capacity import within_capacity
 from moepp_megatron.moe.config import BalanceScope, MoEPPConfig
+from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.health import RouterHealth
 from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.parameter import replicated_parameter
 from moepp_megatron.moe.selection import Selection, select
 from moepp_megatron.moe.statistics import RoutingStatistics
+from moepp_megatron.moe.token_tags import cells, forced_tokens
 
 # The names under which Megatron's training loop looks for a balance loss of this scope.
 _TRACKED_NAMES: dict[BalanceScope, str] = {
@@ -110,6 +112,9 @@ class MoEPPRouter(TopKRouter):
         is_mtp_layer: As in megatron-core.
         moepp: The layer's settings.
         has_residual: False for the first MoE layer of the model, which has no layer before.
+
+    Attributes:
+        ffn_demand: FFN experts that tokens must take, whatever this router wants.
     """
 
     def __init__(
@@ -126,6 +131,7 @@ class MoEPPRouter(TopKRouter):
         self.fused = use_kernels(moepp.fused)
         self.statistics = RoutingStatistics(moepp.num_experts)
         self.health = RouterHealth(moepp)
+        self.ffn_demand: FFNDemand = "none"
         self.global_fractions = GlobalBatchFractions()
         # Not a buffer: Float16Module would round it to bf16.
         self.balance_weights = torch.tensor(
@@ -151,6 +157,7 @@ class MoEPPRouter(TopKRouter):
         input: Tensor,
         previous_logits: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        tags: Tensor | None = None,
     ) -> Routing:
         """Route one micro-batch.
 
@@ -158,11 +165,12 @@ class MoEPPRouter(TopKRouter):
             input: [s, b, D] hidden states of the local tokens.
             previous_logits: [s, b, E] fp32 logits of the MoE layer before, or None.
             padding_mask: Not supported; must be None.
+            tags: [s, b] of `token_tags`, or None: an FFN demand then concerns all tokens.
         """
         if padding_mask is not None:
             raise ValueError("padding_mask must be None: MoE++ routing counts every token")
         logits = self._logits(input, previous_logits)
-        gates, routing_map = self.routing(logits)
+        gates, routing_map, _ = self.settle(self._choose(logits, tags))
         if self.health.enabled and self.training:
             self._measure(logits, previous_logits, routing_map)
         return Routing(gates, routing_map, logits)
@@ -193,6 +201,10 @@ class MoEPPRouter(TopKRouter):
         """Weigh zero-computation experts by `tau` in the balance loss from now on."""
         self.balance_weights[self.moepp.num_ffn_experts :] = tau
 
+    def set_ffn_demand(self, demand: FFNDemand) -> None:
+        """Demand FFN experts of the tokens from now on, in training and evaluation alike."""
+        self.ffn_demand = demand
+
     def reset_global_aux_loss_tracker(self) -> None:
         """Start a new global batch; megatron-core's `finalize_model_grads` calls this."""
         self.global_fractions.reset()
@@ -217,12 +229,15 @@ class MoEPPRouter(TopKRouter):
         gates, routing_map, _ = self.settle(self._choose(logits))
         return gates, routing_map
 
-    def _choose(self, logits: Tensor) -> Choice:
+    def _choose(self, logits: Tensor, tags: Tensor | None = None) -> Choice:
         logits_TE = self._standardized(self.apply_z_loss(logits.view(-1, self.moepp.num_experts)))
         num_sequences = None
         if RoutingStatistics.counts_now(self.training):
             num_sequences = logits.shape[1] if self.moepp.balance_scope == "sequence" else 1
-        return Choice(logits, *self._select(logits_TE, num_sequences))
+        selection = self._select(logits_TE, num_sequences, forced_tokens(tags))
+        if tags is not None and num_sequences is not None and self.statistics.num_cells > 0:
+            self._count_cells(selection, tags)
+        return Choice(logits, *selection[:4])
 
     def settle(self, choice: Choice) -> Routing:
         """The second half of `forward`: attach the losses, apply capacity limits, count."""
@@ -237,8 +252,12 @@ class MoEPPRouter(TopKRouter):
                 gates_TE, routing_map_TE, self.moepp, self.tp_cp_group, self.cp_group.size()
             )
         if counts_SE is not None:
-            selected_E = counts_SE.sum(dim=0).long()
-            self.statistics.add_selection(selected_E, num_tokens, kept_TE, loss)
+            wanted_E = counts_SE.sum(dim=0).long()
+            if self.ffn_demand == "none":
+                self.statistics.add_selection(wanted_E, num_tokens, kept_TE, loss)
+            else:
+                made_E = routing_map_TE.sum(dim=0)
+                self.statistics.add_selection(made_E, num_tokens, kept_TE, loss, wanted_E)
         if kept_TE is not None:
             return Routing(gates_TE * kept_TE, kept_TE, logits)
         return Routing(gates_TE, routing_map_TE, logits)
@@ -256,12 +275,23 @@ class MoEPPRouter(TopKRouter):
         spread = logits_TE.std(dim=-1, keepdim=True)
         return logits_TE * (self.moepp.logits_norm_std / spread)
 
-    def _select(self, logits_TE: Tensor, num_sequences: int | None) -> Selection:
+    def _select(
+        self, logits_TE: Tensor, num_sequences: int | None, forced_T: Tensor | None
+    ) -> Selection:
+        if self.ffn_demand != "none":
+            demand = self.ffn_demand
+            return select(logits_TE, self.expert_bias, self.moepp, num_sequences, demand, forced_T)
         if self.fused and logits_TE.dtype == torch.float32:
             from moepp_megatron.moe.kernels.router import select as fused_select
 
             return fused_select(logits_TE, self.expert_bias, self.moepp, num_sequences)
         return select(logits_TE, self.expert_bias, self.moepp, num_sequences)
+
+    def _count_cells(self, selection: Selection, tags: Tensor) -> None:
+        made, wanted = selection.routing_map, selection.wanted_map
+        wanted_TE = made if wanted is None else wanted
+        ffn_counts = wanted_TE[:, : self.moepp.num_ffn_experts].sum(dim=-1)
+        self.statistics.add_cells(ffn_counts, cells(tags))
 
     def _measure(
         self, logits: Tensor, previous_logits: Tensor | None, routing_map_TE: Tensor

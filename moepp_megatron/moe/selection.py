@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.ffn_demand import FFNDemand, ffn_scores, with_an_ffn_expert
 
 
 class Selection(NamedTuple):
@@ -20,22 +21,31 @@ class Selection(NamedTuple):
     Attributes:
         gates: [T, E] fp32 weight of every expert's output, 0 where not selected.
         routing_map: [T, E] bool selections.
-        counts: [S, E] fp32 selections of each expert in each sequence; None where nothing is
-            counted.
+        counts: [S, E] fp32 selections of each expert in each sequence, as the router wants them;
+            None where nothing is counted.
         score_sums: [S, E] fp32 scores, each token's divided by their sum, added up over the tokens
             of each sequence: T P_i; differentiable. None as `counts`.
+        wanted_map: [T, E] bool selections that the router wants; None where they are made.
     """
 
     gates: Tensor
     routing_map: Tensor
     counts: Tensor | None
     score_sums: Tensor | None
+    wanted_map: Tensor | None = None
 
 
 def select(
-    logits: Tensor, bias: Tensor | None, config: MoEPPConfig, num_sequences: int | None
+    logits: Tensor,
+    bias: Tensor | None,
+    config: MoEPPConfig,
+    num_sequences: int | None,
+    demand: FFNDemand = "none",
+    forced: Tensor | None = None,
 ) -> Selection:
     """Select experts and weigh them. `kernels.router.select` does the same on a GPU.
+
+    That kernel knows no demand: where one is made, this function runs on a GPU too.
 
     Args:
         logits: [T, E] fp32, residual included; differentiable.
@@ -43,21 +53,43 @@ def select(
         config: `score_function`, `gate_normalization`, `gate_scale`, `router_topk` are read.
         num_sequences: S, with tokens ordered [sequence position, sequence] as in Megatron's
             [s, b, h]; 1 counts all tokens together; None counts nothing.
+        demand: FFN experts that tokens must take (`ffn_demand`).
+        forced: [T] bool tokens that the demand `one` concerns; None for all.
     """
     uses_softmax = config.score_function == "softmax"
     scores_TE = torch.softmax(logits, dim=-1) if uses_softmax else torch.sigmoid(logits)
     ranked_TE = scores_TE if bias is None else scores_TE.detach() + bias
     chosen_TK = top_experts(ranked_TE, config.router_topk)
-    gates_TK = _gates(scores_TE, chosen_TK, config)
+    wanted_TE = None
+    weights_TE = scores_TE
+    if demand != "none":
+        wanted_TE = _as_map(chosen_TK, scores_TE)
+        num_ffn = config.num_ffn_experts
+        if demand == "all":
+            weights_TE = ffn_scores(logits, config)
+            ranked_TF = weights_TE.detach()[:, :num_ffn]
+            ranked_TF = ranked_TF if bias is None else ranked_TF + bias[:num_ffn]
+            chosen_TK = top_experts(ranked_TF, config.router_topk)
+        else:
+            best_T1 = top_experts(ranked_TE[:, :num_ffn], 1)
+            chosen_TK = with_an_ffn_expert(chosen_TK, best_T1, num_ffn, forced)
+    gates_TK = _gates(weights_TE, chosen_TK, config)
     gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
-    routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+    routing_map_TE = _as_map(chosen_TK, scores_TE)
     if num_sequences is None:
-        return Selection(gates_TE, routing_map_TE, None, None)
+        return Selection(gates_TE, routing_map_TE, None, None, wanted_TE)
     by_sequence = (-1, num_sequences, logits.shape[1])
-    counts_SE = routing_map_TE.view(by_sequence).sum(dim=0, dtype=torch.float32)
+    counted_TE = routing_map_TE if wanted_TE is None else wanted_TE
+    counts_SE = counted_TE.view(by_sequence).sum(dim=0, dtype=torch.float32)
     if not uses_softmax:
         scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    return Selection(gates_TE, routing_map_TE, counts_SE, scores_TE.view(by_sequence).sum(dim=0))
+    sums_SE = scores_TE.view(by_sequence).sum(dim=0)
+    return Selection(gates_TE, routing_map_TE, counts_SE, sums_SE, wanted_TE)
+
+
+def _as_map(chosen_TK: Tensor, scores_TE: Tensor) -> Tensor:
+    """[T, E] bool, True for the chosen experts."""
+    return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
 
 
 def _gates(scores_TE: Tensor, chosen_TK: Tensor, config: MoEPPConfig) -> Tensor:

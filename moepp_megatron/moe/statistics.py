@@ -14,6 +14,10 @@ class RoutingStatistics:
 
     Attributes:
         selected: [E] selections of each expert, before any capacity limit.
+        wanted: [E] selections that the router wanted, where an FFN demand made others of them;
+            None where there was none.
+        cells: [cells, 2] int64 FFN selections (as wanted) and tokens of each cell of the routing
+            profile; None where none are counted.
         dropped: Selections that a capacity limit took away.
         balance_loss: Sum over micro-batches of this rank's summands of L_b, beta excluded.
         num_tokens: Tokens seen.
@@ -23,11 +27,14 @@ class RoutingStatistics:
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
+        self.num_cells = 0
         self.reset()
 
     def reset(self) -> None:
         """Forget everything counted."""
         self.selected: Tensor | None = None
+        self.wanted: Tensor | None = None
+        self.cells: Tensor | None = None
         self.dropped: Tensor | None = None
         self.balance_loss: Tensor | None = None
         self.num_tokens = 0
@@ -45,6 +52,7 @@ class RoutingStatistics:
         num_tokens: int,
         kept: Tensor | None = None,
         balance_loss: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> None:
         """Count one micro-batch.
 
@@ -53,15 +61,38 @@ class RoutingStatistics:
             num_tokens: T.
             kept: [T, E] bool, the selections within capacity; None where nothing is dropped.
             balance_loss: Scalar, this rank's summand of L_b.
+            wanted: [E] int64, what the router wanted; None where that is `selected`.
         """
         self.selected = selected if self.selected is None else self.selected + selected
         self.num_tokens += num_tokens
+        if wanted is not None:
+            self.wanted = wanted if self.wanted is None else self.wanted + wanted
         if kept is not None:
             dropped = selected.sum() - kept.sum()
             self.dropped = dropped if self.dropped is None else self.dropped + dropped
         if balance_loss is not None:
             loss = balance_loss.detach()
             self.balance_loss = loss if self.balance_loss is None else self.balance_loss + loss
+
+    @torch.no_grad()
+    def add_cells(self, ffn_counts: Tensor, cells: Tensor) -> None:
+        """Count one micro-batch's tokens in the cells of the routing profile, of `num_cells`.
+
+        Args:
+            ffn_counts: [T] int64 FFN experts that the router wants for each token.
+            cells: [T] int64.
+        """
+        pairs = torch.stack([ffn_counts, torch.ones_like(ffn_counts)], dim=-1)
+        if self.cells is None:
+            self.cells = pairs.new_zeros(self.num_cells, 2)
+        self.cells.index_add_(0, cells, pairs)
+
+    def wanted_selections(self) -> Tensor:
+        """[E] float64 on the CPU: selections that the router wanted."""
+        counts = self.selected if self.wanted is None else self.wanted
+        if counts is None:
+            return torch.zeros(self.num_experts, dtype=torch.float64)
+        return counts.to("cpu", torch.float64)
 
     @torch.no_grad()
     def as_vector(self) -> Tensor:

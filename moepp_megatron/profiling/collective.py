@@ -49,6 +49,8 @@ class Collective:
         operation: What it does.
         rank: Global rank that recorded it.
         group: Name of the process group, as its backend gives it; "" where unknown.
+        description: What the group is for, as it was given to torch (`group_desc`) or NCCL
+            (`commName`); "" where unknown.
         group_ranks: Global ranks of the group, in order; empty where unknown.
         group_size: Ranks in the group; 0 where unknown.
         size: Bytes, by nccl-tests' convention (see the top of the file); None where unknown.
@@ -56,20 +58,26 @@ class Collective:
         sent: Bytes to each rank of the group, in its order; None where the source does not say or
             has cut the list short.
         received: Bytes from each rank of the group, as `sent`.
-        sequence: Number of the call within its group, to find the same call on other ranks; None
-            where the source does not say.
+        sequence: Number of the call among those of its group (NCCL: those of its group and
+            operation), to find the same call on other ranks; None where the source does not say.
         start_us: When the transfer (or, on a host backend, the call) began, in microseconds, by the
             clock of this rank's file; `merge` brings ranks onto one clock.
         end_us: When it had finished, in microseconds.
+        pair: Ranks of the group that a send or receive goes from and to; None for what all ranks
+            do. `sequence` then counts within the pair.
+        row_bytes: Bytes of a row, the unit in which an all-to-all is split; None where unknown.
         stream: CUDA stream or host thread.
         source: Which format it was read from: kineto, inspector, plugin, flight_recorder.
         scopes: Names of the profiler ranges it lies in, outermost first.
         synthetic: True if read from a sample written from documentation.
+        placed: False where the source gives no time of the transfer, only how long it took:
+            `start_us` is then 0, or when the host issued the call; no place on a timeline.
     """
 
     operation: Operation
     rank: int
     group: str = ""
+    description: str = ""
     group_ranks: tuple[int, ...] = ()
     group_size: int = 0
     size: int | None = None
@@ -79,10 +87,13 @@ class Collective:
     sequence: int | None = None
     start_us: float = 0.0
     end_us: float = 0.0
+    pair: tuple[int, int] | None = None
+    row_bytes: int | None = None
     stream: str = ""
     source: str = ""
     scopes: tuple[str, ...] = field(default=())
     synthetic: bool = False
+    placed: bool = True
 
     @property
     def duration_us(self) -> float:

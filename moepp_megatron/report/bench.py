@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moepp_megatron.bench.dispatch import DispatchResult, DispatchSetting
@@ -28,21 +26,6 @@ _LOG_WIDTH = 110
 
 _PASS_COLOURS = {"forward": BLUE, "forward_backward": VERMILION}
 _PASS_NAMES = {"forward": "forward", "forward_backward": "fwd + bwd"}
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar over `total` measurements; plain lines where there is no terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        done = iter(range(1, total + 1))
-        yield lambda what: console.print(f"[{next(done)}/{total}] {what}", markup=False)
-        return
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total, completed=-1)
-        yield lambda what: bar.update(task, advance=1, description=what)
-        bar.update(task, completed=total)
 
 
 def print_table(results: Sequence[LayerResult]) -> None:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 import moepp_megatron
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.report import formatting
@@ -18,6 +16,7 @@ from moepp_megatron.report.run_data import ReportError, RunData, load_run
 from moepp_megatron.report.savings import compute_savings
 from moepp_megatron.report.savings_table import SavingsTable, savings_table
 from moepp_megatron.report.summary import Summary, summarize
+from moepp_megatron.report.template import render_template
 
 
 @dataclass(frozen=True)
@@ -94,14 +93,7 @@ def render(run: RunData) -> str:
         config_text=run.config_text,
         version=moepp_megatron.__version__,
     )
-    environment = Environment(
-        loader=PackageLoader("moepp_megatron.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(page=page)
+    return render_template("report.html.j2", page=page)
 
 
 def _facts(run: RunData) -> list[str]:

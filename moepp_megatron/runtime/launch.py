@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import psutil
 
@@ -49,6 +50,7 @@ class LaunchOptions:
             no files.
         stoppable: Whether the ranks finish a step and save when asked to stop
             (`training.signals.StopRequest`); others are ended.
+        output: File for all that torchrun and the ranks print; None for this process's own output.
     """
 
     num_local_ranks: int
@@ -56,6 +58,7 @@ class LaunchOptions:
     max_restarts: int = 0
     log_dir: Path | None = None
     stoppable: bool = False
+    output: Path | None = None
 
 
 def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
@@ -72,7 +75,8 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
 
     Returns:
         The exit status: 0 when every rank of this machine ended with 0, or what a rank passed to
-        `leave` (such as `STOPPED`); `HUNG` when they stood still; otherwise torchrun's.
+        `leave` (such as `STOPPED`); `HUNG` when they stood still; 128 + number when this process
+        was asked by a signal to end ranks that are not stoppable; otherwise torchrun's.
     """
     interface = options.nodes.interface() if options.nodes is not None else None
     environment = with_rank_variables(os.environ, options.num_local_ranks, interface)
@@ -85,7 +89,7 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
     with tempfile.TemporaryDirectory(prefix="moepp-") as folder:
         status_file = Path(folder) / "status"
         environment[_STATUS_FILE] = str(status_file)
-        status = _run(_torchrun(options, module, arguments), environment, options.stoppable)
+        status = _run(_torchrun(options, module, arguments), environment, options)
         written = int(status_file.read_text(encoding="ascii")) if status_file.exists() else 0
     # Ranks that leave end with 0, ranks that hang do not: a hang before torchrun started all of
     # them anew successfully is over, and so is a stop in a run that failed after all.
@@ -132,11 +136,14 @@ def _torchrun(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
     ]
 
 
-def _run(command: list[str], environment: dict[str, str], stoppable: bool) -> int:
-    with _starting(stoppable):
+def _run(command: list[str], environment: dict[str, str], options: LaunchOptions) -> int:
+    stoppable = options.stoppable
+    with _starting(stoppable), _output(options.output) as output:
         agent = subprocess.Popen(
             command,
             env=environment,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
             preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
     with _passing_on_signals(agent, stoppable) as request:
@@ -150,8 +157,16 @@ def _run(command: list[str], environment: dict[str, str], stoppable: bool) -> in
         finally:
             agent.kill()
             agent.wait()
+    if status == 0:
+        return 0
+    if not stoppable and request.number:
+        return 128 + request.number
     # Nothing ran that could have been lost.
-    return STOPPED if request.met_no_rank and status != 0 else status
+    return STOPPED if request.met_no_rank else status
+
+
+def _output(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
+    return contextlib.nullcontext() if path is None else path.open("wb")
 
 
 @contextmanager
@@ -173,6 +188,7 @@ class _Request:
     """What became of a request to stop; torchrun may just be waiting for other machines."""
 
     met_no_rank: bool = False
+    number: int = 0
 
 
 @contextmanager
@@ -180,6 +196,7 @@ def _passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iter
     request = _Request()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        request.number = number
         try:
             ranks = psutil.Process(agent.pid).children()
         except psutil.NoSuchProcess:

@@ -68,11 +68,14 @@ class RoutingCollector:
         get_moe_metrics_tracker().clear()
 
     def selections(self) -> Tensor:
-        """[MoE layers, E] float64 selections of the step over all ranks; every rank must call."""
+        """[MoE layers, E] float64 selections that routers wanted in the step, over all ranks.
+
+        An FFN demand (`moe.ffn_demand`) may have made others of them. Every rank must call.
+        """
         local = torch.zeros(len(self.layer_numbers), self._num_experts, dtype=torch.float64)
         for row, number in enumerate(self.layer_numbers):
             if number in self._statistics:
-                local[row] = self._statistics[number].as_vector()[: self._num_experts]
+                local[row] = self._statistics[number].wanted_selections()
         return sum_over_ranks(local)
 
     def collect(self) -> dict[str, object]:

@@ -106,7 +106,7 @@ class GenerateRequest:
         _check_overrides(overrides)
         folder = find_checkpoint(checkpoint)
         trained = load_config(folder / CONFIG_FILE)
-        tokenizer = _tokenizer(folder, trained)
+        tokenizer = checkpoint_tokenizer(folder, trained)
         ids = [_encode(tokenizer, prompt, trained.model.seq_length) for prompt in prompts]
         room = trained.model.seq_length - max(len(tokens) for tokens in ids)
         if max_new_tokens is None:
@@ -144,7 +144,16 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-def _tokenizer(folder: Path, config: Config) -> Tokenizer:
+def checkpoint_tokenizer(folder: Path, config: Config) -> Tokenizer:
+    """The tokenizer that a checkpoint keeps.
+
+    Args:
+        folder: The checkpoint's folder.
+        config: Its configuration.
+
+    Raises:
+        ConfigError: It has none, or one with more tokens than the model.
+    """
     if not (folder / TOKENIZER_FILE).is_file():
         raise ConfigError(
             f"checkpoint ({folder}) must hold {TOKENIZER_FILE} to turn text into tokens, and the "

@@ -35,6 +35,7 @@ from moepp_megatron.training.checkpoint import (
 from moepp_megatron.training.collect import RoutingCollector, mean_loss
 from moepp_megatron.training.evaluate import validation_loss
 from moepp_megatron.training.health import HealthCollector
+from moepp_megatron.training.profiler import StepRecorder
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.setup import TrainingModel, build_training_model
@@ -86,6 +87,7 @@ class Trainer:
             config, self.model, self._routing.layer_numbers, config.observe.health_interval
         )
         self._telemetry = Telemetry(config, self.progress.tokens)
+        self._recorder = StepRecorder(config, layout, self.model)
 
     def run(self) -> StepMetrics | None:
         """Train to `training.train_iters`.
@@ -108,6 +110,7 @@ class Trainer:
         with StopRequest().listening() as stop, self._supervisor as supervisor, self._telemetry:
             while self.progress.step < training.train_iters and not self.stopped:
                 supervisor.begin_step(self.progress.step + 1)
+                self._recorder.begin_step(self.progress.step + 1)
                 started = time.perf_counter()
                 self._routing.reset()
                 self._health.begin_step(self.progress.step + 1)
@@ -121,6 +124,7 @@ class Trainer:
                     supervisor.guard,
                     self._health.add_losses,
                 )
+                self._recorder.end_step()
                 if result.updated:
                     self._advance()
                     self._learn_budget()
@@ -139,6 +143,7 @@ class Trainer:
                 if result.updated and self._due(config.checkpoint.save_interval) or self.stopped:
                     with supervisor.during("save"):
                         self.checkpoints.save(self.model, self.progress, self.extra)
+            self._recorder.close()
             with supervisor.during("save"):
                 self.checkpoints.finish()
         if self._alerts is not None:

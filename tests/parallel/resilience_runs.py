@@ -139,9 +139,9 @@ def _slow(trainer: Any, fault: Fault) -> Iterator[None]:
 
     original = step._forward_step
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **named: Any) -> Any:
         time.sleep(0.5)
-        return original(*args)
+        return original(*args, **named)
 
     with mock.patch.object(step, "_forward_step", slow):
         yield

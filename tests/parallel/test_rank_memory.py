@@ -25,7 +25,7 @@ def held(raw: dict[str, Any]) -> tuple[Any, tuple[int, int], int]:
     import torch.distributed as dist
 
     from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.config.rank_memory import rank_memory
+    from moepp_megatron.planning.memory import rank_memory
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.setup import build_training_model
 

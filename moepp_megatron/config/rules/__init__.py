@@ -20,6 +20,7 @@ from moepp_megatron.config.rules import (
     parallel,
     precision,
     resilience,
+    routing_guard,
     slurm,
     training,
     world_size,
@@ -39,6 +40,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *resilience.RULES,
     *slurm.RULES,
     *observe.RULES,
+    *routing_guard.RULES,
 )
 IGNORED: tuple[Callable[[Config], Iterator[Problem]], ...] = ignored.RULES
 WORLD_SIZE_RULES: tuple[Callable[[Config, int], Iterator[Problem]], ...] = world_size.RULES

@@ -280,6 +280,18 @@ def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
         )
 
 
+def profiled_ranks_without_steps(config: Config) -> Iterator[Problem]:
+    """Ranks record steps."""
+    if not config.training.profile_steps:
+        yield from _ignored(
+            "training",
+            config.training,
+            "profile_ranks",
+            "without training.profile_steps",
+            "name some steps, or leave it out",
+        )
+
+
 def wandb_settings_without_project(config: Config) -> Iterator[Problem]:
     """W&B is on where a project is named."""
     wandb = config.observe.wandb
@@ -287,6 +299,21 @@ def wandb_settings_without_project(config: Config) -> Iterator[Problem]:
         for key in ("entity", "mode"):
             reason = "without observe.wandb.project"
             yield from _ignored("observe.wandb", wandb, key, reason, "name a project")
+
+
+def guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
+    """Rules are judged only where the guard is on; ids and shares belong to one kind of tokens."""
+    guard = config.routing_guard
+    if not guard.enabled:
+        for key in ("dry_run", "rules"):
+            reason = "without routing_guard.enabled"
+            yield from _ignored("routing_guard", guard, key, reason, "set enabled to true")
+    kinds = {"token_ids": "ids", "share": "high_loss", "decay": "high_loss"}
+    for key, kind in kinds.items():
+        if guard.force_ffn.tokens != kind:
+            reason = f"with routing_guard.force_ffn.tokens {guard.force_ffn.tokens}"
+            section = "routing_guard.force_ffn"
+            yield from _ignored(section, guard.force_ffn, key, reason, f"use tokens {kind}")
 
 
 RULES = (
@@ -304,5 +331,7 @@ RULES = (
     intervals_of_nothing,
     settings_of_what_is_off,
     rollback_without_checkpoint,
+    profiled_ranks_without_steps,
     wandb_settings_without_project,
+    guard_settings_of_what_is_off,
 )

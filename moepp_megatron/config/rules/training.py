@@ -131,6 +131,27 @@ def background_saving_saves(config: Config) -> Iterator[Problem]:
         )
 
 
+def profiled_steps_follow_each_other(config: Config) -> Iterator[Problem]:
+    """One recording, from its first step to its last, within the run."""
+    name, steps = "training.profile_steps", config.training.profile_steps
+    if not steps:
+        return
+    if min(steps) < 1 or max(steps) > config.training.train_iters:
+        yield Problem(
+            name,
+            steps,
+            f"must be steps from 1 to training.train_iters ({config.training.train_iters})",
+            "use steps of this run, after the first few, which also warm up",
+        )
+    elif steps != list(range(steps[0], steps[0] + len(steps))):
+        yield Problem(
+            name,
+            steps,
+            "must follow each other, because they are one recording",
+            f"use {list(range(min(steps), min(steps) + len(set(steps))))}",
+        )
+
+
 RULES = (
     learning_rate_falls,
     warmup_ends_in_time,
@@ -139,4 +160,5 @@ RULES = (
     selective_recompute_names_modules,
     split_has_three_parts,
     background_saving_saves,
+    profiled_steps_follow_each_other,
 )

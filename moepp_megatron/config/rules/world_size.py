@@ -91,6 +91,20 @@ def interleaving_fills_stages(config: Config, world_size: int) -> Iterator[Probl
     )
 
 
+def profiled_ranks_exist(config: Config, world_size: int) -> Iterator[Problem]:
+    """Ranks to be recorded are ranks of the run."""
+    ranks = config.training.profile_ranks
+    if config.training.profile_steps and ranks is not None:
+        wrong = [rank for rank in ranks if not 0 <= rank < world_size]
+        if wrong or not ranks:
+            yield Problem(
+                "training.profile_ranks",
+                ranks,
+                f"must be ranks from 0 to {world_size - 1}",
+                "use null for all, or [0]",
+            )
+
+
 def overlap_without_data_parallelism(config: Config, world_size: int) -> Iterator[Problem]:
     """Nothing is reduced or gathered when nobody shares a parameter."""
     dense_ranks = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
@@ -110,5 +124,6 @@ RULES = (
     expert_ranks_divide_world_size,
     batch_divides_over_ranks,
     interleaving_fills_stages,
+    profiled_ranks_exist,
 )
 IGNORED = (overlap_without_data_parallelism,)

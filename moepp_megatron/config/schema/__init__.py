@@ -8,6 +8,12 @@ from moepp_megatron.config.schema.observe import ObserveSection, WandbSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
+from moepp_megatron.config.schema.routing_guard import (
+    ForceFFNSection,
+    GuardRule,
+    RoutingGuardSection,
+    ShiftSection,
+)
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
@@ -19,14 +25,18 @@ __all__ = [
     "Config",
     "DataSection",
     "ModelSection",
+    "ForceFFNSection",
+    "GuardRule",
     "MoESection",
     "ObserveSection",
     "OptimizerSection",
     "ParallelSection",
     "PrecisionSection",
     "ResilienceSection",
+    "RoutingGuardSection",
     "RunSection",
     "Section",
+    "ShiftSection",
     "SlurmSection",
     "TrainingSection",
     "WandbSection",

@@ -11,6 +11,7 @@ from moepp_megatron.config.schema.observe import ObserveSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
+from moepp_megatron.config.schema.routing_guard import RoutingGuardSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
@@ -48,6 +49,10 @@ class Config(Section):
     )
     observe: ObserveSection = Field(
         default_factory=ObserveSection, description="W&B, and where alerts are sent"
+    )
+    routing_guard: RoutingGuardSection = Field(
+        default_factory=RoutingGuardSection,
+        description="Rules over the routers, and what is done where one holds",
     )
 
     @property

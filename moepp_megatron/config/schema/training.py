@@ -118,3 +118,14 @@ class TrainingSection(Section):
         description="Only deterministic kernels, at some cost in speed",
         json_schema_extra=unit("-"),
     )
+    profile_steps: list[int] = Field(
+        default=[],
+        description="Steps to record with torch's profiler, to RUN/profile; empty is off",
+        json_schema_extra=unit("-"),
+    )
+    profile_ranks: list[int] | None = Field(
+        default=None,
+        description="Ranks that record them; null is all, without which waiting for late ranks "
+        "cannot be told from transfer",
+        json_schema_extra=unit("-"),
+    )

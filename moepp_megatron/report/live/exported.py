@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Labels = Literal["", "layer", "layer,kind", "expert,kind", "layer,ffn_experts"]
+Labels = Literal[
+    "",
+    "layer",
+    "layer,kind",
+    "expert,kind",
+    "layer,ffn_experts",
+    "layer,metric",
+    "ffn_experts",
+]
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,7 @@ class Exported:
         meaning: What it says, in one line.
         labels: What tells its values apart: ``layer`` is the transformer layer from 1, ``kind``
             the kind of expert, ``expert`` an expert's name, ``ffn_experts`` how many FFN experts
-            a token takes.
+            a token takes, ``metric`` a name of ``docs/routing.md``.
     """
 
     name: str
@@ -73,6 +81,10 @@ OF_RECORDS: Mapping[str, Exported] = {
     "layer_ffn_fraction": Exported("moepp_layer_ffn_ratio", "FFN share of a layer", "layer"),
     "layer_ffn_histogram": Exported(
         "moepp_layer_tokens_ratio", "share of tokens by FFN experts taken", "layer,ffn_experts"
+    ),
+    "router_health": Exported("moepp_router_health", "router health by its name", "layer,metric"),
+    "loss_by_ffn": Exported(
+        "moepp_loss_by_ffn", "loss of tokens by FFN experts taken, nats", "ffn_experts"
     ),
 }
 """By the key of the record. Numbers under other keys are served as ``moepp_other{key="..."}``."""

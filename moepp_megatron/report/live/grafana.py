@@ -25,16 +25,19 @@ class Curve:
         metric: Name at Prometheus.
         legend: Name in the panel; ``{{label}}`` is filled in.
         condition: Which values are shown, as PromQL.
+        labels: Further labels that are asked for, as PromQL.
     """
 
     metric: str
     legend: str
     condition: str = ""
+    labels: str = ""
 
     @property
     def query(self) -> str:
         """PromQL."""
-        return f'{self.metric}{{instance="$instance"}} {self.condition}'.rstrip()
+        labels = ",".join(filter(None, ('instance="$instance"', self.labels)))
+        return f"{self.metric}{{{labels}}} {self.condition}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class Panel:
 def _one(key: str, legend: str = "") -> Curve:
     metric = OF_RECORDS[key]
     return Curve(metric.name, legend or metric.meaning)
+
+
+def _health(name: str) -> Curve:
+    return Curve(OF_RECORDS["router_health"].name, "layer {{layer}}", labels=f'metric="{name}"')
 
 
 PANELS = (
@@ -97,6 +104,15 @@ PANELS = (
     Panel(
         "FFN experts of a token, by layer", 12, "percentunit",
         (_one("layer_ffn_histogram", "layer {{layer}}: {{ffn_experts}}"),),
+    ),
+    Panel("Entropy of the gates, nats", 8, "none", (_health("gate_entropy"),)),
+    Panel("Margin of the selection", 8, "none", (_health("selection_margin"),)),
+    Panel("Variance of the logits", 8, "none", (_health("logit_variance"),)),
+    Panel("Residual over the router's own logits", 8, "none", (_health("residual_ratio"),)),
+    Panel("Likeness of the router's rows, cosine", 8, "none", (_health("row_cosine_max"),)),
+    Panel(
+        "Loss of tokens by FFN experts taken", 8, "none",
+        (_one("loss_by_ffn", "{{ffn_experts}} FFN experts"),),
     ),
     Panel("Throughput", 8, "none", (_one("tokens_per_s", "tokens/s"),)),
     Panel("Step time", 8, "s", (_one("step_time_s", "step"),)),

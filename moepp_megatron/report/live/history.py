@@ -7,6 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable
 from statistics import median
+from typing import Any
 
 from moepp_megatron.observe.metrics import StepMetrics
 
@@ -24,6 +25,7 @@ class History:
         ffn_fraction: FFN share of all selections of each.
         newest: The last record; None before the first.
         latest: The newest number under each key, whichever record has it: some are not in all.
+        latest_lists: The same of keys that hold lists, or lists by name.
         went_back: From which step to which the run went back last; None if it never did.
         first_bad_step: First step of the present row of losses that are not finite; None if the
             newest is finite.
@@ -44,6 +46,7 @@ class History:
         self._recent: deque[StepMetrics] = deque(maxlen=RECENT)
         self.newest: StepMetrics | None = None
         self.latest: dict[str, float] = {}
+        self.latest_lists: dict[str, list[Any] | dict[str, list[Any]]] = {}
         self.first_bad_step: int | None = None
 
     def start_over(self) -> None:
@@ -72,6 +75,7 @@ class History:
         self._recent.append(record)
         self.newest = record
         self.latest.update(_numbers(record))
+        self.latest_lists.update((k, v) for k, v in record if isinstance(v, list | dict))
         if math.isfinite(record.loss):
             self.first_bad_step = None
         elif self.first_bad_step is None:

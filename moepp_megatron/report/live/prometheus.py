@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -12,7 +12,6 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.report.live import exported
 from moepp_megatron.report.live.exported import OF_RECORDS, OTHER, Exported
 from moepp_megatron.report.live.health import STATES
@@ -58,8 +57,7 @@ class RunCollector(Collector):
         run = self._run
         state = run.health().state
         yield from self._of_run(state)
-        newest = run.history.newest
-        if newest is None or state not in LIVE_STATES:
+        if run.history.newest is None or state not in LIVE_STATES:
             return
         for key, value in sorted(run.history.latest.items()):
             if key in OF_RECORDS:
@@ -71,7 +69,7 @@ class RunCollector(Collector):
         ]
         if others:
             yield _family(OTHER, others, ("key",))
-        yield from _lists(newest, run.config)
+        yield from _lists(run.history.latest_lists, run.config)
 
     def _of_run(self, state: str) -> Iterator[GaugeMetricFamily]:
         run = self._run
@@ -120,19 +118,26 @@ def wait_until_stopped() -> None:
         threading.Event().wait()
 
 
-def _lists(record: StepMetrics, config: RunConfig | None) -> Iterator[GaugeMetricFamily]:
-    """The lists of a record as labelled metrics."""
-    values = dict(record)
+def _lists(values: Mapping[str, Any], config: RunConfig | None) -> Iterator[GaugeMetricFamily]:
+    """The lists of records as labelled metrics."""
     for key, metric in OF_RECORDS.items():
         content = values.get(key)
-        if metric.labels and isinstance(content, list) and content:
+        if metric.labels and content:
             samples = _samples(metric, content, config)
             if samples:
                 yield _family(metric, samples, tuple(metric.labels.split(",")))
 
 
-def _samples(metric: Exported, content: list[Any], config: RunConfig | None) -> list[Sample]:
-    """One list as samples; none where the run's experts are needed and unknown."""
+def _samples(metric: Exported, content: Any, config: RunConfig | None) -> list[Sample]:
+    """One list, or lists by name, as samples; none where experts are needed and unknown."""
+    if metric.labels == "ffn_experts":
+        return [((str(count),), loss) for count, loss in enumerate(content)]
+    if metric.labels == "layer,metric":
+        return [
+            ((layer, name), value)
+            for name, row in content.items()
+            for layer, value in _by_layer(row, config)
+        ]
     if metric.labels == "layer":
         return [((layer,), share) for layer, share in _by_layer(content, config)]
     if metric.labels == "layer,ffn_experts":

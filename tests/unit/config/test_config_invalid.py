@@ -36,8 +36,87 @@ BF16_ENDS = [*FP8, "precision.fp8_recipe=blockwise", "precision.first_last_layer
 LAYOUT = "parallel.pipeline_model_parallel_layout"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
 
+GUARD = "routing_guard.enabled=true"
+
+
+def guard_rule(**keys: object) -> str:
+    """An override with one rule of the routing guard."""
+    rule = {"name": "mine", "metric": "ffn_fraction", "below": 0.2, **keys}
+    text = ", ".join(f"{key}: {value}" for key, value in rule.items() if value is not None)
+    return f"routing_guard.rules=[{{{text}}}]"
+
+
 # (overrides on the minimal configuration, name with value, remedy)
 INVALID = [
+    # routing guard
+    (
+        [guard_rule(metric="ffn_fractoin")],
+        "routing_guard.rules[0].metric ('ffn_fractoin')",
+        "use ffn_fraction",
+    ),
+    ([guard_rule(metric=None)], "routing_guard.rules[0].metric (null)", "use one of ffn_fraction"),
+    ([guard_rule(metirc="loss")], "routing_guard.rules[0].metirc ('loss')", "did you mean metric?"),
+    ([guard_rule(name=None)], "routing_guard.rules[0].name (missing)", "add name under"),
+    ([guard_rule(below="low")], "routing_guard.rules[0].below ('low')", "without quotes"),
+    ([guard_rule(action="panic")], "routing_guard.rules[0].action ('panic')", "must be one of"),
+    ([guard_rule(for_steps=0)], "routing_guard.rules[0].for_steps (0)", "use 1 or more"),
+    (["routing_guard.rules=[warn]"], "routing_guard.rules[0] ('warn')", "write it as {name: ...}"),
+    (["routing_guard.rules=3"], "routing_guard.rules (3)", "write it as [a, b]"),
+    ([guard_rule(above=0.1)], "routing_guard.rules[0].above (0.1)", "write for example below: 0.2"),
+    ([guard_rule(below=None)], "routing_guard.rules[0].above (null)", "write for example"),
+    ([guard_rule(clear=0.1)], "routing_guard.rules[0].clear (0.1)", "use 0.2 or leave it out"),
+    (
+        ["routing_guard.rules=[{name: data_shift}, {name: data_shift}]"],
+        "routing_guard.rules[1].name ('data_shift')",
+        "join the two",
+    ),
+    (
+        [guard_rule(metric="gate_entropy"), "observe.health_interval=0"],
+        "routing_guard.rules[0].metric ('gate_entropy')",
+        "change observe.health_interval",
+    ),
+    (
+        [guard_rule(metric="routing_shift"), "routing_guard.shift.window=0"],
+        "routing_guard.rules[0].metric ('routing_shift')",
+        "change routing_guard.shift.window",
+    ),
+    ([GUARD, *VANILLA], "routing_guard.enabled (true)", "add zero-computation experts"),
+    (
+        [GUARD, "moe.num_ffn_experts=1", "moe.router_topk=2"],
+        "moe.router_topk (2)",
+        "give rule collapse_to_zero_computation the action warn",
+    ),
+    (
+        [GUARD, "moe.capacity_factor=1.1"],
+        "moe.capacity_factor (1.1)",
+        "give these rules the action warn",
+    ),
+    ([GUARD, *GRAPHS], GRAPHS_NAME, "take moe_router out"),
+    (
+        [GUARD, "model.implementation=hybrid", guard_rule(action="force_ffn")],
+        "routing_guard.force_ffn.tokens ('high_loss')",
+        "use all",
+    ),
+    (
+        ["routing_guard.force_ffn.tokens=ids", "routing_guard.force_ffn.token_ids=[1, 512]"],
+        "routing_guard.force_ffn.token_ids ([1, 512])",
+        "take out 512",
+    ),
+    (
+        ["routing_guard.force_ffn.tokens=ids"],
+        "routing_guard.force_ffn.token_ids ([])",
+        "name some",
+    ),
+    (
+        [GUARD, "moe.balance_coeff=0"],
+        "moe.balance_coeff (0.0)",
+        "give rule few_ffn_experts the action warn",
+    ),
+    (
+        [GUARD, guard_rule(action="rollback")],
+        "checkpoint.save_interval (0)",
+        "give rule mine the action warn",
+    ),
     (
         ["observe.webhook_url_env=https://example.com/secret"],
         "observe.webhook_url_env ('...')",
@@ -47,6 +126,17 @@ INVALID = [
         ["observe.wandb.mode=disabled"],
         "observe.wandb.mode ('disabled')",
         "use online",
+    ),
+    (
+        ["training.profile_steps=[99, 100, 101]"],
+        "training.profile_steps ([99, 100, 101])",
+        "use steps of this run",
+    ),
+    (["training.profile_steps=[0]"], "training.profile_steps ([0])", "use steps of this run"),
+    (
+        ["training.profile_steps=[10, 12]"],
+        "training.profile_steps ([10, 12])",
+        "use [10, 11]",
     ),
     # one field
     (["model.num_layers=0"], "model.num_layers (0)", "use 1 or more"),
@@ -522,6 +612,12 @@ def test_invalid_setting(
 
 # (overrides, ranks, name with value, remedy)
 INVALID_WORLD_SIZE = [
+    (
+        ["training.profile_steps=[10]", "training.profile_ranks=[0, 4]"],
+        4,
+        "training.profile_ranks ([0, 4])",
+        "use null for all",
+    ),
     ([], 0, "world size (0)", "start 1 rank or more"),
     (TP2, 3, "world size (3)", "start 2 or 4 ranks"),
     ([*TP2, *PP2], 6, "world size (6)", "start 4 or 8 ranks"),
@@ -690,6 +786,21 @@ def test_message_stays_on_one_line_whatever_the_value(minimal: Path) -> None:
 
 # (overrides, name with value, reason): settings without an effect
 IGNORED = [
+    (
+        ["training.profile_ranks=[0]"],
+        "training.profile_ranks ([0])",
+        "without training.profile_steps",
+    ),
+    (
+        ["routing_guard.dry_run=true"],
+        "routing_guard.dry_run (true)",
+        "without routing_guard.enabled",
+    ),
+    (
+        [GUARD, "routing_guard.force_ffn.share=0.2", "routing_guard.force_ffn.tokens=all"],
+        "routing_guard.force_ffn.share (0.2)",
+        "with routing_guard.force_ffn.tokens all",
+    ),
     (
         ["moe.budget.gain=0.1"],
         "moe.budget.gain (0.1)",

@@ -252,3 +252,23 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_guard_rules_are_a_list_in_yaml(minimal: Path, tmp_path: Path) -> None:
+    text = minimal.read_text() + (
+        "routing_guard:\n"
+        "  enabled: true\n"
+        "  rules:\n"
+        "    - {name: dead_expert, action: warn, for_steps: 7}\n"
+        "    - name: loss_too_high\n"
+        "      metric: loss\n"
+        "      above: 12.0\n"
+        "      action: warn\n"
+    )
+    path = tmp_path / "guard.yaml"
+    path.write_text(text)
+    config = load_config(path)
+    assert [rule.name for rule in config.routing_guard.rules] == ["dead_expert", "loss_too_high"]
+    again = tmp_path / "again.yaml"
+    again.write_text(config.to_yaml())
+    assert load_config(again) == config

@@ -373,6 +373,21 @@ LAYERS = [
 ]
 
 
+@pytest.mark.parametrize("demand", ["one", "all"])
+def test_ffn_demands_with_the_fused_combine(compiled, demand):
+    """The kernel of the router knows no demand, so PyTorch selects; the combine takes any map."""
+    config = MoEPPConfig(num_ffn_experts=4, gate_normalization="nonzero")
+    layers = [build_layer(dataclasses.replace(config, fused=f)).to(DEVICE) for f in (False, True)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    hidden = torch.randn(9, 3, HIDDEN, device=DEVICE)
+    previous = torch.randn(9, 3, config.num_experts, device=DEVICE)
+    outputs = []
+    for layer in layers:
+        layer.router.set_ffn_demand(demand)
+        outputs.append(layer(hidden, previous)[0])
+    assert_close(outputs[1], outputs[0], "output")
+
+
 @pytest.mark.parametrize(("changes", "dispatcher", "megatron"), LAYERS)
 def test_layer_with_and_without_kernels(compiled, changes, dispatcher, megatron):
     config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, **changes)

@@ -1,6 +1,7 @@
 """The numbers that Prometheus gets, and the dashboard and table that name them."""
 
 import json
+import math
 import re
 import socket
 import time
@@ -47,7 +48,10 @@ def scrape():
 def test_the_newest_record_is_served(make_run, scrape):
     def edit(records):
         records[-1]["own_key"] = 3.0
-        records[-1]["layer_ffn_histogram"] = [[0.5, 0.25, 0.25]] * 4
+        # Of a number that is not in every record the last one counts.
+        records[-2]["layer_ffn_histogram"] = [[0.5, 0.25, 0.25]] * 4
+        records[-2]["router_health"] = {"gate_entropy": [1.0, 1.1, 1.2, None]}
+        records[-2]["loss_by_ffn"] = [3.0, 2.5, None]
 
     run = make_run(steps=5, edit=edit)
     alert = Alert(
@@ -80,6 +84,10 @@ def test_the_newest_record_is_served(make_run, scrape):
     assert constant == pytest.approx(layer[8] + layer[9])
     assert got["moepp_layer_ffn_ratio"][("4",)] == record["layer_ffn_fraction"][3]
     assert got["moepp_layer_tokens_ratio"][("0", "1")] == 0.5
+    health = got["moepp_router_health"]
+    assert health[("2", "gate_entropy")] == 1.1
+    assert math.isnan(health[("4", "gate_entropy")])
+    assert got["moepp_loss_by_ffn"][("1",)] == 2.5
 
     record |= {"step": 6, "loss": None, "valid_loss": None}
     with (run / "metrics.jsonl").open("a") as file:

@@ -1,0 +1,180 @@
+"""`moepp bench collectives`: what the network gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moepp_megatron.config import ConfigError, UnfitError
+
+# The keys of `bench.collective_cases.KINDS`, which imports torch.
+_KINDS = (
+    "all_to_all",
+    "all_to_all_uneven",
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "send_receive",
+)
+
+
+def collectives(
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
+    ] = 2,
+    smallest: Annotated[
+        str, typer.Option("--min", help="Smallest size; K, M, G are binary.", metavar="BYTES")
+    ] = "1K",
+    largest: Annotated[str, typer.Option("--max", help="Largest.", metavar="BYTES")] = "16M",
+    factor: Annotated[int, typer.Option(min=2, help="From one size to the next.")] = 4,
+    operations: Annotated[
+        str,
+        typer.Option(
+            help="all_to_all, all_to_all_uneven, all_reduce, all_gather, reduce_scatter, "
+            "send_receive, or all.",
+            metavar="NAME,...",
+        ),
+    ] = "all",
+    groups: Annotated[
+        str | None,
+        typer.Option(help="Ranks of a group; by default 2, 4, ... and all.", metavar="N,..."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    warmup: Annotated[int, typer.Option(min=1, help="Calls of each case before the clock.")] = 2,
+    iterations: Annotated[int, typer.Option(min=1, help="Calls of one repetition.")] = 5,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Repetitions; the cases take turns, medians count.")
+    ] = 5,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here.", metavar="FILE")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw bus bandwidth here.", metavar="FILE.png")
+    ] = None,
+) -> None:
+    """Collectives alone, over sizes and group sizes, with a check of the data; like nccl-tests.
+
+    gloo on CPU ranks, NCCL on GPUs. FILE is a measured ceiling for profiles.
+    """
+    from moepp_megatron.config.choices import parse_choices, parse_counts, parse_size
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    rank = RankEnvironment.read()
+    ranks = rank.world_size if rank.is_launched else nproc
+    low, high = parse_size("--min", smallest), parse_size("--max", largest)
+    if low > high:
+        raise ConfigError(f"--min ({smallest}) must be at most --max ({largest}); use {largest}")
+    if ranks < 2:
+        raise ConfigError(f"--nproc ({ranks}) must be at least 2 to have a network; use 2")
+    (chosen_dtype,) = parse_choices("--dtype", dtype, ("fp32", "bf16"))
+    names = _operations(operations)
+    group_sizes = parse_counts("--groups", groups) if groups is not None else None
+    for size in group_sizes or []:
+        if size < 2 or ranks % size:
+            raise ConfigError(
+                f"--groups ({size}) must be at least 2 and divide the number of ranks ({ranks}); "
+                f"use {ranks}"
+            )
+    for option, file in (("--json", json_file), ("--plot", plot)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"{option} ({file}) must lie in a folder that exists; make it first")
+    if not rank.is_launched:
+        arguments = ["--min", smallest, "--max", largest, "--factor", str(factor)]
+        arguments += ["--operations", ",".join(names), "--dtype", dtype]
+        arguments += ["--warmup", str(warmup), "--iterations", str(iterations)]
+        arguments += ["--repeats", str(repeats)]
+        arguments += [] if groups is None else ["--groups", groups]
+        arguments += [] if json_file is None else ["--json", str(json_file)]
+        arguments += [] if plot is None else ["--plot", str(plot)]
+        _on_ranks(nproc, arguments)
+        return
+    from moepp_megatron.runtime.quiet import quiet
+
+    quiet()
+    from moepp_megatron.bench import collectives as bench
+
+    setting = bench.CollectiveSetting(
+        operations=names,
+        sizes=bench.sizes_between(low, high, factor),
+        group_sizes=group_sizes or bench.default_group_sizes(ranks),
+        dtype=chosen_dtype,
+        warmup=warmup,
+        iterations=iterations,
+        repeats=repeats,
+    )
+    _measure(setting, json_file, plot)
+
+
+def _operations(text: str) -> list[str]:
+    from moepp_megatron.config.choices import parse_choices
+
+    return list(_KINDS) if text == "all" else parse_choices("--operations", text, _KINDS)
+
+
+def _on_ranks(nproc: int, arguments: list[str]) -> None:
+    from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
+
+    command = ["bench", "collectives", *arguments]
+    status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", command)
+    if status != 0:
+        raise typer.Exit(status)
+
+
+def _measure(setting: object, json_file: Path | None, plot: Path | None) -> None:
+    """Be one rank; rank 0 prints and writes."""
+    from contextlib import nullcontext
+
+    from moepp_megatron.bench.collectives import CollectiveSetting, run_collectives
+    from moepp_megatron.report import bench, collectives
+    from moepp_megatron.report.progress import progress
+    from moepp_megatron.runtime import distributed
+    from moepp_megatron.runtime.launch import leave
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    assert isinstance(setting, CollectiveSetting)
+    rank = RankEnvironment.read()
+    device = distributed.start(rank)
+    _check_memory(max(setting.sizes), rank.local_world_size, device.type)
+    first = rank.rank == 0
+    bar = progress(setting.repeats + 2) if first else nullcontext(lambda what: None)
+    with bar as advance:
+        results = run_collectives(setting, device, rank.local_world_size, advance)
+    distributed.stop()
+    if first:
+        collectives.print_tables(results)
+        if json_file is not None:
+            bench.write_records(json_file, results)
+            typer.echo(f"results      {json_file}")
+        if plot is not None:
+            collectives.plot(plot, results)
+            typer.echo(f"plot         {plot}")
+    wrong = sum(result.wrong for result in results)
+    if wrong:
+        if first:
+            typer.echo(f"error: {wrong} elements arrived wrong; see the column 'wrong'", err=True)
+        leave(1)
+
+
+def _check_memory(largest: int, local_ranks: int, device: str) -> None:
+    """Refuse sizes that this machine cannot hold.
+
+    Raises:
+        UnfitError: Too large.
+    """
+    import psutil
+    import torch
+
+    # Three buffers, and while they are filled or checked about as many integers of 8 bytes.
+    wanted = 3 * largest + 4 * largest
+    there = (
+        torch.cuda.mem_get_info()[0]
+        if device == "cuda"
+        else psutil.virtual_memory().available // local_ranks
+    )
+    if wanted > there:
+        raise UnfitError(
+            f"--max ({largest} bytes) must leave room for about seven times as much a rank, and "
+            f"{there} bytes are free; use a smaller one"
+        )

@@ -1,0 +1,277 @@
+"""`moepp scale`: strong and weak scaling of MoE++ and its vanilla rival, a job a point."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moepp_megatron.cli.machines import machines
+from moepp_megatron.config import (
+    Config,
+    ConfigError,
+    Layout,
+    check_config,
+    load_config,
+)
+
+if TYPE_CHECKING:
+    from moepp_megatron.profiling.scaling.folder import Measuring, ScalingFolder
+    from moepp_megatron.profiling.scaling.grid import Grid, Point
+    from moepp_megatron.profiling.scaling.jobs import Jobs
+    from moepp_megatron.runtime.nodes import Nodes
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+# Of options for batch scripts.
+_SCHEDULER = "For batch scripts"
+
+
+def scale(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of the test; a second call goes on with it.", metavar="DIR"),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
+    ] = None,
+    nproc: Annotated[
+        str, typer.Option(help="Rank counts; all ranks of all machines.", metavar="N,...")
+    ] = "1,2,4",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="strong: the global batch stays; weak: it grows with the ranks.",
+            metavar="MODE,...",
+        ),
+    ] = "strong,weak",
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Degrees of parallelism, such as ep=2,tp=1 (tp, pp, cp, ep, etp; others as in "
+            "CONFIG); may be given several times. auto: expert parallelism as wide as divides "
+            "experts and ranks.",
+            metavar="SPEC",
+        ),
+    ] = None,
+    kinds: Annotated[
+        str,
+        typer.Option(help="Both are in memory at once; one alone needs half.", metavar="KIND,..."),
+    ] = "moepp,vanilla",
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Repetitions; the models take turns, medians count.")
+    ] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a repetition.")] = 3,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps of each model before the clock.")] = 3,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Print the points still to be measured, a name and a rank count a line, and stop.",
+            rich_help_panel=_SCHEDULER,
+        ),
+    ] = False,
+    point: Annotated[
+        str | None,
+        typer.Option(help="Measure this point only.", metavar="NAME", rich_help_panel=_SCHEDULER),
+    ] = None,
+    collect: Annotated[
+        bool,
+        typer.Option(
+            "--collect",
+            help="Measure nothing; write scale.json and scaling.html of what is there.",
+            rich_help_panel=_SCHEDULER,
+        ),
+    ] = False,
+    nnodes: Annotated[
+        int, typer.Option(min=1, help="Machines of the point.", rich_help_panel=_SCHEDULER)
+    ] = 1,
+    node_rank: Annotated[
+        int | None, typer.Option(min=0, help="This one.", rich_help_panel=_SCHEDULER)
+    ] = None,
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(help="As moepp train.", metavar="HOST[:PORT]", rich_help_panel=_SCHEDULER),
+    ] = None,
+    rdzv_id: Annotated[
+        str, typer.Option(help="As moepp train.", rich_help_panel=_SCHEDULER)
+    ] = "moepp",
+) -> None:
+    """Step time, tokens/s, efficiency and all-to-all over rank counts, beside the vanilla model.
+
+    Every point is a job of its own. Finished points stay finished: a second call measures what is
+    missing or has failed. Routing is held at the balanced share phi and tokens are random, so
+    nothing depends on training.
+    """
+    from moepp_megatron.config.choices import parse_choices, parse_counts
+    from moepp_megatron.profiling.scaling.folder import Measuring, ScalingFolder
+    from moepp_megatron.profiling.scaling.grid import KINDS, MODES, build_grid
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    modes = parse_choices("--mode", mode, MODES)
+    chosen = parse_choices("--kinds", kinds, KINDS)
+    nprocs = parse_counts("--nproc", nproc)
+    nodes = machines(nnodes, node_rank, rdzv_endpoint, rdzv_id)
+    rank = RankEnvironment.read() if nodes is None else RankEnvironment()
+    settings = load_config(config, overrides or [])
+    if settings.moe.is_vanilla:
+        raise ConfigError(
+            f"moe.num_zero_experts ({settings.moe.num_zero_experts}) and the other counts of "
+            "zero-computation experts must not all be 0 to be compared with vanilla; use 1"
+        )
+    grid = build_grid(settings, nprocs, layout or ["auto"], modes)
+    from moepp_megatron.runtime.fit import check_fit
+
+    check_fit(settings)
+    measuring = Measuring(tuple(chosen), warmup, steps, repeats)
+    folder = ScalingFolder(out)
+    if rank.rank == 0:
+        folder.claim(settings, measuring)
+    if rank.is_launched:
+        _measure_on_rank(settings, _own_point(grid, point, rank.world_size), measuring, folder)
+        return
+    if plan:
+        _print_plan(grid, folder)
+        return
+    from moepp_megatron.profiling.scaling.jobs import Interrupted, Jobs
+
+    command = ["scale", str(config), *(overrides or []), "--out", str(out), "--nproc", nproc]
+    command += ["--mode", mode, "--kinds", kinds, "--repeats", str(repeats)]
+    command += ["--steps", str(steps), "--warmup", str(warmup)]
+    command += [word for spec in layout or [] for word in ("--layout", spec)]
+    jobs, failed = Jobs(folder, command), 0
+    try:
+        if point is not None:
+            _run_one(jobs, _named(grid, point), nodes)
+            return
+        if not collect:
+            failed = _run_all(settings, grid, jobs)
+    except Interrupted as stop:
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(stop.status) from None
+    _collect(settings, grid, measuring, folder)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _named(grid: Grid, name: str) -> Point:
+    for point in grid.points:
+        if point.name == name:
+            return point
+    raise ConfigError(
+        f"--point ({name}) must be one of {', '.join(point.name for point in grid.points)}"
+    )
+
+
+def _own_point(grid: Grid, name: str | None, world_size: int) -> Point:
+    """The point that ranks which somebody else has started are to measure."""
+    if name is not None:
+        point = _named(grid, name)
+        if point.nproc != world_size:
+            raise ConfigError(
+                f"--point ({name}) must have as many ranks as were started ({world_size}); "
+                f"start {point.nproc}"
+            )
+        return point
+    fitting = [point for point in grid.points if point.nproc == world_size]
+    if len(fitting) != 1:
+        names = ", ".join(point.name for point in fitting) or "none"
+        raise ConfigError(
+            f"--point (null) must name one of the points of {world_size} ranks: {names}"
+        )
+    return fitting[0]
+
+
+def _print_plan(grid: Grid, folder: ScalingFolder) -> None:
+    from moepp_megatron.profiling.scaling.folder import unfinished
+
+    for each in unfinished(folder, grid.points):
+        typer.echo(f"{each.name} {each.nproc}")
+
+
+def _run_one(jobs: Jobs, point: Point, nodes: Nodes | None) -> None:
+    """Measure one point on this machine and the others that do the same."""
+    reason = jobs.run(point, nodes)
+    if reason is not None:
+        typer.echo(f"failed: {point.name}: {reason}", err=True)
+        raise typer.Exit(1)
+
+
+def _run_all(config: Config, grid: Grid, jobs: Jobs) -> int:
+    """Measure everything that is missing, on this machine; returns how many points failed."""
+    from moepp_megatron.profiling.scaling.folder import unfinished
+    from moepp_megatron.report.progress import progress
+
+    for warning in check_config(config):
+        typer.echo(f"warning: {warning}", err=True)
+    for missing in grid.impossible:
+        typer.echo(
+            f"left out: {missing.nproc} ranks, {missing.layout}, {missing.mode}: {missing.reason}",
+            err=True,
+        )
+    total, todo = len(grid.points), len(unfinished(jobs.folder, grid.points))
+    if todo < total:
+        typer.echo(f"{total - todo} of {total} points are there already", err=True)
+    with progress(todo) as advance:
+        failures = jobs.run_missing(grid.points, advance)
+    for name, reason in failures.items():
+        typer.echo(f"failed: {name}: {reason}", err=True)
+    if failures:
+        typer.echo(f"{len(failures)} of {total} points failed; run again to retry them", err=True)
+    return len(failures)
+
+
+def _measure_on_rank(
+    config: Config, point: Point, measuring: Measuring, folder: ScalingFolder
+) -> None:
+    """Be one rank of one point; rank 0 writes the result."""
+    from moepp_megatron.runtime.parent import die_with_parent
+    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    quiet()
+    die_with_parent(os.getppid())
+    rank = RankEnvironment.read()
+    try:
+        _measure(config, point, measuring, folder, rank)
+    except Exception as error:
+        from moepp_megatron.profiling.scaling.folder import FAILURE_MARK
+
+        traceback.print_exc()
+        first_line = (str(error).splitlines() or [""])[0]
+        typer.echo(f"{FAILURE_MARK} {rank.rank}: {type(error).__name__}: {first_line}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _measure(
+    config: Config, point: Point, measuring: Measuring, folder: ScalingFolder, rank: RankEnvironment
+) -> None:
+    from moepp_megatron.bench.scale import measure_point
+    from moepp_megatron.runtime import distributed
+
+    own = point.config(config)
+    layout = Layout.from_config(own, rank.world_size)
+    device = distributed.start(rank)
+    distributed.build_groups(own, layout)
+    result = measure_point(own, layout, measuring, device)
+    if rank.rank == 0:
+        folder.finish(point, result)
+    distributed.stop()
+
+
+def _collect(config: Config, grid: Grid, measuring: Measuring, folder: ScalingFolder) -> None:
+    from moepp_megatron.profiling.scaling.efficiency import scale_records
+    from moepp_megatron.report import scaling_page, scaling_table
+
+    records = scale_records(folder, grid.points)
+    if not records:
+        typer.echo("no point is measured yet", err=True)
+        return
+    scaling_table.print_records(records)
+    results = scaling_table.write_records(folder.path / "scale.json", records)
+    page = scaling_page.build_scaling_page(config, grid, measuring, folder, records)
+    typer.echo(f"results      {results}")
+    typer.echo(f"page         {page}")

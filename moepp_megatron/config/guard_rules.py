@@ -1,0 +1,172 @@
+"""The rules that a run's routing guard goes by: the defaults under the user's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moepp_megatron.config.schema.routing_guard import (
+    GuardAction,
+    GuardRule,
+    RoutingGuardSection,
+)
+
+# docs/guard.md gives the reason of each number.
+DEFAULT_RULES = (
+    GuardRule(
+        name="collapse_to_zero_computation",
+        metric="ffn_to_target",
+        below=0.25,
+        clear=0.5,
+        for_steps=20,
+        clear_for_steps=20,
+        severity="critical",
+        action="safe_mode",
+    ),
+    GuardRule(
+        name="few_ffn_experts",
+        metric="ffn_to_target",
+        below=0.6,
+        clear=0.75,
+        for_steps=50,
+        severity="warning",
+        action="raise_tau",
+        min_steps_between=200,
+    ),
+    GuardRule(
+        name="ffn_never_skipped",
+        metric="ffn_fraction",
+        above=0.99,
+        clear=0.97,
+        for_steps=100,
+        severity="warning",
+        action="warn",
+    ),
+    GuardRule(
+        name="dead_expert",
+        metric="min_ffn_load",
+        below=0.01,
+        clear=0.05,
+        for_steps=100,
+        severity="warning",
+        action="warn",
+    ),
+    GuardRule(
+        name="logit_explosion",
+        metric="logit_variance",
+        above=100.0,
+        clear=50.0,
+        for_steps=20,
+        severity="critical",
+        action="warn",
+    ),
+    GuardRule(
+        name="entropy_collapse",
+        metric="gate_entropy_ratio",
+        below=0.02,
+        clear=0.05,
+        for_steps=20,
+        severity="warning",
+        action="warn",
+    ),
+    GuardRule(
+        name="data_shift",
+        metric="routing_shift",
+        above=1.0,
+        for_steps=1,
+        severity="warning",
+        action="warn",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule, complete.
+
+    Attributes:
+        name: What alerts call it.
+        metric: One of `GUARD_METRICS`.
+        limit: Where it holds, with `is_above`.
+        is_above: Whether it holds above the limit, or below.
+        clear: Beyond which the metric is healthy again.
+        for_steps: Steps that it must hold before the action.
+        clear_for_steps: Steps that it must be healthy before the action ends.
+        severity: Of its alerts.
+        action: What is done.
+        per_layer: Whether each MoE layer is judged, and acted on, by itself.
+        min_steps_between: Fewest steps from an end to the next start, in one place.
+        max_firings: Times that the action is taken in a run, all places together.
+    """
+
+    name: str
+    metric: str
+    limit: float
+    is_above: bool
+    clear: float
+    for_steps: int = 1
+    clear_for_steps: int = 1
+    severity: Literal["info", "warning", "critical"] = "warning"
+    action: GuardAction = "warn"
+    per_layer: bool = True
+    min_steps_between: int = 0
+    max_firings: int = 10
+
+    def holds(self, value: float) -> bool:
+        """Whether the metric is where it should not be."""
+        return value > self.limit if self.is_above else value < self.limit
+
+    def is_healthy(self, value: float) -> bool:
+        """Whether the metric is beyond `clear`."""
+        return value <= self.clear if self.is_above else value >= self.clear
+
+    @property
+    def condition(self) -> str:
+        """Such as `< 0.25 for 20 steps`."""
+        sign = ">" if self.is_above else "<"
+        duration = "" if self.for_steps == 1 else f" for {self.for_steps} steps"
+        return f"{sign} {self.limit:g}{duration}"
+
+
+def merged_rules(section: RoutingGuardSection) -> dict[str, GuardRule]:
+    """The default rules with the user's changes, and the user's own, by name; dropped ones too."""
+    rules = {rule.name: rule for rule in DEFAULT_RULES} if section.defaults else {}
+    for own in section.rules:
+        base = rules.get(own.name)
+        rules[own.name] = own if base is None else _changed(base, own)
+    return rules
+
+
+def effective_rules(section: RoutingGuardSection) -> tuple[Rule, ...]:
+    """The complete rules of a checked configuration, in order."""
+    return tuple(complete(rule) for rule in merged_rules(section).values() if rule.action != "none")
+
+
+def complete(rule: GuardRule) -> Rule:
+    """What a rule means, its defaults resolved; it has a metric and one limit."""
+    limit = rule.above if rule.above is not None else rule.below
+    assert rule.metric is not None, f"rule {rule.name} has no metric"
+    assert limit is not None, f"rule {rule.name} has no limit"
+    for_steps = rule.for_steps or 1
+    return Rule(
+        name=rule.name,
+        metric=rule.metric,
+        limit=limit,
+        is_above=rule.above is not None,
+        clear=limit if rule.clear is None else rule.clear,
+        for_steps=for_steps,
+        clear_for_steps=rule.clear_for_steps or for_steps,
+        severity=rule.severity or "warning",
+        action=rule.action or "warn",
+        per_layer=rule.scope != "mean",
+        min_steps_between=rule.min_steps_between or 0,
+        max_firings=rule.max_firings or 10,
+    )
+
+
+def _changed(base: GuardRule, own: GuardRule) -> GuardRule:
+    given = {name: value for name, value in own.model_dump().items() if value is not None}
+    if "above" in given or "below" in given:
+        # A new limit takes the place of the old one, and the old way back does not fit it.
+        base = base.model_copy(update={"above": None, "below": None, "clear": None})
+    return base.model_copy(update=given)

@@ -1,0 +1,245 @@
+"""Rules of the section `routing_guard`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from moepp_megatron.config.guard_metrics import GUARD_METRICS, MEASURED
+from moepp_megatron.config.guard_rules import merged_rules
+from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.schema import Config, GuardRule
+
+
+def _own(config: Config) -> Iterator[tuple[str, GuardRule]]:
+    """The rules that the user wrote, as they are merged, with their names in messages."""
+    section = config.routing_guard
+    merged = merged_rules(section)
+    for index, rule in enumerate(section.rules):
+        yield f"routing_guard.rules[{index}]", merged[rule.name]
+
+
+def _acting(config: Config, *actions: str) -> Iterator[GuardRule]:
+    """Rules that are judged and take one of these actions."""
+    if config.routing_guard.enabled:
+        for rule in merged_rules(config.routing_guard).values():
+            if rule.action in actions:
+                yield rule
+
+
+def guard_has_routers_to_watch(config: Config) -> Iterator[Problem]:
+    """megatron-core's own MoE layer has none of our routers."""
+    if config.routing_guard.enabled and config.moe.num_zero_computation_experts == 0:
+        yield Problem(
+            "routing_guard.enabled",
+            True,
+            "must come with zero-computation experts, because what it guards against is their "
+            "misuse",
+            "add zero-computation experts, or set it to false",
+        )
+
+
+def guard_rules_have_one_name_each(config: Config) -> Iterator[Problem]:
+    """Alerts and checkpoints know a rule by its name."""
+    names = [rule.name for rule in config.routing_guard.rules]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield Problem(
+                f"routing_guard.rules[{index}].name",
+                name,
+                "must be another one than that of the rules before",
+                "rename it, or join the two",
+            )
+
+
+def guard_rules_look_at_a_metric(config: Config) -> Iterator[Problem]:
+    """A metric that nothing measures would never hold."""
+    for name, rule in _own(config):
+        if rule.metric in GUARD_METRICS:
+            continue
+        near = get_close_matches(rule.metric or "", GUARD_METRICS, n=1, cutoff=0.4)
+        yield Problem(
+            f"{name}.metric",
+            rule.metric,
+            "must be one of the guard's metrics",
+            f"use {near[0]}" if near else f"use one of {', '.join(GUARD_METRICS)}",
+        )
+
+
+def guard_rules_have_one_limit(config: Config) -> Iterator[Problem]:
+    """A rule holds above a limit or below one."""
+    for name, rule in _own(config):
+        given = [key for key in ("above", "below") if getattr(rule, key) is not None]
+        if len(given) != 1:
+            yield Problem(
+                f"{name}.above",
+                rule.above,
+                f"must be given, or else below, and here are {'both' if given else 'neither'}",
+                "write for example below: 0.2",
+            )
+
+
+def guard_rules_clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
+    """Else a rule would hold and be healthy at once."""
+    for name, rule in _own(config):
+        for key, sign in (("above", 1), ("below", -1)):
+            limit = getattr(rule, key)
+            if limit is None or rule.clear is None or (rule.clear - limit) * sign <= 0:
+                continue
+            yield Problem(
+                f"{name}.clear",
+                rule.clear,
+                f"must be at {'most' if sign > 0 else 'least'} {key} ({limit:g})",
+                f"use {limit:g} or leave it out",
+            )
+
+
+def guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
+    """Router health and the profile can be switched off."""
+    is_off = {
+        "observe.health_interval": config.observe.health_interval == 0,
+        "training.cuda_graphs": "moe_router" in config.training.cuda_graphs,
+        "routing_guard.shift.window": config.routing_guard.shift.window == 0,
+    }
+    for name, rule in _own(config):
+        needs = ["observe.health_interval", "training.cuda_graphs"]
+        if rule.metric == "routing_shift":
+            needs = ["routing_guard.shift.window"]
+        elif rule.metric not in MEASURED:
+            continue
+        for setting in needs:
+            if is_off[setting]:
+                yield Problem(
+                    f"{name}.metric",
+                    rule.metric,
+                    f"must be measured, and {setting} switches that off",
+                    f"change {setting}, or drop the rule",
+                )
+
+
+def safe_mode_has_enough_ffn_experts(config: Config) -> Iterator[Problem]:
+    """In safe mode a token takes K FFN experts."""
+    moe = config.moe
+    if moe.router_topk > moe.num_ffn_experts:
+        for rule in _acting(config, "safe_mode"):
+            yield Problem(
+                "moe.router_topk",
+                moe.router_topk,
+                f"must be at most moe.num_ffn_experts ({moe.num_ffn_experts}) with the action "
+                f"safe_mode of rule {rule.name}, which sends all selections to FFN experts",
+                f"give rule {rule.name} the action warn",
+            )
+            return
+
+
+def guard_moves_no_capacity(config: Config) -> Iterator[Problem]:
+    """Capacities follow from a fixed tau; further FFN selections would only be dropped."""
+    if config.moe.capacity_factor is None:
+        return
+    names = [rule.name for rule in _acting(config, "raise_tau", "force_ffn", "safe_mode")]
+    if names:
+        yield Problem(
+            "moe.capacity_factor",
+            config.moe.capacity_factor,
+            f"must be null with the actions of the rules {', '.join(names)}, because the "
+            "capacities follow from a fixed moe.tau and would drop what they send to FFN experts",
+            "use null, or give these rules the action warn",
+        )
+
+
+def guard_reaches_the_router(config: Config) -> Iterator[Problem]:
+    """A captured router repeats the kernels of the first step."""
+    if "moe_router" not in config.training.cuda_graphs:
+        return
+    for rule in _acting(config, "force_ffn", "safe_mode"):
+        yield Problem(
+            "training.cuda_graphs",
+            config.training.cuda_graphs,
+            f"must not hold moe_router with the action {rule.action} of rule {rule.name}, because "
+            "a graph goes on as it was captured",
+            f"take moe_router out, or give rule {rule.name} the action warn",
+        )
+        return
+
+
+def forced_tokens_are_known_in_every_layer(config: Config) -> Iterator[Problem]:
+    """Which token a hidden vector belongs to travels with it; not in all schedules."""
+    reasons = {
+        "model.implementation": config.model.implementation == "hybrid",
+        "parallel.overlap_moe_expert_parallel_comm": (
+            config.parallel.overlap_moe_expert_parallel_comm
+        ),
+    }
+    tokens = config.routing_guard.force_ffn.tokens
+    if tokens == "all" or not list(_acting(config, "force_ffn")):
+        return
+    for setting, holds in reasons.items():
+        if holds:
+            yield Problem(
+                "routing_guard.force_ffn.tokens",
+                tokens,
+                f"must be all with {setting}, whose layers do not know their tokens",
+                "use all",
+            )
+
+
+def forced_token_ids_exist(config: Config) -> Iterator[Problem]:
+    """Ids lie in the vocabulary, and there are some."""
+    settings = config.routing_guard.force_ffn
+    if settings.tokens != "ids":
+        return
+    largest = config.model.vocab_size - 1
+    wrong = [token for token in settings.token_ids if not 0 <= token <= largest]
+    if wrong or not settings.token_ids:
+        yield Problem(
+            "routing_guard.force_ffn.token_ids",
+            settings.token_ids,
+            f"must hold ids from 0 to {largest} (model.vocab_size - 1) with tokens ids",
+            f"take out {wrong[0]}" if wrong else "name some, or use tokens high_loss",
+        )
+
+
+def raised_tau_acts_through_the_balance_loss(config: Config) -> Iterator[Problem]:
+    """Tau does nothing where the balance loss is off."""
+    if config.moe.balance_coeff > 0:
+        return
+    for rule in _acting(config, "raise_tau"):
+        yield Problem(
+            "moe.balance_coeff",
+            config.moe.balance_coeff,
+            f"must be above 0 with the action raise_tau of rule {rule.name}, because tau acts "
+            "through the balance loss",
+            f"use 0.01, or give rule {rule.name} the action warn",
+        )
+        return
+
+
+def guard_has_checkpoints_to_go_back_to(config: Config) -> Iterator[Problem]:
+    """Going back takes a checkpoint."""
+    if config.checkpoint.save_interval > 0:
+        return
+    for rule in _acting(config, "rollback"):
+        yield Problem(
+            "checkpoint.save_interval",
+            config.checkpoint.save_interval,
+            f"must be above 0 with the action rollback of rule {rule.name}",
+            f"use for example 100, or give rule {rule.name} the action warn",
+        )
+        return
+
+
+RULES = (
+    guard_has_routers_to_watch,
+    guard_rules_have_one_name_each,
+    guard_rules_look_at_a_metric,
+    guard_rules_have_one_limit,
+    guard_rules_clear_on_the_healthy_side,
+    guard_metrics_are_measured,
+    safe_mode_has_enough_ffn_experts,
+    guard_moves_no_capacity,
+    guard_reaches_the_router,
+    forced_tokens_are_known_in_every_layer,
+    forced_token_ids_exist,
+    raised_tau_acts_through_the_balance_loss,
+    guard_has_checkpoints_to_go_back_to,
+)

@@ -1,0 +1,219 @@
+"""Section `routing_guard`: rules over the routers, and what is done where one holds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moepp_megatron.config.schema.section import ConfigPath, Section, unit
+
+GuardAction = Literal["none", "warn", "raise_tau", "force_ffn", "safe_mode", "rollback"]
+
+
+class GuardRule(Section):
+    """One rule. Where `name` is that of a default rule, what is left out is taken from that."""
+
+    name: str = Field(
+        min_length=1,
+        description="What alerts call it; that of a default rule changes that rule",
+        json_schema_extra=unit("-"),
+    )
+    metric: str | None = Field(
+        default=None,
+        description="What it looks at (docs/guard.md)",
+        json_schema_extra=unit("-"),
+    )
+    above: float | None = Field(
+        default=None,
+        description="The rule holds while the metric is above this",
+        json_schema_extra=unit("the metric's"),
+    )
+    below: float | None = Field(
+        default=None,
+        description="The rule holds while the metric is below this",
+        json_schema_extra=unit("the metric's"),
+    )
+    for_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps that it must hold before the action is taken; null: 1",
+        json_schema_extra=unit("steps"),
+    )
+    clear: float | None = Field(
+        default=None,
+        description="The metric is healthy again beyond this; null: where the rule does not hold",
+        json_schema_extra=unit("the metric's"),
+    )
+    clear_for_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps that it must be healthy before the action ends; null: as for_steps",
+        json_schema_extra=unit("steps"),
+    )
+    severity: Literal["info", "warning", "critical"] | None = Field(
+        default=None,
+        description="Severity of its alerts; null: warning",
+        json_schema_extra=unit("-"),
+    )
+    action: GuardAction | None = Field(
+        default=None,
+        description="What is done; none drops the rule; null: warn",
+        json_schema_extra=unit("-"),
+    )
+    scope: Literal["any", "mean"] | None = Field(
+        default=None,
+        description="Judge and act on each MoE layer by itself, or on the layers' mean and the "
+        "whole model; null: any",
+        json_schema_extra=unit("-"),
+    )
+    min_steps_between: int | None = Field(
+        default=None,
+        ge=0,
+        description="Fewest steps from the end of the action to its next start, in one place; "
+        "null: 0",
+        json_schema_extra=unit("steps"),
+    )
+    max_firings: int | None = Field(
+        default=None,
+        ge=1,
+        description="Times that the action is taken in a run; after that the rule only warns; "
+        "null: 10",
+        json_schema_extra=unit("times"),
+    )
+
+
+class ForceFFNSection(Section):
+    """Which tokens the action `force_ffn` is about."""
+
+    tokens: Literal["all", "ids", "high_loss"] = Field(
+        default="high_loss",
+        description="All tokens, those of token_ids, or those whose token id has a high loss: "
+        "running mean of the loss of the token after it",
+        json_schema_extra=unit("-"),
+    )
+    token_ids: list[int] = Field(
+        default_factory=list,
+        description="Token ids, for tokens: ids",
+        json_schema_extra=unit("-"),
+    )
+    share: float = Field(
+        default=0.1,
+        gt=0.0,
+        lt=1.0,
+        description="Share of all tokens that counts as high loss, the worst token ids first",
+        json_schema_extra=unit("1"),
+    )
+    decay: float = Field(
+        default=0.99,
+        ge=0.0,
+        lt=1.0,
+        description="Weight of the past, a step, in the running mean; 0.99 looks back 100 steps",
+        json_schema_extra=unit("1"),
+    )
+
+
+class ShiftSection(Section):
+    """The routing profile and when a divergence from its reference is a shift of the data."""
+
+    window: int = Field(
+        default=10,
+        ge=0,
+        description="Steps that one profile is taken over; 0 takes none",
+        json_schema_extra=unit("steps"),
+    )
+    reference: ConfigPath | None = Field(
+        default=None,
+        description="routing_profile.json of a run with the same experts and vocabulary to compare "
+        "with; null compares with this run's own windows",
+        json_schema_extra=unit("-"),
+    )
+    fixed_after: int | None = Field(
+        default=None,
+        ge=1,
+        description="Keep the reference of this step from then on; null lets it follow the run, so "
+        "that what training changes slowly is no shift",
+        json_schema_extra=unit("steps"),
+    )
+    span: int = Field(
+        default=8,
+        ge=1,
+        description="Windows that make the reference",
+        json_schema_extra=unit("windows"),
+    )
+    lag: int = Field(
+        default=2,
+        ge=0,
+        description="Newest windows that are not yet in the reference, so that a shift does not "
+        "hide itself",
+        json_schema_extra=unit("windows"),
+    )
+    memory: int = Field(
+        default=64,
+        ge=8,
+        description="Newest divergences that tell how large they are without a shift",
+        json_schema_extra=unit("windows"),
+    )
+    warmup: int = Field(
+        default=16,
+        ge=4,
+        description="Divergences before which nothing is judged",
+        json_schema_extra=unit("windows"),
+    )
+    threshold: float = Field(
+        default=8.0,
+        gt=0.0,
+        description="Robust standard deviations of the log divergence above its median from which "
+        "it is a shift; docs/guard.md says why 8",
+        json_schema_extra=unit("1"),
+    )
+
+
+class RoutingGuardSection(Section):
+    """Watches the routers and acts where a rule holds."""
+
+    enabled: bool = Field(
+        default=False,
+        description="Judge the rules after every step; costs one small all-reduce and one "
+        "broadcast a step",
+        json_schema_extra=unit("-"),
+    )
+    dry_run: bool = Field(
+        default=False,
+        description="Only tell what would be done; the model's numbers stay what they are",
+        json_schema_extra=unit("-"),
+    )
+    defaults: bool = Field(
+        default=True,
+        description="Begin with the default rules (docs/guard.md)",
+        json_schema_extra=unit("-"),
+    )
+    rules: list[GuardRule] = Field(
+        default_factory=list,
+        description="Further rules, or changes of default rules by their name",
+        json_schema_extra=unit("-"),
+    )
+    warmup: int = Field(
+        default=0,
+        ge=0,
+        description="First steps of the run that are not judged",
+        json_schema_extra=unit("steps"),
+    )
+    tau_factor: float = Field(
+        default=2.0,
+        gt=1.0,
+        description="What the action raise_tau multiplies tau by",
+        json_schema_extra=unit("1"),
+    )
+    tau_half_life: float = Field(
+        default=50.0,
+        gt=0.0,
+        description="Steps in which half of that (of its logarithm) is gone once the action ends",
+        json_schema_extra=unit("steps"),
+    )
+    force_ffn: ForceFFNSection = Field(
+        default_factory=ForceFFNSection, description="Tokens of the action force_ffn"
+    )
+    shift: ShiftSection = Field(
+        default_factory=ShiftSection, description="Routing profile and shift of the data"
+    )

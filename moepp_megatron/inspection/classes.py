@@ -1,0 +1,126 @@
+"""What kind of thing a token is, from the characters around it."""
+
+from __future__ import annotations
+
+import io
+import keyword
+import re
+import tokenize
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+Language = Literal["auto", "text", "python"]
+
+CLASSES = (
+    "word",
+    "word, first part",
+    "word, later part",
+    "keyword",
+    "identifier",
+    "identifier, first part",
+    "identifier, later part",
+    "number",
+    "punctuation",
+    "white space",
+    "part of a character",
+)
+"""In the order of the page. Keywords and identifiers exist in code, outside of strings and
+comments; there and in prose a run of letters is a word."""
+
+_RUN = re.compile(r"\w+(?:['\u2019]\w+)*")
+_CODE_RUN = re.compile(r"\w+")
+_PYTHON_SUFFIXES = (".py", ".pyi")
+_CODE, _PROSE = 1, 0
+
+
+def language_of(path: Path, language: Language) -> Language:
+    """`python` or `text`: as asked for, or by the file's name."""
+    if language != "auto":
+        return language
+    return "python" if path.suffix in _PYTHON_SUFFIXES else "text"
+
+
+def token_classes(text: str, spans: Sequence[Sequence[int]], language: Language) -> np.ndarray:
+    """The class of each token.
+
+    Args:
+        text: All characters.
+        spans: First character of each token and the one behind its last, in order.
+        language: `python` or `text`.
+
+    Returns:
+        [N] int64 indices into `CLASSES`.
+    """
+    is_code = _code_mask(text) if language == "python" else np.zeros(len(text), dtype=bool)
+    begins, ends = _runs(text, is_code)
+    return np.asarray(
+        [_class(text, int(b), int(e), is_code, begins, ends) for b, e in spans], dtype=np.int64
+    )
+
+
+def _class(
+    text: str, begin: int, end: int, is_code: np.ndarray, begins: np.ndarray, ends: np.ndarray
+) -> int:
+    if begin == end:
+        return CLASSES.index("part of a character")
+    piece = text[begin:end]
+    if not piece.strip():
+        return CLASSES.index("white space")
+    first = begin + len(piece) - len(piece.lstrip())
+    last = begin + len(piece.rstrip())
+    # The first run that ends behind the token's first character.
+    index = int(np.searchsorted(ends, first, side="right"))
+    if index == len(begins) or begins[index] >= last:
+        return CLASSES.index("punctuation")
+    run_begin, run_end = int(begins[index]), int(ends[index])
+    run = text[run_begin:run_end]
+    if run[0].isdigit():
+        return CLASSES.index("number")
+    in_code = bool(is_code[run_begin])
+    starts, stops = first <= run_begin, last >= run_end
+    if in_code and keyword.iskeyword(run):
+        return CLASSES.index("keyword")
+    name = "identifier" if in_code else "word"
+    if starts and stops:
+        return CLASSES.index(name)
+    return CLASSES.index(f"{name}, first part" if starts else f"{name}, later part")
+
+
+def _runs(text: str, is_code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the text's words, names and numbers begin and end, [R] int64 each."""
+    found = []
+    for match in _RUN.finditer(text):
+        begin, end = match.span()
+        if is_code[begin] or not is_code[begin:end].any():
+            # An apostrophe joins no two names in code.
+            pattern = _CODE_RUN if is_code[begin] else _RUN
+            found += [m.span() for m in pattern.finditer(text, begin, end)]
+        else:
+            found += [m.span() for m in _CODE_RUN.finditer(text, begin, end)]
+    table = np.asarray(found, dtype=np.int64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _code_mask(text: str) -> np.ndarray:
+    """[characters] bool: code, in difference to strings and comments.
+
+    Text that stops in the middle, or is no Python, counts as code from where Python's tokenizer
+    gives up.
+    """
+    mask = np.ones(len(text), dtype=bool)
+    # As Python's tokenizer counts lines, which knows no further separators.
+    starts = [0, *(match.end() for match in re.finditer(r"\n", text))]
+    prose = {tokenize.COMMENT, tokenize.STRING, tokenize.FSTRING_MIDDLE}
+    # Since Python 3.14.
+    prose |= {getattr(tokenize, "TSTRING_MIDDLE", tokenize.STRING)}
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type in prose:
+                begin, end = (starts[row - 1] + column for row, column in (token.start, token.end))
+                mask[begin:end] = False
+    except (tokenize.TokenError, SyntaxError):
+        pass
+    return mask

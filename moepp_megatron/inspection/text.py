@@ -1,0 +1,123 @@
+"""A text as tokens that know their place in it, cut into windows that a model can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.data.tokenizer import Tokenizer
+
+# No more characters are read for a token, so that a huge file costs no more than a small one.
+_CHARACTERS_A_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Tokens of a text.
+
+    Attributes:
+        name: What the text is called.
+        text: All characters that the tokens come from.
+        ids: [N] int64 token ids.
+        spans: [N, 2] int64 first character of each token and the one behind its last; in order.
+            Empty where a token holds only further bytes of a character that an earlier one began.
+        is_cut: Whether the text goes on behind the last token.
+    """
+
+    name: str
+    text: str
+    ids: np.ndarray
+    spans: np.ndarray
+    is_cut: bool = False
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.ids)
+
+    @property
+    def pieces(self) -> list[str]:
+        """The characters of each token."""
+        return [self.text[begin:end] for begin, end in self.spans.tolist()]
+
+
+def read_text(path: Path, max_tokens: int) -> tuple[str, bool]:
+    """As much of a file as `max_tokens` tokens can need, and whether there is more.
+
+    Raises:
+        ConfigError: It cannot be read, is no UTF-8 or is empty.
+    """
+    limit = max_tokens * _CHARACTERS_A_TOKEN
+    try:
+        # newline="": the model reads carriage returns too.
+        with path.open(encoding="utf-8", newline="") as stream:
+            text = stream.read(limit + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"--text ({path}) cannot be read ({error.strerror}); name a text file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--text ({path}) must be UTF-8 text ({error.reason}); encode it so"
+        ) from None
+    if not text:
+        raise ConfigError(f"--text ({path}) must hold some text, and is empty; name another file")
+    return text[:limit], len(text) > limit
+
+
+def tokenize(tokenizer: Tokenizer, text: str, name: str, max_tokens: int) -> TokenizedText:
+    """The first `max_tokens` tokens of a text.
+
+    Raises:
+        ConfigError: There are fewer than two tokens: nothing is predicted.
+    """
+    ids, spans = tokenizer.encode_with_spans(text)
+    if len(ids) < 2:
+        raise ConfigError(
+            f"--text ({name}, {len(ids)} tokens) must have at least 2 tokens, because the loss is "
+            "that of predicting the next one; give it more text"
+        )
+    kept = _in_order(np.asarray(spans[:max_tokens], dtype=np.int64), text)
+    end = int(kept[-1, 1])
+    return TokenizedText(
+        name, text[:end], np.asarray(ids[:max_tokens], dtype=np.int64), kept, len(ids) > max_tokens
+    )
+
+
+def windows(text: TokenizedText, length: int, filler: int) -> np.ndarray:
+    """Cut the tokens into windows that follow each other, as training cuts documents.
+
+    Args:
+        text: The tokens.
+        length: Tokens a window.
+        filler: Token that fills the last window.
+
+    Returns:
+        [b, s] int64, s at most `length`.
+    """
+    width = min(length, len(text))
+    rows = -(-len(text) // width)
+    padded = np.full(rows * width, filler, dtype=np.int64)
+    padded[: len(text)] = text.ids
+    return padded.reshape(rows, width)
+
+
+def _in_order(spans: np.ndarray, text: str) -> np.ndarray:
+    """Spans that neither overlap nor leave white space out.
+
+    A byte-level tokenizer may split a character; each of its tokens then spans the whole
+    character: it is left to the first. One that trims its offsets leaves white space between
+    tokens: it is given to the token behind it, or to a token that has nothing else.
+    """
+    fixed = spans.copy()
+    previous = 0
+    for index, (begin, end) in enumerate(spans.tolist()):
+        begin = max(begin, previous)
+        end = max(begin, end)
+        if begin > previous and not text[previous:begin].strip():
+            begin = previous
+        fixed[index] = begin, end
+        previous = end
+    return fixed

@@ -1,0 +1,73 @@
+"""What one model did with each token of a text.
+
+Shape suffixes: L MoE layers, N tokens, K experts selected per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moepp_megatron.observe.expert_names import EXPERT_KINDS, ExpertCounts
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Routing and loss of every token.
+
+    Attributes:
+        label: What the model is called.
+        facts: Short descriptions of it.
+        experts: Experts of one MoE layer, by kind.
+        layers: L numbers of the transformer layers that are MoE layers, from 1.
+        balanced_share: FFN share of all selections under perfect balance.
+        selected: [L, N, K] int64 experts of each token, the largest gate first.
+        gates: [L, N, K] fp64 their gates.
+        losses: [N] fp64 minus the log-probability of each token, in nats; NaN for the first of a
+            window, which nothing predicts.
+        window: Tokens that the model read at once.
+    """
+
+    label: str
+    facts: tuple[str, ...]
+    experts: ExpertCounts
+    layers: tuple[int, ...]
+    balanced_share: float
+    selected: np.ndarray
+    gates: np.ndarray
+    losses: np.ndarray
+    window: int
+
+    @property
+    def topk(self) -> int:
+        """K."""
+        return self.selected.shape[2]
+
+    @property
+    def kinds(self) -> np.ndarray:
+        """[L, N, K] int64 kind of each selected expert, an index into `EXPERT_KINDS`."""
+        sizes = self.experts.by_kind
+        of_expert = np.repeat(np.arange(len(EXPERT_KINDS)), sizes)
+        return of_expert[self.selected]
+
+    @property
+    def ffn(self) -> np.ndarray:
+        """[L, N] int64 FFN experts of each token."""
+        return (self.selected < self.experts.ffn).sum(axis=2)
+
+    @property
+    def ffn_mean(self) -> np.ndarray:
+        """[N] fp64 FFN experts of each token, mean over the MoE layers."""
+        return self.ffn.mean(axis=0)
+
+    @property
+    def kind_shares(self) -> np.ndarray:
+        """[N, 4] fp64 share of each kind in a token's selections of all layers."""
+        kinds = self.kinds
+        return np.stack([(kinds == kind).mean(axis=(0, 2)) for kind in range(len(EXPERT_KINDS))], 1)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """[N] int64 place of each token in its window, from 0."""
+        return np.arange(self.selected.shape[1]) % self.window

@@ -1,0 +1,56 @@
+"""FFN experts that tokens must take, whatever the router wants.
+
+A routing guard (`moepp_megatron.training.routing_guard`) makes demands of layers whose router has
+gone wrong, or on behalf of tokens:
+
+- `one`: a token among whose K experts there is no FFN expert takes the best FFN expert in the place
+  of its last one. Scores and gates are those that the router would have given to these K. So it is
+  the selection of K experts with the largest scores among those that hold an FFN expert.
+- `all`: the K best FFN experts, with the scores of a router that has no other experts (softmax
+  over FFN logits alone). Where a router has collapsed, the scores of its FFN experts among all
+  experts are near 0, and FFN experts weighted by them would return nothing.
+
+The router's own choice goes on to be made: its balance loss, its budget and its counts are of that,
+so that a router can be seen to be healthy again while it is not obeyed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
+
+FFNDemand = Literal["none", "one", "all"]
+
+
+def with_an_ffn_expert(
+    chosen: Tensor, best_ffn: Tensor, num_ffn_experts: int, forced: Tensor | None
+) -> Tensor:
+    """The choice in which forced tokens have at least one FFN expert.
+
+    Args:
+        chosen: [T, K] int64 experts, the largest score first.
+        best_ffn: [T, 1] int64 FFN expert with the largest score.
+        num_ffn_experts: F.
+        forced: [T] bool tokens that are concerned; None for all.
+
+    Returns:
+        [T, K] int64.
+    """
+    lacks_T = (chosen >= num_ffn_experts).all(dim=-1)
+    if forced is not None:
+        lacks_T = lacks_T & forced
+    last = torch.where(lacks_T.unsqueeze(-1), best_ffn, chosen[:, -1:])
+    return torch.cat([chosen[:, :-1], last], dim=-1)
+
+
+def ffn_scores(logits: Tensor, config: MoEPPConfig) -> Tensor:
+    """[T, E] fp32 scores of a router without zero-computation experts: 0 for these."""
+    if config.score_function == "softmax":
+        others = torch.arange(config.num_experts, device=logits.device) >= config.num_ffn_experts
+        return torch.softmax(logits.masked_fill(others, -torch.inf), dim=-1)
+    scores_TF = torch.sigmoid(logits[:, : config.num_ffn_experts])
+    return torch.nn.functional.pad(scores_TF, (0, config.num_zero_computation_experts))

@@ -1,0 +1,78 @@
+"""What MoE++ layers are told of each token: whether an FFN demand concerns it, and its cell.
+
+Routers see hidden vectors. Which token a vector belongs to has to travel with it: a later
+micro-batch may be in its forward pass while this one is computed again for its backward pass. So
+the tags go through `TransformerBlock`'s `context_mask` argument, which the layers of a decoder have
+no other use for and which activation checkpointing keeps with its inputs. Every pipeline stage
+makes them from the token ids that it is given.
+
+A *cell* of the routing profile is a range of positions together with a class of token ids by their
+frequency.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+
+class TokenTags:
+    """Makes tags.
+
+    Args:
+        seq_length: Length of a sequence.
+        position_bins: Ranges of positions, equally long.
+        frequency_bins: Classes of token ids.
+
+    Attributes:
+        forced_ids: [vocabulary] bool token ids that a demand concerns; None for none of them.
+        classes: [vocabulary] int64 class of each token id; None where all are in class 0.
+    """
+
+    def __init__(self, seq_length: int, position_bins: int = 1, frequency_bins: int = 1) -> None:
+        self._seq_length = seq_length
+        self.position_bins, self.frequency_bins = position_bins, frequency_bins
+        self.forced_ids: Tensor | None = None
+        self.classes: Tensor | None = None
+
+    @property
+    def num_cells(self) -> int:
+        """Cells, numbered by positions first."""
+        return self.position_bins * self.frequency_bins
+
+    @torch.no_grad()
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, is_sequence_parallel: bool
+    ) -> Tensor:
+        """The tags of this rank's tokens.
+
+        Args:
+            input_ids: [b, s] int64.
+            position_ids: [b, s] int64, from 0 to `seq_length` - 1.
+            is_sequence_parallel: Whether each tensor-parallel rank has its part of the sequence.
+
+        Returns:
+            [s, b] int64, s local to this rank: twice the cell, plus 1 where the token is forced.
+        """
+        tags = position_ids * self.position_bins // self._seq_length * self.frequency_bins
+        if self.classes is not None:
+            tags = tags + self.classes[input_ids]
+        tags = tags * 2
+        if self.forced_ids is not None:
+            tags = tags + self.forced_ids[input_ids]
+        tags = tags.T
+        if is_sequence_parallel:
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            tags = tags.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
+        return tags.contiguous()
+
+
+def forced_tokens(tags: Tensor | None) -> Tensor | None:
+    """[T] bool of tags [s, b]; None, which means all tokens, of none."""
+    return None if tags is None else (tags.reshape(-1) & 1).bool()
+
+
+def cells(tags: Tensor) -> Tensor:
+    """[T] int64 cells of tags [s, b]."""
+    return tags.reshape(-1) >> 1

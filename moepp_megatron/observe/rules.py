@@ -1,0 +1,190 @@
+"""Judges rules over a step's numbers: when an action begins, and when it ends.
+
+A rule in one place (a MoE layer, or the whole model) goes through
+
+    ok -> pending -> firing -> clearing -> ok
+           |           ^          |
+           ok          +----------+
+
+`pending` while it holds, but not yet for long enough; `clearing` while it is healthy again, but not
+yet for long enough: the action goes on. Between the limit and the way back lies a band in which
+nothing changes (hysteresis). Nothing here has a source of chance or time: the same numbers give the
+same decisions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moepp_megatron.config.guard_rules import Rule
+
+Phase = Literal["ok", "pending", "firing", "clearing"]
+# The place of a rule that is not of one layer.
+WHOLE_MODEL = 0
+# A metric's value, or one for each MoE layer.
+Values = Mapping[str, float | Sequence[float]]
+
+
+@dataclass
+class _Place:
+    """Where one rule stands in one place.
+
+    Attributes:
+        phase: See above.
+        since: When the phase began.
+        ended: When the last action ended; None before one.
+        action: What is being done; `warn` where the rule has used up its actions.
+    """
+
+    phase: Phase = "ok"
+    since: int = 0
+    ended: int | None = None
+    action: str = "none"
+
+
+@dataclass(frozen=True)
+class Event:
+    """An action begins or ends.
+
+    Attributes:
+        rule: The rule.
+        layer: Global number of the MoE layer, or `WHOLE_MODEL`.
+        begins: Whether it begins.
+        action: The action; `warn` in place of the rule's where that is used up.
+        value: The metric's value.
+        held_for: Steps that the rule has held, at a beginning; been healthy, at an end.
+        is_used_up: Whether the rule has been granted its last action before.
+    """
+
+    rule: Rule
+    layer: int
+    begins: bool
+    action: str
+    value: float
+    held_for: int
+    is_used_up: bool = False
+
+
+class RuleJudge:
+    """Holds the rules' states.
+
+    Args:
+        rules: Complete rules, their names all different.
+        layer_numbers: Global numbers of the MoE layers, in the order of the metrics' lists.
+        state: Of an earlier `state()`, to go on from there. What it says about rules or layers that
+            are not here any more is left out.
+    """
+
+    def __init__(
+        self,
+        rules: Iterable[Rule],
+        layer_numbers: Sequence[int],
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.rules = tuple(rules)
+        self._layers = list(layer_numbers)
+        state = state or {}
+        # Counts judged steps. Steps of training can go back, this cannot.
+        self._clock: int = state.get("clock", 0)
+        names = {rule.name for rule in self.rules}
+        self._firings = {k: v for k, v in state.get("firings", {}).items() if k in names}
+        self._places: dict[tuple[str, int], _Place] = {
+            (name, layer): _Place(phase, since, ended, action)
+            for name, layer, phase, since, ended, action in state.get("places", ())
+            if name in names and layer in (WHOLE_MODEL, *self._layers)
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: plain numbers and names, nothing that later steps change."""
+        return {
+            "clock": self._clock,
+            "firings": dict(self._firings),
+            "places": [
+                [name, layer, place.phase, place.since, place.ended, place.action]
+                for (name, layer), place in self._places.items()
+            ],
+        }
+
+    def judge(self, values: Values) -> list[Event]:
+        """One step's numbers.
+
+        Args:
+            values: By metric. One that is missing, or NaN, was not measured and changes nothing.
+
+        Returns:
+            What begins or ends, in the order of the rules and layers.
+        """
+        self._clock += 1
+        events = []
+        for rule in self.rules:
+            if rule.metric not in values:
+                continue
+            for layer, value in self._by_place(rule, values[rule.metric]):
+                if not math.isnan(value):
+                    place = self._places.setdefault((rule.name, layer), _Place())
+                    events += self._judge(rule, layer, place, value)
+        return events
+
+    def places(self, action: str) -> set[int]:
+        """Layers (or `WHOLE_MODEL`) where `action` is being taken."""
+        return {
+            layer
+            for (_, layer), place in self._places.items()
+            if place.action == action and place.phase in ("firing", "clearing")
+        }
+
+    def forget(self) -> None:
+        """After going back to a checkpoint: nothing holds; what was done and when is kept."""
+        for place in self._places.values():
+            if place.phase in ("firing", "clearing"):
+                place.ended = self._clock
+            place.phase, place.action, place.since = "ok", "none", self._clock
+
+    def _by_place(self, rule: Rule, value: float | Sequence[float]) -> Iterable[tuple[int, float]]:
+        if isinstance(value, int | float):
+            return [(WHOLE_MODEL, float(value))]
+        if rule.per_layer:
+            return list(zip(self._layers, value, strict=True))
+        known = [v for v in value if not math.isnan(v)]
+        return [(WHOLE_MODEL, sum(known) / len(known) if known else math.nan)]
+
+    def _judge(self, rule: Rule, layer: int, place: _Place, value: float) -> list[Event]:
+        if place.phase in ("ok", "pending"):
+            if not rule.holds(value):
+                self._enter(place, "ok")
+                return []
+            self._enter(place, "pending")
+            return self._fire_if_due(rule, layer, place, value)
+        if rule.is_healthy(value):
+            self._enter(place, "clearing")
+            return self._end_if_due(rule, layer, place, value)
+        if place.phase == "clearing":
+            self._enter(place, "firing")
+        return []
+
+    def _enter(self, place: _Place, phase: Phase) -> None:
+        if place.phase != phase:
+            place.phase, place.since = phase, self._clock
+
+    def _fire_if_due(self, rule: Rule, layer: int, place: _Place, value: float) -> list[Event]:
+        held = self._clock - place.since + 1
+        too_soon = place.ended is not None and self._clock - place.ended < rule.min_steps_between
+        if held < rule.for_steps or too_soon:
+            return []
+        is_used_up = self._firings.get(rule.name, 0) >= rule.max_firings
+        place.action = "warn" if is_used_up else rule.action
+        self._firings[rule.name] = self._firings.get(rule.name, 0) + 1
+        self._enter(place, "firing")
+        return [Event(rule, layer, True, place.action, value, held, is_used_up)]
+
+    def _end_if_due(self, rule: Rule, layer: int, place: _Place, value: float) -> list[Event]:
+        held = self._clock - place.since + 1
+        if held < rule.clear_for_steps:
+            return []
+        event = Event(rule, layer, False, place.action, value, held)
+        place.ended, place.action = self._clock, "none"
+        self._enter(place, "ok")
+        return [event]

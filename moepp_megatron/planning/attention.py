@@ -1,0 +1,123 @@
+"""The attention of a layer as the cost model sees it: matrix products and sizes of one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from moepp_megatron.config import Config
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A weight [outputs, inputs] of one rank and the tokens that it sees.
+
+    Attributes:
+        outputs: Rows of the weight on this rank.
+        inputs: Columns of the weight on this rank.
+        is_sequence_parallel: It sees the rank's own share of the sequence instead of all of it,
+            because its weight is whole on every tensor-parallel rank.
+        is_up_projection: A compressed vector is expanded (`mla_up_proj` of megatron-core's
+            recomputation).
+    """
+
+    outputs: int
+    inputs: int
+    is_sequence_parallel: bool = False
+    is_up_projection: bool = False
+
+
+class Attention(Protocol):
+    """A kind of attention. Sizes are of one tensor-parallel rank of `tp`."""
+
+    @property
+    def heads(self) -> int:
+        """Query heads of the whole layer."""
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of a query and of a key of one head."""
+
+    @property
+    def v_dim(self) -> int:
+        """Width of a value of one head."""
+
+    def matmuls(self, hidden: int, tp: int) -> tuple[Matmul, ...]:
+        """The projections, the output projection last."""
+
+    def norm_parameters(self) -> int:
+        """Parameters of norms inside the attention, whole on every rank."""
+
+    def gathered_width(self, hidden: int) -> int:
+        """Channels a token that tensor-parallel ranks gather before the projections."""
+
+    def kept_width(self, tp: int) -> int:
+        """Channels a token that the core keeps for the backward pass: q, k, v, output."""
+
+    def exchanged_width(self, tp: int) -> int:
+        """Channels a token of the keys and values that context-parallel ranks exchange."""
+
+
+@dataclass(frozen=True)
+class GroupedQuery:
+    """Grouped-query attention (arXiv 2305.13245); as many groups as heads is multi-head attention.
+
+    Attributes:
+        heads: Query heads.
+        groups: Key/value heads.
+        head_dim: Width of a head.
+        has_qk_norm: RMSNorm of queries and keys per head.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+    has_qk_norm: bool = False
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of a query and of a key of one head."""
+        return self.head_dim
+
+    @property
+    def v_dim(self) -> int:
+        """Width of a value of one head."""
+        return self.head_dim
+
+    def matmuls(self, hidden: int, tp: int) -> tuple[Matmul, ...]:
+        """One product for queries, keys and values, one for the output."""
+        return (
+            Matmul(self._query(tp) + 2 * self._key(tp), hidden),
+            Matmul(hidden, self._query(tp)),
+        )
+
+    def norm_parameters(self) -> int:
+        """Weights of the query and key norms."""
+        return 2 * self.head_dim if self.has_qk_norm else 0
+
+    def gathered_width(self, hidden: int) -> int:
+        """The layer's input."""
+        return hidden
+
+    def kept_width(self, tp: int) -> int:
+        """Queries, keys, values and the output."""
+        return 2 * self._query(tp) + 2 * self._key(tp)
+
+    def exchanged_width(self, tp: int) -> int:
+        """Keys and values."""
+        return 2 * self._key(tp)
+
+    def _query(self, tp: int) -> int:
+        return self.heads // tp * self.head_dim
+
+    def _key(self, tp: int) -> int:
+        # With fewer key/value heads than ranks, ranks share one.
+        return max(self.groups // tp, 1) * self.head_dim
+
+
+def attention_of(config: Config) -> GroupedQuery:
+    """The attention that `config` describes."""
+    model = config.model
+    return GroupedQuery(
+        model.num_attention_heads, model.query_groups, model.head_dim, model.qk_layernorm
+    )

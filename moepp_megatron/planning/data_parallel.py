@@ -1,0 +1,66 @@
+"""Reducing gradients, gathering parameters, and the optimizer's step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moepp_megatron.planning.grid import Grid
+from moepp_megatron.planning.links import gather_seconds, placement
+from moepp_megatron.planning.machine import Machine
+from moepp_megatron.planning.parameters import RankParameters
+from moepp_megatron.planning.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnd:
+    """What a step pays once, seconds.
+
+    Attributes:
+        reduce: Reduce-scatter (or all-reduce) of gradients.
+        gather: All-gather of parameters.
+        optimizer: Gradient norm, Adam, casts: all bound by memory.
+    """
+
+    reduce: float
+    gather: float
+    optimizer: float
+
+    def exposed(self, grid: Grid, forward_s: float, backward_s: float) -> float:
+        """What of both does not run beside computation.
+
+        Args:
+            grid: The layout, which says what may overlap.
+            forward_s: Forward pass of one micro-batch, beside which parameters are gathered.
+            backward_s: Backward pass of the last one, beside which gradients are reduced.
+        """
+        reduce = self.reduce - (backward_s if grid.grad_overlap else 0.0)
+        gather = self.gather - (forward_s if grid.param_overlap else 0.0)
+        return max(reduce, 0.0) + max(gather, 0.0)
+
+
+def step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> StepEnd:
+    """The end of a step of a rank with these parameters."""
+    numbers = load.numbers
+    dense = placement(grid, "dp_cp", machine.per_node)
+    experts = placement(grid, "edp", machine.per_node)
+    reduce = gather_seconds(dense, parameters.dense * numbers.gradient_bytes, machine)
+    reduce += gather_seconds(experts, parameters.experts * numbers.gradient_bytes, machine)
+    gather = 0.0
+    if grid.distributed_optimizer:
+        gather = gather_seconds(dense, parameters.dense * numbers.weight_bytes, machine)
+        gather += gather_seconds(experts, parameters.experts * numbers.weight_bytes, machine)
+    else:
+        reduce *= 2  # an all-reduce is a reduce-scatter and an all-gather
+    return StepEnd(reduce, gather, _optimizer(load, grid, machine, parameters))
+
+
+def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> float:
+    numbers = load.numbers
+    shards = (grid.dp * grid.cp, grid.edp) if grid.distributed_optimizer else (1, 1)
+    own = parameters.dense / shards[0] + parameters.experts / shards[1]
+    # Norm and update read the gradient, Adam reads and writes moments and master weights, then
+    # writes the weights; clearing the gradients writes all of them.
+    state = 2 * (2 * numbers.moment_bytes + max(numbers.master_bytes, 4))
+    moved = own * (2 * numbers.gradient_bytes + state + numbers.weight_bytes)
+    moved += (parameters.dense + parameters.experts) * numbers.gradient_bytes
+    return moved / machine.memory_rate

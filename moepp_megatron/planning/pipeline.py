@@ -1,0 +1,68 @@
+"""Pipeline schedules: idle time, micro-batches in flight, layers of each stage."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+Stages = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+def bubble_passes(pp: int, vpp: int) -> float:
+    """Idle time of a rank, in passes of its whole stage (forward and backward of a micro-batch).
+
+    1F1B: p - 1; interleaved: (p - 1) / v (arXiv 2104.04473, section 2.2).
+    """
+    return (pp - 1) / vpp
+
+
+def chunks_in_flight(pp: int, vpp: int, rank: int, micro_batches: int) -> float:
+    """Largest number of (micro-batch, model chunk) pairs whose activations `rank` holds.
+
+    megatron-core's schedules: 1F1B warms up p - 1 - rank micro-batches, the interleaved one
+    2 (p - 1 - rank) + (v - 1) p chunks; one more is at work
+    (megatron/core/pipeline_parallel/schedules.py, `get_pp_rank_microbatches`).
+    """
+    if vpp == 1:
+        return min(pp - rank, micro_batches)
+    warm_up = 2 * (pp - 1 - rank) + (vpp - 1) * pp
+    return min(warm_up + 1, micro_batches * vpp)
+
+
+def stage_sizes(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers of each stage: equal, or embedding and loss counted as a layer each.
+
+    Where the layers do not divide evenly, the first and the last stage hold one less.
+    """
+    if layers % stages == 0:
+        return (layers // stages,) * stages
+    units, more = divmod(layers + 2, stages)
+    sizes = [units] * stages
+    # Larger stages in the middle: the ends have the embedding and the loss.
+    start = (stages - more) // 2
+    for stage in range(start, start + more):
+        sizes[stage] += 1
+    sizes[0] -= 1
+    sizes[-1] -= 1
+    return tuple(sizes)
+
+
+@lru_cache(maxsize=4096)
+def even_stages(layers: int, pp: int, vpp: int) -> Stages:
+    """Layer numbers by pipeline rank and, within it, by chunk; as `config.stages.stage_layers`."""
+    return stages_of(stage_sizes(layers, pp * vpp), pp)
+
+
+def stages_of(sizes: tuple[int, ...], pp: int) -> Stages:
+    """Layer numbers by pipeline rank and chunk from the sizes of all stages in order."""
+    starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
+    stages = [tuple(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+    vpp = len(sizes) // pp
+    return tuple(tuple(stages[chunk * pp + rank] for chunk in range(vpp)) for rank in range(pp))
+
+
+def layout_string(sizes: tuple[int, ...]) -> str:
+    """megatron-core's layout string, such as `Et|tt|tL`."""
+    texts = ["t" * size for size in sizes]
+    texts[0] = "E" + texts[0]
+    texts[-1] += "L"
+    return "|".join(texts)

@@ -1,0 +1,165 @@
+"""Time of a training step: the slowest stage's passes, the pipeline's idle time, the step's end."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from moepp_megatron.planning.data_parallel import step_end
+from moepp_megatron.planning.grid import Grid
+from moepp_megatron.planning.imbalance import Load, Routing, rank_load
+from moepp_megatron.planning.layer_time import PassTime, edge_time, layer_key, layer_time
+from moepp_megatron.planning.links import placement, send_seconds
+from moepp_megatron.planning.machine import Machine
+from moepp_megatron.planning.memory import fullest_rows
+from moepp_megatron.planning.parameters import rank_parameters
+from moepp_megatron.planning.pipeline import Stages, bubble_passes, even_stages
+from moepp_megatron.planning.traffic import exchanged_bytes
+from moepp_megatron.planning.workload import Workload
+
+BUBBLE, POINT_TO_POINT, DATA, OPTIMIZER = (
+    "pipeline bubble",
+    "pipeline transfers",
+    "data parallel",
+    "optimizer",
+)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step of the whole run.
+
+    Attributes:
+        total: Seconds.
+        seconds: The same by name; adds up to `total`.
+        hidden: Seconds of communication beside computation, by name.
+        load: How full the fullest rank is.
+        exchange_bytes: Bytes of hidden vectors that all ranks' dispatchers send, forward.
+        hardware_flop: FLOP of a rank of the slowest stage, recomputation too.
+    """
+
+    total: float
+    seconds: Mapping[str, float]
+    hidden: Mapping[str, float]
+    load: Load
+    exchange_bytes: float
+    hardware_flop: float
+
+
+def expert_load(load: Workload, grid: Grid, routing: Routing) -> Load:
+    """How full the fullest rank of an expert-parallel group is."""
+    group_tokens = grid.tokens(load.seq) * grid.ep
+    selections = round(group_tokens * load.experts.ffn_per_token)
+    return rank_load(routing, load.experts.num_ffn, grid.ep, selections)
+
+
+def step_time(
+    load: Workload, grid: Grid, machine: Machine, routing: Routing, stages: Stages | None = None
+) -> StepTime:
+    """Time of one training step.
+
+    Args:
+        load: What is trained.
+        grid: A legal layout.
+        machine: The cluster.
+        routing: How unevenly tokens choose.
+        stages: Layers by pipeline rank and chunk; by default as even as they divide.
+    """
+    stages = stages or even_stages(load.layers, grid.pp, grid.vpp)
+    fullness = expert_load(load, grid, routing)
+    passes = stage_passes(load, layer_key(grid), machine, fullness.mean, stages)
+    slowest = max(range(grid.pp), key=lambda rank: passes[rank].total)
+    work = passes[slowest]
+    micro_batches = grid.micro_batches(load.batch)
+    seconds: dict[str, float] = defaultdict(float)
+    for name, value in work.seconds.items():
+        seconds[name] += micro_batches * value
+    transfer = stage_transfers(load, grid, machine)
+    mean = sum(one.total for one in passes) / grid.pp + transfer.idle
+    if grid.pp > 1:
+        seconds[BUBBLE] = bubble_passes(grid.pp, grid.vpp) * mean
+        seconds[POINT_TO_POINT] = micro_batches * transfer.steady
+    parameters = rank_parameters(load, grid, stages, slowest)
+    end = step_end(load, grid, machine, parameters)
+    seconds[DATA] = end.exposed(grid, work.forward, work.backward)
+    seconds[OPTIMIZER] = end.optimizer
+    hidden = {name: micro_batches * value for name, value in work.hidden.items()}
+    hidden[DATA] = end.reduce + end.gather - seconds[DATA]
+    moe_layers = sum(load.is_moe) + load.extra_layers
+    ranks_of_layer = grid.world / grid.pp
+    sent = exchanged_bytes(load, grid) * moe_layers * ranks_of_layer * micro_batches
+    return StepTime(
+        total=sum(seconds.values()),
+        seconds=dict(seconds),
+        hidden=hidden,
+        load=fullness,
+        exchange_bytes=sent,
+        hardware_flop=work.flop * micro_batches,
+    )
+
+
+@lru_cache(maxsize=50_000)
+def stage_passes(
+    load: Workload, grid: Grid, machine: Machine, skew: float, stages: Stages
+) -> tuple[PassTime, ...]:
+    """Passes of one micro-batch through each pipeline rank's layers."""
+    rows = fullest_rows(load, grid, skew)
+    times = {kind: layer_time(load, grid, machine, kind, rows, skew) for kind in set(load.is_moe)}
+    passes = []
+    for rank, chunks in enumerate(stages):
+        counts = Counter(load.is_moe[layer] for chunk in chunks for layer in chunk)
+        parts = [(times[kind], count) for kind, count in counts.items()]
+        if rank == 0:
+            parts.append((edge_time(load, grid, machine, False), 1))
+        if rank == len(stages) - 1:
+            parts.append((edge_time(load, grid, machine, True), 1 + load.extra_layers))
+            if load.extra_layers:
+                parts.append((times[True], load.extra_layers))
+        passes.append(_sum(parts))
+    return tuple(passes)
+
+
+def _sum(parts: list[tuple[PassTime, int]]) -> PassTime:
+    seconds: dict[str, float] = defaultdict(float)
+    hidden: dict[str, float] = defaultdict(float)
+    for time, count in parts:
+        for name, value in time.seconds.items():
+            seconds[name] += count * value
+        for name, value in time.hidden.items():
+            hidden[name] += count * value
+    return PassTime(
+        forward=sum(count * time.forward for time, count in parts),
+        backward=sum(count * time.backward for time, count in parts),
+        seconds=dict(seconds),
+        hidden=dict(hidden),
+        flop=sum(count * time.flop for time, count in parts),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Stage-to-stage messages of one micro-batch, seconds.
+
+    Attributes:
+        steady: Not hidden while all stages work.
+        idle: Of each pass while the pipeline fills and drains.
+    """
+
+    steady: float
+    idle: float
+
+
+def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> Transfer:
+    """Messages between pipeline stages."""
+    if grid.pp == 1:
+        return Transfer(0.0, 0.0)
+    size = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
+    if load.experts.gating_residual:
+        # Router logits travel with the hidden states, as fp32.
+        size += grid.tokens(load.seq) * load.experts.num_all * 4
+    across = placement(grid, "pp", machine.per_node).nodes > 1
+    both = 2 * grid.vpp * send_seconds(across, size, machine)
+    share = 1.0 - machine.reached.point_to_point_overlap if grid.vpp > 1 else 1.0
+    return Transfer(steady=both * share, idle=both)

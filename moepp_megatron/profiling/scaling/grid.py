@@ -1,0 +1,192 @@
+"""The points of a scaling test: rank counts, layouts and batches that fit together.
+
+Strong scaling keeps the global batch of the configuration at every rank count. Weak scaling keeps
+the batch of a rank: `global_batch_size * nproc / smallest nproc`. Where both want the same batch,
+as at the smallest count, they are one point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from moepp_megatron.config import Config, ConfigError, Layout, with_overrides
+
+MODES = ("strong", "weak")
+KINDS = ("moepp", "vanilla")
+
+# As in `--layout` and in the field `layout`, and the setting of section `parallel`.
+_DEGREES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one job measures.
+
+    Attributes:
+        nproc: Ranks, all machines.
+        layout: Degrees of parallelism, such as "tp=1,pp=1,cp=1,ep=2,etp=1".
+        global_batch_size: Sequences a step, all ranks.
+        modes: The kinds of scaling that it is a point of.
+    """
+
+    nproc: int
+    layout: str
+    global_batch_size: int
+    modes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A file name, different for different points, the same for equal ones."""
+        degrees = self.layout.replace("=", "").replace(",", "-")
+        return f"n{self.nproc}_{degrees}_b{self.global_batch_size}"
+
+    def config(self, config: Config) -> Config:
+        """`config` in this point's layout and batch.
+
+        Raises:
+            ConfigError: They do not fit.
+        """
+        degrees = parse_layout(self.layout)
+        overrides = [f"parallel.{_DEGREES[key]}={n}" for key, n in degrees.items()]
+        overrides.append(f"training.global_batch_size={self.global_batch_size}")
+        # MoE layers need it with tensor parallelism, and it has no effect without.
+        if degrees["tp"] > 1:
+            overrides.append("parallel.sequence_parallel=true")
+        return with_overrides(config, overrides)
+
+
+@dataclass(frozen=True)
+class Impossible:
+    """A combination that does not fit.
+
+    Attributes:
+        nproc: Ranks.
+        layout: As asked for.
+        mode: "strong" or "weak".
+        reason: Why not, on one line.
+    """
+
+    nproc: int
+    layout: str
+    mode: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything that a scaling test asks for.
+
+    Attributes:
+        points: To measure, by rank count.
+        impossible: What was asked for and does not fit.
+    """
+
+    points: tuple[Point, ...]
+    impossible: tuple[Impossible, ...]
+
+
+def parse_layout(text: str) -> dict[str, int]:
+    """Degrees by name from `ep=2,tp=1`; `auto` is empty.
+
+    Raises:
+        ConfigError: Another form, an unknown name, a name twice, or not a number above 0.
+    """
+    example = "use for example --layout ep=2,tp=1, or auto"
+    degrees: dict[str, int] = {}
+    for part in [] if text.strip() == "auto" else text.split(","):
+        key, _, number = (piece.strip() for piece in part.partition("="))
+        if key not in _DEGREES or not (number.isascii() and number.isdigit() and int(number) > 0):
+            raise ConfigError(
+                f"--layout ({text}) must be auto or {', '.join(_DEGREES)} with numbers above 0; "
+                f"{example}"
+            )
+        if key in degrees:
+            raise ConfigError(f"--layout ({text}) must name {key} once; {example}")
+        degrees[key] = int(number)
+    return degrees
+
+
+def build_grid(
+    config: Config, nprocs: Sequence[int], layouts: Sequence[str], modes: Sequence[str]
+) -> Grid:
+    """The points of all combinations that fit.
+
+    Degrees that a layout does not name are the configuration's; expert parallelism is then as wide
+    as divides both the experts and the ranks.
+
+    Args:
+        config: Where the other settings come from.
+        nprocs: Rank counts.
+        layouts: As `--layout`.
+        modes: "strong", "weak".
+
+    Raises:
+        ConfigError: A layout is malformed, or nothing fits.
+    """
+    wanted = [(text, parse_layout(text)) for text in layouts]
+    points: dict[str, Point] = {}
+    impossible: list[Impossible] = []
+    for nproc, (text, degrees), mode in _combinations(sorted(nprocs), wanted, modes):
+        try:
+            point = _point(config, nproc, degrees, _batch(config, nproc, min(nprocs), mode))
+        except ConfigError as error:
+            reason = "; ".join(str(error).splitlines())
+            impossible.append(Impossible(nproc, text, mode, reason))
+            continue
+        known = points.get(point.name, point)
+        both = tuple(dict.fromkeys([*known.modes, mode]))
+        points[point.name] = Point(point.nproc, point.layout, point.global_batch_size, both)
+    if not points:
+        first = impossible[0]
+        raise ConfigError(
+            f"--nproc ({', '.join(map(str, nprocs))}) must fit the configuration at one count at "
+            f"least; with {first.nproc}: {first.reason}"
+        )
+    return Grid(tuple(points.values()), tuple(impossible))
+
+
+def _combinations(
+    nprocs: Sequence[int], layouts: Sequence[tuple[str, dict[str, int]]], modes: Sequence[str]
+) -> Iterator[tuple[int, tuple[str, dict[str, int]], str]]:
+    for nproc in nprocs:
+        for layout in layouts:
+            for mode in modes:
+                yield nproc, layout, mode
+
+
+def _batch(config: Config, nproc: int, smallest: int, mode: str) -> int:
+    batch = config.training.global_batch_size
+    if mode == "strong":
+        return batch
+    if batch * nproc % smallest:
+        raise ConfigError(
+            f"training.global_batch_size ({batch}) must grow in proportion to the ranks, from "
+            f"{smallest} to {nproc}; use a multiple of {smallest}"
+        )
+    return batch * nproc // smallest
+
+
+def _point(config: Config, nproc: int, degrees: Mapping[str, int], batch: int) -> Point:
+    parallel = config.parallel
+    full = {key: getattr(parallel, name) or 1 for key, name in _DEGREES.items()} | dict(degrees)
+    if "ep" not in degrees:
+        full["ep"] = _widest(config.moe.num_ffn_experts, nproc, full["etp"] * full["pp"])
+    layout = ",".join(f"{key}={full[key]}" for key in _DEGREES)
+    point = Point(nproc, layout, batch)
+    Layout.from_config(point.config(config), nproc)
+    return point
+
+
+def _widest(experts: int, nproc: int, others: int) -> int:
+    """The largest expert-parallel size; 1 where even that does not fit, which is found later."""
+    return max(
+        (ep for ep in range(1, experts + 1) if experts % ep == 0 and nproc % (ep * others) == 0),
+        default=1,
+    )

@@ -1,0 +1,146 @@
+"""Records `training.profile_steps` of `training.profile_ranks` to `RUN/profile`.
+
+`rank<k>.pt.trace.json.gz` is torch's chrome trace, `rank<k>.meta.json` what it does not say. A rank
+that is not recorded counts nothing; it only meets the others at the barriers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.moe.ranges import PREFIX, Ranges, name_layers
+from moepp_megatron.moe.traffic import TrafficCounter
+from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.training import step as step_module
+from moepp_megatron.training.profiler.collective_names import CollectiveNames
+from moepp_megatron.training.profiler.description import clock_at_barriers, describe
+from moepp_megatron.training.setup import TrainingModel
+
+logger = logging.getLogger(__name__)
+
+
+class StepRecorder:
+    """Profiles the steps that the configuration names; without any it does nothing.
+
+    Args:
+        config: The run's configuration.
+        layout: The rank grid; process groups exist.
+        model: The wrapped model.
+    """
+
+    def __init__(self, config: Config, layout: Layout, model: TrainingModel) -> None:
+        self._config, self._layout, self._model = config, layout, model
+        self._steps = frozenset(config.training.profile_steps)
+        ranks = config.training.profile_ranks
+        self._records_here = ranks is None or dist.get_rank() in ranks
+        self._ranges, self._traffic = Ranges(), TrafficCounter()
+        self._profile: profile | None = None
+        self._step: record_function | None = None
+        self._about: dict[str, Any] = {}
+        self._done = False
+
+    def begin_step(self, step: int) -> None:
+        """Step `step` begins; start or end the recording where it is due. Every rank must call."""
+        if not self._steps or self._done:
+            return
+        if step not in self._steps:
+            if step > max(self._steps):
+                self.close()
+            return
+        if not self._about:
+            self._start()
+        if self._profile is not None:
+            self._traffic.take()
+            self._about["steps"].append({"step": step})
+            self._step = record_function(f"{PREFIX}step/{step}")
+            self._step.__enter__()
+
+    def end_step(self) -> None:
+        """The step's work is done; what follows (metrics, validation, saving) is not its own."""
+        if self._step is None:
+            return
+        if torch.cuda.is_available():
+            # The kernels of the step belong into it.
+            torch.cuda.synchronize()
+        self._step.__exit__(None, None, None)
+        self._step = None
+        passes = [traffic.as_dict() for traffic in self._traffic.take()]
+        self._about["steps"][-1]["passes"] = passes
+
+    def close(self) -> None:
+        """End the recording, if there is one, and write it."""
+        if self._profile is None or self._done:
+            return
+        self._done = True
+        self.end_step()
+        self._ranges.remove()
+        self._profile.__exit__(None, None, None)
+        try:
+            self._write(self._profile)
+        except OSError as error:
+            # A full disk must not end a run that only wanted to be looked at.
+            logger.error("%s: the profile is not written (%s)", self._folder, error)
+        self._profile = None
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._config.run.dir) / "profile"
+
+    def _start(self) -> None:
+        self._about = describe(self._config, self._layout, [])
+        self._about["steps"] = []
+        if self._records_here:
+            # Its library announces every start, and on a CPU that there is no GPU.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+            with profile(activities=_activities()):
+                pass  # The first one takes time to start, which is no step's.
+        self._about["clock"]["barrier_unix_ns"] = clock_at_barriers()
+        if not self._records_here:
+            return
+        self._put_ranges()
+        # Stacks and memory would cost more than the steps themselves.
+        self._profile = profile(activities=_activities(), record_shapes=True)
+        self._profile.__enter__()
+
+    def _put_ranges(self) -> None:
+        ranges, model = self._ranges, self._model
+        for chunk in model.models:
+            name_layers(ranges, chunk)
+            self._traffic.watch(ranges, chunk)
+        for chunk in model.chunks:
+            ranges.around(chunk, "forward", "forward")
+            ranges.around(chunk, "start_param_sync", "parameter_gather")
+            ranges.around(chunk, "finish_grad_sync", "gradient_reduce")
+        config = model.chunks[0].config
+        if config.finalize_model_grads_func is not None:
+            ranges.around(config, "finalize_model_grads_func", "gradients")
+        # Functions of a module are its attributes too.
+        ranges.around(step_module, "prepare_gradients", "optimizer")
+        ranges.around(model.optimizer, "step", "optimizer")
+        CollectiveNames().put(ranges)
+
+    def _write(self, recorded: profile) -> None:
+        rank = dist.get_rank()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        trace = self._folder / f"rank{rank}.pt.trace.json.gz"
+        temporary = self._folder / f".rank{rank}.incomplete.json.gz"
+        recorded.export_chrome_trace(str(temporary))
+        os.replace(temporary, trace)
+        about = json.dumps(self._about).encode("ascii")
+        write_atomic(self._folder / f"rank{rank}.meta.json", about)
+        if rank == 0:
+            logger.info("profile of steps %s: %s", sorted(self._steps), self._folder)
+
+
+def _activities() -> list[ProfilerActivity]:
+    found = [ProfilerActivity.CPU]
+    return [*found, ProfilerActivity.CUDA] if torch.cuda.is_available() else found

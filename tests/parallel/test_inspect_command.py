@@ -1,0 +1,190 @@
+"""`moepp inspect` on real checkpoints: every layout records the same, and the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.inspection.request import InspectRequest
+from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
+from tests.parallel.ranks import RankPools
+
+WINDOW = 16
+VANILLA = {
+    "num_zero_experts": 0,
+    "num_copy_experts": 0,
+    "num_constant_experts": 0,
+    "gating_residual": False,
+}
+
+
+@pytest.fixture(scope="module")
+def run(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a checkpoint after each of two steps, and dense layers between MoE layers."""
+    folder = tmp_path_factory.mktemp("inspected") / "run"
+    raw = trainer_settings(
+        corpus,
+        folder,
+        model={"seq_length": WINDOW},
+        moe={"layer_freq": [1, 0, 1, 1]},
+        training={"train_iters": 2},
+        optimizer={"warmup_iters": 0, "lr": 0.05},
+        checkpoint={"save_interval": 1},
+    )
+    ranks(1).run(run_trainer, raw)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    # Several windows, the last one not full; some data-parallel ranks get a filler.
+    path.write_text("Document 7: words 49 and lines; more words, \u00e4ndere W\u00f6rter.\n" * 2)
+    return path
+
+
+def checkpoint(run: Path, step: int = 2) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def trace(checkpoint: Path, text: Path, overrides: list[str]) -> dict[str, np.ndarray] | None:
+    """Rank 0's trace of the checkpoint's model on the ranks that call."""
+    import torch.distributed as dist
+
+    from moepp_megatron.inspection.record import trace_models
+
+    out = text.with_suffix(".html")
+    request = InspectRequest.read(checkpoint, text, out, overrides, dist.get_world_size())
+    traces = trace_models(request)
+    if not traces:
+        return None
+    return {name: getattr(traces[0], name) for name in ("selected", "gates", "losses")}
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: RankPools, run: Path, text: Path) -> dict[str, np.ndarray]:
+    return ranks(1).run(trace, checkpoint(run), text, [])[0]
+
+
+def test_one_process_records_every_token(
+    alone: dict[str, np.ndarray], run: Path, text: Path
+) -> None:
+    count = len(Tokenizer.load(checkpoint(run)).encode(text.read_text()))
+    assert count > 2 * WINDOW
+    assert count % WINDOW != 0
+    assert alone["selected"].shape == alone["gates"].shape == (3, count, 2)
+    assert (np.diff(alone["gates"], axis=2) <= 0).all()
+    # Softmax over twelve experts: the two largest.
+    assert (alone["gates"].sum(axis=2) > 2 / 12).all()
+    assert np.isnan(alone["losses"]).nonzero()[0].tolist() == list(range(0, count, WINDOW))
+    assert len(np.unique(alone["selected"])) > 6
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.expert_model_parallel_size=2"],
+        ["parallel.tensor_model_parallel_size=2"],
+        ["parallel.pipeline_model_parallel_size=2"],
+        ["parallel.context_parallel_size=2"],
+    ],
+    ids=["ep2", "tp2", "pp2", "cp2"],
+)
+def test_every_layout_records_the_same(
+    ranks: RankPools, run: Path, text: Path, alone: dict[str, np.ndarray], overrides: list[str]
+) -> None:
+    split, nothing = ranks(2).run(trace, checkpoint(run), text, overrides)
+    assert nothing is None
+    assert np.array_equal(split["selected"], alone["selected"])
+    # fp32 sums in another order, through four layers.
+    np.testing.assert_allclose(split["gates"], alone["gates"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(split["losses"], alone["losses"], rtol=1e-5, atol=1e-5)
+
+
+def moepp(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moepp_megatron.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_the_command_compares_two_checkpoints(
+    run: Path, text: Path, alone: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    arguments = ["--text", text, "--out", tmp_path / "page.html", "--json", tmp_path / "all.json"]
+    done = moepp("inspect", checkpoint(run), *arguments, "--against", checkpoint(run, 1))
+    assert done.returncode == 0, done.stderr
+    page, numbers = (line.split()[-1] for line in done.stdout.splitlines()[-2:])
+    assert (page, numbers) == (str(tmp_path / "page.html"), str(tmp_path / "all.json"))
+    assert "is read in windows of 16 (model.seq_length)" in done.stderr
+    assert "B less A" in Path(page).read_text(encoding="ascii")
+    content = json.loads(Path(numbers).read_text())
+    first, second = content["models"]
+    assert first["layers"] == [1, 3, 4]
+    assert first["selected"] == alone["selected"].tolist()
+    assert first["label"].endswith("step 2")
+    assert second["label"].endswith("step 1")
+    assert second["gates"] != first["gates"]
+    assert content["tokens"]["class"].count("number") > 0
+
+
+def refused(checkpoint: Path, text: Path, **options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        InspectRequest.read(checkpoint, text, options.pop("out", text.parent / "o.html"), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_wrong_requests_are_refused(run: Path, text: Path, tmp_path: Path) -> None:
+    folder = checkpoint(run)
+    tag = {"pos_tags": text, "tagger": "nltk"}
+    assert "must not both be given" in refused(folder, text, **tag)
+    assert "moe.tau must be in section parallel" in refused(folder, text, overrides=["moe.tau=1"])
+    assert "must be a file to write, and is a folder" in refused(folder, text, out=tmp_path)
+    assert "--json" in refused(folder, text, json=tmp_path / "gone" / "x.json")
+    assert "must be a checkpoint folder or a run" in refused(tmp_path, text)
+    assert "must be a checkpoint" in refused(folder, text, against=tmp_path)
+    (tmp_path / "empty").write_text("")
+    assert "must hold some text, and is empty" in refused(folder, tmp_path / "empty")
+
+
+def test_a_vanilla_checkpoint_is_refused_with_the_reason(
+    run: Path, text: Path, tmp_path: Path
+) -> None:
+    config = (checkpoint(run) / "config.yaml").read_text()
+    vanilla = tmp_path / "vanilla"
+    shutil.copytree(checkpoint(run), vanilla)
+    for key, value in VANILLA.items():
+        lines = [
+            f"  {key}: {str(value).lower()}" if line.strip().startswith(f"{key}:") else line
+            for line in config.splitlines()
+        ]
+        config = "\n".join(lines) + "\n"
+    (vanilla / "config.yaml").write_text(config)
+    for arguments in ({"checkpoint": vanilla}, {"checkpoint": checkpoint(run), "against": vanilla}):
+        line = refused(text=text, **arguments)
+        assert f"checkpoint ({vanilla}) must have zero-computation experts" in line
+        assert "every token takes 2 FFN experts" in line
+
+
+def test_another_tokenizer_is_refused_as_one_line(run: Path, text: Path, tmp_path: Path) -> None:
+    from moepp_megatron.data.tokenizer import train_tokenizer
+
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint(run), other)
+    train_tokenizer(["other pairs are frequent in other texts " * 9], 280).save(
+        other / "tokenizer.json"
+    )
+    page = tmp_path / "page.html"
+    done = moepp("inspect", checkpoint(run), "--text", text, "--out", page, "--against", other)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: --against ({other}) must cut the text into the same tokens")
+    assert not page.exists()
