@@ -33,11 +33,11 @@ def cuda():
 
 
 @pytest.fixture
-def two_cards(cuda):
+def two_cards(card):
     """For ranks that talk to each other: NCCL refuses two of them on one card."""
     import torch
 
-    if torch.cuda.device_count() < 2:
+    if card.type == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
 
 
@@ -64,7 +64,7 @@ def real_transformer_engine(cuda):
 
 
 @pytest.fixture
-def deepep(two_cards):
+def deepep(cuda, two_cards):
     """What the flex dispatcher runs on."""
     if importlib.util.find_spec("deep_ep") is None:
         pytest.skip("needs DeepEP")

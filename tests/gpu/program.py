@@ -8,6 +8,7 @@ CALL is a pickle of `Call`, written by `on_ranks`; FOLDER gets a pickle of each 
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,12 +71,17 @@ def on_ranks(
 
 def main() -> None:
     # Called by its name in the package: this module is __main__, and the pickle knows tests.gpu.
-    from moepp_megatron.runtime import optional
+    from moepp_megatron.runtime import cpu_support, optional
 
+    cpu_support.install()
     call: Call = pickle.loads(Path(sys.argv[1]).read_bytes())
     if not call.transformer_engine:
         # Before anything takes it by name.
         optional.have_transformer_engine = lambda: False  # type: ignore[assignment]
+    elif os.environ.get("MOEPP_TE_STAND_IN") == "1":
+        from tests.te_stand_in.models import count_stand_in
+
+        count_stand_in(pytest.MonkeyPatch())
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.rank import RankEnvironment
 

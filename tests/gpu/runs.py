@@ -19,6 +19,13 @@ def train_on_device(raw: dict[str, Any], steps: int) -> tuple[Any, Any, str]:
     return run, pieces, device
 
 
+def train_on_one_half(raw: dict[str, Any], steps: int) -> tuple[Any, Any]:
+    """As `train`, all tokens to the first half of the FFN experts: half of the ranks get none."""
+    from tests.parallel.forced_routing import first_half_of_ffn_experts
+
+    return train(raw, steps, first_half_of_ffn_experts)
+
+
 def train_with_graphs(raw: dict[str, Any], steps: int) -> tuple[Any, Any, int]:
     """As `train`, and the number of captured forward graphs; all must have been captured."""
     from tests.graph_recorder import graphs_of

@@ -10,8 +10,9 @@ last one.
 import pytest
 
 from tests.gpu.program import on_ranks
-from tests.gpu.runs import train_on_device, train_with_graphs
+from tests.gpu.runs import train_on_device, train_on_one_half, train_with_graphs
 from tests.parallel.training_runs import assemble, compare, difference, settings, train
+from tests.te_stand_in.models import RECIPES
 
 pytestmark = pytest.mark.gpu
 
@@ -91,6 +92,26 @@ def test_two_cards_equal_one_cpu_process(two_cards, ranks, tmp_path, layout, dis
     raw = settings(parallel=LAYOUTS[layout], moe={"dispatcher": dispatcher})
     results = on_ranks(tmp_path, train_on_device, raw, 3, nproc=2)
     compare(assemble([(run, pieces) for run, pieces, _ in results]), reference, FP32)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_rank_without_a_row_in_fp8(two_cards, transformer_engine, tmp_path, recipe):
+    """It pads nothing, multiplies nothing, and reduces its amaxes with the others all the same."""
+    runs = []
+    for name, precision in (("bf16", {}), ("fp8", {"fp8": "hybrid", "fp8_recipe": recipe})):
+        folder = tmp_path / name
+        folder.mkdir()
+        raw = settings(
+            moe={"num_zero_experts": 2},
+            parallel={"expert_model_parallel_size": 2},
+            precision={"dtype": "bf16", **precision},
+        )
+        results = on_ranks(folder, train_on_one_half, raw, 3, nproc=2, transformer_engine=True)
+        runs.append(assemble(results))
+    assert runs[1].routing[0]["ffn_fraction"] == 1.0
+    # As in test_fp8: a loss averages over many errors of 0.06.
+    assert difference(runs[1], runs[0]).loss < 0.1
+    assert runs[1].losses != runs[0].losses
 
 
 @pytest.mark.parametrize("backend", ["deepep", "hybridep"])

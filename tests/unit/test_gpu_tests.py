@@ -28,6 +28,11 @@ def run(*arguments: str, stand_in: bool = False) -> str:
     return done.stdout
 
 
+def reasons(output: str) -> set[str]:
+    """Why tests were skipped."""
+    return {line.rsplit(": ", 1)[1] for line in output.splitlines() if "SKIPPED" in line}
+
+
 def test_layers_and_fp8_on_the_stand_in() -> None:
     """All layers; of FP8 one recipe, for the stand-in rounds in all of them alike."""
     chosen = "test_layer.py or tensorwise"
@@ -37,14 +42,21 @@ def test_layers_and_fp8_on_the_stand_in() -> None:
 
 def test_training_and_telemetry() -> None:
     """Five steps on a rank of their own; telemetry on recorded answers."""
-    output = run("tests/gpu/test_training.py", "tests/gpu/test_nvml.py")
+    output = run("tests/gpu/test_training.py", "tests/gpu/test_nvml.py", "-k", "not two_cards")
     assert "4 passed" in output
-    assert "needs a CUDA GPU" in output
+    assert reasons(output) == {"needs a CUDA GPU", "needs Transformer Engine"}
 
 
 @pytest.mark.slow
 def test_every_recipe_on_the_stand_in() -> None:
     assert "skipped" not in run("tests/gpu/test_fp8.py", stand_in=True)
+
+
+@pytest.mark.slow
+def test_two_ranks() -> None:
+    """Every layout, and FP8 on a rank without a row."""
+    chosen = ("tests/gpu/test_training.py", "-k", "two_cards or without_a_row")
+    assert "skipped" not in run(*chosen, stand_in=True)
 
 
 def test_each_says_what_it_needs() -> None:
@@ -55,6 +67,5 @@ def test_each_says_what_it_needs() -> None:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    reasons = {line.rsplit(": ", 1)[1] for line in done.stdout.splitlines() if "SKIPPED" in line}
-    assert reasons == {"needs a CUDA GPU"}
+    assert reasons(done.stdout) == {"needs a CUDA GPU"}
     assert "passed" not in done.stdout
