@@ -1,12 +1,33 @@
 """Fixtures and collection rules for every test."""
 
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.parallel.ranks import RankPools
+
+_GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def _names_gpu_tests() -> bool:
+    paths = [Path(word.split("::")[0]) for word in sys.argv[1:] if not word.startswith("-")]
+    return any(path.resolve().is_relative_to(_GPU_TESTS) for path in paths)
+
+
+# A process has cards for all its tests or for none: megatron-core decides at its import. The
+# command line that names tests/gpu has them; every other session is one on a CPU, as in CI.
+HAS_NVIDIA = bool(shutil.which("nvidia-smi")) or Path("/dev/nvidiactl").exists()
+HAS_CARDS = HAS_NVIDIA and _names_gpu_tests()
+if HAS_NVIDIA and not HAS_CARDS:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if HAS_CARDS:
+    # Transformer Engine multiplies fp32 in TF32 (common/gemm/cublaslt_gemm.cu), megatron-core's
+    # router through it too. Tests in fp32 are about what is computed, so they want fp32.
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 
 def _import_triton_for_its_interpreter() -> None:
@@ -16,7 +37,7 @@ def _import_triton_for_its_interpreter() -> None:
     compiled or interpreted; so before any test imports megatron-core, which imports it. The
     variable is taken back: processes that tests start are to be like a user's.
     """
-    if shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists():
+    if HAS_CARDS:
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -44,9 +65,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("parallel")
         if item.get_closest_marker("gpu"):
             gpu_items.append(item)
-    if gpu_items and not _has_cuda():
+    # MOEPP_TESTS_CARD=cpu: what of these tests a CPU can run (tests/unit/test_gpu_tests.py).
+    if gpu_items and not _has_cuda() and os.environ.get("MOEPP_TESTS_CARD") != "cpu":
+        reason = "needs a CUDA GPU"
+        if HAS_NVIDIA and not HAS_CARDS:
+            reason += " in a session of its own: ./launch/test.sh tests/gpu"
         for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _has_cuda() -> bool:

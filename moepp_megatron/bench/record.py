@@ -4,7 +4,8 @@
 
 FOLDER holds what the steps left: `card.json`, `layer_*.json` and `step_*.json` of `moepp bench`,
 `tests.xml` of pytest, and `steps.tsv` with one line a step: name, exit status, seconds, commit.
-The file is DIR/<card>.json. A step that failed leaves its exit status and no numbers.
+The file is DIR/<card>.json. A step that failed leaves its exit status and no numbers;
+3 says that the machine cannot do it.
 """
 
 from __future__ import annotations

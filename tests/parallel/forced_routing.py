@@ -101,7 +101,7 @@ def _force(models: list[Any], favoured: Callable[[Any, list[int], int], list[lis
 
 def _biased(gating: Callable[[Any], Any], bias: Any) -> Callable[[Any], Any]:
     def biased_gating(hidden: Any) -> Any:
-        return gating(hidden) + bias
+        return gating(hidden) + bias.to(hidden.device)
 
     return biased_gating
 

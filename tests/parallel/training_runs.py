@@ -280,7 +280,9 @@ def gradient_pieces(model: Any) -> list[Any]:
                 values = gradient.reshape(
                     [1] * tensor.prepend_axis_num + list(tensor.local_shape)
                 ).float()
-                pieces.append((tensor.key, shape, tensor.global_offset, values.numpy().copy()))
+                pieces.append(
+                    (tensor.key, shape, tensor.global_offset, values.cpu().numpy().copy())
+                )
     return pieces
 
 

@@ -20,17 +20,6 @@ else:
 @pytest.fixture(autouse=True)
 def transformer_engine(monkeypatch):
     """The stand-in counts as Transformer Engine, and nothing has been recorded."""
-    from transformer_engine.pytorch.record import CALLS
+    from tests.te_stand_in.models import count_stand_in
 
-    from moepp_megatron.model import build, megatron_config
-
-    for module in (build, megatron_config):
-        monkeypatch.setattr(module, "have_transformer_engine", lambda: True)
-    fields = megatron_config._kernel_fields
-    monkeypatch.setattr(
-        megatron_config,
-        "_kernel_fields",
-        # As on a GPU: Transformer Engine's modules initialise their own weights.
-        lambda config: fields(config) | {"use_cpu_initialization": False},
-    )
-    CALLS.clear()
+    count_stand_in(monkeypatch)

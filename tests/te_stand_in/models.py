@@ -1,10 +1,13 @@
-"""A tiny model in FP8, from a configuration as users write it, and what it did."""
+"""A tiny model in FP8, from a configuration as users write it, and what it did.
+
+`tests/gpu` runs it with Transformer Engine itself: only `calls_of` needs the stand-in.
+"""
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
-from transformer_engine.pytorch.record import CALLS, Call
 
 from moepp_megatron.config import Config, parse_config
 from moepp_megatron.model.build import build_model
@@ -51,11 +54,32 @@ def model_of(config: Config) -> torch.nn.Module:
 def losses(model: torch.nn.Module, seed: int = 3) -> Tensor:
     """[b, s] losses of random tokens."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(VOCAB, (BATCH, SEQUENCE + 1), generator=generator)
-    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    device = next(model.parameters()).device
+    tokens = torch.randint(VOCAB, (BATCH, SEQUENCE + 1), generator=generator).to(device)
+    positions = torch.arange(SEQUENCE, device=device).expand(BATCH, -1)
     return model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
 
 
-def calls_of(module: str) -> list[Call]:
+def calls_of(module: str) -> list[Any]:
     """What was recorded of a class of modules, by the name that megatron-core's has."""
+    from transformer_engine.pytorch.record import CALLS
+
     return [call for call in CALLS if call.module == module]
+
+
+def count_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the stand-in count as Transformer Engine, with nothing recorded."""
+    from transformer_engine.pytorch.record import CALLS
+
+    from moepp_megatron.model import build, megatron_config
+
+    for module in (build, megatron_config):
+        monkeypatch.setattr(module, "have_transformer_engine", lambda: True)
+    fields = megatron_config._kernel_fields
+    monkeypatch.setattr(
+        megatron_config,
+        "_kernel_fields",
+        # As on a GPU: Transformer Engine's modules initialise their own weights.
+        lambda config: fields(config) | {"use_cpu_initialization": False},
+    )
+    CALLS.clear()

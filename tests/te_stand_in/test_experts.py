@@ -1,59 +1,22 @@
 """The rows of FP8 experts: filled up on the experts' rank, and nowhere else."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from megatron.core.fp8_utils import get_fp8_context
 from transformer_engine.pytorch.record import CALLS
 
-from moepp_megatron.moe.layer import MoEPPLayer
-from moepp_megatron.moe.router import Routing
-from tests.te_stand_in.models import RECIPES, calls_of, config_of, model_of
+from tests.te_stand_in import experts
+from tests.te_stand_in.experts import FFN, HIDDEN, TOKENS, layer_of, routing_to
+from tests.te_stand_in.models import RECIPES, calls_of, config_of
 
 DISPATCHERS = ["alltoall", "alltoall_dedup", "allgather"]
 FC1, FC2 = "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"
-TOKENS, HIDDEN, FFN, TOPK = 32, 32, 4, 2
 
 
-def layer_of(recipe: str | None, dispatcher: str = "alltoall", **sections) -> MoEPPLayer:
-    config = config_of(recipe, moe={"dispatcher": dispatcher}, **sections)
-    return model_of(config).decoder.layers[1].mlp
-
-
-def routing_to(counts: list[int]) -> Routing:
-    """Routing with `counts[i]` tokens for FFN expert i, the others' selections for copies.
-
-    A token has at most two FFN experts, so that each has its two selections.
-    """
-    routing_map = torch.zeros(TOKENS, FFN + 4, dtype=torch.bool)
-    token = 0
-    for expert, count in enumerate(counts):
-        for _ in range(count):
-            routing_map[token % TOKENS, expert] = True
-            token += 1
-    assert token <= TOPK * TOKENS
-    constants, copies = slice(FFN, FFN + 2), FFN + 2
-    routing_map[:, copies] = routing_map.sum(dim=1) < TOPK
-    routing_map[:, constants.start] = routing_map.sum(dim=1) < TOPK
-    gates = torch.rand(routing_map.shape).masked_fill(~routing_map, 0.0).requires_grad_()
-    return Routing(gates, routing_map, torch.zeros(TOKENS, 1, FFN + 4))
-
-
-def run(layer: MoEPPLayer, routing: Routing, hidden: torch.Tensor) -> SimpleNamespace:
-    """The layer's output for this routing, and the rows that came to its experts."""
-    seen = SimpleNamespace()
-
-    def look(experts, arguments):
-        seen.rows, seen.by_expert = arguments[0].shape[0], arguments[1].tolist()
-
-    hook = layer.experts.register_forward_pre_hook(look)
-    layer.router.forward = lambda *arguments: routing
+def run(layer, routing, hidden):
+    """As `experts.run`, with nothing recorded before."""
     CALLS.clear()
-    with get_fp8_context(layer.config):
-        seen.output, _ = layer(hidden)
-    hook.remove()
-    return seen
+    return experts.run(layer, routing, hidden)
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)

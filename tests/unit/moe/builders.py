@@ -73,24 +73,31 @@ def build_transformer_layer(
 
 
 def build_layer(
-    moepp: MoEPPConfig, has_residual: bool = True, dispatcher: str = "alltoall", **changes: Any
+    moepp: MoEPPConfig,
+    has_residual: bool = True,
+    dispatcher: str = "alltoall",
+    device: torch.device | None = None,
+    use_transformer_engine: bool = False,
+    **changes: Any,
 ) -> MoEPPLayer:
     """The MoE++ layer alone, from its spec, with random weights; `dispatcher` as `moe.dispatcher`.
 
     The transformer layer around it is not built: attention is not under test and costs time.
+    Weights do not depend on the device.
     """
     if dispatcher == "alltoall_dedup":
         dispatcher = "alltoall"
         moepp = dataclasses.replace(moepp, deduplicate_dispatch=True)
     config = megatron_config(moepp, moe_token_dispatcher_type=dispatcher, **changes)
     spec = get_moepp_layer_spec(
-        config, moepp, use_transformer_engine=False, has_residual=has_residual
+        config, moepp, use_transformer_engine=use_transformer_engine, has_residual=has_residual
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     layer = spec.submodules.mlp(config=config, pg_collection=groups, is_mtp_layer=False)
     layer.set_layer_number(2)
+    layer.cpu()
     randomize(layer)
-    return layer
+    return layer if device is None else layer.to(device)
 
 
 @torch.no_grad()
@@ -125,7 +132,7 @@ def token_losses(model: torch.nn.Module, tokens: Tensor) -> Tensor:
 
 
 def reference_of(layer: MoEPPLayer) -> ReferenceMoEPP:
-    """The reference with the layer's weights, in fp32."""
+    """The reference with the layer's weights, in fp32, on its device."""
     reference = ReferenceMoEPP(
         layer.moepp,
         HIDDEN,
@@ -135,7 +142,7 @@ def reference_of(layer: MoEPPLayer) -> ReferenceMoEPP:
     with torch.no_grad():
         for _, ours, theirs in parameter_pairs(layer, reference):
             theirs.copy_(ours)
-    return reference
+    return reference.to(layer.router.weight.device)
 
 
 def parameter_pairs(
@@ -175,17 +182,18 @@ def _pairs(
         weights.append(("mixing_weight", own.mixing_weight, reference.mixing_weight))
     for name, ours, theirs in weights:
         yield name, value(ours), value(theirs)
-    for index, expert in enumerate(layer.experts.local_experts):
-        yield (
-            f"experts.{index}.linear_fc1",
-            value(expert.linear_fc1.weight),
-            value(reference.expert_in)[index],
-        )
-        yield (
-            f"experts.{index}.linear_fc2",
-            value(expert.linear_fc2.weight),
-            value(reference.expert_out)[index],
-        )
+    for part, theirs in (("linear_fc1", reference.expert_in), ("linear_fc2", reference.expert_out)):
+        for index, ours in enumerate(_expert_weights(layer, part)):
+            yield f"experts.{index}.{part}", value(ours), value(theirs)[index]
+
+
+def _expert_weights(layer: MoEPPLayer, part: str) -> list[Tensor]:
+    """Of every expert: modules of their own, or Transformer Engine's grouped ones."""
+    experts = layer.experts
+    if hasattr(experts, "local_experts"):
+        return [getattr(expert, part).weight for expert in experts.local_experts]
+    grouped = getattr(experts, part)
+    return [getattr(grouped, f"weight{i}") for i in range(layer.num_local_experts)]
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) -> None:

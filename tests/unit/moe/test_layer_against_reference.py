@@ -175,20 +175,28 @@ def run_both(
     return run
 
 
-def inputs(moepp: MoEPPConfig, length: int = 8, batch: int = 3) -> tuple[Tensor, Tensor]:
-    return torch.randn(length, batch, HIDDEN), torch.randn(length, batch, moepp.num_experts)
+def inputs(
+    moepp: MoEPPConfig, length: int = 8, batch: int = 3, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    hidden, previous = (torch.randn(length, batch, n) for n in (HIDDEN, moepp.num_experts))
+    return hidden.to(device), previous.to(device)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_every_setting(case):
+    check_setting(case)
+
+
+def check_setting(case: dict[str, Any], device: torch.device | None = None) -> None:
     moepp = moepp_of(case)
     layer = build_layer(
         moepp,
         has_residual=case["has_residual"],
         calculate_per_token_loss=case["calculate_per_token_loss"],
         dispatcher=case["dispatcher"],
+        device=device,
     )
-    hidden, previous = inputs(moepp)
+    hidden, previous = inputs(moepp, device=device)
     run = run_both(layer, hidden, previous if case["has_residual"] else None)
     run.check()
 
@@ -198,7 +206,7 @@ def test_every_setting(case):
     balance = reference_balance_loss(run.expected.logits_TE, moepp, hidden.shape[1])
     assert_close(layer.statistics.balance_loss, balance, "balance loss")
     if moepp.capacity_factor is not None:
-        limits = torch.tensor(moepp.capacities(24))
+        limits = torch.tensor(moepp.capacities(24), device=device)
         over = (selected.sum(dim=0) - limits).clamp(min=0)
         assert layer.statistics.dropped == over.sum()
         assert layer.statistics.dropped > 0
@@ -245,7 +253,7 @@ def forced(moepp: MoEPPConfig, favoured: list[int], **changes: Any) -> tuple[MoE
         layer.router.residual_weight.copy_(torch.eye(moepp.num_experts))
     previous = torch.randn(8, 3, moepp.num_experts) * 0.1
     previous[..., favoured] += 4.0
-    return layer, previous
+    return layer, previous.to(layer.router.weight.device)
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)

@@ -1,0 +1,96 @@
+"""Runs one function on ranks of their own, on cards (NCCL) or on a CPU (gloo).
+
+    python -m tests.gpu.program CALL FOLDER         (alone, or as a rank of torchrun)
+
+CALL is a pickle of `Call`, written by `on_ranks`; FOLDER gets a pickle of each rank's result.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module-level function, by name, and whether Transformer Engine is used where it is."""
+
+    module: str
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    transformer_engine: bool
+
+
+def on_ranks(
+    folder: Path,
+    function: Callable[..., Any],
+    *args: Any,
+    nproc: int = 1,
+    transformer_engine: bool = False,
+    timeout: float = 280.0,
+    **kwargs: Any,
+) -> list[Any]:
+    """What `function(*args, **kwargs)` returns on each of `nproc` ranks, one a card.
+
+    Args:
+        folder: An empty one.
+        function: Ranks import it by name; process groups of Megatron do not exist yet.
+        *args: Pickled.
+        nproc: Ranks.
+        transformer_engine: Build layers from it where it is installed.
+        timeout: Seconds.
+        **kwargs: As `args`.
+    """
+    call = Call(function.__module__, function.__qualname__, args, kwargs, transformer_engine)
+    (folder / "call").write_bytes(pickle.dumps(call))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    command = [sys.executable, *(launcher if nproc > 1 else []), "-m", "tests.gpu.program"]
+    done = subprocess.run(
+        [*command, str(folder / "call"), str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
+    return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(nproc)]
+
+
+def main() -> None:
+    # Called by its name in the package: this module is __main__, and the pickle knows tests.gpu.
+    from moepp_megatron.runtime import cpu_support, optional
+
+    cpu_support.install()
+    call: Call = pickle.loads(Path(sys.argv[1]).read_bytes())
+    if not call.transformer_engine:
+        # Before anything takes it by name.
+        optional.have_transformer_engine = lambda: False  # type: ignore[assignment]
+    elif os.environ.get("MOEPP_TE_STAND_IN") == "1":
+        from tests.te_stand_in.models import count_stand_in
+
+        count_stand_in(pytest.MonkeyPatch())
+    from moepp_megatron.runtime import distributed
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    rank = RankEnvironment.read()
+    distributed.start(rank)
+    result = getattr(importlib.import_module(call.module), call.name)(*call.args, **call.kwargs)
+    (Path(sys.argv[2]) / f"rank{rank.rank}").write_bytes(pickle.dumps(result))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What NVML says of a real card, as doctor and telemetry read it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from moepp_megatron.observe.telemetry import GpuSource
+from moepp_megatron.runtime.nvml import Nvml
+from tests.unit.health.fake_nvml import FakeNvml, answers
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def library(card):
+    """NVML itself, or recorded answers where a CPU stands for the card."""
+    return None if card.type == "cuda" else FakeNvml(answers())
+
+
+@pytest.fixture
+def nvml(library):
+    with Nvml(library) as opened:
+        yield opened
+
+
+@pytest.fixture
+def uuid(card):
+    if card.type == "cpu":
+        return answers()["nvmlDeviceGetUUID"]
+    return f"GPU-{torch.cuda.get_device_properties(card).uuid}"
+
+
+def test_driver_and_card(nvml, card, uuid):
+    driver = nvml.driver()
+    assert driver.version
+    assert driver.cuda is not None
+    (index,) = nvml.index_of([uuid])
+    found = nvml.card(index)
+    assert found.faults == ()
+    assert found.uuid == uuid
+    if card.type == "cuda":
+        assert found.name == torch.cuda.get_device_name(card)
+    assert found.power_limit > 10
+    assert 0 <= found.sm_clock <= found.max_sm_clock
+
+
+def test_a_sample_is_in_the_units_it_says(nvml, uuid):
+    (index,) = nvml.index_of([uuid])
+    sample = nvml.sample(index)
+    # Whatever a card does: W, degrees Celsius, MHz, a share, bytes.
+    assert 10 < sample.power < 2000
+    assert 10 < sample.temperature < 110
+    assert 100 < sample.sm_clock < 4000
+    assert 0.0 <= sample.utilization <= 1.0
+    assert sample.memory_used > 2**20
+
+
+def test_energy_grows_while_the_card_works(cuda, nvml, uuid):
+    indices = nvml.index_of([uuid])
+    (before,) = nvml.energies(indices)
+    began = time.monotonic()
+    matrix = torch.randn(4096, 4096, device="cuda")
+    while time.monotonic() - began < 1.0:
+        matrix = torch.mm(matrix, matrix).clamp_(-1, 1)
+        torch.cuda.synchronize()
+    (after,) = nvml.energies(indices)
+    # At least a second at the 10 W of an idle card.
+    assert after - before > 10
+
+
+def test_telemetry_reads_the_card(library, uuid):
+    source = GpuSource([uuid], Nvml(library))
+    try:
+        assert source.devices == 1
+        (sample,) = source.sample()
+        assert sample.power_w > 10
+        assert sample.memory_bytes > 2**20
+        assert source.faults() == []
+    finally:
+        source.close()
+
+
+def test_doctor_finds_the_card(cuda):
+    command = [sys.executable, "-m", "moepp_megatron.cli.main", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    # 3: a card that is not fit, which is the doctor's to say.
+    assert done.returncode in (0, 3), done.stderr[-4000:]
+    assert torch.cuda.get_device_name(0) in done.stdout
+    json.loads(done.stdout)

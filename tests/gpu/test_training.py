@@ -1,0 +1,139 @@
+"""Training on one card and on two, against one CPU process: losses, gradients, routing.
+
+Tolerance. fp32 without TF32 (torch's default): the CPU and the card add up in another order and
+take another exponential, unit roundoff 6e-8 over sums of up to a few thousand terms, 4e-6 in a
+step. Adam divides gradients by their own size, so a step hands a relative error on to the weights,
+and five steps may add theirs up: 1e-4 leaves a factor of five. Selections must be the same to the
+last one.
+"""
+
+import pytest
+
+from tests.gpu.program import on_ranks
+from tests.gpu.runs import train_on_device, train_on_one_half, train_with_graphs
+from tests.parallel.training_runs import assemble, compare, difference, settings, train
+from tests.te_stand_in.models import RECIPES
+
+pytestmark = pytest.mark.gpu
+
+FP32, STEPS = 1e-4, 5
+# A graph runs the kernels of the same model; sums of gradients that meet in it change their order.
+GRAPHS = 1e-5
+# bf16 rounds by 2^-9; four layers of some ten roundings each, most of which cancel out in a loss.
+BF16_LOSS = 2**-5
+
+
+def test_five_steps_equal_those_on_a_cpu(card, ranks, tmp_path):
+    raw = settings(moe={"fused": "auto"})
+    reference = assemble(ranks(1).run(train, raw, STEPS))
+    ((run, pieces, device),) = on_ranks(tmp_path, train_on_device, raw, STEPS)
+    assert device == card.type
+    compare(assemble([(run, pieces)]), reference, FP32)
+
+
+def test_fused_kernels_train_like_plain_operations(cuda, tmp_path):
+    runs = []
+    for name, fused in (("plain", False), ("fused", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        raw = settings(moe={"fused": fused})
+        ((run, pieces, _),) = on_ranks(folder, train_on_device, raw, STEPS)
+        runs.append(assemble([(run, pieces)]))
+    compare(*runs, FP32)
+
+
+def test_transformer_engine_trains_alike(real_transformer_engine, tmp_path):
+    """bf16, its modules against megatron-core's: the losses, for routing may differ by rounding."""
+    runs = []
+    for engine in (False, True):
+        folder = tmp_path / str(engine)
+        folder.mkdir()
+        raw = settings(precision={"dtype": "bf16"})
+        ((run, pieces, _),) = on_ranks(
+            folder, train_on_device, raw, STEPS, transformer_engine=engine
+        )
+        runs.append(assemble([(run, pieces)]))
+    assert difference(runs[1], runs[0]).loss < BF16_LOSS
+
+
+@pytest.mark.parametrize("parts", [["attn"], ["moe_router"], ["attn", "moe_router"]], ids="+".join)
+def test_cuda_graphs_train_like_the_model(cuda, tmp_path, parts):
+    runs = []
+    for name, graphs in (("plain", []), ("graphs", parts)):
+        folder = tmp_path / name
+        folder.mkdir()
+        raw = settings(training={"cuda_graphs": graphs}, moe={"layer_freq": [1, 0, 1, 1]})
+        ((run, pieces, captured),) = on_ranks(folder, train_with_graphs, raw, STEPS)
+        # Attention in four layers, the router in three; one graph a micro-batch or more.
+        assert captured >= 4 * ("attn" in graphs) + 3 * ("moe_router" in graphs)
+        runs.append(assemble([(run, pieces)]))
+    compare(runs[1], runs[0], GRAPHS)
+
+
+LAYOUTS = {
+    "data parallel": {"use_distributed_optimizer": True},
+    "expert parallel": {"expert_model_parallel_size": 2},
+    "tensor parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "context parallel": {"context_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dispatcher"),
+    [
+        *((layout, "alltoall") for layout in LAYOUTS),
+        ("expert parallel", "alltoall_dedup"),
+        ("expert parallel", "allgather"),
+    ],
+)
+def test_two_cards_equal_one_cpu_process(two_cards, ranks, tmp_path, layout, dispatcher):
+    reference = assemble(ranks(1).run(train, settings(), 3))
+    raw = settings(parallel=LAYOUTS[layout], moe={"dispatcher": dispatcher})
+    results = on_ranks(tmp_path, train_on_device, raw, 3, nproc=2)
+    compare(assemble([(run, pieces) for run, pieces, _ in results]), reference, FP32)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_rank_without_a_row_in_fp8(two_cards, transformer_engine, tmp_path, recipe):
+    """It pads nothing, multiplies nothing, and reduces its amaxes with the others all the same."""
+    runs = []
+    for name, precision in (("bf16", {}), ("fp8", {"fp8": "hybrid", "fp8_recipe": recipe})):
+        folder = tmp_path / name
+        folder.mkdir()
+        raw = settings(
+            moe={"num_zero_experts": 2},
+            parallel={"expert_model_parallel_size": 2},
+            precision={"dtype": "bf16", **precision},
+        )
+        results = on_ranks(folder, train_on_one_half, raw, 3, nproc=2, transformer_engine=True)
+        runs.append(assemble(results))
+    assert runs[1].routing[0]["ffn_fraction"] == 1.0
+    # As in test_fp8: a loss averages over many errors of 0.06.
+    assert difference(runs[1], runs[0]).loss < 0.1
+    assert runs[1].losses != runs[0].losses
+
+
+@pytest.mark.parametrize("backend", ["deepep", "hybridep"])
+def test_flex_trains_like_the_all_to_all(deepep, tmp_path, backend):
+    """bf16, the one format of DeepEP's kernels; hidden size 128, the least that they take."""
+    from moepp_megatron.runtime.optional import flex_backends
+
+    if backend not in flex_backends():
+        pytest.skip(f"needs DeepEP with {backend}")
+    runs = []
+    for dispatcher in ("alltoall", "flex"):
+        folder = tmp_path / dispatcher
+        folder.mkdir()
+        moe = {"dispatcher": dispatcher}
+        if dispatcher == "flex":
+            moe["flex_backend"] = backend
+        raw = settings(
+            moe=moe,
+            model={"hidden_size": 128},
+            precision={"dtype": "bf16"},
+            parallel={"expert_model_parallel_size": 2},
+        )
+        results = on_ranks(folder, train_on_device, raw, STEPS, nproc=2)
+        runs.append(assemble([(run, pieces) for run, pieces, _ in results]))
+    assert difference(runs[1], runs[0]).loss < BF16_LOSS

@@ -1,0 +1,71 @@
+"""The tests in tests/gpu, tested without a GPU: what a CPU and the stand-in can stand for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str, stand_in: bool = False) -> str:
+    path = [str(ROOT / "tests/te_stand_in")] if stand_in else []
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([*path, str(ROOT)]),
+        "MOEPP_TESTS_CARD": "cpu",
+        "MOEPP_TE_STAND_IN": str(int(stand_in)),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    command += ["--tb=short", "--show-capture=no", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def reasons(output: str) -> set[str]:
+    """Why tests were skipped."""
+    return {line.rsplit(": ", 1)[1] for line in output.splitlines() if "SKIPPED" in line}
+
+
+def test_layers_and_fp8_on_the_stand_in() -> None:
+    """All layers; of FP8 one recipe, for the stand-in rounds in all of them alike."""
+    chosen = "test_layer.py or tensorwise"
+    output = run("tests/gpu/test_layer.py", "tests/gpu/test_fp8.py", "-k", chosen, stand_in=True)
+    assert "skipped" not in output
+
+
+def test_training_and_telemetry() -> None:
+    """Five steps on a rank of their own; telemetry on recorded answers."""
+    output = run("tests/gpu/test_training.py", "tests/gpu/test_nvml.py", "-k", "not two_cards")
+    assert "4 passed" in output
+    assert reasons(output) == {"needs a CUDA GPU", "needs Transformer Engine"}
+
+
+@pytest.mark.slow
+def test_every_recipe_on_the_stand_in() -> None:
+    assert "skipped" not in run("tests/gpu/test_fp8.py", stand_in=True)
+
+
+@pytest.mark.slow
+def test_two_ranks() -> None:
+    """Every layout, and FP8 on a rank without a row."""
+    chosen = ("tests/gpu/test_training.py", "-k", "two_cards or without_a_row")
+    assert "skipped" not in run(*chosen, stand_in=True)
+
+
+def test_each_says_what_it_needs() -> None:
+    """Collected everywhere, skipped with the reason."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert reasons(done.stdout) == {"needs a CUDA GPU"}
+    assert "passed" not in done.stdout
