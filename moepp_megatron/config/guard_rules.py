@@ -96,7 +96,8 @@ class Rule:
         action: What is done.
         per_layer: Whether each MoE layer is judged, and acted on, by itself.
         min_steps_between: Fewest steps from an end to the next start, in one place.
-        max_firings: Times that the action is taken in a run, all places together.
+        max_firings: Times that the action is taken in a run, all places together; places in which
+            it begins in the same step count once.
     """
 
     name: str

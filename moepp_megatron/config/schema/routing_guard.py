@@ -77,8 +77,8 @@ class GuardRule(Section):
     max_firings: int | None = Field(
         default=None,
         ge=1,
-        description="Times that the action is taken in a run; after that the rule only warns; "
-        "null: 10",
+        description="Times that the action is taken in a run, layers of one step counting once; "
+        "after that the rule only warns; null: 10",
         json_schema_extra=unit("times"),
     )
 

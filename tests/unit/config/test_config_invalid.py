@@ -113,6 +113,16 @@ INVALID = [
         "give rule few_ffn_experts the action warn",
     ),
     (
+        [
+            GUARD,
+            guard_rule(action="rollback", for_steps=22),
+            "checkpoint.save_interval=10",
+            "checkpoint.keep=3",
+        ],
+        "checkpoint.keep (3)",
+        "use 4, or null",
+    ),
+    (
         [GUARD, guard_rule(action="rollback")],
         "checkpoint.save_interval (0)",
         "give rule mine the action warn",
