@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.parallel.resilience_runs import Without
 from tests.parallel.training_runs import SyntheticDataset, settings
 
 BATCH = 8
@@ -47,7 +48,9 @@ class Found:
         losses: By step, the last value where a step was taken twice.
         ffn: By step, this rank's share of the selections that went to FFN experts.
         wanted: By step, [MoE layers] FFN share of the selections that routers wanted, all ranks.
-        forced: By step, forced tokens on this rank without an FFN expert, and with one.
+        forced: By step, forced tokens on this rank without an FFN expert, and with one, layers
+            added up.
+        forced_ids: By step, the token ids that are forced where they are.
         weights: Checksum of this rank's weights at the end.
     """
 
@@ -56,6 +59,7 @@ class Found:
     ffn: dict[int, float] = field(default_factory=dict)
     wanted: dict[int, list[float]] = field(default_factory=dict)
     forced: dict[int, list[int]] = field(default_factory=dict)
+    forced_ids: dict[int, list[int]] = field(default_factory=dict)
     weights: int = 0
 
 
@@ -75,8 +79,20 @@ def guard_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[s
     return raw
 
 
-def run(raw: dict[str, Any], faults: tuple[Fault, ...] = (), data: str = "cycle") -> Found:
-    """Train as `moepp train` does, on synthetic data, with faults."""
+def run(
+    raw: dict[str, Any],
+    faults: tuple[Fault, ...] = (),
+    without: tuple[int, ...] = (),
+    data: str = "cycle",
+) -> Found:
+    """Train as `moepp train` does, on synthetic data, with faults.
+
+    Args:
+        raw: The configuration.
+        faults: What goes wrong.
+        without: Global batches that the data set does not have.
+        data: A key of `_DATA`.
+    """
     import torch.distributed as dist
 
     from moepp_megatron.config import Layout, parse_config
@@ -87,9 +103,9 @@ def run(raw: dict[str, Any], faults: tuple[Fault, ...] = (), data: str = "cycle"
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)
-    dataset = _DATA[data](config, 400)
+    dataset = Without(_DATA[data](config, 400), without)
     with (
-        mock.patch.object(module, "build_datasets", return_value=(dataset, None, None)),
+        mock.patch.object(module, "build_datasets", return_value=(dataset, dataset, None)),
         mock.patch.object(module.Tokenizer, "load", return_value=None),
     ):
         trainer = module.Trainer(config, layout)
@@ -122,6 +138,9 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
         counts[:] = [0, 0]
         found.forced[step] = [0, 0]
         begin(step)
+        masks = [getattr(chunk.token_tags, "forced_ids", None) for chunk in trainer.model.models]
+        if masks[0] is not None:
+            found.forced_ids[step] = masks[0].nonzero().flatten().tolist()
 
     def judge(step: int, result: Any, judge: Callable[..., Any] = routers.judge) -> Any:
         verdict = judge(step, result)
@@ -234,3 +253,40 @@ class CycleDataset(SyntheticDataset):
 
 
 _DATA: dict[str, Any] = {"cycle": CycleDataset, "skewed": SyntheticDataset}
+
+
+def learn_losses() -> tuple[list[float], list[int]]:
+    """Means of token ids after two steps and the worst ids, the tokens split over the ranks."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from moepp_megatron.training.guard.high_loss import HighLossTokens
+
+    parallel_state.initialize_model_parallel()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    # Id 0 has mean 1 then 3; id 1 always 2; id 2 has 8 but half of it is masked; id 3 never comes.
+    steps = (
+        ([0, 0, 1, 1, 2, 2, 1, 0], [1.0, 1.0, 2.0, 2.0, 8.0, 99.0, 2.0, 1.0]),
+        ([0, 0, 1, 1, 0, 0, 1, 0], [3.0, 3.0, 2.0, 2.0, 3.0, 3.0, 2.0, 3.0]),
+    )
+    learner = HighLossTokens(4, share=0.1, decay=0.5)
+    for ids, losses in steps:
+        learner.begin_step()
+        mask = [0.0 if loss == 99.0 else 1.0 for loss in losses]
+        rows = [
+            torch.tensor(values).reshape(2, 4).chunk(size)[rank] for values in (ids, mask, losses)
+        ]
+        learner.add({"tokens": rows[0], "loss_mask": rows[1]}, rows[2])
+        learner.end_step()
+    sums, counts = learner.state()["sums"]
+    # Decayed: id 0 (0.25 * 3 + 0.5 * 15) / (0.25 * 3 + 0.5 * 5), id 2 8 of weight 0.25.
+    assert sums.tolist() == [8.25, 4.5, 2.0, 0.0]
+    assert counts.tolist() == [3.25, 2.25, 0.25, 0.0]
+    # Id 2 has 0.25 of 5.75 tokens, less than a tenth; the next worst would be too much.
+    worst = learner.mask().nonzero().flatten().tolist()
+    assert worst == [2]
+    again = HighLossTokens(4, share=0.7, decay=0.5, state=learner.state())
+    assert again.mask().nonzero().flatten().tolist() == [0, 2]
+    assert HighLossTokens(5, 0.1, 0.5, learner.state()).mask().tolist() == [False] * 5
+    return sums.tolist(), worst
