@@ -6,7 +6,6 @@ fault would leave them; nothing in the package knows of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,6 @@ from tests.parallel.resilience_runs import Without
 from tests.parallel.training_runs import SyntheticDataset, settings
 
 BATCH = 8
-# All embeddings share a direction, as hidden states of trained models do. Along it a router row
-# wins or loses with every token.
-COMMON = 0.3
 
 
 @dataclass(frozen=True)
@@ -109,8 +105,6 @@ def run(
         mock.patch.object(module.Tokenizer, "load", return_value=None),
     ):
         trainer = module.Trainer(config, layout)
-    if trainer.progress.step == 0:
-        _share_a_direction(trainer.model)
     found = Found()
     _watch(trainer, found, faults)
     trainer.run()
@@ -184,16 +178,6 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
             layer.router.register_forward_hook(see_routing(model))
 
 
-def _share_a_direction(model: Any) -> None:
-    import torch
-
-    with torch.no_grad():
-        for chunk in model.models:
-            if hasattr(chunk, "embedding"):
-                chunk.embedding.word_embeddings.weight.add_(COMMON)
-    model.optimizer.reload_model_params()
-
-
 def plant(model: Any, fault: Fault) -> None:
     """Change this rank's weights; the same on ranks that hold the same."""
     import torch
@@ -210,16 +194,19 @@ def plant(model: Any, fault: Fault) -> None:
 
 
 def _collapse(router: Any, size: float) -> None:
-    """Rows of zero-computation experts lie along what all tokens share, FFN experts' against it."""
+    """Zero-computation experts in pairs of opposite rows: one of each pair wins with any token."""
     ffn = router.moepp.num_ffn_experts
-    along = size / math.sqrt(router.weight.shape[1])
-    router.weight[ffn:] += along
-    router.weight[:ffn] -= along
+    rows = router.weight[ffn:]
+    rows.mul_(size)
+    rows[1::2] = -rows[::2]
+    router.weight[:ffn].div_(10.0)
+    if router.residual_weight is not None:
+        router.residual_weight.zero_()
 
 
 def _kill(router: Any, size: float) -> None:
-    """FFN expert 0 loses against all others with every token."""
-    router.weight[0] -= size / math.sqrt(router.weight.shape[1])
+    """FFN expert 0 gets the mean of the others' logits, so it is never among a token's best."""
+    router.weight[0] = router.weight[1:].mean(dim=0) * size
 
 
 def _explode(router: Any, size: float) -> None:

@@ -29,8 +29,8 @@ COLLAPSE = Fault(6, "collapse", None, 2.0)
 SAFE = {
     "name": "collapse_to_zero_computation",
     "for_steps": 3,
+    "clear": 0.4,
     "clear_for_steps": 3,
-    "max_firings": 50,
 }
 
 
@@ -94,16 +94,13 @@ def records(folder: Path) -> list[StepMetrics]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_collapse_to_zero_computation(ranks: RankPools, tmp_path: Path, layout: str) -> None:
     """Caught in three steps, FFN experts alone until the routers want them again."""
-    # A stronger balance loss than usual: in safe mode it alone speaks to the other experts' rows.
-    moe = {"num_ffn_experts": 8, "balance_coeff": 0.1}
-    training = {"eval_interval": 1, "eval_iters": 1}
+    training = {"eval_interval": 9, "eval_iters": 1}
     found = train(
         ranks,
         tmp_path,
-        45,
+        36,
         (COLLAPSE,),
         layout=layout,
-        moe=moe,
         training=training,
         routing_guard=guard(SAFE),
     )
@@ -111,13 +108,14 @@ def test_collapse_to_zero_computation(ranks: RankPools, tmp_path: Path, layout: 
     ends = [d for d in found.decisions if d[3] == "end of safe_mode"]
     assert begins[:2] == [(8, SAFE["name"], layer, "safe_mode") for layer in (1, 2)]
     assert max(found.wanted[6]) < 0.15
-    # In evaluation too, which comes after every step here.
+    # In evaluation too, which comes after this step.
     assert found.ffn[9] == 1.0
     assert found.ffn[7] < 0.5
     assert {layer for *_, layer, _ in ends} == {1, 2}
     last = max(step for step, *_ in ends)
     for layer in (0, 1):
-        assert sum(found.wanted[step][layer] for step in range(last - 2, last + 1)) / 3 > 0.3
+        # Of the 0.6 that tau asks for.
+        assert min(found.wanted[step][layer] for step in range(last - 2, last + 1)) > 0.15
     actions = [record.guard_actions for record in records(tmp_path)]
     assert actions[7] == 0
     assert actions[8] == 2
@@ -129,13 +127,13 @@ def test_collapse_to_zero_computation(ranks: RankPools, tmp_path: Path, layout: 
 
 def test_safe_mode_keeps_the_loss(ranks: RankPools, tmp_path: Path) -> None:
     """Against the same fault without a guard, and without the fault."""
-    fault = (Fault(30, "collapse", None, 2.0),)
-    on = train(ranks, tmp_path / "on", 40, fault, routing_guard=guard(SAFE))
-    off = train(ranks, tmp_path / "off", 40, fault)
-    healthy = train(ranks, tmp_path / "healthy", 40)
+    fault = (Fault(20, "collapse", None, 2.0),)
+    on = train(ranks, tmp_path / "on", 32, fault, routing_guard=guard(SAFE))
+    off = train(ranks, tmp_path / "off", 32, fault)
+    healthy = train(ranks, tmp_path / "healthy", 32)
 
     def excess(found: Found) -> float:
-        steps = range(33, 41)
+        steps = range(23, 33)
         return sum(found.losses[step] - healthy.losses[step] for step in steps) / len(steps)
 
     # Same data and start: what differs is the fault and what was done.
@@ -157,7 +155,7 @@ DEAD = {"name": "dead_expert", "for_steps": 2, "action": "rollback", "clear_for_
     [
         ("ep2", Fault(7, "explosion", 2, 50.0), EXPLODE),
         ("pp2", Fault(7, "explosion", 2, 50.0), EXPLODE),
-        ("one rank", Fault(7, "dead", 1, 8.0), DEAD),
+        ("one rank", Fault(7, "dead", 1), DEAD),
     ],
 )
 def test_rollback(
@@ -220,7 +218,7 @@ def test_forced_tokens_have_an_ffn_expert(
         ranks,
         tmp_path,
         8,
-        (Fault(3, "collapse", None, 4.0),),
+        (Fault(3, "collapse", None, 2.0),),
         layout=layout,
         routing_guard=guard(rule, force_ffn=force),
     )
@@ -279,7 +277,7 @@ def test_a_dry_run_changes_no_bit(ranks: RankPools, tmp_path: Path) -> None:
         SAFE,
         {"name": "few_ffn_experts", "for_steps": 2, "min_steps_between": 0},
         {"name": "force", "metric": "loss", "above": 0.1, "action": "force_ffn"},
-        {"name": "back", "metric": "max_expert_share", "above": 0.4, "action": "rollback"},
+        {"name": "back", "metric": "max_expert_share", "above": 0.2, "action": "rollback"},
     )
     common = {"checkpoint": {"save_interval": 4}, "layout": "dp2"}
     off = train(ranks, tmp_path / "off", 16, (COLLAPSE,), **common)
@@ -310,19 +308,20 @@ def test_raised_tau_multiplies_what_is_there(
     rule = {
         "name": "few_ffn_experts",
         "for_steps": 1,
-        "clear": 0.61,
+        "below": 0.3,
+        "clear": 0.35,
         "min_steps_between": 0,
-        "below": 0.6,
     }
     moe = {"num_ffn_experts": 8, "balance_coeff": 0.1, "budget": budget}
     common: dict[str, Any] = {"moe": moe}
     raised = guard(rule, tau_factor=3.0, tau_half_life=2.0)
-    found = train(ranks, tmp_path / "on", 20, (COLLAPSE,), routing_guard=raised, **common)
-    train(ranks, tmp_path / "off", 20, (COLLAPSE,), **common)
+    found = train(ranks, tmp_path / "on", 26, (COLLAPSE,), routing_guard=raised, **common)
+    train(ranks, tmp_path / "off", 8, (COLLAPSE,), **common)
     on, off = records(tmp_path / "on"), records(tmp_path / "off")
     begins = [d for d in found.decisions if d[3] == "raise_tau"]
     assert [d[0] for d in begins[:2]] == [6, 6]
-    base = 0.75 if not budget else off[6].tau
+    # A budget tells the tau that it has learnt for the step after.
+    base = 0.75 if not budget else off[5].tau
     assert on[6].tau == pytest.approx(3.0 * base)
     ends = {d[2]: d[0] for d in found.decisions if d[3] == "end of raise_tau"}
     assert set(ends) == {1, 2}
