@@ -292,7 +292,8 @@ def loss_by_ffn(run: RunData) -> Plot | None:
     return Plot(
         "Loss by FFN experts of a token",
         "Mean language-model loss of the tokens with 0, 1, ... FFN experts on average over the "
-        "MoE layers (of the last pipeline stage), rounded. Hard tokens should get more of them.",
+        "MoE layers (of the last pipeline stage), rounded. Where the router has learned which "
+        "tokens are hard, these get more.",
         svg_data_uri(figure),
         "; ".join(words) + ".",
     )
