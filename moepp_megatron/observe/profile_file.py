@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.observe.profile_noise import ProfileNoise
 from moepp_megatron.observe.routing_profile import RoutingProfile
 
 PROFILE_FILE = "routing_profile.json"
@@ -24,13 +24,12 @@ class StoredProfile:
         profile: Counts of the windows that make the reference.
         token_classes: One digit for each token id, its class by frequency, 0 for the most frequent;
             empty where layers do not know their tokens.
-        noise: Log divergences of windows without a shift, as `ShiftMonitor` remembers them: what
-            tells how far a window may be from this profile.
+        noise: How windows of the same data differ from this profile.
     """
 
     profile: RoutingProfile
     token_classes: str
-    noise: list[float]
+    noise: ProfileNoise
 
     def write(self, folder: Path) -> None:
         """Write `folder/routing_profile.json`, in one step.
@@ -41,17 +40,20 @@ class StoredProfile:
         values = {
             "format": _FORMAT,
             "token_classes": self.token_classes,
-            "noise": self.noise,
+            "noise": self.noise.as_json(),
             **self.profile.as_json(),
         }
         write_atomic(folder / PROFILE_FILE, json.dumps(values).encode())
 
     @classmethod
-    def read(cls, path: Path, name: str = "routing_guard.shift.reference") -> StoredProfile:
+    def read(
+        cls, path: Path, memory: int, name: str = "routing_guard.shift.reference"
+    ) -> StoredProfile:
         """Read a file.
 
         Args:
             path: The file.
+            memory: How much of the noise is kept.
             name: The setting that names it, for messages.
 
         Raises:
@@ -67,25 +69,19 @@ class StoredProfile:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{name} ({path}) must be a JSON file; {remedy}") from error
         try:
-            return cls._from_json(values)
+            return cls._from_json(values, memory)
         except ValueError as error:
             raise ConfigError(
                 f"{name} ({path}) must be a routing profile, and {error}; {remedy}"
             ) from error
 
     @classmethod
-    def _from_json(cls, values: Any) -> StoredProfile:
+    def _from_json(cls, values: Any, memory: int) -> StoredProfile:
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
             raise ValueError(f'its format is not "{_FORMAT}"')
         profile = RoutingProfile.from_json(values)
         classes = values.get("token_classes")
         if not isinstance(classes, str) or not set(classes) <= set("0123456789"):
             raise ValueError("token_classes is no string of digits")
-        noise = values.get("noise")
-        if not isinstance(noise, list) or not all(_is_finite(value) for value in noise):
-            raise ValueError("noise is no list of numbers")
-        return cls(profile, classes, [float(value) for value in noise])
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+        noise = ProfileNoise.from_json(values.get("noise"), memory, profile.size)
+        return cls(profile, classes, noise)

@@ -36,6 +36,12 @@ class RoutingProfile:
         """Those of `experts` and `cells`; profiles of other shapes do not compare."""
         return self.experts.shape, self.cells.shape
 
+    @property
+    def size(self) -> int:
+        """Numbers in a `difference`."""
+        layers, experts = self.experts.shape
+        return layers * (experts + self.cells.shape[1])
+
     def expert_share(self) -> NDArray[np.float64]:
         """[L, E] share of each expert in its layer's selections; 0 where nothing was counted."""
         return _ratio(self.experts, self.experts.sum(axis=1, keepdims=True))
@@ -43,6 +49,12 @@ class RoutingProfile:
     def ffn_per_token(self) -> NDArray[np.float64]:
         """[L, C] FFN experts that a token of each cell takes; 0 in a cell without tokens."""
         return _ratio(self.cells[..., 0], self.cells[..., 1])
+
+    def selections_by_cell(self) -> NDArray[np.float64]:
+        """[L, C] selections of each cell's tokens: all tokens make equally many."""
+        tokens = self.cells[..., 1]
+        topk = _ratio(self.experts.sum(axis=1, keepdims=True), tokens.sum(axis=1, keepdims=True))
+        return topk * tokens
 
     def as_json(self) -> dict[str, Any]:
         """For `from_json`."""
@@ -67,59 +79,47 @@ class RoutingProfile:
         return cls(experts, cells)
 
 
-def divergence(profile: RoutingProfile, reference: RoutingProfile) -> float:
-    """How far two profiles are apart, nats; 0 where they are alike, of shares and not of sizes.
+def difference(profile: RoutingProfile, reference: RoutingProfile) -> NDArray[np.float64]:
+    """What is different in two profiles, each in units of what chance does to it.
 
-    The mean over MoE layers of two Jensen-Shannon divergences (Lin 1991): that of the experts'
-    shares, and that of "FFN expert or not" given the cell, the mean over cells by their share of
-    the selections, both profiles with equal weight. Each is at most log 2.
+    Of each layer the square roots of the experts' shares, and the angles `arcsin sqrt f` of the
+    share f of FFN experts in each cell's selections. These are the coordinates in which the sum of
+    squares is twice the squared Hellinger distance (for angles, where it is small), and in which
+    the standard deviation of a sample of n is `1 / (2 sqrt n)` whatever the shares are; so that the
+    difference of two samples of n and m independent selections, divided by
+    `sqrt(1/n + 1/m) / 2`, has the standard deviation 1 (a little less: shares add up to 1).
+    A cell that is empty in one of the profiles says nothing. Real tokens come in texts and are not
+    independent; their differences are larger, but as large for windows of other sizes.
+
+    Returns:
+        [L (E + C)] float64, layer by layer.
 
     Raises:
         ValueError: The shapes differ.
     """
     if profile.shapes != reference.shapes:
         raise ValueError(f"profiles of shapes {profile.shapes} and {reference.shapes} differ")
-    of_experts = _jensen_shannon(profile.expert_share(), reference.expert_share()).sum(axis=-1)
-    one, other = _by_cell(profile), _by_cell(reference)
-    # Shares of (cell, FFN or not), less what the cells' own shares differ: which tokens came is the
-    # data's matter, what the router makes of them is the profile's.
-    joint = _jensen_shannon(one, other).sum(axis=(1, 2))
-    marginal = _jensen_shannon(one.sum(axis=2), other.sum(axis=2)).sum(axis=1)
-    return float((of_experts + np.maximum(joint - marginal, 0.0)).mean())
+    of_experts = np.sqrt(profile.expert_share()) - np.sqrt(reference.expert_share())
+    sizes = [each.experts.sum(axis=1, keepdims=True) for each in (profile, reference)]
+    of_experts *= _weight(*sizes)
+    of_cells = _ffn_angle(profile) - _ffn_angle(reference)
+    of_cells *= _weight(*(each.selections_by_cell() for each in (profile, reference)))
+    return np.concatenate([of_experts, of_cells], axis=1).ravel()
 
 
-def sampling_noise(profile: RoutingProfile, reference: RoutingProfile) -> float:
-    """What `divergence` is on average where both come from one source of independent selections.
-
-    For two large samples of n and m it is d/8 (1/n + 1/m) with d free shares, to second order in
-    the shares' differences. Tokens of a text are not independent, so real profiles are a multiple
-    of this apart, which depends on the text and not on n and m.
-    """
-    n, m = profile.experts.sum(axis=1), reference.experts.sum(axis=1)
-    used = ((profile.cells + reference.cells)[..., 1] > 0).sum(axis=1)
-    free = profile.experts.shape[1] - 1 + used
-    return float((free / 8 * (1 / np.maximum(n, 1) + 1 / np.maximum(m, 1))).mean())
+def divergence(profile: RoutingProfile, reference: RoutingProfile) -> float:
+    """Mean square of `difference`: about 1 where only chance makes them differ."""
+    return float(np.square(difference(profile, reference)).mean())
 
 
-def _by_cell(profile: RoutingProfile) -> NDArray[np.float64]:
-    """[L, C, 2] shares of the selections: of FFN experts, of others, in each cell."""
-    ffn, tokens = profile.cells[..., 0], profile.cells[..., 1]
-    totals = tokens.sum(axis=1, keepdims=True)
-    topk = _ratio(profile.experts.sum(axis=1, keepdims=True), totals)
-    shares = np.stack([_ratio(ffn, totals), topk * _ratio(tokens, totals)], axis=-1)
-    shares[..., 1] = np.maximum(shares[..., 1] - shares[..., 0], 0.0)
-    return _ratio(shares, topk[..., None])
+def _weight(n: NDArray[Any], m: NDArray[Any]) -> NDArray[np.float64]:
+    """`2 / sqrt(1/n + 1/m)`, 0 where n or m is."""
+    return 2 * np.sqrt(_ratio(n * m, n + m))
 
 
-def _jensen_shannon(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Summands of the Jensen-Shannon divergence, nats."""
-    mean = (p + q) / 2
-    return (_x_log_x_over(p, mean) + _x_log_x_over(q, mean)) / 2
-
-
-def _x_log_x_over(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    # 0 log 0 is 0, and where y is 0, x is too.
-    return x * np.log(np.divide(x, y, out=np.ones_like(x), where=x > 0))
+def _ffn_angle(profile: RoutingProfile) -> NDArray[np.float64]:
+    share = _ratio(profile.cells[..., 0], profile.selections_by_cell())
+    return np.arcsin(np.sqrt(np.minimum(share, 1.0)))
 
 
 def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
