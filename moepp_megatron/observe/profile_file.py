@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.schema.routing_guard import ShiftSection
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.profile_noise import ProfileNoise
 from moepp_megatron.observe.routing_profile import RoutingProfile
@@ -47,13 +48,13 @@ class StoredProfile:
 
     @classmethod
     def read(
-        cls, path: Path, memory: int, name: str = "routing_guard.shift.reference"
+        cls, path: Path, settings: ShiftSection, name: str = "routing_guard.shift.reference"
     ) -> StoredProfile:
         """Read a file.
 
         Args:
             path: The file.
-            memory: How much of the noise is kept.
+            settings: Says how much of the noise is kept.
             name: The setting that names it, for messages.
 
         Raises:
@@ -69,19 +70,19 @@ class StoredProfile:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{name} ({path}) must be a JSON file; {remedy}") from error
         try:
-            return cls._from_json(values, memory)
+            return cls._from_json(values, settings)
         except ValueError as error:
             raise ConfigError(
                 f"{name} ({path}) must be a routing profile, and {error}; {remedy}"
             ) from error
 
     @classmethod
-    def _from_json(cls, values: Any, memory: int) -> StoredProfile:
+    def _from_json(cls, values: Any, settings: ShiftSection) -> StoredProfile:
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
             raise ValueError(f'its format is not "{_FORMAT}"')
         profile = RoutingProfile.from_json(values)
         classes = values.get("token_classes")
         if not isinstance(classes, str) or not set(classes) <= set("0123456789"):
             raise ValueError("token_classes is no string of digits")
-        noise = ProfileNoise.from_json(values.get("noise"), memory, profile.size)
+        noise = ProfileNoise.from_json(values.get("noise"), settings, profile.size)
         return cls(profile, classes, noise)

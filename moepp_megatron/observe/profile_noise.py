@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moepp_megatron.config.schema.routing_guard import ShiftSection
+
 # Without some differences to compare with, a distance would be of another kind than later ones.
 _FEWEST = 4
 # A few alike distances must not make a limit that the next one passes by chance: of a chi-square
 # with d degrees of freedom the logarithm has the standard deviation sqrt(2 / d), and this is that
 # of 800.
 _LEAST_SPREAD = 0.05
-# Differences beyond so many spreads are remembered as if they were that far.
-_CREDIBLE = 2.0
+# Differences beyond so many spreads are not remembered: one window of a shift that is not quite
+# beyond the limit would make its direction usual, and so hide the windows after it. Their distances
+# are: where training makes all windows differ more, these become usual.
+_DOUBTFUL = 3.0
 _DECIMALS = 6
 
 
@@ -37,17 +41,13 @@ class ProfileNoise:
     deviation of a normal distribution, which a few outliers hardly change.
 
     Args:
-        memory: How many differences and distances are remembered.
+        settings: Of the configuration: `memory`, `warmup` and `threshold`.
     """
 
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
+    def __init__(self, settings: ShiftSection) -> None:
+        self._settings = settings
         self._differences: list[NDArray[np.float64]] = []
         self._log_distances: list[float] = []
-
-    def __len__(self) -> int:
-        """Differences that are remembered."""
-        return len(self._differences)
 
     def log_distance(self, difference: NDArray[np.float64]) -> float | None:
         """Logarithm of a difference's distance; None while there is too little to compare with."""
@@ -62,23 +62,29 @@ class ProfileNoise:
         distance = difference @ difference - along @ np.linalg.solve(inner, along)
         return math.log(max(float(distance) / ridge / len(difference), 1e-12))
 
-    def over_limit(self, log_distance: float, threshold: float) -> float:
-        """The distance over the limit; above 1 is beyond it."""
+    def over_limit(self, log_distance: float) -> float | None:
+        """The distance over the limit, above 1 is beyond it; None before `warmup` distances."""
+        if not self._is_warm():
+            return None
         median, spread = self._usual()
-        return math.exp(log_distance - median - threshold * spread)
+        return math.exp(log_distance - median - self._settings.threshold * spread)
 
     def learn(self, difference: NDArray[np.float64], log_distance: float | None) -> None:
-        """Remember a window that is as usual."""
+        """Remember a window that is not beyond the limit."""
+        memory = self._settings.memory
+        is_doubtful = False
         if log_distance is not None:
-            if len(self._log_distances) >= _FEWEST:
-                # One window far off, not quite beyond the limit, would make the next like it usual.
+            if self._is_warm():
                 median, spread = self._usual()
-                excess = log_distance - median - _CREDIBLE * spread
-                difference = difference * math.exp(-max(excess, 0.0) / 2)
-            self._log_distances = [*self._log_distances, log_distance][-self._memory :]
-        # Rounded, so that a checkpoint holds short numbers that are these to the bit.
-        rounded = np.round(difference, _DECIMALS)
-        self._differences = [*self._differences, rounded][-self._memory :]
+                is_doubtful = log_distance > median + _DOUBTFUL * spread
+            self._log_distances = [*self._log_distances, log_distance][-memory:]
+        if not is_doubtful:
+            # Rounded, so that a checkpoint holds short numbers that are these to the bit.
+            rounded = np.round(difference, _DECIMALS)
+            self._differences = [*self._differences, rounded][-memory:]
+
+    def _is_warm(self) -> bool:
+        return len(self._log_distances) >= min(self._settings.warmup, self._settings.memory)
 
     def _usual(self) -> tuple[float, float]:
         """Median and spread of the logarithms of the distances."""
@@ -95,18 +101,18 @@ class ProfileNoise:
         }
 
     @classmethod
-    def from_json(cls, values: Any, memory: int, size: int) -> ProfileNoise:
+    def from_json(cls, values: Any, settings: ShiftSection, size: int) -> ProfileNoise:
         """Undo `as_json`.
 
         Args:
             values: From `as_json`.
-            memory: As in the constructor; of more, the newest are kept.
+            settings: As in the constructor; of more than `memory`, the newest are kept.
             size: Of each difference.
 
         Raises:
             ValueError: It is not what `as_json` makes.
         """
-        noise = cls(memory)
+        noise = cls(settings)
         try:
             differences = np.asarray(values["differences"], dtype=np.float64).reshape(-1, size)
             logs = np.asarray(values["log_distances"], dtype=np.float64)
@@ -114,6 +120,6 @@ class ProfileNoise:
             raise ValueError("noise is no differences of this size with distances") from error
         if logs.ndim != 1 or not (np.isfinite(differences).all() and np.isfinite(logs).all()):
             raise ValueError("noise is not of finite numbers")
-        noise._differences = list(differences)[-memory:]
-        noise._log_distances = logs.tolist()[-memory:]
+        noise._differences = list(differences)[-settings.memory :]
+        noise._log_distances = logs.tolist()[-settings.memory :]
         return noise

@@ -39,7 +39,7 @@ class ShiftMonitor:
         self._fixed = reference
         self._usual: list[RoutingProfile] = []
         self._shifted: list[RoutingProfile] = []
-        self._noise = ProfileNoise(settings.memory) if noise is None else noise
+        self._noise = ProfileNoise(settings) if noise is None else noise
         self._num_windows = 0
 
     @property
@@ -63,7 +63,7 @@ class ShiftMonitor:
 
         Nothing of it is known while the reference stays: they are compared with that.
         """
-        return self._noise if self._fixed is None else ProfileNoise(self._settings.memory)
+        return self._noise if self._fixed is None else ProfileNoise(self._settings)
 
     def add(self, profile: RoutingProfile) -> float | None:
         """Judge a window and learn from it.
@@ -73,16 +73,14 @@ class ShiftMonitor:
 
         Returns:
             The distance over its limit: above 1 is a shift. None while fewer than `settings.warmup`
-            windows tell what is usual.
+            distances tell what is usual.
         """
         self._num_windows += 1
         reference = self.reference
         if reference is not None:
             changes = difference(profile, reference)
             distance = self._noise.log_distance(changes)
-            value = None
-            if distance is not None and len(self._noise) >= self._settings.warmup:
-                value = self._noise.over_limit(distance, self._settings.threshold)
+            value = None if distance is None else self._noise.over_limit(distance)
             if value is not None and value > 1.0:
                 self._suspect(profile)
                 return value
@@ -116,7 +114,7 @@ class ShiftMonitor:
             self._fixed = RoutingProfile.from_json(state["fixed"])
         reference = self.reference
         size = 1 if reference is None else reference.size
-        self._noise = ProfileNoise.from_json(state["noise"], self._settings.memory, size)
+        self._noise = ProfileNoise.from_json(state["noise"], self._settings, size)
         self._num_windows = state["num_windows"]
 
     def _keep(self, profile: RoutingProfile) -> None:
@@ -136,7 +134,7 @@ class ShiftMonitor:
         self._shifted = [*self._shifted, profile]
         if len(self._shifted) == self._settings.span + self._settings.lag:
             self._usual, self._shifted = self._shifted, []
-            self._noise = ProfileNoise(self._settings.memory)
+            self._noise = ProfileNoise(self._settings)
 
 
 def _sum(windows: list[RoutingProfile]) -> RoutingProfile:

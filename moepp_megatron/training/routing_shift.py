@@ -90,7 +90,7 @@ class RoutingShift:
 
 
 def _read(path: Path, config: Config) -> StoredProfile:
-    stored = StoredProfile.read(path, config.routing_guard.shift.memory)
+    stored = StoredProfile.read(path, config.routing_guard.shift)
     found, vocab_size = len(stored.token_classes), config.model.vocab_size
     if found != vocab_size or not set(stored.token_classes) <= set("0123"[:FREQUENCY_CLASSES]):
         raise ConfigError(

@@ -21,6 +21,8 @@ from moepp_megatron.observe.shift import ShiftMonitor
 from tests.unit.observe.drawn_profiles import EXPERTS, FFN, LAYERS, Router
 
 WINDOWS = 1000
+# One window to compare with, four to say in which directions windows differ, the warm-up.
+FIRST_JUDGED = 5 + ShiftSection().warmup
 Drift = Callable[[int], Any]
 
 
@@ -55,10 +57,22 @@ def values_of(monitor: ShiftMonitor, profiles: list[RoutingProfile]) -> list[flo
     return [value for value in map(monitor.add, profiles) if value is not None]
 
 
-def drawn(seed: int, count: int) -> list[RoutingProfile]:
-    chance = np.random.default_rng(seed)
+def drawn(count: int) -> list[RoutingProfile]:
+    """Windows of one text."""
+    chance = np.random.default_rng(1)
     router = Router.drawn(chance)
     return [router.window(chance) for _ in range(count)]
+
+
+def drawn_shifted(count: int) -> list[RoutingProfile]:
+    """Windows of another text, of which the same router makes something else."""
+    chance = np.random.default_rng(1)
+    router = shifted(Router.drawn(chance), np.random.default_rng(2))
+    return [router.window(chance) for _ in range(count)]
+
+
+def shifted(router: Router, chance: np.random.Generator) -> Router:
+    return replace(router, base=router.base + 1.5 * chance.standard_normal((LAYERS, EXPERTS)))
 
 
 @pytest.mark.parametrize("drift", [resting, settling, warming_up, wandering])
@@ -76,9 +90,9 @@ def test_no_false_alarm_in_a_thousand_windows_and_a_shift_is_found_in_the_next(
         profile = router.window(chance, moves(window))
         for monitor in monitors:
             value = monitor.add(profile)
-            assert (value is None) == (window <= settings.warmup)
+            assert (value is None) == (window < FIRST_JUDGED)
             assert value is None or value < 1.0, (window, value)
-    other = replace(router, base=router.base + 1.5 * chance.standard_normal((LAYERS, EXPERTS)))
+    other = shifted(router, chance)
     values = [monitor.add(other.window(chance, moves(WINDOWS - 1))) for monitor in monitors]
     assert all(value is not None and value > 1.0 for value in values), values
 
@@ -88,37 +102,32 @@ LATE = {"fixed_after": 3000}
 
 def test_a_shift_lasts_until_it_is_usual_or_over() -> None:
     settings = ShiftSection()
-    monitor, fixed = ShiftMonitor(settings), ShiftMonitor(settings, fixed_reference(1))
-    one, other = drawn(1, 100), drawn(2, 100)
+    before, one, other = drawn(108)[:8], drawn(108)[8:], drawn_shifted(100)
+    reference = sum(before[1:], before[0])
+    monitor, fixed = ShiftMonitor(settings), ShiftMonitor(settings, reference)
     for each in (monitor, fixed):
         assert max(values_of(each, one[:60])) < 1.0
         # A short one leaves no trace.
         assert min(values_of(each, other[:5])) > 1.0
         assert max(values_of(each, one[60:])) < 1.0
     patience = settings.span + settings.lag
-    shifted = [monitor.add(profile) for profile in other]
-    assert all(value is not None and value > 1.0 for value in shifted[:patience])
+    values = [monitor.add(profile) for profile in other]
+    assert all(value is not None and value > 1.0 for value in values[:patience])
     # From then on the new data is what is usual; the noise is learnt anew.
-    assert shifted[patience : patience + settings.warmup] == [None] * settings.warmup
-    later = [value for value in shifted[patience + settings.warmup :] if value is not None]
-    assert len(later) == len(other) - patience - settings.warmup
+    num_learnt = values[patience:].count(None)
+    assert num_learnt == 4 + settings.warmup
+    later = [value for value in values[patience + num_learnt :] if value is not None]
+    assert len(later) == len(other) - patience - num_learnt
     assert max(later) < 1.0
     assert min(values_of(monitor, one[:5])) > 1.0
     assert min(values_of(fixed, other)) > 1.0
-
-
-def fixed_reference(seed: int) -> RoutingProfile:
-    total, *others = drawn(seed, 8)
-    for profile in others:
-        total = total + profile
-    return total
 
 
 @pytest.mark.parametrize("changes", [{}, LATE | {"fixed_after": 200}])
 def test_a_monitor_that_was_saved_goes_on_to_the_bit(changes: dict[str, Any]) -> None:
     settings = ShiftSection(**changes)
     # Stops while it warms up, while it judges, within a shift.
-    profiles = [*drawn(1, 60), *drawn(2, 30)]
+    profiles = [*drawn(60), *drawn_shifted(45)]
     whole = ShiftMonitor(settings)
     expected = [whole.add(profile) for profile in profiles]
     assert any(value is not None and value > 1.0 for value in expected)
@@ -134,16 +143,16 @@ def test_a_monitor_that_was_saved_goes_on_to_the_bit(changes: dict[str, Any]) ->
 def test_a_reference_from_a_file_judges_the_first_window(tmp_path: Path) -> None:
     settings = ShiftSection()
     before = ShiftMonitor(settings)
-    one, other = drawn(1, 80), drawn(2, 3)
+    one, other = drawn(80), drawn_shifted(3)
     values_of(before, one[:60])
     assert before.newest is not None
     StoredProfile(before.newest, "0123", before.noise).write(tmp_path)
-    stored = StoredProfile.read(tmp_path / PROFILE_FILE, settings.memory)
+    stored = StoredProfile.read(tmp_path / PROFILE_FILE, settings)
     assert stored.token_classes == "0123"
     assert stored.noise.as_json() == before.noise.as_json()
     assert divergence(stored.profile, before.newest) == 0.0
     for profiles, is_shift in ((one[60:], False), (other, True)):
-        stored = StoredProfile.read(tmp_path / PROFILE_FILE, settings.memory)
+        stored = StoredProfile.read(tmp_path / PROFILE_FILE, settings)
         after = ShiftMonitor(settings, stored.profile, stored.noise)
         values = [after.add(profile) for profile in profiles]
         assert [value is not None and value > 1.0 for value in values] == [is_shift] * len(values)
@@ -189,7 +198,7 @@ def test_chance_alone_makes_a_divergence_of_one(cells: int) -> None:
 
 def test_distance_is_that_of_mahalanobis_with_a_ridge() -> None:
     chance = np.random.default_rng(4)
-    noise = ProfileNoise(memory=8)
+    noise = ProfileNoise(ShiftSection(memory=8))
     known = 3.0 * chance.standard_normal((10, 5))
     for row in known:
         noise.learn(row, None)
@@ -243,16 +252,16 @@ GOOD: dict[str, Any] = {
 def test_bad_files_are_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     path = tmp_path / PROFILE_FILE
     path.write_text(json.dumps(GOOD))
-    StoredProfile.read(path, 64)
+    StoredProfile.read(path, ShiftSection())
     path.write_text(json.dumps(GOOD | changes))
     with pytest.raises(ConfigError, match=reason) as error:
-        StoredProfile.read(path, 64)
+        StoredProfile.read(path, ShiftSection())
     assert "routing_guard.shift.reference" in str(error.value)
     assert "\n" not in str(error.value)
     without = {name: value for name, value in GOOD.items() if name not in changes}
     path.write_text(json.dumps(without))
     with pytest.raises(ConfigError, match=reason):
-        StoredProfile.read(path, 64)
+        StoredProfile.read(path, ShiftSection())
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
@@ -261,4 +270,4 @@ def test_files_that_are_no_json_object_are_refused(content: bytes, tmp_path: Pat
     path.write_bytes(content)
     for name in (path, tmp_path, tmp_path / "missing"):
         with pytest.raises(ConfigError, match="routing_guard.shift.reference"):
-            StoredProfile.read(name, 64)
+            StoredProfile.read(name, ShiftSection())
