@@ -84,7 +84,7 @@ class ProfileNoise:
             self._differences = [*self._differences, rounded][-memory:]
 
     def _is_warm(self) -> bool:
-        return len(self._log_distances) >= min(self._settings.warmup, self._settings.memory)
+        return len(self._log_distances) >= self._settings.warmup
 
     def _usual(self) -> tuple[float, float]:
         """Median and spread of the logarithms of the distances."""
