@@ -114,7 +114,8 @@ def divergence(profile: RoutingProfile, reference: RoutingProfile) -> float:
 
 def _weight(n: NDArray[Any], m: NDArray[Any]) -> NDArray[np.float64]:
     """`2 / sqrt(1/n + 1/m)`, 0 where n or m is."""
-    return 2 * np.sqrt(_ratio(n * m, n + m))
+    # Not `n * m`, which may be beyond int64.
+    return 2 * np.sqrt(_ratio(n, n + m) * m)
 
 
 def _ffn_angle(profile: RoutingProfile) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from moepp_megatron.training.routing_profile import (
     token_classes,
 )
 from moepp_megatron.training.setup import TrainingModel
+
+logger = logging.getLogger(__name__)
 
 
 class RoutingShift:
@@ -61,9 +64,12 @@ class RoutingShift:
         else:
             _check_shapes(stored, self._collector, str(settings.reference))
             self._monitor = ShiftMonitor(settings, stored.profile, stored.noise)
-        if state is not None:
+        if state is not None and state["shapes"] == self._shapes():
             self._collector.load_state_dict(state["window"])
             self._monitor.load_state_dict(state["monitor"])
+        elif state is not None:
+            # Another schedule or implementation of the model, whose layers are told other things.
+            logger.warning("routing profile of the checkpoint has other cells: begun anew")
 
     def end_step(self) -> float | None:
         """Count the step just taken; a collective where its window ends.
@@ -78,6 +84,7 @@ class RoutingShift:
         """For a checkpoint, the same on every rank; a collective."""
         return {
             "token_classes": self._classes,
+            "shapes": self._shapes(),
             "window": self._collector.state_dict(),
             "monitor": self._monitor.state_dict(),
         }
@@ -87,6 +94,10 @@ class RoutingShift:
         newest = self._monitor.newest
         if dist.get_rank() == 0 and newest is not None:
             StoredProfile(newest, self._classes, self._monitor.noise).write(self._folder)
+
+    def _shapes(self) -> list[list[int]]:
+        """As JSON has them."""
+        return [list(shape) for shape in self._collector.shapes]
 
 
 def _read(path: Path, config: Config) -> StoredProfile:

@@ -170,6 +170,39 @@ def test_a_restart_changes_no_bit_and_a_run_can_be_the_reference_of_another(
     assert state["token_classes"] == whole[1]["token_classes"]
 
 
+def resumed_run(implementation: str, state: Any) -> tuple[Any, Any]:
+    """State before the first step, and what that tells."""
+    from moepp_megatron.training.routing_shift import RoutingShift
+    from moepp_megatron.training.step import training_step
+
+    raw = settings(routing_guard=GUARD, model={"implementation": implementation})
+    config, layout, model, routing, batches = begin(raw, SyntheticDataset(parse(raw), 1))
+    watcher = RoutingShift(config, model, routing, SyntheticDataset(config, 1), state)
+    training_step(model, batches, config, layout)
+    return watcher.state_dict(), watcher.end_step()
+
+
+def parse(raw: dict[str, Any]) -> Any:
+    from moepp_megatron.config import parse_config
+
+    return parse_config(raw)
+
+
+def test_another_implementation_begins_anew(ranks: RankPools, tmp_path: Path) -> None:
+    """The layers of a HybridModel are not told their tokens."""
+    pool = ranks(1)
+    # Stopped within its third window.
+    ((_, state),) = pool.run(shifted_run, tmp_path, None, 5, False)
+    assert state["window"]["steps"] == 1
+    ((resumed, _),) = pool.run(resumed_run, "gpt", state)
+    assert resumed == state
+    ((resumed, value),) = pool.run(resumed_run, "hybrid", state)
+    assert resumed["shapes"] == [[4, 12], [4, 0, 2]]
+    assert resumed["window"]["steps"] == 0
+    assert resumed["token_classes"] == state["token_classes"]
+    assert value is None
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
