@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.guard.control import NOTHING, RoutingGuard, Verdict
 from moepp_megatron.training.health import HealthCollector
+from moepp_megatron.training.routing_shift import RoutingShift
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch, StepResult
+
+logger = logging.getLogger(__name__)
 
 
 class Routers:
@@ -25,17 +29,26 @@ class Routers:
         model: The wrapped model, as a checkpoint has left it.
         layout: The rank grid.
         extra: What a checkpoint says; empty at the beginning.
+        dataset: The training set.
     """
 
     def __init__(
-        self, config: Config, model: TrainingModel, layout: Layout, extra: dict[str, Any]
+        self,
+        config: Config,
+        model: TrainingModel,
+        layout: Layout,
+        extra: dict[str, Any],
+        dataset: Any,
     ) -> None:
-        self._config, self._model = config, model
+        self._config, self._model, self._dataset = config, model, dataset
         self._routing = RoutingCollector(model, config, layout)
         self._health = HealthCollector(
             config, model, self._routing.layer_numbers, config.observe.health_interval
         )
         self._budget = self._open_budget(extra)
+        self._shift = self._open_shift(extra)
+        # Of the newest step; None where no window ended, or none is judged yet.
+        self._shift_value: float | None = None
         self._guard: RoutingGuard | None = None
         if config.routing_guard.enabled:
             self._guard = RoutingGuard(
@@ -46,6 +59,14 @@ class Routers:
         if not self._config.moe.budget.acts:
             return None
         return BudgetControl(self._config, self._model, self._routing, extra.get("budget"))
+
+    def _open_shift(self, extra: dict[str, Any]) -> RoutingShift | None:
+        guard = self._config.routing_guard
+        if not guard.enabled or guard.shift.window == 0:
+            return None
+        return RoutingShift(
+            self._config, self._model, self._routing, self._dataset, extra.get("shift")
+        )
 
     def begin_step(self, step: int) -> None:
         """Training step `step` begins."""
@@ -66,12 +87,14 @@ class Routers:
         """The optimizer has taken `step`."""
         if self._budget is not None:
             self._budget.end_step(step)
+        if self._shift is not None:
+            self._shift_value = self._shift.end_step()
 
     def judge(self, step: int, result: StepResult) -> Verdict:
         """What is to be told and done about `step`, after its record."""
         if self._guard is None:
             return NOTHING
-        return self._guard.end_step(step, result)
+        return self._guard.end_step(step, result, self._shift_value)
 
     def go_back(self, step: int, extra: dict[str, Any]) -> list[Alert]:
         """The model is that of a checkpoint again.
@@ -84,16 +107,27 @@ class Routers:
             What is to be told.
         """
         self._budget = self._open_budget(extra)
+        self._shift = self._open_shift(extra)
         return [] if self._guard is None else self._guard.go_back(step, extra.get("guard"))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the model: nothing that later steps change."""
+        """What a checkpoint holds: nothing that later steps change; a collective."""
         state: dict[str, Any] = {}
         if self._budget is not None:
             state["budget"] = self._budget.state()
         if self._guard is not None:
             state["guard"] = self._guard.state()
+        if self._shift is not None:
+            state["shift"] = self._shift.state_dict()
         return state
+
+    def write_profile(self) -> None:
+        """Write the run's `routing_profile.json`, where one is made."""
+        try:
+            if self._shift is not None:
+                self._shift.write()
+        except OSError as error:
+            logger.error("the routing profile could not be written: %s", error)
 
     def routing_metrics(self) -> dict[str, Any]:
         """Fields of the record from the selections of the step; a collective."""
@@ -106,4 +140,6 @@ class Routers:
             fields |= self._budget.metrics(step)
         if self._guard is not None:
             fields |= self._guard.metrics()
+        if self._shift_value is not None:
+            fields["routing_shift"] = self._shift_value
         return fields

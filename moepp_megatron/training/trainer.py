@@ -78,7 +78,7 @@ class Trainer:
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load()
         self.progress, self.extra = loaded.progress, loaded.extra
-        self._routers = Routers(config, self.model, layout, self.extra)
+        self._routers = Routers(config, self.model, layout, self.extra, self._train_set)
         self._telemetry = Telemetry(config, self.progress.tokens)
         self._recorder = StepRecorder(config, layout, self.model)
 
@@ -137,6 +137,7 @@ class Trainer:
             self._recorder.close()
             with supervisor.during("save"):
                 self.checkpoints.finish()
+                self._routers.write_profile()
         if self._alerts is not None:
             self._alerts.close()
         if sinks is not None:
@@ -167,6 +168,7 @@ class Trainer:
         # A new dictionary, not a changed one: a save under way keeps the old one.
         self.extra = {**self.extra, **self._routers.state()}
         self.checkpoints.save(self.model, self.progress, self.extra)
+        self._routers.write_profile()
 
     def _advance(self) -> None:
         samples = self.config.training.global_batch_size

@@ -249,6 +249,18 @@ def guard_keeps_checkpoints_of_before(config: Config) -> Iterator[Problem]:
             return
 
 
+def shift_is_judged_at_last(config: Config) -> Iterator[Problem]:
+    """What is not remembered does not count for the warm-up."""
+    shift = config.routing_guard.shift
+    if shift.warmup > shift.memory:
+        yield Problem(
+            "routing_guard.shift.warmup",
+            shift.warmup,
+            f"must be at most routing_guard.shift.memory ({shift.memory})",
+            f"use {shift.memory}",
+        )
+
+
 RULES = (
     guard_has_routers_to_watch,
     guard_rules_have_one_name_each,
@@ -264,4 +276,5 @@ RULES = (
     raised_tau_acts_through_the_balance_loss,
     guard_has_checkpoints_to_go_back_to,
     guard_keeps_checkpoints_of_before,
+    shift_is_judged_at_last,
 )

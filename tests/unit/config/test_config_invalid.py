@@ -80,6 +80,7 @@ INVALID = [
         "routing_guard.rules[0].metric ('routing_shift')",
         "change routing_guard.shift.window",
     ),
+    (["routing_guard.shift.memory=12"], "routing_guard.shift.warmup (16)", "use 12"),
     ([GUARD, *VANILLA], "routing_guard.enabled (true)", "add zero-computation experts"),
     (
         [GUARD, "moe.num_ffn_experts=1", "moe.router_topk=2"],
