@@ -68,7 +68,7 @@ def guard_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[s
     raw["model"] |= {"num_layers": 2, "init_method_std": 0.1}
     raw["run"] = {"dir": str(folder)}
     raw["data"] = {"path": str(folder), "tokenizer": str(tokenizer)}
-    raw["optimizer"] = {"lr": 3e-3, "decay_style": "constant"}
+    raw["optimizer"] = {"lr": 3e-3, "decay_style": "constant", **sections.get("optimizer", {})}
     defaults = {"global_batch_size": BATCH, "micro_batch_size": 4, "seed": 7, "eval_iters": 0}
     raw["training"] = {**defaults, **sections.get("training", {})}
     raw.setdefault("resilience", {"guard": False, "divergence_interval": 5})
@@ -239,7 +239,17 @@ class CycleDataset(SyntheticDataset):
         return sample | {"tokens": tokens[:-1], "labels": tokens[1:]}
 
 
-_DATA: dict[str, Any] = {"cycle": CycleDataset, "skewed": SyntheticDataset}
+class BrokenSourceDataset(SyntheticDataset):
+    """From batch 32 on nothing but four token ids comes."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        if index >= 32 * self._config.training.global_batch_size:
+            sample |= {name: sample[name] % 4 for name in ("tokens", "labels")}
+        return sample
+
+
+_DATA: dict[str, Any] = {"cycle": CycleDataset, "broken source": BrokenSourceDataset}
 
 
 def learn_losses() -> tuple[list[float], list[int]]:

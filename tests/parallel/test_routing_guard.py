@@ -329,3 +329,32 @@ def test_raised_tau_multiplies_what_is_there(
         assert on[5].tau is None
         after = on[-1].tau
         assert after is None or after < 3.0 * base
+
+
+def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
+    """A source breaks from step 33 on; windows are of two steps."""
+    shift = {"window": 2, "span": 4, "lag": 1, "memory": 16, "warmup": 6}
+    rule = {"name": "data_shift", "action": "force_ffn"}
+    found = train(
+        ranks,
+        tmp_path,
+        64,
+        (),
+        (),
+        "broken source",
+        layout="dp2",
+        # More tokens a window, and routers that move less than the data does.
+        training={"global_batch_size": 32, "micro_batch_size": 16},
+        optimizer={"lr": 3e-4},
+        routing_guard=guard(rule, force_ffn={"tokens": "all"}, shift=shift),
+    )
+    assert found.decisions == [
+        (34, "data_shift", None, "force_ffn"),
+        # Five shifted windows are usual from then on; six more tell what is usual beside them.
+        (64, "data_shift", None, "end of force_ffn"),
+    ]
+    assert found.ffn[35] >= 0.5
+    values = {r.step: r.routing_shift for r in records(tmp_path) if r.routing_shift is not None}
+    assert max(value for step, value in values.items() if step <= 32) < 0.7
+    assert values[34] > 2.0
+    assert (tmp_path / "routing_profile.json").is_file()
