@@ -144,10 +144,10 @@ def test_safe_mode_keeps_the_loss(ranks: RankPools, tmp_path: Path) -> None:
 EXPLODE = {
     "name": "logit_explosion",
     "above": 30.0,
-    "for_steps": 2,
+    "for_steps": 3,
     "action": "rollback",
 }
-DEAD = {"name": "dead_expert", "for_steps": 2, "action": "rollback", "clear_for_steps": 1}
+DEAD = {"name": "dead_expert", "for_steps": 3, "action": "rollback"}
 
 
 @pytest.mark.parametrize(
@@ -163,26 +163,26 @@ def test_rollback(
 ) -> None:
     """Back to before the fault, not to the newest checkpoint; bit for bit a run without it.
 
-    Steps 7 and 8 show it; checkpoints are of steps 2, 4, 6 and, too late, 7.
+    Steps 7, 8 and 9 show it; checkpoints are of steps 2, 4, 6 and, too late, 8.
     """
     common = {"observe": {"health_interval": 1}, "layout": layout}
-    checkpoint = {"save_interval": 1}
+    checkpoint = {"save_interval": 2}
     found = train(
         ranks,
         tmp_path / "a",
-        14,
+        12,
         (fault,),
         routing_guard=guard(rule),
         checkpoint=checkpoint,
         **common,
     )
-    clean = train(ranks, tmp_path / "b", 14, (), (6, 7), **common)
-    assert found.decisions == [(8, rule["name"], fault.layer, "rollback")]
+    clean = train(ranks, tmp_path / "b", 12, (), (6, 7, 8), **common)
+    assert found.decisions == [(9, rule["name"], fault.layer, "rollback")]
     assert found.losses == clean.losses
     assert found.weights == clean.weights
     (alert,) = told(tmp_path / "a")
     assert alert.condition.endswith("back to step_00000006")
-    assert [record.step for record in records(tmp_path / "a")] == list(range(1, 15))
+    assert [record.step for record in records(tmp_path / "a")] == list(range(1, 13))
 
 
 def test_without_an_old_enough_checkpoint_it_is_told(ranks: RankPools, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_without_an_old_enough_checkpoint_it_is_told(ranks: RankPools, tmp_path:
     )
     assert len(found.losses) == 8
     (alert,) = [alert for alert in told(tmp_path) if not alert.action.startswith("end")]
-    assert (alert.step, alert.action) == (4, "warn")
+    assert (alert.step, alert.action) == (5, "warn")
     assert "no checkpoint of step 2 or before" in alert.condition
 
 
