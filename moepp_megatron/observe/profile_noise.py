@@ -31,10 +31,10 @@ _DECIMALS = 6
 class ProfileNoise:
     """Differences of windows that are as usual, and their distances.
 
-    The distance of a difference x is the Mahalanobis distance with a ridge,
-    `x' (R'R / n + v I)^-1 x`, of the n differences R before it, with their mean variance v, or 1 if
-    that is more, which is the variance by chance alone. Directions in which nothing has differed
-    yet count with v.
+    The distance of a difference x of d numbers is the squared Mahalanobis distance with a ridge,
+    `x' (R'R / n + v I)^-1 x / d`, of the n differences R before it, with their mean variance v, or
+    1 if that is more, which is the variance by chance alone. Directions in which nothing has
+    differed yet count with v.
 
     A distance is beyond the limit where its logarithm is above `median + threshold * spread` of
     those before, where the spread is 1.4826 times the median absolute deviation: the standard

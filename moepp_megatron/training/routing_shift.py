@@ -64,11 +64,14 @@ class RoutingShift:
         else:
             _check_shapes(stored, self._collector, str(settings.reference))
             self._monitor = ShiftMonitor(settings, stored.profile, stored.noise)
-        if state is not None and state["shapes"] == self._shapes():
+        if state is None:
+            return
+        if (state["shapes"], state["token_classes"]) == (self._shapes(), self._classes):
             self._collector.load_state_dict(state["window"])
             self._monitor.load_state_dict(state["monitor"])
-        elif state is not None:
-            # Another schedule or implementation of the model, whose layers are told other things.
+        else:
+            # Another implementation or schedule, whose layers are told other things of their
+            # tokens, or another run's profile to compare with.
             logger.warning("routing profile of the checkpoint has other cells: begun anew")
 
     def end_step(self) -> float | None:

@@ -159,9 +159,9 @@ def test_a_restart_changes_no_bit_and_a_run_can_be_the_reference_of_another(
     ranks: RankPools, tmp_path: Path
 ) -> None:
     pool = ranks(1)
-    (whole,) = pool.run(shifted_run, tmp_path, None, 24, False)
+    (whole,) = pool.run(shifted_run, tmp_path, None, 20, False)
     assert any(value is not None for value in whole[0])
-    (parts,) = pool.run(shifted_run, tmp_path, None, 24, True)
+    (parts,) = pool.run(shifted_run, tmp_path, None, 20, True)
     assert parts == whole
     path = tmp_path / PROFILE_FILE
     assert json.loads(path.read_text())["token_classes"] == whole[1]["token_classes"]
