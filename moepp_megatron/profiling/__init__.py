@@ -9,6 +9,7 @@ lateness.py          waiting for late ranks, told from transfer
 exposure.py          communication that nothing hides (intervals.py)
 links.py             the link that a group's messages take, and its peak
 expected_bytes.py    all-to-all bytes, measured against what routing makes necessary
+expert_load.py       rows that the experts of each rank computed
 analysis.py          all of it together (classes.py); document.py: as JSON; perfetto.py
 records.py           fields and lines of files that other programs write
 nccl_names.py        functions, data types and counts as NCCL tells them to profilers
