@@ -154,7 +154,7 @@ def _tables(document: dict[str, Any]) -> list[TextTable]:
         )
     note = (
         "Milliseconds. What neither computes nor communicates is waiting for something else. "
-        "Expert rows: tokens that the FFN experts of the rank computed in the forward passes, all layers."
+        "Expert rows: what the rank's FFN experts computed in the forward passes, all layers."
     )
     found.append(TextTable("Ranks", note, RANK_COLUMNS, rank_rows(document), 0))
     return found
