@@ -188,7 +188,8 @@ def _load(profile: Profile) -> list[str]:
         ]
     return [
         f"Experts' load differs between ranks: in a layer the busiest computes {ratio} times the "
-        f"rows of the mean rank; rank {load.busiest} computes most. moe.balance_coeff evens it."
+        f"rows of the mean rank; rank {load.busiest} computes most. A larger moe.balance_coeff "
+        "evens it."
     ]
 
 
