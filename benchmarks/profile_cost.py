@@ -8,7 +8,8 @@ The model is that of configs/quickstart.yaml on random tokens. A round is one st
 recorder, one with a recorder that has no steps to record ("off", as every run has), and one that
 is recorded; the order changes from round to round. Starting, stopping and writing a recording
 happen between steps and are timed apart. Prints a row: milliseconds a step, median (quartiles), and
-the ratios to the plain step of the same round.
+the ratios to the plain step of the same round, and the same of the processor time of rank 0, which
+other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class Tokens:
 
 
 def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds of plain, off and recorded steps, and of starting and of ending a recording."""
+    """Seconds of plain, off and recorded steps, and of starting and of ending a recording.
+
+    With "cpu" in front: processor time of rank 0's threads in the step.
+    """
     from moepp_megatron.config import Layout, load_config
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
@@ -67,23 +71,26 @@ def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
     model.set_training(True)
     data = Tokens(config.model.seq_length, config.model.vocab_size)
     batches = rank_batches(data, 0, config, len(model.chunks))
-    names = ("plain", "off", "recorded", "start", "end")
+    kinds = ("plain", "off", "recorded")
+    names = (*kinds, *(f"cpu {kind}" for kind in kinds), "start", "end")
     times: dict[str, list[float]] = {name: [] for name in names}
 
     def plain() -> None:
         dist.barrier()
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         training_step(model, batches, config, layout)
+        times["cpu plain"].append(time.process_time() - cpu)
         dist.barrier()
         times["plain"].append(time.perf_counter() - began)
 
     def off() -> None:
         recorder = StepRecorder(without, layout, model)
         dist.barrier()
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         recorder.begin_step(1)
         training_step(model, batches, config, layout)
         recorder.end_step()
+        times["cpu off"].append(time.process_time() - cpu)
         dist.barrier()
         times["off"].append(time.perf_counter() - began)
         recorder.close()
@@ -93,9 +100,10 @@ def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
         began = time.perf_counter()
         recorder.begin_step(1)
         dist.barrier()
-        ready = time.perf_counter()
+        ready, cpu = time.perf_counter(), time.process_time()
         training_step(model, batches, config, layout)
         recorder.end_step()
+        times["cpu recorded"].append(time.process_time() - cpu)
         dist.barrier()
         done = time.perf_counter()
         recorder.close()
@@ -119,6 +127,18 @@ def quartiles(values: list[float], unit: float = 1e3) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def _print(clock: str, times: dict[str, list[float]]) -> None:
+    """A row of one clock: "" or "cpu "."""
+    plain, off, recorded = (times[clock + kind] for kind in ("plain", "off", "recorded"))
+    cells = [quartiles(one) for one in (plain, off, recorded)]
+    for other in (off, recorded):
+        pairs = zip(plain, other, strict=True)
+        cells.append(quartiles([b / a for a, b in pairs], 1))
+    print("| clock | plain | off | recorded | off / plain | recorded / plain |")
+    print("|---|---|---|---|---|---|")
+    print(f"| {clock or 'wall'} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
     """Measure and print."""
     from moepp_megatron.runtime.distributed import start, stop
@@ -135,17 +155,12 @@ def main() -> None:
         times: dict[str, Any] = measure(rounds, Path(folder))
         size = sum(path.stat().st_size for path in Path(folder, "profile").glob("rank0*"))
     if dist.get_rank() == 0:
-        cells = [quartiles(times[name]) for name in ("plain", "off", "recorded")]
-        for name in ("off", "recorded"):
-            pairs = zip(times["plain"], times[name], strict=True)
-            cells.append(quartiles([other / plain for plain, other in pairs], 1))
-        cells += [quartiles(times["start"]), quartiles(times["end"]), f"{size / 1024:.0f} KiB"]
+        for clock in ("", "cpu "):
+            _print(clock, times)
         print(
-            "| plain | off | recorded | off / plain | recorded / plain | start | end and write "
-            "| a rank's files |"
+            f"start {quartiles(times['start'])}, end and write {quartiles(times['end'])}, "
+            f"a rank's files {size / 1024:.0f} KiB"
         )
-        print("|" + "---|" * len(cells))
-        print("| " + " | ".join(cells) + " |")
     stop()
 
 
