@@ -6,13 +6,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepp_megatron.profiling.classes import CallClass, call_classes
-from moepp_megatron.profiling.expected_bytes import LayerBytes, layer_bytes
-from moepp_megatron.profiling.expert_load import ExpertLoad, expert_load
-from moepp_megatron.profiling.exposure import StepTime, step_time
-from moepp_megatron.profiling.lateness import CallKey, Lateness, lateness
-from moepp_megatron.profiling.links import Links, MeasuredPeak
 from moepp_megatron.profiling.load import load_profile
+from moepp_megatron.profiling.measures.classes import CallClass, call_classes
+from moepp_megatron.profiling.measures.expected_bytes import LayerBytes, layer_bytes
+from moepp_megatron.profiling.measures.expert_load import ExpertLoad, expert_load
+from moepp_megatron.profiling.measures.exposure import StepTime, step_time
+from moepp_megatron.profiling.measures.lateness import CallKey, Lateness, lateness
+from moepp_megatron.profiling.measures.links import Links, MeasuredPeak
 from moepp_megatron.profiling.trace import ProfileError, RankTrace
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from moepp_megatron.profiling.analysis import Profile
-from moepp_megatron.profiling.classes import CallClass
-from moepp_megatron.profiling.expected_bytes import LayerBytes
+from moepp_megatron.profiling.measures.classes import CallClass
+from moepp_megatron.profiling.measures.expected_bytes import LayerBytes
 from moepp_megatron.profiling.step_summary import summarise
 
 FORMAT = 1

@@ -6,8 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from moepp_megatron.profiling.analysis import Profile
-from moepp_megatron.profiling.classes import CallClass
 from moepp_megatron.profiling.document import equals_formula
+from moepp_megatron.profiling.measures.classes import CallClass
 from moepp_megatron.report import formatting
 from moepp_megatron.report.cards import Card
 

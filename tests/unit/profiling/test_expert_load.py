@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.profiling.expert_load import expert_load
 from moepp_megatron.profiling.groups import Group
+from moepp_megatron.profiling.measures.expert_load import expert_load
 from moepp_megatron.profiling.trace import RankTrace
 
 
