@@ -9,6 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.report import formatting
+from moepp_megatron.report.alerts import mark_alerts
 from moepp_megatron.report.drawing import (
     BLUE,
     GREEN,
@@ -69,6 +70,7 @@ def loss_plot(run: RunData) -> Plot:
             valid_steps, valid, color=VERMILION, marker="o", markersize=4.5, label="validation"
         )
     axes.axhline(guess, color=MUTED, linestyle=":", linewidth=1.2)
+    mark_alerts(axes, run.alerts, steps)
     axes.set_ylabel("loss (nats)")
     step_axis(axes)
     axes.legend()
@@ -107,6 +109,7 @@ def ffn_share_plot(run: RunData) -> Plot:
     axes.plot(
         [r.step for r in run.records], wanted, "--", color=VERMILION, linewidth=1.5, label=name
     )
+    mark_alerts(axes, run.alerts, steps)
     axes.set_ylim(0, 1.02)
     _share_axis(axes)
     step_axis(axes)

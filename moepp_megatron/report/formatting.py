@@ -14,6 +14,11 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:,.{digits}f}"
 
 
+def significant(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits."""
+    return f"{value:,.{digits}g}" if math.isfinite(value) else NOT_FINITE
+
+
 def percent(fraction: float) -> str:
     """A fraction as a percentage with one decimal."""
     return f"{100 * fraction:.1f}%" if math.isfinite(fraction) else NOT_FINITE

@@ -6,11 +6,13 @@ from pathlib import Path
 import moepp_megatron
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.report import formatting
+from moepp_megatron.report.alerts import AlertTable, alert_table
 from moepp_megatron.report.cards import Card, headline_cards
 from moepp_megatron.report.curves import curve_plots
 from moepp_megatron.report.drawing import plot_style
 from moepp_megatron.report.expert_plots import expert_plots
 from moepp_megatron.report.hardware import hardware_cards, hardware_plots
+from moepp_megatron.report.health_plots import health_plots
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.run_data import ReportError, RunData, load_run
 from moepp_megatron.report.savings import compute_savings
@@ -30,6 +32,8 @@ class Page:
         cards: Headline numbers.
         curves: Plots over steps.
         experts: Plots over experts.
+        health: Plots of the routers' health; empty for a vanilla run.
+        alerts: The run's alerts; None without any.
         hardware: Plots of what the run cost its machines; empty without telemetry.
         table: The comparison with the vanilla layer; None for a vanilla run.
         config_text: The resolved configuration.
@@ -42,6 +46,8 @@ class Page:
     cards: list[Card]
     curves: list[Plot]
     experts: list[Plot]
+    health: list[Plot]
+    alerts: AlertTable | None
     hardware: list[Plot]
     table: SavingsTable | None
     config_text: str
@@ -49,7 +55,7 @@ class Page:
 
 
 def build_report(folder: Path) -> Path:
-    """Writes ``report.html`` of a run from its ``config.yaml`` and ``metrics.jsonl``.
+    """Writes ``report.html`` of a run from its configuration, metrics and alerts.
 
     The page is ASCII, needs no other file and asks nothing of the network. The same inputs give
     the same bytes.
@@ -80,7 +86,8 @@ def render(run: RunData) -> str:
     savings = compute_savings(run.config, summary)
     has_savings = run.config.experts.zero_computation > 0
     with plot_style():
-        curves, experts, hardware = curve_plots(run), expert_plots(run), hardware_plots(run)
+        curves, experts, health = curve_plots(run), expert_plots(run), health_plots(run)
+        hardware = hardware_plots(run)
     page = Page(
         name=run.config.run.name,
         facts=_facts(run),
@@ -88,6 +95,8 @@ def render(run: RunData) -> str:
         cards=[*headline_cards(run, summary, savings), *hardware_cards(run)],
         curves=curves,
         experts=experts,
+        health=health,
+        alerts=alert_table(run),
         hardware=hardware,
         table=savings_table(run, summary, savings) if has_savings else None,
         config_text=run.config_text,

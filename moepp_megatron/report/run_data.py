@@ -1,11 +1,12 @@
-"""What a report is made of: a run's resolved configuration and its records."""
+"""What a report is made of: a run's resolved configuration, its records and alerts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from moepp_megatron.observe.alerts import ALERTS_FILE, Alert, read_alerts
 from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 
@@ -140,16 +141,18 @@ class RunData:
         config: The configuration the report computes with.
         config_text: ``config.yaml`` as it stands.
         records: At least one record, steps strictly increasing.
+        alerts: In the order of time; those of steps that were taken again are among them.
     """
 
     folder: Path
     config: RunConfig
     config_text: str
     records: list[StepMetrics]
+    alerts: list[Alert] = field(default_factory=list)
 
 
 def load_run(folder: Path) -> RunData:
-    """Reads a run's ``config.yaml`` and ``metrics.jsonl``.
+    """Reads a run's ``config.yaml``, ``metrics.jsonl`` and, where there is one, ``alerts.jsonl``.
 
     Raises:
         ReportError: The folder or a file is missing, unreadable, or they do not fit together.
@@ -164,7 +167,13 @@ def load_run(folder: Path) -> RunData:
     except MetricsError as error:
         raise ReportError(str(error)) from error
     _check_fit(config, records, folder)
-    return RunData(folder, config, text, records)
+    alerts = folder / ALERTS_FILE
+    try:
+        return RunData(folder, config, text, records, read_alerts(alerts))
+    except OSError as error:
+        raise ReportError(
+            f"{alerts}: cannot be read ({error.strerror}); make it readable, or remove it"
+        ) from error
 
 
 def read_config(path: Path) -> tuple[RunConfig, str]:

@@ -54,11 +54,13 @@ def force(layer: Any, selected: Any) -> None:
     """Make the layer's router select what the [T, E] map says, with softmax gates."""
     import torch
 
-    def routing(logits: Any, padding_mask: Any = None) -> tuple[Any, Any]:
-        scores = torch.softmax(logits.view(selected.shape), dim=-1)
-        return scores * selected, selected
+    from moepp_megatron.moe.router import Routing
 
-    layer.router.routing = routing
+    def settle(choice: Any) -> Any:
+        scores = torch.softmax(choice.logits.view(selected.shape), dim=-1)
+        return Routing(scores * selected, selected, choice.logits)
+
+    layer.router.settle = settle
 
 
 @contextlib.contextmanager

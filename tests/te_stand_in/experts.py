@@ -49,7 +49,7 @@ def run(layer: MoEPPLayer, routing: Routing, hidden: torch.Tensor) -> SimpleName
         seen.rows, seen.by_expert = arguments[0].shape[0], arguments[1].tolist()
 
     hook = layer.experts.register_forward_pre_hook(look)
-    layer.router.forward = lambda *arguments: routing
+    layer.router.forward = lambda *arguments, **tags: routing
     with get_fp8_context(layer.config):
         seen.output, _ = layer(hidden)
     hook.remove()

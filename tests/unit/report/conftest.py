@@ -95,6 +95,40 @@ def synthetic_records(config: dict[str, dict[str, Any]], steps: int) -> list[dic
     return records
 
 
+def add_health(records: list[dict[str, Any]], every: int = 10) -> None:
+    """Adds the fields of steps in which router health was measured."""
+    rng = np.random.default_rng(11)
+    for record in records[every - 1 :: every]:
+        layers = len(record["layer_ffn_fraction"])
+        topk = round(record["ffn_per_token"] / record["ffn_fraction"])
+        record |= _health(rng, layers, topk, record["loss"])
+
+
+def _health(rng: np.random.Generator, layers: int, topk: int, loss: float) -> dict[str, Any]:
+    level = {
+        "gate_entropy": 1.9,
+        "selection_margin": 0.05,
+        "logit_mean": 0.01,
+        "logit_variance": 1.5,
+        "own_logit_mean": 0.01,
+        "own_logit_variance": 1.2,
+        "residual_ratio": 0.4,
+        "row_cosine": 0.1,
+        "row_cosine_max": 0.5,
+        "balance_gradient_ratio": 0.3,
+        "constant_replaced": 0.5,
+        "constant_norm": 2.0,
+    }
+    spread = {name: value * rng.uniform(0.8, 1.2, layers) for name, value in level.items()}
+    spread["residual_ratio"][0] = 0.0
+    histogram = rng.dirichlet(np.full(topk + 1, 20.0), layers)
+    return {
+        "router_health": {name: values.tolist() for name, values in spread.items()},
+        "layer_ffn_histogram": histogram.tolist(),
+        "loss_by_ffn": [loss - 0.3 + 0.3 * count for count in range(topk + 1)],
+    }
+
+
 def write_run(folder: Path, config: dict[str, Any], records: list[dict[str, Any]]) -> Path:
     """Writes the two files that a report is made of."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +162,8 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from moepp_megatron.report import build_report
 
     config = synthetic_config()
-    run = write_run(tmp_path_factory.mktemp("full"), config, synthetic_records(config, 60))
+    records = synthetic_records(config, 60)
+    add_health(records)
+    run = write_run(tmp_path_factory.mktemp("full"), config, records)
     build_report(run)
     return run

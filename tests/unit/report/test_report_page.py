@@ -111,7 +111,7 @@ def test_the_style_names_no_address(full_run):
 
 def test_every_picture_is_whole_and_described(full_run):
     pictures = Reader((full_run / "report.html").read_text()).pictures
-    assert len(pictures) == 10
+    assert len(pictures) == 21
     for source, alt in pictures:
         root = ElementTree.fromstring(base64.b64decode(source.split(",", 1)[1]))
         assert root.tag.endswith("svg")
@@ -181,7 +181,7 @@ def test_a_single_zero_computation_kind(make_run, kind: str):
     counts = {f"num_{k}_experts": int(k == kind) for k in ("zero", "copy", "constant")}
     page = read_page(make_run(steps=20, moe=counts))
     assert f"8 FFN + 1 {kind} experts" in page.text
-    assert len(page.pictures) == 10
+    assert len(page.pictures) == 11
     assert any(f"{kind} " in alt and "FFN" in alt for _, alt in page.pictures)
 
 
@@ -218,7 +218,7 @@ def test_drops_and_z_loss_are_shown_where_they_are(make_run):
 
     page = read_page(make_run(steps=20, edit=add))
     assert "A capacity limit dropped 3.0% of the selections" in page.text
-    assert len(page.pictures) == 12
+    assert len(page.pictures) == 13
 
 
 def test_many_experts_and_layers_can_be_drawn(make_run):

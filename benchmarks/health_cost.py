@@ -1,0 +1,75 @@
+"""What measuring router health costs the step in which it is done: steps in turn.
+
+Run under torchrun, from the repository's root:
+
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.health_cost
+
+A round is a step with its routing collected, as every logged step, one in which health is measured
+too, and one with the collector switched off again. The cost of a run is the ratio's distance from 1
+over `observe.health_interval`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from pathlib import Path
+
+import torch.distributed as dist
+
+from benchmarks.quickstart_steps import QuickstartSteps, in_turns, quartiles, ratios
+
+INTERVAL = 10
+
+
+def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds of plain steps, of measured ones, and of plain ones again."""
+    from moepp_megatron.training.collect import RoutingCollector
+    from moepp_megatron.training.health import HealthCollector
+
+    steps = QuickstartSteps.build(folder)
+    routing = RoutingCollector(steps.model, steps.config, steps.layout)
+    health = HealthCollector(steps.config, steps.model, routing.layer_numbers, INTERVAL)
+
+    def step(number: int) -> None:
+        routing.reset()
+        health.begin_step(number)
+        steps.take(None, health.add_losses)
+        routing.collect()
+        assert bool(health.collect()) == (number % INTERVAL == 0), "measured when it should be"
+
+    kinds = {"plain": lambda: step(1), "measured": lambda: step(INTERVAL), "again": lambda: step(1)}
+    return in_turns(kinds, rounds)
+
+
+def main() -> None:
+    """Measure and print."""
+    from moepp_megatron.runtime.distributed import start, stop
+    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    rounds = parser.parse_args().rounds
+    quiet()
+    logging.disable()
+    start(RankEnvironment.read())
+    with tempfile.TemporaryDirectory() as folder:
+        times = measure(rounds, Path(folder))
+    if dist.get_rank() == 0:
+        measured, again = (ratios(times, name, to="plain") for name in ("measured", "again"))
+        cost = [(ratio - 1.0) / INTERVAL for ratio in measured]
+        cells = [quartiles(times["plain"]), quartiles(times["measured"]), quartiles(measured, 1)]
+        cells += [quartiles(again, 1), quartiles(cost, 1)]
+        print(
+            "| plain, ms | measured, ms | measured / plain | plain / plain "
+            f"| cost with health_interval {INTERVAL} |"
+        )
+        print("|" + "---|" * len(cells))
+        print("| " + " | ".join(cells) + " |")
+    stop()
+
+
+if __name__ == "__main__":
+    main()
