@@ -45,7 +45,7 @@ class StepMetrics(BaseModel):
         ffn_target: FFN share of all selections that ``moe.budget`` wants in this step; only with a
             budget.
         tau: Weight of zero-computation experts in the balance loss, mean over MoE layers; only with
-            a budget.
+            a budget, and where the routing guard has raised it.
         valid_loss: Validation loss, nats; only on evaluated steps.
         layer_expert_share: [MoE layers][E] ``expert_share`` of each layer.
         layer_ffn_fraction: [MoE layers] ``ffn_fraction`` of each layer.
