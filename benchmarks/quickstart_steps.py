@@ -10,35 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-
-
-class RandomTokens:
-    """Sequences of random tokens.
-
-    Args:
-        length: Of a sequence.
-        vocab_size: Ids are below this.
-    """
-
-    def __init__(self, length: int, vocab_size: int) -> None:
-        self._length, self._vocab_size = length, vocab_size
-
-    def __len__(self) -> int:
-        """More than any run reads."""
-        return 1_000_000
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Depends on the index alone."""
-        generator = torch.Generator().manual_seed(index)
-        text = torch.randint(self._vocab_size, (self._length + 1,), generator=generator)
-        return {
-            "tokens": text[:-1],
-            "labels": text[1:],
-            "loss_mask": torch.ones(self._length),
-            "position_ids": torch.arange(self._length),
-        }
 
 
 @dataclass(frozen=True)
@@ -65,6 +37,7 @@ class QuickstartSteps:
             folder: `run.dir`.
             *settings: Further `section.key=value`.
         """
+        from moepp_megatron.bench.random_tokens import RandomTokens
         from moepp_megatron.config import Layout, load_config
         from moepp_megatron.runtime.distributed import build_groups
         from moepp_megatron.training.batches import rank_batches
@@ -76,8 +49,8 @@ class QuickstartSteps:
         build_groups(config, layout)
         model = build_training_model(config)
         model.set_training(True)
-        data = RandomTokens(config.model.seq_length, config.model.vocab_size)
-        return cls(config, layout, model, rank_batches(data, 0, config, len(model.chunks)))
+        batches = rank_batches(RandomTokens(config), 0, config, len(model.chunks))
+        return cls(config, layout, model, batches)
 
     def take(self, *extra: Any) -> None:
         """One training step; further arguments are those of `training_step`."""
