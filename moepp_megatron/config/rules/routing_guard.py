@@ -204,18 +204,15 @@ def actions_have_the_balance_loss_they_need(config: Config) -> Iterator[Problem]
     """Tau acts through it, and in safe mode it alone reaches what is switched off."""
     if config.moe.balance_coeff > 0:
         return
-    reasons = {
-        "raise_tau": "tau acts through the balance loss",
-        "safe_mode": "nothing else teaches a router to leave safe mode",
-    }
-    for action, reason in reasons.items():
-        for rule in _acting(config, action):
-            yield Problem(
-                "moe.balance_coeff",
-                config.moe.balance_coeff,
-                f"must be above 0 with the action {action} of rule {rule.name}, because {reason}",
-                f"use 0.01, or give rule {rule.name} the action warn",
-            )
+    names = [rule.name for rule in _acting(config, "raise_tau", "safe_mode")]
+    if names:
+        yield Problem(
+            "moe.balance_coeff",
+            config.moe.balance_coeff,
+            f"must be above 0 with the actions of the rules {', '.join(names)}: tau acts through "
+            "the balance loss, and nothing else teaches a router to leave safe mode",
+            "use 0.01, or give these rules the action warn",
+        )
 
 
 def guard_has_checkpoints_to_go_back_to(config: Config) -> Iterator[Problem]:

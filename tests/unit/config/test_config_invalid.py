@@ -111,12 +111,7 @@ INVALID = [
     (
         [GUARD, "moe.balance_coeff=0"],
         "moe.balance_coeff (0.0)",
-        "give rule few_ffn_experts the action warn",
-    ),
-    (
-        [GUARD, "moe.balance_coeff=0"],
-        "moe.balance_coeff (0.0)",
-        "give rule collapse_to_zero_computation the action warn",
+        "rules collapse_to_zero_computation, few_ffn_experts: tau acts",
     ),
     (
         [
