@@ -58,7 +58,7 @@ def parse_assumptions(texts: Iterable[str]) -> Assumptions:
     for text in texts:
         name, _, value = text.partition("=")
         if name not in _RULES:
-            near = get_close_matches(name, _RULES, 1)
+            near = get_close_matches(name, _RULES, 1, cutoff=0.5)
             remedy = f"did you mean {near[0]}?" if near else f"known are {', '.join(_RULES)}"
             raise ConfigError(f"--assume ({text}) must be NAME=VALUE of a known name; {remedy}")
         found = _changed(found, name, _number(name, value))

@@ -62,17 +62,20 @@ class Fabric:
             shape: Of the result.
         """
         leaving = self.leaving(place)
-        uplinks = max(round(self.leaf_nodes / self.oversubscription), 1)
-        own = min(place.nodes, self.leaf_nodes)
+        ports = self.leaf_nodes
+        own = min(place.nodes, ports)
         # All ports of the own group send at once; of the other groups' those that happen to.
-        others = rng.binomial(max(self.leaf_nodes - own, 0), min(max(duty, 0.0), 1.0), _BANK)
+        others = rng.binomial(max(ports - own, 0), min(max(duty, 0.0), 1.0), _BANK)
         active = own + others
         if self.hashed_flows:
+            uplinks = max(round(ports / self.oversubscription), 1)
             flows = np.maximum(np.round(active * self.hashed_flows * leaving), 1).astype(int)
             counts = rng.multinomial(flows, np.full(uplinks, 1.0 / uplinks))
-            through = counts.max(axis=1) / self.hashed_flows
+            # Of what a port sends, over the share of a port's rate that an uplink has.
+            fullest = counts.max(axis=1) / self.hashed_flows
+            through = fullest * uplinks * self.oversubscription / ports
         else:
-            through = active * leaving / uplinks
+            through = active * leaving * self.oversubscription / ports
         # Ports and uplinks work at the same time: the slower of both counts.
         factor = np.maximum(through, 1.0)
         return factor[rng.integers(_BANK, size=shape)]

@@ -76,19 +76,21 @@ def fullest_ranks(
     mean = selections * share
     if selections / ranks < _NORMAL_FROM:
         counts = rng.multinomial(selections, share[:, :, None, :], size=(steps, layers, draws))
-        highest: Values = counts.max(axis=-1).astype(np.float64)
-        return highest * ranks / selections
-    spread = np.sqrt(mean * (1.0 - share))
-    ordered = np.argsort(-mean, axis=-1)
-    mean = np.take_along_axis(mean, ordered, axis=-1)
-    spread = np.take_along_axis(spread, ordered, axis=-1)
-    near = mean + _FAR * (spread + spread[..., :1]) >= mean[..., :1]
-    kept = int(near.sum(axis=-1).max())
-    fullest = np.full((steps, layers, draws), -np.inf, dtype=np.float32)
+        return counts.max(axis=-1).astype(np.float64) * ranks / selections
+    mean = -np.sort(-mean, axis=-1)
+    # At most the standard deviation of a difference to the highest.
+    spread = np.sqrt(mean) + np.sqrt(mean[..., :1])
+    kept = int((mean + _FAR * spread >= mean[..., :1]).sum(axis=-1).max())
+    # Normal with the covariance of a multinomial draw: independent Poisson counts less each rank's
+    # share of what all of them are off by. All other ranks together are one more such count.
+    rest = np.sqrt(np.maximum(selections - mean[..., :kept].sum(axis=-1), 0.0))
+    off = rest[..., None] * rng.standard_normal((steps, layers, draws), dtype=np.float32)
+    noise = rng.standard_normal((kept, steps, layers, draws), dtype=np.float32)
     for place in range(kept):
-        # One rank at a time, and only in layers where it can matter: the memory of a draw.
-        rows = near[..., place]
-        noise = rng.standard_normal((int(rows.sum()), draws), dtype=np.float32)
-        counts = mean[rows, place, None] + spread[rows, place, None] * noise
-        fullest[rows] = np.maximum(fullest[rows], counts)
-    return np.maximum(fullest.astype(np.float64) * ranks / selections, 1.0)
+        noise[place] *= np.sqrt(mean[..., place, None])
+        off += noise[place]
+    fullest = np.full((steps, layers, draws), -np.inf)
+    for place in range(kept):
+        own = mean[..., place, None]
+        np.maximum(fullest, own + noise[place] - own / selections * off, out=fullest)
+    return np.maximum(fullest * (ranks / selections), 1.0)
