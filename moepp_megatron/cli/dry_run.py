@@ -37,7 +37,13 @@ def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
 
     Returns:
         All agree.
+
+    Raises:
+        UnfitError: The model has modules that this machine lacks packages for.
     """
+    from moepp_megatron.runtime.fit import check_fit
+
+    check_fit(config)
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
