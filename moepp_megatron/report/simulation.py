@@ -21,6 +21,11 @@ from moepp_megatron.planning.simulation.study import Study
 from moepp_megatron.report.drawing import BLUE, GREEN, INK, MUTED, STYLE, VERMILION
 
 _WIDTH = 120
+_KINDS = {
+    "forward": ("forward", BLUE),
+    "backward": ("backward", GREEN),
+    "both": ("both together", "#cc79a7"),
+}
 
 
 def print_study(study: Study) -> None:
@@ -139,12 +144,12 @@ def _draw_steps(axis: Axes, study: Study) -> None:
 def _draw_timeline(axis: Axes, timeline: Timeline, ranks: int) -> None:
     """White is idle; later model chunks are darker."""
     chunks = 1 + max(bar.chunk for bar in timeline.bars)
-    for is_backward, colour in ((False, BLUE), (True, GREEN)):
+    for kind, (_, colour) in _KINDS.items():
         for chunk in range(chunks):
             boxes = [
                 Rectangle((bar.start, bar.rank - 0.4), bar.end - bar.start, 0.8)
                 for bar in timeline.bars
-                if bar.is_backward == is_backward and bar.chunk == chunk
+                if bar.kind == kind and bar.chunk == chunk
             ]
             shade = 0.45 + 0.55 * (chunk + 1) / chunks
             # Edges would hide the passes where there are thousands.
@@ -163,16 +168,16 @@ def _draw_timeline(axis: Axes, timeline: Timeline, ranks: int) -> None:
     axis.set_ylabel("pipeline rank")
     axis.set_xlabel("seconds from the step's start; white: idle; the column that ends last")
     axis.grid(visible=False)
+    used = {bar.kind for bar in timeline.bars}
     handles = [
-        Patch(color=BLUE, label="forward"),
-        Patch(color=GREEN, label="backward"),
-        Patch(color="#e69f00", label="waiting for other columns, gradients, optimizer"),
+        Patch(color=colour, label=name) for kind, (name, colour) in _KINDS.items() if kind in used
     ]
+    handles.append(Patch(color="#e69f00", label="waiting for other columns, gradients, optimizer"))
     axis.legend(
         handles=handles,
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
-        ncols=3,
+        ncols=4,
         fontsize=8.5,
         labelcolor=MUTED,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,23 +14,24 @@ from moepp_megatron.planning.simulation.schedule import Node
 Values = NDArray[np.float64]
 
 
+Kind = Literal["forward", "backward", "both"]
+
+
 @dataclass(frozen=True)
 class Bar:
     """One pass in a timeline.
 
     Attributes:
         rank: Pipeline rank.
-        chunk: Model chunk.
-        micro_batch: From 0.
-        is_backward: Backward pass.
+        chunk: Model chunk, of the forward pass where two run together.
+        kind: Which pass, or a forward and a backward pass together.
         start: Seconds from the step's start.
         end: Likewise, the message included.
     """
 
     rank: int
     chunk: int
-    micro_batch: int
-    is_backward: bool
+    kind: Kind
     start: float
     end: float
 
@@ -51,16 +53,21 @@ class Timeline:
         """The timeline of a played step."""
         bars = tuple(
             Bar(
-                node.work.rank,
-                node.work.chunk,
-                node.work.micro_batch,
-                node.work.is_backward,
+                node.rank,
+                node.works[0].chunk,
+                _kind(node),
                 float(start),
                 float(end),
             )
             for node, start, end in zip(graph, starts, ends, strict=True)
         )
         return cls(bars, float(total))
+
+
+def _kind(node: Node) -> Kind:
+    if len(node.works) > 1:
+        return "both"
+    return "backward" if node.works[0].is_backward else "forward"
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ def rank_order(
         vpp: Model chunks of each.
         rank: The pipeline rank.
         micro_batches: Of a step.
-        extra_warm_up: One more forward pass first, as the interleaved schedule does when it
-            combines forward and backward passes to hide the experts' exchange.
+        extra_warm_up: One more forward pass first, as the interleaved schedule and that of one
+            stage do when they combine forward and backward passes to hide the experts' exchange.
     """
     # Micro-batches go through the chunks in groups of `pp`.
     table = [
@@ -48,7 +48,7 @@ def rank_order(
         for micro_batch in range(start, min(start + pp, micro_batches))
     ]
     if vpp == 1:
-        warm_up = pp - 1 - rank
+        warm_up = pp - 1 - rank + int(extra_warm_up and pp == 1)
     else:
         warm_up = 2 * (pp - 1 - rank) + (vpp - 1) * pp + int(extra_warm_up)
     warm_up = min(warm_up, len(table))
@@ -61,33 +61,54 @@ def rank_order(
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
-    """A pass with what must be over before it starts.
+class Input:
+    """What a pass waits for.
 
     Attributes:
-        work: The pass.
-        before: Number of the rank's pass before it, or -1.
-        needs: Number of the pass whose message it waits for, or -1.
-        is_sent: That message comes from another pipeline rank, or from another pass of this one
-            through a message that is not needed (one rank).
+        node: Number of the node that gives it.
+        is_sent: It comes as a message from another pipeline rank.
     """
 
-    work: Pass
-    before: int
-    needs: int
+    node: int
     is_sent: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A pass, or two that run together, with what must be over before they start.
+
+    Attributes:
+        works: A pass; or a forward and a backward pass of different micro-batches, whose exchanges
+            hide behind each other's computation and whose results come at the same time.
+        before: Number of the rank's node before it, or -1.
+        inputs: What they wait for.
+    """
+
+    works: tuple[Pass, ...]
+    before: int
+    inputs: tuple[Input, ...]
+
+    @property
+    def rank(self) -> int:
+        """The pipeline rank."""
+        return self.works[0].rank
+
+
 @lru_cache(maxsize=16)
-def step_graph(
-    pp: int, vpp: int, micro_batches: int, extra_warm_up: bool = False
-) -> tuple[Node, ...]:
+def step_graph(pp: int, vpp: int, micro_batches: int, combined: bool = False) -> tuple[Node, ...]:
     """All passes of a step, each after those that it waits for.
+
+    Args:
+        pp: Pipeline ranks.
+        vpp: Model chunks of each.
+        micro_batches: Of a step.
+        combined: Forward and backward passes of the steady state run together, two by two
+            (megatron/core/pipeline_parallel/combined_1f1b.py).
 
     Raises:
         ValueError: The order is a deadlock: some pass waits for one that comes after it.
     """
-    orders = [rank_order(pp, vpp, rank, micro_batches, extra_warm_up) for rank in range(pp)]
+    orders = [_units(pp, vpp, rank, micro_batches, combined) for rank in range(pp)]
     places: dict[Pass, int] = {}
     nodes: list[Node] = []
     done, last = [0] * pp, [-1] * pp
@@ -95,19 +116,34 @@ def step_graph(
         before = len(nodes)
         for rank in range(pp):
             while done[rank] < len(orders[rank]):
-                work = orders[rank][done[rank]]
-                wanted = _needed(work, pp, vpp)
-                if wanted is not None and wanted not in places:
+                works = orders[rank][done[rank]]
+                wanted = [one for one in (_needed(work, pp, vpp) for work in works) if one]
+                if any(one not in places for one in wanted):
                     break
-                needs = -1 if wanted is None else places[wanted]
-                is_sent = wanted is not None and wanted.rank != rank
-                places[work] = len(nodes)
-                nodes.append(Node(work, last[rank], needs, is_sent))
-                last[rank] = places[work]
+                inputs = tuple(Input(places[one], one.rank != rank) for one in wanted)
+                places |= dict.fromkeys(works, len(nodes))
+                nodes.append(Node(works, last[rank], inputs))
+                last[rank] = len(nodes) - 1
                 done[rank] += 1
         if len(nodes) == before:
             raise ValueError(f"{pp} ranks of {vpp} chunks wait for each other")
     return tuple(nodes)
+
+
+def _units(
+    pp: int, vpp: int, rank: int, micro_batches: int, combined: bool
+) -> list[tuple[Pass, ...]]:
+    """A rank's passes, those that run together as one."""
+    order = rank_order(pp, vpp, rank, micro_batches, combined)
+    units: list[tuple[Pass, ...]] = []
+    for work in order:
+        # In the steady state a backward pass follows each forward pass; before it none does.
+        pairs = combined and work.is_backward and bool(units) and not units[-1][-1].is_backward
+        if pairs:
+            units[-1] += (work,)
+        else:
+            units.append((work,))
+    return units
 
 
 def _needed(work: Pass, pp: int, vpp: int) -> Pass | None:

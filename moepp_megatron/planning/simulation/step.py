@@ -7,7 +7,7 @@ for each other in every layer. A column goes through all stages; columns meet at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 
 import numpy as np
@@ -22,11 +22,10 @@ from moepp_megatron.planning.memory import fullest_rows
 from moepp_megatron.planning.parameters import rank_parameters
 from moepp_megatron.planning.pipeline import Stages, even_stages
 from moepp_megatron.planning.simulation.contention import Fabric
-from moepp_megatron.planning.simulation.events import Message, play
+from moepp_megatron.planning.simulation.events import Durations, Message, play
 from moepp_megatron.planning.simulation.faults import Faults, slow_factors
 from moepp_megatron.planning.simulation.load import LoadSource, fullest_ranks
 from moepp_megatron.planning.simulation.pass_times import (
-    PassTable,
     computing_share,
     dense_time,
     end_times,
@@ -104,9 +103,9 @@ class _Player:
         self._count = grid.micro_batches(load.batch)
         self._place = placement(grid, "ep", machine.per_node)
         self._slow = self._slow_columns(slow_rng)
-        self._graph = step_graph(
-            grid.pp, grid.vpp, self._count, grid.expert_overlap and grid.vpp > 1
-        )
+        # Alone a pass cannot hide its exchange, and nothing slows its computation down.
+        self._alone = replace(grid, expert_overlap=False)
+        self._graph = step_graph(grid.pp, grid.vpp, self._count, grid.expert_overlap)
         transfer = stage_transfers(load, grid, machine)
         each = transfer.idle / (2 * grid.vpp)
         share = transfer.steady / transfer.idle if transfer.idle else 1.0
@@ -117,7 +116,7 @@ class _Player:
         grid, load = self._grid, self._load
         layers = sum(load.is_moe) + load.extra_layers
         popularity = self._popularity(steps, layers)
-        table = self._table(popularity)
+        highest = self._highest(popularity)
         ends = [self._end(rank) for rank in range(grid.pp)]
         held = len(self._graph) * self._columns
         batch = max(min(_MOST_VALUES // held, steps), 1)
@@ -127,8 +126,8 @@ class _Player:
         for start in range(0, steps, batch):
             count = min(batch, steps - start)
             chosen = None if popularity is None else popularity[start : start + count]
-            forward, backward, skews = self._durations(chosen, table, count)
-            per_rank = self._per_rank(forward), self._per_rank(backward)
+            durations, skews = self._durations(chosen, highest, count)
+            per_rank = self._per_rank(durations.forward), self._per_rank(durations.backward)
             ahead, back = (one.mean(axis=(1, 2)) for one in per_rank)
             first = np.array(
                 [end.exposed_gather(grid, a) for end, a in zip(ends, ahead, strict=True)]
@@ -137,7 +136,7 @@ class _Player:
                 [end.exposed_reduce(grid, b) for end, b in zip(ends, back, strict=True)]
             )
             keeps = timeline is None
-            played = play(self._graph, forward, backward, self._message, first, keeps)
+            played = play(self._graph, durations, self._message, first, keeps)
             # Columns wait for each other where gradients are reduced, stages for the norm.
             met = played.finish.max(axis=2) + after[:, None]
             optimizer = max(end.optimizer for end in ends)
@@ -185,24 +184,47 @@ class _Player:
         tokens = self._grid.tokens(self._load.seq) * self._grid.ep
         return round(tokens * self._load.experts.ffn_per_token)
 
-    def _table(self, popularity: Values | None) -> PassTable:
-        highest = 1.0
-        if popularity is not None:
-            ranks, count = self._grid.ep, self._selections()
-            share = float(popularity.reshape(*popularity.shape[:2], ranks, -1).sum(-1).max())
-            # Eight standard deviations and ten rows above the highest expectation.
-            most = count * share + 8 * (count * share) ** 0.5 + 10
-            highest = most * ranks / count
-        return moe_table(self._load, self._grid, self._machine, highest)
+    def _highest(self, popularity: Values | None) -> float:
+        """A load that no draw exceeds."""
+        if popularity is None:
+            return 1.0
+        ranks, count = self._grid.ep, self._selections()
+        share = float(popularity.reshape(*popularity.shape[:2], ranks, -1).sum(-1).max())
+        # Eight standard deviations and ten rows above the highest expectation.
+        return (count * share + 8 * (count * share) ** 0.5 + 10) * ranks / count
 
     def _durations(
-        self, popularity: Values | None, table: PassTable, steps: int
-    ) -> tuple[Values, Values, Values | None]:
-        """Passes [stages, micro-batches, steps, columns], and every layer's load."""
-        grid, load = self._grid, self._load
+        self, popularity: Values | None, highest: float, steps: int
+    ) -> tuple[Durations, Values | None]:
+        """Durations of all passes [stages, micro-batches, steps, columns]; every layer's load."""
+        load, shape = self._load, (self._count, steps, self._columns)
+        layers = sum(load.is_moe) + load.extra_layers
+        skews = None
+        if popularity is not None:
+            skews = [self._skew(popularity[:, [layer]]) for layer in range(layers)]
+        slowness = [self._slowness(shape) for _ in range(layers)]
+        alone = self._passes(self._alone, highest, skews, slowness, steps)
+        beside: tuple[Values | None, Values | None] = (None, None)
+        if self._grid.expert_overlap:
+            beside = self._passes(self._grid, highest, skews, slowness, steps)
+        loads = None
+        if skews is not None:
+            loads = np.concatenate([skew.mean(axis=(0, 2)) for skew in skews])
+        return Durations(*alone, *beside), loads
+
+    def _passes(
+        self,
+        grid: Grid,
+        highest: float,
+        skews: list[Values] | None,
+        slowness: list[Values | None],
+        steps: int,
+    ) -> tuple[Values, Values]:
+        """Forward and backward passes [stages, micro-batches, steps, columns]."""
+        load = self._load
         shape = (grid.pp * grid.vpp, self._count, steps, self._columns)
         forward, backward = np.zeros(shape), np.zeros(shape)
-        loads: list[Values] = []
+        table = moe_table(load, grid, self._machine, highest)
         dense = dense_time(load, grid, self._machine)
         number = 0
         for layer, stage in self._layers():
@@ -212,11 +234,8 @@ class _Player:
                 forward[stage] += dense.forward * factor
                 backward[stage] += dense.backward * factor
                 continue
-            skew = np.ones(shape[1:])
-            if popularity is not None:
-                skew = self._skew(popularity[:, number : number + 1])
-                loads.append(skew.mean(axis=(0, 2)))
-            ahead, back = table.times(skew, self._slowness(shape[1:]))
+            skew = np.ones(shape[1:]) if skews is None else skews[number]
+            ahead, back = table.times(skew, slowness[number])
             factor = 1.0 + (slow - 1.0) * table.computing
             forward[stage] += ahead * factor
             backward[stage] += back * factor
@@ -227,7 +246,7 @@ class _Player:
         extra = 1 + load.extra_layers
         forward[-1] += extra * last.forward * self._slow[-1]
         backward[-1] += extra * last.backward * self._slow[-1]
-        return forward, backward, np.concatenate(loads) if loads else None
+        return forward, backward
 
     def _layers(self) -> list[tuple[int | None, int]]:
         """Layers in order with their stage; None for those of multi-token prediction."""
