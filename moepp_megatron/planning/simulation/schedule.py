@@ -47,17 +47,22 @@ def rank_order(
         for chunk in range(vpp)
         for micro_batch in range(start, min(start + pp, micro_batches))
     ]
-    if vpp == 1:
-        warm_up = pp - 1 - rank + int(extra_warm_up and pp == 1)
-    else:
-        warm_up = 2 * (pp - 1 - rank) + (vpp - 1) * pp + int(extra_warm_up)
-    warm_up = min(warm_up, len(table))
+    warm_up = _warm_up(pp, vpp, rank, micro_batches, extra_warm_up)
     ahead = [Pass(rank, chunk, micro_batch, False) for micro_batch, chunk in table]
     back = [Pass(rank, vpp - 1 - chunk, micro_batch, True) for micro_batch, chunk in table]
     order = ahead[:warm_up]
     for forward, backward in zip(ahead[warm_up:], back, strict=False):
         order += [forward, backward]
     return order + back[len(table) - warm_up :]
+
+
+def _warm_up(pp: int, vpp: int, rank: int, micro_batches: int, extra: bool) -> int:
+    """Forward passes before the first that a backward pass follows."""
+    if vpp == 1:
+        passes = pp - 1 - rank + int(extra and pp == 1)
+    else:
+        passes = 2 * (pp - 1 - rank) + (vpp - 1) * pp + int(extra)
+    return min(passes, micro_batches * vpp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +140,13 @@ def _units(
 ) -> list[tuple[Pass, ...]]:
     """A rank's passes, those that run together as one."""
     order = rank_order(pp, vpp, rank, micro_batches, combined)
-    units: list[tuple[Pass, ...]] = []
-    for work in order:
-        # In the steady state a backward pass follows each forward pass; before it none does.
-        pairs = combined and work.is_backward and bool(units) and not units[-1][-1].is_backward
-        if pairs:
-            units[-1] += (work,)
-        else:
-            units.append((work,))
-    return units
+    alone = _warm_up(pp, vpp, rank, micro_batches, combined) if combined else len(order)
+    steady = order[alone : len(order) - alone]
+    return [
+        *((work,) for work in order[:alone]),
+        *zip(steady[::2], steady[1::2], strict=True),
+        *((work,) for work in order[alone + len(steady) :]),
+    ]
 
 
 def _needed(work: Pass, pp: int, vpp: int) -> Pass | None:

@@ -170,7 +170,7 @@ class _Player:
             loads=np.concatenate(fullest) if fullest else np.ones(1),
             columns=self._columns,
             ranks_per_column=self._column,
-            passes=len(self._graph) * self._columns,
+            passes=sum(len(node.works) for node in self._graph) * self._columns,
             timeline=timeline,
         )
 

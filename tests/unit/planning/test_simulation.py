@@ -34,7 +34,7 @@ def h100() -> Machine:
     return machine_of(load_hardware("h100_sxm"))
 
 
-def workload(batch: int = 512, layers: int = 16, vocab: int = 65536) -> Workload:
+def workload(batch: int = 512, layers: int = 16, vocab: int = 65536, topk: int = 2) -> Workload:
     return Workload.from_config(
         parse_config(
             {
@@ -47,7 +47,7 @@ def workload(batch: int = 512, layers: int = 16, vocab: int = 65536) -> Workload
                     "seq_length": 4096,
                     "vocab_size": vocab,
                 },
-                "moe": {"num_ffn_experts": 16},
+                "moe": {"num_ffn_experts": 16, "router_topk": topk},
                 "precision": {"dtype": "bf16"},
                 "optimizer": {"lr": 1e-3},
                 "training": {
@@ -193,14 +193,20 @@ def test_only_passes_that_run_together_hide_their_exchange(h100: Machine) -> Non
     step = simulate(load, grid, h100, QUIET, 1, seed=0)
     assert step.totals[0] == pytest.approx(expected, rel=1e-12)
     # In a pipeline those are all passes of its filling and draining.
-    grid = Grid(64, tp=2, pp=4, vpp=2, ep=8, expert_overlap=True)
-    few, many = workload(batch=64), workload(batch=2048)
+    grid = Grid(64, pp=4, vpp=2, ep=16, expert_overlap=True)
+    few, many = workload(batch=128, topk=6), workload(batch=2048, topk=6)
     misses = []
     for load in (few, many):
         plan = step_time(load, grid, h100, FORCED_BALANCE).total
         misses.append(simulate(load, grid, h100, QUIET, 1, seed=0).totals[0] / plan - 1)
-    assert misses[0] > misses[1] > -0.01
-    assert {len(node.works) for node in step_graph(4, 2, 8, True)} == {1, 2}
+    # Sixteen times as many micro-batches, as much filling and draining.
+    assert misses[0] > 8 * misses[1] > 0.0
+    # 8 micro-batches: 12 to 6 of a rank's 16 chunks have warmed up before, one more in each.
+    graph = step_graph(4, 2, 8, True)
+    pairs = [sum(node.rank == rank and len(node.works) == 2 for node in graph) for rank in range(4)]
+    assert pairs == [5, 7, 9, 11]
+    # All of the first rank's passes are warm-up: none has a partner.
+    assert {len(node.works) for node in step_graph(2, 3, 2, True) if node.rank == 0} == {1}
 
 
 def test_drawn_load_is_that_of_the_plan() -> None:
