@@ -37,7 +37,7 @@ def print_study(study: Study) -> None:
     console.print(
         f"simulated: {len(played.totals):,} steps of layout 1, {played.passes:,} passes a step on "
         f"{played.columns:,} columns of {played.ranks_per_column:,} ranks a stage that move "
-        f"together; seed {study.assumptions.seed}",
+        f"together, {played.held_up:.1%} of them with a slow node; seed {study.assumptions.seed}",
         soft_wrap=True,
     )
     console.print(_steps(study))
@@ -60,7 +60,8 @@ def _steps(study: Study) -> Table:
     table = _table("step time, seconds", "", "median", "p95", "p99", "max", "work", "bubble")
     for name, one in (("even, nothing slow", study.even), ("as assumed", played)):
         quantiles = (one.median, one.quantile(0.95), one.quantile(0.99), float(one.totals.max()))
-        shares = (one.work, one.bubble)
+        # What is left after everything else may be rounding below 0.
+        shares = (one.work, max(one.bubble, 0.0))
         mean = float(one.totals.mean())
         table.add_row(
             name, *(f"{value:.3f}" for value in quantiles), *(f"{s / mean:.1%}" for s in shares)

@@ -86,6 +86,7 @@ class Simulated:
         columns: Groups of ranks that were played.
         ranks_per_column: Ranks of a column in one pipeline stage.
         passes: Passes played a step.
+        held_up: Share of the columns' stages that a slow node holds up.
         timeline: Of one column.
     """
 
@@ -99,6 +100,7 @@ class Simulated:
     columns: int
     ranks_per_column: int
     passes: int
+    held_up: float
     timeline: Timeline
 
     def quantile(self, share: float) -> float:

@@ -171,6 +171,7 @@ class _Player:
             columns=self._columns,
             ranks_per_column=self._column,
             passes=sum(len(node.works) for node in self._graph) * self._columns,
+            held_up=float((self._slow > 1.0).mean()),
             timeline=timeline,
         )
 

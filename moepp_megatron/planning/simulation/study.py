@@ -102,6 +102,7 @@ class Study:
             "columns": played.columns,
             "ranks_per_column": played.ranks_per_column,
             "passes": played.passes,
+            "held_up": played.held_up,
             "seed": self.assumptions.seed,
         }
 
