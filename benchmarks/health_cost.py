@@ -18,13 +18,21 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from benchmarks.quickstart_steps import QuickstartSteps, in_turns, quartiles, ratios
+from benchmarks.quickstart_steps import (
+    Kind,
+    QuickstartSteps,
+    Times,
+    in_turns,
+    quartiles,
+    ratios,
+    table,
+)
 
 INTERVAL = 10
 
 
-def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds of plain steps, of measured ones, and of plain ones again."""
+def measure(rounds: int, folder: Path) -> dict[str, Times]:
+    """Plain steps, measured ones, and plain ones again."""
     from moepp_megatron.training.collect import RoutingCollector
     from moepp_megatron.training.health import HealthCollector
 
@@ -39,7 +47,11 @@ def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
         routing.collect()
         assert bool(health.collect()) == (number % INTERVAL == 0), "measured when it should be"
 
-    kinds = {"plain": lambda: step(1), "measured": lambda: step(INTERVAL), "again": lambda: step(1)}
+    kinds = {
+        "plain": Kind(lambda: step(1)),
+        "measured": Kind(lambda: step(INTERVAL)),
+        "again": Kind(lambda: step(1)),
+    }
     return in_turns(kinds, rounds)
 
 
@@ -58,16 +70,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         times = measure(rounds, Path(folder))
     if dist.get_rank() == 0:
-        measured, again = (ratios(times, name, to="plain") for name in ("measured", "again"))
-        cost = [(ratio - 1.0) / INTERVAL for ratio in measured]
-        cells = [quartiles(times["plain"]), quartiles(times["measured"]), quartiles(measured, 1)]
-        cells += [quartiles(again, 1), quartiles(cost, 1)]
-        print(
-            "| plain, ms | measured, ms | measured / plain | plain / plain "
-            f"| cost with health_interval {INTERVAL} |"
-        )
-        print("|" + "---|" * len(cells))
-        print("| " + " | ".join(cells) + " |")
+        print(table(times, "plain"))
+        for clock in ("wall", "processor"):
+            plain, measured = (getattr(times[name], clock) for name in ("plain", "measured"))
+            cost = [(ratio - 1.0) / INTERVAL for ratio in ratios(measured, plain)]
+            print(f"cost with health_interval {INTERVAL}, by {clock} time: {quartiles(cost, 1)}")
     stop()
 
 

@@ -1,102 +1,73 @@
-"""What recording a step costs it: steps with and without, in turn.
+"""What recording a step costs it, and what the recorder costs when it is off: steps in turn.
 
-Run under torchrun:
+Run under torchrun, from the repository's root:
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/profile_cost.py
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.profile_cost
 
-The model is that of configs/quickstart.yaml on random tokens. Starting, stopping and writing a
-recording happen between steps and are timed apart. Prints a row: milliseconds a step, median
-(quartiles), and the ratio of a recorded step to the one beside it that is not.
+The model is that of configs/quickstart.yaml on random tokens. A round is one step without any
+recorder, one with a recorder that has no steps to record ("off", as every run has), and one that
+is recorded. Starting, stopping and writing a recording happen between steps and are timed apart.
+Prints milliseconds a step, median (quartiles), and the ratios to the plain step of the same round,
+by wall time and by the processor time of rank 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
-
-class Tokens:
-    """Sequences of random tokens."""
-
-    def __init__(self, length: int, vocab_size: int) -> None:
-        self._length, self._vocab_size = length, vocab_size
-
-    def __len__(self) -> int:
-        """More than any run reads."""
-        return 1_000_000
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Depends on the index alone."""
-        generator = torch.Generator().manual_seed(index)
-        text = torch.randint(self._vocab_size, (self._length + 1,), generator=generator)
-        return {
-            "tokens": text[:-1],
-            "labels": text[1:],
-            "loss_mask": torch.ones(self._length),
-            "position_ids": torch.arange(self._length),
-        }
+from benchmarks.quickstart_steps import Kind, QuickstartSteps, Times, in_turns, quartiles, table
 
 
-def measure(pairs: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds of plain and recorded steps, and of starting and of ending a recording."""
-    from moepp_megatron.config import Layout, load_config
-    from moepp_megatron.runtime.distributed import build_groups
-    from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.profiler import StepRecorder
-    from moepp_megatron.training.setup import build_training_model
-    from moepp_megatron.training.step import training_step
+class Recorded:
+    """A step with a recorder of its own.
 
+    Args:
+        steps: Takes the step.
+        config: Of the recorder: says whether step 1 is recorded.
+    """
+
+    def __init__(self, steps: QuickstartSteps, config: object) -> None:
+        self._steps, self._config = steps, config
+
+    def open(self) -> None:
+        """A new recorder, which starts to record if it is to."""
+        from moepp_megatron.training.profiler import StepRecorder
+
+        self._recorder = StepRecorder(self._config, self._steps.layout, self._steps.model)
+        self._recorder.begin_step(1)
+
+    def step(self) -> None:
+        """The step."""
+        self._steps.take()
+        self._recorder.end_step()
+
+    def close(self) -> None:
+        """Write what was recorded."""
+        self._recorder.close()
+
+    def as_kind(self) -> Kind:
+        """To be timed."""
+        return Kind(self.step, self.open, self.close)
+
+
+def measure(rounds: int, folder: Path) -> dict[str, Times]:
+    """Plain, off and recorded steps."""
+    from moepp_megatron.config import load_config
+
+    steps = QuickstartSteps.build(folder)
     quickstart = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
     config = load_config(quickstart, [f"run.dir={folder}", "training.profile_steps=[1]"])
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    model = build_training_model(config)
-    model.set_training(True)
-    data = Tokens(config.model.seq_length, config.model.vocab_size)
-    batches = rank_batches(data, 0, config, len(model.chunks))
-    times: dict[str, list[float]] = {"plain": [], "recorded": [], "start": [], "end": []}
-
-    def plain() -> None:
-        dist.barrier()
-        began = time.perf_counter()
-        training_step(model, batches, config, layout)
-        dist.barrier()
-        times["plain"].append(time.perf_counter() - began)
-
-    def recorded() -> None:
-        recorder = StepRecorder(config, layout, model)
-        began = time.perf_counter()
-        recorder.begin_step(1)
-        dist.barrier()
-        ready = time.perf_counter()
-        training_step(model, batches, config, layout)
-        recorder.end_step()
-        dist.barrier()
-        done = time.perf_counter()
-        recorder.close()
-        times["start"].append(ready - began)
-        times["recorded"].append(done - ready)
-        times["end"].append(time.perf_counter() - done)
-
-    for pair in range(pairs + 1):
-        for take in (plain, recorded) if pair % 2 else (recorded, plain):
-            take()
-    return {name: values[1:] for name, values in times.items()}
-
-
-def quartiles(values: list[float], unit: float = 1e3) -> str:
-    """Median (quartiles)."""
-    low, middle, high = (unit * one for one in statistics.quantiles(values, n=4))
-    digits = 0 if unit == 1e3 else 3
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    kinds = {
+        "plain": Kind(steps.take),
+        "off": Recorded(steps, steps.config).as_kind(),
+        "recorded": Recorded(steps, config).as_kind(),
+    }
+    return in_turns(kinds, rounds)
 
 
 def main() -> None:
@@ -106,22 +77,20 @@ def main() -> None:
     from moepp_megatron.runtime.rank import RankEnvironment
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=20)
-    pairs = parser.parse_args().pairs
+    parser.add_argument("--rounds", type=int, default=20)
+    rounds = parser.parse_args().rounds
     quiet()
     logging.disable()
     start(RankEnvironment.read())
     with tempfile.TemporaryDirectory() as folder:
-        times: dict[str, Any] = measure(pairs, Path(folder))
+        times = measure(rounds, Path(folder))
         size = sum(path.stat().st_size for path in Path(folder, "profile").glob("rank0*"))
     if dist.get_rank() == 0:
-        ratios = [b / a for a, b in zip(times["plain"], times["recorded"], strict=True)]
-        print("| plain | recorded | ratio | start | end and write | size of a rank's files |")
-        print("|---|---|---|---|---|---|")
+        print(table(times, "plain"))
+        recorded = times["recorded"]
         print(
-            f"| {quartiles(times['plain'])} | {quartiles(times['recorded'])} "
-            f"| {quartiles(ratios, 1)} | {quartiles(times['start'])} | {quartiles(times['end'])} "
-            f"| {size / 1024:.0f} KiB |"
+            f"start {quartiles(recorded.before)} ms, end and write {quartiles(recorded.after)} ms, "
+            f"a rank's files {size / 1024:.0f} KiB"
         )
     stop()
 

@@ -6,39 +6,11 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-
-
-class RandomTokens:
-    """Sequences of random tokens.
-
-    Args:
-        length: Of a sequence.
-        vocab_size: Ids are below this.
-    """
-
-    def __init__(self, length: int, vocab_size: int) -> None:
-        self._length, self._vocab_size = length, vocab_size
-
-    def __len__(self) -> int:
-        """More than any run reads."""
-        return 1_000_000
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Depends on the index alone."""
-        generator = torch.Generator().manual_seed(index)
-        text = torch.randint(self._vocab_size, (self._length + 1,), generator=generator)
-        return {
-            "tokens": text[:-1],
-            "labels": text[1:],
-            "loss_mask": torch.ones(self._length),
-            "position_ids": torch.arange(self._length),
-        }
 
 
 @dataclass(frozen=True)
@@ -65,6 +37,7 @@ class QuickstartSteps:
             folder: `run.dir`.
             *settings: Further `section.key=value`.
         """
+        from moepp_megatron.bench.random_tokens import RandomTokens
         from moepp_megatron.config import Layout, load_config
         from moepp_megatron.runtime.distributed import build_groups
         from moepp_megatron.training.batches import rank_batches
@@ -76,8 +49,8 @@ class QuickstartSteps:
         build_groups(config, layout)
         model = build_training_model(config)
         model.set_training(True)
-        data = RandomTokens(config.model.seq_length, config.model.vocab_size)
-        return cls(config, layout, model, rank_batches(data, 0, config, len(model.chunks)))
+        batches = rank_batches(RandomTokens(config), 0, config, len(model.chunks))
+        return cls(config, layout, model, batches)
 
     def take(self, *extra: Any) -> None:
         """One training step; further arguments are those of `training_step`."""
@@ -86,21 +59,71 @@ class QuickstartSteps:
         training_step(self.model, self.batches, self.config, self.layout, *extra)
 
 
-def in_turns(kinds: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each kind of step, one a round; every rank calls.
+@dataclass(frozen=True)
+class Kind:
+    """One kind of step that is timed.
+
+    Attributes:
+        step: The step.
+        before: What has to be done before it.
+        after: What has to be done after it.
+    """
+
+    step: Callable[[], object]
+    before: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one kind of step, one entry a round.
+
+    Attributes:
+        wall: From all ranks' start to all ranks' end.
+        processor: This rank's processor time, which other work on the machine disturbs less.
+        before: Wall time of what came before the step.
+        after: Of what came after it.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+
+
+def in_turns(kinds: Mapping[str, Kind], rounds: int) -> dict[str, Times]:
+    """Takes a step of each kind in every round; every rank calls.
 
     What a step leaves behind is the next one's: each kind follows each other kind equally often.
-    The first round warms up and is not among them.
+    The first round warms up and is not counted.
     """
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    for order in itertools.islice(itertools.cycle(itertools.permutations(kinds)), rounds + 1):
+    times = {name: Times() for name in kinds}
+    orders = itertools.cycle(itertools.permutations(kinds))
+    for index, order in enumerate(itertools.islice(orders, rounds + 1)):
         for name in order:
-            dist.barrier()
-            began = time.perf_counter()
-            kinds[name]()
-            dist.barrier()
-            times[name].append(time.perf_counter() - began)
-    return {name: values[1:] for name, values in times.items()}
+            found = _timed(kinds[name])
+            if index > 0:
+                for values, value in zip(_lists(times[name]), found, strict=True):
+                    values.append(value)
+    return times
+
+
+def _timed(kind: Kind) -> tuple[float, float, float, float]:
+    """As the fields of `Times`."""
+    began = time.perf_counter()
+    kind.before()
+    dist.barrier()
+    ready, processor = time.perf_counter(), time.process_time()
+    kind.step()
+    processor = time.process_time() - processor
+    dist.barrier()
+    done = time.perf_counter()
+    kind.after()
+    return done - ready, processor, ready - began, time.perf_counter() - done
+
+
+def _lists(times: Times) -> tuple[list[float], ...]:
+    return times.wall, times.processor, times.before, times.after
 
 
 def quartiles(values: Iterable[float], unit: float = 1e3) -> str:
@@ -110,6 +133,19 @@ def quartiles(values: Iterable[float], unit: float = 1e3) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def ratios(times: Mapping[str, list[float]], name: str, to: str) -> list[float]:
+def ratios(kind: list[float], plain: list[float]) -> list[float]:
     """Time of one kind over that of another in the same round."""
-    return [other / plain for plain, other in zip(times[to], times[name], strict=True)]
+    return [one / other for one, other in zip(kind, plain, strict=True)]
+
+
+def table(times: Mapping[str, Times], plain: str) -> str:
+    """Milliseconds of each kind and its ratios to `plain`, by either clock, as Markdown."""
+    others = [name for name in times if name != plain]
+    heads = ["clock", *times, *(f"{name} / {plain}" for name in others)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for clock in ("wall", "processor"):
+        of = {name: getattr(found, clock) for name, found in times.items()}
+        cells = [quartiles(values) for values in of.values()]
+        cells += [quartiles(ratios(of[name], of[plain]), 1) for name in others]
+        lines.append("| " + " | ".join([clock, *cells]) + " |")
+    return "\n".join(lines)

@@ -48,8 +48,8 @@ def profile(
 ) -> None:
     """Say where a run's communication time goes: tables, a page, a trace for Perfetto."""
     from moepp_megatron.config import ConfigError
+    from moepp_megatron.profiling.formats.records import SourceError
     from moepp_megatron.profiling.load import has_kineto
-    from moepp_megatron.profiling.records import SourceError
     from moepp_megatron.profiling.trace import ProfileError
 
     try:
@@ -79,8 +79,8 @@ def _profile(
 
     from moepp_megatron.observe.atomic import write_atomic
     from moepp_megatron.profiling.analysis import analyse
-    from moepp_megatron.profiling.ceiling import Ceiling
     from moepp_megatron.profiling.document import document
+    from moepp_megatron.profiling.measures.ceiling import Ceiling
     from moepp_megatron.profiling.perfetto import merged_trace
     from moepp_megatron.profiling.step_summary import measured_peak, summarise
     from moepp_megatron.report.profile.page import render
@@ -119,8 +119,8 @@ def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
 def _summary(path: Path) -> Summary:
     """Of anything that can be compared."""
     from moepp_megatron.profiling.analysis import analyse
+    from moepp_megatron.profiling.formats.sources import read_recording
     from moepp_megatron.profiling.load import has_kineto
-    from moepp_megatron.profiling.sources import read_recording
     from moepp_megatron.profiling.step_summary import summarise
     from moepp_megatron.profiling.summary import read_summary, summarise_recording
 
@@ -146,7 +146,7 @@ def _print_comparison(comparison: Comparison | None) -> None:
 
 def _is_other_source(path: Path) -> bool:
     """Whether a file, or one in a folder, is of a source that is not torch's profiler."""
-    from moepp_megatron.profiling.sources import Format, recognise
+    from moepp_megatron.profiling.formats.sources import Format, recognise
 
     files = [one for one in path.iterdir() if one.is_file()] if path.is_dir() else [path]
     kinds = {recognise(file) for file in files if file.is_file()}

@@ -16,8 +16,8 @@ DEFAULT_RULES = (
     GuardRule(
         name="collapse_to_zero_computation",
         metric="ffn_to_target",
-        below=0.25,
-        clear=0.5,
+        below=0.1,
+        clear=0.25,
         for_steps=20,
         clear_for_steps=20,
         severity="critical",
@@ -31,6 +31,7 @@ DEFAULT_RULES = (
         for_steps=50,
         severity="warning",
         action="raise_tau",
+        scope="mean",
         min_steps_between=200,
     ),
     GuardRule(
@@ -96,7 +97,8 @@ class Rule:
         action: What is done.
         per_layer: Whether each MoE layer is judged, and acted on, by itself.
         min_steps_between: Fewest steps from an end to the next start, in one place.
-        max_firings: Times that the action is taken in a run, all places together.
+        max_firings: Times that the action is taken in a run, all places together; places in which
+            it begins in the same step count once.
     """
 
     name: str

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.layer import MoEPPLayer
+from moepp_megatron.moe.layer import MoEPPLayer, moepp_layers
 from moepp_megatron.moe.selection_bias import bias_step
 
 Controller = Literal["none", "bias", "tau"]
@@ -193,4 +193,4 @@ def add_to_biases(
 
 
 def _layers(chunks: Iterable[torch.nn.Module]) -> list[MoEPPLayer]:
-    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, MoEPPLayer)]
+    return [layer for chunk in chunks for layer in moepp_layers(chunk)]

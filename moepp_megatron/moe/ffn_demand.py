@@ -1,6 +1,6 @@
 """FFN experts that tokens must take, whatever the router wants.
 
-A routing guard (`moepp_megatron.training.routing_guard`) makes demands of layers whose router has
+A routing guard (`moepp_megatron.training.guard`) makes demands of layers whose router has
 gone wrong, or on behalf of tokens:
 
 - `one`: a token among whose K experts there is no FFN expert takes the best FFN expert in the place

@@ -281,6 +281,11 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         )
 
 
+def moepp_layers(model: torch.nn.Module) -> list[MoEPPLayer]:
+    """The MoE++ layers of a model (or model chunk), in their order."""
+    return [module for module in model.modules() if isinstance(module, MoEPPLayer)]
+
+
 def moe_statistics(model: torch.nn.Module) -> dict[int, RoutingStatistics]:
     """Statistics of every MoE layer of a model (or model chunk), by global layer number."""
     return {

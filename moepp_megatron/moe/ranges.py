@@ -6,7 +6,7 @@ the layer knows of them.
 
 Names are of the forward pass. A trace links every operation with its derivative, so it tells the
 backward pass of a part; and a recomputed forward pass by the derivative that it runs in
-(`profiling.kineto`).
+(`profiling.formats.kineto`).
 """
 
 from __future__ import annotations

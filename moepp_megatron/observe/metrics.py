@@ -45,7 +45,7 @@ class StepMetrics(BaseModel):
         ffn_target: FFN share of all selections that ``moe.budget`` wants in this step; only with a
             budget.
         tau: Weight of zero-computation experts in the balance loss, mean over MoE layers; only with
-            a budget.
+            a budget, and where the routing guard has raised it.
         valid_loss: Validation loss, nats; only on evaluated steps.
         layer_expert_share: [MoE layers][E] ``expert_share`` of each layer.
         layer_ffn_fraction: [MoE layers] ``ffn_fraction`` of each layer.
@@ -62,6 +62,11 @@ class StepMetrics(BaseModel):
         slowest_rank_ratio: Its own time over the ranks' median.
         waiting_fraction: Share of the step time that ranks wait for collectives, their mean; only
             on steps where ranks are compared.
+        guard_actions: Places (a rule in a layer, or in the whole model) in which an action of the
+            routing guard beyond warning was in force in this step, or in a dry run would have been;
+            only with ``routing_guard.enabled``.
+        routing_shift: Divergence of the routing profile over its threshold; only on steps where one
+            is judged.
         failed_saves: Checkpoints that could not be written so far; only where any are.
         mfu: Model FLOP/s (`config/flops.py`) over the rated dense FLOP/s of all cards.
         model_tflops: Model TFLOP/s of a rank.
@@ -111,6 +116,8 @@ class StepMetrics(BaseModel):
     slowest_rank: int | None = None
     slowest_rank_ratio: float | None = None
     waiting_fraction: float | None = None
+    guard_actions: int | None = None
+    routing_shift: float | None = None
     failed_saves: int | None = None
     mfu: float | None = None
     model_tflops: float | None = None

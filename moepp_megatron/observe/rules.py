@@ -118,14 +118,19 @@ class RuleJudge:
             What begins or ends, in the order of the rules and layers.
         """
         self._clock += 1
-        events = []
+        events: list[Event] = []
         for rule in self.rules:
             if rule.metric not in values:
                 continue
+            found: list[Event] = []
             for layer, value in self._by_place(rule, values[rule.metric]):
                 if not math.isnan(value):
                     place = self._places.setdefault((rule.name, layer), _Place())
-                    events += self._judge(rule, layer, place, value)
+                    found += self._judge(rule, layer, place, value)
+            if any(event.begins for event in found):
+                # Once, however many layers it is: all of a model may go wrong in the same step.
+                self._firings[rule.name] = self._firings.get(rule.name, 0) + 1
+            events += found
         return events
 
     def places(self, action: str) -> set[int]:
@@ -136,12 +141,20 @@ class RuleJudge:
             if place.action == action and place.phase in ("firing", "clearing")
         }
 
-    def forget(self) -> None:
-        """After going back to a checkpoint: nothing holds; what was done and when is kept."""
-        for place in self._places.values():
+    def forget(self) -> list[Event]:
+        """After going back to a checkpoint: nothing holds; what was done and when is kept.
+
+        Returns:
+            The actions that end by it; their value is NaN, for nothing has been measured.
+        """
+        rules = {rule.name: rule for rule in self.rules}
+        ended = []
+        for (name, layer), place in self._places.items():
             if place.phase in ("firing", "clearing"):
                 place.ended = self._clock
+                ended.append(Event(rules[name], layer, False, place.action, math.nan, 0))
             place.phase, place.action, place.since = "ok", "none", self._clock
+        return ended
 
     def _by_place(self, rule: Rule, value: float | Sequence[float]) -> Iterable[tuple[int, float]]:
         if isinstance(value, int | float):
@@ -176,7 +189,6 @@ class RuleJudge:
             return []
         is_used_up = self._firings.get(rule.name, 0) >= rule.max_firings
         place.action = "warn" if is_used_up else rule.action
-        self._firings[rule.name] = self._firings.get(rule.name, 0) + 1
         self._enter(place, "firing")
         return [Event(rule, layer, True, place.action, value, held, is_used_up)]
 

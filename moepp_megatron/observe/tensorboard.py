@@ -41,6 +41,8 @@ class TensorBoardSink:
         "slowest_rank_ratio": "speed/slowest_rank_ratio",
         "waiting_fraction": "speed/waiting_fraction",
         "skipped_steps": "optimizer/skipped_steps",
+        "guard_actions": "router/guard_actions",
+        "routing_shift": "router/routing_shift",
         "mfu": "speed/mfu",
         "model_tflops": "speed/model_tflops",
         "energy_j": "hardware/energy_j",

@@ -6,12 +6,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepp_megatron.profiling.classes import CallClass, call_classes
-from moepp_megatron.profiling.expected_bytes import LayerBytes, layer_bytes
-from moepp_megatron.profiling.exposure import StepTime, step_time
-from moepp_megatron.profiling.lateness import CallKey, Lateness, lateness
-from moepp_megatron.profiling.links import Links, MeasuredPeak
 from moepp_megatron.profiling.load import load_profile
+from moepp_megatron.profiling.measures.classes import CallClass, call_classes
+from moepp_megatron.profiling.measures.expected_bytes import LayerBytes, layer_bytes
+from moepp_megatron.profiling.measures.expert_load import ExpertLoad, expert_load
+from moepp_megatron.profiling.measures.exposure import StepTime, step_time
+from moepp_megatron.profiling.measures.lateness import CallKey, Lateness, lateness
+from moepp_megatron.profiling.measures.links import Links, MeasuredPeak
 from moepp_megatron.profiling.trace import ProfileError, RankTrace
 
 
@@ -26,6 +27,7 @@ class Profile:
         times: Of each step and rank.
         classes: Collectives by kind, the most exposed first; sums over ranks and steps.
         layers: All-to-all bytes of each layer, direction and pass, of each step.
+        load: Rows of each rank's FFN experts; None where unknown.
         caused_us: Of each rank, how long others waited for it in these steps, all ranks together.
         late: Of each call.
         links: What groups travel on.
@@ -38,6 +40,7 @@ class Profile:
     times: dict[int, dict[int, StepTime]]
     classes: list[CallClass]
     layers: dict[int, list[LayerBytes]]
+    load: ExpertLoad | None
     caused_us: dict[int, float]
     late: dict[CallKey, Lateness]
     links: Links
@@ -114,6 +117,7 @@ def analyse_traces(
         },
         classes=call_classes(traces, steps, late, links, measured),
         layers={number: layer_bytes(traces, number) for number in steps},
+        load=expert_load(traces, steps),
         caused_us=_caused(traces, steps, late),
         late=late,
         links=links,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from moepp_megatron.profiling.analysis import Profile
-from moepp_megatron.profiling.classes import CallClass
-from moepp_megatron.profiling.expected_bytes import LayerBytes
+from moepp_megatron.profiling.measures.classes import CallClass
+from moepp_megatron.profiling.measures.expected_bytes import LayerBytes
 from moepp_megatron.profiling.step_summary import summarise
 
 FORMAT = 1
@@ -37,6 +37,7 @@ def document(profile: Profile) -> dict[str, Any]:
             str(rank): us / 1e3 / len(profile.steps) for rank, us in profile.caused_us.items()
         },
         "rank_steps": _rank_steps(profile),
+        "expert_load": _load(profile),
         "ceiling": profile.ceiling,
         "collectives": [_class(one, _count(profile)) for one in profile.classes],
         "all_to_all": [_layer(step, one) for step in profile.steps for one in profile.layers[step]],
@@ -57,7 +58,15 @@ def _count(profile: Profile) -> int:
     return sum(len(ranks) for ranks in profile.times.values())
 
 
+def _load(profile: Profile) -> dict[str, Any] | None:
+    load = profile.load
+    if load is None:
+        return None
+    return {"busiest_rank": load.busiest, "busiest_over_mean": load.busiest_over_mean}
+
+
 def _rank_steps(profile: Profile) -> list[dict[str, Any]]:
+    rows = profile.load.rows if profile.load is not None else {}
     return [
         {
             "step": step,
@@ -68,6 +77,7 @@ def _rank_steps(profile: Profile) -> list[dict[str, Any]]:
             "exposed_ms": time.exposed_us / 1e3,
             "idle_ms": time.idle_us / 1e3,
             "exposed_share": time.exposed_share,
+            "expert_rows": rows.get((step, rank)),
         }
         for step, ranks in profile.times.items()
         for rank, time in ranks.items()

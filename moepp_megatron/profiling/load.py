@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.profiling.kineto import read_kineto
-from moepp_megatron.profiling.sources import SYNTHETIC_MARK
+from moepp_megatron.profiling.formats.kineto import read_kineto
+from moepp_megatron.profiling.formats.sources import SYNTHETIC_MARK
 from moepp_megatron.profiling.trace import ProfileError, RankTrace
 
 _RANK = re.compile(r"rank[-_]?(\d+)")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moepp_megatron.profiling.analysis import Profile
-from moepp_megatron.profiling.classes import class_name
+from moepp_megatron.profiling.measures.classes import class_name
 from moepp_megatron.profiling.trace import RankTrace, Span
 
 # Order of the lanes within a rank.

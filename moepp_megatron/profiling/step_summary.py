@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from moepp_megatron.profiling.analysis import Profile
-from moepp_megatron.profiling.ceiling import Ceiling
 from moepp_megatron.profiling.collective import Collective
-from moepp_megatron.profiling.links import MeasuredPeak
+from moepp_megatron.profiling.measures.ceiling import Ceiling
+from moepp_megatron.profiling.measures.links import MeasuredPeak
 from moepp_megatron.profiling.summary import Row, Summary
 
 

@@ -12,11 +12,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepp_megatron.profiling.collective import Collective, bus_factor
+from moepp_megatron.profiling.formats.records import SourceError, read_bytes
+from moepp_megatron.profiling.formats.sources import Recording
 from moepp_megatron.profiling.groups import meaning
-from moepp_megatron.profiling.lateness import CallKey, Lateness, lateness
+from moepp_megatron.profiling.measures.lateness import CallKey, Lateness, lateness
 from moepp_megatron.profiling.merge import Basis, find_clocks
-from moepp_megatron.profiling.records import SourceError, read_bytes
-from moepp_megatron.profiling.sources import Recording
 
 
 class Row(BaseModel):

@@ -35,25 +35,36 @@ class BudgetControl:
 
     def begin_step(self, step: int) -> None:
         """Set tau for `step`."""
-        taus = self._controller.taus(step)
-        set_taus(self._model.models, dict(zip(self._routing.layer_numbers, taus, strict=True)))
+        set_taus(self._model.models, self.taus(step))
+
+    def taus(self, step: int) -> dict[int, float]:
+        """Tau in `step` by global layer number, of all MoE layers."""
+        return dict(zip(self._routing.layer_numbers, self._controller.taus(step), strict=True))
+
+    def share(self, step: int) -> float:
+        """FFN share of all selections that is wanted in `step`."""
+        return self._controller.budget.share_at(step)
 
     def end_step(self, step: int) -> dict[str, Any]:
         """Learn from the selections of `step`, once the optimizer has acted; a collective.
 
         Returns:
-            The state for a checkpoint.
+            `state()` after it.
         """
         biases = self._controller.observe(self._routing.selections(), step)
         if biases is not None:
             add_to_biases(self._model.models, self._routing.layer_numbers, biases)
+        return self.state()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: plain numbers, nothing that later steps change."""
         return self._controller.state()
 
     def metrics(self, step: int) -> dict[str, Any]:
         """Fields of the record of `step`."""
         taus = self._controller.taus(step)
         return {
-            "ffn_target": self._controller.budget.share_at(step),
+            "ffn_target": self.share(step),
             "tau": sum(taus) / len(taus),
         }
 

@@ -55,6 +55,7 @@ class RoutingCollector:
         self._ranks_per_replica = layout.tp * layout.cp
         pattern = moe_layer_pattern(model.models[0].config)
         self.layer_numbers = [number for number, is_moe in enumerate(pattern, 1) if is_moe]
+        self._selections: Tensor | None = None
         self._statistics = {
             number: statistics
             for chunk in model.models
@@ -63,6 +64,7 @@ class RoutingCollector:
 
     def reset(self) -> None:
         """Start counting a new step."""
+        self._selections = None
         for statistics in self._statistics.values():
             statistics.reset()
         get_moe_metrics_tracker().clear()
@@ -70,13 +72,17 @@ class RoutingCollector:
     def selections(self) -> Tensor:
         """[MoE layers, E] float64 selections that routers wanted in the step, over all ranks.
 
-        An FFN demand (`moe.ffn_demand`) may have made others of them. Every rank must call.
+        An FFN demand (`moe.ffn_demand`) may have made others of them. Every rank must call. A
+        further call in the same step returns the same numbers without a collective.
         """
+        if self._selections is not None:
+            return self._selections
         local = torch.zeros(len(self.layer_numbers), self._num_experts, dtype=torch.float64)
         for row, number in enumerate(self.layer_numbers):
             if number in self._statistics:
                 local[row] = self._statistics[number].wanted_selections()
-        return sum_over_ranks(local)
+        self._selections = sum_over_ranks(local)
+        return self._selections
 
     def collect(self) -> dict[str, object]:
         """Reduce over all ranks (every rank must call) and compute the metrics of the step."""

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moepp_megatron.config import Config
 from moepp_megatron.moe.health import RouterHealth
-from moepp_megatron.moe.layer import MoEPPLayer
+from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.step import Batch
 
 
 class HealthCollector:
@@ -33,7 +34,7 @@ class HealthCollector:
         self._topk = config.moe.router_topk
         self._num_constants = config.moe.num_constant_experts
         self._numbers = list(layer_numbers)
-        self._chunks = [_moepp_layers(chunk) for chunk in model.models]
+        self._chunks = [moepp_layers(chunk) for chunk in model.models]
         self._layers = {layer.layer_number: layer for chunk in self._chunks for layer in chunk}
         # A router in a CUDA graph repeats kernels; it has no place for further ones.
         is_captured = "moe_router" in config.training.cuda_graphs
@@ -42,16 +43,18 @@ class HealthCollector:
         self._sorts_losses = not config.parallel.overlap_moe_expert_parallel_comm
         self._losses = torch.zeros(2, self._topk + 1, dtype=torch.float64)
         self._is_on = False
+        self._fields: dict[str, Any] | None = None
 
     def begin_step(self, step: int) -> None:
         """Measure in `step`, or not."""
         self._is_on = self._interval > 0 and step % self._interval == 0
+        self._fields = None
         self._losses.zero_()
         for layer in self._layers.values():
             layer.router.health.reset()
             layer.router.health.enabled = self._is_on
 
-    def add_losses(self, chunk: torch.nn.Module, token_losses: Tensor, loss_mask: Tensor) -> None:
+    def add_losses(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
         """Sort a micro-batch's token losses by how many FFN experts the tokens got.
 
         Counts are means over the MoE layers of this pipeline stage's chunk, rounded: with several
@@ -59,25 +62,35 @@ class HealthCollector:
 
         Args:
             chunk: The model chunk, wrapped or not, that has just made the losses.
+            batch: The micro-batch; its `loss_mask` [b, s] is 0 for tokens that do not count.
             token_losses: [b, s].
-            loss_mask: [b, s], 0 for tokens that do not count.
         """
-        layers = _moepp_layers(chunk) if self._is_on and self._sorts_losses else []
+        layers = moepp_layers(chunk) if self._is_on and self._sorts_losses else []
         counts = [layer.router.health.ffn_counts for layer in layers]
         if not counts or any(count is None for count in counts):
             return
         mean_T = torch.stack([count for count in counts if count is not None]).float().mean(dim=0)
         # Tokens are ordered [s, b], and spread over the tensor ranks where there are several.
-        losses, mask = (_own_tokens(values) for values in (token_losses.detach(), loss_mask))
+        losses, mask = (
+            _own_tokens(values) for values in (token_losses.detach(), batch["loss_mask"])
+        )
         buckets = mean_T.round().long()
         for row, values in enumerate((losses * mask, mask)):
             sums = torch.zeros(self._topk + 1, dtype=torch.float64, device=values.device)
             self._losses[row] += sums.index_add_(0, buckets, values.double()).cpu()
 
     def collect(self) -> dict[str, Any]:
-        """Fields of the record of a measured step, none of another; a collective if measured."""
+        """Fields of the record of a measured step, none of another.
+
+        The first call in a measured step is a collective; a further one returns the same.
+        """
         if not self._is_on:
             return {}
+        if self._fields is None:
+            self._fields = self._collect()
+        return self._fields
+
+    def _collect(self) -> dict[str, Any]:
         width = len(RouterHealth.names_for(self._topk, self._num_constants))
         local = torch.zeros(len(self._numbers), width, dtype=torch.float64)
         for row, number in enumerate(self._numbers):
@@ -127,10 +140,6 @@ class HealthCollector:
             metrics["constant_replaced"] = _ratio(replaced, gates)
             metrics["constant_norm"] = _ratio(norms, sums["copies"] * self._num_constants)
         return metrics
-
-
-def _moepp_layers(chunk: torch.nn.Module) -> list[MoEPPLayer]:
-    return [module for module in chunk.modules() if isinstance(module, MoEPPLayer)]
 
 
 def _own_tokens(values: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from moepp_megatron.training.resilience.step_state import StepState
 from moepp_megatron.training.setup import TrainingModel
 
 Batch = dict[str, Tensor]
-# Sees a model chunk, its token losses [b, s] and the mask [b, s] of those that count.
-LossWatcher = Callable[[torch.nn.Module, Tensor, Tensor], None]
+# Sees a model chunk, the micro-batch and its token losses [b, s].
+LossWatcher = Callable[[torch.nn.Module, Batch, Tensor], None]
 
 
 @dataclass
@@ -120,22 +120,22 @@ def _forward_step(
     batch = next(iterator)
     forward = model.build_schedule_plan if return_schedule_plan else model
     output = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    watch = None if watcher is None else partial(watcher, model)
+    watch = None if watcher is None else partial(watcher, model, batch)
     return output, partial(_loss, batch["loss_mask"], watch)
 
 
 def _loss(
-    loss_mask: Tensor, watch: Callable[[Tensor, Tensor], None] | None, token_losses: Tensor
+    loss_mask: Tensor, watch: Callable[[Tensor], None] | None, token_losses: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of token losses, number of tokens, and both for the log.
 
     Args:
         loss_mask: [b, s] fp32.
-        watch: Sees the token losses and the mask.
+        watch: Sees the token losses.
         token_losses: [b, s].
     """
     if watch is not None:
-        watch(token_losses, loss_mask)
+        watch(token_losses)
     loss = (token_losses.float() * loss_mask).sum()
     num_tokens = loss_mask.sum()
     report = torch.stack([loss.detach().double(), num_tokens.double()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,9 +13,7 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.observe.alerts import Alert, AlertSinks
-from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.observe.sinks import Sinks, WandbRun, open_sinks
 from moepp_megatron.training.alerts import (
     batch_skipped,
     open_run_alerts,
@@ -24,23 +21,23 @@ from moepp_megatron.training.alerts import (
     save_failed,
 )
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.checkpoint import (
     CheckpointWriter,
     Loaded,
     find_start,
-    newest_valid,
     read_checkpoint,
 )
-from moepp_megatron.training.collect import RoutingCollector, mean_loss
+from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.evaluate import validation_loss
-from moepp_megatron.training.health import HealthCollector
+from moepp_megatron.training.going_back import go_back, newest_checkpoint
 from moepp_megatron.training.profiler import StepRecorder
 from moepp_megatron.training.resilience.supervisor import Supervisor
+from moepp_megatron.training.routers import Routers
 from moepp_megatron.training.run_folder import checkpoint_folder, write_config
+from moepp_megatron.training.run_sinks import open_run_sinks
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
-from moepp_megatron.training.step import training_step
+from moepp_megatron.training.step import StepResult, training_step
 from moepp_megatron.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -73,7 +70,6 @@ class Trainer:
             config.training.seed,
             self._num_samples(),
         )
-        self._routing = RoutingCollector(self.model, config, layout)
         self._supervisor = Supervisor(config, self.model)
         self.stopped = False
         self._alerts: AlertSinks | None = None
@@ -82,10 +78,7 @@ class Trainer:
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load()
         self.progress, self.extra = loaded.progress, loaded.extra
-        self._budget = self._open_budget()
-        self._health = HealthCollector(
-            config, self.model, self._routing.layer_numbers, config.observe.health_interval
-        )
+        self._routers = Routers(config, self.model, layout, self.extra, self._train_set)
         self._telemetry = Telemetry(config, self.progress.tokens)
         self._recorder = StepRecorder(config, layout, self.model)
 
@@ -98,7 +91,7 @@ class Trainer:
         config, training = self.config, self.config.training
         if dist.get_rank() == 0:
             write_config(config)
-        sinks = self._open_sinks()
+        sinks = open_run_sinks(config, self.progress)
         if sinks is not None:
             self._alerts = open_run_alerts(config, sinks, self.progress)
         batches = rank_batches(
@@ -112,22 +105,19 @@ class Trainer:
                 supervisor.begin_step(self.progress.step + 1)
                 self._recorder.begin_step(self.progress.step + 1)
                 started = time.perf_counter()
-                self._routing.reset()
-                self._health.begin_step(self.progress.step + 1)
-                if self._budget is not None:
-                    self._budget.begin_step(self.progress.step + 1)
+                self._routers.begin_step(self.progress.step + 1)
                 result = training_step(
                     self.model,
                     batches,
                     config,
                     self.layout,
                     supervisor.guard,
-                    self._health.add_losses,
+                    self._routers.watch_losses,
                 )
                 self._recorder.end_step()
                 if result.updated:
                     self._advance()
-                    self._learn_budget()
+                    self._routers.learn(self.progress.step)
                     supervisor.end_step(self.progress.step)
                 else:
                     self._skip()
@@ -139,13 +129,15 @@ class Trainer:
                     if sinks is not None:
                         sinks.write(record)
                         self._complain()
+                stays = result.updated and self._judge_routers(result)
                 self.stopped = stop.agreed()
-                if result.updated and self._due(config.checkpoint.save_interval) or self.stopped:
+                if stays and self._due(config.checkpoint.save_interval) or self.stopped:
                     with supervisor.during("save"):
-                        self.checkpoints.save(self.model, self.progress, self.extra)
+                        self._save()
             self._recorder.close()
             with supervisor.during("save"):
                 self.checkpoints.finish()
+                self._routers.write_profile()
         if self._alerts is not None:
             self._alerts.close()
         if sinks is not None:
@@ -172,16 +164,11 @@ class Trainer:
                     save_failed(self.progress, self._told_failed_saves, self.checkpoints.error)
                 )
 
-    def _learn_budget(self) -> None:
-        if self._budget is not None:
-            # A new entry, not a changed one: a save under way keeps the old one.
-            self.extra = {**self.extra, "budget": self._budget.end_step(self.progress.step)}
-
-    def _open_budget(self) -> BudgetControl | None:
-        """Goes on from what `extra` holds."""
-        if not self.config.moe.budget.acts:
-            return None
-        return BudgetControl(self.config, self.model, self._routing, self.extra.get("budget"))
+    def _save(self) -> None:
+        # A new dictionary, not a changed one: a save under way keeps the old one.
+        self.extra = {**self.extra, **self._routers.state()}
+        self.checkpoints.save(self.model, self.progress, self.extra)
+        self._routers.write_profile()
 
     def _advance(self) -> None:
         samples = self.config.training.global_batch_size
@@ -197,24 +184,43 @@ class Trainer:
             with self._supervisor.during("rollback"):
                 self._roll_back()
 
+    def _judge_routers(self, result: StepResult) -> bool:
+        """Let the routing guard judge the step just taken; false where the run has gone back."""
+        step = self.progress.step
+        verdict = self._routers.judge(step, result)
+        for alert in verdict.alerts:
+            self._alert(alert)
+        if not verdict.rollbacks:
+            return True
+        with self._supervisor.during("rollback"):
+            newest = step - verdict.healthy_steps_ago
+            checkpoint = newest_checkpoint(self.config, self.checkpoints, newest)
+            for alert in verdict.rollback_alerts(step, checkpoint, newest):
+                self._alert(alert)
+            if checkpoint is None:
+                return True
+            self._go_back(checkpoint)
+            # The checkpoints of what is undone are newer than the one gone back to. A run that is
+            # resumed must not take them.
+            self._save()
+        return False
+
     def _roll_back(self) -> None:
-        """Load the newest checkpoint; data goes on after all that has been read."""
+        """The numerical guard goes back to the newest checkpoint."""
         guard, before = self._supervisor.guard, self.progress
         assert guard is not None, "only the guard asks to go back"
-        self.checkpoints.finish()
-        checkpoint = newest_valid(checkpoint_folder(self.config))
+        checkpoint = newest_checkpoint(self.config, self.checkpoints)
         guard.begin_rollback(before.step, checkpoint is not None)
         assert checkpoint is not None, "begin_rollback raises without one"
-        loaded = read_checkpoint(checkpoint, self.model, self.config)
-        self.progress = replace(
-            loaded.progress,
-            consumed_samples=before.consumed_samples,
-            skipped_steps=before.skipped_steps,
-        )
-        self.extra = loaded.extra
-        self._budget = self._open_budget()
-        self._share_losses_with_guard()
+        self._go_back(checkpoint)
         self._alert(rolled_back(before, f"{guard.last_reason}; back to {checkpoint.name}"))
+
+    def _go_back(self, checkpoint: Path) -> None:
+        before = self.progress
+        self.progress, self.extra = go_back(checkpoint, self.model, self.config, before)
+        for alert in self._routers.go_back(before.step, self.extra):
+            self._alert(alert)
+        self._share_losses_with_guard()
 
     def _share_losses_with_guard(self) -> None:
         """Checkpoints hold what the guard remembers, so that a resumed run judges alike."""
@@ -238,13 +244,12 @@ class Trainer:
         loss = mean_loss(losses)
         elapsed = time.perf_counter() - started
         tokens = self.config.training.global_batch_size * self.config.model.seq_length
-        routing = self._routing.collect()
+        routing = self._routers.routing_metrics()
         valid_loss = None
         if self._evaluates():
             with self._supervisor.during("evaluation"):
                 valid_loss = validation_loss(self.model, self._valid_set, self.config, self.layout)
-        ffn_fraction = routing["ffn_fraction"]
-        assert isinstance(ffn_fraction, float), "a share"
+        ffn_fraction: float = routing["ffn_fraction"]
         telemetry = self._telemetry.metrics(self.progress.tokens, tokens / elapsed, ffn_fraction)
         return StepMetrics(
             step=self.progress.step,
@@ -258,9 +263,8 @@ class Trainer:
             skipped_steps=self.progress.skipped_steps or None,
             **self._supervisor.metrics(),  # type: ignore[arg-type]
             failed_saves=self.checkpoints.failed_saves if self._saves() else None,
-            **routing,  # type: ignore[arg-type]
-            **self._health.collect(),
-            **({} if self._budget is None else self._budget.metrics(self.progress.step)),
+            **routing,
+            **self._routers.metrics(self.progress.step),
             **telemetry,
         )
 
@@ -279,30 +283,3 @@ class Trainer:
             return Loaded()
         weights_only = not self.config.checkpoint.load_optimizer
         return read_checkpoint(start, self.model, self.config, weights_only)
-
-    def _open_sinks(self) -> Sinks | None:
-        """Where metrics go; on one rank, since they are global."""
-        if dist.get_rank() != 0:
-            return None
-        moe = self.config.moe
-        counts = ExpertCounts(
-            moe.num_ffn_experts,
-            moe.num_constant_experts,
-            moe.num_copy_experts,
-            moe.num_zero_experts,
-        )
-        return open_sinks(
-            Path(self.config.run.dir),
-            counts,
-            phi=moe.ffn_share,
-            total_steps=self.config.training.train_iters,
-            resume_step=self.progress.step + 1,
-            print_every=10,
-            wandb=self._wandb(),
-        )
-
-    def _wandb(self) -> WandbRun | None:
-        settings = self.config.observe.wandb
-        if settings.project is None:
-            return None
-        return WandbRun(settings, self.config.run.name, self.config.model_dump(mode="json"))

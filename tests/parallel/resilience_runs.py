@@ -53,7 +53,7 @@ def run_trainer(
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)
-    data = _Without(SyntheticDataset(config, 40), without)
+    data = Without(SyntheticDataset(config, 40), without)
     with ExitStack() as stack:
         stack.enter_context(
             mock.patch.object(module, "build_datasets", return_value=(data, None, None))
@@ -80,7 +80,7 @@ def trainer_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict
     return raw
 
 
-class _Without:
+class Without:
     """A data set that lacks some global batches."""
 
     def __init__(self, dataset: Any, batches: tuple[int, ...]) -> None:

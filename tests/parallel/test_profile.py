@@ -12,7 +12,7 @@ import pytest
 from moepp_megatron.profiling.analysis import Profile, analyse
 from moepp_megatron.profiling.collective import Operation
 from moepp_megatron.profiling.document import document
-from moepp_megatron.profiling.place import Place, place_of
+from moepp_megatron.profiling.measures.place import Place, place_of
 from tests.parallel import forced_routing
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import SyntheticDataset, settings
@@ -152,6 +152,11 @@ def test_formula_with_an_even_load(ranks: RankPools, tmp_path: Path) -> None:
         assert [one.measured for one in found.layers[step]] == [expected] * LAYERS * 4
         # The two experts live on two ranks: nothing is sent twice.
         assert all(one.deduplicated == one.measured for one in found.layers[step])
+    # Half of the global batch's FFN selections on each rank, in each layer and pass.
+    rows = tokens * topk * phi * LAYERS
+    assert found.load is not None
+    assert found.load.busiest_over_mean == 1.0
+    assert found.load.rows == {(step, rank): rows / 2 for step in STEPS for rank in (0, 1)}
 
 
 def test_every_call_is_placed_and_matched(ranks: RankPools, tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from difflib import get_close_matches
 
 from moepp_megatron.config.guard_metrics import GUARD_METRICS, MEASURED
-from moepp_megatron.config.guard_rules import merged_rules
+from moepp_megatron.config.guard_rules import complete, merged_rules
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.schema import Config, GuardRule
 
@@ -228,6 +229,38 @@ def guard_has_checkpoints_to_go_back_to(config: Config) -> Iterator[Problem]:
         return
 
 
+def guard_keeps_checkpoints_of_before(config: Config) -> Iterator[Problem]:
+    """It goes back to before the rule held, so a checkpoint of then must still be there."""
+    keep, interval = config.checkpoint.keep, config.checkpoint.save_interval
+    if keep is None or interval == 0:
+        return
+    for rule in map(complete, _acting(config, "rollback")):
+        # The newest may be that of the last step but one in which it held.
+        needed = 1 + math.ceil((rule.for_steps - 1) / interval)
+        if keep < needed:
+            yield Problem(
+                "checkpoint.keep",
+                keep,
+                f"must be at least {needed} with the action rollback of rule {rule.name}, which "
+                f"goes back to before its {rule.for_steps} steps (checkpoint.save_interval "
+                f"{interval})",
+                f"use {needed}, or null",
+            )
+            return
+
+
+def shift_is_judged_at_last(config: Config) -> Iterator[Problem]:
+    """What is not remembered does not count for the warm-up."""
+    shift = config.routing_guard.shift
+    if shift.warmup > shift.memory:
+        yield Problem(
+            "routing_guard.shift.warmup",
+            shift.warmup,
+            f"must be at most routing_guard.shift.memory ({shift.memory})",
+            f"use {shift.memory}",
+        )
+
+
 RULES = (
     guard_has_routers_to_watch,
     guard_rules_have_one_name_each,
@@ -242,4 +275,6 @@ RULES = (
     forced_token_ids_exist,
     raised_tau_acts_through_the_balance_loss,
     guard_has_checkpoints_to_go_back_to,
+    guard_keeps_checkpoints_of_before,
+    shift_is_judged_at_last,
 )

@@ -77,8 +77,8 @@ class GuardRule(Section):
     max_firings: int | None = Field(
         default=None,
         ge=1,
-        description="Times that the action is taken in a run; after that the rule only warns; "
-        "null: 10",
+        description="Times that the action is taken in a run, layers of one step counting once; "
+        "after that the rule only warns; null: 10",
         json_schema_extra=unit("times"),
     )
 
@@ -114,7 +114,7 @@ class ForceFFNSection(Section):
 
 
 class ShiftSection(Section):
-    """The routing profile and when a divergence from its reference is a shift of the data."""
+    """The routing profile, and when it is so far from its reference that the data has shifted."""
 
     window: int = Field(
         default=10,
@@ -132,7 +132,7 @@ class ShiftSection(Section):
         default=None,
         ge=1,
         description="Keep the reference of this step from then on; null lets it follow the run, so "
-        "that what training changes slowly is no shift",
+        "that what training changes slowly is no shift. Not before training has become slow",
         json_schema_extra=unit("steps"),
     )
     span: int = Field(
@@ -151,20 +151,20 @@ class ShiftSection(Section):
     memory: int = Field(
         default=64,
         ge=8,
-        description="Newest divergences that tell how large they are without a shift",
+        description="Newest windows without a shift that tell how much such windows differ",
         json_schema_extra=unit("windows"),
     )
     warmup: int = Field(
         default=16,
         ge=4,
-        description="Divergences before which nothing is judged",
+        description="Windows that must have told so before one is judged; at most memory",
         json_schema_extra=unit("windows"),
     )
     threshold: float = Field(
         default=8.0,
         gt=0.0,
-        description="Robust standard deviations of the log divergence above its median from which "
-        "it is a shift; docs/guard.md says why 8",
+        description="Robust standard deviations of the log distance above its median from which "
+        "it is a shift; docs/routing_shift.md says why 8",
         json_schema_extra=unit("1"),
     )
 

@@ -45,6 +45,8 @@ OF_RECORDS: Mapping[str, Exported] = {
     "grad_norm": Exported("moepp_grad_norm", "global gradient norm before clipping"),
     "num_zeros": Exported("moepp_grad_zeros", "gradient elements that are exactly zero"),
     "skipped_steps": Exported("moepp_skipped_steps", "batches that the numerical guard refused"),
+    "guard_actions": Exported("moepp_guard_actions", "actions of the routing guard in force"),
+    "routing_shift": Exported("moepp_routing_shift", "routing divergence over its threshold"),
     "failed_saves": Exported("moepp_failed_saves", "checkpoints that could not be written"),
     "step_time_s": Exported("moepp_step_time_seconds", "wall time of the step"),
     "tokens_per_s": Exported("moepp_tokens_per_second", "throughput of the step"),

@@ -152,6 +152,9 @@ def _tables(document: dict[str, Any]) -> list[TextTable]:
                 3,
             )
         )
-    note = "Milliseconds. What neither computes nor communicates is waiting for something else."
+    note = (
+        "Milliseconds. What neither computes nor communicates is waiting for something else. "
+        "Expert rows: what the rank's FFN experts computed in the forward passes, all layers."
+    )
     found.append(TextTable("Ranks", note, RANK_COLUMNS, rank_rows(document), 0))
     return found

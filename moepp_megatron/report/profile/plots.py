@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from moepp_megatron.profiling.analysis import Profile
 from moepp_megatron.report.drawing import (
     BLUE,
     GREEN,
     GRID,
-    MUTED,
+    INK,
     VERMILION,
     new_figure,
     plot_style,
@@ -19,7 +20,7 @@ from moepp_megatron.report.drawing import (
 )
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.profile.timeline import COLOURS
-from moepp_megatron.report.profile.words import costs
+from moepp_megatron.report.profile.words import Cost, costs
 
 # From here on, ranks are bars that nobody can read.
 _MOST_RANKS = 64
@@ -27,15 +28,19 @@ _MOST_RANKS = 64
 
 def profile_plots(profile: Profile, document: dict[str, Any]) -> list[Plot]:
     """Where the step goes, what communication costs, bytes of each layer."""
+    spent = [cost for cost in costs(profile) if cost.time_ms > 0][:9]
+    ranks = _shown_ranks(document)
+    # They stand side by side: with few ranks as tall as each other.
+    rows = max(len(ranks), len(spent)) if len(ranks) <= 12 else None
     with plot_style():
-        found = [_ranks(document), _costs(profile)]
+        found = [_ranks(document, ranks, rows), _costs(spent, rows)]
         if document["all_to_all"]:
             found.append(_layers(document))
     return found
 
 
-def _ranks(document: dict[str, Any]) -> Plot:
-    """Stacked bars: computation, exposed communication, neither."""
+def _shown_ranks(document: dict[str, Any]) -> list[int]:
+    """All, or those with most exposed communication."""
     ranks = sorted({one["rank"] for one in document["rank_steps"]})
     if len(ranks) > _MOST_RANKS:
         shares = {
@@ -43,12 +48,25 @@ def _ranks(document: dict[str, Any]) -> Plot:
             for rank in ranks
         }
         ranks = sorted(sorted(ranks, key=lambda rank: -shares[rank])[:_MOST_RANKS])
+    return ranks
+
+
+def _figure(bars: int, rows: int | None) -> tuple[Figure, float]:
+    """A figure for this many bars, with room for `rows`, and the bars' height."""
+    room = max(rows or bars, 1)
+    # A bar is never thicker than where there is no spare room.
+    thick = 0.8 * min(1.0, 1.6 * bars / room) if bars else 0.8
+    return new_figure(6.4, max(2.0, 1.0 + 0.42 * room)), thick
+
+
+def _ranks(document: dict[str, Any], ranks: list[int], rows: int | None) -> Plot:
+    """Stacked bars: computation, exposed communication, neither."""
     parts = (
         ("compute_ms", "computes", BLUE),
         ("exposed_ms", "exposed communication", VERMILION),
         ("idle_ms", "neither", GRID),
     )
-    figure = new_figure(6.4, max(2.0, 1.0 + 0.42 * len(ranks)))
+    figure, thick = _figure(len(ranks), rows)
     axes = figure.subplots()
     left = np.zeros(len(ranks))
     for key, label, colour in parts:
@@ -58,7 +76,8 @@ def _ranks(document: dict[str, Any]) -> Plot:
                 for rank in ranks
             ]
         )
-        axes.barh([str(rank) for rank in ranks], values, left=left, color=colour, label=label)
+        names = [str(rank) for rank in ranks]
+        axes.barh(names, values, thick, left=left, color=colour, label=label)
         left += values
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a step")
@@ -73,15 +92,15 @@ def _ranks(document: dict[str, Any]) -> Plot:
     )
 
 
-def _costs(profile: Profile) -> Plot:
+def _costs(found: list[Cost], rows: int | None) -> Plot:
     """Bars of exposed time by purpose."""
-    found = [cost for cost in costs(profile) if cost.time_ms > 0][:9]
-    figure = new_figure(6.4, max(2.0, 1.0 + 0.42 * len(found)))
+    figure, thick = _figure(len(found), rows)
     axes = figure.subplots()
     names = [cost.purpose for cost in found]
-    axes.barh(names, [cost.time_ms for cost in found], color=GRID, label="time in collectives")
+    every = [cost.time_ms for cost in found]
+    axes.barh(names, every, thick, color=GRID, label="time in collectives")
     colours = [COLOURS.get(name, COLOURS["other"]) for name in names]
-    axes.barh(names, [cost.exposed_ms for cost in found], color=colours, height=0.55)
+    axes.barh(names, [cost.exposed_ms for cost in found], 0.69 * thick, color=colours)
     axes.plot(
         [cost.wait_ms for cost in found],
         names,
@@ -121,13 +140,13 @@ def _layers(document: dict[str, Any]) -> Plot:
     axes.bar(places, total("vanilla_bytes"), 0.82, color=GRID, label="vanilla, even load")
     axes.bar(places - 0.2, total("measured_bytes"), 0.36, color=BLUE, label="measured")
     axes.bar(places + 0.2, total("deduplicated_bytes"), 0.36, color=GREEN, label="deduplicated")
-    axes.plot(
-        places,
+    axes.hlines(
         total("even_load_bytes"),
-        linestyle="none",
-        marker="_",
-        markersize=26,
-        color=MUTED,
+        places - 0.41,
+        places + 0.41,
+        color=INK,
+        linewidth=1.2,
+        linestyle=(0, (3, 2)),
         label="FFN-only, even load",
     )
     if len(layers) <= 40:

@@ -33,7 +33,16 @@ LAYER_COLUMNS = (
     "vanilla",
     "side",
 )
-RANK_COLUMNS = ("step", "rank", "step time", "computes", "communicates", "exposed", "share")
+RANK_COLUMNS = (
+    "step",
+    "rank",
+    "step time",
+    "computes",
+    "communicates",
+    "exposed",
+    "share",
+    "expert rows",
+)
 
 
 def collective_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -103,6 +112,7 @@ def rank_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
             _ms(one["communication_ms"]),
             _ms(one["exposed_ms"]),
             formatting.percent(one["exposed_share"]),
+            NO if one["expert_rows"] is None else f"{one['expert_rows']:,}",
         )
         for one in document["rank_steps"]
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from moepp_megatron.profiling.analysis import Profile
-from moepp_megatron.profiling.classes import class_name
+from moepp_megatron.profiling.measures.classes import class_name
 from moepp_megatron.profiling.trace import RankTrace, Span
 from moepp_megatron.report import formatting
 

@@ -6,10 +6,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from moepp_megatron.profiling.analysis import Profile
-from moepp_megatron.profiling.classes import CallClass
 from moepp_megatron.profiling.document import equals_formula
+from moepp_megatron.profiling.measures.classes import CallClass
 from moepp_megatron.report import formatting
 from moepp_megatron.report.cards import Card
+
+# Below this the busiest rank's load is not worth a remedy.
+_EVEN = 1.1
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def findings(profile: Profile) -> list[str]:
     """Sentences, the most important first."""
     found = [_exposure(profile), *_largest(profile)]
     found += _lateness(profile)
+    found += _load(profile)
     moved = vectors(profile)
     if moved is not None and moved.plain:
         found.append(_bytes(moved))
@@ -170,6 +174,23 @@ def _lateness(profile: Profile) -> list[str]:
             "(experts' load, micro-batches, a slow machine)."
         )
     return [first]
+
+
+def _load(profile: Profile) -> list[str]:
+    load = profile.load
+    if load is None:
+        return []
+    ratio = f"{load.busiest_over_mean:.2f}"
+    if load.busiest_over_mean < _EVEN:
+        return [
+            f"Experts' load hardly differs between ranks: in a layer the busiest computes {ratio} "
+            "times the rows of the mean rank."
+        ]
+    return [
+        f"Experts' load differs between ranks: in a layer the busiest computes {ratio} times the "
+        f"rows of the mean rank; rank {load.busiest} computes most. A larger moe.balance_coeff "
+        "evens it."
+    ]
 
 
 def _bytes(moved: Vectors) -> str:

@@ -10,7 +10,10 @@
   const FONT = "12px system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
   const GUTTER = 128, AXIS = 24, LANE = 24, GAP = 3, RANK_GAP = 12;
   const NUMBER = 0, START = 1, LENGTH = 2, LABEL = 3, DETAIL = 4, WAIT = 5;
-  let step = data.steps[0], from = 0, until = step.duration, alone = null, hovered = null;
+  // The first that is seen is neither the quickest nor the one with a hiccup.
+  const byLength = [...data.steps].sort((a, b) => a.duration - b.duration);
+  let step = byLength[Math.floor((byLength.length - 1) / 2)];
+  let from = 0, until = step.duration, alone = null, hovered = null;
   let rows = [], height = 0;
 
   // Light text on dark colours, dark on light ones.
@@ -313,6 +316,7 @@
 
   const select = document.getElementById("step");
   data.steps.forEach((one, at) => select.append(new Option(String(one.step), String(at))));
+  select.value = String(data.steps.indexOf(step));
   select.addEventListener("change", () => open(data.steps[Number(select.value)]));
 
   function open(chosen) {

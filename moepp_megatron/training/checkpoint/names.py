@@ -38,6 +38,11 @@ def checkpoint_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
+def checkpoint_step(path: Path) -> int:
+    """The steps that the folder's name tells."""
+    return int(path.name.removeprefix(PREFIX))
+
+
 def incomplete_name(name: str, token: str) -> str:
     """Where `name` is written. The token tells this attempt from one that a dead run left."""
     return f".{name}.{_INCOMPLETE}-{token}"

@@ -22,6 +22,7 @@ from moepp_megatron.training.checkpoint.find import (
     start_candidates,
     warn_skipped,
 )
+from moepp_megatron.training.checkpoint.names import checkpoint_step
 from moepp_megatron.training.checkpoint.pickles import unsafe_pickle
 from moepp_megatron.training.checkpoint.progress import Progress, grid, read_record
 from moepp_megatron.training.checkpoint.state import (
@@ -73,9 +74,17 @@ def find_start(config: Config, folder: Path) -> Path | None:
     return start
 
 
-def newest_valid(folder: Path) -> Path | None:
-    """The newest valid checkpoint in a run's folder, verified; every rank must call."""
-    return _first_agreed(list_checkpoints(folder))[0]
+def newest_valid(folder: Path, up_to_step: int | None = None) -> Path | None:
+    """The newest valid checkpoint in a run's folder, verified; every rank must call.
+
+    Args:
+        folder: The run's checkpoint folder.
+        up_to_step: Only those after at most so many steps.
+    """
+    candidates = list_checkpoints(folder)
+    if up_to_step is not None:
+        candidates = [path for path in candidates if checkpoint_step(path) <= up_to_step]
+    return _first_agreed(candidates)[0]
 
 
 def _first_agreed(candidates: list[Path]) -> tuple[Path | None, list[str]]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.moe.ranges import PREFIX, Ranges, name_layers
+from moepp_megatron.moe.ranges import Ranges, name_layers, range_
 from moepp_megatron.moe.traffic import TrafficCounter
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.training import step as step_module
@@ -44,7 +45,7 @@ class StepRecorder:
         self._records_here = ranks is None or dist.get_rank() in ranks
         self._ranges, self._traffic = Ranges(), TrafficCounter()
         self._profile: profile | None = None
-        self._step: record_function | None = None
+        self._step: AbstractContextManager[None] | None = None
         self._about: dict[str, Any] = {}
         self._done = False
 
@@ -61,7 +62,7 @@ class StepRecorder:
         if self._profile is not None:
             self._traffic.take()
             self._about["steps"].append({"step": step})
-            self._step = record_function(f"{PREFIX}step/{step}")
+            self._step = range_(f"step/{step}")
             self._step.__enter__()
 
     def end_step(self) -> None:

@@ -16,8 +16,8 @@ from moepp_megatron.cli.bench_collectives import _KINDS
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.choices import parse_size
-from moepp_megatron.profiling.ceiling import Ceiling
 from moepp_megatron.profiling.collective import Operation
+from moepp_megatron.profiling.measures.ceiling import Ceiling
 
 
 def test_command_writes_a_ceiling_and_a_plot(tmp_path: Path) -> None:

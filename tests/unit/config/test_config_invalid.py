@@ -80,6 +80,7 @@ INVALID = [
         "routing_guard.rules[0].metric ('routing_shift')",
         "change routing_guard.shift.window",
     ),
+    (["routing_guard.shift.memory=12"], "routing_guard.shift.warmup (16)", "use 12"),
     ([GUARD, *VANILLA], "routing_guard.enabled (true)", "add zero-computation experts"),
     (
         [GUARD, "moe.num_ffn_experts=1", "moe.router_topk=2"],
@@ -111,6 +112,16 @@ INVALID = [
         [GUARD, "moe.balance_coeff=0"],
         "moe.balance_coeff (0.0)",
         "give rule few_ffn_experts the action warn",
+    ),
+    (
+        [
+            GUARD,
+            guard_rule(action="rollback", for_steps=22),
+            "checkpoint.save_interval=10",
+            "checkpoint.keep=3",
+        ],
+        "checkpoint.keep (3)",
+        "use 4, or null",
     ),
     (
         [GUARD, guard_rule(action="rollback")],

@@ -91,6 +91,12 @@ def test_a_used_up_rule_only_warns() -> None:
     assert judge.places("safe_mode") == set()
 
 
+def test_layers_that_go_wrong_together_use_up_one_firing() -> None:
+    rule = replace(LOW, for_steps=1, max_firings=1)
+    events = RuleJudge([rule], [1, 2, 3]).judge({"ffn_fraction": [0.1, 0.5, 0.1]})
+    assert [(event.layer, event.action) for event in events] == [(1, "safe_mode"), (3, "safe_mode")]
+
+
 def test_a_state_goes_on_in_the_middle_of_an_action() -> None:
     steps = [[0.1], [0.1], [0.1], [0.5], [0.1], [0.5], [0.5], [0.1], [0.1], [0.1]]
     whole = judged(RuleJudge([LOW], [1]), steps)
@@ -117,7 +123,9 @@ def test_going_back_keeps_what_was_done() -> None:
     rule = replace(LOW, for_steps=2, max_firings=1, action="rollback")
     judge = RuleJudge([rule], [1])
     assert judged(judge, [[0.1]] * 2) == [".", "+"]
-    judge.forget()
+    (ended,) = judge.forget()
+    assert (ended.begins, ended.layer, ended.action) == (False, 1, "rollback")
+    assert judge.forget() == []
     (event,) = [*judge.judge({"ffn_fraction": [0.1]}), *judge.judge({"ffn_fraction": [0.1]})]
     assert event.action == "warn"
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.profiling.ceiling import Ceiling
 from moepp_megatron.profiling.collective import Operation
+from moepp_megatron.profiling.measures.ceiling import Ceiling
 
 
 def record(size: int, time_us: float, **changes: Any) -> dict[str, Any]:

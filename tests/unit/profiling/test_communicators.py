@@ -2,8 +2,8 @@
 
 import pytest
 
-from moepp_megatron.profiling.communicators import Membership, global_ranks
-from moepp_megatron.profiling.records import SourceError
+from moepp_megatron.profiling.formats.communicators import Membership, global_ranks
+from moepp_megatron.profiling.formats.records import SourceError
 
 
 def member(process: str, communicator: str, rank: int, size: int) -> Membership:

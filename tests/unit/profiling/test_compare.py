@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.profiling.compare import compare, in_words
-from moepp_megatron.profiling.records import SourceError
-from moepp_megatron.profiling.sources import read_recording
+from moepp_megatron.profiling.formats.records import SourceError
+from moepp_megatron.profiling.formats.sources import read_recording
 from moepp_megatron.profiling.summary import Row, Summary, read_summary, summarise_recording
 
 SAMPLES = Path(__file__).parent / "samples"

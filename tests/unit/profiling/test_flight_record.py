@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.profiling.collective import Operation
-from moepp_megatron.profiling.flight_recorder import read_flight_record
-from moepp_megatron.profiling.records import SourceError
+from moepp_megatron.profiling.formats.flight_recorder import read_flight_record
+from moepp_megatron.profiling.formats.records import SourceError
 
 GLOO = Path(__file__).parent / "samples" / "flight_recorder_gloo"
 NCCL = Path(__file__).parent / "samples" / "flight_recorder_nccl"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.profiling.collective import Collective, Operation
-from moepp_megatron.profiling.inspector import read_inspector
-from moepp_megatron.profiling.records import SourceError
+from moepp_megatron.profiling.formats.inspector import read_inspector
+from moepp_megatron.profiling.formats.records import SourceError
 
 SAMPLES = Path(__file__).parent / "samples"
 NEW = sorted((SAMPLES / "inspector_2_30").glob("*.log"))

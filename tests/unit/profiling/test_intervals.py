@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from moepp_megatron.profiling.intervals import Interval, intersect, length, subtract, union
+from moepp_megatron.profiling.measures.intervals import Interval, intersect, length, subtract, union
 
 
 def points(intervals: list[Interval]) -> set[int]:

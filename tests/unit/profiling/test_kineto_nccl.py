@@ -10,10 +10,10 @@ import pytest
 from moepp_megatron.profiling.analysis import Profile, analyse
 from moepp_megatron.profiling.collective import Collective, Operation
 from moepp_megatron.profiling.document import document
-from moepp_megatron.profiling.kineto import parse_kineto
-from moepp_megatron.profiling.kineto_sizes import bytes_of_type, operation_of, whole_list
+from moepp_megatron.profiling.formats.kineto import parse_kineto
+from moepp_megatron.profiling.formats.kineto_sizes import bytes_of_type, operation_of, whole_list
 from moepp_megatron.profiling.load import load_profile
-from moepp_megatron.profiling.place import Place, place_of
+from moepp_megatron.profiling.measures.place import Place, place_of
 
 SAMPLE = Path(__file__).parent / "samples" / "kineto_nccl"
 
@@ -98,7 +98,7 @@ def test_network_between_nodes() -> None:
     traces = load_profile(SAMPLE)
     for trace in traces:
         trace.about["nodes"] = ["node-a", "node-b"]
-    from moepp_megatron.profiling.links import Link, Links
+    from moepp_megatron.profiling.measures.links import Link, Links
 
     call = traces[0].collectives[0]
     assert Links(traces).of(call) == Link("network", 50.0)  # 400 Gbit/s a card.

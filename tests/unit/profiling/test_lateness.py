@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from moepp_megatron.profiling.collective import Collective, Operation
-from moepp_megatron.profiling.lateness import Lateness, lateness
-from moepp_megatron.profiling.purpose import purpose_of
+from moepp_megatron.profiling.measures.lateness import Lateness, lateness
+from moepp_megatron.profiling.measures.purpose import purpose_of
 
 
 def call(rank: int, start: float, end: float, **changes: object) -> Collective:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.profiling.collective import Collective, Operation
-from moepp_megatron.profiling.inspector import read_inspector
+from moepp_megatron.profiling.formats.inspector import read_inspector
 from moepp_megatron.profiling.merge import Basis, find_clocks, merge, same_calls
 
 SAMPLES = Path(__file__).parent / "samples"

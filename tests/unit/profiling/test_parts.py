@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moepp_megatron.moe.ranges import Ranges
 from moepp_megatron.profiling.analysis import analyse
-from moepp_megatron.profiling.kineto import parse_kineto, read_kineto
+from moepp_megatron.profiling.formats.kineto import parse_kineto, read_kineto
 from moepp_megatron.profiling.trace import ProfileError, RankTrace
 
 

@@ -1,7 +1,7 @@
 """Which sends and receives make one all-to-all."""
 
 from moepp_megatron.profiling.collective import Collective, Operation
-from moepp_megatron.profiling.peer_transfers import (
+from moepp_megatron.profiling.formats.peer_transfers import (
     Transfer,
     is_all_to_all,
     put_together,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.profiling.collective import Collective, Operation
-from moepp_megatron.profiling.plugin_trace import read_plugin_trace
-from moepp_megatron.profiling.records import SourceError
+from moepp_megatron.profiling.formats.plugin_trace import read_plugin_trace
+from moepp_megatron.profiling.formats.records import SourceError
 
 SAMPLES = Path(__file__).parent / "samples"
 VERSIONS = ["plugin_2_27", "plugin_2_28", "plugin_2_30"]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.profiling.collective import Operation
+from moepp_megatron.profiling.formats.records import SourceError
+from moepp_megatron.profiling.formats.sources import Format, read_recording, recognise
 from moepp_megatron.profiling.merge import find_clocks, merge
-from moepp_megatron.profiling.records import SourceError
-from moepp_megatron.profiling.sources import Format, read_recording, recognise
 
 SAMPLES = Path(__file__).parent / "samples"
 FOLDERS = {

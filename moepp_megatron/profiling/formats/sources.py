@@ -10,11 +10,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from moepp_megatron.profiling.collective import Collective
-from moepp_megatron.profiling.flight_recorder import read_flight_record
-from moepp_megatron.profiling.inspector import read_inspector
-from moepp_megatron.profiling.kineto import read_kineto
-from moepp_megatron.profiling.plugin_trace import read_plugin_trace
-from moepp_megatron.profiling.records import SourceError, read_bytes
+from moepp_megatron.profiling.formats.flight_recorder import read_flight_record
+from moepp_megatron.profiling.formats.inspector import read_inspector
+from moepp_megatron.profiling.formats.kineto import read_kineto
+from moepp_megatron.profiling.formats.plugin_trace import read_plugin_trace
+from moepp_megatron.profiling.formats.records import SourceError, read_bytes
 
 # Enough for the first record of each format, whatever it holds.
 _HEAD = 65536

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.profiling.collective import Collective, Operation
-from moepp_megatron.profiling.groups import Group
-from moepp_megatron.profiling.kineto_events import (
+from moepp_megatron.profiling.formats.kineto_events import (
     Around,
     Event,
     Swept,
@@ -33,12 +32,13 @@ from moepp_megatron.profiling.kineto_events import (
     span,
     sweep,
 )
-from moepp_megatron.profiling.kineto_sizes import (
+from moepp_megatron.profiling.formats.kineto_sizes import (
     operation_of,
     sizes_of_cpu,
     sizes_of_nccl,
     whole_list,
 )
+from moepp_megatron.profiling.groups import Group
 from moepp_megatron.profiling.trace import ProfileError, RankTrace
 
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.profiling.collective import Collective, Operation
-from moepp_megatron.profiling.communicators import Membership, Ranks, global_ranks
-from moepp_megatron.profiling.nccl_names import POINT_TO_POINT, buffer_size, operation_of
-from moepp_megatron.profiling.peer_transfers import Transfer, put_together, split_calls
-from moepp_megatron.profiling.records import SourceError, field, json_objects
+from moepp_megatron.profiling.formats.communicators import Membership, Ranks, global_ranks
+from moepp_megatron.profiling.formats.nccl_names import POINT_TO_POINT, buffer_size, operation_of
+from moepp_megatron.profiling.formats.peer_transfers import Transfer, put_together, split_calls
+from moepp_megatron.profiling.formats.records import SourceError, field, json_objects
 
 SOURCE = "inspector"
 _FORMATS = ("v4.0",)

@@ -25,17 +25,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.profiling import records
 from moepp_megatron.profiling.collective import Collective, Operation
-from moepp_megatron.profiling.communicators import Membership, Ranks, global_ranks
-from moepp_megatron.profiling.nccl_names import (
+from moepp_megatron.profiling.formats import records
+from moepp_megatron.profiling.formats.communicators import Membership, Ranks, global_ranks
+from moepp_megatron.profiling.formats.nccl_names import (
     POINT_TO_POINT,
     buffer_size,
     data_type,
     operation_of,
 )
-from moepp_megatron.profiling.peer_transfers import Transfer, put_together, split_calls
-from moepp_megatron.profiling.records import SourceError
+from moepp_megatron.profiling.formats.peer_transfers import Transfer, put_together, split_calls
+from moepp_megatron.profiling.formats.records import SourceError
 
 SOURCE = "plugin"
 _GROUPS = ("GROUP", "GROUP_API")

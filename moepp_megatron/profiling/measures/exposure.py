@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moepp_megatron.profiling.intervals import Interval, intersect, length, subtract, union
+from moepp_megatron.profiling.measures.intervals import Interval, intersect, length, subtract, union
 from moepp_megatron.profiling.trace import RankTrace, Span
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moepp_megatron.profiling.collective import Collective, Operation, bus_factor
-from moepp_megatron.profiling.exposure import computing
-from moepp_megatron.profiling.intervals import length, subtract, union
-from moepp_megatron.profiling.lateness import CallKey, Lateness
-from moepp_megatron.profiling.links import Link, Links, MeasuredPeak
-from moepp_megatron.profiling.place import place_of
-from moepp_megatron.profiling.purpose import PURPOSES, purpose_of
+from moepp_megatron.profiling.measures.exposure import computing
+from moepp_megatron.profiling.measures.intervals import length, subtract, union
+from moepp_megatron.profiling.measures.lateness import CallKey, Lateness
+from moepp_megatron.profiling.measures.links import Link, Links, MeasuredPeak
+from moepp_megatron.profiling.measures.place import place_of
+from moepp_megatron.profiling.measures.purpose import PURPOSES, purpose_of
 from moepp_megatron.profiling.trace import RankTrace
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moepp_megatron.profiling.collective import Collective, Operation
 from moepp_megatron.profiling.groups import DATA_MEANINGS
-from moepp_megatron.profiling.place import place_of
+from moepp_megatron.profiling.measures.place import place_of
 
 # In the order in which tables show them.
 PURPOSES = (

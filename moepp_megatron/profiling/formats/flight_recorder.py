@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.profiling.collective import Collective, Operation
-from moepp_megatron.profiling.records import SourceError, field, read_bytes
+from moepp_megatron.profiling.formats.records import SourceError, field, read_bytes
 
 SOURCE = "flight_recorder"
 _MAJOR_VERSION = "2"

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moepp_megatron.profiling.records import SourceError
+from moepp_megatron.profiling.formats.records import SourceError
 
 logger = logging.getLogger(__name__)
 

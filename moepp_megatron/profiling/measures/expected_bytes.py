@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moepp_megatron.profiling.collective import Collective, Operation
-from moepp_megatron.profiling.place import Place, place_of
+from moepp_megatron.profiling.measures.place import Place, place_of
 from moepp_megatron.profiling.trace import RankTrace
 
 

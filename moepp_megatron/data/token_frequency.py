@@ -1,0 +1,48 @@
+"""Classes of token ids by how frequent they are in the training set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def token_counts(dataset: Any, vocab_size: int, max_tokens: int = 1 << 21) -> NDArray[np.int64]:
+    """How often each token id occurs in evenly spaced samples.
+
+    Args:
+        dataset: Its samples have `tokens`, [sequence length] int64.
+        vocab_size: Ids are below it.
+        max_tokens: Tokens to read, about.
+
+    Returns:
+        [vocab_size] int64.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    wanted = min(len(dataset), max(1, max_tokens // len(dataset[0]["tokens"])))
+    for index in np.linspace(0, len(dataset) - 1, wanted, dtype=np.int64):
+        tokens = np.asarray(dataset[int(index)]["tokens"])
+        counts += np.bincount(tokens, minlength=vocab_size)
+    return counts
+
+
+def frequency_classes(counts: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
+    """Sort token ids into classes that hold about as many tokens each.
+
+    Args:
+        counts: [V] int64 occurrences of each id.
+        num_classes: How many.
+
+    Returns:
+        [V] int64 class of each id, 0 for the most frequent. Ids that do not occur are in the last.
+    """
+    # Stable, so that ids of one count are in one order everywhere.
+    order = np.argsort(-counts, kind="stable")
+    ordered = counts[order]
+    # The middle of each id's own tokens: an id with more tokens than a class holds fills classes.
+    middle = np.cumsum(ordered) - ordered / 2
+    classes = np.empty(len(counts), dtype=np.int64)
+    classes[order] = middle * num_classes // max(int(counts.sum()), 1)
+    classes[counts == 0] = num_classes - 1
+    return np.minimum(classes, num_classes - 1)

@@ -1,0 +1,88 @@
+"""`routing_profile.json`: a run's routing profile, to compare other runs with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.schema.routing_guard import ShiftSection
+from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.observe.profile_noise import ProfileNoise
+from moepp_megatron.observe.routing_profile import RoutingProfile
+
+PROFILE_FILE = "routing_profile.json"
+_FORMAT = "moepp routing profile 1"
+
+
+@dataclass(frozen=True, eq=False)
+class StoredProfile:
+    """What the file holds.
+
+    Attributes:
+        profile: Counts of the windows that make the reference.
+        token_classes: One digit for each token id, its class by frequency, 0 for the most frequent;
+            empty where layers do not know their tokens.
+        noise: How windows of the same data differ from this profile.
+    """
+
+    profile: RoutingProfile
+    token_classes: str
+    noise: ProfileNoise
+
+    def write(self, folder: Path) -> None:
+        """Write `folder/routing_profile.json`, in one step.
+
+        Raises:
+            OSError: The folder is missing, full or not writable.
+        """
+        values = {
+            "format": _FORMAT,
+            "token_classes": self.token_classes,
+            "noise": self.noise.as_json(),
+            **self.profile.as_json(),
+        }
+        write_atomic(folder / PROFILE_FILE, json.dumps(values).encode())
+
+    @classmethod
+    def read(
+        cls, path: Path, settings: ShiftSection, name: str = "routing_guard.shift.reference"
+    ) -> StoredProfile:
+        """Read a file.
+
+        Args:
+            path: The file.
+            settings: Says how much of the noise is kept.
+            name: The setting that names it, for messages.
+
+        Raises:
+            ConfigError: It is not there, or not such a file.
+        """
+        remedy = f"use {PROFILE_FILE} of a run with the routing guard"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"{name} ({path}) must be a file that can be read ({error.strerror}); {remedy}"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{name} ({path}) must be a JSON file; {remedy}") from error
+        try:
+            return cls._from_json(values, settings)
+        except ValueError as error:
+            raise ConfigError(
+                f"{name} ({path}) must be a routing profile, and {error}; {remedy}"
+            ) from error
+
+    @classmethod
+    def _from_json(cls, values: Any, settings: ShiftSection) -> StoredProfile:
+        if not isinstance(values, dict) or values.get("format") != _FORMAT:
+            raise ValueError(f'its format is not "{_FORMAT}"')
+        profile = RoutingProfile.from_json(values)
+        classes = values.get("token_classes")
+        if not isinstance(classes, str) or not set(classes) <= set("0123456789"):
+            raise ValueError("token_classes is no string of digits")
+        noise = ProfileNoise.from_json(values.get("noise"), settings, profile.size)
+        return cls(profile, classes, noise)

@@ -1,0 +1,12 @@
+"""What other programs write, read into `profiling.trace` and `profiling.collective`.
+
+sources.py           which format a file is in, and its collectives
+records.py           fields and lines of such files
+kineto.py            traces of torch's profiler: kineto_events.py, kineto_sizes.py
+inspector.py         logs of NCCL Inspector
+plugin_trace.py      traces of NCCL's example profiler plugin
+flight_recorder.py   dumps of torch's flight recorder
+nccl_names.py        functions, data types and counts as NCCL tells them to profilers
+communicators.py     global ranks from ranks within communicators
+peer_transfers.py    all-to-alls from sends and receives
+"""

@@ -1,0 +1,12 @@
+"""Single measures of a recording; `profiling.analysis` puts them together.
+
+exposure.py          communication that nothing hides (intervals.py)
+lateness.py          waiting for late ranks, told from transfer
+classes.py           collectives of a kind, summed
+place.py             layer, part and pass in which a collective was called
+purpose.py           what it serves
+expected_bytes.py    all-to-all bytes, measured against what routing makes necessary
+expert_load.py       rows that the experts of each rank computed
+links.py             the link that a group's messages take, and its peak
+ceiling.py           bandwidth that `moepp bench collectives` has measured
+"""

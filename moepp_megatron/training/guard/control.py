@@ -1,0 +1,231 @@
+"""The routing guard of a run: what it reads, decides, does, tells and remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.config import Config
+from moepp_megatron.config.guard_metrics import MEASURED
+from moepp_megatron.config.guard_rules import effective_rules
+from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.observe.rules import Event, RuleJudge, Values
+from moepp_megatron.training.budget import BudgetControl
+from moepp_megatron.training.collect import RoutingCollector, mean_loss
+from moepp_megatron.training.guard.actions import RaisedTau, RouterControl, demands
+from moepp_megatron.training.guard.alerts import told
+from moepp_megatron.training.guard.high_loss import HighLossTokens
+from moepp_megatron.training.guard.readings import counted, from_first_rank, measured
+from moepp_megatron.training.health import HealthCollector
+from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.step import Batch, StepResult
+
+# Actions that go on until the rule is healthy.
+LASTING = ("raise_tau", "force_ffn", "safe_mode")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the guard made of a step.
+
+    Attributes:
+        alerts: To be told, on the rank that tells; rollbacks are not among them.
+        rollbacks: Rules that ask to go back, in the places where they do.
+    """
+
+    alerts: list[Alert]
+    rollbacks: list[Event]
+
+    @property
+    def healthy_steps_ago(self) -> int:
+        """Steps since the newest one in which none of these rules held."""
+        return max(event.held_for for event in self.rollbacks)
+
+    def rollback_alerts(self, step: int, checkpoint: Path | None, newest: int) -> list[Alert]:
+        """What is to be told of the rollbacks.
+
+        Args:
+            step: The step that was judged.
+            checkpoint: What is gone back to; None where there is nothing.
+            newest: The last step before the rules held.
+        """
+        if checkpoint is not None:
+            note = f"back to {checkpoint.name}"
+            return [told(event, step, False, note) for event in self.rollbacks]
+        note = f"no checkpoint of step {newest} or before to go back to"
+        return [told(replace(event, action="warn"), step, False, note) for event in self.rollbacks]
+
+
+NOTHING = Verdict([], [])
+
+
+class RoutingGuard:
+    """Judges the rules of `routing_guard` and acts. Every rank has one and calls it together.
+
+    All ranks decide alike in the same step, because they judge rank 0's numbers by a judge that has
+    no other input (`readings`, `observe.rules`). A dry run reads, judges and tells, and never
+    touches the model.
+
+    Args:
+        config: The run's configuration; the guard is enabled.
+        model: The wrapped model.
+        routing: Counts the selections of a step.
+        health: Measures the routers of a step.
+        state: From a checkpoint; None at the beginning.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: TrainingModel,
+        routing: RoutingCollector,
+        health: HealthCollector,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        self._config, self._settings = config, config.routing_guard
+        self._routing, self._health = routing, health
+        self._layers = routing.layer_numbers
+        rules = effective_rules(self._settings)
+        self._metrics = {rule.metric for rule in rules}
+        forces = any(rule.action == "force_ffn" for rule in rules)
+        self._tokens = self._settings.force_ffn.tokens if forces else "all"
+        state = state or {}
+        self._judge = RuleJudge(rules, self._layers, state.get("judge"))
+        self._routers: RouterControl | None = None
+        if not self._settings.dry_run:
+            self._routers = RouterControl(config, model, needs_tags=self._tokens != "all")
+        # What the routers have been given, where that is not the budget's or `moe.tau`.
+        self._raised_taus: dict[int, float] = {}
+        self._load(state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """What follows from the decisions, and the token ids' losses."""
+        settings, force = self._settings, self._settings.force_ffn
+        self._raised = RaisedTau(
+            self._layers, settings.tau_factor, settings.tau_half_life, state.get("raised", ())
+        )
+        self._high_loss: HighLossTokens | None = None
+        if self._tokens == "high_loss":
+            self._high_loss = HighLossTokens(
+                self._config.model.vocab_size, force.share, force.decay, state.get("high_loss")
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: the same on every rank, nothing that later steps change."""
+        state: dict[str, Any] = {"judge": self._judge.state(), "raised": self._raised.state()}
+        if self._high_loss is not None:
+            state["high_loss"] = self._high_loss.state()
+        return state
+
+    def begin_step(self, step: int, budget: BudgetControl | None) -> None:
+        """Carry out in `step`, and in an evaluation after it, what has been decided.
+
+        Args:
+            step: The step that begins.
+            budget: What sets tau where the guard does not; None leaves `moe.tau`.
+        """
+        if self._high_loss is not None:
+            self._high_loss.begin_step()
+        self._wanted_share = self._config.moe.ffn_share if budget is None else budget.share(step)
+        self._in_force = sum(len(self._judge.places(action)) for action in LASTING)
+        if self._routers is None:
+            return
+        self._set_taus(step, budget)
+        forced = self._judge.places("force_ffn")
+        found = demands(self._judge.places("safe_mode"), forced, self._layers)
+        self._routers.demand(found, self._forced_ids() if forced else None)
+
+    def _set_taus(self, step: int, budget: BudgetControl | None) -> None:
+        was_raised, self._raised_taus = bool(self._raised_taus), {}
+        factors = self._raised.factors
+        if not was_raised and all(factor == 1.0 for factor in factors.values()):
+            return
+        taus = dict.fromkeys(self._layers, self._config.moe.balanced_tau)
+        if budget is not None:
+            taus = budget.taus(step)
+        taus = {layer: tau * factors[layer] for layer, tau in taus.items()}
+        assert self._routers is not None, "a dry run sets nothing"
+        self._routers.set_taus(taus)
+        if any(factor != 1.0 for factor in factors.values()):
+            self._raised_taus = taus
+
+    def _forced_ids(self) -> Tensor | None:
+        """[vocabulary] bool; None for all tokens."""
+        if self._high_loss is not None:
+            return self._high_loss.mask()
+        if self._tokens == "all":
+            return None
+        mask = torch.zeros(self._config.model.vocab_size, dtype=torch.bool)
+        mask[self._settings.force_ffn.token_ids] = True
+        return mask
+
+    def add_losses(self, batch: Batch, token_losses: Tensor) -> None:
+        """See a micro-batch's token losses [b, s], on the last pipeline stage."""
+        if self._high_loss is not None:
+            self._high_loss.add(batch, token_losses)
+
+    def end_step(self, step: int, result: StepResult, shift: float | None = None) -> Verdict:
+        """Judge `step`, once the optimizer has acted; a collective.
+
+        Args:
+            step: The step.
+            result: What it did.
+            shift: Divergence of the routing profile over its threshold; None where none is judged.
+        """
+        if self._high_loss is not None:
+            self._high_loss.end_step()
+        if step <= self._settings.warmup:
+            return NOTHING
+        events = self._judge.judge(self._read(result, shift))
+        rollbacks: list[Event] = []
+        if not self._settings.dry_run:
+            self._raised.step(self._judge.places("raise_tau"))
+            rollbacks = [event for event in events if event.begins and event.action == "rollback"]
+        others = [event for event in events if event not in rollbacks]
+        alerts = [told(event, step, self._settings.dry_run) for event in others]
+        return Verdict(alerts, rollbacks)
+
+    def go_back(self, step: int, state: Mapping[str, Any] | None) -> list[Alert]:
+        """The model is that of a checkpoint again: all rules begin anew.
+
+        What was done and when is kept, or a rule could ask to go back for ever.
+
+        Args:
+            step: The step that was judged.
+            state: Of the checkpoint.
+
+        Returns:
+            The ends of other actions, to be told.
+        """
+        ended = [event for event in self._judge.forget() if event.action != "rollback"]
+        self._load(state or {})
+        return [told(event, step, False, "went back to a checkpoint") for event in ended]
+
+    def _read(self, result: StepResult, shift: float | None) -> Values:
+        """What this step says of the metrics that rules look at."""
+        moe = self._config.moe
+        selected_LE = self._routing.selections()
+        values = dict(
+            counted(selected_LE, moe.num_ffn_experts, moe.router_topk, self._wanted_share)
+        )
+        if self._metrics & MEASURED.keys():
+            health = self._health.collect().get("router_health", {})
+            values |= measured(health, moe.num_experts)
+        values["grad_norm"] = result.grad_norm
+        if "loss" in self._metrics:
+            values["loss"] = mean_loss(result.losses)
+        if shift is not None:
+            values["routing_shift"] = shift
+        return from_first_rank(values)
+
+    def metrics(self) -> dict[str, Any]:
+        """Fields of the record of the step that is under way or has just been taken."""
+        found: dict[str, Any] = {"guard_actions": self._in_force}
+        if self._raised_taus:
+            found["tau"] = sum(self._raised_taus.values()) / len(self._raised_taus)
+        return found

@@ -1,0 +1,145 @@
+"""What measures and steers the routers of a run, as one object for the training loop."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.training.budget import BudgetControl
+from moepp_megatron.training.collect import RoutingCollector
+from moepp_megatron.training.guard.control import NOTHING, RoutingGuard, Verdict
+from moepp_megatron.training.health import HealthCollector
+from moepp_megatron.training.routing_shift import RoutingShift
+from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.step import Batch, StepResult
+
+logger = logging.getLogger(__name__)
+
+
+class Routers:
+    """Every rank has one and calls its methods together; what is switched off is never built.
+
+    Args:
+        config: The run's configuration.
+        model: The wrapped model, as a checkpoint has left it.
+        layout: The rank grid.
+        extra: What a checkpoint says; empty at the beginning.
+        dataset: The training set.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: TrainingModel,
+        layout: Layout,
+        extra: dict[str, Any],
+        dataset: Any,
+    ) -> None:
+        self._config, self._model, self._dataset = config, model, dataset
+        self._routing = RoutingCollector(model, config, layout)
+        self._health = HealthCollector(
+            config, model, self._routing.layer_numbers, config.observe.health_interval
+        )
+        self._budget = self._open_budget(extra)
+        self._shift = self._open_shift(extra)
+        # Of the newest step; None where no window ended, or none is judged yet.
+        self._shift_value: float | None = None
+        self._guard: RoutingGuard | None = None
+        if config.routing_guard.enabled:
+            self._guard = RoutingGuard(
+                config, model, self._routing, self._health, extra.get("guard")
+            )
+
+    def _open_budget(self, extra: dict[str, Any]) -> BudgetControl | None:
+        if not self._config.moe.budget.acts:
+            return None
+        return BudgetControl(self._config, self._model, self._routing, extra.get("budget"))
+
+    def _open_shift(self, extra: dict[str, Any]) -> RoutingShift | None:
+        guard = self._config.routing_guard
+        if not guard.enabled or guard.shift.window == 0:
+            return None
+        return RoutingShift(
+            self._config, self._model, self._routing, self._dataset, extra.get("shift")
+        )
+
+    def begin_step(self, step: int) -> None:
+        """Training step `step` begins."""
+        self._routing.reset()
+        self._health.begin_step(step)
+        if self._budget is not None:
+            self._budget.begin_step(step)
+        if self._guard is not None:
+            self._guard.begin_step(step, self._budget)
+
+    def watch_losses(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
+        """See a micro-batch's token losses; a `LossWatcher`."""
+        self._health.add_losses(chunk, batch, token_losses)
+        if self._guard is not None:
+            self._guard.add_losses(batch, token_losses)
+
+    def learn(self, step: int) -> None:
+        """The optimizer has taken `step`."""
+        if self._budget is not None:
+            self._budget.end_step(step)
+        if self._shift is not None:
+            self._shift_value = self._shift.end_step()
+
+    def judge(self, step: int, result: StepResult) -> Verdict:
+        """What is to be told and done about `step`, after its record."""
+        if self._guard is None:
+            return NOTHING
+        return self._guard.end_step(step, result, self._shift_value)
+
+    def go_back(self, step: int, extra: dict[str, Any]) -> list[Alert]:
+        """The model is that of a checkpoint again.
+
+        Args:
+            step: The last step of what is undone.
+            extra: Of the checkpoint.
+
+        Returns:
+            What is to be told.
+        """
+        self._budget = self._open_budget(extra)
+        self._shift = self._open_shift(extra)
+        return [] if self._guard is None else self._guard.go_back(step, extra.get("guard"))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: nothing that later steps change; a collective."""
+        state: dict[str, Any] = {}
+        if self._budget is not None:
+            state["budget"] = self._budget.state()
+        if self._guard is not None:
+            state["guard"] = self._guard.state()
+        if self._shift is not None:
+            state["shift"] = self._shift.state_dict()
+        return state
+
+    def write_profile(self) -> None:
+        """Write the run's `routing_profile.json`, where one is made."""
+        try:
+            if self._shift is not None:
+                self._shift.write()
+        except OSError as error:
+            logger.error("the routing profile could not be written: %s", error)
+
+    def routing_metrics(self) -> dict[str, Any]:
+        """Fields of the record from the selections of the step; a collective."""
+        return self._routing.collect()
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        """Further fields of the record of `step`; a collective in a step that is measured."""
+        fields: dict[str, Any] = dict(self._health.collect())
+        if self._budget is not None:
+            fields |= self._budget.metrics(step)
+        if self._guard is not None:
+            fields |= self._guard.metrics()
+        if self._shift_value is not None:
+            fields["routing_shift"] = self._shift_value
+        return fields

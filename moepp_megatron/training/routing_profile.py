@@ -1,0 +1,177 @@
+"""The routing profile of a running training, from what the routers of all ranks count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moepp_megatron.config import Config
+from moepp_megatron.data.token_frequency import frequency_classes, token_counts
+from moepp_megatron.model.gpt import MoEPPGPTModel
+from moepp_megatron.moe.layer import moe_statistics
+from moepp_megatron.moe.token_tags import TokenTags
+from moepp_megatron.observe.routing_profile import RoutingProfile
+from moepp_megatron.training.collect import RoutingCollector
+from moepp_megatron.training.setup import TrainingModel
+
+POSITION_BINS = 4
+FREQUENCY_CLASSES = 4
+
+
+class RoutingProfileCollector:
+    """Adds up the profile of windows of steps. Every rank has one and calls its methods together.
+
+    Making one has the model's layers count cells from then on, where they know their tokens. A
+    window costs one all-reduce of its counts; a step of it adds on the device and waits for
+    nothing.
+
+    Args:
+        config: The run's configuration; `routing_guard.shift.window` is above 0.
+        model: The wrapped model.
+        routing: Resets what the layers count at the beginning of each step.
+        token_classes: [vocabulary] int64, from `token_classes` or of the run to compare with.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: TrainingModel,
+        routing: RoutingCollector,
+        token_classes: np.ndarray,
+    ) -> None:
+        self._window = config.routing_guard.shift.window
+        self._num_experts = config.moe.num_experts
+        self._numbers = list(routing.layer_numbers)
+        self._statistics = {
+            number: statistics
+            for chunk in model.models
+            for number, statistics in moe_statistics(chunk).items()
+        }
+        self._num_cells = 0
+        if knows_tokens(config):
+            self._num_cells = _tag_tokens(model, config, token_classes)
+            for statistics in self._statistics.values():
+                statistics.num_cells = self._num_cells
+        self._begin()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of the profiles' `experts` and `cells`."""
+        layers = len(self._numbers)
+        return (layers, self._num_experts), (layers, self._num_cells, 2)
+
+    def end_step(self) -> RoutingProfile | None:
+        """Count the step just taken, which `routing` has not reset yet.
+
+        Returns:
+            The window's profile over all ranks, the same on each, where the window ends; a
+            collective there, and nowhere else.
+        """
+        for row, number in enumerate(self._numbers):
+            statistics = self._statistics.get(number)
+            if statistics is None:
+                continue
+            counts = statistics.selected if statistics.wanted is None else statistics.wanted
+            if counts is not None:
+                self._counts[row, : self._num_experts] += counts
+            if statistics.cells is not None:
+                self._counts[row, self._num_experts :] += statistics.cells.flatten()
+        self._steps += 1
+        if self._steps < self._window:
+            return None
+        total = self._reduced()
+        self._begin()
+        return self._profile(total)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the window that has begun holds so far, over all ranks, as JSON; a collective."""
+        if self._steps == 0:
+            return {"steps": 0, "profile": None}
+        return {"steps": self._steps, "profile": self._profile(self._reduced()).as_json()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`, in any layout.
+
+        Raises:
+            ValueError: The profile in it is none, or one of another model.
+        """
+        self._begin()
+        if state["profile"] is None:
+            return
+        profile = RoutingProfile.from_json(state["profile"])
+        if profile.shapes != self.shapes:
+            raise ValueError(f"its profile has the shapes {profile.shapes}, not {self.shapes}")
+        self._steps = state["steps"]
+        # Counts that are all there already belong to one rank.
+        if dist.get_rank() == 0:
+            cells = profile.cells.reshape(len(self._numbers), -1)
+            both = np.concatenate([profile.experts, cells], axis=1)
+            self._counts += torch.from_numpy(both).to(self._counts.device)
+
+    def _begin(self) -> None:
+        width = self._num_experts + 2 * self._num_cells
+        self._steps = 0
+        self._counts = torch.zeros(
+            len(self._numbers), width, dtype=torch.int64, device=torch.cuda.current_device()
+        )
+
+    def _reduced(self) -> np.ndarray:
+        """[L, E + 2 C] int64 over all ranks.
+
+        Each router counts the tokens that its rank has: those of another data-parallel replica, of
+        other parts of the sequence (context and tensor parallelism), of other layers. Whole experts
+        are nobody's: routers count before tokens are sent to them.
+        """
+        total = self._counts.clone()
+        dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def _profile(self, total: np.ndarray) -> RoutingProfile:
+        experts, cells = np.split(total, [self._num_experts], axis=1)
+        return RoutingProfile(experts, cells.reshape(len(self._numbers), self._num_cells, 2))
+
+
+def knows_tokens(config: Config) -> bool:
+    """Whether the layers are told which tokens they see.
+
+    A `HybridModel`, the combined schedule and a router in a CUDA graph tell them nothing.
+    """
+    return not (
+        config.model.implementation == "hybrid"
+        or config.parallel.overlap_moe_expert_parallel_comm
+        or "moe_router" in config.training.cuda_graphs
+        or config.moe.is_vanilla
+    )
+
+
+def token_classes(dataset: Any, vocab_size: int) -> np.ndarray:
+    """[V] int64 class of each token id by its frequency in the training set, on every rank.
+
+    Rank 0 reads, and every rank must call.
+    """
+    classes = torch.zeros(vocab_size, dtype=torch.int64, device=torch.cuda.current_device())
+    if dist.get_rank() == 0:
+        counts = token_counts(dataset, vocab_size)
+        classes.copy_(torch.from_numpy(frequency_classes(counts, FREQUENCY_CLASSES)))
+    dist.broadcast(classes, 0)
+    return classes.cpu().numpy()
+
+
+def _tag_tokens(model: TrainingModel, config: Config, classes: np.ndarray) -> int:
+    """Have every chunk tell its layers the cells of their tokens.
+
+    Returns:
+        The number of cells.
+    """
+    on_device = torch.from_numpy(classes).to(torch.cuda.current_device())
+    for chunk in model.models:
+        assert isinstance(chunk, MoEPPGPTModel), "layers of other models are told nothing"
+        if chunk.token_tags is None:
+            chunk.token_tags = TokenTags(config.model.seq_length)
+        chunk.token_tags.position_bins = POSITION_BINS
+        chunk.token_tags.frequency_bins = FREQUENCY_CLASSES
+        chunk.token_tags.classes = on_device
+    return POSITION_BINS * FREQUENCY_CLASSES

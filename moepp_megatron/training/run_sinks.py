@@ -1,0 +1,41 @@
+"""Where a run's records go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from moepp_megatron.config import Config
+from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.observe.sinks import Sinks, WandbRun, open_sinks
+from moepp_megatron.training.checkpoint.progress import Progress
+
+
+def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
+    """The run's sinks; on one rank, since records are global, and None on the others."""
+    if dist.get_rank() != 0:
+        return None
+    moe = config.moe
+    counts = ExpertCounts(
+        moe.num_ffn_experts,
+        moe.num_constant_experts,
+        moe.num_copy_experts,
+        moe.num_zero_experts,
+    )
+    return open_sinks(
+        Path(config.run.dir),
+        counts,
+        phi=moe.ffn_share,
+        total_steps=config.training.train_iters,
+        resume_step=progress.step + 1,
+        print_every=10,
+        wandb=_wandb(config),
+    )
+
+
+def _wandb(config: Config) -> WandbRun | None:
+    settings = config.observe.wandb
+    if settings.project is None:
+        return None
+    return WandbRun(settings, config.run.name, config.model_dump(mode="json"))

@@ -1,0 +1,289 @@
+"""Runs of the real trainer whose routers go wrong, and what the routing guard makes of it.
+
+`run` runs on every rank. Faults are planted into weights between steps, as a bad update or a memory
+fault would leave them; nothing in the package knows of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tests.parallel.resilience_runs import Without
+from tests.parallel.training_runs import SyntheticDataset, settings
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong before a step.
+
+    Attributes:
+        step: The step.
+        kind: A function of this module.
+        layer: Global number of the MoE layer; None for all.
+        size: How badly.
+    """
+
+    step: int
+    kind: str
+    layer: int | None = None
+    size: float = 1.0
+
+
+@dataclass
+class Found:
+    """What one rank saw.
+
+    Attributes:
+        decisions: (step, rule, layer, action) of every beginning and end, in order.
+        losses: By step, the last value where a step was taken twice.
+        ffn: By step, this rank's share of the selections that went to FFN experts.
+        wanted: By step, [MoE layers] FFN share of the selections that routers wanted, all ranks.
+        forced: By step, forced tokens on this rank without an FFN expert, and with one, layers
+            added up.
+        forced_ids: By step, the token ids that are forced where they are.
+        weights: Checksum of this rank's weights at the end.
+    """
+
+    decisions: list[tuple[int, str, int | None, str]] = field(default_factory=list)
+    losses: dict[int, float] = field(default_factory=dict)
+    ffn: dict[int, float] = field(default_factory=dict)
+    wanted: dict[int, list[float]] = field(default_factory=dict)
+    forced: dict[int, list[int]] = field(default_factory=dict)
+    forced_ids: dict[int, list[int]] = field(default_factory=dict)
+    weights: int = 0
+
+
+def guard_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A small configuration whose files go to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text("{}")
+    raw = settings(**sections)
+    raw["model"] |= {"num_layers": 2, "init_method_std": 0.1}
+    raw["run"] = {"dir": str(folder)}
+    raw["data"] = {"path": str(folder), "tokenizer": str(tokenizer)}
+    raw["optimizer"] = {"lr": 3e-3, "decay_style": "constant", **sections.get("optimizer", {})}
+    defaults = {"global_batch_size": BATCH, "micro_batch_size": 4, "seed": 7, "eval_iters": 0}
+    raw["training"] = {**defaults, **sections.get("training", {})}
+    raw.setdefault("resilience", {"guard": False, "divergence_interval": 5})
+    return raw
+
+
+def run(
+    raw: dict[str, Any],
+    faults: tuple[Fault, ...] = (),
+    without: tuple[int, ...] = (),
+    data: str = "cycle",
+) -> Found:
+    """Train as `moepp train` does, on synthetic data, with faults.
+
+    Args:
+        raw: The configuration.
+        faults: What goes wrong.
+        without: Global batches that the data set does not have.
+        data: A key of `_DATA`.
+    """
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training import trainer as module
+    from moepp_megatron.training.resilience.checksum import checksum
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    dataset = Without(_DATA[data](config, 400), without)
+    with (
+        mock.patch.object(module, "build_datasets", return_value=(dataset, dataset, None)),
+        mock.patch.object(module.Tokenizer, "load", return_value=None),
+    ):
+        trainer = module.Trainer(config, layout)
+    found = Found()
+    _watch(trainer, found, faults)
+    trainer.run()
+    for model in trainer.model.models:
+        for parameter in model.parameters():
+            found.weights = (found.weights * 31 + int(checksum(parameter.data))) % 2**61
+    return found
+
+
+def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
+    """Plant the faults and write down what happens; both from outside of the guard."""
+    from moepp_megatron.moe.layer import moepp_layers
+    from moepp_megatron.training.collect import mean_loss
+
+    routers = trainer._routers
+    now = 0
+    seen: dict[int, Any] = {}
+
+    def begin_step(step: int, begin: Callable[[int], None] = routers.begin_step) -> None:
+        nonlocal now
+        for fault in [fault for fault in faults if fault.step == step and fault not in planted]:
+            planted.append(fault)
+            plant(trainer.model, fault)
+        now = step
+        counts[:] = [0, 0]
+        found.forced[step] = [0, 0]
+        begin(step)
+        masks = [getattr(chunk.token_tags, "forced_ids", None) for chunk in trainer.model.models]
+        if masks[0] is not None:
+            found.forced_ids[step] = masks[0].nonzero().flatten().tolist()
+
+    def judge(step: int, result: Any, judge: Callable[..., Any] = routers.judge) -> Any:
+        verdict = judge(step, result)
+        found.losses[step] = mean_loss(result.losses)
+        ffn = trainer.config.moe.num_ffn_experts
+        selected = routers._routing.selections()
+        found.wanted[step] = (selected[:, :ffn].sum(1) / selected.sum(1)).tolist()
+        found.ffn[step] = counts[0] / max(1, counts[1])
+        tell = [(a.rule, a.layer, a.action) for a in verdict.alerts]
+        tell += [(e.rule.name, e.layer, e.action) for e in verdict.rollbacks]
+        found.decisions += [(step, *what) for what in tell]
+        return verdict
+
+    def see_tokens(model: Any, args: Any, kwargs: Any) -> None:
+        ids = args[0].T
+        if model.config.sequence_parallel:
+            from megatron.core import parallel_state
+
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            ids = ids.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
+        seen[id(model)] = ids.reshape(-1)
+
+    def see_routing(model: Any) -> Callable[..., None]:
+        def hook(router: Any, args: Any, routing: Any) -> None:
+            made = routing.routing_map[:, : router.moepp.num_ffn_experts].sum(dim=-1)
+            counts[0] += int(made.sum())
+            counts[1] += int(routing.routing_map.sum())
+            forced = getattr(model.token_tags, "forced_ids", None)
+            if router.ffn_demand == "one" and forced is not None:
+                concerned = made[forced[seen[id(model)]]]
+                found.forced[now][0] += int((concerned == 0).sum())
+                found.forced[now][1] += int((concerned > 0).sum())
+
+        return hook
+
+    counts, planted = [0, 0], []  # type: ignore[var-annotated]
+    routers.begin_step, routers.judge = begin_step, judge
+    for model in trainer.model.models:
+        model.register_forward_pre_hook(see_tokens, with_kwargs=True)
+        for layer in moepp_layers(model):
+            layer.router.register_forward_hook(see_routing(model))
+
+
+def plant(model: Any, fault: Fault) -> None:
+    """Change this rank's weights; the same on ranks that hold the same."""
+    import torch
+
+    from moepp_megatron.moe.layer import moepp_layers
+
+    with torch.no_grad():
+        for chunk in model.models:
+            for layer in moepp_layers(chunk):
+                if fault.layer in (None, layer.layer_number):
+                    _PLANT[fault.kind](layer.router, fault.size)
+    # The optimizer's own copies too, or its next step would undo it.
+    model.optimizer.reload_model_params()
+
+
+def _collapse(router: Any, size: float) -> None:
+    """Zero-computation experts in pairs of opposite rows: one of each pair wins with any token."""
+    ffn = router.moepp.num_ffn_experts
+    rows = router.weight[ffn:]
+    rows.mul_(size)
+    rows[1::2] = -rows[::2]
+    router.weight[:ffn].div_(10.0)
+    if router.residual_weight is not None:
+        router.residual_weight.zero_()
+
+
+def _kill(router: Any, size: float) -> None:
+    """FFN expert 0 gets the mean of the others' logits, so it is never among a token's best."""
+    router.weight[0] = router.weight[1:].mean(dim=0) * size
+
+
+def _explode(router: Any, size: float) -> None:
+    router.weight.mul_(size)
+
+
+_PLANT: dict[str, Callable[[Any, float], None]] = {
+    "collapse": _collapse,
+    "dead": _kill,
+    "explosion": _explode,
+}
+
+
+class CycleDataset(SyntheticDataset):
+    """Each token decides the next but for some noise, so there is something to learn."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        sample = super().__getitem__(index)
+        model = self._config.model
+        generator = torch.Generator().manual_seed(index)
+        noise = torch.rand(model.seq_length + 1, generator=generator) < 0.1
+        tokens = torch.empty(model.seq_length + 1, dtype=torch.long)
+        token = int(torch.randint(model.vocab_size, (1,), generator=generator))
+        jumps = torch.randint(model.vocab_size, (model.seq_length + 1,), generator=generator)
+        for place in range(model.seq_length + 1):
+            token = int(jumps[place]) if noise[place] else (token * 5 + 3) % model.vocab_size
+            tokens[place] = token
+        return sample | {"tokens": tokens[:-1], "labels": tokens[1:]}
+
+
+class BrokenSourceDataset(SyntheticDataset):
+    """From batch 32 on nothing but four token ids comes."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        if index >= 32 * self._config.training.global_batch_size:
+            sample |= {name: sample[name] % 4 for name in ("tokens", "labels")}
+        return sample
+
+
+_DATA: dict[str, Any] = {"cycle": CycleDataset, "broken source": BrokenSourceDataset}
+
+
+def learn_losses() -> tuple[list[float], list[int]]:
+    """Means of token ids after two steps and the worst ids, the tokens split over the ranks."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from moepp_megatron.training.guard.high_loss import HighLossTokens
+
+    parallel_state.initialize_model_parallel()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    # Id 0 has mean 1 then 3; id 1 always 2; id 2 has 8 but half of it is masked; id 3 never comes.
+    steps = (
+        ([0, 0, 1, 1, 2, 2, 1, 0], [1.0, 1.0, 2.0, 2.0, 8.0, 99.0, 2.0, 1.0]),
+        ([0, 0, 1, 1, 0, 0, 1, 0], [3.0, 3.0, 2.0, 2.0, 3.0, 3.0, 2.0, 3.0]),
+    )
+    learner = HighLossTokens(4, share=0.1, decay=0.5)
+    for ids, losses in steps:
+        learner.begin_step()
+        mask = [0.0 if loss == 99.0 else 1.0 for loss in losses]
+        rows = [
+            torch.tensor(values).reshape(2, 4).chunk(size)[rank] for values in (ids, mask, losses)
+        ]
+        learner.add({"tokens": rows[0], "loss_mask": rows[1]}, rows[2])
+        learner.end_step()
+    sums, counts = learner.state()["sums"]
+    # Decayed: id 0 (0.25 * 3 + 0.5 * 15) / (0.25 * 3 + 0.5 * 5), id 2 8 of weight 0.25.
+    assert sums.tolist() == [8.25, 4.5, 2.0, 0.0]
+    assert counts.tolist() == [3.25, 2.25, 0.25, 0.0]
+    # Id 2 has 0.25 of 5.75 tokens, less than a tenth; the next worst would be too much.
+    worst = learner.mask().nonzero().flatten().tolist()
+    assert worst == [2]
+    again = HighLossTokens(4, share=0.7, decay=0.5, state=learner.state())
+    assert again.mask().nonzero().flatten().tolist() == [0, 2]
+    assert HighLossTokens(5, 0.1, 0.5, learner.state()).mask().tolist() == [False] * 5
+    return sums.tolist(), worst

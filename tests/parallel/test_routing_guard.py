@@ -1,0 +1,363 @@
+"""Routers that go wrong in training: caught, acted on, recovered from; alike on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moepp_megatron.observe.alerts import Alert, read_alerts
+from moepp_megatron.observe.metrics import StepMetrics, read_metrics
+from tests.parallel.guard_runs import Fault, Found, guard_settings, learn_losses, run
+from tests.parallel.ranks import RankPools
+
+pytestmark = pytest.mark.parallel
+
+EP2 = {"expert_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "dp2": (2, {}),
+    "ep2": (2, EP2),
+    "tp2 sp": (2, TP2),
+    "pp2": (2, PP2),
+}
+# A fault before step 6; three steps show it.
+COLLAPSE = Fault(6, "collapse", None, 2.0)
+SAFE = {
+    "name": "collapse_to_zero_computation",
+    "below": 0.25,
+    "for_steps": 3,
+    "clear": 0.4,
+    "clear_for_steps": 3,
+}
+
+
+def guard(*rules: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """The section, with these rules alone (defaults by their name)."""
+    names = {rule["name"] for rule in rules}
+    dropped = [
+        {"name": name, "action": "none"}
+        for name in (
+            "collapse_to_zero_computation",
+            "few_ffn_experts",
+            "ffn_never_skipped",
+            "dead_expert",
+            "logit_explosion",
+            "entropy_collapse",
+            "data_shift",
+        )
+        if name not in names
+    ]
+    return {"enabled": True, "rules": [*rules, *dropped], **settings}
+
+
+def train(
+    ranks: RankPools,
+    folder: Path,
+    steps: int,
+    *args: Any,
+    layout: str = "one rank",
+    **sections: Any,
+) -> Found:
+    """What rank 0 saw; fails where another rank decided otherwise."""
+    world_size, parallel = LAYOUTS[layout]
+    training = {"train_iters": steps, **sections.pop("training", {})}
+    raw = guard_settings(folder, training=training, parallel=parallel, **sections)
+    found = ranks(world_size).run(run, raw, *args)
+    for other in found[1:]:
+        assert other.decisions == found[0].decisions
+        assert other.losses == found[0].losses
+        assert other.wanted == found[0].wanted
+        assert other.forced_ids == found[0].forced_ids
+    for step, (bad, _) in [item for other in found for item in other.forced.items()]:
+        assert bad == 0, f"forced tokens without an FFN expert in step {step}"
+    found[0].forced = {
+        step: [sum(other.forced[step][i] for other in found) for i in (0, 1)]
+        for step in found[0].forced
+    }
+    found[0].ffn = {
+        step: sum(other.ffn[step] for other in found) / world_size for step in found[0].ffn
+    }
+    return found[0]
+
+
+def told(folder: Path) -> list[Alert]:
+    return read_alerts(folder / "alerts.jsonl")
+
+
+def records(folder: Path) -> list[StepMetrics]:
+    return read_metrics(folder / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_collapse_to_zero_computation(ranks: RankPools, tmp_path: Path, layout: str) -> None:
+    """Caught in three steps, FFN experts alone until the routers want them again."""
+    training = {"eval_interval": 9, "eval_iters": 1}
+    found = train(
+        ranks,
+        tmp_path,
+        36,
+        (COLLAPSE,),
+        layout=layout,
+        training=training,
+        routing_guard=guard(SAFE),
+    )
+    begins = [d for d in found.decisions if d[3] == "safe_mode"]
+    ends = [d for d in found.decisions if d[3] == "end of safe_mode"]
+    assert begins[:2] == [(8, SAFE["name"], layer, "safe_mode") for layer in (1, 2)]
+    assert max(found.wanted[6]) < 0.15
+    # In evaluation too, which comes after this step.
+    assert found.ffn[9] == 1.0
+    assert found.ffn[7] < 0.5
+    assert {layer for *_, layer, _ in ends} == {1, 2}
+    last = max(step for step, *_ in ends)
+    for layer in (0, 1):
+        # Of the 0.6 that tau asks for.
+        assert min(found.wanted[step][layer] for step in range(last - 2, last + 1)) > 0.15
+    actions = [record.guard_actions for record in records(tmp_path)]
+    assert actions[7] == 0
+    assert actions[8] == 2
+    alerts = told(tmp_path)
+    assert [(a.step, a.rule, a.layer, a.action) for a in alerts] == found.decisions
+    assert (alerts[0].severity, alerts[0].metric) == ("critical", "ffn_to_target")
+    assert alerts[0].value < 0.25
+
+
+def test_safe_mode_keeps_the_loss(ranks: RankPools, tmp_path: Path) -> None:
+    """Against the same fault without a guard, and without the fault."""
+    fault = (Fault(20, "collapse", None, 2.0),)
+    on = train(ranks, tmp_path / "on", 32, fault, routing_guard=guard(SAFE))
+    off = train(ranks, tmp_path / "off", 32, fault)
+    healthy = train(ranks, tmp_path / "healthy", 32)
+
+    def excess(found: Found) -> float:
+        steps = range(23, 33)
+        return sum(found.losses[step] - healthy.losses[step] for step in steps) / len(steps)
+
+    # Same data and start: what differs is the fault and what was done.
+    assert excess(off) > 0.2
+    assert excess(on) < 0.5 * excess(off)
+
+
+EXPLODE = {
+    "name": "logit_explosion",
+    "above": 30.0,
+    "for_steps": 3,
+    "action": "rollback",
+}
+DEAD = {"name": "dead_expert", "for_steps": 3, "action": "rollback"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "fault", "rule"),
+    [
+        ("ep2", Fault(7, "explosion", 2, 50.0), EXPLODE),
+        ("pp2", Fault(7, "explosion", 2, 50.0), EXPLODE),
+        ("one rank", Fault(7, "dead", 1), DEAD),
+    ],
+)
+def test_rollback(
+    ranks: RankPools, tmp_path: Path, layout: str, fault: Fault, rule: dict[str, Any]
+) -> None:
+    """Back to before the fault, not to the newest checkpoint; bit for bit a run without it.
+
+    Steps 7, 8 and 9 show it; checkpoints are of steps 2, 4, 6 and, too late, 8.
+    """
+    common = {"observe": {"health_interval": 1}, "layout": layout}
+    checkpoint = {"save_interval": 2}
+    found = train(
+        ranks,
+        tmp_path / "a",
+        12,
+        (fault,),
+        routing_guard=guard(rule),
+        checkpoint=checkpoint,
+        **common,
+    )
+    clean = train(ranks, tmp_path / "b", 12, (), (6, 7, 8), **common)
+    assert found.decisions == [(9, rule["name"], fault.layer, "rollback")]
+    assert found.losses == clean.losses
+    assert found.weights == clean.weights
+    (alert,) = told(tmp_path / "a")
+    assert alert.condition.endswith("back to step_00000006")
+    assert [record.step for record in records(tmp_path / "a")] == list(range(1, 13))
+
+
+def test_without_an_old_enough_checkpoint_it_is_told(ranks: RankPools, tmp_path: Path) -> None:
+    found = train(
+        ranks,
+        tmp_path,
+        8,
+        (Fault(3, "explosion", 2, 50.0),),
+        routing_guard=guard(EXPLODE),
+        checkpoint={"save_interval": 3},
+        observe={"health_interval": 1},
+    )
+    assert len(found.losses) == 8
+    (alert,) = [alert for alert in told(tmp_path) if not alert.action.startswith("end")]
+    assert (alert.step, alert.action) == (5, "warn")
+    assert "no checkpoint of step 2 or before" in alert.condition
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2 sp", "pp2"])
+@pytest.mark.parametrize("tokens", ["ids", "high_loss", "all"])
+def test_forced_tokens_have_an_ffn_expert(
+    ranks: RankPools, tmp_path: Path, layout: str, tokens: str
+) -> None:
+    """`train` fails where one has none; routers have collapsed, so none would have by itself."""
+    ids = [3, 18, 29, 30, 40, 41, 50]
+    force: dict[str, Any] = {"tokens": tokens}
+    if tokens == "ids":
+        force["token_ids"] = ids
+    if tokens == "high_loss":
+        force["share"] = 0.2
+    rule = {"name": "force", "metric": "ffn_to_target", "below": 0.25, "action": "force_ffn"}
+    found = train(
+        ranks,
+        tmp_path,
+        8,
+        (Fault(3, "collapse", None, 2.0),),
+        layout=layout,
+        routing_guard=guard(rule, force_ffn=force),
+    )
+    assert (3, "force", 1, "force_ffn") in found.decisions
+    assert found.ffn[3] < 0.1
+    if tokens == "all":
+        # K is 2; the first and the last expert of a token are FFN, or the last alone.
+        assert found.ffn[4] >= 0.5
+        return
+    assert found.forced[4][1] > 0
+    # Two layers, 128 tokens each.
+    assert found.forced[4][1] < 0.5 * 2 * 128
+    assert found.ffn[4] < 0.4
+    if tokens == "ids":
+        assert found.forced_ids[4] == ids
+    else:
+        assert 0 < len(found.forced_ids[4]) < 32
+
+
+def test_high_loss_tokens_are_those_of_all_ranks(ranks: RankPools) -> None:
+    """Running means and the share against numpy, token ids spread over data-parallel ranks."""
+    for result in ranks(2).run(learn_losses):
+        assert result == ranks(1).run(learn_losses)[0]
+
+
+@pytest.mark.parametrize("layout", ["one rank", "ep2"])
+def test_a_run_is_resumed_in_the_middle_of_actions(
+    ranks: RankPools, tmp_path: Path, layout: str
+) -> None:
+    """Twelve and twelve steps are twenty-four, to the bit, with every kind of state."""
+    rules = (
+        {**SAFE, "clear": 0.9, "clear_for_steps": 4},
+        {"name": "few_ffn_experts", "for_steps": 2, "min_steps_between": 2},
+        {"name": "force", "metric": "loss", "above": 0.1, "action": "force_ffn"},
+    )
+    sections: dict[str, Any] = {
+        "routing_guard": guard(*rules, tau_half_life=3.0),
+        "moe": {"num_ffn_experts": 8, "budget": {"controller": "tau"}},
+        "checkpoint": {"save_interval": 12, "load": "auto"},
+    }
+    faults = ((COLLAPSE,),)
+    whole = train(ranks, tmp_path / "whole", 24, *faults, layout=layout, **sections)
+    first = train(ranks, tmp_path / "parts", 12, *faults, layout=layout, **sections)
+    second = train(ranks, tmp_path / "parts", 24, *faults, layout=layout, **sections)
+    # Two layers in safe mode, all layers raised, all forced.
+    assert records(tmp_path / "whole")[12].guard_actions == 4
+    assert first.losses | second.losses == whole.losses
+    assert first.decisions + second.decisions == whole.decisions
+    assert first.forced_ids | second.forced_ids == whole.forced_ids
+    assert second.weights == whole.weights
+    taus = [record.tau for record in records(tmp_path / "whole")]
+    assert [record.tau for record in records(tmp_path / "parts")] == taus
+
+
+def test_a_dry_run_changes_no_bit(ranks: RankPools, tmp_path: Path) -> None:
+    rules = (
+        SAFE,
+        {"name": "few_ffn_experts", "for_steps": 2, "min_steps_between": 0},
+        {"name": "force", "metric": "loss", "above": 0.1, "action": "force_ffn"},
+        {"name": "back", "metric": "max_expert_share", "above": 0.2, "action": "rollback"},
+    )
+    common = {"checkpoint": {"save_interval": 4}, "layout": "dp2"}
+    off = train(ranks, tmp_path / "off", 16, (COLLAPSE,), **common)
+    dry_guard = guard(*rules, dry_run=True)
+    dry = train(ranks, tmp_path / "dry", 16, (COLLAPSE,), routing_guard=dry_guard, **common)
+    assert dry.losses == off.losses
+    assert dry.weights == off.weights
+    alerts = told(tmp_path / "dry")
+    assert {alert.action for alert in alerts} >= {
+        "safe_mode (dry run)",
+        "raise_tau (dry run)",
+        "force_ffn (dry run)",
+        "rollback (dry run)",
+    }
+    assert all(alert.action.endswith("(dry run)") for alert in alerts)
+    assert off.decisions == []
+    # The same rules do act where they may.
+    acting = guard(*rules[:3])
+    on = train(ranks, tmp_path / "on", 16, (COLLAPSE,), routing_guard=acting, **common)
+    assert on.losses != off.losses
+
+
+@pytest.mark.parametrize("budget", [{}, {"controller": "tau", "target_ffn_per_token": 1.2}])
+def test_raised_tau_multiplies_what_is_there(
+    ranks: RankPools, tmp_path: Path, budget: dict[str, Any]
+) -> None:
+    """From the step after the decision on; it fades once the action ends."""
+    rule = {
+        "name": "few_ffn_experts",
+        "for_steps": 1,
+        "below": 0.3,
+        "clear": 0.35,
+        "scope": "any",
+        "min_steps_between": 0,
+    }
+    moe = {"num_ffn_experts": 8, "balance_coeff": 0.1, "budget": budget}
+    common: dict[str, Any] = {"moe": moe}
+    raised = guard(rule, tau_factor=3.0, tau_half_life=2.0)
+    found = train(ranks, tmp_path / "on", 26, (COLLAPSE,), routing_guard=raised, **common)
+    train(ranks, tmp_path / "off", 8, (COLLAPSE,), **common)
+    on, off = records(tmp_path / "on"), records(tmp_path / "off")
+    begins = [d for d in found.decisions if d[3] == "raise_tau"]
+    assert [d[0] for d in begins[:2]] == [6, 6]
+    # A budget tells the tau that it has learnt for the step after.
+    base = 0.75 if not budget else off[5].tau
+    assert on[6].tau == pytest.approx(3.0 * base)
+    ends = {d[2]: d[0] for d in found.decisions if d[3] == "end of raise_tau"}
+    assert set(ends) == {1, 2}
+    if not budget:
+        assert on[5].tau is None
+        after = on[-1].tau
+        assert after is None or after < 3.0 * base
+
+
+def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
+    """A source breaks from step 33 on; windows are of two steps."""
+    shift = {"window": 2, "span": 4, "lag": 1, "memory": 16, "warmup": 6}
+    rule = {"name": "data_shift", "action": "force_ffn"}
+    found = train(
+        ranks,
+        tmp_path,
+        64,
+        (),
+        (),
+        "broken source",
+        layout="dp2",
+        # More tokens a window, and routers that move less than the data does.
+        training={"global_batch_size": 32, "micro_batch_size": 16},
+        optimizer={"lr": 3e-4},
+        routing_guard=guard(rule, force_ffn={"tokens": "all"}, shift=shift),
+    )
+    assert found.decisions == [
+        (34, "data_shift", None, "force_ffn"),
+        # Five shifted windows are usual from then on; six more tell what is usual beside them.
+        (64, "data_shift", None, "end of force_ffn"),
+    ]
+    assert found.ffn[35] >= 0.5
+    values = {r.step: r.routing_shift for r in records(tmp_path) if r.routing_shift is not None}
+    assert max(value for step, value in values.items() if step <= 32) < 0.7
+    assert values[34] > 2.0
+    assert (tmp_path / "routing_profile.json").is_file()

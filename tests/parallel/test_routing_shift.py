@@ -1,0 +1,233 @@
+"""The routing profile of a training: the same in every layout; shifts of real text are found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.observe.profile_file import PROFILE_FILE
+from tests.parallel.ranks import RankPools
+from tests.parallel.shift_runs import begin, watch
+from tests.parallel.training_runs import SyntheticDataset, settings
+
+GUARD = {"enabled": True, "shift": {"window": 2}}
+
+
+def profiles(raw: dict[str, Any], steps: int) -> tuple[list[Any], list[Any]]:
+    """Each window's profile, as counts, and the collectors' state behind each step.
+
+    Every odd step ends in a restart: another collector goes on from the state of the one before.
+    """
+    from moepp_megatron.config import parse_config
+    from moepp_megatron.training.routing_profile import RoutingProfileCollector, token_classes
+    from moepp_megatron.training.step import training_step
+
+    dataset = SyntheticDataset(parse_config(raw), steps)
+    config, layout, model, routing, batches = begin(raw, dataset)
+    classes = token_classes(dataset, config.model.vocab_size)
+    made, states = [], []
+    collector = RoutingProfileCollector(config, model, routing, classes)
+    for step in range(1, steps + 1):
+        routing.reset()
+        training_step(model, batches, config, layout)
+        profile = collector.end_step()
+        assert (profile is None) == (step % 2 == 1)
+        if profile is not None:
+            assert profile.shapes == collector.shapes
+            # What the run logs is counted apart from the cells.
+            logged = routing.selections().numpy()
+            made.append((profile.as_json(), logged.tolist()))
+        states.append(collector.state_dict())
+        if step % 2 == 1:
+            collector = RoutingProfileCollector(config, model, routing, classes)
+            collector.load_state_dict(json.loads(json.dumps(states[-1])))
+    return made, states
+
+
+LAYOUTS = [
+    {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "context_parallel_size": 2,
+    },
+]
+
+
+def test_profile_is_that_of_one_process(ranks: RankPools) -> None:
+    raw = settings(routing_guard=GUARD)
+    ((expected, states),) = ranks(1).run(profiles, raw, 4)
+    tokens = 8 * 16
+    for profile, _ in expected:
+        experts, cells = (np.array(profile[name]) for name in ("experts", "cells"))
+        assert (experts.sum(axis=1) == 2 * 2 * tokens).all()
+        assert (cells[..., 1].sum(axis=1) == 2 * tokens).all()
+        assert (cells[..., 0].sum(axis=1) == experts[:, :8].sum(axis=1)).all()
+        assert (cells[..., 1].reshape(-1, 4, 4).sum(axis=2) == tokens / 2).all(), "positions"
+        classes = cells[0, :, 1].reshape(4, 4).sum(axis=0) / (2 * tokens)
+        # Of 64 token ids the most frequent has an eighth of the tokens.
+        assert (abs(classes - 0.25) < 0.13).all(), "each class holds about a quarter"
+    assert [state["steps"] for state in states] == [1, 0, 1, 0]
+    # Half a window, and the selections that the run logs in its second half.
+    for (profile, logged), half in zip(expected, states[::2], strict=True):
+        sums = np.array(half["profile"]["experts"]) + np.array(logged)
+        assert sums.tolist() == profile["experts"]
+    for parallel in LAYOUTS:
+        for made in ranks(4).run(profiles, settings(routing_guard=GUARD, parallel=parallel), 4):
+            assert made == (expected, states)
+
+
+def untold(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Shapes with a model whose layers do not know their tokens; what counts before it is asked."""
+    import torch
+
+    from moepp_megatron.config import parse_config
+    from moepp_megatron.moe.layer import moe_statistics
+    from moepp_megatron.training.routing_profile import RoutingProfileCollector
+    from moepp_megatron.training.step import training_step
+
+    dataset = SyntheticDataset(parse_config(raw), 4)
+    config, layout, model, routing, batches = begin(raw, dataset)
+    routing.reset()
+    training_step(model, batches, config, layout)
+    counted = [statistics.cells for statistics in moe_statistics(model.models[0]).values()]
+    tags = getattr(model.models[0], "token_tags", None)
+    collector = RoutingProfileCollector(config, model, routing, torch.zeros(64).long().numpy())
+    for _ in range(2):
+        routing.reset()
+        training_step(model, batches, config, layout)
+        profile = collector.end_step()
+    assert profile is not None
+    assert profile.experts.sum() == 4 * 2 * 2 * 8 * 16
+    return profile.shapes, counted, tags
+
+
+def test_nothing_is_counted_that_nobody_asked_for(ranks: RankPools) -> None:
+    ((shapes, counted, tags),) = ranks(1).run(untold, settings(routing_guard=GUARD))
+    assert shapes == ((4, 12), (4, 16, 2))
+    assert (counted, tags) == ([None] * 4, None)
+    raw = settings(routing_guard=GUARD, model={"implementation": "hybrid"})
+    ((shapes, counted, tags),) = ranks(1).run(untold, raw)
+    assert shapes == ((4, 12), (4, 0, 2))
+    assert (counted, tags) == ([None] * 4, None)
+
+
+def test_code_and_noise_after_prose_are_found_and_prose_after_prose_is_none(
+    ranks: RankPools,
+) -> None:
+    """A small model, trained on prose for so short a time that it knows little of it."""
+    kinds = [("prose", 20), ("code", 2), ("prose", 2), ("bytes", 2)]
+    ((losses, values),) = ranks(1).run(watch, 40, kinds)
+    assert losses[-1] < losses[0] - 2.0, "the model has learnt from the prose"
+    assert values[:13] == [None] * 13, "nothing is judged before the warm-up is over"
+    found = [value > 1.0 for value in values[13:]]
+    assert found == [False] * 7 + [True] * 2 + [False] * 2 + [True] * 2, values
+
+
+def shifted_run(
+    folder: Path, reference: Path | None, steps: int, restart: bool
+) -> tuple[list[Any], Any]:
+    """Values of a short run and its last state; writes its profile."""
+    from moepp_megatron.config import parse_config
+    from moepp_megatron.training.routing_shift import RoutingShift
+    from moepp_megatron.training.step import training_step
+
+    name = None if reference is None else str(reference)
+    shift = {"window": 2, "reference": name, "warmup": 4}
+    raw = settings(run={"dir": str(folder)}, routing_guard={"enabled": True, "shift": shift})
+    dataset = SyntheticDataset(parse_config(raw), steps)
+    config, layout, model, routing, batches = begin(raw, dataset)
+    watcher = RoutingShift(config, model, routing, dataset)
+    values = []
+    for step in range(1, steps + 1):
+        routing.reset()
+        training_step(model, batches, config, layout)
+        values.append(watcher.end_step())
+        if restart and step % 5 == 0:
+            state = json.loads(json.dumps(watcher.state_dict()))
+            watcher = RoutingShift(config, model, routing, None, state)
+    watcher.write()
+    return values, watcher.state_dict()
+
+
+def test_a_restart_changes_no_bit_and_a_run_can_be_the_reference_of_another(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    pool = ranks(1)
+    (whole,) = pool.run(shifted_run, tmp_path, None, 20, False)
+    assert any(value is not None for value in whole[0])
+    (parts,) = pool.run(shifted_run, tmp_path, None, 20, True)
+    assert parts == whole
+    path = tmp_path / PROFILE_FILE
+    assert json.loads(path.read_text())["token_classes"] == whole[1]["token_classes"]
+    ((values, state),) = pool.run(shifted_run, tmp_path, path, 8, True)
+    assert [value is not None for value in values] == [False, True] * 4, "there from the first"
+    assert state["token_classes"] == whole[1]["token_classes"]
+
+
+def resumed_run(implementation: str, state: Any) -> tuple[Any, Any]:
+    """State before the first step, and what that tells."""
+    from moepp_megatron.training.routing_shift import RoutingShift
+    from moepp_megatron.training.step import training_step
+
+    raw = settings(routing_guard=GUARD, model={"implementation": implementation})
+    config, layout, model, routing, batches = begin(raw, SyntheticDataset(parse(raw), 1))
+    watcher = RoutingShift(config, model, routing, SyntheticDataset(config, 1), state)
+    training_step(model, batches, config, layout)
+    return watcher.state_dict(), watcher.end_step()
+
+
+def parse(raw: dict[str, Any]) -> Any:
+    from moepp_megatron.config import parse_config
+
+    return parse_config(raw)
+
+
+def test_another_implementation_begins_anew(ranks: RankPools, tmp_path: Path) -> None:
+    """The layers of a HybridModel are not told their tokens."""
+    pool = ranks(1)
+    # Stopped within its third window.
+    ((_, state),) = pool.run(shifted_run, tmp_path, None, 5, False)
+    assert state["window"]["steps"] == 1
+    ((resumed, _),) = pool.run(resumed_run, "gpt", state)
+    assert resumed == state
+    ((resumed, value),) = pool.run(resumed_run, "hybrid", state)
+    assert resumed["shapes"] == [[4, 12], [4, 0, 2]]
+    assert resumed["window"]["steps"] == 0
+    assert resumed["token_classes"] == state["token_classes"]
+    assert value is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"token_classes": "012"}, "vocab_size"),
+        ({"token_classes": "9" * 64}, "vocab_size"),
+        ({}, "MoE layers"),
+    ],
+)
+def test_the_profile_of_another_model_is_refused(
+    changes: dict[str, Any], reason: str, ranks: RankPools, tmp_path: Path
+) -> None:
+    values = {
+        "format": "moepp routing profile 1",
+        "experts": [[1] * 12] * 3,
+        "cells": [[[1, 2]] * 16] * 3,
+        "token_classes": "0" * 64,
+        "noise": {"differences": [], "log_distances": []},
+    }
+    (tmp_path / PROFILE_FILE).write_text(json.dumps(values | changes))
+    message = ranks(1).run(refused_reference, tmp_path)[0]
+    assert "routing_guard.shift.reference" in message
+    assert reason in message
+
+
+def refused_reference(folder: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        shifted_run(folder, folder / PROFILE_FILE, 1, False)
+    return str(error.value)

@@ -1,0 +1,97 @@
+"""The guard's parts that need no ranks: metrics, demands, raised tau, wording."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from moepp_megatron.config.guard_metrics import COUNTED, MEASURED
+from moepp_megatron.config.guard_rules import Rule
+from moepp_megatron.observe.rules import WHOLE_MODEL, Event
+from moepp_megatron.training.guard.actions import RaisedTau, demands
+from moepp_megatron.training.guard.alerts import told
+from moepp_megatron.training.guard.readings import counted, measured
+
+LAYERS = [2, 4]
+RULE = Rule(
+    name="low",
+    metric="ffn_to_target",
+    limit=0.25,
+    is_above=False,
+    clear=0.5,
+    for_steps=20,
+    clear_for_steps=10,
+    severity="critical",
+    action="safe_mode",
+    max_firings=3,
+)
+
+
+def test_metrics_of_counts() -> None:
+    # Two FFN experts and two others, 10 tokens with two experts each.
+    selected = torch.tensor([[9.0, 3.0, 6.0, 2.0], [0.0, 0.0, 20.0, 0.0]], dtype=torch.float64)
+    found = counted(selected, num_ffn=2, topk=2, wanted_share=0.5)
+    assert set(found) == set(COUNTED)
+    assert found["ffn_fraction"] == [0.6, 0.0]
+    assert found["ffn_to_target"] == [1.2, 0.0]
+    assert found["ffn_per_token"] == [1.2, 0.0]
+    assert found["max_ffn_load"][0] == 1.5
+    assert found["min_ffn_load"][0] == 0.5
+    assert found["max_expert_share"] == [0.45, 1.0]
+    # Without any FFN selection no expert is deader than another.
+    assert math.isnan(found["min_ffn_load"][1])
+    assert math.isnan(found["max_ffn_load"][1])
+
+
+def test_metrics_of_router_health() -> None:
+    found = measured({"gate_entropy": [math.log(4), 0.0], "logit_variance": [3.0, 4.0]}, 4)
+    assert found["gate_entropy_ratio"] == [1.0, 0.0]
+    assert found["logit_variance"] == [3.0, 4.0]
+    assert set(found) <= set(MEASURED)
+    assert measured({}, 4) == {}
+
+
+def test_safe_mode_goes_before_forced_tokens() -> None:
+    assert demands({2}, {2, 4}, LAYERS) == {2: "all", 4: "one"}
+    assert demands(set(), {WHOLE_MODEL}, LAYERS) == {2: "one", 4: "one"}
+    assert demands({WHOLE_MODEL}, {4}, LAYERS) == {2: "all", 4: "all"}
+    assert demands(set(), set(), LAYERS) == {}
+
+
+def test_tau_is_raised_at_once_and_falls_slowly() -> None:
+    raised = RaisedTau(LAYERS, factor=4.0, half_life=2.0)
+    raised.step({4})
+    assert raised.factors == {2: 1.0, 4: 4.0}
+    raised.step(set())
+    raised.step(set())
+    # Half of the logarithm.
+    assert raised.factors[4] == pytest.approx(2.0)
+    again = RaisedTau(LAYERS, 4.0, 2.0, json.loads(json.dumps(raised.state())))
+    assert again.factors == raised.factors
+    for _ in range(40):
+        raised.step(set())
+    assert raised.factors == {2: 1.0, 4: 1.0}
+    assert raised.state() == []
+    raised.step({WHOLE_MODEL})
+    assert raised.factors == {2: 4.0, 4: 4.0}
+
+
+def test_alerts_say_what_was_done_and_what_was_not() -> None:
+    begins = Event(RULE, 4, True, "safe_mode", 0.1, 20)
+    alert = told(begins, 70, is_dry_run=False)
+    assert alert.text() == (
+        "critical at step 70: low: ffn_to_target of layer 4 is 0.1 (< 0.25 for 20 steps); action: "
+        "safe_mode"
+    )
+    assert told(begins, 70, is_dry_run=True).action == "safe_mode (dry run)"
+    ends = told(Event(RULE, WHOLE_MODEL, False, "safe_mode", 0.6, 10), 90, is_dry_run=False)
+    assert (ends.severity, ends.action, ends.layer) == ("info", "end of safe_mode", None)
+    assert ends.condition == ">= 0.5 for 10 steps"
+    used_up = told(Event(RULE, 4, True, "warn", 0.1, 20, is_used_up=True), 95, False)
+    assert used_up.condition.endswith("taken 3 times (max_firings), so only told")
+    back = told(Event(RULE, 4, False, "safe_mode", math.nan, 0), 99, False, "went back")
+    assert back.condition == "went back"
+    assert '"value":null' in back.to_json_line()
