@@ -48,4 +48,5 @@ def play_best(plan: Plan, routing: Path | None, steps: int, assume: list[str]) -
     if routing is not None:
         source = LoadSource(recorded=recorded_shares(routing, plan.config.moe.num_ffn_experts))
     load = Workload.from_config(plan.config)
-    return study(load, plan.best.grid, plan.machine, source, assumptions, steps)
+    others = [(planned.step.total, planned.grid) for planned in plan.layouts[1:]]
+    return study(load, plan.best.grid, plan.machine, source, assumptions, steps, others)

@@ -44,6 +44,8 @@ def print_study(study: Study) -> None:
     console.print(_causes(study))
     if study.choices:
         console.print(_choices(study))
+    if study.others:
+        console.print(_others(study))
     console.print(_goodput(study))
 
 
@@ -87,6 +89,16 @@ def _choices(study: Study) -> Table:
         base = seconds if number % 2 == 0 else base
         assert base is not None, "the first of a pair has no partner before it"
         table.add_row(name, f"{seconds:.3f}", f"{seconds / base - 1:+.1%}" if number % 2 else "-")
+    return table
+
+
+def _others(study: Study) -> Table:
+    table = _table("layouts again, all causes", "", "formula s", "mean step s", "against 1")
+    base = float(study.played.totals.mean())
+    table.add_row("1", "", f"{base:.3f}", "-")
+    for number, (planned, seconds) in enumerate(study.others, start=2):
+        change = f"{seconds / base - 1:+.1%}"
+        table.add_row(str(number), f"{planned:.3f}", f"{seconds:.3f}", change)
     return table
 
 

@@ -5,7 +5,7 @@ Every variant sees the same draws, so that a difference is the variant's and not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,9 @@ from moepp_megatron.planning.simulation.result import Simulated
 from moepp_megatron.planning.simulation.step import Conditions, simulate
 from moepp_megatron.planning.step import step_time
 from moepp_megatron.planning.workload import Dispatcher, Workload
+
+# Steps of a layout that is only compared.
+_FEW = 20
 
 PLAIN, DEDUPLICATED, APART, OVERLAPPED = (
     "plain all-to-all",
@@ -40,6 +43,7 @@ class Study:
         causes: Mean step with one cause alone, by its name.
         played: With all of them: the distribution.
         choices: Mean step with all of them, by exchange; those that the layout allows.
+        others: The formula's and the mean played step of further layouts, with all of them.
         goodput: Of long runs of such steps.
         tokens: Of a step.
         assumptions: Under which.
@@ -50,6 +54,7 @@ class Study:
     causes: Mapping[str, float]
     played: Simulated
     choices: Mapping[str, float]
+    others: Sequence[tuple[float, float]]
     goodput: Goodput
     tokens: int
     assumptions: Assumptions
@@ -86,6 +91,9 @@ class Study:
             },
             "cause_s": dict(self.causes),
             "choice_s": dict(self.choices),
+            "other_layouts_s": [
+                {"planned": planned, "simulated": simulated} for planned, simulated in self.others
+            ],
             "goodput": {
                 "share": float(goodput.share.mean()),
                 "p5": float(np.quantile(goodput.share, 0.05)),
@@ -114,6 +122,7 @@ def study(
     source: LoadSource,
     assumptions: Assumptions,
     steps: int,
+    others: Sequence[tuple[float, Grid]] = (),
 ) -> Study:
     """Play a layout.
 
@@ -124,6 +133,7 @@ def study(
         source: Of the load.
         assumptions: Of the cluster.
         steps: Steps to play under each of the conditions.
+        others: The formula's step and the grid of further layouts.
     """
     seed, faults, fabric = assumptions.seed, assumptions.faults, assumptions.fabric
     everything = Conditions(source, fabric, faults)
@@ -139,6 +149,7 @@ def study(
         return float(simulate(other, changed, machine, everything, steps, seed).totals.mean())
 
     played = simulate(load, grid, machine, everything, steps, seed)
+    few = min(steps, _FEW)
     choices = {}
     if grid.ep > 1 and any(load.is_moe):
         choices = {
@@ -150,6 +161,10 @@ def study(
             overlapping: Dispatcher = own if own in ("alltoall", "flex") else "alltoall"
             choices[APART] = choice(overlapping, False)
             choices[OVERLAPPED] = choice(overlapping, True)
+    compared = [
+        (planned, float(simulate(load, one, machine, everything, few, seed).totals.mean()))
+        for planned, one in others
+    ]
     rng = np.random.default_rng([seed, 1])
     mean_step = float(played.totals.mean())
     return Study(
@@ -162,6 +177,7 @@ def study(
         },
         played=played,
         choices=choices,
+        others=compared,
         goodput=play_run(rng, faults, grid.world, mean_step, assumptions.days, assumptions.runs),
         tokens=load.batch * load.seq,
         assumptions=assumptions,

@@ -94,10 +94,19 @@ def test_steps_are_played(plan, tmp_path: Path, capsys) -> None:
     files = ["--json", str(data), "--plot", str(picture)]
     assert plan(*options, *files, "--assume", "mtbf_hours=1000") == 0
     text = capsys.readouterr().out
-    for expected in ("simulated: 20 steps", "what the tail costs", "goodput", "best (Daly)"):
+    for expected in (
+        "simulated: 20 steps",
+        "what the tail costs",
+        "layouts again",
+        "goodput",
+        "best (Daly)",
+    ):
         assert expected in text
     assert (tmp_path / "plan_simulation.png").read_bytes().startswith(b"\x89PNG")
     [played] = [one["simulation"] for one in json.loads(data.read_text()) if "simulation" in one]
+    others = played["other_layouts_s"]
+    assert len(others) == 4
+    assert all(other["planned"] > 0 and other["simulated"] > 0 for other in others)
     times = played["step_s"]
     assert times["steps"] == 20
     assert 0 < played["even_s"] <= times["median"] <= times["p95"] <= times["p99"] <= times["max"]
