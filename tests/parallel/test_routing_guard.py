@@ -11,6 +11,8 @@ from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
 from tests.parallel.guard_runs import Fault, Found, guard_settings, learn_losses, run
 from tests.parallel.ranks import RankPools
+from tests.parallel.resilience_runs import Fault as NumericalFault
+from tests.parallel.resilience_runs import run_trainer, trainer_settings
 
 pytestmark = pytest.mark.parallel
 
@@ -361,3 +363,27 @@ def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
     assert max(value for step, value in values.items() if step <= 32) < 0.7
     assert values[34] > 2.0
     assert (tmp_path / "routing_profile.json").is_file()
+
+
+def test_the_numerical_guard_may_go_back_too(ranks: RankPools, tmp_path: Path) -> None:
+    """Three refused batches lead back to step 2; an action in force ends with it and is told."""
+    rule = {"name": "force", "metric": "loss", "above": 0.1, "for_steps": 3, "action": "force_ffn"}
+    settings = trainer_settings(
+        tmp_path,
+        parallel=EP2,
+        routing_guard=guard(rule, shift={"window": 2}),
+        resilience={"guard_window": 8, "guard_max_consecutive_skips": 3},
+        checkpoint={"save_interval": 2},
+        training={"train_iters": 7, "global_batch_size": 8, "micro_batch_size": 2, "seed": 7},
+    )
+    ranks(2).run(run_trainer, settings, (), NumericalFault("loss", 1, (3, 4, 5)))
+    alerts = [(alert.step, alert.rule, alert.action) for alert in told(tmp_path)]
+    assert alerts == [
+        (3, "force", "force_ffn"),
+        *[(3, "numerical_guard", "skip_batch")] * 3,
+        (3, "force", "end of force_ffn"),
+        (3, "numerical_guard", "rollback"),
+        # Step 3 once more, as the first of three.
+        (5, "force", "force_ffn"),
+    ]
+    assert [record.guard_actions for record in records(tmp_path)] == [0] * 5 + [1, 1]

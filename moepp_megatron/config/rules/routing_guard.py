@@ -200,19 +200,22 @@ def forced_token_ids_exist(config: Config) -> Iterator[Problem]:
         )
 
 
-def raised_tau_acts_through_the_balance_loss(config: Config) -> Iterator[Problem]:
-    """Tau does nothing where the balance loss is off."""
+def actions_have_the_balance_loss_they_need(config: Config) -> Iterator[Problem]:
+    """Tau acts through it, and in safe mode it alone reaches what is switched off."""
     if config.moe.balance_coeff > 0:
         return
-    for rule in _acting(config, "raise_tau"):
-        yield Problem(
-            "moe.balance_coeff",
-            config.moe.balance_coeff,
-            f"must be above 0 with the action raise_tau of rule {rule.name}, because tau acts "
-            "through the balance loss",
-            f"use 0.01, or give rule {rule.name} the action warn",
-        )
-        return
+    reasons = {
+        "raise_tau": "tau acts through the balance loss",
+        "safe_mode": "nothing else teaches a router to leave safe mode",
+    }
+    for action, reason in reasons.items():
+        for rule in _acting(config, action):
+            yield Problem(
+                "moe.balance_coeff",
+                config.moe.balance_coeff,
+                f"must be above 0 with the action {action} of rule {rule.name}, because {reason}",
+                f"use 0.01, or give rule {rule.name} the action warn",
+            )
 
 
 def guard_has_checkpoints_to_go_back_to(config: Config) -> Iterator[Problem]:
@@ -273,7 +276,7 @@ RULES = (
     guard_reaches_the_router,
     forced_tokens_are_known_in_every_layer,
     forced_token_ids_exist,
-    raised_tau_acts_through_the_balance_loss,
+    actions_have_the_balance_loss_they_need,
     guard_has_checkpoints_to_go_back_to,
     guard_keeps_checkpoints_of_before,
     shift_is_judged_at_last,

@@ -114,6 +114,11 @@ INVALID = [
         "give rule few_ffn_experts the action warn",
     ),
     (
+        [GUARD, "moe.balance_coeff=0"],
+        "moe.balance_coeff (0.0)",
+        "give rule collapse_to_zero_computation the action warn",
+    ),
+    (
         [
             GUARD,
             guard_rule(action="rollback", for_steps=22),
