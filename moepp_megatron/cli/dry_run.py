@@ -1,4 +1,7 @@
-"""What `moepp train --dry-run` prints: grid, stages, parameters, without touching a device."""
+"""What `moepp train --dry-run` prints: grid, stages, parameters, without touching a device.
+
+With `--build-rank` it builds that rank too, and compares.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,49 @@ def print_plan(config: Config, layout: Layout) -> None:
         f"{layout.num_microbatches} micro-batches of {config.training.micro_batch_size} sequences "
         f"a step and data-parallel rank; phi {config.moe.ffn_share:.3f}"
     )
+
+
+def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
+    """Build a rank of the layout on this machine, print every comparison with the plan.
+
+    Args:
+        config: A checked configuration.
+        layout: On any number of ranks.
+        rank: The rank to build.
+
+    Returns:
+        All agree.
+
+    Raises:
+        UnfitError: The model has modules that this machine lacks packages for.
+    """
+    from moepp_megatron.runtime.fit import check_fit
+
+    check_fit(config)
+    from moepp_megatron.runtime.quiet import quiet
+
+    quiet()
+    from moepp_megatron.planning.workload import Workload
+    from moepp_megatron.training.dry_build import build_rank
+    from moepp_megatron.training.dry_check import check_rank
+
+    built = build_rank(config, layout, rank)
+    table = Table("", "built", "expected", "", title=f"rank {rank} of {layout.world_size:,}, built")
+    checks = check_rank(config, layout, built)
+    for check in checks:
+        style = None if check.holds else "bold red"
+        verdict = "same" if check.holds else "DIFFERS"
+        table.add_row(check.name, check.built, check.expected, verdict, style=style)
+    console = Console()
+    console.print(table)
+    numbers = Workload.from_config(config).numbers
+    state = 2 * numbers.moment_bytes + numbers.master_bytes
+    console.print(
+        f"gradients with what aligns them: {built.aligned_bytes:,} bytes; optimizer state of this "
+        f"rank's own shard: {built.shard * state:,} bytes",
+        soft_wrap=True,
+    )
+    return all(check.holds for check in checks)
 
 
 def _parameters(config: Config) -> Table:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moepp_megatron.cli.plan_simulation import Assume, Simulate, Steps, play_best
 from moepp_megatron.config import Config, ConfigError, load_config
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def plan(
         Path | None,
         typer.Option(help="Write the best layout, as a file with `base:`.", metavar="FILE.yaml"),
     ] = None,
+    simulate: Simulate = False,
+    simulate_steps: Steps = 200,
+    assume: Assume = None,
 ) -> None:
     """Search every legal layout of CONFIG's model on a number of cards.
 
@@ -60,6 +64,8 @@ def plan(
     from moepp_megatron.config.hardware import load_hardware, nearest_hardware
 
     settings = load_config(config, overrides or [])
+    if assume and not simulate:
+        raise ConfigError("--assume must come with --simulate, which it is for; add --simulate")
     tau_values = parse_numbers("--taus", taus, "a number > 0", lambda tau: 0 < tau <= 10)
     for name, value in (("--price", price), ("--tokens", tokens)):
         if value is not None and not 0 < value < float("inf"):
@@ -84,12 +90,22 @@ def plan(
     report.print_plan(
         result, tokens or training.train_iters * per_step, price or hardware.price_per_hour
     )
+    played = play_best(result, routing, simulate_steps, assume or []) if simulate else None
+    if played is not None:
+        from moepp_megatron.report import simulation as played_report
+
+        played_report.print_study(played)
     if json_file is not None:
-        report.write_json(json_file, result)
+        report.write_json(json_file, result, played.record() if played else None)
         typer.echo(f"layouts      {json_file}")
     if plot is not None:
         report.plot(plot, result)
         typer.echo(f"plot         {plot}")
+        if played is not None:
+            second = plot.with_stem(f"{plot.stem}_simulation")
+            title = f"{settings.run.name or 'model'} on {gpus:,} {hardware.name} (simulated)"
+            played_report.plot_study(second, played, title)
+            typer.echo(f"plot         {second}")
     _require_fit(result)
     if out is not None:
         _write_layout(out, result, config, overrides or [])

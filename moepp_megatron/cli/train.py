@@ -67,6 +67,15 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, print rank grid and parameters, stop.")
     ] = False,
+    build_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="With --dry-run: build this rank here, without its peers or its memory, and "
+            "compare groups, shapes, parameters and memory with what is printed.",
+            metavar="RANK",
+        ),
+    ] = None,
 ) -> None:
     """Train the model that CONFIG describes."""
     # Read from the environment only: asking torch would cost seconds before an error shows.
@@ -82,10 +91,13 @@ def train(
     if rank.rank == 0 and not node_rank:
         for warning in check_config(settings) + check_world_size(settings, world_size):
             typer.echo(f"warning: {warning}", err=True)
+    _check_build_rank(build_rank, dry_run, world_size)
     if dry_run:
-        from moepp_megatron.cli.dry_run import print_plan
+        from moepp_megatron.cli.dry_run import build_and_check, print_plan
 
         print_plan(settings, layout)
+        if build_rank is not None and not build_and_check(settings, layout, build_rank):
+            raise typer.Exit(1)
         return
     from moepp_megatron.runtime.fit import check_fit
 
@@ -111,6 +123,18 @@ def train(
     status = run_ranks(options, "moepp_megatron.cli.main", [*arguments, *(overrides or [])])
     if status != 0:
         raise typer.Exit(status)
+
+
+def _check_build_rank(rank: int | None, dry_run: bool, world_size: int) -> None:
+    if rank is None:
+        return
+    if not dry_run:
+        raise ConfigError(f"--build-rank ({rank}) must come with --dry-run; add --dry-run")
+    if rank >= world_size:
+        raise ConfigError(
+            f"--build-rank ({rank}) must be below the number of ranks ({world_size}); use "
+            f"{world_size - 1} for the last one"
+        )
 
 
 def _resumed(config: Config) -> Config:

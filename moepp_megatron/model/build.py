@@ -30,16 +30,24 @@ def build_model(config: Config) -> list[LanguageModule]:
     Returns:
         One chunk, or one per virtual pipeline stage.
     """
-    num_chunks = virtual_stages(config)
-    stages = range(num_chunks) if num_chunks > 1 else [None]
-    chunks = [_build_chunk(config, vp_stage) for vp_stage in stages]
+    chunks = [chunk.to(torch.cuda.current_device()) for chunk in build_chunks(config)]
     initialize_weights(chunks, config.training.seed)
     return chunks
 
 
+def build_chunks(config: Config) -> list[LanguageModule]:
+    """This rank's model chunks with whatever their memory holds, where they were built.
+
+    Process groups must exist.
+    """
+    num_chunks = virtual_stages(config)
+    stages = range(num_chunks) if num_chunks > 1 else [None]
+    return [_build_chunk(config, vp_stage) for vp_stage in stages]
+
+
 def _build_chunk(config: Config, vp_stage: int | None) -> LanguageModule:
     build = {"gpt": _gpt_model, "hybrid": _hybrid_model}[config.model.implementation]
-    model = build(
+    return build(
         config,
         _backend(config),
         vocab_size=config.model.vocab_size,
@@ -51,7 +59,6 @@ def _build_chunk(config: Config, vp_stage: int | None) -> LanguageModule:
         rotary_base=config.model.rotary_base,
         vp_stage=vp_stage,
     )
-    return model.to(torch.cuda.current_device())
 
 
 def _backend(config: Config) -> dict[str, Any]:

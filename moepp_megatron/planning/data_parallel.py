@@ -33,9 +33,15 @@ class StepEnd:
             forward_s: Forward pass of one micro-batch, beside which parameters are gathered.
             backward_s: Backward pass of the last one, beside which gradients are reduced.
         """
-        reduce = self.reduce - (backward_s if grid.grad_overlap else 0.0)
-        gather = self.gather - (forward_s if grid.param_overlap else 0.0)
-        return max(reduce, 0.0) + max(gather, 0.0)
+        return self.exposed_reduce(grid, backward_s) + self.exposed_gather(grid, forward_s)
+
+    def exposed_reduce(self, grid: Grid, backward_s: float) -> float:
+        """What of the reduction runs after the last backward pass."""
+        return max(self.reduce - (backward_s if grid.grad_overlap else 0.0), 0.0)
+
+    def exposed_gather(self, grid: Grid, forward_s: float) -> float:
+        """What of the gathering the first forward pass waits for."""
+        return max(self.gather - (forward_s if grid.param_overlap else 0.0), 0.0)
 
 
 def step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> StepEnd:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -220,11 +221,21 @@ def bars(seconds: Mapping[str, float]) -> dict[str, float]:
     return {name: sum(seconds.get(part, 0.0) for part in parts) for name, _, parts in _BARS}
 
 
-def write_json(path: Path, plan: Plan) -> None:
-    """A list of layouts, those that fit first, then by step time."""
+def write_json(path: Path, plan: Plan, simulation: Mapping[str, Any] | None = None) -> None:
+    """A list of layouts, those that fit first, then by step time.
+
+    Args:
+        path: The file.
+        plan: The plan.
+        simulation: What playing the best layout found; its key `simulation`.
+    """
     layers = plan.config.model.num_layers
     ordered = sorted([*plan.layouts, *plan.rivals], key=lambda one: (not one.fits, one.step.total))
-    text = json.dumps([planned.record(layers) for planned in ordered], indent=1)
+    records = [planned.record(layers) for planned in ordered]
+    if simulation is not None:
+        # By value, for a rival may be faster than the best layout of the configured model.
+        records[ordered.index(plan.layouts[0])]["simulation"] = dict(simulation)
+    text = json.dumps(records, indent=1)
     write_atomic(path, (text + "\n").encode())
 
 

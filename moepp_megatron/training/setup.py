@@ -67,11 +67,7 @@ class TrainingModel:
 def build_training_model(config: Config) -> TrainingModel:
     """Build and wrap the model. Process groups must exist."""
     models = build_model(config)
-    schedule_config = pipeline_config(models[0].config, moepp_config(config))
-    chunks = [
-        _wrap(model, schedule_config, config, bucketed=index == 0)
-        for index, model in enumerate(models)
-    ]
+    schedule_config, chunks = wrap_models(models, config)
     optimizer = get_megatron_optimizer(
         _optimizer_config(config), chunks, use_gloo_process_groups=False
     )
@@ -79,12 +75,37 @@ def build_training_model(config: Config) -> TrainingModel:
     return TrainingModel(chunks, models, optimizer, _scheduler(config, optimizer))
 
 
+def wrap_models(
+    models: list[GPTModel], config: Config, casts: bool = True
+) -> tuple[TransformerConfig, list[DistributedDataParallel]]:
+    """Give every parameter its place in the buffers that gradients are reduced in.
+
+    Args:
+        models: This rank's model chunks.
+        config: The run's configuration.
+        casts: Wrap for mixed precision too, which needs parameters that hold values.
+
+    Returns:
+        The schedules' configuration, and the wrapped chunks.
+    """
+    schedule_config = pipeline_config(models[0].config, moepp_config(config))
+    chunks = [
+        _wrap(model, schedule_config, config, bucketed=index == 0, casts=casts)
+        for index, model in enumerate(models)
+    ]
+    return schedule_config, chunks
+
+
 def _wrap(
-    model: GPTModel, schedule_config: TransformerConfig, config: Config, bucketed: bool
+    model: GPTModel,
+    schedule_config: TransformerConfig,
+    config: Config,
+    bucketed: bool,
+    casts: bool,
 ) -> DistributedDataParallel:
     parallel = config.parallel
     module: torch.nn.Module = model
-    if params_dtype(config) is torch.bfloat16:
+    if casts and params_dtype(config) is torch.bfloat16:
         module = Float16Module(model.config, model)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -88,6 +88,44 @@ def test_table_json_plot_and_layout(plan, tmp_path: Path, capsys) -> None:
     assert best["tokens_per_s_per_gpu"] == pytest.approx(64 * 2048 / best["step_time_s"] / 16)
 
 
+def test_steps_are_played(plan, tmp_path: Path, capsys) -> None:
+    data, picture, run = (tmp_path / name for name in ("plan.json", "plan.png", "metrics.jsonl"))
+    options = ["model.num_layers=4", "--gpus", "16", "--simulate", "--simulate-steps", "20"]
+    files = ["--json", str(data), "--plot", str(picture)]
+    assert plan(*options, *files, "--assume", "mtbf_hours=1000") == 0
+    text = capsys.readouterr().out
+    for expected in (
+        "simulated: 20 steps",
+        "what the tail costs",
+        "layouts again",
+        "goodput",
+        "best (Daly)",
+    ):
+        assert expected in text
+    assert (tmp_path / "plan_simulation.png").read_bytes().startswith(b"\x89PNG")
+    [played] = [one["simulation"] for one in json.loads(data.read_text()) if "simulation" in one]
+    others = played["other_layouts_s"]
+    assert len(others) == 4
+    assert all(other["planned"] > 0 and other["simulated"] > 0 for other in others)
+    times = played["step_s"]
+    assert times["steps"] == 20
+    assert 0 < played["even_s"] <= times["median"] <= times["p95"] <= times["p99"] <= times["max"]
+    assert sum(played["phases_s"].values()) == pytest.approx(times["mean"])
+    goodput = played["goodput"]
+    assert 0 < goodput["share"] < 1
+    # A recorded run decides the load: all selections of all layers go to one expert.
+    shares = [[1.0, *[0.0] * 7]] * 2
+    lines = [
+        {"step": step, "tokens": 1000 * step, "ffn_fraction": 1.0, "layer_expert_share": shares}
+        for step in (1, 2, 3, 4)
+    ]
+    run.write_text("\n".join(json.dumps(line) for line in lines))
+    assert plan(*options, *files, "--routing", str(run)) == 0
+    [first] = [one for one in json.loads(data.read_text()) if "simulation" in one]
+    ranks = first["layout"]["expert_model_parallel_size"]
+    assert first["simulation"]["fullest_rank"]["mean"] == pytest.approx(ranks, rel=1e-3)
+
+
 def test_a_vanilla_model_is_planned_alone(plan, tmp_path: Path) -> None:
     data = tmp_path / "plan.json"
     none = [f"moe.num_{kind}_experts=0" for kind in ("zero", "copy", "constant")]
@@ -105,6 +143,8 @@ def test_a_vanilla_model_is_planned_alone(plan, tmp_path: Path) -> None:
         (["--price", "-1"], "--price (-1) must be a number above 0"),
         (["--tokens", "inf"], "--tokens (inf) must be a number above 0"),
         (["--routing", "nowhere"], "--routing (nowhere) must be a run"),
+        (["--assume", "seed=1"], "--assume must come with --simulate"),
+        (["--simulate", "--assume", "seed=x"], "--assume seed (x) must be a whole number"),
         (["moe.tau=-1"], "moe.tau"),
         (["precision.fp8=hybrid", "--gpu", "a100"], "precision.fp8 (hybrid) must be a format"),
     ],

@@ -1,0 +1,52 @@
+"""`moepp plan --simulate`: its options, and playing the best layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moepp_megatron.planning.plan import Plan
+    from moepp_megatron.planning.simulation.study import Study
+
+Simulate = Annotated[
+    bool,
+    typer.Option(
+        "--simulate",
+        help="Play steps of the best layout pass by pass: uneven load, slow nodes, failures.",
+    ),
+]
+Steps = Annotated[int, typer.Option("--simulate-steps", min=1, max=100_000, help="Steps to play.")]
+Assume = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--assume",
+        help="Of the simulated cluster, such as mtbf_hours=30000 (docs/planning.md).",
+        metavar="NAME=VALUE",
+    ),
+]
+
+
+def play_best(plan: Plan, routing: Path | None, steps: int, assume: list[str]) -> Study | None:
+    """Play the plan's best layout; None where nothing fits.
+
+    Raises:
+        ConfigError: An assumption that is unknown or out of range.
+    """
+    from moepp_megatron.planning.recorded_routing import recorded_shares
+    from moepp_megatron.planning.simulation.assumptions import parse_assumptions
+    from moepp_megatron.planning.simulation.load import LoadSource
+    from moepp_megatron.planning.simulation.study import study
+    from moepp_megatron.planning.workload import Workload
+
+    assumptions = parse_assumptions(assume)
+    if plan.best is None:
+        return None
+    source = LoadSource(plan.routing.evenness)
+    if routing is not None:
+        source = LoadSource(recorded=recorded_shares(routing, plan.config.moe.num_ffn_experts))
+    load = Workload.from_config(plan.config)
+    others = [(planned.step.total, planned.grid) for planned in plan.layouts[1:]]
+    return study(load, plan.best.grid, plan.machine, source, assumptions, steps, others)
