@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
-from moepp_megatron.config import Config, with_overrides
+from moepp_megatron.config import Config, parse_config
+
+# What only the MoE++ layer has: the vanilla model has its defaults.
+_ONLY_MOEPP = (
+    "budget",
+    "expert_input_scale",
+    "fused",
+    "gate_scale",
+    "logits_norm_std",
+    "selection_bias",
+    "two_layer_gate",
+)
 
 
 def vanilla(config: Config) -> Config:
-    """The same model without zero-computation experts and gating residual.
+    """The same model on megatron-core's own MoE layer.
 
-    megatron-core's balance loss is E / K times the paper's, so its coefficient is that much smaller
-    for the same strength.
+    It has no zero-computation experts, no gating residual, nothing else of the MoE++ layer and
+    nothing that watches over it. megatron-core's balance loss is E / K times the paper's, so its
+    coefficient is that much smaller for the same strength; its global one is of another size again
+    and gives way to that of micro-batches.
     """
-    moe = config.moe
-    coefficient = moe.balance_coeff * moe.router_topk / moe.num_ffn_experts
-    return with_overrides(
-        config,
-        [
-            "moe.num_zero_experts=0",
-            "moe.num_copy_experts=0",
-            "moe.num_constant_experts=0",
-            "moe.gating_residual=false",
-            f"moe.balance_coeff={coefficient}",
-        ],
-    )
+    content = config.model_dump(mode="json", exclude_unset=True)
+    content.pop("routing_guard", None)
+    moe = content["moe"]
+    for name in _ONLY_MOEPP:
+        moe.pop(name, None)
+    moe |= {
+        "num_zero_experts": 0,
+        "num_copy_experts": 0,
+        "num_constant_experts": 0,
+        "gating_residual": False,
+        "balance_coeff": config.moe.balance_coeff
+        * config.moe.router_topk
+        / config.moe.num_ffn_experts,
+    }
+    if moe.get("balance_scope") == "global":
+        moe["balance_scope"] = "microbatch"
+    if moe.get("dispatcher") == "alltoall_dedup":
+        moe["dispatcher"] = "alltoall"
+    return parse_config(content)
+
+
+def without_budget(config: Config) -> Config:
+    """The same model, balanced by tau alone."""
+    content = config.model_dump(mode="json", exclude_unset=True)
+    content["moe"].pop("budget", None)
+    return parse_config(content)

@@ -6,8 +6,8 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moepp_megatron.bench.rival import vanilla
-from moepp_megatron.config import Config, ConfigError, parse_config, with_overrides
+from moepp_megatron.bench.rival import vanilla, without_budget
+from moepp_megatron.config import Config, ConfigError, with_overrides
 from moepp_megatron.planning.coster import Cost, Coster
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.imbalance import Routing
@@ -109,7 +109,7 @@ def make_plan(
     layouts = _accepted(config, search, world, machine, routing, top)
     rivals = []
     if not config.moe.is_vanilla:
-        rivals += _best_of(vanilla(_without_budget(config)), world, machine, routing)
+        rivals += _best_of(vanilla(config), world, machine, routing)
         for tau in taus:
             if tau != config.moe.tau:
                 rivals += _best_again(_with_tau(config, tau), search, world, machine, routing)
@@ -209,14 +209,7 @@ def _best_again(
 
 
 def _with_tau(config: Config, tau: float) -> Config:
-    return with_overrides(_without_budget(config), [f"moe.tau={tau}"])
-
-
-def _without_budget(config: Config) -> Config:
-    """The same model, balanced by tau alone."""
-    content = config.model_dump(mode="json", exclude_unset=True)
-    content["moe"].pop("budget", None)
-    return parse_config(content)
+    return with_overrides(without_budget(config), [f"moe.tau={tau}"])
 
 
 def _check_formats(config: Config, machine: Machine) -> None:

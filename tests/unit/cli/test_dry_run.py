@@ -140,6 +140,30 @@ def _has_process_groups() -> bool:
     return torch is not None and torch.distributed.is_initialized()
 
 
+PLANNED = sorted((Path(__file__).parents[3] / "configs" / "h100").glob("*.yaml"))
+
+
+def test_six_models_are_planned_for_three_clusters():
+    names = {path.stem.rpartition("_")[0] for path in PLANNED}
+    assert len(names) == 6
+    assert {path.stem for path in PLANNED} == {
+        f"{n}_{cards}" for n in names for cards in (8, 64, 1024)
+    }
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_planned_configurations_pass_a_dry_run(path, tmp_path, monkeypatch, capsys):
+    """On the number of cards in their name; the data folder is the only thing that is missing."""
+    cards = path.stem.rpartition("_")[2]
+    arguments = ["moepp", "train", str(path), f"data.path={tmp_path}", "--nproc", cards]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    printed = capsys.readouterr()
+    assert not ended.value.code, printed.err
+    assert "data-parallel rank; phi 0." in printed.out
+
+
 def test_a_machine_without_deepep_refuses_flex(command, capsys):
     assert command("moe.dispatcher=flex ep=2", 2) == 3
     error = capsys.readouterr().err

@@ -1,0 +1,51 @@
+"""The vanilla rival: every MoE++ configuration has one, and only what differs is changed."""
+
+import pytest
+
+from moepp_megatron.bench.rival import vanilla
+from moepp_megatron.config import parse_config
+
+RAW = {
+    "run": {"dir": "unused"},
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+        "seq_length": 64,
+        "vocab_size": 512,
+    },
+    "optimizer": {"lr": 1e-3},
+    "training": {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 1},
+}
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {},
+        {"budget": {"target_ffn_per_token": 1.2}},
+        {"budget": {"target_ffn_per_token": 1.2, "controller": "bias"}, "selection_bias": True},
+        {"balance_scope": "global"},
+        {"dispatcher": "alltoall_dedup"},
+        {"two_layer_gate": True, "logits_norm_std": 1.0, "expert_input_scale": 2.0},
+        {"selection_bias": True, "gate_scale": 2.0, "fused": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("guard", [{}, {"enabled": True}], ids=["no guard", "guard"])
+def test_every_configuration_has_a_rival(moe, guard):
+    config = parse_config(RAW | {"moe": {"num_ffn_experts": 8} | moe, "routing_guard": guard})
+    rival = vanilla(config)
+    assert rival.moe.is_vanilla
+    assert rival.moe.balance_coeff == config.moe.balance_coeff * 2 / 8
+    assert not rival.routing_guard.enabled
+    assert rival.model == config.model
+    assert rival.training == config.training
+
+
+def test_a_sequence_loss_stays():
+    moe = {"num_ffn_experts": 8, "balance_scope": "sequence", "dispatcher": "allgather"}
+    rival = vanilla(parse_config(RAW | {"moe": moe}))
+    assert rival.moe.balance_scope == "sequence"
+    assert rival.moe.dispatcher == "allgather"
