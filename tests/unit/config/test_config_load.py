@@ -202,8 +202,8 @@ def test_shipped_configuration_fits(name: str, world_sizes: tuple[int, ...]) -> 
 
 
 def test_every_shipped_configuration_is_tested() -> None:
-    # Descriptions of cards are no runs; test_hardware.py reads them. Planned layouts of these models
-    # have their dry runs in test_dry_run.py.
+    # Descriptions of cards are no runs; test_hardware.py reads them. Planned layouts have their dry
+    # runs in test_dry_run.py.
     others = ("hardware", "h100")
     paths = (path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in others)
     names = {str(path.relative_to(CONFIGS)) for path in paths}
