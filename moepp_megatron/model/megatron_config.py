@@ -42,6 +42,8 @@ def moepp_config(config: Config) -> MoEPPConfig:
         gate_normalization=moe.gate_normalization,
         score_function=moe.score_function,
         expert_input_scale=moe.expert_input_scale,
+        constant_init=moe.constant_init,
+        constant_temperature=moe.constant_temperature,
         two_layer_gate=moe.two_layer_gate,
         logits_norm_std=moe.logits_norm_std,
         selection_bias=moe.selection_bias,

@@ -21,7 +21,7 @@ class Ingredients(NamedTuple):
         x: [T, D] their input.
         gates: [T, E] fp32 gates of all experts, 0 where not selected.
         routing_map: [T, E] bool selections.
-        mixing_logits: [T, 2C] fp32, U x; None without constant experts.
+        mixing_logits: [T, 2C] fp32, U x / temperature; None without constant experts.
         constants: [C, D] V, dtype of `x`; None without constant experts.
     """
 
@@ -36,7 +36,8 @@ class ZeroComputationExperts(MegatronModule):
     """The output of every zero-computation expert of a layer, added up.
 
     zero(x) = 0, copy(x) = x, constant_c(x) = a1 x + a2 v_c with [a1, a2] = softmax(U_c x)
-    (arXiv 2410.07348, zero-computation experts). Weighted by their gates g they sum to
+    (arXiv 2410.07348, zero-computation experts; `MoEPPConfig.constant_temperature` divides U_c x,
+    the paper's is 1). Weighted by their gates g they sum to
 
         s x + A V,   s = g_copy + sum_c g_c a1_c,   A_c = g_c a2_c
 
@@ -54,6 +55,13 @@ class ZeroComputationExperts(MegatronModule):
         if count > 0:
             self.constants = replicated_parameter(config, count, hidden)
             self.mixing_weight = replicated_parameter(config, count, 2, hidden)
+            if self.starts_at_zero and config.perform_initialization:
+                torch.nn.init.zeros_(self.constants)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether V is 0 before training."""
+        return self.moepp.num_constant_experts > 0 and self.moepp.constant_init == "zero"
 
     def forward(self, x: Tensor, gates: Tensor, addend: Tensor | None = None) -> Tensor | None:
         """Add up the zero-computation experts' output.
@@ -106,6 +114,8 @@ class ZeroComputationExperts(MegatronModule):
         return torch.softmax(logits * self.moepp.expert_input_scale, dim=-1)
 
     def _mixing_logits(self, x: Tensor) -> Tensor:
-        """[T, 2C] fp32, U x without the scale of the experts' input."""
+        """[T, 2C] fp32, U x / temperature, without the scale of the experts' input."""
         weight = self.mixing_weight.view(2 * self.moepp.num_constant_experts, -1)
-        return router_gating_linear(x, weight, None, torch.float32)
+        logits = router_gating_linear(x, weight, None, torch.float32)
+        temperature = self.moepp.constant_temperature
+        return logits if temperature == 1.0 else logits / temperature

@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "selection_bias": True,
             "gate_scale": 1.5,
             "expert_input_scale": 2.0,
+            "constant_temperature": 0.5,
             "logits_norm_std": 1.5,
             "shared_expert_ffn_hidden_size": 24,
             "ffn_hidden_size": 40,

@@ -43,6 +43,7 @@ _SCHEDULE = (
     "precision.dtype",
     "moe.tau",
     "moe.router_topk",
+    "moe.constant_temperature",
 )
 
 
