@@ -49,7 +49,7 @@ def initialize_weights(chunks: Iterable[LanguageModule], seed: int) -> None:
                         _fill(tensor, seed, config.init_method_std, branches)
         for module in chunk.modules():
             if isinstance(module, ZeroComputationExperts) and module.starts_at_zero:
-                torch.nn.init.zeros_(module.constants)
+                torch.nn.init.zeros_(module.vectors)
 
 
 def sharded_tensors(entry: object) -> list[ShardedTensor]:

@@ -44,6 +44,7 @@ def moepp_config(config: Config) -> MoEPPConfig:
         expert_input_scale=moe.expert_input_scale,
         constant_init=moe.constant_init,
         constant_temperature=moe.constant_temperature,
+        constants_shared=moe.constants_shared,
         two_layer_gate=moe.two_layer_gate,
         logits_norm_std=moe.logits_norm_std,
         selection_bias=moe.selection_bias,

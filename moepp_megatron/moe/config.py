@@ -47,6 +47,8 @@ class MoEPPConfig:
             weights, `zero` starts from zero experts that keep a part of their input.
         constant_temperature: What the constant experts' mixing logits are divided by:
             `[a1, a2] = softmax(U_c x / temperature)`; the greater, the closer to one half each.
+        constants_shared: Whether all MoE layers of a model have the same V; U is each layer's own.
+            The model does it (`zero_computation.share_constants`), so a layer alone has its own.
         two_layer_gate: Whether the gate is `W_b tanh(W_a x)` with hidden width 8E.
         logits_norm_std: Rescale each token's logits to this unbiased standard deviation before the
             scores are taken (the carried logits stay as they are); None leaves them.
@@ -76,6 +78,7 @@ class MoEPPConfig:
     expert_input_scale: float = 1.0
     constant_init: ConstantInit = "normal"
     constant_temperature: float = 1.0
+    constants_shared: bool = False
     two_layer_gate: bool = False
     logits_norm_std: float | None = None
     selection_bias: bool = False

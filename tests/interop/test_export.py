@@ -50,6 +50,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "ffn_hidden_size": 40,
         },
     },
+    "shared constants": {"moe": {"constants_shared": True}},
     "vanilla, tied": {
         "model": {"tie_embeddings": True},
         "moe": PLAIN_MOE | {"num_zero_experts": 0, "num_copy_experts": 0},

@@ -49,7 +49,7 @@ def routing_without_object(config: Config) -> Iterator[Problem]:
 def constant_settings_without_constants(config: Config) -> Iterator[Problem]:
     """They are the constant experts'."""
     if config.moe.num_constant_experts == 0:
-        for key in ("constant_init", "constant_temperature"):
+        for key in ("constant_init", "constant_temperature", "constants_shared"):
             yield from _ignored(
                 "moe",
                 config.moe,

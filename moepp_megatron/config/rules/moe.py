@@ -99,9 +99,46 @@ def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
         )
 
 
+def shared_constants_are_whole(config: Config) -> Iterator[Problem]:
+    """One rank holds all layers, and a gradient is complete when it is reduced."""
+    moe, parallel, training = config.moe, config.parallel, config.training
+    if not moe.constants_shared or moe.num_constant_experts == 0:
+        return
+    stages, kind = parallel.pipeline_model_parallel_size, training.recompute_granularity
+    repeats = kind == "full" or (kind == "selective" and "moe" in training.recompute_modules)
+    needs = (
+        (
+            stages == 1,
+            f"with parallel.pipeline_model_parallel_size ({stages}): no stage sees all layers' "
+            "gradients",
+        ),
+        (
+            config.model.implementation == "gpt",
+            f"with model.implementation ({config.model.implementation}), whose layers do not "
+            "share anything",
+        ),
+        (
+            not parallel.overlap_moe_expert_parallel_comm,
+            "with parallel.overlap_moe_expert_parallel_comm (true), which runs every layer's "
+            "backward pass by itself",
+        ),
+        (
+            not (parallel.overlap_grad_reduce and repeats),
+            f"with parallel.overlap_grad_reduce (true) and training.recompute_granularity ({kind}) "
+            "of whole MoE layers: the gradient would be reduced after the last layer's part",
+        ),
+    )
+    for holds, rule in needs:
+        if not holds:
+            remedy = f"set moe.constants_shared to false, or change {rule.split(' ')[1]}"
+            yield Problem("moe.constants_shared", True, f"must be false {rule}", remedy)
+            return
+
+
 RULES = (
     topk_within_experts,
     single_selection_keeps_raw_gate,
     layer_freq_names_moe_layers,
     vanilla_layer_has_no_moepp_router,
+    shared_constants_are_whole,
 )

@@ -97,6 +97,11 @@ class MoESection(Section):
         description="Divides the logits with which constant experts mix input and vector",
         json_schema_extra=unit("1"),
     )
+    constants_shared: bool = Field(
+        default=False,
+        description="All MoE layers have the same vectors of constant experts",
+        json_schema_extra=unit("-"),
+    )
     two_layer_gate: bool = Field(
         default=False,
         description="Router W_b tanh(W_a x) with hidden width 8E, as in the released model",

@@ -14,6 +14,7 @@ from moepp_megatron.config import (
 )
 
 DEDUP = "moe.dispatcher ('alltoall_dedup')"
+SHARED, SHARED_NAME = "moe.constants_shared=true", "moe.constants_shared (true)"
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 VANILLA = [
@@ -163,6 +164,28 @@ INVALID = [
     (["moe.tau=fast"], "moe.tau ('fast')", "without quotes"),
     (["moe.constant_temperature=0"], "moe.constant_temperature (0)", "use a value above 0"),
     (["moe.constant_init=one"], "moe.constant_init ('one')", "must be one of normal, zero"),
+    ([SHARED, *PP2], SHARED_NAME, "change parallel.pipeline_model_parallel_size"),
+    ([SHARED, "model.implementation=hybrid"], SHARED_NAME, "change model.implementation"),
+    (
+        [
+            SHARED,
+            "parallel.expert_model_parallel_size=2",
+            "precision.dtype=bf16",
+            "parallel.overlap_moe_expert_parallel_comm=true",
+        ],
+        SHARED_NAME,
+        "change parallel.overlap_moe_expert_parallel_comm",
+    ),
+    (
+        [
+            SHARED,
+            "parallel.overlap_grad_reduce=true",
+            "training.recompute_granularity=selective",
+            "training.recompute_modules=[moe]",
+        ],
+        SHARED_NAME,
+        "change parallel.overlap_grad_reduce",
+    ),
     (["moe.tau=.nan"], "moe.tau (nan)", "write an ordinary number"),
     (["moe.num_ffn_experts=0"], "moe.num_ffn_experts (0)", "use 1 or more, such as the default 8"),
     (["moe.num_zero_experts=-1"], "moe.num_zero_experts (-1)", "use 0 or more"),
