@@ -137,7 +137,7 @@ def measured(records: list[StepMetrics]) -> dict[str, Any]:
         "tokens": last.tokens,
         "valid_loss": last.valid_loss,
         "ffn_share": statistics.fmean(record.ffn_fraction for record in late),
-        "constant_replaced": statistics.fmean(replaced) if replaced else math.nan,
+        "constant_replaced": statistics.fmean(replaced),
     }
 
 
@@ -154,11 +154,11 @@ def t_quantile(probability: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(float(reached))
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% t-interval (NaN for less than two values)."""
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95% t-interval (None for less than two values)."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return mean, math.nan
+        return mean, None
     error = statistics.stdev(values) / math.sqrt(len(values))
     return mean, t_quantile(0.975, len(values) - 1) * error
 
@@ -169,7 +169,7 @@ def summary(found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str, 
     for name, runs in found.items():
         both = sorted(set(runs) & set(found[BASE]))
         differences = [runs[s]["valid_loss"] - found[BASE][s]["valid_loss"] for s in both]
-        difference, half_width = interval(differences) if both else (math.nan, math.nan)
+        difference, half_width = interval(differences) if both else (None, None)
         rows[name] = {
             "seeds": sorted(runs),
             "difference": difference,
@@ -189,7 +189,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        difference = f"{row['difference']:+.4f} +- {row['half_width_95']:.4f}"
+        difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+        if row["half_width_95"] is not None:
+            difference += f" +- {row['half_width_95']:.4f}"
         lines.append(
             f"| {name} | {len(row['seeds'])} | {row['valid_loss']:.4f} | "
             f"{'' if name == BASE else difference} | {row['ffn_share']:.3f} | "

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import Run, assemble, compare, settings, train
@@ -81,9 +82,13 @@ def test_layouts(ranks: RankPools, one_process: Run, layout: str) -> None:
 
 
 def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
+    from moepp_megatron.training.checkpoint.compatible import check_compatible
+
     (whole,) = ranks(1).run(train_between, shared(), tmp_path / "whole", 4)
     ep2 = shared(parallel={"expert_model_parallel_size": 2})
     begun = ranks(2).run(train_between, ep2, tmp_path / "half", 2)[0]
     (start,) = (tmp_path / "half").glob("step_*")
     ended = ranks(2).run(train_between, shared(parallel=TP2), tmp_path / "rest", 4, start)[0]
     np.testing.assert_allclose([*begun, *ended], whole, rtol=FP32)
+    with pytest.raises(ConfigError, match=r"moe\.constants_shared \(false\) must be that of"):
+        check_compatible(start, parse_config(settings()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,9 @@ def test_differences_are_taken_within_a_seed() -> None:
     # Of 0.1 and 0.3 the deviation is sqrt(0.02), and that of their mean 0.1.
     assert row["half_width_95"] == pytest.approx(12.706 * 0.1, rel=1e-4)
     assert "+0.2000 +- 1.2706" in ablation.table(rows)
-    assert math.isnan(ablation.interval([1.0])[1])
+    alone = ablation.summary({"base": base, "zero init": {1: run(3.1)}})
+    assert alone["zero init"]["half_width_95"] is None
+    assert "| +0.1000 |" in ablation.table(alone)
 
 
 @pytest.mark.parametrize("scale", ablation.SCALES)
