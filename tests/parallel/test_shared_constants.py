@@ -19,19 +19,31 @@ STEPS = 3
 SHARED = {"num_ffn_experts": 8, "constants_shared": True}
 CONSTANTS = "zero_computation.constants"
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+RECOMPUTED = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
-    "recompute": (1, {"training": {"recompute_granularity": "full", "recompute_method": "uniform",
-                                   "recompute_num_layers": 1}}),
+    "recompute": (1, {"training": RECOMPUTED}),
     "ep2": (2, {"parallel": {"expert_model_parallel_size": 2}}),
     "tp2": (2, {"parallel": TP2}),
-    "dp2 overlapped": (
-        2, {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
-    ),
+    "dp2 overlapped": (2, {"parallel": OVERLAPPED}),
+    # Each layer's backward pass adds its part by itself; megatron-core counts them in the first
+    # step and reduces the gradient after as many in the others.
+    "dp2 overlapped, recompute": (2, {"parallel": OVERLAPPED, "training": RECOMPUTED}),
     "ep2 tp2, plain optimizer": (
-        4, {"parallel": {**TP2, "expert_model_parallel_size": 2,
-                         "use_distributed_optimizer": False}}
+        4,
+        {
+            "parallel": {
+                **TP2,
+                "expert_model_parallel_size": 2,
+                "use_distributed_optimizer": False,
+            }
+        },
     ),
-}  # fmt: skip
+}
 
 
 def shared(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -100,12 +100,11 @@ def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
 
 
 def shared_constants_are_whole(config: Config) -> Iterator[Problem]:
-    """One rank holds all layers, and a gradient is complete when it is reduced."""
-    moe, parallel, training = config.moe, config.parallel, config.training
+    """One rank holds all layers, in an assembly and a schedule that are tested with it."""
+    moe, parallel = config.moe, config.parallel
     if not moe.constants_shared or moe.num_constant_experts == 0:
         return
-    stages, kind = parallel.pipeline_model_parallel_size, training.recompute_granularity
-    repeats = kind == "full" or (kind == "selective" and "moe" in training.recompute_modules)
+    stages = parallel.pipeline_model_parallel_size
     needs = (
         (
             stages == 1,
@@ -120,12 +119,7 @@ def shared_constants_are_whole(config: Config) -> Iterator[Problem]:
         (
             not parallel.overlap_moe_expert_parallel_comm,
             "with parallel.overlap_moe_expert_parallel_comm (true), which runs every layer's "
-            "backward pass by itself",
-        ),
-        (
-            not (parallel.overlap_grad_reduce and repeats),
-            f"with parallel.overlap_grad_reduce (true) and training.recompute_granularity ({kind}) "
-            "of whole MoE layers: the gradient would be reduced after the last layer's part",
+            "backward pass by itself and is not tested with it",
         ),
     )
     for holds, rule in needs:

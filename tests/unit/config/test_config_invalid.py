@@ -176,16 +176,6 @@ INVALID = [
         SHARED_NAME,
         "change parallel.overlap_moe_expert_parallel_comm",
     ),
-    (
-        [
-            SHARED,
-            "parallel.overlap_grad_reduce=true",
-            "training.recompute_granularity=selective",
-            "training.recompute_modules=[moe]",
-        ],
-        SHARED_NAME,
-        "change parallel.overlap_grad_reduce",
-    ),
     (["moe.tau=.nan"], "moe.tau (nan)", "write an ordinary number"),
     (["moe.num_ffn_experts=0"], "moe.num_ffn_experts (0)", "use 1 or more, such as the default 8"),
     (["moe.num_zero_experts=-1"], "moe.num_zero_experts (-1)", "use 0 or more"),
