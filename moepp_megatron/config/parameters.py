@@ -19,11 +19,12 @@ class ParameterCounts:
         ffn_experts: All FFN experts.
         shared_experts: Experts that every token takes.
         router: Gates W and gating residuals G.
-        zero_computation_experts: Constant experts' v_c [D] and U_c [2, D].
+        zero_computation_experts: Constant experts' v_c [D] (once under `moe.constants_shared`)
+            and U_c [2, D].
         per_ffn_expert: One FFN expert of one layer.
         active: Parameters a token meets on average when the balance loss is at its optimum: all
             outside the experts, K phi FFN experts and K (1 - phi) zero-computation experts a
-            MoE layer, spread evenly over their kind.
+            MoE layer, spread evenly over their kind (v_c counted in each layer, shared or not).
     """
 
     embedding: int
@@ -82,10 +83,17 @@ def count_parameters(config: Config) -> ParameterCounts:
     return ParameterCounts(
         **parts,
         ffn_experts=ffn_experts,
-        zero_computation_experts=constants,
+        zero_computation_experts=constants - _saved_by_sharing(config, moe_layers),
         per_ffn_expert=per_ffn_expert,
         active=round(active),
     )
+
+
+def _saved_by_sharing(config: Config, moe_layers: int) -> int:
+    """V of every MoE layer but the first, where they share one."""
+    if not config.moe.constants_shared:
+        return 0
+    return (moe_layers - 1) * config.moe.num_constant_experts * config.model.hidden_size
 
 
 def _attention_parameters(config: Config) -> int:

@@ -26,6 +26,7 @@ _MOE_FIELDS = (
     "gate_normalization",
     "score_function",
     "expert_input_scale",
+    "constant_temperature",
     "two_layer_gate",
     "logits_norm_std",
     "selection_bias",
@@ -200,8 +201,10 @@ def _released_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
-    moe = {key: require(hf, key) for key in _MOE_FIELDS if key != "logits_norm_std"}
-    moe["logits_norm_std"] = hf.get("logits_norm_std")
+    # A number that may be absent, and one that older exports lack.
+    defaults = {"logits_norm_std": None, "constant_temperature": 1.0}
+    moe = {key: require(hf, key) for key in _MOE_FIELDS if key not in defaults}
+    moe |= {key: hf.get(key, default) for key, default in defaults.items()}
     moe["router_topk"] = require(hf, "num_experts_per_tok")
     moe["layer_freq"] = require(hf, "moe_layers")
     moe["ffn_hidden_size"] = hf.get("moe_intermediate_size")
@@ -290,6 +293,7 @@ def _not_released(config: Config) -> list[tuple[str, Any, Any]]:
         ("moe.gate_normalization", moe.gate_normalization, ("nonzero", "selected")),
         ("moe.score_function", moe.score_function, ("softmax",)),
         ("moe.expert_input_scale", moe.expert_input_scale, scales),
+        ("moe.constant_temperature", moe.constant_temperature, (1.0,)),
         ("moe.selection_bias", moe.selection_bias, (False,)),
         ("moe.gate_scale", moe.gate_scale, (1.0,)),
         ("moe.shared_expert_ffn_hidden_size", moe.shared_expert_ffn_hidden_size, (None,)),

@@ -23,7 +23,7 @@ from typing import NoReturn, get_args
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moepp_megatron.moe.config import BalanceScope, GateNormalization, MoEPPConfig
+from moepp_megatron.moe.config import BalanceScope, ConstantInit, GateNormalization, MoEPPConfig
 from moepp_megatron.moe.router import router_config
 
 ENVIRONMENT = "MOEPP_ARGS"
@@ -57,8 +57,14 @@ _SETTINGS: tuple[tuple[str, type, str], ...] = (
         "scores, selected divides by their sum, nonzero first sets those of zero experts to 0.",
     ),
     ("expert_input_scale", float, "Factor on the experts' input, not the router's."),
+    ("constant_init", str, "Initial vectors of constant experts: drawn as weights are, or 0."),
+    ("constant_temperature", float, "Divides the constant experts' mixing logits."),
     ("logits_norm_std", float, "Rescale each token's logits to this standard deviation."),
 )
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "gate_normalization": get_args(GateNormalization),
+    "constant_init": get_args(ConstantInit),
+}
 _FLAGS = (
     ("two_layer_gate", "Gate W_b tanh(W_a x) of the released MoE++ model."),
     ("selection_bias", "A bias per expert that counts for the selection alone."),
@@ -91,7 +97,7 @@ def add_moepp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
             _option(name),
             type=kind,
             default=defaults[name],
-            choices=get_args(GateNormalization) if name == "gate_normalization" else None,
+            choices=_CHOICES.get(name),
             help=f"{text} Default: {defaults[name]}.",
         )
     for name, text in _FLAGS:

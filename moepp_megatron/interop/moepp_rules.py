@@ -34,16 +34,18 @@ def moepp_rules(config: Config) -> Iterator[Rule]:
     for layer, is_moe in enumerate(pattern):
         yield from attention_rules(config, layer)
         if is_moe:
-            yield from _moe_rules(config, layer, layer == first_moe_layer)
+            yield from _moe_rules(config, layer, first_moe_layer)
         else:
             yield from dense_mlp_rules(config, layer)
     yield from decoder[1:]
 
 
-def _moe_rules(config: Config, layer: int, is_first: bool) -> Iterator[Rule]:
+def _moe_rules(config: Config, layer: int, first: int) -> Iterator[Rule]:
     ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.moe."
-    yield from _gate_rules(config, ours + "router.", theirs + "gate.", is_first)
-    yield from _expert_rules(config, ours, theirs + "experts.experts.")
+    yield from _gate_rules(config, ours + "router.", theirs + "gate.", layer == first)
+    # Shared constants are the first MoE layer's here, and a copy in each layer there.
+    owner = f"decoder.layers.{first}.mlp." if config.moe.constants_shared else ours
+    yield from _expert_rules(config, ours, owner, theirs + "experts.experts.")
     shared = config.moe.shared_expert_ffn_hidden_size
     if shared is not None:
         width = config.model.hidden_size
@@ -68,7 +70,7 @@ def _gate_rules(config: Config, ours: str, theirs: str, is_first: bool) -> Itera
         yield same(ours + "expert_bias", theirs + "e_score_correction_bias", experts)
 
 
-def _expert_rules(config: Config, ours: str, theirs: str) -> Iterator[Rule]:
+def _expert_rules(config: Config, ours: str, owner: str, theirs: str) -> Iterator[Rule]:
     moe, width, inner = config.moe, config.model.hidden_size, config.expert_ffn_hidden_size
     count = moe.num_ffn_experts
     for index in range(count):
@@ -88,5 +90,6 @@ def _expert_rules(config: Config, ours: str, theirs: str) -> Iterator[Rule]:
     constants = moe.num_constant_experts
     for index in range(constants):
         prefix, zero = f"{theirs}{count + index}.", ours + "zero_computation."
-        yield row(zero + "constants", constants, index, prefix + "constant", width)
+        constant = owner + "zero_computation.constants"
+        yield row(constant, constants, index, prefix + "constant", width)
         yield row(zero + "mixing_weight", constants, index, prefix + "wg.weight", 2, width)

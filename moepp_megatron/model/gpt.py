@@ -12,6 +12,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import lane_columns, no_logits, pack, unpack
 from moepp_megatron.moe.overlap import MoEPPChunkPlan
 from moepp_megatron.moe.token_tags import TokenTags
+from moepp_megatron.moe.zero_computation import share_constants
 
 
 class MoEPPGPTModel(GPTModel):
@@ -29,6 +30,9 @@ class MoEPPGPTModel(GPTModel):
 
     Attributes:
         token_tags: Makes what the routers are told of each token; None tells them nothing.
+
+    Raises:
+        ValueError: Layers on several stages are to share their constants.
     """
 
     token_tags: TokenTags | None = None
@@ -36,8 +40,16 @@ class MoEPPGPTModel(GPTModel):
     def __init__(
         self, config: TransformerConfig, *args: Any, moepp: MoEPPConfig, **kwargs: Any
     ) -> None:
+        stages = config.pipeline_model_parallel_size
+        if moepp.constants_shared and stages > 1:
+            raise ValueError(
+                f"constants_shared (True) must be False with pipeline_model_parallel_size "
+                f"({stages}), because no stage sees all layers' gradients; use one stage or False"
+            )
         super().__init__(config, *args, **kwargs)
         self.moepp = moepp
+        if moepp.constants_shared:
+            share_constants(self)
         # Not read from `self.config` later: whoever wraps this model may give that the wider shape
         # of what stages exchange (`moepp_megatron.moe.lane.pipeline_config`).
         self.hidden_size = config.hidden_size

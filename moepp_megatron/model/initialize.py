@@ -19,6 +19,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from torch import Tensor
 
 from moepp_megatron.model.fp8_weights import fp8_weights_as_plain
+from moepp_megatron.moe.zero_computation import ZeroComputationExperts
 
 # Weights that write into the residual stream; their scale shrinks with depth (GPT-2, section 2.3).
 _RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
@@ -28,7 +29,8 @@ def initialize_weights(chunks: Iterable[LanguageModule], seed: int) -> None:
     """Initialise every parameter of the local model chunks in place.
 
     Matrices are drawn from N(0, init_method_std), projections into the residual stream from
-    N(0, init_method_std / sqrt(number of such projections in depth)), norms are 1.
+    N(0, init_method_std / sqrt(number of such projections in depth)), norms are 1, and constant
+    experts' vectors 0 under `MoEPPConfig.constant_init` zero.
 
     Args:
         chunks: Model chunks of this rank, before any wrapper.
@@ -45,6 +47,9 @@ def initialize_weights(chunks: Iterable[LanguageModule], seed: int) -> None:
                     # Buffers, such as a router's selection bias, keep what they were built with.
                     if tensor.data.untyped_storage().data_ptr() in parameters:
                         _fill(tensor, seed, config.init_method_std, branches)
+        for module in chunk.modules():
+            if isinstance(module, ZeroComputationExperts) and module.starts_at_zero:
+                torch.nn.init.zeros_(module.vectors)
 
 
 def sharded_tensors(entry: object) -> list[ShardedTensor]:

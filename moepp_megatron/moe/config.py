@@ -10,6 +10,7 @@ from typing import Literal, get_args
 GateNormalization = Literal["none", "selected", "nonzero"]
 ScoreFunction = Literal["softmax", "sigmoid"]
 BalanceScope = Literal["microbatch", "sequence", "global"]
+ConstantInit = Literal["normal", "zero"]
 Fused = Literal["auto", True, False]
 
 
@@ -42,6 +43,12 @@ class MoEPPConfig:
         score_function: Softmax or sigmoid over the logits of all experts.
         expert_input_scale: Factor on the experts' input, not the router's; the released model's
             code uses K.
+        constant_init: What the constant experts' vectors V start from: `normal` draws them as all
+            weights, `zero` starts from zero experts that keep a part of their input.
+        constant_temperature: What the constant experts' mixing logits are divided by:
+            `[a1, a2] = softmax(U_c x / temperature)`; the greater, the closer to one half each.
+        constants_shared: Whether all MoE layers of a model have the same V; U is each layer's own.
+            The model does it (`zero_computation.share_constants`), so a layer alone has its own.
         two_layer_gate: Whether the gate is `W_b tanh(W_a x)` with hidden width 8E.
         logits_norm_std: Rescale each token's logits to this unbiased standard deviation before the
             scores are taken (the carried logits stay as they are); None leaves them.
@@ -69,6 +76,9 @@ class MoEPPConfig:
     gate_normalization: GateNormalization = "none"
     score_function: ScoreFunction = "softmax"
     expert_input_scale: float = 1.0
+    constant_init: ConstantInit = "normal"
+    constant_temperature: float = 1.0
+    constants_shared: bool = False
     two_layer_gate: bool = False
     logits_norm_std: float | None = None
     selection_bias: bool = False
@@ -107,6 +117,7 @@ class MoEPPConfig:
             ("gate_normalization", get_args(GateNormalization)),
             ("score_function", get_args(ScoreFunction)),
             ("balance_scope", get_args(BalanceScope)),
+            ("constant_init", get_args(ConstantInit)),
         ):
             if getattr(self, name) not in choices:
                 *others, last = choices
@@ -117,10 +128,9 @@ class MoEPPConfig:
     def _refuse_wrong_factors(self) -> None:
         if not self.balance_coeff >= 0:
             raise ValueError(f"balance_coeff ({self.balance_coeff}) must not be negative; use 0")
-        if not self.expert_input_scale > 0:
-            raise ValueError(
-                f"expert_input_scale ({self.expert_input_scale}) must be positive; use 1.0"
-            )
+        for name in ("expert_input_scale", "constant_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be positive; use 1.0")
         for name, without in (
             ("capacity_factor", "to drop nothing"),
             ("logits_norm_std", "to leave the logits"),

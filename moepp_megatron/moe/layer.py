@@ -192,7 +192,7 @@ class MoEPPLayer(MoELayer):
             tokens = hidden_states.detach().reshape(-1, hidden_states.shape[-1])
             with torch.no_grad():
                 mixing = self.zero_computation.mixing(tokens)
-            self.router.health.add_constants(gates, mixing, self.zero_computation.constants)
+            self.router.health.add_constants(gates, mixing, self.zero_computation.vectors)
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
         """megatron-core's way to call a router, which has no room for its logits.

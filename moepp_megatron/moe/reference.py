@@ -74,6 +74,8 @@ class ReferenceMoEPP(nn.Module):
         # FFN experts that tokens must take (`ffn_demand`); set by a rule as well.
         self.ffn_demand: FFNDemand = "none"
         self.constants = nn.Parameter(torch.randn(config.num_constant_experts, D) * 0.02)
+        if config.constant_init == "zero":
+            nn.init.zeros_(self.constants)
         self.mixing_weight = nn.Parameter(torch.randn(config.num_constant_experts, 2, D) * 0.02)
 
     def forward(
@@ -124,9 +126,8 @@ class ReferenceMoEPP(nn.Module):
             return F.linear(F.silu(gate) * up, self.expert_out[index])
         if index < config.constant_experts.stop:
             c = index - config.num_ffn_experts
-            keep, replace = torch.softmax(F.linear(x, self.mixing_weight[c]).float(), -1).split(
-                1, -1
-            )
+            mixing = F.linear(x, self.mixing_weight[c]).float() / config.constant_temperature
+            keep, replace = torch.softmax(mixing, -1).split(1, -1)
             return keep * x + replace * self.constants[c]
         if index < config.copy_experts.stop:
             return x

@@ -21,7 +21,7 @@ class Ingredients(NamedTuple):
         x: [T, D] their input.
         gates: [T, E] fp32 gates of all experts, 0 where not selected.
         routing_map: [T, E] bool selections.
-        mixing_logits: [T, 2C] fp32, U x; None without constant experts.
+        mixing_logits: [T, 2C] fp32, U x / temperature; None without constant experts.
         constants: [C, D] V, dtype of `x`; None without constant experts.
     """
 
@@ -36,24 +36,48 @@ class ZeroComputationExperts(MegatronModule):
     """The output of every zero-computation expert of a layer, added up.
 
     zero(x) = 0, copy(x) = x, constant_c(x) = a1 x + a2 v_c with [a1, a2] = softmax(U_c x)
-    (arXiv 2410.07348, zero-computation experts). Weighted by their gates g they sum to
+    (arXiv 2410.07348, zero-computation experts; `MoEPPConfig.constant_temperature` divides U_c x,
+    the paper's is 1). Weighted by their gates g they sum to
 
         s x + A V,   s = g_copy + sum_c g_c a1_c,   A_c = g_c a2_c
 
     so no token is gathered, sorted or sent.
 
     Attributes:
-        constants: [C, D] V, the learned vectors.
+        constants: [C, D] V, the learned vectors; absent where another layer's are used.
         mixing_weight: [C, 2, D] U.
     """
 
     def __init__(self, config: TransformerConfig, moepp: MoEPPConfig) -> None:
         super().__init__(config)
         self.moepp = moepp
+        self._owner: ZeroComputationExperts | None = None
         count, hidden = moepp.num_constant_experts, config.hidden_size
         if count > 0:
             self.constants = replicated_parameter(config, count, hidden)
             self.mixing_weight = replicated_parameter(config, count, 2, hidden)
+            if self.starts_at_zero and config.perform_initialization:
+                torch.nn.init.zeros_(self.constants)
+
+    @property
+    def vectors(self) -> Tensor:
+        """[C, D] V, this layer's or the one that it shares."""
+        owner = self if self._owner is None else self._owner
+        return owner.constants
+
+    def use_constants_of(self, owner: ZeroComputationExperts) -> None:
+        """Give up the own V for that of `owner`, which alone counts it among its parameters.
+
+        So optimizer, gradient reduction and checkpoints see one tensor, under the owner's name.
+        """
+        del self.constants
+        # Past `torch.nn.Module`, which would make the owner a part of this module.
+        object.__setattr__(self, "_owner", owner)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether V is 0 before training."""
+        return self.moepp.num_constant_experts > 0 and self.moepp.constant_init == "zero"
 
     def forward(self, x: Tensor, gates: Tensor, addend: Tensor | None = None) -> Tensor | None:
         """Add up the zero-computation experts' output.
@@ -78,9 +102,9 @@ class ZeroComputationExperts(MegatronModule):
             weight_of_input = weight_of_input + (constant_gates * keep).sum(dim=-1)
             weight_of_constants = (constant_gates * replace).to(x.dtype)
             if addend is None:
-                output = weight_of_constants @ self.constants
+                output = weight_of_constants @ self.vectors
             else:
-                output = torch.addmm(addend, weight_of_constants, self.constants)
+                output = torch.addmm(addend, weight_of_constants, self.vectors)
         elif addend is not None:
             output = addend.clone()
         weight_of_input = (weight_of_input * moepp.expert_input_scale).to(x.dtype).unsqueeze(-1)
@@ -95,7 +119,7 @@ class ZeroComputationExperts(MegatronModule):
         """
         if self.moepp.num_constant_experts > 0:
             logits = self._mixing_logits(x)
-            return Ingredients(x, gates, routing_map, logits, self.constants)
+            return Ingredients(x, gates, routing_map, logits, self.vectors)
         if self.moepp.num_copy_experts > 0:
             return Ingredients(x, gates, routing_map, None, None)
         return None
@@ -106,6 +130,22 @@ class ZeroComputationExperts(MegatronModule):
         return torch.softmax(logits * self.moepp.expert_input_scale, dim=-1)
 
     def _mixing_logits(self, x: Tensor) -> Tensor:
-        """[T, 2C] fp32, U x without the scale of the experts' input."""
+        """[T, 2C] fp32, U x / temperature, without the scale of the experts' input."""
         weight = self.mixing_weight.view(2 * self.moepp.num_constant_experts, -1)
-        return router_gating_linear(x, weight, None, torch.float32)
+        logits = router_gating_linear(x, weight, None, torch.float32)
+        temperature = self.moepp.constant_temperature
+        return logits if temperature == 1.0 else logits / temperature
+
+
+def share_constants(model: torch.nn.Module) -> None:
+    """Let all MoE layers of a model use the first one's V.
+
+    Args:
+        model: The whole model, on one pipeline stage.
+    """
+    layers = [m for m in model.modules() if isinstance(m, ZeroComputationExperts)]
+    owner = next(iter(layers), None)
+    if owner is None or owner.moepp.num_constant_experts == 0:
+        return
+    for layer in layers[1:]:
+        layer.use_constants_of(owner)

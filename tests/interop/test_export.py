@@ -44,11 +44,13 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "selection_bias": True,
             "gate_scale": 1.5,
             "expert_input_scale": 2.0,
+            "constant_temperature": 0.5,
             "logits_norm_std": 1.5,
             "shared_expert_ffn_hidden_size": 24,
             "ffn_hidden_size": 40,
         },
     },
+    "shared constants": {"moe": {"constants_shared": True}},
     "vanilla, tied": {
         "model": {"tie_embeddings": True},
         "moe": PLAIN_MOE | {"num_zero_experts": 0, "num_copy_experts": 0},

@@ -43,7 +43,8 @@ def test_every_setting_of_the_layer_can_be_given() -> None:
     words = (
         "--moepp-num-zero-experts 2 --moepp-num-copy-experts 3 --moepp-num-constant-experts 4 "
         "--moepp-tau 0.5 --moepp-capacity-factor 1.1 --moepp-gate-normalization nonzero "
-        "--moepp-expert-input-scale 2 --moepp-logits-norm-std 3 --moepp-two-layer-gate "
+        "--moepp-expert-input-scale 2 --moepp-constant-init zero "
+        "--moepp-constant-temperature 0.5 --moepp-logits-norm-std 3 --moepp-two-layer-gate "
         "--moepp-selection-bias --moepp-no-gating-residual"
     )
     config = transformer(
@@ -67,6 +68,8 @@ def test_every_setting_of_the_layer_can_be_given() -> None:
         gate_normalization="nonzero",
         score_function="sigmoid",
         expert_input_scale=2.0,
+        constant_init="zero",
+        constant_temperature=0.5,
         two_layer_gate=True,
         logits_norm_std=3.0,
         selection_bias=True,

@@ -46,6 +46,19 @@ def routing_without_object(config: Config) -> Iterator[Problem]:
         )
 
 
+def constant_settings_without_constants(config: Config) -> Iterator[Problem]:
+    """They are the constant experts'."""
+    if config.moe.num_constant_experts == 0:
+        for key in ("constant_init", "constant_temperature", "constants_shared"):
+            yield from _ignored(
+                "moe",
+                config.moe,
+                key,
+                "with moe.num_constant_experts 0",
+                "add constant experts, or leave it out",
+            )
+
+
 def flex_settings_without_flex(config: Config) -> Iterator[Problem]:
     """Backend and multiprocessors are those of the flex dispatcher."""
     if config.moe.dispatcher != "flex":
@@ -318,6 +331,7 @@ def guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
 
 RULES = (
     routing_without_object,
+    constant_settings_without_constants,
     flex_settings_without_flex,
     deduplication_without_duplicates,
     kernels_of_the_vanilla_layer,

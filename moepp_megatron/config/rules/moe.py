@@ -99,9 +99,40 @@ def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
         )
 
 
+def shared_constants_are_whole(config: Config) -> Iterator[Problem]:
+    """One rank holds all layers, in an assembly and a schedule that are tested with it."""
+    moe, parallel = config.moe, config.parallel
+    if not moe.constants_shared or moe.num_constant_experts == 0:
+        return
+    stages = parallel.pipeline_model_parallel_size
+    needs = (
+        (
+            stages == 1,
+            f"with parallel.pipeline_model_parallel_size ({stages}): no stage sees all layers' "
+            "gradients",
+        ),
+        (
+            config.model.implementation == "gpt",
+            f"with model.implementation ({config.model.implementation}), whose layers do not "
+            "share anything",
+        ),
+        (
+            not parallel.overlap_moe_expert_parallel_comm,
+            "with parallel.overlap_moe_expert_parallel_comm (true), which runs every layer's "
+            "backward pass by itself and is not tested with it",
+        ),
+    )
+    for holds, rule in needs:
+        if not holds:
+            remedy = f"set moe.constants_shared to false, or change {rule.split(' ')[1]}"
+            yield Problem("moe.constants_shared", True, f"must be false {rule}", remedy)
+            return
+
+
 RULES = (
     topk_within_experts,
     single_selection_keeps_raw_gate,
     layer_freq_names_moe_layers,
     vanilla_layer_has_no_moepp_router,
+    shared_constants_are_whole,
 )

@@ -86,6 +86,22 @@ class MoESection(Section):
         description="Factor on the experts' input, not the router's (released code: K)",
         json_schema_extra=unit("1"),
     )
+    constant_init: Literal["normal", "zero"] = Field(
+        default="normal",
+        description="Initial vectors of constant experts: drawn as all weights, or 0",
+        json_schema_extra=unit("-"),
+    )
+    constant_temperature: float = Field(
+        default=1.0,
+        gt=0.0,
+        description="Divides the logits with which constant experts mix input and vector",
+        json_schema_extra=unit("1"),
+    )
+    constants_shared: bool = Field(
+        default=False,
+        description="All MoE layers have the same vectors of constant experts",
+        json_schema_extra=unit("-"),
+    )
     two_layer_gate: bool = Field(
         default=False,
         description="Router W_b tanh(W_a x) with hidden width 8E, as in the released model",

@@ -26,6 +26,7 @@ class MoEPPConfig(LlamaConfig):
             expert's gate is 0, the others are divided by their sum).
         score_function: `softmax` or `sigmoid`.
         expert_input_scale: Factor on the experts' input, not the router's.
+        constant_temperature: What the constant experts' mixing logits are divided by.
         two_layer_gate: Whether the gate is `W_b tanh(W_a x)`.
         logits_norm_std: Standard deviation that each token's logits are scaled to, or None.
         selection_bias: Whether a bias per expert takes part in the selection, not in the gates.
@@ -51,6 +52,7 @@ class MoEPPConfig(LlamaConfig):
         gate_normalization: str = "none",
         score_function: str = "softmax",
         expert_input_scale: float = 1.0,
+        constant_temperature: float = 1.0,
         two_layer_gate: bool = False,
         logits_norm_std: float | None = None,
         selection_bias: bool = False,
@@ -72,6 +74,7 @@ class MoEPPConfig(LlamaConfig):
         self.gate_normalization = gate_normalization
         self.score_function = score_function
         self.expert_input_scale = expert_input_scale
+        self.constant_temperature = constant_temperature
         self.two_layer_gate = two_layer_gate
         self.logits_norm_std = logits_norm_std
         self.selection_bias = selection_bias

@@ -100,16 +100,18 @@ class FFNExpert(nn.Module):
 
 
 class ConstantExpert(nn.Module):
-    """`a1 x + a2 v` with `[a1, a2] = softmax(U x)`."""
+    """`a1 x + a2 v` with `[a1, a2] = softmax(U x / temperature)`."""
 
     def __init__(self, config: MoEPPConfig) -> None:
         super().__init__()
         self.constant = nn.Parameter(torch.zeros(config.hidden_size))
         self.wg = nn.Linear(config.hidden_size, 2, bias=False)
+        self.temperature = config.constant_temperature
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, D] to [n, D]."""
-        keep, replace = torch.softmax(_fp32(self.wg, x.float()), dim=-1).to(x.dtype).split(1, -1)
+        logits = _fp32(self.wg, x.float()) / self.temperature
+        keep, replace = torch.softmax(logits, dim=-1).to(x.dtype).split(1, -1)
         return keep * x + replace * self.constant
 
 

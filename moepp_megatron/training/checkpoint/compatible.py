@@ -25,6 +25,7 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
     "moe.num_zero_experts": lambda c: c.moe.num_zero_experts,
     "moe.num_copy_experts": lambda c: c.moe.num_copy_experts,
     "moe.num_constant_experts": lambda c: c.moe.num_constant_experts,
+    "moe.constants_shared": lambda c: c.moe.constants_shared,
     "moe.gating_residual": lambda c: c.moe.gating_residual,
     "moe.two_layer_gate": lambda c: c.moe.two_layer_gate,
     "moe.ffn_hidden_size": lambda c: c.expert_ffn_hidden_size,
@@ -43,6 +44,7 @@ _SCHEDULE = (
     "precision.dtype",
     "moe.tau",
     "moe.router_topk",
+    "moe.constant_temperature",
 )
 
 

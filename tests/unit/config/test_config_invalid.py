@@ -14,6 +14,7 @@ from moepp_megatron.config import (
 )
 
 DEDUP = "moe.dispatcher ('alltoall_dedup')"
+SHARED, SHARED_NAME = "moe.constants_shared=true", "moe.constants_shared (true)"
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 VANILLA = [
@@ -161,6 +162,20 @@ INVALID = [
     (["model.norm_epsilon=1"], "model.norm_epsilon (1)", "such as the default 1e-05"),
     (["moe.tau=0"], "moe.tau (0)", "use a value above 0, such as the default 0.75"),
     (["moe.tau=fast"], "moe.tau ('fast')", "without quotes"),
+    (["moe.constant_temperature=0"], "moe.constant_temperature (0)", "use a value above 0"),
+    (["moe.constant_init=one"], "moe.constant_init ('one')", "must be one of normal, zero"),
+    ([SHARED, *PP2], SHARED_NAME, "change parallel.pipeline_model_parallel_size"),
+    ([SHARED, "model.implementation=hybrid"], SHARED_NAME, "change model.implementation"),
+    (
+        [
+            SHARED,
+            "parallel.expert_model_parallel_size=2",
+            "precision.dtype=bf16",
+            "parallel.overlap_moe_expert_parallel_comm=true",
+        ],
+        SHARED_NAME,
+        "change parallel.overlap_moe_expert_parallel_comm",
+    ),
     (["moe.tau=.nan"], "moe.tau (nan)", "write an ordinary number"),
     (["moe.num_ffn_experts=0"], "moe.num_ffn_experts (0)", "use 1 or more, such as the default 8"),
     (["moe.num_zero_experts=-1"], "moe.num_zero_experts (-1)", "use 0 or more"),
@@ -831,6 +846,11 @@ IGNORED = [
         ["moe.tau=0.5", "moe.budget.target_ffn_per_token=1.0"],
         "moe.tau (0.5)",
         "with moe.budget.target_ffn_per_token",
+    ),
+    (
+        ["moe.num_constant_experts=0", "moe.constant_temperature=2.0"],
+        "moe.constant_temperature (2.0)",
+        "with moe.num_constant_experts 0",
     ),
     ([*VANILLA, "moe.tau=0.5"], "moe.tau (0.5)", "without zero-computation experts"),
     (["moe.balance_coeff=0.0", "moe.tau=0.5"], "moe.tau (0.5)", "with moe.balance_coeff 0"),

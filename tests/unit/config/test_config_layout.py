@@ -176,6 +176,9 @@ def test_parameters_of_the_variants(minimal: Path) -> None:
     assert count_parameters(tiny(minimal, "moe.gating_residual=false")).router == 2 * 5 * 8
     two_layer = count_parameters(tiny(minimal, "moe.two_layer_gate=true"))
     assert two_layer.router == 2 * (40 * 8 + 5 * 40) + 25
+    one_v = count_parameters(tiny(minimal, "moe.constants_shared=true"))
+    assert one_v.zero_computation_experts == plain.zero_computation_experts - 8
+    assert one_v.active == plain.active
     shared = count_parameters(tiny(minimal, "moe.shared_expert_ffn_hidden_size=4"))
     assert shared.shared_experts == 2 * 3 * 8 * 4
     narrow = count_parameters(tiny(minimal, "moe.ffn_hidden_size=10"))

@@ -29,6 +29,9 @@ from moepp_megatron.moe.config import MoEPPConfig
         ({"balance_coeff": -0.1}, r"balance_coeff \(-0.1\) must not be negative; use 0"),
         ({"capacity_factor": 0.0}, r"capacity_factor \(0.0\) must be positive; .* None"),
         ({"expert_input_scale": 0.0}, r"expert_input_scale \(0.0\) must be positive; use 1.0"),
+        ({"constant_temperature": 0.0}, r"constant_temperature \(0.0\) must be positive; use 1.0"),
+        ({"constant_temperature": math.inf}, r"constant_temperature \(inf\) must be positive"),
+        ({"constant_init": "one"}, r"constant_init \(one\) is unknown; use normal or zero"),
         ({"logits_norm_std": 0.0}, r"logits_norm_std \(0.0\) must be positive; .* None"),
         (
             {"gate_normalization": "sum"},

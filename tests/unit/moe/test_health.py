@@ -65,15 +65,16 @@ def test_sums_are_their_definitions(score_function, recompute):
         assert sums[name] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
 
 
-def test_constant_experts_and_rows():
-    moepp = MoEPPConfig(4, num_constant_experts=2)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_constant_experts_and_rows(temperature):
+    moepp = MoEPPConfig(4, num_constant_experts=2, constant_temperature=temperature)
     layer, x, previous, _ = measured(moepp)
     layer.router.health.add_rows(layer.router.logits_weight)
     sums = sums_of(layer)
     gates = layer.router(x, previous).gates.detach()[:, moepp.constant_experts].double()
     tokens = x.detach().view(-1, HIDDEN)
     weight = layer.zero_computation.mixing_weight.detach()
-    mixing = torch.einsum("td,ckd->tck", tokens, weight).softmax(-1).double()
+    mixing = torch.einsum("td,ckd->tck", tokens, weight / temperature).softmax(-1).double()
     rows = torch.nn.functional.normalize(layer.router.weight.detach().double(), dim=-1)
     cosines = (rows @ rows.T).abs().fill_diagonal_(0)
     for index in range(2):

@@ -370,6 +370,7 @@ LAYERS = [
         {},
     ),
     ({"selection_bias": True, "gate_scale": 2.0, "two_layer_gate": True}, "alltoall", {}),
+    ({"constant_temperature": 0.3, "expert_input_scale": 2.0}, "alltoall", {}),
 ]
 
 

@@ -48,6 +48,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "calculate_per_token_loss": (True, False),
     "dispatcher": DISPATCHERS,
     "logits_norm_std": (None, 1.5),
+    "constant_temperature": (1.0, 0.4),
 }
 CROSSED = ("gate_normalization", "score_function", "mixture", "capacity_factor")
 
@@ -120,6 +121,7 @@ def moepp_of(case: dict[str, Any], **changes: Any) -> MoEPPConfig:
                 "expert_input_scale",
                 "balance_scope",
                 "logits_norm_std",
+                "constant_temperature",
             )
         },
     }

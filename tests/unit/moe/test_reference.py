@@ -95,9 +95,9 @@ def test_logits_norm_by_hand():
     assert gates[0].tolist() == approx(expected)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_experts_by_hand(scale):
-    config = MoEPPConfig(**HAND, expert_input_scale=scale)
+@pytest.mark.parametrize(("scale", "temperature"), [(1.0, 1.0), (2.0, 1.0), (2.0, 0.5)])
+def test_experts_by_hand(scale, temperature):
+    config = MoEPPConfig(**HAND, expert_input_scale=scale, constant_temperature=temperature)
     layer = ReferenceMoEPP(config, 2, 1)
     with torch.no_grad():
         layer.expert_in.copy_(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 2.0], [1.0, 0.0]]]))
@@ -110,7 +110,7 @@ def test_experts_by_hand(scale):
         return value / (1 + math.exp(-value))
 
     a, b = 1.0 * scale, 2.0 * scale
-    keep = 3**a / (3**a + 1)
+    keep = 3 ** (a / temperature) / (3 ** (a / temperature) + 1)
     expected = [
         [silu(a) * b, 3 * silu(a) * b],
         [2 * silu(2 * b) * a, 0.0],

@@ -82,6 +82,35 @@ def test_sizes():
     assert two.router.output_weight.shape == (8, 64)
 
 
+@torch.no_grad()
+def test_constants_can_start_at_zero():
+    drawn, zero = (
+        build_model(dataclasses.replace(MOEPP, constant_init=init)) for init in ("normal", "zero")
+    )
+    others = dict(zero.named_parameters())
+    for name, parameter in drawn.named_parameters():
+        assert parameter.abs().max() > 0, name
+        if name.endswith("zero_computation.constants"):
+            assert others[name].abs().max() == 0
+        else:
+            assert torch.equal(parameter, others[name]), name
+
+
+def test_vectors_learn_from_zero():
+    # Megatron's own loop initialises as it builds.
+    layer = build_transformer_layer(
+        dataclasses.replace(MOEPP, constant_init="zero"), perform_initialization=True
+    )
+    zero_computation = layer.mlp.zero_computation
+    assert zero_computation.constants.abs().max() == 0
+    assert zero_computation.mixing_weight.abs().max() > 0
+    tokens = torch.randn(6, HIDDEN)
+    gates = torch.ones(6, MOEPP.num_experts)
+    zero_computation(tokens, gates).square().sum().backward()
+    for name, parameter in zero_computation.named_parameters():
+        assert (parameter.grad.abs().flatten(1).amax(dim=1) > 0).all(), name
+
+
 def test_dense_layer_hands_the_lane_on():
     config = megatron_config(MOEPP, num_layers=4, moe_layer_freq=[1, 0, 1, 0])
     block = get_moepp_block_spec(config, MOEPP, use_transformer_engine=False)

@@ -1,0 +1,259 @@
+"""Settings of the constant experts against the paper's: validation loss over several seeds.
+
+    python -m benchmarks.ablate_constants --data data/stdlib --out runs/constants --seeds 5
+    python -m benchmarks.ablate_constants --data data/stdlib --out runs/constants --scale larger
+
+Trains the quickstart's model (or one that is a step larger) by `moepp train` once for each variant
+and seed, all variants of a seed one after the other, in an order that rotates from seed to seed. A
+seed decides initial weights and the order of the data: the variants of a seed see the same tokens
+and validate on the same ones, so their losses are compared in pairs. Runs that are finished are
+kept: the same command goes on where it was stopped.
+
+Writes OUT/SCALE/ablation.json after each run and prints a Markdown table: the mean validation loss,
+the mean paired difference to the base with its 95% t-interval over seeds, the FFN experts' share of
+the selections and how much of its input a constant expert replaces (both over the last quarter of
+the steps).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moepp_megatron.config import load_config
+from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.observe.metrics import StepMetrics, read_metrics
+
+BASE = "base"
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+SCALES: dict[str, list[str]] = {
+    "quickstart": [],
+    "larger": [
+        "model.num_layers=6",
+        "model.hidden_size=256",
+        "model.ffn_hidden_size=688",
+        "model.num_attention_heads=8",
+    ],
+}
+
+
+def variants(steps: int) -> dict[str, list[str]]:
+    """Overrides of each variant.
+
+    Args:
+        steps: Of a run; tau is annealed over the first half of them.
+    """
+    moe = load_config(QUICKSTART).moe
+    target = moe.ffn_share * moe.router_topk
+    # Half of the way from the target to "all selections go to FFN experts".
+    start = (target + moe.router_topk) / 2
+    return {
+        BASE: [],
+        "zero init": ["moe.constant_init=zero"],
+        "temperature 0.5": ["moe.constant_temperature=0.5"],
+        "temperature 2": ["moe.constant_temperature=2.0"],
+        "zero init, temperature 2": ["moe.constant_init=zero", "moe.constant_temperature=2.0"],
+        "shared": ["moe.constants_shared=true"],
+        "annealed tau": [
+            f"moe.budget.target_ffn_per_token={target:.6g}",
+            f"moe.budget.start_ffn_per_token={start:.6g}",
+            f"moe.budget.ramp_steps={max(1, steps // 2)}",
+        ],
+    }
+
+
+def overrides_of(arguments: argparse.Namespace, variant: str, seed: int) -> list[str]:
+    """All overrides of a run but its folder."""
+    return [
+        *SCALES[arguments.scale],
+        *variants(arguments.steps)[variant],
+        f"data.path={arguments.data}",
+        f"training.seed={seed}",
+        f"training.train_iters={arguments.steps}",
+        "training.eval_interval=0",
+        f"training.eval_iters={arguments.eval_iters}",
+        f"optimizer.warmup_iters={min(15, arguments.steps // 2)}",
+        "checkpoint.save_interval=0",
+        f"observe.health_interval={max(1, min(10, arguments.steps // 8))}",
+        f"parallel.expert_model_parallel_size={arguments.nproc}",
+    ]
+
+
+def run_one(arguments: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
+    """The result of a run, which is done only if it is not there.
+
+    Raises:
+        SystemExit: The run failed, or one with other settings is there.
+    """
+    folder = arguments.out / arguments.scale / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{variant.replace(', ', '+').replace(' ', '-')}-{seed}"
+    file, run = folder / f"{name}.json", folder / name
+    overrides = overrides_of(arguments, variant, seed)
+    if file.exists():
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if found["overrides"] != overrides:
+            raise SystemExit(f"{file} is of a run with other settings; use another --out")
+        return found
+    # What is there was cut off.
+    shutil.rmtree(run, ignore_errors=True)
+    command = [sys.executable, "-m", "moepp_megatron.cli.main", "train", str(QUICKSTART)]
+    command += ["--nproc", str(arguments.nproc), f"run.dir={run}", *overrides]
+    started = time.perf_counter()
+    with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if status.returncode != 0:
+        raise SystemExit(f"run {name} ended with status {status.returncode}: see {log.name}")
+    seconds = time.perf_counter() - started
+    records = read_metrics(run / "metrics.jsonl")
+    result = {"overrides": overrides, "seconds": seconds, **measured(records)}
+    _write(file, result)
+    return result
+
+
+def measured(records: list[StepMetrics]) -> dict[str, Any]:
+    """What the table needs of a run."""
+    last = records[-1]
+    late = [record for record in records if record.step > 0.75 * last.step]
+    replaced = [
+        statistics.fmean(record.router_health["constant_replaced"])
+        for record in late
+        if record.router_health is not None
+    ]
+    return {
+        "steps": last.step,
+        "tokens": last.tokens,
+        "valid_loss": last.valid_loss,
+        "ffn_share": statistics.fmean(record.ffn_fraction for record in late),
+        "constant_replaced": statistics.fmean(replaced),
+    }
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Of Student's distribution, above one half, to 5 digits.
+
+    With t = sqrt(degrees) tan(angle) the density of the angle is proportional to
+    cos(angle)^(degrees - 1).
+    """
+    angle = np.linspace(0.0, math.pi / 2, 1_000_001)
+    density = np.cos(angle) ** (degrees - 1)
+    below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    reached = np.interp(2 * probability - 1, below / below[-1], angle)
+    return math.sqrt(degrees) * math.tan(float(reached))
+
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95% t-interval (None for less than two values)."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return mean, t_quantile(0.975, len(values) - 1) * error
+
+
+def summary(found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Of each variant, over its seeds; the difference over the seeds that the base has too."""
+    rows = {}
+    for name, runs in found.items():
+        both = sorted(set(runs) & set(found[BASE]))
+        differences = [runs[s]["valid_loss"] - found[BASE][s]["valid_loss"] for s in both]
+        difference, half_width = interval(differences) if both else (None, None)
+        rows[name] = {
+            "seeds": sorted(runs),
+            "difference": difference,
+            "half_width_95": half_width,
+            **{
+                key: statistics.fmean(run[key] for run in runs.values())
+                for key in ("valid_loss", "ffn_share", "constant_replaced")
+            },
+        }
+    return rows
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| variant | seeds | validation loss | difference to base (95%) | FFN share | replaced |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+        if row["half_width_95"] is not None:
+            difference += f" +- {row['half_width_95']:.4f}"
+        lines.append(
+            f"| {name} | {len(row['seeds'])} | {row['valid_loss']:.4f} | "
+            f"{'' if name == BASE else difference} | {row['ffn_share']:.3f} | "
+            f"{row['constant_replaced']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def _write(path: Path, content: object) -> None:
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of runs and results")
+    parser.add_argument("--data", type=Path, required=True, help="prepared corpus")
+    parser.add_argument("--scale", choices=SCALES, default="quickstart")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from --first-seed")
+    parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=120, help="of each run")
+    parser.add_argument("--eval-iters", type=int, default=8, help="global batches of validation")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks, and expert-parallel size")
+    parser.add_argument(
+        "--variants", nargs="*", choices=list(variants(1)), help="besides the base; default: all"
+    )
+    arguments = parser.parse_args()
+    for name in ("seeds", "steps", "eval_iters", "nproc"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    arguments.data, arguments.out = arguments.data.resolve(), arguments.out.resolve()
+    return arguments
+
+
+def main() -> None:
+    """Run what is missing, write, print."""
+    arguments = _arguments()
+    chosen = arguments.variants
+    names = [n for n in variants(1) if n == BASE or chosen is None or n in chosen]
+    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+    for index in range(arguments.seeds):
+        seed, turn = arguments.first_seed + index, index % len(names)
+        for name in names[turn:] + names[:turn]:
+            result = run_one(arguments, name, seed)
+            found[name][seed] = result
+            print(f"seed {seed}, {name}: {result['valid_loss']:.4f}", flush=True)
+            done = {name: runs for name, runs in found.items() if runs}
+            rows = summary(done) if BASE in done else {}
+            _write(
+                arguments.out / arguments.scale / "ablation.json",
+                {
+                    "scale": arguments.scale,
+                    "steps": arguments.steps,
+                    "tokens": result["tokens"],
+                    "torch": torch.__version__,
+                    "cores": os.cpu_count(),
+                    "summary": rows,
+                    "runs": done,
+                },
+            )
+    print(f"\n{arguments.scale}, {result['steps']} steps, {result['tokens']:,} tokens a run\n")
+    print(table(summary(found)))
+
+
+if __name__ == "__main__":
+    main()

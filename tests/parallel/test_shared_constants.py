@@ -1,0 +1,106 @@
+"""One V for all MoE layers (`moe.constants_shared`): gradients, layouts, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config import ConfigError, parse_config
+from tests.parallel.checkpoint_runs import train_between
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import Run, assemble, compare, settings, train
+
+# fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
+FP32 = 1e-5
+STEPS = 3
+SHARED = {"num_ffn_experts": 8, "constants_shared": True}
+CONSTANTS = "zero_computation.constants"
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+RECOMPUTED = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "recompute": (1, {"training": RECOMPUTED}),
+    "ep2": (2, {"parallel": {"expert_model_parallel_size": 2}}),
+    "tp2": (2, {"parallel": TP2}),
+    "dp2 overlapped": (2, {"parallel": OVERLAPPED}),
+    # Each layer's backward pass adds its part by itself; megatron-core counts them in the first
+    # step and reduces the gradient after as many in the others.
+    "dp2 overlapped, recompute": (2, {"parallel": OVERLAPPED, "training": RECOMPUTED}),
+    "ep2 tp2, plain optimizer": (
+        4,
+        {
+            "parallel": {
+                **TP2,
+                "expert_model_parallel_size": 2,
+                "use_distributed_optimizer": False,
+            }
+        },
+    ),
+}
+
+
+def shared(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    raw = settings(moe=SHARED, **{n: v for n, v in sections.items() if n != "training"})
+    raw["training"] |= sections.get("training", {})
+    return raw
+
+
+def first_layers_vectors(models: list[Any]) -> None:
+    """Every layer's own V starts from the first layer's."""
+    import torch
+
+    (model,) = models
+    first = model.decoder.layers[0].mlp.zero_computation
+    with torch.no_grad():
+        for layer in model.decoder.layers:
+            layer.mlp.zero_computation.constants.copy_(first.constants)
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPools) -> Run:
+    return assemble(ranks(1).run(train, shared(), STEPS))
+
+
+def test_gradient_is_the_sum_over_layers(ranks: RankPools, one_process: Run) -> None:
+    apart = assemble(ranks(1).run(train, settings(), 1, first_layers_vectors))
+    own = [name for name in apart.gradients if CONSTANTS in name]
+    together = [name for name in one_process.gradients if CONSTANTS in name]
+    assert len(own) == 4
+    assert together == ["decoder.layers.0.mlp." + CONSTANTS]
+    assert one_process.losses[0] == apart.losses[0]
+    parts = [apart.gradients.pop(name) for name in own]
+    assert all(np.abs(part).max() > 0 for part in parts)
+    apart.gradients[together[0]] = np.sum(parts, axis=0, dtype=np.float32)
+    assert apart.gradients.keys() == one_process.gradients.keys()
+    for name, expected in apart.gradients.items():
+        limit = FP32 * np.abs(expected).max()
+        np.testing.assert_allclose(
+            one_process.gradients[name], expected, rtol=0, atol=limit, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(ranks: RankPools, one_process: Run, layout: str) -> None:
+    world_size, sections = LAYOUTS[layout]
+    run = assemble(ranks(world_size).run(train, shared(**sections), STEPS))
+    compare(run, one_process, FP32)
+
+
+def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
+    from moepp_megatron.training.checkpoint.compatible import check_compatible
+
+    (whole,) = ranks(1).run(train_between, shared(), tmp_path / "whole", 4)
+    ep2 = shared(parallel={"expert_model_parallel_size": 2})
+    begun = ranks(2).run(train_between, ep2, tmp_path / "half", 2)[0]
+    (start,) = (tmp_path / "half").glob("step_*")
+    ended = ranks(2).run(train_between, shared(parallel=TP2), tmp_path / "rest", 4, start)[0]
+    np.testing.assert_allclose([*begun, *ended], whole, rtol=FP32)
+    with pytest.raises(ConfigError, match=r"moe\.constants_shared \(false\) must be that of"):
+        check_compatible(start, parse_config(settings()))
