@@ -7,6 +7,9 @@ from moepp_megatron.config import Config, parse_config
 # What only the MoE++ layer has: the vanilla model has its defaults.
 _ONLY_MOEPP = (
     "budget",
+    "constant_init",
+    "constant_temperature",
+    "constants_shared",
     "expert_input_scale",
     "fused",
     "gate_scale",

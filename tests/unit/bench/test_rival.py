@@ -30,6 +30,7 @@ RAW = {
         {"dispatcher": "alltoall_dedup"},
         {"two_layer_gate": True, "logits_norm_std": 1.0, "expert_input_scale": 2.0},
         {"selection_bias": True, "gate_scale": 2.0, "fused": False},
+        {"constants_shared": True, "constant_init": "zero", "constant_temperature": 2.0},
     ],
     ids=str,
 )
