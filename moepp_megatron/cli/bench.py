@@ -208,10 +208,9 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
     from moepp_megatron.runtime.rank import RankEnvironment
 
     rank = RankEnvironment.read()
-    distributed.start(rank)
-    distributed.build_groups(config, layout)
-    result = run_step_benchmark(config, layout, rounds)
-    distributed.stop()
+    with distributed.joined(rank):
+        distributed.build_groups(config, layout)
+        result = run_step_benchmark(config, layout, rounds)
     if rank.rank != 0:
         return
     bench.print_step(result)
@@ -274,10 +273,9 @@ def dispatch(
     from moepp_megatron.report import bench
     from moepp_megatron.runtime import distributed
 
-    distributed.start(rank)
     setting = DispatchSetting(tokens, hidden_size, experts, topk, phi, chosen_dtype)
-    results = run_dispatch_benchmark(setting, rounds)
-    distributed.stop()
+    with distributed.joined(rank):
+        results = run_dispatch_benchmark(setting, rounds)
     if rank.rank == 0:
         bench.print_dispatch(setting, results)
         if json_file is not None:

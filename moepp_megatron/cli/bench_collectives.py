@@ -135,13 +135,12 @@ def _measure(setting: object, json_file: Path | None, plot: Path | None) -> None
 
     assert isinstance(setting, CollectiveSetting)
     rank = RankEnvironment.read()
-    device = distributed.start(rank)
-    _check_memory(max(setting.sizes), rank.local_world_size, device.type)
     first = rank.rank == 0
-    bar = progress(setting.repeats + 2) if first else nullcontext(lambda what: None)
-    with bar as advance:
-        results = run_collectives(setting, device, rank.local_world_size, advance)
-    distributed.stop()
+    with distributed.joined(rank) as device:
+        _check_memory(max(setting.sizes), rank.local_world_size, device.type)
+        bar = progress(setting.repeats + 2) if first else nullcontext(lambda what: None)
+        with bar as advance:
+            results = run_collectives(setting, device, rank.local_world_size, advance)
     if first:
         collectives.print_tables(results)
         if json_file is not None:

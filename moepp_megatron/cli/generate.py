@@ -82,10 +82,9 @@ def _generate_rank(request: GenerateRequest) -> None:
     if rank.rank == 0:
         for notice in request.notices:
             typer.echo(f"note: {notice}", err=True)
-    distributed.start(rank)
-    distributed.build_groups(request.config, request.layout)
-    texts = generate_texts(request)
-    distributed.stop()
+    with distributed.joined(rank):
+        distributed.build_groups(request.config, request.layout)
+        texts = generate_texts(request)
     if rank.rank == 0:
         # An empty line between texts.
         typer.echo("\n\n".join(texts))

@@ -97,9 +97,8 @@ def _inspect_rank(request: InspectRequest) -> None:
     if rank.rank == 0:
         for notice in request.notices:
             typer.echo(f"note: {notice}", err=True)
-    distributed.start(rank)
-    traces = trace_models(request)
-    distributed.stop()
+    with distributed.joined(rank):
+        traces = trace_models(request)
     if rank.rank == 0:
         from moepp_megatron.report.inspect import write_inspection
 

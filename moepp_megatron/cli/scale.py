@@ -254,12 +254,11 @@ def _measure(
 
     own = point.config(config)
     layout = Layout.from_config(own, rank.world_size)
-    device = distributed.start(rank)
-    distributed.build_groups(own, layout)
-    result = measure_point(own, layout, measuring, device)
-    if rank.rank == 0:
-        folder.finish(point, result)
-    distributed.stop()
+    with distributed.joined(rank) as device:
+        distributed.build_groups(own, layout)
+        result = measure_point(own, layout, measuring, device)
+        if rank.rank == 0:
+            folder.finish(point, result)
 
 
 def _collect(config: Config, grid: Grid, measuring: Measuring, folder: ScalingFolder) -> None:

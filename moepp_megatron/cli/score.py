@@ -60,10 +60,9 @@ def _score_rank(request: object) -> None:
     from moepp_megatron.runtime.rank import RankEnvironment
 
     assert isinstance(request, ScoreRequest), "a request was read above"
-    distributed.start(RankEnvironment.read())
-    distributed.build_groups(request.config, request.layout)
-    scores = score_tokens(request)
-    distributed.stop()
+    with distributed.joined(RankEnvironment.read()):
+        distributed.build_groups(request.config, request.layout)
+        scores = score_tokens(request)
     if scores is not None:
         write_scores(request.out, scores)
         typer.echo(f"scores       {request.out}")

@@ -214,15 +214,14 @@ def _train_rank(config: Config, layout: Layout) -> None:
         die_with_parent(os.getppid())
     if config.resilience.hang_timeout_s > 0:
         flight_recorder.enable(Path(config.run.dir) / "hangs")
-    distributed.start(rank, distributed.collective_timeout(config))
-    distributed.build_groups(config, layout)
-    if rank.rank == 0:
-        from moepp_megatron.runtime.backends import choices_line
+    with distributed.joined(rank, distributed.collective_timeout(config)):
+        distributed.build_groups(config, layout)
+        if rank.rank == 0:
+            from moepp_megatron.runtime.backends import choices_line
 
-        typer.echo(choices_line())
-    trainer = Trainer(config, layout)
-    record = trainer.run()
-    distributed.stop()
+            typer.echo(choices_line())
+        trainer = Trainer(config, layout)
+        record = trainer.run()
     failure = trainer.checkpoints.error
     if trainer.stopped:
         from moepp_megatron.runtime.launch import STOPPED, leave

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.runtime import cpu_support
 from moepp_megatron.runtime.rank import RankEnvironment
 
@@ -109,6 +112,25 @@ def stop() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined(
+    environment: RankEnvironment, timeout: timedelta = timedelta(minutes=10)
+) -> Iterator[torch.device]:
+    """Be a rank inside; arguments and what comes back as of `start`.
+
+    Groups are destroyed at the end and after an error of the user, which every rank meets: Python
+    may abort at its end where threads of a group are left, and the exit code would be lost. After
+    any other error they are left alone, because other ranks may be in the middle of a collective.
+    """
+    device = start(environment, timeout)
+    try:
+        yield device
+    except (ConfigError, UnfitError):
+        stop()
+        raise
+    stop()
 
 
 def _meeting_point(environment: RankEnvironment, timeout: timedelta) -> dist.Store:

@@ -1,0 +1,44 @@
+"""Groups of a rank are gone after it returns and after a user's error, which keeps its exit code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = """
+import torch.distributed as dist
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.runtime.distributed import joined, stop
+from moepp_megatron.runtime.rank import RankEnvironment
+
+for error in (None, ConfigError("wrong"), ValueError("a fault")):
+    try:
+        with joined(RankEnvironment()) as device:
+            assert dist.get_world_size() == 1
+            if error is not None:
+                raise error
+    except (ConfigError, ValueError) as caught:
+        assert caught is error
+    print(device.type, type(error).__name__, dist.is_initialized())
+stop()
+"""
+
+
+def test_groups_end_with_the_block_and_with_a_users_error():
+    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-3:] == [
+        "cpu NoneType False",
+        "cpu ConfigError False",
+        # Other ranks may be in the middle of a collective.
+        "cpu ValueError True",
+    ]
