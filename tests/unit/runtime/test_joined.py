@@ -1,4 +1,4 @@
-"""Groups of a rank are gone after it returns and after a user's error, which keeps its exit code."""
+"""Groups of a rank are gone after it returns and after a user's error: the exit code is kept."""
 
 import os
 import subprocess
