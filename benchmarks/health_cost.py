@@ -11,18 +11,13 @@ over `observe.health_interval`.
 
 from __future__ import annotations
 
-import argparse
-import logging
-import tempfile
 from pathlib import Path
-
-import torch.distributed as dist
 
 from benchmarks.quickstart_steps import (
     Kind,
     QuickstartSteps,
-    Times,
     in_turns,
+    on_ranks,
     quartiles,
     ratios,
     table,
@@ -31,7 +26,7 @@ from benchmarks.quickstart_steps import (
 INTERVAL = 10
 
 
-def measure(rounds: int, folder: Path) -> dict[str, Times]:
+def measure(rounds: int, folder: Path) -> list[str]:
     """Plain steps, measured ones, and plain ones again."""
     from moepp_megatron.training.collect import RoutingCollector
     from moepp_megatron.training.health import HealthCollector
@@ -52,31 +47,14 @@ def measure(rounds: int, folder: Path) -> dict[str, Times]:
         "measured": Kind(lambda: step(INTERVAL)),
         "again": Kind(lambda: step(1)),
     }
-    return in_turns(kinds, rounds)
-
-
-def main() -> None:
-    """Measure and print."""
-    from moepp_megatron.runtime.distributed import start, stop
-    from moepp_megatron.runtime.quiet import quiet
-    from moepp_megatron.runtime.rank import RankEnvironment
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30)
-    rounds = parser.parse_args().rounds
-    quiet()
-    logging.disable()
-    start(RankEnvironment.read())
-    with tempfile.TemporaryDirectory() as folder:
-        times = measure(rounds, Path(folder))
-    if dist.get_rank() == 0:
-        print(table(times, "plain"))
-        for clock in ("wall", "processor"):
-            plain, measured = (getattr(times[name], clock) for name in ("plain", "measured"))
-            cost = [(ratio - 1.0) / INTERVAL for ratio in ratios(measured, plain)]
-            print(f"cost with health_interval {INTERVAL}, by {clock} time: {quartiles(cost, 1)}")
-    stop()
+    times = in_turns(kinds, rounds)
+    lines = [table(times, "plain")]
+    for clock in ("wall", "processor"):
+        plain, measured = (getattr(times[name], clock) for name in ("plain", "measured"))
+        cost = [(ratio - 1.0) / INTERVAL for ratio in ratios(measured, plain)]
+        lines.append(f"cost with health_interval {INTERVAL}, by {clock} time: {quartiles(cost, 1)}")
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    on_ranks(__doc__, default_rounds=30, measure=measure)

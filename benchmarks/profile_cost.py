@@ -13,14 +13,16 @@ by wall time and by the processor time of rank 0.
 
 from __future__ import annotations
 
-import argparse
-import logging
-import tempfile
 from pathlib import Path
 
-import torch.distributed as dist
-
-from benchmarks.quickstart_steps import Kind, QuickstartSteps, Times, in_turns, quartiles, table
+from benchmarks.quickstart_steps import (
+    Kind,
+    QuickstartSteps,
+    in_turns,
+    on_ranks,
+    quartiles,
+    table,
+)
 
 
 class Recorded:
@@ -55,7 +57,7 @@ class Recorded:
         return Kind(self.step, self.open, self.close)
 
 
-def measure(rounds: int, folder: Path) -> dict[str, Times]:
+def measure(rounds: int, folder: Path) -> list[str]:
     """Plain, off and recorded steps."""
     from moepp_megatron.config import load_config
 
@@ -67,33 +69,15 @@ def measure(rounds: int, folder: Path) -> dict[str, Times]:
         "off": Recorded(steps, steps.config).as_kind(),
         "recorded": Recorded(steps, config).as_kind(),
     }
-    return in_turns(kinds, rounds)
-
-
-def main() -> None:
-    """Measure and print."""
-    from moepp_megatron.runtime.distributed import start, stop
-    from moepp_megatron.runtime.quiet import quiet
-    from moepp_megatron.runtime.rank import RankEnvironment
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
-    rounds = parser.parse_args().rounds
-    quiet()
-    logging.disable()
-    start(RankEnvironment.read())
-    with tempfile.TemporaryDirectory() as folder:
-        times = measure(rounds, Path(folder))
-        size = sum(path.stat().st_size for path in Path(folder, "profile").glob("rank0*"))
-    if dist.get_rank() == 0:
-        print(table(times, "plain"))
-        recorded = times["recorded"]
-        print(
-            f"start {quartiles(recorded.before)} ms, end and write {quartiles(recorded.after)} ms, "
-            f"a rank's files {size / 1024:.0f} KiB"
-        )
-    stop()
+    times = in_turns(kinds, rounds)
+    size = sum(path.stat().st_size for path in Path(folder, "profile").glob("rank0*"))
+    recorded = times["recorded"]
+    return [
+        table(times, "plain"),
+        f"start {quartiles(recorded.before)} ms, end and write {quartiles(recorded.after)} ms, "
+        f"a rank's files {size / 1024:.0f} KiB",
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    on_ranks(__doc__, default_rounds=20, measure=measure)

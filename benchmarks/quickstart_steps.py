@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import logging
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -124,6 +127,32 @@ def _timed(kind: Kind) -> tuple[float, float, float, float]:
 
 def _lists(times: Times) -> tuple[list[float], ...]:
     return times.wall, times.processor, times.before, times.after
+
+
+def on_ranks(
+    description: str | None, default_rounds: int, measure: Callable[[int, Path], list[str]]
+) -> None:
+    """A benchmark under torchrun: reads `--rounds`, measures on every rank, rank 0 prints.
+
+    Args:
+        description: Of the command.
+        default_rounds: Rounds unless told.
+        measure: Takes rounds and an empty folder; returns lines to print.
+    """
+    from moepp_megatron.runtime.distributed import joined
+    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=default_rounds)
+    rounds = parser.parse_args().rounds
+    quiet()
+    logging.disable()
+    rank = RankEnvironment.read()
+    with joined(rank), tempfile.TemporaryDirectory() as folder:
+        lines = measure(rounds, Path(folder))
+    if rank.rank == 0:
+        print("\n".join(lines))
 
 
 def quartiles(values: Iterable[float], unit: float = 1e3) -> str:

@@ -56,7 +56,7 @@ def config(**sections: dict) -> Config:
 
 
 def job(
-    *, file: str = "/c.yaml", overrides=(), variants=(), folder="/work", **sections
+    *, file: str = "/c.yaml", overrides=(), variants=(), folder="/shared/code", **sections
 ) -> SlurmJob:
     return SlurmJob(config(**sections), Path(file), overrides, Path(folder), variants)
 
@@ -164,8 +164,8 @@ def test_the_job_that_is_asked_for() -> None:
     )
     assert options == {
         "job-name": "x",
-        "chdir": "/work",
-        "output": "/work/runs/test/slurm/%j.out",
+        "chdir": "/shared/code",
+        "output": "/shared/code/runs/test/slurm/%j.out",
         "open-mode": "append",
         "nodes": "4",
         "ntasks-per-node": "1",
@@ -208,7 +208,7 @@ def test_layout_that_does_not_fit_the_nodes_is_refused() -> None:
 
 def test_output_path_is_no_pattern() -> None:
     output = directives(job(run={"dir": "100%j/x"}).script())["output"]
-    assert output == "/work/100%%j/x/slurm/%j.out"
+    assert output == "/shared/code/100%%j/x/slurm/%j.out"
     with pytest.raises(ConfigError, match="must not hold a backslash"):
         job(run={"dir": "a\\b"}).script()
 
@@ -218,7 +218,7 @@ def test_sweep_gives_each_element_of_the_array_its_values_and_folder(bash) -> No
     variants = sweep_variants(settings, ["moe.tau=[0.25, 0.5]", "run.name=['a b', '$(y)']"])
     assert len(variants) == 4
     shown = bash(
-        lambda: SlurmJob(settings, Path("/c.yaml"), [], Path("/work"), variants),
+        lambda: SlurmJob(settings, Path("/c.yaml"), [], Path("/shared/code"), variants),
         SLURM_ARRAY_TASK_ID="3",
     )
     path, *overrides = shown["arguments"]
