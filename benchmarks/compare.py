@@ -23,8 +23,8 @@ quiet()
 
 import torch.distributed as dist  # noqa: E402
 
-from moepp_megatron.bench.rival import vanilla  # noqa: E402
 from moepp_megatron.config import Config, Layout, load_config, with_overrides  # noqa: E402
+from moepp_megatron.config.vanilla import vanilla  # noqa: E402
 from moepp_megatron.data.datasets import build_datasets  # noqa: E402
 from moepp_megatron.data.tokenizer import Tokenizer  # noqa: E402
 from moepp_megatron.runtime import distributed  # noqa: E402

@@ -11,7 +11,6 @@ layer.py         `moepp bench layer`
 parts.py         where a layer's time goes
 activations.py   what a layer keeps for its backward pass
 step.py          `moepp bench step`
-rival.py         the vanilla model of a configuration
 dispatch.py      `moepp bench dispatch`
 record.py        all of a card's results in one file, for benchmarks/gpu.sh
 random_tokens.py what the steps read

@@ -19,9 +19,9 @@ from megatron.core import parallel_state
 
 from moepp_megatron.bench.all_to_all_clock import AllToAllClock
 from moepp_megatron.bench.interleave import interleaved
-from moepp_megatron.bench.rival import vanilla
 from moepp_megatron.bench.step import Stepper
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.profiling.scaling.folder import Measuring
 from moepp_megatron.profiling.scaling.point import KindResult, PointResult
 

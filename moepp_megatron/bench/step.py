@@ -11,8 +11,8 @@ import torch.distributed as dist
 from moepp_megatron.bench.held_routing import balanced_selection, balanced_shares, hold
 from moepp_megatron.bench.interleave import interleaved, speedup
 from moepp_megatron.bench.random_tokens import RandomTokens
-from moepp_megatron.bench.rival import vanilla
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.collect import RoutingCollector

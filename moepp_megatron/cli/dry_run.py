@@ -47,9 +47,9 @@ def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
+    from moepp_megatron.planning.built_rank.build import build_rank
+    from moepp_megatron.planning.built_rank.check import check_rank
     from moepp_megatron.planning.workload import Workload
-    from moepp_megatron.training.dry_build import build_rank
-    from moepp_megatron.training.dry_check import check_rank
 
     built = build_rank(config, layout, rank)
     table = Table("", "built", "expected", "", title=f"rank {rank} of {layout.world_size:,}, built")

@@ -6,8 +6,8 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moepp_megatron.bench.rival import vanilla, without_budget
 from moepp_megatron.config import Config, ConfigError, with_overrides
+from moepp_megatron.config.vanilla import vanilla, without_budget
 from moepp_megatron.planning.coster import Cost, Coster
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.imbalance import Routing

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moepp_megatron.config import Config, Layout, stage_layers
+from moepp_megatron.planning.built_rank.build import BuiltRank
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.memory import rank_memory
 from moepp_megatron.planning.shapes import expected_shape
 from moepp_megatron.planning.workload import Workload
-from moepp_megatron.training.dry_build import BuiltRank
 
 _ATTENTION = ("tp", "cp", "dp", "pp")
 _EXPERTS = ("etp", "ep", "edp", "pp")

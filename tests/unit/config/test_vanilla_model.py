@@ -2,8 +2,8 @@
 
 import pytest
 
-from moepp_megatron.bench.rival import vanilla
 from moepp_megatron.config import parse_config
+from moepp_megatron.config.vanilla import vanilla
 
 RAW = {
     "run": {"dir": "unused"},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moepp_megatron.config import Config, parse_config
+from moepp_megatron.config.load import parse_config
+from moepp_megatron.config.schema import Config
 
 # What only the MoE++ layer has: the vanilla model has its defaults.
 _ONLY_MOEPP = (

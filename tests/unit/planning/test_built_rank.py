@@ -12,9 +12,9 @@ import pytest
 
 from moepp_megatron.cli import dry_run
 from moepp_megatron.config import Layout, parse_config
-from moepp_megatron.training import dry_build
-from moepp_megatron.training.dry_check import check_rank
-from tests.unit.training.dry_builds import WORLD, build
+from moepp_megatron.planning.built_rank import build as rank_build
+from moepp_megatron.planning.built_rank.check import check_rank
+from tests.unit.planning.rank_builds import WORLD, build
 
 
 def settings(parallel: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
@@ -139,9 +139,9 @@ def test_what_differs_is_said(
     monkeypatch.setenv("COLUMNS", "200")
     for name, other in changed.items():
         assert name in [one.name for one in check_rank(config, layout, other) if not one.holds]
-        monkeypatch.setattr(dry_build, "build_rank", lambda *args, other=other: other)
+        monkeypatch.setattr(rank_build, "build_rank", lambda *args, other=other: other)
         assert not dry_run.build_and_check(config, layout, 300)
         assert "DIFFERS" in capsys.readouterr().out
-    monkeypatch.setattr(dry_build, "build_rank", lambda *args: built)
+    monkeypatch.setattr(rank_build, "build_rank", lambda *args: built)
     assert dry_run.build_and_check(config, layout, 300)
     assert "DIFFERS" not in capsys.readouterr().out
