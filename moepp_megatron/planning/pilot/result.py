@@ -1,0 +1,261 @@
+"""What a pilot has found: the contents of `pilot.json`, which `pilot.html` shows.
+
+A pilot trains several *arms* (the vanilla model, MoE++ at several tau, vanilla models with fewer
+experts a token) with the same seeds. A seed decides initial weights and the order of the data, so
+that arms are compared in pairs. All intervals are 95% t-intervals over seeds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+ArmKind = Literal["vanilla", "moepp", "rival", "short"]
+Answer = Literal["pays", "does not pay", "undecided"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Interval(_Record):
+    """A mean over seeds.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end of the 95% interval; None with a single seed.
+        high: Upper end.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Arm(_Record):
+    """One model of the pilot.
+
+    Attributes:
+        name: Unique, as shown: "vanilla", "MoE++ tau 0.75", "vanilla top-1", "vanilla, 70% of the
+            steps".
+        kind: "vanilla" is the baseline; "moepp"; "rival" is vanilla with fewer experts a token;
+            "short" is vanilla with fewer steps, which tells what tokens are worth.
+        tau: Of MoE++, else None.
+        topk: Selections a token K.
+        steps: Of each of its runs.
+        overrides: Settings that make it from CONFIG, for whoever wants to run it alone; empty where
+            it is more than overrides (vanilla).
+    """
+
+    name: str
+    kind: ArmKind
+    tau: float | None
+    topk: int
+    steps: int
+    overrides: list[str] = []
+
+
+class Curve(_Record):
+    """Mean training loss over seeds.
+
+    Attributes:
+        tokens: Tokens trained on.
+        loss: Nats a token.
+    """
+
+    tokens: list[int]
+    loss: list[float]
+
+
+class ArmOutcome(_Record):
+    """What the runs of an arm have shown.
+
+    Attributes:
+        arm: The arm.
+        seeds: Finished ones.
+        valid_loss: Final validation loss, nats.
+        loss_difference: To vanilla with the same seed; None for vanilla.
+        step_time_s: Median step of a run.
+        time_ratio: Step time over vanilla's with the same seed; None for vanilla and "short".
+        tokens_per_s: Of all ranks.
+        ffn_share: FFN share of all selections, last quarter of the steps.
+        a2a_bytes: All-to-all bytes of a step, forward, last quarter of the steps.
+        energy_per_token_j: None where nothing measures it.
+        alerts: Times each alert rule was raised, all seeds together.
+        health: Router health, last quarter of the steps, mean over layers and seeds.
+        curve: Its training.
+    """
+
+    arm: Arm
+    seeds: list[int]
+    valid_loss: Interval
+    loss_difference: Interval | None
+    step_time_s: Interval
+    time_ratio: Interval | None
+    tokens_per_s: Interval
+    ffn_share: Interval
+    a2a_bytes: Interval
+    energy_per_token_j: Interval | None
+    alerts: dict[str, int]
+    health: dict[str, float]
+    curve: Curve
+
+
+class EqualSpeed(_Record):
+    """A MoE++ arm against the vanilla model that is as fast.
+
+    With whole numbers of experts none is exactly as fast: its loss is interpolated by step time
+    between the two vanilla arms that enclose it, seed by seed.
+
+    Attributes:
+        arm: Name of the MoE++ arm.
+        slower: Vanilla arm at least as slow.
+        faster: Vanilla arm at least as fast; the same as `slower` where the MoE++ arm is outside of
+            all measured ones and the nearest stands in.
+        weight: Of `slower` in the interpolation, mean over seeds.
+        enclosed: The MoE++ arm is between two measured ones in every seed.
+        loss_difference: MoE++ minus rival, nats; below 0 MoE++ is better at equal speed.
+    """
+
+    arm: str
+    slower: str
+    faster: str
+    weight: float
+    enclosed: bool
+    loss_difference: Interval
+
+
+class TargetModel(_Record):
+    """One model at the target size, by the cost model.
+
+    Attributes:
+        arm: Name of the pilot's arm that it stands for.
+        layout: In words: "TP1 PP2 EP8, micro-batch 2".
+        fits: It fits the cards; else the other numbers are None.
+        step_time_s: A step.
+        tokens_per_s_per_gpu: Throughput.
+        tflops_per_gpu: Model TFLOP/s.
+        a2a_bytes: Of a step.
+        hours: To train on the target's tokens.
+        money: The same times cards and price; None without a price.
+        time_ratio: Step time over vanilla's.
+    """
+
+    arm: str
+    layout: str
+    fits: bool
+    step_time_s: float | None = None
+    tokens_per_s_per_gpu: float | None = None
+    tflops_per_gpu: float | None = None
+    a2a_bytes: float | None = None
+    hours: float | None = None
+    money: float | None = None
+    time_ratio: float | None = None
+
+
+class Target(_Record):
+    """The cluster and model that the decision is about.
+
+    Attributes:
+        name: Of the target's configuration.
+        gpus: Cards.
+        gpu: Their kind.
+        tokens: To train on.
+        price_per_hour: Of a card; None where unknown.
+        models: Vanilla and every MoE++ arm.
+    """
+
+    name: str
+    gpus: int
+    gpu: str
+    tokens: float
+    price_per_hour: float | None
+    models: list[TargetModel]
+
+
+class Verdict(_Record):
+    """Does one MoE++ arm pay?
+
+    A model that learns less from a token needs more of them. `token_factor` says how many times as
+    many for vanilla's loss, from the pilot's loss difference and from what tokens are worth to
+    vanilla (its runs with fewer steps). Time to equal loss is token factor times time ratio: below
+    1 MoE++ pays.
+
+    Attributes:
+        arm: Name of the MoE++ arm.
+        token_factor: Tokens to vanilla's loss over vanilla's.
+        time_to_loss: At the pilot's measured speed.
+        target_time_to_loss: At the target's speed by the cost model, whose own error is widened
+            into the interval; None without a target or where it does not fit.
+        at_pilot: The answer at the pilot's scale: by time to loss and, where a rival is at least as
+            good at equal speed, against it.
+        at_target: The answer for the target.
+        reasons: Plain sentences that give the numbers behind both.
+    """
+
+    arm: str
+    token_factor: Interval
+    time_to_loss: Interval
+    target_time_to_loss: Interval | None
+    at_pilot: Answer
+    at_target: Answer | None
+    reasons: list[str]
+
+
+class Setting(_Record):
+    """How it was measured.
+
+    Attributes:
+        command: The command line.
+        config: Name of the configuration.
+        nproc: Ranks.
+        device: Of the ranks: a card's name, or the processor's.
+        cores: Processor cores.
+        torch: Version.
+        megatron_core: Version.
+        steps: Of a run.
+        tokens: Of a run.
+        valid_tokens: Tokens of a validation.
+        parameters: Of the MoE++ model.
+        began: ISO date.
+    """
+
+    command: str
+    config: str
+    nproc: int
+    device: str
+    cores: int
+    torch: str
+    megatron_core: str
+    steps: int
+    tokens: int
+    valid_tokens: int
+    parameters: int
+    began: str
+
+
+class PilotResult(_Record):
+    """All of it.
+
+    Attributes:
+        setting: How it was measured.
+        arms: Vanilla first.
+        token_value: Nats that vanilla gains when its tokens grow e-fold, from the "short" arm.
+        equal_speed: Of every MoE++ arm.
+        target: None where none was asked for.
+        verdicts: Of every MoE++ arm, the most favourable first.
+        recommended: Name of the arm to go on with, or None where none pays or may pay.
+        answer: One plain sentence for the person who decides.
+        caveats: What this pilot cannot tell.
+    """
+
+    setting: Setting
+    arms: list[ArmOutcome]
+    token_value: Interval
+    equal_speed: list[EqualSpeed]
+    target: Target | None
+    verdicts: list[Verdict]
+    recommended: str | None
+    answer: str
+    caveats: list[str]
