@@ -32,8 +32,8 @@ from moepp_megatron.planning.memory import (
     layer_bytes,
 )
 from moepp_megatron.planning.parameters import RankParameters, rank_parameters
-from moepp_megatron.planning.pipeline import bubble_passes, even_stages
-from moepp_megatron.planning.step import Transfer, expert_load, stage_transfers
+from moepp_megatron.planning.pipeline import bubble_seconds, even_stages, split_passes
+from moepp_megatron.planning.step import Transfer, expert_load, messages_sent, stage_transfers
 from moepp_megatron.planning.workload import Workload
 
 GIB = 2**30
@@ -70,6 +70,15 @@ class _Sums:
     recompute: float
     network: float
 
+    @property
+    def total(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+# Of an MoE layer, another layer, the embedding, the output layer and loss.
+_Kinds = tuple[_Sums, _Sums, _Sums, _Sums]
+
 
 def _sums(time: PassTime) -> _Sums:
     network = sum(time.seconds.get(name, 0.0) for name in (TENSOR, CONTEXT, EXCHANGE))
@@ -87,6 +96,17 @@ class _Pattern:
     ranks: int
     examples: tuple[int, ...]
 
+    def sums(self, kinds: _Kinds) -> _Sums:
+        """All chunks of such a rank."""
+        counts = (self.moe, self.dense, int(self.is_first), int(self.is_last))
+        parts = [(count, kind) for count, kind in zip(counts, kinds, strict=True) if count]
+        return _Sums(
+            sum(count * kind.forward for count, kind in parts),
+            sum(count * kind.backward for count, kind in parts),
+            sum(count * kind.recompute for count, kind in parts),
+            sum(count * kind.network for count, kind in parts),
+        )
+
 
 class Coster:
     """Costs of layouts of one model on one machine.
@@ -101,7 +121,8 @@ class Coster:
         self.load = load
         self.machine = machine
         self.routing = routing
-        self._kinds: dict[tuple[object, ...], tuple[_Sums, _Sums, _Sums, _Sums]] = {}
+        self._kinds: dict[tuple[object, ...], _Kinds] = {}
+        self._stage_sums: dict[tuple[object, ...], tuple[_Sums, ...]] = {}
         self._loads: dict[tuple[int, int], Load] = {}
         self._patterns: dict[tuple[int, int], tuple[_Pattern, ...]] = {}
         self._parameters: dict[tuple[int, ...], RankParameters] = {}
@@ -130,50 +151,53 @@ class Coster:
 
     def cost(self, grid: Grid) -> Cost:
         """Time of a step."""
-        moe, dense, first, last = self._kind(grid)
-        passes = bubble_passes(grid.pp, grid.vpp)
-        transfer = self._transfer(grid)
-        longest, slowest, mean = -1.0, None, 0.0
-        for pattern in self._pattern(grid.pp, grid.vpp):
-            total = pattern.moe * (moe.forward + moe.backward)
-            total += pattern.dense * (dense.forward + dense.backward)
-            if pattern.is_first:
-                total += first.forward + first.backward
-            if pattern.is_last:
-                total += last.forward + last.backward
-            mean += pattern.ranks * total
-            if total > longest:
-                longest, slowest = total, pattern
-        assert slowest is not None, "a pipeline has stages"
-        mean = mean / grid.pp + transfer.idle
-        parts = [(moe, slowest.moe), (dense, slowest.dense)]
-        parts += [(first, int(slowest.is_first)), (last, int(slowest.is_last))]
         count = grid.micro_batches(self.load.batch)
-        recompute = count * sum(n * sums.recompute for sums, n in parts)
-        network = count * sum(n * sums.network for sums, n in parts)
-        forward = sum(n * sums.forward for sums, n in parts)
-        end = self._end(grid, slowest.examples[0])
-        exposed = end.exposed(grid, forward, longest - forward)
+        apart, together = split_passes(grid.pp, grid.vpp, count, grid.expert_overlap)
+        alone = self._stages(grid, False)
+        beside = self._stages(grid, True) if grid.expert_overlap else alone
+        transfer = self._transfer(grid)
+        longest, chosen, others = -1.0, 0, 0.0
+        patterns = self._pattern(grid.pp, grid.vpp)
+        for number, pattern in enumerate(patterns):
+            sent = messages_sent(grid, pattern.examples[0]) * transfer.blocking
+            own = alone[number].total
+            busy = apart * own + together * beside[number].total + count * sent
+            others += pattern.ranks * (own + sent)
+            if busy > longest:
+                longest, chosen, slowest = busy, number, own + sent
+        rank = patterns[chosen].examples[0]
+        one, pair = alone[chosen], beside[chosen]
+        recompute = apart * one.recompute + together * pair.recompute
+        sending = count * messages_sent(grid, rank) * transfer.blocking
+        network = apart * one.network + together * pair.network + sending
+        late = 2 * (grid.pp - 1) * transfer.beside
+        end = self._end(grid, rank)
         return Cost(
-            work=count * longest - recompute - network,
+            work=longest - recompute - network,
             recompute=recompute,
-            network=network + count * transfer.steady,
-            bubble=passes * mean,
-            end=exposed + end.optimizer,
+            network=network,
+            bubble=bubble_seconds(others - slowest, grid.vpp) + late,
+            end=end.exposed(grid, one.forward, one.backward) + end.optimizer,
         )
 
-    def _kind(self, grid: Grid) -> tuple[_Sums, _Sums, _Sums, _Sums]:
-        key = (
-            grid.tp,
-            grid.cp,
-            grid.ep,
-            grid.etp,
-            grid.micro_batch,
-            grid.recompute,
-            grid.expert_overlap,
-        )
+    def _stages(self, grid: Grid, overlaps: bool) -> tuple[_Sums, ...]:
+        """A micro-batch through the stages of each pattern, alone or beside another."""
+        key = (*self._key(grid, overlaps), grid.pp, grid.vpp)
+        if key not in self._stage_sums:
+            kinds = self._kind(grid, overlaps)
+            patterns = self._pattern(grid.pp, grid.vpp)
+            self._stage_sums[key] = tuple(pattern.sums(kinds) for pattern in patterns)
+        return self._stage_sums[key]
+
+    @staticmethod
+    def _key(grid: Grid, overlaps: bool) -> tuple[object, ...]:
+        return (grid.tp, grid.cp, grid.ep, grid.etp, grid.micro_batch, grid.recompute, overlaps)
+
+    def _kind(self, grid: Grid, overlaps: bool) -> _Kinds:
+        key = self._key(grid, overlaps)
         if key not in self._kinds:
-            small, load, machine = layer_key(grid), self.load, self.machine
+            load, machine = self.load, self.machine
+            small = layer_key(grid if overlaps else grid.apart)
             skew = self.fullness(grid).mean
             rows = fullest_rows(load, grid, skew)
             self._kinds[key] = (

@@ -15,7 +15,7 @@ from moepp_megatron.planning.links import placement, send_seconds
 from moepp_megatron.planning.machine import Machine
 from moepp_megatron.planning.memory import fullest_rows
 from moepp_megatron.planning.parameters import rank_parameters
-from moepp_megatron.planning.pipeline import Stages, bubble_passes, even_stages
+from moepp_megatron.planning.pipeline import Stages, bubble_seconds, even_stages, split_passes
 from moepp_megatron.planning.traffic import exchanged_bytes
 from moepp_megatron.planning.workload import Workload
 
@@ -69,23 +69,34 @@ def step_time(
     """
     stages = stages or even_stages(load.layers, grid.pp, grid.vpp)
     fullness = expert_load(load, grid, routing)
-    passes = stage_passes(load, layer_key(grid), machine, fullness.mean, stages)
-    slowest = max(range(grid.pp), key=lambda rank: passes[rank].total)
-    work = passes[slowest]
-    micro_batches = grid.micro_batches(load.batch)
-    seconds: dict[str, float] = defaultdict(float)
-    for name, value in work.seconds.items():
-        seconds[name] += micro_batches * value
+    alone = stage_passes(load, layer_key(grid.apart), machine, fullness.mean, stages)
+    beside = stage_passes(load, layer_key(grid), machine, fullness.mean, stages)
     transfer = stage_transfers(load, grid, machine)
-    mean = sum(one.total for one in passes) / grid.pp + transfer.idle
+    micro_batches = grid.micro_batches(load.batch)
+    apart, together = split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
+    sending = [messages_sent(grid, rank) * transfer.blocking for rank in range(grid.pp)]
+    busy = [
+        apart * one.total + together * other.total + micro_batches * sent
+        for one, other, sent in zip(alone, beside, sending, strict=True)
+    ]
+    slowest = max(range(grid.pp), key=lambda rank: busy[rank])
+    seconds: dict[str, float] = defaultdict(float)
+    hidden: dict[str, float] = defaultdict(float)
+    for work, count in ((alone[slowest], apart), (beside[slowest], together)):
+        for name, value in work.seconds.items():
+            seconds[name] += count * value
+        for name, value in work.hidden.items():
+            hidden[name] += count * value
     if grid.pp > 1:
-        seconds[BUBBLE] = bubble_passes(grid.pp, grid.vpp) * mean
-        seconds[POINT_TO_POINT] = micro_batches * transfer.steady
+        whole = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
+        late = 2 * (grid.pp - 1) * transfer.beside
+        seconds[BUBBLE] = bubble_seconds(sum(whole) - whole[slowest], grid.vpp) + late
+        seconds[POINT_TO_POINT] = micro_batches * sending[slowest]
     parameters = rank_parameters(load, grid, stages, slowest)
     end = step_end(load, grid, machine, parameters)
-    seconds[DATA] = end.exposed(grid, work.forward, work.backward)
+    # Parameters and gradients travel beside the first and the last pass, which run alone.
+    seconds[DATA] = end.exposed(grid, alone[slowest].forward, alone[slowest].backward)
     seconds[OPTIMIZER] = end.optimizer
-    hidden = {name: micro_batches * value for name, value in work.hidden.items()}
     hidden[DATA] = end.reduce + end.gather - seconds[DATA]
     moe_layers = sum(load.is_moe) + load.extra_layers
     ranks_of_layer = grid.world / grid.pp
@@ -93,10 +104,10 @@ def step_time(
     return StepTime(
         total=sum(seconds.values()),
         seconds=dict(seconds),
-        hidden=hidden,
+        hidden=dict(hidden),
         load=fullness,
         exchange_bytes=sent,
-        hardware_flop=work.flop * micro_batches,
+        hardware_flop=alone[slowest].flop * micro_batches,
     )
 
 
@@ -140,19 +151,19 @@ def _sum(parts: list[tuple[PassTime, int]]) -> PassTime:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Stage-to-stage messages of one micro-batch, seconds.
+    """One message between pipeline stages, seconds.
 
     Attributes:
-        steady: Not hidden while all stages work.
-        idle: Of each pass while the pipeline fills and drains.
+        blocking: It holds its sender up this long.
+        beside: It arrives this much later, while its sender goes on.
     """
 
-    steady: float
-    idle: float
+    blocking: float
+    beside: float
 
 
 def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> Transfer:
-    """Messages between pipeline stages."""
+    """A message between pipeline stages."""
     if grid.pp == 1:
         return Transfer(0.0, 0.0)
     size = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
@@ -160,6 +171,16 @@ def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> Transfer:
         # Router logits travel with the hidden states, as fp32.
         size += grid.tokens(load.seq) * load.experts.num_all * 4
     across = placement(grid, "pp", machine.per_node).nodes > 1
-    both = 2 * grid.vpp * send_seconds(across, size, machine)
+    whole = send_seconds(across, size, machine)
     share = 1.0 - machine.reached.point_to_point_overlap if grid.vpp > 1 else 1.0
-    return Transfer(steady=both * share, idle=both)
+    return Transfer(whole * share, whole * (1.0 - share))
+
+
+def messages_sent(grid: Grid, rank: int) -> int:
+    """Messages that a pipeline rank sends for one micro-batch, both ways.
+
+    One a chunk and way; nothing is before the first stage nor behind the last.
+    """
+    if grid.pp == 1:
+        return 0
+    return 2 * grid.vpp - (rank == 0) - (rank == grid.pp - 1)
