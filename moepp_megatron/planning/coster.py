@@ -32,7 +32,12 @@ from moepp_megatron.planning.memory import (
     layer_bytes,
 )
 from moepp_megatron.planning.parameters import RankParameters, rank_parameters
-from moepp_megatron.planning.pipeline import bubble_seconds, even_stages, split_passes
+from moepp_megatron.planning.pipeline import (
+    bubble_seconds,
+    even_stages,
+    late_messages,
+    split_passes,
+)
 from moepp_megatron.planning.step import Transfer, expert_load, messages_sent, stage_transfers
 from moepp_megatron.planning.workload import Workload
 
@@ -170,7 +175,7 @@ class Coster:
         recompute = apart * one.recompute + together * pair.recompute
         sending = count * messages_sent(grid, rank) * transfer.blocking
         network = apart * one.network + together * pair.network + sending
-        late = 2 * (grid.pp - 1) * transfer.beside
+        late = late_messages(grid.pp, grid.vpp, together) * transfer.beside
         end = self._end(grid, rank)
         return Cost(
             work=longest - recompute - network,

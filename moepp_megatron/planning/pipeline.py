@@ -43,6 +43,21 @@ def bubble_seconds(others: float, vpp: int) -> float:
     return others / vpp
 
 
+def late_messages(pp: int, vpp: int, together: float) -> float:
+    """Messages on the path that decides a step whose way to the next stage nothing hides.
+
+    Where the pipeline fills and drains, a micro-batch goes through all vp stages and no stage has
+    anything else to do. A pair's two results are there at once, just when the next stage is free
+    for them; single passes of both ways in turn leave each message the time of a pass.
+
+    Args:
+        pp: Pipeline ranks.
+        vpp: Model chunks of each.
+        together: Passes of a whole stage that run in pairs (`split_passes`).
+    """
+    return 2 * (pp * vpp - 1) + together * vpp
+
+
 def chunks_in_flight(pp: int, vpp: int, rank: int, micro_batches: int) -> float:
     """Largest number of (micro-batch, model chunk) pairs whose activations `rank` holds.
 

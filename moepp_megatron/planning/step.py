@@ -15,7 +15,13 @@ from moepp_megatron.planning.links import placement, send_seconds
 from moepp_megatron.planning.machine import Machine
 from moepp_megatron.planning.memory import fullest_rows
 from moepp_megatron.planning.parameters import rank_parameters
-from moepp_megatron.planning.pipeline import Stages, bubble_seconds, even_stages, split_passes
+from moepp_megatron.planning.pipeline import (
+    Stages,
+    bubble_seconds,
+    even_stages,
+    late_messages,
+    split_passes,
+)
 from moepp_megatron.planning.traffic import exchanged_bytes
 from moepp_megatron.planning.workload import Workload
 
@@ -89,7 +95,7 @@ def step_time(
             hidden[name] += count * value
     if grid.pp > 1:
         whole = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
-        late = 2 * (grid.pp - 1) * transfer.beside
+        late = late_messages(grid.pp, grid.vpp, together) * transfer.beside
         seconds[BUBBLE] = bubble_seconds(sum(whole) - whole[slowest], grid.vpp) + late
         seconds[POINT_TO_POINT] = micro_batches * sending[slowest]
     parameters = rank_parameters(load, grid, stages, slowest)
