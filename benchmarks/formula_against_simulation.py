@@ -5,8 +5,8 @@ One process, a minute or two, no GPU:
     python benchmarks/formula_against_simulation.py configs/models/moepp_7b_16_4.yaml --gpus 64 1024
 
 Routing is even, nothing is slow or shared: what is left is how the formula counts the schedule. The
-table has the simulated step's excess over the formula's. The last column says how often of two
-layouts on as many cards the formula prefers the one that is faster when played.
+table has the simulated step's excess over the formula's; the last lines say how often, of two
+layouts on as many cards, the formula prefers the one that is faster when played.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -41,12 +41,13 @@ def kind_of(grid: Grid) -> str:
     return schedule + (", overlap" if grid.expert_overlap else "")
 
 
-def draw(space: Space, fits: Callable[[Grid], bool], each: int, seed: int) -> list[Grid]:
+def draw(space: Space, machine: Machine, each: int, seed: int) -> list[Grid]:
     """Layouts of each schedule that fit, at random."""
+    coster = Coster(space.load, machine, FORCED_BALANCE)
     kinds: dict[str, list[Grid]] = defaultdict(list)
     for grid in space.grids():
         passes = grid.micro_batches(space.load.batch) * grid.pp * grid.vpp
-        if passes <= _MOST_PASSES and fits(grid):
+        if passes <= _MOST_PASSES and coster.memory(grid) <= machine.memory_bytes:
             kinds[kind_of(grid)].append(grid)
     chance = random.Random(seed)
     return [
@@ -88,13 +89,7 @@ def main() -> None:
     orders = []
     for world in options.gpus:
         space = Space.of(load_config(options.config, overrides), world, machine.per_node)
-        coster = Coster(space.load, machine, FORCED_BALANCE)
-        grids = draw(
-            space,
-            lambda grid, coster=coster: coster.memory(grid) <= machine.memory_bytes,
-            options.each,
-            options.seed,
-        )
+        grids = draw(space, machine, options.each, options.seed)
         pairs = []
         for grid, planned, played in excesses(space, grids, machine):
             excess = played / planned - 1.0

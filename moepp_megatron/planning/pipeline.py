@@ -43,6 +43,16 @@ def bubble_seconds(others: float, vpp: int) -> float:
     return others / vpp
 
 
+def messages_sent(pp: int, vpp: int, rank: int) -> int:
+    """Messages that a pipeline rank sends for one micro-batch, both ways.
+
+    One a chunk and way; nothing is before the first stage nor behind the last.
+    """
+    if pp == 1:
+        return 0
+    return 2 * vpp - (rank == 0) - (rank == pp - 1)
+
+
 def late_messages(pp: int, vpp: int, together: float) -> float:
     """Messages on the path that decides a step whose way to the next stage nothing hides.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moepp_megatron.planning.data_parallel import step_end
+from moepp_megatron.planning.data_parallel import pipeline_end
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.imbalance import Load, Routing, rank_load
 from moepp_megatron.planning.layer_time import PassTime, edge_time, layer_key, layer_time
@@ -20,6 +20,7 @@ from moepp_megatron.planning.pipeline import (
     bubble_seconds,
     even_stages,
     late_messages,
+    messages_sent,
     split_passes,
 )
 from moepp_megatron.planning.traffic import exchanged_bytes
@@ -80,7 +81,9 @@ def step_time(
     transfer = stage_transfers(load, grid, machine)
     micro_batches = grid.micro_batches(load.batch)
     apart, together = split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
-    sending = [messages_sent(grid, rank) * transfer.blocking for rank in range(grid.pp)]
+    sending = [
+        messages_sent(grid.pp, grid.vpp, rank) * transfer.blocking for rank in range(grid.pp)
+    ]
     busy = [
         apart * one.total + together * other.total + micro_batches * sent
         for one, other, sent in zip(alone, beside, sending, strict=True)
@@ -98,10 +101,11 @@ def step_time(
         late = late_messages(grid.pp, grid.vpp, together) * transfer.beside
         seconds[BUBBLE] = bubble_seconds(sum(whole) - whole[slowest], grid.vpp) + late
         seconds[POINT_TO_POINT] = micro_batches * sending[slowest]
-    parameters = rank_parameters(load, grid, stages, slowest)
-    end = step_end(load, grid, machine, parameters)
-    # Parameters and gradients travel beside the first and the last pass, which run alone.
-    seconds[DATA] = end.exposed(grid, alone[slowest].forward, alone[slowest].backward)
+    # A step begins and ends with passes of the first stage, which run alone: beside them its
+    # parameters and gradients travel.
+    parameters = [rank_parameters(load, grid, stages, rank) for rank in range(grid.pp)]
+    end = pipeline_end(load, grid, machine, parameters)
+    seconds[DATA] = end.exposed(grid, alone[0].forward, alone[0].backward)
     seconds[OPTIMIZER] = end.optimizer
     hidden[DATA] = end.reduce + end.gather - seconds[DATA]
     moe_layers = sum(load.is_moe) + load.extra_layers
@@ -180,13 +184,3 @@ def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> Transfer:
     whole = send_seconds(across, size, machine)
     share = 1.0 - machine.reached.point_to_point_overlap if grid.vpp > 1 else 1.0
     return Transfer(whole * share, whole * (1.0 - share))
-
-
-def messages_sent(grid: Grid, rank: int) -> int:
-    """Messages that a pipeline rank sends for one micro-batch, both ways.
-
-    One a chunk and way; nothing is before the first stage nor behind the last.
-    """
-    if grid.pp == 1:
-        return 0
-    return 2 * grid.vpp - (rank == 0) - (rank == grid.pp - 1)
