@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -89,13 +89,8 @@ def step_time(
         for one, other, sent in zip(alone, beside, sending, strict=True)
     ]
     slowest = max(range(grid.pp), key=lambda rank: busy[rank])
-    seconds: dict[str, float] = defaultdict(float)
-    hidden: dict[str, float] = defaultdict(float)
-    for work, count in ((alone[slowest], apart), (beside[slowest], together)):
-        for name, value in work.seconds.items():
-            seconds[name] += count * value
-        for name, value in work.hidden.items():
-            hidden[name] += count * value
+    work = _sum([(alone[slowest], apart), (beside[slowest], together)])
+    seconds, hidden = dict(work.seconds), dict(work.hidden)
     if grid.pp > 1:
         whole = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
         late = late_messages(grid.pp, grid.vpp, together) * transfer.beside
@@ -113,11 +108,11 @@ def step_time(
     sent = exchanged_bytes(load, grid) * moe_layers * ranks_of_layer * micro_batches
     return StepTime(
         total=sum(seconds.values()),
-        seconds=dict(seconds),
-        hidden=dict(hidden),
+        seconds=seconds,
+        hidden=hidden,
         load=fullness,
         exchange_bytes=sent,
-        hardware_flop=alone[slowest].flop * micro_batches,
+        hardware_flop=work.flop,
     )
 
 
@@ -131,7 +126,9 @@ def stage_passes(
     passes = []
     for rank, chunks in enumerate(stages):
         counts = Counter(load.is_moe[layer] for chunk in chunks for layer in chunk)
-        parts = [(times[kind], count) for kind, count in counts.items()]
+        parts: list[tuple[PassTime, float]] = [
+            (times[kind], count) for kind, count in counts.items()
+        ]
         if rank == 0:
             parts.append((edge_time(load, grid, machine, False), 1))
         if rank == len(stages) - 1:
@@ -142,7 +139,7 @@ def stage_passes(
     return tuple(passes)
 
 
-def _sum(parts: list[tuple[PassTime, int]]) -> PassTime:
+def _sum(parts: Sequence[tuple[PassTime, float]]) -> PassTime:
     seconds: dict[str, float] = defaultdict(float)
     hidden: dict[str, float] = defaultdict(float)
     for time, count in parts:
