@@ -65,7 +65,8 @@ def late_messages(pp: int, vpp: int, together: float) -> float:
         vpp: Model chunks of each.
         together: Passes of a whole stage that run in pairs (`split_passes`).
     """
-    return 2 * (pp * vpp - 1) + together * vpp
+    between_pairs = max(together * vpp - 1, 0.0)
+    return 2 * (pp * vpp - 1) + between_pairs
 
 
 def chunks_in_flight(pp: int, vpp: int, rank: int, micro_batches: int) -> float:
