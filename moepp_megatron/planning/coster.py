@@ -7,22 +7,12 @@ once; what is left for each layout is arithmetic. `tests/unit/planning` holds th
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
-from moepp_megatron.planning.data_parallel import StepEnd, step_end
+from moepp_megatron.planning.data_parallel import StepEnd, pipeline_end
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.imbalance import Load, Routing
-from moepp_megatron.planning.layer_time import (
-    CONTEXT,
-    EXCHANGE,
-    RECOMPUTE,
-    TENSOR,
-    PassTime,
-    edge_time,
-    layer_key,
-    layer_time,
-)
+from moepp_megatron.planning.layer_time import edge_time, layer_key, layer_time
 from moepp_megatron.planning.machine import Machine
 from moepp_megatron.planning.memory import (
     LayerBytes,
@@ -32,7 +22,13 @@ from moepp_megatron.planning.memory import (
     layer_bytes,
 )
 from moepp_megatron.planning.parameters import RankParameters, rank_parameters
-from moepp_megatron.planning.pipeline import bubble_passes, even_stages
+from moepp_megatron.planning.pipeline import (
+    bubble_seconds,
+    even_stages,
+    late_messages,
+    split_passes,
+)
+from moepp_megatron.planning.stage_patterns import Kinds, Pattern, Sums, stage_patterns, sums_of
 from moepp_megatron.planning.step import Transfer, expert_load, stage_transfers
 from moepp_megatron.planning.workload import Workload
 
@@ -63,31 +59,6 @@ class Cost:
         return self.work + self.recompute + self.network + self.bubble + self.end
 
 
-@dataclass(frozen=True, slots=True)
-class _Sums:
-    forward: float
-    backward: float
-    recompute: float
-    network: float
-
-
-def _sums(time: PassTime) -> _Sums:
-    network = sum(time.seconds.get(name, 0.0) for name in (TENSOR, CONTEXT, EXCHANGE))
-    return _Sums(time.forward, time.backward, time.seconds.get(RECOMPUTE, 0.0), network)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pattern:
-    """Pipeline ranks with the same layers: how many of each kind, and which ends they hold."""
-
-    moe: int
-    dense: int
-    is_first: bool
-    is_last: bool
-    ranks: int
-    examples: tuple[int, ...]
-
-
 class Coster:
     """Costs of layouts of one model on one machine.
 
@@ -101,9 +72,10 @@ class Coster:
         self.load = load
         self.machine = machine
         self.routing = routing
-        self._kinds: dict[tuple[object, ...], tuple[_Sums, _Sums, _Sums, _Sums]] = {}
+        self._kinds: dict[tuple[object, ...], Kinds] = {}
+        self._stage_sums: dict[tuple[object, ...], tuple[Sums, ...]] = {}
         self._loads: dict[tuple[int, int], Load] = {}
-        self._patterns: dict[tuple[int, int], tuple[_Pattern, ...]] = {}
+        self._patterns: dict[tuple[int, int], tuple[Pattern, ...]] = {}
         self._parameters: dict[tuple[int, ...], RankParameters] = {}
         self._layer_bytes: dict[tuple[object, ...], tuple[LayerBytes, LayerBytes]] = {}
         self._ends: dict[tuple[int, ...], StepEnd] = {}
@@ -130,72 +102,64 @@ class Coster:
 
     def cost(self, grid: Grid) -> Cost:
         """Time of a step."""
-        moe, dense, first, last = self._kind(grid)
-        passes = bubble_passes(grid.pp, grid.vpp)
-        transfer = self._transfer(grid)
-        longest, slowest, mean = -1.0, None, 0.0
-        for pattern in self._pattern(grid.pp, grid.vpp):
-            total = pattern.moe * (moe.forward + moe.backward)
-            total += pattern.dense * (dense.forward + dense.backward)
-            if pattern.is_first:
-                total += first.forward + first.backward
-            if pattern.is_last:
-                total += last.forward + last.backward
-            mean += pattern.ranks * total
-            if total > longest:
-                longest, slowest = total, pattern
-        assert slowest is not None, "a pipeline has stages"
-        mean = mean / grid.pp + transfer.idle
-        parts = [(moe, slowest.moe), (dense, slowest.dense)]
-        parts += [(first, int(slowest.is_first)), (last, int(slowest.is_last))]
         count = grid.micro_batches(self.load.batch)
-        recompute = count * sum(n * sums.recompute for sums, n in parts)
-        network = count * sum(n * sums.network for sums, n in parts)
-        forward = sum(n * sums.forward for sums, n in parts)
-        end = self._end(grid, slowest.examples[0])
-        exposed = end.exposed(grid, forward, longest - forward)
+        apart, together = split_passes(grid.pp, grid.vpp, count, grid.expert_overlap)
+        alone = self._stages(grid, False)
+        beside = self._stages(grid, True) if grid.expert_overlap else alone
+        transfer = self._transfer(grid)
+        longest, slowest, all_stages = -1.0, 0, 0.0
+        for number, pattern in enumerate(self._pattern(grid.pp, grid.vpp)):
+            sending = pattern.messages * transfer.blocking
+            whole = alone[number].total
+            busy = apart * whole + together * beside[number].total + count * sending
+            all_stages += pattern.ranks * (whole + sending)
+            if busy > longest:
+                longest, slowest, own, sent = busy, number, whole + sending, sending
+        one, pair = alone[slowest], beside[slowest]
+        recompute = apart * one.recompute + together * pair.recompute
+        network = apart * one.network + together * pair.network + count * sent
+        late = late_messages(grid.pp, grid.vpp, together) * transfer.beside
+        # The first pattern is the first rank's.
+        end, first = self._end(grid), alone[0]
         return Cost(
-            work=count * longest - recompute - network,
+            work=longest - recompute - network,
             recompute=recompute,
-            network=network + count * transfer.steady,
-            bubble=passes * mean,
-            end=exposed + end.optimizer,
+            network=network,
+            bubble=bubble_seconds(all_stages - own, grid.vpp) + late,
+            end=end.exposed(grid, first.forward, first.backward) + end.optimizer,
         )
 
-    def _kind(self, grid: Grid) -> tuple[_Sums, _Sums, _Sums, _Sums]:
-        key = (
-            grid.tp,
-            grid.cp,
-            grid.ep,
-            grid.etp,
-            grid.micro_batch,
-            grid.recompute,
-            grid.expert_overlap,
-        )
+    def _stages(self, grid: Grid, overlaps: bool) -> tuple[Sums, ...]:
+        """A micro-batch through the stages of each pattern, alone or beside another."""
+        key = (*self._key(grid, overlaps), grid.pp, grid.vpp)
+        if key not in self._stage_sums:
+            kinds = self._kind(grid, overlaps)
+            patterns = self._pattern(grid.pp, grid.vpp)
+            self._stage_sums[key] = tuple(pattern.sums(kinds) for pattern in patterns)
+        return self._stage_sums[key]
+
+    @staticmethod
+    def _key(grid: Grid, overlaps: bool) -> tuple[object, ...]:
+        return (grid.tp, grid.cp, grid.ep, grid.etp, grid.micro_batch, grid.recompute, overlaps)
+
+    def _kind(self, grid: Grid, overlaps: bool) -> Kinds:
+        key = self._key(grid, overlaps)
         if key not in self._kinds:
-            small, load, machine = layer_key(grid), self.load, self.machine
+            load, machine = self.load, self.machine
+            small = layer_key(grid if overlaps else grid.apart)
             skew = self.fullness(grid).mean
             rows = fullest_rows(load, grid, skew)
             self._kinds[key] = (
-                _sums(layer_time(load, small, machine, True, rows, skew)),
-                _sums(layer_time(load, small, machine, False, rows, skew)),
-                _sums(edge_time(load, small, machine, False)),
-                _sums(edge_time(load, small, machine, True)),
+                sums_of(layer_time(load, small, machine, True, rows, skew)),
+                sums_of(layer_time(load, small, machine, False, rows, skew)),
+                sums_of(edge_time(load, small, machine, False)),
+                sums_of(edge_time(load, small, machine, True)),
             )
         return self._kinds[key]
 
-    def _pattern(self, pp: int, vpp: int) -> tuple[_Pattern, ...]:
+    def _pattern(self, pp: int, vpp: int) -> tuple[Pattern, ...]:
         if (pp, vpp) not in self._patterns:
-            stages = even_stages(self.load.layers, pp, vpp)
-            kinds: list[tuple[int, int, bool, bool]] = []
-            for rank, chunks in enumerate(stages):
-                moe = sum(self.load.is_moe[layer] for chunk in chunks for layer in chunk)
-                whole = sum(len(chunk) for chunk in chunks)
-                kinds.append((moe, whole - moe, rank == 0, rank == pp - 1))
-            self._patterns[pp, vpp] = tuple(
-                _Pattern(*kind, ranks, tuple(r for r in range(pp) if kinds[r] == kind))
-                for kind, ranks in Counter(kinds).items()
-            )
+            self._patterns[pp, vpp] = stage_patterns(self.load, pp, vpp)
         return self._patterns[pp, vpp]
 
     def _rank_parameters(self, grid: Grid, rank: int) -> RankParameters:
@@ -215,11 +179,13 @@ class Coster:
             )
         return self._layer_bytes[key]
 
-    def _end(self, grid: Grid, rank: int) -> StepEnd:
-        key = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp, rank)
+    def _end(self, grid: Grid) -> StepEnd:
+        key = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp)
         if key not in self._ends:
-            parameters = self._rank_parameters(grid, rank)
-            self._ends[key] = step_end(self.load, grid, self.machine, parameters)
+            # The last of like ranks: no first MoE layer, which has no gating residual.
+            others = [pattern.examples[-1] for pattern in self._pattern(grid.pp, grid.vpp)]
+            stages = [self._rank_parameters(grid, rank) for rank in (0, *others)]
+            self._ends[key] = pipeline_end(self.load, grid, self.machine, stages)
         return self._ends[key]
 
     def _transfer(self, grid: Grid) -> Transfer:

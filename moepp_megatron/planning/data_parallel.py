@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.links import gather_seconds, placement
@@ -58,6 +59,24 @@ def step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParam
     else:
         reduce *= 2  # an all-reduce is a reduce-scatter and an all-gather
     return StepEnd(reduce, gather, _optimizer(load, grid, machine, parameters))
+
+
+def pipeline_end(
+    load: Workload, grid: Grid, machine: Machine, stages: Sequence[RankParameters]
+) -> StepEnd:
+    """The end of a step of all stages.
+
+    The first stage starts first and ends last, so that its transfers count; the slowest optimizer
+    does, because all wait for the gradients' norm.
+
+    Args:
+        load: What is trained.
+        grid: The layout.
+        machine: The cluster.
+        stages: Parameters of ranks of each kind of stage, the first stage's first.
+    """
+    ends = [step_end(load, grid, machine, parameters) for parameters in stages]
+    return replace(ends[0], optimizer=max(end.optimizer for end in ends))
 
 
 def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> float:

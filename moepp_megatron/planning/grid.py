@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moepp_megatron.config import Config, Layout
@@ -85,6 +85,14 @@ class Grid:
     def recomputes_all(self) -> bool:
         """Whole layers are recomputed."""
         return self.recompute == FULL
+
+    @property
+    def apart(self) -> Grid:
+        """The same layout with nothing beside the experts' exchange.
+
+        What passes cost that the combined schedule runs alone.
+        """
+        return replace(self, expert_overlap=False)
 
     def micro_batches(self, batch: int) -> int:
         """Micro-batches of a step and data-parallel rank."""

@@ -30,14 +30,14 @@ def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) ->
     for layer in (layer for chunk in stages[pp_rank] for layer in chunk):
         dense += _attention(load, grid)
         if load.is_moe[layer]:
-            dense += _moe_dense(load, grid, layer > load.first_moe_layer)
+            dense += _moe_dense(load, grid, layer == load.first_moe_layer)
             experts += _ffn_experts(load, grid)
         else:
             dense += 3 * load.hidden * load.dense_size // grid.tp
     if pp_rank == grid.pp - 1:
         for _ in range(load.extra_layers):
             # Multi-token prediction: two norms and a projection of two vectors to one in front.
-            dense += _attention(load, grid) + _moe_dense(load, grid, has_residual=False)
+            dense += _attention(load, grid) + _moe_dense(load, grid, is_first=True)
             dense += 2 * load.hidden + 2 * load.hidden * load.hidden // grid.tp
             experts += _ffn_experts(load, grid)
     return RankParameters(dense, experts)
@@ -63,16 +63,21 @@ def _attention(load: Workload, grid: Grid) -> int:
     return projections + load.attention.norm_parameters() + 2 * load.hidden
 
 
-def _moe_dense(load: Workload, grid: Grid, has_residual: bool) -> int:
-    """Router and constant experts, whole on every rank, and the shared expert's part."""
+def _moe_dense(load: Workload, grid: Grid, is_first: bool) -> int:
+    """Router and constant experts, whole on every rank, and the shared expert's part.
+
+    The first MoE layer has no gating residual, and V where all layers share one.
+    """
     experts, wide = load.experts, load.experts.num_all
     router = wide * load.hidden
     if experts.two_layer_gate:
         router = 8 * wide * load.hidden + 8 * wide * wide
-    if experts.gating_residual and has_residual:
+    if experts.gating_residual and not is_first:
         router += wide * wide
     shared = 3 * load.hidden * experts.shared_size // grid.tp
-    return router + 3 * load.hidden * experts.num_constant + shared
+    # Each constant expert: U, two rows of the mixing weight, and its vector in V.
+    rows = 3 if is_first or not experts.constants_shared else 2
+    return router + rows * load.hidden * experts.num_constant + shared
 
 
 def _ffn_experts(load: Workload, grid: Grid) -> int:

@@ -7,12 +7,66 @@ from functools import lru_cache
 Stages = tuple[tuple[tuple[int, ...], ...], ...]
 
 
-def bubble_passes(pp: int, vpp: int) -> float:
-    """Idle time of a rank, in passes of its whole stage (forward and backward of a micro-batch).
+def split_passes(pp: int, vpp: int, micro_batches: int, is_combined: bool) -> tuple[float, float]:
+    """Passes of the whole slowest stage that run alone, and that run beside one of the other way.
 
-    1F1B: p - 1; interleaved: (p - 1) / v (arXiv 2104.04473, section 2.2).
+    The combined schedule's last rank runs (v - 1) p + 1 forward passes of a chunk before its first
+    pair and as many backward passes after its last. Earlier ranks run more of them alone, while
+    they would have to wait: the path that decides a step has (v - 1) p + 1 through whichever rank
+    (order: `simulation/schedule.py`, from combined_1f1b.py of megatron-core).
+
+    Args:
+        pp: Pipeline ranks.
+        vpp: Model chunks of each.
+        micro_batches: Of a step.
+        is_combined: Forward and backward passes run together where they can.
+
+    Returns:
+        Alone and together; both count forward and backward of one micro-batch as one.
     """
-    return (pp - 1) / vpp
+    if not is_combined:
+        return micro_batches, 0.0
+    alone = min(((vpp - 1) * pp + 1) / vpp, micro_batches)
+    return alone, micro_batches - alone
+
+
+def bubble_seconds(others: float, vpp: int) -> float:
+    """Idle time of the slowest rank: the first micro-batch comes and the last goes by all others.
+
+    That is through one of their chunks each way: p - 1 passes of equal stages under 1F1B,
+    (p - 1) / v interleaved (arXiv 2104.04473, section 2.2).
+
+    Args:
+        others: A micro-batch's passes, run alone, through all other ranks, seconds.
+        vpp: Model chunks of a rank.
+    """
+    return others / vpp
+
+
+def messages_sent(pp: int, vpp: int, rank: int) -> int:
+    """Messages that a pipeline rank sends for one micro-batch, both ways.
+
+    One a chunk and way; nothing is before the first stage nor behind the last.
+    """
+    if pp == 1:
+        return 0
+    return 2 * vpp - (rank == 0) - (rank == pp - 1)
+
+
+def late_messages(pp: int, vpp: int, together: float) -> float:
+    """Messages on the path that decides a step whose way to the next stage nothing hides.
+
+    Where the pipeline fills and drains, a micro-batch goes through all vp stages and no stage has
+    anything else to do. A pair's two results are there at once, just when the next stage is free
+    for them; single passes of both ways in turn leave each message the time of a pass.
+
+    Args:
+        pp: Pipeline ranks.
+        vpp: Model chunks of each.
+        together: Passes of a whole stage that run in pairs (`split_passes`).
+    """
+    between_pairs = max(together * vpp - 1, 0.0)
+    return 2 * (pp * vpp - 1) + between_pairs
 
 
 def chunks_in_flight(pp: int, vpp: int, rank: int, micro_batches: int) -> float:

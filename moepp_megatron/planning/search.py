@@ -61,6 +61,7 @@ class Space:
                 and config.moe.dispatcher in ("alltoall", "flex")
                 and config.model.implementation == "gpt"
                 and not config.training.cuda_graphs
+                and not load.experts.constants_shared
             ),
             distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
@@ -69,7 +70,7 @@ class Space:
         """All layouts, each once."""
         for tp in self._tensor():
             for cp in self._context(tp):
-                for pp in divisors(self.world // (tp * cp)):
+                for pp in self._stages(self.world // (tp * cp)):
                     yield from self._of_stages(tp, cp, pp)
 
     def _of_stages(self, tp: int, cp: int, pp: int) -> Iterator[Grid]:
@@ -136,6 +137,10 @@ class Space:
             for cp in divisors(self.world // tp)
             if cp == 1 or (cp <= most and seq % (2 * cp * tp) == 0)
         ]
+
+    def _stages(self, ranks: int) -> Sequence[int]:
+        """No stage alone sees all gradients of constants that all layers share (rules/moe.py)."""
+        return [1] if self.load.experts.constants_shared else divisors(ranks)
 
     def _virtual(self, pp: int) -> list[int]:
         """Chunks a rank: layers even over stages, or with embedding and loss as a layer each."""

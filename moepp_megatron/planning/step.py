@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moepp_megatron.planning.data_parallel import step_end
+from moepp_megatron.planning.data_parallel import pipeline_end
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.imbalance import Load, Routing, rank_load
 from moepp_megatron.planning.layer_time import PassTime, edge_time, layer_key, layer_time
@@ -15,7 +15,14 @@ from moepp_megatron.planning.links import placement, send_seconds
 from moepp_megatron.planning.machine import Machine
 from moepp_megatron.planning.memory import fullest_rows
 from moepp_megatron.planning.parameters import rank_parameters
-from moepp_megatron.planning.pipeline import Stages, bubble_passes, even_stages
+from moepp_megatron.planning.pipeline import (
+    Stages,
+    bubble_seconds,
+    even_stages,
+    late_messages,
+    messages_sent,
+    split_passes,
+)
 from moepp_megatron.planning.traffic import exchanged_bytes
 from moepp_megatron.planning.workload import Workload
 
@@ -69,34 +76,43 @@ def step_time(
     """
     stages = stages or even_stages(load.layers, grid.pp, grid.vpp)
     fullness = expert_load(load, grid, routing)
-    passes = stage_passes(load, layer_key(grid), machine, fullness.mean, stages)
-    slowest = max(range(grid.pp), key=lambda rank: passes[rank].total)
-    work = passes[slowest]
-    micro_batches = grid.micro_batches(load.batch)
-    seconds: dict[str, float] = defaultdict(float)
-    for name, value in work.seconds.items():
-        seconds[name] += micro_batches * value
+    alone = stage_passes(load, layer_key(grid.apart), machine, fullness.mean, stages)
+    beside = stage_passes(load, layer_key(grid), machine, fullness.mean, stages)
     transfer = stage_transfers(load, grid, machine)
-    mean = sum(one.total for one in passes) / grid.pp + transfer.idle
+    micro_batches = grid.micro_batches(load.batch)
+    apart, together = split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
+    sending = [
+        messages_sent(grid.pp, grid.vpp, rank) * transfer.blocking for rank in range(grid.pp)
+    ]
+    busy = [
+        apart * one.total + together * other.total + micro_batches * sent
+        for one, other, sent in zip(alone, beside, sending, strict=True)
+    ]
+    slowest = max(range(grid.pp), key=lambda rank: busy[rank])
+    work = _sum([(alone[slowest], apart), (beside[slowest], together)])
+    seconds, hidden = dict(work.seconds), dict(work.hidden)
     if grid.pp > 1:
-        seconds[BUBBLE] = bubble_passes(grid.pp, grid.vpp) * mean
-        seconds[POINT_TO_POINT] = micro_batches * transfer.steady
-    parameters = rank_parameters(load, grid, stages, slowest)
-    end = step_end(load, grid, machine, parameters)
-    seconds[DATA] = end.exposed(grid, work.forward, work.backward)
+        whole = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
+        late = late_messages(grid.pp, grid.vpp, together) * transfer.beside
+        seconds[BUBBLE] = bubble_seconds(sum(whole) - whole[slowest], grid.vpp) + late
+        seconds[POINT_TO_POINT] = micro_batches * sending[slowest]
+    # A step begins and ends with passes of the first stage, which run alone: beside them its
+    # parameters and gradients travel.
+    parameters = [rank_parameters(load, grid, stages, rank) for rank in range(grid.pp)]
+    end = pipeline_end(load, grid, machine, parameters)
+    seconds[DATA] = end.exposed(grid, alone[0].forward, alone[0].backward)
     seconds[OPTIMIZER] = end.optimizer
-    hidden = {name: micro_batches * value for name, value in work.hidden.items()}
     hidden[DATA] = end.reduce + end.gather - seconds[DATA]
     moe_layers = sum(load.is_moe) + load.extra_layers
     ranks_of_layer = grid.world / grid.pp
     sent = exchanged_bytes(load, grid) * moe_layers * ranks_of_layer * micro_batches
     return StepTime(
         total=sum(seconds.values()),
-        seconds=dict(seconds),
+        seconds=seconds,
         hidden=hidden,
         load=fullness,
         exchange_bytes=sent,
-        hardware_flop=work.flop * micro_batches,
+        hardware_flop=work.flop,
     )
 
 
@@ -110,7 +126,9 @@ def stage_passes(
     passes = []
     for rank, chunks in enumerate(stages):
         counts = Counter(load.is_moe[layer] for chunk in chunks for layer in chunk)
-        parts = [(times[kind], count) for kind, count in counts.items()]
+        parts: list[tuple[PassTime, float]] = [
+            (times[kind], count) for kind, count in counts.items()
+        ]
         if rank == 0:
             parts.append((edge_time(load, grid, machine, False), 1))
         if rank == len(stages) - 1:
@@ -121,7 +139,7 @@ def stage_passes(
     return tuple(passes)
 
 
-def _sum(parts: list[tuple[PassTime, int]]) -> PassTime:
+def _sum(parts: Sequence[tuple[PassTime, float]]) -> PassTime:
     seconds: dict[str, float] = defaultdict(float)
     hidden: dict[str, float] = defaultdict(float)
     for time, count in parts:
@@ -140,19 +158,19 @@ def _sum(parts: list[tuple[PassTime, int]]) -> PassTime:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Stage-to-stage messages of one micro-batch, seconds.
+    """One message between pipeline stages, seconds.
 
     Attributes:
-        steady: Not hidden while all stages work.
-        idle: Of each pass while the pipeline fills and drains.
+        blocking: It holds its sender up this long.
+        beside: It arrives this much later, while its sender goes on.
     """
 
-    steady: float
-    idle: float
+    blocking: float
+    beside: float
 
 
 def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> Transfer:
-    """Messages between pipeline stages."""
+    """A message between pipeline stages."""
     if grid.pp == 1:
         return Transfer(0.0, 0.0)
     size = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
@@ -160,6 +178,6 @@ def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> Transfer:
         # Router logits travel with the hidden states, as fp32.
         size += grid.tokens(load.seq) * load.experts.num_all * 4
     across = placement(grid, "pp", machine.per_node).nodes > 1
-    both = 2 * grid.vpp * send_seconds(across, size, machine)
+    whole = send_seconds(across, size, machine)
     share = 1.0 - machine.reached.point_to_point_overlap if grid.vpp > 1 else 1.0
-    return Transfer(steady=both * share, idle=both)
+    return Transfer(whole * share, whole * (1.0 - share))

@@ -26,6 +26,7 @@ class Experts:
         gating_residual: Routers see the logits of the layer before.
         two_layer_gate: The router is W_b tanh(W_a x) with hidden width 8E.
         dispatcher: How tokens reach their experts.
+        constants_shared: All MoE layers have the constant experts' V of the first one.
     """
 
     num_ffn: int
@@ -38,6 +39,7 @@ class Experts:
     gating_residual: bool = False
     two_layer_gate: bool = False
     dispatcher: Dispatcher = "alltoall"
+    constants_shared: bool = False
 
     @property
     def num_all(self) -> int:
@@ -162,4 +164,5 @@ def _experts(config: Config) -> Experts:
         gating_residual=moe.gating_residual,
         two_layer_gate=moe.two_layer_gate,
         dispatcher=moe.dispatcher,
+        constants_shared=moe.constants_shared and moe.num_constant_experts > 0,
     )

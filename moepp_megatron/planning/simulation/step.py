@@ -7,7 +7,7 @@ for each other in every layer. A column goes through all stages; columns meet at
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import lcm
 
 import numpy as np
@@ -104,12 +104,10 @@ class _Player:
         self._place = placement(grid, "ep", machine.per_node)
         self._slow = self._slow_columns(slow_rng)
         # Alone a pass cannot hide its exchange, and nothing slows its computation down.
-        self._alone = replace(grid, expert_overlap=False)
+        self._alone = grid.apart
         self._graph = step_graph(grid.pp, grid.vpp, self._count, grid.expert_overlap)
         transfer = stage_transfers(load, grid, machine)
-        each = transfer.idle / (2 * grid.vpp)
-        share = transfer.steady / transfer.idle if transfer.idle else 1.0
-        self._message = Message(each * share, each * (1.0 - share))
+        self._message = Message(transfer.blocking, transfer.beside)
 
     def play(self, steps: int) -> Simulated:
         """All steps, as many at a time as memory allows."""

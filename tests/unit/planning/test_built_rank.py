@@ -66,6 +66,11 @@ SPLIT_EXPERTS = settings(
     precision={"dtype": "fp32"},
 )
 
+ONE_V = settings(
+    {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 8},
+    moe={"constants_shared": True, "layer_freq": 2, "num_constant_experts": 3},
+)
+
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[ProcessPoolExecutor]:
@@ -75,8 +80,8 @@ def elsewhere() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.mark.parametrize(
     ("raw", "ranks"),
-    [(INTERLEAVED, [0, 300, 700, 1023]), (SPLIT_EXPERTS, [1, 500, 1022])],
-    ids=["interleaved", "split experts"],
+    [(INTERLEAVED, [0, 300, 700, 1023]), (SPLIT_EXPERTS, [1, 500, 1022]), (ONE_V, [0, 1001])],
+    ids=["interleaved", "split experts", "one V"],
 )
 def test_ranks_are_what_the_layout_says(
     elsewhere: ProcessPoolExecutor, raw: dict[str, Any], ranks: list[int]

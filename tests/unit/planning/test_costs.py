@@ -19,7 +19,7 @@ from moepp_megatron.planning.machine import Machine, machine_of
 from moepp_megatron.planning.memory import fullest_rank, memory_of
 from moepp_megatron.planning.parts import Layer, embedding_part, layer_parts, output_part
 from moepp_megatron.planning.pipeline import (
-    bubble_passes,
+    bubble_seconds,
     chunks_in_flight,
     even_stages,
     layout_string,
@@ -110,8 +110,8 @@ def test_products_in_fp8_are_faster_and_blocks_cost(h100: Machine) -> None:
 
 
 def test_interleaving_shrinks_the_bubble_and_keeps_more_in_flight() -> None:
-    assert bubble_passes(8, 1) == 7
-    assert bubble_passes(8, 7) == 1
+    assert bubble_seconds(7 * 3.0, 1) == 21.0
+    assert bubble_seconds(7 * 3.0, 7) == 3.0
     assert chunks_in_flight(4, 1, 0, 100) == 4
     assert chunks_in_flight(4, 1, 3, 100) == 1
     assert chunks_in_flight(4, 1, 0, 2) == 2

@@ -73,8 +73,9 @@ def is_legal(config: Config, grid: Grid) -> bool:
             parallel={"expert_model_parallel_size": 2},
         ),
         configured(model={"vocab_size": 1026, "num_query_groups": None}, batch=32),
+        configured(moe={"constants_shared": True}),
     ],
-    ids=["plain", "flex-dense-shared", "odd-vocabulary"],
+    ids=["plain", "flex-dense-shared", "odd-vocabulary", "one V"],
 )
 def test_space_holds_what_the_rules_accept(config: Config) -> None:
     found = set(Space.of(config, WORLD, per_node=8).grids())
@@ -112,7 +113,13 @@ def test_overlapped_exchange_only_where_the_rules_allow_it() -> None:
     assert all(grid.ep > 1 and grid.recompute not in (FULL, ("moe",)) for grid in grids)
     assert all(is_legal(config, grid) for grid in grids[::25])
     in_fp32 = configured(precision={"dtype": "fp32"})
-    assert not any(grid.expert_overlap for grid in Space.of(in_fp32, WORLD, 8).grids())
+    one_v = configured(moe={"constants_shared": True})
+    for other in (in_fp32, one_v):
+        assert not any(grid.expert_overlap for grid in Space.of(other, WORLD, 8).grids())
+        assert not any(is_legal(other, grid) for grid in grids[::25])
+    # Without constant experts there is nothing to share.
+    none = configured(moe={"constants_shared": True, "num_constant_experts": 0})
+    assert any(grid.expert_overlap for grid in Space.of(none, WORLD, 8).grids())
 
 
 def test_a_configuration_becomes_its_grid_again() -> None:
