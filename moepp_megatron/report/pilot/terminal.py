@@ -1,0 +1,122 @@
+"""A pilot's result in the terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from moepp_megatron.planning.pilot.result import Answer, PilotResult
+from moepp_megatron.report import formatting
+from moepp_megatron.report.pilot import words
+from moepp_megatron.report.pilot.tables import (
+    alerts,
+    speed_rows,
+    target_columns,
+    target_rows,
+)
+
+# A log has no width of its own; the tables fit.
+_LOG_WIDTH = 120
+_STYLES = {"pays": "bold green", "loses": "bold red", "open": "bold yellow", "none": "dim"}
+
+
+def print_pilot(result: PilotResult) -> None:
+    """The arms, what they are worth, the target, and the answer last, where it is seen."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    console.print(_arms(result))
+    console.print(_verdicts(result))
+    for row in speed_rows(result):
+        console.print(f"- {row.text}", markup=False)
+    if result.target is not None:
+        console.print(_target(result))
+    for caveat in result.caveats:
+        console.print(f"caveat: {caveat}", markup=False)
+    console.print()
+    console.print(result.answer, style="bold", markup=False)
+    recommended = result.recommended or "none: stay with vanilla"
+    console.print(f"recommended: {recommended}", markup=False)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _arms(result: PilotResult) -> Table:
+    table = _table("arms; in brackets 95% intervals over seeds, of pairs with vanilla")
+    table.add_column("arm", no_wrap=True)
+    columns = ("valid loss", "less vanilla's", "step", "of vanilla's time", "tok/s", "FFN")
+    for name in (*columns, "a2a MB"):
+        table.add_column(name, justify="right")
+    table.add_column("alerts")
+    for each in result.arms:
+        table.add_row(
+            escape(each.arm.name),
+            words.loss(each.valid_loss.mean),
+            _optional(each.loss_difference and words.with_ends(each.loss_difference, words.signed)),
+            words.seconds(each.step_time_s.mean),
+            _optional(each.time_ratio and words.with_ends(each.time_ratio, words.ratio)),
+            formatting.count(each.tokens_per_s.mean),
+            formatting.percent(each.ffn_share.mean),
+            words.megabytes(each.a2a_bytes.mean),
+            escape(alerts(each)),
+        )
+    return table
+
+
+def _optional(text: str | None) -> str:
+    return text or words.NOTHING
+
+
+def _verdicts(result: PilotResult) -> Table:
+    table = _table("time to vanilla's loss over vanilla's; below 1 MoE++ pays")
+    table.add_column("arm", no_wrap=True)
+    for name in ("token factor", "pilot"):
+        table.add_column(name, justify="right")
+    table.add_column("answer")
+    if result.target is not None:
+        table.add_column("target", justify="right")
+        table.add_column("answer")
+    for each in result.verdicts:
+        there = each.target_time_to_loss
+        row: list[str | Text] = [
+            escape(each.arm),
+            words.with_ends(each.token_factor, words.ratio),
+            words.with_ends(each.time_to_loss, words.ratio),
+            _answer(each.at_pilot),
+        ]
+        if result.target is not None:
+            row += [_optional(there and words.with_ends(there, words.ratio))]
+            row += [_answer(each.at_target)]
+        table.add_row(*row)
+    return table
+
+
+def _answer(answer: Answer | None) -> Text:
+    return Text(answer or words.NOTHING, style=_STYLES[words.answer_class(answer)])
+
+
+def _target(result: PilotResult) -> Table:
+    target = result.target
+    assert target is not None, "the caller has one"
+    table = _table(
+        escape(
+            f"{target.name} on {target.gpus:,} {target.gpu}, "
+            f"{formatting.big_count(target.tokens)} tokens, by the cost model"
+        )
+    )
+    table.add_column("model", no_wrap=True)
+    for number, name in enumerate(target_columns(result)):
+        table.add_column(name.lower(), justify="right" if number else "left")
+    for row in target_rows(result):
+        name = f"{row.name} ({row.note})" if row.note else row.name
+        table.add_row(escape(name), *(escape(_cell(c.value, c.note)) for c in row.cells))
+    return table
+
+
+def _cell(value: str, note: str) -> str:
+    return f"{value} ({note})" if note else value
