@@ -65,8 +65,8 @@ class Commands:
             f"sbatch --nodes={nodes} slurm/preflight.sbatch",
             f"sbatch --nodes={nodes} slurm/scaling.sbatch planned.yaml /shared/scaling",
             f"moepp slurm planned.yaml --nodes {nodes} run.dir=/shared/runs/first "
-            "routing_guard.enabled=true routing_guard.dry_run=true            # prints the script",
-            "moepp slurm ... --submit",
+            "routing_guard.enabled=true routing_guard.dry_run=true",
+            "# prints the script; with --submit behind it, submits it",
         ]
 
     def _run_config(self) -> str:

@@ -165,7 +165,7 @@ def _badges(result: PilotResult) -> list[Badge]:
         here += " of vanilla's time to equal loss"
     if verdict is not None and verdict.target_time_to_loss is not None:
         there = f"{verdict.arm}: {words.with_ends(verdict.target_time_to_loss, words.ratio)}"
-        there += " of vanilla's time to equal loss, by the cost model"
+        there += " of vanilla's time to equal loss, by the cost model" + _cost(result, verdict.arm)
     elif at_target is None:
         there = "No target was asked for: --gpus asks for one."
         if result.target is not None:
@@ -189,6 +189,20 @@ def _badges(result: PilotResult) -> list[Badge]:
             stay if recommended is None else go_on,
         ),
     ]
+
+
+def _cost(result: PilotResult, arm: str) -> str:
+    """Both models' cost to the same loss; hours without a price."""
+    rows = {row.name: row.cells[-1] for row in target_rows(result)}
+    base = words.baseline(result)
+    if base is None or base.arm.name not in rows or arm not in rows:
+        return ""
+    vanilla, ours = rows[base.arm.name], rows[arm]
+    if words.NOTHING in (vanilla.value, ours.value):
+        return ""
+    unit = "cost" if "Cost" in target_columns(result) else "hours"
+    ends = f" ({ours.note})" if ours.note else ""
+    return f"; {unit} to vanilla's loss {ours.value}{ends} against {vanilla.value}"
 
 
 def _facts(result: PilotResult) -> list[str]:

@@ -11,7 +11,6 @@ from matplotlib.ticker import EngFormatter
 from moepp_megatron.planning.pilot.result import ArmOutcome, Curve, Interval, PilotResult
 from moepp_megatron.report.drawing import (
     INK,
-    MUTED,
     VERMILION,
     new_figure,
     smooth,
@@ -24,7 +23,7 @@ from moepp_megatron.report.pilot.looks import Look, looks, plain
 from moepp_megatron.report.plot import Plot
 
 # The start of training is the same fall for all; what is compared comes later.
-_SHOWN_FROM = 0.1
+_SHOWN_FROM = 0.2
 
 
 def speed_plot(result: PilotResult) -> Plot:
@@ -43,15 +42,19 @@ def speed_plot(result: PilotResult) -> Plot:
     x, y = [_milliseconds(each) for each in line], [each.valid_loss.mean for each in line]
     axes.plot(x, y, color=VERMILION, linewidth=1.4, linestyle="--", zorder=2)
     styles = looks(result.arms)
-    for each in shown:
-        _point(axes, each, base, styles[each.arm.name])
+    inside = [each for each in shown if each.arm.kind != "short"]
+    bars = [_point(axes, each, base, styles[each.arm.name]) for each in inside]
     axes.margins(x=0.16, y=0.16)
+    for each in shown:
+        if each.arm.kind == "short":
+            _short(axes, each, styles[each.arm.name])
     axes.set_xlabel("step time, ms (left is faster)")
     axes.set_ylabel("validation loss, nats (lower is better)")
     place_labels(
         axes,
-        [(_milliseconds(each), each.valid_loss.mean) for each in shown],
-        [plain(each.arm.name) for each in shown],
+        [(_milliseconds(each), each.valid_loss.mean) for each in inside],
+        [plain(each.arm.name) for each in inside],
+        [bar for pair in bars for bar in pair],
     )
     caption = (
         "Dashed: vanilla with as many experts a token as measured, the fair rival. A MoE++ point "
@@ -76,7 +79,11 @@ def _milliseconds(outcome: ArmOutcome) -> float:
     return outcome.step_time_s.mean * 1e3
 
 
-def _point(axes: Axes, outcome: ArmOutcome, base: ArmOutcome | None, look: Look) -> None:
+Bar = tuple[tuple[float, float], tuple[float, float]]
+
+
+def _point(axes: Axes, outcome: ArmOutcome, base: ArmOutcome | None, look: Look) -> list[Bar]:
+    """Draws an arm with its intervals and returns these, as pairs of ends."""
     x, y = _milliseconds(outcome), outcome.valid_loss.mean
     scale = base.step_time_s.mean * 1e3 if base is not None else math.nan
     upright, level = _reach(outcome.loss_difference, 1.0), _reach(outcome.time_ratio, scale)
@@ -90,8 +97,45 @@ def _point(axes: Axes, outcome: ArmOutcome, base: ArmOutcome | None, look: Look)
         markersize=7.5,
         elinewidth=1.4,
         capsize=3,
-        markerfacecolor="white" if outcome.arm.kind == "short" else look.colour,
         zorder=3,
+    )
+    bars: list[Bar] = []
+    if level is not None:
+        bars.append(((x - level[0], y), (x + level[1], y)))
+    if upright is not None:
+        bars.append(((x, y - upright[0]), (x, y + upright[1])))
+    return bars
+
+
+def _short(axes: Axes, outcome: ArmOutcome, look: Look) -> None:
+    """Vanilla with fewer tokens, at the upper edge where it is far above the others."""
+    low, high = axes.get_ylim()
+    value = outcome.valid_loss.mean
+    above = value > high + 0.3 * (high - low)
+    if not above:
+        high = max(high, value + 0.08 * (high - low))
+    axes.set_ylim(low, high)
+    x, y = _milliseconds(outcome), high if above else value
+    axes.plot(
+        [x],
+        [y],
+        "^" if above else look.marker,
+        color=look.colour,
+        markerfacecolor="white",
+        markersize=7.5,
+        clip_on=False,
+        zorder=3,
+    )
+    text = f"{plain(outcome.arm.name)}: {words.loss(value)}" + (" (above)" if above else "")
+    axes.annotate(
+        text,
+        (x, y),
+        (-10, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        color=look.colour,
+        fontsize=9,
     )
 
 
@@ -150,7 +194,7 @@ def _loss_plot(drawn: list[ArmOutcome], styles: dict[str, Look]) -> Plot:
     alt = "; ".join(
         f"{e.arm.name} ends at {words.loss(smooth_curve(e.curve)[1][-1])}" for e in drawn
     )
-    caption = "Mean over seeds, smoothed. The first tenth is cut off where it is higher."
+    caption = "Mean over seeds, smoothed. The first fifth is cut off where it is higher."
     return Plot("Learning curves", caption, _image(axes), alt + ".")
 
 
@@ -183,7 +227,7 @@ def _difference_plot(base: ArmOutcome, others: list[ArmOutcome], styles: dict[st
 
 
 def _token_axes() -> Axes:
-    axes = new_figure(width=6.4, height=3.5).subplots()
+    axes = new_figure(width=5.7, height=3.3).subplots()
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("tokens")
     return axes

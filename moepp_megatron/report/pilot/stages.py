@@ -1,8 +1,8 @@
 """From the pilot to the cluster: what to run, what to watch, when to go on and when to go back.
 
 The numbers are this pilot's. Break-even follows from time to equal loss = token factor times time
-ratio: MoE++ pays below a time ratio of 1 / token factor, and, with tokens worth v nats an e-fold, as
-long as it is less than v log(1 / time ratio) nats behind vanilla after the same tokens.
+ratio: MoE++ pays below a time ratio of 1 / token factor, and, with tokens worth v nats an e-fold,
+as long as it is less than v log(1 / time ratio) nats behind vanilla after the same tokens.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def _pilot(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands:
         f"Alerts of {verdict.arm}: {alerts(outcome)}.",
         f"FFN share: {formatting.percent(outcome.ffn_share.mean)} in the last quarter.",
     ]
-    go_on = [f"{verdict.arm} pays at the pilot's scale. Found: {verdict.at_pilot}."]
+    go_on = [f"{verdict.arm} pays, or may pay, at the pilot's scale. Found: {verdict.at_pilot}."]
     if verdict.at_target is not None:
-        go_on.append(f"It pays at the target. Found: {verdict.at_target}.")
+        go_on.append(f"It pays, or may pay, at the target. Found: {verdict.at_target}.")
     go_back = [_if_it_does_not(result, verdict)]
     more = words.seeds_to_decide(verdict.time_to_loss, len(outcome.seeds))
     if verdict.at_pilot == "undecided" and _crosses(verdict.time_to_loss):
@@ -92,7 +92,9 @@ def _if_it_does_not(result: PilotResult, verdict: Verdict) -> str:
             "No arm is recommended: stay with vanilla, or repeat the pilot with another tau, more "
             "steps or more data. Nothing here argues for a larger run."
         )
-    return "An answer of 'does not pay' at the scale that you decide about: stay with vanilla."
+    return (
+        "The answer is 'does not pay' at the scale that you decide about: then stay with vanilla."
+    )
 
 
 def _crosses(interval: Interval) -> bool:
@@ -116,6 +118,7 @@ def _if_undecided(verdict: Verdict, seeds: int, more: int | None) -> str:
 
 
 def _node(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands: Commands) -> Stage:
+    ratio = outcome.time_ratio.mean if outcome.time_ratio is not None else None
     return Stage(
         title="2. One node",
         state="next",
@@ -123,12 +126,13 @@ def _node(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands: 
         commands=commands.node(),
         watch=[
             _curve_points(outcome),
-            "The table below, in `moepp monitor` and in the run's report.html. Ranges of the pilot "
-            "come before those of docs/routing.md.",
-            "runs/node/alerts.jsonl: with routing_guard.dry_run the guard only tells.",
+            "The table below, in `moepp monitor` and in the run's `report.html`.",
+            "`runs/node/alerts.jsonl`: with `routing_guard.dry_run` the guard only tells.",
         ],
         go_on=[
-            _speed_condition(verdict.token_factor, "`moepp scale` (column of vanilla's time)"),
+            _speed_condition(
+                verdict.token_factor, '`moepp scale` (the column "of vanilla\'s time")'
+            ),
             _loss_condition(outcome),
             _share_condition(outcome),
             "No critical alert.",
@@ -136,7 +140,9 @@ def _node(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands: 
         go_back=[
             "The step takes longer than that: no loss can make up for it. Look where the time goes "
             "(`moepp profile runs/node`) before anything larger.",
-            _behind_condition(result, outcome.time_ratio and outcome.time_ratio.mean),
+            _behind_condition(
+                result, outcome.time_ratio.mean if outcome.time_ratio is not None else None
+            ),
             _guard_condition(outcome),
         ],
     )
@@ -177,8 +183,8 @@ def _loss_condition(outcome: ArmOutcome) -> str:
     if difference is None:
         return f"{text}."
     return (
-        f"{text}. A single seed has no spread to go by; off by more than the difference to vanilla, "
-        f"{words.loss(abs(difference.mean))}, it would be another answer."
+        f"{text}. A single seed has no spread to go by; off by more than the difference to "
+        f"vanilla, {words.loss(abs(difference.mean))}, it would be another answer."
     )
 
 
@@ -210,8 +216,8 @@ def _guard_condition(outcome: ArmOutcome) -> str:
     limit = formatting.percent(rule.below * outcome.ffn_share.mean)
     return (
         f"FFN share below {limit}, {rule.below:g} of the pilot's, for {rule.for_steps} steps: the "
-        "router flees into zero-computation experts. Raise moe.balance_coeff, or hold the share "
-        "with moe.budget."
+        "router flees into zero-computation experts. Raise `moe.balance_coeff`, or hold the share "
+        "with `moe.budget`."
     )
 
 
@@ -219,16 +225,18 @@ def _cluster(
     result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands: Commands
 ) -> Stage:
     target = result.target
-    model = target and next((m for m in target.models if m.arm == verdict.arm and m.fits), None)
+    models = target.models if target is not None else []
+    model = next((m for m in models if m.arm == verdict.arm and m.fits), None)
     watch = ["The same metrics; their ranges are those of stage 2 now."]
-    go_on = [_speed_condition(verdict.token_factor, "scaling.html on the nodes of the run")]
+    go_on = [_speed_condition(verdict.token_factor, "`scaling.html` on the nodes of the run")]
     ratio = None
     if target is not None and model is not None:
         ratio = model.time_ratio
         watch += _promised(target, model)
         go_on += _room(verdict, model)
     go_on.append(
-        "The routing guard with dry_run has not cried wolf: then leave dry_run out (docs/guard.md)."
+        "The routing guard has not cried wolf in its dry run: then leave `dry_run` out "
+        "(docs/guard.md)."
     )
     return Stage(
         title="3. Cluster",
@@ -238,8 +246,8 @@ def _cluster(
         watch=watch,
         go_on=go_on,
         go_back=[
-            "A time ratio above break-even in scaling.html: train vanilla on this cluster, or ask "
-            "`moepp plan` for another layout.",
+            "A time ratio above break-even in `scaling.html`: train vanilla on this cluster, or "
+            "ask `moepp plan` for another layout.",
             _behind_condition(result, ratio),
             "A critical alert that comes back after the guard has acted.",
         ],

@@ -22,10 +22,12 @@ class Cell:
     Attributes:
         value: The number.
         note: Its interval, or nothing.
+        is_text: It is no number, so it may be broken into lines.
     """
 
     value: str
     note: str = ""
+    is_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _about(outcome: ArmOutcome) -> str:
 
 
 def seeds(count: int) -> str:
-    """ "1 seed" or "3 seeds"."""
+    """Such as `3 seeds`."""
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
@@ -91,13 +93,13 @@ def _arm_cells(outcome: ArmOutcome) -> list[Cell]:
         Cell(formatting.count(outcome.tokens_per_s.mean)),
         Cell(formatting.percent(outcome.ffn_share.mean)),
         Cell(words.megabytes(outcome.a2a_bytes.mean)),
-        Cell(words.NOT_MEASURED) if used is None else Cell(words.energy(used.mean)),
-        Cell(alerts(outcome)),
+        Cell(words.NOT_MEASURED, is_text=True) if used is None else Cell(words.energy(used.mean)),
+        Cell(alerts(outcome), is_text=True),
     ]
 
 
 def alerts(outcome: ArmOutcome) -> str:
-    """ "few_ffn_experts 2, dead_expert 1", or "none"."""
+    """Such as `few_ffn_experts 2, dead_expert 1`, or `none`."""
     raised = sorted(outcome.alerts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{rule} {times}" for rule, times in raised if times) or "none"
 
@@ -131,7 +133,9 @@ def verdict_rows(result: PilotResult) -> list[VerdictRow]:
                 verdict=each,
                 factor=Cell(words.ratio(factor.mean), words.ends(factor, words.ratio)),
                 pilot=Cell(words.ratio(here.mean), words.ends(here, words.ratio)),
-                target=there and Cell(words.ratio(there.mean), words.ends(there, words.ratio)),
+                target=None
+                if there is None
+                else Cell(words.ratio(there.mean), words.ends(there, words.ratio)),
                 strong=each.arm == result.recommended,
             )
         )
@@ -202,7 +206,7 @@ def _meaning(row: EqualSpeed) -> str:
 
 def target_columns(result: PilotResult) -> list[str]:
     """Headings; money only where there is a price."""
-    names = ["Layout", "Step", "Of vanilla's time", "Tokens/s/GPU", "TFLOP/s/GPU"]
+    names = ["Layout", "Step", "Of vanilla's time", "Tokens/s/GPU"]
     names += ["All-to-all, GB a step", "Hours"]
     if result.target is not None and result.target.price_per_hour is not None:
         names.append("Cost")
@@ -236,16 +240,15 @@ def _target_cells(
         Cell(words.NOTHING if model.step_time_s is None else words.seconds(model.step_time_s)),
         show(model.time_ratio, 3),
         show(model.tokens_per_s_per_gpu),
-        show(model.tflops_per_gpu),
         show(None if model.a2a_bytes is None else model.a2a_bytes / 1e9, 1),
         show(model.hours, 1 if model.hours is not None and model.hours < 100 else 0),
     ]
     priced = "Cost" in target_columns(result)
     if priced:
         cells.append(show(model.money))
-    cells.append(_to_loss(result, model, vanilla and vanilla.hours))
+    cells.append(_to_loss(result, model, None if vanilla is None else vanilla.hours))
     if priced:
-        cells.append(_to_loss(result, model, vanilla and vanilla.money))
+        cells.append(_to_loss(result, model, None if vanilla is None else vanilla.money))
     return cells
 
 

@@ -41,10 +41,10 @@ def signed(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A step: milliseconds below ten seconds, else seconds."""
+    """A step: milliseconds below a second, else seconds."""
     if not math.isfinite(value):
         return formatting.NOT_FINITE
-    return f"{value * 1e3:,.1f} ms" if value < 10 else f"{value:,.2f} s"
+    return f"{value * 1e3:,.1f} ms" if value < 1 else f"{value:,.3f} s"
 
 
 def energy(joules: float) -> str:
@@ -65,14 +65,14 @@ def has_ends(interval: Interval) -> bool:
 
 
 def ends(interval: Interval, show: Callable[[float], str]) -> str:
-    """ "0.82 to 0.93"; empty without an interval."""
+    """Such as `0.82 to 0.93`; empty without an interval."""
     if interval.low is None or interval.high is None:
         return ""
     return f"{show(interval.low)} to {show(interval.high)}"
 
 
 def with_ends(interval: Interval, show: Callable[[float], str]) -> str:
-    """ "0.87 (0.82 to 0.93)", or the mean alone."""
+    """Such as `0.87 (0.82 to 0.93)`, or the mean alone."""
     text = ends(interval, show)
     return f"{show(interval.mean)} ({text})" if text else show(interval.mean)
 
