@@ -43,7 +43,7 @@ def forest_plot(result: PilotResult) -> Plot:
     """A line for each MoE++ arm and scale."""
     lines = [line for line in _lines(result) if math.isfinite(line.value.mean)]
     if not lines:
-        return Plot(_TITLE, "", None, "No MoE++ arm has finished.", wide=True)
+        return Plot(_TITLE, "", None, _nothing(result), wide=True)
     figure = new_figure(width=10.5, height=1.25 + 0.42 * len(lines))
     axes = figure.subplots()
     low, high = _limits(lines)
@@ -68,9 +68,20 @@ def forest_plot(result: PilotResult) -> Plot:
 
 def _lines(result: PilotResult) -> Iterator[Line]:
     for verdict in result.verdicts:
-        yield Line(verdict.arm, "pilot", verdict.time_to_loss, True)
+        if verdict.time_to_loss is not None:
+            yield Line(verdict.arm, "pilot", verdict.time_to_loss, True)
         if verdict.target_time_to_loss is not None:
             yield Line(verdict.arm, "target", verdict.target_time_to_loss, False)
+
+
+def _nothing(result: PilotResult) -> str:
+    if not result.verdicts:
+        return "No MoE++ arm has finished."
+    return (
+        "Nothing to show: fewer steps have not clearly cost vanilla loss, so nobody can say what "
+        "tokens are worth, and a loss difference cannot be turned into time. A longer pilot, or "
+        "more seeds, can tell."
+    )
 
 
 def _limits(lines: list[Line]) -> tuple[float, float]:

@@ -7,45 +7,29 @@ from pathlib import Path
 
 import moepp_megatron
 from moepp_megatron.observe.atomic import write_atomic
-from moepp_megatron.planning.pilot.result import Answer, PilotResult
+from moepp_megatron.planning.pilot.result import PilotResult
 from moepp_megatron.report import formatting
 from moepp_megatron.report.drawing import plot_style
 from moepp_megatron.report.pilot import words
+from moepp_megatron.report.pilot.badges import Badge, badges
 from moepp_megatron.report.pilot.forest import forest_plot
 from moepp_megatron.report.pilot.health import WatchRow, watch_rows
-from moepp_megatron.report.pilot.plots import curve_plots, speed_plot
+from moepp_megatron.report.pilot.learning import curve_plots
+from moepp_megatron.report.pilot.speed import speed_plot
+from moepp_megatron.report.pilot.speed_table import SpeedRow, speed_rows
 from moepp_megatron.report.pilot.stages import Stage, stages
 from moepp_megatron.report.pilot.tables import (
-    ARM_COLUMNS,
     Row,
-    SpeedRow,
     VerdictRow,
+    arm_columns,
     arm_rows,
+    has_energy,
     seeds,
-    speed_rows,
-    target_columns,
-    target_rows,
     verdict_rows,
 )
+from moepp_megatron.report.pilot.target_table import target_columns, target_rows
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.template import render_template
-
-
-@dataclass(frozen=True)
-class Badge:
-    """An answer, large.
-
-    Attributes:
-        label: What it is about.
-        value: A word or a name.
-        look: Of the style sheet: pays, loses, open, none.
-        note: The number behind it.
-    """
-
-    label: str
-    value: str
-    look: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -65,6 +49,7 @@ class PilotPage:
         curves: Learning curves.
         arm_columns: Headings.
         arms: The table of arms.
+        energy: Why the table has no energy; empty where it has.
         target_title: Cards and tokens; None without a target.
         target_columns: Headings.
         target: The table of models.
@@ -88,8 +73,9 @@ class PilotPage:
     speed: Plot
     speeds: list[SpeedRow]
     curves: list[Plot]
-    arm_columns: tuple[str, ...]
+    arm_columns: list[str]
     arms: list[Row]
+    energy: str
     target_title: str | None
     target_columns: list[str]
     target: list[Row]
@@ -131,7 +117,7 @@ def _page(result: PilotResult) -> PilotPage:
     return PilotPage(
         name=result.setting.config,
         answer=result.answer,
-        badges=_badges(result),
+        badges=badges(result),
         reasons=verdict.reasons if verdict is not None else [],
         facts=_facts(result),
         forest=forest,
@@ -139,8 +125,9 @@ def _page(result: PilotResult) -> PilotPage:
         speed=speed,
         speeds=speed_rows(result),
         curves=curves,
-        arm_columns=ARM_COLUMNS,
+        arm_columns=arm_columns(result),
         arms=arm_rows(result),
+        energy="" if has_energy(result) else f"Energy per token: {words.NOT_MEASURED}.",
         target_title=_target_title(result),
         target_columns=target_columns(result),
         target=target_rows(result),
@@ -153,56 +140,6 @@ def _page(result: PilotResult) -> PilotPage:
         command=result.setting.command,
         version=moepp_megatron.__version__,
     )
-
-
-def _badges(result: PilotResult) -> list[Badge]:
-    verdict = words.chosen(result)
-    at_pilot: Answer | None = verdict.at_pilot if verdict is not None else None
-    at_target = verdict.at_target if verdict is not None else None
-    here = there = ""
-    if verdict is not None:
-        here = f"{verdict.arm}: {words.with_ends(verdict.time_to_loss, words.ratio)}"
-        here += " of vanilla's time to equal loss"
-    if verdict is not None and verdict.target_time_to_loss is not None:
-        there = f"{verdict.arm}: {words.with_ends(verdict.target_time_to_loss, words.ratio)}"
-        there += " of vanilla's time to equal loss, by the cost model" + _cost(result, verdict.arm)
-    elif at_target is None:
-        there = "No target was asked for: --gpus asks for one."
-        if result.target is not None:
-            there = "It does not fit the cards, or there is no estimate."
-    gpus = f" ({result.target.gpus:,} {result.target.gpu})" if result.target is not None else ""
-    recommended = result.recommended
-    go_on = "The arm to go on with; the steps are below."
-    stay = "No arm pays or may pay: nothing here argues for a larger run."
-    return [
-        Badge("At the pilot's scale", at_pilot or "no answer", words.answer_class(at_pilot), here),
-        Badge(
-            f"At the target{gpus}",
-            at_target or "no answer",
-            words.answer_class(at_target),
-            there,
-        ),
-        Badge(
-            "Recommended",
-            recommended or "none: stay with vanilla",
-            "none",
-            stay if recommended is None else go_on,
-        ),
-    ]
-
-
-def _cost(result: PilotResult, arm: str) -> str:
-    """Both models' cost to the same loss; hours without a price."""
-    rows = {row.name: row.cells[-1] for row in target_rows(result)}
-    base = words.baseline(result)
-    if base is None or base.arm.name not in rows or arm not in rows:
-        return ""
-    vanilla, ours = rows[base.arm.name], rows[arm]
-    if words.NOTHING in (vanilla.value, ours.value):
-        return ""
-    unit = "cost" if "Cost" in target_columns(result) else "hours"
-    ends = f" ({ours.note})" if ours.note else ""
-    return f"; {unit} to vanilla's loss {ours.value}{ends} against {vanilla.value}"
 
 
 def _facts(result: PilotResult) -> list[str]:

@@ -13,12 +13,11 @@ from rich.text import Text
 from moepp_megatron.planning.pilot.result import Answer, Interval, PilotResult
 from moepp_megatron.report import formatting
 from moepp_megatron.report.pilot import words
+from moepp_megatron.report.pilot.speed_table import speed_rows
 from moepp_megatron.report.pilot.tables import (
     alerts,
-    speed_rows,
-    target_columns,
-    target_rows,
 )
+from moepp_megatron.report.pilot.target_table import target_columns, target_rows
 
 # A log has no width of its own; the tables fit.
 _LOG_WIDTH = 120

@@ -100,17 +100,19 @@ def baseline(result: PilotResult) -> ArmOutcome | None:
     return next((outcome for outcome in result.arms if outcome.arm.kind == "vanilla"), None)
 
 
-def seeds_to_decide(interval: Interval, seeds: int) -> int | None:
+def seeds_to_decide(interval: Interval | None, seeds: int) -> int | None:
     """Seeds with which the interval of a ratio would end before 1, if mean and spread stayed.
 
     Args:
-        interval: A ratio that it does not tell from 1.
+        interval: A ratio that it does not tell from 1; None gives None.
         seeds: That it is from.
 
     Returns:
         At least one more than `seeds`, or None: more than `MAX_SEEDS`, or no spread to go by.
     """
-    if interval.low is None or interval.high is None or not 2 <= seeds < MAX_SEEDS:
+    if interval is None or interval.low is None or interval.high is None:
+        return None
+    if not 2 <= seeds < MAX_SEEDS:
         return None
     if not 0 < interval.low <= interval.mean <= interval.high < math.inf:
         return None
