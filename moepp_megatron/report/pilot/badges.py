@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moepp_megatron.planning.pilot.result import Answer, PilotResult
+from moepp_megatron.planning.pilot.result import Answer, PilotResult, Verdict
 from moepp_megatron.report.pilot import words
 from moepp_megatron.report.pilot.target_table import target_columns, target_rows
 
@@ -40,10 +40,8 @@ def badges(result: PilotResult) -> list[Badge]:
     if verdict is not None and verdict.target_time_to_loss is not None:
         there = f"{verdict.arm}: {words.with_ends(verdict.target_time_to_loss, words.ratio)}"
         there += " of vanilla's time to equal loss, by the cost model" + _cost(result, verdict.arm)
-    elif at_target is None:
-        there = "No target was asked for: --gpus asks for one."
-        if result.target is not None:
-            there = "It does not fit the cards, or there is no estimate."
+    else:
+        there = _no_time(result, verdict)
     gpus = f" ({result.target.gpus:,} {result.target.gpu})" if result.target is not None else ""
     recommended = result.recommended
     go_on = "The arm to go on with; the steps are below."
@@ -63,6 +61,19 @@ def badges(result: PilotResult) -> list[Badge]:
             stay if recommended is None else go_on,
         ),
     ]
+
+
+def _no_time(result: PilotResult, verdict: Verdict | None) -> str:
+    """Why there is no time to equal loss at the target."""
+    if result.target is None:
+        return "No target was asked for: --gpus asks for one."
+    if verdict is None:
+        return ""
+    models = result.target.models
+    ratio = next((model.time_ratio for model in models if model.arm == verdict.arm), None)
+    if ratio is None:
+        return f"{verdict.arm}: it or vanilla does not fit the cards."
+    return f"{verdict.arm}: a step takes {words.ratio(ratio)} of vanilla's; more cannot be told."
 
 
 def _cost(result: PilotResult, arm: str) -> str:

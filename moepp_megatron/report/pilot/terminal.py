@@ -21,6 +21,8 @@ from moepp_megatron.report.pilot.target_table import target_columns, target_rows
 
 # A log has no width of its own; the tables fit.
 _LOG_WIDTH = 120
+# From here on no number has to be broken into two lines.
+_WIDE = 115
 # Of the page's columns as many as a terminal has room for; the last one comes behind them.
 _TARGET_COLUMNS = ("Layout", "Step", "Of vanilla's time", "Tokens/s/GPU", "Hours", "Cost")
 _STYLES = {"pays": "bold green", "loses": "bold red", "open": "bold yellow", "none": "dim"}
@@ -31,13 +33,13 @@ def print_pilot(result: PilotResult) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _LOG_WIDTH
-    console.print(_arms(result))
+    console.print(_arms(result, console.width >= _WIDE))
     console.print(_verdicts(result))
     for row in speed_rows(result):
         console.print(row.text, markup=False, soft_wrap=True)
     if result.target is not None:
         console.print()
-        console.print(_target(result))
+        console.print(_target(result, console.width >= _WIDE))
     for each in result.arms:
         if any(each.alerts.values()):
             console.print(f"alerts of {each.arm.name}: {alerts(each)}", markup=False)
@@ -53,12 +55,12 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
-def _arms(result: PilotResult) -> Table:
+def _arms(result: PilotResult, is_wide: bool) -> Table:
     table = _table("arms; in brackets 95% intervals over seeds, of pairs with vanilla")
     table.add_column("arm")
     names = ("valid loss", "less vanilla's", "step", "over vanilla's", "tok/s", "FFN", "a2a MB")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=is_wide)
     for each in result.arms:
         table.add_row(
             escape(each.arm.name),
@@ -110,7 +112,7 @@ def _answer(answer: Answer | None) -> Text:
     return Text(answer or words.NOTHING, style=_STYLES[words.answer_class(answer)])
 
 
-def _target(result: PilotResult) -> Table:
+def _target(result: PilotResult, is_wide: bool) -> Table:
     target = result.target
     assert target is not None, "the caller has one"
     table = _table(
@@ -124,7 +126,7 @@ def _target(result: PilotResult) -> Table:
     priced = target.price_per_hour is not None
     names = ["step", "over vanilla's", "tok/s/GPU", "hours", *(["cost"] if priced else [])]
     for name in (*names, "cost to vanilla's loss" if priced else "hours to vanilla's loss"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=is_wide)
     headings = target_columns(result)
     kept = [headings.index(name) for name in _TARGET_COLUMNS if name in headings]
     for row in target_rows(result):
