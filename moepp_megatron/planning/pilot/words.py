@@ -11,7 +11,7 @@ _STANDS: dict[Standing | None, str] = {
     "better": "it is clearly better",
     "worse": "it is clearly worse",
     "open": "which of the two is better is open",
-    None: "which says nothing for or against it",
+    None: "that says nothing for or against it",
 }
 
 
