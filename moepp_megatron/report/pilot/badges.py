@@ -45,6 +45,8 @@ def badges(result: PilotResult) -> list[Badge]:
     gpus = f" ({result.target.gpus:,} {result.target.gpu})" if result.target is not None else ""
     recommended = result.recommended
     go_on = "The arm to go on with; the steps are below."
+    if verdict is not None and (verdict.at_target or verdict.at_pilot) == "undecided":
+        go_on = "The most promising arm; not proven. What would decide is below."
     stay = "No arm pays or may pay: nothing here argues for a larger run."
     return [
         Badge("At the pilot's scale", at_pilot or "no answer", words.answer_class(at_pilot), here),

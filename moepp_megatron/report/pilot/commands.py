@@ -45,6 +45,7 @@ class Commands:
         return [
             f"moepp doctor {run} {nproc}",
             f"moepp train {run} {nproc} --dry-run",
+            "# if the batch does not divide: training.micro_batch_size=1 keeps the pilot's batch",
             f"moepp scale {run} {nproc} --out scaling-node",
             f"moepp train {run} run.dir=runs/node {guard} {nproc}",
             "moepp monitor runs/node",

@@ -71,7 +71,7 @@ def loss_condition(outcome: ArmOutcome) -> str:
     if difference is None:
         return f"{text}."
     return (
-        f"{text}. A single seed has no spread to go by; off by more than the difference to "
+        f"{text}. So few seeds have no spread to go by; off by more than the difference to "
         f"vanilla, {words.loss(abs(difference.mean))}, it would be another answer."
     )
 

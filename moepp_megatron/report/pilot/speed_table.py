@@ -53,19 +53,20 @@ def _meaning(row: EqualSpeed) -> str:
     difference = row.loss_difference
     better = difference.mean < 0
     size = words.loss(abs(difference.mean))
-    text = (
-        f"At the same speed {row.arm} is {size} nats {'better' if better else 'worse'} than "
-        "vanilla with fewer experts"
-    )
+    beside = "At the same speed" if row.slower != row.faster else f"Beside {row.slower}"
+    rival = "vanilla with fewer experts" if row.slower != row.faster else "it"
+    text = f"{beside} {row.arm} is {size} nats {'better' if better else 'worse'} than {rival}"
     if difference.low is None or difference.high is None:
         text += "; with one seed nobody knows how sure that is."
     elif difference.low <= 0 <= difference.high:
         text += ", which these seeds cannot tell from no difference."
     else:
         text += ", and the interval leaves no doubt about the sign."
-    if not row.enclosed:
+    if row.slower == row.faster:
+        text += " No vanilla arm is as fast; it is the nearest, so part of the difference is speed."
+    elif not row.enclosed:
         text += (
-            " No pair of vanilla arms encloses its step time in every seed: where none does, the "
-            "nearest stands in, so part of the difference is speed."
+            " In some seed its step time is outside of both, and the nearer one stands in: part of "
+            "the difference is speed."
         )
     return text

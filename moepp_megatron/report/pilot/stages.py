@@ -26,6 +26,10 @@ from moepp_megatron.report.pilot.conditions import (
 )
 from moepp_megatron.report.pilot.tables import alerts
 
+DONE = "done"
+# More seeds cost less than a larger run.
+UNDECIDED = "next: not decided yet"
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -71,13 +75,16 @@ def _pilot(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands:
     ]
     go_on = [f"{verdict.arm} pays, or may pay, at the pilot's scale. Found: {verdict.at_pilot}."]
     if verdict.at_target is not None:
-        go_on.append(f"It pays, or may pay, at the target. Found: {verdict.at_target}.")
+        go_on = [
+            f"{verdict.arm} pays, or may pay, at the target, about which you decide. Found: "
+            f"{verdict.at_target}; at the pilot's scale {verdict.at_pilot}."
+        ]
     go_back = [if_it_does_not(result, verdict)]
     if verdict.at_pilot == "undecided":
         go_back.append(if_undecided(verdict, len(outcome.seeds)))
     return Stage(
         title="1. Pilot",
-        state="done" if result.recommended is not None else "ends here",
+        state=_state(result, verdict),
         aim="Does MoE++ pay on this data at a scale that costs little?",
         commands=commands.pilot(),
         watch=watch,
@@ -86,11 +93,19 @@ def _pilot(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands:
     )
 
 
+def _state(result: PilotResult, verdict: Verdict) -> str:
+    if result.recommended is None:
+        return "ends here"
+    if verdict.at_pilot == "undecided" and verdict.at_target != "pays":
+        return UNDECIDED
+    return DONE
+
+
 def _node(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands: Commands) -> Stage:
     ratio = outcome.time_ratio.mean if outcome.time_ratio is not None else None
     return Stage(
         title="2. One node",
-        state="next",
+        state="next" if _state(result, verdict) == DONE else "later",
         aim="Do loss and routing stay as in the pilot, and is MoE++ faster on the real cards?",
         commands=commands.node(),
         watch=[

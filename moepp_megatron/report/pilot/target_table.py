@@ -44,7 +44,9 @@ def _target_cells(
         Cell(words.NOTHING if model.step_time_s is None else words.seconds(model.step_time_s)),
         show(model.time_ratio, 3),
         show(model.tokens_per_s_per_gpu),
-        show(None if model.a2a_bytes is None else model.a2a_bytes / 1e9, 1),
+        show(
+            None if model.a2a_bytes is None else model.a2a_bytes / 1e9, 1 if model.a2a_bytes else 0
+        ),
         show(model.hours, 1 if model.hours is not None and model.hours < 100 else 0),
     ]
     priced = "Cost" in target_columns(result)

@@ -20,6 +20,8 @@ NOT_MEASURED = "not measured here"
 
 # Nobody repeats a pilot more often to learn what is this close.
 MAX_SEEDS = 20
+# With which a spread is worth going by.
+FEWEST_SEEDS = 3
 
 
 def ratio(value: float) -> str:
@@ -128,9 +130,11 @@ def _reach(seeds: int) -> float:
 def one_run(interval: Interval, seeds: int) -> float | None:
     """How far a single new run may be from the mean, 95% prediction interval; None if unknown.
 
+    Of two seeds it would be 22 times the standard deviation, which tells nobody anything.
+
     The interval of a mean over n seeds is t s / sqrt(n) to either side, that of one further value
     t s sqrt(1 + 1/n).
     """
-    if interval.low is None or interval.high is None:
+    if interval.low is None or interval.high is None or seeds < FEWEST_SEEDS:
         return None
     return (interval.high - interval.low) / 2 * math.sqrt(seeds + 1)
