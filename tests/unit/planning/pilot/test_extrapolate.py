@@ -127,9 +127,10 @@ def test_recorded_routing_counts_where_experts_are_as_many(tmp_path: Path) -> No
 
 def test_targets_that_cannot_be_planned_are_refused() -> None:
     REQUEST.check()
+    huge = with_overrides(LARGE, ["model.hidden_size=16384", "model.ffn_hidden_size=65536"])
     with pytest.raises(ConfigError, match=r"--gpus \(1\) must be enough"):
-        huge = with_overrides(LARGE, ["model.hidden_size=16384", "model.ffn_hidden_size=65536"])
         TargetRequest("huge", huge, 1, H100, 1e9).check()
     none = ["moe.num_zero_experts=0", "moe.num_copy_experts=0", "moe.num_constant_experts=0"]
+    plain = with_overrides(LARGE, none)
     with pytest.raises(ConfigError, match="--target .* zero-computation experts"):
-        TargetRequest("vanilla", with_overrides(LARGE, none), 8, H100, 1e9).check()
+        TargetRequest("vanilla", plain, 8, H100, 1e9).check()
