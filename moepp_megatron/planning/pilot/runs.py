@@ -47,8 +47,13 @@ class PilotRun:
     @property
     def name(self) -> str:
         """Of its files."""
-        words = self.arm.name.lower().replace("++", "pp").replace("%", "-percent")
-        return re.sub(r"[^a-z0-9.]+", "-", f"{words}-seed-{self.seed}")
+        return run_name(self.arm, self.seed)
+
+
+def run_name(arm: Arm, seed: int) -> str:
+    """Of the files of an arm's run with this seed."""
+    words = arm.name.lower().replace("++", "pp").replace("%", "-percent")
+    return re.sub(r"[^a-z0-9.]+", "-", f"{words}-seed-{seed}")
 
 
 class PilotFolder:

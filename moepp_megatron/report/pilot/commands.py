@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 
-from moepp_megatron.planning.pilot.result import Arm, ArmOutcome, PilotResult
+from moepp_megatron.planning.pilot.result import ArmOutcome, PilotResult
+from moepp_megatron.planning.pilot.runs import run_name
 
 _SETTING = re.compile(r"^[a-z_]+\.[a-z_0-9.]+=")
 # What Slurm's scripts and configs/ take for a node.
@@ -87,12 +88,6 @@ class Commands:
             # What was set on the command line belongs to that configuration.
             settings = [*filter(_SETTING.match, self._words), *settings]
         return shlex.join([config, *settings])
-
-
-def run_name(arm: Arm, seed: int) -> str:
-    """Of a run's files in the pilot's folder."""
-    words = arm.name.lower().replace("++", "pp").replace("%", "-percent")
-    return re.sub(r"[^a-z0-9.]+", "-", f"{words}-seed-{seed}")
 
 
 def _option(words: list[str], name: str) -> str | None:

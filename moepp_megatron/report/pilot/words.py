@@ -12,17 +12,14 @@ from moepp_megatron.planning.pilot.result import (
     PilotResult,
     Verdict,
 )
+from moepp_megatron.planning.pilot.statistics import t_quantile
 from moepp_megatron.report import formatting
 
 NOTHING = "-"
 NOT_MEASURED = "not measured here"
 
-# Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom, to three decimals.
-_T95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
-)
-MAX_SEEDS = len(_T95) + 1
+# Nobody repeats a pilot more often to learn what is this close.
+MAX_SEEDS = 20
 
 
 def ratio(value: float) -> str:
@@ -125,7 +122,7 @@ def seeds_to_decide(interval: Interval | None, seeds: int) -> int | None:
 
 def _reach(seeds: int) -> float:
     """Half of a mean's interval over the standard deviation of a single value."""
-    return _T95[seeds - 2] / math.sqrt(seeds)
+    return t_quantile(0.975, seeds - 1) / math.sqrt(seeds)
 
 
 def one_run(interval: Interval, seeds: int) -> float | None:
