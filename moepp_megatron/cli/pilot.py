@@ -30,7 +30,7 @@ def pilot(
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks of a run, on this machine.")] = 1,
     steps: Annotated[
-        int | None, typer.Option(help="Of a run; by default training.train_iters.")
+        int | None, typer.Option(min=1, help="Of a run; by default training.train_iters.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=50, help="How many, from training.seed on.")] = 3,
     taus: Annotated[
