@@ -3,11 +3,11 @@
     python -m benchmarks.ablate_constants --data data/stdlib --out runs/constants --seeds 5
     python -m benchmarks.ablate_constants --data data/stdlib --out runs/constants --scale larger
 
-Trains the quickstart's model (or one that is a step larger) by `moepp train` once for each variant
-and seed, all variants of a seed one after the other, in an order that rotates from seed to seed. A
-seed decides initial weights and the order of the data: the variants of a seed see the same tokens
-and validate on the same ones, so their losses are compared in pairs. Runs that are finished are
-kept: the same command goes on where it was stopped.
+Trains the quickstart's model (or one that is half as deep again) by `moepp train` once for each
+variant and seed, all variants of a seed one after the other, in an order that rotates from seed to
+seed. A seed decides initial weights and the order of the data: the variants of a seed see the same
+tokens and validate on the same ones, so their losses are compared in pairs. Runs that are finished
+are kept: the same command goes on where it was stopped.
 
 Writes OUT/SCALE/ablation.json after each run and prints a Markdown table: the mean validation loss,
 the mean paired difference to the base with its 95% t-interval over seeds, the FFN experts' share of
@@ -39,12 +39,8 @@ BASE = "base"
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 SCALES: dict[str, list[str]] = {
     "quickstart": [],
-    "larger": [
-        "model.num_layers=6",
-        "model.hidden_size=256",
-        "model.ffn_hidden_size=688",
-        "model.num_attention_heads=8",
-    ],
+    # Half as deep again: constants are added in more layers.
+    "larger": ["model.num_layers=6"],
 }
 
 

@@ -30,7 +30,7 @@ def pilot(
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks of a run, on this machine.")] = 1,
     steps: Annotated[
-        int | None, typer.Option(help="Of a run; by default training.train_iters.")
+        int | None, typer.Option(min=1, help="Of a run; by default training.train_iters.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=50, help="How many, from training.seed on.")] = 3,
     taus: Annotated[
@@ -99,7 +99,7 @@ def pilot(
     folder = PilotFolder(out.resolve())
     numbers = list(range(first, first + seeds))
     runs = ordered_runs(folder, arms, numbers)
-    _check_runs(runs, nproc, collect)
+    _check_runs(settings, runs, nproc, collect)
     if request is not None:
         request.check()
     folder.claim(runs)
@@ -210,20 +210,20 @@ def _taus(config: Config, text: str | None) -> list[float]:
     )
 
 
-def _check_runs(runs: list[PilotRun], nproc: int, collect: bool) -> None:
+def _check_runs(settings: Config, runs: list[PilotRun], nproc: int, collect: bool) -> None:
     """Everything that would stop a run at its start, for every model, before the first one."""
     from moepp_megatron.cli.prepared_data import check_data
     from moepp_megatron.runtime.fit import check_fit
 
     by_arm = {run.arm.name: run for run in runs}
-    for warning in check_config(runs[0].config):
+    for warning in check_config(settings):
         typer.echo(f"warning: {warning}", err=True)
     if collect:
         return
     for run in by_arm.values():
         Layout.from_config(run.config, nproc)
         check_fit(run.config)
-    check_data(runs[0].config)
+    check_data(settings)
 
 
 def _target(

@@ -70,7 +70,7 @@ def record(step: int, **values: Any) -> StepMetrics:
         "max_ffn_load": 1.0,
         "dropped_fraction": 0.0,
         "a2a_bytes": 1000,
-        "layer_expert_share": [[0.07] * 4 + [0.08] * 4 + [0.1] * 4] * 2,
+        "layer_expert_share": [[0.02] * 4 + [0.13] * 4 + [0.1] * 4] * 2,
         **values,
     }
     return StepMetrics.model_validate(content)

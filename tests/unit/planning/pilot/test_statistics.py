@@ -16,7 +16,8 @@ from moepp_megatron.planning.pilot.statistics import (
 
 # Student's t table, two-sided 95%.
 @pytest.mark.parametrize(
-    ("degrees", "quantile"), [(1, 12.7062), (2, 4.30265), (4, 2.77645), (29, 2.04523)]
+    ("degrees", "quantile"),
+    [(1, 12.7062), (2, 4.30265), (4, 2.77645), (29, 2.04523), (100, 1.98397)],
 )
 def test_t_quantiles(degrees: int, quantile: float) -> None:
     # 5 digits are promised, 6 stand in the table.
