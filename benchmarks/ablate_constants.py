@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import statistics
@@ -29,12 +28,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from moepp_megatron.config import load_config
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
+from moepp_megatron.planning.pilot.statistics import interval
 
 BASE = "base"
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -135,28 +134,6 @@ def measured(records: list[StepMetrics]) -> dict[str, Any]:
         "ffn_share": statistics.fmean(record.ffn_fraction for record in late),
         "constant_replaced": statistics.fmean(replaced),
     }
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """Of Student's distribution, above one half, to 5 digits.
-
-    With t = sqrt(degrees) tan(angle) the density of the angle is proportional to
-    cos(angle)^(degrees - 1).
-    """
-    angle = np.linspace(0.0, math.pi / 2, 1_000_001)
-    density = np.cos(angle) ** (degrees - 1)
-    below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    reached = np.interp(2 * probability - 1, below / below[-1], angle)
-    return math.sqrt(degrees) * math.tan(float(reached))
-
-
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95% t-interval (None for less than two values)."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return mean, t_quantile(0.975, len(values) - 1) * error
 
 
 def summary(found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str, Any]]:

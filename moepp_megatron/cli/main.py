@@ -14,6 +14,7 @@ from moepp_megatron.cli import (
     generate,
     inspect,
     monitor,
+    pilot,
     plan,
     profile,
     report,
@@ -43,6 +44,7 @@ app.command()(monitor.monitor)
 app.command()(profile.profile)
 app.add_typer(bench.app, name="bench")
 app.command()(plan.plan)
+app.command()(pilot.pilot)
 app.command()(scale.scale)
 app.command()(slurm.slurm)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.machines import machines
+from moepp_megatron.cli.prepared_data import check_data
 from moepp_megatron.config import (
     Config,
     ConfigError,
@@ -108,7 +109,7 @@ def train(
         load_hardware(settings.telemetry.hardware)
     if rank.rank == 0 and not node_rank:
         _check_sinks(settings)
-    _check_data(settings)
+    check_data(settings)
     if resume or rank.restart_count > 0:
         settings = _resumed(settings)
     _check_start(settings)
@@ -167,27 +168,6 @@ def _check_sinks(config: Config) -> None:
         read_address(variable)
     except WebhookAddressError as error:
         raise ConfigError(f"observe.webhook_url_env ({variable}): {error}") from None
-
-
-def _check_data(config: Config) -> None:
-    """Refuse what training would refuse, before any rank starts."""
-    from moepp_megatron.data.manifest import Manifest
-
-    if config.data.path is None:
-        raise ConfigError("data.path (null) must name a prepared folder; see: moepp data prepare")
-    path = Path(config.data.path)
-    try:
-        manifest = Manifest.read(path)
-    except (OSError, ValueError):
-        raise ConfigError(
-            f"data.path ({path}) must be a prepared folder; run: "
-            f"moepp data prepare SOURCE... --out {path}"
-        ) from None
-    if manifest.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size ({config.model.vocab_size}) must hold every token of data.path "
-            f"({manifest.vocab_size}); use {manifest.vocab_size} or more"
-        )
 
 
 def _check_start(config: Config) -> None:

@@ -98,7 +98,7 @@ def make_plan(
     Raises:
         ConfigError: The cards cannot do the configured format, or no layout is legal.
     """
-    _check_formats(config, machine)
+    check_formats(config, machine)
     search = search_layouts(config, world, machine, routing)
     if search.legal == 0:
         raise ConfigError(
@@ -109,7 +109,7 @@ def make_plan(
     layouts = _accepted(config, search, world, machine, routing, top)
     rivals = []
     if not config.moe.is_vanilla:
-        rivals += _best_of(vanilla(config), world, machine, routing)
+        rivals += best_layouts(vanilla(config), world, machine, routing)
         for tau in taus:
             if tau != config.moe.tau:
                 rivals += _best_again(_with_tau(config, tau), search, world, machine, routing)
@@ -182,9 +182,12 @@ def _degrees(grid: Grid) -> tuple[int, ...]:
     return (grid.tp, grid.cp, grid.pp, grid.ep, grid.etp)
 
 
-def _best_of(config: Config, world: int, machine: Machine, routing: Routing) -> list[Planned]:
+def best_layouts(
+    config: Config, world: int, machine: Machine, routing: Routing, top: int = 1
+) -> list[Planned]:
+    """The best layouts of one model alone; ones that do not fit only if none does."""
     search = search_layouts(config, world, machine, routing)
-    return _accepted(config, search, world, machine, routing, top=1)
+    return _accepted(config, search, world, machine, routing, top)
 
 
 def _best_again(
@@ -212,7 +215,12 @@ def _with_tau(config: Config, tau: float) -> Config:
     return with_overrides(without_budget(config), [f"moe.tau={tau}"])
 
 
-def _check_formats(config: Config, machine: Machine) -> None:
+def check_formats(config: Config, machine: Machine) -> None:
+    """Refuse number formats that the card has no rate for.
+
+    Raises:
+        ConfigError: It has none.
+    """
     hardware, precision = machine.hardware, config.precision
     if hardware.peak_tflops(precision.dtype, precision.fp8) is None:
         name = "precision.fp8" if precision.fp8 else "precision.dtype"

@@ -184,19 +184,21 @@ class Verdict(_Record):
 
     Attributes:
         arm: Name of the MoE++ arm.
-        token_factor: Tokens to vanilla's loss over vanilla's.
-        time_to_loss: At the pilot's measured speed.
+        token_factor: Tokens to vanilla's loss over vanilla's; None where fewer steps have not
+            clearly cost vanilla loss, so that nobody can say what tokens are worth.
+        time_to_loss: At the pilot's measured speed; None likewise.
         target_time_to_loss: At the target's speed by the cost model, whose own error is widened
-            into the interval; None without a target or where it does not fit.
-        at_pilot: The answer at the pilot's scale: by time to loss and, where a rival is at least as
-            good at equal speed, against it.
+            into the interval; None likewise, without a target, or where it does not fit.
+        at_pilot: The answer at the pilot's scale. It pays where it is sooner at vanilla's loss and,
+            as far as a vanilla model of the same speed was measured, better than that one. It does
+            not where either is clearly the other way round.
         at_target: The answer for the target.
         reasons: Plain sentences that give the numbers behind both.
     """
 
     arm: str
-    token_factor: Interval
-    time_to_loss: Interval
+    token_factor: Interval | None
+    time_to_loss: Interval | None
     target_time_to_loss: Interval | None
     at_pilot: Answer
     at_target: Answer | None

@@ -123,25 +123,26 @@ class ScalingFolder:
         suffix = f".node{node}" if node else ""
         return self.path / "logs" / f"{point.name}{suffix}.log"
 
-    def reason(self, log: Path, status: int) -> str:
-        """Why the job with this `log` ended with `status`, on one line."""
-        try:
-            text = log.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            text = ""
-        # The first rank to fail is the cause of the others' failures.
-        for pattern in (rf"{FAILURE_MARK} (.*)", r"^error: (.*)", r"(Signal \d+ \(SIG\w+\))"):
-            found = re.search(pattern, text, re.MULTILINE)
-            if found is not None:
-                said = found.group(1).strip()
-                return f"rank {said}" if pattern.startswith(FAILURE_MARK) else said
-        return f"exit status {status}; {log} may say more"
-
     def _file(self, point: Point) -> Path:
         return self.path / "points" / f"{point.name}.json"
 
     def _write(self, point: Point, content: PointFile) -> None:
         write_atomic(self._file(point), (content.model_dump_json(indent=1) + "\n").encode())
+
+
+def failure_reason(log: Path, status: int) -> str:
+    """Why the job with this `log` ended with `status`, on one line."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    # The first rank to fail is the cause of the others' failures.
+    for pattern in (rf"{FAILURE_MARK} (.*)", r"^error: (.*)", r"(Signal \d+ \(SIG\w+\))"):
+        found = re.search(pattern, text, re.MULTILINE)
+        if found is not None:
+            said = found.group(1).strip()
+            return f"rank {said}" if pattern.startswith(FAILURE_MARK) else said
+    return f"exit status {status}; {log} may say more"
 
 
 def unfinished(folder: ScalingFolder, points: Iterable[Point]) -> list[Point]:

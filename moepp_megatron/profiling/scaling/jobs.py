@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.profiling.scaling.folder import ScalingFolder, unfinished
+from moepp_megatron.profiling.scaling.folder import ScalingFolder, failure_reason, unfinished
 from moepp_megatron.profiling.scaling.grid import Point
 from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 from moepp_megatron.runtime.nodes import Nodes
@@ -68,7 +68,7 @@ class Jobs:
             raise Interrupted(point, status)
         if status == 0:
             return None
-        reason = self.folder.reason(log, status)
+        reason = failure_reason(log, status)
         if node == 0:
             self.folder.fail(point, reason)
         return reason

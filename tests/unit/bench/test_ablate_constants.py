@@ -11,14 +11,6 @@ from benchmarks import ablate_constants as ablation
 from moepp_megatron.config import check_config, load_config
 
 
-# Student's t of 97.5%, as printed in tables of the distribution.
-@pytest.mark.parametrize(
-    ("degrees", "value"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (100, 1.984)]
-)
-def test_t_quantile(degrees: int, value: float) -> None:
-    assert ablation.t_quantile(0.975, degrees) == pytest.approx(value, abs=5e-4)
-
-
 def run(loss: float) -> dict[str, float]:
     return {"valid_loss": loss, "ffn_share": 0.6, "constant_replaced": 0.2}
 

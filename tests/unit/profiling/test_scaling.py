@@ -13,7 +13,12 @@ from typer.testing import CliRunner
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.profiling.scaling.efficiency import efficiency, scale_records
-from moepp_megatron.profiling.scaling.folder import FAILURE_MARK, Measuring, ScalingFolder
+from moepp_megatron.profiling.scaling.folder import (
+    FAILURE_MARK,
+    Measuring,
+    ScalingFolder,
+    failure_reason,
+)
 from moepp_megatron.profiling.scaling.grid import build_grid, parse_layout
 from moepp_megatron.profiling.scaling.point import KindResult, PointResult
 from moepp_megatron.report.scaling_plots import series
@@ -174,7 +179,7 @@ def test_folder_of_another_test_is_refused(config: Config, tmp_path: Path) -> No
 def test_reason_of_a_failure_from_the_log(tmp_path: Path, log: str, reason: str) -> None:
     path = tmp_path / "point.log"
     path.write_text(log)
-    assert ScalingFolder(tmp_path).reason(path, 1).startswith(reason)
+    assert failure_reason(path, 1).startswith(reason)
 
 
 class FakeRanks:
@@ -391,5 +396,5 @@ def test_rank_that_fails_says_so_in_words_that_the_launcher_finds(
     assert result.exit_code == 1
     log = tmp_path / "log"
     log.write_text(result.output)
-    reason = ScalingFolder(tmp_path).reason(log, 1)
+    reason = failure_reason(log, 1)
     assert reason == "rank 0: RuntimeError: CUDA out of memory."

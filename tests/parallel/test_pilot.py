@@ -1,0 +1,111 @@
+"""A whole pilot, from real runs to its answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.cli import main
+from moepp_megatron.planning.pilot import jobs
+from moepp_megatron.planning.pilot.result import PilotResult
+from moepp_megatron.runtime.launch import LaunchOptions
+from tests.parallel.ranks import RankPools
+
+CONFIG = """\
+run: {{dir: unused, name: tiny}}
+model:
+  num_layers: 2
+  hidden_size: 32
+  ffn_hidden_size: 48
+  num_attention_heads: 2
+  seq_length: 16
+  vocab_size: 300
+moe: {{num_ffn_experts: 4, balance_coeff: 0.05}}
+data: {{path: {data}}}
+optimizer: {{lr: 1.0e-3, warmup_iters: 2}}
+training: {{train_iters: 8, global_batch_size: 2, micro_batch_size: 1}}
+"""
+
+
+def train(path: str) -> None:
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, load_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.trainer import Trainer
+
+    config = load_config(path)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    Trainer(config, layout).run()
+
+
+def test_pilot_from_runs_to_answer(
+    ranks: RankPools,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "pilot"
+    config.write_text(CONFIG.format(data=corpus))
+    trained = []
+
+    def on_test_ranks(options: LaunchOptions, module: str, arguments: list[str]) -> int:
+        """The ranks that are there already, since a process takes seconds to start."""
+        assert options.num_local_ranks == 1
+        ranks(1).run(train, arguments[-1])
+        trained.append(Path(arguments[-1]).stem)
+        return 0
+
+    monkeypatch.setattr(jobs, "run_ranks", on_test_ranks)
+    words = ["pilot", str(config), "--out", str(out), "--seeds", "2", "--taus", "0.75"]
+
+    def pilot(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["moepp", *words, *more])
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    said = pilot("--gpus", "2", "training.seed=5", "--eval-iters", "1", "precision.dtype=bf16")
+    assert said.startswith("8 runs of 8 steps (256 tokens): 2 seeds of 4 models")
+    assert len(trained) == 8
+    result = PilotResult.model_validate_json((out / "pilot.json").read_text())
+    assert [outcome.seeds for outcome in result.arms] == [[5, 6]] * 4
+    assert (result.setting.config, result.setting.tokens, result.setting.nproc) == ("tiny", 256, 1)
+    vanilla, moepp = result.arms[0], result.arms[1]
+    assert vanilla.ffn_share.mean == 1.0
+    assert moepp.ffn_share.mean < 1.0
+    assert moepp.health
+    # A pair's difference is that of the runs' own records.
+    last = {
+        arm: json.loads(
+            (out / "runs" / f"{arm}-seed-5" / "metrics.jsonl").read_text().splitlines()[-1]
+        )
+        for arm in ("vanilla", "moepp-tau-0.75")
+    }
+    first_pair = last["moepp-tau-0.75"]["valid_loss"] - last["vanilla"]["valid_loss"]
+    assert moepp.loss_difference is not None
+    assert moepp.loss_difference.low is not None
+    assert moepp.loss_difference.high is not None
+    assert moepp.loss_difference.low <= first_pair <= moepp.loss_difference.high
+    assert result.target is not None
+    assert [model.arm for model in result.target.models] == [
+        "vanilla",
+        "MoE++ tau 0.75",
+        "vanilla top-1",
+    ]
+    assert result.answer.endswith(".")
+    page = (out / "pilot.html").read_text()
+    assert "MoE++ tau 0.75" in page
+    # Nothing is left to do; the results are written anew from what is there.
+    (out / "pilot.json").unlink()
+    again = pilot("--gpus", "2", "training.seed=5", "--eval-iters", "1", "precision.dtype=bf16")
+    assert "8 runs are there already" in again
+    assert len(trained) == 8
+    written = PilotResult.model_validate_json((out / "pilot.json").read_text())
+    assert written.model_copy(update={"setting": result.setting}) == result

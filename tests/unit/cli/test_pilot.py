@@ -1,0 +1,91 @@
+"""`moepp pilot` before its first run, as a user calls it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.cli import main
+from moepp_megatron.planning.pilot import jobs
+from moepp_megatron.planning.pilot.jobs import Interrupted
+from moepp_megatron.planning.pilot.runs import RunFailed
+from tests.unit.planning.pilot.synthetic import config_of
+
+
+@pytest.fixture
+def pilot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs `moepp pilot` on a tiny configuration in this process; returns the exit code."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(config_of().to_yaml())
+
+    def run(*options: str) -> int:
+        words = ["moepp", "pilot", str(config), "--out", str(tmp_path / "out"), *options]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        return ended.value.code  # type: ignore[return-value]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--taus", "0.5,x"], "--taus (x) must be a number > 0"),
+        (["--steps", "3"], "--steps (3) must be at least 8"),
+        (["--price", "2"], "--price (2.0) must come with --gpus"),
+        (["--target", "other.yaml"], "--target (other.yaml) must come with --gpus"),
+        (["--gpus", "8", "--gpu", "abacus"], "hardware (abacus) must be a known name"),
+        (["--gpus", "8", "--tokens", "-1"], "--tokens (-1) must be a number above 0"),
+        (["--gpus", "8", "--target", "other.yaml"], "other.yaml"),
+        ([], "data.path (null) must name a prepared folder"),
+        (["data.path=nowhere"], "data.path (nowhere) must be a prepared folder"),
+        (["--nproc", "3"], "training.global_batch_size (4)"),
+        (
+            ["moe.num_zero_experts=0", "moe.num_copy_experts=0", "moe.num_constant_experts=0"],
+            "must not all be 0, because a pilot sets MoE++ beside vanilla",
+        ),
+    ],
+)
+def test_everything_is_refused_before_the_first_run(
+    pilot, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert pilot(*options) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_collect_leaves_a_configuration_for_every_run(
+    pilot, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pilot("--collect", "--seeds", "2") == 0
+    names = sorted(file.stem for file in (tmp_path / "out" / "configs").iterdir())
+    # Vanilla, tau 1, 0.75, 0.5, top-1 and the short one.
+    assert len(names) == 12
+    assert "moepp-tau-0.75-seed-7" in names
+    shown = capsys.readouterr()
+    assert shown.out.startswith("12 runs of 120 steps (9,600 tokens): 2 seeds of 6 models")
+    assert "12 of 12 runs are missing; their configurations are in" in shown.err
+    assert "no seed is finished by every model yet" in shown.err
+    assert not (tmp_path / "out" / "pilot.json").exists()
+
+
+@pytest.mark.parametrize(("error", "status"), [(Interrupted(), 75), (RunFailed("run x failed"), 1)])
+def test_exit_codes(
+    pilot,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    status: int,
+) -> None:
+    def ends(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(jobs.Jobs, "run_missing", ends)
+    monkeypatch.setattr("moepp_megatron.cli.prepared_data.check_data", lambda config: None)
+    assert pilot("--steps", "8") == status
+    assert str(error) in capsys.readouterr().err
