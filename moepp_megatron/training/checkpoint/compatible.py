@@ -21,6 +21,7 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
     "model.vocab_size": lambda c: c.model.vocab_size,
     "model.tie_embeddings": lambda c: c.model.tie_embeddings,
     "model.qk_layernorm": lambda c: c.model.qk_layernorm,
+    "model.latent_attention": lambda c: _latent_shape(c),
     "moe.num_ffn_experts": lambda c: c.moe.num_ffn_experts,
     "moe.num_zero_experts": lambda c: c.moe.num_zero_experts,
     "moe.num_copy_experts": lambda c: c.moe.num_copy_experts,
