@@ -70,7 +70,7 @@ def latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Prob
     model, training = config.model, config.training
     if model.latent_attention is None:
         return
-    conflicts = (
+    conflicts: tuple[tuple[str, object, object, str], ...] = (
         (
             "model.implementation",
             model.implementation,
