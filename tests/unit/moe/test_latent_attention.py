@@ -24,7 +24,7 @@ WIDTHS = {
     "qk_pos_emb_head_dim": 6,
     "v_head_dim": 10,
 }
-# As DeepSeek-V3 was stretched (its config.json), to where three turns of these few positions differ.
+# As in DeepSeek-V3's config.json, but with limits between which these few channels lie.
 YARN = {
     "rope_type": "yarn",
     "rotary_scaling_factor": 40.0,
@@ -56,7 +56,7 @@ def config_of(model: dict[str, Any], **sections: dict[str, Any]):
                 "init_method_std": 0.2,
             }
             | model,
-            "moe": {"num_ffn_experts": 4},
+            "moe": {"num_ffn_experts": 4, "router_topk": 4},
             "optimizer": {"lr": 1e-2},
             "training": {"train_iters": 10, "global_batch_size": 2, "micro_batch_size": 2},
         }
@@ -92,7 +92,8 @@ def test_model_equals_plain_pytorch(kind: str) -> None:
     (loss + config.moe.balance_coeff * balance * tokens.numel()).backward()
     for name, parameter in model.named_parameters():
         gradient = weights[name].grad
-        assert gradient is not None and gradient.abs().max() > 0, f"{name} has no gradient"
+        assert gradient is not None, name
+        assert gradient.abs().max() > 0, f"{name} has no gradient"
         limit = 1e-5 * gradient.abs().max().item()
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=limit, msg=name)
 
@@ -113,7 +114,9 @@ def test_parameters_are_counted(kind: str) -> None:
 
 def test_width_of_values_that_the_core_does_not_know_is_refused() -> None:
     config = transformer_config(config_of(KINDS["no norms"]))
-    with pytest.raises(ValueError, match=r"v_head_dim \(12\) must be TransformerConfig.kv_channels"):
+    with pytest.raises(
+        ValueError, match=r"v_head_dim \(12\) must be TransformerConfig.kv_channels"
+    ):
         LatentDotProductAttention(
             config=config,
             layer_number=1,
