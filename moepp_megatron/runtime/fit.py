@@ -27,6 +27,8 @@ def check_fit(config: Config) -> None:
             "moe.fused (true) must have a GPU and the package triton, which this machine lacks; "
             "use auto"
         )
+    if not have_transformer_engine():
+        _check_recomputation(config)
     if config.model.latent_attention is not None and not have_transformer_engine():
         _check_local_latent_attention(config)
     if config.precision.fp8 is not None:
@@ -55,6 +57,17 @@ def _check_flex(config: Config) -> None:
         )
 
 
+def _check_recomputation(config: Config) -> None:
+    """megatron-core recomputes only the activation of grouped experts (transformer_config.py)."""
+    training = config.training
+    modules = training.recompute_modules
+    if training.recompute_granularity == "selective" and "moe_act" in modules:
+        raise UnfitError(
+            f"training.recompute_modules ({', '.join(modules)}) must not hold moe_act without "
+            "Transformer Engine, whose grouped experts it is for; leave it out, or use [moe]"
+        )
+
+
 def _check_local_latent_attention(config: Config) -> None:
     """Transformer Engine's modules hold the compressions whole, megatron-core's split them."""
     latent, ranks = config.model.latent_attention, config.parallel.tensor_model_parallel_size
@@ -65,9 +78,9 @@ def _check_local_latent_attention(config: Config) -> None:
         ("kv_lora_rank", latent.kv_lora_rank + latent.qk_pos_emb_head_dim),
     ):
         if width % ranks:
-            plus = " and qk_pos_emb_head_dim together" if key == "kv_lora_rank" else ""
+            plus = ", with qk_pos_emb_head_dim added," if key == "kv_lora_rank" else ""
             raise UnfitError(
-                f"{name}{key} ({getattr(latent, key)}) must{plus} divide by "
+                f"{name}{key} ({getattr(latent, key)}) must{plus} be divisible by "
                 f"parallel.tensor_model_parallel_size ({ranks}) where Transformer Engine is not "
                 "there; use a multiple, or fewer tensor-parallel ranks"
             )
