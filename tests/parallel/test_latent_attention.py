@@ -40,12 +40,12 @@ FULL = {
 }
 UP_PROJECTION = {
     "recompute_granularity": "selective",
-    "recompute_modules": ["layernorm", "mla_up_proj"],
+    "recompute_modules": ["mla_up_proj"],
 }
 Sections = dict[str, dict[str, Any]]
 LAYOUTS: dict[str, tuple[int, Sections]] = {
     "tp2": (2, {"parallel": TP2}),
-    "tp2, up-projection and norms again": (2, {"parallel": TP2, "training": UP_PROJECTION}),
+    "tp2, up-projection again": (2, {"parallel": TP2, "training": UP_PROJECTION}),
     "cp2, layers again": (2, {"parallel": {"context_parallel_size": 2}, "training": FULL}),
     # The lane of router logits crosses stages.
     "pp2": (2, {"parallel": {"pipeline_model_parallel_size": 2}}),
