@@ -58,13 +58,19 @@ def _check_flex(config: Config) -> None:
 
 
 def _check_recomputation(config: Config) -> None:
-    """megatron-core recomputes only the activation of grouped experts (transformer_config.py)."""
+    """megatron-core 0.19 recomputes neither on its local modules.
+
+    `moe_act` is for grouped experts (transformer_config.py); for `layernorm` it asks Transformer
+    Engine for the FP8 state, there or not (tensor_parallel/random.py).
+    """
     training = config.training
     modules = training.recompute_modules
-    if training.recompute_granularity == "selective" and "moe_act" in modules:
+    lacking = [module for module in ("layernorm", "moe_act") if module in modules]
+    if training.recompute_granularity == "selective" and lacking:
         raise UnfitError(
-            f"training.recompute_modules ({', '.join(modules)}) must not hold moe_act without "
-            "Transformer Engine, whose grouped experts it is for; leave it out, or use [moe]"
+            f"training.recompute_modules ({', '.join(modules)}) must not hold "
+            f"{' or '.join(lacking)} without Transformer Engine, which megatron-core needs for "
+            "it; leave it out, or use [moe]"
         )
 
 
