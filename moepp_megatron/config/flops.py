@@ -8,6 +8,7 @@ took count, so that skipped work is no achievement.
 
 from __future__ import annotations
 
+from moepp_megatron.config.parameters import latent_matrices
 from moepp_megatron.config.schema import Config
 
 # Gradients of the inputs and of the weights cost a forward pass each.
@@ -47,7 +48,11 @@ def forward_flops_per_token(config: Config, ffn_fraction: float) -> float:
 
 def _attention(config: Config) -> float:
     """Projections, scores [s, s] and their product with the values, of one layer."""
-    model = config.model
+    model, latent = config.model, config.model.latent_attention
+    if latent is not None:
+        matrices = sum(rows * columns for rows, columns in latent_matrices(model))
+        scores = model.seq_length * model.num_attention_heads
+        return 2 * matrices + 2 * scores * (latent.qk_dim + latent.v_head_dim)
     heads, groups = model.num_attention_heads, model.query_groups
     projections = 2 * model.hidden_size * model.head_dim * (2 * heads + 2 * groups)
     return projections + 4 * model.seq_length * heads * model.head_dim

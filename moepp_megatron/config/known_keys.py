@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.problem import show
@@ -23,11 +24,21 @@ def section_models() -> dict[str, type[Section]]:
 
 
 def subsection(model: type[Section], key: str) -> type[Section] | None:
-    """The section that `key` of `model` is, or None where it is an ordinary setting."""
+    """The section that `key` of `model` is, or None where it is an ordinary setting.
+
+    A section that may be left out (`X | None`) is one too; see `is_optional`.
+    """
     annotation = model.model_fields[key].annotation
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
     return None
+
+
+def is_optional(model: type[Section], key: str) -> bool:
+    """Whether null for the section `key` of `model` is a value of its own, not an empty section."""
+    return type(None) in get_args(model.model_fields[key].annotation)
 
 
 def refuse_unknown_keys(content: Mapping[Any, Any], source: str) -> None:

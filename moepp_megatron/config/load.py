@@ -13,6 +13,7 @@ from moepp_megatron.config.checks import check_config
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.field_errors import field_problems
 from moepp_megatron.config.known_keys import (
+    is_optional,
     refuse_unknown_keys,
     section_models,
     subsection,
@@ -157,6 +158,6 @@ def _without_empty(model: type[Section], keys: Mapping[str, Any] | None) -> dict
     filled = dict(keys or {})
     for name, value in filled.items():
         inner = subsection(model, name)
-        if inner is not None:
+        if inner is not None and not (value is None and is_optional(model, name)):
             filled[name] = _without_empty(inner, value)
     return filled

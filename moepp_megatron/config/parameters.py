@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moepp_megatron.config.schema import Config
+from moepp_megatron.config.schema import Config, LatentAttentionSection, ModelSection
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,41 @@ def _saved_by_sharing(config: Config, moe_layers: int) -> int:
 
 
 def _attention_parameters(config: Config) -> int:
-    """One layer's attention: Q and output [heads * d, D], K and V [groups * d, D], norms [d]."""
+    """One layer's attention: Q and output [heads * d, D], K and V [groups * d, D], norms [d].
+
+    Latent attention has its own matrices, and norms as wide as the compressed vectors.
+    """
     model = config.model
+    if model.latent_attention is not None:
+        matrices = sum(rows * columns for rows, columns in latent_matrices(model))
+        return matrices + (sum(latent_widths(model.latent_attention)) if model.qk_layernorm else 0)
     projections = 2 * (model.num_attention_heads + model.query_groups) * model.head_dim
     norms = 2 * model.head_dim if model.qk_layernorm else 0
     return projections * model.hidden_size + norms
+
+
+def latent_matrices(model: ModelSection) -> list[tuple[int, int]]:
+    """Rows and columns of the projections of a layer with latent attention.
+
+    Source: arXiv 2405.04434, section 2.1: compression and expansion of queries (or queries from
+    the input), of keys and values with the shared key of positions beside them, and the output.
+    """
+    latent, heads = model.latent_attention, model.num_attention_heads
+    assert latent is not None, "the model has latent attention"
+    width, queries, keys = model.hidden_size, heads * latent.qk_dim, latent.kv_lora_rank
+    rank = latent.q_lora_rank
+    from_input = [(queries, width)] if rank is None else [(rank, width), (queries, rank)]
+    return [
+        *from_input,
+        (keys + latent.qk_pos_emb_head_dim, width),
+        (heads * (latent.qk_head_dim + latent.v_head_dim), keys),
+        (width, heads * latent.v_head_dim),
+    ]
+
+
+def latent_widths(latent: LatentAttentionSection) -> list[int]:
+    """Widths of the compressed vectors that a norm can stand behind."""
+    return [width for width in (latent.q_lora_rank, latent.kv_lora_rank) if width is not None]
 
 
 def _router_parameters(config: Config, moe_layers: int) -> int:

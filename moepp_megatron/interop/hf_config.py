@@ -151,6 +151,7 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         ("attention_bias", hf.get("attention_bias", False), (False,), "no biases"),
         ("mlp_bias", hf.get("mlp_bias", False), (False,), "no biases"),
         ("sliding_window", _window(hf), (None,), "full attention"),
+        ("kv_lora_rank", hf.get("kv_lora_rank"), (None,), "no converter for latent attention"),
     )
     for name, value, accepted, what in rules:
         if value not in accepted:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config.problem import show
 from moepp_megatron.data.atomic import partial_folder, publish
 from moepp_megatron.data.progress import track
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
@@ -78,6 +79,7 @@ def mcore_to_hf(
     """
     folder = find_checkpoint(source)
     config = load_config(folder / CONFIG_FILE)
+    _refuse_latent_attention(config)
     fields = _HF_CONFIGS[layout](config)
     reader = CheckpointReader(folder)
     names = qwen3_moe_rules if layout == "zeda" else moepp_rules
@@ -92,6 +94,20 @@ def mcore_to_hf(
             _copy_model_files(partial)
         publish(partial, target)
     return list(_warnings(config, layout))
+
+
+def _refuse_latent_attention(config: Config) -> None:
+    """The attention of every format here is Llama's.
+
+    Raises:
+        ConfigError: The model has another one.
+    """
+    if config.model.latent_attention is not None:
+        raise ConfigError(
+            f"model.latent_attention ({show(config.model.latent_attention.model_dump())}) must be "
+            "null for an export: no layout here has multi-head latent attention; score or "
+            "generate from the checkpoint itself"
+        )
 
 
 def present_rules(reader: CheckpointReader, rules: Sequence[Rule], layout: str) -> list[Rule]:

@@ -8,7 +8,7 @@ zigzag of `megatron.core.utils.get_batch_on_this_cp_rank`): an early and a late 
 the causal mask every rank has the same work. Keys and values are gathered, queries stay.
 
 Shape suffixes: S a rank's tokens, s all tokens of a sequence, b sequences, n query heads and g
-key/value heads of this tensor-parallel rank, d channels of a head.
+key/value heads of this tensor-parallel rank, d channels of a head's query or key, v of its value.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class ContextParallelAttention(MegatronModule):
         softmax_scale: Factor on the scores; 1 / sqrt(d) where None.
         cp_comm_type: Must be None or "all_gather".
         pg_collection: Process groups `cp`; Megatron's global ones where None.
+        k_channels: Width of queries and keys, which the tensors say.
+        v_channels: Width of values, likewise.
 
     Raises:
         ValueError: For settings that it cannot honour.
@@ -56,6 +58,8 @@ class ContextParallelAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -81,14 +85,14 @@ class ContextParallelAttention(MegatronModule):
         Args:
             query: [S, b, n, d] this rank's two chunks, the early one first.
             key: [S, b, g, d]; n is a multiple of g.
-            value: [S, b, g, d].
+            value: [S, b, g, v].
             attention_mask: Must be None: the mask is causal.
             attn_mask_type: As in the constructor, which decides.
             attention_bias: Must be None.
             packed_seq_params: Must be None.
 
         Returns:
-            [S, b, n * d], dtype of `query`.
+            [S, b, n * v], dtype of `query`.
 
         Raises:
             ValueError: For a mask, a bias, packed sequences, or S odd.
@@ -103,7 +107,8 @@ class ContextParallelAttention(MegatronModule):
                     f"{name} ({type(given).__name__}) must be None in ContextParallelAttention, "
                     "which is causal over whole sequences; use Transformer Engine's attention"
                 )
-        whole_key, whole_value = _GatherSequence.apply(torch.stack([key, value]), self.cp_group)
+        whole = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
+        whole_key, whole_value = whole.split([key.shape[-1], value.shape[-1]], dim=-1)
         starts = chunk_starts(query.shape[0], self.cp_group)
         context = [
             self._attend(chunk, start, whole_key, whole_value)
@@ -118,10 +123,10 @@ class ContextParallelAttention(MegatronModule):
             query: [c, b, n, d].
             start: Position of the first query in the sequence.
             key: [s, b, g, d].
-            value: [s, b, g, d].
+            value: [s, b, g, v].
 
         Returns:
-            [c, b, n, d].
+            [c, b, n, v].
         """
         # No query of the chunk sees a key behind the chunk.
         end = start + query.shape[0]
@@ -158,7 +163,7 @@ def chunk_starts(num_local_tokens: int, group: torch.distributed.ProcessGroup) -
 
 
 class _GatherSequence(torch.autograd.Function):
-    """[k, S, b, g, d] of every rank to [k, s, b, g, d] in the order of positions.
+    """[S, b, g, d] of every rank to [s, b, g, d] in the order of positions.
 
     Every rank needs the gradient that all ranks' queries give to its keys: backward is a
     reduce-scatter, summed in fp32 and rounded once.
@@ -170,15 +175,15 @@ class _GatherSequence(torch.autograd.Function):
         # Along axis 0, the one way of joining tensors that gloo and NCCL both know.
         gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
         torch.distributed.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-        early, late = gathered.unflatten(0, (group.size(), -1)).chunk(2, dim=2)
-        return torch.cat([*early, *late.flip(0)], dim=1)
+        early, late = gathered.unflatten(0, (group.size(), -1)).chunk(2, dim=1)
+        return torch.cat([*early, *late.flip(0)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ranks = ctx.group.size()
-        chunks = grad.float().chunk(2 * ranks, dim=1)
+        chunks = grad.float().chunk(2 * ranks)
         by_rank = torch.cat(
-            [torch.cat([chunks[r], chunks[2 * ranks - 1 - r]], dim=1) for r in range(ranks)]
+            [part for r in range(ranks) for part in (chunks[r], chunks[2 * ranks - 1 - r])]
         )
         local = torch.empty_like(by_rank.chunk(ranks)[0])
         torch.distributed.reduce_scatter_tensor(local, by_rank, group=ctx.group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.enums import Fp8Recipe
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.stages import virtual_stages
@@ -63,13 +63,13 @@ def transformer_config(config: Config) -> TransformerConfig:
     model, parallel, training = config.model, config.parallel, config.training
     num_chunks = virtual_stages(config)
     dtype = params_dtype(config)
-    return TransformerConfig(
+    kind = TransformerConfig if model.latent_attention is None else MLATransformerConfig
+    return kind(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.query_groups,
-        kv_channels=model.head_dim,
         qk_layernorm=model.qk_layernorm,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
@@ -110,11 +110,38 @@ def transformer_config(config: Config) -> TransformerConfig:
         overlap_moe_expert_parallel_comm=parallel.overlap_moe_expert_parallel_comm,
         # The first MoE layer has no gating residual, so layers cannot be stacked in a checkpoint.
         hetereogenous_dist_checkpoint=True,
+        **_head_fields(config),
         **_moe_fields(config),
         **_graph_fields(config),
         **_kernel_fields(config),
         **_fp8_fields(config),
     )
+
+
+def _head_fields(config: Config) -> dict[str, object]:
+    """Widths of a head; with latent attention all that its own configuration holds."""
+    model, latent = config.model, config.model.latent_attention
+    if latent is None:
+        return {"kv_channels": model.head_dim}
+    is_stretched = latent.rope_type == "yarn"
+    return {
+        # megatron-core's local core attention takes the width of its output from here.
+        "kv_channels": latent.v_head_dim,
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_pos_emb_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rope_type": latent.rope_type,
+        "rotary_base": model.rotary_base,
+        # The scale of the scores follows from it, with the plain rotary embedding too.
+        "rotary_scaling_factor": latent.rotary_scaling_factor if is_stretched else 1.0,
+        "original_max_position_embeddings": latent.original_max_position_embeddings,
+        "beta_fast": latent.beta_fast,
+        "beta_slow": latent.beta_slow,
+        "mscale": latent.mscale,
+        "mscale_all_dim": latent.mscale_all_dim,
+    }
 
 
 def _moe_fields(config: Config) -> dict[str, object]:
@@ -190,7 +217,8 @@ def _kernel_fields(config: Config) -> dict[str, object]:
         "masked_softmax_fusion": fused,
         "bias_dropout_fusion": fused,
         "bias_activation_fusion": fused,
-        "apply_rope_fusion": fused,
+        # The rotation of latent attention is another kernel, which has not been tested.
+        "apply_rope_fusion": fused and config.model.latent_attention is None,
         "persist_layer_norm": False,
         "cross_entropy_loss_fusion": False,
     }

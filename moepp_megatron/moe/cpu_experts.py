@@ -53,11 +53,17 @@ class CPUExperts(SequentialMLP):
         Returns:
             [rows, D] outputs times gates, and no bias.
         """
-        weights = [
-            weight
+        linears = [
+            linear
             for expert in self.local_experts
-            for weight in (expert.linear_fc1.weight, expert.linear_fc2.weight)
+            for linear in (expert.linear_fc1, expert.linear_fc2)
         ]
+        for linear in linears:
+            # Nobody calls these modules, and weights that are still being gathered
+            # (`parallel.overlap_param_gather`) are waited for in a hook before the call.
+            for hook in linear._forward_pre_hooks.values():
+                hook(linear, ())
+        weights = [linear.weight for linear in linears]
         rows = tokens_per_expert.tolist()
         tokens, gates = permuted_local_hidden_states, permuted_probs
         if torch.is_grad_enabled():

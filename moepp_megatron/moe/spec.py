@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import MlpBuilder, get_transfor
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cpu_experts import CPUExperts, suits
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
+from moepp_megatron.moe.latent_attention import with_local_latent_attention
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
 from moepp_megatron.moe.router import MoEPPRouter
 
@@ -183,19 +184,24 @@ def _base_layer_spec(
             num_experts=num_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
         )
     spec = get_gpt_layer_local_spec(
         num_experts=num_experts,
         moe_grouped_gemm=False,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
         normalization=config.normalization,
     )
+    if config.multi_latent_attention:
+        spec = with_local_latent_attention(spec, is_moe=num_experts is not None)
     if core_attention is not None:
         spec = _with_attention(spec, core_attention=core_attention)
     if norm is None:
         return spec
     qk_norm = norm if config.qk_layernorm else IdentityOp
-    spec = _with_attention(spec, q_layernorm=qk_norm, k_layernorm=qk_norm)
+    keys = "kv_layernorm" if config.multi_latent_attention else "k_layernorm"
+    spec = _with_attention(spec, **{"q_layernorm": qk_norm, keys: qk_norm})
     submodules = dataclasses.replace(spec.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
     return dataclasses.replace(spec, submodules=submodules)
 

@@ -6,25 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moepp_megatron.config import Config
-
-
-@dataclass(frozen=True)
-class Matmul:
-    """A weight [outputs, inputs] of one rank and the tokens that it sees.
-
-    Attributes:
-        outputs: Rows of the weight on this rank.
-        inputs: Columns of the weight on this rank.
-        is_sequence_parallel: It sees the rank's own share of the sequence instead of all of it,
-            because its weight is whole on every tensor-parallel rank.
-        is_up_projection: A compressed vector is expanded (`mla_up_proj` of megatron-core's
-            recomputation).
-    """
-
-    outputs: int
-    inputs: int
-    is_sequence_parallel: bool = False
-    is_up_projection: bool = False
+from moepp_megatron.planning.latent_attention import LatentAttention
+from moepp_megatron.planning.matmul import Matmul, NamedShape
 
 
 class Attention(Protocol):
@@ -44,6 +27,9 @@ class Attention(Protocol):
 
     def matmuls(self, hidden: int, tp: int) -> tuple[Matmul, ...]:
         """The projections, the output projection last."""
+
+    def named_shapes(self, hidden: int, tp: int) -> tuple[NamedShape, ...]:
+        """Shapes of the parameters by patterns of their names, the first that fits decides."""
 
     def norm_parameters(self) -> int:
         """Parameters of norms inside the attention, whole on every rank."""
@@ -91,6 +77,15 @@ class GroupedQuery:
             Matmul(hidden, self._query(tp)),
         )
 
+    def named_shapes(self, hidden: int, tp: int) -> tuple[NamedShape, ...]:
+        """The two products, and the query and key norms."""
+        first, last = self.matmuls(hidden, tp)
+        return (
+            (r"(q|k)_layernorm\.weight$", (self.head_dim,)),
+            (r"linear_qkv\.weight$", (first.outputs, first.inputs)),
+            (r"linear_proj\.weight$", (last.outputs, last.inputs)),
+        )
+
     def norm_parameters(self) -> int:
         """Weights of the query and key norms."""
         return 2 * self.head_dim if self.has_qk_norm else 0
@@ -115,9 +110,19 @@ class GroupedQuery:
         return max(self.groups // tp, 1) * self.head_dim
 
 
-def attention_of(config: Config) -> GroupedQuery:
-    """The attention that `config` describes."""
-    model = config.model
+def attention_of(config: Config) -> GroupedQuery | LatentAttention:
+    """The attention that `config` describes, with Transformer Engine's modules."""
+    model, latent = config.model, config.model.latent_attention
+    if latent is not None:
+        return LatentAttention(
+            heads=model.num_attention_heads,
+            query_rank=latent.q_lora_rank,
+            key_rank=latent.kv_lora_rank,
+            plain_dim=latent.qk_head_dim,
+            rotary_dim=latent.qk_pos_emb_head_dim,
+            v_dim=latent.v_head_dim,
+            has_norms=model.qk_layernorm,
+        )
     return GroupedQuery(
         model.num_attention_heads, model.query_groups, model.head_dim, model.qk_layernorm
     )

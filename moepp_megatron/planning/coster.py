@@ -17,7 +17,6 @@ from moepp_megatron.planning.machine import Machine
 from moepp_megatron.planning.memory import (
     LayerBytes,
     assemble,
-    candidate_ranks,
     fullest_rows,
     layer_bytes,
 )
@@ -91,10 +90,10 @@ class Coster:
     def memory(self, grid: Grid) -> float:
         """Bytes of the fullest rank, what libraries take included."""
         kinds = self._bytes(grid)
-        patterns = self._pattern(grid.pp, grid.vpp)
         most = 0.0
-        for rank in candidate_ranks(grid.pp):
-            pattern = next(p for p in patterns if rank in p.examples)
+        # The same ranks as `memory.candidate_ranks`.
+        for pattern in self._pattern(grid.pp, grid.vpp):
+            rank = pattern.examples[0]
             parameters = self._rank_parameters(grid, rank)
             layers = (pattern.moe, pattern.dense)
             most = max(most, assemble(self.load, grid, rank, parameters, layers, kinds).total)

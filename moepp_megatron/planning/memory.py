@@ -140,15 +140,21 @@ def fullest_rows(load: Workload, grid: Grid, skew: float = 1.0) -> float:
     return grid.tokens(load.seq) * load.experts.ffn_per_token * skew
 
 
-def candidate_ranks(pp: int) -> tuple[int, ...]:
-    """Pipeline ranks of which one needs most, when the stages in between are alike.
+def candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
+    """Pipeline ranks of which one needs most: the first of those with the same kinds of layers.
 
     Earlier ranks hold more micro-batches; the first has the embedding, the last the output layer.
     """
-    return tuple(sorted({0, min(1, pp - 1), pp - 1}))
+    last = len(stages) - 1
+    found: dict[tuple[int, int, bool, bool], int] = {}
+    for rank, chunks in enumerate(stages):
+        kinds = [load.is_moe[layer] for chunk in chunks for layer in chunk]
+        found.setdefault((sum(kinds), len(kinds), rank == 0, rank == last), rank)
+    return tuple(found.values())
 
 
 def fullest_rank(load: Workload, grid: Grid, stages: Stages, skew: float = 1.0) -> RankMemory:
     """Memory of the rank that needs most."""
-    found = [memory_of(load, grid, stages, rank, skew) for rank in candidate_ranks(grid.pp)]
+    ranks = candidate_ranks(load, stages)
+    found = [memory_of(load, grid, stages, rank, skew) for rank in ranks]
     return max(found, key=lambda memory: memory.total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from moepp_megatron.planning.grid import Grid
+from moepp_megatron.planning.matmul import NamedShape
 from moepp_megatron.planning.workload import Workload
 
 Shape = tuple[int, ...]
@@ -24,20 +25,17 @@ def expected_shape(name: str, load: Workload, grid: Grid) -> Shape | None:
     return None
 
 
-def _shapes(load: Workload, grid: Grid) -> list[tuple[str, Shape]]:
+def _shapes(load: Workload, grid: Grid) -> list[NamedShape]:
     """Patterns, the first that fits decides."""
     experts, hidden = load.experts, load.hidden
-    first, *_, last = load.attention.matmuls(hidden, grid.tp)
     width = experts.ffn_size // grid.etp
     shared, dense = experts.shared_size // grid.tp, load.dense_size // grid.tp
     vocabulary = (load.vocab // grid.tp, hidden)
     wide = experts.num_all
     return [
-        (r"(q|k)_layernorm\.weight$", (load.attention.qk_dim,)),
+        *load.attention.named_shapes(hidden, grid.tp),
         (r"(layer_?norm|norm)(\.|_)weight$", (hidden,)),
         (r"word_embeddings\.weight$|output_layer\.weight$", vocabulary),
-        (r"linear_qkv\.weight$", (first.outputs, first.inputs)),
-        (r"linear_proj\.weight$", (last.outputs, last.inputs)),
         (r"shared_experts\.linear_fc1\.weight$", (2 * shared, hidden)),
         (r"shared_experts\.linear_fc2\.weight$", (hidden, shared)),
         # One module an expert, or one weight an expert of a grouped module.

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
-from moepp_megatron.runtime.optional import flex_backend, flex_backends, have_triton
+from moepp_megatron.runtime.optional import (
+    flex_backend,
+    flex_backends,
+    have_transformer_engine,
+    have_triton,
+)
 
 
 def check_fit(config: Config) -> None:
@@ -22,6 +27,10 @@ def check_fit(config: Config) -> None:
             "moe.fused (true) must have a GPU and the package triton, which this machine lacks; "
             "use auto"
         )
+    if not have_transformer_engine():
+        _check_recomputation(config)
+    if config.model.latent_attention is not None and not have_transformer_engine():
+        _check_local_latent_attention(config)
     if config.precision.fp8 is not None:
         obstacle = fp8_obstacle(config, FP8Machine.this())
         if obstacle is not None:
@@ -46,6 +55,41 @@ def _check_flex(config: Config) -> None:
             f"precision.dtype ({config.precision.dtype}) must be bf16 with moe.dispatcher flex, "
             "because deep_ep's kernels carry 16-bit vectors; use bf16, or moe.dispatcher alltoall"
         )
+
+
+def _check_recomputation(config: Config) -> None:
+    """megatron-core 0.19 recomputes neither on its local modules.
+
+    `moe_act` is for grouped experts (transformer_config.py); for `layernorm` it asks Transformer
+    Engine for the FP8 state, there or not (tensor_parallel/random.py).
+    """
+    training = config.training
+    modules = training.recompute_modules
+    lacking = [module for module in ("layernorm", "moe_act") if module in modules]
+    if training.recompute_granularity == "selective" and lacking:
+        raise UnfitError(
+            f"training.recompute_modules ({', '.join(modules)}) must not hold "
+            f"{' or '.join(lacking)} without Transformer Engine, which megatron-core needs for "
+            "it; leave it out, or use [moe]"
+        )
+
+
+def _check_local_latent_attention(config: Config) -> None:
+    """Transformer Engine's modules hold the compressions whole, megatron-core's split them."""
+    latent, ranks = config.model.latent_attention, config.parallel.tensor_model_parallel_size
+    assert latent is not None, "the model has latent attention"
+    name = "model.latent_attention."
+    for key, width in (
+        ("q_lora_rank", latent.q_lora_rank or 0),
+        ("kv_lora_rank", latent.kv_lora_rank + latent.qk_pos_emb_head_dim),
+    ):
+        if width % ranks:
+            plus = ", with qk_pos_emb_head_dim added," if key == "kv_lora_rank" else ""
+            raise UnfitError(
+                f"{name}{key} ({getattr(latent, key)}) must{plus} be divisible by "
+                f"parallel.tensor_model_parallel_size ({ranks}) where Transformer Engine is not "
+                "there; use a multiple, or fewer tensor-parallel ranks"
+            )
 
 
 def _check_cuda_graphs(config: Config) -> None:

@@ -206,3 +206,18 @@ def test_other_formats_refuse_what_they_cannot_say(
     fields(parse_config(settings(model=model, moe=base)))
     with pytest.raises(ConfigError, match=named):
         fields(parse_config(settings(model=model, moe=base | change)))
+
+
+@pytest.mark.parametrize("layout", ["moepp", "released", "longcat", "zeda"])
+def test_latent_attention_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    from moepp_megatron.interop import to_hf
+
+    latent = {"kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8}
+    config = parse_config(settings(model={"latent_attention": latent}))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    monkeypatch.setattr(to_hf, "find_checkpoint", lambda source: source)
+    with pytest.raises(ConfigError, match=r"model\.latent_attention \(\{.*must be null for an exp"):
+        to_hf.mcore_to_hf(tmp_path, tmp_path / "export", layout)
+    assert not (tmp_path / "export").exists()

@@ -102,4 +102,5 @@ FAST = parse_cells("""
     8 ep8 mb1 global
     2 ep2 no-ffn-token
     4 tp2 ep2 etp2 re-moe dedup
+    4 tp2 gather
 """)

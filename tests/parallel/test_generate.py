@@ -63,6 +63,22 @@ MODELS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         },
         "ep2",
     ),
+    "latent attention": (
+        {
+            "model": {
+                "num_query_groups": None,
+                "qk_layernorm": True,
+                "latent_attention": {
+                    "q_lora_rank": 24,
+                    "kv_lora_rank": 16,
+                    "qk_head_dim": 8,
+                    "qk_pos_emb_head_dim": 4,
+                    "v_head_dim": 6,
+                },
+            }
+        },
+        "tp2 pp2",
+    ),
     "tied embeddings": ({"model": {"tie_embeddings": True}}, "pp2"),
     "vanilla": (
         {

@@ -14,6 +14,7 @@ from moepp_megatron.config.rules import (
     expert_overlap,
     flex,
     ignored,
+    latent_attention,
     model,
     moe,
     observe,
@@ -29,6 +30,7 @@ from moepp_megatron.config.schema import Config
 
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *model.RULES,
+    *latent_attention.RULES,
     *moe.RULES,
     *budget.RULES,
     *parallel.RULES,

@@ -10,9 +10,11 @@ from moepp_megatron.config.schema import Config
 
 
 def heads_divide_hidden_size(config: Config) -> Iterator[Problem]:
-    """Without kv_channels, the heads share out the hidden size evenly."""
+    """Without widths of their own, the heads share out the hidden size evenly."""
     model = config.model
     heads = model.num_attention_heads
+    if model.latent_attention is not None:
+        return
     if model.kv_channels is None and model.hidden_size % heads:
         (problem,) = must_divide(
             "model.hidden_size",
@@ -26,6 +28,8 @@ def heads_divide_hidden_size(config: Config) -> Iterator[Problem]:
 def head_dim_is_even(config: Config) -> Iterator[Problem]:
     """Rotary embeddings turn channels in pairs."""
     model = config.model
+    if model.latent_attention is not None:
+        return
     if model.kv_channels is None:
         if model.hidden_size % model.num_attention_heads == 0 and model.head_dim % 2:
             yield Problem(

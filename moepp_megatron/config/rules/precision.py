@@ -79,6 +79,8 @@ def fp8_heads_are_aligned(config: Config) -> Iterator[Problem]:
     model, ranks = config.model, config.parallel.tensor_model_parallel_size
     if config.precision.fp8 is None or model.hidden_size % FP8_ALIGNMENT:
         return
+    if model.latent_attention is not None:
+        return  # refused by another rule
     if model.num_attention_heads % ranks:
         return  # said by another rule
     heads, groups = model.num_attention_heads // ranks, max(model.query_groups // ranks, 1)

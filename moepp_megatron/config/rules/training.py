@@ -9,8 +9,17 @@ from moepp_megatron.config.rules.divisibility import must_divide
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.split import parse_split
 
-# megatron-core knows two more (mla_up_proj, gdn_norm_out), for attention we do not build.
-RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts")
+# megatron-core knows one more (gdn_norm_out), for attention we do not build. `mla_up_proj` has a
+# rule of its own, in `rules.latent_attention`.
+RECOMPUTE_MODULES = (
+    "core_attn",
+    "layernorm",
+    "mla_up_proj",
+    "mlp",
+    "moe",
+    "moe_act",
+    "shared_experts",
+)
 
 
 def learning_rate_falls(config: Config) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from moepp_megatron.config.schema.budget import BudgetSection
 from moepp_megatron.config.schema.config import Config
+from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.observe import ObserveSection, WandbSection
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointSection",
     "Config",
     "DataSection",
+    "LatentAttentionSection",
     "ModelSection",
     "ForceFFNSection",
     "GuardRule",

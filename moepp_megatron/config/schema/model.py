@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
 from moepp_megatron.config.schema.section import Section, unit
 
 
@@ -45,7 +46,13 @@ class ModelSection(Section):
     )
     qk_layernorm: bool = Field(
         default=False,
-        description="Normalise queries and keys per head",
+        description="Normalise queries and keys per head; with latent_attention the compressed "
+        "vectors that they are made of",
+        json_schema_extra=unit("-"),
+    )
+    latent_attention: LatentAttentionSection | None = Field(
+        default=None,
+        description="Multi-head latent attention; null is multi-head or grouped-query attention",
         json_schema_extra=unit("-"),
     )
     seq_length: int = Field(ge=1, description="Sequence length", json_schema_extra=unit("tokens"))
@@ -85,5 +92,5 @@ class ModelSection(Section):
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head, the default resolved."""
+        """Width of one attention head, the default resolved; without latent attention."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moepp_megatron.config import Config, Layout, stage_layers
 from moepp_megatron.planning.built_rank.build import BuiltRank
 from moepp_megatron.planning.grid import Grid
-from moepp_megatron.planning.memory import rank_memory
+from moepp_megatron.planning.latent_attention import LatentAttention
+from moepp_megatron.planning.memory import memory_of
 from moepp_megatron.planning.shapes import expected_shape
 from moepp_megatron.planning.workload import Workload
+from moepp_megatron.runtime.optional import have_transformer_engine
 
 _ATTENTION = ("tp", "cp", "dp", "pp")
 _EXPERTS = ("etp", "ep", "edp", "pp")
@@ -43,6 +45,14 @@ def check_rank(config: Config, layout: Layout, built: BuiltRank) -> list[Check]:
     return checks + _sizes(config, layout, built, place.pp)
 
 
+def built_workload(config: Config) -> Workload:
+    """The workload as this machine builds it; plans count Transformer Engine's modules."""
+    load = Workload.from_config(config)
+    if isinstance(load.attention, LatentAttention) and not have_transformer_engine():
+        return replace(load, attention=replace(load.attention, splits_compressions=True))
+    return load
+
+
 def _group(layout: Layout, built: BuiltRank, name: str) -> Check:
     varying = tuple(name.split())
     whole = _EXPERTS if varying[0] in ("etp", "ep", "edp") else _ATTENTION
@@ -59,7 +69,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _shapes(config: Config, layout: Layout, built: BuiltRank) -> Check:
-    load, grid = Workload.from_config(config), Grid.from_layout(config, layout)
+    load, grid = built_workload(config), Grid.from_layout(config, layout)
     wrong, unknown = [], []
     for parameter in built.parameters:
         expected = expected_shape(parameter.name, load, grid)
@@ -78,8 +88,10 @@ def _shapes(config: Config, layout: Layout, built: BuiltRank) -> Check:
 
 
 def _sizes(config: Config, layout: Layout, built: BuiltRank, pp_rank: int) -> list[Check]:
-    said = rank_memory(config, layout, pp_rank)
-    numbers = Workload.from_config(config).numbers
+    load = built_workload(config)
+    stages = tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stage_layers(config))
+    said = memory_of(load, Grid.from_layout(config, layout), stages, pp_rank)
+    numbers = load.numbers
     dense = sum(one.numel for one in built.parameters if not one.is_expert)
     experts = sum(one.numel for one in built.parameters if one.is_expert)
     weights = sum(one.numel * one.size for one in built.parameters)

@@ -2,8 +2,7 @@
 
 `RESULTS` are the five that the model is judged by. `FURTHER` were measured by the same people with
 other layouts, formats or software; they show how far the model carries. Routing was forced to
-balance in all but one. Multi-head latent attention lives here alone: no configuration of this
-project has it.
+balance in all but one.
 """
 
 from moepp_megatron.planning.published.compare import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moepp_megatron.planning.attention import GroupedQuery
-from moepp_megatron.planning.published.latent_attention import LatentAttention
+from moepp_megatron.planning.latent_attention import LatentAttention
 from moepp_megatron.planning.workload import Dispatcher, Experts, Numbers, Workload
 
 

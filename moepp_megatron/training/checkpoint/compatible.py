@@ -10,6 +10,16 @@ from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.config.problem import Problem, raise_problems
 from moepp_megatron.training.checkpoint.names import CONFIG_FILE
 
+
+def _latent_widths(config: Config) -> dict[str, Any] | None:
+    """What of latent attention decides shapes; how it turns positions does not."""
+    latent = config.model.latent_attention
+    if latent is None:
+        return None
+    names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    return {name: getattr(latent, name) for name in names}
+
+
 # What decides names and shapes of parameters, defaults resolved.
 _SHAPES: dict[str, Callable[[Config], Any]] = {
     "model.num_layers": lambda c: c.model.num_layers,
@@ -21,6 +31,7 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
     "model.vocab_size": lambda c: c.model.vocab_size,
     "model.tie_embeddings": lambda c: c.model.tie_embeddings,
     "model.qk_layernorm": lambda c: c.model.qk_layernorm,
+    "model.latent_attention": _latent_widths,
     "moe.num_ffn_experts": lambda c: c.moe.num_ffn_experts,
     "moe.num_zero_experts": lambda c: c.moe.num_zero_experts,
     "moe.num_copy_experts": lambda c: c.moe.num_copy_experts,

@@ -143,11 +143,17 @@ def _has_process_groups() -> bool:
 PLANNED = sorted((Path(__file__).parents[3] / "configs" / "h100").glob("*.yaml"))
 
 
-def test_six_models_are_planned_for_three_clusters():
+# What needs more memory than the smaller clusters have.
+LARGE = {"deepseek_v3_256_64"}
+
+
+def test_seven_models_are_planned_for_the_clusters_that_hold_them():
     names = {path.stem.rpartition("_")[0] for path in PLANNED}
-    assert len(names) == 6
+    assert len(names) == 7
     assert {path.stem for path in PLANNED} == {
-        f"{n}_{cards}" for n in names for cards in (8, 64, 1024)
+        f"{name}_{cards}"
+        for name in names
+        for cards in ((1024,) if name in LARGE else (8, 64, 1024))
     }
 
 
@@ -177,6 +183,20 @@ def test_a_machine_without_triton_refuses_its_kernels(command, capsys, monkeypat
     error = capsys.readouterr().err
     assert "moe.fused (true) must have a GPU and the package triton" in error
     assert "use auto" in error
+
+
+def test_a_machine_without_transformer_engine_refuses_its_modules(command, capsys):
+    if importlib.util.find_spec("transformer_engine") is not None:
+        pytest.skip("Transformer Engine is here")
+    again = "training.recompute_granularity=selective training.recompute_modules=[moe_act]"
+    assert command(again, 1, "--dry-run") == 0
+    assert command(again, 1) == 3
+    assert "must not hold moe_act without Transformer Engine" in capsys.readouterr().err
+    latent = "model.latent_attention.kv_lora_rank=13 sp=true"
+    assert command(f"{latent} tp=2", 2, "--dry-run") == 0
+    assert command(f"{latent} tp=2", 2) == 3
+    error = capsys.readouterr().err
+    assert "kv_lora_rank (13) must, with qk_pos_emb_head_dim added, be divisible by" in error
 
 
 def test_a_machine_without_a_gpu_refuses_cuda_graphs(command, capsys):

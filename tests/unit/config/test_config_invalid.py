@@ -37,6 +37,9 @@ BF16_ENDS = [*FP8, "precision.fp8_recipe=blockwise", "precision.first_last_layer
 LAYOUT = "parallel.pipeline_model_parallel_layout"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
 
+LATENT = "model.latent_attention.kv_lora_rank=32"
+LATENT_NAME = "model.latent_attention"
+
 GUARD = "routing_guard.enabled=true"
 
 
@@ -210,6 +213,30 @@ INVALID = [
     (["model.hidden_size=56"], "model.hidden_size (56)", "use 64"),
     (["model.kv_channels=7"], "model.kv_channels (7)", "use 8"),
     (["model.num_query_groups=3"], "model.num_query_groups (3)", "use one of 1, 2, 4, 8"),
+    (["model.latent_attention={}"], f"{LATENT_NAME}.kv_lora_rank (missing)", "add kv_lora_rank"),
+    ([f"{LATENT_NAME}.kv_lora_rank=0"], f"{LATENT_NAME}.kv_lora_rank (0)", "use 1 or more"),
+    ([LATENT, f"{LATENT_NAME}.rope_type=yaml"], f"{LATENT_NAME}.rope_type ('yaml')", "use yarn"),
+    (
+        [LATENT, f"{LATENT_NAME}.qk_pos_emb_head_dim=5"],
+        f"{LATENT_NAME}.qk_pos_emb_head_dim (5)",
+        "use 6",
+    ),
+    (
+        [LATENT, f"{LATENT_NAME}.rope_type=yarn", f"{LATENT_NAME}.beta_slow=32.0"],
+        f"{LATENT_NAME}.beta_slow (32.0)",
+        "use 1.0 and 32.0",
+    ),
+    ([LATENT, "model.num_query_groups=2"], "model.num_query_groups (2)", "leave model.num_query"),
+    ([LATENT, "model.kv_channels=16"], "model.kv_channels (16)", "leave model.kv_channels out"),
+    ([LATENT, "model.qk_layernorm=true"], "model.qk_layernorm (true)", "or give model.latent"),
+    ([LATENT, "model.implementation=hybrid"], "model.implementation ('hybrid')", "use 'gpt'"),
+    ([LATENT, *FP8], "precision.fp8 ('hybrid')", "use null, or set model.latent_attention to null"),
+    ([LATENT, *GRAPHS], GRAPHS_NAME, "use [], or set model.latent_attention to null"),
+    (
+        ["training.recompute_granularity=selective", "training.recompute_modules=[mla_up_proj]"],
+        "training.recompute_modules (['mla_up_proj'])",
+        "leave mla_up_proj out, or give model.latent_attention",
+    ),
     # experts and routing
     (["moe.router_topk=13"], "moe.router_topk (13)", "use 12 or less"),
     (

@@ -14,6 +14,7 @@ from moepp_megatron.config import (
     load_config,
     with_overrides,
 )
+from moepp_megatron.config.known_keys import subsection
 from moepp_megatron.config.rules import IGNORED, RULES, WORLD_SIZE_IGNORED, WORLD_SIZE_RULES
 from moepp_megatron.config.schema import Section
 
@@ -191,6 +192,7 @@ def test_configuration_cannot_change_after_loading(minimal: Path) -> None:
         ("models/moepp_7b_16_4_fp8.yaml", (8, 32, 64)),
         ("models/fine_grained_60_4.yaml", (8, 64)),
         ("models/qwen3_30b_a3b_32.yaml", (8, 64)),
+        ("models/deepseek_v3_256_64.yaml", (8, 1024)),
     ],
 )
 def test_shipped_configuration_fits(name: str, world_sizes: tuple[int, ...]) -> None:
@@ -217,6 +219,7 @@ def test_every_shipped_configuration_is_tested() -> None:
         "models/moepp_7b_16_4_fp8.yaml",
         "models/fine_grained_60_4.yaml",
         "models/qwen3_30b_a3b_32.yaml",
+        "models/deepseek_v3_256_64.yaml",
     }
     assert names == tested
 
@@ -226,8 +229,7 @@ def described_settings(path: str, model: type[Section]) -> int:
     count = 0
     for name, setting in model.model_fields.items():
         assert setting.description, f"{path}.{name}"
-        inner = setting.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
+        if (inner := subsection(model, name)) is not None:
             count += described_settings(f"{path}.{name}", inner)
             continue
         extra = setting.json_schema_extra
@@ -278,3 +280,23 @@ def test_guard_rules_are_a_list_in_yaml(minimal: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(config.to_yaml())
     assert load_config(again) == config
+
+
+def test_a_section_that_may_be_left_out(minimal: Path, tmp_path: Path) -> None:
+    assert load_config(minimal).model.latent_attention is None
+    name = "model.latent_attention"
+    config = load_config(minimal, [f"{name}.kv_lora_rank=32", f"{name}.v_head_dim=16"])
+    latent = config.model.latent_attention
+    assert latent is not None
+    assert (latent.kv_lora_rank, latent.v_head_dim, latent.qk_dim) == (32, 16, 192)
+    # Key by key over a base, and null takes it back.
+    base = tmp_path / "latent.yaml"
+    base.write_text(config.to_yaml())
+    assert load_config(base) == config
+    narrower = load_config(base, [f"{name}.v_head_dim=8"])
+    assert narrower.model.latent_attention == latent.model_copy(update={"v_head_dim": 8})
+    assert with_overrides(config, [f"{name}=null"]) == load_config(minimal)
+    with pytest.raises(ConfigError, match="did you mean model.latent_attention.kv_lora_rank"):
+        load_config(minimal, [f"{name}.kv_lora=32"])
+    with pytest.raises(ConfigError, match=r"model\.latent_attention must be a mapping of keys"):
+        load_config(minimal, [f"{name}=[1]"])

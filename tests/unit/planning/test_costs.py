@@ -184,7 +184,7 @@ def test_what_takes_memory() -> None:
 
 
 def test_the_fast_way_gives_what_the_slow_one_does(h100: Machine) -> None:
-    load = replace(LOAD, is_moe=(False, *(True,) * 7))
+    load = replace(LOAD, is_moe=(False, False, *(True,) * 6))
     coster = Coster(load, h100, LEARNED)
     tried = itertools.product(
         (1, 2), (1, 2), (1, 4), (1, 2), (1, 8), ((), ("moe_act",), FULL), (False, True)

@@ -1,0 +1,114 @@
+"""Latent attention trains in every layout what it trains on one process; its checkpoints too.
+
+That one process computes what plain PyTorch does is tested in tests/unit/moe.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config import ConfigError, parse_config
+from tests.parallel.checkpoint_runs import train_between
+from tests.parallel.ranks import RankPools
+from tests.parallel.test_expert_overlap import EP2, STAGES, both
+from tests.parallel.training_runs import Run, assemble, compare, settings, train
+
+# fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
+FP32 = 1e-5
+STEPS = 3
+WIDTHS = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+}
+MODEL: dict[str, Any] = {
+    "num_query_groups": None,
+    "qk_layernorm": True,
+    "latent_attention": WIDTHS,
+}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+UP_PROJECTION = {
+    "recompute_granularity": "selective",
+    "recompute_modules": ["mla_up_proj"],
+}
+Sections = dict[str, dict[str, Any]]
+LAYOUTS: dict[str, tuple[int, Sections]] = {
+    "tp2": (2, {"parallel": TP2}),
+    "tp2, up-projection again": (2, {"parallel": TP2, "training": UP_PROJECTION}),
+    "cp2, layers again": (2, {"parallel": {"context_parallel_size": 2}, "training": FULL}),
+    # The lane of router logits crosses stages.
+    "pp2": (2, {"parallel": {"pipeline_model_parallel_size": 2}}),
+    "ep2, whole optimizer": (
+        2,
+        {"parallel": {"expert_model_parallel_size": 2, "use_distributed_optimizer": False}},
+    ),
+    "tp2 ep2 dp2, overlapped": (
+        4,
+        {
+            "parallel": {
+                **TP2,
+                "expert_model_parallel_size": 2,
+                "overlap_grad_reduce": True,
+                "overlap_param_gather": True,
+            }
+        },
+    ),
+    "tp2 cp2": (4, {"parallel": {**TP2, "context_parallel_size": 2}}),
+}
+
+
+def latent(model: dict[str, Any] = MODEL, **sections: dict[str, Any]) -> Sections:
+    """Settings of a run whose first layer is dense, as DeepSeek's are."""
+    return settings(model=model, moe={"num_ffn_experts": 8, "layer_freq": [0, 1, 1, 1]}, **sections)
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPools) -> Run:
+    return assemble(ranks(1).run(train, latent(), STEPS))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(ranks: RankPools, one_process: Run, layout: str) -> None:
+    world_size, sections = LAYOUTS[layout]
+    run = assemble(ranks(world_size).run(train, latent(**sections), STEPS))
+    compare(run, one_process, FP32)
+
+
+def test_queries_from_the_input(ranks: RankPools) -> None:
+    model = MODEL | {"qk_layernorm": False, "latent_attention": WIDTHS | {"q_lora_rank": None}}
+    expected = assemble(ranks(1).run(train, latent(model), STEPS))
+    run = assemble(ranks(2).run(train, latent(model, parallel=TP2), STEPS))
+    compare(run, expected, FP32)
+
+
+@pytest.mark.parametrize("parallel", [EP2, STAGES], ids=["one stage", "interleaved"])
+def test_combined_schedule(ranks: RankPools, parallel: dict[str, Any]) -> None:
+    run, reference = both(
+        ranks, 4 if parallel is STAGES else 2, train, model=MODEL, parallel=parallel
+    )
+    compare(run, reference, 0.0)
+
+
+def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
+    from moepp_megatron.training.checkpoint.compatible import check_compatible
+
+    (whole,) = ranks(1).run(train_between, latent(), tmp_path / "whole", 4)
+    begun = ranks(2).run(train_between, latent(parallel=TP2), tmp_path / "half", 2)[0]
+    (start,) = (tmp_path / "half").glob("step_*")
+    pp2 = latent(parallel={"pipeline_model_parallel_size": 2})
+    ended = ranks(2).run(train_between, pp2, tmp_path / "rest", 4, start)[0]
+    np.testing.assert_allclose([*begun, *ended], whole, rtol=FP32)
+    wider = MODEL | {"latent_attention": WIDTHS | {"kv_lora_rank": 20}}
+    with pytest.raises(ConfigError, match=r"model\.latent_attention .*'kv_lora_rank': 20"):
+        check_compatible(start, parse_config(latent(wider)))
