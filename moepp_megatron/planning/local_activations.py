@@ -144,7 +144,9 @@ def _moe(load: Workload, grid: Grid, rows: float) -> float:
         return 0.0
     own, experts = grid.tokens(load.seq), load.experts
     arrived, size = rows * grid.etp, load.numbers.activation_bytes
-    inner = 2 * experts.ffn_size / grid.etp
+    # megatron-core's experts (a vanilla layer) are a chain of modules: both halves, silu of one,
+    # the other, their product, the same times its gate.
+    inner = (6 if experts.is_vanilla else 2) * experts.ffn_size / grid.etp
     # Scores and the logits of the layer before in fp32, chosen experts, the permutation's table.
     router = own * (experts.num_all * 8.0 + experts.topk * 8 + experts.num_ffn * 8)
     mixing = own * experts.num_constant * 4.0 * 4
@@ -156,10 +158,11 @@ def _gradients_after_attention(load: Workload, grid: Grid, layer: Layer) -> floa
     size, experts = load.numbers.activation_bytes, load.experts
     stream = _stream(load, grid)
     if not layer.is_moe:
-        width = grid.tokens(load.seq) * load.dense_size
-        return 2 * stream + size * (5 * width + 3 * load.hidden * load.dense_size / grid.tp)
+        inner = 5.0 * grid.tokens(load.seq) * load.dense_size
+        return 2 * stream + size * (inner + 3 * load.hidden * load.dense_size / grid.tp)
     local, width = experts.num_ffn // grid.ep, experts.ffn_size / grid.etp
     arrived = layer.rows * grid.etp
-    weights = local * 3 * load.hidden * width
+    # All experts' gradients leave one function; megatron-core's experts add up one at a time.
+    weights = (1 if experts.is_vanilla else local) * 3 * load.hidden * width
     inner = _INNER_GRADIENTS * arrived / local * width
     return 2 * stream + size * (weights + 2 * arrived * load.hidden + inner)

@@ -1,7 +1,7 @@
 """What megatron-core's own modules do on a CPU where fused modules do less.
 
-The core multiplies all scores, masked ones too, and passes over them for mask and softmax; a norm is
-five elementwise operations; each weight's gradient is computed by itself and then added to the
+The core multiplies all scores, masked ones too, and passes over them for mask and softmax; a norm
+is five elementwise operations; each weight's gradient is computed by itself and then added to the
 buffer that is reduced; experts run one after the other.
 """
 
@@ -18,6 +18,9 @@ NORM_PASSES = (20.0, 36.0)
 NORM_KERNELS = (14, 30)
 # Passes over queries and keys: two products, a rotation by halves, a sum.
 ROTATION_PASSES = 3
+# Passes over [rows, I] between the two products of an FFN: silu, product, gate, and what splits and
+# joins the halves; of this package's experts, and of a chain of modules.
+INNER_PASSES = {"experts": (8, 18), "chain": (14, 30)}
 # Of each expert of a rank: two products, silu, gates, copies.
 EXPERT_KERNELS = (8, 18)
 

@@ -46,7 +46,7 @@ class Machine:
 
     @property
     def overlaps(self) -> bool:
-        """Whether communication runs beside computation: a core that waits for gloo does no other."""
+        """Whether communication runs beside computation: a core does one thing at a time."""
         return self.cpu is None
 
     @property

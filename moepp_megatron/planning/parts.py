@@ -168,6 +168,11 @@ def _norms(load: Workload, grid: Grid) -> Part:
     return Part("norms", forward, backward, _again(grid, "layernorm", again))
 
 
+def _inner_passes(load: Workload, kind: str) -> tuple[int, int]:
+    """Passes over the inner tensor of an FFN, forward and backward; fused: one kernel each."""
+    return local.INNER_PASSES[kind] if load.modules == "local" else (3, 6)
+
+
 def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> Part:
     """An FFN of three matrices [D, inner] that all tokens take, split over tensor ranks."""
     rows = grid.tokens(load.seq) * grid.tp
@@ -175,11 +180,16 @@ def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> P
     first = _linear(load, rows, 2 * width, load.hidden)
     second = _linear(load, rows, load.hidden, width)
     size = load.numbers.activation_bytes
+    passes = _inner_passes(load, "chain")
     forward = Work(
-        first[0] + second[0], moved=3 * size * rows * width + first[2] + second[2], kernels=4
+        first[0] + second[0],
+        moved=passes[0] * size * rows * width + first[2] + second[2],
+        kernels=4,
     )
     backward = Work(
-        first[1] + second[1], moved=6 * size * rows * width + first[3] + second[3], kernels=7
+        first[1] + second[1],
+        moved=passes[1] * size * rows * width + first[3] + second[3],
+        kernels=7,
     )
     return Part(name, forward, backward, _again(grid, module, forward))
 
@@ -235,9 +245,17 @@ def _experts(load: Workload, grid: Grid, rows: float) -> Part:
     kernels = (6, 10)
     if load.modules == "local":
         kernels = (local.EXPERT_KERNELS[0] * experts, local.EXPERT_KERNELS[1] * experts)
-    moved = (3 * activation + first[2] + second[2], 6 * activation + first[3] + second[3])
-    forward = Work(first[0] + second[0], moved=moved[0], kernels=kernels[0])
-    backward = Work(first[1] + second[1], moved=moved[1], kernels=kernels[1])
+    passes = _inner_passes(load, "chain" if load.experts.is_vanilla else "experts")
+    forward = Work(
+        first[0] + second[0],
+        moved=passes[0] * activation + first[2] + second[2],
+        kernels=kernels[0],
+    )
+    backward = Work(
+        first[1] + second[1],
+        moved=passes[1] * activation + first[3] + second[3],
+        kernels=kernels[1],
+    )
     again = _again(grid, "moe", forward)
     if "moe_act" in grid.recompute:
         again = Work(moved=3 * activation, kernels=1)
@@ -286,9 +304,7 @@ def output_part(load: Workload, grid: Grid) -> Part:
         Product(width, load.hidden, rows, 1, number),
     )
     logits = rows * width
-    accumulated = (
-        local.accumulation_bytes(width * load.hidden) if load.modules == "local" else 0.0
-    )
+    accumulated = local.accumulation_bytes(width * load.hidden) if load.modules == "local" else 0.0
     # Logits to fp32, their maximum, exponentials and sum; backward one pass.
     return Part(
         "output",

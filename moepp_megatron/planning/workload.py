@@ -47,6 +47,11 @@ class Experts:
         return self.num_ffn + self.num_zero_computation
 
     @property
+    def is_vanilla(self) -> bool:
+        """The layer is megatron-core's own."""
+        return self.num_zero_computation == 0 and not self.gating_residual
+
+    @property
     def ffn_per_token(self) -> float:
         """FFN experts a token takes on average, K phi."""
         return self.topk * self.ffn_share
