@@ -124,8 +124,6 @@ def measure(name: str, settings: tuple[str, ...], folder: Path, rss: bool) -> li
     def prepare() -> Any:
         stepper = Stepper(config, layout)
         stepper.step()
-        # What only cycles of Python objects hold goes at a time that nobody can foresee.
-        gc.collect()
         return stepper.step
 
     found = _resident(prepare) if rss else tensor_bytes(prepare)
@@ -141,6 +139,7 @@ def measure(name: str, settings: tuple[str, ...], folder: Path, rss: bool) -> li
         "buffers": said.buffers,
         "measured": found.peak,
         "measured_before": found.before,
+        "unseen": found.unseen,
         "gauge": "resident set" if rss else "tensors",
         "error": said.total / found.peak - 1,
     }
@@ -162,7 +161,7 @@ def _resident(prepare: Callable[[], Callable[[], object]]) -> Any:
     # Forgets the peak so far.
     Path("/proc/self/clear_refs").write_text("5")
     work()
-    return TensorBytes(before, _status("VmHWM") - resident)
+    return TensorBytes(before, _status("VmHWM") - resident, 0)
 
 
 def _status(key: str) -> int:
@@ -215,7 +214,8 @@ def main() -> None:
                     print(
                         f"{name:24} {row['rank']} estimated {row['estimated'] / 1e6:7.1f} measured "
                         f"{row['measured'] / 1e6:7.1f} ({row['error']:+.1%}), before "
-                        f"{row['static'] / 1e6:.1f} / {row['measured_before'] / 1e6:.1f}",
+                        f"{row['static'] / 1e6:.1f} / {row['measured_before'] / 1e6:.1f}, "
+                        f"unseen {row['unseen'] / 1e6:.1f}",
                         flush=True,
                     )
     if rank.rank == 0:

@@ -4,11 +4,11 @@
 
 For 1 and 2 ranks in turn, torchrun starts ranks once; they build one layout of the quickstart model
 after the other and take steps of it, in several passes over all layouts, every second one
-backwards, so that a machine that gets slower meets all alike. A layout's time is the median of its steps.
-Matrix products and exchanges alone are timed too. Of the layouts that `LAYOUTS` calls "fit", and of
-these small measurements, `planning.calibration` takes the machine's eight numbers; the others are
-predicted. Every visit is written at once: started again, the command goes on where it was. With
-`--report` it only reads the file. A rank computes with one thread.
+backwards, so that a machine that gets slower meets all alike. A layout's time is the median of its
+steps. Matrix products and exchanges alone are timed too. From the layouts that `LAYOUTS` calls
+"fit" and from these small measurements `planning.calibration` takes the machine's eight numbers;
+the other layouts are predicted. Every visit is written at once: started again, the command goes on
+where it was. With `--report` it only reads the file. A rank computes with one thread.
 """
 
 from __future__ import annotations
@@ -166,15 +166,17 @@ def measure(path: Path, passes: int, steps: int) -> None:
             for name in names[:: 1 if number % 2 == 0 else -1]:
                 if visits.has(ranks=ranks, round=number, layout=name):
                     continue
-                seconds = _time_layout(LAYOUTS[ranks][name][1], folder, steps)
+                seconds, processor = _time_layout(LAYOUTS[ranks][name][1], folder, steps)
                 entry = {"ranks": ranks, "round": number, "layout": name, "seconds": seconds}
-                visits.add(entry)
+                visits.add({**entry, "processor": processor})
                 if rank.rank == 0:
                     print(f"{ranks} ranks, pass {number}, {name}: {seconds}", flush=True)
 
 
-def _time_layout(settings: tuple[str, ...], folder: str, steps: int) -> list[float]:
-    """Seconds of steps after one that warms up."""
+def _time_layout(
+    settings: tuple[str, ...], folder: str, steps: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of steps after one that warms up, and processor time of this rank in them."""
     import torch.distributed as dist
     from fresh_ranks import forget_model
 
@@ -187,10 +189,14 @@ def _time_layout(settings: tuple[str, ...], folder: str, steps: int) -> list[flo
     build_groups(config, layout)
     stepper = Stepper(config, layout)
     stepper.step()
-    seconds = [_seconds(stepper.step) for _ in range(steps)]
+    seconds, processor = [], []
+    for _ in range(steps):
+        began = time.process_time()
+        seconds.append(_seconds(stepper.step))
+        processor.append(time.process_time() - began)
     del stepper
     forget_model()
-    return seconds
+    return seconds, processor
 
 
 def _seconds(work: Callable[[], object], repeats: int = 1) -> float:
@@ -242,7 +248,7 @@ def _time_exchanges() -> list[list[Any]]:
     return found
 
 
-def report(path: Path) -> list[str]:
+def report(path: Path, clock: str = "seconds") -> list[str]:
     """Fits, predicts, writes both into the file; the table as lines of Markdown."""
     from dataclasses import asdict
 
@@ -262,7 +268,7 @@ def report(path: Path) -> list[str]:
     small: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for visit in visits:
         if visit["layout"] != "parts":
-            times[visit["ranks"], visit["layout"]] += visit["seconds"]
+            times[visit["ranks"], visit["layout"]] += visit[clock]
             continue
         for *key, seconds in (*visit["products"], *visit["exchanges"]):
             small[visit["ranks"], *key].append(seconds)
@@ -316,6 +322,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="Timed steps of a visit.")
     parser.add_argument("--ranks", type=int, nargs="*", default=list(LAYOUTS))
     parser.add_argument("--report", action="store_true", help="Only read the file.")
+    parser.add_argument(
+        "--clock",
+        choices=["seconds", "processor"],
+        default="seconds",
+        help="What counts as a step's time; processor time of rank 0 leaves out all waiting.",
+    )
     parser.add_argument("--on-rank", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     path = arguments.json.resolve()
@@ -334,7 +346,7 @@ def main() -> None:
             command += [__file__, "--json", str(path), "--on-rank"]
             command += ["--passes", str(arguments.passes), "--steps", str(arguments.steps)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    print("\n".join(report(path)))
+    print("\n".join(report(path, arguments.clock)))
 
 
 if __name__ == "__main__":

@@ -2,18 +2,20 @@
 
 There is no allocator statistic for a CPU as `torch.cuda.max_memory_allocated` is for a card, and
 the resident set of a process holds much else and what the C library keeps. torch's profiler is
-told of each allocation; the running sum of its events is exact. Memory that libraries take for
-themselves (oneDNN, gloo) is not in it.
+told of each allocation and each free of the thread that it watches. What gloo's own threads free it
+is not told of; such a block counts until its address is given out again. Memory that libraries
+take for themselves (oneDNN, gloo) is not in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from torch.profiler import ProfilerActivity, profile, record_function
-
-_MARK = "moepp: measured"
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
@@ -23,32 +25,57 @@ class TensorBytes:
     Attributes:
         before: When the measured work begins.
         peak: The most at one time within it.
+        unseen: Bytes that still count at its end and are in no tensor: freed by other threads.
     """
 
     before: int
     peak: int
+    unseen: int
 
 
 def tensor_bytes(prepare: Callable[[], Callable[[], object]]) -> TensorBytes:
-    """Bytes of all tensors that `prepare` makes, and the most while what it returns runs.
+    """Bytes of all tensors once `prepare` is done, and the most while what it returns runs.
 
     Args:
         prepare: Makes everything that counts, and returns the work to measure.
     """
+    work = prepare()
+    # What only cycles of Python objects hold goes at a time that nobody can foresee.
+    gc.collect()
+    before = live_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work = prepare()
-        with record_function(_MARK):
-            work()
-    results = profiled.profiler
-    assert results is not None, "a profile that ended has results"
-    events = results.kineto_results.events()
-    mark = next(event for event in events if event.name() == _MARK)
-    began, ended = mark.start_ns(), mark.start_ns() + mark.duration_ns()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    before = sum(size for when, size in changes if when < began)
+        work()
+    gc.collect()
+    after = live_bytes()
+    assert profiled.profiler is not None, "a profile that ended has results"
+    changes = sorted(_changes(profiled.profiler.kineto_results.experimental_event_tree()))
+    blocks: dict[int, int] = {}
     held = peak = before
-    for when, size in changes:
-        if began <= when <= ended:
+    for _, address, size in changes:
+        held -= blocks.pop(address, 0)
+        if size > 0:
+            blocks[address] = size
             held += size
-            peak = max(peak, held)
-    return TensorBytes(before, peak)
+        peak = max(peak, held)
+    return TensorBytes(before, peak, held - after)
+
+
+def live_bytes() -> int:
+    """Bytes of the storages of all tensors that Python knows, each once."""
+    sizes: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _changes(events: list[Any]) -> Iterator[tuple[int, int, int]]:
+    """(time, address, bytes) of every allocation, bytes below 0 of every free."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        fields = event.extra_fields
+        if isinstance(fields, torch._C._profiler._ExtraFields_Allocation):
+            yield event.start_time_ns, fields.ptr, fields.alloc_size
