@@ -114,7 +114,6 @@ def measure(name: str, settings: tuple[str, ...], folder: Path, rss: bool) -> li
     from moepp_megatron.bench.step import Stepper
     from moepp_megatron.bench.tensor_bytes import tensor_bytes
     from moepp_megatron.config import Layout, load_config
-    from moepp_megatron.planning.memory import rank_memory
     from moepp_megatron.runtime.distributed import build_groups
 
     config = load_config(QUICKSTART, [f"run.dir={folder}", *_SHORT, *settings])
@@ -127,24 +126,18 @@ def measure(name: str, settings: tuple[str, ...], folder: Path, rss: bool) -> li
         return stepper.step
 
     found = _resident(prepare) if rss else tensor_bytes(prepare)
-    said = rank_memory(config, layout, layout.coordinates(dist.get_rank()).pp, "local")
     row = {
         "name": name,
         "ranks": layout.world_size,
         "rank": dist.get_rank(),
         "settings": list(settings),
-        "estimated": said.total,
-        "static": said.weights + said.gradients + said.optimizer,
-        "activations": said.activations,
-        "buffers": said.buffers,
+        "gauge": "resident set" if rss else "tensors",
         "measured": found.peak,
         "measured_before": found.before,
         "unseen": found.unseen,
-        "gauge": "resident set" if rss else "tensors",
-        "error": said.total / found.peak - 1,
     }
     rows: list[Any] = [None] * layout.world_size
-    dist.all_gather_object(rows, row)
+    dist.all_gather_object(rows, estimated(row))
     forget_model()
     gc.collect()
     return rows
@@ -187,6 +180,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def estimated(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with today's estimate beside what was measured."""
+    from moepp_megatron.config import Layout, load_config
+    from moepp_megatron.planning.memory import rank_memory
+
+    config = load_config(QUICKSTART, ["run.dir=unused", *_SHORT, *row["settings"]])
+    layout = Layout.from_config(config, row["ranks"])
+    said = rank_memory(config, layout, layout.coordinates(row["rank"]).pp, "local")
+    return {
+        **row,
+        "estimated": said.total,
+        "static": said.weights + said.gradients + said.optimizer,
+        "activations": said.activations,
+        "buffers": said.buffers,
+        "error": said.total / row["measured"] - 1,
+    }
+
+
 def main() -> None:
     """Measure and print."""
     from moepp_megatron.observe.atomic import write_atomic
@@ -198,11 +209,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="Names of configurations.")
     parser.add_argument("--rss", action="store_true", help="The resident set instead of tensors.")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--report", type=Path, nargs="*", help="Only read such files of results.")
     arguments = parser.parse_args()
+    if arguments.report:
+        found = [row for path in arguments.report for row in json.loads(path.read_text())]
+        print(table([estimated(row) for row in found]))
+        return
     quiet()
     logging.disable()
     rank = RankEnvironment.read()
-    rows: list[dict[str, Any]] = []
+    rows = []
     with joined(rank), tempfile.TemporaryDirectory() as folder:
         for name, settings in CASES[rank.world_size].items():
             if arguments.only and name not in arguments.only:

@@ -99,6 +99,9 @@ PRODUCTS = (
     (32, 1024, 192),
     (1024, 192, 32),
 )
+PASSED = (2**18, 2**21, 2**24)
+# Elements of the embedding.
+TABLE = 4096 * 192
 EXCHANGED = (2**14, 2**17, 2**20, 2**22)
 
 
@@ -160,8 +163,9 @@ def measure(path: Path, passes: int, steps: int) -> None:
         ranks = dist.get_world_size()
         for number in range(passes):
             if not visits.has(ranks=ranks, round=number, layout="parts"):
-                parts = {"products": _time_products(), "exchanges": _time_exchanges()}
-                visits.add({"ranks": ranks, "round": number, "layout": "parts", **parts})
+                parts = [*_time_products(), *_time_passes(), *_time_exchanges()]
+                entry = {"ranks": ranks, "round": number, "layout": "parts", "parts": parts}
+                visits.add(entry)
             names = list(LAYOUTS[ranks])
             for name in names[:: 1 if number % 2 == 0 else -1]:
                 if visits.has(ranks=ranks, round=number, layout=name):
@@ -211,19 +215,49 @@ def _seconds(work: Callable[[], object], repeats: int = 1) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def _time_products() -> list[list[float]]:
-    """Rows, columns, inner dimension, seconds."""
+def _time_products() -> list[list[Any]]:
+    """Rows, columns, inner dimension, seconds of each of `PRODUCTS`."""
     import torch
 
     found = []
     for m, n, k in PRODUCTS:
         left, right = torch.randn(m, k), torch.randn(k, n)
-        torch.mm(left, right)
         repeats = max(int(2e9 / (2 * m * n * k)), 1)
         multiply = partial(torch.mm, left, right)
-        times = [_seconds(multiply, repeats) for _ in range(3)]
-        found.append([m, n, k, statistics.median(times)])
+        found.append(["product", m, n, k, _processor_seconds(multiply, repeats)])
     return found
+
+
+def _time_passes() -> list[list[Any]]:
+    """Bytes and seconds of elementwise products, parameters and seconds of the optimizer."""
+    import torch
+
+    found: list[list[Any]] = []
+    for size in PASSED:
+        tensor = torch.randn(size // 4)
+        multiply = partial(torch.mul, tensor, tensor)
+        repeats = max(2**27 // size, 1)
+        found.append(["pass", 3 * size, _processor_seconds(multiply, repeats)])
+    weight = torch.nn.Parameter(torch.randn(TABLE))
+    weight.grad = torch.randn_like(weight)
+    optimizer = torch.optim.AdamW([weight], lr=1e-3)
+    found.append(["optimizer", weight.numel(), _processor_seconds(optimizer.step, 10)])
+    return found
+
+
+def _processor_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Processor seconds a call that waits for nobody, all ranks at once; median of three."""
+    import torch.distributed as dist
+
+    work()
+    times = []
+    for _ in range(3):
+        dist.barrier()
+        began = time.process_time()
+        for _ in range(repeats):
+            work()
+        times.append((time.process_time() - began) / repeats)
+    return statistics.median(times)
 
 
 def _time_exchanges() -> list[list[Any]]:
@@ -248,19 +282,35 @@ def _time_exchanges() -> list[list[Any]]:
     return found
 
 
-def report(path: Path, clock: str = "seconds") -> list[str]:
+def _part(key: list[Any], ranks: int, number_of_cores: int, seconds: float) -> Any:
+    """The observation of a single operation; its processor time knows no turns."""
+    from moepp_megatron.planning import calibration
+
+    kind, *sizes = key
+    at_once = min(ranks, number_of_cores)
+    if kind == "product":
+        return calibration.product_observation(tuple(sizes), at_once, seconds)
+    if kind == "pass":
+        return calibration.pass_observation(sizes[0], at_once, seconds)
+    if kind == "optimizer":
+        return calibration.optimizer_observation(sizes[0], seconds)
+    return calibration.exchange_observation(kind, sizes[0], ranks, number_of_cores, seconds)
+
+
+def read_rates(path: Path) -> Any:
+    """Rates of a file of results."""
+    from moepp_megatron.planning.cpu_rates import parse_rates
+
+    return parse_rates(json.loads(path.read_text()).get("rates"), str(path))
+
+
+def report(path: Path, clock: str = "seconds", source: Path | None = None) -> list[str]:
     """Fits, predicts, writes both into the file; the table as lines of Markdown."""
     from dataclasses import asdict
 
     from moepp_megatron.config import Layout
     from moepp_megatron.observe.atomic import write_atomic
-    from moepp_megatron.planning.calibration import (
-        Observation,
-        exchange_observation,
-        fit,
-        layout_observation,
-        product_observation,
-    )
+    from moepp_megatron.planning.calibration import Observation, fit, layout_observation
 
     content = json.loads(path.read_text())
     number_of_cores, visits = content["cores"], content["visits"]
@@ -270,15 +320,11 @@ def report(path: Path, clock: str = "seconds") -> list[str]:
         if visit["layout"] != "parts":
             times[visit["ranks"], visit["layout"]] += visit[clock]
             continue
-        for *key, seconds in (*visit["products"], *visit["exchanges"]):
+        for *key, seconds in visit["parts"]:
             small[visit["ranks"], *key].append(seconds)
     parts: list[Observation] = []
     for (ranks, *key), seconds in small.items():
-        middle = statistics.median(seconds)
-        if isinstance(key[0], str):
-            parts.append(exchange_observation(key[0], key[1], ranks, number_of_cores, middle))
-        else:
-            parts.append(product_observation(tuple(key), ranks, number_of_cores, middle))
+        parts.append(_part(key, ranks, number_of_cores, statistics.median(seconds)))
     rows = []
     for (ranks, name), seconds in times.items():
         kind, settings = LAYOUTS[ranks][name]
@@ -288,7 +334,7 @@ def report(path: Path, clock: str = "seconds") -> list[str]:
         )
         rows.append((kind, name, ranks, observation))
     fitted = [observation for kind, _, _, observation in rows if kind == "fit"]
-    rates = fit(fitted, parts)
+    rates = fit(fitted, parts) if source is None else read_rates(source)
     lines = ["| layout | ranks | set | predicted ms | measured ms | error |", "|" + "---|" * 6]
     errors, table = defaultdict(list), []
     for kind, name, ranks, one in sorted(rows, key=lambda row: (row[0] != "fit", row[2])):
@@ -328,6 +374,11 @@ def main() -> None:
         default="seconds",
         help="What counts as a step's time; processor time of rank 0 leaves out all waiting.",
     )
+    parser.add_argument(
+        "--rates",
+        type=Path,
+        help="Results of another run, whose rates are taken; nothing is fitted.",
+    )
     parser.add_argument("--on-rank", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     path = arguments.json.resolve()
@@ -346,7 +397,7 @@ def main() -> None:
             command += [__file__, "--json", str(path), "--on-rank"]
             command += ["--passes", str(arguments.passes), "--steps", str(arguments.steps)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    print("\n".join(report(path, arguments.clock)))
+    print("\n".join(report(path, arguments.clock, arguments.rates)))
 
 
 if __name__ == "__main__":

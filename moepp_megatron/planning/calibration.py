@@ -63,17 +63,30 @@ def layout_observation(config: Config, layout: Layout, cores: int, seconds: floa
     return Observation(predict, seconds)
 
 
-def product_observation(
-    shape: tuple[float, ...], ranks: int, cores: int, seconds: float
-) -> Observation:
-    """A product of rows m, columns n, inner dimension k, on all ranks at once."""
+def product_observation(shape: tuple[float, ...], ranks: int, seconds: float) -> Observation:
+    """A product of rows m, columns n, inner dimension k, on ranks with a core each."""
     m, n, k = shape
 
     def predict(rates: CpuRates) -> float:
-        own = rates.among(ranks, cores)
+        own = rates.among(ranks, ranks)
         return own.product_seconds(m, n, k, 1) + own.kernel_s
 
     return Observation(predict, seconds)
+
+
+def pass_observation(moved: int, ranks: int, seconds: float) -> Observation:
+    """An elementwise operation that reads and writes `moved` bytes, on ranks with a core each."""
+
+    def predict(rates: CpuRates) -> float:
+        own = rates.among(ranks, ranks)
+        return own.moved_s * moved + own.kernel_s
+
+    return Observation(predict, seconds)
+
+
+def optimizer_observation(parameters: int, seconds: float) -> Observation:
+    """The update of fp32 parameters by Adam: gradient, moments, weights, as `data_parallel` has."""
+    return Observation(lambda rates: rates.state_s * 28 * parameters, seconds)
 
 
 def exchange_observation(

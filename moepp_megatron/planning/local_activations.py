@@ -112,13 +112,20 @@ def _attention(load: Workload, grid: Grid) -> float:
 
 
 def _attention_gradients(load: Workload, grid: Grid) -> float:
-    """Gradients of probabilities and scores at once, of the values, of the stream."""
+    """Gradients of the scores, of the values, of the stream.
+
+    In fp32 the mask is set in place on a view of the product's result, whose backward pass holds
+    the gradient, its copy for the base, a copy of the slice and that masked, when the
+    probabilities are free already: three more than what is kept. In bf16 the scores are a tensor
+    of their own: the gradients of probabilities and scores.
+    """
     size, attention = load.numbers.activation_bytes, load.attention
     group = grid.tokens(load.seq) * grid.tp
     context = group * attention.heads // grid.tp * attention.v_dim * size
     if grid.cp > 1:
         return _stream(load, grid) + 2 * context
-    return 2 * _scores(load, grid) * 4 + 2 * context + _stream(load, grid)
+    gradients = 3 if size == 4 else 2
+    return gradients * _scores(load, grid) * 4 + 2 * context + _stream(load, grid)
 
 
 def _after_attention(load: Workload, grid: Grid, layer: Layer) -> float:
