@@ -5,7 +5,8 @@
 For 1 and 2 ranks in turn, torchrun starts ranks once; they build one layout of the quickstart model
 after the other and take steps of it, in several passes over all layouts, every second one
 backwards, so that a machine that gets slower meets all alike. A layout's time is the median of its
-steps. Matrix products and exchanges alone are timed too. From the layouts that `LAYOUTS` calls
+steps. Matrix products and the optimizer alone are timed too; exchanges are
+not, because in a step each waits for the rank that comes last, which alone they do not show. From the layouts that `LAYOUTS` calls
 "fit" and from these small measurements `planning.calibration` takes the machine's eight numbers;
 the other layouts are predicted. Every visit is written at once: started again, the command goes on
 where it was. With `--report` it only reads the file. A rank computes with one thread.
@@ -99,10 +100,8 @@ PRODUCTS = (
     (32, 1024, 192),
     (1024, 192, 32),
 )
-PASSED = (2**18, 2**21, 2**24)
 # Elements of the embedding.
 TABLE = 4096 * 192
-EXCHANGED = (2**14, 2**17, 2**20, 2**22)
 
 
 class Visits:
@@ -163,7 +162,7 @@ def measure(path: Path, passes: int, steps: int) -> None:
         ranks = dist.get_world_size()
         for number in range(passes):
             if not visits.has(ranks=ranks, round=number, layout="parts"):
-                parts = [*_time_products(), *_time_passes(), *_time_exchanges()]
+                parts = [*_time_products(), _time_optimizer()]
                 entry = {"ranks": ranks, "round": number, "layout": "parts", "parts": parts}
                 visits.add(entry)
             names = list(LAYOUTS[ranks])
@@ -228,21 +227,14 @@ def _time_products() -> list[list[Any]]:
     return found
 
 
-def _time_passes() -> list[list[Any]]:
-    """Bytes and seconds of elementwise products, parameters and seconds of the optimizer."""
+def _time_optimizer() -> list[Any]:
+    """Parameters and seconds of their update."""
     import torch
 
-    found: list[list[Any]] = []
-    for size in PASSED:
-        tensor = torch.randn(size // 4)
-        multiply = partial(torch.mul, tensor, tensor)
-        repeats = max(2**27 // size, 1)
-        found.append(["pass", 3 * size, _processor_seconds(multiply, repeats)])
     weight = torch.nn.Parameter(torch.randn(TABLE))
     weight.grad = torch.randn_like(weight)
     optimizer = torch.optim.AdamW([weight], lr=1e-3)
-    found.append(["optimizer", weight.numel(), _processor_seconds(optimizer.step, 10)])
-    return found
+    return ["optimizer", weight.numel(), _processor_seconds(optimizer.step, 10)]
 
 
 def _processor_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -260,28 +252,6 @@ def _processor_seconds(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def _time_exchanges() -> list[list[Any]]:
-    """Operation, bytes of the whole tensor, seconds; nothing on one rank."""
-    import torch
-    import torch.distributed as dist
-
-    ranks = dist.get_world_size()
-    if ranks == 1:
-        return []
-    found: list[list[Any]] = []
-    for size in EXCHANGED:
-        sent, whole = torch.randn(size // 4), torch.empty(size // 4)
-        part = sent[: len(sent) // ranks]
-        works: dict[str, Callable[[], object]] = {
-            "all_to_all": partial(dist.all_to_all_single, whole, sent),
-            "all_gather": partial(dist.all_gather_into_tensor, whole, part),
-        }
-        for name, work in works.items():
-            work()
-            found.append([name, size, statistics.median(_seconds(work, 5) for _ in range(3))])
-    return found
-
-
 def _part(key: list[Any], ranks: int, number_of_cores: int, seconds: float) -> Any:
     """The observation of a single operation; its processor time knows no turns."""
     from moepp_megatron.planning import calibration
@@ -290,11 +260,7 @@ def _part(key: list[Any], ranks: int, number_of_cores: int, seconds: float) -> A
     at_once = min(ranks, number_of_cores)
     if kind == "product":
         return calibration.product_observation(tuple(sizes), at_once, seconds)
-    if kind == "pass":
-        return calibration.pass_observation(sizes[0], at_once, seconds)
-    if kind == "optimizer":
-        return calibration.optimizer_observation(sizes[0], seconds)
-    return calibration.exchange_observation(kind, sizes[0], ranks, number_of_cores, seconds)
+    return calibration.optimizer_observation(sizes[0], seconds)
 
 
 def read_rates(path: Path) -> Any:

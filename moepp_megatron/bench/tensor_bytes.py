@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
+
+_MARK = "moepp: measured"
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,28 @@ def tensor_bytes(prepare: Callable[[], Callable[[], object]]) -> TensorBytes:
     Args:
         prepare: Makes everything that counts, and returns the work to measure.
     """
-    work = prepare()
-    # What only cycles of Python objects hold goes at a time that nobody can foresee.
-    gc.collect()
-    before = live_bytes()
+    # Blocks from before the work are followed too: some are freed within it.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
+        work = prepare()
+        # What only cycles of Python objects hold goes at a time that nobody can foresee.
+        gc.collect()
+        before = live_bytes()
+        with record_function(_MARK):
+            work()
     gc.collect()
     after = live_bytes()
     assert profiled.profiler is not None, "a profile that ended has results"
-    changes = sorted(_changes(profiled.profiler.kineto_results.experimental_event_tree()))
+    results = profiled.profiler.kineto_results
+    began = next(event.start_ns() for event in results.events() if event.name() == _MARK)
     blocks: dict[int, int] = {}
     held = peak = before
-    for _, address, size in changes:
-        held -= blocks.pop(address, 0)
+    for when, address, size in sorted(_changes(results.experimental_event_tree())):
+        change = max(size, 0) - blocks.pop(address, 0)
         if size > 0:
             blocks[address] = size
-            held += size
-        peak = max(peak, held)
+        if when >= began:
+            held += change
+            peak = max(peak, held)
     return TensorBytes(before, peak, held - after)
 
 

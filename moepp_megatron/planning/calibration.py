@@ -17,7 +17,6 @@ from moepp_megatron.config import Config, Layout, stage_layers
 from moepp_megatron.planning.cpu_rates import CpuRates
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.imbalance import FORCED_BALANCE
-from moepp_megatron.planning.links import Placement, all_to_all_seconds, gather_seconds
 from moepp_megatron.planning.machine import cpu_machine
 from moepp_megatron.planning.step import step_time
 from moepp_megatron.planning.workload import Workload
@@ -74,28 +73,9 @@ def product_observation(shape: tuple[float, ...], ranks: int, seconds: float) ->
     return Observation(predict, seconds)
 
 
-def pass_observation(moved: int, ranks: int, seconds: float) -> Observation:
-    """An elementwise operation that reads and writes `moved` bytes, on ranks with a core each."""
-
-    def predict(rates: CpuRates) -> float:
-        own = rates.among(ranks, ranks)
-        return own.moved_s * moved + own.kernel_s
-
-    return Observation(predict, seconds)
-
-
 def optimizer_observation(parameters: int, seconds: float) -> Observation:
     """The update of fp32 parameters by Adam: gradient, moments, weights, as `data_parallel` has."""
     return Observation(lambda rates: rates.state_s * 28 * parameters, seconds)
-
-
-def exchange_observation(
-    operation: str, size: int, ranks: int, cores: int, seconds: float
-) -> Observation:
-    """A collective of all ranks; `size` in bytes of a rank's whole tensor."""
-    place = Placement(ranks, ranks)
-    cost = {"all_to_all": all_to_all_seconds, "all_gather": gather_seconds}[operation]
-    return Observation(lambda rates: cost(place, size, cpu_machine(rates, ranks, cores)), seconds)
 
 
 def fit(steps: Sequence[Observation], parts: Sequence[Observation]) -> CpuRates:

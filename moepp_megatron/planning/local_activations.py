@@ -23,7 +23,7 @@ _INNER_GRADIENTS = 6
 def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
     """Bytes kept between the passes of one micro-batch and layer."""
     if grid.recomputes_all:
-        return _stream(load, grid)
+        return _stream(load, grid) + _checkpoint(load, grid)
     kept = 2 * _norm(load, grid) + _attention(load, grid)
     return kept + _after_attention(load, grid, layer)
 
@@ -80,6 +80,14 @@ def _norm(load: Workload, grid: Grid) -> float:
     if "layernorm" in grid.recompute:
         return _stream(load, grid)
     return _stream(load, grid) + 2 * 4 * grid.tokens(load.seq) * load.hidden
+
+
+def _checkpoint(load: Workload, grid: Grid) -> float:
+    """Inputs that a recomputed part starts from and their gradients: hidden states, fp32 logits.
+
+    megatron-core's function holds them beyond its backward pass, until the next step has its own.
+    """
+    return 2 * _stream(load, grid) + 2 * 4.0 * grid.tokens(load.seq) * load.experts.num_all
 
 
 def _scores(load: Workload, grid: Grid) -> float:
@@ -148,7 +156,7 @@ def _swiglu(load: Workload, grid: Grid, inner: int, module: str) -> float:
 def _moe(load: Workload, grid: Grid, rows: float) -> float:
     """Rows that arrived, the first product's result, scores, gates and maps of the router."""
     if "moe" in grid.recompute:
-        return 0.0
+        return _checkpoint(load, grid)
     own, experts = grid.tokens(load.seq), load.experts
     arrived, size = rows * grid.etp, load.numbers.activation_bytes
     # megatron-core's experts (a vanilla layer) are a chain of modules: both halves, silu of one,
