@@ -10,6 +10,8 @@ from rich.table import Table
 
 from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
 from moepp_megatron.planning.memory import rank_memory
+from moepp_megatron.planning.workload import Modules
+from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 
 # A large grid says nothing that its first and last ranks do not.
 _MOST_ROWS = 32
@@ -94,17 +96,23 @@ def _parameters(config: Config) -> Table:
 
 def _stages(config: Config, layout: Layout) -> Table:
     """Layers by model chunk; E is the embedding, L the loss, as in layout strings."""
+    modules = _modules_here()
+    kind = "GPUs"
+    if modules == "local":
+        most = max(rank_memory(config, layout, stage).total for stage in range(layout.pp))
+        kind = f"this machine's CPU (a rank on a GPU: at most {most / 2**20:,.1f} MiB)"
     table = Table(
         "stage",
         "layers",
         title="each rank of a pipeline stage, MiB",
-        caption="activations and buffers: estimates for GPUs and even routing (docs/planning.md)",
+        caption=f"activations and buffers: estimates for {kind} and even routing "
+        "(docs/planning.md)",
     )
     columns = ("parameters", "weights", "gradients", "optimizer", "activations", "buffers", "sum")
     for column in columns:
         table.add_column(column, justify="right")
     for stage, chunks in enumerate(stage_layers(config)):
-        memory = rank_memory(config, layout, stage)
+        memory = rank_memory(config, layout, stage, modules)
         names = [_layers(chunk) for chunk in chunks]
         if stage == 0:
             names[0] = f"E {names[0]}".strip()
@@ -125,6 +133,16 @@ def _stages(config: Config, layout: Layout) -> Table:
             *(f"{size / 2**20:,.1f}" for size in sizes),
         )
     return table
+
+
+def _modules_here() -> Modules:
+    """What a run on this machine would compute with."""
+    try:
+        with Nvml() as nvml:
+            has_card = nvml.count() > 0
+    except NvmlUnavailableError:
+        has_card = False
+    return "fused" if has_card else "local"
 
 
 def _layers(chunk: list[int]) -> str:

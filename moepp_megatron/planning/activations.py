@@ -3,11 +3,13 @@
 Counted tensor by tensor from megatron-core 0.19: with sequence parallelism the norms, the residual
 stream and the router hold the rank's own tokens T, attention the T tp tokens of its group, experts
 the R rows that arrived. Gates are applied inside the experts' activation, so that their outputs are
-not kept (arXiv 2603.07685, section 4.1.2).
+not kept (arXiv 2603.07685, section 4.1.2). That is the account of fused modules; that of
+megatron-core's own ones, which a CPU runs, is in `local_activations.py`.
 """
 
 from __future__ import annotations
 
+from moepp_megatron.planning import local_activations as local
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.links import distinct_targets
 from moepp_megatron.planning.parts import Layer
@@ -16,6 +18,8 @@ from moepp_megatron.planning.workload import Workload
 
 def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
     """Bytes kept between the passes of one micro-batch and layer."""
+    if load.modules == "local":
+        return local.kept_bytes(load, grid, layer)
     size = load.numbers.activation_bytes
     own = grid.tokens(load.seq)
     stream = float(own * load.hidden * size)
@@ -35,6 +39,8 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 
     With recomputation the kept tensors of one layer are rebuilt too.
     """
+    if load.modules == "local":
+        return local.peak_bytes(load, grid, layer)
     size = load.numbers.activation_bytes
     own = grid.tokens(load.seq)
     peak = 3.0 * own * load.hidden * size
@@ -56,8 +62,15 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 
 def output_bytes(load: Workload, grid: Grid) -> float:
     """Logits of one micro-batch in their format, in fp32, and their exponentials."""
+    if load.modules == "local":
+        return local.output_bytes(load, grid)
     logits = grid.tokens(load.seq) * grid.tp * load.vocab / grid.tp
     return logits * (load.numbers.activation_bytes + 4 + 4)
+
+
+def resident_bytes(load: Workload, grid: Grid) -> float:
+    """What the modules allocate once and never free."""
+    return local.resident_bytes(load, grid) if load.modules == "local" else 0.0
 
 
 def _input_size(load: Workload) -> float:

@@ -20,11 +20,13 @@ class StepEnd:
         reduce: Reduce-scatter (or all-reduce) of gradients.
         gather: All-gather of parameters.
         optimizer: Gradient norm, Adam, casts: all bound by memory.
+        overlaps: Communication may run beside computation.
     """
 
     reduce: float
     gather: float
     optimizer: float
+    overlaps: bool = True
 
     def exposed(self, grid: Grid, forward_s: float, backward_s: float) -> float:
         """What of both does not run beside computation.
@@ -38,11 +40,11 @@ class StepEnd:
 
     def exposed_reduce(self, grid: Grid, backward_s: float) -> float:
         """What of the reduction runs after the last backward pass."""
-        return max(self.reduce - (backward_s if grid.grad_overlap else 0.0), 0.0)
+        return max(self.reduce - (backward_s if self.overlaps and grid.grad_overlap else 0.0), 0.0)
 
     def exposed_gather(self, grid: Grid, forward_s: float) -> float:
         """What of the gathering the first forward pass waits for."""
-        return max(self.gather - (forward_s if grid.param_overlap else 0.0), 0.0)
+        return max(self.gather - (forward_s if self.overlaps and grid.param_overlap else 0.0), 0.0)
 
 
 def step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> StepEnd:
@@ -58,7 +60,8 @@ def step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParam
         gather += gather_seconds(experts, parameters.experts * numbers.weight_bytes, machine)
     else:
         reduce *= 2  # an all-reduce is a reduce-scatter and an all-gather
-    return StepEnd(reduce, gather, _optimizer(load, grid, machine, parameters))
+    optimizer = _optimizer(load, grid, machine, parameters)
+    return StepEnd(reduce, gather, optimizer, machine.overlaps)
 
 
 def pipeline_end(
@@ -88,4 +91,4 @@ def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankPar
     state = 2 * (2 * numbers.moment_bytes + max(numbers.master_bytes, 4))
     moved = own * (2 * numbers.gradient_bytes + state + numbers.weight_bytes)
     moved += (parameters.dense + parameters.experts) * numbers.gradient_bytes
-    return moved / machine.memory_rate
+    return moved / machine.optimizer_rate

@@ -55,7 +55,7 @@ def layer_time(
     parts = list(layer_parts(load, grid, Layer(is_moe, rows, has_residual=True)))
     traffic = layer_traffic(load, grid, machine, is_moe, skew)
     reached = machine.reached
-    overlaps = grid.expert_overlap and traffic.experts > 0
+    overlaps = machine.overlaps and grid.expert_overlap and traffic.experts > 0
     slower = 1.0 / (1.0 - reached.overlap_slowdown) if overlaps else 1.0
     clock = _Clock(machine, slower)
     for part in parts:
@@ -65,11 +65,14 @@ def layer_time(
     if grid.recomputes_all:
         clock.communicate(TENSOR, 0.0, traffic.tensor_forward)
     # Keys and values travel while the core works on those that have arrived.
-    core = next(part for part in parts if part.name == "attention")
+    cover = (0.0, 0.0)
+    if machine.overlaps:
+        core = next(part for part in parts if part.name == "attention")
+        cover = (_core_seconds(core.forward, machine), _core_seconds(core.backward, machine))
     clock.communicate(
         CONTEXT,
-        max(traffic.context - _core_seconds(core.forward, machine), 0.0),
-        max(2 * traffic.context - _core_seconds(core.backward, machine), 0.0),
+        max(traffic.context - cover[0], 0.0),
+        max(2 * traffic.context - cover[1], 0.0),
     )
     if traffic.experts:
         passes = 1 + (1 if repeats_exchange else 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.hardware import Hardware
+from moepp_megatron.planning.cpu_rates import CpuRates
 from moepp_megatron.planning.efficiency import DEFAULT, Efficiencies
 
 _NEEDED = (
@@ -30,6 +31,7 @@ class Machine:
         nvlink: Bytes a second and direction inside a node.
         network: Bytes a second and direction of a card's port.
         per_node: Cards of a node.
+        cpu: What a rank reaches on a machine without cards, where it is one.
     """
 
     hardware: Hardware
@@ -40,6 +42,17 @@ class Machine:
     nvlink: float
     network: float
     per_node: int
+    cpu: CpuRates | None = None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether communication runs beside computation: a core does one thing at a time."""
+        return self.cpu is None
+
+    @property
+    def optimizer_rate(self) -> float:
+        """Bytes a second in the optimizer's step."""
+        return self.memory_rate if self.cpu is None else _rate(self.cpu.state_s)
 
     def flops(self, number: str) -> float:
         """FLOP/s that products which fill the card reach.
@@ -87,3 +100,40 @@ def machine_of(hardware: Hardware, reached: Efficiencies = DEFAULT) -> Machine:
         network=network / 8 * 1e9 * reached.network,
         per_node=hardware.gpus_per_node or 1,
     )
+
+
+def cpu_machine(rates: CpuRates, ranks: int, cores: int, memory_bytes: float = 0.0) -> Machine:
+    """The machine that ranks on a CPU see; all of them on one node.
+
+    Args:
+        rates: Of a rank with a core of its own.
+        ranks: On the machine.
+        cores: Of the machine.
+        memory_bytes: What a rank may take.
+    """
+    own = rates.among(ranks, cores)
+    reached = Efficiencies(
+        kernel_s=own.kernel_s,
+        nvlink_latency_s=own.start_s,
+        network_latency_s=own.start_s,
+        # The host is what computes: it need not wait for itself, and hides nothing.
+        expert_sync_s=0.0,
+        point_to_point_overlap=0.0,
+        reserved_gib=0.0,
+    )
+    return Machine(
+        hardware=Hardware(name="cpu", kind="cpu"),
+        reached=reached,
+        multiprocessors=1,
+        memory_bytes=memory_bytes,
+        memory_rate=_rate(own.moved_s),
+        nvlink=_rate(own.send_s),
+        network=_rate(own.send_s),
+        per_node=max(ranks, 1),
+        cpu=own,
+    )
+
+
+def _rate(seconds: float) -> float:
+    """Of a second, from the seconds of one."""
+    return 1.0 / seconds if seconds else float("inf")

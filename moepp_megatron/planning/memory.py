@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moepp_megatron.config import Config, Layout, stage_layers
-from moepp_megatron.planning.activations import kept_bytes, output_bytes, peak_bytes
+from moepp_megatron.planning.activations import (
+    kept_bytes,
+    output_bytes,
+    peak_bytes,
+    resident_bytes,
+)
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.parameters import RankParameters, rank_parameters
 from moepp_megatron.planning.parts import Layer
 from moepp_megatron.planning.pipeline import Stages, chunks_in_flight
-from moepp_megatron.planning.workload import Workload
+from moepp_megatron.planning.workload import Modules, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +46,19 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
-def rank_memory(config: Config, layout: Layout, pp_rank: int) -> RankMemory:
-    """Memory of each rank of a pipeline stage of a checked configuration."""
+def rank_memory(
+    config: Config, layout: Layout, pp_rank: int, modules: Modules = "fused"
+) -> RankMemory:
+    """Memory of each rank of a pipeline stage of a checked configuration.
+
+    Args:
+        config: The configuration.
+        layout: Its ranks.
+        pp_rank: The pipeline rank.
+        modules: Those that will run: "fused" on a GPU, "local" on a CPU.
+    """
     stages = tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stage_layers(config))
-    load, grid = Workload.from_config(config), Grid.from_layout(config, layout)
+    load, grid = Workload.from_config(config, modules), Grid.from_layout(config, layout)
     return memory_of(load, grid, stages, pp_rank)
 
 
@@ -122,7 +136,7 @@ def assemble(
         optimizer=optimizer_bytes(load, grid, parameters),
         # Chunks of a rank hold about as many layers each.
         activations=kept / grid.vpp * flying,
-        buffers=buffers,
+        buffers=buffers + resident_bytes(load, grid),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moepp_megatron.planning import local_work as local
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.links import distinct_targets
 from moepp_megatron.planning.rates import Product, Work
@@ -82,7 +83,8 @@ def _linear(
     """A weight [outputs, inputs] on `rows` rows a group.
 
     Returns:
-        Products forward and backward, bytes of quantisation forward and backward.
+        Products forward and backward, bytes of quantisation (and of adding the weight's gradient
+        to the others, where the product does not) forward and backward.
     """
     number = product_number(load)
     forward = (Product(rows, outputs, inputs, groups, number),)
@@ -90,6 +92,8 @@ def _linear(
         Product(rows, inputs, outputs, groups, number),
         Product(outputs, inputs, rows, groups, number),
     )
+    if load.modules == "local":
+        return forward, backward, 0.0, local.accumulation_bytes(outputs * inputs * groups)
     if load.numbers.fp8 is None:
         return forward, backward, 0.0, 0.0
     element = _QUANTISE[load.numbers.fp8]
@@ -125,6 +129,7 @@ def _attention(load: Workload, grid: Grid) -> Part:
     # The rotation reads and writes queries and keys; query/key norms do so again.
     turned = 2 * size * group * heads * 2 * attention.qk_dim
     moved = turned * (2 if attention.norm_parameters() else 1)
+    moved *= local.ROTATION_PASSES if load.modules == "local" else 1
     number = load.numbers.dtype
     ahead_work = Work(
         forward, core, load.seq // grid.cp, moved + moved_forward, 12, core_number=number
@@ -139,11 +144,13 @@ def _attention(load: Workload, grid: Grid) -> Part:
         is_backward=True,
         core_number=number,
     )
-    again = Work()
+    again, core_again = Work(), Work((), core, load.seq // grid.cp, 0.0, 1, core_number=number)
+    if load.modules == "local":
+        ahead_work, back_work, core_again = local.with_local_core(load, grid, ahead_work, back_work)
     if grid.recomputes_all:
         again = ahead_work
     elif "core_attn" in grid.recompute:
-        again = Work((), core, load.seq // grid.cp, 0.0, 1, core_number=number)
+        again = core_again
     elif "mla_up_proj" in grid.recompute:
         again = Work(up, kernels=4)
     return Part("attention", ahead_work, back_work, again)
@@ -152,13 +159,18 @@ def _attention(load: Workload, grid: Grid) -> Part:
 def _norms(load: Workload, grid: Grid) -> Part:
     """Two RMSNorms and two additions to the residual stream."""
     tensor = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
-    forward = Work(moved=10.0 * tensor, kernels=4)
-    return Part(
-        "norms",
-        forward,
-        Work(moved=10.0 * tensor, kernels=6),
-        _again(grid, "layernorm", Work(moved=4.0 * tensor, kernels=2)),
-    )
+    forward, backward = Work(moved=10.0 * tensor, kernels=4), Work(moved=10.0 * tensor, kernels=6)
+    again = Work(moved=4.0 * tensor, kernels=2)
+    if load.modules == "local":
+        passes, kernels = local.NORM_PASSES, local.NORM_KERNELS
+        forward = again = Work(moved=passes[0] * tensor, kernels=kernels[0])
+        backward = Work(moved=passes[1] * tensor, kernels=kernels[1])
+    return Part("norms", forward, backward, _again(grid, "layernorm", again))
+
+
+def _inner_passes(load: Workload, kind: str) -> tuple[int, int]:
+    """Passes over the inner tensor of an FFN, forward and backward; fused: one kernel each."""
+    return local.INNER_PASSES[kind] if load.modules == "local" else (3, 6)
 
 
 def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> Part:
@@ -168,11 +180,16 @@ def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> P
     first = _linear(load, rows, 2 * width, load.hidden)
     second = _linear(load, rows, load.hidden, width)
     size = load.numbers.activation_bytes
+    passes = _inner_passes(load, "chain")
     forward = Work(
-        first[0] + second[0], moved=3 * size * rows * width + first[2] + second[2], kernels=4
+        first[0] + second[0],
+        moved=passes[0] * size * rows * width + first[2] + second[2],
+        kernels=4,
     )
     backward = Work(
-        first[1] + second[1], moved=6 * size * rows * width + first[3] + second[3], kernels=7
+        first[1] + second[1],
+        moved=passes[1] * size * rows * width + first[3] + second[3],
+        kernels=7,
     )
     return Part(name, forward, backward, _again(grid, module, forward))
 
@@ -219,14 +236,26 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> Part:
 
 def _experts(load: Workload, grid: Grid, rows: float) -> Part:
     """The FFN experts of a rank, one grouped product for each of their matrices."""
-    local = load.experts.num_ffn // grid.ep
+    experts = load.experts.num_ffn // grid.ep
     width = load.experts.ffn_size / grid.etp
     rows = rows * grid.etp
-    first = _linear(load, rows / local, 2 * width, load.hidden, local)
-    second = _linear(load, rows / local, load.hidden, width, local)
+    first = _linear(load, rows / experts, 2 * width, load.hidden, experts)
+    second = _linear(load, rows / experts, load.hidden, width, experts)
     activation = load.numbers.activation_bytes * rows * width
-    forward = Work(first[0] + second[0], moved=3 * activation + first[2] + second[2], kernels=6)
-    backward = Work(first[1] + second[1], moved=6 * activation + first[3] + second[3], kernels=10)
+    kernels = (6, 10)
+    if load.modules == "local":
+        kernels = (local.EXPERT_KERNELS[0] * experts, local.EXPERT_KERNELS[1] * experts)
+    passes = _inner_passes(load, "chain" if load.experts.is_vanilla else "experts")
+    forward = Work(
+        first[0] + second[0],
+        moved=passes[0] * activation + first[2] + second[2],
+        kernels=kernels[0],
+    )
+    backward = Work(
+        first[1] + second[1],
+        moved=passes[1] * activation + first[3] + second[3],
+        kernels=kernels[1],
+    )
     again = _again(grid, "moe", forward)
     if "moe_act" in grid.recompute:
         again = Work(moved=3 * activation, kernels=1)
@@ -256,7 +285,12 @@ def _zero_computation(load: Workload, grid: Grid) -> Part:
 def embedding_part(load: Workload, grid: Grid) -> Part:
     """Rows of the table are read; backward their gradients are added to it."""
     tensor = grid.tokens(load.seq) * grid.tp * load.hidden * load.numbers.activation_bytes
-    return Part("output", Work(moved=2.0 * tensor, kernels=3), Work(moved=3.0 * tensor, kernels=3))
+    backward = 3.0 * tensor
+    if load.modules == "local":
+        # A whole table of gradients, most of them 0, is made and added to the others.
+        backward += 4.0 * load.vocab / grid.tp * load.hidden
+        backward += local.accumulation_bytes(load.vocab / grid.tp * load.hidden)
+    return Part("output", Work(moved=2.0 * tensor, kernels=3), Work(moved=backward, kernels=3))
 
 
 def output_part(load: Workload, grid: Grid) -> Part:
@@ -270,9 +304,10 @@ def output_part(load: Workload, grid: Grid) -> Part:
         Product(width, load.hidden, rows, 1, number),
     )
     logits = rows * width
+    accumulated = local.accumulation_bytes(width * load.hidden) if load.modules == "local" else 0.0
     # Logits to fp32, their maximum, exponentials and sum; backward one pass.
     return Part(
         "output",
         Work(forward, moved=20.0 * logits, kernels=10),
-        Work(backward, moved=10.0 * logits, kernels=6),
+        Work(backward, moved=10.0 * logits + accumulated, kernels=6),
     )

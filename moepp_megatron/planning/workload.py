@@ -8,6 +8,8 @@ from typing import Literal
 from moepp_megatron.config import Config
 from moepp_megatron.planning.attention import Attention, attention_of
 
+# "fused": Transformer Engine's; "local": megatron-core's own and this package's, as on a CPU.
+Modules = Literal["fused", "local"]
 Dispatcher = Literal["alltoall", "alltoall_dedup", "allgather", "flex"]
 
 
@@ -45,6 +47,11 @@ class Experts:
     def num_all(self) -> int:
         """E = F + Z, the router's width."""
         return self.num_ffn + self.num_zero_computation
+
+    @property
+    def is_vanilla(self) -> bool:
+        """The layer is megatron-core's own."""
+        return self.num_zero_computation == 0 and not self.gating_residual
 
     @property
     def ffn_per_token(self) -> float:
@@ -104,6 +111,7 @@ class Workload:
         causal_share: Share of the attention scores that are computed: half under a causal mask.
         extra_layers: MoE layers on the last stage beside `is_moe` (multi-token prediction), each
             with an output layer of its own.
+        modules: What computes, which decides what is kept for the backward pass.
     """
 
     hidden: int
@@ -118,9 +126,10 @@ class Workload:
     numbers: Numbers
     causal_share: float = 0.5
     extra_layers: int = 0
+    modules: Modules = "fused"
 
     @classmethod
-    def from_config(cls, config: Config) -> Workload:
+    def from_config(cls, config: Config, modules: Modules = "fused") -> Workload:
         """The workload that a checked configuration describes."""
         model, precision = config.model, config.precision
         return cls(
@@ -134,6 +143,7 @@ class Workload:
             tied=model.tie_embeddings,
             batch=config.training.global_batch_size,
             numbers=Numbers(precision.dtype, precision.recipe, precision.fp8_param),
+            modules=modules,
         )
 
     @property

@@ -1,0 +1,370 @@
+"""Step times of CPU ranks: a calibration, and what the cost model says of layouts outside it.
+
+    python benchmarks/cpu_step_times.py --json benchmarks/results/cpu_step_times.json
+
+For 1 and 2 ranks in turn, torchrun starts ranks once; they build one layout of the quickstart model
+after the other and take steps of it, in several passes over all layouts, every second one
+backwards, so that a machine that gets slower meets all alike. A layout's time is the median of its
+steps. Matrix products and the optimizer alone are timed too; exchanges are
+not, because in a step each waits for the rank that comes last, which alone they do not show. From the layouts that `LAYOUTS` calls
+"fit" and from these small measurements `planning.calibration` takes the machine's eight numbers;
+the other layouts are predicted. Every visit is written at once: started again, the command goes on
+where it was. With `--report` it only reads the file. A rank computes with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+_EP1 = "parallel.expert_model_parallel_size=1"
+_TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+_PP2 = "parallel.pipeline_model_parallel_size=2"
+_VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+_CP2 = "parallel.context_parallel_size=2"
+_FULL = (
+    "training.recompute_granularity=full",
+    "training.recompute_method=uniform",
+    "training.recompute_num_layers=1",
+)
+_MOE = ("training.recompute_granularity=selective", "training.recompute_modules=[moe]")
+_VANILLA = (
+    "moe.num_zero_experts=0",
+    "moe.num_copy_experts=0",
+    "moe.num_constant_experts=0",
+    "moe.gating_residual=false",
+)
+
+
+def _micro(sequences: int) -> str:
+    return f"training.micro_batch_size={sequences}"
+
+
+# Ranks -> name -> set and what differs from configs/quickstart.yaml (EP2, 4 micro-batches of 4
+# sequences in all, tau 0.75).
+LAYOUTS: dict[int, dict[str, tuple[str, tuple[str, ...]]]] = {
+    1: {
+        "1 rank": ("fit", (_EP1,)),
+        "1 rank, vanilla, mb 1": ("fit", (_EP1, _micro(1), *_VANILLA)),
+        "1 rank, mb 2": ("held out", (_EP1, _micro(2))),
+        "1 rank, recompute all": ("held out", (_EP1, *_FULL)),
+        "1 rank, tau 0.1": ("held out", (_EP1, "moe.tau=0.1")),
+    },
+    2: {
+        "EP2": ("fit", ()),
+        "EP2, mb 1": ("fit", (_micro(1),)),
+        "EP2, vanilla": ("fit", _VANILLA),
+        "EP2, recompute all": ("fit", _FULL),
+        "DP2": ("fit", (_EP1,)),
+        "DP2, tau 0.1, mb 8": ("fit", (_EP1, "moe.tau=0.1", _micro(8))),
+        "TP2": ("fit", (*_TP2, _EP1)),
+        "PP2": ("fit", (_PP2, _EP1)),
+        "CP2": ("fit", (_CP2, _EP1)),
+        "EP2, mb 2": ("held out", (_micro(2),)),
+        "EP2, mb 8": ("held out", (_micro(8),)),
+        "EP2, tau 0.1": ("held out", ("moe.tau=0.1",)),
+        "EP2, dedup": ("held out", ("moe.dispatcher=alltoall_dedup",)),
+        "EP2, allgather": ("held out", ("moe.dispatcher=allgather",)),
+        "EP2, recompute moe": ("held out", _MOE),
+        "TP2 EP2": ("held out", _TP2),
+        "TP2 ETP2": ("held out", (*_TP2, _EP1, "parallel.expert_tensor_parallel_size=2")),
+        "TP2, mb 8": ("held out", (*_TP2, _EP1, _micro(8))),
+        "PP2, mb 2": ("held out", (_PP2, _EP1, _micro(2))),
+        "PP2 VPP2, mb 2": ("held out", (_PP2, _VPP2, _EP1, _micro(2))),
+        "PP2, vanilla, mb 1": ("held out", (_PP2, _EP1, _micro(1), *_VANILLA)),
+        "CP2 EP2": ("held out", (_CP2,)),
+        "DP2, mb 1": ("held out", (_EP1, _micro(1))),
+        "DP2, vanilla": ("held out", (_EP1, *_VANILLA)),
+    },
+}
+# Rows, columns, inner dimension: the quickstart model's experts, projections, gradients, logits.
+PRODUCTS = (
+    (1024, 576, 192),
+    (1024, 4096, 192),
+    (4096, 192, 1024),
+    (128, 1024, 192),
+    (1024, 192, 128),
+    (32, 1024, 192),
+    (1024, 192, 32),
+)
+# Elements of the embedding.
+TABLE = 4096 * 192
+
+
+class Visits:
+    """What has been measured, on disk after each visit.
+
+    Args:
+        path: The file; may exist.
+        writes: Whether this process writes it.
+    """
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        self._path, self._writes = path, writes
+        self.entries: list[dict[str, Any]] = []
+        if path.exists():
+            self.entries = json.loads(path.read_text())["visits"]
+
+    def has(self, **keys: object) -> bool:
+        """Whether a visit with these values is there."""
+        return any(all(e.get(k) == v for k, v in keys.items()) for e in self.entries)
+
+    def add(self, entry: dict[str, Any], **more: object) -> None:
+        """Keep a visit and write the file."""
+        from moepp_megatron.observe.atomic import write_atomic
+
+        self.entries.append(entry)
+        if self._writes:
+            content = {"cores": cores(), "visits": self.entries, **more}
+            write_atomic(self._path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def configuration(settings: tuple[str, ...], folder: str = "unused") -> Any:
+    """The quickstart model with these settings."""
+    from moepp_megatron.config import load_config
+
+    return load_config(QUICKSTART, [f"run.dir={folder}", *settings])
+
+
+def measure(path: Path, passes: int, steps: int) -> None:
+    """On every rank: all layouts of this number of ranks, in passes."""
+    import torch
+    import torch.distributed as dist
+
+    from moepp_megatron.runtime.distributed import joined
+    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.rank import RankEnvironment
+
+    quiet()
+    logging.disable()
+    rank = RankEnvironment.read()
+    with joined(rank), tempfile.TemporaryDirectory() as folder:
+        torch.set_num_threads(1)
+        visits = Visits(path, rank.rank == 0)
+        ranks = dist.get_world_size()
+        for number in range(passes):
+            if not visits.has(ranks=ranks, round=number, layout="parts"):
+                parts = [*_time_products(), _time_optimizer()]
+                entry = {"ranks": ranks, "round": number, "layout": "parts", "parts": parts}
+                visits.add(entry)
+            names = list(LAYOUTS[ranks])
+            for name in names[:: 1 if number % 2 == 0 else -1]:
+                if visits.has(ranks=ranks, round=number, layout=name):
+                    continue
+                seconds, processor = _time_layout(LAYOUTS[ranks][name][1], folder, steps)
+                entry = {"ranks": ranks, "round": number, "layout": name, "seconds": seconds}
+                visits.add({**entry, "processor": processor})
+                if rank.rank == 0:
+                    print(f"{ranks} ranks, pass {number}, {name}: {seconds}", flush=True)
+
+
+def _time_layout(
+    settings: tuple[str, ...], folder: str, steps: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of steps after one that warms up, and processor time of this rank in them."""
+    import torch.distributed as dist
+    from fresh_ranks import forget_model
+
+    from moepp_megatron.bench.step import Stepper
+    from moepp_megatron.config import Layout
+    from moepp_megatron.runtime.distributed import build_groups
+
+    config = configuration(settings, folder)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    stepper = Stepper(config, layout)
+    stepper.step()
+    seconds, processor = [], []
+    for _ in range(steps):
+        began = time.process_time()
+        seconds.append(_seconds(stepper.step))
+        processor.append(time.process_time() - began)
+    del stepper
+    forget_model()
+    return seconds, processor
+
+
+def _seconds(work: Callable[[], object], repeats: int = 1) -> float:
+    """Seconds a call, from all ranks' start to all ranks' end."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    dist.barrier()
+    return (time.perf_counter() - began) / repeats
+
+
+def _time_products() -> list[list[Any]]:
+    """Rows, columns, inner dimension, seconds of each of `PRODUCTS`."""
+    import torch
+
+    found = []
+    for m, n, k in PRODUCTS:
+        left, right = torch.randn(m, k), torch.randn(k, n)
+        repeats = max(int(2e9 / (2 * m * n * k)), 1)
+        multiply = partial(torch.mm, left, right)
+        found.append(["product", m, n, k, _processor_seconds(multiply, repeats)])
+    return found
+
+
+def _time_optimizer() -> list[Any]:
+    """Parameters and seconds of their update."""
+    import torch
+
+    weight = torch.nn.Parameter(torch.randn(TABLE))
+    weight.grad = torch.randn_like(weight)
+    optimizer = torch.optim.AdamW([weight], lr=1e-3)
+    return ["optimizer", weight.numel(), _processor_seconds(optimizer.step, 10)]
+
+
+def _processor_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Processor seconds a call that waits for nobody, all ranks at once; median of three."""
+    import torch.distributed as dist
+
+    work()
+    times = []
+    for _ in range(3):
+        dist.barrier()
+        began = time.process_time()
+        for _ in range(repeats):
+            work()
+        times.append((time.process_time() - began) / repeats)
+    return statistics.median(times)
+
+
+def _part(key: list[Any], ranks: int, number_of_cores: int, seconds: float) -> Any:
+    """The observation of a single operation; its processor time knows no turns."""
+    from moepp_megatron.planning import calibration
+
+    kind, *sizes = key
+    at_once = min(ranks, number_of_cores)
+    if kind == "product":
+        return calibration.product_observation(tuple(sizes), at_once, seconds)
+    return calibration.optimizer_observation(sizes[0], seconds)
+
+
+def read_rates(path: Path) -> Any:
+    """Rates of a file of results."""
+    from moepp_megatron.planning.cpu_rates import parse_rates
+
+    return parse_rates(json.loads(path.read_text()).get("rates"), str(path))
+
+
+def report(path: Path, clock: str = "seconds", source: Path | None = None) -> list[str]:
+    """Fits, predicts, writes both into the file; the table as lines of Markdown."""
+    from dataclasses import asdict
+
+    from moepp_megatron.config import Layout
+    from moepp_megatron.observe.atomic import write_atomic
+    from moepp_megatron.planning.calibration import Observation, fit, layout_observation
+
+    content = json.loads(path.read_text())
+    number_of_cores, visits = content["cores"], content["visits"]
+    times: dict[tuple[int, str], list[float]] = defaultdict(list)
+    small: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for visit in visits:
+        if visit["layout"] != "parts":
+            times[visit["ranks"], visit["layout"]] += visit[clock]
+            continue
+        for *key, seconds in visit["parts"]:
+            small[visit["ranks"], *key].append(seconds)
+    parts: list[Observation] = []
+    for (ranks, *key), seconds in small.items():
+        parts.append(_part(key, ranks, number_of_cores, statistics.median(seconds)))
+    rows = []
+    for (ranks, name), seconds in times.items():
+        kind, settings = LAYOUTS[ranks][name]
+        config = configuration(settings)
+        observation = layout_observation(
+            config, Layout.from_config(config, ranks), number_of_cores, statistics.median(seconds)
+        )
+        rows.append((kind, name, ranks, observation))
+    fitted = [observation for kind, _, _, observation in rows if kind == "fit"]
+    rates = fit(fitted, parts) if source is None else read_rates(source)
+    lines = ["| layout | ranks | set | predicted ms | measured ms | error |", "|" + "---|" * 6]
+    errors, table = defaultdict(list), []
+    for kind, name, ranks, one in sorted(rows, key=lambda row: (row[0] != "fit", row[2])):
+        said = one.predict(rates)
+        error = said / one.seconds - 1
+        errors[kind].append(abs(error))
+        row = {"layout": name, "ranks": ranks, "set": kind, "predicted_s": said}
+        table.append({**row, "measured_s": one.seconds, "error": error})
+        lines.append(
+            f"| {name} | {ranks} | {kind} | {said * 1e3:.0f} | {one.seconds * 1e3:.0f} "
+            f"| {error:+.1%} |"
+        )
+    for kind, values in errors.items():
+        lines.append(
+            f"\n{kind}: {len(values)} layouts, median error {statistics.median(values):.1%}, "
+            f"largest {max(values):.1%}"
+        )
+    lines.append("\nrates: " + ", ".join(f"{k} {v:.3g}" for k, v in asdict(rates).items()))
+    content |= {"rates": asdict(rates), "table": table}
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    return lines
+
+
+def main() -> None:
+    """Start ranks, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--json", type=Path, required=True, help="Results; goes on with what it has."
+    )
+    parser.add_argument("--passes", type=int, default=3, help="Visits of each layout.")
+    parser.add_argument("--steps", type=int, default=2, help="Timed steps of a visit.")
+    parser.add_argument("--ranks", type=int, nargs="*", default=list(LAYOUTS))
+    parser.add_argument("--report", action="store_true", help="Only read the file.")
+    parser.add_argument(
+        "--clock",
+        choices=["seconds", "processor"],
+        default="seconds",
+        help="What counts as a step's time; processor time of rank 0 leaves out all waiting.",
+    )
+    parser.add_argument(
+        "--rates",
+        type=Path,
+        help="Results of another run, whose rates are taken; nothing is fitted.",
+    )
+    parser.add_argument("--on-rank", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    path = arguments.json.resolve()
+    if arguments.on_rank:
+        measure(path, arguments.passes, arguments.steps)
+        return
+    if not arguments.report:
+        for ranks in arguments.ranks:
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                str(ranks),
+            ]
+            command += [__file__, "--json", str(path), "--on-rank"]
+            command += ["--passes", str(arguments.passes), "--steps", str(arguments.steps)]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    print("\n".join(report(path, arguments.clock, arguments.rates)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What megatron-core's own modules do on a CPU where fused modules do less.
+
+The core multiplies all scores, masked ones too, and passes over them for mask and softmax; a norm
+is five elementwise operations; each weight's gradient is computed by itself and then added to the
+buffer that is reduced; experts run one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moepp_megatron.planning.grid import Grid
+from moepp_megatron.planning.rates import Product, Work
+from moepp_megatron.planning.workload import Workload
+
+# Passes over a hidden tensor [T, D] of two norms and two additions, forward and backward.
+NORM_PASSES = (20.0, 36.0)
+NORM_KERNELS = (14, 30)
+# Passes over queries and keys: two products, a rotation by halves, a sum.
+ROTATION_PASSES = 3
+# Passes over [rows, I] between the two products of an FFN: silu, product, gate, and what splits and
+# joins the halves; of this package's experts, and of a chain of modules.
+INNER_PASSES = {"experts": (8, 18), "chain": (14, 30)}
+# Of each expert of a rank: two products, silu, gates, copies.
+EXPERT_KERNELS = (8, 18)
+
+
+def accumulation_bytes(weights: float) -> float:
+    """A fresh gradient is read and added to the buffer's, all in fp32."""
+    return 12.0 * weights
+
+
+def with_local_core(
+    load: Workload, grid: Grid, forward: Work, backward: Work
+) -> tuple[Work, Work, Work]:
+    """Attention's forward and backward work with the core that a CPU runs, and the core alone.
+
+    Args:
+        load: The model.
+        grid: The layout.
+        forward: Of the attention; its fused core is left out.
+        backward: The same.
+    """
+    ahead, back = (_scores_core if grid.cp == 1 else _ring_core)(load, grid)
+    return _with_core(forward, ahead), _with_core(backward, back), ahead
+
+
+def _with_core(work: Work, core: Work) -> Work:
+    return replace(
+        work,
+        products=work.products + core.products,
+        core_flop=0.0,
+        moved=work.moved + core.moved,
+        kernels=work.kernels + core.kernels,
+    )
+
+
+def _scores_core(load: Workload, grid: Grid) -> tuple[Work, Work]:
+    """megatron-core's `DotProductAttention`: [s, s] scores of every head."""
+    attention, s = load.attention, load.seq
+    heads = grid.micro_batch * attention.heads // grid.tp
+    number = load.numbers.dtype
+    qk, v = attention.qk_dim, attention.v_dim
+    scores = Product(s, s, qk, heads, number)
+    context = Product(s, v, s, heads, number)
+    elements = 4.0 * heads * s * s
+    ahead = Work((scores, context), moved=4 * elements, kernels=10)
+    gradients = (
+        Product(s, s, v, heads, number),
+        Product(s, v, s, heads, number),
+        Product(s, qk, s, heads, number),
+        Product(s, qk, s, heads, number),
+    )
+    return ahead, Work(gradients, moved=7 * elements, kernels=16)
+
+
+def _ring_core(load: Workload, grid: Grid) -> tuple[Work, Work]:
+    """`ContextParallelAttention`: two chunks of queries, each on the keys up to its end."""
+    attention, number = load.attention, load.numbers.dtype
+    heads = grid.micro_batch * attention.heads // grid.tp
+    chunk = load.seq / (2 * grid.cp)
+    # An early and a late chunk together see this many keys, on every rank alike.
+    keys = load.seq * (2 * grid.cp + 1) / (2 * grid.cp)
+    ahead = (
+        Product(chunk, keys, attention.qk_dim, heads, number),
+        Product(chunk, attention.v_dim, keys, heads, number),
+    )
+    repeated = Product(chunk, keys, attention.qk_dim, heads, number)
+    back = (repeated, *ahead, *ahead)
+    return Work(ahead, kernels=20), Work(back, kernels=30)
