@@ -5,11 +5,12 @@
 For 1 and 2 ranks in turn, torchrun starts ranks once; they build one layout of the quickstart model
 after the other and take steps of it, in several passes over all layouts, every second one
 backwards, so that a machine that gets slower meets all alike. A layout's time is the median of its
-steps. Matrix products and the optimizer alone are timed too; exchanges are
-not, because in a step each waits for the rank that comes last, which alone they do not show. From the layouts that `LAYOUTS` calls
-"fit" and from these small measurements `planning.calibration` takes the machine's eight numbers;
-the other layouts are predicted. Every visit is written at once: started again, the command goes on
-where it was. With `--report` it only reads the file. A rank computes with one thread.
+steps. Matrix products and the optimizer alone are timed too; exchanges are not, because in a step
+each waits for the rank that comes last, which alone they do not show. From the layouts that
+`LAYOUTS` calls "fit" and from these small measurements `planning.calibration` takes the machine's
+eight numbers; the other layouts are predicted. Every visit is written at once: started again, the
+command goes on where it was. With `--report` it only reads the file. A rank computes with one
+thread.
 """
 
 from __future__ import annotations

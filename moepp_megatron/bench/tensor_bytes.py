@@ -41,12 +41,13 @@ def tensor_bytes(prepare: Callable[[], Callable[[], object]]) -> TensorBytes:
     Args:
         prepare: Makes everything that counts, and returns the work to measure.
     """
-    # Blocks from before the work are followed too: some are freed within it.
+    # It must have seen blocks begin to tell of their end: some end within the work.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work = prepare()
         # What only cycles of Python objects hold goes at a time that nobody can foresee.
         gc.collect()
-        before = live_bytes()
+        blocks = _live()
+        before = sum(blocks.values())
         with record_function(_MARK):
             work()
     gc.collect()
@@ -54,26 +55,30 @@ def tensor_bytes(prepare: Callable[[], Callable[[], object]]) -> TensorBytes:
     assert profiled.profiler is not None, "a profile that ended has results"
     results = profiled.profiler.kineto_results
     began = next(event.start_ns() for event in results.events() if event.name() == _MARK)
-    blocks: dict[int, int] = {}
     held = peak = before
     for when, address, size in sorted(_changes(results.experimental_event_tree())):
-        change = max(size, 0) - blocks.pop(address, 0)
+        if when < began:
+            continue
+        held += max(size, 0) - blocks.pop(address, 0)
         if size > 0:
             blocks[address] = size
-        if when >= began:
-            held += change
-            peak = max(peak, held)
+        peak = max(peak, held)
     return TensorBytes(before, peak, held - after)
 
 
 def live_bytes() -> int:
     """Bytes of the storages of all tensors that Python knows, each once."""
+    return sum(_live().values())
+
+
+def _live() -> dict[int, int]:
+    """Address and bytes of the storages of all tensors that Python knows."""
     sizes: dict[int, int] = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+    return sizes
 
 
 def _changes(events: list[Any]) -> Iterator[tuple[int, int, int]]:
