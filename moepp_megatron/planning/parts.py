@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moepp_megatron.planning import local_work as local
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.links import distinct_targets
+from moepp_megatron.planning.local_core import with_local_core
+from moepp_megatron.planning.module_costs import COSTS
 from moepp_megatron.planning.rates import Product, Work
 from moepp_megatron.planning.workload import Workload
 
@@ -92,10 +93,9 @@ def _linear(
         Product(rows, inputs, outputs, groups, number),
         Product(outputs, inputs, rows, groups, number),
     )
-    if load.modules == "local":
-        return forward, backward, 0.0, local.accumulation_bytes(outputs * inputs * groups)
     if load.numbers.fp8 is None:
-        return forward, backward, 0.0, 0.0
+        accumulated = COSTS[load.modules].accumulated * outputs * inputs * groups
+        return forward, backward, 0.0, accumulated
     element = _QUANTISE[load.numbers.fp8]
     return forward, backward, element * rows * inputs * groups, element * rows * outputs * groups
 
@@ -129,7 +129,7 @@ def _attention(load: Workload, grid: Grid) -> Part:
     # The rotation reads and writes queries and keys; query/key norms do so again.
     turned = 2 * size * group * heads * 2 * attention.qk_dim
     moved = turned * (2 if attention.norm_parameters() else 1)
-    moved *= local.ROTATION_PASSES if load.modules == "local" else 1
+    moved *= COSTS[load.modules].rotation
     number = load.numbers.dtype
     ahead_work = Work(
         forward, core, load.seq // grid.cp, moved + moved_forward, 12, core_number=number
@@ -146,7 +146,7 @@ def _attention(load: Workload, grid: Grid) -> Part:
     )
     again, core_again = Work(), Work((), core, load.seq // grid.cp, 0.0, 1, core_number=number)
     if load.modules == "local":
-        ahead_work, back_work, core_again = local.with_local_core(load, grid, ahead_work, back_work)
+        ahead_work, back_work, core_again = with_local_core(load, grid, ahead_work, back_work)
     if grid.recomputes_all:
         again = ahead_work
     elif "core_attn" in grid.recompute:
@@ -159,18 +159,11 @@ def _attention(load: Workload, grid: Grid) -> Part:
 def _norms(load: Workload, grid: Grid) -> Part:
     """Two RMSNorms and two additions to the residual stream."""
     tensor = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
-    forward, backward = Work(moved=10.0 * tensor, kernels=4), Work(moved=10.0 * tensor, kernels=6)
-    again = Work(moved=4.0 * tensor, kernels=2)
-    if load.modules == "local":
-        passes, kernels = local.NORM_PASSES, local.NORM_KERNELS
-        forward = again = Work(moved=passes[0] * tensor, kernels=kernels[0])
-        backward = Work(moved=passes[1] * tensor, kernels=kernels[1])
+    costs = COSTS[load.modules]
+    forward = Work(moved=costs.norms[0] * tensor, kernels=costs.norm_kernels[0])
+    backward = Work(moved=costs.norms[1] * tensor, kernels=costs.norm_kernels[1])
+    again = Work(moved=costs.norms_again[0] * tensor, kernels=costs.norms_again[1])
     return Part("norms", forward, backward, _again(grid, "layernorm", again))
-
-
-def _inner_passes(load: Workload, kind: str) -> tuple[int, int]:
-    """Passes over the inner tensor of an FFN, forward and backward; fused: one kernel each."""
-    return local.INNER_PASSES[kind] if load.modules == "local" else (3, 6)
 
 
 def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> Part:
@@ -180,7 +173,7 @@ def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> P
     first = _linear(load, rows, 2 * width, load.hidden)
     second = _linear(load, rows, load.hidden, width)
     size = load.numbers.activation_bytes
-    passes = _inner_passes(load, "chain")
+    passes = COSTS[load.modules].chain
     forward = Work(
         first[0] + second[0],
         moved=passes[0] * size * rows * width + first[2] + second[2],
@@ -242,19 +235,17 @@ def _experts(load: Workload, grid: Grid, rows: float) -> Part:
     first = _linear(load, rows / experts, 2 * width, load.hidden, experts)
     second = _linear(load, rows / experts, load.hidden, width, experts)
     activation = load.numbers.activation_bytes * rows * width
-    kernels = (6, 10)
-    if load.modules == "local":
-        kernels = (local.EXPERT_KERNELS[0] * experts, local.EXPERT_KERNELS[1] * experts)
-    passes = _inner_passes(load, "chain" if load.experts.is_vanilla else "experts")
+    costs = COSTS[load.modules]
+    passes = costs.chain if load.experts.is_vanilla else costs.experts
     forward = Work(
         first[0] + second[0],
         moved=passes[0] * activation + first[2] + second[2],
-        kernels=kernels[0],
+        kernels=costs.layer_kernels[0] + costs.expert_kernels[0] * experts,
     )
     backward = Work(
         first[1] + second[1],
         moved=passes[1] * activation + first[3] + second[3],
-        kernels=kernels[1],
+        kernels=costs.layer_kernels[1] + costs.expert_kernels[1] * experts,
     )
     again = _again(grid, "moe", forward)
     if "moe_act" in grid.recompute:
@@ -285,11 +276,9 @@ def _zero_computation(load: Workload, grid: Grid) -> Part:
 def embedding_part(load: Workload, grid: Grid) -> Part:
     """Rows of the table are read; backward their gradients are added to it."""
     tensor = grid.tokens(load.seq) * grid.tp * load.hidden * load.numbers.activation_bytes
+    costs = COSTS[load.modules]
     backward = 3.0 * tensor
-    if load.modules == "local":
-        # A whole table of gradients, most of them 0, is made and added to the others.
-        backward += 4.0 * load.vocab / grid.tp * load.hidden
-        backward += local.accumulation_bytes(load.vocab / grid.tp * load.hidden)
+    backward += (costs.table + costs.accumulated) * load.vocab / grid.tp * load.hidden
     return Part("output", Work(moved=2.0 * tensor, kernels=3), Work(moved=backward, kernels=3))
 
 
@@ -304,7 +293,7 @@ def output_part(load: Workload, grid: Grid) -> Part:
         Product(width, load.hidden, rows, 1, number),
     )
     logits = rows * width
-    accumulated = local.accumulation_bytes(width * load.hidden) if load.modules == "local" else 0.0
+    accumulated = COSTS[load.modules].accumulated * width * load.hidden
     # Logits to fp32, their maximum, exponentials and sum; backward one pass.
     return Part(
         "output",

@@ -1,8 +1,6 @@
-"""What megatron-core's own modules do on a CPU where fused modules do less.
+"""The core of attention that a CPU runs in place of a fused one.
 
-The core multiplies all scores, masked ones too, and passes over them for mask and softmax; a norm
-is five elementwise operations; each weight's gradient is computed by itself and then added to the
-buffer that is reduced; experts run one after the other.
+It multiplies all scores, masked ones too, and passes over them for mask and softmax.
 """
 
 from __future__ import annotations
@@ -12,22 +10,6 @@ from dataclasses import replace
 from moepp_megatron.planning.grid import Grid
 from moepp_megatron.planning.rates import Product, Work
 from moepp_megatron.planning.workload import Workload
-
-# Passes over a hidden tensor [T, D] of two norms and two additions, forward and backward.
-NORM_PASSES = (20.0, 36.0)
-NORM_KERNELS = (14, 30)
-# Passes over queries and keys: two products, a rotation by halves, a sum.
-ROTATION_PASSES = 3
-# Passes over [rows, I] between the two products of an FFN: silu, product, gate, and what splits and
-# joins the halves; of this package's experts, and of a chain of modules.
-INNER_PASSES = {"experts": (8, 18), "chain": (14, 30)}
-# Of each expert of a rank: two products, silu, gates, copies.
-EXPERT_KERNELS = (8, 18)
-
-
-def accumulation_bytes(weights: float) -> float:
-    """A fresh gradient is read and added to the buffer's, all in fp32."""
-    return 12.0 * weights
 
 
 def with_local_core(
