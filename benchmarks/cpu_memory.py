@@ -109,8 +109,7 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
 
 def measure(name: str, settings: tuple[str, ...], folder: Path, rss: bool) -> list[dict[str, Any]]:
     """Estimate and measurement on every rank; every rank calls and gets all."""
-    from fresh_ranks import forget_model
-
+    from moepp_megatron.bench.fresh_ranks import forget_model
     from moepp_megatron.bench.step import Stepper
     from moepp_megatron.bench.tensor_bytes import tensor_bytes
     from moepp_megatron.config import Layout, load_config

@@ -182,8 +182,8 @@ def _time_layout(
 ) -> tuple[list[float], list[float]]:
     """Seconds of steps after one that warms up, and processor time of this rank in them."""
     import torch.distributed as dist
-    from fresh_ranks import forget_model
 
+    from moepp_megatron.bench.fresh_ranks import forget_model
     from moepp_megatron.bench.step import Stepper
     from moepp_megatron.config import Layout
     from moepp_megatron.runtime.distributed import build_groups
