@@ -74,7 +74,9 @@ def chunks_in_flight(pp: int, vpp: int, rank: int, micro_batches: int) -> float:
 
     megatron-core's schedules: 1F1B warms up p - 1 - rank micro-batches, the interleaved one
     2 (p - 1 - rank) + (v - 1) p chunks; one more is at work
-    (megatron/core/pipeline_parallel/schedules.py, `get_pp_rank_microbatches`).
+    (megatron/core/pipeline_parallel/schedules.py, `get_pp_rank_microbatches`). The combined
+    schedule warms up one more and holds as many: in a pair, layer by layer, the backward pass frees
+    what the forward pass takes.
     """
     if vpp == 1:
         return min(pp - rank, micro_batches)
