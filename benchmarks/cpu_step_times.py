@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,13 @@ class Visits:
         """Whether a visit with these values is there."""
         return any(all(e.get(k) == v for k, v in keys.items()) for e in self.entries)
 
-    def add(self, entry: dict[str, Any], **more: object) -> None:
+    def add(self, entry: dict[str, Any]) -> None:
         """Keep a visit and write the file."""
         from moepp_megatron.observe.atomic import write_atomic
 
         self.entries.append(entry)
         if self._writes:
-            content = {"cores": cores(), "visits": self.entries, **more}
+            content = {"cores": cores(), "visits": self.entries}
             write_atomic(self._path, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -170,17 +171,14 @@ def measure(path: Path, passes: int, steps: int) -> None:
             for name in names[:: 1 if number % 2 == 0 else -1]:
                 if visits.has(ranks=ranks, round=number, layout=name):
                     continue
-                seconds, processor = _time_layout(LAYOUTS[ranks][name][1], folder, steps)
-                entry = {"ranks": ranks, "round": number, "layout": name, "seconds": seconds}
-                visits.add({**entry, "processor": processor})
+                seconds = _time_layout(LAYOUTS[ranks][name][1], folder, steps)
+                visits.add({"ranks": ranks, "round": number, "layout": name, "seconds": seconds})
                 if rank.rank == 0:
                     print(f"{ranks} ranks, pass {number}, {name}: {seconds}", flush=True)
 
 
-def _time_layout(
-    settings: tuple[str, ...], folder: str, steps: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of steps after one that warms up, and processor time of this rank in them."""
+def _time_layout(settings: tuple[str, ...], folder: str, steps: int) -> list[float]:
+    """Seconds of steps after one that warms up."""
     import torch.distributed as dist
 
     from moepp_megatron.bench.fresh_ranks import forget_model
@@ -193,26 +191,21 @@ def _time_layout(
     build_groups(config, layout)
     stepper = Stepper(config, layout)
     stepper.step()
-    seconds, processor = [], []
-    for _ in range(steps):
-        began = time.process_time()
-        seconds.append(_seconds(stepper.step))
-        processor.append(time.process_time() - began)
+    seconds = [_seconds(stepper.step) for _ in range(steps)]
     del stepper
     forget_model()
-    return seconds, processor
+    return seconds
 
 
-def _seconds(work: Callable[[], object], repeats: int = 1) -> float:
-    """Seconds a call, from all ranks' start to all ranks' end."""
+def _seconds(work: Callable[[], object]) -> float:
+    """Seconds of a call, from all ranks' start to all ranks' end."""
     import torch.distributed as dist
 
     dist.barrier()
     began = time.perf_counter()
-    for _ in range(repeats):
-        work()
+    work()
     dist.barrier()
-    return (time.perf_counter() - began) / repeats
+    return time.perf_counter() - began
 
 
 def _time_products() -> list[list[Any]]:
@@ -253,17 +246,6 @@ def _processor_seconds(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def _part(key: list[Any], ranks: int, number_of_cores: int, seconds: float) -> Any:
-    """The observation of a single operation; its processor time knows no turns."""
-    from moepp_megatron.planning import calibration
-
-    kind, *sizes = key
-    at_once = min(ranks, number_of_cores)
-    if kind == "product":
-        return calibration.product_observation(tuple(sizes), at_once, seconds)
-    return calibration.optimizer_observation(sizes[0], seconds)
-
-
 def read_rates(path: Path) -> Any:
     """Rates of a file of results."""
     from moepp_megatron.planning.cpu_rates import parse_rates
@@ -271,58 +253,81 @@ def read_rates(path: Path) -> Any:
     return parse_rates(json.loads(path.read_text()).get("rates"), str(path))
 
 
-def report(path: Path, clock: str = "seconds", source: Path | None = None) -> list[str]:
-    """Fits, predicts, writes both into the file; the table as lines of Markdown."""
-    from dataclasses import asdict
+def _single_operations(content: dict[str, Any]) -> list[Any]:
+    """Observations of operations alone: the median of each; processor time knows no turns."""
+    from moepp_megatron.planning import calibration
 
+    times: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for visit in content["visits"]:
+        for *key, seconds in visit.get("parts", []):
+            times[visit["ranks"], *key].append(seconds)
+    found = []
+    for (ranks, kind, *sizes), seconds in times.items():
+        median = statistics.median(seconds)
+        if kind == "product":
+            at_once = min(ranks, content["cores"])
+            found.append(calibration.product_observation(tuple(sizes), at_once, median))
+        else:
+            found.append(calibration.optimizer_observation(sizes[0], median))
+    return found
+
+
+def _layouts(content: dict[str, Any]) -> list[tuple[str, str, int, Any]]:
+    """Set, name, ranks and observation of every layout, the calibration's first."""
     from moepp_megatron.config import Layout
-    from moepp_megatron.observe.atomic import write_atomic
-    from moepp_megatron.planning.calibration import Observation, fit, layout_observation
+    from moepp_megatron.planning.calibration import layout_observation
 
-    content = json.loads(path.read_text())
-    number_of_cores, visits = content["cores"], content["visits"]
     times: dict[tuple[int, str], list[float]] = defaultdict(list)
-    small: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-    for visit in visits:
+    for visit in content["visits"]:
         if visit["layout"] != "parts":
-            times[visit["ranks"], visit["layout"]] += visit[clock]
-            continue
-        for *key, seconds in visit["parts"]:
-            small[visit["ranks"], *key].append(seconds)
-    parts: list[Observation] = []
-    for (ranks, *key), seconds in small.items():
-        parts.append(_part(key, ranks, number_of_cores, statistics.median(seconds)))
-    rows = []
+            times[visit["ranks"], visit["layout"]] += visit["seconds"]
+    found = []
     for (ranks, name), seconds in times.items():
         kind, settings = LAYOUTS[ranks][name]
         config = configuration(settings)
-        observation = layout_observation(
-            config, Layout.from_config(config, ranks), number_of_cores, statistics.median(seconds)
-        )
-        rows.append((kind, name, ranks, observation))
-    fitted = [observation for kind, _, _, observation in rows if kind == "fit"]
-    rates = fit(fitted, parts) if source is None else read_rates(source)
-    lines = ["| layout | ranks | set | predicted ms | measured ms | error |", "|" + "---|" * 6]
-    errors, table = defaultdict(list), []
-    for kind, name, ranks, one in sorted(rows, key=lambda row: (row[0] != "fit", row[2])):
+        layout = Layout.from_config(config, ranks)
+        median = statistics.median(seconds)
+        observation = layout_observation(config, layout, content["cores"], median)
+        found.append((kind, name, ranks, observation))
+    return sorted(found, key=lambda one: (one[0] != "fit", one[2]))
+
+
+def report(path: Path, source: Path | None = None) -> list[str]:
+    """Fits (or takes rates of another file), predicts, writes both; the table in Markdown."""
+    from moepp_megatron.observe.atomic import write_atomic
+    from moepp_megatron.planning.calibration import fit
+
+    content = json.loads(path.read_text())
+    layouts = _layouts(content)
+    if source is None:
+        steps = [observation for kind, _, _, observation in layouts if kind == "fit"]
+        rates = fit(steps, _single_operations(content))
+    else:
+        rates = read_rates(source)
+    table = []
+    for kind, name, ranks, one in layouts:
         said = one.predict(rates)
-        error = said / one.seconds - 1
-        errors[kind].append(abs(error))
         row = {"layout": name, "ranks": ranks, "set": kind, "predicted_s": said}
-        table.append({**row, "measured_s": one.seconds, "error": error})
-        lines.append(
-            f"| {name} | {ranks} | {kind} | {said * 1e3:.0f} | {one.seconds * 1e3:.0f} "
-            f"| {error:+.1%} |"
-        )
-    for kind, values in errors.items():
-        lines.append(
-            f"\n{kind}: {len(values)} layouts, median error {statistics.median(values):.1%}, "
-            f"largest {max(values):.1%}"
-        )
-    lines.append("\nrates: " + ", ".join(f"{k} {v:.3g}" for k, v in asdict(rates).items()))
+        table.append({**row, "measured_s": one.seconds, "error": said / one.seconds - 1})
     content |= {"rates": asdict(rates), "table": table}
     write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
-    return lines
+    return _lines(table, asdict(rates))
+
+
+def _lines(table: list[dict[str, Any]], rates: dict[str, float]) -> list[str]:
+    lines = ["| layout | ranks | set | predicted ms | measured ms | error |", "|" + "---|" * 6]
+    lines += [
+        f"| {row['layout']} | {row['ranks']} | {row['set']} | {row['predicted_s'] * 1e3:.0f} "
+        f"| {row['measured_s'] * 1e3:.0f} | {row['error']:+.1%} |"
+        for row in table
+    ]
+    for kind in dict.fromkeys(row["set"] for row in table):
+        errors = [abs(row["error"]) for row in table if row["set"] == kind]
+        lines.append(
+            f"\n{kind}: {len(errors)} layouts, median error {statistics.median(errors):.1%}, "
+            f"largest {max(errors):.1%}"
+        )
+    return [*lines, "\nrates: " + ", ".join(f"{k} {v:.3g}" for k, v in rates.items())]
 
 
 def main() -> None:
@@ -335,12 +340,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="Timed steps of a visit.")
     parser.add_argument("--ranks", type=int, nargs="*", default=list(LAYOUTS))
     parser.add_argument("--report", action="store_true", help="Only read the file.")
-    parser.add_argument(
-        "--clock",
-        choices=["seconds", "processor"],
-        default="seconds",
-        help="What counts as a step's time; processor time of rank 0 leaves out all waiting.",
-    )
     parser.add_argument(
         "--rates",
         type=Path,
@@ -364,7 +363,7 @@ def main() -> None:
             command += [__file__, "--json", str(path), "--on-rank"]
             command += ["--passes", str(arguments.passes), "--steps", str(arguments.steps)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    print("\n".join(report(path, arguments.clock, arguments.rates)))
+    print("\n".join(report(path, arguments.rates)))
 
 
 if __name__ == "__main__":
