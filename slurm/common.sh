@@ -9,6 +9,7 @@
 #   MOEPP_COMMAND             array: how to call moepp
 #   MOEPP_RANKS_PER_NODE      ranks a node (default: its GPUs, or 1)
 #   MOEPP_MAX_RESTARTS        how often ranks start anew inside the job
+#   MOEPP_RESTART_TIMEOUT     seconds that nodes wait inside the job for a node whose ranks have died
 #   MOEPP_MAX_REQUEUES        how often the job may start again
 #   MOEPP_REQUEUE_ON_FAILURE  1: also after a failure with a traceback
 #   MOEPP_PREFLIGHT           array: command that fails on a sick node; empty for none
@@ -19,11 +20,11 @@
 #   MOEPP_PROBE_TIMEOUT       seconds that nodes get to answer after a failure
 
 # Exit statuses of moepp.
-_MOEPP_USAGE=2 _MOEPP_UNFIT=3 _MOEPP_HUNG=70 _MOEPP_STOPPED=75
+_MOEPP_USAGE=2 _MOEPP_UNFIT=3 _MOEPP_HUNG=70 _MOEPP_LOST=71 _MOEPP_STOPPED=75
 
 : "${MOEPP_MAX_RESTARTS:=3}" "${MOEPP_MAX_REQUEUES:=20}" "${MOEPP_REQUEUE_ON_FAILURE:=0}"
 : "${MOEPP_CONTAINER:=none}" "${MOEPP_CONTAINER_IMAGE:=}" "${MOEPP_STEP_WAIT:=60}"
-: "${MOEPP_PROBE_TIMEOUT:=120}"
+: "${MOEPP_PROBE_TIMEOUT:=120}" "${MOEPP_RESTART_TIMEOUT:=120}"
 : "${MOEPP_RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
 : "${MOEPP_LOG_DIR:=${TMPDIR:-/tmp}/moepp-logs}"
 if [[ -z ${MOEPP_COMMAND[*]:-} ]]; then
@@ -128,7 +129,7 @@ _moepp_train() {
     local nodes=$1
     shift
     _moepp_launch "$nodes" train --resume --nproc "$MOEPP_RANKS_PER_NODE" \
-        --max-restarts "$MOEPP_MAX_RESTARTS" \
+        --max-restarts "$MOEPP_MAX_RESTARTS" --restart-timeout "$MOEPP_RESTART_TIMEOUT" \
         --log-dir "$MOEPP_LOG_DIR/$SLURM_JOB_ID.$_MOEPP_RESTART.$SECONDS" -- "$@"
 }
 
@@ -231,6 +232,9 @@ _moepp_after() {
     0) _moepp_say 'done' ;;
     "$_MOEPP_STOPPED") _moepp_requeue 'stopped on request and saved' ;;
     "$_MOEPP_HUNG") _moepp_requeue 'the run hung (see hangs/ in its folder)' ;;
+    "$_MOEPP_LOST")
+        _moepp_requeue "a node did not come back within $MOEPP_RESTART_TIMEOUT s after a failure"
+        ;;
     "$_MOEPP_USAGE" | "$_MOEPP_UNFIT") exit "$status" ;;
     *)
         if _moepp_lost_a_node; then _moepp_requeue "status $status; a node does not answer"; fi

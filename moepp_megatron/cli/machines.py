@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from moepp_megatron.config import ConfigError
@@ -10,8 +11,22 @@ if TYPE_CHECKING:
     from moepp_megatron.runtime.nodes import Nodes
 
 
-def machines(count: int, rank: int | None, endpoint: str | None, run_id: str) -> Nodes | None:
+def machines(
+    count: int,
+    rank: int | None,
+    endpoint: str | None,
+    run_id: str,
+    restart_timeout_s: int | None = None,
+) -> Nodes | None:
     """The machines of a run on several; None on one.
+
+    Args:
+        count: Machines.
+        rank: This machine from 0; None to let torchrun number them.
+        endpoint: HOST or HOST:PORT where the machines meet.
+        run_id: A name for this start of the run.
+        restart_timeout_s: How long they wait for each other after a failure, in seconds; None for
+            the default of `Nodes`.
 
     Raises:
         ConfigError: The options do not belong together.
@@ -32,6 +47,8 @@ def machines(count: int, rank: int | None, endpoint: str | None, run_id: str) ->
     try:
         host, port = parse_endpoint(endpoint)
         nodes = Nodes(count, rank, host, port, run_id)
+        if restart_timeout_s is not None:
+            nodes = dataclasses.replace(nodes, restart_timeout_s=restart_timeout_s)
         nodes.local_address()
     except ValueError as error:
         raise ConfigError(f"--rdzv-endpoint {error}; give for example node01:29500") from None

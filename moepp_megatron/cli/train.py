@@ -65,6 +65,14 @@ def train(
     rdzv_id: Annotated[
         str, typer.Option(help="A name for this start of the run, the same on all machines.")
     ] = "moepp",
+    restart_timeout: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Seconds that machines wait for each other after a failure (120 by default); "
+            "then they end with status 71.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, print rank grid and parameters, stop.")
     ] = False,
@@ -82,7 +90,7 @@ def train(
     # Read from the environment only: asking torch would cost seconds before an error shows.
     from moepp_megatron.runtime.rank import RankEnvironment
 
-    nodes = machines(nnodes, node_rank, rdzv_endpoint, rdzv_id)
+    nodes = machines(nnodes, node_rank, rdzv_endpoint, rdzv_id, restart_timeout)
     # Told to be a launcher it is none of srun's ranks, though srun may have started several.
     rank = RankEnvironment.read() if nodes is None else RankEnvironment()
     settings = load_config(config, overrides or [])

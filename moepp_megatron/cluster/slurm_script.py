@@ -102,6 +102,7 @@ class SlurmJob:
                 command=command,
                 ranks_per_node=self.ranks_per_node,
                 max_restarts=slurm.max_restarts,
+                restart_timeout=slurm.restart_timeout_s,
                 max_requeues=slurm.max_requeues,
                 requeue_on_failure=int(slurm.requeue_on_failure),
                 preflight=self._preflight(command),

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.runtime import cpu_support
+from moepp_megatron.runtime.launch import write_status
 from moepp_megatron.runtime.rank import RankEnvironment
 
 
@@ -131,6 +132,8 @@ def joined(
         stop()
         raise
     stop()
+    # The launcher then does not take the end of this rank for a failure elsewhere.
+    write_status(0)
 
 
 def _meeting_point(environment: RankEnvironment, timeout: timedelta) -> dist.Store:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import IO
 
 import psutil
 
+from moepp_megatron.runtime.meeting import Meeting
 from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.parent import die_with_parent
 from moepp_megatron.runtime.rank import NODE_RANK
@@ -27,6 +29,8 @@ from moepp_megatron.runtime.rank_environment import with_rank_variables
 STOPPED = 75
 # Exit status of a rank in a run in which nothing moved any more.
 HUNG = 70
+# Exit status of a machine that has waited for the other machines in vain.
+LOST = 71
 
 # torchrun turns every status of a rank but 0 into 1, and restarts all ranks. So ranks that stop on
 # request leave with 0, and what a status meant is written down here.
@@ -34,6 +38,8 @@ _STATUS_FILE = "MOEPP_STATUS_FILE"
 
 # By these a run is asked to stop.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# How often a launcher looks whether ranks run, where other machines may keep it waiting.
+_MEETING_POLL_S = 1.0
 # Longer than TORCH_ELASTIC_SHUTDOWN_TIMEOUT, so that torchrun is done first.
 _INTERRUPT_TIMEOUT_S = 20.0
 
@@ -75,8 +81,9 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
 
     Returns:
         The exit status: 0 when every rank of this machine ended with 0, or what a rank passed to
-        `leave` (such as `STOPPED`); `HUNG` when they stood still; 128 + number when this process
-        was asked by a signal to end ranks that are not stoppable; otherwise torchrun's.
+        `leave` (such as `STOPPED`); `HUNG` when they stood still; `LOST` when other machines stayed
+        away; 128 + number when this process was asked by a signal to end ranks that are not
+        stoppable; otherwise torchrun's.
     """
     interface = options.nodes.interface() if options.nodes is not None else None
     environment = with_rank_variables(os.environ, options.num_local_ranks, interface)
@@ -89,7 +96,7 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
     with tempfile.TemporaryDirectory(prefix="moepp-") as folder:
         status_file = Path(folder) / "status"
         environment[_STATUS_FILE] = str(status_file)
-        status = _run(_torchrun(options, module, arguments), environment, options)
+        status = _run(_torchrun(options, module, arguments), environment, options, status_file)
         written = int(status_file.read_text(encoding="ascii")) if status_file.exists() else 0
     # Ranks that leave end with 0, ranks that hang do not: a hang before torchrun started all of
     # them anew successfully is over, and so is a stop in a run that failed after all.
@@ -136,7 +143,9 @@ def _torchrun(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
     ]
 
 
-def _run(command: list[str], environment: dict[str, str], options: LaunchOptions) -> int:
+def _run(
+    command: list[str], environment: dict[str, str], options: LaunchOptions, status_file: Path
+) -> int:
     stoppable = options.stoppable
     with _starting(stoppable), _output(options.output) as output:
         agent = subprocess.Popen(
@@ -148,7 +157,7 @@ def _run(command: list[str], environment: dict[str, str], options: LaunchOptions
         )
     with _passing_on_signals(agent, stoppable) as request:
         try:
-            status = agent.wait()
+            status = _wait(agent, options.nodes, status_file)
         except KeyboardInterrupt:
             # The terminal has sent it to torchrun too, which ends the ranks.
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -163,6 +172,35 @@ def _run(command: list[str], environment: dict[str, str], options: LaunchOptions
         return 128 + request.number
     # Nothing ran that could have been lost.
     return STOPPED if request.met_no_rank else status
+
+
+def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path) -> int:
+    """The exit status of torchrun, or `LOST` when it waits too long for the other machines."""
+    if nodes is None:
+        return agent.wait()
+    meeting = Meeting(nodes, time.monotonic())
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return agent.wait(_MEETING_POLL_S)
+        # Where ranks have ended well, torchrun waits for those of the other machines to end.
+        at_work = _ended_well(status_file) or bool(_ranks(agent))
+        meeting.observe(at_work, time.monotonic())
+        failure = meeting.failure(time.monotonic())
+        if failure is not None:
+            print(f"error: {failure}; exit status {LOST}", file=sys.stderr, flush=True)
+            return LOST
+
+
+def _ranks(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The children of torchrun; none once it has ended."""
+    try:
+        return psutil.Process(agent.pid).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _ended_well(status_file: Path) -> bool:
+    return status_file.exists() and int(status_file.read_text(encoding="ascii")) in (0, STOPPED)
 
 
 def _output(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
@@ -197,10 +235,9 @@ def _passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iter
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         request.number = number
-        try:
-            ranks = psutil.Process(agent.pid).children()
-        except psutil.NoSuchProcess:
+        if agent.poll() is not None:
             return
+        ranks = _ranks(agent)
         for rank in ranks:
             # torchrun itself uses SIGTERM to end ranks, for good.
             with contextlib.suppress(psutil.NoSuchProcess):

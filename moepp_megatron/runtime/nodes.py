@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import psutil
 
 DEFAULT_PORT = 29500
+# How much longer torchrun waits for the other machines than the launcher does.
+_GRACE_S = 60
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Nodes:
         host: Machine where they meet; the first one, if they are numbered.
         port: Its port.
         run_id: Same for all machines of this run, different from any other at the same place.
-        join_timeout_s: How long machines wait for each other, at the start and after a failure.
+        join_timeout_s: How long machines wait for each other at the start, in seconds.
+        restart_timeout_s: How long they wait for each other after a failure, in seconds.
     """
 
     count: int
@@ -30,6 +33,7 @@ class Nodes:
     port: int = DEFAULT_PORT
     run_id: str = "moepp"
     join_timeout_s: int = 900
+    restart_timeout_s: int = 120
 
     def local_address(self) -> str:
         """The address by which the others reach this machine.
@@ -55,7 +59,9 @@ class Nodes:
 
     def torchrun_options(self) -> list[str]:
         """What torchrun must know."""
-        settings = [f"join_timeout={self.join_timeout_s}", f"timeout={self.join_timeout_s}"]
+        # The launcher gives up first (`runtime.meeting`), in one line and not in a traceback.
+        longest = max(self.join_timeout_s, self.restart_timeout_s) + _GRACE_S
+        settings = [f"join_timeout={longest}", f"timeout={self.join_timeout_s}"]
         if self.rank is not None:
             # torchrun would compare names, which misleads where machines have several.
             settings.append(f"is_host={int(self.rank == 0)}")

@@ -104,7 +104,15 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """A node dies: its daemon, and everything that runs on it, at the same moment."""
-        doomed = [self._daemons.pop(node).pid]
+        self._kill([self._daemons.pop(node).pid, *self._on_node(node)])
+
+    def kill_steps(self, node: str) -> None:
+        """Everything that runs on a node dies; its daemon goes on and tells nobody."""
+        self._kill(self._on_node(node))
+
+    def _on_node(self, node: str) -> list[int]:
+        """What Slurm has started on a node: job steps and their processes."""
+        doomed = []
         for process in psutil.process_iter(["environ"]):
             environment = process.info["environ"] or {}
             on_node = environment.get("SLURMD_NODENAME") == node
@@ -115,6 +123,10 @@ class Cluster:
             command = " ".join(process.info["cmdline"] or ())
             if command.startswith("slurmstepd:") and self._is_step_of(process, node):
                 doomed.append(process.pid)
+        return doomed
+
+    @staticmethod
+    def _kill(doomed: list[int]) -> None:
         for pid in doomed:
             try:
                 os.kill(pid, signal.SIGKILL)

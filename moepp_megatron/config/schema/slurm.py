@@ -82,6 +82,13 @@ class SlurmSection(Section):
         "each node counts its own",
         json_schema_extra=unit("restarts"),
     )
+    restart_timeout_s: int = Field(
+        default=120,
+        ge=1,
+        description="How long nodes wait inside the job for a node whose ranks have died; then the "
+        "job is requeued",
+        json_schema_extra=unit("s"),
+    )
     requeue_on_failure: bool = Field(
         default=False,
         description="Start again also after a failure with a traceback, not only after a request "

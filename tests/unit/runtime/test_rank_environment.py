@@ -149,7 +149,7 @@ def test_torchrun_is_told_who_hosts_the_meeting() -> None:
     first, second = (
         Nodes(2, rank, "127.0.0.1", 80, "job", 60).torchrun_options() for rank in range(2)
     )
-    assert "--rdzv-conf=join_timeout=60,timeout=60,is_host=1" in first
-    assert "--rdzv-conf=join_timeout=60,timeout=60,is_host=0" in second
+    assert "--rdzv-conf=join_timeout=180,timeout=60,is_host=1" in first
+    assert "--rdzv-conf=join_timeout=180,timeout=60,is_host=0" in second
     assert "--rdzv-endpoint=127.0.0.1:80" in first
     assert "is_host" not in str(Nodes(2, None, "127.0.0.1").torchrun_options())
