@@ -98,6 +98,16 @@ _moepp_on_nodes() {
     return "$status"
 }
 
+# Uses up the numbers of the steps that earlier starts of this job had: preflight, training and a look
+# for lost nodes. Slurm numbers steps anew in each start, and a signal that it could not deliver to a
+# lost node reaches the step of the same number when the node is back.
+_moepp_leave_old_step_numbers() {
+    local step
+    for ((step = 0; step < 3 * _MOEPP_RESTART; step++)); do
+        timeout "$MOEPP_PROBE_TIMEOUT" srun --nodes=1 --ntasks=1 --relative=0 true || true
+    done
+}
+
 # Runs a moepp command that starts ranks once on each of the first $1 nodes, with the options by which
 # the nodes find each other: _moepp_launch NODES COMMAND [OPTION ...] [-- ARGUMENT ...]
 _moepp_launch() {
@@ -251,6 +261,7 @@ moepp_job() {
     _moepp_say "start $((_MOEPP_RESTART + 1)) on $SLURM_JOB_NODELIST," \
         "$SLURM_JOB_NUM_NODES nodes * $MOEPP_RANKS_PER_NODE ranks"
     trap _moepp_stop USR1 TERM
+    _moepp_leave_old_step_numbers
     moepp_preflight
     _moepp_train "$SLURM_JOB_NUM_NODES" "$@" || status=$?
     _moepp_after "$status"
