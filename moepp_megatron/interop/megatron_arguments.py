@@ -24,7 +24,7 @@ from typing import NoReturn, get_args
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.moe.config import BalanceScope, ConstantInit, GateNormalization, MoEPPConfig
-from moepp_megatron.moe.router import router_config
+from moepp_megatron.moe.upstream_settings import refuse_ignored
 
 ENVIRONMENT = "MOEPP_ARGS"
 
@@ -69,22 +69,6 @@ _FLAGS = (
     ("two_layer_gate", "Gate W_b tanh(W_a x) of the released MoE++ model."),
     ("selection_bias", "A bias per expert that counts for the selection alone."),
 )
-# Settings of TransformerConfig that the MoE++ router or layer specs would not honour.
-_REFUSED: tuple[tuple[str, object], ...] = (
-    ("multi_latent_attention", False),
-    ("experimental_attention_variant", None),
-    ("heterogeneous_block_specs", False),
-    ("mtp_num_layers", None),
-    ("qk_l2_norm", False),
-    ("use_kitchen", False),
-    ("moe_router_enable_expert_bias", False),
-    ("moe_router_num_groups", None),
-    ("moe_router_group_topk", None),
-    ("moe_router_force_load_balancing", False),
-    ("moe_router_force_biased", None),
-    ("moe_router_fusion", False),
-    ("moe_enable_routing_replay", False),
-)
 
 
 def add_moepp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -127,6 +111,7 @@ def moepp_config(config: TransformerConfig, args: argparse.Namespace) -> MoEPPCo
     own = _own_arguments(args)
     _refuse_unsupported(config)
     scope, beta = _balance(config)
+    gate_scale = config.moe_router_topk_scaling_factor
     names = [setting[0] for setting in _SETTINGS] + [flag[0] for flag in _FLAGS]
     moepp = MoEPPConfig(
         num_ffn_experts=config.num_moe_experts,
@@ -134,12 +119,12 @@ def moepp_config(config: TransformerConfig, args: argparse.Namespace) -> MoEPPCo
         balance_coeff=beta,
         balance_scope=scope,
         score_function=config.moe_router_score_function,
-        gate_scale=config.moe_router_topk_scaling_factor or 1.0,
+        gate_scale=1.0 if gate_scale is None else gate_scale,
         gating_residual=own.moepp_gating_residual,
         **{name: getattr(own, f"moepp_{name}") for name in names},
     )
-    # What it refuses is better said now than by a rank that builds its layers.
-    router_config(config, moepp)
+    # What a layer would refuse is better said now than by a rank that builds its layers.
+    refuse_ignored(config, moepp)
     return moepp
 
 
@@ -175,18 +160,12 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         raise ValueError(
             "--num-experts (None) must be the number of FFN experts of a MoE++ layer; use 8"
         )
-    if config.transformer_impl not in ("local", "transformer_engine"):
+    if config.multi_latent_attention:
         raise ValueError(
-            f"--transformer-impl ({config.transformer_impl}) is not supported by the MoE++ layer; "
-            "use transformer_engine or local"
+            "TransformerConfig.multi_latent_attention (True) must be False in Megatron-LM's loop, "
+            "because the local modules of latent attention are made fit by this package's own "
+            "model alone; use False, or `moepp train`"
         )
-    for name, required in _REFUSED:
-        value = getattr(config, name)
-        if value != required:
-            raise ValueError(
-                f"TransformerConfig.{name} ({value}) is not supported by the MoE++ layer; "
-                f"use {required}"
-            )
 
 
 def _balance(config: TransformerConfig) -> tuple[BalanceScope, float]:

@@ -163,8 +163,8 @@ def _moe_fields(config: Config) -> dict[str, object]:
         "moe_router_load_balancing_type": "global_aux_loss"
         if moe.balance_scope == "global"
         else "none",
-        # megatron-core demands it of top-1 routing; the MoE++ router does not read it.
-        "moe_router_pre_softmax": True,
+        # megatron-core demands it of top-1 routing.
+        "moe_router_pre_softmax": moe.router_topk == 1,
     }
     if moe.is_vanilla:
         # megatron-core's own router: softmax over all experts keeps the raw scores of the selected

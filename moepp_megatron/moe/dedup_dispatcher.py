@@ -40,6 +40,7 @@ from torch import Tensor
 
 from moepp_megatron.moe.copies import Copies
 from moepp_megatron.moe.exchange import Exchange
+from moepp_megatron.moe.upstream_settings import refuse_setting
 
 
 class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
@@ -81,6 +82,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
                 "deduplicated dispatch, because that schedule frees what is still on its way; use "
                 "False, or the plain all-to-all"
             )
+        refuse_setting(config, "moe_shared_expert_overlap", type(self).__name__)
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
         self.input_splits: list[int] | None = None

@@ -23,6 +23,7 @@ from torch import Tensor
 from moepp_megatron.moe.dedup_dispatcher import DedupAlltoAllTokenDispatcher
 from moepp_megatron.moe.exchange import Exchange
 from moepp_megatron.moe.flex_dispatcher import FFNFlexTokenDispatcher, vectors_sent
+from moepp_megatron.moe.upstream_settings import refuse_setting
 
 
 class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -43,6 +44,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
+        refuse_setting(config, "moe_shared_expert_overlap", type(self).__name__)
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
         # megatron-core moves this behind the permutation where `preprocess` is captured in a CUDA
         # graph, and its "local" graphs claim to whenever the router is. Here it never is.
@@ -149,8 +151,13 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     def _exchange(self, back: bool) -> Exchange:
         """An all-to-all of one row a selection, towards the experts or back."""
-        # megatron-core leaves the splits alone where there is one rank.
-        out, home = ([], []) if self.ep_size == 1 else (self.input_splits, self.output_splits)
+        out, home = self.input_splits, self.output_splits
+        # megatron-core leaves the splits alone where there is one rank, and where every expert gets
+        # as many rows (`moe_pad_expert_input_to_capacity`).
+        if self.ep_size == 1:
+            out, home = [], []
+        elif self.drop_and_pad:
+            out = home = [self.num_out_tokens // self.ep_size] * self.ep_size
         return Exchange(self.ep_group, home, out) if back else Exchange(self.ep_group, out, home)
 
 

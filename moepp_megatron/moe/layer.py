@@ -27,6 +27,7 @@ from moepp_megatron.moe.dispatcher import RowDispatcher, build_dispatcher, bytes
 from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.router import Choice, MoEPPRouter, Routing
 from moepp_megatron.moe.statistics import RoutingStatistics
+from moepp_megatron.moe.upstream_settings import refuse_ignored
 from moepp_megatron.moe.zero_computation import ZeroComputationExperts
 
 
@@ -86,7 +87,8 @@ class MoEPPLayer(MoELayer):
         *,
         moepp: MoEPPConfig,
     ) -> None:
-        _refuse_unsupported(config)
+        refuse_ignored(config, moepp)
+        refuse_uncapturable(config)
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
@@ -250,35 +252,6 @@ class MoEPPLayer(MoELayer):
         zero = self.zero_computation.ingredients(tokens, routing.gates, routing.routing_map)
         rows, table = cast(RowDispatcher, self.token_dispatcher).combine_rows(returning)
         return combine(rows, table, zero, shared_output, self.moepp)
-
-
-def _refuse_unsupported(config: TransformerConfig) -> None:
-    """Refuse what would silently compute something else.
-
-    Raises:
-        ValueError: With the name, the value, the rule and a remedy.
-    """
-    rules = (
-        ("moe_latent_size", None, "zero-computation experts take the whole vector"),
-        ("moe_pad_expert_input_to_capacity", False, "it counts K selections a token"),
-        ("moe_expert_rank_capacity_factor", None, "tokens over it would vanish uncounted"),
-        ("moe_shared_expert_overlap", False, "shared experts run during the all-to-all anyway"),
-        ("mlp_chunks_for_training", 1, "a chunk would be routed without its router logits"),
-    )
-    for name, required, reason in rules:
-        value = getattr(config, name)
-        if value != required:
-            raise ValueError(
-                f"TransformerConfig.{name} ({value}) is not supported by the MoE++ layer, because "
-                f"{reason}; use {required}"
-            )
-    refuse_uncapturable(config)
-    if config.moe_router_padding_for_quantization:
-        raise ValueError(
-            "TransformerConfig.moe_router_padding_for_quantization (True) must be False with the "
-            "MoE++ layer, because padding the routing map would select experts that the router "
-            "did not, and send and count those rows; use False, and experts pad their own rows"
-        )
 
 
 def moepp_layers(model: torch.nn.Module) -> list[MoEPPLayer]:

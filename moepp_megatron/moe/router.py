@@ -32,6 +32,7 @@ from moepp_megatron.moe.parameter import replicated_parameter
 from moepp_megatron.moe.selection import Selection, select
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.token_tags import cells, forced_tokens
+from moepp_megatron.moe.upstream_settings import refuse_ignored
 
 # The names under which Megatron's training loop looks for a balance loss of this scope.
 _TRACKED_NAMES: dict[BalanceScope, str] = {
@@ -63,22 +64,10 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
     is the one place where the two counts meet.
 
     Raises:
-        ValueError: Where the two configurations contradict each other.
+        ValueError: Where the two configurations contradict each other, or the router would ignore
+            a setting (`upstream_settings`).
     """
-    for name, theirs, ours in (
-        ("num_moe_experts", config.num_moe_experts, moepp.num_ffn_experts),
-        ("moe_router_topk", config.moe_router_topk, moepp.router_topk),
-    ):
-        if theirs != ours:
-            raise ValueError(
-                f"TransformerConfig.{name} ({theirs}) must equal the MoEPPConfig's value ({ours}); "
-                "num_moe_experts counts FFN experts only"
-            )
-    if config.moe_expert_capacity_factor is not None:
-        raise ValueError(
-            f"moe_expert_capacity_factor ({config.moe_expert_capacity_factor}) must be None: it "
-            "knows one kind of expert; use MoEPPConfig.capacity_factor"
-        )
+    refuse_ignored(config, moepp)
     own = copy.copy(config)
     own.num_moe_experts = moepp.num_experts
     # The heterogeneous balance loss replaces megatron-core's.

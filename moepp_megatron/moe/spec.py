@@ -30,6 +30,7 @@ from moepp_megatron.moe.lane import MoEPPTransformerLayer
 from moepp_megatron.moe.latent_attention import with_local_latent_attention
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
 from moepp_megatron.moe.router import MoEPPRouter
+from moepp_megatron.moe.upstream_settings import refuse_ignored
 
 
 def get_moepp_layer_spec(
@@ -55,7 +56,12 @@ def get_moepp_layer_spec(
         norm: Builder of the norms instead of the back end's own (local modules only).
         core_attention: Builder of the attention between the projections instead of the back end's
             own (local modules only).
+
+    Raises:
+        ValueError: For a setting of `config` that MoE++ layers would ignore (`upstream_settings`).
     """
+    if not moepp.is_vanilla:
+        refuse_ignored(config, moepp)
     spec = _base_layer_spec(
         config, config.num_moe_experts, use_transformer_engine, norm, core_attention
     )

@@ -157,3 +157,54 @@ def events(raw: dict[str, Any]) -> list[str]:
         log.append("backward")
         output.sum().backward()
     return log
+
+
+def padded_to_capacity(dispatcher: str) -> dict[str, Any]:
+    """megatron-core's own MoE layer whose experts' batches are padded to a capacity.
+
+    Args:
+        dispatcher: "ours" for `FFNAlltoAllTokenDispatcher` in it, or "upstream".
+
+    Returns:
+        This rank's output and the gradient of its input.
+    """
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe import moe_layer
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.model.megatron_config import transformer_config
+    from moepp_megatron.moe.dispatcher import FFNAlltoAllTokenDispatcher
+    from moepp_megatron.moe.spec import get_gpt_layer_local_spec
+    from moepp_megatron.runtime.distributed import build_groups
+    from tests.parallel.training_runs import settings
+
+    size = dist.get_world_size()
+    raw = settings(parallel={"expert_model_parallel_size": size})
+    build_groups(parse_config(raw), Layout.from_config(parse_config(raw), size))
+    config = transformer_config(parse_config(raw))
+    config.moe_expert_capacity_factor = 1.0
+    config.moe_pad_expert_input_to_capacity = True
+    ours = {"upstream": MoEAlltoAllTokenDispatcher, "ours": FFNAlltoAllTokenDispatcher}
+    moe_layer.MoEAlltoAllTokenDispatcher = ours[dispatcher]
+    try:
+        spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        layer = spec.submodules.mlp(config=config, pg_collection=groups, is_mtp_layer=False)
+    finally:
+        moe_layer.MoEAlltoAllTokenDispatcher = MoEAlltoAllTokenDispatcher
+    layer.set_layer_number(1)
+    rank = parallel_state.get_expert_model_parallel_rank()
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(layer.named_parameters()):
+            seed = index if name.startswith("router") else 100 * (rank + 1) + index
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            parameter.copy_(0.3 * drawn)
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(24, 1, config.hidden_size, generator=generator).requires_grad_()
+    output, _ = layer(hidden)
+    output.square().sum().backward()
+    return {"output": output.detach().numpy(), "gradient": hidden.grad.numpy()}

@@ -11,6 +11,7 @@ from tests.parallel.dispatch_runs import (
     HIDDEN,
     balanced_map,
     events,
+    padded_to_capacity,
     routing_map,
     sent_bytes,
 )
@@ -174,3 +175,18 @@ def test_local_work_runs_while_tokens_travel(ranks: RankPools, dispatcher: str) 
         assert sorted(backward[4:6]) == ["start metadata", "start vectors"]
         assert backward[6] == "shared expert"
         assert sorted(backward[7:]) == ["wait metadata", "wait vectors"]
+
+
+# ---- in megatron-core's own layer -----------------------------------------------------------
+
+
+@pytest.mark.parallel
+def test_batches_padded_to_a_capacity_travel_as_with_megatrons_dispatcher(
+    ranks: RankPools,
+) -> None:
+    ours, theirs = (ranks(2).run(padded_to_capacity, name) for name in ("ours", "upstream"))
+    for mine, other in zip(ours, theirs, strict=True):
+        for name, values in other.items():
+            assert np.abs(values).max() > 0, name
+            # The same rows in the same order: the same bits.
+            assert np.array_equal(mine[name], values), name

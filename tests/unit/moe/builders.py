@@ -38,8 +38,8 @@ def megatron_config(moepp: MoEPPConfig, **changes: Any) -> TransformerConfig:
         "moe_router_topk": moepp.router_topk,
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_load_balancing_type": "none",
-        # megatron-core demands it of top-1 routing; the MoE++ router does not read it.
-        "moe_router_pre_softmax": True,
+        # megatron-core demands it of top-1 routing.
+        "moe_router_pre_softmax": moepp.router_topk == 1,
         "moe_router_dtype": "fp32",
         "add_bias_linear": False,
         "gated_linear_unit": True,

@@ -54,8 +54,12 @@ def vanilla(topk: int = 2) -> MoEPPConfig:
 
 
 def config_of(changes: dict[str, Any]):
-    balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
-    return megatron_config(vanilla(changes.get("moe_router_topk", 2)), **(balance | changes))
+    given = {
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.1,
+        "moe_router_pre_softmax": True,
+    }
+    return megatron_config(vanilla(changes.get("moe_router_topk", 2)), **(given | changes))
 
 
 def build(spec, config) -> MoELayer:
@@ -136,6 +140,7 @@ def test_model_gives_megatrons_bits():
         **{
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": 0.1,
+            "moe_router_pre_softmax": True,
         },
     )
     block = get_moepp_block_spec(config, vanilla(), use_transformer_engine=False)

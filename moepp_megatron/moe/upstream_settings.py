@@ -1,0 +1,256 @@
+"""What the MoE++ layer makes of each of megatron-core's settings of a MoE layer. Imports no torch.
+
+megatron-core reads its `TransformerConfig` in its own router and layer, part of which the MoE++
+layer replaces. A setting that only the replaced part reads would be ignored without a word. So
+every field of `TransformerConfig` that concerns experts and routing is in one of the tables below,
+and a field of a later version that is in none of them fails a test until it is decided:
+
+    HONOURED   the setting does what megatron-core says
+    OURS       MoEPPConfig decides: the setting must agree with it, or keep its default
+    REFUSED    the setting must keep the value named here
+    IDLE       the setting is read only beside another one that is refused
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from moepp_megatron.moe.config import MoEPPConfig
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A setting that the layer cannot honour.
+
+    Attributes:
+        allowed: The values that it may have; the first one is the remedy.
+        reason: Why it has to.
+        instead: What to set for the same purpose; empty where there is nothing.
+    """
+
+    allowed: tuple[Any, ...]
+    reason: str
+    instead: str = ""
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A setting that MoEPPConfig decides.
+
+    Attributes:
+        field: The name in MoEPPConfig.
+        unset: Values that say nothing.
+        meaning: The values that say what MoEPPConfig says.
+    """
+
+    field: str
+    unset: tuple[Any, ...]
+    meaning: Callable[[MoEPPConfig], tuple[Any, ...]]
+
+
+_BALANCE_TYPES = {
+    "microbatch": "aux_loss",
+    "sequence": "seq_aux_loss",
+    "global": "global_aux_loss",
+}
+
+HONOURED = frozenset(
+    {
+        # Sizes and places of experts.
+        "moe_ffn_hidden_size",
+        "moe_layer_freq",
+        "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_gate",
+        "moe_shared_expert_glu_interleave_size",
+        "use_grouped_gemm_for_shared_expert",
+        # What the FFN experts compute with.
+        "moe_apply_probs_on_input",
+        "moe_grouped_gemm",
+        "moe_mlp_glu_interleave_size",
+        "moe_single_grouped_bias",
+        "moe_single_grouped_weight",
+        # What the router keeps of megatron-core's.
+        "moe_input_jitter_eps",
+        "moe_router_dtype",
+        "moe_z_loss_coeff",
+        # Dispatch; `build_dispatcher` and `FFNFlexTokenDispatcher` refuse what they cannot do.
+        "moe_deepep_num_sms",
+        "moe_enable_deepep",
+        "moe_flex_dispatcher_backend",
+        "moe_flex_dispatcher_num_sms",
+        "moe_hybridep_num_blocks_permute",
+        "moe_hybridep_num_blocks_unpermute",
+        "moe_hybridep_num_sms",
+        "moe_hybridep_num_sms_preprocessing",
+        "moe_hybridep_pad_uneven_dispatch_inputs",
+        "moe_permute_fusion",
+        "moe_permute_fusion_into_hybridep",
+        "moe_token_dispatcher_type",
+        "overlap_moe_expert_parallel_comm",
+        # The loop's.
+        "moe_grad_scale_func",
+        "moe_layer_recompute",
+        "moe_per_layer_logging",
+    }
+)
+
+OURS: dict[str, Ours] = {
+    "num_moe_experts": Ours("num_ffn_experts", (), lambda moepp: (moepp.num_ffn_experts,)),
+    "moe_router_topk": Ours("router_topk", (), lambda moepp: (moepp.router_topk,)),
+    "moe_aux_loss_coeff": Ours("balance_coeff", (0.0,), lambda moepp: (moepp.balance_coeff,)),
+    # "none" only switches megatron-core's own loss off.
+    "moe_router_load_balancing_type": Ours(
+        "balance_scope",
+        ("aux_loss", "none"),
+        lambda moepp: (_BALANCE_TYPES[moepp.balance_scope],),
+    ),
+    "moe_router_score_function": Ours(
+        "score_function", ("softmax",), lambda moepp: (moepp.score_function,)
+    ),
+    # True: the gates are the scores before the selection. megatron-core demands it for one expert
+    # per token.
+    "moe_router_pre_softmax": Ours(
+        "gate_normalization",
+        (False,),
+        lambda moepp: (moepp.gate_normalization == "none" or moepp.router_topk == 1,),
+    ),
+    "moe_router_topk_scaling_factor": Ours(
+        "gate_scale", (None,), lambda moepp: (moepp.gate_scale,)
+    ),
+}
+
+_SPEC = "the MoE++ layer spec does not pass it on"
+_GROUPS = "groups of experts have no place for zero-computation experts"
+_FORCED = "the MoE++ router selects by its logits"
+_HOST_SIZES = "its rows per expert are counted in every step"
+
+REFUSED: dict[str, Refused] = {
+    "moe_latent_size": Refused((None,), "zero-computation experts take the whole vector"),
+    "moe_expert_capacity_factor": Refused(
+        (None,), "it knows one kind of expert", "MoEPPConfig.capacity_factor"
+    ),
+    "moe_token_drop_policy": Refused(
+        ("probs",), "the selections with the largest gates stay within the capacities"
+    ),
+    "moe_token_dropping": Refused((False,), "megatron-core does not support it either"),
+    "moe_pad_expert_input_to_capacity": Refused((False,), "it counts K selections a token"),
+    "moe_pad_experts_for_cuda_graph_inference": Refused((False,), "it counts K selections a token"),
+    "moe_expert_rank_capacity_factor": Refused((None,), "tokens over it would vanish uncounted"),
+    "moe_shared_expert_overlap": Refused(
+        (False,),
+        "no step of its dispatchers runs shared experts, which the MoE++ layer runs during the "
+        "all-to-all anyway",
+    ),
+    "mlp_chunks_for_training": Refused((1,), "a chunk would be routed without its router logits"),
+    "mlp_chunks_for_prefill": Refused((1,), "a chunk would be routed without its router logits"),
+    "overlap_dispatch_backward_with_experts_wgrad": Refused(
+        (False,), "it waits for the all-to-all where the MoE++ dispatcher only starts it"
+    ),
+    "moe_router_padding_for_quantization": Refused(
+        (False, None),
+        "padding the routing map would select experts that the router did not, and send and count "
+        "those rows; experts pad their own rows",
+    ),
+    "moe_router_padding_for_fp8": Refused(
+        (False, None), "it stands for moe_router_padding_for_quantization, which is refused"
+    ),
+    "moe_router_num_groups": Refused((None,), _GROUPS),
+    "moe_router_group_topk": Refused((None,), _GROUPS),
+    "moe_router_topk_limited_devices": Refused((None,), _GROUPS),
+    "moe_router_enable_expert_bias": Refused(
+        (False,),
+        "megatron-core would update it by the loads of FFN experts alone",
+        "MoEPPConfig.selection_bias",
+    ),
+    "moe_router_force_load_balancing": Refused((False,), _FORCED),
+    "moe_router_force_biased": Refused((None,), _FORCED),
+    "moe_router_fusion": Refused(
+        (False,), "the fused kernel knows one kind of expert", "MoEPPConfig.fused"
+    ),
+    "moe_enable_routing_replay": Refused(
+        (False,), "the MoE++ router neither records its selections nor repeats recorded ones"
+    ),
+    "moe_paged_stash": Refused((False,), _HOST_SIZES),
+    "moe_ncclep_static_shape": Refused((False,), "its backend, ncclep, is refused"),
+    "moe_ncclep_zero_copy": Refused((False,), "its backend, ncclep, is refused"),
+    "transformer_impl": Refused(
+        ("transformer_engine", "local"), "megatron-core's inference layers have their own router"
+    ),
+    "experimental_attention_variant": Refused((None,), _SPEC),
+    "heterogeneous_block_specs": Refused((False,), _SPEC),
+    "mla_down_proj_fusion": Refused((False,), _SPEC),
+    "qk_l2_norm": Refused((False,), _SPEC),
+    "use_kitchen": Refused((False,), _SPEC),
+    "use_kitchen_attention": Refused((False,), _SPEC),
+    "use_te_activation_func": Refused((False,), _SPEC),
+    "mtp_num_layers": Refused(
+        (None, 0), "the layers of multi-token prediction get no router logits of a layer before"
+    ),
+}
+
+IDLE: dict[str, str] = {
+    "moe_router_bias_update_rate": "moe_router_enable_expert_bias",
+    "moe_router_quantile_balancing_ema": "moe_router_load_balancing_type",
+    "moe_paged_stash_page_size": "moe_paged_stash",
+    "moe_paged_stash_buffer_size_factor_cuda": "moe_paged_stash",
+    "moe_paged_stash_buffer_size_factor_cpu": "moe_paged_stash",
+    "inference_moe_disable_fused_quant_kernels": "transformer_impl",
+    "inference_moe_token_dispatcher_type": "transformer_impl",
+}
+
+
+def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
+    """Refuse settings of a MoE++ model that its layers would ignore.
+
+    Args:
+        config: megatron-core's `TransformerConfig`.
+        moepp: The layer's settings.
+
+    Raises:
+        ValueError: With the name, the value, the rule and a remedy.
+    """
+    for name in REFUSED:
+        refuse_setting(config, name)
+    for name, ours in OURS.items():
+        value, meaning = getattr(config, name), ours.meaning(moepp)
+        if value in ours.unset or value in meaning:
+            continue
+        if name == "moe_aux_loss_coeff" and config.moe_router_load_balancing_type == "none":
+            continue  # The coefficient of no loss.
+        own = getattr(moepp, ours.field)
+        counts = "; num_moe_experts counts FFN experts only" if name == "num_moe_experts" else ""
+        default = f" or be left at {ours.unset[0]}" if ours.unset else ""
+        raise ValueError(
+            f"TransformerConfig.{name} ({value}) must equal the MoEPPConfig's value "
+            f"({ours.field} {own}){default}{counts}; use {_one(meaning)}, or change "
+            f"MoEPPConfig.{ours.field}"
+        )
+
+
+def refuse_setting(config: Any, name: str, user: str = "the MoE++ layer") -> None:
+    """Refuse one of the settings of `REFUSED` where it is not as it must be.
+
+    Args:
+        config: megatron-core's `TransformerConfig`.
+        name: The setting.
+        user: What cannot honour it.
+
+    Raises:
+        ValueError: With the name, the value, the rule and a remedy.
+    """
+    rule = REFUSED[name]
+    # A version of megatron-core may lack a field of another one.
+    value = getattr(config, name, rule.allowed[0])
+    if value in rule.allowed:
+        return
+    instead = f" and set {rule.instead}" if rule.instead else ""
+    raise ValueError(
+        f"TransformerConfig.{name} ({value}) is not supported by {user}, because "
+        f"{rule.reason}; use {rule.allowed[0]}{instead}"
+    )
+
+
+def _one(meaning: tuple[Any, ...]) -> str:
+    return " or ".join(str(value) for value in meaning)
