@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
-from moepp_megatron.config import Config
+from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.model.attention import ContextParallelAttention
 from moepp_megatron.model.gpt import MoEPPGPTModel
@@ -16,6 +16,7 @@ from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 from moepp_megatron.model.norm import SequenceParallelRMSNorm
 from moepp_megatron.moe.spec import get_moepp_block_spec
+from moepp_megatron.moe.upstream_private import UpstreamMovedError, check_upstream
 from moepp_megatron.runtime.optional import have_transformer_engine
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ def build_model(config: Config) -> list[LanguageModule]:
 
     Returns:
         One chunk, or one per virtual pipeline stage.
+
+    Raises:
+        UnfitError: The installed megatron-core lacks what the layers are made of.
     """
     chunks = [chunk.to(torch.cuda.current_device()) for chunk in build_chunks(config)]
     initialize_weights(chunks, config.training.seed)
@@ -40,6 +44,10 @@ def build_chunks(config: Config) -> list[LanguageModule]:
 
     Process groups must exist.
     """
+    try:
+        check_upstream()
+    except UpstreamMovedError as error:
+        raise UnfitError(str(error)) from None
     num_chunks = virtual_stages(config)
     stages = range(num_chunks) if num_chunks > 1 else [None]
     return [_build_chunk(config, vp_stage) for vp_stage in stages]

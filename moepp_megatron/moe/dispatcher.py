@@ -79,7 +79,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         if not self.drop_and_pad:
             self.num_out_tokens = routing_map.sum()
             # The permutation needs it as a Python number, so it has to be on the host by then.
-            self._maybe_update_cuda_sync_point("before_permutation_1")
+            self.cuda_sync_point = "before_permutation_1"
         return tokens_per_expert
 
     def _maybe_dtoh_and_synchronize(

@@ -12,39 +12,35 @@ A row of an FFN-only map holds anything from 0 to K selections. What each backen
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.token_dispatcher import (
-    MoEFlexTokenDispatcher,
-    _DeepepManager,
-)
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class FFNDeepepManager(_DeepepManager):
-    """DeepEP's indices and weights from an FFN-only map."""
+def set_deepep_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
+    """In place of DeepEP's `setup_metadata`: indices and weights from an FFN-only map.
 
-    def setup_metadata(self, routing_map: Tensor, probs: Tensor) -> None:
-        """Set `token_indices` and `token_probs`.
+    `manager.token_indices` becomes [T, slots] int64 with -1 in unused slots, `manager.token_probs`
+    [T, slots] fp32 with 0 there.
 
-        Args:
-            routing_map: [T, ranks, local experts] bool, copied to the tensor ranks of an expert.
-            probs: The same shape, fp32 gates, 0 where not selected.
-
-        `token_indices` becomes [T, slots] int64 with -1 in unused slots, `token_probs` [T, slots]
-        fp32 with 0 there.
-        """
-        routing_map = routing_map.reshape(-1, self.num_experts)
-        probs = probs.reshape(-1, self.num_experts)
-        slots = min(self.router_topk, self.num_experts)
-        # Gates are never negative, so selections come before everything else.
-        indices = torch.where(routing_map, probs.detach(), -1.0).topk(slots, dim=-1).indices
-        is_used = routing_map.gather(1, indices)
-        self.token_indices = indices.masked_fill(~is_used, -1)
-        self.token_probs = torch.where(is_used, probs.gather(1, indices), 0.0)
+    Args:
+        manager: megatron-core's.
+        routing_map: [T, ranks, local experts] bool, copied to the tensor ranks of an expert.
+        probs: The same shape, fp32 gates, 0 where not selected.
+    """
+    routing_map = routing_map.reshape(-1, manager.num_experts)
+    probs = probs.reshape(-1, manager.num_experts)
+    slots = min(manager.router_topk, manager.num_experts)
+    # Gates are never negative, so selections come before everything else.
+    indices = torch.where(routing_map, probs.detach(), -1.0).topk(slots, dim=-1).indices
+    is_used = routing_map.gather(1, indices)
+    manager.token_indices = indices.masked_fill(~is_used, -1)
+    manager.token_probs = torch.where(is_used, probs.gather(1, indices), 0.0)
 
 
 class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
@@ -61,8 +57,6 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
         ImportError: If the backend's package is not installed.
     """
 
-    _comm_manager: Any
-
     def __init__(
         self,
         num_local_experts: int,
@@ -78,14 +72,13 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
             )
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
         if backend == "deepep":
-            theirs = self._comm_manager
-            self._comm_manager = FFNDeepepManager(
-                group=theirs.group,
-                num_local_experts=num_local_experts,
-                router_topk=theirs.router_topk,
-                num_experts=theirs.num_experts,
-                config=config,
-            )
+            manager = comm_manager(self)
+            manager.setup_metadata = partial(set_deepep_metadata, manager)
+
+
+def comm_manager(dispatcher: MoEFlexTokenDispatcher) -> Any:
+    """What talks to the backend, and keeps a pass's routing and gates."""
+    return dispatcher._comm_manager
 
 
 def vectors_sent(dispatcher: MoEFlexTokenDispatcher) -> int:
@@ -93,9 +86,9 @@ def vectors_sent(dispatcher: MoEFlexTokenDispatcher) -> int:
 
     Call between dispatch and combine, which forgets the routing.
     """
-    manager = dispatcher._comm_manager
+    manager = comm_manager(dispatcher)
     group = manager.group
-    if isinstance(manager, _DeepepManager):
+    if dispatcher.config.moe_flex_dispatcher_backend == "deepep":
         is_used = manager.token_indices >= 0
         targets = (manager.token_indices // manager.num_local_experts).masked_fill(~is_used, 0)
         reached = torch.zeros(targets.shape[0], group.size(), device=targets.device)

@@ -83,7 +83,7 @@ class MoEPPTransformerLayer(TransformerLayer):
         else:
             normed, residual = self.normed_and_residual(hidden_states)
             output, logits = self.mlp(normed, previous_logits, padding_mask=padding_mask, tags=tags)
-        return self._forward_post_mlp((output, None), residual), logits
+        return self.with_residual(output, residual), logits
 
     def _forward_router(
         self, hidden_states: Tensor, previous_logits: Tensor | None
@@ -99,6 +99,10 @@ class MoEPPTransformerLayer(TransformerLayer):
         if isinstance(normed, tuple):
             normed, hidden_states = normed
         return normed, self._residual(hidden_states)
+
+    def with_residual(self, output: Tensor, residual: Tensor) -> Tensor:
+        """[s, b, D] the layer's output, of the experts' output and what it is added to."""
+        return self._forward_post_mlp((output, None), residual)
 
     def _residual(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.float() if self.config.fp32_residual_connection else hidden_states

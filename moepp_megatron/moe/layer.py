@@ -27,6 +27,7 @@ from moepp_megatron.moe.dispatcher import RowDispatcher, build_dispatcher, bytes
 from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.router import Choice, MoEPPRouter, Routing
 from moepp_megatron.moe.statistics import RoutingStatistics
+from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 from moepp_megatron.moe.zero_computation import ZeroComputationExperts
 
@@ -87,6 +88,7 @@ class MoEPPLayer(MoELayer):
         *,
         moepp: MoEPPConfig,
     ) -> None:
+        check_upstream()
         refuse_ignored(config, moepp)
         refuse_uncapturable(config)
         if pg_collection is None:

@@ -28,6 +28,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatche
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from moepp_megatron.moe.flex_dispatcher import comm_manager
 from moepp_megatron.moe.lane import MoEPPTransformerLayer, pack, unpack
 from moepp_megatron.moe.layer import MoEPPLayer
 
@@ -141,7 +142,7 @@ class _MoENodes(_Nodes):
         dispatcher = self.experts.token_dispatcher
         if isinstance(dispatcher, MoEFlexTokenDispatcher):
             # Its manager keeps the gates: those of this node's graph must take their place.
-            dispatcher._comm_manager.token_probs = probs
+            comm_manager(dispatcher).token_probs = probs
         dispatched, dispatched_probs = self.experts.dispatch(tokens, probs)
         node.layer_state.dispatched_probs = node.detach(dispatched_probs)
         return dispatched
@@ -150,9 +151,9 @@ class _MoENodes(_Nodes):
         dispatcher = self.experts.token_dispatcher
         probs = node.layer_state.dispatched_probs
         if isinstance(dispatcher, MoEFlexTokenDispatcher):
-            dispatcher._comm_manager.dispatched_probs = probs
+            comm_manager(dispatcher).dispatched_probs = probs
             # Made on the stream of the dispatch: kept until this node is done.
-            node.layer_state.counts = dispatcher._comm_manager.get_number_of_tokens_per_expert()
+            node.layer_state.counts = comm_manager(dispatcher).get_number_of_tokens_per_expert()
         expert_output, _ = self.experts.routed_experts_compute(dispatched, probs)
         return expert_output
 
@@ -161,7 +162,7 @@ class _MoENodes(_Nodes):
         output = self.experts.postprocess(self.experts.combine(expert_output), None)
         if kept.local_output is not None:
             output = output + kept.local_output.view_as(output)
-        hidden_states = self.layer._forward_post_mlp((output, None), kept.residual)
+        hidden_states = self.layer.with_residual(output, kept.residual)
         packed = self.layer_output(node, hidden_states, kept.logits)
         stream = torch.cuda.current_stream()
         for tensor in (kept.residual, kept.local_output, kept.logits):

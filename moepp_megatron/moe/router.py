@@ -170,7 +170,9 @@ class MoEPPRouter(TopKRouter):
 
     def _logits(self, input: Tensor, previous_logits: Tensor | None) -> Tensor:
         """[s, b, E] fp32 logits, residual included."""
-        self._maintain_float32_expert_bias()
+        if self.expert_bias is not None and self.expert_bias.dtype != torch.float32:
+            # Float16Module has rounded it; updates of a thousandth would be lost.
+            self.expert_bias.data = self.expert_bias.data.float()
         # megatron-core adds the noise in validation too; there it would only blur the loss.
         logits = self.gating(self.apply_input_jitter(input) if self.training else input)
         if self.residual_weight is not None:

@@ -30,6 +30,7 @@ from moepp_megatron.moe.lane import MoEPPTransformerLayer
 from moepp_megatron.moe.latent_attention import with_local_latent_attention
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
 from moepp_megatron.moe.router import MoEPPRouter
+from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 
 
@@ -59,8 +60,10 @@ def get_moepp_layer_spec(
 
     Raises:
         ValueError: For a setting of `config` that MoE++ layers would ignore (`upstream_settings`).
+        UpstreamMovedError: megatron-core lacks a private name that they use (`upstream_private`).
     """
     if not moepp.is_vanilla:
+        check_upstream()
         refuse_ignored(config, moepp)
     spec = _base_layer_spec(
         config, config.num_moe_experts, use_transformer_engine, norm, core_attention

@@ -73,14 +73,16 @@ def test_ranks_and_experts_without_tokens(ranks: RankPools, backend: str, prepar
 
 def metadata(routing_map: list[list[bool]], gates: list[list[float]]) -> tuple[Any, Any, Any]:
     """Indices, weights, gradient of the sum of weights, for F = 4 experts on 2 ranks, K = 2."""
+    from types import SimpleNamespace
+
     import torch
 
-    from moepp_megatron.moe.flex_dispatcher import FFNDeepepManager
+    from moepp_megatron.moe.flex_dispatcher import set_deepep_metadata
 
-    manager = FFNDeepepManager.__new__(FFNDeepepManager)
-    manager.num_experts, manager.router_topk = 4, 2
+    manager = SimpleNamespace(num_experts=4, router_topk=2)
     probs = torch.tensor(gates, requires_grad=True)
-    manager.setup_metadata(torch.tensor(routing_map).view(-1, 2, 2), probs.view(-1, 2, 2))
+    selected = torch.tensor(routing_map).view(-1, 2, 2)
+    set_deepep_metadata(manager, selected, probs.view(-1, 2, 2))
     manager.token_probs.sum().backward()
     return manager.token_indices.tolist(), manager.token_probs.tolist(), probs.grad.tolist()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import package_info
 from megatron.core.transformer.cuda_graphs import create_cudagraphs
 from megatron.core.transformer.enums import CudaGraphModule
 from torch import Tensor
@@ -160,3 +161,16 @@ def test_what_no_graph_can_hold_is_refused_with_the_reason(
     spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)
     with pytest.raises(ValueError, match=message):
         spec.submodules.mlp(config=config, pg_collection=None)
+
+
+def test_graphs_are_refused_with_a_version_that_they_were_not_tested_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(package_info, "__shortversion__", "0.20.0")
+    config = megatron_config(MOEPP)
+    get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False).submodules.mlp(config=config)
+    config.cuda_graph_impl = "local"
+    config.cuda_graph_modules = [CudaGraphModule.attn]
+    spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)
+    with pytest.raises(ValueError, match=r"must be none with megatron-core 0\.20\.0, because"):
+        spec.submodules.mlp(config=config)

@@ -1,0 +1,151 @@
+"""The names with an underscore that MoE++ layers take from megatron-core, each with its reason.
+
+megatron-core may rename or change them in any version. `check_upstream` looks for all of them
+before the first layer is built and says what has moved, by name, instead of an AttributeError in
+the middle of a step or, worse, a number that is wrong. docs/upgrading.md says what to do then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from megatron.core import package_info
+
+Use = Literal["called", "overridden", "read"]
+
+# What this package is tested with (constraints.txt).
+TESTED_VERSION = "0.19.2"
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """One name.
+
+    Attributes:
+        module: Where its class is, below `megatron.core`.
+        owner: The class.
+        name: The method, or the attribute that the class's constructor sets.
+        use: Whether it is called, overridden, or read.
+        parameters: Names of parameters that are relied on.
+        reason: What it is needed for.
+    """
+
+    module: str
+    owner: str
+    name: str
+    use: Use
+    reason: str
+    parameters: tuple[str, ...] = ()
+
+
+_LAYER = ("transformer.transformer_layer", "TransformerLayer")
+_DISPATCHERS = "transformer.moe.token_dispatcher"
+
+PRIVATE_NAMES = (
+    PrivateName(
+        *_LAYER,
+        "_forward_attention",
+        "called",
+        "first half of a layer; a CUDA graph captures it under this name",
+        ("hidden_states", "attention_mask", "context", "rotary_pos_emb"),
+    ),
+    PrivateName(
+        *_LAYER,
+        "_forward_mlp",
+        "called",
+        "second half of a layer without experts",
+        ("inference_context", "padding_mask", "packed_seq_params"),
+    ),
+    PrivateName(
+        *_LAYER,
+        "_forward_pre_mlp_layernorm",
+        "called",
+        "norm before the router, with its recomputation and offloading",
+        ("hidden_states",),
+    ),
+    PrivateName(
+        *_LAYER,
+        "_forward_post_mlp",
+        "called",
+        "residual addition, and the end of the norm's recomputation and offloading",
+        ("mlp_output_with_bias", "residual"),
+    ),
+    PrivateName(
+        _DISPATCHERS,
+        "MoEAlltoAllTokenDispatcher",
+        "_maybe_dtoh_and_synchronize",
+        "overridden",
+        "the number of permuted rows comes from the routing map, and is needed on the host",
+        ("point", "tokens_per_expert"),
+    ),
+    PrivateName(
+        _DISPATCHERS,
+        "MoEFlexTokenDispatcher",
+        "_comm_manager",
+        "read",
+        "DeepEP gets indices with unused slots; bytes are counted from its indices",
+    ),
+    PrivateName(
+        "models.common.model_chunk_schedule_plan",
+        "TransformerLayerSchedulePlan",
+        "_build_callable_nodes",
+        "overridden",
+        "nodes of the combined schedule that carry the router logits",
+        ("event", "comp_stream", "comm_stream", "extra_args"),
+    ),
+    PrivateName(
+        "transformer.multi_latent_attention",
+        "MLASelfAttention",
+        "_qkv_down_projection",
+        "overridden",
+        "the whole gradient of the shared position key on local modules",
+        ("hidden_states",),
+    ),
+)
+
+
+class UpstreamMovedError(ImportError):
+    """The installed megatron-core lacks something that MoE++ layers use."""
+
+
+@cache
+def check_upstream() -> None:
+    """Look for every name, once a process.
+
+    Raises:
+        UpstreamMovedError: Naming the version, and each name that is gone or takes other arguments.
+    """
+    moved = [line for private in PRIVATE_NAMES for line in moved_from(private)]
+    if not moved:
+        return
+    raise UpstreamMovedError(
+        f"megatron-core ({package_info.__shortversion__}) must be {TESTED_VERSION}, or have the "
+        f"private names that MoE++ layers use; {'; '.join(moved)}; install megatron-core=="
+        f"{TESTED_VERSION}, or see docs/upgrading.md"
+    )
+
+
+def moved_from(private: PrivateName) -> Iterator[str]:
+    """What of one name is not as it was; nothing where it is."""
+    try:
+        owner = getattr(importlib.import_module(f"megatron.core.{private.module}"), private.owner)
+    except (ImportError, AttributeError):
+        yield f"{private.module}.{private.owner} is gone"
+        return
+    what = f"{private.owner}.{private.name}"
+    if private.use == "read":
+        if private.name not in owner.__init__.__code__.co_names:
+            yield f"{what} is gone ({private.reason})"
+        return
+    method: Any = getattr(owner, private.name, None)
+    if method is None:
+        yield f"{what} is gone ({private.reason})"
+        return
+    lacking = set(private.parameters) - set(inspect.signature(method).parameters)
+    if lacking:
+        yield f"{what} has no {', '.join(sorted(lacking))} any more"

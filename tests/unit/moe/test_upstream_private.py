@@ -1,0 +1,158 @@
+"""The private names of megatron-core that MoE++ layers use: all listed, and missed by name."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+import moepp_megatron
+from moepp_megatron.moe import upstream_private
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.spec import get_moepp_layer_spec
+from moepp_megatron.moe.upstream_private import (
+    PRIVATE_NAMES,
+    PrivateName,
+    UpstreamMovedError,
+    check_upstream,
+    moved_from,
+)
+from tests.unit.moe.builders import megatron_config
+
+ROOT = Path(moepp_megatron.__file__).parent
+ROOMS = ("moe", "model")
+LISTED = {private.name for private in PRIVATE_NAMES}
+# Of torch and of Python, not of megatron-core.
+TORCHS = {"_linear_pointwise", "_C", "_current_autograd_node", "_forward_pre_hooks", "_parameters"}
+PYTHONS = {"_replace"}
+# Made by Python's abstract classes.
+ABSTRACT = {"_abc_impl"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def files() -> list[Path]:
+    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def defined_here() -> set[str]:
+    """Names that this package's own classes and modules define."""
+    names = set()
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names.add(node.attr)
+    return names
+
+
+def own_classes() -> list[type]:
+    found = []
+    for path in files():
+        if path.stem == "__init__" or "triton" in path.stem:
+            continue
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        module = importlib.import_module(".".join(parts))
+        classes = inspect.getmembers(module, inspect.isclass)
+        found += [kind for _, kind in classes if kind.__module__ == module.__name__]
+    return found
+
+
+def test_every_attribute_that_is_used_is_listed() -> None:
+    own = defined_here()
+    used = {
+        (path.name, node.attr)
+        for path in files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and is_private(node.attr)
+    }
+    assert {name for _, name in used} & LISTED, "the scan finds nothing"
+    unlisted = {(file, name) for file, name in used if name not in own | LISTED | TORCHS | PYTHONS}
+    assert not unlisted, f"add to upstream_private.PRIVATE_NAMES: {sorted(unlisted)}"
+
+
+def test_every_method_that_is_overridden_is_listed() -> None:
+    overridden = {
+        name
+        for kind in own_classes()
+        for name in vars(kind)
+        if is_private(name) and name not in ABSTRACT
+        for base in kind.__mro__[1:]
+        if base.__module__.startswith("megatron.") and name in vars(base)
+    }
+    listed = {private.name for private in PRIVATE_NAMES if private.use == "overridden"}
+    assert overridden == listed
+
+
+def test_no_private_name_is_imported() -> None:
+    imported = {
+        (path.name, alias.name)
+        for path in files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron")
+        for alias in node.names
+        if is_private(alias.name)
+    }
+    assert not imported
+
+
+def test_a_name_that_is_used_no_more_is_not_listed() -> None:
+    text = "".join(path.read_text() for path in files() if path.stem != "upstream_private")
+    assert {private.name for private in PRIVATE_NAMES if private.name not in text} == set()
+
+
+def test_the_pinned_version_has_them_all() -> None:
+    check_upstream.cache_clear()
+    check_upstream()
+
+
+def test_names_that_moved_are_told_before_a_layer_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As megatron-core 0.20 does: it calls the method `_apply_mlp_bda_step`."""
+    moepp = MoEPPConfig(num_ffn_experts=4)
+    monkeypatch.delattr(TransformerLayer, "_forward_post_mlp")
+    monkeypatch.setattr(
+        MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", lambda self, where: None
+    )
+    monkeypatch.setattr(upstream_private.package_info, "__shortversion__", "0.20.0")
+    check_upstream.cache_clear()
+    with pytest.raises(UpstreamMovedError) as error:
+        get_moepp_layer_spec(megatron_config(moepp), moepp, use_transformer_engine=False)
+    message = str(error.value)
+    assert message.startswith("megatron-core (0.20.0) must be 0.19.2, or have the private names")
+    assert "TransformerLayer._forward_post_mlp is gone (residual addition" in message
+    assert "_maybe_dtoh_and_synchronize has no point, tokens_per_expert any more" in message
+    assert message.endswith("install megatron-core==0.19.2, or see docs/upgrading.md")
+    assert "\n" not in message
+    check_upstream.cache_clear()
+
+
+def test_a_class_or_an_attribute_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = PrivateName("transformer.nowhere", "Nothing", "_x", "called", "a reason")
+    assert list(moved_from(gone)) == ["transformer.nowhere.Nothing is gone"]
+    attribute = next(private for private in PRIVATE_NAMES if private.use == "read")
+    assert list(moved_from(attribute)) == []
+
+    def without(self: object) -> None:
+        pass
+
+    monkeypatch.setattr(MoEFlexTokenDispatcher, "__init__", without)
+    (line,) = moved_from(attribute)
+    assert line.startswith("MoEFlexTokenDispatcher._comm_manager is gone (DeepEP gets")
+
+
+def test_the_tested_version_is_the_pinned_one() -> None:
+    constraints = (ROOT.parent / "constraints.txt").read_text()
+    assert f"megatron-core=={upstream_private.TESTED_VERSION}\n" in constraints
