@@ -112,6 +112,52 @@ def upcycle(
     )
 
 
+@app.command("megatron-lm")
+def megatron_lm(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A --save folder of Megatron-LM (its newest), or one iter_* folder."),
+    ],
+    target: Target,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The tokenizer.json that the run's data were made with.")
+    ] = None,
+    moepp_args: Annotated[
+        str | None,
+        typer.Option(
+            help="The run's MOEPP_ARGS; needed where the checkpoint does not keep its settings."
+        ),
+    ] = None,
+) -> None:
+    """A checkpoint of Megatron-LM's own loop to one of ours: score, generate, inspect, export it.
+
+    The weights are not copied where the file system has hard links.
+    """
+    _quiet()
+    from moepp_megatron.interop.from_megatron_lm import from_megatron_lm
+
+    config = from_megatron_lm(source, target, moepp_args, tokenizer)
+    typer.echo(f"checkpoint   {target}")
+    typer.echo(
+        f"model        {config.model.num_layers} layers, {config.moe.num_ffn_experts} FFN experts "
+        f"and {config.moe.num_experts - config.moe.num_ffn_experts} others a layer"
+    )
+    if tokenizer is None:
+        typer.echo("tokenizer    none; generate and inspect need one: --tokenizer FILE")
+
+
+@app.command("to-megatron-lm")
+def to_megatron_lm(source: Source, target: Target) -> None:
+    """A checkpoint or a run to one that Megatron-LM's loop loads with --load: the weights alone."""
+    _quiet()
+    from moepp_megatron.interop.to_megatron_lm import ARGUMENTS_FILE
+    from moepp_megatron.interop.to_megatron_lm import to_megatron_lm as convert
+
+    arguments = convert(source, target)
+    typer.echo(f"checkpoint   {target}")
+    typer.echo(f"arguments    {target / ARGUMENTS_FILE}: {arguments}")
+
+
 def _quiet() -> None:
     from moepp_megatron.runtime.quiet import quiet
 

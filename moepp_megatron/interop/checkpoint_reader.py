@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -66,12 +67,30 @@ class CheckpointReader:
         (value,) = self._record(MetadataIndex(f"{key}/shard_0_1"))
         return value
 
+    def read_bytes(self, key: str) -> bytes:
+        """The bytes that hold the object that megatron-core stored under `key`.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        return self._bytes(MetadataIndex(f"{key}/shard_0_1"))
+
+    def places(self, key: str) -> tuple[TensorStorageMetadata, dict[MetadataIndex, _StorageInfo]]:
+        """A tensor's dtype, shape and pieces, and the bytes of the files that hold each piece."""
+        entry = self._metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata), f"{key} is no tensor"
+        pieces = (MetadataIndex(key, chunk.offsets) for chunk in entry.chunks)
+        return entry, {piece: self._metadata.storage_data[piece] for piece in pieces}
+
     def _record(self, index: MetadataIndex) -> Any:
+        data = io.BytesIO(self._bytes(index))
+        return torch.load(data, map_location="cpu", weights_only=True)
+
+    def _bytes(self, index: MetadataIndex) -> bytes:
         place = self._metadata.storage_data[index]
         with (self.folder / place.relative_path).open("rb", buffering=0) as stream:
             stream.seek(place.offset)
-            data = io.BytesIO(stream.read(place.length))
-        return torch.load(data, map_location="cpu", weights_only=True)
+            return stream.read(place.length)
 
     def _check_files(self) -> None:
         needed: dict[str, int] = {}

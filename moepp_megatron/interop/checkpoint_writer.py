@@ -30,6 +30,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from moepp_megatron.interop.checkpoint_reader import CheckpointReader
+from moepp_megatron.training.checkpoint.validity import file_digest
+
 # Data of about this size goes into one file, so that many readers can work side by side.
 _FILE_BYTES = 2 * 1024**3
 
@@ -38,11 +41,13 @@ class CheckpointWriter:
     """Writes tensors, or slices of them along the first axis, in any order.
 
     Args:
-        folder: An empty folder.
+        folder: An empty folder, or one with data files that tensors are adopted from.
+        prefix: How the names of data files begin.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str = "__0") -> None:
         self._folder = folder
+        self._prefix = prefix
         self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._hashes: dict[str, str] = {}
@@ -70,6 +75,11 @@ class CheckpointWriter:
         known.chunks.append(ChunkStorageMetadata(torch.Size(offset), tensor.shape))
         self._write(MetadataIndex(key, torch.Size(offset)), tensor)
 
+    def adopt(self, source: CheckpointReader, key: str) -> None:
+        """Enter a tensor of another checkpoint whose data files are in this folder too."""
+        self._tensors[key], places = source.places(key)
+        self._places |= places
+
     def add_object(self, key: str, value: Any, offset: int = 0, count: int = 1) -> None:
         """Write an object as megatron-core's `ShardedObject` of `count` parts, part `offset`."""
         name = f"{key}/shard_{offset}_{count}"
@@ -89,13 +99,13 @@ class CheckpointWriter:
         """Write megatron-core's integrity manifest over every file of the folder."""
         for path in self._folder.iterdir():
             if path.name not in self._hashes:
-                self._hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                self._hashes[path.name] = file_digest(path)
         manifest = {"algorithm": "sha256", "files": dict(sorted(self._hashes.items()))}
         self._put("integrity.json", json.dumps(manifest, indent=2).encode())
 
     def _write(self, index: MetadataIndex, value: object) -> None:
         if self._file is None:
-            self._file = _HashedFile(self._folder / f"__0_{len(self._hashes)}.distcp")
+            self._file = _HashedFile(self._folder / f"{self._prefix}_{len(self._hashes)}.distcp")
         begin = self._file.position
         record = io.BytesIO()
         torch.save(value, record)

@@ -71,6 +71,16 @@ _FLAGS = (
 )
 
 
+# Of arguments of Megatron's that mean something else with MoE++ layers.
+_MEANINGS = {
+    "moe_aux_loss_coeff": "MoE++: beta of the paper's loss, which is K/E of Megatron's (E all "
+    "experts, K --moe-router-topk); for the strength of Megatron's 0.01 use 0.01 E/K.",
+    "log_throughput": "MoE++: counts K FFN experts a token, of which only the FFN share is "
+    "computed; the true figure is lower.",
+    "num_experts": "MoE++: FFN experts alone.",
+}
+
+
 def add_moepp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add `--moepp-*` to a parser: an `extra_args_provider` of Megatron's `parse_args`."""
     group = parser.add_argument_group(title="MoE++")
@@ -92,10 +102,13 @@ def add_moepp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         dest="moepp_gating_residual",
         help="Routers do not see the logits of the MoE layer before.",
     )
+    _amend_help(parser)
     return parser
 
 
-def moepp_config(config: TransformerConfig, args: argparse.Namespace) -> MoEPPConfig:
+def moepp_config(
+    config: TransformerConfig, args: argparse.Namespace, *, is_spec: bool = False
+) -> MoEPPConfig:
     """The layer's settings from Megatron's configuration and arguments.
 
     Args:
@@ -103,13 +116,15 @@ def moepp_config(config: TransformerConfig, args: argparse.Namespace) -> MoEPPCo
         args: Megatron's arguments. Where its parser had no `--moepp-*`, as in Megatron-LM's own
             `pretrain_gpt.py`, they are read from the environment variable MOEPP_ARGS, such as
             `MOEPP_ARGS="--moepp-tau 0.5"`.
+        is_spec: Whether Megatron-LM's own `pretrain_gpt.py` makes the batches.
 
     Raises:
         ValueError: For settings that contradict each other or that MoE++ cannot honour, with the
             name, the value, the rule and a remedy.
     """
     own = _own_arguments(args)
-    _refuse_unsupported(config)
+    _refuse_unsupported(config, args)
+    _refuse_local_context_parallelism(config, args, is_spec)
     scope, beta = _balance(config)
     gate_scale = config.moe_router_topk_scaling_factor
     names = [setting[0] for setting in _SETTINGS] + [flag[0] for flag in _FLAGS]
@@ -142,11 +157,35 @@ def _option(name: str) -> str:
     return f"--moepp-{name.replace('_', '-')}"
 
 
+def _amend_help(parser: argparse.ArgumentParser) -> None:
+    """Say in Megatron's help what its arguments mean here, and make it printable.
+
+    argparse takes a percent sign for a format: megatron-core 0.19.2 has one that is none, and
+    `--help` ends in a traceback.
+    """
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        meaning = _MEANINGS.get(action.dest)
+        if meaning is not None:
+            action.help = f"{action.help or ''} {meaning}".strip()
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
+
+
+def environment_arguments(text: str) -> argparse.Namespace:
+    """The settings of `MOEPP_ARGS`."""
+    parser = argparse.ArgumentParser(prog=ENVIRONMENT, add_help=False, allow_abbrev=False)
+    return add_moepp_arguments(parser).parse_args(shlex.split(text))
+
+
 def _own_arguments(args: argparse.Namespace) -> argparse.Namespace:
     text = os.environ.get(ENVIRONMENT, "")
     if not hasattr(args, "moepp_tau"):
-        parser = argparse.ArgumentParser(prog=ENVIRONMENT, add_help=False, allow_abbrev=False)
-        return add_moepp_arguments(parser).parse_args(shlex.split(text))
+        # Megatron keeps its arguments in its checkpoints, so `moepp convert megatron-lm` finds it.
+        args.moepp_environment = text
+        return environment_arguments(text)
     if text:
         raise ValueError(
             f"{ENVIRONMENT} ({text}) must be unset where the command line takes --moepp-*; "
@@ -155,7 +194,7 @@ def _own_arguments(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def _refuse_unsupported(config: TransformerConfig) -> None:
+def _refuse_unsupported(config: TransformerConfig, args: argparse.Namespace) -> None:
     if config.num_moe_experts is None:
         raise ValueError(
             "--num-experts (None) must be the number of FFN experts of a MoE++ layer; use 8"
@@ -165,6 +204,37 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
             "TransformerConfig.multi_latent_attention (True) must be False in Megatron-LM's loop, "
             "because the local modules of latent attention are made fit by this package's own "
             "model alone; use False, or `moepp train`"
+        )
+    trace = getattr(args, "moe_routing_trace_path", None)
+    if trace is not None:
+        raise ValueError(
+            f"--moe-routing-trace-path ({trace}) must be absent with MoE++ layers, because "
+            "Megatron's tracer writes nothing of a router that hands on its logits; leave it out, "
+            "and use `moepp convert megatron-lm` and `moepp inspect`"
+        )
+
+
+def _refuse_local_context_parallelism(
+    config: TransformerConfig, args: argparse.Namespace, is_spec: bool
+) -> None:
+    """Name all that the attention without Transformer Engine needs at once."""
+    ranks = getattr(config, "context_parallel_size", 1)
+    if ranks == 1 or config.transformer_impl != "local":
+        return
+    kinds = config.cp_comm_type
+    kinds = set(kinds) if isinstance(kinds, list) else {kinds}
+    flags = {
+        "--cp-comm-type all_gather": not kinds <= {None, "all_gather"},
+        "--attention-dropout 0": config.attention_dropout > 0,
+        "--no-create-attention-mask-in-dataloader": is_spec
+        and getattr(args, "create_attention_mask_in_dataloader", False),
+    }
+    lacking = [flag for flag, lacks in flags.items() if lacks]
+    if lacking:
+        raise ValueError(
+            f"--context-parallel-size ({ranks}) with --transformer-impl local must come with "
+            f"{' '.join(lacking)}, because the attention without Transformer Engine gathers keys "
+            "and values, and is causal; add this, or use Transformer Engine"
         )
 
 

@@ -60,7 +60,7 @@ def moepp_spec(
         ValueError: For what `moepp_config` refuses, and for a gating residual across stages.
     """
     config = model_config.transformer
-    moepp = moepp_config(config, get_args())
+    moepp = moepp_config(config, get_args(), is_spec=True)
     stages = config.pipeline_model_parallel_size
     if stages > 1 and moepp.gating_residual:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def mcore_to_hf(
         if layout in _AUTO_MAPS:
             _copy_model_files(partial)
         publish(partial, target)
-    return list(_warnings(config, layout))
+    return list(_warnings(config, layout, fields))
 
 
 def _refuse_latent_attention(config: Config) -> None:
@@ -197,9 +197,15 @@ def copy_companions(source: Path, target: Path) -> None:
         write_json(target / "tokenizer_config.json", content)
 
 
-def _warnings(config: Config, layout: str) -> Iterator[str]:
+def _warnings(config: Config, layout: str, fields: Mapping[str, Any]) -> Iterator[str]:
     if layout == "longcat":
         yield from longcat_warnings(config)
+    if layout == "released" and fields["moe_expert_interval"] > 1:
+        yield (
+            "the released code cannot run this model: with moe_expert_interval "
+            f"({fields['moe_expert_interval']}) above 1 its layers without experts fail; "
+            "--layout moepp runs in transformers"
+        )
     if config.moe.capacity_factor is not None:
         yield "moe.capacity_factor is not exported: the model in transformers drops no selection"
 

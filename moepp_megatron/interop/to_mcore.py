@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -80,7 +81,7 @@ def write_checkpoint(
             sources = [_cast(hf.read(source.name), dtype) for source in rule.sources]
             writer.add(rule.key, rule.pack(sources), rule.shape, rule.index)
             advance(_rule_bytes(tensors, rule))
-        _write_objects(writer, config)
+        write_objects(writer, config)
         _copy_companions(hf, folder)
         (folder / CONFIG_FILE).write_text(
             config.to_yaml(f"converted from {hf.folder.name}"), encoding="utf-8"
@@ -147,12 +148,21 @@ def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
     return tensor if dtype is None else tensor.to(_TORCH_DTYPES[dtype])
 
 
-def _write_objects(writer: CheckpointWriter, config: Config) -> None:
+def write_objects(
+    writer: CheckpointWriter, config: Config, common: Mapping[str, Any] | None = None
+) -> None:
+    """Write what megatron-core asks of every checkpoint beside tensors.
+
+    Args:
+        writer: Where to.
+        config: The model's configuration.
+        common: What it finds that is not sharded; nothing where None.
+    """
     for module, count in linear_modules(config):
         for part in range(count):
             writer.add_object(f"{module}._extra_state", None, part, count)
     # No optimizer, schedule or progress: training starts those anew (training/checkpoint.py).
-    writer.add_object("common_state", {})
+    writer.add_object("common_state", dict(common or {}))
 
 
 def _copy_companions(hf: HFSource, folder: Path) -> None:

@@ -130,6 +130,18 @@ def upcycled_config(
             f"config.json: layer_types ({', '.join(sorted(layers))}) must all be full_attention; "
             "such a checkpoint cannot be converted"
         )
+    experts = _source_experts(hf, additions)
+    if experts["router_topk"] == 1:
+        what, remedy = (
+            "config.json: num_experts_per_tok (1)",
+            "such a checkpoint cannot be upcycled",
+        )
+        if kind in DENSE_TYPES:
+            what, remedy = "--topk (1)", "use --topk 2"
+        raise ConfigError(
+            f"{what} must be at least 2, because an upcycled model divides gates by their sum, and "
+            f"one gate divided by itself gives the router no gradient; {remedy}"
+        )
     model = decoder_section({**hf, "qk_norm": kind in ("qwen3", "qwen3_moe")})
     moe = {
         "num_zero_experts": additions.num_zero_experts,
@@ -140,7 +152,7 @@ def upcycled_config(
         "gate_normalization": "selected",
         "selection_bias": True,
         "budget": {"controller": "bias", "gain": additions.bias_gain},
-        **_source_experts(hf, additions),
+        **experts,
     }
     return assemble(model, moe, hf, name, dtype)
 

@@ -122,6 +122,21 @@ def test_bf16_round_trip_keeps_fp32_gates(tmp_path: Path) -> None:
     assert_same_bits(tensors, load_tensors(round_trip(source, tmp_path, "released")))
 
 
+@pytest.mark.parametrize("interval", [1, 2])
+def test_released_layout_warns_of_what_the_released_code_cannot_run(
+    tmp_path: Path, interval: int
+) -> None:
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+    from moepp_megatron.interop.to_mcore import hf_to_mcore
+
+    hf_to_mcore(write_released(tmp_path / "hf", moe_expert_interval=interval), tmp_path / "mcore")
+    warnings = mcore_to_hf(tmp_path / "mcore", tmp_path / "back", "released")
+    assert len(warnings) == interval - 1, warnings
+    for warning in warnings:
+        assert "released code cannot run this model: with moe_expert_interval (2)" in warning
+    assert mcore_to_hf(tmp_path / "mcore", tmp_path / "ours", "moepp") == []
+
+
 GATES: dict[str, dict[str, Any]] = {
     "plain": {},
     "two layers": {"moe_2layer_gate": True},

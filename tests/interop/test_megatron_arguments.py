@@ -139,6 +139,75 @@ def test_what_the_layer_would_not_honour_is_refused(changes: dict[str, Any], mes
         moepp_config(config, parsed())
 
 
+@pytest.mark.parametrize(
+    ("is_spec", "changes", "given", "flags"),
+    [
+        (
+            True,
+            {},
+            {"create_attention_mask_in_dataloader": True},
+            "--cp-comm-type all_gather --attention-dropout 0 "
+            "--no-create-attention-mask-in-dataloader",
+        ),
+        (
+            True,
+            {"cp_comm_type": ["all_gather"], "attention_dropout": 0.0},
+            {"create_attention_mask_in_dataloader": True},
+            "--no-create-attention-mask-in-dataloader",
+        ),
+        (
+            False,
+            {"attention_dropout": 0.0},
+            {"create_attention_mask_in_dataloader": True},
+            "--cp-comm-type all_gather",
+        ),
+        (True, {"cp_comm_type": "all_gather", "attention_dropout": 0.0}, {}, None),
+        (True, {"transformer_impl": "transformer_engine"}, {}, None),
+        (True, {"context_parallel_size": 1}, {}, None),
+    ],
+)
+def test_context_parallelism_without_transformer_engine_names_every_flag_at_once(
+    is_spec: bool, changes: dict[str, Any], given: dict[str, Any], flags: str | None
+) -> None:
+    config = transformer()
+    settings = {"context_parallel_size": 2, "cp_comm_type": "p2p", "attention_dropout": 0.1}
+    for name, value in {**settings, **changes}.items():
+        setattr(config, name, value)
+    args = parsed()
+    vars(args).update(given)
+    if flags is None:
+        moepp_config(config, args, is_spec=is_spec)
+        return
+    with pytest.raises(ValueError, match=rf"must come with {flags}, because"):
+        moepp_config(config, args, is_spec=is_spec)
+
+
+def test_settings_of_the_environment_are_left_for_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = argparse.Namespace()
+    monkeypatch.setenv(ENVIRONMENT, "--moepp-tau 0.25")
+    moepp_config(transformer(), args)
+    assert args.moepp_environment == "--moepp-tau 0.25"
+
+
+def test_megatrons_tracer_which_would_write_nothing_is_refused() -> None:
+    args = parsed()
+    args.moe_routing_trace_path = "trace"
+    with pytest.raises(ValueError, match=r"--moe-routing-trace-path \(trace\) must be absent"):
+        moepp_config(transformer(), args)
+
+
+def test_help_can_be_printed_beside_megatrons() -> None:
+    """megatron-core 0.19.2 has a help text that argparse cannot format."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--theirs", help="Headroom (1.10 = 10%).")
+    parser.add_argument("--moe-aux-loss-coeff", help="Theirs.")
+    text = " ".join(add_moepp_arguments(parser).format_help().split())
+    assert "Headroom (1.10 = 10%)." in text
+    assert "Theirs. MoE++: beta of the paper's loss, which is K/E of Megatron's" in text
+
+
 @pytest.mark.parametrize(("rank", "printed"), [("0", "error: tau is wrong\n"), ("1", "")])
 def test_refusal_is_one_line_and_exit_code_2(
     rank: str, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

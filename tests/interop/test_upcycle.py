@@ -144,6 +144,27 @@ def test_scores_that_are_not_renormalised_are_refused(plain: RunPlain, tmp_path:
         upcycle(source, tmp_path / "moepp")
 
 
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+}
+
+
+def test_one_expert_a_token_is_refused_with_advice_that_can_be_followed() -> None:
+    from moepp_megatron.interop.upcycle import Additions, upcycled_config
+
+    with pytest.raises(ConfigError, match=r"--topk \(1\) must be at least 2.*; use --topk 2"):
+        upcycled_config(LLAMA, Additions(router_topk=1), "model", None)
+    assert upcycled_config(LLAMA, Additions(router_topk=2), "model", None).moe.router_topk == 2
+    mixtral = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1}
+    with pytest.raises(ConfigError, match=r"num_experts_per_tok \(1\) .* cannot be upcycled"):
+        upcycled_config(mixtral, Additions(), "model", None)
+
+
 class SkewedTokens:
     """Sequences of 16 tokens that depend on their index alone, small ids likelier than large."""
 

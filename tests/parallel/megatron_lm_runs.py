@@ -8,9 +8,12 @@ its TensorBoard files.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,13 +36,15 @@ CPU_ARGUMENTS = (
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion "
     "--no-rope-fusion --no-persist-layer-norm --num-workers 0"
 )
-# `SETTINGS` in Megatron's words.
-ARGUMENTS = (
+# `SETTINGS` in Megatron's words: the model, and how it is trained.
+MODEL_ARGUMENTS = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
     "--seq-length 16 --max-position-embeddings 16 --position-embedding-type rope "
     "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
     "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2 "
-    "--num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 0.01 "
+    "--num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 0.01"
+)
+RUN_ARGUMENTS = (
     "--moe-token-dispatcher-type alltoall --expert-tensor-parallel-size 1 "
     "--micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-style constant "
     "--weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1 --use-distributed-optimizer "
@@ -47,6 +52,7 @@ ARGUMENTS = (
     "--make-vocab-size-divisible-by 1 --eval-iters 0 --eval-interval 100 --log-interval 1 "
     f"--tensorboard-log-interval 1 --train-iters {STEPS} {CPU_ARGUMENTS}"
 )
+ARGUMENTS = f"{MODEL_ARGUMENTS} {RUN_ARGUMENTS}"
 
 
 def script() -> ModuleType:
@@ -63,7 +69,8 @@ def command_line(arguments: str, log: str) -> None:
     """Give this rank the command line of a run that logs to `log`."""
     # Megatron asks for it with tensor or context parallelism before it looks for a GPU.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    sys.argv = ["pretrain_megatron_lm.py", *arguments.split(), "--tensorboard-dir", log]
+    words = shlex.split(arguments)
+    sys.argv = ["pretrain_megatron_lm.py", *words, "--tensorboard-dir", log]
 
 
 def scalars(log: str) -> dict[str, list[float]]:
@@ -105,6 +112,63 @@ def train_in_megatron_lm(arguments: str, way: str, log: str) -> tuple[Run, list[
         # TensorBoard keeps fp32.
         assert abs(float(mine["balance_loss"]) - theirs) <= 1e-6 * theirs, "the log is wrong"
     return run, observer.pieces
+
+
+def scores_in_megatron_lm(arguments: str, log: str, input_ids: Any, way: str = "config") -> Any:
+    """Train in Megatron's loop, and score with the model that it ends with.
+
+    Args:
+        arguments: The whole command line but for the folder of TensorBoard; one pipeline stage.
+        log: A new folder for TensorBoard.
+        input_ids: [b, s] int64.
+        way: As in `train_in_megatron_lm`.
+
+    Returns:
+        [b, s - 1] fp32 log-probabilities of each token after the first.
+    """
+    import torch
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    launch = script()
+    command_line(arguments, log)
+    observer = _Observer(arguments)
+    try:
+        with _child_processes():
+            _pretrain(launch, way, observer)
+        (model,) = observer.models
+        model.eval()
+        tokens = torch.from_numpy(input_ids)
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+        with torch.no_grad():
+            parallel = model(tokens, positions, None).float()[:, :-1]
+        logits = gather_from_tensor_model_parallel_region(parallel)
+        scores = logits.log_softmax(dim=-1)
+        return scores.gather(2, tokens[:, 1:].unsqueeze(2)).squeeze(2).numpy()
+    finally:
+        _forget()
+
+
+@contextlib.contextmanager
+def _child_processes() -> Iterator[None]:
+    """Let this test rank, which is a daemon, start processes: Megatron's writer has a queue in one.
+
+    It is ended here, because nobody does when the rank ends.
+    """
+    import multiprocessing
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    before = config.get("daemon")
+    config["daemon"] = False
+    try:
+        yield
+    finally:
+        config["daemon"] = before
+        queue = filesystem_async._results_queue
+        filesystem_async._results_queue = None
+        if queue is not None:
+            queue._manager.shutdown()
 
 
 def _pretrain(launch: ModuleType, way: str, observer: _Observer) -> None:

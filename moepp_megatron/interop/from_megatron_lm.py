@@ -1,0 +1,235 @@
+"""From a checkpoint of Megatron-LM's own training loop to ours; the tensors stay where they are.
+
+Both are megatron-core's distributed format with the same names of tensors. New are the index, which
+lists the weights alone, and what stands beside it: configuration and checksums. Optimizer, random
+states and pickled objects of the other loop are not entered into the index, so nothing of them is
+ever unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from moepp_megatron.config import Config, ConfigError, parse_config
+from moepp_megatron.data.atomic import partial_folder, publish
+from moepp_megatron.interop.checkpoint_reader import CheckpointReader
+from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
+from moepp_megatron.interop.megatron_arguments import moepp_config
+from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
+from moepp_megatron.interop.moepp_rules import moepp_rules
+from moepp_megatron.interop.to_mcore import free_folder, write_objects
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE
+
+# How data files of ours begin that stand beside data files of another writer.
+_PREFIX = "__converted"
+_WEIGHTS = ("embedding.", "decoder.", "output_layer.")
+# Megatron's arguments that the decoder here has one value of: value, what to call it.
+_FIXED: tuple[tuple[str, Any, str], ...] = (
+    ("position_embedding_type", "rope", "--position-embedding-type"),
+    ("rotary_percent", 1.0, "--rotary-percent"),
+    ("rotary_interleaved", False, "--rotary-interleaved"),
+    ("rotary_seq_len_interpolation_factor", None, "--rotary-seq-len-interpolation-factor"),
+    ("use_rope_scaling", False, "--use-rope-scaling"),
+    ("no_rope_freq", None, "--no-rope-freq"),
+    ("normalization", "RMSNorm", "--normalization"),
+    ("layernorm_zero_centered_gamma", False, "--apply-layernorm-1p"),
+    ("apply_residual_connection_post_layernorm", False, "the residual after the norm"),
+    ("swiglu", True, "--swiglu"),
+    ("activation_func_clamp_value", None, "--activation-func-clamp-value"),
+    ("add_bias_linear", False, "biases (--disable-bias-linear)"),
+    ("add_qkv_bias", False, "--add-qkv-bias"),
+    ("attention_output_gate", False, "--attention-output-gate"),
+    ("softmax_type", "vanilla", "--softmax-type"),
+    ("window_size", None, "--window-size"),
+    ("use_mup", False, "--use-mup"),
+    ("fp16", False, "--fp16"),
+    ("moe_shared_expert_gate", False, "--moe-shared-expert-gate"),
+)
+
+
+def from_megatron_lm(
+    source: Path, target: Path, own_arguments: str | None = None, tokenizer: Path | None = None
+) -> Config:
+    """Make a checkpoint of ours of one of Megatron-LM's loop.
+
+    Args:
+        source: Its folder, or the `--save` folder, which means the newest.
+        target: Folder to make; it must not exist or be empty. Data files become hard links, or
+            copies where the file system has none.
+        own_arguments: The run's MOEPP_ARGS, where the checkpoint does not keep its settings.
+        tokenizer: A tokenizer.json to put beside the weights.
+
+    Raises:
+        ConfigError: For a model that this package does not have, a checkpoint that cannot be read
+            or lacks a tensor, or a folder that cannot be written.
+    """
+    folder = find_megatron_checkpoint(source)
+    reader = CheckpointReader(folder)
+    arguments = read_arguments(reader)
+    config = config_from_arguments(arguments, own_arguments, folder.resolve().parent.name)
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, config)
+    names = weight_names(reader, config)
+    target = free_folder(target)
+    with partial_folder(target) as partial:
+        link_data(reader, names, partial)
+        writer = CheckpointWriter(partial, _PREFIX)
+        for name in names:
+            writer.adopt(reader, name)
+        write_objects(writer, config)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+        text = config.to_yaml(f"converted from {folder.name} of Megatron-LM's training loop")
+        (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
+        writer.finish()
+        writer.finish_manifest()
+        publish(partial, target)
+    return config
+
+
+def config_from_arguments(arguments: Namespace, own_arguments: str | None, name: str) -> Config:
+    """Our configuration of the model that Megatron's arguments describe.
+
+    Raises:
+        ConfigError: For a model that this package does not have.
+    """
+    for key, wanted, what in _FIXED:
+        value = getattr(arguments, key, wanted)
+        if value != wanted:
+            raise ConfigError(
+                f"{what} ({value}) of the checkpoint must be {wanted}: this package's decoder has "
+                "nothing else; such a checkpoint cannot be converted"
+            )
+    try:
+        moepp = moepp_config(_transformer_fields(arguments), _with_own(arguments, own_arguments))
+        sections = {"model": _model(arguments), "moe": _moe(arguments, moepp)}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"the checkpoint's arguments do not fit: {error}") from None
+    return parse_config(
+        {
+            "run": {"dir": f"runs/{name}", "name": name},
+            **sections,
+            "precision": {"dtype": "bf16" if getattr(arguments, "bf16", False) else "fp32"},
+            "optimizer": {"lr": getattr(arguments, "lr", None) or 1.0e-4},
+            "training": {"train_iters": 1, "global_batch_size": 1, "micro_batch_size": 1},
+        }
+    )
+
+
+def link_data(reader: CheckpointReader, names: Iterable[str], target: Path) -> None:
+    """Bring the data files that hold some tensors into a folder: links, or else copies."""
+    files = {place.relative_path for name in names for place in reader.places(name)[1].values()}
+    for file in sorted(files):
+        source = (reader.folder / file).resolve()
+        try:
+            os.link(source, target / file)
+        except OSError:
+            # Another file system, or one without links.
+            shutil.copyfile(source, target / file)
+
+
+def _check_tokenizer(tokenizer: Path, config: Config) -> None:
+    from moepp_megatron.data.tokenizer import Tokenizer
+
+    size = Tokenizer.load(tokenizer).vocab_size
+    if size > config.model.vocab_size:
+        raise ConfigError(
+            f"--tokenizer ({tokenizer}) must fit the model's vocabulary of "
+            f"{config.model.vocab_size} tokens and has {size}; use that of the run's data"
+        )
+
+
+def _transformer_fields(arguments: Namespace) -> Any:
+    """The arguments by the names of `TransformerConfig`."""
+    return SimpleNamespace(**{**vars(arguments), "num_moe_experts": arguments.num_experts})
+
+
+def _with_own(arguments: Namespace, own_arguments: str | None) -> Namespace:
+    """The arguments with `moepp_*` among them, from wherever the run had them."""
+    from moepp_megatron.interop.megatron_arguments import environment_arguments
+
+    if hasattr(arguments, "moepp_tau"):
+        return arguments
+    text = own_arguments
+    if text is None:
+        text = getattr(arguments, "moepp_environment", None)
+    if text is None:
+        raise ConfigError(
+            "--moepp-args (absent) must give the run's MOEPP_ARGS, which the checkpoint does not "
+            "keep; use --moepp-args '' where the run had none"
+        )
+    return Namespace(**{**vars(arguments), **vars(environment_arguments(text))})
+
+
+def _model(arguments: Namespace) -> dict[str, Any]:
+    groups = arguments.num_query_groups if arguments.group_query_attention else None
+    return {
+        "num_layers": arguments.num_layers,
+        "hidden_size": arguments.hidden_size,
+        "ffn_hidden_size": arguments.ffn_hidden_size,
+        "num_attention_heads": arguments.num_attention_heads,
+        "num_query_groups": groups,
+        "kv_channels": arguments.kv_channels,
+        "qk_layernorm": arguments.qk_layernorm,
+        "seq_length": arguments.seq_length,
+        "vocab_size": arguments.padded_vocab_size,
+        "rotary_base": float(arguments.rotary_base),
+        "norm_epsilon": arguments.layernorm_epsilon,
+        "tie_embeddings": not arguments.untie_embeddings_and_output_weights,
+        "init_method_std": arguments.init_method_std,
+    }
+
+
+def _moe(arguments: Namespace, moepp: MoEPPConfig) -> dict[str, Any]:
+    # Both sides have these under one name.
+    fields = {key: getattr(moepp, key) for key in _MOE_FIELDS}
+    return {
+        **fields,
+        "z_loss_coeff": arguments.moe_z_loss_coeff,
+        "input_jitter_eps": arguments.moe_input_jitter_eps,
+        "ffn_hidden_size": arguments.moe_ffn_hidden_size,
+        "shared_expert_ffn_hidden_size": arguments.moe_shared_expert_intermediate_size,
+        "layer_freq": arguments.moe_layer_freq,
+    }
+
+
+_MOE_FIELDS = tuple(
+    name
+    for name in MoEPPConfig.__dataclass_fields__
+    if name not in ("deduplicate_dispatch", "fused")
+)
+
+
+def weight_names(reader: CheckpointReader, config: Config) -> list[str]:
+    """The tensors of the model.
+
+    Raises:
+        ConfigError: Naming tensors that are missing, unexpected or of another shape.
+    """
+    tensors = reader.tensors
+    wanted = {rule.key: rule.shape for rule in moepp_rules(config) if not rule.unused}
+    found = {name: shape for name, (_, shape) in tensors.items() if name.startswith(_WEIGHTS)}
+    problems = [
+        *(f"tensor {name} is missing" for name in sorted(wanted.keys() - found.keys())),
+        *(f"tensor {name} is unexpected" for name in sorted(found.keys() - wanted.keys())),
+        *(
+            f"tensor {name} must have shape {list(shape)} by the arguments and has "
+            f"{list(found[name])}"
+            for name, shape in sorted(wanted.items())
+            if name in found and found[name] != shape
+        ),
+    ]
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ConfigError(
+            f"{reader.folder}: {problems[0]}{more}; name a checkpoint of the model that its "
+            "arguments describe"
+        )
+    return list(wanted)

@@ -1,0 +1,167 @@
+"""From a checkpoint of ours to one that Megatron-LM's own training loop loads with `--load`.
+
+It is what Megatron calls a release: weights alone, from which a run starts at iteration 0. The loop
+is told the model by its command line, so the arguments that describe it are written beside.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.data.atomic import partial_folder, publish
+from moepp_megatron.interop.checkpoint_reader import CheckpointReader
+from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
+from moepp_megatron.interop.from_megatron_lm import link_data, weight_names
+from moepp_megatron.interop.megatron_checkpoint import RELEASE, TRACKER_FILE
+from moepp_megatron.interop.to_mcore import free_folder, write_objects
+from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
+
+ARGUMENTS_FILE = "arguments.txt"
+_PREFIX = "__release"
+_BALANCE_TYPES = {
+    "microbatch": "aux_loss",
+    "sequence": "seq_aux_loss",
+    "global": "global_aux_loss",
+}
+# `--moepp-*` with a value, by the names of the section `moe`.
+_OWN_VALUES = (
+    "num_zero_experts",
+    "num_copy_experts",
+    "num_constant_experts",
+    "tau",
+    "capacity_factor",
+    "gate_normalization",
+    "expert_input_scale",
+    "constant_init",
+    "constant_temperature",
+    "logits_norm_std",
+)
+_OWN_FLAGS = ("two_layer_gate", "selection_bias")
+
+
+def to_megatron_lm(source: Path, target: Path) -> str:
+    """Make a `--load` folder of Megatron-LM of a checkpoint of ours.
+
+    Args:
+        source: A checkpoint's folder, or a run's, which means its newest.
+        target: Folder to make; it must not exist or be empty. Data files become hard links, or
+            copies where the file system has none.
+
+    Returns:
+        Megatron's arguments of the model.
+
+    Raises:
+        ConfigError: For a model that Megatron-LM's loop cannot build, a checkpoint that cannot be
+            read or lacks a tensor, or a folder that cannot be written.
+    """
+    folder = find_checkpoint(source)
+    config = load_config(folder / CONFIG_FILE)
+    arguments = " ".join(megatron_arguments(config))
+    reader = CheckpointReader(folder)
+    names = weight_names(reader, config)
+    target = free_folder(target)
+    with partial_folder(target) as partial:
+        release = partial / RELEASE
+        release.mkdir()
+        link_data(reader, names, release)
+        writer = CheckpointWriter(release, _PREFIX)
+        for name in names:
+            writer.adopt(reader, name)
+        # 3.0: how queries, keys and values lie in one matrix.
+        write_objects(writer, config, common={"checkpoint_version": 3.0, "iteration": 0})
+        writer.finish()
+        (partial / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
+        (partial / ARGUMENTS_FILE).write_text(f"{arguments}\n", encoding="utf-8")
+        if (folder / TOKENIZER_FILE).is_file():
+            shutil.copyfile(folder / TOKENIZER_FILE, partial / TOKENIZER_FILE)
+        publish(partial, target)
+    return arguments
+
+
+def megatron_arguments(config: Config) -> list[str]:
+    """The arguments of Megatron-LM's command line that describe a model.
+
+    Raises:
+        ConfigError: For a model that they cannot describe.
+    """
+    _refuse_unsupported(config)
+    return [word for option in _options(config) for word in option]
+
+
+def _refuse_unsupported(config: Config) -> None:
+    model, moe = config.model, config.moe
+    for name, value, allowed, why in (
+        (
+            "model.latent_attention",
+            None if model.latent_attention is None else "set",
+            (None,),
+            "MoE++ in Megatron-LM's loop has no multi-latent attention",
+        ),
+        ("moe.constants_shared", moe.constants_shared, (False,), "it is this package's model's"),
+        (
+            "model.rotary_base",
+            model.rotary_base,
+            (float(int(model.rotary_base)),),
+            "--rotary-base is a whole number",
+        ),
+    ):
+        if value not in allowed:
+            raise ConfigError(
+                f"{name} ({value}) must be {allowed[0]} for Megatron-LM's loop, because {why}; "
+                "train on with `moepp train`"
+            )
+
+
+def _options(config: Config) -> Iterator[list[str]]:
+    model, moe = config.model, config.moe
+    pattern = [int(is_moe) for is_moe in moe.moe_layer_pattern(model.num_layers)]
+    values: dict[str, Any] = {
+        "num-layers": model.num_layers,
+        "hidden-size": model.hidden_size,
+        "ffn-hidden-size": model.ffn_hidden_size,
+        "num-attention-heads": model.num_attention_heads,
+        "kv-channels": model.head_dim,
+        "seq-length": model.seq_length,
+        "max-position-embeddings": model.seq_length,
+        "padded-vocab-size": model.vocab_size,
+        "position-embedding-type": "rope",
+        "rotary-base": int(model.rotary_base),
+        "normalization": "RMSNorm",
+        "norm-epsilon": model.norm_epsilon,
+        "init-method-std": model.init_method_std,
+        "attention-dropout": 0,
+        "hidden-dropout": 0,
+        "num-experts": moe.num_ffn_experts,
+        "moe-ffn-hidden-size": config.expert_ffn_hidden_size,
+        "moe-layer-freq": 1 if all(pattern) else f"[{','.join(map(str, pattern))}]",
+        "moe-shared-expert-intermediate-size": moe.shared_expert_ffn_hidden_size,
+        "moe-router-topk": moe.router_topk,
+        "moe-router-score-function": moe.score_function,
+        "moe-router-topk-scaling-factor": None if moe.gate_scale == 1.0 else moe.gate_scale,
+        "moe-router-load-balancing-type": _BALANCE_TYPES[moe.balance_scope]
+        if moe.balance_coeff > 0
+        else "none",
+        "moe-aux-loss-coeff": moe.balance_coeff,
+        "moe-z-loss-coeff": moe.z_loss_coeff,
+        "moe-input-jitter-eps": moe.input_jitter_eps,
+        **{f"moepp-{name.replace('_', '-')}": getattr(moe, name) for name in _OWN_VALUES},
+    }
+    yield from ([f"--{name}", str(value)] for name, value in values.items() if value is not None)
+    groups = model.query_groups
+    if groups != model.num_attention_heads:
+        yield ["--group-query-attention", "--num-query-groups", str(groups)]
+    flags = {
+        "swiglu": True,
+        "disable-bias-linear": True,
+        "untie-embeddings-and-output-weights": not model.tie_embeddings,
+        "qk-layernorm": model.qk_layernorm,
+        "bf16": config.precision.dtype == "bf16",
+        "moe-router-pre-softmax": moe.router_topk == 1,
+        "moepp-no-gating-residual": not moe.gating_residual,
+        **{f"moepp-{name.replace('_', '-')}": getattr(moe, name) for name in _OWN_FLAGS},
+    }
+    yield from ([f"--{name}"] for name, is_set in flags.items() if is_set)

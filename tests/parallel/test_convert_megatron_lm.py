@@ -1,0 +1,267 @@
+"""Checkpoints of Megatron-LM's own loop become ours, and the way back."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.interop.checkpoint_reader import CheckpointReader
+from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
+from moepp_megatron.interop.from_megatron_lm import config_from_arguments, from_megatron_lm
+from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
+from moepp_megatron.interop.to_hf import mcore_to_hf
+from moepp_megatron.interop.to_megatron_lm import ARGUMENTS_FILE, to_megatron_lm
+from moepp_megatron.training.checkpoint import damage
+from tests.interop.checkpoints import score
+from tests.parallel.megatron_lm_runs import (
+    ARGUMENTS,
+    MODEL_ARGUMENTS,
+    RUN_ARGUMENTS,
+    STEPS,
+    scores_in_megatron_lm,
+)
+from tests.parallel.ranks import RankPools
+from tests.parallel.test_generate_command import moepp
+from tests.parallel.test_inspect_command import trace
+
+pytestmark = pytest.mark.parallel
+
+# As many experts as `training_runs.settings` has.
+OWN = (
+    "--moepp-tau 0.5 --moepp-num-zero-experts 2 --moepp-num-copy-experts 0 "
+    "--moepp-gate-normalization nonzero"
+)
+# fp32 log-probabilities of the same weights, other sums of a few hundred terms.
+TOLERANCE = 1e-5
+
+
+def input_ids() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 60, (2, 16))
+
+
+def vocabulary(corpus: Path) -> str:
+    return f"--vocab-size {Tokenizer.load(corpus / 'tokenizer.json').vocab_size}"
+
+
+@pytest.fixture(scope="module")
+def saved(
+    ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, np.ndarray]:
+    """A `--save` folder of Megatron's loop, and the scores of the model that it ended with."""
+    folder = tmp_path_factory.mktemp("megatron-lm")
+    arguments = (
+        f"{ARGUMENTS} {vocabulary(corpus)} --expert-model-parallel-size 2 {OWN} "
+        f"--save {folder / 'save'} --save-interval {STEPS // 2}"
+    )
+    first, *_ = ranks(2).run(scores_in_megatron_lm, arguments, str(folder / "log"), input_ids())
+    return folder / "save", first
+
+
+@pytest.fixture(scope="module")
+def converted(saved: tuple[Path, np.ndarray], corpus: Path) -> Path:
+    target = saved[0].parent / "ours"
+    from_megatron_lm(saved[0], target, tokenizer=corpus / "tokenizer.json")
+    return target
+
+
+def scores_of(ranks: RankPools, checkpoint: Path, tmp_path: Path) -> np.ndarray:
+    tokens = tmp_path / "tokens.npz"
+    np.savez(tokens, input_ids=input_ids())
+    (scores,) = ranks(1).run(score, checkpoint, tokens, [])
+    return scores["token_logprobs"]
+
+
+def test_the_converted_model_scores_as_megatrons(
+    ranks: RankPools, saved: tuple[Path, np.ndarray], converted: Path, tmp_path: Path
+) -> None:
+    assert damage(converted) is None
+    ours = scores_of(ranks, converted, tmp_path)
+    assert np.abs(ours - saved[1]).max() <= TOLERANCE * np.abs(saved[1]).max()
+    moe = load_config(converted / "config.yaml").moe
+    assert (moe.tau, moe.num_zero_experts, moe.gate_normalization) == (0.5, 2, "nonzero")
+
+
+def test_weights_are_not_copied(saved: tuple[Path, np.ndarray], converted: Path) -> None:
+    source = saved[0] / f"iter_{STEPS:07d}"
+    for file in source.glob("*.distcp"):
+        assert (converted / file.name).samefile(file)
+    weights = ("embedding.", "decoder.", "output_layer.")
+    theirs = {name for name in CheckpointReader(source).tensors if name.startswith(weights)}
+    assert set(CheckpointReader(converted).tensors) == theirs
+    # Nothing of what the other loop pickled is in the index.
+    assert b"rng_state" not in (converted / ".metadata").read_bytes()
+    assert CheckpointReader(converted).read_object("common_state") == {}
+
+
+def test_without_hard_links_files_are_copied(
+    saved: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*paths: Any) -> None:
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", no_links)
+    from_megatron_lm(saved[0] / f"iter_{STEPS // 2:07d}", tmp_path / "ours")
+    assert damage(tmp_path / "ours") is None
+    assert all(path.stat().st_nlink == 1 for path in (tmp_path / "ours").iterdir())
+
+
+def test_it_generates_inspects_and_exports(
+    ranks: RankPools, converted: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Document 7: words 49 and lines.\n")
+    (traced,) = ranks(1).run(trace, converted, text, [])
+    assert np.isfinite(traced["losses"]).any()
+    mcore_to_hf(converted, tmp_path / "hf", "moepp")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_zero_experts"] == 2
+    made = moepp("generate", converted, "--prompt", "Doc", "--max-new-tokens", 4)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith("Doc")
+
+
+def test_the_way_back(
+    ranks: RankPools,
+    saved: tuple[Path, np.ndarray],
+    converted: Path,
+    corpus: Path,
+    tmp_path: Path,
+) -> None:
+    """Megatron's loop, told the model by the arguments beside, starts from the same weights."""
+    arguments = to_megatron_lm(converted, tmp_path / "release")
+    assert (tmp_path / "release" / ARGUMENTS_FILE).read_text() == f"{arguments}\n"
+    command = (
+        f"{RUN_ARGUMENTS} {vocabulary(corpus)} {arguments} --tensor-model-parallel-size 2 "
+        f"--sequence-parallel --load {tmp_path / 'release'} --lr 0 --train-iters 1"
+    )
+    first, *_ = ranks(2).run(scores_in_megatron_lm, command, str(tmp_path / "log"), input_ids())
+    assert np.abs(first - saved[1]).max() <= TOLERANCE * np.abs(saved[1]).max()
+
+
+# ---- what is read of the arguments -----------------------------------------------------------
+
+
+def test_settings_of_the_environment_are_kept(
+    ranks: RankPools, saved: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = find_megatron_checkpoint(saved[0])
+    arguments = read_arguments(CheckpointReader(folder))
+    expected = config_from_arguments(arguments, None, "save")
+    for name in [name for name in vars(arguments) if name.startswith("moepp_")]:
+        delattr(arguments, name)
+    with pytest.raises(ConfigError, match=r"--moepp-args \(absent\) must give the run"):
+        config_from_arguments(arguments, None, "save")
+    assert config_from_arguments(arguments, OWN, "save") == expected
+    arguments.moepp_environment = OWN
+    assert config_from_arguments(arguments, None, "save") == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type .* be rope"),
+        ({"add_bias_linear": True}, r"biases \(--disable-bias-linear\) \(True\) .* be False"),
+        ({"moe_router_num_groups": 2}, "moe_router_num_groups .* is not supported"),
+        ({"num_layers": 5}, "layers.4.* is missing"),
+        ({"num_layers": 3}, "layers.3.* is unexpected"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"moepp_num_copy_experts": 2}, r"must have shape \[14, .*\] by the arguments"),
+        ({"moe_router_topk": None}, "arguments do not fit"),
+    ],
+)
+def test_a_model_that_is_not_this_one_is_refused(
+    saved: tuple[Path, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    folder = find_megatron_checkpoint(saved[0])
+    arguments = read_arguments(CheckpointReader(folder))
+    vars(arguments).update(changes)
+    monkeypatch.setattr(
+        "moepp_megatron.interop.from_megatron_lm.read_arguments", lambda reader: arguments
+    )
+    with pytest.raises(ConfigError, match=message):
+        from_megatron_lm(folder, tmp_path / "ours")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_code_of_the_checkpoint_runs(saved: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    """What the arguments ask for by name is neither imported nor called."""
+    ran = tmp_path / "ran"
+
+    class Planted:
+        def __reduce__(self) -> Any:
+            return eval, (f"open({str(ran)!r}, 'w').close()",)
+
+    folder = tmp_path / "crafted"
+    folder.mkdir()
+    writer = CheckpointWriter(folder)
+    import argparse
+
+    arguments = argparse.Namespace(num_layers=4, planted=Planted(), words=[1, Planted()])
+    writer.add_object("common_state", {"args": arguments, "other": Planted()})
+    writer.finish()
+    read = read_arguments(CheckpointReader(folder))
+    assert vars(read) == {"num_layers": 4}
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(Planted()))
+    assert ran.exists(), "what was planted does nothing"
+
+
+@pytest.mark.parametrize(
+    "common", [b"", b"no zip", pickle.dumps({"args": 1})], ids=["empty", "no zip", "no torch"]
+)
+def test_arguments_that_cannot_be_read_are_an_error(
+    saved: tuple[Path, np.ndarray], tmp_path: Path, common: bytes
+) -> None:
+    folder = tmp_path / "iter_0000004"
+    shutil.copytree(saved[0] / folder.name, folder)
+    (folder / "common.pt").write_bytes(common)
+    with pytest.raises(ConfigError, match="must hold the arguments of the run that wrote it"):
+        from_megatron_lm(folder, tmp_path / "ours")
+
+
+def test_what_is_no_checkpoint_of_megatrons_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must be a checkpoint of Megatron-LM in the format"):
+        from_megatron_lm(tmp_path, tmp_path / "ours")
+
+
+def test_the_target_is_not_overwritten(saved: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(ConfigError, match="must not exist or be empty"):
+        from_megatron_lm(saved[0], tmp_path)
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    saved: tuple[Path, np.ndarray], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "load", lambda path: SimpleNamespace(vocab_size=100_000))
+    with pytest.raises(ConfigError, match=r"--tokenizer \(.*must fit .* and has 100000"):
+        from_megatron_lm(saved[0], tmp_path / "ours", tokenizer=corpus / "tokenizer.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_arguments_describe_the_model_of_the_settings(converted: Path) -> None:
+    """Every word that this package's tests give Megatron comes back, with other words beside."""
+    config = load_config(converted / "config.yaml")
+    from moepp_megatron.interop.to_megatron_lm import megatron_arguments
+
+    words = megatron_arguments(config)
+    options = dict(zip(words, [*words[1:], ""], strict=True))
+    mine = MODEL_ARGUMENTS.split()
+    for option, value in zip(mine, [*mine[1:], ""], strict=True):
+        if option.startswith("--"):
+            assert option in options, option
+            if value and not value.startswith("--"):
+                assert float(options[option]) == float(value) if value[0].isdigit() else True
