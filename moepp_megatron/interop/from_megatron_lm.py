@@ -190,6 +190,10 @@ def _model(arguments: Namespace) -> dict[str, Any]:
 def _moe(arguments: Namespace, moepp: MoEPPConfig) -> dict[str, Any]:
     # Both sides have these under one name.
     fields = {key: getattr(moepp, key) for key in _MOE_FIELDS}
+    if moepp.is_vanilla:
+        # megatron-core's own router, which has a setting of its own for that.
+        before_selection = arguments.moe_router_pre_softmax
+        fields["gate_normalization"] = "none" if before_selection else "selected"
     return {
         **fields,
         "z_loss_coeff": arguments.moe_z_loss_coeff,

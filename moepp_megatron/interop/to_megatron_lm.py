@@ -160,7 +160,9 @@ def _options(config: Config) -> Iterator[list[str]]:
         "untie-embeddings-and-output-weights": not model.tie_embeddings,
         "qk-layernorm": model.qk_layernorm,
         "bf16": config.precision.dtype == "bf16",
-        "moe-router-pre-softmax": moe.router_topk == 1,
+        # Top-1 routing demands it; without MoE++ experts megatron-core's own router reads it.
+        "moe-router-pre-softmax": moe.router_topk == 1
+        or (moe.is_vanilla and moe.gate_normalization == "none"),
         "moepp-no-gating-residual": not moe.gating_residual,
         **{f"moepp-{name.replace('_', '-')}": getattr(moe, name) for name in _OWN_FLAGS},
     }

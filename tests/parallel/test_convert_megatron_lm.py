@@ -19,7 +19,11 @@ from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
 from moepp_megatron.interop.from_megatron_lm import config_from_arguments, from_megatron_lm
 from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
 from moepp_megatron.interop.to_hf import mcore_to_hf
-from moepp_megatron.interop.to_megatron_lm import ARGUMENTS_FILE, to_megatron_lm
+from moepp_megatron.interop.to_megatron_lm import (
+    ARGUMENTS_FILE,
+    megatron_arguments,
+    to_megatron_lm,
+)
 from moepp_megatron.training.checkpoint import damage
 from tests.interop.checkpoints import score
 from tests.parallel.megatron_lm_runs import (
@@ -252,16 +256,33 @@ def test_a_tokenizer_that_does_not_fit_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_model_arguments_describe_the_model_of_the_settings(converted: Path) -> None:
-    """Every word that this package's tests give Megatron comes back, with other words beside."""
-    config = load_config(converted / "config.yaml")
-    from moepp_megatron.interop.to_megatron_lm import megatron_arguments
+@pytest.mark.parametrize(("given", "gates"), [(True, "none"), (False, "selected")])
+def test_gates_of_megatrons_own_layer_go_both_ways(
+    saved: tuple[Path, np.ndarray], given: bool, gates: str
+) -> None:
+    arguments = read_arguments(CheckpointReader(find_megatron_checkpoint(saved[0])))
+    changes = {
+        "moepp_num_zero_experts": 0,
+        "moepp_num_copy_experts": 0,
+        "moepp_num_constant_experts": 0,
+        "moepp_gating_residual": False,
+        "moepp_gate_normalization": "none",
+        "moe_router_pre_softmax": given,
+    }
+    vars(arguments).update(changes)
+    config = config_from_arguments(arguments, None, "save")
+    assert (config.moe.is_vanilla, config.moe.gate_normalization) == (True, gates)
+    assert ("--moe-router-pre-softmax" in megatron_arguments(config)) == given
 
-    words = megatron_arguments(config)
-    options = dict(zip(words, [*words[1:], ""], strict=True))
-    mine = MODEL_ARGUMENTS.split()
-    for option, value in zip(mine, [*mine[1:], ""], strict=True):
-        if option.startswith("--"):
-            assert option in options, option
-            if value and not value.startswith("--"):
-                assert float(options[option]) == float(value) if value[0].isdigit() else True
+
+def test_model_arguments_are_those_that_the_model_was_made_with(converted: Path) -> None:
+    """Every argument of these tests' models comes back with its value, others beside."""
+    words = megatron_arguments(load_config(converted / "config.yaml"))
+    made = dict(zip(words, [*words[1:], ""], strict=True))
+    given = MODEL_ARGUMENTS.split()
+    for option, value in zip(given, [*given[1:], ""], strict=True):
+        if not option.startswith("--"):
+            continue
+        assert option in made, option
+        if value[:1].isdigit():
+            assert float(made[option]) == float(value), option
