@@ -6,7 +6,7 @@ and gating residuals. Ours (`model_type: moepp`) says everything that a forward 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, parse_config
@@ -261,6 +261,17 @@ def released_hf_config(config: Config) -> dict[str, Any]:
         "moe_gate_norm_std": 1.0 if moe.logits_norm_std is None else moe.logits_norm_std,
         "moe_feature_no_mul_topk": moe.expert_input_scale == 1.0 and not mixtral,
     }
+
+
+def released_warnings(config: Config) -> Iterator[str]:
+    """What the released code makes of a model that its format can express."""
+    interval = _interval(config)
+    if interval is not None and interval > 1:
+        yield (
+            "the released code cannot run this model: with moe_expert_interval "
+            f"({interval}) above 1 its layers without experts fail; --layout moepp runs in "
+            "transformers"
+        )
 
 
 def _shared_fields(config: Config) -> dict[str, Any]:

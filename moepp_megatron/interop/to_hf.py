@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from moepp_megatron.config.problem import show
 from moepp_megatron.data.atomic import partial_folder, publish
 from moepp_megatron.data.progress import track
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
-from moepp_megatron.interop.hf_config import own_hf_config, released_hf_config
+from moepp_megatron.interop.hf_config import own_hf_config, released_hf_config, released_warnings
 from moepp_megatron.interop.moepp_rules import UNUSED_PREFIX, moepp_rules
 from moepp_megatron.interop.rules import Rule
 from moepp_megatron.interop.safetensors_file import SafetensorsWriter
@@ -93,7 +93,7 @@ def mcore_to_hf(
         if layout in _AUTO_MAPS:
             _copy_model_files(partial)
         publish(partial, target)
-    return list(_warnings(config, layout, fields))
+    return list(_warnings(config, layout))
 
 
 def _refuse_latent_attention(config: Config) -> None:
@@ -197,15 +197,11 @@ def copy_companions(source: Path, target: Path) -> None:
         write_json(target / "tokenizer_config.json", content)
 
 
-def _warnings(config: Config, layout: str, fields: Mapping[str, Any]) -> Iterator[str]:
+def _warnings(config: Config, layout: str) -> Iterator[str]:
     if layout == "longcat":
         yield from longcat_warnings(config)
-    if layout == "released" and fields["moe_expert_interval"] > 1:
-        yield (
-            "the released code cannot run this model: with moe_expert_interval "
-            f"({fields['moe_expert_interval']}) above 1 its layers without experts fail; "
-            "--layout moepp runs in transformers"
-        )
+    if layout == "released":
+        yield from released_warnings(config)
     if config.moe.capacity_factor is not None:
         yield "moe.capacity_factor is not exported: the model in transformers drops no selection"
 

@@ -131,17 +131,7 @@ def upcycled_config(
             "such a checkpoint cannot be converted"
         )
     experts = _source_experts(hf, additions)
-    if experts["router_topk"] == 1:
-        what, remedy = (
-            "config.json: num_experts_per_tok (1)",
-            "such a checkpoint cannot be upcycled",
-        )
-        if kind in DENSE_TYPES:
-            what, remedy = "--topk (1)", "use --topk 2"
-        raise ConfigError(
-            f"{what} must be at least 2, because an upcycled model divides gates by their sum, and "
-            f"one gate divided by itself gives the router no gradient; {remedy}"
-        )
+    _refuse_one_expert(experts["router_topk"], kind)
     model = decoder_section({**hf, "qk_norm": kind in ("qwen3", "qwen3_moe")})
     moe = {
         "num_zero_experts": additions.num_zero_experts,
@@ -155,6 +145,19 @@ def upcycled_config(
         **experts,
     }
     return assemble(model, moe, hf, name, dtype)
+
+
+def _refuse_one_expert(topk: int, kind: str) -> None:
+    """Say so by the name that the user gave, not by a setting of ours that upcycling fixes."""
+    if topk > 1:
+        return
+    what, remedy = "config.json: num_experts_per_tok (1)", "such a checkpoint cannot be upcycled"
+    if kind in DENSE_TYPES:
+        what, remedy = "--topk (1)", "use --topk 2"
+    raise ConfigError(
+        f"{what} must be at least 2, because an upcycled model divides gates by their sum, and one "
+        f"gate divided by itself gives the router no gradient; {remedy}"
+    )
 
 
 def _source_experts(hf: Mapping[str, Any], additions: Additions) -> dict[str, Any]:
