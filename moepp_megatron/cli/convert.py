@@ -107,8 +107,8 @@ def upcycle(
     config = convert(source, target, additions, dtype, allow_pickle)
     typer.echo(f"checkpoint   {target}")
     typer.echo(
-        f"FFN share    1 now; training moves it towards phi ({config.moe.ffn_share:.3f}) at "
-        f"moe.budget.gain ({config.moe.budget.gain})"
+        f"FFN share    1 now; training moves it to phi ({config.moe.ffn_share:.3f}) in 5 to 7 "
+        f"/ moe.budget.gain ({config.moe.budget.gain}) steps: docs/upcycling.md"
     )
 
 
