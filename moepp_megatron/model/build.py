@@ -16,7 +16,11 @@ from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 from moepp_megatron.model.norm import SequenceParallelRMSNorm
 from moepp_megatron.moe.spec import get_moepp_block_spec
-from moepp_megatron.moe.upstream_private import UpstreamMovedError, check_upstream
+from moepp_megatron.moe.upstream_private import (
+    PRIVATE_NAMES,
+    UpstreamMovedError,
+    check_upstream,
+)
 from moepp_megatron.runtime.optional import have_transformer_engine
 
 if TYPE_CHECKING:
@@ -45,7 +49,7 @@ def build_chunks(config: Config) -> list[LanguageModule]:
     Process groups must exist.
     """
     try:
-        check_upstream()
+        check_upstream(PRIVATE_NAMES)
     except UpstreamMovedError as error:
         raise UnfitError(str(error)) from None
     num_chunks = virtual_stages(config)

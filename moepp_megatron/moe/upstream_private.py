@@ -46,7 +46,8 @@ class PrivateName:
 _LAYER = ("transformer.transformer_layer", "TransformerLayer")
 _DISPATCHERS = "transformer.moe.token_dispatcher"
 
-PRIVATE_NAMES = (
+# What layers need, in any loop.
+LAYER_NAMES = (
     PrivateName(
         *_LAYER,
         "_forward_attention",
@@ -106,7 +107,10 @@ PRIVATE_NAMES = (
         "the whole gradient of the shared position key on local modules",
         ("hidden_states",),
     ),
-    # Of training/checkpoint: missed there, it would be found at a run's first save.
+)
+PRIVATE_NAMES = (
+    *LAYER_NAMES,
+    # Of training/checkpoint: what is missing would be found at a run's first save.
     PrivateName(
         "dist_checkpointing.strategies.torch",
         "TorchDistSaveShardedStrategy",
@@ -152,13 +156,16 @@ class UpstreamMovedError(ImportError):
 
 
 @cache
-def check_upstream() -> None:
-    """Look for every name, once a process.
+def check_upstream(names: tuple[PrivateName, ...] = LAYER_NAMES) -> None:
+    """Look for names, once a process.
+
+    Args:
+        names: `LAYER_NAMES`, or `PRIVATE_NAMES` for a run of this package's own trainer.
 
     Raises:
         UpstreamMovedError: Naming the version, and each name that is gone or takes other arguments.
     """
-    moved = [line for private in PRIVATE_NAMES for line in moved_from(private)]
+    moved = [line for private in names for line in moved_from(private)]
     if not moved:
         return
     raise UpstreamMovedError(
