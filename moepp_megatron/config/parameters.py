@@ -55,6 +55,16 @@ class ParameterCounts:
         )
 
 
+def checkpoint_bytes(config: Config) -> int:
+    """Bytes of one checkpoint.
+
+    fp32 weights and two Adam moments of every parameter, and with bf16 also the weights that the
+    model computes with.
+    """
+    per_parameter = 12 + (2 if config.precision.dtype == "bf16" else 0)
+    return count_parameters(config).total * per_parameter
+
+
 def count_parameters(config: Config) -> ParameterCounts:
     """Count the parameters of the model that `config` describes.
 

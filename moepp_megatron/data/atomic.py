@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.errors import ConfigError, UnfitError
+from moepp_megatron.runtime.disk import NO_SPACE, is_full, show_bytes
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -27,18 +28,34 @@ def partial_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: another process is writing `out`, or its parent cannot be written.
+        UnfitError: the disk filled up in the block; what was written is removed.
     """
     partial = out.with_name(f".{out.name}.partial")
     lock = _lock(out, partial)
     try:
         for leftover in partial.iterdir():
             _remove(leftover)
-        yield partial
+        with _room_for(partial, out):
+            yield partial
     finally:
         # After `publish` the name is free, or another run's.
         if _is_same_folder(partial, lock):
             shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
+
+
+@contextmanager
+def _room_for(partial: Path, out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        raise UnfitError(
+            f"{out} cannot be written: {NO_SPACE} after {show_bytes(written)}, which are removed "
+            "again; free space or choose another folder"
+        ) from error
 
 
 def publish(partial: Path, out: Path) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepp_megatron.config import Config, count_parameters
+from moepp_megatron.config import Config, checkpoint_bytes
 from moepp_megatron.config.hardware import Thresholds
 from moepp_megatron.health.finding import Finding, Severity
+from moepp_megatron.runtime.disk import free_bytes
 
 # Large enough for a rate, small enough for every preflight.
 PROBE_BYTES = 64 * 2**20
@@ -44,23 +44,13 @@ def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> Folde
     while not place.exists():
         place = place.parent
     try:
-        free = shutil.disk_usage(place).free
+        free = free_bytes(place)
         if free < 2 * probe_bytes:
             # A probe must not be what fills a disk.
             return Folder(name, path, free, None)
         return Folder(name, path, free, _write_rate(place, probe_bytes))
     except OSError as error:
         return Folder(name, path, None, None, error.strerror or str(error))
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """Bytes of one checkpoint.
-
-    fp32 weights and two Adam moments of every parameter, and with bf16 also the weights that the
-    model computes with.
-    """
-    per_parameter = 12 + (2 if config.precision.dtype == "bf16" else 0)
-    return count_parameters(config).total * per_parameter
 
 
 def check_folder(folder: Folder, thresholds: Thresholds, needed: int = 0) -> list[Finding]:

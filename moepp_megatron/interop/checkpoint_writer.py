@@ -109,7 +109,8 @@ class CheckpointWriter:
         begin = self._file.position
         record = io.BytesIO()
         torch.save(value, record)
-        self._file.write(record.getbuffer())
+        with record.getbuffer() as content:
+            self._file.write(content)
         self._places[index] = _StorageInfo(self._file.path.name, begin, self._file.position - begin)
         if self._file.position >= _FILE_BYTES:
             self._close_file(self._file)

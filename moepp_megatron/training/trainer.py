@@ -27,6 +27,7 @@ from moepp_megatron.training.checkpoint import (
     find_start,
     read_checkpoint,
 )
+from moepp_megatron.training.checkpoint.room import lack_of_room
 from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.evaluate import validation_loss
 from moepp_megatron.training.going_back import go_back, newest_checkpoint
@@ -94,6 +95,9 @@ class Trainer:
         sinks = open_run_sinks(config, self.progress)
         if sinks is not None:
             self._alerts = open_run_alerts(config, sinks, self.progress)
+            lack = lack_of_room(config, checkpoint_folder(config), self.progress.step)
+            if lack is not None:
+                logger.warning("%s", lack)
         batches = rank_batches(
             self._train_set, self.progress.consumed_samples, config, len(self.model.chunks)
         )

@@ -12,6 +12,7 @@ import pytest
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.interop.score_request import ScoreRequest
+from tests.full_disk import fill
 from tests.interop.checkpoints import GOLDEN, convert, convert_and_score
 from tests.parallel.ranks import RankPools
 
@@ -50,6 +51,19 @@ def test_refusals_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         f"error: {tmp_path / 'config.json'} cannot be read (No such file or directory); "
         "name its folder"
     ]
+
+
+def test_a_full_disk_is_one_line(small_disk: Path, tmp_path: Path) -> None:
+    convert(CASE, tmp_path / "mcore")
+    fill(small_disk, leave=100_000)
+    for direction, source in (("hf-to-mcore", CASE), ("mcore-to-hf", tmp_path / "mcore")):
+        done = moepp("convert", direction, source, small_disk / "out")
+        assert done.returncode == 3
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(
+            f"error: {small_disk / 'out'} cannot be written: No space left on device after 0."
+        )
+        assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
 def odd_lengths(folder: Path, overrides: list[str]) -> Any:

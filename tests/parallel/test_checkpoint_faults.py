@@ -16,55 +16,10 @@ from typing import Any
 
 import pytest
 
+from tests.full_disk import fill, torch_error
 from tests.parallel.checkpoint_runs import Messages, logged, run_trainer, trainer_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import SyntheticDataset, settings
-
-EP2 = {"expert_model_parallel_size": 2}
-
-
-class Run:
-    """A model that trains and saves, on each test rank."""
-
-    def __init__(self, folder: Path, **checkpoint: Any) -> None:
-        import torch.distributed as dist
-
-        from moepp_megatron.config import Layout, parse_config
-        from moepp_megatron.runtime.distributed import build_groups
-        from moepp_megatron.training.batches import rank_batches
-        from moepp_megatron.training.checkpoint import CheckpointWriter, Progress
-        from moepp_megatron.training.setup import build_training_model
-
-        parallel = EP2 if dist.get_world_size() == 2 else {}
-        raw = settings(parallel=parallel, checkpoint={"save_interval": 1, **checkpoint})
-        self.config = parse_config(raw)
-        self.layout = Layout.from_config(self.config, dist.get_world_size())
-        build_groups(self.config, self.layout)
-        self.model = build_training_model(self.config)
-        self.model.set_training(True)
-        dataset = SyntheticDataset(self.config, 20)
-        self.batches = rank_batches(dataset, 0, self.config, len(self.model.chunks))
-        self.progress = Progress()
-        self.writer = CheckpointWriter(folder, self.config, folder / "no tokenizer")
-
-    def step(self) -> None:
-        from moepp_megatron.training.step import training_step
-
-        training_step(self.model, self.batches, self.config, self.layout)
-        self.progress = self.progress.after_step(8, 8 * 16)
-        self.writer.poll()
-
-    def save(self, wait: bool = True) -> str | None:
-        """Save; returns why that failed."""
-        self.writer.save(self.model, self.progress, {"note": self.progress.step})
-        if wait:
-            self.writer.finish()
-        return self.writer.error
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
+from tests.parallel.saving_runs import Run, names
 
 @contextlib.contextmanager
 def full_disk(fault: str) -> Iterator[None]:
@@ -76,6 +31,8 @@ def full_disk(fault: str) -> Iterator[None]:
         name = "write_index"
     elif fault == "manifest":
         owner, name = publish, "write_synced"  # type: ignore[assignment]
+    elif fault == "torch":
+        owner, name = plan.FileSystemWriterAsync, "write_preloaded_data"  # type: ignore[assignment]
     elif fault == "file size":
         # A real refusal of the kernel, in the middle of a file.
         limited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -83,7 +40,9 @@ def full_disk(fault: str) -> Iterator[None]:
         pass
     original = getattr(owner, name)
 
-    def fails(*args: Any) -> Any:
+    def fails(*args: Any, **_: Any) -> Any:
+        if fault == "torch":
+            return args[1], torch_error()
         if fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "manifest" and "integrity" not in str(args[0]):
@@ -129,6 +88,8 @@ def save_with_fault(folder: Path, fault: str, bad_rank: int, is_async: bool) -> 
         ("file", 1, True),
         ("file size", 0, False),
         ("file size", 1, True),
+        ("torch", 1, False),
+        ("torch", 0, True),
         ("index", 0, True),
         ("manifest", 0, False),
         ("killed", 1, True),
@@ -233,21 +194,6 @@ def weights_of(folders: list[Path]) -> list[str]:
     return digests
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 8 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def save_twice(folder: Path, change: str) -> tuple[list[str | None], list[str]]:
     """Errors of a save onto the disk, and of one after `change`."""
     run = Run(folder / "checkpoints")
@@ -255,21 +201,13 @@ def save_twice(folder: Path, change: str) -> tuple[list[str | None], list[str]]:
     errors = [run.save()]
     run.step()
     if change == "full":
-        _fill(folder / "ballast")
+        # Enough for a save to begin.
+        fill(folder, leave=100_000)
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
     errors.append(run.save())
     run.step()
     return errors, names(folder / "checkpoints")
-
-
-def _fill(ballast: Path) -> None:
-    """Leave 100 kB: enough for a save to begin."""
-    with ballast.open("wb") as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1 << 16))
-            file.flush()
-    os.truncate(ballast, ballast.stat().st_size - 100_000)
 
 
 def test_full_disk(ranks: RankPools, small_disk: Path) -> None:

@@ -15,6 +15,8 @@
     publish.py     from complete files to a checkpoint with a name
     agree.py       what ranks tell each other without the training backend
     prune.py       deleting old checkpoints
+    leftovers.py   what killed runs left half written or half deleted
+    room.py        whether the checkpoints to come fit on the disk
     write.py       `CheckpointWriter`: all of a save, in the foreground or background
     read.py        all of a load
 

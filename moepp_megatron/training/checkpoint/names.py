@@ -16,7 +16,6 @@ beside it that it takes to stand alone:
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 CONFIG_FILE = "config.yaml"
@@ -28,9 +27,6 @@ MANIFEST_FILE = "integrity.json"
 TENSORS_FILE = ".metadata"
 LATEST_FILE = "latest"
 PREFIX = "step_"
-# Hidden, so that no listing takes them for checkpoints.
-_INCOMPLETE = "incomplete"
-_DISCARDED = "discarded"
 
 
 def checkpoint_name(step: int) -> str:
@@ -41,20 +37,6 @@ def checkpoint_name(step: int) -> str:
 def checkpoint_step(path: Path) -> int:
     """The steps that the folder's name tells."""
     return int(path.name.removeprefix(PREFIX))
-
-
-def incomplete_name(name: str, token: str) -> str:
-    """Where `name` is written. The token tells this attempt from one that a dead run left."""
-    return f".{name}.{_INCOMPLETE}-{token}"
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """What killed runs left: folders half written, folders half deleted."""
-    return [
-        path
-        for kind in (_INCOMPLETE, _DISCARDED)
-        for path in sorted(folder.glob(f".{PREFIX}*.{kind}-*"))
-    ]
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -77,10 +59,3 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def discard(path: Path, token: str) -> None:
-    """Delete a checkpoint; what a kill leaves of it on the way no longer bears its name."""
-    hidden = path.with_name(f".{path.name}.{_DISCARDED}-{token}")
-    path.rename(hidden)
-    shutil.rmtree(hidden)

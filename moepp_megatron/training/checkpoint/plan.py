@@ -8,7 +8,10 @@ written when all files are there.
 
 from __future__ import annotations
 
+import gc
 import queue
+import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.metadata import StorageMeta
 
+from moepp_megatron.runtime.disk import write_error
 from moepp_megatron.training.checkpoint.state import METADATA
 from moepp_megatron.training.checkpoint.validity import file_digest
 
@@ -56,20 +60,31 @@ class Plan:
         # Copies to the host where tensors are on a GPU.
         self._buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets, False)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of this rank's tensors and objects."""
+        return sum(
+            sum(len(data.getbuffer()) for _, data in objects)
+            + sum(tensor.nbytes for _, tensor in tensors)
+            for _, _, (objects, tensors) in self._buckets
+        )
+
     def write(self) -> Written:
         """Write this rank's files and force them to disk. May run in a forked process.
 
         Raises:
-            OSError: The disk is full, read-only or gone.
+            OSError: The disk is full, read-only or gone; names the file.
         """
         written = Written()
         for number, bucket in enumerate(self._buckets):
             _, results = FileSystemWriterAsync.write_preloaded_data(
                 [self._writer.transforms], number, bucket, None, None, use_fsync=True
             )
-            if isinstance(results, Exception):
-                raise results
             path = Path(bucket[0])
+            if isinstance(results, Exception):
+                refused = write_error(results, path)
+                _free(results)
+                raise refused
             written.results += results
             written.digests[path.name] = file_digest(path)
             written.sizes[path.name] = path.stat().st_size
@@ -128,3 +143,21 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
     ) -> AsyncRequest:
         self.writer, self.metadata = writer, save_state_dict_ret[1]
         return AsyncRequest(None, (), [])
+
+
+def _free(error: BaseException) -> None:
+    """Free the streams that a failed write has left, without a word of theirs.
+
+    Torch's streams flush when they are collected. Their file is closed by then, which Python
+    reports on stderr, with a traceback for each.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link.__traceback__ = None
+            link = link.__context__
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-import shutil
 from pathlib import Path
 
 from moepp_megatron.training.checkpoint.find import list_checkpoints
-from moepp_megatron.training.checkpoint.names import discard, leftovers
+from moepp_megatron.training.checkpoint.leftovers import discard, remove_leftovers
 from moepp_megatron.training.checkpoint.validity import damage
 
 logger = logging.getLogger(__name__)
@@ -37,8 +36,7 @@ class Pruner:
         self._is_valid[checkpoint.name] = True
         try:
             self._prune()
-            for path in leftovers(self._folder):
-                shutil.rmtree(path, ignore_errors=True)
+            remove_leftovers(self._folder)
         except OSError as error:
             logger.error("old checkpoints could not be deleted: %s", error)
 

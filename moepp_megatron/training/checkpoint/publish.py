@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from moepp_megatron.data.atomic import exchange
 from moepp_megatron.data.tokenizer import named_eod_token, tokenizer_config
 from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.training.checkpoint.leftovers import discard
 from moepp_megatron.training.checkpoint.names import (
     CONFIG_FILE,
     FORMAT_FILE,
@@ -21,7 +22,6 @@ from moepp_megatron.training.checkpoint.names import (
     TENSORS_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
-    discard,
     sync_folder,
     write_synced,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -15,10 +14,12 @@ from typing import Any
 import torch.distributed as dist
 
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.runtime.disk import NO_SPACE, free_bytes, show_bytes
 from moepp_megatron.training.checkpoint import rng
 from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.background import Background, BackgroundError
-from moepp_megatron.training.checkpoint.names import checkpoint_name, incomplete_name
+from moepp_megatron.training.checkpoint.leftovers import incomplete_name, remove_leftovers
+from moepp_megatron.training.checkpoint.names import checkpoint_name
 from moepp_megatron.training.checkpoint.plan import Plan, Planner, Written
 from moepp_megatron.training.checkpoint.progress import Progress, Record
 from moepp_megatron.training.checkpoint.prune import Pruner
@@ -77,6 +78,9 @@ class CheckpointWriter:
         self._planner = Planner()
         self._pruner = Pruner(folder, config.checkpoint.keep)
         self._save: _Save | None = None
+        if dist.get_rank() == 0:
+            # They may be what fills the disk.
+            remove_leftovers(folder)
 
     def save(
         self, model: TrainingModel, progress: Progress, extra: dict[str, Any] | None = None
@@ -144,7 +148,7 @@ class CheckpointWriter:
 
     def _prepare(self, final: Path) -> Path | None:
         """The folder to write into, seen by every rank; None if there can be none."""
-        name = self._agreement.from_first(incomplete_name(final.name, secrets.token_hex(4)))
+        name = self._agreement.from_first(incomplete_name(final.name))
         temporary = self._folder / name
         reason = None
         if dist.get_rank() == 0:
@@ -174,15 +178,16 @@ class CheckpointWriter:
         written, reason = None, None
         try:
             written = write()
-        except (OSError, BackgroundError) as error:
-            reason = str(error)
+        except Exception as error:  # whatever it is, no rank may miss the messages below
+            reason = _describe(error)
         reason = self._agreement.first_reason(reason)
-        parts = self._agreement.gather(written if reason is None else None)
+        parts = self._agreement.gather((save.plan.num_bytes, written if reason is None else None))
         if dist.get_rank() == 0:
             if reason is None:
-                reason = self._publish(save, parts)
+                reason = self._publish(save, [part for _, part in parts])
             if reason is not None:
                 shutil.rmtree(save.plan.folder, ignore_errors=True)
+                reason += _lack(reason, sum(size for size, _ in parts), self._folder)
         reason = self._agreement.from_first(reason)
         if reason is not None:
             self._failed(save.final, reason)
@@ -194,8 +199,8 @@ class CheckpointWriter:
     def _publish(self, save: _Save, parts: list[Written]) -> str | None:
         try:
             publish(save.plan, save.final, parts, save.companions)
-        except OSError as error:
-            return str(error)
+        except Exception as error:  # the other ranks wait to hear of it
+            return _describe(error)
         return None
 
     def _failed(self, final: Path, reason: str) -> None:
@@ -236,3 +241,20 @@ def _result(save: _Save) -> Written:
         raise BackgroundError(save.failure or "no process was started")
     written: Written = save.process.result()
     return written
+
+
+def _describe(error: Exception) -> str:
+    """What went wrong, in one line; unexpected errors by their class as well."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError | BackgroundError) else f"{type(error).__name__}: {text}"
+
+
+def _lack(reason: str, needed: int, folder: Path) -> str:
+    """The numbers that tell how much room has to be made, where the disk was full."""
+    if NO_SPACE not in reason:
+        return ""
+    try:
+        free = show_bytes(free_bytes(folder))
+    except OSError:
+        return ""
+    return f" ({show_bytes(needed)} needed, {free} free in {folder})"

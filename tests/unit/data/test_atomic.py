@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from moepp_megatron.config import UnfitError
 from moepp_megatron.data import atomic
 from moepp_megatron.data.atomic import partial_folder, publish
+from tests.full_disk import torch_error
 
 
 def write(out: Path, text: str) -> None:
@@ -44,5 +46,21 @@ def test_failure_leaves_the_old_folder(tmp_path: Path):
 
     with pytest.raises(RuntimeError):
         fail_halfway()
+    assert (out / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path):
+    out = tmp_path / "out"
+    write(out, "old")
+
+    def fill_up() -> None:
+        with partial_folder(out) as partial:
+            (partial / "file").write_bytes(bytes(3 << 20))
+            raise torch_error()
+
+    message = r"out cannot be written: No space left on device after 3.0 MiB, .*; free space or"
+    with pytest.raises(UnfitError, match=message):
+        fill_up()
     assert (out / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.data import documents
 from moepp_megatron.data import prepare as prepare_module
 from moepp_megatron.data.atomic import partial_folder
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.tokenizer import Tokenizer
+from tests.full_disk import fill
 
 from .conftest import VOCAB_SIZE
 
@@ -279,3 +280,16 @@ def test_wide_vocabulary_is_stored_in_32_bits(tmp_path: Path, console: Console):
     # Kept in a name: its arrays are views of a file mapping that ends with it.
     dataset = IndexedDataset(str(out / "corpus"))
     assert dataset[0].tolist() == [1, 69_999, 70_000]
+
+
+# The tokenizer, the spooled tokens, the dataset, its index: whatever is being written.
+@pytest.mark.parametrize("room", [0, 4096, 12288, 16384, 20480])
+def test_a_full_disk_is_one_line(
+    corpus_file: Path, small_disk: Path, console: Console, room: int
+):
+    fill(small_disk, leave=room)
+    with pytest.raises(UnfitError, match=r"out cannot be written: No space left on device"):
+        prepare([str(corpus_file)], small_disk / "out", SMALL, console)
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+    (small_disk / "ballast").unlink()
+    assert not prepare([str(corpus_file)], small_disk / "out", SMALL, console).up_to_date

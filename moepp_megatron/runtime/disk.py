@@ -1,0 +1,58 @@
+"""Disks that take no more: what a failed write means, and how much room there is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+NO_SPACE = os.strerror(errno.ENOSPC)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def refusal(error: BaseException) -> OSError | None:
+    """The operating system's refusal behind what a write raised; None if there is none.
+
+    `torch.save` raises a RuntimeError about positions in its archive, "[enforce fail at
+    inline_container.cc]", when a write fails under it. The OSError is then its context.
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        if isinstance(link, OSError) and link.errno is not None:
+            return link
+        seen.add(id(link))
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed because the disk, or the user's quota of it, is used up."""
+    found = refusal(error)
+    return found is not None and found.errno in _FULL
+
+
+def write_error(error: BaseException, path: Path) -> OSError:
+    """What a failed write of `path` raised, as an OSError that names the file and the reason."""
+    found = refusal(error)
+    if found is not None:
+        return OSError(found.errno, found.strerror, str(path))
+    return OSError(f"{path}: {type(error).__name__}: {error}")
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write where `folder` is, or where it would be made.
+
+    Raises:
+        OSError: The file system does not say.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def show_bytes(count: int) -> str:
+    """A number of bytes for people: `12.3 MiB`."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

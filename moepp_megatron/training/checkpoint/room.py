@@ -1,0 +1,42 @@
+"""Whether the checkpoints that a run is going to write fit on their disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moepp_megatron.config import Config, checkpoint_bytes
+from moepp_megatron.runtime.disk import free_bytes, show_bytes
+from moepp_megatron.training.checkpoint.find import list_checkpoints
+
+
+def lack_of_room(config: Config, folder: Path, step: int) -> str | None:
+    """A warning with numbers where the checkpoints to come do not fit; None where they do.
+
+    A new checkpoint is complete before an old one is deleted, so `checkpoint.keep` needs the room
+    of one more. Those that are there already have theirs.
+
+    Args:
+        config: The run's configuration.
+        folder: Its checkpoint folder.
+        step: Steps taken.
+    """
+    keep, interval = config.checkpoint.keep, config.checkpoint.save_interval
+    last = config.training.train_iters
+    if interval == 0 or step >= last:
+        return None
+    count = -(-last // interval) - step // interval
+    if keep is not None:
+        count = min(count, keep + 1 - min(keep, len(list_checkpoints(folder))))
+    needed = count * checkpoint_bytes(config)
+    try:
+        free = free_bytes(folder)
+    except OSError:
+        return None
+    if needed <= free:
+        return None
+    return (
+        f"checkpoint.keep ({'null' if keep is None else keep}) needs room for {count} more "
+        f"checkpoints of {show_bytes(checkpoint_bytes(config))}, {show_bytes(needed)} in all, and "
+        f"{show_bytes(free)} are free in {folder}; free space, lower checkpoint.keep, or set "
+        "another checkpoint.dir"
+    )

@@ -1,0 +1,55 @@
+"""A model that trains and saves step by step, on test ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.parallel.training_runs import SyntheticDataset, settings
+
+EP2 = {"expert_model_parallel_size": 2}
+
+
+class Run:
+    """A model that trains and saves, on each test rank."""
+
+    def __init__(self, folder: Path, model: dict[str, Any] | None = None, **checkpoint: Any) -> None:
+        import torch.distributed as dist
+
+        from moepp_megatron.config import Layout, parse_config
+        from moepp_megatron.runtime.distributed import build_groups
+        from moepp_megatron.training.batches import rank_batches
+        from moepp_megatron.training.checkpoint import CheckpointWriter, Progress
+        from moepp_megatron.training.setup import build_training_model
+
+        parallel = EP2 if dist.get_world_size() == 2 else {}
+        raw = settings(
+            model=model or {}, parallel=parallel, checkpoint={"save_interval": 1, **checkpoint}
+        )
+        self.config = parse_config(raw)
+        self.layout = Layout.from_config(self.config, dist.get_world_size())
+        build_groups(self.config, self.layout)
+        self.model = build_training_model(self.config)
+        self.model.set_training(True)
+        dataset = SyntheticDataset(self.config, 20)
+        self.batches = rank_batches(dataset, 0, self.config, len(self.model.chunks))
+        self.progress = Progress()
+        self.writer = CheckpointWriter(folder, self.config, folder / "no tokenizer")
+
+    def step(self) -> None:
+        from moepp_megatron.training.step import training_step
+
+        training_step(self.model, self.batches, self.config, self.layout)
+        self.progress = self.progress.after_step(8, 8 * 16)
+        self.writer.poll()
+
+    def save(self, wait: bool = True) -> str | None:
+        """Save; returns why that failed."""
+        self.writer.save(self.model, self.progress, {"note": self.progress.step})
+        if wait:
+            self.writer.finish()
+        return self.writer.error
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

@@ -1,0 +1,100 @@
+"""A real file system that fills up under a run: no save ends it, and it saves again with room."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.full_disk import fill
+from tests.parallel.checkpoint_runs import logged, trainer_settings
+from tests.parallel.ranks import RankPools
+from tests.parallel.saving_runs import Run, names
+
+# A checkpoint of some 12 MB, with tensors larger than the buffer of a file: only then does
+# torch.save fail in its own way.
+WIDE = {"hidden_size": 128, "ffn_hidden_size": 128, "num_layers": 2}
+
+
+def save_before_in_and_after_a_full_disk(
+    disk: Path, is_async: bool
+) -> tuple[list[str | None], list[str]]:
+    """Errors of three saves, and what is there after the second."""
+    import torch.distributed as dist
+
+    run = Run(disk / "checkpoints", WIDE, async_save=is_async, keep=1)
+    run.step()
+    errors = [run.save()]
+    if dist.get_rank() == 0:
+        fill(disk, leave=3 << 20)
+    dist.barrier()
+    run.step()
+    errors.append(run.save())
+    left = names(disk / "checkpoints")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (disk / "ballast").unlink()
+    dist.barrier()
+    run.step()
+    return [*errors, run.save()], left
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_saves_go_on_with_room(ranks: RankPools, small_disk: Path, is_async: bool) -> None:
+    results = ranks(2).run(save_before_in_and_after_a_full_disk, small_disk, is_async)
+    for (before, full, after), left in results:
+        assert before is None
+        assert full is not None
+        assert "No space left on device: '" in full
+        assert "MiB needed, 3.0 MiB free" in full
+        assert left == ["latest", "step_00000001"]
+        assert after is None
+    assert names(small_disk / "checkpoints") == ["latest", "step_00000003"]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_train_command(corpus: Path, small_disk: Path, tmp_path: Path, is_async: bool) -> None:
+    run = small_disk / "run"
+    checkpoints = run / "checkpoints"
+    raw = trainer_settings(
+        corpus,
+        run,
+        model=WIDE,
+        training={"train_iters": 8},
+        checkpoint={"save_interval": 2, "keep": 2, "async_save": is_async},
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    first = _train(str(config))
+    # Two fit, and keeping two takes room for three.
+    assert first.returncode == 1
+    assert "needs room for 3 more checkpoints of" in first.stderr
+    assert "training goes on without it" in first.stderr
+    assert "error: the last checkpoint" in first.stderr
+    assert "No space left on device" in first.stderr
+    assert "Traceback" not in first.stderr
+    assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert names(checkpoints) == ["latest", "step_00000002", "step_00000004"]
+    alerts = [json.loads(line) for line in (run / "alerts.jsonl").read_text().splitlines()]
+    assert [alert["rule"] for alert in alerts] == ["failed_save"]
+
+    # Room for another checkpoint, all of it taken by what a killed run has left.
+    shutil.rmtree(checkpoints / "step_00000002")
+    leftover = checkpoints / ".step_00000099.incomplete-elsewhere-1-ab"
+    leftover.mkdir()
+    fill(leftover)
+    second = _train(str(config), "--resume", "checkpoint.keep=1")
+    assert second.returncode == 0, second.stderr
+    assert "Traceback" not in second.stderr
+    assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert names(checkpoints) == ["latest", "step_00000008"]
+
+
+def _train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moepp_megatron.cli.main", "train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)

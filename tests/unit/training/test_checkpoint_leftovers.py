@@ -1,0 +1,70 @@
+"""What killed saves leave is removed; what a living process writes is not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.training.checkpoint.leftovers import incomplete_name, remove_leftovers
+
+
+@pytest.fixture
+def living() -> Iterator[int]:
+    """The number of another process of this machine."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield process.pid
+
+
+@pytest.fixture
+def dead() -> int:
+    """A number that no process has any more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def _leave(folder: Path, owner: str) -> Path:
+    path = folder / f".step_00000005.incomplete-{owner}"
+    path.mkdir()
+    (path / "__0_0.distcp").write_bytes(b"half")
+    return path
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path, living: int):
+    path = _leave(tmp_path, f"{socket.gethostname()}-{living}-ab12")
+    remove_leftovers(tmp_path)
+    assert path.is_dir()
+
+
+def test_a_number_that_was_given_out_again_is_no_owner(tmp_path: Path, living: int):
+    path = _leave(tmp_path, f"{socket.gethostname()}-{living}-ab12")
+    os.utime(path, (1.0, 1.0))
+    remove_leftovers(tmp_path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("owner", ["{host}-{dead}-ab12", "other-host-1-ab12", "ab12", "{host}-x-1"])
+def test_what_nobody_writes_goes(tmp_path: Path, dead: int, owner: str):
+    path = _leave(tmp_path, owner.format(host=socket.gethostname(), dead=dead))
+    (tmp_path / ".step_00000003.discarded-ab").mkdir()
+    (tmp_path / "step_00000004").mkdir()
+    remove_leftovers(tmp_path)
+    assert not path.exists()
+    assert [left.name for left in tmp_path.iterdir()] == ["step_00000004"]
+
+
+def test_an_own_folder_is_a_leftover_once_it_is_no_longer_written(tmp_path: Path):
+    # A run removes leftovers when it has nothing under way.
+    (tmp_path / incomplete_name("step_00000005")).mkdir()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_has_none(tmp_path: Path):
+    remove_leftovers(tmp_path / "none")

@@ -1,0 +1,52 @@
+"""The warning before the first step: checkpoints to come against what is free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import checkpoint_bytes
+from moepp_megatron.runtime.disk import show_bytes
+from moepp_megatron.training.checkpoint import room
+from tests.unit.training.conftest import config_of
+
+STEPS = {"train_iters": 100}
+
+
+@pytest.mark.parametrize(
+    ("keep", "there", "step", "count"),
+    [
+        (2, 0, 0, 3),
+        # Those that are there have their room.
+        (2, 1, 20, 2),
+        (2, 5, 60, 1),
+        # Fewer are still to come.
+        (5, 0, 0, 4),
+        (None, 0, 0, 4),
+        (None, 2, 60, 2),
+    ],
+)
+def test_as_many_as_will_be_there_at_once(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep, there, step, count
+):
+    # The last save, of step 100, is none of the interval's.
+    checkpoint = {"keep": keep, "save_interval": 30}
+    config = config_of(training=STEPS, checkpoint=checkpoint)
+    for number in range(there):
+        write(tmp_path, number)
+    needed = count * checkpoint_bytes(config)
+    monkeypatch.setattr(room, "free_bytes", lambda _: needed)
+    assert room.lack_of_room(config, tmp_path, step) is None
+    monkeypatch.setattr(room, "free_bytes", lambda _: needed - 1)
+    said = room.lack_of_room(config, tmp_path, step)
+    assert said is not None
+    assert f"needs room for {count} more checkpoints of {show_bytes(checkpoint_bytes(config))}" in said
+    assert f"{show_bytes(needed)} in all, and {show_bytes(needed - 1)} are free" in said
+
+
+@pytest.mark.parametrize(("interval", "step"), [(0, 0), (30, 100)])
+def test_nothing_to_save_needs_no_room(tmp_path: Path, monkeypatch, interval: int, step: int):
+    monkeypatch.setattr(room, "free_bytes", lambda _: 0)
+    config = config_of(training=STEPS, checkpoint={"save_interval": interval})
+    assert room.lack_of_room(config, tmp_path, step) is None
