@@ -59,6 +59,9 @@ class ConsoleSink:
             self.message(f"step {record.step}/{self._total_steps} | {self._status(record)}")
         self._started = True
 
+    def go_back(self, step: int) -> None:
+        """The alert of the rollback has been printed; nothing is taken back."""
+
     def message(self, text: str) -> None:
         """Prints a line; on a terminal it goes above the bar."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -180,8 +180,25 @@ def parse_metrics(content: bytes, source: str) -> list[StepMetrics]:
     Raises:
         MetricsError: A line other than an unfinished last one is not a record.
     """
+    records, damaged = scan_metrics(content)
+    for number, reason in damaged.items():
+        raise MetricsError(f"{source}:{number}: {reason}")
+    return records
+
+
+def scan_metrics(content: bytes) -> tuple[list[StepMetrics], dict[int, str]]:
+    """The records of a ``metrics.jsonl``, and what is wrong with the lines that are none.
+
+    Args:
+        content: The file's bytes, possibly none.
+
+    Returns:
+        Records with strictly increasing steps; line number (from 1) to reason. An unfinished last
+        line is in neither.
+    """
     lines = content.split(b"\n")
     records: list[StepMetrics] = []
+    damaged: dict[int, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -189,13 +206,13 @@ def parse_metrics(content: bytes, source: str) -> list[StepMetrics]:
             record = StepMetrics.model_validate_json(line)
         except ValidationError as error:
             # Only an interrupted write leaves bytes after the last line end.
-            if number == len(lines):
-                break
-            raise MetricsError(f"{source}:{number}: {_describe(error)}") from error
+            if number < len(lines):
+                damaged[number] = _describe(error)
+            continue
         while records and records[-1].step >= record.step:
             records.pop()
         records.append(record)
-    return records
+    return records, damaged
 
 
 def _describe(error: ValidationError) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
+from collections.abc import Callable
 
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sink import Sink
@@ -18,25 +20,20 @@ class PatientSink:
     pass unnoticed either.
 
     Args:
-        sink: Raises OSError for a record that it could not write, and is then as before.
+        sink: Raises OSError for what it could not write, and is then as before.
     """
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._waiting: deque[StepMetrics] = deque()
+        self._waiting: deque[Callable[[], None]] = deque()
 
     def write(self, record: StepMetrics) -> None:
         """Takes one record; says so, every time, when records have to wait."""
-        self._waiting.append(record)
-        try:
-            self._hand_over()
-        except OSError as error:
-            logger.error(
-                "step %d: %d records of metrics wait for the disk: %s",
-                record.step,
-                len(self._waiting),
-                error,
-            )
+        self._take(functools.partial(self._sink.write, record), record.step)
+
+    def go_back(self, step: int) -> None:
+        """Takes note that the run went back; what waits is written before it."""
+        self._take(functools.partial(self._sink.go_back, step), step)
 
     def close(self) -> None:
         """Hands over what waits and closes the sink.
@@ -49,7 +46,19 @@ class PatientSink:
         finally:
             self._sink.close()
 
+    def _take(self, entry: Callable[[], None], step: int) -> None:
+        self._waiting.append(entry)
+        try:
+            self._hand_over()
+        except OSError as error:
+            logger.error(
+                "step %d: %d records of metrics wait for the disk: %s",
+                step,
+                len(self._waiting),
+                error,
+            )
+
     def _hand_over(self) -> None:
         while self._waiting:
-            self._sink.write(self._waiting[0])
+            self._waiting[0]()
             self._waiting.popleft()

@@ -13,5 +13,8 @@ class Sink(Protocol):
     def write(self, record: StepMetrics) -> None:
         """Takes one record."""
 
+    def go_back(self, step: int) -> None:
+        """The run has gone back to the state after `step`: records of later steps do not count."""
+
     def close(self) -> None:
         """Ends the sink; nothing is written after it."""

@@ -1,18 +1,16 @@
-"""Where records go: the file, the views of it, and the fan-out that protects training."""
+"""Where records go: all sinks of a run, and the fan-out that protects training."""
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.schema import WandbSection
-from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.console import ConsoleSink
 from moepp_megatron.observe.expert_names import ExpertCounts
-from moepp_megatron.observe.line_file import append_line
-from moepp_megatron.observe.metrics import StepMetrics, parse_metrics
+from moepp_megatron.observe.jsonl import JsonlSink
+from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.patient import PatientSink
 from moepp_megatron.observe.sink import Sink
 from moepp_megatron.observe.status import StatusSink
@@ -23,62 +21,12 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "ConsoleSink",
-    "JsonlSink",
     "Sink",
     "Sinks",
     "TensorBoardSink",
     "WandbRun",
     "open_sinks",
 ]
-
-
-class JsonlSink:
-    """Appends each record to ``metrics.jsonl`` as one line, in one write."""
-
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Opens the sink.
-
-        Args:
-            path: The file; its folder is made if needed.
-            resume_step: The first step that will be written from now on: records from there
-                on are dropped (0 starts over). None keeps every complete record. An unfinished
-                last line is dropped either way.
-
-        Raises:
-            MetricsError: An existing file has a damaged line before its last.
-            OSError: The file cannot be opened or rewritten.
-        """
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._repair(resume_step)
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-
-    def _repair(self, resume_step: int | None) -> None:
-        content = self.path.read_bytes()
-        if resume_step == 0:
-            kept = []
-        else:
-            records = parse_metrics(content, str(self.path))
-            kept = [r for r in records if resume_step is None or r.step < resume_step]
-        repaired = "".join(record.to_json_line() for record in kept).encode()
-        if repaired != content:
-            write_atomic(self.path, repaired)
-
-    def write(self, record: StepMetrics) -> None:
-        """Appends the record.
-
-        Raises:
-            OSError: The disk is full or gone; the file then still ends with a complete line.
-        """
-        append_line(self._fd, self.path, record.to_json_line().encode())
-
-    def close(self) -> None:
-        """Forces the file to disk and closes it; a second call does nothing."""
-        if self._fd >= 0:
-            os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
 
 
 class Sinks:
@@ -107,17 +55,28 @@ class Sinks:
         Raises:
             Exception: Whatever a required sink raises.
         """
+        self._hand_out(lambda sink: sink.write(record), record.step)
+
+    def go_back(self, step: int) -> None:
+        """Tells every sink that the run is where it was after ``step``.
+
+        Raises:
+            Exception: Whatever a required sink raises.
+        """
+        self._hand_out(lambda sink: sink.go_back(step), step)
+
+    def _hand_out(self, act: Callable[[Sink], None], step: int) -> None:
         for sink in self._required:
-            sink.write(record)
+            act(sink)
         for sink in list(self._optional):
             try:
-                sink.write(record)
+                act(sink)
             except Exception as error:  # a view must not end a training run
                 self._optional.remove(sink)
                 logger.warning(
                     "%s failed at step %d and is off from here on: %s",
                     type(sink).__name__,
-                    record.step,
+                    step,
                     error,
                 )
 

@@ -87,6 +87,9 @@ class StatusSink:
     def write(self, record: StepMetrics) -> None:
         """A record changes nothing."""
 
+    def go_back(self, step: int) -> None:
+        """Going back changes nothing."""
+
     def close(self) -> None:
         """Says that training has ended in order."""
         write_status(self._run_dir, "ended")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
+
+logger = logging.getLogger(__name__)
 
 HISTOGRAMS: Mapping[str, str] = {
     "expert_share": "expert_share/all_layers",
@@ -86,14 +91,31 @@ class TensorBoardSink:
             ) from error
         self._names = experts.names
         self._records = 0
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step)
+        self._open = functools.partial(SummaryWriter, str(folder))
+        _quiet_writer_thread()
+        self._writer: Any = self._open(purge_step=resume_step)
 
     def write(self, record: StepMetrics) -> None:
         """Writes every number of the record, the shares by expert and MoE layer, histograms.
 
         Histograms are written of the first record, every tenth after it, and those with router
-        health.
+        health. What a full disk refuses is missing here, and is in ``metrics.jsonl``.
         """
+        try:
+            if self._writer is None:
+                self._writer = self._open()
+            self._write(record)
+        except OSError as error:
+            # The writer has no thread any more; the next record gets a new one and a new file.
+            self._writer = None
+            logger.warning("step %d: TensorBoard misses records: %s", record.step, error)
+
+    def go_back(self, step: int) -> None:
+        """Has TensorBoard hide the events of later steps."""
+        self.close()
+        self._writer = self._open(purge_step=step + 1)
+
+    def _write(self, record: StepMetrics) -> None:
         values = record.model_dump(exclude_none=True)
         for key, value in values.items():
             if isinstance(value, int | float) and key != "step":
@@ -150,4 +172,20 @@ class TensorBoardSink:
 
     def close(self) -> None:
         """Flushes and closes the event file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _quiet_writer_thread() -> None:
+    """Keep TensorBoard's thread from printing a traceback where the disk is full.
+
+    It raises the same error once more in the thread that writes.
+    """
+    hook = threading.excepthook
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        is_theirs = type(args.thread).__module__.startswith("tensorboard.")
+        if not (is_theirs and isinstance(args.exc_value, OSError)):
+            hook(args)
+
+    threading.excepthook = report

@@ -93,6 +93,9 @@ class WandbSink:
             values[f"layer_ffn_fraction/moe_layer_{layer}"] = fraction
         self._run.log(values)
 
+    def go_back(self, step: int) -> None:
+        """W&B keeps both records of a step that is taken again; nothing can be taken back there."""
+
     def close(self) -> None:
         """Ends the W&B run after all has been sent or written."""
         self._run.finish()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -85,6 +87,9 @@ def build_groups(config: Config, layout: Layout) -> None:
         # here; without them a rank starts faster and has fewer threads.
         create_gloo_process_groups=False,
     )
+    # Libraries draw from these too, so a run is repeatable only if all of them are seeded.
+    random.seed(config.training.seed)
+    np.random.seed(config.training.seed)
     torch.manual_seed(config.training.seed)
     # A graph draws random numbers from generators that it knows, not from copied states.
     model_parallel_cuda_manual_seed(

@@ -14,6 +14,7 @@ from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.observe.alerts import Alert, AlertSinks
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.observe.sinks import Sinks
 from moepp_megatron.training.alerts import (
     batch_skipped,
     open_run_alerts,
@@ -73,6 +74,7 @@ class Trainer:
         )
         self._supervisor = Supervisor(config, self.model)
         self.stopped = False
+        self._sinks: Sinks | None = None
         self._alerts: AlertSinks | None = None
         self._told_failed_saves = 0
         self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, self._tokenizer)
@@ -92,7 +94,7 @@ class Trainer:
         config, training = self.config, self.config.training
         if dist.get_rank() == 0:
             write_config(config)
-        sinks = open_run_sinks(config, self.progress)
+        sinks = self._sinks = open_run_sinks(config, self.progress)
         if sinks is not None:
             self._alerts = open_run_alerts(config, sinks, self.progress)
             lack = lack_of_room(config, checkpoint_folder(config), self.progress.step)
@@ -222,6 +224,8 @@ class Trainer:
     def _go_back(self, checkpoint: Path) -> None:
         before = self.progress
         self.progress, self.extra = go_back(checkpoint, self.model, self.config, before)
+        if self._sinks is not None:
+            self._sinks.go_back(self.progress.step)
         for alert in self._routers.go_back(before.step, self.extra):
             self._alert(alert)
         self._share_losses_with_guard()

@@ -13,7 +13,9 @@ EP2 = {"expert_model_parallel_size": 2}
 class Run:
     """A model that trains and saves, on each test rank."""
 
-    def __init__(self, folder: Path, model: dict[str, Any] | None = None, **checkpoint: Any) -> None:
+    def __init__(
+        self, folder: Path, model: dict[str, Any] | None = None, **checkpoint: Any
+    ) -> None:
         import torch.distributed as dist
 
         from moepp_megatron.config import Layout, parse_config

@@ -21,6 +21,7 @@ from tests.parallel.checkpoint_runs import Messages, logged, run_trainer, traine
 from tests.parallel.ranks import RankPools
 from tests.parallel.saving_runs import Run, names
 
+
 @contextlib.contextmanager
 def full_disk(fault: str) -> Iterator[None]:
     """A disk that takes no more than `fault` says, on the rank that enters."""

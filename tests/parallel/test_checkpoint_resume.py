@@ -52,3 +52,42 @@ def test_ten_and_ten_steps_are_twenty(
         "latest", *(f"step_{step:08d}" for step in (5, 10, 15, 20))
     ]  # fmt: skip
     assert (folder / "latest").read_text() == "step_00000020\n"
+
+
+def draw_in_every_step(raw: dict[str, Any]) -> list[tuple[float, float]]:
+    """What Python's and NumPy's generators give in each step of a run, as a library would draw."""
+    import random
+    from unittest import mock
+
+    import numpy as np
+
+    from moepp_megatron.training import trainer
+
+    drawn: list[tuple[float, float]] = []
+    step = trainer.training_step
+
+    def draw(*args: Any) -> Any:
+        drawn.append((random.random(), float(np.random.random())))
+        return step(*args)
+
+    with mock.patch.object(trainer, "training_step", draw):
+        run_trainer(raw)
+    return drawn
+
+
+def test_python_and_numpy_draw_the_same_again(
+    ranks: RankPools, corpus: Path, tmp_path: Path
+) -> None:
+    checkpoint = {"save_interval": 3, "load": "auto"}
+
+    def drawn(run: str, steps: int, **sections: Any) -> list[tuple[float, float]]:
+        sections["training"] = {"train_iters": steps, **sections.pop("training", {})}
+        raw = trainer_settings(corpus, tmp_path / run, **sections)
+        return ranks(1).run(draw_in_every_step, raw)[0]
+
+    whole = drawn("whole", 6)
+    assert len({number for pair in whole for number in pair}) == 12
+    assert drawn("again", 6) == whole
+    assert drawn("other", 6, training={"seed": 8}) != whole
+    parts = [drawn("run", steps, checkpoint=checkpoint) for steps in (3, 6)]
+    assert parts == [whole[:3], whole[3:]]

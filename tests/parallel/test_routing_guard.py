@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
+from tests.parallel.checkpoint_runs import logged
 from tests.parallel.guard_runs import Fault, Found, guard_settings, learn_losses, run
 from tests.parallel.ranks import RankPools
 from tests.parallel.resilience_runs import Fault as NumericalFault
@@ -185,7 +187,10 @@ def test_rollback(
     assert found.weights == clean.weights
     (alert,) = told(tmp_path / "a")
     assert alert.condition.endswith("back to step_00000006")
-    assert [record.step for record in records(tmp_path / "a")] == list(range(1, 13))
+    # In the file itself, not only where a reader leaves out what came twice.
+    assert logged(tmp_path / "a", "step") == list(range(1, 13))
+    undone = (tmp_path / "a" / "metrics.undone.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in undone] == [7, 8, 9]
 
 
 def test_without_an_old_enough_checkpoint_it_is_told(ranks: RankPools, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.config.problem import Problem, raise_problems
-from moepp_megatron.training.checkpoint.names import CONFIG_FILE
+from moepp_megatron.config import Config, ConfigError, load_config, parse_split
+from moepp_megatron.config.problem import Problem, raise_problems, show
+from moepp_megatron.training.checkpoint.names import CONFIG_FILE, STATE_FILE
 
 
 def _latent_widths(config: Config) -> dict[str, Any] | None:
@@ -20,11 +20,39 @@ def _latent_widths(config: Config) -> dict[str, Any] | None:
     return {name: getattr(latent, name) for name in names}
 
 
-# What decides names and shapes of parameters, defaults resolved.
+def _moe_layers(config: Config) -> list[bool]:
+    return config.moe.moe_layer_pattern(config.model.num_layers)
+
+
+def _dense_width(config: Config) -> int | None:
+    """Inner width of the layers that are no MoE layers; None where there are none."""
+    return None if all(_moe_layers(config)) else config.model.ffn_hidden_size
+
+
+def _expert_width(config: Config) -> int | None:
+    return config.expert_ffn_hidden_size if any(_moe_layers(config)) else None
+
+
+def _residual(config: Config) -> bool:
+    """Whether any router has a gating residual: the first MoE layer has no logits before it."""
+    return config.moe.gating_residual and sum(_moe_layers(config)) > 1
+
+
+def _split(config: Config) -> Any:
+    """Shares of the parts, however their weights are written."""
+    weights = parse_split(config.data.split)
+    if weights is None or sum(weights) == 0:
+        return config.data.split
+    # Rounded, since 98,2,0 and 0.98,0.02,0 are the same split.
+    return [round(weight / sum(weights), 9) for weight in weights]
+
+
+# What decides names and shapes of parameters, as its meaning: defaults resolved, and None where a
+# setting has no effect, so that two ways to write the same model compare equal.
 _SHAPES: dict[str, Callable[[Config], Any]] = {
     "model.num_layers": lambda c: c.model.num_layers,
     "model.hidden_size": lambda c: c.model.hidden_size,
-    "model.ffn_hidden_size": lambda c: c.model.ffn_hidden_size,
+    "model.ffn_hidden_size": _dense_width,
     "model.num_attention_heads": lambda c: c.model.num_attention_heads,
     "model.num_query_groups": lambda c: c.model.query_groups,
     "model.kv_channels": lambda c: c.model.head_dim,
@@ -36,27 +64,27 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
     "moe.num_zero_experts": lambda c: c.moe.num_zero_experts,
     "moe.num_copy_experts": lambda c: c.moe.num_copy_experts,
     "moe.num_constant_experts": lambda c: c.moe.num_constant_experts,
-    "moe.constants_shared": lambda c: c.moe.constants_shared,
-    "moe.gating_residual": lambda c: c.moe.gating_residual,
+    "moe.constants_shared": lambda c: c.moe.constants_shared and c.moe.num_constant_experts > 0,
+    "moe.gating_residual": _residual,
     "moe.two_layer_gate": lambda c: c.moe.two_layer_gate,
-    "moe.ffn_hidden_size": lambda c: c.expert_ffn_hidden_size,
+    "moe.ffn_hidden_size": _expert_width,
     "moe.shared_expert_ffn_hidden_size": lambda c: c.moe.shared_expert_ffn_hidden_size,
-    "moe.layer_freq": lambda c: c.moe.layer_freq,
+    "moe.layer_freq": _moe_layers,
 }
 # Not shapes: resuming with another value is allowed, but is another run.
-_SCHEDULE = (
-    "optimizer.lr",
-    "optimizer.min_lr",
-    "optimizer.warmup_iters",
-    "optimizer.decay_style",
-    "training.global_batch_size",
-    "training.seed",
-    "data.split",
-    "precision.dtype",
-    "moe.tau",
-    "moe.router_topk",
-    "moe.constant_temperature",
-)
+_SCHEDULE: dict[str, Callable[[Config], Any]] = {
+    "optimizer.lr": lambda c: c.optimizer.lr,
+    "optimizer.min_lr": lambda c: c.optimizer.min_lr,
+    "optimizer.warmup_iters": lambda c: c.optimizer.warmup_iters,
+    "optimizer.decay_style": lambda c: c.optimizer.decay_style,
+    "training.global_batch_size": lambda c: c.training.global_batch_size,
+    "training.seed": lambda c: c.training.seed,
+    "data.split": _split,
+    "precision.dtype": lambda c: c.precision.dtype,
+    "moe.tau": lambda c: c.moe.tau,
+    "moe.router_topk": lambda c: c.moe.router_topk,
+    "moe.constant_temperature": lambda c: c.moe.constant_temperature,
+}
 
 
 def check_compatible(checkpoint: Path, config: Config) -> list[str]:
@@ -76,27 +104,49 @@ def check_compatible(checkpoint: Path, config: Config) -> list[str]:
             f"{error}; convert it, or use the version that wrote it"
         ) from error
     raise_problems(_shape_problems(checkpoint, saved, config))
+    if not (checkpoint / STATE_FILE).is_file():
+        # Weights alone, converted from elsewhere: there was no schedule to differ from.
+        return []
     return [
         f"{name} is {_value(config, name)} and was {_value(saved, name)} in {checkpoint}"
-        for name in _SCHEDULE
-        if _value(config, name) != _value(saved, name)
+        for name, meaning in _SCHEDULE.items()
+        if meaning(config) != meaning(saved)
     ]
 
 
 def _shape_problems(checkpoint: Path, saved: Config, config: Config) -> list[Problem]:
     problems = []
-    for name, read in _SHAPES.items():
-        wanted, found = read(config), read(saved)
-        # Where neither gives a value, it follows from others, which are reported.
-        is_derived = _value(config, name) is None and _value(saved, name) is None
-        if wanted != found and not is_derived:
-            rule = f"must be that of the checkpoint {checkpoint} ({found})"
-            remedy = f"use {found}, or load another checkpoint"
-            if name == "moe.layer_freq":
-                rule = f"must place the MoE layers as the checkpoint {checkpoint} ({found})"
-                remedy = "use the checkpoint's moe.layer_freq, or load another checkpoint"
-            problems.append(Problem(name, wanted, rule, remedy))
+    for name, meaning in _SHAPES.items():
+        wanted, found = meaning(config), meaning(saved)
+        if wanted == found or _follows(name, saved, config):
+            continue
+        wanted, found = _shown(config, name, wanted), _shown(saved, name, found)
+        rule = f"must be that of the checkpoint {checkpoint} ({show(found)})"
+        remedy = f"use {show(found)}, or load another checkpoint"
+        if name == "moe.layer_freq":
+            rule = f"must place the MoE layers as the checkpoint {checkpoint} ({show(found)})"
+        problems.append(Problem(name, wanted, rule, remedy))
     return problems
+
+
+def _follows(name: str, saved: Config, config: Config) -> bool:
+    """Whether a difference comes from another setting's, which is reported."""
+    both = (saved, config)
+    if name == "moe.layer_freq":
+        return saved.model.num_layers != config.model.num_layers
+    if name == "model.ffn_hidden_size":
+        return None in map(_dense_width, both)
+    is_same_text = _value(saved, name) == _value(config, name)
+    if name == "moe.ffn_hidden_size":
+        is_reported = is_same_text and None not in map(_dense_width, both)
+        return is_reported or None in map(_expert_width, both)
+    return is_same_text
+
+
+def _shown(config: Config, name: str, meaning: Any) -> Any:
+    """A setting as it was written, or its default."""
+    value = _value(config, name)
+    return meaning if value is None or name == "model.latent_attention" else value
 
 
 def _value(config: Config, name: str) -> Any:

@@ -246,7 +246,9 @@ def _result(save: _Save) -> Written:
 def _describe(error: Exception) -> str:
     """What went wrong, in one line; unexpected errors by their class as well."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, OSError | BackgroundError) else f"{type(error).__name__}: {text}"
+    return (
+        text if isinstance(error, OSError | BackgroundError) else f"{type(error).__name__}: {text}"
+    )
 
 
 def _lack(reason: str, needed: int, folder: Path) -> str:

@@ -284,9 +284,7 @@ def test_wide_vocabulary_is_stored_in_32_bits(tmp_path: Path, console: Console):
 
 # The tokenizer, the spooled tokens, the dataset, its index: whatever is being written.
 @pytest.mark.parametrize("room", [0, 4096, 12288, 16384, 20480])
-def test_a_full_disk_is_one_line(
-    corpus_file: Path, small_disk: Path, console: Console, room: int
-):
+def test_a_full_disk_is_one_line(corpus_file: Path, small_disk: Path, console: Console, room: int):
     fill(small_disk, leave=room)
     with pytest.raises(UnfitError, match=r"out cannot be written: No space left on device"):
         prepare([str(corpus_file)], small_disk / "out", SMALL, console)

@@ -15,7 +15,6 @@ from moepp_megatron.observe import (
     ConsoleSink,
     ExpertCounts,
     JsonlSink,
-    MetricsError,
     Sinks,
     TensorBoardSink,
     open_sinks,
@@ -24,6 +23,7 @@ from moepp_megatron.observe import (
 )
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.patient import PatientSink
+from tests.full_disk import fill
 
 EXPERTS = ExpertCounts(ffn=2, constant=1, copy=0, zero=1)
 
@@ -104,13 +104,60 @@ def test_a_whole_last_line_without_line_end_is_kept(make_record, tmp_path: Path)
     assert steps_in(path) == [1, 2]
 
 
-def test_a_damaged_file_is_not_silently_rewritten(make_record, tmp_path: Path):
+@pytest.mark.parametrize("damage", [b"garbage\n", b"\0" * 300 + b"\n", b'{"step": 1}\n', b"\xff\n"])
+def test_a_damaged_file_is_set_aside_and_what_can_be_read_is_kept(
+    make_record, tmp_path: Path, caplog, damage: bytes
+):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("garbage\n" + make_record(1).to_json_line())
-    before = path.read_bytes()
-    with pytest.raises(MetricsError, match=r"metrics\.jsonl:1"):
-        JsonlSink(path, resume_step=2)
-    assert path.read_bytes() == before
+    lines = [make_record(step).to_json_line().encode() for step in (1, 2, 3, 4)]
+    before = lines[0] + damage + lines[1] + lines[2] + lines[3][:20]
+    for number in (1, 2):
+        path.write_bytes(before)
+        JsonlSink(path, resume_step=3).close()
+        assert steps_in(path) == [1, 2]
+        aside = tmp_path / f"metrics.jsonl.damaged-{number}"
+        assert aside.read_bytes() == before
+        assert "metrics.jsonl:2: " in caplog.messages[-1]
+        assert f"3 records are kept, and the file as it was is now {aside}" in caplog.messages[-1]
+    assert len(caplog.messages) == 2
+
+
+def test_what_a_rollback_undoes_leaves_the_file(make_record, tmp_path: Path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3, 4):
+        sink.write(make_record(step, loss=step))
+    sink.go_back(4)
+    assert not (tmp_path / "metrics.undone.jsonl").exists()
+    sink.go_back(2)
+    # At once, not only when later records displace them.
+    assert steps_in(sink.path) == [1, 2]
+    assert steps_in(tmp_path / "metrics.undone.jsonl") == [3, 4]
+    sink.write(make_record(3, loss=7.0))
+    sink.go_back(2)
+    sink.go_back(0)
+    sink.write(make_record(1))
+    sink.close()
+    assert steps_in(sink.path) == [1]
+    undone = (tmp_path / "metrics.undone.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in undone] == [3.0, 4.0, 7.0, 1.0, 2.0]
+
+
+def test_a_rollback_waits_for_a_full_disk_as_records_do(
+    make_record, tmp_path: Path, monkeypatch, caplog
+):
+    sink = PatientSink(JsonlSink(tmp_path / "metrics.jsonl"))
+    for step in (1, 2, 3):
+        sink.write(make_record(step))
+    real_write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real_write(fd, data[:10]))
+    sink.go_back(1)
+    sink.write(make_record(2, loss=7.0))
+    assert "2 records of metrics wait for the disk" in caplog.messages[-1]
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    monkeypatch.undo()
+    sink.close()
+    assert [r.loss for r in read_metrics(tmp_path / "metrics.jsonl")] == [5.25, 7.0]
+    assert steps_in(tmp_path / "metrics.undone.jsonl") == [2, 3]
 
 
 def test_a_failed_atomic_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
@@ -240,6 +287,43 @@ def test_tensorboard_gets_every_number(make_record, tmp_path: Path):
     assert values("layer_ffn_fraction/moe_layer_1") == [(1, 0.75)]
     shares = [values(f"expert_share/{n}")[0][1] for n in ("FFN_0", "FFN_1", "constant_0", "zero_0")]
     assert shares == [0.3125, 0.3125, 0.25, 0.125]
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_tensorboard_hides_what_a_rollback_undoes(make_record, tmp_path: Path):
+    sink = TensorBoardSink(tmp_path, EXPERTS)
+    for step in (1, 2, 3):
+        sink.write(make_record(step))
+    sink.go_back(1)
+    sink.write(make_record(2, loss=7.0))
+    sink.close()
+    assert scalars(tmp_path, "loss/train") == [(1, 5.25), (2, 7.0)]
+
+
+def test_tensorboard_goes_on_with_room(make_record, small_disk: Path, caplog, capsys):
+    # Every record is longer than the buffer of the file, so that it is written at once.
+    long = {f"key_{number}": number for number in range(500)}
+    sink = TensorBoardSink(small_disk / "tensorboard", EXPERTS)
+    sink.write(make_record(1, **long))
+    sink._writer.flush()
+    ballast = fill(small_disk)
+    for step in range(2, 30):
+        sink.write(make_record(step, **long))
+    assert "TensorBoard misses records: [Errno 28] No space left on device" in caplog.text
+    ballast.unlink()
+    for step in (30, 31):
+        sink.write(make_record(step, **long))
+    sink.close()
+    steps = [step for step, _ in scalars(small_disk / "tensorboard", "loss/train")]
+    assert steps[0] == 1
+    assert steps[-1] == 31
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path: Path):

@@ -95,3 +95,18 @@ def test_what_a_resume_drops_is_dropped(make_record, tmp_path: Path):
     news = reader.poll()
     assert news.rewritten
     assert len(news.lines) == 1
+
+
+def test_what_a_rollback_undoes_is_dropped(make_record, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in (1, 2, 3):
+        sink.write(make_record(step))
+    reader = Tail(path)
+    reader.poll()
+    sink.go_back(1)
+    sink.write(make_record(2, loss=7.0))
+    sink.write(make_record(3, loss=7.0))
+    news = reader.poll()
+    assert news.rewritten
+    assert [b'"loss":7.0' in line for line in news.lines] == [False, True, True]

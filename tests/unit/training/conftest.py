@@ -38,9 +38,11 @@ def config_of(**sections: dict[str, Any]) -> Config:
 
 @pytest.fixture
 def write() -> Callable[..., Path]:
-    """Writes a checkpoint: `write(folder, step, saved_at)`."""
+    """Writes a checkpoint: `write(folder, step, saved_at, **sections)`."""
 
-    def write_checkpoint(folder: Path, step: int, saved_at: float | None = None) -> Path:
+    def write_checkpoint(
+        folder: Path, step: int, saved_at: float | None = None, **sections: dict[str, Any]
+    ) -> Path:
         path = folder / checkpoint_name(step)
         path.mkdir(parents=True)
         record = Record(Progress(step, step * 8, step * 128), {}, {}, saved_at or float(step))
@@ -48,7 +50,7 @@ def write() -> Callable[..., Path]:
             "__0_0.distcp": b"tensors" * 100,
             ".metadata": b"index",
             "metadata.json": b"{}",
-            "config.yaml": config_of().to_yaml().encode(),
+            "config.yaml": config_of(**sections).to_yaml().encode(),
             "state.json": record.to_json(),
         }
         for name, content in contents.items():

@@ -154,6 +154,90 @@ def test_default_written_out_is_the_same(write, tmp_path: Path):
     assert check_compatible(write(tmp_path, 5), config) == []
 
 
+# Two ways to write one model: what is in the checkpoint, and what is asked for.
+SAME = {
+    "a frequency and its pattern": ({"layer_freq": [1, 1]}, {"layer_freq": 1}),
+    "every second layer": ({"layer_freq": [1, 0]}, {"layer_freq": 2}),
+    "the experts' default width": ({"ffn_hidden_size": 48}, {"ffn_hidden_size": None}),
+    "shared vectors of no experts": (
+        {"constants_shared": True, "num_constant_experts": 0},
+        {"constants_shared": False, "num_constant_experts": 0},
+    ),
+    "a residual of one MoE layer": (
+        {"gating_residual": True, "layer_freq": 2},
+        {"gating_residual": False, "layer_freq": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize(("saved", "asked"), SAME.values(), ids=SAME)
+def test_settings_are_compared_by_what_they_mean(write, tmp_path: Path, saved, asked):
+    for there, here in ((saved, asked), (asked, saved)):
+        checkpoint = write(tmp_path / str(id(there)), 5, moe=there)
+        assert check_compatible(checkpoint, config_of(moe=here)) == []
+
+
+def test_a_width_that_no_layer_has_does_not_count(write, tmp_path: Path):
+    # Every layer is an MoE layer, whose experts have a width of their own.
+    checkpoint = write(tmp_path, 5, model={"ffn_hidden_size": 99}, moe={"ffn_hidden_size": 48})
+    assert check_compatible(checkpoint, config_of()) == []
+    dense = {"layer_freq": 2, "ffn_hidden_size": 48}
+    checkpoint = write(tmp_path / "dense", 5, model={"ffn_hidden_size": 99}, moe=dense)
+    with pytest.raises(ConfigError) as caught:
+        check_compatible(checkpoint, config_of(moe=dense))
+    assert str(caught.value).startswith("model.ffn_hidden_size (48) must be that of")
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "line"),
+    [
+        (
+            {"layer_freq": [1, 0]},
+            {},
+            r"moe.layer_freq \(1\) must place .* \(\[1, 0\]\); use \[1, 0\]",
+        ),
+        ({"ffn_hidden_size": 99}, {}, r"moe.ffn_hidden_size \(48\) must be .* \(99\); use 99"),
+        (
+            {"shared_expert_ffn_hidden_size": 8},
+            {},
+            r"moe.shared_expert_ffn_hidden_size \(null\) must be .* \(8\); use 8",
+        ),
+    ],
+)
+def test_what_means_something_else_is_one_line(write, tmp_path: Path, saved, asked, line):
+    checkpoint = write(tmp_path, 5, moe=saved)
+    with pytest.raises(ConfigError, match=line) as caught:
+        check_compatible(checkpoint, config_of(moe=asked))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_other_default_width_of_experts_is_refused(write, tmp_path: Path):
+    # Neither names the experts' width, and no dense layer has that of the model.
+    checkpoint = write(tmp_path, 5, model={"ffn_hidden_size": 99})
+    with pytest.raises(ConfigError, match=r"moe.ffn_hidden_size \(48\) must be .* \(99\); use 99"):
+        check_compatible(checkpoint, config_of())
+
+
+def test_the_number_of_layers_is_one_line(write, tmp_path: Path):
+    checkpoint = write(tmp_path, 5, model={"num_layers": 3})
+    with pytest.raises(ConfigError) as caught:
+        check_compatible(checkpoint, config_of())
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_shares_of_the_data_are_compared_not_their_text(write, tmp_path: Path):
+    checkpoint = write(tmp_path, 5, data={"split": "0.98, 0.02, 0"})
+    assert check_compatible(checkpoint, config_of()) == []
+    (note,) = check_compatible(checkpoint, config_of(data={"split": "90,10,0"}))
+    assert note.startswith("data.split is 90,10,0 and was 0.98, 0.02, 0")
+
+
+def test_weights_from_elsewhere_have_no_schedule_to_differ_from(write, tmp_path: Path):
+    checkpoint = write(tmp_path, 5)
+    (checkpoint / "state.json").unlink()
+    assert check_compatible(checkpoint, config_of(optimizer={"lr": 0.5})) == []
+
+
 def test_finding_needs_no_torch():
     code = (
         "import sys, moepp_megatron.training.checkpoint as c; c.check_start; "

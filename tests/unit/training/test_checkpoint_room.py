@@ -41,7 +41,9 @@ def test_as_many_as_will_be_there_at_once(
     monkeypatch.setattr(room, "free_bytes", lambda _: needed - 1)
     said = room.lack_of_room(config, tmp_path, step)
     assert said is not None
-    assert f"needs room for {count} more checkpoints of {show_bytes(checkpoint_bytes(config))}" in said
+    assert (
+        f"needs room for {count} more checkpoints of {show_bytes(checkpoint_bytes(config))}" in said
+    )
     assert f"{show_bytes(needed)} in all, and {show_bytes(needed - 1)} are free" in said
 
 

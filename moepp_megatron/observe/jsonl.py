@@ -1,0 +1,122 @@
+"""``RUN/metrics.jsonl``: the records of a run, whole lines of steps that count."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.observe.line_file import append_line
+from moepp_megatron.observe.metrics import StepMetrics, scan_metrics
+
+logger = logging.getLogger(__name__)
+
+UNDONE_FILE = "metrics.undone.jsonl"
+"""Beside ``metrics.jsonl``: records of steps that a rollback has undone."""
+
+
+class JsonlSink:
+    """Appends each record to ``metrics.jsonl`` as one line, in one write."""
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        """Opens the sink.
+
+        A file with lines that are no records is kept as it was under another name, and the
+        records that can be read are kept in the file.
+
+        Args:
+            path: The file; its folder is made if needed.
+            resume_step: The first step that will be written from now on: records from there
+                on are dropped (0 starts over). None keeps every complete record. An unfinished
+                last line is dropped either way.
+
+        Raises:
+            OSError: The file cannot be opened or rewritten.
+        """
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._repair(resume_step)
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def _repair(self, resume_step: int | None) -> None:
+        content = self.path.read_bytes()
+        records, damaged = scan_metrics(content)
+        if damaged:
+            aside = _free_name(self.path)
+            write_atomic(aside, content)
+            number, reason = next(iter(damaged.items()))
+            logger.warning(
+                "%s:%d: %s (%d such lines); %d records are kept, and the file as it was is now %s",
+                self.path,
+                number,
+                reason.partition(";")[0],
+                len(damaged),
+                len(records),
+                aside,
+            )
+        kept = [r for r in records if resume_step is None or r.step < resume_step]
+        repaired = "".join(record.to_json_line() for record in kept).encode()
+        if repaired != content:
+            write_atomic(self.path, repaired)
+
+    def write(self, record: StepMetrics) -> None:
+        """Appends the record.
+
+        Raises:
+            OSError: The disk is full or gone; the file then still ends with a complete line.
+        """
+        append_line(self._fd, self.path, record.to_json_line().encode())
+
+    def go_back(self, step: int) -> None:
+        """Moves the records of steps after ``step`` to ``metrics.undone.jsonl``.
+
+        So every reader of the file sees the steps that the model has been trained with, and what
+        made the run go back can still be looked at.
+
+        Raises:
+            OSError: The disk is full or gone; the records are then still in the file.
+        """
+        content = self.path.read_bytes()
+        end = _end_of(content, step)
+        if end == len(content):
+            return
+        path = self.path.with_name(UNDONE_FILE)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            append_line(fd, path, content[end:])
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.ftruncate(self._fd, end)
+
+    def close(self) -> None:
+        """Forces the file to disk and closes it; a second call does nothing."""
+        if self._fd >= 0:
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _end_of(content: bytes, step: int) -> int:
+    """Where the records up to ``step`` end; behind it are none but later ones."""
+    end = len(content)
+    while end > 0:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        try:
+            if StepMetrics.model_validate_json(content[start:end]).step <= step:
+                break
+        except ValidationError:
+            break
+        end = start
+    return end
+
+
+def _free_name(path: Path) -> Path:
+    """A name for the damaged file that no earlier one has."""
+    names = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
