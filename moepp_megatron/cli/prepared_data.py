@@ -11,9 +11,11 @@ def check_data(config: Config) -> None:
     """Refuse what training would refuse, before any rank starts.
 
     Raises:
-        ConfigError: `data.path` is no prepared folder, or one with more tokens than the model has.
+        ConfigError: `data.path` is no prepared folder, or one with more tokens than the model has,
+            or the tokenizer is not the one that it was prepared with.
     """
     from moepp_megatron.data.manifest import Manifest
+    from moepp_megatron.data.same_tokenizer import check_corpus_tokenizer
 
     if config.data.path is None:
         raise ConfigError("data.path (null) must name a prepared folder; see: moepp data prepare")
@@ -30,3 +32,4 @@ def check_data(config: Config) -> None:
             f"model.vocab_size ({config.model.vocab_size}) must hold every token of data.path "
             f"({manifest.vocab_size}); use {manifest.vocab_size} or more"
         )
+    check_corpus_tokenizer(config, manifest)

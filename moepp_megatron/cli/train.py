@@ -123,7 +123,7 @@ def train(
     _check_start(settings)
     alone = nproc == 1 and max_restarts == 0 and nodes is None and log_dir is None
     if rank.is_launched or alone:
-        _train_rank(settings, layout)
+        _train_rank_or_leave(settings, layout, rank.rank)
         return
     from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 
@@ -148,12 +148,12 @@ def _check_build_rank(rank: int | None, dry_run: bool, world_size: int) -> None:
 
 def _resumed(config: Config) -> Config:
     """`config` that starts from the run's own newest checkpoint, if there is one."""
-    from moepp_megatron.training.checkpoint import is_checkpoint, list_checkpoints
+    from moepp_megatron.training.checkpoint import list_checkpoints
     from moepp_megatron.training.run_folder import checkpoint_folder
 
     own = list_checkpoints(checkpoint_folder(config))
     # Without anything else to start from, `auto` alone decides, on all ranks together.
-    if config.checkpoint.load is not None and not any(is_checkpoint(path) for path in own):
+    if config.checkpoint.load is not None and not own:
         return config
     return with_overrides(config, ["checkpoint.load=auto", "checkpoint.load_optimizer=true"])
 
@@ -184,6 +184,20 @@ def _check_start(config: Config) -> None:
     from moepp_megatron.training.run_folder import checkpoint_folder
 
     check_start(config, checkpoint_folder(config))
+
+
+def _train_rank_or_leave(config: Config, layout: Layout, rank: int) -> None:
+    """Be one rank; where all ranks found nothing to start from, torchrun has nothing to report."""
+    from moepp_megatron.training.checkpoint import NoStartError
+
+    try:
+        _train_rank(config, layout)
+    except NoStartError as error:
+        from moepp_megatron.runtime.launch import leave
+
+        if rank == 0:
+            typer.echo(f"error: {error}", err=True)
+        leave(error.exit_code)
 
 
 def _train_rank(config: Config, layout: Layout) -> None:

@@ -75,16 +75,7 @@ class Tokenizer:
         if path.is_dir():
             path = path / TOKENIZER
         named = named_eod_token(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"tokenizer ({path}) cannot be read ({error})") from error
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises no narrower class
-            raise ConfigError(
-                f"tokenizer ({path}) must be a Hugging Face tokenizer.json ({error})"
-            ) from error
+        backend = _read_backend(path)
         if eod_token is None and named is not None and backend.token_to_id(named) is None:
             raise ConfigError(
                 f"tokenizer ({path}) must have the end-of-document token ({named}) that "
@@ -114,10 +105,37 @@ class Tokenizer:
         path.write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id, added tokens included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    @property
     def unique_identifiers(self) -> "OrderedDict[str, str]":
         """What tells this tokenizer from others in the keys of megatron-core's index cache."""
         digest = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
         return OrderedDict(sha256=digest, eod_token=self.eod_token)
+
+
+def check_tokenizer_file(path: Path) -> None:
+    """Refuse a file that is no tokenizer, whatever its end-of-document token is.
+
+    Raises:
+        ConfigError: It cannot be read, or is none.
+    """
+    _read_backend(path)
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tokenizer ({path}) cannot be read ({error})") from error
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises no narrower class
+        raise ConfigError(
+            f"tokenizer ({path}) must be a Hugging Face tokenizer.json ({error}); fetch it again"
+        ) from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

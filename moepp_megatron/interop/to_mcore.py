@@ -67,6 +67,7 @@ def write_checkpoint(
         ConfigError: If a tensor is missing, unexpected or of a wrong shape, or `target` is taken.
     """
     account_for(hf, rules)
+    _check_tokenizer(hf)
     target = free_folder(target)
     tensors = hf.tensors
     total = sum(_rule_bytes(tensors, rule) for rule in rules)
@@ -163,6 +164,20 @@ def write_objects(
             writer.add_object(f"{module}._extra_state", None, part, count)
     # No optimizer, schedule or progress: training starts those anew (training/checkpoint.py).
     writer.add_object("common_state", dict(common or {}))
+
+
+def _check_tokenizer(hf: HFSource) -> None:
+    """Refuse a source whose tokenizer.json is none, such as a pointer that Git LFS left.
+
+    Raises:
+        ConfigError: With a remedy.
+    """
+    file = hf.folder / TOKENIZER_FILE
+    if not file.is_file():
+        return
+    from moepp_megatron.data.tokenizer import check_tokenizer_file
+
+    check_tokenizer_file(file)
 
 
 def _copy_companions(hf: HFSource, folder: Path) -> None:

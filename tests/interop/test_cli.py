@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,15 @@ def test_a_full_disk_is_one_line(small_disk: Path, tmp_path: Path) -> None:
             f"error: {small_disk / 'out'} cannot be written: No space left on device after 0."
         )
         assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
+def test_a_tokenizer_that_is_none_is_not_taken_over(tmp_path: Path) -> None:
+    source = shutil.copytree(CASE, tmp_path / "hf")
+    (source / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    message = r"hf/tokenizer.json\) must be a Hugging Face tokenizer.json .*; fetch it again"
+    with pytest.raises(ConfigError, match=message):
+        convert(source, tmp_path / "mcore")
+    assert not (tmp_path / "mcore").exists()
 
 
 def odd_lengths(folder: Path, overrides: list[str]) -> Any:

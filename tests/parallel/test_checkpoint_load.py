@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
 from tests.parallel.planted_pickles import plant
@@ -60,6 +63,7 @@ def _truncate(path: Path) -> None:
         ("integrity.json", _truncate, "integrity.json is damaged"),
         ("state.json", _truncate, "state.json cannot be read"),
         (".metadata", _flip, ".metadata is damaged"),
+        ("config.yaml", _truncate, "config.yaml has "),
     ],
 )
 def test_auto_skips_what_is_damaged(
@@ -110,6 +114,34 @@ def test_auto_starts_from_scratch_where_there_is_nothing(
     messages = ranks(2).run(run_trainer, _settings(corpus, tmp_path / "new", 3, {"load": "auto"}))
     assert logged(tmp_path / "new", "step") == [1, 2, 3]
     assert any("starts from scratch" in line for line in messages[0])
+
+
+def test_all_damaged_is_no_start_from_scratch(ranks: RankPools, corpus: Path, run: Path) -> None:
+    # Beneath what is looked at before ranks start.
+    for step in (5, 10):
+        _flip(run / "checkpoints" / f"step_{step:08d}" / "__1_0.distcp")
+    records = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(RankError, match=r"none of 2 is: .*step_00000010: __1_0.distcp is damaged"):
+        ranks(2).run(run_trainer, _settings(corpus, run, 10, {"load": "auto"}))
+    assert (run / "metrics.jsonl").read_bytes() == records
+
+
+@pytest.mark.parametrize("arguments", [["--nproc", "2"], []])
+def test_resume_without_a_sound_checkpoint_is_exit_code_2(
+    corpus: Path, run: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    raw = _settings(corpus, run, 10, {"save_interval": 5})
+    config.write_text(yaml.safe_dump(raw if arguments else {**raw, "parallel": {}}))
+    for step in (5, 10):
+        _flip(run / "checkpoints" / f"step_{step:08d}" / "__1_0.distcp")
+    command = [sys.executable, "-m", "moepp_megatron.cli.main", "train", "--resume", *arguments]
+    done = subprocess.run([*command, str(config)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "none of 2 is: " in line
+    assert "restore one of them" in line
 
 
 @pytest.mark.parametrize("name", ["run", "{tmp}/run", "{tmp}/run/checkpoints/step_00000005"])

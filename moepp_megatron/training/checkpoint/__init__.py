@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.find import (
+    NoStartError,
     check_start,
     find_checkpoint,
     latest_checkpoint,
@@ -56,6 +57,7 @@ __all__ = [
     "TOKENIZER_FILE",
     "CheckpointWriter",
     "Loaded",
+    "NoStartError",
     "Progress",
     "check_compatible",
     "check_start",

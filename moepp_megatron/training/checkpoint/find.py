@@ -11,17 +11,24 @@ from pathlib import Path
 import yaml
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.data.same_tokenizer import check_model_tokenizer
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.names import (
     CONFIG_FILE,
     LATEST_FILE,
     PREFIX,
+    TOKENIZER_FILE,
     is_checkpoint,
 )
 from moepp_megatron.training.checkpoint.progress import read_record
-from moepp_megatron.training.checkpoint.validity import damage
+from moepp_megatron.training.checkpoint.validity import damage, plain_damage
 
 logger = logging.getLogger(__name__)
+
+
+class NoStartError(ConfigError):
+    """There is no checkpoint to start from. On ranks that are running all of them raise it."""
+
 
 _NAME = re.compile(rf"{PREFIX}\d+")
 
@@ -73,28 +80,45 @@ def start_candidates(config: Config, folder: Path) -> list[Path]:
 
 
 def check_start(config: Config, folder: Path) -> None:
-    """Refuse, before any rank starts, a `checkpoint.load` that does not fit; hashes nothing.
+    """Refuse, before any rank starts, a `checkpoint.load` that does not fit; hashes no tensors.
 
     Raises:
-        ConfigError: There is no checkpoint of that name, or its model has other shapes.
+        ConfigError: There is no checkpoint of that name, all are damaged, or its model has other
+            shapes or other tokens.
     """
     name = config.checkpoint.load
     if name is None:
         return
-    complete = [path for path in start_candidates(config, folder) if is_checkpoint(path)]
-    if complete:
-        check_compatible(complete[0], config)
-    elif name != "auto":
-        raise no_start(name, [])
+    start, skipped = first_valid(start_candidates(config, folder), plain_damage)
+    if start is None:
+        refuse_no_start(name, skipped)
+        return
+    check_compatible(start, config)
+    check_model_tokenizer(config, start / TOKENIZER_FILE)
 
 
-def no_start(name: str, skipped: list[str]) -> ConfigError:
-    """What to say where `checkpoint.load` means nothing that can be read."""
-    why = f" ({'; '.join(skipped)})" if skipped else ""
-    return ConfigError(
-        f"checkpoint.load ({name}) must be a checkpoint folder or a run that has a valid one"
-        f"{why}; name another one, auto, or null"
-    )
+def refuse_no_start(name: str, skipped: list[str]) -> None:
+    """What to do where `checkpoint.load` means nothing that can be read.
+
+    Args:
+        name: `checkpoint.load`; `auto` starts from scratch where there is no checkpoint at all.
+        skipped: A line for each checkpoint that is there, with what is wrong with it.
+
+    Raises:
+        NoStartError: Training must not start.
+    """
+    if name != "auto":
+        why = f" ({'; '.join(skipped)})" if skipped else ""
+        raise NoStartError(
+            f"checkpoint.load ({name}) must be a checkpoint folder or a run that has a valid one"
+            f"{why}; name another one, auto, or null"
+        )
+    if skipped:
+        raise NoStartError(
+            f"checkpoint.load (auto) must find a valid checkpoint of this run, and none of "
+            f"{len(skipped)} is: {'; '.join(skipped)}; restore one of them, or move them away to "
+            "start from scratch"
+        )
 
 
 def checkpoint_folders(name: str | Path, beside: Path | None = None) -> list[Path]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
+from moepp_megatron.config import ConfigError
 from moepp_megatron.data.atomic import exchange
-from moepp_megatron.data.tokenizer import named_eod_token, tokenizer_config
+from moepp_megatron.data.tokenizer import Tokenizer, named_eod_token, tokenizer_config
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.training.checkpoint.leftovers import discard
 from moepp_megatron.training.checkpoint.names import (
@@ -29,6 +31,8 @@ from moepp_megatron.training.checkpoint.plan import Plan, Written
 from moepp_megatron.training.checkpoint.progress import Record
 from moepp_megatron.training.checkpoint.validity import damage, file_digest, manifest
 
+logger = logging.getLogger(__name__)
+
 _COMPANIONS = (CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, STATE_FILE)
 
 
@@ -38,13 +42,34 @@ class Companions:
 
     Attributes:
         config: The resolved configuration, YAML.
-        tokenizer: The tokenizer's file; left out where it is missing.
+        tokenizer: Files of the tokenizer by name, from `tokenizer_files`.
         record: Progress, layout, versions.
     """
 
     config: str
-    tokenizer: Path
+    tokenizer: dict[str, bytes]
     record: Record
+
+
+def tokenizer_files(path: Path) -> dict[str, bytes]:
+    """What a checkpoint holds of a tokenizer, by name: nothing where the file is no tokenizer.
+
+    Read once, when a run begins: the file may be replaced while it trains.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        Tokenizer.load(path)
+    except ConfigError as error:
+        logger.warning("checkpoints get no %s: %s", TOKENIZER_FILE, error)
+        return {}
+    files = {TOKENIZER_FILE: path.read_bytes()}
+    # Its name in the tokenizer is all that tells this token from others, and the data that say so
+    # need not be there when the checkpoint is used.
+    eod_token = named_eod_token(path)
+    if eod_token is not None:
+        files[TOKENIZER_CONFIG_FILE] = tokenizer_config(eod_token)
+    return files
 
 
 def publish(plan: Plan, final: Path, written: list[Written], companions: Companions) -> None:
@@ -92,13 +117,8 @@ def _check_shared(folder: Path, sizes: dict[str, int]) -> None:
 def _write_companions(folder: Path, companions: Companions) -> None:
     write_synced(folder / CONFIG_FILE, companions.config.encode())
     write_synced(folder / STATE_FILE, companions.record.to_json())
-    if companions.tokenizer.is_file():
-        write_synced(folder / TOKENIZER_FILE, companions.tokenizer.read_bytes())
-        # Its name in the tokenizer is all that tells this token from others, and the data that say
-        # so need not be there when the checkpoint is used.
-        eod_token = named_eod_token(companions.tokenizer)
-        if eod_token is not None:
-            write_synced(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(eod_token))
+    for name, content in companions.tokenizer.items():
+        write_synced(folder / name, content)
 
 
 def _give_name(folder: Path, final: Path) -> None:

@@ -18,7 +18,7 @@ from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.find import (
     first_valid,
     list_checkpoints,
-    no_start,
+    refuse_no_start,
     start_candidates,
     warn_skipped,
 )
@@ -61,16 +61,17 @@ def find_start(config: Config, folder: Path) -> Path | None:
         None where training starts from scratch.
 
     Raises:
-        ConfigError: The checkpoint or run that was named has no valid checkpoint.
+        NoStartError: The checkpoint or run that was named has no valid checkpoint, or this run has
+            checkpoints, all of them damaged.
     """
     name = config.checkpoint.load
     if name is None:
         return None
     start, skipped = _first_agreed(start_candidates(config, folder))
-    if start is None and name != "auto":
-        raise no_start(name, skipped)
-    if start is None and dist.get_rank() == 0:
-        logger.warning("no valid checkpoint in %s: training starts from scratch", folder)
+    if start is None:
+        refuse_no_start(name, skipped)
+        if dist.get_rank() == 0:
+            logger.warning("no checkpoint in %s: training starts from scratch", folder)
     return start
 
 

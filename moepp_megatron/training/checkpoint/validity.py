@@ -34,6 +34,14 @@ def damage(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
         return f"{error.filename or checkpoint}: {error.strerror}"
 
 
+def plain_damage(checkpoint: Path) -> str | None:
+    """As `damage`, of what is told at once: all sizes, and the contents of the configuration."""
+    try:
+        return _structure(checkpoint) or _content(checkpoint, CONFIG_FILE)
+    except OSError as error:
+        return f"{error.filename or checkpoint}: {error.strerror}"
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -76,10 +84,14 @@ def _structure(checkpoint: Path) -> str | None:
 
 
 def _contents(checkpoint: Path, part: int, num_parts: int) -> str | None:
-    files: dict[str, str] = _read_manifest(checkpoint)["files"]
-    for name in sorted(files)[part::num_parts]:
-        if file_digest(checkpoint / name) != files[name]:
-            return f"{name} is damaged: its SHA-256 is not that of {MANIFEST_FILE}"
+    names = sorted(_read_manifest(checkpoint)["files"])[part::num_parts]
+    reasons = (_content(checkpoint, name) for name in names)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _content(checkpoint: Path, name: str) -> str | None:
+    if file_digest(checkpoint / name) != _read_manifest(checkpoint)["files"][name]:
+        return f"{name} is damaged: its SHA-256 is not that of {MANIFEST_FILE}"
     return None
 
 

@@ -23,7 +23,7 @@ from moepp_megatron.training.checkpoint.names import checkpoint_name
 from moepp_megatron.training.checkpoint.plan import Plan, Planner, Written
 from moepp_megatron.training.checkpoint.progress import Progress, Record
 from moepp_megatron.training.checkpoint.prune import Pruner
-from moepp_megatron.training.checkpoint.publish import Companions, publish
+from moepp_megatron.training.checkpoint.publish import Companions, publish, tokenizer_files
 from moepp_megatron.training.checkpoint.state import saved_state
 from moepp_megatron.training.setup import TrainingModel
 
@@ -60,7 +60,7 @@ class CheckpointWriter:
     Args:
         folder: The run's checkpoint folder; made when first needed.
         config: The run's configuration.
-        tokenizer: The tokenizer's file, copied into each checkpoint.
+        tokenizer: The tokenizer's file; as it is now it goes into each checkpoint.
 
     Attributes:
         failed_saves: Saves that failed so far.
@@ -72,7 +72,7 @@ class CheckpointWriter:
         self.error: str | None = None
         self._folder = folder
         self._config = config
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer_files(tokenizer) if dist.get_rank() == 0 else {}
         self._layout = Layout.from_config(config, dist.get_world_size())
         self._agreement = Agreement()
         self._planner = Planner()

@@ -1,0 +1,110 @@
+"""Whether a tokenizer is the one that a corpus, or a model, has its token ids from.
+
+Two tokenizers of equal size number different texts: a model trained on one and prompted through the
+other answers nonsense, and nothing fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.data.manifest import TOKENIZER, Manifest
+
+_SHOWN = 16
+
+
+def tokenizer_file(config: Config) -> Path:
+    """The `tokenizer.json` of a run: `data.tokenizer`, or the one in `data.path`."""
+    path = config.data.tokenizer or config.data.path
+    assert path is not None, "training needs data.path"
+    return path / TOKENIZER if path.is_dir() else path
+
+
+def check_corpus_tokenizer(config: Config, manifest: Manifest) -> None:
+    """Refuse a tokenizer that is not the corpus's.
+
+    A file that differs in how the same tokenizer is written down is accepted.
+
+    Args:
+        config: The run's configuration; `data.path` is a prepared folder.
+        manifest: That folder's.
+
+    Raises:
+        ConfigError: It is another tokenizer, or none, or cannot be read.
+    """
+    assert config.data.path is not None, "training needs data.path"
+    file, own = tokenizer_file(config), config.data.path / TOKENIZER
+    found = _sha256(file)
+    if found == manifest.tokenizer_sha256:
+        return
+    if (
+        own.is_file()
+        and _sha256(own) == manifest.tokenizer_sha256
+        and _content(file) == _content(own)
+    ):
+        return
+    of_corpus = f"SHA-256 {manifest.tokenizer_sha256[:_SHOWN]}... in its manifest"
+    if config.data.tokenizer is None:
+        raise ConfigError(
+            f"data.path ({config.data.path}) must hold the {TOKENIZER} that its text was tokenized "
+            f"with ({of_corpus}), and holds another (SHA-256 {found[:_SHOWN]}...); put that one "
+            "back, or prepare the text again"
+        )
+    raise ConfigError(
+        f"data.tokenizer ({file}, SHA-256 {found[:_SHOWN]}...) must be the one that data.path "
+        f"({config.data.path}) was tokenized with ({of_corpus}); leave data.tokenizer out, or "
+        f"prepare the text again with --tokenizer {file}"
+    )
+
+
+def check_model_tokenizer(config: Config, trained: Path) -> None:
+    """Refuse data whose token ids mean other tokens than those that a model was trained on.
+
+    Args:
+        config: The run's configuration.
+        trained: The model's `tokenizer.json`; where it is missing or none, nothing is known.
+
+    Raises:
+        ConfigError: The ids mean other tokens, or the run's tokenizer cannot be read.
+    """
+    if config.data.path is None or not trained.is_file():
+        return
+    file = tokenizer_file(config)
+    here, there = _sha256(file), _sha256(trained)
+    if here == there:
+        return
+    try:
+        wanted = _vocabulary(trained)
+    except ConfigError:
+        return
+    if _vocabulary(file) != wanted:
+        raise ConfigError(
+            f"data.path ({config.data.path}) has a tokenizer ({file}, SHA-256 {here[:_SHOWN]}...) "
+            f"whose ids must mean the tokens that {trained.parent} was trained on ({TOKENIZER} "
+            f"there: SHA-256 {there[:_SHOWN]}...); prepare the text again with --tokenizer "
+            f"{trained}, or start from another checkpoint"
+        )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"tokenizer ({path}) cannot be read ({error.strerror}); name another data.tokenizer, "
+            "or prepare the text again"
+        ) from error
+
+
+def _content(path: Path) -> str:
+    from moepp_megatron.data.tokenizer import Tokenizer
+
+    return Tokenizer.load(path).unique_identifiers["sha256"]
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    from moepp_megatron.data.tokenizer import Tokenizer
+
+    return Tokenizer.load(path).vocabulary

@@ -1,0 +1,115 @@
+"""A tokenizer must be the corpus's and the model's, not one of equal size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.data.manifest import Manifest
+from moepp_megatron.data.same_tokenizer import (
+    check_corpus_tokenizer,
+    check_model_tokenizer,
+    tokenizer_file,
+)
+from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from tests.unit.training.conftest import config_of
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path) -> Path:
+    """A prepared folder to do harm to."""
+    return shutil.copytree(prepared, tmp_path / "data")
+
+
+@pytest.fixture
+def other(prepared: Path, tmp_path: Path) -> Path:
+    """Another tokenizer of the same size, with the same end-of-document token."""
+    size = Tokenizer.load(prepared).vocab_size
+    tokenizer = train_tokenizer(["quite other words " * 50 + "for other merges " * 50] * 9, size)
+    assert tokenizer.vocab_size <= size
+    tokenizer.save(tmp_path / "other.json")
+    return tmp_path / "other.json"
+
+
+def _rewritten(file: Path, target: Path) -> Path:
+    """The same tokenizer, written down differently."""
+    target.write_text(json.dumps(json.loads(file.read_text()), indent=None))
+    assert target.read_bytes() != file.read_bytes()
+    return target
+
+
+def _config(folder: Path, tokenizer: Path | None = None) -> Config:
+    return config_of(
+        data={"path": str(folder), "tokenizer": None if tokenizer is None else str(tokenizer)}
+    )
+
+
+def _check(folder: Path, tokenizer: Path | None = None) -> None:
+    check_corpus_tokenizer(_config(folder, tokenizer), Manifest.read(folder))
+
+
+def test_the_corpus_has_its_own(folder: Path, tmp_path: Path):
+    _check(folder)
+    moved = folder.rename(tmp_path / "moved")
+    _check(moved)
+    _check(moved, shutil.copy(moved / "tokenizer.json", tmp_path / "copy.json"))
+    _check(moved, moved)
+    _check(moved, _rewritten(moved / "tokenizer.json", tmp_path / "rewritten.json"))
+
+
+def test_another_one_is_refused_with_both_hashes(folder: Path, other: Path):
+    digest = Manifest.read(folder).tokenizer_sha256[:16]
+    with pytest.raises(ConfigError) as caught:
+        _check(folder, other)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"data.tokenizer ({other}, SHA-256 ")
+    assert f"must be the one that data.path ({folder}) was tokenized with (SHA-256 {digest}" in line
+    assert f"leave data.tokenizer out, or prepare the text again with --tokenizer {other}" in line
+
+
+def test_another_one_in_the_folder_is_refused(folder: Path, other: Path):
+    shutil.copy(other, folder / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"data\.path .* must hold the tokenizer\.json that its"):
+        _check(folder)
+    # The folder no longer has what another file could be compared with.
+    with pytest.raises(ConfigError, match=r"data\.tokenizer .* must be the one"):
+        _check(folder, other)
+
+
+@pytest.mark.parametrize("content", [None, b"{}", b"version https://git-lfs.github.com/spec/v1"])
+def test_what_is_no_tokenizer_is_refused(folder: Path, tmp_path: Path, content: bytes | None):
+    file = tmp_path / "none.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"tokenizer \(.*none\.json\) (cannot be read|must be a)"):
+        _check(folder, file)
+
+
+def test_a_model_goes_on_with_its_tokens(folder: Path, other: Path, tmp_path: Path):
+    trained = tmp_path / "step_00000005" / "tokenizer.json"
+    trained.parent.mkdir()
+    # Without one nothing is known; so too with a file that an older version copied unread.
+    check_model_tokenizer(_config(folder), trained)
+    trained.write_text("{}")
+    check_model_tokenizer(_config(folder), trained)
+    shutil.copy(folder / "tokenizer.json", trained)
+    check_model_tokenizer(_config(folder), trained)
+    _rewritten(folder / "tokenizer.json", trained)
+    check_model_tokenizer(_config(folder), trained)
+    # A corpus that was prepared again, with another tokenizer of equal size.
+    shutil.copy(other, folder / "tokenizer.json")
+    with pytest.raises(ConfigError) as caught:
+        check_model_tokenizer(_config(folder), trained)
+    (line,) = str(caught.value).splitlines()
+    assert f"whose ids must mean the tokens that {trained.parent} was trained on" in line
+    assert f"prepare the text again with --tokenizer {trained}" in line
+
+
+def test_a_folder_names_the_file_in_it(folder: Path, tmp_path: Path):
+    assert tokenizer_file(_config(folder)) == folder / "tokenizer.json"
+    assert tokenizer_file(_config(tmp_path, folder)) == folder / "tokenizer.json"
+    assert tokenizer_file(_config(folder, tmp_path / "x.json")) == tmp_path / "x.json"
