@@ -123,7 +123,7 @@ def train(
     _check_start(settings)
     alone = nproc == 1 and max_restarts == 0 and nodes is None and log_dir is None
     if rank.is_launched or alone:
-        _train_rank_or_leave(settings, layout, rank.rank)
+        _train_rank(settings, layout)
         return
     from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 
@@ -186,22 +186,23 @@ def _check_start(config: Config) -> None:
     check_start(config, checkpoint_folder(config))
 
 
-def _train_rank_or_leave(config: Config, layout: Layout, rank: int) -> None:
+def _train_rank(config: Config, layout: Layout) -> None:
     """Be one rank; where all ranks found nothing to start from, torchrun has nothing to report."""
     from moepp_megatron.training.checkpoint import NoStartError
 
     try:
-        _train_rank(config, layout)
+        _train(config, layout)
     except NoStartError as error:
         from moepp_megatron.runtime.launch import leave
+        from moepp_megatron.runtime.rank import RankEnvironment
 
-        if rank == 0:
+        if RankEnvironment.read().rank == 0:
             typer.echo(f"error: {error}", err=True)
         leave(error.exit_code)
 
 
-def _train_rank(config: Config, layout: Layout) -> None:
-    """Be one rank: train, and on rank 0 write the report and print what happened."""
+def _train(config: Config, layout: Layout) -> None:
+    """Train, and on rank 0 write the report and print what happened."""
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()

@@ -27,9 +27,9 @@ from moepp_megatron.training.checkpoint import (
     CheckpointWriter,
     Loaded,
     find_start,
+    lack_of_room,
     read_checkpoint,
 )
-from moepp_megatron.training.checkpoint.room import lack_of_room
 from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.evaluate import validation_loss
 from moepp_megatron.training.going_back import go_back, newest_checkpoint

@@ -39,6 +39,7 @@ from moepp_megatron.training.checkpoint.find import (
 )
 from moepp_megatron.training.checkpoint.names import CONFIG_FILE, TOKENIZER_FILE, is_checkpoint
 from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.checkpoint.room import lack_of_room
 from moepp_megatron.training.checkpoint.validity import damage
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ __all__ = [
     "find_checkpoint",
     "find_start",
     "is_checkpoint",
+    "lack_of_room",
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
