@@ -225,7 +225,7 @@ def _train(config: Config, layout: Layout) -> None:
             typer.echo(choices_line())
         trainer = Trainer(config, layout)
         record = trainer.run()
-    failure = trainer.checkpoints.error
+    failure = trainer.failure
     if trainer.stopped:
         from moepp_megatron.runtime.launch import STOPPED, leave
 
@@ -237,20 +237,19 @@ def _train(config: Config, layout: Layout) -> None:
     if rank.rank == 0:
         _finish(config, record)
         if failure is not None:
-            typer.echo(f"error: the last {failure}", err=True)
+            typer.echo(f"error: at the end of the run, {failure}", err=True)
     if failure is not None:
         # All that could be done is done, but the run's last state is nowhere.
         raise typer.Exit(1)
 
 
 def _finish(config: Config, record: StepMetrics | None) -> None:
-    from moepp_megatron.report import build_report
     from moepp_megatron.training.run_folder import checkpoint_folder
 
     if record is None:
         typer.echo("nothing left to do: the checkpoint is at training.train_iters already")
         return
-    page = build_report(Path(config.run.dir))
+    page = _report(Path(config.run.dir))
     valid = "" if record.valid_loss is None else f", validation {record.valid_loss:.4f}"
     saved = 1.0 - record.ffn_fraction
     typer.echo(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")
@@ -261,3 +260,13 @@ def _finish(config: Config, record: StepMetrics | None) -> None:
     typer.echo(f"report       {page}")
     if config.checkpoint.save_interval > 0:
         typer.echo(f"checkpoints  {checkpoint_folder(config)}")
+
+
+def _report(run: Path) -> str:
+    """The page that was written, or why none was: that ends no run."""
+    from moepp_megatron.report import build_report
+
+    try:
+        return str(build_report(run))
+    except OSError as error:
+        return f"none ({error}); with more room: moepp report {run}"

@@ -76,6 +76,7 @@ class Trainer:
         self._supervisor = Supervisor(config, self.model)
         self.stopped = False
         self._sinks: Sinks | None = None
+        self._lost_records: str | None = None
         self._alerts: AlertSinks | None = None
         self._told_failed_saves = 0
         self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, self._tokenizer)
@@ -148,8 +149,19 @@ class Trainer:
         if self._alerts is not None:
             self._alerts.close()
         if sinks is not None:
-            sinks.close()
+            self._close(sinks)
         return record
+
+    @property
+    def failure(self) -> str | None:
+        """What of the run's end is on no disk, in one line; None if all of it is."""
+        return "; ".join(filter(None, (self.checkpoints.error, self._lost_records))) or None
+
+    def _close(self, sinks: Sinks) -> None:
+        try:
+            sinks.close()
+        except OSError as error:
+            self._lost_records = f"the last records of metrics could not be written: {error}"
 
     def _alert(self, alert: Alert) -> None:
         """Tell, on the one rank that tells."""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -75,7 +76,7 @@ def test_train_command(corpus: Path, small_disk: Path, tmp_path: Path, is_async:
     assert first.returncode == 1
     assert "needs room for 3 more checkpoints of" in first.stderr
     assert "training goes on without it" in first.stderr
-    assert "error: the last checkpoint" in first.stderr
+    assert "error: at the end of the run, checkpoint" in first.stderr
     assert "No space left on device" in first.stderr
     assert "Traceback" not in first.stderr
     assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -93,6 +94,49 @@ def test_train_command(corpus: Path, small_disk: Path, tmp_path: Path, is_async:
     assert "Traceback" not in second.stderr
     assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
     assert names(checkpoints) == ["latest", "step_00000008"]
+
+
+def train_on_a_disk_that_stays_full(raw: dict[str, Any], disk: Path) -> str | None:
+    """What the trainer calls missing at the end, where the disk is full from step 3 on."""
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training import trainer as module
+
+    step = module.training_step
+
+    def fill_before_step_3(*args: Any) -> Any:
+        if trainer.progress.step == 2:
+            fill(disk)
+        return step(*args)
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    with mock.patch.object(module, "training_step", fill_before_step_3):
+        trainer = module.Trainer(config, layout)
+        trainer.run()
+    assert trainer.progress.step == 6
+    return trainer.failure
+
+
+def test_a_disk_that_stays_full(ranks: RankPools, corpus: Path, small_disk: Path) -> None:
+    run = small_disk / "run"
+    raw = trainer_settings(
+        corpus, run, model=WIDE, training={"train_iters": 6}, checkpoint={"save_interval": 2}
+    )
+    (failure,) = ranks(1).run(train_on_a_disk_that_stays_full, raw, small_disk)
+    assert failure is not None
+    saved, records = failure.split("; ")
+    assert "step_00000006 could not be written: [Errno 28] No space left on device" in saved
+    assert "the last records of metrics could not be written: [Errno 28] No space left" in records
+    # Whole lines, in order, as far as there was room.
+    steps = logged(run, "step")
+    assert steps[:2] == [1, 2]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def _train(*arguments: str) -> subprocess.CompletedProcess[str]:

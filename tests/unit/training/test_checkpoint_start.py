@@ -37,7 +37,7 @@ def test_a_damaged_configuration_falls_back(write, tmp_path: Path, harm: Callabl
     harm(newest / "config.yaml")
     check_start(AUTO, tmp_path)
     # The one before is judged, not passed over.
-    with pytest.raises(ConfigError, match=r"hidden_size .* step_00000005 \(32\)"):
+    with pytest.raises(ConfigError, match=r"hidden_size .*step_00000005 \(32\)"):
         check_start(WIDER, tmp_path)
     run = config_of(checkpoint={"load": str(tmp_path)})
     check_start(run, tmp_path / "own")
