@@ -146,6 +146,9 @@ class Trainer:
             with supervisor.during("save"):
                 self.checkpoints.finish()
                 self._routers.write_profile()
+            if sinks is not None:
+                # No logged step comes after the last save.
+                self._complain()
         if self._alerts is not None:
             self._alerts.close()
         if sinks is not None:

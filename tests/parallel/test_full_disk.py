@@ -82,7 +82,9 @@ def test_train_command(corpus: Path, small_disk: Path, tmp_path: Path, is_async:
     assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
     assert names(checkpoints) == ["latest", "step_00000002", "step_00000004"]
     alerts = [json.loads(line) for line in (run / "alerts.jsonl").read_text().splitlines()]
-    assert [alert["rule"] for alert in alerts] == ["failed_save"]
+    # In the background two failures may be found at once; the last save's is told, too.
+    assert {alert["rule"] for alert in alerts} == {"failed_save"}
+    assert alerts[-1]["value"] == 2
 
     # Room for another checkpoint, all of it taken by what a killed run has left.
     shutil.rmtree(checkpoints / "step_00000002")
@@ -130,9 +132,9 @@ def test_a_disk_that_stays_full(ranks: RankPools, corpus: Path, small_disk: Path
     )
     (failure,) = ranks(1).run(train_on_a_disk_that_stays_full, raw, small_disk)
     assert failure is not None
-    saved, records = failure.split("; ")
+    saved, _, records = failure.partition("; ")
     assert "step_00000006 could not be written: [Errno 28] No space left on device" in saved
-    assert "the last records of metrics could not be written: [Errno 28] No space left" in records
+    assert "the last records of metrics could not be written: " in records
     # Whole lines, in order, as far as there was room.
     steps = logged(run, "step")
     assert steps[:2] == [1, 2]
