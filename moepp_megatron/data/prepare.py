@@ -15,6 +15,7 @@ from moepp_megatron.data.corpus import SpooledCorpus, spool_corpus, write_indexe
 from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
+from moepp_megatron.data.long_text import BYTES_PER_BYTE
 from moepp_megatron.data.manifest import CORPUS, FORMAT_VERSION, TOKENIZER, Inputs, Manifest
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.sources import (
@@ -28,6 +29,7 @@ from moepp_megatron.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_token
 DEFAULT_VOCAB_SIZE = 4096
 # Characters the tokenizer is trained on. Merges hardly change beyond a few MB, time does.
 SAMPLE_CHARACTERS = 8_000_000
+_MUCH_MEMORY = 2**30
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def prepare(
         inputs = Inputs(deciding, content_fingerprint(sources, advance), stat_sha256)
     with partial_folder(out) as partial:
         tokenizer = _make_tokenizer(pieces, settings, partial / TOKENIZER, console)
+        _warn_of_memory(sources, tokenizer, console)
         spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
         write_indexed_dataset(spooled, partial, settings.seed)
         spooled.path.unlink()
@@ -163,6 +166,24 @@ def _make_tokenizer(
         )
     tokenizer.save(path)
     return tokenizer
+
+
+def _warn_of_memory(sources: Sequence[Source], tokenizer: Tokenizer, console: Console) -> None:
+    """Say what the longest document takes where it cannot be tokenized in pieces."""
+    # How long records are shows only when they are read.
+    texts = [file for source in sources for file in source.files if file.format == "text"]
+    longest = max(texts, key=lambda file: file.size, default=None)
+    needed = 0 if longest is None else longest.size * BYTES_PER_BYTE
+    if longest is None or needed < _MUCH_MEMORY or tokenizer.cuts_long_texts:
+        return
+    console.print(
+        f"warning: {longest.path} takes about {needed / 2**30:.1f} GiB of memory: where this "
+        "tokenizer may split a text is not known here, so documents are tokenized whole; cut it "
+        "into several documents if that is too much",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def _sample(pieces: Sequence[Piece], settings: PrepareSettings) -> Iterator[str]:

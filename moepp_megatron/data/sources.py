@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.compressed import COMPRESSIONS, Compression
 
 Format = Literal["text", "jsonl", "parquet"]
 
@@ -27,8 +28,9 @@ class SourceFile:
         name: its path within the source, with forward slashes; the part of it that fingerprints
             see, so that a corpus may move.
         format: how to read documents from it.
-        size: bytes.
+        size: bytes, as stored.
         mtime_ns: modification time, nanoseconds.
+        compression: of the whole file, by the end of its name.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class SourceFile:
     format: Format
     size: int
     mtime_ns: int
+    compression: Compression | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ def _resolve(name: str, exclude: Path | None) -> Source:
     if name == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         files = _walk(name, root, exclude, only_suffix=".py", skip_folders=_SITE_FOLDERS)
+    elif not name:
+        # As a path it would be the working directory.
+        raise ConfigError("SOURCE ('') must not be empty; name a file, a folder or the word stdlib")
     else:
         root = Path(name)
         mode = _stat(name, root).st_mode
@@ -134,12 +140,22 @@ def _stat(source: str, path: Path) -> os.stat_result:
 
 def _source_file(source: str, path: Path, name: str) -> SourceFile:
     status = _stat(source, path)
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    # What `a.jsonl.gz` holds is named before the last suffix.
+    inner = path if compression is None else path.with_suffix("")
+    format = _FORMATS.get(inner.suffix.lower(), "text")
+    if compression is not None and format == "parquet":
+        raise ConfigError(
+            f"source {source}: {path} is compressed parquet; decompress it (parquet is compressed "
+            "inside)"
+        )
     return SourceFile(
         path=path,
         name=name,
-        format=_FORMATS.get(path.suffix.lower(), "text"),
+        format=format,
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
+        compression=compression,
     )
 
 

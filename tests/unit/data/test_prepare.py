@@ -279,3 +279,31 @@ def test_wide_vocabulary_is_stored_in_32_bits(tmp_path: Path, console: Console):
     # Kept in a name: its arrays are views of a file mapping that ends with it.
     dataset = IndexedDataset(str(out / "corpus"))
     assert dataset[0].tolist() == [1, 69_999, 70_000]
+
+
+def test_memory_of_long_documents_is_told_where_they_are_tokenized_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import io
+
+    import tokenizers
+
+    monkeypatch.setattr(prepare_module, "_MUCH_MEMORY", 165 * 1000)
+    vocab = {"a": 0, "<|endoftext|>": 1}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(tmp_path / "whole.json"))
+    source = tmp_path / "long.txt"
+    whole = PrepareSettings(tokenizer=tmp_path / "whole.json", workers=1, force=True)
+    said = {}
+    for name, length, settings in [
+        ("own", 1000, FORCE),
+        ("short", 999, whole),
+        ("long", 1000, whole),
+    ]:
+        source.write_text("a" * length)
+        stream = io.StringIO()
+        prepare([str(source)], tmp_path / "out", settings, Console(file=stream))
+        said[name] = [line for line in stream.getvalue().splitlines() if "warning" in line]
+    assert said["own"] == said["short"] == []
+    assert len(said["long"]) == 1
+    assert f"{source} takes about 0.0 GiB of memory" in said["long"][0]
+    assert "cut it into several documents" in said["long"][0]
