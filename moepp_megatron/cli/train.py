@@ -117,7 +117,10 @@ def train(
         load_hardware(settings.telemetry.hardware)
     if rank.rank == 0 and not node_rank:
         _check_sinks(settings)
-    check_data(settings)
+    warnings = check_data(settings, whole_index=rank.rank == 0)
+    if rank.rank == 0 and not node_rank:
+        for warning in warnings:
+            typer.echo(f"warning: {warning}", err=True)
     if resume or rank.restart_count > 0:
         settings = _resumed(settings)
     _check_start(settings)

@@ -1,5 +1,6 @@
 """Writes the Megatron indexed dataset: documents tokenized in reading order, stored shuffled."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def spool_corpus(
     return SpooledCorpus(path, dtype, np.concatenate(lengths), summaries, all_skipped)
 
 
-def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> None:
+def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> dict[str, str]:
     """Write `folder/corpus.bin` and `folder/corpus.idx` with megatron-core's builder.
 
     Megatron splits train, validation and test by position, so documents are shuffled once, here:
@@ -73,6 +74,10 @@ def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> No
         spooled: the tokens in reading order.
         folder: where to.
         seed: of the shuffle.
+
+    Returns:
+        SHA-256 of each file by name, of the bytes that were to be written: it shows errors of
+        the storage, too.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -80,9 +85,16 @@ def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> No
     ends = np.cumsum(spooled.lengths)
     # RandomState, because NumPy promises its stream across versions; default_rng's may change.
     order = np.random.RandomState(seed).permutation(len(ends))
-    builder = IndexedDatasetBuilder(str(folder / f"{CORPUS}.bin"), dtype=spooled.dtype)
+    bin_file, idx_file = folder / f"{CORPUS}.bin", folder / f"{CORPUS}.idx"
+    builder = IndexedDatasetBuilder(str(bin_file), dtype=spooled.dtype)
+    digest = hashlib.sha256()
     for document in order:
         length = int(spooled.lengths[document])
         end = int(ends[document])
-        builder.add_document(tokens[end - length : end], [length])
-    builder.finalize(str(folder / f"{CORPUS}.idx"))
+        ids = tokens[end - length : end]
+        digest.update(ids)
+        builder.add_document(ids, [length])
+    builder.finalize(str(idx_file))
+    with idx_file.open("rb") as stream:
+        idx_digest = hashlib.file_digest(stream, "sha256")
+    return {bin_file.name: digest.hexdigest(), idx_file.name: idx_digest.hexdigest()}

@@ -14,6 +14,7 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.split import parse_split
 from moepp_megatron.data.manifest import CACHE, CORPUS, Manifest
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.data.verify import check_start, read_manifest
 
 Datasets = tuple[GPTDataset | None, GPTDataset | None, GPTDataset | None]
 
@@ -59,7 +60,8 @@ def build_datasets(
     Raises:
         ConfigError: no dataset there, another tokenizer, or a split that cannot be made.
     """
-    manifest = load_manifest(data_path)
+    manifest = read_manifest(data_path, "data.path")
+    check_start(data_path, manifest, whole_index=False)
     _check_tokenizer(tokenizer, manifest, data_path)
     if sequence_length < 1:
         raise ConfigError(f"model.seq_length ({sequence_length}) must be at least 1; use 2048")
@@ -83,22 +85,6 @@ def build_datasets(
     )
     train, validation, test = builder.build()
     return train, validation, test
-
-
-def load_manifest(data_path: Path) -> Manifest:
-    """The manifest of a prepared folder.
-
-    Raises:
-        ConfigError: no complete dataset there.
-    """
-    remedy = f"run: moepp data prepare SOURCE... --out {data_path}"
-    try:
-        manifest = Manifest.read(data_path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.path ({data_path}) must be a prepared folder; {remedy}") from error
-    if not manifest.is_intact(data_path):
-        raise ConfigError(f"data.path ({data_path}) is damaged; {remedy} --force")
-    return manifest
 
 
 def check_split(split: str, documents: int) -> str:

@@ -136,9 +136,9 @@ def prepare(
         tokenizer = _make_tokenizer(pieces, settings, partial / TOKENIZER, console)
         _warn_of_memory(sources, tokenizer, console)
         spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
-        write_indexed_dataset(spooled, partial, settings.seed)
+        hashes = write_indexed_dataset(spooled, partial, settings.seed)
         spooled.path.unlink()
-        manifest = _manifest(spooled, tokenizer, inputs, partial)
+        manifest = _manifest(spooled, tokenizer, inputs, partial, hashes)
         manifest.write(partial)
         publish(partial, out)
     return Prepared(manifest, up_to_date=False)
@@ -151,6 +151,13 @@ def _make_tokenizer(
         path.write_bytes(settings.tokenizer.read_bytes())
         return Tokenizer.load(path, settings.eod_token)
     size = DEFAULT_VOCAB_SIZE if settings.vocab_size is None else settings.vocab_size
+    if settings.vocab_size is None:
+        console.print(
+            f"tokenizer: {size} tokens by default, for models as small as the quickstart's; for "
+            "others pass their model.vocab_size as --vocab-size, or a --tokenizer",
+            highlight=False,
+            soft_wrap=True,
+        )
     texts = list(_sample(pieces, settings))
     console.print(
         f"tokenizer: training {size} tokens on {sum(map(len, texts)) / 1e6:.1f} M characters",
@@ -230,7 +237,11 @@ def _import_megatron() -> None:
 
 
 def _manifest(
-    spooled: SpooledCorpus, tokenizer: Tokenizer, inputs: Inputs, folder: Path
+    spooled: SpooledCorpus,
+    tokenizer: Tokenizer,
+    inputs: Inputs,
+    folder: Path,
+    hashes: dict[str, str],
 ) -> Manifest:
     files = [f"{CORPUS}.bin", f"{CORPUS}.idx", TOKENIZER]
     return Manifest(
@@ -246,6 +257,7 @@ def _manifest(
         tokenizer_sha256=_sha256(folder / TOKENIZER),
         files={name: (folder / name).stat().st_size for name in files},
         inputs=inputs,
+        sha256=hashes,
     )
 
 

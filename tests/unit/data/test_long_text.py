@@ -179,7 +179,7 @@ def test_other_tokenizers_encode_whole():
 
 
 def test_memory_of_a_long_document_is_bounded():
-    """Encoded whole, a byte of text takes some 160 bytes; in pieces a fixed amount comes to some 20 here."""
+    """Encoded whole, a byte of text takes some 160 bytes; a fixed amount is some 20 of this one."""
     script = """
 import resource
 from moepp_megatron.data.tokenizer import train_tokenizer
