@@ -105,6 +105,11 @@ def _print_summary(console: "Console", manifest: "Manifest") -> None:
     console.print(table)
     for reason, count in manifest.skipped_reasons.items():
         typer.echo(f"skipped {count:,}: {reason}")
+    if manifest.split is not None:
+        train, validation, _ = manifest.split.split(",")
+        typer.echo(
+            f"split: {train} documents to train on, {validation} of other packages to validate"
+        )
     typer.echo(f"vocabulary: {manifest.vocab_size:,} tokens, end of document {manifest.eod_id}")
 
 

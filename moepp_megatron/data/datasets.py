@@ -11,7 +11,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.split import parse_split
+from moepp_megatron.config.split import DEFAULT_SPLIT, parse_split
 from moepp_megatron.data.manifest import CACHE, CORPUS, Manifest
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import check_start, read_manifest
@@ -25,7 +25,7 @@ def build_datasets(
     data_path: Path,
     tokenizer: Tokenizer,
     sequence_length: int,
-    split: str,
+    split: str | None,
     seed: int,
     num_samples: tuple[int, int, int],
     *,
@@ -45,7 +45,8 @@ def build_datasets(
         data_path: folder written by `moepp data prepare`.
         tokenizer: the folder's, or one with the same ids.
         sequence_length: tokens of a sample.
-        split: weights of train, validation and test by documents, such as "98,2,0".
+        split: weights of train, validation and test by documents, such as "98,2,0"; None takes
+            the corpus's own, or `DEFAULT_SPLIT` if it has none.
         seed: of the order of samples.
         num_samples: how many samples each split must have at least.
         reset_position_ids: positions start at 0 after every EOD.
@@ -65,7 +66,7 @@ def build_datasets(
     _check_tokenizer(tokenizer, manifest, data_path)
     if sequence_length < 1:
         raise ConfigError(f"model.seq_length ({sequence_length}) must be at least 1; use 2048")
-    plain_split = check_split(split, manifest.documents)
+    plain_split = check_split(split or manifest.split or DEFAULT_SPLIT, manifest.documents)
     # By content, so that a cache outside the folder survives a replaced dataset.
     cache = (cache_dir or data_path / CACHE) / manifest.identity[:16]
     config = GPTDatasetConfig(

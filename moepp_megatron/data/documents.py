@@ -44,11 +44,13 @@ class Piece:
         source: index of the source it belongs to.
         parts: the files or parts of files, in order.
         size: bytes, for progress and sampling.
+        group: what all its files belong to (`SourceFile.group`).
     """
 
     source: int
     parts: tuple[Part, ...]
     size: int
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,17 @@ def plan_pieces(sources: Sequence[Source], text_key: str) -> list[Piece]:
     for index, source in enumerate(sources):
         pending: list[Part] = []
         pending_size = 0
+        group: str | None = None
         for file in source.files:
             for part, size in _parts(file, text_key):
-                if pending and pending_size + size > PIECE_BYTES:
-                    pieces.append(Piece(index, tuple(pending), pending_size))
+                is_full = pending_size + size > PIECE_BYTES
+                if pending and (is_full or file.group != group):
+                    pieces.append(Piece(index, tuple(pending), pending_size, group))
                     pending, pending_size = [], 0
                 pending.append(part)
                 pending_size += size
-        pieces.append(Piece(index, tuple(pending), pending_size))
+                group = file.group
+        pieces.append(Piece(index, tuple(pending), pending_size, group))
     return pieces
 
 

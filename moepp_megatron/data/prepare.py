@@ -11,7 +11,12 @@ from rich.console import Console
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.atomic import partial_folder, publish
-from moepp_megatron.data.corpus import SpooledCorpus, spool_corpus, write_indexed_dataset
+from moepp_megatron.data.corpus import (
+    SpooledCorpus,
+    WrittenCorpus,
+    spool_corpus,
+    write_indexed_dataset,
+)
 from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
@@ -136,9 +141,9 @@ def prepare(
         tokenizer = _make_tokenizer(pieces, settings, partial / TOKENIZER, console)
         _warn_of_memory(sources, tokenizer, console)
         spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
-        hashes = write_indexed_dataset(spooled, partial, settings.seed)
+        written = write_indexed_dataset(spooled, partial, settings.seed)
         spooled.path.unlink()
-        manifest = _manifest(spooled, tokenizer, inputs, partial, hashes)
+        manifest = _manifest(spooled, tokenizer, inputs, partial, written)
         manifest.write(partial)
         publish(partial, out)
     return Prepared(manifest, up_to_date=False)
@@ -241,7 +246,7 @@ def _manifest(
     tokenizer: Tokenizer,
     inputs: Inputs,
     folder: Path,
-    hashes: dict[str, str],
+    written: WrittenCorpus,
 ) -> Manifest:
     files = [f"{CORPUS}.bin", f"{CORPUS}.idx", TOKENIZER]
     return Manifest(
@@ -257,7 +262,8 @@ def _manifest(
         tokenizer_sha256=_sha256(folder / TOKENIZER),
         files={name: (folder / name).stat().st_size for name in files},
         inputs=inputs,
-        sha256=hashes,
+        sha256=written.sha256,
+        split=written.split,
     )
 
 

@@ -1,5 +1,6 @@
 """What the user named as sources, resolved to a fixed order of files, and their fingerprints."""
 
+import dataclasses
 import hashlib
 import os
 import stat
@@ -11,6 +12,7 @@ from typing import Literal
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.compressed import COMPRESSIONS, Compression
+from moepp_megatron.data.stdlib import is_table, package_of
 
 Format = Literal["text", "jsonl", "parquet"]
 
@@ -31,6 +33,8 @@ class SourceFile:
         size: bytes, as stored.
         mtime_ns: modification time, nanoseconds.
         compression: of the whole file, by the end of its name.
+        group: what it belongs to; documents of one group are together in one part of the split.
+            None where each document is by itself.
     """
 
     path: Path
@@ -39,6 +43,7 @@ class SourceFile:
     size: int
     mtime_ns: int
     compression: Compression | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[S
 def _resolve(name: str, exclude: Path | None) -> Source:
     if name == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        files = _walk(name, root, exclude, only_suffix=".py", skip_folders=_SITE_FOLDERS)
+        files = _code_of_stdlib(root, exclude)
     elif not name:
         # As a path it would be the working directory.
         raise ConfigError("SOURCE ('') must not be empty; name a file, a folder or the word stdlib")
@@ -94,6 +99,20 @@ def _resolve(name: str, exclude: Path | None) -> Source:
     if source.size == 0:
         raise ConfigError(f"source {name} is empty (0 bytes); name one with text in it")
     return source
+
+
+def _code_of_stdlib(root: Path, exclude: Path | None) -> list[SourceFile]:
+    files = _walk(STDLIB, root, exclude, only_suffix=".py", skip_folders=_SITE_FOLDERS)
+    try:
+        return [
+            dataclasses.replace(file, group=package_of(file.name))
+            for file in files
+            if not is_table(file.name, file.path)
+        ]
+    except OSError as error:
+        raise ConfigError(
+            f"source {STDLIB}: {error.filename} cannot be read ({error.strerror})"
+        ) from error
 
 
 def _walk(
