@@ -13,16 +13,16 @@ _GENERATED = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _TOP_CHARACTERS = 1000
-_TABLE_SHARE = 0.5
+_TABLE_SHARE = 1 / 3
 
 
 def is_table(name: str, path: Path) -> bool:
     """Whether a file is a table rather than code, and left out of the built-in corpus.
 
     A table is a file in `encodings/` or `pydoc_data/`, one that says at its top that a program has
-    generated it, and one where more than half of the lines are literal values that are assigned at
-    module level, such as `html/entities.py`. A model learns tables by heart: validation on nearly
-    the same ones says nothing about code.
+    generated it, and one where more than a third of the lines are literal values that are assigned
+    at module level, such as `html/entities.py`. A model learns tables by heart: validation on
+    nearly the same ones says nothing about code.
 
     Args:
         name: path within the library, with forward slashes.

@@ -24,7 +24,7 @@ CODE = "import os\n\ndef f(x):\n    return os.fspath(x)\n\n" * 6
     [
         ("a.py", CODE, False),
         ("a.py", TABLE, True),
-        ("a.py", TABLE + CODE, False),
+        ("a.py", TABLE + CODE * 2, False),
         ("a.py", "import os\n" + TABLE, True),
         ("a.py", "x: dict = [\n" + "    'a' + 'b' * 3,\n" * 9 + "]\n", True),
         # Text and tables that call something or hold names are code.
