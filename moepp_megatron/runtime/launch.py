@@ -115,6 +115,11 @@ def leave(status: int) -> None:
     sys.exit(0 if write_status(status) else status)
 
 
+def has_launcher() -> bool:
+    """Whether `run_ranks` has started this process as a rank, and said what concerns the run."""
+    return _STATUS_FILE in os.environ
+
+
 def write_status(status: int) -> bool:
     """Tell `run_ranks` what this rank ends with; False if nobody asks."""
     status_file = os.environ.get(_STATUS_FILE)
