@@ -24,9 +24,10 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
         Warnings.
 
     Raises:
-        ConfigError: `data.path` is no prepared folder, one that is damaged, or one with more tokens
-            than the model has.
+        ConfigError: `data.path` is no prepared folder, one that is damaged, one with more tokens
+            than the model has, or one with too few documents for the split.
     """
+    from moepp_megatron.data.split import check_split
     from moepp_megatron.data.verify import check_start, read_manifest
 
     if config.data.path is None:
@@ -34,6 +35,7 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
     path = Path(config.data.path)
     manifest = read_manifest(path, "data.path")
     check_start(path, manifest, whole_index)
+    check_split(config.data.split, manifest)
     if manifest.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size ({config.model.vocab_size}) must hold every token of data.path "

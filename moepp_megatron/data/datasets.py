@@ -1,24 +1,17 @@
 """A prepared folder as megatron-core GPT datasets: train, validation, test."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.split import DEFAULT_SPLIT, parse_split
 from moepp_megatron.data.manifest import CACHE, CORPUS, Manifest
+from moepp_megatron.data.split import check_split
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import check_start, read_manifest
 
 Datasets = tuple[GPTDataset | None, GPTDataset | None, GPTDataset | None]
-
-_SPLITS = ("train", "validation", "test")
 
 
 def build_datasets(
@@ -66,7 +59,7 @@ def build_datasets(
     _check_tokenizer(tokenizer, manifest, data_path)
     if sequence_length < 1:
         raise ConfigError(f"model.seq_length ({sequence_length}) must be at least 1; use 2048")
-    plain_split = check_split(split or manifest.split or DEFAULT_SPLIT, manifest.documents)
+    plain_split = check_split(split, manifest)
     # By content, so that a cache outside the folder survives a replaced dataset.
     cache = (cache_dir or data_path / CACHE) / manifest.identity[:16]
     config = GPTDatasetConfig(
@@ -86,42 +79,6 @@ def build_datasets(
     )
     train, validation, test = builder.build()
     return train, validation, test
-
-
-def check_split(split: str, documents: int) -> str:
-    """Check that a split string is three weights and leaves no wanted split without a document.
-
-    megatron-core would loop for ever over a split without documents.
-
-    Returns:
-        The split as megatron-core reads it.
-
-    Raises:
-        ConfigError: it is not, or it does.
-    """
-    weights = parse_split(split)
-    if weights is None or sum(weights) == 0:
-        raise ConfigError(
-            f"data.split ({split}) must be three weights for train, validation and test; use 98,2,0"
-        )
-    # Plain decimals, because megatron-core would read "1e2" as the two numbers 1 and 2.
-    plain = ",".join(f"{weight:.9f}" for weight in weights)
-    for name, bounds in zip(_SPLITS, _document_ranges(plain, documents), strict=True):
-        if bounds is not None and bounds[0] == bounds[1]:
-            raise ConfigError(
-                f"data.split ({split}) gives {name} none of the {documents} documents; give it "
-                "more weight, or 0, or prepare the text as more files or records"
-            )
-    return plain
-
-
-def _document_ranges(split: str, documents: int) -> Sequence[tuple[int, int] | None]:
-    # As BlendedMegatronDatasetBuilder._build_megatron_dataset_splits rounds them.
-    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
-    return [
-        None if bounds is None else (round(bounds[0] * documents), round(bounds[1] * documents))
-        for bounds in matrix
-    ]
 
 
 def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, data_path: Path) -> None:

@@ -22,6 +22,8 @@ def check(monkeypatch: pytest.MonkeyPatch):
     def warnings(config: Config, vocabulary: int) -> list[str]:
         class Prepared:
             vocab_size = vocabulary
+            documents = 1000
+            split = None
 
         monkeypatch.setattr(verify, "read_manifest", lambda *arguments: Prepared())
         monkeypatch.setattr(verify, "check_start", lambda *arguments: None)
@@ -65,6 +67,11 @@ def test_quickstart_fits_its_corpus(check):
     assert check(config_of("quickstart.yaml"), 4096) == []
     with pytest.raises(ConfigError, match=r"model\.vocab_size \(4096\) must hold every token"):
         check(config_of("quickstart.yaml"), 4097)
+
+
+def test_split_without_a_document_is_refused_before_ranks_start(check):
+    with pytest.raises(ConfigError, match="gives test none of the 1000 documents"):
+        check(config_of("quickstart.yaml", "data.split='98,2,0.01'"), 4096)
 
 
 def test_folder_that_is_none_is_refused(tmp_path: Path):
