@@ -1,4 +1,4 @@
-"""`moepp data prepare`: text to Megatron indexed datasets and a tokenizer."""
+"""`moepp data`: text to Megatron indexed datasets and a tokenizer, and whether they are intact."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,14 +9,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moepp_megatron.data.manifest import Manifest
+    from moepp_megatron.data.verify import FileState
 
-app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
-
-
-@app.callback()
-def _data() -> None:
-    # With a callback, typer keeps `prepare` a sub-command although it is the only one.
-    pass
+app = typer.Typer(help="Prepare and check training data.", no_args_is_help=True)
 
 
 @app.command(
@@ -29,8 +24,9 @@ def prepare(
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Text, JSONL or parquet files, folders of them, or the word stdlib: the library "
-            "sources of the Python that runs this.",
+            help="Text, JSONL (.jsonl, .ndjson) or parquet files, also .gz and .zst of the first "
+            "two, folders of them, or the word stdlib: the library sources of the Python that runs "
+            "this.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -109,4 +105,59 @@ def _print_summary(console: "Console", manifest: "Manifest") -> None:
     console.print(table)
     for reason, count in manifest.skipped_reasons.items():
         typer.echo(f"skipped {count:,}: {reason}")
+    if manifest.split is not None:
+        train, validation, _ = manifest.split.split(",")
+        typer.echo(
+            f"split: {train} documents to train on, {validation} of other packages to validate"
+        )
     typer.echo(f"vocabulary: {manifest.vocab_size:,} tokens, end of document {manifest.eod_id}")
+
+
+@app.command(
+    help="Check every byte of a prepared folder: sizes, hashes, index, and that every token is in "
+    "the vocabulary. Exit code 2 if anything is wrong."
+)
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder written by `moepp data prepare`.")
+    ],
+) -> None:
+    """Check a prepared folder.
+
+    Raises:
+        ConfigError: it is none, or damaged.
+    """
+    from rich.console import Console
+
+    from moepp_megatron.data.progress import track
+    from moepp_megatron.data.verify import damaged, read_manifest
+    from moepp_megatron.data.verify import verify as verify_data
+
+    manifest = read_manifest(folder, "DIR")
+    console = Console()
+    with track(console, "verify", sum(manifest.files.values())) as advance:
+        states = verify_data(folder, manifest, advance)
+    _print_states(console, states)
+    problems = [state.problem for state in states if state.problem]
+    if problems:
+        raise damaged("DIR", folder, ", ".join(problems))
+    if not all(state.compared for state in states):
+        typer.echo(
+            "no hashes: an earlier version has prepared this, so that sizes, index and tokens "
+            "alone were checked; moepp data prepare --force adds hashes"
+        )
+    typer.echo(f"{folder}: intact, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+
+
+def _print_states(console: "Console", states: "list[FileState]") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("file")
+    table.add_column("bytes", justify="right")
+    table.add_column("state")
+    for state in states:
+        size = "-" if state.size is None else f"{state.size:,}"
+        sound = "intact" if state.compared else "no hash; as far as can be told intact"
+        table.add_row(state.name, size, Text(state.problem or sound))
+    console.print(table)

@@ -55,6 +55,10 @@ def run() -> None:
         app()
     except (ConfigError, UnfitError) as error:
         typer.echo(f"error: {error}", err=True)
+        from moepp_megatron.runtime.launch import write_status
+
+        # Of a rank: torchrun would turn it into 1.
+        write_status(error.exit_code)
         sys.exit(error.exit_code)
 
 

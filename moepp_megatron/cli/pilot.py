@@ -223,7 +223,8 @@ def _check_runs(settings: Config, runs: list[PilotRun], nproc: int, collect: boo
     for run in by_arm.values():
         Layout.from_config(run.config, nproc)
         check_fit(run.config)
-    check_data(settings)
+    for warning in check_data(settings):
+        typer.echo(f"warning: {warning}", err=True)
 
 
 def _target(

@@ -6,30 +6,64 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
 
+# From this share of a token's FLOPs on, rows of the output layer without a token are worth a word.
+_WASTED_SHARE = 0.05
+# Model sizes are multiples of it: of what GPUs multiply well, and of tensor parallel sizes.
+_VOCAB_MULTIPLE = 128
 
-def check_data(config: Config) -> None:
+
+def check_data(config: Config, whole_index: bool = True) -> list[str]:
     """Refuse what training would refuse, before any rank starts.
 
+    Args:
+        config: A checked configuration.
+        whole_index: Read the corpus's index, 20 bytes per document, and not its header alone. One
+            process per run is enough.
+
+    Returns:
+        Warnings.
+
     Raises:
-        ConfigError: `data.path` is no prepared folder, or one with more tokens than the model has,
-            or the tokenizer is not the one that it was prepared with.
+        ConfigError: `data.path` is no prepared folder, one that is damaged, one with more tokens
+            than the model has, or one with too few documents for the split, or the tokenizer is
+            not the one that it was prepared with.
     """
-    from moepp_megatron.data.manifest import Manifest
     from moepp_megatron.data.same_tokenizer import check_corpus_tokenizer
+    from moepp_megatron.data.split import check_split
+    from moepp_megatron.data.verify import check_start, read_manifest
 
     if config.data.path is None:
         raise ConfigError("data.path (null) must name a prepared folder; see: moepp data prepare")
     path = Path(config.data.path)
-    try:
-        manifest = Manifest.read(path)
-    except (OSError, ValueError):
-        raise ConfigError(
-            f"data.path ({path}) must be a prepared folder; run: "
-            f"moepp data prepare SOURCE... --out {path}"
-        ) from None
+    manifest = read_manifest(path, "data.path")
+    check_start(path, manifest, whole_index)
+    check_split(config.data.split, manifest)
     if manifest.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size ({config.model.vocab_size}) must hold every token of data.path "
             f"({manifest.vocab_size}); use {manifest.vocab_size} or more"
         )
     check_corpus_tokenizer(config, manifest)
+    return _wasted_vocabulary(config, manifest.vocab_size)
+
+
+def _wasted_vocabulary(config: Config, tokens: int) -> list[str]:
+    """A warning where much of the output layer is for tokens that the tokenizer does not have."""
+    from moepp_megatron.config.flops import forward_flops_per_token
+    from moepp_megatron.config.parameters import count_parameters
+
+    model = config.model
+    rows = model.vocab_size - tokens
+    flops = forward_flops_per_token(config, config.moe.ffn_share)
+    share = 2 * model.hidden_size * rows / flops
+    if share < _WASTED_SHARE:
+        return []
+    parameters = rows * model.hidden_size * (1 if model.tie_embeddings else 2)
+    enough = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    return [
+        f"model.vocab_size ({model.vocab_size}) is far larger than the vocabulary of data.path "
+        f"({tokens}): {parameters / 1e6:,.1f} of {count_parameters(config).total / 1e6:,.1f} M "
+        f"parameters and {share:.0%} of the FLOPs of a token are for tokens that do not exist; "
+        f"set model.vocab_size={enough}, or prepare the data with --vocab-size "
+        f"{model.vocab_size} or a --tokenizer of that size"
+    ]

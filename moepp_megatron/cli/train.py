@@ -109,6 +109,7 @@ def train(
             raise typer.Exit(1)
         return
     from moepp_megatron.runtime.fit import check_fit
+    from moepp_megatron.runtime.launch import has_launcher
 
     check_fit(settings)
     if settings.telemetry.hardware is not None:
@@ -117,7 +118,10 @@ def train(
         load_hardware(settings.telemetry.hardware)
     if rank.rank == 0 and not node_rank:
         _check_sinks(settings)
-    check_data(settings)
+    warnings = check_data(settings, whole_index=rank.rank == 0)
+    if rank.rank == 0 and not node_rank and not has_launcher():
+        for warning in warnings:
+            typer.echo(f"warning: {warning}", err=True)
     if resume or rank.restart_count > 0:
         settings = _resumed(settings)
     _check_start(settings)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+# Of a corpus that has none of its own.
+DEFAULT_SPLIT = "98,2,0"
+
 
 def parse_split(text: str) -> tuple[float, float, float] | None:
     """Weights of `train,validation,test`, or None unless they are three numbers of 0 or more."""

@@ -1,5 +1,6 @@
 """Writes the Megatron indexed dataset: documents tokenized in reading order, stored shuffled."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moepp_megatron.data.arrange import ALONE, arrange
 from moepp_megatron.data.encoding import EncodedPiece, token_dtype
 from moepp_megatron.data.manifest import CORPUS, SourceSummary
 from moepp_megatron.data.sources import Source
@@ -21,6 +23,7 @@ class SpooledCorpus:
         path: the ids, one document after the other, each ending with EOD.
         dtype: of the ids.
         lengths: [documents] int64, tokens of each document.
+        groups: [documents] int64, a number for each group (`arrange`).
         sources: one summary a source.
         skipped: documents left out, by reason.
     """
@@ -28,6 +31,7 @@ class SpooledCorpus:
     path: Path
     dtype: type[np.uint16] | type[np.int32]
     lengths: NDArray[np.int64]
+    groups: NDArray[np.int64]
     sources: list[SourceSummary]
     skipped: Counter[str]
 
@@ -38,6 +42,8 @@ def spool_corpus(
     """Append every piece to a file, so that memory holds the lengths only."""
     dtype = token_dtype(vocab_size)
     lengths: list[NDArray[np.int64]] = []
+    groups: list[NDArray[np.int64]] = []
+    numbers: dict[str | None, int] = {None: ALONE}
     documents: Counter[int] = Counter()
     tokens: Counter[int] = Counter()
     skipped: list[Counter[str]] = [Counter() for _ in sources]
@@ -45,6 +51,8 @@ def spool_corpus(
         for encoded in pieces:
             stream.write(encoded.tokens.astype(dtype, copy=False).tobytes())
             lengths.append(encoded.lengths)
+            number = numbers.setdefault(encoded.piece.group, len(numbers))
+            groups.append(np.full(len(encoded.lengths), number))
             documents[encoded.piece.source] += len(encoded.lengths)
             tokens[encoded.piece.source] += len(encoded.tokens)
             skipped[encoded.piece.source] += encoded.skipped
@@ -60,10 +68,26 @@ def spool_corpus(
         for index, source in enumerate(sources)
     ]
     all_skipped = sum(skipped, Counter[str]())
-    return SpooledCorpus(path, dtype, np.concatenate(lengths), summaries, all_skipped)
+    return SpooledCorpus(
+        path, dtype, np.concatenate(lengths), np.concatenate(groups), summaries, all_skipped
+    )
 
 
-def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> None:
+@dataclass(frozen=True)
+class WrittenCorpus:
+    """What `write_indexed_dataset` has written.
+
+    Attributes:
+        sha256: of each file by name, of the bytes that were to be written: it shows errors of the
+            storage, too.
+        split: weights of train, validation and test by documents; None if any will do.
+    """
+
+    sha256: dict[str, str]
+    split: str | None
+
+
+def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> WrittenCorpus:
     """Write `folder/corpus.bin` and `folder/corpus.idx` with megatron-core's builder.
 
     Megatron splits train, validation and test by position, so documents are shuffled once, here:
@@ -78,11 +102,19 @@ def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> No
 
     tokens = np.memmap(spooled.path, dtype=spooled.dtype, mode="r")
     ends = np.cumsum(spooled.lengths)
-    # RandomState, because NumPy promises its stream across versions; default_rng's may change.
-    order = np.random.RandomState(seed).permutation(len(ends))
-    builder = IndexedDatasetBuilder(str(folder / f"{CORPUS}.bin"), dtype=spooled.dtype)
+    order, validation = arrange(spooled.groups, spooled.lengths, seed)
+    bin_file, idx_file = folder / f"{CORPUS}.bin", folder / f"{CORPUS}.idx"
+    builder = IndexedDatasetBuilder(str(bin_file), dtype=spooled.dtype)
+    digest = hashlib.sha256()
     for document in order:
         length = int(spooled.lengths[document])
         end = int(ends[document])
-        builder.add_document(tokens[end - length : end], [length])
-    builder.finalize(str(folder / f"{CORPUS}.idx"))
+        ids = tokens[end - length : end]
+        digest.update(ids)
+        builder.add_document(ids, [length])
+    builder.finalize(str(idx_file))
+    with idx_file.open("rb") as stream:
+        idx_digest = hashlib.file_digest(stream, "sha256")
+    hashes = {bin_file.name: digest.hexdigest(), idx_file.name: idx_digest.hexdigest()}
+    split = None if validation is None else f"{len(order) - validation},{validation},0"
+    return WrittenCorpus(hashes, split)

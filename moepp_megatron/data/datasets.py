@@ -1,30 +1,24 @@
 """A prepared folder as megatron-core GPT datasets: train, validation, test."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.split import parse_split
 from moepp_megatron.data.manifest import CACHE, CORPUS, Manifest
+from moepp_megatron.data.split import check_split
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.data.verify import check_start, read_manifest
 
 Datasets = tuple[GPTDataset | None, GPTDataset | None, GPTDataset | None]
-
-_SPLITS = ("train", "validation", "test")
 
 
 def build_datasets(
     data_path: Path,
     tokenizer: Tokenizer,
     sequence_length: int,
-    split: str,
+    split: str | None,
     seed: int,
     num_samples: tuple[int, int, int],
     *,
@@ -44,7 +38,8 @@ def build_datasets(
         data_path: folder written by `moepp data prepare`.
         tokenizer: the folder's, or one with the same ids.
         sequence_length: tokens of a sample.
-        split: weights of train, validation and test by documents, such as "98,2,0".
+        split: weights of train, validation and test by documents, such as "98,2,0"; None takes
+            the corpus's own, or `DEFAULT_SPLIT` if it has none.
         seed: of the order of samples.
         num_samples: how many samples each split must have at least.
         reset_position_ids: positions start at 0 after every EOD.
@@ -59,11 +54,12 @@ def build_datasets(
     Raises:
         ConfigError: no dataset there, another tokenizer, or a split that cannot be made.
     """
-    manifest = load_manifest(data_path)
+    manifest = read_manifest(data_path, "data.path")
+    check_start(data_path, manifest, whole_index=False)
     _check_tokenizer(tokenizer, manifest, data_path)
     if sequence_length < 1:
         raise ConfigError(f"model.seq_length ({sequence_length}) must be at least 1; use 2048")
-    plain_split = check_split(split, manifest.documents)
+    plain_split = check_split(split, manifest)
     # By content, so that a cache outside the folder survives a replaced dataset.
     cache = (cache_dir or data_path / CACHE) / manifest.identity[:16]
     config = GPTDatasetConfig(
@@ -83,58 +79,6 @@ def build_datasets(
     )
     train, validation, test = builder.build()
     return train, validation, test
-
-
-def load_manifest(data_path: Path) -> Manifest:
-    """The manifest of a prepared folder.
-
-    Raises:
-        ConfigError: no complete dataset there.
-    """
-    remedy = f"run: moepp data prepare SOURCE... --out {data_path}"
-    try:
-        manifest = Manifest.read(data_path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.path ({data_path}) must be a prepared folder; {remedy}") from error
-    if not manifest.is_intact(data_path):
-        raise ConfigError(f"data.path ({data_path}) is damaged; {remedy} --force")
-    return manifest
-
-
-def check_split(split: str, documents: int) -> str:
-    """Check that a split string is three weights and leaves no wanted split without a document.
-
-    megatron-core would loop for ever over a split without documents.
-
-    Returns:
-        The split as megatron-core reads it.
-
-    Raises:
-        ConfigError: it is not, or it does.
-    """
-    weights = parse_split(split)
-    if weights is None or sum(weights) == 0:
-        raise ConfigError(
-            f"data.split ({split}) must be three weights for train, validation and test; use 98,2,0"
-        )
-    # Plain decimals, because megatron-core would read "1e2" as the two numbers 1 and 2.
-    plain = ",".join(f"{weight:.9f}" for weight in weights)
-    for name, bounds in zip(_SPLITS, _document_ranges(plain, documents), strict=True):
-        if bounds is not None and bounds[0] == bounds[1]:
-            raise ConfigError(
-                f"data.split ({split}) gives {name} none of the {documents} documents; give it "
-                "more weight, or 0, or prepare the text as more files or records"
-            )
-    return plain
-
-
-def _document_ranges(split: str, documents: int) -> Sequence[tuple[int, int] | None]:
-    # As BlendedMegatronDatasetBuilder._build_megatron_dataset_splits rounds them.
-    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
-    return [
-        None if bounds is None else (round(bounds[0] * documents), round(bounds[1] * documents))
-        for bounds in matrix
-    ]
 
 
 def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, data_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.compressed import Compression, open_source
 from moepp_megatron.data.sources import Format, Source, SourceFile
 
 PIECE_BYTES = 256 * 1024
@@ -25,13 +26,14 @@ NOT_JSON = "not a JSON object"
 class Part:
     """A part of a file: bytes [start, end) of text and JSONL, row groups [start, end) of parquet.
 
-    A JSONL record belongs to the part in which its line starts.
+    A JSONL record belongs to the part in which its line starts. A compressed file is one part.
     """
 
     path: Path
     format: Format
     start: int
     end: int
+    compression: Compression | None = None
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class Piece:
         source: index of the source it belongs to.
         parts: the files or parts of files, in order.
         size: bytes, for progress and sampling.
+        group: what all its files belong to (`SourceFile.group`).
     """
 
     source: int
     parts: tuple[Part, ...]
     size: int
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,19 +74,24 @@ def plan_pieces(sources: Sequence[Source], text_key: str) -> list[Piece]:
     for index, source in enumerate(sources):
         pending: list[Part] = []
         pending_size = 0
+        group: str | None = None
         for file in source.files:
             for part, size in _parts(file, text_key):
-                if pending and pending_size + size > PIECE_BYTES:
-                    pieces.append(Piece(index, tuple(pending), pending_size))
+                is_full = pending_size + size > PIECE_BYTES
+                if pending and (is_full or file.group != group):
+                    pieces.append(Piece(index, tuple(pending), pending_size, group))
                     pending, pending_size = [], 0
                 pending.append(part)
                 pending_size += size
-        pieces.append(Piece(index, tuple(pending), pending_size))
+                group = file.group
+        pieces.append(Piece(index, tuple(pending), pending_size, group))
     return pieces
 
 
 def _parts(file: SourceFile, text_key: str) -> Iterator[tuple[Part, int]]:
-    if file.format == "jsonl":
+    if file.compression is not None:
+        yield Part(file.path, file.format, 0, file.size, file.compression), file.size
+    elif file.format == "jsonl":
         for start in range(0, file.size, PIECE_BYTES):
             end = min(start + PIECE_BYTES, file.size)
             yield Part(file.path, "jsonl", start, end), end - start
@@ -134,31 +143,48 @@ def check_usable(sources: Sequence[Source], pieces: Sequence[Piece], text_key: s
 
 
 def _usable(text: str) -> str | Skipped:
-    return text if text.strip() else Skipped(EMPTY)
+    # Without `strip`, which would copy the text.
+    return Skipped(EMPTY) if not text or text.isspace() else text
 
 
 def _read_text(part: Part, text_key: str) -> Iterator[str | Skipped]:
-    data = part.path.read_bytes()
+    yield _text_of(part)
+
+
+def _text_of(part: Part) -> str | Skipped:
+    # Not within the generator, which would hold the bytes for as long as the text is in use.
+    with open_source(part.path, part.compression) as stream:
+        data = stream.read()
     if b"\0" in data:
-        yield Skipped(NOT_TEXT)
-        return
+        return Skipped(NOT_TEXT)
     try:
         # A byte order mark is no part of the text.
-        yield _usable(data.decode("utf-8-sig"))
+        return _usable(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        yield Skipped(NOT_TEXT)
+        return Skipped(NOT_TEXT)
 
 
 def _read_jsonl(part: Part, text_key: str) -> Iterator[str | Skipped]:
-    with part.path.open("rb") as stream:
+    for line in _lines(part):
+        if line.strip():
+            yield _record_text(line, text_key)
+
+
+def _lines(part: Part) -> Iterator[bytes]:
+    """The lines that start in a part."""
+    with open_source(part.path, part.compression) as stream:
+        if part.compression is not None:
+            yield from stream
+            return
         if part.start:
             # From one byte before: where a line starts exactly at `start` this drops only "\n".
             stream.seek(part.start - 1)
-            stream.readline()
+            rest = stream.readline(part.end - part.start + 1)
+            if not rest.endswith(b"\n"):
+                # A line that goes on beyond this part, and is not read again from here.
+                return
         while stream.tell() < part.end:
-            line = stream.readline()
-            if line.strip():
-                yield _record_text(line, text_key)
+            yield stream.readline()
 
 
 def _record_text(line: bytes, text_key: str) -> str | Skipped:

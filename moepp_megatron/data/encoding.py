@@ -49,17 +49,21 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 def encode_piece(piece: Piece, tokenizer: Tokenizer, text_key: str) -> EncodedPiece:
     """Read and tokenize one piece."""
     dtype = token_dtype(tokenizer.vocab_size)
-    encoded: list[NDArray[np.generic]] = []
+    encoded = [np.empty(0, dtype)]
+    lengths: list[int] = []
     skipped: Counter[str] = Counter()
     for document in read_piece(piece, text_key):
         if isinstance(document, Skipped):
             skipped[document.reason] += 1
-        else:
-            encoded.append(np.array([*tokenizer.encode(document), tokenizer.eod], dtype=dtype))
+            continue
+        first = len(encoded)
+        encoded += [np.array(ids, dtype) for ids in tokenizer.encode_in_pieces(document)]
+        encoded.append(np.array([tokenizer.eod], dtype))
+        lengths.append(sum(map(len, encoded[first:])))
     return EncodedPiece(
         piece=piece,
-        tokens=np.concatenate(encoded) if encoded else np.empty(0, dtype),
-        lengths=np.array([len(ids) for ids in encoded], dtype=np.int64),
+        tokens=np.concatenate(encoded),
+        lengths=np.array(lengths, dtype=np.int64),
         skipped=skipped,
     )
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from moepp_megatron.data.token_check import check_tokens
+
 Batch = dict[str, torch.Tensor]
 
 
@@ -82,6 +84,7 @@ def batches(
     global_batch_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
+    vocab_size: int | None = None,
 ) -> Iterator[Batch]:
     """Iterate over the micro-batches of one data-parallel rank.
 
@@ -96,6 +99,7 @@ def batches(
         global_batch_size: samples of an optimizer step over all ranks.
         num_workers: processes that read ahead; 0 reads in this one. The order is the same.
         pin_memory: put the batches into pinned memory (needs a GPU).
+        vocab_size: token ids must be below it; None leaves them unchecked.
 
     Yields:
         `tokens`, `labels`, `position_ids`: int64 [b, s]; `loss_mask`: float32 [b, s]; all on the
@@ -104,6 +108,7 @@ def batches(
 
     Raises:
         ValueError: numbers that do not fit together.
+        ConfigError: while iterating, a token outside of the vocabulary (`check_tokens`).
     """
     sampler = MicroBatchSampler(
         len(dataset),  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
@@ -113,7 +118,7 @@ def batches(
         dp_size,
         global_batch_size,
     )
-    return iter(
+    loaded = iter(
         DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -124,3 +129,13 @@ def batches(
             generator=torch.Generator(),
         )
     )
+    return loaded if vocab_size is None else _checked(loaded, sampler, dataset, vocab_size)
+
+
+def _checked(
+    loaded: Iterator[Batch], sampler: MicroBatchSampler, dataset: "Dataset[Any]", vocab_size: int
+) -> Iterator[Batch]:
+    # Here and not in the loader's processes, whose errors come with a traceback as their text.
+    for indices, batch in zip(sampler, loaded, strict=True):
+        check_tokens(dataset, indices, batch, vocab_size)
+        yield batch

@@ -66,6 +66,9 @@ class Manifest:
         tokenizer_sha256: of `tokenizer.json`.
         files: sizes in bytes of the other files, to notice a damaged folder.
         inputs: what it was made from.
+        sha256: of `corpus.bin` and `corpus.idx`; None in folders of earlier versions.
+        split: weights of train, validation and test by documents, as `data.split`; None if the
+            corpus prescribes none.
     """
 
     format_version: int
@@ -80,6 +83,8 @@ class Manifest:
     tokenizer_sha256: str
     files: dict[str, int]
     inputs: Inputs
+    sha256: dict[str, str] | None = None
+    split: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`."""
@@ -94,15 +99,29 @@ class Manifest:
             FileNotFoundError: there is none.
             ValueError: it is damaged or of another format version.
         """
-        values: Any = json.loads((folder / NAME).read_text(encoding="utf-8"))
         try:
+            values: Any = json.loads((folder / NAME).read_text(encoding="utf-8"))
             if values["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format_version is {values['format_version']}")
             values["sources"] = [SourceSummary(**source) for source in values["sources"]]
             values["inputs"] = Inputs(**values["inputs"])
-            return cls(**values)
-        except (KeyError, TypeError) as error:
+            manifest = cls(**values)
+        except (KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"not a manifest ({error})") from error
+        if not manifest._is_sound():
+            raise ValueError("not a manifest (numbers or files are missing)")
+        return manifest
+
+    def _is_sound(self) -> bool:
+        numbers = (self.documents, self.tokens, self.vocab_size, self.eod_id)
+        return (
+            all(type(number) is int and number >= 0 for number in numbers)
+            and isinstance(self.files, dict)
+            and set(self.files) == {f"{CORPUS}.bin", f"{CORPUS}.idx", TOKENIZER}
+            and all(type(size) is int for size in self.files.values())
+            and isinstance(self.sha256, dict | None)
+            and isinstance(self.split, str | None)
+        )
 
     @property
     def identity(self) -> str:
@@ -113,6 +132,12 @@ class Manifest:
             "tokenizer": self.tokenizer_sha256,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def sha256_of(self, name: str) -> str | None:
+        """SHA-256 of a file as it was written; None where an earlier version has not kept it."""
+        if name == TOKENIZER:
+            return self.tokenizer_sha256
+        return None if self.sha256 is None else self.sha256.get(name)
 
     def is_intact(self, folder: Path) -> bool:
         """Whether all files are there in full."""

@@ -11,10 +11,16 @@ from rich.console import Console
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.atomic import partial_folder, publish
-from moepp_megatron.data.corpus import SpooledCorpus, spool_corpus, write_indexed_dataset
+from moepp_megatron.data.corpus import (
+    SpooledCorpus,
+    WrittenCorpus,
+    spool_corpus,
+    write_indexed_dataset,
+)
 from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
+from moepp_megatron.data.long_text import BYTES_PER_BYTE
 from moepp_megatron.data.manifest import CORPUS, FORMAT_VERSION, TOKENIZER, Inputs, Manifest
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.sources import (
@@ -28,6 +34,7 @@ from moepp_megatron.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_token
 DEFAULT_VOCAB_SIZE = 4096
 # Characters the tokenizer is trained on. Merges hardly change beyond a few MB, time does.
 SAMPLE_CHARACTERS = 8_000_000
+_MUCH_MEMORY = 2**30
 
 
 @dataclass(frozen=True)
@@ -132,10 +139,11 @@ def prepare(
         inputs = Inputs(deciding, content_fingerprint(sources, advance), stat_sha256)
     with partial_folder(out) as partial:
         tokenizer = _make_tokenizer(pieces, settings, partial / TOKENIZER, console)
+        _warn_of_memory(sources, tokenizer, console)
         spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
-        write_indexed_dataset(spooled, partial, settings.seed)
+        written = write_indexed_dataset(spooled, partial, settings.seed)
         spooled.path.unlink()
-        manifest = _manifest(spooled, tokenizer, inputs, partial)
+        manifest = _manifest(spooled, tokenizer, inputs, partial, written)
         manifest.write(partial)
         publish(partial, out)
     return Prepared(manifest, up_to_date=False)
@@ -148,6 +156,13 @@ def _make_tokenizer(
         path.write_bytes(settings.tokenizer.read_bytes())
         return Tokenizer.load(path, settings.eod_token)
     size = DEFAULT_VOCAB_SIZE if settings.vocab_size is None else settings.vocab_size
+    if settings.vocab_size is None:
+        console.print(
+            f"tokenizer: {size} tokens by default, for models as small as the quickstart's; for "
+            "others pass their model.vocab_size as --vocab-size, or a --tokenizer",
+            highlight=False,
+            soft_wrap=True,
+        )
     texts = list(_sample(pieces, settings))
     console.print(
         f"tokenizer: training {size} tokens on {sum(map(len, texts)) / 1e6:.1f} M characters",
@@ -163,6 +178,24 @@ def _make_tokenizer(
         )
     tokenizer.save(path)
     return tokenizer
+
+
+def _warn_of_memory(sources: Sequence[Source], tokenizer: Tokenizer, console: Console) -> None:
+    """Say what the longest document takes where it cannot be tokenized in pieces."""
+    # How long records are shows only when they are read.
+    texts = [file for source in sources for file in source.files if file.format == "text"]
+    longest = max(texts, key=lambda file: file.size, default=None)
+    needed = 0 if longest is None else longest.size * BYTES_PER_BYTE
+    if longest is None or needed < _MUCH_MEMORY or tokenizer.cuts_long_texts:
+        return
+    console.print(
+        f"warning: {longest.path} takes about {needed / 2**30:.1f} GiB of memory: where this "
+        "tokenizer may split a text is not known here, so documents are tokenized whole; cut it "
+        "into several documents if that is too much",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def _sample(pieces: Sequence[Piece], settings: PrepareSettings) -> Iterator[str]:
@@ -209,7 +242,11 @@ def _import_megatron() -> None:
 
 
 def _manifest(
-    spooled: SpooledCorpus, tokenizer: Tokenizer, inputs: Inputs, folder: Path
+    spooled: SpooledCorpus,
+    tokenizer: Tokenizer,
+    inputs: Inputs,
+    folder: Path,
+    written: WrittenCorpus,
 ) -> Manifest:
     files = [f"{CORPUS}.bin", f"{CORPUS}.idx", TOKENIZER]
     return Manifest(
@@ -225,6 +262,8 @@ def _manifest(
         tokenizer_sha256=_sha256(folder / TOKENIZER),
         files={name: (folder / name).stat().st_size for name in files},
         inputs=inputs,
+        sha256=written.sha256,
+        split=written.split,
     )
 
 

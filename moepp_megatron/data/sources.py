@@ -1,5 +1,6 @@
 """What the user named as sources, resolved to a fixed order of files, and their fingerprints."""
 
+import dataclasses
 import hashlib
 import os
 import stat
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.compressed import COMPRESSIONS, Compression
+from moepp_megatron.data.stdlib import is_table, package_of
 
 Format = Literal["text", "jsonl", "parquet"]
 
@@ -27,8 +30,11 @@ class SourceFile:
         name: its path within the source, with forward slashes; the part of it that fingerprints
             see, so that a corpus may move.
         format: how to read documents from it.
-        size: bytes.
+        size: bytes, as stored.
         mtime_ns: modification time, nanoseconds.
+        compression: of the whole file, by the end of its name.
+        group: what it belongs to; documents of one group are together in one part of the split.
+            None where each document is by itself.
     """
 
     path: Path
@@ -36,6 +42,8 @@ class SourceFile:
     format: Format
     size: int
     mtime_ns: int
+    compression: Compression | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,10 @@ def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[S
 def _resolve(name: str, exclude: Path | None) -> Source:
     if name == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        files = _walk(name, root, exclude, only_suffix=".py", skip_folders=_SITE_FOLDERS)
+        files = _code_of_stdlib(root, exclude)
+    elif not name:
+        # As a path it would be the working directory.
+        raise ConfigError("SOURCE ('') must not be empty; name a file, a folder or the word stdlib")
     else:
         root = Path(name)
         mode = _stat(name, root).st_mode
@@ -88,6 +99,20 @@ def _resolve(name: str, exclude: Path | None) -> Source:
     if source.size == 0:
         raise ConfigError(f"source {name} is empty (0 bytes); name one with text in it")
     return source
+
+
+def _code_of_stdlib(root: Path, exclude: Path | None) -> list[SourceFile]:
+    files = _walk(STDLIB, root, exclude, only_suffix=".py", skip_folders=_SITE_FOLDERS)
+    try:
+        return [
+            dataclasses.replace(file, group=package_of(file.name))
+            for file in files
+            if not is_table(file.name, file.path)
+        ]
+    except OSError as error:
+        raise ConfigError(
+            f"source {STDLIB}: {error.filename} cannot be read ({error.strerror})"
+        ) from error
 
 
 def _walk(
@@ -134,12 +159,22 @@ def _stat(source: str, path: Path) -> os.stat_result:
 
 def _source_file(source: str, path: Path, name: str) -> SourceFile:
     status = _stat(source, path)
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    # What `a.jsonl.gz` holds is named before the last suffix.
+    inner = path if compression is None else path.with_suffix("")
+    format = _FORMATS.get(inner.suffix.lower(), "text")
+    if compression is not None and format == "parquet":
+        raise ConfigError(
+            f"source {source}: {path} is compressed parquet; decompress it (parquet is compressed "
+            "inside)"
+        )
     return SourceFile(
         path=path,
         name=name,
-        format=_FORMATS.get(path.suffix.lower(), "text"),
+        format=format,
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
+        compression=compression,
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moepp_megatron.data.token_check import check_tokens
+
 
 def token_counts(dataset: Any, vocab_size: int, max_tokens: int = 1 << 21) -> NDArray[np.int64]:
     """How often each token id occurs in evenly spaced samples.
@@ -18,11 +20,16 @@ def token_counts(dataset: Any, vocab_size: int, max_tokens: int = 1 << 21) -> ND
 
     Returns:
         [vocab_size] int64.
+
+    Raises:
+        ConfigError: a token outside of the vocabulary (`check_tokens`).
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     wanted = min(len(dataset), max(1, max_tokens // len(dataset[0]["tokens"])))
     for index in np.linspace(0, len(dataset) - 1, wanted, dtype=np.int64):
-        tokens = np.asarray(dataset[int(index)]["tokens"])
+        sample = dataset[int(index)]["tokens"]
+        check_tokens(dataset, [int(index)], {"tokens": sample[None]}, vocab_size)
+        tokens = np.asarray(sample)
         counts += np.bincount(tokens, minlength=vocab_size)
     return counts
 

@@ -1,14 +1,17 @@
 """The tokenizer: a Hugging Face `tokenizers` file and its end-of-document token."""
 
+import functools
 import hashlib
+import itertools
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.long_text import can_cut, cut_text
 from moepp_megatron.data.manifest import NAME as MANIFEST
 from moepp_megatron.data.manifest import TOKENIZER, Manifest
 
@@ -85,8 +88,21 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; nothing is added."""
-        # The batch call is the one that skips the character offsets, which nobody needs here.
-        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return list(itertools.chain.from_iterable(self.encode_in_pieces(text)))
+
+    def encode_in_pieces(self, text: str) -> Iterator[list[int]]:
+        """Token ids of a text, piece by piece: of a long one with little memory, where possible.
+
+        See `cuts_long_texts`.
+        """
+        for piece in cut_text(text) if self.cuts_long_texts else [text]:
+            # The batch call is the one that skips the character offsets, which nobody needs here.
+            yield self._backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+
+    @functools.cached_property
+    def cuts_long_texts(self) -> bool:
+        """Whether long texts are encoded in pieces, with the tokens of the whole."""
+        return can_cut(self._backend)
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a text, and for each its first character and the one behind its last.
@@ -166,7 +182,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    # Pairs are counted within pre-tokens, so that cutting texts changes memory alone.
+    backend.train_from_iterator(itertools.chain.from_iterable(map(cut_text, texts)), trainer)
     return Tokenizer(backend, EOD_TOKEN)
 
 

@@ -19,6 +19,7 @@ from typing import IO
 
 import psutil
 
+from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.runtime.meeting import Meeting
 from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.parent import die_with_parent
@@ -31,6 +32,10 @@ STOPPED = 75
 HUNG = 70
 # Exit status of a machine that has waited for the other machines in vain.
 LOST = 71
+
+# What ranks say that they end with when they do not end with 0: the exit statuses of ConfigError
+# and UnfitError too.
+_FAILURES = (HUNG, ConfigError.exit_code, UnfitError.exit_code)
 
 # torchrun turns every status of a rank but 0 into 1, and restarts all ranks. So ranks that stop on
 # request leave with 0, and what a status meant is written down here.
@@ -98,9 +103,9 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         environment[_STATUS_FILE] = str(status_file)
         status = _run(_torchrun(options, module, arguments), environment, options, status_file)
         written = int(status_file.read_text(encoding="ascii")) if status_file.exists() else 0
-    # Ranks that leave end with 0, ranks that hang do not: a hang before torchrun started all of
-    # them anew successfully is over, and so is a stop in a run that failed after all.
-    if (status == 0) == (written != HUNG):
+    # Ranks that leave end with 0, ranks that hang or refuse do not: a hang before torchrun started
+    # all of them anew successfully is over, and so is a stop in a run that failed after all.
+    if (status == 0) == (written not in _FAILURES):
         return written or status
     return status
 
@@ -108,6 +113,11 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
 def leave(status: int) -> None:
     """End this rank with `status`; under `run_ranks` the status reaches the caller instead."""
     sys.exit(0 if write_status(status) else status)
+
+
+def has_launcher() -> bool:
+    """Whether `run_ranks` has started this process as a rank, and said what concerns the run."""
+    return _STATUS_FILE in os.environ
 
 
 def write_status(status: int) -> bool:

@@ -11,6 +11,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from moepp_megatron.config import Config
 from moepp_megatron.data.loader import batches
+from moepp_megatron.data.token_check import vocabulary_of
 from moepp_megatron.training.step import Batch
 
 
@@ -54,5 +55,6 @@ def _endless(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Ba
             batch,
             num_workers=config.data.num_workers,
             pin_memory=torch.cuda.is_available(),
+            vocab_size=vocabulary_of(dataset, config.model.vocab_size),
         )
         start = 0

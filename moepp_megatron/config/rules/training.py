@@ -109,6 +109,8 @@ def selective_recompute_names_modules(config: Config) -> Iterator[Problem]:
 def split_has_three_parts(config: Config) -> Iterator[Problem]:
     """Three weights, something to train on, and something to validate on if that is asked for."""
     name, text = "data.split", config.data.split
+    if text is None:
+        return
     weights = parse_split(text)
     if weights is None:
         yield Problem(

@@ -37,9 +37,10 @@ class DataSection(Section):
         description="Tokenizer file; null takes tokenizer.json in data.path",
         json_schema_extra=unit("-"),
     )
-    split: str = Field(
-        default="98,2,0",
-        description="Weights of the train, validation and test parts, separated by commas",
+    split: str | None = Field(
+        default=None,
+        description="Weights of the train, validation and test parts by documents, separated by "
+        "commas; null takes the corpus's own (whole packages of the built-in one) or 98,2,0",
         json_schema_extra=unit("1"),
     )
     num_workers: int = Field(

@@ -1,3 +1,4 @@
+import random
 import shutil
 from pathlib import Path
 
@@ -6,8 +7,9 @@ import torch
 from rich.console import Console
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.datasets import build_datasets, check_split
+from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.data.split import check_split, document_ranges
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer
 
 SEQUENCE_LENGTH = 32
@@ -164,18 +166,56 @@ def test_other_tokenizer_is_refused(prepared, tmp_path):
         build_datasets(prepared, train_tokenizer(["x"], 257), 32, "1,0,0", SEED, (8, 0, 0))
 
 
+class Documents:
+    """What `check_split` reads of a manifest."""
+
+    def __init__(self, documents: int, split: str | None = None) -> None:
+        self.documents, self.split = documents, split
+
+
 @pytest.mark.parametrize("split", ["", "98,2", "1,1,1,1", "a,b,c", "-1,1,1", "0,0,0", "1,,2"])
 def test_malformed_split_is_refused(split: str):
     with pytest.raises(ConfigError, match=r"data\.split .* must be three weights"):
-        check_split(split, 100)
+        check_split(split, Documents(100))
 
 
 def test_split_without_documents_is_refused():
-    check_split("98,2,0", 100)
-    check_split("1, 0, 0", 1)
-    check_split("1e2,0,0", 1)
-    with pytest.raises(ConfigError, match=r"data\.split \(98,2,0\) gives validation none of the 5"):
-        check_split("98,2,0", 5)
-    assert check_split("1e1,1e1,0", 4) == check_split("10.0,10,0", 4)
+    check_split("98,2,0", Documents(100))
+    check_split("1, 0, 0", Documents(1))
+    check_split("1e2,0,0", Documents(1))
+    for split in ("98,2,0", None):
+        with pytest.raises(
+            ConfigError, match=r"data\.split \(98,2,0\) gives validation none of the 5"
+        ):
+            check_split(split, Documents(5))
+    assert check_split("1e1,1e1,0", Documents(4)) == check_split("10.0,10,0", Documents(4))
     with pytest.raises(ConfigError, match="gives train none of the 1"):
-        check_split("1,98,1", 1)
+        check_split("1,98,1", Documents(1))
+
+
+def test_split_is_the_corpus_s_own_unless_one_is_set():
+    corpus = Documents(10, "7,3,0")
+    assert check_split(None, corpus) == check_split("7,3,0", corpus)
+    assert check_split("1,1,0", corpus) == check_split("1,1,0", Documents(10))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ranges_of_documents_are_megatron_s(seed: int):
+    from megatron.core.datasets import blended_megatron_dataset_config as megatron
+
+    generator = random.Random(seed)
+    for _ in range(2000):
+        weights = [generator.choice([0, 1, 98, generator.random(), generator.randrange(500)])]
+        weights += [generator.choice([0, 1, generator.random() / 9]) for _ in range(2)]
+        if not sum(weights):
+            continue
+        split = ",".join(f"{weight:.9f}" for weight in weights)
+        documents = generator.choice([1, 7, 100, generator.randrange(10**7)])
+        bounds = megatron.convert_split_vector_to_split_matrix(
+            megatron.parse_and_normalize_split(split)
+        )
+        expected = [
+            None if each is None else tuple(int(round(end * float(documents))) for end in each)
+            for each in bounds
+        ]
+        assert document_ranges(split, documents) == expected

@@ -1,4 +1,6 @@
 import builtins
+import contextlib
+import gzip
 import json
 from pathlib import Path
 
@@ -69,6 +71,83 @@ def test_jsonl_cut_anywhere_gives_every_record_once(
     assert read_all(path, "k") == texts
 
 
+def test_a_line_of_many_pieces_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real_open, read = documents.open_source, []
+
+    class Counting:
+        def __init__(self, stream) -> None:
+            self.stream = stream
+            self.seek, self.tell = stream.seek, stream.tell
+
+        def readline(self, size: int = -1) -> bytes:
+            read.append(self.stream.readline(size))
+            return read[-1]
+
+    @contextlib.contextmanager
+    def counting(path, compression):
+        with real_open(path, compression) as stream:
+            yield Counting(stream)
+
+    texts = ["before", "x" * 50_000, "after", "y" * 4_000, "z"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(documents, "open_source", counting)
+    assert read_all(path) == texts
+    # Once as a line, and once in search of the next line's start.
+    assert sum(map(len, read)) <= 2 * path.stat().st_size + len(read)
+
+
+def zstd_file(path: Path, *frames: bytes) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path.write_bytes(b"".join(pyarrow.compress(frame, "zstd", asbytes=True) for frame in frames))
+
+
+def test_compressed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(3)).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines[:20]) + gzip.compress(lines[20:]))
+    zstd_file(tmp_path / "b.jsonl.zst", lines[:20], lines[20:])
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress("pl\u00e4in".encode()))
+    zstd_file(tmp_path / "d.ZST", b"other")
+    (tmp_path / "e.bin.gz").write_bytes(gzip.compress(b"a\0b"))
+    # One part each, however small the pieces: compressed data cannot be entered in the middle.
+    monkeypatch.setattr(documents, "PIECE_BYTES", 10)
+    records = [f"text {i}" for i in range(3)]
+    expected = [*records, *records, "pl\u00e4in", "other", Skipped("not UTF-8 text")]
+    assert read_all(tmp_path) == expected
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("damage", ["cut", "other bytes"])
+def test_damaged_compressed_file_is_named(tmp_path: Path, suffix: str, damage: str):
+    path = tmp_path / f"a.jsonl.{suffix}"
+    content = b'{"text": "a"}\n' * 1000
+    if suffix == "gz":
+        path.write_bytes(gzip.compress(content))
+    else:
+        zstd_file(path, content)
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] if damage == "cut" else b"not what the name says")
+    with pytest.raises(ConfigError, match=rf"a\.jsonl\.{suffix} cannot be decompressed") as caught:
+        read_all(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_compressed_parquet_is_refused(tmp_path: Path):
+    (tmp_path / "a.parquet.gz").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"a\.parquet\.gz is compressed parquet; decompress it"):
+        read_all(tmp_path)
+
+
+def test_system_errors_of_compressed_files_are_not_called_damage(tmp_path: Path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"{}"))
+    pieces = plan_pieces(resolve_sources([str(path)]), "text")
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        list(read_piece(pieces[0], "text"))
+
+
 def test_parquet_rows(tmp_path: Path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -90,10 +169,11 @@ def test_damaged_parquet_is_named(tmp_path: Path):
         read_all(path)
 
 
-def test_parquet_without_pyarrow_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst"])
+def test_without_pyarrow_it_is_said_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    path = tmp_path / "a.parquet"
+    path = tmp_path / name
     path.write_bytes(b"x")
     real_import = builtins.__import__
 

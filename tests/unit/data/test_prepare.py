@@ -291,3 +291,31 @@ def test_a_full_disk_is_one_line(corpus_file: Path, small_disk: Path, console: C
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
     (small_disk / "ballast").unlink()
     assert not prepare([str(corpus_file)], small_disk / "out", SMALL, console).up_to_date
+
+
+def test_memory_of_long_documents_is_told_where_they_are_tokenized_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import io
+
+    import tokenizers
+
+    monkeypatch.setattr(prepare_module, "_MUCH_MEMORY", 165 * 1000)
+    vocab = {"a": 0, "<|endoftext|>": 1}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(tmp_path / "whole.json"))
+    source = tmp_path / "long.txt"
+    whole = PrepareSettings(tokenizer=tmp_path / "whole.json", workers=1, force=True)
+    said = {}
+    for name, length, settings in [
+        ("own", 1000, FORCE),
+        ("short", 999, whole),
+        ("long", 1000, whole),
+    ]:
+        source.write_text("a" * length)
+        stream = io.StringIO()
+        prepare([str(source)], tmp_path / "out", settings, Console(file=stream))
+        said[name] = [line for line in stream.getvalue().splitlines() if "warning" in line]
+    assert said["own"] == said["short"] == []
+    assert len(said["long"]) == 1
+    assert f"{source} takes about 0.0 GiB of memory" in said["long"][0]
+    assert "cut it into several documents" in said["long"][0]

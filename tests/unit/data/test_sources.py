@@ -90,6 +90,13 @@ def test_no_source_is_an_error():
         resolve_sources([])
 
 
+def test_empty_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "private.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"SOURCE \(''\) must not be empty; name a file"):
+        resolve_sources([""])
+
+
 def test_fingerprints_see_content_and_name(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text("one")

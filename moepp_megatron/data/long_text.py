@@ -1,0 +1,162 @@
+"""Cuts long texts where a tokenizer's pre-tokenizer splits them anyway.
+
+A tokenizer needs some 160 bytes of memory per byte of the text that it is given at once. Encoded in
+pieces a long text takes little, and gives the same tokens if no pre-token crosses a cut. Whether
+one can is known for the patterns below and no others.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import tokenizers
+
+PIECE_CHARACTERS = 64 * 1024
+# Bytes of memory per byte of a text that is encoded whole (measured; docs/data.md).
+BYTES_PER_BYTE = 165
+
+# Cuts that no pre-token of the patterns below crosses: each match is an optional leading character
+# and then characters of one class (letters, digits, others, white space), some with line ends
+# behind. Matching has no memory, so the text behind a cut is matched as if nothing were before it.
+_CUT = re.compile(
+    # Any character before a space or a tab.
+    r"(?<=\S)(?=[ \t])"
+    # A letter or digit before a line end. Outside of the basic plane the tokenizer's Unicode tables
+    # may be older than ours, and what is a letter here may be another character there.
+    r"|(?<=[^\W_\U00010000-\U0010ffff])(?=[\r\n])"
+    # A letter before a digit and a digit before a letter, for long texts without white space.
+    r"|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
+    # Chinese, Japanese or Korean letters before full-width punctuation.
+    r"|(?<=[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3])(?=[\u3001\u3002\uff01\uff0c\uff1f])"
+)
+# What is matched at a time when looking for the last cut before a limit.
+_WINDOW = 512
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+# Patterns of byte-level tokenizers. One of these must be there.
+_PATTERNS = frozenset(
+    {
+        # GPT-2; what `ByteLevel(use_regex=True)` does by itself.
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        # cl100k, Llama 3.
+        _CONTRACTIONS
+        + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        + _SPACES,
+        # Qwen2, Qwen3.
+        _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES,
+        # o200k.
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        + _CONTRACTIONS
+        + r"?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        + _CONTRACTIONS
+        + r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
+        + _SPACES,
+        # DeepSeek-V3, with the two patterns below before it.
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+        r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES,
+    }
+)
+# Patterns that may be there too: they split between classes of characters.
+_FURTHER_PATTERNS = frozenset(
+    {r"\p{N}{1,3}", r"\p{N}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"}
+)
+
+
+def cut_text(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Cut a text for a tokenizer that `can_cut`.
+
+    Args:
+        text: the text; joined, the pieces are the same.
+        limit: characters of a piece. One that has no place to cut is longer: up to the next such
+            place.
+
+    Yields:
+        The pieces; none of an empty text.
+    """
+    start = 0
+    while len(text) - start > limit:
+        cut = _last_cut(text, start, start + limit) or _next_cut(text, start + limit)
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def _last_cut(text: str, start: int, end: int) -> int | None:
+    """The last place in (start, end] where the text may be cut."""
+    while end > start:
+        begin = max(end - _WINDOW, start)
+        found = None
+        # One character more, which the pattern looks ahead to. The look behind sees all of `text`.
+        for match in _CUT.finditer(text, max(begin, start + 1), min(end + 1, len(text))):
+            if match.start() <= end:
+                found = match.start()
+        if found is not None:
+            return found
+        end = begin
+    return None
+
+
+def _next_cut(text: str, start: int) -> int:
+    match = _CUT.search(text, start)
+    return len(text) if match is None else match.start()
+
+
+def can_cut(backend: tokenizers.Tokenizer) -> bool:
+    """Whether a tokenizer gives the pieces of `cut_text` the tokens of the whole text.
+
+    True is certain, false is not: pre-tokenizers that are not known here may do as well.
+    """
+    normalizer = _state(backend.normalizer)
+    # Composition acts within what is between two cuts.
+    is_local = (
+        normalizer is None or normalizer["type"] == "NFC" or normalizer.get("normalizers") == []
+    )
+    return is_local and _splits_at_cuts(_state(backend.pre_tokenizer)) and _added_fit(backend)
+
+
+def _state(component: Any) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer as tokenizer.json describes it."""
+    if component is None:
+        return None
+    state: dict[str, Any] = json.loads(component.__getstate__())
+    return state
+
+
+def _splits_at_cuts(description: dict[str, Any] | None) -> bool:
+    if description is None:
+        return False
+    is_sequence = description["type"] == "Sequence"
+    steps = description["pretokenizers"] if is_sequence else [description]
+    kinds = [_kind(step) for step in steps]
+    return "unknown" not in kinds and "splits" in kinds
+
+
+def _kind(step: dict[str, Any]) -> str:
+    """Whether a step splits at every cut, may be there besides, or is unknown."""
+    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+        return "splits" if step["use_regex"] else "fits"
+    if step["type"] == "Digits":
+        return "fits"
+    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        # Files spell line ends as escapes or as themselves.
+        pattern = step["pattern"].get("Regex", "").replace("\r", r"\r").replace("\n", r"\n")
+        if pattern in _PATTERNS:
+            return "splits"
+        if pattern in _FURTHER_PATTERNS:
+            return "fits"
+    return "unknown"
+
+
+def _added_fit(backend: tokenizers.Tokenizer) -> bool:
+    """Whether tokens that are matched before the pre-tokenizer cannot be matched across a cut.
+
+    Special tokens are not matched at all: `Tokenizer` encodes their names as text.
+    """
+    return not any(
+        token.rstrip or token.single_word or _CUT.search(token.content)
+        for token in backend.get_added_tokens_decoder().values()
+        if not token.special
+    )

@@ -1,0 +1,57 @@
+"""The split of a corpus's documents into train, validation and test."""
+
+from itertools import accumulate, pairwise
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.split import DEFAULT_SPLIT, parse_split
+from moepp_megatron.data.manifest import Manifest
+
+_SPLITS = ("train", "validation", "test")
+
+
+def check_split(split: str | None, manifest: Manifest) -> str:
+    """Check that a split string is three weights and leaves no wanted split without a document.
+
+    megatron-core would loop for ever over a split without documents.
+
+    Args:
+        split: as `data.split`; None takes the corpus's own, or `DEFAULT_SPLIT` if it has none.
+        manifest: of the corpus.
+
+    Returns:
+        The split as megatron-core reads it.
+
+    Raises:
+        ConfigError: it is not, or it does.
+    """
+    if split is None:
+        split = DEFAULT_SPLIT if manifest.split is None else manifest.split
+    weights = parse_split(split)
+    if weights is None or sum(weights) == 0:
+        raise ConfigError(
+            f"data.split ({split}) must be three weights for train, validation and test; use 98,2,0"
+        )
+    # Plain decimals, because megatron-core would read "1e2" as the two numbers 1 and 2.
+    plain = ",".join(f"{weight:.9f}" for weight in weights)
+    for name, bounds in zip(_SPLITS, document_ranges(plain, manifest.documents), strict=True):
+        if bounds is not None and bounds[0] == bounds[1]:
+            raise ConfigError(
+                f"data.split ({split}) gives {name} none of the {manifest.documents} documents; "
+                "give it more weight, or 0, or prepare the text as more files or records"
+            )
+    return plain
+
+
+def document_ranges(split: str, documents: int) -> list[tuple[int, int] | None]:
+    """First document and the one behind the last of each part; None where the weight is 0.
+
+    megatron-core rounds like this (BlendedMegatronDatasetBuilder._build_megatron_dataset_splits),
+    but importing it takes seconds.
+    """
+    weights = [float(weight) for weight in split.split(",")]
+    total = sum(weights)
+    bounds = pairwise(accumulate((weight / total for weight in weights), initial=0.0))
+    return [
+        None if end <= start else (round(start * documents), round(end * documents))
+        for start, end in bounds
+    ]

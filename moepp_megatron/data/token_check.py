@@ -1,0 +1,74 @@
+"""Checks samples for tokens outside of the vocabulary, before they reach an embedding.
+
+There such a token would be an IndexError of every rank on a CPU, and a device assert on a GPU that
+names neither file nor sample.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+
+from moepp_megatron.data.verify import damaged, outside
+
+
+def vocabulary_of(dataset: Any, model_vocab_size: int) -> int:
+    """What the token ids of a dataset must be below.
+
+    That is the size of its tokenizer's vocabulary, which is stricter than the model's: damage that
+    the model could read shows as well. Other datasets than those of `build_datasets` have no
+    tokenizer: there it is the model's.
+    """
+    if isinstance(dataset, GPTDataset):
+        return min(int(dataset.config.tokenizer.vocab_size), model_vocab_size)
+    return model_vocab_size
+
+
+def check_tokens(
+    dataset: Any, indices: Sequence[int], batch: Mapping[str, torch.Tensor], vocab_size: int
+) -> None:
+    """Check a batch on the host.
+
+    Args:
+        dataset: where it is from.
+        indices: the samples in it.
+        batch: `tokens` and, if they are there, `labels`: int64 [b, s].
+        vocab_size: ids must be at least 0 and below it.
+
+    Raises:
+        ConfigError: one is not; of a dataset from `build_datasets` it names folder, document and
+            token.
+    """
+    for shift, name in enumerate(("tokens", "labels")):
+        tokens = batch.get(name)
+        if tokens is None:
+            continue
+        lowest, highest = torch.aminmax(tokens)
+        if lowest >= 0 and highest < vocab_size:
+            continue
+        row, column = ((tokens < 0) | (tokens >= vocab_size)).nonzero()[0].tolist()
+        token = int(tokens[row, column])
+        # A label is the token behind the one in its place.
+        raise _error(dataset, indices[row], column + shift, token, vocab_size)
+
+
+def _error(dataset: Any, sample: int, position: int, token: int, vocab_size: int) -> Exception:
+    if not isinstance(dataset, GPTDataset):
+        return ValueError(outside(f"token {position} of sample {sample}", token, vocab_size))
+    document, offset = _locate(dataset, sample, position)
+    folder = Path(dataset.dataset.path_prefix).parent
+    place = f"token {offset} of document {document}"
+    return damaged("data.path", folder, outside(place, token, vocab_size))
+
+
+def _locate(dataset: GPTDataset, sample: int, position: int) -> tuple[int, int]:
+    """The document of the corpus that a sample's token is in, and which of its tokens it is."""
+    place, offset = map(int, dataset.sample_index[dataset.shuffle_index[sample]])
+    lengths = dataset.dataset.sequence_lengths
+    offset += position
+    while offset >= lengths[dataset.document_index[place]]:
+        offset -= int(lengths[dataset.document_index[place]])
+        place += 1
+    return int(dataset.document_index[place]), offset

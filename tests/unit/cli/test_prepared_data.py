@@ -1,0 +1,79 @@
+"""What is said about a configuration's data before a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.cli.prepared_data import check_data
+from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config.flops import forward_flops_per_token
+from moepp_megatron.config.parameters import count_parameters
+from moepp_megatron.data import verify
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch):
+    """The warnings for a configuration on data of a vocabulary."""
+
+    def warnings(config: Config, vocabulary: int) -> list[str]:
+        class Prepared:
+            vocab_size = vocabulary
+            documents = 1000
+            split = None
+
+        monkeypatch.setattr(verify, "read_manifest", lambda *arguments: Prepared())
+        monkeypatch.setattr(verify, "check_start", lambda *arguments: None)
+        return check_data(config)
+
+    return warnings
+
+
+def config_of(name: str, *overrides: str) -> Config:
+    return load_config(REPOSITORY / "configs" / name, ["data.path=anywhere", *overrides])
+
+
+@pytest.mark.parametrize("name", ["moepp_0.6b_8_4", "moepp_1b_16_4", "moepp_7b_16_4"])
+def test_default_tokenizer_is_too_small_for_the_paper_s_models(check, name: str):
+    config = config_of(f"models/{name}.yaml")
+    (warning,) = check(config, 4096)
+    assert (
+        "model.vocab_size (65536) is far larger than the vocabulary of data.path (4096)" in warning
+    )
+    assert "set model.vocab_size=4096, or prepare the data with --vocab-size 65536" in warning
+    assert "\n" not in warning
+    assert check(config, 65536) == []
+    # Padded to a multiple, as published models are.
+    assert check(config, 65530) == []
+
+
+def test_the_numbers_are_what_the_smaller_model_saves(check):
+    config = config_of("models/moepp_0.6b_8_4.yaml")
+    smaller = config_of("models/moepp_0.6b_8_4.yaml", "model.vocab_size=4096")
+    totals = [count_parameters(each).total for each in (config, smaller)]
+    flops = [forward_flops_per_token(each, each.moe.ffn_share) for each in (config, smaller)]
+    (warning,) = check(config, 4096)
+    assert f"{(totals[0] - totals[1]) / 1e6:,.1f} of {totals[0] / 1e6:,.1f} M parameters" in warning
+    assert f"{1 - flops[1] / flops[0]:.0%} of the FLOPs" in warning
+    # The size that is advised holds every token and is a multiple of 128.
+    (warning,) = check(config, 4097)
+    assert "model.vocab_size=4224," in warning
+
+
+def test_quickstart_fits_its_corpus(check):
+    assert check(config_of("quickstart.yaml"), 4096) == []
+    with pytest.raises(ConfigError, match=r"model\.vocab_size \(4096\) must hold every token"):
+        check(config_of("quickstart.yaml"), 4097)
+
+
+def test_split_without_a_document_is_refused_before_ranks_start(check):
+    with pytest.raises(ConfigError, match="gives test none of the 1000 documents"):
+        check(config_of("quickstart.yaml", "data.split='98,2,0.01'"), 4096)
+
+
+def test_folder_that_is_none_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"must be a prepared folder; run: moepp data prepare"):
+        check_data(config_of("quickstart.yaml", f"data.path={tmp_path}"))
