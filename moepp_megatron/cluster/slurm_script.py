@@ -89,7 +89,8 @@ class SlurmJob:
                 "folder slurm; install with: pip install -e CLONE"
             )
         slurm = self.config.slurm
-        command = [sys.executable, "-m", "moepp_megatron.cli.main"]
+        # -P: nothing is imported from the folder that the job runs in.
+        command = [sys.executable, "-P", "-m", "moepp_megatron.cli.main"]
         if slurm.container != "none":
             # This Python is outside; the image brings its own.
             command = ["moepp"]

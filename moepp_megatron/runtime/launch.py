@@ -37,11 +37,15 @@ LOST = 71
 _STATUS_FILE = "MOEPP_STATUS_FILE"
 
 # By these a run is asked to stop.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Exit status of a process that Ctrl-C ended.
+INTERRUPTED = 128 + signal.SIGINT
+# One Ctrl-C may arrive twice: `timeout -s INT` signals the process and its group. A person takes
+# longer for the second one, which ends everything at once.
+SAME_INTERRUPT_S = 0.25
+_ACKNOWLEDGED = b"\nstopping after this step; Ctrl-C again ends at once, without saving\n"
 # How often a launcher looks whether ranks run, where other machines may keep it waiting.
 _MEETING_POLL_S = 1.0
-# Longer than TORCH_ELASTIC_SHUTDOWN_TIMEOUT, so that torchrun is done first.
-_INTERRUPT_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,11 @@ class LaunchOptions:
 def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module arguments` on this machine's ranks and wait.
 
-    SIGTERM and SIGUSR1 that this process receives are passed on to the ranks, not to torchrun,
-    which would end them after a fixed time whether they have saved or not. Slurm sends its SIGTERM
-    to all processes of a job at once, so torchrun does not get to see that one either.
+    SIGTERM, SIGUSR1 and SIGINT that this process receives are passed on to the ranks, not to
+    torchrun, which would end them after a fixed time whether they have saved or not. Slurm sends
+    its SIGTERM to all processes of a job at once, and a terminal its SIGINT to all of the
+    foreground, so torchrun does not get to see those either. A second SIGINT ends everything at
+    once, and so does the first one where ranks are not stoppable.
 
     Args:
         options: How many, where, how often.
@@ -83,7 +89,8 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         The exit status: 0 when every rank of this machine ended with 0, or what a rank passed to
         `leave` (such as `STOPPED`); `HUNG` when they stood still; `LOST` when other machines stayed
         away; 128 + number when this process was asked by a signal to end ranks that are not
-        stoppable; otherwise torchrun's.
+        stoppable, or to end them at once, and when a signal has ended torchrun; otherwise
+        torchrun's.
     """
     interface = options.nodes.interface() if options.nodes is not None else None
     environment = with_rank_variables(os.environ, options.num_local_ranks, interface)
@@ -158,20 +165,18 @@ def _run(
     with _passing_on_signals(agent, stoppable) as request:
         try:
             status = _wait(agent, options.nodes, status_file)
-        except KeyboardInterrupt:
-            # The terminal has sent it to torchrun too, which ends the ranks.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                agent.wait(_INTERRUPT_TIMEOUT_S)
-            return 128 + signal.SIGINT
         finally:
             agent.kill()
             agent.wait()
     if status == 0:
         return 0
-    if not stoppable and request.number:
+    if request.at_once or (not stoppable and request.number):
         return 128 + request.number
-    # Nothing ran that could have been lost.
-    return STOPPED if request.met_no_rank else status
+    if request.met_no_rank:
+        # Nothing ran that could have been lost.
+        return STOPPED
+    # As a shell reports a process that a signal has ended.
+    return 128 - status if status < 0 else status
 
 
 def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path) -> int:
@@ -183,20 +188,12 @@ def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path
         with contextlib.suppress(subprocess.TimeoutExpired):
             return agent.wait(_MEETING_POLL_S)
         # Where ranks have ended well, torchrun waits for those of the other machines to end.
-        at_work = _ended_well(status_file) or bool(_ranks(agent))
+        at_work = _ended_well(status_file) or bool(_children(agent))
         meeting.observe(at_work, time.monotonic())
         failure = meeting.failure(time.monotonic())
         if failure is not None:
             print(f"error: {failure}; exit status {LOST}", file=sys.stderr, flush=True)
             return LOST
-
-
-def _ranks(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The children of torchrun; none once it has ended."""
-    try:
-        return psutil.Process(agent.pid).children()
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _ended_well(status_file: Path) -> bool:
@@ -212,9 +209,11 @@ def _starting(stoppable: bool) -> Iterator[None]:
     """Children begin with the stop signals held back.
 
     torchrun never takes them. A rank takes them once it listens, so that a request that comes while
-    it still starts is neither lost nor its end.
+    it still starts is neither lost nor its end. Ranks that are not stoppable never see a
+    terminal's SIGINT, which would have each of them print a traceback: the launcher ends them.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS if stoppable else ())
+    held_back = STOP_SIGNALS if stoppable else (signal.SIGINT,)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
     try:
         yield
     finally:
@@ -227,6 +226,30 @@ class _Request:
 
     met_no_rank: bool = False
     number: int = 0
+    at_once: bool = False
+    interrupted_at: float | None = None
+
+    def is_second_interrupt(self, number: int) -> bool:
+        """Whether this signal is a Ctrl-C after another one."""
+        if number != signal.SIGINT:
+            return False
+        now, first = time.monotonic(), self.interrupted_at
+        if first is None:
+            self.interrupted_at = now
+            return False
+        return now - first > SAME_INTERRUPT_S
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """`STOP_SIGNALS` but for a SIGINT that was ignored from the start.
+
+    A shell starts background jobs of a script like that: Ctrl-C is for others then.
+    """
+    return [
+        number
+        for number in STOP_SIGNALS
+        if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
+    ]
 
 
 @contextmanager
@@ -234,22 +257,45 @@ def _passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iter
     request = _Request()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        second = request.is_second_interrupt(number)
+        if second or (number == signal.SIGINT and not stoppable):
+            request.number, request.at_once = number, True
+            _end_at_once(agent)
+            return
+        if number == signal.SIGINT and not request.number:
+            # Not through sys.stderr, whose buffer the interrupted code may hold.
+            os.write(2, _ACKNOWLEDGED)
         request.number = number
         if agent.poll() is not None:
             return
-        ranks = _ranks(agent)
+        ranks = _children(agent)
         for rank in ranks:
             # torchrun itself uses SIGTERM to end ranks, for good.
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGUSR1 if stoppable else number)
         if not ranks:
             request.met_no_rank = True
-            with contextlib.suppress(ProcessLookupError):
-                agent.send_signal(signal.SIGINT)
+            agent.kill()
 
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in heeded_signals()}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_at_once(agent: subprocess.Popen[bytes]) -> None:
+    """End all processes, first torchrun, which would report each rank's end at length."""
+    family = _children(agent, recursive=True)
+    agent.kill()
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def _children(agent: subprocess.Popen[bytes], recursive: bool = False) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(agent.pid).children(recursive=recursive))
+    except psutil.NoSuchProcess:
+        return []

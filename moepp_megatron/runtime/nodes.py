@@ -74,6 +74,14 @@ class Nodes:
             f"--local-addr={self.local_address()}",
         ]
 
+    def moepp_options(self) -> list[str]:
+        """The options of moepp's commands that mean these machines."""
+        options = ["--nnodes", str(self.count)]
+        if self.rank is not None:
+            options += ["--node-rank", str(self.rank)]
+        options += ["--rdzv-endpoint", f"{_bracketed(self.host)}:{self.port}"]
+        return [*options, "--rdzv-id", self.run_id]
+
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host

@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from moepp_megatron.runtime.launch import STOP_SIGNALS
+from moepp_megatron.runtime.launch import SAME_INTERRUPT_S, heeded_signals
 
 # One request reaches a rank by several ways: Slurm signals every process of a job, and the launcher
 # passes on what it got.
@@ -22,19 +22,20 @@ SAME_REQUEST_S = 10.0
 class StopRequest:
     """Whether this run was asked to stop.
 
-    The first SIGTERM or SIGUSR1 is remembered and the step goes on; one that comes more than
-    `SAME_REQUEST_S` later ends the process at once.
+    The first SIGTERM, SIGUSR1 or SIGINT is remembered and the step goes on; one that comes more
+    than `SAME_REQUEST_S` later ends the process at once, and so does a second Ctrl-C.
     """
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
+        self._interrupted_at: float | None = None
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handle the signals inside the block; the handlers before are put back afterwards."""
-        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, self._receive) for number in heeded_signals()}
         # The launcher holds them back until now; one that came meanwhile arrives here.
-        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
         try:
             yield self
         finally:
@@ -55,8 +56,12 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._asked_at is None:
-            self._asked_at = now
-        elif now - self._asked_at > SAME_REQUEST_S:
+        first = self._asked_at if number != signal.SIGINT else self._interrupted_at
+        window = SAME_REQUEST_S if number != signal.SIGINT else SAME_INTERRUPT_S
+        if first is not None and now - first > window:
             # Without cleaning up: whoever asks again does not want to wait.
             os._exit(128 + number)
+        if number == signal.SIGINT and first is None:
+            self._interrupted_at = now
+        if self._asked_at is None:
+            self._asked_at = now
