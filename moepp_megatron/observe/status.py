@@ -8,6 +8,7 @@ that has claimed the folder.
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import time
 from pathlib import Path
@@ -119,6 +120,15 @@ class RunStatus(BaseModel):
             return known
         launcher = ProcessId(pid=claim.pid, started=claim.started)
         return known.model_copy(update={"launcher": launcher})
+
+    def way_on(self) -> str | None:
+        """`go_on` for a shell in this process's folder."""
+        if self.go_on is None or self.folder is None or self.folder == os.getcwd():
+            return self.go_on
+        # One that changes folder itself does so from anywhere.
+        if self.go_on.startswith("cd "):
+            return self.go_on
+        return f"cd {shlex.quote(self.folder)} && {self.go_on}"
 
     def is_gone(self) -> bool | None:
         """Whether all of its processes exist no longer; None where this machine cannot tell."""

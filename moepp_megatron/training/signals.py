@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moepp_megatron.runtime.launch import SAME_INTERRUPT_S, heeded_signals
+from moepp_megatron.runtime.rank import RankEnvironment
 
 # One request reaches a rank by several ways: Slurm signals every process of a job, and the launcher
 # passes on what it got.
@@ -23,12 +24,14 @@ class StopRequest:
     """Whether this run was asked to stop.
 
     The first SIGTERM, SIGUSR1 or SIGINT is remembered and the step goes on; one that comes more
-    than `SAME_REQUEST_S` later ends the process at once, and so does a second Ctrl-C.
+    than `SAME_REQUEST_S` later ends the process at once. A process that trains alone is ended by a
+    second Ctrl-C at once; for ranks their launcher decides that, which has passed on the first.
     """
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
         self._interrupted_at: float | None = None
+        self._is_alone = not RankEnvironment.read().is_launched
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -56,12 +59,13 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        first = self._asked_at if number != signal.SIGINT else self._interrupted_at
-        window = SAME_REQUEST_S if number != signal.SIGINT else SAME_INTERRUPT_S
-        if first is not None and now - first > window:
+        first, same_for = self._asked_at, SAME_REQUEST_S
+        if number == signal.SIGINT and self._is_alone:
+            first, same_for = self._interrupted_at, SAME_INTERRUPT_S
+        if first is not None and now - first > same_for:
             # Without cleaning up: whoever asks again does not want to wait.
             os._exit(128 + number)
-        if number == signal.SIGINT and first is None:
+        if number == signal.SIGINT and self._interrupted_at is None:
             self._interrupted_at = now
         if self._asked_at is None:
             self._asked_at = now
