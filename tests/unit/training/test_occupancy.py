@@ -72,11 +72,9 @@ def test_each_trace_of_a_run_is_enough_to_be_refused(run, write, trace: str, lea
     else:
         (run / trace).write_text("")
     before = files(run)
+    look = enter if leads else check_beside_leader
     with pytest.raises(ConfigError) as refused:
-        if leads:
-            enter(config_in(run))
-        else:
-            check_beside_leader(config_in(run), Start(name="job"))
+        look(config_in(run), Start(name="job"))
     line = str(refused.value)
     assert line.startswith(f"run.dir ({run}) must not hold a run, and has {trace}; ")
     assert "--resume" in line
