@@ -25,7 +25,7 @@ from moepp_megatron.runtime.parent import die_with_parent
 from moepp_megatron.runtime.rank import NODE_RANK
 from moepp_megatron.runtime.rank_environment import with_rank_variables
 
-# Exit status of a run that was asked to stop and has saved: run it again.
+# Exit status of a run that was asked to stop and has saved; the last line printed is the command that goes on.
 STOPPED = 75
 # Exit status of a rank in a run in which nothing moved any more.
 HUNG = 70
