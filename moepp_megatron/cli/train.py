@@ -132,7 +132,8 @@ def train(
     if rank.rank == 0 and not node_rank:
         _check_sinks(settings)
     check_data(settings)
-    from moepp_megatron.runtime.launch import INTERRUPTED, LaunchOptions
+    from moepp_megatron.runtime.launch import LaunchOptions
+    from moepp_megatron.runtime.stop_signals import INTERRUPTED
     from moepp_megatron.training import occupancy
 
     name = rdzv_id if nodes is not None else rank.start_name

@@ -5,27 +5,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO
-
-import psutil
 
 from moepp_megatron.runtime.meeting import Meeting
 from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.parent import die_with_parent
 from moepp_megatron.runtime.rank import NODE_RANK
 from moepp_megatron.runtime.rank_environment import with_rank_variables
+from moepp_megatron.runtime.stop_signals import children, passing_on_signals, starting
 
-# Exit status of a run that was asked to stop and has saved; the last line printed is the command that goes on.
+# Exit status of a run that was asked to stop and has saved; its last line is the way to go on.
 STOPPED = 75
 # Exit status of a rank in a run in which nothing moved any more.
 HUNG = 70
@@ -36,14 +33,6 @@ LOST = 71
 # request leave with 0, and what a status meant is written down here.
 _STATUS_FILE = "MOEPP_STATUS_FILE"
 
-# By these a run is asked to stop.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Exit status of a process that Ctrl-C ended.
-INTERRUPTED = 128 + signal.SIGINT
-# One Ctrl-C may arrive twice: `timeout -s INT` signals the process and its group. A person takes
-# longer for the second one, which ends everything at once.
-SAME_INTERRUPT_S = 0.25
-_ACKNOWLEDGED = b"\nstopping after this step; Ctrl-C again ends at once, without saving\n"
 # How often a launcher looks whether ranks run, where other machines may keep it waiting.
 _MEETING_POLL_S = 1.0
 
@@ -154,7 +143,7 @@ def _run(
     command: list[str], environment: dict[str, str], options: LaunchOptions, status_file: Path
 ) -> int:
     stoppable = options.stoppable
-    with _starting(stoppable), _output(options.output) as output:
+    with starting(stoppable), _output(options.output) as output:
         agent = subprocess.Popen(
             command,
             env=environment,
@@ -162,7 +151,7 @@ def _run(
             stderr=None if output is None else subprocess.STDOUT,
             preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
-    with _passing_on_signals(agent, stoppable) as request:
+    with passing_on_signals(agent, stoppable) as request:
         try:
             status = _wait(agent, options.nodes, status_file)
         finally:
@@ -188,7 +177,7 @@ def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path
         with contextlib.suppress(subprocess.TimeoutExpired):
             return agent.wait(_MEETING_POLL_S)
         # Where ranks have ended well, torchrun waits for those of the other machines to end.
-        at_work = _ended_well(status_file) or bool(_children(agent))
+        at_work = _ended_well(status_file) or bool(children(agent))
         meeting.observe(at_work, time.monotonic())
         failure = meeting.failure(time.monotonic())
         if failure is not None:
@@ -202,100 +191,3 @@ def _ended_well(status_file: Path) -> bool:
 
 def _output(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
     return contextlib.nullcontext() if path is None else path.open("wb")
-
-
-@contextmanager
-def _starting(stoppable: bool) -> Iterator[None]:
-    """Children begin with the stop signals held back.
-
-    torchrun never takes them. A rank takes them once it listens, so that a request that comes while
-    it still starts is neither lost nor its end. Ranks that are not stoppable never see a
-    terminal's SIGINT, which would have each of them print a traceback: the launcher ends them.
-    """
-    held_back = STOP_SIGNALS if stoppable else (signal.SIGINT,)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@dataclass
-class _Request:
-    """What became of a request to stop; torchrun may just be waiting for other machines."""
-
-    met_no_rank: bool = False
-    number: int = 0
-    at_once: bool = False
-    interrupted_at: float | None = None
-
-    def is_second_interrupt(self, number: int) -> bool:
-        """Whether this signal is a Ctrl-C after another one."""
-        if number != signal.SIGINT:
-            return False
-        now, first = time.monotonic(), self.interrupted_at
-        if first is None:
-            self.interrupted_at = now
-            return False
-        return now - first > SAME_INTERRUPT_S
-
-
-def heeded_signals() -> list[signal.Signals]:
-    """`STOP_SIGNALS` but for a SIGINT that was ignored from the start.
-
-    A shell starts background jobs of a script like that: Ctrl-C is for others then.
-    """
-    return [
-        number
-        for number in STOP_SIGNALS
-        if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
-    ]
-
-
-@contextmanager
-def _passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iterator[_Request]:
-    request = _Request()
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        second = request.is_second_interrupt(number)
-        if second or (number == signal.SIGINT and not stoppable):
-            request.number, request.at_once = number, True
-            _end_at_once(agent)
-            return
-        if number == signal.SIGINT and not request.number:
-            # Not through sys.stderr, whose buffer the interrupted code may hold.
-            os.write(2, _ACKNOWLEDGED)
-        request.number = number
-        if agent.poll() is not None:
-            return
-        ranks = _children(agent)
-        for rank in ranks:
-            # torchrun itself uses SIGTERM to end ranks, for good.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                rank.send_signal(signal.SIGUSR1 if stoppable else number)
-        if not ranks:
-            request.met_no_rank = True
-            agent.kill()
-
-    before = {number: signal.signal(number, pass_on) for number in heeded_signals()}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end_at_once(agent: subprocess.Popen[bytes]) -> None:
-    """End all processes, first torchrun, which would report each rank's end at length."""
-    family = _children(agent, recursive=True)
-    agent.kill()
-    for each in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-
-
-def _children(agent: subprocess.Popen[bytes], recursive: bool = False) -> list[psutil.Process]:
-    try:
-        return list(psutil.Process(agent.pid).children(recursive=recursive))
-    except psutil.NoSuchProcess:
-        return []

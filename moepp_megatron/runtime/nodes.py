@@ -80,7 +80,8 @@ class Nodes:
         if self.rank is not None:
             options += ["--node-rank", str(self.rank)]
         options += ["--rdzv-endpoint", f"{_bracketed(self.host)}:{self.port}"]
-        return [*options, "--rdzv-id", self.run_id]
+        options += ["--rdzv-id", self.run_id]
+        return [*options, "--restart-timeout", str(self.restart_timeout_s)]
 
 
 def _bracketed(host: str) -> str:

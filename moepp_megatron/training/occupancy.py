@@ -33,6 +33,7 @@ from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.names import leftovers
 from moepp_megatron.training.move_aside import move_aside, owner_of_checkpoints
 from moepp_megatron.training.run_folder import checkpoint_folder
+from moepp_megatron.training.usable_folder import usable
 
 BEAT_S = 3.0
 # How long a process on another machine may show no beat: it may be busy, its disk slow.
@@ -42,8 +43,6 @@ _OLD_S = 3600.0
 
 # What a run leaves in its folder, beside checkpoints.
 TRACES = ("config.yaml", "metrics.jsonl", STATUS_FILE)
-_FILES = (*TRACES, "alerts.jsonl")
-_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def claimed(config: Config, start: Start, say: Callable[[str], object] = print) 
     folder = Path(config.run.dir)
     _refuse_occupied(config, start)
     existed = folder.exists()
-    with _usable(config), _one_at_a_time(folder):
+    with usable(config), _one_at_a_time(folder):
         _refuse_running(folder, start)
         # Again: somebody else may have been here meanwhile.
         _refuse_occupied(config, start)
@@ -250,43 +249,6 @@ def _beat(folder: Path, stop: threading.Event) -> None:
     while not stop.wait(BEAT_S):
         with contextlib.suppress(OSError):
             os.utime(folder / STATUS_FILE)
-
-
-@contextmanager
-def _usable(config: Config) -> Iterator[None]:
-    """A folder that cannot be used is refused in one line; it is made if needed."""
-    folder = Path(config.run.dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in [*(folder / name for name in _FILES), *(folder / name for name in _FOLDERS)]:
-            _check_kind(path, is_folder=path.name in _FOLDERS)
-        _check_kind(checkpoint_folder(config), is_folder=True, setting="checkpoint.dir")
-        yield
-    except OSError as error:
-        at = error.filename if isinstance(error.filename, str) else str(folder)
-        where = "" if Path(at) == folder else f" at {at}"
-        raise ConfigError(
-            f"run.dir ({folder}) must be a folder that can be written "
-            f"({error.strerror or error}{where}); make it writable, or choose another run.dir"
-        ) from None
-
-
-def _check_kind(path: Path, is_folder: bool, setting: str = "run.dir") -> None:
-    place = path
-    while not os.path.lexists(place):
-        place = place.parent
-    wrong_kind = place.is_dir() != is_folder if place == path else not place.is_dir()
-    if wrong_kind:
-        kind = "folder" if is_folder or place != path else "file"
-        raise ConfigError(
-            f"{setting} ({path.parent if setting == 'run.dir' else path}) must leave {place} to be "
-            f"a {kind}, and it is none; move it away, or choose another {setting}"
-        )
-    needs = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
-    if not os.access(place, needs):
-        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
-        code = errno.EROFS if read_only else errno.EACCES
-        raise OSError(code, os.strerror(code), str(place))
 
 
 @contextmanager

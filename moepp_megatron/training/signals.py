@@ -12,8 +12,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from moepp_megatron.runtime.launch import SAME_INTERRUPT_S, heeded_signals
 from moepp_megatron.runtime.rank import RankEnvironment
+from moepp_megatron.runtime.stop_signals import SAME_INTERRUPT_S, heeded_signals
 
 # One request reaches a rank by several ways: Slurm signals every process of a job, and the launcher
 # passes on what it got.

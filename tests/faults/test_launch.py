@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moepp_megatron.runtime.launch import SAME_INTERRUPT_S
+from moepp_megatron.runtime.stop_signals import SAME_INTERRUPT_S
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 

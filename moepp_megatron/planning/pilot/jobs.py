@@ -13,7 +13,8 @@ from types import FrameType
 
 from moepp_megatron.planning.pilot.runs import PilotFolder, PilotRun, RunFailed
 from moepp_megatron.profiling.scaling.folder import failure_reason
-from moepp_megatron.runtime.launch import STOP_SIGNALS, STOPPED, LaunchOptions, run_ranks
+from moepp_megatron.runtime.launch import STOPPED, LaunchOptions, run_ranks
+from moepp_megatron.runtime.stop_signals import STOP_SIGNALS
 from moepp_megatron.training.occupancy import refuse_running
 
 # Statuses above it mean that somebody has asked this process to stop.
