@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import typer
+
 # Set by scripts that start `moepp train`: the command that starts them again.
 GO_ON = "MOEPP_GO_ON"
 # Set by scripts that change folder: where their user's shell is.
@@ -21,13 +23,22 @@ def go_on_command(arguments: Sequence[str]) -> str:
     Args:
         arguments: Of `moepp train`, but for --resume and --overwrite: CONFIG, overrides, options.
     """
-    given = os.environ.get(GO_ON)
-    if given:
-        return given
+    if is_given():
+        return os.environ[GO_ON]
     starter = _torchrun_command() if "RANK" in os.environ else None
     if starter is None:
         starter = [*_srun(), *program(), "train", *arguments, "--resume"]
     return _from_here() + shlex.join(starter)
+
+
+def is_given() -> bool:
+    """Whether a script has said how to start it again."""
+    return bool(os.environ.get(GO_ON))
+
+
+def say_go_on(command: str | None) -> None:
+    """Print the command, alone on the last line."""
+    typer.echo(f"to go on:\n{command}")
 
 
 def program() -> list[str]:

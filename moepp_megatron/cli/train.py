@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepp_megatron.cli.go_on import GO_ON, go_on_command
+from moepp_megatron.cli.go_on import GO_ON, go_on_command, is_given, say_go_on
 from moepp_megatron.cli.machines import machines
 from moepp_megatron.cli.prepared_data import check_data
 from moepp_megatron.config import (
@@ -138,7 +138,8 @@ def train(
 
     name = rdzv_id if nodes is not None else rank.start_name
     restarted = rank.restart_count > 0 or occupancy.is_requeued(settings, name)
-    resume, overwrite = resume or restarted, overwrite and not restarted
+    overwrite = overwrite and not restarted
+    resume = resume or restarted or (_goes_on_by_itself(settings) and not overwrite)
     if resume:
         settings = _resumed(settings)
     if not (overwrite and settings.checkpoint.load == "auto"):
@@ -166,6 +167,11 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
 
 
+def _goes_on_by_itself(config: Config) -> bool:
+    """Whether the configuration asks for what --resume does."""
+    return config.checkpoint.load == "auto" and config.checkpoint.load_optimizer
+
+
 def _entering(config: Config, start: Start, leads: bool) -> AbstractContextManager[None]:
     """The run's folder is this process's inside, where it decides that for all ranks.
 
@@ -184,13 +190,17 @@ def _entering(config: Config, start: Start, leads: bool) -> AbstractContextManag
 
 def _launch(options: LaunchOptions, start: Start, ranks_decide: bool, words: list[str]) -> None:
     """Start this machine's ranks, which decide where this machine is not known as the first."""
-    from moepp_megatron.runtime.launch import run_ranks
+    from moepp_megatron.runtime.launch import STOPPED, run_ranks
 
+    # A script's command is for all machines; without one each has its own.
+    says = not is_given() or options.nodes is None or not options.nodes.rank
     flags = ["--resume"] if start.resume else []
     if ranks_decide:
         flags += ["--overwrite"] if start.overwrite else []
         os.environ[GO_ON] = start.go_on or ""
     status = run_ranks(options, "moepp_megatron.cli.main", ["train", *flags, "--", *words])
+    if status == STOPPED and says:
+        say_go_on(start.go_on)
     if status != 0:
         raise typer.Exit(status)
 
@@ -300,7 +310,7 @@ def _train_rank(config: Config, layout: Layout) -> None:
         if failure is not None:
             raise OSError(failure)
         if rank.rank == 0:
-            _say_how_to_go_on(trainer.progress.step)
+            _say_stopped(trainer.progress.step)
         leave(STOPPED)
     if rank.rank == 0:
         _finish(config, record)
@@ -311,13 +321,15 @@ def _train_rank(config: Config, layout: Layout) -> None:
         raise typer.Exit(1)
 
 
-def _say_how_to_go_on(step: int) -> None:
-    """The last line is the command, for people and programs."""
+def _say_stopped(step: int) -> None:
+    """Where training stands; how to go on is said last, by the launcher where there is one."""
     from moepp_megatron.observe.status import inherited_claim
 
+    typer.echo(f"stopped on request at step {step}, saved")
     claim = inherited_claim()
     assert claim is not None, "rank 0 trains in a folder that it or its launcher has claimed"
-    typer.echo(f"stopped on request at step {step}, saved; to go on:\n{claim.go_on}")
+    if claim.pid == os.getpid():
+        say_go_on(claim.go_on)
 
 
 def _finish(config: Config, record: StepMetrics | None) -> None:

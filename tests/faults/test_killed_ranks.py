@@ -122,7 +122,7 @@ def test_what_is_printed_goes_on(tmp_path: Path, data: Path) -> None:
     with training(config, 2) as process:
         stopped_at, lines = interrupted(process)
     assert "Traceback" not in log.read_text()
-    assert lines[-2] == f"stopped on request at step {stopped_at}, saved; to go on:"
+    assert lines[-3:-1] == [f"stopped on request at step {stopped_at}, saved", "to go on:"]
     records = (run / "metrics.jsonl").read_bytes()
     with training(config, 2) as process:
         assert process.wait(timeout=120) == 2

@@ -15,7 +15,7 @@ from moepp_megatron.cli import main, train
 from moepp_megatron.cli.go_on import go_on_command
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime import launch
-from moepp_megatron.runtime.launch import LaunchOptions
+from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from tests.unit.cli.test_dry_run import MINIMAL
 
 OF_OTHERS = ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID", "MOEPP_GO_ON", "MOEPP_CLAIM")
@@ -107,6 +107,29 @@ def test_overwrite_moves_the_old_run_and_is_the_launchers_business(command, caps
     assert capsys.readouterr().out == f"moved the run of before to {aside}\n"
     assert (aside / "metrics.jsonl").read_text() == "records\n"
     assert "--overwrite" not in command.claims[0].go_on
+
+
+def test_a_configuration_that_goes_on_by_itself_is_let_in(command, capsys) -> None:
+    command.make_run()
+    assert command("checkpoint.load=auto") == 0
+    # Its weights alone, from step 0, would write over its records.
+    assert command("checkpoint.load=auto", "checkpoint.load_optimizer=false") == 2
+    assert command("checkpoint.load=auto", "--overwrite") == 0
+    assert "moved the run" in capsys.readouterr().out
+
+
+def test_the_last_line_of_a_stopped_run_is_the_command(command, capsys) -> None:
+    command.status = STOPPED
+    assert command() == STOPPED
+    assert capsys.readouterr().out == f"to go on:\n{command.go_on()}\n"
+    # Each machine has its own; a batch script's is said once.
+    assert command(*NODES, "--node-rank", "1") == STOPPED
+    assert "--node-rank 1" in capsys.readouterr().out
+    os.environ["MOEPP_GO_ON"] = "sbatch job.sh"
+    assert command(*NODES, "--node-rank", "1") == STOPPED
+    assert capsys.readouterr().out == ""
+    assert command(*NODES, "--node-rank", "0") == STOPPED
+    assert capsys.readouterr().out == "to go on:\nsbatch job.sh\n"
 
 
 def test_resume_is_passed_on(command) -> None:
