@@ -122,16 +122,6 @@ def train(
         if build_rank is not None and not build_and_check(settings, layout, build_rank):
             raise typer.Exit(1)
         return
-    from moepp_megatron.runtime.fit import check_fit
-
-    check_fit(settings)
-    if settings.telemetry.hardware is not None:
-        from moepp_megatron.config.hardware import load_hardware
-
-        load_hardware(settings.telemetry.hardware)
-    if rank.rank == 0 and not node_rank:
-        _check_sinks(settings)
-    check_data(settings)
     from moepp_megatron.runtime.launch import LaunchOptions
     from moepp_megatron.runtime.stop_signals import INTERRUPTED
     from moepp_megatron.training import occupancy
@@ -140,10 +130,6 @@ def train(
     restarted = rank.restart_count > 0 or occupancy.is_requeued(settings, name)
     overwrite = overwrite and not restarted
     resume = resume or restarted or (_goes_on_by_itself(settings) and not overwrite)
-    if resume:
-        settings = _resumed(settings)
-    if not (overwrite and settings.checkpoint.load == "auto"):
-        _check_start(settings)
     words = _words(config, overrides, nproc, max_restarts, log_dir, nodes)
     start = occupancy.Start(
         resume=resume,
@@ -154,6 +140,23 @@ def train(
         go_on=go_on_command(words),
     )
     leads = rank.rank == 0 if nodes is None else node_rank == 0
+    if leads and not occupancy.is_claimed():
+        # At once; looking for packages imports torch.
+        occupancy.refuse_occupied(settings, start)
+    from moepp_megatron.runtime.fit import check_fit
+
+    check_fit(settings)
+    if settings.telemetry.hardware is not None:
+        from moepp_megatron.config.hardware import load_hardware
+
+        load_hardware(settings.telemetry.hardware)
+    if rank.rank == 0 and not node_rank:
+        _check_sinks(settings)
+    check_data(settings)
+    if resume:
+        settings = _resumed(settings)
+    if not (overwrite and settings.checkpoint.load == "auto"):
+        _check_start(settings)
     alone = nproc == 1 and max_restarts == 0 and nodes is None and log_dir is None
     try:
         with _entering(settings, start, leads):

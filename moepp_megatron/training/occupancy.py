@@ -100,7 +100,7 @@ def check_beside_leader(config: Config, start: Start) -> None:
         # The process that decides has been here.
         return
     if not start.restarted:
-        _refuse_occupied(config, start)
+        refuse_occupied(config, start)
 
 
 @contextmanager
@@ -119,12 +119,12 @@ def claimed(config: Config, start: Start, say: Callable[[str], object] = print) 
             its checkpoints are another run's, or it cannot be written.
     """
     folder = Path(config.run.dir)
-    _refuse_occupied(config, start)
+    refuse_occupied(config, start)
     existed = folder.exists()
     with usable(config), _one_at_a_time(folder):
         _refuse_running(folder, start)
         # Again: somebody else may have been here meanwhile.
-        _refuse_occupied(config, start)
+        refuse_occupied(config, start)
         _refuse_other_owner(config)
         if start.overwrite and not start.restarted and traces(config, start.config_file):
             for line in move_aside(config, start.config_file):
@@ -159,22 +159,12 @@ def refuse_running(folder: Path) -> None:
     _refuse_running(folder, Start())
 
 
-def traces(config: Config, config_file: Path | None = None) -> list[str]:
-    """What of a run is in its folder or among its checkpoints, for a message; empty for nothing."""
-    folder = Path(config.run.dir)
-    found = [
-        name
-        for name in TRACES
-        if os.path.lexists(folder / name) and not _is_same(folder / name, config_file)
-    ]
-    checkpoints = checkpoint_folder(config)
-    if list_checkpoints(checkpoints):
-        inside = checkpoints == folder / "checkpoints"
-        found.append("checkpoints" if inside else f"the checkpoints in {checkpoints}")
-    return found
+def refuse_occupied(config: Config, start: Start) -> None:
+    """Refuse a folder with a run for which neither way is chosen; looks at names only.
 
-
-def _refuse_occupied(config: Config, start: Start) -> None:
+    Raises:
+        ConfigError: With what is there and both ways.
+    """
     if start.resume and start.overwrite and not start.restarted:
         raise ConfigError(
             "--resume and --overwrite must not be given together; --resume goes on with the run, "
@@ -196,6 +186,21 @@ def _refuse_occupied(config: Config, start: Start) -> None:
             f"run.dir ({folder}) must have a checkpoint for --resume, and its run has ended "
             "without one; use --overwrite to move it aside and start anew"
         )
+
+
+def traces(config: Config, config_file: Path | None = None) -> list[str]:
+    """What of a run is in its folder or among its checkpoints, for a message; empty for nothing."""
+    folder = Path(config.run.dir)
+    found = [
+        name
+        for name in TRACES
+        if os.path.lexists(folder / name) and not _is_same(folder / name, config_file)
+    ]
+    checkpoints = checkpoint_folder(config)
+    if list_checkpoints(checkpoints):
+        inside = checkpoints == folder / "checkpoints"
+        found.append("checkpoints" if inside else f"the checkpoints in {checkpoints}")
+    return found
 
 
 def _refuse_running(folder: Path, start: Start) -> None:
