@@ -111,7 +111,7 @@ _moepp_create_venv() {
         _moepp_logged "$log" uv venv --allow-existing --seed --python "$python" "$venv"; then
         return 0
     elif [[ $version != *-novenv ]]; then
-        _moepp_logged "$log" "$python" -m venv "$venv" && return 0
+        _moepp_logged "$log" "$python" -P -m venv "$venv" && return 0
     elif command -v virtualenv >/dev/null; then
         _moepp_logged "$log" virtualenv --python "$python" "$venv" && return 0
     else
@@ -158,7 +158,7 @@ _moepp_install() {
         # uv reads neither pip's configuration nor the system's certificates.
         _moepp_say "uv could not (its reason is in the log); trying pip"
     fi
-    if ! _moepp_logged "$log" "$venv/bin/python" -m pip install --progress-bar off \
+    if ! _moepp_logged "$log" "$venv/bin/python" -P -m pip install --progress-bar off \
         --disable-pip-version-check --no-input -c "$constraints" -e '.[dev]'; then
         _moepp_say "the installation failed; the end of $log:"
         tail -n 15 -- "$log" >&2

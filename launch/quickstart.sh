@@ -3,16 +3,20 @@
 #
 #   ./launch/quickstart.sh [section.key=value ...]
 #
-# Makes the environment if needed, prepares the running Python's library sources as a corpus,
+# A run of before is moved aside, not deleted; with --resume among the arguments it goes on instead. Makes the environment if needed, prepares the running Python's library sources as a corpus,
 # trains on the devices here (two CPU ranks where there is no GPU), writes the report, samples text.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 
+# The command that goes on with an interrupted run says how to get from here to there.
+export MOEPP_SHELL_FOLDER=$PWD
 cd -- "$MOEPP_ROOT"
 run=runs/quickstart
+again=(--overwrite)
 for argument in "$@"; do
     if [[ $argument == run.dir=* ]]; then run=${argument#run.dir=}; fi
+    if [[ $argument == --resume || $argument == --overwrite ]]; then again=(); fi
 done
 
 devices=(--nproc 2)
@@ -28,7 +32,7 @@ if [[ -e data/stdlib/manifest.json ]]; then
 else
     "$MOEPP_BIN/moepp" data prepare stdlib --out data/stdlib --vocab-size 4096
 fi
-"$MOEPP_BIN/moepp" train configs/quickstart.yaml "${devices[@]}" "$@"
+"$MOEPP_BIN/moepp" train configs/quickstart.yaml "${devices[@]}" "${again[@]}" "$@"
 "$MOEPP_BIN/moepp" report "$run"
 
 printf '\nA sample from the trained model:\n'

@@ -17,6 +17,7 @@
 #                             MOEPP_CONTAINER_MOUNTS
 #   MOEPP_LOG_DIR             folder on each node for the ranks' own output
 #   MOEPP_STEP_WAIT           seconds that nodes get to end after the first one has ended
+#   MOEPP_GO_ON               exported: the command that submits the job again
 #   MOEPP_PROBE_TIMEOUT       seconds that nodes get to answer after a failure
 
 # Exit statuses of moepp.
@@ -226,7 +227,10 @@ _moepp_may_requeue() {
 
 # Requeues for reason $1 and ends this script.
 _moepp_requeue() {
-    _moepp_may_requeue "$1" || exit "$_MOEPP_STOPPED"
+    if ! _moepp_may_requeue "$1"; then
+        if [[ -n ${MOEPP_GO_ON:-} ]]; then _moepp_say "to go on: $MOEPP_GO_ON"; fi
+        exit "$_MOEPP_STOPPED"
+    fi
     _moepp_say "$1; requeued ($((_MOEPP_RESTART + 1)) of at most $MOEPP_MAX_REQUEUES times)"
     trap '' TERM USR1
     scontrol requeue "$SLURM_JOB_ID"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.go_on import GO_ON, go_on_command, is_given, say_go_on
 from moepp_megatron.cli.machines import machines
 from moepp_megatron.cli.prepared_data import check_data
 from moepp_megatron.config import (
@@ -23,6 +26,9 @@ from moepp_megatron.config import (
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
+    from moepp_megatron.runtime.launch import LaunchOptions
+    from moepp_megatron.runtime.nodes import Nodes
+    from moepp_megatron.training.occupancy import Start
 
 
 def train(
@@ -47,6 +53,14 @@ def train(
             "--resume",
             help="Go on from this run's newest checkpoint if it has one, else start as "
             "checkpoint.load says.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Start anew where run.dir holds a run: that one is moved to a folder beside it, "
+            "named by date and time. Nothing is deleted.",
         ),
     ] = False,
     log_dir: Annotated[
@@ -108,6 +122,27 @@ def train(
         if build_rank is not None and not build_and_check(settings, layout, build_rank):
             raise typer.Exit(1)
         return
+    from moepp_megatron.runtime.launch import LaunchOptions
+    from moepp_megatron.runtime.stop_signals import INTERRUPTED
+    from moepp_megatron.training import occupancy
+
+    name = rdzv_id if nodes is not None else rank.start_name
+    restarted = rank.restart_count > 0 or occupancy.is_requeued(settings, name)
+    overwrite = overwrite and not restarted
+    resume = resume or restarted or (_goes_on_by_itself(settings) and not overwrite)
+    words = _words(config, overrides, nproc, max_restarts, log_dir, nodes)
+    start = occupancy.Start(
+        resume=resume,
+        overwrite=overwrite,
+        restarted=restarted,
+        name=name,
+        config_file=config,
+        go_on=go_on_command(words),
+    )
+    leads = rank.rank == 0 if nodes is None else node_rank == 0
+    if leads and not occupancy.is_claimed():
+        # At once; looking for packages imports torch.
+        occupancy.refuse_occupied(settings, start)
     from moepp_megatron.runtime.fit import check_fit
     from moepp_megatron.runtime.launch import has_launcher
 
@@ -122,20 +157,78 @@ def train(
     if rank.rank == 0 and not node_rank and not has_launcher():
         for warning in warnings:
             typer.echo(f"warning: {warning}", err=True)
-    if resume or rank.restart_count > 0:
+    if resume:
         settings = _resumed(settings)
-    _check_start(settings)
+    if not (overwrite and settings.checkpoint.load == "auto"):
+        _check_start(settings)
     alone = nproc == 1 and max_restarts == 0 and nodes is None and log_dir is None
-    if rank.is_launched or alone:
-        _train_rank(settings, layout)
-        return
-    from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
+    try:
+        with _entering(settings, start, leads):
+            if rank.is_launched or alone:
+                _train_rank(settings, layout)
+            else:
+                options = LaunchOptions(nproc, nodes, max_restarts, log_dir, stoppable=True)
+                _launch(options, start, not leads, [str(config), *(overrides or [])])
+    except KeyboardInterrupt:
+        typer.echo("interrupted before training or after its end", err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
-    arguments = ["train", *(["--resume"] if resume else []), "--", str(config)]
-    options = LaunchOptions(nproc, nodes, max_restarts, log_dir, stoppable=True)
-    status = run_ranks(options, "moepp_megatron.cli.main", [*arguments, *(overrides or [])])
+
+def _goes_on_by_itself(config: Config) -> bool:
+    """Whether the configuration asks for what --resume does."""
+    return config.checkpoint.load == "auto" and config.checkpoint.load_optimizer
+
+
+def _entering(config: Config, start: Start, leads: bool) -> AbstractContextManager[None]:
+    """The run's folder is this process's inside, where it decides that for all ranks.
+
+    Raises:
+        ConfigError: The run may not start there.
+    """
+    from moepp_megatron.training import occupancy
+
+    if occupancy.is_claimed():
+        return contextlib.nullcontext()
+    if leads:
+        return occupancy.claimed(config, start, typer.echo)
+    occupancy.check_beside_leader(config, start)
+    return contextlib.nullcontext()
+
+
+def _launch(options: LaunchOptions, start: Start, ranks_decide: bool, words: list[str]) -> None:
+    """Start this machine's ranks, which decide where this machine is not known as the first."""
+    from moepp_megatron.runtime.launch import STOPPED, run_ranks
+
+    # A script's command is for all machines; without one each has its own.
+    says = not is_given() or options.nodes is None or not options.nodes.rank
+    flags = ["--resume"] if start.resume else []
+    if ranks_decide:
+        flags += ["--overwrite"] if start.overwrite else []
+        os.environ[GO_ON] = start.go_on or ""
+    status = run_ranks(options, "moepp_megatron.cli.main", ["train", *flags, "--", *words])
+    if status == STOPPED and says:
+        say_go_on(start.go_on)
     if status != 0:
         raise typer.Exit(status)
+
+
+def _words(
+    config: Path,
+    overrides: list[str] | None,
+    nproc: int,
+    max_restarts: int,
+    log_dir: Path | None,
+    nodes: Nodes | None,
+) -> list[str]:
+    """The arguments of this call, but for whether it goes on or starts anew."""
+    words = [str(config), *(overrides or [])]
+    if nproc > 1:
+        words += ["--nproc", str(nproc)]
+    if max_restarts > 0:
+        words += ["--max-restarts", str(max_restarts)]
+    if log_dir is not None:
+        words += ["--log-dir", str(log_dir)]
+    return words if nodes is None else [*words, *nodes.moepp_options()]
 
 
 def _check_build_rank(rank: int | None, dry_run: bool, world_size: int) -> None:
@@ -228,6 +321,9 @@ def _train(config: Config, layout: Layout) -> None:
 
             typer.echo(choices_line())
         trainer = Trainer(config, layout)
+        if rank.rank == 0:
+            for line in trainer.start_lines:
+                typer.echo(line)
         record = trainer.run()
     failure = trainer.failure
     if trainer.stopped:
@@ -236,7 +332,7 @@ def _train(config: Config, layout: Layout) -> None:
         if failure is not None:
             raise OSError(failure)
         if rank.rank == 0:
-            typer.echo(f"stopped on request at step {trainer.progress.step}; run again to go on")
+            _say_stopped(trainer.progress.step)
         leave(STOPPED)
     if rank.rank == 0:
         _finish(config, record)
@@ -245,6 +341,17 @@ def _train(config: Config, layout: Layout) -> None:
     if failure is not None:
         # All that could be done is done, but the run's last state is nowhere.
         raise typer.Exit(1)
+
+
+def _say_stopped(step: int) -> None:
+    """Where training stands; how to go on is said last, by the launcher where there is one."""
+    from moepp_megatron.observe.status import inherited_claim
+
+    typer.echo(f"stopped on request at step {step}, saved")
+    claim = inherited_claim()
+    assert claim is not None, "rank 0 trains in a folder that it or its launcher has claimed"
+    if claim.pid == os.getpid():
+        say_go_on(claim.go_on)
 
 
 def _finish(config: Config, record: StepMetrics | None) -> None:

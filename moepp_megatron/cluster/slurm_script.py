@@ -57,6 +57,13 @@ class SlurmJob:
         """Where Slurm writes the job's output."""
         return self.directory / self.config.run.dir / "slurm"
 
+    @property
+    def go_on(self) -> str:
+        """The command that submits the job again, from any folder."""
+        words = ["moepp", "slurm", str(self.config_file.absolute()), *self.overrides]
+        words += ["--nodes", str(self.config.slurm.nodes), "--submit"]
+        return f"cd {shlex.quote(str(self.directory))} && {shlex.join(words)}"
+
     def node_counts(self) -> list[int]:
         """Numbers of nodes that the job may run on, fewest first.
 
@@ -89,7 +96,8 @@ class SlurmJob:
                 "folder slurm; install with: pip install -e CLONE"
             )
         slurm = self.config.slurm
-        command = [sys.executable, "-m", "moepp_megatron.cli.main"]
+        # -P: nothing is imported from the folder that the job runs in.
+        command = [sys.executable, "-P", "-m", "moepp_megatron.cli.main"]
         if slurm.container != "none":
             # This Python is outside; the image brings its own.
             command = ["moepp"]
@@ -99,6 +107,7 @@ class SlurmJob:
             .render(
                 options=self._options(),
                 root=str(REPOSITORY),
+                go_on=self.go_on,
                 command=command,
                 ranks_per_node=self.ranks_per_node,
                 max_restarts=slurm.max_restarts,

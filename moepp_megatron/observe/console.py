@@ -13,23 +13,18 @@ STEP_TIME_WINDOW = 20
 
 
 class ConsoleSink:
-    """A progress bar on a terminal, one plain line a record elsewhere."""
+    """A progress bar on a terminal, one plain line for each record elsewhere."""
 
-    def __init__(
-        self, total_steps: int, phi: float, console: Console | None = None, print_every: int = 1
-    ) -> None:
+    def __init__(self, total_steps: int, phi: float, console: Console | None = None) -> None:
         """Opens the sink.
 
         Args:
             total_steps: Steps of the whole run.
             phi: FFN share under perfect balance, shown beside the measured one.
             console: Where to print; None for standard output.
-            print_every: Without a terminal, print the records of steps divisible by this, and the
-                first, the last and evaluated ones.
         """
         self._total_steps = total_steps
         self._phi = phi
-        self._print_every = max(1, print_every)
         self._console = console if console is not None else Console()
         self._step_times: deque[float] = deque(maxlen=STEP_TIME_WINDOW)
         self._started = False
@@ -55,7 +50,7 @@ class ConsoleSink:
             if record.valid_loss is not None:
                 self.message(f"step {record.step}: validation loss {record.valid_loss:.4f}")
             self._progress.update(self._task, completed=record.step, status=self._status(record))
-        elif self._is_due(record):
+        else:
             self.message(f"step {record.step}/{self._total_steps} | {self._status(record)}")
         self._started = True
 
@@ -70,14 +65,6 @@ class ConsoleSink:
         """Leaves the bar as it is and gives the terminal back."""
         if self._progress is not None:
             self._progress.stop()
-
-    def _is_due(self, record: StepMetrics) -> bool:
-        return (
-            not self._started
-            or record.step % self._print_every == 0
-            or record.step >= self._total_steps
-            or record.valid_loss is not None
-        )
 
     def _status(self, record: StepMetrics) -> str:
         parts = [f"loss {record.loss:.4f}"]

@@ -117,7 +117,6 @@ def open_sinks(
     phi: float,
     total_steps: int,
     resume_step: int | None = None,
-    print_every: int = 1,
     wandb: WandbRun | None = None,
 ) -> Sinks:
     """The sinks of a training run.
@@ -130,12 +129,10 @@ def open_sinks(
         phi: The FFN share that is wanted; the console shows it.
         total_steps: ``training.train_iters``.
         resume_step: The first step that will be written; see ``JsonlSink``.
-        print_every: In a log without a terminal, print the records of steps divisible by this
-            (and the first, the last and evaluated ones).
         wandb: The run at W&B; None for none.
     """
     jsonl = JsonlSink(run_dir / "metrics.jsonl", resume_step)
-    console = ConsoleSink(total_steps, phi=phi, print_every=print_every)
+    console = ConsoleSink(total_steps, phi=phi)
     views: dict[str, Callable[[], Sink]] = {
         "status file": lambda: StatusSink(run_dir),
         "TensorBoard output": lambda: TensorBoardSink(

@@ -1,8 +1,14 @@
-"""``RUN/status.json``: which process trains, and whether it has ended in order."""
+"""``RUN/status.json``: which processes train, whether they have ended in order, how to go on.
+
+Whoever starts a run claims its folder with this file before anything else is written there
+(`training.occupancy`). The process that writes the records then puts itself in, beside the launcher
+that has claimed the folder.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import time
 from pathlib import Path
@@ -14,17 +20,60 @@ from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.metrics import StepMetrics
 
 STATUS_FILE = "status.json"
+# The claim of a run's launcher, as JSON, for its ranks.
+CLAIM = "MOEPP_CLAIM"
+
+
+class ProcessId(BaseModel):
+    """A process of a machine.
+
+    Attributes:
+        pid: Its number.
+        started: When it began, seconds since 1970: a pid may be given out again.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    pid: int
+    started: float
+
+    @classmethod
+    def own(cls) -> ProcessId:
+        """This process."""
+        import psutil
+
+        return cls(pid=os.getpid(), started=psutil.Process().create_time())
+
+    def is_gone(self) -> bool | None:
+        """Whether it exists no longer on this machine; None where that cannot be told."""
+        import psutil
+
+        try:
+            process = psutil.Process(self.pid)
+            # Process times have a resolution of a hundredth of a second.
+            is_other = abs(process.create_time() - self.started) > 1.0
+            return is_other or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return None
 
 
 class RunStatus(BaseModel):
-    """What the process that writes a run's records says of itself.
+    """What the processes of a run say of themselves.
 
     Attributes:
         state: ``running``, or ``ended`` where training came to its end or stopped on request.
-        host: Name of its machine.
-        pid: Its process there.
-        started: When that process began, seconds since 1970: a pid may be given out again.
+        host: Name of their machine.
+        pid: The process that writes the records; before it is there, the launcher.
+        started: When that process began, seconds since 1970.
         time: When this was written.
+        launcher: The launcher that has claimed the folder and starts ranks anew; None for none.
+        start: Names this start of the run for all of its ranks; None where ranks need none.
+        restarted: Whether that start goes on with what the same job or launcher has begun.
+        job: Number of the Slurm job; None outside of one.
+        go_on: The command that goes on with the run, for a shell; None where nobody knows.
+        folder: Where it works.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -34,37 +83,79 @@ class RunStatus(BaseModel):
     pid: int
     started: float
     time: float
+    launcher: ProcessId | None = None
+    start: str | None = None
+    restarted: bool = False
+    job: str | None = None
+    go_on: str | None = None
+    folder: str | None = None
+
+    @classmethod
+    def own(
+        cls, start: str | None = None, restarted: bool = False, go_on: str | None = None
+    ) -> RunStatus:
+        """This process is about to train, or to start those that do."""
+        return cls(
+            state="running",
+            host=socket.gethostname(),
+            time=time.time(),
+            start=start,
+            restarted=restarted,
+            job=os.environ.get("SLURM_JOB_ID"),
+            go_on=go_on,
+            folder=os.getcwd(),
+            **ProcessId.own().model_dump(),
+        )
+
+    @classmethod
+    def of_rank(cls) -> RunStatus:
+        """This process trains; under a launcher that has claimed the folder, for it."""
+        own, claim = cls.own(), inherited_claim()
+        if claim is None:
+            return own
+        known = claim.model_copy(
+            update={"pid": own.pid, "started": own.started, "time": own.time, "host": own.host}
+        )
+        if claim.pid == own.pid:
+            return known
+        launcher = ProcessId(pid=claim.pid, started=claim.started)
+        return known.model_copy(update={"launcher": launcher})
+
+    def way_on(self) -> str | None:
+        """`go_on` for a shell in this process's folder."""
+        if self.go_on is None or self.folder is None or self.folder == os.getcwd():
+            return self.go_on
+        # One that changes folder itself does so from anywhere.
+        if self.go_on.startswith("cd "):
+            return self.go_on
+        return f"cd {shlex.quote(self.folder)} && {self.go_on}"
 
     def is_gone(self) -> bool | None:
-        """Whether the process exists no longer; None where this machine cannot tell."""
-        import psutil
-
+        """Whether all of its processes exist no longer; None where this machine cannot tell."""
         if self.host != socket.gethostname():
             return None
-        try:
-            # Process times have a resolution of a hundredth of a second.
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1.0
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.Error:
-            return None
+        answers = [ProcessId(pid=self.pid, started=self.started).is_gone()]
+        if self.launcher is not None:
+            answers.append(self.launcher.is_gone())
+        if False in answers:
+            return False
+        return None if None in answers else True
 
 
-def write_status(run_dir: Path, state: Literal["running", "ended"]) -> None:
-    """Writes this process's status.
+def inherited_claim() -> RunStatus | None:
+    """What the launcher of this rank, or this process itself, has claimed the folder with."""
+    try:
+        return RunStatus.model_validate_json(os.environ.get(CLAIM, ""))
+    except ValidationError:
+        return None
+
+
+def write_status(run_dir: Path, status: RunStatus) -> None:
+    """Replaces the run's status.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    import psutil
-
-    status = RunStatus(
-        state=state,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        started=psutil.Process().create_time(),
-        time=time.time(),
-    )
     write_atomic(run_dir / STATUS_FILE, status.model_dump_json().encode() + b"\n")
 
 
@@ -82,7 +173,7 @@ class StatusSink:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        write_status(run_dir, "running")
+        write_status(run_dir, RunStatus.of_rank())
 
     def write(self, record: StepMetrics) -> None:
         """A record changes nothing."""
@@ -92,7 +183,8 @@ class StatusSink:
 
     def close(self) -> None:
         """Says that training has ended in order."""
-        write_status(self._run_dir, "ended")
+        ended = RunStatus.of_rank().model_copy(update={"state": "ended"})
+        write_status(self._run_dir, ended)
 
 
 def read_status(run_dir: Path) -> RunStatus | None:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO
-
-import psutil
 
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.runtime.meeting import Meeting
@@ -25,8 +21,9 @@ from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.parent import die_with_parent
 from moepp_megatron.runtime.rank import NODE_RANK
 from moepp_megatron.runtime.rank_environment import with_rank_variables
+from moepp_megatron.runtime.stop_signals import children, passing_on_signals, starting
 
-# Exit status of a run that was asked to stop and has saved: run it again.
+# Exit status of a run that was asked to stop and has saved; its last line is the way to go on.
 STOPPED = 75
 # Exit status of a rank in a run in which nothing moved any more.
 HUNG = 70
@@ -41,12 +38,8 @@ _FAILURES = (HUNG, ConfigError.exit_code, UnfitError.exit_code)
 # request leave with 0, and what a status meant is written down here.
 _STATUS_FILE = "MOEPP_STATUS_FILE"
 
-# By these a run is asked to stop.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # How often a launcher looks whether ranks run, where other machines may keep it waiting.
 _MEETING_POLL_S = 1.0
-# Longer than TORCH_ELASTIC_SHUTDOWN_TIMEOUT, so that torchrun is done first.
-_INTERRUPT_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -75,9 +68,11 @@ class LaunchOptions:
 def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module arguments` on this machine's ranks and wait.
 
-    SIGTERM and SIGUSR1 that this process receives are passed on to the ranks, not to torchrun,
-    which would end them after a fixed time whether they have saved or not. Slurm sends its SIGTERM
-    to all processes of a job at once, so torchrun does not get to see that one either.
+    SIGTERM, SIGUSR1 and SIGINT that this process receives are passed on to the ranks, not to
+    torchrun, which would end them after a fixed time whether they have saved or not. Slurm sends
+    its SIGTERM to all processes of a job at once, and a terminal its SIGINT to all of the
+    foreground, so torchrun does not get to see those either. A second SIGINT ends everything at
+    once, and so does the first one where ranks are not stoppable.
 
     Args:
         options: How many, where, how often.
@@ -88,7 +83,8 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         The exit status: 0 when every rank of this machine ended with 0, or what a rank passed to
         `leave` (such as `STOPPED`); `HUNG` when they stood still; `LOST` when other machines stayed
         away; 128 + number when this process was asked by a signal to end ranks that are not
-        stoppable; otherwise torchrun's.
+        stoppable, or to end them at once, and when a signal has ended torchrun; otherwise
+        torchrun's.
     """
     interface = options.nodes.interface() if options.nodes is not None else None
     environment = with_rank_variables(os.environ, options.num_local_ranks, interface)
@@ -157,7 +153,7 @@ def _run(
     command: list[str], environment: dict[str, str], options: LaunchOptions, status_file: Path
 ) -> int:
     stoppable = options.stoppable
-    with _starting(stoppable), _output(options.output) as output:
+    with starting(stoppable), _output(options.output) as output:
         agent = subprocess.Popen(
             command,
             env=environment,
@@ -165,23 +161,21 @@ def _run(
             stderr=None if output is None else subprocess.STDOUT,
             preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
-    with _passing_on_signals(agent, stoppable) as request:
+    with passing_on_signals(agent, stoppable) as request:
         try:
             status = _wait(agent, options.nodes, status_file)
-        except KeyboardInterrupt:
-            # The terminal has sent it to torchrun too, which ends the ranks.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                agent.wait(_INTERRUPT_TIMEOUT_S)
-            return 128 + signal.SIGINT
         finally:
             agent.kill()
             agent.wait()
     if status == 0:
         return 0
-    if not stoppable and request.number:
+    if request.at_once or (not stoppable and request.number):
         return 128 + request.number
-    # Nothing ran that could have been lost.
-    return STOPPED if request.met_no_rank else status
+    if request.met_no_rank:
+        # Nothing ran that could have been lost.
+        return STOPPED
+    # As a shell reports a process that a signal has ended.
+    return 128 - status if status < 0 else status
 
 
 def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path) -> int:
@@ -193,20 +187,12 @@ def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path
         with contextlib.suppress(subprocess.TimeoutExpired):
             return agent.wait(_MEETING_POLL_S)
         # Where ranks have ended well, torchrun waits for those of the other machines to end.
-        at_work = _ended_well(status_file) or bool(_ranks(agent))
+        at_work = _ended_well(status_file) or bool(children(agent))
         meeting.observe(at_work, time.monotonic())
         failure = meeting.failure(time.monotonic())
         if failure is not None:
             print(f"error: {failure}; exit status {LOST}", file=sys.stderr, flush=True)
             return LOST
-
-
-def _ranks(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The children of torchrun; none once it has ended."""
-    try:
-        return psutil.Process(agent.pid).children()
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _ended_well(status_file: Path) -> bool:
@@ -215,51 +201,3 @@ def _ended_well(status_file: Path) -> bool:
 
 def _output(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
     return contextlib.nullcontext() if path is None else path.open("wb")
-
-
-@contextmanager
-def _starting(stoppable: bool) -> Iterator[None]:
-    """Children begin with the stop signals held back.
-
-    torchrun never takes them. A rank takes them once it listens, so that a request that comes while
-    it still starts is neither lost nor its end.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS if stoppable else ())
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@dataclass
-class _Request:
-    """What became of a request to stop; torchrun may just be waiting for other machines."""
-
-    met_no_rank: bool = False
-    number: int = 0
-
-
-@contextmanager
-def _passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iterator[_Request]:
-    request = _Request()
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        request.number = number
-        if agent.poll() is not None:
-            return
-        ranks = _ranks(agent)
-        for rank in ranks:
-            # torchrun itself uses SIGTERM to end ranks, for good.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                rank.send_signal(signal.SIGUSR1 if stoppable else number)
-        if not ranks:
-            request.met_no_rank = True
-            with contextlib.suppress(ProcessLookupError):
-                agent.send_signal(signal.SIGINT)
-
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

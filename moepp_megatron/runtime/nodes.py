@@ -74,6 +74,15 @@ class Nodes:
             f"--local-addr={self.local_address()}",
         ]
 
+    def moepp_options(self) -> list[str]:
+        """The options of moepp's commands that mean these machines."""
+        options = ["--nnodes", str(self.count)]
+        if self.rank is not None:
+            options += ["--node-rank", str(self.rank)]
+        options += ["--rdzv-endpoint", f"{_bracketed(self.host)}:{self.port}"]
+        options += ["--rdzv-id", self.run_id]
+        return [*options, "--restart-timeout", str(self.restart_timeout_s)]
+
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 # This machine's number among those of the run, from the launcher (`runtime.nodes.Nodes.rank`).
 NODE_RANK = "MOEPP_NODE_RANK"
+# What tells one start of ranks by srun from any other.
+_SLURM_START = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class RankEnvironment:
         local_world_size: Ranks on this node.
         is_launched: Whether torchrun, a launcher that sets the same variables, or srun started it.
         restart_count: How often torchrun has started the ranks anew.
+        start_name: What this start of the run is called on all of its ranks; None for a lone
+            process.
         meets_at: Host and port of the store where ranks meet, and whether this rank serves it;
             None to take what torch finds in the environment.
     """
@@ -32,6 +36,7 @@ class RankEnvironment:
     local_world_size: int = 1
     is_launched: bool = False
     restart_count: int = 0
+    start_name: str | None = None
     meets_at: tuple[str, int, bool] | None = None
 
     @classmethod
@@ -65,6 +70,7 @@ class RankEnvironment:
             local_world_size=local_world_size,
             is_launched=True,
             restart_count=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            start_name=env.get("TORCHELASTIC_RUN_ID", "none"),
             meets_at=meets_at,
         )
 
@@ -81,6 +87,7 @@ class RankEnvironment:
             local_rank=int(env["SLURM_LOCALID"]),
             local_world_size=_tasks_on_node(env),
             is_launched=True,
+            start_name=".".join(env.get(name, "0") for name in _SLURM_START),
             meets_at=(host, port, rank == 0),
         )
 

@@ -61,6 +61,11 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
             "22",
             "an InfiniBand link that flaps for seconds does not end the run (4.1 us * 2^22 = 17 s)",
         ),
+        Variable(
+            "PYTHONSAFEPATH",
+            "1",
+            "`python -m` would import from the working directory first, such as a random.py there",
+        ),
         Variable("PYTHONUNBUFFERED", "1", "the last lines of a killed rank are in its log"),
         Variable(
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",

@@ -29,7 +29,6 @@ def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
         phi=moe.ffn_share,
         total_steps=config.training.train_iters,
         resume_step=progress.step + 1,
-        print_every=10,
         wandb=_wandb(config),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from megatron.core.distributed import (
@@ -141,7 +142,17 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
     )
 
 
-def _scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def learning_rate(config: Config, step: int) -> float:
+    """The learning rate that step `step` (from 1) of a run trains with."""
+    # It sets the rate of every group of an optimizer, here of none.
+    schedule = _scheduler(config, SimpleNamespace(param_groups=[]))
+    schedule.num_steps = step
+    return float(schedule.get_lr({}))
+
+
+def _scheduler(
+    config: Config, optimizer: MegatronOptimizer | SimpleNamespace
+) -> OptimizerParamScheduler:
     settings = config.optimizer
     return OptimizerParamScheduler(
         optimizer,

@@ -1,4 +1,4 @@
-"""Stopping on request: finish the step, save, leave with a status that means "run again"."""
+"""Stopping on request: finish the step, save, leave with a status that means "go on later"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from moepp_megatron.runtime.launch import STOP_SIGNALS
+from moepp_megatron.runtime.rank import RankEnvironment
+from moepp_megatron.runtime.stop_signals import SAME_INTERRUPT_S, heeded_signals
 
 # One request reaches a rank by several ways: Slurm signals every process of a job, and the launcher
 # passes on what it got.
@@ -22,19 +23,22 @@ SAME_REQUEST_S = 10.0
 class StopRequest:
     """Whether this run was asked to stop.
 
-    The first SIGTERM or SIGUSR1 is remembered and the step goes on; one that comes more than
-    `SAME_REQUEST_S` later ends the process at once.
+    The first SIGTERM, SIGUSR1 or SIGINT is remembered and the step goes on; one that comes more
+    than `SAME_REQUEST_S` later ends the process at once. A process that trains alone is ended by a
+    second Ctrl-C at once; for ranks their launcher decides that, which has passed on the first.
     """
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
+        self._interrupted_at: float | None = None
+        self._is_alone = not RankEnvironment.read().is_launched
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handle the signals inside the block; the handlers before are put back afterwards."""
-        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, self._receive) for number in heeded_signals()}
         # The launcher holds them back until now; one that came meanwhile arrives here.
-        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
         try:
             yield self
         finally:
@@ -55,8 +59,13 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._asked_at is None:
-            self._asked_at = now
-        elif now - self._asked_at > SAME_REQUEST_S:
+        first, same_for = self._asked_at, SAME_REQUEST_S
+        if number == signal.SIGINT and self._is_alone:
+            first, same_for = self._interrupted_at, SAME_INTERRUPT_S
+        if first is not None and now - first > same_for:
             # Without cleaning up: whoever asks again does not want to wait.
             os._exit(128 + number)
+        if number == signal.SIGINT and self._interrupted_at is None:
+            self._interrupted_at = now
+        if self._asked_at is None:
+            self._asked_at = now

@@ -30,11 +30,13 @@ from moepp_megatron.training.checkpoint import (
     lack_of_room,
     read_checkpoint,
 )
+from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.evaluate import validation_loss
 from moepp_megatron.training.going_back import go_back, newest_checkpoint
 from moepp_megatron.training.profiler import StepRecorder
 from moepp_megatron.training.resilience.supervisor import Supervisor
+from moepp_megatron.training.resumed import start_lines
 from moepp_megatron.training.routers import Routers
 from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.run_sinks import open_run_sinks
@@ -57,6 +59,7 @@ class Trainer:
         progress: Where the run stands.
         extra: Further state that checkpoints hold, the same on every rank.
         checkpoints: Writes them; says whether saves failed.
+        start_lines: Which checkpoint the run goes on from, and what differs from it, for people.
     """
 
     def __init__(self, config: Config, layout: Layout) -> None:
@@ -80,6 +83,7 @@ class Trainer:
         self._alerts: AlertSinks | None = None
         self._told_failed_saves = 0
         self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, self._tokenizer)
+        self.start_lines: list[str] = []
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load()
         self.progress, self.extra = loaded.progress, loaded.extra
@@ -306,4 +310,7 @@ class Trainer:
         if start is None:
             return Loaded()
         weights_only = not self.config.checkpoint.load_optimizer
-        return read_checkpoint(start, self.model, self.config, weights_only)
+        loaded = read_checkpoint(start, self.model, self.config, weights_only)
+        record = None if weights_only else read_record(start)
+        self.start_lines = start_lines(start, record, self.config, self.layout)
+        return loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_twenty_kills(tmp_path: Path, data: Path, num_ranks: int) -> None:
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_stop_on_request_saves_and_goes_on(
     tmp_path: Path, data: Path, number: signal.Signals
 ) -> None:
@@ -96,3 +97,47 @@ def test_stop_on_request_saves_and_goes_on(
     stopped_at = max(losses(run))
     latest = (run / "checkpoints" / "latest").read_text().strip()
     assert latest == f"step_{stopped_at:08d}", "nothing is lost but what came after the request"
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_what_is_printed_goes_on(tmp_path: Path, data: Path) -> None:
+    """Ctrl-C, the printed command, Ctrl-C again: one run, which says where it goes on.
+
+    A second start without --resume changes nothing meanwhile.
+    """
+    run = tmp_path / "run of mine"
+    config = write_config(tmp_path / "run.yaml", data, run, 2, train_iters=20000)
+    log = config.with_suffix(".log")
+
+    def interrupted(process: subprocess.Popen) -> tuple[int, list[str]]:
+        before = max(losses(run), default=0)
+        while max(losses(run), default=0) < before + 3:
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 75, log.read_text()[-3000:]
+        return max(losses(run)), log.read_text().splitlines()
+
+    with training(config, 2) as process:
+        stopped_at, lines = interrupted(process)
+    assert "Traceback" not in log.read_text()
+    assert lines[-3:-1] == [f"stopped on request at step {stopped_at}, saved", "to go on:"]
+    records = (run / "metrics.jsonl").read_bytes()
+    with training(config, 2) as process:
+        assert process.wait(timeout=120) == 2
+    assert (run / "metrics.jsonl").read_bytes() == records
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {lines[-1]}"], stdout=output, stderr=output
+        )
+    try:
+        ended_at, more = interrupted(process)
+    finally:
+        process.kill()
+        process.wait()
+    checkpoint = run / "checkpoints" / f"step_{stopped_at:08d}"
+    assert f"resumed from step {stopped_at} of {checkpoint}" in more
+    assert more[-1] == lines[-1]
+    assert sorted(losses(run)) == list(range(1, ended_at + 1))
+    assert (run / "metrics.jsonl").read_bytes().startswith(records)

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moepp_megatron.runtime.stop_signals import SAME_INTERRUPT_S
+
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 
 LAUNCHER = """
@@ -63,12 +65,18 @@ def start(tmp_path: Path):
     paths = os.pathsep.join([str(tmp_path), root, os.environ.get("PYTHONPATH", "")])
     started = []
 
-    def launcher(what: str, kind: str = "stoppable") -> subprocess.Popen[str]:
+    def launcher(
+        what: str, kind: str = "stoppable", cwd: Path | None = None
+    ) -> subprocess.Popen[str]:
         logs = str(tmp_path / "logs")
         arguments = ["rank_of_test", kind, logs, what, str(tmp_path)]
         process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, *arguments],
+            # Like the console script it does not look in its working directory.
+            [sys.executable, "-P", "-c", LAUNCHER, *arguments],
             env={**os.environ, "PYTHONPATH": paths},
+            cwd=cwd,
+            # A terminal's foreground, to be signalled as one.
+            start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -130,14 +138,14 @@ def test_output_of_all_ranks_goes_to_a_file(start, tmp_path: Path) -> None:
     assert "rank 1 says hello" in text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_request_to_a_rank_that_still_starts_waits_for_it(start, tmp_path, number) -> None:
     process = start("late listener")
     pids(tmp_path)
     process.send_signal(number)
-    # To torchrun as well, as Slurm does.
+    # To torchrun as well, as Slurm does, and a terminal.
     for child in psutil.Process(process.pid).children():
-        child.send_signal(signal.SIGTERM)
+        child.send_signal(signal.SIGTERM if number == signal.SIGUSR1 else number)
     (tmp_path / "asked").touch()
     output, _ = process.communicate()
     assert process.returncode == 75, output
@@ -158,3 +166,75 @@ def test_killed_launcher_leaves_no_orphans(start, tmp_path: Path) -> None:
     (agent,) = psutil.Process(process.pid).children()
     process.kill()
     wait_until(lambda: gone([agent.pid, *ranks]))
+
+
+def test_ctrl_c_reaches_the_ranks_through_the_launcher(start, tmp_path: Path) -> None:
+    process = start("late listener")
+    pids(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    (tmp_path / "asked").touch()
+    output, _ = process.communicate()
+    assert process.returncode == 75, output
+    assert "Traceback" not in output
+
+
+def test_second_ctrl_c_ends_at_once(start, tmp_path: Path) -> None:
+    process = start("sleep")
+    ranks = pids(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    lines = iter(process.stdout.readline, "")
+    said = next(line for line in lines if "stopping" in line)
+    assert said == "stopping after this step; Ctrl-C again ends at once, without saving\n"
+    # Not the same Ctrl-C, arriving twice.
+    time.sleep(2 * SAME_INTERRUPT_S)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert gone(ranks)
+
+
+def test_one_ctrl_c_that_arrives_twice_is_one(start, tmp_path: Path) -> None:
+    """`timeout -s INT` signals its child and then the whole group."""
+    process = start("late listener")
+    pids(tmp_path)
+    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
+    (tmp_path / "asked").touch()
+    output, _ = process.communicate()
+    assert process.returncode == 75, output
+
+
+@pytest.mark.parametrize("to_group", [True, False])
+def test_ctrl_c_ends_ranks_that_cannot_stop(start, tmp_path: Path, to_group: bool) -> None:
+    process = start("sleep", "other")
+    ranks = pids(tmp_path)
+    (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert gone(ranks)
+
+
+def test_killed_torchrun_is_reported_as_a_shell_does(start, tmp_path: Path) -> None:
+    process = start("sleep")
+    ranks = pids(tmp_path)
+    (agent,) = psutil.Process(process.pid).children()
+    agent.kill()
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGKILL
+    wait_until(lambda: gone(ranks))
+
+
+def test_nothing_is_imported_from_the_working_directory(start, tmp_path: Path) -> None:
+    """Python, torchrun and torch import each of these."""
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    code = "import pathlib; pathlib.Path(__file__).with_suffix('.ran').touch()"
+    for name in ("random", "data", "uuid", "tempfile", "rank_of_test"):
+        (planted / f"{name}.py").write_text(code)
+    process = start("end", cwd=planted)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert list(planted.glob("*.ran")) == []
+    assert "rank 1 says hello" in output

@@ -26,7 +26,8 @@ def asked_at(step_of_signal: int, rank_of_signal: int, steps: int) -> list[bool]
 
 
 def handlers_before_and_after() -> bool:
-    from moepp_megatron.training.signals import STOP_SIGNALS, StopRequest
+    from moepp_megatron.runtime.stop_signals import STOP_SIGNALS
+    from moepp_megatron.training.signals import StopRequest
 
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopRequest().listening():
@@ -47,7 +48,8 @@ def asked_twice(same_request_s: float) -> bool:
 
 def asked_before_listening() -> bool:
     """As under the launcher, which starts ranks with the signals held back."""
-    from moepp_megatron.training.signals import STOP_SIGNALS, StopRequest
+    from moepp_megatron.runtime.stop_signals import STOP_SIGNALS
+    from moepp_megatron.training.signals import StopRequest
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     # To this thread: the test's process has others, which do not hold it back.

@@ -21,12 +21,12 @@ case "$*" in
     [[ -n "{answer}" ]] || exit 1
     echo "{answer} $0" ;;
 *"import pip"*) [[ -e "$(dirname "$0")/pip-is-here" ]] ;;
-"-m venv "*)
-    mkdir -p "$3/bin"
-    cp "$0" "$3/bin/python"
-    echo "version = {answer}" >"$3/pyvenv.cfg"
-    touch "$3/bin/pip-is-here" ;;
-"-m pip install"*)
+"-P -m venv "*)
+    mkdir -p "$4/bin"
+    cp "$0" "$4/bin/python"
+    echo "version = {answer}" >"$4/pyvenv.cfg"
+    touch "$4/bin/pip-is-here" ;;
+"-P -m pip install"*)
     echo "pip $*" >>"$CALLS"
     eval "${{PIP_DOES:-}}"
     printf '#!/bin/sh\\n' >"$(dirname "$0")/moepp"
@@ -88,7 +88,7 @@ class Machine:
 
     @property
     def installs(self) -> int:
-        return self.calls.read_text().count("pip -m pip install") if self.calls.exists() else 0
+        return self.calls.read_text().count("pip -P -m pip install") if self.calls.exists() else 0
 
     @property
     def python_calls(self) -> int:

@@ -135,6 +135,14 @@ def test_one_launcher_a_node_meets_at_the_first_nodes_address(node: Node) -> Non
         # What bash also says of a process that it does not know.
         (127, "", {}, 127, None, "failed with status 127"),
         (75, "MOEPP_MAX_REQUEUES=2", {"SLURM_RESTART_COUNT": "2"}, 75, None, "not again"),
+        (
+            75,
+            "MOEPP_MAX_REQUEUES=2 MOEPP_GO_ON='sbatch again'",
+            {"SLURM_RESTART_COUNT": "2"},
+            75,
+            None,
+            "to go on: sbatch again",
+        ),
         (75, "MOEPP_MAX_REQUEUES=2", {"SLURM_RESTART_COUNT": "1"}, 75, "requeue", "(2 of at most"),
         (75, "", {"STATE": "CANCELLED"}, 75, None, "the job is CANCELLED"),
         (75, "", {"STATE": "TIMEOUT"}, 75, "requeue", ""),

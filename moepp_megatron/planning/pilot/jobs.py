@@ -8,11 +8,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from moepp_megatron.planning.pilot.runs import PilotFolder, PilotRun, RunFailed
 from moepp_megatron.profiling.scaling.folder import failure_reason
-from moepp_megatron.runtime.launch import STOP_SIGNALS, STOPPED, LaunchOptions, run_ranks
+from moepp_megatron.runtime.launch import STOPPED, LaunchOptions, run_ranks
+from moepp_megatron.runtime.stop_signals import STOP_SIGNALS
+from moepp_megatron.training.occupancy import refuse_running
 
 # Statuses above it mean that somebody has asked this process to stop.
 _SIGNALLED = 128
@@ -78,7 +81,9 @@ class Jobs:
         Raises:
             Interrupted: Stopped from outside.
             RunFailed: It failed, or diverged.
+            ConfigError: Somebody else is doing it now.
         """
+        refuse_running(Path(run.config.run.dir))
         shutil.rmtree(run.config.run.dir, ignore_errors=True)
         status = self.start(self.folder, run, self.nproc)
         if status == STOPPED or status > _SIGNALLED:

@@ -67,7 +67,8 @@ def judge(
         return RunHealth("finished", f"finished {_ago(record_age_s)}")
     if status is not None and status.state == "ended":
         since = f"{short_time(max(0.0, now - status.time))} ago"
-        return RunHealth("stopped", f"stopped {since}; run again to go on")
+        how = "" if status.go_on is None else f"; to go on: {status.way_on()}"
+        return RunHealth("stopped", f"stopped {since}{how}")
     gone = status is not None and status.is_gone()
     if newest is None or record_age_s is None:
         if gone:

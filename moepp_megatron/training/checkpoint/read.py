@@ -113,10 +113,7 @@ def read_checkpoint(
     Raises:
         ConfigError: The model has other shapes.
     """
-    notes = check_compatible(checkpoint, config)
-    if dist.get_rank() == 0:
-        for note in notes:
-            logger.warning("%s", note)
+    check_compatible(checkpoint, config)
     record = read_record(checkpoint)
     with model.gathered_parameters():
         if weights_only or record is None:

@@ -83,7 +83,8 @@ def bash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             'show() { printf "%s\\0" "$1"; shift; printf "%s\\0" "$#" "$@"; }\n'
             'moepp_job() { show arguments "$@"; show image "$MOEPP_CONTAINER_IMAGE"\n'
             'show mounts "${MOEPP_CONTAINER_MOUNTS[@]}"\n'
-            'show preflight "${MOEPP_PREFLIGHT[@]}"; }\n'
+            'show preflight "${MOEPP_PREFLIGHT[@]}"\n'
+            'show again "$(printenv MOEPP_GO_ON)"; }\n'
         )
         monkeypatch.setattr(slurm_script, "REPOSITORY", root)
         script = make().script()
@@ -124,12 +125,21 @@ def test_bash_sees_every_value_unharmed(bash, text: str) -> None:
         # No folder name holds a slash; every other character may be in the clone's path.
         folder_name=f"clone {text}",
     )
+    (again,) = shown.pop("again")
+    cd, folder, then, *words = shlex.split(again)
+    assert (cd, folder, then) == ("cd", "/shared/code", "&&")
+    assert words == ["moepp", "slurm", f"/{text}/c.yaml", *overrides, "--nodes", "1", "--submit"]
     assert shown == {
         "arguments": [f"/{text}/c.yaml", *overrides],
         "image": [text],
         "mounts": [f"{text}:/x"],
         "preflight": [text, text],
     }
+
+
+def test_nothing_is_imported_from_the_folder_of_the_job() -> None:
+    (line,) = (each for each in job().script().splitlines() if each.startswith("MOEPP_COMMAND="))
+    assert " -P -m moepp_megatron.cli.main " in line
 
 
 @pytest.mark.parametrize("text", [text for text in NASTY if text.isprintable()])

@@ -227,18 +227,16 @@ def test_a_failing_required_sink_stops_the_run_and_the_others_are_closed(make_re
     assert other.closed
 
 
-def test_plain_lines_of_a_log(make_record):
+def test_every_record_gets_a_plain_line_in_a_log(make_record):
+    """`training.log_interval` alone decides which steps have a record."""
     out = io.StringIO()
-    sink = ConsoleSink(100, phi=0.6, console=Console(file=out, width=40), print_every=10)
-    for step in range(1, 21):
+    sink = ConsoleSink(100, phi=0.6, console=Console(file=out, width=40))
+    for step in (5, 10, 13, 15, 20):
         sink.write(make_record(step, valid_loss=5.5 if step == 13 else None))
     sink.close()
     lines = out.getvalue().splitlines()
     assert [line.split(" | ")[0] for line in lines] == [
-        "step 1/100",
-        "step 10/100",
-        "step 13/100",
-        "step 20/100",
+        f"step {step}/100" for step in (5, 10, 13, 15, 20)
     ]
     assert lines[1] == (
         "step 10/100 | loss 5.2500 | lr 3.00e-04 | grad norm 1.500 | FFN share 0.625 (phi 0.600) "
@@ -247,9 +245,9 @@ def test_plain_lines_of_a_log(make_record):
     assert "| valid loss 5.5000 |" in lines[2]
 
 
-def test_the_last_step_is_always_printed(make_record):
+def test_nothing_is_left_after_the_last_step(make_record):
     out = io.StringIO()
-    sink = ConsoleSink(7, phi=0.6, console=Console(file=out), print_every=5)
+    sink = ConsoleSink(7, phi=0.6, console=Console(file=out))
     for step in range(1, 8):
         sink.write(make_record(step))
     assert out.getvalue().splitlines()[-1].startswith("step 7/7 ")

@@ -1,0 +1,128 @@
+"""How a launcher passes requests to stop on to its ranks, past torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import psutil
+
+# By these a run is asked to stop.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Exit status of a process that Ctrl-C ended.
+INTERRUPTED = 128 + signal.SIGINT
+# One Ctrl-C may arrive twice: `timeout -s INT` signals the process and its group. A person takes
+# longer for the second one, which ends everything at once.
+SAME_INTERRUPT_S = 0.25
+_ACKNOWLEDGED = b"\nstopping after this step; Ctrl-C again ends at once, without saving\n"
+
+
+@contextmanager
+def starting(stoppable: bool) -> Iterator[None]:
+    """Children begin with the stop signals held back.
+
+    torchrun never takes them. A rank takes them once it listens, so that a request that comes while
+    it still starts is neither lost nor its end. Ranks that are not stoppable never see a
+    terminal's SIGINT, which would have each of them print a traceback: the launcher ends them.
+    """
+    held_back = STOP_SIGNALS if stoppable else (signal.SIGINT,)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@dataclass
+class StopRequests:
+    """What became of a request to stop; torchrun may just be waiting for other machines."""
+
+    met_no_rank: bool = False
+    number: int = 0
+    at_once: bool = False
+    interrupted_at: float | None = None
+
+    def is_second_interrupt(self, number: int) -> bool:
+        """Whether this signal is a Ctrl-C after another one."""
+        if number != signal.SIGINT:
+            return False
+        now, first = time.monotonic(), self.interrupted_at
+        if first is None:
+            self.interrupted_at = now
+            return False
+        return now - first > SAME_INTERRUPT_S
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """`STOP_SIGNALS` but for a SIGINT that was ignored from the start.
+
+    A shell starts background jobs of a script like that: Ctrl-C is for others then.
+    """
+    return [
+        number
+        for number in STOP_SIGNALS
+        if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
+    ]
+
+
+@contextmanager
+def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iterator[StopRequests]:
+    """Signals that this process receives inside reach the ranks.
+
+    Args:
+        agent: torchrun.
+        stoppable: Whether ranks finish a step and save; others are ended.
+    """
+    request = StopRequests()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        second = request.is_second_interrupt(number)
+        if second or (number == signal.SIGINT and not stoppable):
+            request.number, request.at_once = number, True
+            _end_at_once(agent)
+            return
+        if number == signal.SIGINT and not request.number:
+            # Not through sys.stderr, whose buffer the interrupted code may hold.
+            os.write(2, _ACKNOWLEDGED)
+        request.number = number
+        if agent.poll() is not None:
+            return
+        ranks = children(agent)
+        for rank in ranks:
+            # torchrun itself uses SIGTERM to end ranks, for good.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGUSR1 if stoppable else number)
+        if not ranks:
+            request.met_no_rank = True
+            agent.kill()
+
+    before = {number: signal.signal(number, pass_on) for number in heeded_signals()}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_at_once(agent: subprocess.Popen[bytes]) -> None:
+    """End all processes, first torchrun, which would report each rank's end at length."""
+    family = children(agent, recursive=True)
+    agent.kill()
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def children(agent: subprocess.Popen[bytes], recursive: bool = False) -> list[psutil.Process]:
+    """The ranks that torchrun has started, or all that these have; none once it has ended."""
+    try:
+        return list(psutil.Process(agent.pid).children(recursive=recursive))
+    except psutil.NoSuchProcess:
+        return []

@@ -1,0 +1,128 @@
+"""Moving a run out of the way of a new one in the same folder; nothing is deleted."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import time
+from pathlib import Path
+
+from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
+from moepp_megatron.training.checkpoint.find import start_candidates
+from moepp_megatron.training.checkpoint.names import LATEST_FILE, PREFIX
+from moepp_megatron.training.run_folder import checkpoint_folder
+
+# Slurm's output: that of the job in which the new run starts is among it.
+_STAYS = {"slurm"}
+
+
+def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
+    """Move what a run has left to a new folder beside its own, named by date and time.
+
+    What the new run reads (data, tokenizer, its configuration file) and Slurm's output stay. A
+    checkpoint folder outside of the run's gets a neighbour of its own, so that nothing is copied.
+
+    Args:
+        config: Of the new run.
+        config_file: Its file; one in the run's folder is copied, not moved.
+
+    Returns:
+        What was moved where, a line each.
+
+    Raises:
+        ConfigError: `checkpoint.load` names something that would be moved.
+        OSError: The folder's parent cannot be written.
+    """
+    folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
+    needed = [config.data.path, config.data.tokenizer, config.telemetry.hardware]
+    kept = [Path(os.path.realpath(path)) for path in needed if path is not None]
+    moved = [path for path in sorted(folder.iterdir()) if not _stays(path, kept)]
+    outside = not _is_inside(checkpoints, folder)
+    old = _checkpoint_files(checkpoints) if outside else []
+    _refuse_moved_start(config, [*moved, *old])
+    lines = []
+    if old:
+        lines.append(f"moved the checkpoints of before to {_move(old, checkpoints)}")
+    if moved:
+        copied = config_file is not None and folder / CONFIG_FILE in moved
+        keeps_config = copied and os.path.realpath(folder / CONFIG_FILE) == os.path.realpath(
+            str(config_file)
+        )
+        if keeps_config:
+            moved.remove(folder / CONFIG_FILE)
+        target = _move(moved, folder)
+        if keeps_config:
+            shutil.copy2(folder / CONFIG_FILE, target / CONFIG_FILE)
+        lines.append(f"moved the run of before to {target}")
+    return lines
+
+
+def owner_of_checkpoints(config: Config) -> Path | None:
+    """The folder of another run whose checkpoints are where this one's would go, if it is there.
+
+    Two runs in one folder would delete and continue each other's checkpoints. A run that was
+    renamed has no folder of its old name, so its checkpoints are its own still.
+    """
+    folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
+    if _is_inside(checkpoints, folder):
+        return None
+    for checkpoint in list_checkpoints(checkpoints):
+        try:
+            owner = Path(load_config(checkpoint / CONFIG_FILE).run.dir)
+        except ConfigError:
+            continue
+        is_other = os.path.realpath(owner) != os.path.realpath(folder)
+        return owner if is_other and (owner / CONFIG_FILE).is_file() else None
+    return None
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name == LATEST_FILE or path.name.lstrip(".").startswith(PREFIX)
+    ]
+
+
+def _stays(path: Path, kept: list[Path]) -> bool:
+    real = Path(os.path.realpath(path))
+    return path.name in _STAYS or any(real == each or real in each.parents for each in kept)
+
+
+def _refuse_moved_start(config: Config, moved: list[Path]) -> None:
+    name = config.checkpoint.load
+    if name is None or name == "auto":
+        return
+    starts = [Path(os.path.realpath(path)) for path in start_candidates(config, Path())]
+    homes = [Path(os.path.realpath(path)) for path in moved]
+    if any(start == home or home in start.parents for start in starts for home in homes):
+        raise ConfigError(
+            f"checkpoint.load ({name}) must not be in the run that --overwrite moves aside; choose "
+            "another run.dir"
+        )
+
+
+def _move(paths: list[Path], folder: Path) -> Path:
+    """Move to a new neighbour of `folder`."""
+    folder = folder.absolute()
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        suffix = stamp if number == 1 else f"{stamp}-{number}"
+        target = folder.with_name(f"{folder.name}.{suffix}")
+        try:
+            target.mkdir()
+            break
+        except FileExistsError:
+            continue
+    for path in paths:
+        os.rename(path, target / path.name)
+    return target
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return real == home or home in real.parents

@@ -1,0 +1,304 @@
+"""Whether a run may start in its folder: decided once, before ranks start and files are written.
+
+A folder that holds a run is refused, unless the run goes on (`--resume`) or is moved aside
+(`--overwrite`); nothing is ever deleted. A folder in which a run is being trained is refused in any
+case. Whoever is let in claims the folder: it writes `RUN/status.json` and touches it every
+`BEAT_S` seconds, by which other machines see that it lives. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.observe.status import (
+    CLAIM,
+    STATUS_FILE,
+    RunStatus,
+    inherited_claim,
+    read_status,
+    write_status,
+)
+from moepp_megatron.training.checkpoint import list_checkpoints
+from moepp_megatron.training.checkpoint.leftovers import remove_leftovers
+from moepp_megatron.training.move_aside import move_aside, owner_of_checkpoints
+from moepp_megatron.training.run_folder import checkpoint_folder
+from moepp_megatron.training.usable_folder import usable
+
+BEAT_S = 3.0
+# How long a process on another machine may show no beat: it may be busy, its disk slow.
+_SILENT_S = 4 * BEAT_S
+# A file that is older has no process behind it, whatever the clocks of two machines say.
+_OLD_S = 3600.0
+
+# What a run leaves in its folder, beside checkpoints.
+TRACES = ("config.yaml", "metrics.jsonl", STATUS_FILE)
+
+
+@dataclass(frozen=True)
+class Start:
+    """How somebody wants to start a run.
+
+    Attributes:
+        resume: Go on with what is there.
+        overwrite: Move aside what is there.
+        restarted: The same run starts again: ranks after a death, a requeued job.
+        name: Of this start, the same for all of its ranks; None where no others read it.
+        config_file: The configuration file; one that is in the run's folder is no trace of a run.
+        go_on: The command that goes on with the run.
+    """
+
+    resume: bool = False
+    overwrite: bool = False
+    restarted: bool = False
+    name: str | None = None
+    config_file: Path | None = None
+    go_on: str | None = None
+
+
+def is_claimed() -> bool:
+    """Whether the launcher of this rank has claimed the folder, so that all is decided."""
+    return inherited_claim() is not None
+
+
+def is_requeued(config: Config, name: str | None) -> bool:
+    """Whether this is a Slurm job that starts again, and the run in the folder is its own.
+
+    Args:
+        config: The run's configuration.
+        name: Of this start, as of `Start`.
+    """
+    if int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0 or is_claimed():
+        return False
+    status = read_status(Path(config.run.dir))
+    if status is None:
+        return False
+    if name is not None and _is_of_start(status, name):
+        # The process that decides has found out before this one looked.
+        return status.restarted
+    return status.job == os.environ.get("SLURM_JOB_ID")
+
+
+def check_beside_leader(config: Config, start: Start) -> None:
+    """Refuse what the process that decides will refuse; for the ranks and machines beside it.
+
+    Raises:
+        ConfigError: As of `claimed`.
+    """
+    status = read_status(Path(config.run.dir))
+    if status is not None and _is_of_start(status, start.name):
+        # The process that decides has been here.
+        return
+    if not start.restarted:
+        refuse_occupied(config, start)
+
+
+@contextmanager
+def claimed(config: Config, start: Start, say: Callable[[str], object] = print) -> Iterator[None]:
+    """The run's folder is this process's inside; the one that decides for all ranks enters.
+
+    Where no run has begun inside, nothing is left behind.
+
+    Args:
+        config: The run's configuration.
+        start: What is wanted.
+        say: Told what was moved where.
+
+    Raises:
+        ConfigError: The folder holds a run and neither way is chosen, a run is being trained in it,
+            its checkpoints are another run's, or it cannot be written.
+    """
+    folder = Path(config.run.dir)
+    refuse_occupied(config, start)
+    existed = folder.exists()
+    with usable(config), _one_at_a_time(folder):
+        _refuse_running(folder, start)
+        # Again: somebody else may have been here meanwhile.
+        refuse_occupied(config, start)
+        _refuse_other_owner(config)
+        if start.overwrite and not start.restarted and traces(config, start.config_file):
+            for line in move_aside(config, start.config_file):
+                say(line)
+        previous, claim = (
+            read_status(folder),
+            RunStatus.own(start.name, start.restarted, start.go_on),
+        )
+        _write(config, claim)
+    before = os.environ.get(CLAIM)
+    os.environ[CLAIM] = claim.model_dump_json()
+    stop = threading.Event()
+    beat = threading.Thread(target=_beat, args=(folder, stop), name="claim", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beat.join()
+        os.environ.pop(CLAIM)
+        if before is not None:
+            os.environ[CLAIM] = before
+        _withdraw(folder, claim, previous, existed)
+
+
+def refuse_running(folder: Path) -> None:
+    """Refuse a folder in which a run is being trained.
+
+    Raises:
+        ConfigError: With process and machine.
+    """
+    _refuse_running(folder, Start())
+
+
+def refuse_occupied(config: Config, start: Start) -> None:
+    """Refuse a folder with a run for which neither way is chosen; looks at names only.
+
+    Raises:
+        ConfigError: With what is there and both ways.
+    """
+    if start.resume and start.overwrite and not start.restarted:
+        raise ConfigError(
+            "--resume and --overwrite must not be given together; --resume goes on with the run, "
+            "--overwrite moves it aside and starts anew"
+        )
+    found = traces(config, start.config_file)
+    if start.restarted or start.overwrite or not found:
+        return
+    folder = Path(config.run.dir)
+    if not start.resume:
+        raise ConfigError(
+            f"run.dir ({folder}) must not hold a run, and has {', '.join(found)}; add --resume to "
+            "go on with it, or --overwrite to move it aside and start anew"
+        )
+    status = read_status(folder)
+    ended = status is not None and status.state == "ended"
+    if ended and "metrics.jsonl" in found and not list_checkpoints(checkpoint_folder(config)):
+        raise ConfigError(
+            f"run.dir ({folder}) must have a checkpoint for --resume, and its run has ended "
+            "without one; use --overwrite to move it aside and start anew"
+        )
+
+
+def traces(config: Config, config_file: Path | None = None) -> list[str]:
+    """What of a run is in its folder or among its checkpoints, for a message; empty for nothing."""
+    folder = Path(config.run.dir)
+    found = [
+        name
+        for name in TRACES
+        if os.path.lexists(folder / name) and not _is_same(folder / name, config_file)
+    ]
+    checkpoints = checkpoint_folder(config)
+    if list_checkpoints(checkpoints):
+        inside = checkpoints == folder / "checkpoints"
+        found.append("checkpoints" if inside else f"the checkpoints in {checkpoints}")
+    return found
+
+
+def _refuse_running(folder: Path, start: Start) -> None:
+    status = read_status(folder)
+    if status is None or status.state == "ended" or start.restarted:
+        return
+    gone = status.is_gone()
+    if gone is None:
+        gone = _is_silent(folder / STATUS_FILE)
+    if not gone:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
+        owner = status.launcher.pid if status.launcher is not None else status.pid
+        raise ConfigError(
+            f"run.dir ({folder}) must not be in use, and process {owner} on {status.host} trains "
+            f"in it since {since}; stop that one first, or choose another run.dir"
+        )
+
+
+def _refuse_other_owner(config: Config) -> None:
+    owner = owner_of_checkpoints(config)
+    if owner is not None:
+        raise ConfigError(
+            f"checkpoint.dir ({config.checkpoint.dir}) must not hold checkpoints of another run, "
+            f"and has those of {owner}; choose another checkpoint.dir"
+        )
+
+
+def _is_silent(path: Path) -> bool:
+    """Whether nobody touches the file. Only changes count: clocks of machines differ."""
+    first = _touched(path)
+    if first is None or time.time() - first / 1e9 > _OLD_S:
+        return True
+    deadline = time.monotonic() + _SILENT_S
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        if _touched(path) != first:
+            return False
+    return True
+
+
+def _touched(path: Path) -> int | None:
+    try:
+        # Opened, since network file systems then ask the server.
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _beat(folder: Path, stop: threading.Event) -> None:
+    while not stop.wait(BEAT_S):
+        with contextlib.suppress(OSError):
+            os.utime(folder / STATUS_FILE)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Of processes that want the folder at the same moment one looks and claims before the other.
+
+    Where the file system cannot lock a folder (NFS), two that start within the same instant may
+    both be let in.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write(config: Config, claim: RunStatus) -> None:
+    folder = Path(config.run.dir)
+    try:
+        write_status(folder, claim)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Nobody else trains here, so half-written checkpoints are nobody's.
+        remove_leftovers(checkpoint_folder(config))
+        write_status(folder, claim)
+
+
+def _withdraw(folder: Path, claim: RunStatus, previous: RunStatus | None, existed: bool) -> None:
+    """Leave no trace of a start from which no run came."""
+    if read_status(folder) != claim:
+        return
+    with contextlib.suppress(OSError):
+        if previous is not None:
+            write_status(folder, previous)
+            return
+        (folder / STATUS_FILE).unlink()
+        if not existed:
+            folder.rmdir()
+
+
+def _is_of_start(status: RunStatus, name: str | None) -> bool:
+    return status.state == "running" and name is not None and status.start == name
+
+
+def _is_same(path: Path, other: Path | None) -> bool:
+    return other is not None and os.path.realpath(path) == os.path.realpath(other)

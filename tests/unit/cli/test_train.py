@@ -1,0 +1,205 @@
+"""`moepp train` up to the start of ranks: what it refuses, claims, passes on and says."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moepp_megatron.cli import main, train
+from moepp_megatron.cli.go_on import go_on_command
+from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
+from moepp_megatron.runtime import launch
+from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
+from tests.unit.cli.test_dry_run import MINIMAL
+
+OF_OTHERS = ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID", "MOEPP_GO_ON", "MOEPP_CLAIM")
+
+
+class Command:
+    """`moepp train` in this process, with ranks that only look at what they are given."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.config, self.run_dir = folder / "c.yaml", folder / "my runs" / "run"
+        self.config.write_text(MINIMAL)
+        self.starts: list[list[str]] = []
+        self.claims: list[RunStatus | None] = []
+        self.status = 0
+        self.raises: BaseException | None = None
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(launch, "run_ranks", self._ranks)
+        monkeypatch.setattr(train, "check_data", lambda config: None)
+        for name in OF_OTHERS:
+            monkeypatch.delenv(name, raising=False)
+        # Whatever the command sets is gone after the test.
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+
+    def _ranks(self, options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
+        self.starts.append(list(arguments))
+        self.claims.append(inherited_claim())
+        if self.raises is not None:
+            raise self.raises
+        return self.status
+
+    def __call__(self, *options: str) -> int:
+        words = [str(self.config), f"run.dir={self.run_dir}", "--nproc", "2", *options]
+        self._monkeypatch.setattr(sys, "argv", ["/venv/bin/moepp", "train", *words])
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        return int(ended.value.code or 0)
+
+    def make_run(self) -> None:
+        self.run_dir.mkdir(parents=True)
+        (self.run_dir / "metrics.jsonl").write_text("records\n")
+
+    def go_on(self, *options: str) -> str:
+        words = ["/venv/bin/moepp", "train", str(self.config), f"run.dir={self.run_dir}"]
+        return shlex.join([*words, "--nproc", "2", *options, "--resume"])
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    return Command(tmp_path, monkeypatch)
+
+
+def test_an_occupied_folder_is_refused_before_ranks_start(command, capsys) -> None:
+    command.make_run()
+    assert command() == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--resume" in error
+    assert "--overwrite" in error
+    assert command("--resume", "--overwrite") == 2
+    assert command.starts == []
+    assert (command.run_dir / "metrics.jsonl").read_text() == "records\n"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_ranks_start(command, capsys) -> None:
+    command.run_dir.parent.write_text("a file")
+    assert command() == 2
+    assert capsys.readouterr().err == (
+        f"error: run.dir ({command.run_dir}) must be a folder that can be written "
+        "(Not a directory); make it writable, or choose another run.dir\n"
+    )
+    assert command.starts == []
+
+
+def test_the_launcher_claims_the_folder_while_ranks_run(command) -> None:
+    assert command("--max-restarts", "2") == 0
+    (claim,) = command.claims
+    assert claim.pid == os.getpid()
+    assert claim.go_on == command.go_on("--max-restarts", "2")
+    assert command.starts == [["train", "--", str(command.config), f"run.dir={command.run_dir}"]]
+    assert inherited_claim() is None
+    assert not command.run_dir.exists(), "no rank has written anything"
+
+
+def test_overwrite_moves_the_old_run_and_is_the_launchers_business(command, capsys) -> None:
+    command.make_run()
+    assert command("--overwrite") == 0
+    assert "--overwrite" not in command.starts[0]
+    (aside,) = (path for path in command.run_dir.parent.iterdir() if path != command.run_dir)
+    assert capsys.readouterr().out == f"moved the run of before to {aside}\n"
+    assert (aside / "metrics.jsonl").read_text() == "records\n"
+    assert "--overwrite" not in command.claims[0].go_on
+
+
+def test_a_configuration_that_goes_on_by_itself_is_let_in(command, capsys) -> None:
+    command.make_run()
+    assert command("checkpoint.load=auto") == 0
+    # Its weights alone, from step 0, would write over its records.
+    assert command("checkpoint.load=auto", "checkpoint.load_optimizer=false") == 2
+    assert command("checkpoint.load=auto", "--overwrite") == 0
+    assert "moved the run" in capsys.readouterr().out
+
+
+def test_the_last_line_of_a_stopped_run_is_the_command(command, capsys) -> None:
+    command.status = STOPPED
+    assert command() == STOPPED
+    assert capsys.readouterr().out == f"to go on:\n{command.go_on()}\n"
+    # Each machine has its own; a batch script's is said once.
+    assert command(*NODES, "--node-rank", "1") == STOPPED
+    assert "--node-rank 1" in capsys.readouterr().out
+    os.environ["MOEPP_GO_ON"] = "sbatch job.sh"
+    assert command(*NODES, "--node-rank", "1") == STOPPED
+    assert capsys.readouterr().out == ""
+    assert command(*NODES, "--node-rank", "0") == STOPPED
+    assert capsys.readouterr().out == "to go on:\nsbatch job.sh\n"
+
+
+def test_resume_is_passed_on(command) -> None:
+    command.make_run()
+    assert command("--resume") == 0
+    assert command.starts[0][:3] == ["train", "--resume", "--"]
+    assert command.claims[0].go_on == command.go_on()
+
+
+NODES = ("--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29400", "--rdzv-id", "seven")
+
+
+@pytest.mark.parametrize("node", ["0", "1", None])
+def test_of_several_machines_the_first_decides(command, node: str | None, capsys) -> None:
+    options = (*NODES, "--node-rank", node) if node is not None else NODES
+    command.make_run()
+    assert command(*options) == 2
+    assert command.starts == []
+    assert command(*options, "--overwrite") == 0
+    moved = "moved the run" in capsys.readouterr().out
+    # Where nobody is known as the first, rank 0 is.
+    assert moved == (node == "0")
+    assert ("--overwrite" in command.starts[0]) == (node != "0")
+    assert (command.claims[0] is not None) == (node == "0")
+
+
+def test_the_other_machines_find_the_claim_of_the_first(command) -> None:
+    command.make_run()
+    status = RunStatus.own(start="seven").model_copy(update={"host": "first"})
+    write_status(command.run_dir, status)
+    assert command(*NODES, "--node-rank", "1") == 0
+    assert read_status(command.run_dir) == status
+    assert command(*NODES[:-1], "eight", "--node-rank", "1") == 2
+
+
+def test_ctrl_c_outside_of_training_prints_no_traceback(command, capsys) -> None:
+    command.raises = KeyboardInterrupt()
+    assert command() == 130
+    assert capsys.readouterr().err == "interrupted before training or after its end\n"
+
+
+def test_the_command_that_goes_on(command, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/moepp"])
+    words = ["it's.yaml", "run.name=a b"]
+    plain = "/venv/bin/moepp train 'it'\"'\"'s.yaml' 'run.name=a b' --resume"
+    assert go_on_command(words) == plain
+    assert shlex.split(plain)[2:4] == words
+    # On the PATH it needs no folder.
+    program = tmp_path / "moepp"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    os.environ["PATH"] = str(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    assert go_on_command(["c"]) == "moepp train c --resume"
+    # A script that has changed folder.
+    os.environ["MOEPP_SHELL_FOLDER"] = "/"
+    assert go_on_command(["c"]) == f"cd {shlex.quote(os.getcwd())} && moepp train c --resume"
+    os.environ["MOEPP_SHELL_FOLDER"] = os.getcwd()
+    assert go_on_command(["c"]) == "moepp train c --resume"
+    # Ranks of srun, of torchrun, of a batch script.
+    step = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
+    os.environ.update(step)
+    assert go_on_command(["c"]) == "srun --nodes=2 --ntasks=4 moepp train c --resume"
+    called = ["/p/python", "/p/torchrun", "--nproc-per-node=2", "-m", "moepp_megatron.cli.main"]
+    called += ["train", "--overwrite", "--", "c", "run.name=a b"]
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: called)
+    os.environ["RANK"] = "0"
+    assert go_on_command(["c"]) == (
+        "/p/torchrun --nproc-per-node=2 -m moepp_megatron.cli.main train --resume -- c "
+        "'run.name=a b'"
+    )
+    os.environ["MOEPP_GO_ON"] = "sbatch job.sh"
+    assert go_on_command(["c"]) == "sbatch job.sh"

@@ -1,0 +1,398 @@
+"""A run's folder: who is let in, who is refused, what is moved aside. No ranks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.observe.status import (
+    ProcessId,
+    RunStatus,
+    StatusSink,
+    inherited_claim,
+    read_status,
+    write_status,
+)
+from moepp_megatron.training import occupancy
+from moepp_megatron.training.occupancy import Start, check_beside_leader, claimed, is_requeued
+from tests.unit.training.conftest import config_of
+
+RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "run"
+
+
+def config_in(run: Path, **sections: dict) -> Config:
+    return config_of(run={"dir": str(run)}, **sections)
+
+
+def enter(config: Config, start: Start | None = None) -> list[str]:
+    """Claim the folder and train there for no time; returns what was said."""
+    said: list[str] = []
+    with claimed(config, start or Start(), said.append):
+        StatusSink(Path(config.run.dir)).close()
+    return said
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def make_run(run: Path, write: Callable[..., Path] | None = None) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(config_in(run).to_yaml())
+    (run / "metrics.jsonl").write_text("records\n")
+    if write is not None:
+        write(run / "checkpoints", 5)
+
+
+@pytest.mark.parametrize("trace", ["config.yaml", "metrics.jsonl", "status.json", "checkpoints"])
+@pytest.mark.parametrize("leads", [True, False], ids=["leader", "beside it"])
+def test_each_trace_of_a_run_is_enough_to_be_refused(run, write, trace: str, leads: bool) -> None:
+    run.mkdir(parents=True)
+    if trace == "checkpoints":
+        write(run / "checkpoints", 5)
+    else:
+        (run / trace).write_text("")
+    before = files(run)
+    look = enter if leads else check_beside_leader
+    with pytest.raises(ConfigError) as refused:
+        look(config_in(run), Start(name="job"))
+    line = str(refused.value)
+    assert line.startswith(f"run.dir ({run}) must not hold a run, and has {trace}; ")
+    assert "--resume" in line
+    assert "--overwrite" in line
+    assert "\n" not in line
+    assert files(run) == before
+
+
+def test_folders_without_a_run_are_free(run: Path) -> None:
+    enter(config_in(run))
+    other = run.with_name("other")
+    (other / "slurm").mkdir(parents=True)
+    (other / "slurm" / "7.out").write_text("waiting")
+    (other / "checkpoints").mkdir()
+    (other / "notes.txt").write_text("mine")
+    enter(config_in(other))
+    assert (other / "notes.txt").read_text() == "mine"
+
+
+def test_both_ways_at_once_are_refused(run: Path) -> None:
+    with pytest.raises(ConfigError, match="must not be given together"):
+        enter(config_in(run), Start(resume=True, overwrite=True))
+    assert not run.exists()
+
+
+def test_resume_is_let_in(run, write) -> None:
+    make_run(run, write)
+    before = files(run)
+    assert enter(config_in(run), RESUME) == []
+    assert {name: content for name, content in files(run).items() if name in before} == before
+
+
+def test_a_run_that_ended_without_a_checkpoint_cannot_go_on(run: Path) -> None:
+    """Going on would train from step 0 over its records."""
+    make_run(run)
+    # Killed: what it has done is done anew, as a requeued job must.
+    enter(config_in(run), RESUME)
+    assert read_status(run).state == "ended"
+    with pytest.raises(ConfigError, match="must have a checkpoint for --resume"):
+        enter(config_in(run), RESUME)
+
+
+def test_overwrite_moves_all_of_the_old_run_and_deletes_nothing(run, write) -> None:
+    make_run(run, write)
+    (run / "report.html").write_text("page")
+    (run / "slurm").mkdir()
+    (run / "slurm" / "7.out").write_text("this job's output")
+    old = files(run)
+    said = enter(config_in(run), OVERWRITE)
+    (aside,) = (path for path in run.parent.iterdir() if path != run)
+    assert aside.name.startswith("run.2"), "the name tells the date"
+    assert said == [f"moved the run of before to {aside}"]
+    assert files(aside) == {name: text for name, text in old.items() if name != "slurm/7.out"}
+    assert sorted(files(run)) == ["slurm/7.out", "status.json"]
+    # Within the same second, too.
+    for count in (2, 3):
+        make_run(run)
+        enter(config_in(run), OVERWRITE)
+        assert len(list(run.parent.iterdir())) == 1 + count
+
+
+def test_overwrite_of_an_empty_folder_moves_nothing(run: Path) -> None:
+    assert enter(config_in(run), OVERWRITE) == []
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_what_the_new_run_reads_stays(run, write) -> None:
+    make_run(run, write)
+    for name in ("data", "tokenizer.json"):
+        (run / name).mkdir()
+    data = {"path": str(run / "data"), "tokenizer": str(run / "tokenizer.json")}
+    file = run / "config.yaml"
+    content = file.read_bytes()
+    enter(config_in(run, data=data), Start(overwrite=True, config_file=file))
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "data",
+        "status.json",
+        "tokenizer.json",
+    }
+    (aside,) = (path for path in run.parent.iterdir() if path != run)
+    assert file.read_bytes() == (aside / "config.yaml").read_bytes() == content
+
+
+def test_the_configuration_file_itself_is_no_trace(run: Path) -> None:
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    enter(config_in(run), Start(config_file=run / "config.yaml"))
+
+
+def test_weights_that_would_be_moved_are_refused_as_a_start(run, write) -> None:
+    make_run(run, write)
+    before = files(run)
+    for name in (str(run), "run", str(run / "checkpoints" / "step_00000005")):
+        with pytest.raises(ConfigError, match=r"checkpoint\.load .* choose another run\.dir"):
+            enter(config_in(run, checkpoint={"load": name}), OVERWRITE)
+    assert files(run) == before
+
+
+def test_checkpoints_elsewhere_are_traces_and_are_moved_beside(run, write) -> None:
+    place = run.parent / "big disk" / "checkpoints"
+    checkpoint = write(place, 5)
+    (checkpoint / "config.yaml").write_text(config_in(run).to_yaml())
+    (place / "latest").write_text("step_00000005\n")
+    (place / "mine.txt").write_text("kept")
+    config = config_in(run, checkpoint={"dir": str(place)})
+    with pytest.raises(ConfigError, match="has the checkpoints in .*big disk"):
+        enter(config)
+    enter(config, OVERWRITE)
+    assert [path.name for path in place.iterdir()] == ["mine.txt"]
+    (aside,) = (path for path in place.parent.iterdir() if path != place)
+    assert sorted(path.name for path in aside.iterdir()) == ["latest", "step_00000005"]
+
+
+@pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
+def test_checkpoints_of_another_run_are_never_shared(run, write, start: Start) -> None:
+    other, place = run.with_name("other"), run.parent / "checkpoints"
+    make_run(other)
+    (write(place, 5) / "config.yaml").write_text(config_in(other).to_yaml())
+    config = config_in(run, checkpoint={"dir": str(place)})
+    with pytest.raises(ConfigError, match="must not hold"):
+        enter(config, start)
+    # A run that was renamed takes its checkpoints along.
+    other.rename(run)
+    enter(config, RESUME)
+
+
+def alive(run: Path, **changes: object) -> RunStatus:
+    """A run of this process."""
+    make_run(run)
+    status = RunStatus.own().model_copy(update=changes)
+    write_status(run, status)
+    return status
+
+
+@pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
+def test_two_runs_at_once_are_refused(run, start: Start) -> None:
+    alive(run)
+    before = files(run)
+    with pytest.raises(ConfigError) as refused:
+        enter(config_in(run), start)
+    if start is not None and (start.resume or start.overwrite):
+        where = f"process {os.getpid()} on {socket.gethostname()} trains in it since 2"
+        assert where in str(refused.value)
+    assert files(run) == before
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("how", ["dead", "another process of that number", "zombie"])
+def test_a_dead_process_holds_nothing(run, how: str) -> None:
+    if how == "dead":
+        alive(run, pid=dead_pid())
+    elif how == "zombie":
+        zombie = subprocess.Popen([sys.executable, "-c", ""])
+        started = psutil.Process(zombie.pid).create_time()
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+        alive(run, pid=zombie.pid, started=started)
+    else:
+        alive(run, started=RunStatus.own().started - 60)
+    enter(config_in(run), RESUME)
+    if how == "zombie":
+        zombie.wait()
+
+
+def test_a_launcher_that_starts_ranks_anew_holds_the_folder(run: Path) -> None:
+    alive(run, pid=dead_pid(), launcher=ProcessId.own())
+    with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+        enter(config_in(run), RESUME)
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_another_host_is_judged_by_its_beat(run, beats: bool, monkeypatch) -> None:
+    """No clock decides: the file of one that lives is touched until the answer is there."""
+    alive(run, host="far-away")
+    done = threading.Event()
+    touching = threading.Thread(
+        target=lambda: [os.utime(run / "status.json") for _ in iter(lambda: done.wait(0.05), True)]
+    )
+    if beats:
+        touching.start()
+        with pytest.raises(ConfigError, match="on far-away trains in it"):
+            enter(config_in(run), RESUME)
+        done.set()
+        touching.join()
+        return
+    monkeypatch.setattr(occupancy, "_SILENT_S", 0.1)
+    enter(config_in(run), RESUME)
+
+
+def test_whoever_is_in_beats_and_lets_nobody_else_in(run, monkeypatch) -> None:
+    monkeypatch.setattr(occupancy, "BEAT_S", 0.05)
+    with claimed(config_in(run), Start()):
+        os.utime(run / "status.json", ns=(0, 0))
+        with pytest.raises(ConfigError, match="must not"):
+            enter(config_in(run), RESUME)
+        while (run / "status.json").stat().st_mtime_ns == 0:
+            pass
+
+
+def test_restarts_of_the_same_run_are_let_in_at_once(run, monkeypatch) -> None:
+    monkeypatch.setattr(occupancy, "_is_silent", lambda path: pytest.fail("it waited"))
+    alive(run, host="the-lost-node")
+    enter(config_in(run), Start(resume=True, restarted=True))
+
+
+def test_a_requeued_job_is_known_by_its_number(run, monkeypatch) -> None:
+    alive(run, job="17", start="17.0.0")
+    config = config_in(run)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert not is_requeued(config, "17.0.1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert is_requeued(config, "17.0.1")
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert not is_requeued(config, "18.0.1"), "another job's run"
+    # A rank that looks after the one that decides has claimed the folder finds the same.
+    for restarted in (True, False):
+        alive(run, job="18", start="18.0.1", restarted=restarted)
+        assert is_requeued(config, "18.0.1") is restarted
+
+
+def test_ranks_beside_the_leader_know_its_claim(run: Path) -> None:
+    config, start = config_in(run), Start(name="job 7")
+    check_beside_leader(config, start)
+    with claimed(config, start):
+        make_run(run)
+        check_beside_leader(config, start)
+        with pytest.raises(ConfigError, match="must not hold a run"):
+            check_beside_leader(config, Start(name="job 8"))
+
+
+def test_a_start_from_which_no_run_came_leaves_nothing(run: Path) -> None:
+    with claimed(config_in(run), Start(go_on="moepp train x --resume")):
+        assert inherited_claim().go_on == "moepp train x --resume"
+    assert not run.exists()
+    assert inherited_claim() is None
+    # A run that was there keeps what it said.
+    enter(config_in(run))
+    ended = read_status(run)
+    with claimed(config_in(run), RESUME):
+        assert read_status(run).state == "running"
+    assert read_status(run) == ended
+
+
+def test_a_rank_keeps_what_its_launcher_said(run: Path) -> None:
+    with claimed(config_in(run), Start(name="job", go_on="again"), print):
+        os.environ["MOEPP_CLAIM"] = os.environ["MOEPP_CLAIM"].replace(
+            f'"pid":{os.getpid()}', '"pid":1'
+        )
+        StatusSink(run)
+        status = read_status(run)
+        assert (status.pid, status.launcher.pid, status.start) == (os.getpid(), 1, "job")
+        assert status.go_on == "again"
+
+
+def test_a_full_disk_is_freed_of_half_written_checkpoints(run, write, monkeypatch) -> None:
+    make_run(run, write)
+    leftover = run / "checkpoints" / ".step_00000009.incomplete-abc"
+    leftover.mkdir()
+    (leftover / "__0_0.distcp").write_bytes(b"half")
+
+    def full(folder: Path, status: RunStatus) -> None:
+        if leftover.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_status(folder, status)
+
+    monkeypatch.setattr(occupancy, "write_status", full)
+    enter(config_in(run), RESUME)
+    assert not leftover.exists()
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    """Each in one line with path and cause; the same for whoever is root."""
+    (tmp_path / "file").write_text("")
+    for name in ("metrics.jsonl", "config.yaml", "status.json", "alerts.jsonl"):
+        (tmp_path / name / name).mkdir(parents=True)
+    for name in ("tensorboard", "checkpoints"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+    cases = {
+        "file": "File exists",
+        "file/run": "Not a directory",
+        "/proc/run": "No such file or directory",
+        "/sys/kernel/run": "",
+        "metrics.jsonl": "metrics.jsonl to be a file",
+        "config.yaml": "config.yaml to be a file",
+        "status.json": "status.json to be a file",
+        "alerts.jsonl": "alerts.jsonl to be a file",
+        "tensorboard": "tensorboard to be a folder",
+        "checkpoints": "checkpoints to be a folder",
+    }
+    for name, cause in cases.items():
+        run = tmp_path / name
+        with pytest.raises(ConfigError) as refused:
+            enter(config_in(run), RESUME)
+        line = str(refused.value)
+        assert "\n" not in line
+        assert f"({run})" in line
+        assert cause in line
+        assert "another run.dir" in line
+    config = config_in(tmp_path / "run", checkpoint={"dir": str(tmp_path / "file" / "c")})
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir .* must leave .*file to be a folder"):
+        enter(config)
+
+
+def test_read_only_folder(run: Path) -> None:
+    """Bound read-only where that is allowed, since nothing else keeps root out."""
+    run.mkdir(parents=True)
+    bind = ["mount", "--bind", str(run), str(run)]
+    if subprocess.run(bind, capture_output=True).returncode != 0:
+        pytest.skip("mounts are not allowed here")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(run)], check=True)
+        with pytest.raises(ConfigError, match="can be written .Read-only file system"):
+            enter(config_in(run))
+    finally:
+        subprocess.run(["umount", str(run)], check=True)

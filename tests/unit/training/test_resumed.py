@@ -1,0 +1,70 @@
+"""What a run that goes on says: where from, and what differs from before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import Layout
+from moepp_megatron.training.checkpoint.progress import Progress, Record
+from moepp_megatron.training.resumed import start_lines
+from moepp_megatron.training.setup import learning_rate
+from tests.unit.training.conftest import config_of
+
+TRAINING = {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2}
+OPTIMIZER = {"lr": 1.0e-3, "min_lr": 1.0e-4, "decay_style": "linear", "warmup_iters": 2}
+
+
+def resumed(folder: Path, ranks: int = 1, **changes: dict) -> list[str]:
+    """Lines of a run that goes on with some changes after 6 of 10 steps on one rank."""
+    sections = {"training": TRAINING, "optimizer": OPTIMIZER}
+    before = config_of(**sections)
+    (folder / "config.yaml").write_text(before.to_yaml())
+    record = Record.now(Progress(6, 48, 768), Layout.from_config(before, 1))
+    for name, change in changes.items():
+        sections[name] = sections.get(name, {}) | change
+    now = config_of(**sections)
+    return start_lines(folder, record, now, Layout.from_config(now, ranks))
+
+
+def test_the_same_run_says_only_where_it_goes_on(tmp_path: Path) -> None:
+    assert resumed(tmp_path, run={"dir": "elsewhere"}) == [f"resumed from step 6 of {tmp_path}"]
+
+
+def test_a_longer_run_names_the_jump_of_the_learning_rate(tmp_path: Path) -> None:
+    # From 1e-3 at step 2 in a line to 1e-4 at step 10, or at step 18.
+    assert resumed(tmp_path, training={"train_iters": 18})[1:] == [
+        "  training.train_iters: 18; before: 10",
+        "  learning rate of step 7: 0.000719; before: 0.000438",
+    ]
+    fixed = {"train_iters": 18}
+    lines = resumed(tmp_path, training=fixed, optimizer={"decay_iters": 10})
+    assert not any("learning rate" in line for line in lines)
+
+
+def test_layout_and_batch_are_named(tmp_path: Path) -> None:
+    lines = resumed(
+        tmp_path,
+        ranks=2,
+        training={"global_batch_size": 16},
+        parallel={"expert_model_parallel_size": 2},
+    )
+    layout = lines[1].split("; before: ")
+    assert layout[0].startswith("  layout: ")
+    assert " ep=2" in layout[0]
+    assert " ep=1" in layout[1]
+    assert lines[2:] == ["  training.global_batch_size: 16; before: 8"]
+
+
+def test_weights_alone_are_no_resumed_run(tmp_path: Path) -> None:
+    config = config_of()
+    lines = start_lines(tmp_path, None, config, Layout.from_config(config, 1))
+    assert lines == [f"started from the weights of {tmp_path}"]
+
+
+@pytest.mark.parametrize(("step", "rate"), [(1, 5e-4), (2, 1e-3), (10, 1e-4)])
+def test_learning_rate_of_a_step(step: int, rate: float) -> None:
+    """As `metrics.jsonl` records it: warmed up to the full rate after 2 steps, least at the end."""
+    config = config_of(training=TRAINING, optimizer=OPTIMIZER)
+    assert learning_rate(config, step) == pytest.approx(rate, rel=1e-12)
