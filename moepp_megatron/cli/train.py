@@ -76,6 +76,15 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, print rank grid and parameters, stop.")
     ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="With --dry-run: the card whose memory is compared, a name in configs/hardware or "
+            "a YAML file; cpu for this machine's CPU. By default telemetry.hardware, the card "
+            "here, or an H100 where precision.dtype is bf16.",
+            metavar="NAME",
+        ),
+    ] = None,
     build_rank: Annotated[
         int | None,
         typer.Option(
@@ -101,10 +110,12 @@ def train(
         for warning in check_config(settings) + check_world_size(settings, world_size):
             typer.echo(f"warning: {warning}", err=True)
     _check_build_rank(build_rank, dry_run, world_size)
+    if gpu is not None and not dry_run:
+        raise ConfigError(f"--gpu ({gpu}) must come with --dry-run; add --dry-run")
     if dry_run:
         from moepp_megatron.cli.dry_run import build_and_check, print_plan
 
-        print_plan(settings, layout)
+        print_plan(settings, layout, gpu)
         if build_rank is not None and not build_and_check(settings, layout, build_rank):
             raise typer.Exit(1)
         return
