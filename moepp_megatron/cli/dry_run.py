@@ -33,7 +33,6 @@ def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
     """
     target = target_of(config, gpu)
     stages = [rank_memory(config, layout, p, target.modules) for p in range(layout.pp)]
-    count = layout.num_microbatches
     device = "this machine's CPU" if target.hardware is None else target.hardware.name
     print_whole(
         _parameters(config),
@@ -43,12 +42,16 @@ def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
         _memory(stages, target),
         "activations and buffers: estimates for even routing (docs/planning.md)",
         _fit(config, layout, stages, target),
-        f"\n{layout.world_size:,} rank{'' if layout.world_size == 1 else 's'}",
+        f"\n{_number(layout.world_size, 'rank', 'ranks')}",
         _grid(layout),
-        f"\n{count:,} micro-batch{'' if count == 1 else 'es'} of {config.training.micro_batch_size} "
-        f"sequence{'' if config.training.micro_batch_size == 1 else 's'} a step and data-parallel "
-        f"rank; phi {config.moe.ffn_share:.3f}",
+        f"\n{_number(layout.num_microbatches, 'micro-batch', 'micro-batches')} of "
+        f"{_number(config.training.micro_batch_size, 'sequence', 'sequences')} a step and "
+        f"data-parallel rank; phi {config.moe.ffn_share:.3f}",
     )
+
+
+def _number(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
 
 
 def build_and_check(config: Config, layout: Layout, rank: int) -> bool:

@@ -32,7 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    # As markup, `input_ids [b, s]` would lose what stands in brackets; this holds for every command.
+    # Markup would take what stands in brackets out of every command's help: `input_ids [b, s]`.
     rich_markup_mode=None,
     context_settings={"max_content_width": 100},
     **COMMANDS,

@@ -114,6 +114,33 @@ IMPOSSIBLE = [
 ]
 
 
+LEGAL = [
+    ("ep=3", 3, "parallel.expert_model_parallel_size to 1, 2, 4 or 8,"),
+    ("ep=16", 16, "parallel.expert_model_parallel_size to 1, 2, 4 or 8,"),
+    ("ep=2 moe.num_ffn_experts=7", 2, "parallel.expert_model_parallel_size to 1 or 7,"),
+    ("ep=2 moe.num_ffn_experts=1", 2, "parallel.expert_model_parallel_size to 1,"),
+    # Of 8 heads and 500 tokens; 500 alone has 5 and 10 too.
+    ("tp=3 sp=true model.vocab_size=500", 3, "parallel.tensor_model_parallel_size to 1, 2 or 4,"),
+    ("pp=3", 3, "parallel.pipeline_model_parallel_size to 1, 2 or 4,"),
+    # 96 has 12 divisors: those nearby.
+    ("etp=5", 5, "parallel.expert_tensor_parallel_size to 3, 4, 6 or 8,"),
+    ("training.micro_batch_size=3", 1, "training.micro_batch_size to 1, 2, 4, 8 or 16,"),
+]
+
+
+@pytest.mark.parametrize(("text", "ranks", "advice"), LEGAL, ids=[case[0] for case in LEGAL])
+def test_the_legal_values_of_what_was_set_are_named(command, capsys, text, ranks, advice):
+    """And each of them is legal: followed, it is not refused for the same reason again."""
+    assert command(text, ranks, "--dry-run") == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if advice in line]
+    assert lines, advice
+    name, _, values = advice.rstrip(",").partition(" to ")
+    rule = "must be divisible by " + name
+    for value in values.replace(" or ", ", ").split(", "):
+        command(f"{text} {name}={value}", int(value) if "parallel" in name else 1, "--dry-run")
+        assert rule not in capsys.readouterr().err, value
+
+
 @pytest.mark.parametrize(
     ("text", "ranks", "rule", "remedy"),
     IMPOSSIBLE,
@@ -298,7 +325,7 @@ def _rows(out: str, head: str) -> list[list[str]]:
 
 
 def test_memory_is_that_of_the_card_it_is_meant_for(command, capsys):
-    """bf16: an H100's, with the rule of `moepp plan` for what fits; fp32 without a card: a CPU's."""
+    """bf16: an H100's, with what `moepp plan` adds; fp32 without a card: a CPU's."""
     assert command(f"{H100} model.hidden_size=4096 model.num_layers=8", 1, "--dry-run") == 0
     out = capsys.readouterr().out
     assert "Memory of a rank on h100_sxm (assumed for precision.dtype bf16" in out

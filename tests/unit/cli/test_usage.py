@@ -66,7 +66,7 @@ def _run(
     [
         (["nope"], "No such command 'nope'; see moepp --help"),
         (["score"], "Missing argument 'CHECKPOINT'; see moepp score --help"),
-        (["train", "c.yaml", "--bogus"], "No such option: --bogus; see moepp train --help"),
+        (["train", "c.yaml", "--zzz"], "No such option: --zzz; see moepp train --help"),
         (["train", "c.yaml", "--nproc", "0"], "'--nproc'"),
         (["train", "c.yaml", "--nproc", "two"], "'--nproc'"),
         (["train", "no-such.yaml"], "no-such.yaml"),
