@@ -119,6 +119,8 @@ def prepare(
     """
     out = Path(os.path.abspath(out))
     deciding = settings.deciding()
+    # Before sources are read, which may take an hour.
+    given = settings.tokenizer and Tokenizer.load(settings.tokenizer, settings.eod_token)
     sources = resolve_sources(names, exclude=out)
     stat_sha256 = stat_fingerprint(sources)
     found = find_reusable(
@@ -131,7 +133,11 @@ def prepare(
     with track(console, "read", sum(source.size for source in sources)) as advance:
         inputs = Inputs(deciding, content_fingerprint(sources, advance), stat_sha256)
     with partial_folder(out) as partial:
-        tokenizer = _make_tokenizer(pieces, settings, partial / TOKENIZER, console)
+        tokenizer = given or _make_tokenizer(pieces, settings, console)
+        if settings.tokenizer is None:
+            tokenizer.save(partial / TOKENIZER)
+        else:
+            (partial / TOKENIZER).write_bytes(settings.tokenizer.read_bytes())
         spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
         write_indexed_dataset(spooled, partial, settings.seed)
         spooled.path.unlink()
@@ -142,11 +148,8 @@ def prepare(
 
 
 def _make_tokenizer(
-    pieces: Sequence[Piece], settings: PrepareSettings, path: Path, console: Console
+    pieces: Sequence[Piece], settings: PrepareSettings, console: Console
 ) -> Tokenizer:
-    if settings.tokenizer is not None:
-        path.write_bytes(settings.tokenizer.read_bytes())
-        return Tokenizer.load(path, settings.eod_token)
     size = DEFAULT_VOCAB_SIZE if settings.vocab_size is None else settings.vocab_size
     texts = list(_sample(pieces, settings))
     console.print(
@@ -161,7 +164,6 @@ def _make_tokenizer(
             highlight=False,
             soft_wrap=True,
         )
-    tokenizer.save(path)
     return tokenizer
 
 

@@ -77,8 +77,15 @@ class Tokenizer:
         named = named_eod_token(path)
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"tokenizer ({path}) cannot be read ({error})") from error
+        except OSError as error:
+            raise ConfigError(f"tokenizer ({path}) cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError:
+            # A sentencepiece model, most often: tokenizer.model beside the file that is wanted.
+            raise ConfigError(
+                f"tokenizer ({path}) must be a Hugging Face tokenizer.json, and is no text; for a "
+                "sentencepiece model name the tokenizer.json beside it, or have transformers write "
+                "one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            ) from None
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no narrower class
