@@ -216,9 +216,10 @@ def _train_rank(config: Config, layout: Layout) -> None:
     with distributed.joined(rank, distributed.collective_timeout(config)):
         distributed.build_groups(config, layout)
         if rank.rank == 0:
-            from moepp_megatron.runtime.backends import choices_line
+            from moepp_megatron.runtime.backends import choices_to_log
 
-            typer.echo(choices_line())
+            if (choices := choices_to_log()) is not None:
+                typer.echo(choices)
         trainer = Trainer(config, layout)
         record = trainer.run()
     failure = trainer.checkpoints.error

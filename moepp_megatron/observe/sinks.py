@@ -160,6 +160,7 @@ def open_sinks(
     resume_step: int | None = None,
     print_every: int = 1,
     wandb: WandbRun | None = None,
+    moe_layers: Sequence[int] = (),
 ) -> Sinks:
     """The sinks of a training run.
 
@@ -174,19 +175,20 @@ def open_sinks(
         print_every: In a log without a terminal, print the records of steps divisible by this
             (and the first, the last and evaluated ones).
         wandb: The run at W&B; None for none.
+        moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
     """
     jsonl = JsonlSink(run_dir / "metrics.jsonl", resume_step)
     console = ConsoleSink(total_steps, phi=phi, print_every=print_every)
     views: dict[str, Callable[[], Sink]] = {
         "status file": lambda: StatusSink(run_dir),
         "TensorBoard output": lambda: TensorBoardSink(
-            run_dir / "tensorboard", experts, resume_step
+            run_dir / "tensorboard", experts, resume_step, moe_layers
         ),
     }
     if wandb is not None:
         go_on = resume_step is not None and resume_step > 1
         views["W&B output"] = lambda: WandbSink(
-            wandb.settings, run_dir, wandb.name, wandb.config, experts, go_on
+            wandb.settings, run_dir, wandb.name, wandb.config, experts, go_on, moe_layers
         )
     optional: list[Sink] = [console]
     for name, view in views.items():

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from moepp_megatron.observe.expert_names import EXPERT_KINDS
+from moepp_megatron.observe.expert_names import EXPERT_KINDS, layer_numbers
 from moepp_megatron.report import formatting
 from moepp_megatron.report.drawing import (
     INK,
@@ -197,9 +197,7 @@ def _name_experts(axes: Axes, config: RunConfig) -> None:
 
 
 def _name_layers(axes: Axes, config: RunConfig, layers: int) -> None:
-    numbers = config.moe_layers
-    if len(numbers) != layers:
-        numbers = list(range(1, layers + 1))
+    numbers = layer_numbers(config.moe_layers, layers)
     stride = -(-layers // MAX_NAMED_LAYERS)
     axes.set_yticks(range(0, layers, stride), labels=[str(n) for n in numbers[::stride]])
     axes.set_ylabel("layer")

@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from moepp_megatron.observe.expert_names import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.report import formatting
 from moepp_megatron.report.drawing import (
@@ -232,9 +233,7 @@ def ffn_histogram(run: RunData) -> Plot | None:
     tables = [record.layer_ffn_histogram for record in tail(measured)]
     shares = np.asarray(tables, dtype=np.float64).mean(axis=0)
     layers, width = shares.shape
-    numbers = run.config.moe_layers
-    if len(numbers) != layers:
-        numbers = list(range(1, layers + 1))
+    numbers = layer_numbers(run.config.moe_layers, layers)
     figure = new_figure(height=max(3.1, min(9.0, 1.2 + 0.28 * layers)))
     axes = figure.subplots()
     colours = colormaps["Blues"](np.linspace(0.12, 0.85, width))
