@@ -1,6 +1,7 @@
 """What optional packages do here, and what is used where they are missing: said in one place.
 
-The training log says it once where it matters; `moepp doctor` shows it always. Imports nothing heavy by itself.
+The training log says it once where it matters; `moepp doctor` shows it always. Imports nothing
+heavy by itself.
 """
 
 from __future__ import annotations
