@@ -242,18 +242,22 @@ def _train_rank(config: Config, layout: Layout) -> None:
 
 def _finish(config: Config, record: StepMetrics | None) -> None:
     from moepp_megatron.report import build_report
+    from moepp_megatron.report.run_data import load_run
+    from moepp_megatron.report.summary import summarize
     from moepp_megatron.training.run_folder import checkpoint_folder
 
     if record is None:
         typer.echo("nothing left to do: the checkpoint is at training.train_iters already")
         return
     page = build_report(Path(config.run.dir))
+    # The same window as the page, so that the two name one number.
+    summary = summarize(load_run(Path(config.run.dir)))
+    share = summary.settled_ffn_fraction
     valid = "" if record.valid_loss is None else f", validation {record.valid_loss:.4f}"
-    saved = 1.0 - record.ffn_fraction
     typer.echo(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")
     typer.echo(
-        f"FFN share    {record.ffn_fraction:.3f} of all selections "
-        f"(phi {config.moe.ffn_share:.3f}): {saved:.1%} of the expert work saved"
+        f"FFN share    {share:.3f} of all selections (phi {config.moe.ffn_share:.3f}): "
+        f"{1.0 - share:.1%} of the expert work saved, mean of {summary.window}"
     )
     typer.echo(f"report       {page}")
     if config.checkpoint.save_interval > 0:

@@ -200,9 +200,11 @@ def plain_plot(
     *,
     level: float | None = None,
     share: bool = False,
+    scale: float = 1.0,
 ) -> Plot:
-    """One value of the records over steps, with an optional level to compare with."""
+    """One value of the records, times `scale`, over steps, with a level to compare with."""
     steps, values = _series(run.records, lambda r: getattr(r, key))
+    values = [scale * value for value in values]
     show = formatting.percent if share else formatting.number
     if len(steps) < 2:
         return _too_short(run, title, caption, title, values, show)

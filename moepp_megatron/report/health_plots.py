@@ -258,7 +258,10 @@ def ffn_histogram(run: RunData) -> Plot | None:
         "Tokens by how many FFN experts they get, mean over the last tenth of the measured steps.",
         svg_data_uri(figure),
         "Mean over the layers: "
-        + ", ".join(f"{formatting.percent(s)} of the tokens get {n}" for n, s in enumerate(mean))
+        + ", ".join(
+            f"{share} of the tokens get {n}"
+            for n, share in enumerate(formatting.shares(mean.tolist()))
+        )
         + ".",
     )
 

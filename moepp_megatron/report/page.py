@@ -147,7 +147,8 @@ def _sentence(run: RunData, summary: Summary) -> str:
             "nothing to save and nothing to compare with."
         )
     return (
-        f"{done} {formatting.percent(summary.ffn_fraction)} of all expert selections went to FFN "
+        f"{done} In the last tenth of the records ({summary.window}) "
+        f"{formatting.percent(summary.settled_ffn_fraction)} of all expert selections went to FFN "
         f"experts (perfect balance: {formatting.percent(summary.phi)}); the others took "
         "zero-computation experts and skipped the FFN and the all-to-all."
     )

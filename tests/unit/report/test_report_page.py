@@ -74,7 +74,7 @@ def test_the_page_shows_every_number_of_the_run(full_run):
         ("Validation loss", formatting.number(summary.valid_loss)),
         ("Perplexity", formatting.number(summary.perplexity, 2)),
         ("FFN share", formatting.percent(summary.settled_ffn_fraction)),
-        ("Expert work saved", formatting.percent(1 - summary.ffn_fraction)),
+        ("Expert work saved", formatting.percent(1 - summary.settled_ffn_fraction)),
         ("All-to-all saved", formatting.data_size(saved_bytes)),
         ("Tokens/s", formatting.count(summary.tokens_per_s)),
         ("Tokens", "122,880"),
