@@ -10,6 +10,7 @@ from matplotlib.ticker import PercentFormatter
 from moepp_megatron.observe.expert_names import EXPERT_KINDS, layer_numbers
 from moepp_megatron.report import formatting
 from moepp_megatron.report.drawing import (
+    CELL_INK,
     INK,
     KIND_COLOURS,
     KIND_INKS,
@@ -91,7 +92,8 @@ def layer_heat_map(run: RunData) -> Plot:
         title,
         "Numbers: an expert's share of the layer's selections in percent, mean over the last tenth "
         f"of the records ({window(tail(run.records))}); a row sums to 100%. Colour: that share "
-        "over the one under perfect balance, orange for more, purple for less. Rows: MoE layers by their number in the model.",
+        "over the one under perfect balance, orange for more, purple for less. Rows: MoE layers by "
+        "their number in the model.",
         svg_data_uri(figure),
         f"Heat map of {layers} MoE layers by {experts} experts; shares between "
         f"{formatting.percent(low)} and {formatting.percent(high)}.",
@@ -211,6 +213,6 @@ def _number_cells(axes: Axes, shares: np.ndarray, balanced: np.ndarray) -> None:
     texts = [formatting.shares(row.tolist()) for row in shares]
     for (layer, expert), share in np.ndenumerate(shares):
         extreme = not 0.35 < share / balanced[expert] < 1.65
-        colour = "white" if extreme else INK
+        colour = "white" if extreme else CELL_INK
         text = texts[layer][expert].removesuffix("%")
         axes.text(expert, layer, text, ha="center", va="center", color=colour, fontsize=8.5)

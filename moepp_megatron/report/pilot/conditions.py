@@ -18,8 +18,8 @@ from moepp_megatron.planning.pilot.result import (
     Verdict,
 )
 from moepp_megatron.report import formatting
+from moepp_megatron.report.healthy import guard_rule
 from moepp_megatron.report.pilot import words
-from moepp_megatron.report.pilot.health import guard_rule
 from moepp_megatron.report.pilot.learning import smooth_curve
 
 
