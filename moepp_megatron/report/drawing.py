@@ -30,13 +30,14 @@ _DARK = {
     MUTED: "#9aa5b1",
     GRID: "#3a4550",
     PAPER: "#1c242d",
-    BLUE: "#4aa8e0",
+    BLUE: "#3f97dc",
+    "#56b4e9": "#9ad7f7",
     VERMILION: "#f07c33",
     GREEN: "#2cc296",
     "#9a6700": "#e0a940",
     "#007a59": "#2cc296",
     "#52606d": "#9aa5b1",
-    "#004c77": "#9cc9ea",
+    "#004c77": "#cfe6f5",
 }
 _COLOUR = re.compile(r"(fill|stroke): (#[0-9a-f]{6})\b")
 
@@ -56,6 +57,7 @@ STYLE: Any = {
     "font.size": 10,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
+    "text.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,

@@ -34,9 +34,12 @@ def print_study(study: Study) -> None:
     if not console.is_terminal:
         console.width = _WIDTH
     played = study.played
+    a_stage = (
+        " a stage" if any(bar.rank for bar in played.timeline.bars) else ", without a pipeline,"
+    )
     console.print(
         f"simulated: {len(played.totals):,} steps of layout 1, {played.passes:,} passes a step on "
-        f"{played.columns:,} columns of {played.ranks_per_column:,} ranks a stage that move "
+        f"{played.columns:,} columns of {played.ranks_per_column:,} ranks{a_stage} that move "
         f"together, {played.held_up:.1%} of them with a slow node; seed {study.assumptions.seed}",
         soft_wrap=True,
     )
@@ -132,7 +135,7 @@ def plot_study(path: Path, study: Study, title: str) -> None:
         upper, lower = figure.subplots(2, 1, height_ratios=(2.4, height))
         figure.suptitle(title, x=0.01, ha="left", color=INK)
         _draw_steps(upper, study)
-        _draw_timeline(lower, timeline, ranks)
+        _draw_timeline(lower, timeline, ranks, study.played.columns)
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=150)
     write_atomic(path, content.getvalue())
@@ -151,11 +154,18 @@ def _draw_steps(axis: Axes, study: Study) -> None:
     axis.set_xlabel("seconds a step")
     axis.set_ylabel("steps")
     axis.grid(axis="x", visible=False)
-    axis.legend(loc="upper center", ncols=3, fontsize=8.5, bbox_to_anchor=(0.5, 1.16))
+    axis.legend(loc="lower left", ncols=3, fontsize=8.5, bbox_to_anchor=(0.0, 1.0))
 
 
-def _draw_timeline(axis: Axes, timeline: Timeline, ranks: int) -> None:
-    """White is idle; later model chunks are darker."""
+def _draw_timeline(axis: Axes, timeline: Timeline, ranks: int, columns: int) -> None:
+    """White is idle; later model chunks are darker.
+
+    Args:
+        axis: Empty.
+        timeline: Of the column that ends last.
+        ranks: Pipeline ranks; 1 without a pipeline.
+        columns: Data-parallel columns that wait for each other at the end.
+    """
     chunks = 1 + max(bar.chunk for bar in timeline.bars)
     for kind, (_, colour) in _KINDS.items():
         for chunk in range(chunks):
@@ -177,15 +187,22 @@ def _draw_timeline(axis: Axes, timeline: Timeline, ranks: int) -> None:
         axis.add_patch(Rectangle((end, -0.4), timeline.total - end, ranks - 0.2, color="#e69f00"))
     axis.set_xlim(0, timeline.total)
     axis.set_ylim(ranks - 0.4, -0.6)
-    axis.set_yticks(range(ranks))
-    axis.set_ylabel("pipeline rank")
-    axis.set_xlabel("seconds from the step's start; white: idle; the column that ends last")
+    if ranks > 1:
+        axis.set_yticks(range(ranks))
+        axis.set_ylabel("pipeline rank")
+    else:
+        axis.set_yticks([0], ["no pipeline"])
+    column = "; the column that ends last" if columns > 1 else ""
+    axis.set_xlabel(f"seconds from the step's start; white: idle{column}")
     axis.grid(visible=False)
     used = {bar.kind for bar in timeline.bars}
     handles = [
         Patch(color=colour, label=name) for kind, (name, colour) in _KINDS.items() if kind in used
     ]
-    handles.append(Patch(color="#e69f00", label="waiting for other columns, gradients, optimizer"))
+    if timeline.total > end:
+        waiting = "waiting for other columns, gradients, optimizer"
+        label = waiting if columns > 1 else "gradients, optimizer"
+        handles.append(Patch(color="#e69f00", label=label))
     axis.legend(
         handles=handles,
         loc="lower center",
