@@ -158,7 +158,7 @@ def _terms(run: RunData, summary: Summary) -> list[tuple[str, str]]:
             "phi",
             f"tau F / (tau F + Z), here {phi}: the FFN share under perfect balance, with F FFN "
             "and Z zero-computation experts. tau, the weight of the latter in the balance loss, "
-            "sets it. 1 / FFN share is the most that the expert computation can gain in speed.",
+            "sets it.",
         ),
         *terms,
     ]
