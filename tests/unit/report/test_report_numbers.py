@@ -97,6 +97,26 @@ def test_every_share_and_saving_is_of_the_last_tenth_of_the_records(make_run):
     assert page.count("steps 46 to 50") >= 5
 
 
+def test_the_last_lines_of_a_run_name_the_number_of_its_page(make_run, capsys):
+    from types import SimpleNamespace
+
+    from moepp_megatron.cli.train import _finish
+
+    folder = make_run(steps=50, edit=_falling)
+    config = SimpleNamespace(
+        run=SimpleNamespace(dir=str(folder)),
+        moe=SimpleNamespace(ffn_share=0.6),
+        checkpoint=SimpleNamespace(save_interval=0),
+    )
+    _finish(config, load_run(folder).records[-1])
+    assert (
+        "FFN share    0.500 of all selections (phi 0.600): 50.0% of the expert work saved, "
+        "mean of steps 46 to 50" in capsys.readouterr().out
+    )
+    page = re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text())
+    assert re.search(r"Expert work saved\s+50\.0%", page)
+
+
 def test_more_work_is_not_called_a_negative_saving(make_run):
     run = load_run(make_run(steps=10))
     summary = summarize(run)
