@@ -34,12 +34,13 @@ def print_study(study: Study) -> None:
     if not console.is_terminal:
         console.width = _WIDTH
     played = study.played
+    each = played.ranks_per_column
     a_stage = (
         " a stage" if any(bar.rank for bar in played.timeline.bars) else ", without a pipeline,"
     )
     console.print(
         f"simulated: {len(played.totals):,} steps of layout 1, {played.passes:,} passes a step on "
-        f"{played.columns:,} columns of {played.ranks_per_column:,} ranks{a_stage} that move "
+        f"{_number(played.columns, 'column')} of {_number(each, 'rank')}{a_stage} that move "
         f"together, {played.held_up:.1%} of them with a slow node; seed {study.assumptions.seed}",
         soft_wrap=True,
     )
@@ -50,6 +51,10 @@ def print_study(study: Study) -> None:
     if study.others:
         console.print(_others(study))
     console.print(_goodput(study))
+
+
+def _number(count: int, name: str) -> str:
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -80,7 +85,8 @@ def _causes(study: Study) -> Table:
     table = _table("what the tail costs", "cause alone", "mean step s", "against even")
     rows = [*study.causes.items(), ("all together", float(study.played.totals.mean()))]
     for name, seconds in rows:
-        table.add_row(name, f"{seconds:.3f}", f"{seconds / even - 1:+.1%}")
+        change = seconds / even - 1
+        table.add_row(name, f"{seconds:.3f}", "none" if abs(change) < 5e-4 else f"{change:+.1%}")
     return table
 
 
@@ -125,16 +131,30 @@ def _goodput(study: Study) -> Table:
     return table
 
 
+def varies(study: Study) -> bool:
+    """Whether steps differ by more than rounding.
+
+    Without a pipeline and with every expert on each rank, unevenness has nobody to wait for it.
+    """
+    totals = study.played.totals
+    return bool(np.ptp(totals) > 1e-6 * np.median(totals))
+
+
 def plot_study(path: Path, study: Study, title: str) -> None:
     """Distribution of step times above one step's passes by pipeline rank."""
     timeline = study.played.timeline
     ranks = 1 + max(bar.rank for bar in timeline.bars)
     height = max(1.6, 0.32 * ranks + 0.9)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 3.0 + height), layout="constrained")
-        upper, lower = figure.subplots(2, 1, height_ratios=(2.4, height))
+        if varies(study):
+            figure = Figure(figsize=(10.5, 3.0 + height), layout="constrained")
+            upper, lower = figure.subplots(2, 1, height_ratios=(2.4, height))
+            _draw_steps(upper, study)
+        else:
+            figure = Figure(figsize=(10.5, 0.9 + height), layout="constrained")
+            lower = figure.subplots()
+            title += f": every step takes {study.played.median:.3f} s, for nothing in it varies"
         figure.suptitle(title, x=0.01, ha="left", color=INK)
-        _draw_steps(upper, study)
         _draw_timeline(lower, timeline, ranks, study.played.columns)
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=150)
