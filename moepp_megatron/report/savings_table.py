@@ -137,9 +137,8 @@ def _traffic_rows(run: RunData, summary: Summary, savings: Savings) -> list[Row]
     # The early steps are in it, so that its share of vanilla is another; bytes cannot be confused.
     saved = formatting.data_size(savings.vanilla_a2a_bytes - savings.a2a_bytes)
     total = f"mean of all records x steps done ({steps:,}), so with the run's first steps"
-    sizes = (savings.vanilla_a2a_bytes, savings.a2a_bytes)
-    cells = (*map(formatting.data_size, sizes), saved)
-    return [*rows, Row("All-to-all bytes of the run", total, *cells, strong=True)]
+    whole, sent = map(formatting.data_size, (savings.vanilla_a2a_bytes, savings.a2a_bytes))
+    return [*rows, Row("All-to-all bytes of the run", total, whole, sent, saved, strong=True)]
 
 
 def _difference(

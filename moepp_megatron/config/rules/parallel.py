@@ -123,7 +123,8 @@ def layers_divide_over_stages(config: Config) -> Iterator[Problem]:
     if parallel.pipeline_model_parallel_layout is not None:
         return
     stages = parallel.pipeline_model_parallel_size
-    text, others = "parallel.pipeline_model_parallel_size", ()
+    text = "parallel.pipeline_model_parallel_size"
+    others: tuple[int, ...] | None = ()
     chunks = parallel.virtual_pipeline_model_parallel_size
     if chunks is not None:
         text += f" ({stages}) * parallel.virtual_pipeline_model_parallel_size ({chunks}) = "
