@@ -5,28 +5,53 @@ With `--build-rank` it builds that rank too, and compares.
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 
 from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
-from moepp_megatron.planning.memory import rank_memory
-from moepp_megatron.planning.workload import Modules
-from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
+from moepp_megatron.planning.efficiency import DEFAULT
+from moepp_megatron.planning.memory import RankMemory, rank_memory
+from moepp_megatron.planning.target import Target, target_of
+from moepp_megatron.report import formatting
+from moepp_megatron.report.terminal import plain_table, print_whole
 
 # A large grid says nothing that its first and last ranks do not.
-_MOST_ROWS = 32
+_MOST_RANKS = 16
+_GIB = 2**30
+_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers")
 
 
-def print_plan(config: Config, layout: Layout) -> None:
-    """Print the parameters, the pipeline stages and where every rank stands."""
-    console = Console()
-    console.print(_parameters(config))
-    console.print(_stages(config, layout))
-    console.print(_grid(layout))
-    console.print(
-        f"{layout.num_microbatches} micro-batches of {config.training.micro_batch_size} sequences "
-        f"a step and data-parallel rank; phi {config.moe.ffn_share:.3f}"
+def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
+    """Print the parameters, the pipeline stages, their memory and where every rank stands.
+
+    Args:
+        config: A checked configuration.
+        layout: Of any number of ranks.
+        gpu: The card whose memory is meant, see `planning.target`; None for the usual rules.
+
+    Raises:
+        ConfigError: No such card.
+    """
+    target = target_of(config, gpu)
+    stages = [rank_memory(config, layout, p, target.modules) for p in range(layout.pp)]
+    device = "this machine's CPU" if target.hardware is None else target.hardware.name
+    print_whole(
+        _parameters(config),
+        "\nLayers, counted from 1, by pipeline stage (E embedding, L loss, | between chunks)",
+        _stages(config, stages),
+        f"\nMemory of a rank on {device} ({target.reason})",
+        _memory(stages, target),
+        "activations and buffers: estimates for even routing (docs/planning.md)",
+        _fit(config, layout, stages, target),
+        f"\n{_number(layout.world_size, 'rank', 'ranks')}",
+        _grid(layout),
+        f"\n{_number(layout.num_microbatches, 'micro-batch', 'micro-batches')} of "
+        f"{_number(config.training.micro_batch_size, 'sequence', 'sequences')} a step and "
+        f"data-parallel rank; phi {config.moe.ffn_share:.3f}",
     )
+
+
+def _number(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
 
 
 def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
@@ -60,22 +85,19 @@ def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
         style = None if check.holds else "bold red"
         verdict = "same" if check.holds else "DIFFERS"
         table.add_row(check.name, check.built, check.expected, verdict, style=style)
-    console = Console()
-    console.print(table)
     numbers = Workload.from_config(config).numbers
     state = 2 * numbers.moment_bytes + numbers.master_bytes
-    console.print(
+    print_whole(
+        table,
         f"gradients with what aligns them: {built.aligned_bytes:,} bytes; optimizer state of this "
         f"rank's own shard: {built.shard * state:,} bytes",
-        soft_wrap=True,
     )
     return all(check.holds for check in checks)
 
 
 def _parameters(config: Config) -> Table:
     counts = count_parameters(config)
-    table = Table("part", title="parameters")
-    table.add_column("number", justify="right")
+    table = plain_table("part", "parameters", words=1)
     for name in (
         "embedding",
         "attention",
@@ -94,73 +116,71 @@ def _parameters(config: Config) -> Table:
     return table
 
 
-def _stages(config: Config, layout: Layout) -> Table:
+def _stages(config: Config, stages: list[RankMemory]) -> Table:
     """Layers by model chunk; E is the embedding, L the loss, as in layout strings."""
-    modules = _modules_here()
-    kind = "GPUs"
-    if modules == "local":
-        most = max(rank_memory(config, layout, stage).total for stage in range(layout.pp))
-        kind = f"this machine's CPU (a rank on a GPU: at most {most / 2**20:,.1f} MiB)"
-    table = Table(
-        "stage",
-        "layers",
-        title="each rank of a pipeline stage, MiB",
-        caption=f"activations and buffers: estimates for {kind} and even routing "
-        "(docs/planning.md)",
-    )
-    columns = ("parameters", "weights", "gradients", "optimizer", "activations", "buffers", "sum")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for stage, chunks in enumerate(stage_layers(config)):
-        memory = rank_memory(config, layout, stage, modules)
+    table = plain_table("stage", "parameters of a rank")
+    table.add_column("layers", overflow="fold")
+    for stage, (chunks, memory) in enumerate(zip(stage_layers(config), stages, strict=True)):
         names = [_layers(chunk) for chunk in chunks]
         if stage == 0:
             names[0] = f"E {names[0]}".strip()
-        if stage == layout.pp - 1:
+        if stage == len(stages) - 1:
             names[-1] = f"{names[-1]} L".strip()
-        sizes = (
-            memory.weights,
-            memory.gradients,
-            memory.optimizer,
-            memory.activations,
-            memory.buffers,
-            memory.total,
-        )
-        table.add_row(
-            str(stage),
-            " | ".join(name or "-" for name in names),
-            f"{memory.dense + memory.experts:,}",
-            *(f"{size / 2**20:,.1f}" for size in sizes),
-        )
+        count = memory.dense + memory.experts
+        table.add_row(str(stage), f"{count:,}", " | ".join(name or "-" for name in names))
     return table
 
 
-def _modules_here() -> Modules:
-    """What a run on this machine would compute with."""
-    try:
-        with Nvml() as nvml:
-            has_card = nvml.count() > 0
-    except NvmlUnavailableError:
-        has_card = False
-    return "fused" if has_card else "local"
-
-
 def _layers(chunk: list[int]) -> str:
-    """Layer numbers from 0 as "4", "4-7" or nothing."""
+    """Layers, numbered from 1, as "5", "5-8" or nothing; `chunk` numbers them from 0."""
     if not chunk:
         return ""
-    return str(chunk[0]) if len(chunk) == 1 else f"{chunk[0]}-{chunk[-1]}"
+    first, last = chunk[0] + 1, chunk[-1] + 1
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _memory(stages: list[RankMemory], target: Target) -> Table:
+    """What a rank of each stage holds: in GiB, or in MiB on a CPU where all of it is small."""
+    most = max(memory.total for memory in stages)
+    unit, size = ("MiB", 2**20) if target.hardware is None and most < _GIB else ("GiB", _GIB)
+    table = plain_table("stage", *_PARTS, f"sum, {unit}")
+    digits = 1 if unit == "MiB" else 2
+    for stage, memory in enumerate(stages):
+        sizes = [*(getattr(memory, part) for part in _PARTS), memory.total]
+        table.add_row(str(stage), *(f"{value / size:,.{digits}f}" for value in sizes))
+    return table
+
+
+def _fit(config: Config, layout: Layout, stages: list[RankMemory], target: Target) -> str:
+    """Whether the fullest rank fits the card, by the rule of `moepp plan`."""
+    most = max(memory.total for memory in stages)
+    if target.hardware is None:
+        on_card = max(rank_memory(config, layout, p).total for p in range(layout.pp))
+        return f"fullest rank: {formatting.data_size(most)}; on a GPU {_size(on_card)}"
+    needed = most + DEFAULT.reserved_gib * _GIB
+    text = (
+        f"fullest rank: {_size(needed)}, of these {DEFAULT.reserved_gib:g} GiB for CUDA, NCCL and "
+        "fragmentation: "
+    )
+    room = target.memory_bytes
+    if room is None:
+        return f"{text}the memory of {target.hardware.name} is not known"
+    verdict = "fits" if needed <= room else "DOES NOT FIT"
+    return f"{text}{verdict} {room / 1e9:g} GB ({_size(room)})"
+
+
+def _size(count: float) -> str:
+    return f"{count / _GIB:,.2f} GiB"
 
 
 def _grid(layout: Layout) -> Table:
-    table = Table(title=f"{layout.world_size} ranks")
-    for column in ("rank", "tp", "cp", "dp", "pp", "etp", "ep", "edp"):
-        table.add_column(column, justify="right")
-    ranks = layout.grid()
-    shown = ranks if len(ranks) <= _MOST_ROWS else ranks[: _MOST_ROWS - 1] + ranks[-1:]
-    for place in shown:
-        if place is ranks[-1] and len(shown) < len(ranks):
+    table = plain_table("rank", "tp", "cp", "dp", "pp", "etp", "ep", "edp")
+    count = layout.world_size
+    shown = range(count if count <= _MOST_RANKS else _MOST_RANKS - 2)
+    for rank in (*shown, *range(max(len(shown), count - 1), count)):
+        if rank > len(shown):
             table.add_row(*["..."] * 8)
-        values = (place.rank, place.tp, place.cp, place.dp, place.pp, place.etp, place.ep)
-        table.add_row(*(str(value) for value in (*values, place.edp)))
+        at = layout.coordinates(rank)
+        values = (at.rank, at.tp, at.cp, at.dp, at.pp, at.etp, at.ep, at.edp)
+        table.add_row(*map(str, values))
     return table

@@ -23,6 +23,7 @@ from moepp_megatron.cli import (
     slurm,
     train,
 )
+from moepp_megatron.cli.usage import COMMANDS, UsageError, refuse
 from moepp_megatron.config import ConfigError, UnfitError
 
 app = typer.Typer(
@@ -31,18 +32,22 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    # Markup would take what stands in brackets out of every command's help: `input_ids [b, s]`.
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 100},
+    **COMMANDS,
 )
 app.command()(doctor.doctor)
-app.add_typer(data.app, name="data")
+app.add_typer(data.app, name="data", **COMMANDS)
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(score.score)
 app.command()(inspect.inspect)
-app.add_typer(convert.app, name="convert")
+app.add_typer(convert.app, name="convert", **COMMANDS)
 app.command()(report.report)
 app.command()(monitor.monitor)
 app.command()(profile.profile)
-app.add_typer(bench.app, name="bench")
+app.add_typer(bench.app, name="bench", **COMMANDS)
 app.command()(plan.plan)
 app.command()(pilot.pilot)
 app.command()(scale.scale)
@@ -52,7 +57,7 @@ app.command()(slurm.slurm)
 def run() -> None:
     """Entry point. A user's error is one line on stderr a problem, and its exit code."""
     try:
-        app()
+        status = app(prog_name="moepp", standalone_mode=False)
     except (ConfigError, UnfitError) as error:
         typer.echo(f"error: {error}", err=True)
         from moepp_megatron.runtime.launch import write_status
@@ -60,6 +65,13 @@ def run() -> None:
         # Of a rank: torchrun would turn it into 1.
         write_status(error.exit_code)
         sys.exit(error.exit_code)
+    except typer.Abort:
+        typer.echo("error: aborted", err=True)
+        sys.exit(1)
+    except UsageError as error:
+        sys.exit(refuse(error))
+    # A command returns nothing; `typer.Exit` returns its code here.
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,15 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, print rank grid and parameters, stop.")
     ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="With --dry-run: the card whose memory is compared, a name in configs/hardware or "
+            "a YAML file; cpu for this machine's CPU. By default telemetry.hardware, the card "
+            "here, or an H100 where precision.dtype is bf16.",
+            metavar="NAME",
+        ),
+    ] = None,
     build_rank: Annotated[
         int | None,
         typer.Option(
@@ -115,10 +124,12 @@ def train(
         for warning in check_config(settings) + check_world_size(settings, world_size):
             typer.echo(f"warning: {warning}", err=True)
     _check_build_rank(build_rank, dry_run, world_size)
+    if gpu is not None and not dry_run:
+        raise ConfigError(f"--gpu ({gpu}) must come with --dry-run; add --dry-run")
     if dry_run:
         from moepp_megatron.cli.dry_run import build_and_check, print_plan
 
-        print_plan(settings, layout)
+        print_plan(settings, layout, gpu)
         if build_rank is not None and not build_and_check(settings, layout, build_rank):
             raise typer.Exit(1)
         return
@@ -317,9 +328,10 @@ def _train(config: Config, layout: Layout) -> None:
     with distributed.joined(rank, distributed.collective_timeout(config)):
         distributed.build_groups(config, layout)
         if rank.rank == 0:
-            from moepp_megatron.runtime.backends import choices_line
+            from moepp_megatron.runtime.backends import choices_to_log
 
-            typer.echo(choices_line())
+            if (choices := choices_to_log()) is not None:
+                typer.echo(choices)
         trainer = Trainer(config, layout)
         if rank.rank == 0:
             for line in trainer.start_lines:
@@ -361,16 +373,30 @@ def _finish(config: Config, record: StepMetrics | None) -> None:
         typer.echo("nothing left to do: the checkpoint is at training.train_iters already")
         return
     page = _report(Path(config.run.dir))
+    share, window = _settled_ffn_share(Path(config.run.dir), record)
     valid = "" if record.valid_loss is None else f", validation {record.valid_loss:.4f}"
-    saved = 1.0 - record.ffn_fraction
     typer.echo(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")
     typer.echo(
-        f"FFN share    {record.ffn_fraction:.3f} of all selections "
-        f"(phi {config.moe.ffn_share:.3f}): {saved:.1%} of the expert work saved"
+        f"FFN share    {share:.3f} of all selections (phi {config.moe.ffn_share:.3f}): "
+        f"{1.0 - share:.1%} of the expert work saved, mean of {window}"
     )
     typer.echo(f"report       {page}")
     if config.checkpoint.save_interval > 0:
         typer.echo(f"checkpoints  {checkpoint_folder(config)}")
+
+
+def _settled_ffn_share(run: Path, last: StepMetrics) -> tuple[float, str]:
+    """The FFN share that the page names, and the steps that it is the mean of."""
+    from moepp_megatron.observe.metrics import MetricsError
+    from moepp_megatron.report.run_data import ReportError, load_run
+    from moepp_megatron.report.summary import summarize
+
+    try:
+        summary = summarize(load_run(run))
+    except (MetricsError, ReportError):
+        # A full disk has cost the run its records.
+        return last.ffn_fraction, f"step {last.step}"
+    return summary.settled_ffn_fraction, summary.window
 
 
 def _report(run: Path) -> str:

@@ -132,6 +132,9 @@ def _problem(
     rule, remedy = _TYPES.get(first["type"], (f"is refused: {first['msg']}", field.description))
     if first["type"] == "int_type" and isinstance(value, float) and value.is_integer():
         remedy = f"write {int(value)}"
+    if not in_list and isinstance(value, list | Mapping) and first["type"] != "list_type":
+        kind = "list" if isinstance(value, list) else "mapping"
+        remedy = f"give one value instead of a {kind}"
     if in_list:
         rule = rule.replace("must be", "must be a list whose every entry is")
     return Problem(name, value, rule, remedy or "see the documentation")

@@ -11,6 +11,13 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.problem import show
 from moepp_megatron.config.schema import Config, Section
 
+# Words that mean nothing without their section, so that another section's key is not what was
+# meant: `optimizer.name` is not `run.name`.
+_WITHOUT_MEANING = frozenset(
+    ("decay", "dir", "enabled", "keep", "load", "memory", "mode", "name", "options", "path")
+    + ("share", "size", "time", "tokens", "type")
+)
+
 
 def section_models() -> dict[str, type[Section]]:
     """The sections by name, in file order."""
@@ -100,17 +107,19 @@ def _unknown_section(section: str) -> str:
 def _unknown_key(path: str, own: type[Section], key: str) -> str:
     """The message for a key that its section does not have.
 
-    A key that another section has under exactly this name was put in the wrong place, so that
-    beats a similar name in the same section.
+    A similar key of the same section comes first, then one of exactly this name in another
+    section, where the user may have meant it to be; both are named.
     """
-    sections = dict(_all_sections())
-    near = [f"{name}.{key}" for name, model in sections.items() if key in model.model_fields]
-    near += [f"{path}.{name}" for name in _close(key, own, 0.7)]
-    # From another section only a slip of a letter or two counts, else the list helps more.
-    for other, model in sections.items():
-        near += [f"{other}.{name}" for name in _close(key, model, 0.85) if other != path]
+    near = [f"{path}.{name}" for name in _close(key, own, 0.7)[:1]]
+    others = {name: model for name, model in _all_sections() if name != path}
+    if key not in _WITHOUT_MEANING:
+        near += [f"{name}.{key}" for name, model in others.items() if key in model.model_fields][:1]
+        # Otherwise only a slip of a letter or two counts, else the list helps more.
+        for other, model in () if near else others.items():
+            near += [f"{other}.{name}" for name in _close(key, model, 0.85)]
+            near = near[:1]
     if near:
-        return f"unknown key {path}.{key}; did you mean {near[0]}?"
+        return f"unknown key {path}.{key}; did you mean {' or '.join(near)}?"
     return f"unknown key {path}.{key}; {path} has {', '.join(own.model_fields)}"
 
 

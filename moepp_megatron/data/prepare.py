@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,12 @@ from moepp_megatron.data.sources import (
     resolve_sources,
     stat_fingerprint,
 )
-from moepp_megatron.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
+from moepp_megatron.data.tokenizer import (
+    MIN_VOCAB_SIZE,
+    Tokenizer,
+    tokenizer_file,
+    train_tokenizer,
+)
 
 DEFAULT_VOCAB_SIZE = 4096
 # Characters the tokenizer is trained on. Merges hardly change beyond a few MB, time does.
@@ -126,6 +132,8 @@ def prepare(
     """
     out = Path(os.path.abspath(out))
     deciding = settings.deciding()
+    # Before sources are read, which may take an hour.
+    given = settings.tokenizer and Tokenizer.load(settings.tokenizer, settings.eod_token)
     sources = resolve_sources(names, exclude=out)
     stat_sha256 = stat_fingerprint(sources)
     found = find_reusable(
@@ -138,7 +146,11 @@ def prepare(
     with track(console, "read", sum(source.size for source in sources)) as advance:
         inputs = Inputs(deciding, content_fingerprint(sources, advance), stat_sha256)
     with partial_folder(out) as partial:
-        tokenizer = _make_tokenizer(pieces, settings, partial / TOKENIZER, console)
+        tokenizer = given or _make_tokenizer(pieces, settings, console)
+        if settings.tokenizer is None:
+            tokenizer.save(partial / TOKENIZER)
+        else:
+            shutil.copyfile(tokenizer_file(settings.tokenizer), partial / TOKENIZER)
         _warn_of_memory(sources, tokenizer, console)
         spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
         written = write_indexed_dataset(spooled, partial, settings.seed)
@@ -150,11 +162,8 @@ def prepare(
 
 
 def _make_tokenizer(
-    pieces: Sequence[Piece], settings: PrepareSettings, path: Path, console: Console
+    pieces: Sequence[Piece], settings: PrepareSettings, console: Console
 ) -> Tokenizer:
-    if settings.tokenizer is not None:
-        path.write_bytes(settings.tokenizer.read_bytes())
-        return Tokenizer.load(path, settings.eod_token)
     size = DEFAULT_VOCAB_SIZE if settings.vocab_size is None else settings.vocab_size
     if settings.vocab_size is None:
         console.print(
@@ -176,7 +185,6 @@ def _make_tokenizer(
             highlight=False,
             soft_wrap=True,
         )
-    tokenizer.save(path)
     return tokenizer
 
 

@@ -75,8 +75,7 @@ class Tokenizer:
         Raises:
             ConfigError: no such file, no tokenizer, or no end-of-document token.
         """
-        if path.is_dir():
-            path = path / TOKENIZER
+        path = tokenizer_file(path)
         named = named_eod_token(path)
         backend = _read_backend(path)
         if eod_token is None and named is not None and backend.token_to_id(named) is None:
@@ -141,11 +140,23 @@ def check_tokenizer_file(path: Path) -> None:
     _read_backend(path)
 
 
+def tokenizer_file(path: Path) -> Path:
+    """The `tokenizer.json` that a path means, which may be the folder that it is in."""
+    return path / TOKENIZER if path.is_dir() else path
+
+
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"tokenizer ({path}) cannot be read ({error})") from error
+    except OSError as error:
+        raise ConfigError(f"tokenizer ({path}) cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError:
+        # A sentencepiece model, most often: tokenizer.model beside the file that is wanted.
+        raise ConfigError(
+            f"tokenizer ({path}) must be a Hugging Face tokenizer.json, and is no text; for a "
+            "sentencepiece model name the tokenizer.json beside it, or have transformers write "
+            "one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        ) from None
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises no narrower class

@@ -1,5 +1,6 @@
 """Names of the experts, in the one order that every list over experts uses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 EXPERT_KINDS = ("FFN", "constant", "copy", "zero")
@@ -57,3 +58,13 @@ class ExpertCounts:
         if self.zero_computation == 0:
             return 1.0
         return tau * self.ffn / (tau * self.ffn + self.zero_computation)
+
+
+def layer_numbers(known: Sequence[int], count: int) -> Sequence[int]:
+    """The numbers that MoE layers have everywhere: those in the model, counted from 1.
+
+    Args:
+        known: Of the run's MoE layers.
+        count: Of MoE layers in a record; where there are not as many known numbers, 1 to `count`.
+    """
+    return known if len(known) == count else range(1, count + 1)

@@ -118,6 +118,7 @@ def open_sinks(
     total_steps: int,
     resume_step: int | None = None,
     wandb: WandbRun | None = None,
+    moe_layers: Sequence[int] = (),
 ) -> Sinks:
     """The sinks of a training run.
 
@@ -130,19 +131,20 @@ def open_sinks(
         total_steps: ``training.train_iters``.
         resume_step: The first step that will be written; see ``JsonlSink``.
         wandb: The run at W&B; None for none.
+        moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
     """
     jsonl = JsonlSink(run_dir / "metrics.jsonl", resume_step)
     console = ConsoleSink(total_steps, phi=phi)
     views: dict[str, Callable[[], Sink]] = {
         "status file": lambda: StatusSink(run_dir),
         "TensorBoard output": lambda: TensorBoardSink(
-            run_dir / "tensorboard", experts, resume_step
+            run_dir / "tensorboard", experts, resume_step, moe_layers
         ),
     }
     if wandb is not None:
         go_on = resume_step is not None and resume_step > 1
         views["W&B output"] = lambda: WandbSink(
-            wandb.settings, run_dir, wandb.name, wandb.config, experts, go_on
+            wandb.settings, run_dir, wandb.name, wandb.config, experts, go_on, moe_layers
         )
     optional: list[Sink] = [console]
     for name, view in views.items():

@@ -6,11 +6,11 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.observe.expert_names import ExpertCounts, layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,8 @@ HISTOGRAMS: Mapping[str, str] = {
     "layer_ffn_histogram": "ffn_experts_per_token/moe_layer",
 }
 """Fields that are shown as histograms, and their tags; a list of lists gives one a MoE layer, with
-its number behind the tag. Entry i of a list is the weight of i: of expert number i, or of tokens
-that take i FFN experts. What a record does not have is left out."""
+the layer's number in the model behind the tag. Entry i of a list is the weight of i: of expert
+number i, or of tokens that take i FFN experts. What a record does not have is left out."""
 
 # TensorBoard itself shows about 50 histograms of a tag, picked from those that there are.
 RECORDS_PER_HISTOGRAM = 10
@@ -71,7 +71,13 @@ class TensorBoardSink:
         "dropped_fraction": "router/dropped_fraction",
     }
 
-    def __init__(self, folder: Path, experts: ExpertCounts, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        experts: ExpertCounts,
+        resume_step: int | None = None,
+        moe_layers: Sequence[int] = (),
+    ) -> None:
         """Opens the sink.
 
         Args:
@@ -79,6 +85,7 @@ class TensorBoardSink:
             experts: Names the entries of ``expert_share``.
             resume_step: The first step that will be written from now on; TensorBoard hides
                 events of an earlier attempt from there on.
+            moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
 
         Raises:
             ImportError: tensorboard is not installed.
@@ -90,6 +97,7 @@ class TensorBoardSink:
                 "TensorBoard output needs the tensorboard package; pip install tensorboard"
             ) from error
         self._names = experts.names
+        self._moe_layers = moe_layers
         self._records = 0
         self._open = functools.partial(SummaryWriter, str(folder))
         _quiet_writer_thread()
@@ -122,10 +130,10 @@ class TensorBoardSink:
                 self._scalar(self.GROUPS.get(key, f"other/{key}"), value, record.step)
         for name, share in zip(self._names, record.expert_share, strict=True):
             self._scalar(f"expert_share/{name.replace(' ', '_')}", share, record.step)
-        for layer, fraction in enumerate(record.layer_ffn_fraction or ()):
+        for layer, fraction in self._by_layer(record.layer_ffn_fraction or ()):
             self._scalar(f"layer_ffn_fraction/moe_layer_{layer}", fraction, record.step)
         for metric, layers in (record.router_health or {}).items():
-            for layer, value in enumerate(layers):
+            for layer, value in self._by_layer(layers):
                 self._scalar(f"router_health/{metric}/moe_layer_{layer}", value, record.step)
         for count, loss in enumerate(record.loss_by_ffn or ()):
             if math.isfinite(loss):
@@ -136,10 +144,13 @@ class TensorBoardSink:
                 self._histograms(tag, values.get(key) or (), record.step)
         self._records += 1
 
+    def _by_layer(self, values: Sequence[Any]) -> Iterable[tuple[int, Any]]:
+        return zip(layer_numbers(self._moe_layers, len(values)), values, strict=True)
+
     def _histograms(self, tag: str, weights: Sequence[Any], step: int) -> None:
         """Writes one histogram, or one a MoE layer."""
         if weights and isinstance(weights[0], list | tuple):
-            for layer, row in enumerate(weights):
+            for layer, row in self._by_layer(weights):
                 self._histogram(f"{tag}_{layer}", row, step)
         else:
             self._histogram(tag, weights, step)

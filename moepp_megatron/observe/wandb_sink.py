@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.schema import WandbSection
-from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.observe.expert_names import ExpertCounts, layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class WandbSink:
         config: The resolved configuration, shown beside the run.
         experts: Names the entries of ``expert_share``.
         go_on: Whether the run goes on from a checkpoint: then the same W&B run does too.
+        moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
 
     Raises:
         ImportError: wandb is not installed.
@@ -48,6 +49,7 @@ class WandbSink:
         config: Mapping[str, Any],
         experts: ExpertCounts,
         go_on: bool = False,
+        moe_layers: Sequence[int] = (),
     ) -> None:
         try:
             import wandb
@@ -55,6 +57,7 @@ class WandbSink:
             raise ImportError(
                 "observe.wandb needs the wandb package; pip install 'moepp-megatron[wandb]'"
             ) from error
+        self._moe_layers = moe_layers
         self._names = [name.replace(" ", "_") for name in experts.names]
         try:
             self._run = wandb.init(
@@ -89,7 +92,9 @@ class WandbSink:
         }
         for name, share in zip(self._names, record.expert_share, strict=True):
             values[f"expert_share/{name}"] = share
-        for layer, fraction in enumerate(record.layer_ffn_fraction or ()):
+        fractions = record.layer_ffn_fraction or ()
+        numbers = layer_numbers(self._moe_layers, len(fractions))
+        for layer, fraction in zip(numbers, fractions, strict=True):
             values[f"layer_ffn_fraction/moe_layer_{layer}"] = fraction
         self._run.log(values)
 

@@ -13,6 +13,7 @@ from moepp_megatron.profiling.measures.expert_load import ExpertLoad, expert_loa
 from moepp_megatron.profiling.measures.exposure import StepTime, step_time
 from moepp_megatron.profiling.measures.lateness import CallKey, Lateness, lateness
 from moepp_megatron.profiling.measures.links import Links, MeasuredPeak
+from moepp_megatron.profiling.measures.slow_rank import SlowRank, slow_rank
 from moepp_megatron.profiling.trace import ProfileError, RankTrace
 
 
@@ -28,6 +29,7 @@ class Profile:
         classes: Collectives by kind, the most exposed first; sums over ranks and steps.
         layers: All-to-all bytes of each layer, direction and pass, of each step.
         load: Rows of each rank's FFN experts; None where unknown.
+        slow: A rank that computes longer than its rows explain; None where there is none.
         caused_us: Of each rank, how long others waited for it in these steps, all ranks together.
         late: Of each call.
         links: What groups travel on.
@@ -41,6 +43,7 @@ class Profile:
     classes: list[CallClass]
     layers: dict[int, list[LayerBytes]]
     load: ExpertLoad | None
+    slow: SlowRank | None
     caused_us: dict[int, float]
     late: dict[CallKey, Lateness]
     links: Links
@@ -103,21 +106,24 @@ def analyse_traces(
     late = lateness({trace.rank: trace.collectives for trace in traces})
     links = Links(traces)
     rated = links.hardware is not None
+    load = expert_load(traces, steps)
+    times = {
+        number: {
+            trace.rank: step_time(trace, trace.steps[number])
+            for trace in traces
+            if number in trace.steps
+        }
+        for number in steps
+    }
     return Profile(
         name=str(traces[0].about.get("name") or name),
         traces=traces,
         steps=steps,
-        times={
-            number: {
-                trace.rank: step_time(trace, trace.steps[number])
-                for trace in traces
-                if number in trace.steps
-            }
-            for number in steps
-        },
+        times=times,
         classes=call_classes(traces, steps, late, links, measured),
         layers={number: layer_bytes(traces, number) for number in steps},
-        load=expert_load(traces, steps),
+        load=load,
+        slow=slow_rank(traces, times, load),
         caused_us=_caused(traces, steps, late),
         late=late,
         links=links,

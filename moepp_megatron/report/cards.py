@@ -38,7 +38,7 @@ def _loss_cards(summary: Summary) -> list[Card]:
     note = f"nats, step {summary.last_step:,}"
     if summary.settled_count > 1:
         settled = formatting.number(summary.settled_loss)
-        note += f"; mean of the last {_records(summary)}: {settled}"
+        note += f"; mean of {summary.window}: {settled}"
     cards = [Card("Final loss", formatting.number(summary.loss), note)]
     if summary.valid_loss is None:
         cards.append(Card("Validation loss", "none", "this run was not evaluated"))
@@ -58,26 +58,19 @@ def _loss_cards(summary: Summary) -> list[Card]:
 def _saving_cards(run: RunData, summary: Summary, savings: Savings) -> list[Card]:
     if run.config.experts.zero_computation == 0:
         return [Card("FFN share", formatting.percent(summary.ffn_fraction), "vanilla: no others")]
+    share, saved = formatting.shares([savings.ffn_fraction, savings.expert_work_saved])
+    note = f"{summary.window}; phi is {formatting.percent(summary.phi)}"
     cards = [
-        Card(
-            "FFN share",
-            formatting.percent(summary.settled_ffn_fraction),
-            f"last {_records(summary)}; phi is {formatting.percent(summary.phi)}",
-            accent=True,
-        ),
-        Card(
-            "Expert work saved",
-            formatting.percent(savings.expert_work_saved),
-            f"1 - FFN share over the whole run ({formatting.percent(summary.ffn_fraction)})",
-            accent=True,
-        ),
+        Card("FFN share", share, note, accent=True),
+        Card("Expert work saved", saved, f"1 - FFN share, {summary.window}", accent=True),
     ]
     if not summary.a2a_bytes:
         cards.append(Card("All-to-all saved", "none", "no hidden vector left its rank"))
     elif savings.vanilla_a2a_bytes is not None:
-        saved = savings.vanilla_a2a_bytes - savings.a2a_bytes
-        note = f"of {formatting.data_size(savings.vanilla_a2a_bytes)} of a vanilla layer"
-        cards.append(Card("All-to-all saved", formatting.data_size(saved), note, accent=True))
+        less = formatting.data_size(savings.vanilla_a2a_bytes - savings.a2a_bytes)
+        whole = formatting.data_size(savings.vanilla_a2a_bytes)
+        note = f"in the whole run, of {whole} of a vanilla layer"
+        cards.append(Card("All-to-all saved", less, note, accent=True))
     return cards
 
 
@@ -91,7 +84,3 @@ def _speed_cards(run: RunData, summary: Summary) -> list[Card]:
             "in steps, without start and evaluation",
         ),
     ]
-
-
-def _records(summary: Summary) -> str:
-    return "record" if summary.settled_count == 1 else f"{summary.settled_count} records"

@@ -15,12 +15,15 @@ from moepp_megatron.report.drawing import (
     GREEN,
     MUTED,
     VERMILION,
+    draw_healthy,
     draw_noisy,
+    legend_above,
     new_figure,
     step_axis,
     svg_data_uri,
     thin,
 )
+from moepp_megatron.report.healthy import healthy_range
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.run_data import RunData
 from moepp_megatron.report.savings import vanilla_a2a_bytes
@@ -30,7 +33,15 @@ def curve_plots(run: RunData) -> list[Plot]:
     """All plots over steps, in the order of the page."""
     plots = [loss_plot(run), ffn_share_plot(run), a2a_plot(run)]
     plots += [
-        plain_plot(run, "Busiest FFN expert", "max_ffn_load", "load / mean load", _LOAD, level=1.0),
+        plain_plot(
+            run,
+            "Busiest FFN expert",
+            "max_ffn_load",
+            "load / mean load",
+            _LOAD,
+            level=("even", 1.0),
+            healthy=healthy_range("max_ffn_load"),
+        ),
         speed_plot(run),
         plain_plot(run, "Balance loss", "balance_loss", "balance loss", _BALANCE),
         gradient_plot(run),
@@ -69,11 +80,11 @@ def loss_plot(run: RunData) -> Plot:
         axes.plot(
             valid_steps, valid, color=VERMILION, marker="o", markersize=4.5, label="validation"
         )
-    axes.axhline(guess, color=MUTED, linestyle=":", linewidth=1.2)
+    axes.axhline(guess, color=MUTED, linestyle=":", linewidth=1.2, label="even guess")
     mark_alerts(axes, run.alerts, steps)
     axes.set_ylabel("loss (nats)")
     step_axis(axes)
-    axes.legend()
+    legend_above(axes, ncols=4)
     alt = _course("Training loss", steps, losses, formatting.number)
     if valid:
         alt += f" {_course('Validation loss', valid_steps, valid, formatting.number)}"
@@ -113,7 +124,7 @@ def ffn_share_plot(run: RunData) -> Plot:
     axes.set_ylim(0, 1.02)
     _share_axis(axes)
     step_axis(axes)
-    axes.legend(ncols=2, loc="lower right")
+    legend_above(axes)
     alt = _course("FFN share", steps, shares, formatting.percent)
     return Plot(
         title, caption, svg_data_uri(figure), f"{alt} {name} is {formatting.percent(wanted[-1])}."
@@ -154,7 +165,7 @@ def a2a_plot(run: RunData) -> Plot:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("MiB")
     step_axis(axes)
-    axes.legend(ncols=2, loc="lower right")
+    legend_above(axes)
     alt = _course("All-to-all bytes", steps, sent, formatting.data_size)
     return Plot(title, caption, svg_data_uri(figure), alt)
 
@@ -198,19 +209,25 @@ def plain_plot(
     axis: str,
     caption: str,
     *,
-    level: float | None = None,
+    level: tuple[str, float] | None = None,
+    healthy: tuple[float, float] | None = None,
     share: bool = False,
+    scale: float = 1.0,
 ) -> Plot:
-    """One value of the records over steps, with an optional level to compare with."""
+    """One value of the records, times `scale`, over steps, with what to compare it with."""
     steps, values = _series(run.records, lambda r: getattr(r, key))
+    values = [scale * value for value in values]
     show = formatting.percent if share else formatting.number
     if len(steps) < 2:
         return _too_short(run, title, caption, title, values, show)
     figure = new_figure()
     axes = figure.subplots()
-    draw_noisy(axes, steps, values, BLUE)
+    draw_noisy(axes, steps, values, BLUE, "this run")
+    draw_healthy(axes, healthy)
     if level is not None:
-        axes.axhline(level, color=VERMILION, linestyle="--", linewidth=1.2)
+        axes.axhline(level[1], color=VERMILION, linestyle="--", linewidth=1.2, label=level[0])
+    if level is not None or healthy is not None:
+        legend_above(axes)
     axes.set_ylabel(axis)
     if share:
         axes.set_ylim(bottom=0)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +19,27 @@ GRID = "#e4e7eb"
 BLUE = "#0072b2"
 VERMILION = "#d55e00"
 GREEN = "#009e73"
+PAPER = "#fffffe"
+"""What lies below the plot: white, where a viewer does not prefer dark."""
+CELL_INK = "#1f2932"
+"""Ink on a coloured cell, which keeps its colour where a viewer prefers dark."""
+
+# What each colour becomes where the viewer prefers dark; colours that are not here stay.
+_DARK = {
+    INK: "#e4e7eb",
+    MUTED: "#9aa5b1",
+    GRID: "#3a4550",
+    PAPER: "#1c242d",
+    BLUE: "#3f97dc",
+    "#56b4e9": "#9ad7f7",
+    VERMILION: "#f07c33",
+    GREEN: "#2cc296",
+    "#9a6700": "#e0a940",
+    "#007a59": "#2cc296",
+    "#52606d": "#9aa5b1",
+    "#004c77": "#cfe6f5",
+}
+_COLOUR = re.compile(r"(fill|stroke): (#[0-9a-f]{6})\b")
 
 # Okabe and Ito's palette: told apart with every kind of colour vision.
 KIND_COLOURS = {"FFN": BLUE, "constant": "#e69f00", "copy": GREEN, "zero": "#9aa5b1"}
@@ -32,9 +54,10 @@ MAX_POINTS = 1200
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
+    "font.size": 10,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
+    "text.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
@@ -60,10 +83,44 @@ def new_figure(width: float = 6.4, height: float = 3.1) -> Figure:
 
 
 def svg_data_uri(figure: Figure) -> str:
-    """The figure as a ``data:`` address for an image in the page."""
-    buffer = io.BytesIO()
+    """The figure as a ``data:`` address for an image in the page.
+
+    One picture serves light and dark: its colours are variables that it sets by what the viewer
+    prefers.
+    """
+    buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    content = _with_variables(buffer.getvalue()).encode()
+    return "data:image/svg+xml;base64," + base64.b64encode(content).decode("ascii")
+
+
+def _with_variables(svg: str) -> str:
+    """The picture with a variable for each colour that has another one in the dark."""
+
+    def variable(match: re.Match[str]) -> str:
+        kind, colour = match.groups()
+        return f"{kind}: var(--{colour[1:]})" if colour in _DARK else match.group()
+
+    light = "".join(f"--{colour[1:]}:{colour};" for colour in _DARK)
+    dark = "".join(f"--{colour[1:]}:{other};" for colour, other in _DARK.items())
+    style = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+    start = '<style type="text/css">'
+    assert start in svg, "matplotlib writes a style of its own"
+    return _COLOUR.sub(variable, svg).replace(start, start + style, 1)
+
+
+def legend_above(axes: Axes, ncols: int = 3) -> None:
+    """A legend over the axes, where no line runs."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None, "axes of a figure"
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=ncols, borderaxespad=0.2)
+
+
+def draw_healthy(axes: Axes, ends: tuple[float, float] | None, label: str = "healthy") -> None:
+    """A pale band over the range of a healthy run; nothing without one."""
+    if ends is not None:
+        axes.axhspan(*ends, color=GREEN, alpha=0.16, linewidth=0, zorder=0, label=label)
 
 
 def plot_style() -> AbstractContextManager[None]:

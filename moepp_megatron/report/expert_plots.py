@@ -7,9 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from moepp_megatron.observe.expert_names import EXPERT_KINDS
+from moepp_megatron.observe.expert_names import EXPERT_KINDS, layer_numbers
 from moepp_megatron.report import formatting
 from moepp_megatron.report.drawing import (
+    CELL_INK,
     INK,
     KIND_COLOURS,
     KIND_INKS,
@@ -20,7 +21,7 @@ from moepp_megatron.report.drawing import (
 )
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.run_data import RunConfig, RunData
-from moepp_megatron.report.summary import tail
+from moepp_megatron.report.summary import tail, window
 
 # Beyond these, text in a cell or at a tick can no longer be read.
 MAX_NAMED_EXPERTS = 48
@@ -90,8 +91,9 @@ def layer_heat_map(run: RunData) -> Plot:
     return Plot(
         title,
         "Numbers: an expert's share of the layer's selections in percent, mean over the last tenth "
-        "of the records; a row sums to 100%. Colour: that share over the one under perfect "
-        "balance, orange for more, purple for less. Rows: MoE layers by their number in the model.",
+        f"of the records ({window(tail(run.records))}); a row sums to 100%. Colour: that share "
+        "over the one under perfect balance, orange for more, purple for less. Rows: MoE layers by "
+        "their number in the model.",
         svg_data_uri(figure),
         f"Heat map of {layers} MoE layers by {experts} experts; shares between "
         f"{formatting.percent(low)} and {formatting.percent(high)}.",
@@ -117,9 +119,10 @@ def expert_bars(run: RunData) -> Plot:
     axes.grid(visible=False, axis="x")
     _name_experts(axes, config)
     _kind_legend(axes, config)
-    by_kind = ", ".join(f"{kind} {formatting.percent(v)}" for kind, v in _kind_sums(run, shares))
+    by_kind = _kinds_in_words(run, shares)
     caption = (
-        "Mean over the last tenth of the records. Black ticks: the share under perfect balance"
+        f"Mean over the last tenth of the records ({window(tail(run.records))}). Black ticks: the "
+        "share under perfect balance"
     )
     if config.experts.zero_computation:
         caption += f"; for an FFN expert it is tau = {config.moe.tau:g} times that of the others"
@@ -160,19 +163,22 @@ def kinds_over_time(run: RunData) -> Plot:
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
     step_axis(axes)
     figure.legend(loc="outside upper center", ncols=4)
-    last = ", ".join(f"{kind} {formatting.percent(v)}" for kind, v in _kind_sums(run, shares[-1]))
+    settled = settled_shares(run)
+    assert settled is not None, "two records have them"
     return Plot(
         title,
         "Share of all selections, mean over MoE layers.",
         svg_data_uri(figure),
-        f"At step {steps[-1]}: {last}.",
+        f"Mean of {window(tail(run.records))}: {_kinds_in_words(run, settled)}.",
     )
 
 
-def _kind_sums(run: RunData, shares: np.ndarray) -> list[tuple[str, float]]:
-    """The share of each kind that the layer has."""
+def _kinds_in_words(run: RunData, shares: np.ndarray) -> str:
+    """The share of each kind that the layer has; they add up to 100%."""
     kinds = np.asarray(run.config.experts.kinds)
-    return [(k, float(shares[kinds == k].sum())) for k in EXPERT_KINDS if (kinds == k).any()]
+    present = [kind for kind in EXPERT_KINDS if (kinds == kind).any()]
+    sums = formatting.shares([float(shares[kinds == kind].sum()) for kind in present])
+    return ", ".join(f"{kind} {share}" for kind, share in zip(present, sums, strict=True))
 
 
 def _kind_legend(axes: Axes, config: RunConfig) -> None:
@@ -197,17 +203,16 @@ def _name_experts(axes: Axes, config: RunConfig) -> None:
 
 
 def _name_layers(axes: Axes, config: RunConfig, layers: int) -> None:
-    numbers = config.moe_layers
-    if len(numbers) != layers:
-        numbers = list(range(1, layers + 1))
+    numbers = layer_numbers(config.moe_layers, layers)
     stride = -(-layers // MAX_NAMED_LAYERS)
     axes.set_yticks(range(0, layers, stride), labels=[str(n) for n in numbers[::stride]])
     axes.set_ylabel("layer")
 
 
 def _number_cells(axes: Axes, shares: np.ndarray, balanced: np.ndarray) -> None:
+    texts = [formatting.shares(row.tolist()) for row in shares]
     for (layer, expert), share in np.ndenumerate(shares):
         extreme = not 0.35 < share / balanced[expert] < 1.65
-        colour = "white" if extreme else INK
-        text = f"{100 * share:.1f}"
+        colour = "white" if extreme else CELL_INK
+        text = texts[layer][expert].removesuffix("%")
         axes.text(expert, layer, text, ha="center", va="center", color=colour, fontsize=8.5)

@@ -1,6 +1,7 @@
 """Numbers as a reader wants them."""
 
 import math
+from collections.abc import Sequence
 
 NOT_FINITE = "not finite"
 
@@ -22,6 +23,23 @@ def significant(value: float, digits: int = 3) -> str:
 def percent(fraction: float) -> str:
     """A fraction as a percentage with one decimal."""
     return f"{100 * fraction:.1f}%" if math.isfinite(fraction) else NOT_FINITE
+
+
+def shares(fractions: Sequence[float]) -> list[str]:
+    """Parts of a whole as percentages that add up to 100.0% as they are shown.
+
+    Each is rounded down to a tenth, and the tenths that are then missing go to those that lost
+    most by it. Fractions that do not add up to 1 are shown as `percent` does.
+    """
+    total = math.fsum(fractions)
+    if not math.isfinite(total) or abs(total - 1.0) > 1e-6:
+        return [percent(fraction) for fraction in fractions]
+    tenths = [math.floor(1000 * fraction + 1e-9) for fraction in fractions]
+    lost = [1000 * fraction - part for fraction, part in zip(fractions, tenths, strict=True)]
+    places = sorted(range(len(tenths)), key=lambda place: -lost[place])
+    for place in places[: 1000 - sum(tenths)]:
+        tenths[place] += 1
+    return [f"{part / 10:.1f}%" for part in tenths]
 
 
 def count(value: float) -> str:
@@ -57,6 +75,23 @@ def data_size(bytes_: float) -> str:
 def flops(value: float) -> str:
     """Floating-point operations in decimal units."""
     return _scaled(value, 1000.0, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
+
+
+def rate(value: float, unit: str) -> tuple[float, str]:
+    """A decimal unit in which the value is at least 1: 0.03 TFLOP/s is in GFLOP/s.
+
+    Args:
+        value: The largest of what is to be shown, in FLOP/s, bytes/s or the like.
+        unit: `FLOP/s`, `bytes/s`.
+
+    Returns:
+        What to divide by, and the unit's name.
+    """
+    symbol = "B/s" if unit == "bytes/s" else unit
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor and math.isfinite(value):
+            return factor, prefix + symbol
+    return 1.0, unit
 
 
 def duration(seconds: float) -> str:

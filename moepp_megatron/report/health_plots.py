@@ -9,17 +9,21 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from moepp_megatron.observe.expert_names import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.report import formatting
 from moepp_megatron.report.drawing import (
     BLUE,
     VERMILION,
+    draw_healthy,
+    legend_above,
     new_figure,
     smooth,
     step_axis,
     svg_data_uri,
     thin,
 )
+from moepp_megatron.report.healthy import QUICKSTART_EXPERTS, healthy_range
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.run_data import RunData
 from moepp_megatron.report.summary import tail
@@ -43,7 +47,10 @@ class Series(NamedTuple):
 
 
 class BandPlot(NamedTuple):
-    """A plot of means over the MoE layers in front of the range from the least to the greatest."""
+    """A plot of means over the MoE layers in front of the range from the least to the greatest.
+
+    `healthy` is the range of a healthy run, `level` a limit.
+    """
 
     title: str
     axis: str
@@ -52,6 +59,7 @@ class BandPlot(NamedTuple):
     is_share: bool = False
     is_logarithmic: bool = False
     level: float | None = None
+    healthy: tuple[float, float] | None = None
 
 
 def health_plots(run: RunData) -> list[Plot]:
@@ -83,6 +91,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
             "router that does not care, 0% one that always takes the same experts.",
             (measured("gate_entropy", scale=1.0 / largest),),
             is_share=True,
+            healthy=_entropy_range(),
         ),
         BandPlot(
             "Selection margin",
@@ -90,6 +99,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
             "Score of the last selected expert less that of the next one: how little would change "
             "the selection.",
             (measured("selection_margin"),),
+            healthy=healthy_range("selection_margin"),
         ),
         BandPlot(
             "Variance of the router logits",
@@ -99,6 +109,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
                 measured("logit_variance", "with residual"),
                 measured("own_logit_variance", "without", VERMILION),
             ),
+            healthy=healthy_range("logit_variance"),
         ),
         BandPlot(
             "Gating residual",
@@ -106,6 +117,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
             "Norm of the residual's part of the logits over that of the layer's own. The first MoE "
             "layer has none.",
             (measured("residual_ratio", first=1),),
+            healthy=healthy_range("residual_ratio"),
         ),
         BandPlot(
             "Likeness of the router's rows",
@@ -116,6 +128,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
                 measured("row_cosine"),
                 measured("row_cosine_max", "largest", VERMILION),
             ),
+            healthy=healthy_range("row_cosine_max"),
         ),
         BandPlot(
             "Balance loss against language model",
@@ -124,6 +137,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
             (measured("balance_gradient_ratio"),),
             is_logarithmic=True,
             level=1.0,
+            healthy=healthy_range("balance_gradient_ratio"),
         ),
         BandPlot(
             "Idlest FFN expert",
@@ -131,6 +145,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
             "Selections of the idlest FFN expert of a layer over the FFN experts' mean: 1 is "
             "perfect balance, 0 a dead expert.",
             (Series("mean", BLUE, _idlest(run.config.experts.ffn)),),
+            healthy=healthy_range("min_ffn_load"),
         ),
         BandPlot(
             "Constant experts: share of the input replaced",
@@ -139,14 +154,22 @@ def _band_plots(run: RunData) -> list[BandPlot]:
             "by their gates.",
             (measured("constant_replaced"),),
             is_share=True,
+            healthy=healthy_range("constant_replaced"),
         ),
         BandPlot(
             "Constant experts: norm",
             "norm",
             "Norm of the constant experts' vectors.",
             (measured("constant_norm"),),
+            healthy=healthy_range("constant_norm"),
         ),
     ]
+
+
+def _entropy_range() -> tuple[float, float] | None:
+    """As a share of log E, so that it serves any number of experts."""
+    ends = healthy_range("gate_entropy")
+    return ends and (ends[0] / math.log(QUICKSTART_EXPERTS), ends[1] / math.log(QUICKSTART_EXPERTS))
 
 
 def _idlest(num_ffn_experts: int) -> Callable[[StepMetrics], Sequence[float] | None]:
@@ -178,8 +201,9 @@ def _band_plot(run: RunData, plot: BandPlot) -> Plot | None:
             f"{each.label} {_show(plot, float(last.mean()))} at step {steps[-1]}, "
             f"layers from {_show(plot, float(last.min()))} to {_show(plot, float(last.max()))}"
         )
+    draw_healthy(axes, plot.healthy)
     if plot.level is not None:
-        axes.axhline(plot.level, color=VERMILION, linestyle="--", linewidth=1.2)
+        axes.axhline(plot.level, color=VERMILION, linestyle="--", linewidth=1.2, label="limit")
     if plot.is_logarithmic and all((table[np.isfinite(table)] > 0).all() for _, _, table in drawn):
         axes.set_yscale("log")
     else:
@@ -188,8 +212,8 @@ def _band_plot(run: RunData, plot: BandPlot) -> Plot | None:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
     axes.set_ylabel(plot.axis)
     step_axis(axes)
-    if len(drawn) > 1:
-        axes.legend(ncols=2)
+    if len(drawn) > 1 or plot.healthy is not None or plot.level is not None:
+        legend_above(axes, ncols=4)
     caption = (
         f"{plot.caption} Line: mean over the MoE layers; band: from the least to the greatest."
     )
@@ -232,9 +256,7 @@ def ffn_histogram(run: RunData) -> Plot | None:
     tables = [record.layer_ffn_histogram for record in tail(measured)]
     shares = np.asarray(tables, dtype=np.float64).mean(axis=0)
     layers, width = shares.shape
-    numbers = run.config.moe_layers
-    if len(numbers) != layers:
-        numbers = list(range(1, layers + 1))
+    numbers = layer_numbers(run.config.moe_layers, layers)
     figure = new_figure(height=max(3.1, min(9.0, 1.2 + 0.28 * layers)))
     axes = figure.subplots()
     colours = colormaps["Blues"](np.linspace(0.12, 0.85, width))
@@ -259,7 +281,10 @@ def ffn_histogram(run: RunData) -> Plot | None:
         "Tokens by how many FFN experts they get, mean over the last tenth of the measured steps.",
         svg_data_uri(figure),
         "Mean over the layers: "
-        + ", ".join(f"{formatting.percent(s)} of the tokens get {n}" for n, s in enumerate(mean))
+        + ", ".join(
+            f"{share} of the tokens get {n}"
+            for n, share in enumerate(formatting.shares(mean.tolist()))
+        )
         + ".",
     )
 
@@ -288,7 +313,7 @@ def loss_by_ffn(run: RunData) -> Plot | None:
         return None
     axes.set_ylabel("loss (nats)")
     step_axis(axes)
-    axes.legend(ncols=2)
+    legend_above(axes, ncols=4)
     return Plot(
         "Loss by FFN experts of a token",
         "Mean language-model loss of the tokens with 0, 1, ... FFN experts on average over the "

@@ -13,6 +13,7 @@ from moepp_megatron.report.drawing import plot_style
 from moepp_megatron.report.expert_plots import expert_plots
 from moepp_megatron.report.hardware import hardware_cards, hardware_plots
 from moepp_megatron.report.health_plots import health_plots
+from moepp_megatron.report.healthy import Metric, metrics_in_words
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.run_data import ReportError, RunData, load_run
 from moepp_megatron.report.savings import compute_savings
@@ -36,6 +37,9 @@ class Page:
         alerts: The run's alerts; None without any.
         hardware: Plots of what the run cost its machines; empty without telemetry.
         table: The comparison with the vanilla layer; None for a vanilla run.
+        contents: Id and heading of each section.
+        terms: What the page's words mean.
+        healthy: What is healthy of each metric of the routers, and what is not.
         config_text: The resolved configuration.
         version: Version of this package.
     """
@@ -50,6 +54,9 @@ class Page:
     alerts: AlertTable | None
     hardware: list[Plot]
     table: SavingsTable | None
+    contents: list[tuple[str, str]]
+    terms: list[tuple[str, str]]
+    healthy: list[Metric]
     config_text: str
     version: str
 
@@ -88,6 +95,17 @@ def render(run: RunData) -> str:
     with plot_style():
         curves, experts, health = curve_plots(run), expert_plots(run), health_plots(run)
         hardware = hardware_plots(run)
+    alerts = alert_table(run)
+    sections = {
+        "saved": "Saved" if has_savings else "",
+        "training": "Training",
+        "experts": "Experts",
+        "health": "Router health" if health else "",
+        "alerts": "Alerts" + (f" ({len(run.alerts):,})" if alerts else ""),
+        "hardware": "Hardware" if hardware else "",
+        "meaning": "What the numbers mean",
+        "configuration": "Configuration",
+    }
     page = Page(
         name=run.config.run.name,
         facts=_facts(run),
@@ -96,13 +114,54 @@ def render(run: RunData) -> str:
         curves=curves,
         experts=experts,
         health=health,
-        alerts=alert_table(run),
+        alerts=alerts,
         hardware=hardware,
         table=savings_table(run, summary, savings) if has_savings else None,
+        contents=[(name, title) for name, title in sections.items() if title],
+        terms=_terms(run, summary),
+        healthy=metrics_in_words(),
         config_text=run.config_text,
         version=moepp_megatron.__version__,
     )
     return render_template("report.html.j2", page=page)
+
+
+def _terms(run: RunData, summary: Summary) -> list[tuple[str, str]]:
+    """What a reader needs who has no other page at hand."""
+    phi = formatting.percent(summary.phi)
+    terms = [
+        (
+            "Window",
+            f"Shares and savings are means over the last tenth of the records, {summary.window}; "
+            "totals of the run say so.",
+        ),
+        (
+            "Balance",
+            "Under perfect balance every FFN expert gets as many selections as any other. The "
+            "slowest rank waits for the busiest expert.",
+        ),
+    ]
+    if run.config.experts.zero_computation == 0:
+        return terms
+    return [
+        (
+            "Zero-computation experts",
+            "Zero returns 0, copy its input, constant a mixture of the input and a learned vector. "
+            "They cost almost nothing and send nothing to other ranks.",
+        ),
+        (
+            "FFN share",
+            "Of all selections (K a token and layer), those that went to FFN experts. What lies "
+            "below 100% is expert work that was not done.",
+        ),
+        (
+            "phi",
+            f"tau F / (tau F + Z), here {phi}: the FFN share under perfect balance, with F FFN "
+            "and Z zero-computation experts. tau, the weight of the latter in the balance loss, "
+            "sets it.",
+        ),
+        *terms,
+    ]
 
 
 def _facts(run: RunData) -> list[str]:
@@ -147,7 +206,8 @@ def _sentence(run: RunData, summary: Summary) -> str:
             "nothing to save and nothing to compare with."
         )
     return (
-        f"{done} {formatting.percent(summary.ffn_fraction)} of all expert selections went to FFN "
+        f"{done} In the last tenth of the records ({summary.window}) "
+        f"{formatting.percent(summary.settled_ffn_fraction)} of all expert selections went to FFN "
         f"experts (perfect balance: {formatting.percent(summary.phi)}); the others took "
         "zero-computation experts and skipped the FFN and the all-to-all."
     )

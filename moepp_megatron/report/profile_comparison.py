@@ -13,7 +13,15 @@ from matplotlib.patches import Patch
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.profiling.changes import Change, Comparison, total_of
 from moepp_megatron.profiling.compare import amount, duration, in_words, kind_name
-from moepp_megatron.report.drawing import GREEN, INK, MUTED, VERMILION, new_figure, plot_style
+from moepp_megatron.report.drawing import (
+    GREEN,
+    INK,
+    MUTED,
+    PAPER,
+    VERMILION,
+    new_figure,
+    plot_style,
+)
 
 # More than these are read in the words.
 _MOST_BARS = 14
@@ -58,7 +66,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
         axes.barh(place, us / unit[0], height=0.62, color=GREEN if us < 0 else VERMILION)
         if marked_us is not None:
             axes.plot(
-                marked_us / unit[0], place, "D", color=INK, markerfacecolor="white", markersize=4
+                marked_us / unit[0], place, "D", color=INK, markerfacecolor=PAPER, markersize=4
             )
     _labels(axes, bars, unit)
     exposed = any(change.exposed for change in comparison.changes)
@@ -81,7 +89,7 @@ def _mark() -> Line2D:
         [],
         color=INK,
         marker="D",
-        markerfacecolor="white",
+        markerfacecolor=PAPER,
         markersize=4,
         linestyle="",
         label="with the part that work hides",

@@ -45,18 +45,24 @@ class Savings:
     Attributes:
         measured: This run's work.
         vanilla: The vanilla layer's.
+        ffn_fraction: FFN share, settled (see `Summary`); the work is computed from it.
         expert_work_saved: ``1 - ffn_fraction``.
         speed_limit: ``1 / ffn_fraction``; infinite if no token took an FFN expert.
         a2a_bytes: All-to-all bytes of the run, measured.
         vanilla_a2a_bytes: What the vanilla layer would have sent; None if it cannot be known.
+        step_a2a_bytes: All-to-all bytes of a step, settled.
+        vanilla_step_a2a_bytes: The same of the vanilla layer.
     """
 
     measured: LayerWork
     vanilla: LayerWork
+    ffn_fraction: float
     expert_work_saved: float
     speed_limit: float
     a2a_bytes: float
     vanilla_a2a_bytes: float | None
+    step_a2a_bytes: float
+    vanilla_step_a2a_bytes: float | None
 
 
 def vanilla_a2a_bytes(dispatcher: str, measured: float, ffn_fraction: float) -> float | None:
@@ -81,7 +87,8 @@ def vanilla_a2a_bytes(dispatcher: str, measured: float, ffn_fraction: float) -> 
 
 def compute_savings(config: RunConfig, summary: Summary) -> Savings:
     """Compares a run with the vanilla layer of the same size."""
-    fraction = summary.ffn_fraction
+    fraction, dispatcher = summary.settled_ffn_fraction, config.moe.dispatcher
+    sent, step_sent = summary.a2a_bytes, summary.settled_a2a_bytes
     topk = config.moe.router_topk
     return Savings(
         measured=LayerWork(
@@ -98,10 +105,13 @@ def compute_savings(config: RunConfig, summary: Summary) -> Savings:
             ),
             zero_computation=0.0,
         ),
+        ffn_fraction=fraction,
         expert_work_saved=1.0 - fraction,
         speed_limit=1.0 / fraction if fraction > 0 else math.inf,
-        a2a_bytes=summary.a2a_bytes,
-        vanilla_a2a_bytes=vanilla_a2a_bytes(config.moe.dispatcher, summary.a2a_bytes, fraction),
+        a2a_bytes=sent,
+        vanilla_a2a_bytes=vanilla_a2a_bytes(dispatcher, sent, summary.ffn_fraction),
+        step_a2a_bytes=step_sent,
+        vanilla_step_a2a_bytes=vanilla_a2a_bytes(dispatcher, step_sent, fraction),
     )
 
 

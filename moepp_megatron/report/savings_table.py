@@ -19,7 +19,7 @@ class Row:
         how: How it is computed.
         vanilla: Formatted value of the vanilla layer.
         measured: Formatted value of this run.
-        saved: The difference as a share of the vanilla value.
+        saved: The difference as a share of the vanilla value, in bytes for a total of the run.
         strong: A sum or a result.
     """
 
@@ -46,8 +46,9 @@ def savings_table(run: RunData, summary: Summary, savings: Savings) -> SavingsTa
         f"The vanilla layer has the same {run.config.experts.ffn} FFN experts and the same "
         f"K = {run.config.moe.router_topk}, all of which are FFN experts. Work is that of one "
         f"token, forward, in all {len(run.config.moe_layers)} MoE layers; the backward pass of "
-        "the experts costs twice as much on both sides. The FFN share is the mean over the run, "
-        f"{formatting.percent(summary.ffn_fraction)}.",
+        "the experts costs twice as much on both sides. Shares and bytes of a step are means over "
+        f"the last tenth of the records ({summary.window}), in which the FFN share was "
+        f"{formatting.percent(savings.ffn_fraction)}.",
     ]
     if math.isfinite(savings.speed_limit):
         notes.append(
@@ -57,7 +58,7 @@ def savings_table(run: RunData, summary: Summary, savings: Savings) -> SavingsTa
     if summary.dropped_fraction > 0:
         notes.append(
             f"A capacity limit dropped {formatting.percent(summary.dropped_fraction)} of the "
-            "selections; what that saved is not counted here, on either side."
+            "selections there; what that saved is not counted here, on either side."
         )
     return SavingsTable(rows, notes)
 
@@ -116,29 +117,28 @@ def _traffic_rows(run: RunData, summary: Summary, savings: Savings) -> list[Row]
     if savings.vanilla_a2a_bytes is None:
         reason = (
             f"the vanilla layer's traffic does not follow from this run's (moe.dispatcher: "
-            f"{run.config.moe.dispatcher}, FFN share {formatting.percent(summary.ffn_fraction)})"
+            f"{run.config.moe.dispatcher}, FFN share {formatting.percent(savings.ffn_fraction)})"
         )
         sent = formatting.data_size(savings.a2a_bytes)
         return [Row("All-to-all bytes of the run", reason, "not known", sent, "not known")]
     rule = "the same" if run.config.moe.dispatcher == "allgather" else "measured / FFN share"
     how = f"forward, all ranks and MoE layers; vanilla: {rule}, in the same layout"
-    return [
-        _difference(
-            "All-to-all bytes a step",
-            how,
-            savings.vanilla_a2a_bytes / steps,
-            savings.a2a_bytes / steps,
-            formatting.data_size,
-        ),
-        _difference(
-            "All-to-all bytes of the run",
-            f"mean of the records x steps done ({steps:,})",
-            savings.vanilla_a2a_bytes,
-            savings.a2a_bytes,
-            formatting.data_size,
-            strong=True,
-        ),
-    ]
+    rows = []
+    if savings.vanilla_step_a2a_bytes is not None:
+        rows.append(
+            _difference(
+                "All-to-all bytes a step",
+                how,
+                savings.vanilla_step_a2a_bytes,
+                savings.step_a2a_bytes,
+                formatting.data_size,
+            )
+        )
+    # The early steps are in it, so that its share of vanilla is another; bytes cannot be confused.
+    saved = formatting.data_size(savings.vanilla_a2a_bytes - savings.a2a_bytes)
+    total = f"mean of all records x steps done ({steps:,}), so with the run's first steps"
+    whole, sent = map(formatting.data_size, (savings.vanilla_a2a_bytes, savings.a2a_bytes))
+    return [*rows, Row("All-to-all bytes of the run", total, whole, sent, saved, strong=True)]
 
 
 def _difference(
@@ -150,5 +150,10 @@ def _difference(
     *,
     strong: bool = False,
 ) -> Row:
-    saved = formatting.percent(1.0 - measured / vanilla) if vanilla > 0 else "added"
+    saved = "added"
+    if vanilla > 0:
+        ratio = measured / vanilla
+        saved = formatting.percent(1.0 - ratio)
+        if ratio > 1.0:
+            saved = f"{formatting.percent(ratio - 1.0)} more"
     return Row(name, how, show(vanilla), show(measured), saved, strong)

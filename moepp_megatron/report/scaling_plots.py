@@ -9,7 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from moepp_megatron.profiling.scaling.efficiency import ScaleRecord
-from moepp_megatron.report.drawing import BLUE, MUTED, VERMILION, new_figure, svg_data_uri
+from moepp_megatron.report.drawing import (
+    BLUE,
+    MUTED,
+    VERMILION,
+    legend_above,
+    new_figure,
+    svg_data_uri,
+)
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.scaling_table import KIND_NAMES
 
@@ -135,7 +142,7 @@ def _words(lines: list[Series], value: Value, unit: str) -> str:
 
 
 def _finished(axes: Axes, title: str, caption: str, alt: str) -> Plot:
-    axes.legend(loc="best", fontsize=8.5)
+    legend_above(axes)
     figure = axes.get_figure(root=True)
     assert figure is not None, "made with its figure"
     return Plot(title, caption, svg_data_uri(figure), alt)

@@ -34,9 +34,13 @@ def print_study(study: Study) -> None:
     if not console.is_terminal:
         console.width = _WIDTH
     played = study.played
+    each = played.ranks_per_column
+    a_stage = (
+        " a stage" if any(bar.rank for bar in played.timeline.bars) else ", without a pipeline,"
+    )
     console.print(
         f"simulated: {len(played.totals):,} steps of layout 1, {played.passes:,} passes a step on "
-        f"{played.columns:,} columns of {played.ranks_per_column:,} ranks a stage that move "
+        f"{_number(played.columns, 'column')} of {_number(each, 'rank')}{a_stage} that move "
         f"together, {played.held_up:.1%} of them with a slow node; seed {study.assumptions.seed}",
         soft_wrap=True,
     )
@@ -47,6 +51,10 @@ def print_study(study: Study) -> None:
     if study.others:
         console.print(_others(study))
     console.print(_goodput(study))
+
+
+def _number(count: int, name: str) -> str:
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -77,7 +85,8 @@ def _causes(study: Study) -> Table:
     table = _table("what the tail costs", "cause alone", "mean step s", "against even")
     rows = [*study.causes.items(), ("all together", float(study.played.totals.mean()))]
     for name, seconds in rows:
-        table.add_row(name, f"{seconds:.3f}", f"{seconds / even - 1:+.1%}")
+        change = seconds / even - 1
+        table.add_row(name, f"{seconds:.3f}", "none" if abs(change) < 5e-4 else f"{change:+.1%}")
     return table
 
 
@@ -122,17 +131,31 @@ def _goodput(study: Study) -> Table:
     return table
 
 
+def varies(study: Study) -> bool:
+    """Whether steps differ by more than rounding.
+
+    Without a pipeline and with every expert on each rank, unevenness has nobody to wait for it.
+    """
+    totals = study.played.totals
+    return bool(np.ptp(totals) > 1e-6 * np.median(totals))
+
+
 def plot_study(path: Path, study: Study, title: str) -> None:
     """Distribution of step times above one step's passes by pipeline rank."""
     timeline = study.played.timeline
     ranks = 1 + max(bar.rank for bar in timeline.bars)
     height = max(1.6, 0.32 * ranks + 0.9)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 3.0 + height), layout="constrained")
-        upper, lower = figure.subplots(2, 1, height_ratios=(2.4, height))
+        if varies(study):
+            figure = Figure(figsize=(10.5, 3.0 + height), layout="constrained")
+            upper, lower = figure.subplots(2, 1, height_ratios=(2.4, height))
+            _draw_steps(upper, study)
+        else:
+            figure = Figure(figsize=(10.5, 0.9 + height), layout="constrained")
+            lower = figure.subplots()
+            title += f": every step takes {study.played.median:.3f} s, for nothing in it varies"
         figure.suptitle(title, x=0.01, ha="left", color=INK)
-        _draw_steps(upper, study)
-        _draw_timeline(lower, timeline, ranks)
+        _draw_timeline(lower, timeline, ranks, study.played.columns)
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=150)
     write_atomic(path, content.getvalue())
@@ -151,11 +174,18 @@ def _draw_steps(axis: Axes, study: Study) -> None:
     axis.set_xlabel("seconds a step")
     axis.set_ylabel("steps")
     axis.grid(axis="x", visible=False)
-    axis.legend(loc="upper center", ncols=3, fontsize=8.5, bbox_to_anchor=(0.5, 1.16))
+    axis.legend(loc="lower left", ncols=3, fontsize=8.5, bbox_to_anchor=(0.0, 1.0))
 
 
-def _draw_timeline(axis: Axes, timeline: Timeline, ranks: int) -> None:
-    """White is idle; later model chunks are darker."""
+def _draw_timeline(axis: Axes, timeline: Timeline, ranks: int, columns: int) -> None:
+    """White is idle; later model chunks are darker.
+
+    Args:
+        axis: Empty.
+        timeline: Of the column that ends last.
+        ranks: Pipeline ranks; 1 without a pipeline.
+        columns: Data-parallel columns that wait for each other at the end.
+    """
     chunks = 1 + max(bar.chunk for bar in timeline.bars)
     for kind, (_, colour) in _KINDS.items():
         for chunk in range(chunks):
@@ -177,15 +207,22 @@ def _draw_timeline(axis: Axes, timeline: Timeline, ranks: int) -> None:
         axis.add_patch(Rectangle((end, -0.4), timeline.total - end, ranks - 0.2, color="#e69f00"))
     axis.set_xlim(0, timeline.total)
     axis.set_ylim(ranks - 0.4, -0.6)
-    axis.set_yticks(range(ranks))
-    axis.set_ylabel("pipeline rank")
-    axis.set_xlabel("seconds from the step's start; white: idle; the column that ends last")
+    if ranks > 1:
+        axis.set_yticks(range(ranks))
+        axis.set_ylabel("pipeline rank")
+    else:
+        axis.set_yticks([0], ["no pipeline"])
+    column = "; the column that ends last" if columns > 1 else ""
+    axis.set_xlabel(f"seconds from the step's start; white: idle{column}")
     axis.grid(visible=False)
     used = {bar.kind for bar in timeline.bars}
     handles = [
         Patch(color=colour, label=name) for kind, (name, colour) in _KINDS.items() if kind in used
     ]
-    handles.append(Patch(color="#e69f00", label="waiting for other columns, gradients, optimizer"))
+    if timeline.total > end:
+        waiting = "waiting for other columns, gradients, optimizer"
+        label = waiting if columns > 1 else "gradients, optimizer"
+        handles.append(Patch(color="#e69f00", label=label))
     axis.legend(
         handles=handles,
         loc="lower center",

@@ -8,7 +8,8 @@ from statistics import median
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.report.run_data import RunData
 
-# Share of the records that counts as the settled end of a run.
+# Share of the records that counts as the settled end of a run. Every share and every saving that a
+# page, a summary or the last lines of `moepp train` name is a mean over these records.
 TAIL = 0.1
 
 
@@ -25,13 +26,15 @@ class Summary:
         valid_step: Step of ``valid_loss``.
         perplexity: ``exp`` of the validation loss, or of ``settled_loss`` without one.
         phi: FFN share under perfect balance.
-        ffn_fraction: FFN share, mean over the steps of the run.
+        ffn_fraction: FFN share, mean over the steps of the run: for totals of the run alone.
         settled_ffn_fraction: FFN share, settled.
         settled_count: Records that count as settled.
+        window: The steps of these records in words.
         tokens_per_s: Median over the records.
         train_seconds: Time in training steps, without start, evaluation and checkpoints.
         a2a_bytes: All-to-all bytes of the whole run.
-        dropped_fraction: Share of selections dropped, mean over the steps of the run.
+        settled_a2a_bytes: All-to-all bytes of a step, settled.
+        dropped_fraction: Share of selections dropped, settled.
     """
 
     last_step: int
@@ -45,9 +48,11 @@ class Summary:
     ffn_fraction: float
     settled_ffn_fraction: float
     settled_count: int
+    window: str
     tokens_per_s: float
     train_seconds: float
     a2a_bytes: float
+    settled_a2a_bytes: float
     dropped_fraction: float
 
 
@@ -60,6 +65,12 @@ def step_weights(records: Sequence[StepMetrics]) -> list[int]:
 def tail(records: Sequence[StepMetrics]) -> Sequence[StepMetrics]:
     """The last tenth of the records, at least one."""
     return records[-max(1, round(len(records) * TAIL)) :]
+
+
+def window(records: Sequence[StepMetrics]) -> str:
+    """The steps of these records, as "steps 109 to 120" or "step 120"."""
+    first, last = records[0].step, records[-1].step
+    return f"step {last:,}" if first == last else f"steps {first:,} to {last:,}"
 
 
 def finite_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
@@ -97,10 +108,12 @@ def summarize(run: RunData) -> Summary:
         ffn_fraction=run_mean(lambda r: r.ffn_fraction),
         settled_ffn_fraction=finite_mean([r.ffn_fraction for r in settled]),
         settled_count=len(settled),
+        window=window(settled),
         tokens_per_s=median([r.tokens_per_s for r in records]),
         train_seconds=run_mean(lambda r: r.step_time_s) * sum(weights),
         a2a_bytes=run_mean(lambda r: float(r.a2a_bytes)) * sum(weights),
-        dropped_fraction=run_mean(lambda r: r.dropped_fraction),
+        settled_a2a_bytes=finite_mean([float(r.a2a_bytes) for r in settled]),
+        dropped_fraction=finite_mean([r.dropped_fraction for r in settled]),
     )
 
 

@@ -1,6 +1,7 @@
 """What optional packages do here, and what is used where they are missing: said in one place.
 
-The training log says it once; `moepp doctor` shows it. Imports nothing heavy by itself.
+The training log says it once where it matters; `moepp doctor` shows it always. Imports nothing
+heavy by itself.
 """
 
 from __future__ import annotations
@@ -105,8 +106,17 @@ def optional_backends() -> list[Backend]:
     ]
 
 
+def choices_to_log() -> str | None:
+    """What a run's log says of these choices: nothing on a CPU that none of the packages serves."""
+    import torch
+
+    if torch.cuda.is_available() or any(backend.used for backend in optional_backends()):
+        return choices_line()
+    return None
+
+
 def choices_line() -> str:
-    """All choices in one line, for the log of a run; imports torch."""
+    """All choices in one line; imports torch."""
     backends = optional_backends()
     used = ", ".join(f"{b.name} {b.version}" for b in backends if b.used) or "none"
     missing = ", ".join(b.name for b in backends if not b.used) or "none"

@@ -28,6 +28,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
     # Its optimizer looks whether a parameter's copy has a gradient.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    # Untrue: said of FFN experts that a rank holds whole, where the rest of the model is
+    # tensor-parallel and sequence-parallel, and stays so.
+    warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor")
     # From every configuration, whatever it says about CUDA graphs.
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     # Reading a checkpoint's common part, which megatron-core does on each rank by itself.

@@ -23,6 +23,7 @@ def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
         moe.num_copy_experts,
         moe.num_zero_experts,
     )
+    pattern = moe.moe_layer_pattern(config.model.num_layers)
     return open_sinks(
         Path(config.run.dir),
         counts,
@@ -30,6 +31,7 @@ def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
         total_steps=config.training.train_iters,
         resume_step=progress.step + 1,
         wandb=_wandb(config),
+        moe_layers=[number for number, is_moe in enumerate(pattern, start=1) if is_moe],
     )
 
 

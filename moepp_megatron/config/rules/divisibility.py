@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect
+from collections.abc import Iterator, Sequence
+from math import gcd, isqrt
 
 from moepp_megatron.config.problem import Problem
+
+_MOST_DIVISORS = 8
 
 
 def nearest_multiples(value: int, divisor: int) -> str:
@@ -13,8 +17,24 @@ def nearest_multiples(value: int, divisor: int) -> str:
     return f"{below} or {below + divisor}" if below else f"{divisor}"
 
 
+def legal_divisors(value: int, near: int) -> str:
+    """What divides `value`, as "1, 2, 4 or 8"; of many the two on either side of `near`."""
+    found = [number for number in range(1, isqrt(value) + 1) if value % number == 0]
+    found = sorted({*found, *(value // number for number in found)})
+    if len(found) > _MOST_DIVISORS:
+        place = bisect(found, near)
+        found = found[max(place - 2, 0) : place + 2]
+    *others, last = map(str, found)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def must_divide(
-    name: str, value: int, divisor: int, divisor_text: str, reason: str = ""
+    name: str,
+    value: int,
+    divisor: int,
+    divisor_text: str,
+    reason: str = "",
+    others: Sequence[int] | None = None,
 ) -> Iterator[Problem]:
     """Yield a problem unless `divisor` divides `value`.
 
@@ -22,13 +42,16 @@ def must_divide(
         name: Dotted name of the setting.
         value: Its value.
         divisor: What must divide it.
-        divisor_text: The divisor's name and value, such as `parallel.x (4)`.
+        divisor_text: The divisor in words, or the name of the setting that it is.
         reason: Added to the rule where the divisor does not explain itself.
+        others: Given where the divisor is a setting, which the user may change as well: what else
+            it has to divide. The remedy then names its legal values first.
     """
-    if value % divisor:
-        yield Problem(
-            name,
-            value,
-            f"must be divisible by {divisor_text}{reason}",
-            f"use {nearest_multiples(value, divisor)}",
-        )
+    if value % divisor == 0:
+        return
+    remedy = f"use {nearest_multiples(value, divisor)}"
+    if others is not None:
+        legal = legal_divisors(gcd(value, *others), divisor)
+        remedy = f"set {divisor_text} to {legal}, or for {name} {remedy}"
+        divisor_text += f" ({divisor})"
+    yield Problem(name, value, f"must be divisible by {divisor_text}{reason}", remedy)

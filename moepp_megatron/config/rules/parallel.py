@@ -12,27 +12,34 @@ from moepp_megatron.config.stages import expand_pipeline_layout
 
 def expert_ranks_divide_ffn_experts(config: Config) -> Iterator[Problem]:
     """Every expert-parallel rank holds the same number of FFN experts."""
-    ranks = config.parallel.expert_model_parallel_size
     yield from must_divide(
         "moe.num_ffn_experts",
         config.moe.num_ffn_experts,
-        ranks,
-        f"parallel.expert_model_parallel_size ({ranks})",
+        config.parallel.expert_model_parallel_size,
+        "parallel.expert_model_parallel_size",
+        others=(),
     )
 
 
 def tensor_ranks_divide_widths(config: Config) -> Iterator[Problem]:
     """Every tensor-parallel rank holds the same share of heads, FFN channels and vocabulary."""
     model, moe, ranks = config.model, config.moe, config.parallel.tensor_model_parallel_size
-    text = f"parallel.tensor_model_parallel_size ({ranks})"
-    yield from must_divide("model.num_attention_heads", model.num_attention_heads, ranks, text)
-    yield from must_divide("model.vocab_size", model.vocab_size, ranks, text)
+    widths = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.vocab_size": model.vocab_size,
+    }
     freq = moe.layer_freq
     if freq != 1 and not (isinstance(freq, list) and 0 not in freq):
-        yield from must_divide("model.ffn_hidden_size", model.ffn_hidden_size, ranks, text)
+        widths["model.ffn_hidden_size"] = model.ffn_hidden_size
     if moe.shared_expert_ffn_hidden_size is not None:
+        widths["moe.shared_expert_ffn_hidden_size"] = moe.shared_expert_ffn_hidden_size
+    for name, width in widths.items():
         yield from must_divide(
-            "moe.shared_expert_ffn_hidden_size", moe.shared_expert_ffn_hidden_size, ranks, text
+            name,
+            width,
+            ranks,
+            "parallel.tensor_model_parallel_size",
+            others=list(widths.values()),
         )
 
 
@@ -50,13 +57,13 @@ def query_groups_fit_tensor_ranks(config: Config) -> Iterator[Problem]:
 
 def expert_tensor_ranks_divide_expert_width(config: Config) -> Iterator[Problem]:
     """Every rank of a split FFN expert holds the same share of its channels."""
-    ranks = config.parallel.expert_tensor_size
     own = config.moe.ffn_hidden_size is not None
     yield from must_divide(
         "moe.ffn_hidden_size" if own else "model.ffn_hidden_size",
         config.expert_ffn_hidden_size,
-        ranks,
-        f"parallel.expert_tensor_parallel_size ({ranks})",
+        config.parallel.expert_tensor_size,
+        "parallel.expert_tensor_parallel_size",
+        others=(),
     )
 
 
@@ -116,13 +123,16 @@ def layers_divide_over_stages(config: Config) -> Iterator[Problem]:
     if parallel.pipeline_model_parallel_layout is not None:
         return
     stages = parallel.pipeline_model_parallel_size
-    text = f"parallel.pipeline_model_parallel_size ({stages})"
+    text = "parallel.pipeline_model_parallel_size"
+    others: tuple[int, ...] | None = ()
     chunks = parallel.virtual_pipeline_model_parallel_size
     if chunks is not None:
+        text += f" ({stages}) * parallel.virtual_pipeline_model_parallel_size ({chunks}) = "
         stages *= chunks
-        text += f" * parallel.virtual_pipeline_model_parallel_size ({chunks}) = {stages}"
+        text, others = f"{text}{stages}", None
     unless = " unless parallel.pipeline_model_parallel_layout is set"
-    yield from must_divide("model.num_layers", config.model.num_layers, stages, text, unless)
+    layers = config.model.num_layers
+    yield from must_divide("model.num_layers", layers, stages, text, unless, others)
 
 
 def pipeline_layout_is_whole(config: Config) -> Iterator[Problem]:

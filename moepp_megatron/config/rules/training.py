@@ -55,7 +55,8 @@ def micro_batches_divide_global_batch(config: Config) -> Iterator[Problem]:
         "training.global_batch_size",
         training.global_batch_size,
         training.micro_batch_size,
-        f"training.micro_batch_size ({training.micro_batch_size})",
+        "training.micro_batch_size",
+        others=(),
     )
 
 

@@ -247,7 +247,7 @@ class PilotResult(_Record):
         equal_speed: Of every MoE++ arm.
         target: None where none was asked for.
         verdicts: Of every MoE++ arm, the most favourable first.
-        recommended: Name of the arm to go on with, or None where none pays or may pay.
+        recommended: Name of the arm to go on with, or None where none has been shown to pay.
         answer: One plain sentence for the person who decides.
         caveats: What this pilot cannot tell.
     """

@@ -156,11 +156,11 @@ def by_favour(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 
 def recommended(verdicts: Sequence[Verdict]) -> str | None:
-    """The arm to go on with; None where all do not pay.
+    """The arm to go on with; None where none has been shown to pay.
 
     Args:
         verdicts: The most favourable first.
     """
     best = verdicts[0]
     answer = best.at_target if best.at_target is not None else best.at_pilot
-    return None if answer == "does not pay" else best.arm
+    return best.arm if answer == "pays" else None

@@ -15,6 +15,10 @@ _STANDS: dict[Standing | None, str] = {
 }
 
 
+# A factor on time beyond which, to either side, an interval says no more than that it is wide.
+_LARGEST_FACTOR = 10.0
+
+
 def pilot_reasons(
     outcome: ArmOutcome,
     factor: Interval | None,
@@ -148,8 +152,16 @@ def caveats(
 def times(factor: Interval) -> str:
     """Such as "1.12 times (95% interval 1.06 to 1.19)"."""
     if factor.low is None or factor.high is None:
-        return f"{factor.mean:.3g} times (one seed)"
-    return f"{factor.mean:.3g} times (95% interval {factor.low:.3g} to {factor.high:.3g})"
+        return f"{plain_factor(factor.mean)} times (one seed)"
+    ends = f"{plain_factor(factor.low)} to {plain_factor(factor.high)}"
+    return f"{plain_factor(factor.mean)} times (95% interval {ends})"
+
+
+def plain_factor(factor: float, digits: str = ".3g") -> str:
+    """A factor; beyond a hundred to either side its digits say nothing, and are left out."""
+    if factor > 100:
+        return "over 100"
+    return "under 0.01" if factor < 0.01 else f"{factor:{digits}}"
 
 
 def nats(difference: Interval) -> str:
@@ -202,10 +214,24 @@ def _open(time: Interval | None, equal: EqualSpeed) -> str:
             f"learns as much as vanilla in {1 - time.mean:.0%} less time, but vanilla with fewer "
             "experts a token may do as well"
         )
+    if time.low < 1 / _LARGEST_FACTOR or time.high > _LARGEST_FACTOR:
+        return (
+            f"may need anything from {_bound(time.low)} to {_bound(time.high)} to vanilla's loss "
+            "(95% interval): these runs tell nothing of the time"
+        )
     return (
         f"needs between {_more(time.low)} and {_more(time.high)} time to vanilla's loss (95% "
         "interval)"
     )
+
+
+def _bound(factor: float) -> str:
+    """An end of an interval too wide for its digits to mean anything."""
+    if factor < 1 / _LARGEST_FACTOR:
+        return "less than a tenth of vanilla's time"
+    if factor > _LARGEST_FACTOR:
+        return "more than ten times vanilla's time"
+    return f"{_more(factor)} time"
 
 
 def _more(factor: float) -> str:

@@ -7,6 +7,7 @@ place.py             layer, part and pass in which a collective was called
 purpose.py           what it serves
 expected_bytes.py    all-to-all bytes, measured against what routing makes necessary
 expert_load.py       rows that the experts of each rank computed
+slow_rank.py         a rank that computes longer than its rows explain
 links.py             the link that a group's messages take, and its peak
 ceiling.py           bandwidth that `moepp bench collectives` has measured
 """

@@ -44,7 +44,7 @@ def expert_load(traces: Iterable[RankTrace], steps: Iterable[int]) -> ExpertLoad
     wanted = set(steps)
     passes: dict[tuple[Any, ...], list[list[int]]] = defaultdict(list)
     for trace in traces:
-        members = _members(trace)
+        members = expert_group(trace)
         if len(members) > 1 and trace.about.get("layout", {}).get("etp", 1) == 1:
             for key, to_ranks in _passes(trace, wanted):
                 if len(to_ranks) == len(members):
@@ -65,7 +65,8 @@ def expert_load(traces: Iterable[RankTrace], steps: Iterable[int]) -> ExpertLoad
     return ExpertLoad(dict(rows), max(sorted(total), key=lambda one: total[one]), most / mean)
 
 
-def _members(trace: RankTrace) -> tuple[int, ...]:
+def expert_group(trace: RankTrace) -> tuple[int, ...]:
+    """Ranks of this rank's expert-parallel group; empty where it has none."""
     found = (one.ranks for one in trace.groups.values() if one.description == _GROUP)
     return next(found, ())
 

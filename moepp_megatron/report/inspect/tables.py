@@ -91,9 +91,10 @@ def _row(groups: Sequence[Group], name: str | None = None) -> Row:
 
 def _cell(group: Group) -> Cell:
     error = "" if math.isnan(group.ffn_error) else f" \u00b1 {group.ffn_error:.2f}"
+    texts = formatting.shares(group.kinds)
     bars = [
-        Bar(100 * share, KIND_COLOURS[kind], f"{kind} {formatting.percent(share)}")
-        for kind, share in zip(EXPERT_KINDS, group.kinds, strict=True)
+        Bar(100 * share, KIND_COLOURS[kind], f"{kind} {text}")
+        for kind, share, text in zip(EXPERT_KINDS, group.kinds, texts, strict=True)
         if share > 0
     ]
     loss = DASH if math.isnan(group.loss) else f"{group.loss:.2f}"

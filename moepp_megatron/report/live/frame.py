@@ -195,7 +195,7 @@ def _numbers(run: LiveRun, newest: StepMetrics, width: int) -> list[Text]:
     costs = []
     for key, form in (
         ("mfu", "MFU {:.1%}"),
-        ("model_tflops", "{:.3g} TFLOP/s a rank"),
+        ("model_tflops", "{} a rank"),
         ("gpu_power_w", "{:.0f} W a card"),
         ("gpu_temperature_c", "{:.0f} C"),
         ("energy_per_token_j", "{:.3g} J/token"),
@@ -203,7 +203,10 @@ def _numbers(run: LiveRun, newest: StepMetrics, width: int) -> list[Text]:
         ("waiting_fraction", "{:.1%} waiting"),
     ):
         if key in latest:
-            costs.append(form.format(latest[key]))
+            value = latest[key]
+            # Of 0.03 TFLOP/s nobody reads anything.
+            is_rate = key == "model_tflops"
+            costs.append(form.format(f"{formatting.flops(1e12 * value)}/s" if is_rate else value))
     if history.energy_j:
         costs.append(f"{history.energy_j / 3.6e6:.3g} kWh")
     if history.gpu_hours:

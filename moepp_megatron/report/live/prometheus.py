@@ -12,6 +12,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.observe.expert_names import layer_numbers
 from moepp_megatron.report.live import exported
 from moepp_megatron.report.live.exported import OF_RECORDS, OTHER, Exported
 from moepp_megatron.report.live.health import STATES
@@ -164,9 +165,7 @@ def _samples(metric: Exported, content: Any, config: RunConfig | None) -> list[S
 
 def _by_layer(rows: Sequence[Any], config: RunConfig | None) -> Iterator[tuple[str, Any]]:
     """Each MoE layer's entry with the layer's number in the model."""
-    numbers: Sequence[int] = config.moe_layers if config is not None else ()
-    if len(numbers) != len(rows):
-        numbers = range(1, len(rows) + 1)
+    numbers = layer_numbers(config.moe_layers if config is not None else (), len(rows))
     return zip(map(str, numbers), rows, strict=True)
 
 

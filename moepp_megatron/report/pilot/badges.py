@@ -43,11 +43,11 @@ def badges(result: PilotResult) -> list[Badge]:
     else:
         there = _no_time(result, verdict)
     gpus = f" ({result.target.gpus:,} {result.target.gpu})" if result.target is not None else ""
-    recommended = result.recommended
-    go_on = "The arm to go on with; the steps are below."
-    if verdict is not None and (verdict.at_target or verdict.at_pilot) == "undecided":
-        go_on = "The most promising arm; not proven. What would decide is below."
-    stay = "No arm pays or may pay: nothing here argues for a larger run."
+    note = "The arm to go on with; the steps are below."
+    if result.recommended is None:
+        note = "No arm pays or may pay: nothing here argues for a larger run."
+    if verdict is not None and words.is_open(result):
+        note = f"{verdict.arm} is the most promising, and not proven. What would decide is below."
     return [
         Badge("At the pilot's scale", at_pilot or "no answer", words.answer_class(at_pilot), here),
         Badge(
@@ -58,9 +58,9 @@ def badges(result: PilotResult) -> list[Badge]:
         ),
         Badge(
             "Recommended",
-            recommended or "none: stay with vanilla",
+            words.recommendation(result),
             "none",
-            stay if recommended is None else go_on,
+            note,
         ),
     ]
 

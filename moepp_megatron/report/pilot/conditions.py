@@ -18,8 +18,8 @@ from moepp_megatron.planning.pilot.result import (
     Verdict,
 )
 from moepp_megatron.report import formatting
+from moepp_megatron.report.healthy import guard_rule
 from moepp_megatron.report.pilot import words
-from moepp_megatron.report.pilot.health import guard_rule
 from moepp_megatron.report.pilot.learning import smooth_curve
 
 
@@ -145,6 +145,8 @@ def room(verdict: Verdict, model: TargetModel) -> list[str]:
 
 def if_it_does_not(result: PilotResult, verdict: Verdict) -> str:
     """What follows where MoE++ does not pay."""
+    if words.is_open(result):
+        return "It stays undecided: stay with vanilla. Nothing here argues for a larger run."
     if result.recommended is None:
         return (
             "No arm is recommended: stay with vanilla, or repeat the pilot with another tau, more "

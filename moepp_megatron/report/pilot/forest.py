@@ -10,7 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from moepp_megatron.planning.pilot.result import Interval, PilotResult
-from moepp_megatron.report.drawing import BLUE, INK, MUTED, VERMILION, new_figure, svg_data_uri
+from moepp_megatron.report.drawing import (
+    BLUE,
+    INK,
+    MUTED,
+    PAPER,
+    VERMILION,
+    new_figure,
+    svg_data_uri,
+)
 from moepp_megatron.report.pilot import words
 from moepp_megatron.report.pilot.looks import plain
 from moepp_megatron.report.plot import Plot
@@ -142,7 +150,7 @@ def _draw(axes: Axes, row: int, line: Line, low: float, high: float) -> None:
         [row],
         marker,
         markersize=8,
-        color=colour if words.has_ends(line.value) else "white",
+        color=colour if words.has_ends(line.value) else PAPER,
         markeredgecolor=colour,
         markeredgewidth=1.8,
     )

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from moepp_megatron.planning.pilot.result import ArmOutcome, Curve, PilotResult
-from moepp_megatron.report.drawing import INK, new_figure, smooth, svg_data_uri, thin
+from moepp_megatron.report.drawing import INK, legend_above, new_figure, smooth, svg_data_uri, thin
 from moepp_megatron.report.pilot import words
 from moepp_megatron.report.pilot.looks import Look, looks, plain
 from moepp_megatron.report.plot import Plot
@@ -50,7 +50,7 @@ def _loss_plot(drawn: list[ArmOutcome], styles: dict[str, Look]) -> Plot:
         margin = 0.05 * (max(finite) - min(finite))
         axes.set_ylim(min(finite) - margin, max(finite) + margin)
     axes.set_ylabel("training loss, nats")
-    axes.legend(fontsize=8.5)
+    legend_above(axes, ncols=2)
     alt = "; ".join(
         f"{e.arm.name} ends at {words.loss(smooth_curve(e.curve)[1][-1])}" for e in drawn
     )
@@ -77,7 +77,7 @@ def _difference_plot(base: ArmOutcome, others: list[ArmOutcome], styles: dict[st
     if heights and max(heights):
         axes.set_ylim(-1.15 * max(heights), 1.15 * max(heights))
     axes.set_ylabel("nats (below 0: better)")
-    axes.legend(fontsize=8.5, ncols=2)
+    legend_above(axes, ncols=2)
     caption = (
         "Training loss less vanilla's after the same tokens, smoothed over a tenth. A line that "
         "still moves at the end says that a longer pilot would give another answer."

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 
 from moepp_megatron.planning.pilot.result import ArmOutcome, Interval, PilotResult
 from moepp_megatron.report.drawing import (
+    PAPER,
     VERMILION,
     new_figure,
     svg_data_uri,
@@ -113,7 +114,7 @@ def _short(axes: Axes, outcome: ArmOutcome, look: Look) -> None:
         [y],
         "^" if above else look.marker,
         color=look.colour,
-        markerfacecolor="white",
+        markerfacecolor=PAPER,
         markersize=7.5,
         clip_on=False,
         zorder=3,

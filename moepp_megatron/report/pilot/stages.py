@@ -94,6 +94,8 @@ def _pilot(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands:
 
 
 def _state(result: PilotResult, verdict: Verdict) -> str:
+    if words.is_open(result):
+        return UNDECIDED
     if result.recommended is None:
         return "ends here"
     if verdict.at_pilot == "undecided" and verdict.at_target != "pays":

@@ -47,8 +47,7 @@ def print_pilot(result: PilotResult) -> None:
         console.print(f"caveat: {caveat}", markup=False, soft_wrap=True)
     console.print()
     console.print(result.answer, style="bold", markup=False, soft_wrap=True)
-    recommended = result.recommended or "none: stay with vanilla"
-    console.print(f"recommended: {recommended}", markup=False)
+    console.print(f"recommended: {words.recommendation(result)}", markup=False)
 
 
 def _table(title: str) -> Table:

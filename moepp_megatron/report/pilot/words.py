@@ -13,6 +13,7 @@ from moepp_megatron.planning.pilot.result import (
     Verdict,
 )
 from moepp_megatron.planning.pilot.statistics import t_quantile
+from moepp_megatron.planning.pilot.words import plain_factor
 from moepp_megatron.report import formatting
 
 NOTHING = "-"
@@ -26,7 +27,7 @@ FEWEST_SEEDS = 3
 
 def ratio(value: float) -> str:
     """A ratio to vanilla, three decimals."""
-    return formatting.number(value, 3)
+    return plain_factor(value, ".3f") if value > 0 else formatting.number(value, 3)
 
 
 def loss(value: float) -> str:
@@ -87,6 +88,21 @@ def chosen(result: PilotResult) -> Verdict | None:
         if verdict.arm == result.recommended:
             return verdict
     return result.verdicts[0] if result.verdicts else None
+
+
+def is_open(result: PilotResult) -> bool:
+    """Whether nothing is recommended because the most favourable arm is undecided."""
+    best = chosen(result)
+    if result.recommended is not None or best is None:
+        return False
+    return (best.at_target or best.at_pilot) == "undecided"
+
+
+def recommendation(result: PilotResult) -> str:
+    """The recommended arm, or why there is none."""
+    if result.recommended is not None:
+        return result.recommended
+    return "none yet: undecided" if is_open(result) else "none: stay with vanilla"
 
 
 def outcome_of(result: PilotResult, arm: str) -> ArmOutcome | None:

@@ -116,7 +116,8 @@ def _facts(document: dict[str, Any]) -> list[str]:
     layout = document["layout"]
     if layout:
         facts.append(", ".join(f"{key.upper()} {layout[key]}" for key in ("tp", "pp", "ep", "cp")))
-        facts.append(f"{layout['num_microbatches']} micro-batches a step")
+        count = layout["num_microbatches"]
+        facts.append(f"{count} micro-batch{'' if count == 1 else 'es'} a step")
     if document["dispatcher"]:
         facts.append(f"dispatcher {document['dispatcher']}")
     return facts

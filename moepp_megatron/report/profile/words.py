@@ -130,7 +130,7 @@ def findings(profile: Profile) -> list[str]:
     """Sentences, the most important first."""
     found = [_exposure(profile), *_largest(profile)]
     found += _lateness(profile)
-    found += _load(profile)
+    found += _slow(profile) + _load(profile)
     moved = vectors(profile)
     if moved is not None and moved.plain:
         found.append(_bytes(moved))
@@ -168,12 +168,23 @@ def _lateness(profile: Profile) -> list[str]:
         f"{formatting.percent(share)} of the time in collectives is waiting for ranks that start "
         f"late, most often for rank {rank}."
     )
-    if share > 0.5:
+    if share > 0.5 and profile.slow is None:
         first += (
             " A faster link or fewer bytes would not help there: the ranks' work is uneven "
             "(experts' load, micro-batches, a slow machine)."
         )
     return [first]
+
+
+def _slow(profile: Profile) -> list[str]:
+    slow = profile.slow
+    if slow is None:
+        return []
+    return [
+        f"Rank {slow.rank} is slow: it computes {slow.time_ratio:.2f} times as long as the mean of "
+        f"the other ranks of its experts, for {slow.rows_ratio:.2f} times their rows. No routing "
+        "evens that; look at its machine (moepp doctor: clocks, throttling, other processes)."
+    ]
 
 
 def _load(profile: Profile) -> list[str]:
@@ -188,8 +199,8 @@ def _load(profile: Profile) -> list[str]:
         ]
     return [
         f"Experts' load differs between ranks: in a layer the busiest computes {ratio} times the "
-        f"rows of the mean rank; rank {load.busiest} computes most. A larger moe.balance_coeff "
-        "evens it."
+        f"rows of the mean rank; rank {load.busiest} computes most."
+        + ("" if profile.slow is not None else " A larger moe.balance_coeff evens it.")
     ]
 
 

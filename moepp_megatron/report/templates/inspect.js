@@ -205,7 +205,7 @@
       const label = own.length > 1 || experts < 10 ? kind : kind.slice(0, 5);
       svg.append(
         shape("text", {
-          x: (from + to) / 2, y: 11, "text-anchor": "middle", "font-size": 9.5, fill: "#52606d",
+          x: (from + to) / 2, y: 11, "text-anchor": "middle", "font-size": 9.5, fill: "var(--muted)",
         }, to - from < 5 * label.length ? label.slice(0, 1) : label),
       );
     });
@@ -215,7 +215,7 @@
         svg.append(
           shape("line", {
             x1: x(a.expert), y1: y(layer), x2: x(b.expert), y2: y(layer + 1),
-            stroke: "#616e7c", "stroke-width": 0.6 + 1.6 * Math.sqrt((a.gate * b.gate) / model.largestGate ** 2),
+            stroke: "var(--muted)", "stroke-width": 0.6 + 1.6 * Math.sqrt((a.gate * b.gate) / model.largestGate ** 2),
             opacity: 0.45,
           }),
         );
@@ -224,14 +224,14 @@
     const dot = Math.min(height / 2 - 1.5, Math.max(2.2, (width - left) / experts / 2 - 1), 9);
     model.layers.forEach((number, layer) => {
       svg.append(
-        shape("text", { x: left - 8, y: y(layer) + 3.4, "text-anchor": "end", "font-size": 9.5, fill: "#616e7c" }, number),
+        shape("text", { x: left - 8, y: y(layer) + 3.4, "text-anchor": "end", "font-size": 9.5, fill: "var(--muted)" }, number),
       );
       for (let e = 0; e < experts; e++) {
-        svg.append(shape("circle", { cx: x(e), cy: y(layer), r: Math.min(1.4, dot), fill: "#cbd2d9" }));
+        svg.append(shape("circle", { cx: x(e), cy: y(layer), r: Math.min(1.4, dot), fill: "var(--field-line)" }));
       }
       paths[layer].forEach((way) => {
         const mark = shape("circle", {
-          cx: x(way.expert), cy: y(layer), fill: data.colours[way.kind], stroke: "#fff", "stroke-width": 1,
+          cx: x(way.expert), cy: y(layer), fill: data.colours[way.kind], stroke: "var(--panel)", "stroke-width": 1,
           r: dot * (0.5 + 0.5 * Math.sqrt(way.gate / model.largestGate)),
         });
         mark.append(shape("title", {}, `layer ${number}: ${way.name}, gate ${way.gate.toFixed(3)}`));

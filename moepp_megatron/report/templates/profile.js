@@ -6,7 +6,17 @@
   const tip = document.getElementById("tip");
   const range = document.getElementById("range");
   const panel = lanesCanvas.parentElement;
-  const INK = "#1f2933", MUTED = "#616e7c", LINE = "#e4e7eb", PAGE = "#f5f7fa";
+  // Of text on a coloured box, which is the same in light and dark.
+  const BOX_INK = "#1f2933";
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  let INK, MUTED, LINE, PAGE, ACCENT, FRAME;
+  function readColours() {
+    const style = getComputedStyle(document.documentElement);
+    const names = ["--ink", "--muted", "--line", "--page", "--accent", "--field-line"];
+    [INK, MUTED, LINE, PAGE, ACCENT, FRAME] = names.map((name) => style.getPropertyValue(name).trim());
+  }
+  readColours();
+  dark.addEventListener("change", () => { readColours(); draw(); });
   const FONT = "12px system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
   const GUTTER = 128, AXIS = 24, LANE = 24, GAP = 3, RANK_GAP = 12;
   const NUMBER = 0, START = 1, LENGTH = 2, LABEL = 3, DETAIL = 4, WAIT = 5;
@@ -19,7 +29,7 @@
   // Light text on dark colours, dark on light ones.
   const inks = data.kinds.map(({ colour }) => {
     const [r, g, b] = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
-    return 0.299 * r + 0.587 * g + 0.114 * b > 150 ? INK : "#ffffff";
+    return 0.299 * r + 0.587 * g + 0.114 * b > 150 ? BOX_INK : "#ffffff";
   });
 
   // Nested ranges of a lane go below each other.
@@ -122,7 +132,7 @@
         context.lineWidth = 1;
       }
       if (wide > 34 && !faint) {
-        context.fillStyle = item[WAIT] > length * 0.3 ? INK : inks[kind];
+        context.fillStyle = item[WAIT] > length * 0.3 ? BOX_INK : inks[kind];
         context.fillText(fitted(context, label, wide - 8), left + 4, y + high / 2 + 0.5);
       }
       context.globalAlpha = 1;
@@ -145,7 +155,7 @@
     rows.forEach(({ lane, top, depth }, at) => {
       const first = at === 0 || rows[at - 1].lane.rank !== lane.rank;
       if (first && at > 0) {
-        context.strokeStyle = "#cbd2d9";
+        context.strokeStyle = FRAME;
         context.beginPath();
         context.moveTo(0, top - RANK_GAP / 2 - GAP / 2);
         context.lineTo(width, top - RANK_GAP / 2 - GAP / 2);
@@ -185,10 +195,12 @@
         context.fillRect(GUTTER + item[START] * scale, y, Math.max(item[LENGTH] * scale, 0.5), high - 1);
       }
     }
-    context.fillStyle = "rgba(245,247,250,.72)";
+    context.globalAlpha = 0.72;
+    context.fillStyle = PAGE;
     context.fillRect(GUTTER, 0, from * scale, 34);
     context.fillRect(GUTTER + until * scale, 0, width - GUTTER - until * scale, 34);
-    context.strokeStyle = "#0072b2";
+    context.globalAlpha = 1;
+    context.strokeStyle = ACCENT;
     context.strokeRect(GUTTER + from * scale + 0.5, 0.5, Math.max((until - from) * scale - 1, 1), 33);
     context.fillStyle = MUTED;
     context.fillText("whole step", 0, 17);

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.cli import main
+from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 
 MINIMAL = """\
 run: {dir: runs/test}
@@ -36,11 +37,17 @@ SHORT = {
 }
 
 
+def _no_card() -> Nvml:
+    raise NvmlUnavailableError("no NVIDIA driver on this machine", has_driver=False)
+
+
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs `moepp train` on the minimal configuration in this process; returns the exit code."""
     config = tmp_path / "config.yaml"
     config.write_text(MINIMAL)
+    # These tests mean a machine without a card, whatever they run on.
+    monkeypatch.setattr("moepp_megatron.planning.target.Nvml", _no_card)
 
     def run(text: str, ranks: int, *options: str) -> int:
         overrides = []
@@ -49,8 +56,6 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             overrides.append(f"{SHORT.get(name, name)}={value}")
         arguments = ["moepp", "train", str(config), *overrides, "--nproc", str(ranks), *options]
         monkeypatch.setattr(sys, "argv", arguments)
-        # Wide enough that no table cell is cut.
-        monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as ended:
             main.run()
         return int(ended.value.code or 0)
@@ -107,6 +112,33 @@ IMPOSSIBLE = [
         "use microbatch",
     ),
 ]
+
+
+LEGAL = [
+    ("ep=3", 3, "parallel.expert_model_parallel_size to 1, 2, 4 or 8,"),
+    ("ep=16", 16, "parallel.expert_model_parallel_size to 1, 2, 4 or 8,"),
+    ("ep=2 moe.num_ffn_experts=7", 2, "parallel.expert_model_parallel_size to 1 or 7,"),
+    ("ep=2 moe.num_ffn_experts=1", 2, "parallel.expert_model_parallel_size to 1,"),
+    # Of 8 heads and 500 tokens; 500 alone has 5 and 10 too.
+    ("tp=3 sp=true model.vocab_size=500", 3, "parallel.tensor_model_parallel_size to 1, 2 or 4,"),
+    ("pp=3", 3, "parallel.pipeline_model_parallel_size to 1, 2 or 4,"),
+    # 96 has 12 divisors: those nearby.
+    ("etp=5", 5, "parallel.expert_tensor_parallel_size to 3, 4, 6 or 8,"),
+    ("training.micro_batch_size=3", 1, "training.micro_batch_size to 1, 2, 4, 8 or 16,"),
+]
+
+
+@pytest.mark.parametrize(("text", "ranks", "advice"), LEGAL, ids=[case[0] for case in LEGAL])
+def test_the_legal_values_of_what_was_set_are_named(command, capsys, text, ranks, advice):
+    """And each of them is legal: followed, it is not refused for the same reason again."""
+    assert command(text, ranks, "--dry-run") == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if advice in line]
+    assert lines, advice
+    name, _, values = advice.rstrip(",").partition(" to ")
+    rule = "must be divisible by " + name
+    for value in values.replace(" or ", ", ").split(", "):
+        command(f"{text} {name}={value}", int(value) if "parallel" in name else 1, "--dry-run")
+        assert rule not in capsys.readouterr().err, value
 
 
 @pytest.mark.parametrize(
@@ -264,8 +296,116 @@ def test_grid_and_stages_are_printed(command, capsys):
     # Rank 5 of 8: second tensor rank of the second stage's first replica.
     assert ["5", "1", "0", "0", "1", "0", "1", "0"] in rows
     stages = {row[0]: row for row in rows if len(row) > 2 and row[0] in "01" and "|" in row}
-    assert stages["0"][1:4] == ["E", "|", "2"]
-    assert stages["1"][1:5] == ["0-1", "|", "3", "L"]
+    assert stages["0"][2:] == ["E", "|", "3"]
+    assert stages["1"][2:] == ["1-2", "|", "4", "L"]
+
+
+H100 = "precision.dtype=bf16"
+
+
+@pytest.mark.parametrize("columns", ["", "40", "80"])
+def test_nothing_is_cut_in_a_pipe_or_a_narrow_terminal(command, capsys, monkeypatch, columns):
+    """Millions with all digits; off a terminal rich takes 80 columns, or those of COLUMNS."""
+    monkeypatch.setenv("COLUMNS", columns)
+    big = "model.vocab_size=512000 model.hidden_size=8192 model.num_layers=64 pp=16 vpp=4"
+    assert command(f"{big} {H100}", 16, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "\u2026" not in out
+    # Two matrices [512000, 8192].
+    assert re.search(r"^embedding +8,388,608,000$", out, re.MULTILINE)
+    assert re.search(r"^ +0 +[0-9,]{11,} +E 1 \| 17 \| 33 \| 49 *$", out, re.MULTILINE)
+
+
+def _rows(out: str, head: str) -> list[list[str]]:
+    """Cells of the table whose head starts with `head`."""
+    lines = out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.split()[:2] == head.split())
+    rows = [line.split() for line in lines[first + 2 :]]
+    return rows[: next(i for i, row in enumerate(rows) if not row or not row[0][0].isdigit())]
+
+
+def test_memory_is_that_of_the_card_it_is_meant_for(command, capsys):
+    """bf16: an H100's, with what `moepp plan` adds; fp32 without a card: a CPU's."""
+    assert command(f"{H100} model.hidden_size=4096 model.num_layers=8", 1, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "Memory of a rank on h100_sxm (assumed for precision.dtype bf16" in out
+    (row,) = _rows(out, "stage weights")
+    assert "sum, GiB" in out
+    needed = re.search(r"fullest rank: ([\d.]+) GiB, .*: fits 80 GB \(74.51 GiB\)$", out, re.M)
+    # Two numbers of two decimals, and 4 GiB for libraries.
+    assert float(needed[1]) == pytest.approx(float(row[-1]) + 4.0, abs=0.011)
+
+    assert command("", 1, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "Memory of a rank on this machine's CPU" in out
+    assert "sum, MiB" in out
+
+
+def test_what_does_not_fit_is_said(command, capsys):
+    large = f"{H100} model.hidden_size=8192 model.ffn_hidden_size=28672 model.num_layers=32"
+    assert command(large, 1, "--dry-run") == 0
+    out = capsys.readouterr().out
+    needed = float(re.search(r"fullest rank: ([\d.,]+) GiB", out)[1].replace(",", ""))
+    assert "DOES NOT FIT 80 GB (74.51 GiB)" in out
+    assert needed > 74.51
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "device"),
+    [
+        ("", ("--gpu", "h200"), "h200 (--gpu)"),
+        ("", ("--gpu", "h100"), "h100_sxm (--gpu)"),
+        (H100, ("--gpu", "cpu"), "this machine's CPU (--gpu)"),
+        ("telemetry.hardware=a100_sxm", (), "a100_sxm (telemetry.hardware)"),
+        ("telemetry.hardware=a100_sxm", ("--gpu", "h200"), "h200 (--gpu)"),
+    ],
+)
+def test_the_card_is_what_was_asked_for(command, capsys, settings, options, device):
+    assert command(settings, 1, "--dry-run", *options) == 0
+    assert f"Memory of a rank on {device}" in capsys.readouterr().out
+
+
+def test_the_card_here_comes_before_what_is_assumed(command, capsys, monkeypatch):
+    """One in `configs/hardware`, and one that nobody has described."""
+    from moepp_megatron.planning import target
+    from tests.unit.health.fake_nvml import FakeNvml, answers
+
+    def session(name):
+        return lambda: Nvml(FakeNvml(answers(nvmlDeviceGetName=name)))
+
+    monkeypatch.setattr(target, "Nvml", session("NVIDIA H200"))
+    assert command(H100, 1, "--dry-run") == 0
+    assert "on h200 (the card here)" in capsys.readouterr().out
+    monkeypatch.setattr(target, "Nvml", session("Some New Card"))
+    assert command(H100, 1, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "the memory of Some New Card is not known" in out
+
+
+def test_a_card_is_asked_for_only_where_nothing_runs(command, capsys):
+    assert command("", 1, "--gpu", "h200") == 2
+    assert "--gpu (h200) must come with --dry-run" in capsys.readouterr().err
+    assert command("", 1, "--dry-run", "--gpu", "h900") == 2
+    assert "hardware (h900) must be a known name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(1, 1), (16, 16), (32, 14), (1024, 14)])
+def test_long_grids_are_abbreviated(command, capsys, ranks, rows):
+    assert command("training.global_batch_size=1024", ranks, "--dry-run") == 0
+    out = capsys.readouterr().out
+    grid = _rows(out, "rank tp")
+    assert [row[0] for row in grid] == [str(rank) for rank in range(rows)]
+    if ranks > rows:
+        rest = [line.split() for line in out.splitlines()]
+        after = rest.index(["..."] * 8)
+        assert rest[after + 1][0] == str(ranks - 1)
+
+
+def test_one_micro_batch_is_one(command, capsys):
+    assert command("training.global_batch_size=1", 1, "--dry-run") == 0
+    assert "1 micro-batch of 1 sequence a step" in capsys.readouterr().out
+    assert command("", 1, "--dry-run") == 0
+    assert "16 micro-batches of 1 sequence a step" in capsys.readouterr().out
 
 
 def test_settings_without_effect_are_named(command, capsys):

@@ -172,3 +172,42 @@ def test_the_configuration_is_not_overwritten(plan, capsys, tmp_path: Path) -> N
     assert plan("--out", str(config)) == 2
     assert "must not be CONFIG itself" in capsys.readouterr().err
     assert config.read_text() == CONFIG
+
+
+def test_steps_that_do_not_vary_are_drawn_as_that(
+    plan, capsys, monkeypatch, tmp_path: Path
+) -> None:
+    """One rank without slow nodes has nobody to wait for; a histogram would have one bar."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+
+    def watched(figure, *arguments, **named):
+        drawn.append(figure)
+        return save(figure, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    plot = tmp_path / "plan.png"
+    arguments = ["--gpus", "1", "--simulate", "--simulate-steps", "10", "--plot", str(plot)]
+    assert plan(*arguments, "--assume", "slow_nodes=0") == 0
+    text = capsys.readouterr().out
+    assert "on 1 column of 1 rank, without a pipeline, that move together" in text
+    (axes,) = drawn[-1].get_axes()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["no pipeline"]
+    assert "column" not in axes.get_xlabel()
+    assert "every step takes" in drawn[-1].get_suptitle()
+
+
+def test_steps_that_differ_are_told_from_rounding() -> None:
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from moepp_megatron.report.simulation import varies
+
+    def study(totals: list[float]) -> SimpleNamespace:
+        return SimpleNamespace(played=SimpleNamespace(totals=np.asarray(totals)))
+
+    assert varies(study([1.0, 1.001, 1.0]))
+    assert not varies(study([1.0, 1.0 + 1e-12]))

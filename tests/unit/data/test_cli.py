@@ -55,6 +55,39 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        # The beginning of a sentencepiece model: protobuf with the score of a piece.
+        (b"\n\x0e\n\x05<unk>\x15\x00\x00\x80\xbf\x18\x02", "name the tokenizer.json beside it"),
+        (b'{"a": 1}', "must be a Hugging Face tokenizer.json"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused_before_sources_are_read(
+    content: bytes,
+    words: str,
+    corpus_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(content)
+    monkeypatch.setattr(
+        "moepp_megatron.data.prepare.resolve_sources", lambda *_, **__: pytest.fail("was read")
+    )
+    arguments = [str(corpus_file), "--out", str(tmp_path / "out"), "--tokenizer", str(model)]
+    monkeypatch.setattr(sys, "argv", ["moepp", "data", "prepare", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main.run()
+    assert caught.value.code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"error: tokenizer ({model}) must be")
+    assert words in stderr
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_heavy_imports_wait(corpus_file: Path, prepared: Path):
     """Help and an up-to-date folder need no torch; workers never do."""
     script = f"""

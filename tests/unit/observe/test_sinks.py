@@ -282,7 +282,7 @@ def test_tensorboard_gets_every_number(make_record, tmp_path: Path):
     assert values("loss/train") == [(1, 5.25), (2, 5.0)]
     assert values("loss/validation") == [(1, 5.5)]
     assert values("other/own_key") == [(1, 2.0)]
-    assert values("layer_ffn_fraction/moe_layer_1") == [(1, 0.75)]
+    assert values("layer_ffn_fraction/moe_layer_2") == [(1, 0.75)]
     shares = [values(f"expert_share/{n}")[0][1] for n in ("FFN_0", "FFN_1", "constant_0", "zero_0")]
     assert shares == [0.3125, 0.3125, 0.25, 0.125]
 
@@ -336,9 +336,9 @@ def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path: Path):
     # A layer whose weights are no numbers and a list that no table names give none.
     assert sorted(events.Tags()["histograms"]) == [
         "expert_share/all_layers",
-        "ffn_experts_per_token/moe_layer_0",
+        "ffn_experts_per_token/moe_layer_1",
     ]
-    first, second = events.Histograms("ffn_experts_per_token/moe_layer_0")
+    first, second = events.Histograms("ffn_experts_per_token/moe_layer_1")
     assert (first.step, second.step) == (1, 11)
     value = first.histogram_value
     # Tokens that take 0, 1 and 2 FFN experts; one on average.
@@ -347,6 +347,33 @@ def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path: Path):
     assert (value.num, value.sum, value.min, value.max) == (1.0, 1.0, -0.5, 2.5)
     shares = events.Histograms("expert_share/all_layers")[0].histogram_value
     assert list(shares.bucket) == [0.3125, 0.3125, 0.25, 0.125]
+
+
+def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path: Path):
+    """By their place in the model, from 1: of layers 1 to 4 the second and the fourth are MoE."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fan = open_sinks(tmp_path, EXPERTS, phi=0.5, total_steps=1, moe_layers=[2, 4])
+    health = {"gate_entropy": [1.0, 2.0]}
+    tokens = [[0.25, 0.5, 0.25], [0.5, 0.25, 0.25]]
+    fan.write(
+        make_record(
+            1,
+            layer_ffn_fraction=[0.5, 0.75],
+            router_health=health,
+            layer_ffn_histogram=tokens,
+        )
+    )
+    fan.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0}).Reload()
+    tags = events.Tags()
+    named = {tag for tag in tags["scalars"] + tags["histograms"] if "moe_layer" in tag}
+    assert named == {
+        f"{group}/moe_layer_{number}"
+        for group in ("layer_ffn_fraction", "router_health/gate_entropy", "ffn_experts_per_token")
+        for number in (2, 4)
+    }
+    assert [e.value for e in events.Scalars("layer_ffn_fraction/moe_layer_4")] == [0.75]
 
 
 def test_open_sinks_trains_on_without_tensorboard(

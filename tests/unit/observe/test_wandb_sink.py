@@ -62,7 +62,7 @@ def test_records_and_settings_arrive(make_record, tmp_path: Path, monkeypatch):
     (values,) = wandb.logged
     assert (values["step"], values["loss"], values["valid_loss"]) == (3, 5.25, 5.5)
     assert values["expert_share/constant_0"] == 0.25
-    assert values["layer_ffn_fraction/moe_layer_1"] == 0.75
+    assert values["layer_ffn_fraction/moe_layer_2"] == 0.75
     assert all(isinstance(value, int | float) for value in values.values())
     assert wandb.finished == 1
 

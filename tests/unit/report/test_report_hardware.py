@@ -52,6 +52,19 @@ def test_records_without_some_of_it(make_run, missing):
     assert labels == ["MFU", "GPU-hours", "Energy"]
 
 
+def test_small_rates_are_shown_in_a_unit_of_their_size(make_run):
+    """A CPU's 0.03 TFLOP/s are 30 GFLOP/s, NVLink's 1e11 bytes/s are 100 GB/s."""
+
+    def edit(records: list[dict[str, Any]]) -> None:
+        for record in records:
+            record |= {"model_tflops": 0.03, "nvlink_bytes_per_s": 1e11}
+
+    nvlink, flops = hardware_plots(load_run(make_run(steps=4, edit=edit)))
+    assert flops.title == "Model FLOP/s"
+    assert "Model FLOP/s: 30.0000 at step 1" in flops.alt
+    assert "NVLink traffic: 100.0000 at step 1" in nvlink.alt
+
+
 def test_a_run_without_telemetry_has_no_such_section(make_run):
     run = load_run(make_run(steps=4))
     assert hardware_cards(run) == []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 
 from moepp_megatron.report import ReportError, formatting
 from moepp_megatron.report.drawing import MAX_POINTS, smooth, thin
+from moepp_megatron.report.page import render
 from moepp_megatron.report.run_data import load_run
 from moepp_megatron.report.savings import compute_savings, vanilla_a2a_bytes
+from moepp_megatron.report.savings_table import savings_table
 from moepp_megatron.report.summary import finite_mean, step_weights, summarize
 
 
@@ -62,6 +65,103 @@ def test_savings_against_the_vanilla_layer(make_run):
     assert savings.measured.router == 4 * 2 * 128 * 12 + 3 * 2 * 12 * 12
     assert savings.measured.zero_computation == 4 * (2 * 128 + 6 * 2 * 128)
     assert savings.measured.experts_per_token == pytest.approx(1.2)
+
+
+def _falling(records):
+    """FFN shares from 0.9 to 0.5, bytes to match; steps 46 to 50 are the last tenth of 50."""
+    for record in records:
+        record["ffn_fraction"] = 0.9 if record["step"] <= 45 else 0.5
+        record["a2a_bytes"] = round(1000 * record["ffn_fraction"])
+
+
+def test_every_share_and_saving_is_of_the_last_tenth_of_the_records(make_run):
+    """0.5 there, 0.86 over the whole run: nothing on the page may say 14% or 86%."""
+    run = load_run(make_run(steps=50, edit=_falling))
+    summary = summarize(run)
+    savings = compute_savings(run.config, summary)
+    assert summary.window == "steps 46 to 50"
+    assert savings.ffn_fraction == pytest.approx(0.5)
+    assert savings.expert_work_saved == pytest.approx(0.5)
+    assert savings.measured.ffn == pytest.approx(0.5 * savings.vanilla.ffn)
+    assert (savings.step_a2a_bytes, savings.vanilla_step_a2a_bytes) == pytest.approx((500, 1000))
+    # Totals of the run are totals.
+    assert savings.a2a_bytes == pytest.approx(45 * 900 + 5 * 500)
+    table = savings_table(run, summary, savings)
+    shares = {row.name: row.saved for row in table.rows if row.saved.endswith("%")}
+    assert shares["FFN experts a token takes"] == "50.0%"
+    assert shares["FFN expert work"] == "50.0%"
+    assert shares["All-to-all bytes a step"] == "50.0%"
+    page = re.sub(r"<[^>]+>", " ", render(run))
+    assert "86.0%" not in page
+    assert "14.0%" not in page
+    assert page.count("steps 46 to 50") >= 5
+
+
+def test_the_last_lines_of_a_run_name_the_number_of_its_page(make_run, capsys):
+    from types import SimpleNamespace
+
+    from moepp_megatron.cli.train import _finish
+
+    folder = make_run(steps=50, edit=_falling)
+    config = SimpleNamespace(
+        run=SimpleNamespace(dir=str(folder)),
+        moe=SimpleNamespace(ffn_share=0.6),
+        checkpoint=SimpleNamespace(save_interval=0),
+    )
+    _finish(config, load_run(folder).records[-1])
+    assert (
+        "FFN share    0.500 of all selections (phi 0.600): 50.0% of the expert work saved, "
+        "mean of steps 46 to 50" in capsys.readouterr().out
+    )
+    page = re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text())
+    assert re.search(r"Expert work saved\s+50\.0%", page)
+
+
+def test_more_work_is_not_called_a_negative_saving(make_run):
+    run = load_run(make_run(steps=10))
+    summary = summarize(run)
+    rows = savings_table(run, summary, compute_savings(run.config, summary)).rows
+    saved = {row.name: row.saved for row in rows}
+    # 12 columns of the gate for 8, and the residual's: see the hand calculation above.
+    more = (4 * 2 * 128 * 12 + 3 * 2 * 12 * 12) / (4 * 2 * 128 * 8) - 1
+    assert saved["Router work"] == f"{100 * more:.1f}% more"
+    assert not any(text.startswith("-") for text in saved.values())
+
+
+@pytest.mark.parametrize(
+    ("fractions", "expected"),
+    [
+        ([1 / 3] * 3, ["33.4%", "33.3%", "33.3%"]),
+        ([0.58649, 0.20349, 0.10501, 0.10501], ["58.7%", "20.3%", "10.5%", "10.5%"]),
+        ([0.00049, 0.99951], ["0.0%", "100.0%"]),
+        ([1.0], ["100.0%"]),
+        ([0.25, 0.25], ["25.0%", "25.0%"]),
+        ([math.nan, 0.5], ["not finite", "50.0%"]),
+    ],
+)
+def test_shares_of_a_whole_add_up_as_they_are_shown(fractions, expected):
+    assert formatting.shares(fractions) == expected
+
+
+def test_shares_of_any_whole_add_up():
+    rng = np.random.default_rng(3)
+    for count in range(1, 40):
+        shown = formatting.shares(rng.dirichlet(np.ones(count)).tolist())
+        assert math.fsum(float(text[:-1]) for text in shown) == pytest.approx(100.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "expected"),
+    [
+        (0.03e12, "FLOP/s", (1e9, "GFLOP/s")),
+        (412e12, "FLOP/s", (1e12, "TFLOP/s")),
+        (2.5e9, "bytes/s", (1e9, "GB/s")),
+        (12.0, "bytes/s", (1.0, "bytes/s")),
+        (0.0, "FLOP/s", (1.0, "FLOP/s")),
+    ],
+)
+def test_rates_are_in_a_unit_of_their_size(value, unit, expected):
+    assert formatting.rate(value, unit) == expected
 
 
 def test_own_expert_width_and_two_layer_gate_are_counted(make_run):

@@ -6,6 +6,7 @@ import functools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -127,6 +128,24 @@ def test_the_log_has_one_line_with_every_choice(install: Any) -> None:
     assert "\n" not in line
     for choice in kernel_choices.kernel_choices():
         assert choice.line() in line
+
+
+def test_a_run_on_a_cpu_has_nothing_to_say_of_packages_for_gpus(
+    install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is used, and none could be; on a GPU, or where one is used, the line matters."""
+    import torch
+
+    install()
+    found = [replace(backend, used=False) for backend in backends.optional_backends()]
+    monkeypatch.setattr(backends, "optional_backends", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backends.choices_to_log() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backends.choices_to_log() == backends.choices_line()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found[0] = replace(found[0], used=True)
+    assert backends.choices_to_log() == backends.choices_line()
 
 
 PICKED = """

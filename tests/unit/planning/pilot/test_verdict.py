@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -154,6 +155,32 @@ def test_the_most_favourable_comes_first_and_nothing_is_recommended_that_does_no
     # The target decides where there is one.
     far = judged(moepp(0.01, 0.75), at_target=AtTarget(1.2))
     assert recommended([far]) is None
+
+
+def test_what_is_undecided_is_not_recommended() -> None:
+    unsure = judged(moepp(0.02, 0.85, noise=0.05))
+    assert unsure.at_pilot == "undecided"
+    assert recommended([unsure]) is None
+    # Clear in the pilot, open at the target, about which one decides.
+    assert recommended([judged(moepp(0.01, 0.8), at_target=AtTarget(0.85))]) is None
+
+
+def test_an_interval_too_wide_to_mean_anything_is_said_in_words() -> None:
+    """Not "between 100% less and 7.56e+03 times"."""
+    runs = moepp(0.02, 0.85, noise=0.5)
+    equal = equal_speed(ARM.name, runs, {"vanilla": VANILLA, "vanilla top-1": FASTER})
+    found = judged(runs)
+    assert found.time_to_loss is not None
+    assert found.time_to_loss.high is not None
+    assert found.time_to_loss.high > 1000
+    text = words.answer(found, equal, has_target=False)
+    assert (
+        "may need anything from less than a tenth of vanilla's time to more than ten times "
+        "vanilla's time to vanilla's loss (95% interval)" in text
+    )
+    for said in (text, *found.reasons):
+        assert not re.search(r"\de[+-]\d|100%", said)
+    assert any("(95% interval under 0.01 to over 100)" in reason for reason in found.reasons)
 
 
 def test_answers_in_words() -> None:

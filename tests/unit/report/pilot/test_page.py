@@ -39,8 +39,16 @@ def test_the_answer_stands_on_top(read: Any) -> None:
 def test_every_answer_has_its_word_and_its_look(read: Any, answer: str, look: str) -> None:
     found = contents()
     found["verdicts"][0] |= {"at_pilot": answer, "at_target": answer}
-    found["recommended"] = None if answer == "does not pay" else "MoE++ tau 0.75"
+    found["recommended"] = "MoE++ tau 0.75" if answer == "pays" else None
     page = read(found)
+    assert (
+        page.badges[2][1][1]
+        == {
+            "pays": "MoE++ tau 0.75",
+            "does not pay": "none: stay with vanilla",
+            "undecided": "none yet: undecided",
+        }[answer]
+    )
     assert [(badge[0], badge[1][1]) for badge in page.badges[:2]] == [(look, answer)] * 2
     assert page.cell("verdicts", "MoE++ tau 0.75", "Answer") == answer
     assert page.cell("verdicts", "MoE++ tau 0.75", "Answer", 1) == answer

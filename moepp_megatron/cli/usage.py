@@ -1,0 +1,51 @@
+"""What is alike in every command: how help lists commands, and how wrong usage is refused."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import typer
+from typer.core import TyperGroup
+
+# The base of typer's public exceptions, which is in another module from version to version.
+UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
+
+
+class _Commands(TyperGroup):
+    """A command with commands, whose help gives the first sentence of each in full."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list, wrapped where click would cut each line."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        shown = {name: command for name, command in commands.items() if command is not None}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _first_sentence(c.help)) for name, c in shown.items()])
+
+
+COMMANDS: dict[str, Any] = {"cls": _Commands}
+"""For typer, of a command with commands in it."""
+
+
+def _first_sentence(text: str | None) -> str:
+    paragraph = " ".join((text or "").split("\n\n")[0].split())
+    sentence, stop, _ = paragraph.partition(". ")
+    return sentence + "." if stop else paragraph
+
+
+def refuse(error: Exception) -> int:
+    """Say what is wrong with a command line, in the form of every other error.
+
+    Args:
+        error: A `UsageError`; its message is the help where a group was called alone.
+
+    Returns:
+        The exit code.
+    """
+    context = getattr(error, "ctx", None)
+    message: str = error.format_message()  # type: ignore[attr-defined]  # of no public class
+    if context is not None and message == context.get_help():
+        typer.echo(message, err=True)
+        return 2
+    path = "moepp" if context is None else context.command_path
+    typer.echo(f"error: {' '.join(message.split()).rstrip('.')}; see {path} --help", err=True)
+    return 2
