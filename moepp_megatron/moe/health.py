@@ -83,7 +83,7 @@ class RouterHealth:
         config = self._config
         uses_softmax = config.score_function == "softmax"
         scores = torch.softmax(logits, dim=-1) if uses_softmax else torch.sigmoid(logits)
-        shares = scores / scores.sum(dim=-1, keepdim=True)
+        shares = scores if uses_softmax else torch.softmax(F.logsigmoid(logits), dim=-1)
         # x log x is 0 at 0.
         self._add("entropy", -(torch.xlogy(shares, shares)).sum())
         self._add("margin", _margins(scores if bias is None else scores + bias, config).sum())

@@ -29,7 +29,7 @@ from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.health import RouterHealth
 from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.parameter import replicated_parameter
-from moepp_megatron.moe.selection import Selection, select
+from moepp_megatron.moe.selection import Selection, select, standardized
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.token_tags import cells, forced_tokens
 from moepp_megatron.moe.upstream_settings import refuse_ignored
@@ -221,7 +221,8 @@ class MoEPPRouter(TopKRouter):
         return gates, routing_map
 
     def _choose(self, logits: Tensor, tags: Tensor | None = None) -> Choice:
-        logits_TE = self._standardized(self.apply_z_loss(logits.view(-1, self.moepp.num_experts)))
+        logits_TE = self.apply_z_loss(logits.view(-1, self.moepp.num_experts))
+        logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
         num_sequences = None
         if RoutingStatistics.counts_now(self.training):
             num_sequences = logits.shape[1] if self.moepp.balance_scope == "sequence" else 1
@@ -260,12 +261,6 @@ class MoEPPRouter(TopKRouter):
         total = torch.addmm(logits.view(-1, num_experts), residual, weight.to(logits.dtype).T)
         return total.view(logits.shape)
 
-    def _standardized(self, logits_TE: Tensor) -> Tensor:
-        if self.moepp.logits_norm_std is None:
-            return logits_TE
-        spread = logits_TE.std(dim=-1, keepdim=True)
-        return logits_TE * (self.moepp.logits_norm_std / spread)
-
     def _select(
         self, logits_TE: Tensor, num_sequences: int | None, forced_T: Tensor | None
     ) -> Selection:
@@ -296,7 +291,7 @@ class MoEPPRouter(TopKRouter):
         if self.residual_weight is not None and previous_logits is not None:
             residual = previous_logits.detach().to(logits.dtype).reshape(logits_TE.shape)
             own_TE = logits_TE - residual @ self.residual_weight.detach().to(logits.dtype).T
-        logits_TE = self._standardized(logits_TE)
+        logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
         self.health.add_routing(logits_TE, own_TE, routing_map_TE, self.expert_bias)
 
     def _balance(self, choice: Choice) -> tuple[Tensor, Tensor]:

@@ -133,12 +133,40 @@ def _scores(  # type: ignore[no-untyped-def]
     """Scores of the tile's experts, 0 in the columns that are none."""
     is_expert = (column < NUM_EXPERTS)[None, :]
     if SOFTMAX:
-        largest = tl.max(tl.where(is_expert, logits, float("-inf")), axis=1)
-        powers = tl.where(is_expert, tl.exp(logits - largest[:, None]), 0.0)
-        scores = powers / tl.sum(powers, axis=1)[:, None]
+        scores = _shares(logits, is_expert)
     else:
-        scores = tl.where(is_expert, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
+        scores = tl.where(is_expert, _sigmoid(logits), 0.0)
     return scores
+
+
+@triton.jit
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _log_scores(logits, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Logarithms of the scores; those of a softmax up to a constant for each token."""
+    if SOFTMAX:
+        logs = logits
+    else:
+        logs = tl.minimum(logits, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logits)))
+    return logs
+
+
+@triton.jit
+def _shares(logs, counted):  # type: ignore[no-untyped-def]
+    """A softmax over the counted columns, 0 in the others and where nothing is counted."""
+    largest = tl.max(tl.where(counted, logs, float("-inf")), axis=1)
+    powers = tl.where(counted, tl.exp(logs - largest[:, None]), 0.0)
+    total = tl.sum(powers, axis=1)
+    return powers / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
+def _grad_of_logs(shares, grad):  # type: ignore[no-untyped-def]
+    """From the gradient of `_shares` to that of the logarithms."""
+    return shares * (grad - tl.sum(shares * grad, axis=1)[:, None])
 
 
 @triton.jit
@@ -149,13 +177,14 @@ def _forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     at, exists, column = _tile(positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
     is_expert = (column < NUM_EXPERTS)[None, :]
-    scores = _scores(tl.load(logits_ptr + at, exists, 0.0), column, NUM_EXPERTS, SOFTMAX)
+    logits = tl.load(logits_ptr + at, exists, 0.0)
+    scores = _scores(logits, column, NUM_EXPERTS, SOFTMAX)
 
-    ranked = scores
+    ranked = logits
     if bias_ptr is not None:
-        ranked += tl.load(bias_ptr + column, column < NUM_EXPERTS, 0.0)[None, :]
-    # A float's bits order as the float does once negative ones are turned around. There is no -0:
-    # scores are not negative, and a - a is 0.
+        ranked = scores + tl.load(bias_ptr + column, column < NUM_EXPERTS, 0.0)[None, :]
+    # A float's bits order as the float does once negative ones are turned around and -0 is 0.
+    ranked = tl.where(ranked == 0.0, 0.0, ranked)
     bits = ranked.to(tl.int32, bitcast=True)
     bits = tl.where(ranked != ranked, 0x7FC00000, bits)
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
@@ -168,18 +197,18 @@ def _forward(  # type: ignore[no-untyped-def]
         chosen = chosen | pick
         keys = tl.where(pick, _LOWEST, keys)
 
-    gates = tl.where(chosen & (column < END)[None, :], scores, 0.0)
+    counted = chosen & (column < END)[None, :]
     if NORMALIZED:
-        total = tl.sum(gates, axis=1)
-        gates = gates / tl.where(total == 0.0, 1.0, total)[:, None]
-        # Where a score is NaN the total is, but only the selected may show it.
-        gates = tl.where(chosen, gates, 0.0)
+        # Where a logit is NaN all shares are, but only the selected may show it.
+        gates = tl.where(counted, _shares(_log_scores(logits, SOFTMAX), counted), 0.0)
+    else:
+        gates = tl.where(counted, scores, 0.0)
     tl.store(gates_ptr + at, gates * scale, exists)
     tl.store(map_ptr + at, chosen, exists)
 
     if partial_ptr is not None:
         if not SOFTMAX:
-            scores = scores / tl.sum(scores, axis=1)[:, None]
+            scores = _shares(_log_scores(logits, SOFTMAX), is_expert)
         out = (tl.program_id(0).to(tl.int64) * sequences + tl.program_id(1)) * 2 * NUM_EXPERTS
         counts = tl.sum(tl.where(exists & chosen, 1.0, 0.0), axis=0)
         sums = tl.sum(tl.where(exists, scores, 0.0), axis=0)
@@ -194,32 +223,30 @@ def _backward(  # type: ignore[no-untyped-def]
     END: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     at, exists, column = _tile(positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
-    scores = _scores(tl.load(logits_ptr + at, exists, 0.0), column, NUM_EXPERTS, SOFTMAX)
+    is_expert = (column < NUM_EXPERTS)[None, :]
+    logits = tl.load(logits_ptr + at, exists, 0.0)
+    scores = _scores(logits, column, NUM_EXPERTS, SOFTMAX)
+    logs = _log_scores(logits, SOFTMAX)
+    # Gradient of the logarithms of the scores.
     grad = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
 
     if grad_gates_ptr is not None:
         grad_gates = tl.load(grad_gates_ptr + at, exists, 0.0) * scale
         counted = (tl.load(map_ptr + at, exists, 0) != 0) & (column < END)[None, :]
+        grad_gates = tl.where(counted, grad_gates, 0.0)
         if NORMALIZED:
-            # g_i = s_i / n with n the sum of s: dL/ds_i = (dL/dg_i - sum_j dL/dg_j g_j) / n.
-            total = tl.sum(tl.where(counted, scores, 0.0), axis=1)
-            divisor = tl.where(total == 0.0, 1.0, total)[:, None]
-            along = tl.sum(tl.where(counted, grad_gates * (scores / divisor), 0.0), axis=1)
-            grad_gates = (grad_gates - along[:, None]) / divisor
-        grad = tl.where(counted, grad_gates, 0.0)
+            grad += _grad_of_logs(_shares(logs, counted), grad_gates)
+        elif SOFTMAX:
+            grad += _grad_of_logs(scores, grad_gates)
+        else:
+            grad += scores * grad_gates
 
     if grad_sums_ptr is not None:
         of_sequence = grad_sums_ptr + tl.program_id(1) * NUM_EXPERTS + column
         grad_sums = tl.load(of_sequence, column < NUM_EXPERTS, 0.0)[None, :]
-        if SOFTMAX:
-            grad += grad_sums
-        else:
-            total = tl.sum(scores, axis=1)[:, None]
-            along = tl.sum(grad_sums * (scores / total), axis=1)
-            grad += (grad_sums - along[:, None]) / total
+        grad += _grad_of_logs(_shares(logs, is_expert), grad_sums)
 
-    if SOFTMAX:
-        grad = scores * (grad - tl.sum(scores * grad, axis=1)[:, None])
-    else:
-        grad = scores * (1.0 - scores) * grad
+    if not SOFTMAX:
+        # The slope of the logarithm of a sigmoid is the sigmoid of -x.
+        grad *= _sigmoid(-logits)
     tl.store(grad_logits_ptr + at, grad, exists)
