@@ -132,11 +132,7 @@ def _scores(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Scores of the tile's experts, 0 in the columns that are none."""
     is_expert = (column < NUM_EXPERTS)[None, :]
-    if SOFTMAX:
-        scores = _shares(logits, is_expert)
-    else:
-        scores = tl.where(is_expert, _sigmoid(logits), 0.0)
-    return scores
+    return _shares(logits, is_expert) if SOFTMAX else tl.where(is_expert, _sigmoid(logits), 0.0)
 
 
 @triton.jit
@@ -147,11 +143,8 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def _log_scores(logits, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
     """Logarithms of the scores; those of a softmax up to a constant for each token."""
-    if SOFTMAX:
-        logs = logits
-    else:
-        logs = tl.minimum(logits, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logits)))
-    return logs
+    softplus = tl.log(1.0 + tl.exp(-tl.abs(logits)))
+    return logits if SOFTMAX else tl.minimum(logits, 0.0) - softplus
 
 
 @triton.jit
