@@ -37,9 +37,11 @@ class MoEPPConfig:
             smaller, the fewer selections go to FFN experts.
         balance_coeff: beta, the weight of the balance loss in the total loss.
         balance_scope: Tokens whose selections one balance loss counts: the micro-batch, each
-            sequence, or the global batch. For the last, set
-            `TransformerConfig.moe_router_load_balancing_type` to `global_aux_loss`, so that
-            megatron-core starts the count anew at the end of every step.
+            sequence, or the global batch. The last is refused unless
+            `TransformerConfig.moe_router_load_balancing_type` is `global_aux_loss`: for that type
+            megatron-core's `finalize_model_grads`, which has to end every step, starts the count
+            anew. A loop that does not call it calls each router's
+            `reset_global_aux_loss_tracker` between steps.
         capacity_factor: gamma of the heterogeneous capacities; None never drops a selection.
         gating_residual: Whether each router adds a learned map of the previous router's logits.
         gate_normalization: `none` keeps the scores of the selected experts; `selected` divides by

@@ -64,10 +64,12 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
     is the one place where the two counts meet.
 
     Raises:
-        ValueError: Where the two configurations contradict each other, or the router would ignore
-            a setting (`upstream_settings`).
+        ValueError: Where the two configurations contradict each other, the router would ignore a
+            setting (`upstream_settings`), or balance over the global batch would count on from step
+            to step.
     """
     refuse_ignored(config, moepp)
+    _require_new_counts(config, moepp)
     own = copy.copy(config)
     own.num_moe_experts = moepp.num_experts
     # The heterogeneous balance loss replaces megatron-core's.
@@ -76,6 +78,18 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
     if own.moe_router_dtype != "fp64":
         own.moe_router_dtype = "fp32"
     return own
+
+
+def _require_new_counts(config: TransformerConfig, moepp: MoEPPConfig) -> None:
+    """Refuse balance over the global batch where nobody would begin its counts anew."""
+    types = config.moe_router_load_balancing_type
+    if moepp.balance_scope == "global" and "global_aux_loss" not in types:
+        raise ValueError(
+            f"TransformerConfig.moe_router_load_balancing_type ({types}) must be global_aux_loss "
+            "with balance_scope (global), because megatron-core's finalize_model_grads begins the "
+            "counts of a step anew for that type alone; use global_aux_loss (its "
+            "moe_aux_loss_coeff may be 0), or another balance_scope"
+        )
 
 
 class Choice(NamedTuple):
