@@ -83,8 +83,15 @@ class ReferenceMoEPP(nn.Module):
         x_TD: Tensor,
         previous_logits_TE: Tensor | None = None,
         forced_T: Tensor | None = None,
+        padded_T: Tensor | None = None,
     ) -> ReferenceOutput:
-        """Route the tokens, run the selected experts, add up what they return."""
+        """Route the tokens, run the selected experts, add up what they return.
+
+        With `padded_T` (bool, True for padding) this is the layer of the other tokens alone; what
+        it returns for padding is 0.
+        """
+        if padded_T is not None:
+            return self._without_padding(x_TD, previous_logits_TE, forced_T, padded_T)
         logits_TE = self.route(x_TD, previous_logits_TE)
         gates_TE, selected_TE, scores_TE = select_experts(
             logits_TE, self.config, self.selection_bias_E
@@ -108,6 +115,28 @@ class ReferenceMoEPP(nn.Module):
             output_TD = output_TD.index_add(0, tokens, weighted.to(x_TD.dtype))
         loss = balance_loss(scores_TE, wanted_TE, self.config)
         return ReferenceOutput(output_TD, logits_TE, gates_TE, selected_TE, loss)
+
+    def _without_padding(
+        self,
+        x_TD: Tensor,
+        previous_logits_TE: Tensor | None,
+        forced_T: Tensor | None,
+        padded_T: Tensor,
+    ) -> ReferenceOutput:
+        tokens = (~padded_T).nonzero().squeeze(-1)
+        others = [t if t is None else t[tokens] for t in (x_TD, previous_logits_TE, forced_T)]
+        output = self(*others)
+
+        def in_place(values: Tensor) -> Tensor:
+            return values.new_zeros(len(x_TD), values.shape[1]).index_copy(0, tokens, values)
+
+        return ReferenceOutput(
+            in_place(output.hidden_TD),
+            in_place(output.logits_TE),
+            in_place(output.gates_TE),
+            in_place(output.selected_TE),
+            output.balance_loss,
+        )
 
     def route(self, x_TD: Tensor, previous_logits_TE: Tensor | None) -> Tensor:
         """Router logits: `z_j = W_j x + G_j z_(j-1)` (gating residuals), in fp32."""

@@ -43,6 +43,7 @@ def select(
     num_sequences: int | None,
     demand: FFNDemand = "none",
     forced: Tensor | None = None,
+    padded: Tensor | None = None,
 ) -> Selection:
     """Select experts and weigh them. `kernels.router.select` does the same on a GPU.
 
@@ -60,6 +61,8 @@ def select(
             [s, b, h]; 1 counts all tokens together; None counts nothing.
         demand: FFN experts that tokens must take (`ffn_demand`).
         forced: [T] bool tokens that the demand `one` concerns; None for all.
+        padded: [T] bool tokens that are padding: they select nothing and are not counted. Their
+            logits must be finite. None for none.
     """
     uses_softmax = config.score_function == "softmax"
     scores_TE = torch.softmax(logits, dim=-1) if uses_softmax else torch.sigmoid(logits)
@@ -82,12 +85,17 @@ def select(
     gates_TK = _gates(weights_TE, logs_TE, chosen_TK, config)
     gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
     routing_map_TE = _as_map(chosen_TK, scores_TE)
+    shares_TE = scores_TE if uses_softmax else torch.softmax(logs_TE, dim=-1)
+    if padded is not None:
+        padded_T1 = padded.unsqueeze(-1)
+        gates_TE, shares_TE = (t.masked_fill(padded_T1, 0.0) for t in (gates_TE, shares_TE))
+        routing_map_TE = routing_map_TE & ~padded_T1
+        wanted_TE = None if wanted_TE is None else wanted_TE & ~padded_T1
     if num_sequences is None:
         return Selection(gates_TE, routing_map_TE, None, None, wanted_TE)
     by_sequence = (-1, num_sequences, logits.shape[1])
     counted_TE = routing_map_TE if wanted_TE is None else wanted_TE
     counts_SE = counted_TE.view(by_sequence).sum(dim=0, dtype=torch.float32)
-    shares_TE = scores_TE if uses_softmax else torch.softmax(logs_TE, dim=-1)
     sums_SE = shares_TE.view(by_sequence).sum(dim=0)
     return Selection(gates_TE, routing_map_TE, counts_SE, sums_SE, wanted_TE)
 

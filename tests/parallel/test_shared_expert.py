@@ -1,4 +1,4 @@
-"""A shared expert runs while other experts' rows travel, in whatever layout: neither sees the other."""
+"""A shared expert runs while other experts' rows travel: neither reads the other's."""
 
 from __future__ import annotations
 

@@ -36,11 +36,17 @@ _LOWEST = tl.constexpr(-(2**62))
 
 
 def select(
-    logits: Tensor, bias: Tensor | None, config: MoEPPConfig, num_sequences: int | None
+    logits: Tensor,
+    bias: Tensor | None,
+    config: MoEPPConfig,
+    num_sequences: int | None,
+    padded: Tensor | None = None,
 ) -> Selection:
     """As `moepp_megatron.moe.selection.select`; logits must be fp32."""
     assert logits.dtype == torch.float32, f"logits must be fp32, not {logits.dtype}"
-    selection = Selection(*_Select.apply(logits.contiguous(), bias, config, num_sequences or 0))
+    padded = None if padded is None else padded.contiguous()
+    arguments = (logits.contiguous(), bias, padded, config, num_sequences or 0)
+    selection = Selection(*_Select.apply(*arguments))
     if num_sequences is None:
         return selection._replace(counts=None, score_sums=None)
     return selection
@@ -49,7 +55,12 @@ def select(
 class _Select(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, bias: Tensor | None, config: MoEPPConfig, num_sequences: int
+        ctx: Any,
+        logits: Tensor,
+        bias: Tensor | None,
+        padded: Tensor | None,
+        config: MoEPPConfig,
+        num_sequences: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gates = torch.empty_like(logits)
         routing_map = torch.empty_like(logits, dtype=torch.bool)
@@ -60,13 +71,13 @@ class _Select(torch.autograd.Function):
             partial = logits.new_empty(blocks, num_sequences, 2, logits.shape[1])
         if blocks:
             _forward[(blocks, ctx.num_sequences)](
-                logits, bias, gates, routing_map, partial, positions, ctx.num_sequences,
+                logits, bias, padded, gates, routing_map, partial, positions, ctx.num_sequences,
                 config.gate_scale, TOPK=config.router_topk, **settings,
             )  # fmt: skip
         # One order of addition on every run: a program's tokens, then the programs.
         totals = logits.new_empty(2, 0) if partial is None else partial.sum(dim=0).transpose(0, 1)
         counts, sums = totals.unbind()
-        ctx.save_for_backward(logits, routing_map)
+        ctx.save_for_backward(logits, padded, routing_map)
         ctx.mark_non_differentiable(routing_map, counts)
         ctx.set_materialize_grads(False)
         return gates, routing_map, counts, sums
@@ -75,20 +86,20 @@ class _Select(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_gates: Tensor | None, _map: None, _counts: None, grad_sums: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None, None]:
         if grad_gates is None and grad_sums is None:
-            return None, None, None, None
-        logits, routing_map = ctx.saved_tensors
+            return None, None, None, None, None
+        logits, padded, routing_map = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         positions, blocks, settings = _launch(logits, ctx.config, ctx.num_sequences)
         if blocks:
             _backward[(blocks, ctx.num_sequences)](
-                logits, routing_map,
+                logits, padded, routing_map,
                 None if grad_gates is None else grad_gates.contiguous(),
                 None if grad_sums is None else grad_sums.contiguous(),
                 grad_logits, positions, ctx.num_sequences, ctx.config.gate_scale, **settings,
             )  # fmt: skip
-        return grad_logits, None, None, None
+        return grad_logits, None, None, None, None
 
 
 def _launch(
@@ -116,14 +127,18 @@ def _launch(
 
 @triton.jit
 def _tile(  # type: ignore[no-untyped-def]
-    positions, sequences, NUM_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+    padded_ptr, positions, sequences, NUM_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of this program's tile in [T, E], what of it exists, and its columns."""
+    """Offsets of this program's tile in [T, E], what of it exists, what of it routes, columns."""
     position = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_E)
     token = position.to(tl.int64) * sequences + tl.program_id(1)
     exists = (position < positions)[:, None] & (column < NUM_EXPERTS)[None, :]
-    return token[:, None] * NUM_EXPERTS + column[None, :], exists, column
+    routes = exists
+    if padded_ptr is not None:
+        routes = exists & (tl.load(padded_ptr + token, position < positions, 0) == 0)[:, None]
+    return token[:, None] * NUM_EXPERTS + column[None, :], exists, routes, column
 
 
 @triton.jit
@@ -164,11 +179,12 @@ def _grad_of_logs(shares, grad):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    logits_ptr, bias_ptr, gates_ptr, map_ptr, partial_ptr, positions, sequences, scale,
+    logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, partial_ptr, positions, sequences, scale,
     NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SOFTMAX: tl.constexpr,
     NORMALIZED: tl.constexpr, END: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    at, exists, column = _tile(positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
+    tile = _tile(padded_ptr, positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
+    at, exists, routes, column = tile
     is_expert = (column < NUM_EXPERTS)[None, :]
     logits = tl.load(logits_ptr + at, exists, 0.0)
     scores = _scores(logits, column, NUM_EXPERTS, SOFTMAX)
@@ -190,6 +206,7 @@ def _forward(  # type: ignore[no-untyped-def]
         chosen = chosen | pick
         keys = tl.where(pick, _LOWEST, keys)
 
+    chosen = chosen & routes
     counted = chosen & (column < END)[None, :]
     if NORMALIZED:
         # Where a logit is NaN all shares are, but only the selected may show it.
@@ -203,19 +220,20 @@ def _forward(  # type: ignore[no-untyped-def]
         if not SOFTMAX:
             scores = _shares(_log_scores(logits, SOFTMAX), is_expert)
         out = (tl.program_id(0).to(tl.int64) * sequences + tl.program_id(1)) * 2 * NUM_EXPERTS
-        counts = tl.sum(tl.where(exists & chosen, 1.0, 0.0), axis=0)
-        sums = tl.sum(tl.where(exists, scores, 0.0), axis=0)
+        counts = tl.sum(tl.where(chosen, 1.0, 0.0), axis=0)
+        sums = tl.sum(tl.where(routes, scores, 0.0), axis=0)
         tl.store(partial_ptr + out + column, counts, column < NUM_EXPERTS)
         tl.store(partial_ptr + out + NUM_EXPERTS + column, sums, column < NUM_EXPERTS)
 
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    logits_ptr, map_ptr, grad_gates_ptr, grad_sums_ptr, grad_logits_ptr, positions, sequences,
-    scale, NUM_EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZED: tl.constexpr,
+    logits_ptr, padded_ptr, map_ptr, grad_gates_ptr, grad_sums_ptr, grad_logits_ptr, positions,
+    sequences, scale, NUM_EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZED: tl.constexpr,
     END: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    at, exists, column = _tile(positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
+    tile = _tile(padded_ptr, positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
+    at, exists, routes, column = tile
     is_expert = (column < NUM_EXPERTS)[None, :]
     logits = tl.load(logits_ptr + at, exists, 0.0)
     scores = _scores(logits, column, NUM_EXPERTS, SOFTMAX)
@@ -237,6 +255,7 @@ def _backward(  # type: ignore[no-untyped-def]
     if grad_sums_ptr is not None:
         of_sequence = grad_sums_ptr + tl.program_id(1) * NUM_EXPERTS + column
         grad_sums = tl.load(of_sequence, column < NUM_EXPERTS, 0.0)[None, :]
+        grad_sums = tl.where(routes, grad_sums, 0.0)
         grad += _grad_of_logs(_shares(logs, is_expert), grad_sums)
 
     if not SOFTMAX:
