@@ -87,12 +87,9 @@ class MoEPPGPTModel(GPTModel):
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None,
-        padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> MoEPPChunkPlan:
         """This chunk as nodes of the combined schedule; arguments as `forward`."""
-        if padding_mask is not None:
-            raise ValueError("padding_mask must be None: MoE++ routing counts every token")
         return MoEPPChunkPlan(self, input_ids, position_ids, attention_mask, **kwargs)
 
     def with_lane(self, hidden_states: Tensor) -> Tensor:

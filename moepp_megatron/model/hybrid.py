@@ -237,7 +237,7 @@ class MoEPPHybridStack(HybridStack):
             rotary_pos_emb: As `HybridStack`.
             inference_params: Not supported; must be None.
             packed_seq_params: As `HybridStack`.
-            padding_mask: Not supported by MoE++ layers; must be None.
+            padding_mask: [b, s] True for padding, as `MoEPPLayer.forward` takes it, or None.
 
         Returns:
             [s, b, D], on a stage that is not the last [s, b, D + lane columns].

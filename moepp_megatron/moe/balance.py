@@ -11,34 +11,66 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
+# Tokens of a sequence: one number for all, or [S, 1] fp32 where some are padding.
+NumTokens = int | Tensor
+
+
+def tokens_of_sequences(
+    num_tokens: int, num_sequences: int, padded: Tensor | None = None
+) -> NumTokens:
+    """Local tokens of each sequence, without padding.
+
+    Args:
+        num_tokens: T, all local tokens.
+        num_sequences: S.
+        padded: [T] bool tokens that are padding, in [sequence position, sequence] order; or None.
+    """
+    if padded is None:
+        return num_tokens // num_sequences
+    return (~padded).view(-1, num_sequences).sum(dim=0, dtype=torch.float32).unsqueeze(-1)
+
+
+def over_group(values: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """The sum over the ranks of a group, or over this rank alone."""
+    if group is None or group.size() == 1:
+        return values
+    total = values.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total
+
+
+def tokens_over_group(
+    num_tokens: NumTokens, group: torch.distributed.ProcessGroup | None
+) -> NumTokens:
+    """Tokens of each sequence on all ranks that share it; without padding each has as many."""
+    if isinstance(num_tokens, int):
+        return num_tokens * (1 if group is None else group.size())
+    return over_group(num_tokens, group)
+
 
 def selected_fractions(
-    counts: Tensor, num_tokens: int, group: torch.distributed.ProcessGroup | None
+    counts: Tensor, num_tokens: NumTokens, group: torch.distributed.ProcessGroup | None
 ) -> Tensor:
     """f_i: the fraction of tokens that select each expert, over all tokens that a group shares.
 
     Args:
         counts: [S, E] fp32 selections of each expert among the local tokens of each of S sequences,
             before any capacity limit; S = 1 counts all tokens together.
-        num_tokens: Local tokens of a sequence.
+        num_tokens: Local tokens of a sequence (`tokens_of_sequences`).
         group: Ranks that hold parts of the same sequences (tensor x context), or None.
 
     Returns:
-        [S, E] fp32.
+        [S, E] fp32; 0 for a sequence that is padding from end to end.
     """
-    if group is not None and group.size() > 1:
-        counts = counts.clone()
-        torch.distributed.all_reduce(counts, group=group)
-        num_tokens = num_tokens * group.size()
-    return counts / num_tokens
+    return over_group(counts, group) / _at_least_one(tokens_over_group(num_tokens, group))
 
 
 class GlobalBatchFractions:
     """f_i over the global batch as far as it has been seen in the present step.
 
     The micro-batches that all data-parallel ranks run at the same time count together, and those
-    that ran before in the step count with them (the mean of `selected_fractions` over the wider
-    group). So the value depends on micro-batch size x data-parallel size, and on nothing else.
+    that ran before in the step count with them (`selected_fractions` of all their tokens). So the
+    value depends on micro-batch size x data-parallel size, and on nothing else.
     """
 
     def __init__(self) -> None:
@@ -46,27 +78,27 @@ class GlobalBatchFractions:
 
     def reset(self) -> None:
         """Start a new step."""
-        self._sum: Tensor | None = None
-        self._count = 0
+        self._counts: Tensor | None = None
+        self._num_tokens: NumTokens = 0
 
     def add(
-        self, counts: Tensor, num_tokens: int, group: torch.distributed.ProcessGroup | None
+        self, counts: Tensor, num_tokens: NumTokens, group: torch.distributed.ProcessGroup | None
     ) -> Tensor:
         """Count a micro-batch; returns [1, E] fp32 fractions, this micro-batch included.
 
         Args:
             counts: [1, E] fp32 selections of the local tokens.
-            num_tokens: T, local tokens.
+            num_tokens: Local tokens, T or [1, 1].
             group: Ranks that run the same micro-batch index (tensor x context x data).
         """
-        fractions = selected_fractions(counts, num_tokens, group)
-        self._sum = fractions if self._sum is None else self._sum + fractions
-        self._count += 1
-        return self._sum / self._count
+        counts = over_group(counts, group)
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._num_tokens = self._num_tokens + tokens_over_group(num_tokens, group)
+        return self._counts / _at_least_one(self._num_tokens)
 
 
 def local_balance_loss(
-    score_sums: Tensor, fractions: Tensor, balance_weights: Tensor, num_tokens: int
+    score_sums: Tensor, fractions: Tensor, balance_weights: Tensor, num_tokens: NumTokens
 ) -> Tensor:
     """This rank's summand of the balance loss.
 
@@ -76,29 +108,38 @@ def local_balance_loss(
 
     Args:
         score_sums: [S, E] fp32 probabilities, summed over the local tokens of each sequence.
-        fractions: [S, E] fp32 f_i; the result is the mean over the sequences.
+        fractions: [S, E] fp32 f_i; the result is the mean over the sequences that have tokens.
         balance_weights: [E] fp32 eta.
-        num_tokens: Tokens of a sequence on all ranks that hold parts of it (tensor x context).
+        num_tokens: Tokens of a sequence on all ranks that hold parts of it (`tokens_over_group`).
 
     Returns:
         Scalar fp32, differentiable in `score_sums`.
     """
-    return (balance_weights * fractions * (score_sums / num_tokens)).sum(dim=-1).mean()
+    means = score_sums / _at_least_one(num_tokens)
+    losses_S = (balance_weights * fractions * means).sum(dim=-1)
+    if isinstance(num_tokens, int):
+        return losses_S.mean()
+    return losses_S.sum() / _at_least_one((num_tokens > 0).sum())
 
 
-def attached_loss(loss: Tensor, num_tokens: int, group_size: int, per_token_loss: bool) -> Tensor:
+def _at_least_one(num_tokens: NumTokens) -> NumTokens:
+    """A divisor of sums that are 0 where nothing is counted."""
+    return num_tokens if isinstance(num_tokens, int) else num_tokens.clamp(min=1)
+
+
+def attached_loss(loss: Tensor, num_tokens: NumTokens, per_token_loss: bool) -> Tensor:
     """`loss` as it has to be attached to count once, whatever gradients are divided by.
 
     Args:
         loss: Scalar, this rank's summand, beta included.
-        num_tokens: Local tokens of the micro-batch.
-        group_size: Ranks that share the micro-batch's sequences (tensor x context).
+        num_tokens: Tokens of the micro-batch, on all ranks that share its sequences (tensor x
+            context), without padding.
         per_token_loss: `TransformerConfig.calculate_per_token_loss`. Gradients are then divided by
             the number of tokens of the global batch at the end of the step; multiplying by this
-            micro-batch's token count leaves the mean over micro-batches
+            micro-batch's token count leaves the mean over micro-batches, weighted by their tokens
             (`megatron/core/transformer/moe/router.py: attach_and_log_load_balancing_loss`).
     """
-    return loss * (num_tokens * group_size) if per_token_loss else loss
+    return loss * num_tokens if per_token_loss else loss
 
 
 def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:

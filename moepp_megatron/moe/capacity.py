@@ -20,6 +20,7 @@ def within_capacity(
     config: MoEPPConfig,
     group: torch.distributed.ProcessGroup | None,
     context_parallel_size: int = 1,
+    has_padding: bool = False,
 ) -> Tensor:
     """The selections that each expert keeps: those with the largest gates.
 
@@ -38,6 +39,8 @@ def within_capacity(
         group: Ranks that share the micro-batch (tensor x context, tensor fastest), or None for
             this rank alone.
         context_parallel_size: Ranks of the group that share out a sequence in zigzag order.
+        has_padding: Whether tokens without any selection are padding, which the limit does not
+            count. Their number is read on the host, which waits for it.
 
     Returns:
         [T, E] bool, True where a selection stays.
@@ -52,7 +55,10 @@ def within_capacity(
         torch.distributed.all_gather_into_tensor(gathered, ranking.contiguous(), group=group)
         ranking = _in_sequence_order(gathered, context_parallel_size)
     order = ranking.argsort(dim=0, descending=True, stable=True)
-    limits = torch.tensor(config.capacities(num_local * size), device=gates.device)
+    num_tokens = num_local * size
+    if has_padding:
+        num_tokens = int((ranking >= 0).any(dim=1).sum())
+    limits = torch.tensor(config.capacities(num_tokens), device=gates.device)
     positions = torch.arange(ranking.shape[0], device=gates.device)
     kept = torch.zeros_like(ranking, dtype=torch.bool)
     kept.scatter_(0, order, positions[:, None] < limits[None, :])

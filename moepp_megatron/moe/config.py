@@ -13,6 +13,10 @@ BalanceScope = Literal["microbatch", "sequence", "global"]
 ConstantInit = Literal["normal", "zero"]
 Fused = Literal["auto", True, False]
 
+# Least standard deviation that `logits_norm_std` divides by. Logits of order 10 that are equal in
+# exact arithmetic differ by this much in fp32; a token of zeros has a standard deviation of 0.
+LEAST_LOGIT_STD = 1e-6
+
 
 @dataclass(frozen=True)
 class MoEPPConfig:
@@ -33,9 +37,11 @@ class MoEPPConfig:
             smaller, the fewer selections go to FFN experts.
         balance_coeff: beta, the weight of the balance loss in the total loss.
         balance_scope: Tokens whose selections one balance loss counts: the micro-batch, each
-            sequence, or the global batch. For the last, set
-            `TransformerConfig.moe_router_load_balancing_type` to `global_aux_loss`, so that
-            megatron-core starts the count anew at the end of every step.
+            sequence, or the global batch. The last is refused unless
+            `TransformerConfig.moe_router_load_balancing_type` is `global_aux_loss`: for that type
+            megatron-core's `finalize_model_grads`, which has to end every step, starts the count
+            anew. A loop that does not call it calls each router's
+            `reset_global_aux_loss_tracker` between steps.
         capacity_factor: gamma of the heterogeneous capacities; None never drops a selection.
         gating_residual: Whether each router adds a learned map of the previous router's logits.
         gate_normalization: `none` keeps the scores of the selected experts; `selected` divides by
@@ -51,7 +57,9 @@ class MoEPPConfig:
             The model does it (`zero_computation.share_constants`), so a layer alone has its own.
         two_layer_gate: Whether the gate is `W_b tanh(W_a x)` with hidden width 8E.
         logits_norm_std: Rescale each token's logits to this unbiased standard deviation before the
-            scores are taken (the carried logits stay as they are); None leaves them.
+            scores are taken (the carried logits stay as they are); None leaves them. Logits with a
+            smaller standard deviation than `LEAST_LOGIT_STD`, which have no direction, are divided
+            by that.
         selection_bias: Whether the router holds a bias per expert [E] that is added to the scores
             for the selection alone, never to the gates (LongCat-Flash, DeepSeek-V3).
         gate_scale: Factor on all gates after normalisation (LongCat-Flash's

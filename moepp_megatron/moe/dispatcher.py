@@ -7,10 +7,12 @@ return tickets (see `exchange`), `dispatch_postprocess` and `combine_postprocess
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
@@ -165,13 +167,32 @@ class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
     """All-gather; a rank whose experts nobody selected is none of megatron-core's cases.
 
     It counts selections from the map that it gathers, so FFN columns alone are right as it is.
+
+    Rows are gathered into a tensor of their own. megatron-core gathers them into its global buffer
+    `mpu`, which belongs to whoever took it last: every tensor-parallel layer with sequence
+    parallelism gathers into it, and a shared expert does so while the rows are still to be read.
     """
 
     config: TransformerConfig
+    routing_map: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._given_config = self.config
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """As in megatron-core: the rows, gates and routing map of all ranks of the group.
+
+        Args:
+            hidden_states: [T, D] local tokens.
+            probs: [T, F] gates.
+        """
+        if self.tp_size * self.ep_size == 1:
+            return hidden_states, probs
+        gather = functools.partial(gather_from_sequence_parallel_region, group=self.tp_ep_group)
+        with torch.no_grad():
+            self.routing_map = gather(self.routing_map)
+        return gather(hidden_states), gather(probs)
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor

@@ -70,7 +70,12 @@ class RouterHealth:
 
     @torch.no_grad()
     def add_routing(
-        self, logits: Tensor, own_logits: Tensor, routing_map: Tensor, bias: Tensor | None
+        self,
+        logits: Tensor,
+        own_logits: Tensor,
+        routing_map: Tensor,
+        bias: Tensor | None,
+        padded: Tensor | None = None,
     ) -> None:
         """Measure one micro-batch's routing.
 
@@ -79,11 +84,18 @@ class RouterHealth:
             own_logits: [T, E] fp32 without the residual; `logits` itself where there is none.
             routing_map: [T, E] bool selections that are carried out.
             bias: [E] selection bias, or None.
+            padded: [T] bool tokens that are not measured; None for none.
         """
         config = self._config
+        ffn_counts = self.count_ffn(routing_map)
+        has_residual = own_logits is not logits
+        if padded is not None:
+            logits, own_logits, ffn_counts = (
+                values[~padded] for values in (logits, own_logits, ffn_counts)
+            )
         uses_softmax = config.score_function == "softmax"
         scores = torch.softmax(logits, dim=-1) if uses_softmax else torch.sigmoid(logits)
-        shares = scores / scores.sum(dim=-1, keepdim=True)
+        shares = scores if uses_softmax else torch.softmax(F.logsigmoid(logits), dim=-1)
         # x log x is 0 at 0.
         self._add("entropy", -(torch.xlogy(shares, shares)).sum())
         self._add("margin", _margins(scores if bias is None else scores + bias, config).sum())
@@ -93,9 +105,9 @@ class RouterHealth:
             self._add(name, values.sum())
             self._add(f"{name}_square", values.square().sum())
         self._add("own_norm", own_logits.norm(dim=-1).sum())
-        if own_logits is not logits:
+        if has_residual:
             self._add("residual_norm", (logits - own_logits).norm(dim=-1).sum())
-        histogram = torch.bincount(self.count_ffn(routing_map), minlength=config.router_topk + 1)
+        histogram = torch.bincount(ffn_counts, minlength=config.router_topk + 1)
         for count, tokens in enumerate(histogram.to(logits.dtype)):
             self._add(f"tokens_with_{count}_ffn", tokens)
 

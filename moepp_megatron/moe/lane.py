@@ -74,7 +74,11 @@ class MoEPPTransformerLayer(TransformerLayer):
         tags: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if self.captured is not None and self.captured.has_router:
-            assert padding_mask is None, "a captured router knows no padding"
+            if padding_mask is not None:
+                raise ValueError(
+                    "padding_mask must be None where TransformerConfig.cuda_graph_modules holds "
+                    "moe_router: the router was captured without one; use [attn]"
+                )
             normed, *choice = self._forward_router(
                 hidden_states, previous_logits, **self._arguments(CudaGraphModule.moe_router)
             )

@@ -48,7 +48,12 @@ class VanillaMoELayer(MoELayer):
         """Route as megatron-core does and count the selections."""
         probs, routing_map = super().route(hidden_states, padding_mask)
         if RoutingStatistics.counts_now(self.training):
-            self.statistics.add_selection(routing_map.sum(dim=0), routing_map.shape[0])
+            counted, num_tokens = routing_map, routing_map.shape[0]
+            if padding_mask is not None:
+                # megatron-core routes padding as it does tokens; it counts in none of its losses.
+                counts = ~padding_mask.reshape(-1)
+                counted, num_tokens = routing_map & counts.unsqueeze(-1), counts.sum()
+            self.statistics.add_selection(counted.sum(dim=0), num_tokens)
         return probs, routing_map
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,8 +130,11 @@ class MoEPPLayer(MoELayer):
         Args:
             hidden_states: [s, b, D] local tokens.
             previous_logits: [s, b, E] fp32 router logits of the MoE layer before, or None.
-            padding_mask: Not supported; must be None.
-            choice: What the router chose, where it has run before (`cuda_graphs`).
+            padding_mask: [b, s] True for padding, as in megatron-core, or None. s is that of
+                `hidden_states`, or with sequence parallelism that of all tensor-parallel ranks.
+                Padding selects no expert, counts in no loss, limit or statistic, returns 0, shared
+                experts included, and hands on logits of 0.
+            choice: What the router chose, where it has run before (`cuda_graphs`), without padding.
             tags: [s, b] of `token_tags`, or None.
 
         Returns:
@@ -137,22 +145,35 @@ class MoEPPLayer(MoELayer):
                 f"sequence_parallel ({self.config.sequence_parallel}) must be true where MoE "
                 f"layers train with tensor_model_parallel_size ({self.attn_tp_group.size()}) > 1"
             )
-        if padding_mask is not None:
-            raise ValueError("padding_mask must be None: MoE++ routing counts every token")
+        padding = self.padding_of(hidden_states, padding_mask)
         if self.moe_layer_recompute and self.training:
-            return self._recomputed_forward(hidden_states, previous_logits, tags)
+            return self._recomputed_forward(hidden_states, previous_logits, padding, tags)
         if choice is None:
-            return self._forward(hidden_states, previous_logits, tags)
+            return self._forward(hidden_states, previous_logits, padding, tags)
         return self._experts(hidden_states, self.router.settle(choice))
 
+    def padding_of(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+        """[s, b] bool, True for padding, of the local tokens; arguments as `forward`."""
+        if padding_mask is None:
+            return None
+        padding = padding_mask.transpose(0, 1).bool()
+        size = self.attn_tp_group.size()
+        if self.config.sequence_parallel and len(padding) == len(hidden_states) * size:
+            # megatron-core shares out the mask on the first pipeline stage alone.
+            padding = padding.chunk(size)[self.attn_tp_group.rank()]
+        return padding
+
     def _recomputed_forward(
-        self, hidden_states: Tensor, previous_logits: Tensor | None, tags: Tensor | None
+        self,
+        hidden_states: Tensor,
+        previous_logits: Tensor | None,
+        padding: Tensor | None,
+        tags: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """As `_forward`, which the backward pass repeats; logits go in and out, gradients too."""
+        arguments = (hidden_states, previous_logits, padding, tags)
         if not (self.config.fp8 or self.config.fp4):
-            return tensor_parallel.checkpoint(
-                self._forward, False, hidden_states, previous_logits, tags
-            )
+            return tensor_parallel.checkpoint(self._forward, False, *arguments)
         # The backward pass runs outside of the FP8 context. Transformer Engine's own function
         # enters it again, and with delayed scaling takes the scales of the first pass.
         from megatron.core.extensions.transformer_engine import te_checkpoint
@@ -162,23 +183,28 @@ class MoEPPLayer(MoELayer):
             False,
             tensor_parallel.random.get_cuda_rng_tracker,
             self.tp_group,
-            hidden_states,
-            previous_logits,
-            tags,
+            *arguments,
         )
 
     def _forward(
-        self, hidden_states: Tensor, previous_logits: Tensor | None, tags: Tensor | None
+        self,
+        hidden_states: Tensor,
+        previous_logits: Tensor | None,
+        padding: Tensor | None,
+        tags: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        return self._experts(hidden_states, self.router(hidden_states, previous_logits, tags=tags))
+        routing = self.router(hidden_states, previous_logits, padding, tags)
+        return self._experts(hidden_states, routing, padding)
 
-    def _experts(self, hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    def _experts(
+        self, hidden_states: Tensor, routing: Routing, padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The layer after its router."""
         if self.router.health.enabled and RoutingStatistics.counts_now(self.training):
             self._measure_constants(hidden_states, routing.gates)
         dispatched, probs = self.dispatch(*self.ffn_input(hidden_states, routing))
         # While tokens travel to their experts and back: what needs no token to move.
-        shared_output = self.shared_experts_compute(hidden_states)
+        shared_output = self.shared_output(hidden_states, padding)
         expert_output, _ = self.routed_experts_compute(dispatched, probs)
         returning = self.combine(expert_output)
         if self.fuses_combine:
@@ -227,6 +253,13 @@ class MoEPPLayer(MoELayer):
         if RoutingStatistics.counts_now(self.training):
             self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
         return dispatched
+
+    def shared_output(self, hidden_states: Tensor, padding: Tensor | None) -> Tensor | None:
+        """[s, b, D] what shared experts return, 0 for padding [s, b]; None where there are none."""
+        output = self.shared_experts_compute(hidden_states)
+        if output is None or padding is None:
+            return output
+        return output.masked_fill(padding.unsqueeze(-1), 0.0)
 
     def local_output(
         self, hidden_states: Tensor, gates: Tensor, shared_output: Tensor | None

@@ -125,9 +125,10 @@ class _MoENodes(_Nodes):
     def pre_dispatch_computation(self, node: Any, packed: Tensor) -> tuple[Tensor, Tensor]:
         hidden_states, lane = self.attention(node, packed)
         normed, residual = self.layer.normed_and_residual(hidden_states)
-        routing = self.experts.router(normed, lane)
+        padding = self.experts.padding_of(normed, node.chunk_state.padding_mask)
+        routing = self.experts.router(normed, lane, padding)
         tokens, probs = self.experts.ffn_input(normed, routing)
-        shared_output = self.experts.shared_experts_compute(normed)
+        shared_output = self.experts.shared_output(normed, padding)
         local_output = self.experts.local_output(normed, routing.gates, shared_output)
 
         kept = node.layer_state

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp_megatron.moe.capacity import GATE_STEPS
-from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.ffn_demand import FFNDemand
 
 
@@ -83,8 +83,15 @@ class ReferenceMoEPP(nn.Module):
         x_TD: Tensor,
         previous_logits_TE: Tensor | None = None,
         forced_T: Tensor | None = None,
+        padded_T: Tensor | None = None,
     ) -> ReferenceOutput:
-        """Route the tokens, run the selected experts, add up what they return."""
+        """Route the tokens, run the selected experts, add up what they return.
+
+        With `padded_T` (bool, True for padding) this is the layer of the other tokens alone; what
+        it returns for padding is 0.
+        """
+        if padded_T is not None:
+            return self._without_padding(x_TD, previous_logits_TE, forced_T, padded_T)
         logits_TE = self.route(x_TD, previous_logits_TE)
         gates_TE, selected_TE, scores_TE = select_experts(
             logits_TE, self.config, self.selection_bias_E
@@ -108,6 +115,28 @@ class ReferenceMoEPP(nn.Module):
             output_TD = output_TD.index_add(0, tokens, weighted.to(x_TD.dtype))
         loss = balance_loss(scores_TE, wanted_TE, self.config)
         return ReferenceOutput(output_TD, logits_TE, gates_TE, selected_TE, loss)
+
+    def _without_padding(
+        self,
+        x_TD: Tensor,
+        previous_logits_TE: Tensor | None,
+        forced_T: Tensor | None,
+        padded_T: Tensor,
+    ) -> ReferenceOutput:
+        tokens = (~padded_T).nonzero().squeeze(-1)
+        others = [t if t is None else t[tokens] for t in (x_TD, previous_logits_TE, forced_T)]
+        output = self(*others)
+
+        def in_place(values: Tensor) -> Tensor:
+            return values.new_zeros(len(x_TD), values.shape[1]).index_copy(0, tokens, values)
+
+        return ReferenceOutput(
+            in_place(output.hidden_TD),
+            in_place(output.logits_TE),
+            in_place(output.gates_TE),
+            in_place(output.selected_TE),
+            output.balance_loss,
+        )
 
     def route(self, x_TD: Tensor, previous_logits_TE: Tensor | None) -> Tensor:
         """Router logits: `z_j = W_j x + G_j z_(j-1)` (gating residuals), in fp32."""
@@ -144,14 +173,16 @@ def select_experts(
         selected_TE: bool, K ones a row.
         scores_TE: fp32, the probabilities that the balance loss averages (rows sum to 1).
     """
-    scores_TE = _scores(logits_TE, config)
-    ranked_TE = scores_TE if selection_bias_E is None else scores_TE + selection_bias_E
-    # Between equal scores the first expert, which `topk` would not promise.
+    logits_TE = _standardized(logits_TE, config)
+    scores_TE, logs_TE = _scores(logits_TE, config)
+    # Logits rank as scores do, and still differ where scores underflow.
+    ranked_TE = logits_TE if selection_bias_E is None else scores_TE + selection_bias_E
+    # Between equal experts the first one, which `topk` would not promise.
     chosen_TK = ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, : config.router_topk]
     selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
-    gates_TE = _gates(scores_TE, selected_TE, config)
-    probabilities_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    return gates_TE, selected_TE, probabilities_TE
+    gates_TE = _gates(scores_TE, logs_TE, selected_TE, config)
+    # The scores divided by their sum, which may underflow.
+    return gates_TE, selected_TE, torch.softmax(logs_TE, dim=-1)
 
 
 def demanded_experts(
@@ -166,10 +197,9 @@ def demanded_experts(
     Returns:
         gates_TE and selected_TE of `select_experts`.
     """
-    scores_TE = _scores(logits_TE, config, only_ffn=demand == "all")
-    ranked_TE = scores_TE.detach().clone()
-    if selection_bias_E is not None:
-        ranked_TE += selection_bias_E
+    logits_TE = _standardized(logits_TE, config)
+    scores_TE, logs_TE = _scores(logits_TE, config, only_ffn=demand == "all")
+    ranked_TE = logits_TE if selection_bias_E is None else scores_TE + selection_bias_E
     order_TE = ranked_TE.argsort(dim=-1, descending=True, stable=True)
     selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
     for token, order in enumerate(order_TE.tolist()):
@@ -180,32 +210,45 @@ def demanded_experts(
         if is_forced and not set(chosen) & set(ffn):
             chosen[-1] = ffn[0]
         selected_TE[token, chosen] = True
-    return _gates(scores_TE, selected_TE, config), selected_TE
+    return _gates(scores_TE, logs_TE, selected_TE, config), selected_TE
 
 
-def _scores(logits_TE: Tensor, config: MoEPPConfig, only_ffn: bool = False) -> Tensor:
-    """Scores of all experts; with `only_ffn` those of a router that has FFN experts alone."""
-    if config.logits_norm_std is not None:
-        logits_TE = logits_TE * (config.logits_norm_std / logits_TE.std(dim=-1, keepdim=True))
-    score = torch.sigmoid if config.score_function == "sigmoid" else partial(torch.softmax, dim=-1)
+def _standardized(logits_TE: Tensor, config: MoEPPConfig) -> Tensor:
+    """Logits of standard deviation `logits_norm_std`; those that are all equal stay equal."""
+    if config.logits_norm_std is None:
+        return logits_TE
+    spread_T1 = logits_TE.std(dim=-1, keepdim=True).clamp(min=LEAST_LOGIT_STD)
+    return logits_TE * (config.logits_norm_std / spread_T1)
+
+
+def _scores(
+    logits_TE: Tensor, config: MoEPPConfig, only_ffn: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scores of all experts and their logarithms, the latter up to a constant for each token.
+
+    With `only_ffn` the scores are those of a router that has FFN experts alone.
+    """
+    is_sigmoid = config.score_function == "sigmoid"
+    logs_TE = F.logsigmoid(logits_TE) if is_sigmoid else logits_TE
+    score = torch.sigmoid if is_sigmoid else partial(torch.softmax, dim=-1)
     if not only_ffn:
-        return score(logits_TE)
+        return score(logits_TE), logs_TE
     ffn_TF = score(logits_TE[:, : config.num_ffn_experts])
-    return F.pad(ffn_TF, (0, config.num_zero_computation_experts))
+    return F.pad(ffn_TF, (0, config.num_zero_computation_experts)), logs_TE
 
 
-def _gates(scores_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:
+def _gates(scores_TE: Tensor, logs_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:
     """Gates of the selected experts under the configured normalisation, 0 elsewhere."""
-    gates_TE = torch.where(selected_TE, scores_TE, 0.0)
+    if config.gate_normalization == "none":
+        return torch.where(selected_TE, scores_TE, 0.0) * config.gate_scale
+    counted_TE = selected_TE.clone()
     if config.gate_normalization == "nonzero":
-        is_zero_expert = torch.zeros(config.num_experts, dtype=torch.bool, device=scores_TE.device)
-        is_zero_expert[config.zero_experts] = True
-        gates_TE = torch.where(is_zero_expert, 0.0, gates_TE)
-    if config.gate_normalization != "none":
-        total_T1 = gates_TE.sum(dim=-1, keepdim=True)
-        # A token whose picks are all zero experts has nothing to divide: its gates stay 0.
-        gates_TE = gates_TE / torch.where(total_T1 > 0, total_T1, 1.0)
-    return gates_TE * config.gate_scale
+        counted_TE[:, config.zero_experts] = False
+    # The scores divided by their sum: a softmax over their logarithms, which do not underflow.
+    logs_TE = torch.where(counted_TE, logs_TE, -torch.inf)
+    # A token whose picks are all zero experts has nothing to divide: its gates are 0.
+    logs_TE = torch.where(counted_TE.any(dim=-1, keepdim=True), logs_TE, 0.0)
+    return torch.where(counted_TE, torch.softmax(logs_TE, dim=-1), 0.0) * config.gate_scale
 
 
 def balance_loss(scores_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:

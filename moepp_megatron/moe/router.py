@@ -21,15 +21,19 @@ from moepp_megatron.moe.balance import (
     attach_loss,
     attached_loss,
     local_balance_loss,
+    over_group,
     selected_fractions,
+    tokens_of_sequences,
+    tokens_over_group,
 )
 from moepp_megatron.moe.capacity import within_capacity
 from moepp_megatron.moe.config import BalanceScope, MoEPPConfig
 from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.health import RouterHealth
 from moepp_megatron.moe.kernels import use_kernels
+from moepp_megatron.moe.padding import flat_mask, without_padding
 from moepp_megatron.moe.parameter import replicated_parameter
-from moepp_megatron.moe.selection import Selection, select
+from moepp_megatron.moe.selection import Selection, select, standardized
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.token_tags import cells, forced_tokens
 from moepp_megatron.moe.upstream_settings import refuse_ignored
@@ -49,6 +53,7 @@ class Routing(NamedTuple):
         gates: [T, E] fp32 weight of every expert's output, 0 where not selected or dropped.
         routing_map: [T, E] bool selections that are carried out.
         logits: [s, b, E] fp32 router logits, residual included: the next MoE layer's residual.
+            Those of padding are 0.
     """
 
     gates: Tensor
@@ -64,10 +69,12 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
     is the one place where the two counts meet.
 
     Raises:
-        ValueError: Where the two configurations contradict each other, or the router would ignore
-            a setting (`upstream_settings`).
+        ValueError: Where the two configurations contradict each other, the router would ignore a
+            setting (`upstream_settings`), or balance over the global batch would count on from step
+            to step.
     """
     refuse_ignored(config, moepp)
+    _require_new_counts(config, moepp)
     own = copy.copy(config)
     own.num_moe_experts = moepp.num_experts
     # The heterogeneous balance loss replaces megatron-core's.
@@ -76,6 +83,18 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
     if own.moe_router_dtype != "fp64":
         own.moe_router_dtype = "fp32"
     return own
+
+
+def _require_new_counts(config: TransformerConfig, moepp: MoEPPConfig) -> None:
+    """Refuse balance over the global batch where nobody would begin its counts anew."""
+    types = config.moe_router_load_balancing_type
+    if moepp.balance_scope == "global" and "global_aux_loss" not in types:
+        raise ValueError(
+            f"TransformerConfig.moe_router_load_balancing_type ({types}) must be global_aux_loss "
+            "with balance_scope (global), because megatron-core's finalize_model_grads begins the "
+            "counts of a step anew for that type alone; use global_aux_loss (its "
+            "moe_aux_loss_coeff may be 0), or another balance_scope"
+        )
 
 
 class Choice(NamedTuple):
@@ -153,15 +172,18 @@ class MoEPPRouter(TopKRouter):
         Args:
             input: [s, b, D] hidden states of the local tokens.
             previous_logits: [s, b, E] fp32 logits of the MoE layer before, or None.
-            padding_mask: Not supported; must be None.
+            padding_mask: [s, b] bool, True for padding (as in megatron-core), or None. Padding
+                selects nothing and counts in no loss, limit or statistic; its logits are 0.
             tags: [s, b] of `token_tags`, or None: an FFN demand then concerns all tokens.
+
+        Raises:
+            ValueError: For a mask of another shape.
         """
-        if padding_mask is not None:
-            raise ValueError("padding_mask must be None: MoE++ routing counts every token")
-        logits = self._logits(input, previous_logits)
-        gates, routing_map, _ = self.settle(self._choose(logits, tags))
+        padded = flat_mask(padding_mask, input)
+        logits = without_padding(self._logits(input, previous_logits), padding_mask)
+        gates, routing_map, _ = self.settle(self._choose(logits, tags, padded), padded)
         if self.health.enabled and self.training:
-            self._measure(logits, previous_logits, routing_map)
+            self._measure(logits, previous_logits, routing_map, padded)
         return Routing(gates, routing_map, logits)
 
     def choose(self, input: Tensor, previous_logits: Tensor | None) -> Choice:
@@ -212,35 +234,75 @@ class MoEPPRouter(TopKRouter):
 
         Args:
             logits: [s, b, E] fp32.
-            padding_mask: Unused, as in `forward`.
+            padding_mask: As in `forward`.
 
         Returns:
             gates [T, E] fp32 and routing map [T, E] bool.
         """
-        gates, routing_map, _ = self.settle(self._choose(logits))
+        padded = flat_mask(padding_mask, logits)
+        choice = self._choose(without_padding(logits, padding_mask), padded=padded)
+        gates, routing_map, _ = self.settle(choice, padded)
         return gates, routing_map
 
-    def _choose(self, logits: Tensor, tags: Tensor | None = None) -> Choice:
-        logits_TE = self._standardized(self.apply_z_loss(logits.view(-1, self.moepp.num_experts)))
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """As in megatron-core, whose mean of the ranks' means it corrects where some is padding.
+
+        Args:
+            logits: [T, E] fp32.
+            padding_mask: [T] bool, True for padding, or None.
+        """
+        coeff = self.config.moe_z_loss_coeff
+        counts = coeff is not None and RoutingStatistics.counts_now(self.training)
+        if padding_mask is None or not counts:
+            return super().apply_z_loss(logits)
+        squares_T = torch.logsumexp(logits, dim=-1).square().masked_fill(padding_mask, 0.0)
+        num_tokens = over_group((~padding_mask).sum(dtype=torch.float32), self.tp_cp_group)
+        # This rank's summand, as of the balance loss.
+        loss = squares_T.sum() / num_tokens.clamp(min=1)
+        get_moe_metrics_tracker().record(
+            "z_loss",
+            loss * self.tp_cp_group.size(),
+            self.layer_number,
+            self.config.num_layers,
+            avg_group=self.tp_dp_cp_group,
+        )
+        attached = attached_loss(loss * coeff, num_tokens, self.calculate_per_token_loss)
+        return attach_loss(logits, attached)
+
+    def _choose(
+        self, logits: Tensor, tags: Tensor | None = None, padded: Tensor | None = None
+    ) -> Choice:
+        logits_TE = self.apply_z_loss(logits.view(-1, self.moepp.num_experts), padded)
+        logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
         num_sequences = None
         if RoutingStatistics.counts_now(self.training):
             num_sequences = logits.shape[1] if self.moepp.balance_scope == "sequence" else 1
-        selection = self._select(logits_TE, num_sequences, forced_tokens(tags))
+        selection = self._select(logits_TE, num_sequences, forced_tokens(tags), padded)
         if tags is not None and num_sequences is not None and self.statistics.num_cells > 0:
-            self._count_cells(selection, tags)
+            self._count_cells(selection, tags, padded)
         return Choice(logits, *selection[:4])
 
-    def settle(self, choice: Choice) -> Routing:
-        """The second half of `forward`: attach the losses, apply capacity limits, count."""
+    def settle(self, choice: Choice, padded: Tensor | None = None) -> Routing:
+        """The second half of `forward`: attach the losses, apply capacity limits, count.
+
+        Args:
+            choice: Of the first half.
+            padded: [T] bool tokens that are padding; None for none.
+        """
         logits, gates_TE, routing_map_TE, counts_SE, _ = choice
-        num_tokens = gates_TE.shape[0]
+        num_tokens = gates_TE.shape[0] if padded is None else (~padded).sum()
         loss = None
         if counts_SE is not None and self.moepp.balance_coeff > 0:
-            loss, gates_TE = self._balance(choice)
+            loss, gates_TE = self._balance(choice, padded)
         kept_TE = None
         if self.moepp.capacity_factor is not None:
             kept_TE = within_capacity(
-                gates_TE, routing_map_TE, self.moepp, self.tp_cp_group, self.cp_group.size()
+                gates_TE,
+                routing_map_TE,
+                self.moepp,
+                self.tp_cp_group,
+                self.cp_group.size(),
+                has_padding=padded is not None,
             )
         if counts_SE is not None:
             wanted_E = counts_SE.sum(dim=0).long()
@@ -260,32 +322,32 @@ class MoEPPRouter(TopKRouter):
         total = torch.addmm(logits.view(-1, num_experts), residual, weight.to(logits.dtype).T)
         return total.view(logits.shape)
 
-    def _standardized(self, logits_TE: Tensor) -> Tensor:
-        if self.moepp.logits_norm_std is None:
-            return logits_TE
-        spread = logits_TE.std(dim=-1, keepdim=True)
-        return logits_TE * (self.moepp.logits_norm_std / spread)
-
     def _select(
-        self, logits_TE: Tensor, num_sequences: int | None, forced_T: Tensor | None
+        self,
+        logits_TE: Tensor,
+        num_sequences: int | None,
+        forced_T: Tensor | None,
+        padded_T: Tensor | None,
     ) -> Selection:
-        if self.ffn_demand != "none":
-            demand = self.ffn_demand
-            return select(logits_TE, self.expert_bias, self.moepp, num_sequences, demand, forced_T)
-        if self.fused and logits_TE.dtype == torch.float32:
+        arguments = (logits_TE, self.expert_bias, self.moepp, num_sequences)
+        if self.fused and self.ffn_demand == "none" and logits_TE.dtype == torch.float32:
             from moepp_megatron.moe.kernels.router import select as fused_select
 
-            return fused_select(logits_TE, self.expert_bias, self.moepp, num_sequences)
-        return select(logits_TE, self.expert_bias, self.moepp, num_sequences)
+            return fused_select(*arguments, padded_T)
+        return select(*arguments, self.ffn_demand, forced_T, padded_T)
 
-    def _count_cells(self, selection: Selection, tags: Tensor) -> None:
+    def _count_cells(self, selection: Selection, tags: Tensor, padded: Tensor | None) -> None:
         made, wanted = selection.routing_map, selection.wanted_map
         wanted_TE = made if wanted is None else wanted
         ffn_counts = wanted_TE[:, : self.moepp.num_ffn_experts].sum(dim=-1)
-        self.statistics.add_cells(ffn_counts, cells(tags))
+        self.statistics.add_cells(ffn_counts, cells(tags), padded)
 
     def _measure(
-        self, logits: Tensor, previous_logits: Tensor | None, routing_map_TE: Tensor
+        self,
+        logits: Tensor,
+        previous_logits: Tensor | None,
+        routing_map_TE: Tensor,
+        padded: Tensor | None,
     ) -> None:
         """Tell `health` of a micro-batch; a pass that will be repeated only counts FFN experts."""
         if not RoutingStatistics.counts_now(self.training):
@@ -296,26 +358,22 @@ class MoEPPRouter(TopKRouter):
         if self.residual_weight is not None and previous_logits is not None:
             residual = previous_logits.detach().to(logits.dtype).reshape(logits_TE.shape)
             own_TE = logits_TE - residual @ self.residual_weight.detach().to(logits.dtype).T
-        logits_TE = self._standardized(logits_TE)
-        self.health.add_routing(logits_TE, own_TE, routing_map_TE, self.expert_bias)
+        logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
+        self.health.add_routing(logits_TE, own_TE, routing_map_TE, self.expert_bias, padded)
 
-    def _balance(self, choice: Choice) -> tuple[Tensor, Tensor]:
+    def _balance(self, choice: Choice, padded: Tensor | None) -> tuple[Tensor, Tensor]:
         """This rank's summand of L_b, and the gates with its gradient attached."""
         logits, gates_TE, _, counts_SE, score_sums_SE = choice
         assert counts_SE is not None, "a selection that was not counted has no balance loss"
         assert score_sums_SE is not None, "counts and sums come together"
-        num_tokens = gates_TE.shape[0]
-        per_sequence = num_tokens // counts_SE.shape[0]
+        num_sequences = counts_SE.shape[0]
+        per_sequence = tokens_of_sequences(gates_TE.shape[0], num_sequences, padded)
         if self.moepp.balance_scope == "global":
             fractions = self.global_fractions.add(counts_SE, per_sequence, self.tp_dp_cp_group)
         else:
             fractions = selected_fractions(counts_SE, per_sequence, self.tp_cp_group)
-        loss = local_balance_loss(
-            score_sums_SE,
-            fractions,
-            self.balance_weights,
-            per_sequence * self.tp_cp_group.size(),
-        )
+        shared = tokens_over_group(per_sequence, self.tp_cp_group)
+        loss = local_balance_loss(score_sums_SE, fractions, self.balance_weights, shared)
         get_moe_metrics_tracker().record(
             _TRACKED_NAMES[self.moepp.balance_scope],
             loss,
@@ -325,9 +383,8 @@ class MoEPPRouter(TopKRouter):
         )
         attached = attached_loss(
             loss * self.moepp.balance_coeff,
-            num_tokens=num_tokens,
-            group_size=self.tp_cp_group.size(),
-            per_token_loss=self.calculate_per_token_loss,
+            shared * num_sequences if isinstance(shared, int) else shared.sum(),
+            self.calculate_per_token_loss,
         )
         if self.health.enabled:
             self.health.watch_gradients(logits, attached)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.ffn_demand import FFNDemand, ffn_scores, with_an_ffn_expert
 
 
@@ -42,10 +43,15 @@ def select(
     num_sequences: int | None,
     demand: FFNDemand = "none",
     forced: Tensor | None = None,
+    padded: Tensor | None = None,
 ) -> Selection:
     """Select experts and weigh them. `kernels.router.select` does the same on a GPU.
 
     That kernel knows no demand: where one is made, this function runs on a GPU too.
+
+    Scores that are divided by a sum of scores are a softmax over the logarithms of scores, and are
+    computed as such: a sum of tiny scores would underflow, its square in the gradient much earlier.
+    Without a bias logits rank the experts as scores do, and still differ where scores underflow.
 
     Args:
         logits: [T, E] fp32, residual included; differentiable.
@@ -55,10 +61,13 @@ def select(
             [s, b, h]; 1 counts all tokens together; None counts nothing.
         demand: FFN experts that tokens must take (`ffn_demand`).
         forced: [T] bool tokens that the demand `one` concerns; None for all.
+        padded: [T] bool tokens that are padding: they select nothing and are not counted. Their
+            logits must be finite. None for none.
     """
     uses_softmax = config.score_function == "softmax"
     scores_TE = torch.softmax(logits, dim=-1) if uses_softmax else torch.sigmoid(logits)
-    ranked_TE = scores_TE if bias is None else scores_TE.detach() + bias
+    logs_TE = logits if uses_softmax else F.logsigmoid(logits)
+    ranked_TE = logits.detach() if bias is None else scores_TE.detach() + bias
     chosen_TK = top_experts(ranked_TE, config.router_topk)
     wanted_TE = None
     weights_TE = scores_TE
@@ -67,23 +76,27 @@ def select(
         num_ffn = config.num_ffn_experts
         if demand == "all":
             weights_TE = ffn_scores(logits, config)
-            ranked_TF = weights_TE.detach()[:, :num_ffn]
-            ranked_TF = ranked_TF if bias is None else ranked_TF + bias[:num_ffn]
-            chosen_TK = top_experts(ranked_TF, config.router_topk)
+            if bias is not None:
+                ranked_TE = weights_TE.detach() + bias
+            chosen_TK = top_experts(ranked_TE[:, :num_ffn], config.router_topk)
         else:
             best_T1 = top_experts(ranked_TE[:, :num_ffn], 1)
             chosen_TK = with_an_ffn_expert(chosen_TK, best_T1, num_ffn, forced)
-    gates_TK = _gates(weights_TE, chosen_TK, config)
+    gates_TK = _gates(weights_TE, logs_TE, chosen_TK, config)
     gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
     routing_map_TE = _as_map(chosen_TK, scores_TE)
+    shares_TE = scores_TE if uses_softmax else torch.softmax(logs_TE, dim=-1)
+    if padded is not None:
+        padded_T1 = padded.unsqueeze(-1)
+        gates_TE, shares_TE = (t.masked_fill(padded_T1, 0.0) for t in (gates_TE, shares_TE))
+        routing_map_TE = routing_map_TE & ~padded_T1
+        wanted_TE = None if wanted_TE is None else wanted_TE & ~padded_T1
     if num_sequences is None:
         return Selection(gates_TE, routing_map_TE, None, None, wanted_TE)
     by_sequence = (-1, num_sequences, logits.shape[1])
     counted_TE = routing_map_TE if wanted_TE is None else wanted_TE
     counts_SE = counted_TE.view(by_sequence).sum(dim=0, dtype=torch.float32)
-    if not uses_softmax:
-        scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    sums_SE = scores_TE.view(by_sequence).sum(dim=0)
+    sums_SE = shares_TE.view(by_sequence).sum(dim=0)
     return Selection(gates_TE, routing_map_TE, counts_SE, sums_SE, wanted_TE)
 
 
@@ -92,16 +105,32 @@ def _as_map(chosen_TK: Tensor, scores_TE: Tensor) -> Tensor:
     return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
 
 
-def _gates(scores_TE: Tensor, chosen_TK: Tensor, config: MoEPPConfig) -> Tensor:
+def _gates(scores_TE: Tensor, logs_TE: Tensor, chosen_TK: Tensor, config: MoEPPConfig) -> Tensor:
     """[T, K] gates of the chosen experts under the configured normalisation."""
-    gates_TK = scores_TE.gather(1, chosen_TK)
-    if config.gate_normalization == "nonzero":
-        gates_TK = gates_TK.masked_fill(chosen_TK >= config.zero_experts.start, 0.0)
-    if config.gate_normalization != "none":
-        total_T1 = gates_TK.sum(dim=-1, keepdim=True)
-        # All picks zero experts: nothing to divide, the gates stay 0.
-        gates_TK = gates_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
+    if config.gate_normalization == "none":
+        gates_TK = scores_TE.gather(1, chosen_TK)
+    else:
+        logs_TK = logs_TE.gather(1, chosen_TK)
+        if config.gate_normalization == "nonzero":
+            is_zero_TK = chosen_TK >= config.zero_experts.start
+            # The least number and not -inf: a token whose picks are all zero experts has finite
+            # gradients, and gates of 0.
+            logs_TK = logs_TK.masked_fill(is_zero_TK, torch.finfo(logs_TK.dtype).min)
+            gates_TK = torch.softmax(logs_TK, dim=-1).masked_fill(is_zero_TK, 0.0)
+        else:
+            gates_TK = torch.softmax(logs_TK, dim=-1)
     return gates_TK if config.gate_scale == 1.0 else gates_TK * config.gate_scale
+
+
+def standardized(logits: Tensor, std: float | None) -> Tensor:
+    """[T, E] logits of this unbiased standard deviation for each token; None leaves them.
+
+    Logits that are all equal have none: their divisor has a bound, so they stay finite and equal.
+    """
+    if std is None:
+        return logits
+    spread_T1 = logits.std(dim=-1, keepdim=True).clamp(min=LEAST_LOGIT_STD)
+    return logits * (std / spread_T1)
 
 
 @torch.no_grad()

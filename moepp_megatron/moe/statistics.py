@@ -20,7 +20,7 @@ class RoutingStatistics:
             profile; None where none are counted.
         dropped: Selections that a capacity limit took away.
         balance_loss: Sum over micro-batches of this rank's summands of L_b, beta excluded.
-        num_tokens: Tokens seen.
+        num_tokens: Tokens seen, without padding.
         a2a_bytes: Bytes of hidden vectors that the dispatcher sent to other ranks, forward pass,
             dispatch and combine.
     """
@@ -37,7 +37,7 @@ class RoutingStatistics:
         self.cells: Tensor | None = None
         self.dropped: Tensor | None = None
         self.balance_loss: Tensor | None = None
-        self.num_tokens = 0
+        self.num_tokens: int | Tensor = 0
         self.a2a_bytes = 0
 
     @staticmethod
@@ -49,7 +49,7 @@ class RoutingStatistics:
     def add_selection(
         self,
         selected: Tensor,
-        num_tokens: int,
+        num_tokens: int | Tensor,
         kept: Tensor | None = None,
         balance_loss: Tensor | None = None,
         wanted: Tensor | None = None,
@@ -58,13 +58,13 @@ class RoutingStatistics:
 
         Args:
             selected: [E] int64 selections of each expert, all of them.
-            num_tokens: T.
+            num_tokens: T; a scalar on the device where some tokens are padding, which do not count.
             kept: [T, E] bool, the selections within capacity; None where nothing is dropped.
             balance_loss: Scalar, this rank's summand of L_b.
             wanted: [E] int64, what the router wanted; None where that is `selected`.
         """
         self.selected = selected if self.selected is None else self.selected + selected
-        self.num_tokens += num_tokens
+        self.num_tokens = self.num_tokens + num_tokens
         if wanted is not None:
             self.wanted = wanted if self.wanted is None else self.wanted + wanted
         if kept is not None:
@@ -75,14 +75,16 @@ class RoutingStatistics:
             self.balance_loss = loss if self.balance_loss is None else self.balance_loss + loss
 
     @torch.no_grad()
-    def add_cells(self, ffn_counts: Tensor, cells: Tensor) -> None:
+    def add_cells(self, ffn_counts: Tensor, cells: Tensor, padded: Tensor | None = None) -> None:
         """Count one micro-batch's tokens in the cells of the routing profile, of `num_cells`.
 
         Args:
             ffn_counts: [T] int64 FFN experts that the router wants for each token.
             cells: [T] int64.
+            padded: [T] bool tokens that do not count; None for none.
         """
-        pairs = torch.stack([ffn_counts, torch.ones_like(ffn_counts)], dim=-1)
+        tokens = torch.ones_like(ffn_counts) if padded is None else (~padded).to(ffn_counts.dtype)
+        pairs = torch.stack([ffn_counts, tokens], dim=-1)
         if self.cells is None:
             self.cells = pairs.new_zeros(self.num_cells, 2)
         self.cells.index_add_(0, cells, pairs)
@@ -103,5 +105,5 @@ class RoutingStatistics:
         for offset, value in enumerate((self.dropped, self.balance_loss)):
             if value is not None:
                 vector[self.num_experts + offset] = value.to("cpu", torch.float64)
-        vector[-2], vector[-1] = self.num_tokens, self.a2a_bytes
+        vector[-2], vector[-1] = float(self.num_tokens), self.a2a_bytes
         return vector

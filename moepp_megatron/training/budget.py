@@ -29,13 +29,16 @@ class BudgetControl:
         state: dict[str, Any] | None,
     ) -> None:
         self._model, self._routing = model, routing
+        # Tau of each layer in the step that is under way or has just been taken.
+        self._in_force: dict[int, float] = {}
         self._controller = BudgetController(
             _budget(config), moepp_config(config), len(routing.layer_numbers), state
         )
 
     def begin_step(self, step: int) -> None:
         """Set tau for `step`."""
-        set_taus(self._model.models, self.taus(step))
+        self._in_force = self.taus(step)
+        set_taus(self._model.models, self._in_force)
 
     def taus(self, step: int) -> dict[int, float]:
         """Tau in `step` by global layer number, of all MoE layers."""
@@ -61,12 +64,13 @@ class BudgetControl:
         return self._controller.state()
 
     def metrics(self, step: int) -> dict[str, Any]:
-        """Fields of the record of `step`."""
-        taus = self._controller.taus(step)
-        return {
-            "ffn_target": self.share(step),
-            "tau": sum(taus) / len(taus),
-        }
+        """Fields of the record of `step`, the last that `begin_step` began.
+
+        `tau` is what this step was trained with, as a mean over layers; what the controller has
+        learnt from the step since acts on the next one.
+        """
+        taus = self._in_force.values()
+        return {"ffn_target": self.share(step), "tau": sum(taus) / len(taus)}
 
 
 def _budget(config: Config) -> Budget:

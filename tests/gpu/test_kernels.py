@@ -2,13 +2,14 @@
 
 import pytest
 
+from tests.unit.moe.test_extreme_logits import test_gaps_of_logits  # noqa: F401
 from tests.unit.moe.test_kernels import (  # noqa: F401
     compiled,
     test_combine,
     test_combine_of_no_tokens,
     test_combine_where_all_select_the_same,
     test_combine_with_long_sums,
-    test_gates_that_are_all_zero,
+    test_gates_of_scores_that_underflow,
     test_layer_with_and_without_kernels,
     test_nan_is_selected_and_seen,
     test_no_tokens,

@@ -49,6 +49,29 @@ def run_layer(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def evaluate_layer(raw: dict[str, Any]) -> Any:
+    """The layer's output of this rank's tokens in evaluation, without autograd."""
+    import torch
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.model.build import build_model
+    from moepp_megatron.runtime.distributed import build_groups
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    (model,) = build_model(config)
+    model.eval()
+    place = layout.coordinates(dist.get_rank())
+    where = (_share(SEQUENCE, place.tp, layout.tp), _share(BATCH, place.dp, layout.dp))
+    x, previous, *_ = (t[where].clone() for t in _tensors(config))
+    layer = model.decoder.layers[_LAYER].mlp
+    with torch.no_grad():
+        arguments = (x,) if config.moe.is_vanilla else (x, previous)
+        return layer(*arguments)[0].numpy()
+
+
 def run_reference(raw: dict[str, Any], data_parallel_size: int) -> dict[str, Any]:
     """The same on one process with reference.py; each data-parallel share is one micro-batch."""
     import torch

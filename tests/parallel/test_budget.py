@@ -64,6 +64,40 @@ def train(raw: dict[str, Any], steps: int, shift: int) -> tuple[list[float], lis
     return taken, losses, state
 
 
+def recorded_and_set_taus(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
+    """Of each step: tau in its record, and the mean tau of its forward passes."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.moe.layer import moepp_layers
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.batches import rank_batches
+    from moepp_megatron.training.budget import BudgetControl
+    from moepp_megatron.training.collect import RoutingCollector
+    from moepp_megatron.training.setup import build_training_model
+    from moepp_megatron.training.step import training_step
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    model = build_training_model(config)
+    model.set_training(True)
+    routing = RoutingCollector(model, config, layout)
+    budget = BudgetControl(config, model, routing, None)
+    batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
+    layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
+    pairs = []
+    for step in range(1, steps + 1):
+        routing.reset()
+        budget.begin_step(step)
+        training_step(model, batches, config, layout)
+        # The last expert is a zero-computation expert.
+        taus = [layer.router.balance_weights[-1].item() for layer in layers]
+        budget.end_step(step)
+        pairs.append((budget.metrics(step)["tau"], sum(taus) / len(taus)))
+    return pairs
+
+
 CONTROLLED = {
     "tau": {"budget": {"target_ffn_per_token": 0.8, "controller": "tau", "gain": 3.0}},
     "bias": {
@@ -85,6 +119,20 @@ def test_state_and_losses_are_those_of_one_process(ranks: RankPools, controller:
         assert other_losses == pytest.approx(losses, rel=1e-5)
         assert other_taken == taken
         assert other_state == state, "every rank knows every layer's state"
+
+
+RAMP = {"target_ffn_per_token": 0.8, "start_ffn_per_token": 1.6, "ramp_steps": 4}
+
+
+@pytest.mark.parametrize("controller", ["none", *CONTROLLED])
+def test_the_record_holds_the_tau_of_the_step(ranks: RankPools, controller: str) -> None:
+    moe = {"num_ffn_experts": 8, **CONTROLLED.get(controller, {"budget": {}})}
+    moe["budget"] = moe["budget"] | RAMP
+    (pairs,) = ranks(1).run(recorded_and_set_taus, settings(moe=moe), 6)
+    recorded, was_set = zip(*pairs, strict=True)
+    # The weights hold tau in fp32.
+    assert recorded == pytest.approx(was_set, rel=1e-6)
+    assert len(set(recorded)) >= 5, "nothing moves tau here"
 
 
 def test_bias_holds_the_budget_through_a_shift_of_the_data(ranks: RankPools) -> None:

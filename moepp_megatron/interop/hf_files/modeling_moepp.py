@@ -56,22 +56,27 @@ class MoEPPGate(nn.Module):
         """The selected experts and their gates, under the configured normalisation."""
         config = self.config
         if config.logits_norm_std is not None:
-            spread = logits_TE.std(dim=-1, keepdim=True)
+            # Logits that are all equal have none; they stay equal.
+            spread = logits_TE.std(dim=-1, keepdim=True).clamp(min=1e-6)
             logits_TE = logits_TE * (config.logits_norm_std / spread)
         is_softmax = config.score_function == "softmax"
         scores_TE = torch.softmax(logits_TE, dim=-1) if is_softmax else torch.sigmoid(logits_TE)
-        ranked_TE = scores_TE
+        logs_TE = logits_TE if is_softmax else F.logsigmoid(logits_TE)
+        # Logits rank as scores do, and still differ where scores underflow.
+        ranked_TE = logits_TE
         if config.selection_bias:
             ranked_TE = scores_TE + self.e_score_correction_bias.float()
         chosen_TK = ranked_TE.topk(config.num_experts_per_tok, dim=-1).indices
-        gates_TK = scores_TE.gather(1, chosen_TK)
-        if config.gate_normalization == "nonzero":
-            first_zero = config.total_experts - config.num_zero_experts
-            gates_TK = gates_TK.masked_fill(chosen_TK >= first_zero, 0.0)
-        if config.gate_normalization != "none":
-            total_T1 = gates_TK.sum(dim=-1, keepdim=True)
-            # All picks zero experts: nothing to divide, the gates stay 0.
-            gates_TK = gates_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
+        if config.gate_normalization == "none":
+            return scores_TE.gather(1, chosen_TK) * config.gate_scale, chosen_TK
+        # Scores divided by their sum, which may underflow: a softmax over their logarithms.
+        logs_TK = logs_TE.gather(1, chosen_TK)
+        if config.gate_normalization == "selected":
+            return torch.softmax(logs_TK, dim=-1) * config.gate_scale, chosen_TK
+        is_zero_TK = chosen_TK >= config.total_experts - config.num_zero_experts
+        # The least number and not -inf: gates are 0 where all picks are zero experts.
+        logs_TK = logs_TK.masked_fill(is_zero_TK, torch.finfo(logs_TK.dtype).min)
+        gates_TK = torch.softmax(logs_TK, dim=-1).masked_fill(is_zero_TK, 0.0)
         return gates_TK * config.gate_scale, chosen_TK
 
 

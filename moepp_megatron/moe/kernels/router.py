@@ -36,11 +36,17 @@ _LOWEST = tl.constexpr(-(2**62))
 
 
 def select(
-    logits: Tensor, bias: Tensor | None, config: MoEPPConfig, num_sequences: int | None
+    logits: Tensor,
+    bias: Tensor | None,
+    config: MoEPPConfig,
+    num_sequences: int | None,
+    padded: Tensor | None = None,
 ) -> Selection:
     """As `moepp_megatron.moe.selection.select`; logits must be fp32."""
     assert logits.dtype == torch.float32, f"logits must be fp32, not {logits.dtype}"
-    selection = Selection(*_Select.apply(logits.contiguous(), bias, config, num_sequences or 0))
+    padded = None if padded is None else padded.contiguous()
+    arguments = (logits.contiguous(), bias, padded, config, num_sequences or 0)
+    selection = Selection(*_Select.apply(*arguments))
     if num_sequences is None:
         return selection._replace(counts=None, score_sums=None)
     return selection
@@ -49,7 +55,12 @@ def select(
 class _Select(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, bias: Tensor | None, config: MoEPPConfig, num_sequences: int
+        ctx: Any,
+        logits: Tensor,
+        bias: Tensor | None,
+        padded: Tensor | None,
+        config: MoEPPConfig,
+        num_sequences: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gates = torch.empty_like(logits)
         routing_map = torch.empty_like(logits, dtype=torch.bool)
@@ -60,13 +71,13 @@ class _Select(torch.autograd.Function):
             partial = logits.new_empty(blocks, num_sequences, 2, logits.shape[1])
         if blocks:
             _forward[(blocks, ctx.num_sequences)](
-                logits, bias, gates, routing_map, partial, positions, ctx.num_sequences,
+                logits, bias, padded, gates, routing_map, partial, positions, ctx.num_sequences,
                 config.gate_scale, TOPK=config.router_topk, **settings,
             )  # fmt: skip
         # One order of addition on every run: a program's tokens, then the programs.
         totals = logits.new_empty(2, 0) if partial is None else partial.sum(dim=0).transpose(0, 1)
         counts, sums = totals.unbind()
-        ctx.save_for_backward(logits, routing_map)
+        ctx.save_for_backward(logits, padded, routing_map)
         ctx.mark_non_differentiable(routing_map, counts)
         ctx.set_materialize_grads(False)
         return gates, routing_map, counts, sums
@@ -75,20 +86,20 @@ class _Select(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_gates: Tensor | None, _map: None, _counts: None, grad_sums: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None, None]:
         if grad_gates is None and grad_sums is None:
-            return None, None, None, None
-        logits, routing_map = ctx.saved_tensors
+            return None, None, None, None, None
+        logits, padded, routing_map = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         positions, blocks, settings = _launch(logits, ctx.config, ctx.num_sequences)
         if blocks:
             _backward[(blocks, ctx.num_sequences)](
-                logits, routing_map,
+                logits, padded, routing_map,
                 None if grad_gates is None else grad_gates.contiguous(),
                 None if grad_sums is None else grad_sums.contiguous(),
                 grad_logits, positions, ctx.num_sequences, ctx.config.gate_scale, **settings,
             )  # fmt: skip
-        return grad_logits, None, None, None
+        return grad_logits, None, None, None, None
 
 
 def _launch(
@@ -116,14 +127,18 @@ def _launch(
 
 @triton.jit
 def _tile(  # type: ignore[no-untyped-def]
-    positions, sequences, NUM_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+    padded_ptr, positions, sequences, NUM_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of this program's tile in [T, E], what of it exists, and its columns."""
+    """Offsets of this program's tile in [T, E], what of it exists, what of it routes, columns."""
     position = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_E)
     token = position.to(tl.int64) * sequences + tl.program_id(1)
     exists = (position < positions)[:, None] & (column < NUM_EXPERTS)[None, :]
-    return token[:, None] * NUM_EXPERTS + column[None, :], exists, column
+    routes = exists
+    if padded_ptr is not None:
+        routes = exists & (tl.load(padded_ptr + token, position < positions, 0) == 0)[:, None]
+    return token[:, None] * NUM_EXPERTS + column[None, :], exists, routes, column
 
 
 @triton.jit
@@ -132,30 +147,53 @@ def _scores(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Scores of the tile's experts, 0 in the columns that are none."""
     is_expert = (column < NUM_EXPERTS)[None, :]
-    if SOFTMAX:
-        largest = tl.max(tl.where(is_expert, logits, float("-inf")), axis=1)
-        powers = tl.where(is_expert, tl.exp(logits - largest[:, None]), 0.0)
-        scores = powers / tl.sum(powers, axis=1)[:, None]
-    else:
-        scores = tl.where(is_expert, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
-    return scores
+    return _shares(logits, is_expert) if SOFTMAX else tl.where(is_expert, _sigmoid(logits), 0.0)
+
+
+@triton.jit
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _log_scores(logits, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Logarithms of the scores; those of a softmax up to a constant for each token."""
+    softplus = tl.log(1.0 + tl.exp(-tl.abs(logits)))
+    return logits if SOFTMAX else tl.minimum(logits, 0.0) - softplus
+
+
+@triton.jit
+def _shares(logs, counted):  # type: ignore[no-untyped-def]
+    """A softmax over the counted columns, 0 in the others and where nothing is counted."""
+    largest = tl.max(tl.where(counted, logs, float("-inf")), axis=1)
+    powers = tl.where(counted, tl.exp(logs - largest[:, None]), 0.0)
+    total = tl.sum(powers, axis=1)
+    return powers / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
+def _grad_of_logs(shares, grad):  # type: ignore[no-untyped-def]
+    """From the gradient of `_shares` to that of the logarithms."""
+    return shares * (grad - tl.sum(shares * grad, axis=1)[:, None])
 
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    logits_ptr, bias_ptr, gates_ptr, map_ptr, partial_ptr, positions, sequences, scale,
+    logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, partial_ptr, positions, sequences, scale,
     NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SOFTMAX: tl.constexpr,
     NORMALIZED: tl.constexpr, END: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    at, exists, column = _tile(positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
+    tile = _tile(padded_ptr, positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
+    at, exists, routes, column = tile
     is_expert = (column < NUM_EXPERTS)[None, :]
-    scores = _scores(tl.load(logits_ptr + at, exists, 0.0), column, NUM_EXPERTS, SOFTMAX)
+    logits = tl.load(logits_ptr + at, exists, 0.0)
+    scores = _scores(logits, column, NUM_EXPERTS, SOFTMAX)
 
-    ranked = scores
+    ranked = logits
     if bias_ptr is not None:
-        ranked += tl.load(bias_ptr + column, column < NUM_EXPERTS, 0.0)[None, :]
-    # A float's bits order as the float does once negative ones are turned around. There is no -0:
-    # scores are not negative, and a - a is 0.
+        ranked = scores + tl.load(bias_ptr + column, column < NUM_EXPERTS, 0.0)[None, :]
+    # A float's bits order as the float does once negative ones are turned around and -0 is 0.
+    ranked = tl.where(ranked == 0.0, 0.0, ranked)
     bits = ranked.to(tl.int32, bitcast=True)
     bits = tl.where(ranked != ranked, 0x7FC00000, bits)
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
@@ -168,58 +206,59 @@ def _forward(  # type: ignore[no-untyped-def]
         chosen = chosen | pick
         keys = tl.where(pick, _LOWEST, keys)
 
-    gates = tl.where(chosen & (column < END)[None, :], scores, 0.0)
+    chosen = chosen & routes
+    counted = chosen & (column < END)[None, :]
     if NORMALIZED:
-        total = tl.sum(gates, axis=1)
-        gates = gates / tl.where(total == 0.0, 1.0, total)[:, None]
-        # Where a score is NaN the total is, but only the selected may show it.
-        gates = tl.where(chosen, gates, 0.0)
+        # Where a logit is NaN all shares are, but only the selected may show it.
+        gates = tl.where(counted, _shares(_log_scores(logits, SOFTMAX), counted), 0.0)
+    else:
+        gates = tl.where(counted, scores, 0.0)
     tl.store(gates_ptr + at, gates * scale, exists)
     tl.store(map_ptr + at, chosen, exists)
 
     if partial_ptr is not None:
         if not SOFTMAX:
-            scores = scores / tl.sum(scores, axis=1)[:, None]
+            scores = _shares(_log_scores(logits, SOFTMAX), is_expert)
         out = (tl.program_id(0).to(tl.int64) * sequences + tl.program_id(1)) * 2 * NUM_EXPERTS
-        counts = tl.sum(tl.where(exists & chosen, 1.0, 0.0), axis=0)
-        sums = tl.sum(tl.where(exists, scores, 0.0), axis=0)
+        counts = tl.sum(tl.where(chosen, 1.0, 0.0), axis=0)
+        sums = tl.sum(tl.where(routes, scores, 0.0), axis=0)
         tl.store(partial_ptr + out + column, counts, column < NUM_EXPERTS)
         tl.store(partial_ptr + out + NUM_EXPERTS + column, sums, column < NUM_EXPERTS)
 
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    logits_ptr, map_ptr, grad_gates_ptr, grad_sums_ptr, grad_logits_ptr, positions, sequences,
-    scale, NUM_EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZED: tl.constexpr,
+    logits_ptr, padded_ptr, map_ptr, grad_gates_ptr, grad_sums_ptr, grad_logits_ptr, positions,
+    sequences, scale, NUM_EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZED: tl.constexpr,
     END: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    at, exists, column = _tile(positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
-    scores = _scores(tl.load(logits_ptr + at, exists, 0.0), column, NUM_EXPERTS, SOFTMAX)
+    tile = _tile(padded_ptr, positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
+    at, exists, routes, column = tile
+    is_expert = (column < NUM_EXPERTS)[None, :]
+    logits = tl.load(logits_ptr + at, exists, 0.0)
+    scores = _scores(logits, column, NUM_EXPERTS, SOFTMAX)
+    logs = _log_scores(logits, SOFTMAX)
+    # Gradient of the logarithms of the scores.
     grad = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
 
     if grad_gates_ptr is not None:
         grad_gates = tl.load(grad_gates_ptr + at, exists, 0.0) * scale
         counted = (tl.load(map_ptr + at, exists, 0) != 0) & (column < END)[None, :]
+        grad_gates = tl.where(counted, grad_gates, 0.0)
         if NORMALIZED:
-            # g_i = s_i / n with n the sum of s: dL/ds_i = (dL/dg_i - sum_j dL/dg_j g_j) / n.
-            total = tl.sum(tl.where(counted, scores, 0.0), axis=1)
-            divisor = tl.where(total == 0.0, 1.0, total)[:, None]
-            along = tl.sum(tl.where(counted, grad_gates * (scores / divisor), 0.0), axis=1)
-            grad_gates = (grad_gates - along[:, None]) / divisor
-        grad = tl.where(counted, grad_gates, 0.0)
+            grad += _grad_of_logs(_shares(logs, counted), grad_gates)
+        elif SOFTMAX:
+            grad += _grad_of_logs(scores, grad_gates)
+        else:
+            grad += scores * grad_gates
 
     if grad_sums_ptr is not None:
         of_sequence = grad_sums_ptr + tl.program_id(1) * NUM_EXPERTS + column
         grad_sums = tl.load(of_sequence, column < NUM_EXPERTS, 0.0)[None, :]
-        if SOFTMAX:
-            grad += grad_sums
-        else:
-            total = tl.sum(scores, axis=1)[:, None]
-            along = tl.sum(grad_sums * (scores / total), axis=1)
-            grad += (grad_sums - along[:, None]) / total
+        grad_sums = tl.where(routes, grad_sums, 0.0)
+        grad += _grad_of_logs(_shares(logs, is_expert), grad_sums)
 
-    if SOFTMAX:
-        grad = scores * (grad - tl.sum(scores * grad, axis=1)[:, None])
-    else:
-        grad = scores * (1.0 - scores) * grad
+    if not SOFTMAX:
+        # The slope of the logarithm of a sigmoid is the sigmoid of -x.
+        grad *= _sigmoid(-logits)
     tl.store(grad_logits_ptr + at, grad, exists)

@@ -37,7 +37,10 @@ def megatron_config(moepp: MoEPPConfig, **changes: Any) -> TransformerConfig:
         "num_moe_experts": moepp.num_ffn_experts,
         "moe_router_topk": moepp.router_topk,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_router_load_balancing_type": "none",
+        # As `model/megatron_config.py` sets it.
+        "moe_router_load_balancing_type": "global_aux_loss"
+        if moepp.balance_scope == "global"
+        else "none",
         # megatron-core demands it of top-1 routing.
         "moe_router_pre_softmax": moepp.router_topk == 1,
         "moe_router_dtype": "fp32",

@@ -9,7 +9,7 @@ from moepp_megatron.moe.kernels import combine_triton, router, rows
 
 HOPPER = GPUTarget("cuda", 90, 32)
 INTEGERS = {"positions", "sequences", "num_tokens", "stride", "programs"}
-POINTERS = {"map_ptr": "*i1", "table_ptr": "*i32", "counts_ptr": "*i32"}
+POINTERS = {"map_ptr": "*i1", "padded_ptr": "*i1", "table_ptr": "*i32", "counts_ptr": "*i32"}
 BF16 = {"rows_ptr", "x_ptr", "v_ptr", "addend_ptr", "output_ptr", "grad_ptr"}
 BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 
@@ -44,7 +44,7 @@ def kind(argument: str, constants: dict[str, Any]) -> str:
 def main() -> None:
     """All kernels, each with everything and with as little as possible."""
     experts = {"NUM_EXPERTS": 12, "BLOCK_T": 32, "BLOCK_E": 16, "TOPK": 2, "END": 11}
-    without = {"bias_ptr": None, "partial_ptr": None, "grad_sums_ptr": None}
+    without = {"bias_ptr": None, "padded_ptr": None, "partial_ptr": None, "grad_sums_ptr": None}
     for extra in ({"SOFTMAX": True, "NORMALIZED": True}, {"SOFTMAX": False, "NORMALIZED": False}):
         rest = {} if extra["SOFTMAX"] else without
         for name in ("router._forward", "router._backward"):

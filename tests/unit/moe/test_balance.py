@@ -1,9 +1,11 @@
 """The heterogeneous balance loss: numbers by hand, its gradient, how it joins the loss."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
+from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moepp_megatron.moe.balance import (
@@ -15,7 +17,7 @@ from moepp_megatron.moe.balance import (
 )
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import balance_loss
-from tests.unit.moe.builders import build_layer
+from tests.unit.moe.builders import HIDDEN, build_layer
 
 
 def loss_of(scores, selected, weights, num_sequences=1):
@@ -115,6 +117,34 @@ def test_router_gradient_against_finite_differences(score_function, scope):
         assert logits.grad[index].item() == pytest.approx(difference.item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("types", ["none", "aux_loss"])
+def test_global_scope_needs_counts_that_begin_anew(types):
+    config = MoEPPConfig(num_ffn_experts=3, balance_scope="global")
+    changes = {"moe_router_load_balancing_type": types}
+    with pytest.raises(ValueError, match=r"moe_router_load_balancing_type \(.*global_aux_loss"):
+        build_layer(config, **changes)
+    for scope in ("microbatch", "sequence"):
+        build_layer(dataclasses.replace(config, balance_scope=scope), **changes)
+
+
+def test_global_counts_begin_anew_in_every_step():
+    config = MoEPPConfig(num_ffn_experts=3, balance_scope="global", balance_coeff=0.1)
+    layer = build_layer(config)
+    steps = torch.randn(2, 2, 4, 2, HIDDEN)
+
+    def losses(step):
+        layer.statistics.reset()
+        for hidden in step:
+            layer(hidden, torch.zeros(4, 2, config.num_experts))
+        # What megatron-core's `finalize_model_grads` ends with.
+        reset_model_temporary_tensors(layer.config, [layer])
+        return layer.statistics.balance_loss.item()
+
+    first, second = losses(steps[0]), losses(steps[1])
+    assert losses(steps[1]) == second
+    assert losses(steps[0]) == first != second
+
+
 def share_config(**changes):
     settings = {
         "num_ffn_experts": 3,
@@ -173,7 +203,7 @@ def test_attached_loss_keeps_the_activation_and_gets_a_gradient(per_token_loss, 
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(0.5))
     activation = torch.randn(3, 4, requires_grad=True)
     loss = torch.tensor(2.0, requires_grad=True)
-    attached = attach_loss(activation, attached_loss(loss, 10, 3, per_token_loss))
+    attached = attach_loss(activation, attached_loss(loss, 30, per_token_loss))
     assert torch.equal(attached, activation)
     (attached * 7).sum().backward()
     assert torch.equal(activation.grad, torch.full_like(activation, 7))

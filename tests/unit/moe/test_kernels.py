@@ -148,8 +148,8 @@ def test_ties(compiled, function, largest_bias):
 
 
 @pytest.mark.parametrize("normalization", ["selected", "nonzero"])
-def test_gates_that_are_all_zero(compiled, normalization):
-    # Sigmoid scores of -300 are 0 in fp32: there is nothing to divide by, and no NaN.
+def test_gates_of_scores_that_underflow(compiled, normalization):
+    # Sigmoid scores of -300 are 0 in fp32; their shares are not, and there is no NaN.
     config = settings(E5, 2, score_function="sigmoid", gate_normalization=normalization)
     logits = torch.full((3, 5), -300.0, device=DEVICE)
     logits[1] = torch.tensor([-300.0, -300.0, -300.0, -300.0, 1.0])

@@ -395,14 +395,6 @@ def test_residual_needs_previous_logits():
         layer(torch.randn(4, 1, HIDDEN))
 
 
-def test_padding_mask_is_refused():
-    moepp = MoEPPConfig(num_ffn_experts=4)
-    layer = build_layer(moepp)
-    hidden, previous = inputs(moepp)
-    with pytest.raises(ValueError, match="padding_mask must be None"):
-        layer(hidden, previous, padding_mask=torch.ones(3, 8, dtype=torch.bool))
-
-
 def test_comparison_notices_a_wrong_gradient():
     moepp = MoEPPConfig(num_ffn_experts=4)
     run = run_both(build_layer(moepp), *inputs(moepp))

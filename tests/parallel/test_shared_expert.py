@@ -1,0 +1,68 @@
+"""A shared expert runs while other experts' rows travel: neither reads the other's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parallel.layer_runs import evaluate_layer
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import assemble, compare, settings, train
+
+STEPS = 2
+# fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
+RELATIVE = 1e-5
+
+SHARED = {"num_ffn_experts": 8, "shared_expert_ffn_hidden_size": 16}
+# megatron-core's layer, which runs the shared expert before it gathers.
+VANILLA = {
+    **SHARED,
+    **dict.fromkeys(("num_zero_experts", "num_copy_experts", "num_constant_experts"), 0),
+    "gating_residual": False,
+}
+
+
+def layout(tp: int, ep: int) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": tp > 1,
+        "expert_model_parallel_size": ep,
+    }
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall", "alltoall_dedup"])
+@pytest.mark.parametrize(("world", "tp", "ep"), [(2, 2, 2), (4, 2, 4)])
+def test_training_is_that_of_one_process(
+    ranks: RankPools, world: int, tp: int, ep: int, dispatcher: str
+) -> None:
+    moe = {**SHARED, "dispatcher": dispatcher}
+    one_process = assemble(ranks(1).run(train, settings(moe=moe), STEPS))
+    raw = settings(moe=moe, parallel=layout(tp, ep))
+    compare(assemble(ranks(world).run(train, raw, STEPS)), one_process, RELATIVE)
+
+
+def test_vanilla_training_is_that_of_one_process(ranks: RankPools) -> None:
+    moe = {**VANILLA, "dispatcher": "allgather"}
+    one_process = assemble(ranks(1).run(train, settings(moe=moe), STEPS))
+    raw = settings(moe=moe, parallel=layout(2, 2))
+    compare(assemble(ranks(2).run(train, raw, STEPS)), one_process, RELATIVE)
+
+
+@pytest.mark.parametrize("kind", ["moepp", "vanilla"])
+def test_evaluation_reads_its_own_tokens(ranks: RankPools, kind: str) -> None:
+    """Without autograd, on ranks whose tokens are of two data-parallel shares.
+
+    The tokens that the shared expert gathers are then others than those of the other experts.
+    """
+    moe = SHARED if kind == "moepp" else VANILLA
+    gathered, exchanged = (
+        ranks(4).run(
+            evaluate_layer, settings(moe={**moe, "dispatcher": name}, parallel=layout(2, 4))
+        )
+        for name in ("allgather", "alltoall")
+    )
+    for actual, expected in zip(gathered, exchanged, strict=True):
+        atol = RELATIVE * np.abs(expected).max()
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)

@@ -1,0 +1,312 @@
+"""Padding masks: a padded token is as if it were not there, but for a row of zeros."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+
+from moepp_megatron.moe import selection
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
+from moepp_megatron.moe.reference import ReferenceOutput, balance_loss, select_experts
+from tests.unit.moe.builders import (
+    HIDDEN,
+    SEQUENCE,
+    VOCAB,
+    assert_close,
+    build_layer,
+    build_model,
+    build_transformer_layer,
+    gradient_pairs,
+    randomize,
+    reference_of,
+)
+from tests.unit.moe.test_kernels import DEVICE, E12, FP32, assert_same_selection, compiled, settings
+
+__all__ = ["compiled"]  # A fixture.
+
+LENGTH, BATCH = 8, 4
+
+
+def mask() -> Tensor:
+    """[b, s] with uneven padding: at the end, in the middle, everywhere, nowhere."""
+    padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    padding[0, 5:] = True
+    padding[1, 2:4] = True
+    padding[2] = True
+    return padding
+
+
+def reference_losses(
+    expected: ReferenceOutput, moepp: MoEPPConfig, padded: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Balance loss and z-loss of the tokens [T] that are not padding, T in [s, b] order."""
+    logits = expected.logits_TE.view(LENGTH, BATCH, -1)
+    valid = ~padded.view(LENGTH, BATCH)
+    groups = [logits[valid]]
+    if moepp.balance_scope == "sequence":
+        groups = [logits[valid[:, b], b] for b in range(BATCH) if valid[:, b].any()]
+    losses = []
+    for tokens in groups:
+        _, selected, scores = select_experts(tokens, moepp)
+        losses.append(balance_loss(scores, selected, moepp))
+    return torch.stack(losses).mean(), torch.logsumexp(logits[valid], dim=-1).square().mean()
+
+
+def check_layer(layer: MoEPPLayer, z_loss: float = 0.0) -> ReferenceOutput:
+    """Compare output, logits, every gradient and all counts with the reference's."""
+    moepp, padding = layer.moepp, mask()
+    reference = reference_of(layer)
+    reference.ffn_demand = layer.router.ffn_demand
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    padded = padding.T.reshape(-1)
+    hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, moepp.num_experts))
+    # What padded tokens hold must not matter.
+    hidden[padding.T], previous[padding.T] = 1e4, 1e4
+    leaves = [t.clone().requires_grad_() for t in (hidden, previous)]
+    output, logits = layer(*leaves, padding_mask=padding)
+    to_output, to_logits = torch.randn_like(output), torch.randn_like(logits) * 0.1
+    ((output * to_output).sum() + (logits * to_logits).sum()).backward()
+
+    ref_leaves = [t.flatten(0, 1).clone().requires_grad_() for t in (hidden, previous)]
+    expected = reference(*ref_leaves, padded_T=padded)
+    balance, z = reference_losses(expected, moepp, padded)
+    tokens = (~padded).sum() if layer.config.calculate_per_token_loss else 1
+    loss = (expected.hidden_TD * to_output.flatten(0, 1)).sum()
+    loss = loss + (expected.logits_TE * to_logits.flatten(0, 1)).sum()
+    (loss + tokens * (moepp.balance_coeff * balance + z_loss * z)).backward()
+
+    assert_close(output.flatten(0, 1), expected.hidden_TD, "output")
+    assert_close(logits.flatten(0, 1), expected.logits_TE, "logits")
+    assert torch.equal(output[padding.T], torch.zeros(int(padding.sum()), HIDDEN))
+    assert not logits[padding.T].any()
+    for leaf, ref in zip(leaves, ref_leaves, strict=True):
+        assert not leaf.grad[padding.T].any()
+        assert_close(leaf.grad.flatten(0, 1), ref.grad, "gradient of an input")
+    for name, actual, wanted in gradient_pairs(layer, reference):
+        assert_close(actual, wanted, f"gradient of {name}")
+
+    statistics = layer.statistics
+    assert statistics.num_tokens == (~padded).sum()
+    assert statistics.selected.tolist() == expected.selected_TE.sum(dim=0).tolist()
+    assert_close(statistics.balance_loss, balance, "balance loss")
+    if moepp.capacity_factor is not None:
+        limits = torch.tensor(moepp.capacities(int((~padded).sum())))
+        over = (expected.selected_TE.sum(dim=0) - limits).clamp(min=0).sum()
+        assert statistics.dropped == over > 0
+    return expected
+
+
+LAYERS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "paper": ({}, "alltoall", {}),
+    "released": (
+        {"gate_normalization": "nonzero", "expert_input_scale": 2.0},
+        "alltoall_dedup",
+        {},
+    ),
+    "sequence": ({"balance_scope": "sequence", "score_function": "sigmoid"}, "allgather", {}),
+    "global": (
+        {"balance_scope": "global", "gate_normalization": "selected"},
+        "alltoall",
+        {"calculate_per_token_loss": False},
+    ),
+    "capacity": ({"capacity_factor": 0.6, "logits_norm_std": 1.5}, "alltoall", {}),
+    "z-loss": ({}, "alltoall", {"moe_z_loss_coeff": 0.3}),
+    "z-loss, mean": (
+        {"balance_scope": "sequence"},
+        "alltoall_dedup",
+        {"moe_z_loss_coeff": 0.3, "calculate_per_token_loss": False},
+    ),
+    "two layers": ({"two_layer_gate": True, "num_constant_experts": 0}, "allgather", {}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_layer_against_reference(compiled: Any, fused: bool, name: str) -> None:
+    moepp, dispatcher, changes = LAYERS[name]
+    config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, fused=fused, **moepp)
+    layer = build_layer(config, dispatcher=dispatcher, **changes)
+    check_layer(layer, changes.get("moe_z_loss_coeff", 0.0))
+
+
+def test_recomputed_layer() -> None:
+    config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, capacity_factor=0.8)
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    check_layer(build_layer(config, **recompute))
+
+
+@pytest.mark.parametrize("demand", ["one", "all"])
+def test_demanded_experts(demand: Any) -> None:
+    layer = build_layer(MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5))
+    layer.router.set_ffn_demand(demand)
+    check_layer_with_demand(layer)
+
+
+def check_layer_with_demand(layer: MoEPPLayer) -> None:
+    expected = check_layer(layer)
+    made = expected.selected_TE.sum(dim=0)
+    wanted = layer.statistics.wanted_selections()
+    assert wanted.sum() == made.sum()
+    assert wanted.tolist() != made.tolist()
+
+
+def test_shared_experts_return_nothing_for_padding() -> None:
+    layer = build_layer(MoEPPConfig(num_ffn_experts=4), moe_shared_expert_intermediate_size=8)
+    hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
+    padding = mask()
+    output, _ = layer(hidden, previous, padding_mask=padding)
+    routed = reference_of(layer)(
+        hidden.flatten(0, 1), previous.flatten(0, 1), padded_T=padding.T.reshape(-1)
+    ).hidden_TD.view_as(hidden)
+    shared = layer.shared_experts(hidden).masked_fill(padding.T.unsqueeze(-1), 0.0)
+    assert_close(output, routed + shared, "output")
+    assert not output[padding.T].any()
+
+
+@pytest.mark.parametrize("all_padding", [False, True])
+def test_masks_of_all_and_of_nothing(all_padding: bool) -> None:
+    config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, capacity_factor=1.0)
+    layer = build_layer(config, moe_z_loss_coeff=0.1)
+    hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
+    output, _ = layer(hidden, previous, padding_mask=torch.full((BATCH, LENGTH), all_padding))
+    output.square().sum().backward()
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    if all_padding:
+        assert not output.any()
+        assert [name for name, grad in grads.items() if grad is not None and grad.any()] == []
+        assert layer.statistics.num_tokens == 0
+        return
+    layer.zero_grad()
+    layer.statistics.reset()
+    unmasked, _ = layer(hidden, previous)
+    unmasked.square().sum().backward()
+    assert torch.equal(output, unmasked)
+    for name, parameter in layer.named_parameters():
+        assert_close(grads[name], parameter.grad, name)
+
+
+@pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("sequences", [None, 1, 3])
+def test_kernel(compiled: Any, function: str, normalization: str, sequences: int | None) -> None:
+    config = settings(E12, 3, score_function=function, gate_normalization=normalization)
+    logits = torch.randn(66, 12, device=DEVICE)
+    padded = torch.rand(66, device=DEVICE) < 0.4
+    weights = torch.randn(2, 66, 12, device=DEVICE)
+
+    def run(select: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        leaf = logits.clone().requires_grad_()
+        chosen = select(leaf, None, config, sequences, padded=padded)
+        loss = (chosen.gates * weights[0]).sum()
+        if sequences is not None:
+            loss = loss + (chosen.score_sums * weights[1][:sequences]).sum()
+        return chosen, torch.autograd.grad(loss, leaf)[0]
+
+    actual, grad = run(compiled.select)
+    expected, expected_grad = run(selection.select)
+    assert_same_selection(actual, expected)
+    assert_close(grad, expected_grad, "gradient of logits", FP32)
+    assert (actual.routing_map.sum(dim=1) == torch.where(padded, 0, 3)).all()
+    assert not grad[padded].any()
+
+
+def test_router_health_measures_tokens_alone() -> None:
+    config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5)
+    layer = build_layer(config)
+    hidden, previous = (torch.randn(LENGTH, 1, n) for n in (HIDDEN, 8))
+    padding = mask()[1:2]
+
+    def measured(*inputs: Tensor, **kwargs: Any) -> Tensor:
+        health = layer.router.health
+        health.reset()
+        health.enabled = True
+        layer(*inputs, **kwargs)[0].sum().backward()
+        return health.as_vector()
+
+    with_padding = measured(hidden, previous, padding_mask=padding)
+    tokens = ~padding[0]
+    # Sums over the same tokens; without their neighbours matrix products round differently.
+    torch.testing.assert_close(
+        with_padding, measured(hidden[tokens], previous[tokens]), rtol=1e-5, atol=1e-5
+    )
+    measured(hidden, previous, padding_mask=padding)
+    counts = layer.router.health.ffn_counts
+    assert counts is not None
+    assert counts.shape == (LENGTH,)
+    assert not counts[padding[0]].any()
+
+
+def test_cells_of_the_routing_profile() -> None:
+    layer = build_layer(MoEPPConfig(num_ffn_experts=4))
+    layer.statistics.num_cells = 1
+    padding = mask()
+    hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
+    tags = torch.zeros(LENGTH, BATCH, dtype=torch.int64)
+    layer(hidden, previous, padding_mask=padding, tags=tags)
+    cells, selected = layer.statistics.cells, layer.statistics.selected
+    assert cells.tolist() == [[int(selected[:4].sum()), int((~padding).sum())]]
+
+
+RECOMPUTES: dict[str, dict[str, Any]] = {
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+def model_step(changes: dict[str, Any]) -> dict[str, Tensor]:
+    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1)
+    model = build_model(moepp, **changes)
+    torch.manual_seed(5)
+    randomize(model, std=0.1)
+    tokens = torch.randint(VOCAB, (2, SEQUENCE + 1))
+    positions = torch.arange(SEQUENCE).expand(2, -1)
+    loss = model(
+        tokens[:, :-1].contiguous(),
+        positions,
+        None,
+        labels=tokens[:, 1:].contiguous(),
+        padding_mask=tokens[:, :-1] % 3 == 0,
+    )
+    loss.sum().backward()
+    for layer in model.decoder.layers:
+        assert layer.mlp.statistics.num_tokens == (tokens[:, :-1] % 3 != 0).sum()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTES)
+def test_model_with_recompute_gives_the_same_bits(recompute: str) -> None:
+    expected, actual = model_step({}), model_step(RECOMPUTES[recompute])
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_vanilla_layer_counts_no_padding() -> None:
+    config = MoEPPConfig(4, 0, 0, 0, gating_residual=False)
+    layer = build_layer(config)
+    assert isinstance(layer, VanillaMoELayer)
+    layer(torch.randn(LENGTH, BATCH, HIDDEN), padding_mask=mask())
+    tokens = int((~mask()).sum())
+    assert layer.statistics.num_tokens == tokens
+    assert layer.statistics.selected.sum() == 2 * tokens
+
+
+def test_mask_of_another_shape_is_refused() -> None:
+    layer = build_layer(MoEPPConfig(num_ffn_experts=4))
+    hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
+    with pytest.raises(ValueError, match=r"padding_mask \(4, 8\) must have a value for each"):
+        layer(hidden, previous, padding_mask=torch.zeros(8, 4, dtype=torch.bool))
+
+
+def test_captured_router_refuses_a_mask() -> None:
+    layer = build_transformer_layer(MoEPPConfig(num_ffn_experts=4))
+    layer.captured = SimpleNamespace(has_router=True)
+    with pytest.raises(ValueError, match="padding_mask must be None where .* moe_router"):
+        layer._forward_moe(torch.randn(LENGTH, BATCH, HIDDEN), None, mask(), None)
