@@ -11,15 +11,16 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.data.manifest import TOKENIZER, Manifest
+from moepp_megatron.data.tokenizer import tokenizer_file
 
 _SHOWN = 16
 
 
-def tokenizer_file(config: Config) -> Path:
+def tokenizer_of_run(config: Config) -> Path:
     """The `tokenizer.json` of a run: `data.tokenizer`, or the one in `data.path`."""
     path = config.data.tokenizer or config.data.path
     assert path is not None, "training needs data.path"
-    return path / TOKENIZER if path.is_dir() else path
+    return tokenizer_file(path)
 
 
 def check_corpus_tokenizer(config: Config, manifest: Manifest) -> None:
@@ -35,7 +36,7 @@ def check_corpus_tokenizer(config: Config, manifest: Manifest) -> None:
         ConfigError: It is another tokenizer, or none, or cannot be read.
     """
     assert config.data.path is not None, "training needs data.path"
-    file, own = tokenizer_file(config), config.data.path / TOKENIZER
+    file, own = tokenizer_of_run(config), config.data.path / TOKENIZER
     found = _sha256(file)
     if found == manifest.tokenizer_sha256:
         return
@@ -71,7 +72,7 @@ def check_model_tokenizer(config: Config, trained: Path) -> None:
     """
     if config.data.path is None or not trained.is_file():
         return
-    file = tokenizer_file(config)
+    file = tokenizer_of_run(config)
     here, there = _sha256(file), _sha256(trained)
     if here == there:
         return

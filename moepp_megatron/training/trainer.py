@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.datasets import build_datasets
-from moepp_megatron.data.same_tokenizer import tokenizer_file
+from moepp_megatron.data.same_tokenizer import tokenizer_of_run
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.observe.alerts import Alert, AlertSinks
 from moepp_megatron.observe.metrics import StepMetrics
@@ -67,7 +67,7 @@ class Trainer:
         self.layout = layout
         self.model: TrainingModel = build_training_model(config)
         assert config.data.path is not None, "training needs data.path"
-        self._tokenizer = tokenizer_file(config)
+        self._tokenizer = tokenizer_of_run(config)
         self._train_set, self._valid_set, _ = build_datasets(
             Path(config.data.path),
             Tokenizer.load(self._tokenizer),
