@@ -5,13 +5,13 @@ With `--build-rank` it builds that rank too, and compares.
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 
 from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
 from moepp_megatron.planning.memory import rank_memory
 from moepp_megatron.planning.workload import Modules
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
+from moepp_megatron.runtime.terminal import Console
 
 # A large grid says nothing that its first and last ranks do not.
 _MOST_ROWS = 32

@@ -23,7 +23,9 @@ from moepp_megatron.cli import (
     slurm,
     train,
 )
+from moepp_megatron.cli.paths import check_paths
 from moepp_megatron.config import ConfigError, UnfitError
+from moepp_megatron.config.printable import printable
 
 app = typer.Typer(
     name="moepp",
@@ -47,6 +49,7 @@ app.command()(plan.plan)
 app.command()(pilot.pilot)
 app.command()(scale.scale)
 app.command()(slurm.slurm)
+check_paths(app)
 
 
 def run() -> None:
@@ -54,7 +57,8 @@ def run() -> None:
     try:
         app()
     except (ConfigError, UnfitError) as error:
-        typer.echo(f"error: {error}", err=True)
+        # It may quote a file that comes from elsewhere.
+        typer.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
 
 

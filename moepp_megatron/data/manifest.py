@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.config.json_file import read_json
+
 FORMAT_VERSION = 1
 NAME = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -94,7 +96,7 @@ class Manifest:
             FileNotFoundError: there is none.
             ValueError: it is damaged or of another format version.
         """
-        values: Any = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        values: Any = read_json(folder / NAME)
         try:
             if values["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format_version is {values['format_version']}")
