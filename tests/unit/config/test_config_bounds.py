@@ -22,6 +22,8 @@ def whole_numbers(model: type[Section] = Config, prefix: str = "") -> dict[str, 
     for name, field in model.model_fields.items():
         inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
         section = next((a for a in inner if isinstance(a, type) and issubclass(a, Section)), None)
+        if section is not None and field.annotation == list[section]:  # type: ignore[valid-type]
+            continue
         if section is not None:
             names |= whole_numbers(section, f"{prefix}{name}.")
         elif int in inner or list[int] in inner:
@@ -38,6 +40,14 @@ def test_every_whole_number_is_bounded():
             load_config(QUICKSTART, [f"{name}={value}"])
         lines = [line for line in str(caught.value).splitlines() if line.startswith(f"{name} (")]
         assert re.search(rf"{HUGE}\]?\) must be (at most|less than)", lines[0]), lines
+
+
+def test_numbers_in_a_list_of_sections_are_bounded():
+    rule = f"{{name: mine, metric: ffn_fraction, below: 0.2, for_steps: {HUGE}}}"
+    with pytest.raises(
+        ConfigError, match=rf"^routing_guard.rules\[0\].for_steps \({HUGE}\) must be"
+    ):
+        load_config(QUICKSTART, [f"routing_guard.rules=[{rule}]"])
 
 
 def bomb(width: int, levels: int) -> str:
