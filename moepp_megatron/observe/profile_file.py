@@ -69,7 +69,7 @@ class StoredProfile:
                 f"{name} ({path}) must be a file that can be read ({error.strerror}); {remedy}"
             ) from error
         except ValueError as error:
-            raise ConfigError(f"{name} ({path}) must be a JSON file; {remedy}") from error
+            raise ConfigError(f"{name} ({path}) must be a JSON file ({error}); {remedy}") from error
         try:
             return cls._from_json(values, settings)
         except ValueError as error:
