@@ -21,6 +21,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from moepp_megatron.config.errors import ConfigError, UnfitError
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.observe.atomic import write_atomic
 
 
@@ -91,7 +92,7 @@ def driver_version() -> str | None:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError:
         return None
     except ValueError as error:

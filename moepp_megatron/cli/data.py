@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from moepp_megatron.data.manifest import Manifest
     from moepp_megatron.data.verify import FileState
+    from moepp_megatron.runtime.terminal import Console
 
 app = typer.Typer(help="Prepare and check training data.", no_args_is_help=True)
 
@@ -62,11 +61,10 @@ def prepare(
     Raises:
         ConfigError: an argument, a source or the output folder cannot be used.
     """
-    from rich.console import Console
-
     from moepp_megatron.data.prepare import PrepareSettings
     from moepp_megatron.data.prepare import prepare as prepare_data
     from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.terminal import Console
 
     quiet()
     console = Console()
@@ -127,7 +125,7 @@ def verify(
     Raises:
         ConfigError: it is none, or damaged.
     """
-    from rich.console import Console
+    from moepp_megatron.runtime.terminal import Console
 
     from moepp_megatron.data.progress import track
     from moepp_megatron.data.verify import damaged, read_manifest

@@ -113,7 +113,7 @@ def _show(findings: list[Finding], preflight: bool, as_json: bool, out: Path | N
     elif preflight:
         typer.echo(counts(findings))
     else:
-        from rich.console import Console
+        from moepp_megatron.runtime.terminal import Console
 
         # A log has no width; rich would take 80 columns, too narrow for three of text.
         console = Console(width=None if sys.stdout.isatty() else 140)

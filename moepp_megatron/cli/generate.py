@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from moepp_megatron.config.printable import printable
 
 if TYPE_CHECKING:
     from moepp_megatron.training.generate_request import GenerateRequest
@@ -87,4 +90,6 @@ def _generate_rank(request: GenerateRequest) -> None:
         texts = generate_texts(request)
     if rank.rank == 0:
         # An empty line between texts.
-        typer.echo("\n\n".join(texts))
+        text = "\n\n".join(texts)
+        # A model may have learnt to write what a terminal obeys; a file gets what it wrote.
+        typer.echo(printable(text) if sys.stdout.isatty() else text)

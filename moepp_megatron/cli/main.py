@@ -23,8 +23,10 @@ from moepp_megatron.cli import (
     slurm,
     train,
 )
+from moepp_megatron.cli.paths import check_paths
 from moepp_megatron.cli.usage import COMMANDS, UsageError, refuse
 from moepp_megatron.config import ConfigError, UnfitError
+from moepp_megatron.config.printable import printable
 
 app = typer.Typer(
     name="moepp",
@@ -52,6 +54,7 @@ app.command()(plan.plan)
 app.command()(pilot.pilot)
 app.command()(scale.scale)
 app.command()(slurm.slurm)
+check_paths(app)
 
 
 def run() -> None:
@@ -59,7 +62,8 @@ def run() -> None:
     try:
         status = app(prog_name="moepp", standalone_mode=False)
     except (ConfigError, UnfitError) as error:
-        typer.echo(f"error: {error}", err=True)
+        # It may quote a file that comes from elsewhere.
+        typer.echo(f"error: {printable(str(error))}", err=True)
         from moepp_megatron.runtime.launch import write_status
 
         # Of a rank: torchrun would turn it into 1.

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.config.printable import printable
 
 
 def monitor(
@@ -23,10 +24,13 @@ def monitor(
         typer.Option(
             min=1,
             max=65535,
-            help="Serve the newest record on this port of 127.0.0.1, until stopped.",
+            help="Serve the newest record on this port of --bind, until stopped.",
             metavar="PORT",
         ),
     ] = None,
+    bind: Annotated[
+        str, typer.Option(help="Address that --prometheus listens on.", metavar="ADDRESS")
+    ] = "127.0.0.1",
 ) -> None:
     """Show how a run goes: loss, FFN share, experts of each layer, alerts, speed, energy.
 
@@ -36,19 +40,24 @@ def monitor(
         raise ConfigError(
             "--once (true) must not come with --prometheus, which serves until stopped; use one"
         )
-    from rich.console import Console
-
     from moepp_megatron.report.live.run import LiveRun
     from moepp_megatron.report.live.screen import print_frame, watch
     from moepp_megatron.report.run_data import ReportError
+    from moepp_megatron.runtime.terminal import Console
 
     console = Console()
     try:
         live = LiveRun(run)
         if prometheus is not None:
-            from moepp_megatron.report.live.prometheus import serve, wait_until_stopped
+            from moepp_megatron.report.live.prometheus import is_open, serve, wait_until_stopped
 
-            address = serve(LiveRun(run), prometheus)
+            address = serve(LiveRun(run), prometheus, bind)
+            if is_open(bind):
+                typer.echo(
+                    f"warning: --bind ({bind}) lets other machines read this run's numbers, "
+                    "without a password and unencrypted; use 127.0.0.1 and a tunnel",
+                    err=True,
+                )
             typer.echo(f"serving {address}")
             if not console.is_terminal:
                 wait_until_stopped()
@@ -58,5 +67,5 @@ def monitor(
         else:
             watch(live, console, interval, until_over=prometheus is None)
     except ReportError as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {printable(str(error))}", err=True)
         raise typer.Exit(ReportError.exit_code) from None

@@ -118,6 +118,8 @@ def _problem(
             f"must be given: {field.description}",
             f"add {key} under {section}: or pass {name}=VALUE",
         )
+    if first["type"] == "no_path":
+        return Problem(name, value, first["ctx"]["rule"], first["ctx"]["remedy"])
     if first["type"] in _BOUNDS:
         return _bound_problem(name, field, first, value)
     if first["type"] == "literal_error":

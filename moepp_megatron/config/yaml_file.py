@@ -1,4 +1,4 @@
-"""Reading YAML: safe, without duplicate keys, with 1e-4 as a number, with errors that say where."""
+"""Reading YAML: safe, bounded, no duplicate keys, 1e-4 is a number, and errors say where."""
 
 from __future__ import annotations
 
@@ -10,9 +10,30 @@ import yaml
 
 from moepp_megatron.config.errors import ConfigError
 
+# Values, keys and collections; an alias counts as all that it stands for. Hundreds are usual.
+_MAX_NODES = 20_000
+_MAX_DEPTH = 64
+_MAX_CHARACTERS = 1_000_000
+
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads exponents as YAML 1.2 does."""
+    """SafeLoader in bounds that refuses duplicate keys and reads exponents as YAML 1.2 does."""
+
+    _num_composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse too many nodes before they are all there."""
+        self._num_composed += 1
+        if self._num_composed > _MAX_NODES:
+            raise _too_large(None)
+        return super().compose_node(parent, index)
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Refuse a few nodes that stand for too many: aliases of aliases."""
+        node = super().get_single_node()
+        if node is not None:
+            _expanded(node, {}, 1)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key written twice; PyYAML would silently keep the last one."""
@@ -29,6 +50,30 @@ class _StrictLoader(yaml.SafeLoader):
                     )
                 seen[key_node.value] = key_node.start_mark
         return super().construct_mapping(node, deep)
+
+
+def _expanded(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """How many nodes `node` is, with its aliases written out."""
+    if id(node) in known:
+        return known[id(node)]
+    if depth > _MAX_DEPTH:
+        raise _too_large(node, f"nested more than {_MAX_DEPTH} levels deep, or contains itself")
+    below: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        below = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        below = node.value
+    count = 1 + sum(_expanded(part, known, depth + 1) for part in below)
+    if count > _MAX_NODES:
+        raise _too_large(node)
+    known[id(node)] = count
+    return count
+
+
+def _too_large(node: yaml.Node | None, what: str | None = None) -> yaml.MarkedYAMLError:
+    problem = what or f"more than {_MAX_NODES} values, aliases written out"
+    mark = None if node is None else node.start_mark
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 # YAML 1.1, which PyYAML reads, takes 1e-4 and 1.0e4 for text; every user means the number.
@@ -49,6 +94,11 @@ def parse_yaml(text: str, source: str) -> Any:
     Raises:
         ConfigError: Not YAML; the message names the source, the line and what is wrong there.
     """
+    if len(text) > _MAX_CHARACTERS:
+        raise ConfigError(
+            f"{source}: must have at most {_MAX_CHARACTERS} characters and has {len(text)}; give a "
+            "configuration"
+        )
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a subclass of SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -69,7 +119,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, unreadable, empty, not YAML or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_CHARACTERS + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; check the path of the configuration") from None
     except UnicodeDecodeError:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.config.json_file import read_json
+
 FORMAT_VERSION = 1
 NAME = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -100,13 +102,13 @@ class Manifest:
             ValueError: it is damaged or of another format version.
         """
         try:
-            values: Any = json.loads((folder / NAME).read_text(encoding="utf-8"))
+            values: Any = read_json(folder / NAME)
             if values["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format_version is {values['format_version']}")
             values["sources"] = [SourceSummary(**source) for source in values["sources"]]
             values["inputs"] = Inputs(**values["inputs"])
             manifest = cls(**values)
-        except (KeyError, TypeError, RecursionError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"not a manifest ({error})") from error
         if not manifest._is_sound():
             raise ValueError("not a manifest (numbers or files are missing)")

@@ -11,6 +11,7 @@ from pathlib import Path
 import tokenizers
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.data.long_text import can_cut, cut_text
 from moepp_megatron.data.manifest import NAME as MANIFEST
 from moepp_megatron.data.manifest import TOKENIZER, Manifest
@@ -211,7 +212,7 @@ def named_eod_token(path: Path) -> str | None:
     except (OSError, ValueError):
         pass  # no prepared folder
     try:
-        content = json.loads((path.parent / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        content = read_json(path.parent / TOKENIZER_CONFIG)
     except (OSError, ValueError):
         return None
     token = content.get("eos_token") if isinstance(content, dict) else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moepp_megatron.config import ConfigError, UnfitError
+from moepp_megatron.config.json_file import parse_json
 
 Tagger = Literal["nltk", "spacy"]
 
@@ -82,7 +83,7 @@ def token_tags(spans: Sequence[Sequence[int]], tagged: Iterable[TaggedSpan]) -> 
 
 def _json_pairs(content: str, path: Path) -> list[tuple[str, str, str]]:
     try:
-        entries = json.loads(content)
+        entries = parse_json(content)
     except ValueError as error:
         raise ConfigError(
             f"--pos-tags ({path}) must be JSON or lines ({error}); correct it"

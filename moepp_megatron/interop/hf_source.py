@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp_megatron.config import ConfigError
+from moepp_megatron.config import ConfigError, json_file
 from moepp_megatron.interop.safetensors_file import TensorEntry, read_header, read_tensor
 
 
@@ -120,11 +119,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: If it cannot be read or is no object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_file.read_json(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); name its folder") from None
-    except ValueError:
-        raise ConfigError(f"{path} must be JSON; fetch it again") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} must be JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a JSON object; fetch it again")
     return content

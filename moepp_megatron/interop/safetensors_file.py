@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.config.json_file import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -73,13 +74,13 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise _broken(file, f"has {size} bytes, too few for its header of {length}")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
     except OSError as error:
         raise _broken(file, f"cannot be read ({error.strerror})") from None
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
-        raise _broken(file, "has a header that is no JSON") from None
+        raise _broken(file, f"has a header that is no JSON ({error})") from None
     if not isinstance(header, dict):
         raise _broken(file, "has a header that is no JSON object")
     header.pop("__metadata__", None)

@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from moepp_megatron.interop.checkpoint_reader import read_index
 from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.stage import PipelineStage, evaluation_stages
@@ -39,8 +38,6 @@ def score_tokens(request: ScoreRequest) -> dict[str, np.ndarray] | None:
 
 def scoring_stages(request: ScoreRequest) -> list[PipelineStage]:
     """This rank's part of the checkpoint's model, ready to score; every rank must call."""
-    # megatron-core would run whatever the pickled index of a stranger's checkpoint asks for.
-    read_index(request.checkpoint)
     models = build_model(request.config)
     load_weights(request.checkpoint, models)
     return evaluation_stages(models, request.config)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.problem import show
 from moepp_megatron.data.atomic import partial_folder, publish
 from moepp_megatron.data.progress import track
@@ -28,6 +28,7 @@ from moepp_megatron.interop.zero_expert_formats import (
     qwen3_moe_rules,
     zeda_hf_config,
 )
+from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
 
 DEFAULT_SHARD_BYTES = 5 * 1000**3
@@ -209,7 +210,7 @@ def _warnings(config: Config, layout: str) -> Iterator[str]:
 def _kept_fields(folder: Path) -> dict[str, Any]:
     file = folder / HF_CONFIG_FILE
     if file.is_file():
-        original = json.loads(file.read_text(encoding="utf-8"))
+        original = read_json(file)
         return {key: original[key] for key in _KEPT_FIELDS if key in original}
     if (folder / TOKENIZER_FILE).is_file():
         from moepp_megatron.data.tokenizer import Tokenizer

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from moepp_megatron.config import Config, ConfigError
@@ -19,6 +18,7 @@ from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource, TensorInfo
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.rules import Rule, linear_modules
+from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE
 
 # Beside the weights, so that the way back gives what this package has no field for.

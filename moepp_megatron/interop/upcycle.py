@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from moepp_megatron.config import Config, ConfigError
@@ -42,6 +41,7 @@ from moepp_megatron.interop.rules import (
     stacked,
 )
 from moepp_megatron.interop.to_mcore import write_checkpoint
+from moepp_megatron.runtime.terminal import Console
 
 DENSE_TYPES = ("llama", "qwen3")
 MOE_TYPES = ("mixtral", "qwen3_moe")

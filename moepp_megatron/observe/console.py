@@ -3,10 +3,10 @@
 import statistics
 from collections import deque
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.runtime.terminal import Console
 
 # Enough steps that one slow one (a checkpoint, an evaluation) does not move the estimate.
 STEP_TIME_WINDOW = 20

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.schema.routing_guard import ShiftSection
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.profile_noise import ProfileNoise
@@ -62,13 +63,13 @@ class StoredProfile:
         """
         remedy = f"use {PROFILE_FILE} of a run with the routing guard"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except OSError as error:
             raise ConfigError(
                 f"{name} ({path}) must be a file that can be read ({error.strerror}); {remedy}"
             ) from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{name} ({path}) must be a JSON file; {remedy}") from error
+        except ValueError as error:
+            raise ConfigError(f"{name} ({path}) must be a JSON file ({error}); {remedy}") from error
         try:
             return cls._from_json(values, settings)
         except ValueError as error:

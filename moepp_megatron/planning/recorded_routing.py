@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.planning.imbalance import Routing, evenness_of
 
 
@@ -58,7 +58,7 @@ def _late_steps(source: Path, num_ffn_experts: int) -> list[dict[str, Any]]:
     """Lines of the second half of a run that hold shares."""
     path = source / "metrics.jsonl" if source.is_dir() else source
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = [parse_json(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--routing ({source}) must be a run or a metrics.jsonl ({error}); name one"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.profiling.formats.kineto import read_kineto
 from moepp_megatron.profiling.formats.sources import SYNTHETIC_MARK
 from moepp_megatron.profiling.trace import ProfileError, RankTrace
@@ -73,7 +73,7 @@ def _load(path: Path) -> RankTrace:
 
 def _about(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise ProfileError(f"{path}: cannot be read ({error}); record the profile again") from None
     if not isinstance(content, dict) or content.get("format") != 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.profiling.collective import Collective, bus_factor
 from moepp_megatron.profiling.formats.records import SourceError, read_bytes
 from moepp_megatron.profiling.formats.sources import Recording
@@ -114,7 +114,7 @@ def read_summary(path: Path) -> Summary:
         SourceError: The file cannot be read, or is something else.
     """
     try:
-        content = json.loads(read_bytes(path))
+        content = parse_json(read_bytes(path))
     except ValueError as error:
         if isinstance(error, SourceError):
             raise

@@ -12,7 +12,6 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from moepp_megatron.bench.dispatch import DispatchResult, DispatchSetting
@@ -20,6 +19,7 @@ from moepp_megatron.bench.layer import LayerResult
 from moepp_megatron.bench.step import StepResult
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.report.drawing import BLUE, INK, MUTED, STYLE, VERMILION
+from moepp_megatron.runtime.terminal import Console
 
 # A log has no width of its own; the widest table fits.
 _LOG_WIDTH = 110

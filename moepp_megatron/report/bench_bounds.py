@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from moepp_megatron.bench.card import CardResult, card_obstacle
 from moepp_megatron.bench.layer import LayerResult
+from moepp_megatron.runtime.terminal import Console
 
 _PARTS = ("router", "dispatch", "experts", "zero_computation", "combine")
 

@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from moepp_megatron.bench.collective_cases import KINDS
 from moepp_megatron.bench.collectives import CollectiveResult
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.report.drawing import BLUE, GREEN, INK, VERMILION, plot_style
+from moepp_megatron.runtime.terminal import Console
 
 # Okabe and Ito's palette, a marker each for print.
 _LOOKS = {

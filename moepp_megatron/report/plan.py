@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from moepp_megatron.observe.atomic import write_atomic
@@ -22,6 +21,7 @@ from moepp_megatron.planning.plan import Plan
 from moepp_megatron.planning.planned import Planned
 from moepp_megatron.report import formatting
 from moepp_megatron.report.drawing import BLUE, GREEN, INK, MUTED, STYLE, VERMILION
+from moepp_megatron.runtime.terminal import Console
 
 _LOG_WIDTH = 120
 

@@ -2,13 +2,21 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.schema.section import LARGEST, LARGEST_OF_ALL
+from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.observe.alerts import ALERTS_FILE, Alert, read_alerts
 from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
+
+# A run's folder may come from elsewhere: what it counts is bounded as in the configuration.
+Layers = Annotated[int, Field(ge=1, le=LARGEST["layers"])]
+Experts = Annotated[int, Field(ge=0, le=LARGEST["experts"])]
+Count = Annotated[int, Field(ge=1, le=LARGEST_OF_ALL)]
 
 
 class ReportError(ValueError):
@@ -26,11 +34,11 @@ class RunSection(BaseModel):
 class ModelSection(BaseModel):
     """What the report needs of ``model:``."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    vocab_size: int
-    seq_length: int
+    num_layers: Layers
+    hidden_size: Count
+    ffn_hidden_size: Count
+    vocab_size: Count
+    seq_length: Count
 
 
 class BudgetSection(BaseModel):
@@ -42,16 +50,16 @@ class BudgetSection(BaseModel):
 class MoESection(BaseModel):
     """What the report needs of ``moe:``."""
 
-    num_ffn_experts: int
-    num_constant_experts: int = 0
-    num_copy_experts: int = 0
-    num_zero_experts: int = 0
-    router_topk: int
+    num_ffn_experts: Experts
+    num_constant_experts: Experts = 0
+    num_copy_experts: Experts = 0
+    num_zero_experts: Experts = 0
+    router_topk: Count
     tau: float
     gating_residual: bool
     two_layer_gate: bool = False
-    layer_freq: int | list[int] = 1
-    ffn_hidden_size: int | None = None
+    layer_freq: Layers | list[int] = 1
+    ffn_hidden_size: Count | None = None
     dispatcher: str = "alltoall"
     budget: BudgetSection = BudgetSection()
 
@@ -59,10 +67,10 @@ class MoESection(BaseModel):
 class ParallelSection(BaseModel):
     """What the report needs of ``parallel:``."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    context_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
+    expert_model_parallel_size: Count = 1
+    context_parallel_size: Count = 1
 
 
 class PrecisionSection(BaseModel):
@@ -75,8 +83,8 @@ class PrecisionSection(BaseModel):
 class TrainingSection(BaseModel):
     """What the report needs of ``training:``."""
 
-    train_iters: int
-    global_batch_size: int
+    train_iters: Count
+    global_batch_size: Count
 
 
 class RunConfig(BaseModel):
@@ -193,10 +201,9 @@ def read_config(path: Path) -> tuple[RunConfig, str]:
             f"{path}: cannot be read ({reason}); `moepp train` writes it into the run's folder"
         ) from error
     try:
-        return RunConfig.model_validate(yaml.safe_load(text)), text
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ReportError(f"{path}: is not YAML ({reason}); restore the run's own file") from error
+        return RunConfig.model_validate(parse_yaml(text, str(path))), text
+    except ConfigError as error:
+        raise ReportError(f"{error}; restore the run's own file") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"

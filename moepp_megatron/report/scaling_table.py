@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.profiling.scaling.efficiency import ScaleRecord
+from moepp_megatron.runtime.terminal import Console
 
 # A log has no width of its own; the table fits.
 _LOG_WIDTH = 120

@@ -12,13 +12,13 @@ from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.planning.simulation.result import Timeline
 from moepp_megatron.planning.simulation.study import Study
 from moepp_megatron.report.drawing import BLUE, GREEN, INK, MUTED, STYLE, VERMILION
+from moepp_megatron.runtime.terminal import Console
 
 _WIDTH = 120
 _KINDS = {

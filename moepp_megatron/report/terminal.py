@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.measure import Measurement
 from rich.table import Table
+
+from moepp_megatron.runtime.terminal import Console
 
 # A pipe or a log has no width of its own.
 _LOG_WIDTH = 120

@@ -373,3 +373,21 @@ def test_training_starts_from_converted_weights(
     ranks: RankPools, tmp_path: Path, dtype: str
 ) -> None:
     ranks(1).run(start_training_from, tmp_path, dtype)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b'{"a":' * 200 + b"1" + b"}" * 200, b'{"\\ud800": {}}', b"1" * 5000],
+    ids=["brackets", "objects", "surrogate", "digits"],
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_hostile_json_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    source = write_released(tmp_path / "hf")
+    if name == "model.safetensors":
+        content = len(content).to_bytes(8, "little") + content
+    (source / name).write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=rf"{name} (must be|has a header that is no) JSON"
+    ) as caught:
+        convert(source, tmp_path / "mcore")
+    assert "\n" not in str(caught.value)

@@ -19,15 +19,63 @@ class Bomb:
         return Path.touch, (self._path,)
 
 
+# A plain bomb in `.metadata` or a file of tensors, and one that only a second reading sets off.
+STATEFUL = "stateful .metadata"
+PLANTS = (".metadata", STATEFUL, "__0_0.distcp")
+
+
 def plant(checkpoint: Path, name: str, exploded: Path) -> None:
-    """Put a pickle into `.metadata` or a file of tensors, and have the manifest vouch for it."""
+    """Put a pickle into a checkpoint, one of `PLANTS`, and have the manifest vouch for it."""
+    is_stateful, name = name == STATEFUL, name.removeprefix("stateful ")
     path = checkpoint / name
-    if name == ".metadata":
+    if is_stateful:
+        path.write_bytes(stateful(path.read_bytes(), exploded))
+    elif name == ".metadata":
         path.write_bytes(pickle.dumps(Bomb(exploded)))
     else:
         _plant_entry(checkpoint, path, Bomb(exploded))
         _vouch(checkpoint, ".metadata")
     _vouch(checkpoint, name)
+
+
+def stateful(index: bytes, exploded: Path) -> bytes:
+    """An index that makes the file `exploded` when it is read for the second time in a process.
+
+    `torch.serialization._get_layout` looks names up in its attribute `cache`. The pickle replaces
+    that attribute and then takes module, name and arguments of what it calls from it. The first
+    time, `_get_layout("torch.strided")` is still the layout, which leads to an empty `torch.Size`;
+    the second time it is what the first time left there, which leads to `io.open`.
+    """
+    look_up = _text("torch.serialization") + _text("_get_layout") + b"\x93"
+
+    def found(key: bytes) -> bytes:
+        return look_up + key + b"\x85R"
+
+    seen = found(_text("torch.strided"))
+    cache = {
+        _text("seen"): seen,
+        seen: _text("torch"),
+        _text("torch"): _text("Size"),
+        _text("Size"): b")\x85",
+        # The second time `seen` is this text too, and of two equal keys the last one counts.
+        _text("changed"): _text("io"),
+        _text("io"): _text("open"),
+        _text("open"): _text(str(exploded)) + _text("w") + b"\x86",
+        _text("torch.strided"): _text("changed"),
+    }
+    filled = b"}(" + b"".join(key + value for key, value in cache.items()) + b"u"
+    replace = look_up + b"N" + b"}" + _text("cache") + filled + b"s\x86b0"
+    module = found(found(_text("seen")))
+    name = found(module)
+    call = module + name + b"\x93" + found(name) + b"R0"
+    # Behind them the index as it was, which remembers its values by their number.
+    assert index[:2] == b"\x80\x04", "protocol 4"
+    return index[:2] + replace + call + index[2:]
+
+
+def _text(value: str) -> bytes:
+    content = value.encode()
+    return b"X" + len(content).to_bytes(4, "little") + content
 
 
 def _plant_entry(checkpoint: Path, path: Path, bomb: Bomb) -> None:

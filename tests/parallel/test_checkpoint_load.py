@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
-from tests.parallel.planted_pickles import plant
+from tests.parallel.planted_pickles import STATEFUL, plant
 from tests.parallel.ranks import RankError, RankPools
 
 EP2 = {"expert_model_parallel_size": 2}
@@ -181,6 +181,7 @@ def test_other_shapes_are_refused(ranks: RankPools, corpus: Path, run: Path) -> 
     ("name", "why"),
     [
         (".metadata", f".metadata asks for {Path.__module__}.Path.touch"),
+        (STATEFUL, ".metadata changes what it did not make"),
         ("__0_0.distcp", "__0_0.distcp: entry common_state/shard_0_1 asks for "),
     ],
 )

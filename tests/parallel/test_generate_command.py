@@ -17,7 +17,7 @@ from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.training.generate_request import GenerateRequest, Sampling
 from tests.interop.checkpoints import score
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
-from tests.parallel.planted_pickles import plant
+from tests.parallel.planted_pickles import STATEFUL, plant
 from tests.parallel.ranks import RankPools
 
 EOD = "<end of it>"
@@ -76,23 +76,38 @@ def test_end_of_document_is_that_of_the_run(checkpoint: Path) -> None:
     assert config == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD}
 
 
-@pytest.mark.parametrize("command", ["generate", "score"])
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("generate", ".metadata"),
+        ("generate", "__0_0.distcp"),
+        ("score", "__0_0.distcp"),
+        # What runs code only when the same bytes are read for the second time.
+        ("generate", STATEFUL),
+        ("score", STATEFUL),
+        ("inspect", STATEFUL),
+        ("convert", STATEFUL),
+    ],
+)
 def test_planted_pickle_is_refused_and_not_executed(
     checkpoint: Path, tmp_path: Path, command: str, name: str
 ) -> None:
-    shutil.copytree(checkpoint, tmp_path / "planted")
-    exploded = tmp_path / "exploded"
-    plant(tmp_path / "planted", name, exploded)
-    if command == "generate":
-        arguments = ["--prompt", "Document"]
-    else:
-        np.savez(tmp_path / "tokens.npz", input_ids=np.ones((1, 8), int))
-        arguments = ["--tokens", tmp_path / "tokens.npz", "--out", tmp_path / "out.npz"]
-    done = moepp(command, tmp_path / "planted", *arguments)
+    planted, exploded = tmp_path / "planted", tmp_path / "exploded"
+    shutil.copytree(checkpoint, planted)
+    plant(planted, name, exploded)
+    np.savez(tmp_path / "tokens.npz", input_ids=np.ones((1, 8), int))
+    (tmp_path / "text.txt").write_text("Document 7: words")
+    arguments: dict[str, list[object]] = {
+        "generate": [planted, "--prompt", "Document"],
+        "score": [planted, "--tokens", tmp_path / "tokens.npz", "--out", tmp_path / "out.npz"],
+        "inspect": [planted, "--text", tmp_path / "text.txt", "--out", tmp_path / "out.html"],
+        "convert": ["mcore-to-hf", planted, tmp_path / "hf"],
+    }
+    done = moepp(command, *arguments[command])
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "which no checkpoint contains" in line
+    what = "changes what it did not make" if name == STATEFUL else "which no checkpoint contains"
+    assert what in line
     assert "Traceback" not in done.stderr
     assert not exploded.exists()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from moepp_megatron.config.schema.section import ConfigPath, Section, unit
+from moepp_megatron.config.schema.section import ConfigPath, PathText, Section, unit
 
 
 class RunSection(Section):
@@ -76,7 +76,7 @@ class CheckpointSection(Section):
         description="Newest checkpoints to keep; null keeps all",
         json_schema_extra=unit("checkpoints"),
     )
-    load: str | None = Field(
+    load: PathText | None = Field(
         default=None,
         min_length=1,
         description="Checkpoint folder or run to start from, or auto for this run's newest",

@@ -6,14 +6,53 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Strict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Strict,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError, PydanticKnownError
+
+from moepp_megatron.config.paths import path_problem
+
+# The most that a whole number may be, by the unit of its field: far above any model or cluster,
+# and little enough that what is made for each layer, expert or rank fits into memory.
+LARGEST = {
+    "layers": 10_000,
+    "chunks": 10_000,
+    "experts": 65_536,
+    "heads": 65_536,
+    "processes": 65_536,
+    "nodes": 1_048_576,
+    "ranks": 1_048_576,
+    "channels": 16_777_216,
+}
+LARGEST_OF_ALL = 2**31 - 1
+
+
+def _checked_text(value: Any) -> Any:
+    """Refuse text that is no path of a file system here, before it becomes one."""
+    problem = path_problem(str(value)) if isinstance(value, str | Path) else None
+    if problem is not None:
+        raise PydanticCustomError("no_path", "{rule}|{remedy}", dict(problem._asdict()))
+    return value
+
 
 # Strict everywhere except here: YAML has no path type, so a string is right. The shell does not
 # expand "~" inside a YAML file, and a folder literally named "~" is never meant.
 # (os.path: for an unknown user it leaves the path as it is, where Path.expanduser raises.)
 ConfigPath = Annotated[
-    Path, Strict(False), AfterValidator(lambda path: Path(os.path.expanduser(path)))
+    Path,
+    Strict(False),
+    AfterValidator(lambda path: Path(os.path.expanduser(path))),
+    BeforeValidator(_checked_text),
 ]
+# What names either a path or something else, such as checkpoint.load: auto.
+PathText = Annotated[str, AfterValidator(_checked_text)]
 
 
 class Section(BaseModel):
@@ -24,6 +63,20 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _bound_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a whole number that no machine could do anything with."""
+        extra = cls.model_fields[info.field_name or ""].json_schema_extra
+        unit_name = extra.get("unit") if isinstance(extra, dict) else None
+        largest = LARGEST.get(str(unit_name), LARGEST_OF_ALL)
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and number > largest:
+                raise PydanticKnownError("less_than_equal", {"le": largest})
+            if type(number) is int and number < -LARGEST_OF_ALL:
+                raise PydanticKnownError("greater_than_equal", {"ge": -LARGEST_OF_ALL})
+        return value
 
     def is_set(self, name: str) -> bool:
         """Whether the user gave field `name` a value other than its default.

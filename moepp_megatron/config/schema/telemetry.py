@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from moepp_megatron.config.schema.section import Section, unit
+from moepp_megatron.config.schema.section import PathText, Section, unit
 
 
 class TelemetrySection(Section):
@@ -17,7 +17,7 @@ class TelemetrySection(Section):
         "from the cards' counters and needs no more of them. 0 is off, MFU included",
         json_schema_extra=unit("s"),
     )
-    hardware: str | None = Field(
+    hardware: PathText | None = Field(
         default=None,
         min_length=1,
         description="Card whose rated speed MFU is measured by: a name in configs/hardware or a "

@@ -10,7 +10,6 @@ times that are given are those at which the host enqueued the calls.
 from __future__ import annotations
 
 import io
-import json
 import math
 import pickle
 import re
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.profiling.collective import Collective, Operation
 from moepp_megatron.profiling.formats.records import SourceError, field, read_bytes
 
@@ -100,7 +100,7 @@ def load_dump(path: Path) -> dict[str, Any]:
         if content.startswith(_PICKLE):
             dump = _DataUnpickler(io.BytesIO(content)).load()
         else:
-            dump = json.loads(content)
+            dump = parse_json(content)
     except Exception as error:  # whatever damaged bytes make an unpickler do
         raise SourceError(f"{path}: no flight record ({error})") from error
     version = field(dump, "version", str, str(path))

@@ -16,12 +16,12 @@ Times in a trace are microseconds after `baseTimeNanoseconds`.
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.profiling.collective import Collective, Operation
 from moepp_megatron.profiling.formats.kineto_events import (
     Around,
@@ -53,7 +53,7 @@ def read_kineto(path: Path) -> RankTrace:
     """
     try:
         raw = path.read_bytes()
-        content = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
+        content = parse_json(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
     except OSError as error:
         raise ProfileError(f"{path}: {error.strerror}; give a file that can be read") from None
     except (EOFError, zlib.error, ValueError) as error:

@@ -7,11 +7,11 @@ c10d on a CPU carries the shapes of its tensors (`record_shapes`).
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
+from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.profiling.collective import Operation
 
 # c10::ScalarType in NCCL's events, C++ type names in those of the CPU.
@@ -61,7 +61,7 @@ def whole_list(text: Any) -> list[int] | None:
     if not isinstance(text, str) or "..." in text:
         return None
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError:
         return None
     return [int(item) for item in found] if isinstance(found, list) else None

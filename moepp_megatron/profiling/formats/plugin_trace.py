@@ -17,7 +17,6 @@ them it is when the host had launched it, and nothing tells how long the transfe
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.profiling.collective import Collective, Operation
 from moepp_megatron.profiling.formats import records
 from moepp_megatron.profiling.formats.communicators import Membership, Ranks, global_ranks
@@ -165,7 +165,7 @@ def _events(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not text:
             continue
         try:
-            event = json.loads(text)
+            event = parse_json(text)
         except ValueError as error:
             if is_last:
                 return

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast, overload
 
+from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.profiling.trace import ProfileError
 
 _GZIP = b"\x1f\x8b"
@@ -71,7 +71,7 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line, is_last in read_lines(path):
         place = f"{path}, line {number}"
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             if is_last:
                 return

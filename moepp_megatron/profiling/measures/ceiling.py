@@ -8,7 +8,6 @@ proportion to the bytes, as latency plus bytes over bandwidth does.
 from __future__ import annotations
 
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.profiling.collective import Operation, bus_factor
 
 # Operation, ranks of the group, whether all ranks send the same to all.
@@ -56,7 +56,7 @@ class Ceiling:
         """
         remedy = "write it with: moepp bench collectives --json FILE"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             records = TypeAdapter(list[_Record]).validate_python(content)
         except OSError as error:
             raise ConfigError(

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.profiling.scaling.grid import Point
 from moepp_megatron.profiling.scaling.point import PointFile, PointResult
@@ -80,7 +81,7 @@ class ScalingFolder:
         try:
             for name in ("points", "logs"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+            found = read_json(file) if file.exists() else None
             if found is None:
                 write_atomic(file, (json.dumps(wanted, indent=1) + "\n").encode())
         except OSError as error:

@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from moepp_megatron.config.printable import printable
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.report import formatting
@@ -84,8 +85,8 @@ def _header(run: LiveRun, width: int, glyphs: Glyphs) -> list[Text]:
     name = run.config.run.name if run.config is not None else run.folder.name
     state = health.state.upper()
     title = Text(no_wrap=True, overflow="ellipsis")
-    title.append(name, style="bold")
-    title.append(f"  {run.folder}", style="dim")
+    title.append(printable(name, keep=""), style="bold")
+    title.append(printable(f"  {run.folder}", keep=""), style="dim")
     title.truncate(width - len(state) - 1, overflow="ellipsis")
     title.append(" " * (width - len(state) - title.cell_len))
     title.append(state, style=STATE_STYLES[health.state])
@@ -226,7 +227,11 @@ def _alerts(run: LiveRun, width: int, glyphs: Glyphs) -> list[Text]:
     count = Text(f"  {run.alert_counts.total()}", style="bold")
     lines = [_heading("alerts", count, width, glyphs)]
     for alert in shown:
-        lines.append(_cut(Text(alert.text(), style=SEVERITY_STYLES[alert.severity]), width))
+        lines.append(
+            _cut(
+                Text(printable(alert.text(), keep=""), style=SEVERITY_STYLES[alert.severity]), width
+            )
+        )
     return lines
 
 

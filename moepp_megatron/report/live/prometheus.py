@@ -1,13 +1,14 @@
-"""The newest record of a run, served to Prometheus on this machine only."""
+"""The newest record of a run, served to Prometheus, on this machine only unless told otherwise."""
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -17,6 +18,7 @@ from moepp_megatron.report.live import exported
 from moepp_megatron.report.live.exported import OF_RECORDS, OTHER, Exported
 from moepp_megatron.report.live.health import STATES
 from moepp_megatron.report.live.run import LiveRun
+from moepp_megatron.report.live.server import NumbersServer
 from moepp_megatron.report.run_data import ReportError, RunConfig
 
 ADDRESS = "127.0.0.1"
@@ -88,12 +90,13 @@ class RunCollector(Collector):
         yield _family(exported.ALERTS, alerts, ("rule", "severity"))
 
 
-def serve(run: LiveRun, port: int) -> str:
-    """Serves a run on ``127.0.0.1:port`` from background threads.
+def serve(run: LiveRun, port: int, host: str = ADDRESS) -> str:
+    """Serves a run on ``host:port`` from background threads.
 
     Args:
         run: The run; nothing else may use it from here on.
         port: The port; 0 takes a free one.
+        host: The address to listen on, ``0.0.0.0`` for all of this machine.
 
     Returns:
         The address to scrape.
@@ -104,13 +107,23 @@ def serve(run: LiveRun, port: int) -> str:
     registry = CollectorRegistry()
     registry.register(RunCollector(run))
     try:
-        server, _ = start_http_server(port, addr=ADDRESS, registry=registry)
+        server = NumbersServer(host, port, lambda: generate_latest(registry), CONTENT_TYPE_LATEST)
     except OSError as error:
         raise ConfigError(
-            f"--prometheus ({port}) must be a free port of {ADDRESS} ({error.strerror}); "
-            "use another one"
+            f"--prometheus ({port}) must be a free port of {host} ({error.strerror}); "
+            "use another one, or another --bind"
         ) from None
-    return f"http://{ADDRESS}:{server.server_port}/metrics"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{server.server_port}/metrics"
+
+
+def is_open(host: str) -> bool:
+    """Whether machines besides this one can ask at an address."""
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
 
 
 def wait_until_stopped() -> None:

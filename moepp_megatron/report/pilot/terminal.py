@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +17,7 @@ from moepp_megatron.report.pilot.tables import (
     alerts,
 )
 from moepp_megatron.report.pilot.target_table import target_columns, target_rows
+from moepp_megatron.runtime.terminal import Console
 
 # A log has no width of its own; the tables fit.
 _LOG_WIDTH = 120

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from moepp_megatron.profiling.summary import Summary
@@ -20,6 +19,7 @@ from moepp_megatron.report.profile.rows import (
     layer_rows,
     rank_rows,
 )
+from moepp_megatron.runtime.terminal import Console
 
 # A log has no width of its own; the widest table fits.
 _LOG_WIDTH = 150

@@ -3,7 +3,10 @@
     names.py       the files of a checkpoint, small writes that survive a power cut
     progress.py    how far a run is
     validity.py    whether a folder is a whole, undamaged checkpoint
-    pickles.py     whether it can be unpickled without running code
+    plain_pickle.py  what a pickle describes, read without making any of it
+    index.py       the index of the tensors, rebuilt from plain values
+    pickles.py     whether a checkpoint holds nothing but data
+    data_only.py   how megatron-core and torch read one: data, never code
     find.py        which checkpoint a name means, which one is the newest valid one
     compatible.py  whether a checkpoint fits a configuration
     state.py       model, optimizer, schedule as megatron-core's sharded state

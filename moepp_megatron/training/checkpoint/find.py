@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import yaml
-
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.yaml_file import read_mapping
 from moepp_megatron.data.same_tokenizer import check_model_tokenizer
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.names import (
@@ -181,9 +180,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def _configured_folder(run: Path) -> Path | None:
     """`checkpoint.dir` of a run, which need not be inside the run."""
     try:
-        content = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-        folder = content["checkpoint"]["dir"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        folder = read_mapping(run / CONFIG_FILE)["checkpoint"]["dir"]
+    except (ConfigError, KeyError, TypeError):
         return None
     return Path(folder) if isinstance(folder, str) else None
 

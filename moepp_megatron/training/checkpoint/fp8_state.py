@@ -2,9 +2,10 @@
 
 Transformer Engine refuses to read such a pickle unless a variable of the environment allows it for
 the whole process (its `_extra_state.py`, from 2.20 at the latest), because a crafted one could run
-code. Here megatron-core's unpickler reads each of them first, which knows only what a history is
-made of (and has torch read the tensors inside as data); what it accepts, Transformer Engine may
-then read. Other recipes store nothing.
+code. Here each of them is looked at first: it may name only what a history is made of, by literal
+names, and change only objects that it made itself, so that a second reading does what the first one
+did. Then megatron-core's unpickler reads it, and what that accepts, Transformer Engine may read,
+while `torch.load` takes the tensors inside as data. Other recipes store nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from megatron.core.safe_globals import SafeUnpickler
 from torch import Tensor
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.training.checkpoint.data_only import only_data
+from moepp_megatron.training.checkpoint.plain_pickle import read_plain
 
 _ALLOW = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
@@ -48,7 +51,8 @@ def checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
     before = os.environ.get(_ALLOW)
     os.environ[_ALLOW] = "1"
     try:
-        yield
+        with only_data():
+            yield
     finally:
         if before is None:
             del os.environ[_ALLOW]
@@ -66,7 +70,10 @@ def _refuse_unsafe(name: str, value: Any) -> None:
             raise TypeError(f"a {type(value).__name__}, not bytes in a tensor")
         # The very bytes that Transformer Engine takes, whatever the tensor's type.
         content = value.detach().cpu().numpy().tobytes()
-        SafeUnpickler(io.BytesIO(content)).load()
+        # What makes a tensor of a subclass calls what it is given.
+        read_plain(content, lambda name: name.module != "torch._tensor" and "." not in name.name)
+        with only_data():
+            SafeUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # whatever crafted or damaged bytes make an unpickler do
         # torch explains at length how to read it all the same.
         reason = str(error).split(". ")[0]

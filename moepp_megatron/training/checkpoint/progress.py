@@ -12,6 +12,7 @@ from typing import Any
 
 from moepp_megatron import __version__
 from moepp_megatron.config import Layout
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.training.checkpoint.names import STATE_FILE
 
 FORMAT_VERSION = 1
@@ -96,7 +97,7 @@ def read_record(checkpoint: Path) -> Record | None:
     """
     path = checkpoint / STATE_FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content: dict[str, Any] = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -109,9 +110,13 @@ def read_record(checkpoint: Path) -> Record | None:
             )
         progress = Progress(**content["progress"])
         layout, saved_at = dict(content["layout"]), float(content["saved_at"])
+        versions = dict(content.get("versions", {}))
+        counts = (*asdict(progress).values(), *layout.values())
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise TypeError("a count that is none")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{STATE_FILE} is no record of a checkpoint ({error!r})") from error
-    return Record(progress, layout, dict(content.get("versions", {})), saved_at, version)
+    return Record(progress, layout, versions, saved_at, version)
 
 
 def _versions() -> dict[str, str]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
 from moepp_megatron.config import Config, ConfigError, Layout
 from moepp_megatron.training.checkpoint import rng
 from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.compatible import check_compatible
+from moepp_megatron.training.checkpoint.data_only import load_data
 from moepp_megatron.training.checkpoint.find import (
     first_valid,
     list_checkpoints,
@@ -126,7 +126,7 @@ def read_checkpoint(
         state = wanted_state(model)
         if is_same_layout:
             state[rng.KEY] = rng.sharded_rng_state(with_data=False)
-        loaded = dist_checkpointing.load(state, str(checkpoint))
+        loaded = load_data(state, checkpoint)
         apply_state(model, loaded)
     _restore_rng(loaded.get(rng.KEY), config, record.progress, record.layout)
     return Loaded(record.progress, loaded["extra"])
@@ -154,7 +154,7 @@ def load_weights(checkpoint: Path, models: list[GPTModel]) -> None:
 
 def _read_weights(checkpoint: Path, models: list[GPTModel]) -> None:
     state: dict[str, Any] = model_state(models)
-    apply_model_state(models, dist_checkpointing.load(state, str(checkpoint)))
+    apply_model_state(models, load_data(state, checkpoint))
 
 
 def _restore_rng(

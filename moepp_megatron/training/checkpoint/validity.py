@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.training.checkpoint.names import (
     CONFIG_FILE,
     FORMAT_FILE,
@@ -97,10 +98,12 @@ def _content(checkpoint: Path, name: str) -> str | None:
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
-        content = json.loads((checkpoint / MANIFEST_FILE).read_bytes())
-        files = content["files"]
-        is_sound = content["algorithm"] == "sha256" and all(
-            isinstance(name, str) and isinstance(digest, str) for name, digest in files.items()
+        content: dict[str, Any] = read_json(checkpoint / MANIFEST_FILE)
+        files, sizes = content["files"], content.get("sizes", {})
+        is_sound = (
+            content["algorithm"] == "sha256"
+            and all(isinstance(digest, str) for digest in files.values())
+            and all(type(size) is int for size in sizes.values())
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         is_sound = False

@@ -45,6 +45,7 @@ def test_tokens_take_the_tag_of_their_word() -> None:
         ("[]", "must tag at least one word"),
         ('[["cat"]]', r'entry 1 \(\["cat"\]\) must be \["word", "tag"\]'),
         ("[", "must be JSON or lines"),
+        ("[" * 100_000, "must be JSON or lines"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, content: str, named: str) -> None:

@@ -1,9 +1,11 @@
 """The numbers that Prometheus gets, and the dashboard and table that name them."""
 
+import contextlib
 import json
 import math
 import re
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,9 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from moepp_megatron.config import ConfigError
 from moepp_megatron.observe.alerts import Alert, AlertFile
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.report.live import server
 from moepp_megatron.report.live.exported import OF_RECORDS, exported_names
 from moepp_megatron.report.live.grafana import dashboard
-from moepp_megatron.report.live.prometheus import serve
+from moepp_megatron.report.live.prometheus import is_open, serve
 from moepp_megatron.report.live.run import LiveRun
 
 ROOT = Path(__file__).parents[3]
@@ -152,3 +155,40 @@ def test_the_dashboard_is_the_file_and_asks_for_what_is_exported():
 def test_the_table_in_the_docs_is_complete():
     text = (ROOT / "docs" / "monitor.md").read_text()
     assert set(re.findall(r"^\| `(moepp_\w+)`", text, re.M)) == exported_names()
+
+
+def connections(port: int, count: int, sent: bytes) -> list[socket.socket]:
+    """Requests that have begun and do not go on."""
+    opened = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(count)]
+    for one in opened:
+        one.sendall(sent)
+    return opened
+
+
+def test_half_sent_requests_are_dropped_and_threads_are_bounded(tmp_path, scrape, monkeypatch):
+    monkeypatch.setattr(server, "REQUEST_S", 0.5)
+    get = scrape(tmp_path)
+    port = int(get.address.split(":")[2].split("/")[0])
+    before = threading.active_count()
+    stuck = connections(port, 40, b"GET /metrics HTTP/1.0\r\nX-Half: ")
+    for one in stuck:
+        # Closed by the server: at once where no thread is free, else after the time.
+        with contextlib.suppress(ConnectionResetError):
+            assert one.recv(1) == b""
+    # One thread and its clock for each.
+    assert threading.active_count() - before <= 2 * server.MAX_THREADS
+    assert get()["moepp_run_state"][("waiting",)] == 1
+
+
+def test_other_paths_are_not_found(tmp_path, scrape):
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(scrape(tmp_path).address + "/other", timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", False), ("127.8.8.8", False), ("::1", False), ("localhost", False)]
+    + [("0.0.0.0", True), ("::", True), ("10.0.0.1", True), ("node7", True)],
+)
+def test_which_addresses_are_open_to_others(host, expected):
+    assert is_open(host) == expected

@@ -222,7 +222,7 @@ def test_numbers_for_readers(text: str, expected: str):
         (lambda run: (run / "metrics.jsonl").unlink(), r"metrics\.jsonl: cannot be read"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "has no complete record"),
         (lambda run: (run / "config.yaml").unlink(), r"config\.yaml: cannot be read"),
-        (lambda run: (run / "config.yaml").write_text("a: [1"), "is not YAML"),
+        (lambda run: (run / "config.yaml").write_text("a: [1"), "not valid YAML"),
         (lambda run: (run / "config.yaml").write_text("- 1"), r"config\.yaml: the file: "),
         (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe"), "not UTF-8 text"),
         (lambda run: (run / "config.yaml").write_text("run: {name: a}"), "model: Field required"),

@@ -22,6 +22,18 @@ from moepp_megatron.training.checkpoint.prune import Pruner
 from tests.unit.training.conftest import config_of
 
 
+def manifest_of(**fields: object) -> bytes:
+    """A manifest that vouches for what it must, with some fields changed."""
+    named = dict.fromkeys((".metadata", "metadata.json", "config.yaml"), "0" * 64)
+    files = named | fields.pop("files", {})  # type: ignore[operator]
+    return json.dumps({"algorithm": "sha256", "files": files, "sizes": {}} | fields).encode()
+
+
+def record_of(**fields: object) -> bytes:
+    content = {"format_version": 1, "progress": {}, "layout": {}, "saved_at": 1.0}
+    return json.dumps(content | fields).encode()
+
+
 def test_a_whole_checkpoint_has_no_damage(write, tmp_path: Path):
     assert damage(write(tmp_path, 5)) is None
 
@@ -35,7 +47,17 @@ def test_a_whole_checkpoint_has_no_damage(write, tmp_path: Path):
         ("integrity.json", b'{"files": {}}', "integrity.json is damaged"),
         ("integrity.json", b'{"algorithm": "sha256", "files": {}}', "does not vouch for .metadata"),
         ("state.json", b'{"format_version": 99}', "state.json has format 99"),
+        ("integrity.json", b"[" * 100_000, "integrity.json is damaged"),
+        ("integrity.json", manifest_of(sizes=["a"]), "integrity.json is damaged"),
+        ("integrity.json", manifest_of(sizes={".metadata": "5"}), "integrity.json is damaged"),
+        ("integrity.json", manifest_of(files={"\ud800": "0"}), "integrity.json is damaged"),
+        ("integrity.json", manifest_of(files={"n" * 300: "0"}), "n" * 300),
+        ("integrity.json", manifest_of(files={"a\0b": "0"}), "is missing"),
         ("state.json", b"[]", "state.json is no record"),
+        ("state.json", b"[" * 100_000, "state.json cannot be read (it is nested more than 64"),
+        ("state.json", record_of(saved_at=10**400), "state.json cannot be read"),
+        ("state.json", record_of(progress={"step": "5"}), "state.json is no record"),
+        ("state.json", record_of(layout={"data_parallel": -1}), "state.json is no record"),
         ("common.pt", b"", "common.pt does not belong"),
     ],
 )
@@ -45,7 +67,12 @@ def test_damage_names_the_file(write, tmp_path: Path, name, content, why):
         (checkpoint / name).unlink()
     else:
         (checkpoint / name).write_bytes(content)
-    assert why in str(damage(checkpoint))
+    reason = str(damage(checkpoint))
+    assert why in reason
+    assert "\n" not in reason
+    # What looks for a checkpoint goes on with the one before.
+    older = write(tmp_path, 4)
+    assert find_checkpoint(tmp_path) == older
 
 
 def test_manifest_may_not_point_outside(write, tmp_path: Path):

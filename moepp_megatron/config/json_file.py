@@ -1,0 +1,75 @@
+"""Reads JSON that somebody else may have written: in bounds, and any fault is a ValueError."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Deeper than any file that is read here, far from what exhausts the stack of whoever walks it.
+MAX_DEPTH = 64
+# The safetensors library's limit of a header, the largest JSON of a checkpoint.
+MAX_BYTES = 100_000_000
+_MAX_NUMBER = 1 << 64
+
+
+def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
+    """The content of a JSON file in UTF-8.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: As for `parse_json`, or it has more than `max_bytes`.
+    """
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes} bytes")
+    return parse_json(content)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """As `json.loads`, in bounds: what it returns can be walked, compared, printed and written.
+
+    Args:
+        content: The document; bytes are UTF-8.
+
+    Raises:
+        ValueError: It is no JSON, is nested more than `MAX_DEPTH` levels deep, or holds half of a
+            surrogate pair or a whole number of more than 64 bits.
+    """
+    try:
+        value = json.loads(content if isinstance(content, str) else content.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+        level = _below(level)
+    return value
+
+
+def _below(level: list[Any]) -> list[Any]:
+    """What the containers of a level hold; its numbers and texts are checked."""
+    below: list[Any] = []
+    for item in level:
+        kind = type(item)
+        if kind is list:
+            below += item
+        elif kind is dict:
+            below += item
+            below += item.values()
+        elif kind is str:
+            if not item.isascii():
+                _check_text(item)
+        elif kind is int and abs(item) >= _MAX_NUMBER:
+            raise ValueError("it has a whole number of more than 64 bits")
+    return below
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair, which no text contains") from None

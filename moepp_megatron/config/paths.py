@@ -1,0 +1,42 @@
+"""What is no path here, whatever a setting or an option says."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+# One letter is a drive: C:/data is an odd name on this system, but not an address.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+# Of Linux (limits.h): bytes of a name between two slashes, and of a whole path.
+_NAME_MAX, _PATH_MAX = 255, 4095
+
+
+class PathProblem(NamedTuple):
+    """Why a text is no path: the rule that it breaks, and what to write instead."""
+
+    rule: str
+    remedy: str
+
+
+def path_problem(text: str) -> PathProblem | None:
+    """Why `text` cannot be the path of a file or folder of this machine; None if it can.
+
+    An address such as `s3://bucket` would otherwise become a folder `s3:` in the working directory.
+    """
+    scheme = _SCHEME.match(text)
+    if scheme is not None:
+        return PathProblem(
+            f"must be a path of this machine, and {scheme[1]}:// is not supported",
+            "mount it and give the path, or copy it to a local folder",
+        )
+    try:
+        content = text.encode()
+    except UnicodeEncodeError:
+        return PathProblem("must be a path in UTF-8", "rename the file or folder")
+    if b"\0" in content:
+        return PathProblem("must hold no zero byte", "give a path")
+    if len(content) > _PATH_MAX or any(len(name) > _NAME_MAX for name in content.split(b"/")):
+        return PathProblem(
+            f"must have names of at most {_NAME_MAX} bytes, {_PATH_MAX} in all", "shorten it"
+        )
+    return None

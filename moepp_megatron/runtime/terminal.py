@@ -1,0 +1,30 @@
+"""The console that everything is printed on which may hold text from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import rich.console
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from moepp_megatron.config.printable import printable
+
+
+class Console(rich.console.Console):
+    """rich's console, except that text cannot command the terminal.
+
+    rich takes a few control characters out of texts and lets the escape character through: the
+    name of a run, a tensor or a file could clear the screen or set the clipboard.
+    """
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """As rich's, with control characters of the text written as escapes."""
+        for segment in super().render(renderable, options):
+            # Those with `control` are rich's own.
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(printable(segment.text), segment.style)

@@ -1,0 +1,198 @@
+"""Reads what a pickle describes without making any of it.
+
+A pickle is a program: what one of its names means may depend on what ran before, even on an
+earlier reading of the same bytes. So nothing here is looked up, called or changed. Names stay
+names, objects stay descriptions, and instructions that data do not need are refused.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+# The index of a checkpoint has about 400 bytes for each shard of a tensor.
+MAX_BYTES = 1 << 28
+# Python's pickler empties its stack after each thousand items of a list or dictionary.
+_MAX_STACK = 100_000
+_MAX_MARKS = 100
+_MAX_INT = 1 << 63
+
+
+class UnsafePickleError(ValueError):
+    """A pickle holds something that is not data."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A class or function that the pickle names."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        """As Python code would write it."""
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False, slots=True)
+class Description:
+    """An object that the pickle describes; compared and hashed by identity.
+
+    Attributes:
+        kind: What the pickle asks to call for it.
+        args: With which arguments.
+        state: What it asks to set on the result.
+        items: What it asks to put into the result.
+    """
+
+    kind: Name
+    args: tuple[Any, ...]
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+
+
+def read_plain(content: bytes, is_known: Callable[[Name], bool]) -> Any:
+    """What a pickle of protocol 4 or 5 describes.
+
+    Args:
+        content: The pickle.
+        is_known: Whether a name may occur.
+
+    Returns:
+        Numbers, text, bytes, None, tuples, lists, dictionaries, names and descriptions. Values may
+        be shared, or contain themselves.
+
+    Raises:
+        UnsafePickleError: It is damaged, too large, or holds something that is not data.
+    """
+    if len(content) > MAX_BYTES:
+        raise UnsafePickleError(f"is too large ({len(content)} bytes, at most {MAX_BYTES})")
+    machine = _Machine(is_known)
+    try:
+        for opcode, operand, _ in pickletools.genops(content):
+            action = _ACTIONS.get(opcode.name)
+            if action is None:
+                raise UnsafePickleError(f"uses the instruction {opcode.name}, which no data need")
+            action(machine, operand)
+            if len(machine.stack) > _MAX_STACK or len(machine.marks) > _MAX_MARKS:
+                raise UnsafePickleError("is nested too deeply")
+        (result,) = machine.stack
+    except UnsafePickleError:
+        raise
+    # Whatever the decoder, or an instruction without its operands, makes of damaged bytes.
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+        raise UnsafePickleError(f"cannot be read ({error})") from error
+    return result
+
+
+class _Machine:
+    """The stack of an unpickler, with the instructions that data need."""
+
+    def __init__(self, is_known: Callable[[Name], bool]) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self._memo: list[Any] = []
+        self._is_known = is_known
+
+    def ignore(self, _: Any) -> None:
+        """Protocol, frames, the end."""
+
+    def push(self, value: Any) -> None:
+        """A number, text or bytes."""
+        if type(value) is int and abs(value) >= _MAX_INT:
+            raise UnsafePickleError("holds a number of more than 64 bits")
+        self.stack.append(value)
+
+    def mark(self, _: Any) -> None:
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def items(self) -> list[Any]:
+        """What was pushed since the last mark."""
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def tuple_of(self, length: int) -> None:
+        if len(self.stack) < length:
+            raise UnsafePickleError("cannot be read (a tuple lacks items)")
+        items = self.stack[len(self.stack) - length :]
+        self.stack[len(self.stack) - length :] = [tuple(items)]
+
+    def extend(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not list:
+            raise UnsafePickleError("appends to what is not a list")
+        self.stack[-1].extend(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        target = target.items if type(target) is Description else target
+        if type(target) is not dict or len(items) % 2:
+            raise UnsafePickleError("sets items of what is not a dictionary")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in (str, int, Description):
+                raise UnsafePickleError(f"has a {type(key).__name__} as a key")
+            target[key] = value
+
+    def last(self, count: int) -> list[Any]:
+        return [self.stack.pop() for _ in range(count)][::-1]
+
+    def memoize(self, _: Any) -> None:
+        self._memo.append(self.stack[-1])
+
+    def recall(self, index: int) -> None:
+        self.stack.append(self._memo[index])
+
+    def name(self, _: Any) -> None:
+        module, name = self.last(2)
+        if type(module) is not str or type(name) is not str:
+            raise UnsafePickleError("computes a name")
+        found = Name(module, name)
+        if not self._is_known(found):
+            raise UnsafePickleError(f"asks for {found}, which no checkpoint contains")
+        self.stack.append(found)
+
+    def describe(self, _: Any) -> None:
+        kind, args = self.last(2)
+        if type(kind) is not Name or type(args) is not tuple:
+            raise UnsafePickleError("calls what is not a name")
+        self.stack.append(Description(kind, args))
+
+    def build(self, _: Any) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if type(target) is not Description or target.state is not None:
+            raise UnsafePickleError("changes what it did not make")
+        target.state = state
+
+
+_LITERALS = (
+    "BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES"
+)
+_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _Machine.ignore),
+    **dict.fromkeys(_LITERALS.split(), _Machine.push),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "MARK": _Machine.mark,
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "TUPLE1": lambda machine, _: machine.tuple_of(1),
+    "TUPLE2": lambda machine, _: machine.tuple_of(2),
+    "TUPLE3": lambda machine, _: machine.tuple_of(3),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.items())),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "APPEND": lambda machine, _: machine.extend(machine.last(1)),
+    "APPENDS": lambda machine, _: machine.extend(machine.items()),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "SETITEM": lambda machine, _: machine.set_items(machine.last(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.items()),
+    "MEMOIZE": _Machine.memoize,
+    "BINGET": _Machine.recall,
+    "LONG_BINGET": _Machine.recall,
+    "STACK_GLOBAL": _Machine.name,
+    "REDUCE": _Machine.describe,
+    "NEWOBJ": _Machine.describe,
+    "BUILD": _Machine.build,
+}

@@ -1,0 +1,133 @@
+"""Configurations that somebody made to exhaust memory or time, and paths that are none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config.paths import path_problem
+from moepp_megatron.config.schema import Section
+from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
+
+QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+HUGE = "99999999999999999999999"
+
+
+def whole_numbers(model: type[Section] = Config, prefix: str = "") -> dict[str, str]:
+    """Settings that may be a whole number or a list of them, and a huge one for each."""
+    names: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((a for a in inner if isinstance(a, type) and issubclass(a, Section)), None)
+        if section is not None and field.annotation == list[section]:  # type: ignore[valid-type]
+            continue
+        if section is not None:
+            names |= whole_numbers(section, f"{prefix}{name}.")
+        elif int in inner or list[int] in inner:
+            names[f"{prefix}{name}"] = f"[{HUGE}]" if list[int] in inner else HUGE
+    return names
+
+
+def test_every_whole_number_is_bounded():
+    names = whole_numbers()
+    assert len(names) > 60
+    assert {"model.num_layers", "moe.layer_freq", "training.profile_steps"} <= names.keys()
+    for name, value in names.items():
+        with pytest.raises(ConfigError) as caught:
+            load_config(QUICKSTART, [f"{name}={value}"])
+        lines = [line for line in str(caught.value).splitlines() if line.startswith(f"{name} (")]
+        assert re.search(rf"{HUGE}\]?\) must be (at most|less than)", lines[0]), lines
+
+
+def test_numbers_in_a_list_of_sections_are_bounded():
+    rule = f"{{name: mine, metric: ffn_fraction, below: 0.2, for_steps: {HUGE}}}"
+    with pytest.raises(
+        ConfigError, match=rf"^routing_guard.rules\[0\].for_steps \({HUGE}\) must be"
+    ):
+        load_config(QUICKSTART, [f"routing_guard.rules=[{rule}]"])
+
+
+def bomb(width: int, levels: int) -> str:
+    lines = ["a0: &a0 [x]"]
+    for level in range(1, levels):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * width)}]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb(10, 30),
+        "a: &a {x: 1}\n" + "\n".join(f"b{i}: {{<<: *a, y: *a}}" for i in range(5000)),
+        "[" + "1, " * 30_000 + "]",
+        "a: &a [*a]",
+        "[" * 100 + "]" * 100,
+        "[" * 50_000,
+    ],
+    ids=["aliases", "merges", "values", "itself", "depth", "brackets"],
+)
+def test_yaml_that_stands_for_too_much_is_refused(text, tmp_path):
+    with pytest.raises(ConfigError, match="not valid YAML") as caught:
+        parse_yaml(text, "file")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "bomb.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"bomb\.yaml"):
+        load_config(tmp_path / "bomb.yaml")
+
+
+def test_a_bomb_in_an_override_is_refused():
+    levels = ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 20))
+    with pytest.raises(ConfigError, match="values, aliases written out"):
+        load_config(QUICKSTART, [f"training.profile_steps=[&a0 [1], {levels}]"])
+
+
+def test_a_few_aliases_are_fine():
+    assert parse_yaml("a: &a [1]\nb: [*a, *a]", "file") == {"a": [1], "b": [[1], [1]]}
+
+
+def test_a_file_that_is_no_configuration_is_not_parsed(tmp_path):
+    (tmp_path / "large.yaml").write_text("x" * 1_000_001)
+    with pytest.raises(ConfigError, match="must have at most 1000000 characters"):
+        read_mapping(tmp_path / "large.yaml")
+
+
+PATHS = ["run.dir", "data.path", "data.tokenizer", "checkpoint.dir", "checkpoint.load"]
+PATHS += ["routing_guard.shift.reference", "telemetry.hardware"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("scheme", ["s3", "gs", "hdfs", "file", "https"])
+def test_an_address_is_no_path(name, scheme):
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, [f"{name}={scheme}://bucket/x"])
+    line = str(caught.value)
+    assert line.startswith(f"{name} ('{scheme}://bucket/x') must be a path of this machine, and")
+    assert f"{scheme}:// is not supported; mount it" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("n" * 256, "at most 255 bytes"),
+        ("\u00e4" * 128, "at most 255 bytes"),
+        ("a/" * 2048, "4095 in all"),
+        ("a\0b", "no zero byte"),
+        ("a\udcff", "in UTF-8"),
+        ("s3:/bucket", "s3:// is not supported"),
+    ],
+)
+def test_what_is_no_path(text, rule):
+    problem = path_problem(text)
+    assert problem is not None
+    assert rule in problem.rule
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "/a/b", "~/a", "a:b", "x:/y", "n" * 255, "./s3://x", "10:20"]
+)
+def test_what_is_a_path(text):
+    assert path_problem(text) is None
