@@ -132,8 +132,10 @@ def upcycle(
     if least < 1.0:
         typer.echo(f"gates        at least {least:.3f} of what they were, for --approximate")
     if config.moe.num_zero_computation_experts:
-        # Measured with softmax scores; the bias of sigmoid scores begins further away.
-        steps = "5 to 7" if config.moe.score_function == "softmax" else "more than 7"
+        # Measured with softmax scores. With sigmoid scores the bias begins 1 away instead of 1.25 / F.
+        steps = "5 to 7"
+        if config.moe.score_function == "sigmoid":
+            steps = f"up to {config.moe.num_ffn_experts / (1.0 - config.moe.ffn_share):.0f}"
         typer.echo(
             f"FFN share    1 now; training moves it to phi ({config.moe.ffn_share:.3f}) in {steps} "
             f"/ moe.budget.gain ({config.moe.budget.gain}) steps: docs/upcycling.md"
