@@ -132,7 +132,7 @@ def upcycle(
     if least < 1.0:
         typer.echo(f"gates        at least {least:.3f} of what they were, for --approximate")
     if config.moe.num_zero_computation_experts:
-        # Measured with softmax scores. With sigmoid scores the bias begins 1 away instead of 1.25 / F.
+        # Measured with softmax scores, whose bias begins at 1.25 / F; that of sigmoid scores at 1.
         steps = "5 to 7"
         if config.moe.score_function == "sigmoid":
             steps = f"up to {config.moe.num_ffn_experts / (1.0 - config.moe.ffn_share):.0f}"
