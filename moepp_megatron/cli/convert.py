@@ -24,6 +24,7 @@ class Layout(StrEnum):
     moepp = "moepp"
     released = "released"
     longcat = "longcat"
+    longcat_transformers = "longcat-transformers"
     zeda = "zeda"
 
 
@@ -60,16 +61,27 @@ def mcore_to_hf(
         Layout,
         typer.Option(
             help="moepp: our class names, any model; released: the released MoE++ model's; "
-            "longcat, zeda: configuration fields of models with identity or zero experts."
+            "longcat: LongCat-Flash for vLLM and sglang; longcat-transformers: the same for "
+            "transformers 5; zeda: Qwen3-MoE with zero experts."
         ),
     ] = Layout.moepp,
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest shard, GB.")] = 5.0,
+    dtype: ChosenDtype = None,
+    license_id: Annotated[
+        str,
+        typer.Option(
+            "--license", help="The weights' licence for the model card, such as apache-2.0."
+        ),
+    ] = "unknown",
 ) -> None:
     """A checkpoint or a run to a folder that transformers loads with trust_remote_code."""
     _quiet()
     from moepp_megatron.interop.to_hf import mcore_to_hf as convert
 
-    for warning in convert(source, target, layout.value, int(max_shard_gb * 1e9)):
+    shard_bytes, chosen = int(max_shard_gb * 1e9), None if dtype is None else dtype.value
+    for warning in convert(
+        source, target, layout.value, shard_bytes, dtype=chosen, license_id=license_id
+    ):
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"model        {target}")
 
@@ -86,12 +98,21 @@ def upcycle(
     experts: Annotated[int, typer.Option(min=1, help="Of a dense model: FFN experts.")] = 8,
     topk: Annotated[int, typer.Option(min=1, help="Of a dense model: experts per token.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of what is new.")] = 1234,
+    approximate: Annotated[
+        bool,
+        typer.Option(
+            "--approximate", help="Take gates that shrink a little too (norm_topk_prob false)."
+        ),
+    ] = False,
     dtype: ChosenDtype = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """A Mixtral, Qwen3-MoE, Llama or Qwen3 checkpoint to a MoE++ one that computes the same."""
+    """A checkpoint of another model to a MoE++ one that computes the same.
+
+    Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V3 (without groups of experts).
+    """
     _quiet()
-    from moepp_megatron.interop.upcycle import Additions
+    from moepp_megatron.interop.upcycle import Additions, least_gate
     from moepp_megatron.interop.upcycle import upcycle as convert
 
     additions = Additions(
@@ -103,13 +124,22 @@ def upcycle(
         num_ffn_experts=experts,
         router_topk=topk,
         seed=seed,
+        approximate=approximate,
     )
     config = convert(source, target, additions, dtype, allow_pickle)
     typer.echo(f"checkpoint   {target}")
-    typer.echo(
-        f"FFN share    1 now; training moves it to phi ({config.moe.ffn_share:.3f}) in 5 to 7 "
-        f"/ moe.budget.gain ({config.moe.budget.gain}) steps: docs/upcycling.md"
-    )
+    least = least_gate(config)
+    if least < 1.0:
+        typer.echo(f"gates        at least {least:.3f} of what they were, for --approximate")
+    if config.moe.num_zero_computation_experts:
+        # Measured with softmax scores, whose bias begins at 1.25 / F; that of sigmoid scores at 1.
+        steps = "5 to 7"
+        if config.moe.score_function == "sigmoid":
+            steps = f"up to {config.moe.num_ffn_experts / (1.0 - config.moe.ffn_share):.0f}"
+        typer.echo(
+            f"FFN share    1 now; training moves it to phi ({config.moe.ffn_share:.3f}) in {steps} "
+            f"/ moe.budget.gain ({config.moe.budget.gain}) steps: docs/upcycling.md"
+        )
 
 
 @app.command("megatron-lm")

@@ -125,11 +125,10 @@ def verify(
     Raises:
         ConfigError: it is none, or damaged.
     """
-    from moepp_megatron.runtime.terminal import Console
-
     from moepp_megatron.data.progress import track
     from moepp_megatron.data.verify import damaged, read_manifest
     from moepp_megatron.data.verify import verify as verify_data
+    from moepp_megatron.runtime.terminal import Console
 
     manifest = read_manifest(folder, "DIR")
     console = Console()

@@ -12,13 +12,20 @@ def score(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint folder, or a run.", metavar="CHECKPOINT")
     ],
-    tokens: Annotated[
-        Path, typer.Option(help="NPZ file with input_ids [b, s].", metavar="FILE.npz")
-    ],
-    out: Annotated[Path, typer.Option(help="NPZ file to write.", metavar="FILE.npz")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Layout to use; by default one rank's.", metavar="parallel.key=value"),
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="NPZ file with input_ids [b, s].", metavar="FILE.npz")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text instead: print its loss and perplexity.", metavar="FILE"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="NPZ file to write; needed with --tokens.", metavar="FILE.npz"),
     ] = None,
     nproc: Annotated[
         int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
@@ -27,7 +34,11 @@ def score(
         bool, typer.Option("--logits", help="Also write logits [b, s, vocab].")
     ] = False,
 ) -> None:
-    """Write token_logprobs [b, s-1]: the log-probability of each token after the first."""
+    """Write token_logprobs [b, s-1] of given tokens, or print the perplexity of a text.
+
+    A text is read in windows of the model's sequence length, each of which begins with the last
+    token of the one before. With --out its token_ids and token_logprobs are written, N of each.
+    """
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
@@ -36,7 +47,7 @@ def score(
 
     rank = RankEnvironment.read()
     world_size = rank.world_size if rank.is_launched else nproc
-    request = ScoreRequest.read(checkpoint, tokens, out, overrides or [], world_size, logits)
+    request = ScoreRequest.read(checkpoint, tokens, out, overrides or [], world_size, logits, text)
     if rank.rank == 0:
         for notice in request.notices:
             typer.echo(f"note: {notice}", err=True)
@@ -45,7 +56,9 @@ def score(
         return
     from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 
-    arguments = ["score", str(checkpoint), "--tokens", str(tokens), "--out", str(out)]
+    arguments = ["score", str(checkpoint)]
+    for option, file in (("--tokens", tokens), ("--text", text), ("--out", out)):
+        arguments += [] if file is None else [option, str(file)]
     arguments += ["--logits"] if logits else []
     arguments += overrides or []
     status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
@@ -63,6 +76,13 @@ def _score_rank(request: object) -> None:
     with distributed.joined(RankEnvironment.read()):
         distributed.build_groups(request.config, request.layout)
         scores = score_tokens(request)
-    if scores is not None:
+    if scores is None:
+        return
+    if request.text is not None:
+        logprobs = request.text.token_logprobs(scores["token_logprobs"])
+        scores = {"token_ids": request.text.token_ids, "token_logprobs": logprobs}
+        for line in request.text.lines(logprobs):
+            typer.echo(line)
+    if request.out is not None:
         write_scores(request.out, scores)
         typer.echo(f"scores       {request.out}")

@@ -34,6 +34,7 @@ def forward_flops_per_token(config: Config, ffn_fraction: float) -> float:
     per_moe_layer = (
         experts_taken * _swiglu(config, config.expert_ffn_hidden_size)
         + _swiglu(config, moe.shared_expert_ffn_hidden_size or 0)
+        + 2 * model.hidden_size * moe.shared_expert_gate
         + _gate(config)
         + _zero_computation(config)
     )

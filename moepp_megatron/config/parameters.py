@@ -68,7 +68,7 @@ def checkpoint_bytes(config: Config) -> int:
 def count_parameters(config: Config) -> ParameterCounts:
     """Count the parameters of the model that `config` describes.
 
-    SwiGLU FFNs (three matrices), RMSNorm, no biases.
+    SwiGLU FFNs (three matrices), RMSNorm, no biases but those of `model.qkv_bias`.
     """
     model, moe = config.model, config.moe
     width, layers = model.hidden_size, model.num_layers
@@ -80,7 +80,9 @@ def count_parameters(config: Config) -> ParameterCounts:
         "attention": layers * _attention_parameters(config),
         "norms": (2 * layers + 1) * width,
         "dense_ffn": (layers - moe_layers) * 3 * width * model.ffn_hidden_size,
-        "shared_experts": moe_layers * 3 * width * (moe.shared_expert_ffn_hidden_size or 0),
+        "shared_experts": moe_layers
+        * width
+        * (3 * (moe.shared_expert_ffn_hidden_size or 0) + moe.shared_expert_gate),
         "router": _router_parameters(config, moe_layers),
     }
     ffn_experts = moe_layers * moe.num_ffn_experts * per_ffn_expert
@@ -109,6 +111,8 @@ def _saved_by_sharing(config: Config, moe_layers: int) -> int:
 def _attention_parameters(config: Config) -> int:
     """One layer's attention: Q and output [heads * d, D], K and V [groups * d, D], norms [d].
 
+    Biases, where there are any, are those of Q, K and V.
+
     Latent attention has its own matrices, and norms as wide as the compressed vectors.
     """
     model = config.model
@@ -117,7 +121,8 @@ def _attention_parameters(config: Config) -> int:
         return matrices + (sum(latent_widths(model.latent_attention)) if model.qk_layernorm else 0)
     projections = 2 * (model.num_attention_heads + model.query_groups) * model.head_dim
     norms = 2 * model.head_dim if model.qk_layernorm else 0
-    return projections * model.hidden_size + norms
+    biases = (model.num_attention_heads + 2 * model.query_groups) * model.head_dim
+    return projections * model.hidden_size + norms + (biases if model.qkv_bias else 0)
 
 
 def latent_matrices(model: ModelSection) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.interop.score_text import text_of
 
 # No more characters are read for a token, so that a huge file costs no more than a small one.
 _CHARACTERS_A_TOKEN = 64
@@ -49,22 +50,7 @@ def read_text(path: Path, max_tokens: int) -> tuple[str, bool]:
     Raises:
         ConfigError: It cannot be read, is no UTF-8 or is empty.
     """
-    limit = max_tokens * _CHARACTERS_A_TOKEN
-    try:
-        # newline="": the model reads carriage returns too.
-        with path.open(encoding="utf-8", newline="") as stream:
-            text = stream.read(limit + 1)
-    except OSError as error:
-        raise ConfigError(
-            f"--text ({path}) cannot be read ({error.strerror}); name a text file"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--text ({path}) must be UTF-8 text ({error.reason}); encode it so"
-        ) from None
-    if not text:
-        raise ConfigError(f"--text ({path}) must hold some text, and is empty; name another file")
-    return text[:limit], len(text) > limit
+    return text_of(path, max_tokens * _CHARACTERS_A_TOKEN)
 
 
 def tokenize(tokenizer: Tokenizer, text: str, name: str, max_tokens: int) -> TokenizedText:

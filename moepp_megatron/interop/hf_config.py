@@ -55,7 +55,7 @@ def config_from_hf(hf: Mapping[str, Any], name: str, dtype: str | None = None) -
     else:
         raise ConfigError(
             f"config.json: model_type ({kind}) must be {RELEASED_TYPE} or {OWN_TYPE}; use "
-            "`moepp convert upcycle` for Mixtral, Qwen3 and Llama"
+            "`moepp convert upcycle` for other models"
         )
     model = decoder_section(hf)
     return assemble(model, moe, hf, name, dtype)
@@ -121,6 +121,8 @@ def decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
         section["kv_channels"] = hf["head_dim"]
     if hf.get("qk_norm"):
         section["qk_layernorm"] = True
+    if hf.get("qkv_bias"):
+        section["qkv_bias"] = True
     return section
 
 
@@ -210,6 +212,7 @@ def _own_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     moe["layer_freq"] = require(hf, "moe_layers")
     moe["ffn_hidden_size"] = hf.get("moe_intermediate_size")
     moe["shared_expert_ffn_hidden_size"] = hf.get("shared_expert_intermediate_size")
+    moe["shared_expert_gate"] = hf.get("shared_expert_gate", False)
     return moe
 
 
@@ -220,16 +223,24 @@ def own_hf_config(config: Config) -> dict[str, Any]:
     if moe.is_vanilla and moe.score_function == "sigmoid" and moe.router_topk > 1:
         # What megatron-core's own router does there.
         fields["gate_normalization"] = "selected"
+    shared = shared_fields(config)
+    # What transformers 5 reads; the older names are deprecated.
+    del shared["rope_scaling"]
+    rope = {"rope_type": "default", "rope_theta": shared.pop("rope_theta")}
     return {
         "model_type": OWN_TYPE,
-        **_shared_fields(config),
+        **shared,
+        "rope_parameters": rope,
         **fields,
+        "router_aux_loss_coef": moe.balance_coeff,
         "moe_intermediate_size": config.expert_ffn_hidden_size,
         "shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
+        "shared_expert_gate": moe.shared_expert_gate,
         "num_experts_per_tok": moe.router_topk,
         "moe_layers": [int(flag) for flag in moe.moe_layer_pattern(config.model.num_layers)],
         "head_dim": config.model.head_dim,
         "qk_norm": config.model.qk_layernorm,
+        "qkv_bias": config.model.qkv_bias,
     }
 
 
@@ -252,7 +263,7 @@ def released_hf_config(config: Config) -> dict[str, Any]:
     mixtral = moe.gate_normalization == "selected"
     return {
         "model_type": RELEASED_TYPE,
-        **_shared_fields(config),
+        **shared_fields(config),
         "num_experts": [moe.num_experts],
         "moe_expert_interval": _interval(config),
         "moe_use_mixtral_gating": mixtral,
@@ -274,7 +285,8 @@ def released_warnings(config: Config) -> Iterator[str]:
         )
 
 
-def _shared_fields(config: Config) -> dict[str, Any]:
+def shared_fields(config: Config) -> dict[str, Any]:
+    """Fields that all formats here have in common, by the names that older readers know too."""
     model = config.model
     return {
         "vocab_size": model.vocab_size,
@@ -311,6 +323,7 @@ def _not_released(config: Config) -> list[tuple[str, Any, Any]]:
         ("moe.shared_expert_ffn_hidden_size", moe.shared_expert_ffn_hidden_size, (None,)),
         ("moe.ffn_hidden_size", config.expert_ffn_hidden_size, (model.ffn_hidden_size,)),
         ("model.qk_layernorm", model.qk_layernorm, (False,)),
+        ("model.qkv_bias", model.qkv_bias, (False,)),
         ("model.kv_channels", model.head_dim, (model.hidden_size // model.num_attention_heads,)),
     ]
     broken = [

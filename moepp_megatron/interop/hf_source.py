@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ class HFSource:
         found = {name: TensorInfo(e.dtype, e.shape) for name, e in self._entries.items()}
         found |= {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._pickled.items()}
         return found
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Forget tensors, as if the folder did not have them."""
+        for name in names:
+            self._entries.pop(name, None)
+            self._pickled.pop(name, None)
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""

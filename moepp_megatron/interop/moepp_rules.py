@@ -2,7 +2,7 @@
 
 The released model has 2 constant, 1 copy and 1 zero expert in every layer, a one- or two-layer gate
 and a gating residual. The names extend to what it lacks: other counts, a selection bias, a shared
-expert, query/key norms.
+expert and its gate, query/key norms, biases of queries, keys and values.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from moepp_megatron.config import Config
 from moepp_megatron.interop.rules import (
+    UNUSED_PREFIX,
     HFTensor,
     Rule,
     attention_rules,
@@ -20,9 +21,6 @@ from moepp_megatron.interop.rules import (
     same,
     swiglu_rules,
 )
-
-# The first MoE layer's gating residual, which the released code builds and never calls.
-UNUSED_PREFIX = "interop.unused."
 
 
 def moepp_rules(config: Config) -> Iterator[Rule]:
@@ -50,6 +48,9 @@ def _moe_rules(config: Config, layer: int, first: int) -> Iterator[Rule]:
     if shared is not None:
         width = config.model.hidden_size
         yield from swiglu_rules(ours + "shared_experts.", theirs + "shared_expert.", width, shared)
+        if config.moe.shared_expert_gate:
+            key = ours + "shared_experts.gate_weight"
+            yield same(key, theirs + "shared_expert_gate.weight", 1, width)
 
 
 def _gate_rules(config: Config, ours: str, theirs: str, is_first: bool) -> Iterator[Rule]:

@@ -16,6 +16,9 @@ from torch import Tensor
 from moepp_megatron.config import Config
 
 Shape = tuple[int, ...]
+# Keys of tensors that no model of ours has: the released model's first gating residual, which its
+# code builds and never calls, and what a format asks for although it is constant.
+UNUSED_PREFIX = "interop.unused."
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,17 @@ def row(key: str, count: int, index: int, name: str, *shape: int) -> Rule:
     return Rule(key, (count, *shape), (HFTensor(name, shape),), index)
 
 
+def made(name: str, shape: Shape, value: float = 0.0) -> Rule:
+    """A Hugging Face tensor that is `value` everywhere and has no counterpart of ours."""
+    return Rule(
+        UNUSED_PREFIX + name,
+        shape,
+        (HFTensor(name, shape),),
+        unpack=lambda zeros: [zeros + value],
+        unused=True,
+    )
+
+
 def stacked(
     key: str, names: Sequence[str], rows: int, columns: int, experts: tuple[int, int] | None = None
 ) -> Rule:
@@ -114,6 +128,8 @@ def attention_rules(config: Config, layer: int) -> Iterator[Rule]:
     yield same(ours + norm, theirs + "input_layernorm.weight", width)
     yield _qkv(ours + "self_attention.linear_qkv.weight", theirs, width, heads, groups, head)
     attention = ours + "self_attention."
+    if model.qkv_bias:
+        yield _qkv(attention + "linear_qkv.bias", theirs, None, heads, groups, head)
     yield same(
         attention + "linear_proj.weight", theirs + "self_attn.o_proj.weight", width, heads * head
     )
@@ -124,25 +140,30 @@ def attention_rules(config: Config, layer: int) -> Iterator[Rule]:
     yield same(ours + norm, theirs + "post_attention_layernorm.weight", width)
 
 
-def _qkv(key: str, theirs: str, width: int, heads: int, groups: int, head: int) -> Rule:
-    """Megatron interleaves: for each key/value head its query heads, then key, then value."""
+def _qkv(key: str, theirs: str, width: int | None, heads: int, groups: int, head: int) -> Rule:
+    """Megatron interleaves: for each key/value head its query heads, then key, then value.
+
+    Weights have `width` columns; without one these are the biases.
+    """
     per_group = heads // groups
+    columns = () if width is None else (width,)
 
     def pack(tensors: Sequence[Tensor]) -> Tensor:
-        parts = [tensor.view(groups, -1, width) for tensor in tensors]
-        return torch.cat(parts, dim=1).reshape(-1, width)
+        parts = [tensor.view(groups, -1, *columns) for tensor in tensors]
+        return torch.cat(parts, dim=1).reshape(-1, *columns)
 
     def unpack(tensor: Tensor) -> list[Tensor]:
-        parts = tensor.view(groups, (per_group + 2) * head, width)
+        parts = tensor.view(groups, (per_group + 2) * head, *columns)
         split = parts.split([per_group * head, head, head], dim=1)
-        return [part.reshape(-1, width) for part in split]
+        return [part.reshape(-1, *columns) for part in split]
 
+    what = "bias" if width is None else "weight"
     rows = {"q": heads * head, "k": groups * head, "v": groups * head}
     sources = tuple(
-        HFTensor(f"{theirs}self_attn.{kind}_proj.weight", (count, width))
+        HFTensor(f"{theirs}self_attn.{kind}_proj.{what}", (count, *columns))
         for kind, count in rows.items()
     )
-    return Rule(key, (sum(rows.values()), width), sources, None, pack, unpack)
+    return Rule(key, (sum(rows.values()), *columns), sources, None, pack, unpack)
 
 
 def dense_mlp_rules(config: Config, layer: int) -> Iterator[Rule]:
@@ -167,7 +188,7 @@ def linear_modules(config: Config) -> Iterator[tuple[str, int]]:
     """
     for layer, is_moe in enumerate(config.moe.moe_layer_pattern(config.model.num_layers)):
         prefix = f"decoder.layers.{layer}."
-        modules = ["self_attention.linear_qkv", "self_attention.linear_proj"]
+        modules = [f"self_attention.{name}" for name in _attention_modules(config)]
         if config.moe.shared_expert_ffn_hidden_size is not None and is_moe:
             modules += ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
         if not is_moe:
@@ -176,3 +197,13 @@ def linear_modules(config: Config) -> Iterator[tuple[str, int]]:
         if is_moe:
             for module in ("linear_fc1", "linear_fc2"):
                 yield f"{prefix}mlp.experts.experts.{module}", config.moe.num_ffn_experts
+
+
+def _attention_modules(config: Config) -> list[str]:
+    latent = config.model.latent_attention
+    if latent is None:
+        return ["linear_qkv", "linear_proj"]
+    queries = ["linear_q_down_proj", "linear_q_up_proj"]
+    if latent.q_lora_rank is None:
+        queries = ["linear_q_proj"]
+    return [*queries, "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from moepp_megatron.config import Config, ConfigError, Layout, load_config, with_overrides
 from moepp_megatron.config.load import parse_override
+from moepp_megatron.interop.score_text import TextWindows
 from moepp_megatron.training.inference_settings import FORWARD_ONLY
 
 _SECTIONS = ("parallel", "precision")
@@ -26,44 +27,57 @@ class ScoreRequest:
             batch holds all sequences (and fillers), `model.seq_length` is the padded length.
         layout: The rank grid.
         input_ids: [b, s] int64.
-        out: File to write.
+        out: File to write, or None.
         logits: Whether logits are wanted.
         notices: What the user should know.
+        text: The text that the tokens are, or None.
     """
 
     checkpoint: Path
     config: Config
     layout: Layout
     input_ids: np.ndarray
-    out: Path
+    out: Path | None
     logits: bool = False
     notices: list[str] = field(default_factory=list)
+    text: TextWindows | None = None
 
     @classmethod
     def read(
         cls,
         checkpoint: Path,
-        tokens: Path,
-        out: Path,
+        tokens: Path | None,
+        out: Path | None,
         overrides: Sequence[str],
         world_size: int,
         logits: bool,
+        text: Path | None = None,
     ) -> ScoreRequest:
-        """Check a request.
+        """Check a request for the tokens of an npz file, or for a text file.
 
         Raises:
             ConfigError: Whatever is wrong with it.
         """
-        input_ids = read_input_ids(tokens)
+        _check_options(tokens, text, out, logits)
+        input_ids = None if tokens is None else read_input_ids(tokens)
         check_overrides(overrides)
-        if out.is_dir():
+        if out is not None and out.is_dir():
             raise ConfigError(f"--out ({out}) must be a file to write, and is a folder; name one")
         from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
+        from moepp_megatron.training.generate_request import checkpoint_tokenizer
 
         folder = find_checkpoint(checkpoint)
         trained = load_config(folder / CONFIG_FILE)
-        _check_vocabulary(tokens, input_ids, trained)
-        return cls.of(folder, trained, input_ids, overrides, world_size, out=out, logits=logits)
+        windows = None
+        if text is not None:
+            tokenizer = checkpoint_tokenizer(folder, trained)
+            windows = TextWindows.read(text, tokenizer, trained.model.seq_length)
+            input_ids = windows.input_ids
+        assert input_ids is not None, "one of the two was given"
+        if tokens is not None:
+            _check_vocabulary(tokens, input_ids, trained)
+        request = cls.of(folder, trained, input_ids, overrides, world_size, out=out, logits=logits)
+        return replace(request, text=windows)
 
     @classmethod
     def of(
@@ -74,7 +88,7 @@ class ScoreRequest:
         overrides: Sequence[str],
         world_size: int,
         *,
-        out: Path = Path("scores.npz"),
+        out: Path | None = None,
         logits: bool = False,
     ) -> ScoreRequest:
         """A request for tokens that are known to suit the model.
@@ -85,7 +99,7 @@ class ScoreRequest:
             input_ids: [b, s] int64.
             overrides: Settings that `check_overrides` has passed.
             world_size: Ranks.
-            out: File to write, for `write_scores`.
+            out: File to write, for `write_scores`, or None.
             logits: Whether logits are wanted.
 
         Raises:
@@ -95,6 +109,16 @@ class ScoreRequest:
         layout = Layout.from_config(config, world_size)
         notices = list(_notices(trained, input_ids, config))
         return cls(folder, config, layout, input_ids, out, logits, notices)
+
+
+def _check_options(tokens: Path | None, text: Path | None, out: Path | None, logits: bool) -> None:
+    if (tokens is None) == (text is None):
+        given = "neither" if tokens is None else "both"
+        raise ConfigError(f"--tokens and --text ({given} given) must not be so; give one of them")
+    if tokens is not None and out is None:
+        raise ConfigError("--out (absent) must name the file to write with --tokens; add it")
+    if text is not None and logits:
+        raise ConfigError("--logits must not be given with --text; leave it out, or use --tokens")
 
 
 def read_input_ids(tokens: Path) -> np.ndarray:

@@ -2,57 +2,97 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import shutil
-from collections.abc import Iterator, Sequence
-from importlib import resources
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.problem import show
 from moepp_megatron.data.atomic import partial_folder, publish
 from moepp_megatron.data.progress import track
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
-from moepp_megatron.interop.hf_config import own_hf_config, released_hf_config, released_warnings
-from moepp_megatron.interop.moepp_rules import UNUSED_PREFIX, moepp_rules
-from moepp_megatron.interop.rules import Rule
-from moepp_megatron.interop.safetensors_file import SafetensorsWriter
-from moepp_megatron.interop.to_mcore import HF_CONFIG_FILE, free_folder
-from moepp_megatron.interop.zero_expert_formats import (
-    longcat_hf_config,
-    longcat_warnings,
-    qwen3_moe_rules,
-    zeda_hf_config,
+from moepp_megatron.interop.hf_companions import (
+    copy_model_files,
+    special_ids,
+    write_companions,
+    write_json,
 )
+from moepp_megatron.interop.hf_config import own_hf_config, released_hf_config, released_warnings
+from moepp_megatron.interop.longcat import longcat_hf_config, longcat_warnings
+from moepp_megatron.interop.longcat_rules import longcat_rules
+from moepp_megatron.interop.model_card import (
+    TRAINING_CONFIG_FILE,
+    UNKNOWN_LICENSE,
+    check_license,
+    model_card,
+)
+from moepp_megatron.interop.moepp_rules import moepp_rules
+from moepp_megatron.interop.rules import UNUSED_PREFIX, Rule
+from moepp_megatron.interop.safetensors_file import SafetensorsWriter
+from moepp_megatron.interop.to_mcore import TORCH_DTYPES, free_folder
+from moepp_megatron.interop.zeda import qwen3_moe_rules, zeda_hf_config
 from moepp_megatron.runtime.terminal import Console
-from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
+from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
 
 DEFAULT_SHARD_BYTES = 5 * 1000**3
-_MODEL_FILES = ("configuration_moepp.py", "modeling_moepp.py")
-_AUTO_MAPS = {
-    "moepp": ("MoEPPConfig", "MoEPPForCausalLM"),
-    "released": ("MoeConfig", "MoeForCausalLM"),
-    "longcat": ("MoEPPConfig", "MoEPPForCausalLM"),
-}
-_HF_CONFIGS = {
-    "moepp": own_hf_config,
-    "released": released_hf_config,
-    "longcat": longcat_hf_config,
-    "zeda": zeda_hf_config,
-}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-# Of the source's config.json: what this package has no field for.
-_KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_COMPANIONS = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """One layout of an exported folder.
+
+    Attributes:
+        fields: `config.json` of a model, or a ConfigError.
+        rules: Its tensors.
+        classes: Our configuration and model class where the folder carries them.
+        dtype_field: What `config.json` calls the weights' dtype.
+        keeps_unused: Whether tensors that no model of ours has are written.
+        has_latent_attention: Whether the format's attention is latent.
+        warnings: What its readers may get wrong.
+    """
+
+    fields: Callable[[Config], dict[str, Any]]
+    rules: Callable[[Config], Iterator[Rule]]
+    classes: tuple[str, str] | None = None
+    dtype_field: str = "torch_dtype"
+    keeps_unused: bool = False
+    has_latent_attention: bool = False
+    warnings: Callable[[Config], Iterator[str]] = lambda config: iter(())
+
+
+def _longcat(with_identity_weights: bool) -> _Format:
+    rules = partial(longcat_rules, with_identity_weights=with_identity_weights)
+    return _Format(
+        longcat_hf_config,
+        rules,
+        keeps_unused=True,
+        has_latent_attention=True,
+        warnings=longcat_warnings,
+    )
+
+
+_FORMATS = {
+    "moepp": _Format(
+        own_hf_config, moepp_rules, ("MoEPPConfig", "MoEPPForCausalLM"), dtype_field="dtype"
+    ),
+    "released": _Format(
+        released_hf_config,
+        moepp_rules,
+        ("MoeConfig", "MoeForCausalLM"),
+        keeps_unused=True,
+        warnings=released_warnings,
+    ),
+    "longcat": _longcat(with_identity_weights=False),
+    "longcat-transformers": _longcat(with_identity_weights=True),
+    "zeda": _Format(zeda_hf_config, qwen3_moe_rules),
+}
 
 
 def mcore_to_hf(
@@ -61,6 +101,8 @@ def mcore_to_hf(
     layout: str = "moepp",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     console: Console | None = None,
+    dtype: str | None = None,
+    license_id: str = UNKNOWN_LICENSE,
 ) -> list[str]:
     """Convert a checkpoint of ours into a folder that transformers loads.
 
@@ -68,9 +110,12 @@ def mcore_to_hf(
         source: A checkpoint folder or a run.
         target: Folder to make; it must not exist or be empty.
         layout: `moepp` for our configuration and class names, `released` for the released ones,
-            `longcat` or `zeda` for the fields of those models (`zero_expert_formats`).
+            `longcat` for LongCat-Flash as it is released and as vLLM and sglang read it,
+            `longcat-transformers` for the same as transformers 5 reads it, `zeda` for ZEDA's.
         max_shard_bytes: Largest shard.
         console: Where progress goes.
+        dtype: fp32 or bf16 for all weights but selection biases; None keeps each tensor's own.
+        license_id: Of the weights, by the Hub's identifier; for the model card.
 
     Returns:
         Warnings for the user.
@@ -78,27 +123,36 @@ def mcore_to_hf(
     Raises:
         ConfigError: For a model that the layout cannot express, or a damaged checkpoint.
     """
+    form = _FORMATS[layout]
+    check_license(license_id)
     folder = find_checkpoint(source)
     config = load_config(folder / CONFIG_FILE)
-    _refuse_latent_attention(config)
-    fields = _HF_CONFIGS[layout](config)
+    if not form.has_latent_attention:
+        _refuse_latent_attention(config)
+    fields = form.fields(config)
     reader = CheckpointReader(folder)
-    names = qwen3_moe_rules if layout == "zeda" else moepp_rules
-    rules = present_rules(reader, list(names(config)), layout)
+    rules = present_rules(reader, list(form.rules(config)), form.keeps_unused)
     target = free_folder(target)
-    with partial_folder(target) as partial:
-        dtype = write_weights(reader, rules, partial, max_shard_bytes, console)
-        fields |= _kept_fields(folder) | auto_map(layout, dtype)
-        write_json(partial / "config.json", fields)
-        copy_companions(folder, partial)
-        if layout in _AUTO_MAPS:
-            _copy_model_files(partial)
-        publish(partial, target)
-    return list(_warnings(config, layout))
+    names = [source.resolve().name, target.name]
+    command = ["moepp", "convert", "mcore-to-hf", *names, "--layout", layout]
+    command += [] if dtype is None else ["--dtype", dtype]
+    with partial_folder(target) as unfinished:
+        written = write_weights(reader, rules, unfinished, max_shard_bytes, console, dtype)
+        name = _DTYPE_NAMES.get(written, "float32")
+        fields |= special_ids(folder) | {form.dtype_field: name} | _auto_map(form.classes)
+        write_json(unfinished / "config.json", fields)
+        write_companions(folder, unfinished, config)
+        card = model_card(folder, config, name, layout, shlex.join(command), license_id)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        shutil.copyfile(folder / CONFIG_FILE, unfinished / TRAINING_CONFIG_FILE)
+        if form.classes is not None:
+            copy_model_files(unfinished)
+        publish(unfinished, target)
+    return list(_warnings(config, form))
 
 
 def _refuse_latent_attention(config: Config) -> None:
-    """The attention of every format here is Llama's.
+    """The attention of most formats here is Llama's.
 
     Raises:
         ConfigError: The model has another one.
@@ -106,13 +160,15 @@ def _refuse_latent_attention(config: Config) -> None:
     if config.model.latent_attention is not None:
         raise ConfigError(
             f"model.latent_attention ({show(config.model.latent_attention.model_dump())}) must be "
-            "null for an export: no layout here has multi-head latent attention; score or "
-            "generate from the checkpoint itself"
+            "null for an export in this layout: it has no multi-head latent attention; use "
+            "--layout longcat, or score and generate from the checkpoint itself"
         )
 
 
-def present_rules(reader: CheckpointReader, rules: Sequence[Rule], layout: str) -> list[Rule]:
-    """The rules whose tensors are written: unused ones where kept, or where the format wants them.
+def present_rules(
+    reader: CheckpointReader, rules: Sequence[Rule], keeps_unused: bool
+) -> list[Rule]:
+    """The rules whose tensors are written: unused ones where the format or the checkpoint has them.
 
     Raises:
         ConfigError: Naming a tensor that the checkpoint lacks or holds in another shape.
@@ -128,9 +184,7 @@ def present_rules(reader: CheckpointReader, rules: Sequence[Rule], layout: str) 
                 f"{reader.folder}: tensor {rule.key} must have shape {list(rule.shape)} by "
                 f"{CONFIG_FILE}, and the checkpoint {held}; copy the checkpoint again"
             )
-    return [
-        rule for rule in rules if not rule.unused or layout == "released" or rule.key in tensors
-    ]
+    return [rule for rule in rules if not rule.unused or keeps_unused or rule.key in tensors]
 
 
 def write_weights(
@@ -139,17 +193,29 @@ def write_weights(
     folder: Path,
     max_shard_bytes: int,
     console: Console | None,
+    dtype: str | None = None,
 ) -> torch.dtype:
-    """Write the tensors into safetensors shards; returns the embedding's dtype."""
+    """Write the tensors into safetensors shards; returns the embedding's dtype.
+
+    Args:
+        reader: The checkpoint.
+        rules: The tensors.
+        folder: Where to write.
+        max_shard_bytes: Largest shard.
+        console: Where progress goes.
+        dtype: fp32 or bf16 for all but selection biases, whose steps bf16 does not resolve.
+    """
     tensors = reader.tensors
-    main_dtype = tensors["embedding.word_embeddings.weight"][0]
-    dtypes = {key: dtype for key, (dtype, _) in tensors.items()}
+    kept = {key: own for key, (own, _) in tensors.items()}
+    wanted = kept if dtype is None else dict.fromkeys(kept, TORCH_DTYPES[dtype])
+    dtypes = {key: kept[key] if key.endswith(".expert_bias") else wanted[key] for key in kept}
+    main_dtype = dtypes["embedding.word_embeddings.weight"]
     plan = [
         (source.name, dtypes.get(rule.key, main_dtype), source.shape)
         for rule in rules
         for source in rule.sources
     ]
-    total = sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in plan)
+    total = sum(each.itemsize * torch.Size(shape).numel() for _, each, shape in plan)
     with (
         SafetensorsWriter(folder, plan, max_shard_bytes) as writer,
         track(console or Console(stderr=True), "converting", total) as advance,
@@ -157,69 +223,31 @@ def write_weights(
         for rule in rules:
             assert rule.unpack is not None, f"{rule.key} cannot be converted back"
             if rule.key in tensors:
-                tensor = reader.read(rule.key, rule.index)
+                tensor = reader.read(rule.key, rule.index).to(dtypes[rule.key])
             else:
                 assert rule.key.startswith(UNUSED_PREFIX), rule.key
                 tensor = torch.zeros(rule.slice_shape, dtype=main_dtype)
             for source, part in zip(rule.sources, rule.unpack(tensor), strict=True):
                 writer.write(source.name, part)
-            advance(tensor.nbytes)
+                advance(part.nbytes)
     return main_dtype
 
 
-def auto_map(layout: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Fields that tell transformers which classes to load, and in which dtype."""
-    fields: dict[str, Any] = {"torch_dtype": _DTYPE_NAMES.get(dtype, "float32")}
-    if layout in _AUTO_MAPS:
-        config_class, model_class = _AUTO_MAPS[layout]
-        fields["architectures"] = [model_class]
-        fields["auto_map"] = {
+def _auto_map(classes: tuple[str, str] | None) -> dict[str, Any]:
+    """Fields that tell transformers which of our classes to load."""
+    if classes is None:
+        return {}
+    config_class, model_class = classes
+    return {
+        "architectures": [model_class],
+        "auto_map": {
             "AutoConfig": f"configuration_moepp.{config_class}",
             "AutoModelForCausalLM": f"modeling_moepp.{model_class}",
-        }
-    return fields
+        },
+    }
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file as Hugging Face libraries do."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer and what belongs to it, where the checkpoint has them."""
-    for name in _COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if (source / TOKENIZER_FILE).is_file() and not (target / "tokenizer_config.json").exists():
-        from moepp_megatron.data.tokenizer import Tokenizer
-
-        token = Tokenizer.load(source / TOKENIZER_FILE).eod_token
-        content = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": token}
-        write_json(target / "tokenizer_config.json", content)
-
-
-def _warnings(config: Config, layout: str) -> Iterator[str]:
-    if layout == "longcat":
-        yield from longcat_warnings(config)
-    if layout == "released":
-        yield from released_warnings(config)
+def _warnings(config: Config, form: _Format) -> Iterator[str]:
+    yield from form.warnings(config)
     if config.moe.capacity_factor is not None:
         yield "moe.capacity_factor is not exported: the model in transformers drops no selection"
-
-
-def _kept_fields(folder: Path) -> dict[str, Any]:
-    file = folder / HF_CONFIG_FILE
-    if file.is_file():
-        original = read_json(file)
-        return {key: original[key] for key in _KEPT_FIELDS if key in original}
-    if (folder / TOKENIZER_FILE).is_file():
-        from moepp_megatron.data.tokenizer import Tokenizer
-
-        return {"eos_token_id": Tokenizer.load(folder / TOKENIZER_FILE).eod}
-    return {}
-
-
-def _copy_model_files(target: Path) -> None:
-    package = resources.files("moepp_megatron.interop") / "hf_files"
-    for name in _MODEL_FILES:
-        (target / name).write_text((package / name).read_text(encoding="utf-8"), encoding="utf-8")

@@ -23,7 +23,7 @@ from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE
 
 # Beside the weights, so that the way back gives what this package has no field for.
 HF_CONFIG_FILE = "hf_config.json"
-_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHOWN = 5
 
 
@@ -79,7 +79,11 @@ def write_checkpoint(
         for rule in rules:
             if rule.unused and rule.sources[0].name not in tensors:
                 continue
-            sources = [_cast(hf.read(source.name), dtype) for source in rule.sources]
+            # Steps of a selection bias are far smaller than what bf16 resolves.
+            sources = [
+                _cast(hf.read(name), None if name.endswith("e_score_correction_bias") else dtype)
+                for name in (source.name for source in rule.sources)
+            ]
             writer.add(rule.key, rule.pack(sources), rule.shape, rule.index)
             advance(_rule_bytes(tensors, rule))
         write_objects(writer, config)
@@ -146,7 +150,7 @@ def _rule_bytes(tensors: Mapping[str, TensorInfo], rule: Rule) -> int:
 
 
 def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
-    return tensor if dtype is None else tensor.to(_TORCH_DTYPES[dtype])
+    return tensor if dtype is None else tensor.to(TORCH_DTYPES[dtype])
 
 
 def write_objects(

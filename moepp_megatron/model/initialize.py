@@ -29,8 +29,8 @@ def initialize_weights(chunks: Iterable[LanguageModule], seed: int) -> None:
     """Initialise every parameter of the local model chunks in place.
 
     Matrices are drawn from N(0, init_method_std), projections into the residual stream from
-    N(0, init_method_std / sqrt(number of such projections in depth)), norms are 1, and constant
-    experts' vectors 0 under `MoEPPConfig.constant_init` zero.
+    N(0, init_method_std / sqrt(number of such projections in depth)), norms are 1, biases 0,
+    and constant experts' vectors 0 under `MoEPPConfig.constant_init` zero.
 
     Args:
         chunks: Model chunks of this rank, before any wrapper.
@@ -63,6 +63,8 @@ def _fill(tensor: ShardedTensor, seed: int, std: float, branches: int) -> None:
     data = tensor.data
     if "norm" in tensor.key:
         data.fill_(1.0)
+    elif tensor.key.endswith(".bias"):
+        data.zero_()
     else:
         if tensor.key.endswith(_RESIDUAL_PROJECTIONS):
             std = std / math.sqrt(branches)

@@ -74,6 +74,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         hidden_dropout=0.0,
@@ -158,6 +159,7 @@ def _moe_fields(config: Config) -> dict[str, object]:
         "moe_z_loss_coeff": moe.z_loss_coeff,
         "moe_input_jitter_eps": moe.input_jitter_eps,
         "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
+        "moe_shared_expert_gate": moe.shared_expert_gate,
         # With the global scope megatron-core resets the routers' counts after every step. The loss
         # itself is ours, so its coefficient stays 0 here.
         "moe_router_load_balancing_type": "global_aux_loss"

@@ -34,6 +34,9 @@ class Attention(Protocol):
     def norm_parameters(self) -> int:
         """Parameters of norms inside the attention, whole on every rank."""
 
+    def bias_parameters(self, tp: int) -> int:
+        """Parameters of biases on a rank."""
+
     def gathered_width(self, hidden: int) -> int:
         """Channels a token that tensor-parallel ranks gather before the projections."""
 
@@ -53,12 +56,14 @@ class GroupedQuery:
         groups: Key/value heads.
         head_dim: Width of a head.
         has_qk_norm: RMSNorm of queries and keys per head.
+        has_bias: Queries, keys and values have biases.
     """
 
     heads: int
     groups: int
     head_dim: int
     has_qk_norm: bool = False
+    has_bias: bool = False
 
     @property
     def qk_dim(self) -> int:
@@ -83,12 +88,17 @@ class GroupedQuery:
         return (
             (r"(q|k)_layernorm\.weight$", (self.head_dim,)),
             (r"linear_qkv\.weight$", (first.outputs, first.inputs)),
+            (r"linear_qkv\.bias$", (first.outputs,)),
             (r"linear_proj\.weight$", (last.outputs, last.inputs)),
         )
 
     def norm_parameters(self) -> int:
         """Weights of the query and key norms."""
         return 2 * self.head_dim if self.has_qk_norm else 0
+
+    def bias_parameters(self, tp: int) -> int:
+        """Biases of the queries, keys and values of this rank's heads."""
+        return self._query(tp) + 2 * self._key(tp) if self.has_bias else 0
 
     def gathered_width(self, hidden: int) -> int:
         """The layer's input."""
@@ -124,5 +134,9 @@ def attention_of(config: Config) -> GroupedQuery | LatentAttention:
             has_norms=model.qk_layernorm,
         )
     return GroupedQuery(
-        model.num_attention_heads, model.query_groups, model.head_dim, model.qk_layernorm
+        model.num_attention_heads,
+        model.query_groups,
+        model.head_dim,
+        model.qk_layernorm,
+        model.qkv_bias,
     )

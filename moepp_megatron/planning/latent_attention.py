@@ -84,6 +84,10 @@ class LatentAttention:
         """Norms of the compressed vectors."""
         return (self.query_rank or 0) + self.key_rank if self.has_norms else 0
 
+    def bias_parameters(self, tp: int) -> int:
+        """None."""
+        return 0
+
     def gathered_width(self, hidden: int) -> int:
         """The compressed vectors, the input in place of a query that is not compressed."""
         queries = hidden if self.query_rank is None else self.query_rank

@@ -60,7 +60,8 @@ def _attention(load: Workload, grid: Grid) -> int:
     """Projections of this rank's heads, norms inside, and the two norms of the layer."""
     matmuls = load.attention.matmuls(load.hidden, grid.tp)
     projections = sum(prod((matmul.outputs, matmul.inputs)) for matmul in matmuls)
-    return projections + load.attention.norm_parameters() + 2 * load.hidden
+    inside = load.attention.norm_parameters() + load.attention.bias_parameters(grid.tp)
+    return projections + inside + 2 * load.hidden
 
 
 def _moe_dense(load: Workload, grid: Grid, is_first: bool) -> int:
@@ -75,6 +76,7 @@ def _moe_dense(load: Workload, grid: Grid, is_first: bool) -> int:
     if experts.gating_residual and not is_first:
         router += wide * wide
     shared = 3 * load.hidden * experts.shared_size // grid.tp
+    shared += load.hidden if experts.shared_gate else 0
     # Each constant expert: U, two rows of the mixing weight, and its vector in V.
     rows = 3 if is_first or not experts.constants_shared else 2
     return router + rows * load.hidden * experts.num_constant + shared

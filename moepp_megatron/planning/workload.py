@@ -25,6 +25,7 @@ class Experts:
         ffn_share: Share of the selections that FFN experts get, phi.
         ffn_size: Inner width of an FFN expert.
         shared_size: Inner width of the shared expert, 0 for none.
+        shared_gate: A gate weighs what the shared expert returns.
         gating_residual: Routers see the logits of the layer before.
         two_layer_gate: The router is W_b tanh(W_a x) with hidden width 8E.
         dispatcher: How tokens reach their experts.
@@ -42,6 +43,7 @@ class Experts:
     two_layer_gate: bool = False
     dispatcher: Dispatcher = "alltoall"
     constants_shared: bool = False
+    shared_gate: bool = False
 
     @property
     def num_all(self) -> int:
@@ -171,6 +173,7 @@ def _experts(config: Config) -> Experts:
         ffn_share=moe.ffn_share,
         ffn_size=config.expert_ffn_hidden_size,
         shared_size=moe.shared_expert_ffn_hidden_size or 0,
+        shared_gate=moe.shared_expert_gate,
         gating_residual=moe.gating_residual,
         two_layer_gate=moe.two_layer_gate,
         dispatcher=moe.dispatcher,

@@ -19,13 +19,6 @@ from tests.parallel.ranks import RankPools
 LOGITS = 1e-4
 
 PLAIN_MOE: dict[str, Any] = {"num_constant_experts": 0, "gating_residual": False}
-LONGCAT = PLAIN_MOE | {
-    "num_zero_experts": 0,
-    "num_copy_experts": 3,
-    "router_topk": 3,
-    "selection_bias": True,
-    "gate_scale": 2.5,
-}
 ZEDA = PLAIN_MOE | {
     "num_zero_experts": 3,
     "num_copy_experts": 0,
@@ -47,15 +40,16 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "constant_temperature": 0.5,
             "logits_norm_std": 1.5,
             "shared_expert_ffn_hidden_size": 24,
+            "shared_expert_gate": True,
             "ffn_hidden_size": 40,
         },
     },
+    "biases": {"model": {"qkv_bias": True, "num_query_groups": 2}},
     "shared constants": {"moe": {"constants_shared": True}},
     "vanilla, tied": {
         "model": {"tie_embeddings": True},
         "moe": PLAIN_MOE | {"num_zero_experts": 0, "num_copy_experts": 0},
     },
-    "longcat": {"moe": LONGCAT},
     "zeda": {"model": {"qk_layernorm": True}, "moe": ZEDA},
 }
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
@@ -86,6 +80,8 @@ def save_and_compute(raw: dict[str, Any], folder: Path) -> Any:
         for name, parameter in chunk.named_parameters():
             if "norm" in name:
                 parameter.copy_(1.0 + 0.3 * torch.randn_like(parameter))
+            if name.endswith(".bias"):
+                parameter.copy_(torch.randn_like(parameter))
         ids = torch.from_numpy(TOKENS)
         logits = chunk(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
     tokenizer = folder.parent / "tokenizer.json"
@@ -159,17 +155,13 @@ def test_trained_models_in_transformers(
 
     raw = settings(**MODELS[name])
     (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "checkpoints")
-    layout = name if name in ("longcat", "zeda") else "moepp"
-    warnings = mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf", layout)
-    assert len(warnings) == (2 if name == "longcat" else 0), warnings
+    layout = "zeda" if name == "zeda" else "moepp"
+    assert mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf", layout) == []
     if layout == "zeda":
         theirs = plain(zeda_logits, tmp_path / "hf", TOKENS)
     else:
         theirs = plain(hf_logits, tmp_path / "hf", TOKENS, layout)
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGITS)
-    if layout == "longcat":
-        fields = json.loads((tmp_path / "hf" / "config.json").read_text())
-        assert (fields["zero_expert_num"], fields["zero_expert_type"]) == (3, "identity")
 
 
 @pytest.mark.parametrize("layout", ["moepp", "released"])
@@ -186,29 +178,23 @@ def test_golden_in_transformers(plain: RunPlain, tmp_path: Path, case: str, layo
 
 
 @pytest.mark.parametrize(
-    ("base", "change", "named"),
+    ("change", "named"),
     [
-        (LONGCAT, {"gating_residual": True}, "gating residuals are unknown there"),
-        (LONGCAT, {"num_constant_experts": 2}, "constant experts are unknown there"),
-        (LONGCAT, {"num_zero_experts": 1}, "zero_expert_type is one"),
-        (ZEDA, {"gating_residual": True}, "gating residuals are unknown there"),
-        (ZEDA, {"num_constant_experts": 1}, "constant experts are unknown there"),
-        (ZEDA, {"gate_normalization": "none"}, "divides by the sum over all picks"),
+        ({"gating_residual": True}, "gating residuals are unknown there"),
+        ({"num_constant_experts": 1}, "constant experts are unknown there"),
+        ({"gate_normalization": "none"}, "divides by the sum over all picks"),
     ],
 )
-def test_other_formats_refuse_what_they_cannot_say(
-    base: dict[str, Any], change: dict[str, Any], named: str
-) -> None:
-    from moepp_megatron.interop.zero_expert_formats import longcat_hf_config, zeda_hf_config
+def test_zeda_refuses_what_it_cannot_say(change: dict[str, Any], named: str) -> None:
+    from moepp_megatron.interop.zeda import zeda_hf_config
 
-    fields = longcat_hf_config if base is LONGCAT else zeda_hf_config
     model = {"qk_layernorm": True}
-    fields(parse_config(settings(model=model, moe=base)))
+    zeda_hf_config(parse_config(settings(model=model, moe=ZEDA)))
     with pytest.raises(ConfigError, match=named):
-        fields(parse_config(settings(model=model, moe=base | change)))
+        zeda_hf_config(parse_config(settings(model=model, moe=ZEDA | change)))
 
 
-@pytest.mark.parametrize("layout", ["moepp", "released", "longcat", "zeda"])
+@pytest.mark.parametrize("layout", ["moepp", "released", "zeda"])
 def test_latent_attention_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:

@@ -28,6 +28,30 @@ SHAPE: dict[str, Any] = {
     # Large: routing with clear margins, logits far from uniform.
     "initializer_range": 0.2,
 }
+QWEN2: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 28,
+    "mlp_only_layers": [0],
+}
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "num_mtp_layers": 0,
+}
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "qwen3-moe": (
@@ -41,13 +65,35 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "qwen2-moe": ("Qwen2Moe", QWEN2 | {"norm_topk_prob": True}),
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "deepseek-v3": ("DeepseekV3", DEEPSEEK),
+    "deepseek-v3, yarn": (
+        "DeepseekV3",
+        DEEPSEEK
+        | {
+            "n_shared_experts": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.0,
+            },
+        },
+    ),
 }
 
 
-def write_source(folder: Path, name: str, tokens: Path, **changes: Any) -> Any:
+def write_source(
+    folder: Path, name: str, tokens: Path, normalised: bool | None = None, **changes: Any
+) -> Any:
     """Save a random model of transformers' own class; returns its logits."""
+    changes |= {} if normalised is None else {"norm_topk_prob": normalised}
     import torch
     import transformers
 
@@ -59,6 +105,11 @@ def write_source(folder: Path, name: str, tokens: Path, **changes: Any) -> Any:
         for key, parameter in model.named_parameters():
             if "norm" in key:
                 parameter.copy_(1.0 + 0.3 * torch.randn_like(parameter))
+            if key.endswith(".bias"):
+                parameter.copy_(torch.randn_like(parameter))
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn_like(buffer))
         logits = model(torch.from_numpy(np.load(tokens)["input_ids"])).logits
     model.save_pretrained(folder)
     return logits.numpy()
@@ -72,6 +123,7 @@ def write_tokens(folder: Path) -> Path:
 
 def upcycle_and_score(source: Path, target: Path, tokens: Path, changes: dict[str, Any]) -> Any:
     """Scores of the upcycled model, and its FFN experts' share of all selections."""
+    from moepp_megatron.config import load_config
     from moepp_megatron.interop import score as scoring
     from moepp_megatron.interop.upcycle import Additions, upcycle
     from moepp_megatron.moe.layer import MoEPPLayer
@@ -94,7 +146,7 @@ def upcycle_and_score(source: Path, target: Path, tokens: Path, changes: dict[st
         scores = score(target, tokens, [])
     finally:
         scoring.build_model = build
-    num_ffn = {m.shape[1] for m in maps}.pop() - 4
+    num_ffn = load_config(target / "config.yaml").moe.num_ffn_experts
     selected = sum(int(m.sum()) for m in maps)
     return scores["logits"], sum(int(m[:, :num_ffn].sum()) for m in maps) / selected
 
@@ -117,7 +169,7 @@ def test_bias_bounds_every_score_of_an_added_expert() -> None:
     """Worst tokens: those that point along an added row, away from the FFN rows."""
     import torch
 
-    from moepp_megatron.interop.upcycle import new_rows, noise, selection_bias
+    from moepp_megatron.interop.upcycle_router import new_rows, noise, selection_bias
 
     ffn, norm = 0.3 * noise(1, "ffn", (5, 24)), 1.0 + 0.5 * noise(1, "norm", (24,))
     rows = torch.cat([ffn, new_rows(ffn, norm, noise(1, "added", (3, 24)))])
@@ -130,6 +182,25 @@ def test_bias_bounds_every_score_of_an_added_expert() -> None:
     assert float(scores[:, 5:].max()) > 0.5 * float(bias[0])
 
 
+@pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe"])
+def test_raw_scores_as_gates(ranks: RankPools, plain: RunPlain, tmp_path: Path, name: str) -> None:
+    """Without new experts the same; with them gates shrink, within the bound that is told."""
+    tokens = write_tokens(tmp_path)
+    expected = plain(write_source, tmp_path / "hf", name, tokens, False)
+    none = {f"num_{kind}_experts": 0 for kind in ("zero", "copy", "constant")}
+    ((same, _),) = ranks(1).run(upcycle_and_score, tmp_path / "hf", tmp_path / "a", tokens, none)
+    np.testing.assert_allclose(same, expected, rtol=0, atol=SAME * np.abs(expected).max())
+
+    more = {"approximate": True, "num_copy_experts": 0, "num_constant_experts": 0}
+    ((near, ffn_share),) = ranks(1).run(
+        upcycle_and_score, tmp_path / "hf", tmp_path / "b", tokens, more
+    )
+    assert ffn_share == 1.0
+    change = np.abs(near - expected).mean() / np.abs(expected).mean()
+    # One expert beside six: gates shrink to no less than 1 / (1 + 1.25 / 6) = 0.83.
+    assert 1e-3 < change < 0.17
+
+
 def test_scores_that_are_not_renormalised_are_refused(plain: RunPlain, tmp_path: Path) -> None:
     from moepp_megatron.interop.upcycle import upcycle
 
@@ -137,7 +208,11 @@ def test_scores_that_are_not_renormalised_are_refused(plain: RunPlain, tmp_path:
     plain(write_source, source, "qwen3-moe", tokens)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "norm_topk_prob": False}))
-    with pytest.raises(ConfigError, match=r"norm_topk_prob \(false\) must be true"):
+    # 6 / (6 + 4 * 1.25)
+    with pytest.raises(ConfigError, match=r"norm_topk_prob \(false\) must be true.*0\.545 of"):
+        upcycle(source, tmp_path / "moepp")
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "olmoe"}))
+    with pytest.raises(ConfigError, match="OLMoE normalises queries and keys over all heads"):
         upcycle(source, tmp_path / "moepp")
     (source / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
     with pytest.raises(ConfigError, match=r"model_type \(gemma\)"):
@@ -247,3 +322,54 @@ def test_short_run_moves_the_ffn_share_from_1_towards_phi(
     tens = np.array(losses).reshape(-1, 10).mean(axis=1)
     assert (np.diff(tens) < 0.05).all(), tens
     assert tens[-1] < tens[0] - 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n_group": 2, "topk_group": 1}, r"topk_group \(1\) must be n_group \(2\).*group-limited"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config .*bf16 first"),
+        ({"q_lora_rank": None}, r"q_lora_rank \(null\) must be a width"),
+        ({"rms_norm_eps": 1e-5}, r"rms_norm_eps \(1e-05\) must be 1e-06"),
+        ({"rope_interleave": False}, r"rope_interleave \(False\) must be True"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, r"rope_type \(llama3\) must be default or"),
+        ({"scoring_func": "softmax"}, r"scoring_func \(softmax\) must be sigmoid"),
+        ({"norm_topk_prob": False}, r"norm_topk_prob \(False\) must be True"),
+        ({"attention_bias": True}, r"attention_bias \(True\) must be False"),
+    ],
+)
+def test_what_deepseek_models_cannot_bring_is_refused(change: dict[str, Any], named: str) -> None:
+    from moepp_megatron.interop.upcycle import Additions, upcycled_config
+
+    config = {**SHAPE, **DEEPSEEK, "model_type": "deepseek_v3", "rms_norm_eps": 1e-6}
+    assert upcycled_config(config, Additions(), "x", None).moe.gate_scale == 2.5
+    # All groups stay: nothing is limited.
+    upcycled_config(config | {"n_group": 2, "topk_group": 2}, Additions(), "x", None)
+    with pytest.raises(ConfigError, match=named):
+        upcycled_config(config | change, Additions(), "x", None)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(plain: RunPlain, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from moepp_megatron.interop.upcycle import upcycle
+    from tests.interop.checkpoints import load_tensors
+
+    source = tmp_path / "hf"
+    plain(write_source, source, "deepseek-v3", write_tokens(tmp_path))
+    tensors = load_tensors(source)
+    more = tensors["model.layers.2.mlp.gate.weight"].clone()
+    save_file(tensors | {"model.layers.3.eh_proj.weight": more}, source / "model.safetensors")
+    upcycle(source, tmp_path / "moepp", dtype="bf16")
+    save_file(tensors | {"model.surprise": more}, source / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.surprise is unexpected"):
+        upcycle(source, tmp_path / "other")
+
+    import torch
+
+    from moepp_megatron.interop.checkpoint_reader import CheckpointReader
+
+    bias = CheckpointReader(tmp_path / "moepp").read("decoder.layers.1.mlp.router.expert_bias")
+    own = tensors["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert torch.equal(bias[:6], own), "bf16 does not resolve a bias"
+    assert float(bias[6:].max()) < float(own.min()) - 1.0

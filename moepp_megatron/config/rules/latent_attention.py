@@ -77,6 +77,7 @@ def latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Prob
             "gpt",
             "HybridModel's attention layers are built without it",
         ),
+        ("model.qkv_bias", model.qkv_bias, False, "its projections have no biases"),
         (
             "precision.fp8",
             config.precision.fp8,

@@ -129,10 +129,23 @@ def shared_constants_are_whole(config: Config) -> Iterator[Problem]:
             return
 
 
+def shared_expert_is_there_to_weigh(config: Config) -> Iterator[Problem]:
+    """The gate is the shared expert's."""
+    moe = config.moe
+    if moe.shared_expert_gate and moe.shared_expert_ffn_hidden_size is None:
+        yield Problem(
+            "moe.shared_expert_gate",
+            True,
+            "must be false without moe.shared_expert_ffn_hidden_size, which has what it weighs",
+            "use false, or give moe.shared_expert_ffn_hidden_size",
+        )
+
+
 RULES = (
     topk_within_experts,
     single_selection_keeps_raw_gate,
     layer_freq_names_moe_layers,
     vanilla_layer_has_no_moepp_router,
     shared_constants_are_whole,
+    shared_expert_is_there_to_weigh,
 )

@@ -1,4 +1,4 @@
-"""Section `model`: the decoder around the experts (pre-norm, RMSNorm, SwiGLU, RoPE, no biases)."""
+"""Section `model`: the decoder around the experts (pre-norm, RMSNorm, SwiGLU, RoPE)."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ class ModelSection(Section):
         default=False,
         description="Normalise queries and keys per head; with latent_attention the compressed "
         "vectors that they are made of",
+        json_schema_extra=unit("-"),
+    )
+    qkv_bias: bool = Field(
+        default=False,
+        description="Add learned biases to queries, keys and values (Qwen2)",
         json_schema_extra=unit("-"),
     )
     latent_attention: LatentAttentionSection | None = Field(

@@ -178,6 +178,11 @@ class MoESection(Section):
         description="Inner width of an expert that every token takes; null: none",
         json_schema_extra=unit("channels"),
     )
+    shared_expert_gate: bool = Field(
+        default=False,
+        description="Weigh what the shared expert returns by sigmoid(w x) with a learned w (Qwen2)",
+        json_schema_extra=unit("-"),
+    )
 
     budget: BudgetSection = Field(
         default_factory=BudgetSection, description="FFN experts a token, held during training"

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers.models.llama.configuration_llama import LlamaConfig
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        f"transformers ({transformers.__version__}) must be at least 5: this model needs "
+        "transformers >= 5; install it with `pip install 'transformers>=5'`"
+    )
 
 
 class MoEPPConfig(LlamaConfig):
@@ -21,6 +28,7 @@ class MoEPPConfig(LlamaConfig):
         moe_layers: For each layer, 1 for a MoE layer and 0 for a dense one; None means all 1.
         moe_intermediate_size: Inner width of an FFN expert; None means `intermediate_size`.
         shared_expert_intermediate_size: Inner width of an expert for all tokens; None: none.
+        shared_expert_gate: Whether the shared expert's output is weighed by `sigmoid(w x)`.
         gating_residual: Whether a router adds a map of the previous router's logits.
         gate_normalization: `none`, `selected` (divided by their sum) or `nonzero` (a selected zero
             expert's gate is 0, the others are divided by their sum).
@@ -32,7 +40,13 @@ class MoEPPConfig(LlamaConfig):
         selection_bias: Whether a bias per expert takes part in the selection, not in the gates.
         gate_scale: Factor on all gates.
         qk_norm: Whether queries and keys are normalised per head.
-        tau: Weight of zero-computation experts in the balance loss that the model was trained with.
+        qkv_bias: Whether queries, keys and values have biases.
+        tau: Weight of zero-computation experts in the balance loss.
+        output_router_logits: Whether outputs have the router logits and the balance loss, and
+            whether the loss has the latter too.
+        router_aux_loss_coef: Factor on the balance loss in the loss.
+        bos_token_id: Token that begins a text, or None.
+        eos_token_id: Token that ends one, or None.
         **kwargs: As `LlamaConfig`.
     """
 
@@ -48,6 +62,7 @@ class MoEPPConfig(LlamaConfig):
         moe_layers: list[int] | None = None,
         moe_intermediate_size: int | None = None,
         shared_expert_intermediate_size: int | None = None,
+        shared_expert_gate: bool = False,
         gating_residual: bool = True,
         gate_normalization: str = "none",
         score_function: str = "softmax",
@@ -58,10 +73,16 @@ class MoEPPConfig(LlamaConfig):
         selection_bias: bool = False,
         gate_scale: float = 1.0,
         qk_norm: bool = False,
+        qkv_bias: bool = False,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
         tau: float = 0.75,
+        output_router_logits: bool = False,
+        router_aux_loss_coef: float = 0.01,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        # Llama's defaults are ordinary tokens of other vocabularies.
+        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
         self.num_ffn_experts = num_ffn_experts
         self.num_constant_experts = num_constant_experts
         self.num_copy_experts = num_copy_experts
@@ -70,6 +91,7 @@ class MoEPPConfig(LlamaConfig):
         self.moe_layers = moe_layers or [1] * self.num_hidden_layers
         self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.shared_expert_gate = shared_expert_gate
         self.gating_residual = gating_residual
         self.gate_normalization = gate_normalization
         self.score_function = score_function
@@ -80,7 +102,10 @@ class MoEPPConfig(LlamaConfig):
         self.selection_bias = selection_bias
         self.gate_scale = gate_scale
         self.qk_norm = qk_norm
+        self.qkv_bias = qkv_bias
         self.tau = tau
+        self.output_router_logits = output_router_logits
+        self.router_aux_loss_coef = router_aux_loss_coef
 
     def validate_architecture(self) -> None:
         """Unlike Llama's, the head width need not divide the hidden size."""

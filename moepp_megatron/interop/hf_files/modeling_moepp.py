@@ -6,11 +6,14 @@ FFN, constant, copy, zero.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
@@ -19,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .configuration_moepp import MoeConfig, MoEPPConfig
 
@@ -52,16 +56,25 @@ class MoEPPGate(nn.Module):
         gates_TK, chosen_TK = self.select(logits_TE)
         return gates_TK, chosen_TK, logits_TE
 
+    def standardized(self, logits_TE: Tensor) -> Tensor:
+        """The logits scaled to `logits_norm_std`, where the model has one."""
+        if self.config.logits_norm_std is None:
+            return logits_TE
+        # Logits that are all equal have no deviation; they stay equal.
+        spread = logits_TE.std(dim=-1, keepdim=True).clamp(min=1e-6)
+        return logits_TE * (self.config.logits_norm_std / spread)
+
+    def log_scores(self, logits_TE: Tensor) -> Tensor:
+        """Logarithms of the scores, up to a number for each token; of standardised logits."""
+        is_softmax = self.config.score_function == "softmax"
+        return logits_TE if is_softmax else F.logsigmoid(logits_TE)
+
     def select(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The selected experts and their gates, under the configured normalisation."""
         config = self.config
-        if config.logits_norm_std is not None:
-            # Logits that are all equal have none; they stay equal.
-            spread = logits_TE.std(dim=-1, keepdim=True).clamp(min=1e-6)
-            logits_TE = logits_TE * (config.logits_norm_std / spread)
+        logits_TE = self.standardized(logits_TE)
         is_softmax = config.score_function == "softmax"
         scores_TE = torch.softmax(logits_TE, dim=-1) if is_softmax else torch.sigmoid(logits_TE)
-        logs_TE = logits_TE if is_softmax else F.logsigmoid(logits_TE)
         # Logits rank as scores do, and still differ where scores underflow.
         ranked_TE = logits_TE
         if config.selection_bias:
@@ -70,7 +83,7 @@ class MoEPPGate(nn.Module):
         if config.gate_normalization == "none":
             return scores_TE.gather(1, chosen_TK) * config.gate_scale, chosen_TK
         # Scores divided by their sum, which may underflow: a softmax over their logarithms.
-        logs_TK = logs_TE.gather(1, chosen_TK)
+        logs_TK = self.log_scores(logits_TE).gather(1, chosen_TK)
         if config.gate_normalization == "selected":
             return torch.softmax(logs_TK, dim=-1) * config.gate_scale, chosen_TK
         is_zero_TK = chosen_TK >= config.total_experts - config.num_zero_experts
@@ -79,14 +92,42 @@ class MoEPPGate(nn.Module):
         gates_TK = torch.softmax(logs_TK, dim=-1).masked_fill(is_zero_TK, 0.0)
         return gates_TK * config.gate_scale, chosen_TK
 
+    def balance_loss(self, logits_TE: Tensor, counted_T: Tensor | None = None) -> Tensor:
+        """`sum_i eta_i f_i P_i` of these tokens, eta = 1 for FFN experts and tau for the others.
+
+        Args:
+            logits_TE: Router logits.
+            counted_T: bool, the tokens that are no padding; None: all of them.
+        """
+        if counted_T is not None:
+            logits_TE = logits_TE[counted_T]
+        if logits_TE.shape[0] == 0:
+            return logits_TE.sum()
+        fractions_E = logits_TE.new_zeros(self.config.total_experts)
+        chosen = self.select(logits_TE.detach())[1].flatten()
+        fractions_E.index_add_(0, chosen, torch.ones_like(chosen, dtype=fractions_E.dtype))
+        fractions_E /= logits_TE.shape[0]
+        eta_E = torch.full_like(fractions_E, self.config.tau)
+        eta_E[: self.config.num_ffn_experts] = 1.0
+        # A token's scores divided by their sum.
+        probabilities_TE = torch.softmax(self.log_scores(self.standardized(logits_TE)), dim=-1)
+        return (eta_E * fractions_E * probabilities_TE.mean(dim=0)).sum()
+
 
 def _fp32(module: nn.Module, x: Tensor) -> Tensor:
-    """A bias-free gate applied in fp32, whatever its weights' dtype."""
-    if isinstance(module, nn.Linear):
-        return F.linear(x, module.weight.float())
-    for part in module.children():
-        x = _fp32(part, x) if isinstance(part, nn.Linear) else part(x)
-    return x
+    """A gate applied in fp32, whatever its weights' dtype, and whatever an adapter put around it.
+
+    Weights that are no floating-point numbers (quantised ones) stay what they are.
+    """
+    weights = {
+        name: value.float()
+        for name, value in [*module.named_parameters(), *module.named_buffers()]
+        if value.is_floating_point() and value.dtype != torch.float32
+    }
+    with torch.autocast(x.device.type, enabled=False):
+        if not weights:
+            return module(x)
+        return torch.func.functional_call(module, weights, (x,))
 
 
 class FFNExpert(nn.Module):
@@ -172,6 +213,8 @@ class MoEPPLayer(nn.Module):
             self.shared_expert.gate_proj = nn.Linear(hidden, inner, bias=False)
             self.shared_expert.up_proj = nn.Linear(hidden, inner, bias=False)
             self.shared_expert.down_proj = nn.Linear(inner, hidden, bias=False)
+        if config.shared_expert_gate:
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x_TD: Tensor, previous_TE: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output [T, D] and router logits [T, E]."""
@@ -179,7 +222,10 @@ class MoEPPLayer(nn.Module):
         # The released model scales the experts' input, not the router's.
         output_TD = self.experts(x_TD * self.scale, gates_TK, chosen_TK)
         if self.shared_expert is not None:
-            output_TD = output_TD + self.shared_expert(x_TD)
+            shared_TD = self.shared_expert(x_TD)
+            if hasattr(self, "shared_expert_gate"):
+                shared_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
+            output_TD = output_TD + shared_TD
         return output_TD, logits_TE
 
 
@@ -199,15 +245,24 @@ class MoEPPDecoderLayer(LlamaDecoderLayer):
         if config.moe_layers[layer_idx]:
             self.mlp = MoEPPBlock(config, layer_idx)
         if config.qk_norm:
-            attention = self.self_attn
-            attention.q_norm = LlamaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
-            attention.k_norm = LlamaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
-            _normalise_heads(attention.q_proj, attention.q_norm)
-            _normalise_heads(attention.k_proj, attention.k_norm)
+            # Llama's attention with a norm on each head's queries and keys.
+            self.self_attn = Qwen3Attention(config, layer_idx)
+        if config.qkv_bias:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                projection = getattr(self.self_attn, name)
+                size = projection.out_features
+                setattr(self.self_attn, name, nn.Linear(config.hidden_size, size, bias=True))
+        self.layer_idx = layer_idx
+        earlier = [index for index in range(layer_idx) if config.moe_layers[index]]
+        self.previous_moe_layer = earlier[-1] if earlier else None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As Llama's; `router_lane` holds the logits of the last MoE layer."""
-        lane: dict[str, Tensor] = kwargs.pop("router_lane")
+        """As Llama's; `router_lane` holds the logits of each MoE layer by its index.
+
+        Gradient checkpointing runs a layer again during the backward pass, where it must read what
+        it read before: every layer therefore has an entry of its own, which is written once.
+        """
+        lane: dict[int | None, Tensor] = kwargs.pop("router_lane")
         mlp: nn.Module = self.mlp
         residual = hidden_states
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
@@ -215,29 +270,37 @@ class MoEPPDecoderLayer(LlamaDecoderLayer):
         x = self.post_attention_layernorm(hidden_states)
         if not isinstance(mlp, MoEPPBlock):
             return hidden_states + mlp(x)
-        output, lane["logits"] = mlp.moe(x.flatten(0, -2), lane.get("logits"))
+        output, logits = mlp.moe(x.flatten(0, -2), lane.get(self.previous_moe_layer))
+        lane.setdefault(self.layer_idx, logits)
         return hidden_states + output.view_as(hidden_states)
-
-
-def _normalise_heads(projection: nn.Linear, norm: LlamaRMSNorm) -> None:
-    """Normalise each head of a projection's output."""
-
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return norm(output.unflatten(-1, (-1, norm.weight.numel()))).flatten(-2)
-
-    projection.register_forward_hook(hook)
 
 
 class _MoEPPMixin:
     config_class: type[MoEPPConfig] = MoEPPConfig
     _no_split_modules = ["MoEPPDecoderLayer"]
-    # Recomputing a layer would hand its logits to the next one twice.
-    supports_gradient_checkpointing = False
     # The first MoE layer's map of a previous router's logits: the released model has one, unused.
     _keys_to_ignore_on_load_unexpected = [r"mlp\.moe\.gate\.gate_map\.weight"]
     # Steps of a bias are far smaller than what bf16 resolves.
     _keep_in_fp32_modules_strict = {"e_score_correction_bias"}
     _can_record_outputs = {"hidden_states": MoEPPDecoderLayer}
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        """As in transformers, without the reentrant kind.
+
+        Raises:
+            ValueError: The reentrant kind is asked for.
+        """
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant (True) must be False: router logits reach the next layer beside the "
+                "hidden states, and reentrant checkpointing would lose their gradient; pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        super()._set_gradient_checkpointing(  # type: ignore[misc]
+            enable, gradient_checkpointing_func, **kwargs
+        )
 
 
 class MoEPPModel(_MoEPPMixin, LlamaModel):
@@ -248,7 +311,8 @@ class MoEPPModel(_MoEPPMixin, LlamaModel):
         super(LlamaModel, self).__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        # Without padding_idx: the padding token ends documents too, and is to be learned.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             MoEPPDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
@@ -257,9 +321,11 @@ class MoEPPModel(_MoEPPMixin, LlamaModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As `LlamaModel.forward`, with a lane for router logits through the layers."""
-        return super().forward(*args, router_lane={}, **kwargs)
+    @wraps(LlamaModel.forward)
+    def forward(self, *args: Any, router_lane: dict[int, Tensor] | None = None, **kw: Any) -> Any:
+        """As `LlamaModel.forward`; `router_lane` receives the router logits of each MoE layer."""
+        lane = {} if router_lane is None else router_lane
+        return super().forward(*args, router_lane=lane, **kw)
 
 
 class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
@@ -271,6 +337,63 @@ class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @wraps(LlamaForCausalLM.forward)
+    def forward(
+        self,
+        *args: Any,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `LlamaForCausalLM.forward`.
+
+        With `output_router_logits` (by default the configuration's) the output has `router_logits`,
+        [T, E] fp32 for each MoE layer, and `aux_loss`, the sum of the layers' balance losses over
+        the tokens of `attention_mask`. `router_aux_loss_coef` times that is added to the loss.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        lane: dict[int, Tensor] = {}
+        output = super().forward(*args, router_lane=lane, return_dict=True, **kwargs)
+        if output_router_logits:
+            aux_loss = self._balance_loss(lane, kwargs.get("attention_mask"))
+            fields = dict(output) | {"aux_loss": aux_loss, "router_logits": tuple(lane.values())}
+            if output.loss is not None:
+                weight = self.config.router_aux_loss_coef * _batch_share(**kwargs)
+                fields["loss"] = output.loss + weight * aux_loss.to(output.loss.device)
+            output = MoeCausalLMOutputWithPast(**fields)
+        return output if return_dict else output.to_tuple()
+
+    def _balance_loss(self, lane: dict[int, Tensor], attention_mask: Any) -> Tensor:
+        """The sum of the layers' balance losses; scalar fp32."""
+        counted_T = None
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            counted_T = attention_mask.flatten().bool()
+            if counted_T.numel() != next(iter(lane.values())).shape[0]:
+                # With a cache the mask covers tokens of earlier calls too.
+                counted_T = None
+        device = self.lm_head.weight.device
+        layers: Any = self.model.layers
+        losses = [
+            layers[index].mlp.moe.gate.balance_loss(
+                logits, None if counted_T is None else counted_T.to(logits.device)
+            )
+            for index, logits in lane.items()
+        ]
+        return sum((loss.to(device) for loss in losses), torch.zeros((), device=device))
+
+
+def _batch_share(labels: Any = None, num_items_in_batch: Any = None, **_: Any) -> Any:
+    """This micro-batch's part of the tokens of a batch whose gradients are accumulated.
+
+    The language-model loss is then divided by `num_items_in_batch`, and so must the balance loss.
+    """
+    if labels is None or num_items_in_batch is None:
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch
 
 
 class MoeForCausalLM(MoEPPForCausalLM):

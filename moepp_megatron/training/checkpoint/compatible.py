@@ -59,6 +59,7 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
     "model.vocab_size": lambda c: c.model.vocab_size,
     "model.tie_embeddings": lambda c: c.model.tie_embeddings,
     "model.qk_layernorm": lambda c: c.model.qk_layernorm,
+    "model.qkv_bias": lambda c: c.model.qkv_bias,
     "model.latent_attention": _latent_widths,
     "moe.num_ffn_experts": lambda c: c.moe.num_ffn_experts,
     "moe.num_zero_experts": lambda c: c.moe.num_zero_experts,
@@ -69,6 +70,7 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
     "moe.two_layer_gate": lambda c: c.moe.two_layer_gate,
     "moe.ffn_hidden_size": _expert_width,
     "moe.shared_expert_ffn_hidden_size": lambda c: c.moe.shared_expert_ffn_hidden_size,
+    "moe.shared_expert_gate": lambda c: c.moe.shared_expert_gate,
     "moe.layer_freq": _moe_layers,
 }
 # Not shapes: resuming with another value is allowed, but is another run.

@@ -233,6 +233,12 @@ INVALID = [
     ([LATENT, "model.kv_channels=16"], "model.kv_channels (16)", "leave model.kv_channels out"),
     ([LATENT, "model.qk_layernorm=true"], "model.qk_layernorm (true)", "or give model.latent"),
     ([LATENT, "model.implementation=hybrid"], "model.implementation ('hybrid')", "use 'gpt'"),
+    ([LATENT, "model.qkv_bias=true"], "model.qkv_bias (true)", "use false, or set model.latent"),
+    (
+        ["moe.shared_expert_gate=true"],
+        "moe.shared_expert_gate (true)",
+        "use false, or give moe.shared_expert_ffn_hidden_size",
+    ),
     ([LATENT, *FP8], "precision.fp8 ('hybrid')", "use null, or set model.latent_attention to null"),
     ([LATENT, *GRAPHS], GRAPHS_NAME, "use [], or set model.latent_attention to null"),
     (

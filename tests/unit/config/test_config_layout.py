@@ -181,6 +181,12 @@ def test_parameters_of_the_variants(minimal: Path) -> None:
     assert one_v.active == plain.active
     shared = count_parameters(tiny(minimal, "moe.shared_expert_ffn_hidden_size=4"))
     assert shared.shared_experts == 2 * 3 * 8 * 4
+    gated = count_parameters(
+        tiny(minimal, "moe.shared_expert_ffn_hidden_size=4", "moe.shared_expert_gate=true")
+    )
+    assert gated.shared_experts == 2 * (3 * 8 * 4 + 8)
+    biased = count_parameters(tiny(minimal, "model.num_query_groups=1", "model.qkv_bias=true"))
+    assert biased.attention == grouped.attention + 2 * (8 + 2 * 4)
     narrow = count_parameters(tiny(minimal, "moe.ffn_hidden_size=10"))
     assert narrow.per_ffn_expert == 3 * 8 * 10
     mixed = count_parameters(tiny(minimal, "moe.layer_freq=2"))

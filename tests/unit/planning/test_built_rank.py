@@ -61,8 +61,18 @@ SPLIT_EXPERTS = settings(
         "expert_tensor_parallel_size": 2,
         "use_distributed_optimizer": False,
     },
-    moe={"shared_expert_ffn_hidden_size": 32, "two_layer_gate": True, "layer_freq": 2},
-    model={"num_query_groups": 4, "qk_layernorm": True, "tie_embeddings": True},
+    moe={
+        "shared_expert_ffn_hidden_size": 32,
+        "shared_expert_gate": True,
+        "two_layer_gate": True,
+        "layer_freq": 2,
+    },
+    model={
+        "num_query_groups": 4,
+        "qk_layernorm": True,
+        "qkv_bias": True,
+        "tie_embeddings": True,
+    },
     precision={"dtype": "fp32"},
 )
 

@@ -1,8 +1,6 @@
-"""Configuration fields by which other stacks know zero-computation experts.
+"""ZEDA's format: Qwen3-MoE extended by zero experts (`zce_nums`, `zce_types`).
 
-LongCat-Flash calls copy experts identity experts (`zero_expert_num`, `zero_expert_type`); ZEDA
-extends Qwen3-MoE by zero experts (`zce_nums`, `zce_types`). Neither has constant experts or gating
-residuals, and each has one rule for the gates.
+It has neither constant experts nor gating residuals, and one rule for the gates.
 """
 
 from __future__ import annotations
@@ -11,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.interop.hf_config import own_hf_config
+from moepp_megatron.interop.hf_config import own_hf_config, shared_fields
+from moepp_megatron.interop.longcat import UNKNOWN_THERE
 from moepp_megatron.interop.rules import (
     Rule,
     attention_rules,
@@ -22,25 +21,8 @@ from moepp_megatron.interop.rules import (
     stacked,
 )
 
-# vLLM's kernel for identity experts works through the hidden size in blocks of this many channels.
-_VLLM_BLOCK = 256
-
-_COMMON: tuple[tuple[str, Any, str], ...] = (
-    ("num_constant_experts", 0, "constant experts are unknown there"),
-    ("gating_residual", False, "gating residuals are unknown there"),
-    ("score_function", "softmax", "scores are softmax probabilities there"),
-    ("expert_input_scale", 1.0, "experts see their input as it is there"),
-    ("two_layer_gate", False, "gates have one layer there"),
-    ("logits_norm_std", None, "logits are not rescaled there"),
-)
-_LONGCAT = (
-    *_COMMON,
-    ("num_zero_experts", 0, "zero_expert_type is one, identity"),
-    ("gate_normalization", "none", "LongCat-Flash keeps the raw scores"),
-    ("shared_expert_ffn_hidden_size", None, "LongCat-Flash has no shared expert"),
-)
 _ZEDA = (
-    *_COMMON,
+    *UNKNOWN_THERE,
     ("num_copy_experts", 0, "ZEDA's Qwen3 has zero experts"),
     ("gate_normalization", "selected", "ZEDA divides by the sum over all picks"),
     ("selection_bias", False, "Qwen3-MoE has no selection bias"),
@@ -49,57 +31,26 @@ _ZEDA = (
 )
 
 
-def longcat_hf_config(config: Config) -> dict[str, Any]:
-    """Our `config.json`, with the experts in LongCat-Flash's fields too.
-
-    The model around the experts is not LongCat-Flash's (its attention is latent, its layers hold
-    two blocks), so the model type and classes stay ours.
-
-    Raises:
-        ConfigError: For a model whose routing those fields cannot express.
-    """
-    _refuse(config, "longcat", _LONGCAT)
-    moe = config.moe
-    return own_hf_config(config) | {
-        "n_routed_experts": moe.num_ffn_experts,
-        "zero_expert_num": moe.num_copy_experts,
-        "zero_expert_type": "identity",
-        "moe_topk": moe.router_topk,
-        "routed_scaling_factor": moe.gate_scale,
-        "expert_ffn_hidden_size": config.expert_ffn_hidden_size,
-    }
-
-
-def longcat_warnings(config: Config) -> Iterator[str]:
-    """What known servers would get wrong."""
-    width, scale = config.model.hidden_size, config.moe.gate_scale
-    if width % _VLLM_BLOCK and config.moe.num_copy_experts:
-        yield (
-            f"model.hidden_size ({width}) is not divisible by {_VLLM_BLOCK}: vLLM's kernel for "
-            "identity experts leaves the last channels out"
-        )
-    if scale != 1.0 and config.moe.num_copy_experts:
-        yield (
-            f"moe.gate_scale ({scale}) is not 1: sglang adds identity experts without "
-            "routed_scaling_factor; compare its logits before use"
-        )
-
-
 def zeda_hf_config(config: Config) -> dict[str, Any]:
     """A Qwen3-MoE `config.json` with ZEDA's fields for zero experts.
 
     Raises:
         ConfigError: For a model that Qwen3-MoE with zero experts cannot express.
     """
-    _refuse(config, "zeda", _ZEDA)
+    _refuse(config)
     model, moe = config.model, config.moe
     if not model.qk_layernorm:
         raise ConfigError(
             "model.qk_layernorm (false) must be true for --layout zeda: Qwen3 normalises queries "
             "and keys; use --layout moepp"
         )
+    if model.qkv_bias:
+        raise ConfigError(
+            "model.qkv_bias (true) must be false for --layout zeda: Qwen3 has no biases; use "
+            "--layout moepp"
+        )
     pattern = moe.moe_layer_pattern(model.num_layers)
-    fields = own_hf_config(config)
+    fields = own_hf_config(config) | shared_fields(config)
     kept = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
         "num_key_value_heads hidden_act max_position_embeddings initializer_range rms_norm_eps "
@@ -138,11 +89,11 @@ def qwen3_moe_rules(config: Config) -> Iterator[Rule]:
             yield row(experts + "linear_fc2.weight", count, index, down, width, inner)
 
 
-def _refuse(config: Config, layout: str, rules: tuple[tuple[str, Any, str], ...]) -> None:
+def _refuse(config: Config) -> None:
     problems = [
-        f"moe.{name} ({getattr(config.moe, name)}) must be {wanted} for --layout {layout}: "
+        f"moe.{name} ({getattr(config.moe, name)}) must be {wanted} for --layout zeda: "
         f"{reason}; use --layout moepp"
-        for name, wanted, reason in rules
+        for name, wanted, reason in _ZEDA
         if getattr(config.moe, name) != wanted
     ]
     if problems:

@@ -1,0 +1,114 @@
+"""DeepSeek-V3's configuration: latent attention, shared experts, sigmoid scores with a bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.interop.hf_config import decoder_section, require, rope_theta
+
+# transformers' and DeepSeek's code add it in the norms of latent attention, whatever else they add.
+_LATENT_EPSILON = 1e-6
+
+
+def deepseek_decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Our `model` section of a DeepSeek-V3 model.
+
+    Raises:
+        ConfigError: For what this package's decoder does not have, and for missing fields.
+    """
+    rules = (
+        ("quantization_config", hf.get("quantization_config"), None, "convert it to bf16 first"),
+        ("rope_interleave", hf.get("rope_interleave", True), True, "pairs of channels are rotated"),
+        (
+            "rms_norm_eps",
+            hf.get("rms_norm_eps", _LATENT_EPSILON),
+            _LATENT_EPSILON,
+            "all norms of this package's decoder add the same, and those of latent attention 1e-6",
+        ),
+    )
+    for name, value, wanted, reason in rules:
+        if value != wanted:
+            raise ConfigError(f"config.json: {name} ({_short(value)}) must be {wanted}: {reason}")
+    plain = {key: hf[key] for key in hf if key not in ("kv_lora_rank", "head_dim", "rope_scaling")}
+    plain |= {"rope_parameters": {"rope_theta": rope_theta(hf)}, "qk_norm": True}
+    section = decoder_section(plain)
+    del section["num_query_groups"]
+    latent = {
+        "q_lora_rank": hf.get("q_lora_rank"),
+        "kv_lora_rank": require(hf, "kv_lora_rank"),
+        "qk_head_dim": require(hf, "qk_nope_head_dim"),
+        "qk_pos_emb_head_dim": require(hf, "qk_rope_head_dim"),
+        "v_head_dim": require(hf, "v_head_dim"),
+    }
+    if latent["q_lora_rank"] is None:
+        raise ConfigError(
+            "config.json: q_lora_rank (null) must be a width: without compressed queries "
+            "megatron-core normalises no compressed keys either; such a checkpoint cannot be "
+            "converted"
+        )
+    return section | {"latent_attention": latent | _rotation(hf)}
+
+
+def _rotation(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding, from transformers 5's field or the older one."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return {"rope_type": "rope"}
+    if kind != "yarn":
+        raise ConfigError(
+            f"config.json: rope_type ({kind}) must be default or yarn; such a checkpoint cannot be "
+            "converted"
+        )
+    return {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": float(require(rope, "factor")),
+        "original_max_position_embeddings": require(rope, "original_max_position_embeddings"),
+        "beta_fast": float(rope.get("beta_fast") or 32.0),
+        "beta_slow": float(rope.get("beta_slow") or 1.0),
+        "mscale": float(rope.get("mscale") or 1.0),
+        "mscale_all_dim": float(rope.get("mscale_all_dim") or 0.0),
+    }
+
+
+def deepseek_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of our `moe` section of a DeepSeek-V3 model.
+
+    Raises:
+        ConfigError: For routing that this package's router does not have.
+    """
+    groups, kept = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    if kept < groups:
+        raise ConfigError(
+            f"config.json: topk_group ({kept}) must be n_group ({groups}): this package's router "
+            "chooses among all experts, not within groups of them (group-limited routing); such a "
+            "checkpoint cannot be upcycled exactly"
+        )
+    for name, value, wanted, reason in (
+        ("scoring_func", hf.get("scoring_func", "sigmoid"), "sigmoid", "DeepSeek-V3's scores"),
+        ("norm_topk_prob", hf.get("norm_topk_prob", True), True, "gates are shares of their sum"),
+        ("moe_layer_freq", hf.get("moe_layer_freq", 1), 1, "every layer behind the dense ones"),
+    ):
+        if value != wanted:
+            raise ConfigError(
+                f"config.json: {name} ({value}) must be {wanted}: {reason}; such a checkpoint "
+                "cannot be upcycled exactly"
+            )
+    width, shared = require(hf, "moe_intermediate_size"), hf.get("n_shared_experts") or 0
+    dense, layers = hf.get("first_k_dense_replace") or 0, require(hf, "num_hidden_layers")
+    return {
+        "num_ffn_experts": require(hf, "n_routed_experts"),
+        "router_topk": require(hf, "num_experts_per_tok"),
+        "score_function": "sigmoid",
+        "gate_scale": float(hf.get("routed_scaling_factor", 1.0)),
+        "ffn_hidden_size": width,
+        "shared_expert_ffn_hidden_size": shared * width or None,
+        "layer_freq": [int(layer >= dense) for layer in range(layers)],
+    }
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

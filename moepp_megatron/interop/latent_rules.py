@@ -1,0 +1,68 @@
+"""Tensors of multi-head latent attention by the names that DeepSeek-V3's descendants share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from moepp_megatron.config import Config
+from moepp_megatron.interop.rules import HFTensor, Rule, same
+
+
+def latent_attention_rules(
+    config: Config, layer: int, theirs: str, q_scale: float = 1.0, kv_scale: float = 1.0
+) -> Iterator[Rule]:
+    """Attention of a layer, without the norms before and behind it.
+
+    Args:
+        config: Of a model with `model.latent_attention`.
+        layer: Its index.
+        theirs: What the names there begin with, such as `model.layers.0.self_attn.`.
+        q_scale: Factor on the compressed query there, behind its norm.
+        kv_scale: Factor on the compressed key and value there, behind their norm.
+    """
+    model, latent = config.model, config.model.latent_attention
+    assert latent is not None, "the model has another attention"
+    ours = f"decoder.layers.{layer}.self_attention."
+    width, heads = model.hidden_size, model.num_attention_heads
+    if latent.q_lora_rank is None:
+        yield same(
+            ours + "linear_q_proj.weight", theirs + "q_proj.weight", heads * latent.qk_dim, width
+        )
+    else:
+        rank = latent.q_lora_rank
+        yield same(ours + "linear_q_down_proj.weight", theirs + "q_a_proj.weight", rank, width)
+        norm = ours + "linear_q_up_proj.layer_norm_weight"
+        yield scaled(norm, theirs + "q_a_layernorm.weight", q_scale, rank)
+        up = theirs + "q_b_proj.weight"
+        yield same(ours + "linear_q_up_proj.weight", up, heads * latent.qk_dim, rank)
+    rank = latent.kv_lora_rank
+    down = theirs + "kv_a_proj_with_mqa.weight"
+    rows = rank + latent.qk_pos_emb_head_dim
+    yield same(ours + "linear_kv_down_proj.weight", down, rows, width)
+    norm = ours + "linear_kv_up_proj.layer_norm_weight"
+    yield scaled(norm, theirs + "kv_a_layernorm.weight", kv_scale, rank)
+    rows = heads * (latent.qk_head_dim + latent.v_head_dim)
+    yield same(ours + "linear_kv_up_proj.weight", theirs + "kv_b_proj.weight", rows, rank)
+    columns = heads * latent.v_head_dim
+    yield same(ours + "linear_proj.weight", theirs + "o_proj.weight", width, columns)
+
+
+def norm_keys(layer: int, is_moe: bool) -> tuple[str, str]:
+    """Our names of the weights of the norms before attention and before the FFN."""
+    ours = f"decoder.layers.{layer}."
+    # As in `moepp_megatron.moe.latent_attention`.
+    ffn_norm = "pre_mlp_layernorm.weight" if is_moe else "mlp.linear_fc1.layer_norm_weight"
+    return ours + "input_layernorm.weight", ours + ffn_norm
+
+
+def scaled(key: str, name: str, scale: float, *shape: int) -> Rule:
+    """A tensor that is `scale` times smaller there."""
+    if scale == 1.0:
+        return same(key, name, *shape)
+
+    def pack(tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0] * scale
+
+    return Rule(key, shape, (HFTensor(name, shape),), None, pack, lambda t: [t / scale])

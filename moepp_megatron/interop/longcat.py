@@ -1,0 +1,173 @@
+"""Models with latent attention as LongCat-Flash models (`longcat_flash`, arXiv 2509.01322).
+
+A layer of LongCat-Flash has two attentions and two dense FFNs, and a MoE layer beside the second
+half: with norms n and p,
+
+    h1 = h  + A0(n0(h))       h2 = h1 + F0(p0(h1))       s = MoE(p0(h1))
+    h3 = h2 + A1(n1(h2))      h' = h3 + F1(p1(h3)) + s
+
+With A1 = 0 and F1 = 0 that is h1 + F0(p0(h1)) + MoE(p0(h1)): a MoE layer of ours, F0 being its
+shared expert, or a dense layer of ours, F0 being its FFN and MoE's selected experts all 0. So each
+of our layers becomes one of theirs whose second half is zeros. Zero experts, which LongCat-Flash
+does not have, become FFN experts of zeros; copy experts are its identity experts.
+
+Plain attention cannot be written as latent attention: there all heads share one rotated key, and
+here each key/value head has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.interop.hf_config import shared_fields
+
+# What LongCat-Flash lacks: (setting of `moe`, its only value, why).
+UNKNOWN_THERE: tuple[tuple[str, Any, str], ...] = (
+    ("num_constant_experts", 0, "constant experts are unknown there"),
+    ("gating_residual", False, "gating residuals are unknown there"),
+    ("score_function", "softmax", "scores are softmax probabilities there"),
+    ("expert_input_scale", 1.0, "experts see their input as it is there"),
+    ("two_layer_gate", False, "gates have one layer there"),
+    ("logits_norm_std", None, "logits are not rescaled there"),
+)
+_RULES = (
+    *UNKNOWN_THERE,
+    ("shared_expert_gate", False, "its dense FFNs have no gate"),
+    ("gate_normalization", "none", "LongCat-Flash keeps the raw scores"),
+)
+# What transformers adds to mean squares in the norms of latent attention, whatever the model has.
+LATENT_EPSILON = 1e-6
+# Inner width of the dense FFNs where the model has none: they are zeros.
+_LEAST_WIDTH = 128
+# vLLM's kernel for identity experts works through the hidden size in blocks of this many channels.
+_VLLM_BLOCK = 256
+
+
+def longcat_hf_config(config: Config) -> dict[str, Any]:
+    """LongCat-Flash's `config.json`, with the fields that vLLM and sglang read besides.
+
+    Raises:
+        ConfigError: For a model that LongCat-Flash cannot express, with each reason.
+    """
+    problems = list(_problems(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    model, moe, latent = config.model, config.moe, config.model.latent_attention
+    assert latent is not None, "another attention was refused"
+    fields = shared_fields(config)
+    del fields["num_hidden_layers"], fields["intermediate_size"]
+    return fields | {
+        "model_type": "longcat_flash",
+        "architectures": ["LongcatFlashForCausalLM"],
+        "attention_method": "MLA",
+        "num_layers": model.num_layers,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "num_key_value_heads": model.num_attention_heads,
+        "ffn_hidden_size": dense_width(config),
+        "expert_ffn_hidden_size": config.expert_ffn_hidden_size,
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_nope_head_dim": latent.qk_head_dim,
+        "qk_rope_head_dim": latent.qk_pos_emb_head_dim,
+        "qk_head_dim": latent.qk_dim,
+        "head_dim": latent.qk_pos_emb_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        # transformers always scales the compressed vectors, vLLM and sglang where told to.
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "n_routed_experts": routed_experts(config),
+        "zero_expert_num": moe.num_copy_experts,
+        "zero_expert_type": "identity",
+        "moe_topk": moe.router_topk,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": moe.gate_scale,
+        "router_bias": False,
+        # vLLM's name, and sglang's.
+        "router_dtype": "float32",
+        "rounter_params_dtype": "float32",
+        # Neither server ties the output layer to the embedding.
+        "tie_word_embeddings": False,
+    }
+
+
+def longcat_warnings(config: Config) -> Iterator[str]:
+    """What known programs would get wrong, and what the format costs."""
+    model, moe, latent = config.model, config.moe, config.model.latent_attention
+    assert latent is not None, "another attention was refused"
+    yield (
+        "LongCat-Flash's layers hold two attentions: the second is zeros here, and its part of the "
+        "key/value cache is taken all the same"
+    )
+    if moe.num_zero_experts:
+        yield (
+            f"moe.num_zero_experts ({moe.num_zero_experts}): zero experts became FFN experts of "
+            "zeros, which cost what FFN experts cost"
+        )
+    if model.norm_epsilon != LATENT_EPSILON:
+        yield (
+            f"model.norm_epsilon ({model.norm_epsilon:g}) is not {LATENT_EPSILON:g}, which "
+            "transformers adds in the norms of latent attention whatever the model has; vLLM and "
+            "sglang use the model's"
+        )
+    if model.hidden_size % _VLLM_BLOCK and moe.num_copy_experts:
+        yield (
+            f"model.hidden_size ({model.hidden_size}) is not divisible by {_VLLM_BLOCK}: vLLM's "
+            "kernel for identity experts leaves the last channels out"
+        )
+    if moe.gate_scale != 1.0 and moe.num_copy_experts:
+        yield (
+            f"moe.gate_scale ({moe.gate_scale}) is not 1: sglang adds identity experts without "
+            "routed_scaling_factor; compare its logits before use"
+        )
+
+
+def _problems(config: Config) -> Iterator[str]:
+    moe, latent = config.moe, config.model.latent_attention
+    ours = "use --layout moepp"
+    if latent is None:
+        yield (
+            "model.latent_attention (null) must be given for --layout longcat: LongCat-Flash's "
+            f"attention is latent, with one rotated key for all heads; {ours}"
+        )
+        latent_rules: tuple[tuple[str, Any, Any, str], ...] = ()
+    else:
+        # Without latent attention `moepp` is the way out; no other layout has it.
+        ours = "LongCat-Flash cannot express it"
+        latent_rules = (
+            ("latent_attention.rope_type", latent.rope_type, "rope", "YaRN is told differently"),
+            ("qk_layernorm", config.model.qk_layernorm, True, "it normalises compressed vectors"),
+        )
+        if latent.q_lora_rank is None:
+            yield (
+                "model.latent_attention.q_lora_rank (null) must be a width for --layout longcat: "
+                f"queries are compressed there; {ours}"
+            )
+    for name, value, wanted, reason in latent_rules:
+        if value != wanted:
+            yield f"model.{name} ({value}) must be {wanted} for --layout longcat: {reason}; {ours}"
+    for name, wanted, reason in _RULES:
+        value = getattr(moe, name)
+        if value != wanted:
+            yield f"moe.{name} ({value}) must be {wanted} for --layout longcat: {reason}; {ours}"
+    is_dense = not all(moe.moe_layer_pattern(config.model.num_layers))
+    if is_dense and moe.router_topk > routed_experts(config):
+        yield (
+            f"moe.router_topk ({moe.router_topk}) must be at most the FFN and zero experts "
+            f"({routed_experts(config)}) for --layout longcat with dense layers: their tokens "
+            f"select experts of zeros; {ours}"
+        )
+
+
+def routed_experts(config: Config) -> int:
+    """FFN experts there: ours, and zero experts."""
+    return config.moe.num_ffn_experts + config.moe.num_zero_experts
+
+
+def dense_width(config: Config) -> int:
+    """Inner width of a layer's two dense FFNs: the widest that the model has."""
+    pattern = config.moe.moe_layer_pattern(config.model.num_layers)
+    widths = [config.moe.shared_expert_ffn_hidden_size or 0] if any(pattern) else []
+    widths += [] if all(pattern) else [config.model.ffn_hidden_size]
+    return max(widths) or _LEAST_WIDTH

@@ -1,0 +1,164 @@
+"""LongCat-Flash's tensors: what each is made of (`longcat` says how the models correspond)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.config import Config
+from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
+from moepp_megatron.interop.longcat import dense_width, routed_experts
+from moepp_megatron.interop.rules import HFTensor, Rule, made, row, same, stacked
+
+
+def longcat_rules(config: Config, with_identity_weights: bool = False) -> Iterator[Rule]:
+    """Every tensor by LongCat-Flash's names.
+
+    Args:
+        config: Of the model.
+        with_identity_weights: Also write the gate and up projections that transformers 5 asks for
+            identity experts, and never uses. vLLM does not take them.
+    """
+    model = config.model
+    table = (model.vocab_size, model.hidden_size)
+    names = ["model.embed_tokens.weight"] + ["lm_head.weight"] * model.tie_embeddings
+    sources = tuple(HFTensor(name, table) for name in names)
+    yield Rule(
+        "embedding.word_embeddings.weight", table, sources, unpack=lambda t: [t] * len(names)
+    )
+    for layer, is_moe in enumerate(config.moe.moe_layer_pattern(model.num_layers)):
+        yield from _layer_rules(config, layer, is_moe, with_identity_weights)
+    yield same("decoder.final_layernorm.weight", "model.norm.weight", model.hidden_size)
+    if not model.tie_embeddings:
+        yield same("output_layer.weight", "lm_head.weight", *table)
+
+
+def _layer_rules(config: Config, layer: int, is_moe: bool, identity: bool) -> Iterator[Rule]:
+    width, latent = config.model.hidden_size, config.model.latent_attention
+    assert latent is not None, "another attention was refused"
+    assert latent.q_lora_rank is not None, "and so were queries of the layer's input"
+    theirs = f"model.layers.{layer}."
+    q_scale, kv_scale = (
+        math.sqrt(width / rank) for rank in (latent.q_lora_rank, latent.kv_lora_rank)
+    )
+    attention = list(
+        latent_attention_rules(config, layer, theirs + "self_attn.0.", q_scale, kv_scale)
+    )
+    yield from attention
+    for rule in attention:
+        (source,) = rule.sources
+        second = source.name.replace("self_attn.0.", "self_attn.1.")
+        # Norms of zeros are zeros, whatever their weights.
+        yield made(second, source.shape, 1.0 if "layernorm" in second else 0.0)
+    for key, norm in zip(
+        norm_keys(layer, is_moe), ("input_layernorm", "post_attention_layernorm"), strict=True
+    ):
+        yield same(key, f"{theirs}{norm}.0.weight", width)
+        yield made(f"{theirs}{norm}.1.weight", (width,), 1.0)
+    yield from _dense_rules(config, layer, is_moe)
+    if is_moe:
+        yield from _moe_rules(config, layer)
+    else:
+        yield from _no_moe_rules(config, layer)
+    if identity:
+        yield from _identity_weights(config, layer)
+
+
+def _dense_rules(config: Config, layer: int, is_moe: bool) -> Iterator[Rule]:
+    """The first dense FFN, which is the shared expert or the layer's FFN, and the second: zeros."""
+    moe, width, wide = config.moe, config.model.hidden_size, dense_width(config)
+    ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlps."
+    shapes = {"gate_proj": (wide, width), "up_proj": (wide, width), "down_proj": (width, wide)}
+    inner = moe.shared_expert_ffn_hidden_size if is_moe else config.model.ffn_hidden_size
+    if is_moe:
+        ours += "shared_experts."
+    first = [HFTensor(f"{theirs}0.{name}.weight", shape) for name, shape in shapes.items()]
+    if inner is None:
+        yield from (made(tensor.name, tensor.shape) for tensor in first)
+    else:
+        more = wide - inner
+
+        def gate_and_up(tensor: Tensor) -> list[Tensor]:
+            return [torch.cat([t, t.new_zeros(more, width)]) for t in tensor.split(inner)]
+
+        def down(tensor: Tensor) -> list[Tensor]:
+            return [torch.cat([tensor, tensor.new_zeros(width, more)], dim=1)]
+
+        shape = (2 * inner, width)
+        yield Rule(ours + "linear_fc1.weight", shape, tuple(first[:2]), unpack=gate_and_up)
+        yield Rule(ours + "linear_fc2.weight", (width, inner), (first[2],), unpack=down)
+    yield from (made(f"{theirs}1.{name}.weight", shape) for name, shape in shapes.items())
+
+
+def _moe_rules(config: Config, layer: int) -> Iterator[Rule]:
+    moe, width, inner = config.moe, config.model.hidden_size, config.expert_ffn_hidden_size
+    ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
+    count = moe.num_ffn_experts
+    router, total = theirs + "router.", moe.num_experts
+    yield _reordered(ours + "router.weight", router + "classifier.weight", config, total, width)
+    bias = router + "e_score_correction_bias"
+    if moe.selection_bias:
+        yield _reordered(ours + "router.expert_bias", bias, config, total)
+    else:
+        yield made(bias, (total,))
+    for index in range(count):
+        experts, source = ours + "experts.experts.", f"{theirs}experts.{index}."
+        names = [source + "gate_proj.weight", source + "up_proj.weight"]
+        yield stacked(experts + "linear_fc1.weight", names, inner, width, (count, index))
+        down = source + "down_proj.weight"
+        yield row(experts + "linear_fc2.weight", count, index, down, width, inner)
+    yield from _experts_of_zeros(config, layer, range(count, routed_experts(config)))
+
+
+def _no_moe_rules(config: Config, layer: int) -> Iterator[Rule]:
+    """A MoE layer that returns 0: its bias makes tokens select experts of zeros alone."""
+    total, routed = config.moe.num_experts, routed_experts(config)
+    router = f"model.layers.{layer}.mlp.router."
+    yield made(router + "classifier.weight", (total, config.model.hidden_size))
+
+    def bias(zeros: Tensor) -> list[Tensor]:
+        ones = torch.ones_like(zeros)
+        ones[routed:] = 0.0
+        return [ones]
+
+    rule = made(router + "e_score_correction_bias", (total,))
+    yield Rule(rule.key, rule.shape, rule.sources, unpack=bias, unused=True)
+    yield from _experts_of_zeros(config, layer, range(routed))
+
+
+def _experts_of_zeros(config: Config, layer: int, indices: range) -> Iterator[Rule]:
+    width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
+    shapes = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    for index in indices:
+        prefix = f"model.layers.{layer}.mlp.experts.{index}."
+        yield from (made(f"{prefix}{name}.weight", shape) for name, shape in shapes.items())
+
+
+def _identity_weights(config: Config, layer: int) -> Iterator[Rule]:
+    shape = (config.expert_ffn_hidden_size, config.model.hidden_size)
+    for index in range(routed_experts(config), config.moe.num_experts):
+        prefix = f"model.layers.{layer}.mlp.experts.{index}."
+        yield from (made(f"{prefix}{name}.weight", shape) for name in ("gate_proj", "up_proj"))
+
+
+def _reordered(key: str, name: str, config: Config, *shape: int) -> Rule:
+    """One row an expert; here copy experts come before zero experts, there behind them."""
+    moe = config.moe
+    counts = [moe.num_ffn_experts, moe.num_copy_experts, moe.num_zero_experts]
+    back = [moe.num_ffn_experts, moe.num_zero_experts, moe.num_copy_experts]
+
+    def exchanged(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+        ffn, second, third = tensor.split(list(sizes))
+        return torch.cat([ffn, third, second])
+
+    return Rule(
+        key,
+        shape,
+        (HFTensor(name, shape),),
+        None,
+        lambda tensors: exchanged(tensors[0], back),
+        lambda tensor: [exchanged(tensor, counts)],
+    )

@@ -1,0 +1,147 @@
+"""The model card of an exported model: `README.md` with the front matter that the Hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.parameters import count_parameters
+from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
+from moepp_megatron.training.checkpoint.progress import Progress, read_record
+
+UNKNOWN_LICENSE = "unknown"
+# The run's configuration beside the exported weights.
+TRAINING_CONFIG_FILE = "training_config.yaml"
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+
+
+def check_license(license_id: str) -> None:
+    """Refuse what is no identifier of a licence.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if not _LICENSE.fullmatch(license_id):
+        raise ConfigError(
+            f"--license ({license_id}) must be an identifier of the Hub in small letters, such as "
+            "apache-2.0; name one, or leave it out"
+        )
+
+
+def model_card(
+    folder: Path, config: Config, dtype: str, layout: str, command: str, license_id: str
+) -> str:
+    """The card's text.
+
+    Args:
+        folder: The checkpoint, in a run's folder or alone.
+        config: Its configuration.
+        dtype: Of the exported weights.
+        layout: Of the export.
+        command: What was run to export it.
+        license_id: An identifier of the Hub, or `unknown`.
+    """
+    name = " ".join((config.run.name or folder.name).split())
+    return "\n".join(
+        [
+            "---",
+            f"license: {license_id}",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags:",
+            "- moe",
+            "- moe++",
+            "---",
+            "",
+            f"# {name}",
+            "",
+            "A language model with MoE++ layers (arXiv 2410.07348): beside FFN experts their "
+            "routers choose zero-computation experts, which cost no matrix product.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in _facts(folder, config, dtype)),
+            "",
+            *_loading(layout),
+            "",
+            "## How it was made",
+            "",
+            f"Trained by moepp_megatron with the settings in `{TRAINING_CONFIG_FILE}` "
+            f"(`moepp train {TRAINING_CONFIG_FILE}`), and exported with:",
+            "",
+            "```bash",
+            command,
+            "```",
+            "",
+        ]
+    )
+
+
+def _facts(folder: Path, config: Config, dtype: str) -> Iterator[tuple[str, str]]:
+    model, moe, counts = config.model, config.moe, count_parameters(config)
+    moe_layers = sum(moe.moe_layer_pattern(model.num_layers))
+    yield "layers", f"{model.num_layers}, {moe_layers} of them MoE layers"
+    yield "hidden size", f"{model.hidden_size:,}"
+    yield (
+        "experts of a MoE layer",
+        f"{moe.num_ffn_experts} FFN, {moe.num_constant_experts} constant, "
+        f"{moe.num_copy_experts} copy, {moe.num_zero_experts} zero; {moe.router_topk} a token",
+    )
+    yield "parameters", f"{counts.total:,}, of which a token meets {counts.active:,} on average"
+    yield "tau", f"{moe.tau:g}"
+    yield "phi (FFN share of selections under perfect balance)", f"{moe.ffn_share:.3f}"
+    progress, record = _progress(folder), _record(folder)
+    if record is not None and record.ffn_fraction is not None:
+        yield f"FFN share measured at step {record.step:,}", f"{record.ffn_fraction:.3f}"
+    if progress is not None:
+        yield "trained on", f"{progress.tokens:,} tokens in {progress.step:,} steps"
+    if record is not None and record.loss is not None:
+        yield f"training loss at step {record.step:,}", f"{record.loss:.4f} nats a token"
+    if record is not None and record.valid_loss is not None:
+        yield f"validation loss at step {record.step:,}", f"{record.valid_loss:.4f} nats a token"
+    yield "sequence length", f"{model.seq_length:,} tokens"
+    yield "weights", dtype
+
+
+def _progress(folder: Path) -> Progress | None:
+    try:
+        record = read_record(folder)
+    except ValueError:
+        return None
+    return None if record is None else record.progress
+
+
+def _record(folder: Path) -> StepMetrics | None:
+    """The run's last record up to the checkpoint's step; None where the run is not around it."""
+    progress = _progress(folder)
+    if progress is None:
+        return None
+    try:
+        records = read_metrics(folder.parent.parent / "metrics.jsonl")
+    except MetricsError:
+        return None
+    earlier = [record for record in records if record.step <= progress.step]
+    return earlier[-1] if earlier else None
+
+
+def _loading(layout: str) -> Iterator[str]:
+    yield "## Use"
+    yield ""
+    if layout in ("moepp", "released"):
+        yield "It needs transformers >= 5 and the Python files of this folder:"
+        yield ""
+        yield "```python"
+        yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        yield ""
+        yield 'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)'
+        yield 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+        yield "```"
+        yield ""
+        yield (
+            "For fine-tuning, `output_router_logits=True` adds the balance loss (times "
+            "`router_aux_loss_coef`) to the loss; without it routers may leave their balance."
+        )
+    else:
+        yield f"The folder has the tensor names and the configuration of the layout {layout}."

@@ -1,0 +1,187 @@
+"""The kinds of models that can be upcycled: what they are called, what they hold and where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.interop.hf_config import decoder_section, require
+from moepp_megatron.interop.hf_latent import deepseek_decoder_section, deepseek_moe
+from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
+from moepp_megatron.interop.rules import (
+    Rule,
+    attention_rules,
+    row,
+    same,
+    stacked,
+    swiglu_rules,
+)
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """One `model_type`.
+
+    Attributes:
+        moe: Fields of our `moe` section that `config.json` decides, or a ConfigError; None for a
+            dense model.
+        model: Our `model` section.
+        gate: Name of the router in a layer; None for a dense model.
+        bias: Name of its selection bias; None where there is none.
+        experts: Name of FFN expert `{}` in a layer.
+        projections: Names of its gate, up and down projection.
+        shared: Name of the shared expert in a layer; None where there is none.
+        attention: Rules of a layer's attention and norms.
+    """
+
+    moe: Callable[[Mapping[str, Any]], dict[str, Any]] | None
+    model: Callable[[Mapping[str, Any]], dict[str, Any]]
+    gate: str | None = "mlp.gate"
+    bias: str | None = None
+    experts: str = "mlp.experts.{}"
+    projections: tuple[str, str, str] = _PROJECTIONS
+    shared: str | None = None
+    attention: Callable[[Config, int, bool], Iterator[Rule]] = lambda config, layer, is_moe: (
+        attention_rules(config, layer)
+    )
+
+
+def source_kind(hf: Mapping[str, Any]) -> SourceKind:
+    """The kind of a checkpoint.
+
+    Raises:
+        ConfigError: It is another one, or has attention that is not full.
+    """
+    name = hf.get("model_type")
+    if name == "olmoe":
+        raise ConfigError(
+            "config.json: model_type (olmoe) cannot be upcycled: OLMoE normalises queries and keys "
+            "over all heads at once, and this package's decoder each head by itself; train from "
+            "Qwen2-MoE, Qwen3-MoE, Mixtral or DeepSeek-V3 instead"
+        )
+    if name not in KINDS:
+        raise ConfigError(
+            f"config.json: model_type ({name}) must be one of {', '.join(KINDS)}; other models "
+            "cannot be upcycled"
+        )
+    layers = set(hf.get("layer_types") or ["full_attention"])
+    if layers != {"full_attention"}:
+        raise ConfigError(
+            f"config.json: layer_types ({', '.join(sorted(layers))}) must all be full_attention; "
+            "such a checkpoint cannot be converted"
+        )
+    return KINDS[name]
+
+
+def extra_tensors(hf: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Tensors that the decoder does not have: DeepSeek-V3's layers that predict further tokens.
+
+    They follow the decoder's layers, and training goes on without them.
+    """
+    if hf.get("model_type") != "deepseek_v3":
+        return []
+    layers = require(hf, "num_hidden_layers")
+    found = ((name, _LAYER.match(name)) for name in names)
+    return [name for name, match in found if match is not None and int(match[1]) >= layers]
+
+
+def expert_rules(kind: SourceKind, config: Config, ours: str, theirs: str) -> Iterator[Rule]:
+    """FFN experts of a layer; the one FFN of a dense model is copied into each."""
+    width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
+    count = config.moe.num_ffn_experts
+    gate, up, down = kind.projections
+    for index in range(count):
+        source = f"{theirs}{kind.experts.format(index)}."
+        names = [f"{source}{gate}.weight", f"{source}{up}.weight"]
+        yield stacked(
+            ours + "experts.experts.linear_fc1.weight", names, inner, width, (count, index)
+        )
+        key = ours + "experts.experts.linear_fc2.weight"
+        yield row(key, count, index, f"{source}{down}.weight", width, inner)
+
+
+def shared_expert_rules(kind: SourceKind, config: Config, ours: str, theirs: str) -> Iterator[Rule]:
+    """The expert that every token takes, where the model has one."""
+    inner = config.moe.shared_expert_ffn_hidden_size
+    if inner is not None:
+        width = config.model.hidden_size
+        yield from swiglu_rules(ours + "shared_experts.", f"{theirs}{kind.shared}.", width, inner)
+        if config.moe.shared_expert_gate:
+            name = f"{theirs}{kind.shared}_gate.weight"
+            yield same(ours + "shared_experts.gate_weight", name, 1, width)
+
+
+def _mixtral_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+    count = hf.get("num_local_experts") or require(hf, "num_experts")
+    return {"num_ffn_experts": count, "router_topk": require(hf, "num_experts_per_tok")}
+
+
+def _qwen3_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "gate_normalization": "selected" if hf.get("norm_topk_prob", False) else "none",
+        **_mixtral_moe(hf),
+        "ffn_hidden_size": require(hf, "moe_intermediate_size"),
+        "layer_freq": _qwen_pattern(hf),
+    }
+
+
+def _qwen2_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_qwen3_moe(hf),
+        "shared_expert_ffn_hidden_size": require(hf, "shared_expert_intermediate_size"),
+        "shared_expert_gate": True,
+    }
+
+
+def _qwen2_decoder(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return decoder_section({"qkv_bias": True, **hf})
+
+
+def _qwen_pattern(hf: Mapping[str, Any]) -> list[int]:
+    step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    layers = range(require(hf, "num_hidden_layers"))
+    return [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
+
+
+def _qwen3_decoder(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return decoder_section({**hf, "qk_norm": True})
+
+
+def _deepseek_attention(config: Config, layer: int, is_moe: bool) -> Iterator[Rule]:
+    theirs, width = f"model.layers.{layer}.", config.model.hidden_size
+    before, behind = norm_keys(layer, is_moe)
+    yield same(before, theirs + "input_layernorm.weight", width)
+    yield from latent_attention_rules(config, layer, theirs + "self_attn.")
+    yield same(behind, theirs + "post_attention_layernorm.weight", width)
+
+
+def _dense(model: Callable[[Mapping[str, Any]], dict[str, Any]]) -> SourceKind:
+    return SourceKind(None, model, gate=None, experts="mlp")
+
+
+KINDS = {
+    "llama": _dense(decoder_section),
+    "qwen3": _dense(_qwen3_decoder),
+    "mixtral": SourceKind(
+        _mixtral_moe,
+        decoder_section,
+        gate="block_sparse_moe.gate",
+        experts="block_sparse_moe.experts.{}",
+        projections=("w1", "w3", "w2"),
+    ),
+    "qwen3_moe": SourceKind(_qwen3_moe, _qwen3_decoder),
+    "qwen2_moe": SourceKind(_qwen2_moe, _qwen2_decoder, shared="mlp.shared_expert"),
+    "deepseek_v3": SourceKind(
+        deepseek_moe,
+        deepseek_decoder_section,
+        bias="mlp.gate.e_score_correction_bias",
+        shared="mlp.shared_experts",
+        attention=_deepseek_attention,
+    ),
+}
