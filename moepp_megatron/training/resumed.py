@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from moepp_megatron.config import Config, Layout, load_config
 from moepp_megatron.config.problem import show
+from moepp_megatron.training.checkpoint.compatible import differences
 from moepp_megatron.training.checkpoint.names import CONFIG_FILE
 from moepp_megatron.training.checkpoint.progress import Record, grid
 from moepp_megatron.training.setup import learning_rate
 
-# Sections that decide what is trained. The degrees of `parallel` are told as the layout.
-_SECTIONS = ("model", "moe", "precision", "data", "optimizer", "training")
 # A change of the learning rate by rounding alone is none.
 _SAME_LR = 1e-6
 
@@ -35,23 +33,12 @@ def start_lines(
     if record.layout != grid(layout):
         lines.append(f"  layout: {_grid_text(grid(layout))}; before: {_grid_text(record.layout)}")
     before = load_config(checkpoint / CONFIG_FILE)
-    for name, was, now in _differences(before, config):
+    for name, was, now in differences(before, config):
         lines.append(f"  {name}: {show(now)}; before: {show(was)}")
     old, new = (learning_rate(each, step + 1) for each in (before, config))
     if abs(new - old) > _SAME_LR * max(new, old):
         lines.append(f"  learning rate of step {step + 1}: {new:.3g}; before: {old:.3g}")
     return lines
-
-
-def _differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
-    """Name, value before, value now of each setting that differs."""
-    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    return [
-        (f"{section}.{key}", old[section].get(key), value)
-        for section in _SECTIONS
-        for key, value in new[section].items()
-        if old[section].get(key) != value
-    ]
 
 
 def _grid_text(layout: dict[str, int]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config, parse_split
 from moepp_megatron.config.problem import Problem, raise_problems, show
-from moepp_megatron.training.checkpoint.names import CONFIG_FILE, STATE_FILE
+from moepp_megatron.training.checkpoint.names import CONFIG_FILE
 
 
 def _latent_widths(config: Config) -> dict[str, Any] | None:
@@ -39,10 +39,11 @@ def _residual(config: Config) -> bool:
 
 
 def _split(config: Config) -> Any:
-    """Shares of the parts, however their weights are written."""
-    weights = parse_split(config.data.split)
+    """Shares of the parts, however their weights are written; None for the corpus's own."""
+    split = config.data.split
+    weights = None if split is None else parse_split(split)
     if weights is None or sum(weights) == 0:
-        return config.data.split
+        return split
     # Rounded, since 98,2,0 and 0.98,0.02,0 are the same split.
     return [round(weight / sum(weights), 9) for weight in weights]
 
@@ -73,27 +74,14 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
     "moe.shared_expert_gate": lambda c: c.moe.shared_expert_gate,
     "moe.layer_freq": _moe_layers,
 }
-# Not shapes: resuming with another value is allowed, but is another run.
-_SCHEDULE: dict[str, Callable[[Config], Any]] = {
-    "optimizer.lr": lambda c: c.optimizer.lr,
-    "optimizer.min_lr": lambda c: c.optimizer.min_lr,
-    "optimizer.warmup_iters": lambda c: c.optimizer.warmup_iters,
-    "optimizer.decay_style": lambda c: c.optimizer.decay_style,
-    "training.global_batch_size": lambda c: c.training.global_batch_size,
-    "training.seed": lambda c: c.training.seed,
-    "data.split": _split,
-    "precision.dtype": lambda c: c.precision.dtype,
-    "moe.tau": lambda c: c.moe.tau,
-    "moe.router_topk": lambda c: c.moe.router_topk,
-    "moe.constant_temperature": lambda c: c.moe.constant_temperature,
-}
+# Settings of which two values may mean the same.
+_MEANINGS: dict[str, Callable[[Config], Any]] = {**_SHAPES, "data.split": _split}
+# Sections that decide what is trained. The degrees of `parallel` are told as the layout.
+_SECTIONS = ("model", "moe", "precision", "data", "optimizer", "training")
 
 
-def check_compatible(checkpoint: Path, config: Config) -> list[str]:
+def check_compatible(checkpoint: Path, config: Config) -> None:
     """Refuse a checkpoint whose model has other shapes.
-
-    Returns:
-        A line for each setting that differs and changes what is trained, though not its shape.
 
     Raises:
         ConfigError: The shapes differ, one line a setting.
@@ -106,14 +94,23 @@ def check_compatible(checkpoint: Path, config: Config) -> list[str]:
             f"{error}; convert it, or use the version that wrote it"
         ) from error
     raise_problems(_shape_problems(checkpoint, saved, config))
-    if not (checkpoint / STATE_FILE).is_file():
-        # Weights alone, converted from elsewhere: there was no schedule to differ from.
-        return []
+
+
+def differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
+    """Name, value before and value now of each setting of training that means something else."""
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     return [
-        f"{name} is {_value(config, name)} and was {_value(saved, name)} in {checkpoint}"
-        for name, meaning in _SCHEDULE.items()
-        if meaning(config) != meaning(saved)
+        (name, old[section].get(key), value)
+        for section in _SECTIONS
+        for key, value in new[section].items()
+        if old[section].get(key) != value
+        and not _means_the_same(name := f"{section}.{key}", before, now)
     ]
+
+
+def _means_the_same(name: str, one: Config, other: Config) -> bool:
+    meaning = _MEANINGS.get(name)
+    return meaning is not None and meaning(one) == meaning(other)
 
 
 def _shape_problems(checkpoint: Path, saved: Config, config: Config) -> list[Problem]:

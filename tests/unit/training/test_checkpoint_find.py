@@ -170,15 +170,9 @@ def test_one_wrong_width_is_one_line(write, tmp_path: Path):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_other_settings_are_noted(write, tmp_path: Path):
-    checkpoint = write(tmp_path, 5)
-    notes = check_compatible(checkpoint, config_of(optimizer={"lr": 0.5}))
-    assert notes == [f"optimizer.lr is 0.5 and was 0.001 in {checkpoint}"]
-
-
 def test_default_written_out_is_the_same(write, tmp_path: Path):
     config = config_of(model={"num_query_groups": 4, "kv_channels": 8})
-    assert check_compatible(write(tmp_path, 5), config) == []
+    check_compatible(write(tmp_path, 5), config)
 
 
 # Two ways to write one model: what is in the checkpoint, and what is asked for.
@@ -201,13 +195,13 @@ SAME = {
 def test_settings_are_compared_by_what_they_mean(write, tmp_path: Path, saved, asked):
     for there, here in ((saved, asked), (asked, saved)):
         checkpoint = write(tmp_path / str(id(there)), 5, moe=there)
-        assert check_compatible(checkpoint, config_of(moe=here)) == []
+        check_compatible(checkpoint, config_of(moe=here))
 
 
 def test_a_width_that_no_layer_has_does_not_count(write, tmp_path: Path):
     # Every layer is an MoE layer, whose experts have a width of their own.
     checkpoint = write(tmp_path, 5, model={"ffn_hidden_size": 99}, moe={"ffn_hidden_size": 48})
-    assert check_compatible(checkpoint, config_of()) == []
+    check_compatible(checkpoint, config_of())
     dense = {"layer_freq": 2, "ffn_hidden_size": 48}
     checkpoint = write(tmp_path / "dense", 5, model={"ffn_hidden_size": 99}, moe=dense)
     with pytest.raises(ConfigError) as caught:
@@ -250,19 +244,6 @@ def test_the_number_of_layers_is_one_line(write, tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         check_compatible(checkpoint, config_of())
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_shares_of_the_data_are_compared_not_their_text(write, tmp_path: Path):
-    checkpoint = write(tmp_path, 5, data={"split": "0.98, 0.02, 0"})
-    assert check_compatible(checkpoint, config_of()) == []
-    (note,) = check_compatible(checkpoint, config_of(data={"split": "90,10,0"}))
-    assert note.startswith("data.split is 90,10,0 and was 0.98, 0.02, 0")
-
-
-def test_weights_from_elsewhere_have_no_schedule_to_differ_from(write, tmp_path: Path):
-    checkpoint = write(tmp_path, 5)
-    (checkpoint / "state.json").unlink()
-    assert check_compatible(checkpoint, config_of(optimizer={"lr": 0.5})) == []
 
 
 def test_finding_needs_no_torch():

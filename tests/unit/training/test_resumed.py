@@ -57,6 +57,20 @@ def test_layout_and_batch_are_named(tmp_path: Path) -> None:
     assert lines[2:] == ["  training.global_batch_size: 16; before: 8"]
 
 
+def test_settings_are_compared_by_what_they_mean(tmp_path: Path) -> None:
+    sections = {"training": TRAINING, "optimizer": OPTIMIZER}
+    before = config_of(**sections, data={"split": "0.98, 0.02, 0"}, moe={"layer_freq": [1, 1]})
+    (tmp_path / "config.yaml").write_text(before.to_yaml())
+    layout = Layout.from_config(before, 1)
+    record = Record.now(Progress(6, 48, 768), layout)
+    same = config_of(**sections, data={"split": "98,2,0"}, moe={"layer_freq": 1})
+    assert len(start_lines(tmp_path, record, same, layout)) == 1
+    other = config_of(**sections, data={"split": "90,10,0"})
+    assert start_lines(tmp_path, record, other, layout)[1:] == [
+        "  data.split: '90,10,0'; before: '0.98, 0.02, 0'"
+    ]
+
+
 def test_weights_alone_are_no_resumed_run(tmp_path: Path) -> None:
     config = config_of()
     lines = start_lines(tmp_path, None, config, Layout.from_config(config, 1))
