@@ -56,7 +56,7 @@ def force(layer: Any, selected: Any) -> None:
 
     from moepp_megatron.moe.router import Routing
 
-    def settle(choice: Any) -> Any:
+    def settle(choice: Any, padded: Any = None) -> Any:
         scores = torch.softmax(choice.logits.view(selected.shape), dim=-1)
         return Routing(scores * selected, selected, choice.logits)
 

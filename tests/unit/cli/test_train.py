@@ -33,7 +33,7 @@ class Command:
         self.raises: BaseException | None = None
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(launch, "run_ranks", self._ranks)
-        monkeypatch.setattr(train, "check_data", lambda config: None)
+        monkeypatch.setattr(train, "check_data", lambda config, whole_index: [])
         for name in OF_OTHERS:
             monkeypatch.delenv(name, raising=False)
         # Whatever the command sets is gone after the test.

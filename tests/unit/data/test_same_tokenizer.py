@@ -13,7 +13,7 @@ from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.same_tokenizer import (
     check_corpus_tokenizer,
     check_model_tokenizer,
-    tokenizer_file,
+    tokenizer_of_run,
 )
 from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from tests.unit.training.conftest import config_of
@@ -110,6 +110,6 @@ def test_a_model_goes_on_with_its_tokens(folder: Path, other: Path, tmp_path: Pa
 
 
 def test_a_folder_names_the_file_in_it(folder: Path, tmp_path: Path):
-    assert tokenizer_file(_config(folder)) == folder / "tokenizer.json"
-    assert tokenizer_file(_config(tmp_path, folder)) == folder / "tokenizer.json"
-    assert tokenizer_file(_config(folder, tmp_path / "x.json")) == tmp_path / "x.json"
+    assert tokenizer_of_run(_config(folder)) == folder / "tokenizer.json"
+    assert tokenizer_of_run(_config(tmp_path, folder)) == folder / "tokenizer.json"
+    assert tokenizer_of_run(_config(folder, tmp_path / "x.json")) == tmp_path / "x.json"
