@@ -120,6 +120,13 @@ PRIVATE_NAMES = (
         ("writer", "save_state_dict_ret", "async_strategy"),
     ),
     PrivateName(
+        "dist_checkpointing.strategies.torch",
+        "",
+        "_get_filesystem_reader",
+        "read",
+        "replaced while loading, so that nothing unpickles a checkpoint's index",
+    ),
+    PrivateName(
         "dist_checkpointing.strategies.filesystem_async",
         "",
         "_results_queue",
