@@ -24,8 +24,10 @@
 _MOEPP_USAGE=2 _MOEPP_UNFIT=3 _MOEPP_HUNG=70 _MOEPP_LOST=71 _MOEPP_STOPPED=75
 
 : "${MOEPP_MAX_RESTARTS:=3}" "${MOEPP_MAX_REQUEUES:=20}" "${MOEPP_REQUEUE_ON_FAILURE:=0}"
-: "${MOEPP_CONTAINER:=none}" "${MOEPP_CONTAINER_IMAGE:=}" "${MOEPP_STEP_WAIT:=60}"
+: "${MOEPP_CONTAINER:=none}" "${MOEPP_CONTAINER_IMAGE:=}"
 : "${MOEPP_PROBE_TIMEOUT:=120}" "${MOEPP_RESTART_TIMEOUT:=120}"
+# Not above the restart's: nodes that are left when one has failed for good end before they give it up.
+: "${MOEPP_STEP_WAIT:=$((MOEPP_RESTART_TIMEOUT < 60 ? MOEPP_RESTART_TIMEOUT : 60))}"
 : "${MOEPP_RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
 : "${MOEPP_LOG_DIR:=${TMPDIR:-/tmp}/moepp-logs}"
 if [[ -z ${MOEPP_COMMAND[*]:-} ]]; then

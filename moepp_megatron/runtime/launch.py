@@ -21,7 +21,12 @@ from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.parent import die_with_parent
 from moepp_megatron.runtime.rank import NODE_RANK
 from moepp_megatron.runtime.rank_environment import with_rank_variables
-from moepp_megatron.runtime.stop_signals import children, passing_on_signals, starting
+from moepp_megatron.runtime.stop_signals import (
+    children,
+    end_at_once,
+    passing_on_signals,
+    starting,
+)
 
 # Exit status of a run that was asked to stop and has saved; its last line is the way to go on.
 STOPPED = 75
@@ -30,16 +35,19 @@ HUNG = 70
 # Exit status of a machine that has waited for the other machines in vain.
 LOST = 71
 
-# What ranks say that they end with when they do not end with 0: the exit statuses of ConfigError
-# and UnfitError too.
-_FAILURES = (HUNG, ConfigError.exit_code, UnfitError.exit_code)
+# A user's error, which starting the ranks anew would only repeat.
+_REFUSALS = (ConfigError.exit_code, UnfitError.exit_code)
+# What ranks say that they end with when they do not end with 0.
+_FAILURES = (HUNG, *_REFUSALS)
 
 # torchrun turns every status of a rank but 0 into 1, and restarts all ranks. So ranks that stop on
 # request leave with 0, and what a status meant is written down here.
 _STATUS_FILE = "MOEPP_STATUS_FILE"
 
-# How often a launcher looks whether ranks run, where other machines may keep it waiting.
-_MEETING_POLL_S = 1.0
+# How often a launcher looks at its ranks.
+_POLL_S = 0.2
+# How long torchrun gets to end by itself after a user's error.
+_REFUSAL_GRACE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         status_file = Path(folder) / "status"
         environment[_STATUS_FILE] = str(status_file)
         status = _run(_torchrun(options, module, arguments), environment, options, status_file)
-        written = int(status_file.read_text(encoding="ascii")) if status_file.exists() else 0
+        written = _written(status_file) or 0
     # Ranks that leave end with 0, ranks that hang or refuse do not: a hang before torchrun started
     # all of them anew successfully is over, and so is a stop in a run that failed after all.
     if (status == 0) == (written not in _FAILURES):
@@ -136,7 +144,7 @@ def _torchrun(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
     return [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "moepp_megatron.runtime.agent",
         *where,
         f"--nproc-per-node={options.num_local_ranks}",
         f"--max-restarts={options.max_restarts}",
@@ -180,14 +188,21 @@ def _run(
 
 def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path) -> int:
     """The exit status of torchrun, or `LOST` when it waits too long for the other machines."""
-    if nodes is None:
-        return agent.wait()
-    meeting = Meeting(nodes, time.monotonic())
+    meeting = None if nodes is None else Meeting(nodes, time.monotonic())
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return agent.wait(_MEETING_POLL_S)
+            return agent.wait(_POLL_S)
+        written = _written(status_file)
+        if meeting is None:
+            if written in _REFUSALS:
+                # Time for torchrun to pass on what ranks have printed.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return agent.wait(_REFUSAL_GRACE_S)
+                end_at_once(agent)
+                return 1
+            continue
         # Where ranks have ended well, torchrun waits for those of the other machines to end.
-        at_work = _ended_well(status_file) or bool(children(agent))
+        at_work = written in (0, STOPPED) or bool(children(agent))
         meeting.observe(at_work, time.monotonic())
         failure = meeting.failure(time.monotonic())
         if failure is not None:
@@ -195,8 +210,9 @@ def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path
             return LOST
 
 
-def _ended_well(status_file: Path) -> bool:
-    return status_file.exists() and int(status_file.read_text(encoding="ascii")) in (0, STOPPED)
+def _written(status_file: Path) -> int | None:
+    """What the last rank that said so ends with."""
+    return int(status_file.read_text(encoding="ascii")) if status_file.exists() else None
 
 
 def _output(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:

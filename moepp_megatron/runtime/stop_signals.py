@@ -86,7 +86,7 @@ def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Itera
         second = request.is_second_interrupt(number)
         if second or (number == signal.SIGINT and not stoppable):
             request.number, request.at_once = number, True
-            _end_at_once(agent)
+            end_at_once(agent)
             return
         if number == signal.SIGINT and not request.number:
             # Not through sys.stderr, whose buffer the interrupted code may hold.
@@ -111,7 +111,7 @@ def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Itera
             signal.signal(number, handler)
 
 
-def _end_at_once(agent: subprocess.Popen[bytes]) -> None:
+def end_at_once(agent: subprocess.Popen[bytes]) -> None:
     """End all processes, first torchrun, which would report each rank's end at length."""
     family = children(agent, recursive=True)
     agent.kill()

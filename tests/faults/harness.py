@@ -100,7 +100,7 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     """The rank processes: children of the torchrun agent."""
     for child in _descendants(process.pid):
         try:
-            if "torch.distributed.run" in child.cmdline():
+            if "moepp_megatron.runtime.agent" in child.cmdline():
                 return [c for c in child.children() if "moepp_megatron.cli.main" in c.cmdline()]
         except psutil.NoSuchProcess:
             continue

@@ -23,7 +23,10 @@ from pathlib import Path
 from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 kind, logs = sys.argv[2], Path(sys.argv[3])
 output = logs.with_name("all.log") if kind == "quiet" else None
-options = LaunchOptions(2, stoppable=kind == "stoppable", log_dir=logs, output=output)
+restarts = 3 if kind == "restarting" else 0
+options = LaunchOptions(
+    2, max_restarts=restarts, stoppable=kind == "stoppable", log_dir=logs, output=output
+)
 sys.exit(run_ranks(options, sys.argv[1], sys.argv[4:]))
 """
 RANK = """
@@ -45,7 +48,16 @@ if what == "hang":
     write_status(HUNG)
     os._exit(HUNG)
 if what == "crash":
+    # torchrun ends the other one as soon as it sees this.
+    while not all(Path(folder, each).exists() for each in "01"):
+        time.sleep(0.05)
     sys.exit(9)
+if what == "refuse" and rank == "1":
+    with Path(folder, "attempts").open("a") as attempts:
+        attempts.write(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    print("error: no such thing", file=sys.stderr, flush=True)
+    write_status(2)
+    sys.exit(2)
 if what == "late listener":
     # A request that came already is taken up here.
     while not Path(folder, "asked").exists():
@@ -238,3 +250,21 @@ def test_nothing_is_imported_from_the_working_directory(start, tmp_path: Path) -
     assert process.returncode == 0, output
     assert list(planted.glob("*.ran")) == []
     assert "rank 1 says hello" in output
+
+
+def test_a_failed_rank_is_one_line(start) -> None:
+    process = start("crash")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "ended with exit status 9" in output
+    assert "Traceback" not in output
+    assert "ChildFailedError" not in output
+
+
+def test_a_users_error_is_not_tried_again(start, tmp_path: Path) -> None:
+    process = start("refuse", "restarting")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert output.count("error: no such thing") == 1
+    assert "Traceback" not in output
+    assert (tmp_path / "attempts").read_text() == "0"

@@ -104,7 +104,7 @@ class Job:
                 if (
                     "RANK" in environment
                     and parent is not None
-                    and ("torch.distributed.run" in parent.cmdline())
+                    and ("moepp_megatron.runtime.agent" in parent.cmdline())
                 ):
                     node = int(environment.get("MOEPP_NODE_RANK", 0))
                     per_node = int(environment["LOCAL_WORLD_SIZE"])

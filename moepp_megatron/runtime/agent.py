@@ -1,0 +1,58 @@
+"""torchrun that reports a failure in one line for each rank; `python -m` with its arguments.
+
+Ranks print their own errors. torchrun adds a traceback of its own code and a table, between which
+the error is hard to find.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from moepp_megatron.config import ConfigError, UnfitError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+# What a rank has said itself, in one line.
+_SAID = (ConfigError.exit_code, UnfitError.exit_code)
+
+
+def main() -> int:
+    """Run torchrun with this process's arguments.
+
+    Returns:
+        0 when all ranks ended with 0, 1 otherwise.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import main as torchrun
+
+    # It names each failed rank in a line of its own, which is said below.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        torchrun()
+    except ChildFailedError as error:
+        failures = sorted(error.failures.items(), key=lambda each: each[1].timestamp)
+        for rank, failure in failures:
+            if failure.exitcode not in _SAID:
+                print(f"error: rank {rank} {_end(failure)}", file=sys.stderr)
+        return 1
+    except RendezvousError as error:
+        why = f": {error}" if str(error) else ""
+        print(f"error: the machines do not meet ({type(error).__name__}{why})", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _end(failure: ProcessFailure) -> str:
+    """How a rank ended."""
+    if failure.exitcode >= 0:
+        return f"ended with exit status {failure.exitcode}"
+    return f"was ended by {signal.Signals(-failure.exitcode).name}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
