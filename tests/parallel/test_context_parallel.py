@@ -198,7 +198,9 @@ def batches_read(parallel):
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
 
-    config = parse_config(settings(model=MODEL, parallel=parallel))
+    # Every number is a token.
+    model = MODEL | {"vocab_size": len(NumberedSamples()) * SEQUENCE}
+    config = parse_config(settings(model=model, parallel=parallel))
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)
     (batches,) = rank_batches(NumberedSamples(), 0, config, 1)
