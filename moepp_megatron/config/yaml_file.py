@@ -13,13 +13,38 @@ from moepp_megatron.config.errors import ConfigError
 # Values, keys and collections; an alias counts as all that it stands for. Hundreds are usual.
 _MAX_NODES = 20_000
 _MAX_DEPTH = 64
-_MAX_CHARACTERS = 1_000_000
+# PyYAML takes a second and more for a few hundred thousand characters.
+_MAX_CHARACTERS = 300_000
+# A path has up to 4095; of 1:1:1..., a number of base 60 in YAML 1.1, time grows quadratically.
+_MAX_SCALAR = 10_000
 
 
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader in bounds that refuses duplicate keys and reads exponents as YAML 1.2 does."""
 
     _num_composed = 0
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 (PyYAML's name)
+        """Refuse a bracket too many where it is read; PyYAML looks far ahead behind each."""
+        if self.flow_level >= _MAX_DEPTH:
+            raise _too_deep(self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+    def add_indent(self, column: int) -> bool:
+        """Refuse an indentation too many where it is read."""
+        if len(self.indents) >= _MAX_DEPTH:
+            raise _too_deep(self.get_mark())
+        return super().add_indent(column)
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        """Refuse a value that is too long to be one."""
+        node = super().compose_scalar_node(anchor)
+        if len(node.value) > _MAX_SCALAR:
+            raise yaml.MarkedYAMLError(
+                problem=f"a value has {len(node.value)} characters, more than {_MAX_SCALAR}",
+                problem_mark=node.start_mark,
+            )
+        return node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Refuse too many nodes before they are all there."""
@@ -57,7 +82,7 @@ def _expanded(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     if id(node) in known:
         return known[id(node)]
     if depth > _MAX_DEPTH:
-        raise _too_large(node, f"nested more than {_MAX_DEPTH} levels deep, or contains itself")
+        raise _too_deep(node.start_mark)
     below: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         below = [part for pair in node.value for part in pair]
@@ -70,9 +95,14 @@ def _expanded(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     return count
 
 
-def _too_large(node: yaml.Node | None, what: str | None = None) -> yaml.MarkedYAMLError:
-    problem = what or f"more than {_MAX_NODES} values, aliases written out"
+def _too_large(node: yaml.Node | None) -> yaml.MarkedYAMLError:
     mark = None if node is None else node.start_mark
+    problem = f"more than {_MAX_NODES} values, aliases written out"
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+
+
+def _too_deep(mark: Any) -> yaml.MarkedYAMLError:
+    problem = f"nested more than {_MAX_DEPTH} levels deep, or contains itself"
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
