@@ -1,4 +1,4 @@
-"""`moepp monitor RUN`: a run as it goes on, on the terminal and for Prometheus."""
+"""`moepp monitor RUN`: a run as it goes on, on the terminal; runs for Prometheus."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import Annotated
 import typer
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.config.printable import printable
 
 
 def monitor(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    run: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folder of a run. With --prometheus several, or folders that hold runs.",
+            metavar="RUN...",
+        ),
+    ],
     interval: Annotated[
         float, typer.Option(min=0.1, max=3600.0, help="Seconds between frames.")
     ] = 2.0,
@@ -24,7 +29,7 @@ def monitor(
         typer.Option(
             min=1,
             max=65535,
-            help="Serve the newest record on this port of --bind, until stopped.",
+            help="Serve the newest records on this port of --bind, until stopped.",
             metavar="PORT",
         ),
     ] = None,
@@ -40,6 +45,11 @@ def monitor(
         raise ConfigError(
             "--once (true) must not come with --prometheus, which serves until stopped; use one"
         )
+    if len(run) > 1 and prometheus is None:
+        raise ConfigError(
+            f"RUN ({len(run)} folders) must be one, which is shown; "
+            "name one, or serve all of them with --prometheus PORT"
+        )
     from moepp_megatron.report.live.run import LiveRun
     from moepp_megatron.report.live.screen import print_frame, watch
     from moepp_megatron.report.run_data import ReportError
@@ -47,25 +57,34 @@ def monitor(
 
     console = Console()
     try:
-        live = LiveRun(run)
-        if prometheus is not None:
-            from moepp_megatron.report.live.prometheus import is_open, serve, wait_until_stopped
+        if prometheus is not None and (
+            not _serve(run, prometheus, bind) or not console.is_terminal
+        ):
+            from moepp_megatron.report.live.prometheus import wait_until_stopped
 
-            address = serve(LiveRun(run), prometheus, bind)
-            if is_open(bind):
-                typer.echo(
-                    f"warning: --bind ({bind}) lets other machines read this run's numbers, "
-                    "without a password and unencrypted; use 127.0.0.1 and a tunnel",
-                    err=True,
-                )
-            typer.echo(f"serving {address}")
-            if not console.is_terminal:
-                wait_until_stopped()
-                return
+            wait_until_stopped()
+            return
+        live = LiveRun(run[0])
         if once or not console.is_terminal:
             print_frame(live, console)
         else:
             watch(live, console, interval, until_over=prometheus is None)
     except ReportError as error:
-        typer.echo(f"Error: {printable(str(error))}", err=True)
-        raise typer.Exit(ReportError.exit_code) from None
+        raise ConfigError(str(error)) from None
+
+
+def _serve(folders: list[Path], port: int, bind: str) -> bool:
+    """Begins to serve; returns whether there is one run, which can be shown beside."""
+    from moepp_megatron.report.live.prometheus import is_open, serve
+    from moepp_megatron.report.live.runs import LiveRuns
+
+    runs = LiveRuns(folders)
+    address = serve(runs, port, bind)
+    if is_open(bind):
+        typer.echo(
+            f"warning: --bind ({bind}) lets other machines read these numbers, "
+            "without a password and unencrypted; use 127.0.0.1 and a tunnel",
+            err=True,
+        )
+    typer.echo(f"serving {address}")
+    return runs.is_one_run

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from moepp_megatron.config import ConfigError
+
 
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
@@ -15,6 +17,5 @@ def report(
     try:
         page = build_report(run)
     except ReportError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(ReportError.exit_code) from None
+        raise ConfigError(str(error)) from None
     typer.echo(str(page))

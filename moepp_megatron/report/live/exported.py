@@ -14,6 +14,10 @@ Labels = Literal[
     "layer,ffn_experts",
     "layer,metric",
     "ffn_experts",
+    "key",
+    "name",
+    "state",
+    "rule,severity",
 ]
 
 
@@ -24,9 +28,10 @@ class Exported:
     Attributes:
         name: Its name at Prometheus.
         meaning: What it says, in one line.
-        labels: What tells its values apart: ``layer`` is the transformer layer from 1, ``kind``
-            the kind of expert, ``expert`` an expert's name, ``ffn_experts`` how many FFN experts
-            a token takes, ``metric`` a name of ``docs/routing.md``.
+        labels: What tells its values of one run apart, beside ``run``: ``layer`` is the transformer
+            layer from 1, ``kind`` the kind of expert, ``expert`` an expert's name, ``ffn_experts``
+            how many FFN experts a token takes, ``metric`` a name of ``docs/routing.md``, ``key`` a
+            key of the record.
     """
 
     name: str
@@ -91,17 +96,20 @@ OF_RECORDS: Mapping[str, Exported] = {
 }
 """By the key of the record. Numbers under other keys are served as ``moepp_other{key="..."}``."""
 
-OTHER = Exported("moepp_other", "a number of the record that this table does not name")
+OTHER = Exported("moepp_other", "a number of the record that this table does not name", "key")
+MIN_FFN_LOAD = Exported(
+    "moepp_layer_min_ffn_load_ratio", "idlest FFN expert of a layer over their mean", "layer"
+)
 PHI = Exported("moepp_phi_ratio", "FFN share wanted: under perfect balance, or the budget's")
 TRAIN_ITERS = Exported("moepp_train_iters", "steps of the whole run")
-RUN_INFO = Exported("moepp_run_info", "1; the label run holds run.name")
-STATE = Exported("moepp_run_state", "1 for the state that the run is in (label state), else 0")
+RUN_INFO = Exported("moepp_run_info", "1; the label name holds run.name", "name")
+STATE = Exported("moepp_run_state", "1 for the state that the run is in, else 0", "state")
 RECORD_AGE = Exported("moepp_record_age_seconds", "time since the last record was written")
-ALERTS = Exported("moepp_alerts", "alerts so far, by rule and severity")
+ALERTS = Exported("moepp_alerts", "alerts so far, by rule and severity", "rule,severity")
 OF_RUN = (RUN_INFO, STATE, RECORD_AGE, TRAIN_ITERS, PHI, ALERTS)
 """Served beside the records' numbers."""
 
 
 def exported_names() -> set[str]:
     """Every name that may be served."""
-    return {m.name for m in (*OF_RECORDS.values(), *OF_RUN, OTHER)}
+    return {m.name for m in (*OF_RECORDS.values(), *OF_RUN, OTHER, MIN_FFN_LOAD)}

@@ -15,6 +15,8 @@ from moepp_megatron.report.live.exported import OF_RECORDS
 WIDTH = 24
 HEIGHT = 8
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+# A monitor is one scraped port, and serves one run or many.
+OF_ONE_RUN = 'instance="$instance",run="$run"'
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Curve:
     @property
     def query(self) -> str:
         """PromQL."""
-        labels = ",".join(filter(None, ('instance="$instance"', self.labels)))
+        labels = ",".join(filter(None, (OF_ONE_RUN, self.labels)))
         return f"{self.metric}{{{labels}}} {self.condition}".rstrip()
 
 
@@ -140,7 +142,7 @@ def dashboard() -> dict[str, Any]:
         "refresh": "10s",
         "time": {"from": "now-3h", "to": "now"},
         "tags": ["moepp"],
-        "templating": {"list": [_datasource(), _instance()]},
+        "templating": {"list": [_datasource(), *_choices()]},
         "panels": _placed(),
     }
 
@@ -154,16 +156,26 @@ def _datasource() -> dict[str, Any]:
     }
 
 
-def _instance() -> dict[str, Any]:
-    """One run is one scraped port."""
-    query = f"label_values({exported.STATE.name}, instance)"
+def _choices() -> list[dict[str, Any]]:
+    """The monitor, and the run among those that it serves."""
+    state = exported.STATE.name
+    return [
+        _choice("instance", f"label_values({state}, instance)", "Monitor"),
+        _choice("run", f'label_values({state}{{instance="$instance"}}, run)', "Run"),
+    ]
+
+
+def _choice(name: str, query: str, label: str) -> dict[str, Any]:
     return {
-        "name": "instance",
+        "name": name,
         "type": "query",
+        "label": label,
         "datasource": DATASOURCE,
-        "query": {"query": query, "refId": "instances"},
+        "query": {"query": query, "refId": f"{name}s"},
         "definition": query,
+        # Asked again whenever the range of time changes: runs come and go.
         "refresh": 2,
+        "sort": 1,
         "multi": False,
         "includeAll": False,
     }

@@ -13,6 +13,7 @@ from moepp_megatron.observe.metrics import StepMetrics
 
 # Enough steps that one slow one (a checkpoint, an evaluation) does not move the estimate.
 RECENT = 20
+_LARGEST = 2**63
 
 
 class History:
@@ -138,5 +139,6 @@ class History:
 
 def _numbers(record: StepMetrics) -> Iterable[tuple[str, float]]:
     for key, value in record:
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        # A whole number of any size is JSON, and no float holds it.
+        if isinstance(value, float) or (type(value) is int and abs(value) < _LARGEST):
             yield key, value

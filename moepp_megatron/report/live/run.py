@@ -19,9 +19,9 @@ from moepp_megatron.report.run_data import ReportError, RunConfig, read_config
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+RUN_FILES = {CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE}
 # What a run, or a job that waits to become one, leaves in its folder.
-TRACES = {CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE}
-TRACES |= {"checkpoints", "tensorboard", "slurm", "hangs"}
+TRACES = RUN_FILES | {"checkpoints", "tensorboard", "slurm", "hangs"}
 # Alerts that are remembered; the file has all.
 KEPT_ALERTS = 200
 
@@ -114,7 +114,7 @@ class LiveRun:
                 continue
             try:
                 self.history.add(StepMetrics.model_validate_json(line))
-            except ValidationError:
+            except (ValidationError, OverflowError):
                 self.damaged_lines += 1
         if news.rewritten:
             self.history.finish_rewrite()

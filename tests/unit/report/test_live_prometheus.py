@@ -21,7 +21,7 @@ from moepp_megatron.report.live import server
 from moepp_megatron.report.live.exported import OF_RECORDS, exported_names
 from moepp_megatron.report.live.grafana import dashboard
 from moepp_megatron.report.live.prometheus import is_open, serve
-from moepp_megatron.report.live.run import LiveRun
+from moepp_megatron.report.live.runs import LiveRuns
 
 ROOT = Path(__file__).parents[3]
 
@@ -31,11 +31,13 @@ def scrape():
     """Serves a run and returns a function that asks for its metrics."""
 
     def start(run: Path, clock=time.time):
-        address = serve(LiveRun(run, clock), 0)
+        address = serve(LiveRuns([run], clock), 0)
 
         def get() -> dict[str, dict[tuple[str, ...], float]]:
             with urllib.request.urlopen(address, timeout=30) as answer:
                 families = list(text_string_to_metric_families(answer.read().decode()))
+            names = {sample.labels.pop("run") for family in families for sample in family.samples}
+            assert names == {run.name}
             return {
                 # By the labels' values, labels in the order of their names.
                 family.name: {tuple(s.labels.values()): s.value for s in family.samples}
@@ -85,6 +87,8 @@ def test_the_newest_record_is_served(make_run, scrape):
     layer = record["layer_expert_share"][1]
     constant = got["moepp_layer_share_ratio"][("constant", "2")]
     assert constant == pytest.approx(layer[8] + layer[9])
+    ffn = layer[:8]
+    assert got["moepp_layer_min_ffn_load_ratio"][("2",)] == pytest.approx(min(ffn) / sum(ffn) * 8)
     assert got["moepp_layer_ffn_ratio"][("4",)] == record["layer_ffn_fraction"][3]
     assert got["moepp_layer_tokens_ratio"][("0", "1")] == 0.5
     health = got["moepp_router_health"]
@@ -127,7 +131,7 @@ def test_a_port_in_use_is_named(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"--prometheus \({port}\) must be a free port"):
-            serve(LiveRun(tmp_path), port)
+            serve(LiveRuns([tmp_path]), port)
 
 
 def test_every_number_of_a_record_has_a_name_of_its_own():
@@ -142,7 +146,10 @@ def test_the_dashboard_is_the_file_and_asks_for_what_is_exported():
     file = json.loads((ROOT / "docs" / "grafana" / "moepp.json").read_text())
     assert file == dashboard(), "write it anew: python -m moepp_megatron.report.live.grafana"
     queries = [target["expr"] for panel in file["panels"] for target in panel["targets"]]
-    queries += [one["query"]["query"] for one in file["templating"]["list"][1:]]
+    assert all('instance="$instance",run="$run"' in query for query in queries)
+    choices = {one["name"]: one["query"] for one in file["templating"]["list"]}
+    assert list(choices) == ["datasource", "instance", "run"]
+    queries += [choices["instance"]["query"], choices["run"]["query"]]
     asked = {name for query in queries for name in re.findall(r"moepp_\w+", query)}
     assert len(asked) > 15
     assert asked <= exported_names()
