@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.bench_collectives import collectives
+from moepp_megatron.cli.echo import echo
 
 if TYPE_CHECKING:
     from moepp_megatron.config import Config, Layout
@@ -89,10 +90,10 @@ def layer(
     bench_bounds.print_bounds(results)
     if json_file is not None:
         bench.write_json(json_file, results)
-        typer.echo(f"results      {json_file}")
+        echo(f"results      {json_file}")
     if plot is not None:
         bench.plot(plot, results)
-        typer.echo(f"plot         {plot}")
+        echo(f"plot         {plot}")
 
 
 def _refuse_unfit_fp8(recipe: str) -> None:
@@ -144,7 +145,7 @@ def card(
     bench_bounds.print_card(result, names)
     if json_file is not None:
         bench.write_records(json_file, result)
-        typer.echo(f"result       {json_file}")
+        echo(f"result       {json_file}")
 
 
 @app.command()
@@ -182,7 +183,7 @@ def step(
     layout = Layout.from_config(settings, world_size)
     if rank.rank == 0:
         for warning in check_config(settings) + check_world_size(settings, world_size):
-            typer.echo(f"warning: {warning}", err=True)
+            echo(f"warning: {warning}", err=True)
     from moepp_megatron.runtime.fit import check_fit
 
     check_fit(settings)
@@ -216,7 +217,7 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
     bench.print_step(result)
     if json_file is not None:
         bench.write_records(json_file, result)
-        typer.echo(f"result       {json_file}")
+        echo(f"result       {json_file}")
 
 
 @app.command()
@@ -280,4 +281,4 @@ def dispatch(
         bench.print_dispatch(setting, results)
         if json_file is not None:
             bench.write_records(json_file, results)
-            typer.echo(f"results      {json_file}")
+            echo(f"results      {json_file}")

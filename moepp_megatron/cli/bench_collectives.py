@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import ConfigError, UnfitError
 
 # The keys of `bench.collective_cases.KINDS`, which imports torch.
@@ -145,14 +146,14 @@ def _measure(setting: object, json_file: Path | None, plot: Path | None) -> None
         collectives.print_tables(results)
         if json_file is not None:
             bench.write_records(json_file, results)
-            typer.echo(f"results      {json_file}")
+            echo(f"results      {json_file}")
         if plot is not None:
             collectives.plot(plot, results)
-            typer.echo(f"plot         {plot}")
+            echo(f"plot         {plot}")
     wrong = sum(result.wrong for result in results)
     if wrong:
         if first:
-            typer.echo(f"error: {wrong} elements arrived wrong; see the column 'wrong'", err=True)
+            echo(f"error: {wrong} elements arrived wrong; see the column 'wrong'", err=True)
         leave(1)
 
 

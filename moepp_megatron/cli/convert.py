@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
+
 app = typer.Typer(help="Convert checkpoints.", no_args_is_help=True)
 
 
@@ -50,7 +52,7 @@ def hf_to_mcore(
     from moepp_megatron.interop.to_mcore import hf_to_mcore as convert
 
     convert(source, target, dtype, allow_pickle)
-    typer.echo(f"checkpoint   {target}")
+    echo(f"checkpoint   {target}")
 
 
 @app.command("mcore-to-hf")
@@ -82,8 +84,8 @@ def mcore_to_hf(
     for warning in convert(
         source, target, layout.value, shard_bytes, dtype=chosen, license_id=license_id
     ):
-        typer.echo(f"warning: {warning}", err=True)
-    typer.echo(f"model        {target}")
+        echo(f"warning: {warning}", err=True)
+    echo(f"model        {target}")
 
 
 @app.command("upcycle")
@@ -127,16 +129,16 @@ def upcycle(
         approximate=approximate,
     )
     config = convert(source, target, additions, dtype, allow_pickle)
-    typer.echo(f"checkpoint   {target}")
+    echo(f"checkpoint   {target}")
     least = least_gate(config)
     if least < 1.0:
-        typer.echo(f"gates        at least {least:.3f} of what they were, for --approximate")
+        echo(f"gates        at least {least:.3f} of what they were, for --approximate")
     if config.moe.num_zero_computation_experts:
         # Measured with softmax scores, whose bias begins at 1.25 / F; that of sigmoid scores at 1.
         steps = "5 to 7"
         if config.moe.score_function == "sigmoid":
             steps = f"up to {config.moe.num_ffn_experts / (1.0 - config.moe.ffn_share):.0f}"
-        typer.echo(
+        echo(
             f"FFN share    1 now; training moves it to phi ({config.moe.ffn_share:.3f}) in {steps} "
             f"/ moe.budget.gain ({config.moe.budget.gain}) steps: docs/upcycling.md"
         )
@@ -167,13 +169,13 @@ def megatron_lm(
     from moepp_megatron.interop.from_megatron_lm import from_megatron_lm
 
     config = from_megatron_lm(source, target, moepp_args, tokenizer)
-    typer.echo(f"checkpoint   {target}")
-    typer.echo(
+    echo(f"checkpoint   {target}")
+    echo(
         f"model        {config.model.num_layers} layers, {config.moe.num_ffn_experts} FFN experts "
         f"and {config.moe.num_experts - config.moe.num_ffn_experts} others a layer"
     )
     if tokenizer is None:
-        typer.echo("tokenizer    none; generate and inspect need one: --tokenizer FILE")
+        echo("tokenizer    none; generate and inspect need one: --tokenizer FILE")
 
 
 @app.command("to-megatron-lm")
@@ -184,8 +186,8 @@ def to_megatron_lm(source: Source, target: Target) -> None:
     from moepp_megatron.interop.to_megatron_lm import to_megatron_lm as convert
 
     arguments = convert(source, target)
-    typer.echo(f"checkpoint   {target}")
-    typer.echo(f"arguments    {target / ARGUMENTS_FILE}: {arguments}")
+    echo(f"checkpoint   {target}")
+    echo(f"arguments    {target / ARGUMENTS_FILE}: {arguments}")
 
 
 def _quiet() -> None:

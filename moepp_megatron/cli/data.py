@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
+
 if TYPE_CHECKING:
     from moepp_megatron.data.manifest import Manifest
     from moepp_megatron.data.verify import FileState
@@ -79,10 +81,10 @@ def prepare(
     )
     prepared = prepare_data(sources, out, settings, console)
     if prepared.up_to_date:
-        typer.echo(f"{out}: up to date, {prepared.manifest.tokens:,} tokens")
+        echo(f"{out}: up to date, {prepared.manifest.tokens:,} tokens")
     else:
         _print_summary(console, prepared.manifest)
-        typer.echo(f"{out}: written, {prepared.manifest.tokens:,} tokens")
+        echo(f"{out}: written, {prepared.manifest.tokens:,} tokens")
 
 
 def _print_summary(console: "Console", manifest: "Manifest") -> None:
@@ -102,13 +104,11 @@ def _print_summary(console: "Console", manifest: "Manifest") -> None:
         )
     console.print(table)
     for reason, count in manifest.skipped_reasons.items():
-        typer.echo(f"skipped {count:,}: {reason}")
+        echo(f"skipped {count:,}: {reason}")
     if manifest.split is not None:
         train, validation, _ = manifest.split.split(",")
-        typer.echo(
-            f"split: {train} documents to train on, {validation} of other packages to validate"
-        )
-    typer.echo(f"vocabulary: {manifest.vocab_size:,} tokens, end of document {manifest.eod_id}")
+        echo(f"split: {train} documents to train on, {validation} of other packages to validate")
+    echo(f"vocabulary: {manifest.vocab_size:,} tokens, end of document {manifest.eod_id}")
 
 
 @app.command(
@@ -139,11 +139,11 @@ def verify(
     if problems:
         raise damaged("DIR", folder, ", ".join(problems))
     if not all(state.compared for state in states):
-        typer.echo(
+        echo(
             "no hashes: an earlier version has prepared this, so that sizes, index and tokens "
             "alone were checked; moepp data prepare --force adds hashes"
         )
-    typer.echo(f"{folder}: intact, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+    echo(f"{folder}: intact, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
 
 
 def _print_states(console: "Console", states: "list[FileState]") -> None:

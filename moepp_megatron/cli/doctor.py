@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import Config, UnfitError, load_config
 
 if TYPE_CHECKING:
@@ -107,11 +108,11 @@ def _show(findings: list[Finding], preflight: bool, as_json: bool, out: Path | N
     if preflight:
         for finding in findings:
             if finding.severity >= Severity.WARNING:
-                typer.echo(f"{finding.severity.name.lower()}: {finding.line()}", err=True)
+                echo(f"{finding.severity.name.lower()}: {finding.line()}", err=True)
     if as_json:
-        typer.echo(text)
+        echo(text)
     elif preflight:
-        typer.echo(counts(findings))
+        echo(counts(findings))
     else:
         from moepp_megatron.runtime.terminal import Console
 

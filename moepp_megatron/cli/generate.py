@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.config.printable import printable
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _generate_rank(request: GenerateRequest) -> None:
     rank = RankEnvironment.read()
     if rank.rank == 0:
         for notice in request.notices:
-            typer.echo(f"note: {notice}", err=True)
+            echo(f"note: {notice}", err=True)
     with distributed.joined(rank):
         distributed.build_groups(request.config, request.layout)
         texts = generate_texts(request)

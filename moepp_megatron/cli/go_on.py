@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import typer
+from moepp_megatron.cli.echo import echo
 
 # Set by scripts that start `moepp train`: the command that starts them again.
 GO_ON = "MOEPP_GO_ON"
@@ -38,7 +38,7 @@ def is_given() -> bool:
 
 def say_go_on(command: str | None) -> None:
     """Print the command, alone on the last line."""
-    typer.echo(f"to go on:\n{command}")
+    echo(f"to go on:\n{command}")
 
 
 def program() -> list[str]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moepp_megatron.cli.echo import echo
+
 if TYPE_CHECKING:
     from moepp_megatron.inspection.request import InspectRequest
 
@@ -96,11 +98,11 @@ def _inspect_rank(request: InspectRequest) -> None:
     rank = RankEnvironment.read()
     if rank.rank == 0:
         for notice in request.notices:
-            typer.echo(f"note: {notice}", err=True)
+            echo(f"note: {notice}", err=True)
     with distributed.joined(rank):
         traces = trace_models(request)
     if rank.rank == 0:
         from moepp_megatron.report.inspect import write_inspection
 
         for name, path in write_inspection(request, traces):
-            typer.echo(f"{name:12} {path}")
+            echo(f"{name:12} {path}")

@@ -23,10 +23,11 @@ from moepp_megatron.cli import (
     slurm,
     train,
 )
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.paths import check_paths
 from moepp_megatron.cli.usage import COMMANDS, UsageError, refuse
 from moepp_megatron.config import ConfigError, UnfitError
-from moepp_megatron.config.printable import printable
+from moepp_megatron.runtime.printable_logs import make_logs_printable
 
 app = typer.Typer(
     name="moepp",
@@ -59,18 +60,18 @@ check_paths(app)
 
 def run() -> None:
     """Entry point. A user's error is one line on stderr a problem, and its exit code."""
+    make_logs_printable()
     try:
         status = app(prog_name="moepp", standalone_mode=False)
     except (ConfigError, UnfitError) as error:
-        # It may quote a file that comes from elsewhere.
-        typer.echo(f"error: {printable(str(error))}", err=True)
+        echo(f"error: {error}", err=True)
         from moepp_megatron.runtime.launch import write_status
 
         # Of a rank: torchrun would turn it into 1.
         write_status(error.exit_code)
         sys.exit(error.exit_code)
     except typer.Abort:
-        typer.echo("error: aborted", err=True)
+        echo("error: aborted", err=True)
         sys.exit(1)
     except UsageError as error:
         sys.exit(refuse(error))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import ConfigError
 
 
@@ -81,10 +82,10 @@ def _serve(folders: list[Path], port: int, bind: str) -> bool:
     runs = LiveRuns(folders)
     address = serve(runs, port, bind)
     if is_open(bind):
-        typer.echo(
+        echo(
             f"warning: --bind ({bind}) lets other machines read these numbers, "
             "without a password and unencrypted; use 127.0.0.1 and a tunnel",
             err=True,
         )
-    typer.echo(f"serving {address}")
+    echo(f"serving {address}")
     return runs.is_one_run

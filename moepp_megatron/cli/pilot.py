@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
 
 if TYPE_CHECKING:
@@ -126,10 +127,10 @@ def _run_and_write(whole: Pilot, runs: list[PilotRun], collect: bool) -> None:
     except Interrupted as stop:
         from moepp_megatron.runtime.launch import STOPPED
 
-        typer.echo(str(stop), err=True)
+        echo(str(stop), err=True)
         raise typer.Exit(STOPPED) from None
     except RunFailed as failure:
-        typer.echo(f"error: {failure}", err=True)
+        echo(f"error: {failure}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -138,14 +139,14 @@ def _announce(whole: Pilot, runs: list[PilotRun]) -> None:
     training = runs[0].config.training
     per_step = training.global_batch_size * runs[0].config.model.seq_length
     steps = whole.arms[0].arm.steps
-    typer.echo(
+    echo(
         f"{len(runs)} runs of {steps:,} steps ({steps * per_step:,} tokens): {len(whole.seeds)} "
         f"seeds of {len(whole.arms)} models" + (f"; {done} runs are there already" if done else "")
     )
     for arm in whole.arms:
         phi = arm.config.moe.ffn_share
         share = f", FFN share {phi:.0%} if balanced" if arm.arm.kind == "moepp" else ""
-        typer.echo(f"  {arm.arm.name}: top-{arm.arm.topk}{share}, {arm.arm.steps:,} steps")
+        echo(f"  {arm.arm.name}: top-{arm.arm.topk}{share}, {arm.arm.steps:,} steps")
 
 
 def _run(whole: Pilot, runs: list[PilotRun]) -> None:
@@ -185,17 +186,17 @@ def _finish(whole: Pilot, runs: list[PilotRun]) -> None:
     path = whole.folder.path
     missing = [run for run in runs if not whole.folder.is_done(run)]
     if missing:
-        typer.echo(
+        echo(
             f"{len(missing)} of {len(runs)} runs are missing; their configurations are in "
             f"{path / 'configs'}",
             err=True,
         )
     if not _write(whole):
-        typer.echo("no seed is finished by every model yet", err=True)
+        echo("no seed is finished by every model yet", err=True)
         return
     print_pilot(PilotResult.model_validate_json((path / "pilot.json").read_text()))
-    typer.echo(f"results      {path / 'pilot.json'}")
-    typer.echo(f"page         {path / 'pilot.html'}")
+    echo(f"results      {path / 'pilot.json'}")
+    echo(f"page         {path / 'pilot.html'}")
 
 
 def _taus(config: Config, text: str | None) -> list[float]:
@@ -217,14 +218,14 @@ def _check_runs(settings: Config, runs: list[PilotRun], nproc: int, collect: boo
 
     by_arm = {run.arm.name: run for run in runs}
     for warning in check_config(settings):
-        typer.echo(f"warning: {warning}", err=True)
+        echo(f"warning: {warning}", err=True)
     if collect:
         return
     for run in by_arm.values():
         Layout.from_config(run.config, nproc)
         check_fit(run.config)
     for warning in check_data(settings):
-        typer.echo(f"warning: {warning}", err=True)
+        echo(f"warning: {warning}", err=True)
 
 
 def _target(

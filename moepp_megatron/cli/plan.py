@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.plan_simulation import Assume, Simulate, Steps, play_best
 from moepp_megatron.config import Config, ConfigError, load_config
 
@@ -97,19 +98,19 @@ def plan(
         played_report.print_study(played)
     if json_file is not None:
         report.write_json(json_file, result, played.record() if played else None)
-        typer.echo(f"layouts      {json_file}")
+        echo(f"layouts      {json_file}")
     if plot is not None:
         report.plot(plot, result)
-        typer.echo(f"plot         {plot}")
+        echo(f"plot         {plot}")
         if played is not None:
             second = plot.with_stem(f"{plot.stem}_simulation")
             title = f"{settings.run.name or 'model'} on {gpus:,} {hardware.name} (simulated)"
             played_report.plot_study(second, played, title)
-            typer.echo(f"plot         {second}")
+            echo(f"plot         {second}")
     _require_fit(result)
     if out is not None:
         _write_layout(out, result, config, overrides or [])
-        typer.echo(f"layout       {out}")
+        echo(f"layout       {out}")
 
 
 def _require_fit(result: Plan) -> None:

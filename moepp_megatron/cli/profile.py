@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
+
 if TYPE_CHECKING:
     from moepp_megatron.profiling.analysis import Profile
     from moepp_megatron.profiling.compare import Comparison
@@ -101,7 +103,7 @@ def _profile(
         write_atomic(json_file, json.dumps(numbers, indent=1).encode())
     print_profile(numbers, findings(found))
     _print_comparison(comparison)
-    typer.echo(f"page   {page}\ntrace  {trace}  (ui.perfetto.dev)")
+    echo(f"page   {page}\ntrace  {trace}  (ui.perfetto.dev)")
 
 
 def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
@@ -141,7 +143,7 @@ def _print_comparison(comparison: Comparison | None) -> None:
     from moepp_megatron.report.profile_comparison import comparison_text
 
     if comparison is not None:
-        typer.echo(comparison_text(comparison))
+        echo(comparison_text(comparison))
 
 
 def _is_other_source(path: Path) -> bool:

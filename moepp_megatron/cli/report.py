@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import ConfigError
 
 
@@ -18,4 +19,4 @@ def report(
         page = build_report(run)
     except ReportError as error:
         raise ConfigError(str(error)) from None
-    typer.echo(str(page))
+    echo(str(page))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.machines import machines
 from moepp_megatron.config import (
     Config,
@@ -150,7 +151,7 @@ def scale(
         if not collect:
             failed = _run_all(settings, grid, jobs)
     except Interrupted as stop:
-        typer.echo(str(stop), err=True)
+        echo(str(stop), err=True)
         raise typer.Exit(stop.status) from None
     _collect(settings, grid, measuring, folder)
     if failed:
@@ -189,14 +190,14 @@ def _print_plan(grid: Grid, folder: ScalingFolder) -> None:
     from moepp_megatron.profiling.scaling.folder import unfinished
 
     for each in unfinished(folder, grid.points):
-        typer.echo(f"{each.name} {each.nproc}")
+        echo(f"{each.name} {each.nproc}")
 
 
 def _run_one(jobs: Jobs, point: Point, nodes: Nodes | None) -> None:
     """Measure one point on this machine and the others that do the same."""
     reason = jobs.run(point, nodes)
     if reason is not None:
-        typer.echo(f"failed: {point.name}: {reason}", err=True)
+        echo(f"failed: {point.name}: {reason}", err=True)
         raise typer.Exit(1)
 
 
@@ -206,21 +207,21 @@ def _run_all(config: Config, grid: Grid, jobs: Jobs) -> int:
     from moepp_megatron.report.progress import progress
 
     for warning in check_config(config):
-        typer.echo(f"warning: {warning}", err=True)
+        echo(f"warning: {warning}", err=True)
     for missing in grid.impossible:
-        typer.echo(
+        echo(
             f"left out: {missing.nproc} ranks, {missing.layout}, {missing.mode}: {missing.reason}",
             err=True,
         )
     total, todo = len(grid.points), len(unfinished(jobs.folder, grid.points))
     if todo < total:
-        typer.echo(f"{total - todo} of {total} points are there already", err=True)
+        echo(f"{total - todo} of {total} points are there already", err=True)
     with progress(todo) as advance:
         failures = jobs.run_missing(grid.points, advance)
     for name, reason in failures.items():
-        typer.echo(f"failed: {name}: {reason}", err=True)
+        echo(f"failed: {name}: {reason}", err=True)
     if failures:
-        typer.echo(f"{len(failures)} of {total} points failed; run again to retry them", err=True)
+        echo(f"{len(failures)} of {total} points failed; run again to retry them", err=True)
     return len(failures)
 
 
@@ -242,7 +243,7 @@ def _measure_on_rank(
 
         traceback.print_exc()
         first_line = (str(error).splitlines() or [""])[0]
-        typer.echo(f"{FAILURE_MARK} {rank.rank}: {type(error).__name__}: {first_line}", err=True)
+        echo(f"{FAILURE_MARK} {rank.rank}: {type(error).__name__}: {first_line}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -267,10 +268,10 @@ def _collect(config: Config, grid: Grid, measuring: Measuring, folder: ScalingFo
 
     records = scale_records(folder, grid.points)
     if not records:
-        typer.echo("no point is measured yet", err=True)
+        echo("no point is measured yet", err=True)
         return
     scaling_table.print_records(records)
     results = scaling_table.write_records(folder.path / "scale.json", records)
     page = scaling_page.build_scaling_page(config, grid, measuring, folder, records)
-    typer.echo(f"results      {results}")
-    typer.echo(f"page         {page}")
+    echo(f"results      {results}")
+    echo(f"page         {page}")

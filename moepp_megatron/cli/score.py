@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
+
 
 def score(
     checkpoint: Annotated[
@@ -50,7 +52,7 @@ def score(
     request = ScoreRequest.read(checkpoint, tokens, out, overrides or [], world_size, logits, text)
     if rank.rank == 0:
         for notice in request.notices:
-            typer.echo(f"note: {notice}", err=True)
+            echo(f"note: {notice}", err=True)
     if rank.is_launched or nproc == 1:
         _score_rank(request)
         return
@@ -82,7 +84,7 @@ def _score_rank(request: object) -> None:
         logprobs = request.text.token_logprobs(scores["token_logprobs"])
         scores = {"token_ids": request.text.token_ids, "token_logprobs": logprobs}
         for line in request.text.lines(logprobs):
-            typer.echo(line)
+            echo(line)
     if request.out is not None:
         write_scores(request.out, scores)
-        typer.echo(f"scores       {request.out}")
+        echo(f"scores       {request.out}")

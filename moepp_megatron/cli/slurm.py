@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import check_config, load_config, with_overrides
 
 
@@ -32,12 +33,12 @@ def slurm(
 
     settings = load_config(config, overrides or [])
     for warning in check_config(settings):
-        typer.echo(f"warning: {warning}", err=True)
+        echo(f"warning: {warning}", err=True)
     if nodes is not None:
         settings = with_overrides(settings, [f"slurm.nodes={nodes}"])
     variants = sweep_variants(settings, sweep or []) if sweep else []
     job = SlurmJob(settings, config, overrides or [], Path.cwd(), variants)
     if submit:
-        typer.echo(job.submit())
+        echo(job.submit())
     else:
         typer.echo(job.script(), nl=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.go_on import GO_ON, go_on_command, is_given, say_go_on
 from moepp_megatron.cli.machines import machines
 from moepp_megatron.cli.prepared_data import check_data
@@ -122,7 +123,7 @@ def train(
     # Each machine's launcher finds the same; one of them says it.
     if rank.rank == 0 and not node_rank:
         for warning in check_config(settings) + check_world_size(settings, world_size):
-            typer.echo(f"warning: {warning}", err=True)
+            echo(f"warning: {warning}", err=True)
     _check_build_rank(build_rank, dry_run, world_size)
     if gpu is not None and not dry_run:
         raise ConfigError(f"--gpu ({gpu}) must come with --dry-run; add --dry-run")
@@ -167,7 +168,7 @@ def train(
     warnings = check_data(settings, whole_index=rank.rank == 0)
     if rank.rank == 0 and not node_rank and not has_launcher():
         for warning in warnings:
-            typer.echo(f"warning: {warning}", err=True)
+            echo(f"warning: {warning}", err=True)
     if resume:
         settings = _resumed(settings)
     if not (overwrite and settings.checkpoint.load == "auto"):
@@ -181,7 +182,7 @@ def train(
                 options = LaunchOptions(nproc, nodes, max_restarts, log_dir, stoppable=True)
                 _launch(options, start, not leads, [str(config), *(overrides or [])])
     except KeyboardInterrupt:
-        typer.echo("interrupted before training or after its end", err=True)
+        echo("interrupted before training or after its end", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -201,7 +202,7 @@ def _entering(config: Config, start: Start, leads: bool) -> AbstractContextManag
     if occupancy.is_claimed():
         return contextlib.nullcontext()
     if leads:
-        return occupancy.claimed(config, start, typer.echo)
+        return occupancy.claimed(config, start, echo)
     occupancy.check_beside_leader(config, start)
     return contextlib.nullcontext()
 
@@ -305,7 +306,7 @@ def _train_rank(config: Config, layout: Layout) -> None:
         from moepp_megatron.runtime.rank import RankEnvironment
 
         if RankEnvironment.read().rank == 0:
-            typer.echo(f"error: {error}", err=True)
+            echo(f"error: {error}", err=True)
         leave(error.exit_code)
 
 
@@ -331,11 +332,11 @@ def _train(config: Config, layout: Layout) -> None:
             from moepp_megatron.runtime.backends import choices_to_log
 
             if (choices := choices_to_log()) is not None:
-                typer.echo(choices)
+                echo(choices)
         trainer = Trainer(config, layout)
         if rank.rank == 0:
             for line in trainer.start_lines:
-                typer.echo(line)
+                echo(line)
         record = trainer.run()
     failure = trainer.failure
     if trainer.stopped:
@@ -349,7 +350,7 @@ def _train(config: Config, layout: Layout) -> None:
     if rank.rank == 0:
         _finish(config, record)
         if failure is not None:
-            typer.echo(f"error: at the end of the run, {failure}", err=True)
+            echo(f"error: at the end of the run, {failure}", err=True)
     if failure is not None:
         # All that could be done is done, but the run's last state is nowhere.
         raise typer.Exit(1)
@@ -359,7 +360,7 @@ def _say_stopped(step: int) -> None:
     """Where training stands; how to go on is said last, by the launcher where there is one."""
     from moepp_megatron.observe.status import inherited_claim
 
-    typer.echo(f"stopped on request at step {step}, saved")
+    echo(f"stopped on request at step {step}, saved")
     claim = inherited_claim()
     assert claim is not None, "rank 0 trains in a folder that it or its launcher has claimed"
     if claim.pid == os.getpid():
@@ -370,19 +371,19 @@ def _finish(config: Config, record: StepMetrics | None) -> None:
     from moepp_megatron.training.run_folder import checkpoint_folder
 
     if record is None:
-        typer.echo("nothing left to do: the checkpoint is at training.train_iters already")
+        echo("nothing left to do: the checkpoint is at training.train_iters already")
         return
     page = _report(Path(config.run.dir))
     share, window = _settled_ffn_share(Path(config.run.dir), record)
     valid = "" if record.valid_loss is None else f", validation {record.valid_loss:.4f}"
-    typer.echo(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")
-    typer.echo(
+    echo(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")
+    echo(
         f"FFN share    {share:.3f} of all selections (phi {config.moe.ffn_share:.3f}): "
         f"{1.0 - share:.1%} of the expert work saved, mean of {window}"
     )
-    typer.echo(f"report       {page}")
+    echo(f"report       {page}")
     if config.checkpoint.save_interval > 0:
-        typer.echo(f"checkpoints  {checkpoint_folder(config)}")
+        echo(f"checkpoints  {checkpoint_folder(config)}")
 
 
 def _settled_ffn_share(run: Path, last: StepMetrics) -> tuple[float, str]:

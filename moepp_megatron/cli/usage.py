@@ -7,6 +7,8 @@ from typing import Any, cast
 import typer
 from typer.core import TyperGroup
 
+from moepp_megatron.cli.echo import echo
+
 # The base of typer's public exceptions, which is in another module from version to version.
 UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 
@@ -47,5 +49,5 @@ def refuse(error: Exception) -> int:
         typer.echo(message, err=True)
         return 2
     path = "moepp" if context is None else context.command_path
-    typer.echo(f"error: {' '.join(message.split()).rstrip('.')}; see {path} --help", err=True)
+    echo(f"error: {' '.join(message.split()).rstrip('.')}; see {path} --help", err=True)
     return 2

@@ -23,6 +23,7 @@ from typing import NoReturn, get_args
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from moepp_megatron.config.printable import printable
 from moepp_megatron.moe.config import BalanceScope, ConstantInit, GateNormalization, MoEPPConfig
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 
@@ -149,7 +150,7 @@ def refuse(error: Exception) -> NoReturn:
     The line comes from rank 0 alone: every rank finds the same error.
     """
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -3,6 +3,7 @@
 import base64
 import html
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from moepp_megatron.cli import main
 from moepp_megatron.cli.report import report
 from moepp_megatron.report import build_report, formatting
 from moepp_megatron.report.run_data import load_run
@@ -242,11 +244,15 @@ def test_the_command_prints_where_the_page_is(make_run, app):
     assert (run / "report.html").stat().st_size > 10_000
 
 
-def test_the_command_refuses_a_missing_run_in_one_line(tmp_path: Path, app):
-    result = CliRunner().invoke(app, [str(tmp_path / "nowhere")])
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.endswith(
+def test_the_command_refuses_a_missing_run_in_one_line(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["moepp", "report", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("error: ")
+    assert printed.err.endswith(
         "nowhere: is not a folder; name the folder of a run that `moepp train` has started\n"
     )
