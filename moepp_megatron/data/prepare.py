@@ -202,7 +202,6 @@ def _warn_of_memory(sources: Sequence[Source], tokenizer: Tokenizer, console: Co
         "into several documents if that is too much",
         highlight=False,
         soft_wrap=True,
-        markup=False,
     )
 
 

@@ -59,7 +59,7 @@ class ConsoleSink:
 
     def message(self, text: str) -> None:
         """Prints a line; on a terminal it goes above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leaves the bar as it is and gives the terminal back."""

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from moepp_megatron.bench.collective_cases import KINDS
 from moepp_megatron.bench.collectives import CollectiveResult
@@ -90,7 +91,7 @@ def _table(results: Sequence[CollectiveResult]) -> Table:
             f"{r.time_us:.1f}",
             f"{r.algorithm_gb_s:.3f}",
             f"{r.bus_gb_s:.3f}",
-            f"[bold red]{r.wrong}[/]" if r.wrong else "0",
+            Text(str(r.wrong), style="bold red" if r.wrong else ""),
         )
         before = name
     return table

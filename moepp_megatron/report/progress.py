@@ -16,7 +16,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True)
     if not console.is_terminal:
         done = iter(range(1, total + 1))
-        yield lambda what: console.print(f"[{next(done)}/{total}] {what}", markup=False)
+        yield lambda what: console.print(f"[{next(done)}/{total}] {what}")
         return
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:

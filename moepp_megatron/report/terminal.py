@@ -33,7 +33,7 @@ def print_whole(*parts: RenderableType) -> None:
     Lines are wrapped by the terminal. A table that is wider than the terminal is printed at the
     least width at which its cells are whole. Square brackets in texts are no markup.
     """
-    console = Console(markup=False, highlight=False)
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _LOG_WIDTH
     width = console.width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import rich.console
 from rich.console import ConsoleOptions, RenderableType
@@ -12,11 +13,15 @@ from moepp_megatron.config.printable import printable
 
 
 class Console(rich.console.Console):
-    """rich's console, except that text cannot command the terminal.
+    """rich's console, except that text cannot command the terminal, nor the console.
 
     rich takes a few control characters out of texts and lets the escape character through: the
-    name of a run, a tensor or a file could clear the screen or set the clipboard.
+    name of a run, a tensor or a file could clear the screen or set the clipboard. Square brackets
+    are no markup: they could make links, and rich fails at a tag that ends what never began.
     """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -36,18 +35,18 @@ def print_pilot(result: PilotResult) -> None:
     console.print(_arms(result, console.width >= _WIDE))
     console.print(_verdicts(result))
     for row in speed_rows(result):
-        console.print(row.text, markup=False, soft_wrap=True)
+        console.print(row.text, soft_wrap=True)
     if result.target is not None:
         console.print()
         console.print(_target(result, console.width >= _WIDE))
     for each in result.arms:
         if any(each.alerts.values()):
-            console.print(f"alerts of {each.arm.name}: {alerts(each)}", markup=False)
+            console.print(f"alerts of {each.arm.name}: {alerts(each)}")
     for caveat in result.caveats:
-        console.print(f"caveat: {caveat}", markup=False, soft_wrap=True)
+        console.print(f"caveat: {caveat}", soft_wrap=True)
     console.print()
-    console.print(result.answer, style="bold", markup=False, soft_wrap=True)
-    console.print(f"recommended: {words.recommendation(result)}", markup=False)
+    console.print(result.answer, style="bold", soft_wrap=True)
+    console.print(f"recommended: {words.recommendation(result)}")
 
 
 def _table(title: str) -> Table:
@@ -62,7 +61,7 @@ def _arms(result: PilotResult, is_wide: bool) -> Table:
         table.add_column(name, justify="right", no_wrap=is_wide)
     for each in result.arms:
         table.add_row(
-            escape(each.arm.name),
+            each.arm.name,
             words.loss(each.valid_loss.mean),
             _interval(each.loss_difference, words.signed),
             words.seconds(each.step_time_s.mean),
@@ -80,7 +79,7 @@ def _interval(found: Interval | None, show: Callable[[float], str]) -> str:
         return words.NOTHING
     if found.low is None or found.high is None:
         return show(found.mean)
-    return escape(f"{show(found.mean)} [{show(found.low)}, {show(found.high)}]")
+    return f"{show(found.mean)} [{show(found.low)}, {show(found.high)}]"
 
 
 def _verdicts(result: PilotResult) -> Table:
@@ -95,7 +94,7 @@ def _verdicts(result: PilotResult) -> Table:
     for each in result.verdicts:
         there = each.target_time_to_loss
         row: list[str | Text] = [
-            escape(each.arm),
+            each.arm,
             _interval(each.token_factor, words.ratio),
             _interval(each.time_to_loss, words.ratio),
             _answer(each.at_pilot),
@@ -115,10 +114,8 @@ def _target(result: PilotResult, is_wide: bool) -> Table:
     target = result.target
     assert target is not None, "the caller has one"
     table = _table(
-        escape(
-            f"{target.name} on {target.gpus:,} {target.gpu}, "
-            f"{formatting.big_count(target.tokens)} tokens, by the cost model"
-        )
+        f"{target.name} on {target.gpus:,} {target.gpu}, "
+        f"{formatting.big_count(target.tokens)} tokens, by the cost model"
     )
     table.add_column("model")
     table.add_column("layout")
@@ -131,7 +128,7 @@ def _target(result: PilotResult, is_wide: bool) -> Table:
     for row in target_rows(result):
         name = f"{row.name} ({row.note})" if row.note else row.name
         cells = [row.cells[index] for index in kept] + [row.cells[-1]]
-        table.add_row(escape(name), *(escape(_cell(c.value, c.note)) for c in cells))
+        table.add_row(name, *(_cell(c.value, c.note) for c in cells))
     return table
 
 

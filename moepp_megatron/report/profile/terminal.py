@@ -39,7 +39,7 @@ def print_profile(
     if not console.is_terminal:
         console.width = _LOG_WIDTH
     for sentence in findings:
-        console.print(f"- {sentence}", markup=False, highlight=False)
+        console.print(f"- {sentence}", highlight=False)
     _print(
         console,
         "Collectives a step and rank: times in ms, bandwidth in GB/s of the transfer alone",
@@ -76,7 +76,7 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         )
         for row in summary.rows
     ]
-    console.print(f"{summary.name}, {summary.ranks} ranks", markup=False, highlight=False)
+    console.print(f"{summary.name}, {summary.ranks} ranks", highlight=False)
     columns = ("operation", "group", "calls", "bytes", "time", "waiting", "algbw", "busbw")
     _print(console, "Collectives of a rank, ms and GB/s of the transfer", columns, rows, words=2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -140,9 +141,6 @@ def test_a_run_that_stands_still_is_silent_beside_one_that_goes_on(add_run):
     a, b = add_run("a", steps=5), add_run("b", steps=5)
     runs = LiveRuns([a.parent], clock=lambda: time.time() + 3600)
     later = time.time() + 3600
-    (b / "metrics.jsonl").touch()
-    import os
-
     os.utime(b / "metrics.jsonl", (later, later))
     assert states(ask(serve(runs, 0))) == {"a": "silent", "b": "running"}
 

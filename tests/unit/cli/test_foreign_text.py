@@ -1,0 +1,158 @@
+"""Text of a foreign run folder, wherever a command prints it, cannot command the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moepp_megatron.cli import main, profile
+from moepp_megatron.cli.echo import echo
+from moepp_megatron.observe.status import StatusSink, read_status
+from moepp_megatron.planning.pilot.result import PilotResult
+from moepp_megatron.profiling.compare import compare
+from moepp_megatron.profiling.summary import Row, Summary
+from moepp_megatron.report.pilot import print_pilot
+from moepp_megatron.report.profile.terminal import print_summary
+from moepp_megatron.runtime.printable_logs import make_logs_printable
+from tests.unit.report.conftest import synthetic_config, synthetic_records, write_run
+from tests.unit.report.pilot.made_up import contents
+
+PACKAGE = Path(__file__).parents[3] / "moepp_megatron"
+# Sets the title, clears the screen, makes a link by rich's markup, ends markup that never began.
+HOSTILE = "x\x1b]0;t\x1b[2J\x9b31m\u202e[link=file:///x]y[/link][/red]z"
+SHOWN = r"x\x1b]0;t\x1b[2J\x9b31m\u202e[link=file:///x]y[/link][/red]z"
+
+
+def harmless(text: str) -> str:
+    """The text without rich's own colours, after a look that nothing else commands."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert all(c.isprintable() or c == "\n" for c in plain), ascii(plain)
+    return plain
+
+
+@pytest.fixture
+def moepp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command; returns its exit code, stdout and stderr, free of commands."""
+    # Long lines, so that no text is cut before what it is looked at for.
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moepp", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), harmless(printed.out), harmless(printed.err)
+
+    return call
+
+
+@pytest.fixture
+def hostile_run(tmp_path: Path) -> Callable[[], Path]:
+    config = synthetic_config(run={"name": HOSTILE})
+    run = write_run(tmp_path / "folder\x1b[2J", config, synthetic_records(config, 5))
+    alert = dict.fromkeys(("rule", "metric", "condition", "action"), HOSTILE)
+    numbers = {"step": 1, "time": 1.0, "value": 1.0, "severity": "warning"}
+    (run / "alerts.jsonl").write_text(json.dumps(alert | numbers) + "\n")
+    StatusSink(run)
+    status = read_status(run)
+    assert status is not None
+    ended = status.model_copy(update={"state": "ended", "go_on": HOSTILE})
+    (run / "status.json").write_text(ended.model_dump_json())
+    return run
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_monitor(hostile_run, moepp, monkeypatch, colours: bool):
+    if colours:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm-256color")
+    code, out, err = moepp("monitor", hostile_run, "--once")
+    assert (code, err) == (0, "")
+    title = out.splitlines()[0]
+    assert title.startswith(SHOWN)
+    assert r"folder\x1b[2J" in title
+    # Here, and as rule, metric, condition and action of the alert.
+    assert out.count(SHOWN) >= 5
+
+
+def test_report(hostile_run, moepp):
+    code, out, _ = moepp("report", hostile_run)
+    assert code == 0
+    assert out.endswith(r"folder\x1b[2J/report.html" + "\n")
+
+
+@pytest.mark.parametrize("command", ["report", "monitor"])
+def test_errors_that_quote_a_configuration(hostile_run, moepp, command: str):
+    (hostile_run / "config.yaml").write_text(yaml.safe_dump({HOSTILE: 1, "run": {"name": []}}))
+    code, _, err = moepp(command, hostile_run)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert r"folder\x1b[2J" in err
+    assert err.count("\n") == 1
+
+
+def test_profile_of_collectives(capsys: pytest.CaptureFixture[str]):
+    row = Row(purpose="", operation=HOSTILE, group="expert", phase="", calls=1.0, time_us=1.0)
+    print_summary(Summary(name=HOSTILE, ranks=1, step_times_us=(), rows=(row,)))
+    assert harmless(capsys.readouterr().out).count(SHOWN) == 2
+
+
+def test_comparison_of_profiles(capsys: pytest.CaptureFixture[str]):
+    before, after = (
+        Summary(name=name, ranks=1, step_times_us=(1.0,), exposed_us=1.0, rows=())
+        for name in (HOSTILE, "after")
+    )
+    profile._print_comparison(compare(before, after))
+    assert SHOWN in harmless(capsys.readouterr().out)
+
+
+def replaced(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {replaced(k, old, new): replaced(v, old, new) for k, v in value.items()}
+    if isinstance(value, list):
+        return [replaced(item, old, new) for item in value]
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def test_pilot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    found = replaced(contents(), "MoE++ tau 0.75", HOSTILE)
+    print_pilot(PilotResult.model_validate(found))
+    assert harmless(capsys.readouterr().out).count(SHOWN) >= 3
+
+
+def test_lines(capsys: pytest.CaptureFixture[str]):
+    echo(f"a\t{HOSTILE}\nb")
+    echo(HOSTILE, err=True)
+    printed = capsys.readouterr()
+    assert printed.out == f"a\t{SHOWN}\nb\n"
+    assert printed.err == f"{SHOWN}\n"
+
+
+def test_log_messages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    before = logging.getLogRecordFactory()
+    make_logs_printable()
+    try:
+        record = logging.getLogger("somebody").makeRecord(
+            "somebody", logging.WARNING, "file", 1, "skipping %s", (HOSTILE,), None
+        )
+    finally:
+        logging.setLogRecordFactory(before)
+    assert logging.Formatter("%(message)s").format(record) == f"skipping {SHOWN}"
+
+
+def test_every_command_says_its_lines_by_echo():
+    """Also of what is written later."""
+    exact = {"echo.py", "generate.py", "slurm.py", "usage.py"}
+    for path in (PACKAGE / "cli").glob("*.py"):
+        text = path.read_text()
+        assert "typer.echo(" not in text or path.name in exact, f"{path} prints past cli/echo.py"
+        assert not re.search(r"(?<![\w.])print\(", text), f"{path} prints past cli/echo.py"
