@@ -44,6 +44,8 @@ def _shown(command: Callable[..., Any], name: str) -> str:
     hint = typing.get_type_hints(command, include_extras=True)[name]
     for extra in getattr(hint, "__metadata__", ()):
         if type(extra).__name__ == "OptionInfo":
-            named = [word for word in extra.param_decls or () if word.startswith("--")]
+            # Inside Annotated typer takes the first name for the default, and mends it later.
+            words = (extra.default, *(extra.param_decls or ()))
+            named = [word for word in words if isinstance(word, str) and word.startswith("--")]
             return named[0] if named else f"--{name.replace('_', '-')}"
     return name.upper()

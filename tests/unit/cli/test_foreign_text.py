@@ -99,7 +99,10 @@ def test_errors_that_quote_a_configuration(hostile_run, moepp, command: str):
     assert err.count("\n") == 1
 
 
-def test_profile_of_collectives(capsys: pytest.CaptureFixture[str]):
+def test_profile_of_collectives(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("moepp_megatron.report.profile.terminal._LOG_WIDTH", 400)
     row = Row(purpose="", operation=HOSTILE, group="expert", phase="", calls=1.0, time_us=1.0)
     print_summary(Summary(name=HOSTILE, ranks=1, step_times_us=(), rows=(row,)))
     assert harmless(capsys.readouterr().out).count(SHOWN) == 2
