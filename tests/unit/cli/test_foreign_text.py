@@ -105,7 +105,9 @@ def test_profile_of_collectives(
     monkeypatch.setattr("moepp_megatron.report.profile.terminal._LOG_WIDTH", 400)
     row = Row(purpose="", operation=HOSTILE, group="expert", phase="", calls=1.0, time_us=1.0)
     print_summary(Summary(name=HOSTILE, ranks=1, step_times_us=(), rows=(row,)))
-    assert harmless(capsys.readouterr().out).count(SHOWN) == 2
+    printed = harmless(capsys.readouterr().out)
+    assert SHOWN in printed
+    assert printed.count(r"x\x1b]0;t") == 2, printed
 
 
 def test_comparison_of_profiles(capsys: pytest.CaptureFixture[str]):
