@@ -80,7 +80,7 @@ class GroupedQuery:
     def matmuls(self, hidden: int, tp: int) -> tuple[Matmul, ...]:
         """One product for queries, keys and values, one for the output."""
         return (
-            Matmul(self._query(tp) + 2 * self._key(tp), hidden),
+            Matmul(self._projected(tp), hidden),
             Matmul(hidden, self._query(tp)),
         )
 
@@ -102,7 +102,7 @@ class GroupedQuery:
 
     def bias_parameters(self, tp: int) -> int:
         """Biases of the queries, keys and values of this rank's heads."""
-        return self._query(tp) + 2 * self._key(tp) if self.has_bias else 0
+        return self._projected(tp) if self.has_bias else 0
 
     def gathered_width(self, hidden: int) -> int:
         """The layer's input."""
@@ -120,6 +120,14 @@ class GroupedQuery:
         """Of the query norm and of the key norm."""
         queries, keys = (self.heads, self.groups) if self.norm_spans_heads else (1, 1)
         return queries * self.head_dim, keys * self.head_dim
+
+    def _projected(self, tp: int) -> int:
+        """Rows of this rank's projection of queries, keys and values.
+
+        Also with fewer key/value heads than ranks each projects its share of all rows: ranks
+        gather the rows of the heads that they share.
+        """
+        return (self.heads + 2 * self.groups) * self.head_dim // tp
 
     def _query(self, tp: int) -> int:
         return self.heads // tp * self.head_dim
