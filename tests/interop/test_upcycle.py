@@ -364,6 +364,31 @@ def test_what_olmoe_models_cannot_bring_is_refused() -> None:
         upcycled_config(olmoe, Additions(), "x", None)
 
 
+def test_olmoes_norms_come_back_from_an_export(plain: RunPlain, tmp_path: Path) -> None:
+    from moepp_megatron.config import load_config
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+    from moepp_megatron.interop.to_mcore import hf_to_mcore
+    from moepp_megatron.interop.upcycle import upcycle
+    from tests.interop.checkpoints import load_tensors
+
+    plain(write_source, tmp_path / "hf", "olmoe", write_tokens(tmp_path))
+    upcycle(tmp_path / "hf", tmp_path / "a")
+    mcore_to_hf(tmp_path / "a", tmp_path / "export")
+    hf_to_mcore(tmp_path / "export", tmp_path / "b")
+    models = [load_config(tmp_path / folder / "config.yaml").model for folder in "ab"]
+    # Exports say how wide a head is.
+    assert models[1] == models[0].model_copy(update={"kv_channels": 8})
+    assert models[1].qk_layernorm_scope == "all_heads"
+    mcore_to_hf(tmp_path / "b", tmp_path / "again")
+    source, first, again = (load_tensors(tmp_path / name) for name in ("hf", "export", "again"))
+    assert first.keys() == again.keys()
+    assert all(first[name].equal(again[name]) for name in first)
+    for kind, width in (("q", 32), ("k", 16)):
+        name = f"model.layers.1.self_attn.{kind}_norm.weight"
+        assert first[name].shape == (width,)
+        assert first[name].equal(source[name])
+
+
 def test_layers_that_predict_further_tokens_are_left_out(plain: RunPlain, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
