@@ -111,7 +111,7 @@ def upcycle(
 ) -> None:
     """A checkpoint of another model to a MoE++ one that computes the same.
 
-    Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V3 (without groups of experts).
+    Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 (without groups of experts).
     """
     _quiet()
     from moepp_megatron.interop.upcycle import Additions, least_gate

@@ -111,7 +111,8 @@ def _saved_by_sharing(config: Config, moe_layers: int) -> int:
 def _attention_parameters(config: Config) -> int:
     """One layer's attention: Q and output [heads * d, D], K and V [groups * d, D], norms [d].
 
-    Biases, where there are any, are those of Q, K and V.
+    Norms over all heads are [heads * d] and [groups * d]. Biases, where there are any, are those
+    of Q, K and V.
 
     Latent attention has its own matrices, and norms as wide as the compressed vectors.
     """
@@ -120,7 +121,10 @@ def _attention_parameters(config: Config) -> int:
         matrices = sum(rows * columns for rows, columns in latent_matrices(model))
         return matrices + (sum(latent_widths(model.latent_attention)) if model.qk_layernorm else 0)
     projections = 2 * (model.num_attention_heads + model.query_groups) * model.head_dim
-    norms = 2 * model.head_dim if model.qk_layernorm else 0
+    normed_heads = 2
+    if model.qk_layernorm_scope == "all_heads":
+        normed_heads = model.num_attention_heads + model.query_groups
+    norms = normed_heads * model.head_dim if model.qk_layernorm else 0
     biases = (model.num_attention_heads + 2 * model.query_groups) * model.head_dim
     return projections * model.hidden_size + norms + (biases if model.qkv_bias else 0)
 

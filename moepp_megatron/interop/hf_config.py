@@ -121,6 +121,7 @@ def decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
         section["kv_channels"] = hf["head_dim"]
     if hf.get("qk_norm"):
         section["qk_layernorm"] = True
+        section["qk_layernorm_scope"] = hf.get("qk_norm_scope", "head")
     if hf.get("qkv_bias"):
         section["qkv_bias"] = True
     return section
@@ -240,6 +241,7 @@ def own_hf_config(config: Config) -> dict[str, Any]:
         "moe_layers": [int(flag) for flag in moe.moe_layer_pattern(config.model.num_layers)],
         "head_dim": config.model.head_dim,
         "qk_norm": config.model.qk_layernorm,
+        "qk_norm_scope": config.model.qk_layernorm_scope,
         "qkv_bias": config.model.qkv_bias,
     }
 

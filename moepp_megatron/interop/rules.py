@@ -134,8 +134,10 @@ def attention_rules(config: Config, layer: int) -> Iterator[Rule]:
         attention + "linear_proj.weight", theirs + "self_attn.o_proj.weight", width, heads * head
     )
     if model.qk_layernorm:
-        yield same(attention + "q_layernorm.weight", theirs + "self_attn.q_norm.weight", head)
-        yield same(attention + "k_layernorm.weight", theirs + "self_attn.k_norm.weight", head)
+        queries, keys = (heads, groups) if model.qk_layernorm_scope == "all_heads" else (1, 1)
+        for kind, count in (("q", queries), ("k", keys)):
+            name = f"{theirs}self_attn.{kind}_norm.weight"
+            yield same(f"{attention}{kind}_layernorm.weight", name, count * head)
     norm = "mlp.linear_fc1.layer_norm_weight"
     yield same(ours + norm, theirs + "post_attention_layernorm.weight", width)
 

@@ -103,6 +103,12 @@ def _refuse_unsupported(config: Config) -> None:
         ),
         ("moe.constants_shared", moe.constants_shared, (False,), "it is this package's model's"),
         (
+            "model.qk_layernorm_scope",
+            model.qk_layernorm_scope,
+            ("head",),
+            "--qk-layernorm normalises each head by itself",
+        ),
+        (
             "model.rotary_base",
             model.rotary_base,
             (float(int(model.rotary_base)),),

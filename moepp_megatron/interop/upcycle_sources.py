@@ -59,12 +59,6 @@ def source_kind(hf: Mapping[str, Any]) -> SourceKind:
         ConfigError: It is another one, or has attention that is not full.
     """
     name = hf.get("model_type")
-    if name == "olmoe":
-        raise ConfigError(
-            "config.json: model_type (olmoe) cannot be upcycled: OLMoE normalises queries and keys "
-            "over all heads at once, and this package's decoder each head by itself; train from "
-            "Qwen2-MoE, Qwen3-MoE, Mixtral or DeepSeek-V3 instead"
-        )
     if name not in KINDS:
         raise ConfigError(
             f"config.json: model_type ({name}) must be one of {', '.join(KINDS)}; other models "
@@ -122,10 +116,14 @@ def _mixtral_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_ffn_experts": count, "router_topk": require(hf, "num_experts_per_tok")}
 
 
+def _softmax_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+    is_normalised = hf.get("norm_topk_prob", False)
+    return {"gate_normalization": "selected" if is_normalised else "none", **_mixtral_moe(hf)}
+
+
 def _qwen3_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "gate_normalization": "selected" if hf.get("norm_topk_prob", False) else "none",
-        **_mixtral_moe(hf),
+        **_softmax_moe(hf),
         "ffn_hidden_size": require(hf, "moe_intermediate_size"),
         "layer_freq": _qwen_pattern(hf),
     }
@@ -153,6 +151,17 @@ def _qwen3_decoder(hf: Mapping[str, Any]) -> dict[str, Any]:
     return decoder_section({**hf, "qk_norm": True})
 
 
+def _olmoe_decoder(hf: Mapping[str, Any]) -> dict[str, Any]:
+    if hf.get("clip_qkv") is not None:
+        raise ConfigError(
+            f"config.json: clip_qkv ({hf['clip_qkv']}) must be null: this package's decoder does "
+            "not clip queries, keys and values; such a checkpoint cannot be upcycled"
+        )
+    # Its own default of the epsilon; norms of queries and keys are always there.
+    fields = {"rms_norm_eps": 1e-5, **hf, "qk_norm": True, "qk_norm_scope": "all_heads"}
+    return decoder_section(fields)
+
+
 def _deepseek_attention(config: Config, layer: int, is_moe: bool) -> Iterator[Rule]:
     theirs, width = f"model.layers.{layer}.", config.model.hidden_size
     before, behind = norm_keys(layer, is_moe)
@@ -175,6 +184,7 @@ KINDS = {
         experts="block_sparse_moe.experts.{}",
         projections=("w1", "w3", "w2"),
     ),
+    "olmoe": SourceKind(_softmax_moe, _olmoe_decoder),
     "qwen3_moe": SourceKind(_qwen3_moe, _qwen3_decoder),
     "qwen2_moe": SourceKind(_qwen2_moe, _qwen2_decoder, shared="mlp.shared_expert"),
     "deepseek_v3": SourceKind(

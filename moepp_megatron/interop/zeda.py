@@ -44,6 +44,11 @@ def zeda_hf_config(config: Config) -> dict[str, Any]:
             "model.qk_layernorm (false) must be true for --layout zeda: Qwen3 normalises queries "
             "and keys; use --layout moepp"
         )
+    if model.qk_layernorm_scope != "head":
+        raise ConfigError(
+            f"model.qk_layernorm_scope ({model.qk_layernorm_scope}) must be head for --layout "
+            "zeda: Qwen3 normalises each head by itself; use --layout moepp"
+        )
     if model.qkv_bias:
         raise ConfigError(
             "model.qkv_bias (true) must be false for --layout zeda: Qwen3 has no biases; use "

@@ -10,6 +10,7 @@ from megatron.core.models.common.language_module.language_module import Language
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.config.stages import virtual_stages
+from moepp_megatron.model.all_heads_norm import all_heads_norms
 from moepp_megatron.model.attention import ContextParallelAttention
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
@@ -61,7 +62,7 @@ def _build_chunk(config: Config, vp_stage: int | None) -> LanguageModule:
     build = {"gpt": _gpt_model, "hybrid": _hybrid_model}[config.model.implementation]
     return build(
         config,
-        _backend(config),
+        _backend(config) | _qk_norms(config),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -83,6 +84,14 @@ def _backend(config: Config) -> dict[str, Any]:
         "norm": SequenceParallelRMSNorm,
         "core_attention": ContextParallelAttention if splits_sequences else None,
     }
+
+
+def _qk_norms(config: Config) -> dict[str, Any]:
+    """Norms of queries and keys that no back end has; they serve with the modules of any."""
+    if config.model.qk_layernorm_scope != "all_heads":
+        return {}
+    norms = all_heads_norms(config.model.num_attention_heads, config.model.query_groups)
+    return {"qk_norms": norms}
 
 
 def _gpt_model(

@@ -104,6 +104,7 @@ def get_moepp_hybrid_stack_spec(
     use_transformer_engine: bool,
     norm: LayerNormBuilder | None = None,
     core_attention: CoreAttentionBuilder | None = None,
+    qk_norms: tuple[LayerNormBuilder, LayerNormBuilder] | None = None,
 ) -> ModuleSpec:
     """Spec of the stack to give to `HybridModel`: the layer specs of the GPT assembly, halved.
 
@@ -113,11 +114,13 @@ def get_moepp_hybrid_stack_spec(
         use_transformer_engine: Transformer Engine's modules, or megatron-core's local ones.
         norm: Builder of the norms instead of the back end's own (local modules only).
         core_attention: Builder of the core attention instead of the back end's own (likewise).
+        qk_norms: Builders of the norms of queries and of keys instead of the back end's own.
     """
     backend: dict[str, Any] = {
         "use_transformer_engine": use_transformer_engine,
         "norm": norm,
         "core_attention": core_attention,
+        "qk_norms": qk_norms,
     }
     dense = get_dense_layer_spec(config, moepp, **backend)
     moe = _without_attention(get_moepp_layer_spec(config, moepp, **backend))

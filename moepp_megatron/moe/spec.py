@@ -42,6 +42,7 @@ def get_moepp_layer_spec(
     has_residual: bool = True,
     norm: LayerNormBuilder | None = None,
     core_attention: CoreAttentionBuilder | None = None,
+    qk_norms: tuple[LayerNormBuilder, LayerNormBuilder] | None = None,
 ) -> ModuleSpec:
     """Spec of one MoE++ transformer layer.
 
@@ -57,6 +58,8 @@ def get_moepp_layer_spec(
         norm: Builder of the norms instead of the back end's own (local modules only).
         core_attention: Builder of the attention between the projections instead of the back end's
             own (local modules only).
+        qk_norms: Builders of the norms of queries and of keys instead of the back end's own (any
+            modules, `config.qk_layernorm` set, no latent attention).
 
     Raises:
         ValueError: For a setting of `config` that MoE++ layers would ignore (`upstream_settings`).
@@ -66,7 +69,7 @@ def get_moepp_layer_spec(
         check_upstream()
         refuse_ignored(config, moepp)
     spec = _base_layer_spec(
-        config, config.num_moe_experts, use_transformer_engine, norm, core_attention
+        config, config.num_moe_experts, use_transformer_engine, norm, core_attention, qk_norms
     )
     upstream: MlpBuilder = spec.submodules.mlp
     submodules: MoESubmodules = upstream.keywords["submodules"]
@@ -88,6 +91,7 @@ def get_dense_layer_spec(
     use_transformer_engine: bool,
     norm: LayerNormBuilder | None = None,
     core_attention: CoreAttentionBuilder | None = None,
+    qk_norms: tuple[LayerNormBuilder, LayerNormBuilder] | None = None,
 ) -> ModuleSpec:
     """Spec of a layer without experts, which hands the router logits on.
 
@@ -97,8 +101,9 @@ def get_dense_layer_spec(
         use_transformer_engine: As in `get_moepp_layer_spec`.
         norm: As in `get_moepp_layer_spec`.
         core_attention: As in `get_moepp_layer_spec`.
+        qk_norms: As in `get_moepp_layer_spec`.
     """
-    dense = _base_layer_spec(config, None, use_transformer_engine, norm, core_attention)
+    dense = _base_layer_spec(config, None, use_transformer_engine, norm, core_attention, qk_norms)
     if moepp.is_vanilla:
         return dense
     return dataclasses.replace(dense, module=MoEPPTransformerLayer)
@@ -111,6 +116,7 @@ def get_moepp_block_spec(
     use_transformer_engine: bool,
     norm: LayerNormBuilder | None = None,
     core_attention: CoreAttentionBuilder | None = None,
+    qk_norms: tuple[LayerNormBuilder, LayerNormBuilder] | None = None,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
@@ -125,6 +131,7 @@ def get_moepp_block_spec(
         use_transformer_engine: As in `get_moepp_layer_spec`.
         norm: As in `get_moepp_layer_spec`, for the final norm too.
         core_attention: As in `get_moepp_layer_spec`.
+        qk_norms: As in `get_moepp_layer_spec`.
         vp_stage: Virtual pipeline stage, or None.
         pp_rank: Pipeline rank; Megatron's global one where None.
     """
@@ -136,6 +143,7 @@ def get_moepp_block_spec(
         use_transformer_engine=use_transformer_engine,
         norm=norm,
         core_attention=core_attention,
+        qk_norms=qk_norms,
     )
     dense = get_dense_layer_spec(
         config,
@@ -143,6 +151,7 @@ def get_moepp_block_spec(
         use_transformer_engine=use_transformer_engine,
         norm=norm,
         core_attention=core_attention,
+        qk_norms=qk_norms,
     )
     first_moe_layer = pattern.index(True)
     layers = [
@@ -186,8 +195,24 @@ def _base_layer_spec(
     use_transformer_engine: bool,
     norm: LayerNormBuilder | None,
     core_attention: CoreAttentionBuilder | None,
+    qk_norms: tuple[LayerNormBuilder, LayerNormBuilder] | None,
 ) -> ModuleSpec:
     """megatron-core's layer spec, with norms and core attention exchanged where they are given."""
+    spec = _backend_layer_spec(config, num_experts, use_transformer_engine, norm, core_attention)
+    if qk_norms is None:
+        return spec
+    assert not config.multi_latent_attention, "latent attention has norms of compressed vectors"
+    queries, keys = qk_norms
+    return _with_attention(spec, q_layernorm=queries, k_layernorm=keys)
+
+
+def _backend_layer_spec(
+    config: TransformerConfig,
+    num_experts: int | None,
+    use_transformer_engine: bool,
+    norm: LayerNormBuilder | None,
+    core_attention: CoreAttentionBuilder | None,
+) -> ModuleSpec:
     if use_transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts,

@@ -55,8 +55,9 @@ class GroupedQuery:
         heads: Query heads.
         groups: Key/value heads.
         head_dim: Width of a head.
-        has_qk_norm: RMSNorm of queries and keys per head.
+        has_qk_norm: RMSNorm of queries and keys.
         has_bias: Queries, keys and values have biases.
+        norm_spans_heads: The norms are over all heads at once, not per head.
     """
 
     heads: int
@@ -64,6 +65,7 @@ class GroupedQuery:
     head_dim: int
     has_qk_norm: bool = False
     has_bias: bool = False
+    norm_spans_heads: bool = False
 
     @property
     def qk_dim(self) -> int:
@@ -78,15 +80,17 @@ class GroupedQuery:
     def matmuls(self, hidden: int, tp: int) -> tuple[Matmul, ...]:
         """One product for queries, keys and values, one for the output."""
         return (
-            Matmul(self._query(tp) + 2 * self._key(tp), hidden),
+            Matmul(self._projected(tp), hidden),
             Matmul(hidden, self._query(tp)),
         )
 
     def named_shapes(self, hidden: int, tp: int) -> tuple[NamedShape, ...]:
         """The two products, and the query and key norms."""
         first, last = self.matmuls(hidden, tp)
+        query_norm, key_norm = self._norm_widths()
         return (
-            (r"(q|k)_layernorm\.weight$", (self.head_dim,)),
+            (r"q_layernorm\.weight$", (query_norm,)),
+            (r"k_layernorm\.weight$", (key_norm,)),
             (r"linear_qkv\.weight$", (first.outputs, first.inputs)),
             (r"linear_qkv\.bias$", (first.outputs,)),
             (r"linear_proj\.weight$", (last.outputs, last.inputs)),
@@ -94,11 +98,11 @@ class GroupedQuery:
 
     def norm_parameters(self) -> int:
         """Weights of the query and key norms."""
-        return 2 * self.head_dim if self.has_qk_norm else 0
+        return sum(self._norm_widths()) if self.has_qk_norm else 0
 
     def bias_parameters(self, tp: int) -> int:
         """Biases of the queries, keys and values of this rank's heads."""
-        return self._query(tp) + 2 * self._key(tp) if self.has_bias else 0
+        return self._projected(tp) if self.has_bias else 0
 
     def gathered_width(self, hidden: int) -> int:
         """The layer's input."""
@@ -111,6 +115,19 @@ class GroupedQuery:
     def exchanged_width(self, tp: int) -> int:
         """Keys and values."""
         return 2 * self._key(tp)
+
+    def _norm_widths(self) -> tuple[int, int]:
+        """Of the query norm and of the key norm."""
+        queries, keys = (self.heads, self.groups) if self.norm_spans_heads else (1, 1)
+        return queries * self.head_dim, keys * self.head_dim
+
+    def _projected(self, tp: int) -> int:
+        """Rows of this rank's projection of queries, keys and values.
+
+        Also with fewer key/value heads than ranks each projects its share of all rows: ranks
+        gather the rows of the heads that they share.
+        """
+        return (self.heads + 2 * self.groups) * self.head_dim // tp
 
     def _query(self, tp: int) -> int:
         return self.heads // tp * self.head_dim
@@ -139,4 +156,5 @@ def attention_of(config: Config) -> GroupedQuery | LatentAttention:
         model.head_dim,
         model.qk_layernorm,
         model.qkv_bias,
+        model.qk_layernorm_scope == "all_heads",
     )

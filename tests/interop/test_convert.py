@@ -40,6 +40,14 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "num_constant_experts": 0,
         },
     },
+    "norms over all heads": {
+        "model": {
+            "num_query_groups": 2,
+            "qk_layernorm": True,
+            "qk_layernorm_scope": "all_heads",
+            "kv_channels": 16,
+        },
+    },
     "vanilla": {
         "moe": {
             "num_zero_experts": 0,

@@ -45,6 +45,14 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "biases": {"model": {"qkv_bias": True, "num_query_groups": 2}},
+    "norms over all heads": {
+        "model": {
+            "num_query_groups": 2,
+            "qk_layernorm": True,
+            "qk_layernorm_scope": "all_heads",
+            "kv_channels": 16,
+        },
+    },
     "shared constants": {"moe": {"constants_shared": True}},
     "vanilla, tied": {
         "model": {"tie_embeddings": True},
@@ -192,6 +200,14 @@ def test_zeda_refuses_what_it_cannot_say(change: dict[str, Any], named: str) -> 
     zeda_hf_config(parse_config(settings(model=model, moe=ZEDA)))
     with pytest.raises(ConfigError, match=named):
         zeda_hf_config(parse_config(settings(model=model, moe=ZEDA | change)))
+
+
+def test_zeda_refuses_norms_over_all_heads() -> None:
+    from moepp_megatron.interop.zeda import zeda_hf_config
+
+    model = {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"}
+    with pytest.raises(ConfigError, match=r"qk_layernorm_scope \(all_heads\) must be head"):
+        zeda_hf_config(parse_config(settings(model=model, moe=ZEDA)))
 
 
 @pytest.mark.parametrize("layout", ["moepp", "released", "zeda"])

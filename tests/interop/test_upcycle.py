@@ -66,6 +66,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen2-moe": ("Qwen2Moe", QWEN2 | {"norm_topk_prob": True}),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True}),
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "deepseek-v3": ("DeepseekV3", DEEPSEEK),
@@ -182,7 +183,7 @@ def test_bias_bounds_every_score_of_an_added_expert() -> None:
     assert float(scores[:, 5:].max()) > 0.5 * float(bias[0])
 
 
-@pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe", "olmoe"])
 def test_raw_scores_as_gates(ranks: RankPools, plain: RunPlain, tmp_path: Path, name: str) -> None:
     """Without new experts the same; with them gates shrink, within the bound that is told."""
     tokens = write_tokens(tmp_path)
@@ -210,9 +211,6 @@ def test_scores_that_are_not_renormalised_are_refused(plain: RunPlain, tmp_path:
     (source / "config.json").write_text(json.dumps({**config, "norm_topk_prob": False}))
     # 6 / (6 + 4 * 1.25)
     with pytest.raises(ConfigError, match=r"norm_topk_prob \(false\) must be true.*0\.545 of"):
-        upcycle(source, tmp_path / "moepp")
-    (source / "config.json").write_text(json.dumps({**config, "model_type": "olmoe"}))
-    with pytest.raises(ConfigError, match="OLMoE normalises queries and keys over all heads"):
         upcycle(source, tmp_path / "moepp")
     (source / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
     with pytest.raises(ConfigError, match=r"model_type \(gemma\)"):
@@ -347,6 +345,48 @@ def test_what_deepseek_models_cannot_bring_is_refused(change: dict[str, Any], na
     upcycled_config(config | {"n_group": 2, "topk_group": 2}, Additions(), "x", None)
     with pytest.raises(ConfigError, match=named):
         upcycled_config(config | change, Additions(), "x", None)
+
+
+def test_what_olmoe_models_cannot_bring_is_refused() -> None:
+    from moepp_megatron.interop.upcycle import Additions, upcycled_config
+
+    none = Additions(num_zero_experts=0, num_copy_experts=0, num_constant_experts=0)
+    olmoe = {**SHAPE, "model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3}
+    config = upcycled_config(olmoe | {"clip_qkv": None}, none, "x", None)
+    assert (config.model.qk_layernorm, config.model.qk_layernorm_scope) == (True, "all_heads")
+    # What OLMoE takes where its config.json does not say.
+    assert (config.model.norm_epsilon, config.moe.gate_normalization) == (1e-5, "none")
+    with pytest.raises(ConfigError, match=r"clip_qkv \(8\.0\) must be null"):
+        upcycled_config(olmoe | {"clip_qkv": 8.0}, none, "x", None)
+    with pytest.raises(ConfigError, match=r"attention_bias \(True\) must be False"):
+        upcycled_config(olmoe | {"attention_bias": True}, none, "x", None)
+    with pytest.raises(ConfigError, match=r"norm_topk_prob \(false\) must be true"):
+        upcycled_config(olmoe, Additions(), "x", None)
+
+
+def test_olmoes_norms_come_back_from_an_export(plain: RunPlain, tmp_path: Path) -> None:
+    from moepp_megatron.config import load_config
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+    from moepp_megatron.interop.to_mcore import hf_to_mcore
+    from moepp_megatron.interop.upcycle import upcycle
+    from tests.interop.checkpoints import load_tensors
+
+    plain(write_source, tmp_path / "hf", "olmoe", write_tokens(tmp_path))
+    upcycle(tmp_path / "hf", tmp_path / "a")
+    mcore_to_hf(tmp_path / "a", tmp_path / "export")
+    hf_to_mcore(tmp_path / "export", tmp_path / "b")
+    models = [load_config(tmp_path / folder / "config.yaml").model for folder in "ab"]
+    # Exports say how wide a head is.
+    assert models[1] == models[0].model_copy(update={"kv_channels": 8})
+    assert models[1].qk_layernorm_scope == "all_heads"
+    mcore_to_hf(tmp_path / "b", tmp_path / "again")
+    source, first, again = (load_tensors(tmp_path / name) for name in ("hf", "export", "again"))
+    assert first.keys() == again.keys()
+    assert all(first[name].equal(again[name]) for name in first)
+    for kind, width in (("q", 32), ("k", 16)):
+        name = f"model.layers.1.self_attn.{kind}_norm.weight"
+        assert first[name].shape == (width,)
+        assert first[name].equal(source[name])
 
 
 def test_layers_that_predict_further_tokens_are_left_out(plain: RunPlain, tmp_path: Path) -> None:

@@ -275,6 +275,12 @@ def test_gates_of_megatrons_own_layer_go_both_ways(
     assert ("--moe-router-pre-softmax" in megatron_arguments(config)) == given
 
 
+def test_norms_over_all_heads_are_refused(converted: Path) -> None:
+    both = ["model.qk_layernorm=true", "model.qk_layernorm_scope=all_heads"]
+    with pytest.raises(ConfigError, match=r"qk_layernorm_scope \(all_heads\) must be head for Me"):
+        megatron_arguments(load_config(converted / "config.yaml", both))
+
+
 def test_model_arguments_are_those_that_the_model_was_made_with(converted: Path) -> None:
     """Every argument of these tests' models comes back with its value, others beside."""
     words = megatron_arguments(load_config(converted / "config.yaml"))

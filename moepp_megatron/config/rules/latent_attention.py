@@ -79,6 +79,12 @@ def latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Prob
         ),
         ("model.qkv_bias", model.qkv_bias, False, "its projections have no biases"),
         (
+            "model.qk_layernorm_scope",
+            model.qk_layernorm_scope,
+            "head",
+            "its norms are of compressed vectors, which have no heads",
+        ),
+        (
             "precision.fp8",
             config.precision.fp8,
             None,

@@ -62,4 +62,21 @@ def query_groups_divide_heads(config: Config) -> Iterator[Problem]:
         )
 
 
-RULES = (heads_divide_hidden_size, head_dim_is_even, query_groups_divide_heads)
+def qk_norms_are_there_to_span_heads(config: Config) -> Iterator[Problem]:
+    """The scope is that of the query and key norms."""
+    model = config.model
+    if model.qk_layernorm_scope == "all_heads" and not model.qk_layernorm:
+        yield Problem(
+            "model.qk_layernorm_scope",
+            model.qk_layernorm_scope,
+            "must be 'head' without model.qk_layernorm, which has the norms that it describes",
+            "use 'head', or set model.qk_layernorm to true",
+        )
+
+
+RULES = (
+    heads_divide_hidden_size,
+    head_dim_is_even,
+    query_groups_divide_heads,
+    qk_norms_are_there_to_span_heads,
+)

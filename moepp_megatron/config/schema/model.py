@@ -46,8 +46,14 @@ class ModelSection(Section):
     )
     qk_layernorm: bool = Field(
         default=False,
-        description="Normalise queries and keys per head; with latent_attention the compressed "
+        description="Normalise queries and keys; with latent_attention the compressed "
         "vectors that they are made of",
+        json_schema_extra=unit("-"),
+    )
+    qk_layernorm_scope: Literal["head", "all_heads"] = Field(
+        default="head",
+        description="What qk_layernorm takes the mean square over: each head by itself, or all "
+        "heads of a token at once (OLMoE)",
         json_schema_extra=unit("-"),
     )
     qkv_bias: bool = Field(

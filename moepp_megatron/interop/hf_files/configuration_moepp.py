@@ -39,7 +39,9 @@ class MoEPPConfig(LlamaConfig):
         logits_norm_std: Standard deviation that each token's logits are scaled to, or None.
         selection_bias: Whether a bias per expert takes part in the selection, not in the gates.
         gate_scale: Factor on all gates.
-        qk_norm: Whether queries and keys are normalised per head.
+        qk_norm: Whether queries and keys are normalised.
+        qk_norm_scope: What those norms take the mean square over: `head`, each head by itself, or
+            `all_heads` of a token at once.
         qkv_bias: Whether queries, keys and values have biases.
         tau: Weight of zero-computation experts in the balance loss.
         output_router_logits: Whether outputs have the router logits and the balance loss, and
@@ -73,6 +75,7 @@ class MoEPPConfig(LlamaConfig):
         selection_bias: bool = False,
         gate_scale: float = 1.0,
         qk_norm: bool = False,
+        qk_norm_scope: str = "head",
         qkv_bias: bool = False,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
@@ -102,6 +105,7 @@ class MoEPPConfig(LlamaConfig):
         self.selection_bias = selection_bias
         self.gate_scale = gate_scale
         self.qk_norm = qk_norm
+        self.qk_norm_scope = qk_norm_scope
         self.qkv_bias = qkv_bias
         self.tau = tau
         self.output_router_logits = output_router_logits

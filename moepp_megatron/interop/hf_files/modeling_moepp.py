@@ -237,6 +237,21 @@ class MoEPPBlock(nn.Module):
         self.moe = MoEPPLayer(config, has_residual=any(config.moe_layers[:layer_idx]))
 
 
+class AllHeadsRMSNorm(nn.Module):
+    """RMSNorm of all heads of a token at once (OLMoE)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n, d] of n heads to the same shape; computed in fp32."""
+        flat = x.flatten(-2).float()
+        normed = flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * normed.to(x.dtype)).view_as(x)
+
+
 class MoEPPDecoderLayer(LlamaDecoderLayer):
     """Llama's decoder layer around a MoE layer (or a dense one)."""
 
@@ -245,8 +260,13 @@ class MoEPPDecoderLayer(LlamaDecoderLayer):
         if config.moe_layers[layer_idx]:
             self.mlp = MoEPPBlock(config, layer_idx)
         if config.qk_norm:
-            # Llama's attention with a norm on each head's queries and keys.
+            # Llama's attention with norms of queries and keys, of each head by itself.
             self.self_attn = Qwen3Attention(config, layer_idx)
+        if config.qk_norm and config.qk_norm_scope == "all_heads":
+            heads, groups = config.num_attention_heads, config.num_key_value_heads
+            width, eps = self.self_attn.head_dim, config.rms_norm_eps
+            self.self_attn.q_norm = AllHeadsRMSNorm(heads * width, eps)
+            self.self_attn.k_norm = AllHeadsRMSNorm(groups * width, eps)
         if config.qkv_bias:
             for name in ("q_proj", "k_proj", "v_proj"):
                 projection = getattr(self.self_attn, name)

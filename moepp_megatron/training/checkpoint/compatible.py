@@ -60,6 +60,7 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
     "model.vocab_size": lambda c: c.model.vocab_size,
     "model.tie_embeddings": lambda c: c.model.tie_embeddings,
     "model.qk_layernorm": lambda c: c.model.qk_layernorm,
+    "model.qk_layernorm_scope": lambda c: c.model.qk_layernorm_scope,
     "model.qkv_bias": lambda c: c.model.qkv_bias,
     "model.latent_attention": _latent_widths,
     "moe.num_ffn_experts": lambda c: c.moe.num_ffn_experts,

@@ -39,6 +39,7 @@ VPP = "parallel.virtual_pipeline_model_parallel_size"
 
 LATENT = "model.latent_attention.kv_lora_rank=32"
 LATENT_NAME = "model.latent_attention"
+ALL_HEADS = "model.qk_layernorm_scope=all_heads"
 
 GUARD = "routing_guard.enabled=true"
 
@@ -216,6 +217,16 @@ INVALID = [
     (["model.hidden_size=56"], "model.hidden_size (56)", "use 64"),
     (["model.kv_channels=7"], "model.kv_channels (7)", "use 8"),
     (["model.num_query_groups=3"], "model.num_query_groups (3)", "use one of 1, 2, 4, 8"),
+    (
+        [ALL_HEADS],
+        "model.qk_layernorm_scope ('all_heads')",
+        "use 'head', or set model.qk_layernorm to true",
+    ),
+    (
+        [LATENT, f"{LATENT_NAME}.q_lora_rank=16", "model.qk_layernorm=true", ALL_HEADS],
+        "model.qk_layernorm_scope ('all_heads')",
+        "use 'head', or set model.latent_attention to null",
+    ),
     (["model.latent_attention={}"], f"{LATENT_NAME}.kv_lora_rank (missing)", "add kv_lora_rank"),
     ([f"{LATENT_NAME}.kv_lora_rank=0"], f"{LATENT_NAME}.kv_lora_rank (0)", "use 1 or more"),
     ([LATENT, f"{LATENT_NAME}.rope_type=yaml"], f"{LATENT_NAME}.rope_type ('yaml')", "use yarn"),

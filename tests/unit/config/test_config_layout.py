@@ -173,6 +173,9 @@ def test_parameters_of_the_variants(minimal: Path) -> None:
     assert wide.attention == 2 * (4 * 12 * 8)
     normed = count_parameters(tiny(minimal, "model.qk_layernorm=true"))
     assert normed.attention == plain.attention + 2 * 2 * 4
+    spanning = ["model.qk_layernorm=true", "model.qk_layernorm_scope=all_heads"]
+    spans = count_parameters(tiny(minimal, "model.num_query_groups=1", *spanning))
+    assert spans.attention == grouped.attention + 2 * (8 + 4)
     assert count_parameters(tiny(minimal, "moe.gating_residual=false")).router == 2 * 5 * 8
     two_layer = count_parameters(tiny(minimal, "moe.two_layer_gate=true"))
     assert two_layer.router == 2 * (40 * 8 + 5 * 40) + 25

@@ -1,0 +1,107 @@
+"""RMSNorm of the queries, or of the keys, of all heads of a token at once, as OLMoE has it.
+
+The mean square is over the heads of every tensor-parallel rank, so ranks add up their sums of
+squares, and in the backward pass the gradients of those. Source: arXiv 2409.02060 (QK-Norm);
+transformers' `OlmoeAttention`.
+
+Shape suffixes: S sequence, B batch, N heads of this rank, C channels of a head.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class AllHeadsRMSNorm(torch.nn.Module):
+    """One of the two norms; it takes the place of a norm per head in `SelfAttention`.
+
+    Every rank has the whole weight and uses the part of its own heads. megatron-core adds up the
+    gradients of weights named `q_layernorm` and `k_layernorm` over tensor-parallel ranks, which is
+    what a weight needs of which each rank uses a part. With fewer key heads than ranks, several
+    ranks have the same key, and each knows the gradient that comes from its own queries.
+
+    Args:
+        config: The model's configuration.
+        hidden_size: C, width of one head.
+        eps: Added to the mean square.
+        num_heads: Heads of all ranks together.
+
+    Attributes:
+        weight: [num_heads * C], in the order of heads.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        num_heads: int,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.group = parallel_state.get_tensor_model_parallel_group()
+        self.first_head = self.group.rank() * num_heads // self.group.size()
+        # Of these ranks each counts the same keys.
+        self.copies = max(self.group.size() // num_heads, 1)
+        size, device = num_heads * hidden_size, torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(size, device=device, dtype=config.params_dtype))
+
+    def forward(self, x_SBNC: Tensor) -> Tensor:
+        """Normalise this rank's heads; computed in fp32, rounded once."""
+        heads, channels = x_SBNC.shape[-2:]
+        weight_NC = self.weight.view(-1, channels).narrow(0, self.first_head, heads)
+        count = self.weight.numel() * self.copies
+        normed: Tensor = _Normalise.apply(x_SBNC, weight_NC, self.eps, count, self.group)
+        return normed
+
+
+def all_heads_norms(heads: int, groups: int) -> tuple[LayerNormBuilder, LayerNormBuilder]:
+    """Builders of the norms of queries and of keys, of so many heads on all ranks together."""
+    return partial(AllHeadsRMSNorm, num_heads=heads), partial(AllHeadsRMSNorm, num_heads=groups)
+
+
+class _Normalise(torch.autograd.Function):
+    """`w x r` with `r = (sum of x^2 over all ranks / count + eps)^(-1/2)`.
+
+    Written out so that it keeps `x` as it is and no copy of it in fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_SBNC: Tensor, weight_NC: Tensor, eps: float, count: int, group: ProcessGroup
+    ) -> Tensor:
+        x = x_SBNC.float()
+        squares_SB11 = _sum_over_ranks(x.square(), group)
+        scale_SB11 = torch.rsqrt(squares_SB11 / count + eps)
+        ctx.save_for_backward(x_SBNC, weight_NC, scale_SB11)
+        ctx.count, ctx.group = count, group
+        return (x * scale_SB11 * weight_NC).to(x_SBNC.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SBNC: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x_SBNC, weight_NC, scale_SB11 = ctx.saved_tensors
+        x, grad = x_SBNC.float(), grad_SBNC.float()
+        grad_weight_NC = (grad * x * scale_SB11).sum(dim=(0, 1))
+        grad_normed = grad * weight_NC
+        # Every rank's outputs depend on this rank's squares.
+        shared_SB11 = _sum_over_ranks(grad_normed * x, ctx.group)
+        grad_x = scale_SB11 * (grad_normed - x * (scale_SB11.square() * shared_SB11 / ctx.count))
+        return grad_x.to(x_SBNC.dtype), grad_weight_NC.to(weight_NC.dtype), None, None, None
+
+
+def _sum_over_ranks(x_SBNC: Tensor, group: ProcessGroup) -> Tensor:
+    """[S, B, 1, 1]: sums over the heads of all ranks."""
+    sums_SB11 = x_SBNC.sum(dim=(-2, -1), keepdim=True)
+    if group.size() > 1:
+        torch.distributed.all_reduce(sums_SB11, group=group)
+    return sums_SB11

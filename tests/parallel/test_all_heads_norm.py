@@ -1,0 +1,150 @@
+"""Norms of queries and keys over all heads: torch's formula, the same training in any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config import ConfigError, parse_config
+from tests.parallel.checkpoint_runs import train_between
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import Run, assemble, compare, settings, train
+
+# fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
+FP32 = 1e-5
+STEPS = 3
+ALL_HEADS: dict[str, Any] = {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"}
+MODELS: dict[str, dict[str, Any]] = {
+    "two key heads": ALL_HEADS | {"num_query_groups": 2},
+    "one key head": ALL_HEADS | {"num_query_groups": 1},
+}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+EP2 = {"expert_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
+    "tp2": ("two key heads", 2, {"parallel": TP2}),
+    "tp2, layers again": ("two key heads", 2, {"parallel": TP2, "training": FULL}),
+    "tp2, a shared key head": ("one key head", 2, {"parallel": TP2}),
+    "tp4, shared key heads": (
+        "two key heads",
+        4,
+        {"parallel": TP2 | {"tensor_model_parallel_size": 4}},
+    ),
+    "pp2": ("two key heads", 2, {"parallel": PP2}),
+    "ep2": ("two key heads", 2, {"parallel": EP2}),
+    "cp2": ("two key heads", 2, {"parallel": {"context_parallel_size": 2}}),
+    "tp2 ep2 dp2": ("two key heads", 4, {"parallel": TP2 | EP2}),
+    "hybrid, tp2": ("two key heads", 2, {"model": {"implementation": "hybrid"}, "parallel": TP2}),
+}
+
+
+def vary_norms(chunks: list[Any]) -> None:
+    """Weights of which each is different: at 1, as they begin, another head's would do as well."""
+    import torch
+
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if "q_layernorm" in name or "k_layernorm" in name:
+                steps = torch.arange(parameter.numel(), dtype=parameter.dtype)
+                parameter.data.copy_(1.0 + 0.5 * torch.sin(1.0 + steps))
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPools) -> dict[str, Run]:
+    return {
+        name: assemble(ranks(1).run(train, settings(model=model), STEPS, vary_norms))
+        for name, model in MODELS.items()
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(ranks: RankPools, one_process: dict[str, Run], layout: str) -> None:
+    name, world_size, sections = LAYOUTS[layout]
+    model = MODELS[name] | sections.get("model", {})
+    raw = settings(**(sections | {"model": model}))
+    run = assemble(ranks(world_size).run(train, raw, STEPS, vary_norms))
+    norms = {key: value.shape for key, value in run.gradients.items() if "k_layernorm" in key}
+    # Four layers; heads are 8 channels wide.
+    assert list(norms.values()) == [(model["num_query_groups"] * 8,)] * 4, norms
+    compare(run, one_process[name], FP32)
+
+
+def test_checkpoints_go_on_in_another_layout(ranks: RankPools, tmp_path: Path) -> None:
+    model = MODELS["two key heads"]
+    expected = assemble(ranks(1).run(train, settings(model=model), 2 * STEPS)).losses
+    raw = settings(model=model, parallel=TP2)
+    losses = ranks(2).run(train_between, raw, tmp_path, STEPS)[0]
+    start = tmp_path / f"step_{STEPS:08d}"
+    losses += ranks(1).run(train_between, settings(model=model), tmp_path, 2 * STEPS, start)[0]
+    np.testing.assert_allclose(losses, expected, rtol=FP32)
+
+
+def test_a_checkpoint_with_norms_per_head_is_refused(tmp_path: Path) -> None:
+    from moepp_megatron.training.checkpoint.compatible import check_compatible
+
+    saved = parse_config(settings(model={"qk_layernorm": True}))
+    (tmp_path / "config.yaml").write_text(saved.to_yaml())
+    with pytest.raises(ConfigError, match=r"model\.qk_layernorm_scope \('all_heads'\)"):
+        check_compatible(tmp_path, parse_config(settings(model=ALL_HEADS)))
+
+
+def norm_beside_torch(num_heads: int, dtype: str) -> tuple[float, float, float]:
+    """Largest errors of this rank's output, of all inputs' gradients and of the weight's."""
+    import torch
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout
+    from moepp_megatron.model.all_heads_norm import AllHeadsRMSNorm
+    from moepp_megatron.model.megatron_config import transformer_config
+    from moepp_megatron.runtime.distributed import build_groups
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    parallel = {"tensor_model_parallel_size": size, "sequence_parallel": size > 1}
+    config = parse_config(settings(parallel=parallel, precision={"dtype": dtype}))
+    build_groups(config, Layout.from_config(config, size))
+    megatron = transformer_config(config)
+    torch.manual_seed(3)
+    norm = AllHeadsRMSNorm(megatron, 6, eps=0.1, num_heads=num_heads)
+    whole = torch.randn(5, 2, num_heads, 6).to(norm.weight.dtype).requires_grad_()
+    norm.weight.data.copy_(torch.randn(num_heads * 6))
+    weight = norm.weight.detach().clone().requires_grad_()
+    # What each rank's part of the output is weighed with in the loss.
+    held = max(num_heads // size, 1)
+    grads = torch.randn(size, 5, 2, held, 6).to(whole.dtype)
+    firsts = [index * num_heads // size for index in range(size)]
+
+    flat = whole.float().flatten(-2)
+    expected = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight.float(), 0.1)
+    expected = expected.view(whole.shape)
+    parts = [expected[:, :, first : first + held] for first in firsts]
+    sum((part * grad).sum() for part, grad in zip(parts, grads, strict=True)).backward()
+
+    own = whole.detach()[:, :, firsts[rank] : firsts[rank] + held].clone().requires_grad_()
+    output = norm(own)
+    output.backward(grads[rank])
+    found, found_weight = torch.zeros_like(whole).float(), norm.weight.grad.float()
+    found[:, :, firsts[rank] : firsts[rank] + held] = own.grad
+    dist.all_reduce(found)
+    dist.all_reduce(found_weight)
+    assert output.dtype == whole.dtype
+    pairs = ((output, parts[rank]), (found, whole.grad), (found_weight, weight.grad))
+    error, error_x, error_weight = (
+        float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs
+    )
+    return error, error_x, error_weight
+
+
+@pytest.mark.parametrize(("world_size", "num_heads"), [(1, 3), (2, 4), (4, 4), (4, 2), (4, 1)])
+def test_it_is_torchs_norm_of_all_heads(ranks: RankPools, world_size: int, num_heads: int) -> None:
+    for errors in ranks(world_size).run(norm_beside_torch, num_heads, "fp32"):
+        # Sums of at most 24 numbers in another order, each rounded by 6e-8.
+        assert max(errors) < 2e-6, errors
+    for errors in ranks(world_size).run(norm_beside_torch, num_heads, "bf16"):
+        # bf16 rounds by 4e-3: the output once; gradients once on each of up to 4 ranks, and once
+        # more by torch.
+        assert errors[0] < 4e-3, errors
+        assert max(errors) < 2e-2, errors
