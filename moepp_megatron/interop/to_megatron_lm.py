@@ -102,6 +102,13 @@ def _refuse_unsupported(config: Config) -> None:
             "MoE++ in Megatron-LM's loop has no multi-latent attention",
         ),
         ("moe.constants_shared", moe.constants_shared, (False,), "it is this package's model's"),
+        ("model.qkv_bias", model.qkv_bias, (False,), "the way back refuses --add-qkv-bias"),
+        (
+            "moe.shared_expert_gate",
+            moe.shared_expert_gate,
+            (False,),
+            "the way back refuses --moe-shared-expert-gate",
+        ),
         (
             "model.qk_layernorm_scope",
             model.qk_layernorm_scope,

@@ -152,7 +152,8 @@ def scores_in_megatron_lm(arguments: str, log: str, input_ids: Any, way: str = "
 def _child_processes() -> Iterator[None]:
     """Let this test rank, which is a daemon, start processes: Megatron's writer has a queue in one.
 
-    It is ended here, because nobody does when the rank ends.
+    It is ended here, because nobody does when the rank ends. What a save of before has put in its
+    place comes back afterwards (`training.checkpoint.plan`).
     """
     import multiprocessing
 
@@ -161,12 +162,13 @@ def _child_processes() -> Iterator[None]:
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     before = config.get("daemon")
     config["daemon"] = False
+    queue_before, filesystem_async._results_queue = filesystem_async._results_queue, None
     try:
         yield
     finally:
         config["daemon"] = before
         queue = filesystem_async._results_queue
-        filesystem_async._results_queue = None
+        filesystem_async._results_queue = queue_before
         if queue is not None:
             queue._manager.shutdown()
 
