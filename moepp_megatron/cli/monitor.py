@@ -67,5 +67,5 @@ def monitor(
         else:
             watch(live, console, interval, until_over=prometheus is None)
     except ReportError as error:
-        typer.echo(f"Error: {printable(str(error))}", err=True)
+        typer.echo(f"error: {printable(str(error))}", err=True)
         raise typer.Exit(ReportError.exit_code) from None

@@ -15,6 +15,6 @@ def report(
     try:
         page = build_report(run)
     except ReportError as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"error: {error}", err=True)
         raise typer.Exit(ReportError.exit_code) from None
     typer.echo(str(page))
