@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+
+# The imports below take a moment, in which Ctrl-C is to end the program without a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import typer
 
@@ -28,6 +33,9 @@ from moepp_megatron.cli.paths import check_paths
 from moepp_megatron.cli.usage import COMMANDS, UsageError, refuse
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.runtime.printable_logs import make_logs_printable
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 app = typer.Typer(
     name="moepp",

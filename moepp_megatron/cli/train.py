@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -402,9 +403,9 @@ def _settled_ffn_share(run: Path, last: StepMetrics) -> tuple[float, str]:
 
 def _report(run: Path) -> str:
     """The page that was written, or why none was: that ends no run."""
-    from moepp_megatron.report import build_report
+    from moepp_megatron.report import ReportError, build_report
 
     try:
         return str(build_report(run))
-    except OSError as error:
-        return f"none ({error}); with more room: moepp report {run}"
+    except (OSError, ReportError) as error:
+        return f"none ({error}); then: moepp report {shlex.quote(str(run))}"

@@ -82,7 +82,7 @@ def build_report(folder: Path) -> Path:
         write_atomic(path, html.encode("ascii", "xmlcharrefreplace"))
     except OSError as error:
         raise ReportError(
-            f"{path}: cannot be written ({error.strerror}); make the run's folder writable"
+            f"{path}: cannot be written ({error.strerror}); make room, or the folder writable"
         ) from error
     return path
 

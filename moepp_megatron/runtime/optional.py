@@ -12,9 +12,12 @@ from typing import Any
 @functools.cache
 def have_transformer_engine() -> bool:
     """Whether Transformer Engine's modules can be built: installed, and a GPU is present."""
+    # Looked for first: importing torch takes seconds, after which a user's mistake would be told.
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
     import torch
 
-    if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
+    if not torch.cuda.is_available():
         return False
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -74,7 +77,7 @@ def have_wandb() -> bool:
 @functools.cache
 def flex_backends() -> tuple[str, ...]:
     """What the flex dispatcher can run on here, the preferred one first: deepep, hybridep."""
-    # Looked for first, because it takes no import of torch to see that it is missing.
+    # Looked for first, as above.
     if importlib.util.find_spec("deep_ep") is None:
         return ()
     import torch
@@ -105,6 +108,8 @@ def flex_backend(wanted: str = "auto") -> str | None:
 @functools.cache
 def have_triton() -> bool:
     """Whether Triton kernels run here: installed, and a GPU is present."""
+    if importlib.util.find_spec("triton") is None:
+        return False
     import torch
 
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    return torch.cuda.is_available()

@@ -60,6 +60,13 @@ class StopRequests:
         return now - first > SAME_INTERRUPT_S
 
 
+def acknowledge() -> None:
+    """Answer the first Ctrl-C: a step, an evaluation or a save may take long to finish."""
+    # Not through sys.stderr, whose buffer the interrupted code may hold.
+    with contextlib.suppress(OSError):
+        os.write(2, _ACKNOWLEDGED)
+
+
 def heeded_signals() -> list[signal.Signals]:
     """`STOP_SIGNALS` but for a SIGINT that was ignored from the start.
 
@@ -89,8 +96,7 @@ def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Itera
             end_at_once(agent)
             return
         if number == signal.SIGINT and not request.number:
-            # Not through sys.stderr, whose buffer the interrupted code may hold.
-            os.write(2, _ACKNOWLEDGED)
+            acknowledge()
         request.number = number
         if agent.poll() is not None:
             return

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moepp_megatron.runtime.rank import RankEnvironment
-from moepp_megatron.runtime.stop_signals import SAME_INTERRUPT_S, heeded_signals
+from moepp_megatron.runtime.stop_signals import SAME_INTERRUPT_S, acknowledge, heeded_signals
 
 # One request reaches a rank by several ways: Slurm signals every process of a job, and the launcher
 # passes on what it got.
@@ -67,5 +67,7 @@ class StopRequest:
             os._exit(128 + number)
         if number == signal.SIGINT and self._interrupted_at is None:
             self._interrupted_at = now
+            if self._is_alone:
+                acknowledge()
         if self._asked_at is None:
             self._asked_at = now

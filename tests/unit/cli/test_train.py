@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -203,3 +205,33 @@ def test_the_command_that_goes_on(command, monkeypatch, tmp_path: Path) -> None:
     )
     os.environ["MOEPP_GO_ON"] = "sbatch job.sh"
     assert go_on_command(["c"]) == "sbatch job.sh"
+
+
+def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "config.yaml").write_text(MINIMAL)
+    assert train._report(run).startswith("none (")
+    assert train._report(run).endswith(f"; then: moepp report '{run}'")
+
+
+@pytest.mark.skipif(
+    find_spec("transformer_engine") is not None, reason="torch is asked whether it can be used"
+)
+def test_a_mistake_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(MINIMAL)
+    code = (
+        "import sys\n"
+        "from moepp_megatron.cli.main import run\n"
+        "try:\n"
+        "    run()\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, 'torch' in sys.modules)\n"
+    )
+    words = ["train", str(config), f"run.dir={tmp_path / 'run'}", "data.path=no-such-folder"]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "2 False\n"
+    assert ended.stderr.startswith("error: data.path (no-such-folder) must be a prepared folder")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -71,6 +73,8 @@ def _run(
         (["train", "c.yaml", "--nproc", "two"], "'--nproc'"),
         (["train", "no-such.yaml"], "no-such.yaml"),
         (["bench", "layer", "--dtype", "bf1"], "--dtype (bf1)"),
+        (["report", "no-such-run"], "no-such-run: is not a folder"),
+        (["monitor", "no-such-run", "--once"], "no-such-run: is not a folder"),
     ],
 )
 def test_wrong_usage_is_one_line_of_one_form(
@@ -104,3 +108,27 @@ def test_an_exit_code_reaches_the_shell(
 
     monkeypatch.setattr(main, "app", leave)
     assert _run([], monkeypatch, capsys)[0] == 75
+
+
+def test_ctrl_c_while_the_program_is_imported_prints_nothing() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class CtrlC:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'moepp_megatron.config': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, CtrlC())\n"
+        "import moepp_megatron.cli.main\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
+def test_the_import_leaves_ctrl_c_as_it_was(before: str) -> None:
+    code = (
+        f"import signal; signal.signal(signal.SIGINT, signal.{before})\n"
+        "import moepp_megatron.cli.main\n"
+        f"assert signal.getsignal(signal.SIGINT) is signal.{before}, "
+        "signal.getsignal(signal.SIGINT)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

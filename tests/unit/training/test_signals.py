@@ -1,0 +1,39 @@
+"""A process that trains alone answers Ctrl-C itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from moepp_megatron.training.signals import StopRequest
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "answers"),
+    [
+        (None, signal.SIGINT, 1),
+        # Its launcher answers for all ranks.
+        ("0", signal.SIGINT, 0),
+        # Nobody waits for an answer to it.
+        (None, signal.SIGTERM, 0),
+    ],
+)
+def test_the_first_ctrl_c_is_answered_at_once(
+    rank: str | None,
+    number: signal.Signals,
+    answers: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    if rank is not None:
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "1"}.items():
+            monkeypatch.setenv(name, value)
+    with StopRequest().listening():
+        os.kill(os.getpid(), number)
+        # Within this time it is the same Ctrl-C, which `timeout -s INT` sends twice.
+        os.kill(os.getpid(), number)
+    assert capfd.readouterr().err.count("stopping after this step") == answers
