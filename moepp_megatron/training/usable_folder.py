@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.training.run_folder import checkpoint_folder
 
 # What a run writes there.
@@ -33,9 +34,10 @@ def usable(config: Config) -> Iterator[None]:
     except OSError as error:
         at = error.filename if isinstance(error.filename, str) else str(folder)
         where = "" if Path(at) == folder else f" at {at}"
+        remedy = "make room there" if is_full(error) else "make it writable"
         raise ConfigError(
             f"run.dir ({folder}) must be a folder that can be written "
-            f"({error.strerror or error}{where}); make it writable, or choose another run.dir"
+            f"({error.strerror or error}{where}); {remedy}, or choose another run.dir"
         ) from None
 
 

@@ -25,6 +25,7 @@ from moepp_megatron.observe.status import (
 )
 from moepp_megatron.training import occupancy
 from moepp_megatron.training.occupancy import Start, check_beside_leader, claimed, is_requeued
+from moepp_megatron.training.usable_folder import usable
 from tests.unit.training.conftest import config_of
 
 RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
@@ -396,3 +397,12 @@ def test_read_only_folder(run: Path) -> None:
             enter(config_in(run))
     finally:
         subprocess.run(["umount", str(run)], check=True)
+
+
+def test_a_full_disk_asks_for_room(tmp_path: Path) -> None:
+    config = config_of(run={"dir": str(tmp_path / "run")})
+    with (
+        pytest.raises(ConfigError, match=r"No space left on device\); make room there, or choose"),
+        usable(config),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
