@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,11 @@ import pytest
 from tests.parallel.ranks import RankPools
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
+
+# A shell starts background jobs of a script with Ctrl-C ignored, which all their children inherit:
+# tests that send it would then wait for nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _names_gpu_tests() -> bool:
