@@ -1,7 +1,8 @@
 """torchrun that reports a failure in one line for each rank; `python -m` with its arguments.
 
 Ranks print their own errors. torchrun adds a traceback of its own code and a table, between which
-the error is hard to find.
+the error is hard to find. It also starts all ranks anew after any failure, and a user's error would
+only be repeated.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from moepp_megatron.config import ConfigError, UnfitError
+from moepp_megatron.runtime.launch import REFUSALS, is_refused
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import WorkerGroup
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-# What a rank has said itself, in one line.
-_SAID = (ConfigError.exit_code, UnfitError.exit_code)
+
+class _RefusedError(Exception):
+    """A rank has ended with a user's error, so no rank is started anew."""
 
 
 def main() -> int:
@@ -32,12 +35,15 @@ def main() -> int:
 
     # It names each failed rank in a line of its own, which is said below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    _restart_only_what_can_succeed()
     try:
         torchrun()
+    except _RefusedError:
+        return 1
     except ChildFailedError as error:
         failures = sorted(error.failures.items(), key=lambda each: each[1].timestamp)
         for rank, failure in failures:
-            if failure.exitcode not in _SAID:
+            if failure.exitcode not in REFUSALS:
                 print(f"error: rank {rank} {_end(failure)}", file=sys.stderr)
         return 1
     except RendezvousError as error:
@@ -45,6 +51,20 @@ def main() -> int:
         print(f"error: the machines do not meet ({type(error).__name__}{why})", file=sys.stderr)
         return 1
     return 0
+
+
+def _restart_only_what_can_succeed() -> None:
+    """Patch torchrun: it has no setting by which a failure of one kind is not tried again."""
+    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+
+    restart = SimpleElasticAgent._restart_workers
+
+    def restart_unless_refused(agent: SimpleElasticAgent, group: WorkerGroup) -> None:
+        if is_refused():
+            raise _RefusedError
+        restart(agent, group)
+
+    SimpleElasticAgent._restart_workers = restart_unless_refused  # type: ignore[method-assign]
 
 
 def _end(failure: ProcessFailure) -> str:

@@ -35,10 +35,10 @@ HUNG = 70
 # Exit status of a machine that has waited for the other machines in vain.
 LOST = 71
 
-# A user's error, which starting the ranks anew would only repeat.
-_REFUSALS = (ConfigError.exit_code, UnfitError.exit_code)
-# What ranks say that they end with when they do not end with 0.
-_FAILURES = (HUNG, *_REFUSALS)
+# A user's error, which the rank has said in one line, and starting ranks anew would only repeat.
+REFUSALS = (ConfigError.exit_code, UnfitError.exit_code)
+# What is told apart from other failures of torchrun, which makes 1 of all of them.
+_TOLD_FAILURES = (HUNG, *REFUSALS)
 
 # torchrun turns every status of a rank but 0 into 1, and restarts all ranks. So ranks that stop on
 # request leave with 0, and what a status meant is written down here.
@@ -107,11 +107,11 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         environment[_STATUS_FILE] = str(status_file)
         status = _run(_torchrun(options, module, arguments), environment, options, status_file)
         written = _written(status_file) or 0
-    # Ranks that leave end with 0, ranks that hang or refuse do not: a hang before torchrun started
-    # all of them anew successfully is over, and so is a stop in a run that failed after all.
-    if (status == 0) == (written not in _FAILURES):
-        return written or status
-    return status
+    if status == 0:
+        # After a hang torchrun has started all ranks anew, with success.
+        return 0 if written == HUNG else written
+    # A run that ranks have left, as one that was stopped, can fail after all.
+    return written if written in _TOLD_FAILURES else status
 
 
 def leave(status: int) -> None:
@@ -122,6 +122,15 @@ def leave(status: int) -> None:
 def has_launcher() -> bool:
     """Whether `run_ranks` has started this process as a rank, and said what concerns the run."""
     return _STATUS_FILE in os.environ
+
+
+def is_refused() -> bool:
+    """Whether a rank of this process's run has ended with a user's error.
+
+    For torchrun and its ranks, in the environment that `run_ranks` gives them.
+    """
+    status_file = os.environ.get(_STATUS_FILE)
+    return status_file is not None and _written(Path(status_file)) in REFUSALS
 
 
 def write_status(status: int) -> bool:
@@ -194,7 +203,7 @@ def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path
             return agent.wait(_POLL_S)
         written = _written(status_file)
         if meeting is None:
-            if written in _REFUSALS:
+            if written in REFUSALS:
                 # Time for torchrun to pass on what ranks have printed.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return agent.wait(_REFUSAL_GRACE_S)

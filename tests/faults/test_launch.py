@@ -44,6 +44,8 @@ if what == "end":
     leave(0)
 if what == "stop":
     leave(STOPPED)
+if what == "refuse together":
+    leave(2)
 if what == "hang":
     write_status(HUNG)
     os._exit(HUNG)
@@ -74,7 +76,8 @@ time.sleep(200)
 def start(tmp_path: Path):
     (tmp_path / "rank_of_test.py").write_text(RANK)
     root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join([str(tmp_path), root, os.environ.get("PYTHONPATH", "")])
+    # An empty entry would be the working directory.
+    paths = os.pathsep.join(filter(None, [str(tmp_path), root, os.environ.get("PYTHONPATH")]))
     started = []
 
     def launcher(
@@ -127,7 +130,10 @@ def gone(numbers: list[int]) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("what", "status"), [("end", 0), ("stop", 75), ("hang", 70), ("crash", 1)])
+@pytest.mark.parametrize(
+    ("what", "status"),
+    [("end", 0), ("stop", 75), ("hang", 70), ("crash", 1), ("refuse together", 2)],
+)
 def test_what_ranks_end_with_reaches_the_caller(start, what: str, status: int) -> None:
     process = start(what)
     output, _ = process.communicate()
