@@ -37,7 +37,6 @@ class Page:
         alerts: The run's alerts; None without any.
         hardware: Plots of what the run cost its machines; empty without telemetry.
         table: The comparison with the vanilla layer; None for a vanilla run.
-        contents: Id and heading of each section.
         terms: What the page's words mean.
         healthy: What is healthy of each metric of the routers, and what is not.
         config_text: The resolved configuration.
@@ -54,7 +53,6 @@ class Page:
     alerts: AlertTable | None
     hardware: list[Plot]
     table: SavingsTable | None
-    contents: list[tuple[str, str]]
     terms: list[tuple[str, str]]
     healthy: list[Metric]
     config_text: str
@@ -96,16 +94,6 @@ def render(run: RunData) -> str:
         curves, experts, health = curve_plots(run), expert_plots(run), health_plots(run)
         hardware = hardware_plots(run)
     alerts = alert_table(run)
-    sections = {
-        "saved": "Saved" if has_savings else "",
-        "training": "Training",
-        "experts": "Experts",
-        "health": "Router health" if health else "",
-        "alerts": "Alerts" + (f" ({len(run.alerts):,})" if alerts else ""),
-        "hardware": "Hardware" if hardware else "",
-        "meaning": "What the numbers mean",
-        "configuration": "Configuration",
-    }
     page = Page(
         name=run.config.run.name,
         facts=_facts(run),
@@ -117,7 +105,6 @@ def render(run: RunData) -> str:
         alerts=alerts,
         hardware=hardware,
         table=savings_table(run, summary, savings) if has_savings else None,
-        contents=[(name, title) for name, title in sections.items() if title],
         terms=_terms(run, summary),
         healthy=metrics_in_words(),
         config_text=run.config_text,

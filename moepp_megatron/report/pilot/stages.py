@@ -146,8 +146,7 @@ def _cluster(
         watch += promised(target, model)
         go_on += room(verdict, model)
     go_on.append(
-        "The routing guard has not cried wolf in its dry run: then leave `dry_run` out "
-        "(docs/guard.md)."
+        "The routing guard has raised no false alarm in its dry run: then leave `dry_run` out."
     )
     return Stage(
         title="3. Cluster",

@@ -104,7 +104,8 @@ def test_the_page_asks_nothing_of_the_network_and_its_pictures_are_described(
 ) -> None:
     page = read_whole(contents())
     assert not page.tags & {"script", "link", "iframe"}
-    assert len(page.addresses) == len(page.pictures) == 4
+    assert len([each for each in page.addresses if not each.startswith("#")]) == 4
+    assert len(page.pictures) == 4
     for source, alt in page.pictures:
         start, content = source.split(",", 1)
         assert start == "data:image/svg+xml;base64"
