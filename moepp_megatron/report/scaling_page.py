@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 import moepp_megatron
 from moepp_megatron.config import Config
 from moepp_megatron.observe.atomic import write_atomic
@@ -20,6 +18,7 @@ from moepp_megatron.report.drawing import plot_style
 from moepp_megatron.report.plot import Plot
 from moepp_megatron.report.scaling_plots import scaling_plots, series
 from moepp_megatron.report.scaling_table import KIND_NAMES, MODE_TITLES, short_layout
+from moepp_megatron.report.template import render_template
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,7 @@ def build_scaling_page(
         config_text=config.to_yaml(),
         version=moepp_megatron.__version__,
     )
-    environment = Environment(
-        loader=PackageLoader("moepp_megatron.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("scaling.html.j2").render(page=page)
+    html = render_template("scaling.html.j2", page=page)
     path = folder.path / "scaling.html"
     write_atomic(path, html.encode("ascii", "xmlcharrefreplace"))
     return path
