@@ -33,7 +33,7 @@ import torch
 from moepp_megatron.config import load_config
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
-from moepp_megatron.planning.pilot.statistics import interval
+from moepp_megatron.workbench.experiments.pilot.statistics import interval
 
 BASE = "base"
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moepp_megatron.bench.random_tokens import RandomTokens
 from moepp_megatron.config import Config, Layout, load_config, with_overrides
 from moepp_megatron.runtime import distributed
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
+from moepp_megatron.workbench.bench.random_tokens import RandomTokens
 
 STEPS_BETWEEN = 3
 

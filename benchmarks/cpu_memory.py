@@ -1,14 +1,14 @@
 """Memory of CPU ranks: what `planning.memory` estimates against what training steps take.
 
-    torchrun --nproc-per-node 1 benchmarks/cpu_memory.py --json benchmarks/results/cpu_memory_1.json
-    torchrun --nproc-per-node 2 benchmarks/cpu_memory.py --json benchmarks/results/cpu_memory_2.json
+    torchrun --nproc-per-node 1 -m benchmarks.cpu_memory --json benchmarks/results/cpu_memory_1.json
+    torchrun --nproc-per-node 2 -m benchmarks.cpu_memory --json benchmarks/results/cpu_memory_2.json
 
 Each configuration builds its model, takes a step that makes the optimizer's state, and a second one
-in which every allocation of a tensor is followed (`bench/tensor_bytes.py`). Routing is held at its
-balance, as the estimate assumes. With `--rss` nothing is followed: measured is what the process's
-resident set grows by at its peak over what it was before the model, another gauge of the same with
-what libraries take and the C library keeps (set MALLOC_MMAP_THRESHOLD_=65536, so that it returns
-what tensors free).
+in which every allocation of a tensor is followed (`benchmarks/tensor_bytes.py`). Routing is held at
+its balance, as the estimate assumes. With `--rss` nothing is followed: measured is what the
+process's resident set grows by at its peak over what it was before the model, another gauge of
+the same with what libraries take and the C library keeps (set MALLOC_MMAP_THRESHOLD_=65536, so
+that it returns what tensors free).
 """
 
 from __future__ import annotations
@@ -109,11 +109,11 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
 
 def measure(name: str, settings: tuple[str, ...], folder: Path, rss: bool) -> list[dict[str, Any]]:
     """Estimate and measurement on every rank; every rank calls and gets all."""
-    from moepp_megatron.bench.fresh_ranks import forget_model
-    from moepp_megatron.bench.step import Stepper
-    from moepp_megatron.bench.tensor_bytes import tensor_bytes
+    from benchmarks.fresh_ranks import forget_model
+    from benchmarks.tensor_bytes import tensor_bytes
     from moepp_megatron.config import Layout, load_config
     from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.workbench.bench.step import Stepper
 
     config = load_config(QUICKSTART, [f"run.dir={folder}", *_SHORT, *settings])
     layout = Layout.from_config(config, dist.get_world_size())
@@ -144,7 +144,7 @@ def measure(name: str, settings: tuple[str, ...], folder: Path, rss: bool) -> li
 
 def _resident(prepare: Callable[[], Callable[[], object]]) -> Any:
     """As `tensor_bytes`, from the kernel's count of pages."""
-    from moepp_megatron.bench.tensor_bytes import TensorBytes
+    from benchmarks.tensor_bytes import TensorBytes
 
     gc.collect()
     resident = _status("VmRSS")
@@ -182,7 +182,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def estimated(row: dict[str, Any]) -> dict[str, Any]:
     """The row with today's estimate beside what was measured."""
     from moepp_megatron.config import Layout, load_config
-    from moepp_megatron.planning.memory import rank_memory
+    from moepp_megatron.workbench.planning.memory import rank_memory
 
     config = load_config(QUICKSTART, ["run.dir=unused", *_SHORT, *row["settings"]])
     layout = Layout.from_config(config, row["ranks"])

@@ -1,16 +1,16 @@
 """Step times of CPU ranks: a calibration, and what the cost model says of layouts outside it.
 
-    python benchmarks/cpu_step_times.py --json benchmarks/results/cpu_step_times.json
+    python -m benchmarks.cpu_step_times --json benchmarks/results/cpu_step_times.json
 
 For 1 and 2 ranks in turn, torchrun starts ranks once; they build one layout of the quickstart model
 after the other and take steps of it, in several passes over all layouts, every second one
 backwards, so that a machine that gets slower meets all alike. A layout's time is the median of its
 steps. Matrix products and the optimizer alone are timed too; exchanges are not, because in a step
 each waits for the rank that comes last, which alone they do not show. From the layouts that
-`LAYOUTS` calls "fit" and from these small measurements `planning.calibration` takes the machine's
-eight numbers; the other layouts are predicted. Every visit is written at once: started again, the
-command goes on where it was. With `--report` it only reads the file. A rank computes with one
-thread.
+`LAYOUTS` calls "fit" and from these small measurements `benchmarks/calibration.py` takes the
+machine's eight numbers; the other layouts are predicted. Every visit is written at once: started
+again, the command goes on where it was. With `--report` it only reads the file. A rank computes
+with one thread.
 """
 
 from __future__ import annotations
@@ -181,10 +181,10 @@ def _time_layout(settings: tuple[str, ...], folder: str, steps: int) -> list[flo
     """Seconds of steps after one that warms up."""
     import torch.distributed as dist
 
-    from moepp_megatron.bench.fresh_ranks import forget_model
-    from moepp_megatron.bench.step import Stepper
+    from benchmarks.fresh_ranks import forget_model
     from moepp_megatron.config import Layout
     from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.workbench.bench.step import Stepper
 
     config = configuration(settings, folder)
     layout = Layout.from_config(config, dist.get_world_size())
@@ -248,14 +248,14 @@ def _processor_seconds(work: Callable[[], object], repeats: int) -> float:
 
 def read_rates(path: Path) -> Any:
     """Rates of a file of results."""
-    from moepp_megatron.planning.cpu_rates import parse_rates
+    from moepp_megatron.workbench.planning.cpu_rates import parse_rates
 
     return parse_rates(json.loads(path.read_text()).get("rates"), str(path))
 
 
 def _single_operations(content: dict[str, Any]) -> list[Any]:
     """Observations of operations alone: the median of each; processor time knows no turns."""
-    from moepp_megatron.planning import calibration
+    from benchmarks import calibration
 
     times: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for visit in content["visits"]:
@@ -274,8 +274,8 @@ def _single_operations(content: dict[str, Any]) -> list[Any]:
 
 def _layouts(content: dict[str, Any]) -> list[tuple[str, str, int, Any]]:
     """Set, name, ranks and observation of every layout, the calibration's first."""
+    from benchmarks.calibration import layout_observation
     from moepp_megatron.config import Layout
-    from moepp_megatron.planning.calibration import layout_observation
 
     times: dict[tuple[int, str], list[float]] = defaultdict(list)
     for visit in content["visits"]:
@@ -294,8 +294,8 @@ def _layouts(content: dict[str, Any]) -> list[tuple[str, str, int, Any]]:
 
 def report(path: Path, source: Path | None = None) -> list[str]:
     """Fits (or takes rates of another file), predicts, writes both; the table in Markdown."""
+    from benchmarks.calibration import fit
     from moepp_megatron.observe.atomic import write_atomic
-    from moepp_megatron.planning.calibration import fit
 
     content = json.loads(path.read_text())
     layouts = _layouts(content)
@@ -360,7 +360,7 @@ def main() -> None:
                 "--nproc-per-node",
                 str(ranks),
             ]
-            command += [__file__, "--json", str(path), "--on-rank"]
+            command += ["-m", "benchmarks.cpu_step_times", "--json", str(path), "--on-rank"]
             command += ["--passes", str(arguments.passes), "--steps", str(arguments.steps)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     print("\n".join(report(path, arguments.rates)))

@@ -21,14 +21,14 @@ from statistics import median
 
 from moepp_megatron.config import load_config
 from moepp_megatron.config.hardware import load_hardware
-from moepp_megatron.planning.coster import Coster
-from moepp_megatron.planning.grid import Grid
-from moepp_megatron.planning.imbalance import FORCED_BALANCE
-from moepp_megatron.planning.machine import Machine, machine_of
-from moepp_megatron.planning.search import Space
-from moepp_megatron.planning.simulation.load import EVEN
-from moepp_megatron.planning.simulation.step import Conditions, simulate
-from moepp_megatron.planning.step import step_time
+from moepp_megatron.workbench.planning.coster import Coster
+from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE
+from moepp_megatron.workbench.planning.machine import Machine, machine_of
+from moepp_megatron.workbench.planning.search import Space
+from moepp_megatron.workbench.planning.simulation.load import EVEN
+from moepp_megatron.workbench.planning.simulation.step import Conditions, simulate
+from moepp_megatron.workbench.planning.step import step_time
 
 # Passes of a pipeline above which a layout is too slow to play; few have so many.
 _MOST_PASSES = 40_000

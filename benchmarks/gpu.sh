@@ -114,6 +114,6 @@ done
 
 if ((gpus == 0)); then out=${out:-$work}; fi
 printf '\n'
-"$MOEPP_BIN/python" -m moepp_megatron.bench.record "$work" --out "${out:-benchmarks/results}" \
+"$MOEPP_BIN/python" -m benchmarks.record "$work" --out "${out:-benchmarks/results}" \
     --command "$command" ${allow_cpu:+"$allow_cpu"} || failed=1
 exit "$failed"

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
-from moepp_megatron.report.run_data import RunConfig, load_run
+from moepp_megatron.workbench.report.run_data import RunConfig, load_run
 
 
 def values(records: list[StepMetrics], config: RunConfig) -> dict[str, list[float]]:

@@ -62,7 +62,7 @@ def layer(
     pass_names = parse_choices("--passes", passes, ("forward", "forward_backward"))
     (chosen_dtype,) = parse_choices("--dtype", dtype, _LAYER_DTYPES)
     (recipe,) = parse_choices("--fp8-recipe", fp8_recipe, _FP8_RECIPES)
-    from moepp_megatron.bench.shapes import SHAPES
+    from moepp_megatron.workbench.bench.shapes import SHAPES
 
     shape_names = parse_choices("--shapes", shapes, tuple(SHAPES))
     from moepp_megatron.runtime.quiet import quiet
@@ -70,10 +70,10 @@ def layer(
     quiet()
     if chosen_dtype == "fp8":
         _refuse_unfit_fp8(recipe)
-    from moepp_megatron.bench.layer import LayerSetting, run_layer_benchmark
-    from moepp_megatron.bench.process import single_process
-    from moepp_megatron.report import bench, bench_bounds
-    from moepp_megatron.report.progress import progress
+    from moepp_megatron.workbench.bench.layer import LayerSetting, run_layer_benchmark
+    from moepp_megatron.workbench.bench.process import single_process
+    from moepp_megatron.workbench.report import bench, bench_bounds
+    from moepp_megatron.workbench.report.progress import progress
 
     total = len(shape_names) * len(tau_values) * len(pass_names)
     with single_process(), progress(total) as advance:
@@ -97,10 +97,10 @@ def layer(
 
 
 def _refuse_unfit_fp8(recipe: str) -> None:
-    from moepp_megatron.bench.contestants import layer_config
-    from moepp_megatron.bench.shapes import SHAPES
     from moepp_megatron.config import UnfitError
     from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
+    from moepp_megatron.workbench.bench.contestants import layer_config
+    from moepp_megatron.workbench.bench.shapes import SHAPES
 
     config = layer_config(SHAPES["0.6B"], 0.75, "fp8", False, "alltoall", recipe)
     obstacle = fp8_obstacle(config, FP8Machine.this())
@@ -138,8 +138,8 @@ def card(
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
-    from moepp_megatron.bench.card import measure_card
-    from moepp_megatron.report import bench, bench_bounds
+    from moepp_megatron.workbench.bench.card import measure_card
+    from moepp_megatron.workbench.report import bench, bench_bounds
 
     result = measure_card(names, size, None if megabytes is None else megabytes * 10**6)
     bench_bounds.print_card(result, names)
@@ -203,10 +203,10 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
-    from moepp_megatron.bench.step import run_step_benchmark
-    from moepp_megatron.report import bench
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.workbench.bench.step import run_step_benchmark
+    from moepp_megatron.workbench.report import bench
 
     rank = RankEnvironment.read()
     with distributed.joined(rank):
@@ -270,9 +270,9 @@ def dispatch(
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
-    from moepp_megatron.bench.dispatch import DispatchSetting, run_dispatch_benchmark
-    from moepp_megatron.report import bench
     from moepp_megatron.runtime import distributed
+    from moepp_megatron.workbench.bench.dispatch import DispatchSetting, run_dispatch_benchmark
+    from moepp_megatron.workbench.report import bench
 
     setting = DispatchSetting(tokens, hidden_size, experts, topk, phi, chosen_dtype)
     with distributed.joined(rank):

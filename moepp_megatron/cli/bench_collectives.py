@@ -94,7 +94,7 @@ def collectives(
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
-    from moepp_megatron.bench import collectives as bench
+    from moepp_megatron.workbench.bench import collectives as bench
 
     setting = bench.CollectiveSetting(
         operations=names,
@@ -127,12 +127,12 @@ def _measure(setting: object, json_file: Path | None, plot: Path | None) -> None
     """Be one rank; rank 0 prints and writes."""
     from contextlib import nullcontext
 
-    from moepp_megatron.bench.collectives import CollectiveSetting, run_collectives
-    from moepp_megatron.report import bench, collectives
-    from moepp_megatron.report.progress import progress
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.launch import leave
     from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.workbench.bench.collectives import CollectiveSetting, run_collectives
+    from moepp_megatron.workbench.report import bench, collectives
+    from moepp_megatron.workbench.report.progress import progress
 
     assert isinstance(setting, CollectiveSetting)
     rank = RankEnvironment.read()

@@ -13,7 +13,7 @@ from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import Config, UnfitError, load_config
 
 if TYPE_CHECKING:
-    from moepp_megatron.health.finding import Finding
+    from moepp_megatron.workbench.doctor.finding import Finding
 
 
 def doctor(
@@ -81,9 +81,9 @@ def _examine(
     gpus: int | None,
     rank: object,
 ) -> list[Finding] | None:
-    from moepp_megatron.health.examine import Request, expected_gpus
-    from moepp_megatron.health.session import examine_machine, examine_ranks
     from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.workbench.doctor.examine import Request, expected_gpus
+    from moepp_megatron.workbench.doctor.session import examine_machine, examine_ranks
 
     assert isinstance(rank, RankEnvironment), "read above"
     expected = gpus if gpus is not None else expected_gpus()
@@ -92,8 +92,8 @@ def _examine(
 
 
 def _show(findings: list[Finding], preflight: bool, as_json: bool, out: Path | None) -> None:
-    from moepp_megatron.health.finding import Severity
-    from moepp_megatron.health.table import counts, findings_table
+    from moepp_megatron.workbench.doctor.finding import Severity
+    from moepp_megatron.workbench.doctor.table import counts, findings_table
 
     text = json.dumps({"findings": [finding.as_dict() for finding in findings]}, indent=2)
     if out is not None:
@@ -123,8 +123,8 @@ def _show(findings: list[Finding], preflight: bool, as_json: bool, out: Path | N
 
 
 def _leave(findings: list[Finding]) -> None:
-    from moepp_megatron.health.finding import Severity, worst
     from moepp_megatron.runtime.launch import leave
+    from moepp_megatron.workbench.doctor.finding import Severity, worst
 
     if worst(findings) >= Severity.ERROR:
         leave(UnfitError.exit_code)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from rich.table import Table
 
 from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
-from moepp_megatron.planning.efficiency import DEFAULT
-from moepp_megatron.planning.memory import RankMemory, rank_memory
-from moepp_megatron.planning.target import Target, target_of
-from moepp_megatron.report import formatting
-from moepp_megatron.report.terminal import plain_table, print_whole
+from moepp_megatron.workbench.planning.efficiency import DEFAULT
+from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
+from moepp_megatron.workbench.planning.target import Target, target_of
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.terminal import plain_table, print_whole
 
 # A large grid says nothing that its first and last ranks do not.
 _MOST_RANKS = 16
@@ -74,9 +74,9 @@ def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
-    from moepp_megatron.planning.built_rank.build import build_rank
-    from moepp_megatron.planning.built_rank.check import check_rank
-    from moepp_megatron.planning.workload import Workload
+    from moepp_megatron.workbench.planning.built_rank.build import build_rank
+    from moepp_megatron.workbench.planning.built_rank.check import check_rank
+    from moepp_megatron.workbench.planning.workload import Workload
 
     built = build_rank(config, layout, rank)
     table = Table("", "built", "expected", "", title=f"rank {rank} of {layout.world_size:,}, built")

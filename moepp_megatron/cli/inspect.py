@@ -10,7 +10,7 @@ import typer
 from moepp_megatron.cli.echo import echo
 
 if TYPE_CHECKING:
-    from moepp_megatron.inspection.request import InspectRequest
+    from moepp_megatron.workbench.inspection.request import InspectRequest
 
 
 def inspect(
@@ -58,8 +58,8 @@ def inspect(
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
-    from moepp_megatron.inspection.request import InspectRequest
     from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.workbench.inspection.request import InspectRequest
 
     rank = RankEnvironment.read()
     world_size = rank.world_size if rank.is_launched else nproc
@@ -91,9 +91,9 @@ def inspect(
 
 
 def _inspect_rank(request: InspectRequest) -> None:
-    from moepp_megatron.inspection.record import trace_models
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.workbench.inspection.record import trace_models
 
     rank = RankEnvironment.read()
     if rank.rank == 0:
@@ -102,7 +102,7 @@ def _inspect_rank(request: InspectRequest) -> None:
     with distributed.joined(rank):
         traces = trace_models(request)
     if rank.rank == 0:
-        from moepp_megatron.report.inspect import write_inspection
+        from moepp_megatron.workbench.report.inspect import write_inspection
 
         for name, path in write_inspection(request, traces):
             echo(f"{name:12} {path}")

@@ -51,17 +51,17 @@ def monitor(
             f"RUN ({len(run)} folders) must be one, which is shown; "
             "name one, or serve all of them with --prometheus PORT"
         )
-    from moepp_megatron.report.live.run import LiveRun
-    from moepp_megatron.report.live.screen import print_frame, watch
-    from moepp_megatron.report.run_data import ReportError
     from moepp_megatron.runtime.terminal import Console
+    from moepp_megatron.workbench.report.live.run import LiveRun
+    from moepp_megatron.workbench.report.live.screen import print_frame, watch
+    from moepp_megatron.workbench.report.run_data import ReportError
 
     console = Console()
     try:
         if prometheus is not None and (
             not _serve(run, prometheus, bind) or not console.is_terminal
         ):
-            from moepp_megatron.report.live.prometheus import wait_until_stopped
+            from moepp_megatron.workbench.report.live.prometheus import wait_until_stopped
 
             wait_until_stopped()
             return
@@ -76,8 +76,8 @@ def monitor(
 
 def _serve(folders: list[Path], port: int, bind: str) -> bool:
     """Begins to serve; returns whether there is one run, which can be shown beside."""
-    from moepp_megatron.report.live.prometheus import is_open, serve
-    from moepp_megatron.report.live.runs import LiveRuns
+    from moepp_megatron.workbench.report.live.prometheus import is_open, serve
+    from moepp_megatron.workbench.report.live.runs import LiveRuns
 
     runs = LiveRuns(folders)
     address = serve(runs, port, bind)

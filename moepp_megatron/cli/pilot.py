@@ -13,9 +13,9 @@ from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
 
 if TYPE_CHECKING:
-    from moepp_megatron.planning.pilot.collect import Pilot
-    from moepp_megatron.planning.pilot.extrapolate import TargetRequest
-    from moepp_megatron.planning.pilot.runs import PilotRun
+    from moepp_megatron.workbench.experiments.pilot.collect import Pilot
+    from moepp_megatron.workbench.experiments.pilot.extrapolate import TargetRequest
+    from moepp_megatron.workbench.experiments.pilot.runs import PilotRun
 
 _TARGET = "Extrapolate to"
 
@@ -89,9 +89,9 @@ def pilot(
     """
     settings = load_config(config, overrides or [])
     request = _target(settings, config, target, gpus, gpu, price, tokens)
-    from moepp_megatron.planning.pilot.arms import build_arms
-    from moepp_megatron.planning.pilot.collect import Pilot
-    from moepp_megatron.planning.pilot.runs import PilotFolder, ordered_runs
+    from moepp_megatron.workbench.experiments.pilot.arms import build_arms
+    from moepp_megatron.workbench.experiments.pilot.collect import Pilot
+    from moepp_megatron.workbench.experiments.pilot.runs import PilotFolder, ordered_runs
 
     arms = build_arms(
         settings, steps or settings.training.train_iters, _taus(settings, taus), eval_iters
@@ -116,8 +116,8 @@ def pilot(
 
 
 def _run_and_write(whole: Pilot, runs: list[PilotRun], collect: bool) -> None:
-    from moepp_megatron.planning.pilot.jobs import Interrupted
-    from moepp_megatron.planning.pilot.runs import RunFailed
+    from moepp_megatron.workbench.experiments.pilot.jobs import Interrupted
+    from moepp_megatron.workbench.experiments.pilot.runs import RunFailed
 
     try:
         _announce(whole, runs)
@@ -151,8 +151,8 @@ def _announce(whole: Pilot, runs: list[PilotRun]) -> None:
 
 def _run(whole: Pilot, runs: list[PilotRun]) -> None:
     """Do what is missing; results are written after each seed."""
-    from moepp_megatron.planning.pilot.jobs import Jobs
-    from moepp_megatron.report.progress import progress
+    from moepp_megatron.workbench.experiments.pilot.jobs import Jobs
+    from moepp_megatron.workbench.report.progress import progress
 
     missing = [run for run in runs if not whole.folder.is_done(run)]
 
@@ -168,7 +168,7 @@ def _run(whole: Pilot, runs: list[PilotRun]) -> None:
 def _write(whole: Pilot) -> bool:
     """Write results of whole seeds; false where there is none."""
     from moepp_megatron.observe.atomic import write_atomic
-    from moepp_megatron.report.pilot import write_pilot_page
+    from moepp_megatron.workbench.experiments.pilot.report import write_pilot_page
 
     result = whole.result()
     if result is None:
@@ -180,8 +180,8 @@ def _write(whole: Pilot) -> bool:
 
 
 def _finish(whole: Pilot, runs: list[PilotRun]) -> None:
-    from moepp_megatron.planning.pilot.result import PilotResult
-    from moepp_megatron.report.pilot import print_pilot
+    from moepp_megatron.workbench.experiments.pilot.report import print_pilot
+    from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 
     path = whole.folder.path
     missing = [run for run in runs if not whole.folder.is_done(run)]
@@ -201,7 +201,7 @@ def _finish(whole: Pilot, runs: list[PilotRun]) -> None:
 
 def _taus(config: Config, text: str | None) -> list[float]:
     from moepp_megatron.config.choices import parse_numbers
-    from moepp_megatron.planning.pilot.arms import configured_tau
+    from moepp_megatron.workbench.experiments.pilot.arms import configured_tau
 
     if text is None:
         return sorted({configured_tau(config), 0.5, 1.0}, reverse=True)
@@ -250,8 +250,8 @@ def _target(
         return None
     wanted = settings if target is None else load_config(target)
     hardware = load_hardware(nearest_hardware(gpu))
-    from moepp_megatron.planning.machine import machine_of
-    from moepp_megatron.planning.pilot.extrapolate import TargetRequest
+    from moepp_megatron.workbench.experiments.pilot.extrapolate import TargetRequest
+    from moepp_megatron.workbench.planning.machine import machine_of
 
     training = wanted.training
     per_step = training.global_batch_size * wanted.model.seq_length

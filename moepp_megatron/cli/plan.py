@@ -12,7 +12,7 @@ from moepp_megatron.cli.plan_simulation import Assume, Simulate, Steps, play_bes
 from moepp_megatron.config import Config, ConfigError, load_config
 
 if TYPE_CHECKING:
-    from moepp_megatron.planning.plan import Plan
+    from moepp_megatron.workbench.planning.plan import Plan
 
 
 def plan(
@@ -72,19 +72,19 @@ def plan(
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} ({value:g}) must be a number above 0; use for example 2.5")
     hardware = load_hardware(nearest_hardware(gpu))
-    from moepp_megatron.planning.machine import machine_of
+    from moepp_megatron.workbench.planning.machine import machine_of
 
     machine = machine_of(hardware)
-    from moepp_megatron.planning.imbalance import LEARNED
-    from moepp_megatron.planning.plan import make_plan
-    from moepp_megatron.planning.recorded_routing import recorded_routing
+    from moepp_megatron.workbench.planning.imbalance import LEARNED
+    from moepp_megatron.workbench.planning.plan import make_plan
+    from moepp_megatron.workbench.planning.recorded_routing import recorded_routing
 
     moe = settings.moe
     evenness = (
         recorded_routing(routing, moe.num_ffn_experts, moe.router_topk) if routing else LEARNED
     )
     result = make_plan(settings, gpus, machine, evenness, tau_values, top)
-    from moepp_megatron.report import plan as report
+    from moepp_megatron.workbench.report import plan as report
 
     training = settings.training
     per_step = training.global_batch_size * settings.model.seq_length
@@ -93,7 +93,7 @@ def plan(
     )
     played = play_best(result, routing, simulate_steps, assume or []) if simulate else None
     if played is not None:
-        from moepp_megatron.report import simulation as played_report
+        from moepp_megatron.workbench.report import simulation as played_report
 
         played_report.print_study(played)
     if json_file is not None:
@@ -128,7 +128,7 @@ def _require_fit(result: Plan) -> None:
 def _write_layout(out: Path, result: Plan, config: Path, overrides: list[str]) -> None:
     from moepp_megatron.config.load import parse_override
     from moepp_megatron.observe.atomic import write_atomic
-    from moepp_megatron.planning.overlay import overlay_text
+    from moepp_megatron.workbench.planning.overlay import overlay_text
 
     best = result.best
     assert best is not None, "a layout that fits was required"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from moepp_megatron.planning.plan import Plan
-    from moepp_megatron.planning.simulation.study import Study
+    from moepp_megatron.workbench.planning.plan import Plan
+    from moepp_megatron.workbench.planning.simulation.study import Study
 
 Simulate = Annotated[
     bool,
@@ -35,11 +35,11 @@ def play_best(plan: Plan, routing: Path | None, steps: int, assume: list[str]) -
     Raises:
         ConfigError: An assumption that is unknown or out of range.
     """
-    from moepp_megatron.planning.recorded_routing import recorded_shares
-    from moepp_megatron.planning.simulation.assumptions import parse_assumptions
-    from moepp_megatron.planning.simulation.load import LoadSource
-    from moepp_megatron.planning.simulation.study import study
-    from moepp_megatron.planning.workload import Workload
+    from moepp_megatron.workbench.planning.recorded_routing import recorded_shares
+    from moepp_megatron.workbench.planning.simulation.assumptions import parse_assumptions
+    from moepp_megatron.workbench.planning.simulation.load import LoadSource
+    from moepp_megatron.workbench.planning.simulation.study import study
+    from moepp_megatron.workbench.planning.workload import Workload
 
     assumptions = parse_assumptions(assume)
     if plan.best is None:

@@ -10,9 +10,9 @@ import typer
 from moepp_megatron.cli.echo import echo
 
 if TYPE_CHECKING:
-    from moepp_megatron.profiling.analysis import Profile
-    from moepp_megatron.profiling.compare import Comparison
-    from moepp_megatron.profiling.summary import Summary
+    from moepp_megatron.workbench.profiling.analysis import Profile
+    from moepp_megatron.workbench.profiling.compare import Comparison
+    from moepp_megatron.workbench.profiling.summary import Summary
 
 
 def profile(
@@ -50,9 +50,9 @@ def profile(
 ) -> None:
     """Say where a run's communication time goes: tables, a page, a trace for Perfetto."""
     from moepp_megatron.config import ConfigError
-    from moepp_megatron.profiling.formats.records import SourceError
-    from moepp_megatron.profiling.load import has_kineto
-    from moepp_megatron.profiling.trace import ProfileError
+    from moepp_megatron.workbench.profiling.formats.records import SourceError
+    from moepp_megatron.workbench.profiling.load import has_kineto
+    from moepp_megatron.workbench.profiling.trace import ProfileError
 
     try:
         if has_kineto(run) or not _is_other_source(run):
@@ -80,14 +80,14 @@ def _profile(
     import json
 
     from moepp_megatron.observe.atomic import write_atomic
-    from moepp_megatron.profiling.analysis import analyse
-    from moepp_megatron.profiling.document import document
-    from moepp_megatron.profiling.measures.ceiling import Ceiling
-    from moepp_megatron.profiling.perfetto import merged_trace
-    from moepp_megatron.profiling.step_summary import measured_peak, summarise
-    from moepp_megatron.report.profile.page import render
-    from moepp_megatron.report.profile.terminal import print_profile
-    from moepp_megatron.report.profile.words import findings
+    from moepp_megatron.workbench.profiling.analysis import analyse
+    from moepp_megatron.workbench.profiling.document import document
+    from moepp_megatron.workbench.profiling.measures.ceiling import Ceiling
+    from moepp_megatron.workbench.profiling.perfetto import merged_trace
+    from moepp_megatron.workbench.profiling.step_summary import measured_peak, summarise
+    from moepp_megatron.workbench.report.profile.page import render
+    from moepp_megatron.workbench.report.profile.terminal import print_profile
+    from moepp_megatron.workbench.report.profile.words import findings
 
     peaks = None if ceiling is None else measured_peak(Ceiling.read(ceiling))
     found: Profile = analyse(run, step, peaks)
@@ -109,7 +109,7 @@ def _profile(
 def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
     """Of a source that knows collectives and nothing else."""
     from moepp_megatron.observe.atomic import write_atomic
-    from moepp_megatron.report.profile.terminal import print_summary
+    from moepp_megatron.workbench.report.profile.terminal import print_summary
 
     summary = _summary(run)
     if json_file is not None:
@@ -120,11 +120,11 @@ def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
 
 def _summary(path: Path) -> Summary:
     """Of anything that can be compared."""
-    from moepp_megatron.profiling.analysis import analyse
-    from moepp_megatron.profiling.formats.sources import read_recording
-    from moepp_megatron.profiling.load import has_kineto
-    from moepp_megatron.profiling.step_summary import summarise
-    from moepp_megatron.profiling.summary import read_summary, summarise_recording
+    from moepp_megatron.workbench.profiling.analysis import analyse
+    from moepp_megatron.workbench.profiling.formats.sources import read_recording
+    from moepp_megatron.workbench.profiling.load import has_kineto
+    from moepp_megatron.workbench.profiling.step_summary import summarise
+    from moepp_megatron.workbench.profiling.summary import read_summary, summarise_recording
 
     if has_kineto(path):
         return summarise(analyse(path), _name(path))
@@ -134,13 +134,13 @@ def _summary(path: Path) -> Summary:
 
 
 def _compare(after: Summary, against: Path) -> Comparison:
-    from moepp_megatron.profiling.compare import compare
+    from moepp_megatron.workbench.profiling.compare import compare
 
     return compare(_summary(against), after)
 
 
 def _print_comparison(comparison: Comparison | None) -> None:
-    from moepp_megatron.report.profile_comparison import comparison_text
+    from moepp_megatron.workbench.report.profile_comparison import comparison_text
 
     if comparison is not None:
         echo(comparison_text(comparison))
@@ -148,7 +148,7 @@ def _print_comparison(comparison: Comparison | None) -> None:
 
 def _is_other_source(path: Path) -> bool:
     """Whether a file, or one in a folder, is of a source that is not torch's profiler."""
-    from moepp_megatron.profiling.formats.sources import Format, recognise
+    from moepp_megatron.workbench.profiling.formats.sources import Format, recognise
 
     files = [one for one in path.iterdir() if one.is_file()] if path.is_dir() else [path]
     kinds = {recognise(file) for file in files if file.is_file()}

@@ -13,7 +13,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
 ) -> None:
     """Rebuild RUN/report.html from RUN/config.yaml and RUN/metrics.jsonl."""
-    from moepp_megatron.report import ReportError, build_report
+    from moepp_megatron.workbench.report import ReportError, build_report
 
     try:
         page = build_report(run)

@@ -20,11 +20,11 @@ from moepp_megatron.config import (
 )
 
 if TYPE_CHECKING:
-    from moepp_megatron.profiling.scaling.folder import Measuring, ScalingFolder
-    from moepp_megatron.profiling.scaling.grid import Grid, Point
-    from moepp_megatron.profiling.scaling.jobs import Jobs
     from moepp_megatron.runtime.nodes import Nodes
     from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.workbench.experiments.scaling.folder import Measuring, ScalingFolder
+    from moepp_megatron.workbench.experiments.scaling.grid import Grid, Point
+    from moepp_megatron.workbench.experiments.scaling.jobs import Jobs
 
 # Of options for batch scripts.
 _SCHEDULER = "For batch scripts"
@@ -108,9 +108,9 @@ def scale(
     nothing depends on training.
     """
     from moepp_megatron.config.choices import parse_choices, parse_counts
-    from moepp_megatron.profiling.scaling.folder import Measuring, ScalingFolder
-    from moepp_megatron.profiling.scaling.grid import KINDS, MODES, build_grid
     from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.workbench.experiments.scaling.folder import Measuring, ScalingFolder
+    from moepp_megatron.workbench.experiments.scaling.grid import KINDS, MODES, build_grid
 
     modes = parse_choices("--mode", mode, MODES)
     chosen = parse_choices("--kinds", kinds, KINDS)
@@ -137,7 +137,7 @@ def scale(
     if plan:
         _print_plan(grid, folder)
         return
-    from moepp_megatron.profiling.scaling.jobs import Interrupted, Jobs
+    from moepp_megatron.workbench.experiments.scaling.jobs import Interrupted, Jobs
 
     command = ["scale", str(config), *(overrides or []), "--out", str(out), "--nproc", nproc]
     command += ["--mode", mode, "--kinds", kinds, "--repeats", str(repeats)]
@@ -187,7 +187,7 @@ def _own_point(grid: Grid, name: str | None, world_size: int) -> Point:
 
 
 def _print_plan(grid: Grid, folder: ScalingFolder) -> None:
-    from moepp_megatron.profiling.scaling.folder import unfinished
+    from moepp_megatron.workbench.experiments.scaling.folder import unfinished
 
     for each in unfinished(folder, grid.points):
         echo(f"{each.name} {each.nproc}")
@@ -203,8 +203,8 @@ def _run_one(jobs: Jobs, point: Point, nodes: Nodes | None) -> None:
 
 def _run_all(config: Config, grid: Grid, jobs: Jobs) -> int:
     """Measure everything that is missing, on this machine; returns how many points failed."""
-    from moepp_megatron.profiling.scaling.folder import unfinished
-    from moepp_megatron.report.progress import progress
+    from moepp_megatron.workbench.experiments.scaling.folder import unfinished
+    from moepp_megatron.workbench.report.progress import progress
 
     for warning in check_config(config):
         echo(f"warning: {warning}", err=True)
@@ -239,7 +239,7 @@ def _measure_on_rank(
     try:
         _measure(config, point, measuring, folder, rank)
     except Exception as error:
-        from moepp_megatron.profiling.scaling.folder import FAILURE_MARK
+        from moepp_megatron.workbench.experiments.scaling.folder import FAILURE_MARK
 
         traceback.print_exc()
         first_line = (str(error).splitlines() or [""])[0]
@@ -250,8 +250,8 @@ def _measure_on_rank(
 def _measure(
     config: Config, point: Point, measuring: Measuring, folder: ScalingFolder, rank: RankEnvironment
 ) -> None:
-    from moepp_megatron.bench.scale import measure_point
     from moepp_megatron.runtime import distributed
+    from moepp_megatron.workbench.experiments.scaling.measure import measure_point
 
     own = point.config(config)
     layout = Layout.from_config(own, rank.world_size)
@@ -263,15 +263,16 @@ def _measure(
 
 
 def _collect(config: Config, grid: Grid, measuring: Measuring, folder: ScalingFolder) -> None:
-    from moepp_megatron.profiling.scaling.efficiency import scale_records
-    from moepp_megatron.report import scaling_page, scaling_table
+    from moepp_megatron.workbench.experiments.scaling.efficiency import scale_records
+    from moepp_megatron.workbench.experiments.scaling.page import build_scaling_page
+    from moepp_megatron.workbench.experiments.scaling.table import print_records, write_records
 
     records = scale_records(folder, grid.points)
     if not records:
         echo("no point is measured yet", err=True)
         return
-    scaling_table.print_records(records)
-    results = scaling_table.write_records(folder.path / "scale.json", records)
-    page = scaling_page.build_scaling_page(config, grid, measuring, folder, records)
+    print_records(records)
+    results = write_records(folder.path / "scale.json", records)
+    page = build_scaling_page(config, grid, measuring, folder, records)
     echo(f"results      {results}")
     echo(f"page         {page}")

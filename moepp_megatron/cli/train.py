@@ -390,8 +390,8 @@ def _finish(config: Config, record: StepMetrics | None) -> None:
 def _settled_ffn_share(run: Path, last: StepMetrics) -> tuple[float, str]:
     """The FFN share that the page names, and the steps that it is the mean of."""
     from moepp_megatron.observe.metrics import MetricsError
-    from moepp_megatron.report.run_data import ReportError, load_run
-    from moepp_megatron.report.summary import summarize
+    from moepp_megatron.workbench.report.run_data import ReportError, load_run
+    from moepp_megatron.workbench.report.summary import summarize
 
     try:
         summary = summarize(load_run(run))
@@ -403,7 +403,7 @@ def _settled_ffn_share(run: Path, last: StepMetrics) -> tuple[float, str]:
 
 def _report(run: Path) -> str:
     """The page that was written, or why none was: that ends no run."""
-    from moepp_megatron.report import ReportError, build_report
+    from moepp_megatron.workbench.report import ReportError, build_report
 
     try:
         return str(build_report(run))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moepp_megatron.bench.card import card_obstacle
+from moepp_megatron.workbench.bench.card import card_obstacle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 

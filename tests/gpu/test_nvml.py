@@ -10,7 +10,7 @@ import torch
 
 from moepp_megatron.observe.telemetry import GpuSource
 from moepp_megatron.runtime.nvml import Nvml
-from tests.unit.health.fake_nvml import FakeNvml, answers
+from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
 
 pytestmark = pytest.mark.gpu
 

@@ -71,7 +71,7 @@ def reset() -> None:
     import torch
     import torch.distributed as dist
 
-    from moepp_megatron.bench.fresh_ranks import forget_model
+    from benchmarks.fresh_ranks import forget_model
 
     assert dist.is_initialized(), "the function destroyed the default group, which ranks keep"
     forget_model()

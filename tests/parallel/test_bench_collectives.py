@@ -24,7 +24,7 @@ def measure(dtype: str, group_sizes: list[int]) -> list[dict[str, Any]]:
 
     import torch
 
-    from moepp_megatron.bench.collectives import CollectiveSetting, run_collectives
+    from moepp_megatron.workbench.bench.collectives import CollectiveSetting, run_collectives
 
     setting = CollectiveSetting(OPERATIONS, [4, 1000], group_sizes, dtype, 1, 1, 2)
     return [asdict(result) for result in run_collectives(setting, torch.device("cpu"), 2)]
@@ -58,7 +58,7 @@ def sabotaged(kind: str) -> int:
     import torch
     import torch.distributed as dist
 
-    from moepp_megatron.bench.collective_cases import KINDS, Buffers, Case, Group
+    from moepp_megatron.workbench.bench.collective_cases import KINDS, Buffers, Case, Group
 
     device = torch.device("cpu")
     group = Group(dist.group.WORLD, tuple(range(dist.get_world_size())))

@@ -15,7 +15,7 @@ def measure(dtype: str) -> list[dict[str, Any]]:
     """This rank's results, and what its own selections ask for."""
     from dataclasses import asdict
 
-    from moepp_megatron.bench.dispatch import DispatchSetting, run_dispatch_benchmark
+    from moepp_megatron.workbench.bench.dispatch import DispatchSetting, run_dispatch_benchmark
 
     setting = DispatchSetting(TOKENS, HIDDEN, EXPERTS, TOPK, PHI, dtype)
     return [asdict(result) for result in run_dispatch_benchmark(setting, rounds=2, warmup=1)]
@@ -25,7 +25,7 @@ def remote_vectors() -> list[tuple[int, int]]:
     """(rows, distinct tokens) that the selections of phi send to the other one of two ranks."""
     import torch.distributed as dist
 
-    from moepp_megatron.bench.dispatch import DispatchSetting, draw_selections
+    from moepp_megatron.workbench.bench.dispatch import DispatchSetting, draw_selections
 
     setting = DispatchSetting(TOKENS, HIDDEN, EXPERTS, TOPK, PHI)
     counts = []
@@ -59,7 +59,7 @@ def test_bytes_are_those_of_the_selections(ranks: RankPools, dtype: str, width: 
 
 def mistaken() -> str:
     """What the benchmark says where a dispatcher sends something else than its rule asks for."""
-    from moepp_megatron.bench import dispatch
+    from moepp_megatron.workbench.bench import dispatch
 
     rivals = dispatch._rivals
 

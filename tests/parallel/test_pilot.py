@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.cli import main
-from moepp_megatron.planning.pilot import jobs
-from moepp_megatron.planning.pilot.result import PilotResult
 from moepp_megatron.runtime.launch import LaunchOptions
+from moepp_megatron.workbench.experiments.pilot import jobs
+from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 from tests.parallel.ranks import RankPools
 
 CONFIG = """\

@@ -25,9 +25,9 @@ def held(raw: dict[str, Any]) -> tuple[Any, tuple[int, int], int]:
     import torch.distributed as dist
 
     from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.planning.memory import rank_memory
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.setup import build_training_model
+    from moepp_megatron.workbench.planning.memory import rank_memory
 
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())

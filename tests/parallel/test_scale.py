@@ -36,10 +36,10 @@ def measure(raw: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from moepp_megatron.bench.scale import measure_point
     from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.profiling.scaling.folder import Measuring
     from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.workbench.experiments.scaling.folder import Measuring
+    from moepp_megatron.workbench.experiments.scaling.measure import measure_point
 
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())
@@ -84,7 +84,7 @@ def clock_on_a_scripted_network() -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    from moepp_megatron.bench import all_to_all_clock as module
+    from moepp_megatron.workbench.bench import all_to_all_clock as module
 
     now = [0.0]
 

@@ -36,11 +36,11 @@ def estimated_and_measured(settings: list[str]) -> tuple[float, int]:
     """Bytes of this rank at its peak."""
     import torch.distributed as dist
 
-    from moepp_megatron.bench.step import Stepper
-    from moepp_megatron.bench.tensor_bytes import tensor_bytes
+    from benchmarks.tensor_bytes import tensor_bytes
     from moepp_megatron.config import Layout, load_config
-    from moepp_megatron.planning.memory import rank_memory
     from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.workbench.bench.step import Stepper
+    from moepp_megatron.workbench.planning.memory import rank_memory
 
     config = load_config(QUICKSTART, settings)
     layout = Layout.from_config(config, dist.get_world_size())

@@ -133,7 +133,7 @@ class Jobs:
         write_config(path, self.data, self.folder / "run", 2, train_iters=STEPS)
         content = yaml.safe_load(path.read_text())
         content["slurm"] = {
-            # Doctor imports torch on every node; its own tests are in tests/unit/health.
+            # Doctor imports torch on every node; its own tests are in tests/unit/workbench/doctor.
             "preflight": False,
             "nodes": 2,
             "gpus_per_node": 0,

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from moepp_megatron.moe.ranges import PREFIX, Ranges
+from moepp_megatron.training.profiler.ranges import PREFIX, Ranges
 
 # The doors of c10d, whatever function they are called by. Names differ between torch versions.
 _METHODS = (

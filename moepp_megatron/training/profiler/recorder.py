@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.moe.ranges import Ranges, name_layers, range_
-from moepp_megatron.moe.traffic import TrafficCounter
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.training import step as step_module
 from moepp_megatron.training.profiler.collective_names import CollectiveNames
 from moepp_megatron.training.profiler.description import clock_at_barriers, describe
+from moepp_megatron.training.profiler.ranges import Ranges, name_layers, range_
+from moepp_megatron.training.profiler.traffic import TrafficCounter
 from moepp_megatron.training.setup import TrainingModel
 
 logger = logging.getLogger(__name__)

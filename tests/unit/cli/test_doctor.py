@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
-from moepp_megatron.health import session
-from moepp_megatron.health.finding import Finding, Severity
+from moepp_megatron.workbench.doctor import session
+from moepp_megatron.workbench.doctor.finding import Finding, Severity
 
 SICK = [
     Finding("torch", Severity.OK, "fine"),

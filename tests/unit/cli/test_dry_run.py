@@ -47,7 +47,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = tmp_path / "config.yaml"
     config.write_text(MINIMAL)
     # These tests mean a machine without a card, whatever they run on.
-    monkeypatch.setattr("moepp_megatron.planning.target.Nvml", _no_card)
+    monkeypatch.setattr("moepp_megatron.workbench.planning.target.Nvml", _no_card)
 
     def run(text: str, ranks: int, *options: str) -> int:
         overrides = []
@@ -367,8 +367,8 @@ def test_the_card_is_what_was_asked_for(command, capsys, settings, options, devi
 
 def test_the_card_here_comes_before_what_is_assumed(command, capsys, monkeypatch):
     """One in `configs/hardware`, and one that nobody has described."""
-    from moepp_megatron.planning import target
-    from tests.unit.health.fake_nvml import FakeNvml, answers
+    from moepp_megatron.workbench.planning import target
+    from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
 
     def session(name):
         return lambda: Nvml(FakeNvml(answers(nvmlDeviceGetName=name)))

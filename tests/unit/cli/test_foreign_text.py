@@ -16,14 +16,14 @@ import yaml
 from moepp_megatron.cli import main, profile
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.observe.status import StatusSink, read_status
-from moepp_megatron.planning.pilot.result import PilotResult
-from moepp_megatron.profiling.compare import compare
-from moepp_megatron.profiling.summary import Row, Summary
-from moepp_megatron.report.pilot import print_pilot
-from moepp_megatron.report.profile.terminal import print_summary
 from moepp_megatron.runtime.printable_logs import make_logs_printable
-from tests.unit.report.conftest import synthetic_config, synthetic_records, write_run
-from tests.unit.report.pilot.made_up import contents
+from moepp_megatron.workbench.experiments.pilot.report import print_pilot
+from moepp_megatron.workbench.experiments.pilot.result import PilotResult
+from moepp_megatron.workbench.profiling.compare import compare
+from moepp_megatron.workbench.profiling.summary import Row, Summary
+from moepp_megatron.workbench.report.profile.terminal import print_summary
+from tests.unit.workbench.experiments.pilot_report.made_up import contents
+from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
 
 PACKAGE = Path(__file__).parents[3] / "moepp_megatron"
 # Sets the title, clears the screen, makes a link by rich's markup, ends markup that never began.
@@ -102,7 +102,7 @@ def test_errors_that_quote_a_configuration(hostile_run, moepp, command: str):
 def test_profile_of_collectives(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("moepp_megatron.report.profile.terminal._LOG_WIDTH", 400)
+    monkeypatch.setattr("moepp_megatron.workbench.report.profile.terminal._LOG_WIDTH", 400)
     row = Row(purpose="", operation=HOSTILE, group="expert", phase="", calls=1.0, time_us=1.0)
     print_summary(Summary(name=HOSTILE, ranks=1, step_times_us=(), rows=(row,)))
     printed = harmless(capsys.readouterr().out)

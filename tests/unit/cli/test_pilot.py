@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.cli import main
-from moepp_megatron.planning.pilot import jobs
-from moepp_megatron.planning.pilot.jobs import Interrupted
-from moepp_megatron.planning.pilot.runs import RunFailed
-from tests.unit.planning.pilot.synthetic import config_of
+from moepp_megatron.workbench.experiments.pilot import jobs
+from moepp_megatron.workbench.experiments.pilot.jobs import Interrupted
+from moepp_megatron.workbench.experiments.pilot.runs import RunFailed
+from tests.unit.workbench.experiments.pilot.synthetic import config_of
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def test_steps_that_differ_are_told_from_rounding() -> None:
 
     import numpy as np
 
-    from moepp_megatron.report.simulation import varies
+    from moepp_megatron.workbench.report.simulation import varies
 
     def study(totals: list[float]) -> SimpleNamespace:
         return SimpleNamespace(played=SimpleNamespace(totals=np.asarray(totals)))

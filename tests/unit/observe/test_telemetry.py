@@ -16,7 +16,7 @@ from moepp_megatron.observe.telemetry import (
     Usage,
 )
 from moepp_megatron.runtime.nvml import Nvml
-from tests.unit.health.fake_nvml import FakeNvml, answers
+from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
 
 TX = pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX
 RX = pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX

@@ -1,0 +1,165 @@
+"""All that `benchmarks/gpu.sh` measured of one card, in one file.
+
+    python -m benchmarks.record FOLDER --out DIR --command TEXT [--allow-cpu]
+
+FOLDER holds what the steps left: `card.json`, `layer_*.json` and `step_*.json` of `moepp bench`,
+`tests.xml` of pytest, and `steps.tsv` with one line a step: name, exit status, seconds, commit.
+The file is DIR/<card>.json. A step that failed leaves its exit status and no numbers;
+3 says that the machine cannot do it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from moepp_megatron.config.errors import ConfigError, UnfitError
+from moepp_megatron.config.json_file import read_json
+from moepp_megatron.observe.atomic import write_atomic
+
+
+def assemble(folder: Path, command: str, driver: str | None = None) -> dict[str, Any]:
+    """The record of one card.
+
+    Args:
+        folder: What the steps left.
+        command: That was run.
+        driver: Version of the card's driver.
+
+    Raises:
+        ConfigError: Without the measurement of the card itself, or with a file that is not JSON.
+    """
+    card = _read(folder / "card.json")
+    if not isinstance(card, dict) or "device" not in card:
+        raise ConfigError(
+            f"{folder / 'card.json'} must be what `moepp bench card --json` writes; "
+            "run the step card again"
+        )
+    steps = _steps(folder / "steps.tsv")
+    return {
+        "card": card["device"],
+        "driver": driver,
+        "versions": card["versions"],
+        "command": command,
+        "commits": sorted({step["commit"] for step in steps}),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "steps": steps,
+        "tests": _tests(folder / "tests.xml"),
+        "measured": card,
+        "layer": _named(folder, "layer_", steps),
+        "step": _named(folder, "step_", steps),
+    }
+
+
+def file_name(device: str) -> str:
+    """`NVIDIA H100 80GB HBM3` to `nvidia_h100_80gb_hbm3.json`."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".json"
+
+
+def write_record(folder: Path, out: Path, command: str, *, allow_cpu: bool = False) -> Path:
+    """Assemble and write; returns the file.
+
+    Raises:
+        ConfigError: As `assemble`.
+        UnfitError: For a CPU's numbers, which are not a card's, unless they are asked for.
+    """
+    record = assemble(folder, command, driver_version())
+    if record["measured"]["kind"] != "cuda" and not allow_cpu:
+        raise UnfitError("a card's results need a CUDA GPU; use --allow-cpu to try the script")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / file_name(record["card"])
+    write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+    return path
+
+
+def driver_version() -> str | None:
+    """Of the NVIDIA driver; None where there is none."""
+    from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
+
+    try:
+        with Nvml() as nvml:
+            return nvml.driver().version
+    except NvmlUnavailableError:
+        return None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path} must be JSON ({error}); remove it and run its step") from None
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    """The last run of each step, in order."""
+    steps: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        name, status, seconds, commit = line.split("\t")
+        steps.pop(name, None)
+        steps[name] = {
+            "name": name,
+            "exit_status": int(status),
+            "seconds": int(seconds),
+            "commit": commit,
+        }
+    return list(steps.values())
+
+
+def _named(folder: Path, prefix: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results by what follows the prefix; not of steps that failed, whose files would be older."""
+    failed = {step["name"] for step in steps if step["exit_status"] != 0}
+    return {
+        path.stem.removeprefix(prefix): _read(path)
+        for path in sorted(folder.glob(f"{prefix}*.json"))
+        if path.stem not in failed
+    }
+
+
+def _tests(path: Path) -> dict[str, Any] | None:
+    """How many tests passed, which failed, and how many were skipped for which reason."""
+    if not path.exists():
+        return None
+    cases = list(ElementTree.parse(path).iter("testcase"))
+    failed, skipped = [], Counter[str]()
+    for case in cases:
+        reason = case.find("skipped")
+        if reason is not None:
+            skipped[reason.get("message", "")] += 1
+        elif case.find("failure") is not None or case.find("error") is not None:
+            failed.append(f"{case.get('classname')}.{case.get('name')}")
+    return {
+        "passed": len(cases) - len(failed) - skipped.total(),
+        "failed": failed,
+        "skipped": dict(skipped),
+    }
+
+
+def main() -> None:
+    """The command line; a user's error is one line and its exit code."""
+    parser = argparse.ArgumentParser(description="One file of all results of a card.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--command", required=True)
+    parser.add_argument("--allow-cpu", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        path = write_record(
+            arguments.folder, arguments.out, arguments.command, allow_cpu=arguments.allow_cpu
+        )
+    except (ConfigError, UnfitError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(f"record       {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,0 @@
-"""The page of `moepp inspect`: a text coloured by what its tokens took."""
-
-from moepp_megatron.report.inspect.page import write_inspection
-
-__all__ = ["write_inspection"]

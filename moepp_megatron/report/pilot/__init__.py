@@ -1,6 +1,0 @@
-"""What `moepp pilot` shows: a page for whoever decides, a table in the terminal."""
-
-from moepp_megatron.report.pilot.page import write_pilot_page
-from moepp_megatron.report.pilot.terminal import print_pilot
-
-__all__ = ["print_pilot", "write_pilot_page"]

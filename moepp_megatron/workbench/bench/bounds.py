@@ -1,0 +1,165 @@
+"""The least time that each part of a layer's forward pass can take on a measured card.
+
+A part must move its operands through memory once and do its multiplications; the longer of the two
+is its bound, with the card's own measured copy and matrix product (`card.py`) as rates. Of memory
+everything is counted that no cache can save: each operand once, tokens that the routing leaves out
+not at all. One rank, so nothing crosses a network.
+
+    part              bytes                                             FLOPs
+    router            x, weights, logits before; logits, gates, map     2 T E (D + E)
+    dispatch          map; x of FFN-routed tokens; R rows and gates
+    experts           weights; R rows in and out                        6 R D H
+    zero_computation  x of tokens with a copy or constant expert; out
+    combine           R rows; out
+
+T tokens, D hidden size, H width of an expert, E experts, R rows: selections of FFN experts. Where
+one kernel combines and adds up zero-computation experts (`moe/kernels`), `combine` is that kernel
+and `zero_computation` the product of the mixing weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moepp_megatron.workbench.bench import kernel_traffic
+from moepp_megatron.workbench.bench.card import CardResult
+from moepp_megatron.workbench.bench.shapes import PaperShape
+
+_FP32, _BOOL = 4, 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part cannot avoid.
+
+    Attributes:
+        bytes: Read and written.
+        flops: Of matrix products.
+        dtype: Their number format, a name of `card.DTYPES`.
+    """
+
+    bytes: int
+    flops: int = 0
+    dtype: str = "fp32"
+
+    def seconds(self, card: CardResult) -> float:
+        """The bound: the longer of moving and multiplying."""
+        moving = self.bytes / (card.copy_gb_s * 1e9)
+        if self.flops == 0:
+            return moving
+        return max(moving, self.flops / (card.matmul_tflops[self.dtype] * 1e12))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the routing of one layer asks for.
+
+    Attributes:
+        tokens: T.
+        rows: R, selections of FFN experts.
+        ffn_tokens: Tokens with at least one of them.
+        used_tokens: Tokens with a copy or constant expert, whose input is read for them.
+        busy_experts: FFN experts with at least one row.
+    """
+
+    tokens: int
+    rows: int
+    ffn_tokens: int
+    used_tokens: int
+    busy_experts: int
+
+    @classmethod
+    def of(cls, picks: Tensor, shape: PaperShape) -> Load:
+        """Count [T, K] selections; experts in the fixed order: FFN, constant, copy, zero."""
+        is_ffn = picks < shape.num_ffn_experts
+        zero_expert = shape.num_ffn_experts + shape.num_zero_computation_experts - 1
+        return cls(
+            tokens=picks.shape[0],
+            rows=int(is_ffn.sum()),
+            ffn_tokens=int(is_ffn.any(dim=1).sum()),
+            used_tokens=int((~is_ffn & (picks < zero_expert)).any(dim=1).sum()),
+            busy_experts=int(picks[is_ffn].unique().numel()),
+        )
+
+
+def layer_work(
+    shape: PaperShape, load: Load, dtype: str, *, topk: int, vanilla: bool, fused: bool = False
+) -> dict[str, Work]:
+    """Part to what it cannot avoid, of one forward pass.
+
+    Args:
+        shape: The layer.
+        load: Its routing.
+        dtype: "fp32", "bf16" or "fp8", whose activations and weights are bf16 in memory.
+        topk: K.
+        vanilla: megatron-core's layer: no zero-computation experts, no gating residual.
+        fused: Whether one kernel combines and adds up zero-computation experts.
+    """
+    width = 4 if dtype == "fp32" else 2
+    vector = shape.hidden_size * width
+    work = {
+        "router": _router(shape, load, width, vanilla),
+        "dispatch": _dispatch(shape, load, vector),
+        "experts": _experts(shape, load, width, dtype),
+        "combine": Work(load.rows * vector + load.tokens * vector),
+    }
+    if vanilla:
+        return work
+    mixed = shape.num_constant_experts
+    weights = 3 * mixed * vector
+    if not fused:
+        work["zero_computation"] = Work((load.used_tokens + load.tokens) * vector + weights)
+        return work
+    work["zero_computation"] = Work(
+        load.used_tokens * vector + weights + load.tokens * 2 * mixed * _FP32
+    )
+    kernel = kernel_traffic.combine_forward(
+        load.tokens,
+        load.rows,
+        shape.hidden_size,
+        width,
+        num_experts=shape.num_ffn_experts + shape.num_zero_computation_experts,
+        slots=topk,
+        num_used=load.used_tokens,
+        num_copies=1,
+        num_constants=mixed,
+    )
+    work["combine"] = Work(kernel.total)
+    return work
+
+
+def bounds_ms(work: Mapping[str, Work], card: CardResult) -> dict[str, float]:
+    """Part to its bound, milliseconds."""
+    return {part: value.seconds(card) * 1e3 for part, value in work.items()}
+
+
+def _router(shape: PaperShape, load: Load, width: int, vanilla: bool) -> Work:
+    """Logits in fp32; their addition of the residual is a product of E x E."""
+    hidden, tokens = shape.hidden_size, load.tokens
+    experts = shape.num_ffn_experts + (0 if vanilla else shape.num_zero_computation_experts)
+    residual = 0 if vanilla else experts
+    read = (tokens + experts) * hidden * width + residual * (tokens * _FP32 + experts * width)
+    # Logits are an output where the next router adds them up, and no more than scratch otherwise.
+    logits = 0 if vanilla else tokens * experts * _FP32
+    written = logits + tokens * experts * (_FP32 + _BOOL)
+    return Work(read + written, 2 * tokens * experts * (hidden + residual), "fp32")
+
+
+def _dispatch(shape: PaperShape, load: Load, vector: int) -> Work:
+    gates_and_map = 2 * load.rows * _FP32 + load.tokens * shape.num_ffn_experts * _BOOL
+    return Work((load.ffn_tokens + load.rows) * vector + gates_and_map)
+
+
+def _experts(shape: PaperShape, load: Load, width: int, dtype: str) -> Work:
+    """SwiGLU: gate and up projections [D, 2 H], down projection [H, D]."""
+    matrices = 3 * shape.hidden_size * shape.ffn_hidden_size
+    moved = load.busy_experts * matrices * width + 2 * load.rows * shape.hidden_size * width
+    return Work(moved, expert_flops(shape, load.rows), dtype)
+
+
+def expert_flops(shape: PaperShape, rows: int) -> int:
+    """FLOPs of the FFN experts' forward pass; forward and backward take three times as many."""
+    return 6 * rows * shape.hidden_size * shape.ffn_hidden_size

@@ -1,0 +1,182 @@
+"""What this card does at best: matrix products in each number format, and a copy in its memory.
+
+These are the yardsticks of `bench layer`: measured and not rated, because a card's clocks under
+load and its libraries decide, and no layer can be faster than the product alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.config.hardware import Hardware, find_hardware
+from moepp_megatron.workbench.bench import clock
+
+DTYPES = ("fp32", "bf16", "fp8")
+# As large as the products of a layer get, and enough to fill any card (1.1 TFLOP).
+_GPU_SIZE, _CPU_SIZE = 8192, 1024
+# Far more than any cache holds.
+_GPU_BYTES, _CPU_BYTES = 2**30, 2**28
+_GPU_REPEATS, _CPU_REPEATS = 30, 5
+# Transformer Engine's quantization.py, `_compute_fp8_support`.
+_FP8_CAPABILITY = (8, 9)
+
+
+@dataclass(frozen=True)
+class CardResult:
+    """What was measured of one card.
+
+    Attributes:
+        device: The card's name, or "cpu".
+        kind: "cuda" or "cpu".
+        threads: Of a CPU product; 0 on a GPU.
+        matmul_size: Side of the square matrices.
+        matmul_tflops: Number format to TFLOP/s, median; formats that it cannot do are left out.
+        copy_gb_s: Bytes read and written by a large copy, GB/s.
+        rated_tflops: The vendor's dense rates, where configs/hardware knows the card.
+        rated_gb_s: The vendor's memory bandwidth, or None.
+        versions: torch, CUDA, Transformer Engine, where they are there.
+    """
+
+    device: str
+    kind: str
+    threads: int
+    matmul_size: int
+    matmul_tflops: dict[str, float]
+    copy_gb_s: float
+    rated_tflops: dict[str, float] = field(default_factory=dict)
+    rated_gb_s: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def measure_card(
+    dtypes: Sequence[str] = DTYPES, size: int | None = None, num_bytes: int | None = None
+) -> CardResult:
+    """Measure the current device; formats of `dtypes` that it lacks are left out.
+
+    Args:
+        dtypes: Of `DTYPES`.
+        size: Side of the square matrices; chosen by the device where None.
+        num_bytes: Bytes to copy; chosen by the device where None.
+    """
+    device = _device()
+    on_gpu = device.type == "cuda"
+    size = size or (_GPU_SIZE if on_gpu else _CPU_SIZE)
+    num_bytes = num_bytes or (_GPU_BYTES if on_gpu else _CPU_BYTES)
+    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    rated = find_hardware(name)
+    rates = {} if rated is None else {dtype: _rated(rated, dtype) for dtype in DTYPES}
+    return CardResult(
+        device=name,
+        kind=device.type,
+        threads=0 if on_gpu else torch.get_num_threads(),
+        matmul_size=size,
+        matmul_tflops={
+            dtype: matmul_tflops(dtype, size) for dtype in dtypes if card_obstacle(dtype) is None
+        },
+        copy_gb_s=copy_gb_s(num_bytes),
+        rated_tflops={dtype: rate for dtype, rate in rates.items() if rate is not None},
+        rated_gb_s=None if rated is None else rated.memory_bandwidth_gb_s,
+        versions=versions(),
+    )
+
+
+def card_obstacle(dtype: str) -> str | None:
+    """Why this card has no fast product of a number format; None where it has."""
+    if dtype != "fp8":
+        return None
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < _FP8_CAPABILITY:
+        return f"needs compute capability 8.9, not {'.'.join(map(str, capability))}"
+    return None
+
+
+def matmul_tflops(dtype: str, size: int) -> float:
+    """TFLOP/s of a square product: operands in `dtype`, fp8 with one scale a tensor and bf16 out.
+
+    fp32 is what `precision.dtype: fp32` computes: no TF32, unless torch was told to.
+    """
+    product = matmul(dtype, size)
+    return 2.0 * size**3 / median_seconds(product) / 1e12
+
+
+def matmul(dtype: str, size: int) -> Callable[[], Tensor]:
+    """The product that `matmul_tflops` times."""
+    device = _device()
+    # Ordinary numbers: the power that a product draws, and so its speed, depends on its bits.
+    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+    if dtype == "fp8":
+        from torch.nn.functional import ScalingType, scaled_mm
+
+        one = torch.ones((), device=device)
+        rows, columns = (m.to(torch.float8_e4m3fn) for m in (left, right))
+        # The right matrix column by column, the one layout that Hopper's FP8 product takes.
+        return lambda: scaled_mm(
+            rows,
+            columns.t(),
+            one,
+            ScalingType.TensorWise,
+            one,
+            ScalingType.TensorWise,
+            output_dtype=torch.bfloat16,
+            use_fast_accum=device.type == "cuda",
+        )
+    number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    left, right = left.to(number), right.to(number)
+    out = torch.empty_like(left)
+    return lambda: torch.mm(left, right, out=out)
+
+
+def copy_gb_s(num_bytes: int) -> float:
+    """GB/s of a copy within the card's memory: bytes read plus bytes written."""
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=_device())
+    target = torch.empty_like(source)
+    return 2 * num_bytes / median_seconds(lambda: target.copy_(source)) / 1e9
+
+
+def median_seconds(work: Callable[[], object]) -> float:
+    """Median time of the work, back to back, after as many that do not count.
+
+    On a GPU the first half brings up the clocks, as a training step does.
+    """
+    repeats = _GPU_REPEATS if torch.cuda.is_available() else _CPU_REPEATS
+    for _ in range(repeats):
+        work()
+    clock.settle()
+    marks = [clock.now()]
+    for _ in range(repeats):
+        work()
+        marks.append(clock.now())
+    clock.settle()
+    pairs = zip(marks, marks[1:], strict=False)
+    return statistics.median(clock.seconds(begin, end) for begin, end in pairs)
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on; what is not installed is left out."""
+    found = {"torch": str(torch.__version__)}
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    for name in ("megatron-core", "transformer-engine", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _rated(hardware: Hardware, dtype: str) -> float | None:
+    return hardware.peak_tflops("bf16", "e4m3") if dtype == "fp8" else hardware.peak_tflops(dtype)
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

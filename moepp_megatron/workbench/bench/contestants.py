@@ -1,0 +1,197 @@
+"""The two layers: MoE++, and megatron-core's own MoE layer, unmodified, of the same FFN experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    get_default_pg_collection,
+)
+from torch import Tensor
+
+from moepp_megatron.config import Config, parse_config
+from moepp_megatron.model.megatron_config import moepp_config, transformer_config
+from moepp_megatron.moe.layer import MoEPPLayer
+from moepp_megatron.moe.spec import get_moepp_layer_spec
+from moepp_megatron.runtime.optional import have_transformer_engine
+from moepp_megatron.workbench.bench.bounds import Load, Work, layer_work
+from moepp_megatron.workbench.bench.held_routing import balanced_selection, balanced_shares, hold
+from moepp_megatron.workbench.bench.shapes import PaperShape
+
+_SEED = 1234
+TOPK = 2
+
+
+def layer_config(
+    shape: PaperShape,
+    tau: float,
+    dtype: str,
+    vanilla: bool,
+    dispatcher: str,
+    fp8_recipe: str = "delayed",
+) -> Config:
+    """A configuration whose MoE layers are those of `shape`; `fp8_recipe` counts for "fp8"."""
+    precision: dict[str, object] = {"dtype": dtype}
+    if dtype == "fp8":
+        precision = {"dtype": "bf16", "fp8": "hybrid", "fp8_recipe": fp8_recipe}
+    zero_computation = {
+        "num_zero_experts": 0 if vanilla else 1,
+        "num_copy_experts": 0 if vanilla else 1,
+        "num_constant_experts": 0 if vanilla else shape.num_constant_experts,
+    }
+    return parse_config(
+        {
+            "run": {"dir": "unused"},
+            "model": {
+                "num_layers": 2,
+                "hidden_size": shape.hidden_size,
+                "ffn_hidden_size": shape.ffn_hidden_size,
+                "num_attention_heads": shape.num_attention_heads,
+                "seq_length": 2048,
+                "vocab_size": 256,
+            },
+            "moe": {
+                "num_ffn_experts": shape.num_ffn_experts,
+                "router_topk": TOPK,
+                "tau": tau,
+                "gating_residual": not vanilla,
+                "dispatcher": dispatcher,
+                **zero_computation,
+            },
+            "precision": precision,
+            "optimizer": {"lr": 1e-3},
+            "training": {"train_iters": 1, "global_batch_size": 1, "micro_batch_size": 1},
+        }
+    )
+
+
+class Contestant:
+    """One layer with tokens, held routing and a gradient to send back.
+
+    Args:
+        shape: Which layer.
+        tau: Weight of a zero-computation expert in the balance.
+        dtype: "fp32", "bf16" or "fp8" (the experts' products in FP8, all else in bf16).
+        num_tokens: Local tokens.
+        vanilla: megatron-core's layer instead of the MoE++ layer.
+        dispatcher: `moe.dispatcher`.
+        fp8_recipe: `precision.fp8_recipe`, for "fp8".
+
+    Attributes:
+        layer: The module.
+        load: What the held routing asks for.
+        work: Part to what it cannot avoid in a forward pass.
+    """
+
+    def __init__(
+        self,
+        shape: PaperShape,
+        tau: float,
+        dtype: str,
+        num_tokens: int,
+        *,
+        vanilla: bool,
+        dispatcher: str = "alltoall",
+        fp8_recipe: str = "delayed",
+    ) -> None:
+        config = layer_config(shape, tau, dtype, vanilla, dispatcher, fp8_recipe)
+        self._is_vanilla = vanilla
+        self.layer: Any = _vanilla_layer(config) if vanilla else _moepp_layer(config)
+        device = torch.cuda.current_device()
+        self.layer.to(device)
+        self.layer.set_layer_number(1)
+        generator = torch.Generator().manual_seed(_SEED)
+        zero_computation = 0 if vanilla else shape.num_zero_computation_experts
+        shares = balanced_shares(shape.num_ffn_experts, zero_computation, tau)
+        picks = balanced_selection(num_tokens, shares, TOPK, generator)
+        hold(self.layer.router, picks)
+        self.load = Load.of(picks, shape)
+        fused = isinstance(self.layer, MoEPPLayer) and self.layer.fuses_combine
+        self.work: dict[str, Work] = layer_work(
+            shape, self.load, dtype, topk=TOPK, vanilla=vanilla, fused=fused
+        )
+        size = (num_tokens, 1, shape.hidden_size)
+        params_dtype = self.layer.config.params_dtype
+        self._input = torch.randn(size, generator=generator).to(device, params_dtype)
+        self._output_grad = torch.randn(size, generator=generator).to(device, params_dtype)
+        # Logits of a layer before, of the spread that routers have.
+        num_experts = shape.num_ffn_experts + zero_computation
+        self._previous = torch.randn(num_tokens, 1, num_experts, generator=generator).to(device)
+        self._input.requires_grad_()
+        self._previous.requires_grad_()
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+
+    def forward(self) -> Tensor:
+        """One forward pass as in training; returns the output [T, 1, D]."""
+        inputs = (self._input,) if self._is_vanilla else (self._input, self._previous)
+        with get_fp8_context(self.layer.config):
+            output, _ = self.layer(*inputs)
+        return output
+
+    @property
+    def experts(self) -> str:
+        """Whose FFN experts run, such as "TEGroupedMLP"."""
+        return type(self.layer.experts).__name__
+
+    def forward_only(self) -> Tensor:
+        """One forward pass that nothing will be differentiated of."""
+        with torch.no_grad():
+            return self.forward()
+
+    def forward_backward(self) -> None:
+        """Forward and backward, gradients of the input and of all parameters included."""
+        self.forward().backward(self._output_grad)
+        self._input.grad = self._previous.grad = None
+        for parameter in self.layer.parameters():
+            parameter.grad = None
+
+
+def _megatron(config: Config) -> Any:
+    megatron = transformer_config(config)
+    # The wrapper that owns the buffers to accumulate gradients in is not here.
+    megatron.gradient_accumulation_fusion = False
+    return megatron
+
+
+def _moepp_layer(config: Config) -> Any:
+    megatron = _megatron(config)
+    spec = get_moepp_layer_spec(
+        megatron, moepp_config(config), use_transformer_engine=have_transformer_engine()
+    )
+    return _built(spec.submodules.mlp, megatron)
+
+
+def _vanilla_layer(config: Config) -> Any:
+    """Straight from megatron-core's own layer specs: with Transformer Engine its grouped GEMM."""
+    megatron = _megatron(config)
+    experts = megatron.num_moe_experts
+    if have_transformer_engine():
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=megatron.moe_grouped_gemm
+        )
+    else:
+        spec = get_gpt_layer_local_spec(
+            num_experts=experts, moe_grouped_gemm=False, normalization=megatron.normalization
+        )
+    layer = _built(spec.submodules.mlp, megatron)
+    assert type(layer) is MoELayer, f"{type(layer)} is not megatron-core's own"
+    return layer
+
+
+def _built(builder: Any, megatron: Any) -> Any:
+    layer = builder(
+        config=megatron, pg_collection=get_default_pg_collection(), is_mtp_layer=False, name=None
+    )
+    generator = torch.Generator().manual_seed(_SEED)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return layer

@@ -1,0 +1,230 @@
+"""Checks of one card's chip, memory, power and load; None means nothing to say.
+
+Which counters matter, and what they ask for, follows NVIDIA's GPU debug guidelines and GPU memory
+error management guide.
+"""
+
+from __future__ import annotations
+
+from moepp_megatron.runtime.nvml import Card
+from moepp_megatron.workbench.doctor.finding import Finding, Severity
+from moepp_megatron.workbench.doctor.judge import Judge
+
+# NVML's nvmlGpuRecoveryAction_t.
+_RECOVERY = {
+    1: "a GPU reset",
+    2: "a reboot of the node",
+    3: "draining peer-to-peer traffic and a reset",
+    4: "draining the node and a reset",
+    5: "recovery of the IMEX domain",
+    6: "a bus reset",
+    7: "a reboot of the system",
+}
+
+# NVML's nvmlClocksEventReason bits. Idle (0x1) and the ordinary power limit under load (0x4), which
+# every card at full load reports, are no findings.
+_HARDWARE_SLOWDOWN = {
+    0x08: "hardware slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake from the power supply",
+}
+_SOFTWARE_SLOWDOWN = {
+    0x02: "clocks set by hand",
+    0x20: "software thermal slowdown",
+    0x200: "board limit",
+    0x400: "reliability limit",
+}
+
+
+def subject(card: Card) -> str:
+    """How a finding names a card."""
+    return f"GPU {card.index}"
+
+
+def faults(card: Card, judge: Judge) -> Finding | None:
+    """Queries that failed: how NVML shows a card that has fallen off the bus or had an Xid."""
+    if not card.faults:
+        return None
+    return Finding(
+        "GPU faults",
+        Severity.ERROR,
+        f"{subject(card)}: {', '.join(card.faults)}",
+        "every query must be answered",
+        "look for NVRM Xid lines in dmesg, drain the node, reset the card or reboot",
+    )
+
+
+def recovery(card: Card, judge: Judge) -> Finding | None:
+    """What the driver itself asks for after a fault."""
+    if not card.recovery_action:
+        return None
+    action = _RECOVERY.get(card.recovery_action, f"action {card.recovery_action}")
+    return Finding(
+        "GPU recovery",
+        Severity.ERROR,
+        f"{subject(card)}: the driver asks for {action}",
+        "no recovery may be pending",
+        "do what it asks for before the next job; dmesg names the Xid",
+    )
+
+
+def ecc_errors(card: Card, judge: Judge) -> Finding | None:
+    """Uncorrectable errors since the driver was loaded; ECC switched off."""
+    if card.ecc_uncorrected:
+        return Finding(
+            "ECC errors",
+            Severity.ERROR,
+            f"{subject(card)}: {card.ecc_uncorrected} uncorrectable since the driver was loaded",
+            "must be 0: memory may be wrong",
+            "drain the node and reset the card; if they come back, run dcgmi diag -r 3 and return "
+            "the card",
+        )
+    if card.ecc_enabled is False:
+        return Finding(
+            "ECC errors",
+            Severity.WARNING,
+            f"{subject(card)}: ECC is off",
+            "bit flips go unnoticed",
+            "nvidia-smi -e 1, then reset the card",
+        )
+    return None
+
+
+def memory_rows(card: Card, judge: Judge) -> Finding | None:
+    """Remapped rows (Ampere and newer) and retired pages (before)."""
+    rows = card.rows
+    if rows is not None and rows.failed:
+        return Finding(
+            "GPU memory rows",
+            Severity.ERROR,
+            f"{subject(card)}: a row could not be remapped",
+            "spare rows must be left",
+            "return the card",
+        )
+    if (rows is not None and rows.pending) or card.retirement_pending:
+        what = "a remapped row" if rows is not None and rows.pending else "a retired page"
+        return Finding(
+            "GPU memory rows",
+            Severity.ERROR,
+            f"{subject(card)}: {what} waits for a reset",
+            "broken memory is still in use until then",
+            "reset the card (nvidia-smi -r) or reboot the node",
+        )
+    if rows is not None and rows.uncorrectable:
+        return Finding(
+            "GPU memory rows",
+            Severity.NOTE,
+            f"{subject(card)}: {rows.uncorrectable} rows remapped after uncorrectable errors",
+            remedy="works; watch whether the number grows",
+        )
+    if card.retired_pages:
+        return Finding(
+            "GPU memory rows",
+            Severity.NOTE,
+            f"{subject(card)}: {card.retired_pages} retired pages",
+            remedy="works; the card is returned at 60 pages",
+        )
+    return None
+
+
+def throttling(card: Card, judge: Judge) -> Finding | None:
+    """Why clocks are held down, as far as it is not load or idleness."""
+    reasons = card.throttle_reasons or 0
+    hard = [name for bit, name in _HARDWARE_SLOWDOWN.items() if reasons & bit]
+    if hard:
+        return Finding(
+            "GPU throttling",
+            Severity.ERROR,
+            f"{subject(card)}: {', '.join(hard)}",
+            "the hardware must not slow the card down",
+            "check cooling, power supplies and cables of the node (nvidia-smi -q -d PERFORMANCE)",
+        )
+    soft = [name for bit, name in _SOFTWARE_SLOWDOWN.items() if reasons & bit]
+    if soft:
+        return Finding(
+            "GPU throttling",
+            Severity.WARNING,
+            f"{subject(card)}: {', '.join(soft)}",
+            "one slow card slows all ranks",
+            "nvidia-smi -rgc and -rac lift clocks set by hand; else check cooling",
+        )
+    return None
+
+
+def clocks(card: Card, judge: Judge) -> Finding | None:
+    """The clock under load; says nothing of an idle card, whose clock is low to save power."""
+    if not is_loaded(card) or card.sm_clock is None or not card.max_sm_clock:
+        return None
+    if throttling(card, judge) is not None:
+        # The cause is named already.
+        return None
+    share = card.sm_clock / card.max_sm_clock
+    # Under the power limit a large matrix product runs at 0.65 to 0.9 of the highest clock.
+    if share >= 0.5:
+        return None
+    return Finding(
+        "GPU clocks",
+        judge.unfit_now,
+        f"{subject(card)}: {card.sm_clock} MHz under load",
+        f"should be at least half of {card.max_sm_clock} MHz",
+        "look at GPU throttling and GPU power cap; nvidia-smi -rgc lifts a clock set by hand",
+    )
+
+
+def is_loaded(card: Card) -> bool:
+    """Whether the card was computing when it was read: in P0 and not marked idle."""
+    idle = card.throttle_reasons is not None and bool(card.throttle_reasons & 0x1)
+    return bool(card.busy_power_state) and card.throttle_reasons is not None and not idle
+
+
+def power_cap(card: Card, judge: Judge) -> Finding | None:
+    """A power limit below what the card is rated for."""
+    rated = judge.hardware.power_watts if judge.hardware is not None else None
+    rated = rated or card.default_power_limit
+    if card.power_limit is None or rated is None:
+        return None
+    if card.power_limit >= rated * judge.thresholds.power_limit_fraction:
+        return None
+    return Finding(
+        "GPU power cap",
+        Severity.WARNING,
+        f"{subject(card)}: capped at {card.power_limit:.0f} W",
+        f"rated {rated:.0f} W",
+        f"nvidia-smi -i {card.index} -pl {rated:.0f}, unless the cap is meant",
+    )
+
+
+def temperature(card: Card, judge: Judge) -> Finding | None:
+    """A card near the temperature at which it slows down."""
+    if card.temperature is None or card.slowdown_temperature is None:
+        return None
+    margin = card.slowdown_temperature - card.temperature
+    if margin > judge.thresholds.temperature_margin_c:
+        return None
+    return Finding(
+        "GPU temperature",
+        Severity.ERROR if margin <= 0 else Severity.WARNING,
+        f"{subject(card)}: {card.temperature} C",
+        f"slows down at {card.slowdown_temperature} C",
+        "check fans, coolant and inlet temperature of the node",
+    )
+
+
+def processes(card: Card, judge: Judge) -> Finding | None:
+    """Others' processes on the card."""
+    foreign = [process for process in card.processes if process.pid not in judge.own_pids]
+    # Where NVML hides a process's memory, being there is all that is known: it counts.
+    limit = judge.thresholds.foreign_memory_gib * 2**30
+    memory = sum(process.memory or 0 for process in foreign)
+    hidden = any(process.memory is None for process in foreign)
+    if not foreign or (memory < limit and not hidden):
+        return None
+    pids = ", ".join(str(process.pid) for process in foreign)
+    size = "an unknown amount" if hidden else f"{memory / 2**30:.1f} GiB"
+    return Finding(
+        "GPU processes",
+        judge.unfit_now,
+        f"{subject(card)}: processes {pids} hold {size}",
+        f"others may hold at most {judge.thresholds.foreign_memory_gib:g} GiB",
+        "end them if they are left over from an earlier job, or use another node",
+    )

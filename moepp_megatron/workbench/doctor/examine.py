@@ -1,0 +1,170 @@
+"""The examination of a node, and of all nodes of a launched job together."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.config import Config
+from moepp_megatron.config.hardware import Hardware, find_hardware, known_hardware, load_hardware
+from moepp_megatron.runtime.nvml import Card, Driver, Nvml, NvmlUnavailableError
+from moepp_megatron.workbench.doctor import (
+    card_checks,
+    folders,
+    gpu_checks,
+    link_checks,
+    packages,
+    system,
+)
+from moepp_megatron.workbench.doctor.finding import Finding
+from moepp_megatron.workbench.doctor.judge import Judge
+from moepp_megatron.workbench.doctor.speed_checks import DeviceSpeed, check_matmul
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to examine.
+
+    Attributes:
+        config: The run that shall start; None examines the machine alone.
+        hardware: Name or file of a hardware description; None takes the card's own.
+        preflight: A job is about to start: what would spoil it is an error.
+        expected_gpus: Cards that the job counts on; None does not count.
+    """
+
+    config: Config | None = None
+    hardware: str | None = None
+    preflight: bool = False
+    expected_gpus: int | None = None
+
+
+@dataclass(frozen=True)
+class Cards:
+    """What NVML said about the node's cards, or why it said nothing."""
+
+    cards: list[Card]
+    driver: Driver | None = None
+    error: NvmlUnavailableError | None = None
+
+    @classmethod
+    def read(cls, library: Any = None) -> Cards:
+        """Ask NVML once; `library` stands in for pynvml."""
+        try:
+            nvml = Nvml(library)
+        except NvmlUnavailableError as error:
+            return cls([], error=error)
+        with nvml:
+            return cls([nvml.card(index) for index in range(nvml.count())], nvml.driver())
+
+
+def expected_gpus(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Cards of this node that Slurm has given to the job; None outside of one that asks for any."""
+    value = environment.get("SLURM_GPUS_ON_NODE", "")
+    return int(value) if value.isdigit() else None
+
+
+class NodeExaminer:
+    """Examines this node.
+
+    Args:
+        request: What to examine.
+        cards: What NVML said.
+        own_pids: Further processes of this examination, which may hold memory on the cards.
+    """
+
+    def __init__(
+        self, request: Request, cards: Cards, own_pids: frozenset[int] = frozenset()
+    ) -> None:
+        self.request, self.cards = request, cards
+        self.hardware = _hardware(request, cards)
+        self.judge = Judge(
+            self.hardware,
+            gpu_checks.thresholds_of(self.hardware),
+            request.preflight,
+            own_pids | {os.getpid()},
+        )
+
+    def node_findings(self) -> list[Finding]:
+        """Everything but speeds."""
+        return [*self._gpu(), *self._system(), *self._folders(), *self._packages()]
+
+    def speed_findings(
+        self, speeds: list[DeviceSpeed], loaded: list[Card] | None = None
+    ) -> list[Finding]:
+        """What the matrix products of this node say, and cards looked at while they ran."""
+        found = check_matmul(speeds, self.hardware, self.judge.thresholds, self.judge.unfit_now)
+        for card in loaded or ():
+            found += [f for f in _under_load(card, self.judge) if f is not None]
+        return found
+
+    def _gpu(self) -> list[Finding]:
+        cards, expected = self.cards, self.request.expected_gpus
+        if cards.error is not None and cards.error.has_driver:
+            return [gpu_checks.check_driver_fault(str(cards.error))]
+        if not cards.cards:
+            reason = str(cards.error) if cards.error is not None else "the driver finds none"
+            return [gpu_checks.no_cards(reason, expected)]
+        assert cards.driver is not None, "NVML answered"
+        described = self.request.hardware is None
+        return [
+            gpu_checks.check_count(cards.cards, expected),
+            gpu_checks.check_model(cards.cards, self.hardware, described),
+            gpu_checks.check_driver(cards.driver, packages.torch_cuda(), len(cards.cards)),
+            *gpu_checks.check_cards(cards.cards, self.judge),
+        ]
+
+    def _system(self) -> list[Finding]:
+        thresholds, num_cards = self.judge.thresholds, len(self.cards.cards)
+        ports = system.read_ports()
+        rate = self.hardware.network_gbit_s_per_gpu if self.hardware is not None else None
+        return [
+            system.check_shared_memory(system.shared_memory_bytes(), thresholds, num_cards > 0),
+            *system.check_limits(system.Limits.read(), thresholds, bool(ports)),
+            *system.check_ports(ports, num_cards, rate),
+            system.check_clock(system.clock_synchronized()),
+        ]
+
+    def _folders(self) -> list[Finding]:
+        config = self.request.config
+        wanted = {"current": (Path.cwd(), 0)} if config is None else folders.config_folders(config)
+        return [
+            finding
+            for name, (path, needed) in wanted.items()
+            for finding in folders.check_folder(
+                folders.probe_folder(name, path), self.judge.thresholds, needed
+            )
+        ]
+
+    def _packages(self) -> list[Finding]:
+        return packages.check_packages(self.request.config)
+
+
+def _hardware(request: Request, cards: Cards) -> Hardware | None:
+    """The description to judge by: the one named, the card's, or a CPU machine's."""
+    if request.hardware is not None:
+        return load_hardware(request.hardware)
+    names = [card.name for card in cards.cards if card.name is not None]
+    if names:
+        return find_hardware(names[0])
+    # Cards that do not even say their name are no CPU machine; descriptions come with the source
+    # tree and not with a wheel.
+    if cards.cards or "cpu" not in known_hardware():
+        return None
+    return load_hardware("cpu")
+
+
+def _under_load(card: Card, judge: Judge) -> list[Finding | None]:
+    return [
+        card_checks.throttling(card, judge),
+        card_checks.clocks(card, judge),
+        link_checks.pcie(card, judge),
+    ]
+
+
+def this_node() -> str:
+    """Name of this node."""
+    return socket.gethostname()

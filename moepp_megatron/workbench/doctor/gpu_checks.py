@@ -1,0 +1,189 @@
+"""The cards of a node together: are all there, what are they, does the driver serve torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moepp_megatron.config.hardware import Hardware, Thresholds
+from moepp_megatron.runtime.nvml import Card, Driver
+from moepp_megatron.workbench.doctor import card_checks, link_checks
+from moepp_megatron.workbench.doctor.finding import Finding, Severity
+from moepp_megatron.workbench.doctor.judge import Judge
+
+# In the order of the table.
+_CARD_CHECKS: dict[str, Callable[[Card, Judge], Finding | None]] = {
+    "GPU faults": card_checks.faults,
+    "GPU recovery": card_checks.recovery,
+    "ECC errors": card_checks.ecc_errors,
+    "GPU memory rows": card_checks.memory_rows,
+    "GPU throttling": card_checks.throttling,
+    "GPU clocks": card_checks.clocks,
+    "GPU power cap": card_checks.power_cap,
+    "GPU temperature": card_checks.temperature,
+    "GPU processes": card_checks.processes,
+    "PCIe": link_checks.pcie,
+    "NVLink": link_checks.nvlink_state,
+    "NVLink errors": link_checks.nvlink_errors,
+}
+
+
+@dataclass(frozen=True)
+class TorchCuda:
+    """What torch says: the CUDA it was built with, as (13, 0), and whether it can use a card."""
+
+    built_with: tuple[int, int] | None
+    available: bool
+
+
+def check_cards(cards: Sequence[Card], judge: Judge) -> list[Finding]:
+    """Every check of a card, over all cards: one finding a sick card, one a check without any."""
+    findings: list[Finding] = []
+    for name, check in _CARD_CHECKS.items():
+        sick = [found for card in cards if (found := check(card, judge)) is not None]
+        findings += sick or [Finding(name, Severity.OK, _healthy(name, cards))]
+    return findings
+
+
+def check_count(cards: Sequence[Card], expected: int | None) -> Finding:
+    """Whether as many cards are there as the job counts on."""
+    found = f"{len(cards)} GPUs" if len(cards) != 1 else "1 GPU"
+    if expected is None or len(cards) >= expected:
+        return Finding("GPU count", Severity.OK, found)
+    return Finding(
+        "GPU count",
+        Severity.ERROR,
+        found,
+        f"must be {expected}",
+        "look for a card that has left the bus (dmesg, lspci), reboot the node, or ask for fewer",
+    )
+
+
+def check_model(
+    cards: Sequence[Card], hardware: Hardware | None, described: bool = True
+) -> Finding:
+    """Whether all cards are of one kind, and that kind is described.
+
+    Args:
+        cards: The node's cards.
+        hardware: Description in use.
+        described: Whether it was found by the card's name, not given by the user.
+    """
+    names = sorted({card.name for card in cards if card.name})
+    found = ", ".join(names) or "unknown"
+    if len(names) > 1:
+        return Finding(
+            "GPU model",
+            Severity.WARNING,
+            found,
+            "should all be the same",
+            "the slowest card sets the pace of all; use nodes with one kind of card",
+        )
+    if hardware is None:
+        return Finding(
+            "GPU model",
+            Severity.NOTE,
+            f"{found}, not described in configs/hardware: rated numbers are not checked",
+            remedy="describe it in a YAML file and give --hardware FILE",
+        )
+    if not described and names and names[0] not in hardware.device_names:
+        return Finding(
+            "GPU model",
+            Severity.WARNING,
+            found,
+            f"should be a {hardware.name}",
+            "leave out --hardware, or start the job on the nodes it is meant for",
+        )
+    return Finding("GPU model", Severity.OK, f"{found} ({hardware.name})")
+
+
+def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Finding:
+    """Whether the driver serves the CUDA that torch was built with.
+
+    A driver serves every CUDA of its own major version and of older ones (NVIDIA's CUDA
+    compatibility guide: minor version compatibility).
+    """
+    served = "unknown" if driver.cuda is None else f"{driver.cuda[0]}.{driver.cuda[1]}"
+    found = f"driver {driver.version or 'unknown'} for CUDA {served}"
+    if num_cards == 0:
+        return Finding("GPU driver", Severity.OK, found)
+    if torch_cuda.built_with is None:
+        return Finding(
+            "GPU driver",
+            Severity.ERROR,
+            f"{found}, torch without CUDA",
+            "torch must be built for CUDA on a machine with GPUs",
+            "install torch from the CUDA index that fits the driver",
+        )
+    built = f"{torch_cuda.built_with[0]}.{torch_cuda.built_with[1]}"
+    found = f"{found}, torch for CUDA {built}"
+    if driver.cuda is not None and driver.cuda[0] < torch_cuda.built_with[0]:
+        return Finding(
+            "GPU driver",
+            Severity.ERROR,
+            found,
+            f"the driver must serve CUDA {torch_cuda.built_with[0]}",
+            "update the driver, or install torch for an older CUDA",
+        )
+    if not torch_cuda.available:
+        return Finding(
+            "GPU driver",
+            Severity.ERROR,
+            f"{found}, torch finds no GPU",
+            "torch.cuda.is_available() must be true",
+            "check CUDA_VISIBLE_DEVICES, the container's GPU access and the fabric manager",
+        )
+    return Finding("GPU driver", Severity.OK, found)
+
+
+def check_driver_fault(message: str) -> Finding:
+    """NVML is there and refuses."""
+    return Finding(
+        "GPU driver",
+        Severity.ERROR,
+        f"NVML does not start: {message}",
+        "the driver must be loaded and match its library",
+        "reboot the node (a driver update without reboot does this), or reinstall the driver",
+    )
+
+
+def no_cards(reason: str, expected: int | None) -> Finding:
+    """A machine without NVIDIA driver: fine, unless the job counts on cards."""
+    if not expected:
+        return Finding("GPU count", Severity.NOTE, f"no GPU: {reason}; GPU checks skipped")
+    return check_count([], expected)
+
+
+def _healthy(name: str, cards: Sequence[Card]) -> str:
+    """What an empty check found, with the numbers that a reader wants to see."""
+    if name == "GPU temperature":
+        known = [card.temperature for card in cards if card.temperature is not None]
+        return f"at most {max(known)} C" if known else "not reported"
+    if name == "GPU power cap":
+        caps = sorted({round(card.power_limit) for card in cards if card.power_limit is not None})
+        return ", ".join(f"{cap} W" for cap in caps) or "not reported"
+    if name == "PCIe":
+        links = sorted({(c.pcie_max_generation, c.pcie_width) for c in cards if c.pcie_width})
+        return ", ".join(f"generation {g} x{w}" for g, w in links) or "not reported"
+    if name == "NVLink":
+        counts = sorted({len(card.links) for card in cards})
+        return ", ".join(f"{n} links up" for n in counts if n) or "no NVLink"
+    if name == "ECC errors" and any(card.ecc_enabled is None for card in cards):
+        return "not reported"
+    return "none" if name in _NONE_IS_FINE else "as it should be"
+
+
+_NONE_IS_FINE = (
+    "GPU faults",
+    "GPU recovery",
+    "ECC errors",
+    "GPU memory rows",
+    "GPU throttling",
+    "GPU processes",
+    "NVLink errors",
+)
+
+
+def thresholds_of(hardware: Hardware | None) -> Thresholds:
+    """The thresholds in use: of the described card, or the general ones."""
+    return hardware.thresholds if hardware is not None else Thresholds()

@@ -1,0 +1,80 @@
+"""Checks of one card's links: PCIe and NVLink; None means nothing to say."""
+
+from __future__ import annotations
+
+from moepp_megatron.runtime.nvml import Card
+from moepp_megatron.workbench.doctor.card_checks import is_loaded, subject
+from moepp_megatron.workbench.doctor.finding import Finding, Severity
+from moepp_megatron.workbench.doctor.judge import Judge
+
+_RESEAT = "reseat card or riser, check BIOS settings of the slot; nvidia-smi -q -d PCIE"
+
+
+def pcie(card: Card, judge: Judge) -> Finding | None:
+    """Width and generation against the kind's; the current generation only under load.
+
+    An idle card lowers its generation to save power, so that only what card and slot can agree on
+    is judged then.
+    """
+    hardware = judge.hardware
+    if hardware is None:
+        return None
+    if _below(card.pcie_width, hardware.pcie_width):
+        found, rule = f"x{card.pcie_width}", f"must be x{hardware.pcie_width}"
+    elif _below(card.pcie_max_generation, hardware.pcie_generation):
+        found = f"generation {card.pcie_max_generation} at most"
+        rule = f"must be generation {hardware.pcie_generation}"
+    elif is_loaded(card) and _below(card.pcie_generation, hardware.pcie_generation):
+        found = f"generation {card.pcie_generation} under load"
+        rule = f"must be generation {hardware.pcie_generation}"
+    else:
+        return None
+    return Finding("PCIe", judge.unfit_now, f"{subject(card)}: {found}", rule, _RESEAT)
+
+
+def nvlink_state(card: Card, judge: Judge) -> Finding | None:
+    """Links that are down, or fewer than the kind has."""
+    down = [str(link.index) for link in card.links if not link.active]
+    if down:
+        return Finding(
+            "NVLink",
+            Severity.ERROR,
+            f"{subject(card)}: links {', '.join(down)} are down",
+            f"all {len(card.links)} links must be up",
+            "restart nvidia-fabricmanager; if it stays, reset all cards or return the node",
+        )
+    expected = judge.hardware.nvlink_links if judge.hardware is not None else 0
+    if 0 < len(card.links) < expected:
+        return Finding(
+            "NVLink",
+            Severity.ERROR,
+            f"{subject(card)}: {len(card.links)} links",
+            f"must have {expected}",
+            "restart nvidia-fabricmanager; if it stays, reset all cards or return the node",
+        )
+    return None
+
+
+def nvlink_errors(card: Card, judge: Judge) -> Finding | None:
+    """Errors of links that are up: recoveries stop traffic, replays and CRC errors slow it."""
+    recoveries = sum(link.recoveries or 0 for link in card.links)
+    repeats = sum((link.replays or 0) + (link.crc_errors or 0) for link in card.links)
+    if not recoveries and not repeats:
+        return None
+    bad = [
+        str(link.index) for link in card.links if link.recoveries or link.replays or link.crc_errors
+    ]
+    return Finding(
+        "NVLink errors",
+        Severity.WARNING if recoveries else Severity.NOTE,
+        f"{subject(card)}: links {', '.join(bad)}: {recoveries} recoveries, "
+        f"{repeats} replays and CRC errors since the driver was loaded",
+        "recoveries should be 0" if recoveries else "",
+        "reset the card to clear the counters; if they grow again, return the node"
+        if recoveries
+        else "few are harmless; watch whether they grow",
+    )
+
+
+def _below(value: int | None, rated: int | None) -> bool:
+    return value is not None and rated is not None and value < rated

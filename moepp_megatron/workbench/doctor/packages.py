@@ -1,0 +1,157 @@
+"""Checks of the software: Python, torch, megatron-core, NCCL, and what is optional."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+from moepp_megatron.config import Config
+from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
+from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
+from moepp_megatron.runtime.kernel_choices import KernelChoice, kernel_choices
+from moepp_megatron.workbench.doctor.finding import Finding, Severity
+from moepp_megatron.workbench.doctor.gpu_checks import TorchCuda
+
+# The version whose internals the layer extends; as pinned in pyproject.toml.
+MEGATRON_CORE = "0.19.2"
+
+
+def check_packages(config: Config | None) -> list[Finding]:
+    """What is installed, what is used and what is used instead.
+
+    Args:
+        config: A run's configuration; what it cannot do without is then an error.
+    """
+    backends = optional_backends()
+    findings = [_python(), _torch(), check_megatron(version_of("megatron-core")), _nccl()]
+    findings += [check_backend(backend) for backend in backends]
+    findings += [check_kernel(choice) for choice in kernel_choices()]
+    if config is not None:
+        used = {backend.name for backend in backends if backend.used}
+        findings += check_needs(config, used)
+        if "Transformer Engine" in used:
+            findings.append(check_fp8(config, FP8Machine.this()))
+    return [finding for finding in findings if finding is not None]
+
+
+def torch_cuda() -> TorchCuda:
+    """What torch was built for, and whether it can use a card."""
+    import torch
+
+    built = torch.version.cuda
+    parts = None if built is None else tuple(int(part) for part in built.split(".")[:2])
+    assert parts is None or len(parts) == 2, f"CUDA version {built} has no minor part"
+    return TorchCuda(parts and (parts[0], parts[1]), torch.cuda.is_available())
+
+
+def check_megatron(version: str | None) -> Finding:
+    """Whether the pinned megatron-core is there."""
+    if version == MEGATRON_CORE:
+        return Finding("megatron-core", Severity.OK, version)
+    return Finding(
+        "megatron-core",
+        Severity.ERROR,
+        version or "not installed",
+        f"must be {MEGATRON_CORE}, whose internals the layer extends",
+        f"pip install megatron-core=={MEGATRON_CORE}",
+    )
+
+
+def check_backend(backend: Backend) -> Finding:
+    """A missing optional package is a note: something else does its work."""
+    if backend.used:
+        return Finding(backend.name, Severity.OK, f"{backend.version}: {backend.role}")
+    state = "not installed" if backend.version is None else f"{backend.version}, not usable here"
+    return Finding(
+        backend.name,
+        Severity.NOTE,
+        f"{state}; instead {backend.fallback}",
+        remedy=backend.remedy if backend.version is None else "needs a GPU",
+    )
+
+
+def check_kernel(choice: KernelChoice) -> Finding:
+    """Which implementation an operation has: each of them is right, some are faster."""
+    found = f"{choice.implementation}: {choice.detail}"
+    return Finding(f"kernel: {choice.operation}", Severity.OK, found)
+
+
+def check_needs(config: Config, used: set[str]) -> list[Finding]:
+    """What the configuration cannot do without and this machine lacks.
+
+    Args:
+        config: The configuration.
+        used: Names of the optional packages in use.
+    """
+    findings = []
+    if config.precision.fp8 is not None and "Transformer Engine" not in used:
+        findings.append(
+            Finding(
+                "precision.fp8",
+                Severity.ERROR,
+                config.precision.fp8,
+                "needs Transformer Engine on a GPU",
+                "install it, or set precision.fp8=null",
+            )
+        )
+    if config.moe.dispatcher == "flex" and "DeepEP" not in used:
+        findings.append(
+            Finding(
+                "moe.dispatcher",
+                Severity.ERROR,
+                "flex",
+                "needs a GPU and the package deep_ep",
+                "install it, or use alltoall",
+            )
+        )
+    if config.moe.fused is True and "Triton" not in used:
+        findings.append(
+            Finding(
+                "moe.fused",
+                Severity.ERROR,
+                "true",
+                "needs a GPU and the package triton",
+                "install it, or use auto",
+            )
+        )
+    return findings
+
+
+def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
+    """Whether card and versions can run the configuration's FP8; None without FP8.
+
+    Args:
+        config: The configuration.
+        machine: A machine that has Transformer Engine.
+    """
+    recipe = config.precision.recipe
+    if recipe is None:
+        return None
+    obstacle = fp8_obstacle(config, machine)
+    if obstacle is None:
+        return Finding("precision.fp8", Severity.OK, f"{config.precision.fp8}, {recipe}")
+    rule, _, remedy = obstacle.partition("; ")
+    return Finding("precision.fp8", Severity.ERROR, config.precision.fp8 or "", rule, remedy)
+
+
+def _python() -> Finding:
+    found = f"{platform.python_version()} at {sys.executable}"
+    return Finding("Python", Severity.OK, found)
+
+
+def _torch() -> Finding:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    return Finding("torch", Severity.OK, f"{torch.__version__}, built for {build}")
+
+
+def _nccl() -> Finding | None:
+    """NCCL's version, where torch was built with it."""
+    import torch
+    import torch.distributed as dist
+
+    if not torch.cuda.is_available() or not dist.is_nccl_available():
+        return Finding("NCCL", Severity.NOTE, "not used without a GPU: gloo carries collectives")
+    version = torch.cuda.nccl.version()
+    return Finding("NCCL", Severity.OK, ".".join(str(part) for part in version))

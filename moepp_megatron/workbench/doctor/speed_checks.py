@@ -1,0 +1,107 @@
+"""What measured speeds say about devices, ranks and links. Judges numbers; measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from moepp_megatron.config.hardware import Hardware, Thresholds
+from moepp_megatron.workbench.doctor.finding import Finding, Severity
+
+MATMUL = "matrix product"
+
+
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """Rate of a device's matrix product, TFLOP/s; `name` such as "GPU 3" or "CPU, rank 1"."""
+
+    name: str
+    tflops: float
+    node: str = ""
+
+
+def check_matmul(
+    speeds: Sequence[DeviceSpeed], hardware: Hardware | None, thresholds: Thresholds, bad: Severity
+) -> list[Finding]:
+    """Devices against the rated bf16 rate; one finding for those that reach it.
+
+    Args:
+        speeds: Of one node.
+        hardware: Rated rate; without one speeds are reported, not judged.
+        thresholds: The least share of it.
+        bad: Severity of a slow device.
+    """
+    rated = hardware.bf16_tflops if hardware is not None else None
+    if rated is None:
+        text = ", ".join(f"{s.name}: {s.tflops:.3g} TFLOP/s" for s in speeds)
+        return [Finding(MATMUL, Severity.OK, f"{text} (no rated speed to compare with)")]
+    least = rated * thresholds.matmul_fraction
+    slow = [
+        Finding(
+            MATMUL,
+            bad,
+            f"{s.name}: {s.tflops:.0f} TFLOP/s in bf16",
+            f"should reach {least:.0f} of {rated:.0f} TFLOP/s",
+            "look at GPU throttling, GPU power cap and GPU processes; else leave the node out",
+        )
+        for s in speeds
+        if s.tflops < least
+    ]
+    if slow:
+        return slow
+    low, high = min(s.tflops for s in speeds), max(s.tflops for s in speeds)
+    found = f"{low:.0f} to {high:.0f} TFLOP/s in bf16, {low / rated:.0%} of the rated {rated:.0f}"
+    return [Finding(MATMUL, Severity.OK, found)]
+
+
+def check_slowest(speeds: Sequence[DeviceSpeed], thresholds: Thresholds) -> Finding:
+    """The slowest device of all ranks, with its node, against their median."""
+    slowest = min(speeds, key=lambda speed: speed.tflops)
+    ratio = median(speed.tflops for speed in speeds) / slowest.tflops
+    where = f"{slowest.name} of {slowest.node}" if slowest.node else slowest.name
+    found = f"{where}: {ratio:.2f} times the median time"
+    if ratio <= thresholds.slowest_ratio:
+        return Finding("slowest rank", Severity.OK, found)
+    return Finding(
+        "slowest rank",
+        Severity.WARNING,
+        found,
+        f"should be at most {thresholds.slowest_ratio:g}",
+        f"all ranks wait for it: look at its findings, or exclude {slowest.node or 'the device'}",
+    )
+
+
+def check_collective(
+    name: str,
+    num_bytes: int,
+    seconds: float,
+    expected: float | None,
+    thresholds: Thresholds,
+    bad: Severity,
+) -> Finding:
+    """A collective against the time that the rated links need.
+
+    Args:
+        name: "all-reduce" or "all-to-all".
+        num_bytes: Bytes of each rank's buffer.
+        seconds: Measured.
+        expected: From the rated links; without it the time is reported, not judged.
+        thresholds: The least share of the rated bandwidth.
+        bad: Severity of a slow collective.
+    """
+    found = f"{num_bytes / 2**20:.0f} MiB a rank in {seconds * 1e3:.3g} ms"
+    if expected is None:
+        return Finding(name, Severity.OK, f"{found} (no rated speed to compare with)")
+    share = expected / seconds
+    found += f", {share:.0%} of the rated links"
+    if share >= thresholds.collective_fraction:
+        return Finding(name, Severity.OK, found)
+    return Finding(
+        name,
+        bad,
+        found,
+        f"should reach {thresholds.collective_fraction:.0%}",
+        "look at NVLink and network ports of every node, then at NCCL_DEBUG=INFO for the "
+        "transport that NCCL chose",
+    )

@@ -1,0 +1,229 @@
+"""Checks of the node around the cards: shared memory, limits, clock, network ports."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from moepp_megatron.config.hardware import Thresholds
+from moepp_megatron.workbench.doctor.finding import Finding, Severity
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Soft limits of this process; None is unlimited.
+
+    Attributes:
+        open_files: Number of open files.
+        open_files_hard: What the process may raise it to.
+        locked_memory: Bytes that can be locked, which RDMA needs for its buffers.
+    """
+
+    open_files: int | None
+    open_files_hard: int | None
+    locked_memory: int | None
+
+    @classmethod
+    def read(cls) -> Limits:
+        """Those of this process, which the ranks inherit."""
+        files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        return cls(_limit(files), _limit(hard), _limit(locked))
+
+
+@dataclass(frozen=True)
+class NetworkPort:
+    """A port under /sys/class/infiniband (InfiniBand or RoCE).
+
+    Attributes:
+        name: Device and port, such as "mlx5_0/1".
+        state: Such as "ACTIVE", "DOWN", "INIT".
+        rate: In Gbit/s; None where it cannot be read.
+        link_layer: "InfiniBand" or "Ethernet".
+    """
+
+    name: str
+    state: str
+    rate: float | None
+    link_layer: str
+
+
+def read_ports(root: Path = Path("/sys/class/infiniband")) -> list[NetworkPort]:
+    """All RDMA ports; none where there is no such device."""
+    ports = []
+    for folder in sorted(root.glob("*/ports/*")):
+        rate = _read(folder / "rate").split(" ")[0]
+        ports.append(
+            NetworkPort(
+                f"{folder.parent.parent.name}/{folder.name}",
+                _read(folder / "state").rpartition(":")[2].strip() or "unknown",
+                float(rate) if rate.replace(".", "", 1).isdigit() else None,
+                _read(folder / "link_layer") or "unknown",
+            )
+        )
+    return ports
+
+
+def shared_memory_bytes(folder: Path = Path("/dev/shm")) -> int | None:
+    """Size of the shared-memory file system; None where there is none."""
+    try:
+        return shutil.disk_usage(folder).total
+    except OSError:
+        return None
+
+
+def check_shared_memory(size: int | None, thresholds: Thresholds, has_gpu: bool) -> Finding:
+    """NCCL and data loader workers pass data through /dev/shm."""
+    if size is None:
+        size = 0
+    found = f"/dev/shm has {size / 2**30:.2f} GiB"
+    if size >= thresholds.shared_memory_gib * 2**30:
+        return Finding("shared memory", Severity.OK, found)
+    return Finding(
+        "shared memory",
+        # NCCL between processes of one node fails without it; gloo does not use it.
+        Severity.ERROR if has_gpu else Severity.WARNING,
+        found,
+        f"must be at least {thresholds.shared_memory_gib:g} GiB",
+        "start the container with --ipc=host or --shm-size, or mount a larger tmpfs there",
+    )
+
+
+def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list[Finding]:
+    """Open files, and locked memory where RDMA devices are."""
+    findings = []
+    files, least = limits.open_files, thresholds.open_files
+    found = "unlimited" if files is None else str(files)
+    if files is None or files >= least:
+        findings.append(Finding("open files", Severity.OK, found))
+    else:
+        hard = limits.open_files_hard
+        own = hard is None or hard >= least
+        findings.append(
+            Finding(
+                "open files",
+                Severity.WARNING,
+                found,
+                f"should be at least {least}",
+                f"ulimit -n {least}" if own else "raise LimitNOFILE of slurmd or the container",
+            )
+        )
+    if has_rdma:
+        findings.append(_check_locked_memory(limits.locked_memory))
+    return findings
+
+
+def _check_locked_memory(locked: int | None) -> Finding:
+    if locked is None:
+        return Finding("locked memory", Severity.OK, "unlimited")
+    return Finding(
+        "locked memory",
+        Severity.ERROR,
+        f"{locked / 2**20:.0f} MiB",
+        "must be unlimited for RDMA",
+        "ulimit -l unlimited; under Slurm LimitMEMLOCK=infinity of slurmd, in a container "
+        "--ulimit memlock=-1",
+    )
+
+
+def check_ports(
+    ports: list[NetworkPort], num_cards: int, rate_per_gpu: float | None
+) -> list[Finding]:
+    """RDMA ports: up, and fast enough for the cards together.
+
+    Args:
+        ports: The node's ports.
+        num_cards: Its cards.
+        rate_per_gpu: Rated network of a card, Gbit/s; None where it is not known.
+    """
+    if not ports:
+        text = "no RDMA device: between nodes NCCL uses TCP"
+        return [Finding("network ports", Severity.NOTE if num_cards else Severity.OK, text)]
+    findings = []
+    # Unplugged Ethernet ports are common and not meant for the job; InfiniBand ports are.
+    down = [p for p in ports if p.state != "ACTIVE" and p.link_layer != "Ethernet"]
+    for port in down:
+        findings.append(
+            Finding(
+                "network ports",
+                Severity.WARNING,
+                f"{port.name} is {port.state}",
+                "InfiniBand ports should be ACTIVE",
+                "check cable and subnet manager (ibstat), or leave it out with NCCL_IB_HCA",
+            )
+        )
+    rate = sum(p.rate or 0.0 for p in ports if p.state == "ACTIVE")
+    wanted = (rate_per_gpu or 0.0) * num_cards
+    found = f"{len(ports) - len(down)} of {len(ports)} ports, {rate:g} Gbit/s active"
+    if rate < wanted:
+        findings.append(
+            Finding(
+                "network rate",
+                Severity.NOTE,
+                f"{found}; the vendor's server has {wanted:g} for {num_cards} GPUs",
+                remedy="expert parallelism across nodes will be slower than there",
+            )
+        )
+    elif not findings:
+        findings.append(Finding("network ports", Severity.OK, found))
+    return findings
+
+
+def clock_synchronized() -> bool | None:
+    """Whether systemd says that the clock follows a time server; None where it cannot tell."""
+    command = ["timedatectl", "show", "--property=NTPSynchronized", "--value"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return {"yes": True, "no": False}.get(answer.stdout.strip())
+
+
+def check_clock(synchronized: bool | None) -> Finding:
+    """The clock of a single node."""
+    if synchronized is None:
+        return Finding("clock", Severity.NOTE, "cannot tell whether it follows a time server")
+    if synchronized:
+        return Finding("clock", Severity.OK, "follows a time server")
+    return Finding(
+        "clock",
+        Severity.WARNING,
+        "does not follow a time server",
+        "logs of several nodes cannot be put in order",
+        "start chronyd or systemd-timesyncd",
+    )
+
+
+def check_clock_skew(offsets: dict[str, float], thresholds: Thresholds) -> Finding:
+    """Clocks of several nodes.
+
+    Args:
+        offsets: Seconds by which each node's clock is ahead of the first's.
+        thresholds: The largest difference.
+    """
+    ahead, behind = max(offsets, key=offsets.__getitem__), min(offsets, key=offsets.__getitem__)
+    skew = offsets[ahead] - offsets[behind]
+    found = f"{skew:.3f} s between {behind} and {ahead}"
+    if skew <= thresholds.clock_skew_s:
+        return Finding("clock skew", Severity.OK, found)
+    return Finding(
+        "clock skew",
+        Severity.WARNING,
+        found,
+        f"should be at most {thresholds.clock_skew_s:g} s",
+        f"start chronyd or systemd-timesyncd on {ahead} and {behind}",
+    )
+
+
+def _limit(value: int) -> int | None:
+    return None if value == resource.RLIM_INFINITY else value
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,171 @@
+"""What runs have shown: from a run's records to an arm's means over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moepp_megatron.observe.alerts import ALERTS_FILE, read_alerts
+from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmOutcome, Curve, Interval
+from moepp_megatron.workbench.experiments.pilot.statistics import factor_interval, mean_interval
+
+# A step that begins the last quarter is still in the third.
+_LATE = 0.75
+# First steps allocate, compile and fill caches.
+_FEWEST_WARMUP = 2
+_WARMUP_SHARE = 0.1
+_POINTS_OF_CURVE = 200
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What one run has shown; names as in `ArmOutcome`."""
+
+    valid_loss: float
+    step_time_s: float
+    tokens_per_s: float
+    ffn_share: float
+    a2a_bytes: float
+    energy_per_token_j: float | None
+    alerts: Mapping[str, int]
+    health: Mapping[str, float]
+    curve: Curve
+
+
+def run_outcome(records: Sequence[StepMetrics], folder: Path) -> RunOutcome:
+    """Of a finished run.
+
+    Args:
+        records: All of them, a step a record; the last one has a finite validation loss.
+        folder: Of the run, with its alerts.
+    """
+    last = records[-1]
+    assert last.valid_loss is not None, "finished runs end with a validation"
+    late = [record for record in records if record.step > _LATE * last.step]
+    step_time = statistics.median(record.step_time_s for record in timed_steps(records))
+    return RunOutcome(
+        valid_loss=last.valid_loss,
+        step_time_s=step_time,
+        tokens_per_s=last.tokens / last.step / step_time,
+        ffn_share=statistics.fmean(record.ffn_fraction for record in late),
+        a2a_bytes=statistics.fmean(record.a2a_bytes for record in late),
+        energy_per_token_j=_energy_per_token(records),
+        alerts=Counter(
+            alert.rule for alert in read_alerts(folder / ALERTS_FILE) if alert.severity != "info"
+        ),
+        health=_health(late),
+        curve=_curve(records),
+    )
+
+
+def timed_steps(records: Sequence[StepMetrics]) -> list[StepMetrics]:
+    """Steps whose time is that of training alone.
+
+    Neither the first ones nor those that measured router health or were evaluated; of a run so
+    short that none is left, all after the first ones.
+    """
+    warm = _warm(records)
+    plain = [r for r in warm if r.router_health is None and r.valid_loss is None]
+    return plain or warm
+
+
+def arm_outcome(
+    arm: Arm, runs: Mapping[int, RunOutcome], baseline: Mapping[int, RunOutcome]
+) -> ArmOutcome:
+    """Of an arm, over the seeds of `runs`.
+
+    Args:
+        arm: The arm.
+        runs: By seed.
+        baseline: Vanilla's, of at least the same seeds; `runs` itself for vanilla.
+    """
+    seeds = sorted(runs)
+    mine = [runs[seed] for seed in seeds]
+    pairs = [(runs[seed], baseline[seed]) for seed in seeds]
+    difference = None if arm.kind == "vanilla" else loss_difference(pairs)
+    has_ratio = arm.kind not in ("vanilla", "short")
+    energies = [run.energy_per_token_j for run in mine if run.energy_per_token_j is not None]
+    return ArmOutcome(
+        arm=arm,
+        seeds=seeds,
+        valid_loss=_mean(mine, lambda run: run.valid_loss),
+        loss_difference=difference,
+        step_time_s=_mean(mine, lambda run: run.step_time_s),
+        time_ratio=factor_interval(log_time_ratios(pairs)) if has_ratio else None,
+        tokens_per_s=_mean(mine, lambda run: run.tokens_per_s),
+        ffn_share=_mean(mine, lambda run: run.ffn_share),
+        a2a_bytes=_mean(mine, lambda run: run.a2a_bytes),
+        energy_per_token_j=mean_interval(energies) if len(energies) == len(mine) else None,
+        alerts=dict(sum((Counter(run.alerts) for run in mine), Counter())),
+        health=_mean_health([run.health for run in mine]),
+        curve=_mean_curve([run.curve for run in mine]),
+    )
+
+
+def loss_difference(pairs: Sequence[tuple[RunOutcome, RunOutcome]]) -> Interval:
+    """Validation loss of the first of each pair over the second's, nats."""
+    return mean_interval([one.valid_loss - other.valid_loss for one, other in pairs])
+
+
+def log_time_ratios(pairs: Sequence[tuple[RunOutcome, RunOutcome]]) -> list[float]:
+    """Logarithm of the first's step time over the second's, of each pair."""
+    return [math.log(one.step_time_s / other.step_time_s) for one, other in pairs]
+
+
+def _mean(runs: Sequence[RunOutcome], value: Callable[[RunOutcome], float]) -> Interval:
+    return mean_interval([value(run) for run in runs])
+
+
+def _warm(records: Sequence[StepMetrics]) -> list[StepMetrics]:
+    cold = max(_FEWEST_WARMUP, int(_WARMUP_SHARE * records[-1].step))
+    return [record for record in records if record.step > cold] or list(records)
+
+
+def _energy_per_token(records: Sequence[StepMetrics]) -> float | None:
+    """Over all warm steps but the evaluated one, whose energy holds the validation's."""
+    steps = [record for record in _warm(records) if record.valid_loss is None]
+    joules = [record.energy_j for record in steps if record.energy_j is not None]
+    if not joules or len(joules) < len(steps):
+        return None
+    per_step = records[-1].tokens / records[-1].step
+    return sum(joules) / (len(joules) * per_step)
+
+
+def _health(late: Sequence[StepMetrics]) -> dict[str, float]:
+    """Means over layers and measured steps; what is nowhere a number is left out."""
+    values: dict[str, list[float]] = {}
+    for record in late:
+        for name, layers in (record.router_health or {}).items():
+            values.setdefault(name, []).extend(v for v in layers if math.isfinite(v))
+    return {name: statistics.fmean(found) for name, found in values.items() if found}
+
+
+def _mean_health(seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for health in seeds for name in health)
+    return {
+        name: statistics.fmean(health[name] for health in seeds if name in health) for name in names
+    }
+
+
+def _curve(records: Sequence[StepMetrics]) -> Curve:
+    """Training loss in groups of consecutive steps, few enough to draw."""
+    size = math.ceil(len(records) / _POINTS_OF_CURVE)
+    groups = [records[i : i + size] for i in range(0, len(records), size)]
+    means = [
+        (group[-1].tokens, [r.loss for r in group if math.isfinite(r.loss)]) for group in groups
+    ]
+    kept = [(tokens, statistics.fmean(losses)) for tokens, losses in means if losses]
+    return Curve(tokens=[tokens for tokens, _ in kept], loss=[loss for _, loss in kept])
+
+
+def _mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Over seeds, where all have a point."""
+    by_seed = [dict(zip(curve.tokens, curve.loss, strict=True)) for curve in curves]
+    shared = [tokens for tokens in by_seed[0] if all(tokens in curve for curve in by_seed)]
+    loss = [statistics.fmean(curve[tokens] for curve in by_seed) for tokens in shared]
+    return Curve(tokens=shared, loss=loss)

@@ -1,0 +1,55 @@
+"""How the arms of a pilot look in every plot of its page."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmOutcome
+from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, MUTED, VERMILION
+
+# Families of hues from Okabe and Ito's palette; within a family the dashes differ too, so that a
+# print in grey can still be read.
+_FAMILIES = {
+    "vanilla": (INK,),
+    "moepp": (BLUE, GREEN, "#56b4e9", "#004c77"),
+    "rival": (VERMILION, "#e69f00", "#cc79a7"),
+    "short": (MUTED,),
+}
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_MARKERS = {"vanilla": "s", "moepp": "o", "rival": "s", "short": "D"}
+
+
+class Look(NamedTuple):
+    """Of one arm.
+
+    Attributes:
+        colour: Of line and marker.
+        dashes: Of the line.
+        marker: Of single points.
+    """
+
+    colour: str
+    dashes: str | tuple[int, tuple[float, ...]]
+    marker: str
+
+
+def looks(arms: list[ArmOutcome]) -> dict[str, Look]:
+    """By the arms' names."""
+    met: dict[str, int] = {}
+    chosen = {}
+    for arm in (outcome.arm for outcome in arms):
+        number = met.get(arm.kind, 0)
+        met[arm.kind] = number + 1
+        chosen[arm.name] = _look(arm, number)
+    return chosen
+
+
+def _look(arm: Arm, number: int) -> Look:
+    family = _FAMILIES[arm.kind]
+    dashes = ":" if arm.kind == "short" else _DASHES[number % len(_DASHES)]
+    return Look(family[number % len(family)], dashes, _MARKERS[arm.kind])
+
+
+def plain(text: str) -> str:
+    """A name as text that matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")

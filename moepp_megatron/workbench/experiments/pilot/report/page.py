@@ -1,0 +1,195 @@
+"""`pilot.html`: does MoE++ pay, how sure is that, and how to go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import moepp_megatron
+from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.workbench.experiments.pilot.report import words
+from moepp_megatron.workbench.experiments.pilot.report.badges import Badge, badges
+from moepp_megatron.workbench.experiments.pilot.report.forest import forest_plot
+from moepp_megatron.workbench.experiments.pilot.report.health import WatchRow, watch_rows
+from moepp_megatron.workbench.experiments.pilot.report.learning import curve_plots
+from moepp_megatron.workbench.experiments.pilot.report.speed import speed_plot
+from moepp_megatron.workbench.experiments.pilot.report.speed_table import SpeedRow, speed_rows
+from moepp_megatron.workbench.experiments.pilot.report.stages import Stage, stages
+from moepp_megatron.workbench.experiments.pilot.report.tables import (
+    Row,
+    VerdictRow,
+    arm_columns,
+    arm_rows,
+    has_energy,
+    seeds,
+    verdict_rows,
+)
+from moepp_megatron.workbench.experiments.pilot.report.target_table import (
+    target_columns,
+    target_rows,
+)
+from moepp_megatron.workbench.experiments.pilot.result import PilotResult
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.drawing import plot_style
+from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.template import render_template
+
+
+@dataclass(frozen=True)
+class PilotPage:
+    """Everything that the template shows; tables as text.
+
+    Attributes:
+        name: Of the configuration.
+        answer: One sentence.
+        badges: The answers in a word.
+        reasons: Numbers behind them, as sentences.
+        facts: Short descriptions of the pilot.
+        forest: How sure the answer is.
+        verdicts: A line a MoE++ arm.
+        speed: Loss over step time.
+        speeds: The table of equal speed.
+        curves: Learning curves.
+        arm_columns: Headings.
+        arms: The table of arms.
+        energy: Why the table has no energy; empty where it has.
+        target_title: Cards and tokens; None without a target.
+        target_columns: Headings.
+        target: The table of models.
+        asking: How to ask for a target.
+        stages: The roll-out.
+        watch: What to watch in it.
+        token_value: What tokens are worth, as a sentence.
+        caveats: What the pilot cannot tell.
+        setting: Pairs of name and value.
+        command: That was run.
+        version: Of this package.
+    """
+
+    name: str
+    answer: str
+    badges: list[Badge]
+    reasons: list[str]
+    facts: list[str]
+    forest: Plot
+    verdicts: list[VerdictRow]
+    speed: Plot
+    speeds: list[SpeedRow]
+    curves: list[Plot]
+    arm_columns: list[str]
+    arms: list[Row]
+    energy: str
+    target_title: str | None
+    target_columns: list[str]
+    target: list[Row]
+    asking: str
+    stages: list[Stage]
+    watch: list[WatchRow]
+    token_value: str
+    caveats: list[str]
+    setting: list[tuple[str, str]]
+    command: str
+    version: str
+
+
+def write_pilot_page(result: PilotResult, out: Path) -> Path:
+    """Writes the page, which needs no other file and nothing of the network.
+
+    The page is ASCII, and the same result gives the same bytes.
+
+    Args:
+        result: What the pilot has found.
+        out: The file to write; its folder must exist.
+
+    Returns:
+        `out`.
+
+    Raises:
+        OSError: It cannot be written; a page that was there is as before.
+    """
+    html = render_template("pilot.html.j2", page=_page(result))
+    write_atomic(out, html.encode("ascii", "xmlcharrefreplace"))
+    return out
+
+
+def _page(result: PilotResult) -> PilotPage:
+    verdict = words.chosen(result)
+    outcome = words.outcome_of(result, verdict.arm) if verdict is not None else None
+    with plot_style():
+        forest, speed, curves = forest_plot(result), speed_plot(result), curve_plots(result)
+    return PilotPage(
+        name=result.setting.config,
+        answer=result.answer,
+        badges=badges(result),
+        reasons=verdict.reasons if verdict is not None else [],
+        facts=_facts(result),
+        forest=forest,
+        verdicts=verdict_rows(result),
+        speed=speed,
+        speeds=speed_rows(result),
+        curves=curves,
+        arm_columns=arm_columns(result),
+        arms=arm_rows(result),
+        energy="" if has_energy(result) else f"Energy per token: {words.NOT_MEASURED}.",
+        target_title=_target_title(result),
+        target_columns=target_columns(result),
+        target=target_rows(result),
+        asking=f"{result.setting.command} --gpus GPUS --gpu h100",
+        stages=stages(result),
+        watch=watch_rows(outcome) if outcome is not None and result.recommended else [],
+        token_value=_token_value(result),
+        caveats=result.caveats,
+        setting=_setting(result),
+        command=result.setting.command,
+        version=moepp_megatron.__version__,
+    )
+
+
+def _facts(result: PilotResult) -> list[str]:
+    setting = result.setting
+    count = max((len(outcome.seeds) for outcome in result.arms), default=0)
+    return [
+        f"{len(result.arms)} arms, {seeds(count)} each",
+        f"{setting.steps:,} steps of {formatting.big_count(setting.tokens / setting.steps)} tokens"
+        if setting.steps
+        else "no steps",
+        f"{formatting.big_count(setting.parameters)} parameters",
+        f"{setting.nproc} x {setting.device}",
+        setting.began,
+    ]
+
+
+def _target_title(result: PilotResult) -> str | None:
+    target = result.target
+    if target is None:
+        return None
+    text = (
+        f"{target.name} on {target.gpus:,} {target.gpu}, "
+        f"{formatting.big_count(target.tokens)} tokens"
+    )
+    if target.price_per_hour is None:
+        return text + "; no price was given (--price)"
+    return f"{text}, {target.price_per_hour:,.2f} a card and hour"
+
+
+def _token_value(result: PilotResult) -> str:
+    value = words.with_ends(result.token_value, words.loss)
+    return (
+        f"Tokens: an e-fold of them (2.72 times as many) is worth {value} nats to vanilla here, by "
+        "its runs with fewer steps. With that a loss difference becomes a token factor."
+    )
+
+
+def _setting(result: PilotResult) -> list[tuple[str, str]]:
+    setting = result.setting
+    used = sorted({seed for outcome in result.arms for seed in outcome.seeds})
+    return [
+        ("Configuration", setting.config),
+        ("Seeds", ", ".join(map(str, used)) or "none"),
+        ("Steps and tokens of a run", f"{setting.steps:,} and {setting.tokens:,}"),
+        ("Validation tokens", f"{setting.valid_tokens:,}"),
+        ("Parameters of the MoE++ model", f"{setting.parameters:,}"),
+        ("Ranks", f"{setting.nproc} on {setting.device}, {setting.cores} processor cores"),
+        ("Versions", f"torch {setting.torch}, megatron-core {setting.megatron_core}"),
+        ("Began", setting.began),
+    ]

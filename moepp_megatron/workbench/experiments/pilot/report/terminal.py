@@ -1,0 +1,139 @@
+"""A pilot's result in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from moepp_megatron.runtime.terminal import Console
+from moepp_megatron.workbench.experiments.pilot.report import words
+from moepp_megatron.workbench.experiments.pilot.report.speed_table import speed_rows
+from moepp_megatron.workbench.experiments.pilot.report.tables import (
+    alerts,
+)
+from moepp_megatron.workbench.experiments.pilot.report.target_table import (
+    target_columns,
+    target_rows,
+)
+from moepp_megatron.workbench.experiments.pilot.result import Answer, Interval, PilotResult
+from moepp_megatron.workbench.report import formatting
+
+# A log has no width of its own; the tables fit.
+_LOG_WIDTH = 120
+# From here on no number has to be broken into two lines.
+_WIDE = 115
+# Of the page's columns as many as a terminal has room for; the last one comes behind them.
+_TARGET_COLUMNS = ("Layout", "Step", "Of vanilla's time", "Tokens/s/GPU", "Hours", "Cost")
+_STYLES = {"pays": "bold green", "loses": "bold red", "open": "bold yellow", "none": "dim"}
+
+
+def print_pilot(result: PilotResult) -> None:
+    """The arms, what they are worth, the target, and the answer last, where it is seen."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    console.print(_arms(result, console.width >= _WIDE))
+    console.print(_verdicts(result))
+    for row in speed_rows(result):
+        console.print(row.text, soft_wrap=True)
+    if result.target is not None:
+        console.print()
+        console.print(_target(result, console.width >= _WIDE))
+    for each in result.arms:
+        if any(each.alerts.values()):
+            console.print(f"alerts of {each.arm.name}: {alerts(each)}")
+    for caveat in result.caveats:
+        console.print(f"caveat: {caveat}", soft_wrap=True)
+    console.print()
+    console.print(result.answer, style="bold", soft_wrap=True)
+    console.print(f"recommended: {words.recommendation(result)}")
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _arms(result: PilotResult, is_wide: bool) -> Table:
+    table = _table("arms; in brackets 95% intervals over seeds, of pairs with vanilla")
+    table.add_column("arm")
+    names = ("valid loss", "less vanilla's", "step", "over vanilla's", "tok/s", "FFN", "a2a MB")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=is_wide)
+    for each in result.arms:
+        table.add_row(
+            each.arm.name,
+            words.loss(each.valid_loss.mean),
+            _interval(each.loss_difference, words.signed),
+            words.seconds(each.step_time_s.mean),
+            _interval(each.time_ratio, words.ratio),
+            formatting.count(each.tokens_per_s.mean),
+            formatting.percent(each.ffn_share.mean),
+            words.megabytes(each.a2a_bytes.mean),
+        )
+    return table
+
+
+def _interval(found: Interval | None, show: Callable[[float], str]) -> str:
+    """Shorter than on the page: `0.861 [0.828, 0.895]`."""
+    if found is None:
+        return words.NOTHING
+    if found.low is None or found.high is None:
+        return show(found.mean)
+    return f"{show(found.mean)} [{show(found.low)}, {show(found.high)}]"
+
+
+def _verdicts(result: PilotResult) -> Table:
+    table = _table("time to vanilla's loss over vanilla's; below 1 MoE++ pays")
+    table.add_column("arm", no_wrap=True)
+    for name in ("token factor", "pilot"):
+        table.add_column(name, justify="right")
+    table.add_column("answer")
+    if result.target is not None:
+        table.add_column("target", justify="right")
+        table.add_column("answer")
+    for each in result.verdicts:
+        there = each.target_time_to_loss
+        row: list[str | Text] = [
+            each.arm,
+            _interval(each.token_factor, words.ratio),
+            _interval(each.time_to_loss, words.ratio),
+            _answer(each.at_pilot),
+        ]
+        if result.target is not None:
+            row += [_interval(there, words.ratio)]
+            row += [_answer(each.at_target)]
+        table.add_row(*row)
+    return table
+
+
+def _answer(answer: Answer | None) -> Text:
+    return Text(answer or words.NOTHING, style=_STYLES[words.answer_class(answer)])
+
+
+def _target(result: PilotResult, is_wide: bool) -> Table:
+    target = result.target
+    assert target is not None, "the caller has one"
+    table = _table(
+        f"{target.name} on {target.gpus:,} {target.gpu}, "
+        f"{formatting.big_count(target.tokens)} tokens, by the cost model"
+    )
+    table.add_column("model")
+    table.add_column("layout")
+    priced = target.price_per_hour is not None
+    names = ["step", "over vanilla's", "tok/s/GPU", "hours", *(["cost"] if priced else [])]
+    for name in (*names, "cost to vanilla's loss" if priced else "hours to vanilla's loss"):
+        table.add_column(name, justify="right", no_wrap=is_wide)
+    headings = target_columns(result)
+    kept = [headings.index(name) for name in _TARGET_COLUMNS if name in headings]
+    for row in target_rows(result):
+        name = f"{row.name} ({row.note})" if row.note else row.name
+        cells = [row.cells[index] for index in kept] + [row.cells[-1]]
+        table.add_row(name, *(_cell(c.value, c.note) for c in cells))
+    return table
+
+
+def _cell(value: str, note: str) -> str:
+    return f"{value} [{note}]" if note else value

@@ -1,0 +1,263 @@
+"""What a pilot has found, in sentences."""
+
+from __future__ import annotations
+
+import math
+
+from moepp_megatron.workbench.experiments.pilot.equal_speed import Standing
+from moepp_megatron.workbench.experiments.pilot.result import (
+    ArmOutcome,
+    EqualSpeed,
+    Interval,
+    Verdict,
+)
+
+_STANDS: dict[Standing | None, str] = {
+    "better": "it is clearly better",
+    "worse": "it is clearly worse",
+    "open": "which of the two is better is open",
+    None: "that says nothing for or against it",
+}
+
+
+# A factor on time beyond which, to either side, an interval says no more than that it is wide.
+_LARGEST_FACTOR = 10.0
+
+
+def pilot_reasons(
+    outcome: ArmOutcome,
+    factor: Interval | None,
+    time: Interval | None,
+    equal: EqualSpeed,
+    stands: Standing | None,
+    measured: float,
+) -> list[str]:
+    """The numbers behind the answer at the pilot's scale.
+
+    Args:
+        outcome: The arm.
+        factor: Tokens to vanilla's loss over vanilla's.
+        time: Time to vanilla's loss over vanilla's.
+        equal: The comparison at equal speed.
+        stands: What it says.
+        measured: Log of the ratio of tokens from which their worth is known.
+    """
+    assert outcome.loss_difference is not None, "only vanilla has no difference to itself"
+    assert outcome.time_ratio is not None, "only vanilla has no ratio to itself"
+    reasons = [
+        f"With {outcome.ffn_share.mean:.0%} of the selections on FFN experts its validation loss "
+        f"differs from vanilla's by {nats(outcome.loss_difference)}.",
+        f"A step takes {times(outcome.time_ratio)} vanilla's time.",
+    ]
+    if factor is None or time is None:
+        reasons.append(
+            "What tokens are worth cannot be told: vanilla is not clearly better with all of the "
+            "steps than with fewer, so a loss difference cannot be turned into tokens."
+        )
+    else:
+        reasons.append(
+            f"To reach vanilla's loss it needs {times(factor)} the tokens and {times(time)} the "
+            "time."
+        )
+        if abs(math.log(factor.mean)) > measured:
+            reasons.append(
+                "That many tokens were not tried: the factor is extrapolated from "
+                f"{math.exp(measured):.2f} times the tokens."
+            )
+    reasons.append(_equal_words(equal, stands, "here"))
+    return reasons
+
+
+def target_reasons(
+    ratio: float | None, time: Interval | None, equal: EqualSpeed | None, stands: Standing | None
+) -> list[str]:
+    """The numbers behind the answer at the target.
+
+    Args:
+        ratio: Step time over vanilla's.
+        time: Time to vanilla's loss over vanilla's.
+        equal: The comparison at equal speed.
+        stands: What it says.
+    """
+    if ratio is None:
+        return ["At the target it, or vanilla, does not fit the cards."]
+    reasons = [f"At the target a step takes {ratio:.2f} times vanilla's by the cost model."]
+    if time is not None:
+        reasons.append(
+            f"With the pilot's loss difference it would need {times(time)} the time to vanilla's "
+            "loss there, the cost model's error included."
+        )
+    if equal is not None:
+        reasons.append(_equal_words(equal, stands, "at the target"))
+    return reasons
+
+
+def answer(best: Verdict, equal: EqualSpeed, has_target: bool, target: str = "") -> str:
+    """One plain sentence.
+
+    Args:
+        best: The most favourable verdict.
+        equal: Its comparison at equal speed.
+        has_target: Whether a target was asked for.
+        target: In words.
+    """
+    tau = best.arm.removeprefix("MoE++ ")
+    time = best.time_to_loss
+    if best.at_pilot == "pays":
+        said = f"At this scale MoE++ pays: with {tau} it {_gain(time, equal)}"
+    elif best.at_pilot == "undecided":
+        said = f"This pilot cannot tell whether MoE++ pays: with {tau} it {_open(time, equal)}"
+    else:
+        said = f"At this scale MoE++ does not pay: even with {tau} it {_loss(time, equal)}"
+    if not has_target:
+        return f"{said}."
+    return f"{said}; {_target_words(best, target)}."
+
+
+def caveats(
+    nproc: int, on_cpu: bool, seeds: int, steps: int, tokens: int, target_routing: str | None
+) -> list[str]:
+    """What a pilot cannot tell.
+
+    Args:
+        nproc: Ranks.
+        on_cpu: They are no GPUs.
+        seeds: Finished ones.
+        steps: Of a run.
+        tokens: Of a run.
+        target_routing: Where the target's unevenness comes from; None without a target.
+    """
+    found = [
+        f"Runs were short ({steps:,} steps, {tokens:,} tokens): how a loss difference changes with "
+        "longer training is unknown, and routers are still settling.",
+        "What share of the loss difference a larger model has is unknown: the pilot measures this "
+        "model alone.",
+        f"Settings such as the learning rate are those of the configuration for every model, on "
+        f"{nproc} rank{'' if nproc == 1 else 's'}; another one may suit vanilla, or MoE++, better.",
+    ]
+    if seeds == 1:
+        found.insert(0, "A single seed says nothing of chance, so nothing is decided.")
+    elif seeds < 5:
+        found.append(
+            f"{seeds} seeds are few: intervals are wide, and hold only if seeds scatter normally."
+        )
+    if on_cpu:
+        found.append(
+            "Speed is that of processor cores, where FFN experts are looped over one by one: it "
+            "tells nothing of a GPU's."
+        )
+    if target_routing is not None:
+        found.append(
+            "The target's speed is the cost model's (median error of 7% against published "
+            f"results), with {target_routing}; its loss difference is the pilot's."
+        )
+    return found
+
+
+def times(factor: Interval) -> str:
+    """Such as "1.12 times (95% interval 1.06 to 1.19)"."""
+    if factor.low is None or factor.high is None:
+        return f"{plain_factor(factor.mean)} times (one seed)"
+    ends = f"{plain_factor(factor.low)} to {plain_factor(factor.high)}"
+    return f"{plain_factor(factor.mean)} times (95% interval {ends})"
+
+
+def plain_factor(factor: float, digits: str = ".3g") -> str:
+    """A factor; beyond a hundred to either side its digits say nothing, and are left out."""
+    if factor > 100:
+        return "over 100"
+    return "under 0.01" if factor < 0.01 else f"{factor:{digits}}"
+
+
+def nats(difference: Interval) -> str:
+    """Such as "+0.012 (95% interval +0.010 to +0.014) nats"."""
+    if difference.low is None or difference.high is None:
+        return f"{difference.mean:+.4f} nats (one seed)"
+    ends = f"{difference.low:+.4f} to {difference.high:+.4f}"
+    return f"{difference.mean:+.4f} nats (95% interval {ends})"
+
+
+def _equal_words(equal: EqualSpeed, stands: Standing | None, where: str) -> str:
+    difference = f"its loss differs by {nats(equal.loss_difference)}; {_STANDS[stands]}."
+    if equal.slower == equal.faster:
+        nearest = f"against the nearest, {equal.slower},"
+        return f"No vanilla model is as fast {where}; {nearest} {difference}"
+    return (
+        f"Against a vanilla model that is as fast {where} (between {equal.slower} and "
+        f"{equal.faster}) {difference}"
+    )
+
+
+def _gain(time: Interval | None, equal: EqualSpeed) -> str:
+    if time is None or time.low is None or time.high is None:
+        return f"learns more than a vanilla model of the same speed ({nats(equal.loss_difference)})"
+    return (
+        f"learns as much as vanilla in {1 - time.mean:.0%} less time (95% interval "
+        f"{1 - time.high:.0%} to {1 - time.low:.0%})"
+    )
+
+
+def _loss(time: Interval | None, equal: EqualSpeed) -> str:
+    if time is not None and time.low is not None and time.high is not None and time.low > 1:
+        return (
+            f"learns as much as vanilla only with {_more(time.mean)} time (95% interval "
+            f"{_more(time.low)} to {_more(time.high)})"
+        )
+    return f"learns less than a vanilla model of the same speed ({nats(equal.loss_difference)})"
+
+
+def _open(time: Interval | None, equal: EqualSpeed) -> str:
+    if time is None:
+        return (
+            "could be compared at equal speed alone, where its loss differs by "
+            f"{nats(equal.loss_difference)}"
+        )
+    if time.low is None or time.high is None:
+        return f"took {_more(time.mean)} time to vanilla's loss in the only seed"
+    if time.high < 1:
+        return (
+            f"learns as much as vanilla in {1 - time.mean:.0%} less time, but vanilla with fewer "
+            "experts a token may do as well"
+        )
+    if time.low < 1 / _LARGEST_FACTOR or time.high > _LARGEST_FACTOR:
+        return (
+            f"may need anything from {_bound(time.low)} to {_bound(time.high)} to vanilla's loss "
+            "(95% interval): these runs tell nothing of the time"
+        )
+    return (
+        f"needs between {_more(time.low)} and {_more(time.high)} time to vanilla's loss (95% "
+        "interval)"
+    )
+
+
+def _bound(factor: float) -> str:
+    """An end of an interval too wide for its digits to mean anything."""
+    if factor < 1 / _LARGEST_FACTOR:
+        return "less than a tenth of vanilla's time"
+    if factor > _LARGEST_FACTOR:
+        return "more than ten times vanilla's time"
+    return f"{_more(factor)} time"
+
+
+def _more(factor: float) -> str:
+    """Such as "12% more"; a factor where percentages are hard to read."""
+    if factor >= 3:
+        return f"{factor:.3g} times the"
+    return f"{factor - 1:.0%} more" if factor >= 1 else f"{1 - factor:.0%} less"
+
+
+def _target_words(best: Verdict, target: str) -> str:
+    time = best.target_time_to_loss
+    if best.at_target is None or time is None:
+        return f"for {target} nothing can be told"
+    says = {
+        "pays": "it would pay",
+        "does not pay": "it would not pay",
+        "undecided": "it is open whether it pays",
+    }[best.at_target]
+    if time.low is None or time.high is None:
+        return f"for {target} {says} ({_more(time.mean)} time by the cost model)"
+    return (
+        f"for {target} {says}: {_more(time.low)} to {_more(time.high)} time to vanilla's loss by "
+        "the cost model, if the loss difference stays as it is"
+    )

@@ -1,0 +1,165 @@
+"""One point of a scaling test: MoE++ and its vanilla rival in turn on the same ranks.
+
+Routing is held at the balanced share phi and the tokens are random, so the result depends neither
+on training nor on data. Step times come first; the all-to-alls are measured in separate steps,
+whose own time counts for nothing but the share.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.config.vanilla import vanilla
+from moepp_megatron.workbench.bench.all_to_all_clock import AllToAllClock
+from moepp_megatron.workbench.bench.interleave import interleaved
+from moepp_megatron.workbench.bench.step import Stepper
+from moepp_megatron.workbench.experiments.scaling.folder import Measuring
+from moepp_megatron.workbench.experiments.scaling.point import KindResult, PointResult
+
+# Dispatchers that send through `all_to_all_single`.
+_ALL_TO_ALL = ("alltoall", "alltoall_dedup")
+
+
+def measure_point(
+    config: Config, layout: Layout, measuring: Measuring, device: torch.device
+) -> PointResult:
+    """Measure; every rank must call, and all get the same. Groups exist.
+
+    Args:
+        config: A MoE++ configuration in this point's layout.
+        layout: The rank grid.
+        measuring: What and how often.
+        device: Of this rank.
+    """
+    configs = {"moepp": config, "vanilla": vanilla(config)}
+    steppers = {kind: Stepper(configs[kind], layout) for kind in measuring.kinds}
+    for _ in range(measuring.warmup):
+        for stepper in steppers.values():
+            stepper.step()
+
+    def repetition(stepper: Stepper) -> None:
+        for _ in range(measuring.steps):
+            stepper.step()
+
+    contestants = {kind: (lambda s=stepper: repetition(s)) for kind, stepper in steppers.items()}
+    times = interleaved(contestants, measuring.repeats, warmup=0)
+    clocks = {kind: _clock(configs[kind], device) for kind in steppers}
+    exchanges = _all_to_alls(steppers, clocks, measuring, device)
+    return PointResult(
+        tokens=config.training.global_batch_size * config.model.seq_length,
+        phi=config.moe.ffn_share,
+        backend=dist.get_backend(),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        hosts=_hosts(),
+        cores=len(os.sched_getaffinity(0)),
+        kinds={
+            kind: _kind_result(
+                stepper,
+                _reduced([s / measuring.steps for s in times[kind].seconds], device, "max"),
+                exchanges[kind],
+            )
+            for kind, stepper in steppers.items()
+        },
+    )
+
+
+def _clock(config: Config, device: torch.device) -> AllToAllClock | None:
+    """None where the dispatcher does not use all-to-alls that could be timed."""
+    if config.moe.dispatcher not in _ALL_TO_ALL:
+        return None
+    group = parallel_state.get_expert_model_parallel_group()
+    return AllToAllClock(group, config.model.hidden_size, device.type == "cuda")
+
+
+class _Exchanges:
+    """What the separate steps of one model have shown on this rank, a step an entry."""
+
+    def __init__(self) -> None:
+        self.step_s: list[float] = []
+        self.wait_s: list[float] = []
+        self.vector_bytes = 0
+
+
+def _all_to_alls(
+    steppers: dict[str, Stepper],
+    clocks: dict[str, AllToAllClock | None],
+    measuring: Measuring,
+    device: torch.device,
+) -> dict[str, dict[str, float] | None]:
+    """By kind: mean, min and max over ranks of the seconds in all-to-alls, the share, the bytes."""
+    found = {kind: _Exchanges() for kind in steppers}
+    for _ in range(max(3, measuring.steps)):
+        for kind, stepper in steppers.items():
+            clock = clocks[kind]
+            if clock is None:
+                # Counted from the routing all the same.
+                stepper.step()
+                continue
+            clock.reset()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            with clock.running():
+                stepper.step()
+            torch.cuda.synchronize()
+            found[kind].step_s.append(time.perf_counter() - began)
+            found[kind].wait_s.append(clock.seconds())
+            found[kind].vector_bytes = clock.vector_bytes
+    return {
+        kind: None if clocks[kind] is None else _over_ranks(found[kind], device) for kind in found
+    }
+
+
+def _over_ranks(found: _Exchanges, device: torch.device) -> dict[str, float]:
+    steps = _reduced(found.step_s, device, "max")
+    mean, least, most = (_reduced(found.wait_s, device, how) for how in ("mean", "min", "max"))
+    total = _reduced([float(found.vector_bytes)], device, "mean")[0] * dist.get_world_size()
+    return {
+        "a2a_time_s": statistics.median(mean),
+        "a2a_time_min_s": statistics.median(least),
+        "a2a_time_max_s": statistics.median(most),
+        "a2a_share": statistics.median(m / s for m, s in zip(mean, steps, strict=True)),
+        "a2a_sent_bytes": round(total),
+    }
+
+
+def _kind_result(
+    stepper: Stepper, step_times: list[float], exchanges: dict[str, float] | None
+) -> KindResult:
+    counted = stepper.routing.collect()
+    measured: dict[str, float | None] = dict(exchanges) if exchanges is not None else {}
+    names = ("a2a_time_s", "a2a_time_min_s", "a2a_time_max_s", "a2a_share")
+    sent = measured.get("a2a_sent_bytes")
+    return KindResult(
+        step_times_s=step_times,
+        ffn_fraction=float(counted["ffn_fraction"]),  # type: ignore[arg-type]
+        a2a_bytes=int(counted["a2a_bytes"]),  # type: ignore[call-overload]
+        a2a_sent_bytes=None if sent is None else int(sent),
+        **{name: measured.get(name) for name in names},
+    )
+
+
+def _reduced(values: Sequence[float], device: torch.device, how: str) -> list[float]:
+    """Elementwise mean, min or max over ranks; every rank must call."""
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
+    operations = {"mean": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+    dist.all_reduce(tensor, operations[how])
+    if how == "mean":
+        tensor /= dist.get_world_size()
+    reduced: list[float] = tensor.tolist()
+    return reduced
+
+
+def _hosts() -> int:
+    """Machines of the run; every rank must call."""
+    names: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return len(set(names))

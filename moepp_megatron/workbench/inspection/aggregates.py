@@ -1,0 +1,189 @@
+"""Means over groups of tokens: by class, part of speech, token, position, frequency, layer.
+
+Shape suffixes: N tokens, L MoE layers, G groups.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moepp_megatron.observe.expert_names import EXPERT_KINDS
+from moepp_megatron.workbench.inspection.trace import Trace
+
+POSITION_BINS = 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tokens that have something in common.
+
+    Attributes:
+        name: What they have in common.
+        count: How many there are.
+        ffn: FFN experts a token and layer, mean.
+        ffn_error: Standard error of that mean over the tokens; NaN for fewer than two.
+        kinds: Share of each of `EXPERT_KINDS` in the selections.
+        loss: Mean loss in nats of those that are predicted; NaN where none is.
+    """
+
+    name: str
+    count: int
+    ffn: float
+    ffn_error: float
+    kinds: tuple[float, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One MoE layer.
+
+    Attributes:
+        layer: Its number in the model, from 1.
+        ffn: FFN experts a token, mean.
+        counts: Share of the tokens with 0, 1, ..., K FFN experts.
+        kinds: Share of each of `EXPERT_KINDS` in the selections.
+        expert_shares: Share of each expert in the selections.
+    """
+
+    layer: int
+    ffn: float
+    counts: tuple[float, ...]
+    kinds: tuple[float, ...]
+    expert_shares: tuple[float, ...]
+
+
+def groups(
+    trace: Trace, keys: Sequence[Hashable], names: Sequence[str] | None = None
+) -> list[Group]:
+    """One group for each key, in the order of first appearance.
+
+    Args:
+        trace: What the model did.
+        keys: N keys; tokens with None are left out.
+        names: N names; the first token's names the group. By default the key itself.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        if key is not None:
+            members.setdefault(key, []).append(index)
+    ffn, kinds = trace.ffn_mean, trace.kind_shares
+    return [
+        _group(str(key) if names is None else names[rows[0]], np.asarray(rows), ffn, kinds, trace)
+        for key, rows in members.items()
+    ]
+
+
+def whole(trace: Trace) -> Group:
+    """All tokens."""
+    rows = np.arange(len(trace.losses))
+    return _group("all tokens", rows, trace.ffn_mean, trace.kind_shares, trace)
+
+
+def by_position(trace: Trace) -> list[Group]:
+    """At most `POSITION_BINS` groups of equal ranges of places in the window."""
+    bins = min(POSITION_BINS, trace.window)
+    edges = np.linspace(0, trace.window, bins + 1).astype(int)
+    keys = np.searchsorted(edges, trace.positions, side="right") - 1
+    names = [_span(edges[key], edges[key + 1] - 1) for key in keys]
+    return groups(trace, keys.tolist(), names)
+
+
+def by_frequency(trace: Trace, ids: np.ndarray) -> list[Group]:
+    """Groups of tokens that occur once, 2 to 3, 4 to 7, ... times in the text, rare ones first.
+
+    Args:
+        trace: What the model did.
+        ids: [N] token ids.
+    """
+    counts = Counter(ids.tolist())
+    keys = [counts[token].bit_length() - 1 for token in ids.tolist()]
+    names = [_span(2**key, 2 ** (key + 1) - 1) for key in keys]
+    order = sorted(set(keys))
+    made = {group.name: group for group in groups(trace, keys, names)}
+    return [made[_span(2**key, 2 ** (key + 1) - 1)] for key in order]
+
+
+def extremes(
+    trace: Trace, ids: np.ndarray, pieces: Sequence[str], length: int
+) -> tuple[int, list[Group], list[Group]]:
+    """Tokens with the most and with the fewest FFN experts.
+
+    Args:
+        trace: What the model did.
+        ids: [N] token ids.
+        pieces: N texts of the tokens.
+        length: Tokens to name at each end at most; an end never takes more than half.
+
+    Returns:
+        How often a token occurs at least to be named, the most and the fewest, extreme first.
+    """
+    counts = Counter(ids.tolist())
+    # A rare token's mean says little; a short text has no others.
+    least = next((n for n in (5, 3, 2) if sum(c >= n for c in counts.values()) >= 2 * length), 1)
+    keys = [token if counts[token] >= least else None for token in ids.tolist()]
+    ranked = sorted(groups(trace, keys, pieces), key=lambda group: (-group.ffn, -group.count))
+    end = min(length, len(ranked) // 2)
+    return least, ranked[:end], ranked[::-1][:end]
+
+
+def by_layer(trace: Trace) -> list[LayerSummary]:
+    """Every MoE layer."""
+    ffn, kinds = trace.ffn, trace.kinds
+    return [
+        LayerSummary(
+            number,
+            float(ffn[row].mean()),
+            tuple(float((ffn[row] == count).mean()) for count in range(trace.topk + 1)),
+            tuple(float((kinds[row] == kind).mean()) for kind in range(len(EXPERT_KINDS))),
+            tuple(
+                (
+                    np.bincount(trace.selected[row].ravel(), minlength=trace.experts.total)
+                    / trace.selected[row].size
+                ).tolist()
+            ),
+        )
+        for row, number in enumerate(trace.layers)
+    ]
+
+
+def loss_correlation(trace: Trace, *, of_next: bool = False) -> float:
+    """Pearson's r of loss and mean FFN experts over tokens; NaN where either does not vary.
+
+    Args:
+        trace: What the model did.
+        of_next: Take the loss of the token behind, which is predicted from this token's place;
+            otherwise the token's own, which tells how surprising it was.
+    """
+    losses = trace.losses
+    if of_next:
+        # Nothing predicts the first token of a window: its loss is NaN.
+        losses = np.append(losses[1:], np.nan)
+    known = np.isfinite(losses)
+    losses, ffn = losses[known], trace.ffn_mean[known]
+    if known.sum() < 2 or losses.std() == 0 or ffn.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(losses, ffn)[0, 1])
+
+
+def _group(name: str, rows: np.ndarray, ffn: np.ndarray, kinds: np.ndarray, trace: Trace) -> Group:
+    losses = trace.losses[rows]
+    known = losses[np.isfinite(losses)]
+    values = ffn[rows]
+    error = float(values.std(ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else float("nan")
+    return Group(
+        name,
+        len(rows),
+        float(values.mean()),
+        error,
+        tuple(kinds[rows].mean(axis=0).tolist()),
+        float(known.mean()) if len(known) else float("nan"),
+    )
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,}-{last:,}"

@@ -1,0 +1,128 @@
+"""What a layer keeps of a micro-batch for its backward pass, in bytes of one rank.
+
+Counted tensor by tensor from megatron-core 0.19: with sequence parallelism the norms, the residual
+stream and the router hold the rank's own tokens T, attention the T tp tokens of its group, experts
+the R rows that arrived. Gates are applied inside the experts' activation, so that their outputs are
+not kept (arXiv 2603.07685, section 4.1.2). That is the account of fused modules; that of
+megatron-core's own ones, which a CPU runs, is in `local_activations.py`.
+"""
+
+from __future__ import annotations
+
+from moepp_megatron.workbench.planning import local_activations as local
+from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.links import distinct_targets
+from moepp_megatron.workbench.planning.parts import Layer
+from moepp_megatron.workbench.planning.workload import Workload
+
+
+def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
+    """Bytes kept between the passes of one micro-batch and layer."""
+    if load.modules == "local":
+        return local.kept_bytes(load, grid, layer)
+    size = load.numbers.activation_bytes
+    own = grid.tokens(load.seq)
+    stream = float(own * load.hidden * size)
+    if grid.recomputes_all:
+        return stream
+    kept = stream * 2 + _norm_outputs(load, grid) + _attention(load, grid)
+    if not layer.is_moe:
+        return kept + _swiglu(load, grid, load.dense_size, "mlp")
+    kept += _moe(load, grid, layer.rows)
+    if load.experts.shared_size:
+        kept += _swiglu(load, grid, load.experts.shared_size, "shared_experts")
+    return kept
+
+
+def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
+    """What the pass of one layer needs at once beside what is kept: buffers, gradients.
+
+    With recomputation the kept tensors of one layer are rebuilt too.
+    """
+    if load.modules == "local":
+        return local.peak_bytes(load, grid, layer)
+    size = load.numbers.activation_bytes
+    own = grid.tokens(load.seq)
+    peak = 3.0 * own * load.hidden * size
+    if layer.is_moe:
+        # Sent and received rows, and gradients of the experts' two inner tensors.
+        row = load.hidden * size
+        sent = own * load.experts.ffn_per_token * row
+        if load.experts.dispatcher in ("alltoall_dedup", "flex"):
+            sent = own * distinct_targets(grid.ep, load.experts.ffn_per_token) * row
+        inner = 3 * layer.rows * grid.etp * load.experts.ffn_size / grid.etp * size
+        peak += sent + layer.rows * grid.etp * row + inner
+    if grid.recompute:
+        whole = Grid(
+            grid.world, grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp, grid.micro_batch
+        )
+        peak += kept_bytes(load, whole, layer) - kept_bytes(load, grid, layer)
+    return peak
+
+
+def output_bytes(load: Workload, grid: Grid) -> float:
+    """Logits of one micro-batch in their format, in fp32, and their exponentials."""
+    if load.modules == "local":
+        return local.output_bytes(load, grid)
+    logits = grid.tokens(load.seq) * grid.tp * load.vocab / grid.tp
+    return logits * (load.numbers.activation_bytes + 4 + 4)
+
+
+def resident_bytes(load: Workload, grid: Grid) -> float:
+    """What the modules allocate once and never free."""
+    return local.resident_bytes(load, grid) if load.modules == "local" else 0.0
+
+
+def _input_size(load: Workload) -> float:
+    """Bytes of an element of a product's kept input."""
+    return 1.0 if load.numbers.fp8 else float(load.numbers.activation_bytes)
+
+
+def _norm_outputs(load: Workload, grid: Grid) -> float:
+    """Outputs of the two norms: input of the projections, input of the FFN or router."""
+    if "layernorm" in grid.recompute:
+        return 0.0
+    own = grid.tokens(load.seq) * load.hidden
+    return own * (_input_size(load) + load.numbers.activation_bytes)
+
+
+def _attention(load: Workload, grid: Grid) -> float:
+    """Queries, keys, values, output, and the scores' row sums in fp32."""
+    group = grid.tokens(load.seq) * grid.tp
+    size = load.numbers.activation_bytes
+    kept = group * load.attention.kept_width(grid.tp) * size
+    if "core_attn" in grid.recompute:
+        # Only queries, keys and values stay.
+        kept -= group * load.attention.heads // grid.tp * load.attention.v_dim * size
+    if "mla_up_proj" in grid.recompute:
+        # Compressed vectors stay instead, and the output.
+        kept = group * load.attention.heads // grid.tp * load.attention.v_dim * size
+        kept += group * load.attention.gathered_width(load.hidden) * size
+    return kept + 4.0 * group * load.attention.heads / grid.tp
+
+
+def _swiglu(load: Workload, grid: Grid, inner: int, module: str) -> float:
+    """Both halves of the first product, and the second one's input."""
+    if module in grid.recompute:
+        return 0.0
+    group = grid.tokens(load.seq) * grid.tp
+    width = inner / grid.tp
+    return group * width * (2 * load.numbers.activation_bytes + _input_size(load))
+
+
+def _moe(load: Workload, grid: Grid, rows: float) -> float:
+    """Router's fp32 tensors, arrived rows, both halves of the first product, the second's input."""
+    if "moe" in grid.recompute:
+        return 0.0
+    own = grid.tokens(load.seq)
+    size, kept_size = load.numbers.activation_bytes, _input_size(load)
+    # Logits, scores and gates in fp32, the map in bytes; the residual's logits are passed on.
+    router = own * load.experts.num_all * (3 * 4 + 1.0)
+    arrived = rows * grid.etp
+    width = load.experts.ffn_size / grid.etp
+    first_input = arrived * load.hidden * kept_size
+    activation = 0.0 if "moe_act" in grid.recompute else arrived * width * kept_size
+    zero_computation = 0.0
+    if load.experts.num_zero_computation:
+        zero_computation = own * load.experts.num_constant * 4.0 * 3
+    return router + first_input + 2 * arrived * width * size + activation + zero_computation

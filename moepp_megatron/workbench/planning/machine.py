@@ -1,0 +1,139 @@
+"""A cluster of one kind of card: rated numbers times reached shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.hardware import Hardware
+from moepp_megatron.workbench.planning.cpu_rates import CpuRates
+from moepp_megatron.workbench.planning.efficiency import DEFAULT, Efficiencies
+
+_NEEDED = (
+    "memory_gb",
+    "memory_bandwidth_gb_s",
+    "network_gbit_s_per_gpu",
+    "gpus_per_node",
+)
+
+
+# Compared by identity: it is the key of caches, and one plan has one machine.
+@dataclass(frozen=True, eq=False)
+class Machine:
+    """What a card reaches, in SI units.
+
+    Attributes:
+        hardware: The description it comes from.
+        reached: Shares of the rated numbers.
+        multiprocessors: Of a card.
+        memory_bytes: Device memory.
+        memory_rate: Bytes a second in kernels that only move data.
+        nvlink: Bytes a second and direction inside a node.
+        network: Bytes a second and direction of a card's port.
+        per_node: Cards of a node.
+        cpu: What a rank reaches on a machine without cards, where it is one.
+    """
+
+    hardware: Hardware
+    reached: Efficiencies
+    multiprocessors: int
+    memory_bytes: float
+    memory_rate: float
+    nvlink: float
+    network: float
+    per_node: int
+    cpu: CpuRates | None = None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether communication runs beside computation: a core does one thing at a time."""
+        return self.cpu is None
+
+    @property
+    def optimizer_rate(self) -> float:
+        """Bytes a second in the optimizer's step."""
+        return self.memory_rate if self.cpu is None else _rate(self.cpu.state_s)
+
+    def flops(self, number: str) -> float:
+        """FLOP/s that products which fill the card reach.
+
+        Args:
+            number: "fp32", "bf16", "fp8" (tensorwise, delayed) or "fp8_blockwise".
+        """
+        share: float = getattr(self.reached, f"{number}_matmul")
+        return self.rated(number) * share
+
+    def rated(self, number: str) -> float:
+        """Rated FLOP/s of a format."""
+        rated = {
+            "fp32": self.hardware.fp32_tflops,
+            "bf16": self.hardware.bf16_tflops,
+            "fp8": self.hardware.fp8_tflops,
+            "fp8_blockwise": self.hardware.fp8_tflops,
+        }[number]
+        assert rated is not None, f"{self.hardware.name} has no {number} rate"
+        return rated * 1e12
+
+
+def machine_of(hardware: Hardware, reached: Efficiencies = DEFAULT) -> Machine:
+    """The machine that a description stands for.
+
+    Raises:
+        ConfigError: The description lacks a number that a plan needs.
+    """
+    lacking = [name for name in _NEEDED if getattr(hardware, name) is None]
+    if lacking:
+        raise ConfigError(
+            f"hardware ({hardware.name}) must give {', '.join(lacking)} for a plan; add "
+            f"{'it' if len(lacking) == 1 else 'them'} to a YAML file of your own and name that"
+        )
+    network = hardware.network_gbit_s_per_gpu or 0.0
+    nvlink = hardware.nvlink_gb_s
+    return Machine(
+        hardware=hardware,
+        reached=reached,
+        multiprocessors=hardware.multiprocessors or 1,
+        memory_bytes=(hardware.memory_gb or 0.0) * 1e9,
+        memory_rate=(hardware.memory_bandwidth_gb_s or 0.0) * 1e9 * reached.memory,
+        # Without NVLink the cards of a node reach each other no faster than the network.
+        nvlink=nvlink / 2 * 1e9 * reached.nvlink if nvlink else network / 8 * 1e9 * reached.network,
+        network=network / 8 * 1e9 * reached.network,
+        per_node=hardware.gpus_per_node or 1,
+    )
+
+
+def cpu_machine(rates: CpuRates, ranks: int, cores: int, memory_bytes: float = 0.0) -> Machine:
+    """The machine that ranks on a CPU see; all of them on one node.
+
+    Args:
+        rates: Of a rank with a core of its own.
+        ranks: On the machine.
+        cores: Of the machine.
+        memory_bytes: What a rank may take.
+    """
+    own = rates.among(ranks, cores)
+    reached = Efficiencies(
+        kernel_s=own.kernel_s,
+        nvlink_latency_s=own.start_s,
+        network_latency_s=own.start_s,
+        # The host is what computes: it need not wait for itself, and hides nothing.
+        expert_sync_s=0.0,
+        point_to_point_overlap=0.0,
+        reserved_gib=0.0,
+    )
+    return Machine(
+        hardware=Hardware(name="cpu", kind="cpu"),
+        reached=reached,
+        multiprocessors=1,
+        memory_bytes=memory_bytes,
+        memory_rate=_rate(own.moved_s),
+        nvlink=_rate(own.send_s),
+        network=_rate(own.send_s),
+        per_node=max(ranks, 1),
+        cpu=own,
+    )
+
+
+def _rate(seconds: float) -> float:
+    """Of a second, from the seconds of one."""
+    return 1.0 / seconds if seconds else float("inf")

@@ -1,0 +1,174 @@
+"""What one rank holds at its peak: weights, gradients, optimizer, activations, buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moepp_megatron.config import Config, Layout, stage_layers
+from moepp_megatron.workbench.planning.activations import (
+    kept_bytes,
+    output_bytes,
+    peak_bytes,
+    resident_bytes,
+)
+from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.parameters import RankParameters, rank_parameters
+from moepp_megatron.workbench.planning.parts import Layer
+from moepp_megatron.workbench.planning.pipeline import Stages, chunks_in_flight
+from moepp_megatron.workbench.planning.workload import Modules, Workload
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Memory of a rank, bytes; parameters as numbers.
+
+    Attributes:
+        dense: Parameters outside the FFN experts.
+        experts: Parameters of FFN experts.
+        weights: Of the parameters.
+        gradients: Of their gradients.
+        optimizer: Of the optimizer's state.
+        activations: Kept for the backward passes of all micro-batches in flight.
+        buffers: Needed at once by one layer's or the output layer's passes.
+    """
+
+    dense: int
+    experts: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """All of it, bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+def rank_memory(
+    config: Config, layout: Layout, pp_rank: int, modules: Modules = "fused"
+) -> RankMemory:
+    """Memory of each rank of a pipeline stage of a checked configuration.
+
+    Args:
+        config: The configuration.
+        layout: Its ranks.
+        pp_rank: The pipeline rank.
+        modules: Those that will run: "fused" on a GPU, "local" on a CPU.
+    """
+    stages = tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stage_layers(config))
+    load, grid = Workload.from_config(config, modules), Grid.from_layout(config, layout)
+    return memory_of(load, grid, stages, pp_rank)
+
+
+def memory_of(
+    load: Workload, grid: Grid, stages: Stages, pp_rank: int, skew: float = 1.0
+) -> RankMemory:
+    """Memory of each rank of a pipeline stage.
+
+    Args:
+        load: What is trained.
+        grid: The layout.
+        stages: Layers by pipeline rank and chunk.
+        pp_rank: The pipeline rank.
+        skew: Rows of the fullest rank over the mean.
+    """
+    layers = [load.is_moe[layer] for chunk in stages[pp_rank] for layer in chunk]
+    return assemble(
+        load,
+        grid,
+        pp_rank,
+        rank_parameters(load, grid, stages, pp_rank),
+        (sum(layers), len(layers) - sum(layers)),
+        (layer_bytes(load, grid, True, skew), layer_bytes(load, grid, False, skew)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """Activations of one layer and micro-batch.
+
+    Attributes:
+        kept: From the forward to the backward pass.
+        peak: Needed at once beside what is kept.
+    """
+
+    kept: float
+    peak: float
+
+
+def layer_bytes(load: Workload, grid: Grid, is_moe: bool, skew: float) -> LayerBytes:
+    """Activations of an MoE layer or of another one."""
+    layer = Layer(is_moe, fullest_rows(load, grid, skew))
+    return LayerBytes(kept_bytes(load, grid, layer), peak_bytes(load, grid, layer))
+
+
+def assemble(
+    load: Workload,
+    grid: Grid,
+    pp_rank: int,
+    parameters: RankParameters,
+    layers: tuple[int, int],
+    each: tuple[LayerBytes, LayerBytes],
+) -> RankMemory:
+    """Memory of a rank from its parts.
+
+    Args:
+        load: What is trained.
+        grid: The layout.
+        pp_rank: The pipeline rank.
+        parameters: Its parameters.
+        layers: Its MoE layers, and its others.
+        each: Activations of one of either.
+    """
+    count = parameters.dense + parameters.experts
+    flying = chunks_in_flight(grid.pp, grid.vpp, pp_rank, grid.micro_batches(load.batch))
+    kept = layers[0] * each[0].kept + layers[1] * each[1].kept
+    buffers = max(each[0].peak if layers[0] else 0.0, each[1].peak if layers[1] else 0.0)
+    if pp_rank == grid.pp - 1:
+        buffers = max(buffers, (1 + load.extra_layers) * output_bytes(load, grid))
+    return RankMemory(
+        dense=parameters.dense,
+        experts=parameters.experts,
+        weights=load.numbers.weight_bytes * count,
+        gradients=load.numbers.gradient_bytes * count,
+        optimizer=optimizer_bytes(load, grid, parameters),
+        # Chunks of a rank hold about as many layers each.
+        activations=kept / grid.vpp * flying,
+        buffers=buffers + resident_bytes(load, grid),
+    )
+
+
+def optimizer_bytes(load: Workload, grid: Grid, parameters: RankParameters) -> int:
+    """Two moments and the fp32 copy of the weights, sharded or not."""
+    state = 2 * load.numbers.moment_bytes + load.numbers.master_bytes
+    dense_shards, expert_shards = grid.dp * grid.cp, grid.edp
+    if not grid.distributed_optimizer:
+        dense_shards = expert_shards = 1
+    return state * parameters.dense // dense_shards + state * parameters.experts // expert_shards
+
+
+def fullest_rows(load: Workload, grid: Grid, skew: float = 1.0) -> float:
+    """Rows R that the fullest rank's experts receive in one micro-batch."""
+    return grid.tokens(load.seq) * load.experts.ffn_per_token * skew
+
+
+def candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
+    """Pipeline ranks of which one needs most: the first of those with the same kinds of layers.
+
+    Earlier ranks hold more micro-batches; the first has the embedding, the last the output layer.
+    """
+    last = len(stages) - 1
+    found: dict[tuple[int, int, bool, bool], int] = {}
+    for rank, chunks in enumerate(stages):
+        kinds = [load.is_moe[layer] for chunk in chunks for layer in chunk]
+        found.setdefault((sum(kinds), len(kinds), rank == 0, rank == last), rank)
+    return tuple(found.values())
+
+
+def fullest_rank(load: Workload, grid: Grid, stages: Stages, skew: float = 1.0) -> RankMemory:
+    """Memory of the rank that needs most."""
+    ranks = candidate_ranks(load, stages)
+    found = [memory_of(load, grid, stages, rank, skew) for rank in ranks]
+    return max(found, key=lambda memory: memory.total)

@@ -1,0 +1,87 @@
+"""Parameters of each rank: of its layers, its share of each, its experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.pipeline import Stages
+from moepp_megatron.workbench.planning.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class RankParameters:
+    """Parameters of a rank.
+
+    Attributes:
+        dense: Outside the FFN experts; sharded over data- and context-parallel ranks.
+        experts: FFN experts; sharded over the experts' data-parallel ranks.
+    """
+
+    dense: int
+    experts: int
+
+
+def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) -> RankParameters:
+    """Parameters of each rank of a pipeline stage."""
+    dense = _outside_layers(load, grid, pp_rank)
+    experts = 0
+    for layer in (layer for chunk in stages[pp_rank] for layer in chunk):
+        dense += _attention(load, grid)
+        if load.is_moe[layer]:
+            dense += _moe_dense(load, grid, layer == load.first_moe_layer)
+            experts += _ffn_experts(load, grid)
+        else:
+            dense += 3 * load.hidden * load.dense_size // grid.tp
+    if pp_rank == grid.pp - 1:
+        for _ in range(load.extra_layers):
+            # Multi-token prediction: two norms and a projection of two vectors to one in front.
+            dense += _attention(load, grid) + _moe_dense(load, grid, is_first=True)
+            dense += 2 * load.hidden + 2 * load.hidden * load.hidden // grid.tp
+            experts += _ffn_experts(load, grid)
+    return RankParameters(dense, experts)
+
+
+def _outside_layers(load: Workload, grid: Grid, pp_rank: int) -> int:
+    """Embedding on the first stage; final norm and output layer on the last."""
+    vocabulary = load.vocab * load.hidden // grid.tp
+    is_first, is_last = pp_rank == 0, pp_rank == grid.pp - 1
+    count = vocabulary if is_first else 0
+    if is_last:
+        count += load.hidden
+        # Tied to an embedding on another stage, the output layer is a copy of it.
+        if not (load.tied and is_first):
+            count += vocabulary
+    return count
+
+
+def _attention(load: Workload, grid: Grid) -> int:
+    """Projections of this rank's heads, norms inside, and the two norms of the layer."""
+    matmuls = load.attention.matmuls(load.hidden, grid.tp)
+    projections = sum(prod((matmul.outputs, matmul.inputs)) for matmul in matmuls)
+    inside = load.attention.norm_parameters() + load.attention.bias_parameters(grid.tp)
+    return projections + inside + 2 * load.hidden
+
+
+def _moe_dense(load: Workload, grid: Grid, is_first: bool) -> int:
+    """Router and constant experts, whole on every rank, and the shared expert's part.
+
+    The first MoE layer has no gating residual, and V where all layers share one.
+    """
+    experts, wide = load.experts, load.experts.num_all
+    router = wide * load.hidden
+    if experts.two_layer_gate:
+        router = 8 * wide * load.hidden + 8 * wide * wide
+    if experts.gating_residual and not is_first:
+        router += wide * wide
+    shared = 3 * load.hidden * experts.shared_size // grid.tp
+    shared += load.hidden if experts.shared_gate else 0
+    # Each constant expert: U, two rows of the mixing weight, and its vector in V.
+    rows = 3 if is_first or not experts.constants_shared else 2
+    return router + rows * load.hidden * experts.num_constant + shared
+
+
+def _ffn_experts(load: Workload, grid: Grid) -> int:
+    experts = load.experts
+    return experts.num_ffn // grid.ep * 3 * load.hidden * experts.ffn_size // grid.etp

@@ -1,0 +1,302 @@
+"""What every part of a layer computes and moves in memory, per rank and micro-batch.
+
+Letters: T tokens that a rank routes, S tokens of its tensor-parallel group (S = T tp), R rows that
+a rank's experts compute (R = T K phi when load is even), D hidden size, I expert width, E all
+experts. A product costs 2 m n k FLOP forward and twice that backward. Bytes are of kernels without
+products: norms, rotations, permutations, activations; each tensor counts once a read and once a
+write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.links import distinct_targets
+from moepp_megatron.workbench.planning.local_core import with_local_core
+from moepp_megatron.workbench.planning.module_costs import COSTS
+from moepp_megatron.workbench.planning.rates import Product, Work
+from moepp_megatron.workbench.planning.workload import Workload
+
+# Reading a bf16 tensor and writing it in FP8 along rows and along columns, bytes an element.
+_QUANTISE = {"blockwise": 4.0, "delayed": 4.0, "tensorwise": 6.0, "mxfp8": 4.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a layer.
+
+    Attributes:
+        name: Its name in tables and plots.
+        forward: Work of the forward pass.
+        backward: Work of the backward pass, recomputation not included.
+        again: Work of the forward pass that the backward pass repeats.
+    """
+
+    name: str
+    forward: Work
+    backward: Work
+    again: Work = Work()
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What distinguishes the layers of a model for their cost.
+
+    Attributes:
+        is_moe: It holds experts.
+        rows: Rows R that the slowest rank's experts compute.
+        has_residual: Its router sees the logits of the MoE layer before.
+    """
+
+    is_moe: bool
+    rows: float = 0.0
+    has_residual: bool = False
+
+
+def product_number(load: Workload) -> str:
+    """The format of the matrix products."""
+    if load.numbers.fp8 is None:
+        return load.numbers.dtype
+    return "fp8_blockwise" if load.numbers.fp8 == "blockwise" else "fp8"
+
+
+def layer_parts(load: Workload, grid: Grid, layer: Layer) -> Iterator[Part]:
+    """The parts of one layer."""
+    yield _attention(load, grid)
+    yield _norms(load, grid)
+    if not layer.is_moe:
+        yield _swiglu(load, grid, "dense_ffn", load.dense_size, "mlp")
+        return
+    yield _router(load, grid, layer.has_residual)
+    yield _permutation(load, grid, layer.rows)
+    yield _experts(load, grid, layer.rows)
+    if load.experts.num_zero_computation:
+        yield _zero_computation(load, grid)
+    if load.experts.shared_size:
+        yield _swiglu(load, grid, "shared_expert", load.experts.shared_size, "shared_experts")
+
+
+def _linear(
+    load: Workload, rows: float, outputs: float, inputs: float, groups: int = 1
+) -> tuple[tuple[Product, ...], tuple[Product, ...], float, float]:
+    """A weight [outputs, inputs] on `rows` rows a group.
+
+    Returns:
+        Products forward and backward, bytes of quantisation (and of adding the weight's gradient
+        to the others, where the product does not) forward and backward.
+    """
+    number = product_number(load)
+    forward = (Product(rows, outputs, inputs, groups, number),)
+    backward = (
+        Product(rows, inputs, outputs, groups, number),
+        Product(outputs, inputs, rows, groups, number),
+    )
+    if load.numbers.fp8 is None:
+        accumulated = COSTS[load.modules].accumulated * outputs * inputs * groups
+        return forward, backward, 0.0, accumulated
+    element = _QUANTISE[load.numbers.fp8]
+    return forward, backward, element * rows * inputs * groups, element * rows * outputs * groups
+
+
+def _again(grid: Grid, module: str, work: Work) -> Work:
+    """The work if the backward pass repeats this module."""
+    return work if grid.recomputes_all or module in grid.recompute else Work()
+
+
+def _attention(load: Workload, grid: Grid) -> Part:
+    """Projections, rotation, and the core with its scores [s, s]."""
+    attention = load.attention
+    own = grid.tokens(load.seq)
+    group = own * grid.tp
+    forward: tuple[Product, ...] = ()
+    backward: tuple[Product, ...] = ()
+    up: tuple[Product, ...] = ()
+    moved_forward = moved_backward = 0.0
+    for matmul in attention.matmuls(load.hidden, grid.tp):
+        rows = own if matmul.is_sequence_parallel else group
+        ahead, back, quantise, quantise_back = _linear(load, rows, matmul.outputs, matmul.inputs)
+        forward += ahead
+        backward += back
+        up += ahead if matmul.is_up_projection else ()
+        moved_forward += quantise
+        moved_backward += quantise_back
+    heads = attention.heads // grid.tp
+    scores = load.seq * load.causal_share * group
+    core = 2.0 * scores * heads * (attention.qk_dim + attention.v_dim)
+    size = load.numbers.activation_bytes
+    # The rotation reads and writes queries and keys; query/key norms do so again.
+    turned = 2 * size * group * heads * 2 * attention.qk_dim
+    moved = turned * (2 if attention.norm_parameters() else 1)
+    moved *= COSTS[load.modules].rotation
+    number = load.numbers.dtype
+    ahead_work = Work(
+        forward, core, load.seq // grid.cp, moved + moved_forward, 12, core_number=number
+    )
+    # Backward the core computes scores again: five products where the forward pass has two.
+    back_work = Work(
+        backward,
+        2.5 * core,
+        load.seq // grid.cp,
+        moved + moved_backward,
+        18,
+        is_backward=True,
+        core_number=number,
+    )
+    again, core_again = Work(), Work((), core, load.seq // grid.cp, 0.0, 1, core_number=number)
+    if load.modules == "local":
+        ahead_work, back_work, core_again = with_local_core(load, grid, ahead_work, back_work)
+    if grid.recomputes_all:
+        again = ahead_work
+    elif "core_attn" in grid.recompute:
+        again = core_again
+    elif "mla_up_proj" in grid.recompute:
+        again = Work(up, kernels=4)
+    return Part("attention", ahead_work, back_work, again)
+
+
+def _norms(load: Workload, grid: Grid) -> Part:
+    """Two RMSNorms and two additions to the residual stream."""
+    tensor = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
+    costs = COSTS[load.modules]
+    forward = Work(moved=costs.norms[0] * tensor, kernels=costs.norm_kernels[0])
+    backward = Work(moved=costs.norms[1] * tensor, kernels=costs.norm_kernels[1])
+    again = Work(moved=costs.norms_again[0] * tensor, kernels=costs.norms_again[1])
+    return Part("norms", forward, backward, _again(grid, "layernorm", again))
+
+
+def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> Part:
+    """An FFN of three matrices [D, inner] that all tokens take, split over tensor ranks."""
+    rows = grid.tokens(load.seq) * grid.tp
+    width = inner / grid.tp
+    first = _linear(load, rows, 2 * width, load.hidden)
+    second = _linear(load, rows, load.hidden, width)
+    size = load.numbers.activation_bytes
+    passes = COSTS[load.modules].chain
+    forward = Work(
+        first[0] + second[0],
+        moved=passes[0] * size * rows * width + first[2] + second[2],
+        kernels=4,
+    )
+    backward = Work(
+        first[1] + second[1],
+        moved=passes[1] * size * rows * width + first[3] + second[3],
+        kernels=7,
+    )
+    return Part(name, forward, backward, _again(grid, module, forward))
+
+
+def _router(load: Workload, grid: Grid, has_residual: bool) -> Part:
+    """Logits z = W x (+ G z'), scores, the choice of K experts, the balance loss."""
+    experts = load.experts
+    tokens, wide = grid.tokens(load.seq), experts.num_all
+    shapes = [(wide, load.hidden)]
+    if experts.two_layer_gate:
+        shapes = [(8 * wide, load.hidden), (wide, 8 * wide)]
+    if has_residual and experts.gating_residual:
+        shapes.append((wide, wide))
+    number = load.numbers.dtype
+    forward = tuple(Product(tokens, n, k, 1, number) for n, k in shapes)
+    backward = tuple(Product(tokens, k, n, 1, number) for n, k in shapes)
+    backward += tuple(Product(n, k, tokens, 1, number) for n, k in shapes)
+    # fp32 logits, scores, map and probabilities: about eight passes over [T, E].
+    moved = 8.0 * 4 * tokens * wide
+    ahead = Work(forward, moved=moved, kernels=10 + 2 * len(shapes))
+    back = Work(backward, moved=moved, kernels=8 + 2 * len(shapes))
+    return Part("router", ahead, back, _again(grid, "moe", ahead))
+
+
+def _permutation(load: Workload, grid: Grid, rows: float) -> Part:
+    """Tokens are copied into the order of their experts and summed back, on both sides."""
+    tokens = grid.tokens(load.seq)
+    element = load.hidden * load.numbers.activation_bytes
+    arrived = rows * grid.etp
+    if grid.ep == 1:
+        moved = 2.0 * element * (tokens + arrived)
+    elif load.experts.dispatcher == "alltoall":
+        # Sorted by expert at the sender, and again where several experts share a rank.
+        again = 2 * arrived if load.experts.num_ffn > grid.ep else 0.0
+        moved = 2.0 * element * (tokens + rows + again)
+    elif load.experts.dispatcher == "allgather":
+        moved = 2.0 * element * (tokens * grid.ep + arrived)
+    else:
+        copies = tokens * distinct_targets(grid.ep, load.experts.ffn_per_token)
+        moved = 2.0 * element * (tokens + 2 * copies + arrived)
+    work = Work(moved=moved, kernels=8)
+    return Part("permutation", work, work, _again(grid, "moe", work))
+
+
+def _experts(load: Workload, grid: Grid, rows: float) -> Part:
+    """The FFN experts of a rank, one grouped product for each of their matrices."""
+    experts = load.experts.num_ffn // grid.ep
+    width = load.experts.ffn_size / grid.etp
+    rows = rows * grid.etp
+    first = _linear(load, rows / experts, 2 * width, load.hidden, experts)
+    second = _linear(load, rows / experts, load.hidden, width, experts)
+    activation = load.numbers.activation_bytes * rows * width
+    costs = COSTS[load.modules]
+    passes = costs.chain if load.experts.is_vanilla else costs.experts
+    forward = Work(
+        first[0] + second[0],
+        moved=passes[0] * activation + first[2] + second[2],
+        kernels=costs.layer_kernels[0] + costs.expert_kernels[0] * experts,
+    )
+    backward = Work(
+        first[1] + second[1],
+        moved=passes[1] * activation + first[3] + second[3],
+        kernels=costs.layer_kernels[1] + costs.expert_kernels[1] * experts,
+    )
+    again = _again(grid, "moe", forward)
+    if "moe_act" in grid.recompute:
+        again = Work(moved=3 * activation, kernels=1)
+    return Part("experts", forward, backward, again)
+
+
+def _zero_computation(load: Workload, grid: Grid) -> Part:
+    """`y = s x + A V` and `softmax(U_c x)`: no gather, two reads and a write of the activations."""
+    tokens = grid.tokens(load.seq)
+    constants = load.experts.num_constant
+    tensor = tokens * load.hidden * load.numbers.activation_bytes
+    number = load.numbers.dtype
+    forward: tuple[Product, ...] = ()
+    backward: tuple[Product, ...] = ()
+    if constants:
+        forward = (
+            Product(tokens, 2 * constants, load.hidden, 1, number),
+            Product(tokens, load.hidden, constants, 1, number),
+        )
+        backward = tuple(Product(p.m, p.k, p.n, 1, number) for p in forward)
+        backward += tuple(Product(p.n, p.k, p.m, 1, number) for p in forward)
+    ahead = Work(forward, moved=3.0 * tensor, kernels=6)
+    back = Work(backward, moved=6.0 * tensor, kernels=10)
+    return Part("zero_computation", ahead, back, _again(grid, "moe", ahead))
+
+
+def embedding_part(load: Workload, grid: Grid) -> Part:
+    """Rows of the table are read; backward their gradients are added to it."""
+    tensor = grid.tokens(load.seq) * grid.tp * load.hidden * load.numbers.activation_bytes
+    costs = COSTS[load.modules]
+    backward = 3.0 * tensor
+    backward += (costs.table + costs.accumulated) * load.vocab / grid.tp * load.hidden
+    return Part("output", Work(moved=2.0 * tensor, kernels=3), Work(moved=backward, kernels=3))
+
+
+def output_part(load: Workload, grid: Grid) -> Part:
+    """Output layer [V, D] in bf16 and the cross entropy of its logits in fp32."""
+    rows = grid.tokens(load.seq) * grid.tp
+    width = load.vocab / grid.tp
+    number = load.numbers.dtype
+    forward = (Product(rows, width, load.hidden, 1, number),)
+    backward = (
+        Product(rows, load.hidden, width, 1, number),
+        Product(width, load.hidden, rows, 1, number),
+    )
+    logits = rows * width
+    accumulated = COSTS[load.modules].accumulated * width * load.hidden
+    # Logits to fp32, their maximum, exponentials and sum; backward one pass.
+    return Part(
+        "output",
+        Work(forward, moved=20.0 * logits, kernels=10),
+        Work(backward, moved=10.0 * logits + accumulated, kernels=6),
+    )

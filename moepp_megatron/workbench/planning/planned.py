@@ -1,0 +1,95 @@
+"""One layout of one model with its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moepp_megatron.config import Config
+from moepp_megatron.config.flops import training_flops_per_token
+from moepp_megatron.workbench.planning.coster import GIB
+from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.imbalance import Routing
+from moepp_megatron.workbench.planning.machine import Machine
+from moepp_megatron.workbench.planning.overlay import settings_of
+from moepp_megatron.workbench.planning.step import StepTime, step_time
+from moepp_megatron.workbench.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One layout of one model.
+
+    Attributes:
+        grid: The layout.
+        kind: The model.
+        tau: Weight of its zero-computation experts; None for vanilla.
+        ffn_share: phi; 1 for vanilla.
+        fits: The fullest rank fits the card.
+        memory_gib: Of the fullest rank, libraries included.
+        step: Time of a step.
+        tokens_per_s_per_gpu: Throughput of a card.
+        tflops_per_gpu: Model TFLOP/s of a card, as `metrics.jsonl` counts them (config/flops.py).
+        mfu: Their share of the rated rate.
+    """
+
+    grid: Grid
+    kind: Literal["moepp", "vanilla"]
+    tau: float | None
+    ffn_share: float
+    fits: bool
+    memory_gib: float
+    step: StepTime
+    tokens_per_s_per_gpu: float
+    tflops_per_gpu: float
+    mfu: float
+
+    def record(self, layers: int) -> dict[str, Any]:
+        """For JSON; the contract's keys first."""
+        settings = settings_of(self.grid, layers)
+        return {
+            "layout": {**settings["parallel"], **settings["training"]},
+            "kind": self.kind,
+            "tau": self.tau,
+            "fits": self.fits,
+            "memory_gib": round(self.memory_gib, 3),
+            "step_time_s": self.step.total,
+            "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu,
+            "tflops_per_gpu": self.tflops_per_gpu,
+            "a2a_bytes": round(self.step.exchange_bytes),
+            "ffn_share": self.ffn_share,
+            "mfu": self.mfu,
+            "seconds": dict(self.step.seconds),
+            "hidden_seconds": dict(self.step.hidden),
+            "rank_load": {
+                "mean": self.step.load.mean,
+                "p50": self.step.load.median,
+                "p90": self.step.load.p90,
+                "p99": self.step.load.p99,
+            },
+        }
+
+
+def planned_of(
+    config: Config, grid: Grid, held: float, fits: bool, machine: Machine, routing: Routing
+) -> Planned:
+    """A layout with its numbers."""
+    step = step_time(Workload.from_config(config), grid, machine, routing)
+    tokens = config.training.global_batch_size * config.model.seq_length
+    rate = tokens / step.total / grid.world
+    tflops = rate * training_flops_per_token(config, config.moe.ffn_share) / 1e12
+    peak = machine.hardware.peak_tflops(config.precision.dtype, config.precision.fp8)
+    assert peak is not None, "formats were checked"
+    is_vanilla = config.moe.num_zero_computation_experts == 0
+    return Planned(
+        grid=grid,
+        kind="vanilla" if is_vanilla else "moepp",
+        tau=None if is_vanilla else config.moe.balanced_tau,
+        ffn_share=config.moe.ffn_share,
+        fits=fits,
+        memory_gib=held / GIB,
+        step=step,
+        tokens_per_s_per_gpu=rate,
+        tflops_per_gpu=tflops,
+        mfu=tflops / peak,
+    )

@@ -1,0 +1,24 @@
+"""Results that others published, with their layouts, and what the cost model says of them.
+
+`RESULTS` are the five that the model is judged by. `FURTHER` were measured by the same people with
+other layouts, formats or software; they show how far the model carries. Routing was forced to
+balance in all but one.
+"""
+
+from moepp_megatron.workbench.planning.published.compare import (
+    Comparison,
+    compare,
+    error_table,
+    model_flop_per_token,
+)
+from moepp_megatron.workbench.planning.published.results import FURTHER, RESULTS, Published
+
+__all__ = [
+    "FURTHER",
+    "RESULTS",
+    "Comparison",
+    "Published",
+    "compare",
+    "error_table",
+    "model_flop_per_token",
+]

@@ -1,0 +1,115 @@
+"""How long a kernel takes: matrix products by their shape, everything else by what it moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Literal
+
+from moepp_megatron.workbench.planning.machine import Machine
+
+# Output tiles of the fast kernels on Hopper (CUTLASS, cuBLAS): a work group holds one at a time.
+_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64))
+# A smaller tile reads more of its operands for each product.
+_TILE_SHARE = {256 * 128: 1.0, 128 * 128: 0.9, 128 * 64: 0.75, 64 * 64: 0.55}
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Matrix products [m, k] x [k, n], `groups` of them in one kernel.
+
+    Attributes:
+        m: Rows of the result of one group; a mean, so not always whole.
+        n: Columns.
+        k: Inner dimension.
+        groups: How many.
+        number: Format: "fp32", "bf16", "fp8", "fp8_blockwise".
+    """
+
+    m: float
+    n: float
+    k: float
+    groups: int = 1
+    number: str = "bf16"
+
+    @property
+    def flop(self) -> float:
+        """Floating-point operations of all groups."""
+        return 2.0 * self.m * self.n * self.k * self.groups
+
+    @property
+    def moved(self) -> float:
+        """Bytes read and written once."""
+        size = {"fp32": 4, "bf16": 2}.get(self.number, 1)
+        operands = self.m * self.k + self.n * self.k
+        return self.groups * (size * operands + max(size, 2) * self.m * self.n)
+
+
+@lru_cache(maxsize=200_000)
+def product_seconds(product: Product, machine: Machine) -> float:
+    """Time of a product: its tiles in waves over the multiprocessors, or its bytes.
+
+    The last wave is rarely full (NVIDIA, "Matrix Multiplication Background User's Guide", wave
+    quantization), a short inner dimension leaves little between filling and draining.
+    """
+    if product.flop == 0:
+        return 0.0
+    if machine.cpu is not None:
+        return machine.cpu.product_seconds(product.m, product.n, product.k, product.groups)
+    share = max(_filled(product, tile, machine.multiprocessors) for tile in _TILES)
+    share *= product.k / (product.k + machine.reached.depth)
+    computing = product.flop / (machine.flops(product.number) * share)
+    return max(computing, product.moved / machine.memory_rate)
+
+
+def _filled(product: Product, tile: tuple[int, int], multiprocessors: int) -> float:
+    """Useful share of the tiles' work, times what a tile of this size reaches."""
+    rows: float = ceil(product.m / tile[0])
+    if product.groups > 1:
+        # Groups differ in size: on average half a tile of each is empty.
+        rows = max(product.m / tile[0] + 0.5, 1.0)
+    tiles = rows * ceil(product.n / tile[1]) * product.groups
+    waves = ceil(tiles / multiprocessors)
+    # A product with few tiles and a long inner dimension is split along it.
+    split = min(max(int(multiprocessors // tiles), 1), max(int(product.k // 1024), 1))
+    slots = waves * multiprocessors if split == 1 else multiprocessors / split
+    useful = product.m * product.n * product.groups
+    return useful / (slots * tile[0] * tile[1]) * _TILE_SHARE[tile[0] * tile[1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one part of one pass does on a rank.
+
+    Attributes:
+        products: Matrix products.
+        core_flop: FLOP of the attention's core, masked scores left out.
+        core_seq: Sequence length of the core, which its speed depends on.
+        core_number: Format of the core: it stays in bf16 where products are in FP8.
+        moved: Bytes that kernels without products read and write.
+        kernels: Kernels, the products' too.
+        is_backward: The attention's core is slower backward.
+    """
+
+    products: tuple[Product, ...] = ()
+    core_flop: float = 0.0
+    core_seq: int = 0
+    moved: float = 0.0
+    kernels: int = 0
+    is_backward: bool = False
+    core_number: Literal["fp32", "bf16"] = "bf16"
+
+    @property
+    def flop(self) -> float:
+        """Floating-point operations of products and core."""
+        return self.core_flop + sum(product.flop for product in self.products)
+
+
+def work_seconds(work: Work, machine: Machine) -> float:
+    """Time of a part on one rank, without communication."""
+    seconds = sum(product_seconds(product, machine) for product in work.products)
+    if work.core_flop:
+        share = machine.reached.attention_share(work.core_seq, work.is_backward)
+        seconds += work.core_flop / (machine.rated(work.core_number) * share)
+    return seconds + work.moved / machine.memory_rate + work.kernels * machine.reached.kernel_s

@@ -1,0 +1,170 @@
+"""Every legal layout of a model on a number of cards, as plain integers.
+
+Legal is what config/rules and `check_world_size` accept; the rules are written again here in
+integers because a hundred thousand configurations cannot be built and checked in seconds.
+The tests of this room hold both to each other, and what the plan shows has passed the rules
+themselves.
+
+Left out although legal, because they never win: tensor parallelism beyond a node, context
+parallelism with less than 4,096 tokens a rank, experts split over another number of ranks than 1 or
+TP, stages whose layers are uneven without need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from moepp_megatron.config import Config
+from moepp_megatron.workbench.planning.grid import FULL, Grid, Recompute
+from moepp_megatron.workbench.planning.workload import Workload
+
+# arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.
+_LEAST_TOKENS_PER_CONTEXT_RANK = 4096
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
+_RECOMPUTE: tuple[Recompute, ...] = ((), ("layernorm", "moe_act"), ("moe_act",), ("moe",), FULL)
+# What the combined schedule of forward and backward cannot repeat (rules/expert_overlap.py).
+_NOT_WITH_OVERLAP = {"layernorm", "moe", "full"}
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search may choose from.
+
+    Attributes:
+        world: Cards.
+        per_node: Cards of a node.
+        load: The model and its batch.
+        groups_are_set: Key/value heads are given, so that tensor ranks must fit them.
+        can_overlap: The configuration allows the combined schedule.
+        distributed_optimizer: Optimizer state is sharded.
+    """
+
+    world: int
+    per_node: int
+    load: Workload
+    groups_are_set: bool
+    can_overlap: bool
+    distributed_optimizer: bool
+
+    @classmethod
+    def of(cls, config: Config, world: int, per_node: int) -> Space:
+        """The space of a configuration; its own layout does not matter."""
+        load = Workload.from_config(config)
+        return cls(
+            world=world,
+            per_node=per_node,
+            load=load,
+            groups_are_set=config.model.num_query_groups is not None,
+            can_overlap=(
+                config.precision.dtype == "bf16"
+                and config.moe.dispatcher in ("alltoall", "flex")
+                and config.model.implementation == "gpt"
+                and not config.training.cuda_graphs
+                and not load.experts.constants_shared
+            ),
+            distributed_optimizer=config.parallel.use_distributed_optimizer,
+        )
+
+    def grids(self) -> Iterator[Grid]:
+        """All layouts, each once."""
+        for tp in self._tensor():
+            for cp in self._context(tp):
+                for pp in self._stages(self.world // (tp * cp)):
+                    yield from self._of_stages(tp, cp, pp)
+
+    def _of_stages(self, tp: int, cp: int, pp: int) -> Iterator[Grid]:
+        load = self.load
+        if pp > load.layers:
+            return
+        dp = self.world // (tp * cp * pp)
+        for vpp in self._virtual(pp):
+            for micro_batch in _MICRO_BATCHES:
+                # The interleaved schedule takes micro-batches in groups of one a pipeline rank.
+                unit = micro_batch * dp * (pp if vpp > 1 else 1)
+                if load.batch % unit:
+                    continue
+                for ep, etp in self._experts(tp, pp):
+                    yield from self._of_choices(tp, cp, pp, vpp, micro_batch, ep, etp, dp)
+
+    def _of_choices(
+        self, tp: int, cp: int, pp: int, vpp: int, micro_batch: int, ep: int, etp: int, dp: int
+    ) -> Iterator[Grid]:
+        overlaps = self.can_overlap and ep > 1 and (pp == 1 or vpp > 1)
+        gathers = self.distributed_optimizer and dp * cp > 1
+        for recompute in _RECOMPUTE:
+            for overlap in (False, True) if overlaps else (False,):
+                if overlap and not _NOT_WITH_OVERLAP.isdisjoint(recompute):
+                    continue
+                yield Grid(
+                    self.world,
+                    tp,
+                    cp,
+                    pp,
+                    vpp,
+                    ep,
+                    etp,
+                    micro_batch,
+                    recompute,
+                    overlap,
+                    self.distributed_optimizer,
+                    dp * cp > 1,
+                    gathers,
+                )
+
+    def _tensor(self) -> list[int]:
+        load, attention = self.load, self.load.attention
+        widths = [attention.heads, load.vocab]
+        if not all(load.is_moe):
+            widths.append(load.dense_size)
+        if load.experts.shared_size:
+            widths.append(load.experts.shared_size)
+        groups = getattr(attention, "groups", attention.heads)
+        return [
+            tp
+            for tp in divisors(self.world)
+            if tp <= self.per_node
+            and all(width % tp == 0 for width in widths)
+            and not (self.groups_are_set and groups % tp and tp % groups)
+            and load.seq % tp == 0
+        ]
+
+    def _context(self, tp: int) -> list[int]:
+        seq = self.load.seq
+        most = max(seq // _LEAST_TOKENS_PER_CONTEXT_RANK, 1)
+        return [
+            cp
+            for cp in divisors(self.world // tp)
+            if cp == 1 or (cp <= most and seq % (2 * cp * tp) == 0)
+        ]
+
+    def _stages(self, ranks: int) -> Sequence[int]:
+        """No stage alone sees all gradients of constants that all layers share (rules/moe.py)."""
+        return [1] if self.load.experts.constants_shared else divisors(ranks)
+
+    def _virtual(self, pp: int) -> list[int]:
+        """Chunks a rank: layers even over stages, or with embedding and loss as a layer each."""
+        layers = self.load.layers
+        if pp == 1:
+            return [1]
+        return [
+            vpp
+            for vpp in range(1, layers // pp + 1)
+            if vpp == 1 or layers % (pp * vpp) == 0 or (layers + 2) % (pp * vpp) == 0
+        ]
+
+    def _experts(self, tp: int, pp: int) -> Iterator[tuple[int, int]]:
+        experts = self.load.experts
+        for etp in sorted({1, tp}):
+            if experts.ffn_size % etp:
+                continue
+            for ep in divisors(experts.num_ffn):
+                needs_others = experts.dispatcher == "flex" and ep * etp == 1
+                if self.world % (ep * etp * pp) == 0 and not needs_others:
+                    yield ep, etp
+
+
+def divisors(number: int) -> Sequence[int]:
+    """All divisors, ascending."""
+    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return small + [number // n for n in reversed(small) if n * n != number]

@@ -1,0 +1,53 @@
+"""Shapes that one rank's parameters must have, by name."""
+
+from __future__ import annotations
+
+import re
+
+from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.matmul import NamedShape
+from moepp_megatron.workbench.planning.workload import Workload
+
+Shape = tuple[int, ...]
+
+
+def expected_shape(name: str, load: Workload, grid: Grid) -> Shape | None:
+    """Shape of a parameter on a rank, or None for a name that this module does not know.
+
+    Args:
+        name: As megatron-core's GPTModel names it, with its own or Transformer Engine's modules.
+        load: The model.
+        grid: The layout.
+    """
+    for pattern, shape in _shapes(load, grid):
+        if re.search(pattern, name):
+            return shape
+    return None
+
+
+def _shapes(load: Workload, grid: Grid) -> list[NamedShape]:
+    """Patterns, the first that fits decides."""
+    experts, hidden = load.experts, load.hidden
+    width = experts.ffn_size // grid.etp
+    shared, dense = experts.shared_size // grid.tp, load.dense_size // grid.tp
+    vocabulary = (load.vocab // grid.tp, hidden)
+    wide = experts.num_all
+    return [
+        *load.attention.named_shapes(hidden, grid.tp),
+        (r"(layer_?norm|norm)(\.|_)weight$", (hidden,)),
+        (r"word_embeddings\.weight$|output_layer\.weight$", vocabulary),
+        (r"shared_experts\.gate_weight$", (1, hidden)),
+        (r"shared_experts\.linear_fc1\.weight$", (2 * shared, hidden)),
+        (r"shared_experts\.linear_fc2\.weight$", (hidden, shared)),
+        # One module an expert, or one weight an expert of a grouped module.
+        (r"\.experts\..*linear_fc1\.weight\d*$", (2 * width, hidden)),
+        (r"\.experts\..*linear_fc2\.weight\d*$", (hidden, width)),
+        (r"mlp\.linear_fc1\.weight$", (2 * dense, hidden)),
+        (r"mlp\.linear_fc2\.weight$", (hidden, dense)),
+        (r"router\.residual_weight$", (wide, wide)),
+        # With a two-layer gate the first of the two weights.
+        (r"router\.weight$", (8 * wide, hidden) if experts.two_layer_gate else (wide, hidden)),
+        (r"router\.output_weight$", (wide, 8 * wide)),
+        (r"zero_computation\.constants$", (experts.num_constant, hidden)),
+        (r"zero_computation\.mixing_weight$", (experts.num_constant, 2, hidden)),
+    ]

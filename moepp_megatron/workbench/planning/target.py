@@ -1,0 +1,86 @@
+"""Which device a configuration is meant for, where nothing has started yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moepp_megatron.config import Config
+from moepp_megatron.config.hardware import (
+    Hardware,
+    find_hardware,
+    load_hardware,
+    nearest_hardware,
+)
+from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
+from moepp_megatron.workbench.planning.workload import Modules
+
+ASSUMED = "h100_sxm"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of device.
+
+    Attributes:
+        hardware: The card; None for this machine's CPU.
+        reason: Why this one, in a few words.
+    """
+
+    hardware: Hardware | None
+    reason: str
+
+    @property
+    def modules(self) -> Modules:
+        """What a rank computes with there."""
+        return "local" if self.hardware is None else "fused"
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Memory of a card; None where it is not known, and for a CPU."""
+        if self.hardware is None or self.hardware.memory_gb is None:
+            return None
+        return self.hardware.memory_gb * 1e9
+
+
+def target_of(config: Config, gpu: str | None = None) -> Target:
+    """The device, by the first of these rules that says one.
+
+    What was asked for; the card that `telemetry.hardware` names; the card of this machine; an
+    H100 for bf16 and FP8, in which no run on a CPU has a use; this machine's CPU.
+
+    Args:
+        config: A checked configuration.
+        gpu: A name in `configs/hardware` or a YAML file; `cpu` for this machine's CPU.
+
+    Raises:
+        ConfigError: No such hardware.
+    """
+    if gpu is not None:
+        return _named(gpu, "--gpu")
+    if config.telemetry.hardware is not None:
+        return _named(config.telemetry.hardware, "telemetry.hardware")
+    here = _card_here()
+    if here is not None:
+        return Target(here, "the card here")
+    if config.precision.dtype == "bf16":
+        reason = "assumed for precision.dtype bf16; --gpu NAME for another, --gpu cpu for none"
+        return Target(load_hardware(ASSUMED), reason)
+    return Target(None, "no card here, precision.dtype fp32; --gpu NAME for a card")
+
+
+def _named(name: str, source: str) -> Target:
+    hardware = load_hardware(nearest_hardware(name))
+    return Target(hardware if hardware.kind == "gpu" else None, source)
+
+
+def _card_here() -> Hardware | None:
+    """The first card of this machine; one that is not in `configs/hardware` has only a name."""
+    try:
+        with Nvml() as nvml:
+            if nvml.count() == 0:
+                return None
+            card = nvml.card(0)
+    except NvmlUnavailableError:
+        return None
+    name = card.name or "unknown card"
+    return find_hardware(name) or Hardware(name=name)

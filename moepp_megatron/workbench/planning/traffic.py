@@ -1,0 +1,132 @@
+"""What a layer sends to other ranks, and how long that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.links import (
+    Placement,
+    all_to_all_seconds,
+    distinct_targets,
+    gather_seconds,
+    hierarchical_seconds,
+    placement,
+    send_seconds,
+)
+from moepp_megatron.workbench.planning.machine import Machine
+from moepp_megatron.workbench.planning.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTraffic:
+    """Seconds of one layer and micro-batch on the slowest rank, none of it hidden.
+
+    Attributes:
+        tensor_forward: Gathers and reduce-scatters of tensor parallelism, forward.
+        tensor_backward: The same, backward.
+        context: Keys and values around the context-parallel ring, forward; backward twice that.
+        experts: Dispatch and combine, one pass.
+    """
+
+    tensor_forward: float
+    tensor_backward: float
+    context: float
+    experts: float
+
+
+def layer_traffic(
+    load: Workload, grid: Grid, machine: Machine, is_moe: bool, skew: float = 1.0
+) -> LayerTraffic:
+    """Communication of one layer.
+
+    Args:
+        load: What is trained.
+        grid: The layout.
+        machine: The cluster.
+        is_moe: The layer holds experts.
+        skew: Rows of the fullest rank over the mean: its links are the bottleneck.
+    """
+    blocks = [load.attention.gathered_width(load.hidden)]
+    if not is_moe or load.experts.shared_size:
+        blocks.append(load.hidden)
+    forward = backward = 0.0
+    if grid.tp > 1:
+        place = placement(grid, "tp", machine.per_node)
+        size = grid.tokens(load.seq) * grid.tp * load.numbers.activation_bytes
+        scatter = gather_seconds(place, size * load.hidden, machine)
+        for width in blocks:
+            gather = gather_seconds(place, size * width, machine)
+            forward += gather + scatter
+            # The gathered input is not kept: the weights' gradients gather it again.
+            backward += 2 * gather + scatter
+    return LayerTraffic(
+        tensor_forward=forward,
+        tensor_backward=backward,
+        context=_context(load, grid, machine),
+        experts=expert_seconds(load, grid, machine, skew) if is_moe else 0.0,
+    )
+
+
+def _context(load: Workload, grid: Grid, machine: Machine) -> float:
+    if grid.cp == 1:
+        return 0.0
+    place = placement(grid, "cp", machine.per_node)
+    block = grid.tokens(load.seq) * grid.tp * load.attention.exchanged_width(grid.tp)
+    step = send_seconds(place.nodes > 1, block * load.numbers.activation_bytes, machine)
+    return (grid.cp - 1) * step
+
+
+def expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 1.0) -> float:
+    """Dispatch and combine of one pass (forward or backward)."""
+    place = placement(grid, "ep", machine.per_node)
+    row = load.hidden * load.numbers.activation_bytes
+    tokens = grid.tokens(load.seq)
+    taken = load.experts.ffn_per_token
+    seconds = 0.0
+    if place.size > 1:
+        if load.experts.dispatcher == "alltoall":
+            seconds = all_to_all_seconds(place, skew * tokens * taken * row, machine)
+        elif load.experts.dispatcher == "alltoall_dedup":
+            copies = tokens * distinct_targets(place.size, taken)
+            seconds = all_to_all_seconds(place, skew * copies * row, machine)
+        elif load.experts.dispatcher == "flex":
+            inside, across = hierarchical_rows(place, taken)
+            inside, across = skew * tokens * inside * row, skew * tokens * across * row
+            seconds = hierarchical_seconds(place, inside, across, machine)
+        else:
+            seconds = gather_seconds(place, tokens * place.size * row, machine)
+    if grid.etp > 1:
+        group = placement(grid, "etp", machine.per_node)
+        gathered = skew * tokens * taken * row * grid.etp
+        seconds += gather_seconds(group, gathered, machine)
+    return 2 * seconds
+
+
+def hierarchical_rows(place: Placement, taken: float) -> tuple[float, float]:
+    """Rows a token sends over NVLink and over the network: once to each node and rank."""
+    to_ranks = distinct_targets(place.size, taken)
+    to_nodes = distinct_targets(place.nodes, taken)
+    across = to_nodes * (place.nodes - 1) / place.nodes
+    # Every wanted rank of a node gets its copy inside that node, but for those where it lands.
+    inside = max(to_ranks * (place.size - 1) / place.size - across, 0.0)
+    return inside, across
+
+
+def exchanged_bytes(load: Workload, grid: Grid) -> float:
+    """Bytes of hidden vectors that one rank sends to other ranks for one layer's forward pass.
+
+    Counted as `moe.dispatcher.bytes_sent` does: dispatch and combine over the expert-parallel
+    group, gates and maps not counted.
+    """
+    row = load.hidden * load.numbers.activation_bytes
+    tokens, taken, ep = grid.tokens(load.seq), load.experts.ffn_per_token, grid.ep
+    if ep == 1:
+        return 0.0
+    if load.experts.dispatcher == "alltoall":
+        rows = taken * (ep - 1) / ep
+    elif load.experts.dispatcher == "allgather":
+        rows = grid.etp * ep - 1.0
+    else:
+        rows = distinct_targets(ep, taken) * (ep - 1) / ep
+    return 2.0 * tokens * rows * row

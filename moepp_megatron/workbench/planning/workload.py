@@ -1,0 +1,181 @@
+"""What is trained, in plain numbers: the model, its routing, its batch, its number formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from moepp_megatron.config import Config
+from moepp_megatron.workbench.planning.attention import Attention, attention_of
+
+# "fused": Transformer Engine's; "local": megatron-core's own and this package's, as on a CPU.
+Modules = Literal["fused", "local"]
+Dispatcher = Literal["alltoall", "alltoall_dedup", "allgather", "flex"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of an MoE layer and how tokens choose them.
+
+    Attributes:
+        num_ffn: FFN experts F.
+        num_zero_computation: Zero, copy and constant experts Z.
+        num_constant: Constant experts among them.
+        topk: Selections a token K.
+        ffn_share: Share of the selections that FFN experts get, phi.
+        ffn_size: Inner width of an FFN expert.
+        shared_size: Inner width of the shared expert, 0 for none.
+        shared_gate: A gate weighs what the shared expert returns.
+        gating_residual: Routers see the logits of the layer before.
+        two_layer_gate: The router is W_b tanh(W_a x) with hidden width 8E.
+        dispatcher: How tokens reach their experts.
+        constants_shared: All MoE layers have the constant experts' V of the first one.
+    """
+
+    num_ffn: int
+    num_zero_computation: int
+    num_constant: int
+    topk: int
+    ffn_share: float
+    ffn_size: int
+    shared_size: int = 0
+    gating_residual: bool = False
+    two_layer_gate: bool = False
+    dispatcher: Dispatcher = "alltoall"
+    constants_shared: bool = False
+    shared_gate: bool = False
+
+    @property
+    def num_all(self) -> int:
+        """E = F + Z, the router's width."""
+        return self.num_ffn + self.num_zero_computation
+
+    @property
+    def is_vanilla(self) -> bool:
+        """The layer is megatron-core's own."""
+        return self.num_zero_computation == 0 and not self.gating_residual
+
+    @property
+    def ffn_per_token(self) -> float:
+        """FFN experts a token takes on average, K phi."""
+        return self.topk * self.ffn_share
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Number formats.
+
+    Attributes:
+        dtype: Of parameters and activations.
+        fp8: FP8 scaling of the matrix products, or None.
+        fp8_weights: Weights exist in FP8 alone.
+        moment_bytes: Bytes of each of Adam's two moments.
+        gradient_bytes: Bytes of a gradient in the buffer that is reduced.
+    """
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    fp8: str | None = None
+    fp8_weights: bool = False
+    moment_bytes: int = 4
+    gradient_bytes: int = 4
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of an activation."""
+        return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight."""
+        return 1 if self.fp8_weights else self.activation_bytes
+
+    @property
+    def master_bytes(self) -> int:
+        """Bytes of the optimizer's own copy of a weight."""
+        return 0 if self.dtype == "fp32" else 4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and its batch.
+
+    Attributes:
+        hidden: D.
+        vocab: Rows of the embedding table.
+        seq: Tokens of a sequence.
+        is_moe: For each layer, whether it is an MoE layer.
+        dense_size: Inner width of the FFN of other layers.
+        attention: Of every layer.
+        experts: Of the MoE layers.
+        tied: The output layer shares the embedding's weights.
+        batch: Sequences of a step.
+        numbers: Number formats.
+        causal_share: Share of the attention scores that are computed: half under a causal mask.
+        extra_layers: MoE layers on the last stage beside `is_moe` (multi-token prediction), each
+            with an output layer of its own.
+        modules: What computes, which decides what is kept for the backward pass.
+    """
+
+    hidden: int
+    vocab: int
+    seq: int
+    is_moe: tuple[bool, ...]
+    dense_size: int
+    attention: Attention
+    experts: Experts
+    tied: bool
+    batch: int
+    numbers: Numbers
+    causal_share: float = 0.5
+    extra_layers: int = 0
+    modules: Modules = "fused"
+
+    @classmethod
+    def from_config(cls, config: Config, modules: Modules = "fused") -> Workload:
+        """The workload that a checked configuration describes."""
+        model, precision = config.model, config.precision
+        return cls(
+            hidden=model.hidden_size,
+            vocab=model.vocab_size,
+            seq=model.seq_length,
+            is_moe=tuple(config.moe.moe_layer_pattern(model.num_layers)),
+            dense_size=model.ffn_hidden_size,
+            attention=attention_of(config),
+            experts=_experts(config),
+            tied=model.tie_embeddings,
+            batch=config.training.global_batch_size,
+            numbers=Numbers(precision.dtype, precision.recipe, precision.fp8_param),
+            modules=modules,
+        )
+
+    @property
+    def layers(self) -> int:
+        """Transformer layers."""
+        return len(self.is_moe)
+
+    @property
+    def first_moe_layer(self) -> int:
+        """The MoE layer without a gating residual; `layers` where there is none."""
+        return self.is_moe.index(True) if any(self.is_moe) else self.layers
+
+    def at_share(self, ffn_share: float) -> Workload:
+        """The same model with this share of selections on FFN experts."""
+        return replace(self, experts=replace(self.experts, ffn_share=ffn_share))
+
+
+def _experts(config: Config) -> Experts:
+    moe = config.moe
+    return Experts(
+        num_ffn=moe.num_ffn_experts,
+        num_zero_computation=moe.num_zero_computation_experts,
+        num_constant=moe.num_constant_experts,
+        topk=moe.router_topk,
+        ffn_share=moe.ffn_share,
+        ffn_size=config.expert_ffn_hidden_size,
+        shared_size=moe.shared_expert_ffn_hidden_size or 0,
+        shared_gate=moe.shared_expert_gate,
+        gating_residual=moe.gating_residual,
+        two_layer_gate=moe.two_layer_gate,
+        dispatcher=moe.dispatcher,
+        constants_shared=moe.constants_shared and moe.num_constant_experts > 0,
+    )

@@ -1,0 +1,163 @@
+"""Everything that `moepp profile` says about a recording, as numbers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from moepp_megatron.workbench.profiling.load import load_profile
+from moepp_megatron.workbench.profiling.measures.classes import CallClass, call_classes
+from moepp_megatron.workbench.profiling.measures.expected_bytes import LayerBytes, layer_bytes
+from moepp_megatron.workbench.profiling.measures.expert_load import ExpertLoad, expert_load
+from moepp_megatron.workbench.profiling.measures.exposure import StepTime, step_time
+from moepp_megatron.workbench.profiling.measures.lateness import CallKey, Lateness, lateness
+from moepp_megatron.workbench.profiling.measures.links import Links, MeasuredPeak
+from moepp_megatron.workbench.profiling.measures.slow_rank import SlowRank, slow_rank
+from moepp_megatron.workbench.profiling.trace import ProfileError, RankTrace
+
+
+@dataclass
+class Profile:
+    """A recording, analysed.
+
+    Attributes:
+        name: Of the run or folder.
+        traces: Of all recorded ranks, on one clock.
+        steps: Those that were analysed.
+        times: Of each step and rank.
+        classes: Collectives by kind, the most exposed first; sums over ranks and steps.
+        layers: All-to-all bytes of each layer, direction and pass, of each step.
+        load: Rows of each rank's FFN experts; None where unknown.
+        slow: A rank that computes longer than its rows explain; None where there is none.
+        caused_us: Of each rank, how long others waited for it in these steps, all ranks together.
+        late: Of each call.
+        links: What groups travel on.
+        ceiling: What the peaks are: rated, measured or unknown.
+    """
+
+    name: str
+    traces: list[RankTrace]
+    steps: list[int]
+    times: dict[int, dict[int, StepTime]]
+    classes: list[CallClass]
+    layers: dict[int, list[LayerBytes]]
+    load: ExpertLoad | None
+    slow: SlowRank | None
+    caused_us: dict[int, float]
+    late: dict[CallKey, Lateness]
+    links: Links
+    ceiling: str
+
+    @property
+    def ranks(self) -> list[int]:
+        """Recorded ones."""
+        return [trace.rank for trace in self.traces]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run; at least those recorded."""
+        return int(self.traces[0].about.get("world_size", len(self.traces)))
+
+    @property
+    def step_us(self) -> float:
+        """Mean length of a step on its slowest rank."""
+        return _mean([max(t.step_us for t in ranks.values()) for ranks in self.times.values()])
+
+    @property
+    def exposed_share(self) -> float:
+        """Exposed communication over step time, mean over ranks and steps."""
+        return _mean([t.exposed_share for ranks in self.times.values() for t in ranks.values()])
+
+    @property
+    def critical_rank(self) -> int | None:
+        """The rank that the others waited for most; None where no call could be matched."""
+        if not any(self.caused_us.values()):
+            return None
+        return max(self.caused_us, key=lambda rank: self.caused_us[rank])
+
+
+def analyse(
+    folder: Path,
+    step: int | None = None,
+    measured: MeasuredPeak | None = None,
+) -> Profile:
+    """Read and analyse a recording.
+
+    Args:
+        folder: A run's folder or one of traces.
+        step: One step; all recorded ones where None.
+        measured: A measured ceiling for a call's bus bandwidth.
+
+    Raises:
+        ProfileError: The recording cannot be read, or does not hold the step.
+    """
+    return analyse_traces(load_profile(folder), folder.resolve().name, step, measured)
+
+
+def analyse_traces(
+    traces: list[RankTrace],
+    name: str,
+    step: int | None = None,
+    measured: MeasuredPeak | None = None,
+) -> Profile:
+    """As `analyse`, of recordings that have been read."""
+    steps = _steps(traces, step)
+    late = lateness({trace.rank: trace.collectives for trace in traces})
+    links = Links(traces)
+    rated = links.hardware is not None
+    load = expert_load(traces, steps)
+    times = {
+        number: {
+            trace.rank: step_time(trace, trace.steps[number])
+            for trace in traces
+            if number in trace.steps
+        }
+        for number in steps
+    }
+    return Profile(
+        name=str(traces[0].about.get("name") or name),
+        traces=traces,
+        steps=steps,
+        times=times,
+        classes=call_classes(traces, steps, late, links, measured),
+        layers={number: layer_bytes(traces, number) for number in steps},
+        load=load,
+        slow=slow_rank(traces, times, load),
+        caused_us=_caused(traces, steps, late),
+        late=late,
+        links=links,
+        ceiling="measured" if measured is not None else "rated" if rated else "unknown",
+    )
+
+
+def _steps(traces: list[RankTrace], step: int | None) -> list[int]:
+    recorded = sorted({number for trace in traces for number in trace.steps})
+    if not recorded:
+        raise ProfileError(
+            "profile must hold a step, and its traces have none of the ranges moepp/step/N; record "
+            "it with training.profile_steps, or put such a range around a step"
+        )
+    if step is None:
+        return recorded
+    if step not in recorded:
+        raise ProfileError(f"--step ({step}) must be a recorded step; use one of {recorded}")
+    return [step]
+
+
+def _caused(
+    traces: list[RankTrace], steps: list[int], late: dict[CallKey, Lateness]
+) -> dict[int, float]:
+    caused: dict[int, float] = defaultdict(float, {trace.rank: 0.0 for trace in traces})
+    for trace in traces:
+        spans = [trace.steps[step] for step in steps if step in trace.steps]
+        for place, call in enumerate(trace.collectives):
+            found = late.get((trace.rank, place))
+            within = any(span.start_us <= call.start_us < span.end_us for span in spans)
+            if found is not None and within:
+                caused[found.last_rank] += found.wait_us
+    return dict(caused)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,124 @@
+"""A profile as JSON: what `moepp profile --json` writes and `--against` reads.
+
+Times are milliseconds, a step's and a rank's mean unless a name says otherwise, sizes bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moepp_megatron.workbench.profiling.analysis import Profile
+from moepp_megatron.workbench.profiling.measures.classes import CallClass
+from moepp_megatron.workbench.profiling.measures.expected_bytes import LayerBytes
+from moepp_megatron.workbench.profiling.step_summary import summarise
+
+FORMAT = 1
+
+
+def document(profile: Profile) -> dict[str, Any]:
+    """Everything that was found, for `json.dumps`."""
+    about = profile.traces[0].about
+    return {
+        "format": FORMAT,
+        "name": profile.name,
+        "backend": profile.traces[0].backend,
+        "device": about.get("device", "gpu" if profile.traces[0].on_gpu else "cpu"),
+        "world_size": profile.world_size,
+        "synthetic": any(one.synthetic for trace in profile.traces for one in trace.collectives),
+        "ranks": profile.ranks,
+        "nodes": about.get("nodes", []),
+        "layout": about.get("layout", {}),
+        "dispatcher": about.get("dispatcher"),
+        "steps": profile.steps,
+        "step_ms": profile.step_us / 1e3,
+        "exposed_share": profile.exposed_share,
+        "critical_rank": profile.critical_rank,
+        "others_waited_ms": {
+            str(rank): us / 1e3 / len(profile.steps) for rank, us in profile.caused_us.items()
+        },
+        "rank_steps": _rank_steps(profile),
+        "expert_load": _load(profile),
+        "ceiling": profile.ceiling,
+        "collectives": [_class(one, _count(profile)) for one in profile.classes],
+        "all_to_all": [_layer(step, one) for step in profile.steps for one in profile.layers[step]],
+        "all_to_all_equals_formula": equals_formula(profile),
+        "summary": summarise(profile).model_dump(mode="json"),
+    }
+
+
+def equals_formula(profile: Profile) -> bool | None:
+    """Whether every measured all-to-all equals its formula; None where none could be held to it."""
+    verdicts = [one.is_equal for step in profile.steps for one in profile.layers[step]]
+    known = [verdict for verdict in verdicts if verdict is not None]
+    return all(known) if known else None
+
+
+def _count(profile: Profile) -> int:
+    """Recorded steps of recorded ranks."""
+    return sum(len(ranks) for ranks in profile.times.values())
+
+
+def _load(profile: Profile) -> dict[str, Any] | None:
+    load = profile.load
+    if load is None:
+        return None
+    return {"busiest_rank": load.busiest, "busiest_over_mean": load.busiest_over_mean}
+
+
+def _rank_steps(profile: Profile) -> list[dict[str, Any]]:
+    rows = profile.load.rows if profile.load is not None else {}
+    return [
+        {
+            "step": step,
+            "rank": rank,
+            "step_ms": time.step_us / 1e3,
+            "compute_ms": time.compute_us / 1e3,
+            "communication_ms": time.communication_us / 1e3,
+            "exposed_ms": time.exposed_us / 1e3,
+            "idle_ms": time.idle_us / 1e3,
+            "exposed_share": time.exposed_share,
+            "expert_rows": rows.get((step, rank)),
+        }
+        for step, ranks in profile.times.items()
+        for rank, time in ranks.items()
+    ]
+
+
+def _class(one: CallClass, count: int) -> dict[str, Any]:
+    return {
+        "purpose": one.name.purpose,
+        "operation": one.name.operation.value,
+        "group": one.name.group,
+        "pass": one.name.phase,
+        "group_size": one.group_size,
+        "link": one.link.name,
+        "calls": one.calls / count,
+        "bytes": one.size / count,
+        "bytes_per_call": one.size / one.calls,
+        "time_ms": one.time_us / 1e3 / count,
+        "wait_ms": one.wait_us / 1e3 / count if one.matched else None,
+        "transfer_ms": one.transfer_us / 1e3 / count if one.matched else None,
+        "exposed_ms": one.exposed_us / 1e3 / count,
+        "overlapped_share": max(0.0, 1.0 - one.exposed_us / one.time_us) if one.time_us else None,
+        "algorithm_gb_s": one.algorithm_gb_s,
+        "bus_gb_s": one.bus_gb_s,
+        "peak_gb_s": one.peak_gb_s,
+        "peak_share": one.peak_share,
+    }
+
+
+def _layer(step: int, one: LayerBytes) -> dict[str, Any]:
+    return {
+        "step": step,
+        "layer": one.place.layer,
+        "direction": one.place.part,
+        "pass": one.place.phase,
+        "measured_bytes": one.measured,
+        "expected_bytes": one.expected,
+        "equal": one.is_equal,
+        "ffn_only_bytes": one.plain,
+        "deduplicated_bytes": one.deduplicated,
+        "even_load_bytes": one.even,
+        "vanilla_bytes": one.vanilla,
+        "side_bytes": one.side,
+    }

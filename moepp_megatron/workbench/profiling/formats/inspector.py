@@ -1,0 +1,221 @@
+"""Logs of NCCL Inspector, the profiler plugin in NCCL's source.
+
+Written by plugins/profiler/inspector (ext-profiler/inspector before NCCL 2.29.7),
+inspector_json.cc: files `HOST-pidN.log`, one JSON object a line, each with `header` (the
+communicator), `metadata` and either `coll_perf` or, from NCCL 2.30 on, `p2p_perf`. All of them call
+themselves format v4.0; fields that were added since are read where they are.
+
+What the plugin leaves out: calls of fewer bytes than NCCL_INSPECTOR_DUMP_MIN_SIZE_BYTES (8192
+unless set; per peer in an all-to-all, whose smaller parts therefore read as 0), and, unless
+NCCL_INSPECTOR_DUMP_VERBOSE=1, when a call took place. Set both to 1 for a whole record.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.workbench.profiling.collective import Collective, Operation
+from moepp_megatron.workbench.profiling.formats.communicators import Membership, Ranks, global_ranks
+from moepp_megatron.workbench.profiling.formats.nccl_names import (
+    POINT_TO_POINT,
+    buffer_size,
+    operation_of,
+)
+from moepp_megatron.workbench.profiling.formats.peer_transfers import (
+    Transfer,
+    put_together,
+    split_calls,
+)
+from moepp_megatron.workbench.profiling.formats.records import SourceError, field, json_objects
+
+SOURCE = "inspector"
+_FORMATS = ("v4.0",)
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What is kept of one line: logs grow to millions of them.
+
+    Attributes:
+        member: Its process and communicator.
+        name: Of the communicator; "" where unknown.
+        is_p2p: A send or receive, or what else is between two ranks.
+        function: Name of the NCCL function.
+        number: Of the call: within communicator and function, or of this process's transfers.
+        size: Bytes that NCCL's count stands for.
+        took_us: How long the kernel took by the GPU's clock.
+        kernel_us: When the host saw it start; None unless verbose.
+        issued_us: When the host began to issue the call; None unless verbose.
+        returned_us: When it had; None unless verbose.
+        peer: The other rank within the communicator; -1 for collectives.
+    """
+
+    member: Membership
+    name: str
+    is_p2p: bool
+    function: str
+    number: int
+    size: int
+    took_us: int
+    kernel_us: float | None
+    issued_us: float | None
+    returned_us: float | None
+    peer: int
+
+    @property
+    def is_transfer(self) -> bool:
+        """Whether it is a send or receive; an unknown function between two ranks is neither."""
+        return self.is_p2p and operation_of(self.function) in POINT_TO_POINT
+
+    @property
+    def start_us(self) -> float:
+        """When the kernel started; 0 where unknown."""
+        return self.kernel_us or 0.0
+
+
+def read_inspector(paths: Sequence[Path]) -> list[Collective]:
+    """Reads the logs of all processes of a run.
+
+    Args:
+        paths: The files, one a process; `.gz` too.
+
+    Returns:
+        Collectives by rank and, where known, start. Sends and receives of one grouped call are one
+        ALL_TO_ALL, which took as long as its longest part unless verbose.
+
+    Raises:
+        SourceError: A file is damaged, lacks a field, or is of an unknown format version.
+    """
+    records = [record for path in paths for record in _records(path)]
+    ranks = global_ranks(record.member for record in records)
+    found = [_collective(record, ranks) for record in records if not record.is_transfer]
+    found += _exchanges([record for record in records if record.is_transfer], ranks)
+    return sorted(found, key=lambda one: (one.rank, one.start_us))
+
+
+def _records(path: Path) -> Iterator[_Record]:
+    members: dict[tuple[str, int, str, int, int], Membership] = {}
+    for place, line in json_objects(path):
+        version = field(line, "metadata.inspector_output_format_version", str, place)
+        if version not in _FORMATS:
+            raise SourceError(
+                f"{place}: NCCL Inspector format {version}; supported: {', '.join(_FORMATS)}"
+            )
+        header = field(line, "header", dict, place)
+        key = (
+            field(line, "metadata.hostname", str, place),
+            field(line, "metadata.pid", int, place),
+            field(line, "header.id", str, place),
+            field(line, "header.rank", int, place),
+            field(line, "header.n_ranks", int, place),
+        )
+        if key not in members:
+            host, process, communicator, rank, size = key
+            members[key] = Membership(
+                process=f"{host} pid {process:010d}",
+                communicator=communicator,
+                rank=rank,
+                size=size,
+            )
+        name = field(header, "comm_name", str, place, "")
+        yield _record(line, members[key], "" if name == "unknown" else name, place)
+
+
+def _record(line: dict[str, Any], member: Membership, name: str, place: str) -> _Record:
+    is_p2p = "p2p_perf" in line
+    kind = "p2p" if is_p2p else "coll"
+    numbers = field(line, f"{kind}_perf", dict, place)
+    kernel, issued, returned = _trace(numbers, kind, place)
+    return _Record(
+        member=member,
+        name=name,
+        is_p2p=is_p2p,
+        function=field(numbers, kind, str, place),
+        number=field(numbers, f"{kind}_sn", int, place),
+        size=field(numbers, f"{kind}_msg_size_bytes", int, place),
+        took_us=field(numbers, f"{kind}_exec_time_us", int, place),
+        kernel_us=kernel,
+        issued_us=issued,
+        returned_us=returned,
+        peer=field(numbers, "p2p_peer", int, place) if is_p2p else -1,
+    )
+
+
+def _trace(
+    numbers: dict[str, Any], kind: str, place: str
+) -> tuple[float | None, float | None, float | None]:
+    """When the host saw the kernel start, and when it began and ended to issue the call."""
+    if "event_trace_ts" not in numbers:
+        return None, None, None
+    trace = field(numbers, "event_trace_ts", dict, place)
+    kernels = field(trace, "kernel_events", list, place)
+    starts = [field(one, "kernel_start_ts", float, place) for one in kernels]
+    issued = field(trace, f"{kind}_start_ts", float, place)
+    # A channel whose kernel was not seen has 0.
+    first = min((start for start in starts if start > 0), default=None)
+    return first, issued, field(trace, f"{kind}_stop_ts", float, place)
+
+
+def _base(record: _Record, ranks: Ranks, placed: bool) -> dict[str, Any]:
+    group = record.member.communicator
+    return {
+        "rank": ranks.of_process[record.member.process],
+        "group": group,
+        "description": record.name,
+        "group_ranks": ranks.of_communicator[group],
+        "group_size": record.member.size,
+        "placed": placed,
+        "source": SOURCE,
+    }
+
+
+def _collective(record: _Record, ranks: Ranks) -> Collective:
+    operation = operation_of(record.function)
+    return Collective(
+        operation=operation,
+        size=buffer_size(operation, record.size, record.member.size),
+        sequence=None if record.is_p2p else record.number,
+        start_us=record.start_us,
+        end_us=record.start_us + record.took_us,
+        **_base(record, ranks, record.kernel_us is not None),
+    )
+
+
+def _exchanges(records: Sequence[_Record], ranks: Ranks) -> list[Collective]:
+    """All-to-alls, sends and receives from the records of single peers."""
+    by_member: dict[Membership, list[_Record]] = defaultdict(list)
+    for record in records:
+        by_member[record.member].append(record)
+    found = []
+    for member, own in by_member.items():
+        own.sort(key=lambda record: record.number)
+        # Some were lost where the numbers, which begin at 1, are not all there.
+        complete = [record.number for record in own] == list(range(1, len(own) + 1))
+        placed = all(record.kernel_us is not None for record in own)
+        number = 0
+        for call in split_calls((_transfer(record) for record in own), member.rank):
+            base = Collective(
+                operation=Operation.OTHER,
+                sequence=number if complete else None,
+                **_base(own[0], ranks, placed),
+            )
+            made = put_together(call, member.rank, base)
+            number += made[0].operation is Operation.ALL_TO_ALL
+            found += made
+    return found
+
+
+def _transfer(record: _Record) -> Transfer:
+    return Transfer(
+        is_send=operation_of(record.function) is Operation.SEND,
+        peer=record.peer,
+        size=record.size,
+        start_us=record.start_us,
+        end_us=record.start_us + record.took_us,
+        issued_us=record.issued_us,
+        returned_us=record.returned_us,
+    )

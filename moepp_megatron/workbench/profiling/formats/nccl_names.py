@@ -1,0 +1,81 @@
+"""NCCL's names: functions, data types, and which buffer its counts speak of.
+
+Of NVIDIA/nccl 2.30.7, src/collectives.cc (ncclFuncToString, ncclDatatypeToString), src/nccl.h.in,
+and plugins/profiler/inspector/inspector.cc (which says All2All where NCCL says AlltoAll).
+"""
+
+from __future__ import annotations
+
+from moepp_megatron.workbench.profiling.collective import Operation
+
+_OPERATIONS = {
+    "AllGather": Operation.ALL_GATHER,
+    "AllGatherV": Operation.ALL_GATHER,
+    "AllReduce": Operation.ALL_REDUCE,
+    "AlltoAll": Operation.ALL_TO_ALL,
+    "All2All": Operation.ALL_TO_ALL,
+    "Broadcast": Operation.BROADCAST,
+    "Gather": Operation.GATHER,
+    "Recv": Operation.RECEIVE,
+    "Reduce": Operation.REDUCE,
+    "ReduceScatter": Operation.REDUCE_SCATTER,
+    "Scatter": Operation.SCATTER,
+    "Send": Operation.SEND,
+}
+
+POINT_TO_POINT = frozenset({Operation.SEND, Operation.RECEIVE})
+
+# In the order of ncclDataType_t: NCCL 2.23's plugin writes the number.
+_TYPES = (
+    ("ncclInt8", 1),
+    ("ncclUint8", 1),
+    ("ncclInt32", 4),
+    ("ncclUint32", 4),
+    ("ncclInt64", 8),
+    ("ncclUint64", 8),
+    ("ncclFloat16", 2),
+    ("ncclFloat32", 4),
+    ("ncclFloat64", 8),
+    ("ncclBfloat16", 2),
+    ("ncclFloat8e4m3", 1),
+    ("ncclFloat8e5m2", 1),
+)
+
+# Their count is that of one rank's part; the larger buffer holds a part for each rank.
+_COUNTS_A_PART = frozenset(
+    {
+        Operation.ALL_GATHER,
+        Operation.REDUCE_SCATTER,
+        Operation.ALL_TO_ALL,
+        Operation.GATHER,
+        Operation.SCATTER,
+    }
+)
+
+
+def operation_of(function: str) -> Operation:
+    """The operation of an NCCL function's name; OTHER for one that is not known."""
+    return _OPERATIONS.get(function, Operation.OTHER)
+
+
+def data_type(value: str | int) -> tuple[str, int | None]:
+    """Name and bytes of a data type given by name or number; None bytes where not known."""
+    if isinstance(value, int):
+        return _TYPES[value] if 0 <= value < len(_TYPES) else (str(value), None)
+    return value, dict(_TYPES).get(value)
+
+
+def buffer_size(operation: Operation, size: int, ranks: int) -> int | None:
+    """Bytes of the larger buffer of a rank, from the bytes that NCCL's count stands for.
+
+    Args:
+        operation: What the collective does.
+        size: Count times bytes of the data type, as NCCL tells its profilers.
+        ranks: Ranks in the group; 0 where unknown.
+
+    Returns:
+        Bytes; None where the number of ranks is needed and unknown.
+    """
+    if operation not in _COUNTS_A_PART:
+        return size
+    return size * ranks if ranks > 0 else None

@@ -1,0 +1,229 @@
+"""Ranks brought onto one clock.
+
+Each file has the clock of its process or host. Two things tell how far these are apart:
+
+- collectives that every rank of a group leaves together, because none can end before the last has
+  begun (barrier, all-reduce, all-gather, reduce-scatter; all-to-all where there is nothing better):
+  the median over many calls of how much later one rank ends than another. What remains is how
+  unevenly ranks leave them: microseconds with NCCL, tens of them with gloo on one host.
+- what the files say about wall-clock time, as good as the hosts' clocks agree (NTP: milliseconds).
+
+The first is preferred. Clocks that drift apart within a recording are not corrected: 10 ppm, a poor
+crystal, are 10 us in a second.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from moepp_megatron.workbench.profiling.collective import Collective, Operation
+
+logger = logging.getLogger(__name__)
+
+_LEFT_TOGETHER = frozenset(
+    {
+        Operation.BARRIER,
+        Operation.ALL_REDUCE,
+        Operation.ALL_GATHER,
+        Operation.REDUCE_SCATTER,
+    }
+)
+# Times the median absolute deviation: the standard deviation of normally distributed values.
+_MAD = 1.4826
+# A single clock reading is no finer; keeps the path over exact copies from being free.
+_RESOLUTION_US = 0.01
+
+
+class Basis(StrEnum):
+    """What a clock's offset rests on."""
+
+    REFERENCE = "reference"
+    COLLECTIVES = "collectives"
+    WALL_CLOCK = "wall clock"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """One rank's clock against that of the reference, the lowest rank.
+
+    Attributes:
+        offset_us: What to add to the rank's times, in microseconds.
+        spread_us: Standard deviation of single calls about it, by the median absolute deviation,
+            summed over the ranks in between; None where no calls were compared.
+        calls: Calls that were compared, the fewest on the way; 0 for none.
+        basis: What the offset rests on.
+    """
+
+    offset_us: float
+    spread_us: float | None
+    calls: int
+    basis: Basis
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """How much later the clock of one rank is than that of another."""
+
+    later_us: float
+    spread_us: float
+    calls: int
+
+    @property
+    def variance(self) -> float:
+        """Of the median, for choosing the best way between two ranks."""
+        return max(self.spread_us, _RESOLUTION_US) ** 2 / self.calls
+
+
+def find_clocks(
+    by_rank: Mapping[int, Sequence[Collective]], wall_us: Mapping[int, float] | None = None
+) -> dict[int, Clock]:
+    """The clock of each rank.
+
+    Args:
+        by_rank: Collectives of each rank, by its own clock.
+        wall_us: What to add to a rank's times to get Unix time in microseconds, as its file says.
+
+    Returns:
+        Clocks by rank. Those with neither common calls nor wall-clock time are UNKNOWN with an
+        offset of 0, and a warning.
+    """
+    if not by_rank:
+        return {}
+    wall = wall_us or {}
+    reference = min(by_rank)
+    found = {reference: Clock(0.0, 0.0, 0, Basis.REFERENCE)}
+    found |= _measured(_edges(by_rank), reference)
+    for rank in sorted(set(by_rank) - set(found)):
+        if rank in wall and reference in wall:
+            found[rank] = Clock(wall[rank] - wall[reference], None, 0, Basis.WALL_CLOCK)
+        else:
+            found[rank] = Clock(0.0, None, 0, Basis.UNKNOWN)
+    unknown = [rank for rank in sorted(found) if found[rank].basis is Basis.UNKNOWN]
+    if unknown:
+        logger.warning(
+            "ranks %s share no timed collective with rank %d, and their files give no wall-clock "
+            "time: their times are left as they are",
+            ", ".join(map(str, unknown)),
+            reference,
+        )
+    return dict(sorted(found.items()))
+
+
+def merge(
+    by_rank: Mapping[int, Sequence[Collective]], clocks: Mapping[int, Clock]
+) -> list[Collective]:
+    """All ranks' collectives by the clock of the reference, in the order of their start."""
+    moved = [
+        replace(
+            one,
+            start_us=one.start_us + clocks[rank].offset_us,
+            end_us=one.end_us + clocks[rank].offset_us,
+        )
+        if one.placed
+        else one
+        for rank, collectives in by_rank.items()
+        for one in collectives
+    ]
+    return sorted(moved, key=lambda one: (one.start_us, one.rank))
+
+
+def same_calls(
+    by_rank: Mapping[int, Sequence[Collective]], operations: Iterable[Operation]
+) -> list[dict[int, Collective]]:
+    """Calls that two or more ranks recorded, each as what every rank recorded of it.
+
+    A call is known by group, operation and number; without numbers by its place among the calls of
+    the same kind, if all of the group's ranks have equally many. Calls that come twice on a rank,
+    and all-to-alls of which one rank sent what another did not receive, are left out.
+    """
+    wanted = frozenset(operations)
+    calls: dict[Hashable, dict[int, Collective]] = defaultdict(dict)
+    twice: set[Hashable] = set()
+    for rank, collectives in by_rank.items():
+        chosen = [one for one in collectives if one.placed and one.operation in wanted]
+        totals = Counter(_kind(one) for one in chosen if one.sequence is None)
+        seen: Counter[Hashable] = Counter()
+        for one in chosen:
+            key: Hashable = (*_kind(one), one.sequence)
+            if one.sequence is None:
+                key = (*_kind(one), "of", totals[_kind(one)], seen[_kind(one)])
+                seen[_kind(one)] += 1
+            if rank in calls[key]:
+                twice.add(key)
+            calls[key][rank] = one
+    return [
+        call
+        for key, call in calls.items()
+        if key not in twice and len(call) > 1 and _parts_agree(call)
+    ]
+
+
+def _kind(one: Collective) -> tuple[str, tuple[int, ...], Operation]:
+    return one.group, one.group_ranks, one.operation
+
+
+def _parts_agree(call: Mapping[int, Collective]) -> bool:
+    """Whether each rank received what the others sent to it, as far as that is known."""
+    for sender, sent in call.items():
+        for receiver, received in call.items():
+            ranks = sent.group_ranks
+            if sent.sent is None or received.received is None or not ranks:
+                continue
+            if sent.sent[ranks.index(receiver)] != received.received[ranks.index(sender)]:
+                return False
+    return True
+
+
+def _edges(by_rank: Mapping[int, Sequence[Collective]]) -> dict[tuple[int, int], _Edge]:
+    """Clock differences between the lowest rank of each call and its others."""
+    good = _compare(same_calls(by_rank, _LEFT_TOGETHER))
+    return _compare(same_calls(by_rank, {Operation.ALL_TO_ALL})) | good
+
+
+def _compare(calls: Iterable[Mapping[int, Collective]]) -> dict[tuple[int, int], _Edge]:
+    later: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for call in calls:
+        first = min(call)
+        for rank, one in call.items():
+            if rank != first:
+                later[first, rank].append(one.end_us - call[first].end_us)
+    edges = {}
+    for pair, values in later.items():
+        middle = statistics.median(values)
+        spread = _MAD * statistics.median(abs(value - middle) for value in values)
+        edges[pair] = _Edge(middle, spread, len(values))
+    return edges
+
+
+def _measured(edges: Mapping[tuple[int, int], _Edge], reference: int) -> dict[int, Clock]:
+    """Clocks of the ranks that calls connect with the reference, over the surest way."""
+    neighbours: dict[int, list[tuple[int, float, _Edge]]] = defaultdict(list)
+    for (first, second), edge in edges.items():
+        neighbours[first].append((second, edge.later_us, edge))
+        neighbours[second].append((first, -edge.later_us, edge))
+    done: dict[int, Clock] = {}
+    waiting = [(0.0, reference, Clock(0.0, 0.0, 0, Basis.REFERENCE))]
+    while waiting:
+        variance, rank, clock = heapq.heappop(waiting)
+        if rank in done:
+            continue
+        done[rank] = clock
+        for other, later_us, edge in neighbours[rank]:
+            if other not in done:
+                further = Clock(
+                    offset_us=clock.offset_us - later_us,
+                    spread_us=math.hypot(clock.spread_us or 0.0, edge.spread_us),
+                    calls=min(clock.calls or edge.calls, edge.calls),
+                    basis=Basis.COLLECTIVES,
+                )
+                heapq.heappush(waiting, (variance + edge.variance, other, further))
+    del done[reference]
+    return done

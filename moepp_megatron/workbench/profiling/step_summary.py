@@ -1,0 +1,54 @@
+"""An analysed profile as the summary that profiles are compared by."""
+
+from __future__ import annotations
+
+from moepp_megatron.workbench.profiling.analysis import Profile
+from moepp_megatron.workbench.profiling.collective import Collective
+from moepp_megatron.workbench.profiling.measures.ceiling import Ceiling
+from moepp_megatron.workbench.profiling.measures.links import MeasuredPeak
+from moepp_megatron.workbench.profiling.summary import Row, Summary
+
+
+def summarise(profile: Profile, name: str | None = None) -> Summary:
+    """Means over recorded ranks and analysed steps; `name` in place of the profile's own."""
+    times = [time for ranks in profile.times.values() for time in ranks.values()]
+    rows = [
+        Row(
+            purpose=one.name.purpose,
+            operation=one.name.operation.value,
+            group=one.name.group,
+            phase=one.name.phase,
+            calls=one.calls / len(times),
+            bytes=one.size / len(times),
+            time_us=one.time_us / len(times),
+            exposed_us=one.exposed_us / len(times),
+            wait_us=one.wait_us / len(times) if one.matched else None,
+            bus_bytes=one.bus_bytes / len(times),
+        )
+        for one in profile.classes
+    ]
+    return Summary(
+        name=name or profile.name,
+        ranks=len(profile.ranks),
+        step_times_us=tuple(
+            max(time.step_us for time in ranks.values()) for ranks in profile.times.values()
+        ),
+        exposed_us=sum(time.exposed_us for time in times) / len(times),
+        compute_us=sum(time.compute_us for time in times) / len(times),
+        rows=tuple(rows),
+    )
+
+
+def measured_peak(ceiling: Ceiling) -> MeasuredPeak:
+    """What a call could reach, by a file of `moepp bench collectives`."""
+
+    def peak(call: Collective) -> float | None:
+        if call.size is None:
+            return None
+        even = call.sent is None or len(set(call.sent)) <= 1
+        found = ceiling.bus_bandwidth(call.operation, call.group_size, call.size, even)
+        if found is None and not even:
+            found = ceiling.bus_bandwidth(call.operation, call.group_size, call.size)
+        return found
+
+    return peak

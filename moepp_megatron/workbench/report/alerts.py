@@ -1,0 +1,100 @@
+"""A run's alerts on its page: a table, and marks where they fall on curves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+
+from moepp_megatron.observe.alerts import Alert, Severity
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.drawing import MUTED, VERMILION
+from moepp_megatron.workbench.report.run_data import RunData
+
+# A page is for reading; alerts.jsonl has them all.
+MAX_ROWS = 100
+# Lines closer than a pixel only darken the plot.
+MAX_MARKS = 40
+
+_COLOURS: dict[Severity, str] = {"critical": VERMILION, "warning": "#e69f00", "info": MUTED}
+
+
+@dataclass(frozen=True)
+class AlertRow:
+    """One line of the table, formatted.
+
+    Attributes:
+        step: When, in optimizer steps.
+        severity: `critical`, `warning` or `info`.
+        rule: The rule's name.
+        found: Metric, layer and value.
+        condition: What the rule asks.
+        action: What was done.
+    """
+
+    step: str
+    severity: Severity
+    rule: str
+    found: str
+    condition: str
+    action: str
+
+
+@dataclass(frozen=True)
+class AlertTable:
+    """What the page says of alerts.
+
+    Attributes:
+        sentence: How many there were, and which.
+        rows: The newest `MAX_ROWS`, in the order of time.
+    """
+
+    sentence: str
+    rows: list[AlertRow]
+
+
+def alert_table(run: RunData) -> AlertTable | None:
+    """The table; None for a run that raised no alert."""
+    alerts = run.alerts
+    if not alerts:
+        return None
+    counts = [(rule, sum(a.rule == rule for a in alerts)) for rule in _names(alerts)]
+    parts = [f"{rule} ({count:,})" for rule, count in counts]
+    one = len(alerts) == 1
+    sentence = f"{len(alerts):,} alert{'' if one else 's'} in alerts.jsonl: {', '.join(parts)}."
+    if len(alerts) > MAX_ROWS:
+        sentence += f" The table has the newest {MAX_ROWS}."
+    return AlertTable(sentence, [_row(alert) for alert in alerts[-MAX_ROWS:]])
+
+
+def mark_alerts(axes: Axes, alerts: Sequence[Alert], steps: Sequence[int]) -> None:
+    """Draws an upright line at each alert's step.
+
+    Args:
+        axes: With steps to the right; drawn already.
+        alerts: Of the run; those outside of `steps`, and back to normal (`info`), are left out.
+        steps: Steps of the curve, increasing.
+    """
+    seen: set[Severity] = set()
+    shown = [a for a in alerts if a.severity != "info" and steps[0] <= a.step <= steps[-1]]
+    moments = dict.fromkeys((alert.step, alert.severity) for alert in shown)
+    for step, severity in list(moments)[-MAX_MARKS:]:
+        label = None if severity in seen else f"{severity} alert"
+        seen.add(severity)
+        colour = _COLOURS[severity]
+        axes.axvline(step, color=colour, linewidth=1.0, alpha=0.7, zorder=1, label=label)
+
+
+def _names(alerts: Sequence[Alert]) -> list[str]:
+    return list(dict.fromkeys(alert.rule for alert in alerts))
+
+
+def _row(alert: Alert) -> AlertRow:
+    where = "" if alert.layer is None else f" of layer {alert.layer}"
+    return AlertRow(
+        step=f"{alert.step:,}",
+        severity=alert.severity,
+        rule=alert.rule,
+        found=f"{alert.metric}{where}: {formatting.significant(alert.value)}",
+        condition=alert.condition,
+        action=alert.action,
+    )

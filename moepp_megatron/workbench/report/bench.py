@@ -1,0 +1,207 @@
+"""Results of `moepp bench layer`: a table, JSON, a plot beside the paper's numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.terminal import Console
+from moepp_megatron.workbench.bench.dispatch import DispatchResult, DispatchSetting
+from moepp_megatron.workbench.bench.layer import LayerResult
+from moepp_megatron.workbench.bench.step import StepResult
+from moepp_megatron.workbench.report.drawing import BLUE, INK, MUTED, STYLE, VERMILION
+
+# A log has no width of its own; the widest table fits.
+_LOG_WIDTH = 110
+
+_PASS_COLOURS = {"forward": BLUE, "forward_backward": VERMILION}
+_PASS_NAMES = {"forward": "forward", "forward_backward": "fwd + bwd"}
+
+
+def print_table(results: Sequence[LayerResult]) -> None:
+    """Times and efficiency beside the paper's; then parts and memory."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    table = Table(
+        title="MoE++ layer against megatron-core's MoE layer, milliseconds",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("shape", "tau", "pass"):
+        table.add_column(name, no_wrap=True)
+    for name in ("vanilla", "MoE++", "speedup", "efficiency", "paper"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in results:
+        paper = "" if r.paper_efficiency is None else f"{r.paper_efficiency:.2f}"
+        table.add_row(
+            r.shape,
+            f"{r.tau:g}",
+            _PASS_NAMES[r.pass_name],
+            f"{r.vanilla_ms:.1f}",
+            f"{r.moepp_ms:.1f}",
+            f"{r.speedup:.2f}",
+            f"{r.efficiency:.3f}",
+            paper,
+        )
+    console.print(table)
+    console.print("efficiency = speedup x phi: how much of the possible speed-up is reached\n")
+    _print_parts(console, results)
+
+
+def _print_parts(console: Console, results: Sequence[LayerResult]) -> None:
+    names = list(dict.fromkeys(part for r in results for part in r.moepp_parts_ms))
+    table = Table(
+        title="Forward pass, milliseconds a part; kept for the backward pass, MB",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("shape", "tau", "phi"):
+        table.add_column(name, no_wrap=True)
+    for name in (*names, "overhead", "kept"):
+        table.add_column(name.replace("_", " "), justify="right")
+    seen: set[object] = set()
+    for r in results:
+        if r.shape not in seen:
+            vanilla = [f"{r.vanilla_parts_ms.get(name, 0.0):.1f}" for name in names]
+            table.add_row(r.shape, "vanilla", "1", *vanilla, "", _megabytes(r.vanilla_kept_bytes))
+            seen.add(r.shape)
+        if (r.shape, r.tau) not in seen:
+            own = [f"{r.moepp_parts_ms[name]:.1f}" for name in names]
+            row = (r.shape, f"{r.tau:g}", f"{r.phi:.3f}", *own, f"{r.overhead:.1%}")
+            table.add_row(*row, _megabytes(r.moepp_kept_bytes))
+            seen.add((r.shape, r.tau))
+    console.print(table)
+    console.print("overhead = all but the FFN experts, as a share of the vanilla layer's time")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.0f}"
+
+
+def write_json(path: Path, results: Sequence[LayerResult]) -> None:
+    """A list of objects; `pass`, `efficiency` and `overhead` beside the result's fields."""
+    records = []
+    for result in results:
+        record = asdict(result)
+        record["pass"] = record.pop("pass_name")
+        records.append({**record, "efficiency": result.efficiency, "overhead": result.overhead})
+    write_atomic(path, (json.dumps(records, indent=1) + "\n").encode())
+
+
+def plot(path: Path, results: Sequence[LayerResult]) -> None:
+    """Efficiency over tau, one panel a shape, with the paper's in grey."""
+    shapes = list(dict.fromkeys(r.shape for r in results))
+    top = max(1.15, 1.08 * max(r.efficiency for r in results))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.2 + 3.4 * len(shapes), 3.4), layout="constrained")
+        axes = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
+        for axis, shape in zip(axes, shapes, strict=True):
+            _panel(axis, [r for r in results if r.shape == shape], top)
+        axes[0].set_ylabel("efficiency = speedup x phi")
+        first = results[0]
+        figure.suptitle(
+            f"How much of the possible speed-up is reached ({first.dtype}, {first.tokens} tokens)",
+            x=0.01,
+            ha="left",
+            fontsize=11,
+        )
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=150)
+    write_atomic(path, content.getvalue())
+
+
+def _panel(axis: Axes, results: Sequence[LayerResult], top: float) -> None:
+    axis.axhline(1.0, color=INK, linewidth=0.8)
+    axis.axhline(0.95, color=MUTED, linewidth=0.8, linestyle=":")
+    for name, colour in _PASS_COLOURS.items():
+        chosen = sorted((r for r in results if r.pass_name == name), key=lambda r: r.tau)
+        if chosen:
+            values = [r.efficiency for r in chosen]
+            axis.plot([r.tau for r in chosen], values, "o-", color=colour, label=_PASS_NAMES[name])
+    known = {r.tau: r.paper_efficiency for r in results if r.paper_efficiency is not None}
+    if known:
+        taus = sorted(known)
+        values = [known[tau] for tau in taus]
+        axis.plot(taus, values, "s--", color=MUTED, markersize=4, label="paper, forward, GPU")
+    axis.set_title(results[0].shape, loc="left", fontsize=10)
+    axis.set_xlabel("tau")
+    axis.set_ylim(0, top)
+    axis.legend(loc="lower right", fontsize=8)
+
+
+def print_step(result: StepResult) -> None:
+    """Both models' step times and bytes."""
+    table = Table(
+        title=f"Training step on {result.ranks} rank{'s' if result.ranks > 1 else ''}, tau "
+        f"{result.tau:g}, {result.tokens} tokens",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("model")
+    for name in ("FFN share", "ms a step", "tokens/s", "all-to-all MB"):
+        table.add_column(name, justify="right")
+    rows = (
+        ("vanilla", 1.0, result.vanilla_ms, result.vanilla_a2a_bytes),
+        ("MoE++", result.measured_ffn_fraction, result.moepp_ms, result.moepp_a2a_bytes),
+    )
+    for name, share, milliseconds, sent in rows:
+        rate = result.tokens / milliseconds * 1e3
+        table.add_row(
+            name, f"{share:.3f}", f"{milliseconds:.1f}", f"{rate:,.0f}", f"{sent / 1e6:.1f}"
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"MoE++ is {result.speedup:.2f} times as fast (median of the rounds' ratios); "
+        f"without anything but FFN experts it could be {1 / result.phi:.2f} times"
+    )
+
+
+def print_dispatch(setting: DispatchSetting, results: Sequence[DispatchResult]) -> None:
+    """Bytes beside the formula, and times, of each dispatcher."""
+    first = results[0]
+    table = Table(
+        title=f"Dispatch and combine, EP {first.ep}: {setting.tokens} tokens a rank, hidden "
+        f"{setting.hidden_size}, {setting.experts} FFN experts, top-{setting.topk}, phi "
+        f"{setting.phi:g}, {setting.dtype}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("dispatcher", no_wrap=True)
+    for name in ("vectors MB", "of vanilla", "formula MB", "other MB", "ms", "time of vanilla"):
+        table.add_column(name, justify="right")
+    for r in results:
+        table.add_row(
+            r.dispatcher,
+            f"{r.vector_bytes / 1e6:.3f}",
+            f"{r.vector_bytes / max(first.vector_bytes, 1):.3f}",
+            "" if r.dispatcher == "dedup" else f"{r.formula_bytes / 1e6:.3f}",
+            f"{r.metadata_bytes / 1e6:.3f}",
+            f"{r.total_ms:.1f}",
+            f"{r.time_of_vanilla:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "Bytes that leave rank 0 in a forward pass, equal to what its selections ask for; the "
+        "formula 2 T K phi D w (EP - 1) / EP is their mean. Milliseconds forward and backward."
+    )
+
+
+def write_records(path: Path, results: object) -> None:
+    """One object, or a list of them: the fields of the results."""
+    records = (
+        [asdict(result) for result in results] if isinstance(results, list) else asdict(results)  # type: ignore[call-overload]
+    )
+    write_atomic(path, (json.dumps(records, indent=1) + "\n").encode())

@@ -1,0 +1,218 @@
+"""Plots of who gets the selections: by expert, by kind, by MoE layer."""
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
+
+from moepp_megatron.observe.expert_names import EXPERT_KINDS, layer_numbers
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.drawing import (
+    CELL_INK,
+    INK,
+    KIND_COLOURS,
+    KIND_INKS,
+    new_figure,
+    step_axis,
+    svg_data_uri,
+    thin,
+)
+from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.run_data import RunConfig, RunData
+from moepp_megatron.workbench.report.summary import tail, window
+
+# Beyond these, text in a cell or at a tick can no longer be read.
+MAX_NAMED_EXPERTS = 48
+MAX_NAMED_LAYERS = 32
+MAX_NUMBERED_CELLS = 500
+
+
+def expert_plots(run: RunData) -> list[Plot]:
+    """All plots over experts, in the order of the page."""
+    return [layer_heat_map(run), expert_bars(run), kinds_over_time(run)]
+
+
+def settled_shares(run: RunData) -> np.ndarray | None:
+    """[E] float64 mean ``expert_share`` of the run's last tenth; None if not recorded."""
+    rows = [r.expert_share for r in tail(run.records) if r.expert_share]
+    return np.asarray(rows, dtype=np.float64).mean(axis=0) if rows else None
+
+
+def settled_layer_shares(run: RunData) -> np.ndarray | None:
+    """[MoE layers, E] float64 mean ``layer_expert_share`` of the last tenth; None without it."""
+    tables = [r.layer_expert_share for r in tail(run.records) if r.layer_expert_share]
+    if not tables:
+        return None
+    layers = len(tables[-1])
+    same = [np.asarray(t, dtype=np.float64) for t in tables if len(t) == layers]
+    return np.mean(same, axis=0)
+
+
+def balanced_share(config: RunConfig, kind: str) -> float:
+    """Share of one expert of this kind under perfect balance."""
+    if kind == "FFN":
+        return config.phi / config.experts.ffn
+    return (1.0 - config.phi) / config.experts.zero_computation
+
+
+def layer_heat_map(run: RunData) -> Plot:
+    """Share of every expert in every MoE layer."""
+    title = "Expert share by MoE layer"
+    shares = settled_layer_shares(run)
+    if shares is None or not np.isfinite(shares).all():
+        return Plot(
+            title,
+            "",
+            None,
+            "The shares of the experts in each layer (layer_expert_share) were not recorded at "
+            "the end of this run.",
+            wide=True,
+        )
+    layers, experts = shares.shape
+    figure = new_figure(13.2, min(9.0, 1.6 + 0.36 * layers))
+    axes = figure.subplots()
+    balanced = np.asarray([balanced_share(run.config, kind) for kind in run.config.experts.kinds])
+    # One fixed scale: pages of different runs can be compared by eye.
+    image = axes.imshow(
+        shares / balanced, cmap="PuOr_r", aspect="auto", vmin=0, vmax=2, interpolation="nearest"
+    )
+    bar = figure.colorbar(image, ax=axes, pad=0.01, extend="max", label="share / balanced share")
+    bar.outline.set_visible(False)
+    _name_experts(axes, run.config)
+    _name_layers(axes, run.config, layers)
+    if shares.size <= MAX_NUMBERED_CELLS:
+        _number_cells(axes, shares, balanced)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    low, high = shares.min(), shares.max()
+    return Plot(
+        title,
+        "Numbers: an expert's share of the layer's selections in percent, mean over the last tenth "
+        f"of the records ({window(tail(run.records))}); a row sums to 100%. Colour: that share "
+        "over the one under perfect balance, orange for more, purple for less. Rows: MoE layers by "
+        "their number in the model.",
+        svg_data_uri(figure),
+        f"Heat map of {layers} MoE layers by {experts} experts; shares between "
+        f"{formatting.percent(low)} and {formatting.percent(high)}.",
+        wide=True,
+    )
+
+
+def expert_bars(run: RunData) -> Plot:
+    """Share of every expert over all layers, against perfect balance."""
+    title = "Expert share, all MoE layers"
+    shares = settled_shares(run)
+    if shares is None or not np.isfinite(shares).all():
+        return Plot(title, "", None, "The shares of the experts were not recorded in this run.")
+    config = run.config
+    kinds = config.experts.kinds
+    figure = new_figure()
+    axes = figure.subplots()
+    positions = np.arange(len(kinds))
+    axes.bar(positions, shares, color=[KIND_COLOURS[kind] for kind in kinds], width=0.75)
+    levels = [balanced_share(config, kind) for kind in kinds]
+    axes.hlines(levels, positions - 0.45, positions + 0.45, color=INK, linewidth=1.3)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    axes.grid(visible=False, axis="x")
+    _name_experts(axes, config)
+    _kind_legend(axes, config)
+    by_kind = _kinds_in_words(run, shares)
+    caption = (
+        f"Mean over the last tenth of the records ({window(tail(run.records))}). Black ticks: the "
+        "share under perfect balance"
+    )
+    if config.experts.zero_computation:
+        caption += f"; for an FFN expert it is tau = {config.moe.tau:g} times that of the others"
+    return Plot(
+        title,
+        f"{caption}.",
+        svg_data_uri(figure),
+        f"By kind: {by_kind}.",
+    )
+
+
+def kinds_over_time(run: RunData) -> Plot:
+    """Share of each kind of expert over steps, stacked."""
+    title = "Expert share by kind"
+    records = [r for r in run.records if r.expert_share and all(map(math.isfinite, r.expert_share))]
+    kinds = np.asarray(run.config.experts.kinds)
+    present = [kind for kind in EXPERT_KINDS if (kinds == kind).any()]
+    if len(present) == 1:
+        text = f"This layer has {present[0]} experts only, so they get every selection."
+        return Plot(title, "", None, text)
+    if len(records) < 2:
+        return Plot(title, "", None, "A curve needs two records with the experts' shares.")
+    shares = np.asarray([r.expert_share for r in records], dtype=np.float64)
+    steps = [r.step for r in records]
+    figure = new_figure()
+    axes = figure.subplots()
+    bands = [thin(steps, shares[:, kinds == kind].sum(axis=1)) for kind in present]
+    axes.stackplot(
+        bands[0][0],
+        [band for _, band in bands],
+        labels=present,
+        colors=[KIND_COLOURS[kind] for kind in present],
+        linewidth=0,
+        alpha=0.9,
+    )
+    axes.set_ylim(0, 1)
+    axes.set_xlim(bands[0][0][0], bands[0][0][-1])
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    step_axis(axes)
+    figure.legend(loc="outside upper center", ncols=4)
+    settled = settled_shares(run)
+    assert settled is not None, "two records have them"
+    return Plot(
+        title,
+        "Share of all selections, mean over MoE layers.",
+        svg_data_uri(figure),
+        f"Mean of {window(tail(run.records))}: {_kinds_in_words(run, settled)}.",
+    )
+
+
+def _kinds_in_words(run: RunData, shares: np.ndarray) -> str:
+    """The share of each kind that the layer has; they add up to 100%."""
+    kinds = np.asarray(run.config.experts.kinds)
+    present = [kind for kind in EXPERT_KINDS if (kinds == kind).any()]
+    sums = formatting.shares([float(shares[kinds == kind].sum()) for kind in present])
+    return ", ".join(f"{kind} {share}" for kind, share in zip(present, sums, strict=True))
+
+
+def _kind_legend(axes: Axes, config: RunConfig) -> None:
+    present = [k for k, n in zip(EXPERT_KINDS, config.experts.by_kind, strict=True) if n]
+    handles = [Patch(color=KIND_COLOURS[kind], label=kind) for kind in present]
+    figure = axes.get_figure()
+    assert figure is not None, "axes of a figure"
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(present))
+
+
+def _name_experts(axes: Axes, config: RunConfig) -> None:
+    """Names at the ticks, each in its kind's colour; too many experts are named by kind."""
+    names, kinds = config.experts.names, config.experts.kinds
+    if len(names) <= MAX_NAMED_EXPERTS:
+        axes.set_xticks(range(len(names)), labels=names, rotation=45, ha="right")
+    else:
+        firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+        axes.set_xticks(firsts, labels=[kinds[i] for i in firsts], rotation=45, ha="right")
+        kinds = [kinds[i] for i in firsts]
+    for label, kind in zip(axes.get_xticklabels(), kinds, strict=True):
+        label.set_color(KIND_INKS[kind])
+
+
+def _name_layers(axes: Axes, config: RunConfig, layers: int) -> None:
+    numbers = layer_numbers(config.moe_layers, layers)
+    stride = -(-layers // MAX_NAMED_LAYERS)
+    axes.set_yticks(range(0, layers, stride), labels=[str(n) for n in numbers[::stride]])
+    axes.set_ylabel("layer")
+
+
+def _number_cells(axes: Axes, shares: np.ndarray, balanced: np.ndarray) -> None:
+    texts = [formatting.shares(row.tolist()) for row in shares]
+    for (layer, expert), share in np.ndenumerate(shares):
+        extreme = not 0.35 < share / balanced[expert] < 1.65
+        colour = "white" if extreme else CELL_INK
+        text = texts[layer][expert].removesuffix("%")
+        axes.text(expert, layer, text, ha="center", va="center", color=colour, fontsize=8.5)

@@ -1,0 +1,324 @@
+"""Plots of the routers' health; docs/routing.md says what each number means."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from moepp_megatron.observe.expert_names import layer_numbers
+from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.drawing import (
+    BLUE,
+    VERMILION,
+    draw_healthy,
+    legend_above,
+    new_figure,
+    smooth,
+    step_axis,
+    svg_data_uri,
+    thin,
+)
+from moepp_megatron.workbench.report.healthy import QUICKSTART_EXPERTS, healthy_range
+from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.run_data import RunData
+from moepp_megatron.workbench.report.summary import tail
+
+# Beyond this, a layer's row is too thin for its number.
+MAX_NAMED_LAYERS = 32
+
+
+class Series(NamedTuple):
+    """Numbers of all MoE layers over steps.
+
+    Attributes:
+        label: In the legend.
+        colour: Of line and band.
+        values: [MoE layers] of a record, or None where it has none.
+    """
+
+    label: str
+    colour: str
+    values: Callable[[StepMetrics], Sequence[float] | None]
+
+
+class BandPlot(NamedTuple):
+    """A plot of means over the MoE layers in front of the range from the least to the greatest.
+
+    `healthy` is the range of a healthy run, `level` a limit.
+    """
+
+    title: str
+    axis: str
+    caption: str
+    series: tuple[Series, ...]
+    is_share: bool = False
+    is_logarithmic: bool = False
+    level: float | None = None
+    healthy: tuple[float, float] | None = None
+
+
+def health_plots(run: RunData) -> list[Plot]:
+    """All plots that the records have numbers for; none for a vanilla run."""
+    if run.config.is_vanilla:
+        return []
+    plots = [_band_plot(run, plot) for plot in _band_plots(run)]
+    plots += [ffn_histogram(run), loss_by_ffn(run)]
+    return [plot for plot in plots if plot is not None]
+
+
+def _band_plots(run: RunData) -> list[BandPlot]:
+    largest = math.log(run.config.experts.total)
+
+    def measured(
+        name: str, label: str = "mean", colour: str = BLUE, scale: float = 1.0, first: int = 0
+    ) -> Series:
+        def values(record: StepMetrics) -> Sequence[float] | None:
+            found = (record.router_health or {}).get(name)
+            return None if found is None else [value * scale for value in found[first:]]
+
+        return Series(label, colour, values)
+
+    return [
+        BandPlot(
+            "Entropy of the gates",
+            "share of log E",
+            "Entropy of the scores over the experts as a share of its largest value: 100% is a "
+            "router that does not care, 0% one that always takes the same experts.",
+            (measured("gate_entropy", scale=1.0 / largest),),
+            is_share=True,
+            healthy=_entropy_range(),
+        ),
+        BandPlot(
+            "Selection margin",
+            "score",
+            "Score of the last selected expert less that of the next one: how little would change "
+            "the selection.",
+            (measured("selection_margin"),),
+            healthy=healthy_range("selection_margin"),
+        ),
+        BandPlot(
+            "Variance of the router logits",
+            "variance",
+            "With the gating residual and without it.",
+            (
+                measured("logit_variance", "with residual"),
+                measured("own_logit_variance", "without", VERMILION),
+            ),
+            healthy=healthy_range("logit_variance"),
+        ),
+        BandPlot(
+            "Gating residual",
+            "norm / norm",
+            "Norm of the residual's part of the logits over that of the layer's own. The first MoE "
+            "layer has none.",
+            (measured("residual_ratio", first=1),),
+            healthy=healthy_range("residual_ratio"),
+        ),
+        BandPlot(
+            "Likeness of the router's rows",
+            "|cosine|",
+            "Absolute cosine of two rows of the router, mean and largest over all pairs: experts "
+            "whose rows are alike get the same tokens.",
+            (
+                measured("row_cosine"),
+                measured("row_cosine_max", "largest", VERMILION),
+            ),
+            healthy=healthy_range("row_cosine_max"),
+        ),
+        BandPlot(
+            "Balance loss against language model",
+            "gradient / gradient",
+            "Gradient of the balance loss (and z-loss) at the logits over that of the rest.",
+            (measured("balance_gradient_ratio"),),
+            is_logarithmic=True,
+            level=1.0,
+            healthy=healthy_range("balance_gradient_ratio"),
+        ),
+        BandPlot(
+            "Idlest FFN expert",
+            "load / mean load",
+            "Selections of the idlest FFN expert of a layer over the FFN experts' mean: 1 is "
+            "perfect balance, 0 a dead expert.",
+            (Series("mean", BLUE, _idlest(run.config.experts.ffn)),),
+            healthy=healthy_range("min_ffn_load"),
+        ),
+        BandPlot(
+            "Constant experts: share of the input replaced",
+            "share",
+            "How much of a token its constant experts put their vector in the place of, weighted "
+            "by their gates.",
+            (measured("constant_replaced"),),
+            is_share=True,
+            healthy=healthy_range("constant_replaced"),
+        ),
+        BandPlot(
+            "Constant experts: norm",
+            "norm",
+            "Norm of the constant experts' vectors.",
+            (measured("constant_norm"),),
+            healthy=healthy_range("constant_norm"),
+        ),
+    ]
+
+
+def _entropy_range() -> tuple[float, float] | None:
+    """As a share of log E, so that it serves any number of experts."""
+    ends = healthy_range("gate_entropy")
+    return ends and (ends[0] / math.log(QUICKSTART_EXPERTS), ends[1] / math.log(QUICKSTART_EXPERTS))
+
+
+def _idlest(num_ffn_experts: int) -> Callable[[StepMetrics], Sequence[float] | None]:
+    def values(record: StepMetrics) -> Sequence[float] | None:
+        if not record.layer_expert_share:
+            return None
+        shares = np.asarray(record.layer_expert_share, dtype=np.float64)[:, :num_ffn_experts]
+        means = shares.mean(axis=1)
+        return np.divide(
+            shares.min(axis=1), means, out=np.full(len(means), math.nan), where=means > 0
+        ).tolist()
+
+    return values
+
+
+def _band_plot(run: RunData, plot: BandPlot) -> Plot | None:
+    """None where no record has any of its numbers, or fewer than two have."""
+    drawn = [(each, *_table(run.records, each)) for each in plot.series]
+    drawn = [(each, steps, table) for each, steps, table in drawn if len(steps) >= 2]
+    if not drawn:
+        return None
+    figure = new_figure()
+    axes = figure.subplots()
+    words = []
+    for each, steps, table in drawn:
+        _draw_band(axes, each, steps, table)
+        last = table[-1][np.isfinite(table[-1])]
+        words.append(
+            f"{each.label} {_show(plot, float(last.mean()))} at step {steps[-1]}, "
+            f"layers from {_show(plot, float(last.min()))} to {_show(plot, float(last.max()))}"
+        )
+    draw_healthy(axes, plot.healthy)
+    if plot.level is not None:
+        axes.axhline(plot.level, color=VERMILION, linestyle="--", linewidth=1.2, label="limit")
+    if plot.is_logarithmic and all((table[np.isfinite(table)] > 0).all() for _, _, table in drawn):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    if plot.is_share:
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    axes.set_ylabel(plot.axis)
+    step_axis(axes)
+    if len(drawn) > 1 or plot.healthy is not None or plot.level is not None:
+        legend_above(axes, ncols=4)
+    caption = (
+        f"{plot.caption} Line: mean over the MoE layers; band: from the least to the greatest."
+    )
+    return Plot(plot.title, caption, svg_data_uri(figure), f"{plot.title}: {'; '.join(words)}.")
+
+
+def _table(records: Sequence[StepMetrics], series: Series) -> tuple[list[int], np.ndarray]:
+    """Steps, and [steps, MoE layers] numbers: of records where any layer's is finite."""
+    steps, rows = [], []
+    for record in records:
+        values = series.values(record)
+        if values is not None and any(map(math.isfinite, values)):
+            steps.append(record.step)
+            rows.append(list(values))
+    widths = {len(row) for row in rows}
+    if len(widths) != 1:
+        return [], np.empty((0, 0))
+    return steps, np.asarray(rows, dtype=np.float64)
+
+
+def _draw_band(axes: Axes, series: Series, steps: Sequence[int], table: np.ndarray) -> None:
+    x, low = thin(steps, np.nanmin(table, axis=1))
+    _, high = thin(steps, np.nanmax(table, axis=1))
+    _, mean = thin(steps, np.nanmean(table, axis=1))
+    if table.shape[1] > 1:
+        axes.fill_between(x, low, high, color=series.colour, alpha=0.15, linewidth=0)
+    line = smooth(mean) if len(x) >= 60 else mean
+    axes.plot(x, line, color=series.colour, label=series.label)
+
+
+def _show(plot: BandPlot, value: float) -> str:
+    return formatting.percent(value) if plot.is_share else formatting.significant(value)
+
+
+def ffn_histogram(run: RunData) -> Plot | None:
+    """How many tokens of each MoE layer get 0, 1, ..., K FFN experts."""
+    measured = [r for r in run.records if r.layer_ffn_histogram]
+    if not measured:
+        return None
+    tables = [record.layer_ffn_histogram for record in tail(measured)]
+    shares = np.asarray(tables, dtype=np.float64).mean(axis=0)
+    layers, width = shares.shape
+    numbers = layer_numbers(run.config.moe_layers, layers)
+    figure = new_figure(height=max(3.1, min(9.0, 1.2 + 0.28 * layers)))
+    axes = figure.subplots()
+    colours = colormaps["Blues"](np.linspace(0.12, 0.85, width))
+    left = np.zeros(layers)
+    for count in range(width):
+        axes.barh(
+            np.arange(layers), shares[:, count], left=left, color=colours[count], label=str(count)
+        )
+        left += shares[:, count]
+    stride = -(-layers // MAX_NAMED_LAYERS)
+    axes.set_yticks(range(0, layers, stride), labels=[str(n) for n in numbers[::stride]])
+    axes.invert_yaxis()
+    axes.set_ylabel("layer")
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    axes.set_xlabel("tokens")
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside upper center", ncols=min(9, width), title="FFN experts of a token")
+    mean = shares.mean(axis=0)
+    return Plot(
+        "FFN experts of a token",
+        "Tokens by how many FFN experts they get, mean over the last tenth of the measured steps.",
+        svg_data_uri(figure),
+        "Mean over the layers: "
+        + ", ".join(
+            f"{share} of the tokens get {n}"
+            for n, share in enumerate(formatting.shares(mean.tolist()))
+        )
+        + ".",
+    )
+
+
+def loss_by_ffn(run: RunData) -> Plot | None:
+    """Language-model loss of the tokens by how many FFN experts they got."""
+    records = [r for r in run.records if r.loss_by_ffn]
+    if len(records) < 2:
+        return None
+    steps = [record.step for record in records]
+    table = np.asarray([record.loss_by_ffn for record in records], dtype=np.float64)
+    width = table.shape[1]
+    figure = new_figure()
+    axes = figure.subplots()
+    colours = colormaps["viridis"](np.linspace(0.05, 0.85, width))
+    words = []
+    for count in range(width):
+        is_finite = np.isfinite(table[:, count])
+        if is_finite.sum() < 2:
+            continue
+        x = [step for step, kept in zip(steps, is_finite, strict=True) if kept]
+        y = table[is_finite, count]
+        axes.plot(*thin(x, y), color=colours[count], label=f"{count} FFN")
+        words.append(f"{count} FFN experts {formatting.number(y[-1])} at step {x[-1]}")
+    if not words:
+        return None
+    axes.set_ylabel("loss (nats)")
+    step_axis(axes)
+    legend_above(axes, ncols=4)
+    return Plot(
+        "Loss by FFN experts of a token",
+        "Mean language-model loss of the tokens with 0, 1, ... FFN experts on average over the "
+        "MoE layers (of the last pipeline stage), rounded. Where the router has learned which "
+        "tokens are hard, these get more.",
+        svg_data_uri(figure),
+        "; ".join(words) + ".",
+    )

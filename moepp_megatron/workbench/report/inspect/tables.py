@@ -1,0 +1,105 @@
+"""Groups of tokens as rows of the page's tables, of one model or of two with their difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moepp_megatron.observe.expert_names import EXPERT_KINDS
+from moepp_megatron.workbench.inspection.aggregates import Group
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.drawing import KIND_COLOURS
+
+DASH = "-"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A part of a stacked bar: percent of the width, colour, what it says when pointed at."""
+
+    width: float
+    colour: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model's numbers of a group.
+
+    Attributes:
+        ffn: FFN experts a token and layer, with its error.
+        bars: Shares of the kinds of experts.
+        loss: Mean loss.
+    """
+
+    ffn: str
+    bars: list[Bar]
+    loss: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A group in every model.
+
+    Attributes:
+        name: Of the group.
+        count: Tokens.
+        cells: One a model.
+        ffn_change: Second less first model's FFN experts a token; None for one model.
+        loss_change: The same of the loss.
+    """
+
+    name: str
+    count: str
+    cells: list[Cell]
+    ffn_change: str | None = None
+    loss_change: str | None = None
+
+
+def rows(models: Sequence[Sequence[Group]]) -> list[Row]:
+    """Rows of the groups, which are the same ones in every model."""
+    return [_row(groups) for groups in zip(*models, strict=True)]
+
+
+def token_rows(groups: Sequence[Group]) -> list[Row]:
+    """Rows of single tokens, whose white space is made visible."""
+    return [_row([group], visible(group.name)) for group in groups]
+
+
+def visible(piece: str) -> str:
+    """A token's text with white space and control characters shown as in a Python string."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in piece)
+    return shown.replace(" ", "\u00b7") if piece else "(part of a character)"
+
+
+def _row(groups: Sequence[Group], name: str | None = None) -> Row:
+    first = groups[0]
+    cells = [_cell(group) for group in groups]
+    label = first.name if name is None else name
+    if len(groups) == 1:
+        return Row(label, formatting.count(first.count), cells)
+    second = groups[1]
+    return Row(
+        label,
+        formatting.count(first.count),
+        cells,
+        _signed(second.ffn - first.ffn),
+        _signed(second.loss - first.loss),
+    )
+
+
+def _cell(group: Group) -> Cell:
+    error = "" if math.isnan(group.ffn_error) else f" \u00b1 {group.ffn_error:.2f}"
+    texts = formatting.shares(group.kinds)
+    bars = [
+        Bar(100 * share, KIND_COLOURS[kind], f"{kind} {text}")
+        for kind, share, text in zip(EXPERT_KINDS, group.kinds, texts, strict=True)
+        if share > 0
+    ]
+    loss = DASH if math.isnan(group.loss) else f"{group.loss:.2f}"
+    return Cell(f"{group.ffn:.2f}{error}", bars, loss)
+
+
+def _signed(value: float) -> str:
+    return DASH if math.isnan(value) else f"{value:+.2f}"

@@ -1,0 +1,116 @@
+"""Whether a run goes on, has ended, or is silent: judged from outside."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from moepp_megatron.observe.status import RunStatus
+from moepp_megatron.workbench.report.live.history import History
+
+State = Literal["waiting", "starting", "running", "silent", "finished", "stopped", "died"]
+STATES: tuple[State, ...] = (
+    "waiting",
+    "starting",
+    "running",
+    "silent",
+    "finished",
+    "stopped",
+    "died",
+)
+
+# Evaluation and saving lie between records too, and a short step says little about them.
+SILENT_INTERVALS = 10
+SILENT_AT_LEAST_S = 60.0
+
+
+@dataclass(frozen=True)
+class RunHealth:
+    """The state of a run.
+
+    Attributes:
+        state: ``waiting`` (nothing of it is there), ``starting`` (no record yet), ``running``,
+            ``silent`` (no record for long), ``finished``, ``stopped`` (on request, or before its
+            last step), ``died`` (its process is gone and did not say why).
+        text: The same for people.
+    """
+
+    state: State
+    text: str
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more comes of it by itself."""
+        return self.state in ("finished", "stopped", "died")
+
+
+def judge(
+    history: History,
+    total_steps: int | None,
+    record_age_s: float | None,
+    status: RunStatus | None,
+    now: float,
+) -> RunHealth:
+    """The state of a run.
+
+    Args:
+        history: Its records.
+        total_steps: ``training.train_iters``; None without a configuration.
+        record_age_s: Seconds since the last record; None before the first.
+        status: What its process says of itself; None where it says nothing.
+        now: Seconds since 1970.
+    """
+    newest = history.newest
+    step = newest.step if newest is not None else 0
+    if newest is not None and total_steps is not None and step >= total_steps:
+        return RunHealth("finished", f"finished {_ago(record_age_s)}")
+    if status is not None and status.state == "ended":
+        since = f"{short_time(max(0.0, now - status.time))} ago"
+        how = "" if status.go_on is None else f"; to go on: {status.way_on()}"
+        return RunHealth("stopped", f"stopped {since}{how}")
+    gone = status is not None and status.is_gone()
+    if newest is None or record_age_s is None:
+        if gone:
+            return RunHealth("died", "its process is gone; it had no record yet")
+        if total_steps is None:
+            return RunHealth("waiting", "not started: no config.yaml yet")
+        return RunHealth("starting", "starting: no record yet")
+    if gone:
+        return RunHealth("died", f"its process is gone; last record {_ago(record_age_s)}")
+    interval = history.record_interval_s
+    if record_age_s > silent_after_s(history):
+        usual = f"; one came every {short_time(interval)}" if math.isfinite(interval) else ""
+        return RunHealth("silent", f"no record for {short_time(record_age_s)}{usual}")
+    return RunHealth("running", f"running, last record {_ago(record_age_s)}")
+
+
+def silent_after_s(history: History) -> float:
+    """Seconds without a record after which a run counts as silent."""
+    interval = history.record_interval_s
+    if not math.isfinite(interval):
+        return SILENT_AT_LEAST_S
+    return max(SILENT_AT_LEAST_S, SILENT_INTERVALS * interval)
+
+
+def short_time(seconds: float) -> str:
+    """A time in its largest unit or two: 5 s, 3 min, 2 h 10 min, 3 days."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} days"
+
+
+def _ago(seconds: float | None) -> str:
+    return "at an unknown time" if seconds is None else f"{short_time(seconds)} ago"

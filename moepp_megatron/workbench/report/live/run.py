@@ -1,0 +1,155 @@
+"""A run's folder, watched: its configuration, records, alerts and whether it is alive."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moepp_megatron.observe.alerts import ALERTS_FILE, Alert, parse_alert
+from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.observe.status import STATUS_FILE, RunStatus, read_status
+from moepp_megatron.observe.tail import Tail
+from moepp_megatron.workbench.report.live.health import RunHealth, judge
+from moepp_megatron.workbench.report.live.history import History
+from moepp_megatron.workbench.report.run_data import ReportError, RunConfig, read_config
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+RUN_FILES = {CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE}
+# What a run, or a job that waits to become one, leaves in its folder.
+TRACES = RUN_FILES | {"checkpoints", "tensorboard", "slurm", "hangs"}
+# Alerts that are remembered; the file has all.
+KEPT_ALERTS = 200
+
+
+class LiveRun:
+    """What is known of a run; `poll` brings it up to date.
+
+    Args:
+        folder: The run's folder. It may hold nothing yet.
+        clock: Seconds since 1970.
+
+    Attributes:
+        config: Its configuration; None before training has begun.
+        history: Its records.
+        alerts: Its newest alerts, oldest first.
+        alert_counts: How many there are, by rule and severity.
+        damaged_lines: Lines of the records' file that are no records.
+
+    Raises:
+        ReportError: The folder is none, or is not a run's.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        check_folder(folder)
+        self.folder = folder
+        self.config: RunConfig | None = None
+        self.history = History()
+        self.alerts: deque[Alert] = deque(maxlen=KEPT_ALERTS)
+        self.alert_counts: Counter[tuple[str, str]] = Counter()
+        self.damaged_lines = 0
+        self._clock = clock
+        self._config_mtime_ns = -1
+        self._metrics = Tail(folder / METRICS_FILE)
+        self._alert_lines = Tail(folder / ALERTS_FILE)
+        self._status: RunStatus | None = None
+        self._record_time: float | None = None
+
+    def poll(self) -> None:
+        """Reads what is new.
+
+        Raises:
+            ReportError: A file is there that cannot be read, or is no configuration.
+        """
+        try:
+            self._read_config()
+            self._read_records()
+            self._read_alerts()
+        except OSError as error:
+            raise ReportError(f"{self.folder}: cannot be read ({error.strerror})") from error
+        self._status = read_status(self.folder)
+
+    @property
+    def record_age_s(self) -> float | None:
+        """Seconds since the last record was written; None before the first."""
+        if self._record_time is None or self.history.newest is None:
+            return None
+        # The clocks of two machines that share a disk may differ.
+        return max(0.0, self._clock() - self._record_time)
+
+    @property
+    def wanted_ffn_share(self) -> float | None:
+        """FFN share of all selections that is wanted now: the budget's target, or phi."""
+        newest = self.history.newest
+        if newest is not None and newest.ffn_target is not None:
+            return newest.ffn_target
+        return self.config.phi if self.config is not None else None
+
+    def health(self) -> RunHealth:
+        """Whether the run goes on, has ended, or is silent."""
+        total = self.config.training.train_iters if self.config is not None else None
+        return judge(self.history, total, self.record_age_s, self._status, self._clock())
+
+    def _read_config(self) -> None:
+        path = self.folder / CONFIG_FILE
+        try:
+            mtime = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        if mtime != self._config_mtime_ns:
+            self.config, _ = read_config(path)
+            self._config_mtime_ns = mtime
+
+    def _read_records(self) -> None:
+        news = self._metrics.poll()
+        if news.rewritten:
+            self.history.start_over()
+            self.damaged_lines = 0
+        for line in news.lines:
+            if not line.strip():
+                continue
+            try:
+                self.history.add(StepMetrics.model_validate_json(line))
+            except (ValidationError, OverflowError):
+                self.damaged_lines += 1
+        if news.rewritten:
+            self.history.finish_rewrite()
+        if news.lines:
+            self._record_time = self._metrics.mtime
+
+    def _read_alerts(self) -> None:
+        news = self._alert_lines.poll()
+        if news.rewritten:
+            self.alerts.clear()
+            self.alert_counts.clear()
+        for alert in filter(None, map(parse_alert, news.lines)):
+            self.alerts.append(alert)
+            self.alert_counts[alert.rule, alert.severity] += 1
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses what cannot be a run's folder.
+
+    An empty one may become a run's, and so may one that a waiting job writes its logs to.
+
+    Raises:
+        ReportError: With the path, the rule and a remedy.
+    """
+    if not folder.is_dir():
+        raise ReportError(
+            f"{folder}: is not a folder; name the folder of a run that `moepp train` has started, "
+            "or make it to wait for one"
+        )
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise ReportError(f"{folder}: cannot be read ({error.strerror})") from error
+    if names and names.isdisjoint(TRACES):
+        raise ReportError(
+            f"{folder}: holds other files but no {CONFIG_FILE} or {METRICS_FILE}; name the folder "
+            "of a run (run.dir)"
+        )

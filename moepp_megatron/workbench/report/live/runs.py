@@ -1,0 +1,78 @@
+"""Many runs, watched together: those that folders hold, as they come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moepp_megatron.config.printable import printable
+from moepp_megatron.workbench.report.live.run import RUN_FILES, LiveRun, check_folder
+from moepp_megatron.workbench.report.run_data import ReportError
+
+
+class LiveRuns:
+    """The runs of some folders; `look` brings them up to date.
+
+    A folder is a run's, or holds folders of runs directly: then each of them counts, also one that
+    comes later.
+
+    Args:
+        folders: At least one.
+        clock: Seconds since 1970.
+
+    Raises:
+        ReportError: A folder is none, or has to do with no run.
+    """
+
+    def __init__(self, folders: Sequence[Path], clock: Callable[[], float] = time.time) -> None:
+        self._folders = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
+        for folder in folders:
+            if _runs_in(folder) == [folder]:
+                check_folder(folder)
+        self._base = Path(os.path.commonpath(self._folders))
+        self._clock = clock
+        self._runs: dict[Path, LiveRun] = {}
+
+    @property
+    def is_one_run(self) -> bool:
+        """Whether there is one folder, and it is a run's or empty."""
+        return len(self._folders) == 1 and _runs_in(self._folders[0]) == self._folders
+
+    def look(self) -> dict[str, LiveRun]:
+        """Reads what is new; a run that cannot be read stays as it was.
+
+        Returns:
+            Every run by its name: the path below the folder that all have in common. It depends on
+            the folders that were given, not on which runs there are.
+        """
+        known, self._runs = self._runs, {}
+        for folder in itertools.chain.from_iterable(map(_runs_in, self._folders)):
+            # Gone, or a file that is being replaced.
+            with contextlib.suppress(ReportError):
+                self._runs[folder] = known.get(folder) or LiveRun(folder, self._clock)
+                self._runs[folder].poll()
+        return {self._name(folder): run for folder, run in self._runs.items()}
+
+    def _name(self, folder: Path) -> str:
+        below = str(folder.relative_to(self._base))
+        return printable(folder.name if below == "." else below, keep="")
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folders of runs in a folder; itself where it is a run's, or holds none."""
+    if any((folder / name).exists() for name in RUN_FILES):
+        return [folder]
+    try:
+        inside = sorted(path for path in folder.iterdir() if _is_run(path))
+    except OSError:
+        inside = []
+    return inside or [folder]
+
+
+def _is_run(path: Path) -> bool:
+    # A link such as `latest` would be a second name of the same run.
+    return not path.is_symlink() and any((path / name).is_file() for name in RUN_FILES)

@@ -1,0 +1,200 @@
+"""The page itself: numbers, plots and configuration put into the template."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import moepp_megatron
+from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.alerts import AlertTable, alert_table
+from moepp_megatron.workbench.report.cards import Card, headline_cards
+from moepp_megatron.workbench.report.curves import curve_plots
+from moepp_megatron.workbench.report.drawing import plot_style
+from moepp_megatron.workbench.report.expert_plots import expert_plots
+from moepp_megatron.workbench.report.hardware import hardware_cards, hardware_plots
+from moepp_megatron.workbench.report.health_plots import health_plots
+from moepp_megatron.workbench.report.healthy import Metric, metrics_in_words
+from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.run_data import ReportError, RunData, load_run
+from moepp_megatron.workbench.report.savings import compute_savings
+from moepp_megatron.workbench.report.savings_table import SavingsTable, savings_table
+from moepp_megatron.workbench.report.summary import Summary, summarize
+from moepp_megatron.workbench.report.template import render_template
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything that the template shows.
+
+    Attributes:
+        name: The run's name.
+        facts: Short descriptions of the run, such as its layout.
+        sentence: What the run found, in words.
+        cards: Headline numbers.
+        curves: Plots over steps.
+        experts: Plots over experts.
+        health: Plots of the routers' health; empty for a vanilla run.
+        alerts: The run's alerts; None without any.
+        hardware: Plots of what the run cost its machines; empty without telemetry.
+        table: The comparison with the vanilla layer; None for a vanilla run.
+        terms: What the page's words mean.
+        healthy: What is healthy of each metric of the routers, and what is not.
+        config_text: The resolved configuration.
+        version: Version of this package.
+    """
+
+    name: str
+    facts: list[str]
+    sentence: str
+    cards: list[Card]
+    curves: list[Plot]
+    experts: list[Plot]
+    health: list[Plot]
+    alerts: AlertTable | None
+    hardware: list[Plot]
+    table: SavingsTable | None
+    terms: list[tuple[str, str]]
+    healthy: list[Metric]
+    config_text: str
+    version: str
+
+
+def build_report(folder: Path) -> Path:
+    """Writes ``report.html`` of a run from its configuration, metrics and alerts.
+
+    The page is ASCII, needs no other file and asks nothing of the network. The same inputs give
+    the same bytes.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ReportError: The run is missing, incomplete or inconsistent, or the page cannot be written.
+    """
+    html = render(load_run(folder))
+    path = folder / "report.html"
+    try:
+        write_atomic(path, html.encode("ascii", "xmlcharrefreplace"))
+    except OSError as error:
+        raise ReportError(
+            f"{path}: cannot be written ({error.strerror}); make room, or the folder writable"
+        ) from error
+    return path
+
+
+def render(run: RunData) -> str:
+    """The page's HTML."""
+    summary = summarize(run)
+    savings = compute_savings(run.config, summary)
+    has_savings = run.config.experts.zero_computation > 0
+    with plot_style():
+        curves, experts, health = curve_plots(run), expert_plots(run), health_plots(run)
+        hardware = hardware_plots(run)
+    alerts = alert_table(run)
+    page = Page(
+        name=run.config.run.name,
+        facts=_facts(run),
+        sentence=_sentence(run, summary),
+        cards=[*headline_cards(run, summary, savings), *hardware_cards(run)],
+        curves=curves,
+        experts=experts,
+        health=health,
+        alerts=alerts,
+        hardware=hardware,
+        table=savings_table(run, summary, savings) if has_savings else None,
+        terms=_terms(run, summary),
+        healthy=metrics_in_words(),
+        config_text=run.config_text,
+        version=moepp_megatron.__version__,
+    )
+    return render_template("report.html.j2", page=page)
+
+
+def _terms(run: RunData, summary: Summary) -> list[tuple[str, str]]:
+    """What a reader needs who has no other page at hand."""
+    phi = formatting.percent(summary.phi)
+    terms = [
+        (
+            "Window",
+            f"Shares and savings are means over the last tenth of the records, {summary.window}; "
+            "totals of the run say so.",
+        ),
+        (
+            "Balance",
+            "Under perfect balance every FFN expert gets as many selections as any other. The "
+            "slowest rank waits for the busiest expert.",
+        ),
+    ]
+    if run.config.experts.zero_computation == 0:
+        return terms
+    return [
+        (
+            "Zero-computation experts",
+            "Zero returns 0, copy its input, constant a mixture of the input and a learned vector. "
+            "They cost almost nothing and send nothing to other ranks.",
+        ),
+        (
+            "FFN share",
+            "Of all selections (K a token and layer), those that went to FFN experts. What lies "
+            "below 100% is expert work that was not done.",
+        ),
+        (
+            "phi",
+            f"tau F / (tau F + Z), here {phi}: the FFN share under perfect balance, with F FFN "
+            "and Z zero-computation experts. tau, the weight of the latter in the balance loss, "
+            "sets it.",
+        ),
+        *terms,
+    ]
+
+
+def _facts(run: RunData) -> list[str]:
+    config = run.config
+    experts, parallel = config.experts, config.parallel
+    counts = [f"{experts.ffn} FFN"]
+    counts += [
+        f"{n} {kind}"
+        for kind, n in (
+            ("constant", experts.constant),
+            ("copy", experts.copy),
+            ("zero", experts.zero),
+        )
+        if n
+    ]
+    layout = (
+        f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
+        f"EP {parallel.expert_model_parallel_size}, CP {parallel.context_parallel_size}"
+    )
+    precision = config.precision.dtype + (
+        f" with {config.precision.fp8} fp8" if config.precision.fp8 else ""
+    )
+    return [
+        f"{config.model.num_layers} layers, {len(config.moe_layers)} of them MoE",
+        f"hidden {config.model.hidden_size}, expert FFN {config.expert_ffn_hidden_size}",
+        f"{' + '.join(counts)} experts, top-{config.moe.router_topk}, tau {config.moe.tau:g}",
+        layout,
+        precision,
+        f"batch {config.training.global_batch_size} x {config.model.seq_length} tokens",
+    ]
+
+
+def _sentence(run: RunData, summary: Summary) -> str:
+    planned = run.config.training.train_iters
+    done = f"{summary.last_step:,} of {planned:,} steps are done."
+    if summary.last_step > planned:
+        done = f"{summary.last_step:,} steps are done."
+    if run.config.experts.zero_computation == 0:
+        kind = "megatron-core's vanilla MoE layer" if run.config.is_vanilla else "FFN experts only"
+        return (
+            f"{done} This run has {kind}: every selection goes to an FFN expert, so there is "
+            "nothing to save and nothing to compare with."
+        )
+    return (
+        f"{done} In the last tenth of the records ({summary.window}) "
+        f"{formatting.percent(summary.settled_ffn_fraction)} of all expert selections went to FFN "
+        f"experts (perfect balance: {formatting.percent(summary.phi)}); the others took "
+        "zero-computation experts and skipped the FFN and the all-to-all."
+    )

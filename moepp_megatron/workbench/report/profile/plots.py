@@ -1,0 +1,165 @@
+"""Plots of a profile's page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from moepp_megatron.workbench.profiling.analysis import Profile
+from moepp_megatron.workbench.report.drawing import (
+    BLUE,
+    GREEN,
+    GRID,
+    INK,
+    VERMILION,
+    new_figure,
+    plot_style,
+    svg_data_uri,
+)
+from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.profile.timeline import COLOURS
+from moepp_megatron.workbench.report.profile.words import Cost, costs
+
+# From here on, ranks are bars that nobody can read.
+_MOST_RANKS = 64
+
+
+def profile_plots(profile: Profile, document: dict[str, Any]) -> list[Plot]:
+    """Where the step goes, what communication costs, bytes of each layer."""
+    spent = [cost for cost in costs(profile) if cost.time_ms > 0][:9]
+    ranks = _shown_ranks(document)
+    # They stand side by side: with few ranks as tall as each other.
+    rows = max(len(ranks), len(spent)) if len(ranks) <= 12 else None
+    with plot_style():
+        found = [_ranks(document, ranks, rows), _costs(spent, rows)]
+        if document["all_to_all"]:
+            found.append(_layers(document))
+    return found
+
+
+def _shown_ranks(document: dict[str, Any]) -> list[int]:
+    """All, or those with most exposed communication."""
+    ranks = sorted({one["rank"] for one in document["rank_steps"]})
+    if len(ranks) > _MOST_RANKS:
+        shares = {
+            rank: sum(o["exposed_ms"] for o in document["rank_steps"] if o["rank"] == rank)
+            for rank in ranks
+        }
+        ranks = sorted(sorted(ranks, key=lambda rank: -shares[rank])[:_MOST_RANKS])
+    return ranks
+
+
+def _figure(bars: int, rows: int | None) -> tuple[Figure, float]:
+    """A figure for this many bars, with room for `rows`, and the bars' height."""
+    room = max(rows or bars, 1)
+    # A bar is never thicker than where there is no spare room.
+    thick = 0.8 * min(1.0, 1.6 * bars / room) if bars else 0.8
+    return new_figure(6.4, max(2.0, 1.0 + 0.42 * room)), thick
+
+
+def _ranks(document: dict[str, Any], ranks: list[int], rows: int | None) -> Plot:
+    """Stacked bars: computation, exposed communication, neither."""
+    parts = (
+        ("compute_ms", "computes", BLUE),
+        ("exposed_ms", "exposed communication", VERMILION),
+        ("idle_ms", "neither", GRID),
+    )
+    figure, thick = _figure(len(ranks), rows)
+    axes = figure.subplots()
+    left = np.zeros(len(ranks))
+    for key, label, colour in parts:
+        values = np.array(
+            [
+                np.mean([one[key] for one in document["rank_steps"] if one["rank"] == rank])
+                for rank in ranks
+            ]
+        )
+        names = [str(rank) for rank in ranks]
+        axes.barh(names, values, thick, left=left, color=colour, label=label)
+        left += values
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds a step")
+    axes.set_ylabel("rank")
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside upper left", ncols=3)
+    return Plot(
+        "Where a step goes",
+        "Mean over the analysed steps. Exposed: some collective runs or waits, nothing computes.",
+        svg_data_uri(figure),
+        "Stacked bars of computation and exposed communication for each rank",
+    )
+
+
+def _costs(found: list[Cost], rows: int | None) -> Plot:
+    """Bars of exposed time by purpose."""
+    figure, thick = _figure(len(found), rows)
+    axes = figure.subplots()
+    names = [cost.purpose for cost in found]
+    every = [cost.time_ms for cost in found]
+    axes.barh(names, every, thick, color=GRID, label="time in collectives")
+    colours = [COLOURS.get(name, COLOURS["other"]) for name in names]
+    axes.barh(names, [cost.exposed_ms for cost in found], 0.69 * thick, color=colours)
+    axes.plot(
+        [cost.wait_ms for cost in found],
+        names,
+        linestyle="none",
+        marker="|",
+        markersize=13,
+        markeredgewidth=2.2,
+        color=COLOURS["waiting"],
+        label="of it waiting for late ranks",
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds a step and rank")
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside upper left", ncols=2)
+    return Plot(
+        "What communication costs",
+        "Coloured: exposed. Grey: all of it; what is grey alone is hidden behind computation.",
+        svg_data_uri(figure),
+        "Bars of time in collectives by purpose",
+    )
+
+
+def _layers(document: dict[str, Any]) -> Plot:
+    """Bytes of each layer, forward and backward together, against the other ways."""
+    layers = sorted({one["layer"] for one in document["all_to_all"]})
+    steps = len(document["steps"])
+
+    def total(key: str) -> list[float]:
+        return [
+            sum(one[key] for one in document["all_to_all"] if one["layer"] == layer) / steps / 2**20
+            for layer in layers
+        ]
+
+    figure = new_figure(12.8, 3.1)
+    axes = figure.subplots()
+    places = np.arange(len(layers))
+    axes.bar(places, total("vanilla_bytes"), 0.82, color=GRID, label="vanilla, even load")
+    axes.bar(places - 0.2, total("measured_bytes"), 0.36, color=BLUE, label="measured")
+    axes.bar(places + 0.2, total("deduplicated_bytes"), 0.36, color=GREEN, label="deduplicated")
+    axes.hlines(
+        total("even_load_bytes"),
+        places - 0.41,
+        places + 0.41,
+        color=INK,
+        linewidth=1.2,
+        linestyle=(0, (3, 2)),
+        label="FFN-only, even load",
+    )
+    if len(layers) <= 40:
+        axes.set_xticks(places, [str(layer) for layer in layers])
+    axes.set_xlabel("layer")
+    axes.set_ylabel("MiB a step, all ranks")
+    axes.grid(visible=False, axis="x")
+    figure.legend(loc="outside upper left", ncols=4)
+    return Plot(
+        "All-to-all of hidden vectors by layer",
+        "All passes, dispatch and combine. Vanilla: every selection goes to an FFN expert. "
+        "Deduplicated: once for each token and rank, the least that can be sent.",
+        svg_data_uri(figure),
+        "Bars of measured, deduplicated and vanilla bytes for each layer",
+        wide=True,
+    )

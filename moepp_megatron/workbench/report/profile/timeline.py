@@ -1,0 +1,194 @@
+"""What the page's timeline draws: for each step the lanes of each rank, and what is on them.
+
+Times are microseconds after the step's first start; a step ends with its slowest rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moepp_megatron.workbench.profiling.analysis import Profile
+from moepp_megatron.workbench.profiling.measures.classes import class_name
+from moepp_megatron.workbench.profiling.trace import RankTrace, Span
+from moepp_megatron.workbench.report import formatting
+
+# Okabe and Ito's palette where it goes far enough.
+COLOURS = {
+    "attention": "#56b4e9",
+    "router": "#cc79a7",
+    "dispatch": "#d55e00",
+    "experts": "#0072b2",
+    "shared_experts": "#4f7fb5",
+    "ffn": "#4f7fb5",
+    "zero_computation": "#009e73",
+    "combine": "#e69f00",
+    "gradient reduce": "#7b5ea7",
+    "parameter gather": "#a65e2e",
+    "optimizer": "#8a9a5b",
+    "pipeline": "#b5495b",
+    "tensor parallel": "#2f8f9d",
+    "context parallel": "#6f7f2f",
+    "embedding": "#c9b98a",
+    "output_layer": "#86644b",
+    "loss": "#74744f",
+    "forward": "#dfe4ea",
+    "backward": "#c3cbd5",
+    "computation": "#9aa5b1",
+    "waiting": "#e12d39",
+    "other": "#9aa5b1",
+}
+_STEP_PARTS = {
+    "gradients": "gradient reduce",
+    "gradient_reduce": "gradient reduce",
+    "parameter_gather": "parameter gather",
+    "optimizer": "optimizer",
+    "forward": "forward",
+    "backward": "backward",
+}
+# Rectangles that no screen could tell apart only make the page heavy.
+_MOST = 6000
+
+
+def timeline(profile: Profile) -> dict[str, Any]:
+    """For JSON: `steps` of `lanes` of `items` [kind, start, duration, label, detail, waiting]."""
+    kinds = list(COLOURS)
+    return {
+        "kinds": [{"name": kind, "colour": COLOURS[kind]} for kind in kinds],
+        "steps": [_step(profile, step, kinds) for step in profile.steps],
+    }
+
+
+def _step(profile: Profile, step: int, kinds: list[str]) -> dict[str, Any]:
+    spans = [trace.steps[step] for trace in profile.traces if step in trace.steps]
+    begin = min(span.start_us for span in spans)
+    end = max(span.end_us for span in spans)
+    lanes = []
+    for trace in profile.traces:
+        if step in trace.steps:
+            view = _View(profile, trace, (begin, end), kinds)
+            lanes += [lane for lane in view.lanes() if lane["items"]]
+    return {"step": step, "duration": round(end - begin, 1), "lanes": lanes}
+
+
+class _View:
+    """One rank in one step.
+
+    Args:
+        profile: The profile.
+        trace: The rank.
+        window: Start and end of the step.
+        kinds: Names by number.
+    """
+
+    def __init__(
+        self, profile: Profile, trace: RankTrace, window: tuple[float, float], kinds: list[str]
+    ) -> None:
+        self._profile, self._trace, self._window = profile, trace, window
+        self._numbers = {kind: number for number, kind in enumerate(kinds)}
+
+    def lanes(self) -> list[dict[str, Any]]:
+        trace = self._trace
+        layers = [span for span in trace.parts if span.kind]
+        outer = [span for span in trace.parts if not span.kind]
+        found = [
+            self._lane("step", [self._part(span) for span in self._visible(outer)]),
+            self._lane("layers", [self._layer(span) for span in self._visible(layers)]),
+        ]
+        if not trace.on_gpu:
+            waits = [self._item("waiting", span, "waits") for span in self._visible(trace.waits)]
+            found.append(self._lane("waits", waits))
+        streams: dict[str, list[Span]] = {}
+        for span in trace.kernels:
+            streams.setdefault(span.lane, []).append(span)
+        for stream, spans in streams.items():
+            visible = _thinned(self._visible(spans))
+            items = [self._item("computation", span, span.name) for span in visible]
+            found.append(self._lane(f"stream {stream}", items))
+        found += self._communication()
+        return found
+
+    def _communication(self) -> list[dict[str, Any]]:
+        """A lane a stream on a GPU; on a CPU as few lanes as calls overlap."""
+        lanes: list[tuple[str, float, list[list[Any]]]] = []
+        for place, call in enumerate(self._trace.collectives):
+            if not self._is_visible(call.start_us, call.end_us):
+                continue
+            item = self._collective(place)
+            name = f"stream {call.stream} (NCCL)" if self._trace.on_gpu else "communication"
+            for number, (lane, end, items) in enumerate(lanes):
+                if lane == name and (self._trace.on_gpu or end <= call.start_us):
+                    items.append(item)
+                    lanes[number] = (lane, call.end_us, items)
+                    break
+            else:
+                lanes.append((name, call.end_us, [item]))
+        return [self._lane(name, items) for name, _, items in lanes]
+
+    def _collective(self, place: int) -> list[Any]:
+        trace = self._trace
+        call = trace.collectives[place]
+        name = class_name(trace, call)
+        late = self._profile.late.get((trace.rank, place))
+        scope = next((one for one in reversed(call.scopes) if one.startswith("layer")), "")
+        details = [f"{call.operation}, {name.group} group of {call.group_size}"]
+        if scope:
+            details.append(f"{scope.split(':')[0]}, {name.phase}")
+        if call.size is not None:
+            details.append(formatting.data_size(call.size))
+        if call.bus_bandwidth is not None:
+            details.append(f"bus {call.bus_bandwidth:.3g} GB/s, waiting included")
+        if late is not None and late.wait_us > 0:
+            details.append(f"waits {late.wait_us / 1e3:.3f} ms for rank {late.last_rank}")
+        span = Span(name.purpose, call.start_us, call.end_us)
+        item = self._item(name.purpose, span, name.purpose, "\n".join(details))
+        return [*item, round(late.wait_us, 1)] if late is not None else item
+
+    def _layer(self, span: Span) -> list[Any]:
+        layer, part = span.name.split("/")
+        short = {"forward": "", "recompute": " recompute", "backward": " bwd"}[span.kind]
+        number = layer.removeprefix("layer")
+        label, where = (
+            (f"L{number} {part}", f"layer {number}") if number != layer else (part, layer)
+        )
+        label = label.replace("_", " ") + short
+        return self._item(part, span, label, f"{where}, {part.replace('_', ' ')}, {span.kind}")
+
+    def _part(self, span: Span) -> list[Any]:
+        kind = _STEP_PARTS.get(span.name, "other")
+        return self._item(kind, span, span.name.replace("_", " "))
+
+    def _item(self, kind: str, span: Span, label: str, detail: str = "") -> list[Any]:
+        begin, end = self._window
+        start, stop = max(span.start_us, begin), min(span.end_us, end)
+        number = self._numbers.get(kind, self._numbers["other"])
+        return [number, round(start - begin, 1), round(stop - start, 1), label, detail]
+
+    def _lane(self, name: str, items: list[list[Any]]) -> dict[str, Any]:
+        return {
+            "rank": self._trace.rank,
+            "name": name,
+            "items": sorted(items, key=lambda item: (item[1], -item[2])),
+        }
+
+    def _visible(self, spans: list[Span]) -> list[Span]:
+        return [span for span in spans if self._is_visible(span.start_us, span.end_us)]
+
+    def _is_visible(self, start: float, end: float) -> bool:
+        return end > self._window[0] and start < self._window[1]
+
+
+def _thinned(spans: list[Span]) -> list[Span]:
+    """At most about `_MOST` spans: neighbours with hardly a gap between them become one."""
+    spans = sorted(spans, key=lambda span: span.start_us)
+    gap = 0.5
+    while len(spans) > _MOST:
+        merged: list[Span] = []
+        for span in spans:
+            last = merged[-1] if merged else None
+            if last is not None and span.start_us - last.end_us < gap:
+                end = max(last.end_us, span.end_us)
+                merged[-1] = Span("several kernels", last.start_us, end, last.lane)
+            else:
+                merged.append(span)
+        spans, gap = merged, gap * 2
+    return spans

@@ -1,0 +1,116 @@
+"""One file of all results of a card, and the arguments of the script that makes it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import record
+from moepp_megatron.config import ConfigError, UnfitError
+
+ROOT = Path(__file__).parents[4]
+CARD = {
+    "device": "NVIDIA H100 80GB HBM3",
+    "kind": "cuda",
+    "versions": {"torch": "2.15.0"},
+    "matmul_tflops": {"bf16": 700.0},
+}
+TESTS = """<testsuites><testsuite tests="4">
+<testcase classname="tests.gpu.test_layer" name="test_a"/>
+<testcase classname="tests.gpu.test_layer" name="test_b"><failure message="no"/></testcase>
+<testcase classname="tests.gpu.test_fp8" name="test_c"><skipped message="needs DeepEP"/></testcase>
+<testcase classname="tests.gpu.test_fp8" name="test_d"><skipped message="needs DeepEP"/></testcase>
+</testsuite></testsuites>
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What the steps leave: the FP8 step failed, the layer was run twice."""
+    contents: dict[str, Any] = {
+        "card.json": CARD,
+        "layer_bf16.json": [{"shape": "0.6B", "efficiency": 0.96}],
+        "step_bf16.json": {"speedup": 1.2},
+        "step_fp8_delayed.json": {"speedup": 9.9},
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "tests.xml").write_text(TESTS)
+    lines = ["tests\t1\t60\tabc", "card\t0\t3\tabc", "layer_bf16\t1\t2\tabc"]
+    lines += ["step_bf16\t0\t9\tabc", "step_fp8_delayed\t1\t4\tabc", "layer_bf16\t0\t30\tdef"]
+    (tmp_path / "steps.tsv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_one_file_of_all_results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "driver_version", lambda: "580.95.05")
+    path = record.write_record(folder, folder / "results", "benchmarks/gpu.sh --steps card")
+    assert path == folder / "results" / "nvidia_h100_80gb_hbm3.json"
+    found = json.loads(path.read_text())
+    assert (found["card"], found["driver"]) == ("NVIDIA H100 80GB HBM3", "580.95.05")
+    assert found["command"] == "benchmarks/gpu.sh --steps card"
+    assert found["commits"] == ["abc", "def"]
+    assert found["versions"] == CARD["versions"]
+    assert found["measured"] == CARD
+    assert found["layer"] == {"bf16": [{"shape": "0.6B", "efficiency": 0.96}]}
+    assert found["step"] == {"bf16": {"speedup": 1.2}}, "a step that failed has no numbers"
+    assert found["tests"] == {
+        "passed": 1,
+        "failed": ["tests.gpu.test_layer.test_b"],
+        "skipped": {"needs DeepEP": 2},
+    }
+    assert [(step["name"], step["exit_status"]) for step in found["steps"]] == [
+        ("tests", 1),
+        ("card", 0),
+        ("step_bf16", 0),
+        ("step_fp8_delayed", 1),
+        ("layer_bf16", 0),
+    ]
+
+
+def test_steps_that_were_not_run_are_left_out(folder: Path) -> None:
+    for name in ("tests.xml", "layer_bf16.json", "step_bf16.json"):
+        (folder / name).unlink()
+    found = record.assemble(folder, "a command")
+    assert (found["tests"], found["layer"], found["step"]) == (None, {}, {})
+
+
+def test_no_card_no_record(folder: Path) -> None:
+    (folder / "card.json").unlink()
+    with pytest.raises(ConfigError, match=r"card.json must be what `moepp bench card --json` writ"):
+        record.assemble(folder, "a command")
+    (folder / "card.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"card.json must be JSON \(.*\); remove it"):
+        record.assemble(folder, "a command")
+
+
+def test_a_cpu_is_no_card(folder: Path) -> None:
+    (folder / "card.json").write_text(json.dumps(CARD | {"device": "cpu", "kind": "cpu"}))
+    with pytest.raises(UnfitError, match="need a CUDA GPU; use --allow-cpu to try the script"):
+        record.write_record(folder, folder, "a command")
+    assert record.write_record(folder, folder, "a command", allow_cpu=True).name == "cpu.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--steps", "cards"], 2, "--steps (cards) must be of tests, card, layer, step"),
+        (["--cpu"], 2, "argument (--cpu) must be --steps, --work, --out or --allow-cpu"),
+        (["--out"], 2, "--out must be followed by a value"),
+        ([], 3, "needs a CUDA GPU; use --allow-cpu to try the script"),
+    ],
+)
+def test_wrong_usage_of_the_script(arguments: list[str], status: int, message: str) -> None:
+    if status == 3 and shutil.which("nvidia-smi"):
+        pytest.skip("there is a card here")
+    command = [str(ROOT / "benchmarks/gpu.sh"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1

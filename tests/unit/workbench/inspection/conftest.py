@@ -1,0 +1,79 @@
+"""A text and what an invented model did with it, without any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.workbench.inspection.classes import token_classes
+from moepp_megatron.workbench.inspection.request import InspectRequest
+from moepp_megatron.workbench.inspection.text import TokenizedText, tokenize
+from moepp_megatron.workbench.inspection.trace import Trace
+
+SOURCE = '''import re
+
+
+def first_words(text, count=12):
+    """The first words of a text, don't you know."""
+    for word in re.findall(r"[a-z]+", text):
+        if len(word) > 3 and count != 0:
+            count -= 1  # counts down to 0
+            yield word.lower()
+    return None
+'''
+EXPERTS = ExpertCounts(4, 1, 1, 1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([SOURCE] * 4, 330)
+
+
+@pytest.fixture(scope="session")
+def text(tokenizer: Tokenizer) -> TokenizedText:
+    return tokenize(tokenizer, SOURCE, "words.py", 10_000)
+
+
+def invented_trace(count: int, seed: int = 1, layers: int = 3, window: int = 64) -> Trace:
+    """Random selections of two experts and random losses."""
+    rng = np.random.default_rng(seed)
+    selected = np.argsort(rng.random((layers, count, EXPERTS.total)), axis=2)[:, :, :2]
+    gates = np.sort(rng.random((layers, count, 2)), axis=2)[:, :, ::-1] * 0.8
+    losses = rng.gamma(2.0, 1.5, count)
+    losses[::window] = np.nan
+    numbers = tuple(range(1, layers + 1))
+    return Trace(
+        f"invented, step {seed}",
+        ("3 MoE layers",),
+        EXPERTS,
+        numbers,
+        0.5,
+        selected,
+        gates,
+        losses,
+        window,
+    )
+
+
+@pytest.fixture
+def make_request(text: TokenizedText, tmp_path: Path) -> Callable[..., InspectRequest]:
+    def make(**changes: object) -> InspectRequest:
+        classes = token_classes(text.text, text.spans.tolist(), "python")
+        values = {
+            "text": text,
+            "language": "python",
+            "classes": classes,
+            "tags": None,
+            "window": 64,
+            "models": [],
+            "out": tmp_path / "page.html",
+            "notices": ["the text is read in windows of 64"],
+        }
+        return InspectRequest(**{**values, **changes})  # type: ignore[arg-type]
+
+    return make

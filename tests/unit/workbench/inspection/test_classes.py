@@ -1,0 +1,109 @@
+"""What kind of thing a token is."""
+
+from __future__ import annotations
+
+import pytest
+
+from moepp_megatron.workbench.inspection.classes import CLASSES, language_of, token_classes
+
+CODE = '''def read_all(path):
+    """Reads it, don't you know: class."""
+    if 0x1f > 2.5 and log10 is not None:  # for all
+        return f"text {path} in"
+'''
+
+
+def classes_of(text: str, tokens: list[str], language: str = "text") -> list[str]:
+    """Classes of tokens that make up the text."""
+    spans, begin = [], 0
+    for token in tokens:
+        assert text.startswith(token, begin), (token, text[begin:])
+        spans.append((begin, begin + len(token)))
+        begin += len(token)
+    return [CLASSES[index] for index in token_classes(text, spans, language)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["The", " cat"], ["word", "word"]),
+        (["un", "believ", "able"], ["word, first part", "word, later part", "word, later part"]),
+        ([" un", "like"], ["word, first part", "word, later part"]),
+        (["don", "'t"], ["word, first part", "word, later part"]),
+        (["in", " ", "1", "984", "."], ["word", "white space", "number", "number", "punctuation"]),
+        (["...", "\n\n", "--\n"], ["punctuation", "white space", "punctuation"]),
+        (["Gr\u00f6", "\u00dfe"], ["word, first part", "word, later part"]),
+        (["\U0001f916", ""], ["punctuation", "part of a character"]),
+        # Prose has no keywords.
+        (["for", " me"], ["word", "word"]),
+    ],
+)
+def test_prose(tokens: list[str], expected: list[str]) -> None:
+    assert classes_of("".join(tokens), tokens) == expected
+
+
+def test_python_knows_keywords_identifiers_strings_and_comments() -> None:
+    tokens = ["def", " read", "_", "all", "(", "path", "):\n", "   ", ' """', "Reads", " it", ","]
+    tokens += [" don't", " you", " know", ":", " class", '."""', "\n   ", " if", " 0", "x1f"]
+    tokens += [" >", " 2", ".5", " and", " log", "10", " is", " not", " None", ":", "  #", " for"]
+    tokens += [" all", "\n       ", " return", " f", '"', "text", " {", "path", "}", " in", '"\n']
+    assert dict(zip(tokens, classes_of(CODE, tokens, "python"), strict=True)) == {
+        "def": "keyword",
+        " read": "identifier, first part",
+        "_": "identifier, later part",
+        "all": "identifier, later part",
+        "(": "punctuation",
+        "path": "identifier",
+        "):\n": "punctuation",
+        "   ": "white space",
+        ' """': "punctuation",
+        "Reads": "word",
+        " it": "word",
+        ",": "punctuation",
+        " don't": "word",
+        " you": "word",
+        " know": "word",
+        ":": "punctuation",
+        " class": "word",
+        '."""': "punctuation",
+        "\n   ": "white space",
+        " if": "keyword",
+        " 0": "number",
+        "x1f": "number",
+        " >": "punctuation",
+        " 2": "number",
+        ".5": "number",
+        " and": "keyword",
+        " log": "identifier, first part",
+        "10": "identifier, later part",
+        " is": "keyword",
+        " not": "keyword",
+        " None": "keyword",
+        "  #": "punctuation",
+        " for": "word",
+        " all": "word",
+        "\n       ": "white space",
+        " return": "keyword",
+        " f": "identifier",
+        '"': "punctuation",
+        "text": "word",
+        " {": "punctuation",
+        "}": "punctuation",
+        " in": "word",
+        '"\n': "punctuation",
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["if x:\n  '''open", "x = (1,\n", "  bad\n indent\n\tx", "a\r\nb\r\n"]
+)
+def test_what_is_no_whole_python_is_still_classified(text: str) -> None:
+    tokens = [*text]
+    assert len(classes_of(text, tokens, "python")) == len(text)
+
+
+def test_language_is_that_of_the_name_unless_told(tmp_path) -> None:
+    assert language_of(tmp_path / "a.py", "auto") == "python"
+    assert language_of(tmp_path / "a.txt", "auto") == "text"
+    assert language_of(tmp_path / "a.txt", "python") == "python"
+    assert language_of(tmp_path / "a.py", "text") == "text"

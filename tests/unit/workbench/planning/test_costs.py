@@ -1,0 +1,245 @@
+"""Parts, rates, schedules and their sum."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import Config, parse_config
+from moepp_megatron.config.flops import forward_flops_per_token
+from moepp_megatron.config.hardware import load_hardware
+from moepp_megatron.workbench.planning.coster import GIB, Coster
+from moepp_megatron.workbench.planning.grid import FULL, Grid
+from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, LEARNED
+from moepp_megatron.workbench.planning.layer_time import layer_time
+from moepp_megatron.workbench.planning.machine import Machine, machine_of
+from moepp_megatron.workbench.planning.memory import fullest_rank, memory_of
+from moepp_megatron.workbench.planning.parts import Layer, embedding_part, layer_parts, output_part
+from moepp_megatron.workbench.planning.pipeline import (
+    bubble_seconds,
+    chunks_in_flight,
+    even_stages,
+    layout_string,
+    stage_sizes,
+)
+from moepp_megatron.workbench.planning.rates import Product, product_seconds
+from moepp_megatron.workbench.planning.simulation.schedule import step_graph
+from moepp_megatron.workbench.planning.step import BUBBLE, OPTIMIZER, step_time
+from moepp_megatron.workbench.planning.traffic import exchanged_bytes
+from moepp_megatron.workbench.planning.workload import Workload
+
+
+@pytest.fixture(scope="module")
+def h100() -> Machine:
+    return machine_of(load_hardware("h100_sxm"))
+
+
+def configured(**moe: object) -> Config:
+    return parse_config(
+        {
+            "run": {"dir": "runs/test"},
+            "model": {
+                "num_layers": 8,
+                "hidden_size": 2048,
+                "ffn_hidden_size": 5632,
+                "num_attention_heads": 16,
+                "num_query_groups": 8,
+                "seq_length": 4096,
+                "vocab_size": 65536,
+            },
+            "moe": {"num_ffn_experts": 16, **moe},
+            "precision": {"dtype": "bf16"},
+            "optimizer": {"lr": 1e-3},
+            "training": {"train_iters": 10, "global_batch_size": 512, "micro_batch_size": 1},
+        }
+    )
+
+
+LOAD = Workload.from_config(configured())
+
+
+def test_parts_do_the_operations_that_are_counted() -> None:
+    config = configured(two_layer_gate=True, shared_expert_ffn_hidden_size=1024, layer_freq=2)
+    # The configuration's count takes all scores, although half are masked.
+    load = replace(Workload.from_config(config), causal_share=1.0)
+    for grid in (Grid(8), Grid(8, tp=2, ep=4), Grid(8, tp=2, cp=2, ep=2, etp=2)):
+        rows = grid.tokens(load.seq) * load.experts.ffn_per_token
+        flop = output_part(load, grid).forward.flop + embedding_part(load, grid).forward.flop
+        for number, is_moe in enumerate(load.is_moe):
+            layer = Layer(is_moe, rows if is_moe else 0.0, number > load.first_moe_layer)
+            flop += sum(part.forward.flop for part in layer_parts(load, grid, layer))
+        # On tp ranks the group's tokens are computed once, each with a share of the weights; the
+        # router and constant experts are whole on each rank, with the rank's tokens.
+        per_token = flop / grid.tokens(load.seq)
+        # `s x` of the zero-computation experts is memory traffic here and 2 D FLOP there.
+        assert per_token == pytest.approx(
+            forward_flops_per_token(config, config.moe.ffn_share), 1e-4
+        )
+
+
+def test_backward_costs_twice_forward_plus_recomputed_scores() -> None:
+    for part in layer_parts(LOAD, Grid(8, ep=8), Layer(True, 8192.0)):
+        products = sum(product.flop for product in part.forward.products)
+        assert sum(p.flop for p in part.backward.products) == pytest.approx(2 * products)
+        assert part.backward.core_flop == 2.5 * part.forward.core_flop
+
+
+def test_large_products_reach_the_rate_and_small_ones_do_not(h100: Machine) -> None:
+    def share(product: Product) -> float:
+        return product.flop / product_seconds(product, h100) / h100.flops(product.number)
+
+    assert share(Product(16384, 16384, 16384)) > 0.95
+    # 64 tiles of 64 x 64 leave half of 132 multiprocessors without work.
+    assert share(Product(128, 2048, 2048)) < 0.5
+    # 132 tiles fill the card once; one more row of tiles takes a second wave.
+    full = Product(128 * 12, 256 * 11, 8192)
+    assert share(full) > 1.6 * share(Product(128 * 12 + 1, 256 * 11, 8192)) * 12 / 13
+    # One row and a large weight: as long as reading it takes.
+    thin = Product(1, 8192, 8192)
+    assert product_seconds(thin, h100) >= 2 * 8192 * 8192 / h100.memory_rate
+
+
+def test_products_in_fp8_are_faster_and_blocks_cost(h100: Machine) -> None:
+    seconds = [
+        product_seconds(Product(8192, 8192, 8192, 1, number), h100)
+        for number in ("fp8", "fp8_blockwise", "bf16")
+    ]
+    assert seconds == sorted(seconds)
+
+
+def test_interleaving_shrinks_the_bubble_and_keeps_more_in_flight() -> None:
+    assert bubble_seconds(7 * 3.0, 1) == 21.0
+    assert bubble_seconds(7 * 3.0, 7) == 3.0
+    assert chunks_in_flight(4, 1, 0, 100) == 4
+    assert chunks_in_flight(4, 1, 3, 100) == 1
+    assert chunks_in_flight(4, 1, 0, 2) == 2
+    # megatron-core: 2 (p - 1) + (v - 1) p warm-up chunks and one at work.
+    assert chunks_in_flight(8, 4, 0, 100) == 2 * 7 + 3 * 8 + 1
+
+
+@pytest.mark.parametrize(
+    ("pp", "vpp", "micro_batches", "is_combined"),
+    [(4, 1, 8, False), (4, 1, 2, False), (4, 3, 8, False), (4, 3, 8, True), (2, 2, 2, True)]
+    + [(1, 1, 4, True), (1, 1, 1, True), (1, 1, 4, False)],
+)
+def test_chunks_in_flight_are_those_of_the_schedule(
+    pp: int, vpp: int, micro_batches: int, is_combined: bool
+) -> None:
+    graph = step_graph(pp, vpp, micro_batches, is_combined)
+    for rank in range(pp):
+        held = most = 0
+        for node in graph:
+            if node.rank == rank:
+                # Both passes of a pair run at the same time.
+                held += sum(-1 if one.is_backward else 1 for one in node.works)
+                most = max(most, held)
+        assert chunks_in_flight(pp, vpp, rank, micro_batches) == most
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(48, 8), (94, 32), (61, 16), (5, 4), (24, 7)])
+def test_stages_hold_every_layer_once(layers: int, stages: int) -> None:
+    sizes = stage_sizes(layers, stages)
+    assert sum(sizes) == layers
+    assert min(sizes) >= 0
+    assert max(sizes) - min(sizes) <= 2
+    assert layout_string(sizes).count("t") == layers
+    held = even_stages(layers, stages, 1)
+    assert [layer for (chunk,) in held for layer in chunk] == list(range(layers))
+
+
+def test_a_step_is_the_sum_of_its_parts(h100: Machine) -> None:
+    grid = Grid(64, tp=2, pp=4, vpp=2, ep=8, recompute=("moe_act",))
+    step = step_time(LOAD, grid, h100, LEARNED)
+    assert sum(step.seconds.values()) == pytest.approx(step.total)
+    assert step.seconds[BUBBLE] > 0
+    assert step.seconds[OPTIMIZER] > 0
+    assert step.load.mean > 1
+
+
+def test_what_makes_a_step_slower(h100: Machine) -> None:
+    def seconds(load: Workload = LOAD, routing=FORCED_BALANCE, **grid: object) -> float:
+        return step_time(load, Grid(**{"world": 64, "ep": 8, **grid}), h100, routing).total
+
+    base = seconds()
+    assert seconds(recompute=("moe",)) > base
+    assert seconds(recompute=FULL) > seconds(recompute=("moe",))
+    assert seconds(routing=LEARNED) > base
+    assert seconds(pp=4) > seconds(pp=4, vpp=2) > base
+    assert seconds(LOAD.at_share(1.0)) > base > seconds(LOAD.at_share(0.3))
+    # 64 expert ranks are spread over 8 nodes: an exchange that overlap hides.
+    wide = replace(LOAD, experts=replace(LOAD.experts, num_ffn=64))
+    assert seconds(wide, ep=64) > seconds(wide, ep=64, expert_overlap=True) > 0
+    fewer_bytes = replace(wide, experts=replace(wide.experts, dispatcher="flex"))
+    assert seconds(wide, ep=64) > seconds(fewer_bytes, ep=64)
+
+
+def test_exchanged_bytes_are_those_of_the_dispatcher() -> None:
+    # 4,096 tokens, 2 x phi rows of 4,096 bytes each to 8 ranks, out and back.
+    grid = Grid(8, ep=8)
+    rows = 4096 * LOAD.experts.ffn_per_token * 7 / 8
+    assert exchanged_bytes(LOAD, grid) == pytest.approx(2 * rows * 2048 * 2)
+    assert exchanged_bytes(LOAD, Grid(8)) == 0
+    once = replace(LOAD, experts=replace(LOAD.experts, dispatcher="alltoall_dedup"))
+    assert exchanged_bytes(once, grid) < exchanged_bytes(LOAD, grid)
+
+
+def test_what_takes_memory() -> None:
+    def held(load: Workload = LOAD, **grid: object) -> float:
+        chosen = Grid(**{"world": 64, "ep": 8, **grid})
+        stages = even_stages(load.layers, chosen.pp, chosen.vpp)
+        return memory_of(load, chosen, stages, 0).activations
+
+    base = held()
+    assert held(micro_batch=2) == pytest.approx(2 * base)
+    assert base > held(recompute=("moe_act",)) > held(recompute=("moe",)) > held(recompute=FULL) > 0
+    assert held(tp=2) == pytest.approx(base / 2, rel=0.02)
+    # Four stages, four micro-batches in flight on the first: as much as all layers once.
+    assert held(pp=4) == pytest.approx(base)
+    assert held(pp=4, vpp=2) > held(pp=4)
+    assert held(replace(LOAD, numbers=replace(LOAD.numbers, fp8="blockwise"))) < base
+    assert held(LOAD.at_share(0.3)) < base < held(LOAD.at_share(1.0))
+
+
+def test_the_fast_way_gives_what_the_slow_one_does(h100: Machine) -> None:
+    load = replace(LOAD, is_moe=(False, False, *(True,) * 6))
+    coster = Coster(load, h100, LEARNED)
+    tried = itertools.product(
+        (1, 2), (1, 2), (1, 4), (1, 2), (1, 8), ((), ("moe_act",), FULL), (False, True)
+    )
+    for tp, cp, pp, vpp, ep, recompute, overlap in tried:
+        if pp == 1 and vpp > 1:
+            continue
+        grid = Grid(64, tp, cp, pp, vpp, ep, 1, 1, recompute, overlap and recompute != FULL)
+        cost, step = coster.cost(grid), step_time(load, grid, h100, LEARNED)
+        assert cost.total == pytest.approx(step.total, rel=1e-9)
+        assert cost.bubble == pytest.approx(step.seconds.get(BUBBLE, 0.0), rel=1e-9)
+        stages = even_stages(load.layers, pp, vpp)
+        held = fullest_rank(load, grid, stages, coster.fullness(grid).p99).total
+        reserved = h100.reached.reserved_gib * GIB
+        assert coster.memory(grid) == pytest.approx(held + reserved, rel=1e-9)
+
+
+def test_hidden_exchange_never_exceeds_what_covers_it(h100: Machine) -> None:
+    # A slow network: the exchange takes longer than all computation.
+    slow = load_hardware("h100_sxm").model_copy(update={"network_gbit_s_per_gpu": 10.0})
+    machine = machine_of(slow)
+    wide = replace(LOAD, experts=replace(LOAD.experts, num_ffn=64))
+    grid = Grid(64, ep=64, expert_overlap=True)
+    rows = grid.tokens(wide.seq) * wide.experts.ffn_per_token
+    time = layer_time(wide, grid, machine, True, rows, 1.0)
+    assert time.seconds["expert exchange"] > time.hidden["expert exchange"] > 0
+
+
+def test_planning_imports_no_torch() -> None:
+    import ast
+
+    folder = Path(__file__).parents[4] / "moepp_megatron" / "workbench" / "planning"
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not any(name.split(".")[0] in ("torch", "megatron") for name in names), path

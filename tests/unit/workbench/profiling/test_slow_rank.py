@@ -1,0 +1,76 @@
+"""A slow rank is told from uneven experts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moepp_megatron.workbench.profiling.groups import Group
+from moepp_megatron.workbench.profiling.measures.expert_load import ExpertLoad
+from moepp_megatron.workbench.profiling.measures.exposure import StepTime
+from moepp_megatron.workbench.profiling.measures.slow_rank import slow_rank
+from moepp_megatron.workbench.profiling.trace import RankTrace
+from moepp_megatron.workbench.report.profile import words
+
+GROUP = (0, 1, 2, 3)
+
+
+def found(
+    compute: list[float], rows: list[int], groups: list[tuple[int, ...]] | None = None
+) -> Any:
+    """Of ranks that compute this long and have these rows, in two equal steps."""
+    traces = [
+        RankTrace(rank, groups={"9": Group("9", of, "EXPERT_MODEL_PARALLEL_GROUP")})
+        for of in groups or [GROUP]
+        for rank in of
+    ]
+    times = {
+        step: {r: StepTime(9e9, us, 0.0, 0.0) for r, us in enumerate(compute)} for step in (5, 6)
+    }
+    load = ExpertLoad({(step, r): n for step in (5, 6) for r, n in enumerate(rows)}, 0, 1.2)
+    return slow_rank(traces, times, load)
+
+
+def test_longer_for_fewer_rows_is_slow() -> None:
+    slow = found([440.0, 100.0, 100.0, 100.0], [84, 100, 100, 100])
+    assert slow.rank == 0
+    assert (slow.time_ratio, slow.rows_ratio) == pytest.approx((4.4, 0.84))
+
+
+@pytest.mark.parametrize(
+    ("compute", "rows"),
+    [
+        # As much longer as it has more rows.
+        ([180.0, 100.0, 100.0, 100.0], [180, 100, 100, 100]),
+        ([120.0, 100.0, 100.0, 100.0], [100, 100, 100, 100]),
+        # Fewer rows, and as long: the rest of the layer is the same work.
+        ([100.0, 100.0, 100.0, 100.0], [10, 100, 100, 100]),
+    ],
+)
+def test_more_rows_explain_more_time(compute: list[float], rows: list[int]) -> None:
+    assert found(compute, rows) is None
+
+
+def test_ranks_are_compared_within_their_group() -> None:
+    """Stages of a pipeline hold different layers, and so groups of different times."""
+    assert found([400.0, 400.0, 100.0, 100.0], [100] * 4, [(0, 1), (2, 3)]) is None
+    slow = found([400.0, 400.0, 300.0, 100.0], [100] * 4, [(0, 1), (2, 3)])
+    assert (slow.rank, slow.time_ratio) == (2, 3.0)
+
+
+def test_without_rows_nothing_is_said() -> None:
+    assert slow_rank([], {}, None) is None
+
+
+def test_a_slow_rank_is_named_and_no_balance_is_advised() -> None:
+    load = ExpertLoad({}, 3, 1.3)
+    slow = found([440.0, 100.0, 100.0, 100.0], [84, 100, 100, 100])
+    (said,) = words._slow(SimpleNamespace(slow=slow))  # type: ignore[arg-type]
+    assert "Rank 0 is slow: it computes 4.40 times as long" in said
+    assert "for 0.84 times their rows" in said
+    (uneven,) = words._load(SimpleNamespace(slow=slow, load=load))  # type: ignore[arg-type]
+    assert "balance_coeff" not in uneven
+    (uneven,) = words._load(SimpleNamespace(slow=None, load=load))  # type: ignore[arg-type]
+    assert "A larger moe.balance_coeff evens it." in uneven

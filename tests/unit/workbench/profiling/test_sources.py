@@ -1,0 +1,125 @@
+"""Formats are told apart by content, and what is none of them is said clearly."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.workbench.profiling.collective import Operation
+from moepp_megatron.workbench.profiling.formats.records import SourceError
+from moepp_megatron.workbench.profiling.formats.sources import Format, read_recording, recognise
+from moepp_megatron.workbench.profiling.merge import find_clocks, merge
+
+SAMPLES = Path(__file__).parent / "samples"
+FOLDERS = {
+    "inspector_2_28": (Format.INSPECTOR, [0, 1]),
+    "inspector_2_30": (Format.INSPECTOR, [0, 1, 2, 3]),
+    "plugin_2_27": (Format.PLUGIN, [0, 1, 2, 3]),
+    "plugin_2_30": (Format.PLUGIN, [0, 1, 2, 3]),
+    "flight_recorder_gloo": (Format.FLIGHT_RECORDER, [0, 1]),
+    "flight_recorder_nccl": (Format.FLIGHT_RECORDER, [0, 1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_sample_is_recognised(name):
+    recording = read_recording(SAMPLES / name)
+    assert (recording.format, list(recording.by_rank)) == FOLDERS[name]
+    assert all(collectives for collectives in recording.by_rank.values())
+    written = name != "flight_recorder_gloo"
+    marks = {one.synthetic for own in recording.by_rank.values() for one in own}
+    assert marks == {written}
+
+
+def test_a_single_file():
+    recording = read_recording(SAMPLES / "flight_recorder_gloo" / "trace_rank_1")
+    assert list(recording.by_rank) == [1]
+
+
+def test_names_do_not_matter_where_the_content_says_it(tmp_path):
+    packed = tmp_path / "anything"
+    packed.write_bytes(gzip.compress((SAMPLES / "inspector_2_28/node-a-pid977.log").read_bytes()))
+    assert recognise(packed) is Format.INSPECTOR
+
+
+def test_a_rank_that_left_json_and_a_pickle_is_read_once():
+    recording = read_recording(SAMPLES / "flight_recorder_gloo")
+    assert len(recording.by_rank[0]) == 18
+
+
+def test_torch_profiler_traces_are_told_from_the_plugin_s(tmp_path):
+    kineto = tmp_path / "rank0.pt.trace.json"
+    kineto.write_text(json.dumps({"schemaVersion": 1, "traceEvents": []}))
+    assert recognise(kineto) is Format.KINETO
+    assert read_recording(kineto).by_rank == {}  # nothing communicated
+
+
+@pytest.mark.parametrize(
+    ("content", "looks"),
+    [
+        (b"SQLite format 3\x00...", "an SQLite database such as Nsight Systems exports"),
+        (b"nccl_bus_bandwidth_gbs{version=", "record with NCCL_INSPECTOR_PROM_DUMP=0"),
+        (b"PK\x03\x04", "a zip archive; unpack it"),
+        (b"step,loss\n", "an unknown format, beginning with b'step,loss"),
+        (b'{"step": 1, "loss": 2.0}', "an unknown format, beginning with b'{"),
+        (b'[{"name": "x", "cat": "kernel", "ph": "X"}]', "an unknown format"),
+        (b"\x80\x04K\x01.", "an unknown format"),
+        (b"", "empty"),
+    ],
+)
+def test_anything_else_is_named_with_what_is_supported(tmp_path, content, looks):
+    path = tmp_path / "profile.bin"
+    path.write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        read_recording(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ")
+    assert looks in said
+    assert said.endswith("NCCL's example profiler plugin, torch flight-recorder dumps")
+
+
+def test_folders_without_a_profile(tmp_path):
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(SourceError, match=r"holds a\.txt, b\.txt, c\.txt and 1 more\); supported"):
+        read_recording(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="holds nothing"):
+        read_recording(tmp_path / "empty")
+    with pytest.raises(SourceError, match="no such file or folder"):
+        read_recording(tmp_path / "absent")
+
+
+def test_two_formats_in_a_folder_are_refused(tmp_path):
+    shutil.copy(SAMPLES / "inspector_2_28/node-a-pid977.log", tmp_path)
+    shutil.copy(SAMPLES / "flight_recorder_nccl/collectives_rank_0.json", tmp_path)
+    with pytest.raises(SourceError, match="holds several formats") as caught:
+        read_recording(tmp_path)
+    assert "node-a-pid977.log" in str(caught.value)
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path):
+    shutil.copy(SAMPLES / "inspector_2_28/node-a-pid977.log", tmp_path)
+    (tmp_path / "notes.txt").write_text("text")
+    assert len(read_recording(tmp_path).files) == 1
+
+
+def test_a_packed_file_that_was_cut_is_an_error(tmp_path):
+    path = tmp_path / "node-a-pid977.log.gz"
+    whole = gzip.compress((SAMPLES / "inspector_2_28/node-a-pid977.log").read_bytes())
+    path.write_bytes(whole[:-40])
+    with pytest.raises(SourceError, match="cut short inside its gzip data"):
+        read_recording(path)
+
+
+@pytest.mark.parametrize("name", ["inspector_2_30", "plugin_2_30"])
+def test_both_ways_to_record_a_run_tell_the_same_all_to_alls(name):
+    recording = read_recording(SAMPLES / name)
+    merged = merge(recording.by_rank, find_clocks(recording.by_rank))
+    exchanges = [one for one in merged if one.operation is Operation.ALL_TO_ALL]
+    # Written: two calls of four ranks, 40 to 1 rows of 3072 bytes.
+    sent = [sum(one.sent or ()) for one in exchanges]
+    assert sum(sent[:4]) == 3072 * (64 + 68 + 64 + 64)
+    assert sum(sent[4:]) == 3072 * (64 * 4)

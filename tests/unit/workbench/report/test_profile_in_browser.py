@@ -1,0 +1,110 @@
+"""The profile's page in a real browser, without a window."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moepp_megatron.cli.main import app
+from moepp_megatron.workbench.report.profile.timeline import COLOURS
+
+SAMPLE = Path(__file__).parents[1] / "profiling" / "samples" / "kineto_nccl"
+# The sample's step has 1000 us; names of lanes stand left of it.
+STEP_US, GUTTER = 1000, 128
+
+
+@pytest.fixture
+def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """Of the sample; fails at the end if the page complained."""
+    shutil.copytree(SAMPLE, tmp_path / "run" / "profile")
+    result = CliRunner().invoke(app, ["profile", str(tmp_path / "run")], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    address = (tmp_path / "run" / "profile.html").as_uri()
+    complaints: list[str] = []
+    page = browser.new_page(viewport={"width": 1440, "height": 1000})
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: complaints.append(request.url))
+    page.goto(address)
+    yield page
+    page.close()
+    assert [one for one in complaints if not one.startswith("data:image/svg+xml")] == [address]
+
+
+def place(page: Any, rank: int, lane: str, us: float) -> tuple[float, float]:
+    """Pixels within the canvas, of the whole step, where a lane shows a time."""
+    data = json.loads(page.locator("#data").text_content())
+    lanes = data["steps"][0]["lanes"]
+    at = next(n for n, one in enumerate(lanes) if (one["rank"], one["name"]) == (rank, lane))
+    changes = sum(a["rank"] != b["rank"] for a, b in zip(lanes, lanes[1 : at + 1], strict=False))
+    width = page.locator("#lanes").bounding_box()["width"]
+    # Nothing in the sample overlaps, so every lane has one row.
+    return GUTTER + us / STEP_US * (width - GUTTER), 24 + at * 27 + changes * 12 + 3
+
+
+def colour(page: Any, at: tuple[float, float]) -> str:
+    # Of a copy: the browser complains when a canvas that it draws on is read.
+    script = """(canvas, [x, y]) => {
+        const scale = canvas.width / canvas.clientWidth;
+        const copy = document.createElement("canvas");
+        [copy.width, copy.height] = [1, 1];
+        const context = copy.getContext("2d");
+        context.drawImage(canvas, -Math.floor(x * scale), -Math.floor(y * scale));
+        const data = context.getImageData(0, 0, 1, 1).data;
+        return "#" + [...data.slice(0, 3)].map((n) => n.toString(16).padStart(2, "0")).join("");
+    }"""
+    return page.locator("#lanes").evaluate(script, list(at))
+
+
+def shown(page: Any) -> str:
+    return page.locator("#range").text_content()
+
+
+def test_a_collective_stands_where_it_ran_and_waits_pale(page: Any) -> None:
+    nccl = "stream 20 (NCCL)"
+    # Rank 0's dispatch runs from 100 to 250 us and waits for 40 of them; rank 1's starts at 140.
+    assert colour(page, place(page, 0, nccl, 200)) == COLOURS["dispatch"]
+    assert colour(page, place(page, 1, nccl, 200)) == COLOURS["dispatch"]
+    waiting = colour(page, place(page, 0, nccl, 103))
+    nothing = colour(page, place(page, 1, nccl, 103))
+    assert len({waiting, nothing, COLOURS["dispatch"]}) == 3
+    x, y = place(page, 0, nccl, 200)
+    page.locator("#lanes").hover(position={"x": x, "y": y + 8})
+    tip = page.locator("#tip").inner_text()
+    assert "waits 0.040 ms for rank 1" in tip
+    assert "rank 0, " in tip
+
+
+def test_zoom_and_back(page: Any) -> None:
+    whole = shown(page)
+    assert whole.endswith("1.00 ms of 1.00 ms")
+    page.click("button[data-do='in']")
+    assert "600 us of 1.00 ms" in shown(page)
+    page.locator("#lanes").focus()
+    page.keyboard.press("0")
+    assert shown(page) == whole
+    x, y = place(page, 0, "step", 500)
+    page.locator("#lanes").hover(position={"x": x, "y": y})
+    page.mouse.wheel(0, -400)
+    # A wheel is a request: the page answers with its next event.
+    page.wait_for_function(f"document.getElementById('range').textContent !== {whole!r}")
+    page.click("button[data-do='all']")
+    assert shown(page) == whole
+
+
+def test_one_kind_alone(page: Any) -> None:
+    optimizer = place(page, 0, "step", 620)
+    exchange = place(page, 0, "stream 20 (NCCL)", 200)
+    button = page.locator("#legend button", has_text="optimizer")
+    button.click()
+    assert page.locator("#legend button[aria-pressed='true']").inner_text() == "optimizer"
+    assert colour(page, optimizer) == COLOURS["optimizer"]
+    assert colour(page, exchange) != COLOURS["dispatch"]
+    page.locator("#legend button", has_text="optimizer").click()
+    assert colour(page, exchange) == COLOURS["dispatch"]
