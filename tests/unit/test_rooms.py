@@ -1,0 +1,94 @@
+"""The house: which room may import which, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "moepp_megatron"
+# From the top down: a room imports only rooms that come after it.
+WORKBENCH = ["experiments", "report", "planning", "inspection", "bench", "profiling", "doctor"]
+ENGINE = ["cluster", "interop", "training", "model", "moe", "data", "observe", "runtime", "config"]
+ROOMS = ["cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE]
+
+
+def _modules() -> dict[str, Path]:
+    modules = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        modules[name.removesuffix(".__init__").removesuffix("__init__")] = path
+    return modules
+
+
+MODULES = _modules()
+
+
+def _imports(name: str, at_import: bool = False) -> Iterator[str]:
+    """The modules of the package that a module imports.
+
+    Args:
+        name: The module.
+        at_import: Leave out what is imported inside a function, or for a type checker alone.
+    """
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    for node in _nodes(tree, at_import):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        parts = node.module.split(".")
+        if parts[0] != PACKAGE.name:
+            continue
+        target = ".".join(parts[1:])
+        for alias in node.names:
+            inner = f"{target}.{alias.name}".lstrip(".")
+            yield inner if inner in MODULES else target
+
+
+def _nodes(tree: ast.AST, at_import: bool) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if at_import:
+            is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            if is_for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+        yield node
+        yield from _nodes(node, at_import)
+
+
+def _room(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "workbench" else parts[0]
+
+
+def test_every_room_is_known() -> None:
+    rooms = {_room(name) for name in MODULES if name not in ("", "workbench")}
+    assert rooms == set(ROOMS)
+
+
+def test_arrows_point_down() -> None:
+    upwards = [
+        (name, target)
+        for name in MODULES.keys() - {"", "workbench"}
+        for target in _imports(name)
+        # The package itself holds the version.
+        if target and ROOMS.index(_room(target)) < ROOMS.index(_room(name))
+    ]
+    assert upwards == []
+
+
+def test_the_engine_never_imports_the_workbench() -> None:
+    upwards = [
+        (name, target)
+        for name in MODULES
+        if _room(name) in ENGINE
+        for target in _imports(name)
+        if target.startswith("workbench")
+    ]
+    assert upwards == []
+
+
+def test_no_circle() -> None:
+    graph = {name: set(_imports(name, at_import=True)) - {""} for name in MODULES if name}
+    # Raises CycleError with the circle.
+    assert list(TopologicalSorter(graph).static_order())
