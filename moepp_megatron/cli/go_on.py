@@ -27,7 +27,7 @@ def go_on_command(arguments: Sequence[str]) -> str:
         return os.environ[GO_ON]
     starter = _torchrun_command() if "RANK" in os.environ else None
     if starter is None:
-        starter = [*_srun(), *program(), "train", *arguments, "--resume"]
+        starter = [*_srun(arguments), *program(), "train", *arguments, "--resume"]
     return _from_here() + shlex.join(starter)
 
 
@@ -69,8 +69,13 @@ def _torchrun_command() -> list[str] | None:
     return [*words[:place], "--resume", *words[place:]]
 
 
-def _srun() -> list[str]:
-    """The step of ranks that srun has started, for a job of the same size."""
+def _srun(arguments: Sequence[str]) -> list[str]:
+    """The step that srun has started, for a job of the same size.
+
+    Not where a machine's number is among the arguments: all tasks would get the same.
+    """
+    if "--node-rank" in arguments:
+        return []
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in os.environ or tasks == "1" or "SLURM_PROCID" not in os.environ:
         return []

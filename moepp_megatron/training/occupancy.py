@@ -94,12 +94,15 @@ def check_beside_leader(config: Config, start: Start) -> None:
     Raises:
         ConfigError: As of `claimed`.
     """
-    status = read_status(Path(config.run.dir))
-    if status is not None and _is_of_start(status, start.name):
-        # The process that decides has been here.
+    if start.restarted:
         return
-    if not start.restarted:
+    try:
         refuse_occupied(config, start)
+    except ConfigError:
+        # Looked up after the traces: the process that decides may have been here, even just now.
+        status = read_status(Path(config.run.dir))
+        if status is None or not _is_of_start(status, start.name):
+            raise
 
 
 @contextmanager

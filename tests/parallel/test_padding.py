@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import EP2, both
+from tests.parallel.test_hybrid import HYBRID, UNIFORM
 from tests.parallel.training_runs import assemble, compare, difference, settings, train
 
 STEPS = 2
@@ -19,8 +21,9 @@ MODEL = {"seq_length": 16}
 def pad_some(models: list[Any]) -> None:
     """Give every forward pass a mask that follows from its tokens, unevenly over ranks."""
     for model in models:
-        for name in ("forward", "build_schedule_plan"):
-            setattr(model, name, _with_mask(getattr(model, name)))
+        model.forward = _with_mask(model.forward)
+        if hasattr(model, "build_schedule_plan"):
+            model.build_schedule_plan = _with_mask(model.build_schedule_plan)
 
 
 def _with_mask(function: Any) -> Any:
@@ -75,3 +78,81 @@ def test_global_balance_equals_one_process_with_the_same_batches(ranks: RankPool
 def test_combined_schedule(ranks: RankPools) -> None:
     run, reference = both(ranks, 2, train, prepare=pad_some, parallel=EP2)
     compare(run, reference, 0.0)
+
+
+HYBRID_LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "one process": (1, {}, {}),
+    "tp2 ep2": (2, TP2 | EP2, {}),
+    "pp2, recomputed": (2, PP2, UNIFORM),
+}
+
+
+@pytest.mark.parametrize("layout", HYBRID_LAYOUTS)
+def test_hybrid_model_equals_gpt_model(ranks: RankPools, layout: str) -> None:
+    world, parallel, training = HYBRID_LAYOUTS[layout]
+    moe = {"num_ffn_experts": 8, "z_loss_coeff": 1e-3}
+    gpt, hybrid = (
+        assemble(
+            ranks(world).run(
+                train,
+                settings(moe=moe, parallel=parallel, training=training, model=model),
+                STEPS,
+                pad_some,
+            )
+        )
+        for model in ({}, HYBRID)
+    )
+    compare(hybrid, gpt, 0.0)
+
+
+KEPT = 11
+
+
+def losses_and_gradients(raw: dict[str, Any], is_padded: bool) -> dict[str, Any]:
+    """Of the first tokens of each sequence; the others are padding, or are not there."""
+    import torch
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.model.build import build_model
+    from moepp_megatron.model.initialize import initialize_weights
+    from moepp_megatron.runtime.distributed import build_groups
+
+    config = parse_config(raw)
+    build_groups(config, Layout.from_config(config, 1))
+    (model,) = build_model(config)
+    initialize_weights([model], seed=3)
+    model.train()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    shape = (3, config.model.seq_length + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, generator=torch.manual_seed(5))
+    length = shape[1] - 1 if is_padded else KEPT
+    padding = torch.arange(length).expand(3, -1) >= KEPT
+    losses = model(
+        tokens[:, :length].contiguous(),
+        torch.arange(length).expand(3, -1),
+        None,
+        labels=tokens[:, 1 : length + 1].contiguous(),
+        padding_mask=padding if is_padded else None,
+    )
+    losses[:, :KEPT].sum().backward()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    values = {name: each.grad for name, each in model.named_parameters()}
+    values["losses"] = losses[:, :KEPT].detach()
+    return {name: value.numpy().copy() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("training", [{}, UNIFORM], ids=["kept", "recomputed"])
+def test_hybrid_model_is_as_without_the_padded_tokens(
+    ranks: RankPools, training: dict[str, Any]
+) -> None:
+    moe = {"num_ffn_experts": 8, "balance_coeff": 0.1, "z_loss_coeff": 0.1, "capacity_factor": 1.0}
+    raw = settings(moe=moe, training=training, model=HYBRID)
+    padded, without = (
+        ranks(1).run(losses_and_gradients, raw, is_padded)[0] for is_padded in (True, False)
+    )
+    assert padded.keys() == without.keys()
+    for name, expected in without.items():
+        apart = np.abs(padded[name] - expected).max()
+        assert apart <= RELATIVE * np.abs(expected).max(), name
+        assert expected.any(), f"{name} compares nothing"

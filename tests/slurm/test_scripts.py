@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from moepp_megatron.runtime.launch import STOPPED
 from tests.faults.harness import losses
 from tests.slurm.jobs import STEPS, Job, Jobs
 
@@ -21,24 +25,33 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--nodes=2", "--gpus-per-node=0", "--mem=1"]
 
 
-def sbatch(jobs: Jobs, *arguments: str) -> Job:
-    """Submit; the output goes where the job's run has its own."""
+def output_folder(jobs: Jobs) -> Path:
+    """Where the job's run has its own."""
     folder = jobs.folder / "run" / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
-    # The command as an installation has it, from the code under test.
+    return folder
+
+
+def environment(jobs: Jobs) -> dict[str, str]:
+    """Of a user of an installation: `moepp` is a command, from the code under test."""
     moepp = jobs.folder / "moepp"
     moepp.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moepp_megatron.cli.main "$@"\n')
     moepp.chmod(0o755)
-    environment = {
+    return {
         **jobs.environment,
         "MOEPP_ROOT": str(ROOT),
         "PATH": f"{jobs.folder}:{os.environ['PATH']}",
         # The names of these nodes are no addresses.
         "MASTER_ADDR": "127.0.0.1",
     }
+
+
+def sbatch(jobs: Jobs, *arguments: str) -> Job:
+    """Submit."""
+    folder = output_folder(jobs)
     done = subprocess.run(
         ["sbatch", f"--output={str(folder).replace('%', '%%')}/%j.out", *OPTIONS, *arguments],
-        env=environment,
+        env=environment(jobs),
         cwd=jobs.folder,
         capture_output=True,
         text=True,
@@ -91,3 +104,38 @@ def test_ranks_that_srun_starts(jobs: Jobs, undisturbed: dict[int, float]) -> No
     job.wait_for_end("COMPLETED")
     assert losses(job.run) == undisturbed
     assert len(undisturbed) == STEPS
+
+
+def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs: Jobs) -> None:
+    config = jobs.config({"training": {"train_iters": 100000}})
+    output = output_folder(jobs) / "srun.out"
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "moepp", "train", str(config)]
+
+    def interrupted(command: list[str], how: Callable[[subprocess.Popen, Job], None]) -> list[str]:
+        """What is printed after a step."""
+        # As --disable-status: srun keeps its first Ctrl-C for itself otherwise.
+        env = {**environment(jobs), "SLURM_DISABLE_STATUS": "1"}
+        with output.open("w") as file:
+            srun = subprocess.Popen(command, env=env, cwd=jobs.folder, stdout=file, stderr=file)
+        job = None
+        try:
+            while not (number := jobs.cluster.run("squeue", "-h", "-o", "%i").strip()):
+                assert srun.poll() is None, output.read_text()
+                time.sleep(0.05)
+            job = jobs.taken(number)
+            job.wait_for_step(job.step + 1)
+            how(srun, job)
+            assert srun.wait(300) == STOPPED, job.report()
+        finally:
+            srun.kill()
+            srun.wait()
+        assert (job.run / "checkpoints" / "latest").read_text().strip() == f"step_{job.step:08d}"
+        lines = output.read_text().splitlines()
+        assert f"stopped on request at step {job.step}, saved" in lines
+        return lines
+
+    lines = interrupted(command, lambda srun, job: srun.send_signal(signal.SIGINT))
+    go_on = shlex.split(lines[lines.index("to go on:") + 1])
+    assert go_on[:3] == ["srun", "--nodes=2", "--ntasks=2"]
+    lines = interrupted(go_on, lambda srun, job: job.signal("--signal=INT"))
+    assert any(line.startswith("resumed from step ") for line in lines)

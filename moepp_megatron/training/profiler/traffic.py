@@ -27,7 +27,8 @@ class Traffic:
         layer: Global layer number.
         recomputed: Whether the backward pass ran it again.
         dispatcher: Class of the dispatcher.
-        tokens: T, local tokens.
+        tokens: T, local tokens, padding included: a routing map does not tell it from tokens that
+            need no FFN expert. Training by this package has no padding.
         topk: K, selections of a token.
         selections: FFN selections that are carried out; `phi = selections / (T K)`.
         row_bytes: D * b, bytes of a hidden vector.

@@ -195,6 +195,8 @@ def test_the_command_that_goes_on(command, monkeypatch, tmp_path: Path) -> None:
     step = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
     os.environ.update(step)
     assert go_on_command(["c"]) == "srun --nodes=2 --ntasks=4 moepp train c --resume"
+    # A machine's own command, which no other task of the step may run.
+    assert go_on_command(["c", "--node-rank", "1"]) == "moepp train c --node-rank 1 --resume"
     called = ["/p/python", "/p/torchrun", "--nproc-per-node=2", "-m", "moepp_megatron.cli.main"]
     called += ["train", "--overwrite", "--", "c", "run.name=a b"]
     monkeypatch.setattr(psutil.Process, "cmdline", lambda self: called)

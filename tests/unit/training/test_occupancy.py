@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -309,6 +310,20 @@ def test_ranks_beside_the_leader_know_its_claim(run: Path) -> None:
         check_beside_leader(config, start)
         with pytest.raises(ConfigError, match="must not hold a run"):
             check_beside_leader(config, Start(name="job 8"))
+
+
+def test_ranks_that_look_while_the_leader_claims_are_let_in(run: Path, monkeypatch) -> None:
+    look = occupancy.traces
+
+    def look_late(*arguments: Any) -> list[str]:
+        run.mkdir(parents=True, exist_ok=True)
+        write_status(run, RunStatus.own("job 7", restarted=False, go_on=None))
+        return look(*arguments)
+
+    monkeypatch.setattr(occupancy, "traces", look_late)
+    check_beside_leader(config_in(run), Start(name="job 7"))
+    with pytest.raises(ConfigError, match=r"has status\.json"):
+        check_beside_leader(config_in(run), Start(name="job 8"))
 
 
 def test_a_start_from_which_no_run_came_leaves_nothing(run: Path) -> None:
