@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,15 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.config.paths import path_problem
 from moepp_megatron.config.problem import Problem
 
+# Options that name a file to write, where their metavar is a file.
+_WRITTEN = ("--out", "--json", "--plot")
+
 
 def check_paths(app: typer.Typer) -> None:
-    """Have the commands of `app` refuse what is no path of this machine, such as s3://."""
+    """Have the commands of `app` refuse what is no path of this machine, such as s3://.
+
+    A file that cannot be written is refused too, before the minutes of work that it is for.
+    """
     for command in app.registered_commands:
         assert command.callback is not None, "a command without a function"
         command.callback = _checked(command.callback)
@@ -34,18 +42,55 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
                 if problem is not None:
                     shown = Problem(_shown(command, name), str(one), problem.rule, problem.remedy)
                     raise ConfigError(str(shown))
+            if isinstance(value, Path) and _is_written(command, name):
+                _check_writable(_shown(command, name), value)
         return command(**arguments)
 
     return call
 
 
+def _check_writable(name: str, path: Path) -> None:
+    """Refuse a file whose place, or the folder that is there above it, takes none."""
+    # Of several ranks the first one writes.
+    if os.environ.get("RANK", "0") != "0":
+        return
+    place = path
+    while not os.path.lexists(place):
+        place = place.parent
+    if place == path and not place.is_dir():
+        # Replaced as a whole, so that its folder counts.
+        place = place.parent
+    if place == path or not place.is_dir():
+        reason = "Is a directory" if place == path else f"{place} is a file"
+    elif os.access(place, os.W_OK | os.X_OK):
+        return
+    else:
+        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        reason = os.strerror(errno.EROFS if read_only else errno.EACCES)
+    raise ConfigError(
+        f"{name} ({path}) must be a file that can be written ({reason}); name another one"
+    )
+
+
+def _is_written(command: Callable[..., Any], name: str) -> bool:
+    option = _option(command, name)
+    metavar = getattr(option, "metavar", None) or ""
+    return _shown(command, name) in _WRITTEN and metavar.startswith(("FILE", "PAGE"))
+
+
+def _option(command: Callable[..., Any], name: str) -> Any:
+    """What typer knows of a parameter; None for an argument."""
+    hint = typing.get_type_hints(command, include_extras=True)[name]
+    extras = getattr(hint, "__metadata__", ())
+    return next((extra for extra in extras if type(extra).__name__ == "OptionInfo"), None)
+
+
 def _shown(command: Callable[..., Any], name: str) -> str:
     """What the user calls a parameter: --out, or CHECKPOINT."""
-    hint = typing.get_type_hints(command, include_extras=True)[name]
-    for extra in getattr(hint, "__metadata__", ()):
-        if type(extra).__name__ == "OptionInfo":
-            # Inside Annotated typer takes the first name for the default, and mends it later.
-            words = (extra.default, *(extra.param_decls or ()))
-            named = [word for word in words if isinstance(word, str) and word.startswith("--")]
-            return named[0] if named else f"--{name.replace('_', '-')}"
-    return name.upper()
+    option = _option(command, name)
+    if option is None:
+        return name.upper()
+    # Inside Annotated typer takes the first name for the default, and mends it later.
+    words = (option.default, *(option.param_decls or ()))
+    named = [word for word in words if isinstance(word, str) and word.startswith("--")]
+    return named[0] if named else f"--{name.replace('_', '-')}"

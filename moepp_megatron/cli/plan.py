@@ -127,7 +127,7 @@ def _require_fit(result: Plan) -> None:
 
 def _write_layout(out: Path, result: Plan, config: Path, overrides: list[str]) -> None:
     from moepp_megatron.config.load import parse_override
-    from moepp_megatron.observe.atomic import write_atomic
+    from moepp_megatron.observe.atomic import write_result
     from moepp_megatron.workbench.planning.overlay import overlay_text
 
     best = result.best
@@ -149,8 +149,7 @@ def _write_layout(out: Path, result: Plan, config: Path, overrides: list[str]) -
     )
     layers = result.config.model.num_layers
     text = overlay_text(best.grid, layers, config, out, changes, comment)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, text.encode())
+    write_result(out, text.encode())
     _check(out, result)
 
 

@@ -143,9 +143,10 @@ def prepare(
         return Prepared(found, up_to_date=True)
     pieces = plan_pieces(sources, settings.text_key)
     check_usable(sources, pieces, settings.text_key)
-    with track(console, "read", sum(source.size for source in sources)) as advance:
-        inputs = Inputs(deciding, content_fingerprint(sources, advance), stat_sha256)
+    # Before sources are read, too: whether the folder can be written.
     with partial_folder(out) as partial:
+        with track(console, "read", sum(source.size for source in sources)) as advance:
+            inputs = Inputs(deciding, content_fingerprint(sources, advance), stat_sha256)
         tokenizer = given or _make_tokenizer(pieces, settings, console)
         if settings.tokenizer is None:
             tokenizer.save(partial / TOKENIZER)

@@ -31,3 +31,13 @@ def write_atomic(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def write_result(path: Path, content: bytes) -> None:
+    """As `write_atomic`, for a file that a user has named: folders that lack are made.
+
+    Raises:
+        OSError: As of `write_atomic`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content)

@@ -56,4 +56,9 @@ def _check_kind(path: Path, is_folder: bool, setting: str = "run.dir") -> None:
     if not os.access(place, needs):
         read_only = os.statvfs(place).f_flag & os.ST_RDONLY
         code = errno.EROFS if read_only else errno.EACCES
+        if setting != "run.dir":
+            raise ConfigError(
+                f"{setting} ({path}) must be a folder that can be written ({os.strerror(code)} at "
+                f"{place}); make it writable, or choose another {setting}"
+            )
         raise OSError(code, os.strerror(code), str(place))

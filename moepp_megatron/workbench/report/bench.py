@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.observe.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.bench.dispatch import DispatchResult, DispatchSetting
 from moepp_megatron.workbench.bench.layer import LayerResult
@@ -96,7 +96,7 @@ def write_json(path: Path, results: Sequence[LayerResult]) -> None:
         record = asdict(result)
         record["pass"] = record.pop("pass_name")
         records.append({**record, "efficiency": result.efficiency, "overhead": result.overhead})
-    write_atomic(path, (json.dumps(records, indent=1) + "\n").encode())
+    write_result(path, (json.dumps(records, indent=1) + "\n").encode())
 
 
 def plot(path: Path, results: Sequence[LayerResult]) -> None:
@@ -118,7 +118,7 @@ def plot(path: Path, results: Sequence[LayerResult]) -> None:
         )
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=150)
-    write_atomic(path, content.getvalue())
+    write_result(path, content.getvalue())
 
 
 def _panel(axis: Axes, results: Sequence[LayerResult], top: float) -> None:
@@ -204,4 +204,4 @@ def write_records(path: Path, results: object) -> None:
     records = (
         [asdict(result) for result in results] if isinstance(results, list) else asdict(results)  # type: ignore[call-overload]
     )
-    write_atomic(path, (json.dumps(records, indent=1) + "\n").encode())
+    write_result(path, (json.dumps(records, indent=1) + "\n").encode())

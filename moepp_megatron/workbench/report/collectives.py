@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.observe.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.bench.collective_cases import KINDS
 from moepp_megatron.workbench.bench.collectives import CollectiveResult
@@ -114,7 +114,7 @@ def plot(path: Path, results: Sequence[CollectiveResult]) -> None:
         figure.legend(handles, names, loc="outside right upper", fontsize=8.5)
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=150)
-    write_atomic(path, content.getvalue())
+    write_result(path, content.getvalue())
 
 
 def _panel(axes: Axes, results: Sequence[CollectiveResult]) -> None:

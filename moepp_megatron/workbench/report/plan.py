@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.observe.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.planning.coster import GIB
 from moepp_megatron.workbench.planning.links import placement
@@ -236,7 +236,7 @@ def write_json(path: Path, plan: Plan, simulation: Mapping[str, Any] | None = No
         # By value, for a rival may be faster than the best layout of the configured model.
         records[ordered.index(plan.layouts[0])]["simulation"] = dict(simulation)
     text = json.dumps(records, indent=1)
-    write_atomic(path, (text + "\n").encode())
+    write_result(path, (text + "\n").encode())
 
 
 def plot(path: Path, plan: Plan) -> None:
@@ -263,7 +263,7 @@ def plot(path: Path, plan: Plan) -> None:
         )
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=150)
-    write_atomic(path, content.getvalue())
+    write_result(path, content.getvalue())
 
 
 def _draw(axis: object, entries: Sequence[tuple[str, Planned]]) -> None:

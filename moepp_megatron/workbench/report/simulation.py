@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 from rich import box
 from rich.table import Table
 
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.observe.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.planning.simulation.result import Timeline
 from moepp_megatron.workbench.planning.simulation.study import Study
@@ -158,7 +158,7 @@ def plot_study(path: Path, study: Study, title: str) -> None:
         _draw_timeline(lower, timeline, ranks, study.played.columns)
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=150)
-    write_atomic(path, content.getvalue())
+    write_result(path, content.getvalue())
 
 
 def _draw_steps(axis: Axes, study: Study) -> None:
