@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -9,12 +10,14 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from moepp_megatron.cli import main, train
 from moepp_megatron.cli.go_on import go_on_command
+from moepp_megatron.config import Layout, load_config
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime import launch
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
@@ -132,6 +135,46 @@ def test_the_last_line_of_a_stopped_run_is_the_command(command, capsys) -> None:
     assert capsys.readouterr().out == ""
     assert command(*NODES, "--node-rank", "0") == STOPPED
     assert capsys.readouterr().out == "to go on:\nsbatch job.sh\n"
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "under a launcher"])
+def test_a_process_that_trains_alone_says_it_itself(
+    tmp_path: Path, alone: bool, monkeypatch, capsys
+) -> None:
+    claim = RunStatus.own(go_on="moepp train c --resume")
+    if not alone:
+        claim = claim.model_copy(update={"pid": claim.pid + 1})
+    monkeypatch.setenv("MOEPP_CLAIM", claim.model_dump_json())
+    train._say_stopped(7)
+    said = "stopped on request at step 7, saved\n"
+    said += "to go on:\nmoepp train c --resume\n" if alone else ""
+    assert capsys.readouterr().out == said
+
+
+def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Where it goes on and what differs, before the first step."""
+
+    def run() -> None:
+        print("trains")
+
+    trainer = SimpleNamespace(
+        start_lines=["resumed from step 6 of x", "  model.seq_length: 64; before: 32"],
+        run=run,
+        failure=None,
+        stopped=False,
+    )
+    for name, stand_in in {
+        "quiet.quiet": lambda: None,
+        "distributed.joined": lambda *args: contextlib.nullcontext(),
+        "distributed.build_groups": lambda *args: None,
+        "backends.choices_to_log": lambda: None,
+    }.items():
+        monkeypatch.setattr(f"moepp_megatron.runtime.{name}", stand_in)
+    monkeypatch.setattr("moepp_megatron.training.trainer.Trainer", lambda *args: trainer)
+    (tmp_path / "c.yaml").write_text(MINIMAL)
+    config = load_config(tmp_path / "c.yaml", ["resilience.hang_timeout_s=0"])
+    train._train(config, Layout.from_config(config, 1))
+    assert capsys.readouterr().out.splitlines()[:3] == [*trainer.start_lines, "trains"]
 
 
 def test_resume_is_passed_on(command) -> None:

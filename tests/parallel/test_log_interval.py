@@ -1,0 +1,27 @@
+"""What `training.log_interval` says is what a log has, from the trainer to the line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
+from tests.parallel.ranks import RankPools
+
+
+def printed_by_trainer(raw: dict[str, Any]) -> list[str]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        run_trainer(raw)
+    return out.getvalue().splitlines()
+
+
+def test_every_fifth_step_and_the_last(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
+    training = {"train_iters": 12, "log_interval": 5}
+    raw = trainer_settings(corpus, tmp_path / "run", training=training)
+    (lines,) = ranks(1).run(printed_by_trainer, raw)
+    steps = [line.split(" | ")[0] for line in lines if line.startswith("step ")]
+    assert steps == ["step 5/12", "step 10/12", "step 12/12"]
+    assert logged(tmp_path / "run", "step") == [5, 10, 12]
