@@ -41,7 +41,21 @@ def print_whole(*parts: RenderableType) -> None:
         if isinstance(part, str):
             console.print(part, soft_wrap=True)
             continue
-        needed = Measurement.get(console, console.options.update(width=10_000), part).minimum
+        if isinstance(part, Table):
+            _keep_lines(console, part)
+        needed = _measure(console, part).minimum
         console.width = max(width, needed)
         console.print(part, crop=False)
         console.width = width
+
+
+def _keep_lines(console: Console, table: Table) -> None:
+    """Make columns that do not wrap as wide as their cells; rich counts their longest words."""
+    for column in table.columns:
+        if column.no_wrap:
+            widths = [_measure(console, cell).maximum for cell in (column.header, *column.cells)]
+            column.min_width = max(widths)
+
+
+def _measure(console: Console, part: RenderableType) -> Measurement:
+    return Measurement.get(console, console.options.update(width=10_000), part)

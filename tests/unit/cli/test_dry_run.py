@@ -304,12 +304,17 @@ H100 = "precision.dtype=bf16"
 
 
 @pytest.mark.parametrize("columns", ["", "40", "80"])
-def test_nothing_is_cut_in_a_pipe_or_a_narrow_terminal(command, capsys, monkeypatch, columns):
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+def test_nothing_is_cut_in_a_pipe_or_a_narrow_terminal(
+    command, capsys, monkeypatch, columns, terminal
+):
     """Millions with all digits; off a terminal rich takes 80 columns, or those of COLUMNS."""
     monkeypatch.setenv("COLUMNS", columns)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
     big = "model.vocab_size=512000 model.hidden_size=8192 model.num_layers=64 pp=16 vpp=4"
     assert command(f"{big} {H100}", 16, "--dry-run") == 0
-    out = capsys.readouterr().out
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert "\u2026" not in out
     # Two matrices [512000, 8192].
     assert re.search(r"^embedding +8,388,608,000$", out, re.MULTILINE)

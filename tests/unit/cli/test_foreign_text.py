@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from moepp_megatron.cli import main, profile
+from moepp_megatron.cli import inspect, main, profile
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.runtime.printable_logs import make_logs_printable
 from moepp_megatron.workbench.experiments.pilot.report import print_pilot
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult
+from moepp_megatron.workbench.experiments.scaling.efficiency import ScaleRecord
+from moepp_megatron.workbench.experiments.scaling.table import print_records
 from moepp_megatron.workbench.profiling.compare import compare
 from moepp_megatron.workbench.profiling.summary import Row, Summary
 from moepp_megatron.workbench.report.profile.terminal import print_summary
@@ -132,6 +137,55 @@ def test_pilot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     found = replaced(contents(), "MoE++ tau 0.75", HOSTILE)
     print_pilot(PilotResult.model_validate(found))
     assert harmless(capsys.readouterr().out).count(SHOWN) >= 3
+
+
+def test_pilot_target_and_notes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Each by itself, so that none stands for another."""
+    monkeypatch.setattr(
+        "moepp_megatron.workbench.experiments.pilot.report.terminal._LOG_WIDTH", 400
+    )
+    for place in ("name", "gpu", "caveats", "answer", "alerts", "layout"):
+        found = contents()
+        if place in ("name", "gpu"):
+            found["target"][place] = HOSTILE
+        elif place == "caveats":
+            found["caveats"] = [HOSTILE]
+        elif place == "alerts":
+            found["arms"][-1]["alerts"] = {HOSTILE: 1}
+        elif place == "layout":
+            found["target"]["models"][0]["layout"] = HOSTILE
+        else:
+            found["answer"] = HOSTILE
+        print_pilot(PilotResult.model_validate(found))
+        # A cell may be cut, for escapes are wider than what they stand for.
+        assert SHOWN[:20] in harmless(capsys.readouterr().out), place
+
+
+def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moepp_megatron.workbench.experiments.scaling.table._LOG_WIDTH", 400)
+    # A layout is parts of a name and a number.
+    hostile = HOSTILE.replace("=", "")
+    numbers = {field.name: 1 for field in fields(ScaleRecord)}
+    text = {"layout": f"ep={hostile}", "kind": "moepp", "mode": "weak"}
+    print_records([ScaleRecord(**(numbers | text))])  # type: ignore[arg-type]
+    assert f"EP{SHOWN[:20]}" in harmless(capsys.readouterr().out)
+
+
+def test_inspection(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    for name, stand_in in {
+        "runtime.distributed.joined": lambda rank: contextlib.nullcontext(),
+        "workbench.inspection.record.trace_models": lambda request: [],
+        "workbench.report.inspect.write_inspection": lambda *args: [("page", Path(HOSTILE))],
+    }.items():
+        monkeypatch.setattr(f"moepp_megatron.{name}", stand_in)
+    inspect._inspect_rank(SimpleNamespace(notices=[HOSTILE]))  # type: ignore[arg-type]
+    printed = capsys.readouterr()
+    # A path keeps one slash of several.
+    assert harmless(printed.out) == f"page         {SHOWN.replace('///', '/')}\n"
+    # Beside what imports may log.
+    assert f"note: {SHOWN}\n" in harmless(printed.err)
 
 
 def test_lines(capsys: pytest.CaptureFixture[str]):

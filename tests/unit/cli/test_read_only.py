@@ -13,7 +13,7 @@ import yaml
 from moepp_megatron.cli import main, train
 from moepp_megatron.runtime import launch
 from tests.unit.cli.test_dry_run import MINIMAL
-from tests.unit.report.conftest import synthetic_config, synthetic_records, write_run
+from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
 
 Command = Callable[..., str]
 

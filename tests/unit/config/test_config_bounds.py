@@ -77,6 +77,12 @@ def test_yaml_that_stands_for_too_much_is_refused(text, tmp_path):
         load_config(tmp_path / "bomb.yaml")
 
 
+def test_too_many_values_are_refused_before_all_are_read():
+    # What is wrong at the end would be told otherwise.
+    with pytest.raises(ConfigError, match="more than 20000 values"):
+        parse_yaml("[" + "1, " * 30_000 + "}", "file")
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -111,7 +117,8 @@ def test_a_value_that_is_too_long_is_refused():
 
 
 def test_a_bomb_in_an_override_is_refused():
-    levels = ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 20))
+    # A few times too large, so that without a limit this fails within seconds, too.
+    levels = ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 6))
     with pytest.raises(ConfigError, match="values, aliases written out"):
         load_config(QUICKSTART, [f"training.profile_steps=[&a0 [1], {levels}]"])
 
