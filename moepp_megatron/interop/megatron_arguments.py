@@ -24,7 +24,8 @@ from typing import NoReturn, get_args
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config.printable import printable
-from moepp_megatron.moe.config import BalanceScope, ConstantInit, GateNormalization, MoEPPConfig
+from moepp_megatron.layer_settings import BalanceScope, ConstantInit, GateNormalization
+from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 
 ENVIRONMENT = "MOEPP_ARGS"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 import torch.nn.functional as F
 from megatron.core.enums import Fp8Recipe
@@ -9,6 +11,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.stages import virtual_stages
+from moepp_megatron.layer_settings import LayerSettings
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.runtime.optional import (
     flex_backend,
@@ -28,30 +31,12 @@ def params_dtype(config: Config) -> torch.dtype:
 def moepp_config(config: Config) -> MoEPPConfig:
     """The MoE++ layer's settings."""
     moe = config.moe
-    return MoEPPConfig(
-        num_ffn_experts=moe.num_ffn_experts,
-        num_zero_experts=moe.num_zero_experts,
-        num_copy_experts=moe.num_copy_experts,
-        num_constant_experts=moe.num_constant_experts,
-        router_topk=moe.router_topk,
-        tau=moe.balanced_tau,
-        balance_coeff=moe.balance_coeff,
-        balance_scope=moe.balance_scope,
-        capacity_factor=moe.capacity_factor,
-        gating_residual=moe.gating_residual,
-        gate_normalization=moe.gate_normalization,
-        score_function=moe.score_function,
-        expert_input_scale=moe.expert_input_scale,
-        constant_init=moe.constant_init,
-        constant_temperature=moe.constant_temperature,
-        constants_shared=moe.constants_shared,
-        two_layer_gate=moe.two_layer_gate,
-        logits_norm_std=moe.logits_norm_std,
-        selection_bias=moe.selection_bias,
-        gate_scale=moe.gate_scale,
-        deduplicate_dispatch=moe.dispatcher == "alltoall_dedup",
-        fused=moe.fused,
-    )
+    settings = {field.name: getattr(moe, field.name) for field in fields(LayerSettings)}
+    settings |= {
+        "tau": moe.balanced_tau,
+        "deduplicate_dispatch": moe.dispatcher == "alltoall_dedup",
+    }
+    return MoEPPConfig(**settings)
 
 
 def transformer_config(config: Config) -> TransformerConfig:

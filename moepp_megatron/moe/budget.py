@@ -77,13 +77,12 @@ class Budget:
         return self.start_share + way * (self.share - self.start_share)
 
 
-def tau_for(share: float, num_ffn: int, num_zero_computation: int) -> float:
-    """The tau under which perfect balance gives FFN experts this share."""
-    return math.exp(_log_odds(share) - math.log(num_ffn / num_zero_computation))
+def _inside(share: float) -> float:
+    return min(max(share, _EDGE), 1.0 - _EDGE)
 
 
 def _log_odds(share: float) -> float:
-    share = min(max(share, _EDGE), 1.0 - _EDGE)
+    share = _inside(share)
     return math.log(share / (1.0 - share))
 
 
@@ -121,9 +120,7 @@ class BudgetController:
 
     def taus(self, step: int) -> list[float]:
         """Tau of each MoE layer in `step`."""
-        config = self._config
-        wanted = self.budget.share_at(step)
-        base = tau_for(wanted, config.num_ffn_experts, config.num_zero_computation_experts)
+        base = self._config.tau_for(_inside(self.budget.share_at(step)))
         pulls = [
             self.budget.gain * (missing + past)
             for missing, past in zip(self._missing, self._past, strict=True)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
+from moepp_megatron.experts import CONSTANT
 from moepp_megatron.moe.config import MoEPPConfig
 
 _SCALARS = (
@@ -125,7 +126,7 @@ class RouterHealth:
             mixing: [T, C, 2] fp32, how much of the input each keeps and replaces.
             constants: [C, D] their vectors.
         """
-        gates_TC = gates[:, self._config.constant_experts]
+        gates_TC = gates[:, self._config.columns(CONSTANT)]
         replaced_TC = gates_TC * mixing[..., 1]
         norms = constants.float().norm(dim=-1)
         for index in range(self._config.num_constant_experts):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moepp_megatron.experts import CONSTANT, COPY, ZERO
 from moepp_megatron.moe.capacity import GATE_STEPS
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.ffn_demand import FFNDemand
@@ -60,8 +61,9 @@ class ReferenceMoEPP(nn.Module):
         super().__init__()
         self.config = config
         E, D, H = config.num_experts, hidden_size, ffn_hidden_size
-        gate_shapes = [(8 * E, D), (E, 8 * E)] if config.two_layer_gate else [(E, D)]
-        self.gate_weights = nn.ParameterList(torch.randn(shape) * 0.02 for shape in gate_shapes)
+        self.gate_weights = nn.ParameterList(
+            torch.randn(shape) * 0.02 for shape in config.gate_shapes(D)
+        )
         self.residual_weight = (
             nn.Parameter(torch.randn(E, E) * 0.02)
             if config.gating_residual and has_residual
@@ -153,12 +155,12 @@ class ReferenceMoEPP(nn.Module):
         if index < config.num_ffn_experts:
             gate, up = F.linear(x, self.expert_in[index]).chunk(2, dim=-1)
             return F.linear(F.silu(gate) * up, self.expert_out[index])
-        if index < config.constant_experts.stop:
+        if index < config.columns(CONSTANT).stop:
             c = index - config.num_ffn_experts
             mixing = F.linear(x, self.mixing_weight[c]).float() / config.constant_temperature
             keep, replace = torch.softmax(mixing, -1).split(1, -1)
             return keep * x + replace * self.constants[c]
-        if index < config.copy_experts.stop:
+        if index < config.columns(COPY).stop:
             return x
         return torch.zeros_like(x)
 
@@ -243,7 +245,7 @@ def _gates(scores_TE: Tensor, logs_TE: Tensor, selected_TE: Tensor, config: MoEP
         return torch.where(selected_TE, scores_TE, 0.0) * config.gate_scale
     counted_TE = selected_TE.clone()
     if config.gate_normalization == "nonzero":
-        counted_TE[:, config.zero_experts] = False
+        counted_TE[:, config.columns(ZERO)] = False
     # The scores divided by their sum: a softmax over their logarithms, which do not underflow.
     logs_TE = torch.where(counted_TE, logs_TE, -torch.inf)
     # A token whose picks are all zero experts has nothing to divide: its gates are 0.

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moepp_megatron.layer_settings import BalanceScope
 from moepp_megatron.moe.balance import (
     GlobalBatchFractions,
     attach_loss,
@@ -27,7 +28,7 @@ from moepp_megatron.moe.balance import (
     tokens_over_group,
 )
 from moepp_megatron.moe.capacity import within_capacity
-from moepp_megatron.moe.config import BalanceScope, MoEPPConfig
+from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.health import RouterHealth
 from moepp_megatron.moe.kernels import use_kernels
@@ -145,11 +146,12 @@ class MoEPPRouter(TopKRouter):
         self.balance_weights = torch.tensor(
             moepp.balance_weights(), device=torch.cuda.current_device()
         )
-        num_experts, hidden = moepp.num_experts, config.hidden_size
+        num_experts = moepp.num_experts
         self.residual_weight: torch.nn.Parameter | None = None
         if moepp.two_layer_gate:
-            self.weight = replicated_parameter(config, 8 * num_experts, hidden)
-            self.output_weight = replicated_parameter(config, num_experts, 8 * num_experts)
+            first, second = moepp.gate_shapes(config.hidden_size)
+            self.weight = replicated_parameter(config, *first)
+            self.output_weight = replicated_parameter(config, *second)
         if moepp.selection_bias:
             # megatron-core's name: its router keeps a buffer of this name in fp32, in checkpoints
             # too, but sets None and refuses softmax where it makes the buffer itself.

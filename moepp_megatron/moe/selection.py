@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moepp_megatron.experts import ZERO
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.ffn_demand import FFNDemand, ffn_scores, with_an_ffn_expert
 
@@ -112,7 +113,7 @@ def _gates(scores_TE: Tensor, logs_TE: Tensor, chosen_TK: Tensor, config: MoEPPC
     else:
         logs_TK = logs_TE.gather(1, chosen_TK)
         if config.gate_normalization == "nonzero":
-            is_zero_TK = chosen_TK >= config.zero_experts.start
+            is_zero_TK = chosen_TK >= config.columns(ZERO).start
             # The least number and not -inf: a token whose picks are all zero experts has finite
             # gradients, and gates of 0.
             logs_TK = logs_TK.masked_fill(is_zero_TK, torch.finfo(logs_TK.dtype).min)

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moepp_megatron.experts import CONSTANT, COPY
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.parameter import replicated_parameter
 
@@ -48,16 +49,17 @@ class ZeroComputationExperts(MegatronModule):
         mixing_weight: [C, 2, D] U.
     """
 
+    constants: torch.nn.Parameter
+    mixing_weight: torch.nn.Parameter
+
     def __init__(self, config: TransformerConfig, moepp: MoEPPConfig) -> None:
         super().__init__(config)
         self.moepp = moepp
         self._owner: ZeroComputationExperts | None = None
-        count, hidden = moepp.num_constant_experts, config.hidden_size
-        if count > 0:
-            self.constants = replicated_parameter(config, count, hidden)
-            self.mixing_weight = replicated_parameter(config, count, 2, hidden)
-            if self.starts_at_zero and config.perform_initialization:
-                torch.nn.init.zeros_(self.constants)
+        for name, shape in moepp.local_weights(config.hidden_size):
+            setattr(self, name, replicated_parameter(config, *shape))
+        if self.starts_at_zero and config.perform_initialization:
+            torch.nn.init.zeros_(self.constants)
 
     @property
     def vectors(self) -> Tensor:
@@ -95,9 +97,9 @@ class ZeroComputationExperts(MegatronModule):
         if moepp.num_constant_experts + moepp.num_copy_experts == 0:
             return None if addend is None else addend.clone()
         output = None
-        weight_of_input = gates[:, moepp.copy_experts].sum(dim=-1)
+        weight_of_input = gates[:, moepp.columns(COPY)].sum(dim=-1)
         if moepp.num_constant_experts > 0:
-            constant_gates = gates[:, moepp.constant_experts]
+            constant_gates = gates[:, moepp.columns(CONSTANT)]
             keep, replace = self.mixing(x).unbind(dim=-1)
             weight_of_input = weight_of_input + (constant_gates * keep).sum(dim=-1)
             weight_of_constants = (constant_gates * replace).to(x.dtype)

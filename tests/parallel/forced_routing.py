@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from moepp_megatron.experts import ZERO
+
 MARGIN = 4.0
 
 
@@ -67,7 +69,7 @@ def duplicate_router_rows(models: list[Any]) -> None:
 
 
 def _zero_experts(moepp: Any) -> list[int]:
-    return list(range(moepp.zero_experts.start, moepp.zero_experts.stop))
+    return list(range(moepp.columns(ZERO).start, moepp.columns(ZERO).stop))
 
 
 def _routers(models: list[Any]) -> Iterator[Any]:

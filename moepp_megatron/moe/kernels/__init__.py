@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from moepp_megatron.moe.config import Fused
+from moepp_megatron.layer_settings import Fused
 from moepp_megatron.runtime.optional import have_triton
 
 

@@ -28,6 +28,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moepp_megatron.experts import CONSTANT
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.kernels import combine_triton as kernel
 from moepp_megatron.moe.zero_computation import Ingredients
@@ -163,7 +164,7 @@ def _columns(config: MoEPPConfig) -> dict[str, int]:
     """Where constant and copy experts are among all; constant ones come first."""
     return {
         "NUM_EXPERTS": config.num_experts,
-        "FIRST": config.constant_experts.start,
+        "FIRST": config.columns(CONSTANT).start,
         "CONSTANTS": config.num_constant_experts,
         "COPIES": config.num_copy_experts,
     }

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moepp_megatron.experts import ZERO
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.selection import Selection
 
@@ -118,7 +119,9 @@ def _launch(
         "SOFTMAX": config.score_function == "softmax",
         "NORMALIZED": config.gate_normalization != "none",
         # Where the experts end whose gates count in the normalisation.
-        "END": config.zero_experts.start if config.gate_normalization == "nonzero" else num_experts,
+        "END": config.columns(ZERO).start
+        if config.gate_normalization == "nonzero"
+        else num_experts,
         "BLOCK_T": block_t,
         "BLOCK_E": block_e,
     }

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from moepp_megatron.moe.budget import Budget, BudgetController, tau_for
+from moepp_megatron.moe.budget import Budget, BudgetController
 from moepp_megatron.moe.config import MoEPPConfig
 
 CONFIG = MoEPPConfig(8, num_zero_experts=1, num_copy_experts=1, num_constant_experts=2)
@@ -29,7 +29,7 @@ def counts(*ffn_shares: float) -> torch.Tensor:
 def test_tau_for_a_share_is_phi_turned_around(tau: float) -> None:
     config = MoEPPConfig(8, tau=tau)
     # The rounding of a logarithm and an exponential.
-    assert tau_for(config.ffn_share, 8, 4) == pytest.approx(tau, rel=1e-12)
+    assert config.tau_for(config.ffn_share) == pytest.approx(tau, rel=1e-12)
 
 
 def test_target_stays_and_then_moves_on_a_straight_line() -> None:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from moepp_megatron.experts import CONSTANT, COPY, ZERO
 from moepp_megatron.moe.config import MoEPPConfig
 
 
@@ -37,7 +38,7 @@ from moepp_megatron.moe.config import MoEPPConfig
             {"gate_normalization": "sum"},
             r"gate_normalization \(sum\) is unknown; use none, selected or nonzero",
         ),
-        ({"fused": "yes"}, r"fused \(yes\) is unknown; use True, False or auto"),
+        ({"fused": "yes"}, r"fused \(yes\) is unknown; use auto, True or False"),
         ({"score_function": "tanh"}, r"score_function \(tanh\) is unknown; use softmax or sigmoid"),
         (
             {"balance_scope": "batch"},
@@ -62,9 +63,9 @@ def test_columns_of_the_kinds():
     columns = list(range(config.num_experts))
     assert config.num_zero_computation_experts == 9
     assert columns[: config.num_ffn_experts] == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert columns[config.constant_experts] == [8, 9, 10, 11]
-    assert columns[config.copy_experts] == [12, 13]
-    assert columns[config.zero_experts] == [14, 15, 16]
+    assert columns[config.columns(CONSTANT)] == [8, 9, 10, 11]
+    assert columns[config.columns(COPY)] == [12, 13]
+    assert columns[config.columns(ZERO)] == [14, 15, 16]
     assert config.balance_weights() == [1.0] * 8 + [0.75] * 9
 
 

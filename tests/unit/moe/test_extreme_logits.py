@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moepp_megatron.experts import ZERO
 from moepp_megatron.moe import reference, selection
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.reference import select_experts
@@ -42,7 +43,7 @@ def by_definition(logits: Tensor, config: MoEPPConfig) -> tuple[Tensor, Tensor]:
     chosen = z.argsort(dim=-1, descending=True, stable=True)[:, : config.router_topk]
     gates = torch.where(torch.zeros_like(z).scatter(1, chosen, 1.0) > 0, scores, 0.0)
     if config.gate_normalization == "nonzero":
-        gates = gates * (torch.arange(config.num_experts) < config.zero_experts.start)
+        gates = gates * (torch.arange(config.num_experts) < config.columns(ZERO).start)
     if config.gate_normalization != "none":
         gates = gates / gates.sum(dim=-1, keepdim=True)
     return gates, scores / scores.sum(dim=-1, keepdim=True)

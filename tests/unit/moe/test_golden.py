@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moepp_megatron.experts import CONSTANT
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.norm import SequenceParallelRMSNorm
 from moepp_megatron.moe.config import MoEPPConfig
@@ -118,7 +119,7 @@ def released_layer(layer: dict[str, Tensor], model: MoEPPGPTModel) -> dict[str, 
         ours = f"mlp.experts.local_experts.{index}"
         wanted[f"{ours}.linear_fc1.weight"] = layer.pop(f"{experts}.{index}.up_proj.weight")
         wanted[f"{ours}.linear_fc2.weight"] = layer.pop(f"{experts}.{index}.down_proj.weight")
-    constants = range(moepp.constant_experts.start, moepp.constant_experts.stop)
+    constants = range(moepp.columns(CONSTANT).start, moepp.columns(CONSTANT).stop)
     wanted["mlp.zero_computation.constants"] = torch.stack(
         [layer.pop(f"{experts}.{index}.constant") for index in constants]
     )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+from moepp_megatron.experts import CONSTANT
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.health import RouterHealth
 from tests.unit.moe.builders import HIDDEN, build_layer
@@ -71,7 +72,7 @@ def test_constant_experts_and_rows(temperature):
     layer, x, previous, _ = measured(moepp)
     layer.router.health.add_rows(layer.router.logits_weight)
     sums = sums_of(layer)
-    gates = layer.router(x, previous).gates.detach()[:, moepp.constant_experts].double()
+    gates = layer.router(x, previous).gates.detach()[:, moepp.columns(CONSTANT)].double()
     tokens = x.detach().view(-1, HIDDEN)
     weight = layer.zero_computation.mixing_weight.detach()
     mixing = torch.einsum("td,ckd->tck", tokens, weight / temperature).softmax(-1).double()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moepp_megatron.experts import CONSTANT, COPY
 from moepp_megatron.moe import kernels, selection
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.copies import Copies, rows_of_tokens
@@ -258,12 +259,12 @@ def plain_combine(parts: Parts) -> Tensor:
     output = output.index_add(0, token, parts.rows.float())
     if parts.zero is not None:
         x, gates, _, mixing, vectors = parts.zero
-        s = gates[:, config.copy_experts].sum(dim=1)
+        s = gates[:, config.columns(COPY)].sum(dim=1)
         if mixing is not None:
             pairs = mixing.view(len(x), -1, 2) * config.expert_input_scale
             keep, replace = torch.softmax(pairs, dim=-1).unbind(dim=-1)
-            s = s + (gates[:, config.constant_experts] * keep).sum(dim=1)
-            output = output + (gates[:, config.constant_experts] * replace) @ vectors.float()
+            s = s + (gates[:, config.columns(CONSTANT)] * keep).sum(dim=1)
+            output = output + (gates[:, config.columns(CONSTANT)] * replace) @ vectors.float()
         output = output + (s * config.expert_input_scale).unsqueeze(1) * x.float()
     return output if parts.addend is None else output + parts.addend.float()
 

@@ -10,6 +10,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
+from moepp_megatron.experts import ZERO
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.reference import (
@@ -283,7 +284,7 @@ def test_all_tokens_to_zero_experts(counts, normalization, dispatcher):
         gate_normalization=normalization,
         balance_coeff=0.1,
     )
-    zero_experts = list(range(moepp.num_experts))[moepp.zero_experts]
+    zero_experts = list(range(moepp.num_experts))[moepp.columns(ZERO)]
     layer, previous = forced(moepp, zero_experts, dispatcher=dispatcher)
     run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
     assert run.expected.selected_TE[:, zero_experts].all()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moepp_megatron.experts import CONSTANT, COPY, ZERO
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import ReferenceMoEPP, balance_loss, select_experts
 from moepp_megatron.moe.reference import within_capacity as reference_within_capacity
@@ -64,10 +65,10 @@ def test_only_zero_experts_selected(normalization, score_function):
         score_function=score_function,
     )
     logits = torch.zeros(3, config.num_experts)
-    logits[:, config.zero_experts] = 2.0
+    logits[:, config.columns(ZERO)] = 2.0
     logits.requires_grad_()
     gates, selected, _ = select_experts(logits, config)
-    assert selected[:, config.zero_experts].all()
+    assert selected[:, config.columns(ZERO)].all()
     if normalization == "nonzero":
         assert torch.equal(gates, torch.zeros_like(gates))
     gates.square().sum().backward()
@@ -79,7 +80,7 @@ def test_only_zero_experts_selected(normalization, score_function):
     token = torch.randn(1, D)
     with torch.no_grad():
         layer.gate_weights[0].zero_()
-        layer.gate_weights[0][config.zero_experts] = token
+        layer.gate_weights[0][config.columns(ZERO)] = token
     output = layer(token).hidden_TD
     assert torch.equal(output, torch.zeros_like(output))
 
@@ -154,8 +155,8 @@ def dense(layer: ReferenceMoEPP, x: torch.Tensor, gates: torch.Tensor) -> torch.
     ffn = torch.einsum("teh,edh->ted", F.silu(gate) * up, layer.expert_out)
     output = torch.einsum("te,ted->td", gates[:, : config.num_ffn_experts], ffn)
     mixing = torch.softmax(torch.einsum("td,cmd->tcm", scaled, layer.mixing_weight), dim=-1)
-    constant = gates[:, config.constant_experts]
-    keep = (constant * mixing[..., 0]).sum(dim=-1) + gates[:, config.copy_experts].sum(dim=-1)
+    constant = gates[:, config.columns(CONSTANT)]
+    keep = (constant * mixing[..., 0]).sum(dim=-1) + gates[:, config.columns(COPY)].sum(dim=-1)
     return output + keep[:, None] * scaled + (constant * mixing[..., 1]) @ layer.constants
 
 
@@ -189,7 +190,7 @@ def test_equals_the_dense_evaluation(normalization, score_function, capacity_fac
     for token, picks in enumerate(chosen.tolist()):
         values = {pick: scores[token, pick] for pick in picks}
         if normalization == "nonzero":
-            values = {pick: v for pick, v in values.items() if pick < config.zero_experts.start}
+            values = {pick: v for pick, v in values.items() if pick < config.columns(ZERO).start}
         if normalization != "none" and values:
             total = sum(values.values())
             values = {pick: v / total for pick, v in values.items()}

@@ -1,0 +1,98 @@
+"""The settings of a MoE++ layer, declared once: name, type, default, bounds, unit, meaning.
+
+`moe.config.MoEPPConfig` is what the layer is built from and `config.schema.MoESection` what a user
+writes; both have these fields. Imports no torch and nothing of this package but `experts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from moepp_megatron.experts import ExpertLayout, setting
+
+GateNormalization = Literal["none", "selected", "nonzero"]
+ScoreFunction = Literal["softmax", "sigmoid"]
+BalanceScope = Literal["microbatch", "sequence", "global"]
+ConstantInit = Literal["normal", "zero"]
+Fused = Literal["auto", True, False]
+
+
+@dataclass(frozen=True)
+class LayerSettings(ExpertLayout):
+    """Experts, router and balance of MoE++ layers (arXiv 2410.07348)."""
+
+    tau: Annotated[
+        float,
+        setting(
+            "1",
+            "Weight of zero-computation experts in the balance loss; less tau, less FFN",
+            gt=0.0,
+            le=10.0,
+        ),
+    ] = 0.75
+    balance_coeff: Annotated[
+        float, setting("1", "Coefficient beta of the balance loss; 0 turns it off", ge=0.0)
+    ] = 0.01
+    balance_scope: Annotated[
+        BalanceScope, setting("-", "Tokens that one balance loss is taken over")
+    ] = "microbatch"
+    capacity_factor: Annotated[
+        float | None,
+        setting(
+            "1", "Capacity gamma, the limit over the balanced load; null drops no token", gt=0.0
+        ),
+    ] = None
+    gate_normalization: Annotated[
+        GateNormalization,
+        setting(
+            "-",
+            "Gates: raw scores, divided by their sum over the selected experts, or over the "
+            "selected experts other than zero experts",
+        ),
+    ] = "none"
+    score_function: Annotated[
+        ScoreFunction, setting("-", "From router logits of all experts to scores")
+    ] = "softmax"
+    expert_input_scale: Annotated[
+        float,
+        setting("1", "Factor on the experts' input, not the router's (released code: K)", gt=0.0),
+    ] = 1.0
+    constant_init: Annotated[
+        ConstantInit,
+        setting("-", "Initial vectors of constant experts: drawn as all weights, or 0"),
+    ] = "normal"
+    constant_temperature: Annotated[
+        float,
+        setting("1", "Divides the logits with which constant experts mix input and vector", gt=0.0),
+    ] = 1.0
+    # Logits with a smaller deviation than `LEAST_LOGIT_STD`, which have no direction, are divided
+    # by that. The carried logits stay as they are.
+    logits_norm_std: Annotated[
+        float | None,
+        setting(
+            "1",
+            "Standardise each token's logits and scale them to this deviation; null: off",
+            gt=0.0,
+        ),
+    ] = None
+    selection_bias: Annotated[
+        bool,
+        setting("-", "Keep a bias per expert that is added to the scores for the selection alone"),
+    ] = False
+    gate_scale: Annotated[
+        float, setting("1", "Factor on all gates after normalisation (LongCat-Flash)", gt=0.0)
+    ] = 1.0
+    fused: Annotated[
+        Fused,
+        setting(
+            "-",
+            "Triton kernels for routing and combining: true, false, or auto, where there is a GPU "
+            "and Triton",
+        ),
+    ] = "auto"
+
+    @property
+    def ffn_share(self) -> float:
+        """Phi, the share of selections that perfect balance sends to FFN experts."""
+        return self.phi(self.tau)
