@@ -15,11 +15,11 @@ ArmKind = Literal["vanilla", "moepp", "rival", "short"]
 Answer = Literal["pays", "does not pay", "undecided"]
 
 
-class _Record(BaseModel):
+class _PilotRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Interval(_Record):
+class Interval(_PilotRecord):
     """A mean over seeds.
 
     Attributes:
@@ -33,7 +33,7 @@ class Interval(_Record):
     high: float | None = None
 
 
-class Arm(_Record):
+class Arm(_PilotRecord):
     """One model of the pilot.
 
     Attributes:
@@ -56,7 +56,7 @@ class Arm(_Record):
     overrides: list[str] = []
 
 
-class Curve(_Record):
+class Curve(_PilotRecord):
     """Mean training loss over seeds.
 
     Attributes:
@@ -68,7 +68,7 @@ class Curve(_Record):
     loss: list[float]
 
 
-class ArmOutcome(_Record):
+class ArmOutcome(_PilotRecord):
     """What the runs of an arm have shown.
 
     Attributes:
@@ -102,7 +102,7 @@ class ArmOutcome(_Record):
     curve: Curve
 
 
-class EqualSpeed(_Record):
+class EqualSpeed(_PilotRecord):
     """A MoE++ arm against the vanilla model that is as fast.
 
     With whole numbers of experts none is exactly as fast: its loss is interpolated by step time
@@ -126,7 +126,7 @@ class EqualSpeed(_Record):
     loss_difference: Interval
 
 
-class TargetModel(_Record):
+class TargetModel(_PilotRecord):
     """One model at the target size, by the cost model.
 
     Attributes:
@@ -154,7 +154,7 @@ class TargetModel(_Record):
     time_ratio: float | None = None
 
 
-class Target(_Record):
+class PilotTarget(_PilotRecord):
     """The cluster and model that the decision is about.
 
     Attributes:
@@ -174,7 +174,7 @@ class Target(_Record):
     models: list[TargetModel]
 
 
-class Verdict(_Record):
+class ArmVerdict(_PilotRecord):
     """Does one MoE++ arm pay?
 
     A model that learns less from a token needs more of them. `token_factor` says how many times as
@@ -205,7 +205,7 @@ class Verdict(_Record):
     reasons: list[str]
 
 
-class Setting(_Record):
+class Setting(_PilotRecord):
     """How it was measured.
 
     Attributes:
@@ -237,7 +237,7 @@ class Setting(_Record):
     began: str
 
 
-class PilotResult(_Record):
+class PilotResult(_PilotRecord):
     """All of it.
 
     Attributes:
@@ -256,8 +256,8 @@ class PilotResult(_Record):
     arms: list[ArmOutcome]
     token_value: Interval
     equal_speed: list[EqualSpeed]
-    target: Target | None
-    verdicts: list[Verdict]
+    target: PilotTarget | None
+    verdicts: list[ArmVerdict]
     recommended: str | None
     answer: str
     caveats: list[str]

@@ -8,21 +8,15 @@ from collections.abc import Callable
 from moepp_megatron.workbench.experiments.pilot.result import (
     Answer,
     ArmOutcome,
+    ArmVerdict,
     Interval,
     PilotResult,
-    Verdict,
 )
-from moepp_megatron.workbench.experiments.pilot.statistics import t_quantile
-from moepp_megatron.workbench.experiments.pilot.words import plain_factor
+from moepp_megatron.workbench.experiments.pilot.sentences import plain_factor
 from moepp_megatron.workbench.report import formatting
 
 NOTHING = "-"
 NOT_MEASURED = "not measured here"
-
-# Nobody repeats a pilot more often to learn what is this close.
-MAX_SEEDS = 20
-# With which a spread is worth going by.
-FEWEST_SEEDS = 3
 
 
 def ratio(value: float) -> str:
@@ -82,7 +76,7 @@ def answer_class(answer: Answer | None) -> str:
     return {"pays": "pays", "does not pay": "loses", "undecided": "open", None: "none"}[answer]
 
 
-def chosen(result: PilotResult) -> Verdict | None:
+def chosen(result: PilotResult) -> ArmVerdict | None:
     """The verdict that the page is about: of the recommended arm, else the most favourable."""
     for verdict in result.verdicts:
         if verdict.arm == result.recommended:
@@ -113,44 +107,3 @@ def outcome_of(result: PilotResult, arm: str) -> ArmOutcome | None:
 def baseline(result: PilotResult) -> ArmOutcome | None:
     """Vanilla."""
     return next((outcome for outcome in result.arms if outcome.arm.kind == "vanilla"), None)
-
-
-def seeds_to_decide(interval: Interval | None, seeds: int) -> int | None:
-    """Seeds with which the interval of a ratio would end before 1, if mean and spread stayed.
-
-    Args:
-        interval: A ratio that it does not tell from 1; None gives None.
-        seeds: That it is from.
-
-    Returns:
-        At least one more than `seeds`, or None: more than `MAX_SEEDS`, or no spread to go by.
-    """
-    if interval is None or interval.low is None or interval.high is None:
-        return None
-    if not 2 <= seeds < MAX_SEEDS:
-        return None
-    if not 0 < interval.low <= interval.mean <= interval.high < math.inf:
-        return None
-    spread = math.log(interval.high / interval.low) / 2 / _reach(seeds)
-    for more in range(seeds + 1, MAX_SEEDS + 1):
-        if spread * _reach(more) < abs(math.log(interval.mean)):
-            return more
-    return None
-
-
-def _reach(seeds: int) -> float:
-    """Half of a mean's interval over the standard deviation of a single value."""
-    return t_quantile(0.975, seeds - 1) / math.sqrt(seeds)
-
-
-def one_run(interval: Interval, seeds: int) -> float | None:
-    """How far a single new run may be from the mean, 95% prediction interval; None if unknown.
-
-    Of two seeds it would be 22 times the standard deviation, which tells nobody anything.
-
-    The interval of a mean over n seeds is t s / sqrt(n) to either side, that of one further value
-    t s sqrt(1 + 1/n).
-    """
-    if interval.low is None or interval.high is None or seeds < FEWEST_SEEDS:
-        return None
-    return (interval.high - interval.low) / 2 * math.sqrt(seeds + 1)
