@@ -146,8 +146,8 @@ class _Measured:
     def _at_target(self, name: str, target: PilotTarget) -> AtTarget:
         """The comparison at equal speed with the target's step times in place of the pilot's."""
         times = {model.arm: model.step_time_s for model in target.models if model.step_time_s}
-        ratio = next(model.time_ratio for model in target.models if model.arm == name)
-        if ratio is None:
+        model = target.model_of(name)
+        if model is None or model.time_ratio is None:
             return AtTarget(None)
         runs = {
             arm: {
@@ -157,7 +157,7 @@ class _Measured:
             for arm in times
         }
         equal = self._equal_speed(name, runs)
-        return AtTarget(ratio, equal, standing(equal, times[name], times[equal.slower]))
+        return AtTarget(model.time_ratio, equal, standing(equal, times[name], times[equal.slower]))
 
     def _routing(self) -> dict[str, Routing] | None:
         """By arm, as uneven as its runs have routed; None where that says nothing of the target."""

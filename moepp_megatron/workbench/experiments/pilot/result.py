@@ -173,6 +173,10 @@ class PilotTarget(_PilotRecord):
     price_per_hour: float | None
     models: list[TargetModel]
 
+    def model_of(self, arm: str) -> TargetModel | None:
+        """The model that stands for an arm, by its name."""
+        return next((model for model in self.models if model.arm == arm), None)
+
 
 class ArmVerdict(_PilotRecord):
     """Does one MoE++ arm pay?
@@ -261,3 +265,26 @@ class PilotResult(_PilotRecord):
     recommended: str | None
     answer: str
     caveats: list[str]
+
+    @property
+    def baseline(self) -> ArmOutcome | None:
+        """Vanilla."""
+        return next((outcome for outcome in self.arms if outcome.arm.kind == "vanilla"), None)
+
+    @property
+    def chosen(self) -> ArmVerdict | None:
+        """The verdict to look at first: of the recommended arm, else the most favourable."""
+        of_recommended = (one for one in self.verdicts if one.arm == self.recommended)
+        return next(of_recommended, self.verdicts[0] if self.verdicts else None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is recommended because the most favourable arm is undecided."""
+        best = self.chosen
+        if self.recommended is not None or best is None:
+            return False
+        return (best.at_target or best.at_pilot) == "undecided"
+
+    def outcome_of(self, arm: str) -> ArmOutcome | None:
+        """The arm's outcome by its name; None where no run of it has finished."""
+        return next((outcome for outcome in self.arms if outcome.arm.name == arm), None)

@@ -31,7 +31,7 @@ class Badge:
 
 def badges(result: PilotResult) -> list[Badge]:
     """At the pilot's scale, at the target, and the arm to go on with."""
-    verdict = numbers.chosen(result)
+    verdict = result.chosen
     at_pilot: Answer | None = verdict.at_pilot if verdict is not None else None
     at_target = verdict.at_target if verdict is not None else None
     here = there = ""
@@ -49,7 +49,7 @@ def badges(result: PilotResult) -> list[Badge]:
     note = "The arm to go on with; the steps are below."
     if result.recommended is None:
         note = "No arm pays or may pay: nothing here argues for a larger run."
-    if verdict is not None and numbers.is_open(result):
+    if verdict is not None and result.is_open:
         note = f"{verdict.arm} is the most promising, and not proven. What would decide is below."
     return [
         Badge(
@@ -76,17 +76,17 @@ def _no_time(result: PilotResult, verdict: ArmVerdict | None) -> str:
         return "No target was asked for: --gpus asks for one."
     if verdict is None:
         return ""
-    models = result.target.models
-    ratio = next((model.time_ratio for model in models if model.arm == verdict.arm), None)
-    if ratio is None:
+    model = result.target.model_of(verdict.arm)
+    if model is None or model.time_ratio is None:
         return f"{verdict.arm}: it or vanilla does not fit the cards."
-    return f"{verdict.arm}: a step takes {numbers.ratio(ratio)} of vanilla's; more cannot be told."
+    ratio = numbers.ratio(model.time_ratio)
+    return f"{verdict.arm}: a step takes {ratio} of vanilla's; more cannot be told."
 
 
 def _cost(result: PilotResult, arm: str) -> str:
     """Both models' cost to the same loss; hours without a price."""
     rows = {row.name: row.cells[-1] for row in target_rows(result)}
-    base = numbers.baseline(result)
+    base = result.baseline
     if base is None or base.arm.name not in rows or arm not in rows:
         return ""
     vanilla, ours = rows[base.arm.name], rows[arm]

@@ -150,7 +150,7 @@ def room(verdict: ArmVerdict, model: TargetModel) -> list[str]:
 
 def if_it_does_not(result: PilotResult, verdict: ArmVerdict) -> str:
     """What follows where MoE++ does not pay."""
-    if numbers.is_open(result):
+    if result.is_open:
         return "It stays undecided: stay with vanilla. Nothing here argues for a larger run."
     if result.recommended is None:
         return (

@@ -32,7 +32,7 @@ def curve_plots(result: PilotResult) -> list[Plot]:
         return [Plot("Training loss", "", None, "No arm has a curve: it needs two records.")]
     styles = looks(result.arms)
     plots = [_loss_plot(drawn, styles)]
-    base = numbers.baseline(result)
+    base = result.baseline
     others = [each for each in drawn if each.arm.kind in ("moepp", "rival")]
     if base is not None and _usable(base.curve) and others:
         plots.append(_difference_plot(base, others, styles))

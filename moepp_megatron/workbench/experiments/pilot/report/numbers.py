@@ -5,13 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from moepp_megatron.workbench.experiments.pilot.result import (
-    Answer,
-    ArmOutcome,
-    ArmVerdict,
-    Interval,
-    PilotResult,
-)
+from moepp_megatron.workbench.experiments.pilot.result import Answer, Interval, PilotResult
 from moepp_megatron.workbench.experiments.pilot.sentences import plain_factor
 from moepp_megatron.workbench.report import formatting
 
@@ -76,34 +70,8 @@ def answer_class(answer: Answer | None) -> str:
     return {"pays": "pays", "does not pay": "loses", "undecided": "open", None: "none"}[answer]
 
 
-def chosen(result: PilotResult) -> ArmVerdict | None:
-    """The verdict that the page is about: of the recommended arm, else the most favourable."""
-    for verdict in result.verdicts:
-        if verdict.arm == result.recommended:
-            return verdict
-    return result.verdicts[0] if result.verdicts else None
-
-
-def is_open(result: PilotResult) -> bool:
-    """Whether nothing is recommended because the most favourable arm is undecided."""
-    best = chosen(result)
-    if result.recommended is not None or best is None:
-        return False
-    return (best.at_target or best.at_pilot) == "undecided"
-
-
 def recommendation(result: PilotResult) -> str:
     """The recommended arm, or why there is none."""
     if result.recommended is not None:
         return result.recommended
-    return "none yet: undecided" if is_open(result) else "none: stay with vanilla"
-
-
-def outcome_of(result: PilotResult, arm: str) -> ArmOutcome | None:
-    """The arm's outcome by its name; None where no run of it has finished."""
-    return next((outcome for outcome in result.arms if outcome.arm.name == arm), None)
-
-
-def baseline(result: PilotResult) -> ArmOutcome | None:
-    """Vanilla."""
-    return next((outcome for outcome in result.arms if outcome.arm.kind == "vanilla"), None)
+    return "none yet: undecided" if result.is_open else "none: stay with vanilla"

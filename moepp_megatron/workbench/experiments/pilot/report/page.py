@@ -9,6 +9,7 @@ import moepp_megatron
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.badges import Badge, badges
+from moepp_megatron.workbench.experiments.pilot.report.commands import asking
 from moepp_megatron.workbench.experiments.pilot.report.forest import forest_plot
 from moepp_megatron.workbench.experiments.pilot.report.health import WatchRow, watch_rows
 from moepp_megatron.workbench.experiments.pilot.report.learning import curve_plots
@@ -113,8 +114,8 @@ def write_pilot_page(result: PilotResult, out: Path) -> Path:
 
 
 def _page(result: PilotResult) -> PilotPage:
-    verdict = numbers.chosen(result)
-    outcome = numbers.outcome_of(result, verdict.arm) if verdict is not None else None
+    verdict = result.chosen
+    outcome = result.outcome_of(verdict.arm) if verdict is not None else None
     with plot_style():
         forest, speed, curves = forest_plot(result), speed_plot(result), curve_plots(result)
     return PilotPage(
@@ -134,7 +135,7 @@ def _page(result: PilotResult) -> PilotPage:
         target_title=_target_title(result),
         target_columns=target_columns(result),
         target=target_rows(result),
-        asking=f"{result.setting.command} --gpus GPUS --gpu h100",
+        asking=asking(result),
         stages=stages(result),
         watch=watch_rows(outcome) if outcome is not None and result.recommended else [],
         token_value=_token_value(result),

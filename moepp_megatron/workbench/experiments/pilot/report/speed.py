@@ -27,7 +27,7 @@ def speed_plot(result: PilotResult) -> Plot:
         return Plot(title, "", None, "No arm has a finite loss.", wide=True)
     figure = new_figure(width=10.5, height=4.1)
     axes = figure.subplots()
-    base = numbers.baseline(result)
+    base = result.baseline
     line = sorted(
         (each for each in shown if each.arm.kind in ("vanilla", "rival")),
         key=lambda each: each.step_time_s.mean,

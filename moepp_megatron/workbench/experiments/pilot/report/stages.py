@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.commands import Commands
 from moepp_megatron.workbench.experiments.pilot.report.conditions import (
     behind_condition,
@@ -56,8 +55,8 @@ class Stage:
 
 def stages(result: PilotResult) -> list[Stage]:
     """All three where an arm is recommended, else the pilot's alone."""
-    verdict = numbers.chosen(result)
-    outcome = numbers.outcome_of(result, verdict.arm) if verdict is not None else None
+    verdict = result.chosen
+    outcome = result.outcome_of(verdict.arm) if verdict is not None else None
     if verdict is None or outcome is None:
         return []
     commands = Commands(result, outcome)
@@ -96,7 +95,7 @@ def _pilot(
 
 
 def _state(result: PilotResult, verdict: ArmVerdict) -> str:
-    if numbers.is_open(result):
+    if result.is_open:
         return UNDECIDED
     if result.recommended is None:
         return "ends here"
@@ -140,12 +139,11 @@ def _cluster(
     result: PilotResult, verdict: ArmVerdict, outcome: ArmOutcome, commands: Commands
 ) -> Stage:
     target = result.target
-    models = target.models if target is not None else []
-    model = next((m for m in models if m.arm == verdict.arm and m.fits), None)
+    model = target.model_of(verdict.arm) if target is not None else None
     watch = ["The same metrics; their ranges are those of stage 2 now."]
     go_on = [speed_condition(verdict.token_factor, "`scaling.html` on the nodes of the run")]
     ratio = None
-    if target is not None and model is not None:
+    if target is not None and model is not None and model.fits:
         ratio = model.time_ratio
         watch += promised(target, model)
         go_on += room(verdict, model)

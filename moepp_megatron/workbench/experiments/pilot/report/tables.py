@@ -158,7 +158,7 @@ def verdict_rows(result: PilotResult) -> list[VerdictRow]:
                 factor=ratio_cell(each.token_factor),
                 pilot=ratio_cell(each.time_to_loss),
                 target=ratio_cell(each.target_time_to_loss),
-                why="" if each is numbers.chosen(result) else " ".join(each.reasons),
+                why="" if each is result.chosen else " ".join(each.reasons),
                 strong=each.arm == result.recommended,
             )
         )

@@ -21,8 +21,7 @@ def target_rows(result: PilotResult) -> list[PilotRow]:
     """Models at the target; empty without one."""
     if result.target is None:
         return []
-    vanilla_name = result.arms[0].arm.name if result.arms else None
-    vanilla = next((m for m in result.target.models if m.arm == vanilla_name), None)
+    vanilla = result.target.model_of(result.arms[0].arm.name) if result.arms else None
     width = len(target_columns(result))
     rows = []
     for model in result.target.models:
