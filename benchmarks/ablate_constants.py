@@ -7,7 +7,8 @@ Trains the quickstart's model (or one that is half as deep again) by `moepp trai
 variant and seed, all variants of a seed one after the other, in an order that rotates from seed to
 seed. A seed decides initial weights and the order of the data: the variants of a seed see the same
 tokens and validate on the same ones, so their losses are compared in pairs. Runs that are finished
-are kept: the same command goes on where it was stopped.
+are kept: the same command goes on where it was stopped. Runs are in OUT/SCALE, as all training runs
+of an experiment are (moepp_megatron/workbench/experiments/training_runs.py).
 
 Writes OUT/SCALE/ablation.json after each run and prints a Markdown table: the mean validation loss,
 the mean paired difference to the base with its 95% t-interval over seeds, the FFN experts' share of
@@ -20,20 +21,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
-import subprocess
-import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moepp_megatron.config import load_config
+from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.observe.atomic import write_atomic
-from moepp_megatron.observe.metrics import StepMetrics, read_metrics
+from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.experiments.pilot.statistics import interval
+from moepp_megatron.workbench.experiments.runs import Interrupted, RunFailed, in_turns
+from moepp_megatron.workbench.experiments.training_runs import TrainingRun, TrainingRuns
 
 BASE = "base"
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -86,36 +86,26 @@ def overrides_of(arguments: argparse.Namespace, variant: str, seed: int) -> list
     ]
 
 
-def run_one(arguments: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
-    """The result of a run, which is done only if it is not there.
+@dataclass(frozen=True)
+class VariantRun(TrainingRun):
+    """One variant with one seed."""
 
-    Raises:
-        SystemExit: The run failed, or one with other settings is there.
-    """
-    folder = arguments.out / arguments.scale / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{variant.replace(', ', '+').replace(' ', '-')}-{seed}"
-    file, run = folder / f"{name}.json", folder / name
-    overrides = overrides_of(arguments, variant, seed)
-    if file.exists():
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if found["overrides"] != overrides:
-            raise SystemExit(f"{file} is of a run with other settings; use another --out")
-        return found
-    # What is there was cut off.
-    shutil.rmtree(run, ignore_errors=True)
-    command = [sys.executable, "-m", "moepp_megatron.cli.main", "train", str(QUICKSTART)]
-    command += ["--nproc", str(arguments.nproc), f"run.dir={run}", *overrides]
-    started = time.perf_counter()
-    with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if status.returncode != 0:
-        raise SystemExit(f"run {name} ended with status {status.returncode}: see {log.name}")
-    seconds = time.perf_counter() - started
-    records = read_metrics(run / "metrics.jsonl")
-    result = {"overrides": overrides, "seconds": seconds, **measured(records)}
-    _write(file, result)
-    return result
+    variant: str
+    seed: int
+
+
+def all_runs(arguments: argparse.Namespace, training: TrainingRuns[VariantRun]) -> list[VariantRun]:
+    """Every variant with every seed, in their order."""
+    chosen = arguments.variants
+    names = [name for name in variants(1) if name == BASE or chosen is None or name in chosen]
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    runs = []
+    for variant, seed in in_turns(names, seeds):
+        name = f"{variant.replace(', ', '+').replace(' ', '-')}-{seed}"
+        config = load_config(QUICKSTART, overrides_of(arguments, variant, seed))
+        placed = training.placed(name, config)
+        runs.append(VariantRun(name, f"seed {seed}, {variant}", placed, variant, seed))
+    return runs
 
 
 def measured(records: list[StepMetrics]) -> dict[str, Any]:
@@ -173,8 +163,29 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _write(path: Path, content: object) -> None:
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+def write(
+    arguments: argparse.Namespace, training: TrainingRuns[VariantRun], runs: list[VariantRun]
+) -> dict[str, Any]:
+    """Write `ablation.json` of the runs that are finished, the base's among them; returns it."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        records = training.records(run)
+        if records is not None:
+            overrides = overrides_of(arguments, run.variant, run.seed)
+            result = {"overrides": overrides, **measured(records)}
+            found.setdefault(run.variant, {})[run.seed] = result
+    content = {
+        "scale": arguments.scale,
+        "steps": arguments.steps,
+        "tokens": result["tokens"],
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "summary": summary(found) if BASE in found else {},
+        "runs": found,
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomic(training.path / "ablation.json", text.encode())
+    return content
 
 
 def _arguments() -> argparse.Namespace:
@@ -201,31 +212,20 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Run what is missing, write, print."""
     arguments = _arguments()
-    chosen = arguments.variants
-    names = [n for n in variants(1) if n == BASE or chosen is None or n in chosen]
-    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
-    for index in range(arguments.seeds):
-        seed, turn = arguments.first_seed + index, index % len(names)
-        for name in names[turn:] + names[:turn]:
-            result = run_one(arguments, name, seed)
-            found[name][seed] = result
-            print(f"seed {seed}, {name}: {result['valid_loss']:.4f}", flush=True)
-            done = {name: runs for name, runs in found.items() if runs}
-            rows = summary(done) if BASE in done else {}
-            _write(
-                arguments.out / arguments.scale / "ablation.json",
-                {
-                    "scale": arguments.scale,
-                    "steps": arguments.steps,
-                    "tokens": result["tokens"],
-                    "torch": torch.__version__,
-                    "cores": os.cpu_count(),
-                    "summary": rows,
-                    "runs": done,
-                },
-            )
-    print(f"\n{arguments.scale}, {result['steps']} steps, {result['tokens']:,} tokens a run\n")
-    print(table(summary(found)))
+    training = TrainingRuns[VariantRun](arguments.out / arguments.scale, arguments.nproc)
+    runs = all_runs(arguments, training)
+    try:
+        training.claim(runs)
+        training.run_missing(
+            runs,
+            lambda what: print(what, flush=True),
+            lambda run: write(arguments, training, runs),
+        )
+    except (ConfigError, RunFailed, Interrupted) as stop:
+        raise SystemExit(str(stop)) from None
+    content = write(arguments, training, runs)
+    print(f"\n{arguments.scale}, {arguments.steps} steps, {content['tokens']:,} tokens a run\n")
+    print(table(content["summary"]))
 
 
 if __name__ == "__main__":

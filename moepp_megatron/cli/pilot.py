@@ -91,15 +91,15 @@ def pilot(
     request = _target(settings, config, target, gpus, gpu, price, tokens)
     from moepp_megatron.workbench.experiments.pilot.arms import build_arms
     from moepp_megatron.workbench.experiments.pilot.collect import Pilot
-    from moepp_megatron.workbench.experiments.pilot.runs import PilotFolder, ordered_runs
+    from moepp_megatron.workbench.experiments.pilot.runs import PilotRuns
 
     arms = build_arms(
         settings, steps or settings.training.train_iters, _taus(settings, taus), eval_iters
     )
     first = settings.training.seed
-    folder = PilotFolder(out.resolve())
+    folder = PilotRuns(out.resolve(), nproc)
     numbers = list(range(first, first + seeds))
-    runs = ordered_runs(folder, arms, numbers)
+    runs = folder.all_of(arms, numbers)
     _check_runs(settings, runs, nproc, collect)
     if request is not None:
         request.check()
@@ -108,7 +108,6 @@ def pilot(
         folder=folder,
         arms=arms,
         seeds=numbers,
-        nproc=nproc,
         command=shlex.join(["moepp", *sys.argv[1:]]),
         target=request,
     )
@@ -116,8 +115,7 @@ def pilot(
 
 
 def _run_and_write(whole: Pilot, runs: list[PilotRun], collect: bool) -> None:
-    from moepp_megatron.workbench.experiments.pilot.jobs import Interrupted
-    from moepp_megatron.workbench.experiments.pilot.runs import RunFailed
+    from moepp_megatron.workbench.experiments.runs import Interrupted, RunFailed
 
     try:
         _announce(whole, runs)
@@ -135,7 +133,7 @@ def _run_and_write(whole: Pilot, runs: list[PilotRun], collect: bool) -> None:
 
 
 def _announce(whole: Pilot, runs: list[PilotRun]) -> None:
-    done = sum(whole.folder.is_done(run) for run in runs)
+    done = len(runs) - len(whole.folder.unfinished(runs))
     training = runs[0].config.training
     per_step = training.global_batch_size * runs[0].config.model.seq_length
     steps = whole.arms[0].arm.steps
@@ -151,18 +149,15 @@ def _announce(whole: Pilot, runs: list[PilotRun]) -> None:
 
 def _run(whole: Pilot, runs: list[PilotRun]) -> None:
     """Do what is missing; results are written after each seed."""
-    from moepp_megatron.workbench.experiments.pilot.jobs import Jobs
     from moepp_megatron.workbench.report.progress import progress
-
-    missing = [run for run in runs if not whole.folder.is_done(run)]
 
     def finished(run: PilotRun) -> None:
         same_seed = [one for one in runs if one.seed == run.seed]
-        if run is not runs[-1] and all(whole.folder.is_done(one) for one in same_seed):
+        if run is not runs[-1] and not whole.folder.unfinished(same_seed):
             _write(whole)
 
-    with progress(len(missing)) as advance:
-        Jobs(whole.folder, whole.nproc).run_missing(runs, advance, finished)
+    with progress(len(whole.folder.unfinished(runs))) as advance:
+        whole.folder.run_missing(runs, advance, finished)
 
 
 def _write(whole: Pilot) -> bool:
@@ -184,7 +179,7 @@ def _finish(whole: Pilot, runs: list[PilotRun]) -> None:
     from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 
     path = whole.folder.path
-    missing = [run for run in runs if not whole.folder.is_done(run)]
+    missing = whole.folder.unfinished(runs)
     if missing:
         echo(
             f"{len(missing)} of {len(runs)} runs are missing; their configurations are in "

@@ -22,9 +22,8 @@ from moepp_megatron.config import (
 if TYPE_CHECKING:
     from moepp_megatron.runtime.nodes import Nodes
     from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.workbench.experiments.scaling.folder import Measuring, ScalingFolder
-    from moepp_megatron.workbench.experiments.scaling.grid import Grid, Point
-    from moepp_megatron.workbench.experiments.scaling.jobs import Jobs
+    from moepp_megatron.workbench.experiments.scaling.grid import Point, ScalingGrid
+    from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
 
 # Of options for batch scripts.
 _SCHEDULER = "For batch scripts"
@@ -109,8 +108,9 @@ def scale(
     """
     from moepp_megatron.config.choices import parse_choices, parse_counts
     from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.workbench.experiments.scaling.folder import Measuring, ScalingFolder
+    from moepp_megatron.workbench.experiments.runs import Interrupted
     from moepp_megatron.workbench.experiments.scaling.grid import KINDS, MODES, build_grid
+    from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
 
     modes = parse_choices("--mode", mode, MODES)
     chosen = parse_choices("--kinds", kinds, KINDS)
@@ -128,28 +128,27 @@ def scale(
 
     check_fit(settings)
     measuring = Measuring(tuple(chosen), warmup, steps, repeats)
-    folder = ScalingFolder(out)
+    command = ["scale", str(config), *(overrides or []), "--out", str(out), "--nproc", nproc]
+    command += ["--mode", mode, "--kinds", kinds, "--repeats", str(repeats)]
+    command += ["--steps", str(steps), "--warmup", str(warmup)]
+    command += [word for spec in layout or [] for word in ("--layout", spec)]
+    folder = ScalingRuns(out, command)
     if rank.rank == 0:
         folder.claim(settings, measuring)
     if rank.is_launched:
         _measure_on_rank(settings, _own_point(grid, point, rank.world_size), measuring, folder)
         return
     if plan:
-        _print_plan(grid, folder)
+        for each in folder.unfinished(grid.points):
+            echo(f"{each.name} {each.nproc}")
         return
-    from moepp_megatron.workbench.experiments.scaling.jobs import Interrupted, Jobs
-
-    command = ["scale", str(config), *(overrides or []), "--out", str(out), "--nproc", nproc]
-    command += ["--mode", mode, "--kinds", kinds, "--repeats", str(repeats)]
-    command += ["--steps", str(steps), "--warmup", str(warmup)]
-    command += [word for spec in layout or [] for word in ("--layout", spec)]
-    jobs, failed = Jobs(folder, command), 0
+    failed = 0
     try:
         if point is not None:
-            _run_one(jobs, _named(grid, point), nodes)
+            _run_one(folder, _named(grid, point), nodes)
             return
         if not collect:
-            failed = _run_all(settings, grid, jobs)
+            failed = _run_all(settings, grid, folder)
     except Interrupted as stop:
         echo(str(stop), err=True)
         raise typer.Exit(stop.status) from None
@@ -158,7 +157,7 @@ def scale(
         raise typer.Exit(1)
 
 
-def _named(grid: Grid, name: str) -> Point:
+def _named(grid: ScalingGrid, name: str) -> Point:
     for point in grid.points:
         if point.name == name:
             return point
@@ -167,7 +166,7 @@ def _named(grid: Grid, name: str) -> Point:
     )
 
 
-def _own_point(grid: Grid, name: str | None, world_size: int) -> Point:
+def _own_point(grid: ScalingGrid, name: str | None, world_size: int) -> Point:
     """The point that ranks which somebody else has started are to measure."""
     if name is not None:
         point = _named(grid, name)
@@ -186,24 +185,16 @@ def _own_point(grid: Grid, name: str | None, world_size: int) -> Point:
     return fitting[0]
 
 
-def _print_plan(grid: Grid, folder: ScalingFolder) -> None:
-    from moepp_megatron.workbench.experiments.scaling.folder import unfinished
-
-    for each in unfinished(folder, grid.points):
-        echo(f"{each.name} {each.nproc}")
-
-
-def _run_one(jobs: Jobs, point: Point, nodes: Nodes | None) -> None:
+def _run_one(folder: ScalingRuns, point: Point, nodes: Nodes | None) -> None:
     """Measure one point on this machine and the others that do the same."""
-    reason = jobs.run(point, nodes)
+    reason = folder.do(point, nodes)
     if reason is not None:
         echo(f"failed: {point.name}: {reason}", err=True)
         raise typer.Exit(1)
 
 
-def _run_all(config: Config, grid: Grid, jobs: Jobs) -> int:
+def _run_all(config: Config, grid: ScalingGrid, folder: ScalingRuns) -> int:
     """Measure everything that is missing, on this machine; returns how many points failed."""
-    from moepp_megatron.workbench.experiments.scaling.folder import unfinished
     from moepp_megatron.workbench.report.progress import progress
 
     for warning in check_config(config):
@@ -213,11 +204,11 @@ def _run_all(config: Config, grid: Grid, jobs: Jobs) -> int:
             f"left out: {missing.nproc} ranks, {missing.layout}, {missing.mode}: {missing.reason}",
             err=True,
         )
-    total, todo = len(grid.points), len(unfinished(jobs.folder, grid.points))
+    total, todo = len(grid.points), len(folder.unfinished(grid.points))
     if todo < total:
         echo(f"{total - todo} of {total} points are there already", err=True)
     with progress(todo) as advance:
-        failures = jobs.run_missing(grid.points, advance)
+        failures = folder.run_missing(grid.points, advance)
     for name, reason in failures.items():
         echo(f"failed: {name}: {reason}", err=True)
     if failures:
@@ -226,7 +217,7 @@ def _run_all(config: Config, grid: Grid, jobs: Jobs) -> int:
 
 
 def _measure_on_rank(
-    config: Config, point: Point, measuring: Measuring, folder: ScalingFolder
+    config: Config, point: Point, measuring: Measuring, folder: ScalingRuns
 ) -> None:
     """Be one rank of one point; rank 0 writes the result."""
     from moepp_megatron.runtime.parent import die_with_parent
@@ -239,7 +230,7 @@ def _measure_on_rank(
     try:
         _measure(config, point, measuring, folder, rank)
     except Exception as error:
-        from moepp_megatron.workbench.experiments.scaling.folder import FAILURE_MARK
+        from moepp_megatron.workbench.experiments.runs import FAILURE_MARK
 
         traceback.print_exc()
         first_line = (str(error).splitlines() or [""])[0]
@@ -248,7 +239,7 @@ def _measure_on_rank(
 
 
 def _measure(
-    config: Config, point: Point, measuring: Measuring, folder: ScalingFolder, rank: RankEnvironment
+    config: Config, point: Point, measuring: Measuring, folder: ScalingRuns, rank: RankEnvironment
 ) -> None:
     from moepp_megatron.runtime import distributed
     from moepp_megatron.workbench.experiments.scaling.measure import measure_point
@@ -262,7 +253,7 @@ def _measure(
             folder.finish(point, result)
 
 
-def _collect(config: Config, grid: Grid, measuring: Measuring, folder: ScalingFolder) -> None:
+def _collect(config: Config, grid: ScalingGrid, measuring: Measuring, folder: ScalingRuns) -> None:
     from moepp_megatron.workbench.experiments.scaling.efficiency import scale_records
     from moepp_megatron.workbench.experiments.scaling.page import build_scaling_page
     from moepp_megatron.workbench.experiments.scaling.table import print_records, write_records

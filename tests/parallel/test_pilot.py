@@ -10,7 +10,7 @@ import pytest
 
 from moepp_megatron.cli import main
 from moepp_megatron.runtime.launch import LaunchOptions
-from moepp_megatron.workbench.experiments.pilot import jobs
+from moepp_megatron.workbench.experiments import runs
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 from tests.parallel.ranks import RankPools
 
@@ -61,7 +61,7 @@ def test_pilot_from_runs_to_answer(
         trained.append(Path(arguments[-1]).stem)
         return 0
 
-    monkeypatch.setattr(jobs, "run_ranks", on_test_ranks)
+    monkeypatch.setattr(runs, "run_ranks", on_test_ranks)
     words = ["pilot", str(config), "--out", str(out), "--seeds", "2", "--taus", "0.75"]
 
     def pilot(*more: str) -> str:

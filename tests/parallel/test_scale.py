@@ -38,8 +38,8 @@ def measure(raw: dict[str, Any]) -> dict[str, Any]:
 
     from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.runtime.distributed import build_groups
-    from moepp_megatron.workbench.experiments.scaling.folder import Measuring
     from moepp_megatron.workbench.experiments.scaling.measure import measure_point
+    from moepp_megatron.workbench.experiments.scaling.runs import Measuring
 
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.cli import main
-from moepp_megatron.workbench.experiments.pilot import jobs
-from moepp_megatron.workbench.experiments.pilot.jobs import Interrupted
-from moepp_megatron.workbench.experiments.pilot.runs import RunFailed
+from moepp_megatron.workbench.experiments.runs import Interrupted, RunFailed, RunSet
 from tests.unit.workbench.experiments.pilot.synthetic import config_of
 
 
@@ -85,7 +83,7 @@ def test_exit_codes(
     def ends(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(jobs.Jobs, "run_missing", ends)
+    monkeypatch.setattr(RunSet, "run_missing", ends)
     monkeypatch.setattr("moepp_megatron.cli.prepared_data.check_data", lambda config: [])
     assert pilot("--steps", "8") == status
     assert str(error) in capsys.readouterr().err

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 from moepp_megatron.config.parameters import count_parameters
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.workbench.experiments.pilot import words
+from moepp_megatron.workbench.experiments.pilot import sentences
 from moepp_megatron.workbench.experiments.pilot.arms import PilotArm
 from moepp_megatron.workbench.experiments.pilot.equal_speed import Runs, equal_speed, standing
 from moepp_megatron.workbench.experiments.pilot.extrapolate import TargetRequest, measured_routing
 from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome, arm_outcome, run_outcome
 from moepp_megatron.workbench.experiments.pilot.result import (
+    ArmVerdict,
     EqualSpeed,
     PilotResult,
+    PilotTarget,
     Setting,
-    Target,
-    Verdict,
 )
-from moepp_megatron.workbench.experiments.pilot.runs import PilotFolder
+from moepp_megatron.workbench.experiments.pilot.runs import PilotRuns
 from moepp_megatron.workbench.experiments.pilot.setting import cores, device_name, versions
 from moepp_megatron.workbench.experiments.pilot.verdict import (
     AtTarget,
@@ -43,15 +43,13 @@ class Pilot:
         folder: Where its runs are.
         arms: Vanilla first, "short" last.
         seeds: All of them.
-        nproc: Ranks of a run.
         command: The command line.
         target: What to extrapolate to, if anything.
     """
 
-    folder: PilotFolder
+    folder: PilotRuns
     arms: Sequence[PilotArm]
     seeds: Sequence[int]
-    nproc: int
     command: str
     target: TargetRequest | None = None
 
@@ -119,8 +117,8 @@ class _Measured:
             verdicts=verdicts,
             recommended=recommended(verdicts),
             answer=self._answer(verdicts, equal, target),
-            caveats=words.caveats(
-                self.pilot.nproc,
+            caveats=sentences.caveats(
+                self.pilot.folder.nproc,
                 not self._on_gpu(),
                 len(self.records),
                 setting.steps,
@@ -134,7 +132,7 @@ class _Measured:
         rivals = {n: found for n, found in runs.items() if kinds[n] in ("vanilla", "rival")}
         return equal_speed(name, runs[name], rivals)
 
-    def _verdict(self, name: str, equal: EqualSpeed, target: Target | None) -> Verdict:
+    def _verdict(self, name: str, equal: EqualSpeed, target: PilotTarget | None) -> ArmVerdict:
         return verdict(
             self.outcomes[name],
             self.runs[name],
@@ -145,11 +143,11 @@ class _Measured:
             None if target is None else self._at_target(name, target),
         )
 
-    def _at_target(self, name: str, target: Target) -> AtTarget:
+    def _at_target(self, name: str, target: PilotTarget) -> AtTarget:
         """The comparison at equal speed with the target's step times in place of the pilot's."""
         times = {model.arm: model.step_time_s for model in target.models if model.step_time_s}
-        ratio = next(model.time_ratio for model in target.models if model.arm == name)
-        if ratio is None:
+        model = target.model_of(name)
+        if model is None or model.time_ratio is None:
             return AtTarget(None)
         runs = {
             arm: {
@@ -159,7 +157,7 @@ class _Measured:
             for arm in times
         }
         equal = self._equal_speed(name, runs)
-        return AtTarget(ratio, equal, standing(equal, times[name], times[equal.slower]))
+        return AtTarget(model.time_ratio, equal, standing(equal, times[name], times[equal.slower]))
 
     def _routing(self) -> dict[str, Routing] | None:
         """By arm, as uneven as its runs have routed; None where that says nothing of the target."""
@@ -174,18 +172,21 @@ class _Measured:
             found[arm.arm.name] = routing
         return found
 
-    def _target(self, routing: dict[str, Routing] | None) -> Target | None:
+    def _target(self, routing: dict[str, Routing] | None) -> PilotTarget | None:
         if self.pilot.target is None:
             return None
         nominal = {arm.arm.name: arm.config.moe.ffn_share for arm in self.pilot.arms}
         return self.pilot.target.extrapolate(list(self.outcomes.values()), nominal, routing)
 
     def _answer(
-        self, verdicts: Sequence[Verdict], equal: Mapping[str, EqualSpeed], target: Target | None
+        self,
+        verdicts: Sequence[ArmVerdict],
+        equal: Mapping[str, EqualSpeed],
+        target: PilotTarget | None,
     ) -> str:
         where = "" if target is None else f"{target.name} on {target.gpus:,} {target.gpu}"
         best = verdicts[0]
-        return words.answer(best, equal[best.arm], target is not None, where)
+        return sentences.answer(best, equal[best.arm], target is not None, where)
 
     def _on_gpu(self) -> bool:
         """Whether the runs have seen cards."""
@@ -209,7 +210,7 @@ class _Measured:
         return Setting(
             command=pilot.command,
             config=moepp.config.run.name,
-            nproc=pilot.nproc,
+            nproc=pilot.folder.nproc,
             device=device_name(self._on_gpu()),
             cores=cores(),
             **versions(),

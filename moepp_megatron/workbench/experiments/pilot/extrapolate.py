@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from moepp_megatron.config import Config, ConfigError, with_overrides
 from moepp_megatron.config.vanilla import vanilla, without_budget
 from moepp_megatron.workbench.experiments.pilot.arms import with_tau
-from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmOutcome, Target, TargetModel
+from moepp_megatron.workbench.experiments.pilot.result import (
+    Arm,
+    ArmOutcome,
+    PilotTarget,
+    TargetModel,
+)
 from moepp_megatron.workbench.experiments.pilot.runs import PilotRun
 from moepp_megatron.workbench.planning.imbalance import LEARNED, Routing
 from moepp_megatron.workbench.planning.machine import Machine
@@ -75,7 +80,7 @@ class TargetRequest:
         arms: Sequence[ArmOutcome],
         nominal: Mapping[str, float],
         routing: Mapping[str, Routing] | None,
-    ) -> Target:
+    ) -> PilotTarget:
         """Every arm but "short" at the target's size, each in its best layout.
 
         Args:
@@ -93,7 +98,7 @@ class TargetRequest:
             if config is not None:
                 found.append(self._model(name, config, routing[name] if routing else LEARNED))
         baseline = found[0].step_time_s
-        return Target(
+        return PilotTarget(
             name=self.name,
             gpus=self.gpus,
             gpu=self.machine.hardware.name,

@@ -15,11 +15,11 @@ ArmKind = Literal["vanilla", "moepp", "rival", "short"]
 Answer = Literal["pays", "does not pay", "undecided"]
 
 
-class _Record(BaseModel):
+class _PilotRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Interval(_Record):
+class Interval(_PilotRecord):
     """A mean over seeds.
 
     Attributes:
@@ -33,7 +33,7 @@ class Interval(_Record):
     high: float | None = None
 
 
-class Arm(_Record):
+class Arm(_PilotRecord):
     """One model of the pilot.
 
     Attributes:
@@ -56,7 +56,7 @@ class Arm(_Record):
     overrides: list[str] = []
 
 
-class Curve(_Record):
+class Curve(_PilotRecord):
     """Mean training loss over seeds.
 
     Attributes:
@@ -68,7 +68,7 @@ class Curve(_Record):
     loss: list[float]
 
 
-class ArmOutcome(_Record):
+class ArmOutcome(_PilotRecord):
     """What the runs of an arm have shown.
 
     Attributes:
@@ -102,7 +102,7 @@ class ArmOutcome(_Record):
     curve: Curve
 
 
-class EqualSpeed(_Record):
+class EqualSpeed(_PilotRecord):
     """A MoE++ arm against the vanilla model that is as fast.
 
     With whole numbers of experts none is exactly as fast: its loss is interpolated by step time
@@ -126,7 +126,7 @@ class EqualSpeed(_Record):
     loss_difference: Interval
 
 
-class TargetModel(_Record):
+class TargetModel(_PilotRecord):
     """One model at the target size, by the cost model.
 
     Attributes:
@@ -154,7 +154,7 @@ class TargetModel(_Record):
     time_ratio: float | None = None
 
 
-class Target(_Record):
+class PilotTarget(_PilotRecord):
     """The cluster and model that the decision is about.
 
     Attributes:
@@ -173,8 +173,12 @@ class Target(_Record):
     price_per_hour: float | None
     models: list[TargetModel]
 
+    def model_of(self, arm: str) -> TargetModel | None:
+        """The model that stands for an arm, by its name."""
+        return next((model for model in self.models if model.arm == arm), None)
 
-class Verdict(_Record):
+
+class ArmVerdict(_PilotRecord):
     """Does one MoE++ arm pay?
 
     A model that learns less from a token needs more of them. `token_factor` says how many times as
@@ -205,7 +209,7 @@ class Verdict(_Record):
     reasons: list[str]
 
 
-class Setting(_Record):
+class Setting(_PilotRecord):
     """How it was measured.
 
     Attributes:
@@ -237,7 +241,7 @@ class Setting(_Record):
     began: str
 
 
-class PilotResult(_Record):
+class PilotResult(_PilotRecord):
     """All of it.
 
     Attributes:
@@ -256,8 +260,31 @@ class PilotResult(_Record):
     arms: list[ArmOutcome]
     token_value: Interval
     equal_speed: list[EqualSpeed]
-    target: Target | None
-    verdicts: list[Verdict]
+    target: PilotTarget | None
+    verdicts: list[ArmVerdict]
     recommended: str | None
     answer: str
     caveats: list[str]
+
+    @property
+    def baseline(self) -> ArmOutcome | None:
+        """Vanilla."""
+        return next((outcome for outcome in self.arms if outcome.arm.kind == "vanilla"), None)
+
+    @property
+    def chosen(self) -> ArmVerdict | None:
+        """The verdict to look at first: of the recommended arm, else the most favourable."""
+        of_recommended = (one for one in self.verdicts if one.arm == self.recommended)
+        return next(of_recommended, self.verdicts[0] if self.verdicts else None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is recommended because the most favourable arm is undecided."""
+        best = self.chosen
+        if self.recommended is not None or best is None:
+            return False
+        return (best.at_target or best.at_pilot) == "undecided"
+
+    def outcome_of(self, arm: str) -> ArmOutcome | None:
+        """The arm's outcome by its name; None where no run of it has finished."""
+        return next((outcome for outcome in self.arms if outcome.arm.name == arm), None)

@@ -14,6 +14,10 @@ from moepp_megatron.workbench.experiments.pilot.result import Interval
 _CONFIDENCE = 0.95
 # Beyond it the exponential overflows; a factor of this size is no number to decide by anyway.
 _LARGEST_LOG = 700.0
+# Nobody repeats a pilot more often to learn what is this close.
+MAX_SEEDS = 20
+# With which a spread is worth going by.
+_FEWEST_SEEDS = 3
 
 
 @lru_cache(maxsize=64)
@@ -76,6 +80,47 @@ def ratio_of_means(numerators: Sequence[float], denominators: Sequence[float]) -
     below = statistics.fmean(denominators)
     ratio = statistics.fmean(numerators) / below
     return [ratio + (n - ratio * d) / below for n, d in zip(numerators, denominators, strict=True)]
+
+
+def seeds_to_decide(found: Interval | None, seeds: int) -> int | None:
+    """Seeds with which the interval of a ratio would end before 1, if mean and spread stayed.
+
+    Args:
+        found: A ratio that it does not tell from 1; None gives None.
+        seeds: That it is from.
+
+    Returns:
+        At least one more than `seeds`, or None: more than `MAX_SEEDS`, or no spread to go by.
+    """
+    if found is None or found.low is None or found.high is None:
+        return None
+    if not 2 <= seeds < MAX_SEEDS:
+        return None
+    if not 0 < found.low <= found.mean <= found.high < math.inf:
+        return None
+    spread = math.log(found.high / found.low) / 2 / _reach(seeds)
+    for more in range(seeds + 1, MAX_SEEDS + 1):
+        if spread * _reach(more) < abs(math.log(found.mean)):
+            return more
+    return None
+
+
+def one_run(found: Interval, seeds: int) -> float | None:
+    """How far a single new run may be from the mean, 95% prediction interval; None if unknown.
+
+    Of two seeds it would be 22 times the standard deviation, which tells nobody anything.
+
+    The interval of a mean over n seeds is t s / sqrt(n) to either side, that of one further value
+    t s sqrt(1 + 1/n).
+    """
+    if found.low is None or found.high is None or seeds < _FEWEST_SEEDS:
+        return None
+    return (found.high - found.low) / 2 * math.sqrt(seeds + 1)
+
+
+def _reach(seeds: int) -> float:
+    """Half of a mean's interval over the standard deviation of a single value."""
+    return t_quantile((1 + _CONFIDENCE) / 2, seeds - 1) / math.sqrt(seeds)
 
 
 def _exp(logarithm: float) -> float:

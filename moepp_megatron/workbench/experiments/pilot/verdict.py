@@ -11,16 +11,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moepp_megatron.workbench.experiments.pilot import words
+from moepp_megatron.workbench.experiments.pilot import sentences
 from moepp_megatron.workbench.experiments.pilot.equal_speed import Runs, Standing, standing
 from moepp_megatron.workbench.experiments.pilot.extrapolate import COST_MODEL_ERROR
 from moepp_megatron.workbench.experiments.pilot.outcome import log_time_ratios
 from moepp_megatron.workbench.experiments.pilot.result import (
     Answer,
     ArmOutcome,
+    ArmVerdict,
     EqualSpeed,
     Interval,
-    Verdict,
 )
 from moepp_megatron.workbench.experiments.pilot.statistics import (
     factor_interval,
@@ -96,7 +96,7 @@ def verdict(
     equal: EqualSpeed,
     slower_time: float,
     at_target: AtTarget | None = None,
-) -> Verdict:
+) -> ArmVerdict:
     """The verdict on a MoE++ arm.
 
     Args:
@@ -121,14 +121,14 @@ def verdict(
         if at_target is not None and at_target.time_ratio is not None:
             scaled = [log + math.log(at_target.time_ratio) for log in logs]
             target_time = factor_interval(scaled, widened_by=COST_MODEL_ERROR)
-    reasons = words.pilot_reasons(outcome, factor, time, equal, stands, value.measured)
+    reasons = sentences.pilot_reasons(outcome, factor, time, equal, stands, value.measured)
     answer_at_target: Answer | None = None
     if at_target is not None:
         answer_at_target = combined(target_time, at_target.stands)
-        reasons += words.target_reasons(
+        reasons += sentences.target_reasons(
             at_target.time_ratio, target_time, at_target.equal, at_target.stands
         )
-    return Verdict(
+    return ArmVerdict(
         arm=outcome.arm.name,
         token_factor=factor,
         time_to_loss=time,
@@ -154,10 +154,10 @@ class AtTarget:
     stands: Standing | None = None
 
 
-def by_favour(verdicts: Sequence[Verdict]) -> list[Verdict]:
+def by_favour(verdicts: Sequence[ArmVerdict]) -> list[ArmVerdict]:
     """The most favourable first: by the target's answer where there is one, then by time."""
 
-    def order(one: Verdict) -> tuple[int, int, float]:
+    def order(one: ArmVerdict) -> tuple[int, int, float]:
         time = one.target_time_to_loss or one.time_to_loss
         first = one.at_target if one.at_target is not None else one.at_pilot
         return _RANK[first], _RANK[one.at_pilot], time.mean if time is not None else math.inf
@@ -165,7 +165,7 @@ def by_favour(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return sorted(verdicts, key=order)
 
 
-def recommended(verdicts: Sequence[Verdict]) -> str | None:
+def recommended(verdicts: Sequence[ArmVerdict]) -> str | None:
     """The arm to go on with; None where none has been shown to pay.
 
     Args:

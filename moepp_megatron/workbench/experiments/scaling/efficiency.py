@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moepp_megatron.workbench.experiments.scaling.folder import ScalingFolder
 from moepp_megatron.workbench.experiments.scaling.grid import MODES, Point
 from moepp_megatron.workbench.experiments.scaling.point import KindResult, PointResult
+from moepp_megatron.workbench.experiments.scaling.runs import ScalingRuns
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def efficiency(
     return (tokens_per_s / nproc) / (reference_tokens_per_s / reference_nproc)
 
 
-def scale_records(folder: ScalingFolder, points: Sequence[Point]) -> list[ScaleRecord]:
+def scale_records(folder: ScalingRuns, points: Sequence[Point]) -> list[ScaleRecord]:
     """Records of the finished ones of `points`, by mode, rank count, layout and kind."""
     done = [
         (point, file.result)

@@ -80,7 +80,7 @@ class Impossible:
 
 
 @dataclass(frozen=True)
-class Grid:
+class ScalingGrid:
     """Everything that a scaling test asks for.
 
     Attributes:
@@ -115,7 +115,7 @@ def parse_layout(text: str) -> dict[str, int]:
 
 def build_grid(
     config: Config, nprocs: Sequence[int], layouts: Sequence[str], modes: Sequence[str]
-) -> Grid:
+) -> ScalingGrid:
     """The points of all combinations that fit.
 
     Degrees that a layout does not name are the configuration's; expert parallelism is then as wide
@@ -149,7 +149,7 @@ def build_grid(
             f"--nproc ({', '.join(map(str, nprocs))}) must fit the configuration at one count at "
             f"least; with {first.nproc}: {first.reason}"
         )
-    return Grid(tuple(points.values()), tuple(impossible))
+    return ScalingGrid(tuple(points.values()), tuple(impossible))
 
 
 def _combinations(

@@ -22,8 +22,8 @@ from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.workbench.bench.all_to_all_clock import AllToAllClock
 from moepp_megatron.workbench.bench.interleave import interleaved
 from moepp_megatron.workbench.bench.step import Stepper
-from moepp_megatron.workbench.experiments.scaling.folder import Measuring
 from moepp_megatron.workbench.experiments.scaling.point import KindResult, PointResult
+from moepp_megatron.workbench.experiments.scaling.runs import Measuring
 
 # Dispatchers that send through `all_to_all_single`.
 _ALL_TO_ALL = ("alltoall", "alltoall_dedup")

@@ -10,9 +10,9 @@ import moepp_megatron
 from moepp_megatron.config import Config
 from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.workbench.experiments.scaling.efficiency import ScaleRecord
-from moepp_megatron.workbench.experiments.scaling.folder import Measuring, ScalingFolder
-from moepp_megatron.workbench.experiments.scaling.grid import Grid
+from moepp_megatron.workbench.experiments.scaling.grid import ScalingGrid
 from moepp_megatron.workbench.experiments.scaling.plots import scaling_plots, series
+from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
 from moepp_megatron.workbench.experiments.scaling.table import KIND_NAMES, MODE_TITLES, short_layout
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.cards import Card
@@ -67,9 +67,9 @@ class ScalingPage:
 
 def build_scaling_page(
     config: Config,
-    grid: Grid,
+    grid: ScalingGrid,
     measuring: Measuring,
-    folder: ScalingFolder,
+    folder: ScalingRuns,
     records: Sequence[ScaleRecord],
 ) -> Path:
     """Write `DIR/scaling.html`, which needs no other file and nothing of the network.
@@ -266,7 +266,7 @@ def _rows(records: Sequence[ScaleRecord], mode: str) -> list[list[str]]:
     return rows
 
 
-def _gaps(grid: Grid, folder: ScalingFolder) -> list[tuple[str, str]]:
+def _gaps(grid: ScalingGrid, folder: ScalingRuns) -> list[tuple[str, str]]:
     gaps = []
     for point in grid.points:
         file = folder.read(point)

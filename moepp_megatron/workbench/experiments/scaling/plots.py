@@ -26,7 +26,7 @@ _LOOKS = {"moepp": (BLUE, "o"), "vanilla": (VERMILION, "s")}
 
 
 @dataclass(frozen=True)
-class Series:
+class KindSeries:
     """One model over rank counts.
 
     Attributes:
@@ -41,7 +41,7 @@ class Series:
     others: list[ScaleRecord]
 
 
-def series(records: Sequence[ScaleRecord]) -> list[Series]:
+def series(records: Sequence[ScaleRecord]) -> list[KindSeries]:
     """MoE++ first; `records` are of one mode."""
     kinds = [kind for kind in _LOOKS if any(r.kind == kind for r in records)]
     chosen: dict[int, ScaleRecord] = {}
@@ -50,7 +50,7 @@ def series(records: Sequence[ScaleRecord]) -> list[Series]:
             chosen[r.nproc] = r
     layouts = {(nproc, r.layout) for nproc, r in chosen.items()}
     return [
-        Series(
+        KindSeries(
             kind,
             sorted(
                 (r for r in records if r.kind == kind and (r.nproc, r.layout) in layouts),
@@ -76,7 +76,7 @@ def scaling_plots(records: Sequence[ScaleRecord], mode: str) -> list[Plot]:
     return [plot for plot in plots if plot is not None]
 
 
-def _axes(lines: list[Series]) -> Axes:
+def _axes(lines: list[KindSeries]) -> Axes:
     axes = new_figure().add_subplot()
     counts = sorted({r.nproc for line in lines for r in line.best})
     axes.set_xscale("log", base=2)
@@ -88,7 +88,7 @@ def _axes(lines: list[Series]) -> Axes:
 
 
 def _draw(
-    axes: Axes, lines: list[Series], value: Value, spread: tuple[Value, Value] | None = None
+    axes: Axes, lines: list[KindSeries], value: Value, spread: tuple[Value, Value] | None = None
 ) -> None:
     """Lines through the chosen layouts, rings for the others, bars from least to most."""
     for line in lines:
@@ -112,12 +112,12 @@ def _draw(
         )
 
 
-def _others(lines: list[Series]) -> str:
+def _others(lines: list[KindSeries]) -> str:
     shown = any(line.others for line in lines)
     return " Lines: the layout in which MoE++ is fastest. Rings: others." if shown else ""
 
 
-def _ideal(axes: Axes, lines: list[Series], value: Callable[[ScaleRecord, int], float]) -> None:
+def _ideal(axes: Axes, lines: list[KindSeries], value: Callable[[ScaleRecord, int], float]) -> None:
     """What perfect scaling from each model's first point would give."""
     counts = sorted({r.nproc for line in lines for r in line.best})
     for index, line in enumerate(lines):
@@ -132,7 +132,7 @@ def _ideal(axes: Axes, lines: list[Series], value: Callable[[ScaleRecord, int], 
         )
 
 
-def _words(lines: list[Series], value: Value, unit: str) -> str:
+def _words(lines: list[KindSeries], value: Value, unit: str) -> str:
     """A plot in words, for those who do not see it."""
     return "; ".join(
         f"{KIND_NAMES[line.kind]}: "
@@ -148,7 +148,7 @@ def _finished(axes: Axes, title: str, caption: str, alt: str) -> Plot:
     return Plot(title, caption, svg_data_uri(figure), alt)
 
 
-def _step_time(lines: list[Series], mode: str) -> Plot:
+def _step_time(lines: list[KindSeries], mode: str) -> Plot:
     axes = _axes(lines)
 
     def milliseconds(r: ScaleRecord) -> float:
@@ -169,7 +169,7 @@ def _step_time(lines: list[Series], mode: str) -> Plot:
     return _finished(axes, "Step time", caption + _others(lines), alt)
 
 
-def _rate(lines: list[Series]) -> Plot:
+def _rate(lines: list[KindSeries]) -> Plot:
     axes = _axes(lines)
     _ideal(axes, lines, lambda first, n: first.tokens_per_s * n / first.nproc)
     spread = (lambda r: r.tokens / r.step_time_max_s, lambda r: r.tokens / r.step_time_min_s)
@@ -182,7 +182,7 @@ def _rate(lines: list[Series]) -> Plot:
     return _finished(axes, "Throughput", caption, alt)
 
 
-def _efficiency(lines: list[Series], mode: str) -> Plot:
+def _efficiency(lines: list[KindSeries], mode: str) -> Plot:
     axes = _axes(lines)
     axes.axhline(1.0, color=MUTED, linewidth=1.0, linestyle=":", label="perfect")
     _draw(axes, lines, lambda r: r.efficiency)
@@ -198,7 +198,7 @@ def _efficiency(lines: list[Series], mode: str) -> Plot:
     return _finished(axes, "Efficiency", formula + _others(lines), alt)
 
 
-def _against_vanilla(lines: list[Series]) -> Plot | None:
+def _against_vanilla(lines: list[KindSeries]) -> Plot | None:
     moepp = [line for line in lines if line.kind == "moepp"]
     if not moepp or moepp[0].best[0].speedup is None:
         return None
@@ -224,7 +224,7 @@ def _against_vanilla(lines: list[Series]) -> Plot | None:
     return _finished(axes, "MoE++ against vanilla", caption, _words(moepp, relative, ""))
 
 
-def _bytes(lines: list[Series]) -> Plot:
+def _bytes(lines: list[KindSeries]) -> Plot:
     axes = _axes(lines)
 
     def megabytes(r: ScaleRecord) -> float:
@@ -240,7 +240,7 @@ def _bytes(lines: list[Series]) -> Plot:
     return _finished(axes, "All-to-all bytes", caption, _words(lines, megabytes, " MB"))
 
 
-def _share(lines: list[Series]) -> Plot:
+def _share(lines: list[KindSeries]) -> Plot:
     title = "All-to-all share of time"
     if all(r.a2a_share is None for line in lines for r in line.best):
         return Plot(title, "", None, "This dispatcher has no all-to-alls that could be timed.")

@@ -13,16 +13,12 @@ from typer.testing import CliRunner
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.runtime.launch import LaunchOptions
+from moepp_megatron.workbench.experiments.runs import FAILURE_MARK, failure_reason
 from moepp_megatron.workbench.experiments.scaling.efficiency import efficiency, scale_records
-from moepp_megatron.workbench.experiments.scaling.folder import (
-    FAILURE_MARK,
-    Measuring,
-    ScalingFolder,
-    failure_reason,
-)
 from moepp_megatron.workbench.experiments.scaling.grid import build_grid, parse_layout
 from moepp_megatron.workbench.experiments.scaling.plots import series
 from moepp_megatron.workbench.experiments.scaling.point import KindResult, PointResult
+from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
 
 QUICKSTART = Path(__file__).parents[4] / "configs" / "quickstart.yaml"
 
@@ -112,7 +108,7 @@ def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(
     config: Config, tmp_path: Path
 ) -> None:
     grid = build_grid(config, [2, 4], ["ep=1", "ep=2"], ["strong"])
-    folder = ScalingFolder(tmp_path)
+    folder = ScalingRuns(tmp_path)
     folder.claim(config, Measuring(("moepp", "vanilla"), 1, 1, 3))
     times = {(2, "1"): 4.0, (2, "2"): 3.0, (4, "1"): 2.0, (4, "2"): 1.0}
     for point in grid.points:
@@ -136,7 +132,7 @@ def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(
 
 def test_page_compares_both_models_in_the_same_layout(config: Config, tmp_path: Path) -> None:
     grid = build_grid(config, [2], ["ep=1", "ep=2"], ["strong"])
-    folder = ScalingFolder(tmp_path)
+    folder = ScalingRuns(tmp_path)
     folder.claim(config, Measuring(("moepp", "vanilla"), 1, 1, 1))
     # MoE++ is fastest in ep=2, vanilla in ep=1.
     for point, moepp, vanilla in zip(grid.points, (3.0, 2.0), (4.0, 5.0), strict=True):
@@ -151,7 +147,7 @@ def test_page_compares_both_models_in_the_same_layout(config: Config, tmp_path: 
 
 def test_folder_of_another_test_is_refused(config: Config, tmp_path: Path) -> None:
     measuring = Measuring(("moepp", "vanilla"), 1, 1, 3)
-    folder = ScalingFolder(tmp_path)
+    folder = ScalingRuns(tmp_path)
     folder.claim(config, measuring)
     # Where files go and how long a run trains say nothing about speed.
     folder.claim(load_config(QUICKSTART, ["run.dir=else", "training.train_iters=70"]), measuring)
@@ -205,7 +201,7 @@ class FakeRanks:
         (point,) = [p for p in grid.points if p.name == name]
         seconds = 8.0 / point.nproc
         tokens = point.global_batch_size * 256
-        ScalingFolder(self.folder).finish(
+        ScalingRuns(self.folder).finish(
             point, point_result([seconds] * 3, [1.25 * seconds] * 3, tokens)
         )
         return 0
@@ -219,7 +215,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         fails: Callable[[str], int | None] = lambda name: None, *arguments: str
     ) -> tuple[Any, list[str]]:
         ranks = FakeRanks(tmp_path, fails)
-        monkeypatch.setattr("moepp_megatron.workbench.experiments.scaling.jobs.run_ranks", ranks)
+        monkeypatch.setattr("moepp_megatron.workbench.experiments.runs.run_ranks", ranks)
         base = ["scale", str(QUICKSTART), "--out", str(tmp_path), "--nproc", "1,2,4"]
         result = CliRunner().invoke(app, [*base, *arguments])
         return result, ranks.started

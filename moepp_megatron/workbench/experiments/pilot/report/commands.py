@@ -34,7 +34,7 @@ class Commands:
         return [
             command,
             "# the same with a target: what it would mean on your cards",
-            self._asking(),
+            asking(self._result),
         ]
 
     def node(self) -> list[str]:
@@ -76,9 +76,6 @@ class Commands:
         seed = min(self._seeds, default=0)
         return shlex.quote(f"{folder}/configs/{run_name(self._arm, seed)}.yaml")
 
-    def _asking(self) -> str:
-        return f"{self._result.setting.command} --gpus GPUS --gpu h100"
-
     def _target_arm(self) -> str:
         """The target's configuration with the arm's settings."""
         target = self._result.target
@@ -89,6 +86,11 @@ class Commands:
             # What was set on the command line belongs to that configuration.
             settings = [*filter(_SETTING.match, self._words), *settings]
         return shlex.join([config, *settings])
+
+
+def asking(result: PilotResult) -> str:
+    """How to ask for a target: the pilot's command with cards."""
+    return f"{result.setting.command} --gpus GPUS --gpu h100"
 
 
 def _option(words: list[str], name: str) -> str | None:

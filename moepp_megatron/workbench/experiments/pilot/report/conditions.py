@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import math
 
-from moepp_megatron.workbench.experiments.pilot.report import words
+from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.learning import smooth_curve
 from moepp_megatron.workbench.experiments.pilot.result import (
     ArmOutcome,
+    ArmVerdict,
     Interval,
     PilotResult,
-    Target,
+    PilotTarget,
     TargetModel,
-    Verdict,
+)
+from moepp_megatron.workbench.experiments.pilot.statistics import (
+    MAX_SEEDS,
+    one_run,
+    seeds_to_decide,
 )
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.healthy import guard_rule
@@ -30,7 +35,7 @@ def curve_points(outcome: ArmOutcome) -> str:
         return "Training loss (the pilot has no curve)."
     picked = [min(range(len(tokens)), key=lambda i: abs(tokens[i] - s * tokens[-1])) for s in _AT]
     points = ", ".join(
-        f"{words.loss(values[i])} after {formatting.big_count(float(tokens[i]))} tokens"
+        f"{numbers.loss(values[i])} after {formatting.big_count(float(tokens[i]))} tokens"
         for i in dict.fromkeys(picked)
     )
     return f"Training loss, with the pilot's batch and schedule: {points}."
@@ -51,35 +56,35 @@ def speed_condition(factor: Interval | None, where: str) -> str:
             f"Step time over vanilla's below 1 by {where}. What tokens are worth is unknown, so "
             "how far below is open."
         )
-    text = f"Step time over vanilla's at most {words.ratio(1 / factor.mean)} by {where}"
+    text = f"Step time over vanilla's at most {numbers.ratio(1 / factor.mean)} by {where}"
     if factor.high is not None and 0 < factor.high < math.inf:
-        text += f"; {words.ratio(1 / factor.high)} to be sure of it at 95%"
+        text += f"; {numbers.ratio(1 / factor.high)} to be sure of it at 95%"
     return f"{text}. That is 1 / token factor: there MoE++ takes vanilla's time to vanilla's loss."
 
 
 def loss_condition(outcome: ArmOutcome) -> str:
     """Where a run of the same arm should end, and how far off it may be."""
-    mean, count = words.loss(outcome.valid_loss.mean), len(outcome.seeds)
+    mean, count = numbers.loss(outcome.valid_loss.mean), len(outcome.seeds)
     text = f"Validation loss of {mean} after {outcome.arm.steps:,} steps"
-    reach = words.one_run(outcome.valid_loss, count)
+    reach = one_run(outcome.valid_loss, count)
     if reach is not None:
         return (
-            f"{text}, to within {words.loss(reach)}: a single run is that near in 95 of 100 cases, "
-            "by the spread of the seeds."
+            f"{text}, to within {numbers.loss(reach)}: a single run is that near in 95 of 100 "
+            "cases, by the spread of the seeds."
         )
     difference = outcome.loss_difference
     if difference is None:
         return f"{text}."
     return (
         f"{text}. So few seeds have no spread to go by; off by more than the difference to "
-        f"vanilla, {words.loss(abs(difference.mean))}, it would be another answer."
+        f"vanilla, {numbers.loss(abs(difference.mean))}, it would be another answer."
     )
 
 
 def share_condition(outcome: ArmOutcome) -> str:
     """The FFN share that a run of the same arm should have."""
     share = formatting.percent(outcome.ffn_share.mean)
-    reach = words.one_run(outcome.ffn_share, len(outcome.seeds))
+    reach = one_run(outcome.ffn_share, len(outcome.seeds))
     near = "" if reach is None else f", to within {100 * reach:.1f} points"
     return f"FFN share of {share} at the end{near}. Saved work and traffic follow from it."
 
@@ -93,13 +98,13 @@ def behind_condition(result: PilotResult, time_ratio: float | None) -> str:
     allowed = value * math.log(1 / time_ratio)
     if allowed <= 0:
         return (
-            f"MoE++ is less than {words.loss(-allowed)} nats better than vanilla after the same "
-            f"tokens: at a time ratio of {words.ratio(time_ratio)} it has to be that much better."
+            f"MoE++ is less than {numbers.loss(-allowed)} nats better than vanilla after the same "
+            f"tokens: at a time ratio of {numbers.ratio(time_ratio)} it has to be that much better."
         )
     return (
-        f"MoE++ is {words.loss(allowed)} nats or more behind vanilla after the same tokens: at a "
-        f"time ratio of {words.ratio(time_ratio)}, and with tokens worth what the pilot measured, "
-        "that uses up what speed gains."
+        f"MoE++ is {numbers.loss(allowed)} nats or more behind vanilla after the same tokens: at a "
+        f"time ratio of {numbers.ratio(time_ratio)}, and with tokens worth what the pilot "
+        "measured, that uses up what speed gains."
     )
 
 
@@ -116,7 +121,7 @@ def guard_condition(outcome: ArmOutcome) -> str:
     )
 
 
-def promised(target: Target, model: TargetModel) -> list[str]:
+def promised(target: PilotTarget, model: TargetModel) -> list[str]:
     """Speed and traffic by the cost model."""
     lines = []
     if model.tokens_per_s_per_gpu is not None:
@@ -130,22 +135,22 @@ def promised(target: Target, model: TargetModel) -> list[str]:
     return lines
 
 
-def room(verdict: Verdict, model: TargetModel) -> list[str]:
+def room(verdict: ArmVerdict, model: TargetModel) -> list[str]:
     """How much slower than estimated MoE++ may be; nothing where that is unknown."""
     if model.time_ratio is None or not 0 < model.time_ratio < math.inf:
         return []
     if verdict.token_factor is None:
         return []
     left = 1 / verdict.token_factor.mean / model.time_ratio - 1
-    text = f"The cost model expects a time ratio of {words.ratio(model.time_ratio)}, which "
+    text = f"The cost model expects a time ratio of {numbers.ratio(model.time_ratio)}, which "
     if left <= 0:
         return [text + "is not enough: only a better measured one is a reason to go on."]
     return [text + f"leaves {formatting.percent(left)} of room to break-even."]
 
 
-def if_it_does_not(result: PilotResult, verdict: Verdict) -> str:
+def if_it_does_not(result: PilotResult, verdict: ArmVerdict) -> str:
     """What follows where MoE++ does not pay."""
-    if words.is_open(result):
+    if result.is_open:
         return "It stays undecided: stay with vanilla. Nothing here argues for a larger run."
     if result.recommended is None:
         return (
@@ -157,7 +162,7 @@ def if_it_does_not(result: PilotResult, verdict: Verdict) -> str:
     )
 
 
-def if_undecided(verdict: Verdict, seeds: int) -> str:
+def if_undecided(verdict: ArmVerdict, seeds: int) -> str:
     """What would decide.
 
     Args:
@@ -174,10 +179,10 @@ def if_undecided(verdict: Verdict, seeds: int) -> str:
             "Undecided because vanilla with fewer experts may be as good at the same speed: more "
             "seeds narrow that interval (table above)."
         )
-    more = words.seeds_to_decide(time, seeds)
+    more = seeds_to_decide(time, seeds)
     if more is None:
         return (
-            f"Undecided, and more seeds alone would hardly help (more than {words.MAX_SEEDS}): "
+            f"Undecided, and more seeds alone would hardly help (more than {MAX_SEEDS}): "
             "train longer, or take the two for equal."
         )
     return (

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from moepp_megatron.workbench.experiments.pilot.report import words
+from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.looks import plain
 from moepp_megatron.workbench.experiments.pilot.result import Interval, PilotResult
 from moepp_megatron.workbench.report.drawing import (
@@ -150,7 +150,7 @@ def _draw(axes: Axes, row: int, line: Line, low: float, high: float) -> None:
         [row],
         marker,
         markersize=8,
-        color=colour if words.has_ends(line.value) else PAPER,
+        color=colour if numbers.has_ends(line.value) else PAPER,
         markeredgecolor=colour,
         markeredgewidth=1.8,
     )
@@ -172,8 +172,8 @@ def _label(line: Line) -> str:
 
 
 def _numbers(line: Line) -> str:
-    text = words.with_ends(line.value, words.ratio)
-    return text if words.has_ends(line.value) else f"{text}, one seed"
+    text = numbers.with_ends(line.value, numbers.ratio)
+    return text if numbers.has_ends(line.value) else f"{text}, one seed"
 
 
 def _caption(lines: list[Line]) -> str:
@@ -187,7 +187,7 @@ def _caption(lines: list[Line]) -> str:
             " At the target the speed is the cost model's, and its own error is in the bar; the "
             "tokens are still the pilot's."
         )
-    if any(not words.has_ends(line.value) for line in lines):
+    if any(not numbers.has_ends(line.value) for line in lines):
         text += " Hollow: a single seed, so nobody knows how sure it is."
     return text
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from moepp_megatron.workbench.experiments.pilot.report import words
+from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.looks import Look, looks, plain
 from moepp_megatron.workbench.experiments.pilot.result import ArmOutcome, Curve, PilotResult
 from moepp_megatron.workbench.report.drawing import (
@@ -32,7 +32,7 @@ def curve_plots(result: PilotResult) -> list[Plot]:
         return [Plot("Training loss", "", None, "No arm has a curve: it needs two records.")]
     styles = looks(result.arms)
     plots = [_loss_plot(drawn, styles)]
-    base = words.baseline(result)
+    base = result.baseline
     others = [each for each in drawn if each.arm.kind in ("moepp", "rival")]
     if base is not None and _usable(base.curve) and others:
         plots.append(_difference_plot(base, others, styles))
@@ -59,7 +59,7 @@ def _loss_plot(drawn: list[ArmOutcome], styles: dict[str, Look]) -> Plot:
     axes.set_ylabel("training loss, nats")
     legend_above(axes, ncols=2)
     alt = "; ".join(
-        f"{e.arm.name} ends at {words.loss(smooth_curve(e.curve)[1][-1])}" for e in drawn
+        f"{e.arm.name} ends at {numbers.loss(smooth_curve(e.curve)[1][-1])}" for e in drawn
     )
     caption = "Mean over seeds, smoothed. The first fifth is cut off where it is higher."
     return Plot("Learning curves", caption, _image(axes), alt + ".")
@@ -80,7 +80,7 @@ def _difference_plot(base: ArmOutcome, others: list[ArmOutcome], styles: dict[st
         name = plain(each.arm.name)
         axes.plot(tokens[kept], gap, color=look.colour, linestyle=look.dashes, label=name)
         heights += [abs(one) for one in gap if math.isfinite(one)]
-        last.append(f"{each.arm.name} ends {words.signed(float(gap[-1]))}")
+        last.append(f"{each.arm.name} ends {numbers.signed(float(gap[-1]))}")
     if heights and max(heights):
         axes.set_ylim(-1.15 * max(heights), 1.15 * max(heights))
     axes.set_ylabel("nats (below 0: better)")

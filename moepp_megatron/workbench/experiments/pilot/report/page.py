@@ -7,8 +7,9 @@ from pathlib import Path
 
 import moepp_megatron
 from moepp_megatron.observe.atomic import write_atomic
-from moepp_megatron.workbench.experiments.pilot.report import words
+from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.badges import Badge, badges
+from moepp_megatron.workbench.experiments.pilot.report.commands import asking
 from moepp_megatron.workbench.experiments.pilot.report.forest import forest_plot
 from moepp_megatron.workbench.experiments.pilot.report.health import WatchRow, watch_rows
 from moepp_megatron.workbench.experiments.pilot.report.learning import curve_plots
@@ -16,7 +17,7 @@ from moepp_megatron.workbench.experiments.pilot.report.speed import speed_plot
 from moepp_megatron.workbench.experiments.pilot.report.speed_table import SpeedRow, speed_rows
 from moepp_megatron.workbench.experiments.pilot.report.stages import Stage, stages
 from moepp_megatron.workbench.experiments.pilot.report.tables import (
-    Row,
+    PilotRow,
     VerdictRow,
     arm_columns,
     arm_rows,
@@ -77,11 +78,11 @@ class PilotPage:
     speeds: list[SpeedRow]
     curves: list[Plot]
     arm_columns: list[str]
-    arms: list[Row]
+    arms: list[PilotRow]
     energy: str
     target_title: str | None
     target_columns: list[str]
-    target: list[Row]
+    target: list[PilotRow]
     asking: str
     stages: list[Stage]
     watch: list[WatchRow]
@@ -113,8 +114,8 @@ def write_pilot_page(result: PilotResult, out: Path) -> Path:
 
 
 def _page(result: PilotResult) -> PilotPage:
-    verdict = words.chosen(result)
-    outcome = words.outcome_of(result, verdict.arm) if verdict is not None else None
+    verdict = result.chosen
+    outcome = result.outcome_of(verdict.arm) if verdict is not None else None
     with plot_style():
         forest, speed, curves = forest_plot(result), speed_plot(result), curve_plots(result)
     return PilotPage(
@@ -130,11 +131,11 @@ def _page(result: PilotResult) -> PilotPage:
         curves=curves,
         arm_columns=arm_columns(result),
         arms=arm_rows(result),
-        energy="" if has_energy(result) else f"Energy per token: {words.NOT_MEASURED}.",
+        energy="" if has_energy(result) else f"Energy per token: {numbers.NOT_MEASURED}.",
         target_title=_target_title(result),
         target_columns=target_columns(result),
         target=target_rows(result),
-        asking=f"{result.setting.command} --gpus GPUS --gpu h100",
+        asking=asking(result),
         stages=stages(result),
         watch=watch_rows(outcome) if outcome is not None and result.recommended else [],
         token_value=_token_value(result),
@@ -173,7 +174,7 @@ def _target_title(result: PilotResult) -> str | None:
 
 
 def _token_value(result: PilotResult) -> str:
-    value = words.with_ends(result.token_value, words.loss)
+    value = numbers.with_ends(result.token_value, numbers.loss)
     return (
         f"Tokens: an e-fold of them (2.72 times as many) is worth {value} nats to vanilla here, by "
         "its runs with fewer steps. With that a loss difference becomes a token factor."

@@ -6,7 +6,7 @@ import math
 
 from matplotlib.axes import Axes
 
-from moepp_megatron.workbench.experiments.pilot.report import words
+from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.labels import place_labels
 from moepp_megatron.workbench.experiments.pilot.report.looks import Look, looks, plain
 from moepp_megatron.workbench.experiments.pilot.result import ArmOutcome, Interval, PilotResult
@@ -27,7 +27,7 @@ def speed_plot(result: PilotResult) -> Plot:
         return Plot(title, "", None, "No arm has a finite loss.", wide=True)
     figure = new_figure(width=10.5, height=4.1)
     axes = figure.subplots()
-    base = words.baseline(result)
+    base = result.baseline
     line = sorted(
         (each for each in shown if each.arm.kind in ("vanilla", "rival")),
         key=lambda each: each.step_time_s.mean,
@@ -119,7 +119,7 @@ def _short(axes: Axes, outcome: ArmOutcome, look: Look) -> None:
         clip_on=False,
         zorder=3,
     )
-    text = f"{plain(outcome.arm.name)}: {words.loss(value)}" + (" (above)" if above else "")
+    text = f"{plain(outcome.arm.name)}: {numbers.loss(value)}" + (" (above)" if above else "")
     axes.annotate(
         text,
         (x, y),
@@ -143,8 +143,8 @@ def _reach(interval: Interval | None, scale: float) -> tuple[float, float] | Non
 def _speed_alt(shown: list[ArmOutcome]) -> str:
     return (
         "; ".join(
-            f"{each.arm.name}: {words.loss(each.valid_loss.mean)} nats at "
-            f"{words.seconds(each.step_time_s.mean)} a step"
+            f"{each.arm.name}: {numbers.loss(each.valid_loss.mean)} nats at "
+            f"{numbers.seconds(each.step_time_s.mean)} a step"
             for each in shown
         )
         + "."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moepp_megatron.workbench.experiments.pilot.report import words
-from moepp_megatron.workbench.experiments.pilot.report.tables import Cell
+from moepp_megatron.workbench.experiments.pilot.report import numbers
+from moepp_megatron.workbench.experiments.pilot.report.tables import PilotCell
 from moepp_megatron.workbench.experiments.pilot.result import EqualSpeed, PilotResult
 
 
@@ -22,7 +22,7 @@ class SpeedRow:
 
     arm: str
     rival: str
-    difference: Cell
+    difference: PilotCell
     text: str
 
 
@@ -32,9 +32,9 @@ def speed_rows(result: PilotResult) -> list[SpeedRow]:
         SpeedRow(
             each.arm,
             _rival(each),
-            Cell(
-                words.signed(each.loss_difference.mean),
-                words.ends(each.loss_difference, words.signed),
+            PilotCell(
+                numbers.signed(each.loss_difference.mean),
+                numbers.ends(each.loss_difference, numbers.signed),
             ),
             _meaning(each),
         )
@@ -52,7 +52,7 @@ def _rival(row: EqualSpeed) -> str:
 def _meaning(row: EqualSpeed) -> str:
     difference = row.loss_difference
     better = difference.mean < 0
-    size = words.loss(abs(difference.mean))
+    size = numbers.loss(abs(difference.mean))
     beside = "At the same speed" if row.slower != row.faster else f"Beside {row.slower}"
     rival = "vanilla with fewer experts" if row.slower != row.faster else "it"
     text = f"{beside} {row.arm} is {size} nats {'better' if better else 'worse'} than {rival}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moepp_megatron.workbench.experiments.pilot.report import words
 from moepp_megatron.workbench.experiments.pilot.report.commands import Commands
 from moepp_megatron.workbench.experiments.pilot.report.conditions import (
     behind_condition,
@@ -21,8 +20,8 @@ from moepp_megatron.workbench.experiments.pilot.report.conditions import (
 from moepp_megatron.workbench.experiments.pilot.report.tables import alerts
 from moepp_megatron.workbench.experiments.pilot.result import (
     ArmOutcome,
+    ArmVerdict,
     PilotResult,
-    Verdict,
 )
 from moepp_megatron.workbench.report import formatting
 
@@ -56,8 +55,8 @@ class Stage:
 
 def stages(result: PilotResult) -> list[Stage]:
     """All three where an arm is recommended, else the pilot's alone."""
-    verdict = words.chosen(result)
-    outcome = words.outcome_of(result, verdict.arm) if verdict is not None else None
+    verdict = result.chosen
+    outcome = result.outcome_of(verdict.arm) if verdict is not None else None
     if verdict is None or outcome is None:
         return []
     commands = Commands(result, outcome)
@@ -68,7 +67,9 @@ def stages(result: PilotResult) -> list[Stage]:
     return [first, second, _cluster(result, verdict, outcome, commands)]
 
 
-def _pilot(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands: Commands) -> Stage:
+def _pilot(
+    result: PilotResult, verdict: ArmVerdict, outcome: ArmOutcome, commands: Commands
+) -> Stage:
     watch = [
         f"Alerts of {verdict.arm}: {alerts(outcome)}.",
         f"FFN share: {formatting.percent(outcome.ffn_share.mean)} in the last quarter.",
@@ -93,8 +94,8 @@ def _pilot(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands:
     )
 
 
-def _state(result: PilotResult, verdict: Verdict) -> str:
-    if words.is_open(result):
+def _state(result: PilotResult, verdict: ArmVerdict) -> str:
+    if result.is_open:
         return UNDECIDED
     if result.recommended is None:
         return "ends here"
@@ -103,7 +104,9 @@ def _state(result: PilotResult, verdict: Verdict) -> str:
     return DONE
 
 
-def _node(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands: Commands) -> Stage:
+def _node(
+    result: PilotResult, verdict: ArmVerdict, outcome: ArmOutcome, commands: Commands
+) -> Stage:
     ratio = outcome.time_ratio.mean if outcome.time_ratio is not None else None
     return Stage(
         title="2. One node",
@@ -133,15 +136,14 @@ def _node(result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands: 
 
 
 def _cluster(
-    result: PilotResult, verdict: Verdict, outcome: ArmOutcome, commands: Commands
+    result: PilotResult, verdict: ArmVerdict, outcome: ArmOutcome, commands: Commands
 ) -> Stage:
     target = result.target
-    models = target.models if target is not None else []
-    model = next((m for m in models if m.arm == verdict.arm and m.fits), None)
+    model = target.model_of(verdict.arm) if target is not None else None
     watch = ["The same metrics; their ranges are those of stage 2 now."]
     go_on = [speed_condition(verdict.token_factor, "`scaling.html` on the nodes of the run")]
     ratio = None
-    if target is not None and model is not None:
+    if target is not None and model is not None and model.fits:
         ratio = model.time_ratio
         watch += promised(target, model)
         go_on += room(verdict, model)

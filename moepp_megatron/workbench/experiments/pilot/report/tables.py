@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moepp_megatron.workbench.experiments.pilot.report import words
+from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.result import (
     ArmOutcome,
+    ArmVerdict,
     Interval,
     PilotResult,
-    Verdict,
 )
 from moepp_megatron.workbench.report import formatting
 
 
 @dataclass(frozen=True)
-class Cell:
+class PilotCell:
     """A number and what stands small beneath it.
 
     Attributes:
@@ -30,7 +30,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class PilotRow:
     """A line of a table.
 
     Attributes:
@@ -42,7 +42,7 @@ class Row:
 
     name: str
     note: str
-    cells: list[Cell]
+    cells: list[PilotCell]
     strong: bool = False
 
 
@@ -69,10 +69,10 @@ def arm_columns(result: PilotResult) -> list[str]:
     return [name for name in _ARM_COLUMNS if name != "Energy a token" or has_energy(result)]
 
 
-def arm_rows(result: PilotResult) -> list[Row]:
+def arm_rows(result: PilotResult) -> list[PilotRow]:
     """All arms in the order of the pilot."""
     return [
-        Row(
+        PilotRow(
             name=each.arm.name,
             note=_about(each),
             cells=_arm_cells(each, has_energy(result)),
@@ -92,24 +92,26 @@ def seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
-def _arm_cells(outcome: ArmOutcome, with_energy: bool) -> list[Cell]:
+def _arm_cells(outcome: ArmOutcome, with_energy: bool) -> list[PilotCell]:
     difference, time_ratio = outcome.loss_difference, outcome.time_ratio
     used = outcome.energy_per_token_j
     cells = [
-        Cell(words.loss(outcome.valid_loss.mean), words.ends(outcome.valid_loss, words.loss)),
-        Cell(words.NOTHING)
+        PilotCell(
+            numbers.loss(outcome.valid_loss.mean), numbers.ends(outcome.valid_loss, numbers.loss)
+        ),
+        PilotCell(numbers.NOTHING)
         if difference is None
-        else Cell(words.signed(difference.mean), words.ends(difference, words.signed)),
-        Cell(words.seconds(outcome.step_time_s.mean)),
+        else PilotCell(numbers.signed(difference.mean), numbers.ends(difference, numbers.signed)),
+        PilotCell(numbers.seconds(outcome.step_time_s.mean)),
         ratio_cell(time_ratio),
-        Cell(formatting.count(outcome.tokens_per_s.mean)),
-        Cell(formatting.percent(outcome.ffn_share.mean)),
-        Cell(words.megabytes(outcome.a2a_bytes.mean)),
+        PilotCell(formatting.count(outcome.tokens_per_s.mean)),
+        PilotCell(formatting.percent(outcome.ffn_share.mean)),
+        PilotCell(numbers.megabytes(outcome.a2a_bytes.mean)),
     ]
     if with_energy:
-        unknown = Cell(words.NOT_MEASURED, is_text=True)
-        cells.append(unknown if used is None else Cell(words.energy(used.mean)))
-    return [*cells, Cell(alerts(outcome), is_text=True)]
+        unknown = PilotCell(numbers.NOT_MEASURED, is_text=True)
+        cells.append(unknown if used is None else PilotCell(numbers.energy(used.mean)))
+    return [*cells, PilotCell(alerts(outcome), is_text=True)]
 
 
 def alerts(outcome: ArmOutcome) -> str:
@@ -131,19 +133,19 @@ class VerdictRow:
         strong: The recommended arm.
     """
 
-    verdict: Verdict
-    factor: Cell
-    pilot: Cell
-    target: Cell
+    verdict: ArmVerdict
+    factor: PilotCell
+    pilot: PilotCell
+    target: PilotCell
     why: str
     strong: bool
 
 
-def ratio_cell(found: Interval | None) -> Cell:
+def ratio_cell(found: Interval | None) -> PilotCell:
     """A ratio with its interval; a dash where nothing can be told."""
     if found is None:
-        return Cell(words.NOTHING)
-    return Cell(words.ratio(found.mean), words.ends(found, words.ratio))
+        return PilotCell(numbers.NOTHING)
+    return PilotCell(numbers.ratio(found.mean), numbers.ends(found, numbers.ratio))
 
 
 def verdict_rows(result: PilotResult) -> list[VerdictRow]:
@@ -156,7 +158,7 @@ def verdict_rows(result: PilotResult) -> list[VerdictRow]:
                 factor=ratio_cell(each.token_factor),
                 pilot=ratio_cell(each.time_to_loss),
                 target=ratio_cell(each.target_time_to_loss),
-                why="" if each is words.chosen(result) else " ".join(each.reasons),
+                why="" if each is result.chosen else " ".join(each.reasons),
                 strong=each.arm == result.recommended,
             )
         )

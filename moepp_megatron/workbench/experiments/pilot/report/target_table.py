@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moepp_megatron.workbench.experiments.pilot.report import words
-from moepp_megatron.workbench.experiments.pilot.report.tables import Cell, Row
+from moepp_megatron.workbench.experiments.pilot.report import numbers
+from moepp_megatron.workbench.experiments.pilot.report.tables import PilotCell, PilotRow
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult, TargetModel
 from moepp_megatron.workbench.report import formatting
 
@@ -17,31 +17,32 @@ def target_columns(result: PilotResult) -> list[str]:
     return [*names, "Hours to vanilla's loss"] + (["Cost to it"] if "Cost" in names else [])
 
 
-def target_rows(result: PilotResult) -> list[Row]:
+def target_rows(result: PilotResult) -> list[PilotRow]:
     """Models at the target; empty without one."""
     if result.target is None:
         return []
-    vanilla_name = result.arms[0].arm.name if result.arms else None
-    vanilla = next((m for m in result.target.models if m.arm == vanilla_name), None)
+    vanilla = result.target.model_of(result.arms[0].arm.name) if result.arms else None
     width = len(target_columns(result))
     rows = []
     for model in result.target.models:
-        cells = [Cell(model.layout), *_target_cells(result, model, vanilla)]
+        cells = [PilotCell(model.layout), *_target_cells(result, model, vanilla)]
         if not model.fits:
-            cells = [Cell(model.layout), *[Cell(words.NOTHING)] * (width - 1)]
+            cells = [PilotCell(model.layout), *[PilotCell(numbers.NOTHING)] * (width - 1)]
         note = "" if model.fits else "does not fit the cards"
-        rows.append(Row(model.arm, note, cells, model.arm == result.recommended))
+        rows.append(PilotRow(model.arm, note, cells, model.arm == result.recommended))
     return rows
 
 
 def _target_cells(
     result: PilotResult, model: TargetModel, vanilla: TargetModel | None
-) -> list[Cell]:
-    def show(value: float | None, digits: int = 0) -> Cell:
-        return Cell(words.NOTHING if value is None else formatting.number(value, digits))
+) -> list[PilotCell]:
+    def show(value: float | None, digits: int = 0) -> PilotCell:
+        return PilotCell(numbers.NOTHING if value is None else formatting.number(value, digits))
 
     cells = [
-        Cell(words.NOTHING if model.step_time_s is None else words.seconds(model.step_time_s)),
+        PilotCell(
+            numbers.NOTHING if model.step_time_s is None else numbers.seconds(model.step_time_s)
+        ),
         show(model.time_ratio, 3),
         show(model.tokens_per_s_per_gpu),
         show(
@@ -58,18 +59,18 @@ def _target_cells(
     return cells
 
 
-def _to_loss(result: PilotResult, model: TargetModel, vanilla: float | None) -> Cell:
+def _to_loss(result: PilotResult, model: TargetModel, vanilla: float | None) -> PilotCell:
     """Vanilla's hours or money times the arm's time to equal loss."""
     if vanilla is None:
-        return Cell(words.NOTHING)
+        return PilotCell(numbers.NOTHING)
 
     def show(factor: float) -> str:
         value = vanilla * factor
         return formatting.number(value, 1 if value < 100 else 0)
 
     if result.arms and model.arm == result.arms[0].arm.name:
-        return Cell(show(1.0))
+        return PilotCell(show(1.0))
     found = next((v.target_time_to_loss for v in result.verdicts if v.arm == model.arm), None)
     if found is None:
-        return Cell(words.NOTHING)
-    return Cell(show(found.mean), words.ends(found, show))
+        return PilotCell(numbers.NOTHING)
+    return PilotCell(show(found.mean), numbers.ends(found, show))

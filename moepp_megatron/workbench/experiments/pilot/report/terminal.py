@@ -9,11 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moepp_megatron.runtime.terminal import Console
-from moepp_megatron.workbench.experiments.pilot.report import words
+from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.speed_table import speed_rows
-from moepp_megatron.workbench.experiments.pilot.report.tables import (
-    alerts,
-)
+from moepp_megatron.workbench.experiments.pilot.report.tables import alerts
 from moepp_megatron.workbench.experiments.pilot.report.target_table import (
     target_columns,
     target_rows,
@@ -49,7 +47,7 @@ def print_pilot(result: PilotResult) -> None:
         console.print(f"caveat: {caveat}", soft_wrap=True)
     console.print()
     console.print(result.answer, style="bold", soft_wrap=True)
-    console.print(f"recommended: {words.recommendation(result)}")
+    console.print(f"recommended: {numbers.recommendation(result)}")
 
 
 def _table(title: str) -> Table:
@@ -65,13 +63,13 @@ def _arms(result: PilotResult, is_wide: bool) -> Table:
     for each in result.arms:
         table.add_row(
             each.arm.name,
-            words.loss(each.valid_loss.mean),
-            _interval(each.loss_difference, words.signed),
-            words.seconds(each.step_time_s.mean),
-            _interval(each.time_ratio, words.ratio),
+            numbers.loss(each.valid_loss.mean),
+            _interval(each.loss_difference, numbers.signed),
+            numbers.seconds(each.step_time_s.mean),
+            _interval(each.time_ratio, numbers.ratio),
             formatting.count(each.tokens_per_s.mean),
             formatting.percent(each.ffn_share.mean),
-            words.megabytes(each.a2a_bytes.mean),
+            numbers.megabytes(each.a2a_bytes.mean),
         )
     return table
 
@@ -79,7 +77,7 @@ def _arms(result: PilotResult, is_wide: bool) -> Table:
 def _interval(found: Interval | None, show: Callable[[float], str]) -> str:
     """Shorter than on the page: `0.861 [0.828, 0.895]`."""
     if found is None:
-        return words.NOTHING
+        return numbers.NOTHING
     if found.low is None or found.high is None:
         return show(found.mean)
     return f"{show(found.mean)} [{show(found.low)}, {show(found.high)}]"
@@ -98,19 +96,19 @@ def _verdicts(result: PilotResult) -> Table:
         there = each.target_time_to_loss
         row: list[str | Text] = [
             each.arm,
-            _interval(each.token_factor, words.ratio),
-            _interval(each.time_to_loss, words.ratio),
+            _interval(each.token_factor, numbers.ratio),
+            _interval(each.time_to_loss, numbers.ratio),
             _answer(each.at_pilot),
         ]
         if result.target is not None:
-            row += [_interval(there, words.ratio)]
+            row += [_interval(there, numbers.ratio)]
             row += [_answer(each.at_target)]
         table.add_row(*row)
     return table
 
 
 def _answer(answer: Answer | None) -> Text:
-    return Text(answer or words.NOTHING, style=_STYLES[words.answer_class(answer)])
+    return Text(answer or numbers.NOTHING, style=_STYLES[numbers.answer_class(answer)])
 
 
 def _target(result: PilotResult, is_wide: bool) -> Table:

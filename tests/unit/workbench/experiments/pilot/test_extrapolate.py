@@ -18,8 +18,8 @@ from moepp_megatron.workbench.experiments.pilot.extrapolate import (
     with_share,
 )
 from moepp_megatron.workbench.experiments.pilot.outcome import arm_outcome
-from moepp_megatron.workbench.experiments.pilot.result import Target
-from moepp_megatron.workbench.experiments.pilot.runs import PilotFolder
+from moepp_megatron.workbench.experiments.pilot.result import PilotTarget
+from moepp_megatron.workbench.experiments.pilot.runs import PilotRuns
 from moepp_megatron.workbench.planning.imbalance import LEARNED, Routing
 from moepp_megatron.workbench.planning.machine import machine_of
 from moepp_megatron.workbench.planning.plan import make_plan
@@ -44,7 +44,7 @@ ARMS = build_arms(config_of(), 8, [1.0, 0.5])
 NOMINAL = {arm.arm.name: arm.config.moe.ffn_share for arm in ARMS}
 
 
-def extrapolated(share: float, routing: dict[str, Routing] | None = None) -> Target:
+def extrapolated(share: float, routing: dict[str, Routing] | None = None) -> PilotTarget:
     runs = seeds([4.0, 4.1], [1.0, 1.1])
     found = []
     for arm in ARMS:
@@ -113,7 +113,7 @@ def test_a_rival_means_something_else_beside_another_topk() -> None:
 
 
 def test_recorded_routing_counts_where_experts_are_as_many(tmp_path: Path) -> None:
-    runs = [PilotFolder(tmp_path).run_of(ARMS[1], seed) for seed in (7, 8)]
+    runs = [PilotRuns(tmp_path).run_of(ARMS[1], seed) for seed in (7, 8)]
     for run in runs:
         write_run(run)
     found = measured_routing(runs, LARGE)

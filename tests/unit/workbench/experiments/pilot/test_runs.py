@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from moepp_megatron.config import ConfigError, load_config, with_overrides
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
-from moepp_megatron.workbench.experiments.pilot import jobs
 from moepp_megatron.workbench.experiments.pilot.arms import build_arms
-from moepp_megatron.workbench.experiments.pilot.jobs import Interrupted, Jobs, Pace
-from moepp_megatron.workbench.experiments.pilot.runs import (
-    PilotFolder,
-    PilotRun,
-    RunFailed,
-    ordered_runs,
-)
+from moepp_megatron.workbench.experiments.pilot.runs import PilotRun, PilotRuns
+from moepp_megatron.workbench.experiments.runs import Interrupted, Pace, RunFailed
 from tests.unit.workbench.experiments.pilot.synthetic import config_of, write_run
 
 
 def runs_in(path: Path, steps: int = 8, seeds: tuple[int, ...] = (7, 8)) -> list[PilotRun]:
-    return ordered_runs(PilotFolder(path), build_arms(config_of(), steps, [0.75]), seeds)
+    return PilotRuns(path).all_of(build_arms(config_of(), steps, [0.75]), seeds)
 
 
-class Runner:
-    """Stands in for the ranks of a run; notes which were started."""
+class Ranks:
+    """Stands in for the ranks of these runs; notes which were started."""
 
-    def __init__(self, status: int = 0, after: int = 0) -> None:
+    def __init__(self, runs: list[PilotRun], status: int = 0, after: int = 0) -> None:
+        self.runs = {run.name: run for run in runs}
         self.started: list[str] = []
         self.status, self.after = status, after
 
-    def __call__(self, folder: PilotFolder, run: PilotRun, nproc: int) -> int:
-        assert folder.config_file(run).exists(), "written before it is run"
+    def __call__(self, options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
+        file = Path(arguments[-1])
+        assert file.exists(), "written before it is run"
+        run = self.runs[file.stem]
         assert not run.config.run.dir.exists(), "done anew, from nothing"
         self.started.append(run.name)
         if len(self.started) > self.after and self.status:
             return self.status
         write_run(run)
         return 0
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ranks]:
+    """Puts `Ranks` in place of those that would be started."""
+
+    def put(runs: list[PilotRun], status: int = 0, after: int = 0) -> Ranks:
+        ranks = Ranks(runs, status, after)
+        monkeypatch.setattr("moepp_megatron.workbench.experiments.runs.run_ranks", ranks)
+        return ranks
+
+    return put
 
 
 def test_order_rotates_from_seed_to_seed(tmp_path: Path) -> None:
@@ -58,35 +68,37 @@ def test_order_rotates_from_seed_to_seed(tmp_path: Path) -> None:
 
 def test_configurations_are_files_that_train_takes(tmp_path: Path) -> None:
     runs = runs_in(tmp_path)
-    PilotFolder(tmp_path).claim(runs)
+    PilotRuns(tmp_path).claim(runs)
     for run in runs:
         assert load_config(tmp_path / "configs" / f"{run.name}.yaml") == run.config
         assert run.config.training.seed == run.seed
         assert run.config.run.dir == tmp_path / "runs" / run.name
 
 
-def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(tmp_path: Path) -> None:
-    folder, runs = PilotFolder(tmp_path), runs_in(tmp_path)
+def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(
+    tmp_path: Path, stand_in: Callable[..., Ranks]
+) -> None:
+    folder, runs = PilotRuns(tmp_path), runs_in(tmp_path)
     folder.claim(runs)
     write_run(runs[0])
     write_run(runs[2], steps=5)
     # All steps, but ended before its validation.
     write_run(runs[3], loss=None)
     assert [folder.is_done(run) for run in runs[:4]] == [True, False, False, False]
-    runner, shown, ended = Runner(), [], []
-    Jobs(folder, 1, runner).run_missing(runs, shown.append, lambda run: ended.append(run.name))
-    assert runner.started == ended == [run.name for run in runs[1:]]
+    ranks, shown, ended = stand_in(runs), [], []
+    folder.run_missing(runs, shown.append, lambda run: ended.append(run.name))
+    assert ranks.started == ended == [run.name for run in runs[1:]]
     assert shown[0] == "seed 7, MoE++ tau 0.75"
     assert shown[1].startswith("seed 7, vanilla top-1 (")
-    again = Runner()
-    Jobs(folder, 1, again).run_missing(runs)
+    again = stand_in(runs)
+    folder.run_missing(runs)
     assert again.started == []
 
 
 def test_more_seeds_later(tmp_path: Path) -> None:
     for run in runs_in(tmp_path):
         write_run(run)
-    folder, more = PilotFolder(tmp_path), runs_in(tmp_path, seeds=(7, 8, 9))
+    folder, more = PilotRuns(tmp_path), runs_in(tmp_path, seeds=(7, 8, 9))
     folder.claim(more)
     assert {run.seed for run in more if not folder.is_done(run)} == {9}
 
@@ -96,7 +108,7 @@ def test_runs_with_other_settings_are_refused(tmp_path: Path, finished: bool) ->
     write_run(runs_in(tmp_path)[0], steps=None if finished else 5)
     other = runs_in(tmp_path, steps=16)
     with pytest.raises(ConfigError, match=r"training.train_iters \(8, now 16\).* another folder"):
-        PilotFolder(tmp_path).claim(other)
+        PilotRuns(tmp_path).claim(other)
     assert not (tmp_path / "configs").exists(), "refused before anything is written"
 
 
@@ -104,40 +116,41 @@ def test_a_moved_folder_is_the_same_pilot(tmp_path: Path) -> None:
     for run in runs_in(tmp_path / "before"):
         write_run(run)
     (tmp_path / "before").rename(tmp_path / "after")
-    folder, runs = PilotFolder(tmp_path / "after"), runs_in(tmp_path / "after")
+    folder, runs = PilotRuns(tmp_path / "after"), runs_in(tmp_path / "after")
     folder.claim(runs)
     assert all(folder.is_done(run) for run in runs)
 
 
 @pytest.mark.parametrize("status", [STOPPED, 128 + signal.SIGTERM, 128 + signal.SIGINT])
 def test_a_request_to_stop_ends_the_pilot_and_keeps_what_is_done(
-    tmp_path: Path, status: int
+    tmp_path: Path, stand_in: Callable[..., Ranks], status: int
 ) -> None:
-    folder, runs = PilotFolder(tmp_path), runs_in(tmp_path)
+    folder, runs = PilotRuns(tmp_path), runs_in(tmp_path)
     folder.claim(runs)
+    stand_in(runs, status, after=2)
     with pytest.raises(Interrupted, match="run again to go on"):
-        Jobs(folder, 1, Runner(status, after=2)).run_missing(runs)
+        folder.run_missing(runs)
     assert [folder.is_done(run) for run in runs[:3]] == [True, True, False]
 
 
-def test_a_request_between_two_runs(tmp_path: Path) -> None:
-    folder, runs = PilotFolder(tmp_path), runs_in(tmp_path)
+def test_a_request_between_two_runs(tmp_path: Path, stand_in: Callable[..., Ranks]) -> None:
+    folder, runs = PilotRuns(tmp_path), runs_in(tmp_path)
     folder.claim(runs)
     before = signal.getsignal(signal.SIGTERM)
+    stand_in(runs)
     with pytest.raises(Interrupted):
-        Jobs(folder, 1, Runner()).run_missing(
-            runs, finished=lambda run: signal.raise_signal(signal.SIGTERM)
-        )
+        folder.run_missing(runs, finished=lambda run: signal.raise_signal(signal.SIGTERM))
     assert signal.getsignal(signal.SIGTERM) is before
     assert folder.is_done(runs[0])
 
 
-def test_a_failed_run_says_what_to_read(tmp_path: Path) -> None:
-    folder, runs = PilotFolder(tmp_path), runs_in(tmp_path)
+def test_a_failed_run_says_what_to_read(tmp_path: Path, stand_in: Callable[..., Ranks]) -> None:
+    folder, runs = PilotRuns(tmp_path), runs_in(tmp_path)
     folder.claim(runs)
     folder.log(runs[0]).write_text("error: something (3) must be 4\n")
+    stand_in(runs, status=1)
     with pytest.raises(RunFailed, match=r"vanilla-seed-7 failed: something \(3\) must.*\.log"):
-        Jobs(folder, 1, Runner(status=1)).run_missing(runs)
+        folder.run_missing(runs)
 
 
 def test_a_diverged_run_has_no_loss_to_compare(tmp_path: Path) -> None:
@@ -146,7 +159,7 @@ def test_a_diverged_run_has_no_loss_to_compare(tmp_path: Path) -> None:
     file = run.config.run.dir / "metrics.jsonl"
     file.write_text(file.read_text().replace('"valid_loss":4.0', '"valid_loss":1e999'))
     with pytest.raises(RunFailed, match="vanilla-seed-7 has diverged"):
-        PilotFolder(tmp_path).is_done(run)
+        PilotRuns(tmp_path).is_done(run)
 
 
 def test_ranks_are_started_on_the_runs_own_file(
@@ -159,9 +172,9 @@ def test_ranks_are_started_on_the_runs_own_file(
         write_run(run)
         return 0
 
-    folder, run = PilotFolder(tmp_path), runs_in(tmp_path)[0]
-    monkeypatch.setattr(jobs, "run_ranks", launched)
-    Jobs(folder, 4).run(run)
+    folder, run = PilotRuns(tmp_path), runs_in(tmp_path)[0]
+    monkeypatch.setattr("moepp_megatron.workbench.experiments.runs.run_ranks", launched)
+    PilotRuns(tmp_path, 4).do(run)
     options, module, arguments = calls[0]
     assert (options.num_local_ranks, options.output) == (4, folder.log(run))
     assert module == "moepp_megatron.cli.main"
@@ -169,15 +182,14 @@ def test_ranks_are_started_on_the_runs_own_file(
 
 
 def test_time_left_follows_from_steps() -> None:
-    run = runs_in(Path("nowhere"), steps=20)[0]
     pace = Pace(left=60)
     assert pace.seconds_left is None
-    pace.finish(run, 10.0)
+    pace.finish(20, 10.0)
     assert pace.seconds_left == pytest.approx(20.0)
 
 
 def test_settings_of_place_alone_may_differ(tmp_path: Path) -> None:
     write_run(runs_in(tmp_path)[0])
     config = with_overrides(config_of(), ["slurm.partition=fast", "run.name=other"])
-    runs = ordered_runs(PilotFolder(tmp_path), build_arms(config, 8, [0.75]), [7])
-    PilotFolder(tmp_path).claim(runs)
+    runs = PilotRuns(tmp_path).all_of(build_arms(config, 8, [0.75]), [7])
+    PilotRuns(tmp_path).claim(runs)

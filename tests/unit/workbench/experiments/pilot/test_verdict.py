@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from moepp_megatron.workbench.experiments.pilot import words
+from moepp_megatron.workbench.experiments.pilot import sentences
 from moepp_megatron.workbench.experiments.pilot.equal_speed import equal_speed
 from moepp_megatron.workbench.experiments.pilot.extrapolate import COST_MODEL_ERROR
 from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome, arm_outcome
-from moepp_megatron.workbench.experiments.pilot.result import Arm, Verdict
+from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmVerdict
 from moepp_megatron.workbench.experiments.pilot.verdict import (
     AtTarget,
     TokenValue,
@@ -38,7 +38,7 @@ def judged(
     faster: Runs = FASTER,
     vanilla: Runs = VANILLA,
     at_target: AtTarget | None = None,
-) -> Verdict:
+) -> ArmVerdict:
     outcome = arm_outcome(ARM, runs, vanilla)
     arms = {"vanilla": vanilla, "vanilla top-1": faster}
     equal = equal_speed(ARM.name, runs, arms)
@@ -95,7 +95,7 @@ def test_a_rival_of_the_same_speed_that_is_better() -> None:
     assert found.time_to_loss.high is not None
     assert found.time_to_loss.high < 1
     equal = equal_speed(ARM.name, moepp(0.01, 0.8), {"vanilla": VANILLA, "top": rival})
-    said = words.answer(found, equal, has_target=False)
+    said = sentences.answer(found, equal, has_target=False)
     assert said.startswith("At this scale MoE++ does not pay")
     assert "learns less than a vanilla model of the same speed" in said
 
@@ -173,7 +173,7 @@ def test_an_interval_too_wide_to_mean_anything_is_said_in_words() -> None:
     assert found.time_to_loss is not None
     assert found.time_to_loss.high is not None
     assert found.time_to_loss.high > 1000
-    text = words.answer(found, equal, has_target=False)
+    text = sentences.answer(found, equal, has_target=False)
     assert (
         "may need anything from less than a tenth of vanilla's time to more than ten times "
         "vanilla's time to vanilla's loss (95% interval)" in text
@@ -186,15 +186,15 @@ def test_an_interval_too_wide_to_mean_anything_is_said_in_words() -> None:
 def test_answers_in_words() -> None:
     runs = moepp(0.01, 0.8)
     equal = equal_speed(ARM.name, runs, {"vanilla": VANILLA, "vanilla top-1": FASTER})
-    pays = words.answer(judged(runs), equal, has_target=False)
+    pays = sentences.answer(judged(runs), equal, has_target=False)
     assert pays.startswith(
         "At this scale MoE++ pays: with tau 0.5 it learns as much as vanilla in 12% less time (95%"
     )
-    loses = words.answer(judged(moepp(0.03, 0.95)), equal, has_target=False)
+    loses = sentences.answer(judged(moepp(0.03, 0.95)), equal, has_target=False)
     assert "does not pay" in loses
     assert "only with 28% more time (95% interval " in loses
-    unsure = words.answer(judged(moepp(0.02, 0.85, noise=0.05)), equal, has_target=False)
+    unsure = sentences.answer(judged(moepp(0.02, 0.85, noise=0.05)), equal, has_target=False)
     assert unsure.startswith("This pilot cannot tell whether MoE++ pays")
     found = judged(runs, at_target=AtTarget(1.2))
-    both = words.answer(found, equal, has_target=True, target="large on 64 h100_sxm")
+    both = sentences.answer(found, equal, has_target=True, target="large on 64 h100_sxm")
     assert "; for large on 64 h100_sxm it would not pay: " in both

@@ -1,4 +1,4 @@
-"""The folder of a scaling test: what is finished stays finished, whatever happens to the rest.
+"""The points of a scaling test on disk, each measured by a job of its own.
 
 DIR/settings.json      what all points have in common
 DIR/points/NAME.json   one finished or failed point
@@ -10,8 +10,7 @@ DIR/scaling.html       the page
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,9 @@ from pydantic import ValidationError
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.launch import LaunchOptions
+from moepp_megatron.runtime.nodes import Nodes
+from moepp_megatron.workbench.experiments.runs import RunSet, differences
 from moepp_megatron.workbench.experiments.scaling.grid import Point
 from moepp_megatron.workbench.experiments.scaling.point import PointFile, PointResult
 
@@ -39,8 +41,6 @@ _IN_NAME = {
     },
     "training": {"global_batch_size", "train_iters"},
 }
-# How a rank says why it fails; the launcher looks for it in the log.
-FAILURE_MARK = "moepp: point failed on rank"
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,20 @@ class Measuring:
     repeats: int
 
 
-class ScalingFolder:
+class ScalingRuns(RunSet[Point]):
     """The points on disk.
 
     Args:
         path: DIR.
+        command: `moepp` arguments that measure a point as one rank, but for `--point NAME`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    noun = "points"
+    parts = ("points", "logs")
+
+    def __init__(self, path: Path, command: Sequence[str] = ()) -> None:
+        super().__init__(path)
+        self.command = command
 
     def claim(self, config: Config, measuring: Measuring) -> None:
         """Make the folder, or make sure that its points belong to the same test.
@@ -78,25 +83,51 @@ class ScalingFolder:
         """
         wanted = _settings(config, measuring)
         file = self.path / "settings.json"
-        try:
-            for name in ("points", "logs"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
-            found = read_json(file) if file.exists() else None
-            if found is None:
+        with self.writing():
+            if not file.exists():
                 write_atomic(file, (json.dumps(wanted, indent=1) + "\n").encode())
-        except OSError as error:
+            try:
+                found = read_json(file)
+            except ValueError:
+                found = None
+        if found != wanted:
+            # A file that is none of ours differs in every section.
+            known = found if isinstance(found, dict) else {}
+            changed = list(differences(known, wanted)) or [file.name]
+            raise self.other_settings(f"{', '.join(changed[:3])} differs")
+
+    def do(self, point: Point, nodes: Nodes | None = None) -> str | None:
+        """Measure one point; the ranks of this machine are started here.
+
+        Args:
+            point: What to measure.
+            nodes: The machines, each of which makes this call; None for this one alone.
+
+        Returns:
+            Why it failed, or None.
+
+        Raises:
+            Interrupted: Stopped from outside.
+            ConfigError: The ranks cannot be shared out over the machines.
+        """
+        count = nodes.count if nodes is not None else 1
+        if point.nproc % count:
             raise ConfigError(
-                f"--out ({self.path}) must be a folder that can be written ({error.strerror}); "
-                "choose another one"
-            ) from None
-        except ValueError:
-            found = {}
-        if found is not None and found != wanted:
-            changed = ", ".join(_differences(found, wanted)[:3])
-            raise ConfigError(
-                f"--out ({self.path}) must be new or hold points of the same settings, and "
-                f"{changed} differs; choose another folder"
+                f"--nnodes ({count}) must divide the ranks of --point ({point.nproc}); use 1"
             )
+        node = (nodes.rank or 0) if nodes is not None else 0
+        log = self.log(point)
+        if node:
+            log = log.with_name(f"{point.name}.node{node}.log")
+        options = LaunchOptions(point.nproc // count, nodes, output=log)
+        reason = self.launch(point, options, [*self.command, "--point", point.name])
+        if reason is not None and node == 0:
+            self._write(point, PointFile(name=point.name, status="failed", error=reason))
+        return reason
+
+    def finish(self, point: Point, result: PointResult) -> None:
+        """Write down what was measured, in one step."""
+        self._write(point, PointFile(name=point.name, status="done", result=result))
 
     def read(self, point: Point) -> PointFile | None:
         """What is known of `point`; None if nothing is, or nothing that can be read."""
@@ -111,44 +142,11 @@ class ScalingFolder:
         file = self.read(point)
         return file is not None and file.status == "done"
 
-    def finish(self, point: Point, result: PointResult) -> None:
-        """Write down what was measured, in one step."""
-        self._write(point, PointFile(name=point.name, status="done", result=result))
-
-    def fail(self, point: Point, error: str) -> None:
-        """Write down why `point` failed; it is measured again next time."""
-        self._write(point, PointFile(name=point.name, status="failed", error=error))
-
-    def log(self, point: Point, node: int = 0) -> Path:
-        """Where the ranks of machine `node` print."""
-        suffix = f".node{node}" if node else ""
-        return self.path / "logs" / f"{point.name}{suffix}.log"
-
     def _file(self, point: Point) -> Path:
         return self.path / "points" / f"{point.name}.json"
 
     def _write(self, point: Point, content: PointFile) -> None:
         write_atomic(self._file(point), (content.model_dump_json(indent=1) + "\n").encode())
-
-
-def failure_reason(log: Path, status: int) -> str:
-    """Why the job with this `log` ended with `status`, on one line."""
-    try:
-        text = log.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    # The first rank to fail is the cause of the others' failures.
-    for pattern in (rf"{FAILURE_MARK} (.*)", r"^error: (.*)", r"(Signal \d+ \(SIG\w+\))"):
-        found = re.search(pattern, text, re.MULTILINE)
-        if found is not None:
-            said = found.group(1).strip()
-            return f"rank {said}" if pattern.startswith(FAILURE_MARK) else said
-    return f"exit status {status}; {log} may say more"
-
-
-def unfinished(folder: ScalingFolder, points: Iterable[Point]) -> list[Point]:
-    """The points to measure: those never started and those that failed."""
-    return [point for point in points if not folder.is_done(point)]
 
 
 def _settings(config: Config, measuring: Measuring) -> dict[str, Any]:
@@ -160,15 +158,3 @@ def _settings(config: Config, measuring: Measuring) -> dict[str, Any]:
     # As JSON has it, to be compared with what was read.
     settings: dict[str, Any] = json.loads(json.dumps({**sections, "measuring": asdict(measuring)}))
     return settings
-
-
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Dotted names of the settings that differ."""
-    names = []
-    for section, keys in wanted.items():
-        before = found.get(section)
-        if not isinstance(before, dict) or not isinstance(keys, dict):
-            names.append(section)
-            continue
-        names += [f"{section}.{key}" for key in keys if before.get(key) != keys[key]]
-    return names or ["settings.json"]

@@ -7,9 +7,9 @@ import math
 from moepp_megatron.workbench.experiments.pilot.equal_speed import Standing
 from moepp_megatron.workbench.experiments.pilot.result import (
     ArmOutcome,
+    ArmVerdict,
     EqualSpeed,
     Interval,
-    Verdict,
 )
 
 _STANDS: dict[Standing | None, str] = {
@@ -92,7 +92,7 @@ def target_reasons(
     return reasons
 
 
-def answer(best: Verdict, equal: EqualSpeed, has_target: bool, target: str = "") -> str:
+def answer(best: ArmVerdict, equal: EqualSpeed, has_target: bool, target: str = "") -> str:
     """One plain sentence.
 
     Args:
@@ -246,7 +246,7 @@ def _more(factor: float) -> str:
     return f"{factor - 1:.0%} more" if factor >= 1 else f"{1 - factor:.0%} less"
 
 
-def _target_words(best: Verdict, target: str) -> str:
+def _target_words(best: ArmVerdict, target: str) -> str:
     time = best.target_time_to_loss
     if best.at_target is None or time is None:
         return f"for {target} nothing can be told"
