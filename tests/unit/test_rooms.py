@@ -11,7 +11,18 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moepp_megatron"
 # From the top down: a room imports only rooms that come after it.
 WORKBENCH = ["experiments", "report", "planning", "inspection", "bench", "profiling", "doctor"]
-ENGINE = ["cluster", "interop", "training", "model", "moe", "data", "observe", "runtime", "config"]
+ENGINE = [
+    "cluster",
+    "interop",
+    "training",
+    "model",
+    "moe",
+    "data",
+    "observe",
+    "runtime",
+    "config",
+    "catalogue",
+]
 ROOMS = ["cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE]
 
 
