@@ -10,16 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.catalogue import OF_RECORD
 from moepp_megatron.observe.expert_names import ExpertCounts, layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
 
+_GROUPS = {key: row.group for key, row in OF_RECORD.items()}
 HISTOGRAMS: Mapping[str, str] = {
-    "expert_share": "expert_share/all_layers",
-    "layer_expert_share": "expert_share/moe_layer",
-    "ffn_histogram": "ffn_experts_per_token/all_layers",
-    "layer_ffn_histogram": "ffn_experts_per_token/moe_layer",
+    "expert_share": f"{_GROUPS['expert_share']}/all_layers",
+    "layer_expert_share": f"{_GROUPS['layer_expert_share']}/moe_layer",
+    "ffn_histogram": f"{_GROUPS['layer_ffn_histogram']}/all_layers",
+    "layer_ffn_histogram": f"{_GROUPS['layer_ffn_histogram']}/moe_layer",
 }
 """Fields that are shown as histograms, and their tags; a list of lists gives one a MoE layer, with
 the layer's number in the model behind the tag. Entry i of a list is the weight of i: of expert
@@ -31,45 +33,6 @@ RECORDS_PER_HISTOGRAM = 10
 
 class TensorBoardSink:
     """Writes scalars and histograms to a TensorBoard event folder."""
-
-    GROUPS = {
-        "loss": "loss/train",
-        "valid_loss": "loss/validation",
-        "balance_loss": "loss/balance",
-        "z_loss": "loss/z",
-        "lr": "optimizer/lr",
-        "grad_norm": "optimizer/grad_norm",
-        "num_zeros": "optimizer/num_zeros",
-        "step_time_s": "speed/step_time_s",
-        "tokens_per_s": "speed/tokens_per_s",
-        "a2a_bytes": "speed/a2a_bytes",
-        "slowest_rank_ratio": "speed/slowest_rank_ratio",
-        "waiting_fraction": "speed/waiting_fraction",
-        "skipped_steps": "optimizer/skipped_steps",
-        "guard_actions": "router/guard_actions",
-        "routing_shift": "router/routing_shift",
-        "mfu": "speed/mfu",
-        "model_tflops": "speed/model_tflops",
-        "energy_j": "hardware/energy_j",
-        "energy_per_token_j": "hardware/energy_per_token_j",
-        "gpu_hours": "hardware/gpu_hours",
-        "gpu_power_w": "hardware/gpu_power_w",
-        "gpu_utilization": "hardware/gpu_utilization",
-        "gpu_clock_mhz": "hardware/gpu_clock_mhz",
-        "gpu_memory_bytes": "hardware/gpu_memory_bytes",
-        "gpu_temperature_c": "hardware/gpu_temperature_c",
-        "nvlink_bytes_per_s": "hardware/nvlink_bytes_per_s",
-        "pcie_bytes_per_s": "hardware/pcie_bytes_per_s",
-        "cpu_utilization": "hardware/cpu_utilization",
-        "host_memory_bytes": "hardware/host_memory_bytes",
-        "tokens": "speed/tokens",
-        "ffn_fraction": "router/ffn_fraction",
-        "ffn_target": "router/ffn_target",
-        "tau": "router/tau",
-        "ffn_per_token": "router/ffn_per_token",
-        "max_ffn_load": "router/max_ffn_load",
-        "dropped_fraction": "router/dropped_fraction",
-    }
 
     def __init__(
         self,
@@ -127,17 +90,20 @@ class TensorBoardSink:
         values = record.model_dump(exclude_none=True)
         for key, value in values.items():
             if isinstance(value, int | float) and key != "step":
-                self._scalar(self.GROUPS.get(key, f"other/{key}"), value, record.step)
+                self._scalar(_tag(key), value, record.step)
+        group = _GROUPS["expert_share"]
         for name, share in zip(self._names, record.expert_share, strict=True):
-            self._scalar(f"expert_share/{name.replace(' ', '_')}", share, record.step)
+            self._scalar(f"{group}/{name.replace(' ', '_')}", share, record.step)
+        group = _GROUPS["layer_ffn_fraction"]
         for layer, fraction in self._by_layer(record.layer_ffn_fraction or ()):
-            self._scalar(f"layer_ffn_fraction/moe_layer_{layer}", fraction, record.step)
+            self._scalar(f"{group}/moe_layer_{layer}", fraction, record.step)
+        group = _GROUPS["router_health"]
         for metric, layers in (record.router_health or {}).items():
             for layer, value in self._by_layer(layers):
-                self._scalar(f"router_health/{metric}/moe_layer_{layer}", value, record.step)
+                self._scalar(f"{group}/{metric}/moe_layer_{layer}", value, record.step)
         for count, loss in enumerate(record.loss_by_ffn or ()):
             if math.isfinite(loss):
-                self._scalar(f"loss_by_ffn_experts/{count}", loss, record.step)
+                self._scalar(f"{_GROUPS['loss_by_ffn']}/{count}", loss, record.step)
         is_measured = record.router_health is not None
         if is_measured or self._records % RECORDS_PER_HISTOGRAM == 0:
             for key, tag in HISTOGRAMS.items():
@@ -185,6 +151,12 @@ class TensorBoardSink:
         """Flushes and closes the event file."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _tag(key: str) -> str:
+    """Of a number under this key of the record: the catalogue's, where it has one."""
+    group = _GROUPS.get(key, "other")
+    return group if "/" in group else f"{group}/{key}"
 
 
 def _quiet_writer_thread() -> None:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "moepp_megatron"
 # From the top down: a room imports only rooms that come after it.
 WORKBENCH = ["experiments", "report", "planning", "inspection", "bench", "profiling", "doctor"]
 ENGINE = ["cluster", "interop", "training", "model", "moe", "data", "observe", "runtime", "config"]
-FLOOR = ["layer_settings", "experts"]
+FLOOR = ["catalogue", "layer_settings", "experts"]
 ROOMS = ["cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
 
 

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from moepp_megatron.catalogue import OF_RECORD, Drawn
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.alerts import mark_alerts
@@ -16,6 +18,7 @@ from moepp_megatron.workbench.report.drawing import (
     MUTED,
     VERMILION,
     draw_healthy,
+    draw_level,
     draw_noisy,
     legend_above,
     new_figure,
@@ -30,35 +33,30 @@ from moepp_megatron.workbench.report.savings import vanilla_a2a_bytes
 
 
 def curve_plots(run: RunData) -> list[Plot]:
-    """All plots over steps, in the order of the page."""
-    plots = [loss_plot(run), ffn_share_plot(run), a2a_plot(run)]
-    plots += [
-        plain_plot(
-            run,
-            "Busiest FFN expert",
-            "max_ffn_load",
-            "load / mean load",
-            _LOAD,
-            level=("even", 1.0),
-            healthy=healthy_range("max_ffn_load"),
-        ),
-        speed_plot(run),
-        plain_plot(run, "Balance loss", "balance_loss", "balance loss", _BALANCE),
-        gradient_plot(run),
+    """All plots over steps, in the order of the page: what the catalogue draws, among the rest."""
+    placed = [
+        (0, loss_plot(run)),
+        (1, ffn_share_plot(run)),
+        (2, a2a_plot(run)),
+        (4, speed_plot(run)),
+        (6, gradient_plot(run)),
     ]
-    if any(r.dropped_fraction > 0 for r in run.records):
-        plots.append(
-            plain_plot(run, "Dropped selections", "dropped_fraction", "share", _DROPPED, share=True)
-        )
-    if any(r.z_loss is not None for r in run.records):
-        plots.append(plain_plot(run, "Router z-loss", "z_loss", "z-loss", _Z))
-    return plots
+    placed += [
+        (drawn.place, plain_plot(run, key, drawn)) for key, drawn in own_plots(run, "training")
+    ]
+    return [plot for _, plot in sorted(placed, key=itemgetter(0))]
 
 
-_LOAD = "Selections of the busiest FFN expert over the FFN experts' mean; 1 is perfect balance."
-_BALANCE = "Heterogeneous load-balance loss, without its coefficient, mean over MoE layers."
-_DROPPED = "Share of all selections that a capacity limit dropped."
-_Z = "Router z-loss, without its coefficient, mean over MoE layers."
+def own_plots(run: RunData, section: str) -> list[tuple[str, Drawn]]:
+    """Metrics that have a plot of their own in a section, in order, of those in the records."""
+    found = []
+    for key, row in OF_RECORD.items():
+        if row.drawn is None or row.drawn.section != section:
+            continue
+        values = [value for r in run.records if (value := getattr(r, key)) is not None]
+        if any(values) if row.drawn.unless_zero else values:
+            found.append((key, row.drawn))
+    return sorted(found, key=lambda each: each[1].place)
 
 
 def loss_plot(run: RunData) -> Plot:
@@ -203,33 +201,26 @@ def gradient_plot(run: RunData) -> Plot:
 
 
 def plain_plot(
-    run: RunData,
-    title: str,
-    key: str,
-    axis: str,
-    caption: str,
-    *,
-    level: tuple[str, float] | None = None,
-    healthy: tuple[float, float] | None = None,
-    share: bool = False,
-    scale: float = 1.0,
+    run: RunData, key: str, drawn: Drawn, axis: str | None = None, scale: float = 1.0
 ) -> Plot:
-    """One value of the records, times `scale`, over steps, with what to compare it with."""
+    """One metric of the records, times `scale`, over steps, with what to compare it with."""
+    row, title, healthy = OF_RECORD[key], drawn.title, healthy_range(key)
+    caption, is_share = drawn.caption or row.sentence, row.unit == "share"
     steps, values = _series(run.records, lambda r: getattr(r, key))
     values = [scale * value for value in values]
-    show = formatting.percent if share else formatting.number
+    show = formatting.percent if is_share else formatting.number
     if len(steps) < 2:
         return _too_short(run, title, caption, title, values, show)
     figure = new_figure()
     axes = figure.subplots()
     draw_noisy(axes, steps, values, BLUE, "this run")
     draw_healthy(axes, healthy)
-    if level is not None:
-        axes.axhline(level[1], color=VERMILION, linestyle="--", linewidth=1.2, label=level[0])
-    if level is not None or healthy is not None:
+    if drawn.level is not None:
+        draw_level(axes, drawn.level)
+    if drawn.level is not None or healthy is not None:
         legend_above(axes)
-    axes.set_ylabel(axis)
-    if share:
+    axes.set_ylabel(drawn.axis if axis is None else axis)
+    if is_share:
         axes.set_ylim(bottom=0)
         _share_axis(axes)
     step_axis(axes)

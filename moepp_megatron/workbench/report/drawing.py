@@ -123,6 +123,12 @@ def draw_healthy(axes: Axes, ends: tuple[float, float] | None, label: str = "hea
         axes.axhspan(*ends, color=GREEN, alpha=0.16, linewidth=0, zorder=0, label=label)
 
 
+def draw_level(axes: Axes, level: tuple[str, float]) -> None:
+    """A dashed line to compare with, by its name in the legend."""
+    label, height = level
+    axes.axhline(height, color=VERMILION, linestyle="--", linewidth=1.2, label=label)
+
+
 def plot_style() -> AbstractContextManager[None]:
     """A context in which figures take the common look."""
     return mpl.rc_context(STYLE)

@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from moepp_megatron.catalogue import IN_LAYERS, Drawn
 from moepp_megatron.observe.expert_names import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report import formatting
@@ -16,6 +17,7 @@ from moepp_megatron.workbench.report.drawing import (
     BLUE,
     VERMILION,
     draw_healthy,
+    draw_level,
     legend_above,
     new_figure,
     smooth,
@@ -49,17 +51,14 @@ class Series(NamedTuple):
 class BandPlot(NamedTuple):
     """A plot of means over the MoE layers in front of the range from the least to the greatest.
 
-    `healthy` is the range of a healthy run, `level` a limit.
+    `healthy` is the range of a healthy run.
     """
 
-    title: str
-    axis: str
+    drawn: Drawn
     caption: str
     series: tuple[Series, ...]
-    is_share: bool = False
-    is_logarithmic: bool = False
-    level: float | None = None
-    healthy: tuple[float, float] | None = None
+    is_share: bool
+    healthy: tuple[float, float] | None
 
 
 def health_plots(run: RunData) -> list[Plot]:
@@ -72,102 +71,52 @@ def health_plots(run: RunData) -> list[Plot]:
 
 
 def _band_plots(run: RunData) -> list[BandPlot]:
-    largest = math.log(run.config.experts.total)
-
-    def measured(
-        name: str, label: str = "mean", colour: str = BLUE, scale: float = 1.0, first: int = 0
-    ) -> Series:
-        def values(record: StepMetrics) -> Sequence[float] | None:
-            found = (record.router_health or {}).get(name)
-            return None if found is None else [value * scale for value in found[first:]]
-
-        return Series(label, colour, values)
-
-    return [
-        BandPlot(
-            "Entropy of the gates",
-            "share of log E",
-            "Entropy of the scores over the experts as a share of its largest value: 100% is a "
-            "router that does not care, 0% one that always takes the same experts.",
-            (measured("gate_entropy", scale=1.0 / largest),),
-            is_share=True,
-            healthy=_entropy_range(),
+    """What the catalogue draws of single MoE layers, in the order of the page."""
+    # Where the plot is not simply of the metric's numbers.
+    series = {
+        # As a share of log E, so that the range serves any number of experts.
+        "gate_entropy": (
+            _measured("gate_entropy", scale=1.0 / math.log(run.config.experts.total)),
         ),
-        BandPlot(
-            "Selection margin",
-            "score",
-            "Score of the last selected expert less that of the next one: how little would change "
-            "the selection.",
-            (measured("selection_margin"),),
-            healthy=healthy_range("selection_margin"),
+        "logit_variance": (
+            _measured("logit_variance", "with residual"),
+            _measured("own_logit_variance", "without", VERMILION),
         ),
-        BandPlot(
-            "Variance of the router logits",
-            "variance",
-            "With the gating residual and without it.",
-            (
-                measured("logit_variance", "with residual"),
-                measured("own_logit_variance", "without", VERMILION),
-            ),
-            healthy=healthy_range("logit_variance"),
+        "residual_ratio": (_measured("residual_ratio", first=1),),
+        "row_cosine_max": (
+            _measured("row_cosine"),
+            _measured("row_cosine_max", "largest", VERMILION),
         ),
+        "min_ffn_load": (Series("mean", BLUE, _idlest(run.config.experts.ffn)),),
+    }
+    healthy = {"gate_entropy": _entropy_range()}
+    plots = [
         BandPlot(
-            "Gating residual",
-            "norm / norm",
-            "Norm of the residual's part of the logits over that of the layer's own. The first MoE "
-            "layer has none.",
-            (measured("residual_ratio", first=1),),
-            healthy=healthy_range("residual_ratio"),
-        ),
-        BandPlot(
-            "Likeness of the router's rows",
-            "|cosine|",
-            "Absolute cosine of two rows of the router, mean and largest over all pairs: experts "
-            "whose rows are alike get the same tokens.",
-            (
-                measured("row_cosine"),
-                measured("row_cosine_max", "largest", VERMILION),
-            ),
-            healthy=healthy_range("row_cosine_max"),
-        ),
-        BandPlot(
-            "Balance loss against language model",
-            "gradient / gradient",
-            "Gradient of the balance loss (and z-loss) at the logits over that of the rest.",
-            (measured("balance_gradient_ratio"),),
-            is_logarithmic=True,
-            level=1.0,
-            healthy=healthy_range("balance_gradient_ratio"),
-        ),
-        BandPlot(
-            "Idlest FFN expert",
-            "load / mean load",
-            "Selections of the idlest FFN expert of a layer over the FFN experts' mean: 1 is "
-            "perfect balance, 0 a dead expert.",
-            (Series("mean", BLUE, _idlest(run.config.experts.ffn)),),
-            healthy=healthy_range("min_ffn_load"),
-        ),
-        BandPlot(
-            "Constant experts: share of the input replaced",
-            "share",
-            "How much of a token its constant experts put their vector in the place of, weighted "
-            "by their gates.",
-            (measured("constant_replaced"),),
-            is_share=True,
-            healthy=healthy_range("constant_replaced"),
-        ),
-        BandPlot(
-            "Constant experts: norm",
-            "norm",
-            "Norm of the constant experts' vectors.",
-            (measured("constant_norm"),),
-            healthy=healthy_range("constant_norm"),
-        ),
+            row.drawn,
+            row.drawn.caption or row.sentence,
+            series.get(name) or (_measured(name),),
+            is_share=row.unit == "share" or name == "gate_entropy",
+            healthy=healthy.get(name, healthy_range(name)),
+        )
+        for name, row in IN_LAYERS.items()
+        if row.drawn is not None
     ]
+    return sorted(plots, key=lambda plot: plot.drawn.place)
+
+
+def _measured(
+    name: str, label: str = "mean", colour: str = BLUE, scale: float = 1.0, first: int = 0
+) -> Series:
+    """Router health of the MoE layers from `first` on, times `scale`."""
+
+    def values(record: StepMetrics) -> Sequence[float] | None:
+        found = (record.router_health or {}).get(name)
+        return None if found is None else [value * scale for value in found[first:]]
+
+    return Series(label, colour, values)
 
 
 def _entropy_range() -> tuple[float, float] | None:
-    """As a share of log E, so that it serves any number of experts."""
     ends = healthy_range("gate_entropy")
     return ends and (ends[0] / math.log(QUICKSTART_EXPERTS), ends[1] / math.log(QUICKSTART_EXPERTS))
 
@@ -202,22 +151,25 @@ def _band_plot(run: RunData, plot: BandPlot) -> Plot | None:
             f"layers from {_show(plot, float(last.min()))} to {_show(plot, float(last.max()))}"
         )
     draw_healthy(axes, plot.healthy)
-    if plot.level is not None:
-        axes.axhline(plot.level, color=VERMILION, linestyle="--", linewidth=1.2, label="limit")
-    if plot.is_logarithmic and all((table[np.isfinite(table)] > 0).all() for _, _, table in drawn):
+    if plot.drawn.level is not None:
+        draw_level(axes, plot.drawn.level)
+    if plot.drawn.is_logarithmic and all(
+        (table[np.isfinite(table)] > 0).all() for _, _, table in drawn
+    ):
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     if plot.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
-    axes.set_ylabel(plot.axis)
+    axes.set_ylabel(plot.drawn.axis)
     step_axis(axes)
-    if len(drawn) > 1 or plot.healthy is not None or plot.level is not None:
+    if len(drawn) > 1 or plot.healthy is not None or plot.drawn.level is not None:
         legend_above(axes, ncols=4)
     caption = (
         f"{plot.caption} Line: mean over the MoE layers; band: from the least to the greatest."
     )
-    return Plot(plot.title, caption, svg_data_uri(figure), f"{plot.title}: {'; '.join(words)}.")
+    title = plot.drawn.title
+    return Plot(title, caption, svg_data_uri(figure), f"{title}: {'; '.join(words)}.")
 
 
 def _table(records: Sequence[StepMetrics], series: Series) -> tuple[list[int], np.ndarray]:
