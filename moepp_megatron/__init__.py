@@ -1,7 +1,10 @@
 """MoE++ (arXiv 2410.07348) trained inside NVIDIA megatron-core.
 
-What another Megatron loop needs is exported here and imported on first use, because importing
-megatron-core takes seconds: `MoEPPConfig`, `get_moepp_layer_spec`, `get_moepp_block_spec`.
+What a Python program calls is exported here and imported on first use, because importing
+megatron-core takes seconds. `prepare`, `train`, `generate`, `score`, `convert`, `plan` and `report`
+do what their commands do; where a command would end with one line and exit status 2 or 3, they
+raise `ConfigError` or `UnfitError` with that line. `MoEPPConfig`, `get_moepp_layer_spec` and
+`get_moepp_block_spec` are what another Megatron loop needs.
 """
 
 from __future__ import annotations
@@ -10,20 +13,53 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moepp_megatron.config import ConfigError, UnfitError
+    from moepp_megatron.data.prepare import PrepareSettings, prepare
+    from moepp_megatron.interop.convert import convert
+    from moepp_megatron.interop.score_request import score
     from moepp_megatron.moe.config import MoEPPConfig
     from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
+    from moepp_megatron.training.generate_request import generate
+    from moepp_megatron.training.run import train
+    from moepp_megatron.workbench.planning.plan import plan
+    from moepp_megatron.workbench.report.page import build_report as report
 
 __version__ = "0.1.0"
-__all__ = ["MoEPPConfig", "get_moepp_block_spec", "get_moepp_layer_spec"]
+__all__ = [
+    "ConfigError",
+    "MoEPPConfig",
+    "PrepareSettings",
+    "UnfitError",
+    "convert",
+    "generate",
+    "get_moepp_block_spec",
+    "get_moepp_layer_spec",
+    "plan",
+    "prepare",
+    "report",
+    "score",
+    "train",
+]
 
 _HOMES = {
-    "MoEPPConfig": "moepp_megatron.moe.config",
-    "get_moepp_block_spec": "moepp_megatron.moe.spec",
-    "get_moepp_layer_spec": "moepp_megatron.moe.spec",
+    "ConfigError": "config.ConfigError",
+    "MoEPPConfig": "moe.config.MoEPPConfig",
+    "PrepareSettings": "data.prepare.PrepareSettings",
+    "UnfitError": "config.UnfitError",
+    "convert": "interop.convert.convert",
+    "generate": "training.generate_request.generate",
+    "get_moepp_block_spec": "moe.spec.get_moepp_block_spec",
+    "get_moepp_layer_spec": "moe.spec.get_moepp_layer_spec",
+    "plan": "workbench.planning.plan.plan",
+    "prepare": "data.prepare.prepare",
+    "report": "workbench.report.page.build_report",
+    "score": "interop.score_request.score",
+    "train": "training.run.train",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        module, _, own_name = _HOMES[name].rpartition(".")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), own_name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

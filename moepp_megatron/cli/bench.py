@@ -9,6 +9,7 @@ import typer
 
 from moepp_megatron.cli.bench_collectives import collectives
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.ranks import start_ranks
 
 if TYPE_CHECKING:
     from moepp_megatron.config import Config, Layout
@@ -188,13 +189,9 @@ def step(
 
     check_fit(settings)
     if not rank.is_launched and nproc > 1:
-        from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
-
         arguments = ["bench", "step", str(config), "--rounds", str(rounds), *(overrides or [])]
         arguments += [] if json_file is None else ["--json", str(json_file)]
-        status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
-        if status != 0:
-            raise typer.Exit(status)
+        start_ranks(nproc, arguments)
         return
     _step_on_rank(settings, layout, rounds, json_file)
 
@@ -257,15 +254,11 @@ def dispatch(
     if topk > experts:
         raise ConfigError(f"--topk ({topk}) must be at most --experts ({experts}); use {experts}")
     if not rank.is_launched:
-        from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
-
         arguments = ["bench", "dispatch", "--tokens", str(tokens), "--phi", str(phi)]
         arguments += ["--hidden-size", str(hidden_size), "--experts", str(experts)]
         arguments += ["--topk", str(topk), "--dtype", dtype, "--rounds", str(rounds)]
         arguments += [] if json_file is None else ["--json", str(json_file)]
-        status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
-        if status != 0:
-            raise typer.Exit(status)
+        start_ranks(nproc, arguments)
         return
     from moepp_megatron.runtime.quiet import quiet
 

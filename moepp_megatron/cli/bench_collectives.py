@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.config import ConfigError, UnfitError
 
 # The keys of `bench.collective_cases.KINDS`, which imports torch.
@@ -89,7 +90,7 @@ def collectives(
         arguments += [] if groups is None else ["--groups", groups]
         arguments += [] if json_file is None else ["--json", str(json_file)]
         arguments += [] if plot is None else ["--plot", str(plot)]
-        _on_ranks(nproc, arguments)
+        start_ranks(nproc, ["bench", "collectives", *arguments])
         return
     from moepp_megatron.runtime.quiet import quiet
 
@@ -112,15 +113,6 @@ def _operations(text: str) -> list[str]:
     from moepp_megatron.config.choices import parse_choices
 
     return list(_KINDS) if text == "all" else parse_choices("--operations", text, _KINDS)
-
-
-def _on_ranks(nproc: int, arguments: list[str]) -> None:
-    from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
-
-    command = ["bench", "collectives", *arguments]
-    status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", command)
-    if status != 0:
-        raise typer.Exit(status)
 
 
 def _measure(setting: object, json_file: Path | None, plot: Path | None) -> None:

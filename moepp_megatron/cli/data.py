@@ -65,10 +65,8 @@ def prepare(
     """
     from moepp_megatron.data.prepare import PrepareSettings
     from moepp_megatron.data.prepare import prepare as prepare_data
-    from moepp_megatron.runtime.quiet import quiet
     from moepp_megatron.runtime.terminal import Console
 
-    quiet()
     console = Console()
     settings = PrepareSettings(
         vocab_size=vocab_size,

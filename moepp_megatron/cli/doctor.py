@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.config import Config, UnfitError, load_config
 
 if TYPE_CHECKING:
@@ -140,8 +141,6 @@ def _start_ranks(
     hardware: str | None,
     gpus: int | None,
 ) -> None:
-    from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
-
     arguments = ["doctor", *(["--preflight"] if preflight else [])]
     arguments += ["--json"] if as_json else []
     arguments += ["--out", str(out)] if out is not None else []
@@ -149,6 +148,4 @@ def _start_ranks(
     arguments += ["--gpus", str(gpus)] if gpus is not None else []
     if config is not None:
         arguments += ["--", str(config), *overrides]
-    status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
-    if status != 0:
-        raise typer.Exit(status)
+    start_ranks(nproc, arguments)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.config.printable import printable
-
-if TYPE_CHECKING:
-    from moepp_megatron.training.generate_request import GenerateRequest
 
 
 def generate(
@@ -62,33 +60,18 @@ def generate(
     request = GenerateRequest.read(
         checkpoint, prompt, overrides or [], world_size, max_new_tokens, sampling
     )
-    if rank.is_launched or nproc == 1:
-        _generate_rank(request)
+    if not rank.is_launched and nproc > 1:
+        # The folder that was found, so that ranks need not look for it again.
+        arguments = ["generate", str(request.checkpoint)]
+        arguments += [f"--prompt={text}" for text in prompt]
+        arguments += [f"--max-new-tokens={request.max_new_tokens}", f"--temperature={temperature}"]
+        arguments += [f"--top-p={top_p}", f"--seed={seed}", *(overrides or [])]
+        start_ranks(nproc, arguments)
         return
-    from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
-
-    # The folder that was found, so that ranks need not look for it again.
-    arguments = ["generate", str(request.checkpoint)]
-    arguments += [f"--prompt={text}" for text in prompt]
-    arguments += [f"--max-new-tokens={request.max_new_tokens}", f"--temperature={temperature}"]
-    arguments += [f"--top-p={top_p}", f"--seed={seed}", *(overrides or [])]
-    status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
-    if status != 0:
-        raise typer.Exit(status)
-
-
-def _generate_rank(request: GenerateRequest) -> None:
-    from moepp_megatron.runtime import distributed
-    from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.training.generate import generate_texts
-
-    rank = RankEnvironment.read()
     if rank.rank == 0:
         for notice in request.notices:
             echo(f"note: {notice}", err=True)
-    with distributed.joined(rank):
-        distributed.build_groups(request.config, request.layout)
-        texts = generate_texts(request)
+    texts = request.texts()
     if rank.rank == 0:
         # An empty line between texts.
         text = "\n\n".join(texts)

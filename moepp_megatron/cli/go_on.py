@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.observe.status import GO_ON
 
-# Set by scripts that start `moepp train`: the command that starts them again.
-GO_ON = "MOEPP_GO_ON"
 # Set by scripts that change folder: where their user's shell is.
 SHELL_FOLDER = "MOEPP_SHELL_FOLDER"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.ranks import start_ranks
 
 if TYPE_CHECKING:
     from moepp_megatron.workbench.inspection.request import InspectRequest
@@ -75,19 +76,13 @@ def inspect(
     if rank.is_launched or nproc == 1:
         _inspect_rank(request)
         return
-    from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
-
     arguments = ["inspect", str(checkpoint), f"--text={text}", f"--out={out}"]
     arguments += [
         f"--{name.replace('_', '-')}={value}"
         for name, value in options.items()
         if value is not None
     ]
-    status = run_ranks(
-        LaunchOptions(nproc), "moepp_megatron.cli.main", [*arguments, *(overrides or [])]
-    )
-    if status != 0:
-        raise typer.Exit(status)
+    start_ranks(nproc, [*arguments, *(overrides or [])])
 
 
 def _inspect_rank(request: InspectRequest) -> None:

@@ -54,24 +54,18 @@ def monitor(
     from moepp_megatron.runtime.terminal import Console
     from moepp_megatron.workbench.report.live.run import LiveRun
     from moepp_megatron.workbench.report.live.screen import print_frame, watch
-    from moepp_megatron.workbench.report.run_data import ReportError
 
     console = Console()
-    try:
-        if prometheus is not None and (
-            not _serve(run, prometheus, bind) or not console.is_terminal
-        ):
-            from moepp_megatron.workbench.report.live.prometheus import wait_until_stopped
+    if prometheus is not None and (not _serve(run, prometheus, bind) or not console.is_terminal):
+        from moepp_megatron.workbench.report.live.prometheus import wait_until_stopped
 
-            wait_until_stopped()
-            return
-        live = LiveRun(run[0])
-        if once or not console.is_terminal:
-            print_frame(live, console)
-        else:
-            watch(live, console, interval, until_over=prometheus is None)
-    except ReportError as error:
-        raise ConfigError(str(error)) from None
+        wait_until_stopped()
+        return
+    live = LiveRun(run[0])
+    if once or not console.is_terminal:
+        print_frame(live, console)
+    else:
+        watch(live, console, interval, until_over=prometheus is None)
 
 
 def _serve(folders: list[Path], port: int, bind: str) -> bool:

@@ -208,7 +208,7 @@ def _taus(config: Config, text: str | None) -> list[float]:
 
 def _check_runs(settings: Config, runs: list[PilotRun], nproc: int, collect: bool) -> None:
     """Everything that would stop a run at its start, for every model, before the first one."""
-    from moepp_megatron.cli.prepared_data import check_data
+    from moepp_megatron.data.prepared_data import check_data
     from moepp_megatron.runtime.fit import check_fit
 
     by_arm = {run.arm.name: run for run in runs}

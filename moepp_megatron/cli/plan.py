@@ -62,7 +62,6 @@ def plan(
     Estimates from a cost model, nothing is run: docs/planning.md says how well they hold.
     """
     from moepp_megatron.config.choices import parse_numbers
-    from moepp_megatron.config.hardware import load_hardware, nearest_hardware
 
     settings = load_config(config, overrides or [])
     if assume and not simulate:
@@ -71,21 +70,11 @@ def plan(
     for name, value in (("--price", price), ("--tokens", tokens)):
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} ({value:g}) must be a number above 0; use for example 2.5")
-    hardware = load_hardware(nearest_hardware(gpu))
-    from moepp_megatron.workbench.planning.machine import machine_of
-
-    machine = machine_of(hardware)
-    from moepp_megatron.workbench.planning.imbalance import LEARNED
-    from moepp_megatron.workbench.planning.plan import make_plan
-    from moepp_megatron.workbench.planning.recorded_routing import recorded_routing
-
-    moe = settings.moe
-    evenness = (
-        recorded_routing(routing, moe.num_ffn_experts, moe.router_topk) if routing else LEARNED
-    )
-    result = make_plan(settings, gpus, machine, evenness, tau_values, top)
+    from moepp_megatron.workbench.planning.plan import plan as search
     from moepp_megatron.workbench.report import plan as report
 
+    result = search(settings, gpus=gpus, gpu=gpu, taus=tau_values, routing=routing, top=top)
+    hardware = result.machine.hardware
     training = settings.training
     per_step = training.global_batch_size * settings.model.seq_length
     report.print_plan(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.ranks import start_ranks
 
 
 def score(
@@ -53,38 +54,20 @@ def score(
     if rank.rank == 0:
         for notice in request.notices:
             echo(f"note: {notice}", err=True)
-    if rank.is_launched or nproc == 1:
-        _score_rank(request)
+    if not rank.is_launched and nproc > 1:
+        arguments = ["score", str(checkpoint)]
+        for option, file in (("--tokens", tokens), ("--text", text), ("--out", out)):
+            arguments += [] if file is None else [option, str(file)]
+        start_ranks(nproc, [*arguments, *(["--logits"] if logits else []), *(overrides or [])])
         return
-    from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
-
-    arguments = ["score", str(checkpoint)]
-    for option, file in (("--tokens", tokens), ("--text", text), ("--out", out)):
-        arguments += [] if file is None else [option, str(file)]
-    arguments += ["--logits"] if logits else []
-    arguments += overrides or []
-    status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
-    if status != 0:
-        raise typer.Exit(status)
-
-
-def _score_rank(request: object) -> None:
-    from moepp_megatron.interop.score import score_tokens, write_scores
-    from moepp_megatron.interop.score_request import ScoreRequest
-    from moepp_megatron.runtime import distributed
-    from moepp_megatron.runtime.rank import RankEnvironment
-
-    assert isinstance(request, ScoreRequest), "a request was read above"
-    with distributed.joined(RankEnvironment.read()):
-        distributed.build_groups(request.config, request.layout)
-        scores = score_tokens(request)
+    scores = request.scores()
     if scores is None:
         return
     if request.text is not None:
-        logprobs = request.text.token_logprobs(scores["token_logprobs"])
-        scores = {"token_ids": request.text.token_ids, "token_logprobs": logprobs}
-        for line in request.text.lines(logprobs):
+        for line in request.text.lines(scores["token_logprobs"]):
             echo(line)
     if request.out is not None:
+        from moepp_megatron.interop.score import write_scores
+
         write_scores(request.out, scores)
         echo(f"scores       {request.out}")

@@ -36,6 +36,8 @@ from moepp_megatron.data.tokenizer import (
     tokenizer_file,
     train_tokenizer,
 )
+from moepp_megatron.runtime.quiet import quiet
+from moepp_megatron.runtime.terminal import Console as SafeConsole
 
 DEFAULT_VOCAB_SIZE = 4096
 # Characters the tokenizer is trained on. Merges hardly change beyond a few MB, time does.
@@ -115,26 +117,35 @@ class Prepared:
 
 
 def prepare(
-    names: Sequence[str], out: Path, settings: PrepareSettings, console: Console
+    names: str | Path | Sequence[str | Path],
+    out: str | Path,
+    settings: PrepareSettings | None = None,
+    console: Console | None = None,
 ) -> Prepared:
     """Write the dataset folder `out`, or find it up to date.
 
     The folder appears complete or not at all, and an interrupted run leaves an older one as it was.
 
     Args:
-        names: files, folders, or the word `stdlib`.
+        names: files, folders, or the word `stdlib`: one, or several.
         out: the folder.
-        settings: how.
-        console: for progress.
+        settings: how; by default a tokenizer of 4096 tokens is trained.
+        console: for progress; by default this process's output.
+
+    Returns:
+        The folder's manifest, with counts of documents and tokens.
 
     Raises:
         ConfigError: settings, sources or output folder cannot be used.
     """
+    quiet()
+    settings, console = settings or PrepareSettings(), console or SafeConsole()
+    names = [names] if isinstance(names, str | Path) else names
     out = Path(os.path.abspath(out))
     deciding = settings.deciding()
     # Before sources are read, which may take an hour.
     given = settings.tokenizer and Tokenizer.load(settings.tokenizer, settings.eod_token)
-    sources = resolve_sources(names, exclude=out)
+    sources = resolve_sources([str(name) for name in names], exclude=out)
     stat_sha256 = stat_fingerprint(sources)
     found = find_reusable(
         out, deciding, stat_sha256, lambda: content_fingerprint(sources), settings.force

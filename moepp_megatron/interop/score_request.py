@@ -1,7 +1,8 @@
-"""What `moepp score` is asked to do, checked before anything heavy is imported."""
+"""What `moepp score` is asked to do, checked before anything heavy is imported; and doing it."""
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,11 @@ import numpy as np
 from moepp_megatron.config import Config, ConfigError, Layout, load_config, with_overrides
 from moepp_megatron.config.load import parse_override
 from moepp_megatron.interop.score_text import TextWindows
+from moepp_megatron.runtime.quiet import quiet
+from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.inference_settings import FORWARD_ONLY
+
+logger = logging.getLogger(__name__)
 
 _SECTIONS = ("parallel", "precision")
 
@@ -46,20 +51,23 @@ class ScoreRequest:
     def read(
         cls,
         checkpoint: Path,
-        tokens: Path | None,
+        tokens: Path | np.ndarray | None,
         out: Path | None,
         overrides: Sequence[str],
         world_size: int,
         logits: bool,
         text: Path | None = None,
     ) -> ScoreRequest:
-        """Check a request for the tokens of an npz file, or for a text file.
+        """Check a request for tokens, of an npz file or as such, or for a text file.
 
         Raises:
             ConfigError: Whatever is wrong with it.
         """
         _check_options(tokens, text, out, logits)
-        input_ids = None if tokens is None else read_input_ids(tokens)
+        source = f"--tokens ({tokens})" if isinstance(tokens, Path) else "tokens"
+        input_ids = read_input_ids(tokens) if isinstance(tokens, Path) else tokens
+        if input_ids is not None:
+            input_ids = _checked(input_ids, source)
         check_overrides(overrides)
         if out is not None and out.is_dir():
             raise ConfigError(f"--out ({out}) must be a file to write, and is a folder; name one")
@@ -75,7 +83,7 @@ class ScoreRequest:
             input_ids = windows.input_ids
         assert input_ids is not None, "one of the two was given"
         if tokens is not None:
-            _check_vocabulary(tokens, input_ids, trained)
+            _check_vocabulary(source, input_ids, trained)
         request = cls.of(folder, trained, input_ids, overrides, world_size, out=out, logits=logits)
         return replace(request, text=windows)
 
@@ -110,29 +118,90 @@ class ScoreRequest:
         notices = list(_notices(trained, input_ids, config))
         return cls(folder, config, layout, input_ids, out, logits, notices)
 
+    def scores(self) -> dict[str, np.ndarray] | None:
+        """Be this process's rank; returns as `score`."""
+        from moepp_megatron.interop.score import score_tokens
+        from moepp_megatron.runtime import distributed
 
-def _check_options(tokens: Path | None, text: Path | None, out: Path | None, logits: bool) -> None:
+        with distributed.joined(RankEnvironment.read()):
+            distributed.build_groups(self.config, self.layout)
+            scores = score_tokens(self)
+        if scores is None or self.text is None:
+            return scores
+        logprobs = self.text.token_logprobs(scores["token_logprobs"])
+        return {"token_ids": self.text.token_ids, "token_logprobs": logprobs}
+
+
+def score(
+    checkpoint: str | Path,
+    *overrides: str,
+    tokens: str | Path | np.ndarray | None = None,
+    text: str | Path | None = None,
+    out: str | Path | None = None,
+    logits: bool = False,
+) -> dict[str, np.ndarray] | None:
+    """Score given tokens, or a text, with a checkpoint's model, as `moepp score` does.
+
+    Alone it computes in this process. In a script that torchrun or srun has started, every rank
+    calls it, and `overrides` may lay the model out over the ranks.
+
+    Args:
+        checkpoint: A checkpoint folder or a run.
+        overrides: Settings `parallel.key=value` or `precision.key=value`.
+        tokens: Whole numbers [b, s], or an npz file with them as `input_ids`.
+        text: A UTF-8 text file instead, cut into windows (`TextWindows`).
+        out: File to write the result to.
+        logits: Whether logits are wanted; not of a text.
+
+    Returns:
+        On rank 0, None elsewhere: `token_logprobs` [b, s-1] float64, natural logarithms, and where
+        wanted `logits` [b, s, vocab] fp32. Of a text with N tokens `token_ids` [N] int64 and
+        `token_logprobs` [N] float64.
+
+    Raises:
+        ConfigError: Whatever is wrong with the request.
+    """
+    quiet()
+    given = tokens if tokens is None or isinstance(tokens, np.ndarray) else read_input_ids(tokens)
+    places = [None if path is None else Path(path) for path in (out, text)]
+    world_size = RankEnvironment.read().world_size
+    request = ScoreRequest.read(
+        Path(checkpoint), given, places[0], overrides, world_size, logits, places[1]
+    )
+    for notice in request.notices:
+        logger.warning("%s", notice)
+    scores = request.scores()
+    if scores is not None and request.out is not None:
+        from moepp_megatron.interop.score import write_scores
+
+        write_scores(request.out, scores)
+    return scores
+
+
+def _check_options(
+    tokens: Path | np.ndarray | None, text: Path | None, out: Path | None, logits: bool
+) -> None:
     if (tokens is None) == (text is None):
         given = "neither" if tokens is None else "both"
         raise ConfigError(f"--tokens and --text ({given} given) must not be so; give one of them")
-    if tokens is not None and out is None:
+    if isinstance(tokens, Path) and out is None:
         raise ConfigError("--out (absent) must name the file to write with --tokens; add it")
     if text is not None and logits:
         raise ConfigError("--logits must not be given with --text; leave it out, or use --tokens")
 
 
-def read_input_ids(tokens: Path) -> np.ndarray:
-    """The array `input_ids` of an npz file, [b, s] int64.
+def read_input_ids(tokens: str | Path) -> np.ndarray:
+    """The array `input_ids` of an npz file, as it is there.
 
     Raises:
-        ConfigError: If the file or the array is not what it must be.
+        ConfigError: The file is none, or has no such array.
     """
     try:
         # allow_pickle=False: an object array could run code.
         with np.load(tokens, allow_pickle=False) as file:
             if not hasattr(file, "files") or "input_ids" not in file.files:
                 raise ConfigError(f"--tokens ({tokens}) must hold the array input_ids; add it")
-            input_ids = file["input_ids"]
+            return np.asarray(file["input_ids"])
     except OSError as error:
         raise ConfigError(f"--tokens ({tokens}) cannot be read ({error}); name a file") from None
     except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
@@ -142,15 +211,18 @@ def read_input_ids(tokens: Path) -> np.ndarray:
             f"--tokens ({tokens}) must be an npz file of plain arrays ({error}); write it with "
             "numpy.savez"
         ) from None
+
+
+def _checked(input_ids: np.ndarray, source: str) -> np.ndarray:
+    """The tokens as [b, s] int64, if they are such."""
     if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
         raise ConfigError(
-            f"--tokens ({tokens}): input_ids {list(input_ids.shape)} must be [sequences, tokens] "
+            f"{source}: input_ids {list(input_ids.shape)} must be [sequences, tokens] "
             "with at least 1 sequence of 2 tokens; change its shape"
         )
     if not np.issubdtype(input_ids.dtype, np.integer):
         raise ConfigError(
-            f"--tokens ({tokens}): input_ids ({input_ids.dtype}) must be whole numbers; "
-            "write it as int64"
+            f"{source}: input_ids ({input_ids.dtype}) must be whole numbers; write it as int64"
         )
     return input_ids.astype(np.int64)
 
@@ -170,12 +242,12 @@ def check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-def _check_vocabulary(tokens: Path, input_ids: np.ndarray, config: Config) -> None:
+def _check_vocabulary(source: str, input_ids: np.ndarray, config: Config) -> None:
     size = config.model.vocab_size
     wrong = input_ids[(input_ids < 0) | (input_ids >= size)]
     if wrong.size:
         raise ConfigError(
-            f"--tokens ({tokens}): input_ids ({wrong[0]}) must be between 0 and {size - 1}, the "
+            f"{source}: input_ids ({wrong[0]}) must be between 0 and {size - 1}, the "
             "model's vocabulary; use the tokenizer that the model was trained with"
         )
 

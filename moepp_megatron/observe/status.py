@@ -22,6 +22,9 @@ from moepp_megatron.observe.metrics import StepMetrics
 STATUS_FILE = "status.json"
 # The claim of a run's launcher, as JSON, for its ranks.
 CLAIM = "MOEPP_CLAIM"
+# The command that starts the run again, from whoever has started `moepp train`: a script, or the
+# launcher of ranks that decide about the folder themselves.
+GO_ON = "MOEPP_GO_ON"
 
 
 class ProcessId(BaseModel):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from moepp_megatron.config import Config, ConfigError, with_overrides
+from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
+from moepp_megatron.config.hardware import load_hardware, nearest_hardware
 from moepp_megatron.config.vanilla import vanilla, without_budget
 from moepp_megatron.workbench.planning.coster import Cost, Coster
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.imbalance import Routing
-from moepp_megatron.workbench.planning.machine import Machine
+from moepp_megatron.workbench.planning.imbalance import LEARNED, Routing
+from moepp_megatron.workbench.planning.machine import Machine, machine_of
 from moepp_megatron.workbench.planning.overlay import config_of
 from moepp_megatron.workbench.planning.planned import Planned, planned_of
+from moepp_megatron.workbench.planning.recorded_routing import recorded_routing
 from moepp_megatron.workbench.planning.search import Space
 from moepp_megatron.workbench.planning.workload import Workload
 
@@ -75,6 +78,45 @@ class Plan:
     def hours(self, planned: Planned, tokens: float) -> float:
         """Hours to train on this many tokens."""
         return tokens / (planned.tokens_per_s_per_gpu * self.world) / 3600
+
+
+def plan(
+    config: Config | str | Path,
+    *overrides: str,
+    gpus: int = 8,
+    gpu: str = "h100_sxm",
+    taus: Sequence[float] = (0.25, 0.5, 1.0),
+    routing: str | Path | None = None,
+    top: int = 5,
+) -> Plan:
+    """Search every legal layout of a model on a number of cards, as `moepp plan` does.
+
+    Estimates from a cost model: nothing is run, no torch is imported.
+
+    Args:
+        config: A configuration, or its YAML file; its own layout does not matter.
+        overrides: Settings `section.key=value` over it.
+        gpus: Cards.
+        gpu: Their kind: a name in configs/hardware, or a YAML file.
+        taus: Further weights of zero-computation experts to set beside the configured one.
+        routing: A run, or its metrics.jsonl, whose routing was as uneven as this one's will be.
+        top: Layouts to keep.
+
+    Returns:
+        Layouts, best first, with seconds a step and bytes a card (`Planned`), and rivals.
+
+    Raises:
+        ConfigError: As `make_plan`; also for a configuration, card or run that cannot be read.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config, overrides)
+    elif overrides:
+        config = with_overrides(config, overrides)
+    machine, moe = machine_of(load_hardware(nearest_hardware(gpu))), config.moe
+    evenness = LEARNED
+    if routing is not None:
+        evenness = recorded_routing(Path(routing), moe.num_ffn_experts, moe.router_topk)
+    return make_plan(config, gpus, machine, evenness, taus, top)
 
 
 def make_plan(

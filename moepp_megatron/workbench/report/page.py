@@ -59,7 +59,7 @@ class Page:
     version: str
 
 
-def build_report(folder: Path) -> Path:
+def build_report(folder: str | Path) -> Path:
     """Writes ``report.html`` of a run from its configuration, metrics and alerts.
 
     The page is ASCII, needs no other file and asks nothing of the network. The same inputs give
@@ -74,8 +74,8 @@ def build_report(folder: Path) -> Path:
     Raises:
         ReportError: The run is missing, incomplete or inconsistent, or the page cannot be written.
     """
-    html = render(load_run(folder))
-    path = folder / "report.html"
+    html = render(load_run(Path(folder)))
+    path = Path(folder) / "report.html"
     try:
         write_atomic(path, html.encode("ascii", "xmlcharrefreplace"))
     except OSError as error:

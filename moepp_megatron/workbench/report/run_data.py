@@ -19,10 +19,8 @@ Experts = Annotated[int, Field(ge=0, le=LARGEST["experts"])]
 Count = Annotated[int, Field(ge=1, le=LARGEST_OF_ALL)]
 
 
-class ReportError(ValueError):
-    """A run that no report can be made of; the message is one line, the exit code 2."""
-
-    exit_code = 2
+class ReportError(ConfigError):
+    """A run that no report can be made of; the message is one line."""
 
 
 class RunSection(BaseModel):

@@ -84,6 +84,6 @@ def test_exit_codes(
         raise error
 
     monkeypatch.setattr(RunSet, "run_missing", ends)
-    monkeypatch.setattr("moepp_megatron.cli.prepared_data.check_data", lambda config: [])
+    monkeypatch.setattr("moepp_megatron.data.prepared_data.check_data", lambda config: [])
     assert pilot("--steps", "8") == status
     assert str(error) in capsys.readouterr().err

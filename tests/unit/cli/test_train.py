@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from moepp_megatron.cli import main, train
+from moepp_megatron.cli import main, run_end
 from moepp_megatron.cli.go_on import go_on_command
 from moepp_megatron.config import Layout, load_config
+from moepp_megatron.data import prepared_data
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime import launch
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
@@ -38,7 +39,7 @@ class Command:
         self.raises: BaseException | None = None
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(launch, "run_ranks", self._ranks)
-        monkeypatch.setattr(train, "check_data", lambda config, whole_index: [])
+        monkeypatch.setattr(prepared_data, "check_data", lambda config, whole_index: [])
         for name in OF_OTHERS:
             monkeypatch.delenv(name, raising=False)
         # Whatever the command sets is gone after the test.
@@ -256,8 +257,8 @@ def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path) -> None:
     run = tmp_path / "my run"
     run.mkdir()
     (run / "config.yaml").write_text(MINIMAL)
-    assert train._report(run).startswith("none (")
-    assert train._report(run).endswith(f"; then: moepp report '{run}'")
+    assert run_end._report(run).startswith("none (")
+    assert run_end._report(run).endswith(f"; then: moepp report '{run}'")
 
 
 @pytest.mark.skipif(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.cli.prepared_data import check_data
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.config.parameters import count_parameters
 from moepp_megatron.data import same_tokenizer, verify
+from moepp_megatron.data.prepared_data import check_data
 
 REPOSITORY = Path(__file__).parents[3]
 

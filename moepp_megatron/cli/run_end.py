@@ -1,0 +1,90 @@
+"""What `moepp train` says and writes when training has ended."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.go_on import say_go_on
+from moepp_megatron.config import Config
+
+if TYPE_CHECKING:
+    from moepp_megatron.observe.metrics import StepMetrics
+    from moepp_megatron.training.run import TrainResult
+    from moepp_megatron.training.train_request import TrainRequest
+
+
+def say_end(request: TrainRequest, result: TrainResult, says_go_on: bool) -> None:
+    """Write the report on rank 0, print what happened, and leave with the run's exit status.
+
+    Args:
+        request: What was asked for.
+        result: What became of it.
+        says_go_on: Whether a launcher says how to go on with a run that was asked to stop.
+    """
+    from moepp_megatron.observe.status import inherited_claim
+    from moepp_megatron.runtime.launch import STOPPED, leave
+
+    is_rank_0 = request.rank.rank == 0 and not request.starts_ranks
+    if result.stopped:
+        if is_rank_0:
+            echo(f"stopped on request at step {result.step}, saved")
+        # Said last: by the launcher that has claimed the folder, if one has.
+        own_claim = is_rank_0 and inherited_claim() is None
+        if own_claim or (request.starts_ranks and says_go_on):
+            say_go_on(request.start.go_on)
+        leave(STOPPED)
+    if is_rank_0:
+        _finish(request.config, result.metrics)
+        if result.failure is not None:
+            echo(f"error: at the end of the run, {result.failure}", err=True)
+    if result.failure is not None:
+        # All that could be done is done, but the run's last state is nowhere.
+        raise typer.Exit(1)
+
+
+def _finish(config: Config, record: StepMetrics | None) -> None:
+    from moepp_megatron.training.run_folder import checkpoint_folder
+
+    if record is None:
+        echo("nothing left to do: the checkpoint is at training.train_iters already")
+        return
+    page = _report(Path(config.run.dir))
+    share, window = _settled_ffn_share(Path(config.run.dir), record)
+    valid = "" if record.valid_loss is None else f", validation {record.valid_loss:.4f}"
+    echo(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")
+    echo(
+        f"FFN share    {share:.3f} of all selections (phi {config.moe.ffn_share:.3f}): "
+        f"{1.0 - share:.1%} of the expert work saved, mean of {window}"
+    )
+    echo(f"report       {page}")
+    if config.checkpoint.save_interval > 0:
+        echo(f"checkpoints  {checkpoint_folder(config)}")
+
+
+def _settled_ffn_share(run: Path, last: StepMetrics) -> tuple[float, str]:
+    """The FFN share that the page names, and the steps that it is the mean of."""
+    from moepp_megatron.observe.metrics import MetricsError
+    from moepp_megatron.workbench.report.run_data import ReportError, load_run
+    from moepp_megatron.workbench.report.summary import summarize
+
+    try:
+        summary = summarize(load_run(run))
+    except (MetricsError, ReportError):
+        # A full disk has cost the run its records.
+        return last.ffn_fraction, f"step {last.step}"
+    return summary.settled_ffn_fraction, summary.window
+
+
+def _report(run: Path) -> str:
+    """The page that was written, or why none was: that ends no run."""
+    from moepp_megatron.workbench.report import ReportError, build_report
+
+    try:
+        return str(build_report(run))
+    except (OSError, ReportError) as error:
+        return f"none ({error}); then: moepp report {shlex.quote(str(run))}"

@@ -1,0 +1,51 @@
+"""Every conversion by the name that `moepp convert` gives it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.runtime.quiet import quiet
+
+# Module of this room and function in it: each imports torch.
+CONVERTERS = {
+    "hf-to-mcore": "to_mcore.hf_to_mcore",
+    "mcore-to-hf": "to_hf.mcore_to_hf",
+    "upcycle": "upcycle.upcycle",
+    "megatron-lm": "from_megatron_lm.from_megatron_lm",
+    "to-megatron-lm": "to_megatron_lm.to_megatron_lm",
+}
+
+
+def convert(kind: str, source: str | Path, target: str | Path, **options: Any) -> Path:
+    """Convert a checkpoint, as `moepp convert` does.
+
+    Args:
+        kind: One of `CONVERTERS`.
+        source: Its folder; of one of ours, a run as well.
+        target: Folder to make; it must not exist or be empty.
+        options: Further arguments of the converter.
+
+    Returns:
+        `target`, written whole. What a converter warns of is logged.
+
+    Raises:
+        ConfigError: No such kind, a model that the other format cannot express, a damaged
+            checkpoint, or a folder that is not free.
+        UnfitError: `target` cannot be written.
+    """
+    quiet()
+    if kind not in CONVERTERS:
+        raise ConfigError(
+            f"kind ({kind!r}) must be one of {', '.join(CONVERTERS)}; use one of them"
+        )
+    module, name = CONVERTERS[kind].split(".")
+    converter = getattr(importlib.import_module(f"moepp_megatron.interop.{module}"), name)
+    told = converter(Path(source), Path(target), **options)
+    if isinstance(told, list):
+        for warning in told:
+            logging.getLogger(__name__).warning("%s", warning)
+    return Path(target)

@@ -1,0 +1,206 @@
+"""A whole run: what `moepp train` does, for the command line and for Python."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moepp_megatron.config import Config, ConfigError, UnfitError
+from moepp_megatron.observe.status import GO_ON
+from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
+from moepp_megatron.training import occupancy
+from moepp_megatron.training.run_folder import checkpoint_folder
+from moepp_megatron.training.train_request import Say, TrainRequest
+
+if TYPE_CHECKING:
+    from moepp_megatron.observe.metrics import StepMetrics
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run has ended.
+
+    Attributes:
+        folder: The run's folder.
+        step: Steps that the run has taken, those before this start included.
+        metrics: Of the last logged step; None where this process, being a rank, had nothing left
+            to do.
+        stopped: Somebody asked the run to stop; it has saved, and `resume` goes on with it.
+        failure: What of the run's end is on no disk, in one line; None if all of it is.
+    """
+
+    folder: Path
+    step: int = 0
+    metrics: StepMetrics | None = None
+    stopped: bool = False
+    failure: str | None = None
+
+
+class RanksFailedError(RuntimeError):
+    """Ranks that were started here have ended with `status`, and have said why."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the ranks have ended with exit status {status}; they say why above")
+        self.status = status
+
+
+def train(
+    config: Config | str | Path,
+    *overrides: str,
+    resume: bool = False,
+    overwrite: bool = False,
+    nproc: int = 1,
+) -> TrainResult:
+    """Train the model that a configuration describes, as `moepp train` does but for the report.
+
+    Alone it trains in this process. In a script that torchrun or srun has started, every rank calls
+    it, and each gets the result. Like the command it listens to SIGTERM, SIGUSR1 and Ctrl-C, so
+    the main thread must call. Ranks that `nproc` starts write the report too.
+
+    Args:
+        config: A configuration, or its YAML file.
+        overrides: Settings `section.key=value` over it, the value as YAML.
+        resume: Go on from the newest checkpoint of the run in `run.dir`.
+        overwrite: Move the run in `run.dir` aside and start anew.
+        nproc: Ranks to start on this machine, in processes of their own.
+
+    Returns:
+        Where the run stands; losses in nats a token, times in seconds (`StepMetrics`).
+
+    Raises:
+        ConfigError: A ValueError; the configuration, the data or the run's folder do not allow it.
+        UnfitError: A RuntimeError; this machine cannot do it.
+        RanksFailedError: Ranks that were started have failed.
+        OSError: The run's last state could not be written.
+    """
+    with _as_file(config) as file:
+        options = LaunchOptions(nproc, stoppable=True)
+        start = occupancy.Start(resume=resume, overwrite=overwrite)
+        request = TrainRequest.read(file, overrides, options, start, _warn).admitted(_warn)
+        try:
+            result = run(request, print)
+        except RanksFailedError as error:
+            for refusal in (ConfigError, UnfitError):
+                if error.status == refusal.exit_code:
+                    raise refusal(str(error)) from None
+            raise
+    if result.failure is not None:
+        raise OSError(result.failure)
+    return _as_written(result, request.config) if request.starts_ranks else result
+
+
+@contextlib.contextmanager
+def _as_file(config: Config | str | Path) -> Iterator[Path]:
+    """The file of a configuration, which ranks read too."""
+    if not isinstance(config, Config):
+        yield Path(config)
+        return
+    with tempfile.TemporaryDirectory(prefix="moepp-") as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(config.to_yaml(), encoding="utf-8")
+        yield file
+
+
+def run(request: TrainRequest, say: Say) -> TrainResult:
+    """Train as an admitted request says: be one rank, or start this machine's ranks.
+
+    Args:
+        request: From `TrainRequest.admitted`.
+        say: Told what happens before the first step, on rank 0.
+
+    Returns:
+        Of ranks that were started only what their exit status tells.
+
+    Raises:
+        ConfigError: The run may not start in its folder, or has nothing to start from
+            (`NoStartError`, on all ranks alike).
+        RanksFailedError: Ranks that were started have failed.
+        OSError: The run was asked to stop and could not be saved.
+    """
+    with _entering(request, say):
+        return _start_ranks(request) if request.starts_ranks else _be_rank(request, say)
+
+
+def _entering(request: TrainRequest, say: Say) -> AbstractContextManager[None]:
+    """The run's folder is this process's inside, where it decides that for all ranks."""
+    if occupancy.is_claimed():
+        return contextlib.nullcontext()
+    if request.leads:
+        return occupancy.claimed(request.config, request.start, say)
+    occupancy.check_beside_leader(request.config, request.start)
+    return contextlib.nullcontext()
+
+
+def _start_ranks(request: TrainRequest) -> TrainResult:
+    """Start this machine's ranks, which decide where this machine is not known as the first."""
+    from moepp_megatron.runtime.launch import run_ranks
+
+    start = request.start
+    flags = ["--resume"] if start.resume else []
+    if not request.leads:
+        flags += ["--overwrite"] if start.overwrite else []
+        os.environ[GO_ON] = start.go_on or ""
+    arguments = ["train", *flags, "--", *request.words]
+    status = run_ranks(request.options, "moepp_megatron.cli.main", arguments)
+    if status not in (0, STOPPED):
+        raise RanksFailedError(status)
+    return TrainResult(Path(request.config.run.dir), stopped=status == STOPPED)
+
+
+def _be_rank(request: TrainRequest, say: Say) -> TrainResult:
+    from moepp_megatron.runtime.quiet import quiet
+
+    quiet()
+    from moepp_megatron.runtime import distributed
+    from moepp_megatron.runtime.parent import die_with_parent
+    from moepp_megatron.training.resilience import flight_recorder
+    from moepp_megatron.training.trainer import Trainer
+
+    config, rank = request.config, request.rank
+    folder = Path(config.run.dir)
+    if rank.is_launched:
+        die_with_parent(os.getppid())
+    if config.resilience.hang_timeout_s > 0:
+        flight_recorder.enable(folder / "hangs")
+    with distributed.joined(rank, distributed.collective_timeout(config)):
+        distributed.build_groups(config, request.layout)
+        if rank.rank == 0:
+            from moepp_megatron.runtime.backends import choices_to_log
+
+            if (choices := choices_to_log()) is not None:
+                say(choices)
+        trainer = Trainer(config, request.layout)
+        if rank.rank == 0:
+            for line in trainer.start_lines:
+                say(line)
+        record = trainer.run()
+    if trainer.stopped and trainer.failure is not None:
+        raise OSError(trainer.failure)
+    return TrainResult(folder, trainer.progress.step, record, trainer.stopped, trainer.failure)
+
+
+def _as_written(result: TrainResult, config: Config) -> TrainResult:
+    """The result of ranks in other processes, from what they have written."""
+    from moepp_megatron.observe.metrics import MetricsError, read_metrics
+    from moepp_megatron.training.checkpoint import list_checkpoints
+    from moepp_megatron.training.checkpoint.names import checkpoint_step
+
+    newest = [checkpoint_step(path) for path in list_checkpoints(checkpoint_folder(config))[:1]]
+    try:
+        last = read_metrics(result.folder / "metrics.jsonl")[-1]
+    except MetricsError:
+        # Stopped before the first step, or a full disk has cost the run its records.
+        return replace(result, step=max(newest, default=0))
+    return replace(result, step=max([*newest, last.step]), metrics=last)
+
+
+def _warn(text: str) -> None:
+    import logging
+
+    logging.getLogger(__name__).warning("%s", text)

@@ -1,0 +1,170 @@
+"""What `moepp train` is asked to do, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moepp_megatron.config import (
+    Config,
+    ConfigError,
+    Layout,
+    UnfitError,
+    check_config,
+    check_world_size,
+    load_config,
+    with_overrides,
+)
+from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
+from moepp_megatron.runtime.rank import RankEnvironment
+from moepp_megatron.training import occupancy
+from moepp_megatron.training.checkpoint import check_start, list_checkpoints
+from moepp_megatron.training.occupancy import Start
+from moepp_megatron.training.run_folder import checkpoint_folder
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """A request to train.
+
+    Attributes:
+        config: What to train.
+        layout: The rank grid.
+        rank: This process among the ranks; a lone one where it is to start them.
+        options: The ranks that are to start on this machine, unless somebody else has started them.
+        start: How the run starts in its folder.
+        words: CONFIG and overrides as on the command line, for the ranks that are to start.
+    """
+
+    config: Config
+    layout: Layout
+    rank: RankEnvironment
+    options: LaunchOptions
+    start: Start
+    words: list[str]
+
+    @classmethod
+    def read(
+        cls,
+        config: Path,
+        overrides: Sequence[str],
+        options: LaunchOptions,
+        start: Start,
+        warn: Say,
+    ) -> TrainRequest:
+        """Check configuration and rank grid.
+
+        Args:
+            config: YAML file.
+            overrides: Settings `section.key=value` over it.
+            options: The ranks that are to start; one without anything else is this process itself.
+            start: What is wanted of the run's folder; the rest of it is found out here.
+            warn: Told what is doubtful, in one process of the run.
+
+        Raises:
+            ConfigError: Whatever is wrong with it.
+        """
+        nodes = options.nodes
+        # Told to be a launcher it is none of srun's ranks, though srun may have started several.
+        rank = RankEnvironment.read() if nodes is None else RankEnvironment()
+        settings = load_config(config, overrides)
+        machines = 1 if nodes is None else nodes.count
+        world_size = rank.world_size if rank.is_launched else machines * options.num_local_ranks
+        layout = Layout.from_config(settings, world_size)
+        name = nodes.run_id if nodes is not None else rank.start_name
+        start = replace(start, name=name, config_file=config)
+        request = cls(settings, layout, rank, options, start, [str(config), *overrides])
+        if request.speaks:
+            for warning in check_config(settings) + check_world_size(settings, world_size):
+                warn(warning)
+        return request
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process says what all processes of the run find alike."""
+        nodes = self.options.nodes
+        return self.rank.rank == 0 and (nodes is None or not nodes.rank)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is known to be the one that decides about the run's folder."""
+        nodes = self.options.nodes
+        return self.rank.rank == 0 if nodes is None else nodes.rank == 0
+
+    @property
+    def starts_ranks(self) -> bool:
+        """Whether this process starts ranks, and is none itself."""
+        return not self.rank.is_launched and self.options != LaunchOptions(1, stoppable=True)
+
+    def admitted(self, warn: Say) -> TrainRequest:
+        """The request with what it starts from, where folder, machine and data allow it.
+
+        Raises:
+            ConfigError: The folder holds a run, or data or checkpoint do not fit.
+            UnfitError: This machine cannot do it.
+        """
+        config = self.config
+        start = self._settled_start()
+        if self.leads and not occupancy.is_claimed():
+            # At once; looking for packages imports torch.
+            occupancy.refuse_occupied(config, start)
+        from moepp_megatron.data.prepared_data import check_data
+        from moepp_megatron.runtime.fit import check_fit
+
+        check_fit(config)
+        if config.telemetry.hardware is not None:
+            from moepp_megatron.config.hardware import load_hardware
+
+            load_hardware(config.telemetry.hardware)
+        if self.speaks:
+            _check_sinks(config)
+        warnings = check_data(config, whole_index=self.rank.rank == 0)
+        if self.speaks and not has_launcher():
+            for warning in warnings:
+                warn(warning)
+        if start.resume:
+            config = _resumed(config)
+        if not (start.overwrite and config.checkpoint.load == "auto"):
+            check_start(config, checkpoint_folder(config))
+        return replace(self, config=config, start=start)
+
+    def _settled_start(self) -> Start:
+        """What is wanted, after what the same run has begun before, and after its settings."""
+        start, checkpoint = self.start, self.config.checkpoint
+        restarted = self.rank.restart_count > 0 or occupancy.is_requeued(self.config, start.name)
+        overwrite = start.overwrite and not restarted
+        goes_on_by_itself = checkpoint.load == "auto" and checkpoint.load_optimizer
+        resume = start.resume or restarted or (goes_on_by_itself and not overwrite)
+        return replace(start, resume=resume, overwrite=overwrite, restarted=restarted)
+
+
+def _resumed(config: Config) -> Config:
+    """`config` that starts from the run's own newest checkpoint, if there is one."""
+    own = list_checkpoints(checkpoint_folder(config))
+    # Without anything else to start from, `auto` alone decides, on all ranks together.
+    if config.checkpoint.load is not None and not own:
+        return config
+    return with_overrides(config, ["checkpoint.load=auto", "checkpoint.load_optimizer=true"])
+
+
+def _check_sinks(config: Config) -> None:
+    """Refuse sinks that cannot work, where the rank that owns them starts."""
+    from moepp_megatron.runtime.optional import have_wandb
+
+    project, variable = config.observe.wandb.project, config.observe.webhook_url_env
+    if project is not None and not have_wandb():
+        raise UnfitError(
+            f"observe.wandb.project ({project!r}) must have the package wandb, which is not "
+            "installed; pip install 'moepp-megatron[wandb]', or set it to null"
+        )
+    if variable is None:
+        return
+    from moepp_megatron.observe.webhook import WebhookAddressError, read_address
+
+    try:
+        read_address(variable)
+    except WebhookAddressError as error:
+        raise ConfigError(f"observe.webhook_url_env ({variable}): {error}") from None
