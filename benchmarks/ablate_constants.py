@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 from moepp_megatron.config import load_config
-from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.workbench.experiments.pilot.statistics import interval
 
 BASE = "base"

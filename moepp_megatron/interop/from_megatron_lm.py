@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, parse_config
-from moepp_megatron.data.atomic import partial_folder, publish
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
 from moepp_megatron.interop.megatron_arguments import moepp_config
@@ -25,6 +24,7 @@ from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint,
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.to_mcore import free_folder, write_objects
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE
 
 # How data files of ours begin that stand beside data files of another writer.

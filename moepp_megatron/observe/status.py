@@ -16,8 +16,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.runtime.atomic import write_atomic
 
 STATUS_FILE = "status.json"
 # The claim of a run's launcher, as JSON, for its ranks.

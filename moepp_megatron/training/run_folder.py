@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 from moepp_megatron import __version__
 from moepp_megatron.config import Config
+from moepp_megatron.runtime.atomic import write_atomic
 
 
 def checkpoint_folder(config: Config) -> Path:
@@ -20,10 +20,8 @@ def write_config(config: Config) -> Path:
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    temporary = folder / ".config.yaml.incomplete"
     comment = f"moepp_megatron {__version__}, commit {_git_commit()}"
-    temporary.write_text(config.to_yaml(comment), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, config.to_yaml(comment).encode())
     return path
 
 

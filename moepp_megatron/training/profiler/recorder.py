@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.atomic import whole_file, write_atomic
 from moepp_megatron.training import step as step_module
 from moepp_megatron.training.profiler.collective_names import CollectiveNames
 from moepp_megatron.training.profiler.description import clock_at_barriers, describe
@@ -133,9 +133,8 @@ class StepRecorder:
         rank = dist.get_rank()
         self._folder.mkdir(parents=True, exist_ok=True)
         trace = self._folder / f"rank{rank}.pt.trace.json.gz"
-        temporary = self._folder / f".rank{rank}.incomplete.json.gz"
-        recorded.export_chrome_trace(str(temporary))
-        os.replace(temporary, trace)
+        with whole_file(trace) as temporary:
+            recorded.export_chrome_trace(str(temporary))
         about = json.dumps(self._about).encode("ascii")
         write_atomic(self._folder / f"rank{rank}.meta.json", about)
         if rank == 0:

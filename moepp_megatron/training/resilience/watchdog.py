@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from moepp_megatron.config.schema import ResilienceSection
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.launch import HUNG, write_status
 from moepp_megatron.training.resilience import flight_recorder
 from moepp_megatron.training.resilience.activity import STEP, Activity
@@ -184,9 +185,7 @@ class Watchdog:
         pending = flight_recorder.pending_collectives(folder, self._world_size)
         report = hang_report(beats, silent, self._world_size, pending)
         print(f"{report}\n  stacks: {folder}", file=sys.stderr, flush=True)
-        temporary = folder / ".report.incomplete"
-        temporary.write_text(report + "\n", encoding="utf-8")
-        os.replace(temporary, report_file)
+        write_atomic(report_file, f"{report}\n".encode(), is_synced=False)
 
 
 def _moved(before: Heartbeat, after: Heartbeat) -> bool:

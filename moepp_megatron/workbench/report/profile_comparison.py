@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.workbench.profiling.changes import Change, Comparison, total_of
 from moepp_megatron.workbench.profiling.compare import amount, duration, in_words, kind_name
 from moepp_megatron.workbench.report.drawing import (

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
-from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.workbench.experiments.pilot.arms import PilotArm
 from moepp_megatron.workbench.experiments.pilot.result import Arm
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.json_file import read_json
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.workbench.experiments.scaling.grid import Point
 from moepp_megatron.workbench.experiments.scaling.point import PointFile, PointResult
 
