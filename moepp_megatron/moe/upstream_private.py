@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from megatron.core import package_info
-
 Use = Literal["called", "overridden", "read"]
 
 # What this package is tested with (constraints.txt).
@@ -175,6 +173,9 @@ def check_upstream(names: tuple[PrivateName, ...] = LAYER_NAMES) -> None:
     moved = [line for private in names for line in moved_from(private)]
     if not moved:
         return
+    # Not above: `moepp doctor` asks for the tested version where megatron-core is missing.
+    from megatron.core import package_info
+
     raise UpstreamMovedError(
         f"megatron-core ({package_info.__shortversion__}) must be {TESTED_VERSION}, or have the "
         f"private names that this package uses; {'; '.join(moved)}; install megatron-core=="
