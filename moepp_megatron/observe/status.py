@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moepp_megatron.observe.metrics import StepMetrics
@@ -40,14 +41,10 @@ class ProcessId(BaseModel):
     @classmethod
     def own(cls) -> ProcessId:
         """This process."""
-        import psutil
-
         return cls(pid=os.getpid(), started=psutil.Process().create_time())
 
     def is_gone(self) -> bool | None:
         """Whether it exists no longer on this machine; None where that cannot be told."""
-        import psutil
-
         try:
             process = psutil.Process(self.pid)
             # Process times have a resolution of a hundredth of a second.

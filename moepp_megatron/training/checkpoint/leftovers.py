@@ -13,6 +13,8 @@ import shutil
 import socket
 from pathlib import Path
 
+import psutil
+
 from moepp_megatron.training.checkpoint.names import PREFIX
 
 logger = logging.getLogger(__name__)
@@ -49,8 +51,6 @@ def remove_leftovers(folder: Path) -> None:
 
 def _is_being_written(path: Path) -> bool:
     """Whether the process that the name tells lives on this machine."""
-    import psutil
-
     _, _, owner = path.name.partition(f".{_INCOMPLETE}-")
     host, _, pid = owner.rpartition("-")[0].rpartition("-")
     if host != socket.gethostname() or not pid.isdecimal() or int(pid) == os.getpid():

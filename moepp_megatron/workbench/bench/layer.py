@@ -14,8 +14,6 @@ from moepp_megatron.workbench.bench.interleave import interleaved, speedup
 from moepp_megatron.workbench.bench.parts import parts_ms
 from moepp_megatron.workbench.bench.shapes import PaperShape
 
-PASSES = ("forward", "forward_backward")
-
 
 @dataclass(frozen=True)
 class LayerResult:
@@ -122,7 +120,7 @@ def run_layer_benchmark(
     Args:
         shapes: Which layers.
         taus: Weights of a zero-computation expert.
-        passes: Of `PASSES`.
+        passes: Of "forward" and "forward_backward".
         setting: What is common to all.
         progress: Told what is being measured.
     """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.vanilla import vanilla
@@ -111,8 +112,6 @@ def run_step_benchmark(
 
 
 def _hold_all(models: list[torch.nn.Module], config: Config, layout: Layout) -> None:
-    from megatron.core.transformer.moe.router import TopKRouter
-
     moe, training = config.moe, config.training
     num_tokens = training.micro_batch_size * config.model.seq_length // (layout.tp * layout.cp)
     generator = torch.Generator().manual_seed(training.seed + dist.get_rank())

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
@@ -266,10 +267,7 @@ def plot(path: Path, plan: Plan) -> None:
     write_atomic(path, content.getvalue())
 
 
-def _draw(axis: object, entries: Sequence[tuple[str, Planned]]) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(axis, Axes), "subplots() of one"
+def _draw(axis: Axes, entries: Sequence[tuple[str, Planned]]) -> None:
     places = range(len(entries))
     left = [0.0] * len(entries)
     columns = [bars(planned.step.seconds) for _, planned in entries]
