@@ -131,21 +131,7 @@ PRIVATE_NAMES = (
         "read",
         "set, so that no process is started for a queue that nothing reads",
     ),
-    # Of benchmarks and planning, which forget a model between two, and look into its buffers.
-    PrivateName(
-        "tensor_parallel.random",
-        "",
-        "_CUDA_RNG_STATE_TRACKER",
-        "read",
-        "set, to begin anew between two models",
-    ),
-    PrivateName(
-        "tensor_parallel.random",
-        "",
-        "_CUDA_RNG_STATE_TRACKER_INITIALIZED",
-        "read",
-        "set, to begin anew between two models",
-    ),
+    # Of planning, which looks into a built model's buffers.
     PrivateName(
         "distributed.param_and_grad_buffer",
         "",

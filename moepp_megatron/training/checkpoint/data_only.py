@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as strategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.checkpoint.index import read_metadata
 
 # torch/serialization.py: the first beats an explicit `weights_only=False`, and does not go together
@@ -40,7 +40,7 @@ def load_data(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """
     reader = partial(_Reader, read_metadata(checkpoint))
     # megatron-core has no argument for the reader of the common state.
-    with only_data(), patch.object(strategy, "FileSystemReader", reader):
+    with only_data(), replaced(strategy, FileSystemReader=reader):
         made = strategy._get_filesystem_reader(checkpoint)
         assert isinstance(made, _Reader), f"megatron-core reads with a {type(made).__name__}"
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))

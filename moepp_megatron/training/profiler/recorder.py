@@ -83,7 +83,7 @@ class StepRecorder:
             return
         self._done = True
         self.end_step()
-        self._ranges.remove()
+        self._ranges.undo()
         self._profile.__exit__(None, None, None)
         try:
             self._write(self._profile)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
+from moepp_megatron.runtime.patches import replaced
+
 
 def prepare_gradients(optimizer: MegatronOptimizer) -> float:
     """First half of `optimizer.step()`: gradients in place, their global norm; no state changes."""
@@ -22,10 +24,5 @@ def gradients_ready(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[
     `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
     over all gradients and an all-reduce) is known.
     """
-    # setattr: mypy would see methods overwritten, which is what happens, for this call alone.
-    setattr(optimizer, "prepare_grads", lambda: False)  # noqa: B010
-    setattr(optimizer, "get_grad_norm", lambda: grad_norm)  # noqa: B010
-    try:
+    with replaced(optimizer, prepare_grads=lambda: False, get_grad_norm=lambda: grad_norm):
         yield
-    finally:
-        del optimizer.prepare_grads, optimizer.get_grad_norm
