@@ -85,7 +85,7 @@ PATCHES = (
         "megatron-core takes a reader for the common state",
     ),
     Patch(
-        "training.resilience.ready_gradients",
+        "training.step",
         "megatron-core",
         "prepare_grads and get_grad_norm of one optimizer; for one step",
         "both would be computed twice where the norm is looked at before the step",

@@ -13,7 +13,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer, named_eod_token, tokenizer_config
 from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
-from moepp_megatron.training.checkpoint.leftovers import discard
 from moepp_megatron.training.checkpoint.names import (
     CONFIG_FILE,
     FORMAT_FILE,
@@ -26,6 +25,7 @@ from moepp_megatron.training.checkpoint.names import (
 )
 from moepp_megatron.training.checkpoint.plan import Plan, Written
 from moepp_megatron.training.checkpoint.progress import Record
+from moepp_megatron.training.checkpoint.room import discard
 from moepp_megatron.training.checkpoint.validity import damage, file_digest, manifest
 
 logger = logging.getLogger(__name__)
