@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from moepp_megatron.config import ConfigError, load_config
-from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.workbench.experiments.pilot.statistics import interval
 from moepp_megatron.workbench.experiments.runs import Interrupted, RunFailed, in_turns
 from moepp_megatron.workbench.experiments.training_runs import TrainingRun, TrainingRuns

@@ -199,7 +199,7 @@ def estimated(row: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print."""
-    from moepp_megatron.observe.atomic import write_atomic
+    from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.runtime.distributed import joined
     from moepp_megatron.runtime.quiet import quiet
     from moepp_megatron.runtime.rank import RankEnvironment

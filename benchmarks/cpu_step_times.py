@@ -126,7 +126,7 @@ class Visits:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Keep a visit and write the file."""
-        from moepp_megatron.observe.atomic import write_atomic
+        from moepp_megatron.runtime.atomic import write_atomic
 
         self.entries.append(entry)
         if self._writes:
@@ -295,7 +295,7 @@ def _layouts(content: dict[str, Any]) -> list[tuple[str, str, int, Any]]:
 def report(path: Path, source: Path | None = None) -> list[str]:
     """Fits (or takes rates of another file), predicts, writes both; the table in Markdown."""
     from benchmarks.calibration import fit
-    from moepp_megatron.observe.atomic import write_atomic
+    from moepp_megatron.runtime.atomic import write_atomic
 
     content = json.loads(path.read_text())
     layouts = _layouts(content)

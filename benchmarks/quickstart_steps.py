@@ -44,7 +44,7 @@ class QuickstartSteps:
         from moepp_megatron.runtime.distributed import build_groups
         from moepp_megatron.training.batches import rank_batches
         from moepp_megatron.training.setup import build_training_model
-        from moepp_megatron.workbench.bench.random_tokens import RandomTokens
+        from moepp_megatron.workbench.bench.step import RandomTokens
 
         quickstart = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
         config = load_config(quickstart, [f"run.dir={folder}", *settings])

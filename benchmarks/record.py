@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.config.json_file import read_json
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.atomic import write_atomic
 
 
 def assemble(folder: Path, command: str, driver: str | None = None) -> dict[str, Any]:

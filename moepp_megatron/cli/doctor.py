@@ -98,7 +98,7 @@ def _show(findings: list[Finding], preflight: bool, as_json: bool, out: Path | N
 
     text = json.dumps({"findings": [finding.as_dict() for finding in findings]}, indent=2)
     if out is not None:
-        from moepp_megatron.observe.atomic import write_atomic
+        from moepp_megatron.runtime.atomic import write_atomic
 
         try:
             write_atomic(out, (text + "\n").encode("ascii"))

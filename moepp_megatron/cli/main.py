@@ -32,7 +32,7 @@ from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.paths import check_paths
 from moepp_megatron.cli.usage import COMMANDS, UsageError, refuse
 from moepp_megatron.config import ConfigError, UnfitError
-from moepp_megatron.runtime.printable_logs import make_logs_printable
+from moepp_megatron.config.printable import make_logs_printable
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
     signal.signal(signal.SIGINT, signal.default_int_handler)

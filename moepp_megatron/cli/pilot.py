@@ -162,7 +162,7 @@ def _run(whole: Pilot, runs: list[PilotRun]) -> None:
 
 def _write(whole: Pilot) -> bool:
     """Write results of whole seeds; false where there is none."""
-    from moepp_megatron.observe.atomic import write_atomic
+    from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.experiments.pilot.report import write_pilot_page
 
     result = whole.result()

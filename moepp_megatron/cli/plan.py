@@ -116,7 +116,7 @@ def _require_fit(result: Plan) -> None:
 
 def _write_layout(out: Path, result: Plan, config: Path, overrides: list[str]) -> None:
     from moepp_megatron.config.load import parse_override
-    from moepp_megatron.observe.atomic import write_result
+    from moepp_megatron.runtime.atomic import write_result
     from moepp_megatron.workbench.planning.overlay import overlay_text
 
     best = result.best

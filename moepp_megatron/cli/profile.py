@@ -79,7 +79,7 @@ def _profile(
     """Of torch profiler traces."""
     import json
 
-    from moepp_megatron.observe.atomic import write_atomic
+    from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.profiling.analysis import analyse
     from moepp_megatron.workbench.profiling.document import document
     from moepp_megatron.workbench.profiling.measures.ceiling import Ceiling
@@ -108,7 +108,7 @@ def _profile(
 
 def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
     """Of a source that knows collectives and nothing else."""
-    from moepp_megatron.observe.atomic import write_atomic
+    from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.report.profile.terminal import print_summary
 
     summary = _summary(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 # What moves the cursor or sets titles, colours and clipboards: C0 and C1 controls.
@@ -25,3 +26,16 @@ def printable(text: str, keep: str = "\n\t") -> str:
 def _escape(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+class _Record(logging.LogRecord):
+    """A record whose message cannot command a terminal."""
+
+    def getMessage(self) -> str:  # noqa: N802 (logging's name)
+        """The message with its arguments, control characters as escapes."""
+        return printable(super().getMessage())
+
+
+def make_logs_printable() -> None:
+    """Have every later log message escaped, whichever library logs it and whatever shows it."""
+    logging.setLogRecordFactory(_Record)

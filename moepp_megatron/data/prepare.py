@@ -11,7 +11,6 @@ from pathlib import Path
 from rich.console import Console
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.atomic import partial_folder, publish
 from moepp_megatron.data.corpus import (
     SpooledCorpus,
     WrittenCorpus,
@@ -36,6 +35,7 @@ from moepp_megatron.data.tokenizer import (
     tokenizer_file,
     train_tokenizer,
 )
+from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.terminal import Console as SafeConsole
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.data.manifest import TOKENIZER, Manifest
-from moepp_megatron.data.tokenizer import tokenizer_file
+from moepp_megatron.data.tokenizer import Tokenizer, tokenizer_file
 
 _SHOWN = 16
 
@@ -100,12 +100,8 @@ def _sha256(path: Path) -> str:
 
 
 def _content(path: Path) -> str:
-    from moepp_megatron.data.tokenizer import Tokenizer
-
     return Tokenizer.load(path).unique_identifiers["sha256"]
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    from moepp_megatron.data.tokenizer import Tokenizer
-
     return Tokenizer.load(path).vocabulary

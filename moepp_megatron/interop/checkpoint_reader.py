@@ -63,11 +63,6 @@ class CheckpointReader:
             _place(target, chunk)[first - begin : last - begin].copy_(part)
         return target if index is None else target[0]
 
-    def read_object(self, key: str) -> Any:
-        """Read an object that megatron-core stored under `key`."""
-        (value,) = self._record(MetadataIndex(f"{key}/shard_0_1"))
-        return value
-
     def read_bytes(self, key: str) -> bytes:
         """The bytes that hold the object that megatron-core stored under `key`.
 

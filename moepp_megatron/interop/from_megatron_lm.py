@@ -17,14 +17,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, parse_config
-from moepp_megatron.data.atomic import partial_folder, publish
+from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
-from moepp_megatron.interop.megatron_arguments import moepp_config
+from moepp_megatron.interop.megatron_arguments import environment_arguments, moepp_config
 from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.to_mcore import free_folder, write_objects
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE
 
 # How data files of ours begin that stand beside data files of another writer.
@@ -136,8 +137,6 @@ def link_data(reader: CheckpointReader, names: Iterable[str], target: Path) -> N
 
 
 def _check_tokenizer(tokenizer: Path, config: Config) -> None:
-    from moepp_megatron.data.tokenizer import Tokenizer
-
     size = Tokenizer.load(tokenizer).vocab_size
     if size > config.model.vocab_size:
         raise ConfigError(
@@ -153,8 +152,6 @@ def _transformer_fields(arguments: Namespace) -> Any:
 
 def _with_own(arguments: Namespace, own_arguments: str | None) -> Namespace:
     """The arguments with `moepp_*` among them, from wherever the run had them."""
-    from moepp_megatron.interop.megatron_arguments import environment_arguments
-
     if hasattr(arguments, "moepp_tau"):
         return arguments
     text = own_arguments

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config
+from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.interop.hf_source import read_json
 from moepp_megatron.interop.to_mcore import HF_CONFIG_FILE
 from moepp_megatron.training.checkpoint import TOKENIZER_FILE
@@ -32,8 +33,6 @@ def special_ids(folder: Path) -> dict[str, int | list[int] | None]:
         return {key: original[key] for key in _SPECIAL_IDS if key in original}
     eod = None
     if (folder / TOKENIZER_FILE).is_file():
-        from moepp_megatron.data.tokenizer import Tokenizer
-
         eod = Tokenizer.load(folder / TOKENIZER_FILE).eod
     return dict.fromkeys(_SPECIAL_IDS, eod)
 
@@ -64,8 +63,6 @@ def _tokenizer_config(source: Path, config: Config) -> dict[str, Any]:
     """What the checkpoint says, and for what it does not say our tokenizers' conventions."""
     file = source / _TOKENIZER_CONFIG
     stated = read_json(file) if file.is_file() else {}
-    from moepp_megatron.data.tokenizer import Tokenizer
-
     token = Tokenizer.load(source / TOKENIZER_FILE).eod_token
     assumed = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": token}
     if not (source / HF_CONFIG_FILE).is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.stage import PipelineStage, evaluation_stages
+from moepp_megatron.runtime.atomic import whole_file
 from moepp_megatron.training.checkpoint import load_weights
 
 Batch = dict[str, Tensor]
@@ -76,10 +76,8 @@ def score_stages(
 def write_scores(out: Path, scores: dict[str, np.ndarray]) -> None:
     """Write the npz file; it appears complete or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.incomplete")
-    with temporary.open("wb") as stream:
+    with whole_file(out) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **scores)  # type: ignore[arg-type]
-    os.replace(temporary, out)
 
 
 def _batches(request: ScoreRequest) -> Iterator[Batch]:

@@ -14,7 +14,6 @@ import torch
 
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.config.problem import show
-from moepp_megatron.data.atomic import partial_folder, publish
 from moepp_megatron.data.progress import track
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.hf_companions import (
@@ -37,6 +36,7 @@ from moepp_megatron.interop.rules import UNUSED_PREFIX, Rule
 from moepp_megatron.interop.safetensors_file import SafetensorsWriter
 from moepp_megatron.interop.to_mcore import TORCH_DTYPES, free_folder
 from moepp_megatron.interop.zeda import qwen3_moe_rules, zeda_hf_config
+from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.data.atomic import partial_folder, publish
 from moepp_megatron.data.progress import track
+from moepp_megatron.data.tokenizer import check_tokenizer_file
 from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
 from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource, TensorInfo
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.rules import Rule, linear_modules
+from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE
 
@@ -177,11 +178,8 @@ def _check_tokenizer(hf: HFSource) -> None:
         ConfigError: With a remedy.
     """
     file = hf.folder / TOKENIZER_FILE
-    if not file.is_file():
-        return
-    from moepp_megatron.data.tokenizer import check_tokenizer_file
-
-    check_tokenizer_file(file)
+    if file.is_file():
+        check_tokenizer_file(file)
 
 
 def _copy_companions(hf: HFSource, folder: Path) -> None:

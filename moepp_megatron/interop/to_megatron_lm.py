@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.data.atomic import partial_folder, publish
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
 from moepp_megatron.interop.from_megatron_lm import link_data, weight_names
 from moepp_megatron.interop.megatron_checkpoint import RELEASE, TRACKER_FILE
 from moepp_megatron.interop.to_mcore import free_folder, write_objects
+from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
 
 ARGUMENTS_FILE = "arguments.txt"

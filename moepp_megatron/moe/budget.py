@@ -11,7 +11,7 @@ from perfect balance; two controllers close the loop:
 - **tau** adds to log tau what the measured share is short of, in log odds, the scale on which the
   equation above is a straight line; and, a hundredth as much a step, what it was short of in the
   past. Routers follow tau with a delay of many steps: the sum over the past alone would swing.
-- **bias** moves the FFN experts' selection bias (`selection_bias`, LongCat-Flash).
+- **bias** moves the FFN experts' selection bias (`bias_step`, LongCat-Flash's rule).
 
 The state is a few numbers a layer that follow from counts over the global batch: the same on
 every rank and in every layout.
@@ -29,7 +29,6 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer, moepp_layers
-from moepp_megatron.moe.selection_bias import bias_step
 
 Controller = Literal["none", "bias", "tau"]
 
@@ -191,3 +190,23 @@ def add_to_biases(
 
 def _layers(chunks: Iterable[torch.nn.Module]) -> list[MoEPPLayer]:
     return [layer for chunk in chunks for layer in moepp_layers(chunk)]
+
+
+def bias_step(shares_LE: Tensor, wanted: float, num_ffn_experts: int, rate: float) -> Tensor:
+    """`delta b_i = mu (K_e/K * 1/F - T_i / (K T_all))` on FFN experts, 0 on the others.
+
+    Source: LongCat-Flash (arXiv 2509.01322).
+
+    Args:
+        shares_LE: [L, E] each expert's share of a layer's selections, T_i / (K T_all).
+        wanted: K_e/K, the FFN experts' share that is wanted.
+        num_ffn_experts: F.
+        rate: mu.
+
+    Returns:
+        [L, E] fp32.
+    """
+    step_LE = torch.zeros(shares_LE.shape)
+    ffn = slice(0, num_ffn_experts)
+    step_LE[:, ffn] = (rate * (wanted / num_ffn_experts - shares_LE[:, ffn])).float()
+    return step_LE

@@ -282,7 +282,13 @@ class MoEPPRouter(TopKRouter):
         selection = self._select(logits_TE, num_sequences, forced_tokens(tags), padded)
         if tags is not None and num_sequences is not None and self.statistics.num_cells > 0:
             self._count_cells(selection, tags, padded)
-        return Choice(logits, *selection[:4])
+        return Choice(
+            logits,
+            gates=selection.gates,
+            routing_map=selection.routing_map,
+            counts=selection.counts,
+            score_sums=selection.score_sums,
+        )
 
     def settle(self, choice: Choice, padded: Tensor | None = None) -> Routing:
         """The second half of `forward`: attach the losses, apply capacity limits, count.

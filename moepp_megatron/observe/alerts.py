@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moepp_megatron.catalogue import Number
-from moepp_megatron.observe.line_file import append_line
+from moepp_megatron.runtime.atomic import append_line
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from moepp_megatron.observe.atomic import write_atomic
-from moepp_megatron.observe.line_file import append_line
 from moepp_megatron.observe.metrics import StepMetrics, scan_metrics
+from moepp_megatron.runtime.atomic import append_line, write_atomic
 
 logger = logging.getLogger(__name__)
 

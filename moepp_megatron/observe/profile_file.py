@@ -10,9 +10,9 @@ from typing import Any
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.schema.routing_guard import ShiftSection
-from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.profile_noise import ProfileNoise
 from moepp_megatron.observe.routing_profile import RoutingProfile
+from moepp_megatron.runtime.atomic import write_atomic
 
 PROFILE_FILE = "routing_profile.json"
 _FORMAT = "moepp routing profile 1"

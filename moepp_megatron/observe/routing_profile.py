@@ -107,11 +107,6 @@ def difference(profile: RoutingProfile, reference: RoutingProfile) -> NDArray[np
     return np.concatenate([of_experts, of_cells], axis=1).ravel()
 
 
-def divergence(profile: RoutingProfile, reference: RoutingProfile) -> float:
-    """Mean square of `difference`: about 1 where only chance makes them differ."""
-    return float(np.square(difference(profile, reference)).mean())
-
-
 def _weight(n: NDArray[Any], m: NDArray[Any]) -> NDArray[np.float64]:
     """`2 / sqrt(1/n + 1/m)`, 0 where n or m is."""
     # Not `n * m`, which may be beyond int64.

@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.runtime.atomic import write_atomic
 
 STATUS_FILE = "status.json"
 # The claim of a run's launcher, as JSON, for its ranks.
@@ -43,14 +44,10 @@ class ProcessId(BaseModel):
     @classmethod
     def own(cls) -> ProcessId:
         """This process."""
-        import psutil
-
         return cls(pid=os.getpid(), started=psutil.Process().create_time())
 
     def is_gone(self) -> bool | None:
         """Whether it exists no longer on this machine; None where that cannot be told."""
-        import psutil
-
         try:
             process = psutil.Process(self.pid)
             # Process times have a resolution of a hundredth of a second.

@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from moepp_megatron.runtime.launch import REFUSALS, is_refused
+from moepp_megatron.runtime.patches import replace
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import WorkerGroup
@@ -64,7 +65,7 @@ def _restart_only_what_can_succeed() -> None:
             raise _RefusedError
         restart(agent, group)
 
-    SimpleElasticAgent._restart_workers = restart_unless_refused  # type: ignore[method-assign]
+    replace(SimpleElasticAgent, "_restart_workers", restart_unless_refused)
 
 
 def _end(failure: ProcessFailure) -> str:

@@ -3,8 +3,7 @@
 megatron-core 0.19.2 is written for CUDA: it asks for streams, events, device ordinals and CUDA
 random states even where nothing depends on a GPU. `install` maps exactly the part of that surface
 which training calls onto the CPU. It does nothing at all where a GPU is present, so a GPU run is
-never touched. This is the only module of the package that patches another library; every patch
-states the caller it serves.
+never touched. Every patch states the caller it serves.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from moepp_megatron.runtime.patches import replace
 
 _installed = False
 
@@ -133,36 +134,36 @@ def _patch_streams_and_events() -> None:
     # Token dispatcher (device-to-host stream), DDP (communication streams), pipeline
     # communication and timers create streams and events unconditionally.
     stream = _Stream()
-    _set(torch.cuda, "Stream", _Stream)
-    _set(torch.cuda, "Event", _Event)
-    _set(torch.cuda, "current_stream", lambda *args, **kwargs: stream)
-    _set(torch.cuda, "default_stream", lambda *args, **kwargs: stream)
-    _set(torch.cuda, "stream", _stream_context)
-    _set(torch.cuda, "is_current_stream_capturing", lambda: False)
+    replace(torch.cuda, "Stream", _Stream)
+    replace(torch.cuda, "Event", _Event)
+    replace(torch.cuda, "current_stream", lambda *args, **kwargs: stream)
+    replace(torch.cuda, "default_stream", lambda *args, **kwargs: stream)
+    replace(torch.cuda, "stream", _stream_context)
+    replace(torch.cuda, "is_current_stream_capturing", lambda: False)
     # `tensor_parallel.mappings` and the profiler ranges of `megatron.core.utils`.
-    _set(torch.cuda.nvtx, "range_push", _nothing)
-    _set(torch.cuda.nvtx, "range_pop", _nothing)
+    replace(torch.cuda.nvtx, "range_push", _nothing)
+    replace(torch.cuda.nvtx, "range_pop", _nothing)
 
 
 def _patch_device_queries() -> None:
     cpu = torch.device("cpu")
     # Buffers all over megatron-core are created with `device=torch.cuda.current_device()`.
-    _set(torch.cuda, "current_device", lambda: cpu)
-    _set(torch.cuda, "set_device", _nothing)
-    _set(torch.cuda, "device_count", lambda: 1)
-    _set(torch.cuda, "synchronize", _nothing)
-    _set(torch.cuda, "empty_cache", _nothing)
-    _set(torch.cuda, "reset_peak_memory_stats", _nothing)
+    replace(torch.cuda, "current_device", lambda: cpu)
+    replace(torch.cuda, "set_device", _nothing)
+    replace(torch.cuda, "device_count", lambda: 1)
+    replace(torch.cuda, "synchronize", _nothing)
+    replace(torch.cuda, "empty_cache", _nothing)
+    replace(torch.cuda, "reset_peak_memory_stats", _nothing)
     for name in (
         "memory_allocated",
         "max_memory_allocated",
         "memory_reserved",
         "max_memory_reserved",
     ):
-        _set(torch.cuda, name, _zero)
+        replace(torch.cuda, name, _zero)
     # Fused kernels and FP8 ask for the compute capability to decide that they do not apply;
     # (0, 0) makes every one of them decline.
-    _set(torch.cuda, "get_device_capability", lambda *args, **kwargs: (0, 0))
+    replace(torch.cuda, "get_device_capability", lambda *args, **kwargs: (0, 0))
 
 
 def _patch_random_state() -> None:
@@ -178,11 +179,11 @@ def _patch_random_state() -> None:
         torch.default_generator.manual_seed(value)
 
     for module in (torch.cuda, torch.cuda.random):
-        _set(module, "get_rng_state", get_state)
-        _set(module, "set_rng_state", set_state)
-        _set(module, "manual_seed", seed)
+        replace(module, "get_rng_state", get_state)
+        replace(module, "set_rng_state", set_state)
+        replace(module, "manual_seed", seed)
         # `torch.manual_seed` calls this one after seeding the default generator itself.
-        _set(module, "manual_seed_all", _nothing)
+        replace(module, "manual_seed_all", _nothing)
 
 
 def _on_cpu(device: Any) -> Any:
@@ -227,7 +228,7 @@ def _patch_factories() -> None:
         "randn",
         "randint",
     ):
-        _set(torch, name, _redirected(getattr(torch, name)))
+        replace(torch, name, _redirected(getattr(torch, name)))
 
 
 def _patch_tensor_methods() -> None:
@@ -252,10 +253,10 @@ def _patch_tensor_methods() -> None:
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
-    _set(torch.Tensor, "to", to)
-    _set(torch.Tensor, "cuda", cuda)
-    _set(torch.Tensor, "type", type_)
-    _set(torch.Tensor, "record_stream", _nothing)
+    replace(torch.Tensor, "to", to)
+    replace(torch.Tensor, "cuda", cuda)
+    replace(torch.Tensor, "type", type_)
+    replace(torch.Tensor, "record_stream", _nothing)
 
 
 def _patch_uneven_collectives() -> None:
@@ -288,8 +289,8 @@ def _patch_uneven_collectives() -> None:
         output.copy_(whole.split([t.shape[0] for t in inputs])[dist.get_rank(group)])
         return None
 
-    _set(dist, "all_gather", all_gather)
-    _set(dist, "reduce_scatter", reduce_scatter)
+    replace(dist, "all_gather", all_gather)
+    replace(dist, "reduce_scatter", reduce_scatter)
 
 
 def _patch_megatron() -> None:
@@ -305,15 +306,15 @@ def _patch_megatron() -> None:
     def set_state(state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(state)
 
-    _set(megatron_random, "_get_cuda_rng_state", get_state)
-    _set(megatron_random, "_set_cuda_rng_state", set_state)
+    replace(megatron_random, "_get_cuda_rng_state", get_state)
+    replace(megatron_random, "_set_cuda_rng_state", set_state)
 
     # On a GPU this moves the all-to-all's split sizes to the host as numpy arrays. On a CPU the
     # original returns them as tensors, which `all_to_all_single` does not take.
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    _set(token_dispatcher, "maybe_move_tensor_to_cpu", move)
+    replace(token_dispatcher, "maybe_move_tensor_to_cpu", move)
 
 
 def _patch_megatron_training() -> None:
@@ -321,13 +322,9 @@ def _patch_megatron_training() -> None:
     import megatron.training.training as loop
 
     # `validate_args` asks the driver with tensor or context parallelism; (0, 0) as above.
-    _set(arguments, "get_device_arch_version", _zero)
+    replace(arguments, "get_device_arch_version", _zero)
 
     # `pretrain` insists on a GPU, unless this argument is given, which it does not pass on.
-    _set(
+    replace(
         loop, "initialize_megatron", functools.partial(loop.initialize_megatron, allow_no_cuda=True)
     )
-
-
-def _set(owner: Any, name: str, value: Any) -> None:
-    setattr(owner, name, value)

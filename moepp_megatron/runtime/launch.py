@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from moepp_megatron.config import ConfigError, UnfitError
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.meeting import Meeting
 from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.parent import die_with_parent
@@ -139,9 +140,7 @@ def write_status(status: int) -> bool:
     if status_file is None:
         return False
     # In one step, since all ranks of the machine may write.
-    temporary = Path(f"{status_file}.{os.getpid()}")
-    temporary.write_text(str(status), encoding="ascii")
-    os.replace(temporary, status_file)
+    write_atomic(Path(status_file), str(status).encode("ascii"), is_synced=False)
     return True
 
 

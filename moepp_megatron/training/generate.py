@@ -21,6 +21,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
     GPTInferenceWrapper,
 )
+from megatron.core.inference.sampling import TorchSampling
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
@@ -30,7 +31,6 @@ from moepp_megatron.model.build import build_model
 from moepp_megatron.model.stage import evaluation_stages
 from moepp_megatron.training.checkpoint import load_weights
 from moepp_megatron.training.generate_request import GenerateRequest, Sampling
-from moepp_megatron.training.sampling import sample
 
 # In place of a token, where the model's logits are no numbers.
 _NOT_A_NUMBER = -1
@@ -204,3 +204,28 @@ class _Sampler:
         if not logits.isfinite().all():
             return _NOT_A_NUMBER
         return sample(logits, self._sampling.temperature, self._sampling.top_p, generator)
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Draw a token.
+
+    The generator's numbers are assigned to tokens in the order of their ids, so logits that differ
+    in the last bits (another layout) give the same token, but for a draw that falls into that bit.
+
+    Args:
+        logits: [vocab] fp32 on the host, where the same generator gives the same numbers whatever
+            device the model is on.
+        temperature: 0 takes the largest logit, the first of equal ones; 1 samples from the model's
+            probabilities.
+        top_p: Sample from the smallest set of tokens with this much probability; 0 leaves the
+            likeliest alone, 1 leaves all.
+        generator: Source of randomness, on the host.
+    """
+    if temperature == 0 or top_p == 0:
+        return int(logits.argmax())
+    # Temperatures below fp32's smallest number would divide by 0; the largest logit is then 0 / t.
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)
+    # For megatron-core 0 means no nucleus; 1 would cut off what rounds to more than 1.
+    nucleus = top_p if top_p < 1 else 0.0
+    row = (logits - logits.max()).unsqueeze(0)
+    return int(TorchSampling.sample_from_logits(row, temperature, 0, nucleus, generator=generator))

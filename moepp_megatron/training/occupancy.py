@@ -29,10 +29,9 @@ from moepp_megatron.observe.status import (
     write_status,
 )
 from moepp_megatron.training.checkpoint import list_checkpoints
-from moepp_megatron.training.checkpoint.leftovers import remove_leftovers
+from moepp_megatron.training.checkpoint.room import remove_leftovers
 from moepp_megatron.training.move_aside import move_aside, owner_of_checkpoints
-from moepp_megatron.training.run_folder import checkpoint_folder
-from moepp_megatron.training.usable_folder import usable
+from moepp_megatron.training.run_folder import checkpoint_folder, usable
 
 BEAT_S = 3.0
 # How long a process on another machine may show no beat: it may be busy, its disk slow.

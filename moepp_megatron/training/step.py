@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
-from moepp_megatron.training.resilience.ready_gradients import gradients_ready, prepare_gradients
-from moepp_megatron.training.resilience.step_state import StepState
 from moepp_megatron.training.setup import TrainingModel
 
 Batch = dict[str, Tensor]
@@ -140,3 +144,54 @@ def _loss(
     num_tokens = loss_mask.sum()
     report = torch.stack([loss.detach().double(), num_tokens.double()])
     return loss, num_tokens.to(torch.int), {"loss": report}
+
+
+def prepare_gradients(optimizer: MegatronOptimizer) -> float:
+    """First half of `optimizer.step()`: gradients in place, their global norm; no state changes."""
+    assert isinstance(optimizer, ChainedOptimizer), f"{type(optimizer)} is not chained"
+    found_inf = optimizer.prepare_grads()
+    return float("inf") if found_inf else float(optimizer.get_grad_norm())
+
+
+@contextmanager
+def gradients_ready(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[None]:
+    """Within it, `optimizer.step()` goes on from `prepare_gradients`.
+
+    `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
+    over all gradients and an all-reduce) is known.
+    """
+    with replaced(optimizer, prepare_grads=lambda: False, get_grad_norm=lambda: grad_norm):
+        yield
+
+
+class StepState:
+    """Random number generators and module buffers of this rank at one moment.
+
+    Dropout and router noise draw numbers; `finalize_model_grads` moves selection biases, which are
+    buffers. Everything here is small (tens of kB).
+
+    Args:
+        models: This rank's model chunks, not wrapped.
+    """
+
+    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
+        self._buffers = [
+            (buffer, buffer.detach().clone()) for model in models for buffer in model.buffers()
+        ]
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()
+        self._cpu = torch.get_rng_state()
+        self._device = torch.cuda.get_rng_state()
+        # Megatron replaces the tensors in this mapping, it does not write into them.
+        self._tracker = get_cuda_rng_tracker().get_states()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back to that moment."""
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        torch.cuda.set_rng_state(self._device)
+        get_cuda_rng_tracker().set_states(self._tracker)

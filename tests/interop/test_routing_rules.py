@@ -183,7 +183,7 @@ def test_reference_with_selection_bias_and_gate_scale(ranks: RankPools) -> None:
 def test_bias_step_follows_the_published_rule() -> None:
     import torch
 
-    from moepp_megatron.moe.selection_bias import bias_step
+    from moepp_megatron.moe.budget import bias_step
 
     # Half of the selections are wanted for two FFN experts, a quarter for each.
     shares = torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.0, 0.25, 0.25, 0.5]])

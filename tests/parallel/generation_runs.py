@@ -91,8 +91,8 @@ def scored_again(
     """
     import torch
 
+    from moepp_megatron.training.generate import sample
     from moepp_megatron.training.generate_request import Sampling
-    from moepp_megatron.training.sampling import sample
 
     how = Sampling(**sampling)
     _, _, (model,) = build(raw, [])

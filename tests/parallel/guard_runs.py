@@ -94,7 +94,7 @@ def run(
     from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training import trainer as module
-    from moepp_megatron.training.resilience.checksum import checksum
+    from moepp_megatron.training.resilience.divergence import checksum
 
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())

@@ -9,9 +9,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.training.checkpoint.data_only import load_data
+from moepp_megatron.training.checkpoint.data_only import load_data, unsafe_pickle
 from moepp_megatron.training.checkpoint.fp8_state import checked_fp8_state
-from moepp_megatron.training.checkpoint.pickles import unsafe_pickle
 from moepp_megatron.training.checkpoint.state import (
     apply_model_state,
     apply_state,

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
-from moepp_megatron.config.schema.observe import ObserveSection
+from moepp_megatron.config.schema.observe import ObserveSection, TelemetrySection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
@@ -15,7 +15,6 @@ from moepp_megatron.config.schema.routing_guard import RoutingGuardSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
-from moepp_megatron.config.schema.telemetry import TelemetrySection
 from moepp_megatron.config.schema.training import OptimizerSection, TrainingSection
 
 

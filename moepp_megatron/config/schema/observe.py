@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moepp_megatron.config.schema.section import Section, unit
+from moepp_megatron.config.schema.section import PathText, Section, unit
 
 
 class WandbSection(Section):
@@ -47,5 +47,24 @@ class ObserveSection(Section):
         min_length=1,
         description="Environment variable that holds the address alerts are posted to (https, or "
         "localhost), so that the address stands in no file; null is off",
+        json_schema_extra=unit("-"),
+    )
+
+
+class TelemetrySection(Section):
+    """Power, utilisation, memory and links of the cards, or of the CPU where there are none."""
+
+    interval_s: float = Field(
+        default=1.0,
+        ge=0.0,
+        description="Time between samples, taken by one background thread a node; energy is read "
+        "from the cards' counters and needs no more of them. 0 is off, MFU included",
+        json_schema_extra=unit("s"),
+    )
+    hardware: PathText | None = Field(
+        default=None,
+        min_length=1,
+        description="Card whose rated speed MFU is measured by: a name in configs/hardware or a "
+        "YAML file; null takes the card that is here",
         json_schema_extra=unit("-"),
     )

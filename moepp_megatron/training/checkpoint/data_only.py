@@ -3,24 +3,30 @@
 torch.distributed.checkpoint unpickles `.metadata` and byte entries without restrictions
 (filesystem.py, default_planner.py). While `load_data` runs, they get an index that `index.py`
 rebuilt in place of the file, and `torch.load` reads nothing but data, whatever its caller asks for.
+Before ranks begin, `unsafe_pickle` names an entry that is no data in one line, on all ranks alike.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as strategy
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import BytesStorageMetadata, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.checkpoint.index import read_metadata
+from moepp_megatron.training.checkpoint.names import TENSORS_FILE
+from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
 
 # torch/serialization.py: the first beats an explicit `weights_only=False`, and does not go together
 # with the second.
@@ -40,7 +46,7 @@ def load_data(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """
     reader = partial(_Reader, read_metadata(checkpoint))
     # megatron-core has no argument for the reader of the common state.
-    with only_data(), patch.object(strategy, "FileSystemReader", reader):
+    with only_data(), replaced(strategy, FileSystemReader=reader):
         made = strategy._get_filesystem_reader(checkpoint)
         assert isinstance(made, _Reader), f"megatron-core reads with a {type(made).__name__}"
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
@@ -70,3 +76,54 @@ class _Reader(FileSystemReader):
     def read_metadata(self) -> Metadata:
         """The index that was given; the file is not opened."""
         return self._metadata
+
+
+def unsafe_pickle(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
+    """What in a checkpoint would not be safe to unpickle; None if nothing.
+
+    Args:
+        checkpoint: The folder.
+        part: Which part of the byte entries to check, so that ranks share the work.
+        num_parts: Number of parts.
+    """
+    try:
+        metadata = read_metadata(checkpoint)
+        _refuse_further_indexes(checkpoint)
+        # All places of a name: torch looks them up by name and offset, and any of them may be it.
+        entries = [
+            (index.fqn, info)
+            for index, info in metadata.storage_data.items()
+            if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
+        ]
+        entries.sort(key=lambda entry: (entry[0], entry[1].relative_path, entry[1].offset))
+        for key, info in entries[part::num_parts]:
+            _check_entry(checkpoint, key, info)
+    except UnsafePickleError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename or checkpoint}: {error.strerror}"
+    return None
+
+
+def _refuse_further_indexes(checkpoint: Path) -> None:
+    """Other loops would fall back to them, and no checkpoint of ours has any."""
+    for path in sorted(checkpoint.glob(f"*{TENSORS_FILE}")):
+        if path.name != TENSORS_FILE:
+            raise UnsafePickleError(f"{path.name} does not belong into this format")
+
+
+def _check_entry(checkpoint: Path, key: str, info: Any) -> None:
+    with (checkpoint / info.relative_path).open("rb") as file:
+        file.seek(info.offset)
+        content = file.read(info.length)
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; each of them refuses the entry
+        # Torch's message explains at length how to read the entry all the same.
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = (
+            f"asks for {asked[1]}, which no checkpoint contains"
+            if asked
+            else f"cannot be read ({type(error).__name__})"
+        )
+        raise UnsafePickleError(f"{info.relative_path}: entry {key} {what}") from error

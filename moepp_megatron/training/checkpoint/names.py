@@ -1,4 +1,4 @@
-"""The files of a checkpoint, and small writes that survive a power cut.
+"""The files of a checkpoint.
 
 A checkpoint is a folder `step_NNNNNNNN` in megatron-core's distributed format with everything
 beside it that it takes to stand alone:
@@ -15,7 +15,6 @@ beside it that it takes to stand alone:
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 CONFIG_FILE = "config.yaml"
@@ -42,20 +41,3 @@ def checkpoint_step(path: Path) -> int:
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` has the parts of a complete checkpoint; `damage` looks into them."""
     return all((path / name).is_file() for name in (FORMAT_FILE, CONFIG_FILE, MANIFEST_FILE))
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and force it to disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Force a folder's entries to disk: without it a rename may be lost with the power."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,8 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 from torch import Tensor
 
+from moepp_megatron.runtime.patches import replaced
+
 _NO_PARAMETER = "no parameter"
 
 
@@ -82,12 +84,8 @@ def without_collection() -> Iterator[None]:
     It does so for runs that switched the collector off; here that would be a third of the time
     that a save keeps training (docs/LOG.md).
     """
-    collector = distrib_optimizer.gc
-    distrib_optimizer.gc = SimpleNamespace(collect=lambda: 0)
-    try:
+    with replaced(distrib_optimizer, gc=SimpleNamespace(collect=lambda: 0)):
         yield
-    finally:
-        distrib_optimizer.gc = collector
 
 
 @contextlib.contextmanager
@@ -113,11 +111,8 @@ def padded_state(optimizer: Any) -> Iterator[None]:
                         tensors[key] = _with_padding(value, buffer)
         return state
 
-    optimizer.get_parameter_state_dp_zero = gather_with_padding
-    try:
+    with replaced(optimizer, get_parameter_state_dp_zero=gather_with_padding):
         yield
-    finally:
-        del optimizer.get_parameter_state_dp_zero
 
 
 def _with_padding(packed: Tensor, buffer: Any) -> Tensor:

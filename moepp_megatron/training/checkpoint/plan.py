@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from moepp_megatron.runtime.disk import write_error
+from moepp_megatron.runtime.patches import replace
 from moepp_megatron.training.checkpoint.state import METADATA
 from moepp_megatron.training.checkpoint.validity import file_digest
 
@@ -97,7 +98,7 @@ class Plan:
         # torch would store the path written to, as an object: Python 3.12 cannot unpickle a path of
         # Python 3.13, and nobody reads it.
         meta = StorageMeta(save_id=self._writer.save_id)
-        self._writer.storage_meta = lambda: meta
+        replace(self._writer, "storage_meta", lambda: meta)
         self._writer.finish(self._metadata, results)
 
 
@@ -114,7 +115,7 @@ class Planner:
         been written, or a process that writes it has been forked.
         """
         # megatron-core would start a server process for a queue that nothing reads here.
-        filesystem_async._results_queue = queue.SimpleQueue()
+        replace(filesystem_async, "_results_queue", queue.SimpleQueue())
         strategy = _PlanOnly()
         dist_checkpointing.save(
             state,

@@ -11,10 +11,8 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.data.atomic import exchange
 from moepp_megatron.data.tokenizer import Tokenizer, named_eod_token, tokenizer_config
-from moepp_megatron.observe.atomic import write_atomic
-from moepp_megatron.training.checkpoint.leftovers import discard
+from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
 from moepp_megatron.training.checkpoint.names import (
     CONFIG_FILE,
     FORMAT_FILE,
@@ -24,11 +22,10 @@ from moepp_megatron.training.checkpoint.names import (
     TENSORS_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
-    sync_folder,
-    write_synced,
 )
 from moepp_megatron.training.checkpoint.plan import Plan, Written
 from moepp_megatron.training.checkpoint.progress import Record
+from moepp_megatron.training.checkpoint.room import discard
 from moepp_megatron.training.checkpoint.validity import damage, file_digest, manifest
 
 logger = logging.getLogger(__name__)
@@ -97,10 +94,10 @@ def publish(plan: Plan, final: Path, written: list[Written], companions: Compani
         if path.is_file():
             digests[name], sizes[name] = file_digest(path), path.stat().st_size
     write_synced(folder / MANIFEST_FILE, manifest(digests, sizes))
-    sync_folder(folder)
+    sync(folder)
     _give_name(folder, final)
     write_atomic(final.parent / LATEST_FILE, f"{final.name}\n".encode())
-    sync_folder(final.parent)
+    sync(final.parent)
 
 
 def _check_shared(folder: Path, sizes: dict[str, int]) -> None:

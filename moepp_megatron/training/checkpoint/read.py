@@ -14,7 +14,7 @@ from moepp_megatron.config import Config, ConfigError, Layout
 from moepp_megatron.training.checkpoint import rng
 from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.compatible import check_compatible
-from moepp_megatron.training.checkpoint.data_only import load_data
+from moepp_megatron.training.checkpoint.data_only import load_data, unsafe_pickle
 from moepp_megatron.training.checkpoint.find import (
     first_valid,
     list_checkpoints,
@@ -23,7 +23,6 @@ from moepp_megatron.training.checkpoint.find import (
     warn_skipped,
 )
 from moepp_megatron.training.checkpoint.names import checkpoint_step
-from moepp_megatron.training.checkpoint.pickles import unsafe_pickle
 from moepp_megatron.training.checkpoint.progress import Progress, grid, read_record
 from moepp_megatron.training.checkpoint.state import (
     apply_model_state,

@@ -1,12 +1,33 @@
-"""Whether the checkpoints that a run is going to write fit on their disk."""
+"""Room on the disk of a checkpoint folder: whether those to come fit, and what is deleted.
+
+Deleted are old checkpoints (`Pruner`, on rank 0 alone, after a newer one is complete) and what
+killed runs have left half written or half deleted. A folder that is being written carries its
+writer's host and process in its name, so that what a dead process left is told from what a living
+one is writing.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import secrets
+import shutil
+import socket
 from pathlib import Path
+
+import psutil
 
 from moepp_megatron.config import Config, checkpoint_bytes
 from moepp_megatron.runtime.disk import free_bytes, show_bytes
 from moepp_megatron.training.checkpoint.find import list_checkpoints
+from moepp_megatron.training.checkpoint.names import PREFIX
+from moepp_megatron.training.checkpoint.validity import damage
+
+logger = logging.getLogger(__name__)
+
+# Hidden, so that no listing takes them for checkpoints.
+_INCOMPLETE = "incomplete"
+_DISCARDED = "discarded"
 
 
 def lack_of_room(config: Config, folder: Path, step: int) -> str | None:
@@ -40,3 +61,84 @@ def lack_of_room(config: Config, folder: Path, step: int) -> str | None:
         f"{show_bytes(free)} are free in {folder}; free space, lower checkpoint.keep, or set "
         "another checkpoint.dir"
     )
+
+
+class Pruner:
+    """Keeps the newest valid checkpoints of a folder.
+
+    A checkpoint that cannot be read is neither counted nor deleted: it may be all that is left of
+    something. What killed runs left half written is removed.
+
+    Args:
+        folder: The run's checkpoint folder.
+        keep: Valid checkpoints to keep; None keeps all.
+    """
+
+    def __init__(self, folder: Path, keep: int | None) -> None:
+        self._folder = folder
+        self._keep = keep
+        # Hashing a checkpoint takes time, so each is looked at once. Those that this run writes
+        # were hashed as they were written.
+        self._is_valid: dict[str, bool] = {}
+
+    def wrote(self, checkpoint: Path) -> None:
+        """Note a checkpoint that this run has just completed, and delete what is now too old."""
+        self._is_valid[checkpoint.name] = True
+        try:
+            self._prune()
+            remove_leftovers(self._folder)
+        except OSError as error:
+            logger.error("old checkpoints could not be deleted: %s", error)
+
+    def _prune(self) -> None:
+        if self._keep is None:
+            return
+        valid = [path for path in list_checkpoints(self._folder) if self._valid(path)]
+        for checkpoint in valid[self._keep :]:
+            discard(checkpoint, secrets.token_hex(4))
+
+    def _valid(self, checkpoint: Path) -> bool:
+        if checkpoint.name not in self._is_valid:
+            reason = damage(checkpoint)
+            self._is_valid[checkpoint.name] = reason is None
+            if reason is not None:
+                logger.warning("checkpoint.keep leaves %s alone: %s", checkpoint, reason)
+        return self._is_valid[checkpoint.name]
+
+
+def incomplete_name(name: str) -> str:
+    """A new name for the folder that `name` is written into by this process."""
+    return f".{name}.{_INCOMPLETE}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def discard(path: Path, token: str) -> None:
+    """Delete a checkpoint; what a kill leaves of it on the way no longer bears its name."""
+    hidden = path.with_name(f".{path.name}.{_DISCARDED}-{token}")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what no living process of this machine is writing.
+
+    Of another machine's processes nothing is known here. A run has its checkpoint folder for
+    itself, so what they have left is deleted too.
+    """
+    for kind in (_INCOMPLETE, _DISCARDED):
+        for path in sorted(folder.glob(f".{PREFIX}*.{kind}-*")):
+            if not _is_being_written(path):
+                logger.info("removing %s, which a save that did not finish has left", path)
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether the process that the name tells lives on this machine."""
+    _, _, owner = path.name.partition(f".{_INCOMPLETE}-")
+    host, _, pid = owner.rpartition("-")[0].rpartition("-")
+    if host != socket.gethostname() or not pid.isdecimal() or int(pid) == os.getpid():
+        return False
+    try:
+        # A process that began after the last file was made has been given the number of a dead one.
+        return psutil.Process(int(pid)).create_time() <= path.stat().st_mtime
+    except (psutil.Error, OSError, OverflowError):
+        return False

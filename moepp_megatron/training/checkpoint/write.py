@@ -18,12 +18,11 @@ from moepp_megatron.runtime.disk import NO_SPACE, free_bytes, show_bytes
 from moepp_megatron.training.checkpoint import rng
 from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.background import Background, BackgroundError
-from moepp_megatron.training.checkpoint.leftovers import incomplete_name, remove_leftovers
 from moepp_megatron.training.checkpoint.names import checkpoint_name
 from moepp_megatron.training.checkpoint.plan import Plan, Planner, Written
 from moepp_megatron.training.checkpoint.progress import Progress, Record
-from moepp_megatron.training.checkpoint.prune import Pruner
 from moepp_megatron.training.checkpoint.publish import Companions, publish, tokenizer_files
+from moepp_megatron.training.checkpoint.room import Pruner, incomplete_name, remove_leftovers
 from moepp_megatron.training.checkpoint.state import saved_state
 from moepp_megatron.training.setup import TrainingModel
 

@@ -112,9 +112,9 @@ def demands(
         forced_places: Those where tokens are forced to FFN experts.
         layer_numbers: Global numbers of all MoE layers.
     """
-    found: dict[int, FFNDemand] = {}
-    for places, demand in ((forced_places, "one"), (safe_places, "all")):
-        for layer in layer_numbers:
-            if layer in places or WHOLE_MODEL in places:
-                found[layer] = "one" if demand == "one" else "all"
-    return found
+
+    def layers(places: Collection[int]) -> list[int]:
+        return [layer for layer in layer_numbers if layer in places or WHOLE_MODEL in places]
+
+    found: dict[int, FFNDemand] = dict.fromkeys(layers(forced_places), "one")
+    return found | dict.fromkeys(layers(safe_places), "all")

@@ -50,7 +50,7 @@ _TO_ONE = ("send", "recv")
 
 
 class CollectiveNames:
-    """Puts the ranges; `Ranges.remove` takes them away."""
+    """Puts the ranges; `Ranges.undo` takes them away."""
 
     def __init__(self) -> None:
         self._calls: Counter[tuple[str, str]] = Counter()

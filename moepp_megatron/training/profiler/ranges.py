@@ -20,36 +20,23 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch.profiler import record_function
 
+from moepp_megatron.runtime.patches import Replacements
+
 PREFIX = "moepp/"
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class Ranges:
-    """Methods replaced for a while."""
-
-    def __init__(self) -> None:
-        self._replaced: list[tuple[Any, str, bool, Any]] = []
+class Ranges(Replacements):
+    """Methods wrapped for a while; `undo` takes the wrappers away."""
 
     def replace(self, owner: Any, method: str, wrapper: Wrapper) -> None:
         """Put `wrapper(method)` in the place of a method, of a class or of one object."""
-        # What stands in the object itself, if it does: a class hands out its methods unbound.
-        own = method in vars(owner)
-        self._replaced.append((owner, method, own, vars(owner).get(method)))
-        setattr(owner, method, wrapper(getattr(owner, method)))
+        self.put(owner, method, wrapper(getattr(owner, method)))
 
     def around(self, owner: Any, method: str, name: str) -> None:
         """Show calls of a method as `moepp/NAME`."""
         self.replace(owner, method, functools.partial(named, name))
-
-    def remove(self) -> None:
-        """Put everything back."""
-        for owner, method, own, original in reversed(self._replaced):
-            if own:
-                setattr(owner, method, original)
-            elif method in vars(owner):
-                delattr(owner, method)
-        self._replaced.clear()
 
 
 @contextmanager

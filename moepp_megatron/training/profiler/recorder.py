@@ -1,6 +1,7 @@
 """Records `training.profile_steps` of `training.profile_ranks` to `RUN/profile`.
 
-`rank<k>.pt.trace.json.gz` is torch's chrome trace, `rank<k>.meta.json` what it does not say. A rank
+`rank<k>.pt.trace.json.gz` is torch's chrome trace, `rank<k>.meta.json` what it does not say:
+groups, layout, node, clock, and the routing of each step. A rank
 that is not recorded counts nothing; it only meets the others at the barriers.
 """
 
@@ -9,7 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
+import time
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,14 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.atomic import whole_file, write_atomic
 from moepp_megatron.training import step as step_module
 from moepp_megatron.training.profiler.collective_names import CollectiveNames
-from moepp_megatron.training.profiler.description import clock_at_barriers, describe
 from moepp_megatron.training.profiler.ranges import Ranges, name_layers, range_
 from moepp_megatron.training.profiler.traffic import TrafficCounter
 from moepp_megatron.training.setup import TrainingModel
+
+FORMAT = 1
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +88,7 @@ class StepRecorder:
             return
         self._done = True
         self.end_step()
-        self._ranges.remove()
+        self._ranges.undo()
         self._profile.__exit__(None, None, None)
         try:
             self._write(self._profile)
@@ -133,9 +138,8 @@ class StepRecorder:
         rank = dist.get_rank()
         self._folder.mkdir(parents=True, exist_ok=True)
         trace = self._folder / f"rank{rank}.pt.trace.json.gz"
-        temporary = self._folder / f".rank{rank}.incomplete.json.gz"
-        recorded.export_chrome_trace(str(temporary))
-        os.replace(temporary, trace)
+        with whole_file(trace) as temporary:
+            recorded.export_chrome_trace(str(temporary))
         about = json.dumps(self._about).encode("ascii")
         write_atomic(self._folder / f"rank{rank}.meta.json", about)
         if rank == 0:
@@ -145,3 +149,70 @@ class StepRecorder:
 def _activities() -> list[ProfilerActivity]:
     found = [ProfilerActivity.CPU]
     return [*found, ProfilerActivity.CUDA] if torch.cuda.is_available() else found
+
+
+def describe(config: Config, layout: Layout, clock_ns: list[int]) -> dict[str, Any]:
+    """This rank's place in the run, for JSON; all ranks must call.
+
+    Args:
+        config: The run's configuration.
+        layout: The rank grid.
+        clock_ns: This node's clock at the end of each of a few barriers.
+    """
+    rank = dist.get_rank()
+    return {
+        "format": FORMAT,
+        "name": config.run.name,
+        "rank": rank,
+        "world_size": dist.get_world_size(),
+        "node": socket.gethostname(),
+        "backend": dist.get_backend(),
+        "device": _device(),
+        "dtype": config.precision.dtype,
+        "layout": asdict(layout),
+        "place": asdict(layout.coordinates(rank)),
+        "dispatcher": config.moe.dispatcher,
+        "recompute": config.training.recompute_granularity,
+        "router_topk": config.moe.router_topk,
+        "num_ffn_experts": config.moe.num_ffn_experts,
+        "hidden_size": config.model.hidden_size,
+        "tokens_per_step": config.training.global_batch_size * config.model.seq_length,
+        "nodes": _nodes(),
+        "groups": _groups(),
+        "clock": {"barrier_unix_ns": clock_ns},
+    }
+
+
+def clock_at_barriers(count: int = 5) -> list[int]:
+    """Unix time [ns] on this node when ranks leave a barrier together; all ranks must call."""
+    times = []
+    for _ in range(count):
+        dist.barrier()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.time_ns())
+    return times
+
+
+def _groups() -> dict[str, dict[str, Any]]:
+    """Name of each process group of this rank to its ranks and its description in megatron-core."""
+    names = dist.distributed_c10d._world.pg_names
+    return {
+        name: {
+            "ranks": dist.get_process_group_ranks(group),
+            "description": group.group_desc,
+        }
+        for group, name in names.items()
+        if isinstance(group, dist.ProcessGroup)
+    }
+
+
+def _nodes() -> list[str]:
+    """Host name of each rank."""
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moepp_megatron.runtime.patches import Replacements
+
 _FUNCTIONS = (
     "all_gather",
     "all_gather_into_tensor",
@@ -41,7 +43,7 @@ class CollectiveClock:
         self._depth = 0
         self._seconds = 0.0
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self._replaced = Replacements()
 
     def start(self) -> None:
         """Wrap the collectives."""
@@ -50,15 +52,13 @@ class CollectiveClock:
         for module in _modules_with_collectives():
             for name, value in list(vars(module).items()):
                 if callable(value) and _is_key(value, wrappers):
-                    self._replace(module, name, wrappers[value])
+                    self._replaced.put(module, name, wrappers[value])
         work = torch._C._distributed_c10d.Work
-        self._replace(work, "wait", self._timed(work.wait))
+        self._replaced.put(work, "wait", self._timed(work.wait))
 
     def stop(self) -> None:
         """Put everything back."""
-        for owner, name, original in reversed(self._replaced):
-            setattr(owner, name, original)
-        self._replaced.clear()
+        self._replaced.undo()
 
     def read(self) -> float:
         """Seconds of waiting since the last reading; on GPUs the device must be in step."""
@@ -69,10 +69,6 @@ class CollectiveClock:
         self._seconds = 0.0
         self._pairs.clear()
         return seconds
-
-    def _replace(self, owner: Any, name: str, value: Any) -> None:
-        self._replaced.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

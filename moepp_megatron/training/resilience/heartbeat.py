@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from moepp_megatron.runtime.atomic import write_atomic
 
 _ALARM = "alarm"
 
@@ -64,11 +65,9 @@ class HeartbeatFolder:
 
     def write(self, heartbeat: Heartbeat) -> None:
         """Replace this rank's file; quietly does nothing where the disk refuses."""
-        final = self._file(heartbeat.rank)
-        temporary = final.with_suffix(".incomplete")
+        content = json.dumps(asdict(heartbeat)).encode()
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(asdict(heartbeat)), encoding="utf-8")
-            os.replace(temporary, final)
+            write_atomic(self._file(heartbeat.rank), content, is_synced=False)
 
     def read(self, world_size: int) -> dict[int, Heartbeat]:
         """The newest heartbeat of every rank that has a readable one."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,10 +13,14 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.config.schema import ResilienceSection
-from moepp_megatron.training.resilience.spikes import robust_z_score
 
 logger = logging.getLogger(__name__)
 
+# The median absolute deviation of normally distributed values is their standard deviation / 1.4826.
+MAD_TO_STD = 1.4826
+# Where the losses hardly differ (a tiny data set, a constant rate) the deviation says nothing:
+# at the default threshold of 10, a jump is then at least a hundredth of the loss.
+SMALLEST_STD = 1e-3
 # A median over less than this share of the window is too easily moved.
 _SHARE_BEFORE_SPIKES = 4
 
@@ -132,3 +138,17 @@ def _describe_non_finite(losses: Tensor, grad_norm: float) -> str:
             shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
             parts.append(f"{name} is {values[ranks[0]]} on rank {shown}")
     return "; ".join(parts) or "loss is not finite"
+
+
+def robust_z_score(loss: float, recent: Sequence[float]) -> float:
+    """Distance of `loss` above the median of `recent`, in robust standard deviations.
+
+    Median and MAD, unlike mean and standard deviation, are not moved by the spikes themselves.
+
+    Args:
+        loss: Finite, nats.
+        recent: Finite losses, at least one.
+    """
+    median = statistics.median(recent)
+    deviation = statistics.median(abs(value - median) for value in recent)
+    return (loss - median) / max(MAD_TO_STD * deviation, SMALLEST_STD * abs(median), 1e-30)

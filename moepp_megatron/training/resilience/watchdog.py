@@ -11,20 +11,21 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 from moepp_megatron.config.schema import ResilienceSection
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.launch import HUNG, write_status
 from moepp_megatron.training.resilience import flight_recorder
 from moepp_megatron.training.resilience.activity import STEP, Activity
 from moepp_megatron.training.resilience.hang_report import hang_report
 from moepp_megatron.training.resilience.heartbeat import Heartbeat, HeartbeatFolder
-from moepp_megatron.training.resilience.waiting_place import (
-    collective_of,
-    main_thread_frame,
-    place_of,
-)
 
 logger = logging.getLogger(__name__)
+
+_C10D = "distributed_c10d.py"
+# Frames of the machinery around a wait, which say nothing about the program.
+_UNINTERESTING = ("/torch/", "/threading.py", "/contextlib.py", "/collective_clock.py")
 
 # Looks this often within a timeout, but neither burdens the file system nor sleeps for minutes.
 _LOOKS = 20
@@ -184,11 +185,53 @@ class Watchdog:
         pending = flight_recorder.pending_collectives(folder, self._world_size)
         report = hang_report(beats, silent, self._world_size, pending)
         print(f"{report}\n  stacks: {folder}", file=sys.stderr, flush=True)
-        temporary = folder / ".report.incomplete"
-        temporary.write_text(report + "\n", encoding="utf-8")
-        os.replace(temporary, report_file)
+        write_atomic(report_file, f"{report}\n".encode(), is_synced=False)
 
 
 def _moved(before: Heartbeat, after: Heartbeat) -> bool:
     """Whether the process ran in between."""
     return after.has_dumped or after.beat != before.beat
+
+
+def collective_of(frame: FrameType | None) -> str | None:
+    """The outermost `torch.distributed` call in a stack and its group; None if there is none."""
+    found = None
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.endswith(_C10D) and not code.co_name.startswith(("_", "wrapper")):
+            found = f"{code.co_name}{_group_of(frame)}"
+        frame = frame.f_back
+    return found
+
+
+def place_of(frame: FrameType | None) -> str:
+    """The innermost frame of this project, megatron or a user, as `file:line in function`."""
+    innermost = frame
+    while frame is not None:
+        if not any(part in frame.f_code.co_filename for part in _UNINTERESTING):
+            return _show(frame)
+        frame = frame.f_back
+    return _show(innermost) if innermost is not None else "an unknown place"
+
+
+def main_thread_frame() -> FrameType | None:
+    """The innermost frame of the main thread."""
+    return sys._current_frames().get(threading.main_thread().ident or 0)
+
+
+def _group_of(frame: FrameType) -> str:
+    """` over the N ranks of GROUP`, from the call's arguments."""
+    import torch.distributed as dist
+
+    group = frame.f_locals.get("group") or dist.group.WORLD
+    if group is None:
+        return ""
+    try:
+        return f" over the {group.size()} ranks of group {group.group_desc or group.group_name}"
+    except (AttributeError, RuntimeError):
+        return ""
+
+
+def _show(frame: FrameType) -> str:
+    path = Path(frame.f_code.co_filename)
+    return f"{'/'.join(path.parts[-3:])}:{frame.f_lineno} in {frame.f_code.co_name}"

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moepp_megatron.runtime.patches import replaced
+
 
 class AllToAllClock:
     """Counts while `running`; `reset` between steps.
@@ -60,11 +62,8 @@ class AllToAllClock:
     def running(self) -> Iterator[AllToAllClock]:
         """Count while the block runs."""
         self._original = dist.all_to_all_single
-        dist.all_to_all_single = self._counted
-        try:
+        with replaced(dist, all_to_all_single=self._counted):
             yield self
-        finally:
-            dist.all_to_all_single = self._original
 
     def _counted(
         self,

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moepp_megatron.workbench.bench import kernel_traffic
 from moepp_megatron.workbench.bench.card import CardResult
 from moepp_megatron.workbench.bench.shapes import PaperShape
 
@@ -116,18 +115,7 @@ def layer_work(
     work["zero_computation"] = Work(
         load.used_tokens * vector + weights + load.tokens * 2 * mixed * _FP32
     )
-    kernel = kernel_traffic.combine_forward(
-        load.tokens,
-        load.rows,
-        shape.hidden_size,
-        width,
-        num_experts=shape.num_ffn_experts + shape.num_zero_computation_experts,
-        slots=topk,
-        num_used=load.used_tokens,
-        num_copies=1,
-        num_constants=mixed,
-    )
-    work["combine"] = Work(kernel.total)
+    work["combine"] = _fused_combine(load, mixed, vector, topk)
     return work
 
 
@@ -158,6 +146,15 @@ def _experts(shape: PaperShape, load: Load, width: int, dtype: str) -> Work:
     matrices = 3 * shape.hidden_size * shape.ffn_hidden_size
     moved = load.busy_experts * matrices * width + 2 * load.rows * shape.hidden_size * width
     return Work(moved, expert_flops(shape, load.rows), dtype)
+
+
+def _fused_combine(load: Load, mixed: int, vector: int, topk: int) -> Work:
+    """`kernels.combine`: rows, x and output; row table, gates, map and mixing logits of each token.
+
+    Not counted are partial sums (under a tenth) and V.
+    """
+    small = load.tokens * (4 * topk + (1 + mixed) * (_FP32 + _BOOL) + 2 * mixed * _FP32)
+    return Work((load.rows + load.used_tokens + load.tokens) * vector + small)
 
 
 def expert_flops(shape: PaperShape, rows: int) -> int:

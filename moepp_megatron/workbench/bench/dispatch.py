@@ -31,6 +31,7 @@ from moepp_megatron.config import Layout, parse_config
 from moepp_megatron.model.megatron_config import params_dtype, transformer_config
 from moepp_megatron.moe.dispatcher import build_dispatcher
 from moepp_megatron.runtime.distributed import build_groups
+from moepp_megatron.runtime.patches import replaced
 
 PARTS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
 
@@ -157,11 +158,8 @@ class SentBytes:
     @contextmanager
     def counting(self) -> Iterator[SentBytes]:
         """Count while the block runs."""
-        dist.all_to_all_single = self._counted
-        try:
+        with replaced(dist, all_to_all_single=self._counted):
             yield self
-        finally:
-            dist.all_to_all_single = self._original
 
     def _counted(self, output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         # A list or an array, by the caller.

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepp_megatron.runtime.patches import replace
+
 # Selected experts stand this far above the others.
 MARGIN = 6.0
 
@@ -71,4 +73,4 @@ def hold(router: Any, picks: Tensor) -> None:
         logits = own(hidden)
         return logits + offsets.view(logits.shape).to(logits.dtype)
 
-    router.gating = gating
+    replace(router, "gating", gating)

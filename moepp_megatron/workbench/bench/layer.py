@@ -6,15 +6,15 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from moepp_megatron.workbench.bench.activations import kept_bytes
+import torch
+from torch import Tensor
+
 from moepp_megatron.workbench.bench.bounds import bounds_ms, expert_flops
 from moepp_megatron.workbench.bench.card import CardResult, measure_card
 from moepp_megatron.workbench.bench.contestants import Contestant
 from moepp_megatron.workbench.bench.interleave import interleaved, speedup
 from moepp_megatron.workbench.bench.parts import parts_ms
 from moepp_megatron.workbench.bench.shapes import PaperShape
-
-PASSES = ("forward", "forward_backward")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def run_layer_benchmark(
     Args:
         shapes: Which layers.
         taus: Weights of a zero-computation expert.
-        passes: Of `PASSES`.
+        passes: Of "forward" and "forward_backward".
         setting: What is common to all.
         progress: Told what is being measured.
     """
@@ -207,3 +207,27 @@ def _measure(
 
 def _tflops(flops: int, milliseconds: float) -> float:
     return flops / milliseconds / 1e9
+
+
+def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
+    """Bytes that autograd keeps after `forward`, each storage once, parameters left out.
+
+    Args:
+        forward: Runs the forward pass; its result is freed without a backward pass.
+        parameters: Of the layer; they are there anyway.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, int] = {}
+    # Held until the end: a freed address could be taken again and be counted as the same.
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from moepp_megatron.runtime.patches import Replacements
 from moepp_megatron.workbench.bench import clock
 
 # Part to methods of megatron-core's `MoELayer` and of ours. What they leave is "rest". Where one
@@ -50,13 +51,13 @@ def parts_ms(layer: Any, forward: Callable[[], object], rounds: int) -> dict[str
     """
     seconds: dict[str, list[float]] = defaultdict(list)
     open_spans: list[_Span] = []
-    originals: list[tuple[Any, str]] = []
+    replacements = Replacements()
     for part, methods in _PARTS.items():
         for owner_name, method in methods:
             owner = getattr(layer, owner_name, None) if owner_name else layer
             if owner is not None and hasattr(owner, method):
-                setattr(owner, method, _timed(getattr(owner, method), part, open_spans))
-                originals.append((owner, method))
+                wrapped = _timed(getattr(owner, method), part, open_spans)
+                replacements.put(owner, method, wrapped)
     try:
         for number in range(rounds + 1):
             clock.settle()
@@ -71,8 +72,7 @@ def parts_ms(layer: Any, forward: Callable[[], object], rounds: int) -> dict[str
                 for part, value in current.items():
                     seconds[part].append(value)
     finally:
-        for owner, method in originals:
-            delattr(owner, method)
+        replacements.undo()
     return {part: statistics.median(values) * 1e3 for part, values in seconds.items()}
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.vanilla import vanilla
@@ -17,7 +19,6 @@ from moepp_megatron.training.setup import build_training_model
 from moepp_megatron.training.step import training_step
 from moepp_megatron.workbench.bench.held_routing import balanced_selection, balanced_shares, hold
 from moepp_megatron.workbench.bench.interleave import interleaved, speedup
-from moepp_megatron.workbench.bench.random_tokens import RandomTokens
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,6 @@ def run_step_benchmark(
 
 
 def _hold_all(models: list[torch.nn.Module], config: Config, layout: Layout) -> None:
-    from megatron.core.transformer.moe.router import TopKRouter
-
     moe, training = config.moe, config.training
     num_tokens = training.micro_batch_size * config.model.seq_length // (layout.tp * layout.cp)
     generator = torch.Generator().manual_seed(training.seed + dist.get_rank())
@@ -125,3 +124,30 @@ def _hold_all(models: list[torch.nn.Module], config: Config, layout: Layout) -> 
                 shares = balanced_shares(moe.num_ffn_experts, zero_computation, moe.tau)
                 picks = balanced_selection(num_tokens, shares, moe.router_topk, generator)
                 hold(router, picks)
+
+
+class RandomTokens(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """As many sequences as anybody asks for; each depends on its index alone.
+
+    Args:
+        config: For the length of a sequence and the size of the vocabulary.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._model = config.model
+
+    def __len__(self) -> int:
+        """More than any run reads."""
+        return 1_000_000
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One sequence."""
+        length = self._model.seq_length
+        generator = torch.Generator().manual_seed(index)
+        tokens = torch.randint(self._model.vocab_size, (length + 1,), generator=generator)
+        return {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "loss_mask": torch.ones(length),
+            "position_ids": torch.arange(length),
+        }

@@ -7,8 +7,7 @@ error management guide.
 from __future__ import annotations
 
 from moepp_megatron.runtime.nvml import Card
-from moepp_megatron.workbench.doctor.finding import Finding, Severity
-from moepp_megatron.workbench.doctor.judge import Judge
+from moepp_megatron.workbench.doctor.finding import Finding, Judge, Severity
 
 # NVML's nvmlGpuRecoveryAction_t.
 _RECOVERY = {

@@ -20,8 +20,7 @@ from moepp_megatron.workbench.doctor import (
     packages,
     system,
 )
-from moepp_megatron.workbench.doctor.finding import Finding
-from moepp_megatron.workbench.doctor.judge import Judge
+from moepp_megatron.workbench.doctor.finding import Finding, Judge
 from moepp_megatron.workbench.doctor.speed_checks import DeviceSpeed, check_matmul
 
 

@@ -1,10 +1,12 @@
-"""What a check says: one finding, its severity, and what to do."""
+"""What a check says: one finding, its severity, what to do; and what cards are measured by."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
+
+from moepp_megatron.config.hardware import Hardware, Thresholds
 
 
 class Severity(IntEnum):
@@ -61,3 +63,25 @@ class Finding:
 def worst(findings: Iterable[Finding]) -> Severity:
     """The highest severity; OK without findings."""
     return max((finding.severity for finding in findings), default=Severity.OK)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What is expected of a card.
+
+    Attributes:
+        hardware: Rated numbers of its kind; None where the kind is not described.
+        thresholds: From where on a measurement is a finding.
+        preflight: Whether a job is about to start, which taken or slow cards must prevent.
+        own_pids: Processes that belong to this examination.
+    """
+
+    hardware: Hardware | None
+    thresholds: Thresholds
+    preflight: bool = False
+    own_pids: frozenset[int] = frozenset()
+
+    @property
+    def unfit_now(self) -> Severity:
+        """Severity of what spoils a run but not the machine."""
+        return Severity.ERROR if self.preflight else Severity.WARNING

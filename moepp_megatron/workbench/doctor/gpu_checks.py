@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from moepp_megatron.config.hardware import Hardware, Thresholds
 from moepp_megatron.runtime.nvml import Card, Driver
 from moepp_megatron.workbench.doctor import card_checks, link_checks
-from moepp_megatron.workbench.doctor.finding import Finding, Severity
-from moepp_megatron.workbench.doctor.judge import Judge
+from moepp_megatron.workbench.doctor.finding import Finding, Judge, Severity
 
 # In the order of the table.
 _CARD_CHECKS: dict[str, Callable[[Card, Judge], Finding | None]] = {

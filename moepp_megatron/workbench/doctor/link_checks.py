@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from moepp_megatron.runtime.nvml import Card
 from moepp_megatron.workbench.doctor.card_checks import is_loaded, subject
-from moepp_megatron.workbench.doctor.finding import Finding, Severity
-from moepp_megatron.workbench.doctor.judge import Judge
+from moepp_megatron.workbench.doctor.finding import Finding, Judge, Severity
 
 _RESEAT = "reseat card or riser, check BIOS settings of the slot; nvidia-smi -q -d PCIE"
 

@@ -6,14 +6,12 @@ import platform
 import sys
 
 from moepp_megatron.config import Config
+from moepp_megatron.moe.upstream_private import TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
 from moepp_megatron.runtime.kernel_choices import KernelChoice, kernel_choices
 from moepp_megatron.workbench.doctor.finding import Finding, Severity
 from moepp_megatron.workbench.doctor.gpu_checks import TorchCuda
-
-# The version whose internals the layer extends; as pinned in pyproject.toml.
-MEGATRON_CORE = "0.19.2"
 
 
 def check_packages(config: Config | None) -> list[Finding]:
@@ -46,14 +44,14 @@ def torch_cuda() -> TorchCuda:
 
 def check_megatron(version: str | None) -> Finding:
     """Whether the pinned megatron-core is there."""
-    if version == MEGATRON_CORE:
+    if version == TESTED_VERSION:
         return Finding("megatron-core", Severity.OK, version)
     return Finding(
         "megatron-core",
         Severity.ERROR,
         version or "not installed",
-        f"must be {MEGATRON_CORE}, whose internals the layer extends",
-        f"pip install megatron-core=={MEGATRON_CORE}",
+        f"must be {TESTED_VERSION}, whose internals the layer extends",
+        f"pip install megatron-core=={TESTED_VERSION}",
     )
 
 

@@ -12,6 +12,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from moepp_megatron.runtime import distributed
 from moepp_megatron.runtime.nvml import Card, Nvml
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.workbench.doctor import speed
@@ -57,8 +58,6 @@ def examine_ranks(request: Request, rank: RankEnvironment) -> list[Finding] | No
     Returns:
         The findings of all nodes on rank 0, None elsewhere.
     """
-    from moepp_megatron.runtime import distributed
-
     # Before this rank's own process holds memory on the cards.
     cards = Cards.read() if rank.local_rank == 0 else Cards([])
     device = distributed.start(rank, timeout=timedelta(minutes=3))

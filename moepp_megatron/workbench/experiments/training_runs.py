@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.training.occupancy import refuse_running
 from moepp_megatron.workbench.experiments.runs import RunFailed, RunSet, differences

@@ -20,7 +20,7 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from moepp_megatron.workbench.profiling.collective import Collective, Operation
@@ -115,24 +115,6 @@ def find_clocks(
             reference,
         )
     return dict(sorted(found.items()))
-
-
-def merge(
-    by_rank: Mapping[int, Sequence[Collective]], clocks: Mapping[int, Clock]
-) -> list[Collective]:
-    """All ranks' collectives by the clock of the reference, in the order of their start."""
-    moved = [
-        replace(
-            one,
-            start_us=one.start_us + clocks[rank].offset_us,
-            end_us=one.end_us + clocks[rank].offset_us,
-        )
-        if one.placed
-        else one
-        for rank, collectives in by_rank.items()
-        for one in collectives
-    ]
-    return sorted(moved, key=lambda one: (one.start_us, one.rank))
 
 
 def same_calls(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from moepp_megatron.observe.atomic import write_result
+from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.bench.dispatch import DispatchResult, DispatchSetting
 from moepp_megatron.workbench.bench.layer import LayerResult

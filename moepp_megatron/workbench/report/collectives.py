@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moepp_megatron.observe.atomic import write_result
+from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.bench.collective_cases import KINDS
 from moepp_megatron.workbench.bench.collectives import CollectiveResult

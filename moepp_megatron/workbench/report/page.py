@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import moepp_megatron
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.alerts import AlertTable, alert_table
 from moepp_megatron.workbench.report.cards import Card, headline_cards

@@ -10,11 +10,12 @@ from statistics import median
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from moepp_megatron.observe.atomic import write_result
+from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.planning.coster import GIB
 from moepp_megatron.workbench.planning.links import placement
@@ -266,10 +267,7 @@ def plot(path: Path, plan: Plan) -> None:
     write_result(path, content.getvalue())
 
 
-def _draw(axis: object, entries: Sequence[tuple[str, Planned]]) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(axis, Axes), "subplots() of one"
+def _draw(axis: Axes, entries: Sequence[tuple[str, Planned]]) -> None:
     places = range(len(entries))
     left = [0.0] * len(entries)
     columns = [bars(planned.step.seconds) for _, planned in entries]

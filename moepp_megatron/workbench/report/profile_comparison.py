@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.workbench.profiling.changes import Change, Comparison, total_of
 from moepp_megatron.workbench.profiling.compare import amount, duration, in_words, kind_name
 from moepp_megatron.workbench.report.drawing import (
@@ -20,7 +16,6 @@ from moepp_megatron.workbench.report.drawing import (
     PAPER,
     VERMILION,
     new_figure,
-    plot_style,
 )
 
 # More than these are read in the words.
@@ -31,22 +26,6 @@ def comparison_text(comparison: Comparison) -> str:
     """The words, one sentence a line, for a terminal."""
     title = f"{comparison.after.name} against {comparison.before.name}"
     return "\n".join([title, *(f"  {line}" for line in in_words(comparison))])
-
-
-def write_comparison_plot(path: Path, comparison: Comparison) -> None:
-    """Writes the plot; the name's ending (.png, .svg, .pdf) says in which form.
-
-    Raises:
-        ValueError: The ending is none of these.
-        OSError: The file cannot be written.
-    """
-    form = path.suffix.removeprefix(".").lower()
-    if form not in ("png", "svg", "pdf"):
-        raise ValueError(f"{path}: a plot's name must end with .png, .svg or .pdf")
-    content = io.BytesIO()
-    with plot_style():
-        comparison_figure(comparison).savefig(content, format=form, dpi=150)
-    write_atomic(path, content.getvalue())
 
 
 def comparison_figure(comparison: Comparison) -> Figure:

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 from rich import box
 from rich.table import Table
 
-from moepp_megatron.observe.atomic import write_result
+from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.planning.simulation.result import Timeline
 from moepp_megatron.workbench.planning.simulation.study import Study

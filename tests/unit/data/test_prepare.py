@@ -9,10 +9,10 @@ from rich.console import Console
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.data import documents
 from moepp_megatron.data import prepare as prepare_module
-from moepp_megatron.data.atomic import partial_folder
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.runtime.atomic import partial_folder
 from tests.full_disk import fill
 
 from .conftest import VOCAB_SIZE

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from moepp_megatron.data import sources as sources_module
-from moepp_megatron.data.arrange import ALONE, arrange
+from moepp_megatron.data.corpus import ALONE, arrange
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.sources import resolve_sources

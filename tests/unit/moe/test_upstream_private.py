@@ -10,6 +10,7 @@ from pathlib import Path
 
 import megatron.core
 import pytest
+from megatron.core import package_info
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAlltoAllTokenDispatcher,
@@ -148,7 +149,7 @@ def test_names_that_moved_are_told_before_a_layer_is_built(
     monkeypatch.setattr(
         MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", lambda self, where: None
     )
-    monkeypatch.setattr(upstream_private.package_info, "__shortversion__", "0.20.0")
+    monkeypatch.setattr(package_info, "__shortversion__", "0.20.0")
     check_upstream.cache_clear()
     with pytest.raises(UpstreamMovedError) as error:
         get_moepp_layer_spec(megatron_config(moepp), moepp, use_transformer_engine=False)

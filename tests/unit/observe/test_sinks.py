@@ -21,7 +21,6 @@ from moepp_megatron.observe import (
     read_metrics,
     sinks,
 )
-from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.patient import PatientSink
 from tests.full_disk import fill
 
@@ -158,20 +157,6 @@ def test_a_rollback_waits_for_a_full_disk_as_records_do(
     sink.close()
     assert [r.loss for r in read_metrics(tmp_path / "metrics.jsonl")] == [5.25, 7.0]
     assert steps_in(tmp_path / "metrics.undone.jsonl") == [2, 3]
-
-
-def test_a_failed_atomic_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def refuse(*_: object) -> None:
-        raise OSError("disk gone")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="disk gone"):
-        write_atomic(path, b"new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 class FailingSink:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moepp_megatron.training.resilience import checksum as module
-from moepp_megatron.training.resilience.checksum import checksum
-from moepp_megatron.training.resilience.divergence import _who
+from moepp_megatron.training.resilience import divergence
+from moepp_megatron.training.resilience.divergence import _WORDS, _who, checksum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
@@ -15,7 +14,7 @@ def test_any_single_bit_changes_the_checksum(dtype: torch.dtype) -> None:
     tensor = torch.arange(5).to(dtype)
     expected = int(checksum(tensor))
     size = tensor.element_size()
-    words = tensor.view(module._WORDS[size])
+    words = tensor.view(_WORDS[size])
     for element in range(5):
         for bit in range(8 * size):
             mask = torch.tensor(1 << bit if bit < 8 * size - 1 else -(1 << bit), dtype=words.dtype)
@@ -34,7 +33,7 @@ def test_order_counts_and_strides_do_not() -> None:
 def test_chunks_are_parts_of_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(1000)
     whole = int(checksum(tensor))
-    monkeypatch.setattr(module, "_CHUNK", 64)
+    monkeypatch.setattr(divergence, "_CHUNK", 64)
     assert int(checksum(tensor)) == whole
 
 

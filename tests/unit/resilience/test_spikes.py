@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from moepp_megatron.training.resilience.spikes import robust_z_score
+from moepp_megatron.training.resilience.numerical_guard import robust_z_score
 
 
 def test_normal_noise_is_measured_in_standard_deviations() -> None:

@@ -18,7 +18,7 @@ from moepp_megatron.training.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
 )
-from moepp_megatron.training.checkpoint.prune import Pruner
+from moepp_megatron.training.checkpoint.room import Pruner
 from tests.unit.training.conftest import config_of
 
 

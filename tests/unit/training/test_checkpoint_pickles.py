@@ -24,9 +24,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from moepp_megatron.training.checkpoint.data_only import load_data, only_data
+from moepp_megatron.training.checkpoint.data_only import load_data, only_data, unsafe_pickle
 from moepp_megatron.training.checkpoint.index import read_metadata
-from moepp_megatron.training.checkpoint.pickles import unsafe_pickle
 from moepp_megatron.training.checkpoint.plain_pickle import MAX_BYTES, UnsafePickleError
 from tests.parallel.planted_pickles import Bomb, stateful
 

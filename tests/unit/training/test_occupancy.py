@@ -26,7 +26,7 @@ from moepp_megatron.observe.status import (
 )
 from moepp_megatron.training import occupancy
 from moepp_megatron.training.occupancy import Start, check_beside_leader, claimed, is_requeued
-from moepp_megatron.training.usable_folder import usable
+from moepp_megatron.training.run_folder import usable
 from tests.unit.training.conftest import config_of
 
 RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)

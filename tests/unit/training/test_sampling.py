@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.training.generate import sample
 from moepp_megatron.training.generate_request import Sampling
-from moepp_megatron.training.sampling import sample
 
 PROBABILITIES = [0.1, 0.4, 0.2, 0.3]
 LOGITS = torch.tensor(PROBABILITIES).log() + 3.0

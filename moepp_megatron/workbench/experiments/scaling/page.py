@@ -8,7 +8,7 @@ from pathlib import Path
 
 import moepp_megatron
 from moepp_megatron.config import Config
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.workbench.experiments.scaling.efficiency import ScaleRecord
 from moepp_megatron.workbench.experiments.scaling.grid import ScalingGrid
 from moepp_megatron.workbench.experiments.scaling.plots import scaling_plots, series

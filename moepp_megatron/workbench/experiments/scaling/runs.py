@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.json_file import read_json
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.workbench.experiments.runs import RunSet, differences

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.experiments.scaling.efficiency import ScaleRecord
 

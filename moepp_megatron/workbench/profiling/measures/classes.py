@@ -11,8 +11,7 @@ from moepp_megatron.workbench.profiling.measures.exposure import computing
 from moepp_megatron.workbench.profiling.measures.intervals import length, subtract, union
 from moepp_megatron.workbench.profiling.measures.lateness import CallKey, Lateness
 from moepp_megatron.workbench.profiling.measures.links import Link, Links, MeasuredPeak
-from moepp_megatron.workbench.profiling.measures.place import place_of
-from moepp_megatron.workbench.profiling.measures.purpose import PURPOSES, purpose_of
+from moepp_megatron.workbench.profiling.measures.purpose import PURPOSES, place_of, purpose_of
 from moepp_megatron.workbench.profiling.trace import RankTrace
 
 

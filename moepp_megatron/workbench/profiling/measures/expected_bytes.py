@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moepp_megatron.workbench.profiling.collective import Collective, Operation
-from moepp_megatron.workbench.profiling.measures.place import Place, place_of
+from moepp_megatron.workbench.profiling.measures.purpose import Place, place_of
 from moepp_megatron.workbench.profiling.trace import RankTrace
 
 

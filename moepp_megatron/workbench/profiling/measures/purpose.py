@@ -1,10 +1,14 @@
-"""What a collective serves: dispatch, combine, gradient reduce, parameter gather, ..."""
+"""Where in the model a collective was called, and what it serves: dispatch, gradient reduce, ..."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 from moepp_megatron.workbench.profiling.collective import Collective, Operation
 from moepp_megatron.workbench.profiling.groups import DATA_MEANINGS
-from moepp_megatron.workbench.profiling.measures.place import place_of
+
+_PART = re.compile(r"layer(\d+)/(\w+)(?::(\w+))?")
 
 # In the order in which tables show them.
 PURPOSES = (
@@ -19,6 +23,30 @@ PURPOSES = (
     "optimizer",
     "other",
 )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part of a layer in one of its passes.
+
+    Attributes:
+        layer: Global layer number.
+        part: router, dispatch, experts, combine, attention, ...
+        phase: forward, recompute (a forward pass that the backward pass repeats) or backward.
+    """
+
+    layer: int
+    part: str
+    phase: str
+
+
+def place_of(collective: Collective) -> Place | None:
+    """The innermost part of a layer that it was called in; None outside of layers."""
+    for scope in reversed(collective.scopes):
+        found = _PART.fullmatch(scope)
+        if found is not None:
+            return Place(int(found[1]), found[2], found[3] or "forward")
+    return None
 
 
 def purpose_of(collective: Collective, meaning: str) -> str:

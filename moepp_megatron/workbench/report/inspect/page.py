@@ -12,8 +12,8 @@ from pathlib import Path
 
 import moepp_megatron
 from moepp_megatron.config import ConfigError
-from moepp_megatron.observe.atomic import write_atomic
 from moepp_megatron.observe.expert_names import EXPERT_KINDS
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.workbench.inspection.export import to_json
 from moepp_megatron.workbench.inspection.findings import Findings, find
 from moepp_megatron.workbench.inspection.request import InspectRequest

@@ -7,9 +7,8 @@ from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.runtime.nvml import Driver
 from moepp_megatron.workbench.doctor import gpu_checks
 from moepp_megatron.workbench.doctor.examine import Cards
-from moepp_megatron.workbench.doctor.finding import Finding, Severity
+from moepp_megatron.workbench.doctor.finding import Finding, Judge, Severity
 from moepp_megatron.workbench.doctor.gpu_checks import TorchCuda
-from moepp_megatron.workbench.doctor.judge import Judge
 from tests.unit.workbench.doctor.fake_nvml import LINKS, FakeNvml, answers, process
 
 H100 = load_hardware("h100_sxm")

@@ -17,7 +17,7 @@ from moepp_megatron.workbench.profiling.formats.kineto_sizes import (
     whole_list,
 )
 from moepp_megatron.workbench.profiling.load import load_profile
-from moepp_megatron.workbench.profiling.measures.place import Place, place_of
+from moepp_megatron.workbench.profiling.measures.purpose import Place, place_of
 
 SAMPLE = Path(__file__).parent / "samples" / "kineto_nccl"
 

@@ -38,7 +38,7 @@ def record(path: Path, recompute: bool) -> RankTrace:
         # Reentrant, as megatron-core's: the first pass has no graph.
         hidden = checkpoint(first, x, use_reentrant=True) if recompute else first(x)
         second(hidden).sum().backward()
-    ranges.remove()
+    ranges.undo()
     assert "forward" not in vars(first)
     recorded.export_chrome_trace(str(path))
     return read_kineto(path)

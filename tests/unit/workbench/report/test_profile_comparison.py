@@ -8,7 +8,6 @@ from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.profile_comparison import (
     comparison_figure,
     comparison_text,
-    write_comparison_plot,
 )
 
 
@@ -89,19 +88,6 @@ def test_two_equal_profiles_can_be_drawn():
     same = comparison().after
     with plot_style():
         comparison_figure(compare(same, same))
-
-
-@pytest.mark.parametrize(
-    ("name", "begins"), [("plot.png", b"\x89PNG"), ("plot.svg", b"<?xml"), ("plot.pdf", b"%PDF")]
-)
-def test_files(tmp_path, name, begins):
-    write_comparison_plot(tmp_path / name, comparison())
-    assert (tmp_path / name).read_bytes().startswith(begins)
-
-
-def test_other_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must end with \.png, \.svg or \.pdf"):
-        write_comparison_plot(tmp_path / "plot.doc", comparison())
 
 
 def test_text_for_a_terminal():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import moepp_megatron
-from moepp_megatron.observe.atomic import write_atomic
+from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.badges import Badge, badges
 from moepp_megatron.workbench.experiments.pilot.report.commands import asking

@@ -1,10 +1,11 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from moepp_megatron.config import UnfitError
-from moepp_megatron.data import atomic
-from moepp_megatron.data.atomic import partial_folder, publish
+from moepp_megatron.runtime import atomic
+from moepp_megatron.runtime.atomic import partial_folder, publish, whole_file, write_atomic
 from tests.full_disk import torch_error
 
 
@@ -64,3 +65,30 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path):
         fill_up()
     assert (out / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_atomic_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def refuse(*_: object) -> None:
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk gone"):
+        write_atomic(path, b"new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_follows_the_umask_and_keeps_its_suffix_while_it_is_written(tmp_path: Path):
+    path = tmp_path / "trace.json.gz"
+    with whole_file(path) as temporary:
+        assert temporary.name.startswith(".trace.json.gz.")
+        assert temporary.suffix == ".gz"
+        temporary.write_bytes(b"whole")
+        assert not path.exists()
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.read_bytes() == b"whole"
+    assert path.stat().st_mode == plain.stat().st_mode

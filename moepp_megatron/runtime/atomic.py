@@ -1,9 +1,11 @@
-"""A folder that appears complete or not at all."""
+"""Files, lines and folders that appear whole or not at all, whoever reads them meanwhile."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,83 @@ from moepp_megatron.runtime.disk import NO_SPACE, is_full, show_bytes
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def write_atomic(path: Path, content: bytes, *, is_synced: bool = True) -> None:
+    """Replaces `path` by `content` in one step; arguments and errors are `whole_file`'s."""
+    with whole_file(path, is_synced=is_synced) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_result(path: Path, content: bytes) -> None:
+    """As `write_atomic`, for a file that a user has named: folders that are missing are made.
+
+    Raises:
+        OSError: As `write_atomic`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content)
+
+
+@contextmanager
+def whole_file(path: Path, *, is_synced: bool = True) -> Iterator[Path]:
+    """A hidden name in the same folder to write to; at the end the file gets the name `path`.
+
+    Args:
+        path: The file; its folder must exist.
+        is_synced: Wait until the content is on disk, so that a power cut leaves no empty file.
+            A file that is written every second and read at once does without.
+
+    Raises:
+        OSError: The folder is missing, full or not writable; `path` is then as before.
+    """
+    # Some writers go by the suffix.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield temporary
+        if is_synced:
+            sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file of a folder that has no name yet, and force it to disk."""
+    path.write_bytes(content)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's entries (a rename among them), to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_line(fd: int, path: Path, line: bytes) -> None:
+    """Appends a line in one write, or nothing.
+
+    Args:
+        fd: The file, opened with ``O_APPEND`` by its only writer.
+        path: Its name, for the message.
+        line: The line with its line end.
+
+    Raises:
+        OSError: The disk is full or gone; the file then still ends with a complete line.
+    """
+    end = os.fstat(fd).st_size
+    written = os.write(fd, line)
+    if written != len(line):
+        os.ftruncate(fd, end)
+        raise OSError(
+            f"{path}: only {written} of {len(line)} bytes could be written; "
+            "free disk space and resume the run"
+        )
 
 
 @contextmanager

@@ -1,0 +1,176 @@
+"""Every change that this package makes to another library's objects, and the only ways to make one.
+
+The libraries stay unmodified on disk. What they offer no setting for is replaced in memory: for
+good by `replace`, for a while by `replaced` or `Replacements`. `PATCHES` says of each module that
+does so what it replaces, why, and when that can go; a test holds the sources to it. Python's own
+hooks (`sys.unraisablehook`, `threading.excepthook`) are made to be set and are none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replacement.
+
+    Attributes:
+        module: Of this package, which makes it.
+        library: Whose object it is.
+        what: The object, and for how long.
+        why: What goes wrong, or is not to be had, without it.
+        until: When it can go.
+    """
+
+    module: str
+    library: str
+    what: str
+    why: str
+    until: str
+
+
+PATCHES = (
+    Patch(
+        "runtime.cpu_support",
+        "torch, megatron-core",
+        "streams, events, device queries, random states, factories, uneven collectives; for good, "
+        "in a process without a GPU",
+        "megatron-core asks for CUDA where nothing depends on a GPU",
+        "megatron-core trains on CPU ranks by itself",
+    ),
+    Patch(
+        "runtime.agent",
+        "torch",
+        "SimpleElasticAgent._restart_workers; for good, in torchrun's own process",
+        "a user's error would be tried again",
+        "torchrun has a setting for failures that are final",
+    ),
+    Patch(
+        "training.checkpoint.optimizer",
+        "megatron-core",
+        "the collector that distrib_optimizer runs; while a state is made",
+        "a third of the time that a save keeps training",
+        "megatron-core leaves a collector alone that is switched off",
+    ),
+    Patch(
+        "training.checkpoint.optimizer",
+        "megatron-core",
+        "get_parameter_state_dp_zero of one optimizer; while a state is made",
+        "parameters behind a bucket's padding would be stored with their neighbours' state",
+        "megatron-core gathers and cuts by the same places",
+    ),
+    Patch(
+        "training.checkpoint.plan",
+        "megatron-core",
+        "filesystem_async._results_queue; for good",
+        "a server process would be started for a queue that nothing reads",
+        "a save can be planned without a queue",
+    ),
+    Patch(
+        "training.checkpoint.plan",
+        "torch",
+        "storage_meta of one writer; for good",
+        "a path would be stored as an object, which another Python cannot unpickle",
+        "torch stores no path",
+    ),
+    Patch(
+        "training.checkpoint.data_only",
+        "megatron-core",
+        "FileSystemReader of its strategies; while a checkpoint is read",
+        "the index would be unpickled without restrictions",
+        "megatron-core takes a reader for the common state",
+    ),
+    Patch(
+        "training.step",
+        "megatron-core",
+        "prepare_grads and get_grad_norm of one optimizer; for one step",
+        "both would be computed twice where the norm is looked at before the step",
+        "the optimizer's step takes a norm",
+    ),
+    Patch(
+        "training.resilience.collective_clock",
+        "torch, megatron-core",
+        "collectives under every name, and Work.wait; while the clock runs",
+        "neither gloo nor NCCL says how long a rank waits",
+        "torch tells the time of a collective",
+    ),
+    Patch(
+        "training.profiler.ranges",
+        "torch, megatron-core",
+        "methods of layers, process groups and Work; while a profile is recorded",
+        "parts of a layer have no names in a trace",
+        "never: names are this package's",
+    ),
+    Patch(
+        "workbench.bench.parts",
+        "megatron-core",
+        "methods of one layer; while it is timed",
+        "parts of a layer have no times",
+        "never: parts are this package's",
+    ),
+    Patch(
+        "workbench.bench.held_routing",
+        "megatron-core",
+        "gating of one router; for good, in a benchmark",
+        "timed layers must have the same load",
+        "never: it is the benchmark's purpose",
+    ),
+    Patch(
+        "workbench.bench.all_to_all_clock",
+        "torch",
+        "all_to_all_single; while the clock runs",
+        "neither gloo nor NCCL says how long a rank stands still, and with how many bytes",
+        "torch tells the time of a collective",
+    ),
+    Patch(
+        "workbench.bench.dispatch",
+        "torch",
+        "all_to_all_single; while bytes are counted",
+        "bytes are counted where they leave, not by the code that sends them",
+        "torch tells the bytes of a collective",
+    ),
+)
+
+
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Replace an attribute of a module, a class or an object for good."""
+    setattr(owner, name, value)
+
+
+@contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Inside, attributes of `owner` have other values."""
+    replacements = Replacements()
+    for name, value in values.items():
+        replacements.put(owner, name, value)
+    try:
+        yield
+    finally:
+        replacements.undo()
+
+
+class Replacements:
+    """Attributes replaced for a while, of many owners."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, str, bool, Any]] = []
+
+    def put(self, owner: Any, name: str, value: Any) -> None:
+        """Replace an attribute of a module, a class or an object."""
+        # What stands in the object itself, if it does: a class hands out its methods unbound.
+        own = name in vars(owner)
+        self._before.append((owner, name, own, vars(owner).get(name)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for owner, name, own, value in reversed(self._before):
+            if own:
+                setattr(owner, name, value)
+            elif name in vars(owner):
+                delattr(owner, name)
+        self._before.clear()
