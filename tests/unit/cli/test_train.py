@@ -22,6 +22,7 @@ from moepp_megatron.data import prepared_data
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime import launch
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
+from moepp_megatron.training.run import TrainResult, _be_rank
 from tests.unit.cli.test_dry_run import MINIMAL
 
 OF_OTHERS = ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID", "MOEPP_GO_ON", "MOEPP_CLAIM")
@@ -143,10 +144,19 @@ def test_a_process_that_trains_alone_says_it_itself(
     tmp_path: Path, alone: bool, monkeypatch, capsys
 ) -> None:
     claim = RunStatus.own(go_on="moepp train c --resume")
-    if not alone:
+    if alone:
+        # It has given the folder up by now.
+        monkeypatch.delenv("MOEPP_CLAIM", raising=False)
+    else:
         claim = claim.model_copy(update={"pid": claim.pid + 1})
-    monkeypatch.setenv("MOEPP_CLAIM", claim.model_dump_json())
-    train._say_stopped(7)
+        monkeypatch.setenv("MOEPP_CLAIM", claim.model_dump_json())
+    request = SimpleNamespace(
+        rank=SimpleNamespace(rank=0),
+        starts_ranks=False,
+        start=SimpleNamespace(go_on="moepp train c --resume"),
+    )
+    with pytest.raises(SystemExit):
+        run_end.say_end(request, TrainResult(tmp_path, step=7, stopped=True), says_go_on=False)
     said = "stopped on request at step 7, saved\n"
     said += "to go on:\nmoepp train c --resume\n" if alone else ""
     assert capsys.readouterr().out == said
@@ -155,14 +165,15 @@ def test_a_process_that_trains_alone_says_it_itself(
 def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, capsys) -> None:
     """Where it goes on and what differs, before the first step."""
 
-    def run() -> None:
+    def train() -> None:
         print("trains")
 
     trainer = SimpleNamespace(
         start_lines=["resumed from step 6 of x", "  model.seq_length: 64; before: 32"],
-        run=run,
+        run=train,
         failure=None,
         stopped=False,
+        progress=SimpleNamespace(step=6),
     )
     for name, stand_in in {
         "quiet.quiet": lambda: None,
@@ -174,7 +185,12 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
     monkeypatch.setattr("moepp_megatron.training.trainer.Trainer", lambda *args: trainer)
     (tmp_path / "c.yaml").write_text(MINIMAL)
     config = load_config(tmp_path / "c.yaml", ["resilience.hang_timeout_s=0"])
-    train._train(config, Layout.from_config(config, 1))
+    request = SimpleNamespace(
+        config=config,
+        layout=Layout.from_config(config, 1),
+        rank=SimpleNamespace(rank=0, is_launched=False),
+    )
+    _be_rank(request, print)
     assert capsys.readouterr().out.splitlines()[:3] == [*trainer.start_lines, "trains"]
 
 

@@ -100,7 +100,7 @@ def test_every_share_and_saving_is_of_the_last_tenth_of_the_records(make_run):
 def test_the_last_lines_of_a_run_name_the_number_of_its_page(make_run, capsys):
     from types import SimpleNamespace
 
-    from moepp_megatron.cli.train import _finish
+    from moepp_megatron.cli.run_end import _finish
 
     folder = make_run(steps=50, edit=_falling)
     config = SimpleNamespace(
