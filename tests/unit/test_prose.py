@@ -15,7 +15,6 @@ PACKAGE = ROOT / "moepp_megatron"
 DOCS = sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "LOG.md"})
 # What has not been rewritten yet. Take entries out, put none in.
 NOT_YET = (
-    "docs",
     *sorted(f"moepp_megatron/{p.name}" for p in PACKAGE.iterdir() if p.name != "workbench"),
     *sorted(f"moepp_megatron/workbench/{p.name}" for p in (PACKAGE / "workbench").iterdir()),
 )
