@@ -13,7 +13,7 @@ def bias_step(shares_LE: Tensor, wanted: float, num_ffn_experts: int, rate: floa
 
     Args:
         shares_LE: [L, E] each expert's share of a layer's selections, T_i / (K T_all).
-        wanted: K_e/K, the FFN experts' share that is wanted.
+        wanted: K_e/K, the target of the FFN experts' share.
         num_ffn_experts: F.
         rate: mu.
 

@@ -14,9 +14,23 @@ PACKAGE = ROOT / "moepp_megatron"
 # The log records what was said at the time.
 DOCS = sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "LOG.md"})
 # What has not been rewritten yet. Take entries out, put none in.
-NOT_YET = (
-    *sorted(f"moepp_megatron/{p.name}" for p in PACKAGE.iterdir() if p.name != "workbench"),
-    *sorted(f"moepp_megatron/workbench/{p.name}" for p in (PACKAGE / "workbench").iterdir()),
+NOT_YET: tuple[str, ...] = (
+    "moepp_megatron/model/",
+    "moepp_megatron/training/",
+    "moepp_megatron/runtime/",
+    "moepp_megatron/data/",
+    "moepp_megatron/config/",
+    "moepp_megatron/workbench/doctor/",
+    "moepp_megatron/workbench/profiling/",
+    "moepp_megatron/workbench/inspection/",
+    "moepp_megatron/workbench/bench/",
+    "moepp_megatron/workbench/report/",
+    "moepp_megatron/interop/",
+    "moepp_megatron/cluster/",
+    "moepp_megatron/observe/",
+    "moepp_megatron/workbench/planning/",
+    "moepp_megatron/workbench/experiments/",
+    "moepp_megatron/cli/",
 )
 
 _PREPOSITIONS = (
@@ -29,7 +43,9 @@ _ENTRY = re.compile(r"\s*\*{0,2}\w+(, \w+)*: (?P<text>.*)")
 _WORDS = {
     "rival: say baseline": re.compile(r"\brivals?\b", re.IGNORECASE),
     "card: say GPU": re.compile(r"(?<!model )(?<!Model )\bcards?\b", re.IGNORECASE),
-    "a token: say per token": re.compile(r"(bytes?|energy|experts?|FLOPs?|joules?|\d) a token\b"),
+    "a token: say per token": re.compile(
+        r"(bytes?|energy|experts?|FLOPs?|joules?|\d) a token\b(?!'s| \w+s\b)"
+    ),
     "told from: say distinguished from": re.compile(r"\b(not to be told|told (apart|from))\b"),
     "stands: say is": re.compile(r"\bstands?\b(?! (for|in for)\b)(?!-in)", re.IGNORECASE),
 }
@@ -111,9 +127,9 @@ def test_a_riddle_is_flagged(text: str) -> None:
     "text",
     [
         "For each layer, whether it is dense.",
-        "Rates.\n\nArgs:\n    cores: Number of cores, in one machine.\n        As many as there are.",
+        "Rates.\n\nArgs:\n    cores: Number of cores.\n        As many as there are.",
         "A model card, `moepp bench card`, a stand-in; K stands for top-k.",
-        "It gives an expert of its own to a token.",
+        "How many FFN experts a token takes; the experts a token's logits select.",
     ],
 )
 def test_plain_prose_is_not_flagged(text: str) -> None:
