@@ -1,4 +1,4 @@
-"""From logits to a token: greedy, or temperature and nucleus sampling (arXiv 1904.09751)."""
+"""Draws a token from logits: greedy, or temperature and nucleus sampling (arXiv 1904.09751)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """Draw a token.
 
     The generator's numbers are assigned to tokens in the order of their ids, so logits that differ
-    in the last bits (another layout) give the same token, but for a draw that falls into that bit.
+    in the last bits (another layout) give the same token, unless a draw falls into such a
+    difference.
 
     Args:
         logits: [vocab] fp32 on the host, where the same generator gives the same numbers whatever

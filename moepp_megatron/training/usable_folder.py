@@ -1,4 +1,4 @@
-"""Whether a run can write its folder, found out before ranks start."""
+"""Whether a run can write its folder, checked before ranks start."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
 
 @contextmanager
 def usable(config: Config) -> Iterator[None]:
-    """Make the run's folder if needed; what cannot be written there is refused, inside too.
+    """Create the run's folder if needed; refuse it, or a folder in it, if it cannot be written.
 
     Raises:
-        ConfigError: With path and cause.
+        ConfigError: If it cannot be written; names path and cause.
     """
     folder = Path(config.run.dir)
     try:

@@ -15,7 +15,6 @@ PACKAGE = ROOT / "moepp_megatron"
 DOCS = sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "LOG.md"})
 # What has not been rewritten yet. Take entries out, put none in.
 NOT_YET: tuple[str, ...] = (
-    "moepp_megatron/training/",
     "moepp_megatron/runtime/",
     "moepp_megatron/data/",
     "moepp_megatron/config/",
@@ -37,7 +36,9 @@ _PREPOSITIONS = (
     "From|In|Inside|Into|Of|On|Outside|Over|Per|Since|Through|To|Towards|Under|Until|With|Within|Without"
 )
 # "For each layer, whether ..." and "At most 8 bytes" say by themselves what they describe.
-_OPENING = re.compile(rf"(?!For (each|every)\b|At (least|most)\b)({_PREPOSITIONS})\b")
+_OPENING = re.compile(
+    rf"(?!For (each|every)\b|At (least|most)\b)({_PREPOSITIONS})\b", re.IGNORECASE
+)
 _ENTRY = re.compile(r"\s*\*{0,2}\w+(, \w+)*: (?P<text>.*)")
 _WORDS = {
     "rival: say baseline": re.compile(r"\brivals?\b", re.IGNORECASE),
@@ -109,7 +110,7 @@ def test_prose_can_be_read_cold() -> None:
     "text",
     [
         "Of its files.",
-        "Rates.\n\nArgs:\n    cores: Of the machine.",
+        "Rates.\n\nArgs:\n    cores: of the machine.",
         "Rates.\n\nRaises:\n    ValueError: For another dtype.",
         "The rival's speed.",
         "The memory of a card.",

@@ -1,7 +1,7 @@
-"""What killed runs leave in a checkpoint folder: checkpoints half written or half deleted.
+"""Removes what killed runs leave in a checkpoint folder: half written or deleted checkpoints.
 
-A folder that is being written carries its writer's host and process in its name, so that what a
-dead process left is told from what a living one is writing.
+A folder that is being written has its writer's host and process in its name, which distinguishes
+the remains of a dead process from a save in progress.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def incomplete_name(name: str) -> str:
 
 
 def discard(path: Path, token: str) -> None:
-    """Delete a checkpoint; what a kill leaves of it on the way no longer bears its name."""
+    """Delete a checkpoint. It is renamed first, so that a kill leaves no damaged one."""
     hidden = path.with_name(f".{path.name}.{_DISCARDED}-{token}")
     path.rename(hidden)
     shutil.rmtree(hidden)
@@ -37,8 +37,8 @@ def discard(path: Path, token: str) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete what no living process of this machine is writing.
 
-    Of another machine's processes nothing is known here. A run has its checkpoint folder for
-    itself, so what they have left is deleted too.
+    Processes of other machines cannot be checked here. A run has its checkpoint folder for
+    itself, so their remains are deleted too.
     """
     for kind in (_INCOMPLETE, _DISCARDED):
         for path in sorted(folder.glob(f".{PREFIX}*.{kind}-*")):
@@ -48,7 +48,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _is_being_written(path: Path) -> bool:
-    """Whether the process that the name tells lives on this machine."""
+    """Whether the process in the folder's name is alive on this machine."""
     import psutil
 
     _, _, owner = path.name.partition(f".{_INCOMPLETE}-")

@@ -1,6 +1,6 @@
-"""Whether a checkpoint holds nothing but data, found out before ranks begin to load it.
+"""Whether a checkpoint holds only data, checked before ranks begin to load it.
 
-`data_only.py` loads nothing else in any case; this names the entry in one line, on all ranks alike.
+`data_only.py` never loads anything else; this check names the bad entry in one line, on all ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
 
 
 def unsafe_pickle(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
-    """What in a checkpoint would not be safe to unpickle; None if nothing.
+    """Why a checkpoint is not safe to unpickle; None if it is.
 
     Args:
         checkpoint: The folder.

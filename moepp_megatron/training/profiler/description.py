@@ -1,4 +1,4 @@
-"""What a trace does not say: groups, layout, node, clock, and the routing of each step."""
+"""Data that a trace lacks: groups, layout, node, clock, and the routing of each step."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def clock_at_barriers(count: int = 5) -> list[int]:
 
 
 def _groups() -> dict[str, dict[str, Any]]:
-    """Name of each process group of this rank to its ranks and its description in megatron-core."""
+    """Maps the name of each process group of this rank to its ranks and its description."""
     names = dist.distributed_c10d._world.pg_names
     return {
         name: {

@@ -1,4 +1,4 @@
-"""What a forward and backward pass changes besides gradients, so that it can be undone."""
+"""Saves and restores what a forward and backward pass changes besides gradients."""
 
 from __future__ import annotations
 
