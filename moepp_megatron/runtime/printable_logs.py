@@ -1,4 +1,4 @@
-"""Log messages may quote files that come from elsewhere."""
+"""Escapes control characters in log messages, which may quote untrusted files."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ class _Record(logging.LogRecord):
 
 
 def make_logs_printable() -> None:
-    """Have every later log message escaped, whichever library logs it and whatever shows it."""
+    """Escape every later log message, whichever library logs it and whatever shows it."""
     logging.setLogRecordFactory(_Record)
