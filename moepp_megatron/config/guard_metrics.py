@@ -1,4 +1,4 @@
-"""What rules of the routing guard may look at."""
+"""The metrics that rules of the routing guard may use."""
 
 from __future__ import annotations
 

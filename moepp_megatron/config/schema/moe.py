@@ -11,7 +11,7 @@ from moepp_megatron.config.schema.section import Section, unit
 
 
 class MoESection(Section):
-    """Experts, router, balance.
+    """Settings of experts, router and balance.
 
     Expert order is fixed everywhere: FFN experts, constant, copy, zero.
     """
@@ -225,7 +225,8 @@ class MoESection(Section):
     def moe_layer_pattern(self, num_layers: int) -> list[bool]:
         """For each of `num_layers` layers, whether it is an MoE layer.
 
-        As megatron-core's `moe_layer_freq`: an integer n makes layers 0, n, 2n, ... MoE layers.
+        It has the meaning of megatron-core's `moe_layer_freq`: an integer n makes layers 0, n, 2n,
+        ... MoE layers.
         """
         if isinstance(self.layer_freq, int):
             return [layer % self.layer_freq == 0 for layer in range(num_layers)]

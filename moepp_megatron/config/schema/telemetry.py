@@ -1,4 +1,4 @@
-"""Section `telemetry`: what is sampled of the machine while a run trains."""
+"""Section `telemetry`: samples of the machine while a run trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moepp_megatron.config.schema.section import PathText, Section, unit
 
 
 class TelemetrySection(Section):
-    """Power, utilisation, memory and links of the cards, or of the CPU where there are none."""
+    """Power, utilisation, memory and links of the GPUs, or of the CPU where there are none."""
 
     interval_s: float = Field(
         default=1.0,
