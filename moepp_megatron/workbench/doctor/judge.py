@@ -1,4 +1,4 @@
-"""What the checks of a card measure it by."""
+"""The standards by which checks judge a GPU."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from moepp_megatron.workbench.doctor.finding import Severity
 
 @dataclass(frozen=True)
 class Judge:
-    """What is expected of a card.
+    """The standards by which checks judge a GPU.
 
     Attributes:
         hardware: Rated numbers of its kind; None where the kind is not described.
-        thresholds: From where on a measurement is a finding.
-        preflight: Whether a job is about to start, which taken or slow cards must prevent.
+        thresholds: The limits beyond which a measurement is a finding.
+        preflight: Whether a job is about to start, which occupied or slow GPUs must prevent.
         own_pids: Processes that belong to this examination.
     """
 
@@ -26,5 +26,5 @@ class Judge:
 
     @property
     def unfit_now(self) -> Severity:
-        """Severity of what spoils a run but not the machine."""
+        """Severity of a problem that spoils a run but is not a defect of the machine."""
         return Severity.ERROR if self.preflight else Severity.WARNING

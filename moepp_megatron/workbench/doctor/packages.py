@@ -17,10 +17,10 @@ MEGATRON_CORE = "0.19.2"
 
 
 def check_packages(config: Config | None) -> list[Finding]:
-    """What is installed, what is used and what is used instead.
+    """Check which packages are installed and used, and what replaces missing ones.
 
     Args:
-        config: A run's configuration; what it cannot do without is then an error.
+        config: A run's configuration; a missing package that it needs is an error.
     """
     backends = optional_backends()
     findings = [_python(), _torch(), check_megatron(version_of("megatron-core")), _nccl()]
@@ -35,7 +35,7 @@ def check_packages(config: Config | None) -> list[Finding]:
 
 
 def torch_cuda() -> TorchCuda:
-    """What torch was built for, and whether it can use a card."""
+    """The CUDA version that torch was built for, and whether torch can use a GPU."""
     import torch
 
     built = torch.version.cuda
@@ -45,7 +45,7 @@ def torch_cuda() -> TorchCuda:
 
 
 def check_megatron(version: str | None) -> Finding:
-    """Whether the pinned megatron-core is there."""
+    """Check that the pinned megatron-core is installed."""
     if version == MEGATRON_CORE:
         return Finding("megatron-core", Severity.OK, version)
     return Finding(
@@ -58,7 +58,7 @@ def check_megatron(version: str | None) -> Finding:
 
 
 def check_backend(backend: Backend) -> Finding:
-    """A missing optional package is a note: something else does its work."""
+    """Check an optional package; a missing one is a note, because it has a replacement."""
     if backend.used:
         return Finding(backend.name, Severity.OK, f"{backend.version}: {backend.role}")
     state = "not installed" if backend.version is None else f"{backend.version}, not usable here"
@@ -71,13 +71,13 @@ def check_backend(backend: Backend) -> Finding:
 
 
 def check_kernel(choice: KernelChoice) -> Finding:
-    """Which implementation an operation has: each of them is right, some are faster."""
+    """Name the implementation of an operation: all are correct, some are faster."""
     found = f"{choice.implementation}: {choice.detail}"
     return Finding(f"kernel: {choice.operation}", Severity.OK, found)
 
 
 def check_needs(config: Config, used: set[str]) -> list[Finding]:
-    """What the configuration cannot do without and this machine lacks.
+    """Check that this machine has the packages that the configuration needs.
 
     Args:
         config: The configuration.
@@ -118,7 +118,7 @@ def check_needs(config: Config, used: set[str]) -> list[Finding]:
 
 
 def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
-    """Whether card and versions can run the configuration's FP8; None without FP8.
+    """Whether GPU and versions can run the configuration's FP8; None without FP8.
 
     Args:
         config: The configuration.
