@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass."""
+"""Measures the memory that a layer keeps for its backward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
 
     Args:
         forward: Runs the forward pass; its result is freed without a backward pass.
-        parameters: Of the layer; they are there anyway.
+        parameters: The layer's parameters, which are not counted.
     """
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}

@@ -1,7 +1,7 @@
 """Bytes that the kernels must move: the bound that their time is compared with.
 
-Counted is what no cache can save: each operand once. Not counted are partial sums (under a tenth),
-V, and what is read again from the cache.
+Each operand is counted once, since no cache can save it. Partial sums (under a tenth), V, and
+repeated reads from the cache are not counted.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Traffic(NamedTuple):
 
 
 def router_forward(num_tokens: int, num_experts: int) -> Traffic:
-    """`kernels.router.select`: logits in; gates (fp32) and map (1 byte) out."""
+    """Traffic of `kernels.router.select`: logits in; gates (fp32) and map (1 byte) out."""
     entries = num_tokens * num_experts
     return Traffic(4 * entries, 5 * entries)
 
 
 def router_backward(num_tokens: int, num_experts: int) -> Traffic:
-    """Its backward pass: logits, map and the gates' gradient in, the logits' gradient out."""
+    """Traffic of its backward pass: logits, map and gates' gradient in, logits' gradient out."""
     entries = num_tokens * num_experts
     return Traffic(9 * entries, 4 * entries)
 
@@ -51,7 +51,7 @@ def combine_forward(
     num_constants: int,
     has_addend: bool = False,
 ) -> Traffic:
-    """`kernels.combine.combine`.
+    """Traffic of `kernels.combine.combine`.
 
     Args:
         num_tokens: T.
@@ -87,7 +87,7 @@ def combine_backward(
     num_copies: int,
     num_constants: int,
 ) -> Traffic:
-    """Its backward pass, both kernels; arguments as for `combine_forward`.
+    """Traffic of its backward pass, both kernels; arguments as for `combine_forward`.
 
     The output's gradient is the addend's too, so that one costs nothing.
 

@@ -1,4 +1,4 @@
-"""Sequences of random tokens, for what does not depend on what is written."""
+"""Sequences of random tokens, for measurements that do not depend on the text."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from moepp_megatron.config import Config
 
 
 class RandomTokens(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """As many sequences as anybody asks for; each depends on its index alone.
+    """A data set without end; each sequence depends on its index alone.
 
     Args:
-        config: For the length of a sequence and the size of the vocabulary.
+        config: Gives the length of a sequence and the size of the vocabulary.
     """
 
     def __init__(self, config: Config) -> None:
         self._model = config.model
 
     def __len__(self) -> int:
-        """More than any run reads."""
+        """A length larger than any run reads."""
         return 1_000_000
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
