@@ -68,20 +68,20 @@ class StepMetrics(BaseModel):
         routing_shift: Divergence of the routing profile over its threshold; only on steps where one
             is judged.
         failed_saves: Checkpoints that could not be written so far; only where any are.
-        mfu: Model FLOP/s (`config/flops.py`) over the rated dense FLOP/s of all cards.
+        mfu: Model FLOP/s (`config/flops.py`) over the rated dense FLOP/s of all GPUs.
         model_tflops: Model TFLOP/s of a rank.
-        energy_j: Energy of all cards since the record before, J, whatever was done meanwhile
+        energy_j: Energy of all GPUs since the record before, J, whatever was done meanwhile
             (evaluation and saving too); like the next two only where NVML tells.
         energy_per_token_j: ``energy_j`` over the tokens trained on since the record before.
-        gpu_hours: Hours since the record before times the number of cards.
-        gpu_power_w: Power of a card, mean over cards and time since the record before; so are
+        gpu_hours: Hours since the record before times the number of GPUs.
+        gpu_power_w: Power of a GPU, mean over GPUs and time since the record before; so are
             the next two.
         gpu_utilization: Share of the time in which a kernel ran.
         gpu_clock_mhz: Clock of the multiprocessors.
-        gpu_memory_bytes: Most memory in use on any card, other processes included.
-        gpu_temperature_c: Highest temperature of any card, degrees Celsius.
-        nvlink_bytes_per_s: NVLink traffic of a card, sent and received, mean over cards.
-        pcie_bytes_per_s: PCIe traffic of a card, sent and received, mean over cards.
+        gpu_memory_bytes: Most memory in use on any GPU, other processes included.
+        gpu_temperature_c: Highest temperature of any GPU, degrees Celsius.
+        nvlink_bytes_per_s: NVLink traffic of a GPU, sent and received, mean over GPUs.
+        pcie_bytes_per_s: PCIe traffic of a GPU, sent and received, mean over GPUs.
         cpu_utilization: Share of all cores of a node in use, mean over nodes without a GPU.
         host_memory_bytes: Most host memory in use on any node without a GPU.
     """
