@@ -55,7 +55,7 @@ def layer(
 
     Routing is held at the balanced share phi. efficiency = speedup x phi: how much of the speed-up
     that the routing allows is reached. Each part's time stands beside its bound: its bytes over the
-    measured copy, or its FLOPs over the measured matrix product of this card.
+    measured copy, or its FLOPs over the measured matrix product of this GPU.
     """
     from moepp_megatron.config.choices import parse_choices, parse_numbers
 
@@ -126,7 +126,7 @@ def card(
         Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
     ] = None,
 ) -> None:
-    """What this card reaches by itself: matrix products and a copy in its memory."""
+    """What this GPU reaches by itself: matrix products and a copy in its memory."""
     from moepp_megatron.config.choices import parse_choices
     from moepp_megatron.config.errors import ConfigError
 

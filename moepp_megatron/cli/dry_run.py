@@ -26,10 +26,10 @@ def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
     Args:
         config: A checked configuration.
         layout: Of any number of ranks.
-        gpu: The card whose memory is meant, see `planning.target`; None for the usual rules.
+        gpu: The GPU whose memory is meant, see `planning.target`; None for the usual rules.
 
     Raises:
-        ConfigError: No such card.
+        ConfigError: No such GPU.
     """
     target = target_of(config, gpu)
     stages = [rank_memory(config, layout, p, target.modules) for p in range(layout.pp)]
@@ -152,7 +152,7 @@ def _memory(stages: list[RankMemory], target: Target) -> Table:
 
 
 def _fit(config: Config, layout: Layout, stages: list[RankMemory], target: Target) -> str:
-    """Whether the fullest rank fits the card, by the rule of `moepp plan`."""
+    """Whether the fullest rank fits the GPU, by the rule of `moepp plan`."""
     most = max(memory.total for memory in stages)
     if target.hardware is None:
         on_card = max(rank_memory(config, layout, p).total for p in range(layout.pp))

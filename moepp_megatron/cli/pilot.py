@@ -232,7 +232,7 @@ def _target(
     price: float | None,
     tokens: float | None,
 ) -> TargetRequest | None:
-    """What to extrapolate to; None where no cards are named."""
+    """What to extrapolate to; None where no GPUs are named."""
     from moepp_megatron.config.hardware import load_hardware, nearest_hardware
 
     given = {"--target": target, "--price": price, "--tokens": tokens}

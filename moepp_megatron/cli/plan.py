@@ -57,7 +57,7 @@ def plan(
     simulate_steps: Steps = 200,
     assume: Assume = None,
 ) -> None:
-    """Search every legal layout of CONFIG's model on a number of cards.
+    """Search every legal layout of CONFIG's model on a number of GPUs.
 
     Estimates from a cost model, nothing is run: docs/planning.md says how well they hold.
     """
@@ -143,7 +143,7 @@ def _write_layout(out: Path, result: Plan, config: Path, overrides: list[str]) -
 
 
 def _check(out: Path, result: Plan) -> None:
-    """What was written is a valid configuration for these cards."""
+    """What was written is a valid configuration for these GPUs."""
     from moepp_megatron.config import Layout
 
     written: Config = load_config(out)

@@ -1,7 +1,7 @@
 """Schema, loading and checks of the configuration; imports neither torch nor megatron.
 
-Start with `load_config(path, overrides)`; what is wrong arrives as a `ConfigError`, one line a
-problem. `check_world_size` adds what depends on the number of ranks.
+Start with `load_config(path, overrides)`, which raises a `ConfigError` with one line per problem.
+`check_world_size` adds the checks that depend on the number of ranks.
 """
 
 from moepp_megatron.config.checks import check_config, check_world_size

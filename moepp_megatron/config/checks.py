@@ -1,4 +1,4 @@
-"""Running the cross-field rules: every broken one is reported, each on its line."""
+"""Runs the cross-field rules and reports every broken one, each on its line."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from moepp_megatron.config.schema import Config
 
 
 def check_config(config: Config) -> list[str]:
-    """Check everything that does not depend on the number of ranks.
+    """Check all rules that do not depend on the number of ranks.
 
     Returns:
         A line for each setting that the user gave and that has no effect.
 
     Raises:
-        ConfigError: At least one rule is broken; one line a rule.
+        ConfigError: If a rule is broken; one line per rule.
     """
     raise_problems(problem for rule in RULES for problem in rule(config))
     return [str(notice) for rule in IGNORED for notice in rule(config)]
 
 
 def check_world_size(config: Config, world_size: int) -> list[str]:
-    """Check what depends on the number of ranks, `config` itself being sound.
+    """Check the rules that depend on the number of ranks; `config` itself is valid.
 
     Returns:
         A line for each setting that has no effect on this many ranks.
 
     Raises:
-        ConfigError: At least one rule is broken; one line a rule.
+        ConfigError: If a rule is broken; one line per rule.
     """
     # In order, and only up to the first broken one: later rules count on earlier ones.
     for rule in WORLD_SIZE_RULES:

@@ -11,10 +11,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def parse_choices(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """Names out of `known`, each once, in the order given.
+    """Parse names out of `known`, each once, in the order given.
 
     Raises:
-        ConfigError: For an unknown name, or none at all.
+        ConfigError: If a name is unknown, or there is none.
     """
     names = list(dict.fromkeys(_parts(text)))
     for name in names:
@@ -28,16 +28,16 @@ def parse_choices(option: str, text: str, known: Sequence[str]) -> list[str]:
 
 
 def parse_numbers(option: str, text: str, rule: str, holds: Callable[[float], bool]) -> list[float]:
-    """Numbers, each once, in the order given.
+    """Parse numbers, each once, in the order given.
 
     Args:
         option: Its name, for the message.
         text: Its value.
-        rule: What each must be, in words.
-        holds: The same as a function.
+        rule: What each number must be, in words.
+        holds: The same rule as a function.
 
     Raises:
-        ConfigError: For what is no number or breaks the rule, or none at all.
+        ConfigError: If one is not a number or breaks the rule, or there is none.
     """
     numbers = []
     for part in _parts(text):
@@ -58,10 +58,10 @@ def _parts(text: str) -> list[str]:
 
 
 def parse_size(option: str, text: str) -> int:
-    """Bytes, with K, M or G for binary multiples as nccl-tests has them.
+    """Parse a number of bytes, with K, M or G for binary multiples as in nccl-tests.
 
     Raises:
-        ConfigError: Not a whole number above 0 with such a unit.
+        ConfigError: If it is not a whole number above 0 with such a unit.
     """
     number, unit = text.strip().upper(), ""
     if number[-1:] in ("K", "M", "G"):
@@ -75,10 +75,10 @@ def parse_size(option: str, text: str) -> int:
 
 
 def parse_counts(option: str, text: str) -> list[int]:
-    """Whole numbers above 0, each once, ascending.
+    """Parse whole numbers above 0, each once, ascending.
 
     Raises:
-        ConfigError: For anything else, or none at all.
+        ConfigError: If there is anything else, or no number.
     """
     parts = _parts(text)
     for part in parts:

@@ -6,7 +6,7 @@ from __future__ import annotations
 class ConfigError(ValueError):
     """The configuration or the usage is wrong.
 
-    The message is one line a problem, each with name, value, rule and remedy. The command line
+    The message has one line per problem, each with name, value, rule and remedy. The command line
     prints it without a traceback and exits with `exit_code`.
     """
 
@@ -14,6 +14,6 @@ class ConfigError(ValueError):
 
 
 class UnfitError(RuntimeError):
-    """The configuration is sound, but this machine cannot do it (no GPU, no such package)."""
+    """The configuration is valid, but this machine cannot run it (no GPU, missing package)."""
 
     exit_code = 3

@@ -1,4 +1,4 @@
-"""pydantic's findings, turned into problems with name, value, rule and remedy."""
+"""Turns pydantic's errors into problems with name, value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def field_problems(error: ValidationError, content: Mapping[str, Any]) -> list[P
     """One problem per field that pydantic refused.
 
     Args:
-        error: From validating `content` as a Config; every section is present in it.
+        error: The error of validating `content` as a Config; every section is present in it.
         content: The mapping that was validated.
     """
     by_field: dict[tuple[str, ...], list[ErrorDetails]] = {}
@@ -57,7 +57,7 @@ def field_problems(error: ValidationError, content: Mapping[str, Any]) -> list[P
 
 
 def _setting(location: tuple[int | str, ...]) -> tuple[str, ...]:
-    """Section, sections inside it, key: the part of pydantic's location that names a setting."""
+    """The part of pydantic's location that names a setting: section, inner sections, key."""
     model, length = section_models()[str(location[0])], 2
     while (inner := subsection(model, str(location[length - 1]))) and len(location) > length:
         model, length = inner, length + 1
@@ -86,7 +86,7 @@ def _entry_problem(
 ) -> Problem | None:
     """The problem of a setting inside a list of sections, such as `routing_guard.rules[0].above`.
 
-    None where the field is no such list, or the list itself is wrong.
+    None if the field is not such a list, or the list itself is wrong.
     """
     model = next((a for a in get_args(field.annotation) if isinstance(a, type)), None)
     location = error["loc"][depth:]

@@ -1,9 +1,9 @@
 """Floating-point operations of training, counted from the configuration.
 
-Counted as model FLOPs utilisation (MFU) is defined in PaLM (arXiv 2204.02311, appendix B): what the
-model needs and not what recomputation adds; every score of attention, although half are masked;
-2 FLOP a weight and token forward, twice that backward. Of the FFN experts only those that tokens
-took count, so that skipped work is no achievement.
+The count follows the definition of model FLOPs utilisation (MFU) in PaLM (arXiv 2204.02311,
+appendix B): without recomputation; with every score of attention, although half are masked; 2 FLOP
+per weight and token forward, twice that backward. Only the FFN experts that tokens selected count,
+so that skipped work does not raise the MFU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def forward_flops_per_token(config: Config, ffn_fraction: float) -> float:
 
 
 def _attention(config: Config) -> float:
-    """Projections, scores [s, s] and their product with the values, of one layer."""
+    """FLOP of one layer's projections, scores [s, s] and their product with the values."""
     model, latent = config.model, config.model.latent_attention
     if latent is not None:
         matrices = sum(rows * columns for rows, columns in latent_matrices(model))
@@ -60,12 +60,12 @@ def _attention(config: Config) -> float:
 
 
 def _swiglu(config: Config, inner: int) -> float:
-    """Three matrices [D, H]."""
+    """FLOP of a SwiGLU FFN: three matrices [D, H]."""
     return 6 * config.model.hidden_size * inner
 
 
 def _gate(config: Config) -> float:
-    """W [E, D], or W_a [8E, D] and W_b [E, 8E]."""
+    """FLOP of a gate: W [E, D], or W_a [8E, D] and W_b [E, 8E]."""
     experts, width = config.moe.num_experts, config.model.hidden_size
     if config.moe.two_layer_gate:
         return 2 * 8 * experts * (width + experts)
@@ -73,7 +73,7 @@ def _gate(config: Config) -> float:
 
 
 def _gating_residuals(config: Config, moe_layers: int) -> float:
-    """G [E, E] from the second MoE layer on."""
+    """FLOP of the gating residuals G [E, E], from the second MoE layer on."""
     residuals = max(moe_layers - 1, 0) if config.moe.gating_residual else 0
     return 2 * residuals * config.moe.num_experts**2
 

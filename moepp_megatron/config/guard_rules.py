@@ -1,4 +1,4 @@
-"""The rules that a run's routing guard goes by: the defaults under the user's."""
+"""The rules of a run's routing guard: the defaults, changed by the user's rules."""
 
 from __future__ import annotations
 
@@ -83,18 +83,18 @@ DEFAULT_RULES = (
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule, complete.
+    """A complete rule, its defaults resolved.
 
     Attributes:
-        name: What alerts call it.
+        name: Its name in alerts.
         metric: One of `GUARD_METRICS`.
-        limit: Where it holds, with `is_above`.
+        limit: The value beyond which the rule holds; `is_above` gives the side.
         is_above: Whether it holds above the limit, or below.
-        clear: Beyond which the metric is healthy again.
+        clear: The value beyond which the metric is healthy again.
         for_steps: Steps that it must hold before the action.
         clear_for_steps: Steps that it must be healthy before the action ends.
-        severity: Of its alerts.
-        action: What is done.
+        severity: Severity of its alerts.
+        action: The guard's action.
         per_layer: Whether each MoE layer is judged, and acted on, by itself.
         min_steps_between: Fewest steps from an end to the next start, in one place.
         max_firings: Times that the action is taken in a run, all places together; places in which
@@ -115,7 +115,7 @@ class Rule:
     max_firings: int = 10
 
     def holds(self, value: float) -> bool:
-        """Whether the metric is where it should not be."""
+        """Whether the rule holds: the metric is beyond the limit."""
         return value > self.limit if self.is_above else value < self.limit
 
     def is_healthy(self, value: float) -> bool:
@@ -124,7 +124,7 @@ class Rule:
 
     @property
     def condition(self) -> str:
-        """Such as `< 0.25 for 20 steps`."""
+        """The rule's condition in words, such as `< 0.25 for 20 steps`."""
         sign = ">" if self.is_above else "<"
         duration = "" if self.for_steps == 1 else f" for {self.for_steps} steps"
         return f"{sign} {self.limit:g}{duration}"
@@ -145,7 +145,7 @@ def effective_rules(section: RoutingGuardSection) -> tuple[Rule, ...]:
 
 
 def complete(rule: GuardRule) -> Rule:
-    """What a rule means, its defaults resolved; it has a metric and one limit."""
+    """Resolve the defaults of a rule that has a metric and one limit."""
     limit = rule.above if rule.above is not None else rule.below
     assert rule.metric is not None, f"rule {rule.name} has no metric"
     assert limit is not None, f"rule {rule.name} has no limit"

@@ -1,6 +1,6 @@
-"""What a kind of card can do, and from where on one counts as unfit: `configs/hardware/*.yaml`.
+"""Rated numbers of a kind of GPU, and the limits of a healthy one: `configs/hardware/*.yaml`.
 
-The rated numbers are the vendor's; the thresholds say how far below them a healthy card may stay.
+The rated numbers are the vendor's; the thresholds say how far below them a healthy GPU may stay.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"
 
 
 class Thresholds(Section):
-    """From where on a measurement is a finding."""
+    """The limits beyond which a measurement is a finding."""
 
     matmul_fraction: float = Field(
         default=0.6,
@@ -89,7 +89,7 @@ class Thresholds(Section):
 
 
 class Hardware(Section):
-    """One kind of card in its usual server. Rates are dense (without sparsity) and decimal."""
+    """One kind of GPU in its usual server. Rates are dense (without sparsity) and decimal."""
 
     name: str = Field(description="Short name", json_schema_extra=unit("-"))
     kind: Literal["gpu", "cpu"] = Field(
@@ -200,7 +200,7 @@ def nearest_hardware(name: str) -> str:
 
 
 def find_hardware(device_name: str) -> Hardware | None:
-    """The description of the card that NVML calls `device_name`, or None."""
+    """The description of the GPU that NVML calls `device_name`, or None."""
     for name in known_hardware():
         hardware = load_hardware(name)
         if device_name in hardware.device_names:

@@ -1,4 +1,4 @@
-"""Reads JSON that somebody else may have written: in bounds, and any fault is a ValueError."""
+"""Reads untrusted JSON: its size is limited, and any fault is a ValueError."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
 
     Raises:
         OSError: It cannot be read.
-        ValueError: As for `parse_json`, or it has more than `max_bytes`.
+        ValueError: Same as for `parse_json`, or if it has more than `max_bytes`.
     """
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
@@ -28,7 +28,7 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """As `json.loads`, in bounds: what it returns can be walked, compared, printed and written.
+    """Same as `json.loads`, with limits: the result can be walked, compared, printed and written.
 
     Args:
         content: The document; bytes are UTF-8.
@@ -51,7 +51,7 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def _below(level: list[Any]) -> list[Any]:
-    """What the containers of a level hold; its numbers and texts are checked."""
+    """The contents of a level's containers, whose numbers and texts are checked."""
     below: list[Any] = []
     for item in level:
         kind = type(item)

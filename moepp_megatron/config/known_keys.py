@@ -1,4 +1,4 @@
-"""Unknown sections and keys, refused with the nearest known one."""
+"""Refuses unknown sections and keys, and names the nearest known one."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def refuse_unknown_keys(content: Mapping[Any, Any], source: str) -> None:
 
 
 def _unknown_keys(path: str, model: type[Section], keys: Any) -> Iterator[str]:
-    """What is wrong with the names in one section and in the sections inside it.
+    """The problems of the names in one section and in the sections inside it.
 
     Args:
         path: Dotted name of the section.

@@ -1,4 +1,4 @@
-"""The rank grid: degrees of parallelism, micro-batches, and where each rank stands."""
+"""The rank grid: degrees of parallelism, micro-batches, and the coordinates of each rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moepp_megatron.config.stages import virtual_stages
 
 @dataclass(frozen=True)
 class RankCoordinates:
-    """Where one rank stands, each coordinate from 0.
+    """Coordinates of one rank in the grid, each from 0.
 
     Attention and dense layers use (tp, cp, dp, pp), FFN experts (etp, ep, edp, pp).
     """
@@ -82,7 +82,7 @@ class Layout:
         )
 
     def coordinates(self, rank: int) -> RankCoordinates:
-        """Where `rank` stands.
+        """The coordinates of `rank`.
 
         megatron-core numbers ranks in the order "tp-cp-ep-dp-pp", the first fastest: attention
         with ep = 1, experts with cp = 1 (megatron/core/parallel_state.py, `RankGenerator`).

@@ -1,4 +1,4 @@
-"""From a YAML file, its bases and the command line's overrides to a checked Config."""
+"""Loads a checked Config from a YAML file, its bases and the command line's overrides."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: `section.key=value`, the value as YAML; later ones win.
 
     Raises:
-        ConfigError: Anything wrong, one line a problem; no other error escapes.
+        ConfigError: If anything is wrong; one line per problem. No other error is raised.
     """
     content = _read_with_bases(Path(path), chain=())
     for override in overrides:
@@ -66,7 +66,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """A checked copy of `config` with `section.key=value` overrides applied.
 
     Raises:
-        ConfigError: As for `load_config`.
+        ConfigError: Same as for `load_config`.
     """
     content: Content = config.model_dump(mode="json", exclude_unset=True)
     for override in overrides:

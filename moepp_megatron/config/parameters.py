@@ -14,16 +14,16 @@ class ParameterCounts:
     Attributes:
         embedding: Token embedding [V, D] and, unless tied, output layer [V, D].
         attention: Query, key, value and output projections, query/key norms.
-        norms: RMSNorm weights: two a layer and the final one.
-        dense_ffn: SwiGLU FFNs of layers that are no MoE layer.
+        norms: RMSNorm weights: two per layer and the final one.
+        dense_ffn: SwiGLU FFNs of dense layers.
         ffn_experts: All FFN experts.
         shared_experts: Experts that every token takes.
         router: Gates W and gating residuals G.
         zero_computation_experts: Constant experts' v_c [D] (once under `moe.constants_shared`)
             and U_c [2, D].
         per_ffn_expert: One FFN expert of one layer.
-        active: Parameters a token meets on average when the balance loss is at its optimum: all
-            outside the experts, K phi FFN experts and K (1 - phi) zero-computation experts a
+        active: Parameters that a token uses on average when the balance loss is at its optimum: all
+            outside the experts, K phi FFN experts and K (1 - phi) zero-computation experts per
             MoE layer, spread evenly over their kind (v_c counted in each layer, shared or not).
     """
 
@@ -149,7 +149,7 @@ def latent_matrices(model: ModelSection) -> list[tuple[int, int]]:
 
 
 def latent_widths(latent: LatentAttentionSection) -> list[int]:
-    """Widths of the compressed vectors that a norm can stand behind."""
+    """Widths of the compressed vectors that can have a norm."""
     return [width for width in (latent.q_lora_rank, latent.kv_lora_rank) if width is not None]
 
 

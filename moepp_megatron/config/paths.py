@@ -1,4 +1,4 @@
-"""What is no path here, whatever a setting or an option says."""
+"""Refuses texts that cannot be a path of this machine."""
 
 from __future__ import annotations
 

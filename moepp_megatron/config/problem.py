@@ -1,4 +1,4 @@
-"""One thing wrong with a configuration, in the one form that every message has."""
+"""One problem of a configuration, in the form that every message has."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Problem:
 
     Attributes:
         name: Dotted name of the setting, such as `moe.tau`.
-        value: What it was set to.
+        value: The value it was set to.
         rule: What must hold, starting with "must".
         remedy: What to write instead.
     """

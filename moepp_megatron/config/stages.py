@@ -20,7 +20,7 @@ def expand_pipeline_layout(text: str) -> list[str]:
     megatron/core/transformer/pipeline_parallel_layer_layout.py, `parse_str_to_list`.
 
     Raises:
-        ValueError: A character with no meaning, or more than 10,000 repetitions.
+        ValueError: If a character has no meaning, or there are more than 10,000 repetitions.
     """
     expanded = text.replace(",", "")
     for pattern in (_GROUP, _SINGLE):
@@ -40,7 +40,7 @@ def _repeat(match: re.Match[str]) -> str:
 
 
 def virtual_stages(config: Config) -> int:
-    """Model chunks per pipeline rank: as set, or as the layout string implies, else 1."""
+    """Model chunks per pipeline rank: the setting, or the layout string's number, else 1."""
     parallel = config.parallel
     if parallel.pipeline_model_parallel_layout is not None:
         stages = expand_pipeline_layout(parallel.pipeline_model_parallel_layout)

@@ -23,10 +23,10 @@ _ONLY_MOEPP = (
 def vanilla(config: Config) -> Config:
     """The same model on megatron-core's own MoE layer.
 
-    It has no zero-computation experts, no gating residual, nothing else of the MoE++ layer and
-    nothing that watches over it. megatron-core's balance loss is E / K times the paper's, so its
-    coefficient is that much smaller for the same strength; its global one is of another size again
-    and gives way to that of micro-batches.
+    It has no zero-computation experts, no gating residual, no other setting of the MoE++ layer and
+    no routing guard. megatron-core's balance loss is E / K times the paper's, so its
+    coefficient is smaller by that factor for the same strength; its global loss has yet another
+    scale and is replaced by that of micro-batches.
     """
     content = config.model_dump(mode="json", exclude_unset=True)
     content.pop("routing_guard", None)

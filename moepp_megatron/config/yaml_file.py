@@ -1,4 +1,4 @@
-"""Reading YAML: safe, bounded, no duplicate keys, 1e-4 is a number, and errors say where."""
+"""Reads YAML safely: bounded, no duplicate keys, 1e-4 is a number, errors name the place."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class _StrictLoader(yaml.SafeLoader):
     _num_composed = 0
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 (PyYAML's name)
-        """Refuse a bracket too many where it is read; PyYAML looks far ahead behind each."""
+        """Refuse too many brackets as soon as they are read; PyYAML looks far ahead behind each."""
         if self.flow_level >= _MAX_DEPTH:
             raise _too_deep(self.get_mark())
         super().fetch_flow_collection_start(TokenClass)
 
     def add_indent(self, column: int) -> bool:
-        """Refuse an indentation too many where it is read."""
+        """Refuse too many indentations as soon as they are read."""
         if len(self.indents) >= _MAX_DEPTH:
             raise _too_deep(self.get_mark())
         return super().add_indent(column)
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
-        """Refuse a value that is too long to be one."""
+        """Refuse a value that is too long."""
         node = super().compose_scalar_node(anchor)
         if len(node.value) > _MAX_SCALAR:
             raise yaml.MarkedYAMLError(
@@ -47,14 +47,14 @@ class _StrictLoader(yaml.SafeLoader):
         return node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Refuse too many nodes before they are all there."""
+        """Refuse too many nodes before all of them are built."""
         self._num_composed += 1
         if self._num_composed > _MAX_NODES:
             raise _too_large(None)
         return super().compose_node(parent, index)
 
     def get_single_node(self) -> yaml.Node | None:
-        """Refuse a few nodes that stand for too many: aliases of aliases."""
+        """Refuse a few nodes that expand to too many: aliases of aliases."""
         node = super().get_single_node()
         if node is not None:
             _expanded(node, {}, 1)
@@ -119,7 +119,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
     Args:
         text: The document.
-        source: What to call it in messages: a file's path, or an override.
+        source: Its name in messages: a file's path, or an override.
 
     Raises:
         ConfigError: Not YAML; the message names the source, the line and what is wrong there.
@@ -172,5 +172,5 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    """What a reader would call this YAML value."""
+    """The kind of a YAML value, in words."""
     return "a list" if isinstance(value, list) else "a single value"

@@ -27,10 +27,10 @@ class SpooledCorpus:
 
     Attributes:
         path: the ids, one document after the other, each ending with EOD.
-        dtype: of the ids.
+        dtype: Integer type of the ids.
         lengths: [documents] int64, tokens of each document.
         groups: [documents] int64, a number for each group (`arrange`).
-        sources: one summary a source.
+        sources: one summary per source.
         skipped: documents left out, by reason.
     """
 
@@ -84,7 +84,7 @@ class WrittenCorpus:
     """What `write_indexed_dataset` has written.
 
     Attributes:
-        sha256: of each file by name, of the bytes that were to be written: it shows errors of the
+        sha256: SHA-256 by file name, of the bytes that were to be written: it shows errors of the
             storage, too.
         split: weights of train, validation and test by documents; None if any will do.
     """
@@ -101,8 +101,8 @@ def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> Wr
 
     Args:
         spooled: the tokens in reading order.
-        folder: where to.
-        seed: of the shuffle.
+        folder: the folder.
+        seed: Seed of the shuffle.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

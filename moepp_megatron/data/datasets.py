@@ -1,4 +1,4 @@
-"""A prepared folder as megatron-core GPT datasets: train, validation, test."""
+"""Opens a prepared folder as megatron-core GPT datasets: train, validation, test."""
 
 from pathlib import Path
 
@@ -40,13 +40,13 @@ def build_datasets(
         sequence_length: tokens of a sample.
         split: weights of train, validation and test by documents, such as "98,2,0"; None takes
             the corpus's own, or `DEFAULT_SPLIT` if it has none.
-        seed: of the order of samples.
+        seed: Seed of the order of samples.
         num_samples: how many samples each split must have at least.
         reset_position_ids: positions start at 0 after every EOD.
         reset_attention_mask: no attention across EOD. Only then a sample has an `attention_mask`,
             bool [1, s, s], True where attention is forbidden: it is large.
         eod_mask_loss: no loss where the input is EOD.
-        cache_dir: for the sample indices; by default `data_path/cache`.
+        cache_dir: folder of the sample indices; by default `data_path/cache`.
 
     Returns:
         Train, validation and test; None for one whose weight is 0.

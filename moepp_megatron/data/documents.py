@@ -1,4 +1,4 @@
-"""Documents out of source files, in pieces small enough to spread over processes.
+"""Reads documents from source files, in pieces small enough to spread over processes.
 
 How files are cut into pieces depends on the files alone, never on the number of workers, so the
 order of documents does not either.
@@ -44,7 +44,7 @@ class Piece:
         source: index of the source it belongs to.
         parts: the files or parts of files, in order.
         size: bytes, for progress and sampling.
-        group: what all its files belong to (`SourceFile.group`).
+        group: group of all its files (`SourceFile.group`).
     """
 
     source: int
@@ -113,7 +113,7 @@ def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
     """Yield every document of a piece, or why it is skipped.
 
     Args:
-        piece: from `plan_pieces`.
+        piece: one of `plan_pieces`.
         text_key: JSONL key and parquet column that hold the text.
     """
     readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
@@ -122,7 +122,7 @@ def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
 
 
 def check_usable(sources: Sequence[Source], pieces: Sequence[Piece], text_key: str) -> None:
-    """Read every source up to its first usable document, before hours go into the others.
+    """Read every source up to its first usable document, before hours are spent on the others.
 
     Raises:
         ConfigError: a source without a single usable document.

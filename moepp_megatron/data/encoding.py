@@ -1,4 +1,4 @@
-"""Documents to token ids, over several processes, in an order that does not depend on how many."""
+"""Turns documents into token ids; the order does not depend on the number of processes."""
 
 import os
 import signal
@@ -79,7 +79,7 @@ def encode_pieces(
     """Tokenize all pieces; results come in the order of the pieces.
 
     Args:
-        pieces: from `plan_pieces`.
+        pieces: the pieces of `plan_pieces`.
         tokenizer_file: what every worker loads.
         eod_token: its end-of-document token.
         text_key: JSONL key and parquet column that hold the text.

@@ -1,4 +1,4 @@
-"""What to do about an output folder that is already there."""
+"""Decides whether an existing output folder is reused, replaced or refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ def find_reusable(
 
     Args:
         out: the output folder.
-        settings: what is asked for now.
+        settings: the settings asked for now.
         stat_sha256: `stat_fingerprint` of the sources.
         content_sha256: gives `content_fingerprint`; called only if modification times differ.
         force: replace a dataset that differs, or even one that does not.

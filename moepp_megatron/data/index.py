@@ -23,7 +23,7 @@ class IndexHeader:
     """The first bytes of an index.
 
     Attributes:
-        dtype: of the token ids.
+        dtype: type of the token ids.
         documents: number of documents; each is one sequence.
     """
 
@@ -66,7 +66,7 @@ def read_ends(path: Path, header: IndexHeader, bin_bytes: int) -> NDArray[np.int
 
     Args:
         path: the file, `corpus.idx`.
-        header: from `read_header`.
+        header: the result of `read_header`.
         bin_bytes: size of `corpus.bin`.
 
     Returns:

@@ -91,8 +91,8 @@ def batches(
     `global_batch_size / (micro_batch_size * dp_size)` consecutive ones form an optimizer step.
 
     Args:
-        dataset: from `build_datasets`.
-        consumed_samples: samples consumed by all ranks so far; iteration goes on right after.
+        dataset: one of `build_datasets`.
+        consumed_samples: samples consumed by all ranks so far; iteration starts right after them.
         micro_batch_size: samples of a micro-batch.
         dp_rank: this rank within the data-parallel group.
         dp_size: size of that group.

@@ -1,6 +1,6 @@
 """Cuts long texts where a tokenizer's pre-tokenizer splits them anyway.
 
-A tokenizer needs some 160 bytes of memory per byte of the text that it is given at once. Encoded in
+A tokenizer needs some 160 bytes of memory per byte of a text that it gets in one call. Encoded in
 pieces a long text takes little, and gives the same tokens if no pre-token crosses a cut. Whether
 one can is known for the patterns below and no others.
 """
@@ -68,12 +68,12 @@ def cut_text(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
     """Cut a text for a tokenizer that `can_cut`.
 
     Args:
-        text: the text; joined, the pieces are the same.
-        limit: characters of a piece. One that has no place to cut is longer: up to the next such
+        text: the text; it equals its pieces joined.
+        limit: characters of a piece. A piece without a place to cut is longer: up to the next such
             place.
 
     Yields:
-        The pieces; none of an empty text.
+        The pieces; none for an empty text.
     """
     start = 0
     while len(text) - start > limit:
@@ -107,7 +107,7 @@ def _next_cut(text: str, start: int) -> int:
 def can_cut(backend: tokenizers.Tokenizer) -> bool:
     """Whether a tokenizer gives the pieces of `cut_text` the tokens of the whole text.
 
-    True is certain, false is not: pre-tokenizers that are not known here may do as well.
+    True is certain. False is not: pre-tokenizers that are not known here may be suitable too.
     """
     normalizer = _state(backend.normalizer)
     # Composition acts within what is between two cuts.

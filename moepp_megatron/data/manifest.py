@@ -20,7 +20,7 @@ class SourceSummary:
     """One source.
 
     Attributes:
-        name: as the user gave it.
+        name: the name that the user gave.
         files: number of files.
         bytes: their size.
         documents: documents kept.
@@ -38,12 +38,12 @@ class SourceSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What decides the bytes of a prepared folder.
+    """The inputs that decide the bytes of a prepared folder.
 
     Attributes:
         settings: every setting but the number of workers, which changes nothing.
-        content_sha256: over names and contents of the source files.
-        stat_sha256: over names, sizes and modification times, to find out without reading.
+        content_sha256: SHA-256 over names and contents of the source files.
+        stat_sha256: SHA-256 over names, sizes and modification times, which needs no reading.
     """
 
     settings: dict[str, str | int | None]
@@ -56,21 +56,21 @@ class Manifest:
     """The manifest.
 
     Attributes:
-        format_version: of the folder's layout.
-        sources: one entry a SOURCE argument.
+        format_version: version of the folder's layout.
+        sources: one entry per SOURCE argument.
         documents: number of documents = sequences of the indexed dataset.
         skipped: documents left out.
         skipped_reasons: the same by reason.
         tokens: number of tokens, EOD included.
-        vocab_size: ids are below it.
-        eod_id: ends every document.
+        vocab_size: size of the vocabulary; all ids are smaller.
+        eod_id: id of the token that ends every document.
         eod_token: its name in the tokenizer.
-        tokenizer_sha256: of `tokenizer.json`.
+        tokenizer_sha256: SHA-256 of `tokenizer.json`.
         files: sizes in bytes of the other files, to notice a damaged folder.
         inputs: what it was made from.
-        sha256: of `corpus.bin` and `corpus.idx`; None in folders of earlier versions.
-        split: weights of train, validation and test by documents, as `data.split`; None if the
-            corpus prescribes none.
+        sha256: SHA-256 of `corpus.bin` and `corpus.idx`; None in folders of earlier versions.
+        split: weights of train, validation and test by documents, in the form of `data.split`; None
+            if the corpus prescribes none.
     """
 
     format_version: int

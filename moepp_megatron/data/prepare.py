@@ -1,4 +1,4 @@
-"""`moepp data prepare`: sources to a folder with indexed dataset, tokenizer and manifest."""
+"""`moepp data prepare`: turns sources into a folder with indexed dataset, tokenizer, manifest."""
 
 import hashlib
 import os
@@ -50,12 +50,12 @@ class PrepareSettings:
     """How to prepare.
 
     Attributes:
-        vocab_size: of a tokenizer to be trained; None means 4096.
+        vocab_size: vocabulary size of a tokenizer to be trained; None means 4096.
         tokenizer: an existing `tokenizer.json` instead.
         eod_token: its end-of-document token; None means the first known name it has.
         text_key: JSONL key and parquet column that hold the text.
-        seed: of the document order and the tokenizer's sample.
-        workers: processes; None means one a core. The result does not depend on it.
+        seed: seed of the document order and the tokenizer's sample.
+        workers: processes; None means one per core. The result does not depend on it.
         force: replace a dataset that is already there.
     """
 
@@ -201,7 +201,7 @@ def _make_tokenizer(
 
 
 def _warn_of_memory(sources: Sequence[Source], tokenizer: Tokenizer, console: Console) -> None:
-    """Say what the longest document takes where it cannot be tokenized in pieces."""
+    """Warn of the longest document's memory if it cannot be tokenized in pieces."""
     # How long records are shows only when they are read.
     texts = [file for source in sources for file in source.files if file.format == "text"]
     longest = max(texts, key=lambda file: file.size, default=None)

@@ -14,7 +14,7 @@ def track(console: Console, label: str, total: int) -> Iterator[Callable[[int], 
     """Show progress while the block runs.
 
     Args:
-        console: where to.
+        console: console to print on.
         label: what is being done.
         total: bytes in all.
 

@@ -1,4 +1,4 @@
-"""Whether a tokenizer is the one that a corpus, or a model, has its token ids from.
+"""Checks that a tokenizer is the one whose token ids a corpus or a model uses.
 
 Two tokenizers of equal size number different texts: a model trained on one and prompted through the
 other answers nonsense, and nothing fails.
@@ -26,14 +26,14 @@ def tokenizer_of_run(config: Config) -> Path:
 def check_corpus_tokenizer(config: Config, manifest: Manifest) -> None:
     """Refuse a tokenizer that is not the corpus's.
 
-    A file that differs in how the same tokenizer is written down is accepted.
+    The same tokenizer in another notation is accepted.
 
     Args:
         config: The run's configuration; `data.path` is a prepared folder.
-        manifest: That folder's.
+        manifest: The manifest of that folder.
 
     Raises:
-        ConfigError: It is another tokenizer, or none, or cannot be read.
+        ConfigError: If it is another tokenizer, is not a tokenizer, or cannot be read.
     """
     assert config.data.path is not None, "training needs data.path"
     file, own = tokenizer_of_run(config), config.data.path / TOKENIZER
@@ -65,10 +65,10 @@ def check_model_tokenizer(config: Config, trained: Path) -> None:
 
     Args:
         config: The run's configuration.
-        trained: The model's `tokenizer.json`; where it is missing or none, nothing is known.
+        trained: The model's `tokenizer.json`; if it is missing or invalid, nothing is checked.
 
     Raises:
-        ConfigError: The ids mean other tokens, or the run's tokenizer cannot be read.
+        ConfigError: If the ids mean other tokens, or the run's tokenizer cannot be read.
     """
     if config.data.path is None or not trained.is_file():
         return

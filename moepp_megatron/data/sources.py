@@ -1,4 +1,4 @@
-"""What the user named as sources, resolved to a fixed order of files, and their fingerprints."""
+"""Resolves the user's sources to a fixed order of files, and computes their fingerprints."""
 
 import dataclasses
 import hashlib
@@ -32,9 +32,9 @@ class SourceFile:
         format: how to read documents from it.
         size: bytes, as stored.
         mtime_ns: modification time, nanoseconds.
-        compression: of the whole file, by the end of its name.
-        group: what it belongs to; documents of one group are together in one part of the split.
-            None where each document is by itself.
+        compression: compression of the whole file, by the end of its name.
+        group: name of its group; documents of one group are together in one part of the split.
+            None if each document is by itself.
     """
 
     path: Path
@@ -67,7 +67,7 @@ def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[S
         exclude: a folder that is not walked: the output, which may lie inside a source.
 
     Returns:
-        One `Source` a name, in the given order.
+        One `Source` per name, in the given order.
 
     Raises:
         ConfigError: no sources, or one that is missing, unreadable, or without a non-empty file.
@@ -191,7 +191,7 @@ def stat_fingerprint(sources: Sequence[Source]) -> str:
 def content_fingerprint(
     sources: Sequence[Source], advance: Callable[[int], None] = lambda _: None
 ) -> str:
-    """SHA-256 over names and contents; `advance` hears the bytes read.
+    """SHA-256 over names and contents; `advance` is called with the bytes read.
 
     Raises:
         ConfigError: a file cannot be read.

@@ -10,19 +10,20 @@ _SPLITS = ("train", "validation", "test")
 
 
 def check_split(split: str | None, manifest: Manifest) -> str:
-    """Check that a split string is three weights and leaves no wanted split without a document.
+    """Check that a split string has three weights and leaves no wanted part without a document.
 
     megatron-core would loop for ever over a split without documents.
 
     Args:
-        split: as `data.split`; None takes the corpus's own, or `DEFAULT_SPLIT` if it has none.
-        manifest: of the corpus.
+        split: value of `data.split`; None takes the corpus's own, or `DEFAULT_SPLIT` if it has
+            none.
+        manifest: the corpus's manifest.
 
     Returns:
         The split as megatron-core reads it.
 
     Raises:
-        ConfigError: it is not, or it does.
+        ConfigError: if one of these does not hold.
     """
     if split is None:
         split = DEFAULT_SPLIT if manifest.split is None else manifest.split
@@ -43,7 +44,7 @@ def check_split(split: str | None, manifest: Manifest) -> str:
 
 
 def document_ranges(split: str, documents: int) -> list[tuple[int, int] | None]:
-    """First document and the one behind the last of each part; None where the weight is 0.
+    """First document, and last document + 1, of each part; None where the weight is 0.
 
     megatron-core rounds like this (BlendedMegatronDatasetBuilder._build_megatron_dataset_splits),
     but importing it takes seconds.

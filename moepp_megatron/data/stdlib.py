@@ -65,5 +65,5 @@ def _is_literal(node: ast.expr) -> bool:
 
 
 def package_of(name: str) -> str:
-    """What a file belongs to: its top-level package, or itself if it is a top-level module."""
+    """The package of a file: its top-level package, or the file itself if it is a module."""
     return name.split("/")[0]

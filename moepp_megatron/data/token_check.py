@@ -1,7 +1,7 @@
-"""Checks samples for tokens outside of the vocabulary, before they reach an embedding.
+"""Checks samples for tokens outside the vocabulary, before they reach an embedding.
 
-There such a token would be an IndexError of every rank on a CPU, and a device assert on a GPU that
-names neither file nor sample.
+In the embedding such a token would be an IndexError on every rank of a CPU run, and a device assert
+on a GPU that names neither file nor sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from moepp_megatron.data.verify import damaged, outside
 
 
 def vocabulary_of(dataset: Any, model_vocab_size: int) -> int:
-    """What the token ids of a dataset must be below.
+    """The upper limit of a dataset's token ids.
 
-    That is the size of its tokenizer's vocabulary, which is stricter than the model's: damage that
-    the model could read shows as well. Other datasets than those of `build_datasets` have no
-    tokenizer: there it is the model's.
+    It is the size of its tokenizer's vocabulary, which is stricter than the model's: it also finds
+    damage that the model could read. Datasets that are not from `build_datasets` have no
+    tokenizer, so the model's size is used.
     """
     if isinstance(dataset, GPTDataset):
         return min(int(dataset.config.tokenizer.vocab_size), model_vocab_size)
@@ -32,13 +32,13 @@ def check_tokens(
     """Check a batch on the host.
 
     Args:
-        dataset: where it is from.
+        dataset: the dataset of the batch.
         indices: the samples in it.
         batch: `tokens` and, if they are there, `labels`: int64 [b, s].
         vocab_size: ids must be at least 0 and below it.
 
     Raises:
-        ConfigError: one is not; of a dataset from `build_datasets` it names folder, document and
+        ConfigError: if one is not; for a dataset of `build_datasets` it names folder, document and
             token.
     """
     for shift, name in enumerate(("tokens", "labels")):

@@ -15,14 +15,14 @@ def token_counts(dataset: Any, vocab_size: int, max_tokens: int = 1 << 21) -> ND
 
     Args:
         dataset: Its samples have `tokens`, [sequence length] int64.
-        vocab_size: Ids are below it.
-        max_tokens: Tokens to read, about.
+        vocab_size: Size of the vocabulary; all ids are smaller.
+        max_tokens: Approximate number of tokens to read.
 
     Returns:
         [vocab_size] int64.
 
     Raises:
-        ConfigError: a token outside of the vocabulary (`check_tokens`).
+        ConfigError: If a token is outside the vocabulary (`check_tokens`).
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     wanted = min(len(dataset), max(1, max_tokens // len(dataset[0]["tokens"])))
@@ -39,7 +39,7 @@ def frequency_classes(counts: NDArray[np.int64], num_classes: int) -> NDArray[np
 
     Args:
         counts: [V] int64 occurrences of each id.
-        num_classes: How many.
+        num_classes: Number of classes.
 
     Returns:
         [V] int64 class of each id, 0 for the most frequent. Ids that do not occur are in the last.

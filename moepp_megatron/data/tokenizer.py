@@ -32,9 +32,9 @@ MIN_VOCAB_SIZE = 256 + 1  # every byte, and the end of a document
 
 
 class Tokenizer:
-    """Encodes text without special tokens; `eod` is appended by whoever ends a document.
+    """Encodes text without special tokens; the caller appends `eod` to end a document.
 
-    It also answers what megatron-core's `GPTDatasetConfig` asks of a tokenizer: `vocab_size`,
+    It also has what megatron-core's `GPTDatasetConfig` needs of a tokenizer: `vocab_size`,
     `eod` and `unique_identifiers`.
     """
 
@@ -42,7 +42,7 @@ class Tokenizer:
         """Wrap a tokenizer.
 
         Args:
-            backend: it is changed: no truncation, no padding.
+            backend: tokenizer to wrap; its truncation and padding are switched off.
             eod_token: a token of its vocabulary.
 
         Raises:
@@ -91,7 +91,7 @@ class Tokenizer:
         return list(itertools.chain.from_iterable(self.encode_in_pieces(text)))
 
     def encode_in_pieces(self, text: str) -> Iterator[list[int]]:
-        """Token ids of a text, piece by piece: of a long one with little memory, where possible.
+        """Token ids of a text, piece by piece, so that a long text needs little memory if possible.
 
         See `cuts_long_texts`.
         """
@@ -127,22 +127,22 @@ class Tokenizer:
 
     @property
     def unique_identifiers(self) -> "OrderedDict[str, str]":
-        """What tells this tokenizer from others in the keys of megatron-core's index cache."""
+        """Identifies this tokenizer in the keys of megatron-core's index cache."""
         digest = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
         return OrderedDict(sha256=digest, eod_token=self.eod_token)
 
 
 def check_tokenizer_file(path: Path) -> None:
-    """Refuse a file that is no tokenizer, whatever its end-of-document token is.
+    """Refuse a file that is not a tokenizer, whatever its end-of-document token is.
 
     Raises:
-        ConfigError: It cannot be read, or is none.
+        ConfigError: If it cannot be read, or is not a tokenizer.
     """
     _read_backend(path)
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The `tokenizer.json` that a path means, which may be the folder that it is in."""
+    """The `tokenizer.json` at a path, which may also be its folder."""
     return path / TOKENIZER if path.is_dir() else path
 
 
@@ -170,7 +170,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer (GPT-2's kind): every text round-trips.
 
     Args:
-        texts: what to count pairs in.
+        texts: texts in which pairs are counted.
         vocab_size: wanted number of tokens; a small corpus has fewer repeated pairs and gives less.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Checks a prepared folder against its manifest, cheaply or to the last byte."""
+"""Checks a prepared folder against its manifest, quickly or byte by byte."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _CHUNK_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class FileState:
-    """What was found out about one file.
+    """The result of checking one file.
 
     Attributes:
         name: the file.
@@ -78,7 +78,7 @@ def check_start(folder: Path, manifest: Manifest, whole_index: bool) -> None:
 
 
 def damaged(name: str, folder: Path, problem: str) -> ConfigError:
-    """The error that a folder is damaged, with what to do about it."""
+    """The error for a damaged folder, with a remedy."""
     return ConfigError(
         f"{name} ({folder}) is damaged: {problem}; put back a copy or prepare it again with "
         f"--force, and check it with: moepp data verify {folder}"
@@ -91,7 +91,7 @@ def verify(folder: Path, manifest: Manifest, advance: Callable[[int], None]) -> 
     Args:
         folder: the prepared folder.
         manifest: its manifest.
-        advance: hears the bytes read.
+        advance: called with the bytes read.
 
     Returns:
         One entry per file.
@@ -147,7 +147,7 @@ def _compare(manifest: Manifest, name: str, digest: str, problems: list[str]) ->
 
 
 def _read(path: Path, advance: Callable[[int], None], check: "_TokenCheck | None") -> str:
-    """SHA-256 of a file, whose tokens are looked at on the way."""
+    """SHA-256 of a file; its tokens are checked in the same pass."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -191,5 +191,5 @@ class _TokenCheck:
 
 
 def outside(place: str, token: int, vocab_size: int) -> str:
-    """Says that a token is not in the vocabulary."""
+    """The message that a token is not in the vocabulary."""
     return f"{place} is {token}, outside of the vocabulary (0 to {vocab_size - 1})"

@@ -1,4 +1,4 @@
-"""RMSNorm of the queries, or of the keys, of all heads of a token at once, as OLMoE has it.
+"""RMSNorm over all heads of a token's queries, or of its keys, at once, as in OLMoE.
 
 The mean square is over the heads of every tensor-parallel rank, so ranks add up their sums of
 squares, and in the backward pass the gradients of those. Source: arXiv 2409.02060 (QK-Norm);
@@ -24,9 +24,9 @@ class AllHeadsRMSNorm(torch.nn.Module):
     """One of the two norms; it takes the place of a norm per head in `SelfAttention`.
 
     Every rank has the whole weight and uses the part of its own heads. megatron-core adds up the
-    gradients of weights named `q_layernorm` and `k_layernorm` over tensor-parallel ranks, which is
-    what a weight needs of which each rank uses a part. With fewer key heads than ranks, several
-    ranks have the same key, and each knows the gradient that comes from its own queries.
+    gradients of weights named `q_layernorm` and `k_layernorm` over tensor-parallel ranks, as a
+    weight needs whose parts are used by different ranks. With fewer key heads than ranks, several
+    ranks have the same key, and each has only the gradient from its own queries.
 
     Args:
         config: The model's configuration.
@@ -66,14 +66,14 @@ class AllHeadsRMSNorm(torch.nn.Module):
 
 
 def all_heads_norms(heads: int, groups: int) -> tuple[LayerNormBuilder, LayerNormBuilder]:
-    """Builders of the norms of queries and of keys, of so many heads on all ranks together."""
+    """Builders of the norms of queries and of keys; the numbers of heads are over all ranks."""
     return partial(AllHeadsRMSNorm, num_heads=heads), partial(AllHeadsRMSNorm, num_heads=groups)
 
 
 class _Normalise(torch.autograd.Function):
     """`w x r` with `r = (sum of x^2 over all ranks / count + eps)^(-1/2)`.
 
-    Written out so that it keeps `x` as it is and no copy of it in fp32.
+    An explicit autograd function, so that `x` is kept in its dtype and not as an fp32 copy.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Exact causal attention under context parallelism for megatron-core's local modules.
 
 megatron-core's own `DotProductAttention` refuses context parallelism: only Transformer Engine's
-attention has it. This one stands in where Transformer Engine is not there, on a CPU above all.
+attention has it. This one is used if Transformer Engine is not installed, mainly on a CPU.
 
 A sequence of s tokens is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r (the
 zigzag of `megatron.core.utils.get_batch_on_this_cp_rank`): an early and a late one, so that under
@@ -36,16 +36,16 @@ class ContextParallelAttention(MegatronModule):
         config: The model's configuration.
         layer_number: Global layer number, 1-based.
         attn_mask_type: Must be causal.
-        attention_type: As in megatron-core; unused.
-        attention_dropout: Instead of the configuration's; must be 0.
+        attention_type: Same as in megatron-core; unused.
+        attention_dropout: Replaces the configuration's value; must be 0.
         softmax_scale: Factor on the scores; 1 / sqrt(d) where None.
         cp_comm_type: Must be None or "all_gather".
         pg_collection: Process groups `cp`; Megatron's global ones where None.
-        k_channels: Width of queries and keys, which the tensors say.
-        v_channels: Width of values, likewise.
+        k_channels: Width of queries and keys; unused, because the tensors have it.
+        v_channels: Width of values; unused for the same reason.
 
     Raises:
-        ValueError: For settings that it cannot honour.
+        ValueError: If a setting cannot be honoured.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class ContextParallelAttention(MegatronModule):
             key: [S, b, g, d]; n is a multiple of g.
             value: [S, b, g, v].
             attention_mask: Must be None: the mask is causal.
-            attn_mask_type: As in the constructor, which decides.
+            attn_mask_type: Unused; the constructor's value decides.
             attention_bias: Must be None.
             packed_seq_params: Must be None.
 
@@ -95,7 +95,7 @@ class ContextParallelAttention(MegatronModule):
             [S, b, n * v], dtype of `query`.
 
         Raises:
-            ValueError: For a mask, a bias, packed sequences, or S odd.
+            ValueError: If there is a mask, a bias or packed sequences, or S is odd.
         """
         for name, given in (
             ("attention_mask", attention_mask),
@@ -196,10 +196,10 @@ def _refuse_unsupported(
     dropout: float,
     cp_comm_type: str | None,
 ) -> None:
-    """Refuse what would silently compute something else.
+    """Refuse settings that would silently change the result.
 
     Raises:
-        ValueError: With the name, the value, the rule and a remedy.
+        ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
     """
     rules: tuple[tuple[str, object, tuple[object, ...]], ...] = (
         ("attention_dropout", dropout, (0.0,)),

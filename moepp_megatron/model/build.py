@@ -1,4 +1,4 @@
-"""Builds this rank's model chunks, as a GPTModel or as a HybridModel: the one place that knows."""
+"""Builds this rank's model chunks, as a GPTModel or as a HybridModel."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_model(config: Config) -> list[LanguageModule]:
         One chunk, or one per virtual pipeline stage.
 
     Raises:
-        UnfitError: The installed megatron-core lacks what the layers are made of.
+        UnfitError: If the installed megatron-core lacks a part that the layers use.
     """
     chunks = [chunk.to(torch.cuda.current_device()) for chunk in build_chunks(config)]
     initialize_weights(chunks, config.training.seed)
@@ -45,7 +45,7 @@ def build_model(config: Config) -> list[LanguageModule]:
 
 
 def build_chunks(config: Config) -> list[LanguageModule]:
-    """This rank's model chunks with whatever their memory holds, where they were built.
+    """This rank's model chunks with uninitialised weights, on the device where they were built.
 
     Process groups must exist.
     """
@@ -87,7 +87,7 @@ def _backend(config: Config) -> dict[str, Any]:
 
 
 def _qk_norms(config: Config) -> dict[str, Any]:
-    """Norms of queries and keys that no back end has; they serve with the modules of any."""
+    """Norms of queries and keys that no back end has; they work with the modules of each."""
     if config.model.qk_layernorm_scope != "all_heads":
         return {}
     norms = all_heads_norms(config.model.num_attention_heads, config.model.query_groups)

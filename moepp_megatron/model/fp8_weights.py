@@ -16,7 +16,7 @@ from torch import Tensor
 
 @contextmanager
 def fp8_weights_as_plain(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, every FP8 weight is a plain parameter of its dtype; what is written there counts.
+    """A context in which every FP8 weight is a plain parameter of its dtype, which may be written.
 
     A part of an FP8 weight cannot be written by itself, because all values of a block, or of the
     whole tensor, share a scale: the two halves of a gated FFN's weight are such parts, and so is

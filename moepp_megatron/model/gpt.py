@@ -24,15 +24,15 @@ class MoEPPGPTModel(GPTModel):
 
     Args:
         config: The model's configuration.
-        *args: As `GPTModel`.
+        *args: Same as `GPTModel`.
         moepp: MoE++ settings.
-        **kwargs: As `GPTModel`.
+        **kwargs: Same as `GPTModel`.
 
     Attributes:
-        token_tags: Makes what the routers are told of each token; None tells them nothing.
+        token_tags: Computes the tags that routers get with each token; None gives no tags.
 
     Raises:
-        ValueError: Layers on several stages are to share their constants.
+        ValueError: If layers on several stages are to share their constants.
     """
 
     token_tags: TokenTags | None = None
@@ -62,7 +62,7 @@ class MoEPPGPTModel(GPTModel):
             self.decoder.layers[-1].lane_width = moepp.num_experts
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As `GPTModel.forward`; a stage that is not the last returns [s, b, D + lane columns]."""
+        """Same as `GPTModel.forward`; all stages but the last return [s, b, D + lane columns]."""
         lane = None
         if self._receives_lane:
             # Not in `set_input_tensor`: the combined schedule calls that before the tensor is here.
@@ -93,10 +93,10 @@ class MoEPPGPTModel(GPTModel):
         return MoEPPChunkPlan(self, input_ids, position_ids, attention_mask, **kwargs)
 
     def with_lane(self, hidden_states: Tensor) -> Tensor:
-        """What the first layer of this chunk gets in the combined schedule.
+        """The input of this chunk's first layer in the combined schedule.
 
         Args:
-            hidden_states: [s, b, D] embeddings, or what the stage before sent, lane included.
+            hidden_states: [s, b, D] embeddings, or the input from the stage before, lane included.
 
         Returns:
             [s, b, D + lane columns].

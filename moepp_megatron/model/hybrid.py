@@ -1,8 +1,8 @@
 """The model as megatron-core's `HybridModel`, the successor of `GPTModel`.
 
-A hybrid model is a string with one symbol a layer: `*` attention, `E` mixture of experts, `-` dense
-FFN, `|` between pipeline stages. A GPT layer is two of them, so `num_layers` N is 2N here.
-`HybridStack` knows no `context`, so the lane of router logits needs a stack of ours; the model
+A hybrid model is a string with one symbol per layer: `*` attention, `E` mixture of experts, `-`
+dense FFN, `|` between pipeline stages. A GPT layer is two of them, so `num_layers` N is 2N here.
+`HybridStack` has no `context`, so the lane of router logits needs a stack of ours; the model
 itself is megatron-core's. Checkpoints carry the names of the GPT assembly: either assembly loads
 what the other one wrote, and the same seed gives the same weights.
 """
@@ -148,11 +148,11 @@ def get_moepp_hybrid_stack_spec(
 class MoEPPHybridModel(HybridModel):
     """`HybridModel` whose checkpoints the GPT assembly can load, and the other way round.
 
-    Layer names are the business of `MoEPPHybridStack`.
+    `MoEPPHybridStack` names the layers.
     """
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As `HybridModel`, without the empty entry that `GPTModel` leaves out too."""
+        """Same as `HybridModel`, without the empty entry that `GPTModel` leaves out too."""
         state = super().sharded_state_dict(prefix, *args, **kwargs)
         extra = state.pop(f"{prefix}output_layer._extra_state", None)
         assert extra is None or not extra.data, "the output layer has no state but its weight"
@@ -164,11 +164,11 @@ class HybridMoELayer(MoEPPTransformerLayer):
 
     Args:
         config: The hybrid model's configuration.
-        submodules: Of every MoE layer but the first.
+        submodules: Submodules of every MoE layer but the first.
         layer_number: Global layer number, from 1.
         first_moe_layer: Number of the first MoE layer.
-        first_submodules: Of the first MoE layer, whose router has no gating residual.
-        **kwargs: As `TransformerLayer`.
+        first_submodules: Submodules of the first MoE layer, whose router has no gating residual.
+        **kwargs: Same as `TransformerLayer`.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class MoEPPHybridStack(HybridStack):
         submodules: The layers' specs.
         moepp: MoE++ settings.
         norm: Builder of the final norm; `HybridStack` would insist on Transformer Engine's.
-        **kwargs: As `HybridStack`.
+        **kwargs: Same as `HybridStack`.
     """
 
     def __init__(
@@ -235,11 +235,11 @@ class MoEPPHybridStack(HybridStack):
 
         Args:
             hidden_states: [s, b, D] embeddings; unused on a stage that is not the first.
-            attention_mask: As `HybridStack`.
-            inference_context: Keys and values read before, one cache for whole batches (static).
-            rotary_pos_emb: As `HybridStack`.
+            attention_mask: Same as `HybridStack`.
+            inference_context: Cache of earlier keys and values, one for whole batches (static).
+            rotary_pos_emb: Same as `HybridStack`.
             inference_params: Not supported; must be None.
-            packed_seq_params: As `HybridStack`.
+            packed_seq_params: Same as `HybridStack`.
             padding_mask: [b, s] True for padding, as `MoEPPLayer.forward` takes it, or None.
 
         Returns:
@@ -303,7 +303,7 @@ class MoEPPHybridStack(HybridStack):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """As `HybridStack`, by the GPT assembly's names: layers 2i and 2i + 1 are its layer i."""
+        """Same as `HybridStack`, with the GPT assembly's names: layers 2i, 2i + 1 are layer i."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         names = {f"{prefix}final_norm.": (f"{prefix}final_norm.", f"{prefix}final_layernorm.")}
         for index, layer in enumerate(self.layers):
@@ -322,7 +322,7 @@ def _refuse_unsupported(inference_context: Any, inference_params: Any) -> None:
     """Refuse a cache that the layers would ignore or misread.
 
     Raises:
-        ValueError: With the name, the value, the rule and a remedy.
+        ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
     """
     if inference_params is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From the user's configuration to megatron-core's and the MoE++ layer's."""
+"""Translates the user's configuration into megatron-core's and the MoE++ layer's."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.uses_sequence_parallel,
         # The interleaved schedule exchanges activations and gradients with the same two neighbours
-        # at once; as one batch they could not be told apart where both neighbours are one rank.
+        # at once; as one batch they could not be distinguished if both neighbours are one rank.
         overlap_p2p_comm=num_chunks > 1,
         batch_p2p_comm=num_chunks == 1,
         params_dtype=dtype,
@@ -105,7 +105,7 @@ def transformer_config(config: Config) -> TransformerConfig:
 
 
 def _head_fields(config: Config) -> dict[str, object]:
-    """Widths of a head; with latent attention all that its own configuration holds."""
+    """Widths of a head; with latent attention all fields of its own configuration."""
     model, latent = config.model, config.model.latent_attention
     if latent is None:
         return {"kv_channels": model.head_dim}
@@ -215,7 +215,7 @@ def _kernel_fields(config: Config) -> dict[str, object]:
 def _fp8_fields(config: Config) -> dict[str, object]:
     """How Transformer Engine's modules quantise.
 
-    What is not one of them stays as it is: router, gating residual, zero-computation experts,
+    All other parts are unaffected: router, gating residual, zero-computation experts,
     embedding and output layer.
     """
     precision = config.precision

@@ -1,4 +1,4 @@
-"""A model chunk as the pipeline wants to see it where there is no data-parallel wrapper."""
+"""A wrapper that the pipeline needs around a model chunk without a data-parallel wrapper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moepp_megatron.moe.lane import pipeline_config
 
 
 class PipelineStage(MegatronModule):
-    """A model chunk under the configuration that tensor widths between stages are read from.
+    """A model chunk with the configuration from which schedules read tensor widths between stages.
 
     In training that is the data-parallel wrapper, which has buffers that nobody else needs.
     megatron-core's schedules and its inference wrapper both ask the outermost module.
@@ -25,7 +25,7 @@ class PipelineStage(MegatronModule):
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the chunk's own."""
+        """Same as the chunk's own `forward`."""
         return self.module(*args, **kwargs)
 
 

@@ -123,12 +123,12 @@ def local_balance_loss(
 
 
 def _at_least_one(num_tokens: NumTokens) -> NumTokens:
-    """A divisor of sums that are 0 where nothing is counted."""
+    """The counts with 0 replaced by 1, so that sums of 0 can be divided by them."""
     return num_tokens if isinstance(num_tokens, int) else num_tokens.clamp(min=1)
 
 
 def attached_loss(loss: Tensor, num_tokens: NumTokens, per_token_loss: bool) -> Tensor:
-    """`loss` as it has to be attached to count once, whatever gradients are divided by.
+    """`loss` scaled so that it counts once, whatever the gradients are later divided by.
 
     Args:
         loss: Scalar, this rank's summand, beta included.
@@ -147,6 +147,6 @@ def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:
 
     Args:
         activation: Any tensor on the way to the language-model loss; returned unchanged.
-        loss: Scalar, of `attached_loss`.
+        loss: Scalar from `attached_loss`.
     """
     return MoEAuxLossAutoScaler.apply(activation, loss)

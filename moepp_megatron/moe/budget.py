@@ -1,12 +1,12 @@
-"""How many FFN experts a token gets, and what holds a model to it.
+"""How many FFN experts a token gets, and the controllers that keep a model at that number.
 
 The *share* is the FFN experts' part of all selections; a token takes share x K of them. Balance
-under a weight tau gives the share phi = tau F / (tau F + Z), which turned around is
+under a weight tau gives the share phi = tau F / (tau F + Z). Solved for tau:
 
     log tau = logit(share) - log(F / Z)
 
-so tau follows from the share that is wanted (feed-forward). What training then really does differs
-from perfect balance; two controllers close the loop:
+So tau follows from the target share (feed-forward). Real training differs from perfect balance, so
+a controller corrects it by feedback; there are two:
 
 - **tau** adds to log tau what the measured share is short of, in log odds, the scale on which the
   equation above is a straight line; and, a hundredth as much a step, what it was short of in the
@@ -42,18 +42,18 @@ _EDGE = 1e-3
 
 @dataclass(frozen=True)
 class Budget:
-    """What is wanted.
+    """Target of a model's FFN share, and how it is reached.
 
     Attributes:
         share: FFN share of all selections.
-        controller: What moves the measured share there.
-        gain: Of the bias a step for each share that is missing, or of log tau for each unit of
+        controller: What moves the measured share to the target.
+        gain: Change of the bias per step and missing share, or of log tau per missing unit of
             log odds.
         decay: Weight of the past in the measured share's moving average.
         per_layer: Whether each layer is held to the share, or their mean.
-        start_share: Where the share starts; None where it does not move.
-        ramp_begin: Steps that it stays there.
-        ramp_steps: Steps in which it then moves on a straight line.
+        start_share: Share at the start; None for a constant share.
+        ramp_begin: Steps for which the share stays at `start_share`.
+        ramp_steps: Steps in which it then changes linearly to `share`.
     """
 
     share: float
@@ -66,7 +66,7 @@ class Budget:
     ramp_steps: int = 0
 
     def share_at(self, step: int) -> float:
-        """The share that is wanted in `step`, the first being 1."""
+        """The target share in `step`, counted from 1."""
         if self.start_share is None:
             return self.share
         steps_on_ramp = max(0, step - 1 - self.ramp_begin)
@@ -89,10 +89,10 @@ class BudgetController:
     """Holds the MoE layers of a model to a budget.
 
     Args:
-        budget: What is wanted.
+        budget: The target.
         config: Gives the counts of experts.
         num_layers: MoE layers of the whole model.
-        state: Of an earlier `state()`, to go on from there.
+        state: Result of an earlier `state()`, to continue from it.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class BudgetController:
         self._past: list[float] = list(state.get("past") or [0.0] * num_layers)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: plain numbers, nothing that later steps change."""
+        """The state for a checkpoint: plain numbers, copies that later steps do not change."""
         shares = None if self._shares is None else self._shares.tolist()
         return {"shares": shares, "missing": list(self._missing), "past": list(self._past)}
 
@@ -134,7 +134,7 @@ class BudgetController:
             step: The step that made them.
 
         Returns:
-            [MoE layers, E] fp32 to add to the selection biases; None where tau acts, or nothing.
+            [MoE layers, E] fp32 to add to the selection biases; None without a bias controller.
         """
         shares = selected_LE.double() / selected_LE.sum(dim=1, keepdim=True)
         past = shares if self._shares is None else self._shares
@@ -165,7 +165,7 @@ def set_taus(chunks: Iterable[torch.nn.Module], taus: dict[int, float]) -> None:
 
     Args:
         chunks: This rank's model chunks.
-        taus: By global layer number, of all MoE layers of the model.
+        taus: Tau by global layer number, for all MoE layers of the model.
     """
     for layer in _layers(chunks):
         layer.router.set_tau(taus[layer.layer_number])
@@ -180,7 +180,7 @@ def add_to_biases(
     Args:
         chunks: This rank's model chunks.
         layer_numbers: Global layer numbers of all MoE layers of the model.
-        steps_LE: [MoE layers, E] of `BudgetController.observe`.
+        steps_LE: [MoE layers, E] from `BudgetController.observe`.
     """
     for layer in _layers(chunks):
         bias = layer.router.expert_bias

@@ -67,7 +67,7 @@ def within_capacity(
 
 
 def _in_sequence_order(values: Tensor, context_parallel_size: int) -> Tensor:
-    """From the order in which ranks hold tokens, [T, E], to the order of the sequence.
+    """Reorder [T, E] from the order in which ranks hold tokens to the order of the sequence.
 
     Context-parallel rank r of R holds chunks r and 2R - 1 - r of the 2R chunks of every sequence
     (`megatron.core.utils.get_batch_on_this_cp_rank`); tensor-parallel ranks hold its consecutive

@@ -51,7 +51,7 @@ class MoEPPConfig(LayerSettings):
         """Refuse settings that no layer can be built from.
 
         Raises:
-            ValueError: With the name, the value, the rule and a remedy.
+            ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
         """
         if self.num_ffn_experts < 1:
             raise ValueError(

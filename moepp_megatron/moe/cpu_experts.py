@@ -1,7 +1,7 @@
-"""FFN experts on a CPU: one loop forward and one backward, without passes over memory to spare.
+"""FFN experts on a CPU: one loop forward and one backward, without avoidable passes over memory.
 
-megatron-core's `SequentialMLP` runs each expert as a chain of modules: at a hundred rows an expert,
-as MoE++ leaves them at a small tau, its matrix products run at three quarters of their speed at a
+megatron-core's `SequentialMLP` runs each expert as a chain of modules: at a hundred rows per
+expert, as with MoE++ at a small tau, its matrix products run at three quarters of their speed at a
 thousand rows, and each elementwise step of SwiGLU is a pass over memory of its own that is also
 kept for the backward pass. Here the products go to oneDNN, which holds its speed at few rows, and
 only the first product's result is kept. Parameters, their names and checkpoints are unchanged.
@@ -43,7 +43,7 @@ class CPUExperts(SequentialMLP):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """As `SequentialMLP`.
+        """Same as `SequentialMLP`.
 
         Args:
             permuted_local_hidden_states: [rows, D] tokens sorted by local expert.
@@ -88,9 +88,9 @@ def _forward(
     Args:
         tokens: [rows, D] sorted by expert.
         gates: [rows] fp32.
-        rows: Of each expert.
+        rows: Number of rows of each expert.
         weights: fc1 and fc2 of each expert in turn; fc1 holds W_gate and W_up.
-        keep: Gets fc1's result of each expert. Without it one expert's memory serves the next:
+        keep: Receives fc1's result of each expert. Without it the experts share one buffer:
             fresh pages cost as much as an elementwise pass.
     """
     output = torch.empty_like(tokens)
@@ -154,5 +154,5 @@ def _swiglu(gate_part: Tensor, up: Tensor) -> Tensor:
 
 
 def _weighted(activated: Tensor, gate: Tensor) -> Tensor:
-    """Rows times their gates, rounded once to the dtype of the activations."""
+    """The rows times their gates, rounded once to the dtype of the activations."""
     return (activated * gate.unsqueeze(-1)).to(activated.dtype)

@@ -1,9 +1,9 @@
-"""Attention and router of a layer as CUDA graphs, the rest launched as ever.
+"""Attention and router of a layer as CUDA graphs; the rest is launched normally.
 
     attention | norm, router logits, scores, selection, gates | losses, limits, counts, experts
     ---- graph ---- ------------------ graph ----------------   ----------- no graph ----------
 
-A graph repeats kernels on fixed addresses; what Python does beside them happens once, at capture.
+A graph repeats kernels on fixed addresses; Python code runs only once, at capture.
 So the cut is where the router stops being a function of its tensors: `MoEPPRouter.choose` is in the
 graph, `settle` (balance loss, capacity limits, statistics) is not. The lane of router logits enters
 and leaves the graph like any other tensor. Dispatch reads sizes on the host and experts get another
@@ -59,7 +59,8 @@ class CapturedParts:
     def arguments(self, part: CudaGraphModule, **kwargs: Any) -> dict[str, Any]:
         """The keyword arguments to call a method with that may be captured.
 
-        Graphs are of training alone: evaluation routes without losses, generation has other shapes.
+        Graphs are used only in training: evaluation routes without losses, generation has other
+        shapes.
 
         megatron-core gives graphs that take the same tensor one input buffer, and insists that all
         of them are captured before the first backward graph. Among pipeline stages the next
@@ -82,7 +83,7 @@ def refuse_uncapturable(config: TransformerConfig) -> None:
     """Refuse what no graph of a MoE++ layer can hold.
 
     Raises:
-        ValueError: With the name, the value, the rule and a remedy.
+        ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
     """
     if config.cuda_graph_impl == "none":
         return

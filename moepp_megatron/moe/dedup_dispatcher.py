@@ -16,9 +16,9 @@ The experts see bit for bit the batch of the plain dispatcher: the same rows in 
 the same gates. Only the sum over a token's experts is bracketed by ranks, so results agree with the
 plain dispatcher's to rounding, and to the bit where a token has at most two FFN experts.
 
-What travels with the C copies: the gate of each selection, 4 bytes, as in the plain dispatcher, and
-for each copy which of the rank's L experts want it, L bytes. A gate alone could not tell: one that
-has underflowed to 0 is still selected and has a gradient.
+With the C copies travel the gate of each selection, 4 bytes, as in the plain dispatcher, and L
+bytes per copy that say which of the rank's L experts it is for. Gates alone do not say that: a
+selection whose gate has underflowed to 0 still counts and has a gradient.
 
 Shape suffixes: T tokens, R ranks of the expert-parallel group, L experts of a rank, F = R L, C
 copies, S selections, D hidden size; a prime marks what a rank receives.
@@ -46,8 +46,8 @@ from moepp_megatron.moe.upstream_settings import refuse_setting
 class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
     """All-to-all of FFN-routed tokens, each vector at most once per pair of ranks.
 
-    Built on megatron-core's base class and not on its all-to-all: of that one's bookkeeping, which
-    counts selections, nothing would be left.
+    It extends megatron-core's base class and not its all-to-all dispatcher, whose bookkeeping
+    counts selections and would have to be replaced entirely.
 
     Args:
         num_local_experts: L, FFN experts of this rank.
@@ -60,7 +60,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         output_splits: [R] copies that it receives from each rank.
 
     Raises:
-        ValueError: For a setting of megatron-core that this dispatcher cannot honour.
+        ValueError: If a setting of megatron-core cannot be honoured by this dispatcher.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
 
         Args:
             hidden_states: [s, b, D] local tokens.
-            routing_map: [T, F] bool, 0 to K selections a token.
+            routing_map: [T, F] bool, 0 to K selections per token.
             probs: [T, F] gates, fp32 in training.
 
         Returns:
@@ -159,7 +159,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         )
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """Sum what the experts of this rank made of each copy.
+        """Sum the outputs of this rank's experts for each copy.
 
         Args:
             hidden_states: [S', D] the experts' outputs, times their gates.
@@ -189,13 +189,13 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         return self._to_ranks.add_up(returned_CD).view(self._hidden_shape)
 
     def combine_rows(self, ticket: Tensor) -> tuple[Tensor, Tensor]:
-        """In place of `combine_postprocess`, for `kernels.combine`.
+        """Replacement of `combine_postprocess` that leaves a token's sum to `kernels.combine`.
 
         Args:
-            ticket: Of the sums.
+            ticket: Ticket of the sums from `token_combine`.
 
         Returns:
-            [C, D] the sums and [T, slots] int32, which of them are each token's.
+            [C, D] the sums, and [T, slots] int32 indices of each token's sums.
         """
         from moepp_megatron.moe.kernels.rows import rows_of_tokens
 
@@ -212,7 +212,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
 
     @torch.no_grad()
     def _exchange_counts(self, routing_map: Tensor, map_TR: Tensor) -> _DispatchCounts:
-        """Tell every rank how much comes from whom: one small collective, one wait for the GPU."""
+        """Exchange the counts between all ranks: one small collective, one wait for the GPU."""
         ranks, tensor_ranks, experts = self.ep_size, self.tp_size, self.num_local_experts
         own = torch.cat([routing_map.sum(dim=0), map_TR.sum(dim=0)])
         every = gather_from_sequence_parallel_region(own, group=self.tp_ep_group).cpu()
@@ -227,7 +227,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         )
 
     def _as_seen_here(self, rows: Tensor) -> _Counts:
-        """From [from expert-parallel rank, from tensor rank, to expert-parallel rank] counts."""
+        """This rank's part of [from expert-parallel, from tensor, to expert-parallel] counts."""
         to_here = rows[:, :, self.ep_rank]
         return _Counts(
             sent=rows[self.ep_rank, self.tp_rank].tolist(),
@@ -238,12 +238,12 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
 
 @dataclass(frozen=True)
 class _Counts:
-    """Rows of one kind that move.
+    """Numbers of rows of one kind that are exchanged.
 
     Attributes:
         sent: [R] from this rank to each.
         received: [R] by this rank from each.
-        of_tensor_ranks: By each tensor rank of this rank's experts, from all.
+        of_tensor_ranks: Received by each tensor rank of this rank's experts, from all ranks.
     """
 
     sent: list[int]
@@ -253,7 +253,7 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _DispatchCounts:
-    """Copies and selections that move, and [L] selections of each local expert."""
+    """Numbers of exchanged copies and selections, and [L] selections of each local expert."""
 
     copies: _Counts
     selections: _Counts

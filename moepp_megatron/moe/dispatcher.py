@@ -1,7 +1,7 @@
 """Token dispatchers that move only what FFN experts need.
 
-Those with an all-to-all do not wait for it: `token_dispatch` and `token_combine` only start it and
-return tickets (see `exchange`), `dispatch_postprocess` and `combine_postprocess` wait.
+Dispatchers with an all-to-all do not wait for it: `token_dispatch` and `token_combine` only start
+it and return tickets (see `exchange`), `dispatch_postprocess` and `combine_postprocess` wait.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As in megatron-core: rows [rows, D] and gates [rows] in order of experts.
+        """Same as in megatron-core: rows [rows, D] and gates [rows] in order of experts.
 
         Args:
             hidden_states: [s, b, D] local tokens.
@@ -69,7 +69,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
-        """As in megatron-core, with the number of permuted rows taken from the map.
+        """Same as in megatron-core, with the number of permuted rows taken from the map.
 
         Args:
             routing_map: [T, F] bool.
@@ -98,7 +98,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """Send rows [rows, D] and gates [rows] to their experts' ranks.
 
         Returns:
-            Tickets; with `overlap_moe_expert_parallel_comm` what has arrived.
+            Tickets; with `overlap_moe_expert_parallel_comm` the received rows and gates.
         """
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_ep_alltoall", self.tokens_per_expert
@@ -134,13 +134,13 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return super().combine_postprocess(hidden_states)
 
     def combine_rows(self, ticket: Tensor) -> tuple[Tensor, Tensor]:
-        """In place of `combine_postprocess`, for `kernels.combine`.
+        """Replacement of `combine_postprocess` that leaves a token's sum to `kernels.combine`.
 
         Args:
-            ticket: Of the experts' outputs.
+            ticket: Ticket of the experts' outputs from `token_combine`.
 
         Returns:
-            [R, D] the experts' outputs and [T, slots] int32, which of them are each token's.
+            [R, D] the experts' outputs, and [T, slots] int32 indices of each token's outputs.
         """
         from moepp_megatron.moe.kernels.rows import rows_of_tokens
 
@@ -152,7 +152,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return self._inbound.end(ticket), table
 
     def _exchange(self, back: bool) -> Exchange:
-        """An all-to-all of one row a selection, towards the experts or back."""
+        """All-to-all of one row per selection, towards the experts or back."""
         out, home = self.input_splits, self.output_splits
         # megatron-core leaves the splits alone where there is one rank, and where every expert gets
         # as many rows (`moe_pad_expert_input_to_capacity`).
@@ -164,9 +164,9 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
-    """All-gather; a rank whose experts nobody selected is none of megatron-core's cases.
+    """All-gather that also works on a rank whose experts no token selected.
 
-    It counts selections from the map that it gathers, so FFN columns alone are right as it is.
+    It counts selections from the map that it gathers, so it works on FFN columns without changes.
 
     Rows are gathered into a tensor of their own. megatron-core gathers them into its global buffer
     `mpu`, which belongs to whoever took it last: every tensor-parallel layer with sequence
@@ -181,7 +181,7 @@ class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
         self._given_config = self.config
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """As in megatron-core: the rows, gates and routing map of all ranks of the group.
+        """Same as in megatron-core: the rows, gates and routing map of all ranks of the group.
 
         Args:
             hidden_states: [T, D] local tokens.
@@ -197,7 +197,7 @@ class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As in megatron-core: rows [rows, D], [local experts] rows of each, gates [rows].
+        """Same as in megatron-core: [rows, D] rows, [local experts] counts, [rows] gates.
 
         Args:
             hidden_states: [tokens of all ranks, D].
@@ -216,8 +216,8 @@ def _without_fusion(config: TransformerConfig) -> TransformerConfig:
     """The configuration of a pass in which no row is permuted.
 
     Transformer Engine's fused kernels refuse to permute no rows (permutation.py,
-    `moe_permute_mask_map_forward`) and restore none from none, instead of one zero row a token
-    (`moe_unpermute_mask_map_forward`). The plain operations know the case.
+    `moe_permute_mask_map_forward`) and restore none from none, instead of one zero row per token
+    (`moe_unpermute_mask_map_forward`). The plain operations handle both.
     """
     plain = copy.copy(config)
     plain.moe_permute_fusion = False
@@ -245,8 +245,8 @@ def build_dispatcher(
         deduplicate: Whether the all-to-all sends a token once to each rank (`dedup_dispatcher`).
 
     Raises:
-        ValueError: For a dispatcher that cannot carry FFN-only routing or deduplicate it.
-        ImportError: For flex without its package.
+        ValueError: If the dispatcher cannot carry FFN-only routing or cannot deduplicate.
+        ImportError: If flex is asked for without its package.
     """
     dispatchers: dict[str, type[MoETokenDispatcher]] = {
         "alltoall": FFNAlltoAllTokenDispatcher,
@@ -279,11 +279,11 @@ def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int:
     that it was called with, of selections or, deduplicated, of copies. The all-gather: one copy of
     every local token to every other rank and back. Flex: one copy of a token to every other rank
     that it needs, and back (counted where the token starts, so only the sum over ranks is exact).
-    What travels along is not counted: gates, 4 bytes a selection, and the deduplicated
+    Not counted are gates, 4 bytes per selection, and the deduplicated
     dispatcher's maps, a byte for each expert of a rank with each copy.
 
     Args:
-        dispatcher: After `dispatch_preprocess` and `token_dispatch` of this pass.
+        dispatcher: The dispatcher, which has run `dispatch_preprocess` and `token_dispatch`.
         hidden: [s, b, D] the layer's input.
     """
     row = hidden.shape[-1] * hidden.element_size()

@@ -7,8 +7,8 @@ autograd graph and nothing that could be read too early.
     forward     begin ---- work ---- end          vectors travel to the experts
     backward    begin <--- work' --- end          their gradients travel back
 
-In the backward pass the roles change: the gradient's all-to-all starts where `end` stood and is
-waited for where `begin` stood. Autograd runs nodes in the reverse order of their creation, so the
+In the backward pass the roles are swapped: the gradient's all-to-all starts at `end` and is
+waited for at `begin`. Autograd runs nodes in the reverse order of their creation, so the
 backward pass of the work in between falls between them again.
 """
 
@@ -51,7 +51,7 @@ class Exchange:
         return _Begin.apply(rows, self)
 
     def end(self, ticket: Tensor) -> Tensor:
-        """Wait; returns what has arrived, [sum(receive), ...], dtype of what was sent."""
+        """Wait; returns the received rows [sum(receive), ...] in the dtype of the sent rows."""
         if not self._is_needed:
             return ticket
         return _End.apply(ticket, self)

@@ -10,8 +10,8 @@ gone wrong, or on behalf of tokens:
   over FFN logits alone). Where a router has collapsed, the scores of its FFN experts among all
   experts are near 0, and FFN experts weighted by them would return nothing.
 
-The router's own choice goes on to be made: its balance loss, its budget and its counts are of that,
-so that a router can be seen to be healthy again while it is not obeyed.
+The router's own choice is still computed: balance loss, budget and counts use it, so that a router
+can be seen to become healthy again while it is overruled.
 """
 
 from __future__ import annotations

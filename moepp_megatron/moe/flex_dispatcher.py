@@ -1,13 +1,13 @@
 """megatron-core's flex dispatcher (DeepEP, HybridEP) for routing maps of FFN experts only.
 
-A row of an FFN-only map holds anything from 0 to K selections. What each backend makes of that:
+A row of an FFN-only map holds anything from 0 to K selections. How each backend handles that:
 
-- HybridEP takes the map itself: right as it is.
-- DeepEP takes K expert indices a token. megatron-core fills the slots that a token does not use
+- HybridEP takes the map itself and needs no change.
+- DeepEP takes K expert indices per token. megatron-core fills the slots that a token does not use
   with real experts of probability 0, which would be sent to and computed for nothing; only with a
   capacity factor does it write DeepEP's sentinel -1 there. Here the sentinel is always written, and
   by the map, so that a selection whose gate underflows to 0 keeps its gradient.
-- NCCL-EP takes K indices too and documents no sentinel: refused.
+- NCCL-EP takes K indices too and documents no sentinel, so it is refused.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 
 
 def set_deepep_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
-    """In place of DeepEP's `setup_metadata`: indices and weights from an FFN-only map.
+    """Replacement of DeepEP's `setup_metadata`: indices and weights from an FFN-only map.
 
     `manager.token_indices` becomes [T, slots] int64 with -1 in unused slots, `manager.token_probs`
     [T, slots] fp32 with 0 there.
 
     Args:
-        manager: megatron-core's.
+        manager: megatron-core's DeepEP manager.
         routing_map: [T, ranks, local experts] bool, copied to the tensor ranks of an expert.
         probs: The same shape, fp32 gates, 0 where not selected.
     """
@@ -53,7 +53,7 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
         pg_collection: Process groups.
 
     Raises:
-        ValueError: For a backend that cannot carry FFN-only routing.
+        ValueError: If the backend cannot carry FFN-only routing.
         ImportError: If the backend's package is not installed.
     """
 
@@ -77,7 +77,7 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
 
 
 def comm_manager(dispatcher: MoEFlexTokenDispatcher) -> Any:
-    """What talks to the backend, and keeps a pass's routing and gates."""
+    """megatron-core's manager, which calls the backend and keeps a pass's routing and gates."""
     return dispatcher._comm_manager
 
 

@@ -54,7 +54,7 @@ class RouterHealth:
 
     @staticmethod
     def names_for(topk: int, num_constants: int) -> list[str]:
-        """What each entry of `as_vector` is, of layers with these counts."""
+        """The name of each entry of `as_vector`, for layers with these counts."""
         constants = range(num_constants)
         return [
             *_SCALARS,
@@ -168,7 +168,7 @@ class RouterHealth:
         logits.register_hook(measure)
 
     def as_vector(self) -> Tensor:
-        """Float64 on the CPU, in the order of `names_for` this layer's counts."""
+        """The sums as float64 on the CPU, in the order of `names_for` with this layer's counts."""
         names = self.names_for(self._config.router_topk, self._config.num_constant_experts)
         missing = torch.zeros(())
         values = [self._sums.get(name, missing).detach() for name in names]

@@ -27,7 +27,7 @@ class MoEPPTransformerLayer(TransformerLayer):
     """A transformer layer that takes the previous router's logits and returns its own.
 
     `context` carries the lane, [s, b, E] fp32, or None before the first MoE layer. A layer without
-    MoE++ hands it on.
+    MoE++ passes it on unchanged.
 
     Attributes:
         lane_width: E for a layer that ends a pipeline stage: it returns its hidden states with the
@@ -41,9 +41,9 @@ class MoEPPTransformerLayer(TransformerLayer):
     def forward(
         self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As `TransformerLayer.forward`; returns the output and the lane.
+        """Same as `TransformerLayer.forward`; returns the output and the lane.
 
-        `context_mask`, which a decoder has no other use for, brings the tags of `token_tags`.
+        `context_mask`, which a decoder does not use otherwise, carries the tags of `token_tags`.
         """
         tags = kwargs.pop("context_mask", None)
         hidden_states, _ = self._forward_attention(
@@ -98,14 +98,14 @@ class MoEPPTransformerLayer(TransformerLayer):
         return normed, *self.mlp.router.choose(normed, previous_logits)
 
     def normed_and_residual(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The MoE layer's input and what its output is added to, both [s, b, D]."""
+        """The MoE layer's input and the residual that its output is added to, both [s, b, D]."""
         normed = self._forward_pre_mlp_layernorm(hidden_states)
         if isinstance(normed, tuple):
             normed, hidden_states = normed
         return normed, self._residual(hidden_states)
 
     def with_residual(self, output: Tensor, residual: Tensor) -> Tensor:
-        """[s, b, D] the layer's output, of the experts' output and what it is added to."""
+        """[s, b, D] the layer's output: the experts' output plus the residual."""
         return self._forward_post_mlp((output, None), residual)
 
     def _residual(self, hidden_states: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def _split(packed: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
 
 
 class _Pack(torch.autograd.Function):
-    """Reinterpreting bits is not differentiable for autograd; the gradient takes the way back."""
+    """`pack` with a backward pass: autograd cannot differentiate reinterpreted bits."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""megatron-core's multi-head latent attention on its local modules, made fit for them.
+"""megatron-core's multi-head latent attention, corrected for its local modules.
 
 megatron-core 0.19 builds the compressions of latent attention (arXiv 2405.04434, section 2.1) whole
 on every tensor-parallel rank where Transformer Engine is there, and split over the ranks where it
@@ -36,9 +36,9 @@ class LatentDotProductAttention(DotProductAttention):
     It takes the output's width from `TransformerConfig.kv_channels`, which must be that of values.
 
     Args:
-        k_channels: Width of a head's query and key; the tensors say it.
+        k_channels: Width of a head's query and key; unused, because the tensors have it.
         v_channels: Width of a head's value, `kv_channels`.
-        **kwargs: As `DotProductAttention`.
+        **kwargs: Same as `DotProductAttention`.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class LocalLatentAttention(MLASelfAttention):
         """Compress queries, and keys and values, as the whole modules would.
 
         megatron-core's caller gathers the keys' part itself, and the gradient that it sends back
-        there is that of the rank's own heads. What it takes for whole it shares out and gathers
-        over the sequence instead, with a sum of gradients.
+        there covers only the rank's own heads. Therefore this method splits the keys' part over
+        the sequence and gathers it itself, with a sum of gradients.
 
         Args:
             hidden_states: [s / tp, b, D].

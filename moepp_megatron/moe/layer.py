@@ -1,6 +1,6 @@
 """The MoE++ layer: megatron-core's `MoELayer` with zero-computation experts and a residual router.
 
-Order of operations, with what needs no token to move filling the time while tokens travel:
+Order of operations; local work runs while tokens travel:
 
     route -> dispatch FFN-routed tokens ...... FFN experts -> combine ........... -> add
                   shared experts in the meantime      zero-computation experts
@@ -72,12 +72,12 @@ class MoEPPLayer(MoELayer):
         submodules: Experts, shared experts and router builders (see `moepp_megatron.moe.spec`).
         layer_number: Global layer number, 1-based.
         pg_collection: Process groups; Megatron's global ones where None.
-        is_mtp_layer: As in megatron-core.
+        is_mtp_layer: Same as in megatron-core.
         name: Module name.
         moepp: The MoE++ settings.
 
     Raises:
-        ValueError: For settings of megatron-core that this layer cannot honour.
+        ValueError: If a setting of megatron-core cannot be honoured by this layer.
     """
 
     router: MoEPPRouter
@@ -135,7 +135,7 @@ class MoEPPLayer(MoELayer):
                 Padding selects no expert, counts in no loss, limit or statistic, returns 0, shared
                 experts included, and hands on logits of 0.
             choice: What the router chose, where it has run before (`cuda_graphs`), without padding.
-            tags: [s, b] of `token_tags`, or None.
+            tags: [s, b] tags from `token_tags`, or None.
 
         Returns:
             The output [s, b, D] and this layer's router logits [s, b, E] fp32.
@@ -170,7 +170,7 @@ class MoEPPLayer(MoELayer):
         padding: Tensor | None,
         tags: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """As `_forward`, which the backward pass repeats; logits go in and out, gradients too."""
+        """Same as `_forward`, run again in the backward pass; logits go in and out of it."""
         arguments = (hidden_states, previous_logits, padding, tags)
         if not (self.config.fp8 or self.config.fp4):
             return tensor_parallel.checkpoint(self._forward, False, *arguments)
@@ -225,10 +225,10 @@ class MoEPPLayer(MoELayer):
             self.router.health.add_constants(gates, mixing, self.zero_computation.vectors)
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
-        """megatron-core's way to call a router, which has no room for its logits.
+        """megatron-core's way to call a router, which cannot pass its logits on. Not supported.
 
         Raises:
-            ValueError: Always: whoever calls it would lose the lane.
+            ValueError: Always, because the caller would lose the lane.
         """
         raise ValueError(
             "TransformerConfig.overlap_moe_expert_parallel_comm "
@@ -255,7 +255,7 @@ class MoEPPLayer(MoELayer):
         return dispatched
 
     def shared_output(self, hidden_states: Tensor, padding: Tensor | None) -> Tensor | None:
-        """[s, b, D] what shared experts return, 0 for padding [s, b]; None where there are none."""
+        """[s, b, D] output of the shared experts, 0 for padding [s, b]; None if there are none."""
         output = self.shared_experts_compute(hidden_states)
         if output is None or padding is None:
             return output
@@ -264,7 +264,7 @@ class MoEPPLayer(MoELayer):
     def local_output(
         self, hidden_states: Tensor, gates: Tensor, shared_output: Tensor | None
     ) -> Tensor | None:
-        """[T, D] what zero-computation and shared experts return; None where there is nothing."""
+        """[T, D] output of zero-computation and shared experts; None if there are none."""
         hidden_size = hidden_states.shape[-1]
         if shared_output is not None:
             shared_output = shared_output.reshape(-1, hidden_size)
@@ -277,7 +277,7 @@ class MoEPPLayer(MoELayer):
         routing: Routing,
         shared_output: Tensor | None,
     ) -> Tensor:
-        """[T, D] what all experts return, added up by one kernel."""
+        """[T, D] output of all experts, added up by one kernel."""
         from moepp_megatron.moe.kernels.combine import combine
 
         hidden_size = hidden_states.shape[-1]

@@ -3,7 +3,7 @@
 The schedule (`overlap_moe_expert_parallel_comm`) runs the forward pass of one micro-batch and the
 backward pass of another together, so that tokens of one travel while the other computes. Each layer
 is four nodes, each with an autograd graph of its own. The schedule hands one tensor from layer to
-layer and knows no `context`:
+layer and has no `context`:
 
     pre-dispatch                dispatch       experts       combine
     attention, norm, router,    all-to-all     FFN experts   all-to-all, add,
@@ -48,7 +48,7 @@ class MoEPPLayerPlan(TransformerLayerSchedulePlan):
 
 
 class _LanePreProcess(PreProcessNode):
-    """Embedding, or what the stage before sent; the lane glued on where there is one."""
+    """Embedding, or the input from the stage before; the lane is glued on if there is one."""
 
     def forward_impl(self) -> Tensor:
         """Returns [s, b, D + lane columns]."""
@@ -57,7 +57,7 @@ class _LanePreProcess(PreProcessNode):
 
 
 class _LanePostProcess(PostProcessNode):
-    """Output layer and loss, of the hidden states alone."""
+    """Output layer and loss, computed from the hidden states without the lane."""
 
     def forward_impl(self, hidden_states: Tensor) -> Tensor:
         """Takes [s, b, D], or with the lane where this stage has no layer."""
@@ -73,7 +73,7 @@ class MoEPPChunkPlan(TransformerModelChunkSchedulePlan):
 
 
 class _Nodes:
-    """What both kinds of layers need. A node's first argument is megatron-core's node object."""
+    """Nodes of both kinds of layers. A node's first argument is megatron-core's node object."""
 
     def __init__(self, layer: MoEPPTransformerLayer) -> None:
         self.layer = layer
@@ -114,7 +114,7 @@ class _DenseNodes(_Nodes):
 
 
 class _MoENodes(_Nodes):
-    """A MoE++ layer. What skips a node is kept, detached, in `node.layer_state`."""
+    """A MoE++ layer. Tensors that skip a node are kept, detached, in `node.layer_state`."""
 
     layer: MoEPPTransformerLayer
 

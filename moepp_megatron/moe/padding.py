@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def flat_mask(padding_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """[T] bool of a padding mask [s, b] of `tokens` [s, b, ...]; None of none."""
+    """The padding mask [s, b] of `tokens` [s, b, ...] as [T] bool; None for None."""
     if padding_mask is None:
         return None
     if padding_mask.shape != tokens.shape[:2]:
@@ -22,7 +22,7 @@ def flat_mask(padding_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
 
 
 def without_padding(logits: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """[s, b, E] logits, those of padding 0, so that nothing which a padded token holds goes on."""
+    """[s, b, E] logits with those of padding set to 0, so that later layers do not see them."""
     if padding_mask is None:
         return logits
     return logits.masked_fill(padding_mask.bool().unsqueeze(-1), 0.0)

@@ -24,7 +24,7 @@ from moepp_megatron.moe.ffn_demand import FFNDemand
 
 @dataclass
 class ReferenceOutput:
-    """What one layer computes.
+    """The results of one layer.
 
     Attributes:
         hidden_TD: The layer's output.
@@ -89,8 +89,8 @@ class ReferenceMoEPP(nn.Module):
     ) -> ReferenceOutput:
         """Route the tokens, run the selected experts, add up what they return.
 
-        With `padded_T` (bool, True for padding) this is the layer of the other tokens alone; what
-        it returns for padding is 0.
+        With `padded_T` (bool, True for padding) only the other tokens are processed; the output for
+        padding is 0.
         """
         if padded_T is not None:
             return self._without_padding(x_TD, previous_logits_TE, forced_T, padded_T)
@@ -172,7 +172,7 @@ def select_experts(
 
     Returns:
         gates_TE: fp32, 0 where not selected.
-        selected_TE: bool, K ones a row.
+        selected_TE: bool, K ones per row.
         scores_TE: fp32, the probabilities that the balance loss averages (rows sum to 1).
     """
     logits_TE = _standardized(logits_TE, config)

@@ -66,8 +66,8 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
     """The configuration of the router alone.
 
     megatron-core sizes the router, the experts and the expert-parallel group by one number,
-    `num_moe_experts`. Here it counts FFN experts; the router alone chooses among all experts. This
-    is the one place where the two counts meet.
+    `num_moe_experts`. Here it counts FFN experts; the router alone chooses among all experts. Only
+    this function converts between the two counts.
 
     Raises:
         ValueError: Where the two configurations contradict each other, the router would ignore a
@@ -118,7 +118,7 @@ class MoEPPRouter(TopKRouter):
     Args:
         config: The model's configuration; `num_moe_experts` counts FFN experts.
         pg_collection: Process groups `tp`, `cp`, `tp_cp`, `tp_dp_cp`.
-        is_mtp_layer: As in megatron-core.
+        is_mtp_layer: Same as in megatron-core.
         moepp: The layer's settings.
         has_residual: False for the first MoE layer of the model, which has no layer before.
 
@@ -176,10 +176,10 @@ class MoEPPRouter(TopKRouter):
             previous_logits: [s, b, E] fp32 logits of the MoE layer before, or None.
             padding_mask: [s, b] bool, True for padding (as in megatron-core), or None. Padding
                 selects nothing and counts in no loss, limit or statistic; its logits are 0.
-            tags: [s, b] of `token_tags`, or None: an FFN demand then concerns all tokens.
+            tags: [s, b] tags from `token_tags`; with None an FFN demand concerns all tokens.
 
         Raises:
-            ValueError: For a mask of another shape.
+            ValueError: If the mask has another shape.
         """
         padded = flat_mask(padding_mask, input)
         logits = without_padding(self._logits(input, previous_logits), padding_mask)
@@ -236,7 +236,7 @@ class MoEPPRouter(TopKRouter):
 
         Args:
             logits: [s, b, E] fp32.
-            padding_mask: As in `forward`.
+            padding_mask: Same as in `forward`.
 
         Returns:
             gates [T, E] fp32 and routing map [T, E] bool.
@@ -247,7 +247,7 @@ class MoEPPRouter(TopKRouter):
         return gates, routing_map
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """As in megatron-core, whose mean of the ranks' means it corrects where some is padding.
+        """Like megatron-core's, but with the right mean where ranks have unequal padding.
 
         Args:
             logits: [T, E] fp32.
@@ -294,7 +294,7 @@ class MoEPPRouter(TopKRouter):
         """The second half of `forward`: attach the losses, apply capacity limits, count.
 
         Args:
-            choice: Of the first half.
+            choice: Result of `choose`, the first half.
             padded: [T] bool tokens that are padding; None for none.
         """
         logits, gates_TE, routing_map_TE, counts_SE, _ = choice
@@ -357,7 +357,7 @@ class MoEPPRouter(TopKRouter):
         routing_map_TE: Tensor,
         padded: Tensor | None,
     ) -> None:
-        """Tell `health` of a micro-batch; a pass that will be repeated only counts FFN experts."""
+        """Add a micro-batch to `health`; a pass that will be repeated only counts FFN experts."""
         if not RoutingStatistics.counts_now(self.training):
             self.health.count_ffn(routing_map_TE)
             return

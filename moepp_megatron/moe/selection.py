@@ -26,7 +26,7 @@ class Selection(NamedTuple):
         counts: [S, E] fp32 selections of each expert in each sequence, as the router wants them;
             None where nothing is counted.
         score_sums: [S, E] fp32 scores, each token's divided by their sum, added up over the tokens
-            of each sequence: T P_i; differentiable. None as `counts`.
+            of each sequence: T P_i; differentiable. None whenever `counts` is.
         wanted_map: [T, E] bool selections that the router wants; None where they are made.
     """
 
@@ -48,7 +48,7 @@ def select(
 ) -> Selection:
     """Select experts and weigh them. `kernels.router.select` does the same on a GPU.
 
-    That kernel knows no demand: where one is made, this function runs on a GPU too.
+    That kernel does not support a demand: with a demand this function runs on a GPU too.
 
     Scores that are divided by a sum of scores are a softmax over the logarithms of scores, and are
     computed as such: a sum of tiny scores would underflow, its square in the gradient much earlier.
@@ -124,9 +124,9 @@ def _gates(scores_TE: Tensor, logs_TE: Tensor, chosen_TK: Tensor, config: MoEPPC
 
 
 def standardized(logits: Tensor, std: float | None) -> Tensor:
-    """[T, E] logits of this unbiased standard deviation for each token; None leaves them.
+    """Rescale [T, E] logits to this unbiased standard deviation per token; None leaves them.
 
-    Logits that are all equal have none: their divisor has a bound, so they stay finite and equal.
+    For logits that are all equal it is 0: the divisor has a lower bound, so they stay finite.
     """
     if std is None:
         return logits

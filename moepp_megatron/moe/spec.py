@@ -1,4 +1,4 @@
-"""Builds MoE++ layers from megatron-core's own specs: the door for any Megatron loop."""
+"""Builds MoE++ layers from megatron-core's own specs, for use in any Megatron loop."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def get_moepp_layer_spec(
             modules, `config.qk_layernorm` set, no latent attention).
 
     Raises:
-        ValueError: For a setting of `config` that MoE++ layers would ignore (`upstream_settings`).
+        ValueError: If MoE++ layers would ignore a setting of `config` (`upstream_settings`).
         UpstreamMovedError: megatron-core lacks a private name that they use (`upstream_private`).
     """
     if not moepp.is_vanilla:
@@ -93,15 +93,15 @@ def get_dense_layer_spec(
     core_attention: CoreAttentionBuilder | None = None,
     qk_norms: tuple[LayerNormBuilder, LayerNormBuilder] | None = None,
 ) -> ModuleSpec:
-    """Spec of a layer without experts, which hands the router logits on.
+    """Spec of a layer without experts, which passes the router logits on.
 
     Args:
         config: The model's configuration.
         moepp: MoE++ settings.
-        use_transformer_engine: As in `get_moepp_layer_spec`.
-        norm: As in `get_moepp_layer_spec`.
-        core_attention: As in `get_moepp_layer_spec`.
-        qk_norms: As in `get_moepp_layer_spec`.
+        use_transformer_engine: Same as in `get_moepp_layer_spec`.
+        norm: Same as in `get_moepp_layer_spec`.
+        core_attention: Same as in `get_moepp_layer_spec`.
+        qk_norms: Same as in `get_moepp_layer_spec`.
     """
     dense = _base_layer_spec(config, None, use_transformer_engine, norm, core_attention, qk_norms)
     if moepp.is_vanilla:
@@ -128,10 +128,10 @@ def get_moepp_block_spec(
     Args:
         config: The model's configuration.
         moepp: MoE++ settings.
-        use_transformer_engine: As in `get_moepp_layer_spec`.
-        norm: As in `get_moepp_layer_spec`, for the final norm too.
-        core_attention: As in `get_moepp_layer_spec`.
-        qk_norms: As in `get_moepp_layer_spec`.
+        use_transformer_engine: Same as in `get_moepp_layer_spec`.
+        norm: Same as in `get_moepp_layer_spec`, for the final norm too.
+        core_attention: Same as in `get_moepp_layer_spec`.
+        qk_norms: Same as in `get_moepp_layer_spec`.
         vp_stage: Virtual pipeline stage, or None.
         pp_rank: Pipeline rank; Megatron's global one where None.
     """
@@ -165,7 +165,7 @@ def get_moepp_block_spec(
 
 
 def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
-    """For every layer of the model, whether it is a MoE layer.
+    """For each layer of the model, whether it is a MoE layer.
 
     Raises:
         ValueError: If there is none, or the pattern's length is not the number of layers.
@@ -182,7 +182,7 @@ def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
 
 
 def _experts(upstream: ExpertsBuilder, config: TransformerConfig) -> ExpertsBuilder:
-    """Builder of the FFN experts: megatron-core's own, but for its `SequentialMLP` on a CPU."""
+    """Builder of the FFN experts: megatron-core's, or on a CPU `CPUExperts` where they suit."""
     is_sequential = getattr(upstream, "func", None) is SequentialMLP
     if not is_sequential or torch.cuda.is_available() or not suits(config):
         return upstream

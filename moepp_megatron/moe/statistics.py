@@ -14,8 +14,8 @@ class RoutingStatistics:
 
     Attributes:
         selected: [E] selections of each expert, before any capacity limit.
-        wanted: [E] selections that the router wanted, where an FFN demand made others of them;
-            None where there was none.
+        wanted: [E] selections of the router before an FFN demand changed them; None without a
+            demand.
         cells: [cells, 2] int64 FFN selections (as wanted) and tokens of each cell of the routing
             profile; None where none are counted.
         dropped: Selections that a capacity limit took away.

@@ -1,4 +1,4 @@
-"""What MoE++ layers are told of each token: whether an FFN demand concerns it, and its cell.
+"""Tags that tell MoE++ layers, for each token, whether an FFN demand concerns it, and its cell.
 
 Routers see hidden vectors. Which token a vector belongs to has to travel with it: a later
 micro-batch may be in its forward pass while this one is computed again for its backward pass. So
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class TokenTags:
-    """Makes tags.
+    """Computes tags from token ids and positions.
 
     Args:
         seq_length: Length of a sequence.
@@ -38,7 +38,7 @@ class TokenTags:
 
     @property
     def num_cells(self) -> int:
-        """Cells, numbered by positions first."""
+        """Number of cells; they are numbered by positions first."""
         return self.position_bins * self.frequency_bins
 
     @torch.no_grad()
@@ -69,10 +69,10 @@ class TokenTags:
 
 
 def forced_tokens(tags: Tensor | None) -> Tensor | None:
-    """[T] bool of tags [s, b]; None, which means all tokens, of none."""
+    """[T] bool from tags [s, b], True for forced tokens; None, which means all tokens, for None."""
     return None if tags is None else (tags.reshape(-1) & 1).bool()
 
 
 def cells(tags: Tensor) -> Tensor:
-    """[T] int64 cells of tags [s, b]."""
+    """[T] int64 cells from tags [s, b]."""
     return tags.reshape(-1) >> 1

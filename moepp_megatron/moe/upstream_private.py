@@ -29,7 +29,7 @@ class PrivateName:
         owner: Its class; empty for a name of the module itself.
         name: The method, or the attribute that the class's constructor sets.
         use: Whether it is called, overridden, or read (or set).
-        parameters: Names of parameters that are relied on.
+        parameters: Names of the parameters that this package relies on.
         reason: What it is needed for.
     """
 
@@ -170,7 +170,7 @@ def check_upstream(names: tuple[PrivateName, ...] = LAYER_NAMES) -> None:
 
 
 def moved_from(private: PrivateName) -> Iterator[str]:
-    """What of one name is not as it was; nothing where it is."""
+    """The differences of one name from the tested version; empty if there are none."""
     what = f"{private.owner or private.module}.{private.name}"
     try:
         owner: Any = importlib.import_module(f"megatron.core.{private.module}")

@@ -1,7 +1,7 @@
-"""What the MoE++ layer makes of each of megatron-core's settings of a MoE layer. Imports no torch.
+"""How the MoE++ layer treats each of megatron-core's settings of a MoE layer. Imports no torch.
 
 megatron-core reads its `TransformerConfig` in its own router and layer, part of which the MoE++
-layer replaces. A setting that only the replaced part reads would be ignored without a word. So
+layer replaces. A setting that only the replaced part reads would be silently ignored. So
 every field of `TransformerConfig` that concerns experts and routing is in one of the tables below,
 and a field of a later version that is in none of them fails a test until it is decided:
 
@@ -26,7 +26,7 @@ class Refused:
 
     Attributes:
         allowed: The values that it may have; the first one is the remedy.
-        reason: Why it has to.
+        reason: Why no other value is possible.
         instead: What to set for the same purpose; empty where there is nothing.
     """
 
@@ -41,8 +41,8 @@ class Ours:
 
     Attributes:
         field: The name in MoEPPConfig.
-        unset: Values that say nothing.
-        meaning: The values that say what MoEPPConfig says.
+        unset: Values that count as not set.
+        meaning: The values that agree with MoEPPConfig.
     """
 
     field: str
@@ -209,7 +209,7 @@ def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
         moepp: The layer's settings.
 
     Raises:
-        ValueError: With the name, the value, the rule and a remedy.
+        ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
     """
     for name in REFUSED:
         refuse_setting(config, name)
@@ -238,7 +238,7 @@ def refuse_setting(config: Any, name: str, user: str = "the MoE++ layer") -> Non
         user: What cannot honour it.
 
     Raises:
-        ValueError: With the name, the value, the rule and a remedy.
+        ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
     """
     rule = REFUSED[name]
     # A version of megatron-core may lack a field of another one.

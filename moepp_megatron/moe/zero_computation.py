@@ -1,4 +1,4 @@
-"""Zero, copy and constant experts, all together in closed form, where the token already is."""
+"""Zero, copy and constant experts, computed together in closed form on the token's own rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moepp_megatron.moe.parameter import replicated_parameter
 
 
 class Ingredients(NamedTuple):
-    """What zero-computation experts' output is made of, for a kernel that adds more to it.
+    """Inputs of the zero-computation experts' output, for a kernel that adds more to it.
 
     Attributes:
         x: [T, D] their input.
@@ -68,7 +68,7 @@ class ZeroComputationExperts(MegatronModule):
         return owner.constants
 
     def use_constants_of(self, owner: ZeroComputationExperts) -> None:
-        """Give up the own V for that of `owner`, which alone counts it among its parameters.
+        """Replace the own V by that of `owner`, which alone counts it among its parameters.
 
         So optimizer, gradient reduction and checkpoints see one tensor, under the owner's name.
         """
@@ -114,7 +114,7 @@ class ZeroComputationExperts(MegatronModule):
         return x * weight_of_input if output is None else output.addcmul_(x, weight_of_input)
 
     def ingredients(self, x: Tensor, gates: Tensor, routing_map: Tensor) -> Ingredients | None:
-        """What `forward` works with; arguments as there and in `Ingredients`.
+        """The inputs that `forward` uses; arguments as there and in `Ingredients`.
 
         Returns:
             None where there is nothing but zero experts.

@@ -106,7 +106,7 @@ class ProfileNoise:
 
         Args:
             values: From `as_json`.
-            settings: As in the constructor; of more than `memory`, the newest are kept.
+            settings: Same as in the constructor; of more than `memory`, the newest are kept.
             size: Of each difference.
 
         Raises:

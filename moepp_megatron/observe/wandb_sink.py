@@ -16,7 +16,7 @@ from moepp_megatron.observe.metrics import StepMetrics
 logger = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id"
-# A service that does not answer must not hold cards for minutes before the first step.
+# A service that does not answer must not hold GPUs for minutes before the first step.
 INIT_TIMEOUT_S = 30
 
 

@@ -1,4 +1,4 @@
-"""torchrun that reports a failure in one line for each rank; `python -m` with its arguments.
+"""torchrun that reports a failure in one line per rank. Run by `python -m` with its arguments.
 
 Ranks print their own errors. torchrun adds a traceback of its own code and a table, between which
 the error is hard to find. It also starts all ranks anew after any failure, and a user's error would
@@ -69,7 +69,7 @@ def _restart_only_what_can_succeed() -> None:
 
 
 def _end(failure: ProcessFailure) -> str:
-    """How a rank ended."""
+    """The end of a rank, in words."""
     if failure.exitcode >= 0:
         return f"ended with exit status {failure.exitcode}"
     return f"was ended by {signal.Signals(-failure.exitcode).name}"

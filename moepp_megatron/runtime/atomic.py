@@ -99,7 +99,7 @@ def append_line(fd: int, path: Path, line: bytes) -> None:
 def partial_folder(out: Path) -> Iterator[Path]:
     """An empty, locked sibling of `out` to write into; what is left of it at the end is removed.
 
-    What a killed run left behind is cleared by the next one, which the lock tells apart from a
+    The next run removes the remains of a killed one; the lock distinguishes these from a
     run that is still writing.
 
     Args:
@@ -138,7 +138,7 @@ def _room_for(partial: Path, out: Path) -> Iterator[None]:
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Give the finished folder its name; one that bears it already is swapped out and removed."""
+    """Give the finished folder its name; an older one of that name is swapped out and removed."""
     if not out.exists() or not any(out.iterdir()):
         partial.rename(out)
         return

@@ -1,6 +1,6 @@
-"""What optional packages do here, and what is used where they are missing: said in one place.
+"""The roles of optional packages on this machine, and their replacements where they are missing.
 
-The training log says it once where it matters; `moepp doctor` shows it always. Imports nothing
+The training log shows this once where it matters; `moepp doctor` always shows it. Imports nothing
 heavy by itself.
 """
 
@@ -26,12 +26,12 @@ class Backend:
     """One optional package.
 
     Attributes:
-        name: What it is called.
+        name: The package's name.
         version: Installed version; None where it is not installed.
         used: Whether it is used here.
-        role: What it does where it is used.
-        fallback: What does it instead.
-        remedy: How to get it.
+        role: What it does when it is used.
+        fallback: What is used instead.
+        remedy: How to install it.
     """
 
     name: str
@@ -107,7 +107,7 @@ def optional_backends() -> list[Backend]:
 
 
 def choices_to_log() -> str | None:
-    """What a run's log says of these choices: nothing on a CPU that none of the packages serves."""
+    """The choices for a run's log; none on a CPU, for which the packages have no use."""
     import torch
 
     if torch.cuda.is_available() or any(backend.used for backend in optional_backends()):

@@ -48,10 +48,10 @@ def install() -> bool:
 
 
 def install_for_megatron_training() -> bool:
-    """As `install`, and what Megatron-LM's own loop, `megatron.training`, needs besides.
+    """Same as `install`, plus what Megatron-LM's own loop, `megatron.training`, needs.
 
     Returns:
-        As `install`.
+        The same as `install`.
     """
     if not install():
         return False

@@ -1,4 +1,4 @@
-"""Disks that take no more: what a failed write means, and how much room there is."""
+"""Full disks: what a failed write means, and how much space is free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def refusal(error: BaseException) -> OSError | None:
-    """The operating system's refusal behind what a write raised; None if there is none.
+    """The OSError behind an exception of a write; None if there is none.
 
     `torch.save` raises a RuntimeError about positions in its archive, "[enforce fail at
     inline_container.cc]", when a write fails under it. The OSError is then its context.
@@ -34,7 +34,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def write_error(error: BaseException, path: Path) -> OSError:
-    """What a failed write of `path` raised, as an OSError that names the file and the reason."""
+    """Turn the exception of a failed write of `path` into an OSError with file and reason."""
     found = refusal(error)
     if found is not None:
         return OSError(found.errno, found.strerror, str(path))

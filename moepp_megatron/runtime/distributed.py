@@ -1,4 +1,4 @@
-"""Process groups: from a rank's environment to Megatron's rank grid."""
+"""Creates process groups: the default group and Megatron's rank grid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
 
     Args:
         environment: This rank's place.
-        timeout: After which a collective that a rank never joins raises.
+        timeout: Time after which a collective that a rank never joins raises.
 
     Returns:
         The device of this rank.
@@ -52,7 +52,7 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
 
 
 def collective_timeout(config: Config) -> timedelta:
-    """When a collective gives up by itself: after the watchdog, which reports who is missing."""
+    """The timeout of collectives: longer than the watchdog's, which reports the missing rank."""
     resilience = config.resilience
     if resilience.hang_timeout_s == 0:
         return timedelta(minutes=10)
@@ -98,7 +98,7 @@ def build_groups(config: Config, layout: Layout) -> None:
 
 
 def _require_determinism() -> None:
-    """Only kernels and reductions that give the same bits every time, where there is a choice.
+    """Select kernels and reductions that give the same bits every time, where there is a choice.
 
     What the user has set in the environment stays.
     """
@@ -124,10 +124,10 @@ def stop() -> None:
 def joined(
     environment: RankEnvironment, timeout: timedelta = timedelta(minutes=10)
 ) -> Iterator[torch.device]:
-    """Be a rank inside; arguments and what comes back as of `start`.
+    """A context in which this process is a rank; arguments and value are those of `start`.
 
     Groups are destroyed at the end and after an error of the user, which every rank meets: Python
-    may abort at its end where threads of a group are left, and the exit code would be lost. After
+    may abort at its end if threads of a group are left, and the exit code would be lost. After
     any other error they are left alone, because other ranks may be in the middle of a collective.
     """
     device = start(environment, timeout)

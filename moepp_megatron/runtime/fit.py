@@ -1,4 +1,4 @@
-"""Whether this machine can do what a sound configuration asks for."""
+"""Checks whether this machine can run a valid configuration."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moepp_megatron.runtime.optional import (
 
 
 def check_fit(config: Config) -> None:
-    """Refuse what would fail in the middle of starting; needs no process group.
+    """Refuse settings that would fail later during the start; needs no process group.
 
     Raises:
-        UnfitError: With the name, the value, the rule and a remedy.
+        UnfitError: If a rule is broken; names the setting, its value, the rule and a remedy.
     """
     if config.moe.dispatcher == "flex":
         _check_flex(config)
@@ -58,10 +58,10 @@ def _check_flex(config: Config) -> None:
 
 
 def _check_recomputation(config: Config) -> None:
-    """megatron-core 0.19 recomputes neither on its local modules.
+    """Refuse recomputations that megatron-core 0.19 does not support on its local modules.
 
-    `moe_act` is for grouped experts (transformer_config.py); for `layernorm` it asks Transformer
-    Engine for the FP8 state, there or not (tensor_parallel/random.py).
+    `moe_act` is for grouped experts (transformer_config.py); for `layernorm` it needs Transformer
+    Engine's FP8 state, installed or not (tensor_parallel/random.py).
     """
     training = config.training
     modules = training.recompute_modules
@@ -75,7 +75,7 @@ def _check_recomputation(config: Config) -> None:
 
 
 def _check_local_latent_attention(config: Config) -> None:
-    """Transformer Engine's modules hold the compressions whole, megatron-core's split them."""
+    """Refuse widths that tensor ranks do not divide: megatron-core's local modules split them."""
     latent, ranks = config.model.latent_attention, config.parallel.tensor_model_parallel_size
     assert latent is not None, "the model has latent attention"
     name = "model.latent_attention."

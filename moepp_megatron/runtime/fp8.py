@@ -1,4 +1,4 @@
-"""Whether this machine can run FP8: the card, Transformer Engine and CUDA, per recipe."""
+"""Whether this machine can run FP8: the GPU, Transformer Engine and CUDA, per recipe."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _CUDA_OF_BLOCKWISE: Version = (12, 9)
 
 @dataclass(frozen=True)
 class FP8Machine:
-    """What FP8 asks of a machine.
+    """The properties of a machine that FP8 needs.
 
     Attributes:
         transformer_engine: Its version, None where its modules cannot be built (no GPU, not
             installed).
-        capability: Compute capability of the card, None without one.
+        capability: Compute capability of the GPU, None without one.
         cuda: The CUDA version that torch was built for, None for a CPU build.
     """
 
@@ -46,7 +46,7 @@ class FP8Machine:
 
     @classmethod
     def this(cls) -> FP8Machine:
-        """The machine that this process runs on; imports torch."""
+        """Describe the machine that this process runs on; imports torch."""
         import torch
 
         engine = None
@@ -64,7 +64,7 @@ def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
     """Why a machine cannot run a configuration's FP8, in one line; None where it can.
 
     Args:
-        config: A sound configuration.
+        config: A valid configuration.
         machine: The machine.
     """
     precision = config.precision
@@ -101,7 +101,7 @@ def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
 
 
 def _engine_versions(config: Config, recipe: str) -> list[tuple[str, Version]]:
-    """(setting with value, the first Transformer Engine that has it) of what is asked for."""
+    """For each setting in use, (setting with value, first Transformer Engine version with it)."""
     training = config.training
     wanted = [(f"precision.fp8_recipe ({recipe})", _TE_OF_RECIPE[recipe])]
     if config.precision.fp8_param:

@@ -2,7 +2,7 @@
 
 megatron-core decides most of this when it is imported: Transformer Engine first, then apex, then
 torch. The same question is asked here in the same order, so that the log and `moepp doctor` can
-say it; `tests/unit/runtime/test_kernel_choices.py` holds both answers together.
+show it; `tests/unit/runtime/test_kernel_choices.py` compares both answers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class KernelChoice:
 
     Attributes:
         operation: What is computed.
-        implementation: Whose code does it.
+        implementation: The package whose code is used.
         detail: How, in a few words.
     """
 
@@ -34,7 +34,7 @@ class KernelChoice:
     detail: str
 
     def line(self) -> str:
-        """For the log and the table."""
+        """One line for the log and the table."""
         return f"{self.operation}: {self.implementation} ({self.detail})"
 
 
@@ -44,7 +44,7 @@ def kernel_choices() -> list[KernelChoice]:
 
 
 def _adam() -> KernelChoice:
-    """megatron/core/optimizer/__init__.py."""
+    """The optimizer's kernel, as megatron/core/optimizer/__init__.py chooses it."""
     used = _first(
         (TRANSFORMER_ENGINE, {"transformer_engine.pytorch.optimizers": ["FusedAdam", "FusedSGD"]}),
         (APEX, {"apex.optimizers": ["FusedAdam", "FusedSGD"]}),
@@ -53,7 +53,7 @@ def _adam() -> KernelChoice:
 
 
 def _multi_tensor() -> KernelChoice:
-    """megatron/core/optimizer/clip_grads.py and optimizer.py."""
+    """The multi-tensor kernels, as megatron/core/optimizer/clip_grads.py chooses them."""
     names = ["multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"]
     names.append("multi_tensor_scale_tensor")
     used = _first(
@@ -65,7 +65,7 @@ def _multi_tensor() -> KernelChoice:
 
 
 def _norm() -> KernelChoice:
-    """model/build.py and model/norm.py. megatron-core takes LayerNorm alone from apex."""
+    """The norm of model/build.py and model/norm.py. megatron-core has only apex's LayerNorm."""
     if have_transformer_engine():
         return KernelChoice("RMSNorm", TRANSFORMER_ENGINE, "fused with the linear layer after it")
     if fused_rms_norm() is not None:
@@ -74,7 +74,7 @@ def _norm() -> KernelChoice:
 
 
 def _gradient_accumulation() -> KernelChoice:
-    """`TransformerConfig.gradient_accumulation_fusion`, see model/megatron_config.py.
+    """The kernel of `TransformerConfig.gradient_accumulation_fusion`; see model/megatron_config.py.
 
     Transformer Engine alone does not suffice: megatron-core's output layer then asks for apex's
     kernel and raises without it (tensor_parallel/layers.py, `ColumnParallelLinear`).
@@ -86,7 +86,7 @@ def _gradient_accumulation() -> KernelChoice:
 
 
 def _first(*candidates: tuple[str, dict[str, list[str]]]) -> str:
-    """The first whose modules and names can be imported; torch where there is none."""
+    """The first implementation whose modules and names can be imported; torch if there is none."""
     for owner, modules in candidates:
         try:
             for module, names in modules.items():

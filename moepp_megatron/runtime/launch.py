@@ -84,14 +84,14 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
     once, and so does the first one where ranks are not stoppable.
 
     Args:
-        options: How many, where, how often.
+        options: Number of ranks, machines and restarts.
         module: Module to run as main.
         arguments: Its arguments, passed on as they are, never through a shell.
 
     Returns:
         The exit status: 0 when every rank of this machine ended with 0, or what a rank passed to
-        `leave` (such as `STOPPED`); `HUNG` when they stood still; `LOST` when other machines stayed
-        away; 128 + number when this process was asked by a signal to end ranks that are not
+        `leave` (such as `STOPPED`); `HUNG` when they made no progress; `LOST` when other machines
+        stayed away; 128 + number when this process was asked by a signal to end ranks that are not
         stoppable, or to end them at once, and when a signal has ended torchrun; otherwise
         torchrun's.
     """
@@ -121,21 +121,21 @@ def leave(status: int) -> None:
 
 
 def has_launcher() -> bool:
-    """Whether `run_ranks` has started this process as a rank, and said what concerns the run."""
+    """Whether `run_ranks` started this process as a rank and has printed the run's messages."""
     return _STATUS_FILE in os.environ
 
 
 def is_refused() -> bool:
     """Whether a rank of this process's run has ended with a user's error.
 
-    For torchrun and its ranks, in the environment that `run_ranks` gives them.
+    For torchrun and its ranks, which have the environment of `run_ranks`.
     """
     status_file = os.environ.get(_STATUS_FILE)
     return status_file is not None and _written(Path(status_file)) in REFUSALS
 
 
 def write_status(status: int) -> bool:
-    """Tell `run_ranks` what this rank ends with; False if nobody asks."""
+    """Report this rank's exit status to `run_ranks`; False if the process has no launcher."""
     status_file = os.environ.get(_STATUS_FILE)
     if status_file is None:
         return False
@@ -219,7 +219,7 @@ def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path
 
 
 def _written(status_file: Path) -> int | None:
-    """What the last rank that said so ends with."""
+    """The exit status that the last rank reported."""
     return int(status_file.read_text(encoding="ascii")) if status_file.exists() else None
 
 

@@ -1,4 +1,4 @@
-"""How the machines of a run find each other."""
+"""Describes the machines of a run and how they find each other."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Nodes:
 
     Attributes:
         count: Machines.
-        rank: This machine from 0, or None to let torchrun number them. Ranks are numbered in its
-            order, so that neighbours in the cluster are neighbours in the rank grid.
+        rank: Number of this machine from 0, or None to let torchrun number them. Ranks are numbered
+            in its order, so that neighbours in the cluster are neighbours in the rank grid.
         host: Machine where they meet; the first one, if they are numbered.
         port: Its port.
         run_id: Same for all machines of this run, different from any other at the same place.
@@ -58,7 +58,7 @@ class Nodes:
         return None
 
     def torchrun_options(self) -> list[str]:
-        """What torchrun must know."""
+        """The options of torchrun for these machines."""
         # The launcher gives up first (`runtime.meeting`), in one line and not in a traceback.
         longest = max(self.join_timeout_s, self.restart_timeout_s) + _GRACE_S
         settings = [f"join_timeout={longest}", f"timeout={self.join_timeout_s}"]
@@ -75,7 +75,7 @@ class Nodes:
         ]
 
     def moepp_options(self) -> list[str]:
-        """The options of moepp's commands that mean these machines."""
+        """The options of moepp's commands for these machines."""
         options = ["--nnodes", str(self.count)]
         if self.rank is not None:
             options += ["--node-rank", str(self.rank)]
@@ -92,7 +92,7 @@ def parse_endpoint(endpoint: str) -> tuple[str, int]:
     """Split HOST, HOST:PORT or [IPV6]:PORT.
 
     Raises:
-        ValueError: Not of this form.
+        ValueError: If it does not have this form.
     """
     if endpoint.startswith("["):
         host, _, rest = endpoint[1:].partition("]")

@@ -1,4 +1,4 @@
-"""Which optional packages are usable here. Nothing fails on import; use asks first."""
+"""Which optional packages are usable. Nothing fails on import; code asks here before use."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def have_wandb() -> bool:
 
 @functools.cache
 def flex_backends() -> tuple[str, ...]:
-    """What the flex dispatcher can run on here, the preferred one first: deepep, hybridep."""
+    """The flex dispatcher's usable back ends, the preferred one first: deepep, hybridep."""
     # Looked for first, as above.
     if importlib.util.find_spec("deep_ep") is None:
         return ()
@@ -91,13 +91,13 @@ def flex_backends() -> tuple[str, ...]:
 
 
 def flex_backend(wanted: str = "auto") -> str | None:
-    """What the flex dispatcher runs on here.
+    """The back end that the flex dispatcher uses.
 
     Args:
         wanted: `moe.flex_backend`: auto, deepep or hybridep.
 
     Returns:
-        "deepep", "hybridep", or None where what is wanted cannot be used.
+        "deepep", "hybridep", or None if the wanted one cannot be used.
     """
     here = flex_backends()
     if wanted == "auto":

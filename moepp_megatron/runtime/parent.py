@@ -1,4 +1,4 @@
-"""A process that does not outlive the one that started it."""
+"""Ends a process together with the process that started it."""
 
 from __future__ import annotations
 

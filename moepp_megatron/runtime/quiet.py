@@ -19,7 +19,7 @@ _LOGGERS = (
 
 
 def quiet() -> None:
-    """Call before megatron-core is imported; a second call changes nothing."""
+    """Silence the messages. Call before importing megatron-core; a second call has no effect."""
     # megatron-core announces on import every optional package that is missing; `moepp doctor`
     # reports the same on request.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")

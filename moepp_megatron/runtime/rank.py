@@ -1,4 +1,4 @@
-"""What the launcher told this process about itself. Imports nothing heavy."""
+"""What the launcher's environment says about this rank. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class RankEnvironment:
     """This process among the ranks of a run.
 
     Attributes:
-        rank: From 0.
+        rank: Number of this rank from 0.
         world_size: Ranks of the run.
         local_rank: Rank on this node.
         local_world_size: Ranks on this node.
         is_launched: Whether torchrun, a launcher that sets the same variables, or srun started it.
         restart_count: How often torchrun has started the ranks anew.
-        start_name: What this start of the run is called on all of its ranks; None for a lone
+        start_name: Name of this start of the run, the same on all its ranks; None for a lone
             process.
         meets_at: Host and port of the store where ranks meet, and whether this rank serves it;
             None to take what torch finds in the environment.
@@ -41,7 +41,7 @@ class RankEnvironment:
 
     @classmethod
     def read(cls) -> RankEnvironment:
-        """From the variables that torchrun or srun sets; a lone process where there are none."""
+        """Read the variables that torchrun or srun sets; without them this is a lone process."""
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
             return cls._of_torchrun(env)

@@ -1,8 +1,8 @@
-"""The environment variables that every rank is started with: the one place that sets them.
+"""Sets the environment variables with which every rank is started.
 
 `moepp train --nproc`, `launch/*.sh` and `slurm/*.sbatch` all start ranks through
-`runtime.launch.run_ranks`, which asks here. Nothing that the user has set is changed. The same set
-is used without a GPU: NCCL and CUDA variables do nothing there.
+`runtime.launch.run_ranks`, which uses this module. Variables that the user has set are not changed.
+The same set is used without a GPU: NCCL and CUDA variables do nothing there.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Variable:
 
     Attributes:
         name: Its name.
-        value: What it is set to where the user has not set it.
-        reason: Why.
+        value: Its value unless the user has set it.
+        reason: Why it is set.
         aliases: Other names for the same thing; one that is set counts as this one.
     """
 

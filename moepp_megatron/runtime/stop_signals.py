@@ -1,4 +1,4 @@
-"""How a launcher passes requests to stop on to its ranks, past torchrun."""
+"""Passes requests to stop from a launcher to its ranks, past torchrun."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _ACKNOWLEDGED = b"\nstopping after this step; Ctrl-C again ends at once, without
 
 @contextmanager
 def starting(stoppable: bool) -> Iterator[None]:
-    """Children begin with the stop signals held back.
+    """A context in which children start with the stop signals blocked.
 
-    torchrun never takes them. A rank takes them once it listens, so that a request that comes while
-    it still starts is neither lost nor its end. Ranks that are not stoppable never see a
+    torchrun never unblocks them. A rank unblocks them once it listens, so that a request that comes
+    while it starts is neither lost nor fatal. Ranks that are not stoppable never see a
     terminal's SIGINT, which would have each of them print a traceback: the launcher ends them.
     """
     held_back = STOP_SIGNALS if stoppable else (signal.SIGINT,)
@@ -42,7 +42,7 @@ def starting(stoppable: bool) -> Iterator[None]:
 
 @dataclass
 class StopRequests:
-    """What became of a request to stop; torchrun may just be waiting for other machines."""
+    """The state of a request to stop; torchrun may just be waiting for other machines."""
 
     met_no_rank: bool = False
     number: int = 0
@@ -61,7 +61,7 @@ class StopRequests:
 
 
 def acknowledge() -> None:
-    """Answer the first Ctrl-C: a step, an evaluation or a save may take long to finish."""
+    """Print an answer to the first Ctrl-C: a step, an evaluation or a save may take long."""
     # Not through sys.stderr, whose buffer the interrupted code may hold.
     with contextlib.suppress(OSError):
         os.write(2, _ACKNOWLEDGED)
@@ -70,7 +70,7 @@ def acknowledge() -> None:
 def heeded_signals() -> list[signal.Signals]:
     """`STOP_SIGNALS` but for a SIGINT that was ignored from the start.
 
-    A shell starts background jobs of a script like that: Ctrl-C is for others then.
+    A shell starts background jobs of a script like that, because Ctrl-C is not meant for them.
     """
     return [
         number
@@ -81,7 +81,7 @@ def heeded_signals() -> list[signal.Signals]:
 
 @contextmanager
 def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iterator[StopRequests]:
-    """Signals that this process receives inside reach the ranks.
+    """A context in which signals that this process receives are passed on to the ranks.
 
     Args:
         agent: torchrun.

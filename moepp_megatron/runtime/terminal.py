@@ -1,4 +1,4 @@
-"""The console that everything is printed on which may hold text from elsewhere."""
+"""The console for all output that may hold untrusted text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moepp_megatron.config.printable import printable
 
 
 class Console(rich.console.Console):
-    """rich's console, except that text cannot command the terminal, nor the console.
+    """rich's console, except that text controls neither the terminal nor the console.
 
     rich takes a few control characters out of texts and lets the escape character through: the
     name of a run, a tensor or a file could clear the screen or set the clipboard. Square brackets
@@ -26,7 +26,7 @@ class Console(rich.console.Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """As rich's, with control characters of the text written as escapes."""
+        """Same as rich's, with control characters of the text written as escapes."""
         for segment in super().render(renderable, options):
             # Those with `control` are rich's own.
             if segment.control or segment.text.isprintable():

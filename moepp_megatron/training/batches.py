@@ -20,8 +20,8 @@ def rank_batches(
 ) -> list[Iterator[Batch]]:
     """One endless iterator per model chunk over this rank's micro-batches, from `consumed_samples`.
 
-    After the last whole global batch comes the first again: a run that skipped bad batches needs
-    some in their place.
+    After the last whole global batch the first one follows again, because a run that skipped bad
+    batches needs others in their place.
 
     Every rank reads its own samples: a sample depends on its index alone, so ranks of one
     data-parallel group agree without a broadcast.

@@ -1,4 +1,4 @@
-"""The budget of FFN experts a token, from the configuration into the model, step by step."""
+"""Applies the budget of FFN experts per token to the model, step by step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BudgetControl:
         config: The run's configuration; `moe.budget.acts` is true.
         model: The wrapped model.
         routing: Counts the selections of a step.
-        state: From a checkpoint; None at the beginning.
+        state: State from a checkpoint; None at the beginning.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class BudgetControl:
         return dict(zip(self._routing.layer_numbers, self._controller.taus(step), strict=True))
 
     def share(self, step: int) -> float:
-        """FFN share of all selections that is wanted in `step`."""
+        """Target of the FFN share of all selections in `step`."""
         return self._controller.budget.share_at(step)
 
     def end_step(self, step: int) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class BudgetControl:
         return self.state()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: plain numbers, nothing that later steps change."""
+        """The state for a checkpoint: plain numbers, copies that later steps do not change."""
         return self._controller.state()
 
     def metrics(self, step: int) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Continues prompts with a cache of keys and values, in any layout that can decode.
 
-What is cached: keys and values of every attention layer, in megatron-core's
-`StaticInferenceContext`. Nothing else: everything outside of attention treats each position by
-itself. That holds for the gating residual too. A router adds `G z` of the same position one MoE
-layer below, which the same forward pass has just computed, so the lane of router logits is always
-as long as the hidden states: the prompt first, one position from then on (`moe/lane.py`).
+The cache holds keys and values of every attention layer, in megatron-core's
+`StaticInferenceContext`. Nothing else is cached, since everything outside of attention treats each
+position by itself. That holds for the gating residual too. A router adds `G z` of the same position
+one MoE layer below, which the same forward pass has just computed, so the lane of router logits is
+always as long as the hidden states: the prompt first, one position from then on (`moe/lane.py`).
 
-What is not done: dropping. A capacity limit counts the tokens of a forward pass, so with a cache
-(few tokens a pass) it would decide otherwise than without. The request switches it off. The
+Selections are never dropped. A capacity limit counts the tokens of a forward pass, so with a cache
+(few tokens per pass) it would decide differently than without. The request switches it off. The
 released MoE++ code, which only infers, has no limit either (moe_plus_plus_layer.py).
 """
 
@@ -132,7 +132,7 @@ def continue_prompts(
         prompts: Token ids, at least one for each prompt.
         max_new_tokens: Tokens to add at most.
         sampling: How they are drawn.
-        eod: Ends a continuation.
+        eod: Token id that ends a continuation.
         vocab_size: Ids below it are tokens; the model's vocabulary may be larger.
 
     Raises:

@@ -105,7 +105,7 @@ class GenerateRequest:
             sampling: How tokens are drawn.
 
         Raises:
-            ConfigError: Whatever is wrong with it.
+            ConfigError: If the request is wrong.
         """
         sampling = sampling or Sampling()
         _check_overrides(overrides)
@@ -244,7 +244,7 @@ def generation_config(trained: Config, overrides: Sequence[str], world_size: int
     Raises:
         ConfigError: The layout does not fit, or cannot generate.
     """
-    # One sequence a data-parallel rank, which the check of the rank grid asks for. For sequence
+    # One sequence per data-parallel rank, which the check of the rank grid asks for. For sequence
     # parallelism see below.
     fixed = ("training.global_batch_size=1", "parallel.sequence_parallel=true")
     config = with_overrides(trained, [*_GENERATION, *overrides, *fixed])

@@ -20,7 +20,7 @@ def newest_checkpoint(
 
     Args:
         config: The run's configuration.
-        writer: What may still be writing one.
+        writer: The checkpoint writer, which may still be writing one.
         up_to_step: Only those after at most so many steps.
     """
     writer.finish()
@@ -33,13 +33,13 @@ def go_back(
     """Load a checkpoint; data goes on after all that has been read. Every rank must call.
 
     Args:
-        checkpoint: Verified.
+        checkpoint: A verified checkpoint.
         model: The wrapped model.
         config: The run's configuration.
-        before: Where the run stands.
+        before: The run's progress before.
 
     Returns:
-        Where it stands now, and what the checkpoint says besides.
+        The new progress, and the checkpoint's further state.
     """
     loaded = read_checkpoint(checkpoint, model, config)
     progress = replace(

@@ -1,4 +1,4 @@
-"""Router health of one step, from every rank's sums to the record's numbers."""
+"""Computes the router health of one step for the record from every rank's sums."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class HealthCollector:
         self._fields: dict[str, Any] | None = None
 
     def begin_step(self, step: int) -> None:
-        """Measure in `step`, or not."""
+        """Decide whether `step` is measured."""
         self._is_on = self._interval > 0 and step % self._interval == 0
         self._fields = None
         self._losses.zero_()
@@ -57,8 +57,8 @@ class HealthCollector:
     def add_losses(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
         """Sort a micro-batch's token losses by how many FFN experts the tokens got.
 
-        Counts are means over the MoE layers of this pipeline stage's chunk, rounded: with several
-        stages, of those after the last boundary.
+        Counts are rounded means over the MoE layers of this pipeline stage's chunk; with several
+        stages these are the layers of the last stage.
 
         Args:
             chunk: The model chunk, wrapped or not, that has just made the losses.
@@ -80,7 +80,7 @@ class HealthCollector:
             self._losses[row] += sums.index_add_(0, buckets, values.double()).cpu()
 
     def collect(self) -> dict[str, Any]:
-        """Fields of the record of a measured step, none of another.
+        """Fields for the record of a measured step; empty for other steps.
 
         The first call in a measured step is a collective; a further one returns the same.
         """
@@ -143,17 +143,17 @@ class HealthCollector:
 
 
 def _own_tokens(values: Tensor) -> Tensor:
-    """[b, s] values of all tokens to those of this tensor rank, in the layers' order."""
+    """Select this tensor rank's tokens from [b, s] values, in the layers' order."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     return values.T.chunk(size)[rank].reshape(-1)
 
 
 def _by_metric(layers: list[dict[str, float]]) -> dict[str, list[float]]:
-    """From one mapping a layer to one list a metric."""
+    """Turn one mapping per layer into one list per metric."""
     return {name: [layer[name] for layer in layers] for name in layers[0]}
 
 
 def _ratio(part: float, whole: float) -> float:
-    """NaN where there is nothing to divide by: nothing was measured, and 0 would look healthy."""
+    """The ratio, or NaN for a divisor of 0: nothing was measured, and 0 would look healthy."""
     return part / whole if whole > 0 else math.nan

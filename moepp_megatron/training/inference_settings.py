@@ -1,4 +1,4 @@
-"""A training configuration made fit for forward passes alone: scoring and generation."""
+"""Turns a training configuration into one for forward passes only: scoring and generation."""
 
 from __future__ import annotations
 

@@ -19,17 +19,17 @@ _STAYS = {"slurm"}
 
 
 def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
-    """Move what a run has left to a new folder beside its own, named by date and time.
+    """Move the files of a run to a new folder beside its own, named by date and time.
 
     What the new run reads (data, tokenizer, its configuration file) and Slurm's output stay. A
     checkpoint folder outside of the run's gets a neighbour of its own, so that nothing is copied.
 
     Args:
-        config: Of the new run.
+        config: Configuration of the new run.
         config_file: Its file; one in the run's folder is copied, not moved.
 
     Returns:
-        What was moved where, a line each.
+        One line per moved folder: from where to where.
 
     Raises:
         ConfigError: `checkpoint.load` names something that would be moved.
@@ -63,7 +63,7 @@ def owner_of_checkpoints(config: Config) -> Path | None:
     """The folder of another run whose checkpoints are where this one's would go, if it is there.
 
     Two runs in one folder would delete and continue each other's checkpoints. A run that was
-    renamed has no folder of its old name, so its checkpoints are its own still.
+    renamed has no folder of its old name, so its checkpoints still count as its own.
     """
     folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
     if _is_inside(checkpoints, folder):

@@ -51,8 +51,9 @@ class Start:
         resume: Go on with what is there.
         overwrite: Move aside what is there.
         restarted: The same run starts again: ranks after a death, a requeued job.
-        name: Of this start, the same for all of its ranks; None where no others read it.
-        config_file: The configuration file; one that is in the run's folder is no trace of a run.
+        name: Name of this start, the same for all its ranks; None if no other rank reads it.
+        config_file: The configuration file; one that is in the run's folder does not count as part
+            of a run.
         go_on: The command that goes on with the run.
     """
 
@@ -74,7 +75,7 @@ def is_requeued(config: Config, name: str | None) -> bool:
 
     Args:
         config: The run's configuration.
-        name: Of this start, as of `Start`.
+        name: Name of this start, as in `Start`.
     """
     if int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0 or is_claimed():
         return False
@@ -88,10 +89,10 @@ def is_requeued(config: Config, name: str | None) -> bool:
 
 
 def check_beside_leader(config: Config, start: Start) -> None:
-    """Refuse what the process that decides will refuse; for the ranks and machines beside it.
+    """Refuse what the deciding process will refuse; for the other ranks and machines.
 
     Raises:
-        ConfigError: As of `claimed`.
+        ConfigError: Same as for `claimed`.
     """
     if start.restarted:
         return
@@ -106,14 +107,14 @@ def check_beside_leader(config: Config, start: Start) -> None:
 
 @contextmanager
 def claimed(config: Config, start: Start, say: Callable[[str], object] = print) -> Iterator[None]:
-    """The run's folder is this process's inside; the one that decides for all ranks enters.
+    """A context in which this process owns the run's folder; only the deciding process enters.
 
-    Where no run has begun inside, nothing is left behind.
+    If no run has begun inside, nothing is left behind.
 
     Args:
         config: The run's configuration.
-        start: What is wanted.
-        say: Told what was moved where.
+        start: How the user wants to start.
+        say: Called with what was moved where.
 
     Raises:
         ConfigError: The folder holds a run and neither way is chosen, a run is being trained in it,
@@ -155,7 +156,7 @@ def refuse_running(folder: Path) -> None:
     """Refuse a folder in which a run is being trained.
 
     Raises:
-        ConfigError: With process and machine.
+        ConfigError: If one is; names process and machine.
     """
     _refuse_running(folder, Start())
 
@@ -164,7 +165,7 @@ def refuse_occupied(config: Config, start: Start) -> None:
     """Refuse a folder with a run for which neither way is chosen; looks at names only.
 
     Raises:
-        ConfigError: With what is there and both ways.
+        ConfigError: If there is one; says what is there and both ways.
     """
     if start.resume and start.overwrite and not start.restarted:
         raise ConfigError(
@@ -190,7 +191,7 @@ def refuse_occupied(config: Config, start: Start) -> None:
 
 
 def traces(config: Config, config_file: Path | None = None) -> list[str]:
-    """What of a run is in its folder or among its checkpoints, for a message; empty for nothing."""
+    """Names of a run's files in its folder and of its checkpoints, for a message."""
     folder = Path(config.run.dir)
     found = [
         name
@@ -230,7 +231,7 @@ def _refuse_other_owner(config: Config) -> None:
 
 
 def _is_silent(path: Path) -> bool:
-    """Whether nobody touches the file. Only changes count: clocks of machines differ."""
+    """Whether no process touches the file. Only changes count, because machines' clocks differ."""
     first = _touched(path)
     if first is None or time.time() - first / 1e9 > _OLD_S:
         return True
@@ -259,7 +260,7 @@ def _beat(folder: Path, stop: threading.Event) -> None:
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Of processes that want the folder at the same moment one looks and claims before the other.
+    """A lock, so that of two processes one checks and claims the folder before the other.
 
     Where the file system cannot lock a folder (NFS), two that start within the same instant may
     both be let in.
@@ -286,7 +287,7 @@ def _write(config: Config, claim: RunStatus) -> None:
 
 
 def _withdraw(folder: Path, claim: RunStatus, previous: RunStatus | None, existed: bool) -> None:
-    """Leave no trace of a start from which no run came."""
+    """Remove the files of a start that did not become a run."""
     if read_status(folder) != claim:
         return
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint says: from where, and what differs from before."""
+"""Messages of a resumed run: its checkpoint, and what differs from before."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SAME_LR = 1e-6
 def start_lines(
     checkpoint: Path, record: Record | None, config: Config, layout: Layout
 ) -> list[str]:
-    """From which checkpoint training goes on, and a line for each thing that differs from it.
+    """A line that names the checkpoint, and a line for each difference from it.
 
     Args:
-        checkpoint: What was loaded.
+        checkpoint: The checkpoint that was loaded.
         record: Its record; None where its weights alone were taken.
         config: The configuration of this run.
         layout: Its rank grid.

@@ -1,4 +1,4 @@
-"""What measures and steers the routers of a run, as one object for the training loop."""
+"""Measurement and control of a run's routers, as one object for the training loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Routers:
         config: The run's configuration.
         model: The wrapped model, as a checkpoint has left it.
         layout: The rank grid.
-        extra: What a checkpoint says; empty at the beginning.
+        extra: Further state from a checkpoint; empty at the beginning.
         dataset: The training set.
     """
 
@@ -78,40 +78,40 @@ class Routers:
             self._guard.begin_step(step, self._budget)
 
     def watch_losses(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
-        """See a micro-batch's token losses; a `LossWatcher`."""
+        """Record a micro-batch's token losses; a `LossWatcher`."""
         self._health.add_losses(chunk, batch, token_losses)
         if self._guard is not None:
             self._guard.add_losses(batch, token_losses)
 
     def learn(self, step: int) -> None:
-        """The optimizer has taken `step`."""
+        """Update the controllers after the optimizer has taken `step`."""
         if self._budget is not None:
             self._budget.end_step(step)
         if self._shift is not None:
             self._shift_value = self._shift.end_step()
 
     def judge(self, step: int, result: StepResult) -> Verdict:
-        """What is to be told and done about `step`, after its record."""
+        """The alerts and actions for `step`, after its record."""
         if self._guard is None:
             return NOTHING
         return self._guard.end_step(step, result, self._shift_value)
 
     def go_back(self, step: int, extra: dict[str, Any]) -> list[Alert]:
-        """The model is that of a checkpoint again.
+        """Reset the state after a checkpoint has been loaded.
 
         Args:
-            step: The last step of what is undone.
-            extra: Of the checkpoint.
+            step: The last step that is undone.
+            extra: Further state of the checkpoint.
 
         Returns:
-            What is to be told.
+            The alerts.
         """
         self._budget = self._open_budget(extra)
         self._shift = self._open_shift(extra)
         return [] if self._guard is None else self._guard.go_back(step, extra.get("guard"))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: nothing that later steps change; a collective."""
+        """The state for a checkpoint, which later steps do not change; a collective."""
         state: dict[str, Any] = {}
         if self._budget is not None:
             state["budget"] = self._budget.state()
@@ -122,7 +122,7 @@ class Routers:
         return state
 
     def write_profile(self) -> None:
-        """Write the run's `routing_profile.json`, where one is made."""
+        """Write the run's `routing_profile.json`, if profiles are made."""
         try:
             if self._shift is not None:
                 self._shift.write()
@@ -130,11 +130,11 @@ class Routers:
             logger.error("the routing profile could not be written: %s", error)
 
     def routing_metrics(self) -> dict[str, Any]:
-        """Fields of the record from the selections of the step; a collective."""
+        """Fields for the record from the selections of the step; a collective."""
         return self._routing.collect()
 
     def metrics(self, step: int) -> dict[str, Any]:
-        """Further fields of the record of `step`; a collective in a step that is measured."""
+        """Further fields for the record of `step`; a collective in a step that is measured."""
         fields: dict[str, Any] = dict(self._health.collect())
         if self._budget is not None:
             fields |= self._budget.metrics(step)

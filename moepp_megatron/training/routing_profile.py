@@ -24,9 +24,9 @@ FREQUENCY_CLASSES = 4
 class RoutingProfileCollector:
     """Adds up the profile of windows of steps. Every rank has one and calls its methods together.
 
-    Making one has the model's layers count cells from then on, where they know their tokens. A
-    window costs one all-reduce of its counts; a step of it adds on the device and waits for
-    nothing.
+    Its construction makes the model's layers count cells, if they know their tokens. A
+    window costs one all-reduce of its counts; a step adds on the device without
+    synchronising.
 
     Args:
         config: The run's configuration; `routing_guard.shift.window` is above 0.
@@ -59,7 +59,7 @@ class RoutingProfileCollector:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Those of the profiles' `experts` and `cells`."""
+        """Shapes of the profiles' `experts` and `cells`."""
         layers = len(self._numbers)
         return (layers, self._num_experts), (layers, self._num_cells, 2)
 
@@ -87,7 +87,7 @@ class RoutingProfileCollector:
         return self._profile(total)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the window that has begun holds so far, over all ranks, as JSON; a collective."""
+        """The counts of the unfinished window, over all ranks, as JSON; a collective."""
         if self._steps == 0:
             return {"steps": 0, "profile": None}
         return {"steps": self._steps, "profile": self._profile(self._reduced()).as_json()}
@@ -96,7 +96,7 @@ class RoutingProfileCollector:
         """Go on from `state_dict`, in any layout.
 
         Raises:
-            ValueError: The profile in it is none, or one of another model.
+            ValueError: If it holds no valid profile, or one of another model.
         """
         self._begin()
         if state["profile"] is None:
@@ -121,9 +121,9 @@ class RoutingProfileCollector:
     def _reduced(self) -> np.ndarray:
         """[L, E + 2 C] int64 over all ranks.
 
-        Each router counts the tokens that its rank has: those of another data-parallel replica, of
-        other parts of the sequence (context and tensor parallelism), of other layers. Whole experts
-        are nobody's: routers count before tokens are sent to them.
+        Each router counts its rank's tokens, which differ between data-parallel replicas, parts of
+        the sequence (context and tensor parallelism) and layers. Expert parallelism does not
+        matter: routers count before tokens are sent to experts.
         """
         total = self._counts.clone()
         dist.all_reduce(total)
@@ -161,7 +161,7 @@ def token_classes(dataset: Any, vocab_size: int) -> np.ndarray:
 
 
 def _tag_tokens(model: TrainingModel, config: Config, classes: np.ndarray) -> int:
-    """Have every chunk tell its layers the cells of their tokens.
+    """Make every chunk pass its layers the cells of their tokens.
 
     Returns:
         The number of cells.

@@ -1,4 +1,4 @@
-"""Whether the data shifts while a run trains, told by how its routers use their experts."""
+"""Detects shifts of the data while a run trains, by how its routers use their experts."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class RoutingShift:
         return None if profile is None else self._monitor.add(profile)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, the same on every rank; a collective."""
+        """The state for a checkpoint, the same on every rank; a collective."""
         return {
             "token_classes": self._classes,
             "shapes": self._shapes(),
@@ -99,7 +99,7 @@ class RoutingShift:
             StoredProfile(newest, self._classes, self._monitor.noise).write(self._folder)
 
     def _shapes(self) -> list[list[int]]:
-        """As JSON has them."""
+        """The shapes as lists, as in JSON."""
         return [list(shape) for shape in self._collector.shapes]
 
 

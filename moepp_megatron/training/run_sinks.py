@@ -1,4 +1,4 @@
-"""Where a run's records go."""
+"""The sinks that receive a run's records."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class TrainingModel:
 
     @contextmanager
     def gathered_parameters(self) -> Iterator[None]:
-        """All parameters are up to date on every rank inside; every rank must enter.
+        """A context in which all parameters are up to date on every rank; every rank must enter.
 
         With `parallel.overlap_param_gather` a step leaves each rank with its share of the new
         parameters, and the next step's forward pass gathers the others. Whoever reads parameters
@@ -84,7 +84,7 @@ def wrap_models(
     Args:
         models: This rank's model chunks.
         config: The run's configuration.
-        casts: Wrap for mixed precision too, which needs parameters that hold values.
+        casts: Whether to wrap for mixed precision too, which needs initialised parameters.
 
     Returns:
         The schedules' configuration, and the wrapped chunks.

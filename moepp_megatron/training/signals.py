@@ -23,7 +23,7 @@ SAME_REQUEST_S = 10.0
 class StopRequest:
     """Whether this run was asked to stop.
 
-    The first SIGTERM, SIGUSR1 or SIGINT is remembered and the step goes on; one that comes more
+    The first SIGTERM, SIGUSR1 or SIGINT is remembered and the step continues; one that comes more
     than `SAME_REQUEST_S` later ends the process at once. A process that trains alone is ended by a
     second Ctrl-C at once; for ranks their launcher decides that, which has passed on the first.
     """

@@ -1,4 +1,4 @@
-"""One step: forward and backward over the micro-batches, then the optimizer."""
+"""One training step: forward and backward over the micro-batches, then the optimizer."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def run_schedule(
 
     Args:
         model: The wrapped model.
-        batches: As in `training_step`.
+        batches: Same as in `training_step`.
         config: The run's configuration.
-        num_microbatches: Of this rank.
-        forward_only: Without a backward pass.
-        watcher: As in `training_step`.
+        num_microbatches: Micro-batches of this rank.
+        forward_only: Whether to leave out the backward pass.
+        watcher: Same as in `training_step`.
 
     Returns:
         [2] float64: sum of token losses and number of tokens on this rank; zeros on all stages but
@@ -120,7 +120,7 @@ def _forward_step(
     return_schedule_plan: bool = False,
     watcher: LossWatcher | None = None,
 ) -> tuple[Any, Any]:
-    """One micro-batch's output, or its plan for the combined schedule, and the loss of it."""
+    """One micro-batch's output, or its plan for the combined schedule, and its loss function."""
     batch = next(iterator)
     forward = model.build_schedule_plan if return_schedule_plan else model
     output = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
@@ -135,7 +135,7 @@ def _loss(
 
     Args:
         loss_mask: [b, s] fp32.
-        watch: Sees the token losses.
+        watch: Called with the token losses.
         token_losses: [b, s].
     """
     if watch is not None:

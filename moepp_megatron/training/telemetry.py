@@ -1,4 +1,4 @@
-"""Telemetry of all nodes, put beside a step's metrics."""
+"""Adds telemetry of all nodes to a step's metrics."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Telemetry:
         self._hardware = _hardware(config, self._on_gpu)
 
     def __enter__(self) -> Self:
-        """Begin; what is sampled from here on belongs to the next record. Every rank must enter."""
+        """Start; samples from here on belong to the next record. Every rank must enter."""
         if self.is_on:
             uuids = _cards_of_this_node(self._on_gpu)
             if uuids is not None:
@@ -109,8 +109,8 @@ def usage_metrics(usage: Usage, tokens: int) -> dict[str, Any]:
     """Fields of a record from the devices of all nodes.
 
     Args:
-        usage: Since the record before.
-        tokens: Trained on since then.
+        usage: Usage since the record before.
+        tokens: Tokens trained on since then.
     """
     names = _GPU_METRICS if usage.devices else _CPU_METRICS
     found: dict[str, Any] = {
@@ -135,7 +135,7 @@ def first_of_each_node(nodes: Sequence[str]) -> dict[str, int]:
 
 
 def _cards_of_this_node(on_gpu: bool) -> list[str] | None:
-    """UUIDs of the cards of this node's ranks, on its first rank; None on the others."""
+    """UUIDs of the GPUs of this node's ranks, on its first rank; None on the others."""
     uuid = None
     if on_gpu:
         uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"

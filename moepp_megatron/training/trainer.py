@@ -56,10 +56,10 @@ class Trainer:
         layout: The rank grid; process groups exist.
 
     Attributes:
-        progress: Where the run stands.
+        progress: The run's progress.
         extra: Further state that checkpoints hold, the same on every rank.
         checkpoints: Writes them; says whether saves failed.
-        start_lines: Which checkpoint the run goes on from, and what differs from it, for people.
+        start_lines: Messages: the checkpoint that the run continues from, and what differs from it.
     """
 
     def __init__(self, config: Config, layout: Layout) -> None:
@@ -161,7 +161,7 @@ class Trainer:
 
     @property
     def failure(self) -> str | None:
-        """What of the run's end is on no disk, in one line; None if all of it is."""
+        """One line on data of the run's end that could not be written; None if all of it was."""
         return "; ".join(filter(None, (self.checkpoints.error, self._lost_records))) or None
 
     def _close(self, sinks: Sinks) -> None:
@@ -171,12 +171,12 @@ class Trainer:
             self._lost_records = f"the last records of metrics could not be written: {error}"
 
     def _alert(self, alert: Alert) -> None:
-        """Tell, on the one rank that tells."""
+        """Raise alerts, on the rank that owns the sinks."""
         if self._alerts is not None:
             self._alerts.send(alert)
 
     def _complain(self) -> None:
-        """Say on every logged step that the last save failed, until one succeeds."""
+        """Repeat with every logged step that the last save failed, until one succeeds."""
         if self.checkpoints.error is not None:
             logger.error(
                 "step %d: %s (%d failed saves)",
@@ -201,7 +201,7 @@ class Trainer:
         self.progress = self.progress.after_step(samples, samples * self.config.model.seq_length)
 
     def _skip(self) -> None:
-        """Leave the batch of a refused step behind; after too many in a row, go back."""
+        """Skip the batch of a refused step; after too many in a row, go back."""
         guard = self._supervisor.guard
         assert guard is not None, "only the guard refuses steps"
         self.progress = self.progress.after_skip(self.config.training.global_batch_size)
@@ -211,7 +211,7 @@ class Trainer:
                 self._roll_back()
 
     def _judge_routers(self, result: StepResult) -> bool:
-        """Let the routing guard judge the step just taken; false where the run has gone back."""
+        """Let the routing guard judge the step just taken; False if the run has gone back."""
         step = self.progress.step
         verdict = self._routers.judge(step, result)
         for alert in verdict.alerts:
@@ -251,12 +251,12 @@ class Trainer:
         self._share_losses_with_guard()
 
     def _share_losses_with_guard(self) -> None:
-        """Checkpoints hold what the guard remembers, so that a resumed run judges alike."""
+        """Share the guard's losses with checkpoints, so that a resumed run judges alike."""
         if self._supervisor.guard is not None:
             self._supervisor.guard.recent_losses = self.extra.setdefault("recent_losses", [])
 
     def _due(self, interval: int) -> bool:
-        """Whether something that happens every `interval` steps, and at the end, happens now."""
+        """Whether an action that happens every `interval` steps, and at the end, is due now."""
         step = self.progress.step
         at_end = step == self.config.training.train_iters
         return interval > 0 and (step % interval == 0 or at_end)

@@ -1,8 +1,8 @@
 """The named cross-field rules, by subject.
 
 A rule is a generator function: it takes a Config and yields a Problem where it is broken. Its
-name says what must hold. A rule that another rule counts on comes first and the other one stays
-silent where the first is broken, so that one mistake gives one line.
+name says what must hold, its docstring why. If a rule relies on another one, the other one comes
+first, and the rule reports nothing while that one is broken, so that one mistake gives one line.
 """
 
 from collections.abc import Callable, Iterator

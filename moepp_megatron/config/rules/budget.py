@@ -9,7 +9,7 @@ from moepp_megatron.config.schema import Config
 
 
 def budget_has_something_to_choose(config: Config) -> Iterator[Problem]:
-    """Without zero-computation experts every token gets K FFN experts."""
+    """Every token gets K FFN experts if there are no zero-computation experts."""
     moe = config.moe
     if not moe.budget.acts or moe.num_zero_computation_experts > 0:
         return
@@ -24,7 +24,7 @@ def budget_has_something_to_choose(config: Config) -> Iterator[Problem]:
 
 
 def budget_is_within_what_tokens_select(config: Config) -> Iterator[Problem]:
-    """A token selects K experts; where all K are FFN experts no tau balances them."""
+    """A token selects K experts; if all K are FFN experts, no tau balances them."""
     moe = config.moe
     for key in ("target_ffn_per_token", "start_ffn_per_token"):
         value = getattr(moe.budget, key)
@@ -53,7 +53,7 @@ def bias_controller_has_a_bias(config: Config) -> Iterator[Problem]:
 
 
 def tau_acts_through_the_balance_loss(config: Config) -> Iterator[Problem]:
-    """Tau does nothing where the balance loss is off."""
+    """Tau has no effect if the balance loss is off."""
     moe = config.moe
     if moe.balance_coeff > 0 or not moe.budget.acts or moe.budget.controller == "bias":
         return

@@ -1,4 +1,4 @@
-"""Rules of `training.cuda_graphs`: which parts of a layer can be captured, and beside what."""
+"""Rules of `training.cuda_graphs`: which parts of a layer can be captured, with which settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REASONS = {
 
 
 def graphs_name_capturable_parts(config: Config) -> Iterator[Problem]:
-    """A graph is a fixed sequence of kernels on fixed sizes, without a word from the host."""
+    """A graph is a fixed sequence of kernels with fixed sizes, without input from the host."""
     parts = config.training.cuda_graphs
     unknown = [part for part in parts if part not in CAPTURABLE]
     if unknown:
@@ -32,7 +32,7 @@ def graphs_name_capturable_parts(config: Config) -> Iterator[Problem]:
 
 
 def graphs_stand_alone(config: Config) -> Iterator[Problem]:
-    """What would run parts of a layer twice, elsewhere, or with effects that no graph repeats."""
+    """Graphs exclude settings that run parts of a layer twice, elsewhere, or with other effects."""
     training, moe = config.training, config.moe
     if not training.cuda_graphs or set(training.cuda_graphs) - set(CAPTURABLE):
         return

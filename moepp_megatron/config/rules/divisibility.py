@@ -1,4 +1,4 @@
-"""The commonest rule, with a remedy that can be typed in."""
+"""Divisibility, the most common rule, with a remedy that can be typed in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def nearest_multiples(value: int, divisor: int) -> str:
 
 
 def legal_divisors(value: int, near: int) -> str:
-    """What divides `value`, as "1, 2, 4 or 8"; of many the two on either side of `near`."""
+    """The divisors of `value`, as "1, 2, 4 or 8"; of many only the two on either side of `near`."""
     found = [number for number in range(1, isqrt(value) + 1) if value % number == 0]
     found = sorted({*found, *(value // number for number in found)})
     if len(found) > _MOST_DIVISORS:
@@ -44,8 +44,8 @@ def must_divide(
         divisor: What must divide it.
         divisor_text: The divisor in words, or the name of the setting that it is.
         reason: Added to the rule where the divisor does not explain itself.
-        others: Given where the divisor is a setting, which the user may change as well: what else
-            it has to divide. The remedy then names its legal values first.
+        others: The other values that the divisor has to divide, if it is a setting that the user
+            may change as well. The remedy then names its legal values first.
     """
     if value % divisor == 0:
         return

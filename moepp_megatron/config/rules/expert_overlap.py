@@ -13,7 +13,7 @@ SPLIT_MODULES = ("layernorm", "moe")
 
 
 def overlapped_experts_have_their_parts(config: Config) -> Iterator[Problem]:
-    """megatron-core asserts most of these; with the others its schedule would be wrong."""
+    """megatron-core asserts most of these; without the others its schedule would be wrong."""
     parallel, training = config.parallel, config.training
     if not parallel.overlap_moe_expert_parallel_comm:
         return

@@ -1,6 +1,6 @@
-"""What deep_ep, the package under the flex dispatcher, asks of sizes.
+"""The sizes that deep_ep, the package of the flex dispatcher, requires.
 
-Each of these ends in an assertion of its C++ or just-in-time code, in the first step on a cluster.
+A wrong size ends in an assertion of its C++ or just-in-time code, in the first step on a cluster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HYBRIDEP_TOKEN_ALIGNMENT = 4
 
 
 def flex_dispatcher_needs_expert_ranks(config: Config) -> Iterator[Problem]:
-    """DeepEP asserts that there is somebody to send to."""
+    """DeepEP asserts that there is more than one rank."""
     parallel = config.parallel
     ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
     if config.moe.dispatcher == "flex" and ranks == 1:
@@ -32,7 +32,7 @@ def flex_dispatcher_needs_expert_ranks(config: Config) -> Iterator[Problem]:
 
 
 def flex_sizes_are_aligned(config: Config) -> Iterator[Problem]:
-    """Hidden vectors are whole pieces of 16 bytes; DeepEP's kernels take SMs in pairs."""
+    """Hidden vectors are multiples of 16 bytes; DeepEP's kernels use SMs in pairs."""
     moe = config.moe
     if moe.dispatcher != "flex":
         return
@@ -49,7 +49,7 @@ def flex_sizes_are_aligned(config: Config) -> Iterator[Problem]:
 
 
 def hybridep_tokens_are_aligned(config: Config) -> Iterator[Problem]:
-    """HybridEP aborts where a rank's tokens of a micro-batch are no multiple of 4."""
+    """HybridEP aborts if a rank's tokens of a micro-batch are not a multiple of 4."""
     if config.moe.dispatcher != "flex" or config.moe.flex_backend != "hybridep":
         return
     tokens = config.tokens_per_rank

@@ -47,7 +47,7 @@ def routing_without_object(config: Config) -> Iterator[Problem]:
 
 
 def constant_settings_without_constants(config: Config) -> Iterator[Problem]:
-    """They are the constant experts'."""
+    """These settings belong to constant experts."""
     if config.moe.num_constant_experts == 0:
         for key in ("constant_init", "constant_temperature", "constants_shared"):
             yield from _ignored(
@@ -60,7 +60,7 @@ def constant_settings_without_constants(config: Config) -> Iterator[Problem]:
 
 
 def flex_settings_without_flex(config: Config) -> Iterator[Problem]:
-    """Backend and multiprocessors are those of the flex dispatcher."""
+    """Backend and multiprocessors belong to the flex dispatcher."""
     if config.moe.dispatcher != "flex":
         for key in ("flex_backend", "flex_num_sms"):
             yield from _ignored(
@@ -73,7 +73,7 @@ def flex_settings_without_flex(config: Config) -> Iterator[Problem]:
 
 
 def deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
-    """A token meets two experts of one rank only where a rank holds two and a token takes two."""
+    """A token has two experts of one rank only if a rank holds two and a token selects two."""
     moe, ranks = config.moe, config.parallel.expert_model_parallel_size
     if moe.dispatcher != "alltoall_dedup":
         return
@@ -94,7 +94,7 @@ def deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
 
 
 def kernels_of_the_vanilla_layer(config: Config) -> Iterator[Problem]:
-    """The Triton kernels are the MoE++ layer's."""
+    """The Triton kernels belong to the MoE++ layer."""
     if config.moe.is_vanilla:
         yield from _ignored(
             "moe",
@@ -106,7 +106,7 @@ def kernels_of_the_vanilla_layer(config: Config) -> Iterator[Problem]:
 
 
 def tau_beside_a_target(config: Config) -> Iterator[Problem]:
-    """The target gives tau."""
+    """Tau follows from the budget's target."""
     if config.moe.budget.target_ffn_per_token is not None:
         yield from _ignored(
             "moe",
@@ -118,7 +118,7 @@ def tau_beside_a_target(config: Config) -> Iterator[Problem]:
 
 
 def budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
-    """Gain, average and scope are the controller's; the start and its ramp need each other."""
+    """Gain, average and scope belong to the controller; the start and its ramp need each other."""
     budget = config.moe.budget
     if budget.controller == "none":
         for key in ("gain", "decay", "scope"):
@@ -195,7 +195,7 @@ def recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
 
 
 def fp8_settings_without_use(config: Config) -> Iterator[Problem]:
-    """Delayed scaling alone has a history; the numbers of bf16 layers count where there are any."""
+    """Only delayed scaling has a history; the numbers of bf16 layers need their switch."""
     precision = config.precision
     if precision.recipe != "delayed":
         for key in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
@@ -294,7 +294,7 @@ def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
 
 
 def profiled_ranks_without_steps(config: Config) -> Iterator[Problem]:
-    """Ranks record steps."""
+    """Ranks record nothing if no steps are given."""
     if not config.training.profile_steps:
         yield from _ignored(
             "training",
@@ -306,7 +306,7 @@ def profiled_ranks_without_steps(config: Config) -> Iterator[Problem]:
 
 
 def wandb_settings_without_project(config: Config) -> Iterator[Problem]:
-    """W&B is on where a project is named."""
+    """W&B is on only if a project is named."""
     wandb = config.observe.wandb
     if wandb.project is None:
         for key in ("entity", "mode"):
@@ -315,7 +315,7 @@ def wandb_settings_without_project(config: Config) -> Iterator[Problem]:
 
 
 def guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
-    """Rules are judged only where the guard is on; ids and shares belong to one kind of tokens."""
+    """Rules are judged only if the guard is on; ids and shares belong to one kind of tokens."""
     guard = config.routing_guard
     if not guard.enabled:
         for key in ("dry_run", "rules"):

@@ -1,4 +1,4 @@
-"""Rules of `model.latent_attention`: what it takes the place of, and what it cannot go with."""
+"""Rules of `model.latent_attention`: settings that it replaces or excludes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def latent_norms_have_vectors(config: Config) -> Iterator[Problem]:
 
 
 def latent_yarn_is_stretched(config: Config) -> Iterator[Problem]:
-    """YaRN slows channels down between two numbers of turns."""
+    """YaRN slows down channels between two numbers of rotations."""
     latent = config.model.latent_attention
     if latent is not None and latent.rope_type == "yarn" and latent.beta_slow >= latent.beta_fast:
         yield Problem(
@@ -66,7 +66,7 @@ def latent_yarn_is_stretched(config: Config) -> Iterator[Problem]:
 
 
 def latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Problem]:
-    """What does not know it, or was never run with it."""
+    """Parts that do not support latent attention, or were never run with it, are refused."""
     model, training = config.model, config.training
     if model.latent_attention is None:
         return

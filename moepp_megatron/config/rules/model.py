@@ -10,7 +10,7 @@ from moepp_megatron.config.schema import Config
 
 
 def heads_divide_hidden_size(config: Config) -> Iterator[Problem]:
-    """Without widths of their own, the heads share out the hidden size evenly."""
+    """Heads without a width of their own share the hidden size evenly."""
     model = config.model
     heads = model.num_attention_heads
     if model.latent_attention is not None:
@@ -63,7 +63,7 @@ def query_groups_divide_heads(config: Config) -> Iterator[Problem]:
 
 
 def qk_norms_are_there_to_span_heads(config: Config) -> Iterator[Problem]:
-    """The scope is that of the query and key norms."""
+    """The scope applies to the norms of queries and keys, which must be on."""
     model = config.model
     if model.qk_layernorm_scope == "all_heads" and not model.qk_layernorm:
         yield Problem(

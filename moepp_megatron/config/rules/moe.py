@@ -21,7 +21,7 @@ def topk_within_experts(config: Config) -> Iterator[Problem]:
 
 
 def single_selection_keeps_raw_gate(config: Config) -> Iterator[Problem]:
-    """With K = 1 a normalised gate is always 1, so the router would get no gradient from it."""
+    """A normalised gate is always 1 if K = 1, so the router would get no gradient from it."""
     moe = config.moe
     if moe.router_topk == 1 and moe.gate_normalization != "none":
         yield Problem(
@@ -34,7 +34,7 @@ def single_selection_keeps_raw_gate(config: Config) -> Iterator[Problem]:
 
 
 def layer_freq_names_moe_layers(config: Config) -> Iterator[Problem]:
-    """layer_freq is a positive step, or one flag a layer with at least one MoE layer."""
+    """layer_freq is a positive step, or one flag per layer with at least one MoE layer."""
     freq, layers = config.moe.layer_freq, config.model.num_layers
     name = "moe.layer_freq"
     if isinstance(freq, int):
@@ -60,7 +60,7 @@ def layer_freq_names_moe_layers(config: Config) -> Iterator[Problem]:
 
 
 def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
-    """megatron-core's own MoE layer has none of these, and they would change the model."""
+    """megatron-core's own MoE layer lacks these router settings, which would change the model."""
     moe = config.moe
     if not moe.is_vanilla:
         return
@@ -100,7 +100,7 @@ def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
 
 
 def shared_constants_are_whole(config: Config) -> Iterator[Problem]:
-    """One rank holds all layers, in an assembly and a schedule that are tested with it."""
+    """Shared constants need all layers on one rank, and a tested assembly and schedule."""
     moe, parallel = config.moe, config.parallel
     if not moe.constants_shared or moe.num_constant_experts == 0:
         return
@@ -130,7 +130,7 @@ def shared_constants_are_whole(config: Config) -> Iterator[Problem]:
 
 
 def shared_expert_is_there_to_weigh(config: Config) -> Iterator[Problem]:
-    """The gate is the shared expert's."""
+    """The gate belongs to the shared expert, which must exist."""
     moe = config.moe
     if moe.shared_expert_gate and moe.shared_expert_ffn_hidden_size is None:
         yield Problem(

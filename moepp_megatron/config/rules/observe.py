@@ -12,7 +12,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def webhook_is_named_not_given(config: Config) -> Iterator[Problem]:
-    """The address is a secret: it stands in the environment, and never in a message."""
+    """The address is a secret: it is read from the environment and never part of a message."""
     name = config.observe.webhook_url_env
     if name is not None and not _NAME.fullmatch(name):
         yield Problem(

@@ -44,7 +44,7 @@ def tensor_ranks_divide_widths(config: Config) -> Iterator[Problem]:
 
 
 def query_groups_fit_tensor_ranks(config: Config) -> Iterator[Problem]:
-    """Key/value heads are shared out over the tensor-parallel ranks, or copied to several."""
+    """Key/value heads are divided among the tensor-parallel ranks, or copied to several."""
     groups, ranks = config.model.query_groups, config.parallel.tensor_model_parallel_size
     if config.model.num_query_groups is not None and groups % ranks and ranks % groups:
         yield Problem(
@@ -118,7 +118,7 @@ def virtual_stages_need_pipeline(config: Config) -> Iterator[Problem]:
 
 
 def layers_divide_over_stages(config: Config) -> Iterator[Problem]:
-    """Without a layout string every stage holds the same number of layers."""
+    """Every stage holds the same number of layers unless there is a layout string."""
     parallel = config.parallel
     if parallel.pipeline_model_parallel_layout is not None:
         return

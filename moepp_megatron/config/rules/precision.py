@@ -140,7 +140,7 @@ def fp8_parameters_have_a_master_copy(config: Config) -> Iterator[Problem]:
 
 
 def bf16_layers_leave_fp8_layers(config: Config) -> Iterator[Problem]:
-    """Layers in bf16 at the ends: not with delayed scaling, and not all of them.
+    """First and last layers in bf16 exclude delayed scaling, and some layers must remain in FP8.
 
     (transformer_config.py; `get_fp8_context`: per-layer contexts would reduce amaxes wrongly.)
     """

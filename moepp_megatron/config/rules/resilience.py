@@ -12,7 +12,7 @@ SHORTEST_HANG_TIMEOUT_S = 1.0
 
 
 def hang_timeout_is_measurable(config: Config) -> Iterator[Problem]:
-    """The timeout is off or long enough to be told from a busy machine."""
+    """The timeout is off, or longer than the delays of a busy machine."""
     timeout = config.resilience.hang_timeout_s
     if 0 < timeout < SHORTEST_HANG_TIMEOUT_S:
         yield Problem(

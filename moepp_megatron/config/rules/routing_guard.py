@@ -81,7 +81,7 @@ def guard_rules_have_one_limit(config: Config) -> Iterator[Problem]:
 
 
 def guard_rules_clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
-    """Else a rule would hold and be healthy at once."""
+    """The clear value is on the healthy side; else a rule could hold and be healthy at once."""
     for name, rule in _own(config):
         for key, sign in (("above", 1), ("below", -1)):
             limit = getattr(rule, key)
@@ -96,7 +96,7 @@ def guard_rules_clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
 
 
 def guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
-    """Router health and the profile can be switched off."""
+    """A rule needs its metric: router health and the profile can be switched off."""
     is_off = {
         "observe.health_interval": config.observe.health_interval == 0,
         "training.cuda_graphs": "moe_router" in config.training.cuda_graphs,
@@ -119,7 +119,7 @@ def guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
 
 
 def safe_mode_has_enough_ffn_experts(config: Config) -> Iterator[Problem]:
-    """In safe mode a token takes K FFN experts."""
+    """A token takes K FFN experts in safe mode."""
     moe = config.moe
     if moe.router_topk > moe.num_ffn_experts:
         for rule in _acting(config, "safe_mode"):
@@ -164,7 +164,7 @@ def guard_reaches_the_router(config: Config) -> Iterator[Problem]:
 
 
 def forced_tokens_are_known_in_every_layer(config: Config) -> Iterator[Problem]:
-    """Which token a hidden vector belongs to travels with it; not in all schedules."""
+    """Token ids travel with the hidden vectors, which not all schedules support."""
     reasons = {
         "model.implementation": config.model.implementation == "hybrid",
         "parallel.overlap_moe_expert_parallel_comm": (
@@ -216,7 +216,7 @@ def actions_have_the_balance_loss_they_need(config: Config) -> Iterator[Problem]
 
 
 def guard_has_checkpoints_to_go_back_to(config: Config) -> Iterator[Problem]:
-    """Going back takes a checkpoint."""
+    """A rollback needs a checkpoint."""
     if config.checkpoint.save_interval > 0:
         return
     for rule in _acting(config, "rollback"):
@@ -230,7 +230,7 @@ def guard_has_checkpoints_to_go_back_to(config: Config) -> Iterator[Problem]:
 
 
 def guard_keeps_checkpoints_of_before(config: Config) -> Iterator[Problem]:
-    """It goes back to before the rule held, so a checkpoint of then must still be there."""
+    """A rollback goes to before the rule held, so a checkpoint from then must still exist."""
     keep, interval = config.checkpoint.keep, config.checkpoint.save_interval
     if keep is None or interval == 0:
         return
@@ -250,7 +250,7 @@ def guard_keeps_checkpoints_of_before(config: Config) -> Iterator[Problem]:
 
 
 def shift_is_judged_at_last(config: Config) -> Iterator[Problem]:
-    """What is not remembered does not count for the warm-up."""
+    """The warm-up counts only remembered windows, so memory must be large enough."""
     shift = config.routing_guard.shift
     if shift.warmup > shift.memory:
         yield Problem(

@@ -14,7 +14,7 @@ _TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2})|(\d+(:\d{2}){0,2})")
 
 
 def names_are_slurms(config: Config) -> Iterator[Problem]:
-    """Names hold only what Slurm's names hold."""
+    """Names contain only characters that Slurm's names may have."""
     for key in ("partition", "account", "qos", "constraint", "exclude"):
         value = getattr(config.slurm, key)
         if value is not None and not _NAME.fullmatch(value):
@@ -39,7 +39,7 @@ def time_limit_is_a_duration(config: Config) -> Iterator[Problem]:
 
 
 def fewest_nodes_are_among_the_nodes(config: Config) -> Iterator[Problem]:
-    """The job does not go on with more nodes than it asks for."""
+    """The minimum of nodes does not exceed the number of nodes that the job asks for."""
     slurm = config.slurm
     if slurm.min_nodes is not None and slurm.min_nodes > slurm.nodes:
         yield Problem(
@@ -51,7 +51,7 @@ def fewest_nodes_are_among_the_nodes(config: Config) -> Iterator[Problem]:
 
 
 def container_has_an_image(config: Config) -> Iterator[Problem]:
-    """A container needs an image, and an image something that runs it."""
+    """A container needs an image, and an image needs a container runtime."""
     slurm = config.slurm
     if slurm.container != "none" and slurm.container_image is None:
         yield Problem(

@@ -133,7 +133,7 @@ def split_has_three_parts(config: Config) -> Iterator[Problem]:
 
 
 def background_saving_saves(config: Config) -> Iterator[Problem]:
-    """Writing in the background needs a checkpoint that is written while training goes on."""
+    """Writing in the background needs a checkpoint that is written during training."""
     if config.checkpoint.async_save and config.checkpoint.save_interval == 0:
         yield Problem(
             "checkpoint.async_save",

@@ -106,7 +106,7 @@ def profiled_ranks_exist(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def overlap_without_data_parallelism(config: Config, world_size: int) -> Iterator[Problem]:
-    """Nothing is reduced or gathered when nobody shares a parameter."""
+    """Nothing is reduced or gathered if no two ranks share a parameter."""
     dense_ranks = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
     for key in ("overlap_grad_reduce", "overlap_param_gather"):
         if dense_ranks == 1 and getattr(config.parallel, key):

@@ -1,4 +1,4 @@
-"""Section `moe.budget`: how many FFN experts a token gets, and what holds the model to it."""
+"""Section `moe.budget`: the target of FFN experts per token, and its controller."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moepp_megatron.config.schema.section import Section, unit
 
 
 class BudgetSection(Section):
-    """The budget of FFN experts a token, its controller and its schedule."""
+    """The budget of FFN experts per token, its controller and its schedule."""
 
     target_ffn_per_token: float | None = Field(
         default=None,

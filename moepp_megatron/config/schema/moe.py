@@ -93,7 +93,8 @@ class MoESection(Section, LayerSettings, frozen=True):
     def moe_layer_pattern(self, num_layers: int) -> list[bool]:
         """For each of `num_layers` layers, whether it is an MoE layer.
 
-        As megatron-core's `moe_layer_freq`: an integer n makes layers 0, n, 2n, ... MoE layers.
+        It has the meaning of megatron-core's `moe_layer_freq`: an integer n makes layers 0, n, 2n,
+        ... MoE layers.
         """
         if isinstance(self.layer_freq, int):
             return [layer % self.layer_freq == 0 for layer in range(num_layers)]

@@ -10,7 +10,7 @@ from moepp_megatron.config.schema.section import PathText, Section, unit
 
 
 class WandbSection(Section):
-    """Weights & Biases. Who may write there is settled by `wandb login`, not here."""
+    """Weights & Biases. Access is granted by `wandb login`, not here."""
 
     project: str | None = Field(
         default=None,

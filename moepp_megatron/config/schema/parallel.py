@@ -79,8 +79,8 @@ class ParallelSection(Section):
 
     @property
     def uses_sequence_parallel(self) -> bool:
-        """Sequence parallelism with an effect.
+        """Whether sequence parallelism has an effect.
 
-        megatron-core refuses the flag without tensor parallelism, so this is what it must get.
+        megatron-core refuses the flag without tensor parallelism, so it gets this value.
         """
         return self.sequence_parallel and self.tensor_model_parallel_size > 1

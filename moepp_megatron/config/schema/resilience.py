@@ -1,4 +1,4 @@
-"""Section `resilience`: what watches over a run, and when it acts."""
+"""Section `resilience`: the checks of a running run, and when they act."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moepp_megatron.config.schema.section import Section, unit
 
 
 class ResilienceSection(Section):
-    """Bad batches, silent divergence, hangs, stragglers."""
+    """Settings for bad batches, silent divergence, hangs and stragglers."""
 
     guard: bool = Field(
         default=True,

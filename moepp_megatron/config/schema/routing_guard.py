@@ -1,4 +1,4 @@
-"""Section `routing_guard`: rules over the routers, and what is done where one holds."""
+"""Section `routing_guard`: rules over the routers, and the actions when one holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GuardAction = Literal["none", "warn", "raise_tau", "force_ffn", "safe_mode", "ro
 
 
 class GuardRule(Section):
-    """One rule. Where `name` is that of a default rule, what is left out is taken from that."""
+    """One rule. If `name` is that of a default rule, missing settings are taken from it."""
 
     name: str = Field(
         min_length=1,
@@ -84,7 +84,7 @@ class GuardRule(Section):
 
 
 class ForceFFNSection(Section):
-    """Which tokens the action `force_ffn` is about."""
+    """The tokens that the action `force_ffn` concerns."""
 
     tokens: Literal["all", "ids", "high_loss"] = Field(
         default="high_loss",
@@ -114,7 +114,7 @@ class ForceFFNSection(Section):
 
 
 class ShiftSection(Section):
-    """The routing profile, and when it is so far from its reference that the data has shifted."""
+    """The routing profile, and the distance from its reference that counts as a shift."""
 
     window: int = Field(
         default=10,

@@ -10,7 +10,7 @@ from moepp_megatron.config.schema.section import ConfigPath, PathText, Section, 
 
 
 class RunSection(Section):
-    """Where a run's files go."""
+    """Settings of a run's folder and name."""
 
     dir: ConfigPath = Field(
         description="Folder of the run: config.yaml, metrics.jsonl, checkpoints, report",
@@ -52,7 +52,7 @@ class DataSection(Section):
 
 
 class CheckpointSection(Section):
-    """Saving and loading."""
+    """Settings of saving and loading checkpoints."""
 
     dir: ConfigPath | None = Field(
         default=None,

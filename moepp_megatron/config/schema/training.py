@@ -54,7 +54,7 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
-    """Batches, length, recomputation, logging."""
+    """Settings of batches, length, recomputation and logging."""
 
     train_iters: int = Field(ge=1, description="Optimizer steps", json_schema_extra=unit("steps"))
     global_batch_size: int = Field(

@@ -49,7 +49,7 @@ class MoEPPConfig(LlamaConfig):
         router_aux_loss_coef: Factor on the balance loss in the loss.
         bos_token_id: Token that begins a text, or None.
         eos_token_id: Token that ends one, or None.
-        **kwargs: As `LlamaConfig`.
+        **kwargs: Same as `LlamaConfig`.
     """
 
     model_type = "moepp"
@@ -136,7 +136,7 @@ class MoeConfig(MoEPPConfig):
         moe_use_logits_norm: Whether logits are scaled to `moe_gate_norm_std`.
         moe_gate_norm_std: That standard deviation.
         moe_feature_no_mul_topk: The experts' input as it is, instead of twice.
-        **kwargs: As `MoEPPConfig`, `num_hidden_layers` above all.
+        **kwargs: Same as `MoEPPConfig`, `num_hidden_layers` above all.
     """
 
     model_type = "MoE++"

@@ -307,7 +307,7 @@ class _MoEPPMixin:
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
-        """As in transformers, without the reentrant kind.
+        """Same as in transformers, without the reentrant kind.
 
         Raises:
             ValueError: The reentrant kind is asked for.
@@ -343,7 +343,7 @@ class MoEPPModel(_MoEPPMixin, LlamaModel):
 
     @wraps(LlamaModel.forward)
     def forward(self, *args: Any, router_lane: dict[int, Tensor] | None = None, **kw: Any) -> Any:
-        """As `LlamaModel.forward`; `router_lane` receives the router logits of each MoE layer."""
+        """Same as `LlamaModel.forward`; `router_lane` receives each MoE layer's router logits."""
         lane = {} if router_lane is None else router_lane
         return super().forward(*args, router_lane=lane, **kw)
 
@@ -366,7 +366,7 @@ class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `LlamaForCausalLM.forward`.
+        """Same as `LlamaForCausalLM.forward`.
 
         With `output_router_logits` (by default the configuration's) the output has `router_logits`,
         [T, E] fp32 for each MoE layer, and `aux_loss`, the sum of the layers' balance losses over

@@ -1,4 +1,4 @@
-"""Triton kernels for what is bound by memory and by launches on a GPU. Never required.
+"""Triton kernels for steps that a GPU spends on memory traffic and launches. Never required.
 
     router.py    logits to gates, routing map and statistics, in one kernel each way
     rows.py      which FFN rows are each token's
@@ -30,7 +30,7 @@ def use_kernels(fused: Fused) -> bool:
         fused: `MoEPPConfig.fused`.
 
     Raises:
-        RuntimeError: For True where neither a GPU with Triton nor the interpreter is there.
+        RuntimeError: If `fused` is True without a GPU with Triton and without the interpreter.
     """
     if fused == "auto" or not fused:
         return fused == "auto" and have_triton()

@@ -1,8 +1,8 @@
-"""FFN experts' rows back to their tokens, with all that is added to them, in one kernel.
+"""One kernel that returns FFN experts' rows to their tokens and adds all other experts' outputs.
 
     y_t = sum of the token's rows + s_t x_t + A_t V + addend_t
 
-The definition is what stands in its place without kernels: the dispatcher's unpermutation, then
+The definition is the code that runs without kernels: the dispatcher's unpermutation, then
 `ZeroComputationExperts.forward`, then an addition; 5 to 7 passes over [T, D] and a dozen launches
 for s and A, against one read of each operand and one write here, summed in fp32 and rounded once. x
 is read only for tokens that selected a copy or constant expert.
@@ -16,7 +16,7 @@ pass the gradient of x is made before the rows' gradients leave: x read and writ
 then. A dispatcher whose package combines by itself (all-gather, flex) hands over finished tokens
 and keeps the order without kernels.
 
-Bytes a token: `traffic.py`. Shape suffixes: T tokens, R rows, D hidden size, C constant experts.
+Bytes per token: `traffic.py`. Shape suffixes: T tokens, R rows, D hidden size, C constant experts.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def combine(
         rows: [R, D] FFN experts' outputs, times their gates.
         table: [T, slots] int32, which rows are each token's, -1 for none; every row is of exactly
             one token (`copies.rows_of_tokens`).
-        zero: Of zero-computation experts; None where they return 0. A token's gates of experts
-            that it did not select must be 0, and get a gradient that means nothing.
+        zero: Inputs of zero-computation experts; None if they return 0. A token's gates of experts
+            that it did not select must be 0; their gradient is meaningless.
         addend: [T, D] shared experts' output; None for none.
         config: `expert_input_scale` and the experts' columns are read.
 
@@ -173,7 +173,7 @@ def _columns(config: MoEPPConfig) -> dict[str, int]:
 def _chunk(num_tokens: int, parts: int) -> int:
     """Tokens that one program of the backward pass adds up for V's gradient.
 
-    Few give enough programs; many write less: partial sums are 4 C D / chunk bytes a token. A
+    Few give enough programs; many write less: partial sums are 4 C D / chunk bytes per token. A
     power of two, because the kernel is compiled for each.
     """
     chunk = 2 * _BLOCK_T

@@ -127,7 +127,7 @@ def backward_of_weights(  # type: ignore[no-untyped-def]
     NUM_EXPERTS: tl.constexpr, FIRST: tl.constexpr, CONSTANTS: tl.constexpr,
     COPIES: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """From the gradients of s and A, in parts, to those of gates and mixing logits."""
+    """Gradients of gates and mixing logits from those of s and A, which come in parts."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     is_token = token < num_tokens

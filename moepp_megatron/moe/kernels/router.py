@@ -1,15 +1,15 @@
-"""From router logits to gates, routing map and statistics in one kernel, and back in another.
+"""One kernel from router logits to gates, routing map and statistics, and one for its gradient.
 
 The definition is `moepp_megatron.moe.selection`: about 25 PyTorch operations forward on a few bytes
-a token, so that on a GPU nearly all of their time is launches. The residual G z is added by the
+per token, so that on a GPU nearly all of their time is launches. The residual G z is added by the
 matrix product that computes it, before this kernel.
 
 Selection is the same, ties included: keys are built from the scores' bits as in `top_experts`. The
 scores themselves may differ from PyTorch's in the last bit, which can decide between two scores
 that are that close. NaN counts as the largest score.
 
-Bytes a token: forward reads 4E, writes 5E; backward reads 9E, writes 4E (`traffic.py`). Nothing but
-logits and map is kept for the backward pass, which computes the scores again.
+Bytes per token: forward reads 4E, writes 5E; backward reads 9E, writes 4E (`traffic.py`). Nothing
+but logits and map is kept for the backward pass, which computes the scores again.
 
 Shape suffixes: T tokens, E experts, S sequences that are counted each by itself.
 """
@@ -43,7 +43,7 @@ def select(
     num_sequences: int | None,
     padded: Tensor | None = None,
 ) -> Selection:
-    """As `moepp_megatron.moe.selection.select`; logits must be fp32."""
+    """Same as `moepp_megatron.moe.selection.select`; logits must be fp32."""
     assert logits.dtype == torch.float32, f"logits must be fp32, not {logits.dtype}"
     padded = None if padded is None else padded.contiguous()
     arguments = (logits.contiguous(), bias, padded, config, num_sequences or 0)
@@ -176,7 +176,7 @@ def _shares(logs, counted):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _grad_of_logs(shares, grad):  # type: ignore[no-untyped-def]
-    """From the gradient of `_shares` to that of the logarithms."""
+    """The gradient of the logarithms from that of `_shares`."""
     return shares * (grad - tl.sum(shares * grad, axis=1)[:, None])
 
 

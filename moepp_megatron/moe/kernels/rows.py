@@ -3,7 +3,7 @@
 The definition is `moepp_megatron.moe.copies.rows_of_tokens`. Programs first count their tokens'
 rows, then each adds up the counts of those before it.
 
-Bytes a token: reads the map twice, writes 4 for each slot.
+Bytes per token: reads the map twice, writes 4 for each slot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BLOCK_P = 32
 
 
 def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
-    """As `moepp_megatron.moe.copies.rows_of_tokens`; the map's rows may be parts of longer ones."""
+    """Same as `moepp_megatron.moe.copies.rows_of_tokens`; the map may be a slice of columns."""
     num_tokens, num_columns = routing_map.shape
     table = torch.empty(num_tokens, slots, dtype=torch.int32, device=routing_map.device)
     block_m = triton.next_power_of_2(num_columns)

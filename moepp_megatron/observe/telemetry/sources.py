@@ -1,4 +1,4 @@
-"""Where samples come from: a node's cards through NVML, or its CPU through psutil."""
+"""Where samples come from: a node's GPUs through NVML, or its CPU through psutil."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Source(Protocol):
 
     @property
     def devices(self) -> int:
-        """How many there are; 0 where they are no cards."""
+        """How many there are; 0 where they are no GPUs."""
         ...
 
     def sample(self) -> list[DeviceSample]:
@@ -38,10 +38,10 @@ class Source(Protocol):
 
 
 class GpuSource:
-    """Cards of this node.
+    """GPUs of this node.
 
     Args:
-        uuids: The cards that the run uses, "GPU-...".
+        uuids: The GPUs that the run uses, "GPU-...".
         nvml: An open NVML, which is closed with this.
         clock: Seconds, for rates from counters.
     """
@@ -56,11 +56,11 @@ class GpuSource:
 
     @property
     def devices(self) -> int:
-        """Number of cards."""
+        """Number of GPUs."""
         return len(self._indices)
 
     def sample(self) -> list[DeviceSample]:
-        """Look at every card; takes about 40 ms a card, nearly all of it waiting for PCIe."""
+        """Look at every GPU; takes about 40 ms a GPU, nearly all of it waiting for PCIe."""
         return [self._sample(index) for index in self._indices]
 
     def _sample(self, index: int) -> DeviceSample:
@@ -87,7 +87,7 @@ class GpuSource:
         return (total - before[1]) / (now - before[0])
 
     def energy_j(self) -> float | None:
-        """Energy of all cards since the driver was loaded."""
+        """Energy of all GPUs since the driver was loaded."""
         energies = self._nvml.energies(self._indices)
         known = [energy for energy in energies if energy is not None]
         return sum(known) if known and len(known) == len(energies) else None
@@ -115,7 +115,7 @@ class CpuSource:
 
     @property
     def devices(self) -> int:
-        """No cards."""
+        """No GPUs."""
         return 0
 
     def sample(self) -> list[DeviceSample]:

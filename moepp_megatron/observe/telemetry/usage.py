@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(frozen=True)
 class DeviceSample:
-    """One look at one device, a card or a node's CPU; None where it does not tell.
+    """One look at one device, a GPU or a node's CPU; None where it does not tell.
 
     Attributes:
         power_w: Power, W.
@@ -106,7 +106,7 @@ class Usage:
             dict(zip(_MEANS, summands[:width], strict=True)),
             {name: round(n) for name, n in zip(_MEANS, summands[width : 2 * width], strict=True)},
             {n: top for n, top in zip(_HIGHEST, tops[:-1], strict=True) if math.isfinite(top)},
-            # A sum without some of the cards would look like a saving.
+            # A sum without some of the GPUs would look like a saving.
             energy if unknown == 0 else None,
             round(devices),
             tops[-1],

@@ -1,6 +1,6 @@
 """The only place that asks NVML (through nvidia-ml-py), for health checks and telemetry.
 
-Every number may be None: NVML does not know it for this card, driver or permission. Tests hand in
+Every number may be None: NVML does not know it for this GPU, driver or permission. Tests hand in
 a stand-in for the library with the same function names.
 """
 

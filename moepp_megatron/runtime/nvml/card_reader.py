@@ -1,4 +1,4 @@
-"""Reads the whole state of one card."""
+"""Reads the whole state of one GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moepp_megatron.runtime.nvml.state import Card, GpuProcess, NvLink, Remapped
 
 
 class CardReader:
-    """Reads everything about one card; collects what it stumbles over."""
+    """Reads everything about one GPU; collects the errors of its queries."""
 
     def __init__(self, library: Library, handle: Any, faults: list[str]) -> None:
         self._calls, self._library = library, library.module
@@ -19,7 +19,7 @@ class CardReader:
         return self._calls.ask(function, self._handle, *arguments, faults=self._faults)
 
     def read(self, index: int) -> Card:
-        """The card's state."""
+        """The GPU's state."""
         card = Card(
             index,
             name=text(self._ask("nvmlDeviceGetName")),

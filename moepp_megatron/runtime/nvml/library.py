@@ -1,4 +1,4 @@
-"""Calls of NVML: what is no answer, what is a fault, and units."""
+"""Calls NVML; distinguishes missing answers from faults, and converts units."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Library:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        # Nothing to say for this card, this driver or this user: not a fault.
+        # Nothing to say for this GPU, this driver or this user: not a fault.
         self._silent = (
             module.NVMLError_NotSupported,
             module.NVMLError_FunctionNotFound,
@@ -25,7 +25,7 @@ class Library:
         )
 
     def ask(self, function: str, *arguments: Any, faults: list[str] | None = None) -> Any:
-        """Call a function; None where NVML has no answer. Errors of the card go to `faults`."""
+        """Call a function; None where NVML has no answer. Errors of the GPU go to `faults`."""
         try:
             return getattr(self.module, function)(*arguments)
         except (AttributeError, *self._silent):
@@ -36,7 +36,7 @@ class Library:
             return None
 
     def fields(self, handle: Any, *fields: int) -> list[int | None]:
-        """Field values of a card, each None where it has none."""
+        """Field values of a GPU, each None where it has none."""
         values = self.ask("nvmlDeviceGetFieldValues", handle, list(fields))
         if values is None:
             return [None] * len(fields)

@@ -1,4 +1,4 @@
-"""An open NVML."""
+"""An open connection to NVML."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NvmlUnavailableError(RuntimeError):
 
 
 class Nvml:
-    """An open NVML. Use as a context.
+    """An open connection to NVML. Use as a context.
 
     Args:
         library: The module `pynvml`, or a stand-in with its function names; None imports it.
@@ -53,7 +53,7 @@ class Nvml:
         self._library = Library(library)
 
     def __enter__(self) -> Self:
-        """Open already."""
+        """Return itself; NVML is open already."""
         return self
 
     def __exit__(
@@ -77,11 +77,11 @@ class Nvml:
         return Driver(text(version), parts)
 
     def count(self) -> int:
-        """Cards that NVML shows this process, whatever CUDA_VISIBLE_DEVICES says."""
+        """GPUs that NVML shows this process, whatever CUDA_VISIBLE_DEVICES says."""
         return int(self._library.module.nvmlDeviceGetCount())
 
     def card(self, index: int) -> Card:
-        """State of card `index`; a card that does not answer has `faults`."""
+        """State of GPU `index`; a GPU that does not answer has `faults`."""
         faults: list[str] = []
         handle = self._library.ask("nvmlDeviceGetHandleByIndex", index, faults=faults)
         if handle is None:
@@ -89,7 +89,7 @@ class Nvml:
         return CardReader(self._library, handle, faults).read(index)
 
     def index_of(self, uuids: Sequence[str]) -> list[int]:
-        """NVML numbers of the cards with these UUIDs, in this order; unknown ones are left out."""
+        """NVML numbers of the GPUs with these UUIDs, in this order; unknown ones are left out."""
         known = {}
         for index in range(self.count()):
             handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
@@ -98,11 +98,12 @@ class Nvml:
         return [known[uuid] for uuid in uuids if uuid in known]
 
     def sample(self, index: int, with_traffic: bool = True) -> Sample:
-        """What telemetry reads of card `index`.
+        """The values of GPU `index` that telemetry reads.
 
         Args:
             index: NVML's number.
-            with_traffic: Also PCIe traffic, for which NVML watches the link 20 ms a direction.
+            with_traffic: Also PCIe traffic, for which NVML watches the link for 20 ms per
+                direction.
         """
         library = self._library.module
         handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
@@ -136,7 +137,7 @@ class Nvml:
         )
 
     def watch_faults(self, indices: Sequence[int]) -> FaultWatch | None:
-        """Watch these cards for Xid errors; None where the driver cannot."""
+        """Watch these GPUs for Xid errors; None where the driver cannot."""
         events = self._library.ask("nvmlEventSetCreate")
         if events is None:
             return None
@@ -148,7 +149,7 @@ class Nvml:
         return FaultWatch(self._library, events)
 
     def energies(self, indices: Sequence[int]) -> list[float | None]:
-        """Energy in J since the driver was loaded, of each card."""
+        """Energy in J since the driver was loaded, of each GPU."""
         energies: list[float | None] = []
         for index in indices:
             handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
@@ -158,13 +159,13 @@ class Nvml:
 
 
 class FaultWatch:
-    """Xid errors of the watched cards since the watch began. Made by `Nvml.watch_faults`."""
+    """Xid errors of the watched GPUs since the watch began. Made by `Nvml.watch_faults`."""
 
     def __init__(self, library: Library, events: Any) -> None:
         self._library, self._events = library, events
 
     def poll(self) -> list[tuple[int | None, int]]:
-        """New errors, each as (NVML's number of the card, Xid); never waits."""
+        """New errors, each as (NVML's number of the GPU, Xid); never waits."""
         found: list[tuple[int | None, int]] = []
         while True:
             event = self._library.ask("nvmlEventSetWait_v2", self._events, 0)

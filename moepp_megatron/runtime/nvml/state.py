@@ -1,4 +1,4 @@
-"""What NVML says about a card, as plain data."""
+"""The state of a GPU from NVML, as plain data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class NvLink:
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process with memory on a card; `memory` in bytes, None where NVML hides it."""
+    """A process with memory on a GPU; `memory` in bytes, None where NVML hides it."""
 
     pid: int
     memory: int | None
@@ -26,7 +26,7 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class Driver:
-    """Versions: of the driver ("580.95.05"), and of the newest CUDA it serves, as (13, 0)."""
+    """Versions of the driver ("580.95.05") and of the newest CUDA that it supports, as (13, 0)."""
 
     version: str | None
     cuda: tuple[int, int] | None
@@ -44,11 +44,11 @@ class RemappedRows:
 
 @dataclass(frozen=True)
 class Card:
-    """State of one card at one time. Clocks in MHz, power in W, temperatures in degrees Celsius.
+    """State of one GPU at one time. Clocks in MHz, power in W, temperatures in degrees Celsius.
 
     Attributes:
         index: NVML's number.
-        name: Such as "NVIDIA H100 80GB HBM3"; None if the card does not even say that.
+        name: Product name such as "NVIDIA H100 80GB HBM3"; None if unknown.
         uuid: "GPU-...".
         faults: Errors that queries ended with, such as "GPU is lost", each once.
         recovery_action: What the driver asks for (0 none, 1 reset, 2 reboot, ...).
@@ -59,9 +59,9 @@ class Card:
         retirement_pending: Whether pages wait for a restart to be retired.
         rows: Remapped rows.
         throttle_reasons: Bit mask `nvmlClocksEventReason...`.
-        pcie_generation: Of the link at this time; falls when a card is idle.
-        pcie_max_generation: That card and slot can agree on.
-        busy_power_state: Whether the card is in P0, the state under load.
+        pcie_generation: Present generation of the link; falls when a GPU is idle.
+        pcie_max_generation: Highest generation that GPU and slot support.
+        busy_power_state: Whether the GPU is in P0, the state under load.
     """
 
     index: int
@@ -94,10 +94,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Sample:
-    """What telemetry reads of one card.
+    """One GPU's values for telemetry.
 
     Power in W, energy in J since the driver was loaded, utilisation and shares 0 to 1, memory in
-    bytes, clock in MHz, traffic in bytes a second (PCIe) and bytes since some start (NVLink).
+    bytes, clock in MHz, traffic in bytes per second (PCIe) and bytes since some start (NVLink).
     """
 
     power: float | None = None

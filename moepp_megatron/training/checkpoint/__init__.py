@@ -10,15 +10,15 @@
     find.py        which checkpoint a name means, which one is the newest valid one
     compatible.py  whether a checkpoint fits a configuration
     state.py       model, optimizer, schedule as megatron-core's sharded state
-    fp8_state.py   what delayed FP8 scaling remembers, checked before it is unpickled
-    optimizer.py   what megatron-core gets wrong about optimizer state, put right
+    fp8_state.py   histories of delayed FP8 scaling, checked before they are unpickled
+    optimizer.py   corrections of megatron-core's handling of optimizer state
     rng.py         random states of a rank
     plan.py        which rank writes which bytes
     background.py  a forked process that writes while training goes on
-    publish.py     from complete files to a checkpoint with a name
-    agree.py       what ranks tell each other without the training backend
+    publish.py     turns complete files into a named checkpoint
+    agree.py       small messages between ranks without the training backend
     prune.py       deleting old checkpoints
-    leftovers.py   what killed runs left half written or half deleted
+    leftovers.py   removes checkpoints that killed runs left half written or half deleted
     room.py        whether the checkpoints to come fit on the disk
     write.py       `CheckpointWriter`: all of a save, in the foreground or background
     read.py        all of a load

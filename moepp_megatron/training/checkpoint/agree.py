@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other about a save, in small messages between CPUs.
+"""Small messages between the ranks' CPUs about a save.
 
 Not over NCCL: a check whether all ranks have finished writing must not wait for the GPU.
 """

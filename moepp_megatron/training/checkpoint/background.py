@@ -1,4 +1,4 @@
-"""A forked process that does one thing while the rank trains on.
+"""A forked process that runs one function while the rank continues to train.
 
 Forked, not spawned: the child sees the memory as it is at the fork, so on a CPU the snapshot costs
 nothing but the pages that training changes meanwhile, and no import has to be repeated. The child
@@ -107,7 +107,7 @@ class Background:
 
 
 def _live(function: Callable[[], Any], writer: int, parent: int) -> NoReturn:
-    """The child's life. Nothing of the parent's may run in it, so it ends with `os._exit`."""
+    """The code of the child. It ends with `os._exit`, so that no code of the parent runs in it."""
     status = 1
     try:
         _detach(writer, parent)

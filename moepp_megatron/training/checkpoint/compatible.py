@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a configuration, told from config.yaml before a tensor is read."""
+"""Whether a checkpoint fits a configuration, decided from config.yaml before reading tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moepp_megatron.training.checkpoint.names import CONFIG_FILE
 
 
 def _latent_widths(config: Config) -> dict[str, Any] | None:
-    """What of latent attention decides shapes; how it turns positions does not."""
+    """The settings of latent attention that decide shapes; those of rotation do not."""
     latent = config.model.latent_attention
     if latent is None:
         return None
@@ -39,7 +39,7 @@ def _residual(config: Config) -> bool:
 
 
 def _split(config: Config) -> Any:
-    """Shares of the parts, however their weights are written; None for the corpus's own."""
+    """Shares of the parts, normalised; None for the corpus's own split."""
     split = config.data.split
     weights = None if split is None else parse_split(split)
     if weights is None or sum(weights) == 0:
@@ -85,7 +85,7 @@ def check_compatible(checkpoint: Path, config: Config) -> None:
     """Refuse a checkpoint whose model has other shapes.
 
     Raises:
-        ConfigError: The shapes differ, one line a setting.
+        ConfigError: If the shapes differ; one line per setting.
     """
     try:
         saved = load_config(checkpoint / CONFIG_FILE)
@@ -98,7 +98,7 @@ def check_compatible(checkpoint: Path, config: Config) -> None:
 
 
 def differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
-    """Name, value before and value now of each setting of training that means something else."""
+    """Name, old value and new value of each training setting whose meaning has changed."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     return [
         (name, old[section].get(key), value)
@@ -130,7 +130,7 @@ def _shape_problems(checkpoint: Path, saved: Config, config: Config) -> list[Pro
 
 
 def _follows(name: str, saved: Config, config: Config) -> bool:
-    """Whether a difference comes from another setting's, which is reported."""
+    """Whether a difference follows from that of another setting, which is reported instead."""
     both = (saved, config)
     if name == "moe.layer_freq":
         return saved.model.num_layers != config.model.num_layers

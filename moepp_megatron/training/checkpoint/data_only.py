@@ -1,4 +1,4 @@
-"""The one way by which megatron-core and torch read a checkpoint: data, never code.
+"""Makes megatron-core and torch read a checkpoint as data only, never as code.
 
 torch.distributed.checkpoint unpickles `.metadata` and byte entries without restrictions
 (filesystem.py, default_planner.py). While `load_data` runs, they get an index that `index.py`
@@ -34,14 +34,14 @@ _ONLY_DATA, _ALSO_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHT
 
 
 def load_data(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """As `megatron.core.dist_checkpointing.load`, which every rank must call.
+    """Same as `megatron.core.dist_checkpointing.load`, which every rank must call.
 
     Args:
-        state: The sharded state that is wanted.
+        state: The sharded state to read.
         checkpoint: The folder.
 
     Raises:
-        UnsafePickleError: Its index is not an index alone.
+        UnsafePickleError: If its index holds anything else.
         OSError: It cannot be read.
     """
     reader = partial(_Reader, read_metadata(checkpoint))
@@ -55,7 +55,7 @@ def load_data(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 @contextmanager
 def only_data() -> Iterator[None]:
-    """Inside, `torch.load` reads with `weights_only=True`, even where it is told otherwise."""
+    """A context in which `torch.load` uses `weights_only=True`, whatever its caller asks for."""
     before = {name: os.environ.pop(name, None) for name in (_ONLY_DATA, _ALSO_CODE)}
     os.environ[_ONLY_DATA] = "1"
     try:

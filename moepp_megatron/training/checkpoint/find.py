@@ -60,7 +60,7 @@ def find_checkpoint(name: str | Path, beside: Path | None = None) -> Path:
 
 
 def start_candidates(config: Config, folder: Path) -> list[Path]:
-    """What `checkpoint.load` may mean, newest first, whole or not.
+    """The checkpoints that `checkpoint.load` may mean, newest first, complete or not.
 
     Args:
         config: The run's configuration.
@@ -97,7 +97,7 @@ def check_start(config: Config, folder: Path) -> None:
 
 
 def refuse_no_start(name: str, skipped: list[str]) -> None:
-    """What to do where `checkpoint.load` means nothing that can be read.
+    """Refuse to start if `checkpoint.load` names nothing that can be read.
 
     Args:
         name: `checkpoint.load`; `auto` starts from scratch where there is no checkpoint at all.
@@ -136,10 +136,10 @@ def checkpoint_folders(name: str | Path, beside: Path | None = None) -> list[Pat
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders in `folder`, newest first, whole or not.
+    """Checkpoint folders in `folder`, newest first, complete or not.
 
-    By the time of writing: a run that went back to step 50 and saved step 60 has step 60 as its
-    newest, though step 100 of before is still there.
+    The order is that of writing: a run that went back to step 50 and saved step 60 has step 60 as
+    its newest, though step 100 of before is still there.
     """
     try:
         paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]

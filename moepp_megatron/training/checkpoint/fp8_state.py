@@ -1,4 +1,4 @@
-"""Loads what delayed FP8 scaling remembers: histories and scales, pickled by Transformer Engine.
+"""Loads the histories and scales of delayed FP8 scaling, which Transformer Engine pickles.
 
 Transformer Engine refuses to read such a pickle unless a variable of the environment allows it for
 the whole process (its `_extra_state.py`, from 2.20 at the latest), because a crafted one could run
@@ -29,13 +29,13 @@ _ALLOW = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 @contextmanager
 def checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
-    """Inside, Transformer Engine reads the FP8 state of `state`, all of which is safe to read.
+    """A context in which Transformer Engine may read the FP8 state in `state`, which is checked.
 
     Args:
         state: A model's state, `name: tensor or object`, as it was read from a checkpoint.
 
     Raises:
-        ConfigError: An entry holds anything but numbers, tensors and recipes.
+        ConfigError: If an entry holds anything but numbers, tensors and recipes.
     """
     # Without Transformer Engine nobody reads them.
     if importlib.util.find_spec("transformer_engine") is None:

@@ -63,7 +63,7 @@ _KNOWN |= {
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
-    """The index of a checkpoint's tensors: what torch needs to read them, and nothing else.
+    """The index of a checkpoint's tensors: only what torch needs to read them.
 
     Raises:
         UnsafePickleError: The file is not an index alone, or it places bytes outside of the folder.

@@ -1,7 +1,7 @@
 """The files of a checkpoint.
 
-A checkpoint is a folder `step_NNNNNNNN` in megatron-core's distributed format with everything
-beside it that it takes to stand alone:
+A checkpoint is a folder `step_NNNNNNNN` in megatron-core's distributed format, plus everything
+that makes it usable by itself:
 
     __R_0.distcp     what rank R wrote
     .metadata        which bytes hold which tensor (torch.distributed.checkpoint)
@@ -29,12 +29,12 @@ PREFIX = "step_"
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder's name of the checkpoint after `step` steps."""
+    """The folder name of the checkpoint after `step` steps."""
     return f"{PREFIX}{step:08d}"
 
 
 def checkpoint_step(path: Path) -> int:
-    """The steps that the folder's name tells."""
+    """The number of steps in a checkpoint folder's name."""
     return int(path.name.removeprefix(PREFIX))
 
 

@@ -1,6 +1,6 @@
-"""What megatron-core 0.19.2 gets wrong when optimizer state is stored per parameter, put right.
+"""Corrections of megatron-core 0.19.2 for optimizer state that is stored per parameter.
 
-Each function says what it is that would go wrong, and where.
+Each function says what would go wrong without it, and where.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _NO_PARAMETER = "no parameter"
 
 @contextlib.contextmanager
 def complete_state(optimizer: Any) -> Iterator[None]:
-    """Inside, torch's Adam has the state that megatron-core counts on.
+    """A context in which torch's Adam has the state that megatron-core relies on.
 
-    Torch makes it at the first step, megatron-core looks for it before. And a rank without any
+    Torch creates it at the first step, megatron-core needs it before. And a rank without any
     parameter of an optimizer (a stage without experts) has no step count, which
     `DistributedOptimizer.state_dict` asserts.
     """
@@ -48,7 +48,7 @@ def complete_state(optimizer: Any) -> Iterator[None]:
 
 
 def fill_copies(optimizer: Any, tensors: dict[int, dict[str, Any]]) -> None:
-    """Put the parameters, which have been read, where their fp32 copies were not stored."""
+    """Fill fp32 copies that were not stored from the parameters, which have been read."""
     # The order in which the distributed optimizer numbers its parameters.
     parameters = (
         parameter
@@ -79,7 +79,7 @@ def load_sharded(optimizer: Any, tensors: Any, steps: int) -> None:
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Inside, the distributed optimizer does not run the garbage collector.
+    """A context in which the distributed optimizer does not run the garbage collector.
 
     It does so for runs that switched the collector off; here that would be a third of the time
     that a save keeps training (docs/LOG.md).
@@ -90,7 +90,7 @@ def without_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def padded_state(optimizer: Any) -> Iterator[None]:
-    """Inside, a distributed optimizer finds its parameters where its state has them.
+    """A context in which a distributed optimizer reads its parameters at the right offsets.
 
     It gathers its state without the padding between the buckets of a buffer, but cuts the
     parameters out at their places with padding (distrib_optimizer.py,
@@ -126,5 +126,5 @@ def _with_padding(packed: Tensor, buffer: Any) -> Tensor:
 
 
 def is_torch(inner: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer is torch's own, as there is without Transformer Engine and apex."""
+    """Whether an optimizer is torch's own, as without Transformer Engine and apex."""
     return type(inner).__module__.startswith("torch.optim")

@@ -1,4 +1,4 @@
-"""Reads what a pickle describes without making any of it.
+"""Reads the description in a pickle without creating any of its objects.
 
 A pickle is a program: what one of its names means may depend on what ran before, even on an
 earlier reading of the same bytes. So nothing here is looked up, called or changed. Names stay
@@ -32,7 +32,7 @@ class Name:
     name: str
 
     def __str__(self) -> str:
-        """As Python code would write it."""
+        """The name in Python's notation."""
         return f"{self.module}.{self.name}"
 
 
@@ -41,10 +41,10 @@ class Description:
     """An object that the pickle describes; compared and hashed by identity.
 
     Attributes:
-        kind: What the pickle asks to call for it.
-        args: With which arguments.
-        state: What it asks to set on the result.
-        items: What it asks to put into the result.
+        kind: The class or function that the pickle asks to call.
+        args: The arguments of that call.
+        state: The state that it asks to set on the result.
+        items: The items that it asks to put into the result.
     """
 
     kind: Name
@@ -54,7 +54,7 @@ class Description:
 
 
 def read_plain(content: bytes, is_known: Callable[[Name], bool]) -> Any:
-    """What a pickle of protocol 4 or 5 describes.
+    """The values that a pickle of protocol 4 or 5 describes.
 
     Args:
         content: The pickle.

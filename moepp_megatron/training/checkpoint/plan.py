@@ -1,4 +1,4 @@
-"""Which rank writes which bytes: planned by megatron-core, written by us.
+"""Plans with megatron-core which rank writes which bytes, and writes them itself.
 
 megatron-core plans a save and hands out an asynchronous request. Its own ways to carry one out end
 in collectives that hang all ranks when one rank cannot write, and hash every file on one rank while
@@ -37,7 +37,7 @@ class Written:
     """What one rank wrote.
 
     Attributes:
-        results: Of torch's writer, for the index.
+        results: Results of torch's writer, for the index.
         digests: File name to SHA-256.
         sizes: File name to bytes.
     """
@@ -48,7 +48,7 @@ class Written:
 
 
 class Plan:
-    """A save that is planned and held in host memory, but not written.
+    """A planned save whose data is in host memory and not yet written.
 
     Attributes:
         folder: Where it is to be written.
@@ -147,7 +147,7 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
 
 def _free(error: BaseException) -> None:
-    """Free the streams that a failed write has left, without a word of theirs.
+    """Free the streams that a failed write has left, without their error messages.
 
     Torch's streams flush when they are collected. Their file is closed by then, which Python
     reports on stderr, with a traceback for each.

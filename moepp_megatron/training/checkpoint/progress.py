@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 class Progress:
     """How far a run is at one moment.
 
-    Frozen: a save that is still being written keeps the moment it was made of.
+    It is frozen, so that a save in progress keeps the state at which it was started.
 
     Attributes:
         step: Optimizer steps taken.
@@ -59,11 +59,11 @@ class Record:
     """The content of `state.json`: plain numbers that need no unpickling.
 
     Attributes:
-        progress: Where the run stood.
+        progress: The run's progress at that moment.
         layout: The rank grid that wrote the checkpoint.
-        versions: Of what wrote it.
+        versions: Versions of the packages that wrote it.
         saved_at: Seconds since 1970.
-        format_version: Of this record and of what the tensors are called.
+        format_version: Version of this record's format and of the tensor names.
     """
 
     progress: Progress
@@ -74,11 +74,11 @@ class Record:
 
     @classmethod
     def now(cls, progress: Progress, layout: Layout) -> Record:
-        """A record of this moment."""
+        """A record of the present state."""
         return cls(progress, grid(layout), _versions(), time.time())
 
     def to_json(self) -> bytes:
-        """As `state.json`."""
+        """Same as `state.json`."""
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
 
@@ -90,7 +90,7 @@ def grid(layout: Layout) -> dict[str, int]:
 
 
 def read_record(checkpoint: Path) -> Record | None:
-    """A checkpoint's record; None where there is none: weights alone, from `moepp convert`.
+    """A checkpoint's record; None if it has none, as weights from `moepp convert`.
 
     Raises:
         ValueError: The file is there but cannot be read, or is from a newer version.

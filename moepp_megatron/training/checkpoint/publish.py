@@ -1,4 +1,4 @@
-"""From the files of all ranks to a checkpoint with a name. Runs on rank 0 alone."""
+"""Turns the files of all ranks into a named checkpoint. Runs on rank 0 alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _COMPANIONS = (CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, STATE_FILE)
 
 @dataclass(frozen=True)
 class Companions:
-    """What lies beside the tensors.
+    """Files that are stored beside the tensors.
 
     Attributes:
         config: The resolved configuration, YAML.
@@ -49,7 +49,7 @@ class Companions:
 
 
 def tokenizer_files(path: Path) -> dict[str, bytes]:
-    """What a checkpoint holds of a tokenizer, by name: nothing where the file is no tokenizer.
+    """The tokenizer files of a checkpoint by name; empty if the file is not a tokenizer.
 
     Read once, when a run begins: the file may be replaced while it trains.
     """
@@ -76,10 +76,10 @@ def publish(plan: Plan, final: Path, written: list[Written], companions: Compani
         plan: The save; every rank has written its files.
         final: The checkpoint's name.
         written: What each rank wrote.
-        companions: What else belongs into it.
+        companions: The other files of the checkpoint.
 
     Raises:
-        OSError: The disk failed; there is then no checkpoint of that name, or the one before.
+        OSError: If the disk failed; there is then no checkpoint of that name, or the older one.
     """
     folder = plan.folder
     digests = {name: digest for part in written for name, digest in part.digests.items()}

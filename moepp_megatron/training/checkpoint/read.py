@@ -1,4 +1,4 @@
-"""All of a load: which checkpoint, whether it is sound, into which layout."""
+"""Loads a checkpoint: finds it, verifies it, and reads it into the present layout."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Loaded:
-    """What a checkpoint says about the run beside the state that was put in place.
+    """What a checkpoint says about the run, besides the state that has been loaded.
 
     Attributes:
-        progress: Where the run goes on.
-        extra: What `CheckpointWriter.save` was given.
+        progress: The progress from which the run continues.
+        extra: The `extra` that `CheckpointWriter.save` received.
     """
 
     progress: Progress = field(default_factory=Progress)
@@ -88,7 +88,7 @@ def newest_valid(folder: Path, up_to_step: int | None = None) -> Path | None:
 
 
 def _first_agreed(candidates: list[Path]) -> tuple[Path | None, list[str]]:
-    """The first valid one, and why those before it are not."""
+    """The first valid checkpoint, and why those before it are not valid."""
     agreement = Agreement()
     # Rank 0 looks, so that ranks which see a folder's changes late do not choose another one.
     candidates = agreement.from_first(candidates)
@@ -172,7 +172,7 @@ def _restore_rng(
 
 
 def _agreed_reason(checkpoint: Path, agreement: Agreement) -> str | None:
-    """Why not to read a checkpoint; ranks share the work and all get the answer."""
+    """Why a checkpoint must not be read, or None; ranks share the work and all get the answer."""
     part, num_parts = dist.get_rank(), dist.get_world_size()
     mine = damage(checkpoint, part, num_parts) or unsafe_pickle(checkpoint, part, num_parts)
     return next((reason for reason in agreement.gather(mine) if reason is not None), None)

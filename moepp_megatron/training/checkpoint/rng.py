@@ -46,7 +46,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Go on drawing where `get_rng_state` was called."""
+    """Restore the random states of `get_rng_state`."""
     torch.cuda.set_rng_state(state["cuda"])
     torch.set_rng_state(state["torch"])
     kind, keys, position, has_gauss, gauss = state["numpy"]
@@ -67,7 +67,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def reseed(seed: int, step: int) -> None:
     """Seed all streams anew for a run that goes on at `step` in another layout.
 
-    Not the run's own seed: the noise of its first steps would come again.
+    The seed is not the run's own, which would repeat the noise of its first steps.
     """
     seed = (seed + 1_000_003 * step) % 2**31
     random.seed(seed)

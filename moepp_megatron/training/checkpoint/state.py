@@ -61,7 +61,7 @@ def model_state(models: list[GPTModel]) -> dict[str, Any]:
 
 
 def saved_state(model: TrainingModel) -> dict[str, Any]:
-    """What a checkpoint stores of the model, the optimizer and the schedule."""
+    """The state of model, optimizer and schedule that a checkpoint stores."""
     state = model_state(model.models)
     dtypes = _dtypes(state)
     optimizer = _optimizer_state(model, state, is_loading=False)
@@ -75,7 +75,7 @@ def saved_state(model: TrainingModel) -> dict[str, Any]:
 
 
 def wanted_state(model: TrainingModel) -> dict[str, Any]:
-    """What to read: as `saved_state`, with what only this layout knows kept as it is."""
+    """The state to read: like `saved_state`, but entries of this layout alone stay as they are."""
     state = model_state(model.models)
     dtypes = _dtypes(state)
     optimizer = _optimizer_state(model, state, is_loading=True)
@@ -93,7 +93,7 @@ def wanted_state(model: TrainingModel) -> dict[str, Any]:
 
 
 def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
-    """Put what was read into model, optimizer and schedule."""
+    """Put the state that was read into model, optimizer and schedule."""
     apply_model_state(model.models, loaded)
     optimizer, steps = loaded["optimizer"], loaded["optimizer_steps"]
     optimizers = _chained(model)
@@ -114,7 +114,7 @@ def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
 
 
 def apply_model_state(models: list[GPTModel], loaded: dict[str, Any]) -> None:
-    """Put what was read into the model."""
+    """Put the state that was read into the model."""
     for index, model in enumerate(models):
         state = loaded[f"model{index}"]
         with checked_fp8_state(state):
@@ -164,7 +164,7 @@ def _dtypes(state: dict[str, Any]) -> dict[str, torch.dtype]:
 
 
 def _without_copies(optimizer: Any, dtypes: dict[str, torch.dtype]) -> list[ShardedBase]:
-    """The optimizer's entries to store, as a list: where they stand differs between layouts."""
+    """The optimizer's entries to store, as a list, because their paths differ between layouts."""
     entries = (_renamed(e) for e in nested_values(optimizer) if isinstance(e, ShardedBase))
     return [entry for entry in entries if not _is_needless(entry, dtypes)]
 

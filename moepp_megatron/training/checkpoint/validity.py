@@ -21,7 +21,7 @@ _LEGACY_FILE = "common.pt"
 
 
 def damage(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in one line that names the file; None if nothing is.
+    """The damage of a checkpoint, in one line that names the file; None if it is sound.
 
     Args:
         checkpoint: The folder.
@@ -36,7 +36,7 @@ def damage(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
 
 
 def plain_damage(checkpoint: Path) -> str | None:
-    """As `damage`, of what is told at once: all sizes, and the contents of the configuration."""
+    """Same as `damage`, but quick: checks all sizes, and the contents of the configuration."""
     try:
         return _structure(checkpoint) or _content(checkpoint, CONFIG_FILE)
     except OSError as error:

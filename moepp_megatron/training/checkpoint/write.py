@@ -1,4 +1,4 @@
-"""All of a save: prepare, plan, write in the foreground or background, agree, publish."""
+"""Saves a checkpoint: prepare, plan, write in the foreground or background, agree, publish."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _POLL_S = 0.02
 
 @dataclass
 class _Save:
-    """A save on its way.
+    """A save in progress.
 
     Attributes:
         final: The checkpoint's name.
-        plan: What is written where.
-        companions: What lies beside the tensors.
+        plan: The bytes of each file.
+        companions: Files beside the tensors.
         process: Writes this rank's files; None where it could not be started.
-        failure: Why it could not.
+        failure: Why it could not be started.
     """
 
     final: Path
@@ -53,13 +53,13 @@ class _Save:
 class CheckpointWriter:
     """Writes a run's checkpoints. Every rank has one and makes the same calls.
 
-    A save that fails on any rank fails on all: nothing of it gets a checkpoint's name, `error`
-    says why, and training can go on.
+    A save that fails on any rank fails on all: it does not become a checkpoint, `error`
+    says why, and training can continue.
 
     Args:
         folder: The run's checkpoint folder; made when first needed.
         config: The run's configuration.
-        tokenizer: The tokenizer's file; as it is now it goes into each checkpoint.
+        tokenizer: The tokenizer's file; its present content goes into each checkpoint.
 
     Attributes:
         failed_saves: Saves that failed so far.
@@ -90,7 +90,7 @@ class CheckpointWriter:
 
         Args:
             model: Model, optimizer and schedule.
-            progress: Where the run stands.
+            progress: The run's progress.
             extra: Further state, the same on every rank: numbers, strings, tensors, lists, dicts.
 
         Returns:
@@ -217,7 +217,7 @@ def save_checkpoint(
     Args:
         folder: The run's checkpoint folder.
         model: Model, optimizer and schedule.
-        progress: Where the run stands.
+        progress: The run's progress.
         config: Resolved configuration, written beside the weights.
         tokenizer: The tokenizer's file, copied beside the weights.
 
@@ -251,7 +251,7 @@ def _describe(error: Exception) -> str:
 
 
 def _lack(reason: str, needed: int, folder: Path) -> str:
-    """The numbers that tell how much room has to be made, where the disk was full."""
+    """The free and the needed bytes, if the disk was full."""
     if NO_SPACE not in reason:
         return ""
     try:

@@ -1,1 +1,1 @@
-"""The routing guard: reads the routers after every step, judges rules, acts, tells."""
+"""The routing guard: reads the routers after every step, judges rules, acts, raises alerts."""

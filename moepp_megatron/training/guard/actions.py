@@ -1,4 +1,4 @@
-"""From the judge's decisions into the routers: FFN demands, forced tokens, tau."""
+"""Carries the judge's decisions out in the routers: FFN demands, forced tokens, tau."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _LEAST_RAISE = 1.001
 
 
 class RaisedTau:
-    """What tau is multiplied by in each MoE layer.
+    """Factor on tau in each MoE layer.
 
-    The full factor while the action lasts; then its logarithm halves every `half_life` steps, for
-    a sudden fall of tau would be a shock of its own. A budget's tau is what is multiplied: its
-    controller goes on, and takes the factor back as far as the share then exceeds the target.
+    It is the full factor while the action lasts; then its logarithm halves every `half_life` steps,
+    because a sudden fall of tau would be a disturbance of its own. It also multiplies a budget's
+    tau, whose controller takes the factor back as far as the share exceeds the target.
 
     Args:
         layer_numbers: Global numbers of all MoE layers.
         factor: `routing_guard.tau_factor`.
         half_life: `routing_guard.tau_half_life`, in steps.
-        state: Of an earlier `state()`.
+        state: Result of an earlier `state()`.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class RaisedTau:
         self.factors = {layer: known.get(layer, 1.0) for layer in layer_numbers}
 
     def state(self) -> list[tuple[int, float]]:
-        """What a checkpoint holds: layers whose tau is raised, and by what."""
+        """The state for a checkpoint: layers whose tau is raised, and their factors."""
         return [(layer, factor) for layer, factor in self.factors.items() if factor != 1.0]
 
     def step(self, places: Collection[int]) -> None:
-        """A step has been judged.
+        """Update the factors after a step has been judged.
 
         Args:
             places: Layers, or `WHOLE_MODEL`, where the action is in force.
@@ -84,9 +84,9 @@ class RouterControl:
         """Set what routers must give their tokens, in training and evaluation, from now on.
 
         Args:
-            demands: By global layer number; a layer without one is free.
+            demands: Demand by global layer number; a layer without one is unaffected.
             forced_ids: [vocabulary] bool token ids that the demand `one` concerns; None for all.
-                Of no meaning to other demands.
+                Other demands ignore it.
         """
         for layer in self._layers:
             layer.router.set_ffn_demand(demands.get(layer.layer_number, "none"))
@@ -105,11 +105,11 @@ class RouterControl:
 def demands(
     safe_places: Collection[int], forced_places: Collection[int], layer_numbers: Sequence[int]
 ) -> dict[int, FFNDemand]:
-    """What each layer must give its tokens; safe mode asks for more and so goes first.
+    """The demand on each layer; safe mode demands more, so it has priority.
 
     Args:
         safe_places: Layers, or `WHOLE_MODEL`, in safe mode.
-        forced_places: Those where tokens are forced to FFN experts.
+        forced_places: Places in which tokens are forced to FFN experts.
         layer_numbers: Global numbers of all MoE layers.
     """
 

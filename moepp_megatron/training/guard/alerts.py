@@ -1,4 +1,4 @@
-"""What the routing guard tells."""
+"""Alerts of the routing guard."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def told(event: Event, step: int, is_dry_run: bool, note: str = "") -> Alert:
     """The alert of an action that begins or ends.
 
     Args:
-        event: What begins or ends.
+        event: The action that begins or ends.
         step: The step that was judged.
-        is_dry_run: Whether nothing is really done.
-        note: What else there is to say.
+        is_dry_run: Whether the action is only reported.
+        note: Further text.
     """
     rule = event.rule
     if event.begins:
@@ -40,7 +40,7 @@ def told(event: Event, step: int, is_dry_run: bool, note: str = "") -> Alert:
 
 
 def _healthy(event: Event) -> str:
-    """Such as `>= 0.5 for 20 steps`."""
+    """The condition for being healthy, such as `>= 0.5 for 20 steps`."""
     rule = event.rule
     sign = "<=" if rule.is_above else ">="
     duration = "" if rule.clear_for_steps == 1 else f" for {rule.clear_for_steps} steps"

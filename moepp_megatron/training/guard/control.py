@@ -1,4 +1,4 @@
-"""The routing guard of a run: what it reads, decides, does, tells and remembers."""
+"""The routing guard of a run: its readings, decisions, actions, alerts and state."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ LASTING = ("raise_tau", "force_ffn", "safe_mode")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the guard made of a step.
+    """Result of the guard's judgement of a step.
 
     Attributes:
-        alerts: To be told, on the rank that tells; rollbacks are not among them.
-        rollbacks: Rules that ask to go back, in the places where they do.
+        alerts: Alerts for the rank that reports them, without those of rollbacks.
+        rollbacks: Rules that demand a rollback, with their places.
     """
 
     alerts: list[Alert]
@@ -47,11 +47,11 @@ class Verdict:
         return max(event.held_for for event in self.rollbacks)
 
     def rollback_alerts(self, step: int, checkpoint: Path | None, newest: int) -> list[Alert]:
-        """What is to be told of the rollbacks.
+        """Alerts of the rollbacks.
 
         Args:
             step: The step that was judged.
-            checkpoint: What is gone back to; None where there is nothing.
+            checkpoint: The checkpoint that is loaded; None if there is none.
             newest: The last step before the rules held.
         """
         if checkpoint is not None:
@@ -68,15 +68,15 @@ class RoutingGuard:
     """Judges the rules of `routing_guard` and acts. Every rank has one and calls it together.
 
     All ranks decide alike in the same step, because they judge rank 0's numbers by a judge that has
-    no other input (`readings`, `observe.rules`). A dry run reads, judges and tells, and never
-    touches the model.
+    no other input (`readings`, `observe.rules`). A dry run reads, judges and reports, but never
+    changes the model.
 
     Args:
         config: The run's configuration; the guard is enabled.
         model: The wrapped model.
         routing: Counts the selections of a step.
         health: Measures the routers of a step.
-        state: From a checkpoint; None at the beginning.
+        state: State from a checkpoint; None at the beginning.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class RoutingGuard:
         self._load(state)
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        """What follows from the decisions, and the token ids' losses."""
+        """Restore the state that follows from the decisions, and the token ids' losses."""
         settings, force = self._settings, self._settings.force_ffn
         self._raised = RaisedTau(
             self._layers, settings.tau_factor, settings.tau_half_life, state.get("raised", ())
@@ -116,18 +116,18 @@ class RoutingGuard:
             )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: the same on every rank, nothing that later steps change."""
+        """The state for a checkpoint, the same on every rank; later steps do not change it."""
         state: dict[str, Any] = {"judge": self._judge.state(), "raised": self._raised.state()}
         if self._high_loss is not None:
             state["high_loss"] = self._high_loss.state()
         return state
 
     def begin_step(self, step: int, budget: BudgetControl | None) -> None:
-        """Carry out in `step`, and in an evaluation after it, what has been decided.
+        """Carry out the decisions in `step`, and in an evaluation after it.
 
         Args:
             step: The step that begins.
-            budget: What sets tau where the guard does not; None leaves `moe.tau`.
+            budget: Sets tau where the guard does not; None leaves `moe.tau`.
         """
         if self._high_loss is not None:
             self._high_loss.begin_step()
@@ -155,7 +155,7 @@ class RoutingGuard:
             self._raised_taus = taus
 
     def _forced_ids(self) -> Tensor | None:
-        """[vocabulary] bool; None for all tokens."""
+        """[vocabulary] bool token ids that are forced; None for all tokens."""
         if self._high_loss is not None:
             return self._high_loss.mask()
         if self._tokens == "all":
@@ -165,7 +165,7 @@ class RoutingGuard:
         return mask
 
     def add_losses(self, batch: Batch, token_losses: Tensor) -> None:
-        """See a micro-batch's token losses [b, s], on the last pipeline stage."""
+        """Record a micro-batch's token losses [b, s], on the last pipeline stage."""
         if self._high_loss is not None:
             self._high_loss.add(batch, token_losses)
 
@@ -174,8 +174,8 @@ class RoutingGuard:
 
         Args:
             step: The step.
-            result: What it did.
-            shift: Divergence of the routing profile over its threshold; None where none is judged.
+            result: Result of the step.
+            shift: Divergence of the routing profile over its threshold; None if none is judged.
         """
         if self._high_loss is not None:
             self._high_loss.end_step()
@@ -191,23 +191,23 @@ class RoutingGuard:
         return Verdict(alerts, rollbacks)
 
     def go_back(self, step: int, state: Mapping[str, Any] | None) -> list[Alert]:
-        """The model is that of a checkpoint again: all rules begin anew.
+        """Reset all rules after a checkpoint has been loaded.
 
-        What was done and when is kept, or a rule could ask to go back for ever.
+        Counts and times of past actions are kept; otherwise a rule could demand rollbacks for ever.
 
         Args:
             step: The step that was judged.
-            state: Of the checkpoint.
+            state: State of the checkpoint.
 
         Returns:
-            The ends of other actions, to be told.
+            The alerts for the ends of other actions.
         """
         ended = [event for event in self._judge.forget() if event.action != "rollback"]
         self._load(state or {})
         return [told(event, step, False, "went back to a checkpoint") for event in ended]
 
     def _read(self, result: StepResult, shift: float | None) -> Values:
-        """What this step says of the metrics that rules look at."""
+        """This step's values of the metrics that rules use."""
         moe = self._config.moe
         selected_LE = self._routing.selections()
         values = dict(

@@ -17,13 +17,13 @@ class HighLossTokens:
     """Learns how well the token after each token id is predicted.
 
     A token id's mean is its sum of losses over its number of occurrences, both decayed by one
-    factor a step, so an id that is not seen keeps its mean and loses weight.
+    factor per step, so an id that is not seen keeps its mean and loses weight.
 
     Args:
         vocab_size: Token ids.
         share: Share of all tokens that counts as high loss.
-        decay: Weight of the past, a step.
-        state: Of an earlier `state()`; one of another vocabulary is left out.
+        decay: Weight of the past per step.
+        state: Result of an earlier `state()`; one of another vocabulary is ignored.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class HighLossTokens:
             self._sums = before
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds; later steps make a new tensor."""
+        """The state for a checkpoint; later steps create a new tensor."""
         return {"sums": self._sums}
 
     def begin_step(self) -> None:
-        """Forget what a step that is not to be learnt from has shown."""
+        """Discard the losses of a step before that is not to be learnt from."""
         self._step = torch.zeros_like(self._step)
 
     @torch.no_grad()
     def add(self, batch: Batch, token_losses: Tensor) -> None:
-        """See a micro-batch of the step, on the last pipeline stage.
+        """Record a micro-batch of the step, on the last pipeline stage.
 
         Args:
             batch: `tokens` [b, s] int64 and `loss_mask` [b, s], 0 for tokens that do not count.
@@ -65,7 +65,7 @@ class HighLossTokens:
     def end_step(self) -> None:
         """Learn from the step; every rank must call.
 
-        Summed on rank 0 and sent from there, so that all ranks have its bits.
+        The sums are made on rank 0 and sent from there, so that all ranks have the same bits.
         """
         on_device = self._step.to(torch.cuda.current_device())
         dist.reduce(on_device, dst=0)
@@ -78,7 +78,7 @@ class HighLossTokens:
     def mask(self) -> Tensor:
         """[vocabulary] bool, on the CPU: the worst token ids that make up the share of all tokens.
 
-        At least one, once there are losses; of equal means the smaller id.
+        It has at least one id once there are losses; of equal means the smaller id comes first.
         """
         losses, counts = self._sums
         seen = counts > 0

@@ -2,7 +2,7 @@
 
 The selections are whole numbers, so their sum over ranks is exact and the same in every layout.
 Router health, loss and gradient norm are not: a reduction may leave ranks with different last bits,
-and ranks that decide differently hang. So what rank 0 read is what all ranks judge.
+and ranks that decide differently hang. So all ranks judge the values of rank 0.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def counted(selected_LE: Tensor, num_ffn: int, topk: int, wanted_share: float) -
         selected_LE: [MoE layers, E] float64 selections that the routers want.
         num_ffn: F.
         topk: K.
-        wanted_share: FFN share of all selections that the run aims at.
+        wanted_share: Target of the FFN share of all selections.
 
     Returns:
-        A list over the MoE layers for each. NaN where nothing tells: loads without any FFN
-        selection, everything without a selection.
+        A list over the MoE layers for each. Values that are undefined are NaN: loads without any
+        FFN selection, everything without a selection.
     """
     total = selected_LE.sum(dim=1)
     ffn_LF = selected_LE[:, :num_ffn]
@@ -63,10 +63,10 @@ def measured(health: Mapping[str, Sequence[float]], num_experts: int) -> Values:
 
 
 def from_first_rank(values: Values) -> Values:
-    """What rank 0 has of these values, on every rank; one broadcast, which every rank must call.
+    """Rank 0's values, on every rank; one broadcast, which every rank must call.
 
     Args:
-        values: By metric; every rank has the same metrics, in the same order and lengths.
+        values: Values by metric; every rank has the same metrics, in the same order and lengths.
     """
     flat = [
         number

@@ -1,4 +1,4 @@
-"""Records chosen steps with torch's profiler, so that `moepp profile` can say where time went.
+"""Records chosen steps with torch's profiler, for `moepp profile`.
 
 recorder.py          which steps, the files
 collective_names.py  process group and number of every collective, as a range in the trace

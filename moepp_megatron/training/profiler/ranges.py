@@ -35,7 +35,7 @@ class Ranges(Replacements):
         self.put(owner, method, wrapper(getattr(owner, method)))
 
     def around(self, owner: Any, method: str, name: str) -> None:
-        """Show calls of a method as `moepp/NAME`."""
+        """Show calls of a method as `moepp/NAME` in the trace."""
         self.replace(owner, method, functools.partial(named, name))
 
 

@@ -55,7 +55,7 @@ class StepRecorder:
         self._done = False
 
     def begin_step(self, step: int) -> None:
-        """Step `step` begins; start or end the recording where it is due. Every rank must call."""
+        """Start or end the recording if it is due before `step`. Every rank must call."""
         if not self._steps or self._done:
             return
         if step not in self._steps:
@@ -71,7 +71,7 @@ class StepRecorder:
             self._step.__enter__()
 
     def end_step(self) -> None:
-        """The step's work is done; what follows (metrics, validation, saving) is not its own."""
+        """End the step; what follows (metrics, validation, saving) is not part of it."""
         if self._step is None:
             return
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What the routing of each layer makes necessary to send: what a profile is held against.
+"""Counts the bytes that each layer's routing must send, which a profile is compared with.
 
 Counted from the routing map on its way into the dispatcher, not by the dispatcher, while a profile
 is recorded. A selection whose expert lives on another expert-parallel rank crosses once; without
@@ -35,7 +35,7 @@ class Traffic:
         ranks: EP.
         to_ranks: [EP] selections whose expert lives on each rank.
         copies_to_ranks: [EP] tokens with at least one expert on each rank.
-        own: Place of this rank in the group.
+        own: Rank within the expert-parallel group.
     """
 
     layer: int
@@ -51,7 +51,7 @@ class Traffic:
     own: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as a dictionary for JSON."""
         return asdict(self)
 
 
@@ -75,7 +75,7 @@ class TrafficCounter:
             )
 
     def take(self) -> list[Traffic]:
-        """What was counted; forgets it."""
+        """Return the counts and reset them."""
         passes, self.passes = self.passes, []
         return passes
 

@@ -1,1 +1,1 @@
-"""What watches over a run: bad batches, silent divergence, hangs, stragglers."""
+"""Watches over a run: bad batches, silent divergence, hangs, stragglers."""

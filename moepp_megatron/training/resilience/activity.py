@@ -1,4 +1,4 @@
-"""What this rank is doing: the training thread says it, the watchdog's thread reads it."""
+"""What this rank is doing: written by the training thread, read by the watchdog's thread."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class Moment:
 
 
 class Activity:
-    """Where the training thread is."""
+    """The present phase of the training thread."""
 
     def __init__(self) -> None:
         self.now = Moment(0, "start", 0, time.monotonic())
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Begin a phase; progress."""
+        """Begin a phase; counts as progress."""
         before = self.now
         number = before.step if step is None else step
         self.now = Moment(number, phase, before.count + 1, time.monotonic())
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Be in a phase, then again in the one before."""
+        """A context for a phase; the phase before continues afterwards."""
         outer = self.now.phase
         self.enter(phase)
         try:

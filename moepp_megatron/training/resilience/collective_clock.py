@@ -1,6 +1,6 @@
 """How long the training thread waits for other ranks.
 
-Neither gloo nor NCCL says. So while the clock runs, torch's collectives and the waits for
+Neither gloo nor NCCL reports this. So while the clock runs, torch's collectives and the waits for
 asynchronous ones are wrapped: with the wall clock on CPUs, with CUDA events on GPUs, where the
 time of a collective on the compute stream is what training loses to it.
 """
@@ -36,7 +36,7 @@ _FUNCTIONS = (
 
 
 class CollectiveClock:
-    """Adds up the time spent in collectives, this rank's own."""
+    """Adds up this rank's time in collectives."""
 
     def __init__(self) -> None:
         self._on_gpu = dist.get_backend() == "nccl"
@@ -61,7 +61,7 @@ class CollectiveClock:
         self._replaced.undo()
 
     def read(self) -> float:
-        """Seconds of waiting since the last reading; on GPUs the device must be in step."""
+        """Seconds of waiting since the last reading; on GPUs the device must be synchronised."""
         seconds = self._seconds
         if self._pairs:
             self._pairs[-1][1].synchronize()

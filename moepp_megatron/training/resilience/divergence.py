@@ -1,4 +1,4 @@
-"""Finds ranks whose copies of the same parameters have come apart."""
+"""Finds ranks whose copies of the same parameters differ."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class SilentDivergenceError(RuntimeError):
 def check_shared_parameters(models: Sequence[torch.nn.Module], step: int) -> None:
     """Compare every parameter with its copies on other ranks, bit by bit; every rank must call.
 
-    Copies: FFN experts over the expert-data-parallel ranks, everything else over the data- and
-    context-parallel ranks; norms, routers, zero-computation experts and whatever else tensor
-    parallelism does not split over the tensor-parallel ranks too; tied embeddings over the first
-    and last pipeline stage.
+    The copies compared are FFN experts over the expert-data-parallel ranks, everything else over
+    the data- and context-parallel ranks; norms, routers, zero-computation experts and whatever else
+    tensor parallelism does not split over the tensor-parallel ranks too; tied embeddings over the
+    first and last pipeline stage.
 
     Args:
         models: This rank's model chunks, not wrapped.
-        step: For the message.
+        step: Step number for the message.
 
     Raises:
-        SilentDivergenceError: On every rank; names parameter, ranks and step.
+        SilentDivergenceError: If copies differ, on every rank; names parameter, ranks and step.
     """
     problems: list[str] = []
     for parameters, group in _shared(models):

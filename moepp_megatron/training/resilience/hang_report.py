@@ -1,4 +1,4 @@
-"""Who holds everybody up, judged from the heartbeats of all ranks."""
+"""Finds the rank that holds up the others, from the heartbeats of all ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def hang_report(
     """Names the rank that is behind and what the others wait in.
 
     Args:
-        beats: Last heartbeat of each rank, the stacks' place included.
+        beats: Last heartbeat of each rank, including the place of its stacks.
         silent: Ranks whose heartbeat has stopped or is missing.
         world_size: Ranks of the run.
         pending: Collective that a rank has not completed, from its flight recorder.
@@ -77,7 +77,7 @@ def _last_seen(rank: int, beat: Heartbeat | None) -> str:
 
 
 def process_state(beat: Heartbeat) -> str | None:
-    """The kernel's word for a process of this host, such as `T (stopped)`; None elsewhere."""
+    """The kernel's state of a process of this host, such as `T (stopped)`; None elsewhere."""
     if beat.host != socket.gethostname():
         return None
     try:

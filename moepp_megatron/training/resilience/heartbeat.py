@@ -1,4 +1,4 @@
-"""Heartbeats: one small file a rank in RUN/heartbeats, which others read when all stand still.
+"""Heartbeats: one small file per rank in RUN/heartbeats, which others read when a run hangs.
 
 Files, not a store: they need no connection that a stuck rank could hold up, and stay readable
 after a rank is gone. Ranks never compare clocks, only whether a peer's counter moves.
@@ -49,7 +49,7 @@ class Heartbeat:
 
 
 class HeartbeatFolder:
-    """RUN/heartbeats.
+    """The folder RUN/heartbeats.
 
     Args:
         path: The folder, shared by all ranks.
@@ -59,7 +59,7 @@ class HeartbeatFolder:
         self.path = path
 
     def clear(self) -> None:
-        """Forget earlier attempts; one rank, before any beats."""
+        """Delete files of earlier attempts; called by one rank before any rank beats."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -82,17 +82,17 @@ class HeartbeatFolder:
         """Tell all ranks to write their stacks.
 
         Args:
-            name: Of the folder that they go to.
+            name: Name of the folder for the stacks.
 
         Returns:
-            The name that counts: the first rank's to raise the alarm.
+            The name that is used: that of the first rank to raise the alarm.
         """
         with contextlib.suppress(OSError), open(self.path / _ALARM, "x", encoding="utf-8") as file:
             file.write(name)
         return self.alarm() or name
 
     def alarm(self) -> str | None:
-        """The name given with the alarm, or None while all is well."""
+        """The name given with the alarm, or None if there is no alarm."""
         try:
             return (self.path / _ALARM).read_text(encoding="utf-8") or None
         except OSError:

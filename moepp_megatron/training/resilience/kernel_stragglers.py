@@ -65,7 +65,7 @@ class KernelStragglerDetector:
         self._section: AbstractContextManager[None] | None = None
 
     def start(self) -> None:
-        """Begin to record kernels."""
+        """Start recording kernels."""
         self._detector.initialize(
             scores_to_compute=["relative_perf_scores"],
             gather_on_rank0=True,
@@ -74,22 +74,22 @@ class KernelStragglerDetector:
         )
 
     def stop(self) -> None:
-        """Record no more."""
+        """Stop recording kernels."""
         self._leave_section()
         self._detector.shutdown()
 
     def begin_step(self) -> None:
-        """A step begins; what came since the last one (evaluation, saving) does not count."""
+        """Begin a step; the time since the last one (evaluation, saving) does not count."""
         # A step that the guard refused was never ended.
         self._leave_section()
         self._section = self._detector.detection_section(_SECTION, profile_cuda=True)
         self._section.__enter__()
 
     def end_step(self, step: int) -> KernelScores | None:
-        """A step has ended; every rank must call.
+        """End a step; every rank must call.
 
         Returns:
-            On rank 0 the comparison, on steps where there is one; the log names the slowest rank
+            On rank 0 the comparison, in steps that have one; the log names the slowest rank
             if it is beyond the threshold.
         """
         self._leave_section()

@@ -76,7 +76,7 @@ class NumericalGuard:
         """Count a rollback from `step`.
 
         Raises:
-            NumericalFailureError: There is nothing to go back to, or it did not help before.
+            NumericalFailureError: If there is no checkpoint, or an earlier rollback did not help.
         """
         if step > self._failed_at_step:
             self._rollbacks_in_a_row = 0
@@ -126,7 +126,7 @@ def _over_all_ranks(losses: Tensor, grad_norm: float) -> tuple[float, int]:
 
 
 def _describe_non_finite(losses: Tensor, grad_norm: float) -> str:
-    """Which ranks see what; every rank must call."""
+    """Which ranks see non-finite numbers, for the message; every rank must call."""
     mine = torch.tensor([float(losses[0]), grad_norm], device=torch.cuda.current_device())
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)

@@ -20,8 +20,8 @@ class OwnTimes:
     """How the ranks spent an interval.
 
     Attributes:
-        own_s: [ranks] mean seconds a step of each rank's own: step time less waiting for others.
-        wall_s: [ranks] mean seconds a step.
+        own_s: [ranks] mean seconds per step of each rank, without waiting for others.
+        wall_s: [ranks] mean seconds per step.
     """
 
     own_s: list[float]
@@ -36,7 +36,7 @@ class OwnTimes:
     def ratio(self) -> float:
         """The slowest rank's own time over the median of all ranks.
 
-        The lower median: with two ranks the other one's time, not the mean of both.
+        The lower median is used: with two ranks it is the other one's time, not the mean.
         """
         return self.own_s[self.slowest] / max(statistics.median_low(self.own_s), 1e-9)
 
@@ -61,23 +61,23 @@ class StragglerDetector:
         self._began = 0.0
 
     def start(self) -> None:
-        """Begin to measure collectives."""
+        """Start measuring collectives."""
         self._clock.start()
 
     def stop(self) -> None:
-        """Measure no more."""
+        """Stop measuring collectives."""
         self._clock.stop()
 
     def begin_step(self) -> None:
-        """A step begins; what came since the last one (evaluation, saving) does not count."""
+        """Begin a step; the time since the last one (evaluation, saving) does not count."""
         self._clock.read()
         self._began = time.perf_counter()
 
     def end_step(self, step: int) -> OwnTimes | None:
-        """A step has ended; every rank must call.
+        """End a step; every rank must call.
 
         Returns:
-            The comparison, on steps where there is one; the log names the slowest rank if it is
+            The comparison, in steps that have one; the log names the slowest rank if it is
             beyond the threshold.
         """
         self._wall_s += time.perf_counter() - self._began

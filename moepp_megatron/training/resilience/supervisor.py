@@ -87,7 +87,7 @@ class Supervisor:
             self._stragglers.begin_step()
 
     def during(self, phase: str) -> AbstractContextManager[None]:
-        """Something that may take long happens: evaluation, saving, loading."""
+        """A context for work that may take long: evaluation, saving, loading."""
         return self._activity.during(phase)
 
     def end_step(self, step: int) -> None:

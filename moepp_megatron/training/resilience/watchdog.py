@@ -1,4 +1,4 @@
-"""A thread beside training that ends a run in which nothing moves any more."""
+"""A thread that ends a run which makes no progress any more."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _GRACE_TICKS = 10
 
 
 class Watchdog:
-    """Detects that this rank stands still; names who holds it up; ends the process.
+    """Detects that this rank makes no progress, names the rank that holds it up, ends the process.
 
-    Every rank has one. A rank in a collective stands still because of another rank, so all ranks
+    Every rank has one. A rank in a collective may be stopped by another rank, so all ranks
     find out at about the same time; the first one raises an alarm, all write their stacks, and the
     lowest rank that still runs writes the report.
 
@@ -45,7 +45,7 @@ class Watchdog:
         run_dir: The run's folder; writes `heartbeats/` and, after a hang, `hangs/`.
         rank: This rank.
         world_size: Ranks of the run.
-        activity: What the training thread says it does.
+        activity: The phase of the training thread.
         settings: Section `resilience`; `hang_timeout_s` is above 0.
     """
 
@@ -73,7 +73,7 @@ class Watchdog:
         self._folder.clear()
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -189,7 +189,7 @@ class Watchdog:
 
 
 def _moved(before: Heartbeat, after: Heartbeat) -> bool:
-    """Whether the process ran in between."""
+    """Whether the process made progress in between."""
     return after.has_dumped or after.beat != before.beat
 
 

@@ -1,4 +1,4 @@
-"""How long a rank stands still in the experts' all-to-alls, and what it hands to them.
+"""Measures how long a rank waits in the experts' all-to-alls, and the bytes that it sends.
 
 Counted around `torch.distributed.all_to_all_single` on the expert-parallel group, through which
 both megatron-core's dispatcher and ours send:
@@ -7,7 +7,7 @@ both megatron-core's dispatcher and ours send:
     NCCL   time of the compute stream between an event before the call (or the wait) and one behind
            it, so that what hides behind computation does not count
 
-Waiting for ranks that come late is part of it: least for the rank that comes last.
+Waiting for late ranks is included; it is least for the rank that comes last.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class AllToAllClock:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def seconds(self) -> float:
-        """Standing still since `reset`; waits for the device."""
+        """Seconds of waiting since `reset`; waits for the device."""
         if not self._on_gpu:
             return self._host_seconds
         torch.cuda.synchronize()

@@ -1,9 +1,9 @@
-"""The least time that each part of a layer's forward pass can take on a measured card.
+"""The least time that each part of a layer's forward pass can take on a measured GPU.
 
 A part must move its operands through memory once and do its multiplications; the longer of the two
-is its bound, with the card's own measured copy and matrix product (`card.py`) as rates. Of memory
-everything is counted that no cache can save: each operand once, tokens that the routing leaves out
-not at all. One rank, so nothing crosses a network.
+is its bound, with the GPU's own measured copy and matrix product (`card.py`) as rates. Memory
+traffic counts what no cache can save: each operand once, and tokens that the routing leaves out not
+at all. There is one rank, so nothing crosses a network.
 
     part              bytes                                             FLOPs
     router            x, weights, logits before; logits, gates, map     2 T E (D + E)
@@ -32,12 +32,12 @@ _FP32, _BOOL = 4, 1
 
 @dataclass(frozen=True)
 class Work:
-    """What a part cannot avoid.
+    """The unavoidable work of a part.
 
     Attributes:
-        bytes: Read and written.
-        flops: Of matrix products.
-        dtype: Their number format, a name of `card.DTYPES`.
+        bytes: Bytes read and written.
+        flops: FLOPs of matrix products.
+        dtype: Number format of the products, a name of `card.DTYPES`.
     """
 
     bytes: int
@@ -45,7 +45,7 @@ class Work:
     dtype: str = "fp32"
 
     def seconds(self, card: CardResult) -> float:
-        """The bound: the longer of moving and multiplying."""
+        """The bound in seconds: the longer of memory traffic and products."""
         moving = self.bytes / (card.copy_gb_s * 1e9)
         if self.flops == 0:
             return moving
@@ -54,7 +54,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Load:
-    """What the routing of one layer asks for.
+    """The work that the routing of one layer demands.
 
     Attributes:
         tokens: T.
@@ -87,7 +87,7 @@ class Load:
 def layer_work(
     shape: PaperShape, load: Load, dtype: str, *, topk: int, vanilla: bool, fused: bool = False
 ) -> dict[str, Work]:
-    """Part to what it cannot avoid, of one forward pass.
+    """The unavoidable work of each part in one forward pass, by part.
 
     Args:
         shape: The layer.
@@ -120,12 +120,12 @@ def layer_work(
 
 
 def bounds_ms(work: Mapping[str, Work], card: CardResult) -> dict[str, float]:
-    """Part to its bound, milliseconds."""
+    """The bound of each part in milliseconds, by part."""
     return {part: value.seconds(card) * 1e3 for part, value in work.items()}
 
 
 def _router(shape: PaperShape, load: Load, width: int, vanilla: bool) -> Work:
-    """Logits in fp32; their addition of the residual is a product of E x E."""
+    """Work of the router: fp32 logits, and a product with E x E for the residual."""
     hidden, tokens = shape.hidden_size, load.tokens
     experts = shape.num_ffn_experts + (0 if vanilla else shape.num_zero_computation_experts)
     residual = 0 if vanilla else experts
@@ -142,7 +142,7 @@ def _dispatch(shape: PaperShape, load: Load, vector: int) -> Work:
 
 
 def _experts(shape: PaperShape, load: Load, width: int, dtype: str) -> Work:
-    """SwiGLU: gate and up projections [D, 2 H], down projection [H, D]."""
+    """Work of SwiGLU experts: gate and up projections [D, 2 H], down projection [H, D]."""
     matrices = 3 * shape.hidden_size * shape.ffn_hidden_size
     moved = load.busy_experts * matrices * width + 2 * load.rows * shape.hidden_size * width
     return Work(moved, expert_flops(shape, load.rows), dtype)

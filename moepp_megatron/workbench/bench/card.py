@@ -1,6 +1,6 @@
-"""What this card does at best: matrix products in each number format, and a copy in its memory.
+"""Measures a GPU's highest rates: matrix products in each number format, and a memory copy.
 
-These are the yardsticks of `bench layer`: measured and not rated, because a card's clocks under
+`bench layer` compares with these rates. They are measured, not rated, because a GPU's clocks under
 load and its libraries decide, and no layer can be faster than the product alone.
 """
 
@@ -18,7 +18,7 @@ from moepp_megatron.config.hardware import Hardware, find_hardware
 from moepp_megatron.workbench.bench import clock
 
 DTYPES = ("fp32", "bf16", "fp8")
-# As large as the products of a layer get, and enough to fill any card (1.1 TFLOP).
+# As large as the products of a layer get, and enough to fill any GPU (1.1 TFLOP).
 _GPU_SIZE, _CPU_SIZE = 8192, 1024
 # Far more than any cache holds.
 _GPU_BYTES, _CPU_BYTES = 2**30, 2**28
@@ -29,18 +29,18 @@ _FP8_CAPABILITY = (8, 9)
 
 @dataclass(frozen=True)
 class CardResult:
-    """What was measured of one card.
+    """The measured rates of one GPU.
 
     Attributes:
-        device: The card's name, or "cpu".
+        device: The GPU's name, or "cpu".
         kind: "cuda" or "cpu".
-        threads: Of a CPU product; 0 on a GPU.
+        threads: Threads of a CPU product; 0 on a GPU.
         matmul_size: Side of the square matrices.
         matmul_tflops: Number format to TFLOP/s, median; formats that it cannot do are left out.
         copy_gb_s: Bytes read and written by a large copy, GB/s.
-        rated_tflops: The vendor's dense rates, where configs/hardware knows the card.
+        rated_tflops: The vendor's dense rates, if configs/hardware describes the GPU.
         rated_gb_s: The vendor's memory bandwidth, or None.
-        versions: torch, CUDA, Transformer Engine, where they are there.
+        versions: Versions of torch, CUDA and Transformer Engine, if installed.
     """
 
     device: str
@@ -60,7 +60,7 @@ def measure_card(
     """Measure the current device; formats of `dtypes` that it lacks are left out.
 
     Args:
-        dtypes: Of `DTYPES`.
+        dtypes: Names out of `DTYPES`.
         size: Side of the square matrices; chosen by the device where None.
         num_bytes: Bytes to copy; chosen by the device where None.
     """
@@ -87,7 +87,7 @@ def measure_card(
 
 
 def card_obstacle(dtype: str) -> str | None:
-    """Why this card has no fast product of a number format; None where it has."""
+    """Why this GPU has no fast product of a number format; None where it has."""
     if dtype != "fp8":
         return None
     if not torch.cuda.is_available():
@@ -99,9 +99,9 @@ def card_obstacle(dtype: str) -> str | None:
 
 
 def matmul_tflops(dtype: str, size: int) -> float:
-    """TFLOP/s of a square product: operands in `dtype`, fp8 with one scale a tensor and bf16 out.
+    """TFLOP/s of a square product: fp8 has one scale per tensor and bf16 results.
 
-    fp32 is what `precision.dtype: fp32` computes: no TF32, unless torch was told to.
+    fp32 is what `precision.dtype: fp32` computes: no TF32, unless torch allows it.
     """
     product = matmul(dtype, size)
     return 2.0 * size**3 / median_seconds(product) / 1e12
@@ -135,14 +135,14 @@ def matmul(dtype: str, size: int) -> Callable[[], Tensor]:
 
 
 def copy_gb_s(num_bytes: int) -> float:
-    """GB/s of a copy within the card's memory: bytes read plus bytes written."""
+    """GB/s of a copy within the GPU's memory: bytes read plus bytes written."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=_device())
     target = torch.empty_like(source)
     return 2 * num_bytes / median_seconds(lambda: target.copy_(source)) / 1e9
 
 
 def median_seconds(work: Callable[[], object]) -> float:
-    """Median time of the work, back to back, after as many that do not count.
+    """Median time of the work, back to back, after as many repetitions that do not count.
 
     On a GPU the first half brings up the clocks, as a training step does.
     """
@@ -160,7 +160,7 @@ def median_seconds(work: Callable[[], object]) -> float:
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on; what is not installed is left out."""
+    """Versions of the software that the numbers depend on, if installed."""
     found = {"torch": str(torch.__version__)}
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda

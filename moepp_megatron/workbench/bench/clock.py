@@ -9,11 +9,11 @@ import torch
 
 
 def now() -> Any:
-    """A point in time between what was asked for before and what is asked for next.
+    """A point in time between the work requested before and after.
 
-    On a GPU it is an event in the current stream: the host does not wait, so looking does not slow
-    down what is looked at. Work that the host hands out too slowly is waited for by the stream, and
-    that wait counts, as in training.
+    On a GPU it is an event in the current stream: the host does not wait, so measuring does not
+    slow down the work. If the host launches work too slowly, the stream waits for it, and that wait
+    counts, as in training.
     """
     if not torch.cuda.is_available():
         return time.perf_counter()
@@ -30,6 +30,6 @@ def seconds(begin: Any, end: Any) -> float:
 
 
 def settle() -> None:
-    """Wait until everything that was asked for is done."""
+    """Wait until all requested work is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

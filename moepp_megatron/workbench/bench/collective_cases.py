@@ -1,6 +1,6 @@
-"""One collective at one size in one group: its buffers, the call, and what must arrive.
+"""One collective at one size in one group: its buffers, the call, and the expected result.
 
-Every element says which rank it comes from and where it stood there, so an element that arrives at
+Every element encodes the rank and the position that it comes from, so an element that arrives at
 the wrong place, or twice, is a wrong element. All values are integers that bf16 holds exactly, and
 so are all sums, in whatever order they are formed.
 
@@ -26,7 +26,7 @@ _POISON = -1
 
 @dataclass(frozen=True)
 class Kind:
-    """An operation as it is measured.
+    """An operation in the form that is measured.
 
     Attributes:
         operation: What it does; SEND stands for sending to the next rank of the group while
@@ -80,8 +80,8 @@ class Buffers:
 
     Args:
         count: Elements of the largest case.
-        dtype: Of the elements.
-        device: Of this rank.
+        dtype: Type of the elements.
+        device: This rank's device.
     """
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -92,12 +92,12 @@ class Buffers:
 
 
 def _moved(rank: int, start: int, count: int, device: torch.device) -> Tensor:
-    """[count] int64 of what `rank` sends, from element `start` on."""
+    """[count] int64 elements that `rank` sends, from element `start` on."""
     return (torch.arange(start, start + count, device=device) * 7 + 31 * rank) % 251
 
 
 def _summed(rank: int, start: int, count: int, device: torch.device) -> Tensor:
-    """[count] int64 of what `rank` adds: so small that the sum over all ranks is exact."""
+    """[count] int64 elements that `rank` adds: so small that the sum over all ranks is exact."""
     world = dist.get_world_size()
     values = min(8, _EXACT // world + 1)
     # In a larger world most ranks add zeros.
@@ -114,10 +114,10 @@ class Case:
     one. The last rank is the busiest, and the size is what it receives.
 
     Args:
-        kind: What is done.
-        group: With whom.
-        size: Bytes wanted; the next smaller that divides into equal parts is taken.
-        buffers: Of this rank.
+        kind: The operation.
+        group: The group.
+        size: Wanted bytes; the next smaller size that divides into equal parts is taken.
+        buffers: Buffers of this rank.
     """
 
     def __init__(self, kind: Kind, group: Group, size: int, buffers: Buffers) -> None:
@@ -147,11 +147,11 @@ class Case:
             self._buffers.output[: self.count].copy_(self._buffers.summed[: self.count])
 
     def run(self) -> None:
-        """Do it once; every rank of the group must call."""
+        """Run the operation once; every rank of the group must call."""
         self._run()
 
     def wrong(self) -> int:
-        """Run once more and count the elements that are not what they must be, on this rank."""
+        """Run once more and count this rank's wrong elements."""
         self._buffers.output.fill_(_POISON)
         self.prepare()
         self.run()
@@ -196,7 +196,7 @@ class Case:
             work.wait()
 
     def _expected(self) -> Tensor:
-        """Int64 elements that must arrive, in order."""
+        """The expected elements as int64, in order."""
         ranks, place, device = self.group.ranks, self.group.place, self._buffers.output.device
         operation = self.kind.operation
         if operation is Operation.ALL_TO_ALL:

@@ -1,10 +1,11 @@
-"""`moepp bench collectives`: what the network gives, measured like nccl-tests.
+"""`moepp bench collectives`: the network's bandwidth, measured like nccl-tests.
 
 The world is cut into groups of neighbouring ranks, all of which work at once, as expert-parallel
 groups do. Sizes, algorithm and bus bandwidth are nccl-tests' (doc/PERFORMANCE.md), so a profile's
-bandwidths can be held against these. Out of place, but for all-reduce, which torch.distributed has
-in place only. A repetition times a number of calls in a row, on the slowest rank; the cases take
-turns within each round of repetitions, so that what else the machine does meets all alike.
+bandwidths can be compared with these. Operations are out of place, except all-reduce, which
+torch.distributed has in place only. A repetition times a number of calls in a row, on the slowest
+rank; the cases take turns within each round of repetitions, so that other load on the machine
+affects all alike.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class CollectiveSetting:
-    """What is measured.
+    """Settings of the measurement.
 
     Attributes:
         operations: Names out of `collective_cases.KINDS`.
-        sizes: Bytes wanted.
+        sizes: Wanted sizes in bytes.
         group_sizes: Ranks of a group; each divides the world.
         dtype: "fp32" or "bf16".
         warmup: Calls of each case before the clock runs.
@@ -51,21 +52,21 @@ class CollectiveResult:
     """One operation at one size in groups of one size.
 
     Attributes:
-        operation: Value of `profiling.collective.Operation`; "send" is to the next rank while
+        operation: Value of `profiling.collective.Operation`; "send" sends to the next rank while
             receiving from the one before.
         even: False for the all-to-all whose last rank receives most.
         group_size: Ranks of a group.
         nodes: Machines that a group spans at most.
-        size_bytes: By nccl-tests' convention; of the busiest rank.
-        count: The same in elements.
+        size_bytes: Size by nccl-tests' convention, for the busiest rank.
+        count: The same size in elements.
         dtype: "fp32" or "bf16".
         backend: "gloo" or "nccl".
-        time_us: Microseconds a call: median of the repetitions, each of its slowest rank.
+        time_us: Microseconds per call: median of the repetitions, each of its slowest rank.
         time_min_us: The fastest repetition.
         time_max_us: The slowest.
-        algorithm_gb_s: size / time, 1e9 bytes a second.
+        algorithm_gb_s: size / time, 1e9 bytes per second.
         bus_gb_s: The same times nccl-tests' factor.
-        wrong: Elements that were not what they must be, all ranks.
+        wrong: Number of wrong elements over all ranks.
     """
 
     operation: str
@@ -105,11 +106,11 @@ def run_collectives(
     ranks_per_node: int,
     progress: Callable[[str], object] = lambda what: None,
 ) -> list[CollectiveResult]:
-    """One result a case, by group size, operation and size; all ranks must call and get the same.
+    """One result per case, by group size, operation and size; all ranks must call and get the same.
 
     Args:
         setting: What to measure.
-        device: Of this rank.
+        device: This rank's device.
         ranks_per_node: Ranks of a machine.
         progress: Called with a description before each round: warm-up, repetitions, check.
     """
@@ -152,7 +153,7 @@ def _timed_rounds(
     device: torch.device,
     progress: Callable[[str], object],
 ) -> list[list[float]]:
-    """[cases][repeats] seconds a call, of the slowest rank."""
+    """[cases][repeats] seconds per call, of the slowest rank."""
     seconds = torch.zeros(len(cases), setting.repeats, dtype=torch.float64)
     for repeat in range(setting.repeats):
         progress(f"round {repeat + 1} of {setting.repeats}")

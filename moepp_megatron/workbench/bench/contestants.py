@@ -87,8 +87,8 @@ class Contestant:
 
     Attributes:
         layer: The module.
-        load: What the held routing asks for.
-        work: Part to what it cannot avoid in a forward pass.
+        load: The work that the held routing demands.
+        work: Unavoidable work of each part in a forward pass.
     """
 
     def __init__(
@@ -138,11 +138,11 @@ class Contestant:
 
     @property
     def experts(self) -> str:
-        """Whose FFN experts run, such as "TEGroupedMLP"."""
+        """Class of the FFN experts, such as "TEGroupedMLP"."""
         return type(self.layer.experts).__name__
 
     def forward_only(self) -> Tensor:
-        """One forward pass that nothing will be differentiated of."""
+        """One forward pass without gradients."""
         with torch.no_grad():
             return self.forward()
 
@@ -170,7 +170,7 @@ def _moepp_layer(config: Config) -> Any:
 
 
 def _vanilla_layer(config: Config) -> Any:
-    """Straight from megatron-core's own layer specs: with Transformer Engine its grouped GEMM."""
+    """Build megatron-core's own layer from its specs: with Transformer Engine its grouped GEMM."""
     megatron = _megatron(config)
     experts = megatron.num_moe_experts
     if have_transformer_engine():

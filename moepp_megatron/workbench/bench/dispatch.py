@@ -1,15 +1,15 @@
 """`moepp bench dispatch`: bytes that leave a rank, and the time of dispatch and combine.
 
 All ranks form one expert-parallel group. Three dispatchers take turns on the same tokens, so that
-what else the machine does meets all alike:
+other load on the machine affects all alike:
 
     vanilla  megatron-core's all-to-all where all K selections of a token are FFN experts
     plain    `moe.dispatcher: alltoall`, the share phi of the selections, drawn at random
     dedup    `moe.dispatcher: alltoall_dedup`, the same selections as plain
 
-Nothing is computed between dispatch and combine, so nothing hides the time of the network: this is
-the cost, not the overlap. Bytes are counted where they are handed to `all_to_all_single` and must
-equal those that the routing asks for.
+Nothing is computed between dispatch and combine, so nothing hides the network's time: the result
+is the full cost. Bytes are counted where they are handed to `all_to_all_single` and must
+equal those that the routing demands.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ PARTS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
 
 @dataclass(frozen=True)
 class DispatchSetting:
-    """What is dispatched.
+    """Settings of the measurement.
 
     Attributes:
-        tokens: Of each rank.
+        tokens: Tokens of each rank.
         hidden_size: D.
         experts: FFN experts of all ranks.
         topk: K.
@@ -59,7 +59,7 @@ class DispatchSetting:
 
 @dataclass(frozen=True)
 class DispatchResult:
-    """What one dispatcher cost.
+    """The cost of one dispatcher.
 
     Attributes:
         dispatcher: "vanilla", "plain" or "dedup".
@@ -67,7 +67,7 @@ class DispatchResult:
         vector_bytes: Hidden vectors' bytes that leave rank 0 in one forward pass.
         formula_bytes: 2 T K phi D w (EP - 1) / EP, the mean of the plain dispatcher.
         metadata_bytes: Bytes of everything else.
-        parts_ms: Median milliseconds a part, of the slowest rank.
+        parts_ms: Median milliseconds per part, of the slowest rank.
         total_ms: Median milliseconds of all parts.
         time_of_vanilla: Median ratio to vanilla within a round.
     """
@@ -88,7 +88,7 @@ def run_dispatch_benchmark(
     warmup: int = 3,
     progress: Callable[[], object] = lambda: None,
 ) -> list[DispatchResult]:
-    """One result a dispatcher; every rank must call, groups must not exist yet."""
+    """One result per dispatcher; every rank must call, groups must not exist yet."""
     rivals, dtype = _rivals(setting)
     shape = (setting.tokens, 1, setting.hidden_size)
     hidden = torch.randn(shape, dtype=dtype, device=torch.cuda.current_device())
@@ -175,12 +175,12 @@ class SentBytes:
 
 @dataclass
 class Rival:
-    """A dispatcher, the selections that it carries out, and what was measured of it.
+    """A dispatcher, the selections that it carries out, and its measurements.
 
     Attributes:
         vectors: Bytes of hidden vectors that leave this rank in a forward pass.
         metadata: Bytes of everything else.
-        times: Seconds of each part, one entry a round; the slowest rank's.
+        times: Seconds of each part on the slowest rank, one entry per round.
     """
 
     name: str
@@ -190,7 +190,7 @@ class Rival:
     metadata: int = 0
 
     def __post_init__(self) -> None:
-        """No times yet."""
+        """Start without times."""
         self.times: dict[str, list[float]] = {part: [] for part in PARTS}
 
     def round(self, hidden: Tensor, sent: SentBytes) -> dict[str, float]:
@@ -224,7 +224,7 @@ class Rival:
         return times
 
     def vectors_wanted(self) -> int:
-        """Vectors that the selections ask to leave this rank, by the dispatcher's rule."""
+        """Number of vectors that must leave this rank, by the dispatcher's rule."""
         ranks, rank = dist.get_world_size(), dist.get_rank()
         by_rank = self.selected.view(len(self.selected), ranks, -1)
         count = by_rank.any(dim=2).long() if self.name == "dedup" else by_rank.sum(dim=2)
@@ -235,7 +235,7 @@ class Rival:
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What the work returns, and its seconds on the slowest rank."""
+    """The result of the work, and its seconds on the slowest rank."""
     dist.barrier()
     torch.cuda.synchronize()
     started = time.perf_counter()

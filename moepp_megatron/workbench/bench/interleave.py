@@ -1,4 +1,4 @@
-"""Times that may be compared: taken in turn, so that what else the machine does meets all alike."""
+"""Times contestants in turn, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Timed:
     """Times of one contestant.
 
     Attributes:
-        seconds: One a round, in the order of the rounds.
+        seconds: One entry per round, in the order of the rounds.
     """
 
     seconds: list[float]
@@ -37,14 +37,14 @@ def interleaved(
     warmup: int,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Timed]:
-    """Run all contestants once a round, each round beginning with another one.
+    """Run all contestants once per round; each round begins with another one.
 
-    A GPU has nothing to do when a contestant begins, so that its time is its own.
+    The GPU is idle when a contestant begins, so that times do not mix.
 
     Args:
         contestants: What to time, by name.
         rounds: Rounds that count.
-        warmup: Rounds before, which do not.
+        warmup: Rounds before them, which do not count.
         progress: Called after each round.
     """
     names = list(contestants)

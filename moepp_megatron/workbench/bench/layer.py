@@ -31,12 +31,12 @@ class LayerResult:
         vanilla_ms: Median milliseconds of megatron-core's layer.
         moepp_ms: Median milliseconds of the MoE++ layer.
         speedup: Vanilla time over MoE++ time, median of the rounds' ratios.
-        paper_efficiency: The paper's, expert forward time on its GPUs; None where it gives none.
-        vanilla_kept_bytes: What autograd keeps of the vanilla layer.
-        moepp_kept_bytes: What it keeps of the MoE++ layer.
-        vanilla_parts_ms: Median milliseconds a part, forward passes alone.
+        paper_efficiency: The paper's efficiency, from expert forward times; None if it has none.
+        vanilla_kept_bytes: Bytes that autograd keeps of the vanilla layer.
+        moepp_kept_bytes: Bytes that it keeps of the MoE++ layer.
+        vanilla_parts_ms: Median milliseconds per part, forward passes only.
         moepp_parts_ms: The same of the MoE++ layer.
-        vanilla_bounds_ms: Least milliseconds a part on this card (`bounds.py`).
+        vanilla_bounds_ms: Least milliseconds per part on this GPU (`bounds.py`).
         moepp_bounds_ms: The same of the MoE++ layer.
         vanilla_tflops: FLOPs of the FFN experts in this pass over the layer's whole time, TFLOP/s.
         moepp_tflops: The same of the MoE++ layer.
@@ -44,10 +44,10 @@ class LayerResult:
         moepp_experts_tflops: The same of the MoE++ layer.
         vanilla_experts: Class of its FFN experts.
         moepp_experts: The same of the MoE++ layer.
-        fp8_recipe: Of "fp8", None otherwise.
-        device: The card, or "cpu".
-        matmul_tflops: Matrix product of this card in this number format, TFLOP/s.
-        copy_gb_s: Large copy in this card's memory, bytes read and written, GB/s.
+        fp8_recipe: Recipe of "fp8", None otherwise.
+        device: The GPU, or "cpu".
+        matmul_tflops: Matrix product of this GPU in this number format, TFLOP/s.
+        copy_gb_s: Large copy in this GPU's memory, bytes read and written, GB/s.
     """
 
     shape: str
@@ -84,19 +84,19 @@ class LayerResult:
 
     @property
     def overhead(self) -> float:
-        """All of the MoE++ layer but its FFN experts, as a share of the vanilla layer's time."""
+        """Time of the MoE++ layer without its FFN experts, over the vanilla layer's time."""
         others = sum(ms for part, ms in self.moepp_parts_ms.items() if part != "experts")
         return others / max(sum(self.vanilla_parts_ms.values()), 1e-9)
 
 
 @dataclass(frozen=True)
 class LayerSetting:
-    """What is common to all results of a run.
+    """Settings that all results of a run share.
 
     Attributes:
         dtype: "fp32", "bf16" or "fp8".
         tokens: Tokens of a pass.
-        rounds: Interleaved rounds a result.
+        rounds: Interleaved rounds per result.
         warmup: Rounds that do not count.
         fp8_recipe: `precision.fp8_recipe`, for "fp8".
     """
@@ -115,7 +115,7 @@ def run_layer_benchmark(
     setting: LayerSetting,
     progress: Callable[[str], object] = lambda what: None,
 ) -> Iterator[LayerResult]:
-    """Yield one result a shape, tau and pass.
+    """Yield one result per shape, tau and pass.
 
     Process groups must exist.
 

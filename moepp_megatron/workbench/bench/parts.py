@@ -1,4 +1,4 @@
-"""Where the forward time of a layer goes."""
+"""Measures the forward time of each part of a layer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Span:
     inner: list[_Span] = field(default_factory=list)
 
     def add_to(self, seconds: dict[str, float]) -> float:
-        """Add what belongs to this part and to no other inside it; returns all of the time."""
+        """Add the time of this part without the parts inside it; returns its whole time."""
         total = clock.seconds(self.begin, self.end)
         inside = sum(span.add_to(seconds) for span in self.inner)
         seconds[self.part] += total - inside
@@ -42,7 +42,7 @@ class _Span:
 
 
 def parts_ms(layer: Any, forward: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Median milliseconds a part, of `rounds` forward passes; `rest` is what no part claims.
+    """Median milliseconds per part over `rounds` forward passes; `rest` is the remainder.
 
     Args:
         layer: megatron-core's MoE layer or the MoE++ layer; left as it was.

@@ -1,4 +1,4 @@
-"""One process with Megatron's groups: what a layer needs to be built."""
+"""Sets up one process with Megatron's groups, which a layer needs to be built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moepp_megatron.workbench.bench.shapes import SHAPES
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Groups of one rank, gone at the end."""
+    """A context with groups of one rank, destroyed at the end."""
     distributed.start(RankEnvironment())
     try:
         any_config = layer_config(

@@ -18,7 +18,7 @@ class PaperShape:
         ffn_hidden_size: Width of each FFN expert.
         num_attention_heads: Heads of the model's attention.
         num_ffn_experts: F.
-        num_constant_experts: Zero-computation experts are these, one copy and one zero expert.
+        num_constant_experts: Constant experts, beside one copy and one zero expert.
         vanilla_ms: The paper's expert forward time of the vanilla MoE, milliseconds.
         moepp_ms: The same for MoE++, by tau.
     """

@@ -26,12 +26,12 @@ class StepResult:
     """Both models' steps.
 
     Attributes:
-        ranks: Of the run.
+        ranks: Ranks of the run.
         tau: Weight of a zero-computation expert in the balance.
         phi: FFN experts' share of all selections, as the routing was held.
-        measured_ffn_fraction: The same, counted.
-        tokens: Of a step, all ranks.
-        vanilla_ms: Median milliseconds a step.
+        measured_ffn_fraction: The counted share.
+        tokens: Tokens of a step, over all ranks.
+        vanilla_ms: Median milliseconds per step.
         moepp_ms: The same of MoE++.
         speedup: Vanilla time over MoE++ time, median of the rounds' ratios.
         vanilla_a2a_bytes: Hidden vectors' bytes that leave their ranks in a step's forward passes.
@@ -87,7 +87,7 @@ def run_step_benchmark(
         config: A MoE++ configuration.
         layout: The rank grid; groups exist.
         rounds: Steps of each model that count.
-        warmup: Steps before, which do not.
+        warmup: Steps before them, which do not count.
         progress: Called after each round.
     """
     steppers = {

@@ -1,4 +1,4 @@
-"""Checks of one card's chip, memory, power and load; None means nothing to say.
+"""Checks of one GPU's chip, memory, power and load; None means nothing to say.
 
 Which counters matter, and what they ask for, follows NVIDIA's GPU debug guidelines and GPU memory
 error management guide.
@@ -21,7 +21,7 @@ _RECOVERY = {
 }
 
 # NVML's nvmlClocksEventReason bits. Idle (0x1) and the ordinary power limit under load (0x4), which
-# every card at full load reports, are no findings.
+# every GPU at full load reports, are no findings.
 _HARDWARE_SLOWDOWN = {
     0x08: "hardware slowdown",
     0x40: "hardware thermal slowdown",
@@ -36,12 +36,12 @@ _SOFTWARE_SLOWDOWN = {
 
 
 def subject(card: Card) -> str:
-    """How a finding names a card."""
+    """The name of a GPU in findings."""
     return f"GPU {card.index}"
 
 
 def faults(card: Card, judge: Judge) -> Finding | None:
-    """Queries that failed: how NVML shows a card that has fallen off the bus or had an Xid."""
+    """Failed queries, by which NVML shows a GPU that has fallen off the bus or had an Xid."""
     if not card.faults:
         return None
     return Finding(
@@ -54,7 +54,7 @@ def faults(card: Card, judge: Judge) -> Finding | None:
 
 
 def recovery(card: Card, judge: Judge) -> Finding | None:
-    """What the driver itself asks for after a fault."""
+    """The recovery that the driver asks for after a fault."""
     if not card.recovery_action:
         return None
     action = _RECOVERY.get(card.recovery_action, f"action {card.recovery_action}")
@@ -68,7 +68,7 @@ def recovery(card: Card, judge: Judge) -> Finding | None:
 
 
 def ecc_errors(card: Card, judge: Judge) -> Finding | None:
-    """Uncorrectable errors since the driver was loaded; ECC switched off."""
+    """Finds uncorrectable errors since the driver was loaded, and ECC that is switched off."""
     if card.ecc_uncorrected:
         return Finding(
             "ECC errors",
@@ -127,7 +127,7 @@ def memory_rows(card: Card, judge: Judge) -> Finding | None:
 
 
 def throttling(card: Card, judge: Judge) -> Finding | None:
-    """Why clocks are held down, as far as it is not load or idleness."""
+    """Why clocks are reduced, apart from load and idleness."""
     reasons = card.throttle_reasons or 0
     hard = [name for bit, name in _HARDWARE_SLOWDOWN.items() if reasons & bit]
     if hard:
@@ -151,7 +151,7 @@ def throttling(card: Card, judge: Judge) -> Finding | None:
 
 
 def clocks(card: Card, judge: Judge) -> Finding | None:
-    """The clock under load; says nothing of an idle card, whose clock is low to save power."""
+    """Checks the clock under load; an idle GPU, whose clock is low to save power, is not judged."""
     if not is_loaded(card) or card.sm_clock is None or not card.max_sm_clock:
         return None
     if throttling(card, judge) is not None:
@@ -171,13 +171,13 @@ def clocks(card: Card, judge: Judge) -> Finding | None:
 
 
 def is_loaded(card: Card) -> bool:
-    """Whether the card was computing when it was read: in P0 and not marked idle."""
+    """Whether the GPU was computing when it was read: in P0 and not marked idle."""
     idle = card.throttle_reasons is not None and bool(card.throttle_reasons & 0x1)
     return bool(card.busy_power_state) and card.throttle_reasons is not None and not idle
 
 
 def power_cap(card: Card, judge: Judge) -> Finding | None:
-    """A power limit below what the card is rated for."""
+    """Finds a power limit below the GPU's rated power."""
     rated = judge.hardware.power_watts if judge.hardware is not None else None
     rated = rated or card.default_power_limit
     if card.power_limit is None or rated is None:
@@ -194,7 +194,7 @@ def power_cap(card: Card, judge: Judge) -> Finding | None:
 
 
 def temperature(card: Card, judge: Judge) -> Finding | None:
-    """A card near the temperature at which it slows down."""
+    """Finds a GPU near the temperature at which it slows down."""
     if card.temperature is None or card.slowdown_temperature is None:
         return None
     margin = card.slowdown_temperature - card.temperature
@@ -210,7 +210,7 @@ def temperature(card: Card, judge: Judge) -> Finding | None:
 
 
 def processes(card: Card, judge: Judge) -> Finding | None:
-    """Others' processes on the card."""
+    """Finds other users' processes on the GPU."""
     foreign = [process for process in card.processes if process.pid not in judge.own_pids]
     # Where NVML hides a process's memory, being there is all that is known: it counts.
     limit = judge.thresholds.foreign_memory_gib * 2**30

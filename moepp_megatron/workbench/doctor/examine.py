@@ -29,10 +29,10 @@ class Request:
     """What to examine.
 
     Attributes:
-        config: The run that shall start; None examines the machine alone.
-        hardware: Name or file of a hardware description; None takes the card's own.
-        preflight: A job is about to start: what would spoil it is an error.
-        expected_gpus: Cards that the job counts on; None does not count.
+        config: The run that is to start; None examines only the machine.
+        hardware: Name or file of a hardware description; None takes the GPU's own.
+        preflight: Whether a job is about to start; findings that would spoil it are then errors.
+        expected_gpus: Number of GPUs that the job expects; None checks no number.
     """
 
     config: Config | None = None
@@ -43,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Cards:
-    """What NVML said about the node's cards, or why it said nothing."""
+    """The node's GPUs as NVML reports them, or why it does not."""
 
     cards: list[Card]
     driver: Driver | None = None
@@ -51,7 +51,7 @@ class Cards:
 
     @classmethod
     def read(cls, library: Any = None) -> Cards:
-        """Ask NVML once; `library` stands in for pynvml."""
+        """Query NVML once; `library` replaces pynvml."""
         try:
             nvml = Nvml(library)
         except NvmlUnavailableError as error:
@@ -61,7 +61,7 @@ class Cards:
 
 
 def expected_gpus(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Cards of this node that Slurm has given to the job; None outside of one that asks for any."""
+    """GPUs of this node that Slurm has given to the job; None outside of a job with GPUs."""
     value = environment.get("SLURM_GPUS_ON_NODE", "")
     return int(value) if value.isdigit() else None
 
@@ -71,8 +71,8 @@ class NodeExaminer:
 
     Args:
         request: What to examine.
-        cards: What NVML said.
-        own_pids: Further processes of this examination, which may hold memory on the cards.
+        cards: The GPUs.
+        own_pids: Further processes of this examination, which may hold memory on the GPUs.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class NodeExaminer:
         )
 
     def node_findings(self) -> list[Finding]:
-        """Everything but speeds."""
+        """All findings except those of speeds."""
         return [*self._gpu(), *self._system(), *self._folders(), *self._packages()]
 
     def speed_findings(
         self, speeds: list[DeviceSpeed], loaded: list[Card] | None = None
     ) -> list[Finding]:
-        """What the matrix products of this node say, and cards looked at while they ran."""
+        """Findings from this node's matrix products, and from its GPUs while they ran."""
         found = check_matmul(speeds, self.hardware, self.judge.thresholds, self.judge.unfit_now)
         for card in loaded or ():
             found += [f for f in _under_load(card, self.judge) if f is not None]
@@ -143,13 +143,13 @@ class NodeExaminer:
 
 
 def _hardware(request: Request, cards: Cards) -> Hardware | None:
-    """The description to judge by: the one named, the card's, or a CPU machine's."""
+    """The description to judge by: the one named, the GPU's, or a CPU machine's."""
     if request.hardware is not None:
         return load_hardware(request.hardware)
     names = [card.name for card in cards.cards if card.name is not None]
     if names:
         return find_hardware(names[0])
-    # Cards that do not even say their name are no CPU machine; descriptions come with the source
+    # GPUs that do not even say their name are no CPU machine; descriptions come with the source
     # tree and not with a wheel.
     if cards.cards or "cpu" not in known_hardware():
         return None

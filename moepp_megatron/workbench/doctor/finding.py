@@ -20,12 +20,12 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One answer of one check.
+    """One result of one check.
 
     Attributes:
         check: What was looked at, such as "ECC errors".
         severity: How much it matters.
-        found: What is there, with the subject's name and the number.
+        found: The observation, with the subject's name and the number.
         rule: What must hold; empty where nothing is broken.
         remedy: What to do; empty where there is nothing to do.
         node: The node it was found on; empty on a single node.
@@ -39,24 +39,24 @@ class Finding:
     node: str = ""
 
     def __post_init__(self) -> None:
-        """A finding that asks for attention must say why and what to do."""
+        """Assert that a warning or error has a rule and a remedy."""
         if self.severity >= Severity.WARNING:
             assert self.rule, f"{self.check}: a {self.severity.name} needs a rule"
             assert self.remedy, f"{self.check}: a {self.severity.name} needs a remedy"
 
     def line(self) -> str:
-        """All of it in one line, as it stands on stderr: `NODE: CHECK: FOUND, RULE; REMEDY`."""
+        """The finding in one line, as printed on stderr: `NODE: CHECK: FOUND, RULE; REMEDY`."""
         where = f"{self.node}: " if self.node else ""
         text = f"{where}{self.check}: {self.found}"
         text += f" ({self.rule})" if self.rule else ""
         return " ".join((text + (f"; {self.remedy}" if self.remedy else "")).split())
 
     def on(self, node: str) -> Finding:
-        """The same, found on `node`."""
+        """The same finding, marked as found on `node`."""
         return replace(self, node=node)
 
     def as_dict(self) -> dict[str, str]:
-        """For JSON; the severity in lower case."""
+        """The finding as a dictionary for JSON; the severity is in lower case."""
         return asdict(self) | {"severity": self.severity.name.lower()}
 
 

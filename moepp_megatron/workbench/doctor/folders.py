@@ -21,14 +21,14 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder as it was found.
+    """The state of a folder.
 
     Attributes:
-        name: What it is for.
+        name: The folder's purpose.
         path: Where it is.
-        free: Free bytes for this user; None where that cannot be asked.
-        write_rate: Bytes a second to the disk; None where it was not measured.
-        error: Why it cannot be written; None where it can.
+        free: Free bytes for this user; None if unknown.
+        write_rate: Bytes per second to the disk; None if not measured.
+        error: Why it cannot be written; None if it can.
     """
 
     name: str
@@ -57,7 +57,7 @@ def check_folder(folder: Folder, thresholds: Thresholds, needed: int = 0) -> lis
     """Findings of one folder.
 
     Args:
-        folder: What was found.
+        folder: The folder's state.
         thresholds: The least write rate.
         needed: Bytes that must be free.
     """
@@ -103,7 +103,7 @@ def check_folder(folder: Folder, thresholds: Thresholds, needed: int = 0) -> lis
 def config_folders(config: Config) -> dict[str, tuple[Path, int]]:
     """The folders of a run with the bytes that must be free in them.
 
-    One checkpoint must fit. More may be kept, but a run that goes on has some of them already.
+    One checkpoint must fit. More may be kept, but a resumed run has some of them already.
     """
     folders = {"run": (Path(config.run.dir), 0)}
     if config.checkpoint.save_interval > 0:
@@ -113,7 +113,7 @@ def config_folders(config: Config) -> dict[str, tuple[Path, int]]:
 
 
 def _write_rate(folder: Path, num_bytes: int) -> float:
-    """Bytes a second, to the disk and not to its cache."""
+    """Write rate in bytes per second, to the disk and not to its cache."""
     block = os.urandom(2**20)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".moepp-doctor-") as file:
         started = time.perf_counter()

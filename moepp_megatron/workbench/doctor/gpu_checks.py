@@ -1,4 +1,4 @@
-"""The cards of a node together: are all there, what are they, does the driver serve torch."""
+"""Checks of a node's GPUs together: their number, their model, and driver against torch."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _CARD_CHECKS: dict[str, Callable[[Card, Judge], Finding | None]] = {
 
 @dataclass(frozen=True)
 class TorchCuda:
-    """What torch says: the CUDA it was built with, as (13, 0), and whether it can use a card."""
+    """The CUDA version torch was built with, as (13, 0), and whether torch can use a GPU."""
 
     built_with: tuple[int, int] | None
     available: bool
 
 
 def check_cards(cards: Sequence[Card], judge: Judge) -> list[Finding]:
-    """Every check of a card, over all cards: one finding a sick card, one a check without any."""
+    """Run every check on all GPUs: one finding per sick GPU, or one per check without any."""
     findings: list[Finding] = []
     for name, check in _CARD_CHECKS.items():
         sick = [found for card in cards if (found := check(card, judge)) is not None]
@@ -45,7 +45,7 @@ def check_cards(cards: Sequence[Card], judge: Judge) -> list[Finding]:
 
 
 def check_count(cards: Sequence[Card], expected: int | None) -> Finding:
-    """Whether as many cards are there as the job counts on."""
+    """Check that there are as many GPUs as the job expects."""
     found = f"{len(cards)} GPUs" if len(cards) != 1 else "1 GPU"
     if expected is None or len(cards) >= expected:
         return Finding("GPU count", Severity.OK, found)
@@ -61,12 +61,12 @@ def check_count(cards: Sequence[Card], expected: int | None) -> Finding:
 def check_model(
     cards: Sequence[Card], hardware: Hardware | None, described: bool = True
 ) -> Finding:
-    """Whether all cards are of one kind, and that kind is described.
+    """Check that all GPUs are of one kind, and that this kind is described.
 
     Args:
-        cards: The node's cards.
+        cards: The node's GPUs.
         hardware: Description in use.
-        described: Whether it was found by the card's name, not given by the user.
+        described: Whether it was found by the GPU's name, not given by the user.
     """
     names = sorted({card.name for card in cards if card.name})
     found = ", ".join(names) or "unknown"
@@ -97,9 +97,9 @@ def check_model(
 
 
 def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Finding:
-    """Whether the driver serves the CUDA that torch was built with.
+    """Check that the driver supports the CUDA version that torch was built with.
 
-    A driver serves every CUDA of its own major version and of older ones (NVIDIA's CUDA
+    A driver supports every CUDA of its own major version and of older ones (NVIDIA's CUDA
     compatibility guide: minor version compatibility).
     """
     served = "unknown" if driver.cuda is None else f"{driver.cuda[0]}.{driver.cuda[1]}"
@@ -136,7 +136,7 @@ def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Findi
 
 
 def check_driver_fault(message: str) -> Finding:
-    """NVML is there and refuses."""
+    """The finding for a driver that is installed but refuses."""
     return Finding(
         "GPU driver",
         Severity.ERROR,
@@ -147,14 +147,14 @@ def check_driver_fault(message: str) -> Finding:
 
 
 def no_cards(reason: str, expected: int | None) -> Finding:
-    """A machine without NVIDIA driver: fine, unless the job counts on cards."""
+    """The finding for a machine without NVIDIA driver: fine, unless the job expects GPUs."""
     if not expected:
         return Finding("GPU count", Severity.NOTE, f"no GPU: {reason}; GPU checks skipped")
     return check_count([], expected)
 
 
 def _healthy(name: str, cards: Sequence[Card]) -> str:
-    """What an empty check found, with the numbers that a reader wants to see."""
+    """The text of a check without findings, with the numbers of interest."""
     if name == "GPU temperature":
         known = [card.temperature for card in cards if card.temperature is not None]
         return f"at most {max(known)} C" if known else "not reported"
@@ -184,5 +184,5 @@ _NONE_IS_FINE = (
 
 
 def thresholds_of(hardware: Hardware | None) -> Thresholds:
-    """The thresholds in use: of the described card, or the general ones."""
+    """The thresholds in use: those of the described GPU, or the general ones."""
     return hardware.thresholds if hardware is not None else Thresholds()

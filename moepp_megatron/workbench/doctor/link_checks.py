@@ -1,4 +1,4 @@
-"""Checks of one card's links: PCIe and NVLink; None means nothing to say."""
+"""Checks of one GPU's links: PCIe and NVLink; None means nothing to say."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _RESEAT = "reseat card or riser, check BIOS settings of the slot; nvidia-smi -q 
 
 
 def pcie(card: Card, judge: Judge) -> Finding | None:
-    """Width and generation against the kind's; the current generation only under load.
+    """Check width and generation of the link; the present generation only under load.
 
-    An idle card lowers its generation to save power, so that only what card and slot can agree on
-    is judged then.
+    An idle GPU lowers its generation to save power, so that only the generation that GPU and slot
+    support is judged then.
     """
     hardware = judge.hardware
     if hardware is None:
@@ -32,7 +32,7 @@ def pcie(card: Card, judge: Judge) -> Finding | None:
 
 
 def nvlink_state(card: Card, judge: Judge) -> Finding | None:
-    """Links that are down, or fewer than the kind has."""
+    """Finds links that are down, or fewer links than this kind of GPU has."""
     down = [str(link.index) for link in card.links if not link.active]
     if down:
         return Finding(
@@ -55,7 +55,7 @@ def nvlink_state(card: Card, judge: Judge) -> Finding | None:
 
 
 def nvlink_errors(card: Card, judge: Judge) -> Finding | None:
-    """Errors of links that are up: recoveries stop traffic, replays and CRC errors slow it."""
+    """Finds errors of active links: recoveries stop traffic, replays and CRC errors slow it."""
     recoveries = sum(link.recoveries or 0 for link in card.links)
     repeats = sum((link.replays or 0) + (link.crc_errors or 0) for link in card.links)
     if not recoveries and not repeats:

@@ -15,10 +15,10 @@ from moepp_megatron.workbench.doctor.gpu_checks import TorchCuda
 
 
 def check_packages(config: Config | None) -> list[Finding]:
-    """What is installed, what is used and what is used instead.
+    """Check which packages are installed and used, and what replaces missing ones.
 
     Args:
-        config: A run's configuration; what it cannot do without is then an error.
+        config: A run's configuration; a missing package that it needs is an error.
     """
     backends = optional_backends()
     findings = [_python(), _torch(), check_megatron(version_of("megatron-core")), _nccl()]
@@ -33,7 +33,7 @@ def check_packages(config: Config | None) -> list[Finding]:
 
 
 def torch_cuda() -> TorchCuda:
-    """What torch was built for, and whether it can use a card."""
+    """The CUDA version that torch was built for, and whether torch can use a GPU."""
     import torch
 
     built = torch.version.cuda
@@ -56,7 +56,7 @@ def check_megatron(version: str | None) -> Finding:
 
 
 def check_backend(backend: Backend) -> Finding:
-    """A missing optional package is a note: something else does its work."""
+    """Check an optional package; a missing one is a note, because it has a replacement."""
     if backend.used:
         return Finding(backend.name, Severity.OK, f"{backend.version}: {backend.role}")
     state = "not installed" if backend.version is None else f"{backend.version}, not usable here"
@@ -69,13 +69,13 @@ def check_backend(backend: Backend) -> Finding:
 
 
 def check_kernel(choice: KernelChoice) -> Finding:
-    """Which implementation an operation has: each of them is right, some are faster."""
+    """Name the implementation of an operation: all are correct, some are faster."""
     found = f"{choice.implementation}: {choice.detail}"
     return Finding(f"kernel: {choice.operation}", Severity.OK, found)
 
 
 def check_needs(config: Config, used: set[str]) -> list[Finding]:
-    """What the configuration cannot do without and this machine lacks.
+    """Check that this machine has the packages that the configuration needs.
 
     Args:
         config: The configuration.
@@ -116,7 +116,7 @@ def check_needs(config: Config, used: set[str]) -> list[Finding]:
 
 
 def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
-    """Whether card and versions can run the configuration's FP8; None without FP8.
+    """Whether GPU and versions can run the configuration's FP8; None without FP8.
 
     Args:
         config: The configuration.

@@ -28,9 +28,9 @@ from moepp_megatron.workbench.doctor.system import check_clock_skew
 
 @dataclass(frozen=True)
 class _RankReport:
-    """What one rank tells the others; node findings come from each node's first rank.
+    """The report of one rank to the others; node findings come from each node's first rank.
 
-    `loaded` is its card as it was during the matrix product.
+    `loaded` is the state of its GPU during the matrix product.
     """
 
     node: str
@@ -93,7 +93,7 @@ def _together(
     reports: list[_RankReport],
     collectives: list[speed.Collective],
 ) -> list[Finding]:
-    """Findings of all nodes and of what they do together."""
+    """Findings of all nodes, and of their collectives."""
     thresholds, hardware = examiner.judge.thresholds, examiner.hardware
     findings = [finding for report in reports for finding in report.findings]
     nodes = list(dict.fromkeys(report.node for report in reports))
@@ -139,7 +139,7 @@ def _siblings() -> frozenset[int]:
 
 
 def _once(findings: list[Finding]) -> list[Finding]:
-    """A card that is throttled idle and under load says so once."""
+    """Remove duplicates: a GPU that is throttled both idle and under load has one finding."""
     return list(dict.fromkeys(findings))
 
 
@@ -154,7 +154,7 @@ def _name(device: torch.device) -> str:
 
 
 def _matmul(device: torch.device, loaded: list[Card]) -> float:
-    """The device's rate; its card as it was meanwhile is added to `loaded`."""
+    """The device's rate; the state of its GPU during the product is added to `loaded`."""
     if device.type == "cpu":
         # A process on every core would measure the other ranks instead.
         return speed.matmul_tflops(device)

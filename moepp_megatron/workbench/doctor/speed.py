@@ -1,4 +1,4 @@
-"""Short measurements: a matrix product a device, and collectives between ranks."""
+"""Short measurements: a matrix product per device, and collectives between ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-# Large enough to fill any card (1.1 TFLOP each), and enough of them to look at the card meanwhile;
+# Large enough to fill any GPU (1.1 TFLOP each), and enough of them to look at the GPU meanwhile;
 # on a CPU small, for laptops.
 _GPU_SIZE, _GPU_PRODUCTS = 8192, 200
 _CPU_SIZE, _CPU_PRODUCTS = 512, 8
@@ -38,8 +38,8 @@ def matmul_tflops(device: torch.device, while_running: Callable[[], None] | None
     """Rate of a matrix product on `device`, TFLOP/s: bf16 on a GPU, fp32 on a CPU.
 
     Args:
-        device: Where.
-        while_running: Called while the products run on a GPU, to look at the card under load.
+        device: The device to measure.
+        while_running: Called while the products run on a GPU, to look at the GPU under load.
     """
     on_gpu = device.type == "cuda"
     size, count = (_GPU_SIZE, _GPU_PRODUCTS) if on_gpu else (_CPU_SIZE, _CPU_PRODUCTS)
@@ -87,7 +87,7 @@ def expected_seconds(
     link_bytes_s: float | None,
     network_bytes_s: float | None,
 ) -> float | None:
-    """Time that the rated links need; None where a link that is used has no rated speed.
+    """Time that the rated links need, in seconds; None if a used link has no rated speed.
 
     A ring all-reduce sends `2 (n - 1) / n` times the buffer over a rank's slowest link; across
     nodes all network ports of a node work together. An all-to-all sends `1 / n` of the buffer to
@@ -97,8 +97,8 @@ def expected_seconds(
         collective: Its name and size.
         num_ranks: Ranks.
         ranks_per_node: Ranks of a node.
-        link_bytes_s: NVLink bandwidth of a card in one direction.
-        network_bytes_s: Network bandwidth of a card in one direction.
+        link_bytes_s: NVLink bandwidth of a GPU in one direction.
+        network_bytes_s: Network bandwidth of a GPU in one direction.
     """
     crosses = num_ranks > ranks_per_node
     if link_bytes_s is None or (crosses and network_bytes_s is None):

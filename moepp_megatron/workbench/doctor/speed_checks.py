@@ -1,4 +1,4 @@
-"""What measured speeds say about devices, ranks and links. Judges numbers; measures nothing."""
+"""Judges measured speeds of devices, ranks and links; measures nothing itself."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class DeviceSpeed:
 def check_matmul(
     speeds: Sequence[DeviceSpeed], hardware: Hardware | None, thresholds: Thresholds, bad: Severity
 ) -> list[Finding]:
-    """Devices against the rated bf16 rate; one finding for those that reach it.
+    """Compare devices with the rated bf16 rate; one finding for those that reach it.
 
     Args:
-        speeds: Of one node.
+        speeds: Speeds of one node's devices.
         hardware: Rated rate; without one speeds are reported, not judged.
         thresholds: The least share of it.
         bad: Severity of a slow device.
@@ -56,7 +56,7 @@ def check_matmul(
 
 
 def check_slowest(speeds: Sequence[DeviceSpeed], thresholds: Thresholds) -> Finding:
-    """The slowest device of all ranks, with its node, against their median."""
+    """Compare the slowest device of all ranks, named with its node, with their median."""
     slowest = min(speeds, key=lambda speed: speed.tflops)
     ratio = median(speed.tflops for speed in speeds) / slowest.tflops
     where = f"{slowest.name} of {slowest.node}" if slowest.node else slowest.name
@@ -80,13 +80,13 @@ def check_collective(
     thresholds: Thresholds,
     bad: Severity,
 ) -> Finding:
-    """A collective against the time that the rated links need.
+    """Compare a collective with the time that the rated links need.
 
     Args:
         name: "all-reduce" or "all-to-all".
         num_bytes: Bytes of each rank's buffer.
-        seconds: Measured.
-        expected: From the rated links; without it the time is reported, not judged.
+        seconds: Measured time.
+        expected: Seconds that the rated links need; if None, the time is reported, not judged.
         thresholds: The least share of the rated bandwidth.
         bad: Severity of a slow collective.
     """

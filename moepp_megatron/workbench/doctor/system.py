@@ -1,4 +1,4 @@
-"""Checks of the node around the cards: shared memory, limits, clock, network ports."""
+"""Checks of the node around the GPUs: shared memory, limits, clock, network ports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Limits:
 
     Attributes:
         open_files: Number of open files.
-        open_files_hard: What the process may raise it to.
+        open_files_hard: The limit up to which the process may raise it.
         locked_memory: Bytes that can be locked, which RDMA needs for its buffers.
     """
 
@@ -28,7 +28,7 @@ class Limits:
 
     @classmethod
     def read(cls) -> Limits:
-        """Those of this process, which the ranks inherit."""
+        """Read the limits of this process, which the ranks inherit."""
         files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         return cls(_limit(files), _limit(hard), _limit(locked))
@@ -40,8 +40,8 @@ class NetworkPort:
 
     Attributes:
         name: Device and port, such as "mlx5_0/1".
-        state: Such as "ACTIVE", "DOWN", "INIT".
-        rate: In Gbit/s; None where it cannot be read.
+        state: State such as "ACTIVE", "DOWN", "INIT".
+        rate: Rate in Gbit/s; None if it cannot be read.
         link_layer: "InfiniBand" or "Ethernet".
     """
 
@@ -76,7 +76,7 @@ def shared_memory_bytes(folder: Path = Path("/dev/shm")) -> int | None:
 
 
 def check_shared_memory(size: int | None, thresholds: Thresholds, has_gpu: bool) -> Finding:
-    """NCCL and data loader workers pass data through /dev/shm."""
+    """Check the size of /dev/shm, through which NCCL and data loader workers pass data."""
     if size is None:
         size = 0
     found = f"/dev/shm has {size / 2**30:.2f} GiB"
@@ -93,7 +93,7 @@ def check_shared_memory(size: int | None, thresholds: Thresholds, has_gpu: bool)
 
 
 def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list[Finding]:
-    """Open files, and locked memory where RDMA devices are."""
+    """Check the limits of open files and, with RDMA devices, of locked memory."""
     findings = []
     files, least = limits.open_files, thresholds.open_files
     found = "unlimited" if files is None else str(files)
@@ -132,12 +132,12 @@ def _check_locked_memory(locked: int | None) -> Finding:
 def check_ports(
     ports: list[NetworkPort], num_cards: int, rate_per_gpu: float | None
 ) -> list[Finding]:
-    """RDMA ports: up, and fast enough for the cards together.
+    """Check that RDMA ports are up, and fast enough for the GPUs together.
 
     Args:
         ports: The node's ports.
-        num_cards: Its cards.
-        rate_per_gpu: Rated network of a card, Gbit/s; None where it is not known.
+        num_cards: Number of the node's GPUs.
+        rate_per_gpu: Rated network bandwidth per GPU, Gbit/s; None if unknown.
     """
     if not ports:
         text = "no RDMA device: between nodes NCCL uses TCP"
@@ -183,7 +183,7 @@ def clock_synchronized() -> bool | None:
 
 
 def check_clock(synchronized: bool | None) -> Finding:
-    """The clock of a single node."""
+    """Check the clock of a single node."""
     if synchronized is None:
         return Finding("clock", Severity.NOTE, "cannot tell whether it follows a time server")
     if synchronized:
@@ -198,7 +198,7 @@ def check_clock(synchronized: bool | None) -> Finding:
 
 
 def check_clock_skew(offsets: dict[str, float], thresholds: Thresholds) -> Finding:
-    """Clocks of several nodes.
+    """Check the clocks of several nodes against each other.
 
     Args:
         offsets: Seconds by which each node's clock is ahead of the first's.

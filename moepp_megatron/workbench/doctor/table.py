@@ -1,4 +1,4 @@
-"""Findings as a table for people."""
+"""Prints findings as a table."""
 
 from __future__ import annotations
 

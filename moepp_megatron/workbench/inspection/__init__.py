@@ -1,14 +1,14 @@
-"""What a trained model does with the tokens of a text: recording, token classes, aggregates.
+"""Inspects what a trained model does with a text's tokens: recording, classes, aggregates.
 
-    request.py     what `moepp inspect` is asked to do, checked before anything heavy is imported
+    request.py     the request of `moepp inspect`, checked before anything heavy is imported
     text.py        a text as tokens with their places, cut into windows
-    classes.py     what kind of thing a token is: word, fragment, keyword, number, ...
-    tags.py        parts of speech, where the user brings them
+    classes.py     the class of a token: word, fragment, keyword, number, ...
+    tags.py        parts of speech, if the user provides them
     trace.py       experts, gates and loss of every token of one model
     record.py      fills a trace, in any layout
     aggregates.py  means by class, token, position, frequency, layer
     findings.py    all aggregates of one model
-    export.py      all of it as JSON
+    export.py      all results as JSON
 
-The page is made in `moepp_megatron.workbench.report.inspect`.
+The page is built in `moepp_megatron.workbench.report.inspect`.
 """

@@ -22,12 +22,12 @@ class Group:
     """Tokens that have something in common.
 
     Attributes:
-        name: What they have in common.
-        count: How many there are.
-        ffn: FFN experts a token and layer, mean.
+        name: The common property.
+        count: Number of tokens.
+        ffn: FFN experts per token and layer, mean.
         ffn_error: Standard error of that mean over the tokens; NaN for fewer than two.
         kinds: Share of each of `EXPERT_KINDS` in the selections.
-        loss: Mean loss in nats of those that are predicted; NaN where none is.
+        loss: Mean loss in nats of the predicted tokens; NaN without any.
     """
 
     name: str
@@ -44,7 +44,7 @@ class LayerSummary:
 
     Attributes:
         layer: Its number in the model, from 1.
-        ffn: FFN experts a token, mean.
+        ffn: FFN experts per token, mean.
         counts: Share of the tokens with 0, 1, ..., K FFN experts.
         kinds: Share of each of `EXPERT_KINDS` in the selections.
         expert_shares: Share of each expert in the selections.
@@ -63,7 +63,7 @@ def groups(
     """One group for each key, in the order of first appearance.
 
     Args:
-        trace: What the model did.
+        trace: The model's trace.
         keys: N keys; tokens with None are left out.
         names: N names; the first token's names the group. By default the key itself.
     """
@@ -79,7 +79,7 @@ def groups(
 
 
 def whole(trace: Trace) -> Group:
-    """All tokens."""
+    """The group of all tokens."""
     rows = np.arange(len(trace.losses))
     return _group("all tokens", rows, trace.ffn_mean, trace.kind_shares, trace)
 
@@ -97,7 +97,7 @@ def by_frequency(trace: Trace, ids: np.ndarray) -> list[Group]:
     """Groups of tokens that occur once, 2 to 3, 4 to 7, ... times in the text, rare ones first.
 
     Args:
-        trace: What the model did.
+        trace: The model's trace.
         ids: [N] token ids.
     """
     counts = Counter(ids.tolist())
@@ -114,13 +114,14 @@ def extremes(
     """Tokens with the most and with the fewest FFN experts.
 
     Args:
-        trace: What the model did.
+        trace: The model's trace.
         ids: [N] token ids.
         pieces: N texts of the tokens.
         length: Tokens to name at each end at most; an end never takes more than half.
 
     Returns:
-        How often a token occurs at least to be named, the most and the fewest, extreme first.
+        Least number of occurrences of a token that is named; the tokens with the most, and those
+        with the fewest FFN experts, both with the most extreme first.
     """
     counts = Counter(ids.tolist())
     # A rare token's mean says little; a short text has no others.
@@ -132,7 +133,7 @@ def extremes(
 
 
 def by_layer(trace: Trace) -> list[LayerSummary]:
-    """Every MoE layer."""
+    """A summary of every MoE layer."""
     ffn, kinds = trace.ffn, trace.kinds
     return [
         LayerSummary(
@@ -155,9 +156,9 @@ def loss_correlation(trace: Trace, *, of_next: bool = False) -> float:
     """Pearson's r of loss and mean FFN experts over tokens; NaN where either does not vary.
 
     Args:
-        trace: What the model did.
-        of_next: Take the loss of the token behind, which is predicted from this token's place;
-            otherwise the token's own, which tells how surprising it was.
+        trace: The model's trace.
+        of_next: Whether to take the next token's loss, which is predicted at this token's place;
+            otherwise the token's own loss, which says how surprising it was.
     """
     losses = trace.losses
     if of_next:

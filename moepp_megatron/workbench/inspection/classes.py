@@ -1,4 +1,4 @@
-"""What kind of thing a token is, from the characters around it."""
+"""Classifies tokens by the characters around them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CODE, _PROSE = 1, 0
 
 
 def language_of(path: Path, language: Language) -> Language:
-    """`python` or `text`: as asked for, or by the file's name."""
+    """The language, `python` or `text`: the user's choice, or by the file's name."""
     if language != "auto":
         return language
     return "python" if path.suffix in _PYTHON_SUFFIXES else "text"
@@ -48,7 +48,7 @@ def token_classes(text: str, spans: Sequence[Sequence[int]], language: Language)
 
     Args:
         text: All characters.
-        spans: First character of each token and the one behind its last, in order.
+        spans: First character, and last character + 1, of each token, in order.
         language: `python` or `text`.
 
     Returns:
@@ -105,10 +105,10 @@ def _runs(text: str, is_code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _code_mask(text: str) -> np.ndarray:
-    """[characters] bool: code, in difference to strings and comments.
+    """[characters] bool, True for code, False for strings and comments.
 
-    Text that stops in the middle, or is no Python, counts as code from where Python's tokenizer
-    gives up.
+    Text that stops in the middle, or is not Python, counts as code from the point where Python's
+    tokenizer stops.
     """
     mask = np.ones(len(text), dtype=bool)
     # As Python's tokenizer counts lines, which knows no further separators.

@@ -1,4 +1,4 @@
-"""All that an inspection found, as plain JSON."""
+"""Writes all results of an inspection as plain JSON."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _aggregates(findings: Findings) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Numbers that are none become null, which JSON has."""
+    """Replace numbers that are not finite by null, since JSON has no such numbers."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

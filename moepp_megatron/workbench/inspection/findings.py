@@ -1,4 +1,4 @@
-"""Every aggregate of one model, made once for the page and the JSON file."""
+"""All aggregates of one model, computed once for the page and the JSON file."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Findings:
         whole: All tokens.
         by_class: The classes that occur, in the order of `CLASSES`.
         by_tag: Parts of speech, the most frequent first; empty without a tagger.
-        least_count: How often a token occurs at least to stand in the two lists below.
+        least_count: Least number of occurrences of a token in the two lists below.
         most_ffn: Tokens with the most FFN experts.
         fewest_ffn: Tokens with the fewest.
-        by_position: By place in the window.
-        by_frequency: By how often the token occurs in the text.
+        by_position: Groups by position in the window.
+        by_frequency: Groups by the token's number of occurrences in the text.
         by_layer: MoE layers.
         without_ffn: Share of the tokens that get no FFN expert in any layer.
         all_ffn: Share of the tokens whose every selection is an FFN expert.

@@ -26,7 +26,7 @@ from moepp_megatron.workbench.inspection.trace import Trace
 
 
 class _Pass(NamedTuple):
-    """What one router decided for one micro-batch: [T, K] experts and gates, largest gate first."""
+    """One router's decisions for one micro-batch: [T, K] experts and gates, largest gate first."""
 
     layer: int
     selected: np.ndarray
@@ -34,13 +34,13 @@ class _Pass(NamedTuple):
 
 
 class RoutingRecorder:
-    """Keeps what the routers of this rank decide while it is entered.
+    """A context that records the decisions of this rank's routers.
 
     Args:
         stages: This rank's model chunks.
 
     Attributes:
-        passes: Of each MoE layer, by its global number, its micro-batches in order.
+        passes: For each MoE layer, by its global number, its micro-batches in order.
     """
 
     def __init__(self, stages: Sequence[torch.nn.Module]) -> None:
@@ -54,7 +54,7 @@ class RoutingRecorder:
         self.passes: dict[int, list[_Pass]] = {layer.layer_number: [] for layer in self._layers}
 
     def __enter__(self) -> RoutingRecorder:
-        """Start to keep."""
+        """Start recording."""
         for layer in self._layers:
             self._hooks.append(layer.router.register_forward_hook(self._keep(layer)))
         return self
@@ -65,7 +65,7 @@ class RoutingRecorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop; what was kept stays."""
+        """Stop recording; the records stay."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -116,7 +116,7 @@ def trace_models(request: InspectRequest) -> list[Trace]:
 def _trace(
     request: InspectRequest, model: InspectedModel, recorded: dict[str, np.ndarray]
 ) -> Trace:
-    """Windows put together again, without the last one's fillers."""
+    """Join the windows of a text, without the last one's fillers."""
     count = len(request.text)
     selected, gates = (
         recorded[name].reshape(len(model.layers), -1, recorded[name].shape[-1])[:, :count]
@@ -164,7 +164,7 @@ _Piece = tuple[int, np.ndarray, _Pass]
 
 
 def _placed(request: ScoreRequest, recorder: RoutingRecorder) -> list[_Piece]:
-    """This rank's decisions with the places of their tokens; fillers are left out."""
+    """This rank's decisions with the positions of their tokens; fillers are left out."""
     count, length = request.input_ids.shape
     positions = _positions(request.config.model.seq_length)
     rank, size = parallel_state.get_data_parallel_rank(), request.layout.dp

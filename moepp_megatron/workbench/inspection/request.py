@@ -1,4 +1,4 @@
-"""What `moepp inspect` is asked to do, checked before anything heavy is imported."""
+"""The request of `moepp inspect`, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class InspectedModel:
     """One checkpoint to run.
 
     Attributes:
-        label: What it is called.
+        label: Its name on the page.
         facts: Short descriptions.
         experts: Experts of one MoE layer, by kind.
         layers: Numbers of the transformer layers that are MoE layers, from 1.
@@ -53,8 +53,8 @@ class InspectRequest:
         text: The tokens.
         language: `python` or `text`.
         classes: [N] int64 indices into `classes.CLASSES`.
-        tags: Part of speech of each token, None without; None where there are none.
-        window: Tokens that a model reads at once.
+        tags: Part of speech of each token, or None for a token without; None without any tags.
+        window: Length of a window in tokens.
         models: One checkpoint, or two to compare.
         out: Page to write.
         json: JSON file to write, or None.
@@ -97,14 +97,14 @@ class InspectRequest:
             world_size: Ranks.
             against: A second checkpoint or run, to compare with the first.
             json: JSON file to write.
-            language: Whether there are keywords and identifiers.
+            language: `python` has keywords and identifiers, `text` has not.
             pos_tags: File of parts of speech (`tags.read_tags`).
             tagger: Package that tags parts of speech instead.
             max_tokens: Tokens to read at most.
 
         Raises:
-            ConfigError: Whatever is wrong with it.
-            UnfitError: The tagger is not installed.
+            ConfigError: If the request is wrong.
+            UnfitError: If the tagger is not installed.
         """
         check_overrides(overrides)
         if pos_tags is not None and tagger is not None:

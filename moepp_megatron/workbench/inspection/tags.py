@@ -1,4 +1,4 @@
-"""Parts of speech, from a file or from a tagger that the user has installed."""
+"""Reads parts of speech from a file or from a tagger that the user has installed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def read_tags(path: Path, text: str, is_cut: bool) -> list[TaggedSpan]:
 
     Args:
         path: The file.
-        text: What the words are looked for in.
-        is_cut: Whether the text goes on; then words behind its end are left out.
+        text: The text in which the words are searched.
+        is_cut: Whether the text was cut; then words behind its end are left out.
 
     Raises:
         ConfigError: The file cannot be read, has another form, or does not fit the text.

@@ -1,4 +1,4 @@
-"""A text as tokens that know their place in it, cut into windows that a model can read."""
+"""A text as tokens with their positions, cut into windows that a model can read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class TokenizedText:
     """Tokens of a text.
 
     Attributes:
-        name: What the text is called.
+        name: The text's name.
         text: All characters that the tokens come from.
         ids: [N] int64 token ids.
-        spans: [N, 2] int64 first character of each token and the one behind its last; in order.
-            Empty where a token holds only further bytes of a character that an earlier one began.
-        is_cut: Whether the text goes on behind the last token.
+        spans: [N, 2] int64 first character, and last character + 1, of each token; in order.
+            Empty if a token holds only further bytes of an earlier token's character.
+        is_cut: Whether the text continues behind the last token.
     """
 
     name: str
@@ -35,7 +35,7 @@ class TokenizedText:
     is_cut: bool = False
 
     def __len__(self) -> int:
-        """N."""
+        """Number of tokens, N."""
         return len(self.ids)
 
     @property
@@ -48,7 +48,7 @@ def read_text(path: Path, max_tokens: int) -> tuple[str, bool]:
     """As much of a file as `max_tokens` tokens can need, and whether there is more.
 
     Raises:
-        ConfigError: It cannot be read, is no UTF-8 or is empty.
+        ConfigError: If it cannot be read, is not UTF-8 or is empty.
     """
     return text_of(path, max_tokens * _CHARACTERS_A_TOKEN)
 
@@ -57,7 +57,7 @@ def tokenize(tokenizer: Tokenizer, text: str, name: str, max_tokens: int) -> Tok
     """The first `max_tokens` tokens of a text.
 
     Raises:
-        ConfigError: There are fewer than two tokens: nothing is predicted.
+        ConfigError: If there are fewer than two tokens, so that nothing is predicted.
     """
     ids, spans = tokenizer.encode_with_spans(text)
     if len(ids) < 2:
@@ -77,7 +77,7 @@ def windows(text: TokenizedText, length: int, filler: int) -> np.ndarray:
 
     Args:
         text: The tokens.
-        length: Tokens a window.
+        length: Tokens per window.
         filler: Token that fills the last window.
 
     Returns:

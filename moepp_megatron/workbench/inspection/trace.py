@@ -1,4 +1,4 @@
-"""What one model did with each token of a text.
+"""Routing and loss of one model for each token of a text.
 
 Shape suffixes: L MoE layers, N tokens, K experts selected per token.
 """
@@ -17,16 +17,16 @@ class Trace:
     """Routing and loss of every token.
 
     Attributes:
-        label: What the model is called.
+        label: The model's name.
         facts: Short descriptions of it.
         experts: Experts of one MoE layer, by kind.
         layers: L numbers of the transformer layers that are MoE layers, from 1.
         balanced_share: FFN share of all selections under perfect balance.
         selected: [L, N, K] int64 experts of each token, the largest gate first.
         gates: [L, N, K] fp64 their gates.
-        losses: [N] fp64 minus the log-probability of each token, in nats; NaN for the first of a
-            window, which nothing predicts.
-        window: Tokens that the model read at once.
+        losses: [N] fp64 negative log-probability of each token, in nats; NaN for the first of a
+            window, which is not predicted.
+        window: Length of the model's windows in tokens.
     """
 
     label: str
@@ -41,7 +41,7 @@ class Trace:
 
     @property
     def topk(self) -> int:
-        """K."""
+        """Experts selected per token, K."""
         return self.selected.shape[2]
 
     @property

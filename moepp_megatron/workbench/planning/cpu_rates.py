@@ -1,4 +1,4 @@
-"""What one rank of a machine without cards reaches: eight numbers, measured, none of them rated.
+"""What one rank of a machine without GPUs reaches: eight numbers, measured, none of them rated.
 
 A product on a core has no waves over multiprocessors: its time is that of its FLOP, and more for
 each where its smallest dimension is short, because then less of what is loaded is used again.

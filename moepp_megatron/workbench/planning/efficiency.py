@@ -17,7 +17,7 @@ class Efficiencies:
     """Reached shares of rated numbers; seconds where a name ends in `_s`.
 
     Attributes:
-        bf16_matmul: Of the bf16 rate, in a product that fills the card, in long training. Searching
+        bf16_matmul: Of the bf16 rate, in a product that fills the GPU, in long training. Searching
             for the best shape finds 0.80 on an H100 (stas00/ml-engineering, compute/accelerator,
             MAMF table); power caps and ordinary shapes leave less in training.
         fp8_matmul: Of the FP8 rate, the same. Best shape 0.71 (same table).
@@ -30,7 +30,7 @@ class Efficiencies:
             draining the pipeline of its tiles.
         memory: Of the memory bandwidth, in kernels that only move data. Copies reach 0.90 to 0.92
             on an H100; fused elementwise kernels and permutations less.
-        nvlink: Of NVLink's rate in one direction; network: of a card's network port. Both from
+        nvlink: Of NVLink's rate in one direction; network: of a GPU's network port. Both from
             table 7: with them 14 of 16 times of plain and deduplicated exchanges on 8 to 64 H100
             come out within 8%, the deduplicated ones of 16 ranks 11% and 22% too fast
             (tests/unit/workbench/planning/test_links.py).

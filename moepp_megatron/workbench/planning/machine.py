@@ -1,4 +1,4 @@
-"""A cluster of one kind of card: rated numbers times reached shares."""
+"""A cluster of one kind of GPU: rated numbers times reached shares."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _NEEDED = (
 # Compared by identity: it is the key of caches, and one plan has one machine.
 @dataclass(frozen=True, eq=False)
 class Machine:
-    """What a card reaches, in SI units.
+    """What a GPU reaches, in SI units.
 
     Attributes:
         hardware: The description it comes from.
         reached: Shares of the rated numbers.
-        multiprocessors: Of a card.
+        multiprocessors: Of a GPU.
         memory_bytes: Device memory.
         memory_rate: Bytes a second in kernels that only move data.
         nvlink: Bytes a second and direction inside a node.
-        network: Bytes a second and direction of a card's port.
-        per_node: Cards of a node.
-        cpu: What a rank reaches on a machine without cards, where it is one.
+        network: Bytes a second and direction of a GPU's port.
+        per_node: GPUs of a node.
+        cpu: What a rank reaches on a machine without GPUs, where it is one.
     """
 
     hardware: Hardware
@@ -55,7 +55,7 @@ class Machine:
         return self.memory_rate if self.cpu is None else _rate(self.cpu.state_s)
 
     def flops(self, number: str) -> float:
-        """FLOP/s that products which fill the card reach.
+        """FLOP/s that products which fill the GPU reach.
 
         Args:
             number: "fp32", "bf16", "fp8" (tensorwise, delayed) or "fp8_blockwise".
@@ -95,7 +95,7 @@ def machine_of(hardware: Hardware, reached: Efficiencies = DEFAULT) -> Machine:
         multiprocessors=hardware.multiprocessors or 1,
         memory_bytes=(hardware.memory_gb or 0.0) * 1e9,
         memory_rate=(hardware.memory_bandwidth_gb_s or 0.0) * 1e9 * reached.memory,
-        # Without NVLink the cards of a node reach each other no faster than the network.
+        # Without NVLink the GPUs of a node reach each other no faster than the network.
         nvlink=nvlink / 2 * 1e9 * reached.nvlink if nvlink else network / 8 * 1e9 * reached.network,
         network=network / 8 * 1e9 * reached.network,
         per_node=hardware.gpus_per_node or 1,

@@ -54,7 +54,7 @@ class Plan:
 
     Attributes:
         config: What was planned for.
-        world: Cards.
+        world: GPUs.
         machine: Of this kind.
         routing: How unevenly tokens choose.
         layouts: The configured model, best first; layouts that do not fit only if none does.
@@ -131,14 +131,14 @@ def make_plan(
 
     Args:
         config: A checked configuration; its own layout does not matter.
-        world: Cards.
+        world: GPUs.
         machine: Of this kind.
         routing: How unevenly tokens choose.
         taus: Further weights of zero-computation experts to set beside the configured one.
         top: Layouts to keep of each model.
 
     Raises:
-        ConfigError: The cards cannot do the configured format, or no layout is legal.
+        ConfigError: The GPUs cannot do the configured format, or no layout is legal.
     """
     check_formats(config, machine)
     search = search_layouts(config, world, machine, routing)
@@ -258,7 +258,7 @@ def _with_tau(config: Config, tau: float) -> Config:
 
 
 def check_formats(config: Config, machine: Machine) -> None:
-    """Refuse number formats that the card has no rate for.
+    """Refuse number formats that the GPU has no rate for.
 
     Raises:
         ConfigError: It has none.

@@ -25,11 +25,11 @@ class Planned:
         kind: The model.
         tau: Weight of its zero-computation experts; None for vanilla.
         ffn_share: phi; 1 for vanilla.
-        fits: The fullest rank fits the card.
+        fits: The fullest rank fits the GPU.
         memory_gib: Of the fullest rank, libraries included.
         step: Time of a step.
-        tokens_per_s_per_gpu: Throughput of a card.
-        tflops_per_gpu: Model TFLOP/s of a card, as `metrics.jsonl` counts them (config/flops.py).
+        tokens_per_s_per_gpu: Throughput of a GPU.
+        tflops_per_gpu: Model TFLOP/s of a GPU, as `metrics.jsonl` counts them (config/flops.py).
         mfu: Their share of the rated rate.
     """
 

@@ -1,4 +1,4 @@
-"""Every legal layout of a model on a number of cards, as plain integers.
+"""Every legal layout of a model on a number of GPUs, as plain integers.
 
 Legal is what config/rules and `check_world_size` accept; the rules are written again here in
 integers because a hundred thousand configurations cannot be built and checked in seconds.
@@ -32,8 +32,8 @@ class Space:
     """What a search may choose from.
 
     Attributes:
-        world: Cards.
-        per_node: Cards of a node.
+        world: GPUs.
+        per_node: GPUs of a node.
         load: The model and its batch.
         groups_are_set: Key/value heads are given, so that tensor ranks must fit them.
         can_overlap: The configuration allows the combined schedule.

@@ -22,7 +22,7 @@ class Target:
     """A kind of device.
 
     Attributes:
-        hardware: The card; None for this machine's CPU.
+        hardware: The GPU; None for this machine's CPU.
         reason: Why this one, in a few words.
     """
 
@@ -36,7 +36,7 @@ class Target:
 
     @property
     def memory_bytes(self) -> float | None:
-        """Memory of a card; None where it is not known, and for a CPU."""
+        """Memory of a GPU; None where it is not known, and for a CPU."""
         if self.hardware is None or self.hardware.memory_gb is None:
             return None
         return self.hardware.memory_gb * 1e9
@@ -45,7 +45,7 @@ class Target:
 def target_of(config: Config, gpu: str | None = None) -> Target:
     """The device, by the first of these rules that says one.
 
-    What was asked for; the card that `telemetry.hardware` names; the card of this machine; an
+    What was asked for; the GPU that `telemetry.hardware` names; the GPU of this machine; an
     H100 for bf16 and FP8, in which no run on a CPU has a use; this machine's CPU.
 
     Args:
@@ -74,7 +74,7 @@ def _named(name: str, source: str) -> Target:
 
 
 def _card_here() -> Hardware | None:
-    """The first card of this machine; one that is not in `configs/hardware` has only a name."""
+    """The first GPU of this machine; one that is not in `configs/hardware` has only a name."""
     try:
         with Nvml() as nvml:
             if nvml.count() == 0:

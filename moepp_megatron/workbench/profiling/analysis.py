@@ -101,7 +101,7 @@ def analyse_traces(
     step: int | None = None,
     measured: MeasuredPeak | None = None,
 ) -> Profile:
-    """As `analyse`, of recordings that have been read."""
+    """Same as `analyse`, of recordings that have been read."""
     steps = _steps(traces, step)
     late = lateness({trace.rank: trace.collectives for trace in traces})
     links = Links(traces)

@@ -1,4 +1,4 @@
-"""Results of `moepp bench card`, and of `bench layer` beside what the card could do."""
+"""Results of `moepp bench card`, and of `bench layer` beside what the GPU could do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def print_card(result: CardResult, asked: Sequence[str]) -> None:
 
 
 def print_bounds(results: Sequence[LayerResult]) -> None:
-    """Each part's time over its bound on this card, and the experts' rate."""
+    """Each part's time over its bound on this GPU, and the experts' rate."""
     first = results[0]
     table = Table(
         title=f"Forward pass of the MoE++ layer on {first.device}, {first.dtype}: "

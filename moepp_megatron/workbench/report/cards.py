@@ -26,7 +26,7 @@ class Card:
 
 
 def headline_cards(run: RunData, summary: Summary, savings: Savings) -> list[Card]:
-    """The cards in the order of the page."""
+    """The headline numbers in the order of the page."""
     return [
         *_loss_cards(summary),
         *_saving_cards(run, summary, savings),

@@ -13,7 +13,7 @@ class Metric(NamedTuple):
     """A number of the routers.
 
     Attributes:
-        name: As `metrics.jsonl` and the monitor call it.
+        name: Same as `metrics.jsonl` and the monitor call it.
         meaning: In plain words.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
         wrong: When something is wrong: in words, or a default rule of the routing guard.

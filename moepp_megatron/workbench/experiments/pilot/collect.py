@@ -189,7 +189,7 @@ class _Measured:
         return sentences.answer(best, equal[best.arm], target is not None, where)
 
     def _on_gpu(self) -> bool:
-        """Whether the runs have seen cards."""
+        """Whether the runs have seen GPUs."""
         last = [records[-1] for seed in self.records.values() for records in seed.values()]
         return any(record.gpu_hours is not None for record in last)
 

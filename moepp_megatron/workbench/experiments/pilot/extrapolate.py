@@ -1,4 +1,4 @@
-"""The same models at the target's size and on its cards, by the cost model.
+"""The same models at the target's size and on its GPUs, by the cost model.
 
 Speed is extrapolated, learning is not: nobody knows from short runs of a small model what share of
 its loss gap a large one has.
@@ -42,10 +42,10 @@ class TargetRequest:
     Attributes:
         name: Of the configuration.
         config: Its model, batch and formats; its own layout does not matter.
-        gpus: Cards.
+        gpus: GPUs.
         machine: Of this kind.
         tokens: To train on.
-        price_per_hour: Of a card.
+        price_per_hour: Of a GPU.
     """
 
     name: str
@@ -59,7 +59,7 @@ class TargetRequest:
         """Refuse a target that no plan can be made for.
 
         Raises:
-            ConfigError: It is vanilla, its format is not the card's, or nothing fits.
+            ConfigError: It is vanilla, its format is not the GPU's, or nothing fits.
         """
         if self.config.moe.num_zero_computation_experts == 0:
             raise ConfigError(

@@ -132,13 +132,13 @@ class TargetModel(_PilotRecord):
     Attributes:
         arm: Name of the pilot's arm that it stands for.
         layout: In words: "TP1 PP2 EP8, micro-batch 2".
-        fits: It fits the cards; else the other numbers are None.
+        fits: It fits the GPUs; else the other numbers are None.
         step_time_s: A step.
         tokens_per_s_per_gpu: Throughput.
         tflops_per_gpu: Model TFLOP/s.
         a2a_bytes: Of a step.
         hours: To train on the target's tokens.
-        money: The same times cards and price; None without a price.
+        money: The same times GPUs and price; None without a price.
         time_ratio: Step time over vanilla's.
     """
 
@@ -159,10 +159,10 @@ class PilotTarget(_PilotRecord):
 
     Attributes:
         name: Of the target's configuration.
-        gpus: Cards.
+        gpus: GPUs.
         gpu: Their kind.
         tokens: To train on.
-        price_per_hour: Of a card; None where unknown.
+        price_per_hour: Of a GPU; None where unknown.
         models: Vanilla and every MoE++ arm.
     """
 
@@ -216,7 +216,7 @@ class Setting(_PilotRecord):
         command: The command line.
         config: Name of the configuration.
         nproc: Ranks.
-        device: Of the ranks: a card's name, or the processor's.
+        device: Of the ranks: a GPU's name, or the processor's.
         cores: Processor cores.
         torch: Version.
         megatron_core: Version.

@@ -11,10 +11,10 @@ from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 
 
 def device_name(on_gpu: bool) -> str:
-    """Name of the cards or of the processor that ranks compute on.
+    """Name of the GPUs or of the processor that ranks compute on.
 
     Args:
-        on_gpu: The runs have used cards, which this machine need not have.
+        on_gpu: The runs have used GPUs, which this machine need not have.
     """
     if not on_gpu:
         return _processor()

@@ -49,7 +49,7 @@ class ScaleRecord:
         global_batch_size: Sequences a step.
         tokens: Of a step, all ranks.
         backend: "gloo" or "nccl".
-        device: Name of the card, or "cpu".
+        device: Name of the GPU, or "cpu".
         hosts: Machines.
         cores: Processor cores of the first one.
     """

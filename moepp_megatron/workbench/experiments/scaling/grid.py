@@ -124,7 +124,7 @@ def build_grid(
     Args:
         config: Where the other settings come from.
         nprocs: Rank counts.
-        layouts: As `--layout`.
+        layouts: Same as `--layout`.
         modes: "strong", "weak".
 
     Raises:

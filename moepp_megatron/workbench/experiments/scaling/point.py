@@ -55,7 +55,7 @@ class PointResult(_Written):
         tokens: Of a step, all ranks.
         phi: FFN experts' share at perfect balance, at which MoE++'s routing is held.
         backend: "gloo" or "nccl".
-        device: Name of the card, or "cpu".
+        device: Name of the GPU, or "cpu".
         hosts: Machines.
         cores: Processor cores that this job may use on the first machine.
         kinds: By "moepp" and "vanilla".

@@ -22,7 +22,7 @@ class Comparison:
     Attributes:
         result: What was published.
         step: What the model says.
-        tflops: Model TFLOP/s a card that follow.
+        tflops: Model TFLOP/s a GPU that follow.
     """
 
     result: Published

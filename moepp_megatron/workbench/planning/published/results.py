@@ -1,4 +1,4 @@
-"""What was published: model TFLOP/s a card on H100, layout, and where it stands."""
+"""What was published: model TFLOP/s a GPU on H100, layout, and where it stands."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Published:
 
     Attributes:
         name: Model, format and what sets it apart.
-        gpus: H100 cards.
-        tflops: Published model TFLOP/s a card.
+        gpus: H100 GPUs.
+        tflops: Published model TFLOP/s a GPU.
         load: The model.
         grid: Its layout.
         source: Where the result and its settings stand.

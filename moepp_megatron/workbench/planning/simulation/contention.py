@@ -26,7 +26,7 @@ class Fabric:
         leaf_nodes: Nodes joined at full rate. 32: a scalable unit of NVIDIA's DGX SuperPOD with
             H100 (RA-11333-001), whose nodes meet on one leaf switch a rail.
         oversubscription: Rate of the ports below a leaf switch over that of its uplinks. 1 is a
-            full fat tree, as there; Llama 3's cluster had 7 between pods of 3,072 cards
+            full fat tree, as there; Llama 3's cluster had 7 between pods of 3,072 GPUs
             (arXiv 2407.21783, section 3.3.1).
         hashed_flows: Messages of a port that are under way at a time, each hashed to one uplink;
             0 where switches spread packets over all uplinks (adaptive routing).

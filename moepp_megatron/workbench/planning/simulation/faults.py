@@ -16,11 +16,11 @@ class Faults:
     """What goes wrong in a cluster.
 
     Attributes:
-        slow_nodes: Share of nodes whose cards compute more slowly, for as long as they are in the
+        slow_nodes: Share of nodes whose GPUs compute more slowly, for as long as they are in the
             run. 0.005 and a tenth: MegaScale (arXiv 2402.15627).
         slow_factor: How many times as long their computation takes.
-        mtbf_hours: Hours between failures of one card, whatever fails with it. 50,677: 419
-            unexpected interruptions of 16,384 cards in 54 days (Llama 3, arXiv 2407.21783,
+        mtbf_hours: Hours between failures of one GPU, whatever fails with it. 50,677: 419
+            unexpected interruptions of 16,384 GPUs in 54 days (Llama 3, arXiv 2407.21783,
             table 5).
         restart_s: From a failure to the first new step: found, diagnosed, started, loaded. 900:
             MegaScale finds faults in under 10 minutes and is back within 15 (same paper).

@@ -19,7 +19,7 @@ class Link:
 
     Attributes:
         name: NVLink, network, or this machine where there is no GPU.
-        peak_gb_s: Rated bandwidth of one direction of a card, 1e9 bytes/s; None where unknown.
+        peak_gb_s: Rated bandwidth of one direction of a GPU, 1e9 bytes/s; None where unknown.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Links:
 
     Args:
         traces: All recorded ranks.
-        hardware: What the cards are; found by their name where None.
+        hardware: What the GPUs are; found by their name where None.
     """
 
     def __init__(self, traces: list[RankTrace], hardware: Hardware | None = None) -> None:

@@ -14,7 +14,7 @@ class WatchRow:
     """One metric.
 
     Attributes:
-        metric: As `metrics.jsonl` and the monitor call it.
+        metric: Same as `metrics.jsonl` and the monitor call it.
         meaning: In plain words.
         measured: In this pilot, of the arm to go on with.
         healthy: The range in docs/routing.md.

@@ -54,7 +54,7 @@ class PilotPage:
         arm_columns: Headings.
         arms: The table of arms.
         energy: Why the table has no energy; empty where it has.
-        target_title: Cards and tokens; None without a target.
+        target_title: GPUs and tokens; None without a target.
         target_columns: Headings.
         target: The table of models.
         asking: How to ask for a target.
