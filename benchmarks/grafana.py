@@ -9,12 +9,15 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from moepp_megatron.catalogue import METRICS
 from moepp_megatron.workbench.report.live import exported
 from moepp_megatron.workbench.report.live.exported import OF_RECORDS
 
 WIDTH = 24
 HEIGHT = 8
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+# Grafana's name of a unit of the catalogue.
+UNITS = {"share": "percentunit", "s": "s", "bytes": "bytes", "W": "watt", "J": "joule"}
 # A monitor is one scraped port, and serves one run or many.
 OF_ONE_RUN = 'instance="$instance",run="$run"'
 
@@ -58,13 +61,21 @@ class Panel:
     text: str = "auto"
 
 
-def _one(key: str, legend: str = "") -> Curve:
-    metric = OF_RECORDS[key]
-    return Curve(metric.name, legend or metric.meaning)
+def _one(key: str, legend: str) -> Curve:
+    return Curve(OF_RECORDS[key].name, legend)
 
 
-def _health(name: str) -> Curve:
-    return Curve(OF_RECORDS["router_health"].name, "layer {{layer}}", labels=f'metric="{name}"')
+def _own(name: str, width: int = 8, stacked: bool = False) -> Panel:
+    """The panel that the catalogue gives a metric."""
+    row = METRICS[name]
+    assert row.panel is not None, f"{name} has no panel of its own"
+    title, legend = row.panel
+    if row.prometheus:
+        curve = Curve(row.prometheus, legend)
+    else:
+        curve = Curve(OF_RECORDS["router_health"].name, legend, labels=f'metric="{name}"')
+    unit = UNITS.get(row.unit, "none")
+    return Panel(title, width, unit, (curve,), stacked=stacked)
 
 
 PANELS = (
@@ -91,44 +102,28 @@ PANELS = (
             Curve(exported.PHI.name, "phi"),
         ),
     ),
-    Panel(
-        "FFN share of each MoE layer", 12, "percentunit",
-        (_one("layer_ffn_fraction", "layer {{layer}}"),),
-    ),
-    Panel(
-        "Share of each expert", 12, "percentunit", (_one("expert_share", "{{expert}}"),),
-        stacked=True,
-    ),
-    Panel(
-        "Share of each kind, by layer", 12, "percentunit",
-        (_one("layer_expert_share", "layer {{layer}} {{kind}}"),),
-    ),
-    Panel(
-        "FFN experts of a token, by layer", 12, "percentunit",
-        (_one("layer_ffn_histogram", "layer {{layer}}: {{ffn_experts}}"),),
-    ),
-    Panel("Entropy of the gates, nats", 8, "none", (_health("gate_entropy"),)),
-    Panel("Margin of the selection", 8, "none", (_health("selection_margin"),)),
-    Panel("Variance of the logits", 8, "none", (_health("logit_variance"),)),
-    Panel("Residual over the router's own logits", 8, "none", (_health("residual_ratio"),)),
-    Panel("Likeness of the router's rows, cosine", 8, "none", (_health("row_cosine_max"),)),
-    Panel(
-        "Loss of tokens by FFN experts taken", 8, "none",
-        (_one("loss_by_ffn", "{{ffn_experts}} FFN experts"),),
-    ),
-    Panel("Throughput", 8, "none", (_one("tokens_per_s", "tokens/s"),)),
-    Panel("Step time", 8, "s", (_one("step_time_s", "step"),)),
+    _own("layer_ffn_fraction", width=12),
+    _own("expert_share", width=12, stacked=True),
+    _own("layer_expert_share", width=12),
+    _own("layer_ffn_histogram", width=12),
+    _own("gate_entropy"), _own("selection_margin"), _own("logit_variance"),
+    _own("residual_ratio"), _own("row_cosine_max"), _own("loss_by_ffn"),
+    _own("tokens_per_s"), _own("step_time_s"),
     Panel("MFU", 8, "percentunit", (_one("mfu", "MFU"), _one("gpu_utilization", "busy"))),
-    Panel("Gradient norm", 8, "none", (_one("grad_norm", "before clipping"),)),
-    Panel("Power of a card", 8, "watt", (_one("gpu_power_w", "mean"),)),
-    Panel("Energy a token", 8, "joule", (_one("energy_per_token_j", "cards"),)),
-    Panel("Busiest FFN expert over the mean", 8, "none", (_one("max_ffn_load", "load"),)),
-    Panel("All-to-all", 8, "bytes", (_one("a2a_bytes", "a step, forward"),)),
+    _own("grad_norm"), _own("gpu_power_w"), _own("energy_per_token_j"),
+    _own("max_ffn_load"), _own("a2a_bytes"),
     Panel(
         "Waiting and dropped", 8, "percentunit",
         (_one("waiting_fraction", "waiting"), _one("dropped_fraction", "dropped")),
     ),
 )  # fmt: skip
+
+
+def _panels() -> list[Panel]:
+    """`PANELS`, and behind them those that the catalogue alone has."""
+    titles = {panel.title for panel in PANELS}
+    own = [name for name, row in METRICS.items() if row.panel and row.panel[0] not in titles]
+    return [*PANELS, *map(_own, own)]
 
 
 def dashboard() -> dict[str, Any]:
@@ -184,7 +179,7 @@ def _choice(name: str, query: str, label: str) -> dict[str, Any]:
 def _placed() -> list[dict[str, Any]]:
     """The panels, row after row."""
     placed, x, y = [], 0, 0
-    for number, panel in enumerate(PANELS, start=1):
+    for number, panel in enumerate(_panels(), start=1):
         if x + panel.width > WIDTH:
             x, y = 0, y + HEIGHT
         position = {"x": x, "y": y, "w": panel.width, "h": HEIGHT}

@@ -32,11 +32,11 @@ class Drawn:
     """A plot of one metric in the report.
 
     Attributes:
-        title: Above the plot.
-        axis: Beside it.
-        place: Where it stands in its section; by default behind all that have a place.
-        caption: Below it; by default the metric's meaning.
-        section: Of the page. Metrics of single MoE layers have their own.
+        title: Heading of the plot.
+        axis: Label of the vertical axis.
+        place: Its place in the section; by default behind all that have one.
+        caption: Text below it; by default the metric's meaning.
+        section: Part of the page. Metrics of single MoE layers have a section of their own.
         level: A line to compare with, and its name.
         is_logarithmic: Whether the axis is.
         unless_zero: Whether it is left out where all values are 0.
@@ -58,15 +58,16 @@ class Metric:
 
     Attributes:
         meaning: What it says, in one sentence.
-        unit: Of its values; "share" is a number from 0 to 1.
-        group: TensorBoard's group, or the whole tag; of lists what stands before the entry's name.
+        unit: Unit of its values; "share" is a number from 0 to 1.
+        group: TensorBoard's group, or the whole tag; for a list, the tag's part before the entry's name.
         prometheus: Its name there, always of a gauge; empty where `router_health` serves it.
         labels: What tells its values of one run apart: ``layer`` is the transformer layer from 1,
             ``kind`` the kind of expert, ``expert`` an expert's name, ``ffn_experts`` how many FFN
             experts a token takes, ``metric`` a name of `IN_LAYERS`; empty for a single number.
         guard: Whether its rules may look at it: "counted" in each MoE layer and every step from
             what its router wants, "measured" in each MoE layer and steps with router health,
-            "whole" of the model.
+            "whole" of the model, read by the guard itself, "recorded" of the model and every step
+            as `RoutingCollector` counts it for the record.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
         wrong: When something is wrong: in words, or a default rule of the routing guard.
         is_watched: Whether somebody who follows a run should look at it first.
@@ -79,7 +80,7 @@ class Metric:
     group: str = "other"
     prometheus: str = ""
     labels: Labels = ""
-    guard: Literal["", "counted", "measured", "whole"] = ""
+    guard: Literal["", "counted", "measured", "whole", "recorded"] = ""
     healthy: str = ""
     wrong: str = ""
     is_watched: bool = True
@@ -141,7 +142,7 @@ class Record(BaseModel):
         "FFN experts' share of all selections, mean over MoE layers", "share", "router",
         "moepp_ffn_ratio", guard="counted", healthy="0.52 to 0.65", wrong="few_ffn_experts")]
     ffn_per_token: Annotated[Number, Metric(
-        "FFN experts a token takes, mean over tokens and MoE layers", "", "router",
+        "FFN experts per token, mean over tokens and MoE layers", "", "router",
         "moepp_ffn_per_token", guard="counted")]
     expert_share: Annotated[list[Number], Metric(
         "share of all selections that an expert takes, mean over MoE layers; they sum to 1",
@@ -163,7 +164,7 @@ class Record(BaseModel):
         "layers, forward", "bytes", "speed", "moepp_a2a_bytes",
         panel=("All-to-all", "a step, forward"))]
     ffn_target: Annotated[MaybeFloat, Metric(
-        "FFN share of all selections that moe.budget wants; only with a budget", "share",
+        "target of the FFN share from moe.budget; only with a budget", "share",
         "router", "moepp_ffn_target_ratio")] = None
     tau: Annotated[MaybeFloat, Metric(
         "weight of zero-computation experts in the balance loss, mean over MoE layers; only with "
@@ -220,45 +221,45 @@ class Record(BaseModel):
         "checkpoints that could not be written so far; only where any are", "", "other",
         "moepp_failed_saves")] = None
     mfu: Annotated[MaybeFloat, Metric(
-        "model FLOP/s over the rated dense FLOP/s of all cards; skipped experts do not count",
+        "model FLOP/s over the rated dense FLOP/s of all GPUs; skipped experts do not count",
         "share", "speed", "moepp_mfu_ratio",
         drawn=Drawn("Model FLOPs utilisation", "MFU", 0, section="hardware"))] = None
     model_tflops: Annotated[MaybeFloat, Metric(
         "model FLOP/s of a rank; skipped experts do not count", "TFLOP/s", "speed",
         "moepp_model_tflops", drawn=Drawn("Model FLOP/s", "FLOP/s", 5, section="hardware"))] = None
     energy_j: Annotated[MaybeFloat, Metric(
-        "energy of all cards since the record before, evaluation and saving included; like the "
+        "energy of all GPUs since the record before, evaluation and saving included; like the "
         "next two only where NVML tells", "J", "hardware", "moepp_energy_joules")] = None
     energy_per_token_j: Annotated[MaybeFloat, Metric(
-        "energy of all cards since the record before, evaluation and saving included, a token",
+        "energy of all GPUs since the record before, evaluation and saving included, per token",
         "J", "hardware", "moepp_energy_per_token_joules", panel=("Energy a token", "cards"),
         drawn=Drawn("Energy a token", "J", 1, section="hardware"))] = None
     gpu_hours: Annotated[MaybeFloat, Metric(
-        "time since the record before times the number of cards", "h", "hardware",
+        "time since the record before times the number of GPUs", "h", "hardware",
         "moepp_gpu_hours")] = None
     gpu_power_w: Annotated[MaybeFloat, Metric(
-        "power of a card, mean over cards and time since the record before", "W", "hardware",
+        "power of a GPU, mean over GPUs and time since the record before", "W", "hardware",
         "moepp_gpu_power_watts", panel=("Power of a card", "mean"),
         drawn=Drawn("Power of a card", "W", 2, section="hardware"))] = None
     gpu_utilization: Annotated[MaybeFloat, Metric(
-        "share of the time in which a kernel ran, mean over cards", "share", "hardware",
+        "share of the time in which a kernel ran, mean over GPUs", "share", "hardware",
         "moepp_gpu_utilization_ratio",
         drawn=Drawn("Utilisation of a card", "share", 3, section="hardware"))] = None
     gpu_clock_mhz: Annotated[MaybeFloat, Metric(
-        "clock of the multiprocessors, mean over cards", "MHz", "hardware",
+        "clock of the multiprocessors, mean over GPUs", "MHz", "hardware",
         "moepp_gpu_clock_megahertz")] = None
     gpu_memory_bytes: Annotated[MaybeInt, Metric(
-        "most memory in use on any card, other processes included", "bytes", "hardware",
+        "most memory in use on any GPU, other processes included", "bytes", "hardware",
         "moepp_gpu_memory_bytes")] = None
     gpu_temperature_c: Annotated[MaybeFloat, Metric(
-        "highest temperature of any card", "degrees Celsius", "hardware",
+        "highest temperature of any GPU", "degrees Celsius", "hardware",
         "moepp_gpu_temperature_celsius")] = None
     nvlink_bytes_per_s: Annotated[MaybeFloat, Metric(
-        "NVLink traffic of a card, sent and received", "bytes/s", "hardware",
+        "NVLink traffic of a GPU, sent and received", "bytes/s", "hardware",
         "moepp_nvlink_bytes_per_second",
         drawn=Drawn("NVLink traffic", "bytes/s", 4, section="hardware"))] = None
     pcie_bytes_per_s: Annotated[MaybeFloat, Metric(
-        "PCIe traffic of a card, sent and received, mean over cards", "bytes/s", "hardware",
+        "PCIe traffic of a GPU, sent and received, mean over GPUs", "bytes/s", "hardware",
         "moepp_pcie_bytes_per_second")] = None
     cpu_utilization: Annotated[MaybeFloat, Metric(
         "share of all cores of a node in use, other processes included", "share", "hardware",
@@ -269,11 +270,11 @@ class Record(BaseModel):
         "moepp_host_memory_bytes")] = None
 
 
-# Of every MoE layer. None is a key of the record: those that are measured stand in its
+# Of every MoE layer. None is a key of the record: those that are measured are in its
 # `router_health`, the others follow from its shares.
 IN_LAYERS = {
     "ffn_to_target": Metric(
-        "FFN share over the one that moe.budget or moe.tau wants", guard="counted"),
+        "FFN share over its target from moe.budget or moe.tau", guard="counted"),
     "min_ffn_load": Metric(
         "idlest FFN expert's selections over the FFN experts' mean; 0 is a dead expert",
         prometheus="moepp_layer_min_ffn_load_ratio", labels="layer", guard="counted",

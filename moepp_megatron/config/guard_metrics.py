@@ -14,6 +14,7 @@ def _judged(guard: str) -> dict[str, str]:
 COUNTED = _judged("counted")
 # Of every MoE layer, in steps where router health is measured (observe.health_interval).
 MEASURED = _judged("measured")
-# Of the whole model.
+# Of the whole model: what the guard reads itself, and numbers of the record.
 WHOLE = _judged("whole")
-GUARD_METRICS = {**COUNTED, **MEASURED, **WHOLE}
+RECORDED = _judged("recorded")
+GUARD_METRICS = {**COUNTED, **MEASURED, **WHOLE, **RECORDED}

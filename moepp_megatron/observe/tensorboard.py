@@ -90,7 +90,7 @@ class TensorBoardSink:
         values = record.model_dump(exclude_none=True)
         for key, value in values.items():
             if isinstance(value, int | float) and key != "step":
-                self._scalar(_tag(key), value, record.step)
+                self._scalar(tag_of(key), value, record.step)
         group = _GROUPS["expert_share"]
         for name, share in zip(self._names, record.expert_share, strict=True):
             self._scalar(f"{group}/{name.replace(' ', '_')}", share, record.step)
@@ -153,8 +153,8 @@ class TensorBoardSink:
             self._writer.close()
 
 
-def _tag(key: str) -> str:
-    """Of a number under this key of the record: the catalogue's, where it has one."""
+def tag_of(key: str) -> str:
+    """Under which TensorBoard shows a number of the record: the catalogue's, where it has one."""
     group = _GROUPS.get(key, "other")
     return group if "/" in group else f"{group}/{key}"
 

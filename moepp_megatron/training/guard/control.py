@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import Config
-from moepp_megatron.config.guard_metrics import MEASURED
+from moepp_megatron.config.guard_metrics import MEASURED, RECORDED
 from moepp_megatron.config.guard_rules import effective_rules
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.rules import Event, RuleJudge, Values
@@ -216,6 +216,9 @@ class RoutingGuard:
         if self._metrics & MEASURED.keys():
             health = self._health.collect().get("router_health", {})
             values |= measured(health, moe.num_experts)
+        if self._metrics & RECORDED.keys():
+            fields = self._routing.collect()
+            values |= {name: fields[name] for name in RECORDED if name in fields}
         values["grad_norm"] = result.grad_norm
         if "loss" in self._metrics:
             values["loss"] = mean_loss(result.losses)

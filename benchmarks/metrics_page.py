@@ -1,0 +1,110 @@
+"""The tables of metrics in the docs, made from the catalogue.
+
+``python -m benchmarks.metrics_page`` writes them anew, between their markers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from moepp_megatron.catalogue import IN_LAYERS, METRICS, OF_RECORD, Metric
+from moepp_megatron.config.guard_metrics import COUNTED, GUARD_METRICS, MEASURED
+from moepp_megatron.observe.tensorboard import tag_of
+from moepp_megatron.workbench.report.live import exported
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"|{''.join(f' {cell} |' if cell else ' |' for cell in row)}\n" for row in lines)
+
+
+def _code(name: str) -> str:
+    return f"`{name}`" if name else ""
+
+
+def of_records() -> str:
+    """Every number of the newest record."""
+    head = ("of the newest record", "labels", "key in `metrics.jsonl`", "TensorBoard", "unit")
+    rows = [
+        (*_served(row.prometheus, row.labels), _code(key), _tag(key, row), row.unit, row.meaning)
+        for key, row in OF_RECORD.items()
+    ]
+    idlest, other = IN_LAYERS["min_ffn_load"], exported.OTHER
+    rows.append((*_served(idlest.prometheus, idlest.labels), "", "", "", idlest.meaning))
+    rows.append((*_served(other.name, other.labels), "", "", "", other.meaning))
+    return _table((*head, "meaning"), rows)
+
+
+def in_layers() -> str:
+    """Router health by its name."""
+    rows = [
+        (_code(name), IN_LAYERS[name].unit, IN_LAYERS[name].meaning)
+        for name in MEASURED
+        # The guard works it out by itself.
+        if name != "gate_entropy_ratio"
+    ]
+    return _table(("of `router_health`", "unit", "meaning"), rows)
+
+
+def of_run() -> str:
+    """What is served of the run itself."""
+    rows = [(*_served(each.name, each.labels), each.meaning) for each in exported.OF_RUN]
+    return _table(("of the run", "labels", "meaning"), rows)
+
+
+def of_guard() -> str:
+    """What rules may look at."""
+    rows = [(_code(name), _place(name), METRICS[name].with_unit) for name in GUARD_METRICS]
+    return _table(("metric", "of", "meaning"), rows)
+
+
+def _place(name: str) -> str:
+    if name in COUNTED:
+        return "each layer"
+    return "each layer, where measured" if name in MEASURED else "the model"
+
+
+def _served(name: str, labels: str) -> tuple[str, str]:
+    return _code(name), labels.replace(",", ", ")
+
+
+def _tag(key: str, row: Metric) -> str:
+    if key == "step":
+        return ""
+    return _code(f"{row.group}/..." if row.labels else tag_of(key))
+
+
+TABLES = {
+    ("monitor.md", "records"): of_records,
+    ("monitor.md", "router health"): in_layers,
+    ("monitor.md", "run"): of_run,
+    ("guard.md", "guard"): of_guard,
+}
+
+
+def with_tables(page: str, text: str) -> str:
+    """The text of a page with its tables as the catalogue has them now."""
+    for (of, name), table in TABLES.items():
+        if of != page:
+            continue
+        begin, end = f"<!-- begin: {name}, python -m benchmarks.metrics_page -->\n", "<!-- end -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + end, re.DOTALL)
+        assert len(pattern.findall(text)) == 1, f"docs/{page} has no place for the table {name}"
+        before, after = pattern.split(text)
+        text = before + begin + table() + end + after
+    return text
+
+
+def main() -> None:
+    """Write the pages."""
+    for page in dict.fromkeys(page for page, _ in TABLES):
+        path = DOCS / page
+        path.write_text(with_tables(page, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
