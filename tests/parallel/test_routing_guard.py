@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from moepp_megatron.config.guard_metrics import GUARD_METRICS, RECORDED
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
 from tests.parallel.checkpoint_runs import logged
@@ -128,6 +130,24 @@ def test_collapse_to_zero_computation(ranks: RankPools, tmp_path: Path, layout: 
     assert [(a.step, a.rule, a.layer, a.action) for a in alerts] == found.decisions
     assert (alerts[0].severity, alerts[0].metric) == ("critical", "ffn_to_target")
     assert alerts[0].value < 0.25
+
+
+def judge_balance_loss(raw: dict[str, Any]) -> None:
+    """A run as if the catalogue let rules look at a further number of the record."""
+    row = {"balance_loss": ""}
+    with mock.patch.dict(GUARD_METRICS, row), mock.patch.dict(RECORDED, row):
+        run(raw)
+
+
+def test_what_the_record_has_can_be_judged(ranks: RankPools, tmp_path: Path) -> None:
+    rule = {"name": "own", "metric": "balance_loss", "above": 0.0, "severity": "info"}
+    raw = guard_settings(
+        tmp_path, training={"train_iters": 2}, parallel=EP2, routing_guard=guard(rule)
+    )
+    ranks(2).run(judge_balance_loss, raw)
+    (alert,) = told(tmp_path)
+    assert alert.layer is None
+    assert alert.value == records(tmp_path)[alert.step - 1].balance_loss > 0.0
 
 
 def test_safe_mode_keeps_the_loss(ranks: RankPools, tmp_path: Path) -> None:
