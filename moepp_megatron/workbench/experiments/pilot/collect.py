@@ -184,8 +184,8 @@ class _Measured:
         equal: Mapping[str, EqualSpeed],
         target: PilotTarget | None,
     ) -> str:
-        where = "" if target is None else f"{target.name} on {target.gpus:,} {target.gpu}"
         best = verdicts[0]
+        where = "" if target is None else target.title
         return sentences.answer(best, equal[best.arm], target is not None, where)
 
     def _on_gpu(self) -> bool:

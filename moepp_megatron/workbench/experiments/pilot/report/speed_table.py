@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moepp_megatron.workbench.experiments.pilot.report import numbers
-from moepp_megatron.workbench.experiments.pilot.report.tables import PilotCell
+from moepp_megatron.workbench.experiments.pilot.report.tables import PilotCell, interval_cell
 from moepp_megatron.workbench.experiments.pilot.result import EqualSpeed, PilotResult
 
 
@@ -32,10 +32,7 @@ def speed_rows(result: PilotResult) -> list[SpeedRow]:
         SpeedRow(
             each.arm,
             _rival(each),
-            PilotCell(
-                numbers.signed(each.loss_difference.mean),
-                numbers.ends(each.loss_difference, numbers.signed),
-            ),
+            interval_cell(each.loss_difference, numbers.signed),
             _meaning(each),
         )
         for each in result.equal_speed
