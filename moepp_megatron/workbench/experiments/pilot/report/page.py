@@ -13,16 +13,17 @@ from moepp_megatron.workbench.experiments.pilot.report.commands import asking
 from moepp_megatron.workbench.experiments.pilot.report.forest import forest_plot
 from moepp_megatron.workbench.experiments.pilot.report.learning import curve_plots
 from moepp_megatron.workbench.experiments.pilot.report.speed import speed_plot
-from moepp_megatron.workbench.experiments.pilot.report.speed_table import SpeedRow, speed_rows
 from moepp_megatron.workbench.experiments.pilot.report.stages import Stage, stages
 from moepp_megatron.workbench.experiments.pilot.report.tables import (
     PilotRow,
+    SpeedRow,
     VerdictRow,
     WatchRow,
     arm_columns,
     arm_rows,
     has_energy,
     seeds,
+    speed_rows,
     verdict_rows,
     watch_rows,
 )

@@ -8,8 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moepp_megatron.workbench.experiments.pilot.report import numbers
-from moepp_megatron.workbench.experiments.pilot.report.speed_table import speed_rows
-from moepp_megatron.workbench.experiments.pilot.report.tables import alerts
+from moepp_megatron.workbench.experiments.pilot.report.tables import alerts, speed_rows
 from moepp_megatron.workbench.experiments.pilot.report.target_table import (
     target_columns,
     target_rows,
