@@ -1,4 +1,4 @@
-"""From finished runs to what the pilot has found."""
+"""From the finished runs of a pilot to its result, the content of pilot.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of the pilot's page, as text in cells."""
+"""Tables of the pilot's page, as text in cells: arms, verdicts, equal speed, what to watch."""
 
 from __future__ import annotations
 
