@@ -1,11 +1,10 @@
 """Sets of runs that can be interrupted and go on.
 
-A set lives in one folder, which belongs to one set of settings: with others it is refused, and what
-differs is said. Every run has a name and is done by ranks of its own, one run after the other. What
-is finished stays finished, so the command that was interrupted does what is left when it is given
-again.
+A set of runs has a folder, and the folder has one set of settings: a command with other settings is
+refused and told what differs. Every run has a name and ranks of its own, and runs follow each
+other. What is finished stays finished, so the same command, given again, does only what is left.
 
-DIR/logs/NAME.log  what the ranks of a run printed, where they were started from here
+DIR/logs/NAME.log  what the ranks of a run have printed, if this machine has started them
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """Of its files, another one for every run of the set."""
+        """The name of its files; no two runs of a set share one."""
 
 
 @dataclass
@@ -61,9 +60,9 @@ class Pace:
     """How long what is left will take, from what was run so far.
 
     Attributes:
-        left: Work of the runs that are missing, such as steps.
-        done: Work of those run.
-        seconds: That these took, start included.
+        left: Work that the missing runs need, such as steps.
+        done: Work of the runs that have ended.
+        seconds: Time that those took, start included.
     """
 
     left: int
@@ -118,7 +117,7 @@ class RunSet[Run: Named](ABC):
         return run.name
 
     def work(self, run: Run) -> int:
-        """In a unit of which each takes about as long, such as steps; 0 where none is known."""
+        """How much there is to do, such as steps, to foretell the time left; 0 if unknown."""
         return 0
 
     def log(self, run: Run) -> Path:
@@ -126,7 +125,7 @@ class RunSet[Run: Named](ABC):
         return self.path / "logs" / f"{run.name}.log"
 
     def unfinished(self, runs: Sequence[Run]) -> list[Run]:
-        """Those never begun, interrupted or failed."""
+        """The runs that were never begun, were interrupted or have failed."""
         return [run for run in runs if not self.is_done(run)]
 
     def run_missing(
@@ -138,7 +137,7 @@ class RunSet[Run: Named](ABC):
         """Do what is not finished, in order.
 
         Args:
-            runs: All of the set.
+            runs: All runs of the set.
             progress: Called with a line for people before each run.
             finished: Called after each run.
 
@@ -166,9 +165,9 @@ class RunSet[Run: Named](ABC):
         """`moepp arguments` on ranks of this machine.
 
         Args:
-            run: That they do.
-            options: With a log as output.
-            arguments: Of the command.
+            run: The run that they do.
+            options: How to start them; the output is a log.
+            arguments: What follows `moepp`.
 
         Returns:
             Why it failed, on one line, or None.
@@ -184,10 +183,10 @@ class RunSet[Run: Named](ABC):
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Make DIR with its parts; what the file system refuses, inside too, is said of `--out`.
+        """Make DIR with its parts; the body may write there.
 
         Raises:
-            ConfigError: With the cause.
+            ConfigError: The file system refuses one of them; names `--out` and the cause.
         """
         try:
             for part in self.parts:
@@ -200,7 +199,7 @@ class RunSet[Run: Named](ABC):
             ) from None
 
     def other_settings(self, what: str) -> ConfigError:
-        """That DIR belongs to other settings, which `what` tells."""
+        """The error that DIR belongs to other settings; `what` says which."""
         return ConfigError(
             f"--out ({self.path}) must be new or hold {self.noun} of the same settings, and "
             f"{what}; choose another folder"
@@ -223,7 +222,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str
 
     Args:
         found: Values by section and key.
-        wanted: The same; its sections and keys count.
+        wanted: Other values; only its sections and keys are compared.
     """
     differing = {}
     for section, keys in wanted.items():

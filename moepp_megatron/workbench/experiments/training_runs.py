@@ -1,8 +1,8 @@
-"""Sets of training runs: each is `moepp train` of a configuration file of its own.
+"""Sets of training runs; each is a `moepp train` with a configuration file of its own.
 
 DIR/configs/NAME.yaml  the resolved configuration of a run, for `moepp train` or `moepp slurm`
 DIR/runs/NAME/         the run's own folder
-DIR/logs/NAME.log      what its ranks printed, where they were started from here
+DIR/logs/NAME.log      what its ranks have printed, if this machine has started them
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class TrainingRun:
     """One run.
 
     Attributes:
-        name: Of its files.
+        name: The name of its files.
         title: What it is, for people.
-        config: Complete.
+        config: Its complete configuration.
     """
 
     name: str
@@ -45,7 +45,7 @@ class TrainingRuns[Run: TrainingRun](RunSet[Run]):
 
     Args:
         path: DIR, absolute.
-        nproc: Ranks of a run that is done here.
+        nproc: Ranks of each run.
     """
 
     parts = ("configs", "runs", "logs")
@@ -76,15 +76,15 @@ class TrainingRuns[Run: TrainingRun](RunSet[Run]):
                 write_atomic(self.config_file(run), run.config.to_yaml(run.title).encode())
 
     def title(self, run: Run) -> str:
-        """As its attribute."""
+        """The title that the run has."""
         return run.title
 
     def work(self, run: Run) -> int:
-        """Steps."""
+        """The steps of the run."""
         return run.config.training.train_iters
 
     def config_file(self, run: Run) -> Path:
-        """Its configuration."""
+        """The file of its configuration."""
         return self.path / "configs" / f"{run.name}.yaml"
 
     def records(self, run: Run) -> list[StepMetrics] | None:

@@ -13,6 +13,23 @@ from moepp_megatron.runtime.terminal import Console
 _LOG_WIDTH = 120
 
 
+def wide_console(highlight: bool = False) -> Console:
+    """A console on which a pipe or a log is as wide as tables want.
+
+    Args:
+        highlight: Colour numbers in texts, on a terminal.
+    """
+    console = Console(highlight=highlight)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    return console
+
+
+def titled_table(title: str) -> Table:
+    """A narrow table with a rule below its head and its title on the left."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
 def plain_table(*columns: str, words: int = 0) -> Table:
     """A table with a rule below its head and nothing around it.
 
@@ -33,9 +50,7 @@ def print_whole(*parts: RenderableType) -> None:
     Lines are wrapped by the terminal. A table that is wider than the terminal is printed at the
     least width at which its cells are whole. Square brackets in texts are no markup.
     """
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _LOG_WIDTH
+    console = wide_console()
     width = console.width
     for part in parts:
         if isinstance(part, str):

@@ -143,9 +143,7 @@ def test_pilot_target_and_notes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Each by itself, so that none stands for another."""
-    monkeypatch.setattr(
-        "moepp_megatron.workbench.experiments.pilot.report.terminal._LOG_WIDTH", 400
-    )
+    monkeypatch.setattr("moepp_megatron.workbench.report.terminal._LOG_WIDTH", 400)
     for place in ("name", "gpu", "caveats", "answer", "alerts", "layout"):
         found = contents()
         if place in ("name", "gpu"):
@@ -164,7 +162,7 @@ def test_pilot_target_and_notes(
 
 
 def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moepp_megatron.workbench.experiments.scaling.table._LOG_WIDTH", 400)
+    monkeypatch.setattr("moepp_megatron.workbench.report.terminal._LOG_WIDTH", 400)
     # A layout is parts of a name and a number.
     hostile = HOSTILE.replace("=", "")
     numbers = {field.name: 1 for field in fields(ScaleRecord)}

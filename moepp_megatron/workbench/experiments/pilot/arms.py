@@ -1,4 +1,8 @@
-"""The models of a pilot, each as a configuration of its runs."""
+"""The models that a pilot compares, its arms, each as a configuration to train with.
+
+They are vanilla, MoE++ at several tau, vanilla with fewer experts a token (the rivals), and vanilla
+with fewer steps, which tells what tokens are worth.
+"""
 
 from __future__ import annotations
 

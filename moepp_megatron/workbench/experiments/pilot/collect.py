@@ -1,14 +1,19 @@
-"""From finished runs to what the pilot has found."""
+"""From the finished runs of a pilot to its result, the content of pilot.json."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 from moepp_megatron.config.parameters import count_parameters
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.workbench.experiments.pilot import sentences
 from moepp_megatron.workbench.experiments.pilot.arms import PilotArm
 from moepp_megatron.workbench.experiments.pilot.equal_speed import Runs, equal_speed, standing
@@ -22,7 +27,6 @@ from moepp_megatron.workbench.experiments.pilot.result import (
     Setting,
 )
 from moepp_megatron.workbench.experiments.pilot.runs import PilotRuns
-from moepp_megatron.workbench.experiments.pilot.setting import cores, device_name, versions
 from moepp_megatron.workbench.experiments.pilot.verdict import (
     AtTarget,
     TokenValue,
@@ -184,8 +188,8 @@ class _Measured:
         equal: Mapping[str, EqualSpeed],
         target: PilotTarget | None,
     ) -> str:
-        where = "" if target is None else f"{target.name} on {target.gpus:,} {target.gpu}"
         best = verdicts[0]
+        where = "" if target is None else target.title
         return sentences.answer(best, equal[best.arm], target is not None, where)
 
     def _on_gpu(self) -> bool:
@@ -211,9 +215,11 @@ class _Measured:
             command=pilot.command,
             config=moepp.config.run.name,
             nproc=pilot.folder.nproc,
-            device=device_name(self._on_gpu()),
-            cores=cores(),
-            **versions(),
+            device=_gpu() if self._on_gpu() else _processor(),
+            cores=len(os.sched_getaffinity(0)),
+            # Without importing them, which takes seconds.
+            torch=version("torch"),
+            megatron_core=version("megatron-core"),
             steps=vanilla.arm.steps,
             tokens=vanilla.arm.steps * per_step,
             valid_tokens=training.eval_iters * per_step,
@@ -226,3 +232,23 @@ def _routing_words(routing: object | None) -> str:
     if routing is None:
         return "routing as uneven as after long training (docs/planning.md)"
     return "routing as uneven as in the second half of the pilot's runs, which long training evens"
+
+
+def _gpu() -> str:
+    """Name of the GPUs that the runs have used, which this machine need not have."""
+    try:
+        with Nvml() as nvml:
+            name = nvml.card(0).name if nvml.count() else None
+    except NvmlUnavailableError:
+        name = None
+    return name or "GPU of another machine"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine() or "CPU"

@@ -173,6 +173,11 @@ class PilotTarget(_PilotRecord):
     price_per_hour: float | None
     models: list[TargetModel]
 
+    @property
+    def title(self) -> str:
+        """Such as "moepp_7b on 64 H100"."""
+        return f"{self.name} on {self.gpus:,} {self.gpu}"
+
     def model_of(self, arm: str) -> TargetModel | None:
         """The model that stands for an arm, by its name."""
         return next((model for model in self.models if model.arm == arm), None)

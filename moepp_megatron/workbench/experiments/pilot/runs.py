@@ -1,6 +1,6 @@
 """The runs of a pilot: every arm with every seed.
 
-DIR/configs, runs, logs  as of all training runs (experiments/training_runs.py)
+DIR/configs, runs, logs  the same as for all training runs (experiments/training_runs.py)
 DIR/pilot.json           what was found
 DIR/pilot.html           the page
 """
@@ -23,8 +23,8 @@ class PilotRun(TrainingRun):
     """One arm with one seed.
 
     Attributes:
-        arm: The arm.
-        seed: Of initial weights and of the order of the data.
+        arm: The model.
+        seed: The seed of initial weights and of the order of the data.
     """
 
     arm: Arm
@@ -46,6 +46,6 @@ class PilotRuns(TrainingRuns[PilotRun]):
 
 
 def run_name(arm: Arm, seed: int) -> str:
-    """Of the files of an arm's run with this seed."""
+    """The name of the files of an arm's run with this seed."""
     words = arm.name.lower().replace("++", "pp").replace("%", "-percent")
     return re.sub(r"[^a-z0-9.]+", "-", f"{words}-seed-{seed}")

@@ -1,4 +1,4 @@
-"""What a pilot has found, in sentences."""
+"""The answer of a pilot, its reasons and what it cannot tell, in sentences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means over seeds with their 95% t-intervals, of differences and of factors."""
+"""Means over seeds with their 95% t-intervals, and what follows for further seeds."""
 
 from __future__ import annotations
 

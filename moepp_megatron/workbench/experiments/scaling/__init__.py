@@ -1,8 +1,11 @@
 """Scaling tests: which points there are, what was measured at each, what follows.
 
-grid.py       rank counts, layouts and batches: the points
-point.py      what one point's job writes down
-folder.py     the points on disk: finished, failed, of which settings
-jobs.py       starts the job of each point
-efficiency.py the records of scale.json
+grid.py        rank counts, layouts and batches: the points
+runs.py        the points as a set of runs: finished, failed, of which settings
+measure.py     what the ranks of one point do
+point.py       what they write down
+efficiency.py  the records of scale.json
+table.py       the records in the terminal
+plots.py       the records over rank counts
+page.py        scaling.html
 """

@@ -1,4 +1,4 @@
-"""What the job of one point writes down."""
+"""What the job of one point writes down: DIR/points/NAME.json of a scaling test."""
 
 from __future__ import annotations
 

@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich import box
 from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.experiments.scaling.efficiency import ScaleRecord
-
-# A log has no width of its own; the table fits.
-_LOG_WIDTH = 120
+from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
 MODE_TITLES = {
     "strong": "Strong scaling: the global batch stays",
@@ -32,9 +28,7 @@ def short_layout(layout: str) -> str:
 
 def print_records(records: Sequence[ScaleRecord]) -> None:
     """A table a mode."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = _LOG_WIDTH
+    console = wide_console(highlight=True)
     for mode, title in MODE_TITLES.items():
         chosen = [record for record in records if record.mode == mode]
         if chosen:
@@ -47,7 +41,7 @@ def print_records(records: Sequence[ScaleRecord]) -> None:
 
 
 def _table(title: str, records: Sequence[ScaleRecord]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = titled_table(title)
     table.add_column("ranks", justify="right")
     for name in ("layout", "model"):
         table.add_column(name, no_wrap=True)

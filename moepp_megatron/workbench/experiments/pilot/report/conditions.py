@@ -1,4 +1,4 @@
-"""Conditions of the roll-out, as sentences.
+"""When to go on from the pilot to a node and to the cluster, and when to go back, in sentences.
 
 The numbers are this pilot's. Break-even follows from time to equal loss = token factor times time
 ratio: MoE++ pays below a time ratio of 1 / token factor, and, with tokens worth v nats an e-fold,

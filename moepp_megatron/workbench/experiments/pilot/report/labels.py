@@ -1,4 +1,4 @@
-"""Names beside points, placed so that they do not lie on each other."""
+"""Places names beside the points of a plot so that they do not lie on each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots of the pilot's page over training."""
+"""Plots of training loss over tokens, and of its difference to vanilla's, for the pilot's page."""
 
 from __future__ import annotations
 

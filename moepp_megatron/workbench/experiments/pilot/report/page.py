@@ -11,19 +11,21 @@ from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.badges import Badge, badges
 from moepp_megatron.workbench.experiments.pilot.report.commands import asking
 from moepp_megatron.workbench.experiments.pilot.report.forest import forest_plot
-from moepp_megatron.workbench.experiments.pilot.report.health import WatchRow, watch_rows
 from moepp_megatron.workbench.experiments.pilot.report.learning import curve_plots
 from moepp_megatron.workbench.experiments.pilot.report.speed import speed_plot
-from moepp_megatron.workbench.experiments.pilot.report.speed_table import SpeedRow, speed_rows
 from moepp_megatron.workbench.experiments.pilot.report.stages import Stage, stages
 from moepp_megatron.workbench.experiments.pilot.report.tables import (
     PilotRow,
+    SpeedRow,
     VerdictRow,
+    WatchRow,
     arm_columns,
     arm_rows,
     has_energy,
     seeds,
+    speed_rows,
     verdict_rows,
+    watch_rows,
 )
 from moepp_megatron.workbench.experiments.pilot.report.target_table import (
     target_columns,
@@ -164,10 +166,7 @@ def _target_title(result: PilotResult) -> str | None:
     target = result.target
     if target is None:
         return None
-    text = (
-        f"{target.name} on {target.gpus:,} {target.gpu}, "
-        f"{formatting.big_count(target.tokens)} tokens"
-    )
+    text = f"{target.title}, {formatting.big_count(target.tokens)} tokens"
     if target.price_per_hour is None:
         return text + "; no price was given (--price)"
     return f"{text}, {target.price_per_hour:,.2f} a card and hour"

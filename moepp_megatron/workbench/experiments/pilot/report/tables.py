@@ -1,17 +1,20 @@
-"""Tables of the pilot's page, as text in cells."""
+"""Tables of the pilot's page, as text in cells: arms, verdicts, equal speed, what to watch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.result import (
     ArmOutcome,
     ArmVerdict,
+    EqualSpeed,
     Interval,
     PilotResult,
 )
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.healthy import METRICS, wrong_in_words
 
 
 @dataclass(frozen=True)
@@ -93,25 +96,27 @@ def seeds(count: int) -> str:
 
 
 def _arm_cells(outcome: ArmOutcome, with_energy: bool) -> list[PilotCell]:
-    difference, time_ratio = outcome.loss_difference, outcome.time_ratio
-    used = outcome.energy_per_token_j
     cells = [
-        PilotCell(
-            numbers.loss(outcome.valid_loss.mean), numbers.ends(outcome.valid_loss, numbers.loss)
-        ),
-        PilotCell(numbers.NOTHING)
-        if difference is None
-        else PilotCell(numbers.signed(difference.mean), numbers.ends(difference, numbers.signed)),
+        interval_cell(outcome.valid_loss, numbers.loss),
+        interval_cell(outcome.loss_difference, numbers.signed),
         PilotCell(numbers.seconds(outcome.step_time_s.mean)),
-        ratio_cell(time_ratio),
+        interval_cell(outcome.time_ratio, numbers.ratio),
         PilotCell(formatting.count(outcome.tokens_per_s.mean)),
         PilotCell(formatting.percent(outcome.ffn_share.mean)),
         PilotCell(numbers.megabytes(outcome.a2a_bytes.mean)),
     ]
     if with_energy:
+        used = outcome.energy_per_token_j
         unknown = PilotCell(numbers.NOT_MEASURED, is_text=True)
         cells.append(unknown if used is None else PilotCell(numbers.energy(used.mean)))
     return [*cells, PilotCell(alerts(outcome), is_text=True)]
+
+
+def interval_cell(found: Interval | None, show: Callable[[float], str]) -> PilotCell:
+    """A mean with its interval; a dash where nothing can be told."""
+    if found is None:
+        return PilotCell(numbers.NOTHING)
+    return PilotCell(show(found.mean), numbers.ends(found, show))
 
 
 def alerts(outcome: ArmOutcome) -> str:
@@ -141,25 +146,107 @@ class VerdictRow:
     strong: bool
 
 
-def ratio_cell(found: Interval | None) -> PilotCell:
-    """A ratio with its interval; a dash where nothing can be told."""
-    if found is None:
-        return PilotCell(numbers.NOTHING)
-    return PilotCell(numbers.ratio(found.mean), numbers.ends(found, numbers.ratio))
-
-
 def verdict_rows(result: PilotResult) -> list[VerdictRow]:
     """Of every MoE++ arm, the most favourable first."""
-    rows = []
-    for each in result.verdicts:
-        rows.append(
-            VerdictRow(
-                verdict=each,
-                factor=ratio_cell(each.token_factor),
-                pilot=ratio_cell(each.time_to_loss),
-                target=ratio_cell(each.target_time_to_loss),
-                why="" if each is result.chosen else " ".join(each.reasons),
-                strong=each.arm == result.recommended,
-            )
+    return [
+        VerdictRow(
+            verdict=each,
+            factor=interval_cell(each.token_factor, numbers.ratio),
+            pilot=interval_cell(each.time_to_loss, numbers.ratio),
+            target=interval_cell(each.target_time_to_loss, numbers.ratio),
+            why="" if each is result.chosen else " ".join(each.reasons),
+            strong=each.arm == result.recommended,
         )
-    return rows
+        for each in result.verdicts
+    ]
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """A MoE++ arm against what is as fast.
+
+    Attributes:
+        arm: Its name.
+        rival: The vanilla arms, in words.
+        difference: MoE++ minus rival, nats.
+        text: What it means.
+    """
+
+    arm: str
+    rival: str
+    difference: PilotCell
+    text: str
+
+
+def speed_rows(result: PilotResult) -> list[SpeedRow]:
+    """Of every MoE++ arm that was compared."""
+    return [
+        SpeedRow(
+            each.arm,
+            _rival(each),
+            interval_cell(each.loss_difference, numbers.signed),
+            _meaning(each),
+        )
+        for each in result.equal_speed
+    ]
+
+
+def _rival(row: EqualSpeed) -> str:
+    if row.slower == row.faster:
+        return row.slower
+    parts = ((row.weight, row.slower), (1 - row.weight, row.faster))
+    return " and ".join(f"{share:.0%} {name}" for share, name in parts)
+
+
+def _meaning(row: EqualSpeed) -> str:
+    difference = row.loss_difference
+    better = difference.mean < 0
+    size = numbers.loss(abs(difference.mean))
+    beside = "At the same speed" if row.slower != row.faster else f"Beside {row.slower}"
+    rival = "vanilla with fewer experts" if row.slower != row.faster else "it"
+    text = f"{beside} {row.arm} is {size} nats {'better' if better else 'worse'} than {rival}"
+    if difference.low is None or difference.high is None:
+        text += "; with one seed nobody knows how sure that is."
+    elif difference.low <= 0 <= difference.high:
+        text += ", which these seeds cannot tell from no difference."
+    else:
+        text += ", and the interval leaves no doubt about the sign."
+    if row.slower == row.faster:
+        text += " No vanilla arm is as fast; it is the nearest, so part of the difference is speed."
+    elif not row.enclosed:
+        text += (
+            " In some seed its step time is outside of both, and the nearer one stands in: part of "
+            "the difference is speed."
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class WatchRow:
+    """One metric to watch in the runs that follow, with what was measured and what is healthy.
+
+    Attributes:
+        metric: Its name in `metrics.jsonl` and the monitor.
+        meaning: In plain words.
+        measured: In this pilot, of the arm to go on with.
+        healthy: The range in docs/routing.md.
+        wrong: When something is wrong.
+    """
+
+    metric: str
+    meaning: str
+    measured: str
+    healthy: str
+    wrong: str
+
+
+def watch_rows(outcome: ArmOutcome) -> list[WatchRow]:
+    """The metrics that the arm's runs have; the FFN share always."""
+    found = {**outcome.health, "ffn_fraction": outcome.ffn_share.mean}
+    return [
+        WatchRow(
+            metric, meaning, formatting.significant(found[metric]), healthy, wrong_in_words(wrong)
+        )
+        for metric, meaning, healthy, wrong, is_watched in METRICS
+        if is_watched and metric in found
+    ]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from moepp_megatron.workbench.experiments.pilot.report import numbers
-from moepp_megatron.workbench.experiments.pilot.report.tables import PilotCell, PilotRow
+from moepp_megatron.workbench.experiments.pilot.report.tables import (
+    PilotCell,
+    PilotRow,
+    interval_cell,
+)
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult, TargetModel
 from moepp_megatron.workbench.report import formatting
 
@@ -71,6 +75,4 @@ def _to_loss(result: PilotResult, model: TargetModel, vanilla: float | None) -> 
     if result.arms and model.arm == result.arms[0].arm.name:
         return PilotCell(show(1.0))
     found = next((v.target_time_to_loss for v in result.verdicts if v.arm == model.arm), None)
-    if found is None:
-        return PilotCell(numbers.NOTHING)
-    return PilotCell(show(found.mean), numbers.ends(found, show))
+    return interval_cell(found, show)

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.experiments.pilot.report import numbers
-from moepp_megatron.workbench.experiments.pilot.report.speed_table import speed_rows
-from moepp_megatron.workbench.experiments.pilot.report.tables import alerts
+from moepp_megatron.workbench.experiments.pilot.report.tables import alerts, speed_rows
 from moepp_megatron.workbench.experiments.pilot.report.target_table import (
     target_columns,
     target_rows,
 )
 from moepp_megatron.workbench.experiments.pilot.result import Answer, Interval, PilotResult
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
-# A log has no width of its own; the tables fit.
-_LOG_WIDTH = 120
 # From here on no number has to be broken into two lines.
 _WIDE = 115
 # Of the page's columns as many as a terminal has room for; the last one comes behind them.
@@ -30,9 +26,7 @@ _STYLES = {"pays": "bold green", "loses": "bold red", "open": "bold yellow", "no
 
 def print_pilot(result: PilotResult) -> None:
     """The arms, what they are worth, the target, and the answer last, where it is seen."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _LOG_WIDTH
+    console = wide_console()
     console.print(_arms(result, console.width >= _WIDE))
     console.print(_verdicts(result))
     for row in speed_rows(result):
@@ -50,12 +44,8 @@ def print_pilot(result: PilotResult) -> None:
     console.print(f"recommended: {numbers.recommendation(result)}")
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-
-
 def _arms(result: PilotResult, is_wide: bool) -> Table:
-    table = _table("arms; in brackets 95% intervals over seeds, of pairs with vanilla")
+    table = titled_table("arms; in brackets 95% intervals over seeds, of pairs with vanilla")
     table.add_column("arm")
     names = ("valid loss", "less vanilla's", "step", "over vanilla's", "tok/s", "FFN", "a2a MB")
     for name in names:
@@ -84,7 +74,7 @@ def _interval(found: Interval | None, show: Callable[[float], str]) -> str:
 
 
 def _verdicts(result: PilotResult) -> Table:
-    table = _table("time to vanilla's loss over vanilla's; below 1 MoE++ pays")
+    table = titled_table("time to vanilla's loss over vanilla's; below 1 MoE++ pays")
     table.add_column("arm", no_wrap=True)
     for name in ("token factor", "pilot"):
         table.add_column(name, justify="right")
@@ -114,10 +104,8 @@ def _answer(answer: Answer | None) -> Text:
 def _target(result: PilotResult, is_wide: bool) -> Table:
     target = result.target
     assert target is not None, "the caller has one"
-    table = _table(
-        f"{target.name} on {target.gpus:,} {target.gpu}, "
-        f"{formatting.big_count(target.tokens)} tokens, by the cost model"
-    )
+    tokens = formatting.big_count(target.tokens)
+    table = titled_table(f"{target.title}, {tokens} tokens, by the cost model")
     table.add_column("model")
     table.add_column("layout")
     priced = target.price_per_hour is not None
