@@ -20,7 +20,6 @@ from moepp_megatron.runtime import cpu_support
 from moepp_megatron.runtime.launch import write_status
 from moepp_megatron.runtime.rank import RankEnvironment
 
-
 # One a process, since one rank serves it to the others, who may be slower to leave a group.
 _STORES: dict[RankEnvironment, dist.Store] = {}
 # Ranks run the same program, so all count alike.
