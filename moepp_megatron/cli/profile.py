@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.config import ConfigError
 
 if TYPE_CHECKING:
     from moepp_megatron.workbench.profiling.analysis import Profile
@@ -49,18 +50,13 @@ def profile(
     ] = None,
 ) -> None:
     """Say where a run's communication time goes: tables, a page, a trace for Perfetto."""
-    from moepp_megatron.config import ConfigError
-    from moepp_megatron.workbench.profiling.formats.records import SourceError
     from moepp_megatron.workbench.profiling.load import has_kineto
-    from moepp_megatron.workbench.profiling.trace import ProfileError
 
     try:
         if has_kineto(run) or not _is_other_source(run):
             _profile(run, step, against, ceiling, json_file, out)
         else:
             _recording(run, against, json_file)
-    except (ProfileError, SourceError) as error:
-        raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(
             f"{error.filename} cannot be written ({error.strerror}); give --out or --json a place "

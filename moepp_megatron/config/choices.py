@@ -1,13 +1,25 @@
-"""Comma-separated values of command-line options."""
+"""Values that are one of several: names in registries, comma-separated ones of options."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 
 from moepp_megatron.config.errors import ConfigError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def pick[T](registry: Mapping[str, T], setting: str, name: str) -> T:
+    """What a registry holds under the name that a setting gives.
+
+    Raises:
+        ConfigError: It holds no such name; the message lists those that it holds.
+    """
+    if name not in registry:
+        known = ", ".join(registry)
+        raise ConfigError(f"{setting} ({name}) must be one of {known}; use one of these")
+    return registry[name]
 
 
 def parse_choices(option: str, text: str, known: Sequence[str]) -> list[str]:

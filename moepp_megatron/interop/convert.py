@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.config import ConfigError
+from moepp_megatron.config.choices import pick
 from moepp_megatron.runtime.quiet import quiet
 
 # Module of this room and function in it: each imports torch.
@@ -38,11 +38,7 @@ def convert(kind: str, source: str | Path, target: str | Path, **options: Any) -
         UnfitError: `target` cannot be written.
     """
     quiet()
-    if kind not in CONVERTERS:
-        raise ConfigError(
-            f"kind ({kind!r}) must be one of {', '.join(CONVERTERS)}; use one of them"
-        )
-    module, name = CONVERTERS[kind].split(".")
+    module, name = pick(CONVERTERS, "kind", kind).split(".")
     converter = getattr(importlib.import_module(f"moepp_megatron.interop.{module}"), name)
     told = converter(Path(source), Path(target), **options)
     if isinstance(told, list):

@@ -228,6 +228,15 @@ def _without_fusion(config: TransformerConfig) -> TransformerConfig:
 RowDispatcher = FFNAlltoAllTokenDispatcher | DedupAlltoAllTokenDispatcher
 
 
+# What `TransformerConfig.moe_token_dispatcher_type` may name; below, with `deduplicate_dispatch`.
+DISPATCHERS: dict[str, type[MoETokenDispatcher]] = {
+    "alltoall": FFNAlltoAllTokenDispatcher,
+    "allgather": FFNAllGatherTokenDispatcher,
+    "flex": FFNFlexTokenDispatcher,
+}
+DEDUPLICATING: dict[str, type[MoETokenDispatcher]] = {"alltoall": DedupAlltoAllTokenDispatcher}
+
+
 def build_dispatcher(
     num_local_experts: int,
     local_expert_indices: list[int],
@@ -248,26 +257,19 @@ def build_dispatcher(
         ValueError: If the dispatcher cannot carry FFN-only routing or cannot deduplicate.
         ImportError: If flex is asked for without its package.
     """
-    dispatchers: dict[str, type[MoETokenDispatcher]] = {
-        "alltoall": FFNAlltoAllTokenDispatcher,
-        "allgather": FFNAllGatherTokenDispatcher,
-        "flex": FFNFlexTokenDispatcher,
-    }
     name = config.moe_token_dispatcher_type
-    if name not in dispatchers:
+    if name not in DISPATCHERS:
         raise ValueError(
             f"moe_token_dispatcher_type ({name}) must be one that carries FFN-only routing; use "
-            + " or ".join(dispatchers)
+            + " or ".join(DISPATCHERS)
         )
-    dispatcher = dispatchers[name]
-    if deduplicate:
-        if name != "alltoall":
-            raise ValueError(
-                f"moe_token_dispatcher_type ({name}) must be alltoall with deduplicate_dispatch "
-                "(True); use alltoall"
-            )
-        dispatcher = DedupAlltoAllTokenDispatcher
-    return dispatcher(
+    if deduplicate and name not in DEDUPLICATING:
+        known = " or ".join(DEDUPLICATING)
+        raise ValueError(
+            f"moe_token_dispatcher_type ({name}) must be {known} with deduplicate_dispatch "
+            f"(True); use {known}"
+        )
+    return (DEDUPLICATING if deduplicate else DISPATCHERS)[name](
         num_local_experts, local_expert_indices, config=config, pg_collection=pg_collection
     )
 

@@ -7,6 +7,7 @@ from moepp_megatron.observe.sinks import (
     ConsoleSink,
     Sink,
     Sinks,
+    SinkSettings,
     TensorBoardSink,
     open_sinks,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "JsonlSink",
     "MetricsError",
     "Sink",
+    "SinkSettings",
     "Sinks",
     "StepMetrics",
     "TensorBoardSink",

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 __all__ = [
     "ConsoleSink",
     "Sink",
+    "SinkSettings",
     "Sinks",
     "TensorBoardSink",
     "WandbRun",
@@ -110,21 +111,11 @@ class WandbRun:
     config: Mapping[str, Any]
 
 
-def open_sinks(
-    run_dir: Path,
-    experts: ExpertCounts,
-    *,
-    phi: float,
-    total_steps: int,
-    resume_step: int | None = None,
-    wandb: WandbRun | None = None,
-    moe_layers: Sequence[int] = (),
-) -> Sinks:
-    """The sinks of a training run.
+@dataclass(frozen=True)
+class SinkSettings:
+    """What sinks are opened with.
 
-    ``metrics.jsonl``, ``status.json``, the console, TensorBoard if installed, W&B if asked for.
-
-    Args:
+    Attributes:
         run_dir: The run's folder.
         experts: Counts of the run's MoE layers.
         phi: The FFN share that is wanted; the console shows it.
@@ -133,23 +124,48 @@ def open_sinks(
         wandb: The run at W&B; None for none.
         moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
     """
-    jsonl = JsonlSink(run_dir / "metrics.jsonl", resume_step)
-    console = ConsoleSink(total_steps, phi=phi)
-    views: dict[str, Callable[[], Sink]] = {
-        "status file": lambda: StatusSink(run_dir),
-        "TensorBoard output": lambda: TensorBoardSink(
-            run_dir / "tensorboard", experts, resume_step, moe_layers
-        ),
-    }
-    if wandb is not None:
-        go_on = resume_step is not None and resume_step > 1
-        views["W&B output"] = lambda: WandbSink(
-            wandb.settings, run_dir, wandb.name, wandb.config, experts, go_on, moe_layers
-        )
+
+    run_dir: Path
+    experts: ExpertCounts
+    phi: float
+    total_steps: int
+    resume_step: int | None = None
+    wandb: WandbRun | None = None
+    moe_layers: Sequence[int] = ()
+
+
+def _tensorboard(run: SinkSettings) -> Sink:
+    folder = run.run_dir / "tensorboard"
+    return TensorBoardSink(folder, run.experts, run.resume_step, run.moe_layers)
+
+
+def _wandb(run: SinkSettings) -> Sink | None:
+    if run.wandb is None:
+        return None
+    settings, name, config = run.wandb.settings, run.wandb.name, run.wandb.config
+    go_on = run.resume_step is not None and run.resume_step > 1
+    return WandbSink(settings, run.run_dir, name, config, run.experts, go_on, run.moe_layers)
+
+
+# What opens each view of a run, or nothing where it is not wanted.
+VIEWS: dict[str, Callable[[SinkSettings], Sink | None]] = {
+    "status file": lambda run: StatusSink(run.run_dir),
+    "TensorBoard output": _tensorboard,
+    "W&B output": _wandb,
+}
+
+
+def open_sinks(run: SinkSettings) -> Sinks:
+    """The sinks of a training run: ``metrics.jsonl``, the console, and ``VIEWS``."""
+    jsonl = JsonlSink(run.run_dir / "metrics.jsonl", run.resume_step)
+    console = ConsoleSink(run.total_steps, phi=run.phi)
     optional: list[Sink] = [console]
-    for name, view in views.items():
+    for name, view in VIEWS.items():
         try:
-            optional.append(view())
+            sink = view(run)
         except Exception as error:  # a view must not keep a run from starting
             logger.warning("no %s: %s", name, error)
+            continue
+        if sink is not None:
+            optional.append(sink)
     return Sinks([PatientSink(jsonl)], optional, console.message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -18,6 +19,11 @@ from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.runtime import cpu_support
 from moepp_megatron.runtime.launch import write_status
 from moepp_megatron.runtime.rank import RankEnvironment
+
+# One a process, since one rank serves it to the others, who may be slower to leave a group.
+_STORES: dict[RankEnvironment, dist.Store] = {}
+# Ranks run the same program, so all count alike.
+_JOINS = itertools.count()
 
 
 def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
@@ -146,11 +152,19 @@ def _meeting_point(environment: RankEnvironment, timeout: timedelta) -> dist.Sto
     if environment.world_size == 1:
         # A lone process needs no address to meet others at.
         return dist.HashStore()
+    if environment not in _STORES:
+        _STORES[environment] = _open_store(environment, timeout)
+    # It still holds the addresses of groups that ranks had before: of dead ranks after a restart,
+    # since torchrun hands out the same store, and of a program that has joined and left.
+    name = f"attempt_{environment.restart_count}/join_{next(_JOINS)}"
+    return dist.PrefixStore(name, _STORES[environment])
+
+
+def _open_store(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
     if environment.meets_at is not None:
         host, port, serves = environment.meets_at
         return dist.TCPStore(host, port, environment.world_size, is_master=serves, timeout=timeout)
     store, _, _ = next(
         dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)
     )
-    # After a restart torchrun hands out the same store, with the addresses of dead ranks in it.
-    return dist.PrefixStore(f"attempt_{environment.restart_count}", store)
+    return store

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config
 from moepp_megatron.observe.expert_names import ExpertCounts
-from moepp_megatron.observe.sinks import Sinks, WandbRun, open_sinks
+from moepp_megatron.observe.sinks import Sinks, SinkSettings, WandbRun, open_sinks
 from moepp_megatron.training.checkpoint.progress import Progress
 
 
@@ -25,13 +25,15 @@ def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
     )
     pattern = moe.moe_layer_pattern(config.model.num_layers)
     return open_sinks(
-        Path(config.run.dir),
-        counts,
-        phi=moe.ffn_share,
-        total_steps=config.training.train_iters,
-        resume_step=progress.step + 1,
-        wandb=_wandb(config),
-        moe_layers=[number for number, is_moe in enumerate(pattern, start=1) if is_moe],
+        SinkSettings(
+            Path(config.run.dir),
+            counts,
+            phi=moe.ffn_share,
+            total_steps=config.training.train_iters,
+            resume_step=progress.step + 1,
+            wandb=_wandb(config),
+            moe_layers=[number for number, is_moe in enumerate(pattern, start=1) if is_moe],
+        )
     )
 
 

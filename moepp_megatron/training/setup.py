@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -20,6 +21,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config import Config
+from moepp_megatron.config.choices import pick
+from moepp_megatron.config.schema import OptimizerSection
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.megatron_config import moepp_config, params_dtype
 from moepp_megatron.moe.lane import pipeline_config
@@ -73,7 +76,7 @@ def build_training_model(config: Config) -> TrainingModel:
         _optimizer_config(config), chunks, use_gloo_process_groups=False
     )
     _connect(schedule_config, config, chunks, optimizer)
-    return TrainingModel(chunks, models, optimizer, _scheduler(config, optimizer))
+    return TrainingModel(chunks, models, optimizer, _schedule(config, optimizer))
 
 
 def wrap_models(
@@ -121,17 +124,27 @@ def _wrap(
     )
 
 
+def _adam(settings: OptimizerSection) -> dict[str, Any]:
+    return {
+        "optimizer": "adam",
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_eps": settings.adam_eps,
+    }
+
+
+# What `optimizer.kind` may name: Megatron's settings that are of this optimizer alone.
+OPTIMIZERS: dict[str, Callable[[OptimizerSection], dict[str, Any]]] = {"adam": _adam}
+
+
 def _optimizer_config(config: Config) -> OptimizerConfig:
     settings = config.optimizer
     dtype = params_dtype(config)
     return OptimizerConfig(
-        optimizer="adam",
+        **pick(OPTIMIZERS, "optimizer.kind", settings.kind)(settings),
         lr=settings.lr,
         min_lr=settings.min_lr,
         weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -145,12 +158,19 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate that step `step` (from 1) of a run trains with."""
     # It sets the rate of every group of an optimizer, here of none.
-    schedule = _scheduler(config, SimpleNamespace(param_groups=[]))
+    schedule = _schedule(config, SimpleNamespace(param_groups=[]))
     schedule.num_steps = step
     return float(schedule.get_lr({}))
 
 
-def _scheduler(
+def _schedule(
+    config: Config, optimizer: MegatronOptimizer | SimpleNamespace
+) -> OptimizerParamScheduler:
+    build = pick(SCHEDULES, "optimizer.decay_style", config.optimizer.decay_style)
+    return build(config, optimizer)
+
+
+def _megatron_schedule(
     config: Config, optimizer: MegatronOptimizer | SimpleNamespace
 ) -> OptimizerParamScheduler:
     settings = config.optimizer
@@ -167,6 +187,10 @@ def _scheduler(
         wd_incr_steps=config.training.train_iters,
         wd_incr_style="constant",
     )
+
+
+# What `optimizer.decay_style` may name.
+SCHEDULES = dict.fromkeys(("cosine", "linear", "constant"), _megatron_schedule)
 
 
 def _connect(

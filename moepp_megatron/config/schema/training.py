@@ -10,7 +10,7 @@ from moepp_megatron.config.schema.section import Section, unit
 
 
 class OptimizerSection(Section):
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
     lr: float = Field(gt=0.0, description="Peak learning rate", json_schema_extra=unit("1"))
     min_lr: float = Field(
@@ -50,6 +50,9 @@ class OptimizerSection(Section):
         ge=1,
         description="Step at which min_lr is reached; null means training.train_iters",
         json_schema_extra=unit("steps"),
+    )
+    kind: Literal["adam"] = Field(
+        default="adam", description="The optimizer; adam is AdamW", json_schema_extra=unit("-")
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moepp_megatron.config import ConfigError
 from moepp_megatron.workbench.profiling.collective import Collective
 from moepp_megatron.workbench.profiling.groups import Group
 
 
-class ProfileError(ValueError):
+class ProfileError(ConfigError):
     """A folder or file that cannot be read as a profile: one line with a remedy."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from moepp_megatron.observe import (
     ExpertCounts,
     JsonlSink,
     Sinks,
+    SinkSettings,
     TensorBoardSink,
     open_sinks,
     read_metrics,
@@ -338,7 +339,7 @@ def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path
     """By their place in the model, from 1: of layers 1 to 4 the second and the fourth are MoE."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    fan = open_sinks(tmp_path, EXPERTS, phi=0.5, total_steps=1, moe_layers=[2, 4])
+    fan = open_sinks(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1, moe_layers=[2, 4]))
     health = {"gate_entropy": [1.0, 2.0]}
     tokens = [[0.25, 0.5, 0.25], [0.5, 0.25, 0.25]]
     fan.write(
@@ -368,7 +369,7 @@ def test_open_sinks_trains_on_without_tensorboard(
         raise ImportError("TensorBoard output needs the tensorboard package")
 
     monkeypatch.setattr(sinks, "TensorBoardSink", missing)
-    fan = open_sinks(tmp_path, EXPERTS, phi=0.5, total_steps=1)
+    fan = open_sinks(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1))
     fan.write(make_record(1))
     fan.close()
     assert [r.step for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
@@ -377,7 +378,7 @@ def test_open_sinks_trains_on_without_tensorboard(
 
 
 def test_open_sinks_writes_all_three(make_record, tmp_path: Path, capsys):
-    fan = open_sinks(tmp_path, EXPERTS, phi=0.5, total_steps=1)
+    fan = open_sinks(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1))
     fan.write(make_record(1))
     fan.close()
     assert steps_in(tmp_path / "metrics.jsonl") == [1]

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from moepp_megatron.config.schema import WandbSection
-from moepp_megatron.observe import ExpertCounts, open_sinks
+from moepp_megatron.observe import ExpertCounts, SinkSettings, open_sinks
 from moepp_megatron.observe.sinks import WandbRun
 from moepp_megatron.observe.wandb_sink import WandbSink
 from moepp_megatron.runtime.optional import have_wandb
@@ -82,7 +82,7 @@ def test_open_sinks_trains_on_where_it_cannot_start(
     monkeypatch.setenv("WANDB_API_KEY", "0123secret")
     monkeypatch.setitem(sys.modules, "wandb", StandIn(RuntimeError("key 0123secret\nrefused")))
     run = WandbRun(OFFLINE, "quick", {})
-    sinks = open_sinks(tmp_path, EXPERTS, phi=0.5, total_steps=1, wandb=run)
+    sinks = open_sinks(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1, wandb=run))
     sinks.write(make_record(1))
     sinks.close()
     assert "no W&B output: W&B cannot start: key *** refused" in caplog.text

@@ -1,0 +1,30 @@
+"""Each setting that names what is built names exactly what a registry can build."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.choices import pick
+from moepp_megatron.moe.dispatcher import DEDUPLICATING, DISPATCHERS
+from moepp_megatron.training.setup import OPTIMIZERS, SCHEDULES
+
+
+def allowed(section: str, key: str) -> set[str]:
+    """What the configuration accepts for a setting."""
+    fields = Config.model_fields[section].annotation.model_fields
+    return set(get_args(fields[key].annotation))
+
+
+def test_settings_and_registries_have_the_same_names() -> None:
+    assert allowed("optimizer", "kind") == set(OPTIMIZERS)
+    assert allowed("optimizer", "decay_style") == set(SCHEDULES)
+    dispatchers = {*DISPATCHERS, *(f"{name}_dedup" for name in DEDUPLICATING)}
+    assert allowed("moe", "dispatcher") == dispatchers
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"^a.b \(c\) must be one of x, y; use one of these$"):
+        pick({"x": 1, "y": 2}, "a.b", "c")
