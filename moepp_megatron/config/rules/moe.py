@@ -102,7 +102,7 @@ def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
 def shared_constants_are_whole(config: Config) -> Iterator[Problem]:
     """One rank holds all layers, in an assembly and a schedule that are tested with it."""
     moe, parallel = config.moe, config.parallel
-    if not moe.constants_shared or moe.num_constant_experts == 0:
+    if not moe.shares_constants:
         return
     stages = parallel.pipeline_model_parallel_size
     needs = (
