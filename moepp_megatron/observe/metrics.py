@@ -37,7 +37,7 @@ class StepMetrics(BaseModel):
         ffn_fraction: FFN share of all K*T selections, mean over MoE layers.
         ffn_per_token: FFN experts a token takes, mean over tokens and MoE layers.
         expert_share: [E] share of all selections an expert takes, mean over MoE layers; sums to 1;
-            order of ``EXPERT_KINDS``.
+            order of ``KIND_NAMES``.
         max_ffn_load: Busiest FFN expert's selections over the FFN experts' mean.
         dropped_fraction: Share of all selections dropped by a capacity limit.
         a2a_bytes: Bytes of hidden vectors that leave their rank through the dispatcher, all ranks

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from moepp_megatron.observe.expert_names import layer_numbers
+from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import (
@@ -72,7 +72,7 @@ def health_plots(run: RunData) -> list[Plot]:
 
 
 def _band_plots(run: RunData) -> list[BandPlot]:
-    largest = math.log(run.config.experts.total)
+    largest = math.log(run.config.experts.num_experts)
 
     def measured(
         name: str, label: str = "mean", colour: str = BLUE, scale: float = 1.0, first: int = 0
@@ -144,7 +144,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
             "load / mean load",
             "Selections of the idlest FFN expert of a layer over the FFN experts' mean: 1 is "
             "perfect balance, 0 a dead expert.",
-            (Series("mean", BLUE, _idlest(run.config.experts.ffn)),),
+            (Series("mean", BLUE, _idlest(run.config.experts.num_ffn_experts)),),
             healthy=healthy_range("min_ffn_load"),
         ),
         BandPlot(
