@@ -190,7 +190,9 @@ class ExpertCounts:
 class ExpertLayout(ExpertCounts):
     """The experts of a layer and its router: all that their weights and work depend on."""
 
-    router_topk: Annotated[int, setting("experts", "Experts selected per token, K", ge=1)] = 2
+    router_topk: Annotated[
+        int, setting("experts", "Experts selected per token, K", ge=1, le=MOST_EXPERTS)
+    ] = 2
     gating_residual: Annotated[
         bool, setting("-", "Add a learned map of the previous MoE layer's logits to the router's")
     ] = True
@@ -206,6 +208,18 @@ class ExpertLayout(ExpertCounts):
     def is_vanilla(self) -> bool:
         """Whether this is megatron-core's own MoE: no zero-computation expert, no residual."""
         return self.num_zero_computation_experts == 0 and not self.gating_residual
+
+    @property
+    def vanilla(self) -> ExpertLayout:
+        """The layout of megatron-core's own layer of the same FFN experts."""
+        return ExpertLayout(
+            self.num_ffn_experts, router_topk=self.router_topk, gating_residual=False, **FFN_ONLY
+        )
+
+    @property
+    def shares_constants(self) -> bool:
+        """Whether there are constant experts whose vectors are those of the first layer."""
+        return self.constants_shared and self.num_constant_experts > 0
 
     def gate_shapes(self, hidden: int) -> list[tuple[int, int]]:
         """The gate's weights: W [E, D], or W_a [8E, D] and W_b [E, 8E] of two layers."""

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.layer_settings import LayerSettings
 
 app = typer.Typer(help="Convert checkpoints.", no_args_is_help=True)
 
@@ -92,11 +93,19 @@ def mcore_to_hf(
 def upcycle(
     source: Source,
     target: Target,
-    zero: Annotated[int, typer.Option(min=0, help="Zero experts to add.")] = 1,
-    copy: Annotated[int, typer.Option(min=0, help="Copy experts to add.")] = 1,
-    constant: Annotated[int, typer.Option(min=0, help="Constant experts to add.")] = 2,
+    zero: Annotated[
+        int, typer.Option(min=0, help="Zero experts to add.")
+    ] = LayerSettings.num_zero_experts,
+    copy: Annotated[
+        int, typer.Option(min=0, help="Copy experts to add.")
+    ] = LayerSettings.num_copy_experts,
+    constant: Annotated[
+        int, typer.Option(min=0, help="Constant experts to add.")
+    ] = LayerSettings.num_constant_experts,
     gating_residual: Annotated[bool, typer.Option(help="Add gating residuals, 0 at first.")] = True,
-    tau: Annotated[float, typer.Option(min=0.001, help="moe.tau of the new model.")] = 0.75,
+    tau: Annotated[
+        float, typer.Option(min=0.001, help="moe.tau of the new model.")
+    ] = LayerSettings.tau,
     experts: Annotated[int, typer.Option(min=1, help="Of a dense model: FFN experts.")] = 8,
     topk: Annotated[int, typer.Option(min=1, help="Of a dense model: experts per token.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of what is new.")] = 1234,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from moepp_megatron.config.parameters import latent_matrices
 from moepp_megatron.config.schema import Config
+from moepp_megatron.experts import FFN
 
 # Gradients of the inputs and of the weights cost a forward pass each.
 _FORWARD_AND_BACKWARD = 3
@@ -35,14 +36,17 @@ def forward_flops_per_token(config: Config, ffn_fraction: float) -> float:
         experts_taken * _swiglu(config, config.expert_ffn_hidden_size)
         + _swiglu(config, moe.shared_expert_ffn_hidden_size or 0)
         + 2 * model.hidden_size * moe.shared_expert_gate
-        + _gate(config)
-        + _zero_computation(config)
+        + moe.local_flops(model.hidden_size)
+    )
+    routers = sum(
+        2 * moe.router_parameters(model.hidden_size, is_first=layer == 0)
+        for layer in range(moe_layers)
     )
     return (
         model.num_layers * _attention(config)
         + dense_layers * _swiglu(config, model.ffn_hidden_size)
         + moe_layers * per_moe_layer
-        + _gating_residuals(config, moe_layers)
+        + routers
         + 2 * model.hidden_size * model.vocab_size
     )
 
@@ -60,27 +64,4 @@ def _attention(config: Config) -> float:
 
 
 def _swiglu(config: Config, inner: int) -> float:
-    """FLOP of a SwiGLU FFN: three matrices [D, H]."""
-    return 6 * config.model.hidden_size * inner
-
-
-def _gate(config: Config) -> float:
-    """FLOP of a gate: W [E, D], or W_a [8E, D] and W_b [E, 8E]."""
-    experts, width = config.moe.num_experts, config.model.hidden_size
-    if config.moe.two_layer_gate:
-        return 2 * 8 * experts * (width + experts)
-    return 2 * experts * width
-
-
-def _gating_residuals(config: Config, moe_layers: int) -> float:
-    """FLOP of the gating residuals G [E, E], from the second MoE layer on."""
-    residuals = max(moe_layers - 1, 0) if config.moe.gating_residual else 0
-    return 2 * residuals * config.moe.num_experts**2
-
-
-def _zero_computation(config: Config) -> float:
-    """`y = s x + A V` and `softmax(U_c x)` of the constant experts, as if every token took part."""
-    if config.moe.num_zero_computation_experts == 0:
-        return 0
-    width, constants = config.model.hidden_size, config.moe.num_constant_experts
-    return 2 * width + 2 * constants * width + 4 * constants * width
+    return FFN.flops(config.model.hidden_size, inner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moepp_megatron.config.schema import Config, LatentAttentionSection, ModelSection
+from moepp_megatron.experts import FFN
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def count_parameters(config: Config) -> ParameterCounts:
     model, moe = config.model, config.moe
     width, layers = model.hidden_size, model.num_layers
     moe_layers = sum(moe.moe_layer_pattern(layers))
-    per_ffn_expert = 3 * width * config.expert_ffn_hidden_size
-    per_constant_expert = width + 2 * width
+    per_ffn_expert = FFN.parameters(width, config.expert_ffn_hidden_size)
+    is_first = [layer == 0 for layer in range(moe_layers)]
     parts = {
         "embedding": model.vocab_size * width * (1 if model.tie_embeddings else 2),
         "attention": layers * _attention_parameters(config),
@@ -83,29 +84,24 @@ def count_parameters(config: Config) -> ParameterCounts:
         "shared_experts": moe_layers
         * width
         * (3 * (moe.shared_expert_ffn_hidden_size or 0) + moe.shared_expert_gate),
-        "router": _router_parameters(config, moe_layers),
+        "router": sum(moe.router_parameters(width, is_first=first) for first in is_first),
     }
     ffn_experts = moe_layers * moe.num_ffn_experts * per_ffn_expert
-    constants = moe_layers * moe.num_constant_experts * per_constant_expert
+    unshared = moe_layers * moe.local_parameters(width, is_first=True)
     taken_ffn = moe.router_topk * moe.ffn_share
     taken_zero_computation = moe.router_topk - taken_ffn
     active = sum(parts.values()) + ffn_experts * taken_ffn / moe.num_ffn_experts
     if moe.num_zero_computation_experts:
-        active += constants * taken_zero_computation / moe.num_zero_computation_experts
+        active += unshared * taken_zero_computation / moe.num_zero_computation_experts
     return ParameterCounts(
         **parts,
         ffn_experts=ffn_experts,
-        zero_computation_experts=constants - _saved_by_sharing(config, moe_layers),
+        zero_computation_experts=sum(
+            moe.local_parameters(width, is_first=first) for first in is_first
+        ),
         per_ffn_expert=per_ffn_expert,
         active=round(active),
     )
-
-
-def _saved_by_sharing(config: Config, moe_layers: int) -> int:
-    """V of every MoE layer but the first, where they share one."""
-    if not config.moe.constants_shared:
-        return 0
-    return (moe_layers - 1) * config.moe.num_constant_experts * config.model.hidden_size
 
 
 def _attention_parameters(config: Config) -> int:
@@ -151,17 +147,3 @@ def latent_matrices(model: ModelSection) -> list[tuple[int, int]]:
 def latent_widths(latent: LatentAttentionSection) -> list[int]:
     """Widths of the compressed vectors that can have a norm."""
     return [width for width in (latent.q_lora_rank, latent.kv_lora_rank) if width is not None]
-
-
-def _router_parameters(config: Config, moe_layers: int) -> int:
-    """All gates and gating residuals.
-
-    One-layer gate W [E, D]; two-layer gate W_a [8E, D] and W_b [E, 8E]; residual G [E, E] from
-    the second MoE layer on (DESIGN 2).
-    """
-    experts, width = config.moe.num_experts, config.model.hidden_size
-    gate = experts * width
-    if config.moe.two_layer_gate:
-        gate = 8 * experts * width + 8 * experts * experts
-    residuals = max(moe_layers - 1, 0) if config.moe.gating_residual else 0
-    return moe_layers * gate + residuals * experts * experts

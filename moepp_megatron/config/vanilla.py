@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moepp_megatron.config.load import parse_config
 from moepp_megatron.config.schema import Config
+from moepp_megatron.experts import FFN_ONLY
 
 # What only the MoE++ layer has: the vanilla model has its defaults.
 _ONLY_MOEPP = (
@@ -34,9 +35,7 @@ def vanilla(config: Config) -> Config:
     for name in _ONLY_MOEPP:
         moe.pop(name, None)
     moe |= {
-        "num_zero_experts": 0,
-        "num_copy_experts": 0,
-        "num_constant_experts": 0,
+        **FFN_ONLY,
         "gating_residual": False,
         "balance_coeff": config.moe.balance_coeff
         * config.moe.router_topk

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, parse_config
+from moepp_megatron.experts import KINDS
 
 RELEASED_TYPE = "MoE++"
 OWN_TYPE = "moepp"
@@ -18,10 +19,7 @@ _RELEASED_TOPK = 2
 _RELEASED_KINDS = {"num_constant_experts": 2, "num_copy_experts": 1, "num_zero_experts": 1}
 # Fields of the `moe` section that a forward pass depends on, by the names that both sides use.
 _MOE_FIELDS = (
-    "num_ffn_experts",
-    "num_constant_experts",
-    "num_copy_experts",
-    "num_zero_experts",
+    *(kind.setting for kind in KINDS),
     "gating_residual",
     "gate_normalization",
     "score_function",

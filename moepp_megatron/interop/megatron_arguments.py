@@ -18,13 +18,13 @@ import argparse
 import os
 import shlex
 import sys
-from dataclasses import MISSING, fields
-from typing import NoReturn, get_args
+from dataclasses import fields
+from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config.printable import printable
-from moepp_megatron.layer_settings import BalanceScope, ConstantInit, GateNormalization
+from moepp_megatron.layer_settings import BalanceScope, LayerSettings
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 
@@ -35,43 +35,26 @@ _SCOPES: dict[str, BalanceScope] = {
     "seq_aux_loss": "sequence",
     "global_aux_loss": "global",
 }
-# Field of MoEPPConfig, type, help. `--moepp-no-gating-residual` is the one that turns a thing off.
-_SETTINGS: tuple[tuple[str, type, str], ...] = (
-    ("num_zero_experts", int, "Experts that return 0."),
-    ("num_copy_experts", int, "Experts that return their input."),
-    ("num_constant_experts", int, "Experts that mix their input with a learned vector."),
-    (
-        "tau",
-        float,
-        "Weight of the zero-computation experts in the balance loss and in the capacities: the "
-        "smaller, the fewer selections go to FFN experts.",
-    ),
-    (
-        "capacity_factor",
-        float,
-        "gamma of the heterogeneous capacities, in place of --moe-expert-capacity-factor; never "
-        "drops a selection where it is not given.",
-    ),
-    (
-        "gate_normalization",
-        str,
-        "Gates of the selected experts, in place of --moe-router-pre-softmax: none keeps their "
-        "scores, selected divides by their sum, nonzero first sets those of zero experts to 0.",
-    ),
-    ("expert_input_scale", float, "Factor on the experts' input, not the router's."),
-    ("constant_init", str, "Initial vectors of constant experts: drawn as weights are, or 0."),
-    ("constant_temperature", float, "Divides the constant experts' mixing logits."),
-    ("logits_norm_std", float, "Rescale each token's logits to this standard deviation."),
-)
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "gate_normalization": get_args(GateNormalization),
-    "constant_init": get_args(ConstantInit),
+# Megatron has arguments for the first six; the others have no place in its loop, but for the
+# gating residual, which `--moepp-no-gating-residual` turns off.
+_NOT_OWN = {
+    "num_ffn_experts",
+    "router_topk",
+    "balance_coeff",
+    "balance_scope",
+    "score_function",
+    "gate_scale",
+    "constants_shared",
+    "fused",
+    "gating_residual",
 }
-_FLAGS = (
-    ("two_layer_gate", "Gate W_b tanh(W_a x) of the released MoE++ model."),
-    ("selection_bias", "A bias per expert that counts for the selection alone."),
-)
+OWN_SETTINGS = tuple(f.name for f in fields(LayerSettings) if f.name not in _NOT_OWN)
+"""Settings that are `--moepp-*` arguments; those that are true or false are flags."""
 
+_IN_PLACE_OF = {
+    "capacity_factor": "--moe-expert-capacity-factor",
+    "gate_normalization": "--moe-router-pre-softmax",
+}
 
 # Of arguments of Megatron's that mean something else with MoE++ layers.
 _MEANINGS = {
@@ -86,18 +69,23 @@ _MEANINGS = {
 def add_moepp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add `--moepp-*` to a parser: an `extra_args_provider` of Megatron's `parse_args`."""
     group = parser.add_argument_group(title="MoE++")
-    defaults = {field.name: field.default for field in fields(MoEPPConfig)}
-    for name, kind, text in _SETTINGS:
-        assert defaults[name] is not MISSING, f"{name} has a default"
+    hints = get_type_hints(LayerSettings, include_extras=True)
+    for name in OWN_SETTINGS:
+        kind, described = get_args(hints[name])
+        default, text = getattr(LayerSettings, name), f"{described.description}."
+        if name in _IN_PLACE_OF:
+            text += f" In place of {_IN_PLACE_OF[name]}."
+        if kind is bool:
+            group.add_argument(option(name), action="store_true", help=text)
+            continue
+        choices = get_args(kind) if get_origin(kind) is Literal else None
         group.add_argument(
-            _option(name),
-            type=kind,
-            default=defaults[name],
-            choices=_CHOICES.get(name),
-            help=f"{text} Default: {defaults[name]}.",
+            option(name),
+            type=type(default) if default is not None else float,
+            default=default,
+            choices=choices,
+            help=f"{text} Default: {default}.",
         )
-    for name, text in _FLAGS:
-        group.add_argument(_option(name), action="store_true", help=text)
     group.add_argument(
         "--moepp-no-gating-residual",
         action="store_false",
@@ -129,7 +117,6 @@ def moepp_config(
     _refuse_local_context_parallelism(config, args, is_spec)
     scope, beta = _balance(config)
     gate_scale = config.moe_router_topk_scaling_factor
-    names = [setting[0] for setting in _SETTINGS] + [flag[0] for flag in _FLAGS]
     moepp = MoEPPConfig(
         num_ffn_experts=config.num_moe_experts,
         router_topk=config.moe_router_topk,
@@ -138,7 +125,7 @@ def moepp_config(
         score_function=config.moe_router_score_function,
         gate_scale=1.0 if gate_scale is None else gate_scale,
         gating_residual=own.moepp_gating_residual,
-        **{name: getattr(own, f"moepp_{name}") for name in names},
+        **{name: getattr(own, f"moepp_{name}") for name in OWN_SETTINGS},
     )
     # What a layer would refuse is better said now than by a rank that builds its layers.
     refuse_ignored(config, moepp)
@@ -155,7 +142,8 @@ def refuse(error: Exception) -> NoReturn:
     sys.exit(2)
 
 
-def _option(name: str) -> str:
+def option(name: str) -> str:
+    """The argument of a setting."""
     return f"--moepp-{name.replace('_', '-')}"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.parameters import count_parameters
+from moepp_megatron.experts import KINDS
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 from moepp_megatron.training.checkpoint.progress import Progress, read_record
 
@@ -86,8 +87,8 @@ def _facts(folder: Path, config: Config, dtype: str) -> Iterator[tuple[str, str]
     yield "hidden size", f"{model.hidden_size:,}"
     yield (
         "experts of a MoE layer",
-        f"{moe.num_ffn_experts} FFN, {moe.num_constant_experts} constant, "
-        f"{moe.num_copy_experts} copy, {moe.num_zero_experts} zero; {moe.router_topk} a token",
+        ", ".join(f"{moe.count(kind)} {kind.name}" for kind in KINDS)
+        + f"; {moe.router_topk} a token",
     )
     yield "parameters", f"{counts.total:,}, of which a token meets {counts.active:,} on average"
     yield "tau", f"{moe.tau:g}"

@@ -57,8 +57,9 @@ def _gate_rules(config: Config, ours: str, theirs: str, is_first: bool) -> Itera
     moe, width = config.moe, config.model.hidden_size
     experts = moe.num_experts
     if moe.two_layer_gate:
-        yield same(ours + "weight", theirs + "wg.0.weight", 8 * experts, width)
-        yield same(ours + "output_weight", theirs + "wg.2.weight", experts, 8 * experts)
+        first, second = moe.gate_shapes(width)
+        yield same(ours + "weight", theirs + "wg.0.weight", *first)
+        yield same(ours + "output_weight", theirs + "wg.2.weight", *second)
     else:
         yield same(ours + "weight", theirs + "wg.weight", experts, width)
     if moe.gating_residual:

@@ -15,6 +15,7 @@ from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
 from moepp_megatron.interop.from_megatron_lm import link_data, weight_names
+from moepp_megatron.interop.megatron_arguments import OWN_SETTINGS, option
 from moepp_megatron.interop.megatron_checkpoint import RELEASE, TRACKER_FILE
 from moepp_megatron.interop.to_mcore import free_folder, write_objects
 from moepp_megatron.runtime.atomic import partial_folder, publish
@@ -27,20 +28,6 @@ _BALANCE_TYPES = {
     "sequence": "seq_aux_loss",
     "global": "global_aux_loss",
 }
-# `--moepp-*` with a value, by the names of the section `moe`.
-_OWN_VALUES = (
-    "num_zero_experts",
-    "num_copy_experts",
-    "num_constant_experts",
-    "tau",
-    "capacity_factor",
-    "gate_normalization",
-    "expert_input_scale",
-    "constant_init",
-    "constant_temperature",
-    "logits_norm_std",
-)
-_OWN_FLAGS = ("two_layer_gate", "selection_bias")
 
 
 def to_megatron_lm(source: Path, target: Path) -> str:
@@ -161,8 +148,9 @@ def _options(config: Config) -> Iterator[list[str]]:
         "moe-aux-loss-coeff": moe.balance_coeff,
         "moe-z-loss-coeff": moe.z_loss_coeff,
         "moe-input-jitter-eps": moe.input_jitter_eps,
-        **{f"moepp-{name.replace('_', '-')}": getattr(moe, name) for name in _OWN_VALUES},
     }
+    own = {option(name).removeprefix("--"): getattr(moe, name) for name in OWN_SETTINGS}
+    values |= {name: value for name, value in own.items() if not isinstance(value, bool)}
     yield from ([f"--{name}", str(value)] for name, value in values.items() if value is not None)
     groups = model.query_groups
     if groups != model.num_attention_heads:
@@ -177,6 +165,6 @@ def _options(config: Config) -> Iterator[list[str]]:
         "moe-router-pre-softmax": moe.router_topk == 1
         or (moe.is_vanilla and moe.gate_normalization == "none"),
         "moepp-no-gating-residual": not moe.gating_residual,
-        **{f"moepp-{name.replace('_', '-')}": getattr(moe, name) for name in _OWN_FLAGS},
+        **{name: value for name, value in own.items() if isinstance(value, bool)},
     }
     yield from ([f"--{name}"] for name, is_set in flags.items() if is_set)

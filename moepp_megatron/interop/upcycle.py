@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.experts import LOCAL_KINDS, ExpertCounts
 from moepp_megatron.interop.hf_config import assemble
 from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.rules import Rule, decoder_rules, dense_mlp_rules
@@ -32,34 +33,27 @@ from moepp_megatron.interop.upcycle_sources import (
     shared_expert_rules,
     source_kind,
 )
+from moepp_megatron.layer_settings import LayerSettings
 from moepp_megatron.runtime.terminal import Console
 
 
-@dataclass(frozen=True)
-class Additions:
-    """What a checkpoint gains.
+@dataclass(frozen=True, kw_only=True)
+class Additions(ExpertCounts):
+    """What a checkpoint gains; its FFN experts are made of a dense FFN, a MoE has its own.
 
     Attributes:
-        num_zero_experts: Experts that return 0.
-        num_copy_experts: Experts that return their input.
-        num_constant_experts: Experts that mix their input with a learned vector.
         gating_residual: Whether routers see the logits of the layer before.
         tau: Weight of zero-computation experts in the balance loss.
         bias_gain: `moe.budget.gain` of the selection bias in training.
-        num_ffn_experts: FFN experts made of a dense FFN; a MoE checkpoint has its own.
-        router_topk: Experts per token of a model made from a dense one; likewise.
+        router_topk: Experts per token of a model made from a dense one.
         seed: Of all random numbers.
         approximate: Take sources whose gates are raw scores too, although new experts shrink them.
     """
 
-    num_zero_experts: int = 1
-    num_copy_experts: int = 1
-    num_constant_experts: int = 2
-    gating_residual: bool = True
-    tau: float = 0.75
+    gating_residual: bool = LayerSettings.gating_residual
+    tau: float = LayerSettings.tau
     bias_gain: float = 0.01
-    num_ffn_experts: int = 8
-    router_topk: int = 2
+    router_topk: int = LayerSettings.router_topk
     seed: int = 1234
     approximate: bool = False
 
@@ -107,15 +101,13 @@ def upcycled_config(
     """
     kind = source_kind(hf)
     moe = {
-        "num_zero_experts": additions.num_zero_experts,
-        "num_copy_experts": additions.num_copy_experts,
-        "num_constant_experts": additions.num_constant_experts,
+        **{kind.setting: additions.count(kind) for kind in LOCAL_KINDS},
         "gating_residual": additions.gating_residual,
         "tau": additions.tau,
         "gate_normalization": "selected",
         "selection_bias": True,
     }
-    if additions.num_zero_experts + additions.num_copy_experts + additions.num_constant_experts:
+    if additions.num_zero_computation_experts:
         moe["budget"] = {"controller": "bias", "gain": additions.bias_gain}
     if kind.moe is None:
         moe |= {"num_ffn_experts": additions.num_ffn_experts, "router_topk": additions.router_topk}

@@ -105,7 +105,7 @@ def selection_bias(rows: Tensor, norm: Tensor, num_ffn_experts: int) -> Tensor:
 
 
 def added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> Iterator[Rule]:
-    """What has no source: gating residuals and constant experts."""
+    """What has no source: gating residuals and zero-computation experts."""
     moe, width, std = config.moe, config.model.hidden_size, config.model.init_method_std
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
 
@@ -117,9 +117,8 @@ def added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> Ite
 
     if moe.gating_residual and has_residual:
         yield made("router.residual_weight", (moe.num_experts, moe.num_experts), 0.0)
-    if moe.num_constant_experts > 0:
-        yield made("zero_computation.constants", (moe.num_constant_experts, width), std)
-        yield made("zero_computation.mixing_weight", (moe.num_constant_experts, 2, width), std)
+    for name, shape in moe.local_weights(width):
+        yield made(f"zero_computation.{name}", shape, std)
 
 
 def noise(seed: int, name: str, shape: Shape) -> Tensor:

@@ -1,6 +1,5 @@
 """What a run records: the metrics of every logged step and where they go."""
 
-from moepp_megatron.observe.expert_names import EXPERT_KINDS, ExpertCounts
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 from moepp_megatron.observe.sinks import (
@@ -13,9 +12,7 @@ from moepp_megatron.observe.sinks import (
 )
 
 __all__ = [
-    "EXPERT_KINDS",
     "ConsoleSink",
-    "ExpertCounts",
     "JsonlSink",
     "MetricsError",
     "Sink",

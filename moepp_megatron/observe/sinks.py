@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.schema import WandbSection
+from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe.console import ConsoleSink
-from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.patient import PatientSink

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.catalogue import OF_RECORD
-from moepp_megatron.observe.expert_names import ExpertCounts, layer_numbers
+from moepp_megatron.experts import ExpertCounts
+from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.schema import WandbSection
-from moepp_megatron.observe.expert_names import ExpertCounts, layer_numbers
+from moepp_megatron.experts import ExpertCounts
+from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moepp_megatron.config import Config
-from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.sinks import Sinks, SinkSettings, WandbRun, open_sinks
 from moepp_megatron.training.checkpoint.progress import Progress
 
@@ -17,17 +16,11 @@ def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
     if dist.get_rank() != 0:
         return None
     moe = config.moe
-    counts = ExpertCounts(
-        moe.num_ffn_experts,
-        moe.num_constant_experts,
-        moe.num_copy_experts,
-        moe.num_zero_experts,
-    )
     pattern = moe.moe_layer_pattern(config.model.num_layers)
     return open_sinks(
         SinkSettings(
             Path(config.run.dir),
-            counts,
+            moe,
             phi=moe.ffn_share,
             total_steps=config.training.train_iters,
             resume_step=progress.step + 1,

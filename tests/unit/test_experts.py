@@ -57,6 +57,8 @@ def test_tau_for_is_phi_turned_around(tau: float) -> None:
 
 def test_without_others_every_selection_is_an_ffn_experts() -> None:
     assert ExpertCounts(8, **FFN_ONLY).phi(0.75) == 1.0
+    # The paper's.
+    assert ExpertCounts(8, 2, 1, 1).phi(0.75) == pytest.approx(0.6)
     assert ExpertLayout(8, **FFN_ONLY, gating_residual=False).is_vanilla
     assert not ExpertLayout(8, **FFN_ONLY).is_vanilla
     assert not ExpertLayout(gating_residual=False).is_vanilla

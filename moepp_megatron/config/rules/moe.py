@@ -102,7 +102,7 @@ def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
 def shared_constants_are_whole(config: Config) -> Iterator[Problem]:
     """Shared constants need all layers on one rank, and a tested assembly and schedule."""
     moe, parallel = config.moe, config.parallel
-    if not moe.constants_shared or moe.num_constant_experts == 0:
+    if not moe.shares_constants:
         return
     stages = parallel.pipeline_model_parallel_size
     needs = (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config, parse_split
 from moepp_megatron.config.problem import Problem, raise_problems, show
+from moepp_megatron.experts import KINDS
 from moepp_megatron.training.checkpoint.names import CONFIG_FILE
 
 
@@ -63,11 +65,8 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
     "model.qk_layernorm_scope": lambda c: c.model.qk_layernorm_scope,
     "model.qkv_bias": lambda c: c.model.qkv_bias,
     "model.latent_attention": _latent_widths,
-    "moe.num_ffn_experts": lambda c: c.moe.num_ffn_experts,
-    "moe.num_zero_experts": lambda c: c.moe.num_zero_experts,
-    "moe.num_copy_experts": lambda c: c.moe.num_copy_experts,
-    "moe.num_constant_experts": lambda c: c.moe.num_constant_experts,
-    "moe.constants_shared": lambda c: c.moe.constants_shared and c.moe.num_constant_experts > 0,
+    **{f"moe.{kind.setting}": attrgetter(f"moe.{kind.setting}") for kind in KINDS},
+    "moe.constants_shared": lambda c: c.moe.shares_constants,
     "moe.gating_residual": _residual,
     "moe.two_layer_gate": lambda c: c.moe.two_layer_gate,
     "moe.ffn_hidden_size": _expert_width,

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moepp_megatron.experts import FFN, ZERO
 from moepp_megatron.workbench.bench.card import CardResult
 from moepp_megatron.workbench.bench.shapes import PaperShape
 
@@ -72,9 +73,9 @@ class Load:
 
     @classmethod
     def of(cls, picks: Tensor, shape: PaperShape) -> Load:
-        """Count [T, K] selections; experts in the fixed order: FFN, constant, copy, zero."""
-        is_ffn = picks < shape.num_ffn_experts
-        zero_expert = shape.num_ffn_experts + shape.num_zero_computation_experts - 1
+        """Count [T, K] selections; experts in their fixed order."""
+        is_ffn = picks < shape.experts.num_ffn_experts
+        zero_expert = shape.experts.columns(ZERO).start
         return cls(
             tokens=picks.shape[0],
             rows=int(is_ffn.sum()),
@@ -107,8 +108,9 @@ def layer_work(
     }
     if vanilla:
         return work
-    mixed = shape.num_constant_experts
-    weights = 3 * mixed * vector
+    experts = shape.experts
+    mixed = experts.num_constant_experts
+    weights = experts.local_parameters(shape.hidden_size, is_first=True) * width
     if not fused:
         work["zero_computation"] = Work((load.used_tokens + load.tokens) * vector + weights)
         return work
@@ -127,7 +129,7 @@ def bounds_ms(work: Mapping[str, Work], card: CardResult) -> dict[str, float]:
 def _router(shape: PaperShape, load: Load, width: int, vanilla: bool) -> Work:
     """Work of the router: fp32 logits, and a product with E x E for the residual."""
     hidden, tokens = shape.hidden_size, load.tokens
-    experts = shape.num_ffn_experts + (0 if vanilla else shape.num_zero_computation_experts)
+    experts = (shape.experts.vanilla if vanilla else shape.experts).num_experts
     residual = 0 if vanilla else experts
     read = (tokens + experts) * hidden * width + residual * (tokens * _FP32 + experts * width)
     # Logits are an output where the next router adds them up, and no more than scratch otherwise.
@@ -137,13 +139,13 @@ def _router(shape: PaperShape, load: Load, width: int, vanilla: bool) -> Work:
 
 
 def _dispatch(shape: PaperShape, load: Load, vector: int) -> Work:
-    gates_and_map = 2 * load.rows * _FP32 + load.tokens * shape.num_ffn_experts * _BOOL
+    gates_and_map = 2 * load.rows * _FP32 + load.tokens * shape.experts.num_ffn_experts * _BOOL
     return Work((load.ffn_tokens + load.rows) * vector + gates_and_map)
 
 
 def _experts(shape: PaperShape, load: Load, width: int, dtype: str) -> Work:
     """Work of SwiGLU experts: gate and up projections [D, 2 H], down projection [H, D]."""
-    matrices = 3 * shape.hidden_size * shape.ffn_hidden_size
+    matrices = FFN.parameters(shape.hidden_size, shape.ffn_hidden_size)
     moved = load.busy_experts * matrices * width + 2 * load.rows * shape.hidden_size * width
     return Work(moved, expert_flops(shape, load.rows), dtype)
 
@@ -159,4 +161,4 @@ def _fused_combine(load: Load, mixed: int, vector: int, topk: int) -> Work:
 
 def expert_flops(shape: PaperShape, rows: int) -> int:
     """FLOPs of the FFN experts' forward pass; forward and backward take three times as many."""
-    return 6 * rows * shape.hidden_size * shape.ffn_hidden_size
+    return rows * FFN.flops(shape.hidden_size, shape.ffn_hidden_size)

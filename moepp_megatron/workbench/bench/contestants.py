@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from torch import Tensor
 
 from moepp_megatron.config import Config, parse_config
+from moepp_megatron.experts import KINDS
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.spec import get_moepp_layer_spec
@@ -42,11 +43,7 @@ def layer_config(
     precision: dict[str, object] = {"dtype": dtype}
     if dtype == "fp8":
         precision = {"dtype": "bf16", "fp8": "hybrid", "fp8_recipe": fp8_recipe}
-    zero_computation = {
-        "num_zero_experts": 0 if vanilla else 1,
-        "num_copy_experts": 0 if vanilla else 1,
-        "num_constant_experts": 0 if vanilla else shape.num_constant_experts,
-    }
+    experts = shape.experts.vanilla if vanilla else shape.experts
     return parse_config(
         {
             "run": {"dir": "unused"},
@@ -59,12 +56,11 @@ def layer_config(
                 "vocab_size": 256,
             },
             "moe": {
-                "num_ffn_experts": shape.num_ffn_experts,
+                **{kind.setting: experts.count(kind) for kind in KINDS},
                 "router_topk": TOPK,
                 "tau": tau,
-                "gating_residual": not vanilla,
+                "gating_residual": experts.gating_residual,
                 "dispatcher": dispatcher,
-                **zero_computation,
             },
             "precision": precision,
             "optimizer": {"lr": 1e-3},
@@ -109,8 +105,8 @@ class Contestant:
         self.layer.to(device)
         self.layer.set_layer_number(1)
         generator = torch.Generator().manual_seed(_SEED)
-        zero_computation = 0 if vanilla else shape.num_zero_computation_experts
-        shares = balanced_shares(shape.num_ffn_experts, zero_computation, tau)
+        experts = config.moe
+        shares = balanced_shares(experts.num_ffn_experts, experts.num_zero_computation_experts, tau)
         picks = balanced_selection(num_tokens, shares, TOPK, generator)
         hold(self.layer.router, picks)
         self.load = Load.of(picks, shape)
@@ -123,8 +119,8 @@ class Contestant:
         self._input = torch.randn(size, generator=generator).to(device, params_dtype)
         self._output_grad = torch.randn(size, generator=generator).to(device, params_dtype)
         # Logits of a layer before, of the spread that routers have.
-        num_experts = shape.num_ffn_experts + zero_computation
-        self._previous = torch.randn(num_tokens, 1, num_experts, generator=generator).to(device)
+        previous = torch.randn(num_tokens, 1, experts.num_experts, generator=generator)
+        self._previous = previous.to(device)
         self._input.requires_grad_()
         self._previous.requires_grad_()
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))

@@ -180,7 +180,7 @@ def _measure(
         tau=tau,
         dtype=setting.dtype,
         tokens=setting.tokens,
-        phi=shape.ffn_share(tau),
+        phi=shape.experts.phi(tau),
         pass_name=name,
         vanilla_ms=times["vanilla"].median_ms,
         moepp_ms=times["moepp"].median_ms,

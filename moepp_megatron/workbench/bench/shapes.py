@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moepp_megatron.experts import ExpertLayout
+
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -17,8 +19,7 @@ class PaperShape:
         hidden_size: D.
         ffn_hidden_size: Width of each FFN expert.
         num_attention_heads: Heads of the model's attention.
-        num_ffn_experts: F.
-        num_constant_experts: Constant experts, beside one copy and one zero expert.
+        experts: Experts and router.
         vanilla_ms: The paper's expert forward time of the vanilla MoE, milliseconds.
         moepp_ms: The same for MoE++, by tau.
     """
@@ -27,37 +28,37 @@ class PaperShape:
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
-    num_ffn_experts: int
-    num_constant_experts: int
+    experts: ExpertLayout
     vanilla_ms: float
     moepp_ms: Mapping[float, float]
-
-    @property
-    def num_zero_computation_experts(self) -> int:
-        """Z."""
-        return self.num_constant_experts + 2
-
-    def ffn_share(self, tau: float) -> float:
-        """phi: the share of selections that FFN experts get in perfect balance."""
-        weighted = tau * self.num_ffn_experts
-        return weighted / (weighted + self.num_zero_computation_experts)
 
     def paper_efficiency(self, tau: float) -> float | None:
         """The paper's speedup times phi; None where it gives no time for `tau`."""
         measured = self.moepp_ms.get(tau)
-        return None if measured is None else self.vanilla_ms / measured * self.ffn_share(tau)
+        return None if measured is None else self.vanilla_ms / measured * self.experts.phi(tau)
 
 
 def _by_tau(*milliseconds: float) -> dict[float, float]:
     return dict(zip(TAUS, milliseconds, strict=True))
 
 
+def _experts(ffn: int, constant: int) -> ExpertLayout:
+    """The paper's layers have one copy and one zero expert."""
+    return ExpertLayout(num_ffn_experts=ffn, num_constant_experts=constant)
+
+
 SHAPES = {
     shape.name: shape
     for shape in (
-        PaperShape("0.6B", 768, 2048, 12, 8, 2, 535.3, _by_tau(202.4, 277.8, 387.3, 427.6, 449.6)),
-        PaperShape("1B", 768, 2048, 12, 16, 2, 610.9, _by_tau(289.3, 384.9, 469.7, 500.3, 530.2)),
-        PaperShape("2B", 768, 2048, 12, 32, 6, 683.4, _by_tau(417.9, 473.7, 532.7, 561.0, 590.5)),
-        PaperShape("7B", 1536, 4096, 16, 16, 2, 1859.0, {0.75: 1455.0}),
+        PaperShape(
+            "0.6B", 768, 2048, 12, _experts(8, 2), 535.3, _by_tau(202.4, 277.8, 387.3, 427.6, 449.6)
+        ),
+        PaperShape(
+            "1B", 768, 2048, 12, _experts(16, 2), 610.9, _by_tau(289.3, 384.9, 469.7, 500.3, 530.2)
+        ),
+        PaperShape(
+            "2B", 768, 2048, 12, _experts(32, 6), 683.4, _by_tau(417.9, 473.7, 532.7, 561.0, 590.5)
+        ),
+        PaperShape("7B", 1536, 4096, 16, _experts(16, 2), 1859.0, {0.75: 1455.0}),
     )
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moepp_megatron.observe.expert_names import EXPERT_KINDS
+from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.workbench.inspection.trace import Trace
 
 POSITION_BINS = 16
@@ -26,7 +26,7 @@ class Group:
         count: Number of tokens.
         ffn: FFN experts per token and layer, mean.
         ffn_error: Standard error of that mean over the tokens; NaN for fewer than two.
-        kinds: Share of each of `EXPERT_KINDS` in the selections.
+        kinds: Share of each of `KIND_NAMES` in the selections.
         loss: Mean loss in nats of the predicted tokens; NaN without any.
     """
 
@@ -46,7 +46,7 @@ class LayerSummary:
         layer: Its number in the model, from 1.
         ffn: FFN experts per token, mean.
         counts: Share of the tokens with 0, 1, ..., K FFN experts.
-        kinds: Share of each of `EXPERT_KINDS` in the selections.
+        kinds: Share of each of `KIND_NAMES` in the selections.
         expert_shares: Share of each expert in the selections.
     """
 
@@ -140,10 +140,10 @@ def by_layer(trace: Trace) -> list[LayerSummary]:
             number,
             float(ffn[row].mean()),
             tuple(float((ffn[row] == count).mean()) for count in range(trace.topk + 1)),
-            tuple(float((kinds[row] == kind).mean()) for kind in range(len(EXPERT_KINDS))),
+            tuple(float((kinds[row] == kind).mean()) for kind in range(len(KIND_NAMES))),
             tuple(
                 (
-                    np.bincount(trace.selected[row].ravel(), minlength=trace.experts.total)
+                    np.bincount(trace.selected[row].ravel(), minlength=trace.experts.num_experts)
                     / trace.selected[row].size
                 ).tolist()
             ),

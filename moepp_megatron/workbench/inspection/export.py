@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from moepp_megatron.observe.expert_names import EXPERT_KINDS
+from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.workbench.inspection.classes import CLASSES
 from moepp_megatron.workbench.inspection.findings import Findings, find
 from moepp_megatron.workbench.inspection.request import InspectRequest
@@ -25,7 +25,7 @@ def to_json(request: InspectRequest, traces: Sequence[Trace]) -> bytes:
         "text": text.name,
         "language": request.language,
         "window": request.window,
-        "expert_kinds": list(EXPERT_KINDS),
+        "expert_kinds": list(KIND_NAMES),
         "notices": request.notices,
         "tokens": {
             "id": text.ids.tolist(),

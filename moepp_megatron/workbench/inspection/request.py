@@ -12,8 +12,8 @@ import numpy as np
 
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.experts import LOCAL_COUNTS, ExpertCounts
 from moepp_megatron.interop.score_request import ScoreRequest, check_overrides
-from moepp_megatron.observe.expert_names import EXPERT_KINDS, ExpertCounts
 from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.generate_request import checkpoint_tokenizer
@@ -163,8 +163,8 @@ def _check_kinds(folder: Path, config: Config) -> None:
     moe = config.moe
     if moe.num_zero_computation_experts == 0:
         raise ConfigError(
-            f"checkpoint ({folder}) must have zero-computation experts (moe.num_zero_experts + "
-            "moe.num_copy_experts + moe.num_constant_experts is 0): every token takes "
+            f"checkpoint ({folder}) must have zero-computation experts ({LOCAL_COUNTS} "
+            "is 0): every token takes "
             f"{moe.router_topk} FFN experts in every layer, so there is nothing to tell apart; "
             "name a MoE++ checkpoint"
         )
@@ -189,23 +189,18 @@ def _model(
 ) -> InspectedModel:
     folder, config, _ = found
     moe = config.moe
-    experts = ExpertCounts(
-        moe.num_ffn_experts, moe.num_constant_experts, moe.num_copy_experts, moe.num_zero_experts
-    )
     pattern = moe.moe_layer_pattern(config.model.num_layers)
     layers = tuple(number for number, is_moe in enumerate(pattern, start=1) if is_moe)
-    counts = [f"{n} {kind}" for kind, n in zip(EXPERT_KINDS, experts.by_kind, strict=True) if n]
     target = moe.budget.target_ffn_per_token
-    share = experts.ffn_share(moe.tau) if target is None else target / moe.router_topk
     facts = (
         # Two runs may have one name; of a long path the end tells them apart.
         "/".join(folder.parts[-3:]),
         f"{len(layers)} MoE layers, hidden {config.model.hidden_size}",
-        f"{' + '.join(counts)} experts, top-{moe.router_topk}",
+        f"{moe.summary} experts, top-{moe.router_topk}",
         f"tau {moe.tau:g}" if target is None else f"budget {target:g} FFN experts a token",
     )
     scoring = ScoreRequest.of(folder, config, input_ids, overrides, world_size)
-    return InspectedModel(_label(folder, config), facts, experts, layers, share, scoring)
+    return InspectedModel(_label(folder, config), facts, moe.counts, layers, moe.ffn_share, scoring)
 
 
 def _label(folder: Path, config: Config) -> str:

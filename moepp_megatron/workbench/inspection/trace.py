@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moepp_megatron.observe.expert_names import EXPERT_KINDS, ExpertCounts
+from moepp_megatron.experts import KIND_NAMES, ExpertCounts
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class Trace:
 
     @property
     def kinds(self) -> np.ndarray:
-        """[L, N, K] int64 kind of each selected expert, an index into `EXPERT_KINDS`."""
+        """[L, N, K] int64 kind of each selected expert, an index into `KIND_NAMES`."""
         sizes = self.experts.by_kind
-        of_expert = np.repeat(np.arange(len(EXPERT_KINDS)), sizes)
+        of_expert = np.repeat(np.arange(len(KIND_NAMES)), sizes)
         return of_expert[self.selected]
 
     @property
     def ffn(self) -> np.ndarray:
         """[L, N] int64 FFN experts of each token."""
-        return (self.selected < self.experts.ffn).sum(axis=2)
+        return (self.selected < self.experts.num_ffn_experts).sum(axis=2)
 
     @property
     def ffn_mean(self) -> np.ndarray:
@@ -65,7 +65,7 @@ class Trace:
     def kind_shares(self) -> np.ndarray:
         """[N, 4] fp64 share of each kind in a token's selections of all layers."""
         kinds = self.kinds
-        return np.stack([(kinds == kind).mean(axis=(0, 2)) for kind in range(len(EXPERT_KINDS))], 1)
+        return np.stack([(kinds == kind).mean(axis=(0, 2)) for kind in range(len(KIND_NAMES))], 1)
 
     @property
     def positions(self) -> np.ndarray:

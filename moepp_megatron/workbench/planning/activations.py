@@ -117,12 +117,13 @@ def _moe(load: Workload, grid: Grid, rows: float) -> float:
     own = grid.tokens(load.seq)
     size, kept_size = load.numbers.activation_bytes, _input_size(load)
     # Logits, scores and gates in fp32, the map in bytes; the residual's logits are passed on.
-    router = own * load.experts.num_all * (3 * 4 + 1.0)
+    router = own * load.experts.num_experts * (3 * 4 + 1.0)
     arrived = rows * grid.etp
     width = load.experts.ffn_size / grid.etp
     first_input = arrived * load.hidden * kept_size
     activation = 0.0 if "moe_act" in grid.recompute else arrived * width * kept_size
-    zero_computation = 0.0
-    if load.experts.num_zero_computation:
-        zero_computation = own * load.experts.num_constant * 4.0 * 3
+    # Between the products of the zero-computation experts, in fp32.
+    matmuls = load.experts.local_matmuls(load.hidden)
+    between = sum(n if k == load.hidden else k for n, k in matmuls)
+    zero_computation = own * between * 4.0
     return router + first_input + 2 * arrived * width * size + activation + zero_computation

@@ -87,7 +87,7 @@ def _checkpoint(load: Workload, grid: Grid) -> float:
 
     megatron-core's function holds them beyond its backward pass, until the next step has its own.
     """
-    return 2 * _stream(load, grid) + 2 * 4.0 * grid.tokens(load.seq) * load.experts.num_all
+    return 2 * _stream(load, grid) + 2 * 4.0 * grid.tokens(load.seq) * load.experts.num_experts
 
 
 def _scores(load: Workload, grid: Grid) -> float:
@@ -163,8 +163,10 @@ def _moe(load: Workload, grid: Grid, rows: float) -> float:
     # the other, their product, the same times its gate.
     inner = (6 if experts.is_vanilla else 2) * experts.ffn_size / grid.etp
     # Scores and the logits of the layer before in fp32, chosen experts, the permutation's table.
-    router = own * (experts.num_all * 8.0 + experts.topk * 8 + experts.num_ffn * 8)
-    mixing = own * experts.num_constant * 4.0 * 4
+    router = own * (
+        experts.num_experts * 8.0 + experts.router_topk * 8 + experts.num_ffn_experts * 8
+    )
+    mixing = own * experts.num_constant_experts * 4.0 * 4
     return arrived * (load.hidden + inner) * size + router + mixing + 12.0 * arrived
 
 
@@ -175,7 +177,7 @@ def _gradients_after_attention(load: Workload, grid: Grid, layer: Layer) -> floa
     if not layer.is_moe:
         inner = 5.0 * grid.tokens(load.seq) * load.dense_size
         return 2 * stream + size * (inner + 3 * load.hidden * load.dense_size / grid.tp)
-    local, width = experts.num_ffn // grid.ep, experts.ffn_size / grid.etp
+    local, width = experts.num_ffn_experts // grid.ep, experts.ffn_size / grid.etp
     arrived = layer.rows * grid.etp
     # All experts' gradients leave one function; megatron-core's experts add up one at a time.
     weights = (1 if experts.is_vanilla else local) * 3 * load.hidden * width

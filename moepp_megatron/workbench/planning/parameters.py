@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from moepp_megatron.experts import FFN
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.pipeline import Stages
 from moepp_megatron.workbench.planning.workload import Workload
@@ -65,23 +66,18 @@ def _attention(load: Workload, grid: Grid) -> int:
 
 
 def _moe_dense(load: Workload, grid: Grid, is_first: bool) -> int:
-    """Router and constant experts, whole on every rank, and the shared expert's part.
+    """Router and zero-computation experts, whole on every rank, and the shared expert's part.
 
     The first MoE layer has no gating residual, and V where all layers share one.
     """
-    experts, wide = load.experts, load.experts.num_all
-    router = wide * load.hidden
-    if experts.two_layer_gate:
-        router = 8 * wide * load.hidden + 8 * wide * wide
-    if experts.gating_residual and not is_first:
-        router += wide * wide
-    shared = 3 * load.hidden * experts.shared_size // grid.tp
-    shared += load.hidden if experts.shared_gate else 0
-    # Each constant expert: U, two rows of the mixing weight, and its vector in V.
-    rows = 3 if is_first or not experts.constants_shared else 2
-    return router + rows * load.hidden * experts.num_constant + shared
+    experts, hidden = load.experts, load.hidden
+    shared = 3 * hidden * experts.shared_size // grid.tp
+    shared += hidden if experts.shared_gate else 0
+    router = experts.router_parameters(hidden, is_first=is_first)
+    return router + experts.local_parameters(hidden, is_first=is_first) + shared
 
 
 def _ffn_experts(load: Workload, grid: Grid) -> int:
     experts = load.experts
-    return experts.num_ffn // grid.ep * 3 * load.hidden * experts.ffn_size // grid.etp
+    each = FFN.parameters(load.hidden, experts.ffn_size)
+    return experts.num_ffn_experts // grid.ep * each // grid.etp

@@ -72,7 +72,7 @@ def layer_parts(load: Workload, grid: Grid, layer: Layer) -> Iterator[Part]:
     yield _router(load, grid, layer.has_residual)
     yield _permutation(load, grid, layer.rows)
     yield _experts(load, grid, layer.rows)
-    if load.experts.num_zero_computation:
+    if load.experts.num_zero_computation_experts:
         yield _zero_computation(load, grid)
     if load.experts.shared_size:
         yield _swiglu(load, grid, "shared_expert", load.experts.shared_size, "shared_experts")
@@ -190,12 +190,8 @@ def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> P
 def _router(load: Workload, grid: Grid, has_residual: bool) -> Part:
     """Logits z = W x (+ G z'), scores, the choice of K experts, the balance loss."""
     experts = load.experts
-    tokens, wide = grid.tokens(load.seq), experts.num_all
-    shapes = [(wide, load.hidden)]
-    if experts.two_layer_gate:
-        shapes = [(8 * wide, load.hidden), (wide, 8 * wide)]
-    if has_residual and experts.gating_residual:
-        shapes.append((wide, wide))
+    tokens, wide = grid.tokens(load.seq), experts.num_experts
+    shapes = experts.router_shapes(load.hidden, is_first=not has_residual)
     number = load.numbers.dtype
     forward = tuple(Product(tokens, n, k, 1, number) for n, k in shapes)
     backward = tuple(Product(tokens, k, n, 1, number) for n, k in shapes)
@@ -216,7 +212,7 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> Part:
         moved = 2.0 * element * (tokens + arrived)
     elif load.experts.dispatcher == "alltoall":
         # Sorted by expert at the sender, and again where several experts share a rank.
-        again = 2 * arrived if load.experts.num_ffn > grid.ep else 0.0
+        again = 2 * arrived if load.experts.num_ffn_experts > grid.ep else 0.0
         moved = 2.0 * element * (tokens + rows + again)
     elif load.experts.dispatcher == "allgather":
         moved = 2.0 * element * (tokens * grid.ep + arrived)
@@ -229,7 +225,7 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> Part:
 
 def _experts(load: Workload, grid: Grid, rows: float) -> Part:
     """The FFN experts of a rank, one grouped product for each of their matrices."""
-    experts = load.experts.num_ffn // grid.ep
+    experts = load.experts.num_ffn_experts // grid.ep
     width = load.experts.ffn_size / grid.etp
     rows = rows * grid.etp
     first = _linear(load, rows / experts, 2 * width, load.hidden, experts)
@@ -256,18 +252,12 @@ def _experts(load: Workload, grid: Grid, rows: float) -> Part:
 def _zero_computation(load: Workload, grid: Grid) -> Part:
     """`y = s x + A V` and `softmax(U_c x)`: no gather, two reads and a write of the activations."""
     tokens = grid.tokens(load.seq)
-    constants = load.experts.num_constant
     tensor = tokens * load.hidden * load.numbers.activation_bytes
     number = load.numbers.dtype
-    forward: tuple[Product, ...] = ()
-    backward: tuple[Product, ...] = ()
-    if constants:
-        forward = (
-            Product(tokens, 2 * constants, load.hidden, 1, number),
-            Product(tokens, load.hidden, constants, 1, number),
-        )
-        backward = tuple(Product(p.m, p.k, p.n, 1, number) for p in forward)
-        backward += tuple(Product(p.n, p.k, p.m, 1, number) for p in forward)
+    matmuls = load.experts.local_matmuls(load.hidden)
+    forward = tuple(Product(tokens, n, k, 1, number) for n, k in matmuls)
+    backward = tuple(Product(p.m, p.k, p.n, 1, number) for p in forward)
+    backward += tuple(Product(p.n, p.k, p.m, 1, number) for p in forward)
     ahead = Work(forward, moved=3.0 * tensor, kernels=6)
     back = Work(backward, moved=6.0 * tensor, kernels=10)
     return Part("zero_computation", ahead, back, _again(grid, "moe", ahead))

@@ -61,7 +61,7 @@ class Space:
                 and config.moe.dispatcher in ("alltoall", "flex")
                 and config.model.implementation == "gpt"
                 and not config.training.cuda_graphs
-                and not load.experts.constants_shared
+                and not load.experts.shares_constants
             ),
             distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
@@ -140,7 +140,7 @@ class Space:
 
     def _stages(self, ranks: int) -> Sequence[int]:
         """No stage alone sees all gradients of constants that all layers share (rules/moe.py)."""
-        return [1] if self.load.experts.constants_shared else divisors(ranks)
+        return [1] if self.load.experts.shares_constants else divisors(ranks)
 
     def _virtual(self, pp: int) -> list[int]:
         """Chunks a rank: layers even over stages, or with embedding and loss as a layer each."""
@@ -158,7 +158,7 @@ class Space:
         for etp in sorted({1, tp}):
             if experts.ffn_size % etp:
                 continue
-            for ep in divisors(experts.num_ffn):
+            for ep in divisors(experts.num_ffn_experts):
                 needs_others = experts.dispatcher == "flex" and ep * etp == 1
                 if self.world % (ep * etp * pp) == 0 and not needs_others:
                     yield ep, etp

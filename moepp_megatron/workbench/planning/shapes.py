@@ -31,7 +31,7 @@ def _shapes(load: Workload, grid: Grid) -> list[NamedShape]:
     width = experts.ffn_size // grid.etp
     shared, dense = experts.shared_size // grid.tp, load.dense_size // grid.tp
     vocabulary = (load.vocab // grid.tp, hidden)
-    wide = experts.num_all
+    wide = experts.num_experts
     return [
         *load.attention.named_shapes(hidden, grid.tp),
         (r"(layer_?norm|norm)(\.|_)weight$", (hidden,)),
@@ -46,8 +46,10 @@ def _shapes(load: Workload, grid: Grid) -> list[NamedShape]:
         (r"mlp\.linear_fc2\.weight$", (hidden, dense)),
         (r"router\.residual_weight$", (wide, wide)),
         # With a two-layer gate the first of the two weights.
-        (r"router\.weight$", (8 * wide, hidden) if experts.two_layer_gate else (wide, hidden)),
-        (r"router\.output_weight$", (wide, 8 * wide)),
-        (r"zero_computation\.constants$", (experts.num_constant, hidden)),
-        (r"zero_computation\.mixing_weight$", (experts.num_constant, 2, hidden)),
+        *zip(
+            (r"router\.weight$", r"router\.output_weight$"),
+            experts.gate_shapes(hidden),
+            strict=False,
+        ),
+        *((rf"zero_computation\.{name}$", shape) for name, shape in experts.local_weights(hidden)),
     ]

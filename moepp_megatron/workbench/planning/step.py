@@ -59,7 +59,7 @@ def expert_load(load: Workload, grid: Grid, routing: Routing) -> Load:
     """How full the fullest rank of an expert-parallel group is."""
     group_tokens = grid.tokens(load.seq) * grid.ep
     selections = round(group_tokens * load.experts.ffn_per_token)
-    return rank_load(routing, load.experts.num_ffn, grid.ep, selections)
+    return rank_load(routing, load.experts.num_ffn_experts, grid.ep, selections)
 
 
 def step_time(
@@ -176,7 +176,7 @@ def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> Transfer:
     size = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
     if load.experts.gating_residual:
         # Router logits travel with the hidden states, as fp32.
-        size += grid.tokens(load.seq) * load.experts.num_all * 4
+        size += grid.tokens(load.seq) * load.experts.num_experts * 4
     across = placement(grid, "pp", machine.per_node).nodes > 1
     whole = send_seconds(across, size, machine)
     share = 1.0 - machine.reached.point_to_point_overlap if grid.vpp > 1 else 1.0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from moepp_megatron.config import Config
+from moepp_megatron.experts import ExpertLayout
 from moepp_megatron.workbench.planning.attention import Attention, attention_of
 
 # "fused": Transformer Engine's; "local": megatron-core's own and this package's, as on a CPU.
@@ -13,52 +14,28 @@ Modules = Literal["fused", "local"]
 Dispatcher = Literal["alltoall", "alltoall_dedup", "allgather", "flex"]
 
 
-@dataclass(frozen=True)
-class Experts:
+@dataclass(frozen=True, kw_only=True)
+class Experts(ExpertLayout):
     """The experts of an MoE layer and how tokens choose them.
 
     Attributes:
-        num_ffn: FFN experts F.
-        num_zero_computation: Zero, copy and constant experts Z.
-        num_constant: Constant experts among them.
-        topk: Selections a token K.
         ffn_share: Share of the selections that FFN experts get, phi.
         ffn_size: Inner width of an FFN expert.
         shared_size: Inner width of the shared expert, 0 for none.
         shared_gate: A gate weighs what the shared expert returns.
-        gating_residual: Routers see the logits of the layer before.
-        two_layer_gate: The router is W_b tanh(W_a x) with hidden width 8E.
         dispatcher: How tokens reach their experts.
-        constants_shared: All MoE layers have the constant experts' V of the first one.
     """
 
-    num_ffn: int
-    num_zero_computation: int
-    num_constant: int
-    topk: int
     ffn_share: float
     ffn_size: int
     shared_size: int = 0
-    gating_residual: bool = False
-    two_layer_gate: bool = False
-    dispatcher: Dispatcher = "alltoall"
-    constants_shared: bool = False
     shared_gate: bool = False
-
-    @property
-    def num_all(self) -> int:
-        """E = F + Z, the router's width."""
-        return self.num_ffn + self.num_zero_computation
-
-    @property
-    def is_vanilla(self) -> bool:
-        """The layer is megatron-core's own."""
-        return self.num_zero_computation == 0 and not self.gating_residual
+    dispatcher: Dispatcher = "alltoall"
 
     @property
     def ffn_per_token(self) -> float:
         """FFN experts a token takes on average, K phi."""
-        return self.topk * self.ffn_share
+        return self.router_topk * self.ffn_share
 
 
 @dataclass(frozen=True)
@@ -166,16 +143,10 @@ class Workload:
 def _experts(config: Config) -> Experts:
     moe = config.moe
     return Experts(
-        num_ffn=moe.num_ffn_experts,
-        num_zero_computation=moe.num_zero_computation_experts,
-        num_constant=moe.num_constant_experts,
-        topk=moe.router_topk,
+        **{field.name: getattr(moe, field.name) for field in fields(ExpertLayout)},
         ffn_share=moe.ffn_share,
         ffn_size=config.expert_ffn_hidden_size,
         shared_size=moe.shared_expert_ffn_hidden_size or 0,
         shared_gate=moe.shared_expert_gate,
-        gating_residual=moe.gating_residual,
-        two_layer_gate=moe.two_layer_gate,
         dispatcher=moe.dispatcher,
-        constants_shared=moe.constants_shared and moe.num_constant_experts > 0,
     )

@@ -56,7 +56,7 @@ def _loss_cards(summary: Summary) -> list[Card]:
 
 
 def _saving_cards(run: RunData, summary: Summary, savings: Savings) -> list[Card]:
-    if run.config.experts.zero_computation == 0:
+    if run.config.experts.num_zero_computation_experts == 0:
         return [Card("FFN share", formatting.percent(summary.ffn_fraction), "vanilla: no others")]
     share, saved = formatting.shares([savings.ffn_fraction, savings.expert_work_saved])
     note = f"{summary.window}; phi is {formatting.percent(summary.phi)}"

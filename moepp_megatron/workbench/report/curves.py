@@ -95,7 +95,7 @@ def ffn_share_plot(run: RunData) -> Plot:
     """FFN share of all selections against what is wanted."""
     title = "FFN share of all selections"
     phi = run.config.phi
-    if run.config.experts.zero_computation == 0:
+    if run.config.experts.num_zero_computation_experts == 0:
         return Plot(
             title,
             "",
@@ -152,7 +152,7 @@ def a2a_plot(run: RunData) -> Plot:
     axes = figure.subplots()
     mib = 1024.0**2
     draw_noisy(axes, steps, [b / mib for b in sent], BLUE, "this run")
-    if run.config.experts.zero_computation:
+    if run.config.experts.num_zero_computation_experts:
         how = run.config.moe.dispatcher
         scaled = [vanilla_a2a_bytes(how, r.a2a_bytes, r.ffn_fraction) for r in run.records]
         whole = [(step, b / mib) for step, b in zip(steps, scaled, strict=True) if b is not None]

@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from moepp_megatron.observe.expert_names import EXPERT_KINDS, layer_numbers
+from moepp_megatron.experts import KIND_NAMES
+from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import (
     CELL_INK,
@@ -53,8 +54,8 @@ def settled_layer_shares(run: RunData) -> np.ndarray | None:
 def balanced_share(config: RunConfig, kind: str) -> float:
     """Share of one expert of this kind under perfect balance."""
     if kind == "FFN":
-        return config.phi / config.experts.ffn
-    return (1.0 - config.phi) / config.experts.zero_computation
+        return config.phi / config.experts.num_ffn_experts
+    return (1.0 - config.phi) / config.experts.num_zero_computation_experts
 
 
 def layer_heat_map(run: RunData) -> Plot:
@@ -124,7 +125,7 @@ def expert_bars(run: RunData) -> Plot:
         f"Mean over the last tenth of the records ({window(tail(run.records))}). Black ticks: the "
         "share under perfect balance"
     )
-    if config.experts.zero_computation:
+    if config.experts.num_zero_computation_experts:
         caption += f"; for an FFN expert it is tau = {config.moe.tau:g} times that of the others"
     return Plot(
         title,
@@ -139,7 +140,7 @@ def kinds_over_time(run: RunData) -> Plot:
     title = "Expert share by kind"
     records = [r for r in run.records if r.expert_share and all(map(math.isfinite, r.expert_share))]
     kinds = np.asarray(run.config.experts.kinds)
-    present = [kind for kind in EXPERT_KINDS if (kinds == kind).any()]
+    present = [kind for kind in KIND_NAMES if (kinds == kind).any()]
     if len(present) == 1:
         text = f"This layer has {present[0]} experts only, so they get every selection."
         return Plot(title, "", None, text)
@@ -176,13 +177,13 @@ def kinds_over_time(run: RunData) -> Plot:
 def _kinds_in_words(run: RunData, shares: np.ndarray) -> str:
     """The share of each kind that the layer has; they add up to 100%."""
     kinds = np.asarray(run.config.experts.kinds)
-    present = [kind for kind in EXPERT_KINDS if (kinds == kind).any()]
+    present = [kind for kind in KIND_NAMES if (kinds == kind).any()]
     sums = formatting.shares([float(shares[kinds == kind].sum()) for kind in present])
     return ", ".join(f"{kind} {share}" for kind, share in zip(present, sums, strict=True))
 
 
 def _kind_legend(axes: Axes, config: RunConfig) -> None:
-    present = [k for k, n in zip(EXPERT_KINDS, config.experts.by_kind, strict=True) if n]
+    present = [k for k, n in zip(KIND_NAMES, config.experts.by_kind, strict=True) if n]
     handles = [Patch(color=KIND_COLOURS[kind], label=kind) for kind in present]
     figure = axes.get_figure()
     assert figure is not None, "axes of a figure"

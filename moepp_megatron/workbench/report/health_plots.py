@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from moepp_megatron.catalogue import IN_LAYERS, Drawn
-from moepp_megatron.observe.expert_names import layer_numbers
+from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import (
@@ -76,7 +76,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
     series = {
         # As a share of log E, so that the range serves any number of experts.
         "gate_entropy": (
-            _measured("gate_entropy", scale=1.0 / math.log(run.config.experts.total)),
+            _measured("gate_entropy", scale=1.0 / math.log(run.config.experts.num_experts)),
         ),
         "logit_variance": (
             _measured("logit_variance", "with residual"),
@@ -87,7 +87,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
             _measured("row_cosine"),
             _measured("row_cosine_max", "largest", VERMILION),
         ),
-        "min_ffn_load": (Series("mean", BLUE, _idlest(run.config.experts.ffn)),),
+        "min_ffn_load": (Series("mean", BLUE, _idlest(run.config.experts.num_ffn_experts)),),
     }
     healthy = {"gate_entropy": _entropy_range()}
     plots = [

@@ -89,7 +89,7 @@ def render(run: RunData) -> str:
     """The page's HTML."""
     summary = summarize(run)
     savings = compute_savings(run.config, summary)
-    has_savings = run.config.experts.zero_computation > 0
+    has_savings = run.config.experts.num_zero_computation_experts > 0
     with plot_style():
         curves, experts, health = curve_plots(run), expert_plots(run), health_plots(run)
         hardware = hardware_plots(run)
@@ -128,7 +128,7 @@ def _terms(run: RunData, summary: Summary) -> list[tuple[str, str]]:
             "slowest rank waits for the busiest expert.",
         ),
     ]
-    if run.config.experts.zero_computation == 0:
+    if run.config.experts.num_zero_computation_experts == 0:
         return terms
     return [
         (
@@ -154,16 +154,6 @@ def _terms(run: RunData, summary: Summary) -> list[tuple[str, str]]:
 def _facts(run: RunData) -> list[str]:
     config = run.config
     experts, parallel = config.experts, config.parallel
-    counts = [f"{experts.ffn} FFN"]
-    counts += [
-        f"{n} {kind}"
-        for kind, n in (
-            ("constant", experts.constant),
-            ("copy", experts.copy),
-            ("zero", experts.zero),
-        )
-        if n
-    ]
     layout = (
         f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
         f"EP {parallel.expert_model_parallel_size}, CP {parallel.context_parallel_size}"
@@ -174,7 +164,7 @@ def _facts(run: RunData) -> list[str]:
     return [
         f"{config.model.num_layers} layers, {len(config.moe_layers)} of them MoE",
         f"hidden {config.model.hidden_size}, expert FFN {config.expert_ffn_hidden_size}",
-        f"{' + '.join(counts)} experts, top-{config.moe.router_topk}, tau {config.moe.tau:g}",
+        f"{experts.summary} experts, top-{config.moe.router_topk}, tau {config.moe.tau:g}",
         layout,
         precision,
         f"batch {config.training.global_batch_size} x {config.model.seq_length} tokens",
@@ -186,7 +176,7 @@ def _sentence(run: RunData, summary: Summary) -> str:
     done = f"{summary.last_step:,} of {planned:,} steps are done."
     if summary.last_step > planned:
         done = f"{summary.last_step:,} steps are done."
-    if run.config.experts.zero_computation == 0:
+    if run.config.experts.num_zero_computation_experts == 0:
         kind = "megatron-core's vanilla MoE layer" if run.config.is_vanilla else "FFN experts only"
         return (
             f"{done} This run has {kind}: every selection goes to an FFN expert, so there is "

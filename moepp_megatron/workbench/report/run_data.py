@@ -9,8 +9,8 @@ from pydantic import BaseModel, Field, ValidationError
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.schema.section import LARGEST, LARGEST_OF_ALL
 from moepp_megatron.config.yaml_file import parse_yaml
+from moepp_megatron.experts import ExpertLayout
 from moepp_megatron.observe.alerts import ALERTS_FILE, Alert, read_alerts
-from moepp_megatron.observe.expert_names import ExpertCounts
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 
 # A run's folder may come from elsewhere: what it counts is bounded as in the configuration.
@@ -45,17 +45,10 @@ class BudgetSection(BaseModel):
     target_ffn_per_token: float | None = None
 
 
-class MoESection(BaseModel):
+class MoESection(BaseModel, ExpertLayout, frozen=True):
     """What the report needs of ``moe:``."""
 
-    num_ffn_experts: Experts
-    num_constant_experts: Experts = 0
-    num_copy_experts: Experts = 0
-    num_zero_experts: Experts = 0
-    router_topk: Count
     tau: float
-    gating_residual: bool
-    two_layer_gate: bool = False
     layer_freq: Layers | list[int] = 1
     ffn_hidden_size: Count | None = None
     dispatcher: str = "alltoall"
@@ -99,15 +92,9 @@ class RunConfig(BaseModel):
     training: TrainingSection
 
     @property
-    def experts(self) -> ExpertCounts:
-        """Experts of one MoE layer, by kind."""
-        moe = self.moe
-        return ExpertCounts(
-            moe.num_ffn_experts,
-            moe.num_constant_experts,
-            moe.num_copy_experts,
-            moe.num_zero_experts,
-        )
+    def experts(self) -> ExpertLayout:
+        """Experts and router of one MoE layer."""
+        return self.moe
 
     @property
     def phi(self) -> float:
@@ -115,12 +102,12 @@ class RunConfig(BaseModel):
         target = self.moe.budget.target_ffn_per_token
         if target is not None:
             return target / self.moe.router_topk
-        return self.experts.ffn_share(self.moe.tau)
+        return self.moe.phi(self.moe.tau)
 
     @property
     def is_vanilla(self) -> bool:
         """Whether the layer is megatron-core's own: no zero-computation expert, no residual."""
-        return self.experts.zero_computation == 0 and not self.moe.gating_residual
+        return self.moe.is_vanilla
 
     @property
     def expert_ffn_hidden_size(self) -> int:
@@ -212,7 +199,7 @@ def read_config(path: Path) -> tuple[RunConfig, str]:
 
 def _check_fit(config: RunConfig, records: list[StepMetrics], folder: Path) -> None:
     """Every share over experts must have one entry for each expert of the configuration."""
-    expected = config.experts.total
+    expected = config.experts.num_experts
     for record in records:
         rows = [record.expert_share, *(record.layer_expert_share or ())]
         for row in rows:

@@ -7,13 +7,9 @@ is an FFN expert's: it computes K experts a token, and every selection takes par
 import math
 from dataclasses import dataclass
 
+from moepp_megatron.experts import FFN, ExpertLayout
 from moepp_megatron.workbench.report.run_data import RunConfig
 from moepp_megatron.workbench.report.summary import Summary
-
-# A gated expert (SwiGLU) has three [hidden, ffn_hidden] matrices, 2 FLOP per weight and token.
-GATED_EXPERT_FLOPS_PER_WEIGHT = 6
-# The released MoE++ gate's hidden width, in units of the number of experts.
-TWO_LAYER_GATE_WIDTH = 8
 
 
 @dataclass(frozen=True)
@@ -94,15 +90,15 @@ def compute_savings(config: RunConfig, summary: Summary) -> Savings:
         measured=LayerWork(
             experts_per_token=topk * fraction,
             ffn=_ffn_flops(config, topk * fraction),
-            router=_moepp_router_flops(config),
-            zero_computation=_zero_computation_flops(config),
+            router=_router_flops(config, config.experts),
+            zero_computation=float(
+                len(config.moe_layers) * config.experts.local_flops(config.model.hidden_size)
+            ),
         ),
         vanilla=LayerWork(
             experts_per_token=topk,
             ffn=_ffn_flops(config, topk),
-            router=float(
-                len(config.moe_layers) * 2 * config.model.hidden_size * config.experts.ffn
-            ),
+            router=_router_flops(config, config.experts.vanilla),
             zero_computation=0.0,
         ),
         ffn_fraction=fraction,
@@ -116,29 +112,10 @@ def compute_savings(config: RunConfig, summary: Summary) -> Savings:
 
 
 def _ffn_flops(config: RunConfig, experts_per_token: float) -> float:
-    weights = config.model.hidden_size * config.expert_ffn_hidden_size
-    layers = len(config.moe_layers)
-    return layers * experts_per_token * GATED_EXPERT_FLOPS_PER_WEIGHT * weights
+    each = FFN.flops(config.model.hidden_size, config.expert_ffn_hidden_size)
+    return len(config.moe_layers) * experts_per_token * each
 
 
-def _moepp_router_flops(config: RunConfig) -> float:
-    layers = len(config.moe_layers)
-    hidden = config.model.hidden_size
-    experts = config.experts.total
-    if config.moe.two_layer_gate:
-        gate = 2 * TWO_LAYER_GATE_WIDTH * experts * (hidden + experts)
-    else:
-        gate = 2 * hidden * experts
-    # The first MoE layer has no logits to take over.
-    residual = 2 * experts * experts * max(0, layers - 1) if config.moe.gating_residual else 0
-    return float(layers * gate + residual)
-
-
-def _zero_computation_flops(config: RunConfig) -> float:
-    """``y = s x + A V`` with ``A`` from ``U_c x``, as if every token took part."""
-    if config.experts.zero_computation == 0:
-        return 0.0
-    hidden = config.model.hidden_size
-    constants = config.experts.constant
-    per_token = 2 * hidden + 2 * constants * hidden + 4 * constants * hidden
-    return float(len(config.moe_layers) * per_token)
+def _router_flops(config: RunConfig, experts: ExpertLayout) -> float:
+    layers, hidden = range(len(config.moe_layers)), config.model.hidden_size
+    return float(sum(2 * experts.router_parameters(hidden, is_first=i == 0) for i in layers))

@@ -43,8 +43,8 @@ def savings_table(run: RunData, summary: Summary, savings: Savings) -> SavingsTa
     """The comparison, for a layer that has zero-computation experts."""
     rows = [*_work_rows(run, savings), *_traffic_rows(run, summary, savings)]
     notes = [
-        f"The vanilla layer has the same {run.config.experts.ffn} FFN experts and the same "
-        f"K = {run.config.moe.router_topk}, all of which are FFN experts. Work is that of one "
+        f"The vanilla layer has the same {run.config.experts.num_ffn_experts} FFN experts and the "
+        f"same K = {run.config.moe.router_topk}, all of which are FFN experts. Work is that of one "
         f"token, forward, in all {len(run.config.moe_layers)} MoE layers; the backward pass of "
         "the experts costs twice as much on both sides. Shares and bytes of a step are means over "
         f"the last tenth of the records ({summary.window}), in which the FFN share was "
@@ -68,7 +68,7 @@ def _work_rows(run: RunData, savings: Savings) -> list[Row]:
     config = run.config
     gate = "2 x 8E (D + E)" if config.moe.two_layer_gate else "2 D E"
     residual = ", and 2 E^2 for the gating residual" if config.moe.gating_residual else ""
-    constants = config.experts.constant
+    constants = config.experts.num_constant_experts
     return [
         Row(
             "FFN experts a token takes",

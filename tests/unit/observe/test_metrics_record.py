@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.observe import ExpertCounts, MetricsError, read_metrics
+from moepp_megatron.observe import MetricsError, read_metrics
 
 REQUIRED = [
     "step",
@@ -90,15 +90,3 @@ def test_missing_and_empty_files_are_named_with_a_remedy(tmp_path: Path):
     path.write_text('{"step": 1')
     with pytest.raises(MetricsError, match=r"no complete record yet; wait"):
         read_metrics(path)
-
-
-def test_experts_are_in_the_fixed_order():
-    counts = ExpertCounts(ffn=2, constant=2, copy=1, zero=1)
-    assert counts.names == ["FFN 0", "FFN 1", "constant 0", "constant 1", "copy 0", "zero 0"]
-    assert counts.kinds == ["FFN", "FFN", "constant", "constant", "copy", "zero"]
-    assert (counts.total, counts.zero_computation) == (6, 4)
-
-
-def test_phi_of_the_paper_and_of_vanilla():
-    assert ExpertCounts(8, 2, 1, 1).ffn_share(0.75) == pytest.approx(0.6)
-    assert ExpertCounts(8).ffn_share(0.75) == 1.0

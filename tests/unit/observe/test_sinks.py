@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe import (
     ConsoleSink,
-    ExpertCounts,
     JsonlSink,
     Sinks,
     SinkSettings,
@@ -25,7 +25,7 @@ from moepp_megatron.observe import (
 from moepp_megatron.observe.patient import PatientSink
 from tests.full_disk import fill
 
-EXPERTS = ExpertCounts(ffn=2, constant=1, copy=0, zero=1)
+EXPERTS = ExpertCounts(2, 1, 0, 1)
 
 
 def steps_in(path: Path) -> list[int]:

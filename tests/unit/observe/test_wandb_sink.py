@@ -7,12 +7,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from moepp_megatron.config.schema import WandbSection
-from moepp_megatron.observe import ExpertCounts, SinkSettings, open_sinks
+from moepp_megatron.experts import ExpertCounts
+from moepp_megatron.observe import SinkSettings, open_sinks
 from moepp_megatron.observe.sinks import WandbRun
 from moepp_megatron.observe.wandb_sink import WandbSink
 from moepp_megatron.runtime.optional import have_wandb
 
-EXPERTS = ExpertCounts(ffn=2, constant=1, copy=0, zero=1)
+EXPERTS = ExpertCounts(2, 1, 0, 1)
 OFFLINE = WandbSection(project="moe", entity="team", mode="offline")
 
 

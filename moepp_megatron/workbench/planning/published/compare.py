@@ -85,7 +85,7 @@ def model_flop_per_token(load: Workload) -> float:
     scores = load.causal_share * load.seq * attention.heads
     core = scores * (attention.qk_dim + attention.v_dim)
     per_moe = experts.ffn_per_token * 3 * load.hidden * experts.ffn_size
-    per_moe += 3 * load.hidden * experts.shared_size + experts.num_all * load.hidden
+    per_moe += 3 * load.hidden * experts.shared_size + experts.num_experts * load.hidden
     moe_layers = sum(load.is_moe) + load.extra_layers
     layers = load.layers + load.extra_layers
     total = layers * (weights + core) + moe_layers * per_moe

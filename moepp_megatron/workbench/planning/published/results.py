@@ -18,8 +18,9 @@ from moepp_megatron.workbench.planning.published.models import (
     model,
     qwen_30b,
     qwen_235b,
+    vanilla_experts,
 )
-from moepp_megatron.workbench.planning.workload import Experts, Workload
+from moepp_megatron.workbench.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ FURTHER = (
                 8192,
                 80,
                 GroupedQuery(64, 8, 128),
-                Experts(1, 0, 0, 1, 1.0, 1),
+                vanilla_experts(1, 1, 1),
                 128256,
                 128,
                 TENSORWISE,
@@ -180,7 +181,7 @@ FURTHER = (
                 16384,
                 126,
                 GroupedQuery(128, 8, 128),
-                Experts(1, 0, 0, 1, 1.0, 1),
+                vanilla_experts(1, 1, 1),
                 128256,
                 512,
                 TENSORWISE,

@@ -177,7 +177,7 @@ class _Player:
         source, experts = self._conditions.source, self._load.experts
         if source.is_even or self._grid.ep == 1 or layers == 0:
             return None
-        return source.popularity(self._load_rng, steps, layers, experts.num_ffn)
+        return source.popularity(self._load_rng, steps, layers, experts.num_ffn_experts)
 
     def _selections(self) -> int:
         tokens = self._grid.tokens(self._load.seq) * self._grid.ep

@@ -188,5 +188,5 @@ def can_overlap(load: Workload, grid: Grid) -> bool:
     """The combined schedule is possible: bf16, no recomputation it cannot repeat, chunks."""
     recompute = {"layernorm", "moe", "full"}.isdisjoint(grid.recompute)
     chunks = grid.pp == 1 or grid.vpp > 1
-    own_constants = not load.experts.constants_shared
+    own_constants = not load.experts.shares_constants
     return load.numbers.dtype == "bf16" and recompute and chunks and own_constants

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moepp_megatron.observe.expert_names import EXPERT_KINDS
+from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.workbench.inspection.classes import CLASSES
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.text import TokenizedText
@@ -34,8 +34,8 @@ def packed(request: InspectRequest, traces: Sequence[Trace]) -> str:
         "classes": _base64(request.classes, "<u2"),
         "classNames": list(CLASSES),
         "window": request.window,
-        "kinds": list(EXPERT_KINDS),
-        "colours": [KIND_COLOURS[kind] for kind in EXPERT_KINDS],
+        "kinds": list(KIND_NAMES),
+        "colours": [KIND_COLOURS[kind] for kind in KIND_NAMES],
         **_tags(request.tags),
         "models": [_model(trace) for trace in traces],
     }
@@ -51,7 +51,7 @@ def _model(trace: Trace) -> dict[str, Any]:
         "layers": list(trace.layers),
         "topk": trace.topk,
         "names": trace.experts.names,
-        "kindOf": [EXPERT_KINDS.index(kind) for kind in trace.experts.kinds],
+        "kindOf": [KIND_NAMES.index(kind) for kind in trace.experts.kinds],
         "selected": _base64(trace.selected, "<u2"),
         "gates": _base64(np.rint(trace.gates / largest * _GATE_STEPS), "<u2"),
         "largestGate": largest,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import moepp_megatron
 from moepp_megatron.config import ConfigError
-from moepp_megatron.observe.expert_names import EXPERT_KINDS
+from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.workbench.inspection.export import to_json
 from moepp_megatron.workbench.inspection.findings import Findings, find
@@ -121,7 +121,7 @@ def render(request: InspectRequest, traces: Sequence[Trace]) -> str:
         models=[(trace.label, trace.facts) for trace in traces],
         notices=request.notices,
         cards=_cards(traces, findings),
-        kinds=[(kind, KIND_COLOURS[kind]) for kind in EXPERT_KINDS],
+        kinds=[(kind, KIND_COLOURS[kind]) for kind in KIND_NAMES],
         classes=rows([found.by_class for found in findings]),
         tags=rows([found.by_tag for found in findings]),
         extremes=[_extremes(*pair) for pair in zip(traces, findings, strict=True)],

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moepp_megatron.observe.expert_names import EXPERT_KINDS
+from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.workbench.inspection.aggregates import Group
 from moepp_megatron.workbench.inspection.findings import Findings
 from moepp_megatron.workbench.inspection.trace import Trace
@@ -46,7 +46,7 @@ def _kinds_by_layer(trace: Trace, found: Findings, name: str) -> Plot:
     axes = figure.subplots()
     places = np.arange(len(found.by_layer))
     below = np.zeros(len(places))
-    for index, kind in enumerate(EXPERT_KINDS):
+    for index, kind in enumerate(KIND_NAMES):
         if trace.experts.by_kind[index] == 0:
             continue
         shares = np.asarray([layer.kinds[index] for layer in found.by_layer])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moepp_megatron.observe.expert_names import EXPERT_KINDS
+from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.workbench.inspection.aggregates import Group
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import KIND_COLOURS
@@ -94,7 +94,7 @@ def _cell(group: Group) -> Cell:
     texts = formatting.shares(group.kinds)
     bars = [
         Bar(100 * share, KIND_COLOURS[kind], f"{kind} {text}")
-        for kind, share, text in zip(EXPERT_KINDS, group.kinds, texts, strict=True)
+        for kind, share, text in zip(KIND_NAMES, group.kinds, texts, strict=True)
         if share > 0
     ]
     loss = DASH if math.isnan(group.loss) else f"{group.loss:.2f}"

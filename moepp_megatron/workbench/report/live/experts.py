@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from moepp_megatron.observe.expert_names import EXPERT_KINDS, ExpertCounts
+from moepp_megatron.experts import KIND_NAMES, ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report.live.glyphs import KIND_STYLES, Glyphs
 
@@ -22,7 +22,7 @@ class LayerShares:
 
     Attributes:
         name: ``layer 3``.
-        kinds: Share of all selections by kind, in the order of ``EXPERT_KINDS``.
+        kinds: Share of all selections by kind, in the order of ``KIND_NAMES``.
         ffn_load: The busiest FFN expert over the FFN experts' mean; NaN if none got a selection.
         unused: FFN experts that got no selection.
     """
@@ -47,7 +47,7 @@ def layer_shares(
         None of them where the record has other experts than `experts`.
     """
     rows = record.layer_expert_share or [record.expert_share]
-    if any(len(row) != experts.total for row in rows):
+    if any(len(row) != experts.num_experts for row in rows):
         return []
     if record.layer_expert_share is None:
         names = ["all layers"]
@@ -86,9 +86,7 @@ def expert_bars(
 def legend(layers: Sequence[LayerShares], glyphs: Glyphs) -> Text:
     """The kinds that there are, with their fill."""
     text = Text()
-    for i, (kind, fill, style) in enumerate(
-        zip(EXPERT_KINDS, glyphs.bars, KIND_STYLES, strict=True)
-    ):
+    for i, (kind, fill, style) in enumerate(zip(KIND_NAMES, glyphs.bars, KIND_STYLES, strict=True)):
         if any(layer.kinds[i] > 0 for layer in layers):
             text.append(f"  {fill * 2}", style=style)
             text.append(f" {kind}")
@@ -100,7 +98,7 @@ def _shares(name: str, row: Sequence[float], experts: ExpertCounts) -> LayerShar
     for count in experts.by_kind:
         kinds.append(sum(row[start : start + count]))
         start += count
-    ffn = row[: experts.ffn]
+    ffn = row[: experts.num_ffn_experts]
     load = max(ffn) * len(ffn) / sum(ffn) if sum(ffn) > 0 else math.nan
     return LayerShares(name, tuple(kinds), load, sum(share == 0 for share in ffn))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-# Style of each kind of expert, in the order of EXPERT_KINDS.
+# Style of each kind of expert, in the order of KIND_NAMES.
 KIND_STYLES = ("blue", "magenta", "yellow", "bright_black")
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moepp_megatron.observe.expert_names import layer_numbers
+from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.workbench.report.live import exported
 from moepp_megatron.workbench.report.live.exported import OF_RECORDS, OTHER, Exported
 from moepp_megatron.workbench.report.live.health import STATES
@@ -111,9 +111,9 @@ def _by_layer(rows: Sequence[Any], config: RunConfig | None) -> Iterator[tuple[s
 def _idlest(rows: Sequence[Sequence[float]], config: RunConfig) -> list[Sample]:
     """Of each layer, the least share of an FFN expert over their mean; NaN where that is 0."""
     experts = config.experts
-    if not experts.ffn or any(len(row) != experts.total for row in rows):
+    if not experts.num_ffn_experts or any(len(row) != experts.num_experts for row in rows):
         return []
-    shares = [(layer, row[: experts.ffn]) for layer, row in _by_layer(rows, config)]
+    shares = [(layer, row[: experts.num_ffn_experts]) for layer, row in _by_layer(rows, config)]
     return [
         ((layer,), min(row) * len(row) / sum(row) if sum(row) > 0 else math.nan)
         for layer, row in shares

@@ -27,7 +27,7 @@ def test_every_expert_gets_its_share_and_no_token_an_expert_twice(
     assert int(counts.sum()) == 2 * num_tokens
     assert ((counts - shares * 2 * num_tokens).abs() <= 1.0).all()
     ffn = int((picks < 8).sum())
-    assert abs(ffn - SHAPES["0.6B"].ffn_share(tau) * 2 * num_tokens) <= 1.0
+    assert abs(ffn - SHAPES["0.6B"].experts.phi(tau) * 2 * num_tokens) <= 1.0
 
 
 def test_held_router_selects_what_it_is_told() -> None:
@@ -52,6 +52,6 @@ def test_held_router_selects_what_it_is_told() -> None:
 
 def test_paper_efficiency_follows_from_its_times() -> None:
     shape = SHAPES["0.6B"]
-    assert shape.ffn_share(0.75) == pytest.approx(0.6)
+    assert shape.experts.phi(0.75) == pytest.approx(0.6)
     assert shape.paper_efficiency(0.75) == pytest.approx(535.3 / 427.6 * 0.6)
     assert SHAPES["7B"].paper_efficiency(0.1) is None

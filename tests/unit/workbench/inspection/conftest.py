@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
-from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.workbench.inspection.classes import token_classes
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.text import TokenizedText, tokenize
@@ -42,7 +42,7 @@ def text(tokenizer: Tokenizer) -> TokenizedText:
 def invented_trace(count: int, seed: int = 1, layers: int = 3, window: int = 64) -> Trace:
     """Random selections of two experts and random losses."""
     rng = np.random.default_rng(seed)
-    selected = np.argsort(rng.random((layers, count, EXPERTS.total)), axis=2)[:, :, :2]
+    selected = np.argsort(rng.random((layers, count, EXPERTS.num_experts)), axis=2)[:, :, :2]
     gates = np.sort(rng.random((layers, count, 2)), axis=2)[:, :, ::-1] * 0.8
     losses = rng.gamma(2.0, 1.5, count)
     losses[::window] = np.nan

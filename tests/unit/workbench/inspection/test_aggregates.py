@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from moepp_megatron.observe.expert_names import ExpertCounts
+from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.workbench.inspection.aggregates import (
     by_frequency,
     by_layer,

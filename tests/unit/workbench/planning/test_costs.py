@@ -170,7 +170,7 @@ def test_what_makes_a_step_slower(h100: Machine) -> None:
     assert seconds(pp=4) > seconds(pp=4, vpp=2) > base
     assert seconds(LOAD.at_share(1.0)) > base > seconds(LOAD.at_share(0.3))
     # 64 expert ranks are spread over 8 nodes: an exchange that overlap hides.
-    wide = replace(LOAD, experts=replace(LOAD.experts, num_ffn=64))
+    wide = replace(LOAD, experts=replace(LOAD.experts, num_ffn_experts=64))
     assert seconds(wide, ep=64) > seconds(wide, ep=64, expert_overlap=True) > 0
     fewer_bytes = replace(wide, experts=replace(wide.experts, dispatcher="flex"))
     assert seconds(wide, ep=64) > seconds(fewer_bytes, ep=64)
@@ -226,7 +226,7 @@ def test_hidden_exchange_never_exceeds_what_covers_it(h100: Machine) -> None:
     # A slow network: the exchange takes longer than all computation.
     slow = load_hardware("h100_sxm").model_copy(update={"network_gbit_s_per_gpu": 10.0})
     machine = machine_of(slow)
-    wide = replace(LOAD, experts=replace(LOAD.experts, num_ffn=64))
+    wide = replace(LOAD, experts=replace(LOAD.experts, num_ffn_experts=64))
     grid = Grid(64, ep=64, expert_overlap=True)
     rows = grid.tokens(wide.seq) * wide.experts.ffn_per_token
     time = layer_time(wide, grid, machine, True, rows, 1.0)

@@ -106,5 +106,5 @@ def test_the_fullest_stage_may_be_none_of_the_first_two() -> None:
         stages = even_stages(load.layers, pp, vpp)
         most = max(memory_of(load, grid, stages, rank).total for rank in range(pp))
         # The first MoE layer has no gating residual: E x E weights and their state.
-        residual = 18 * load.experts.num_all**2
+        residual = 18 * load.experts.num_experts**2
         assert fullest_rank(load, grid, stages).total == pytest.approx(most, abs=residual)

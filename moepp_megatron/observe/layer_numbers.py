@@ -1,0 +1,13 @@
+"""The numbers that MoE layers have in every record and view."""
+
+from collections.abc import Sequence
+
+
+def layer_numbers(known: Sequence[int], count: int) -> Sequence[int]:
+    """The numbers that MoE layers have everywhere: those in the model, counted from 1.
+
+    Args:
+        known: Of the run's MoE layers.
+        count: Of MoE layers in a record; where there are not as many known numbers, 1 to `count`.
+    """
+    return known if len(known) == count else range(1, count + 1)
