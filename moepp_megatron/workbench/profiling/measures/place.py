@@ -1,4 +1,4 @@
-"""Where in the model a collective was called: layer, part and pass, from its scopes."""
+"""The place in the model at which a collective was called: layer, part, pass; from its scopes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Place:
 
 
 def place_of(collective: Collective) -> Place | None:
-    """The innermost part of a layer that it was called in; None outside of layers."""
+    """The innermost part of a layer around the call; None outside of layers."""
     for scope in reversed(collective.scopes):
         found = _PART.fullmatch(scope)
         if found is not None:
