@@ -94,7 +94,7 @@ def loss_plot(run: RunData) -> Plot:
 
 
 def ffn_share_plot(run: RunData) -> Plot:
-    """FFN share of all selections against what is wanted."""
+    """FFN share of all selections against its target."""
     title = "FFN share of all selections"
     phi = run.config.phi
     if run.config.experts.zero_computation == 0:
@@ -132,7 +132,7 @@ def ffn_share_plot(run: RunData) -> Plot:
 
 
 def a2a_plot(run: RunData) -> Plot:
-    """All-to-all bytes a step, measured and of the vanilla layer."""
+    """All-to-all bytes per step, measured and of the vanilla layer."""
     title = "All-to-all bytes a step"
     caption = (
         "Bytes of hidden vectors that leave their rank through the dispatcher, all ranks and MoE "
@@ -214,7 +214,7 @@ def plain_plot(
     share: bool = False,
     scale: float = 1.0,
 ) -> Plot:
-    """One value of the records, times `scale`, over steps, with what to compare it with."""
+    """One value of the records, times `scale`, over steps, with a reference value."""
     steps, values = _series(run.records, lambda r: getattr(r, key))
     values = [scale * value for value in values]
     show = formatting.percent if share else formatting.number
@@ -291,7 +291,7 @@ def _too_short(
     values: Sequence[float],
     show: Callable[[float], str] = formatting.number,
 ) -> Plot:
-    """The sentence in place of a curve through fewer than two finite values."""
+    """The sentence that replaces a curve with fewer than two finite values."""
     if values:
         text = f"Only one record has a finite value ({name} {show(values[0])}); a curve needs two."
     else:

@@ -1,4 +1,4 @@
-"""What the run cost its machines: energy, GPU-hours, MFU, from the telemetry in the records."""
+"""The run's use of machines: energy, GPU-hours, MFU, from the telemetry in the records."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -30,7 +30,7 @@ _PLOTS = (
 
 
 def hardware_plots(run: RunData) -> list[Plot]:
-    """Plots of what the records have; none for a run without telemetry."""
+    """Plots of the telemetry in the records; none for a run without telemetry."""
     plots = []
     for key, title, axis, caption, share in _PLOTS:
         known = [v for record in run.records if (v := getattr(record, key)) is not None]
@@ -41,7 +41,7 @@ def hardware_plots(run: RunData) -> list[Plot]:
 
 
 def _unit(key: str, axis: str, values: Sequence[float]) -> tuple[float, str]:
-    """What to multiply the values by, and the unit that they then have."""
+    """The factor for the values, and the resulting unit."""
     if not axis.endswith("/s"):
         return 1.0, axis
     base = 1e12 if key == "model_tflops" else 1.0
@@ -50,7 +50,7 @@ def _unit(key: str, axis: str, values: Sequence[float]) -> tuple[float, str]:
 
 
 def hardware_cards(run: RunData) -> list[Card]:
-    """Totals of the run and medians of its records, of what the records have."""
+    """Totals of the run and medians of its records, as far as they have telemetry."""
     records, cards = run.records, []
     mfu = [record.mfu for record in records if record.mfu is not None]
     if mfu:

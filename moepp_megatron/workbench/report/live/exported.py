@@ -27,11 +27,11 @@ class Exported:
 
     Attributes:
         name: Its name at Prometheus.
-        meaning: What it says, in one line.
-        labels: What tells its values of one run apart, beside ``run``: ``layer`` is the transformer
-            layer from 1, ``kind`` the kind of expert, ``expert`` an expert's name, ``ffn_experts``
-            how many FFN experts a token takes, ``metric`` a name of ``docs/routing.md``, ``key`` a
-            key of the record.
+        meaning: Its meaning, in one line.
+        labels: Labels that distinguish its values of one run, beside ``run``: ``layer`` is the
+            transformer layer from 1, ``kind`` the kind of expert, ``expert`` an expert's name,
+            ``ffn_experts`` the number of FFN experts of a token, ``metric`` a name of
+            ``docs/routing.md``, ``key`` a key of the record.
     """
 
     name: str
