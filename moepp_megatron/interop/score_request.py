@@ -1,4 +1,4 @@
-"""What `moepp score` is asked to do, checked before anything heavy is imported."""
+"""The request of `moepp score`, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class ScoreRequest:
 
     Attributes:
         checkpoint: The checkpoint's folder.
-        config: Its configuration in the wanted layout; one sequence a micro-batch, the global
+        config: Its configuration in the wanted layout; one sequence per micro-batch, the global
             batch holds all sequences (and fillers), `model.seq_length` is the padded length.
         layout: The rank grid.
         input_ids: [b, s] int64.
         out: File to write, or None.
         logits: Whether logits are wanted.
         notices: What the user should know.
-        text: The text that the tokens are, or None.
+        text: The text of the tokens, or None.
     """
 
     checkpoint: Path
@@ -56,7 +56,7 @@ class ScoreRequest:
         """Check a request for the tokens of an npz file, or for a text file.
 
         Raises:
-            ConfigError: Whatever is wrong with it.
+            ConfigError: If the request is wrong.
         """
         _check_options(tokens, text, out, logits)
         input_ids = None if tokens is None else read_input_ids(tokens)
@@ -91,7 +91,7 @@ class ScoreRequest:
         out: Path | None = None,
         logits: bool = False,
     ) -> ScoreRequest:
-        """A request for tokens that are known to suit the model.
+        """A request for tokens that fit the model.
 
         Args:
             folder: A checkpoint's folder.
@@ -103,7 +103,7 @@ class ScoreRequest:
             logits: Whether logits are wanted.
 
         Raises:
-            ConfigError: The layout does not fit the model or the ranks.
+            ConfigError: If the layout does not fit the model or the ranks.
         """
         config = _scoring_config(trained, overrides, input_ids, world_size)
         layout = Layout.from_config(config, world_size)
@@ -125,7 +125,7 @@ def read_input_ids(tokens: Path) -> np.ndarray:
     """The array `input_ids` of an npz file, [b, s] int64.
 
     Raises:
-        ConfigError: If the file or the array is not what it must be.
+        ConfigError: If the file or the array is invalid.
     """
     try:
         # allow_pickle=False: an object array could run code.
@@ -159,7 +159,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Refuse settings that the checkpoint decides.
 
     Raises:
-        ConfigError: Naming the setting.
+        ConfigError: If there is one; names the setting.
     """
     for override in overrides:
         section, key, _ = parse_override(override)
