@@ -1,4 +1,4 @@
-"""Whole-file writes that a reader never sees half done."""
+"""Writes whole files so that a reader never sees a partial one."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         content: All of its bytes.
 
     Raises:
-        OSError: The folder is missing, full or not writable; ``path`` is then as before.
+        OSError: If the folder is missing, full or not writable; ``path`` is then unchanged.
     """
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -1,4 +1,4 @@
-"""Lines appended to a file that others read meanwhile."""
+"""Appends lines to a file that others read at the same time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def append_line(fd: int, path: Path, line: bytes) -> None:
         line: The line with its line end.
 
     Raises:
-        OSError: The disk is full or gone; the file then still ends with a complete line.
+        OSError: If the disk is full or gone; the file then still ends with a complete line.
     """
     end = os.fstat(fd).st_size
     written = os.write(fd, line)

@@ -8,11 +8,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 
 class MetricsError(ValueError):
-    """A ``metrics.jsonl`` that is missing, empty or damaged; the message is one line."""
+    """A ``metrics.jsonl`` is missing, empty or damaged; the message is one line."""
 
 
 def _null_to_nan(value: object) -> object:
-    """JSON has no NaN or infinity: they are written as null and read back as NaN."""
+    """Replace null by NaN: JSON has no NaN or infinity, so they are written as null."""
     return math.nan if value is None else value
 
 
@@ -35,17 +35,17 @@ class StepMetrics(BaseModel):
         tokens_per_s: Tokens of the global batch over ``step_time_s``.
         balance_loss: Heterogeneous load-balance loss without its coefficient, mean over MoE layers.
         ffn_fraction: FFN share of all K*T selections, mean over MoE layers.
-        ffn_per_token: FFN experts a token takes, mean over tokens and MoE layers.
-        expert_share: [E] share of all selections an expert takes, mean over MoE layers; sums to 1;
+        ffn_per_token: FFN experts per token, mean over tokens and MoE layers.
+        expert_share: [E] share of all selections of each expert, mean over MoE layers; sums to 1;
             order of ``EXPERT_KINDS``.
         max_ffn_load: Busiest FFN expert's selections over the FFN experts' mean.
         dropped_fraction: Share of all selections dropped by a capacity limit.
         a2a_bytes: Bytes of hidden vectors that leave their rank through the dispatcher, all ranks
             and MoE layers, forward.
-        ffn_target: FFN share of all selections that ``moe.budget`` wants in this step; only with a
+        ffn_target: Target of the FFN share from ``moe.budget`` in this step; only with a
             budget.
         tau: Weight of zero-computation experts in the balance loss, mean over MoE layers; only with
-            a budget, and where the routing guard has raised it.
+            a budget, or if the routing guard has raised it.
         valid_loss: Validation loss, nats; only on evaluated steps.
         layer_expert_share: [MoE layers][E] ``expert_share`` of each layer.
         layer_ffn_fraction: [MoE layers] ``ffn_fraction`` of each layer.
@@ -56,8 +56,8 @@ class StepMetrics(BaseModel):
             average over the last pipeline stage's MoE layers, rounded; NaN where there is none.
         z_loss: Router z-loss, mean over MoE layers, without its coefficient.
         num_zeros: Gradient elements that are exactly zero.
-        skipped_steps: Batches that the numerical guard refused since the run began; they are no
-            steps and not in ``tokens``.
+        skipped_steps: Batches that the numerical guard refused since the run began; they are
+            neither steps nor in ``tokens``.
         slowest_rank: Rank with the longest own time; only on steps where ranks are compared.
         slowest_rank_ratio: Its own time over the ranks' median.
         waiting_fraction: Share of the step time that ranks wait for collectives, their mean; only
@@ -70,8 +70,8 @@ class StepMetrics(BaseModel):
         failed_saves: Checkpoints that could not be written so far; only where any are.
         mfu: Model FLOP/s (`config/flops.py`) over the rated dense FLOP/s of all GPUs.
         model_tflops: Model TFLOP/s of a rank.
-        energy_j: Energy of all GPUs since the record before, J, whatever was done meanwhile
-            (evaluation and saving too); like the next two only where NVML tells.
+        energy_j: Energy of all GPUs since the record before, J, including
+            evaluation and saving; like the next two only if NVML reports it.
         energy_per_token_j: ``energy_j`` over the tokens trained on since the record before.
         gpu_hours: Hours since the record before times the number of GPUs.
         gpu_power_w: Power of a GPU, mean over GPUs and time since the record before; so are
@@ -142,7 +142,7 @@ class StepMetrics(BaseModel):
 def read_metrics(path: Path) -> list[StepMetrics]:
     """Reads a run's ``metrics.jsonl``.
 
-    A last line that a killed run left unfinished is ignored. Where steps were run again after a
+    A last line that a killed run left unfinished is ignored. If steps were repeated after a
     restart, the later records count.
 
     Args:
@@ -175,7 +175,7 @@ def parse_metrics(content: bytes, source: str) -> list[StepMetrics]:
 
     Args:
         content: The file's bytes, possibly none.
-        source: What to call the file in errors.
+        source: Name of the file in errors.
 
     Raises:
         MetricsError: A line other than an unfinished last one is not a record.
@@ -187,7 +187,7 @@ def parse_metrics(content: bytes, source: str) -> list[StepMetrics]:
 
 
 def scan_metrics(content: bytes) -> tuple[list[StepMetrics], dict[int, str]]:
-    """The records of a ``metrics.jsonl``, and what is wrong with the lines that are none.
+    """The records of a ``metrics.jsonl``, and the errors of invalid lines.
 
     Args:
         content: The file's bytes, possibly none.

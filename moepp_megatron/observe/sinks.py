@@ -1,4 +1,4 @@
-"""Where records go: all sinks of a run, and the fan-out that protects training."""
+"""All sinks of a run, and the fan-out that protects training from their failures."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,7 @@ class Sinks:
         Args:
             required: Sinks whose failure must stop the run, since the record would be lost.
             optional: Sinks that are a convenience.
-            say: Prints a line between the records that are shown.
+            say: Function that prints a line between the records that are shown.
         """
         self._required = list(required)
         self._optional = list(optional)
@@ -53,15 +53,15 @@ class Sinks:
         """Hands the record to every sink, required ones first.
 
         Raises:
-            Exception: Whatever a required sink raises.
+            Exception: Any exception of a required sink.
         """
         self._hand_out(lambda sink: sink.write(record), record.step)
 
     def go_back(self, step: int) -> None:
-        """Tells every sink that the run is where it was after ``step``.
+        """Tell every sink that the run went back to the state after ``step``.
 
         Raises:
-            Exception: Whatever a required sink raises.
+            Exception: Any exception of a required sink.
         """
         self._hand_out(lambda sink: sink.go_back(step), step)
 
@@ -97,7 +97,7 @@ class Sinks:
 
 @dataclass(frozen=True)
 class WandbRun:
-    """What a run at W&B is opened with.
+    """Arguments with which a run at W&B is opened.
 
     Attributes:
         settings: ``observe.wandb``, with a project.
@@ -122,12 +122,12 @@ def open_sinks(
 ) -> Sinks:
     """The sinks of a training run.
 
-    ``metrics.jsonl``, ``status.json``, the console, TensorBoard if installed, W&B if asked for.
+    ``metrics.jsonl``, ``status.json``, the console, TensorBoard if installed, W&B if configured.
 
     Args:
         run_dir: The run's folder.
         experts: Counts of the run's MoE layers.
-        phi: The FFN share that is wanted; the console shows it.
+        phi: Target of the FFN share, which the console shows.
         total_steps: ``training.train_iters``.
         resume_step: The first step that will be written; see ``JsonlSink``.
         wandb: The run at W&B; None for none.
