@@ -1,4 +1,4 @@
-"""What is trained, in plain numbers: the model, its routing, its batch, its number formats."""
+"""The workload in plain numbers: the model, its routing, its batch, its number formats."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Experts:
         num_ffn: FFN experts F.
         num_zero_computation: Zero, copy and constant experts Z.
         num_constant: Constant experts among them.
-        topk: Selections a token K.
+        topk: Selections per token, K.
         ffn_share: Share of the selections that FFN experts get, phi.
         ffn_size: Inner width of an FFN expert.
         shared_size: Inner width of the shared expert, 0 for none.
-        shared_gate: A gate weighs what the shared expert returns.
-        gating_residual: Routers see the logits of the layer before.
-        two_layer_gate: The router is W_b tanh(W_a x) with hidden width 8E.
+        shared_gate: Whether a gate weighs the shared expert's output.
+        gating_residual: Whether routers see the logits of the layer before.
+        two_layer_gate: Whether the router is W_b tanh(W_a x) with hidden width 8E.
         dispatcher: How tokens reach their experts.
-        constants_shared: All MoE layers have the constant experts' V of the first one.
+        constants_shared: Whether all MoE layers have the constant experts' V of the first one.
     """
 
     num_ffn: int
@@ -52,12 +52,12 @@ class Experts:
 
     @property
     def is_vanilla(self) -> bool:
-        """The layer is megatron-core's own."""
+        """Whether the layer is megatron-core's own."""
         return self.num_zero_computation == 0 and not self.gating_residual
 
     @property
     def ffn_per_token(self) -> float:
-        """FFN experts a token takes on average, K phi."""
+        """FFN experts per token on average, K phi."""
         return self.topk * self.ffn_share
 
 
@@ -66,9 +66,9 @@ class Numbers:
     """Number formats.
 
     Attributes:
-        dtype: Of parameters and activations.
+        dtype: Dtype of parameters and activations.
         fp8: FP8 scaling of the matrix products, or None.
-        fp8_weights: Weights exist in FP8 alone.
+        fp8_weights: Whether weights exist only in FP8.
         moment_bytes: Bytes of each of Adam's two moments.
         gradient_bytes: Bytes of a gradient in the buffer that is reduced.
     """
@@ -105,15 +105,15 @@ class Workload:
         seq: Tokens of a sequence.
         is_moe: For each layer, whether it is an MoE layer.
         dense_size: Inner width of the FFN of other layers.
-        attention: Of every layer.
-        experts: Of the MoE layers.
-        tied: The output layer shares the embedding's weights.
+        attention: Attention of every layer.
+        experts: Experts of the MoE layers.
+        tied: Whether the output layer shares the embedding's weights.
         batch: Sequences of a step.
         numbers: Number formats.
         causal_share: Share of the attention scores that are computed: half under a causal mask.
         extra_layers: MoE layers on the last stage beside `is_moe` (multi-token prediction), each
             with an output layer of its own.
-        modules: What computes, which decides what is kept for the backward pass.
+        modules: Kind of modules, which decides what is kept for the backward pass.
     """
 
     hidden: int
