@@ -80,9 +80,9 @@ def pilot(
 ) -> None:
     """Does MoE++ pay on your data and hardware? Short paired runs against vanilla say so.
 
-    Vanilla, MoE++ at several tau, and vanilla with fewer experts a token (the fair rival at equal
-    speed) train on the same tokens with the same seeds. Writes DIR/pilot.json and DIR/pilot.html.
-    Finished runs stay finished: a second call goes on.
+    Vanilla, MoE++ at several tau, and vanilla with fewer experts per token (the fair baseline at
+    equal speed) train on the same tokens with the same seeds. Writes DIR/pilot.json and
+    DIR/pilot.html. Finished runs stay finished: a second call goes on.
 
     On several machines: --collect writes DIR/configs/*.yaml, each of which `moepp train` or `moepp
     slurm` takes; a later --collect reads what they have left in DIR/runs.
@@ -150,7 +150,7 @@ def _announce(whole: Pilot, runs: list[PilotRun]) -> None:
 
 
 def _run(whole: Pilot, runs: list[PilotRun]) -> None:
-    """Do what is missing; results are written after each seed."""
+    """Do the missing runs; results are written after each seed."""
     from moepp_megatron.workbench.experiments.pilot.jobs import Jobs
     from moepp_megatron.workbench.report.progress import progress
 
@@ -166,7 +166,7 @@ def _run(whole: Pilot, runs: list[PilotRun]) -> None:
 
 
 def _write(whole: Pilot) -> bool:
-    """Write results of whole seeds; false where there is none."""
+    """Write results of whole seeds; False if there are none."""
     from moepp_megatron.observe.atomic import write_atomic
     from moepp_megatron.workbench.experiments.pilot.report import write_pilot_page
 
@@ -212,7 +212,7 @@ def _taus(config: Config, text: str | None) -> list[float]:
 
 
 def _check_runs(settings: Config, runs: list[PilotRun], nproc: int, collect: bool) -> None:
-    """Everything that would stop a run at its start, for every model, before the first one."""
+    """Check every model, before the first run, for errors that would stop a run at its start."""
     from moepp_megatron.cli.prepared_data import check_data
     from moepp_megatron.runtime.fit import check_fit
 
@@ -237,7 +237,7 @@ def _target(
     price: float | None,
     tokens: float | None,
 ) -> TargetRequest | None:
-    """What to extrapolate to; None where no GPUs are named."""
+    """The target of the extrapolation; None if no GPUs are named."""
     from moepp_megatron.config.hardware import load_hardware, nearest_hardware
 
     given = {"--target": target, "--price": price, "--tokens": tokens}

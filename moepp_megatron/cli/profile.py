@@ -76,7 +76,7 @@ def _profile(
     json_file: Path | None,
     out: Path | None,
 ) -> None:
-    """Of torch profiler traces."""
+    """Analyse torch profiler traces."""
     import json
 
     from moepp_megatron.observe.atomic import write_atomic
@@ -107,7 +107,7 @@ def _profile(
 
 
 def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
-    """Of a source that knows collectives and nothing else."""
+    """Analyse a source that records only collectives."""
     from moepp_megatron.observe.atomic import write_atomic
     from moepp_megatron.workbench.report.profile.terminal import print_summary
 
@@ -119,7 +119,7 @@ def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
 
 
 def _summary(path: Path) -> Summary:
-    """Of anything that can be compared."""
+    """The summary of any recording, for a comparison."""
     from moepp_megatron.workbench.profiling.analysis import analyse
     from moepp_megatron.workbench.profiling.formats.sources import read_recording
     from moepp_megatron.workbench.profiling.load import has_kineto
@@ -156,5 +156,5 @@ def _is_other_source(path: Path) -> bool:
 
 
 def _name(path: Path) -> str:
-    """Names a run in a comparison: two of one configuration differ by their folders."""
+    """The name of a run in a comparison: two of one configuration differ by their folders."""
     return path.resolve().name

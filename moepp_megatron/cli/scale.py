@@ -1,4 +1,4 @@
-"""`moepp scale`: strong and weak scaling of MoE++ and its vanilla rival, a job a point."""
+"""`moepp scale`: strong and weak scaling of MoE++ and its vanilla baseline, one job per point."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _named(grid: Grid, name: str) -> Point:
 
 
 def _own_point(grid: Grid, name: str | None, world_size: int) -> Point:
-    """The point that ranks which somebody else has started are to measure."""
+    """The point that ranks of an external launcher measure."""
     if name is not None:
         point = _named(grid, name)
         if point.nproc != world_size:

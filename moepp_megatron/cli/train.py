@@ -1,4 +1,4 @@
-"""`moepp train`: trains; alone with several ranks it starts torchrun itself."""
+"""`moepp train`: trains a model; with several ranks it starts torchrun itself."""
 
 from __future__ import annotations
 
@@ -193,10 +193,10 @@ def _goes_on_by_itself(config: Config) -> bool:
 
 
 def _entering(config: Config, start: Start, leads: bool) -> AbstractContextManager[None]:
-    """The run's folder is this process's inside, where it decides that for all ranks.
+    """A context in which this process owns the run's folder, if it decides that for all ranks.
 
     Raises:
-        ConfigError: The run may not start there.
+        ConfigError: If the run may not start there.
     """
     from moepp_megatron.training import occupancy
 
@@ -209,7 +209,7 @@ def _entering(config: Config, start: Start, leads: bool) -> AbstractContextManag
 
 
 def _launch(options: LaunchOptions, start: Start, ranks_decide: bool, words: list[str]) -> None:
-    """Start this machine's ranks, which decide where this machine is not known as the first."""
+    """Start this machine's ranks, which decide if this machine is not known to be the first."""
     from moepp_megatron.runtime.launch import STOPPED, run_ranks
 
     # A script's command is for all machines; without one each has its own.
@@ -233,7 +233,7 @@ def _words(
     log_dir: Path | None,
     nodes: Nodes | None,
 ) -> list[str]:
-    """The arguments of this call, but for whether it goes on or starts anew."""
+    """The arguments of this call without --resume and --overwrite."""
     words = [str(config), *(overrides or [])]
     if nproc > 1:
         words += ["--nproc", str(nproc)]
@@ -297,7 +297,7 @@ def _check_start(config: Config) -> None:
 
 
 def _train_rank(config: Config, layout: Layout) -> None:
-    """Be one rank; where all ranks found nothing to start from, torchrun has nothing to report."""
+    """Run one rank; if all ranks found nothing to start from, torchrun has nothing to report."""
     from moepp_megatron.training.checkpoint import NoStartError
 
     try:
@@ -358,7 +358,7 @@ def _train(config: Config, layout: Layout) -> None:
 
 
 def _say_stopped(step: int) -> None:
-    """Where training stands; how to go on is said last, by the launcher where there is one."""
+    """Print the step reached; the command to continue comes last, from a launcher if any."""
     from moepp_megatron.observe.status import inherited_claim
 
     echo(f"stopped on request at step {step}, saved")
@@ -388,7 +388,7 @@ def _finish(config: Config, record: StepMetrics | None) -> None:
 
 
 def _settled_ffn_share(run: Path, last: StepMetrics) -> tuple[float, str]:
-    """The FFN share that the page names, and the steps that it is the mean of."""
+    """The FFN share of the page, and the steps over which it is the mean."""
     from moepp_megatron.observe.metrics import MetricsError
     from moepp_megatron.workbench.report.run_data import ReportError, load_run
     from moepp_megatron.workbench.report.summary import summarize
@@ -402,7 +402,7 @@ def _settled_ffn_share(run: Path, last: StepMetrics) -> tuple[float, str]:
 
 
 def _report(run: Path) -> str:
-    """The page that was written, or why none was: that ends no run."""
+    """The written page, or why it could not be written, which does not fail the run."""
     from moepp_megatron.workbench.report import ReportError, build_report
 
     try:

@@ -1,4 +1,4 @@
-"""From finished runs to what the pilot has found."""
+"""Computes a pilot's result from its finished runs."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Pilot:
     """A pilot, finished or not.
 
     Attributes:
-        folder: Where its runs are.
+        folder: Folder of its runs.
         arms: Vanilla first, "short" last.
-        seeds: All of them.
+        seeds: All seeds.
         nproc: Ranks of a run.
         command: The command line.
-        target: What to extrapolate to, if anything.
+        target: Target to extrapolate to, or None.
     """
 
     folder: PilotFolder
@@ -56,10 +56,10 @@ class Pilot:
     target: TargetRequest | None = None
 
     def result(self) -> PilotResult | None:
-        """What the seeds that every arm has finished show; None where there is none.
+        """The result of the seeds that every arm has finished; None if there are none.
 
         Raises:
-            RunFailed: A finished run has diverged.
+            RunFailed: If a finished run has diverged.
         """
         found = self._records()
         if not found:
@@ -68,7 +68,7 @@ class Pilot:
         return measured.result()
 
     def _records(self) -> dict[int, dict[str, Records]]:
-        """By whole seed and arm."""
+        """Records by finished seed and arm."""
         whole = {}
         for seed in self.seeds:
             records = {
@@ -146,7 +146,7 @@ class _Measured:
         )
 
     def _at_target(self, name: str, target: Target) -> AtTarget:
-        """The comparison at equal speed with the target's step times in place of the pilot's."""
+        """The comparison at equal speed with the target's step times instead of the pilot's."""
         times = {model.arm: model.step_time_s for model in target.models if model.step_time_s}
         ratio = next(model.time_ratio for model in target.models if model.arm == name)
         if ratio is None:
@@ -162,7 +162,7 @@ class _Measured:
         return AtTarget(ratio, equal, standing(equal, times[name], times[equal.slower]))
 
     def _routing(self) -> dict[str, Routing] | None:
-        """By arm, as uneven as its runs have routed; None where that says nothing of the target."""
+        """Routing by arm, as uneven as in its runs; None if that does not apply to the target."""
         if self.pilot.target is None:
             return None
         found = {}
@@ -188,7 +188,7 @@ class _Measured:
         return words.answer(best, equal[best.arm], target is not None, where)
 
     def _on_gpu(self) -> bool:
-        """Whether the runs have seen GPUs."""
+        """Whether the runs used GPUs."""
         last = [records[-1] for seed in self.records.values() for records in seed.values()]
         return any(record.gpu_hours is not None for record in last)
 

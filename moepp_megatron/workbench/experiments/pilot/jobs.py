@@ -1,4 +1,4 @@
-"""Starts the runs of a pilot one after the other, and says how long it will take."""
+"""Starts the runs of a pilot one after the other, and estimates the remaining time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIGNALLED = 128
 
 
 class Interrupted(Exception):
-    """Somebody has asked to stop; finished runs are kept."""
+    """The process was asked to stop; finished runs are kept."""
 
     def __init__(self) -> None:
         super().__init__("interrupted; run again to go on")
@@ -30,12 +30,12 @@ class Interrupted(Exception):
 
 @dataclass
 class Pace:
-    """How long what is left will take, from what was run so far.
+    """Estimates the remaining time from the runs so far.
 
     Attributes:
         left: Steps of the runs that are missing.
-        done: Steps of those run.
-        seconds: That these took, start included.
+        done: Steps of the finished runs.
+        seconds: Time of these, start included.
     """
 
     left: int
@@ -50,12 +50,12 @@ class Pace:
 
     @property
     def seconds_left(self) -> float | None:
-        """None before the first run has ended."""
+        """Estimated remaining seconds; None before the first run has ended."""
         return self.seconds / self.done * self.left if self.done else None
 
 
 def _start(folder: PilotFolder, run: PilotRun, nproc: int) -> int:
-    """`moepp train` of a run's own configuration file, on this machine's ranks."""
+    """Run `moepp train` with a run's own configuration file, on this machine's ranks."""
     options = LaunchOptions(nproc, output=folder.log(run))
     arguments = ["train", "--", str(folder.config_file(run))]
     return run_ranks(options, "moepp_megatron.cli.main", arguments)
@@ -66,7 +66,7 @@ class Jobs:
     """The jobs of a pilot.
 
     Attributes:
-        folder: Where runs are.
+        folder: Folder of the runs.
         nproc: Ranks of each.
         start: Runs the ranks of a run and returns their exit status.
     """
@@ -76,12 +76,12 @@ class Jobs:
     start: Callable[[PilotFolder, PilotRun, int], int] = _start
 
     def run(self, run: PilotRun) -> None:
-        """Do one run; what an interrupted one has left is removed.
+        """Do one run; the remains of an interrupted one are removed.
 
         Raises:
-            Interrupted: Stopped from outside.
-            RunFailed: It failed, or diverged.
-            ConfigError: Somebody else is doing it now.
+            Interrupted: If stopped from outside.
+            RunFailed: If it failed, or diverged.
+            ConfigError: If another process is running it.
         """
         refuse_running(Path(run.config.run.dir))
         shutil.rmtree(run.config.run.dir, ignore_errors=True)
@@ -104,16 +104,16 @@ class Jobs:
         progress: Callable[[str], object] = lambda what: None,
         finished: Callable[[PilotRun], object] = lambda run: None,
     ) -> None:
-        """Do what is not finished, in order.
+        """Do the unfinished runs, in order.
 
         Args:
-            runs: All of the pilot.
+            runs: All runs of the pilot.
             progress: Called with a line for people before each run.
             finished: Called after each run.
 
         Raises:
-            Interrupted: Stopped from outside.
-            RunFailed: One failed; the later ones are not started.
+            Interrupted: If stopped from outside.
+            RunFailed: If one failed; the later ones are not started.
         """
         missing = [run for run in runs if not self.folder.is_done(run)]
         pace = Pace(sum(run.arm.steps for run in missing))

@@ -36,8 +36,8 @@ class PilotRun:
 
     Attributes:
         arm: The arm.
-        seed: Of initial weights and of the order of the data.
-        config: Complete.
+        seed: Seed of initial weights and of the order of the data.
+        config: Complete configuration.
     """
 
     arm: Arm
@@ -46,12 +46,12 @@ class PilotRun:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of its files."""
         return run_name(self.arm, self.seed)
 
 
 def run_name(arm: Arm, seed: int) -> str:
-    """Of the files of an arm's run with this seed."""
+    """Name of the files of an arm's run with this seed."""
     words = arm.name.lower().replace("++", "pp").replace("%", "-percent")
     return re.sub(r"[^a-z0-9.]+", "-", f"{words}-seed-{seed}")
 
@@ -82,7 +82,7 @@ class PilotFolder:
         """Make the folder and write the configuration of every run.
 
         Raises:
-            ConfigError: It holds a run with other settings, or cannot be written.
+            ConfigError: If it holds a run with other settings, or cannot be written.
         """
         for run in runs:
             self._refuse_other_settings(run)
@@ -99,18 +99,18 @@ class PilotFolder:
             ) from None
 
     def config_file(self, run: PilotRun) -> Path:
-        """Its configuration."""
+        """The file of its configuration."""
         return self.path / "configs" / f"{run.name}.yaml"
 
     def log(self, run: PilotRun) -> Path:
-        """What its ranks print."""
+        """The file of its ranks' output."""
         return self.path / "logs" / f"{run.name}.log"
 
     def records(self, run: PilotRun) -> list[StepMetrics] | None:
-        """What a finished run has logged; None where it is not finished.
+        """The records of a finished run; None if it is not finished.
 
         Raises:
-            RunFailed: It is finished and has no validation loss to compare.
+            RunFailed: If it is finished and has no validation loss to compare.
         """
         folder = run.config.run.dir
         try:

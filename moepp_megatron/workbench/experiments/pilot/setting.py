@@ -1,4 +1,4 @@
-"""How a pilot was measured."""
+"""The conditions under which a pilot was measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def device_name(on_gpu: bool) -> str:
     """Name of the GPUs or of the processor that ranks compute on.
 
     Args:
-        on_gpu: The runs have used GPUs, which this machine need not have.
+        on_gpu: Whether the runs used GPUs, which this machine need not have.
     """
     if not on_gpu:
         return _processor()
@@ -32,7 +32,7 @@ def cores() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes; without importing it, which takes seconds."""
+    """Versions of torch and megatron-core, without importing them, which takes seconds."""
     return {"torch": version("torch"), "megatron_core": version("megatron-core")}
 
 

@@ -1,4 +1,4 @@
-"""Scaling tests: which points there are, what was measured at each, what follows.
+"""Scaling tests: the points, the measurement at each, and the results.
 
 grid.py       rank counts, layouts and batches: the points
 point.py      what one point's job writes down

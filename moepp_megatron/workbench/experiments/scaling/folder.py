@@ -74,7 +74,7 @@ class ScalingFolder:
         """Make the folder, or make sure that its points belong to the same test.
 
         Raises:
-            ConfigError: They do not, or the folder cannot be written.
+            ConfigError: If they do not, or the folder cannot be written.
         """
         wanted = _settings(config, measuring)
         file = self.path / "settings.json"
@@ -99,7 +99,7 @@ class ScalingFolder:
             )
 
     def read(self, point: Point) -> PointFile | None:
-        """What is known of `point`; None if nothing is, or nothing that can be read."""
+        """The file of `point`; None if there is none that can be read."""
         try:
             text = self._file(point).read_text(encoding="utf-8")
             return PointFile.model_validate_json(text)
@@ -120,7 +120,7 @@ class ScalingFolder:
         self._write(point, PointFile(name=point.name, status="failed", error=error))
 
     def log(self, point: Point, node: int = 0) -> Path:
-        """Where the ranks of machine `node` print."""
+        """The file of the output of machine `node`'s ranks."""
         suffix = f".node{node}" if node else ""
         return self.path / "logs" / f"{point.name}{suffix}.log"
 

@@ -1,4 +1,4 @@
-"""Starts the job of each point and keeps account of what becomes of it."""
+"""Starts the job of each point and records its outcome."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SIGNALLED = 128
 
 
 class Interrupted(Exception):
-    """Somebody has asked to stop.
+    """The process was asked to stop.
 
     Attributes:
         point: The point that was being measured; it stays unfinished.
@@ -37,7 +37,7 @@ class Jobs:
     """The jobs of a scaling test.
 
     Attributes:
-        folder: Where points are written.
+        folder: Folder of the points.
         command: `moepp` arguments that measure a point as one rank, but for `--point NAME`.
     """
 
@@ -55,8 +55,8 @@ class Jobs:
             Why it failed, or None.
 
         Raises:
-            Interrupted: Stopped from outside.
-            ConfigError: The ranks cannot be shared out over the machines.
+            Interrupted: If stopped from outside.
+            ConfigError: If the ranks cannot be divided among the machines.
         """
         count = nodes.count if nodes is not None else 1
         if point.nproc % count:
@@ -80,17 +80,17 @@ class Jobs:
     def run_missing(
         self, points: Sequence[Point], progress: Callable[[str], object] = lambda what: None
     ) -> dict[str, str]:
-        """Measure what is not finished on this machine; a failed point does not stop the others.
+        """Measure unfinished points on this machine; a failed point does not stop the others.
 
         Args:
-            points: All of the test.
+            points: All points of the test.
             progress: Called with a point's name before it is measured.
 
         Returns:
             Why points failed, by name.
 
         Raises:
-            Interrupted: Stopped from outside.
+            Interrupted: If stopped from outside.
         """
         failures = {}
         for point in unfinished(self.folder, points):

@@ -1,4 +1,4 @@
-"""Plots of a scaling test: MoE++ and vanilla over rank counts, one set a mode."""
+"""Plots of a scaling test: MoE++ and vanilla over rank counts, one set per mode."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Series:
 
     Attributes:
         kind: "moepp" or "vanilla".
-        best: At each count the layout in which MoE++ is fastest, the same for both models, so that
-            what is compared differs in the model alone.
+        best: Records of MoE++'s fastest layout at each count, the same for both models, so that
+            only the model differs.
         others: Other layouts.
     """
 
@@ -42,7 +42,7 @@ class Series:
 
 
 def series(records: Sequence[ScaleRecord]) -> list[Series]:
-    """MoE++ first; `records` are of one mode."""
+    """One series per model, MoE++ first; `records` are of one mode."""
     kinds = [kind for kind in _LOOKS if any(r.kind == kind for r in records)]
     chosen: dict[int, ScaleRecord] = {}
     for r in (r for r in records if r.kind == kinds[0]):
@@ -118,7 +118,7 @@ def _others(lines: list[Series]) -> str:
 
 
 def _ideal(axes: Axes, lines: list[Series], value: Callable[[ScaleRecord, int], float]) -> None:
-    """What perfect scaling from each model's first point would give."""
+    """Draw perfect scaling from each model's first point."""
     counts = sorted({r.nproc for line in lines for r in line.best})
     for index, line in enumerate(lines):
         first = line.best[0]
@@ -133,7 +133,7 @@ def _ideal(axes: Axes, lines: list[Series], value: Callable[[ScaleRecord, int], 
 
 
 def _words(lines: list[Series], value: Value, unit: str) -> str:
-    """A plot in words, for those who do not see it."""
+    """A plot in words, for readers who cannot see it."""
     return "; ".join(
         f"{KIND_NAMES[line.kind]}: "
         + ", ".join(f"{v:.3g}{unit} on {r.nproc}" for r in line.best if (v := value(r)) is not None)

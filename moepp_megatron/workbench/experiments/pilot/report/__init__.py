@@ -1,4 +1,4 @@
-"""What `moepp pilot` shows: a page for whoever decides, a table in the terminal."""
+"""The output of `moepp pilot`: a page for the person who decides, a table in the terminal."""
 
 from moepp_megatron.workbench.experiments.pilot.report.page import write_pilot_page
 from moepp_megatron.workbench.experiments.pilot.report.terminal import print_pilot

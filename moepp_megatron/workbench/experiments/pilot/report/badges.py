@@ -1,4 +1,4 @@
-"""The answers in a word each."""
+"""The answers, each in one word."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Badge:
     """An answer, large.
 
     Attributes:
-        label: What it is about.
+        label: Its subject.
         value: A word or a name.
-        look: Of the style sheet: pays, loses, open, none.
+        look: Class of the style sheet: pays, loses, open, none.
         note: The number behind it.
     """
 
@@ -30,7 +30,7 @@ class Badge:
 
 
 def badges(result: PilotResult) -> list[Badge]:
-    """At the pilot's scale, at the target, and the arm to go on with."""
+    """Badges for the pilot's scale, for the target, and for the arm to continue with."""
     verdict = words.chosen(result)
     at_pilot: Answer | None = verdict.at_pilot if verdict is not None else None
     at_target = verdict.at_target if verdict is not None else None

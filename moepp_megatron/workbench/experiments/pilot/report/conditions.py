@@ -1,7 +1,7 @@
 """Conditions of the roll-out, as sentences.
 
 The numbers are this pilot's. Break-even follows from time to equal loss = token factor times time
-ratio: MoE++ pays below a time ratio of 1 / token factor, and, with tokens worth v nats an e-fold,
+ratio: MoE++ pays below a time ratio of 1 / token factor, and, with tokens worth v nats per e-fold,
 as long as it is less than v log(1 / time ratio) nats behind vanilla after the same tokens.
 """
 
@@ -43,7 +43,7 @@ def speed_condition(factor: Interval | None, where: str) -> str:
     """The time ratio that MoE++ must reach.
 
     Args:
-        factor: Tokens to vanilla's loss over vanilla's; None where nobody can say.
+        factor: Tokens to vanilla's loss over vanilla's; None if unknown.
         where: What measures the ratio.
     """
     if factor is None:
@@ -131,7 +131,7 @@ def promised(target: Target, model: TargetModel) -> list[str]:
 
 
 def room(verdict: Verdict, model: TargetModel) -> list[str]:
-    """How much slower than estimated MoE++ may be; nothing where that is unknown."""
+    """How much slower than estimated MoE++ may be; empty if unknown."""
     if model.time_ratio is None or not 0 < model.time_ratio < math.inf:
         return []
     if verdict.token_factor is None:
@@ -144,7 +144,7 @@ def room(verdict: Verdict, model: TargetModel) -> list[str]:
 
 
 def if_it_does_not(result: PilotResult, verdict: Verdict) -> str:
-    """What follows where MoE++ does not pay."""
+    """The consequences if MoE++ does not pay."""
     if words.is_open(result):
         return "It stays undecided: stay with vanilla. Nothing here argues for a larger run."
     if result.recommended is None:
@@ -158,11 +158,11 @@ def if_it_does_not(result: PilotResult, verdict: Verdict) -> str:
 
 
 def if_undecided(verdict: Verdict, seeds: int) -> str:
-    """What would decide.
+    """What would decide an undecided pilot.
 
     Args:
         verdict: An undecided one at the pilot's scale.
-        seeds: That it is from.
+        seeds: Number of its seeds.
     """
     time = verdict.time_to_loss
     if seeds < 2:

@@ -1,4 +1,4 @@
-"""What to watch in the runs that follow a pilot, with what was measured and what is healthy."""
+"""The metrics to watch in the runs after a pilot, with measured and healthy values."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class WatchRow:
     """One metric.
 
     Attributes:
-        metric: Same as `metrics.jsonl` and the monitor call it.
-        meaning: In plain words.
-        measured: In this pilot, of the arm to go on with.
+        metric: Its name in `metrics.jsonl` and the monitor.
+        meaning: Its meaning in plain words.
+        measured: Its value in this pilot, for the arm to continue with.
         healthy: The range in docs/routing.md.
-        wrong: When something is wrong.
+        wrong: Sign of a problem.
     """
 
     metric: str

@@ -1,4 +1,4 @@
-"""MoE++ beside vanilla models that are as fast, in words."""
+"""Compares MoE++ with vanilla models that are as fast, in words."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from moepp_megatron.workbench.experiments.pilot.result import EqualSpeed, PilotR
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """A MoE++ arm against what is as fast.
+    """A MoE++ arm against an equally fast vanilla model.
 
     Attributes:
         arm: Its name.
         rival: The vanilla arms, in words.
-        difference: MoE++ minus rival, nats.
+        difference: MoE++ minus baseline, nats.
         text: What it means.
     """
 
@@ -27,7 +27,7 @@ class SpeedRow:
 
 
 def speed_rows(result: PilotResult) -> list[SpeedRow]:
-    """Of every MoE++ arm that was compared."""
+    """Rows of every MoE++ arm that was compared."""
     return [
         SpeedRow(
             each.arm,

@@ -1,4 +1,4 @@
-"""From the pilot to the cluster: what to run, what to watch, when to go on and when to go back."""
+"""The stages from pilot to cluster: commands, metrics to watch, conditions to continue or stop."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Stage:
         state: What the reader has to do with it now, in a word or two.
         aim: The question that it answers.
         commands: Lines for a shell.
-        watch: What to look at.
-        go_on: Conditions, all of which must hold.
-        go_back: Any of which is enough.
+        watch: Metrics to watch.
+        go_on: Conditions to continue, all of which must hold.
+        go_back: Conditions to go back, any of which is enough.
     """
 
     title: str
@@ -55,7 +55,7 @@ class Stage:
 
 
 def stages(result: PilotResult) -> list[Stage]:
-    """All three where an arm is recommended, else the pilot's alone."""
+    """All three stages if an arm is recommended, else only the pilot's."""
     verdict = words.chosen(result)
     outcome = words.outcome_of(result, verdict.arm) if verdict is not None else None
     if verdict is None or outcome is None:

@@ -16,12 +16,12 @@ from moepp_megatron.workbench.report import formatting
 
 @dataclass(frozen=True)
 class Cell:
-    """A number and what stands small beneath it.
+    """A number and the small text below it.
 
     Attributes:
         value: The number.
         note: Its interval, or nothing.
-        is_text: It is no number, so it may be broken into lines.
+        is_text: Whether it is text, which may be broken into lines.
     """
 
     value: str
@@ -35,9 +35,9 @@ class Row:
 
     Attributes:
         name: Its heading.
-        note: Small, beneath the heading.
-        cells: In the order of the table's columns.
-        strong: The recommended arm's.
+        note: Small text below the heading.
+        cells: Cells in the order of the table's columns.
+        strong: Whether it is the recommended arm's.
     """
 
     name: str
@@ -70,7 +70,7 @@ def arm_columns(result: PilotResult) -> list[str]:
 
 
 def arm_rows(result: PilotResult) -> list[Row]:
-    """All arms in the order of the pilot."""
+    """Rows of all arms in the order of the pilot."""
     return [
         Row(
             name=each.arm.name,
@@ -88,7 +88,7 @@ def _about(outcome: ArmOutcome) -> str:
 
 
 def seeds(count: int) -> str:
-    """Such as `3 seeds`."""
+    """Number of seeds, such as `3 seeds`."""
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
@@ -113,7 +113,7 @@ def _arm_cells(outcome: ArmOutcome, with_energy: bool) -> list[Cell]:
 
 
 def alerts(outcome: ArmOutcome) -> str:
-    """Such as `few_ffn_experts 2, dead_expert 1`, or `none`."""
+    """Counts of alerts, such as `few_ffn_experts 2, dead_expert 1`, or `none`."""
     raised = sorted(outcome.alerts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{rule} {times}" for rule, times in raised if times) or "none"
 
@@ -123,12 +123,12 @@ class VerdictRow:
     """One MoE++ arm's answer.
 
     Attributes:
-        verdict: As computed.
+        verdict: The computed verdict.
         factor: Tokens to vanilla's loss over vanilla's.
         pilot: Time to equal loss at the pilot's scale.
-        target: The same at the target.
-        why: Numbers behind it; empty for the arm whose reasons stand on top of the page.
-        strong: The recommended arm.
+        target: The same ratio at the target.
+        why: Numbers behind it; empty for the arm whose reasons are at the top of the page.
+        strong: Whether it is the recommended arm.
     """
 
     verdict: Verdict
@@ -147,7 +147,7 @@ def ratio_cell(found: Interval | None) -> Cell:
 
 
 def verdict_rows(result: PilotResult) -> list[VerdictRow]:
-    """Of every MoE++ arm, the most favourable first."""
+    """Rows of every MoE++ arm, the most favourable first."""
     rows = []
     for each in result.verdicts:
         rows.append(

@@ -1,4 +1,4 @@
-"""Numbers of a pilot as its page and its table write them."""
+"""Formats the numbers of a pilot for its page and its table."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def signed(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A step: milliseconds below a second, else seconds."""
+    """Time of a step: milliseconds below a second, else seconds."""
     if not math.isfinite(value):
         return formatting.NOT_FINITE
     return f"{value * 1e3:,.1f} ms" if value < 1 else f"{value:,.3f} s"
 
 
 def energy(joules: float) -> str:
-    """Of a token; joules or millijoules."""
+    """Energy of a token, in joules or millijoules."""
     if not math.isfinite(joules):
         return formatting.NOT_FINITE
     return f"{joules:,.3g} J" if joules >= 1 else f"{joules * 1e3:,.3g} mJ"
@@ -65,25 +65,25 @@ def has_ends(interval: Interval) -> bool:
 
 
 def ends(interval: Interval, show: Callable[[float], str]) -> str:
-    """Such as `0.82 to 0.93`; empty without an interval."""
+    """An interval's ends, such as `0.82 to 0.93`; empty without an interval."""
     if interval.low is None or interval.high is None:
         return ""
     return f"{show(interval.low)} to {show(interval.high)}"
 
 
 def with_ends(interval: Interval, show: Callable[[float], str]) -> str:
-    """Such as `0.87 (0.82 to 0.93)`, or the mean alone."""
+    """A mean with its interval, such as `0.87 (0.82 to 0.93)`, or the mean alone."""
     text = ends(interval, show)
     return f"{show(interval.mean)} ({text})" if text else show(interval.mean)
 
 
 def answer_class(answer: Answer | None) -> str:
-    """Of the style sheet and of the terminal's colours."""
+    """The answer's class in the style sheet and in the terminal's colours."""
     return {"pays": "pays", "does not pay": "loses", "undecided": "open", None: "none"}[answer]
 
 
 def chosen(result: PilotResult) -> Verdict | None:
-    """The verdict that the page is about: of the recommended arm, else the most favourable."""
+    """The verdict that the page reports: that of the recommended arm, else the most favourable."""
     for verdict in result.verdicts:
         if verdict.arm == result.recommended:
             return verdict
@@ -111,7 +111,7 @@ def outcome_of(result: PilotResult, arm: str) -> ArmOutcome | None:
 
 
 def baseline(result: PilotResult) -> ArmOutcome | None:
-    """Vanilla."""
+    """The outcome of vanilla."""
     return next((outcome for outcome in result.arms if outcome.arm.kind == "vanilla"), None)
 
 
@@ -119,11 +119,11 @@ def seeds_to_decide(interval: Interval | None, seeds: int) -> int | None:
     """Seeds with which the interval of a ratio would end before 1, if mean and spread stayed.
 
     Args:
-        interval: A ratio that it does not tell from 1; None gives None.
-        seeds: That it is from.
+        interval: A ratio whose interval contains 1; None gives None.
+        seeds: Number of its seeds.
 
     Returns:
-        At least one more than `seeds`, or None: more than `MAX_SEEDS`, or no spread to go by.
+        At least one more than `seeds`, or None: more than `MAX_SEEDS`, or an unknown spread.
     """
     if interval is None or interval.low is None or interval.high is None:
         return None
@@ -146,7 +146,7 @@ def _reach(seeds: int) -> float:
 def one_run(interval: Interval, seeds: int) -> float | None:
     """How far a single new run may be from the mean, 95% prediction interval; None if unknown.
 
-    Of two seeds it would be 22 times the standard deviation, which tells nobody anything.
+    For two seeds it would be 22 times the standard deviation, which is useless.
 
     The interval of a mean over n seeds is t s / sqrt(n) to either side, that of one further value
     t s sqrt(1 + 1/n).
