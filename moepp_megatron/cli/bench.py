@@ -54,8 +54,8 @@ def layer(
     """One MoE++ layer against megatron-core's MoE layer of the same FFN experts.
 
     Routing is held at the balanced share phi. efficiency = speedup x phi: how much of the speed-up
-    that the routing allows is reached. Each part's time stands beside its bound: its bytes over the
-    measured copy, or its FLOPs over the measured matrix product of this GPU.
+    that the routing allows is reached. Each part's time is shown beside its bound: its bytes over
+    the measured copy, or its FLOPs over the measured matrix product of this GPU.
     """
     from moepp_megatron.config.choices import parse_choices, parse_numbers
 
@@ -126,7 +126,7 @@ def card(
         Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
     ] = None,
 ) -> None:
-    """What this GPU reaches by itself: matrix products and a copy in its memory."""
+    """Measure this GPU's own rates: matrix products and a copy in its memory."""
     from moepp_megatron.config.choices import parse_choices
     from moepp_megatron.config.errors import ConfigError
 
@@ -165,7 +165,7 @@ def step(
         Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Whole training steps of CONFIG's model and of its vanilla rival, on random tokens.
+    """Whole training steps of CONFIG's model and of its vanilla baseline, on random tokens.
 
     Routing is held at the balanced share phi, so the result does not depend on training.
     """

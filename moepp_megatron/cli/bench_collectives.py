@@ -1,4 +1,4 @@
-"""`moepp bench collectives`: what the network gives."""
+"""`moepp bench collectives`: the network's bandwidth."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _check_memory(largest: int, local_ranks: int, device: str) -> None:
     """Refuse sizes that this machine cannot hold.
 
     Raises:
-        UnfitError: Too large.
+        UnfitError: If they are too large.
     """
     import psutil
     import torch

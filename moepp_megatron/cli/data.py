@@ -61,7 +61,7 @@ def prepare(
     """Prepare a dataset folder.
 
     Raises:
-        ConfigError: an argument, a source or the output folder cannot be used.
+        ConfigError: if an argument, a source or the output folder cannot be used.
     """
     from moepp_megatron.data.prepare import PrepareSettings
     from moepp_megatron.data.prepare import prepare as prepare_data
@@ -121,7 +121,7 @@ def verify(
     """Check a prepared folder.
 
     Raises:
-        ConfigError: it is none, or damaged.
+        ConfigError: if it is not one, or damaged.
     """
     from moepp_megatron.data.progress import track
     from moepp_megatron.data.verify import damaged, read_manifest

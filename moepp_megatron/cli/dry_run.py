@@ -1,6 +1,6 @@
-"""What `moepp train --dry-run` prints: grid, stages, parameters, without touching a device.
+"""Prints the output of `moepp train --dry-run`: grid, stages, parameters, without any device.
 
-With `--build-rank` it builds that rank too, and compares.
+With `--build-rank` it also builds that rank and compares it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _PARTS = ("weights", "gradients", "optimizer", "activations", "buffers")
 
 
 def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
-    """Print the parameters, the pipeline stages, their memory and where every rank stands.
+    """Print the parameters, the pipeline stages, their memory and the coordinates of ranks.
 
     Args:
         config: A checked configuration.
-        layout: Of any number of ranks.
+        layout: The layout, of any number of ranks.
         gpu: The GPU whose memory is meant, see `planning.target`; None for the usual rules.
 
     Raises:
-        ConfigError: No such GPU.
+        ConfigError: If there is no such GPU.
     """
     target = target_of(config, gpu)
     stages = [rank_memory(config, layout, p, target.modules) for p in range(layout.pp)]
@@ -59,14 +59,14 @@ def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
 
     Args:
         config: A checked configuration.
-        layout: On any number of ranks.
+        layout: The layout, of any number of ranks.
         rank: The rank to build.
 
     Returns:
-        All agree.
+        Whether all agree.
 
     Raises:
-        UnfitError: The model has modules that this machine lacks packages for.
+        UnfitError: If this machine lacks packages for modules of the model.
     """
     from moepp_megatron.runtime.fit import check_fit
 
@@ -140,7 +140,7 @@ def _layers(chunk: list[int]) -> str:
 
 
 def _memory(stages: list[RankMemory], target: Target) -> Table:
-    """What a rank of each stage holds: in GiB, or in MiB on a CPU where all of it is small."""
+    """Memory of a rank of each stage: in GiB, or in MiB on a CPU if all of it is small."""
     most = max(memory.total for memory in stages)
     unit, size = ("MiB", 2**20) if target.hardware is None and most < _GIB else ("GiB", _GIB)
     table = plain_table("stage", *_PARTS, f"sum, {unit}")

@@ -1,4 +1,4 @@
-"""What commands say, made safe for a terminal: it may quote a file that comes from elsewhere."""
+"""Prints output of commands, made safe for a terminal: it may quote untrusted files."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from moepp_megatron.config.printable import printable
 
 
 def echo(text: str, err: bool = False) -> None:
-    """Write lines to stdout, or stderr, with what a terminal would obey as escapes."""
+    """Write lines to stdout, or stderr, with control characters as escapes."""
     typer.echo(printable(text), err=err)

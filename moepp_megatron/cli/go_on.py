@@ -1,4 +1,4 @@
-"""The command that goes on with a run: made here, printed by `train`, shown by `monitor`."""
+"""The command that continues a run: made here, printed by `train`, shown by `monitor`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ SHELL_FOLDER = "MOEPP_SHELL_FOLDER"
 
 
 def go_on_command(arguments: Sequence[str]) -> str:
-    """The command for a shell.
+    """The shell command.
 
     Args:
-        arguments: Of `moepp train`, but for --resume and --overwrite: CONFIG, overrides, options.
+        arguments: Arguments of `moepp train` without --resume and --overwrite: CONFIG, overrides,
+            options.
     """
     if is_given():
         return os.environ[GO_ON]
@@ -31,7 +32,7 @@ def go_on_command(arguments: Sequence[str]) -> str:
 
 
 def is_given() -> bool:
-    """Whether a script has said how to start it again."""
+    """Whether a script has given the command that starts it again."""
     return bool(os.environ.get(GO_ON))
 
 
@@ -41,7 +42,7 @@ def say_go_on(command: str | None) -> None:
 
 
 def program() -> list[str]:
-    """How this program was called."""
+    """The words with which this program was called."""
     called = Path(sys.argv[0])
     if called.name == "moepp":
         found = shutil.which("moepp")
@@ -82,7 +83,7 @@ def _srun(arguments: Sequence[str]) -> list[str]:
 
 
 def _from_here() -> str:
-    """What leads the user's shell to where this command works."""
+    """A change of folder that leads the user's shell to where this command works."""
     shell = os.environ.get(SHELL_FOLDER)
     if shell is None or os.path.realpath(shell) == os.getcwd():
         return ""

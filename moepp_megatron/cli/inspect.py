@@ -55,7 +55,7 @@ def inspect(
         int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
     ] = 1,
 ) -> None:
-    """Write a page: the text coloured by FFN experts a token, and each token's way."""
+    """Write a page: the text coloured by FFN experts per token, and each token's experts."""
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()

@@ -22,14 +22,14 @@ def machines(
 
     Args:
         count: Machines.
-        rank: This machine from 0; None to let torchrun number them.
+        rank: Number of this machine from 0; None to let torchrun number them.
         endpoint: HOST or HOST:PORT where the machines meet.
         run_id: A name for this start of the run.
         restart_timeout_s: How long they wait for each other after a failure, in seconds; None for
             the default of `Nodes`.
 
     Raises:
-        ConfigError: The options do not belong together.
+        ConfigError: If the options contradict each other.
     """
     if rank is not None and rank >= count:
         raise ConfigError(

@@ -80,9 +80,9 @@ def pilot(
 ) -> None:
     """Does MoE++ pay on your data and hardware? Short paired runs against vanilla say so.
 
-    Vanilla, MoE++ at several tau, and vanilla with fewer experts a token (the fair rival at equal
-    speed) train on the same tokens with the same seeds. Writes DIR/pilot.json and DIR/pilot.html.
-    Finished runs stay finished: a second call goes on.
+    Vanilla, MoE++ at several tau, and vanilla with fewer experts per token (the fair baseline at
+    equal speed) train on the same tokens with the same seeds. Writes DIR/pilot.json and
+    DIR/pilot.html. Finished runs stay finished: a second call goes on.
 
     On several machines: --collect writes DIR/configs/*.yaml, each of which `moepp train` or `moepp
     slurm` takes; a later --collect reads what they have left in DIR/runs.
@@ -232,7 +232,7 @@ def _target(
     price: float | None,
     tokens: float | None,
 ) -> TargetRequest | None:
-    """What to extrapolate to; None where no GPUs are named."""
+    """The target of the extrapolation; None if no GPUs are named."""
     from moepp_megatron.config.hardware import load_hardware, nearest_hardware
 
     given = {"--target": target, "--price": price, "--tokens": tokens}

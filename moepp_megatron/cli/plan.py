@@ -103,7 +103,7 @@ def plan(
 
 
 def _require_fit(result: Plan) -> None:
-    """A plan without a layout is an answer, but not one to train by."""
+    """Refuse a plan without a layout that fits."""
     if result.best is not None:
         return
     held = min(memory for memory, _ in result.search.misses)
@@ -143,7 +143,7 @@ def _write_layout(out: Path, result: Plan, config: Path, overrides: list[str]) -
 
 
 def _check(out: Path, result: Plan) -> None:
-    """What was written is a valid configuration for these GPUs."""
+    """Check that the written file is a valid configuration for these GPUs."""
     from moepp_megatron.config import Layout
 
     written: Config = load_config(out)

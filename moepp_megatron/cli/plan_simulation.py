@@ -1,4 +1,4 @@
-"""`moepp plan --simulate`: its options, and playing the best layout."""
+"""`moepp plan --simulate`: its options, and the simulation of the best layout."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Assume = Annotated[
 
 
 def play_best(plan: Plan, routing: Path | None, steps: int, assume: list[str]) -> Study | None:
-    """Play the plan's best layout; None where nothing fits.
+    """Simulate the plan's best layout; None if nothing fits.
 
     Raises:
-        ConfigError: An assumption that is unknown or out of range.
+        ConfigError: If an assumption is unknown or out of range.
     """
     from moepp_megatron.workbench.planning.recorded_routing import recorded_shares
     from moepp_megatron.workbench.planning.simulation.assumptions import parse_assumptions

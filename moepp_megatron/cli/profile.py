@@ -72,7 +72,7 @@ def _profile(
     json_file: Path | None,
     out: Path | None,
 ) -> None:
-    """Of torch profiler traces."""
+    """Analyse torch profiler traces."""
     import json
 
     from moepp_megatron.runtime.atomic import write_atomic
@@ -115,7 +115,7 @@ def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
 
 
 def _summary(path: Path) -> Summary:
-    """Of anything that can be compared."""
+    """The summary of any recording, for a comparison."""
     from moepp_megatron.workbench.profiling.analysis import analyse
     from moepp_megatron.workbench.profiling.formats.sources import read_recording
     from moepp_megatron.workbench.profiling.load import has_kineto
@@ -152,5 +152,5 @@ def _is_other_source(path: Path) -> bool:
 
 
 def _name(path: Path) -> str:
-    """Names a run in a comparison: two of one configuration differ by their folders."""
+    """The name of a run in a comparison: two of one configuration differ by their folders."""
     return path.resolve().name

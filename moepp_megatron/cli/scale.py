@@ -1,4 +1,4 @@
-"""`moepp scale`: strong and weak scaling of MoE++ and its vanilla rival, a job a point."""
+"""`moepp scale`: strong and weak scaling of MoE++ and its vanilla baseline, one job per point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moepp train`: trains; alone with several ranks it starts torchrun itself."""
+"""`moepp train`: trains a model; with several ranks it starts torchrun itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is alike in every command: how help lists commands, and how wrong usage is refused."""
+"""Common to all commands: the list of commands in help, and the refusal of wrong usage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 
 
 class _Commands(TyperGroup):
-    """A command with commands, whose help gives the first sentence of each in full."""
+    """A command with subcommands, whose help gives the first sentence of each in full."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the list, wrapped where click would cut each line."""
@@ -35,7 +35,7 @@ def _first_sentence(text: str | None) -> str:
 
 
 def refuse(error: Exception) -> int:
-    """Say what is wrong with a command line, in the form of every other error.
+    """Report what is wrong with a command line, in the form of every other error.
 
     Args:
         error: A `UsageError`; its message is the help where a group was called alone.

@@ -2,7 +2,7 @@
 
 Values of a configuration reach two languages: bash, quoted by `shlex.quote`, and the `#SBATCH`
 lines that sbatch reads by rules of its own. The template quotes whatever it prints, so that a value
-which nobody thought of is still a value.
+with unexpected characters is still a single value.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _PREFLIGHT_TIMEOUT = "10m"
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What a batch script runs.
+    """The job that a batch script runs.
 
     Attributes:
         config: The run's configuration, overrides applied.
         config_file: Its file.
         overrides: The overrides, for the command line of `moepp train`.
-        directory: Where the job runs; relative paths of the configuration start here.
+        directory: Folder in which the job runs; relative paths of the configuration start here.
         variants: One list of further overrides for each element of a job array; empty for one job.
     """
 
@@ -48,13 +48,13 @@ class SlurmJob:
 
     @property
     def ranks_per_node(self) -> int:
-        """One rank a GPU."""
+        """Ranks per node: one per GPU."""
         slurm = self.config.slurm
         return slurm.gpus_per_node or slurm.cpu_ranks_per_node
 
     @property
     def output_folder(self) -> Path:
-        """Where Slurm writes the job's output."""
+        """The folder for the job's output by Slurm."""
         return self.directory / self.config.run.dir / "slurm"
 
     @property
@@ -68,7 +68,7 @@ class SlurmJob:
         """Numbers of nodes that the job may run on, fewest first.
 
         Raises:
-            ConfigError: The layout fits neither `slurm.nodes` nor, where set, `slurm.min_nodes`.
+            ConfigError: If the layout fits neither `slurm.nodes` nor, if set, `slurm.min_nodes`.
         """
         slurm = self.config.slurm
         fewest = slurm.min_nodes or slurm.nodes
@@ -88,7 +88,7 @@ class SlurmJob:
         """The batch script.
 
         Raises:
-            ConfigError: The layout does not fit the nodes, or a value cannot stand in the script.
+            ConfigError: If the layout does not fit the nodes, or the script cannot hold a value.
         """
         if not (REPOSITORY / "slurm" / "common.sh").is_file():
             raise ConfigError(
@@ -127,10 +127,10 @@ class SlurmJob:
         """Hand the script to sbatch.
 
         Returns:
-            What sbatch says.
+            The output of sbatch.
 
         Raises:
-            ConfigError: There is no sbatch, or it refuses.
+            ConfigError: If there is no sbatch, or it refuses.
         """
         self.output_folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -202,7 +202,7 @@ def sweep_variants(config: Config, sweeps: Sequence[str]) -> list[list[str]]:
         sweeps: `section.key=[value, ...]`.
 
     Raises:
-        ConfigError: Not a list, or a combination that the configuration refuses.
+        ConfigError: If it is not a list, or the configuration refuses a combination.
     """
     choices = []
     for sweep in sweeps:
@@ -244,7 +244,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _quoted(value: Any) -> str:
-    """A value as it may stand in the script."""
+    """A value in the form that the script needs."""
     if isinstance(value, _Option):
         return _sbatch_word(value)
     if isinstance(value, str):
@@ -258,7 +258,7 @@ def _quoted(value: Any) -> str:
 def _sbatch_word(option: str) -> str:
     """One word of a `#SBATCH` line, by the rules of sbatch's own parser (src/sbatch/opt.c).
 
-    It knows double quotes and backslashes, and nothing can stand for the end of a line.
+    It supports double quotes and backslashes, but no escape for the end of a line.
     """
     name, equals, value = option.partition("=")
     if not option.isprintable():

@@ -24,7 +24,7 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
         Warnings.
 
     Raises:
-        ConfigError: `data.path` is no prepared folder, one that is damaged, one with more tokens
+        ConfigError: If `data.path` is no prepared folder, one that is damaged, one with more tokens
             than the model has, or one with too few documents for the split, or the tokenizer is
             not the one that it was prepared with.
     """

@@ -111,10 +111,10 @@ def _place(target: Tensor, chunk: ChunkStorageMetadata) -> Tensor:
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index of a checkpoint; a file that is anything else is refused, not run.
+    """The index of a checkpoint; any other file is refused, and no code in it is run.
 
     Raises:
-        ConfigError: If it is.
+        ConfigError: If it is not an index.
     """
     file = folder / TENSORS_FILE
     try:

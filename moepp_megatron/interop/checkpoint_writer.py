@@ -1,4 +1,4 @@
-"""Writes a checkpoint in megatron-core's distributed format one tensor at a time.
+"""Writes a checkpoint in megatron-core's distributed format, one tensor at a time.
 
 megatron-core writes from a model that is in memory. Here every tensor is produced when its turn
 comes, so a model of any size passes through the memory of one tensor. The files are those of
@@ -42,7 +42,7 @@ class CheckpointWriter:
 
     Args:
         folder: An empty folder, or one with data files that tensors are adopted from.
-        prefix: How the names of data files begin.
+        prefix: Beginning of the data files' names.
     """
 
     def __init__(self, folder: Path, prefix: str = "__0") -> None:

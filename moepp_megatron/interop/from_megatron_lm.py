@@ -1,7 +1,7 @@
-"""From a checkpoint of Megatron-LM's own training loop to ours; the tensors stay where they are.
+"""Converts a checkpoint of Megatron-LM's own training loop to ours without copying tensors.
 
-Both are megatron-core's distributed format with the same names of tensors. New are the index, which
-lists the weights alone, and what stands beside it: configuration and checksums. Optimizer, random
+Both have megatron-core's distributed format with the same names of tensors. Only the index, which
+lists the weights alone, the configuration and the checksums are new. Optimizer, random
 states and pickled objects of the other loop are not entered into the index, so nothing of them is
 ever unpickled.
 """
@@ -68,8 +68,8 @@ def from_megatron_lm(
         tokenizer: A tokenizer.json to put beside the weights.
 
     Raises:
-        ConfigError: For a model that this package does not have, a checkpoint that cannot be read
-            or lacks a tensor, or a folder that cannot be written.
+        ConfigError: If this package does not have the model, the checkpoint cannot be read or lacks
+            a tensor, or the folder cannot be written.
     """
     folder = find_megatron_checkpoint(source)
     reader = CheckpointReader(folder)
@@ -99,7 +99,7 @@ def config_from_arguments(arguments: Namespace, own_arguments: str | None, name:
     """Our configuration of the model that Megatron's arguments describe.
 
     Raises:
-        ConfigError: For a model that this package does not have.
+        ConfigError: If this package does not have the model.
     """
     for key, wanted, what in _FIXED:
         value = getattr(arguments, key, wanted)

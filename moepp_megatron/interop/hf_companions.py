@@ -1,4 +1,4 @@
-"""What lies beside the weights of an exported model: tokenizer, special tokens, model files."""
+"""The files beside an exported model's weights: tokenizer, special tokens, model files."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def special_ids(folder: Path) -> dict[str, int | list[int] | None]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id` of a checkpoint's model.
 
     A model that came from Hugging Face keeps its own. A tokenizer of ours has one special token,
-    which ends documents and so begins and fills them up too, as GPT-2's does. Without a tokenizer
-    nothing is known: None, and not the ordinary tokens that transformers would assume.
+    which ends documents; as in GPT-2 it also begins and pads them. Without a tokenizer
+    the ids are None, because transformers would otherwise assume ordinary tokens.
     """
     if (folder / HF_CONFIG_FILE).is_file():
         original = read_json(folder / HF_CONFIG_FILE)
@@ -60,7 +60,7 @@ def write_companions(source: Path, target: Path, config: Config) -> None:
 
 
 def _tokenizer_config(source: Path, config: Config) -> dict[str, Any]:
-    """What the checkpoint says, and for what it does not say our tokenizers' conventions."""
+    """The checkpoint's `tokenizer_config.json`, completed by our tokenizers' conventions."""
     file = source / _TOKENIZER_CONFIG
     stated = read_json(file) if file.is_file() else {}
     token = Tokenizer.load(source / TOKENIZER_FILE).eod_token
@@ -78,5 +78,5 @@ def copy_model_files(target: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file as Hugging Face libraries do."""
+    """Write a JSON file in the style of Hugging Face libraries."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""`config.json` of the released MoE++ format and of our own, from and to our configuration.
+"""Converts between our configuration and `config.json` of the released and of our own format.
 
 The released format (`model_type: MoE++`) fixes 2 constant, 1 copy and 1 zero expert, top-2 routing
-and gating residuals. Ours (`model_type: moepp`) says everything that a forward pass depends on.
+and gating residuals. Ours (`model_type: moepp`) holds all settings that a forward pass depends on.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ def config_from_hf(hf: Mapping[str, Any], name: str, dtype: str | None = None) -
 
     Args:
         hf: Its `config.json`.
-        name: What to call the model.
+        name: The model's name.
         dtype: fp32 or bf16 instead of the checkpoint's own.
 
     Raises:
-        ConfigError: For another kind of model, or settings that this package does not have.
+        ConfigError: If it is another kind of model, or has settings that this package does not
+            have.
     """
     kind = hf.get("model_type")
     if kind == RELEASED_TYPE:
@@ -66,7 +67,7 @@ def assemble(
     name: str,
     dtype: str | None,
 ) -> Config:
-    """A whole configuration; what a checkpoint does not say is set to the least that is valid."""
+    """A complete configuration; settings that a checkpoint lacks get the smallest valid value."""
     return parse_config(
         {
             "run": {"dir": f"runs/{name}", "name": name},
@@ -83,7 +84,7 @@ def checkpoint_dtype(hf: Mapping[str, Any]) -> str:
     """fp32 or bf16, as `dtype` (transformers 5) or `torch_dtype` says.
 
     Raises:
-        ConfigError: For another dtype.
+        ConfigError: If it is another dtype.
     """
     stated = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if stated not in _DTYPES:
@@ -98,7 +99,7 @@ def decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Our `model` section from the fields that Llama's descendants share.
 
     Raises:
-        ConfigError: For what this package's decoder does not have, and for missing fields.
+        ConfigError: If this package's decoder lacks a feature, or a field is missing.
     """
     _refuse_unsupported(hf)
     heads = require(hf, "num_attention_heads")
@@ -248,7 +249,7 @@ def released_hf_config(config: Config) -> dict[str, Any]:
     """`config.json` of the released format.
 
     Raises:
-        ConfigError: For a model that the format cannot express, with each reason.
+        ConfigError: If the format cannot express the model; names each reason.
     """
     problems = list(_not_released(config))
     if problems:
@@ -275,7 +276,7 @@ def released_hf_config(config: Config) -> dict[str, Any]:
 
 
 def released_warnings(config: Config) -> Iterator[str]:
-    """What the released code makes of a model that its format can express."""
+    """Warnings about how the released code treats a model that its format can express."""
     interval = _interval(config)
     if interval is not None and interval > 1:
         yield (
@@ -306,7 +307,7 @@ def shared_fields(config: Config) -> dict[str, Any]:
 
 
 def _not_released(config: Config) -> list[tuple[str, Any, Any]]:
-    """(name, value, what the released format wants) of everything it cannot express."""
+    """(name, value, required value) of each setting that the released format cannot express."""
     model, moe = config.model, config.moe
     # With Mixtral gating the released code never scales the experts' input.
     scales = (1.0,) if moe.gate_normalization == "selected" else (1.0, 2.0)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3's configuration: latent attention, shared experts, sigmoid scores with a bias."""
+"""Reads DeepSeek-V3's configuration: latent attention, shared experts, biased sigmoid scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def deepseek_decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Our `model` section of a DeepSeek-V3 model.
 
     Raises:
-        ConfigError: For what this package's decoder does not have, and for missing fields.
+        ConfigError: If this package's decoder lacks a feature, or a field is missing.
     """
     rules = (
         ("quantization_config", hf.get("quantization_config"), None, "convert it to bf16 first"),
@@ -77,7 +77,7 @@ def deepseek_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of our `moe` section of a DeepSeek-V3 model.
 
     Raises:
-        ConfigError: For routing that this package's router does not have.
+        ConfigError: If this package's router does not have the routing.
     """
     groups, kept = hf.get("n_group") or 1, hf.get("topk_group") or 1
     if kept < groups:

@@ -16,7 +16,7 @@ from moepp_megatron.interop.safetensors_file import TensorEntry, read_header, re
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read."""
+    """Description of a tensor that has not been read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -123,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ConfigError: If it cannot be read or is no object.
+        ConfigError: If it cannot be read or is not an object.
     """
     try:
         content = json_file.read_json(path)

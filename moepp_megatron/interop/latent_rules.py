@@ -16,11 +16,11 @@ def latent_attention_rules(
     """Attention of a layer, without the norms before and behind it.
 
     Args:
-        config: Of a model with `model.latent_attention`.
+        config: Configuration of a model with `model.latent_attention`.
         layer: Its index.
-        theirs: What the names there begin with, such as `model.layers.0.self_attn.`.
-        q_scale: Factor on the compressed query there, behind its norm.
-        kv_scale: Factor on the compressed key and value there, behind their norm.
+        theirs: Beginning of the other format's names, such as `model.layers.0.self_attn.`.
+        q_scale: The other format's factor on the compressed query, after its norm.
+        kv_scale: The other format's factor on the compressed key and value, after their norm.
     """
     model, latent = config.model, config.model.latent_attention
     assert latent is not None, "the model has another attention"
@@ -58,7 +58,7 @@ def norm_keys(layer: int, is_moe: bool) -> tuple[str, str]:
 
 
 def scaled(key: str, name: str, scale: float, *shape: int) -> Rule:
-    """A tensor that is `scale` times smaller there."""
+    """A tensor that is `scale` times smaller in the other format."""
     if scale == 1.0:
         return same(key, name, *shape)
 

@@ -1,7 +1,7 @@
-"""Models with latent attention as LongCat-Flash models (`longcat_flash`, arXiv 2509.01322).
+"""Exports models with latent attention as LongCat-Flash (`longcat_flash`, arXiv 2509.01322).
 
 A layer of LongCat-Flash has two attentions and two dense FFNs, and a MoE layer beside the second
-half: with norms n and p,
+half. Norms are n and p:
 
     h1 = h  + A0(n0(h))       h2 = h1 + F0(p0(h1))       s = MoE(p0(h1))
     h3 = h2 + A1(n1(h2))      h' = h3 + F1(p1(h3)) + s
@@ -46,10 +46,10 @@ _VLLM_BLOCK = 256
 
 
 def longcat_hf_config(config: Config) -> dict[str, Any]:
-    """LongCat-Flash's `config.json`, with the fields that vLLM and sglang read besides.
+    """LongCat-Flash's `config.json`, with the additional fields that vLLM and sglang read.
 
     Raises:
-        ConfigError: For a model that LongCat-Flash cannot express, with each reason.
+        ConfigError: If LongCat-Flash cannot express the model; names each reason.
     """
     problems = list(_problems(config))
     if problems:
@@ -93,7 +93,7 @@ def longcat_hf_config(config: Config) -> dict[str, Any]:
 
 
 def longcat_warnings(config: Config) -> Iterator[str]:
-    """What known programs would get wrong, and what the format costs."""
+    """Warnings about errors of known programs, and about costs of the format."""
     model, moe, latent = config.model, config.moe, config.model.latent_attention
     assert latent is not None, "another attention was refused"
     yield (
@@ -161,7 +161,7 @@ def _problems(config: Config) -> Iterator[str]:
 
 
 def routed_experts(config: Config) -> int:
-    """FFN experts there: ours, and zero experts."""
+    """Number of FFN experts in the export: our FFN experts plus zero experts."""
     return config.moe.num_ffn_experts + config.moe.num_zero_experts
 
 

@@ -1,4 +1,4 @@
-"""LongCat-Flash's tensors: what each is made of (`longcat` says how the models correspond)."""
+"""Rules for LongCat-Flash's tensors (`longcat` says how the models correspond)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def longcat_rules(config: Config, with_identity_weights: bool = False) -> Iterat
     """Every tensor by LongCat-Flash's names.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         with_identity_weights: Also write the gate and up projections that transformers 5 asks for
             identity experts, and never uses. vLLM does not take them.
     """
@@ -114,7 +114,7 @@ def _moe_rules(config: Config, layer: int) -> Iterator[Rule]:
 
 
 def _no_moe_rules(config: Config, layer: int) -> Iterator[Rule]:
-    """A MoE layer that returns 0: its bias makes tokens select experts of zeros alone."""
+    """A MoE layer that returns 0: its bias makes tokens select only experts of zeros."""
     total, routed = config.moe.num_experts, routed_experts(config)
     router = f"model.layers.{layer}.mlp.router."
     yield made(router + "classifier.weight", (total, config.model.hidden_size))
@@ -145,7 +145,7 @@ def _identity_weights(config: Config, layer: int) -> Iterator[Rule]:
 
 
 def _reordered(key: str, name: str, config: Config, *shape: int) -> Rule:
-    """One row an expert; here copy experts come before zero experts, there behind them."""
+    """Reorder rows of experts: copy experts come before zero experts here, and after them there."""
     moe = config.moe
     counts = [moe.num_ffn_experts, moe.num_copy_experts, moe.num_zero_experts]
     back = [moe.num_ffn_experts, moe.num_zero_experts, moe.num_copy_experts]

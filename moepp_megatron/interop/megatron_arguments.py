@@ -1,7 +1,7 @@
 """MoE++ settings of a Megatron-LM run: `--moepp-*` for what Megatron's arguments lack.
 
-What Megatron has an argument for keeps it, and is read from the `TransformerConfig` that Megatron
-makes of it:
+Settings for which Megatron has an argument keep it. They are read from the `TransformerConfig` that
+Megatron builds:
 
     --num-experts                      F, the FFN experts alone
     --moe-router-topk                  K
@@ -102,15 +102,15 @@ def moepp_config(
     """The layer's settings from Megatron's configuration and arguments.
 
     Args:
-        config: What Megatron made of its own arguments.
+        config: Megatron's configuration from its own arguments.
         args: Megatron's arguments. Where its parser had no `--moepp-*`, as in Megatron-LM's own
             `pretrain_gpt.py`, they are read from the environment variable MOEPP_ARGS, such as
             `MOEPP_ARGS="--moepp-tau 0.5"`.
         is_spec: Whether Megatron-LM's own `pretrain_gpt.py` makes the batches.
 
     Raises:
-        ValueError: For settings that contradict each other or that MoE++ cannot honour, with the
-            name, the value, the rule and a remedy.
+        ValueError: If settings contradict each other or MoE++ cannot honour one; says the name,
+            the value, the rule and a remedy.
     """
     own = _own_arguments(args)
     _refuse_unsupported(config, args)
@@ -133,7 +133,7 @@ def moepp_config(
 
 
 def refuse(error: Exception) -> NoReturn:
-    """End this process as every wrong configuration does: exit code 2, one line on stderr.
+    """End this process like every wrong configuration: exit code 2, one line on stderr.
 
     The line comes from rank 0 alone: every rank finds the same error.
     """
@@ -148,7 +148,7 @@ def option(name: str) -> str:
 
 
 def _amend_help(parser: argparse.ArgumentParser) -> None:
-    """Say in Megatron's help what its arguments mean here, and make it printable.
+    """Change Megatron's help to the meaning of its arguments here, and make it printable.
 
     argparse takes a percent sign for a format: megatron-core 0.19.2 has one that is none, and
     `--help` ends in a traceback.
@@ -207,7 +207,7 @@ def _refuse_unsupported(config: TransformerConfig, args: argparse.Namespace) -> 
 def _refuse_local_context_parallelism(
     config: TransformerConfig, args: argparse.Namespace, is_spec: bool
 ) -> None:
-    """Name all that the attention without Transformer Engine needs at once."""
+    """Refuse missing settings of the attention without Transformer Engine, all in one message."""
     ranks = getattr(config, "context_parallel_size", 1)
     if ranks == 1 or config.transformer_impl != "local":
         return

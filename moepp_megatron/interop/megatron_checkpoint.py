@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron-LM's own training loop: where one is, and the arguments that it keeps.
+"""Finds checkpoints of Megatron-LM's own training loop and reads their arguments.
 
     SAVE/latest_checkpointed_iteration.txt    the number of the newest, or `release`
     SAVE/iter_0000100/                        megatron-core's distributed format
@@ -54,7 +54,7 @@ def find_megatron_checkpoint(source: Path) -> Path:
 def read_arguments(reader: CheckpointReader) -> Namespace:
     """The arguments of the run that wrote a checkpoint: numbers, texts and lists of these.
 
-    What else a run's arguments hold, enumerations for example, is left out.
+    Other values, enumerations for example, are left out.
 
     Raises:
         ConfigError: If the checkpoint has none, or they cannot be read.
@@ -75,7 +75,7 @@ def read_arguments(reader: CheckpointReader) -> Namespace:
 
 
 class _StandIn:
-    """What every class of the file becomes: it keeps the state that it is given."""
+    """The class that replaces every class of the file: it keeps the state that it is given."""
 
     state: Any = None
 
@@ -89,7 +89,7 @@ class _StandIn:
         pass
 
     def extend(self, values: Any) -> None:
-        """For a class that is a list."""
+        """Accept the items of a class that is a list."""
 
 
 class _Unpickler(pickle.Unpickler):

@@ -1,6 +1,6 @@
 """MoE++ in Megatron-LM's own training loop, `megatron.training`, unmodified.
 
-Three ways in (docs/megatron_lm.md):
+There are three ways (docs/megatron_lm.md):
 
 1. A spec, for Megatron-LM's `pretrain_gpt.py` as it is: `--spec moepp_megatron.interop.megatron_lm
    moepp_spec`, with MoE++ settings in the environment variable MOEPP_ARGS. One pipeline stage, or
@@ -57,7 +57,8 @@ def moepp_spec(
     Megatron's `GPTModelBuilder` calls it with its model configuration.
 
     Raises:
-        ValueError: For what `moepp_config` refuses, and for a gating residual across stages.
+        ValueError: If `moepp_config` refuses a setting, or there is a gating residual across
+            stages.
     """
     config = model_config.transformer
     moepp = moepp_config(config, get_args(), is_spec=True)
@@ -96,7 +97,7 @@ class MoEPPModelBuilder(GPTModelBuilder):
         """Build one stage; arguments as Megatron's `GPTModelBuilder.build_model`.
 
         Raises:
-            ValueError: For what `moepp_config` refuses.
+            ValueError: If `moepp_config` refuses a setting.
         """
         own = self._model_config
         config = own.transformer
@@ -131,7 +132,7 @@ class MoEPPModelBuilder(GPTModelBuilder):
         return model
 
     def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """As Megatron's, but the bf16 wrapper takes over the stage's own configuration."""
+        """Same as Megatron's, but the bf16 wrapper gets the stage's own configuration."""
         kwargs.setdefault("mixed_precision_wrapper", _as_float16)
         return super().build_distributed_models(*args, **kwargs)
 

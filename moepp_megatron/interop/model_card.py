@@ -19,10 +19,10 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
 def check_license(license_id: str) -> None:
-    """Refuse what is no identifier of a licence.
+    """Refuse a text that is not an identifier of a licence.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If it is not one.
     """
     if not _LICENSE.fullmatch(license_id):
         raise ConfigError(
@@ -34,14 +34,14 @@ def check_license(license_id: str) -> None:
 def model_card(
     folder: Path, config: Config, dtype: str, layout: str, command: str, license_id: str
 ) -> str:
-    """The card's text.
+    """The text of the model card.
 
     Args:
         folder: The checkpoint, in a run's folder or alone.
         config: Its configuration.
-        dtype: Of the exported weights.
-        layout: Of the export.
-        command: What was run to export it.
+        dtype: Dtype of the exported weights.
+        layout: Layout of the export.
+        command: The command that exported it.
         license_id: An identifier of the Hub, or `unknown`.
     """
     name = " ".join((config.run.name or folder.name).split())

@@ -1,4 +1,4 @@
-"""How tensors of a Hugging Face checkpoint and of our checkpoints correspond.
+"""Rules by which tensors of a Hugging Face checkpoint and of ours correspond.
 
 One rule is one tensor of our checkpoint, or one expert's slice of it, and the Hugging Face tensors
 that it is made of. Our names are those that megatron-core's `sharded_state_dict` gives; the tests
@@ -47,9 +47,9 @@ class Rule:
         shape: Shape of the whole tensor there.
         index: The slice along the first axis (an expert), or None for the whole tensor.
         sources: The Hugging Face tensors that it is made of.
-        pack: From those, in order, to the tensor (or slice, without the first axis).
-        unpack: The inverse; None where there is none (upcycling).
-        unused: The model has no such parameter: kept for the way back alone, and optional there.
+        pack: Function from those, in order, to the tensor (or slice, without the first axis).
+        unpack: The inverse; None if there is none (upcycling).
+        unused: Whether the model has no such parameter; it is kept for the way back, and optional.
     """
 
     key: str
@@ -62,7 +62,7 @@ class Rule:
 
     @property
     def slice_shape(self) -> Shape:
-        """Shape of what `pack` returns."""
+        """Shape of the result of `pack`."""
         return self.shape if self.index is None else self.shape[1:]
 
 
@@ -118,7 +118,7 @@ def decoder_rules(config: Config) -> Iterator[Rule]:
 
 
 def attention_rules(config: Config, layer: int) -> Iterator[Rule]:
-    """Attention and both norms of a layer; Llama's names, which all formats here share."""
+    """Attention and both norms of a layer, with Llama's names, which all formats here share."""
     model = config.model
     ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
     width, head = model.hidden_size, model.head_dim
@@ -169,7 +169,7 @@ def _qkv(key: str, theirs: str, width: int | None, heads: int, groups: int, head
 
 
 def dense_mlp_rules(config: Config, layer: int) -> Iterator[Rule]:
-    """The SwiGLU FFN of a layer that is no MoE layer."""
+    """The SwiGLU FFN of a dense layer."""
     width, inner = config.model.hidden_size, config.model.ffn_hidden_size
     yield from swiglu_rules(
         f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.", width, inner

@@ -1,4 +1,4 @@
-"""The safetensors format, read and written one tensor at a time.
+"""Reads and writes the safetensors format, one tensor at a time.
 
 The safetensors library maps whole files (which then count as this process's memory) and writes from
 a dictionary that holds every tensor of a shard. A conversion of a model that does not fit in memory
@@ -150,7 +150,7 @@ class SafetensorsWriter:
     """Writes tensors in a planned order into shards of limited size, with an index.
 
     Args:
-        folder: Where to write; must exist.
+        folder: Output folder; must exist.
         plan: Name, dtype and shape of every tensor, in the order of writing.
         max_shard_bytes: Tensor bytes of a shard; a larger tensor gets a shard of its own.
     """

@@ -1,4 +1,4 @@
-"""Per-token log-probabilities of given sequences, in any layout."""
+"""Computes per-token log-probabilities of given sequences, in any layout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def score_tokens(request: ScoreRequest) -> dict[str, np.ndarray] | None:
     """Score all sequences; every rank must call, and process groups must exist.
 
     Returns:
-        As `score_stages`.
+        The same as `score_stages`.
     """
     return score_stages(request, scoring_stages(request))
 
@@ -112,13 +112,13 @@ def _forward_step(
 
 
 def _piece(batch: Batch, with_logits: bool, output: Tensor, non_loss_data: bool = True) -> _Piece:
-    """What the last stage computed for one micro-batch.
+    """The results of the last stage for one micro-batch.
 
     Args:
         batch: The micro-batch.
         with_logits: Whether to keep the logits.
         output: [1, s', vocab / tp] logits of this rank's part of the vocabulary.
-        non_loss_data: As the schedule calls it.
+        non_loss_data: Argument of the schedule's call; unused.
     """
     logits = gather_from_tensor_model_parallel_region(output).float()[0]
     chosen = logits.gather(1, batch["labels"][0].unsqueeze(1)).squeeze(1)

@@ -28,14 +28,14 @@ class ScoreRequest:
 
     Attributes:
         checkpoint: The checkpoint's folder.
-        config: Its configuration in the wanted layout; one sequence a micro-batch, the global
+        config: Its configuration in the wanted layout; one sequence per micro-batch, the global
             batch holds all sequences (and fillers), `model.seq_length` is the padded length.
         layout: The rank grid.
         input_ids: [b, s] int64.
         out: File to write, or None.
         logits: Whether logits are wanted.
         notices: What the user should know.
-        text: The text that the tokens are, or None.
+        text: The text of the tokens, or None.
     """
 
     checkpoint: Path
@@ -61,7 +61,7 @@ class ScoreRequest:
         """Check a request for tokens, of an npz file or as such, or for a text file.
 
         Raises:
-            ConfigError: Whatever is wrong with it.
+            ConfigError: If the request is wrong.
         """
         _check_options(tokens, text, out, logits)
         source = f"--tokens ({tokens})" if isinstance(tokens, Path) else "tokens"
@@ -99,7 +99,7 @@ class ScoreRequest:
         out: Path | None = None,
         logits: bool = False,
     ) -> ScoreRequest:
-        """A request for tokens that are known to suit the model.
+        """A request for tokens that fit the model.
 
         Args:
             folder: A checkpoint's folder.
@@ -111,7 +111,7 @@ class ScoreRequest:
             logits: Whether logits are wanted.
 
         Raises:
-            ConfigError: The layout does not fit the model or the ranks.
+            ConfigError: If the layout does not fit the model or the ranks.
         """
         config = _scoring_config(trained, overrides, input_ids, world_size)
         layout = Layout.from_config(config, world_size)
@@ -231,7 +231,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Refuse settings that the checkpoint decides.
 
     Raises:
-        ConfigError: Naming the setting.
+        ConfigError: If there is one; names the setting.
     """
     for override in overrides:
         section, key, _ = parse_override(override)

@@ -1,4 +1,4 @@
-"""The perplexity of a text: its tokens cut into windows, and what their log-probabilities say."""
+"""Computes the perplexity of a text from its tokens, cut into windows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def text_of(path: Path, limit: int | None = None) -> tuple[str, bool]:
     """A file's characters, at most `limit` of them, and whether there are more.
 
     Raises:
-        ConfigError: It cannot be read, is no UTF-8 or is empty.
+        ConfigError: If it cannot be read, is not UTF-8 or is empty.
     """
     try:
         # newline="": the model reads carriage returns too.
@@ -42,7 +42,7 @@ class TextWindows:
 
     The text is read as one document: the end of the document before comes first, so that every
     token of the text is predicted once. Each window begins with the last token of the one before
-    and knows nothing of what lies further back.
+    and has no context further back.
 
     Attributes:
         input_ids: [b, s] int64; the last window is filled up with end-of-document tokens.
@@ -59,7 +59,7 @@ class TextWindows:
         """Cut a file's text into windows of at most `length` tokens.
 
         Raises:
-            ConfigError: The file cannot be read as text, or has no token.
+            ConfigError: If the file cannot be read as text, or has no token.
         """
         text, _ = text_of(path)
         ids = np.array([tokenizer.eod, *tokenizer.encode(text)], dtype=np.int64)
@@ -87,7 +87,7 @@ class TextWindows:
         return windows.reshape(-1)[: self.num_tokens]
 
     def lines(self, token_logprobs: np.ndarray) -> Iterator[str]:
-        """What there is to tell.
+        """The result in words.
 
         Args:
             token_logprobs: [N] float64, natural logarithms.

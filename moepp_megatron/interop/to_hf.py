@@ -1,4 +1,4 @@
-"""From a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor."""
+"""Converts a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class _Format:
     Attributes:
         fields: `config.json` of a model, or a ConfigError.
         rules: Its tensors.
-        classes: Our configuration and model class where the folder carries them.
-        dtype_field: What `config.json` calls the weights' dtype.
+        classes: Our configuration and model class, if the folder contains them.
+        dtype_field: Name of the weights' dtype in `config.json`.
         keeps_unused: Whether tensors that no model of ours has are written.
         has_latent_attention: Whether the format's attention is latent.
-        warnings: What its readers may get wrong.
+        warnings: Possible errors of its readers.
     """
 
     fields: Callable[[Config], dict[str, Any]]
@@ -113,15 +113,15 @@ def mcore_to_hf(
             `longcat` for LongCat-Flash as it is released and as vLLM and sglang read it,
             `longcat-transformers` for the same as transformers 5 reads it, `zeda` for ZEDA's.
         max_shard_bytes: Largest shard.
-        console: Where progress goes.
+        console: Console that shows the progress.
         dtype: fp32 or bf16 for all weights but selection biases; None keeps each tensor's own.
-        license_id: Of the weights, by the Hub's identifier; for the model card.
+        license_id: Licence of the weights, by the Hub's identifier; for the model card.
 
     Returns:
         Warnings for the user.
 
     Raises:
-        ConfigError: For a model that the layout cannot express, or a damaged checkpoint.
+        ConfigError: If the layout cannot express the model, or the checkpoint is damaged.
     """
     form = _FORMATS[layout]
     check_license(license_id)
@@ -152,10 +152,10 @@ def mcore_to_hf(
 
 
 def _refuse_latent_attention(config: Config) -> None:
-    """The attention of most formats here is Llama's.
+    """Refuse latent attention, since the attention of most formats is Llama's.
 
     Raises:
-        ConfigError: The model has another one.
+        ConfigError: If the model has it.
     """
     if config.model.latent_attention is not None:
         raise ConfigError(
@@ -171,7 +171,7 @@ def present_rules(
     """The rules whose tensors are written: unused ones where the format or the checkpoint has them.
 
     Raises:
-        ConfigError: Naming a tensor that the checkpoint lacks or holds in another shape.
+        ConfigError: If the checkpoint lacks a tensor or has it in another shape; names it.
     """
     tensors = reader.tensors
     for rule in rules:
@@ -200,9 +200,9 @@ def write_weights(
     Args:
         reader: The checkpoint.
         rules: The tensors.
-        folder: Where to write.
+        folder: Output folder.
         max_shard_bytes: Largest shard.
-        console: Where progress goes.
+        console: Console that shows the progress.
         dtype: fp32 or bf16 for all but selection biases, whose steps bf16 does not resolve.
     """
     tensors = reader.tensors

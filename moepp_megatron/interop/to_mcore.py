@@ -1,4 +1,4 @@
-"""From a Hugging Face checkpoint to ours, tensor by tensor."""
+"""Converts a Hugging Face checkpoint to ours, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def hf_to_mcore(
         target: Folder to make; it must not exist or be empty.
         dtype: fp32 or bf16 for all weights; None keeps every tensor as it is.
         allow_pickle: Also accept pickled weights.
-        console: Where progress goes.
+        console: Console that shows the progress.
 
     Raises:
-        ConfigError: With the name of every tensor that is missing, unexpected or of a wrong shape.
+        ConfigError: If tensors are missing, unexpected or of a wrong shape; names every one.
     """
     hf = HFSource(source, allow_pickle)
     config = config_from_hf(hf.config, source.resolve().name, dtype)
@@ -101,7 +101,7 @@ def account_for(hf: HFSource, rules: Sequence[Rule]) -> None:
     """Refuse a checkpoint that does not hold exactly what the rules read.
 
     Raises:
-        ConfigError: Naming the tensors.
+        ConfigError: If it does not; names the tensors.
     """
     tensors = hf.tensors
     wanted = {source.name: source.shape for rule in rules for source in rule.sources}
@@ -157,12 +157,12 @@ def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
 def write_objects(
     writer: CheckpointWriter, config: Config, common: Mapping[str, Any] | None = None
 ) -> None:
-    """Write what megatron-core asks of every checkpoint beside tensors.
+    """Write the objects that megatron-core requires in every checkpoint beside tensors.
 
     Args:
-        writer: Where to.
+        writer: The checkpoint's writer.
         config: The model's configuration.
-        common: What it finds that is not sharded; nothing where None.
+        common: State that is not sharded; None for none.
     """
     for module, count in linear_modules(config):
         for part in range(count):
@@ -172,10 +172,10 @@ def write_objects(
 
 
 def _check_tokenizer(hf: HFSource) -> None:
-    """Refuse a source whose tokenizer.json is none, such as a pointer that Git LFS left.
+    """Refuse a source whose tokenizer.json is invalid, such as a pointer that Git LFS left.
 
     Raises:
-        ConfigError: With a remedy.
+        ConfigError: If it is; gives a remedy.
     """
     file = hf.folder / TOKENIZER_FILE
     if file.is_file():

@@ -1,4 +1,4 @@
-"""From a checkpoint of ours to one that Megatron-LM's own training loop loads with `--load`.
+"""Converts a checkpoint of ours to one that Megatron-LM's own loop loads with `--load`.
 
 It is what Megatron calls a release: weights alone, from which a run starts at iteration 0. The loop
 is told the model by its command line, so the arguments that describe it are written beside.
@@ -31,7 +31,7 @@ _BALANCE_TYPES = {
 
 
 def to_megatron_lm(source: Path, target: Path) -> str:
-    """Make a `--load` folder of Megatron-LM of a checkpoint of ours.
+    """Make a `--load` folder of Megatron-LM from a checkpoint of ours.
 
     Args:
         source: A checkpoint's folder, or a run's, which means its newest.
@@ -42,8 +42,8 @@ def to_megatron_lm(source: Path, target: Path) -> str:
         Megatron's arguments of the model.
 
     Raises:
-        ConfigError: For a model that Megatron-LM's loop cannot build, a checkpoint that cannot be
-            read or lacks a tensor, or a folder that cannot be written.
+        ConfigError: If Megatron-LM's loop cannot build the model, the checkpoint cannot be read or
+            lacks a tensor, or the folder cannot be written.
     """
     folder = find_checkpoint(source)
     config = load_config(folder / CONFIG_FILE)
@@ -73,7 +73,7 @@ def megatron_arguments(config: Config) -> list[str]:
     """The arguments of Megatron-LM's command line that describe a model.
 
     Raises:
-        ConfigError: For a model that they cannot describe.
+        ConfigError: If they cannot describe the model.
     """
     _refuse_unsupported(config)
     return [word for option in _options(config) for word in option]

@@ -1,4 +1,4 @@
-"""Checkpoints of other models become MoE++ models that compute the same.
+"""Turns checkpoints of other models into MoE++ models that compute the same.
 
 Carried over: attention, norms, embeddings, FFN experts (or the one dense FFN, copied into every
 expert: megatron-core's upcycling without its scaling, which renormalised gates do not need), shared
@@ -71,16 +71,16 @@ def upcycle(
     Args:
         source: Its folder, in Hugging Face format.
         target: Folder to make; it must not exist or be empty.
-        additions: What to add; the paper's experts where None.
+        additions: What to add; None adds the paper's experts.
         dtype: fp32 or bf16 for all weights; None keeps every tensor as it is.
         allow_pickle: Also accept pickled weights.
-        console: Where progress goes.
+        console: Console that shows the progress.
 
     Returns:
         The configuration of the new model.
 
     Raises:
-        ConfigError: For a model whose function cannot be kept, or a damaged checkpoint.
+        ConfigError: If the model's function cannot be kept, or the checkpoint is damaged.
     """
     additions = additions or Additions()
     hf = HFSource(source, allow_pickle)
@@ -97,7 +97,7 @@ def upcycled_config(
     """The configuration of the MoE++ model that a checkpoint becomes.
 
     Raises:
-        ConfigError: For a model whose function cannot be kept.
+        ConfigError: If the model's function cannot be kept.
     """
     kind = source_kind(hf)
     moe = {
@@ -122,7 +122,7 @@ def upcycled_config(
 
 
 def _refuse_one_expert(is_dense: bool) -> None:
-    """Say so by the name that the user gave, not by a setting of ours that upcycling fixes."""
+    """Refuse one expert per token by the user's name of the setting, not by one of ours."""
     what, remedy = "config.json: num_experts_per_tok (1)", "such a checkpoint cannot be upcycled"
     if is_dense:
         what, remedy = "--topk (1)", "use --topk 2"
@@ -133,7 +133,7 @@ def _refuse_one_expert(is_dense: bool) -> None:
 
 
 def least_gate(config: Config) -> float:
-    """What of an FFN expert's gate is left at least: 1, or less where gates are raw scores.
+    """The least factor on an FFN expert's gate: 1, or less if gates are raw scores.
 
     Those are exponentials over their sum, to which each new expert adds at most exp(NOISE) times
     the mean of the FFN experts'.
@@ -157,7 +157,7 @@ def _refuse_shrinking_gates(config: Config) -> None:
 
 
 def upcycling_rules(config: Config, hf: Mapping[str, Any], seed: int) -> Iterator[Rule]:
-    """How every tensor of the MoE++ model comes from the source, or from nothing."""
+    """The rule for every tensor of the MoE++ model: from the source, or newly created."""
     kind = source_kind(hf)
     pattern = config.moe.moe_layer_pattern(config.model.num_layers)
     yield from decoder_rules(config)

@@ -1,4 +1,4 @@
-"""What an upcycled model has and its source has not: router rows, biases, constant experts.
+"""The new parameters of an upcycled model: router rows, biases, constant experts.
 
 New router rows are the mean w of the FFN rows plus small noise. The selection bias then keeps every
 new expert unselected, for any token:
@@ -35,12 +35,12 @@ def router_rules(
     """Router rows, and the selection bias that they need.
 
     Args:
-        config: Of the new model.
-        ours: What our names begin with.
-        theirs: What the source's names of this layer begin with.
-        gate: The source's router, or None: it has one FFN and no router.
+        config: Configuration of the new model.
+        ours: Beginning of our names.
+        theirs: Beginning of the source's names of this layer.
+        gate: Name of the source's router; None for a dense source.
         bias: The source's own selection bias, or None.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
     moe, width = config.moe, config.model.hidden_size
     sources = [HFTensor(theirs + "post_attention_layernorm.weight", (width,))]

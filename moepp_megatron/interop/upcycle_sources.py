@@ -1,4 +1,4 @@
-"""The kinds of models that can be upcycled: what they are called, what they hold and where."""
+"""The kinds of models that can be upcycled, with the names of their tensors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def source_kind(hf: Mapping[str, Any]) -> SourceKind:
     """The kind of a checkpoint.
 
     Raises:
-        ConfigError: It is another one, or has attention that is not full.
+        ConfigError: If it is another kind, or its attention is not full.
     """
     name = hf.get("model_type")
     if name not in KINDS:
@@ -86,7 +86,7 @@ def extra_tensors(hf: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 
 
 def expert_rules(kind: SourceKind, config: Config, ours: str, theirs: str) -> Iterator[Rule]:
-    """FFN experts of a layer; the one FFN of a dense model is copied into each."""
+    """Rules of a layer's FFN experts; the one FFN of a dense model is copied into each."""
     width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
     count = config.moe.num_ffn_experts
     gate, up, down = kind.projections

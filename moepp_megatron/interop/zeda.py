@@ -35,7 +35,7 @@ def zeda_hf_config(config: Config) -> dict[str, Any]:
     """A Qwen3-MoE `config.json` with ZEDA's fields for zero experts.
 
     Raises:
-        ConfigError: For a model that Qwen3-MoE with zero experts cannot express.
+        ConfigError: If Qwen3-MoE with zero experts cannot express the model.
     """
     _refuse(config)
     model, moe = config.model, config.moe

@@ -1,4 +1,4 @@
-"""What a run records: the metrics of every logged step and where they go."""
+"""The records of a run: the metrics of every logged step, and their sinks."""
 
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics

@@ -26,12 +26,12 @@ def open_alert_sinks(
     start_over: bool = False,
     webhook_url_env: str | None = None,
 ) -> AlertSinks:
-    """``RUN/alerts.jsonl``, a line on the console, and the webhook where one is asked for.
+    """``RUN/alerts.jsonl``, a line on the console, and the webhook if one is set.
 
     Args:
         run_dir: The run's folder, which exists.
-        run_name: ``run.name``, told to the webhook.
-        say: Prints a line.
+        run_name: ``run.name``, sent to the webhook.
+        say: Function that prints a line.
         start_over: Whether the run begins at its first step; else earlier alerts are kept.
         webhook_url_env: ``observe.webhook_url_env``.
     """

@@ -1,4 +1,4 @@
-"""What a run tells people: the record of one alert, ``RUN/alerts.jsonl``, and what takes alerts."""
+"""Alerts of a run: the record of one alert, ``RUN/alerts.jsonl``, and alert sinks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Alert(BaseModel):
 
     Attributes:
         step: Optimizer steps done when it was raised.
-        time: When, seconds since 1970 (UTC).
+        time: Time of the alert, seconds since 1970 (UTC).
         rule: Name of the rule that raised it, such as ``dead_expert``.
         metric: The metric that the rule looks at.
         value: Its value; NaN is written as null.
-        condition: What the rule asks, such as ``< 0.2 for 50 steps``.
+        condition: Condition of the rule, such as ``< 0.2 for 50 steps``.
         severity: ``info`` (also: back to normal), ``warning`` or ``critical``.
-        action: What was done about it, such as ``warn`` or ``safe_mode``.
+        action: The action taken, such as ``warn`` or ``safe_mode``.
         layer: Number of the transformer layer from 1, for a metric of one layer.
     """
 
@@ -52,7 +52,7 @@ class Alert(BaseModel):
         return self.model_dump_json(exclude_none=True) + "\n"
 
     def text(self) -> str:
-        """One line for people."""
+        """The alert as one line of text."""
         where = "" if self.layer is None else f" of layer {self.layer}"
         return (
             f"{self.severity} at step {self.step}: {self.rule}: {self.metric}{where} is "
@@ -61,10 +61,10 @@ class Alert(BaseModel):
 
 
 class AlertSink(Protocol):
-    """Takes alerts. One rank of a run owns the sinks."""
+    """Receives alerts. One rank of a run owns the sinks."""
 
     def send(self, alert: Alert) -> None:
-        """Takes one alert; returns at once."""
+        """Receive one alert; returns at once."""
 
     def close(self) -> None:
         """Ends the sink; nothing is sent after it."""
@@ -73,15 +73,15 @@ class AlertSink(Protocol):
 class AlertFile:
     """Appends each alert to ``RUN/alerts.jsonl`` as one line.
 
-    The file tells what happened, in the order of time: a resumed or rolled back run keeps the
-    alerts of steps that are taken again.
+    The file is in the order of time: a resumed or rolled back run keeps the alerts of steps that
+    are repeated.
 
     Args:
         path: The file; its folder exists.
         start_over: Begin an empty file, for a run that begins at its first step.
 
     Raises:
-        OSError: The file cannot be opened.
+        OSError: If the file cannot be opened.
     """
 
     def __init__(self, path: Path, start_over: bool = False) -> None:
@@ -91,7 +91,7 @@ class AlertFile:
         self._repair()
 
     def _repair(self) -> None:
-        """A killed run may have left half a line, which the next one must not be glued to."""
+        """End an unfinished line of a killed run, so that the next one starts on its own line."""
         content = self._path.read_bytes()
         if not content.endswith(b"\n"):
             os.ftruncate(self._fd, content.rfind(b"\n") + 1)
@@ -100,7 +100,7 @@ class AlertFile:
         """Appends the alert.
 
         Raises:
-            OSError: The disk is full or gone.
+            OSError: If the disk is full or gone.
         """
         append_line(self._fd, self._path, alert.to_json_line().encode())
 
@@ -112,25 +112,25 @@ class AlertFile:
 
 
 class AlertLines:
-    """Says each alert as one line.
+    """Prints each alert as one line.
 
     Args:
-        say: Prints a line, such as ``ConsoleSink.message``.
+        say: Function that prints a line, such as ``ConsoleSink.message``.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
 
     def send(self, alert: Alert) -> None:
-        """Says the alert."""
+        """Print the alert."""
         self._say(alert.text())
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Close nothing: there are no resources."""
 
 
 class AlertSinks:
-    """Hands each alert to every sink. One that fails says so and is asked again next time.
+    """Passes each alert to every sink. A failure is printed; the sink is tried again next time.
 
     Args:
         sinks: Open sinks, which it closes.
@@ -140,7 +140,7 @@ class AlertSinks:
         self._sinks = list(sinks)
 
     def send(self, alert: Alert) -> None:
-        """Hands the alert on; nothing is raised, since telling must not end a training run."""
+        """Pass the alert on; nothing is raised, since an alert must not end a training run."""
         for sink in self._sinks:
             try:
                 sink.send(alert)
@@ -162,7 +162,7 @@ class AlertSinks:
 
 
 def parse_alert(line: bytes) -> Alert | None:
-    """The alert of one line; None for a line that is none."""
+    """The alert of one line; None if the line is not an alert."""
     try:
         return Alert.model_validate_json(line)
     except ValidationError:
@@ -172,10 +172,10 @@ def parse_alert(line: bytes) -> Alert | None:
 def read_alerts(path: Path) -> list[Alert]:
     """The alerts of a run in the order of time; none where there is no file.
 
-    Lines that are no alerts are left out: they are of a version that says more, or half written.
+    Lines that are not alerts are left out: they are from a newer version, or unfinished.
 
     Raises:
-        OSError: The file is there and cannot be read.
+        OSError: If the file exists and cannot be read.
     """
     try:
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""What a person sees of a running training: a live bar, or plain lines in a log."""
+"""Shows a running training: a live bar on a terminal, or plain lines in a log."""
 
 import statistics
 from collections import deque
@@ -21,7 +21,7 @@ class ConsoleSink:
         Args:
             total_steps: Steps of the whole run.
             phi: FFN share under perfect balance, shown beside the measured one.
-            console: Where to print; None for standard output.
+            console: Console to print on; None for standard output.
         """
         self._total_steps = total_steps
         self._phi = phi
@@ -55,14 +55,14 @@ class ConsoleSink:
         self._started = True
 
     def go_back(self, step: int) -> None:
-        """The alert of the rollback has been printed; nothing is taken back."""
+        """Do nothing: the alert of the rollback has been printed, and lines cannot be removed."""
 
     def message(self, text: str) -> None:
         """Prints a line; on a terminal it goes above the bar."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Leaves the bar as it is and gives the terminal back."""
+        """Leave the bar as it is and release the terminal."""
         if self._progress is not None:
             self._progress.stop()
 

@@ -1,4 +1,4 @@
-"""``RUN/metrics.jsonl``: the records of a run, whole lines of steps that count."""
+"""``RUN/metrics.jsonl``: the records of a run's steps, without undone ones, in whole lines."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class JsonlSink:
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         """Opens the sink.
 
-        A file with lines that are no records is kept as it was under another name, and the
-        records that can be read are kept in the file.
+        A file with lines that are not records is copied under another name, and the readable
+        records are kept in the file.
 
         Args:
             path: The file; its folder is made if needed.
@@ -34,7 +34,7 @@ class JsonlSink:
                 last line is dropped either way.
 
         Raises:
-            OSError: The file cannot be opened or rewritten.
+            OSError: If the file cannot be opened or rewritten.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,18 +67,18 @@ class JsonlSink:
         """Appends the record.
 
         Raises:
-            OSError: The disk is full or gone; the file then still ends with a complete line.
+            OSError: If the disk is full or gone; the file then still ends with a complete line.
         """
         append_line(self._fd, self.path, record.to_json_line().encode())
 
     def go_back(self, step: int) -> None:
         """Moves the records of steps after ``step`` to ``metrics.undone.jsonl``.
 
-        So every reader of the file sees the steps that the model has been trained with, and what
-        made the run go back can still be looked at.
+        So every reader of the file sees the steps that the model has been trained with, and the
+        records before the rollback remain available.
 
         Raises:
-            OSError: The disk is full or gone; the records are then still in the file.
+            OSError: If the disk is full or gone; the records are then still in the file.
         """
         content = self.path.read_bytes()
         end = _end_of(content, step)
@@ -102,7 +102,7 @@ class JsonlSink:
 
 
 def _end_of(content: bytes, step: int) -> int:
-    """Where the records up to ``step`` end; behind it are none but later ones."""
+    """The offset at which the records up to ``step`` end; only later ones follow."""
     end = len(content)
     while end > 0:
         start = content.rfind(b"\n", 0, end - 1) + 1
@@ -116,6 +116,6 @@ def _end_of(content: bytes, step: int) -> int:
 
 
 def _free_name(path: Path) -> Path:
-    """A name for the damaged file that no earlier one has."""
+    """An unused name for the damaged file."""
     names = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
     return next(name for name in names if not name.exists())

@@ -8,7 +8,7 @@ from moepp_megatron.catalogue import Record
 
 
 class MetricsError(ValueError):
-    """A ``metrics.jsonl`` that is missing, empty or damaged; the message is one line."""
+    """A ``metrics.jsonl`` is missing, empty or damaged; the message is one line."""
 
 
 class StepMetrics(Record):
@@ -26,7 +26,7 @@ class StepMetrics(Record):
 def read_metrics(path: Path) -> list[StepMetrics]:
     """Reads a run's ``metrics.jsonl``.
 
-    A last line that a killed run left unfinished is ignored. Where steps were run again after a
+    A last line that a killed run left unfinished is ignored. If steps were repeated after a
     restart, the later records count.
 
     Args:
@@ -59,7 +59,7 @@ def parse_metrics(content: bytes, source: str) -> list[StepMetrics]:
 
     Args:
         content: The file's bytes, possibly none.
-        source: What to call the file in errors.
+        source: Name of the file in errors.
 
     Raises:
         MetricsError: A line other than an unfinished last one is not a record.
@@ -71,7 +71,7 @@ def parse_metrics(content: bytes, source: str) -> list[StepMetrics]:
 
 
 def scan_metrics(content: bytes) -> tuple[list[StepMetrics], dict[int, str]]:
-    """The records of a ``metrics.jsonl``, and what is wrong with the lines that are none.
+    """The records of a ``metrics.jsonl``, and the errors of invalid lines.
 
     Args:
         content: The file's bytes, possibly none.

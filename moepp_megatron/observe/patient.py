@@ -1,4 +1,4 @@
-"""Records outlive a full disk: what cannot be written is kept and tried again."""
+"""Keeps records that a full disk refuses, and writes them later."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 class PatientSink:
-    """Hands records to a sink on a disk, in order, none left out while the process lives.
+    """Passes records to a sink on a disk, in order, without loss while the process lives.
 
     A full disk must not end a training run that could go on; at the end of the run it must not
     pass unnoticed either.
 
     Args:
-        sink: Raises OSError for what it could not write, and is then as before.
+        sink: The sink; it raises OSError for a record that it could not write, and is then
+            unchanged.
     """
 
     def __init__(self, sink: Sink) -> None:
@@ -28,18 +29,18 @@ class PatientSink:
         self._waiting: deque[Callable[[], None]] = deque()
 
     def write(self, record: StepMetrics) -> None:
-        """Takes one record; says so, every time, when records have to wait."""
+        """Write one record; prints a message each time that records have to wait."""
         self._take(functools.partial(self._sink.write, record), record.step)
 
     def go_back(self, step: int) -> None:
-        """Takes note that the run went back; what waits is written before it."""
+        """Note that the run went back; waiting records are written before that."""
         self._take(functools.partial(self._sink.go_back, step), step)
 
     def close(self) -> None:
-        """Hands over what waits and closes the sink.
+        """Write waiting records and close the sink.
 
         Raises:
-            OSError: The disk still fails; the records that waited are lost.
+            OSError: If the disk still fails; the waiting records are lost.
         """
         try:
             self._hand_over()

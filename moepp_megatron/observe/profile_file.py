@@ -20,13 +20,13 @@ _FORMAT = "moepp routing profile 1"
 
 @dataclass(frozen=True, eq=False)
 class StoredProfile:
-    """What the file holds.
+    """The content of the file.
 
     Attributes:
         profile: Counts of the windows that make the reference.
         token_classes: One digit for each token id, its class by frequency, 0 for the most frequent;
-            empty where layers do not know their tokens.
-        noise: How windows of the same data differ from this profile.
+            empty if layers do not know their tokens.
+        noise: Differences of windows of the same data from this profile.
     """
 
     profile: RoutingProfile
@@ -37,7 +37,7 @@ class StoredProfile:
         """Write `folder/routing_profile.json`, in one step.
 
         Raises:
-            OSError: The folder is missing, full or not writable.
+            OSError: If the folder is missing, full or not writable.
         """
         values = {
             "format": _FORMAT,
@@ -55,11 +55,11 @@ class StoredProfile:
 
         Args:
             path: The file.
-            settings: Says how much of the noise is kept.
+            settings: Gives the amount of noise to keep.
             name: The setting that names it, for messages.
 
         Raises:
-            ConfigError: It is not there, or not such a file.
+            ConfigError: If it does not exist, or is not such a file.
         """
         remedy = f"use {PROFILE_FILE} of a run with the routing guard"
         try:

@@ -1,4 +1,4 @@
-"""How much the routing profiles of windows of the same data differ, and when one differs by more.
+"""Learns how much routing profiles of the same data differ, and judges larger differences.
 
 Windows of one text differ far more than independent tokens would, and in some directions more than
 in others: a style of writing moves many experts together, and training pushes them one way. So a
@@ -29,7 +29,7 @@ _DECIMALS = 6
 
 
 class ProfileNoise:
-    """Differences of windows that are as usual, and their distances.
+    """Differences of windows without a shift, and their distances.
 
     The distance of a difference x of d numbers is the squared Mahalanobis distance with a ridge,
     `x' (R'R / n + v I)^-1 x / d`, of the n differences R before it, with their mean variance v, or
@@ -41,7 +41,7 @@ class ProfileNoise:
     deviation of a normal distribution, which a few outliers hardly change.
 
     Args:
-        settings: Of the configuration: `memory`, `warmup` and `threshold`.
+        settings: Settings `memory`, `warmup` and `threshold` of the configuration.
     """
 
     def __init__(self, settings: ShiftSection) -> None:
@@ -63,7 +63,7 @@ class ProfileNoise:
         return math.log(max(float(distance) / ridge / len(difference), 1e-12))
 
     def over_limit(self, log_distance: float) -> float | None:
-        """The distance over the limit, above 1 is beyond it; None before `warmup` distances."""
+        """The distance divided by the limit; above 1 is a shift. None before `warmup` distances."""
         if not self._is_warm():
             return None
         median, spread = self._usual()
@@ -94,7 +94,7 @@ class ProfileNoise:
         return median, max(deviation, _LEAST_SPREAD)
 
     def as_json(self) -> dict[str, Any]:
-        """For `from_json`."""
+        """The noise as JSON, for `from_json`."""
         return {
             "differences": [difference.tolist() for difference in self._differences],
             "log_distances": list(self._log_distances),
@@ -105,12 +105,13 @@ class ProfileNoise:
         """Undo `as_json`.
 
         Args:
-            values: From `as_json`.
-            settings: Same as in the constructor; of more than `memory`, the newest are kept.
-            size: Of each difference.
+            values: Result of `as_json`.
+            settings: Same as in the constructor; if there are more than `memory`, the newest are
+                kept.
+            size: Size of each difference.
 
         Raises:
-            ValueError: It is not what `as_json` makes.
+            ValueError: If it is not a result of `as_json`.
         """
         noise = cls(settings)
         try:

@@ -1,6 +1,6 @@
-"""The routing profile: how much each expert is used, and how many FFN experts which tokens take.
+"""The routing profile: the use of each expert, and FFN experts by kind of token.
 
-Counts, so profiles add up: over steps to those of a window, over windows to that of a reference.
+A profile holds counts, so profiles add up: those of steps to a window's, of windows to a reference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class RoutingProfile:
-    """What the routers of all MoE layers wanted for some tokens.
+    """The selections of all MoE layers' routers for some tokens.
 
     Attributes:
         experts: [L, E] int64 selections of each expert in each MoE layer.
@@ -33,7 +33,7 @@ class RoutingProfile:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Those of `experts` and `cells`; profiles of other shapes do not compare."""
+        """Shapes of `experts` and `cells`; profiles of other shapes cannot be compared."""
         return self.experts.shape, self.cells.shape
 
     @property
@@ -47,7 +47,7 @@ class RoutingProfile:
         return _ratio(self.experts, self.experts.sum(axis=1, keepdims=True))
 
     def ffn_per_token(self) -> NDArray[np.float64]:
-        """[L, C] FFN experts that a token of each cell takes; 0 in a cell without tokens."""
+        """[L, C] FFN experts per token in each cell; 0 in a cell without tokens."""
         return _ratio(self.cells[..., 0], self.cells[..., 1])
 
     def selections_by_cell(self) -> NDArray[np.float64]:
@@ -57,7 +57,7 @@ class RoutingProfile:
         return topk * tokens
 
     def as_json(self) -> dict[str, Any]:
-        """For `from_json`."""
+        """The profile as JSON, for `from_json`."""
         return {"experts": self.experts.tolist(), "cells": self.cells.tolist()}
 
     @classmethod
@@ -65,7 +65,7 @@ class RoutingProfile:
         """Undo `as_json`.
 
         Raises:
-            ValueError: It is not what `as_json` makes: which part, and what is wrong with it.
+            ValueError: If it is not a result of `as_json`; names the part and the error.
         """
         if not isinstance(values, dict):
             raise ValueError("it is no object with experts and cells")
@@ -80,22 +80,22 @@ class RoutingProfile:
 
 
 def difference(profile: RoutingProfile, reference: RoutingProfile) -> NDArray[np.float64]:
-    """What is different in two profiles, each in units of what chance does to it.
+    """Differences of two profiles, in units of their standard deviation by chance.
 
-    Of each layer the square roots of the experts' shares, and the angles `arcsin sqrt f` of the
+    For each layer: the square roots of the experts' shares, and the angles `arcsin sqrt f` of the
     share f of FFN experts in each cell's selections. These are the coordinates in which the sum of
     squares is twice the squared Hellinger distance (for angles, where it is small), and in which
     the standard deviation of a sample of n is `1 / (2 sqrt n)` whatever the shares are; so that the
     difference of two samples of n and m independent selections, divided by
     `sqrt(1/n + 1/m) / 2`, has the standard deviation 1 (a little less: shares add up to 1).
-    A cell that is empty in one of the profiles says nothing. Real tokens come in texts and are not
+    A cell that is empty in one of the profiles gives 0. Real tokens come in texts and are not
     independent; their differences are larger, but as large for windows of other sizes.
 
     Returns:
         [L (E + C)] float64, layer by layer.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: If the shapes differ.
     """
     if profile.shapes != reference.shapes:
         raise ValueError(f"profiles of shapes {profile.shapes} and {reference.shapes} differ")

@@ -6,10 +6,10 @@ A rule in one place (a MoE layer, or the whole model) goes through
            |           ^          |
            ok          +----------+
 
-`pending` while it holds, but not yet for long enough; `clearing` while it is healthy again, but not
-yet for long enough: the action goes on. Between the limit and the way back lies a band in which
-nothing changes (hysteresis). Nothing here has a source of chance or time: the same numbers give the
-same decisions.
+It is `pending` while it holds, but not yet for long enough, and `clearing` while it is healthy
+again, but not yet for long enough: the action continues. Between the limit and the clear value
+nothing changes (hysteresis). Decisions use neither random numbers nor clocks: the same numbers give
+the same decisions.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Values = Mapping[str, float | Sequence[float]]
 
 @dataclass
 class _Place:
-    """Where one rule stands in one place.
+    """The state of one rule in one place.
 
     Attributes:
-        phase: See above.
-        since: When the phase began.
-        ended: When the last action ended; None before one.
-        action: What is being done; `warn` where the rule has used up its actions.
+        phase: The phase, see above.
+        since: Step at which the phase began.
+        ended: Step at which the last action ended; None before one.
+        action: The present action; `warn` if the rule has used up its actions.
     """
 
     phase: Phase = "ok"
@@ -53,9 +53,9 @@ class Event:
         rule: The rule.
         layer: Global number of the MoE layer, or `WHOLE_MODEL`.
         begins: Whether it begins.
-        action: The action; `warn` in place of the rule's where that is used up.
+        action: The action; `warn` replaces the rule's action if that is used up.
         value: The metric's value.
-        held_for: Steps that the rule has held, at a beginning; been healthy, at an end.
+        held_for: Steps that the rule has held (at a beginning) or been healthy (at an end).
         is_used_up: Whether the rule has been granted its last action before.
     """
 
@@ -74,8 +74,8 @@ class RuleJudge:
     Args:
         rules: Complete rules, their names all different.
         layer_numbers: Global numbers of the MoE layers, in the order of the metrics' lists.
-        state: Of an earlier `state()`, to go on from there. What it says about rules or layers that
-            are not here any more is left out.
+        state: Result of an earlier `state()`, to continue from it. Rules and layers that do not
+            exist any more are ignored.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class RuleJudge:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: plain numbers and names, nothing that later steps change."""
+        """The state for a checkpoint: plain numbers and names, which later steps do not change."""
         return {
             "clock": self._clock,
             "firings": dict(self._firings),
@@ -109,13 +109,13 @@ class RuleJudge:
         }
 
     def judge(self, values: Values) -> list[Event]:
-        """One step's numbers.
+        """Judge one step's numbers.
 
         Args:
-            values: By metric. One that is missing, or NaN, was not measured and changes nothing.
+            values: Values by metric. A missing value or NaN was not measured and changes nothing.
 
         Returns:
-            What begins or ends, in the order of the rules and layers.
+            The beginnings and ends, in the order of the rules and layers.
         """
         self._clock += 1
         events: list[Event] = []
@@ -142,10 +142,10 @@ class RuleJudge:
         }
 
     def forget(self) -> list[Event]:
-        """After going back to a checkpoint: nothing holds; what was done and when is kept.
+        """Reset all rules after a rollback; counts and times of past actions are kept.
 
         Returns:
-            The actions that end by it; their value is NaN, for nothing has been measured.
+            The actions that end by this; their value is NaN, because nothing has been measured.
         """
         rules = {rule.name: rule for rule in self.rules}
         ended = []

@@ -1,4 +1,4 @@
-"""Says when the data has shifted, from how far the routing profile is from its reference."""
+"""Detects shifts of the data by the distance of the routing profile from its reference."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class ShiftMonitor:
     """Judges one window's routing profile after the other.
 
     The reference is `settings.span` windows without a shift, followed by `settings.lag` newer ones
-    that are not yet in it. From `settings.fixed_after` on, or where one is given, it stays; then a
-    shift is told for as long as it lasts. A reference that follows is given up for the newest
-    windows once `span + lag` windows in a row are shifted: from then on these are what is usual.
+    that are not yet in it. From `settings.fixed_after` on, or if one is given, it is fixed; then a
+    shift is reported for as long as it lasts. A reference that is not fixed is replaced by the
+    newest windows once `span + lag` windows in a row are shifted.
 
-    How far is too far depends on the texts, the model and the window. `ProfileNoise` learns it from
-    the windows without a shift. A change that training makes over many windows is part of what it
-    learns; one of the data comes in one window.
+    The limit depends on the texts, the model and the window. `ProfileNoise` learns it from
+    the windows without a shift. It includes changes that training makes over many windows; a change
+    of the data comes in one window.
 
     Args:
-        settings: Of the configuration.
+        settings: Settings of the configuration.
         reference: A profile to compare with from the first window on; None makes one of the
             windows.
-        noise: What to begin with, of whoever made `reference`.
+        noise: Initial noise, from the run of `reference`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ShiftMonitor:
 
     @property
     def reference(self) -> RoutingProfile | None:
-        """What the next window is compared with; None before there is anything."""
+        """The reference of the next window; None before there is one."""
         if self._fixed is not None:
             return self._fixed
         # With too few windows the newest are better than nothing.
@@ -59,9 +59,9 @@ class ShiftMonitor:
 
     @property
     def noise(self) -> ProfileNoise:
-        """How windows without a shift differ from `newest`.
+        """Differences of windows without a shift from `newest`.
 
-        Nothing of it is known while the reference stays: they are compared with that.
+        It is unknown while the reference is fixed, because windows are compared with that.
         """
         return self._noise if self._fixed is None else ProfileNoise(self._settings)
 
@@ -69,11 +69,11 @@ class ShiftMonitor:
         """Judge a window and learn from it.
 
         Args:
-            profile: Of all ranks; of the same shapes in every window.
+            profile: Profile over all ranks, with the same shapes in every window.
 
         Returns:
             The distance over its limit: above 1 is a shift. None while fewer than `settings.warmup`
-            distances tell what is usual.
+            distances are known.
         """
         self._num_windows += 1
         reference = self.reference
@@ -91,7 +91,7 @@ class ShiftMonitor:
         return value
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON; what comes after `load_state_dict` is the same to the bit."""
+        """The state for a checkpoint, as JSON; `load_state_dict` restores it bit for bit."""
         is_own = self._fixed is not None and self._fixed is not self._given
         return {
             "usual": [profile.as_json() for profile in self._usual],
@@ -105,7 +105,7 @@ class ShiftMonitor:
         """Go on from `state_dict`; a reference that was given to this monitor stays.
 
         Raises:
-            ValueError: A profile in it is none.
+            ValueError: If a profile in it is invalid.
         """
         self._usual = [RoutingProfile.from_json(values) for values in state["usual"]]
         self._shifted = [RoutingProfile.from_json(values) for values in state["shifted"]]
@@ -118,7 +118,7 @@ class ShiftMonitor:
         self._num_windows = state["num_windows"]
 
     def _keep(self, profile: RoutingProfile) -> None:
-        """A window that is as usual."""
+        """Add a window without a shift to the reference and the noise."""
         settings = self._settings
         self._shifted = []
         self._usual = [*self._usual, profile][-(settings.span + settings.lag) :]
@@ -128,7 +128,7 @@ class ShiftMonitor:
             self._fixed = self.newest
 
     def _suspect(self, profile: RoutingProfile) -> None:
-        """A window that is not as usual: neither the reference nor the noise is to know it."""
+        """Note a window with a shift, which neither the reference nor the noise uses."""
         if self._fixed is not None:
             return
         self._shifted = [*self._shifted, profile]

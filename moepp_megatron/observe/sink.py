@@ -1,4 +1,4 @@
-"""What takes records."""
+"""The interface of sinks for records."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from moepp_megatron.observe.metrics import StepMetrics
 
 
 class Sink(Protocol):
-    """Takes the record of every logged step. One rank of a run owns the sinks."""
+    """Receives the record of every logged step. One rank of a run owns the sinks."""
 
     def write(self, record: StepMetrics) -> None:
-        """Takes one record."""
+        """Receive one record."""
 
     def go_back(self, step: int) -> None:
-        """The run has gone back to the state after `step`: records of later steps do not count."""
+        """Note that the run went back to the state after `step`: later records do not count."""
 
     def close(self) -> None:
         """Ends the sink; nothing is written after it."""

@@ -1,4 +1,4 @@
-"""Where records go: all sinks of a run, and the fan-out that protects training."""
+"""All sinks of a run, and the fan-out that protects training from their failures."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,7 @@ class Sinks:
         Args:
             required: Sinks whose failure must stop the run, since the record would be lost.
             optional: Sinks that are a convenience.
-            say: Prints a line between the records that are shown.
+            say: Function that prints a line between the records that are shown.
         """
         self._required = list(required)
         self._optional = list(optional)
@@ -54,15 +54,15 @@ class Sinks:
         """Hands the record to every sink, required ones first.
 
         Raises:
-            Exception: Whatever a required sink raises.
+            Exception: Any exception of a required sink.
         """
         self._hand_out(lambda sink: sink.write(record), record.step)
 
     def go_back(self, step: int) -> None:
-        """Tells every sink that the run is where it was after ``step``.
+        """Tell every sink that the run went back to the state after ``step``.
 
         Raises:
-            Exception: Whatever a required sink raises.
+            Exception: Any exception of a required sink.
         """
         self._hand_out(lambda sink: sink.go_back(step), step)
 
@@ -98,7 +98,7 @@ class Sinks:
 
 @dataclass(frozen=True)
 class WandbRun:
-    """What a run at W&B is opened with.
+    """Arguments with which a run at W&B is opened.
 
     Attributes:
         settings: ``observe.wandb``, with a project.
@@ -116,9 +116,9 @@ class SinkSettings:
     """What sinks are opened with.
 
     Attributes:
-        run_dir: The run's folder.
+            run_dir: The run's folder.
         experts: Counts of the run's MoE layers.
-        phi: The FFN share that is wanted; the console shows it.
+        phi: Target of the FFN share, which the console shows.
         total_steps: ``training.train_iters``.
         resume_step: The first step that will be written; see ``JsonlSink``.
         wandb: The run at W&B; None for none.

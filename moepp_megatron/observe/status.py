@@ -1,4 +1,4 @@
-"""``RUN/status.json``: which processes train, whether they have ended in order, how to go on.
+"""``RUN/status.json``: the processes that train, whether they have ended, how to continue.
 
 Whoever starts a run claims its folder with this file before anything else is written there
 (`training.occupancy`). The process that writes the records then puts itself in, beside the launcher
@@ -33,7 +33,7 @@ class ProcessId(BaseModel):
 
     Attributes:
         pid: Its number.
-        started: When it began, seconds since 1970: a pid may be given out again.
+        started: Its start time, seconds since 1970, because a pid may be reused.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -60,20 +60,20 @@ class ProcessId(BaseModel):
 
 
 class RunStatus(BaseModel):
-    """What the processes of a run say of themselves.
+    """The report of a run's processes about themselves.
 
     Attributes:
         state: ``running``, or ``ended`` where training came to its end or stopped on request.
         host: Name of their machine.
-        pid: The process that writes the records; before it is there, the launcher.
+        pid: The process that writes the records; before it exists, the launcher.
         started: When that process began, seconds since 1970.
         time: When this was written.
         launcher: The launcher that has claimed the folder and starts ranks anew; None for none.
-        start: Names this start of the run for all of its ranks; None where ranks need none.
-        restarted: Whether that start goes on with what the same job or launcher has begun.
+        start: Name of this start of the run for all its ranks; None if ranks need none.
+        restarted: Whether that start continues what the same job or launcher has begun.
         job: Number of the Slurm job; None outside of one.
-        go_on: The command that goes on with the run, for a shell; None where nobody knows.
-        folder: Where it works.
+        go_on: The shell command that continues the run; None if unknown.
+        folder: Working directory of that command.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -94,7 +94,7 @@ class RunStatus(BaseModel):
     def own(
         cls, start: str | None = None, restarted: bool = False, go_on: str | None = None
     ) -> RunStatus:
-        """This process is about to train, or to start those that do."""
+        """The status of this process, which is about to train or to start ranks."""
         return cls(
             state="running",
             host=socket.gethostname(),
@@ -109,7 +109,7 @@ class RunStatus(BaseModel):
 
     @classmethod
     def of_rank(cls) -> RunStatus:
-        """This process trains; under a launcher that has claimed the folder, for it."""
+        """The status of this process as a training rank; keeps the claim of its launcher."""
         own, claim = cls.own(), inherited_claim()
         if claim is None:
             return own
@@ -131,7 +131,7 @@ class RunStatus(BaseModel):
         return f"cd {shlex.quote(self.folder)} && {self.go_on}"
 
     def is_gone(self) -> bool | None:
-        """Whether all of its processes exist no longer; None where this machine cannot tell."""
+        """Whether none of its processes exists any more; None if this machine cannot tell."""
         if self.host != socket.gethostname():
             return None
         answers = [ProcessId(pid=self.pid, started=self.started).is_gone()]
@@ -143,7 +143,7 @@ class RunStatus(BaseModel):
 
 
 def inherited_claim() -> RunStatus | None:
-    """What the launcher of this rank, or this process itself, has claimed the folder with."""
+    """The status with which this rank's launcher, or this process, has claimed the folder."""
     try:
         return RunStatus.model_validate_json(os.environ.get(CLAIM, ""))
     except ValidationError:
@@ -154,7 +154,7 @@ def write_status(run_dir: Path, status: RunStatus) -> None:
     """Replaces the run's status.
 
     Raises:
-        OSError: The folder cannot be written.
+        OSError: If the folder cannot be written.
     """
     write_atomic(run_dir / STATUS_FILE, status.model_dump_json().encode() + b"\n")
 
@@ -162,13 +162,13 @@ def write_status(run_dir: Path, status: RunStatus) -> None:
 class StatusSink:
     """Keeps ``RUN/status.json``: ``running`` from here on, ``ended`` once closed.
 
-    A run that fails or is killed closes nothing, and leaves a process that is gone.
+    A run that fails or is killed does not close it, and leaves the id of a process that is gone.
 
     Args:
         run_dir: The run's folder.
 
     Raises:
-        OSError: The folder cannot be written.
+        OSError: If the folder cannot be written.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -176,13 +176,13 @@ class StatusSink:
         write_status(run_dir, RunStatus.of_rank())
 
     def write(self, record: StepMetrics) -> None:
-        """A record changes nothing."""
+        """Do nothing: a record does not change the status."""
 
     def go_back(self, step: int) -> None:
-        """Going back changes nothing."""
+        """Do nothing: a rollback does not change the status."""
 
     def close(self) -> None:
-        """Says that training has ended in order."""
+        """Record that training has ended in order."""
         ended = RunStatus.of_rank().model_copy(update={"state": "ended"})
         write_status(self._run_dir, ended)
 

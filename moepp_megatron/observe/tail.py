@@ -1,4 +1,4 @@
-"""New lines of a file that another process appends to, and now and then rewrites."""
+"""Reads new lines of a file that another process appends to and sometimes rewrites."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FINGERPRINT = 256
 
 
 class NewLines(NamedTuple):
-    """What one look at the file brought.
+    """The result of one look at the file.
 
     Attributes:
-        rewritten: The file is another one than before, or was cut: ``lines`` start at its
-            beginning, and what was read before counts no longer.
+        rewritten: Whether the file was replaced or cut: ``lines`` then start at its
+            beginning, and lines read before are void.
         lines: Whole lines without their line ends.
     """
 
@@ -28,8 +28,8 @@ class NewLines(NamedTuple):
 class Tail:
     """Reads a growing file of lines, each byte once.
 
-    A line counts once it has its line end. Resuming a run replaces or cuts its files; that is
-    seen by the file's identity, its length, and the bytes before the place that was reached.
+    A line counts once it has its line end. Resuming a run replaces or cuts its files; this is
+    detected by the file's identity, its length, and the bytes before the present position.
 
     Args:
         path: The file; it may appear later, or vanish.
@@ -43,7 +43,7 @@ class Tail:
 
     @property
     def mtime(self) -> float | None:
-        """When the file was last written, seconds since 1970; None while there is none."""
+        """Time of the file's last change, seconds since 1970; None if there is no file."""
         try:
             return self._path.stat().st_mtime
         except OSError:
@@ -53,7 +53,7 @@ class Tail:
         """The lines since the last look.
 
         Raises:
-            OSError: The file is there and cannot be read.
+            OSError: If the file exists and cannot be read.
         """
         try:
             fd = os.open(self._path, os.O_RDONLY)
@@ -69,7 +69,7 @@ class Tail:
             os.close(fd)
 
     def _still_holds(self, fd: int, identity: tuple[int, int]) -> bool:
-        """Whether what was read so far is still the beginning of the file."""
+        """Whether the bytes read so far are still the beginning of the file."""
         start = self._offset - len(self._fingerprint)
         return (
             identity == self._identity
@@ -77,7 +77,7 @@ class Tail:
         )
 
     def _forget(self, identity: tuple[int, int] | None) -> bool:
-        """Starts at the beginning; returns whether anything had been read."""
+        """Start at the beginning; returns whether anything had been read."""
         had_read = self._offset > 0
         self._offset, self._identity, self._fingerprint = 0, identity, b""
         return had_read

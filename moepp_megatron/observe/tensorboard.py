@@ -1,4 +1,4 @@
-"""TensorBoard: scalars, and histograms of what a record lists."""
+"""Writes to TensorBoard: scalars, and histograms of a record's lists."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TensorBoardSink:
             moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
 
         Raises:
-            ImportError: tensorboard is not installed.
+            ImportError: If tensorboard is not installed.
         """
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -71,7 +71,7 @@ class TensorBoardSink:
         """Writes every number of the record, the shares by expert and MoE layer, histograms.
 
         Histograms are written of the first record, every tenth after it, and those with router
-        health. What a full disk refuses is missing here, and is in ``metrics.jsonl``.
+        health. Events that a full disk refuses are missing here, but not in ``metrics.jsonl``.
         """
         try:
             if self._writer is None:
@@ -83,7 +83,7 @@ class TensorBoardSink:
             logger.warning("step %d: TensorBoard misses records: %s", record.step, error)
 
     def go_back(self, step: int) -> None:
-        """Has TensorBoard hide the events of later steps."""
+        """Make TensorBoard hide the events of later steps."""
         self.close()
         self._writer = self._open(purge_step=step + 1)
 
@@ -115,7 +115,7 @@ class TensorBoardSink:
         return zip(layer_numbers(self._moe_layers, len(values)), values, strict=True)
 
     def _histograms(self, tag: str, weights: Sequence[Any], step: int) -> None:
-        """Writes one histogram, or one a MoE layer."""
+        """Write one histogram, or one per MoE layer."""
         if weights and isinstance(weights[0], list | tuple):
             for layer, row in self._by_layer(weights):
                 self._histogram(f"{tag}_{layer}", row, step)
@@ -123,7 +123,7 @@ class TensorBoardSink:
             self._histogram(tag, weights, step)
 
     def _histogram(self, tag: str, weights: Sequence[float], step: int) -> None:
-        """Writes a histogram of the whole numbers from 0 on; nothing where a weight is no number.
+        """Write a histogram of the whole numbers from 0 on; nothing if a weight is not finite.
 
         Args:
             tag: Its name.

@@ -1,4 +1,4 @@
-"""Weights & Biases: the records of a run in a project there, or in files to upload later."""
+"""Writes a run's records to Weights & Biases, or to files to upload later."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INIT_TIMEOUT_S = 30
 class WandbSink:
     """Logs every number of a record, and the shares by expert and MoE layer.
 
-    The package's own process sends them; who is allowed to is its own matter (``wandb login`` or
+    The package's own process sends them and handles access itself (``wandb login`` or
     ``WANDB_API_KEY``), so that no key passes through here. It gets neither console output nor
     source code.
 
@@ -34,12 +34,12 @@ class WandbSink:
         name: ``run.name``.
         config: The resolved configuration, shown beside the run.
         experts: Names the entries of ``expert_share``.
-        go_on: Whether the run goes on from a checkpoint: then the same W&B run does too.
+        go_on: Whether the run resumes from a checkpoint: then the same W&B run continues too.
         moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
 
     Raises:
-        ImportError: wandb is not installed.
-        RuntimeError: It cannot start; the message holds no key.
+        ImportError: If wandb is not installed.
+        RuntimeError: If it cannot start; the message contains no key.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class WandbSink:
         self._run.log(values)
 
     def go_back(self, step: int) -> None:
-        """W&B keeps both records of a step that is taken again; nothing can be taken back there."""
+        """Do nothing: W&B keeps both records of a repeated step, and none can be removed."""
 
     def close(self) -> None:
         """Ends the W&B run after all has been sent or written."""
@@ -120,7 +120,7 @@ def _run_id(run_dir: Path, go_on: bool) -> str:
 
 
 def _without_key(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The error in one line, without the key."""
     text = " ".join(str(error).split()) or type(error).__name__
     key = os.environ.get("WANDB_API_KEY")
     return text.replace(key, "***") if key else text

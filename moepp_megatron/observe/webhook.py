@@ -1,4 +1,4 @@
-"""Alerts sent to a web address, from a thread of their own, so that training never waits."""
+"""Sends alerts to a web address from a separate thread, so that training never waits."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class WebhookAddressError(ValueError):
-    """An address that alerts are not sent to; the message does not hold the address."""
+    """The address is refused; the message does not contain it."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect could lead off https, or hand the alert to somebody else."""
+    """Refuses redirects, which could leave https or send the alert to another host."""
 
     def redirect_request(self, *_: object) -> None:
         return None
@@ -48,7 +48,7 @@ def read_address(variable: str) -> str:
         variable: Its name (``observe.webhook_url_env``).
 
     Raises:
-        WebhookAddressError: It is not set, or holds neither an https address nor one of this
+        WebhookAddressError: If it is not set, or is neither an https address nor one of this
             machine.
     """
     address = os.environ.get(variable, "").strip()
@@ -72,13 +72,13 @@ def read_address(variable: str) -> str:
 
 
 class Webhook:
-    """Posts each alert as JSON: the fields of ``Alert``, ``run``, and ``text`` for people.
+    """Posts each alert as JSON: the fields of ``Alert``, ``run``, and ``text`` in words.
 
     Chat services that take ``{"text": ...}`` show the text. Alerts wait in a bounded queue; each
     is tried a few times. Failures are logged once until one gets through, never with the address.
 
     Args:
-        address: Where to; see ``read_address``.
+        address: The address; see ``read_address``.
         run: Name of the run.
         timeout_s: Longest wait for the service, each time that it is waited for.
         retry_s: Pause before the second attempt; doubled before each further one.
@@ -103,7 +103,7 @@ class Webhook:
         self._thread.start()
 
     def send(self, alert: Alert) -> None:
-        """Takes one alert; returns at once. With a full queue the alert is not sent."""
+        """Queue one alert; returns at once. If the queue is full, the alert is not sent."""
         self._taken += 1
         try:
             self._queue.put_nowait(alert)
@@ -111,7 +111,7 @@ class Webhook:
             self._complain("its queue is full")
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Waits for what is under way, `timeout_s` at most; says how many alerts were not sent."""
+        """Wait for pending alerts, at most `timeout_s`; print how many were not sent."""
         deadline = time.monotonic() + timeout_s
         with contextlib.suppress(queue.Full):
             # The end of the queue; a full one is worked off first.
@@ -126,7 +126,7 @@ class Webhook:
             )
 
     def _deliver(self) -> None:
-        """The thread: one alert after the other."""
+        """Run the thread: send one alert after the other."""
         while not self._stop.is_set():
             alert = self._queue.get()
             if alert is None:
@@ -158,10 +158,10 @@ class Webhook:
         self._complain(reason)
 
     def _post(self, body: bytes) -> tuple[str | None, bool]:
-        """One attempt.
+        """Make one attempt.
 
         Returns:
-            What went wrong, without the address; None if nothing. Whether to try again.
+            The error without the address, or None; and whether to try again.
         """
         headers = {"Content-Type": "application/json", "User-Agent": "moepp"}
         request = urllib.request.Request(self._address, body, headers, method="POST")
@@ -176,7 +176,7 @@ class Webhook:
             return _reason(error), True
 
     def _complain(self, reason: str) -> None:
-        """Says why an alert was not delivered, at the first of a row."""
+        """Log why an alert was not delivered, for the first failure in a row."""
         if not self._failing:
             logger.warning(
                 "webhook: an alert could not be delivered (%s); it stands in alerts.jsonl, and "
@@ -187,7 +187,7 @@ class Webhook:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong in words that cannot hold the address, which messages of errors may."""
+    """The error in words without the address, which an error's own message may contain."""
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, TimeoutError):
         return "timed out"

@@ -15,7 +15,7 @@ if int(transformers.__version__.split(".")[0]) < 5:
 
 
 class MoEPPConfig(LlamaConfig):
-    """Llama's configuration, and what the experts need.
+    """Llama's configuration with the settings of the experts.
 
     Experts are ordered FFN, constant, copy, zero.
 
@@ -34,13 +34,13 @@ class MoEPPConfig(LlamaConfig):
             expert's gate is 0, the others are divided by their sum).
         score_function: `softmax` or `sigmoid`.
         expert_input_scale: Factor on the experts' input, not the router's.
-        constant_temperature: What the constant experts' mixing logits are divided by.
+        constant_temperature: Divisor of the constant experts' mixing logits.
         two_layer_gate: Whether the gate is `W_b tanh(W_a x)`.
         logits_norm_std: Standard deviation that each token's logits are scaled to, or None.
         selection_bias: Whether a bias per expert takes part in the selection, not in the gates.
         gate_scale: Factor on all gates.
         qk_norm: Whether queries and keys are normalised.
-        qk_norm_scope: What those norms take the mean square over: `head`, each head by itself, or
+        qk_norm_scope: Channels that those norms average over: `head`, each head by itself, or
             `all_heads` of a token at once.
         qkv_bias: Whether queries, keys and values have biases.
         tau: Weight of zero-computation experts in the balance loss.
@@ -48,7 +48,7 @@ class MoEPPConfig(LlamaConfig):
             whether the loss has the latter too.
         router_aux_loss_coef: Factor on the balance loss in the loss.
         bos_token_id: Token that begins a text, or None.
-        eos_token_id: Token that ends one, or None.
+        eos_token_id: Token that ends a text, or None.
         **kwargs: Same as `LlamaConfig`.
     """
 
@@ -112,7 +112,7 @@ class MoEPPConfig(LlamaConfig):
         self.router_aux_loss_coef = router_aux_loss_coef
 
     def validate_architecture(self) -> None:
-        """Unlike Llama's, the head width need not divide the hidden size."""
+        """Accept head widths that do not divide the hidden size, unlike Llama."""
 
     @property
     def total_experts(self) -> int:
@@ -131,12 +131,12 @@ class MoeConfig(MoEPPConfig):
     Args:
         num_experts: All experts, in a list of one; the last are 2 constant, 1 copy and 1 zero.
         moe_expert_interval: Every n-th layer, counted from the n-th, is a MoE layer.
-        moe_use_mixtral_gating: Softmax over the selected logits; the experts' input as it is.
+        moe_use_mixtral_gating: Softmax over the selected logits; the experts' input is not scaled.
         moe_2layer_gate: Whether the gate has two layers.
         moe_use_logits_norm: Whether logits are scaled to `moe_gate_norm_std`.
         moe_gate_norm_std: That standard deviation.
-        moe_feature_no_mul_topk: The experts' input as it is, instead of twice.
-        **kwargs: Same as `MoEPPConfig`, `num_hidden_layers` above all.
+        moe_feature_no_mul_topk: Whether the experts' input is not doubled.
+        **kwargs: Arguments of `MoEPPConfig`, `num_hidden_layers` in particular.
     """
 
     model_type = "MoE++"

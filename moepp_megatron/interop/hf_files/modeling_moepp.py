@@ -97,7 +97,7 @@ class MoEPPGate(nn.Module):
 
         Args:
             logits_TE: Router logits.
-            counted_T: bool, the tokens that are no padding; None: all of them.
+            counted_T: bool, False for padding; None counts all tokens.
         """
         if counted_T is not None:
             logits_TE = logits_TE[counted_T]
@@ -115,9 +115,9 @@ class MoEPPGate(nn.Module):
 
 
 def _fp32(module: nn.Module, x: Tensor) -> Tensor:
-    """A gate applied in fp32, whatever its weights' dtype, and whatever an adapter put around it.
+    """Apply a gate in fp32, whatever its weights' dtype, and with an adapter around it too.
 
-    Weights that are no floating-point numbers (quantised ones) stay what they are.
+    Weights that are not floating-point numbers (quantised ones) stay unchanged.
     """
     weights = {
         name: value.float()
@@ -140,7 +140,7 @@ class FFNExpert(nn.Module):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, D] to [n, D]."""
+        """Map [n, D] to [n, D]."""
         gate, up = self.up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
@@ -155,7 +155,7 @@ class ConstantExpert(nn.Module):
         self.temperature = config.constant_temperature
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, D] to [n, D]."""
+        """Map [n, D] to [n, D]."""
         logits = _fp32(self.wg, x.float()) / self.temperature
         keep, replace = torch.softmax(logits, dim=-1).to(x.dtype).split(1, -1)
         return keep * x + replace * self.constant
@@ -165,7 +165,7 @@ class CopyExpert(nn.Module):
     """Returns its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, D] to [n, D]."""
+        """Map [n, D] to [n, D]."""
         return x
 
 
@@ -173,7 +173,7 @@ class ZeroExpert(nn.Module):
     """Returns 0."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, D] to [n, D]."""
+        """Map [n, D] to [n, D]."""
         return torch.zeros_like(x)
 
 
@@ -277,7 +277,7 @@ class MoEPPDecoderLayer(LlamaDecoderLayer):
         self.previous_moe_layer = earlier[-1] if earlier else None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As Llama's; `router_lane` holds the logits of each MoE layer by its index.
+        """Same as Llama's; `router_lane` holds the logits of each MoE layer by its index.
 
         Gradient checkpointing runs a layer again during the backward pass, where it must read what
         it read before: every layer therefore has an entry of its own, which is written once.
@@ -310,7 +310,7 @@ class _MoEPPMixin:
         """Same as in transformers, without the reentrant kind.
 
         Raises:
-            ValueError: The reentrant kind is asked for.
+            ValueError: If the reentrant kind is asked for.
         """
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
@@ -417,7 +417,7 @@ def _batch_share(labels: Any = None, num_items_in_batch: Any = None, **_: Any) -
 
 
 class MoeForCausalLM(MoEPPForCausalLM):
-    """The same, by the released model's class name."""
+    """The same model under the released model's class name."""
 
     config_class = MoeConfig
 

@@ -1,4 +1,4 @@
-"""What the machine does while a run trains: sampled in the background, aligned with steps."""
+"""Samples the machine while a run trains: in the background, aligned with steps."""
 
 from moepp_megatron.observe.telemetry.sampler import Sampler
 from moepp_megatron.observe.telemetry.sources import CpuSource, GpuSource, Source

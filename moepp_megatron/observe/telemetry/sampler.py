@@ -1,4 +1,4 @@
-"""One background thread a node that looks at its devices, and hands out what it saw."""
+"""One background thread per node that samples its devices."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 class Sampler:
     """Samples a source every `interval_s` seconds until stopped.
 
-    A source that fails is given up with a warning: what watches a run must not end it.
+    A source that fails is given up with a warning, because telemetry must not end a run.
 
     Args:
         source: The devices.
         interval_s: Seconds between samples.
-        clock: Seconds.
+        clock: Function that returns seconds.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Sampler:
         self._begun, self._energy = clock(), self._read_energy()
 
     def start(self) -> None:
-        """Begin to sample; the first look is over on return, so that every `take` has one."""
+        """Start sampling; the first sample exists on return, so that every `take` has one."""
         self.look()
         self._begun, self._energy = self._clock(), self._read_energy()
         self._thread.start()
@@ -66,9 +66,9 @@ class Sampler:
             self._last = sample
 
     def take(self) -> Usage:
-        """What happened since `start` or the last `take`.
+        """The usage since `start` or the last `take`.
 
-        Costs a read of the energy counters. Where no sample fell into the time, the newest counts.
+        It costs a read of the energy counters. If no sample fell into the time, the newest counts.
         """
         now, energy = self._clock(), self._read_energy()
         with self._lock:

@@ -1,4 +1,4 @@
-"""Where samples come from: a node's GPUs through NVML, or its CPU through psutil."""
+"""Sources of samples: a node's GPUs through NVML, or its CPU through psutil."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class Source(Protocol):
 
     @property
     def devices(self) -> int:
-        """How many there are; 0 where they are no GPUs."""
+        """Number of GPUs; 0 if the devices are not GPUs."""
         ...
 
     def sample(self) -> list[DeviceSample]:
-        """Look at every device."""
+        """Take one sample of every device."""
         ...
 
     def energy_j(self) -> float | None:
-        """Energy of all of them together since some start; None where any does not tell."""
+        """Energy of all devices since some start, J; None if any does not report it."""
         ...
 
     def faults(self) -> list[str]:
-        """What has gone wrong since the last call, in words."""
+        """Faults since the last call, in words."""
         ...
 
     def close(self) -> None:
-        """No more calls will come."""
+        """Close the source; no more calls follow."""
         ...
 
 
@@ -43,7 +43,7 @@ class GpuSource:
     Args:
         uuids: The GPUs that the run uses, "GPU-...".
         nvml: An open NVML, which is closed with this.
-        clock: Seconds, for rates from counters.
+        clock: Function that returns seconds, for rates from counters.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class GpuSource:
         return len(self._indices)
 
     def sample(self) -> list[DeviceSample]:
-        """Look at every GPU; takes about 40 ms a GPU, nearly all of it waiting for PCIe."""
+        """Take one sample of every GPU; takes about 40 ms per GPU, mostly waiting for PCIe."""
         return [self._sample(index) for index in self._indices]
 
     def _sample(self, index: int) -> DeviceSample:
@@ -115,22 +115,22 @@ class CpuSource:
 
     @property
     def devices(self) -> int:
-        """No GPUs."""
+        """Number of GPUs: none."""
         return 0
 
     def sample(self) -> list[DeviceSample]:
-        """Use of the cores since the sample before, and of the memory now."""
+        """Take one sample: use of the cores since the one before, and present use of memory."""
         memory = psutil.virtual_memory()
         used = memory.total - memory.available
         return [DeviceSample(utilization=psutil.cpu_percent() / 100.0, memory_bytes=used)]
 
     def energy_j(self) -> float | None:
-        """Unknown: the counters of CPUs are the administrator's alone."""
+        """None: only the administrator may read a CPU's energy counters."""
         return None
 
     def faults(self) -> list[str]:
-        """None are looked for."""
+        """No faults: a CPU is not checked."""
         return []
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Close nothing."""

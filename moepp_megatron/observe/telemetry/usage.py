@@ -1,4 +1,4 @@
-"""Samples of devices, and what they add up to over time and over nodes."""
+"""Samples of devices, and their sums over time and over nodes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(frozen=True)
 class DeviceSample:
-    """One look at one device, a GPU or a node's CPU; None where it does not tell.
+    """One sample of one device, a GPU or a node's CPU; None for unknown values.
 
     Attributes:
         power_w: Power, W.
-        utilization: 0 to 1.
+        utilization: Utilisation, 0 to 1.
         clock_mhz: Clock of the multiprocessors.
         memory_bytes: Memory in use.
-        temperature_c: Degrees Celsius.
+        temperature_c: Temperature, degrees Celsius.
         nvlink_bytes_per_s: NVLink traffic since the sample before, sent and received.
         pcie_bytes_per_s: PCIe traffic, sent and received.
     """
@@ -37,15 +37,15 @@ _MEANS = tuple(field.name for field in fields(DeviceSample) if field.name not in
 
 @dataclass(frozen=True)
 class Usage:
-    """Devices over a time.
+    """Usage of devices over a time.
 
     Attributes:
         sums: Sum of each quantity over devices and samples.
-        counts: How many samples each sum has.
-        highest: Highest value of those quantities of which it counts.
-        energy_j: Energy of all devices, J; None where any of them does not tell.
+        counts: Number of samples in each sum.
+        highest: Highest value of the quantities in which the highest counts.
+        energy_j: Energy of all devices, J; None if any of them does not report it.
         devices: Number of devices.
-        seconds: The time.
+        seconds: Length of the time in seconds.
     """
 
     sums: dict[str, float]
@@ -63,7 +63,7 @@ class Usage:
         devices: int,
         seconds: float,
     ) -> Usage:
-        """What samples, each of all devices, add up to."""
+        """Sum up samples, each of all devices."""
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         highest: dict[str, float] = {}
@@ -80,26 +80,26 @@ class Usage:
         return cls(sums, counts, highest, energy_j, devices, seconds)
 
     def value(self, name: str) -> float | None:
-        """Mean or highest value of a quantity of `DeviceSample`; None where nobody told."""
+        """Mean or highest value of a quantity of `DeviceSample`; None if no device reported it."""
         assert name in _HIGHEST + _MEANS, f"no quantity {name}"
         if name in _HIGHEST:
             return self.highest.get(name)
         return self.sums[name] / self.counts[name] if self.counts.get(name) else None
 
     def summands(self) -> list[float]:
-        """What is added up over nodes, as a vector that `from_vectors` reads."""
+        """The values that are summed over nodes, as a vector for `from_vectors`."""
         means = [self.sums.get(name, 0.0) for name in _MEANS]
         counts = [float(self.counts.get(name, 0)) for name in _MEANS]
         unknown = self.energy_j is None
         return [*means, *counts, self.energy_j or 0.0, float(unknown), float(self.devices)]
 
     def tops(self) -> list[float]:
-        """Of what the highest over nodes counts, as a vector that `from_vectors` reads."""
+        """The values whose highest over nodes counts, as a vector for `from_vectors`."""
         return [*(self.highest.get(name, -math.inf) for name in _HIGHEST), self.seconds]
 
     @classmethod
     def from_vectors(cls, summands: Sequence[float], tops: Sequence[float]) -> Usage:
-        """The devices of all nodes, from the sum of `summands` and the maximum of `tops`."""
+        """The usage of all nodes, from the sum of `summands` and the maximum of `tops`."""
         width = len(_MEANS)
         energy, unknown, devices = summands[2 * width :]
         return cls(

@@ -45,7 +45,7 @@ class TokenizedText:
 
 
 def read_text(path: Path, max_tokens: int) -> tuple[str, bool]:
-    """As much of a file as `max_tokens` tokens can need, and whether there is more.
+    """The beginning of a file, enough for `max_tokens` tokens, and whether there is more.
 
     Raises:
         ConfigError: If it cannot be read, is not UTF-8 or is empty.

@@ -1,10 +1,10 @@
-"""What a layer keeps of a micro-batch for its backward pass, in bytes of one rank.
+"""Bytes that one rank's layer keeps of a micro-batch for the backward pass.
 
 Counted tensor by tensor from megatron-core 0.19: with sequence parallelism the norms, the residual
 stream and the router hold the rank's own tokens T, attention the T tp tokens of its group, experts
 the R rows that arrived. Gates are applied inside the experts' activation, so that their outputs are
-not kept (arXiv 2603.07685, section 4.1.2). That is the account of fused modules; that of
-megatron-core's own ones, which a CPU runs, is in `local_activations.py`.
+not kept (arXiv 2603.07685, section 4.1.2). This file counts fused modules; megatron-core's own
+modules, which a CPU runs, are counted in `local_activations.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 
 
 def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
-    """What the pass of one layer needs at once beside what is kept: buffers, gradients.
+    """Bytes that the pass of one layer needs beside the kept ones: buffers, gradients.
 
     With recomputation the kept tensors of one layer are rebuilt too.
     """
@@ -69,7 +69,7 @@ def output_bytes(load: Workload, grid: Grid) -> float:
 
 
 def resident_bytes(load: Workload, grid: Grid) -> float:
-    """What the modules allocate once and never free."""
+    """Bytes that the modules allocate once and never free."""
     return local.resident_bytes(load, grid) if load.modules == "local" else 0.0
 
 

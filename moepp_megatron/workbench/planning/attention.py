@@ -1,4 +1,4 @@
-"""The attention of a layer as the cost model sees it: matrix products and sizes of one rank."""
+"""A layer's attention in the cost model: matrix products and sizes of one rank."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Attention(Protocol):
         """Parameters of biases on a rank."""
 
     def gathered_width(self, hidden: int) -> int:
-        """Channels a token that tensor-parallel ranks gather before the projections."""
+        """Channels per token that tensor-parallel ranks gather before the projections."""
 
     def kept_width(self, tp: int) -> int:
-        """Channels a token that the core keeps for the backward pass: q, k, v, output."""
+        """Channels per token that the core keeps for the backward pass: q, k, v, output."""
 
     def exchanged_width(self, tp: int) -> int:
-        """Channels a token of the keys and values that context-parallel ranks exchange."""
+        """Channels per token of the keys and values that context-parallel ranks exchange."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class GroupedQuery:
         return 2 * self._key(tp)
 
     def _norm_widths(self) -> tuple[int, int]:
-        """Of the query norm and of the key norm."""
+        """Widths of the query norm and of the key norm."""
         queries, keys = (self.heads, self.groups) if self.norm_spans_heads else (1, 1)
         return queries * self.head_dim, keys * self.head_dim
 

@@ -1,8 +1,8 @@
-"""Total time and memory of many layouts of one model: what `step.py` and `memory.py` say, but fast.
+"""Fast total time and memory of many layouts of one model; `step.py` and `memory.py` define them.
 
-A hundred thousand layouts share a few hundred kinds of layer and of stage. Those are worked out
-once; what is left for each layout is arithmetic. The tests of this room hold the results to
-`step_time` and `fullest_rank`.
+A hundred thousand layouts share a few hundred kinds of layer and of stage. These are calculated
+once; the rest is arithmetic for each layout. Tests compare the results with `step_time` and
+`fullest_rank`.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ class Coster:
         self._transfers: dict[tuple[int, ...], Transfer] = {}
 
     def fullness(self, grid: Grid) -> Load:
-        """How full the fullest rank of an expert-parallel group is."""
+        """Load of the fullest rank of an expert-parallel group."""
         key = (grid.ep, grid.tokens(self.load.seq))
         if key not in self._loads:
             self._loads[key] = expert_load(self.load, grid, self.routing)
         return self._loads[key]
 
     def memory(self, grid: Grid) -> float:
-        """Bytes of the fullest rank, what libraries take included."""
+        """Bytes of the fullest rank, including those of libraries."""
         kinds = self._bytes(grid)
         most = 0.0
         # The same ranks as `memory.candidate_ranks`.
@@ -135,7 +135,7 @@ class Coster:
         )
 
     def _stages(self, grid: Grid, overlaps: bool) -> tuple[Sums, ...]:
-        """A micro-batch through the stages of each pattern, alone or beside another."""
+        """Times of a micro-batch in the stages of each pattern, alone or beside another."""
         key = (*self._key(grid, overlaps), grid.pp, grid.vpp)
         if key not in self._stage_sums:
             kinds = self._kind(grid, overlaps)

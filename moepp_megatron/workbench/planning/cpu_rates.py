@@ -1,7 +1,7 @@
-"""What one rank of a machine without GPUs reaches: eight numbers, measured, none of them rated.
+"""Rates of one rank of a machine without GPUs: eight measured numbers.
 
-A product on a core has no waves over multiprocessors: its time is that of its FLOP, and more for
-each where its smallest dimension is short, because then less of what is loaded is used again.
+A product on a core has no waves over multiprocessors: its time is proportional to its FLOP, with
+more time per FLOP if its smallest dimension is short, because loaded data is then reused less.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class CpuRates:
 
     Attributes:
         flop_s: A floating-point operation of a large product.
-        thin_s: What it takes more, times the product's smallest dimension.
+        thin_s: Additional time of such an operation, times the product's smallest dimension.
         moved_s: A byte read or written by operations that are not products.
-        crowd_s: What such a byte takes more for every further rank on the machine: ranks share the
-            memory's bandwidth and the last cache.
+        crowd_s: Additional time of such a byte for every further rank on the machine: ranks share
+            the memory's bandwidth and the last cache.
         kernel_s: Starting an operation, Python included.
         send_s: A byte between ranks.
         start_s: Starting a message or a collective.
@@ -42,7 +42,7 @@ class CpuRates:
         return flop * (self.flop_s + self.thin_s / min(m, n, k)) if flop else 0.0
 
     def among(self, ranks: int, cores: int) -> CpuRates:
-        """The same for each of `ranks` on a machine of `cores`: they take turns beyond that."""
+        """The rates of each of `ranks` on a machine of `cores`; surplus ranks take turns."""
         turns = max(1.0, ranks / cores)
         moved = self.moved_s + self.crowd_s * (min(ranks, cores) - 1)
         values = {**asdict(self), "moved_s": moved, "crowd_s": 0.0}
@@ -55,10 +55,10 @@ def parse_rates(values: object, source: str) -> CpuRates:
 
     Args:
         values: Seconds by name.
-        source: Where they come from, for the error.
+        source: Their origin, for the error.
 
     Raises:
-        ConfigError: A name is missing or unknown, or a value is not a number of 0 or more.
+        ConfigError: If a name is missing or unknown, or a value is not a number of 0 or more.
     """
     names = [field.name for field in fields(CpuRates)]
     known = isinstance(values, dict) and sorted(values) == sorted(names)

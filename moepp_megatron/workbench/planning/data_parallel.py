@@ -14,7 +14,7 @@ from moepp_megatron.workbench.planning.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class StepEnd:
-    """What a step pays once, seconds.
+    """Costs of the end of a step, in seconds.
 
     Attributes:
         reduce: Reduce-scatter (or all-reduce) of gradients.
@@ -29,7 +29,7 @@ class StepEnd:
     overlaps: bool = True
 
     def exposed(self, grid: Grid, forward_s: float, backward_s: float) -> float:
-        """What of both does not run beside computation.
+        """Communication that does not run beside computation, in seconds.
 
         Args:
             grid: The layout, which says what may overlap.
@@ -39,11 +39,11 @@ class StepEnd:
         return self.exposed_reduce(grid, backward_s) + self.exposed_gather(grid, forward_s)
 
     def exposed_reduce(self, grid: Grid, backward_s: float) -> float:
-        """What of the reduction runs after the last backward pass."""
+        """The part of the reduction that runs after the last backward pass."""
         return max(self.reduce - (backward_s if self.overlaps and grid.grad_overlap else 0.0), 0.0)
 
     def exposed_gather(self, grid: Grid, forward_s: float) -> float:
-        """What of the gathering the first forward pass waits for."""
+        """The part of the gathering that the first forward pass waits for."""
         return max(self.gather - (forward_s if self.overlaps and grid.param_overlap else 0.0), 0.0)
 
 
@@ -73,7 +73,7 @@ def pipeline_end(
     does, because all wait for the gradients' norm.
 
     Args:
-        load: What is trained.
+        load: The workload.
         grid: The layout.
         machine: The cluster.
         stages: Parameters of ranks of each kind of stage, the first stage's first.

@@ -1,7 +1,7 @@
-"""Which share of the rated numbers is reached, and fixed times: one set for all models and layouts.
+"""Reached shares of the rated numbers, and fixed times: one set for all models and layouts.
 
-Each number names its source. `bf16_matmul`, `fp8_matmul` and `kernel_s` stand for things that no
-source gives alone; they are set once for all published results together (docs/planning.md).
+Each number names its source. No source gives `bf16_matmul`, `fp8_matmul` and `kernel_s` separately;
+they are set once for all published results together (docs/planning.md).
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ class Efficiencies:
     """Reached shares of rated numbers; seconds where a name ends in `_s`.
 
     Attributes:
-        bf16_matmul: Of the bf16 rate, in a product that fills the GPU, in long training. Searching
-            for the best shape finds 0.80 on an H100 (stas00/ml-engineering, compute/accelerator,
-            MAMF table); power caps and ordinary shapes leave less in training.
-        fp8_matmul: Of the FP8 rate, the same. Best shape 0.71 (same table).
+        bf16_matmul: Share of the bf16 rate, in a product that fills the GPU, in long training.
+            Searching for the best shape finds 0.80 on an H100 (stas00/ml-engineering,
+            compute/accelerator, MAMF table); power caps and ordinary shapes leave less in training.
+        fp8_matmul: Share of the FP8 rate in the same case. Best shape 0.71 (same table).
         fp8_blockwise_matmul: The same with 128-wide scaling blocks, whose partial sums Hopper
             promotes outside the tensor cores.
-        fp32_matmul: Of the fp32 rate.
+        fp32_matmul: Share of the fp32 rate.
         attention: Sequence length -> shares of the bf16 rate forward and backward, causal scores
             counted half. Paper, table 9: 553 and 422 TFLOP/s at 4,096; 638 and 523 at 16,384.
         depth: A product whose inner dimension is this long spends half its time on filling and
             draining the pipeline of its tiles.
-        memory: Of the memory bandwidth, in kernels that only move data. Copies reach 0.90 to 0.92
-            on an H100; fused elementwise kernels and permutations less.
-        nvlink: Of NVLink's rate in one direction; network: of a GPU's network port. Both from
-            table 7: with them 14 of 16 times of plain and deduplicated exchanges on 8 to 64 H100
-            come out within 8%, the deduplicated ones of 16 ranks 11% and 22% too fast
+        memory: Share of the memory bandwidth, in kernels that only move data. Copies reach 0.90 to
+            0.92 on an H100; fused elementwise kernels and permutations less.
+        nvlink: Share of NVLink's rate in one direction; network: that of a GPU's network port. Both
+            from table 7: with them 14 of 16 times of plain and deduplicated exchanges on 8 to 64
+            H100 come out within 8%, the deduplicated ones of 16 ranks 11% and 22% too fast
             (tests/unit/workbench/planning/test_links.py).
         nvlink_latency_s: Start of a collective inside a node; network_latency_s: across nodes;
             hop_s: each further node of a ring.
-        kernel_s: Idle time and ramp of each kernel of a layer, seconds.
-        expert_sync_s: A dropless dispatcher reads its split sizes on the host once a pass.
+        kernel_s: Idle time and start-up of each kernel of a layer, seconds.
+        expert_sync_s: Time in which a dropless dispatcher reads its split sizes on the host, once
+            per pass.
         overlap: Share of the experts' exchange that runs beside computation in the combined
             schedule. Paper, section 4.2.3: 0.93.
-        overlap_slowdown: What computation loses beside it, whose kernels occupy multiprocessors.
+        overlap_slowdown: Slowdown of computation beside it, whose kernels occupy multiprocessors.
             Paper, section 4.2: about a fifth of the products' efficiency with 20 of 132.
         point_to_point_overlap: Share of stage-to-stage transfers that the interleaved schedule
             hides in its steady state.
@@ -73,8 +74,8 @@ class Efficiencies:
     def attention_share(self, seq: int, backward: bool) -> float:
         """Share of the bf16 rate in the attention's core, interpolated in the sequence length.
 
-        Shorter sequences fall off in proportion to the logarithm as longer ones gain, longer ones
-        stay at the last value.
+        Below the table it is extrapolated in the logarithm of the length, above the table it stays
+        at the last value.
         """
         from math import log2
 

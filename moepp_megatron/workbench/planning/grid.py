@@ -88,9 +88,9 @@ class Grid:
 
     @property
     def apart(self) -> Grid:
-        """The same layout with nothing beside the experts' exchange.
+        """The same layout without computation beside the experts' exchange.
 
-        What passes cost that the combined schedule runs alone.
+        It gives the cost of passes that the combined schedule runs alone.
         """
         return replace(self, expert_overlap=False)
 

@@ -1,4 +1,4 @@
-"""Uneven routing as a distribution: how full the fullest rank and the fullest expert are.
+"""Uneven routing as a distribution: the load of the fullest rank and of the fullest expert.
 
 Each layer's popularity of FFN experts is a draw from a symmetric Dirichlet distribution, the
 selections of a micro-batch a multinomial draw from it. With evenness `a` the popularity of one of F
@@ -24,7 +24,7 @@ _MOST_SELECTIONS = 2**40
 
 @dataclass(frozen=True)
 class Routing:
-    """How unevenly tokens choose.
+    """Unevenness of the routing.
 
     Attributes:
         evenness: `a` of the Dirichlet distribution; None for routing that is forced to balance.
@@ -46,9 +46,9 @@ class Load:
 
     Attributes:
         mean: Expected value; the factor on the time of experts and of their exchange.
-        median: Half of the layers are at most this full.
-        p90: Nine in ten.
-        p99: Ninety-nine in a hundred.
+        median: Median: half of the layers are at most this full.
+        p90: 90th percentile.
+        p99: 99th percentile.
     """
 
     mean: float
@@ -65,7 +65,7 @@ def rank_load(routing: Routing, num_experts: int, ranks: int, selections: int) -
     """Rows of the fullest of `ranks` ranks over the mean.
 
     Args:
-        routing: How unevenly tokens choose.
+        routing: Unevenness of the routing.
         num_experts: FFN experts F; `ranks` divides it.
         ranks: Expert-parallel ranks; `num_experts` for the fullest expert.
         selections: FFN selections of the group's tokens in one layer and micro-batch.
@@ -84,17 +84,17 @@ def rank_load(routing: Routing, num_experts: int, ranks: int, selections: int) -
 
 
 def evenness_of(shares: Iterable[Sequence[float]], selections: int) -> float:
-    """The evenness under which layers' measured shares of FFN experts are as uneven as they are.
+    """The evenness that explains the measured unevenness of layers' shares of FFN experts.
 
-    By the method of moments: the mean square of the relative deviation, less what the chance of
-    `selections` draws contributes.
+    It uses the method of moments: the mean square of the relative deviation, less what the chance
+    of `selections` draws contributes.
 
     Args:
         shares: For each layer (and step), the selections' fractions of its FFN experts.
         selections: FFN selections that each was counted over.
 
     Raises:
-        ValueError: No layer, or one without selections.
+        ValueError: If there is no layer, or one without selections.
     """
     variations = []
     for layer in shares:

@@ -1,4 +1,4 @@
-"""Multi-head latent attention as the cost model sees it."""
+"""Multi-head latent attention in the cost model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class LatentAttention:
     """Multi-head latent attention (arXiv 2405.04434, section 2.1) as Megatron-LM lays it out.
 
     With Transformer Engine's modules, compressions are whole on every tensor-parallel rank and see
-    its own tokens; what they give is gathered, expansions are split over the ranks.
+    its own tokens; their results are gathered, expansions are split over the ranks.
 
     Attributes:
         heads: Heads.
@@ -85,7 +85,7 @@ class LatentAttention:
         return (self.query_rank or 0) + self.key_rank if self.has_norms else 0
 
     def bias_parameters(self, tp: int) -> int:
-        """None."""
+        """Parameters of biases: none."""
         return 0
 
     def gathered_width(self, hidden: int) -> int:

@@ -1,4 +1,4 @@
-"""Time of one layer and micro-batch on the slowest rank: parts, communication, what hides what."""
+"""Time of one layer and micro-batch on the slowest rank: parts, communication, overlap."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class PassTime:
     """Seconds by name; forward and backward of one micro-batch.
 
     Attributes:
-        forward: Of the forward pass, in all.
-        backward: Of the backward pass, in all.
+        forward: Total of the forward pass.
+        backward: Total of the backward pass.
         seconds: Both together, by name.
         hidden: Communication that runs beside computation, by name; not in `seconds`.
-        flop: FLOP done, recomputation too.
+        flop: FLOP done, including recomputation.
     """
 
     forward: float = 0.0
@@ -89,7 +89,7 @@ def layer_time(
 
 @lru_cache(maxsize=100_000)
 def edge_time(load: Workload, grid: Grid, machine: Machine, is_last: bool) -> PassTime:
-    """Embedding, or output layer and loss."""
+    """Time of the embedding, or of output layer and loss."""
     clock = _Clock(machine, 1.0)
     clock.add(output_part(load, grid) if is_last else embedding_part(load, grid))
     return clock.time()

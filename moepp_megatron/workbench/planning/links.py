@@ -1,4 +1,4 @@
-"""How long a message takes: by where its ranks stand and by its size."""
+"""The time of a message, from the nodes of its ranks and its size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moepp_megatron.workbench.planning.machine import Machine
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the ranks of a group stand.
+    """Distribution of a group's ranks over nodes.
 
     Attributes:
         size: Ranks.
@@ -28,7 +28,7 @@ class Placement:
 
 
 def placement(grid: Grid, name: GroupName, per_node: int) -> Placement:
-    """Where a group's ranks stand when node after node is filled with `per_node` ranks."""
+    """The placement of a group if node after node is filled with `per_node` ranks."""
     size, stride = group_shape(grid, name)
     return Placement(size, min(size, max(per_node // stride, 1)))
 
@@ -51,9 +51,9 @@ def gather_seconds(place: Placement, total_bytes: float, machine: Machine) -> fl
 
 
 def all_to_all_seconds(place: Placement, sent_bytes: float, machine: Machine) -> float:
-    """Every rank sends `sent_bytes` in all, spread evenly over the ranks, itself included.
+    """Time of an all-to-all: every rank sends `sent_bytes`, evenly to all ranks including itself.
 
-    Traffic inside the node and across nodes adds up: so it does in the measured times.
+    Times inside the node and across nodes add up, as in measurements.
     """
     if place.size == 1:
         return 0.0
@@ -68,9 +68,9 @@ def hierarchical_seconds(
     """DeepEP's and HybridEP's exchange: once to each node, from there on by NVLink meanwhile.
 
     Args:
-        place: Of the expert-parallel group.
-        inside_bytes: What a rank sends to others over NVLink.
-        across_bytes: What it sends to other nodes.
+        place: Placement of the expert-parallel group.
+        inside_bytes: Bytes that a rank sends to others over NVLink.
+        across_bytes: Bytes that it sends to other nodes.
         machine: The cluster.
     """
     if place.size == 1:

@@ -1,11 +1,11 @@
-"""What a layer of megatron-core's own modules keeps and needs on a CPU, in bytes of one rank.
+"""Bytes that a layer of megatron-core's own modules keeps and needs on one CPU rank.
 
 Counted tensor by tensor from megatron-core 0.19, torch 2.x and this package's modules for CPUs, as
 `torch.autograd.graph.saved_tensors_hooks` shows them. Nothing is fused, so that more stays than on
 a GPU: an attention core keeps its probabilities [s, s], a norm the normalised tensor before its
 weight. The experts (`moe/cpu_experts.py`) keep less: the first product's result alone.
 
-Letters as in `parts.py`: T own tokens, S tokens of the tensor-parallel group, R rows of the
+Symbols as in `parts.py`: T own tokens, S tokens of the tensor-parallel group, R rows of the
 experts, D hidden size, I inner width.
 """
 
@@ -29,7 +29,7 @@ def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 
 
 def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
-    """What the backward pass of one layer needs at once beside what is kept.
+    """Bytes that the backward pass of one layer needs beside the kept ones.
 
     It goes through the layer from its end: when the attention's gradients are there, what the
     layer kept behind it is free.
@@ -137,7 +137,7 @@ def _attention_gradients(load: Workload, grid: Grid) -> float:
 
 
 def _after_attention(load: Workload, grid: Grid, layer: Layer) -> float:
-    """What the FFN or the MoE layer keeps of itself."""
+    """Bytes that the FFN or the MoE layer itself keeps."""
     if not layer.is_moe:
         return _swiglu(load, grid, load.dense_size, "mlp")
     kept = _moe(load, grid, layer.rows)

@@ -1,4 +1,4 @@
-"""The core of attention that a CPU runs in place of a fused one.
+"""The attention core that a CPU runs instead of a fused one.
 
 It multiplies all scores, masked ones too, and passes over them for mask and softmax.
 """
@@ -20,8 +20,8 @@ def with_local_core(
     Args:
         load: The model.
         grid: The layout.
-        forward: Of the attention; its fused core is left out.
-        backward: The same.
+        forward: Forward work of the attention, whose fused core is replaced.
+        backward: Backward work, likewise.
     """
     ahead, back = (_scores_core if grid.cp == 1 else _ring_core)(load, grid)
     return _with_core(forward, ahead), _with_core(backward, back), ahead

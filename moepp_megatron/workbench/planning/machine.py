@@ -20,18 +20,18 @@ _NEEDED = (
 # Compared by identity: it is the key of caches, and one plan has one machine.
 @dataclass(frozen=True, eq=False)
 class Machine:
-    """What a GPU reaches, in SI units.
+    """Reached rates of a GPU, in SI units.
 
     Attributes:
         hardware: The description it comes from.
         reached: Shares of the rated numbers.
-        multiprocessors: Of a GPU.
+        multiprocessors: Multiprocessors of a GPU.
         memory_bytes: Device memory.
-        memory_rate: Bytes a second in kernels that only move data.
-        nvlink: Bytes a second and direction inside a node.
-        network: Bytes a second and direction of a GPU's port.
+        memory_rate: Bytes per second in kernels that only move data.
+        nvlink: Bytes per second and direction inside a node.
+        network: Bytes per second and direction of a GPU's port.
         per_node: GPUs of a node.
-        cpu: What a rank reaches on a machine without GPUs, where it is one.
+        cpu: Rates of a rank on a machine without GPUs; None with GPUs.
     """
 
     hardware: Hardware
@@ -51,7 +51,7 @@ class Machine:
 
     @property
     def optimizer_rate(self) -> float:
-        """Bytes a second in the optimizer's step."""
+        """Bytes per second in the optimizer's step."""
         return self.memory_rate if self.cpu is None else _rate(self.cpu.state_s)
 
     def flops(self, number: str) -> float:
@@ -76,10 +76,10 @@ class Machine:
 
 
 def machine_of(hardware: Hardware, reached: Efficiencies = DEFAULT) -> Machine:
-    """The machine that a description stands for.
+    """The machine of a description.
 
     Raises:
-        ConfigError: The description lacks a number that a plan needs.
+        ConfigError: If the description lacks a number that a plan needs.
     """
     lacking = [name for name in _NEEDED if getattr(hardware, name) is None]
     if lacking:
@@ -106,10 +106,10 @@ def cpu_machine(rates: CpuRates, ranks: int, cores: int, memory_bytes: float = 0
     """The machine that ranks on a CPU see; all of them on one node.
 
     Args:
-        rates: Of a rank with a core of its own.
-        ranks: On the machine.
-        cores: Of the machine.
-        memory_bytes: What a rank may take.
+        rates: Rates of a rank with a core of its own.
+        ranks: Ranks on the machine.
+        cores: Cores of the machine.
+        memory_bytes: Memory that a rank may use.
     """
     own = rates.among(ranks, cores)
     reached = Efficiencies(
@@ -135,5 +135,5 @@ def cpu_machine(rates: CpuRates, ranks: int, cores: int, memory_bytes: float = 0
 
 
 def _rate(seconds: float) -> float:
-    """Of a second, from the seconds of one."""
+    """Units per second, from the seconds per unit."""
     return 1.0 / seconds if seconds else float("inf")

@@ -15,9 +15,9 @@ class Matmul:
     Attributes:
         outputs: Rows of the weight on this rank.
         inputs: Columns of the weight on this rank.
-        is_sequence_parallel: It sees the rank's own share of the sequence instead of all of it,
-            because its weight is whole on every tensor-parallel rank.
-        is_up_projection: A compressed vector is expanded (`mla_up_proj` of megatron-core's
+        is_sequence_parallel: Whether it sees the rank's own share of the sequence instead of all of
+            it, because its weight is whole on every tensor-parallel rank.
+        is_up_projection: Whether it expands a compressed vector (`mla_up_proj` of megatron-core's
             recomputation).
     """
 

@@ -1,4 +1,4 @@
-"""What one rank holds at its peak: weights, gradients, optimizer, activations, buffers."""
+"""Peak memory of one rank: weights, gradients, optimizer, activations, buffers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class RankMemory:
     Attributes:
         dense: Parameters outside the FFN experts.
         experts: Parameters of FFN experts.
-        weights: Of the parameters.
-        gradients: Of their gradients.
-        optimizer: Of the optimizer's state.
-        activations: Kept for the backward passes of all micro-batches in flight.
-        buffers: Needed at once by one layer's or the output layer's passes.
+        weights: Bytes of the parameters.
+        gradients: Bytes of their gradients.
+        optimizer: Bytes of the optimizer's state.
+        activations: Bytes kept for the backward passes of all micro-batches in flight.
+        buffers: Bytes needed temporarily by one layer's or the output layer's passes.
     """
 
     dense: int
@@ -42,7 +42,7 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        """All of it, bytes."""
+        """Total bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
@@ -55,7 +55,7 @@ def rank_memory(
         config: The configuration.
         layout: Its ranks.
         pp_rank: The pipeline rank.
-        modules: Those that will run: "fused" on a GPU, "local" on a CPU.
+        modules: Kind of modules: "fused" on a GPU, "local" on a CPU.
     """
     stages = tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stage_layers(config))
     load, grid = Workload.from_config(config, modules), Grid.from_layout(config, layout)
@@ -68,7 +68,7 @@ def memory_of(
     """Memory of each rank of a pipeline stage.
 
     Args:
-        load: What is trained.
+        load: The workload.
         grid: The layout.
         stages: Layers by pipeline rank and chunk.
         pp_rank: The pipeline rank.
@@ -90,8 +90,8 @@ class LayerBytes:
     """Activations of one layer and micro-batch.
 
     Attributes:
-        kept: From the forward to the backward pass.
-        peak: Needed at once beside what is kept.
+        kept: Bytes kept from the forward to the backward pass.
+        peak: Bytes needed temporarily beside the kept ones.
     """
 
     kept: float
@@ -99,7 +99,7 @@ class LayerBytes:
 
 
 def layer_bytes(load: Workload, grid: Grid, is_moe: bool, skew: float) -> LayerBytes:
-    """Activations of an MoE layer or of another one."""
+    """Activations of an MoE layer or of a dense one."""
     layer = Layer(is_moe, fullest_rows(load, grid, skew))
     return LayerBytes(kept_bytes(load, grid, layer), peak_bytes(load, grid, layer))
 
@@ -115,12 +115,12 @@ def assemble(
     """Memory of a rank from its parts.
 
     Args:
-        load: What is trained.
+        load: The workload.
         grid: The layout.
         pp_rank: The pipeline rank.
         parameters: Its parameters.
         layers: Its MoE layers, and its others.
-        each: Activations of one of either.
+        each: Activations of one layer of each kind.
     """
     count = parameters.dense + parameters.experts
     flying = chunks_in_flight(grid.pp, grid.vpp, pp_rank, grid.micro_batches(load.batch))
@@ -155,7 +155,7 @@ def fullest_rows(load: Workload, grid: Grid, skew: float = 1.0) -> float:
 
 
 def candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
-    """Pipeline ranks of which one needs most: the first of those with the same kinds of layers.
+    """Pipeline ranks among which is the fullest: the first of those with the same kinds of layers.
 
     Earlier ranks hold more micro-batches; the first has the embedding, the last the output layer.
     """
@@ -168,7 +168,7 @@ def candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
 
 
 def fullest_rank(load: Workload, grid: Grid, stages: Stages, skew: float = 1.0) -> RankMemory:
-    """Memory of the rank that needs most."""
+    """Memory of the fullest rank."""
     ranks = candidate_ranks(load, stages)
     found = [memory_of(load, grid, stages, rank, skew) for rank in ranks]
     return max(found, key=lambda memory: memory.total)

@@ -1,4 +1,4 @@
-"""What modules move and start beside their products: fused ones, and those that a CPU runs."""
+"""Memory traffic and kernels of modules beside their products, fused ones and a CPU's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ModuleCosts:
 
     Attributes:
         norms: Passes over [T, D] of two norms and two additions to the residual stream.
-        norm_kernels: Of the same.
+        norm_kernels: Kernels of the same norms and additions.
         norms_again: Passes and kernels of the norms where the backward pass repeats them.
         rotation: Rotations' reads and writes of queries and keys, in units of one of each.
         experts: Passes over [rows, I] between an FFN expert's two products.

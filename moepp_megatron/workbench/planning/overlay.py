@@ -1,4 +1,4 @@
-"""A layout as settings of a configuration, and as a YAML file that starts from another one."""
+"""Writes a layout as settings of a configuration, and as a YAML file based on another one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def config_of(config: Config, grid: Grid) -> Config:
     """The configuration in this layout, checked by every rule, those of the world size too.
 
     Raises:
-        ConfigError: A rule refuses the layout.
+        ConfigError: If a rule refuses the layout.
     """
     overrides = [
         f"{section}.{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"

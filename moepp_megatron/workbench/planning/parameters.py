@@ -1,4 +1,4 @@
-"""Parameters of each rank: of its layers, its share of each, its experts."""
+"""Counts the parameters of each rank: its layers, its share of each, its experts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RankParameters:
     """Parameters of a rank.
 
     Attributes:
-        dense: Outside the FFN experts; sharded over data- and context-parallel ranks.
-        experts: FFN experts; sharded over the experts' data-parallel ranks.
+        dense: Parameters outside the FFN experts; sharded over data- and context-parallel ranks.
+        experts: Parameters of FFN experts; sharded over the experts' data-parallel ranks.
     """
 
     dense: int
@@ -68,7 +68,7 @@ def _attention(load: Workload, grid: Grid) -> int:
 def _moe_dense(load: Workload, grid: Grid, is_first: bool) -> int:
     """Router and zero-computation experts, whole on every rank, and the shared expert's part.
 
-    The first MoE layer has no gating residual, and V where all layers share one.
+    The first MoE layer has no gating residual. If all layers share V, only the first has it.
     """
     experts, hidden = load.experts, load.hidden
     shared = 3 * hidden * experts.shared_size // grid.tp

@@ -1,6 +1,6 @@
-"""What every part of a layer computes and moves in memory, per rank and micro-batch.
+"""FLOP and memory traffic of every part of a layer, per rank and micro-batch.
 
-Letters: T tokens that a rank routes, S tokens of its tensor-parallel group (S = T tp), R rows that
+Symbols: T tokens that a rank routes, S tokens of its tensor-parallel group (S = T tp), R rows that
 a rank's experts compute (R = T K phi when load is even), D hidden size, I expert width, E all
 experts. A product costs 2 m n k FLOP forward and twice that backward. Bytes are of kernels without
 products: norms, rotations, permutations, activations; each tensor counts once a read and once a
@@ -45,9 +45,9 @@ class Layer:
     """What distinguishes the layers of a model for their cost.
 
     Attributes:
-        is_moe: It holds experts.
+        is_moe: Whether it holds experts.
         rows: Rows R that the slowest rank's experts compute.
-        has_residual: Its router sees the logits of the MoE layer before.
+        has_residual: Whether its router sees the logits of the MoE layer before.
     """
 
     is_moe: bool
@@ -81,7 +81,7 @@ def layer_parts(load: Workload, grid: Grid, layer: Layer) -> Iterator[Part]:
 def _linear(
     load: Workload, rows: float, outputs: float, inputs: float, groups: int = 1
 ) -> tuple[tuple[Product, ...], tuple[Product, ...], float, float]:
-    """A weight [outputs, inputs] on `rows` rows a group.
+    """Work of a weight [outputs, inputs] on `rows` rows per group.
 
     Returns:
         Products forward and backward, bytes of quantisation (and of adding the weight's gradient
@@ -264,7 +264,7 @@ def _zero_computation(load: Workload, grid: Grid) -> Part:
 
 
 def embedding_part(load: Workload, grid: Grid) -> Part:
-    """Rows of the table are read; backward their gradients are added to it."""
+    """Work of the embedding: rows of the table are read; backward, gradients are added to it."""
     tensor = grid.tokens(load.seq) * grid.tp * load.hidden * load.numbers.activation_bytes
     costs = COSTS[load.modules]
     backward = 3.0 * tensor
@@ -273,7 +273,7 @@ def embedding_part(load: Workload, grid: Grid) -> Part:
 
 
 def output_part(load: Workload, grid: Grid) -> Part:
-    """Output layer [V, D] in bf16 and the cross entropy of its logits in fp32."""
+    """Work of the output layer [V, D] in bf16 and the cross entropy of its logits in fp32."""
     rows = grid.tokens(load.seq) * grid.tp
     width = load.vocab / grid.tp
     number = load.numbers.dtype

@@ -8,7 +8,7 @@ Stages = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 def split_passes(pp: int, vpp: int, micro_batches: int, is_combined: bool) -> tuple[float, float]:
-    """Passes of the whole slowest stage that run alone, and that run beside one of the other way.
+    """Passes of the whole slowest stage that run alone, and those that run beside an opposite pass.
 
     The combined schedule's last rank runs (v - 1) p + 1 forward passes of a chunk before its first
     pair and as many backward passes after its last. Earlier ranks run more of them alone, while
@@ -18,8 +18,8 @@ def split_passes(pp: int, vpp: int, micro_batches: int, is_combined: bool) -> tu
     Args:
         pp: Pipeline ranks.
         vpp: Model chunks of each.
-        micro_batches: Of a step.
-        is_combined: Forward and backward passes run together where they can.
+        micro_batches: Micro-batches of a step.
+        is_combined: Whether forward and backward passes run together where possible.
 
     Returns:
         Alone and together; both count forward and backward of one micro-batch as one.
@@ -31,10 +31,10 @@ def split_passes(pp: int, vpp: int, micro_batches: int, is_combined: bool) -> tu
 
 
 def bubble_seconds(others: float, vpp: int) -> float:
-    """Idle time of the slowest rank: the first micro-batch comes and the last goes by all others.
+    """Idle time of the slowest rank, while the first micro-batch arrives and the last one leaves.
 
-    That is through one of their chunks each way: p - 1 passes of equal stages under 1F1B,
-    (p - 1) / v interleaved (arXiv 2104.04473, section 2.2).
+    Each passes one chunk of every other rank per direction: p - 1 passes of equal stages under
+    1F1B, (p - 1) / v interleaved (arXiv 2104.04473, section 2.2).
 
     Args:
         others: A micro-batch's passes, run alone, through all other ranks, seconds.
@@ -46,7 +46,7 @@ def bubble_seconds(others: float, vpp: int) -> float:
 def messages_sent(pp: int, vpp: int, rank: int) -> int:
     """Messages that a pipeline rank sends for one micro-batch, both ways.
 
-    One a chunk and way; nothing is before the first stage nor behind the last.
+    There is one per chunk and direction, but none before the first stage or after the last.
     """
     if pp == 1:
         return 0
@@ -54,7 +54,7 @@ def messages_sent(pp: int, vpp: int, rank: int) -> int:
 
 
 def late_messages(pp: int, vpp: int, together: float) -> float:
-    """Messages on the path that decides a step whose way to the next stage nothing hides.
+    """Messages on the critical path of a step that nothing hides.
 
     Where the pipeline fills and drains, a micro-batch goes through all vp stages and no stage has
     anything else to do. A pair's two results are there at once, just when the next stage is free

@@ -1,4 +1,4 @@
-"""The plan: the best layouts of MoE++ and of its vanilla rival, and why the others lose."""
+"""The plan: the best layouts of MoE++ and of its vanilla baseline, and why the others lose."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ LOSSES = ("work", "recompute", "network", "bubble", "end")
 
 @dataclass
 class Search:
-    """What became of all layouts of one model.
+    """Result of the search over all layouts of one model.
 
     Attributes:
         best: (seconds, layout, cost, bytes) of those that fit, fastest first.
         misses: (bytes, layout) of those that come closest to fitting.
-        legal: Layouts in all.
+        legal: Number of legal layouts.
         over: Bytes by which each of the others is too large.
-        lost: How many lose most by each of `LOSSES`, against the best.
+        lost: Number of layouts that lose most by each of `LOSSES`, against the best.
         gaps: The median loss of those, as a share of the best step.
     """
 
@@ -53,13 +53,13 @@ class Plan:
     """The result.
 
     Attributes:
-        config: What was planned for.
+        config: The planned configuration.
         world: GPUs.
-        machine: Of this kind.
-        routing: How unevenly tokens choose.
+        machine: The kind of GPU.
+        routing: Unevenness of the routing.
         layouts: The configured model, best first; layouts that do not fit only if none does.
         rivals: The best layout of the vanilla model and of each further tau.
-        search: What became of the other layouts.
+        search: Result of the search.
     """
 
     config: Config
@@ -132,13 +132,13 @@ def make_plan(
     Args:
         config: A checked configuration; its own layout does not matter.
         world: GPUs.
-        machine: Of this kind.
-        routing: How unevenly tokens choose.
+        machine: The kind of GPU.
+        routing: Unevenness of the routing.
         taus: Further weights of zero-computation experts to set beside the configured one.
         top: Layouts to keep of each model.
 
     Raises:
-        ConfigError: The GPUs cannot do the configured format, or no layout is legal.
+        ConfigError: If the GPUs lack the configured format, or no layout is legal.
     """
     check_formats(config, machine)
     search = search_layouts(config, world, machine, routing)
@@ -183,7 +183,7 @@ def search_layouts(config: Config, world: int, machine: Machine, routing: Routin
 
 
 def _count_losses(search: Search, best: Cost, costs: Sequence[Cost]) -> None:
-    """What each layout loses most by, against the best."""
+    """Count by which cost each layout loses most, against the best."""
     gaps: dict[str, list[float]] = {name: [] for name in LOSSES}
     for cost in costs:
         if cost.total > best.total:
@@ -200,8 +200,8 @@ def _accepted(
 ) -> list[Planned]:
     """The best layouts that the configuration's rules accept as well.
 
-    One of each set of degrees of parallelism: others differ only in micro-batch, recomputation or
-    model chunks.
+    Only one layout of each set of degrees of parallelism is kept: others differ only in
+    micro-batch, recomputation or model chunks.
     """
     candidates = [(grid, held, True) for _, grid, _, held in search.best]
     candidates += [(grid, held, False) for held, grid in search.misses]
@@ -261,7 +261,7 @@ def check_formats(config: Config, machine: Machine) -> None:
     """Refuse number formats that the GPU has no rate for.
 
     Raises:
-        ConfigError: It has none.
+        ConfigError: If it has none.
     """
     hardware, precision = machine.hardware, config.precision
     if hardware.peak_tflops(precision.dtype, precision.fp8) is None:

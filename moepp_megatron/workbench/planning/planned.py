@@ -25,8 +25,8 @@ class Planned:
         kind: The model.
         tau: Weight of its zero-computation experts; None for vanilla.
         ffn_share: phi; 1 for vanilla.
-        fits: The fullest rank fits the GPU.
-        memory_gib: Of the fullest rank, libraries included.
+        fits: Whether the fullest rank fits the GPU.
+        memory_gib: Memory of the fullest rank, GiB, libraries included.
         step: Time of a step.
         tokens_per_s_per_gpu: Throughput of a GPU.
         tflops_per_gpu: Model TFLOP/s of a GPU, as `metrics.jsonl` counts them (config/flops.py).
@@ -45,7 +45,7 @@ class Planned:
     mfu: float
 
     def record(self, layers: int) -> dict[str, Any]:
-        """For JSON; the contract's keys first."""
+        """A dictionary for JSON; the contract's keys come first."""
         settings = settings_of(self.grid, layers)
         return {
             "layout": {**settings["parallel"], **settings["training"]},

@@ -1,4 +1,4 @@
-"""How long a kernel takes: matrix products by their shape, everything else by what it moves."""
+"""Times of kernels: matrix products by their shape, all others by their memory traffic."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Product:
         m: Rows of the result of one group; a mean, so not always whole.
         n: Columns.
         k: Inner dimension.
-        groups: How many.
+        groups: Number of products.
         number: Format: "fp32", "bf16", "fp8", "fp8_blockwise".
     """
 
@@ -64,7 +64,7 @@ def product_seconds(product: Product, machine: Machine) -> float:
 
 
 def _filled(product: Product, tile: tuple[int, int], multiprocessors: int) -> float:
-    """Useful share of the tiles' work, times what a tile of this size reaches."""
+    """Useful share of the tiles' work, times the efficiency of a tile of this size."""
     rows: float = ceil(product.m / tile[0])
     if product.groups > 1:
         # Groups differ in size: on average half a tile of each is empty.
@@ -80,7 +80,7 @@ def _filled(product: Product, tile: tuple[int, int], multiprocessors: int) -> fl
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one part of one pass does on a rank.
+    """Work of one part of one pass on a rank.
 
     Attributes:
         products: Matrix products.
@@ -89,7 +89,7 @@ class Work:
         core_number: Format of the core: it stays in bf16 where products are in FP8.
         moved: Bytes that kernels without products read and write.
         kernels: Kernels, the products' too.
-        is_backward: The attention's core is slower backward.
+        is_backward: Whether the pass is backward, in which the attention's core is slower.
     """
 
     products: tuple[Product, ...] = ()

@@ -1,4 +1,4 @@
-"""How unevenly a recorded run routed: the evenness that its `metrics.jsonl` shows."""
+"""The evenness of a recorded run's routing, from its `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def recorded_routing(source: Path, num_ffn_experts: int, topk: int) -> Routing:
     Args:
         source: A run's folder or its `metrics.jsonl`.
         num_ffn_experts: FFN experts of the run, the first of `layer_expert_share`.
-        topk: Selections a token.
+        topk: Selections per token.
 
     Raises:
-        ConfigError: No such file, or no shares of this many experts in it.
+        ConfigError: If there is no such file, or it has no shares of this many experts.
     """
     late = _late_steps(source, num_ffn_experts)
     # Tokens are counted from the start of the run.
@@ -41,7 +41,7 @@ def recorded_shares(source: Path, num_ffn_experts: int) -> NDArray[np.float64]:
         num_ffn_experts: FFN experts of the run.
 
     Raises:
-        ConfigError: No such file, or no shares of this many experts in it.
+        ConfigError: If there is no such file, or it has no shares of this many experts.
     """
     late = _late_steps(source, num_ffn_experts)
     layers = len(late[-1]["layer_expert_share"])

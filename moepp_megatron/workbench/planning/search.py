@@ -2,8 +2,7 @@
 
 Legal is what config/rules and `check_world_size` accept; the rules are written again here in
 integers because a hundred thousand configurations cannot be built and checked in seconds.
-The tests of this room hold both to each other, and what the plan shows has passed the rules
-themselves.
+Tests compare both, and every layout that the plan shows has passed the rules themselves.
 
 Left out although legal, because they never win: tensor parallelism beyond a node, context
 parallelism with less than 4,096 tokens a rank, experts split over another number of ranks than 1 or
@@ -29,15 +28,15 @@ _NOT_WITH_OVERLAP = {"layernorm", "moe", "full"}
 
 @dataclass(frozen=True)
 class Space:
-    """What a search may choose from.
+    """The space of a search.
 
     Attributes:
         world: GPUs.
         per_node: GPUs of a node.
         load: The model and its batch.
-        groups_are_set: Key/value heads are given, so that tensor ranks must fit them.
-        can_overlap: The configuration allows the combined schedule.
-        distributed_optimizer: Optimizer state is sharded.
+        groups_are_set: Whether key/value heads are given, so that tensor ranks must fit them.
+        can_overlap: Whether the configuration allows the combined schedule.
+        distributed_optimizer: Whether optimizer state is sharded.
     """
 
     world: int
@@ -143,7 +142,7 @@ class Space:
         return [1] if self.load.experts.shares_constants else divisors(ranks)
 
     def _virtual(self, pp: int) -> list[int]:
-        """Chunks a rank: layers even over stages, or with embedding and loss as a layer each."""
+        """Chunks per rank: layers even over stages, or with embedding and loss as a layer each."""
         layers = self.load.layers
         if pp == 1:
             return [1]

@@ -1,4 +1,4 @@
-"""Shapes that one rank's parameters must have, by name."""
+"""The expected shapes of one rank's parameters, by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def expected_shape(name: str, load: Workload, grid: Grid) -> Shape | None:
     """Shape of a parameter on a rank, or None for a name that this module does not know.
 
     Args:
-        name: As megatron-core's GPTModel names it, with its own or Transformer Engine's modules.
+        name: Name in megatron-core's GPTModel, with its own or Transformer Engine's modules.
         load: The model.
         grid: The layout.
     """
@@ -26,7 +26,7 @@ def expected_shape(name: str, load: Workload, grid: Grid) -> Shape | None:
 
 
 def _shapes(load: Workload, grid: Grid) -> list[NamedShape]:
-    """Patterns, the first that fits decides."""
+    """Shapes by patterns of names; the first pattern that fits decides."""
     experts, hidden = load.experts, load.hidden
     width = experts.ffn_size // grid.etp
     shared, dense = experts.shared_size // grid.tp, load.dense_size // grid.tp

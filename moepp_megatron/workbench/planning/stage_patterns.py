@@ -1,4 +1,4 @@
-"""Pipeline ranks that hold the same layers, and sums of what a micro-batch costs on one."""
+"""Groups pipeline ranks that hold the same layers, and sums a micro-batch's costs on one."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Sums:
     """Seconds of a layer, or of all chunks of a rank, for one micro-batch.
 
     Attributes:
-        forward: Of the forward pass.
-        backward: Of the backward pass.
-        recompute: Of these, computation that the backward pass repeats.
-        network: Of these, communication that nothing hides.
+        forward: Seconds of the forward pass.
+        backward: Seconds of the backward pass.
+        recompute: Part of these: computation that the backward pass repeats.
+        network: Part of these: communication that nothing hides.
     """
 
     forward: float
@@ -55,10 +55,10 @@ class Pattern:
     Attributes:
         moe: MoE layers of a rank.
         dense: Its other layers.
-        is_first: It holds the embedding.
-        is_last: It holds the output layer.
-        messages: What it sends to other stages for a micro-batch.
-        ranks: How many there are.
+        is_first: Whether it holds the embedding.
+        is_last: Whether it holds the output layer.
+        messages: Messages that it sends to other stages for a micro-batch.
+        ranks: Number of such ranks.
         examples: Their numbers, ascending.
     """
 
@@ -71,7 +71,7 @@ class Pattern:
     examples: tuple[int, ...]
 
     def sums(self, kinds: Kinds) -> Sums:
-        """All chunks of such a rank."""
+        """The sums of all chunks of such a rank."""
         counts = (self.moe, self.dense, int(self.is_first), int(self.is_last))
         parts = [(count, kind) for count, kind in zip(counts, kinds, strict=True) if count]
         return Sums(

@@ -40,11 +40,11 @@ class StepTime:
 
     Attributes:
         total: Seconds.
-        seconds: The same by name; adds up to `total`.
+        seconds: Parts of the total by name.
         hidden: Seconds of communication beside computation, by name.
-        load: How full the fullest rank is.
+        load: Load of the fullest rank.
         exchange_bytes: Bytes of hidden vectors that all ranks' dispatchers send, forward.
-        hardware_flop: FLOP of a rank of the slowest stage, recomputation too.
+        hardware_flop: FLOP of a rank of the slowest stage, including recomputation.
     """
 
     total: float
@@ -56,7 +56,7 @@ class StepTime:
 
 
 def expert_load(load: Workload, grid: Grid, routing: Routing) -> Load:
-    """How full the fullest rank of an expert-parallel group is."""
+    """Load of the fullest rank of an expert-parallel group."""
     group_tokens = grid.tokens(load.seq) * grid.ep
     selections = round(group_tokens * load.experts.ffn_per_token)
     return rank_load(routing, load.experts.num_ffn_experts, grid.ep, selections)
@@ -68,10 +68,10 @@ def step_time(
     """Time of one training step.
 
     Args:
-        load: What is trained.
+        load: The workload.
         grid: A legal layout.
         machine: The cluster.
-        routing: How unevenly tokens choose.
+        routing: Unevenness of the routing.
         stages: Layers by pipeline rank and chunk; by default as even as they divide.
     """
     stages = stages or even_stages(load.layers, grid.pp, grid.vpp)
@@ -161,8 +161,8 @@ class Transfer:
     """One message between pipeline stages, seconds.
 
     Attributes:
-        blocking: It holds its sender up this long.
-        beside: It arrives this much later, while its sender goes on.
+        blocking: Time for which it holds up its sender.
+        beside: Delay of its arrival, while its sender continues.
     """
 
     blocking: float

@@ -1,4 +1,4 @@
-"""Which device a configuration is meant for, where nothing has started yet."""
+"""Finds the device that a configuration is meant for, before anything starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Target:
 
     Attributes:
         hardware: The GPU; None for this machine's CPU.
-        reason: Why this one, in a few words.
+        reason: Why it was chosen, in a few words.
     """
 
     hardware: Hardware | None
@@ -31,29 +31,29 @@ class Target:
 
     @property
     def modules(self) -> Modules:
-        """What a rank computes with there."""
+        """Kind of modules with which a rank computes on it."""
         return "local" if self.hardware is None else "fused"
 
     @property
     def memory_bytes(self) -> float | None:
-        """Memory of a GPU; None where it is not known, and for a CPU."""
+        """Memory of a GPU; None if unknown, and for a CPU."""
         if self.hardware is None or self.hardware.memory_gb is None:
             return None
         return self.hardware.memory_gb * 1e9
 
 
 def target_of(config: Config, gpu: str | None = None) -> Target:
-    """The device, by the first of these rules that says one.
+    """The device, by the first rule that applies.
 
-    What was asked for; the GPU that `telemetry.hardware` names; the GPU of this machine; an
-    H100 for bf16 and FP8, in which no run on a CPU has a use; this machine's CPU.
+    The rules: `gpu`; the GPU that `telemetry.hardware` names; the GPU of this machine; an
+    H100 for bf16 and FP8, which are not used on a CPU; this machine's CPU.
 
     Args:
         config: A checked configuration.
         gpu: A name in `configs/hardware` or a YAML file; `cpu` for this machine's CPU.
 
     Raises:
-        ConfigError: No such hardware.
+        ConfigError: If there is no such hardware.
     """
     if gpu is not None:
         return _named(gpu, "--gpu")

@@ -1,4 +1,4 @@
-"""What a layer sends to other ranks, and how long that takes."""
+"""A layer's communication with other ranks, and its time."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def layer_traffic(
     """Communication of one layer.
 
     Args:
-        load: What is trained.
+        load: The workload.
         grid: The layout.
         machine: The cluster.
-        is_moe: The layer holds experts.
+        is_moe: Whether the layer holds experts.
         skew: Rows of the fullest rank over the mean: its links are the bottleneck.
     """
     blocks = [load.attention.gathered_width(load.hidden)]
@@ -104,7 +104,7 @@ def expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 1
 
 
 def hierarchical_rows(place: Placement, taken: float) -> tuple[float, float]:
-    """Rows a token sends over NVLink and over the network: once to each node and rank."""
+    """Rows per token over NVLink and over the network: once to each node and rank."""
     to_ranks = distinct_targets(place.size, taken)
     to_nodes = distinct_targets(place.nodes, taken)
     across = to_nodes * (place.nodes - 1) / place.nodes
@@ -116,7 +116,7 @@ def hierarchical_rows(place: Placement, taken: float) -> tuple[float, float]:
 def exchanged_bytes(load: Workload, grid: Grid) -> float:
     """Bytes of hidden vectors that one rank sends to other ranks for one layer's forward pass.
 
-    Counted as `moe.dispatcher.bytes_sent` does: dispatch and combine over the expert-parallel
+    It counts like `moe.dispatcher.bytes_sent`: dispatch and combine over the expert-parallel
     group, gates and maps not counted.
     """
     row = load.hidden * load.numbers.activation_bytes

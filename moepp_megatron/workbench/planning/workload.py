@@ -1,4 +1,4 @@
-"""What is trained, in plain numbers: the model, its routing, its batch, its number formats."""
+"""The workload in plain numbers: the model, its routing, its batch, its number formats."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Numbers:
     """Number formats.
 
     Attributes:
-        dtype: Of parameters and activations.
+        dtype: Dtype of parameters and activations.
         fp8: FP8 scaling of the matrix products, or None.
-        fp8_weights: Weights exist in FP8 alone.
+        fp8_weights: Whether weights exist only in FP8.
         moment_bytes: Bytes of each of Adam's two moments.
         gradient_bytes: Bytes of a gradient in the buffer that is reduced.
     """
@@ -82,15 +82,15 @@ class Workload:
         seq: Tokens of a sequence.
         is_moe: For each layer, whether it is an MoE layer.
         dense_size: Inner width of the FFN of other layers.
-        attention: Of every layer.
-        experts: Of the MoE layers.
-        tied: The output layer shares the embedding's weights.
+        attention: Attention of every layer.
+        experts: Experts of the MoE layers.
+        tied: Whether the output layer shares the embedding's weights.
         batch: Sequences of a step.
         numbers: Number formats.
         causal_share: Share of the attention scores that are computed: half under a causal mask.
         extra_layers: MoE layers on the last stage beside `is_moe` (multi-token prediction), each
             with an output layer of its own.
-        modules: What computes, which decides what is kept for the backward pass.
+        modules: Kind of modules, which decides what is kept for the backward pass.
     """
 
     hidden: int

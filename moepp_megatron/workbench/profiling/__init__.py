@@ -9,7 +9,7 @@ analysis.py          all of it together; document.py: as JSON; perfetto.py
 merge.py             ranks brought onto one clock
 summary.py           a profile in a few numbers, to compare
 step_summary.py      the summary of an analysed profile
-changes.py           what changed between two profiles, by how much, and why
-compare.py           the same in words
+changes.py           differences between two profiles, with sizes and causes
+compare.py           these differences in words
 scaling/             scaling tests: points, jobs, efficiency
 """

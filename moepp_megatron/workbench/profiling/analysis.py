@@ -1,4 +1,4 @@
-"""Everything that `moepp profile` says about a recording, as numbers."""
+"""All results of `moepp profile` for a recording, as numbers."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from moepp_megatron.workbench.profiling.trace import ProfileError, RankTrace
 
 @dataclass
 class Profile:
-    """A recording, analysed.
+    """The analysis of a recording.
 
     Attributes:
-        name: Of the run or folder.
-        traces: Of all recorded ranks, on one clock.
-        steps: Those that were analysed.
-        times: Of each step and rank.
+        name: Name of the run or folder.
+        traces: Traces of all recorded ranks, on one clock.
+        steps: The analysed steps.
+        times: Times of each step and rank.
         classes: Collectives by kind, the most exposed first; sums over ranks and steps.
         layers: All-to-all bytes of each layer, direction and pass, of each step.
         load: Rows of each rank's FFN experts; None where unknown.
         slow: A rank that computes longer than its rows explain; None where there is none.
-        caused_us: Of each rank, how long others waited for it in these steps, all ranks together.
-        late: Of each call.
-        links: What groups travel on.
-        ceiling: What the peaks are: rated, measured or unknown.
+        caused_us: For each rank, how long others waited for it in these steps, summed over them.
+        late: Waiting of each call.
+        links: The link that each group uses.
+        ceiling: Kind of the peaks: rated, measured or unknown.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Profile:
 
     @property
     def ranks(self) -> list[int]:
-        """Recorded ones."""
+        """The recorded ranks."""
         return [trace.rank for trace in self.traces]
 
     @property
@@ -101,7 +101,7 @@ def analyse_traces(
     step: int | None = None,
     measured: MeasuredPeak | None = None,
 ) -> Profile:
-    """Same as `analyse`, of recordings that have been read."""
+    """Same as `analyse`, for recordings that have been read."""
     steps = _steps(traces, step)
     late = lateness({trace.rank: trace.collectives for trace in traces})
     links = Links(traces)

@@ -1,12 +1,12 @@
-"""What changed between two profiles, by how much, and why.
+"""Computes the differences between two profiles, with their sizes and causes.
 
 A kind of communication takes `time = bytes / bandwidth + waiting`, of which work hides a part. A
 change of its time, or of the exposed part, is split into these four:
 
 - bytes: the change of bytes at the old bandwidth,
 - rate: the new bytes at the new bandwidth instead of the old,
-- waiting: for late ranks,
-- hiding: what work hid more or less than before (exposed time only).
+- waiting: the change of waiting for late ranks,
+- hiding: the change of the time that work hides (exposed time only).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Change:
     Times are microseconds of a rank in a step, or in a call where steps are unknown.
 
     Attributes:
-        before: In the profile that is compared against.
-        after: In the other.
-        exposed: Whether the change is that of exposed time, not of all of its time.
+        before: The row in the profile that is compared against.
+        after: The row in the other profile.
+        exposed: Whether the change is of exposed time, not of the whole time.
     """
 
     before: Row | None
@@ -38,7 +38,7 @@ class Change:
 
     @property
     def row(self) -> Row:
-        """Either, for its kind."""
+        """The row before or after, whichever exists; both are of one kind."""
         row = self.after or self.before
         assert row is not None, "a change has a side"
         return row
@@ -55,7 +55,7 @@ class Change:
 
     @property
     def us(self) -> float:
-        """By how much it changed."""
+        """The change of its (exposed) time."""
         return self.after_us - self.before_us
 
     @property
@@ -83,9 +83,9 @@ class Comparison:
 
     Attributes:
         before: The one that is compared against.
-        after: The other.
-        unit: What times are of: a step, or a call where one of them knows no steps.
-        changes: By kind, the largest first.
+        after: The other profile.
+        unit: Unit of the times: per step, or per call if one profile has no steps.
+        changes: Changes by kind, the largest first.
     """
 
     before: Summary
@@ -102,7 +102,7 @@ class Comparison:
     def parts_us(self) -> dict[str, float]:
         """Change of the step's parts besides exposed communication, as far as they are known.
 
-        Computation, and what is neither: idle time, and what the slowest rank takes longer.
+        The parts are computation and the rest: idle time, and the slowest rank's additional time.
         """
         exposed = _difference(self.before.exposed_us, self.after.exposed_us)
         if self.step_us is None or exposed is None:
@@ -113,7 +113,7 @@ class Comparison:
         return {"computation": compute, "neither": self.step_us - exposed - compute}
 
     def notable(self) -> tuple[list[Change], list[Change]]:
-        """Changes of at least a hundredth of the step (or of the largest time), and the others."""
+        """Changes of at least 1% of the step (or of the largest time), and the others."""
         whole = self.before.step_us if self.unit == "step" else None
         if whole is None:
             whole = max((max(one.before_us, one.after_us) for one in self.changes), default=0.0)
@@ -122,7 +122,7 @@ class Comparison:
 
 
 def compare(before: Summary, after: Summary) -> Comparison:
-    """Compares `after` against `before`."""
+    """Compare `after` with `before`."""
     by_step = before.step_us is not None and after.step_us is not None
     old, new = _by_kind(before, by_step), _by_kind(after, by_step)
     rows = [*old.values(), *new.values()]

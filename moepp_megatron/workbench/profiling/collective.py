@@ -1,4 +1,4 @@
-"""One collective operation on one rank: what every source is read into.
+"""One collective operation on one rank, the common form of all sources.
 
 Sizes follow nccl-tests (doc/PERFORMANCE.md): `size` is the bytes of the larger of the two buffers
 of a rank, so that algorithm and bus bandwidth are `size / time` and `size / time * factor`.
@@ -57,7 +57,7 @@ class Collective:
         dtype: Data type as the source names it; "" where unknown.
         sent: Bytes to each rank of the group, in its order; None where the source does not say or
             has cut the list short.
-        received: Bytes from each rank of the group, as `sent`.
+        received: Bytes from each rank of the group, in the form of `sent`.
         sequence: Number of the call among those of its group (NCCL: those of its group and
             operation), to find the same call on other ranks; None where the source does not say.
         start_us: When the transfer (or, on a host backend, the call) began, in microseconds, by the

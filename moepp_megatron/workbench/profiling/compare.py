@@ -1,4 +1,4 @@
-"""What changed between two profiles, in words, the largest first."""
+"""Describes the differences between two profiles in words, the largest first."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def in_words(comparison: Comparison) -> list[str]:
 
 
 def kind_name(row: Row) -> str:
-    """A kind of communication for people: `dispatch, forward (all-to-all, expert)`."""
+    """Name of a kind of communication: `dispatch, forward (all-to-all, expert)`."""
     operation = row.operation.replace("_", "-")
     if not row.purpose:
         return f"{operation} ({row.group})" if row.group else operation
@@ -41,14 +41,14 @@ def kind_name(row: Row) -> str:
 
 
 def duration(us: float) -> str:
-    """Microseconds for people."""
+    """Microseconds as readable text."""
     if abs(us) >= 1e6:
         return f"{us / 1e6:.3f} s"
     return f"{us / 1e3:.1f} ms" if abs(us) >= 1e3 else f"{us:.0f} us"
 
 
 def amount(us: float) -> str:
-    """A change for people: `1.2 ms more`."""
+    """A change as readable text: `1.2 ms more`."""
     if not us:
         return "nothing"
     return f"{duration(abs(us))} {'more' if us > 0 else 'less'}"
@@ -80,7 +80,7 @@ def _step_lines(comparison: Comparison) -> list[str]:
 
 
 def _byte_lines(comparison: Comparison) -> list[str]:
-    """Changes of what is sent, which, unlike times, chance has no part in; the largest first."""
+    """Changes of bytes, which are exact, unlike times; the largest first."""
     sums: dict[tuple[str, str], list[float]] = {}
     unknown: set[tuple[str, str]] = set()
     for change in comparison.changes:
@@ -124,7 +124,7 @@ def _change(change: Change) -> str:
 
 
 def _causes(change: Change, before: Row, after: Row) -> list[str]:
-    """What made a change, the largest first; what outweighs it included."""
+    """The causes of a change, the largest first, including those that counteract it."""
     causes = change.causes
     largest = max(abs(us) for us in causes.values())
     said = []

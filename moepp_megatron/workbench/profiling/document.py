@@ -16,7 +16,7 @@ FORMAT = 1
 
 
 def document(profile: Profile) -> dict[str, Any]:
-    """Everything that was found, for `json.dumps`."""
+    """All results, for `json.dumps`."""
     about = profile.traces[0].about
     return {
         "format": FORMAT,
@@ -47,7 +47,7 @@ def document(profile: Profile) -> dict[str, Any]:
 
 
 def equals_formula(profile: Profile) -> bool | None:
-    """Whether every measured all-to-all equals its formula; None where none could be held to it."""
+    """Whether every measured all-to-all equals its formula; None if none could be compared."""
     verdicts = [one.is_equal for step in profile.steps for one in profile.layers[step]]
     known = [verdict for verdict in verdicts if verdict is not None]
     return all(known) if known else None

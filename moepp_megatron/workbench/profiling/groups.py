@@ -1,4 +1,4 @@
-"""What a process group is for, from the description that megatron-core gives it."""
+"""The purpose of a process group, from megatron-core's description of it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Group:
     Attributes:
         name: Name of the backend, such as "23".
         ranks: Global ranks, in order.
-        description: Of whoever made it; "" where unknown.
+        description: Description by its creator; "" where unknown.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Group:
 
 
 def meaning(description: str) -> str | None:
-    """What the description stands for; None for one that megatron-core does not give."""
+    """The meaning of a description; None for one that megatron-core does not use."""
     for part, name in _MEANINGS:
         if part in description:
             return name

@@ -1,4 +1,4 @@
-"""A profile's files: one recording a rank, brought onto one clock."""
+"""Loads a profile's files: one recording per rank, brought onto one clock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_profile(folder: Path) -> list[RankTrace]:
         folder: A run's folder (its `profile` is read), or one of torch profiler traces.
 
     Raises:
-        ProfileError: There is none, or one cannot be read.
+        ProfileError: If there is none, or one cannot be read.
     """
     place, files = _files(folder)
     if not files:
@@ -113,7 +113,7 @@ def _barriers(trace: RankTrace) -> list[int]:
 
 
 def _first(trace: RankTrace) -> float:
-    """Start of the first thing that is shown."""
+    """Start of the first recorded event."""
     starts = [span.start_us for span in trace.steps.values()]
     for found in (trace.collectives, trace.kernels, trace.host_work):
         starts += [one.start_us for one in found[:1]]

@@ -1,6 +1,6 @@
-"""Ranks brought onto one clock.
+"""Brings ranks onto one clock.
 
-Each file has the clock of its process or host. Two things tell how far these are apart:
+Each file has the clock of its process or host. Their differences follow from two sources:
 
 - collectives that every rank of a group leaves together, because none can end before the last has
   begun (barrier, all-reduce, all-gather, reduce-scatter; all-to-all where there is nothing better):
@@ -42,7 +42,7 @@ _RESOLUTION_US = 0.01
 
 
 class Basis(StrEnum):
-    """What a clock's offset rests on."""
+    """The source of a clock's offset."""
 
     REFERENCE = "reference"
     COLLECTIVES = "collectives"
@@ -55,11 +55,11 @@ class Clock:
     """One rank's clock against that of the reference, the lowest rank.
 
     Attributes:
-        offset_us: What to add to the rank's times, in microseconds.
+        offset_us: Microseconds to add to the rank's times.
         spread_us: Standard deviation of single calls about it, by the median absolute deviation,
             summed over the ranks in between; None where no calls were compared.
-        calls: Calls that were compared, the fewest on the way; 0 for none.
-        basis: What the offset rests on.
+        calls: Calls that were compared, the fewest on the path; 0 for none.
+        basis: The source of the offset.
     """
 
     offset_us: float
@@ -78,7 +78,7 @@ class _Edge:
 
     @property
     def variance(self) -> float:
-        """Of the median, for choosing the best way between two ranks."""
+        """Variance of the median, to choose the best path between two ranks."""
         return max(self.spread_us, _RESOLUTION_US) ** 2 / self.calls
 
 
@@ -89,7 +89,7 @@ def find_clocks(
 
     Args:
         by_rank: Collectives of each rank, by its own clock.
-        wall_us: What to add to a rank's times to get Unix time in microseconds, as its file says.
+        wall_us: Microseconds to add to a rank's times to get Unix time, from its file.
 
     Returns:
         Clocks by rank. Those with neither common calls nor wall-clock time are UNKNOWN with an
@@ -120,7 +120,7 @@ def find_clocks(
 def same_calls(
     by_rank: Mapping[int, Sequence[Collective]], operations: Iterable[Operation]
 ) -> list[dict[int, Collective]]:
-    """Calls that two or more ranks recorded, each as what every rank recorded of it.
+    """Calls that two or more ranks recorded, each with every rank's record.
 
     A call is known by group, operation and number; without numbers by its place among the calls of
     the same kind, if all of the group's ranks have equally many. Calls that come twice on a rank,
@@ -186,7 +186,7 @@ def _compare(calls: Iterable[Mapping[int, Collective]]) -> dict[tuple[int, int],
 
 
 def _measured(edges: Mapping[tuple[int, int], _Edge], reference: int) -> dict[int, Clock]:
-    """Clocks of the ranks that calls connect with the reference, over the surest way."""
+    """Clocks of the ranks that calls connect with the reference, over the most certain path."""
     neighbours: dict[int, list[tuple[int, float, _Edge]]] = defaultdict(list)
     for (first, second), edge in edges.items():
         neighbours[first].append((second, edge.later_us, edge))

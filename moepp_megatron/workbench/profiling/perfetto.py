@@ -1,7 +1,7 @@
-"""One trace of all ranks, for Perfetto (ui.perfetto.dev) and chrome://tracing.
+"""Writes one trace of all ranks, for Perfetto (ui.perfetto.dev) and chrome://tracing.
 
-A process a rank: its steps and parts, its collectives by stream, its kernels or operations. A
-collective carries its group, size, bandwidth and waiting as arguments.
+It has one process per rank: its steps and parts, its collectives by stream, its kernels or
+operations. A collective carries its group, size, bandwidth and waiting as arguments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An analysed profile as the summary that profiles are compared by."""
+"""Turns an analysed profile into the summary that is used to compare profiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moepp_megatron.workbench.profiling.summary import Row, Summary
 
 
 def summarise(profile: Profile, name: str | None = None) -> Summary:
-    """Means over recorded ranks and analysed steps; `name` in place of the profile's own."""
+    """Means over recorded ranks and analysed steps; `name` replaces the profile's own."""
     times = [time for ranks in profile.times.values() for time in ranks.values()]
     rows = [
         Row(
@@ -40,7 +40,7 @@ def summarise(profile: Profile, name: str | None = None) -> Summary:
 
 
 def measured_peak(ceiling: Ceiling) -> MeasuredPeak:
-    """What a call could reach, by a file of `moepp bench collectives`."""
+    """The bandwidth that a call could reach, by a file of `moepp bench collectives`."""
 
     def peak(call: Collective) -> float | None:
         if call.size is None:

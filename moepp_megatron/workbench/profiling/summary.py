@@ -1,4 +1,4 @@
-"""A profile in a few numbers, of one rank's step on average: what two profiles are compared by."""
+"""A profile in a few numbers, averaged over ranks and steps, for comparing two profiles."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Row(BaseModel):
         operation: all_to_all, all_reduce, ...
         group: The process group by meaning.
         phase: forward, recompute or backward of a layer; "" outside of layers.
-        calls: Number.
-        bytes: By nccl-tests' convention; None where a call's are unknown.
-        time_us: From start to end, waiting included, in microseconds.
-        exposed_us: Of it, what no work hid; None where the source does not know of work.
-        wait_us: Of it, waiting for late ranks; None where unknown.
+        calls: Number of calls.
+        bytes: Size by nccl-tests' convention; None if that of a call is unknown.
+        time_us: Time from start to end, waiting included, in microseconds.
+        exposed_us: Part of it that no work hid; None if the source does not record work.
+        wait_us: Part of it spent waiting for late ranks; None where unknown.
         bus_bytes: Bytes times nccl-tests' bus factor; None where these or the group are unknown.
     """
 
@@ -50,7 +50,7 @@ class Row(BaseModel):
 
     @property
     def kind(self) -> tuple[str, str, str, str]:
-        """What makes rows of two profiles the same."""
+        """The fields by which rows of two profiles are matched."""
         return self.purpose, self.operation, self.group, self.phase
 
     @property
@@ -77,10 +77,10 @@ class Summary(BaseModel):
     """A profile.
 
     Attributes:
-        format: Of this record.
-        name: Of the run or recording.
+        format: Version of this record's format.
+        name: Name of the run or recording.
         ranks: Ranks recorded.
-        step_times_us: Of each recorded step on its slowest rank; empty where the source knows no
+        step_times_us: Time of each recorded step on its slowest rank; empty if the source has no
             steps.
         exposed_us: Time of a step in which a rank only communicated, mean over ranks and steps.
             Less than the sum over rows where kinds overlap. None where unknown.
@@ -111,7 +111,7 @@ def read_summary(path: Path) -> Summary:
     """Reads what `moepp profile --json` wrote: a summary, or an object with one as `summary`.
 
     Raises:
-        SourceError: The file cannot be read, or is something else.
+        SourceError: If the file cannot be read, or is something else.
     """
     try:
         content = parse_json(read_bytes(path))
@@ -138,8 +138,8 @@ def summarise_recording(recording: Recording, name: str) -> Summary:
     """The summary of a source that knows neither steps nor work: sums a rank over the recording.
 
     Args:
-        recording: Any source's.
-        name: How to call it.
+        recording: A recording of any source.
+        name: Its name.
     """
     waits = waiting(recording)
     kinds: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
@@ -167,7 +167,7 @@ def waiting(recording: Recording) -> dict[CallKey, Lateness]:
     """How long each call waited for the last rank, where the clocks of its ranks can be compared.
 
     Returns:
-        By rank and place in its list.
+        Waiting by rank and place in its list.
     """
     if not any(one.placed for own in recording.by_rank.values() for one in own):
         return {}

@@ -1,4 +1,4 @@
-"""What one rank recorded, whatever the backend."""
+"""The recording of one rank, for any backend."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class ProfileError(ConfigError):
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took time on a lane.
+    """An interval of work on a lane.
 
     Attributes:
-        name: What.
-        start_us: By the clock of the trace.
-        end_us: By the same.
+        name: Its name.
+        start_us: Start by the clock of the trace.
+        end_us: End by the same clock.
         lane: CUDA stream or host thread.
         kind: forward, recompute, backward for parts of the model; "" otherwise.
     """
@@ -45,16 +45,17 @@ class RankTrace:
     Attributes:
         rank: Global rank.
         backend: nccl or gloo; "" where unknown.
-        on_gpu: Whether it has GPU kernels: then they are the work, else the training thread is.
+        on_gpu: Whether it has GPU kernels: then they are the work, else the training thread's
+            operations are.
         groups: Process groups of this rank by name.
-        collectives: In order of their start.
+        collectives: Collectives in order of their start.
         parts: Parts of the model and of the step, from `moepp/` ranges, and backward passes of
             them.
         steps: Recorded steps by number.
         kernels: GPU kernels that do not communicate.
-        host_work: Where there is no GPU: the training thread's operations.
-        waits: Where there is no GPU: the training thread waits for a collective.
-        base_ns: What to add to times to get Unix time.
+        host_work: The training thread's operations, without a GPU.
+        waits: Spans in which the training thread waits for a collective, without a GPU.
+        base_ns: Nanoseconds to add to times to get Unix time.
         about: `rank<k>.meta.json`; empty where there is none.
     """
 
@@ -77,7 +78,7 @@ class RankTrace:
         return str(self.about.get("node", ""))
 
     def shifted(self, us: float) -> RankTrace:
-        """The same recording by a clock that shows `us` microseconds more."""
+        """The same recording with `us` microseconds added to its times."""
 
         def move(spans: list[Span]) -> list[Span]:
             return [

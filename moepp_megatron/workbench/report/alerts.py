@@ -1,4 +1,4 @@
-"""A run's alerts on its page: a table, and marks where they fall on curves."""
+"""A run's alerts on its page: a table, and marks on the curves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class AlertRow:
     """One line of the table, formatted.
 
     Attributes:
-        step: When, in optimizer steps.
+        step: Optimizer step of the alert.
         severity: `critical`, `warning` or `info`.
         rule: The rule's name.
         found: Metric, layer and value.
-        condition: What the rule asks.
-        action: What was done.
+        condition: Condition of the rule.
+        action: The guard's action.
     """
 
     step: str
@@ -41,10 +41,10 @@ class AlertRow:
 
 @dataclass(frozen=True)
 class AlertTable:
-    """What the page says of alerts.
+    """The page's section on alerts.
 
     Attributes:
-        sentence: How many there were, and which.
+        sentence: Number and kinds of alerts.
         rows: The newest `MAX_ROWS`, in the order of time.
     """
 
@@ -67,11 +67,12 @@ def alert_table(run: RunData) -> AlertTable | None:
 
 
 def mark_alerts(axes: Axes, alerts: Sequence[Alert], steps: Sequence[int]) -> None:
-    """Draws an upright line at each alert's step.
+    """Draw a vertical line at each alert's step.
 
     Args:
-        axes: With steps to the right; drawn already.
-        alerts: Of the run; those outside of `steps`, and back to normal (`info`), are left out.
+        axes: Axes with steps on the horizontal axis, whose curve has been drawn.
+        alerts: Alerts of the run; those outside of `steps`, and ends of alerts (`info`), are left
+            out.
         steps: Steps of the curve, increasing.
     """
     seen: set[Severity] = set()

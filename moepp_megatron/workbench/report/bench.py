@@ -29,7 +29,7 @@ _PASS_NAMES = {"forward": "forward", "forward_backward": "fwd + bwd"}
 
 
 def print_table(results: Sequence[LayerResult]) -> None:
-    """Times and efficiency beside the paper's; then parts and memory."""
+    """Print times and efficiency beside the paper's; then parts and memory."""
     console = Console()
     if not console.is_terminal:
         console.width = _LOG_WIDTH
@@ -90,7 +90,7 @@ def _megabytes(count: int) -> str:
 
 
 def write_json(path: Path, results: Sequence[LayerResult]) -> None:
-    """A list of objects; `pass`, `efficiency` and `overhead` beside the result's fields."""
+    """Write a list of objects: the results' fields, with `pass`, `efficiency` and `overhead`."""
     records = []
     for result in results:
         record = asdict(result)
@@ -100,7 +100,7 @@ def write_json(path: Path, results: Sequence[LayerResult]) -> None:
 
 
 def plot(path: Path, results: Sequence[LayerResult]) -> None:
-    """Efficiency over tau, one panel a shape, with the paper's in grey."""
+    """Plot efficiency over tau, one panel per shape, with the paper's in grey."""
     shapes = list(dict.fromkeys(r.shape for r in results))
     top = max(1.15, 1.08 * max(r.efficiency for r in results))
     with mpl.rc_context(STYLE):
@@ -141,7 +141,7 @@ def _panel(axis: Axes, results: Sequence[LayerResult], top: float) -> None:
 
 
 def print_step(result: StepResult) -> None:
-    """Both models' step times and bytes."""
+    """Print both models' step times and bytes."""
     table = Table(
         title=f"Training step on {result.ranks} rank{'s' if result.ranks > 1 else ''}, tau "
         f"{result.tau:g}, {result.tokens} tokens",
@@ -169,7 +169,7 @@ def print_step(result: StepResult) -> None:
 
 
 def print_dispatch(setting: DispatchSetting, results: Sequence[DispatchResult]) -> None:
-    """Bytes beside the formula, and times, of each dispatcher."""
+    """Print bytes beside the formula, and times, of each dispatcher."""
     first = results[0]
     table = Table(
         title=f"Dispatch and combine, EP {first.ep}: {setting.tokens} tokens a rank, hidden "
@@ -200,7 +200,7 @@ def print_dispatch(setting: DispatchSetting, results: Sequence[DispatchResult]) 
 
 
 def write_records(path: Path, results: object) -> None:
-    """One object, or a list of them: the fields of the results."""
+    """Write one object, or a list of objects, with the fields of the results."""
     records = (
         [asdict(result) for result in results] if isinstance(results, list) else asdict(results)  # type: ignore[call-overload]
     )

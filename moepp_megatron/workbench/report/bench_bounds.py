@@ -1,4 +1,4 @@
-"""Results of `moepp bench card`, and of `bench layer` beside what the GPU could do."""
+"""Prints results of `moepp bench card`, and of `bench layer` beside the GPU's bounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PARTS = ("router", "dispatch", "experts", "zero_computation", "combine")
 
 
 def print_card(result: CardResult, asked: Sequence[str]) -> None:
-    """Measured beside rated; formats that were asked for and are not there, with the reason."""
+    """Print measured beside rated numbers, and missing formats with the reason."""
     on_cpu = "" if result.kind == "cuda" else f", {result.threads} threads"
     table = Table(title=f"{result.device}{on_cpu}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("measured", no_wrap=True)
@@ -33,7 +33,7 @@ def print_card(result: CardResult, asked: Sequence[str]) -> None:
 
 
 def print_bounds(results: Sequence[LayerResult]) -> None:
-    """Each part's time over its bound on this GPU, and the experts' rate."""
+    """Print each part's time over its bound on this GPU, and the experts' rate."""
     first = results[0]
     table = Table(
         title=f"Forward pass of the MoE++ layer on {first.device}, {first.dtype}: "

@@ -16,7 +16,7 @@ class Card:
         label: What it is.
         value: The formatted number.
         note: How to read it.
-        accent: Shown with emphasis.
+        accent: Whether it is emphasised.
     """
 
     label: str

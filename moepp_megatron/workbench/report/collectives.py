@@ -1,4 +1,4 @@
-"""Results of `moepp bench collectives`: tables as nccl-tests prints them, and a plot."""
+"""Shows results of `moepp bench collectives`: tables in the form of nccl-tests, and a plot."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def label(result: CollectiveResult) -> str:
 
 
 def binary_size(size: float) -> str:
-    """Bytes as nccl-tests' options write them: 4K, 16M."""
+    """Bytes in the form of nccl-tests' options: 4K, 16M."""
     for unit, name in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
         if size >= unit:
             return f"{size / unit:.4g}{name}"
@@ -52,7 +52,7 @@ def binary_size(size: float) -> str:
 
 
 def print_tables(results: Sequence[CollectiveResult]) -> None:
-    """One table a group size."""
+    """Print one table per group size."""
     console = Console()
     if not console.is_terminal:
         console.width = _LOG_WIDTH
@@ -98,7 +98,7 @@ def _table(results: Sequence[CollectiveResult]) -> Table:
 
 
 def plot(path: Path, results: Sequence[CollectiveResult]) -> None:
-    """Bus bandwidth over size, a line an operation, a panel a group size."""
+    """Plot bus bandwidth over size, one line per operation, one panel per group size."""
     sizes = list(dict.fromkeys(r.group_size for r in results))
     with plot_style():
         figure = Figure(figsize=(1.8 + 4.2 * len(sizes), 3.9), layout="constrained")

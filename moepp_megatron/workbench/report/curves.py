@@ -92,7 +92,7 @@ def loss_plot(run: RunData) -> Plot:
 
 
 def ffn_share_plot(run: RunData) -> Plot:
-    """FFN share of all selections against what is wanted."""
+    """FFN share of all selections against its target."""
     title = "FFN share of all selections"
     phi = run.config.phi
     if run.config.experts.num_zero_computation_experts == 0:
@@ -130,7 +130,7 @@ def ffn_share_plot(run: RunData) -> Plot:
 
 
 def a2a_plot(run: RunData) -> Plot:
-    """All-to-all bytes a step, measured and of the vanilla layer."""
+    """All-to-all bytes per step, measured and of the vanilla layer."""
     title = "All-to-all bytes a step"
     caption = (
         "Bytes of hidden vectors that leave their rank through the dispatcher, all ranks and MoE "
@@ -282,7 +282,7 @@ def _too_short(
     values: Sequence[float],
     show: Callable[[float], str] = formatting.number,
 ) -> Plot:
-    """The sentence in place of a curve through fewer than two finite values."""
+    """The sentence that replaces a curve with fewer than two finite values."""
     if values:
         text = f"Only one record has a finite value ({name} {show(values[0])}); a curve needs two."
     else:

@@ -1,4 +1,4 @@
-"""The look that all plots share, and turning a figure into text for the page."""
+"""The common style of all plots, and the conversion of a figure into text for the page."""
 
 import base64
 import io
@@ -85,8 +85,8 @@ def new_figure(width: float = 6.4, height: float = 3.1) -> Figure:
 def svg_data_uri(figure: Figure) -> str:
     """The figure as a ``data:`` address for an image in the page.
 
-    One picture serves light and dark: its colours are variables that it sets by what the viewer
-    prefers.
+    One picture serves light and dark pages: its colours are variables that follow the viewer's
+    preference.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -95,7 +95,7 @@ def svg_data_uri(figure: Figure) -> str:
 
 
 def _with_variables(svg: str) -> str:
-    """The picture with a variable for each colour that has another one in the dark."""
+    """The picture with a variable for each colour that differs in dark mode."""
 
     def variable(match: re.Match[str]) -> str:
         kind, colour = match.groups()
@@ -118,7 +118,7 @@ def legend_above(axes: Axes, ncols: int = 3) -> None:
 
 
 def draw_healthy(axes: Axes, ends: tuple[float, float] | None, label: str = "healthy") -> None:
-    """A pale band over the range of a healthy run; nothing without one."""
+    """Draw a pale band over the range of a healthy run; nothing without a range."""
     if ends is not None:
         axes.axhspan(*ends, color=GREEN, alpha=0.16, linewidth=0, zorder=0, label=label)
 
@@ -130,12 +130,12 @@ def draw_level(axes: Axes, level: tuple[str, float]) -> None:
 
 
 def plot_style() -> AbstractContextManager[None]:
-    """A context in which figures take the common look."""
+    """A context in which figures have the common style."""
     return mpl.rc_context(STYLE)
 
 
 def step_axis(axes: Axes) -> None:
-    """Labels the horizontal axis with whole training steps."""
+    """Label the horizontal axis with whole training steps."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
 
@@ -170,7 +170,7 @@ def draw_noisy(
     colour: str,
     label: str | None = None,
 ) -> None:
-    """A line; with many points the raw values pale behind their moving mean."""
+    """Draw a line; with many points, pale raw values behind their moving mean."""
     x, y = thin(steps, values)
     marker = "o" if len(x) <= 12 else None
     if len(x) < 60:

@@ -1,4 +1,4 @@
-"""Plots of who gets the selections: by expert, by kind, by MoE layer."""
+"""Plots of the selections: by expert, by kind, by MoE layer."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them."""
+"""Formats numbers for readers."""
 
 import math
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def count(value: float) -> str:
 
 
 def big_count(value: float) -> str:
-    """A whole number; from a hundred million on in millions, billions or trillions."""
+    """A whole number; from 100 million on in millions, billions or trillions."""
     if not abs(value) >= 1e8 or not math.isfinite(value):
         return count(value)
     for unit, name in ((1e12, "trillion"), (1e9, "billion")):
@@ -81,11 +81,11 @@ def rate(value: float, unit: str) -> tuple[float, str]:
     """A decimal unit in which the value is at least 1: 0.03 TFLOP/s is in GFLOP/s.
 
     Args:
-        value: The largest of what is to be shown, in FLOP/s, bytes/s or the like.
+        value: The largest value to be shown, in FLOP/s, bytes/s or the like.
         unit: `FLOP/s`, `bytes/s`.
 
     Returns:
-        What to divide by, and the unit's name.
+        The divisor, and the unit's name.
     """
     symbol = "B/s" if unit == "bytes/s" else unit
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

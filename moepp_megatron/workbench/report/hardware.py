@@ -1,4 +1,4 @@
-"""What the run cost its machines: energy, GPU-hours, MFU, from the telemetry in the records."""
+"""The run's use of machines: energy, GPU-hours, MFU, from the telemetry in the records."""
 
 from statistics import median
 
@@ -10,7 +10,7 @@ from moepp_megatron.workbench.report.run_data import RunData
 
 
 def hardware_plots(run: RunData) -> list[Plot]:
-    """Plots of what the records have; none for a run without telemetry."""
+    """Plots of the telemetry in the records; none for a run without telemetry."""
     plots = []
     for key, drawn in own_plots(run, "hardware"):
         scale, axis = _unit(key, drawn.axis, run)
@@ -29,7 +29,7 @@ def _unit(key: str, axis: str, run: RunData) -> tuple[float, str]:
 
 
 def hardware_cards(run: RunData) -> list[Card]:
-    """Totals of the run and medians of its records, of what the records have."""
+    """Totals of the run and medians of its records, as far as they have telemetry."""
     records, cards = run.records, []
     mfu = [record.mfu for record in records if record.mfu is not None]
     if mfu:

@@ -38,9 +38,9 @@ class Series(NamedTuple):
     """Numbers of all MoE layers over steps.
 
     Attributes:
-        label: In the legend.
-        colour: Of line and band.
-        values: [MoE layers] of a record, or None where it has none.
+        label: Text in the legend.
+        colour: Colour of line and band.
+        values: Function from a record to its [MoE layers] numbers, or None if it has none.
     """
 
     label: str
@@ -135,7 +135,7 @@ def _idlest(num_ffn_experts: int) -> Callable[[StepMetrics], Sequence[float] | N
 
 
 def _band_plot(run: RunData, plot: BandPlot) -> Plot | None:
-    """None where no record has any of its numbers, or fewer than two have."""
+    """The plot; None if fewer than two records have any of its numbers."""
     drawn = [(each, *_table(run.records, each)) for each in plot.series]
     drawn = [(each, steps, table) for each, steps, table in drawn if len(steps) >= 2]
     if not drawn:
@@ -173,7 +173,7 @@ def _band_plot(run: RunData, plot: BandPlot) -> Plot | None:
 
 
 def _table(records: Sequence[StepMetrics], series: Series) -> tuple[list[int], np.ndarray]:
-    """Steps, and [steps, MoE layers] numbers: of records where any layer's is finite."""
+    """Steps, and [steps, MoE layers] numbers, of records in which any layer's is finite."""
     steps, rows = [], []
     for record in records:
         values = series.values(record)

@@ -1,4 +1,4 @@
-"""What is healthy: the ranges of docs/routing.md, for plots and for the help that pages carry."""
+"""The healthy ranges of docs/routing.md, for plots and for the help texts of pages."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from moepp_megatron.config.schema.routing_guard import GuardRule
 
 
 class Metric(NamedTuple):
-    """A number of the routers.
+    """A metric of the routers.
 
     Attributes:
-        name: Same as `metrics.jsonl` and the monitor call it.
-        meaning: In plain words.
+        name: Its name in `metrics.jsonl` and the monitor.
+        meaning: Its meaning in plain words.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
-        wrong: When something is wrong: in words, or a default rule of the routing guard.
+        wrong: Sign of a problem: in words, or a default rule of the routing guard.
         is_watched: Whether somebody who follows a run should look at it first.
     """
 
@@ -53,7 +53,7 @@ def metrics_in_words() -> list[Metric]:
 
 
 def wrong_in_words(wrong: str) -> str:
-    """`Metric.wrong` as a reader wants it."""
+    """`Metric.wrong` in words."""
     rule = guard_rule(wrong)
     return wrong if rule is None else _condition(rule)
 
@@ -64,7 +64,7 @@ def guard_rule(name: str) -> GuardRule | None:
 
 
 def _condition(rule: GuardRule) -> str:
-    """Such as "above 100 for 20 steps (logit_explosion)"."""
+    """A rule's condition, such as "above 100 for 20 steps (logit_explosion)"."""
     side, limit = ("above", rule.above) if rule.above is not None else ("below", rule.below)
     what = {"ffn_to_target": "of the wanted share", "min_ffn_load": ""}.get(str(rule.metric), "")
     text = f"{side} {limit:g} {what}".strip()

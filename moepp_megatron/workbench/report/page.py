@@ -1,4 +1,4 @@
-"""The page itself: numbers, plots and configuration put into the template."""
+"""Puts numbers, plots and configuration into the page's template."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +29,16 @@ class Page:
     Attributes:
         name: The run's name.
         facts: Short descriptions of the run, such as its layout.
-        sentence: What the run found, in words.
+        sentence: The run's result, in words.
         cards: Headline numbers.
         curves: Plots over steps.
         experts: Plots over experts.
         health: Plots of the routers' health; empty for a vanilla run.
         alerts: The run's alerts; None without any.
-        hardware: Plots of what the run cost its machines; empty without telemetry.
+        hardware: Plots of the run's use of machines; empty without telemetry.
         table: The comparison with the vanilla layer; None for a vanilla run.
-        terms: What the page's words mean.
-        healthy: What is healthy of each metric of the routers, and what is not.
+        terms: The meanings of the page's terms.
+        healthy: The healthy range of each metric of the routers, and signs of problems.
         config_text: The resolved configuration.
         version: Version of this package.
     """
@@ -62,7 +62,7 @@ class Page:
 def build_report(folder: str | Path) -> Path:
     """Writes ``report.html`` of a run from its configuration, metrics and alerts.
 
-    The page is ASCII, needs no other file and asks nothing of the network. The same inputs give
+    The page is ASCII, needs no other file and makes no network requests. The same inputs give
     the same bytes.
 
     Args:
@@ -114,7 +114,7 @@ def render(run: RunData) -> str:
 
 
 def _terms(run: RunData, summary: Summary) -> list[tuple[str, str]]:
-    """What a reader needs who has no other page at hand."""
+    """Explanations for a reader who has no other page at hand."""
     phi = formatting.percent(summary.phi)
     terms = [
         (

@@ -60,7 +60,7 @@ def _console() -> Console:
 
 
 def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
-    """The best layouts, why the others lose, and the models beside each other."""
+    """Print the best layouts, why the others lose, and a comparison of the models."""
     console = _console()
     load = plan.layouts[0].step.load if plan.layouts else None
     hardware = plan.machine.hardware
@@ -114,7 +114,7 @@ def _layouts(plan: Plan) -> Table:
 
 
 def explain(plan: Plan, planned: Planned) -> str:
-    """One line: where its time goes, where its experts' exchange travels, what it loses."""
+    """One line on a layout: its time by parts, the links of its exchange, its losses."""
     if not planned.fits:
         over = planned.memory_gib - plan.machine.memory_bytes / GIB
         return f"does not fit: {over:.1f} GiB too many on the fullest rank"
@@ -187,7 +187,7 @@ def _models(plan: Plan, tokens: float, price: float | None) -> Table:
 
 
 def _size(count: float) -> str:
-    """Bytes as GB or TB."""
+    """Format bytes as GB or TB."""
     if count >= 10e12:
         return f"{count / 1e12:,.0f} TB"
     return f"{count / 1e9:,.0f} GB" if count else "0"
@@ -200,7 +200,7 @@ def models(plan: Plan) -> list[Planned]:
 
 
 def short_name(planned: Planned) -> str:
-    """Degrees above 1, such as TP2 PP8 EP64 MBS1."""
+    """A layout's degrees above 1, such as TP2 PP8 EP64 MBS1."""
     grid = planned.grid
     degrees = {
         "TP": grid.tp,
@@ -216,19 +216,19 @@ def short_name(planned: Planned) -> str:
 
 
 def bars(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by the plot's names; every second is in one of them."""
+    """Seconds by the plot's names, which cover the whole time."""
     known = {part for _, _, parts in _BARS for part in parts}
     assert known >= seconds.keys(), f"no bar for {seconds.keys() - known}"
     return {name: sum(seconds.get(part, 0.0) for part in parts) for name, _, parts in _BARS}
 
 
 def write_json(path: Path, plan: Plan, simulation: Mapping[str, Any] | None = None) -> None:
-    """A list of layouts, those that fit first, then by step time.
+    """Write a list of layouts, those that fit first, then by step time.
 
     Args:
         path: The file.
         plan: The plan.
-        simulation: What playing the best layout found; its key `simulation`.
+        simulation: The simulation of the best layout, for its key `simulation`.
     """
     layers = plan.config.model.num_layers
     ordered = sorted([*plan.layouts, *plan.rivals], key=lambda one: (not one.fits, one.step.total))
@@ -241,7 +241,7 @@ def write_json(path: Path, plan: Plan, simulation: Mapping[str, Any] | None = No
 
 
 def plot(path: Path, plan: Plan) -> None:
-    """Stacked bars: the first layouts, and each model in its best layout."""
+    """Plot stacked bars: the first layouts, and each model in its best layout."""
     entries: list[tuple[str, Planned]] = []
     for planned in models(plan):
         name = "vanilla" if planned.tau is None else f"MoE++ tau {planned.tau:g}"

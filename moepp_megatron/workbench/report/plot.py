@@ -1,4 +1,4 @@
-"""One plot of the page, or the sentence that stands in its place."""
+"""One plot of the page, or the sentence that replaces it."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ class Plot:
 
     Attributes:
         title: Heading.
-        caption: What is seen and how it is computed.
+        caption: What the plot shows and how it is computed.
         image: ``data:`` address of the picture; None if there is nothing to draw.
         alt: The picture in words; without a picture, why there is none.
-        wide: Takes the whole width of the page.
+        wide: Whether it takes the whole width of the page.
     """
 
     title: str

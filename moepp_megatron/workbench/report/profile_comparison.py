@@ -1,4 +1,4 @@
-"""Two profiles side by side: what changed, in words and a plot."""
+"""Compares two profiles in words and a plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_BARS = 14
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """The words, one sentence a line, for a terminal."""
+    """The comparison as text for a terminal, one sentence per line."""
     title = f"{comparison.after.name} against {comparison.before.name}"
     return "\n".join([title, *(f"  {line}" for line in in_words(comparison))])
 
@@ -106,7 +106,7 @@ def _unit(bars: list[_Bar]) -> tuple[float, str]:
 
 
 def _labels(axes: Axes, bars: list[_Bar], unit: tuple[float, str]) -> None:
-    """Names on the left, numbers on the right, with room for both."""
+    """Draw names on the left and numbers on the right, with room for both."""
     axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(bars) - 0.4, -0.6)

@@ -1,4 +1,4 @@
-"""How far a measurement is."""
+"""Shows the progress of a measurement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report is made of: a run's resolved configuration, its records and alerts."""
+"""Reads the data of a report: a run's resolved configuration, its records and alerts."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +24,13 @@ class ReportError(ConfigError):
 
 
 class RunSection(BaseModel):
-    """What the report needs of ``run:``."""
+    """The fields that the report needs of ``run:``."""
 
     name: str = "moepp"
 
 
 class ModelSection(BaseModel):
-    """What the report needs of ``model:``."""
+    """The fields that the report needs of ``model:``."""
 
     num_layers: Layers
     hidden_size: Count
@@ -40,7 +40,7 @@ class ModelSection(BaseModel):
 
 
 class BudgetSection(BaseModel):
-    """What the report needs of ``moe.budget:``."""
+    """The fields that the report needs of ``moe.budget:``."""
 
     target_ffn_per_token: float | None = None
 
@@ -56,7 +56,7 @@ class MoESection(BaseModel, ExpertLayout, frozen=True):
 
 
 class ParallelSection(BaseModel):
-    """What the report needs of ``parallel:``."""
+    """The fields that the report needs of ``parallel:``."""
 
     tensor_model_parallel_size: Count = 1
     pipeline_model_parallel_size: Count = 1
@@ -65,14 +65,14 @@ class ParallelSection(BaseModel):
 
 
 class PrecisionSection(BaseModel):
-    """What the report needs of ``precision:``."""
+    """The fields that the report needs of ``precision:``."""
 
     dtype: str = "fp32"
     fp8: str | None = None
 
 
 class TrainingSection(BaseModel):
-    """What the report needs of ``training:``."""
+    """The fields that the report needs of ``training:``."""
 
     train_iters: Count
     global_batch_size: Count
@@ -81,7 +81,8 @@ class TrainingSection(BaseModel):
 class RunConfig(BaseModel):
     """The part of a resolved ``config.yaml`` that the report reads.
 
-    A reader of its own, so that a run made by another version of the schema keeps its report.
+    It has a reader of its own, so that a run of another version of the schema can still be
+    reported.
     """
 
     run: RunSection
@@ -98,7 +99,7 @@ class RunConfig(BaseModel):
 
     @property
     def phi(self) -> float:
-        """FFN share of all selections that is wanted: the budget's, or under perfect balance."""
+        """Target of the FFN share of all selections: the budget's, or that of perfect balance."""
         target = self.moe.budget.target_ffn_per_token
         if target is not None:
             return target / self.moe.router_topk
@@ -132,9 +133,9 @@ class RunData:
     Attributes:
         folder: The run's folder.
         config: The configuration the report computes with.
-        config_text: ``config.yaml`` as it stands.
+        config_text: The text of ``config.yaml``.
         records: At least one record, steps strictly increasing.
-        alerts: In the order of time; those of steps that were taken again are among them.
+        alerts: Alerts in the order of time, including those of steps that were repeated.
     """
 
     folder: Path
@@ -173,10 +174,10 @@ def read_config(path: Path) -> tuple[RunConfig, str]:
     """Reads a run's ``config.yaml``.
 
     Returns:
-        What the report needs of it, and its text.
+        The fields that the report needs, and the text.
 
     Raises:
-        ReportError: It cannot be read, or is not the configuration of a run.
+        ReportError: If it cannot be read, or is not the configuration of a run.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,7 +1,8 @@
-"""What the zero-computation experts saved against a vanilla layer of the same size.
+"""Computes the savings against a vanilla layer of the same size.
 
 The vanilla layer has the same FFN experts and the same K, so that every one of the K*T selections
-is an FFN expert's: it computes K experts a token, and every selection takes part in the all-to-all.
+is an FFN expert's: it computes K experts per token, and every selection takes part in the
+all-to-all.
 """
 
 import math
@@ -17,7 +18,7 @@ class LayerWork:
     """Forward work of all MoE layers for one token, FLOP.
 
     Attributes:
-        experts_per_token: FFN experts a token takes in one layer.
+        experts_per_token: FFN experts per token in one layer.
         ffn: FFN experts.
         router: Gate and gating residual.
         zero_computation: The closed form of the zero-computation experts.
@@ -30,7 +31,7 @@ class LayerWork:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The work of all parts."""
         return self.ffn + self.router + self.zero_computation
 
 
@@ -45,7 +46,7 @@ class Savings:
         expert_work_saved: ``1 - ffn_fraction``.
         speed_limit: ``1 / ffn_fraction``; infinite if no token took an FFN expert.
         a2a_bytes: All-to-all bytes of the run, measured.
-        vanilla_a2a_bytes: What the vanilla layer would have sent; None if it cannot be known.
+        vanilla_a2a_bytes: Bytes that the vanilla layer would have sent; None if unknown.
         step_a2a_bytes: All-to-all bytes of a step, settled.
         vanilla_step_a2a_bytes: The same of the vanilla layer.
     """

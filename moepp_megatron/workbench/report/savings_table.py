@@ -1,4 +1,4 @@
-"""The table that sets a run against the vanilla layer of the same size."""
+"""The table that compares a run with the vanilla layer of the same size."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from moepp_megatron.workbench.report.summary import Summary
 
 @dataclass(frozen=True)
 class Row:
-    """One line: a quantity of the vanilla layer, of this run, and what was saved.
+    """One row: a quantity of the vanilla layer, of this run, and the saving.
 
     Attributes:
         name: The quantity.
@@ -20,7 +20,7 @@ class Row:
         vanilla: Formatted value of the vanilla layer.
         measured: Formatted value of this run.
         saved: The difference as a share of the vanilla value, in bytes for a total of the run.
-        strong: A sum or a result.
+        strong: Whether it is a sum or a result.
     """
 
     name: str

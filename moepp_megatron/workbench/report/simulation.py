@@ -29,7 +29,7 @@ _KINDS = {
 
 
 def print_study(study: Study) -> None:
-    """Step times, what each cause costs, what another exchange would gain, goodput."""
+    """Print step times, the cost of each cause, the gain of other exchanges, and goodput."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
@@ -134,14 +134,14 @@ def _goodput(study: Study) -> Table:
 def varies(study: Study) -> bool:
     """Whether steps differ by more than rounding.
 
-    Without a pipeline and with every expert on each rank, unevenness has nobody to wait for it.
+    Without a pipeline and with every expert on each rank, no rank waits because of unevenness.
     """
     totals = study.played.totals
     return bool(np.ptp(totals) > 1e-6 * np.median(totals))
 
 
 def plot_study(path: Path, study: Study, title: str) -> None:
-    """Distribution of step times above one step's passes by pipeline rank."""
+    """Plot the distribution of step times above one step's passes by pipeline rank."""
     timeline = study.played.timeline
     ranks = 1 + max(bar.rank for bar in timeline.bars)
     height = max(1.6, 0.32 * ranks + 0.9)
@@ -178,11 +178,11 @@ def _draw_steps(axis: Axes, study: Study) -> None:
 
 
 def _draw_timeline(axis: Axes, timeline: Timeline, ranks: int, columns: int) -> None:
-    """White is idle; later model chunks are darker.
+    """Draw one step's passes: white is idle, later model chunks are darker.
 
     Args:
-        axis: Empty.
-        timeline: Of the column that ends last.
+        axis: Empty axes.
+        timeline: Timeline of the column that ends last.
         ranks: Pipeline ranks; 1 without a pipeline.
         columns: Data-parallel columns that wait for each other at the end.
     """

@@ -26,9 +26,9 @@ class Summary:
         valid_step: Step of ``valid_loss``.
         perplexity: ``exp`` of the validation loss, or of ``settled_loss`` without one.
         phi: FFN share under perfect balance.
-        ffn_fraction: FFN share, mean over the steps of the run: for totals of the run alone.
+        ffn_fraction: FFN share, mean over the steps of the run; used only for totals of the run.
         settled_ffn_fraction: FFN share, settled.
-        settled_count: Records that count as settled.
+        settled_count: Number of records that count as settled.
         window: The steps of these records in words.
         tokens_per_s: Median over the records.
         train_seconds: Time in training steps, without start, evaluation and checkpoints.
@@ -57,7 +57,7 @@ class Summary:
 
 
 def step_weights(records: Sequence[StepMetrics]) -> list[int]:
-    """Steps that each record stands for: those since the record before it."""
+    """Number of steps that each record represents: those since the record before it."""
     steps = [0, *(record.step for record in records)]
     return [max(1, after - before) for before, after in zip(steps, steps[1:], strict=False)]
 

@@ -1,4 +1,4 @@
-"""The templates of this room's pages."""
+"""Renders the templates of all pages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def render_template(name: str, **values: Any) -> str:
 
 
 def _with_contents(html: str) -> str:
-    """The page with a table of contents below its header: a link to each heading of second rank."""
+    """Add a table of contents below the page's header: a link to each second-level heading."""
     links: list[str] = []
 
     def heading(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Tables on a terminal that are whole wherever they are printed."""
+"""Prints tables that are never cut, whatever the terminal's width."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def plain_table(*columns: str, words: int = 0) -> Table:
     """A table with a rule below its head and nothing around it.
 
     Args:
-        columns: Their names.
-        words: So many of the columns, from the left, hold words; the rest hold numbers.
+        columns: Names of the columns.
+        words: Number of columns, from the left, that hold words; the rest hold numbers.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for place, name in enumerate(columns):

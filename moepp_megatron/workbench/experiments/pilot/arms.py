@@ -29,8 +29,8 @@ class PilotArm:
     """A model of the pilot.
 
     Attributes:
-        arm: What it is.
-        config: Of its runs, but for folder and seed.
+        arm: Its description.
+        config: Configuration of its runs, without folder and seed.
     """
 
     arm: Arm
@@ -44,12 +44,12 @@ def build_arms(
 
     Args:
         config: A checked MoE++ configuration.
-        steps: Of a run.
+        steps: Steps of a run.
         taus: Weights of zero-computation experts; the configured one keeps `moe.budget`.
         eval_iters: Global batches of validation; None: as configured, at least 8.
 
     Raises:
-        ConfigError: CONFIG is vanilla, or a rule forbids an arm.
+        ConfigError: If CONFIG is vanilla, or a rule forbids an arm.
     """
     _check(config, steps)
     if eval_iters is None:
@@ -70,7 +70,7 @@ def build_arms(
 
 
 def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
-    """What every run has other than CONFIG.
+    """Settings of every run that differ from CONFIG.
 
     The learning rate goes through all of its schedule within the run. Every step is logged, for
     its time; nothing is saved, loaded or sent anywhere.
@@ -100,15 +100,15 @@ def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
 
 
 def configured_tau(config: Config) -> float:
-    """The tau that CONFIG stands for: its budget's where it has one."""
+    """The tau of CONFIG: that of its budget if it has one."""
     return float(f"{config.moe.balanced_tau:.4g}")
 
 
 def rival_topks(moepp: Sequence[PilotArm]) -> list[int]:
-    """Selections of the vanilla models whose FFN work is next to that of a MoE++ arm.
+    """Top-k values of the vanilla models whose FFN work is next to that of a MoE++ arm.
 
-    K phi FFN experts a token are between two whole numbers; both are rivals, unless that is
-    vanilla itself or no expert at all.
+    K phi FFN experts per token are between two whole numbers; both are baselines, except vanilla
+    itself and no expert at all.
     """
     found = set()
     for each in moepp:
@@ -122,8 +122,8 @@ def rival_topks(moepp: Sequence[PilotArm]) -> list[int]:
 def with_tau(config: Config, tau: float) -> tuple[Config, list[str]]:
     """The model at another tau, and the overrides that make it.
 
-    A budget with a target belongs to its own tau and goes; a controller alone holds the share that
-    any tau stands for, and stays.
+    A budget with a target belongs to its own tau and is dropped. A controller without a target
+    holds the share of any tau and is kept.
     """
     if tau == configured_tau(config):
         return config, []

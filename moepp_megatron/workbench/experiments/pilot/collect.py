@@ -44,11 +44,11 @@ class Pilot:
     """A pilot, finished or not.
 
     Attributes:
-        folder: Where its runs are.
+        folder: Folder of its runs.
         arms: Vanilla first, "short" last.
         seeds: All of them.
         command: The command line.
-        target: What to extrapolate to, if anything.
+        target: Target to extrapolate to, or None.
     """
 
     folder: PilotRuns
@@ -58,10 +58,10 @@ class Pilot:
     target: TargetRequest | None = None
 
     def result(self) -> PilotResult | None:
-        """What the seeds that every arm has finished show; None where there is none.
+        """The result of the seeds that every arm has finished; None if there are none.
 
         Raises:
-            RunFailed: A finished run has diverged.
+            RunFailed: If a finished run has diverged.
         """
         found = self._records()
         if not found:
@@ -70,7 +70,7 @@ class Pilot:
         return measured.result()
 
     def _records(self) -> dict[int, dict[str, Records]]:
-        """By whole seed and arm."""
+        """Records by finished seed and arm."""
         whole = {}
         for seed in self.seeds:
             records = {
@@ -164,7 +164,7 @@ class _Measured:
         return AtTarget(model.time_ratio, equal, standing(equal, times[name], times[equal.slower]))
 
     def _routing(self) -> dict[str, Routing] | None:
-        """By arm, as uneven as its runs have routed; None where that says nothing of the target."""
+        """Routing by arm, as uneven as in its runs; None if that does not apply to the target."""
         if self.pilot.target is None:
             return None
         found = {}
@@ -193,7 +193,7 @@ class _Measured:
         return sentences.answer(best, equal[best.arm], target is not None, where)
 
     def _on_gpu(self) -> bool:
-        """Whether the runs have seen GPUs."""
+        """Whether the runs used GPUs."""
         last = [records[-1] for seed in self.records.values() for records in seed.values()]
         return any(record.gpu_hours is not None for record in last)
 

@@ -1,4 +1,4 @@
-"""The fair rival: a vanilla model that is as fast as a MoE++ arm, because it takes fewer experts.
+"""The fair baseline: a vanilla model that is as fast as a MoE++ arm, with fewer experts per token.
 
 Whoever can live with the loss of a faster model could also lower vanilla's top-k.
 """
@@ -18,16 +18,16 @@ Standing = Literal["better", "worse", "open"]
 
 
 def equal_speed(name: str, runs: Runs, vanilla: Mapping[str, Runs]) -> EqualSpeed:
-    """A MoE++ arm against the vanilla arms around its speed.
+    """Compare a MoE++ arm with the vanilla arms around its speed.
 
-    In each seed the rival's loss is interpolated by step time between the two vanilla arms that
+    In each seed the baseline's loss is interpolated by step time between the two vanilla arms that
     enclose the MoE++ arm's mean step time. Where a seed's own time is outside of both, the nearer
     one counts: nothing is extrapolated.
 
     Args:
-        name: Of the MoE++ arm.
+        name: Name of the MoE++ arm.
         runs: Its runs by seed.
-        vanilla: By name, the runs of vanilla and of its rivals, with the same seeds.
+        vanilla: Runs of vanilla and of the baselines, by name, with the same seeds.
     """
     slower, faster = _around(_mean_time(runs), {n: _mean_time(r) for n, r in vanilla.items()})
     weights, differences, enclosed = [], [], slower != faster
@@ -49,10 +49,10 @@ def equal_speed(name: str, runs: Runs, vanilla: Mapping[str, Runs]) -> EqualSpee
 
 
 def standing(equal: EqualSpeed, time: float, rival_time: float) -> Standing | None:
-    """How a MoE++ arm stands against its rival; None where the comparison says nothing.
+    """The outcome of a MoE++ arm against its baseline; None if the comparison is inconclusive.
 
-    A rival outside of whose speed the MoE++ arm is says something in one direction alone: a slower
-    arm that is worse, or a faster one that is better.
+    If the MoE++ arm is slower or faster than all baselines, the comparison is conclusive in one
+    direction only: for a slower arm that is worse, or a faster one that is better.
 
     Args:
         equal: The comparison.
@@ -75,7 +75,7 @@ def _mean_time(runs: Runs) -> float:
 
 
 def _around(time: float, times: Mapping[str, float]) -> tuple[str, str]:
-    """Names of the slower and the faster neighbour; the nearest twice where one lacks."""
+    """Names of the slower and the faster neighbour; the nearest twice if one is missing."""
     slower = [name for name in times if times[name] >= time]
     faster = [name for name in times if times[name] < time]
     above = min(slower, key=lambda name: times[name], default=None)
@@ -88,7 +88,7 @@ def _around(time: float, times: Mapping[str, float]) -> tuple[str, str]:
 
 
 def _weight(time: float, slower: float, faster: float) -> tuple[float, bool]:
-    """Of the slower one, and whether `time` is between both in this seed."""
+    """Weight of the slower one, and whether `time` is between both in this seed."""
     if slower <= faster:
         # The same arm, or noise has put them the other way round in this seed.
         return (1.0 if slower == faster else 0.5), False

@@ -1,7 +1,7 @@
 """The same models at the target's size and on its GPUs, by the cost model.
 
-Speed is extrapolated, learning is not: nobody knows from short runs of a small model what share of
-its loss gap a large one has.
+Speed is extrapolated, learning is not: short runs of a small model do not show the loss gap of a
+large one.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _SMALLEST_SHARE = 1e-3
 
 @dataclass(frozen=True)
 class TargetRequest:
-    """What to extrapolate to.
+    """The target of the extrapolation.
 
     Attributes:
-        name: Of the configuration.
+        name: Name of the configuration.
         config: Its model, batch and formats; its own layout does not matter.
-        gpus: GPUs.
-        machine: Of this kind.
-        tokens: To train on.
-        price_per_hour: Of a GPU.
+        gpus: Number of GPUs.
+        machine: The kind of GPU.
+        tokens: Tokens to train on.
+        price_per_hour: Price of a GPU per hour.
     """
 
     name: str
@@ -56,10 +56,10 @@ class TargetRequest:
     price_per_hour: float | None = None
 
     def check(self) -> None:
-        """Refuse a target that no plan can be made for.
+        """Refuse a target that cannot be planned.
 
         Raises:
-            ConfigError: It is vanilla, its format is not the GPU's, or nothing fits.
+            ConfigError: If it is vanilla, the GPU lacks its format, or nothing fits.
         """
         if self.config.moe.num_zero_computation_experts == 0:
             raise ConfigError(
@@ -84,9 +84,9 @@ class TargetRequest:
         """Every arm but "short" at the target's size, each in its best layout.
 
         Args:
-            arms: What the pilot has measured, vanilla first.
-            nominal: By MoE++ arm, phi of its pilot configuration.
-            routing: By arm, how unevenly tokens choose; None: as after long training.
+            arms: Measured arms of the pilot, vanilla first.
+            nominal: Phi of the pilot configuration, by MoE++ arm.
+            routing: Unevenness of the routing by arm; None assumes that after long training.
         """
         topk = arms[0].arm.topk
         found = []
@@ -132,10 +132,10 @@ class TargetRequest:
         """The target's version of an arm; None where it has none.
 
         Args:
-            arm: Of the pilot.
-            share: FFN share that it has shown.
+            arm: Arm of the pilot.
+            share: Its measured FFN share.
             nominal: phi of its pilot configuration; 1 for vanilla.
-            topk: Of the pilot's MoE++ arms and vanilla.
+            topk: Top-k of the pilot's MoE++ arms and of vanilla.
         """
         if arm.kind == "short":
             return None
@@ -153,7 +153,7 @@ class TargetRequest:
 
 
 def carried_share(measured: float, nominal: float, target: float) -> float:
-    """The FFN share to expect of the target, from what the pilot has shown beside its phi.
+    """The FFN share to expect of the target, from the pilot's measured share and its phi.
 
     With the same numbers of experts it is the measured one. Otherwise the target misses its own
     phi by as much as the pilot has missed its, in log odds.
@@ -179,8 +179,8 @@ def with_share(config: Config, share: float) -> Config:
 def measured_routing(runs: Sequence[PilotRun], target: Config) -> Routing | None:
     """Routing as uneven as in the second half of these runs, their median.
 
-    None where it says nothing of the target, whose number of FFN experts is another, or where runs
-    do not show it.
+    None if it does not apply to the target, which has another number of FFN experts, or if runs
+    do not record it.
     """
     found = []
     for run in runs:

@@ -1,4 +1,4 @@
-"""What runs have shown: from a run's records to an arm's means over seeds."""
+"""Computes the outcome of a run from its records, and an arm's means over seeds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _POINTS_OF_CURVE = 200
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What one run has shown; names as in `ArmOutcome`."""
+    """The outcome of one run; names as in `ArmOutcome`."""
 
     valid_loss: float
     step_time_s: float
@@ -38,11 +38,11 @@ class RunOutcome:
 
 
 def run_outcome(records: Sequence[StepMetrics], folder: Path) -> RunOutcome:
-    """Of a finished run.
+    """The outcome of a finished run.
 
     Args:
-        records: All of them, a step a record; the last one has a finite validation loss.
-        folder: Of the run, with its alerts.
+        records: All records, one per step; the last one has a finite validation loss.
+        folder: Folder of the run, with its alerts.
     """
     last = records[-1]
     assert last.valid_loss is not None, "finished runs end with a validation"
@@ -66,8 +66,8 @@ def run_outcome(records: Sequence[StepMetrics], folder: Path) -> RunOutcome:
 def timed_steps(records: Sequence[StepMetrics]) -> list[StepMetrics]:
     """Steps whose time is that of training alone.
 
-    Neither the first ones nor those that measured router health or were evaluated; of a run so
-    short that none is left, all after the first ones.
+    The first steps and those that measured router health or were evaluated are left out. If none
+    is left in a short run, all steps after the first ones are taken.
     """
     warm = _warm(records)
     plain = [r for r in warm if r.router_health is None and r.valid_loss is None]
@@ -77,12 +77,12 @@ def timed_steps(records: Sequence[StepMetrics]) -> list[StepMetrics]:
 def arm_outcome(
     arm: Arm, runs: Mapping[int, RunOutcome], baseline: Mapping[int, RunOutcome]
 ) -> ArmOutcome:
-    """Of an arm, over the seeds of `runs`.
+    """The outcome of an arm, over the seeds of `runs`.
 
     Args:
         arm: The arm.
-        runs: By seed.
-        baseline: Vanilla's, of at least the same seeds; `runs` itself for vanilla.
+        runs: Runs by seed.
+        baseline: Vanilla's runs, with at least the same seeds; `runs` itself for vanilla.
     """
     seeds = sorted(runs)
     mine = [runs[seed] for seed in seeds]
@@ -127,7 +127,7 @@ def _warm(records: Sequence[StepMetrics]) -> list[StepMetrics]:
 
 
 def _energy_per_token(records: Sequence[StepMetrics]) -> float | None:
-    """Over all warm steps but the evaluated one, whose energy holds the validation's."""
+    """Energy per token over warm steps, except evaluated ones, which include validation."""
     steps = [record for record in _warm(records) if record.valid_loss is None]
     joules = [record.energy_j for record in steps if record.energy_j is not None]
     if not joules or len(joules) < len(steps):
@@ -164,7 +164,7 @@ def _curve(records: Sequence[StepMetrics]) -> Curve:
 
 
 def _mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Over seeds, where all have a point."""
+    """The mean curve over seeds, at points that all seeds have."""
     by_seed = [dict(zip(curve.tokens, curve.loss, strict=True)) for curve in curves]
     shared = [tokens for tokens in by_seed[0] if all(tokens in curve for curve in by_seed)]
     loss = [statistics.fmean(curve[tokens] for curve in by_seed) for tokens in shared]

@@ -1,7 +1,7 @@
-"""What a pilot has found: the contents of `pilot.json`, which `pilot.html` shows.
+"""The result of a pilot: the contents of `pilot.json`, which `pilot.html` shows.
 
 A pilot trains several *arms* (the vanilla model, MoE++ at several tau, vanilla models with fewer
-experts a token) with the same seeds. A seed decides initial weights and the order of the data, so
+experts per token) with the same seeds. A seed decides initial weights and the order of the data, so
 that arms are compared in pairs. All intervals are 95% t-intervals over seeds.
 """
 
@@ -39,11 +39,11 @@ class Arm(_PilotRecord):
     Attributes:
         name: Unique, as shown: "vanilla", "MoE++ tau 0.75", "vanilla top-1", "vanilla, 70% of the
             steps".
-        kind: "vanilla" is the baseline; "moepp"; "rival" is vanilla with fewer experts a token;
-            "short" is vanilla with fewer steps, which tells what tokens are worth.
-        tau: Of MoE++, else None.
-        topk: Selections a token K.
-        steps: Of each of its runs.
+        kind: "vanilla"; "moepp"; `rival` is vanilla with fewer experts per token, the fair
+            baseline; "short" is vanilla with fewer steps, which shows the value of tokens.
+        tau: Tau of MoE++, else None.
+        topk: Selections per token, K.
+        steps: Steps of each of its runs.
         overrides: Settings that make it from CONFIG, for whoever wants to run it alone; empty where
             it is more than overrides (vanilla).
     """
@@ -61,7 +61,7 @@ class Curve(_PilotRecord):
 
     Attributes:
         tokens: Tokens trained on.
-        loss: Nats a token.
+        loss: Nats per token.
     """
 
     tokens: list[int]
@@ -73,18 +73,18 @@ class ArmOutcome(_PilotRecord):
 
     Attributes:
         arm: The arm.
-        seeds: Finished ones.
+        seeds: Finished seeds.
         valid_loss: Final validation loss, nats.
-        loss_difference: To vanilla with the same seed; None for vanilla.
+        loss_difference: Difference to vanilla with the same seed; None for vanilla.
         step_time_s: Median step of a run.
         time_ratio: Step time over vanilla's with the same seed; None for vanilla and "short".
-        tokens_per_s: Of all ranks.
+        tokens_per_s: Throughput of all ranks.
         ffn_share: FFN share of all selections, last quarter of the steps.
         a2a_bytes: All-to-all bytes of a step, forward, last quarter of the steps.
-        energy_per_token_j: None where nothing measures it.
+        energy_per_token_j: Energy per token, J; None if not measured.
         alerts: Times each alert rule was raised, all seeds together.
         health: Router health, last quarter of the steps, mean over layers and seeds.
-        curve: Its training.
+        curve: Its training curve.
     """
 
     arm: Arm
@@ -112,10 +112,10 @@ class EqualSpeed(_PilotRecord):
         arm: Name of the MoE++ arm.
         slower: Vanilla arm at least as slow.
         faster: Vanilla arm at least as fast; the same as `slower` where the MoE++ arm is outside of
-            all measured ones and the nearest stands in.
-        weight: Of `slower` in the interpolation, mean over seeds.
-        enclosed: The MoE++ arm is between two measured ones in every seed.
-        loss_difference: MoE++ minus rival, nats; below 0 MoE++ is better at equal speed.
+            all measured ones and the nearest is used.
+        weight: Weight of `slower` in the interpolation, mean over seeds.
+        enclosed: Whether the MoE++ arm is between two measured ones in every seed.
+        loss_difference: MoE++ minus baseline, nats; below 0 MoE++ is better at equal speed.
     """
 
     arm: str
@@ -130,15 +130,15 @@ class TargetModel(_PilotRecord):
     """One model at the target size, by the cost model.
 
     Attributes:
-        arm: Name of the pilot's arm that it stands for.
-        layout: In words: "TP1 PP2 EP8, micro-batch 2".
-        fits: It fits the GPUs; else the other numbers are None.
-        step_time_s: A step.
-        tokens_per_s_per_gpu: Throughput.
+        arm: Name of the pilot's arm that it represents.
+        layout: Layout in words: "TP1 PP2 EP8, micro-batch 2".
+        fits: Whether it fits the GPUs; else the other numbers are None.
+        step_time_s: Time of a step.
+        tokens_per_s_per_gpu: Throughput of a GPU.
         tflops_per_gpu: Model TFLOP/s.
-        a2a_bytes: Of a step.
-        hours: To train on the target's tokens.
-        money: The same times GPUs and price; None without a price.
+        a2a_bytes: All-to-all bytes of a step.
+        hours: Hours to train on the target's tokens.
+        money: Hours times GPUs and price; None without a price.
         time_ratio: Step time over vanilla's.
     """
 
@@ -158,11 +158,11 @@ class PilotTarget(_PilotRecord):
     """The cluster and model that the decision is about.
 
     Attributes:
-        name: Of the target's configuration.
-        gpus: GPUs.
+        name: Name of the target's configuration.
+        gpus: Number of GPUs.
         gpu: Their kind.
-        tokens: To train on.
-        price_per_hour: Of a GPU; None where unknown.
+        tokens: Tokens to train on.
+        price_per_hour: Price of a GPU per hour; None where unknown.
         models: Vanilla and every MoE++ arm.
     """
 
@@ -194,10 +194,10 @@ class ArmVerdict(_PilotRecord):
     Attributes:
         arm: Name of the MoE++ arm.
         token_factor: Tokens to vanilla's loss over vanilla's; None where fewer steps have not
-            clearly cost vanilla loss, so that nobody can say what tokens are worth.
-        time_to_loss: At the pilot's measured speed; None likewise.
-        target_time_to_loss: At the target's speed by the cost model, whose own error is widened
-            into the interval; None likewise, without a target, or where it does not fit.
+            clearly cost vanilla loss, so that the value of tokens is unknown.
+        time_to_loss: Time to equal loss at the pilot's measured speed; None likewise.
+        target_time_to_loss: The same at the target's speed by the cost model, whose own error is
+            widened into the interval; None likewise, without a target, or where it does not fit.
         at_pilot: The answer at the pilot's scale. It pays where it is sooner at vanilla's loss and,
             as far as a vanilla model of the same speed was measured, better than that one. It does
             not where either is clearly the other way round.
@@ -221,15 +221,15 @@ class Setting(_PilotRecord):
         command: The command line.
         config: Name of the configuration.
         nproc: Ranks.
-        device: Of the ranks: a GPU's name, or the processor's.
+        device: Device of the ranks: a GPU's name, or the processor's.
         cores: Processor cores.
-        torch: Version.
-        megatron_core: Version.
-        steps: Of a run.
-        tokens: Of a run.
+        torch: Version of torch.
+        megatron_core: Version of megatron-core.
+        steps: Steps of a run.
+        tokens: Tokens of a run.
         valid_tokens: Tokens of a validation.
-        parameters: Of the MoE++ model.
-        began: ISO date.
+        parameters: Parameters of the MoE++ model.
+        began: Day of the first run, ISO date.
     """
 
     command: str
@@ -253,12 +253,12 @@ class PilotResult(_PilotRecord):
         setting: How it was measured.
         arms: Vanilla first.
         token_value: Nats that vanilla gains when its tokens grow e-fold, from the "short" arm.
-        equal_speed: Of every MoE++ arm.
-        target: None where none was asked for.
-        verdicts: Of every MoE++ arm, the most favourable first.
+        equal_speed: Comparison of every MoE++ arm.
+        target: The target; None without one.
+        verdicts: Verdict of every MoE++ arm, the most favourable first.
         recommended: Name of the arm to go on with, or None where none has been shown to pay.
         answer: One plain sentence for the person who decides.
-        caveats: What this pilot cannot tell.
+        caveats: Limits of this pilot.
     """
 
     setting: Setting

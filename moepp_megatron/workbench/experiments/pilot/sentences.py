@@ -39,8 +39,8 @@ def pilot_reasons(
         factor: Tokens to vanilla's loss over vanilla's.
         time: Time to vanilla's loss over vanilla's.
         equal: The comparison at equal speed.
-        stands: What it says.
-        measured: Log of the ratio of tokens from which their worth is known.
+        stands: Outcome of that comparison.
+        measured: Log of the ratio of tokens from which their value is known.
     """
     assert outcome.loss_difference is not None, "only vanilla has no difference to itself"
     assert outcome.time_ratio is not None, "only vanilla has no ratio to itself"
@@ -77,7 +77,7 @@ def target_reasons(
         ratio: Step time over vanilla's.
         time: Time to vanilla's loss over vanilla's.
         equal: The comparison at equal speed.
-        stands: What it says.
+        stands: Outcome of that comparison.
     """
     if ratio is None:
         return ["At the target it, or vanilla, does not fit the cards."]
@@ -99,7 +99,7 @@ def answer(best: ArmVerdict, equal: EqualSpeed, has_target: bool, target: str = 
         best: The most favourable verdict.
         equal: Its comparison at equal speed.
         has_target: Whether a target was asked for.
-        target: In words.
+        target: The target in words.
     """
     tau = best.arm.removeprefix("MoE++ ")
     time = best.time_to_loss
@@ -117,15 +117,15 @@ def answer(best: ArmVerdict, equal: EqualSpeed, has_target: bool, target: str = 
 def caveats(
     nproc: int, on_cpu: bool, seeds: int, steps: int, tokens: int, target_routing: str | None
 ) -> list[str]:
-    """What a pilot cannot tell.
+    """The limits of a pilot.
 
     Args:
         nproc: Ranks.
-        on_cpu: They are no GPUs.
-        seeds: Finished ones.
-        steps: Of a run.
-        tokens: Of a run.
-        target_routing: Where the target's unevenness comes from; None without a target.
+        on_cpu: Whether the ranks are on a CPU.
+        seeds: Finished seeds.
+        steps: Steps of a run.
+        tokens: Tokens of a run.
+        target_routing: Source of the target's unevenness; None without a target.
     """
     found = [
         f"Runs were short ({steps:,} steps, {tokens:,} tokens): how a loss difference changes with "
@@ -155,7 +155,7 @@ def caveats(
 
 
 def times(factor: Interval) -> str:
-    """Such as "1.12 times (95% interval 1.06 to 1.19)"."""
+    """A factor in words, such as "1.12 times (95% interval 1.06 to 1.19)"."""
     if factor.low is None or factor.high is None:
         return f"{plain_factor(factor.mean)} times (one seed)"
     ends = f"{plain_factor(factor.low)} to {plain_factor(factor.high)}"
@@ -170,7 +170,7 @@ def plain_factor(factor: float, digits: str = ".3g") -> str:
 
 
 def nats(difference: Interval) -> str:
-    """Such as "+0.012 (95% interval +0.010 to +0.014) nats"."""
+    """A loss difference, such as "+0.012 (95% interval +0.010 to +0.014) nats"."""
     if difference.low is None or difference.high is None:
         return f"{difference.mean:+.4f} nats (one seed)"
     ends = f"{difference.low:+.4f} to {difference.high:+.4f}"
@@ -240,7 +240,7 @@ def _bound(factor: float) -> str:
 
 
 def _more(factor: float) -> str:
-    """Such as "12% more"; a factor where percentages are hard to read."""
+    """An increase, such as "12% more"; a factor where percentages are hard to read."""
     if factor >= 3:
         return f"{factor:.3g} times the"
     return f"{factor - 1:.0%} more" if factor >= 1 else f"{1 - factor:.0%} less"

@@ -22,7 +22,7 @@ _FEWEST_SEEDS = 3
 
 @lru_cache(maxsize=64)
 def t_quantile(probability: float, degrees: int) -> float:
-    """Of Student's distribution, above one half, to 5 digits.
+    """Quantile of Student's distribution, above one half, to 5 digits.
 
     With t = sqrt(degrees) tan(angle) the density of the angle is proportional to
     cos(angle)^(degrees - 1).
@@ -55,8 +55,8 @@ def factor_interval(logarithms: Sequence[float], widened_by: float = 0.0) -> Int
     """The geometric mean of factors, from their logarithms, on whose scale the interval is.
 
     Args:
-        logarithms: Natural; one a seed.
-        widened_by: A relative error on top, common to all seeds and of unknown sign: both ends
+        logarithms: Natural logarithms; one per seed.
+        widened_by: An additional relative error, common to all seeds and of unknown sign: both ends
             move out by this factor.
     """
     mean, half = interval(logarithms)
@@ -67,15 +67,15 @@ def factor_interval(logarithms: Sequence[float], widened_by: float = 0.0) -> Int
 
 
 def ratio_of_means(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """For each seed a value, such that their t-interval is that of the ratio of both means.
+    """For each seed, a value such that their t-interval is that of the ratio of both means.
 
     A ratio taken seed by seed explodes where one seed's denominator is small by chance. This is
     the ratio of the means r, linearised (the delta method): r + (n_i - r d_i) / mean(d). The
     values' mean is r, and their spread holds what both means are uncertain by, paired.
 
     Args:
-        numerators: One a seed.
-        denominators: Of the same seeds; their mean is not 0.
+        numerators: One per seed.
+        denominators: One per seed, for the same seeds; their mean is not 0.
     """
     below = statistics.fmean(denominators)
     ratio = statistics.fmean(numerators) / below

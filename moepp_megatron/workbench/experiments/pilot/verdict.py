@@ -1,7 +1,7 @@
-"""Does a MoE++ arm pay? Loss and speed brought together.
+"""Decides whether a MoE++ arm pays, from loss and speed.
 
-A model that learns less from a token needs more of them. What tokens are worth, vanilla's own runs
-with fewer steps have shown: v nats for an e-fold. A loss difference d is then worth exp(d / v)
+A model that learns less from a token needs more of them. Vanilla's own runs with fewer steps give
+the value of tokens: v nats for an e-fold. A loss difference d is then worth exp(d / v)
 times the tokens, and equal loss takes exp(d / v) times the time ratio.
 """
 
@@ -33,10 +33,10 @@ _RANK: dict[Answer | None, int] = {"pays": 0, "undecided": 1, "does not pay": 2,
 
 @dataclass(frozen=True)
 class TokenValue:
-    """What an e-fold of tokens is worth to vanilla, seed by seed.
+    """The value of an e-fold of tokens to vanilla, seed by seed.
 
     Attributes:
-        by_seed: Nats.
+        by_seed: Nats by seed.
         measured: Log of the ratio of tokens that was measured; loss differences worth more are
             extrapolated.
     """
@@ -46,25 +46,25 @@ class TokenValue:
 
     @classmethod
     def of(cls, full: Runs, short: Runs, steps: int, short_steps: int) -> TokenValue:
-        """From vanilla's runs with all and with fewer steps."""
+        """Compute it from vanilla's runs with all and with fewer steps."""
         measured = math.log(steps / short_steps)
         gains = {seed: (short[seed].valid_loss - full[seed].valid_loss) / measured for seed in full}
         return cls(gains, measured)
 
     @property
     def interval(self) -> Interval:
-        """Over seeds."""
+        """The interval over seeds."""
         return mean_interval(list(self.by_seed.values()))
 
     @property
     def is_clear(self) -> bool:
-        """Clearly above 0, without which it is nothing to divide by."""
+        """Whether it is clearly above 0, so that it can be a divisor."""
         found = self.interval
         return (found.mean if found.low is None else found.low) > 0
 
 
 def answer_of(factor: Interval | None) -> Answer:
-    """By the interval of a factor on time: below 1 it pays."""
+    """The answer by the interval of a factor on time: below 1 it pays."""
     if factor is None or factor.low is None or factor.high is None:
         return "undecided"
     if factor.high < 1:
@@ -76,8 +76,8 @@ def combined(time: Interval | None, rival: Standing | None) -> Answer:
     """The answer from time to vanilla's loss and from the comparison at equal speed.
 
     Args:
-        time: Time to loss over vanilla's; None where it cannot be told.
-        rival: How it stands against the vanilla model of the same speed; None where none tells.
+        time: Time to loss over vanilla's; None if unknown.
+        rival: Outcome against the vanilla model of the same speed; None if inconclusive.
     """
     by_time = answer_of(time)
     if rival == "worse" or by_time == "does not pay":
@@ -102,11 +102,11 @@ def verdict(
     Args:
         outcome: The arm.
         runs: Its runs.
-        vanilla: The baseline's, with the same seeds.
-        value: What tokens are worth.
+        vanilla: The runs of vanilla, with the same seeds.
+        value: The value of tokens.
         equal: Its comparison at equal speed.
         slower_time: Mean step of `equal.slower`.
-        at_target: The same at the target, or None.
+        at_target: The arm at the target, or None.
     """
     seeds = list(runs)
     pairs = [(runs[seed], vanilla[seed]) for seed in seeds]
@@ -145,8 +145,8 @@ class AtTarget:
 
     Attributes:
         time_ratio: Step time over vanilla's; None where either does not fit.
-        equal: Against the vanilla model that is as fast there; None where none can be told.
-        stands: How it stands against that.
+        equal: Comparison with an equally fast vanilla model there; None if there is none.
+        stands: Outcome of that comparison.
     """
 
     time_ratio: float | None
@@ -169,7 +169,7 @@ def recommended(verdicts: Sequence[ArmVerdict]) -> str | None:
     """The arm to go on with; None where none has been shown to pay.
 
     Args:
-        verdicts: The most favourable first.
+        verdicts: Verdicts, the most favourable first.
     """
     best = verdicts[0]
     answer = best.at_target if best.at_target is not None else best.at_pilot

@@ -1,4 +1,4 @@
-"""Scaling tests: which points there are, what was measured at each, what follows.
+"""Scaling tests: the points, the measurement at each, and the results.
 
 grid.py        rank counts, layouts and batches: the points
 runs.py        the points as a set of runs: finished, failed, of which settings

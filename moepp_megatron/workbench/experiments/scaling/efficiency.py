@@ -27,27 +27,27 @@ class ScaleRecord:
 
     Attributes:
         nproc: Ranks.
-        layout: Degrees of parallelism, as `--layout` takes them.
+        layout: Degrees of parallelism, in the form of `--layout`.
         kind: "moepp" or "vanilla".
         mode: "strong" or "weak".
-        step_time_s: Median over repetitions.
-        tokens_per_s: Tokens of a step over it, all ranks.
+        step_time_s: Median step time over repetitions.
+        tokens_per_s: Tokens of a step over it, for all ranks.
         efficiency: See the top of the file.
         efficiency_nproc: Rank count that it is relative to.
         a2a_bytes: See `point.KindResult`, as the fields below.
         a2a_time_s: Seconds.
         a2a_time_min_s: Seconds.
         a2a_time_max_s: Seconds.
-        a2a_share: Of the step time.
+        a2a_share: Share of the step time.
         a2a_sent_bytes: Bytes.
         step_time_min_s: The fastest repetition.
         step_time_max_s: The slowest.
-        step_times_s: All of them.
+        step_times_s: Step times of all repetitions.
         speedup: Vanilla's step time over MoE++'s at this point, median of the repetitions' ratios.
         ffn_fraction: FFN experts' share of all selections.
-        phi: The same at perfect balance, for MoE++.
-        global_batch_size: Sequences a step.
-        tokens: Of a step, all ranks.
+        phi: That share at perfect balance, for MoE++.
+        global_batch_size: Sequences per step.
+        tokens: Tokens of a step, over all ranks.
         backend: "gloo" or "nccl".
         device: Name of the GPU, or "cpu".
         hosts: Machines.
@@ -108,7 +108,7 @@ def scale_records(folder: ScalingRuns, points: Sequence[Point]) -> list[ScaleRec
 
 
 def _references(done: Sequence[tuple[Point, PointResult]]) -> dict[str, tuple[float, int]]:
-    """By kind: the best rate at its smallest rank count, and that count."""
+    """The best rate at the smallest rank count, and that count, by kind."""
     references: dict[str, tuple[float, int]] = {}
     for point, result in done:
         for kind, measured in result.kinds.items():

@@ -27,12 +27,12 @@ _DEGREES = {
 
 @dataclass(frozen=True)
 class Point:
-    """What one job measures.
+    """The measurement of one job.
 
     Attributes:
         nproc: Ranks, all machines.
         layout: Degrees of parallelism, such as "tp=1,pp=1,cp=1,ep=2,etp=1".
-        global_batch_size: Sequences a step, all ranks.
+        global_batch_size: Sequences per step, over all ranks.
         modes: The kinds of scaling that it is a point of.
     """
 
@@ -51,7 +51,7 @@ class Point:
         """`config` in this point's layout and batch.
 
         Raises:
-            ConfigError: They do not fit.
+            ConfigError: If they do not fit.
         """
         degrees = parse_layout(self.layout)
         overrides = [f"parallel.{_DEGREES[key]}={n}" for key, n in degrees.items()]
@@ -68,9 +68,9 @@ class Impossible:
 
     Attributes:
         nproc: Ranks.
-        layout: As asked for.
+        layout: The requested layout.
         mode: "strong" or "weak".
-        reason: Why not, on one line.
+        reason: Why it does not fit, in one line.
     """
 
     nproc: int
@@ -84,8 +84,8 @@ class ScalingGrid:
     """Everything that a scaling test asks for.
 
     Attributes:
-        points: To measure, by rank count.
-        impossible: What was asked for and does not fit.
+        points: Points to measure, by rank count.
+        impossible: Requested combinations that do not fit.
     """
 
     points: tuple[Point, ...]
@@ -96,7 +96,7 @@ def parse_layout(text: str) -> dict[str, int]:
     """Degrees by name from `ep=2,tp=1`; `auto` is empty.
 
     Raises:
-        ConfigError: Another form, an unknown name, a name twice, or not a number above 0.
+        ConfigError: If it has another form, an unknown name, a name twice, or no number above 0.
     """
     example = "use for example --layout ep=2,tp=1, or auto"
     degrees: dict[str, int] = {}
@@ -122,13 +122,13 @@ def build_grid(
     as divides both the experts and the ranks.
 
     Args:
-        config: Where the other settings come from.
+        config: Source of the other settings.
         nprocs: Rank counts.
-        layouts: Same as `--layout`.
+        layouts: Values of `--layout`.
         modes: "strong", "weak".
 
     Raises:
-        ConfigError: A layout is malformed, or nothing fits.
+        ConfigError: If a layout is malformed, or nothing fits.
     """
     wanted = [(text, parse_layout(text)) for text in layouts]
     points: dict[str, Point] = {}

@@ -1,4 +1,4 @@
-"""One point of a scaling test: MoE++ and its vanilla rival in turn on the same ranks.
+"""One point of a scaling test: MoE++ and its vanilla baseline in turn on the same ranks.
 
 Routing is held at the balanced share phi and the tokens are random, so the result depends neither
 on training nor on data. Step times come first; the all-to-alls are measured in separate steps,
@@ -37,8 +37,8 @@ def measure_point(
     Args:
         config: A MoE++ configuration in this point's layout.
         layout: The rank grid.
-        measuring: What and how often.
-        device: Of this rank.
+        measuring: The models, and the numbers of steps.
+        device: This rank's device.
     """
     configs = {"moepp": config, "vanilla": vanilla(config)}
     steppers = {kind: Stepper(configs[kind], layout) for kind in measuring.kinds}
@@ -73,7 +73,7 @@ def measure_point(
 
 
 def _clock(config: Config, device: torch.device) -> AllToAllClock | None:
-    """None where the dispatcher does not use all-to-alls that could be timed."""
+    """The clock; None if the dispatcher does not use all-to-alls that can be timed."""
     if config.moe.dispatcher not in _ALL_TO_ALL:
         return None
     group = parallel_state.get_expert_model_parallel_group()
@@ -81,7 +81,7 @@ def _clock(config: Config, device: torch.device) -> AllToAllClock | None:
 
 
 class _Exchanges:
-    """What the separate steps of one model have shown on this rank, a step an entry."""
+    """Results of one model's separate steps on this rank, one entry per step."""
 
     def __init__(self) -> None:
         self.step_s: list[float] = []
@@ -95,7 +95,7 @@ def _all_to_alls(
     measuring: Measuring,
     device: torch.device,
 ) -> dict[str, dict[str, float] | None]:
-    """By kind: mean, min and max over ranks of the seconds in all-to-alls, the share, the bytes."""
+    """Mean, min and max over ranks of all-to-all seconds, the share and the bytes, by kind."""
     found = {kind: _Exchanges() for kind in steppers}
     for _ in range(max(3, measuring.steps)):
         for kind, stepper in steppers.items():

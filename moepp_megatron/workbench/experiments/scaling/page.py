@@ -1,4 +1,4 @@
-"""`scaling.html`: what a scaling test has found, and what its numbers mean."""
+"""`scaling.html`: the result of a scaling test, and the meaning of its numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ModeSection:
 
     Attributes:
         title: Heading.
-        plots: Over rank counts.
+        plots: Plots over rank counts.
         rows: Cells of the table, as text.
     """
 
@@ -41,8 +41,8 @@ class ScalingPage:
     """Everything that the template shows.
 
     Attributes:
-        name: Of the configuration.
-        sentence: What was found, in words.
+        name: Name of the configuration.
+        sentence: The main result, in words.
         warnings: What a reader must know before believing the numbers.
         facts: Short descriptions of what was measured.
         cards: Headline numbers.
@@ -50,7 +50,7 @@ class ScalingPage:
         gaps: Points that failed or do not fit, with the reason.
         method: How it was measured.
         config_text: The configuration.
-        version: Of this package.
+        version: Version of this package.
     """
 
     name: str
@@ -72,14 +72,14 @@ def build_scaling_page(
     folder: ScalingRuns,
     records: Sequence[ScaleRecord],
 ) -> Path:
-    """Write `DIR/scaling.html`, which needs no other file and nothing of the network.
+    """Write `DIR/scaling.html`, which needs no other file and no network.
 
     Args:
-        config: As given, before layouts.
-        grid: Everything that was asked for.
+        config: The given configuration, before layouts.
+        grid: All requested points.
         measuring: How points are measured.
         folder: The points.
-        records: Of the finished points; at least one.
+        records: Records of the finished points; at least one.
 
     Returns:
         Path of the page.
@@ -114,9 +114,9 @@ def _is_crowded(record: ScaleRecord) -> bool:
 
 
 def _largest(records: Sequence[ScaleRecord], mode: str) -> dict[str, ScaleRecord]:
-    """By kind: the layout in which MoE++ is fastest, at the largest count that all kinds have.
+    """Records of MoE++'s fastest layout at the largest count that all kinds have, by kind.
 
-    Counts at which ranks share cores are taken only where there are no others.
+    Counts at which ranks share cores are used only if there are no others.
     """
     lines = series([record for record in records if record.mode == mode])
     if not lines:

@@ -1,4 +1,4 @@
-"""Plots of a scaling test: MoE++ and vanilla over rank counts, one set a mode."""
+"""Plots of a scaling test: MoE++ and vanilla over rank counts, one set per mode."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class KindSeries:
 
     Attributes:
         kind: "moepp" or "vanilla".
-        best: At each count the layout in which MoE++ is fastest, the same for both models, so that
-            what is compared differs in the model alone.
+        best: Records of MoE++'s fastest layout at each count, the same for both models, so that
+            only the model differs.
         others: Other layouts.
     """
 

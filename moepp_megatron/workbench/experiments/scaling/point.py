@@ -11,7 +11,7 @@ Seconds = Annotated[float, Field(ge=0.0)]
 
 
 class _Written(BaseModel):
-    """A file's object; unknown fields and numbers that are none are refused."""
+    """An object of a file; unknown fields and numbers that are not finite are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -20,16 +20,16 @@ class KindResult(_Written):
     """One model at one point.
 
     Attributes:
-        step_times_s: Seconds a step of each repetition, of its slowest rank.
+        step_times_s: Seconds per step of each repetition, on its slowest rank.
         ffn_fraction: FFN experts' share of all selections, counted.
         a2a_bytes: Hidden vectors' bytes that leave their ranks in a step's forward passes, all
             ranks: the field of the same name in metrics.jsonl.
         a2a_sent_bytes: Hidden vectors' bytes that all ranks hand to all-to-alls for other ranks in
             a step, forward and backward, counted at the call; None where the dispatcher uses none.
-        a2a_time_s: Seconds of a step in which a rank stands still in all-to-alls: mean over ranks,
+        a2a_time_s: Seconds of a step in which a rank waits in all-to-alls: mean over ranks,
             median over separate steps (`bench.all_to_all_clock`). None as above.
-        a2a_time_min_s: The same of the rank that stands still least.
-        a2a_time_max_s: And most.
+        a2a_time_min_s: The same for the rank that waits least.
+        a2a_time_max_s: The same for the rank that waits most.
         a2a_share: `a2a_time_s` as a share of those separate steps' own time.
     """
 
@@ -44,7 +44,7 @@ class KindResult(_Written):
 
     @property
     def step_time_s(self) -> float:
-        """Median over the repetitions."""
+        """Median step time over the repetitions."""
         return statistics.median(self.step_times_s)
 
 
@@ -52,13 +52,13 @@ class PointResult(_Written):
     """Both models at one point, measured in turn by the same ranks.
 
     Attributes:
-        tokens: Of a step, all ranks.
+        tokens: Tokens of a step, over all ranks.
         phi: FFN experts' share at perfect balance, at which MoE++'s routing is held.
         backend: "gloo" or "nccl".
         device: Name of the GPU, or "cpu".
         hosts: Machines.
         cores: Processor cores that this job may use on the first machine.
-        kinds: By "moepp" and "vanilla".
+        kinds: Results by "moepp" and "vanilla".
     """
 
     tokens: int = Field(ge=1)
@@ -81,12 +81,12 @@ class PointResult(_Written):
 
 
 class PointFile(_Written):
-    """`DIR/points/NAME.json`.
+    """The content of `DIR/points/NAME.json`.
 
     Attributes:
-        name: Of the point.
+        name: Name of the point.
         status: Whether it was measured.
-        result: What was measured; None if it failed.
+        result: The measurement; None if it failed.
         error: Why it failed, on one line; "" if it did not.
     """
 

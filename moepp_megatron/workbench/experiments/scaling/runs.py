@@ -79,7 +79,7 @@ class ScalingRuns(RunSet[Point]):
         """Make the folder, or make sure that its points belong to the same test.
 
         Raises:
-            ConfigError: They do not, or the folder cannot be written.
+            ConfigError: If they do not, or the folder cannot be written.
         """
         wanted = _settings(config, measuring)
         file = self.path / "settings.json"
@@ -130,7 +130,7 @@ class ScalingRuns(RunSet[Point]):
         self._write(point, PointFile(name=point.name, status="done", result=result))
 
     def read(self, point: Point) -> PointFile | None:
-        """What is known of `point`; None if nothing is, or nothing that can be read."""
+        """The file of `point`; None if there is none that can be read."""
         try:
             text = self._file(point).read_text(encoding="utf-8")
             return PointFile.model_validate_json(text)

@@ -1,4 +1,4 @@
-"""Records of `moepp scale` in the terminal, and as scale.json."""
+"""Prints records of `moepp scale`, and writes them as scale.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KIND_NAMES = {"moepp": "MoE++", "vanilla": "vanilla"}
 
 
 def short_layout(layout: str) -> str:
-    """Degrees above 1, such as "EP2 TP2"; "1 rank's" parts are not worth a word."""
+    """Degrees above 1, such as "EP2 TP2"; degrees of 1 are left out."""
     pairs = (part.split("=") for part in layout.split(","))
     return " ".join(f"{key.upper()}{number}" for key, number in pairs if number != "1") or "-"
 
@@ -68,6 +68,6 @@ def _table(title: str, records: Sequence[ScaleRecord]) -> Table:
 
 
 def write_records(path: Path, records: Sequence[ScaleRecord]) -> Path:
-    """A list of objects."""
+    """Write the records as a list of objects."""
     write_atomic(path, (json.dumps([asdict(r) for r in records], indent=1) + "\n").encode())
     return path

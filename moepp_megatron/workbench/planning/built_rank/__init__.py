@@ -1,1 +1,1 @@
-"""Any rank of a large layout, built on one machine and held to what the plan says of it."""
+"""Builds any rank of a large layout on one machine and compares it with the plan."""

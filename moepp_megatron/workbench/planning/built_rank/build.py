@@ -1,4 +1,4 @@
-"""Builds what one rank of a large run would build, on one machine, without memory or peers.
+"""Builds one rank of a large run on one machine, without memory or peers.
 
 Process groups come from torch's fake backend, which forms every group of a world of any size and
 exchanges nothing; tensors are fake: they have shapes, no memory. The groups, the model and the
@@ -21,11 +21,11 @@ class BuiltParameter:
     """A parameter of the rank.
 
     Attributes:
-        name: With the model chunk's number in front.
-        shape: On this rank.
-        dtype: As torch names it.
+        name: Its name, prefixed with the model chunk's number.
+        shape: Its shape on this rank.
+        dtype: Its dtype by torch's name.
         size: Bytes of an element.
-        is_expert: Of an FFN expert.
+        is_expert: Whether it belongs to an FFN expert.
     """
 
     name: str
@@ -36,22 +36,22 @@ class BuiltParameter:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return int(torch.Size(self.shape).numel())
 
 
 @dataclass(frozen=True)
 class BuiltRank:
-    """What a rank holds.
+    """The contents of a rank.
 
     Attributes:
         rank: Its number.
         groups: Ranks of each process group that it is in, by name.
         layers: Numbers (from 0) of the layers in each model chunk; None for a hybrid model, which
-            numbers attention and FFN apart.
-        parameters: All of them.
-        gradient_bytes: Of the gradients' buffers without what aligns them.
-        aligned_bytes: The same with it.
+            numbers attention and FFN separately.
+        parameters: All parameters of the rank.
+        gradient_bytes: Bytes of the gradients' buffers without alignment.
+        aligned_bytes: The same with alignment.
         shard: Elements whose optimizer state this rank keeps.
         mean_shard: The mean over the ranks that share them.
     """
@@ -71,8 +71,8 @@ def build_rank(config: Config, layout: Layout, rank: int) -> BuiltRank:
 
     Args:
         config: A checked configuration.
-        layout: On any number of ranks.
-        rank: The rank to be.
+        layout: The layout, with any number of ranks.
+        rank: The rank to build.
     """
     assert not dist.is_initialized(), "a process can be only one rank"
     from torch._subclasses.fake_tensor import FakeTensorMode

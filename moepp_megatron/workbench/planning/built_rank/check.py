@@ -1,4 +1,4 @@
-"""Holds a built rank to the layout's arithmetic and to what the plan says it would hold."""
+"""Compares a built rank with the layout's arithmetic and with the plan."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Check:
     """One comparison.
 
     Attributes:
-        name: Of what.
-        built: As built.
-        expected: As worked out.
-        holds: They agree.
+        name: The compared quantity.
+        built: Value of the built rank.
+        expected: Calculated value.
+        holds: Whether both agree.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Results that others published, with their layouts, and what the cost model says of them.
+"""Results that others published, with their layouts, and the cost model's estimates for them.
 
 `RESULTS` are the five that the model is judged by. `FURTHER` were measured by the same people with
 other layouts, formats or software; they show how far the model carries. Routing was forced to

@@ -1,4 +1,4 @@
-"""The model's answer to each published result, with one set of efficiencies for all."""
+"""Compares the model with each published result, with one set of efficiencies for all."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from moepp_megatron.workbench.planning.workload import Workload
 
 @dataclass(frozen=True)
 class Comparison:
-    """A published result and the model's.
+    """A published result and the model's estimate.
 
     Attributes:
-        result: What was published.
-        step: What the model says.
-        tflops: Model TFLOP/s a GPU that follow.
+        result: The published result.
+        step: The model's step time.
+        tflops: Model TFLOP/s per GPU of the estimate.
     """
 
     result: Published
@@ -31,7 +31,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Relative: above 0 the model is too fast."""
+        """Relative error: above 0 the model is too fast."""
         return self.tflops / self.result.tflops - 1.0
 
 
@@ -75,7 +75,7 @@ def _layout(grid: Grid) -> str:
 
 
 def model_flop_per_token(load: Workload) -> float:
-    """Model FLOP of forward and backward pass a token, as Megatron-LM counts them.
+    """Model FLOP of forward and backward pass per token, counted like Megatron-LM.
 
     Its `num_floating_point_operations`: products of the tokens' own experts, output layer and
     multi-token prediction included, causal scores counted half, recomputation not.

@@ -1,4 +1,4 @@
-"""What was published: model TFLOP/s a GPU on H100, layout, and where it stands."""
+"""Published results: model TFLOP/s per GPU on H100, layout, and source."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Published:
     """One published result.
 
     Attributes:
-        name: Model, format and what sets it apart.
+        name: Model, format and distinguishing feature.
         gpus: H100 GPUs.
-        tflops: Published model TFLOP/s a GPU.
+        tflops: Published model TFLOP/s per GPU.
         load: The model.
         grid: Its layout.
-        source: Where the result and its settings stand.
-        routing: Forced to balance, or learned.
+        source: Source of the result and its settings.
+        routing: Whether it was forced to balance, or learned.
         stages: Layers of the stages where they are not even.
     """
 

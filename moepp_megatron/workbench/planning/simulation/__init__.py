@@ -1,1 +1,1 @@
-"""One training step played out pass by pass, with uneven load, contention, slow nodes, failures."""
+"""Simulates a training step pass by pass, with uneven load, contention, slow nodes, failures."""

@@ -1,4 +1,4 @@
-"""What a simulation assumes of the cluster, as `--assume NAME=VALUE` sets it."""
+"""A simulation's assumptions about the cluster, set by `--assume NAME=VALUE`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _RULES: dict[str, tuple[str, float, float, bool]] = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Everything that can be set.
+    """All assumptions.
 
     Attributes:
         faults: Slow nodes, failures, checkpoints.
         fabric: The network beyond nodes.
-        days: Length of a run whose goodput is played.
-        runs: How many such runs.
-        seed: Of all draws.
+        days: Length of a run whose goodput is simulated.
+        runs: Number of such runs.
+        seed: Seed of all random draws.
     """
 
     faults: Faults = field(default_factory=Faults)
@@ -52,7 +52,7 @@ def parse_assumptions(texts: Iterable[str]) -> Assumptions:
     """Assumptions with these changes.
 
     Raises:
-        ConfigError: Unknown name, no number, or out of range.
+        ConfigError: If a name is unknown, or a value is not a number or out of range.
     """
     found = Assumptions()
     for text in texts:

@@ -1,6 +1,6 @@
-"""What sharing the network costs an exchange: thin spine links and messages hashed onto the same.
+"""Slowdown of an exchange by a shared network: thin spine links and hashed messages.
 
-Nodes stand in blocks that one set of leaf switches joins at full rate; what leaves a block goes
+Nodes are in blocks that one set of leaf switches joins at full rate; messages that leave a block go
 through uplinks that all its ports share. A port alone is never shared: `planning/links.py` has it.
 """
 
@@ -43,23 +43,23 @@ class Fabric:
         return (place.nodes - self.leaf_nodes) / (place.nodes - 1)
 
     def is_idle(self, place: Placement) -> bool:
-        """Nothing of a group's exchange can be held up."""
+        """Whether a group's exchange cannot be slowed down."""
         spread_evenly = self.oversubscription <= 1.0 and self.hashed_flows == 0
         return self.leaving(place) == 0.0 or spread_evenly
 
     def slowness(
         self, rng: np.random.Generator, place: Placement, duty: float, shape: tuple[int, ...]
     ) -> Values:
-        """How many times as long as alone an exchange takes on the network.
+        """Factor by which an exchange takes longer on the network than alone.
 
         The ports of a rail's leaf switch that send at the same time share its uplinks; where flows
         are hashed the exchange waits for the fullest uplink.
 
         Args:
             rng: Random numbers.
-            place: Where a group's ranks stand.
+            place: Placement of a group's ranks.
             duty: Share of the time that a port is in an exchange.
-            shape: Of the result.
+            shape: Shape of the result.
         """
         leaving = self.leaving(place)
         ports = self.leaf_nodes

@@ -17,8 +17,8 @@ class Message:
     """A stage-to-stage message, seconds.
 
     Attributes:
-        blocking: The sender waits for this part: it lengthens the pass that sends.
-        beside: The receiver gets the message this much later, while the sender goes on.
+        blocking: Part for which the sender waits: it lengthens the pass that sends.
+        beside: Delay of the message for the receiver, while the sender continues.
     """
 
     blocking: float
@@ -27,7 +27,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Durations:
-    """Of passes [stages, micro-batches, ...], seconds; stage = chunk * pp + rank.
+    """Durations of passes [stages, micro-batches, ...], seconds; stage = chunk * pp + rank.
 
     Attributes:
         forward: Forward passes that run alone.
@@ -42,7 +42,7 @@ class Durations:
     backward_beside: Seconds | None = None
 
     def of(self, node: Node, work: Pass, pp: int) -> Seconds:
-        """One pass's [...]."""
+        """Duration [...] of one pass."""
         values = self.backward if work.is_backward else self.forward
         if len(node.works) > 1:
             beside = self.backward_beside if work.is_backward else self.forward_beside
@@ -54,13 +54,13 @@ class Durations:
 
 @dataclass(frozen=True)
 class Played:
-    """When passes ran.
+    """The times at which passes ran.
 
     Attributes:
         finish: End of each pipeline rank's last pass [pp, ...], seconds.
         busy: Sum of each rank's passes, messages not included [pp, ...], seconds.
-        sending: What messages held each rank up [pp], seconds.
-        starts: Start of every node of the graph [nodes, ...], seconds, where asked for.
+        sending: Time for which messages held up each rank [pp], seconds.
+        starts: Start of every node of the graph [nodes, ...], seconds; None unless requested.
         ends: End of every node [nodes, ...], messages included.
     """
 
@@ -82,8 +82,8 @@ def play(
 
     Args:
         graph: The passes in an order in which each comes after those it waits for.
-        durations: Of the passes.
-        message: Between stages on different ranks.
+        durations: Durations of the passes.
+        message: Message between stages on different ranks.
         first: When each rank can start [pp].
         keep_starts: Keep every node's start.
     """

@@ -1,4 +1,4 @@
-"""Slow nodes, and failures: what a long run keeps of its time."""
+"""Slow nodes, and failures: the share of a long run's time that remains useful."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong in a cluster.
+    """Faults of a cluster.
 
     Attributes:
         slow_nodes: Share of nodes whose GPUs compute more slowly, for as long as they are in the
             run. 0.005 and a tenth: MegaScale (arXiv 2402.15627).
-        slow_factor: How many times as long their computation takes.
+        slow_factor: Factor by which their computation takes longer.
         mtbf_hours: Hours between failures of one GPU, whatever fails with it. 50,677: 419
             unexpected interruptions of 16,384 GPUs in 54 days (Llama 3, arXiv 2407.21783,
             table 5).
-        restart_s: From a failure to the first new step: found, diagnosed, started, loaded. 900:
-            MegaScale finds faults in under 10 minutes and is back within 15 (same paper).
-        save_s: What a checkpoint holds training up. 30 is assumed: measure yours.
+        restart_s: Time from a failure to the first new step: found, diagnosed, started, loaded.
+            900: MegaScale finds faults in under 10 minutes and is back within 15 (same paper).
+        save_s: Time for which a checkpoint holds up training. 30 is assumed: measure yours.
         checkpoint_s: Seconds of training between checkpoints; None for the best.
     """
 
@@ -49,11 +49,11 @@ class Faults:
 def slow_factors(
     rng: np.random.Generator, faults: Faults, ranks: NDArray[np.int64], per_node: int
 ) -> Values:
-    """How many times as long the slowest member of each group of ranks computes.
+    """Factor by which the slowest member of each group of ranks computes longer.
 
     Args:
         rng: Random numbers.
-        faults: How many nodes are slow, and by how much.
+        faults: Share of slow nodes, and their factor.
         ranks: Rank numbers [..., members].
         per_node: Ranks of a node, filled in order.
 
@@ -95,11 +95,11 @@ class Goodput:
     """A long run with failures.
 
     Attributes:
-        share: Of the time, spent on steps that were kept; one value a run.
+        share: Share of the time spent on steps that were kept; one value per run.
         saving: Share spent on checkpoints, mean.
-        lost: On steps done again, mean.
-        restarting: On restarts, mean.
-        failures: Failures a run, mean.
+        lost: Share spent on repeated steps, mean.
+        restarting: Share spent on restarts, mean.
+        failures: Failures per run, mean.
         expected: `expected_goodput`.
         interval_s: Training time between checkpoints.
     """
@@ -116,13 +116,13 @@ class Goodput:
 def play_run(
     rng: np.random.Generator, faults: Faults, cards: int, step_s: float, days: float, runs: int
 ) -> Goodput:
-    """Play whole runs, failure after failure.
+    """Simulate whole runs, failure after failure.
 
     Args:
         rng: Random numbers.
-        faults: What goes wrong.
-        cards: Of the run.
-        step_s: A step; a checkpoint interval is at least one.
+        faults: The faults.
+        cards: GPUs of the run.
+        step_s: Time of a step, the least checkpoint interval.
         days: Length of each run.
         runs: Number of runs.
     """

@@ -22,10 +22,10 @@ _NORMAL_FROM = 100.0
 
 @dataclass(frozen=True)
 class LoadSource:
-    """Where popularity comes from.
+    """The source of experts' popularity.
 
     Attributes:
-        evenness: Of the Dirichlet distribution; None for even load.
+        evenness: Evenness of the Dirichlet distribution; None for even load.
         recorded: Shares of FFN experts of a recorded run [steps, MoE layers, FFN experts], which
             `evenness` gives way to; each simulated step takes those of one recorded step.
     """
@@ -35,7 +35,7 @@ class LoadSource:
 
     @property
     def is_even(self) -> bool:
-        """Every rank gets the same."""
+        """Whether every rank gets the same load."""
         return self.evenness is None and self.recorded is None
 
     def popularity(self, rng: np.random.Generator, steps: int, layers: int, experts: int) -> Values:

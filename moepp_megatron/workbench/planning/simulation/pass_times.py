@@ -36,9 +36,9 @@ class PassTable:
         skews: Rows of the fullest rank over the mean, ascending [n].
         forward: Forward pass at each [n].
         backward: Backward pass [n].
-        forward_slow: What a network of half the rate adds to the forward pass [n].
+        forward_slow: Time that a network of half the rate adds to the forward pass [n].
         backward_slow: The same backward [n].
-        computing: Share of a layer's time that is no communication, at even load.
+        computing: Share of a layer's time without communication, at even load.
     """
 
     skews: Values
@@ -49,11 +49,11 @@ class PassTable:
     computing: float
 
     def times(self, skew: Values, slowness: Values | None) -> tuple[Values, Values]:
-        """Forward and backward at these loads.
+        """Times of forward and backward pass at these loads.
 
         Args:
             skew: Any shape.
-            slowness: How many times as long as alone a message takes on the network [same shape];
+            slowness: Factor by which a message takes longer on the network than alone [same shape];
                 None for 1.
         """
         ahead = np.interp(skew, self.skews, self.forward)
@@ -93,13 +93,13 @@ def dense_time(load: Workload, grid: Grid, machine: Machine) -> PassTime:
 
 
 def end_times(load: Workload, grid: Grid, machine: Machine) -> tuple[PassTime, PassTime]:
-    """Embedding; output layer and loss."""
+    """Times of the embedding, and of output layer and loss."""
     key = layer_key(grid)
     return edge_time(load, key, machine, False), edge_time(load, key, machine, True)
 
 
 def computing_share(time: PassTime) -> float:
-    """Share of a layer's passes that is no exposed communication."""
+    """Share of a layer's passes without exposed communication."""
     if time.total == 0:
         return 1.0
     return 1.0 - sum(time.seconds.get(name, 0.0) for name in _COMMUNICATION) / time.total

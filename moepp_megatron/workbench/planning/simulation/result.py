@@ -1,4 +1,4 @@
-"""What a simulation found."""
+"""The result of a simulation."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Bar:
     Attributes:
         rank: Pipeline rank.
         chunk: Model chunk, of the forward pass where two run together.
-        kind: Which pass, or a forward and a backward pass together.
+        kind: Kind of pass, or a forward and a backward pass together.
         start: Seconds from the step's start.
-        end: Likewise, the message included.
+        end: Seconds from the step's start to its end, the message included.
     """
 
     rank: int
@@ -72,22 +72,22 @@ def _kind(node: Node) -> Kind:
 
 @dataclass(frozen=True)
 class Simulated:
-    """Played steps; seconds.
+    """Simulated steps; times in seconds.
 
     Attributes:
         totals: Time of each step [steps].
         work: Passes of the slowest pipeline rank in the column that ends last, mean.
-        transfers: What messages between stages hold it up.
-        bubble: What it waits, for other stages and columns.
+        transfers: Time for which messages between stages hold it up.
+        bubble: Time that it waits for other stages and columns.
         data: Exposed data-parallel communication.
-        optimizer: Of the largest rank.
+        optimizer: Time of the optimizer on the largest rank.
         loads: Mean over micro-batches and groups of the fullest rank over the mean; a value for
             every step and MoE layer.
-        columns: Groups of ranks that were played.
+        columns: Number of simulated columns.
         ranks_per_column: Ranks of a column in one pipeline stage.
-        passes: Passes played a step.
+        passes: Simulated passes per step.
         held_up: Share of the columns' stages that a slow node holds up.
-        timeline: Of one column.
+        timeline: Timeline of one column.
     """
 
     totals: Values

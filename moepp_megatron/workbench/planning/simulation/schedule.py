@@ -17,8 +17,8 @@ class Pass:
     Attributes:
         rank: Pipeline rank.
         chunk: Model chunk of that rank, from 0.
-        micro_batch: From 0.
-        is_backward: Backward pass.
+        micro_batch: Number of the micro-batch, from 0.
+        is_backward: Whether it is a backward pass.
     """
 
     rank: int
@@ -36,7 +36,7 @@ def rank_order(
         pp: Pipeline ranks.
         vpp: Model chunks of each.
         rank: The pipeline rank.
-        micro_batches: Of a step.
+        micro_batches: Micro-batches of a step.
         extra_warm_up: One more forward pass first, as the interleaved schedule and that of one
             stage do when they combine forward and backward passes to hide the experts' exchange.
     """
@@ -67,11 +67,11 @@ def _warm_up(pp: int, vpp: int, rank: int, micro_batches: int, extra: bool) -> i
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What a pass waits for.
+    """An input that a pass waits for.
 
     Attributes:
         node: Number of the node that gives it.
-        is_sent: It comes as a message from another pipeline rank.
+        is_sent: Whether it is a message from another pipeline rank.
     """
 
     node: int
@@ -86,7 +86,7 @@ class Node:
         works: A pass; or a forward and a backward pass of different micro-batches, whose exchanges
             hide behind each other's computation and whose results come at the same time.
         before: Number of the rank's node before it, or -1.
-        inputs: What they wait for.
+        inputs: The inputs that they wait for.
     """
 
     works: tuple[Pass, ...]
@@ -106,12 +106,12 @@ def step_graph(pp: int, vpp: int, micro_batches: int, combined: bool = False) ->
     Args:
         pp: Pipeline ranks.
         vpp: Model chunks of each.
-        micro_batches: Of a step.
+        micro_batches: Micro-batches of a step.
         combined: Forward and backward passes of the steady state run together, two by two
             (megatron/core/pipeline_parallel/combined_1f1b.py).
 
     Raises:
-        ValueError: The order is a deadlock: some pass waits for one that comes after it.
+        ValueError: If the order is a deadlock: a pass waits for one that comes after it.
     """
     orders = [_units(pp, vpp, rank, micro_batches, combined) for rank in range(pp)]
     places: dict[Pass, int] = {}

@@ -1,8 +1,9 @@
-"""Steps of a layout played out: every pass of every pipeline, at drawn load.
+"""Simulates steps of a layout: every pass of every pipeline, at drawn load.
 
-What moves together is one column: the ranks that exchange tokens in any layer of a stage, which is
-the larger of an attention replica (tp cp) and an expert-parallel group (etp ep), because both wait
-for each other in every layer. A column goes through all stages; columns meet at the step's end.
+Ranks that advance together are one column: the ranks that exchange tokens in any layer of a stage,
+which is the larger of an attention replica (tp cp) and an expert-parallel group (etp ep), because
+both wait for each other in every layer. A column goes through all stages; columns meet at the
+step's end.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ _MOST_VALUES = 6_000_000
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under what a step is played.
+    """The conditions of a simulated step.
 
     Attributes:
-        source: Of the load.
-        fabric: Of the network beyond nodes; None for one that nothing slows down.
-        faults: With its slow nodes; None for none.
+        source: Source of the load.
+        fabric: The network beyond nodes; None for one that nothing slows down.
+        faults: Faults with their slow nodes; None for none.
     """
 
     source: LoadSource
@@ -66,15 +67,15 @@ def simulate(
     seed: int,
     stages: Stages | None = None,
 ) -> Simulated:
-    """Play some steps.
+    """Simulate steps.
 
     Args:
-        load: What is trained.
+        load: The workload.
         grid: A legal layout.
         machine: The cluster.
         conditions: Load, network, slow nodes.
         steps: Number of steps; each with a popularity of experts of its own.
-        seed: Of all draws; the same seed gives the same load under all conditions.
+        seed: Seed of all random draws; the same seed gives the same load under all conditions.
         stages: Layers by pipeline rank and chunk; by default as even as they divide.
     """
     return _Player(load, grid, machine, conditions, seed, stages).play(steps)
@@ -110,7 +111,7 @@ class _Player:
         self._message = Message(transfer.blocking, transfer.beside)
 
     def play(self, steps: int) -> Simulated:
-        """All steps, as many at a time as memory allows."""
+        """Simulate all steps, as many at a time as memory allows."""
         grid, load = self._grid, self._load
         layers = sum(load.is_moe) + load.extra_layers
         popularity = self._popularity(steps, layers)

@@ -1,4 +1,4 @@
-"""One layout under several conditions: what load, slow nodes and the network each cost.
+"""Simulates a layout under several conditions: the costs of load, slow nodes and network.
 
 Every variant sees the same draws, so that a difference is the variant's and not chance.
 """
@@ -35,18 +35,18 @@ PLAIN, DEDUPLICATED, APART, OVERLAPPED = (
 
 @dataclass(frozen=True)
 class Study:
-    """What was played.
+    """The results of a study.
 
     Attributes:
         planned_s: The formula's step at even load (`planning/step.py`).
-        even: Nothing uneven, slow or shared.
-        causes: Mean step with one cause alone, by its name.
-        played: With all of them: the distribution.
-        choices: Mean step with all of them, by exchange; those that the layout allows.
-        others: The formula's and the mean played step of further layouts, with all of them.
-        goodput: Of long runs of such steps.
-        tokens: Of a step.
-        assumptions: Under which.
+        even: Step with nothing uneven, slow or shared.
+        causes: Mean step with only one cause, by its name.
+        played: Distribution of steps with all causes.
+        choices: Mean step with all causes, by kind of exchange that the layout allows.
+        others: The formula's and the mean simulated step of further layouts, with all causes.
+        goodput: Goodput of long runs of such steps.
+        tokens: Tokens of a step.
+        assumptions: The assumptions.
     """
 
     planned_s: float
@@ -61,11 +61,11 @@ class Study:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of the whole run in the long term: failures, restarts and checkpoints counted."""
+        """Tokens per second of the whole run in the long term, with failures and checkpoints."""
         return self.tokens / float(self.played.totals.mean()) * float(self.goodput.share.mean())
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """A dictionary for JSON."""
         played, goodput = self.played, self.goodput
         return {
             "planned_even_s": self.planned_s,
@@ -124,15 +124,15 @@ def study(
     steps: int,
     others: Sequence[tuple[float, Grid]] = (),
 ) -> Study:
-    """Play a layout.
+    """Simulate a layout.
 
     Args:
-        load: What is trained.
+        load: The workload.
         grid: A legal layout.
         machine: The cluster.
-        source: Of the load.
-        assumptions: Of the cluster.
-        steps: Steps to play under each of the conditions.
+        source: Source of the load.
+        assumptions: Assumptions about the cluster.
+        steps: Steps to simulate under each of the conditions.
         others: The formula's step and the grid of further layouts.
     """
     seed, faults, fabric = assumptions.seed, assumptions.faults, assumptions.fabric
@@ -185,7 +185,7 @@ def study(
 
 
 def can_overlap(load: Workload, grid: Grid) -> bool:
-    """The combined schedule is possible: bf16, no recomputation it cannot repeat, chunks."""
+    """Whether the combined schedule is possible, by format, recomputation and chunks."""
     recompute = {"layernorm", "moe", "full"}.isdisjoint(grid.recompute)
     chunks = grid.pp == 1 or grid.vpp > 1
     own_constants = not load.experts.shares_constants

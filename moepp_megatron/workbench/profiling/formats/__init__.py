@@ -1,4 +1,4 @@
-"""What other programs write, read into `profiling.trace` and `profiling.collective`.
+"""Readers of other programs' files, for `profiling.trace` and `profiling.collective`.
 
 sources.py           which format a file is in, and its collectives
 records.py           fields and lines of such files

@@ -1,6 +1,6 @@
-"""Global ranks from what NCCL tells its profilers: ranks within communicators.
+"""Derives global ranks from NCCL's profilers, which report ranks within communicators.
 
-NCCL knows no ranks of a job. Each process is known by its host and number, and belongs to several
+NCCL has no ranks of a job. A process is identified by its host and number, and belongs to several
 communicators, in each with a rank of its own. In torch the default group holds every process, with
 the job's ranks; where a run has never used it, the processes are numbered in the order of their
 names.
@@ -55,7 +55,7 @@ def global_ranks(memberships: Iterable[Membership]) -> Ranks:
     """Numbers the processes of a job.
 
     Raises:
-        SourceError: A process has several ranks in a communicator, or two processes the same.
+        SourceError: If a process has several ranks in a communicator, or two have the same.
     """
     members: dict[str, dict[int, str]] = defaultdict(dict)
     sizes: dict[str, int] = defaultdict(int)

@@ -1,4 +1,4 @@
-"""Dumps of torch's flight recorder.
+"""Reads dumps of torch's flight recorder.
 
 Written by torch (c10d/FlightRecorderDetail.hpp, versions 2.x), as JSON or as a pickle; a run of
 this package writes both into `hangs/` (training/resilience/flight_recorder.py). Every collective
@@ -93,7 +93,7 @@ def load_dump(path: Path) -> dict[str, Any]:
     """A rank's dump, JSON or pickle, without running anything that a pickle may hold.
 
     Raises:
-        SourceError: It is neither, or of another version.
+        SourceError: If it is neither, or of another version.
     """
     content = read_bytes(path)
     try:
@@ -116,8 +116,8 @@ def read_flight_record(path: Path) -> list[Collective]:
         path: The file.
 
     Returns:
-        Collectives in the order in which they were enqueued. One without `duration_ms` takes no
-        time.
+        Collectives in the order in which they were enqueued. One without `duration_ms` has a
+        duration of 0.
 
     Raises:
         SourceError: The file is damaged, lacks a field, or does not name its rank.

@@ -1,7 +1,7 @@
-"""Logs of NCCL Inspector, the profiler plugin in NCCL's source.
+"""Reads logs of NCCL Inspector, the profiler plugin in NCCL's source.
 
 Written by plugins/profiler/inspector (ext-profiler/inspector before NCCL 2.29.7),
-inspector_json.cc: files `HOST-pidN.log`, one JSON object a line, each with `header` (the
+inspector_json.cc: files `HOST-pidN.log`, one JSON object per line, each with `header` (the
 communicator), `metadata` and either `coll_perf` or, from NCCL 2.30 on, `p2p_perf`. All of them call
 themselves format v4.0; fields that were added since are read where they are.
 
@@ -38,19 +38,19 @@ _FORMATS = ("v4.0",)
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What is kept of one line: logs grow to millions of them.
+    """The kept fields of one line; logs grow to millions of lines.
 
     Attributes:
         member: Its process and communicator.
-        name: Of the communicator; "" where unknown.
-        is_p2p: A send or receive, or what else is between two ranks.
+        name: Name of the communicator; "" where unknown.
+        is_p2p: Whether it is a send or receive, or another operation between two ranks.
         function: Name of the NCCL function.
-        number: Of the call: within communicator and function, or of this process's transfers.
-        size: Bytes that NCCL's count stands for.
+        number: Number of the call within communicator and function, or of this process's transfer.
+        size: Bytes of NCCL's count.
         took_us: How long the kernel took by the GPU's clock.
         kernel_us: When the host saw it start; None unless verbose.
         issued_us: When the host began to issue the call; None unless verbose.
-        returned_us: When it had; None unless verbose.
+        returned_us: When it had issued it; None unless verbose.
         peer: The other rank within the communicator; -1 for collectives.
     """
 
@@ -81,14 +81,14 @@ def read_inspector(paths: Sequence[Path]) -> list[Collective]:
     """Reads the logs of all processes of a run.
 
     Args:
-        paths: The files, one a process; `.gz` too.
+        paths: The files, one per process; also `.gz`.
 
     Returns:
         Collectives by rank and, where known, start. Sends and receives of one grouped call are one
         ALL_TO_ALL, which took as long as its longest part unless verbose.
 
     Raises:
-        SourceError: A file is damaged, lacks a field, or is of an unknown format version.
+        SourceError: If a file is damaged, lacks a field, or has an unknown format version.
     """
     records = [record for path in paths for record in _records(path)]
     ranks = global_ranks(record.member for record in records)
@@ -148,7 +148,7 @@ def _record(line: dict[str, Any], member: Membership, name: str, place: str) -> 
 def _trace(
     numbers: dict[str, Any], kind: str, place: str
 ) -> tuple[float | None, float | None, float | None]:
-    """When the host saw the kernel start, and when it began and ended to issue the call."""
+    """When the host saw the kernel start, and when it began and finished issuing the call."""
     if "event_trace_ts" not in numbers:
         return None, None, None
     trace = field(numbers, "event_trace_ts", dict, place)

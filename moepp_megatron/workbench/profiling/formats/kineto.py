@@ -1,4 +1,4 @@
-"""Traces of torch's profiler (Kineto), of NCCL and of gloo.
+"""Reads traces of torch's profiler (Kineto), of NCCL and of gloo.
 
 **NCCL.** `record_param_comms` marks the call on the host, a kernel `ncclDevKernel_...` the transfer
 on its stream; both carry the same arguments, and an `External id` that links them. Times are the
@@ -49,7 +49,7 @@ def read_kineto(path: Path) -> RankTrace:
     """Read a `.pt.trace.json` or `.pt.trace.json.gz` file.
 
     Raises:
-        ProfileError: It is no such file.
+        ProfileError: If it is not such a file.
     """
     try:
         raw = path.read_bytes()
@@ -64,7 +64,7 @@ def read_kineto(path: Path) -> RankTrace:
 
 
 def parse_kineto(content: dict[str, Any]) -> RankTrace:
-    """From the parsed JSON of a trace."""
+    """Read the parsed JSON of a trace."""
     about = content.get("distributedInfo") or {}
     events: list[Event] = content["traceEvents"]
     groups = {
@@ -132,19 +132,19 @@ def _host_work(spans: list[Event], swept: Swept) -> list[Any]:
 
 
 class _Reader:
-    """Makes collectives of events.
+    """Builds collectives from events.
 
     Args:
-        rank: Of the trace.
+        rank: Rank of the trace.
         groups: Its process groups.
-        swept: What is around its calls.
+        swept: The surroundings of its calls.
     """
 
     def __init__(self, rank: int, groups: dict[str, Group], swept: Swept) -> None:
         self._rank, self._groups, self._swept = rank, groups, swept
 
     def of_nccl(self, kernels: list[Event], calls: list[Event]) -> list[Collective]:
-        """From NCCL's kernels and the calls that started them."""
+        """Build collectives from NCCL's kernels and the calls that started them."""
         by_id = {
             call["args"]["External id"]: call
             for call in calls
@@ -187,7 +187,7 @@ class _Reader:
         )
 
     def of_gloo(self, calls: list[Event], spans: list[Event]) -> list[Collective]:
-        """From calls on the training thread and gloo's transfers."""
+        """Build collectives from calls on the training thread and gloo's transfers."""
         transfers: dict[tuple[Operation, str], deque[Event]] = defaultdict(deque)
         found = [event for event in spans if event["name"].startswith("gloo:")]
         for event in sorted(found, key=lambda one: one["ts"]):
@@ -246,7 +246,7 @@ def _take(
     args: dict[str, Any],
     called: float,
 ) -> Event | None:
-    """The transfer of a call: the first of its kind and shape that nobody has taken."""
+    """The transfer of a call: the first unused one of its kind and shape."""
     kind = Operation.ALL_REDUCE if operation is Operation.REDUCE_SCATTER else operation
     for shape in _shapes(args):
         waiting = transfers.get((kind, shape))
@@ -277,7 +277,7 @@ def _gloo_kind(event: Event) -> Operation:
 
 
 def _operation_of_kernel(name: str) -> Operation:
-    """Of `ncclDevKernel_AllReduce_Sum_bf16_RING_LL(...)`, where nothing else says it."""
+    """The operation in `ncclDevKernel_AllReduce_Sum_bf16_RING_LL(...)`, if nothing else has it."""
     for part, operation in (
         ("AllReduce", Operation.ALL_REDUCE),
         ("AllGather", Operation.ALL_GATHER),

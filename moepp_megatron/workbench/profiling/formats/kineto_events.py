@@ -1,6 +1,6 @@
-"""Events of a Kineto chrome trace, and in which ranges of the program each of them lies.
+"""Reads events of a Kineto chrome trace, with the ranges of the program around each of them.
 
-A host thread's events are nested. One pass over each thread, in order of time, tells for every
+A host thread's events are nested. One pass over each thread, in order of time, finds for every
 event what is open around it: ranges `moepp/...`, and the node of autograd's graph that runs. An
 operation and its derivative are linked by a flow (`fwdbwd`), which gives the derivative the part
 of the model that the operation belongs to. A range that is entered inside of a node of the graph
@@ -33,8 +33,8 @@ class Call:
 
     Attributes:
         group: Process group.
-        pair: From and to, in ranks of the group; None for what all ranks do.
-        number: Of the call in its group, or pair.
+        pair: Sender and receiver, as ranks of the group; None for an operation of all ranks.
+        number: Number of the call in its group, or pair.
     """
 
     group: str
@@ -44,7 +44,7 @@ class Call:
 
 @dataclass
 class Around:
-    """What is open around an event.
+    """The ranges and the call that are open around an event.
 
     Attributes:
         scopes: Parts of the program, outermost first: forward, layer3/dispatch,
@@ -58,12 +58,12 @@ class Around:
 
 @dataclass
 class Swept:
-    """What a pass over all host threads found.
+    """The results of a pass over all host threads.
 
     Attributes:
-        around: For each event of interest, by its key.
+        around: Surroundings of each event of interest, by its key.
         parts: Ranges of the program and backward passes of parts.
-        waits: The thread waits for a collective.
+        waits: Spans in which the thread waits for a collective.
         steps: Recorded steps.
         thread: The thread that trains.
     """
@@ -121,7 +121,7 @@ def sweep(events: list[Event], wanted: Iterable[Event]) -> Swept:
 
 
 def _links(events: list[Event]) -> dict[Key, Key]:
-    """From each derivative to its operation."""
+    """Maps each derivative to its operation."""
     ends: dict[str, dict[Any, Key]] = {"s": {}, "f": {}}
     for event in events:
         if event.get("cat") == "fwdbwd" and event.get("ph") in ends:
@@ -133,10 +133,10 @@ class _Pass:
     """One pass over one thread's events in order of time.
 
     Args:
-        swept: Where findings go.
-        links: From each derivative to its operation.
+        swept: Receives the results.
+        links: Maps each derivative to its operation.
         parts: Part of each operation that has a derivative; read and completed.
-        operations: Those that have one.
+        operations: Operations that have one.
         keys: Events whose surroundings are asked for.
     """
 
@@ -190,7 +190,7 @@ class _Pass:
             self._open.append((end, scope, call, is_node))
 
     def _range(self, event: Event, name: str) -> tuple[str | None, Call | None]:
-        """Scope or collective that a range of the recorder stands for."""
+        """The scope or collective that a range of the recorder means."""
         found = _COMM.fullmatch(name)
         if found is not None:
             pair = (int(found[2]), int(found[3])) if found[2] else None

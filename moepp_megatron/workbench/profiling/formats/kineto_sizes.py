@@ -1,8 +1,8 @@
-"""Sizes, data types and splits as torch's profiler writes them.
+"""Reads sizes, data types and splits in the forms of torch's profiler.
 
-Two forms: NCCL's `record_param_comms` and kernels carry `In msg nelems`, `dtype`, `In split size`
-(torch/csrc/distributed/c10d/ParamCommsUtils.hpp, torch/csrc/profiler/util.cpp); an operation of
-c10d on a CPU carries the shapes of its tensors (`record_shapes`).
+There are two forms: NCCL's `record_param_comms` and kernels carry `In msg nelems`, `dtype`, `In
+split size` (torch/csrc/distributed/c10d/ParamCommsUtils.hpp, torch/csrc/profiler/util.cpp); an
+operation of c10d on a CPU carries the shapes of its tensors (`record_shapes`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def bytes_of_type(name: str) -> int | None:
 
 
 def whole_list(text: Any) -> list[int] | None:
-    """Numbers of "[1, 2]"; None where it is no list, or cut short: "[1, 2, ...]"."""
+    """Numbers of "[1, 2]"; None if it is not a list, or is cut short: "[1, 2, ...]"."""
     if isinstance(text, list):
         return [int(item) for item in text] if "..." not in text else None
     if not isinstance(text, str) or "..." in text:
@@ -69,7 +69,7 @@ def whole_list(text: Any) -> list[int] | None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a call on one rank, as `Collective` has them."""
+    """Bytes of a call on one rank, with the fields of `Collective`."""
 
     size: int | None = None
     dtype: str = ""
@@ -79,7 +79,7 @@ class Sizes:
 
 
 def sizes_of_nccl(args: dict[str, Any], operation: Operation) -> Sizes:
-    """From the arguments of `record_param_comms` or of an NCCL kernel."""
+    """Read the arguments of `record_param_comms` or of an NCCL kernel."""
     dtype = str(args.get("dtype", ""))
     width = bytes_of_type(dtype)
     given, returned = args.get("In msg nelems"), args.get("Out msg nelems")
@@ -98,13 +98,13 @@ def sizes_of_nccl(args: dict[str, Any], operation: Operation) -> Sizes:
 
 
 def sizes_of_cpu(args: dict[str, Any], operation: Operation, ranks: int, dtype: str = "") -> Sizes:
-    """From the shapes of an operation of c10d.
+    """Compute sizes from the shapes of an operation of c10d.
 
     Args:
-        args: Of its event.
-        operation: What it does.
-        ranks: In its group, 0 where unknown.
-        dtype: Of its tensors where the event does not say, as for lists of tensors.
+        args: Arguments of its event.
+        operation: Its operation.
+        ranks: Ranks in its group, 0 where unknown.
+        dtype: Type of its tensors if the event does not have it, as for lists of tensors.
     """
     if operation is Operation.BARRIER:
         return Sizes(0)
@@ -145,7 +145,7 @@ def _split(
     dtype: str,
     ranks: int,
 ) -> Sizes:
-    """An all-to-all; totals and splits of what is given and returned. Empty splits: even parts."""
+    """Sizes of an all-to-all, from totals and splits of input and output. Empty splits are even."""
     parts: list[tuple[int, ...] | None] = []
     row = None
     for total, rows in zip(totals, splits, strict=True):

@@ -1,7 +1,8 @@
-"""NCCL's names: functions, data types, and which buffer its counts speak of.
+"""NCCL's names of functions and data types, and the buffer that its counts describe.
 
-Of NVIDIA/nccl 2.30.7, src/collectives.cc (ncclFuncToString, ncclDatatypeToString), src/nccl.h.in,
-and plugins/profiler/inspector/inspector.cc (which says All2All where NCCL says AlltoAll).
+Sources: NVIDIA/nccl 2.30.7, src/collectives.cc (ncclFuncToString, ncclDatatypeToString),
+src/nccl.h.in, and plugins/profiler/inspector/inspector.cc (which says All2All where NCCL says
+AlltoAll).
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ def data_type(value: str | int) -> tuple[str, int | None]:
 
 
 def buffer_size(operation: Operation, size: int, ranks: int) -> int | None:
-    """Bytes of the larger buffer of a rank, from the bytes that NCCL's count stands for.
+    """Bytes of the larger buffer of a rank, from the bytes of NCCL's count.
 
     Args:
         operation: What the collective does.
-        size: Count times bytes of the data type, as NCCL tells its profilers.
+        size: Count times bytes of the data type, as NCCL reports them to profilers.
         ranks: Ranks in the group; 0 where unknown.
 
     Returns:

@@ -1,7 +1,7 @@
-"""All-to-alls put together again from sends and receives.
+"""Reconstructs all-to-alls from sends and receives.
 
-NCCL runs an all-to-all as one send and one receive a peer in a group, and tells its profilers about
-these alone. torch leaves out peers that get nothing (csrc/cuda/nccl.cpp,
+NCCL runs an all-to-all as one send and one receive per peer in a group, and reports only these to
+profilers. torch leaves out peers that get nothing (csrc/cuda/nccl.cpp,
 `all2all_single_unequal_split`), so that a call has between 0 and 2 n of them.
 """
 
@@ -21,7 +21,7 @@ class Transfer:
     """One send or receive of a rank.
 
     Attributes:
-        is_send: Sent, not received.
+        is_send: Whether it is a send.
         peer: The other rank, within the group.
         size: Bytes.
         start_us: When it began, in microseconds; 0 where unknown.
@@ -43,7 +43,8 @@ def split_calls(transfers: Iterable[Transfer], own_rank: int | None = None) -> l
     """Parts a rank's transfers into grouped calls.
 
     Args:
-        transfers: In the order in which NCCL scheduled them; with `own_rank` None in any order.
+        transfers: Transfers in the order in which NCCL scheduled them; with `own_rank` None in any
+            order.
         own_rank: This rank's place in the group.
 
     A call ends where the next transfer repeats a peer and direction, where a send to itself follows
@@ -71,8 +72,9 @@ def split_calls(transfers: Iterable[Transfer], own_rank: int | None = None) -> l
 def is_all_to_all(call: Sequence[Transfer], own_rank: int) -> bool:
     """Whether a grouped call is an all-to-all rather than an exchange between pipeline stages.
 
-    It is where the rank sends to itself or exchanges with more than two others. One of two or three
-    ranks in which a rank keeps no row of its own is therefore taken for sends and receives.
+    It is one if the rank sends to itself or exchanges with more than two others. An all-to-all of
+    two or three ranks in which a rank keeps no row of its own is therefore taken for sends and
+    receives.
     """
     peers = {transfer.peer for transfer in call}
     return own_rank in peers or len(peers) > _NEIGHBOURS
@@ -84,7 +86,7 @@ def put_together(call: Sequence[Transfer], own_rank: int, base: Collective) -> l
     Args:
         call: Sends and receives.
         own_rank: This rank's place in the group.
-        base: What they share: rank, group, group_ranks, group_size, dtype, source, placed.
+        base: Their common fields: rank, group, group_ranks, group_size, dtype, source, placed.
 
     Returns:
         One ALL_TO_ALL, from the first start to the last end; or a SEND or RECEIVE for each.

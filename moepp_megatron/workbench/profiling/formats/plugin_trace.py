@@ -1,10 +1,10 @@
-"""Chrome traces of NCCL's example profiler plugin.
+"""Reads chrome traces of NCCL's example profiler plugin.
 
 Written by plugins/profiler/example/print_event.cc (ext-profiler/example before NCCL 2.29.7): files
-`PREFIX_COMMUNICATOR_RANK.json`, one a communicator and rank, PREFIX being NCCL_PROFILE_DUMP_FILE.
+`PREFIX_COMMUNICATOR_RANK.json`, one per communicator and rank, PREFIX being NCCL_PROFILE_DUMP_FILE.
 Events begin (`ph` b) and end (e) in the order of their nesting; their categories are
 
-- GROUP (to NCCL 2.27) or GROUP_API (from 2.28): what was issued together,
+- GROUP (to NCCL 2.27) or GROUP_API (from 2.28): calls that were issued together,
 - COLL_API, P2P_API, KERNEL_LAUNCH (from 2.28): the host's calls,
 - COLL, P2P: the operations, with `CommHash`, `Rank`, `Count`, `Datatype` and `SeqNum` or `Peer`,
 - GPU (from 2.27): their kernels by channel, with the GPU's clock in nanoseconds,
@@ -12,7 +12,7 @@ Events begin (`ph` b) and end (e) in the order of their nesting; their categorie
 
 Times are microseconds since the plugin's start in that process. The end of an operation is that of
 the transfer only if kernels (NCCL_PROFILE_EVENT_MASK with 64) or the network were recorded; without
-them it is when the host had launched it, and nothing tells how long the transfer took.
+them it is the time at which the host had launched it, and the transfer's duration is unknown.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Operation:
 
     Attributes:
         begin: Its first event.
-        place: Where that stands.
+        place: Place of that event in the file.
         group: Number of the group that it was issued in; -1 for none.
         stream: CUDA stream, where the host's call was recorded.
         seen_us: Starts of its kernels, as the host saw them.
@@ -89,7 +89,7 @@ class _Operation:
         return self.begin["cat"] == "CE_COLL"
 
     def data(self) -> tuple[int | None, str]:
-        """Bytes that its count stands for (None if the type is unknown), and the data type."""
+        """Bytes of its count (None if the type is unknown), and the data type."""
         count = self.argument("count" if self.is_copy else "Count", int)
         name = "datatype" if self.is_copy else "Datatype"
         numbered = isinstance(self.begin.get("args", {}).get(name), int)
@@ -133,8 +133,8 @@ class _File:
 def read_plugin_trace(paths: Sequence[Path]) -> list[Collective]:
     """Reads the traces of all processes and communicators of a run.
 
-    A group's size is not in them: give the files of all ranks. It is taken for known where two or
-    more ranks, from 0 on without a gap, were recorded, and all peers are among them.
+    A group's size is not in them, so give the files of all ranks. It counts as known if two or more
+    ranks, from 0 on without a gap, were recorded, and all peers are among them.
 
     Args:
         paths: The files; `.gz` too.
@@ -143,7 +143,7 @@ def read_plugin_trace(paths: Sequence[Path]) -> list[Collective]:
         Collectives by rank and start. The sends and receives of one group are one ALL_TO_ALL.
 
     Raises:
-        SourceError: A file is damaged or lacks a field.
+        SourceError: If a file is damaged or lacks a field.
     """
     files = [file for path in paths if (file := _read(path)) is not None]
     known = _sizes(files)
@@ -207,7 +207,7 @@ def _read(path: Path) -> _File | None:
 def _note(
     operation: _Operation, category: str, begins: bool, event: dict[str, Any], place: str
 ) -> None:
-    """Takes an event within an operation into it."""
+    """Add an event within an operation to the operation."""
     operation.has_network = operation.has_network or category == "PROXY"
     if category == "GPU" and begins:
         operation.seen_us.append(records.field(event, "ts", float, place))
@@ -217,7 +217,7 @@ def _note(
 
 
 def _identify(path: Path, process: int, operations: list[_Operation]) -> _File:
-    """Which communicator and rank a file is of; the prefix of its name tells hosts apart."""
+    """The communicator and rank of a file; the prefix of its name distinguishes hosts."""
     name = _FILE_NAME.fullmatch(path.name)
     prefix = name["prefix"] if name else path.parent.name
     for one in operations:
@@ -237,7 +237,7 @@ def _identify(path: Path, process: int, operations: list[_Operation]) -> _File:
 def _sizes(files: Iterable[_File]) -> dict[str, int]:
     """Ranks by communicator, where all of them seem recorded.
 
-    More than one: NCCL runs a communicator of one rank without telling its profilers.
+    A single rank is not enough: NCCL does not report communicators of one rank to profilers.
     """
     present: dict[str, set[int]] = defaultdict(set)
     named: dict[str, set[int]] = defaultdict(set)

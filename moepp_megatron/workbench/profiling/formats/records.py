@@ -1,4 +1,4 @@
-"""Records in files that other programs write: lines, fields, and what is wrong with them."""
+"""Reads lines and fields of other programs' files, with errors that name the place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_bytes(path: Path, limit: int = -1) -> bytes:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file, unpacked while it is read if gzip; SourceError for what goes wrong."""
+    """Open a file, unpacking gzip while reading; errors become a SourceError."""
     try:
         with path.open("rb") as file:
             packed = file.read(len(_GZIP)) == _GZIP
@@ -66,7 +66,7 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     not finished it.
 
     Raises:
-        SourceError: Another line is no JSON object.
+        SourceError: If another line is not a JSON object.
     """
     for number, line, is_last in read_lines(path):
         place = f"{path}, line {number}"
@@ -102,7 +102,7 @@ def field(record: Any, name: str, kind: type, place: str, default: Any = ...) ->
         default: What to return where the field is absent; without it an absent field is an error.
 
     Raises:
-        SourceError: The field is absent, or of another kind.
+        SourceError: If the field is absent, or of another kind.
     """
     value = record
     for part in name.split("."):

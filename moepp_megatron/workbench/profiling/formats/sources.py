@@ -1,4 +1,4 @@
-"""Which format a profile is in, and its collectives, rank by rank."""
+"""Recognises the format of a profile and reads its collectives, rank by rank."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Format(StrEnum):
 
 @dataclass(frozen=True)
 class Recording:
-    """What was read.
+    """A recording that was read.
 
     Attributes:
-        format: In which format it was.
+        format: Format of the files.
         files: The files it was read from.
         by_rank: Collectives of each global rank in the order of their start, by its own clock.
     """
@@ -91,7 +91,7 @@ def read_recording(path: Path) -> Recording:
         Collectives by rank, each by its own clock (`merge.find_clocks` compares them).
 
     Raises:
-        SourceError: Nothing can be read: the message says what it looks like and what is supported.
+        SourceError: If nothing can be read; says what it looks like and what is supported.
     """
     formats = {file: recognise(file) for file in _files(path)}
     by_format: dict[Format, list[Path]] = defaultdict(list)
@@ -135,7 +135,7 @@ def _read(kind: Format, files: Sequence[Path]) -> list[Collective]:
 
 
 def _one_a_rank(files: Sequence[Path]) -> list[Path]:
-    """Without the pickles of ranks that have JSON too: a hang writes both."""
+    """Leave out the pickles of ranks that have JSON too, since a hang writes both."""
     named = {file: re.search(r"(\d+)\D*$", file.name) for file in files}
     ranks = {file: name[1] for file, name in named.items() if name is not None}
     as_json = {ranks.get(file) for file in files if ".json" in file.suffixes}

@@ -1,10 +1,10 @@
 """Single measures of a recording; `profiling.analysis` puts them together.
 
 exposure.py          communication that nothing hides (intervals.py)
-lateness.py          waiting for late ranks, told from transfer
+lateness.py          waiting for late ranks, separated from transfer
 classes.py           collectives of a kind, summed
 place.py             layer, part and pass in which a collective was called
-purpose.py           what it serves
+purpose.py           what a collective serves
 expected_bytes.py    all-to-all bytes, measured against what routing makes necessary
 expert_load.py       rows that the experts of each rank computed
 slow_rank.py         a rank that computes longer than its rows explain

@@ -1,7 +1,7 @@
-"""The measured ceiling of a link: what `moepp bench collectives --json FILE` has found here.
+"""The measured peak of a link, from `moepp bench collectives --json FILE` on this machine.
 
-A profile's bus bandwidth is held against what the same operation reaches alone, in a group of the
-same size, at the same message size. Between two measured sizes the time is taken to grow in
+A profile's bus bandwidth is compared with that of the same operation running alone, in a group of
+the same size, at the same message size. Between two measured sizes the time is taken to grow in
 proportion to the bytes, as latency plus bytes over bandwidth does.
 """
 
@@ -42,7 +42,7 @@ class Ceiling:
 
     Attributes:
         points: For each operation, group size and evenness: (bytes, microseconds), sizes
-            ascending, each once; of several measurements of a size the fastest.
+            ascending, each once; the fastest of several measurements of a size.
     """
 
     points: Mapping[_Key, tuple[tuple[int, float], ...]]
@@ -52,7 +52,7 @@ class Ceiling:
         """Read FILE of `moepp bench collectives --json FILE`.
 
         Raises:
-            ConfigError: It cannot be read or is no such file.
+            ConfigError: If it cannot be read or is not such a file.
         """
         remedy = "write it with: moepp bench collectives --json FILE"
         try:
@@ -75,7 +75,7 @@ class Ceiling:
 
     @classmethod
     def of(cls, records: Iterable[Any]) -> Ceiling:
-        """From records with `operation`, `even`, `group_size`, `size_bytes` and `time_us`."""
+        """Build it from records with `operation`, `even`, `group_size`, `size_bytes`, `time_us`."""
         times: defaultdict[_Key, dict[int, float]] = defaultdict(dict)
         for r in records:
             of_key = times[Operation(r.operation), r.group_size, r.even]
@@ -118,7 +118,7 @@ class Ceiling:
 
 
 def _measured_as(operation: Operation) -> Operation:
-    """Sending and receiving are measured together."""
+    """The operation under which it was measured: sending and receiving are measured together."""
     return Operation.SEND if operation is Operation.RECEIVE else operation
 
 

@@ -1,4 +1,4 @@
-"""Collectives of a kind: operation, group by meaning, purpose and pass."""
+"""Sums collectives by kind: operation, group by meaning, purpose and pass."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from moepp_megatron.workbench.profiling.trace import RankTrace
 
 @dataclass(frozen=True)
 class ClassName:
-    """What makes calls alike.
+    """The kind of a call.
 
     Attributes:
         purpose: One of `PURPOSES`.
-        operation: Of c10d.
+        operation: Operation of c10d.
         group: Meaning of the process group.
         phase: forward, recompute or backward of a layer; "" outside of layers.
     """
@@ -37,17 +37,17 @@ class CallClass:
     """Calls of a kind. Sums are over ranks and steps; microseconds and bytes.
 
     Attributes:
-        name: What they are.
-        link: What they travel on.
-        calls: How many, each counted on every rank.
+        name: Their kind.
+        link: The link that they use.
+        calls: Number of calls, each counted on every rank.
         group_size: Ranks of the group; 0 if groups differ.
         size: Bytes by nccl-tests' convention; calls without a size count 0.
-        time_us: From start to end, waiting included.
-        wait_us: Of it, waiting for the last rank to start; calls that cannot be matched count 0.
-        matched: Calls that could be.
-        exposed_us: When no work hid them.
-        bus_bytes: Size times bus factor: over transfer time it is bus bandwidth.
-        peak_gb_s: Mean of what the calls could reach, weighted by time; None where unknown.
+        time_us: Time from start to end, waiting included.
+        wait_us: Part of it spent waiting for the last rank to start; 0 for unmatched calls.
+        matched: Calls that could be matched on all ranks.
+        exposed_us: Time in which no work hid them.
+        bus_bytes: Size times bus factor; divided by transfer time it is bus bandwidth.
+        peak_gb_s: Mean bandwidth that the calls could reach, weighted by time; None where unknown.
     """
 
     name: ClassName
@@ -81,7 +81,7 @@ class CallClass:
 
     @property
     def peak_share(self) -> float | None:
-        """Bus bandwidth over the link's peak, or over what was measured for such calls."""
+        """Bus bandwidth over the link's peak, or over the measured one for such calls."""
         bus = self.bus_gb_s
         return bus / self.peak_gb_s if bus is not None and self.peak_gb_s else None
 
@@ -121,11 +121,11 @@ def call_classes(
     """All calls within the steps by kind, the most exposed first.
 
     Args:
-        traces: Of all recorded ranks.
-        steps: Which ones.
+        traces: Traces of all recorded ranks.
+        steps: The steps to count.
         late: Waiting of each call.
-        links: What groups travel on.
-        measured: A measured ceiling, in place of the rated peak.
+        links: The link that each group uses.
+        measured: A measured ceiling that replaces the rated peak.
     """
     found: dict[ClassName, CallClass] = {}
     for trace in traces:

@@ -1,12 +1,12 @@
-"""All-to-all bytes of each layer, direction and pass: measured, and what routing makes necessary.
+"""All-to-all bytes of each layer, direction and pass: measured, and required by the routing.
 
 The FFN-only formula for a rank's dispatch is `T K phi D b (EP - 1) / EP`: of `T K` selections the
 share `phi` goes to FFN experts, and of these `(EP - 1) / EP` to other ranks, if experts are loaded
-evenly. With the counts of the step itself nothing has to be assumed: the selections whose expert
-lives on another rank, times `D b`. Measured bytes must equal that, to the byte. Without duplicates
+evenly. With the step's own counts no assumption is needed: the bytes are the selections whose
+expert is on another rank, times `D b`. Measured bytes must equal that exactly. Without duplicates
 a token crosses once to each rank that holds an expert of it: the least that can be sent.
 
-What travels along is counted apart: gates, 4 bytes a selection, and with deduplication maps.
+Gates, 4 bytes per selection, and with deduplication maps are counted separately.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class LayerBytes:
     Attributes:
         place: Layer, part and pass.
         measured: Hidden vectors that the all-to-all carried to other ranks.
-        side: What travelled along.
-        expected: By the step's routing, for the dispatcher that ran; None where the recorder has
-            not counted it, or its dispatcher is not an all-to-all.
-        plain: Once for each selection (the FFN-only formula with this step's counts).
-        deduplicated: Once for each token and rank: the minimum.
+        side: Bytes of gates and maps.
+        expected: Bytes required by the step's routing, for the dispatcher that ran; None if the
+            recorder has not counted it, or its dispatcher is not an all-to-all.
+        plain: Bytes when sent once per selection (the FFN-only formula with this step's counts).
+        deduplicated: Bytes when sent once per token and rank: the minimum.
         even: The FFN-only formula with an even load of experts.
         vanilla: The formula with phi = 1: every selection goes to an FFN expert.
     """
@@ -53,7 +53,7 @@ class LayerBytes:
 
 
 def layer_bytes(traces: Iterable[RankTrace], step: int) -> list[LayerBytes]:
-    """Of all recorded ranks, in order of layers; dispatch before combine, forward first."""
+    """Bytes over all recorded ranks, ordered by layer, dispatch before combine, forward first."""
     found: dict[Place, LayerBytes] = {}
     for trace in traces:
         span = trace.steps.get(step)
@@ -86,7 +86,7 @@ def _is_exchange(call: Collective, place: Place) -> bool:
 
 
 def _passes(trace: RankTrace, step: int) -> dict[tuple[int, bool], list[dict[str, Any]]]:
-    """Counted passes by layer and whether they were repeated."""
+    """Counted passes by layer, and by whether they were repeated."""
     found: dict[tuple[int, bool], list[dict[str, Any]]] = defaultdict(list)
     for entry in trace.about.get("steps", []):
         if entry["step"] == step:
@@ -100,7 +100,7 @@ def _places(
 ) -> Iterable[tuple[Place, dict[str, Any]]]:
     """Each counted pass under every place that moves its tokens.
 
-    The backward pass moves what the last forward pass moved: the repeated one, if there is one.
+    The backward pass moves the tokens of the last forward pass: the repeated one, if there is one.
     """
     for (layer, recomputed), counted in passes.items():
         phases = ["recompute" if recomputed else "forward"]
@@ -122,7 +122,7 @@ def _add_measured(entry: LayerBytes, call: Collective, row_bytes: set[int]) -> N
 
 
 def _to_others(call: Collective, place: Place) -> int:
-    """Bytes that crossed between the tokens' rank, which this one is, and the experts'.
+    """Bytes exchanged between this rank, which has the tokens, and the experts' ranks.
 
     Dispatch sends them out and combine brings them back; gradients go the other way.
     """

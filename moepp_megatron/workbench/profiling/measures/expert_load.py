@@ -1,8 +1,8 @@
-"""Rows that the FFN experts of each rank computed: the part of being late that routing explains.
+"""Rows that the FFN experts of each rank computed: the lateness that routing explains.
 
 Ranks of an expert-parallel group meet in every all-to-all, so in every pass through a layer the
-rank with most rows sets the pace, whichever it is. Counted from the routing, so neither a busy
-machine nor the recording has a part in it.
+rank with most rows sets the pace, whichever it is. Rows are counted from the routing, so neither a
+busy machine nor the recording affects them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _GROUP = "EXPERT_MODEL_PARALLEL_GROUP"
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """Rows of FFN experts; forward passes alone, a repeated one is not counted again.
+    """Rows of FFN experts in forward passes; a repeated pass is not counted again.
 
     Attributes:
-        rows: By step and rank.
+        rows: Rows by step and rank.
         busiest: The rank with most rows over all steps.
         busiest_over_mean: Rows of the busiest rank of each pass over those of the mean rank, all
-            passes added: 1 where the load is even, EP where one rank does all.
+            passes added: 1 for an even load, EP if one rank does everything.
     """
 
     rows: dict[tuple[int, int], int]

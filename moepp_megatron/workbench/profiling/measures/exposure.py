@@ -1,8 +1,8 @@
-"""Communication that nothing hides.
+"""Measures communication that no computation hides.
 
-On a GPU a step computes where a kernel runs that is not NCCL's: communication outside of these is
+On a GPU a step computes while a kernel runs that is not NCCL's: communication outside of these is
 exposed. On a CPU the training thread computes unless it waits for a collective, which the recorder
-marks; in a trace of another program, it computes where one of its operations runs.
+marks; in a trace of another program, it computes while one of its operations runs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from moepp_megatron.workbench.profiling.trace import RankTrace, Span
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of one step on one rank; microseconds.
+    """The times of one step on one rank, in microseconds.
 
     Attributes:
         step_us: Its length.
-        compute_us: Something computed.
-        communication_us: Some collective ran or waited.
-        exposed_us: One did and nothing computed.
-        idle_us: Neither.
+        compute_us: Time in which something computed.
+        communication_us: Time in which a collective ran or waited.
+        exposed_us: Time in which a collective ran or waited and nothing computed.
+        idle_us: Time with neither.
     """
 
     step_us: float
@@ -38,17 +38,17 @@ class StepTime:
 
     @property
     def idle_us(self) -> float:
-        """Neither computed nor communicated."""
+        """Time in which the rank neither computed nor communicated."""
         return max(0.0, self.step_us - self.compute_us - self.exposed_us)
 
     @property
     def exposed_share(self) -> float:
-        """Of the step."""
+        """Exposed communication as a share of the step."""
         return self.exposed_us / self.step_us if self.step_us > 0 else 0.0
 
 
 def computing(trace: RankTrace, within: Interval) -> list[Interval]:
-    """When this rank computes."""
+    """The intervals in which this rank computes."""
     whole = [within]
     if trace.on_gpu:
         return intersect(union(span.interval for span in trace.kernels), whole)
@@ -58,7 +58,7 @@ def computing(trace: RankTrace, within: Interval) -> list[Interval]:
 
 
 def step_time(trace: RankTrace, step: Span) -> StepTime:
-    """How a step of this rank divides up."""
+    """The times of a step of this rank."""
     within = step.interval
     compute = computing(trace, within)
     busy = union((one.start_us, one.end_us) for one in trace.collectives)

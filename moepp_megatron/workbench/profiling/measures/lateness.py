@@ -1,8 +1,8 @@
-"""Waiting for late ranks, told from the transfer itself.
+"""Separates waiting for late ranks from the transfer itself.
 
 A collective takes as long as its slowest member needs to join. The same call on all ranks of its
-group has the same number in the group. The last rank to start waits for nobody; what another
-started earlier, it waited. The rest is the transfer.
+group has the same number in the group. The last rank to start does not wait; every other rank waits
+from its own start to that rank's. The rest is the transfer.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ CallKey = tuple[int, int]
 
 @dataclass(frozen=True)
 class Lateness:
-    """Of one call on one rank.
+    """Waiting of one call on one rank.
 
     Attributes:
-        wait_us: Until the last rank had started.
+        wait_us: Time until the last rank had started.
         last_rank: The rank that started last.
     """
 
@@ -36,10 +36,10 @@ def lateness(
     """Split every call that all ranks of its group have recorded.
 
     Args:
-        collectives: Of each rank, on one clock.
+        collectives: Collectives of each rank, on one clock.
 
     Returns:
-        By rank and place in its list; calls that cannot be matched are missing.
+        Lateness by rank and place in its list; calls that cannot be matched are missing.
     """
     same: dict[tuple[object, ...], list[CallKey]] = defaultdict(list)
     for rank, calls in collectives.items():
@@ -62,7 +62,7 @@ def _members(call: Collective) -> int:
 
 
 def _are_one(calls: Iterable[Collective]) -> bool:
-    """Whether these can be one call: of different ranks, of one operation."""
+    """Whether these can be one call: they are of different ranks and of one operation."""
     ranks = [call.rank for call in calls]
     kinds = {_kind(call) for call in calls}
     return len(set(ranks)) == len(ranks) and len(kinds) == 1

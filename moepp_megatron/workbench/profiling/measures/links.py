@@ -1,4 +1,4 @@
-"""The link that a process group's messages take, and the most that it can carry."""
+"""The link that a process group's messages take, and its peak bandwidth."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Link:
     """A kind of link.
 
     Attributes:
-        name: NVLink, network, or this machine where there is no GPU.
+        name: NVLink, network, or this machine if it has no GPU.
         peak_gb_s: Rated bandwidth of one direction of a GPU, 1e9 bytes/s; None where unknown.
     """
 
@@ -31,7 +31,7 @@ class Links:
 
     Args:
         traces: All recorded ranks.
-        hardware: What the GPUs are; found by their name where None.
+        hardware: Description of the GPUs; found by their name if None.
     """
 
     def __init__(self, traces: list[RankTrace], hardware: Hardware | None = None) -> None:

@@ -50,13 +50,13 @@ def place_of(collective: Collective) -> Place | None:
 
 
 def purpose_of(collective: Collective, meaning: str) -> str:
-    """One of `PURPOSES`.
+    """The purpose of a call, one of `PURPOSES`.
 
     Where the recorder has put ranges, the part of the layer decides; then the group and operation.
 
     Args:
         collective: The call.
-        meaning: Of its group (`Group.meaning`).
+        meaning: Meaning of its group (`Group.meaning`).
     """
     place = place_of(collective)
     if place is not None and place.part in ("dispatch", "combine", "router"):

@@ -1,4 +1,4 @@
-"""A rank that others wait for because it is slow, told from one with more rows to compute.
+"""Finds a rank that others wait for because it is slow, not because it has more rows.
 
 Ranks of an expert-parallel group do the same work but for the rows of their FFN experts. One that
 computes longer than its rows explain is slow by itself: its cores, clock, or neighbours.
@@ -39,12 +39,12 @@ def slow_rank(
 ) -> SlowRank | None:
     """The slowest such rank, or None.
 
-    All of a rank's work may be in its experts, so as much more time as it has more rows counts as
-    explained; fewer rows explain no time.
+    All of a rank's work may be in its experts, so additional time in proportion to additional rows
+    counts as explained; fewer rows explain no time.
 
     Args:
-        traces: Of the recorded ranks.
-        times: Of each step and rank.
+        traces: Traces of the recorded ranks.
+        times: Times of each step and rank.
         load: Rows by step and rank; None gives None.
     """
     if load is None:
@@ -63,7 +63,7 @@ def slow_rank(
 
 
 def _ratio(numbers: Mapping[tuple[int, int], float], rank: int, others: list[int]) -> float:
-    """A rank's sum over steps over the mean of others'; 0 where nothing is known of them."""
+    """A rank's sum over steps, divided by the others' mean; 0 if theirs is unknown."""
     own = sum(value for (_, of), value in numbers.items() if of == rank)
     rest = sum(value for (_, of), value in numbers.items() if of in others)
     return own * len(others) / rest if rest else 0.0

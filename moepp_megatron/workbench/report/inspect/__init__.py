@@ -1,4 +1,4 @@
-"""The page of `moepp inspect`: a text coloured by what its tokens took."""
+"""The page of `moepp inspect`: a text coloured by the experts of its tokens."""
 
 from moepp_megatron.workbench.report.inspect.page import write_inspection
 

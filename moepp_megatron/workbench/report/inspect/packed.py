@@ -1,6 +1,6 @@
-"""What the page's script draws: tokens, selections, gates and losses as one JSON object.
+"""The data of the page's script: tokens, selections, gates and losses as one JSON object.
 
-Numbers of tokens are little-endian arrays in base64: a tenth of what JSON would take.
+Numbers of tokens are little-endian arrays in base64: a tenth of JSON's size.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _tags(tags: list[str | None] | None) -> dict[str, Any]:
 
 
 def _gaps(text: TokenizedText) -> dict[str, str]:
-    """Characters that belong to no token, by the token behind them."""
+    """Characters that belong to no token, by the token after them."""
     ends = np.concatenate([[0], text.spans[:-1, 1]])
     return {
         str(index): text.text[end:begin]

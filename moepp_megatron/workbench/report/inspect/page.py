@@ -1,4 +1,4 @@
-"""The page itself: tables, plots and the packed tokens put into the template."""
+"""Puts tables, plots and the packed tokens into the page's template."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ class InspectionPage:
 
     Attributes:
         title: The text's name.
-        sentence: What was found, in words.
+        sentence: The main result, in words.
         models: Label and facts of each model.
         notices: What the reader should know.
         cards: Headline numbers.
         kinds: Name and colour of each kind of expert.
         classes: Rows of the token classes.
         tags: Rows of the parts of speech; empty without a tagger.
-        extremes: Single tokens, of each model.
-        plots: Plots.
+        extremes: Tokens with most and fewest FFN experts, for each model.
+        plots: All plots, in the order of the page.
         is_code: Whether the text is set in a fixed width.
-        data: What the script draws, as JSON.
+        data: The script's data, as JSON.
         script: The script.
-        script_hash: Its digest: the page allows no other.
+        script_hash: Its digest; the page allows no other script.
         version: Version of this package.
     """
 
@@ -81,17 +81,17 @@ class InspectionPage:
 
 
 def write_inspection(request: InspectRequest, traces: Sequence[Trace]) -> list[tuple[str, Path]]:
-    """Write the page, and the JSON file where one is wanted.
+    """Write the page, and the JSON file if one is wanted.
 
     Args:
-        request: What was asked for.
-        traces: One a model.
+        request: The request.
+        traces: One per model.
 
     Returns:
         Name and path of every file.
 
     Raises:
-        ConfigError: A file cannot be written.
+        ConfigError: If a file cannot be written.
     """
     files = [("page", request.out, render(request, traces).encode("ascii", "xmlcharrefreplace"))]
     if request.json is not None:
@@ -107,7 +107,7 @@ def write_inspection(request: InspectRequest, traces: Sequence[Trace]) -> list[t
 
 
 def render(request: InspectRequest, traces: Sequence[Trace]) -> str:
-    """The page's HTML. It needs no other file and asks nothing of the network."""
+    """The page's HTML. It needs no other file and makes no network requests."""
     findings = [find(request, trace) for trace in traces]
     with plot_style():
         plots = inspection_plots(traces, findings)

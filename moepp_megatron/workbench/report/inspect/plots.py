@@ -1,4 +1,4 @@
-"""Plots of the page: by layer, by place in the window, by frequency, loss against FFN experts."""
+"""Plots of the page: by layer, by position in the window, by frequency, loss by FFN experts."""
 
 from __future__ import annotations
 

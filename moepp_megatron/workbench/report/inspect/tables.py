@@ -1,4 +1,4 @@
-"""Groups of tokens as rows of the page's tables, of one model or of two with their difference."""
+"""Turns groups of tokens into table rows, for one model or for two with their difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DASH = "-"
 
 @dataclass(frozen=True)
 class Bar:
-    """A part of a stacked bar: percent of the width, colour, what it says when pointed at."""
+    """A part of a stacked bar: percent of the width, colour, text under the pointer."""
 
     width: float
     colour: str
@@ -28,7 +28,7 @@ class Cell:
     """One model's numbers of a group.
 
     Attributes:
-        ffn: FFN experts a token and layer, with its error.
+        ffn: FFN experts per token and layer, with its error.
         bars: Shares of the kinds of experts.
         loss: Mean loss.
     """
@@ -43,11 +43,11 @@ class Row:
     """A group in every model.
 
     Attributes:
-        name: Of the group.
+        name: Name of the group.
         count: Tokens.
-        cells: One a model.
-        ffn_change: Second less first model's FFN experts a token; None for one model.
-        loss_change: The same of the loss.
+        cells: One per model.
+        ffn_change: Second minus first model's FFN experts per token; None for one model.
+        loss_change: The same difference of the loss.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Row:
 
 
 def rows(models: Sequence[Sequence[Group]]) -> list[Row]:
-    """Rows of the groups, which are the same ones in every model."""
+    """Rows of the groups, which are the same in every model."""
     return [_row(groups) for groups in zip(*models, strict=True)]
 
 

@@ -1,1 +1,1 @@
-"""A run while it goes on: its state, a terminal view, and numbers for Prometheus."""
+"""Watches a run: its state, a terminal view, and numbers for Prometheus."""

@@ -1,4 +1,4 @@
-"""Curves in characters."""
+"""Draws curves with characters."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CUT_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Series:
-    """What a curve shows.
+    """The data of a curve.
 
     Attributes:
         steps: [n] steps, increasing.
-        values: [n] a value each; the curve breaks where it is not finite.
+        values: [n] values; the curve breaks where one is not finite.
         points: Further single values and their steps.
         target: Height of a horizontal line.
         style: Style of the curve.
@@ -44,7 +44,7 @@ def draw_curve(series: Series, width: int, height: int, glyphs: Glyphs) -> list[
         series: What to draw; steps must not be empty.
         width: Columns in all, labels included.
         height: Rows of the curve; one more with the steps follows.
-        glyphs: What to draw with.
+        glyphs: The characters to use.
 
     Returns:
         ``height + 1`` lines of at most ``width`` columns.
@@ -99,7 +99,7 @@ def sparkline(values: Sequence[float], width: int, glyphs: Glyphs) -> str:
 
 
 class _Canvas:
-    """Dots in cells: two by four of braille, or one."""
+    """Dots in cells: two by four with braille, or one."""
 
     # Bit of each dot of a braille cell (Unicode, block U+2800), by row and column.
     BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
@@ -111,11 +111,11 @@ class _Canvas:
         self._cells = [[0] * columns for _ in range(rows)]
 
     def row_of(self, value: float, low: float, high: float) -> int:
-        """The row of cells of a value."""
+        """The row of cells that contains a value."""
         return self._dot_row(value, low, high) // self._high
 
     def curve(self, means: Sequence[float | None], low: float, high: float) -> None:
-        """Draws a value a column of dots; None is left out, NaN breaks the curve."""
+        """Draw one value per column of dots; None is left out, NaN breaks the curve."""
         last: tuple[int, int] | None = None
         for x, value in enumerate(means):
             if value is None:
@@ -128,7 +128,7 @@ class _Canvas:
             last = (x, y)
 
     def character(self, row: int, column: int) -> str:
-        """What a cell shows; nothing without a dot."""
+        """The character of a cell; a blank without a dot."""
         bits = self._cells[row][column]
         if not bits:
             return ""
@@ -148,7 +148,7 @@ class _Canvas:
 
 
 def _column(step: int, series: Series, columns: int) -> int:
-    """The column of a step."""
+    """The column that contains a step."""
     first, last = series.steps[0], series.steps[-1]
     return min(columns - 1, (step - first) * columns // max(1, last - first))
 

@@ -1,4 +1,4 @@
-"""Who gets the selections of each MoE layer, as bars."""
+"""Shows the selections of each MoE layer as bars."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def layer_shares(
         numbers: Numbers of the MoE layers in the model.
 
     Returns:
-        None of them where the record has other experts than `experts`.
+        An empty list if the record has other experts than `experts`.
     """
     rows = record.layer_expert_share or [record.expert_share]
     if any(len(row) != experts.num_experts for row in rows):
@@ -65,11 +65,11 @@ def expert_bars(
     rows: int,
     glyphs: Glyphs,
 ) -> list[Text]:
-    """A bar a layer; with more layers than rows, those furthest from what is wanted.
+    """One bar per layer; with more layers than rows, those furthest from the target.
 
     Args:
-        layers: At least one.
-        wanted: FFN share that is wanted, marked on the bars; None for no mark.
+        layers: At least one layer.
+        wanted: Target of the FFN share, marked on the bars; None for no mark.
         width: Columns.
         rows: Lines at most.
         glyphs: What to draw with.
@@ -84,7 +84,7 @@ def expert_bars(
 
 
 def legend(layers: Sequence[LayerShares], glyphs: Glyphs) -> Text:
-    """The kinds that there are, with their fill."""
+    """The kinds of experts that occur, with their fill."""
     text = Text()
     for i, (kind, fill, style) in enumerate(zip(KIND_NAMES, glyphs.bars, KIND_STYLES, strict=True)):
         if any(layer.kinds[i] > 0 for layer in layers):

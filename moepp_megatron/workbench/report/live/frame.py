@@ -1,4 +1,4 @@
-"""One frame of the view: what a run looks like now."""
+"""Builds one frame of the view: the present state of a run."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ SEVERITY_STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
 
 @dataclass(frozen=True)
 class Size:
-    """Room for a frame.
+    """Size of a frame.
 
     Attributes:
         width: Columns.
-        height: Rows; a frame shows everything where there is no limit (a log).
+        height: Rows; None shows everything, as for a log.
     """
 
     width: int
@@ -183,7 +183,7 @@ def _share_text(run: LiveRun, name: str) -> Text:
 
 
 def _numbers(run: LiveRun, newest: StepMetrics, width: int) -> list[Text]:
-    """Speed, and what the run costs its machines, as far as it is known."""
+    """Speed, and the use of machines as far as it is known."""
     history, latest = run.history, run.history.latest
     rate = history.tokens_per_s
     speed = [
@@ -246,7 +246,7 @@ def _heading(name: str, text: Text, width: int, glyphs: Glyphs) -> Text:
 
 
 def _packed(parts: Sequence[str], width: int) -> list[Text]:
-    """Parts side by side, on as many lines as they need."""
+    """Put parts side by side, on as many lines as they need."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 3 + len(part) <= width:
@@ -257,7 +257,7 @@ def _packed(parts: Sequence[str], width: int) -> list[Text]:
 
 
 def _cut(text: Text, width: int) -> Text:
-    """The text on one line of `width` columns; an alert's words may hold anything."""
+    """Cut a text to one line of `width` columns; an alert's words may hold anything."""
     text = text.copy()
     text.plain = " ".join(text.plain.splitlines()) if "\n" in text.plain else text.plain
     text.no_wrap = True

@@ -1,4 +1,4 @@
-"""What a view is drawn with: block and braille characters, or ASCII where there is no more."""
+"""The characters of a view: block and braille characters, or ASCII if no others are possible."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ ASCII = Glyphs(bars=("#", "c", "=", "."), levels="_.-~=+*#", braille=False, poin
 
 
 def glyphs_of(console: Console) -> Glyphs:
-    """What `console` can show."""
+    """The characters that `console` can show."""
     return ASCII if console.options.ascii_only else UNICODE

@@ -1,4 +1,4 @@
-"""Whether a run goes on, has ended, or is silent: judged from outside."""
+"""Whether a run continues, has ended, or is silent, judged from outside."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class RunHealth:
     Attributes:
         state: ``waiting`` (nothing of it is there), ``starting`` (no record yet), ``running``,
             ``silent`` (no record for long), ``finished``, ``stopped`` (on request, or before its
-            last step), ``died`` (its process is gone and did not say why).
-        text: The same for people.
+            last step), ``died`` (its process is gone without a report).
+        text: The state in words.
     """
 
     state: State
@@ -41,7 +41,7 @@ class RunHealth:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more comes of it by itself."""
+        """Whether the run will write no more records by itself."""
         return self.state in ("finished", "stopped", "died")
 
 
@@ -58,7 +58,7 @@ def judge(
         history: Its records.
         total_steps: ``training.train_iters``; None without a configuration.
         record_age_s: Seconds since the last record; None before the first.
-        status: What its process says of itself; None where it says nothing.
+        status: Content of `status.json`; None if there is none.
         now: Seconds since 1970.
     """
     newest = history.newest

@@ -1,4 +1,4 @@
-"""What a live view keeps of a run's records: little of each, all of the newest."""
+"""The part of a run's records that a live view keeps: a few numbers, and the newest record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST = 2**63
 
 
 class History:
-    """Records as they come; one of a step that was there already undoes those from there on.
+    """The records so far; a record of an earlier step undoes those from that step on.
 
     Attributes:
         steps: Steps of the records, strictly increasing.
@@ -25,11 +25,11 @@ class History:
         valid_loss: Validation loss of each; NaN where it was not evaluated.
         ffn_fraction: FFN share of all selections of each.
         newest: The last record; None before the first.
-        latest: The newest number under each key, whichever record has it: some are not in all.
-        latest_lists: The same of keys that hold lists, or lists by name.
-        went_back: From which step to which the run went back last; None if it never did.
-        first_bad_step: First step of the present row of losses that are not finite; None if the
-            newest is finite.
+        latest: The newest number under each key; not every record has every key.
+        latest_lists: The same for keys that hold lists, or lists by name.
+        went_back: The steps from and to which the run last went back; None if it never did.
+        first_bad_step: First step of the present sequence of losses that are not finite; None if
+            the newest is finite.
     """
 
     def __init__(self) -> None:
@@ -51,12 +51,12 @@ class History:
         self.first_bad_step: int | None = None
 
     def start_over(self) -> None:
-        """Forgets all records, since their file is another one now."""
+        """Discard all records, because their file has been replaced."""
         self._step_before_rewrite = self.newest.step if self.newest is not None else None
         self._clear()
 
     def finish_rewrite(self) -> None:
-        """Notices, once the new file is read, whether it ends earlier than the old one did."""
+        """Note, after the new file is read, whether it ends earlier than the old one did."""
         before = self._step_before_rewrite
         now = self.newest.step if self.newest is not None else 0
         if before is not None and now <= before:
@@ -112,7 +112,7 @@ class History:
 
     @property
     def record_interval_s(self) -> float:
-        """Training time between two records, as the last ones say; NaN before the first."""
+        """Training time between two of the last records; NaN before the first."""
         if not self._recent:
             return math.nan
         first, last = self._recent[0], self._recent[-1]

@@ -1,4 +1,4 @@
-"""The newest numbers of runs, served to Prometheus, on this machine only unless told otherwise."""
+"""Serves the newest numbers of runs to Prometheus, by default only on this machine."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ADDRESS = "127.0.0.1"
 
 
 class RunsCollector(Collector):
-    """Reads what is new of some runs at each request and hands out their newest numbers.
+    """Reads the new records of runs at each request and returns their newest numbers.
 
-    Every metric has the label `run`, also of one run alone, so that one dashboard fits.
+    Every metric has the label `run`, also for a single run, so that one dashboard fits.
 
     Args:
         runs: The runs; used by this collector alone.
@@ -35,7 +35,7 @@ class RunsCollector(Collector):
         self._lock = threading.Lock()
 
     def describe(self) -> Iterable[GaugeMetricFamily]:
-        """Nothing: which numbers there are depends on the records."""
+        """Describe no metrics in advance, because they depend on the records."""
         return []
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -65,7 +65,7 @@ def serve(runs: LiveRuns, port: int, host: str = ADDRESS) -> str:
         The address to scrape.
 
     Raises:
-        ConfigError: The port cannot be had.
+        ConfigError: If the port is not available.
     """
     # The first look reads all that is there, and a scraper waits ten seconds for an answer.
     runs.look()
@@ -84,7 +84,7 @@ def serve(runs: LiveRuns, port: int, host: str = ADDRESS) -> str:
 
 
 def is_open(host: str) -> bool:
-    """Whether machines besides this one can ask at an address."""
+    """Whether other machines can reach an address."""
     try:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:

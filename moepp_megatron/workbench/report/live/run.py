@@ -1,4 +1,4 @@
-"""A run's folder, watched: its configuration, records, alerts and whether it is alive."""
+"""Watches a run's folder: its configuration, records, alerts and whether it is alive."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEPT_ALERTS = 200
 
 
 class LiveRun:
-    """What is known of a run; `poll` brings it up to date.
+    """The known state of a run; `poll` updates it.
 
     Args:
         folder: The run's folder. It may hold nothing yet.
@@ -37,11 +37,11 @@ class LiveRun:
         config: Its configuration; None before training has begun.
         history: Its records.
         alerts: Its newest alerts, oldest first.
-        alert_counts: How many there are, by rule and severity.
-        damaged_lines: Lines of the records' file that are no records.
+        alert_counts: Number of alerts by rule and severity.
+        damaged_lines: Number of invalid lines in the records' file.
 
     Raises:
-        ReportError: The folder is none, or is not a run's.
+        ReportError: If it is not a folder, or not a run's.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
@@ -60,10 +60,10 @@ class LiveRun:
         self._record_time: float | None = None
 
     def poll(self) -> None:
-        """Reads what is new.
+        """Read new records and alerts.
 
         Raises:
-            ReportError: A file is there that cannot be read, or is no configuration.
+            ReportError: If a file exists that cannot be read, or is not a configuration.
         """
         try:
             self._read_config()
@@ -83,14 +83,14 @@ class LiveRun:
 
     @property
     def wanted_ffn_share(self) -> float | None:
-        """FFN share of all selections that is wanted now: the budget's target, or phi."""
+        """Present target of the FFN share of all selections: the budget's, or phi."""
         newest = self.history.newest
         if newest is not None and newest.ffn_target is not None:
             return newest.ffn_target
         return self.config.phi if self.config is not None else None
 
     def health(self) -> RunHealth:
-        """Whether the run goes on, has ended, or is silent."""
+        """Whether the run continues, has ended, or is silent."""
         total = self.config.training.train_iters if self.config is not None else None
         return judge(self.history, total, self.record_age_s, self._status, self._clock())
 
@@ -132,12 +132,12 @@ class LiveRun:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses what cannot be a run's folder.
+    """Refuse a path that cannot be a run's folder.
 
     An empty one may become a run's, and so may one that a waiting job writes its logs to.
 
     Raises:
-        ReportError: With the path, the rule and a remedy.
+        ReportError: If it cannot; names the path, the rule and a remedy.
     """
     if not folder.is_dir():
         raise ReportError(

@@ -1,4 +1,4 @@
-"""Many runs, watched together: those that folders hold, as they come and go."""
+"""Watches all runs in folders, including those that come later."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from moepp_megatron.workbench.report.run_data import ReportError
 
 
 class LiveRuns:
-    """The runs of some folders; `look` brings them up to date.
+    """The runs of some folders; `look` updates them.
 
     A folder is a run's, or holds folders of runs directly: then each of them counts, also one that
     comes later.
 
     Args:
-        folders: At least one.
+        folders: At least one folder.
         clock: Seconds since 1970.
 
     Raises:
-        ReportError: A folder is none, or has to do with no run.
+        ReportError: If a path is not a folder, or has nothing to do with a run.
     """
 
     def __init__(self, folders: Sequence[Path], clock: Callable[[], float] = time.time) -> None:
@@ -43,7 +43,7 @@ class LiveRuns:
         return len(self._folders) == 1 and _runs_in(self._folders[0]) == self._folders
 
     def look(self) -> dict[str, LiveRun]:
-        """Reads what is new; a run that cannot be read stays as it was.
+        """Read new records; a run that cannot be read stays as it was.
 
         Returns:
             Every run by its name: the path below the folder that all have in common. It depends on
@@ -63,7 +63,7 @@ class LiveRuns:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The folders of runs in a folder; itself where it is a run's, or holds none."""
+    """The folders of runs in a folder; the folder itself if it is a run's, or holds none."""
     if any((folder / name).exists() for name in RUN_FILES):
         return [folder]
     try:

@@ -1,4 +1,4 @@
-"""A run's newest numbers as samples: metric, labels, value."""
+"""Turns a run's newest numbers into samples: metric, labels, value."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _of_run(run: LiveRun, state: str) -> Iterator[tuple[Exported, list[Sample]]]
 def _lists(
     values: Mapping[str, Any], config: RunConfig | None
 ) -> Iterator[tuple[Exported, list[Sample]]]:
-    """The lists of records as labelled metrics."""
+    """Turn the records' lists into labelled metrics."""
     for key, metric in OF_RECORDS.items():
         content = values.get(key)
         if metric.labels and content:
@@ -69,7 +69,7 @@ def _lists(
 
 
 def _samples(metric: Exported, content: Any, config: RunConfig | None) -> list[Sample]:
-    """One list, or lists by name, as samples; none where experts are needed and unknown."""
+    """Turn one list, or lists by name, into samples; none if experts are needed and unknown."""
     if metric.labels == "ffn_experts":
         return [((str(count),), loss) for count, loss in enumerate(content)]
     if metric.labels == "layer,metric":
@@ -103,13 +103,13 @@ def _samples(metric: Exported, content: Any, config: RunConfig | None) -> list[S
 
 
 def _by_layer(rows: Sequence[Any], config: RunConfig | None) -> Iterator[tuple[str, Any]]:
-    """Each MoE layer's entry with the layer's number in the model."""
+    """Pair each MoE layer's entry with the layer's number in the model."""
     numbers = layer_numbers(config.moe_layers if config is not None else (), len(rows))
     return zip(map(str, numbers), rows, strict=True)
 
 
 def _idlest(rows: Sequence[Sequence[float]], config: RunConfig) -> list[Sample]:
-    """Of each layer, the least share of an FFN expert over their mean; NaN where that is 0."""
+    """The least share of an FFN expert over their mean, for each layer; NaN if that is 0."""
     experts = config.experts
     if not experts.num_ffn_experts or any(len(row) != experts.num_experts for row in rows):
         return []

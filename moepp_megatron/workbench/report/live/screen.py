@@ -1,4 +1,4 @@
-"""Shows a run on a terminal until it has ended or somebody has seen enough."""
+"""Shows a run on a terminal until it has ended or the user stops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moepp_megatron.workbench.report.live.run import LiveRun
 
 
 def print_frame(run: LiveRun, console: Console) -> None:
-    """Prints one frame, as long as it needs."""
+    """Print one frame of any length."""
     run.poll()
     frame = build_frame(run, Size(console.width), glyphs_of(console))
     console.print(frame, highlight=False)
@@ -35,7 +35,7 @@ def watch(
         console: A terminal.
         interval_s: Time between frames.
         until_over: Whether to end with the run.
-        sleep: Waits.
+        sleep: Function that waits.
     """
     glyphs = glyphs_of(console)
     try:

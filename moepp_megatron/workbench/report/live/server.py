@@ -1,4 +1,4 @@
-"""A small HTTP server for numbers: few threads, and no patience with requests that do not come."""
+"""A small HTTP server for numbers, with few threads and a time limit for requests."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class NumbersServer(ThreadingHTTPServer):
         host: Address to listen on.
         port: Port; 0 takes a free one.
         content: Called for each request, by several threads.
-        content_type: Of what it returns.
+        content_type: Content type of the answer.
 
     Raises:
-        OSError: The address cannot be had.
+        OSError: If the address is not available.
     """
 
     daemon_threads = True
@@ -38,35 +38,35 @@ class NumbersServer(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Starts a thread for the request; closes it where all of them are taken."""
+        """Start a thread for the request; close it if all threads are busy."""
         if self._free.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answers, in a thread of its own."""
+        """Answer, in a thread of its own."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing: whoever asks may go away at any time."""
+        """Report nothing, because a client may disconnect at any time."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: NumbersServer
 
     def setup(self) -> None:
-        """Starts the clock; a limit on each read alone would let a byte now and then go on."""
+        """Start the clock; a limit on each read alone would admit an endless slow request."""
         super().setup()
         self._deadline = threading.Timer(REQUEST_S, self._give_up)
         self._deadline.daemon = True
         self._deadline.start()
 
     def finish(self) -> None:
-        """Stops the clock."""
+        """Stop the clock."""
         self._deadline.cancel()
         super().finish()
 
@@ -75,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def do_GET(self) -> None:  # noqa: N802 (http.server's name)
-        """The numbers, at / and /metrics."""
+        """Answer with the numbers, at / and /metrics."""
         # The request is here; whoever does not take the answer is not waited for either.
         self._deadline.cancel()
         self.connection.settimeout(REQUEST_S)
@@ -90,4 +90,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a scraper asks every few seconds."""
+        """Log nothing, because a scraper asks every few seconds."""

@@ -1,1 +1,1 @@
-"""What `moepp profile` shows: a table in the terminal, a page with a timeline."""
+"""The output of `moepp profile`: a table in the terminal, a page with a timeline."""

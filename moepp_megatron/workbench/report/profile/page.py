@@ -37,7 +37,7 @@ class TextTable:
         note: How to read it.
         columns: Names.
         rows: Cells.
-        words: How many columns from the left are words.
+        words: Number of columns, from the left, that hold words.
     """
 
     title: str
@@ -49,7 +49,7 @@ class TextTable:
 
 @dataclass(frozen=True)
 class ComparisonPart:
-    """What changed against another profile: sentences and a plot."""
+    """The differences from another profile: sentences and a plot."""
 
     name: str
     sentences: list[str]
@@ -76,8 +76,8 @@ def render(profile: Profile, document: dict[str, Any], comparison: Comparison | 
 
     Args:
         profile: The profile.
-        document: The same as `profiling.document` gives it.
-        comparison: Against another.
+        document: The same profile in the form of `profiling.document`.
+        comparison: The comparison with another profile.
     """
     data = json.dumps(timeline(profile), separators=(",", ":"))
     page = ProfilePage(

@@ -27,7 +27,7 @@ _MOST_RANKS = 64
 
 
 def profile_plots(profile: Profile, document: dict[str, Any]) -> list[Plot]:
-    """Where the step goes, what communication costs, bytes of each layer."""
+    """Plots of the step's parts, the cost of communication, and the bytes of each layer."""
     spent = [cost for cost in costs(profile) if cost.time_ms > 0][:9]
     ranks = _shown_ranks(document)
     # They stand side by side: with few ranks as tall as each other.
@@ -40,7 +40,7 @@ def profile_plots(profile: Profile, document: dict[str, Any]) -> list[Plot]:
 
 
 def _shown_ranks(document: dict[str, Any]) -> list[int]:
-    """All, or those with most exposed communication."""
+    """All ranks, or those with most exposed communication."""
     ranks = sorted({one["rank"] for one in document["rank_steps"]})
     if len(ranks) > _MOST_RANKS:
         shares = {
@@ -60,7 +60,7 @@ def _figure(bars: int, rows: int | None) -> tuple[Figure, float]:
 
 
 def _ranks(document: dict[str, Any], ranks: list[int], rows: int | None) -> Plot:
-    """Stacked bars: computation, exposed communication, neither."""
+    """Plot stacked bars: computation, exposed communication, neither."""
     parts = (
         ("compute_ms", "computes", BLUE),
         ("exposed_ms", "exposed communication", VERMILION),
@@ -93,7 +93,7 @@ def _ranks(document: dict[str, Any], ranks: list[int], rows: int | None) -> Plot
 
 
 def _costs(found: list[Cost], rows: int | None) -> Plot:
-    """Bars of exposed time by purpose."""
+    """Plot bars of exposed time by purpose."""
     figure, thick = _figure(len(found), rows)
     axes = figure.subplots()
     names = [cost.purpose for cost in found]
@@ -124,7 +124,7 @@ def _costs(found: list[Cost], rows: int | None) -> Plot:
 
 
 def _layers(document: dict[str, Any]) -> Plot:
-    """Bytes of each layer, forward and backward together, against the other ways."""
+    """Plot bytes of each layer, forward plus backward, beside those of other dispatchers."""
     layers = sorted({one["layer"] for one in document["all_to_all"]})
     steps = len(document["steps"])
 

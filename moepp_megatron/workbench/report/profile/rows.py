@@ -1,4 +1,4 @@
-"""Rows of the tables that terminal and page share."""
+"""Rows of the tables in terminal and page."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ RANK_COLUMNS = (
 
 
 def collective_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One a kind of collective; times are milliseconds a step and rank, bandwidth GB/s."""
+    """One row per kind of collective; times in ms per step and rank, bandwidth in GB/s."""
     return [
         (
             one["purpose"],
@@ -67,7 +67,7 @@ def collective_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def layer_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One a layer, direction and pass, summed over the recorded ranks; mean over steps."""
+    """One row per layer, direction and pass, summed over recorded ranks; mean over steps."""
     sums: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
     for one in document["all_to_all"]:
         sums.setdefault((one["layer"], one["direction"], one["pass"]), []).append(one)
@@ -102,7 +102,7 @@ def layer_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def rank_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One a step and rank."""
+    """One row per step and rank."""
     return [
         (
             str(one["step"]),

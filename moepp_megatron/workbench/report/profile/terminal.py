@@ -1,4 +1,4 @@
-"""A profile in the terminal."""
+"""Prints a profile in the terminal."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _LOG_WIDTH = 150
 def print_profile(
     document: dict[str, Any], findings: Sequence[str], console: Console | None = None
 ) -> None:
-    """Findings in words, then tables.
+    """Print findings in words, then tables.
 
     Args:
-        document: Of `profiling.document`.
+        document: Result of `profiling.document`.
         findings: Sentences.
-        console: Where to; the terminal where None.
+        console: Console to print on; the terminal if None.
     """
     console = console or Console()
     if not console.is_terminal:
@@ -59,7 +59,7 @@ def print_profile(
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
-    """Of a source that knows collectives and nothing else: sums of a rank over the recording."""
+    """Print a recording of collectives only: sums per rank over the recording."""
     console = console or Console()
     if not console.is_terminal:
         console.width = _LOG_WIDTH

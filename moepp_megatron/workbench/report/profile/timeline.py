@@ -1,4 +1,4 @@
-"""What the page's timeline draws: for each step the lanes of each rank, and what is on them.
+"""The data of the page's timeline: for each step, the lanes of each rank and their items.
 
 Times are microseconds after the step's first start; a step ends with its slowest rank.
 """
@@ -50,7 +50,7 @@ _MOST = 6000
 
 
 def timeline(profile: Profile) -> dict[str, Any]:
-    """For JSON: `steps` of `lanes` of `items` [kind, start, duration, label, detail, waiting]."""
+    """JSON data: `steps` of `lanes` of `items` [kind, start, duration, label, detail, waiting]."""
     kinds = list(COLOURS)
     return {
         "kinds": [{"name": kind, "colour": COLOURS[kind]} for kind in kinds],
@@ -108,7 +108,7 @@ class _View:
         return found
 
     def _communication(self) -> list[dict[str, Any]]:
-        """A lane a stream on a GPU; on a CPU as few lanes as calls overlap."""
+        """One lane per stream on a GPU; on a CPU as few lanes as overlapping calls need."""
         lanes: list[tuple[str, float, list[list[Any]]]] = []
         for place, call in enumerate(self._trace.collectives):
             if not self._is_visible(call.start_us, call.end_us):
@@ -178,7 +178,7 @@ class _View:
 
 
 def _thinned(spans: list[Span]) -> list[Span]:
-    """At most about `_MOST` spans: neighbours with hardly a gap between them become one."""
+    """Reduce to about `_MOST` spans: neighbours with hardly a gap between them are joined."""
     spans = sorted(spans, key=lambda span: span.start_us)
     gap = 0.5
     while len(spans) > _MOST:

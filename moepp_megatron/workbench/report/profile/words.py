@@ -1,4 +1,4 @@
-"""What a profile found, in words, the most expensive first."""
+"""Describes the findings of a profile in words, the most expensive first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EVEN = 1.1
 
 @dataclass(frozen=True)
 class Cost:
-    """What one purpose costs a step; milliseconds, mean over ranks and steps."""
+    """The cost of one purpose per step; milliseconds, mean over ranks and steps."""
 
     purpose: str
     exposed_ms: float
@@ -26,7 +26,7 @@ class Cost:
 
 
 def costs(profile: Profile) -> list[Cost]:
-    """By purpose, the most exposed first."""
+    """Costs by purpose, the most exposed first."""
     count = sum(len(ranks) for ranks in profile.times.values())
     sums: dict[str, list[CallClass]] = defaultdict(list)
     for one in profile.classes:
@@ -55,7 +55,7 @@ class Vectors:
 
 
 def vectors(profile: Profile) -> Vectors | None:
-    """None where no all-to-all of a layer was seen."""
+    """The bytes of hidden vectors; None if no all-to-all of a layer was recorded."""
     every = [one for step in profile.steps for one in profile.layers[step]]
     if not every:
         return None
@@ -69,7 +69,7 @@ def vectors(profile: Profile) -> Vectors | None:
 
 
 def cards(profile: Profile) -> list[Card]:
-    """Headline numbers."""
+    """The headline numbers of the page."""
     found = [
         Card(
             "Exposed communication",
@@ -127,7 +127,7 @@ def _bytes_card(moved: Vectors, steps: int) -> Card:
 
 
 def findings(profile: Profile) -> list[str]:
-    """Sentences, the most important first."""
+    """The findings as sentences, the most important first."""
     found = [_exposure(profile), *_largest(profile)]
     found += _lateness(profile)
     found += _slow(profile) + _load(profile)

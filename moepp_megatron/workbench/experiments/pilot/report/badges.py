@@ -17,9 +17,9 @@ class Badge:
     """An answer, large.
 
     Attributes:
-        label: What it is about.
+        label: Its subject.
         value: A word or a name.
-        look: Of the style sheet: pays, loses, open, none.
+        look: Class of the style sheet: pays, loses, open, none.
         note: The number behind it.
     """
 

@@ -18,7 +18,7 @@ class Commands:
 
     Args:
         result: The pilot.
-        outcome: Of the arm to go on with.
+        outcome: Outcome of the arm to continue with.
     """
 
     def __init__(self, result: PilotResult, outcome: ArmOutcome) -> None:
@@ -38,7 +38,7 @@ class Commands:
         ]
 
     def node(self) -> list[str]:
-        """On one node with 8 GPUs: a run of the pilot itself, on other ranks."""
+        """Commands for one node with 8 GPUs: a run of the pilot itself, on other ranks."""
         run = self._run_config()
         guard = "routing_guard.enabled=true routing_guard.dry_run=true"
         nproc = f"--nproc {GPUS_PER_NODE}"
@@ -52,7 +52,7 @@ class Commands:
         ]
 
     def cluster(self) -> list[str]:
-        """On the target's nodes; `N` where there is no target."""
+        """Commands for the target's nodes; `N` nodes without a target."""
         target = self._result.target
         nodes, plan = "N", "--gpus GPUS"
         if target is not None:

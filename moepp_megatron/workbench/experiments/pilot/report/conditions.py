@@ -1,7 +1,7 @@
 """When to go on from the pilot to a node and to the cluster, and when to go back, in sentences.
 
 The numbers are this pilot's. Break-even follows from time to equal loss = token factor times time
-ratio: MoE++ pays below a time ratio of 1 / token factor, and, with tokens worth v nats an e-fold,
+ratio: MoE++ pays below a time ratio of 1 / token factor, and, with tokens worth v nats per e-fold,
 as long as it is less than v log(1 / time ratio) nats behind vanilla after the same tokens.
 """
 
@@ -48,7 +48,7 @@ def speed_condition(factor: Interval | None, where: str) -> str:
     """The time ratio that MoE++ must reach.
 
     Args:
-        factor: Tokens to vanilla's loss over vanilla's; None where nobody can say.
+        factor: Tokens to vanilla's loss over vanilla's; None if unknown.
         where: What measures the ratio.
     """
     if factor is None:
@@ -167,7 +167,7 @@ def if_undecided(verdict: ArmVerdict, seeds: int) -> str:
 
     Args:
         verdict: An undecided one at the pilot's scale.
-        seeds: That it is from.
+        seeds: Number of its seeds.
     """
     time = verdict.time_to_loss
     if seeds < 2:

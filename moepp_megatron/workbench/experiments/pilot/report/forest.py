@@ -93,7 +93,7 @@ def _nothing(result: PilotResult) -> str:
 
 
 def _limits(lines: list[Line]) -> tuple[float, float]:
-    """Around 1 and all means, and around the intervals as far as the plot goes."""
+    """The limits of the plot: around 1, all means, and intervals as far as the plot goes."""
     means = [line.value.mean for line in lines]
     tips = [
         min(max(tip, _FARTHEST[0]), _FARTHEST[1])

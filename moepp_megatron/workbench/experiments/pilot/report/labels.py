@@ -38,9 +38,9 @@ def place_labels(
     """Writes each name at the first spot where it covers no point, no other name and no edge.
 
     Args:
-        axes: With its final limits to be taken from what is drawn already.
-        points: In data units.
-        names: Of the points, in their order.
+        axes: Axes with all curves drawn, which decide the limits.
+        points: Points in data units.
+        names: Names of the points, in their order.
         bars: Lines that names should not lie on either: both ends of each, in data units.
     """
     figure = axes.get_figure(root=True)

@@ -1,4 +1,4 @@
-"""How the arms of a pilot look in every plot of its page."""
+"""The style of a pilot's arms in every plot of its page."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MARKERS = {"vanilla": "s", "moepp": "o", "rival": "s", "short": "D"}
 
 
 class Look(NamedTuple):
-    """Of one arm.
+    """The style of one arm.
 
     Attributes:
-        colour: Of line and marker.
-        dashes: Of the line.
-        marker: Of single points.
+        colour: Colour of line and marker.
+        dashes: Dashes of the line.
+        marker: Marker of single points.
     """
 
     colour: str
@@ -34,7 +34,7 @@ class Look(NamedTuple):
 
 
 def looks(arms: list[ArmOutcome]) -> dict[str, Look]:
-    """By the arms' names."""
+    """Styles by the arms' names."""
     met: dict[str, int] = {}
     chosen = {}
     for arm in (outcome.arm for outcome in arms):

@@ -1,4 +1,4 @@
-"""`pilot.html`: does MoE++ pay, how sure is that, and how to go on."""
+"""`pilot.html`: does MoE++ pay, how certain is the answer, and how to continue."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class PilotPage:
     """Everything that the template shows; tables as text.
 
     Attributes:
-        name: Of the configuration.
+        name: Name of the configuration.
         answer: One sentence.
         badges: The answers in a word.
         reasons: Numbers behind them, as sentences.
         facts: Short descriptions of the pilot.
-        forest: How sure the answer is.
-        verdicts: A line a MoE++ arm.
+        forest: Plot of the answer's uncertainty.
+        verdicts: One row per MoE++ arm.
         speed: Loss over step time.
         speeds: The table of equal speed.
         curves: Learning curves.
@@ -62,11 +62,11 @@ class PilotPage:
         asking: How to ask for a target.
         stages: The roll-out.
         watch: What to watch in it.
-        token_value: What tokens are worth, as a sentence.
-        caveats: What the pilot cannot tell.
+        token_value: The value of tokens, as a sentence.
+        caveats: Limits of the pilot.
         setting: Pairs of name and value.
-        command: That was run.
-        version: Of this package.
+        command: The command that was run.
+        version: Version of this package.
     """
 
     name: str
@@ -96,19 +96,19 @@ class PilotPage:
 
 
 def write_pilot_page(result: PilotResult, out: Path) -> Path:
-    """Writes the page, which needs no other file and nothing of the network.
+    """Writes the page, which needs no other file and no network.
 
     The page is ASCII, and the same result gives the same bytes.
 
     Args:
-        result: What the pilot has found.
+        result: The pilot's result.
         out: The file to write; its folder must exist.
 
     Returns:
         `out`.
 
     Raises:
-        OSError: It cannot be written; a page that was there is as before.
+        OSError: If it cannot be written; an existing page is then unchanged.
     """
     html = render_template("pilot.html.j2", page=_page(result))
     write_atomic(out, html.encode("ascii", "xmlcharrefreplace"))

@@ -1,4 +1,4 @@
-"""The plot of loss over step time, in which vanilla with fewer experts is the fair rival."""
+"""The plot of loss over step time, in which vanilla with fewer experts is the fair baseline."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ Bar = tuple[tuple[float, float], tuple[float, float]]
 
 
 def _point(axes: Axes, outcome: ArmOutcome, base: ArmOutcome | None, look: Look) -> list[Bar]:
-    """Draws an arm with its intervals and returns these, as pairs of ends."""
+    """Draw an arm with its intervals and return these, as pairs of ends."""
     x, y = _milliseconds(outcome), outcome.valid_loss.mean
     scale = base.step_time_s.mean * 1e3 if base is not None else math.nan
     upright, level = _reach(outcome.loss_difference, 1.0), _reach(outcome.time_ratio, scale)
@@ -133,7 +133,7 @@ def _short(axes: Axes, outcome: ArmOutcome, look: Look) -> None:
 
 
 def _reach(interval: Interval | None, scale: float) -> tuple[float, float] | None:
-    """To either side of the mean, times `scale`."""
+    """Lengths of the interval to both sides of the mean, times `scale`."""
     if interval is None or interval.low is None or interval.high is None:
         return None
     reach = (interval.mean - interval.low) * scale, (interval.high - interval.mean) * scale

@@ -1,4 +1,4 @@
-"""From the pilot to the cluster: what to run, what to watch, when to go on and when to go back."""
+"""The stages from pilot to cluster: commands, metrics to watch, conditions to continue or stop."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Stage:
         state: What the reader has to do with it now, in a word or two.
         aim: The question that it answers.
         commands: Lines for a shell.
-        watch: What to look at.
-        go_on: Conditions, all of which must hold.
-        go_back: Any of which is enough.
+        watch: Metrics to watch.
+        go_on: Conditions to continue, all of which must hold.
+        go_back: Conditions to go back, any of which is enough.
     """
 
     title: str

@@ -24,7 +24,7 @@ class PilotCell:
     Attributes:
         value: The number.
         note: Its interval, or nothing.
-        is_text: It is no number, so it may be broken into lines.
+        is_text: Whether it is text, which may be broken into lines.
     """
 
     value: str
@@ -38,9 +38,9 @@ class PilotRow:
 
     Attributes:
         name: Its heading.
-        note: Small, beneath the heading.
-        cells: In the order of the table's columns.
-        strong: The recommended arm's.
+        note: Small text below the heading.
+        cells: Cells in the order of the table's columns.
+        strong: Whether it is the recommended arm's.
     """
 
     name: str
@@ -91,7 +91,7 @@ def _about(outcome: ArmOutcome) -> str:
 
 
 def seeds(count: int) -> str:
-    """Such as `3 seeds`."""
+    """Number of seeds, such as `3 seeds`."""
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
@@ -120,7 +120,7 @@ def interval_cell(found: Interval | None, show: Callable[[float], str]) -> Pilot
 
 
 def alerts(outcome: ArmOutcome) -> str:
-    """Such as `few_ffn_experts 2, dead_expert 1`, or `none`."""
+    """Counts of alerts, such as `few_ffn_experts 2, dead_expert 1`, or `none`."""
     raised = sorted(outcome.alerts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{rule} {times}" for rule, times in raised if times) or "none"
 
@@ -130,12 +130,12 @@ class VerdictRow:
     """One MoE++ arm's answer.
 
     Attributes:
-        verdict: As computed.
+        verdict: The computed verdict.
         factor: Tokens to vanilla's loss over vanilla's.
         pilot: Time to equal loss at the pilot's scale.
-        target: The same at the target.
-        why: Numbers behind it; empty for the arm whose reasons stand on top of the page.
-        strong: The recommended arm.
+        target: The same ratio at the target.
+        why: Numbers behind it; empty for the arm whose reasons are at the top of the page.
+        strong: Whether it is the recommended arm.
     """
 
     verdict: ArmVerdict
