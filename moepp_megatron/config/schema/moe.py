@@ -11,7 +11,8 @@ from moepp_megatron.config.schema.section import Section, unit
 from moepp_megatron.layer_settings import LayerSettings
 
 
-class MoESection(Section, LayerSettings, frozen=True):
+# mypy does not see that a section is frozen.
+class MoESection(Section, LayerSettings):  # type: ignore[misc]
     """Experts, router, balance: the layer's settings, and what surrounds the layer."""
 
     z_loss_coeff: float | None = Field(
