@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.corpus import (
     SpooledCorpus,
@@ -37,7 +35,7 @@ from moepp_megatron.data.tokenizer import (
 )
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.quiet import quiet
-from moepp_megatron.runtime.terminal import Console as SafeConsole
+from moepp_megatron.runtime.terminal import Console
 
 DEFAULT_VOCAB_SIZE = 4096
 # Characters the tokenizer is trained on. Merges hardly change beyond a few MB, time does.
@@ -139,7 +137,7 @@ def prepare(
         ConfigError: settings, sources or output folder cannot be used.
     """
     quiet()
-    settings, console = settings or PrepareSettings(), console or SafeConsole()
+    settings, console = settings or PrepareSettings(), console or Console()
     names = [names] if isinstance(names, str | Path) else names
     out = Path(os.path.abspath(out))
     deciding = settings.deciding()

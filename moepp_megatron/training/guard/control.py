@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -218,7 +218,7 @@ class RoutingGuard:
             values |= measured(health, moe.num_experts)
         if self._metrics & RECORDED.keys():
             fields = self._routing.collect()
-            values |= {name: fields[name] for name in RECORDED if name in fields}
+            values |= {name: cast(float, fields[name]) for name in RECORDED if name in fields}
         values["grad_norm"] = result.grad_norm
         if "loss" in self._metrics:
             values["loss"] = mean_loss(result.losses)

@@ -87,6 +87,8 @@ def _foreign_assignments(tree: ast.AST) -> Iterator[str]:
             "patch",
             "patch.object",
         ):
+            if node.args and ast.unparse(node.args[0]) == "self":
+                continue
             yield ast.unparse(node)
         if not isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
             continue
