@@ -30,8 +30,8 @@ class ExpertKind:
     """What all experts of a kind have in common.
 
     Attributes:
-        name: As people read it.
-        description: Of the setting that says how many there are.
+        name: Its name for readers.
+        description: Description of the setting that gives their number.
         is_local: Whether it is computed where the token is: one of the zero-computation experts,
             which every rank holds whole. Others are sent tokens, from rank to rank.
         shareable: Weights that all layers may have in common (`constants_shared`).
@@ -236,7 +236,7 @@ class ExpertLayout(ExpertCounts):
         return shapes
 
     def router_parameters(self, hidden: int, *, is_first: bool) -> int:
-        """Parameters of one layer's router; its forward pass is twice as many FLOP a token."""
+        """Parameters of one layer's router; its forward pass is twice as many FLOP per token."""
         return sum(map(prod, self.router_shapes(hidden, is_first=is_first)))
 
     def local_weights(self, hidden: int) -> Iterator[tuple[str, Shape]]:

@@ -148,7 +148,7 @@ def _announce(whole: Pilot, runs: list[PilotRun]) -> None:
 
 
 def _run(whole: Pilot, runs: list[PilotRun]) -> None:
-    """Do what is missing; results are written after each seed."""
+    """Do the missing runs; results are written after each seed."""
     from moepp_megatron.workbench.report.progress import progress
 
     def finished(run: PilotRun) -> None:
@@ -161,7 +161,7 @@ def _run(whole: Pilot, runs: list[PilotRun]) -> None:
 
 
 def _write(whole: Pilot) -> bool:
-    """Write results of whole seeds; false where there is none."""
+    """Write results of whole seeds; False if there are none."""
     from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.experiments.pilot.report import write_pilot_page
 
@@ -207,7 +207,7 @@ def _taus(config: Config, text: str | None) -> list[float]:
 
 
 def _check_runs(settings: Config, runs: list[PilotRun], nproc: int, collect: bool) -> None:
-    """Everything that would stop a run at its start, for every model, before the first one."""
+    """Check every model, before the first run, for errors that would stop a run at its start."""
     from moepp_megatron.data.prepared_data import check_data
     from moepp_megatron.runtime.fit import check_fit
 

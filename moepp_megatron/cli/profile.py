@@ -103,7 +103,7 @@ def _profile(
 
 
 def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
-    """Of a source that knows collectives and nothing else."""
+    """Analyse a source that records only collectives."""
     from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.report.profile.terminal import print_summary
 

@@ -167,7 +167,7 @@ def _named(grid: ScalingGrid, name: str) -> Point:
 
 
 def _own_point(grid: ScalingGrid, name: str | None, world_size: int) -> Point:
-    """The point that ranks which somebody else has started are to measure."""
+    """The point that ranks of an external launcher measure."""
     if name is not None:
         point = _named(grid, name)
         if point.nproc != world_size:

@@ -138,7 +138,7 @@ def arrange(
     Args:
         groups: [documents] number of each document's group, or `ALONE`.
         lengths: [documents] tokens.
-        seed: of the order.
+        seed: seed of the order.
 
     Returns:
         The documents in order, and how many at the end are for validation: None if there are no

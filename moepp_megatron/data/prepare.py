@@ -128,7 +128,7 @@ def prepare(
         names: files, folders, or the word `stdlib`: one, or several.
         out: the folder.
         settings: how; by default a tokenizer of 4096 tokens is trained.
-        console: for progress; by default this process's output.
+        console: shows the progress; by default this process's output.
 
     Returns:
         The folder's manifest, with counts of documents and tokens.

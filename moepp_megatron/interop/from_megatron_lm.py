@@ -151,7 +151,7 @@ def _transformer_fields(arguments: Namespace) -> Any:
 
 
 def _with_own(arguments: Namespace, own_arguments: str | None) -> Namespace:
-    """The arguments with `moepp_*` among them, from wherever the run had them."""
+    """The arguments including `moepp_*`, from the checkpoint or from MOEPP_ARGS."""
     if hasattr(arguments, "moepp_tau"):
         return arguments
     text = own_arguments

@@ -46,8 +46,8 @@ class Additions(ExpertCounts):
         tau: Weight of zero-computation experts in the balance loss.
         bias_gain: `moe.budget.gain` of the selection bias in training.
         router_topk: Experts per token of a model made from a dense one.
-        seed: Of all random numbers.
-        approximate: Take sources whose gates are raw scores too, although new experts shrink them.
+        seed: Seed of all random numbers.
+        approximate: Whether to accept sources whose gates are raw scores, which new experts shrink.
     """
 
     gating_residual: bool = LayerSettings.gating_residual

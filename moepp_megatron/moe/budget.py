@@ -8,9 +8,9 @@ under a weight tau gives the share phi = tau F / (tau F + Z). Solved for tau:
 So tau follows from the target share (feed-forward). Real training differs from perfect balance, so
 a controller corrects it by feedback; there are two:
 
-- **tau** adds to log tau what the measured share is short of, in log odds, the scale on which the
-  equation above is a straight line; and, a hundredth as much a step, what it was short of in the
-  past. Routers follow tau with a delay of many steps: the sum over the past alone would swing.
+- **tau** adds the error of the measured share, in log odds, to log tau (proportional part; in log
+  odds the equation above is linear), and a hundredth of it per step to a running sum (integral
+  part). Routers follow tau with a delay of many steps, so the integral part alone would oscillate.
 - **bias** moves the FFN experts' selection bias (`bias_step`, LongCat-Flash's rule).
 
 The state is a few numbers a layer that follow from counts over the global batch: the same on

@@ -7,7 +7,8 @@ def layer_numbers(known: Sequence[int], count: int) -> Sequence[int]:
     """The numbers that MoE layers have everywhere: those in the model, counted from 1.
 
     Args:
-        known: Of the run's MoE layers.
-        count: Of MoE layers in a record; where there are not as many known numbers, 1 to `count`.
+        known: Numbers of the run's MoE layers.
+        count: Number of MoE layers in a record; if there are not as many known numbers, the result
+            is 1 to `count`.
     """
     return known if len(known) == count else range(1, count + 1)

@@ -47,7 +47,7 @@ class ProcessId(BaseModel):
         return cls(pid=os.getpid(), started=psutil.Process().create_time())
 
     def is_gone(self) -> bool | None:
-        """Whether it exists no longer on this machine; None where that cannot be told."""
+        """Whether it exists no longer on this machine; None if unknown."""
         try:
             process = psutil.Process(self.pid)
             # Process times have a resolution of a hundredth of a second.

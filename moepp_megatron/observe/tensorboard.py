@@ -155,7 +155,7 @@ class TensorBoardSink:
 
 
 def tag_of(key: str) -> str:
-    """Under which TensorBoard shows a number of the record: the catalogue's, where it has one."""
+    """The tag of a record's number in TensorBoard: the catalogue's, if it has one."""
     group = _GROUPS.get(key, "other")
     return group if "/" in group else f"{group}/{key}"
 

@@ -25,10 +25,10 @@ def write_atomic(path: Path, content: bytes, *, is_synced: bool = True) -> None:
 
 
 def write_result(path: Path, content: bytes) -> None:
-    """As `write_atomic`, for a file that a user has named: folders that are missing are made.
+    """Same as `write_atomic`, for a file that a user has named: folders that are missing are made.
 
     Raises:
-        OSError: As `write_atomic`.
+        OSError: Same as `write_atomic`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)

@@ -156,9 +156,9 @@ def generate(
         prompts: A text to continue, or several.
         overrides: Settings `parallel.key=value` or `precision.key=value`.
         max_new_tokens: Tokens to add to each prompt at most; as `GenerateRequest.read`.
-        temperature: As of `Sampling`.
-        top_p: As of `Sampling`.
-        seed: As of `Sampling`.
+        temperature: Same as in `Sampling`.
+        top_p: Same as in `Sampling`.
+        seed: Same as in `Sampling`.
 
     Returns:
         Prompt and continuation of each, in order.

@@ -29,8 +29,8 @@ class TrainResult:
     Attributes:
         folder: The run's folder.
         step: Steps that the run has taken, those before this start included.
-        metrics: Of the last logged step; None where this process, being a rank, had nothing left
-            to do.
+        metrics: Metrics of the last logged step; None where this process, being a rank, had nothing
+            left to do.
         stopped: Somebody asked the run to stop; it has saved, and `resume` goes on with it.
         failure: What of the run's end is on no disk, in one line; None if all of it is.
     """
@@ -71,7 +71,7 @@ def train(
         nproc: Ranks to start on this machine, in processes of their own.
 
     Returns:
-        Where the run stands; losses in nats a token, times in seconds (`StepMetrics`).
+        The run's progress; losses in nats per token, times in seconds (`StepMetrics`).
 
     Raises:
         ConfigError: A ValueError; the configuration, the data or the run's folder do not allow it.
@@ -111,7 +111,7 @@ def run(request: TrainRequest, say: Say) -> TrainResult:
     """Train as an admitted request says: be one rank, or start this machine's ranks.
 
     Args:
-        request: From `TrainRequest.admitted`.
+        request: The result of `TrainRequest.admitted`.
         say: Told what happens before the first step, on rank 0.
 
     Returns:

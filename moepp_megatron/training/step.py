@@ -155,7 +155,7 @@ def prepare_gradients(optimizer: MegatronOptimizer) -> float:
 
 @contextmanager
 def gradients_ready(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[None]:
-    """Within it, `optimizer.step()` goes on from `prepare_gradients`.
+    """A context in which `optimizer.step()` continues from `prepare_gradients`.
 
     `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
     over all gradients and an all-reduce) is known.

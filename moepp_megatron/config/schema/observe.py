@@ -52,7 +52,7 @@ class ObserveSection(Section):
 
 
 class TelemetrySection(Section):
-    """Power, utilisation, memory and links of the cards, or of the CPU where there are none."""
+    """Power, utilisation, memory and links of the GPUs, or of the CPU where there are none."""
 
     interval_s: float = Field(
         default=1.0,

@@ -2,7 +2,7 @@
 
 shapes.py        the paper's models and what it measured for them
 held_routing.py  routing held at the balanced share phi
-contestants.py   the two layers that are compared
+contestants.py   the two layers that are compared that are compared
 clock.py         CUDA events, or the host's clock
 interleave.py    timing in turn, so that times can be compared
 card.py          `moepp bench card`: the GPU's own matrix product and copy

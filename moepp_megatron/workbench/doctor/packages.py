@@ -43,7 +43,7 @@ def torch_cuda() -> TorchCuda:
 
 
 def check_megatron(version: str | None) -> Finding:
-    """Whether the pinned megatron-core is there."""
+    """Check that the pinned megatron-core is installed."""
     if version == TESTED_VERSION:
         return Finding("megatron-core", Severity.OK, version)
     return Finding(

@@ -58,7 +58,7 @@ def examine_ranks(request: Request, rank: RankEnvironment) -> list[Finding] | No
     Returns:
         The findings of all nodes on rank 0, None elsewhere.
     """
-    # Before this rank's own process holds memory on the cards.
+    # Before this rank's own process holds memory on the GPUs.
     cards = Cards.read() if rank.local_rank == 0 else Cards([])
     device = distributed.start(rank, timeout=timedelta(minutes=3))
     try:

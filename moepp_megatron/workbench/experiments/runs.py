@@ -146,7 +146,7 @@ class RunSet[Run: Named](ABC):
 
         Raises:
             Interrupted: Stopped from outside; between two runs, too.
-            RunFailed: As of `do`; the later runs are not begun.
+            RunFailed: Same as for `do`; the later runs are not begun.
         """
         missing, failures = self.unfinished(runs), {}
         pace = Pace(sum(map(self.work, missing)))

@@ -89,24 +89,24 @@ def plan(
     routing: str | Path | None = None,
     top: int = 5,
 ) -> Plan:
-    """Search every legal layout of a model on a number of cards, as `moepp plan` does.
+    """Search every legal layout of a model on a number of GPUs, as `moepp plan` does.
 
     Estimates from a cost model: nothing is run, no torch is imported.
 
     Args:
         config: A configuration, or its YAML file; its own layout does not matter.
         overrides: Settings `section.key=value` over it.
-        gpus: Cards.
+        gpus: GPUs.
         gpu: Their kind: a name in configs/hardware, or a YAML file.
         taus: Further weights of zero-computation experts to set beside the configured one.
         routing: A run, or its metrics.jsonl, whose routing was as uneven as this one's will be.
         top: Layouts to keep.
 
     Returns:
-        Layouts, best first, with seconds a step and bytes a card (`Planned`), and rivals.
+        Layouts, best first, with seconds per step and bytes per GPU (`Planned`), and baselines.
 
     Raises:
-        ConfigError: As `make_plan`; also for a configuration, card or run that cannot be read.
+        ConfigError: Same as `make_plan`; also for a configuration, GPU or run that cannot be read.
     """
     if not isinstance(config, Config):
         config = load_config(config, overrides)

@@ -138,7 +138,7 @@ class Space:
         ]
 
     def _stages(self, ranks: int) -> Sequence[int]:
-        """No stage alone sees all gradients of constants that all layers share (rules/moe.py)."""
+        """Possible numbers of stages: one if all layers share constants (rules/moe.py)."""
         return [1] if self.load.experts.shares_constants else divisors(ranks)
 
     def _virtual(self, pp: int) -> list[int]:

@@ -22,7 +22,7 @@ class Experts(ExpertLayout):
         ffn_share: Share of the selections that FFN experts get, phi.
         ffn_size: Inner width of an FFN expert.
         shared_size: Inner width of the shared expert, 0 for none.
-        shared_gate: A gate weighs what the shared expert returns.
+        shared_gate: Whether a gate weighs the shared expert's output.
         dispatcher: How tokens reach their experts.
     """
 
@@ -34,7 +34,7 @@ class Experts(ExpertLayout):
 
     @property
     def ffn_per_token(self) -> float:
-        """FFN experts a token takes on average, K phi."""
+        """FFN experts per token on average, K phi."""
         return self.router_topk * self.ffn_share
 
 

@@ -39,7 +39,7 @@ QUICKSTART_EXPERTS = 12
 
 
 def healthy_range(name: str) -> tuple[float, float] | None:
-    """The ends of a metric's range; None where none is known."""
+    """The ends of a metric's range; None if unknown."""
     row = catalogue.METRICS.get(name)
     if row is None or not row.healthy:
         return None

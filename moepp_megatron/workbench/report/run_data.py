@@ -46,7 +46,7 @@ class BudgetSection(BaseModel):
 
 
 class MoESection(BaseModel, ExpertLayout, frozen=True):
-    """What the report needs of ``moe:``."""
+    """The fields that the report needs of ``moe:``."""
 
     tau: float
     layer_freq: Layers | list[int] = 1
@@ -199,7 +199,7 @@ def read_config(path: Path) -> tuple[RunConfig, str]:
 
 
 def _check_fit(config: RunConfig, records: list[StepMetrics], folder: Path) -> None:
-    """Every share over experts must have one entry for each expert of the configuration."""
+    """Check that every share over experts has one entry for each expert of the configuration."""
     expected = config.experts.num_experts
     for record in records:
         rows = [record.expert_share, *(record.layer_expert_share or ())]

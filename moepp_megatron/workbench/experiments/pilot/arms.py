@@ -1,7 +1,7 @@
 """The models that a pilot compares, its arms, each as a configuration to train with.
 
-They are vanilla, MoE++ at several tau, vanilla with fewer experts a token (the rivals), and vanilla
-with fewer steps, which tells what tokens are worth.
+They are vanilla, MoE++ at several tau, vanilla with fewer experts per token (the baselines), and
+vanilla with fewer steps, which tells what tokens are worth.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From the finished runs of a pilot to its result, the content of pilot.json."""
+"""Computes a pilot's result, the content of pilot.json, from its finished runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Pilot:
     Attributes:
         folder: Folder of its runs.
         arms: Vanilla first, "short" last.
-        seeds: All of them.
+        seeds: All seeds.
         command: The command line.
         target: Target to extrapolate to, or None.
     """
@@ -148,7 +148,7 @@ class _Measured:
         )
 
     def _at_target(self, name: str, target: PilotTarget) -> AtTarget:
-        """The comparison at equal speed with the target's step times in place of the pilot's."""
+        """The comparison at equal speed with the target's step times instead of the pilot's."""
         times = {model.arm: model.step_time_s for model in target.models if model.step_time_s}
         model = target.model_of(name)
         if model is None or model.time_ratio is None:

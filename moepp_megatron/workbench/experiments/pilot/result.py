@@ -69,7 +69,7 @@ class Curve(_PilotRecord):
 
 
 class ArmOutcome(_PilotRecord):
-    """What the runs of an arm have shown.
+    """The outcome of an arm's runs.
 
     Attributes:
         arm: The arm.
@@ -103,7 +103,7 @@ class ArmOutcome(_PilotRecord):
 
 
 class EqualSpeed(_PilotRecord):
-    """A MoE++ arm against the vanilla model that is as fast.
+    """A MoE++ arm against an equally fast vanilla model.
 
     With whole numbers of experts none is exactly as fast: its loss is interpolated by step time
     between the two vanilla arms that enclose it, seed by seed.
@@ -215,7 +215,7 @@ class ArmVerdict(_PilotRecord):
 
 
 class Setting(_PilotRecord):
-    """How it was measured.
+    """The conditions of the measurement.
 
     Attributes:
         command: The command line.
@@ -247,7 +247,7 @@ class Setting(_PilotRecord):
 
 
 class PilotResult(_PilotRecord):
-    """All of it.
+    """The whole result.
 
     Attributes:
         setting: How it was measured.

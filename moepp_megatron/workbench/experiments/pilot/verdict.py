@@ -155,7 +155,7 @@ class AtTarget:
 
 
 def by_favour(verdicts: Sequence[ArmVerdict]) -> list[ArmVerdict]:
-    """The most favourable first: by the target's answer where there is one, then by time."""
+    """Verdicts, the most favourable first: by the target's answer if there is one, then by time."""
 
     def order(one: ArmVerdict) -> tuple[int, int, float]:
         time = one.target_time_to_loss or one.time_to_loss

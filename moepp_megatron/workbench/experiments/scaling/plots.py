@@ -42,7 +42,7 @@ class KindSeries:
 
 
 def series(records: Sequence[ScaleRecord]) -> list[KindSeries]:
-    """MoE++ first; `records` are of one mode."""
+    """One series per model, MoE++ first; `records` are of one mode."""
     kinds = [kind for kind in _LOOKS if any(r.kind == kind for r in records)]
     chosen: dict[int, ScaleRecord] = {}
     for r in (r for r in records if r.kind == kinds[0]):
@@ -118,7 +118,7 @@ def _others(lines: list[KindSeries]) -> str:
 
 
 def _ideal(axes: Axes, lines: list[KindSeries], value: Callable[[ScaleRecord, int], float]) -> None:
-    """What perfect scaling from each model's first point would give."""
+    """Draw perfect scaling from each model's first point."""
     counts = sorted({r.nproc for line in lines for r in line.best})
     for index, line in enumerate(lines):
         first = line.best[0]
@@ -133,7 +133,7 @@ def _ideal(axes: Axes, lines: list[KindSeries], value: Callable[[ScaleRecord, in
 
 
 def _words(lines: list[KindSeries], value: Value, unit: str) -> str:
-    """A plot in words, for those who do not see it."""
+    """A plot in words, for readers who cannot see it."""
     return "; ".join(
         f"{KIND_NAMES[line.kind]}: "
         + ", ".join(f"{v:.3g}{unit} on {r.nproc}" for r in line.best if (v := value(r)) is not None)

@@ -27,7 +27,7 @@ def short_layout(layout: str) -> str:
 
 
 def print_records(records: Sequence[ScaleRecord]) -> None:
-    """A table a mode."""
+    """Print one table per mode."""
     console = wide_console(highlight=True)
     for mode, title in MODE_TITLES.items():
         chosen = [record for record in records if record.mode == mode]

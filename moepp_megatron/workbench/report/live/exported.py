@@ -14,7 +14,7 @@ class Exported:
 
     Attributes:
         name: Its name at Prometheus.
-            meaning: What it says, in one line.
+            meaning: Its meaning, in one line.
         labels: What tells its values of one run apart, beside ``run``, as the catalogue says;
             ``key`` is a key of the record.
     """

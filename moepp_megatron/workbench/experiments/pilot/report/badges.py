@@ -30,7 +30,7 @@ class Badge:
 
 
 def badges(result: PilotResult) -> list[Badge]:
-    """At the pilot's scale, at the target, and the arm to go on with."""
+    """Badges for the pilot's scale, for the target, and for the arm to continue with."""
     verdict = result.chosen
     at_pilot: Answer | None = verdict.at_pilot if verdict is not None else None
     at_target = verdict.at_target if verdict is not None else None

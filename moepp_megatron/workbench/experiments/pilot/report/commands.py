@@ -89,7 +89,7 @@ class Commands:
 
 
 def asking(result: PilotResult) -> str:
-    """How to ask for a target: the pilot's command with cards."""
+    """How to ask for a target: the pilot's command with GPUs."""
     return f"{result.setting.command} --gpus GPUS --gpu h100"
 
 

@@ -136,7 +136,7 @@ def promised(target: PilotTarget, model: TargetModel) -> list[str]:
 
 
 def room(verdict: ArmVerdict, model: TargetModel) -> list[str]:
-    """How much slower than estimated MoE++ may be; nothing where that is unknown."""
+    """How much slower than estimated MoE++ may be; empty if unknown."""
     if model.time_ratio is None or not 0 < model.time_ratio < math.inf:
         return []
     if verdict.token_factor is None:
@@ -149,7 +149,7 @@ def room(verdict: ArmVerdict, model: TargetModel) -> list[str]:
 
 
 def if_it_does_not(result: PilotResult, verdict: ArmVerdict) -> str:
-    """What follows where MoE++ does not pay."""
+    """The consequences if MoE++ does not pay."""
     if result.is_open:
         return "It stays undecided: stay with vanilla. Nothing here argues for a larger run."
     if result.recommended is None:
@@ -163,7 +163,7 @@ def if_it_does_not(result: PilotResult, verdict: ArmVerdict) -> str:
 
 
 def if_undecided(verdict: ArmVerdict, seeds: int) -> str:
-    """What would decide.
+    """What would decide an undecided pilot.
 
     Args:
         verdict: An undecided one at the pilot's scale.

@@ -36,7 +36,7 @@ def seconds(value: float) -> str:
 
 
 def energy(joules: float) -> str:
-    """Of a token; joules or millijoules."""
+    """Energy of a token, in joules or millijoules."""
     if not math.isfinite(joules):
         return formatting.NOT_FINITE
     return f"{joules:,.3g} J" if joules >= 1 else f"{joules * 1e3:,.3g} mJ"
@@ -66,7 +66,7 @@ def with_ends(interval: Interval, show: Callable[[float], str]) -> str:
 
 
 def answer_class(answer: Answer | None) -> str:
-    """Of the style sheet and of the terminal's colours."""
+    """The answer's class in the style sheet and in the terminal's colours."""
     return {"pays": "pays", "does not pay": "loses", "undecided": "open", None: "none"}[answer]
 
 

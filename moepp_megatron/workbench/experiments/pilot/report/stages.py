@@ -54,7 +54,7 @@ class Stage:
 
 
 def stages(result: PilotResult) -> list[Stage]:
-    """All three where an arm is recommended, else the pilot's alone."""
+    """All three stages if an arm is recommended, else only the pilot's."""
     verdict = result.chosen
     outcome = result.outcome_of(verdict.arm) if verdict is not None else None
     if verdict is None or outcome is None:

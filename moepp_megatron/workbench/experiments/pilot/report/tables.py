@@ -19,7 +19,7 @@ from moepp_megatron.workbench.report.healthy import METRICS, wrong_in_words
 
 @dataclass(frozen=True)
 class PilotCell:
-    """A number and what stands small beneath it.
+    """A number and the small text below it.
 
     Attributes:
         value: The number.
@@ -73,7 +73,7 @@ def arm_columns(result: PilotResult) -> list[str]:
 
 
 def arm_rows(result: PilotResult) -> list[PilotRow]:
-    """All arms in the order of the pilot."""
+    """Rows of all arms in the order of the pilot."""
     return [
         PilotRow(
             name=each.arm.name,
@@ -147,7 +147,7 @@ class VerdictRow:
 
 
 def verdict_rows(result: PilotResult) -> list[VerdictRow]:
-    """Of every MoE++ arm, the most favourable first."""
+    """Rows of every MoE++ arm, the most favourable first."""
     return [
         VerdictRow(
             verdict=each,
@@ -168,7 +168,7 @@ class SpeedRow:
     Attributes:
         arm: Its name.
         rival: The vanilla arms, in words.
-        difference: MoE++ minus rival, nats.
+        difference: MoE++ minus baseline, nats.
         text: What it means.
     """
 
@@ -179,7 +179,7 @@ class SpeedRow:
 
 
 def speed_rows(result: PilotResult) -> list[SpeedRow]:
-    """Of every MoE++ arm that was compared."""
+    """Rows of every MoE++ arm that was compared."""
     return [
         SpeedRow(
             each.arm,
@@ -227,8 +227,8 @@ class WatchRow:
 
     Attributes:
         metric: Its name in `metrics.jsonl` and the monitor.
-        meaning: In plain words.
-        measured: In this pilot, of the arm to go on with.
+        meaning: Its meaning in plain words.
+        measured: Its value in this pilot, for the arm to continue with.
         healthy: The range in docs/routing.md.
         wrong: When something is wrong.
     """
