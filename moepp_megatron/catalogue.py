@@ -59,7 +59,7 @@ class Metric:
     Attributes:
         meaning: What it says, in one sentence.
         unit: Unit of its values; "share" is a number from 0 to 1.
-        group: TensorBoard's group, or the whole tag; for a list, what precedes the entry's name.
+        group: TensorBoard's group, or the whole tag; for a list, what comes before an entry.
         prometheus: Its name there, always of a gauge; empty where `router_health` serves it.
         labels: What tells its values of one run apart: ``layer`` is the transformer layer from 1,
             ``kind`` the kind of expert, ``expert`` an expert's name, ``ffn_experts`` how many FFN
