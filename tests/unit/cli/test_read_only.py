@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moepp_megatron.cli import main, train
+from moepp_megatron.cli import main
+from moepp_megatron.data import prepared_data
 from moepp_megatron.runtime import launch
 from tests.unit.cli.test_dry_run import MINIMAL
 from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
@@ -31,7 +32,7 @@ def read_only(small_disk: Path) -> Path:
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs a command that is to end with status 2 and a line; returns the line."""
     monkeypatch.setattr(launch, "run_ranks", lambda *args: pytest.fail("ranks were started"))
-    monkeypatch.setattr(train, "check_data", lambda config, whole_index: [])
+    monkeypatch.setattr(prepared_data, "check_data", lambda config, whole_index: [])
 
     def call(*words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["moepp", *map(str, words)])
