@@ -19,7 +19,7 @@ class Patch:
     """One replacement.
 
     Attributes:
-        module: Of this package, which makes it.
+        module: The module of this package that makes it.
         library: Whose object it is.
         what: The object, and for how long.
         why: What goes wrong, or is not to be had, without it.
@@ -143,7 +143,7 @@ def replace(owner: Any, name: str, value: Any) -> None:
 
 @contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Inside, attributes of `owner` have other values."""
+    """Gives attributes of `owner` other values while the block runs."""
     replacements = Replacements()
     for name, value in values.items():
         replacements.put(owner, name, value)
