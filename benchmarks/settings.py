@@ -99,7 +99,7 @@ def _choices(annotation: Any) -> Iterator[Any]:
         yield from (True, False)
     elif annotation is type(None):
         yield None
-    elif isinstance(annotation, UnionType) or get_origin(annotation) is list:
+    elif isinstance(annotation, UnionType):
         for kind in get_args(annotation):
             yield from _choices(kind)
 

@@ -55,7 +55,7 @@ def usable(config: Config) -> Iterator[None]:
     """Make the run's folder if needed; what cannot be written there is refused, inside too.
 
     Raises:
-        ConfigError: With path and cause.
+        ConfigError: The message has path and cause.
     """
     folder = Path(config.run.dir)
     try:

@@ -155,7 +155,7 @@ def prepare_gradients(optimizer: MegatronOptimizer) -> float:
 
 @contextmanager
 def _gradients_ready(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[None]:
-    """Within it, `optimizer.step()` goes on from `prepare_gradients`.
+    """Lets `optimizer.step()` go on from `prepare_gradients` while the block runs.
 
     `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
     over all gradients and an all-reduce) is known.

@@ -2,8 +2,8 @@
 
 Deleted are old checkpoints (`Pruner`, on rank 0 alone, after a newer one is complete) and what
 killed runs have left half written or half deleted. A folder that is being written carries its
-writer's host and process in its name, so that what a dead process left is told from what a living
-one is writing.
+writer's host and process in its name, so that what a dead process left is distinguished
+from what a living one is writing.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def run_layer_benchmark(
     Args:
         shapes: Which layers.
         taus: Weights of a zero-computation expert.
-        passes: Of "forward" and "forward_backward".
+        passes: Some of "forward" and "forward_backward".
         setting: What is common to all.
         progress: Told what is being measured.
     """
@@ -214,7 +214,7 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
 
     Args:
         forward: Runs the forward pass; its result is freed without a backward pass.
-        parameters: Of the layer; they are there anyway.
+        parameters: The layer's; they are there anyway.
     """
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}

@@ -127,10 +127,10 @@ def _hold_all(models: list[torch.nn.Module], config: Config, layout: Layout) -> 
 
 
 class RandomTokens(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """As many sequences as anybody asks for; each depends on its index alone.
+    """Sequences, however many anybody asks for; each depends on its index alone.
 
     Args:
-        config: For the length of a sequence and the size of the vocabulary.
+        config: Gives the length of a sequence and the size of the vocabulary.
     """
 
     def __init__(self, config: Config) -> None:

@@ -1,4 +1,4 @@
-"""What a check says: one finding, its severity, what to do; and what cards are measured by."""
+"""What a check says: one finding, its severity, what to do; and what GPUs are measured by."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def worst(findings: Iterable[Finding]) -> Severity:
 
 @dataclass(frozen=True)
 class Judge:
-    """What is expected of a card.
+    """What is expected of a GPU.
 
     Attributes:
         hardware: Rated numbers of its kind; None where the kind is not described.
-        thresholds: From where on a measurement is a finding.
-        preflight: Whether a job is about to start, which taken or slow cards must prevent.
+        thresholds: Where a measurement begins to be a finding.
+        preflight: Whether a job is about to start, which taken or slow GPUs must prevent.
         own_pids: Processes that belong to this examination.
     """
 

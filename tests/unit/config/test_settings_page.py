@@ -15,5 +15,5 @@ def test_units_ranges_and_choices_are_on_it() -> None:
     page = settings.page()
     assert "| `tau` | `0.75` | 1 | > 0, <= 10 | Weight of zero-computation experts" in page
     assert "| `interval_s` | `1.0` | s | >= 0 | Time between samples" in page
-    assert "| `cuda_graphs` | `[]` | - | attn, moe_router |" in page
+    assert "| `qk_layernorm_scope` | `'head'` | - | head, all_heads |" in page
     assert "## routing_guard.rules[]\n" in page
