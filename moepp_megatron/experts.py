@@ -20,9 +20,9 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 Shape = tuple[int, ...]
-_MOST_EXPERTS = 65_536
+MOST_EXPERTS = 65_536
 """Of one kind: far above any model, and little enough that a list of their names fits in memory."""
-_GATE_WIDTH = 8
+GATE_WIDTH = 8
 """Hidden width of a two-layer gate, in units of E (released MoE++ model)."""
 
 
@@ -106,7 +106,7 @@ LOCAL_KINDS = tuple(kind for kind in KINDS if kind.is_local)
 KIND_NAMES = tuple(kind.name for kind in KINDS)
 FFN_ONLY: Mapping[str, Any] = {kind.setting: 0 for kind in LOCAL_KINDS}
 """Settings of a layer without zero-computation experts."""
-_LOCAL_COUNTS = " + ".join(f"moe.{kind.setting}" for kind in LOCAL_KINDS)
+LOCAL_COUNTS = " + ".join(f"moe.{kind.setting}" for kind in LOCAL_KINDS)
 """What counts zero-computation experts, for messages."""
 
 
@@ -116,7 +116,7 @@ def setting(unit: str, description: str, **bounds: Any) -> FieldInfo:
 
 
 def _count(kind: ExpertKind, least: int = 0) -> FieldInfo:
-    return setting("experts", kind.description, ge=least, le=_MOST_EXPERTS)
+    return setting("experts", kind.description, ge=least, le=MOST_EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class ExpertLayout(ExpertCounts):
         experts = self.num_experts
         if not self.two_layer_gate:
             return [(experts, hidden)]
-        return [(_GATE_WIDTH * experts, hidden), (experts, _GATE_WIDTH * experts)]
+        return [(GATE_WIDTH * experts, hidden), (experts, GATE_WIDTH * experts)]
 
     def router_shapes(self, hidden: int, *, is_first: bool) -> list[tuple[int, int]]:
         """The gate's weights and G [E, E] of the gating residual, which the first layer lacks."""

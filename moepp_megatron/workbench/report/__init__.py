@@ -14,7 +14,7 @@ health_plots.py        plots of the routers' health; docs/routing.md says what e
 healthy.py             what is healthy: the ranges of docs/routing.md
 page.py                the page itself: numbers, plots and configuration put into the template
 plan.py                `moepp plan` on the terminal, as JSON, and as a plot of where the time goes
-plot.py                one plot of the page, or the sentence that stands in its place
+plot.py                one plot of the page, or a sentence instead of it
 profile_comparison.py  two profiles side by side: what changed, in words and a plot
 progress.py            how far a measurement is
 run_data.py            what a report is made of
