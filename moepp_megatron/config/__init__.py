@@ -1,5 +1,26 @@
 """Schema, loading and checks of the configuration; imports neither torch nor megatron.
 
+checks.py         runs the cross-field rules and reports every broken one, each on its line
+choices.py        comma-separated values of command-line options
+errors.py         the two errors a user can cause
+field_errors.py   turns pydantic's errors into problems with name, value, rule and remedy
+flops.py          floating-point operations of training, counted from the configuration
+guard_metrics.py  what rules of the routing guard may look at, and what it means
+guard_rules.py    the rules of a run's routing guard: the defaults, changed by the user's rules
+hardware.py       rated numbers of a kind of GPU, and the limits of a healthy one
+json_file.py      reads JSON that somebody else may have written: in bounds
+known_keys.py     refuses unknown sections and keys, and names the nearest known one
+layout.py         the rank grid
+load.py           loads a checked Config from a YAML file
+parameters.py     exact parameter counts from the configuration alone, before any model is built
+paths.py          refuses texts that cannot be a path of this machine
+printable.py      makes untrusted text safe for a terminal
+problem.py        one problem of a configuration, in the form that every message has
+split.py          the data split: weights of the train, validation and test parts
+stages.py         which transformer layers each pipeline stage holds
+vanilla.py        the vanilla model that a MoE++ configuration is compared with
+yaml_file.py      reads YAML: safe, bounded, no duplicate keys, and errors say where
+
 Start with `load_config(path, overrides)`, which raises a `ConfigError` with one line per problem.
 `check_world_size` adds the checks that depend on the number of ranks.
 """

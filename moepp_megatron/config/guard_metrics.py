@@ -15,6 +15,6 @@ COUNTED = _judged("counted")
 # Of every MoE layer, in steps where router health is measured (observe.health_interval).
 MEASURED = _judged("measured")
 # Of the whole model: what the guard reads itself, and numbers of the record.
-WHOLE = _judged("whole")
+_WHOLE = _judged("whole")
 RECORDED = _judged("recorded")
-GUARD_METRICS = {**COUNTED, **MEASURED, **WHOLE, **RECORDED}
+GUARD_METRICS = {**COUNTED, **MEASURED, **_WHOLE, **RECORDED}

@@ -9,11 +9,11 @@ from typing import Any
 # Deeper than any file that is read here, far from what exhausts the stack of whoever walks it.
 MAX_DEPTH = 64
 # The safetensors library's limit of a header, the largest JSON of a checkpoint.
-MAX_BYTES = 100_000_000
+_MAX_BYTES = 100_000_000
 _MAX_NUMBER = 1 << 64
 
 
-def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
+def read_json(path: Path, max_bytes: int = _MAX_BYTES) -> Any:
     """The content of a JSON file in UTF-8.
 
     Raises:

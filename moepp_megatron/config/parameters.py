@@ -115,7 +115,7 @@ def _attention_parameters(config: Config) -> int:
     model = config.model
     if model.latent_attention is not None:
         matrices = sum(rows * columns for rows, columns in latent_matrices(model))
-        return matrices + (sum(latent_widths(model.latent_attention)) if model.qk_layernorm else 0)
+        return matrices + (sum(_latent_widths(model.latent_attention)) if model.qk_layernorm else 0)
     projections = 2 * (model.num_attention_heads + model.query_groups) * model.head_dim
     normed_heads = 2
     if model.qk_layernorm_scope == "all_heads":
@@ -144,6 +144,6 @@ def latent_matrices(model: ModelSection) -> list[tuple[int, int]]:
     ]
 
 
-def latent_widths(latent: LatentAttentionSection) -> list[int]:
+def _latent_widths(latent: LatentAttentionSection) -> list[int]:
     """Widths of the compressed vectors that can have a norm."""
     return [width for width in (latent.q_lora_rank, latent.kv_lora_rank) if width is not None]

@@ -1,5 +1,27 @@
 """Turns text into batches: corpus, tokenizer, Megatron indexed datasets, loader.
 
+compressed.py       source files that may be compressed
+corpus.py           writes the Megatron indexed dataset, documents shuffled, validation last
+datasets.py         opens a prepared folder as megatron-core GPT datasets: train, validation, test
+documents.py        reads documents from source files
+encoding.py         turns documents into token ids
+existing.py         decides whether an existing output folder is reused, replaced or refused
+index.py            reads the index of a Megatron indexed dataset, without megatron-core
+loader.py           micro-batches in an order that depends on the samples consumed alone
+long_text.py        cuts long texts where a tokenizer's pre-tokenizer splits them anyway
+manifest.py         `manifest.json`: what a prepared folder holds and what it was made from
+prepare.py          `moepp data prepare`
+prepared_data.py    whether a configuration's data are there and fit its model
+progress.py         progress by bytes: a bar on a terminal, a few plain lines elsewhere
+same_tokenizer.py   checks that a tokenizer is the one whose token ids a corpus or a model uses
+sources.py          resolves the user's sources to a fixed order of files
+split.py            the split of a corpus's documents into train, validation and test
+stdlib.py           the built-in corpus: which of Python's library sources are code
+token_check.py      checks samples for tokens outside the vocabulary, before they reach an embedding
+token_frequency.py  classes of token ids by how frequent they are in the training set
+tokenizer.py        the tokenizer: a Hugging Face `tokenizers` file and its end-of-document token
+verify.py           checks a prepared folder against its manifest, quickly or byte by byte
+
 `prepare.py` writes a dataset folder, `datasets.py` opens it as megatron-core GPT datasets and
 `loader.py` iterates over micro-batches. Nothing is imported here: preparing needs no torch until
 the very end, and reusing a prepared folder needs none at all.

@@ -16,7 +16,7 @@ from moepp_megatron.data.encoding import EncodedPiece, token_dtype
 from moepp_megatron.data.manifest import CORPUS, SourceSummary
 from moepp_megatron.data.sources import Source
 
-VALIDATION_SHARE = 0.05
+_VALIDATION_SHARE = 0.05
 # Of a document that belongs to no group.
 ALONE = -1
 
@@ -132,7 +132,7 @@ def arrange(
     """Shuffle documents; those for validation, whole groups, come last.
 
     megatron-core splits by position, so the number of documents at the end is the split. Groups are
-    drawn in a random order, and each that fits is taken until `VALIDATION_SHARE` of the tokens is
+    drawn in a random order, and each that fits is taken until `_VALIDATION_SHARE` of the tokens is
     reached. A document of no group is one by itself.
 
     Args:
@@ -154,7 +154,7 @@ def arrange(
     tokens = np.bincount(units, weights=lengths).astype(np.int64)
     if len(tokens) < 2:
         return order, None
-    left = int(VALIDATION_SHARE * tokens.sum())
+    left = int(_VALIDATION_SHARE * tokens.sum())
     # If not even the smallest fits, it is taken all the same.
     chosen = np.zeros(len(tokens), dtype=bool)
     for unit in random.permutation(len(tokens)):

@@ -17,9 +17,9 @@ from moepp_megatron.data.sources import Format, Source, SourceFile
 
 PIECE_BYTES = 256 * 1024
 
-EMPTY = "empty"
-NOT_TEXT = "not UTF-8 text"
-NOT_JSON = "not a JSON object"
+_EMPTY = "empty"
+_NOT_TEXT = "not UTF-8 text"
+_NOT_JSON = "not a JSON object"
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def check_usable(sources: Sequence[Source], pieces: Sequence[Piece], text_key: s
 
 def _usable(text: str) -> str | Skipped:
     # Without `strip`, which would copy the text.
-    return Skipped(EMPTY) if not text or text.isspace() else text
+    return Skipped(_EMPTY) if not text or text.isspace() else text
 
 
 def _read_text(part: Part, text_key: str) -> Iterator[str | Skipped]:
@@ -156,12 +156,12 @@ def _text_of(part: Part) -> str | Skipped:
     with open_source(part.path, part.compression) as stream:
         data = stream.read()
     if b"\0" in data:
-        return Skipped(NOT_TEXT)
+        return Skipped(_NOT_TEXT)
     try:
         # A byte order mark is no part of the text.
         return _usable(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        return Skipped(NOT_TEXT)
+        return Skipped(_NOT_TEXT)
 
 
 def _read_jsonl(part: Part, text_key: str) -> Iterator[str | Skipped]:
@@ -191,11 +191,11 @@ def _record_text(line: bytes, text_key: str) -> str | Skipped:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        return Skipped(NOT_TEXT)
+        return Skipped(_NOT_TEXT)
     except (ValueError, RecursionError):
-        return Skipped(NOT_JSON)
+        return Skipped(_NOT_JSON)
     if not isinstance(record, dict):
-        return Skipped(NOT_JSON)
+        return Skipped(_NOT_JSON)
     text = record.get(text_key)
     if not isinstance(text, str):
         return Skipped(f"no text under the key {text_key}")
@@ -203,7 +203,7 @@ def _record_text(line: bytes, text_key: str) -> str | Skipped:
         # JSON can spell half a surrogate pair, which no UTF-8 text contains.
         text.encode()
     except UnicodeEncodeError:
-        return Skipped(NOT_TEXT)
+        return Skipped(_NOT_TEXT)
     return _usable(text)
 
 
@@ -213,7 +213,7 @@ def _read_parquet(part: Part, text_key: str) -> Iterator[str | Skipped]:
         for batch in parquet.iter_batches(256, row_groups=groups, columns=[text_key]):
             for value in batch.column(0).to_pylist():
                 if value is None:
-                    yield Skipped(EMPTY)
+                    yield Skipped(_EMPTY)
                 elif isinstance(value, str):
                     yield _usable(value)
                 else:

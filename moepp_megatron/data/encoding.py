@@ -46,7 +46,7 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
-def encode_piece(piece: Piece, tokenizer: Tokenizer, text_key: str) -> EncodedPiece:
+def _encode_piece(piece: Piece, tokenizer: Tokenizer, text_key: str) -> EncodedPiece:
     """Read and tokenize one piece."""
     dtype = token_dtype(tokenizer.vocab_size)
     encoded = [np.empty(0, dtype)]
@@ -90,7 +90,7 @@ def encode_pieces(
     if workers <= 1:
         meanwhile()
         tokenizer = Tokenizer.load(tokenizer_file, eod_token)
-        yield from (encode_piece(piece, tokenizer, text_key) for piece in pieces)
+        yield from (_encode_piece(piece, tokenizer, text_key) for piece in pieces)
         return
     # Spawn, not fork: training the tokenizer has left threads in this process, and a forked
     # child can inherit a lock that one of them holds. A spawned one imports no torch either.
@@ -158,4 +158,4 @@ def _end_with_parent() -> None:
 def _work(piece: Piece) -> EncodedPiece:
     assert _worker_state is not None, "_start_worker runs first in every worker"
     tokenizer, text_key = _worker_state
-    return encode_piece(piece, tokenizer, text_key)
+    return _encode_piece(piece, tokenizer, text_key)

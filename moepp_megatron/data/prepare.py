@@ -37,9 +37,9 @@ from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.terminal import Console
 
-DEFAULT_VOCAB_SIZE = 4096
+_DEFAULT_VOCAB_SIZE = 4096
 # Characters the tokenizer is trained on. Merges hardly change beyond a few MB, time does.
-SAMPLE_CHARACTERS = 8_000_000
+_SAMPLE_CHARACTERS = 8_000_000
 _MUCH_MEMORY = 2**30
 
 
@@ -87,7 +87,7 @@ class PrepareSettings:
         if self.vocab_size is not None and self.vocab_size < MIN_VOCAB_SIZE:
             raise ConfigError(
                 f"--vocab-size ({self.vocab_size}) must be at least {MIN_VOCAB_SIZE} (256 bytes "
-                f"and the end-of-document token); use {DEFAULT_VOCAB_SIZE}"
+                f"and the end-of-document token); use {_DEFAULT_VOCAB_SIZE}"
             )
 
     def deciding(self) -> dict[str, str | int | None]:
@@ -96,7 +96,7 @@ class PrepareSettings:
         Raises:
             ConfigError: the tokenizer file cannot be read.
         """
-        trained = DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
+        trained = _DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
         return {
             "vocab_size": trained if self.tokenizer is None else None,
             "tokenizer": None if self.tokenizer is None else _sha256(self.tokenizer),
@@ -174,7 +174,7 @@ def prepare(
 def _make_tokenizer(
     pieces: Sequence[Piece], settings: PrepareSettings, console: Console
 ) -> Tokenizer:
-    size = DEFAULT_VOCAB_SIZE if settings.vocab_size is None else settings.vocab_size
+    size = _DEFAULT_VOCAB_SIZE if settings.vocab_size is None else settings.vocab_size
     if settings.vocab_size is None:
         console.print(
             f"tokenizer: {size} tokens by default, for models as small as the quickstart's; for "
@@ -217,7 +217,7 @@ def _warn_of_memory(sources: Sequence[Source], tokenizer: Tokenizer, console: Co
 
 def _sample(pieces: Sequence[Piece], settings: PrepareSettings) -> Iterator[str]:
     """Documents of randomly chosen pieces up to SAMPLE_CHARACTERS in all."""
-    left = SAMPLE_CHARACTERS
+    left = _SAMPLE_CHARACTERS
     for piece in random.Random(settings.seed).sample(pieces, len(pieces)):
         for document in read_piece(piece, settings.text_key):
             if left and not isinstance(document, Skipped):

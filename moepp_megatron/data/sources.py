@@ -16,7 +16,7 @@ from moepp_megatron.data.stdlib import is_table, package_of
 
 Format = Literal["text", "jsonl", "parquet"]
 
-STDLIB = "stdlib"
+_STDLIB = "stdlib"
 _FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _SITE_FOLDERS = frozenset({"site-packages", "dist-packages"})
 
@@ -78,7 +78,7 @@ def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[S
 
 
 def _resolve(name: str, exclude: Path | None) -> Source:
-    if name == STDLIB:
+    if name == _STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         files = _code_of_stdlib(root, exclude)
     elif not name:
@@ -102,7 +102,7 @@ def _resolve(name: str, exclude: Path | None) -> Source:
 
 
 def _code_of_stdlib(root: Path, exclude: Path | None) -> list[SourceFile]:
-    files = _walk(STDLIB, root, exclude, only_suffix=".py", skip_folders=_SITE_FOLDERS)
+    files = _walk(_STDLIB, root, exclude, only_suffix=".py", skip_folders=_SITE_FOLDERS)
     try:
         return [
             dataclasses.replace(file, group=package_of(file.name))
@@ -111,7 +111,7 @@ def _code_of_stdlib(root: Path, exclude: Path | None) -> list[SourceFile]:
         ]
     except OSError as error:
         raise ConfigError(
-            f"source {STDLIB}: {error.filename} cannot be read ({error.strerror})"
+            f"source {_STDLIB}: {error.filename} cannot be read ({error.strerror})"
         ) from error
 
 

@@ -17,7 +17,7 @@ from moepp_megatron.data.manifest import NAME as MANIFEST
 from moepp_megatron.data.manifest import TOKENIZER, Manifest
 
 # Beside a tokenizer.json, where Hugging Face names special tokens.
-TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 EOD_TOKEN = "<|endoftext|>"
 # What the tokenizers of published models call it, tried in this order.
 _KNOWN_EOD_TOKENS = (
@@ -82,7 +82,7 @@ class Tokenizer:
         if eod_token is None and named is not None and backend.token_to_id(named) is None:
             raise ConfigError(
                 f"tokenizer ({path}) must have the end-of-document token ({named}) that "
-                f"{MANIFEST} or {TOKENIZER_CONFIG} beside it names; correct the name there"
+                f"{MANIFEST} or {_TOKENIZER_CONFIG} beside it names; correct the name there"
             )
         return cls(backend, eod_token or named or _find_eod_token(backend, path))
 
@@ -212,7 +212,7 @@ def named_eod_token(path: Path) -> str | None:
     except (OSError, ValueError):
         pass  # no prepared folder
     try:
-        content = read_json(path.parent / TOKENIZER_CONFIG)
+        content = read_json(path.parent / _TOKENIZER_CONFIG)
     except (OSError, ValueError):
         return None
     token = content.get("eos_token") if isinstance(content, dict) else None

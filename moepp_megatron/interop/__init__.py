@@ -1,5 +1,34 @@
 """Checkpoints in and out: the released MoE++ format, upcycling, scoring, other zero-expert models.
 
+checkpoint_reader.py    reads tensors of our checkpoints one at a time
+checkpoint_writer.py    writes a checkpoint of ours one tensor at a time
+convert.py              every conversion by the name that `moepp convert` gives it
+from_megatron_lm.py     converts a checkpoint of Megatron-LM's own training loop to ours
+hf_companions.py        the files beside an exported model's weights
+hf_config.py            converts between our configuration and a Hugging Face `config.json`
+hf_latent.py            DeepSeek-V3's configuration
+hf_source.py            a Hugging Face checkpoint folder: its configuration, and its tensors by name
+latent_rules.py         tensors of multi-head latent attention by DeepSeek-V3's names
+longcat.py              models with latent attention as LongCat-Flash models
+longcat_rules.py        LongCat-Flash's tensors: what each is made of
+megatron_arguments.py   MoE++ settings of a Megatron-LM run: `--moepp-*`
+megatron_checkpoint.py  finds checkpoints of Megatron-LM's own training loop
+megatron_lm.py          MoE++ in Megatron-LM's own training loop, `megatron.training`, unmodified
+model_card.py           the model card of an exported model
+moepp_rules.py          the released MoE++ format's tensors: `model.layers.N.mlp.moe.{gate,experts}`
+rules.py                rules by which tensors of a Hugging Face checkpoint and of ours correspond
+safetensors_file.py     reads and writes the safetensors format, one tensor at a time
+score.py                computes per-token log-probabilities of given sequences, in any layout
+score_request.py        what `moepp score` is asked to do, checked before anything heavy is imported
+score_text.py           computes the perplexity of a text from its tokens, cut into windows
+to_hf.py                converts a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor
+to_mcore.py             converts a Hugging Face checkpoint to ours, tensor by tensor
+to_megatron_lm.py       converts a checkpoint of ours to one that Megatron-LM's own loop loads
+upcycle.py              turns checkpoints of other models into MoE++ models that compute the same
+upcycle_router.py       the new parameters of an upcycled model
+upcycle_sources.py      the kinds of models that can be upcycled, with the names of their tensors
+zeda.py                 ZEDA's format: Qwen3-MoE extended by zero experts
+
 All conversions stream: no function builds a model or holds more than a few tensors, except
 `score`, which runs a model. `megatron_lm` and `megatron_arguments` put MoE++ into Megatron-LM's own
 training loop.

@@ -34,7 +34,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._metadata = read_index(folder)
+        self._metadata = _read_index(folder)
         self._check_files()
 
     @property
@@ -110,7 +110,7 @@ def _place(target: Tensor, chunk: ChunkStorageMetadata) -> Tensor:
     return target
 
 
-def read_index(folder: Path) -> Metadata:
+def _read_index(folder: Path) -> Metadata:
     """The index of a checkpoint; any other file is refused, and no code in it is run.
 
     Raises:

@@ -11,7 +11,7 @@ from moepp_megatron.config.choices import pick
 from moepp_megatron.runtime.quiet import quiet
 
 # Module of this room and function in it: each imports torch.
-CONVERTERS = {
+_CONVERTERS = {
     "hf-to-mcore": "to_mcore.hf_to_mcore",
     "mcore-to-hf": "to_hf.mcore_to_hf",
     "upcycle": "upcycle.upcycle",
@@ -24,7 +24,7 @@ def convert(kind: str, source: str | Path, target: str | Path, **options: Any) -
     """Convert a checkpoint, as `moepp convert` does.
 
     Args:
-        kind: One of `CONVERTERS`.
+        kind: One of `_CONVERTERS`.
         source: Its folder; of one of ours, a run as well.
         target: Folder to make; it must not exist or be empty.
         options: Further arguments of the converter.
@@ -38,7 +38,7 @@ def convert(kind: str, source: str | Path, target: str | Path, **options: Any) -
         UnfitError: `target` cannot be written.
     """
     quiet()
-    module, name = pick(CONVERTERS, "kind", kind).split(".")
+    module, name = pick(_CONVERTERS, "kind", kind).split(".")
     converter = getattr(importlib.import_module(f"moepp_megatron.interop.{module}"), name)
     told = converter(Path(source), Path(target), **options)
     if isinstance(told, list):

@@ -12,8 +12,8 @@ from typing import Any
 from moepp_megatron.config import Config, ConfigError, parse_config
 from moepp_megatron.experts import KINDS
 
-RELEASED_TYPE = "MoE++"
-OWN_TYPE = "moepp"
+_RELEASED_TYPE = "MoE++"
+_OWN_TYPE = "moepp"
 # moe_plus_plus_layer.py of the released model: MOE_TOP_K, Constant, and one of the other kinds.
 _RELEASED_TOPK = 2
 _RELEASED_KINDS = {"num_constant_experts": 2, "num_copy_experts": 1, "num_zero_experts": 1}
@@ -47,13 +47,13 @@ def config_from_hf(hf: Mapping[str, Any], name: str, dtype: str | None = None) -
             have.
     """
     kind = hf.get("model_type")
-    if kind == RELEASED_TYPE:
+    if kind == _RELEASED_TYPE:
         moe = _released_moe(hf)
-    elif kind == OWN_TYPE:
+    elif kind == _OWN_TYPE:
         moe = _own_moe(hf)
     else:
         raise ConfigError(
-            f"config.json: model_type ({kind}) must be {RELEASED_TYPE} or {OWN_TYPE}; use "
+            f"config.json: model_type ({kind}) must be {_RELEASED_TYPE} or {_OWN_TYPE}; use "
             "`moepp convert upcycle` for other models"
         )
     model = decoder_section(hf)
@@ -73,14 +73,14 @@ def assemble(
             "run": {"dir": f"runs/{name}", "name": name},
             "model": model,
             "moe": moe,
-            "precision": {"dtype": dtype or checkpoint_dtype(hf)},
+            "precision": {"dtype": dtype or _checkpoint_dtype(hf)},
             "optimizer": {"lr": 1.0e-4},
             "training": {"train_iters": 1, "global_batch_size": 1, "micro_batch_size": 1},
         }
     )
 
 
-def checkpoint_dtype(hf: Mapping[str, Any]) -> str:
+def _checkpoint_dtype(hf: Mapping[str, Any]) -> str:
     """fp32 or bf16, as `dtype` (transformers 5) or `torch_dtype` says.
 
     Raises:
@@ -228,7 +228,7 @@ def own_hf_config(config: Config) -> dict[str, Any]:
     del shared["rope_scaling"]
     rope = {"rope_type": "default", "rope_theta": shared.pop("rope_theta")}
     return {
-        "model_type": OWN_TYPE,
+        "model_type": _OWN_TYPE,
         **shared,
         "rope_parameters": rope,
         **fields,
@@ -263,7 +263,7 @@ def released_hf_config(config: Config) -> dict[str, Any]:
     moe = config.moe
     mixtral = moe.gate_normalization == "selected"
     return {
-        "model_type": RELEASED_TYPE,
+        "model_type": _RELEASED_TYPE,
         **shared_fields(config),
         "num_experts": [moe.num_experts],
         "moe_expert_interval": _interval(config),

@@ -34,7 +34,7 @@ def latent_attention_rules(
         rank = latent.q_lora_rank
         yield same(ours + "linear_q_down_proj.weight", theirs + "q_a_proj.weight", rank, width)
         norm = ours + "linear_q_up_proj.layer_norm_weight"
-        yield scaled(norm, theirs + "q_a_layernorm.weight", q_scale, rank)
+        yield _scaled(norm, theirs + "q_a_layernorm.weight", q_scale, rank)
         up = theirs + "q_b_proj.weight"
         yield same(ours + "linear_q_up_proj.weight", up, heads * latent.qk_dim, rank)
     rank = latent.kv_lora_rank
@@ -42,7 +42,7 @@ def latent_attention_rules(
     rows = rank + latent.qk_pos_emb_head_dim
     yield same(ours + "linear_kv_down_proj.weight", down, rows, width)
     norm = ours + "linear_kv_up_proj.layer_norm_weight"
-    yield scaled(norm, theirs + "kv_a_layernorm.weight", kv_scale, rank)
+    yield _scaled(norm, theirs + "kv_a_layernorm.weight", kv_scale, rank)
     rows = heads * (latent.qk_head_dim + latent.v_head_dim)
     yield same(ours + "linear_kv_up_proj.weight", theirs + "kv_b_proj.weight", rows, rank)
     columns = heads * latent.v_head_dim
@@ -57,7 +57,7 @@ def norm_keys(layer: int, is_moe: bool) -> tuple[str, str]:
     return ours + "input_layernorm.weight", ours + ffn_norm
 
 
-def scaled(key: str, name: str, scale: float, *shape: int) -> Rule:
+def _scaled(key: str, name: str, scale: float, *shape: int) -> Rule:
     """A tensor that is `scale` times smaller in the other format."""
     if scale == 1.0:
         return same(key, name, *shape)

@@ -38,7 +38,7 @@ _RULES = (
     ("gate_normalization", "none", "LongCat-Flash keeps the raw scores"),
 )
 # What transformers adds to mean squares in the norms of latent attention, whatever the model has.
-LATENT_EPSILON = 1e-6
+_LATENT_EPSILON = 1e-6
 # Inner width of the dense FFNs where the model has none: they are zeros.
 _LEAST_WIDTH = 128
 # vLLM's kernel for identity experts works through the hidden size in blocks of this many channels.
@@ -105,9 +105,9 @@ def longcat_warnings(config: Config) -> Iterator[str]:
             f"moe.num_zero_experts ({moe.num_zero_experts}): zero experts became FFN experts of "
             "zeros, which cost what FFN experts cost"
         )
-    if model.norm_epsilon != LATENT_EPSILON:
+    if model.norm_epsilon != _LATENT_EPSILON:
         yield (
-            f"model.norm_epsilon ({model.norm_epsilon:g}) is not {LATENT_EPSILON:g}, which "
+            f"model.norm_epsilon ({model.norm_epsilon:g}) is not {_LATENT_EPSILON:g}, which "
             "transformers adds in the norms of latent attention whatever the model has; vLLM and "
             "sglang use the model's"
         )

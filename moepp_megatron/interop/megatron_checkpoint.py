@@ -25,7 +25,7 @@ from moepp_megatron.training.checkpoint.names import FORMAT_FILE
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 # Where megatron-core keeps what is not sharded: in the checkpoint, or before 0.17 in a file.
-COMMON_KEY = "common_state"
+_COMMON_KEY = "common_state"
 _COMMON_FILE = "common.pt"
 # Megatron's is some tens of kilobytes.
 _MOST_BYTES = 64 * 1024**2
@@ -61,7 +61,7 @@ def read_arguments(reader: CheckpointReader) -> Namespace:
     """
     legacy = reader.folder / _COMMON_FILE
     try:
-        record = legacy.read_bytes() if legacy.is_file() else reader.read_bytes(COMMON_KEY)
+        record = legacy.read_bytes() if legacy.is_file() else reader.read_bytes(_COMMON_KEY)
         common = _unpickled(record)
         # A sharded object is a list with one entry.
         common = common[0] if isinstance(common, list) else common

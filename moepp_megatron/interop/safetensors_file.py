@@ -21,7 +21,7 @@ from torch import Tensor
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.json_file import parse_json
 
-DTYPES = {
+_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -33,7 +33,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # The library's own limit.
 _MAX_HEADER = 100_000_000
 
@@ -94,7 +94,7 @@ def _entries(
     for name, value in header.items():
         try:
             assert isinstance(value, dict)
-            dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+            dtype, shape = _DTYPES[value["dtype"]], tuple(value["shape"])
             begin, end = value["data_offsets"]
             assert all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         except (AssertionError, KeyError, TypeError, ValueError):

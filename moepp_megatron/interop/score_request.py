@@ -65,7 +65,7 @@ class ScoreRequest:
         """
         _check_options(tokens, text, out, logits)
         source = f"--tokens ({tokens})" if isinstance(tokens, Path) else "tokens"
-        input_ids = read_input_ids(tokens) if isinstance(tokens, Path) else tokens
+        input_ids = _read_input_ids(tokens) if isinstance(tokens, Path) else tokens
         if input_ids is not None:
             input_ids = _checked(input_ids, source)
         check_overrides(overrides)
@@ -162,7 +162,7 @@ def score(
         ConfigError: Whatever is wrong with the request.
     """
     quiet()
-    given = tokens if tokens is None or isinstance(tokens, np.ndarray) else read_input_ids(tokens)
+    given = tokens if tokens is None or isinstance(tokens, np.ndarray) else _read_input_ids(tokens)
     places = [None if path is None else Path(path) for path in (out, text)]
     world_size = RankEnvironment.read().world_size
     request = ScoreRequest.read(
@@ -190,7 +190,7 @@ def _check_options(
         raise ConfigError("--logits must not be given with --text; leave it out, or use --tokens")
 
 
-def read_input_ids(tokens: str | Path) -> np.ndarray:
+def _read_input_ids(tokens: str | Path) -> np.ndarray:
     """The array `input_ids` of an npz file, as it is there.
 
     Raises:

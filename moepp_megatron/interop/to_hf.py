@@ -40,7 +40,7 @@ from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
 
-DEFAULT_SHARD_BYTES = 5 * 1000**3
+_DEFAULT_SHARD_BYTES = 5 * 1000**3
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -99,7 +99,7 @@ def mcore_to_hf(
     source: Path,
     target: Path,
     layout: str = "moepp",
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int = _DEFAULT_SHARD_BYTES,
     console: Console | None = None,
     dtype: str | None = None,
     license_id: str = UNKNOWN_LICENSE,
@@ -131,13 +131,13 @@ def mcore_to_hf(
         _refuse_latent_attention(config)
     fields = form.fields(config)
     reader = CheckpointReader(folder)
-    rules = present_rules(reader, list(form.rules(config)), form.keeps_unused)
+    rules = _present_rules(reader, list(form.rules(config)), form.keeps_unused)
     target = free_folder(target)
     names = [source.resolve().name, target.name]
     command = ["moepp", "convert", "mcore-to-hf", *names, "--layout", layout]
     command += [] if dtype is None else ["--dtype", dtype]
     with partial_folder(target) as unfinished:
-        written = write_weights(reader, rules, unfinished, max_shard_bytes, console, dtype)
+        written = _write_weights(reader, rules, unfinished, max_shard_bytes, console, dtype)
         name = _DTYPE_NAMES.get(written, "float32")
         fields |= special_ids(folder) | {form.dtype_field: name} | _auto_map(form.classes)
         write_json(unfinished / "config.json", fields)
@@ -165,7 +165,7 @@ def _refuse_latent_attention(config: Config) -> None:
         )
 
 
-def present_rules(
+def _present_rules(
     reader: CheckpointReader, rules: Sequence[Rule], keeps_unused: bool
 ) -> list[Rule]:
     """The rules whose tensors are written: unused ones where the format or the checkpoint has them.
@@ -187,7 +187,7 @@ def present_rules(
     return [rule for rule in rules if not rule.unused or keeps_unused or rule.key in tensors]
 
 
-def write_weights(
+def _write_weights(
     reader: CheckpointReader,
     rules: Sequence[Rule],
     folder: Path,

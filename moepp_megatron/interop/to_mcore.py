@@ -67,7 +67,7 @@ def write_checkpoint(
     Raises:
         ConfigError: If a tensor is missing, unexpected or of a wrong shape, or `target` is taken.
     """
-    account_for(hf, rules)
+    _account_for(hf, rules)
     _check_tokenizer(hf)
     target = free_folder(target)
     tensors = hf.tensors
@@ -97,7 +97,7 @@ def write_checkpoint(
         publish(folder, target)
 
 
-def account_for(hf: HFSource, rules: Sequence[Rule]) -> None:
+def _account_for(hf: HFSource, rules: Sequence[Rule]) -> None:
     """Refuse a checkpoint that does not hold exactly what the rules read.
 
     Raises:

@@ -86,7 +86,7 @@ def upcycle(
     hf = HFSource(source, allow_pickle)
     hf.leave_out(extra_tensors(hf.config, hf.tensors))
     config = upcycled_config(hf.config, additions, source.resolve().name, dtype)
-    rules = list(upcycling_rules(config, hf.config, additions.seed))
+    rules = list(_upcycling_rules(config, hf.config, additions.seed))
     write_checkpoint(hf, rules, config, target, dtype, console)
     return config
 
@@ -156,7 +156,7 @@ def _refuse_shrinking_gates(config: Config) -> None:
         )
 
 
-def upcycling_rules(config: Config, hf: Mapping[str, Any], seed: int) -> Iterator[Rule]:
+def _upcycling_rules(config: Config, hf: Mapping[str, Any], seed: int) -> Iterator[Rule]:
     """The rule for every tensor of the MoE++ model: from the source, or newly created."""
     kind = source_kind(hf)
     pattern = config.moe.moe_layer_pattern(config.model.num_layers)

@@ -59,9 +59,9 @@ def source_kind(hf: Mapping[str, Any]) -> SourceKind:
         ConfigError: If it is another kind, or its attention is not full.
     """
     name = hf.get("model_type")
-    if name not in KINDS:
+    if name not in _KINDS:
         raise ConfigError(
-            f"config.json: model_type ({name}) must be one of {', '.join(KINDS)}; other models "
+            f"config.json: model_type ({name}) must be one of {', '.join(_KINDS)}; other models "
             "cannot be upcycled"
         )
     layers = set(hf.get("layer_types") or ["full_attention"])
@@ -70,7 +70,7 @@ def source_kind(hf: Mapping[str, Any]) -> SourceKind:
             f"config.json: layer_types ({', '.join(sorted(layers))}) must all be full_attention; "
             "such a checkpoint cannot be converted"
         )
-    return KINDS[name]
+    return _KINDS[name]
 
 
 def extra_tensors(hf: Mapping[str, Any], names: Iterable[str]) -> list[str]:
@@ -174,7 +174,7 @@ def _dense(model: Callable[[Mapping[str, Any]], dict[str, Any]]) -> SourceKind:
     return SourceKind(None, model, gate=None, experts="mlp")
 
 
-KINDS = {
+_KINDS = {
     "llama": _dense(decoder_section),
     "qwen3": _dense(_qwen3_decoder),
     "mixtral": SourceKind(

@@ -109,7 +109,7 @@ class ContextParallelAttention(MegatronModule):
                 )
         whole = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
         whole_key, whole_value = whole.split([key.shape[-1], value.shape[-1]], dim=-1)
-        starts = chunk_starts(query.shape[0], self.cp_group)
+        starts = _chunk_starts(query.shape[0], self.cp_group)
         context = [
             self._attend(chunk, start, whole_key, whole_value)
             for chunk, start in zip(query.chunk(2), starts, strict=True)
@@ -143,7 +143,7 @@ class ContextParallelAttention(MegatronModule):
         return context_bncd.permute(2, 0, 1, 3)
 
 
-def chunk_starts(num_local_tokens: int, group: torch.distributed.ProcessGroup) -> tuple[int, int]:
+def _chunk_starts(num_local_tokens: int, group: torch.distributed.ProcessGroup) -> tuple[int, int]:
     """Positions of the first tokens of this rank's two chunks.
 
     Args:

@@ -20,7 +20,7 @@ from moepp_megatron.runtime.optional import (
 )
 
 # megatron-core's `fused_a2a.HYBRIDEP_TOKEN_ALIGNMENT`.
-HYBRIDEP_CHUNK = 64
+_HYBRIDEP_CHUNK = 64
 
 
 def params_dtype(config: Config) -> torch.dtype:
@@ -182,7 +182,7 @@ def _flex_fields(config: Config) -> dict[str, object]:
         # Its kernels are compiled for whole chunks of 64 tokens. Padding costs a small all-reduce
         # and a wait for it in every layer, so only where it is needed.
         "moe_hybridep_pad_uneven_dispatch_inputs": backend == "hybridep"
-        and config.tokens_per_rank % HYBRIDEP_CHUNK > 0,
+        and config.tokens_per_rank % _HYBRIDEP_CHUNK > 0,
     }
 
 

@@ -1,4 +1,33 @@
 """The MoE++ layer for megatron-core: router, zero-computation experts, dispatcher, lane, spec.
 
+balance.py            the heterogeneous balance loss and how it joins the language-model loss
+budget.py             how many FFN experts a token gets
+capacity.py           heterogeneous expert capacities
+config.py             what a MoE++ layer is
+copies.py             copies of rows for the columns of a map, and their sums on the way back
+cpu_experts.py        FFN experts on a CPU
+cuda_graphs.py        attention and router of a layer as CUDA graphs; the rest is launched normally
+dedup_dispatcher.py   an all-to-all that sends a token at most once to each rank
+dispatcher.py         token dispatchers that move only what FFN experts need
+exchange.py           an all-to-all that leaves time for work, forward and backward
+ffn_demand.py         FFN experts that tokens must take, whatever the router wants
+flex_dispatcher.py    megatron-core's flex dispatcher (DeepEP) without what no FFN expert takes
+health.py             how healthy a router is: what one step's logits, gates and gradients say
+lane.py               the lane on which router logits travel from MoE layer to MoE layer
+latent_attention.py   megatron-core's multi-head latent attention, corrected for its local modules
+layer.py              the MoE++ layer: dispatch, FFN experts, combine, zero-computation experts
+overlap.py            a MoE++ layer as nodes of megatron-core's combined schedule
+padding.py            padding masks: which tokens a router does not route
+parameter.py          parameters that every rank of a tensor-parallel group holds whole
+reference.py          the MoE++ layer in plain PyTorch on one process
+router.py             the router: gating residuals, selection over all experts, gates, balance loss
+selection.py          which experts a token's logits select, and with which gates
+spec.py               builds MoE++ layers from megatron-core's own specs
+statistics.py         what one MoE layer did since the last reset
+token_tags.py         tags that tell MoE++ layers, for each token, whether an FFN demand concerns it
+upstream_private.py   the names with an underscore that this package takes from megatron-core
+upstream_settings.py  how the MoE++ layer treats each of megatron-core's settings of a MoE layer
+zero_computation.py   zero, copy and constant experts
+
 Nothing here knows about training, files or the command line, so any Megatron loop can use it.
 """

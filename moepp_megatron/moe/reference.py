@@ -101,7 +101,7 @@ class ReferenceMoEPP(nn.Module):
         # The balance loss is of what the router wants, demand or not.
         wanted_TE = selected_TE
         if self.ffn_demand != "none":
-            gates_TE, selected_TE = demanded_experts(
+            gates_TE, selected_TE = _demanded_experts(
                 logits_TE, self.config, self.selection_bias_E, self.ffn_demand, forced_T
             )
         if self.config.capacity_factor is not None:
@@ -187,7 +187,7 @@ def select_experts(
     return gates_TE, selected_TE, torch.softmax(logs_TE, dim=-1)
 
 
-def demanded_experts(
+def _demanded_experts(
     logits_TE: Tensor,
     config: MoEPPConfig,
     selection_bias_E: Tensor | None,

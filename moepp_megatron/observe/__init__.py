@@ -1,4 +1,25 @@
-"""The records of a run: the metrics of every logged step, and their sinks."""
+"""The records of a run: the metrics of every logged step, and their sinks.
+
+alert_sinks.py      the alert sinks of a training run
+alerts.py           what a run tells people: alerts, `RUN/alerts.jsonl`, what takes alerts
+console.py          shows a running training: a live bar on a terminal, or plain lines in a log
+jsonl.py            `RUN/metrics.jsonl`
+layer_numbers.py    the numbers that MoE layers have in every record and view
+metrics.py          the record of one logged step
+patient.py          keeps records that a full disk refuses, and writes them later
+profile_file.py     `routing_profile.json`: a run's routing profile, to compare other runs with
+profile_noise.py    learns how much routing profiles of the same data differ
+routing_profile.py  the routing profile: how much each expert is used, and by which tokens
+rules.py            judges rules over a step's numbers: when an action begins, and when it ends
+shift.py            says when the data has shifted, by the routing profile
+sink.py             the interface of sinks for records
+sinks.py            all sinks of a run, and the fan-out that protects training from their failures
+status.py           `RUN/status.json`: which processes train, how to go on
+tail.py             reads new lines of a file that another process appends to and sometimes rewrites
+tensorboard.py      writes to TensorBoard: scalars, and histograms of a record's lists
+wandb_sink.py       Weights & Biases
+webhook.py          sends alerts to a web address from a separate thread
+"""
 
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics

@@ -23,11 +23,11 @@ from moepp_megatron.observe.alerts import Alert
 logger = logging.getLogger(__name__)
 
 # A service that is down must cost neither memory nor more than seconds at the end of a run.
-QUEUE_SIZE = 64
-ATTEMPTS = 3
+_QUEUE_SIZE = 64
+_ATTEMPTS = 3
 TIMEOUT_S = 5.0
-CLOSE_TIMEOUT_S = 5.0
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+_CLOSE_TIMEOUT_S = 5.0
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class WebhookAddressError(ValueError):
@@ -62,7 +62,7 @@ def read_address(variable: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         host, parts = None, urlsplit("")
-    is_local = parts.scheme == "http" and host in LOCAL_HOSTS
+    is_local = parts.scheme == "http" and host in _LOCAL_HOSTS
     if not host or (parts.scheme != "https" and not is_local):
         raise WebhookAddressError(
             f"the environment variable {variable} must hold an https address, or an http address "
@@ -90,10 +90,10 @@ class Webhook:
         self._address, self._run = address, run
         self._timeout_s, self._retry_s = timeout_s, retry_s
         # Proxies are for the way out of this machine.
-        is_local = urlsplit(address).hostname in LOCAL_HOSTS
+        is_local = urlsplit(address).hostname in _LOCAL_HOSTS
         proxies = urllib.request.ProxyHandler({} if is_local else None)
         self._opener = urllib.request.build_opener(proxies, _NoRedirect)
-        self._queue: queue.Queue[Alert | None] = queue.Queue(QUEUE_SIZE)
+        self._queue: queue.Queue[Alert | None] = queue.Queue(_QUEUE_SIZE)
         self._stop = threading.Event()
         self._failing = False
         # Each is written by one thread only.
@@ -110,7 +110,7 @@ class Webhook:
         except queue.Full:
             self._complain("its queue is full")
 
-    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         """Wait for pending alerts, at most `timeout_s`; print how many were not sent."""
         deadline = time.monotonic() + timeout_s
         with contextlib.suppress(queue.Full):
@@ -142,7 +142,7 @@ class Webhook:
 
     def _try(self, body: bytes) -> None:
         reason = ""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             if attempt and self._stop.wait(self._retry_s * 2 ** (attempt - 1)):
                 break
             failure, may_help = self._post(body)

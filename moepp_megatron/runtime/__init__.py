@@ -1,1 +1,23 @@
-"""Device, CPU support, process groups, optional back ends, launching ranks."""
+"""Device, CPU support, process groups, optional back ends, launching ranks.
+
+agent.py             torchrun that reports a failure in one line per rank
+atomic.py            files, lines and folders that appear whole or not at all
+backends.py          the roles of optional packages on this machine
+cpu_support.py       lets unmodified megatron-core train on CPU ranks with gloo
+disk.py              full disks: what a failed write means, and how much space is free
+distributed.py       creates process groups: the default group and Megatron's rank grid
+fit.py               checks whether this machine can run a valid configuration
+fp8.py               whether this machine can run FP8: the GPU, Transformer Engine and CUDA
+kernel_choices.py    which implementation serves each operation that can be fused
+launch.py            starts this machine's ranks with torchrun and looks after them
+meeting.py           how long a machine waits for the other machines of a run
+nodes.py             describes the machines of a run and how they find each other
+optional.py          which optional packages are usable
+parent.py            ends a process together with the process that started it
+patches.py           every change that this package makes to another library's objects
+quiet.py             silences messages of other libraries that say nothing about the user's run
+rank.py              what the launcher's environment says about this rank
+rank_environment.py  sets the environment variables with which every rank is started
+stop_signals.py      passes requests to stop from a launcher to its ranks, past torchrun
+terminal.py          the console for all output that may hold untrusted text
+"""

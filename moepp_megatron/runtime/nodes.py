@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
-DEFAULT_PORT = 29500
+_DEFAULT_PORT = 29500
 # How much longer torchrun waits for the other machines than the launcher does.
 _GRACE_S = 60
 
@@ -30,7 +30,7 @@ class Nodes:
     count: int
     rank: int | None
     host: str
-    port: int = DEFAULT_PORT
+    port: int = _DEFAULT_PORT
     run_id: str = "moepp"
     join_timeout_s: int = 900
     restart_timeout_s: int = 120
@@ -102,4 +102,4 @@ def parse_endpoint(endpoint: str) -> tuple[str, int]:
     is_port = port.isascii() and port.isdigit() and 0 < int(port) < 65536
     if not host or (colon or port) and not (colon == ":" and is_port):
         raise ValueError(f"{endpoint!r} must be HOST or HOST:PORT")
-    return host, int(port) if port else DEFAULT_PORT
+    return host, int(port) if port else _DEFAULT_PORT

@@ -1,1 +1,28 @@
-"""The training run: optimizer, schedule, loop, statistics, checkpoints."""
+"""The training run: optimizer, schedule, loop, statistics, checkpoints.
+
+alerts.py              alerts about refused batches, rollbacks, failed saves
+batches.py             micro-batches on this rank's device, for training and validation
+budget.py              applies the budget of FFN experts per token to the model, step by step
+collect.py             adds up what all ranks counted in one step
+evaluate.py            validation loss
+generate.py            continues prompts with a cache of keys and values
+generate_request.py    what `moepp generate` is asked to do
+going_back.py          putting an earlier checkpoint of the run in place of the present model
+health.py              computes the router health of one step for the record from every rank's sums
+inference_settings.py  turns a training configuration into one for forward passes only
+move_aside.py          moving a run out of the way of a new one in the same folder
+occupancy.py           whether a run may start in its folder
+resumed.py             messages of a resumed run: its checkpoint, and what differs from before
+routers.py             measurement and control of a run's routers
+routing_profile.py     the routing profile of a running training
+routing_shift.py       detects shifts of the data while a run trains
+run.py                 A whole run: what `moepp train` does, for the command line and for Python
+run_folder.py          the folder of a run: its configuration, and whether it can be written
+run_sinks.py           the sinks that receive a run's records
+setup.py               wraps the model: precision, data parallelism, optimizer, schedule
+signals.py             stopping on request: finish the step, save, leave
+step.py                one training step
+telemetry.py           adds telemetry of all nodes to a step's metrics
+train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported
+trainer.py             the run from start to end
+"""

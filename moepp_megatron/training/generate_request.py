@@ -19,7 +19,7 @@ from moepp_megatron.training.inference_settings import FORWARD_ONLY
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_NEW_TOKENS = 96
+_DEFAULT_NEW_TOKENS = 96
 
 _GENERATION = (
     *FORWARD_ONLY,
@@ -101,7 +101,7 @@ class GenerateRequest:
             prompts: Texts to continue, at least one.
             overrides: Settings `parallel.key=value` or `precision.key=value`.
             world_size: Ranks.
-            max_new_tokens: None means `DEFAULT_NEW_TOKENS`, or fewer where the model has less room.
+            max_new_tokens: None means `_DEFAULT_NEW_TOKENS`, fewer where the model has no room.
             sampling: How tokens are drawn.
 
         Raises:
@@ -115,7 +115,7 @@ class GenerateRequest:
         ids = [_encode(tokenizer, prompt, trained.model.seq_length) for prompt in prompts]
         room = trained.model.seq_length - max(len(tokens) for tokens in ids)
         if max_new_tokens is None:
-            max_new_tokens = min(DEFAULT_NEW_TOKENS, room)
+            max_new_tokens = min(_DEFAULT_NEW_TOKENS, room)
         elif max_new_tokens > room:
             raise ConfigError(
                 f"--max-new-tokens ({max_new_tokens}) must be at most {room}: the longest prompt "

@@ -40,7 +40,7 @@ _SILENT_S = 4 * BEAT_S
 _OLD_S = 3600.0
 
 # What a run leaves in its folder, beside checkpoints.
-TRACES = ("config.yaml", "metrics.jsonl", STATUS_FILE)
+_TRACES = ("config.yaml", "metrics.jsonl", STATUS_FILE)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def traces(config: Config, config_file: Path | None = None) -> list[str]:
     folder = Path(config.run.dir)
     found = [
         name
-        for name in TRACES
+        for name in _TRACES
         if os.path.lexists(folder / name) and not _is_same(folder / name, config_file)
     ]
     checkpoints = checkpoint_folder(config)

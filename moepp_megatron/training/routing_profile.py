@@ -17,7 +17,7 @@ from moepp_megatron.observe.routing_profile import RoutingProfile
 from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.setup import TrainingModel
 
-POSITION_BINS = 4
+_POSITION_BINS = 4
 FREQUENCY_CLASSES = 4
 
 
@@ -51,7 +51,7 @@ class RoutingProfileCollector:
             for number, statistics in moe_statistics(chunk).items()
         }
         self._num_cells = 0
-        if knows_tokens(config):
+        if _knows_tokens(config):
             self._num_cells = _tag_tokens(model, config, token_classes)
             for statistics in self._statistics.values():
                 statistics.num_cells = self._num_cells
@@ -134,7 +134,7 @@ class RoutingProfileCollector:
         return RoutingProfile(experts, cells.reshape(len(self._numbers), self._num_cells, 2))
 
 
-def knows_tokens(config: Config) -> bool:
+def _knows_tokens(config: Config) -> bool:
     """Whether the layers are told which tokens they see.
 
     A `HybridModel`, the combined schedule and a router in a CUDA graph tell them nothing.
@@ -171,7 +171,7 @@ def _tag_tokens(model: TrainingModel, config: Config, classes: np.ndarray) -> in
         assert isinstance(chunk, MoEPPGPTModel), "layers of other models are told nothing"
         if chunk.token_tags is None:
             chunk.token_tags = TokenTags(config.model.seq_length)
-        chunk.token_tags.position_bins = POSITION_BINS
+        chunk.token_tags.position_bins = _POSITION_BINS
         chunk.token_tags.frequency_bins = FREQUENCY_CLASSES
         chunk.token_tags.classes = on_device
-    return POSITION_BINS * FREQUENCY_CLASSES
+    return _POSITION_BINS * FREQUENCY_CLASSES

@@ -62,7 +62,7 @@ def training_step(
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
-    before = StepState(model.models) if guard is not None else None
+    before = _StepState(model.models) if guard is not None else None
     losses = run_schedule(
         model, batches, config, layout.num_microbatches, forward_only=False, watcher=watcher
     )
@@ -72,7 +72,7 @@ def training_step(
         return StepResult(losses, grad_norm, updated=False)
     # The schedule counts the step that is being taken: the first step already learns.
     model.scheduler.step(increment=1)
-    with gradients_ready(model.optimizer, grad_norm):
+    with _gradients_ready(model.optimizer, grad_norm):
         updated, _, _ = model.optimizer.step()
     return StepResult(losses, grad_norm, bool(updated))
 
@@ -154,7 +154,7 @@ def prepare_gradients(optimizer: MegatronOptimizer) -> float:
 
 
 @contextmanager
-def gradients_ready(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[None]:
+def _gradients_ready(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[None]:
     """A context in which `optimizer.step()` continues from `prepare_gradients`.
 
     `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
@@ -164,7 +164,7 @@ def gradients_ready(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[
         yield
 
 
-class StepState:
+class _StepState:
     """Random number generators and module buffers of this rank at one moment.
 
     Dropout and router noise draw numbers; `finalize_model_grads` moves selection biases, which are

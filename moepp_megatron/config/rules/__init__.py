@@ -1,5 +1,23 @@
 """The named cross-field rules, by subject.
 
+budget.py            rules of `moe.budget`
+cuda_graphs.py       rules of `training.cuda_graphs`
+divisibility.py      divisibility, the most common rule, with a remedy that can be typed in
+expert_overlap.py    rules of `parallel.overlap_moe_expert_parallel_comm`
+flex.py              the sizes that deep_ep, the package of the flex dispatcher, requires
+ignored.py           settings that the user gave and that have no effect: warnings, not errors
+latent_attention.py  rules of `model.latent_attention`: settings that it replaces or excludes
+model.py             rules of the model's shape
+moe.py               rules of experts and routing
+observe.py           rules of the section `observe`
+parallel.py          rules of the layout that hold for any number of ranks
+precision.py         rules of number formats
+resilience.py        rules of the section `resilience`
+routing_guard.py     rules of the section `routing_guard`
+slurm.py             rules of the section `slurm`
+training.py          rules of optimizer, batches, recomputation, data and checkpoints
+world_size.py        rules that need the number of ranks
+
 A rule is a generator function: it takes a Config and yields a Problem where it is broken. Its
 name says what must hold, its docstring why. If a rule relies on another one, the other one comes
 first, and the rule reports nothing while that one is broken, so that one mistake gives one line.

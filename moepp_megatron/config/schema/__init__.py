@@ -1,4 +1,20 @@
-"""The configuration's sections as pydantic models, one file per subject."""
+"""The configuration's sections as pydantic models, one file per subject.
+
+budget.py            section `moe.budget`: how many FFN experts a token gets
+config.py            the whole configuration: one section per subject
+latent_attention.py  section `model.latent_attention`: multi-head latent attention
+model.py             section `model`: the decoder around the experts
+moe.py               section `moe`: experts and routing of MoE++ (arXiv 2410.07348)
+observe.py           sections `observe` and `telemetry`: what is measured, where records go
+parallel.py          section `parallel`: how the model is laid out over ranks
+precision.py         section `precision`: number formats, and how FP8 numbers are scaled
+resilience.py        section `resilience`: the checks of a running run, and when they act
+routing_guard.py     section `routing_guard`: rules over the routers, and what is done
+run.py               sections `run`, `data` and `checkpoint`: where a run reads and writes
+section.py           what every section of the configuration shares
+slurm.py             section `slurm`: what `moepp slurm` asks the scheduler for
+training.py          sections `optimizer` and `training`: how the model is trained
+"""
 
 from moepp_megatron.config.schema.budget import BudgetSection
 from moepp_megatron.config.schema.config import Config

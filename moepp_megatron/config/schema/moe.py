@@ -70,7 +70,7 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
     )
 
     budget: BudgetSection = Field(
-        default_factory=BudgetSection, description="FFN experts a token, held during training"
+        default_factory=BudgetSection, description="FFN experts per token, held during training"
     )
 
     @property

@@ -46,7 +46,7 @@ class ObserveSection(Section):
         default=None,
         min_length=1,
         description="Environment variable that holds the address alerts are posted to (https, or "
-        "localhost), so that the address stands in no file; null is off",
+        "localhost), so that the address is in no file; null is off",
         json_schema_extra=unit("-"),
     )
 
@@ -58,13 +58,13 @@ class TelemetrySection(Section):
         default=1.0,
         ge=0.0,
         description="Time between samples, taken by one background thread a node; energy is read "
-        "from the cards' counters and needs no more of them. 0 is off, MFU included",
+        "from the GPUs' counters and needs no more of them. 0 is off, MFU included",
         json_schema_extra=unit("s"),
     )
     hardware: PathText | None = Field(
         default=None,
         min_length=1,
-        description="Card whose rated speed MFU is measured by: a name in configs/hardware or a "
-        "YAML file; null takes the card that is here",
+        description="GPU whose rated speed MFU is measured by: a name in configs/hardware or a "
+        "YAML file; null takes the GPU that is here",
         json_schema_extra=unit("-"),
     )

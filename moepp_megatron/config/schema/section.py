@@ -90,5 +90,5 @@ class Section(BaseModel):
 
 
 def unit(name: str) -> dict[str, Any]:
-    """Metadata that records the unit of a field; "1" is a pure number, "-" is not a quantity."""
+    """The unit of a field, for `LARGEST` and docs/settings.md; "1" is a pure number, "-" none."""
     return {"unit": name}

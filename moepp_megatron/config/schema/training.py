@@ -129,6 +129,6 @@ class TrainingSection(Section):
     profile_ranks: list[int] | None = Field(
         default=None,
         description="Ranks that record them; null is all, without which waiting for late ranks "
-        "cannot be told from transfer",
+        "cannot be distinguished from transfer",
         json_schema_extra=unit("-"),
     )

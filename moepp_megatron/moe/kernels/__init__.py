@@ -1,9 +1,9 @@
 """Triton kernels for steps that a GPU spends on memory traffic and launches. Never required.
 
-    router.py    logits to gates, routing map and statistics, in one kernel each way
-    rows.py      which FFN rows are each token's
-    combine.py   FFN rows back to their tokens, plus zero-computation and shared experts
-    traffic.py   bytes that each kernel reads and writes
+router.py          logits to gates, routing map and statistics, in one kernel each way
+rows.py            which FFN rows are each token's
+combine.py         FFN rows back to their tokens, plus zero-computation and shared experts
+combine_triton.py  what `combine.py` launches
 
 Each computes what a few lines of PyTorch elsewhere in `moe/` compute; those lines are its
 definition, run wherever a kernel does not, and are what its tests compare it with. Nothing here

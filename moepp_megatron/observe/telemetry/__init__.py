@@ -1,4 +1,9 @@
-"""Samples the machine while a run trains: in the background, aligned with steps."""
+"""Samples the machine while a run trains: in the background, aligned with steps.
+
+sampler.py  one background thread per node that samples its devices
+sources.py  sources of samples: a node's GPUs through NVML, or its CPU through psutil
+usage.py    samples of devices, and their sums over time and over nodes
+"""
 
 from moepp_megatron.observe.telemetry.sampler import Sampler
 from moepp_megatron.observe.telemetry.sources import CpuSource, GpuSource, Source

@@ -1,27 +1,24 @@
 """Checkpoints of a run: what they hold, how they are written and read.
 
-    names.py       the files of a checkpoint, small writes that survive a power cut
-    progress.py    how far a run is
-    validity.py    whether a folder is a whole, undamaged checkpoint
-    plain_pickle.py  what a pickle describes, read without making any of it
-    index.py       the index of the tensors, rebuilt from plain values
-    pickles.py     whether a checkpoint holds nothing but data
-    data_only.py   how megatron-core and torch read one: data, never code
-    find.py        which checkpoint a name means, which one is the newest valid one
-    compatible.py  whether a checkpoint fits a configuration
-    state.py       model, optimizer, schedule as megatron-core's sharded state
-    fp8_state.py   histories of delayed FP8 scaling, checked before they are unpickled
-    optimizer.py   corrections of megatron-core's handling of optimizer state
-    rng.py         random states of a rank
-    plan.py        which rank writes which bytes
-    background.py  a forked process that writes while training goes on
-    publish.py     turns complete files into a named checkpoint
-    agree.py       small messages between ranks without the training backend
-    prune.py       deleting old checkpoints
-    leftovers.py   removes checkpoints that killed runs left half written or half deleted
-    room.py        whether the checkpoints to come fit on the disk
-    write.py       `CheckpointWriter`: all of a save, in the foreground or background
-    read.py        all of a load
+names.py         the files of a checkpoint
+progress.py      how far a run is
+validity.py      whether a folder is a whole, undamaged checkpoint
+plain_pickle.py  what a pickle describes, read without making any of it
+index.py         the index of the tensors, rebuilt from plain values
+data_only.py     how megatron-core and torch read one: data, never code
+find.py          which checkpoint a name means, which one is the newest valid one
+compatible.py    whether a checkpoint fits a configuration
+state.py         model, optimizer, schedule as megatron-core's sharded state
+fp8_state.py     histories of delayed FP8 scaling, checked before they are unpickled
+optimizer.py     corrections of megatron-core's handling of optimizer state
+rng.py           random states of a rank
+plan.py          which rank writes which bytes
+background.py    a forked process that writes while training goes on
+publish.py       turns complete files into a named checkpoint
+agree.py         small messages between ranks without the training backend
+room.py          room on the disk: what fits, old checkpoints, what killed runs left
+write.py         `CheckpointWriter`: all of a save, in the foreground or background
+read.py          all of a load
 
 Names are imported on first use: finding a checkpoint and refusing one that does not fit needs no
 torch, so the command line answers at once.

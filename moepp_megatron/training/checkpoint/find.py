@@ -48,7 +48,7 @@ def find_checkpoint(name: str | Path, beside: Path | None = None) -> Path:
     path = Path(name).expanduser()
     if is_checkpoint(path):
         return path
-    for folder in checkpoint_folders(name, beside):
+    for folder in _checkpoint_folders(name, beside):
         newest, skipped = first_valid(list_checkpoints(folder), damage)
         warn_skipped(skipped)
         if newest is not None:
@@ -74,7 +74,7 @@ def start_candidates(config: Config, folder: Path) -> list[Path]:
     path = Path(name).expanduser()
     if is_checkpoint(path):
         return [path]
-    folders = checkpoint_folders(name, beside=Path(os.path.abspath(config.run.dir)))
+    folders = _checkpoint_folders(name, beside=Path(os.path.abspath(config.run.dir)))
     return [checkpoint for each in folders for checkpoint in list_checkpoints(each)]
 
 
@@ -120,7 +120,7 @@ def refuse_no_start(name: str, skipped: list[str]) -> None:
         )
 
 
-def checkpoint_folders(name: str | Path, beside: Path | None = None) -> list[Path]:
+def _checkpoint_folders(name: str | Path, beside: Path | None = None) -> list[Path]:
     """The folders of checkpoints that a run called `name` may have, likeliest first."""
     path = Path(name).expanduser()
     runs = [path]

@@ -15,7 +15,7 @@ from moepp_megatron.config import Layout
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.training.checkpoint.names import STATE_FILE
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Record:
     layout: dict[str, int]
     versions: dict[str, str] = field(default_factory=dict)
     saved_at: float = 0.0
-    format_version: int = FORMAT_VERSION
+    format_version: int = _FORMAT_VERSION
 
     @classmethod
     def now(cls, progress: Progress, layout: Layout) -> Record:
@@ -104,9 +104,9 @@ def read_record(checkpoint: Path) -> Record | None:
         raise ValueError(f"{STATE_FILE} cannot be read ({error})") from error
     try:
         version = content["format_version"]
-        if version > FORMAT_VERSION:
+        if version > _FORMAT_VERSION:
             raise ValueError(
-                f"{STATE_FILE} has format {version}, and this version reads {FORMAT_VERSION}"
+                f"{STATE_FILE} has format {version}, and this version reads {_FORMAT_VERSION}"
             )
         progress = Progress(**content["progress"])
         layout, saved_at = dict(content["layout"]), float(content["saved_at"])

@@ -26,7 +26,7 @@ from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch, StepResult
 
 # Actions that go on until the rule is healthy.
-LASTING = ("raise_tau", "force_ffn", "safe_mode")
+_LASTING = ("raise_tau", "force_ffn", "safe_mode")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class RoutingGuard:
         if self._high_loss is not None:
             self._high_loss.begin_step()
         self._wanted_share = self._config.moe.ffn_share if budget is None else budget.share(step)
-        self._in_force = sum(len(self._judge.places(action)) for action in LASTING)
+        self._in_force = sum(len(self._judge.places(action)) for action in _LASTING)
         if self._routers is None:
             return
         self._set_taus(step, budget)

@@ -2,7 +2,8 @@
 
 recorder.py          which steps, the files
 collective_names.py  process group and number of every collective, as a range in the trace
-description.py       the file beside each trace: groups, layout, routing, clock
+ranges.py            names for the parts of a model in profiler traces: `moepp/layer3/dispatch`
+traffic.py           counts the bytes that each layer's routing must send
 """
 
 from moepp_megatron.training.profiler.recorder import StepRecorder

@@ -29,7 +29,7 @@ from moepp_megatron.training.profiler.ranges import Ranges, name_layers, range_
 from moepp_megatron.training.profiler.traffic import TrafficCounter
 from moepp_megatron.training.setup import TrainingModel
 
-FORMAT = 1
+_FORMAT = 1
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class StepRecorder:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
             with profile(activities=_activities()):
                 pass  # The first one takes time to start, which is no step's.
-        self._about["clock"]["barrier_unix_ns"] = clock_at_barriers()
+        self._about["clock"]["barrier_unix_ns"] = _clock_at_barriers()
         if not self._records_here:
             return
         self._put_ranges()
@@ -161,7 +161,7 @@ def describe(config: Config, layout: Layout, clock_ns: list[int]) -> dict[str, A
     """
     rank = dist.get_rank()
     return {
-        "format": FORMAT,
+        "format": _FORMAT,
         "name": config.run.name,
         "rank": rank,
         "world_size": dist.get_world_size(),
@@ -183,7 +183,7 @@ def describe(config: Config, layout: Layout, clock_ns: list[int]) -> dict[str, A
     }
 
 
-def clock_at_barriers(count: int = 5) -> list[int]:
+def _clock_at_barriers(count: int = 5) -> list[int]:
     """Unix time [ns] on this node when ranks leave a barrier together; all ranks must call."""
     times = []
     for _ in range(count):

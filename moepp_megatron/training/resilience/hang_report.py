@@ -72,11 +72,11 @@ def _last_seen(rank: int, beat: Heartbeat | None) -> str:
     where = f"; last seen in step {beat.step} ({beat.phase}), process {beat.pid} on {beat.host}"
     if beat.collective is None and beat.place is not None:
         where += f", in {beat.place}"
-    state = process_state(beat)
+    state = _process_state(beat)
     return where + (f", which is {state}" if state else "")
 
 
-def process_state(beat: Heartbeat) -> str | None:
+def _process_state(beat: Heartbeat) -> str | None:
     """The kernel's state of a process of this host, such as `T (stopped)`; None elsewhere."""
     if beat.host != socket.gethostname():
         return None

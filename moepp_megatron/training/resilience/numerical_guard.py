@@ -17,10 +17,10 @@ from moepp_megatron.config.schema import ResilienceSection
 logger = logging.getLogger(__name__)
 
 # The median absolute deviation of normally distributed values is their standard deviation / 1.4826.
-MAD_TO_STD = 1.4826
+_MAD_TO_STD = 1.4826
 # Where the losses hardly differ (a tiny data set, a constant rate) the deviation says nothing:
 # at the default threshold of 10, a jump is then at least a hundredth of the loss.
-SMALLEST_STD = 1e-3
+_SMALLEST_STD = 1e-3
 # A median over less than this share of the window is too easily moved.
 _SHARE_BEFORE_SPIKES = 4
 
@@ -151,4 +151,4 @@ def robust_z_score(loss: float, recent: Sequence[float]) -> float:
     """
     median = statistics.median(recent)
     deviation = statistics.median(abs(value - median) for value in recent)
-    return (loss - median) / max(MAD_TO_STD * deviation, SMALLEST_STD * abs(median), 1e-30)
+    return (loss - median) / max(_MAD_TO_STD * deviation, _SMALLEST_STD * abs(median), 1e-30)

@@ -107,7 +107,7 @@ class Watchdog:
     def _beat(self, has_dumped: bool = False) -> None:
         self._beats += 1
         now, stalled = self._activity.now, self._stalled_s()
-        frame = main_thread_frame()
+        frame = _main_thread_frame()
         self._folder.write(
             Heartbeat(
                 rank=self._rank,
@@ -118,8 +118,8 @@ class Watchdog:
                 phase=now.phase,
                 count=now.count,
                 stalled_s=round(stalled, 1),
-                collective=collective_of(frame),
-                place=place_of(frame),
+                collective=_collective_of(frame),
+                place=_place_of(frame),
                 has_dumped=has_dumped,
             )
         )
@@ -193,7 +193,7 @@ def _moved(before: Heartbeat, after: Heartbeat) -> bool:
     return after.has_dumped or after.beat != before.beat
 
 
-def collective_of(frame: FrameType | None) -> str | None:
+def _collective_of(frame: FrameType | None) -> str | None:
     """The outermost `torch.distributed` call in a stack and its group; None if there is none."""
     found = None
     while frame is not None:
@@ -204,7 +204,7 @@ def collective_of(frame: FrameType | None) -> str | None:
     return found
 
 
-def place_of(frame: FrameType | None) -> str:
+def _place_of(frame: FrameType | None) -> str:
     """The innermost frame of this project, megatron or a user, as `file:line in function`."""
     innermost = frame
     while frame is not None:
@@ -214,7 +214,7 @@ def place_of(frame: FrameType | None) -> str:
     return _show(innermost) if innermost is not None else "an unknown place"
 
 
-def main_thread_frame() -> FrameType | None:
+def _main_thread_frame() -> FrameType | None:
     """The innermost frame of the main thread."""
     return sys._current_frames().get(threading.main_thread().ident or 0)
 

@@ -104,7 +104,7 @@ def matmul_tflops(dtype: str, size: int) -> float:
     fp32 is what `precision.dtype: fp32` computes: no TF32, unless torch allows it.
     """
     product = matmul(dtype, size)
-    return 2.0 * size**3 / median_seconds(product) / 1e12
+    return 2.0 * size**3 / _median_seconds(product) / 1e12
 
 
 def matmul(dtype: str, size: int) -> Callable[[], Tensor]:
@@ -138,10 +138,10 @@ def copy_gb_s(num_bytes: int) -> float:
     """GB/s of a copy within the GPU's memory: bytes read plus bytes written."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=_device())
     target = torch.empty_like(source)
-    return 2 * num_bytes / median_seconds(lambda: target.copy_(source)) / 1e9
+    return 2 * num_bytes / _median_seconds(lambda: target.copy_(source)) / 1e9
 
 
-def median_seconds(work: Callable[[], object]) -> float:
+def _median_seconds(work: Callable[[], object]) -> float:
     """Median time of the work, back to back, after as many repetitions that do not count.
 
     On a GPU the first half brings up the clocks, as a training step does.

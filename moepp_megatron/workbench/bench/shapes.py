@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moepp_megatron.experts import ExpertLayout
 
-TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
+_TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PaperShape:
 
 
 def _by_tau(*milliseconds: float) -> dict[float, float]:
-    return dict(zip(TAUS, milliseconds, strict=True))
+    return dict(zip(_TAUS, milliseconds, strict=True))
 
 
 def _experts(ffn: int, constant: int) -> ExpertLayout:

@@ -23,7 +23,7 @@ def check_packages(config: Config | None) -> list[Finding]:
     backends = optional_backends()
     findings = [_python(), _torch(), check_megatron(version_of("megatron-core")), _nccl()]
     findings += [check_backend(backend) for backend in backends]
-    findings += [check_kernel(choice) for choice in kernel_choices()]
+    findings += [_check_kernel(choice) for choice in kernel_choices()]
     if config is not None:
         used = {backend.name for backend in backends if backend.used}
         findings += check_needs(config, used)
@@ -68,7 +68,7 @@ def check_backend(backend: Backend) -> Finding:
     )
 
 
-def check_kernel(choice: KernelChoice) -> Finding:
+def _check_kernel(choice: KernelChoice) -> Finding:
     """Name the implementation of an operation: all are correct, some are faster."""
     found = f"{choice.implementation}: {choice.detail}"
     return Finding(f"kernel: {choice.operation}", Severity.OK, found)

@@ -9,7 +9,7 @@ from statistics import median
 from moepp_megatron.config.hardware import Hardware, Thresholds
 from moepp_megatron.workbench.doctor.finding import Finding, Severity
 
-MATMUL = "matrix product"
+_MATMUL = "matrix product"
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ def check_matmul(
     rated = hardware.bf16_tflops if hardware is not None else None
     if rated is None:
         text = ", ".join(f"{s.name}: {s.tflops:.3g} TFLOP/s" for s in speeds)
-        return [Finding(MATMUL, Severity.OK, f"{text} (no rated speed to compare with)")]
+        return [Finding(_MATMUL, Severity.OK, f"{text} (no rated speed to compare with)")]
     least = rated * thresholds.matmul_fraction
     slow = [
         Finding(
-            MATMUL,
+            _MATMUL,
             bad,
             f"{s.name}: {s.tflops:.0f} TFLOP/s in bf16",
             f"should reach {least:.0f} of {rated:.0f} TFLOP/s",
@@ -52,7 +52,7 @@ def check_matmul(
         return slow
     low, high = min(s.tflops for s in speeds), max(s.tflops for s in speeds)
     found = f"{low:.0f} to {high:.0f} TFLOP/s in bf16, {low / rated:.0%} of the rated {rated:.0f}"
-    return [Finding(MATMUL, Severity.OK, found)]
+    return [Finding(_MATMUL, Severity.OK, found)]
 
 
 def check_slowest(speeds: Sequence[DeviceSpeed], thresholds: Thresholds) -> Finding:

@@ -14,7 +14,7 @@ import numpy as np
 from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.workbench.inspection.trace import Trace
 
-POSITION_BINS = 16
+_POSITION_BINS = 16
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def whole(trace: Trace) -> Group:
 
 
 def by_position(trace: Trace) -> list[Group]:
-    """At most `POSITION_BINS` groups of equal ranges of places in the window."""
-    bins = min(POSITION_BINS, trace.window)
+    """At most `_POSITION_BINS` groups of equal ranges of places in the window."""
+    bins = min(_POSITION_BINS, trace.window)
     edges = np.linspace(0, trace.window, bins + 1).astype(int)
     keys = np.searchsorted(edges, trace.positions, side="right") - 1
     names = [_span(edges[key], edges[key + 1] - 1) for key in keys]

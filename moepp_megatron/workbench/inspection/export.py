@@ -14,14 +14,14 @@ from moepp_megatron.workbench.inspection.findings import Findings, find
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 
 
 def to_json(request: InspectRequest, traces: Sequence[Trace]) -> bytes:
     """The JSON file: the text's tokens, and for each model its aggregates and every selection."""
     text = request.text
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION,
         "text": text.name,
         "language": request.language,
         "window": request.window,

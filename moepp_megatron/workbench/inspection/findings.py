@@ -20,7 +20,7 @@ from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace
 
 # Tokens named at each end.
-EXTREMES = 12
+_EXTREMES = 12
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def find(request: InspectRequest, trace: Trace) -> Findings:
     classes = [CLASSES[index] for index in request.classes.tolist()]
     by_class = sorted(groups(trace, classes), key=lambda group: CLASSES.index(group.name))
     by_tag = [] if request.tags is None else groups(trace, request.tags)
-    least, most, fewest = extremes(trace, text.ids, text.pieces, EXTREMES)
+    least, most, fewest = extremes(trace, text.ids, text.pieces, _EXTREMES)
     return Findings(
         whole(trace),
         by_class,

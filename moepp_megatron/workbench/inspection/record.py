@@ -106,7 +106,7 @@ def trace_models(request: InspectRequest) -> list[Trace]:
     traces = []
     for model in request.models:
         build_groups(model.scoring.config, model.scoring.layout)
-        recorded = record_routing(model.scoring)
+        recorded = _record_routing(model.scoring)
         parallel_state.destroy_model_parallel()
         if recorded is not None:
             traces.append(_trace(request, model, recorded))
@@ -136,7 +136,7 @@ def _trace(
     )
 
 
-def record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
+def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
     """Run the model of a checkpoint; every rank must call, and process groups must exist.
 
     Args:

@@ -21,7 +21,7 @@ from moepp_megatron.workbench.inspection.classes import Language, language_of, t
 from moepp_megatron.workbench.inspection.tags import Tagger, read_tags, run_tagger, token_tags
 from moepp_megatron.workbench.inspection.text import TokenizedText, read_text, tokenize, windows
 
-DEFAULT_MAX_TOKENS = 16_384
+_DEFAULT_MAX_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class InspectRequest:
         language: Language = "auto",
         pos_tags: Path | None = None,
         tagger: Tagger | None = None,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_tokens: int = _DEFAULT_MAX_TOKENS,
     ) -> InspectRequest:
         """Check a request.
 

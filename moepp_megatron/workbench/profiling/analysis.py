@@ -92,10 +92,10 @@ def analyse(
     Raises:
         ProfileError: The recording cannot be read, or does not hold the step.
     """
-    return analyse_traces(load_profile(folder), folder.resolve().name, step, measured)
+    return _analyse_traces(load_profile(folder), folder.resolve().name, step, measured)
 
 
-def analyse_traces(
+def _analyse_traces(
     traces: list[RankTrace],
     name: str,
     step: int | None = None,

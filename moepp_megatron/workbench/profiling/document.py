@@ -12,14 +12,14 @@ from moepp_megatron.workbench.profiling.measures.classes import CallClass
 from moepp_megatron.workbench.profiling.measures.expected_bytes import LayerBytes
 from moepp_megatron.workbench.profiling.step_summary import summarise
 
-FORMAT = 1
+_FORMAT = 1
 
 
 def document(profile: Profile) -> dict[str, Any]:
     """All results, for `json.dumps`."""
     about = profile.traces[0].about
     return {
-        "format": FORMAT,
+        "format": _FORMAT,
         "name": profile.name,
         "backend": profile.traces[0].backend,
         "device": about.get("device", "gpu" if profile.traces[0].on_gpu else "cpu"),

@@ -1,4 +1,30 @@
-"""A run's page: plots and numbers from ``config.yaml`` and ``metrics.jsonl`` alone."""
+"""A run's page: plots and numbers from ``config.yaml`` and ``metrics.jsonl`` alone.
+
+alerts.py              A run's alerts on its page: a table, and marks where they fall on curves
+bench.py               results of `moepp bench layer`: a table, JSON, a plot
+bench_bounds.py        results of `moepp bench card`, and of layers beside them
+cards.py               the headline numbers of a run
+collectives.py         results of `moepp bench collectives`
+curves.py              plots over the course of training
+drawing.py             the look that all plots share, and turning a figure into text for the page
+expert_plots.py        plots of who gets the selections: by expert, by kind, by MoE layer
+formatting.py          numbers as a reader wants them
+hardware.py            what the run cost its machines: energy, GPU-hours, MFU
+health_plots.py        plots of the routers' health; docs/routing.md says what each number means
+healthy.py             what is healthy: the ranges of docs/routing.md
+page.py                the page itself: numbers, plots and configuration put into the template
+plan.py                `moepp plan` on the terminal, as JSON, and as a plot of where the time goes
+plot.py                one plot of the page, or a sentence instead of it
+profile_comparison.py  two profiles side by side: what changed, in words and a plot
+progress.py            how far a measurement is
+run_data.py            what a report is made of
+savings.py             what the zero-computation experts saved against a vanilla layer
+savings_table.py       the table that sets a run against the vanilla layer of the same size
+simulation.py          `moepp plan --simulate` on the terminal, and its plot
+summary.py             the numbers of a run that the page shows, computed from its records
+template.py            the templates of this room's pages
+terminal.py            tables on a terminal that are whole wherever they are printed
+"""
 
 from moepp_megatron.workbench.report.page import build_report
 from moepp_megatron.workbench.report.run_data import ReportError

@@ -13,7 +13,7 @@ from moepp_megatron.workbench.report.run_data import RunData
 # A page is for reading; alerts.jsonl has them all.
 MAX_ROWS = 100
 # Lines closer than a pixel only darken the plot.
-MAX_MARKS = 40
+_MAX_MARKS = 40
 
 _COLOURS: dict[Severity, str] = {"critical": VERMILION, "warning": "#e69f00", "info": MUTED}
 
@@ -78,7 +78,7 @@ def mark_alerts(axes: Axes, alerts: Sequence[Alert], steps: Sequence[int]) -> No
     seen: set[Severity] = set()
     shown = [a for a in alerts if a.severity != "info" and steps[0] <= a.step <= steps[-1]]
     moments = dict.fromkeys((alert.step, alert.severity) for alert in shown)
-    for step, severity in list(moments)[-MAX_MARKS:]:
+    for step, severity in list(moments)[-_MAX_MARKS:]:
         label = None if severity in seen else f"{severity} alert"
         seen.add(severity)
         colour = _COLOURS[severity]

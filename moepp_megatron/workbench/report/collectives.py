@@ -43,7 +43,7 @@ def label(result: CollectiveResult) -> str:
     )
 
 
-def binary_size(size: float) -> str:
+def _binary_size(size: float) -> str:
     """Bytes in the form of nccl-tests' options: 4K, 16M."""
     for unit, name in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
         if size >= unit:
@@ -132,7 +132,7 @@ def _panel(axes: Axes, results: Sequence[CollectiveResult]) -> None:
             label=name,
         )
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: binary_size(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _binary_size(value)))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("size, bytes")
     axes.set_title(f"{results[0].group_size} ranks", loc="left", fontsize=10)

@@ -36,10 +36,10 @@ def curve_plots(run: RunData) -> list[Plot]:
     """All plots over steps, in the order of the page: what the catalogue draws, among the rest."""
     placed = [
         (0, loss_plot(run)),
-        (1, ffn_share_plot(run)),
-        (2, a2a_plot(run)),
+        (1, _ffn_share_plot(run)),
+        (2, _a2a_plot(run)),
         (4, speed_plot(run)),
-        (6, gradient_plot(run)),
+        (6, _gradient_plot(run)),
     ]
     placed += [
         (drawn.place, plain_plot(run, key, drawn)) for key, drawn in own_plots(run, "training")
@@ -91,7 +91,7 @@ def loss_plot(run: RunData) -> Plot:
     return Plot(title, caption, svg_data_uri(figure), alt, wide=True)
 
 
-def ffn_share_plot(run: RunData) -> Plot:
+def _ffn_share_plot(run: RunData) -> Plot:
     """FFN share of all selections against its target."""
     title = "FFN share of all selections"
     phi = run.config.phi
@@ -129,7 +129,7 @@ def ffn_share_plot(run: RunData) -> Plot:
     )
 
 
-def a2a_plot(run: RunData) -> Plot:
+def _a2a_plot(run: RunData) -> Plot:
     """All-to-all bytes per step, measured and of the vanilla layer."""
     title = "All-to-all bytes a step"
     caption = (
@@ -183,7 +183,7 @@ def speed_plot(run: RunData) -> Plot:
     return Plot(title, caption, image, f"{alt} {_course('Step time in seconds', steps, times)}")
 
 
-def gradient_plot(run: RunData) -> Plot:
+def _gradient_plot(run: RunData) -> Plot:
     """Gradient norm and learning rate, one above the other."""
     title = "Gradient norm and learning rate"
     caption = "Global gradient norm before clipping, and the learning rate of the step."

@@ -25,23 +25,23 @@ from moepp_megatron.workbench.report.run_data import RunConfig, RunData
 from moepp_megatron.workbench.report.summary import tail, window
 
 # Beyond these, text in a cell or at a tick can no longer be read.
-MAX_NAMED_EXPERTS = 48
-MAX_NAMED_LAYERS = 32
-MAX_NUMBERED_CELLS = 500
+_MAX_NAMED_EXPERTS = 48
+_MAX_NAMED_LAYERS = 32
+_MAX_NUMBERED_CELLS = 500
 
 
 def expert_plots(run: RunData) -> list[Plot]:
     """All plots over experts, in the order of the page."""
-    return [layer_heat_map(run), expert_bars(run), kinds_over_time(run)]
+    return [_layer_heat_map(run), _expert_bars(run), _kinds_over_time(run)]
 
 
-def settled_shares(run: RunData) -> np.ndarray | None:
+def _settled_shares(run: RunData) -> np.ndarray | None:
     """[E] float64 mean ``expert_share`` of the run's last tenth; None if not recorded."""
     rows = [r.expert_share for r in tail(run.records) if r.expert_share]
     return np.asarray(rows, dtype=np.float64).mean(axis=0) if rows else None
 
 
-def settled_layer_shares(run: RunData) -> np.ndarray | None:
+def _settled_layer_shares(run: RunData) -> np.ndarray | None:
     """[MoE layers, E] float64 mean ``layer_expert_share`` of the last tenth; None without it."""
     tables = [r.layer_expert_share for r in tail(run.records) if r.layer_expert_share]
     if not tables:
@@ -51,17 +51,17 @@ def settled_layer_shares(run: RunData) -> np.ndarray | None:
     return np.mean(same, axis=0)
 
 
-def balanced_share(config: RunConfig, kind: str) -> float:
+def _balanced_share(config: RunConfig, kind: str) -> float:
     """Share of one expert of this kind under perfect balance."""
     if kind == "FFN":
         return config.phi / config.experts.num_ffn_experts
     return (1.0 - config.phi) / config.experts.num_zero_computation_experts
 
 
-def layer_heat_map(run: RunData) -> Plot:
+def _layer_heat_map(run: RunData) -> Plot:
     """Share of every expert in every MoE layer."""
     title = "Expert share by MoE layer"
-    shares = settled_layer_shares(run)
+    shares = _settled_layer_shares(run)
     if shares is None or not np.isfinite(shares).all():
         return Plot(
             title,
@@ -74,7 +74,7 @@ def layer_heat_map(run: RunData) -> Plot:
     layers, experts = shares.shape
     figure = new_figure(13.2, min(9.0, 1.6 + 0.36 * layers))
     axes = figure.subplots()
-    balanced = np.asarray([balanced_share(run.config, kind) for kind in run.config.experts.kinds])
+    balanced = np.asarray([_balanced_share(run.config, kind) for kind in run.config.experts.kinds])
     # One fixed scale: pages of different runs can be compared by eye.
     image = axes.imshow(
         shares / balanced, cmap="PuOr_r", aspect="auto", vmin=0, vmax=2, interpolation="nearest"
@@ -83,7 +83,7 @@ def layer_heat_map(run: RunData) -> Plot:
     bar.outline.set_visible(False)
     _name_experts(axes, run.config)
     _name_layers(axes, run.config, layers)
-    if shares.size <= MAX_NUMBERED_CELLS:
+    if shares.size <= _MAX_NUMBERED_CELLS:
         _number_cells(axes, shares, balanced)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -102,10 +102,10 @@ def layer_heat_map(run: RunData) -> Plot:
     )
 
 
-def expert_bars(run: RunData) -> Plot:
+def _expert_bars(run: RunData) -> Plot:
     """Share of every expert over all layers, against perfect balance."""
     title = "Expert share, all MoE layers"
-    shares = settled_shares(run)
+    shares = _settled_shares(run)
     if shares is None or not np.isfinite(shares).all():
         return Plot(title, "", None, "The shares of the experts were not recorded in this run.")
     config = run.config
@@ -114,7 +114,7 @@ def expert_bars(run: RunData) -> Plot:
     axes = figure.subplots()
     positions = np.arange(len(kinds))
     axes.bar(positions, shares, color=[KIND_COLOURS[kind] for kind in kinds], width=0.75)
-    levels = [balanced_share(config, kind) for kind in kinds]
+    levels = [_balanced_share(config, kind) for kind in kinds]
     axes.hlines(levels, positions - 0.45, positions + 0.45, color=INK, linewidth=1.3)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
     axes.grid(visible=False, axis="x")
@@ -135,7 +135,7 @@ def expert_bars(run: RunData) -> Plot:
     )
 
 
-def kinds_over_time(run: RunData) -> Plot:
+def _kinds_over_time(run: RunData) -> Plot:
     """Share of each kind of expert over steps, stacked."""
     title = "Expert share by kind"
     records = [r for r in run.records if r.expert_share and all(map(math.isfinite, r.expert_share))]
@@ -164,7 +164,7 @@ def kinds_over_time(run: RunData) -> Plot:
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
     step_axis(axes)
     figure.legend(loc="outside upper center", ncols=4)
-    settled = settled_shares(run)
+    settled = _settled_shares(run)
     assert settled is not None, "two records have them"
     return Plot(
         title,
@@ -193,7 +193,7 @@ def _kind_legend(axes: Axes, config: RunConfig) -> None:
 def _name_experts(axes: Axes, config: RunConfig) -> None:
     """Names at the ticks, each in its kind's colour; too many experts are named by kind."""
     names, kinds = config.experts.names, config.experts.kinds
-    if len(names) <= MAX_NAMED_EXPERTS:
+    if len(names) <= _MAX_NAMED_EXPERTS:
         axes.set_xticks(range(len(names)), labels=names, rotation=45, ha="right")
     else:
         firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
@@ -205,7 +205,7 @@ def _name_experts(axes: Axes, config: RunConfig) -> None:
 
 def _name_layers(axes: Axes, config: RunConfig, layers: int) -> None:
     numbers = layer_numbers(config.moe_layers, layers)
-    stride = -(-layers // MAX_NAMED_LAYERS)
+    stride = -(-layers // _MAX_NAMED_LAYERS)
     axes.set_yticks(range(0, layers, stride), labels=[str(n) for n in numbers[::stride]])
     axes.set_ylabel("layer")
 

@@ -31,7 +31,7 @@ from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.summary import tail
 
 # Beyond this, a layer's row is too thin for its number.
-MAX_NAMED_LAYERS = 32
+_MAX_NAMED_LAYERS = 32
 
 
 class Series(NamedTuple):
@@ -218,7 +218,7 @@ def ffn_histogram(run: RunData) -> Plot | None:
             np.arange(layers), shares[:, count], left=left, color=colours[count], label=str(count)
         )
         left += shares[:, count]
-    stride = -(-layers // MAX_NAMED_LAYERS)
+    stride = -(-layers // _MAX_NAMED_LAYERS)
     axes.set_yticks(range(0, layers, stride), labels=[str(n) for n in numbers[::stride]])
     axes.invert_yaxis()
     axes.set_ylabel("layer")

@@ -119,7 +119,7 @@ def explain(plan: Plan, planned: Planned) -> str:
         over = planned.memory_gib - plan.machine.memory_bytes / GIB
         return f"does not fit: {over:.1f} GiB too many on the fullest rank"
     step = planned.step
-    shares = {name: seconds / step.total for name, seconds in bars(step.seconds).items()}
+    shares = {name: seconds / step.total for name, seconds in _bars(step.seconds).items()}
     largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
     text = ", ".join(f"{name} {share:.0%}" for name, share in largest)
     place = placement(planned.grid, "ep", plan.machine.per_node)
@@ -133,7 +133,7 @@ def explain(plan: Plan, planned: Planned) -> str:
     if best is None or planned is best:
         return text
     slower = step.total / best.step.total - 1
-    ours, theirs = bars(step.seconds), bars(best.step.seconds)
+    ours, theirs = _bars(step.seconds), _bars(best.step.seconds)
     name = max(ours, key=lambda key: ours[key] - theirs[key])
     more = (ours[name] - theirs[name]) / best.step.total
     return f"+{slower:.1%} ({name} +{more:.1%}); {text}"
@@ -182,7 +182,7 @@ def _models(plan: Plan, tokens: float, price: float | None) -> Table:
         ]
         if price is not None:
             row.append(f"{hours * plan.world * price:,.0f}")
-        table.add_row(*row, short_name(planned))
+        table.add_row(*row, _short_name(planned))
     return table
 
 
@@ -199,7 +199,7 @@ def models(plan: Plan) -> list[Planned]:
     return sorted([*plan.rivals, *best], key=lambda one: (one.tau is not None, -(one.tau or 0)))
 
 
-def short_name(planned: Planned) -> str:
+def _short_name(planned: Planned) -> str:
     """A layout's degrees above 1, such as TP2 PP8 EP64 MBS1."""
     grid = planned.grid
     degrees = {
@@ -215,7 +215,7 @@ def short_name(planned: Planned) -> str:
     return " ".join([*names, f"MBS{grid.micro_batch}"])
 
 
-def bars(seconds: Mapping[str, float]) -> dict[str, float]:
+def _bars(seconds: Mapping[str, float]) -> dict[str, float]:
     """Seconds by the plot's names, which cover the whole time."""
     known = {part for _, _, parts in _BARS for part in parts}
     assert known >= seconds.keys(), f"no bar for {seconds.keys() - known}"
@@ -245,9 +245,9 @@ def plot(path: Path, plan: Plan) -> None:
     entries: list[tuple[str, Planned]] = []
     for planned in models(plan):
         name = "vanilla" if planned.tau is None else f"MoE++ tau {planned.tau:g}"
-        entries.append((f"{name}\n{short_name(planned)}", planned))
+        entries.append((f"{name}\n{_short_name(planned)}", planned))
     for number, planned in enumerate(plan.layouts[1:], start=2):
-        entries.append((f"layout {number}\n{short_name(planned)}", planned))
+        entries.append((f"layout {number}\n{_short_name(planned)}", planned))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 1.9 + 0.46 * len(entries)), layout="constrained")
         axis = figure.subplots()
@@ -270,7 +270,7 @@ def plot(path: Path, plan: Plan) -> None:
 def _draw(axis: Axes, entries: Sequence[tuple[str, Planned]]) -> None:
     places = range(len(entries))
     left = [0.0] * len(entries)
-    columns = [bars(planned.step.seconds) for _, planned in entries]
+    columns = [_bars(planned.step.seconds) for _, planned in entries]
     for name, colour, _ in _BARS:
         values = [column[name] for column in columns]
         if any(values):

@@ -10,7 +10,7 @@ from moepp_megatron.workbench.report.run_data import RunData
 
 # Share of the records that counts as the settled end of a run. Every share and every saving that a
 # page, a summary or the last lines of `moepp train` name is a mean over these records.
-TAIL = 0.1
+_TAIL = 0.1
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def step_weights(records: Sequence[StepMetrics]) -> list[int]:
 
 def tail(records: Sequence[StepMetrics]) -> Sequence[StepMetrics]:
     """The last tenth of the records, at least one."""
-    return records[-max(1, round(len(records) * TAIL)) :]
+    return records[-max(1, round(len(records) * _TAIL)) :]
 
 
 def window(records: Sequence[StepMetrics]) -> str:

@@ -2,7 +2,9 @@
 
 sources.py           which format a file is in, and its collectives
 records.py           fields and lines of such files
-kineto.py            traces of torch's profiler: kineto_events.py, kineto_sizes.py
+kineto.py            traces of torch's profiler
+kineto_events.py     their events, and in which ranges of the program each lies
+kineto_sizes.py      sizes, data types and splits of their collectives
 inspector.py         logs of NCCL Inspector
 plugin_trace.py      traces of NCCL's example profiler plugin
 flight_recorder.py   dumps of torch's flight recorder

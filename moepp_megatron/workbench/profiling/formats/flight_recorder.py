@@ -89,7 +89,7 @@ class _DataUnpickler(pickle.Unpickler):
         raise SourceError(f"asks for {module}.{name}, which no flight record contains")
 
 
-def load_dump(path: Path) -> dict[str, Any]:
+def _load_dump(path: Path) -> dict[str, Any]:
     """A rank's dump, JSON or pickle, without running anything that a pickle may hold.
 
     Raises:
@@ -127,7 +127,7 @@ def read_flight_record(path: Path) -> list[Collective]:
         raise SourceError(
             f"{path}: the name of a flight record must end with its rank, such as trace_rank_3"
         )
-    dump = load_dump(path)
+    dump = _load_dump(path)
     groups = _groups(dump, str(path))
     entries = field(dump, "entries", list, str(path))
     return [

@@ -11,7 +11,7 @@ from moepp_megatron.workbench.inspection.aggregates import Group
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import KIND_COLOURS
 
-DASH = "-"
+_DASH = "-"
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def _cell(group: Group) -> Cell:
         for kind, share, text in zip(KIND_NAMES, group.kinds, texts, strict=True)
         if share > 0
     ]
-    loss = DASH if math.isnan(group.loss) else f"{group.loss:.2f}"
+    loss = _DASH if math.isnan(group.loss) else f"{group.loss:.2f}"
     return Cell(f"{group.ffn:.2f}{error}", bars, loss)
 
 
 def _signed(value: float) -> str:
-    return DASH if math.isnan(value) else f"{value:+.2f}"
+    return _DASH if math.isnan(value) else f"{value:+.2f}"

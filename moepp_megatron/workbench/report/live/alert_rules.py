@@ -17,7 +17,7 @@ from moepp_megatron.config.schema import ResilienceSection
 from moepp_megatron.workbench.report.live import exported
 from moepp_megatron.workbench.report.live.exported import OF_RECORDS
 
-HEADER = """\
+_HEADER = """\
 # Alert rules for Prometheus; docs/monitor.md says how they are loaded. Made by
 # python -m moepp_megatron.workbench.report.live.alert_rules > docs/grafana/alerts.yaml
 """
@@ -182,7 +182,7 @@ def rules() -> dict[str, Any]:
 
 def text() -> str:
     """The text of the file."""
-    return HEADER + yaml.safe_dump(rules(), sort_keys=False, width=100)
+    return _HEADER + yaml.safe_dump(rules(), sort_keys=False, width=100)
 
 
 def _rule(rule: AlertRule) -> dict[str, Any]:

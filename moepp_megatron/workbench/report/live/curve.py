@@ -10,12 +10,12 @@ from rich.text import Text
 
 from moepp_megatron.workbench.report.live.glyphs import Glyphs
 
-LABEL_WIDTH = 8
+_LABEL_WIDTH = 8
 # More records than this are thinned out before they are drawn: a cell holds no more anyway.
-MOST_POINTS = 20_000
+_MOST_POINTS = 20_000
 # The first losses are far above the rest; from this many columns on they may leave the picture.
-COLUMNS_TO_CUT = 40
-CUT_SHARE = 0.05
+_COLUMNS_TO_CUT = 40
+_CUT_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def draw_curve(series: Series, width: int, height: int, glyphs: Glyphs) -> list[
     Returns:
         ``height + 1`` lines of at most ``width`` columns.
     """
-    columns = max(4, width - LABEL_WIDTH - 1)
+    columns = max(4, width - _LABEL_WIDTH - 1)
     per_cell = 2 if glyphs.braille else 1
     means = _column_means(series, columns * per_cell)
     low, high = _range(means, series)
@@ -66,7 +66,7 @@ def draw_curve(series: Series, width: int, height: int, glyphs: Glyphs) -> list[
     }
     labels = {0: high, height - 1: low}
     for row in range(height):
-        line = Text(_label(labels.get(row)).rjust(LABEL_WIDTH) + " ", style="dim")
+        line = Text(_label(labels.get(row)).rjust(_LABEL_WIDTH) + " ", style="dim")
         for column in range(columns):
             if (row, column) in marks:
                 line.append(glyphs.point, style="bold yellow")
@@ -78,7 +78,7 @@ def draw_curve(series: Series, width: int, height: int, glyphs: Glyphs) -> list[
                 line.append(" ")
         lines.append(line)
     first, last = f"step {series.steps[0]:,}", f"{series.steps[-1]:,}"
-    axis = " " * (LABEL_WIDTH + 1) + first + last.rjust(max(1, columns - len(first)))
+    axis = " " * (_LABEL_WIDTH + 1) + first + last.rjust(max(1, columns - len(first)))
     lines.append(Text(axis[:width], style="dim"))
     return lines
 
@@ -156,7 +156,7 @@ def _column(step: int, series: Series, columns: int) -> int:
 def _column_means(series: Series, columns: int) -> list[float | None]:
     """[columns] mean of the finite values in each; None without a value, NaN without a finite."""
     sums, counts, seen = [0.0] * columns, [0] * columns, [False] * columns
-    stride = max(1, len(series.steps) // MOST_POINTS)
+    stride = max(1, len(series.steps) // _MOST_POINTS)
     for step, value in zip(series.steps[::stride], series.values[::stride], strict=True):
         column = _column(step, series, columns)
         seen[column] = True
@@ -172,8 +172,8 @@ def _column_means(series: Series, columns: int) -> list[float | None]:
 def _range(means: Sequence[float | None], series: Series) -> tuple[float, float]:
     """Lowest and highest value of the picture."""
     known = [value for value in means if value is not None and math.isfinite(value)]
-    if len(known) >= COLUMNS_TO_CUT:
-        known = known[int(CUT_SHARE * len(known)) :]
+    if len(known) >= _COLUMNS_TO_CUT:
+        known = known[int(_CUT_SHARE * len(known)) :]
     known += [value for _, value in series.points if math.isfinite(value)]
     if series.target is not None:
         known.append(series.target)

@@ -12,8 +12,8 @@ from moepp_megatron.experts import KIND_NAMES, ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report.live.glyphs import KIND_STYLES, Glyphs
 
-LABEL_WIDTH = 10
-NUMBERS_WIDTH = 30
+_LABEL_WIDTH = 10
+_NUMBERS_WIDTH = 30
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def expert_bars(
     if left_out:
         shares = [layer.kinds[0] for layer in left_out]
         text = f"{len(left_out)} more layers, FFN share {min(shares):.3f} to {max(shares):.3f}"
-        lines.append(Text(text.rjust(len(text) + LABEL_WIDTH)[:width], style="dim"))
+        lines.append(Text(text.rjust(len(text) + _LABEL_WIDTH)[:width], style="dim"))
     return lines
 
 
@@ -124,8 +124,8 @@ def _most_striking(
 
 
 def _bar(layer: LayerShares, wanted: float | None, width: int, glyphs: Glyphs) -> Text:
-    room = max(8, width - LABEL_WIDTH - NUMBERS_WIDTH)
-    line = Text(layer.name.ljust(LABEL_WIDTH))
+    room = max(8, width - _LABEL_WIDTH - _NUMBERS_WIDTH)
+    line = Text(layer.name.ljust(_LABEL_WIDTH))
     if not all(map(math.isfinite, layer.kinds)):
         return line.append("shares are not finite", style="red")
     cells: list[tuple[str, str]] = []

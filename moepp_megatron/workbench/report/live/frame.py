@@ -21,12 +21,12 @@ from moepp_megatron.workbench.report.live.health import State, short_time
 from moepp_megatron.workbench.report.live.run import LiveRun
 
 # From this width on two curves stand side by side.
-WIDE = 110
-SMALLEST_WIDTH = 40
-MOST_ALERTS = 4
-CURVE_ROWS = (4, 10)
+_WIDE = 110
+_SMALLEST_WIDTH = 40
+_MOST_ALERTS = 4
+_CURVE_ROWS = (4, 10)
 
-STATE_STYLES: dict[State, str] = {
+_STATE_STYLES: dict[State, str] = {
     "waiting": "yellow",
     "starting": "yellow",
     "running": "green",
@@ -35,7 +35,7 @@ STATE_STYLES: dict[State, str] = {
     "stopped": "yellow",
     "died": "bold red",
 }
-SEVERITY_STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
+_SEVERITY_STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def build_frame(run: LiveRun, size: Size, glyphs: Glyphs) -> Group:
         Lines of at most ``size.width`` columns, and no more than ``size.height`` of them where
         that is 20 or more.
     """
-    width = max(SMALLEST_WIDTH, size.width)
+    width = max(_SMALLEST_WIDTH, size.width)
     top = _header(run, width, glyphs)
     newest = run.history.newest
     alerts = _alerts(run, width, glyphs)
@@ -69,9 +69,9 @@ def build_frame(run: LiveRun, size: Size, glyphs: Glyphs) -> Group:
     if run.config is not None:
         shares = layer_shares(newest, run.config.experts, run.config.moe_layers)
     # A heading and the steps under the curve; the sparkline of narrow views; the bars' heading.
-    fixed = len(top) + len(numbers) + len(alerts) + 2 + (width < WIDE) + bool(shares)
+    fixed = len(top) + len(numbers) + len(alerts) + 2 + (width < _WIDE) + bool(shares)
     rest = 10**6 if size.height is None else max(0, size.height - fixed)
-    rows = min(max(rest // 2, CURVE_ROWS[0], rest - len(shares)), CURVE_ROWS[1])
+    rows = min(max(rest // 2, _CURVE_ROWS[0], rest - len(shares)), _CURVE_ROWS[1])
     body = [*_curves(run, width, rows, glyphs), *numbers]
     if shares and rest - rows > 0:
         body.append(_heading("experts", legend(shares, glyphs), width, glyphs))
@@ -89,11 +89,11 @@ def _header(run: LiveRun, width: int, glyphs: Glyphs) -> list[Text]:
     title.append(printable(f"  {run.folder}", keep=""), style="dim")
     title.truncate(width - len(state) - 1, overflow="ellipsis")
     title.append(" " * (width - len(state) - title.cell_len))
-    title.append(state, style=STATE_STYLES[health.state])
+    title.append(state, style=_STATE_STYLES[health.state])
     lines = [title]
     if run.config is not None and run.history.newest is not None:
         lines.append(_progress(run, run.config.training.train_iters, width, glyphs))
-    text = Text(health.text, style=STATE_STYLES[health.state])
+    text = Text(health.text, style=_STATE_STYLES[health.state])
     if run.history.went_back is not None:
         before, after = run.history.went_back
         text.append(f"; went back from step {before:,} to {after:,}", style="yellow")
@@ -130,7 +130,7 @@ def _curves(run: LiveRun, width: int, rows: int, glyphs: Glyphs) -> list[Text | 
         if not math.isnan(value)
     ]
     loss = Series(history.steps, history.loss, points)
-    if width < WIDE:
+    if width < _WIDE:
         lines = [_loss_heading(run, width, glyphs), *draw_curve(loss, width, rows, glyphs)]
         share = _share_text(run, "FFN share ")
         room = width - share.cell_len - 2
@@ -223,13 +223,14 @@ def _alerts(run: LiveRun, width: int, glyphs: Glyphs) -> list[Text]:
     """The newest alerts, newest first."""
     if not run.alerts:
         return []
-    shown: Sequence[Alert] = [*run.alerts][: -MOST_ALERTS - 1 : -1]
+    shown: Sequence[Alert] = [*run.alerts][: -_MOST_ALERTS - 1 : -1]
     count = Text(f"  {run.alert_counts.total()}", style="bold")
     lines = [_heading("alerts", count, width, glyphs)]
     for alert in shown:
         lines.append(
             _cut(
-                Text(printable(alert.text(), keep=""), style=SEVERITY_STYLES[alert.severity]), width
+                Text(printable(alert.text(), keep=""), style=_SEVERITY_STYLES[alert.severity]),
+                width,
             )
         )
     return lines

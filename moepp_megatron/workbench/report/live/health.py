@@ -21,8 +21,8 @@ STATES: tuple[State, ...] = (
 )
 
 # Evaluation and saving lie between records too, and a short step says little about them.
-SILENT_INTERVALS = 10
-SILENT_AT_LEAST_S = 60.0
+_SILENT_INTERVALS = 10
+_SILENT_AT_LEAST_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,18 @@ def judge(
     if gone:
         return RunHealth("died", f"its process is gone; last record {_ago(record_age_s)}")
     interval = history.record_interval_s
-    if record_age_s > silent_after_s(history):
+    if record_age_s > _silent_after_s(history):
         usual = f"; one came every {short_time(interval)}" if math.isfinite(interval) else ""
         return RunHealth("silent", f"no record for {short_time(record_age_s)}{usual}")
     return RunHealth("running", f"running, last record {_ago(record_age_s)}")
 
 
-def silent_after_s(history: History) -> float:
+def _silent_after_s(history: History) -> float:
     """Seconds without a record after which a run counts as silent."""
     interval = history.record_interval_s
     if not math.isfinite(interval):
-        return SILENT_AT_LEAST_S
-    return max(SILENT_AT_LEAST_S, SILENT_INTERVALS * interval)
+        return _SILENT_AT_LEAST_S
+    return max(_SILENT_AT_LEAST_S, _SILENT_INTERVALS * interval)
 
 
 def short_time(seconds: float) -> str:

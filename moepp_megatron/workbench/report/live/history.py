@@ -12,7 +12,7 @@ from typing import Any
 from moepp_megatron.observe.metrics import StepMetrics
 
 # Enough steps that one slow one (a checkpoint, an evaluation) does not move the estimate.
-RECENT = 20
+_RECENT = 20
 _LARGEST = 2**63
 
 
@@ -44,7 +44,7 @@ class History:
         self.ffn_fraction = array("d")
         self._energy_j = array("d")
         self._gpu_hours = array("d")
-        self._recent: deque[StepMetrics] = deque(maxlen=RECENT)
+        self._recent: deque[StepMetrics] = deque(maxlen=_RECENT)
         self.newest: StepMetrics | None = None
         self.latest: dict[str, float] = {}
         self.latest_lists: dict[str, list[Any] | dict[str, list[Any]]] = {}

@@ -18,12 +18,12 @@ from moepp_megatron.workbench.report.live.history import History
 from moepp_megatron.workbench.report.run_data import ReportError, RunConfig, read_config
 
 CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-RUN_FILES = {CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE}
+_METRICS_FILE = "metrics.jsonl"
+RUN_FILES = {CONFIG_FILE, _METRICS_FILE, STATUS_FILE, ALERTS_FILE}
 # What a run, or a job that waits to become one, leaves in its folder.
-TRACES = RUN_FILES | {"checkpoints", "tensorboard", "slurm", "hangs"}
+_TRACES = RUN_FILES | {"checkpoints", "tensorboard", "slurm", "hangs"}
 # Alerts that are remembered; the file has all.
-KEPT_ALERTS = 200
+_KEPT_ALERTS = 200
 
 
 class LiveRun:
@@ -49,12 +49,12 @@ class LiveRun:
         self.folder = folder
         self.config: RunConfig | None = None
         self.history = History()
-        self.alerts: deque[Alert] = deque(maxlen=KEPT_ALERTS)
+        self.alerts: deque[Alert] = deque(maxlen=_KEPT_ALERTS)
         self.alert_counts: Counter[tuple[str, str]] = Counter()
         self.damaged_lines = 0
         self._clock = clock
         self._config_mtime_ns = -1
-        self._metrics = Tail(folder / METRICS_FILE)
+        self._metrics = Tail(folder / _METRICS_FILE)
         self._alert_lines = Tail(folder / ALERTS_FILE)
         self._status: RunStatus | None = None
         self._record_time: float | None = None
@@ -148,8 +148,8 @@ def check_folder(folder: Path) -> None:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise ReportError(f"{folder}: cannot be read ({error.strerror})") from error
-    if names and names.isdisjoint(TRACES):
+    if names and names.isdisjoint(_TRACES):
         raise ReportError(
-            f"{folder}: holds other files but no {CONFIG_FILE} or {METRICS_FILE}; name the folder "
+            f"{folder}: holds other files but no {CONFIG_FILE} or {_METRICS_FILE}; name the folder "
             "of a run (run.dir)"
         )

@@ -14,7 +14,7 @@ from moepp_megatron.workbench.report.live.run import LiveRun
 from moepp_megatron.workbench.report.run_data import RunConfig
 
 # Anything else is over, or has stood still: its last numbers are no longer those of now.
-LIVE_STATES = ("running",)
+_LIVE_STATES = ("running",)
 
 # Values of the metric's labels, and the number.
 Sample = tuple[tuple[str, ...], float]
@@ -28,7 +28,7 @@ def samples_of(run: LiveRun) -> Iterator[tuple[Exported, list[Sample]]]:
     """
     state = run.health().state
     yield from _of_run(run, state)
-    if run.history.newest is None or state not in LIVE_STATES:
+    if run.history.newest is None or state not in _LIVE_STATES:
         return
     others: list[Sample] = []
     for key, value in sorted(run.history.latest.items()):
