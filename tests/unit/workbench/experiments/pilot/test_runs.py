@@ -85,7 +85,9 @@ def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(
     # All steps, but ended before its validation.
     write_run(runs[3], loss=None)
     assert [folder.is_done(run) for run in runs[:4]] == [True, False, False, False]
-    ranks, shown, ended = stand_in(runs), [], []
+    ranks = stand_in(runs)
+    shown: list[str] = []
+    ended: list[str] = []
     folder.run_missing(runs, shown.append, lambda run: ended.append(run.name))
     assert ranks.started == ended == [run.name for run in runs[1:]]
     assert shown[0] == "seed 7, MoE++ tau 0.75"
