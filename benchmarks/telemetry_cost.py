@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-from moepp_megatron.observe.telemetry import CpuSource, GpuSource, Sampler, Source
+from moepp_megatron.observe.telemetry import CpuSource, GpuSource, Sampler, TelemetrySource
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 
 
-def source_of_this_node() -> Source:
+def source_of_this_node() -> TelemetrySource:
     """All cards of the node, or its CPU."""
     try:
         nvml = Nvml()

@@ -12,8 +12,8 @@ from moepp_megatron.config import ConfigError
 
 if TYPE_CHECKING:
     from moepp_megatron.workbench.profiling.analysis import Profile
-    from moepp_megatron.workbench.profiling.compare import Comparison
-    from moepp_megatron.workbench.profiling.summary import Summary
+    from moepp_megatron.workbench.profiling.compare import ProfileComparison
+    from moepp_megatron.workbench.profiling.summary import ProfileSummary
 
 
 def profile(
@@ -114,7 +114,7 @@ def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
     _print_comparison(None if against is None else _compare(summary, against))
 
 
-def _summary(path: Path) -> Summary:
+def _summary(path: Path) -> ProfileSummary:
     """The summary of any recording, for a comparison."""
     from moepp_megatron.workbench.profiling.analysis import analyse
     from moepp_megatron.workbench.profiling.formats.sources import read_recording
@@ -129,13 +129,13 @@ def _summary(path: Path) -> Summary:
     return summarise_recording(read_recording(path), _name(path))
 
 
-def _compare(after: Summary, against: Path) -> Comparison:
+def _compare(after: ProfileSummary, against: Path) -> ProfileComparison:
     from moepp_megatron.workbench.profiling.compare import compare
 
     return compare(_summary(against), after)
 
 
-def _print_comparison(comparison: Comparison | None) -> None:
+def _print_comparison(comparison: ProfileComparison | None) -> None:
     from moepp_megatron.workbench.report.profile_comparison import comparison_text
 
     if comparison is not None:

@@ -82,7 +82,7 @@ DEFAULT_RULES = (
 
 
 @dataclass(frozen=True)
-class Rule:
+class CompleteRule:
     """A complete rule, its defaults resolved.
 
     Attributes:
@@ -139,18 +139,18 @@ def merged_rules(section: RoutingGuardSection) -> dict[str, GuardRule]:
     return rules
 
 
-def effective_rules(section: RoutingGuardSection) -> tuple[Rule, ...]:
+def effective_rules(section: RoutingGuardSection) -> tuple[CompleteRule, ...]:
     """The complete rules of a checked configuration, in order."""
     return tuple(complete(rule) for rule in merged_rules(section).values() if rule.action != "none")
 
 
-def complete(rule: GuardRule) -> Rule:
+def complete(rule: GuardRule) -> CompleteRule:
     """Resolve the defaults of a rule that has a metric and one limit."""
     limit = rule.above if rule.above is not None else rule.below
     assert rule.metric is not None, f"rule {rule.name} has no metric"
     assert limit is not None, f"rule {rule.name} has no limit"
     for_steps = rule.for_steps or 1
-    return Rule(
+    return CompleteRule(
         name=rule.name,
         metric=rule.metric,
         limit=limit,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moepp_megatron.data.encoding import EncodedPiece, token_dtype
 from moepp_megatron.data.manifest import CORPUS, SourceSummary
-from moepp_megatron.data.sources import Source
+from moepp_megatron.data.sources import TextSource
 
 _VALIDATION_SHARE = 0.05
 # Of a document that belongs to no group.
@@ -43,7 +43,7 @@ class SpooledCorpus:
 
 
 def spool_corpus(
-    pieces: Iterable[EncodedPiece], sources: Sequence[Source], vocab_size: int, path: Path
+    pieces: Iterable[EncodedPiece], sources: Sequence[TextSource], vocab_size: int, path: Path
 ) -> SpooledCorpus:
     """Append every piece to a file, so that memory holds the lengths only."""
     dtype = token_dtype(vocab_size)

@@ -13,7 +13,7 @@ from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.compressed import Compression, open_source
-from moepp_megatron.data.sources import Format, Source, SourceFile
+from moepp_megatron.data.sources import Format, SourceFile, TextSource
 
 PIECE_BYTES = 256 * 1024
 
@@ -23,7 +23,7 @@ _NOT_JSON = "not a JSON object"
 
 
 @dataclass(frozen=True)
-class Part:
+class DocumentPart:
     """A part of a file: bytes [start, end) of text and JSONL, row groups [start, end) of parquet.
 
     A JSONL record belongs to the part in which its line starts. A compressed file is one part.
@@ -48,7 +48,7 @@ class Piece:
     """
 
     source: int
-    parts: tuple[Part, ...]
+    parts: tuple[DocumentPart, ...]
     size: int
     group: str | None = None
 
@@ -60,7 +60,7 @@ class Skipped:
     reason: str
 
 
-def plan_pieces(sources: Sequence[Source], text_key: str) -> list[Piece]:
+def plan_pieces(sources: Sequence[TextSource], text_key: str) -> list[Piece]:
     """Cut all sources into pieces, in reading order.
 
     Args:
@@ -72,7 +72,7 @@ def plan_pieces(sources: Sequence[Source], text_key: str) -> list[Piece]:
     """
     pieces: list[Piece] = []
     for index, source in enumerate(sources):
-        pending: list[Part] = []
+        pending: list[DocumentPart] = []
         pending_size = 0
         group: str | None = None
         for file in source.files:
@@ -88,13 +88,13 @@ def plan_pieces(sources: Sequence[Source], text_key: str) -> list[Piece]:
     return pieces
 
 
-def _parts(file: SourceFile, text_key: str) -> Iterator[tuple[Part, int]]:
+def _parts(file: SourceFile, text_key: str) -> Iterator[tuple[DocumentPart, int]]:
     if file.compression is not None:
-        yield Part(file.path, file.format, 0, file.size, file.compression), file.size
+        yield DocumentPart(file.path, file.format, 0, file.size, file.compression), file.size
     elif file.format == "jsonl":
         for start in range(0, file.size, PIECE_BYTES):
             end = min(start + PIECE_BYTES, file.size)
-            yield Part(file.path, "jsonl", start, end), end - start
+            yield DocumentPart(file.path, "jsonl", start, end), end - start
     elif file.format == "parquet":
         with _open_parquet(file.path) as parquet:
             if text_key not in parquet.schema_arrow.names:
@@ -104,9 +104,9 @@ def _parts(file: SourceFile, text_key: str) -> Iterator[tuple[Part, int]]:
                 )
             groups = parquet.num_row_groups
             for group in range(groups):
-                yield Part(file.path, "parquet", group, group + 1), file.size // groups
+                yield DocumentPart(file.path, "parquet", group, group + 1), file.size // groups
     else:
-        yield Part(file.path, "text", 0, file.size), file.size
+        yield DocumentPart(file.path, "text", 0, file.size), file.size
 
 
 def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
@@ -121,7 +121,7 @@ def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
         yield from readers[part.format](part, text_key)
 
 
-def check_usable(sources: Sequence[Source], pieces: Sequence[Piece], text_key: str) -> None:
+def check_usable(sources: Sequence[TextSource], pieces: Sequence[Piece], text_key: str) -> None:
     """Read every source up to its first usable document, before hours are spent on the others.
 
     Raises:
@@ -147,11 +147,11 @@ def _usable(text: str) -> str | Skipped:
     return Skipped(_EMPTY) if not text or text.isspace() else text
 
 
-def _read_text(part: Part, text_key: str) -> Iterator[str | Skipped]:
+def _read_text(part: DocumentPart, text_key: str) -> Iterator[str | Skipped]:
     yield _text_of(part)
 
 
-def _text_of(part: Part) -> str | Skipped:
+def _text_of(part: DocumentPart) -> str | Skipped:
     # Not within the generator, which would hold the bytes for as long as the text is in use.
     with open_source(part.path, part.compression) as stream:
         data = stream.read()
@@ -164,13 +164,13 @@ def _text_of(part: Part) -> str | Skipped:
         return Skipped(_NOT_TEXT)
 
 
-def _read_jsonl(part: Part, text_key: str) -> Iterator[str | Skipped]:
+def _read_jsonl(part: DocumentPart, text_key: str) -> Iterator[str | Skipped]:
     for line in _lines(part):
         if line.strip():
             yield _record_text(line, text_key)
 
 
-def _lines(part: Part) -> Iterator[bytes]:
+def _lines(part: DocumentPart) -> Iterator[bytes]:
     """The lines that start in a part."""
     with open_source(part.path, part.compression) as stream:
         if part.compression is not None:
@@ -207,7 +207,7 @@ def _record_text(line: bytes, text_key: str) -> str | Skipped:
     return _usable(text)
 
 
-def _read_parquet(part: Part, text_key: str) -> Iterator[str | Skipped]:
+def _read_parquet(part: DocumentPart, text_key: str) -> Iterator[str | Skipped]:
     with _open_parquet(part.path) as parquet:
         groups = list(range(part.start, part.end))
         for batch in parquet.iter_batches(256, row_groups=groups, columns=[text_key]):

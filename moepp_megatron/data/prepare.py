@@ -22,7 +22,7 @@ from moepp_megatron.data.long_text import BYTES_PER_BYTE
 from moepp_megatron.data.manifest import CORPUS, FORMAT_VERSION, TOKENIZER, Inputs, Manifest
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.sources import (
-    Source,
+    TextSource,
     content_fingerprint,
     resolve_sources,
     stat_fingerprint,
@@ -198,7 +198,7 @@ def _make_tokenizer(
     return tokenizer
 
 
-def _warn_of_memory(sources: Sequence[Source], tokenizer: Tokenizer, console: Console) -> None:
+def _warn_of_memory(sources: Sequence[TextSource], tokenizer: Tokenizer, console: Console) -> None:
     """Warn of the longest document's memory if it cannot be tokenized in pieces."""
     # How long records are shows only when they are read.
     texts = [file for source in sources for file in source.files if file.format == "text"]
@@ -229,7 +229,7 @@ def _sample(pieces: Sequence[Piece], settings: PrepareSettings) -> Iterator[str]
 
 def _tokenize(
     pieces: Sequence[Piece],
-    sources: Sequence[Source],
+    sources: Sequence[TextSource],
     tokenizer: Tokenizer,
     settings: PrepareSettings,
     partial: Path,

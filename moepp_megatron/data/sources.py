@@ -47,7 +47,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """One SOURCE argument and its files, in the order they are read."""
 
     name: str
@@ -59,7 +59,7 @@ class Source:
         return sum(file.size for file in self.files)
 
 
-def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[Source]:
+def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[TextSource]:
     """Find the files of every source.
 
     Args:
@@ -67,7 +67,7 @@ def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[S
         exclude: a folder that is not walked: the output, which may lie inside a source.
 
     Returns:
-        One `Source` per name, in the given order.
+        One `TextSource` per name, in the given order.
 
     Raises:
         ConfigError: no sources, or one that is missing, unreadable, or without a non-empty file.
@@ -77,7 +77,7 @@ def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[S
     return [_resolve(name, exclude) for name in names]
 
 
-def _resolve(name: str, exclude: Path | None) -> Source:
+def _resolve(name: str, exclude: Path | None) -> TextSource:
     if name == _STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         files = _code_of_stdlib(root, exclude)
@@ -93,7 +93,7 @@ def _resolve(name: str, exclude: Path | None) -> Source:
             files = [_source_file(name, root, root.name)]
         else:
             raise ConfigError(f"source {name} is neither a file nor a folder; write it to a file")
-    source = Source(name, tuple(files))
+    source = TextSource(name, tuple(files))
     if not source.files:
         raise ConfigError(f"source {name} ({root}) holds no files; name one with text in it")
     if source.size == 0:
@@ -178,7 +178,7 @@ def _source_file(source: str, path: Path, name: str) -> SourceFile:
     )
 
 
-def stat_fingerprint(sources: Sequence[Source]) -> str:
+def stat_fingerprint(sources: Sequence[TextSource]) -> str:
     """SHA-256 over names, sizes and modification times: no file is opened."""
     digest = hashlib.sha256()
     for source in sources:
@@ -189,7 +189,7 @@ def stat_fingerprint(sources: Sequence[Source]) -> str:
 
 
 def content_fingerprint(
-    sources: Sequence[Source], advance: Callable[[int], None] = lambda _: None
+    sources: Sequence[TextSource], advance: Callable[[int], None] = lambda _: None
 ) -> str:
     """SHA-256 over names and contents; `advance` is called with the bytes read.
 

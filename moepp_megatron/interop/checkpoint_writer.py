@@ -37,7 +37,7 @@ from moepp_megatron.training.checkpoint.validity import file_digest
 _FILE_BYTES = 2 * 1024**3
 
 
-class CheckpointWriter:
+class ConvertedCheckpointWriter:
     """Writes tensors, or slices of them along the first axis, in any order.
 
     Args:

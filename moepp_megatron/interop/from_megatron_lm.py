@@ -19,7 +19,7 @@ from typing import Any
 from moepp_megatron.config import Config, ConfigError, parse_config
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
-from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
+from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.megatron_arguments import environment_arguments, moepp_config
 from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
 from moepp_megatron.interop.moepp_rules import moepp_rules
@@ -81,7 +81,7 @@ def from_megatron_lm(
     target = free_folder(target)
     with partial_folder(target) as partial:
         link_data(reader, names, partial)
-        writer = CheckpointWriter(partial, _PREFIX)
+        writer = ConvertedCheckpointWriter(partial, _PREFIX)
         for name in names:
             writer.adopt(reader, name)
         write_objects(writer, config)

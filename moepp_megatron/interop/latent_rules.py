@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from moepp_megatron.config import Config
-from moepp_megatron.interop.rules import HFTensor, Rule, same
+from moepp_megatron.interop.rules import HFTensor, TensorRule, same
 
 
 def latent_attention_rules(
     config: Config, layer: int, theirs: str, q_scale: float = 1.0, kv_scale: float = 1.0
-) -> Iterator[Rule]:
+) -> Iterator[TensorRule]:
     """Attention of a layer, without the norms before and behind it.
 
     Args:
@@ -57,7 +57,7 @@ def norm_keys(layer: int, is_moe: bool) -> tuple[str, str]:
     return ours + "input_layernorm.weight", ours + ffn_norm
 
 
-def _scaled(key: str, name: str, scale: float, *shape: int) -> Rule:
+def _scaled(key: str, name: str, scale: float, *shape: int) -> TensorRule:
     """A tensor that is `scale` times smaller in the other format."""
     if scale == 1.0:
         return same(key, name, *shape)
@@ -65,4 +65,4 @@ def _scaled(key: str, name: str, scale: float, *shape: int) -> Rule:
     def pack(tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0] * scale
 
-    return Rule(key, shape, (HFTensor(name, shape),), None, pack, lambda t: [t / scale])
+    return TensorRule(key, shape, (HFTensor(name, shape),), None, pack, lambda t: [t / scale])

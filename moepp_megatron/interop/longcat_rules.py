@@ -11,10 +11,10 @@ from torch import Tensor
 from moepp_megatron.config import Config
 from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
 from moepp_megatron.interop.longcat import dense_width, routed_experts
-from moepp_megatron.interop.rules import HFTensor, Rule, made, row, same, stacked
+from moepp_megatron.interop.rules import HFTensor, TensorRule, made, row, same, stacked
 
 
-def longcat_rules(config: Config, with_identity_weights: bool = False) -> Iterator[Rule]:
+def longcat_rules(config: Config, with_identity_weights: bool = False) -> Iterator[TensorRule]:
     """Every tensor by LongCat-Flash's names.
 
     Args:
@@ -26,7 +26,7 @@ def longcat_rules(config: Config, with_identity_weights: bool = False) -> Iterat
     table = (model.vocab_size, model.hidden_size)
     names = ["model.embed_tokens.weight"] + ["lm_head.weight"] * model.tie_embeddings
     sources = tuple(HFTensor(name, table) for name in names)
-    yield Rule(
+    yield TensorRule(
         "embedding.word_embeddings.weight", table, sources, unpack=lambda t: [t] * len(names)
     )
     for layer, is_moe in enumerate(config.moe.moe_layer_pattern(model.num_layers)):
@@ -36,7 +36,7 @@ def longcat_rules(config: Config, with_identity_weights: bool = False) -> Iterat
         yield same("output_layer.weight", "lm_head.weight", *table)
 
 
-def _layer_rules(config: Config, layer: int, is_moe: bool, identity: bool) -> Iterator[Rule]:
+def _layer_rules(config: Config, layer: int, is_moe: bool, identity: bool) -> Iterator[TensorRule]:
     width, latent = config.model.hidden_size, config.model.latent_attention
     assert latent is not None, "another attention was refused"
     assert latent.q_lora_rank is not None, "and so were queries of the layer's input"
@@ -67,7 +67,7 @@ def _layer_rules(config: Config, layer: int, is_moe: bool, identity: bool) -> It
         yield from _identity_weights(config, layer)
 
 
-def _dense_rules(config: Config, layer: int, is_moe: bool) -> Iterator[Rule]:
+def _dense_rules(config: Config, layer: int, is_moe: bool) -> Iterator[TensorRule]:
     """The first dense FFN, which is the shared expert or the layer's FFN, and the second: zeros."""
     moe, width, wide = config.moe, config.model.hidden_size, dense_width(config)
     ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlps."
@@ -88,12 +88,12 @@ def _dense_rules(config: Config, layer: int, is_moe: bool) -> Iterator[Rule]:
             return [torch.cat([tensor, tensor.new_zeros(width, more)], dim=1)]
 
         shape = (2 * inner, width)
-        yield Rule(ours + "linear_fc1.weight", shape, tuple(first[:2]), unpack=gate_and_up)
-        yield Rule(ours + "linear_fc2.weight", (width, inner), (first[2],), unpack=down)
+        yield TensorRule(ours + "linear_fc1.weight", shape, tuple(first[:2]), unpack=gate_and_up)
+        yield TensorRule(ours + "linear_fc2.weight", (width, inner), (first[2],), unpack=down)
     yield from (made(f"{theirs}1.{name}.weight", shape) for name, shape in shapes.items())
 
 
-def _moe_rules(config: Config, layer: int) -> Iterator[Rule]:
+def _moe_rules(config: Config, layer: int) -> Iterator[TensorRule]:
     moe, width, inner = config.moe, config.model.hidden_size, config.expert_ffn_hidden_size
     ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
     count = moe.num_ffn_experts
@@ -113,7 +113,7 @@ def _moe_rules(config: Config, layer: int) -> Iterator[Rule]:
     yield from _experts_of_zeros(config, layer, range(count, routed_experts(config)))
 
 
-def _no_moe_rules(config: Config, layer: int) -> Iterator[Rule]:
+def _no_moe_rules(config: Config, layer: int) -> Iterator[TensorRule]:
     """A MoE layer that returns 0: its bias makes tokens select only experts of zeros."""
     total, routed = config.moe.num_experts, routed_experts(config)
     router = f"model.layers.{layer}.mlp.router."
@@ -125,11 +125,11 @@ def _no_moe_rules(config: Config, layer: int) -> Iterator[Rule]:
         return [ones]
 
     rule = made(router + "e_score_correction_bias", (total,))
-    yield Rule(rule.key, rule.shape, rule.sources, unpack=bias, unused=True)
+    yield TensorRule(rule.key, rule.shape, rule.sources, unpack=bias, unused=True)
     yield from _experts_of_zeros(config, layer, range(routed))
 
 
-def _experts_of_zeros(config: Config, layer: int, indices: range) -> Iterator[Rule]:
+def _experts_of_zeros(config: Config, layer: int, indices: range) -> Iterator[TensorRule]:
     width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
     shapes = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
     for index in indices:
@@ -137,14 +137,14 @@ def _experts_of_zeros(config: Config, layer: int, indices: range) -> Iterator[Ru
         yield from (made(f"{prefix}{name}.weight", shape) for name, shape in shapes.items())
 
 
-def _identity_weights(config: Config, layer: int) -> Iterator[Rule]:
+def _identity_weights(config: Config, layer: int) -> Iterator[TensorRule]:
     shape = (config.expert_ffn_hidden_size, config.model.hidden_size)
     for index in range(routed_experts(config), config.moe.num_experts):
         prefix = f"model.layers.{layer}.mlp.experts.{index}."
         yield from (made(f"{prefix}{name}.weight", shape) for name in ("gate_proj", "up_proj"))
 
 
-def _reordered(key: str, name: str, config: Config, *shape: int) -> Rule:
+def _reordered(key: str, name: str, config: Config, *shape: int) -> TensorRule:
     """Reorder rows of experts: copy experts come before zero experts here, and after them there."""
     moe = config.moe
     counts = [moe.num_ffn_experts, moe.num_copy_experts, moe.num_zero_experts]
@@ -154,7 +154,7 @@ def _reordered(key: str, name: str, config: Config, *shape: int) -> Rule:
         ffn, second, third = tensor.split(list(sizes))
         return torch.cat([ffn, third, second])
 
-    return Rule(
+    return TensorRule(
         key,
         shape,
         (HFTensor(name, shape),),

@@ -13,7 +13,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.interop.rules import (
     UNUSED_PREFIX,
     HFTensor,
-    Rule,
+    TensorRule,
     attention_rules,
     decoder_rules,
     dense_mlp_rules,
@@ -23,7 +23,7 @@ from moepp_megatron.interop.rules import (
 )
 
 
-def moepp_rules(config: Config) -> Iterator[Rule]:
+def moepp_rules(config: Config) -> Iterator[TensorRule]:
     """Every tensor of a MoE++ model, embedding first, layer by layer."""
     decoder = list(decoder_rules(config))
     yield decoder[0]
@@ -38,7 +38,7 @@ def moepp_rules(config: Config) -> Iterator[Rule]:
     yield from decoder[1:]
 
 
-def _moe_rules(config: Config, layer: int, first: int) -> Iterator[Rule]:
+def _moe_rules(config: Config, layer: int, first: int) -> Iterator[TensorRule]:
     ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.moe."
     yield from _gate_rules(config, ours + "router.", theirs + "gate.", layer == first)
     # Shared constants are the first MoE layer's here, and a copy in each layer there.
@@ -53,7 +53,7 @@ def _moe_rules(config: Config, layer: int, first: int) -> Iterator[Rule]:
             yield same(key, theirs + "shared_expert_gate.weight", 1, width)
 
 
-def _gate_rules(config: Config, ours: str, theirs: str, is_first: bool) -> Iterator[Rule]:
+def _gate_rules(config: Config, ours: str, theirs: str, is_first: bool) -> Iterator[TensorRule]:
     moe, width = config.moe, config.model.hidden_size
     experts = moe.num_experts
     if moe.two_layer_gate:
@@ -65,14 +65,14 @@ def _gate_rules(config: Config, ours: str, theirs: str, is_first: bool) -> Itera
     if moe.gating_residual:
         name, shape = theirs + "gate_map.weight", (experts, experts)
         if is_first:
-            yield Rule(UNUSED_PREFIX + name, shape, (HFTensor(name, shape),), unused=True)
+            yield TensorRule(UNUSED_PREFIX + name, shape, (HFTensor(name, shape),), unused=True)
         else:
             yield same(ours + "residual_weight", name, *shape)
     if moe.selection_bias:
         yield same(ours + "expert_bias", theirs + "e_score_correction_bias", experts)
 
 
-def _expert_rules(config: Config, ours: str, owner: str, theirs: str) -> Iterator[Rule]:
+def _expert_rules(config: Config, ours: str, owner: str, theirs: str) -> Iterator[TensorRule]:
     moe, width, inner = config.moe, config.model.hidden_size, config.expert_ffn_hidden_size
     count = moe.num_ffn_experts
     for index in range(count):

@@ -39,7 +39,7 @@ def _alone(tensor: Tensor) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Rule:
+class TensorRule:
     """One tensor of our checkpoint, or a slice of it along its first axis.
 
     Attributes:
@@ -66,19 +66,19 @@ class Rule:
         return self.shape if self.index is None else self.shape[1:]
 
 
-def same(key: str, name: str, *shape: int) -> Rule:
+def same(key: str, name: str, *shape: int) -> TensorRule:
     """A tensor that is the same in both."""
-    return Rule(key, shape, (HFTensor(name, shape),))
+    return TensorRule(key, shape, (HFTensor(name, shape),))
 
 
-def row(key: str, count: int, index: int, name: str, *shape: int) -> Rule:
+def row(key: str, count: int, index: int, name: str, *shape: int) -> TensorRule:
     """A Hugging Face tensor that is slice `index` of `count` of ours."""
-    return Rule(key, (count, *shape), (HFTensor(name, shape),), index)
+    return TensorRule(key, (count, *shape), (HFTensor(name, shape),), index)
 
 
-def made(name: str, shape: Shape, value: float = 0.0) -> Rule:
+def made(name: str, shape: Shape, value: float = 0.0) -> TensorRule:
     """A Hugging Face tensor that is `value` everywhere and has no counterpart of ours."""
-    return Rule(
+    return TensorRule(
         UNUSED_PREFIX + name,
         shape,
         (HFTensor(name, shape),),
@@ -89,7 +89,7 @@ def made(name: str, shape: Shape, value: float = 0.0) -> Rule:
 
 def stacked(
     key: str, names: Sequence[str], rows: int, columns: int, experts: tuple[int, int] | None = None
-) -> Rule:
+) -> TensorRule:
     """Matrices [rows, columns] one above the other; `experts` = (count, index) of a slice."""
     sources = tuple(HFTensor(name, (rows, columns)) for name in names)
     shape: Shape = (len(names) * rows, columns)
@@ -97,7 +97,7 @@ def stacked(
     if experts is not None:
         count, index = experts
         shape = (count, *shape)
-    return Rule(
+    return TensorRule(
         key,
         shape,
         sources,
@@ -107,7 +107,7 @@ def stacked(
     )
 
 
-def decoder_rules(config: Config) -> Iterator[Rule]:
+def decoder_rules(config: Config) -> Iterator[TensorRule]:
     """Embedding, final norm and output layer."""
     model = config.model
     table = (model.vocab_size, model.hidden_size)
@@ -117,7 +117,7 @@ def decoder_rules(config: Config) -> Iterator[Rule]:
     yield same("decoder.final_layernorm.weight", "model.norm.weight", model.hidden_size)
 
 
-def attention_rules(config: Config, layer: int) -> Iterator[Rule]:
+def attention_rules(config: Config, layer: int) -> Iterator[TensorRule]:
     """Attention and both norms of a layer, with Llama's names, which all formats here share."""
     model = config.model
     ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
@@ -142,7 +142,9 @@ def attention_rules(config: Config, layer: int) -> Iterator[Rule]:
     yield same(ours + norm, theirs + "post_attention_layernorm.weight", width)
 
 
-def _qkv(key: str, theirs: str, width: int | None, heads: int, groups: int, head: int) -> Rule:
+def _qkv(
+    key: str, theirs: str, width: int | None, heads: int, groups: int, head: int
+) -> TensorRule:
     """Megatron interleaves: for each key/value head its query heads, then key, then value.
 
     Weights have `width` columns; without one these are the biases.
@@ -165,10 +167,10 @@ def _qkv(key: str, theirs: str, width: int | None, heads: int, groups: int, head
         HFTensor(f"{theirs}self_attn.{kind}_proj.{what}", (count, *columns))
         for kind, count in rows.items()
     )
-    return Rule(key, (sum(rows.values()), *columns), sources, None, pack, unpack)
+    return TensorRule(key, (sum(rows.values()), *columns), sources, None, pack, unpack)
 
 
-def dense_mlp_rules(config: Config, layer: int) -> Iterator[Rule]:
+def dense_mlp_rules(config: Config, layer: int) -> Iterator[TensorRule]:
     """The SwiGLU FFN of a dense layer."""
     width, inner = config.model.hidden_size, config.model.ffn_hidden_size
     yield from swiglu_rules(
@@ -176,7 +178,7 @@ def dense_mlp_rules(config: Config, layer: int) -> Iterator[Rule]:
     )
 
 
-def swiglu_rules(ours: str, theirs: str, width: int, inner: int) -> Iterator[Rule]:
+def swiglu_rules(ours: str, theirs: str, width: int, inner: int) -> Iterator[TensorRule]:
     """A SwiGLU FFN: gate above up projection, then down projection."""
     names = [theirs + "gate_proj.weight", theirs + "up_proj.weight"]
     yield stacked(ours + "linear_fc1.weight", names, inner, width)

@@ -32,7 +32,7 @@ from moepp_megatron.interop.model_card import (
     model_card,
 )
 from moepp_megatron.interop.moepp_rules import moepp_rules
-from moepp_megatron.interop.rules import UNUSED_PREFIX, Rule
+from moepp_megatron.interop.rules import UNUSED_PREFIX, TensorRule
 from moepp_megatron.interop.safetensors_file import SafetensorsWriter
 from moepp_megatron.interop.to_mcore import TORCH_DTYPES, free_folder
 from moepp_megatron.interop.zeda import qwen3_moe_rules, zeda_hf_config
@@ -59,7 +59,7 @@ class _Format:
     """
 
     fields: Callable[[Config], dict[str, Any]]
-    rules: Callable[[Config], Iterator[Rule]]
+    rules: Callable[[Config], Iterator[TensorRule]]
     classes: tuple[str, str] | None = None
     dtype_field: str = "torch_dtype"
     keeps_unused: bool = False
@@ -166,8 +166,8 @@ def _refuse_latent_attention(config: Config) -> None:
 
 
 def _present_rules(
-    reader: CheckpointReader, rules: Sequence[Rule], keeps_unused: bool
-) -> list[Rule]:
+    reader: CheckpointReader, rules: Sequence[TensorRule], keeps_unused: bool
+) -> list[TensorRule]:
     """The rules whose tensors are written: unused ones where the format or the checkpoint has them.
 
     Raises:
@@ -189,7 +189,7 @@ def _present_rules(
 
 def _write_weights(
     reader: CheckpointReader,
-    rules: Sequence[Rule],
+    rules: Sequence[TensorRule],
     folder: Path,
     max_shard_bytes: int,
     console: Console | None,

@@ -13,11 +13,11 @@ from torch import Tensor
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.tokenizer import check_tokenizer_file
-from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
+from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource, TensorInfo
 from moepp_megatron.interop.moepp_rules import moepp_rules
-from moepp_megatron.interop.rules import Rule, linear_modules
+from moepp_megatron.interop.rules import TensorRule, linear_modules
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE
@@ -56,7 +56,7 @@ def hf_to_mcore(
 
 def write_checkpoint(
     hf: HFSource,
-    rules: Sequence[Rule],
+    rules: Sequence[TensorRule],
     config: Config,
     target: Path,
     dtype: str | None,
@@ -76,7 +76,7 @@ def write_checkpoint(
         partial_folder(target) as folder,
         track(console or Console(stderr=True), "converting", total) as advance,
     ):
-        writer = CheckpointWriter(folder)
+        writer = ConvertedCheckpointWriter(folder)
         for rule in rules:
             if rule.unused and rule.sources[0].name not in tensors:
                 continue
@@ -97,7 +97,7 @@ def write_checkpoint(
         publish(folder, target)
 
 
-def _account_for(hf: HFSource, rules: Sequence[Rule]) -> None:
+def _account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
     """Refuse a checkpoint that does not hold exactly what the rules read.
 
     Raises:
@@ -145,7 +145,7 @@ def _listed(what: str, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def _rule_bytes(tensors: Mapping[str, TensorInfo], rule: Rule) -> int:
+def _rule_bytes(tensors: Mapping[str, TensorInfo], rule: TensorRule) -> int:
     infos = [tensors[source.name] for source in rule.sources if source.name in tensors]
     return sum(info.dtype.itemsize * torch.Size(info.shape).numel() for info in infos)
 
@@ -155,7 +155,7 @@ def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
 
 
 def write_objects(
-    writer: CheckpointWriter, config: Config, common: Mapping[str, Any] | None = None
+    writer: ConvertedCheckpointWriter, config: Config, common: Mapping[str, Any] | None = None
 ) -> None:
     """Write the objects that megatron-core requires in every checkpoint beside tensors.
 

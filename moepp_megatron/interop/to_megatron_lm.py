@@ -13,7 +13,7 @@ from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
-from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
+from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.from_megatron_lm import link_data, weight_names
 from moepp_megatron.interop.megatron_arguments import OWN_SETTINGS, option
 from moepp_megatron.interop.megatron_checkpoint import RELEASE, TRACKER_FILE
@@ -55,7 +55,7 @@ def to_megatron_lm(source: Path, target: Path) -> str:
         release = partial / RELEASE
         release.mkdir()
         link_data(reader, names, release)
-        writer = CheckpointWriter(release, _PREFIX)
+        writer = ConvertedCheckpointWriter(release, _PREFIX)
         for name in names:
             writer.adopt(reader, name)
         # 3.0: how queries, keys and values lie in one matrix.

@@ -24,7 +24,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.experts import LOCAL_KINDS, ExpertCounts
 from moepp_megatron.interop.hf_config import assemble
 from moepp_megatron.interop.hf_source import HFSource
-from moepp_megatron.interop.rules import Rule, decoder_rules, dense_mlp_rules
+from moepp_megatron.interop.rules import TensorRule, decoder_rules, dense_mlp_rules
 from moepp_megatron.interop.to_mcore import write_checkpoint
 from moepp_megatron.interop.upcycle_router import NOISE, added_rules, router_rules
 from moepp_megatron.interop.upcycle_sources import (
@@ -156,7 +156,7 @@ def _refuse_shrinking_gates(config: Config) -> None:
         )
 
 
-def _upcycling_rules(config: Config, hf: Mapping[str, Any], seed: int) -> Iterator[Rule]:
+def _upcycling_rules(config: Config, hf: Mapping[str, Any], seed: int) -> Iterator[TensorRule]:
     """The rule for every tensor of the MoE++ model: from the source, or newly created."""
     kind = source_kind(hf)
     pattern = config.moe.moe_layer_pattern(config.model.num_layers)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import Config
-from moepp_megatron.interop.rules import HFTensor, Rule, Shape
+from moepp_megatron.interop.rules import HFTensor, Shape, TensorRule
 
 # Of the noise on new rows: eta, the most by which it raises a logit over the mean FFN logit.
 NOISE = math.log(1.25)
@@ -31,7 +31,7 @@ _MARGIN = 1e-3
 
 def router_rules(
     config: Config, ours: str, theirs: str, gate: str | None, bias: str | None, seed: int
-) -> Iterator[Rule]:
+) -> Iterator[TensorRule]:
     """Router rows, and the selection bias that they need.
 
     Args:
@@ -67,13 +67,13 @@ def router_rules(
         least = float(own.min()) - 1.0 - _MARGIN
         return torch.cat([own.float(), torch.full((moe.num_zero_computation_experts,), least)])
 
-    yield Rule(ours + "weight", shape, tuple(sources), None, rows, None)
+    yield TensorRule(ours + "weight", shape, tuple(sources), None, rows, None)
     key = ours + "expert_bias"
     if bias is None:
-        yield Rule(key, (moe.num_experts,), tuple(sources), None, softmax_bias, None)
+        yield TensorRule(key, (moe.num_experts,), tuple(sources), None, softmax_bias, None)
     else:
         own = (HFTensor(theirs + bias, (moe.num_ffn_experts,)),)
-        yield Rule(key, (moe.num_experts,), own, None, sigmoid_bias, None)
+        yield TensorRule(key, (moe.num_experts,), own, None, sigmoid_bias, None)
 
 
 def new_rows(ffn: Tensor, norm: Tensor, directions: Tensor) -> Tensor:
@@ -104,16 +104,16 @@ def selection_bias(rows: Tensor, norm: Tensor, num_ffn_experts: int) -> Tensor:
     return bias
 
 
-def added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> Iterator[Rule]:
+def added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> Iterator[TensorRule]:
     """What has no source: gating residuals and zero-computation experts."""
     moe, width, std = config.moe, config.model.hidden_size, config.model.init_method_std
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
 
-    def made(key: str, shape: Shape, scale: float) -> Rule:
+    def made(key: str, shape: Shape, scale: float) -> TensorRule:
         def value(_: Sequence[Tensor]) -> Tensor:
             return (scale * noise(seed, ours + key, shape)).to(dtype)
 
-        return Rule(ours + key, shape, (), None, value, None)
+        return TensorRule(ours + key, shape, (), None, value, None)
 
     if moe.gating_residual and has_residual:
         yield made("router.residual_weight", (moe.num_experts, moe.num_experts), 0.0)

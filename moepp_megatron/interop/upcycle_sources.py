@@ -12,7 +12,7 @@ from moepp_megatron.interop.hf_config import decoder_section, require
 from moepp_megatron.interop.hf_latent import deepseek_decoder_section, deepseek_moe
 from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
 from moepp_megatron.interop.rules import (
-    Rule,
+    TensorRule,
     attention_rules,
     row,
     same,
@@ -47,7 +47,7 @@ class SourceKind:
     experts: str = "mlp.experts.{}"
     projections: tuple[str, str, str] = _PROJECTIONS
     shared: str | None = None
-    attention: Callable[[Config, int, bool], Iterator[Rule]] = lambda config, layer, is_moe: (
+    attention: Callable[[Config, int, bool], Iterator[TensorRule]] = lambda config, layer, is_moe: (
         attention_rules(config, layer)
     )
 
@@ -85,7 +85,7 @@ def extra_tensors(hf: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     return [name for name, match in found if match is not None and int(match[1]) >= layers]
 
 
-def expert_rules(kind: SourceKind, config: Config, ours: str, theirs: str) -> Iterator[Rule]:
+def expert_rules(kind: SourceKind, config: Config, ours: str, theirs: str) -> Iterator[TensorRule]:
     """Rules of a layer's FFN experts; the one FFN of a dense model is copied into each."""
     width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
     count = config.moe.num_ffn_experts
@@ -100,7 +100,9 @@ def expert_rules(kind: SourceKind, config: Config, ours: str, theirs: str) -> It
         yield row(key, count, index, f"{source}{down}.weight", width, inner)
 
 
-def shared_expert_rules(kind: SourceKind, config: Config, ours: str, theirs: str) -> Iterator[Rule]:
+def shared_expert_rules(
+    kind: SourceKind, config: Config, ours: str, theirs: str
+) -> Iterator[TensorRule]:
     """The expert that every token takes, where the model has one."""
     inner = config.moe.shared_expert_ffn_hidden_size
     if inner is not None:
@@ -162,7 +164,7 @@ def _olmoe_decoder(hf: Mapping[str, Any]) -> dict[str, Any]:
     return decoder_section(fields)
 
 
-def _deepseek_attention(config: Config, layer: int, is_moe: bool) -> Iterator[Rule]:
+def _deepseek_attention(config: Config, layer: int, is_moe: bool) -> Iterator[TensorRule]:
     theirs, width = f"model.layers.{layer}.", config.model.hidden_size
     before, behind = norm_keys(layer, is_moe)
     yield same(before, theirs + "input_layernorm.weight", width)

@@ -12,7 +12,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.interop.hf_config import own_hf_config, shared_fields
 from moepp_megatron.interop.longcat import UNKNOWN_THERE
 from moepp_megatron.interop.rules import (
-    Rule,
+    TensorRule,
     attention_rules,
     decoder_rules,
     dense_mlp_rules,
@@ -74,7 +74,7 @@ def zeda_hf_config(config: Config) -> dict[str, Any]:
     }
 
 
-def qwen3_moe_rules(config: Config) -> Iterator[Rule]:
+def qwen3_moe_rules(config: Config) -> Iterator[TensorRule]:
     """Qwen3-MoE's names for every tensor; the gate has a row for each zero expert too."""
     width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
     count = config.moe.num_ffn_experts

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moepp_megatron.config.guard_rules import Rule
+from moepp_megatron.config.guard_rules import CompleteRule
 
 Phase = Literal["ok", "pending", "firing", "clearing"]
 # The place of a rule that is not of one layer.
@@ -59,7 +59,7 @@ class Event:
         is_used_up: Whether the rule has been granted its last action before.
     """
 
-    rule: Rule
+    rule: CompleteRule
     layer: int
     begins: bool
     action: str
@@ -80,7 +80,7 @@ class RuleJudge:
 
     def __init__(
         self,
-        rules: Iterable[Rule],
+        rules: Iterable[CompleteRule],
         layer_numbers: Sequence[int],
         state: Mapping[str, Any] | None = None,
     ) -> None:
@@ -156,7 +156,9 @@ class RuleJudge:
             place.phase, place.action, place.since = "ok", "none", self._clock
         return ended
 
-    def _by_place(self, rule: Rule, value: float | Sequence[float]) -> Iterable[tuple[int, float]]:
+    def _by_place(
+        self, rule: CompleteRule, value: float | Sequence[float]
+    ) -> Iterable[tuple[int, float]]:
         if isinstance(value, int | float):
             return [(WHOLE_MODEL, float(value))]
         if rule.per_layer:
@@ -164,7 +166,7 @@ class RuleJudge:
         known = [v for v in value if not math.isnan(v)]
         return [(WHOLE_MODEL, sum(known) / len(known) if known else math.nan)]
 
-    def _judge(self, rule: Rule, layer: int, place: _Place, value: float) -> list[Event]:
+    def _judge(self, rule: CompleteRule, layer: int, place: _Place, value: float) -> list[Event]:
         if place.phase in ("ok", "pending"):
             if not rule.holds(value):
                 self._enter(place, "ok")
@@ -182,7 +184,9 @@ class RuleJudge:
         if place.phase != phase:
             place.phase, place.since = phase, self._clock
 
-    def _fire_if_due(self, rule: Rule, layer: int, place: _Place, value: float) -> list[Event]:
+    def _fire_if_due(
+        self, rule: CompleteRule, layer: int, place: _Place, value: float
+    ) -> list[Event]:
         held = self._clock - place.since + 1
         too_soon = place.ended is not None and self._clock - place.ended < rule.min_steps_between
         if held < rule.for_steps or too_soon:
@@ -192,7 +196,9 @@ class RuleJudge:
         self._enter(place, "firing")
         return [Event(rule, layer, True, place.action, value, held, is_used_up)]
 
-    def _end_if_due(self, rule: Rule, layer: int, place: _Place, value: float) -> list[Event]:
+    def _end_if_due(
+        self, rule: CompleteRule, layer: int, place: _Place, value: float
+    ) -> list[Event]:
         held = self._clock - place.since + 1
         if held < rule.clear_for_steps:
             return []

@@ -8,7 +8,7 @@ from moepp_megatron.config import Config, Layout, load_config
 from moepp_megatron.config.problem import show
 from moepp_megatron.training.checkpoint.compatible import differences
 from moepp_megatron.training.checkpoint.names import CONFIG_FILE
-from moepp_megatron.training.checkpoint.progress import Record, grid
+from moepp_megatron.training.checkpoint.progress import SavedRecord, grid
 from moepp_megatron.training.setup import learning_rate
 
 # A change of the learning rate by rounding alone is none.
@@ -16,7 +16,7 @@ _SAME_LR = 1e-6
 
 
 def start_lines(
-    checkpoint: Path, record: Record | None, config: Config, layout: Layout
+    checkpoint: Path, record: SavedRecord | None, config: Config, layout: Layout
 ) -> list[str]:
     """A line that names the checkpoint, and a line for each difference from it.
 

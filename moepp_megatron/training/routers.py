@@ -12,7 +12,7 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.collect import RoutingCollector
-from moepp_megatron.training.guard.control import NOTHING, RoutingGuard, Verdict
+from moepp_megatron.training.guard.control import NOTHING, GuardVerdict, RoutingGuard
 from moepp_megatron.training.health import HealthCollector
 from moepp_megatron.training.routing_shift import RoutingShift
 from moepp_megatron.training.setup import TrainingModel
@@ -90,7 +90,7 @@ class Routers:
         if self._shift is not None:
             self._shift_value = self._shift.end_step()
 
-    def judge(self, step: int, result: StepResult) -> Verdict:
+    def judge(self, step: int, result: StepResult) -> GuardVerdict:
         """The alerts and actions for `step`, after its record."""
         if self._guard is None:
             return NOTHING

@@ -14,7 +14,14 @@ import torch.distributed as dist
 from moepp_megatron.config import Config
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.config.hardware import Hardware, find_hardware, load_hardware
-from moepp_megatron.observe.telemetry import NOTHING, CpuSource, GpuSource, Sampler, Source, Usage
+from moepp_megatron.observe.telemetry import (
+    NOTHING,
+    CpuSource,
+    GpuSource,
+    Sampler,
+    TelemetrySource,
+    Usage,
+)
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.training.collect import sum_over_ranks
 
@@ -147,7 +154,7 @@ def _cards_of_this_node(on_gpu: bool) -> list[str] | None:
     return list(dict.fromkeys(card for there, card in ranks if there == node and card))
 
 
-def _source(uuids: list[str]) -> Source:
+def _source(uuids: list[str]) -> TelemetrySource:
     if uuids:
         try:
             return GpuSource(uuids, Nvml())

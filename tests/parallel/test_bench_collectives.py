@@ -58,10 +58,10 @@ def sabotaged(kind: str) -> int:
     import torch
     import torch.distributed as dist
 
-    from moepp_megatron.workbench.bench.collective_cases import KINDS, Buffers, Case, Group
+    from moepp_megatron.workbench.bench.collective_cases import KINDS, Buffers, Case, RankGroup
 
     device = torch.device("cpu")
-    group = Group(dist.group.WORLD, tuple(range(dist.get_world_size())))
+    group = RankGroup(dist.group.WORLD, tuple(range(dist.get_world_size())))
     buffers = Buffers(64, torch.float32, device)
     if dist.get_rank() == 0:
         # What rank 0 sends to the last rank too, in every operation: its last element.

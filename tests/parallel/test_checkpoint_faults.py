@@ -27,7 +27,7 @@ def full_disk(fault: str) -> Iterator[None]:
     """A disk that takes no more than `fault` says, on the rank that enters."""
     from moepp_megatron.training.checkpoint import plan, publish
 
-    owner, name, limited = plan.Plan, "write", None
+    owner, name, limited = plan.SavePlan, "write", None
     if fault == "index":
         name = "write_index"
     elif fault == "manifest":
@@ -130,13 +130,13 @@ def step_while_writing(folder: Path) -> int:
     """Steps taken while a slow disk writes a checkpoint of the first."""
     from moepp_megatron.training.checkpoint import plan
 
-    original = plan.Plan.write
+    original = plan.SavePlan.write
 
     def slow(self: Any) -> Any:
         time.sleep(2.0)
         return original(self)
 
-    plan.Plan.write = slow  # type: ignore[method-assign]
+    plan.SavePlan.write = slow  # type: ignore[method-assign]
     try:
         run = Run(folder, async_save=True)
         run.step()
@@ -147,7 +147,7 @@ def step_while_writing(folder: Path) -> int:
             steps += 1
         run.writer.finish()
     finally:
-        plan.Plan.write = original  # type: ignore[method-assign]
+        plan.SavePlan.write = original  # type: ignore[method-assign]
     return steps
 
 

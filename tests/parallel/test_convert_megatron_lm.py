@@ -17,7 +17,7 @@ import torch
 from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
-from moepp_megatron.interop.checkpoint_writer import CheckpointWriter
+from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.from_megatron_lm import config_from_arguments, from_megatron_lm
 from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
 from moepp_megatron.interop.to_hf import mcore_to_hf
@@ -212,7 +212,7 @@ def test_no_code_of_the_checkpoint_runs(saved: tuple[Path, np.ndarray], tmp_path
 
     folder = tmp_path / "crafted"
     folder.mkdir()
-    writer = CheckpointWriter(folder)
+    writer = ConvertedCheckpointWriter(folder)
     import argparse
 
     arguments = argparse.Namespace(num_layers=4, planted=Planted(), words=[1, Planted()])

@@ -6,7 +6,15 @@ usage.py    samples of devices, and their sums over time and over nodes
 """
 
 from moepp_megatron.observe.telemetry.sampler import Sampler
-from moepp_megatron.observe.telemetry.sources import CpuSource, GpuSource, Source
+from moepp_megatron.observe.telemetry.sources import CpuSource, GpuSource, TelemetrySource
 from moepp_megatron.observe.telemetry.usage import NOTHING, DeviceSample, Usage
 
-__all__ = ["NOTHING", "CpuSource", "DeviceSample", "GpuSource", "Sampler", "Source", "Usage"]
+__all__ = [
+    "NOTHING",
+    "CpuSource",
+    "DeviceSample",
+    "GpuSource",
+    "Sampler",
+    "TelemetrySource",
+    "Usage",
+]

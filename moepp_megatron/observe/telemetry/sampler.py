@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from moepp_megatron.observe.telemetry.sources import Source
+from moepp_megatron.observe.telemetry.sources import TelemetrySource
 from moepp_megatron.observe.telemetry.usage import DeviceSample, Usage
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,10 @@ class Sampler:
     """
 
     def __init__(
-        self, source: Source, interval_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        source: TelemetrySource,
+        interval_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source, self._interval_s, self._clock = source, interval_s, clock
         self._lock = threading.Lock()

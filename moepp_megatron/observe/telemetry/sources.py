@@ -12,7 +12,7 @@ from moepp_megatron.observe.telemetry.usage import DeviceSample
 from moepp_megatron.runtime.nvml import Nvml
 
 
-class Source(Protocol):
+class TelemetrySource(Protocol):
     """The devices of one node."""
 
     @property

@@ -11,16 +11,16 @@ a stand-in for the library with the same function names.
 
 from moepp_megatron.runtime.nvml.session import FaultWatch, Nvml, NvmlUnavailableError
 from moepp_megatron.runtime.nvml.state import (
-    Card,
     Driver,
     GpuProcess,
+    GPUState,
     NvLink,
     RemappedRows,
     Sample,
 )
 
 __all__ = [
-    "Card",
+    "GPUState",
     "Driver",
     "FaultWatch",
     "GpuProcess",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moepp_megatron.runtime.nvml.library import Library, scaled, text
-from moepp_megatron.runtime.nvml.state import Card, GpuProcess, NvLink, RemappedRows
+from moepp_megatron.runtime.nvml.state import GpuProcess, GPUState, NvLink, RemappedRows
 
 
 class CardReader:
@@ -18,9 +18,9 @@ class CardReader:
     def _ask(self, function: str, *arguments: Any) -> Any:
         return self._calls.ask(function, self._handle, *arguments, faults=self._faults)
 
-    def read(self, index: int) -> Card:
+    def read(self, index: int) -> GPUState:
         """The GPU's state."""
-        card = Card(
+        card = GPUState(
             index,
             name=text(self._ask("nvmlDeviceGetName")),
             uuid=text(self._ask("nvmlDeviceGetUUID")),
@@ -36,7 +36,7 @@ class CardReader:
             **self._pcie(),
         )
         # What was found on the way counts too, so this comes last.
-        return Card(**{**card.__dict__, "faults": tuple(self._faults)})
+        return GPUState(**{**card.__dict__, "faults": tuple(self._faults)})
 
     def _memory_errors(self) -> dict[str, Any]:
         library = self._library

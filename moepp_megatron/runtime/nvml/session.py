@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from moepp_megatron.runtime.nvml.card_reader import CardReader
 from moepp_megatron.runtime.nvml.library import Library, scaled, text
-from moepp_megatron.runtime.nvml.state import Card, Driver, Sample
+from moepp_megatron.runtime.nvml.state import Driver, GPUState, Sample
 
 
 class NvmlUnavailableError(RuntimeError):
@@ -80,12 +80,12 @@ class Nvml:
         """GPUs that NVML shows this process, whatever CUDA_VISIBLE_DEVICES says."""
         return int(self._library.module.nvmlDeviceGetCount())
 
-    def card(self, index: int) -> Card:
+    def card(self, index: int) -> GPUState:
         """State of GPU `index`; a GPU that does not answer has `faults`."""
         faults: list[str] = []
         handle = self._library.ask("nvmlDeviceGetHandleByIndex", index, faults=faults)
         if handle is None:
-            return Card(index, faults=tuple(faults) or ("no handle",))
+            return GPUState(index, faults=tuple(faults) or ("no handle",))
         return CardReader(self._library, handle, faults).read(index)
 
     def index_of(self, uuids: Sequence[str]) -> list[int]:

@@ -43,7 +43,7 @@ class RemappedRows:
 
 
 @dataclass(frozen=True)
-class Card:
+class GPUState:
     """State of one GPU at one time. Clocks in MHz, power in W, temperatures in degrees Celsius.
 
     Attributes:

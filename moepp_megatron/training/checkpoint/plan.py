@@ -47,7 +47,7 @@ class Written:
     sizes: dict[str, int] = field(default_factory=dict)
 
 
-class Plan:
+class SavePlan:
     """A planned save whose data is in host memory and not yet written.
 
     Attributes:
@@ -108,7 +108,7 @@ class Planner:
     def __init__(self) -> None:
         self._is_checked = False
 
-    def plan(self, state: dict[str, Any], folder: Path) -> Plan:
+    def plan(self, state: dict[str, Any], folder: Path) -> SavePlan:
         """Plan the save of `state` into `folder`, which exists; every rank must call.
 
         The state may be changed again once this has returned on a GPU; on a CPU once the plan has
@@ -130,7 +130,7 @@ class Planner:
             content_metadata=dict(METADATA),
         )
         self._is_checked = True
-        return Plan(folder, strategy.writer, strategy.metadata)
+        return SavePlan(folder, strategy.writer, strategy.metadata)
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):

@@ -55,7 +55,7 @@ class Progress:
 
 
 @dataclass
-class Record:
+class SavedRecord:
     """The content of `state.json`: plain numbers that need no unpickling.
 
     Attributes:
@@ -73,7 +73,7 @@ class Record:
     format_version: int = _FORMAT_VERSION
 
     @classmethod
-    def now(cls, progress: Progress, layout: Layout) -> Record:
+    def now(cls, progress: Progress, layout: Layout) -> SavedRecord:
         """A record of the present state."""
         return cls(progress, grid(layout), _versions(), time.time())
 
@@ -89,7 +89,7 @@ def grid(layout: Layout) -> dict[str, int]:
     return degrees
 
 
-def read_record(checkpoint: Path) -> Record | None:
+def read_record(checkpoint: Path) -> SavedRecord | None:
     """A checkpoint's record; None if it has none, as weights from `moepp convert`.
 
     Raises:
@@ -116,7 +116,7 @@ def read_record(checkpoint: Path) -> Record | None:
             raise TypeError("a count that is none")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{STATE_FILE} is no record of a checkpoint ({error!r})") from error
-    return Record(progress, layout, versions, saved_at, version)
+    return SavedRecord(progress, layout, versions, saved_at, version)
 
 
 def _versions() -> dict[str, str]:

@@ -23,8 +23,8 @@ from moepp_megatron.training.checkpoint.names import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
-from moepp_megatron.training.checkpoint.plan import Plan, Written
-from moepp_megatron.training.checkpoint.progress import Record
+from moepp_megatron.training.checkpoint.plan import SavePlan, Written
+from moepp_megatron.training.checkpoint.progress import SavedRecord
 from moepp_megatron.training.checkpoint.room import discard
 from moepp_megatron.training.checkpoint.validity import damage, file_digest, manifest
 
@@ -45,7 +45,7 @@ class Companions:
 
     config: str
     tokenizer: dict[str, bytes]
-    record: Record
+    record: SavedRecord
 
 
 def tokenizer_files(path: Path) -> dict[str, bytes]:
@@ -69,7 +69,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     return files
 
 
-def publish(plan: Plan, final: Path, written: list[Written], companions: Companions) -> None:
+def publish(plan: SavePlan, final: Path, written: list[Written], companions: Companions) -> None:
     """Write index, companions and checksums, give the folder its name, move `latest`.
 
     Args:

@@ -19,8 +19,8 @@ from moepp_megatron.training.checkpoint import rng
 from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.background import Background, BackgroundError
 from moepp_megatron.training.checkpoint.names import checkpoint_name
-from moepp_megatron.training.checkpoint.plan import Plan, Planner, Written
-from moepp_megatron.training.checkpoint.progress import Progress, Record
+from moepp_megatron.training.checkpoint.plan import Planner, SavePlan, Written
+from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
 from moepp_megatron.training.checkpoint.publish import Companions, publish, tokenizer_files
 from moepp_megatron.training.checkpoint.room import Pruner, incomplete_name, remove_leftovers
 from moepp_megatron.training.checkpoint.state import saved_state
@@ -44,7 +44,7 @@ class _Save:
     """
 
     final: Path
-    plan: Plan
+    plan: SavePlan
     companions: Companions
     process: Background | None = None
     failure: str | None = None
@@ -107,7 +107,7 @@ class CheckpointWriter:
             state["extra"] = copy.deepcopy(extra or {})
             plan = self._planner.plan(state, temporary)
             companions = Companions(
-                self._config.to_yaml(), self._tokenizer, Record.now(progress, self._layout)
+                self._config.to_yaml(), self._tokenizer, SavedRecord.now(progress, self._layout)
             )
             save = _Save(final, plan, companions)
             if self._config.checkpoint.async_save:

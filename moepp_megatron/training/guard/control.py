@@ -30,7 +30,7 @@ _LASTING = ("raise_tau", "force_ffn", "safe_mode")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GuardVerdict:
     """Result of the guard's judgement of a step.
 
     Attributes:
@@ -61,7 +61,7 @@ class Verdict:
         return [told(replace(event, action="warn"), step, False, note) for event in self.rollbacks]
 
 
-NOTHING = Verdict([], [])
+NOTHING = GuardVerdict([], [])
 
 
 class RoutingGuard:
@@ -169,7 +169,7 @@ class RoutingGuard:
         if self._high_loss is not None:
             self._high_loss.add(batch, token_losses)
 
-    def end_step(self, step: int, result: StepResult, shift: float | None = None) -> Verdict:
+    def end_step(self, step: int, result: StepResult, shift: float | None = None) -> GuardVerdict:
         """Judge `step`, once the optimizer has acted; a collective.
 
         Args:
@@ -188,7 +188,7 @@ class RoutingGuard:
             rollbacks = [event for event in events if event.begins and event.action == "rollback"]
         others = [event for event in events if event not in rollbacks]
         alerts = [told(event, step, self._settings.dry_run) for event in others]
-        return Verdict(alerts, rollbacks)
+        return GuardVerdict(alerts, rollbacks)
 
     def go_back(self, step: int, state: Mapping[str, Any] | None) -> list[Alert]:
         """Reset all rules after a checkpoint has been loaded.

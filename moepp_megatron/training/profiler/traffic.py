@@ -20,7 +20,7 @@ from moepp_megatron.training.profiler.ranges import Ranges
 
 
 @dataclass(frozen=True)
-class Traffic:
+class DispatchTraffic:
     """One forward pass of one layer on one rank. Sums over passes add every field but names.
 
     Attributes:
@@ -63,7 +63,7 @@ class TrafficCounter:
     """
 
     def __init__(self) -> None:
-        self.passes: list[Traffic] = []
+        self.passes: list[DispatchTraffic] = []
 
     def watch(self, ranges: Ranges, model: torch.nn.Module) -> None:
         """Count every pass through the MoE layers of a model."""
@@ -74,7 +74,7 @@ class TrafficCounter:
                 functools.partial(self._counted, layer),
             )
 
-    def take(self) -> list[Traffic]:
+    def take(self) -> list[DispatchTraffic]:
         """Return the counts and reset them."""
         passes, self.passes = self.passes, []
         return passes
@@ -89,7 +89,7 @@ class TrafficCounter:
 
 
 @torch.no_grad()
-def _traffic(layer: MoELayer, hidden: Tensor, routing_map: Tensor) -> Traffic:
+def _traffic(layer: MoELayer, hidden: Tensor, routing_map: Tensor) -> DispatchTraffic:
     """Counts of one pass.
 
     Args:
@@ -100,7 +100,7 @@ def _traffic(layer: MoELayer, hidden: Tensor, routing_map: Tensor) -> Traffic:
     ranks = layer.ep_group.size()
     by_rank = routing_map.view(routing_map.shape[0], ranks, -1)
     to_ranks = by_rank.sum(dim=(0, 2)).tolist()
-    return Traffic(
+    return DispatchTraffic(
         layer=int(layer.layer_number or 0),
         # Autograd runs a recomputed forward pass inside of a node of its graph.
         recomputed=torch._C._current_autograd_node() is not None,

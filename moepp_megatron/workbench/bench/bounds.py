@@ -32,7 +32,7 @@ _FP32, _BOOL = 4, 1
 
 
 @dataclass(frozen=True)
-class Work:
+class MinimalWork:
     """The unavoidable work of a part.
 
     Attributes:
@@ -54,7 +54,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Load:
+class ExpertLoad:
     """The work that the routing of one layer demands.
 
     Attributes:
@@ -72,7 +72,7 @@ class Load:
     busy_experts: int
 
     @classmethod
-    def of(cls, picks: Tensor, shape: PaperShape) -> Load:
+    def of(cls, picks: Tensor, shape: PaperShape) -> ExpertLoad:
         """Count [T, K] selections; experts in their fixed order."""
         is_ffn = picks < shape.experts.num_ffn_experts
         zero_expert = shape.experts.columns(ZERO).start
@@ -86,8 +86,14 @@ class Load:
 
 
 def layer_work(
-    shape: PaperShape, load: Load, dtype: str, *, topk: int, vanilla: bool, fused: bool = False
-) -> dict[str, Work]:
+    shape: PaperShape,
+    load: ExpertLoad,
+    dtype: str,
+    *,
+    topk: int,
+    vanilla: bool,
+    fused: bool = False,
+) -> dict[str, MinimalWork]:
     """The unavoidable work of each part in one forward pass, by part.
 
     Args:
@@ -104,7 +110,7 @@ def layer_work(
         "router": _router(shape, load, width, vanilla),
         "dispatch": _dispatch(shape, load, vector),
         "experts": _experts(shape, load, width, dtype),
-        "combine": Work(load.rows * vector + load.tokens * vector),
+        "combine": MinimalWork(load.rows * vector + load.tokens * vector),
     }
     if vanilla:
         return work
@@ -112,21 +118,21 @@ def layer_work(
     mixed = experts.num_constant_experts
     weights = experts.local_parameters(shape.hidden_size, is_first=True) * width
     if not fused:
-        work["zero_computation"] = Work((load.used_tokens + load.tokens) * vector + weights)
+        work["zero_computation"] = MinimalWork((load.used_tokens + load.tokens) * vector + weights)
         return work
-    work["zero_computation"] = Work(
+    work["zero_computation"] = MinimalWork(
         load.used_tokens * vector + weights + load.tokens * 2 * mixed * _FP32
     )
     work["combine"] = _fused_combine(load, mixed, vector, topk)
     return work
 
 
-def bounds_ms(work: Mapping[str, Work], card: CardResult) -> dict[str, float]:
+def bounds_ms(work: Mapping[str, MinimalWork], card: CardResult) -> dict[str, float]:
     """The bound of each part in milliseconds, by part."""
     return {part: value.seconds(card) * 1e3 for part, value in work.items()}
 
 
-def _router(shape: PaperShape, load: Load, width: int, vanilla: bool) -> Work:
+def _router(shape: PaperShape, load: ExpertLoad, width: int, vanilla: bool) -> MinimalWork:
     """Work of the router: fp32 logits, and a product with E x E for the residual."""
     hidden, tokens = shape.hidden_size, load.tokens
     experts = (shape.experts.vanilla if vanilla else shape.experts).num_experts
@@ -135,28 +141,28 @@ def _router(shape: PaperShape, load: Load, width: int, vanilla: bool) -> Work:
     # Logits are an output where the next router adds them up, and no more than scratch otherwise.
     logits = 0 if vanilla else tokens * experts * _FP32
     written = logits + tokens * experts * (_FP32 + _BOOL)
-    return Work(read + written, 2 * tokens * experts * (hidden + residual), "fp32")
+    return MinimalWork(read + written, 2 * tokens * experts * (hidden + residual), "fp32")
 
 
-def _dispatch(shape: PaperShape, load: Load, vector: int) -> Work:
+def _dispatch(shape: PaperShape, load: ExpertLoad, vector: int) -> MinimalWork:
     gates_and_map = 2 * load.rows * _FP32 + load.tokens * shape.experts.num_ffn_experts * _BOOL
-    return Work((load.ffn_tokens + load.rows) * vector + gates_and_map)
+    return MinimalWork((load.ffn_tokens + load.rows) * vector + gates_and_map)
 
 
-def _experts(shape: PaperShape, load: Load, width: int, dtype: str) -> Work:
+def _experts(shape: PaperShape, load: ExpertLoad, width: int, dtype: str) -> MinimalWork:
     """Work of SwiGLU experts: gate and up projections [D, 2 H], down projection [H, D]."""
     matrices = FFN.parameters(shape.hidden_size, shape.ffn_hidden_size)
     moved = load.busy_experts * matrices * width + 2 * load.rows * shape.hidden_size * width
-    return Work(moved, expert_flops(shape, load.rows), dtype)
+    return MinimalWork(moved, expert_flops(shape, load.rows), dtype)
 
 
-def _fused_combine(load: Load, mixed: int, vector: int, topk: int) -> Work:
+def _fused_combine(load: ExpertLoad, mixed: int, vector: int, topk: int) -> MinimalWork:
     """`kernels.combine`: rows, x and output; row table, gates, map and mixing logits of each token.
 
     Not counted are partial sums (under a tenth) and V.
     """
     small = load.tokens * (4 * topk + (1 + mixed) * (_FP32 + _BOOL) + 2 * mixed * _FP32)
-    return Work((load.rows + load.used_tokens + load.tokens) * vector + small)
+    return MinimalWork((load.rows + load.used_tokens + load.tokens) * vector + small)
 
 
 def expert_flops(shape: PaperShape, rows: int) -> int:

@@ -51,7 +51,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """A process group that this rank is in.
 
     Attributes:
@@ -120,7 +120,7 @@ class Case:
         buffers: Buffers of this rank.
     """
 
-    def __init__(self, kind: Kind, group: Group, size: int, buffers: Buffers) -> None:
+    def __init__(self, kind: Kind, group: RankGroup, size: int, buffers: Buffers) -> None:
         self.kind, self.group = kind, group
         self._buffers = buffers
         width, n = buffers.output.element_size(), group.size

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from moepp_megatron.workbench.bench.collective_cases import KINDS, Buffers, Case, Group
+from moepp_megatron.workbench.bench.collective_cases import KINDS, Buffers, Case, RankGroup
 from moepp_megatron.workbench.profiling.collective import Operation, bus_factor
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -138,13 +138,13 @@ def run_collectives(
     return [_result(case, times, errors, setting.dtype) for case, times, errors in counted]
 
 
-def _group(size: int, ranks_per_node: int) -> Group:
+def _group(size: int, ranks_per_node: int) -> RankGroup:
     """This rank's group among consecutive groups of `size`; every rank must call."""
     own, _ = dist.new_subgroups(size)
     first = dist.get_rank() // size * size
     starts = range(0, dist.get_world_size(), size)
     nodes = max((s + size - 1) // ranks_per_node - s // ranks_per_node + 1 for s in starts)
-    return Group(own, tuple(range(first, first + size)), nodes)
+    return RankGroup(own, tuple(range(first, first + size)), nodes)
 
 
 def _timed_rounds(

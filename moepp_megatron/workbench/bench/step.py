@@ -22,7 +22,7 @@ from moepp_megatron.workbench.bench.interleave import interleaved, speedup
 
 
 @dataclass(frozen=True)
-class StepResult:
+class TimedStep:
     """Both models' steps.
 
     Attributes:
@@ -80,7 +80,7 @@ def run_step_benchmark(
     rounds: int,
     warmup: int = 2,
     progress: Callable[[], object] = lambda: None,
-) -> StepResult:
+) -> TimedStep:
     """Measure; every rank must call, and all get the result of their own clock.
 
     Args:
@@ -97,7 +97,7 @@ def run_step_benchmark(
     times = interleaved({n: s.step for n, s in steppers.items()}, rounds, warmup, progress)
     counted = {name: stepper.routing.collect() for name, stepper in steppers.items()}
     training, moe = config.training, config.moe
-    return StepResult(
+    return TimedStep(
         ranks=layout.world_size,
         tau=moe.tau,
         phi=moe.ffn_share,

@@ -6,7 +6,7 @@ error management guide.
 
 from __future__ import annotations
 
-from moepp_megatron.runtime.nvml import Card
+from moepp_megatron.runtime.nvml import GPUState
 from moepp_megatron.workbench.doctor.finding import Finding, Judge, Severity
 
 # NVML's nvmlGpuRecoveryAction_t.
@@ -35,12 +35,12 @@ _SOFTWARE_SLOWDOWN = {
 }
 
 
-def subject(card: Card) -> str:
+def subject(card: GPUState) -> str:
     """The name of a GPU in findings."""
     return f"GPU {card.index}"
 
 
-def faults(card: Card, judge: Judge) -> Finding | None:
+def faults(card: GPUState, judge: Judge) -> Finding | None:
     """Failed queries, by which NVML shows a GPU that has fallen off the bus or had an Xid."""
     if not card.faults:
         return None
@@ -53,7 +53,7 @@ def faults(card: Card, judge: Judge) -> Finding | None:
     )
 
 
-def recovery(card: Card, judge: Judge) -> Finding | None:
+def recovery(card: GPUState, judge: Judge) -> Finding | None:
     """The recovery that the driver asks for after a fault."""
     if not card.recovery_action:
         return None
@@ -67,7 +67,7 @@ def recovery(card: Card, judge: Judge) -> Finding | None:
     )
 
 
-def ecc_errors(card: Card, judge: Judge) -> Finding | None:
+def ecc_errors(card: GPUState, judge: Judge) -> Finding | None:
     """Finds uncorrectable errors since the driver was loaded, and ECC that is switched off."""
     if card.ecc_uncorrected:
         return Finding(
@@ -89,7 +89,7 @@ def ecc_errors(card: Card, judge: Judge) -> Finding | None:
     return None
 
 
-def memory_rows(card: Card, judge: Judge) -> Finding | None:
+def memory_rows(card: GPUState, judge: Judge) -> Finding | None:
     """Remapped rows (Ampere and newer) and retired pages (before)."""
     rows = card.rows
     if rows is not None and rows.failed:
@@ -126,7 +126,7 @@ def memory_rows(card: Card, judge: Judge) -> Finding | None:
     return None
 
 
-def throttling(card: Card, judge: Judge) -> Finding | None:
+def throttling(card: GPUState, judge: Judge) -> Finding | None:
     """Why clocks are reduced, apart from load and idleness."""
     reasons = card.throttle_reasons or 0
     hard = [name for bit, name in _HARDWARE_SLOWDOWN.items() if reasons & bit]
@@ -150,7 +150,7 @@ def throttling(card: Card, judge: Judge) -> Finding | None:
     return None
 
 
-def clocks(card: Card, judge: Judge) -> Finding | None:
+def clocks(card: GPUState, judge: Judge) -> Finding | None:
     """Checks the clock under load; an idle GPU, whose clock is low to save power, is not judged."""
     if not is_loaded(card) or card.sm_clock is None or not card.max_sm_clock:
         return None
@@ -170,13 +170,13 @@ def clocks(card: Card, judge: Judge) -> Finding | None:
     )
 
 
-def is_loaded(card: Card) -> bool:
+def is_loaded(card: GPUState) -> bool:
     """Whether the GPU was computing when it was read: in P0 and not marked idle."""
     idle = card.throttle_reasons is not None and bool(card.throttle_reasons & 0x1)
     return bool(card.busy_power_state) and card.throttle_reasons is not None and not idle
 
 
-def power_cap(card: Card, judge: Judge) -> Finding | None:
+def power_cap(card: GPUState, judge: Judge) -> Finding | None:
     """Finds a power limit below the GPU's rated power."""
     rated = judge.hardware.power_watts if judge.hardware is not None else None
     rated = rated or card.default_power_limit
@@ -193,7 +193,7 @@ def power_cap(card: Card, judge: Judge) -> Finding | None:
     )
 
 
-def temperature(card: Card, judge: Judge) -> Finding | None:
+def temperature(card: GPUState, judge: Judge) -> Finding | None:
     """Finds a GPU near the temperature at which it slows down."""
     if card.temperature is None or card.slowdown_temperature is None:
         return None
@@ -209,7 +209,7 @@ def temperature(card: Card, judge: Judge) -> Finding | None:
     )
 
 
-def processes(card: Card, judge: Judge) -> Finding | None:
+def processes(card: GPUState, judge: Judge) -> Finding | None:
     """Finds other users' processes on the GPU."""
     foreign = [process for process in card.processes if process.pid not in judge.own_pids]
     # Where NVML hides a process's memory, being there is all that is known: it counts.

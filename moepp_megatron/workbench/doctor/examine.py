@@ -11,7 +11,7 @@ from typing import Any
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.hardware import Hardware, find_hardware, known_hardware, load_hardware
-from moepp_megatron.runtime.nvml import Card, Driver, Nvml, NvmlUnavailableError
+from moepp_megatron.runtime.nvml import Driver, GPUState, Nvml, NvmlUnavailableError
 from moepp_megatron.workbench.doctor import (
     card_checks,
     folders,
@@ -45,7 +45,7 @@ class Request:
 class Cards:
     """The node's GPUs as NVML reports them, or why it does not."""
 
-    cards: list[Card]
+    cards: list[GPUState]
     driver: Driver | None = None
     error: NvmlUnavailableError | None = None
 
@@ -92,7 +92,7 @@ class NodeExaminer:
         return [*self._gpu(), *self._system(), *self._folders(), *self._packages()]
 
     def speed_findings(
-        self, speeds: list[DeviceSpeed], loaded: list[Card] | None = None
+        self, speeds: list[DeviceSpeed], loaded: list[GPUState] | None = None
     ) -> list[Finding]:
         """Findings from this node's matrix products, and from its GPUs while they ran."""
         found = check_matmul(speeds, self.hardware, self.judge.thresholds, self.judge.unfit_now)
@@ -156,7 +156,7 @@ def _hardware(request: Request, cards: Cards) -> Hardware | None:
     return load_hardware("cpu")
 
 
-def _under_load(card: Card, judge: Judge) -> list[Finding | None]:
+def _under_load(card: GPUState, judge: Judge) -> list[Finding | None]:
     return [
         card_checks.throttling(card, judge),
         card_checks.clocks(card, judge),

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moepp_megatron.config.hardware import Hardware, Thresholds
-from moepp_megatron.runtime.nvml import Card, Driver
+from moepp_megatron.runtime.nvml import Driver, GPUState
 from moepp_megatron.workbench.doctor import card_checks, link_checks
 from moepp_megatron.workbench.doctor.finding import Finding, Judge, Severity
 
 # In the order of the table.
-_CARD_CHECKS: dict[str, Callable[[Card, Judge], Finding | None]] = {
+_CARD_CHECKS: dict[str, Callable[[GPUState, Judge], Finding | None]] = {
     "GPU faults": card_checks.faults,
     "GPU recovery": card_checks.recovery,
     "ECC errors": card_checks.ecc_errors,
@@ -35,7 +35,7 @@ class TorchCuda:
     available: bool
 
 
-def check_cards(cards: Sequence[Card], judge: Judge) -> list[Finding]:
+def check_cards(cards: Sequence[GPUState], judge: Judge) -> list[Finding]:
     """Run every check on all GPUs: one finding per sick GPU, or one per check without any."""
     findings: list[Finding] = []
     for name, check in _CARD_CHECKS.items():
@@ -44,7 +44,7 @@ def check_cards(cards: Sequence[Card], judge: Judge) -> list[Finding]:
     return findings
 
 
-def check_count(cards: Sequence[Card], expected: int | None) -> Finding:
+def check_count(cards: Sequence[GPUState], expected: int | None) -> Finding:
     """Check that there are as many GPUs as the job expects."""
     found = f"{len(cards)} GPUs" if len(cards) != 1 else "1 GPU"
     if expected is None or len(cards) >= expected:
@@ -59,7 +59,7 @@ def check_count(cards: Sequence[Card], expected: int | None) -> Finding:
 
 
 def check_model(
-    cards: Sequence[Card], hardware: Hardware | None, described: bool = True
+    cards: Sequence[GPUState], hardware: Hardware | None, described: bool = True
 ) -> Finding:
     """Check that all GPUs are of one kind, and that this kind is described.
 
@@ -153,7 +153,7 @@ def no_cards(reason: str, expected: int | None) -> Finding:
     return check_count([], expected)
 
 
-def _healthy(name: str, cards: Sequence[Card]) -> str:
+def _healthy(name: str, cards: Sequence[GPUState]) -> str:
     """The text of a check without findings, with the numbers of interest."""
     if name == "GPU temperature":
         known = [card.temperature for card in cards if card.temperature is not None]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from moepp_megatron.runtime.nvml import Card
+from moepp_megatron.runtime.nvml import GPUState
 from moepp_megatron.workbench.doctor.card_checks import is_loaded, subject
 from moepp_megatron.workbench.doctor.finding import Finding, Judge, Severity
 
 _RESEAT = "reseat card or riser, check BIOS settings of the slot; nvidia-smi -q -d PCIE"
 
 
-def pcie(card: Card, judge: Judge) -> Finding | None:
+def pcie(card: GPUState, judge: Judge) -> Finding | None:
     """Check width and generation of the link; the present generation only under load.
 
     An idle GPU lowers its generation to save power, so that only the generation that GPU and slot
@@ -31,7 +31,7 @@ def pcie(card: Card, judge: Judge) -> Finding | None:
     return Finding("PCIe", judge.unfit_now, f"{subject(card)}: {found}", rule, _RESEAT)
 
 
-def nvlink_state(card: Card, judge: Judge) -> Finding | None:
+def nvlink_state(card: GPUState, judge: Judge) -> Finding | None:
     """Finds links that are down, or fewer links than this kind of GPU has."""
     down = [str(link.index) for link in card.links if not link.active]
     if down:
@@ -54,7 +54,7 @@ def nvlink_state(card: Card, judge: Judge) -> Finding | None:
     return None
 
 
-def nvlink_errors(card: Card, judge: Judge) -> Finding | None:
+def nvlink_errors(card: GPUState, judge: Judge) -> Finding | None:
     """Finds errors of active links: recoveries stop traffic, replays and CRC errors slow it."""
     recoveries = sum(link.recoveries or 0 for link in card.links)
     repeats = sum((link.replays or 0) + (link.crc_errors or 0) for link in card.links)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moepp_megatron.runtime import distributed
-from moepp_megatron.runtime.nvml import Card, Nvml
+from moepp_megatron.runtime.nvml import GPUState, Nvml
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.workbench.doctor import speed
 from moepp_megatron.workbench.doctor.examine import Cards, NodeExaminer, Request, this_node
@@ -37,7 +37,7 @@ class _RankReport:
     speed: DeviceSpeed
     clock_offset: float
     findings: list[Finding]
-    loaded: list[Card]
+    loaded: list[GPUState]
 
 
 def examine_machine(request: Request) -> list[Finding]:
@@ -45,7 +45,7 @@ def examine_machine(request: Request) -> list[Finding]:
     cards = Cards.read()
     examiner = NodeExaminer(request, cards)
     findings = examiner.node_findings()
-    loaded: list[Card] = []
+    loaded: list[GPUState] = []
     speeds = []
     for device in _devices():
         speeds.append(DeviceSpeed(_name(device), _matmul(device, loaded)))
@@ -70,7 +70,7 @@ def examine_ranks(request: Request, rank: RankEnvironment) -> list[Finding] | No
 def _examine_started(
     request: Request, rank: RankEnvironment, cards: Cards, device: torch.device
 ) -> list[Finding] | None:
-    loaded: list[Card] = []
+    loaded: list[GPUState] = []
     node = this_node()
     name = _name(device) if device.type == "cuda" else f"CPU, rank {rank.rank}"
     own = DeviceSpeed(name, _matmul(device, loaded), node)
@@ -91,7 +91,7 @@ def _together(
     examiner: NodeExaminer,
     rank: RankEnvironment,
     reports: list[_RankReport],
-    collectives: list[speed.Collective],
+    collectives: list[speed.CollectiveSpeed],
 ) -> list[Finding]:
     """Findings of all nodes, and of their collectives."""
     thresholds, hardware = examiner.judge.thresholds, examiner.hardware
@@ -153,7 +153,7 @@ def _name(device: torch.device) -> str:
     return "CPU" if device.type == "cpu" else f"GPU {device.index}"
 
 
-def _matmul(device: torch.device, loaded: list[Card]) -> float:
+def _matmul(device: torch.device, loaded: list[GPUState]) -> float:
     """The device's rate; the state of its GPU during the product is added to `loaded`."""
     if device.type == "cpu":
         # A process on every core would measure the other ranks instead.

@@ -20,7 +20,7 @@ _REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Collective:
+class CollectiveSpeed:
     """One measured collective.
 
     Attributes:
@@ -58,7 +58,7 @@ def matmul_tflops(device: torch.device, while_running: Callable[[], None] | None
     return 2.0 * size**3 * count / seconds / 1e12
 
 
-def measure_collectives(device: torch.device) -> list[Collective]:
+def measure_collectives(device: torch.device) -> list[CollectiveSpeed]:
     """All-reduce and all-to-all over the default process group; every rank must call.
 
     Args:
@@ -75,13 +75,13 @@ def measure_collectives(device: torch.device) -> list[Collective]:
         "all-to-all": lambda: dist.all_to_all_single(received, sent),
     }
     return [
-        Collective(name, count * 4, _slowest(_timed(operation, device), device))
+        CollectiveSpeed(name, count * 4, _slowest(_timed(operation, device), device))
         for name, operation in operations.items()
     ]
 
 
 def expected_seconds(
-    collective: Collective,
+    collective: CollectiveSpeed,
     num_ranks: int,
     ranks_per_node: int,
     link_bytes_s: float | None,

@@ -18,7 +18,7 @@ _POSITION_BINS = 16
 
 
 @dataclass(frozen=True)
-class Group:
+class TokenGroup:
     """Tokens that have something in common.
 
     Attributes:
@@ -59,7 +59,7 @@ class LayerSummary:
 
 def groups(
     trace: Trace, keys: Sequence[Hashable], names: Sequence[str] | None = None
-) -> list[Group]:
+) -> list[TokenGroup]:
     """One group for each key, in the order of first appearance.
 
     Args:
@@ -78,13 +78,13 @@ def groups(
     ]
 
 
-def whole(trace: Trace) -> Group:
+def whole(trace: Trace) -> TokenGroup:
     """The group of all tokens."""
     rows = np.arange(len(trace.losses))
     return _group("all tokens", rows, trace.ffn_mean, trace.kind_shares, trace)
 
 
-def by_position(trace: Trace) -> list[Group]:
+def by_position(trace: Trace) -> list[TokenGroup]:
     """At most `_POSITION_BINS` groups of equal ranges of places in the window."""
     bins = min(_POSITION_BINS, trace.window)
     edges = np.linspace(0, trace.window, bins + 1).astype(int)
@@ -93,7 +93,7 @@ def by_position(trace: Trace) -> list[Group]:
     return groups(trace, keys.tolist(), names)
 
 
-def by_frequency(trace: Trace, ids: np.ndarray) -> list[Group]:
+def by_frequency(trace: Trace, ids: np.ndarray) -> list[TokenGroup]:
     """Groups of tokens that occur once, 2 to 3, 4 to 7, ... times in the text, rare ones first.
 
     Args:
@@ -110,7 +110,7 @@ def by_frequency(trace: Trace, ids: np.ndarray) -> list[Group]:
 
 def extremes(
     trace: Trace, ids: np.ndarray, pieces: Sequence[str], length: int
-) -> tuple[int, list[Group], list[Group]]:
+) -> tuple[int, list[TokenGroup], list[TokenGroup]]:
     """Tokens with the most and with the fewest FFN experts.
 
     Args:
@@ -171,12 +171,14 @@ def loss_correlation(trace: Trace, *, of_next: bool = False) -> float:
     return float(np.corrcoef(losses, ffn)[0, 1])
 
 
-def _group(name: str, rows: np.ndarray, ffn: np.ndarray, kinds: np.ndarray, trace: Trace) -> Group:
+def _group(
+    name: str, rows: np.ndarray, ffn: np.ndarray, kinds: np.ndarray, trace: Trace
+) -> TokenGroup:
     losses = trace.losses[rows]
     known = losses[np.isfinite(losses)]
     values = ffn[rows]
     error = float(values.std(ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else float("nan")
-    return Group(
+    return TokenGroup(
         name,
         len(rows),
         float(values.mean()),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moepp_megatron.workbench.inspection.aggregates import (
-    Group,
     LayerSummary,
+    TokenGroup,
     by_frequency,
     by_layer,
     by_position,
@@ -43,14 +43,14 @@ class Findings:
         next_loss_correlation: The same with the loss of the next token.
     """
 
-    whole: Group
-    by_class: list[Group]
-    by_tag: list[Group]
+    whole: TokenGroup
+    by_class: list[TokenGroup]
+    by_tag: list[TokenGroup]
     least_count: int
-    most_ffn: list[Group]
-    fewest_ffn: list[Group]
-    by_position: list[Group]
-    by_frequency: list[Group]
+    most_ffn: list[TokenGroup]
+    fewest_ffn: list[TokenGroup]
+    by_position: list[TokenGroup]
+    by_frequency: list[TokenGroup]
     by_layer: list[LayerSummary]
     without_ffn: float
     all_ffn: float

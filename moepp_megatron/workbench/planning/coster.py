@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from moepp_megatron.workbench.planning.data_parallel import StepEnd, pipeline_end
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.imbalance import Load, Routing
+from moepp_megatron.workbench.planning.imbalance import AssumedRouting, Load
 from moepp_megatron.workbench.planning.layer_time import edge_time, layer_key, layer_time
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.memory import (
@@ -34,7 +34,7 @@ from moepp_megatron.workbench.planning.stage_patterns import (
     stage_patterns,
     sums_of,
 )
-from moepp_megatron.workbench.planning.step import Transfer, expert_load, stage_transfers
+from moepp_megatron.workbench.planning.step import PlannedTransfer, expert_load, stage_transfers
 from moepp_megatron.workbench.planning.workload import Workload
 
 GIB = 2**30
@@ -73,7 +73,7 @@ class Coster:
         routing: How unevenly tokens choose.
     """
 
-    def __init__(self, load: Workload, machine: Machine, routing: Routing) -> None:
+    def __init__(self, load: Workload, machine: Machine, routing: AssumedRouting) -> None:
         self.load = load
         self.machine = machine
         self.routing = routing
@@ -84,7 +84,7 @@ class Coster:
         self._parameters: dict[tuple[int, ...], RankParameters] = {}
         self._layer_bytes: dict[tuple[object, ...], tuple[LayerBytes, LayerBytes]] = {}
         self._ends: dict[tuple[int, ...], StepEnd] = {}
-        self._transfers: dict[tuple[int, ...], Transfer] = {}
+        self._transfers: dict[tuple[int, ...], PlannedTransfer] = {}
 
     def fullness(self, grid: Grid) -> Load:
         """Load of the fullest rank of an expert-parallel group."""
@@ -193,7 +193,7 @@ class Coster:
             self._ends[key] = pipeline_end(self.load, grid, self.machine, stages)
         return self._ends[key]
 
-    def _transfer(self, grid: Grid) -> Transfer:
+    def _transfer(self, grid: Grid) -> PlannedTransfer:
         key = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.micro_batch)
         if key not in self._transfers:
             self._transfers[key] = stage_transfers(self.load, grid, self.machine)

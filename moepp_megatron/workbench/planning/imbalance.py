@@ -23,7 +23,7 @@ _MOST_SELECTIONS = 2**40
 
 
 @dataclass(frozen=True)
-class Routing:
+class AssumedRouting:
     """Unevenness of the routing.
 
     Attributes:
@@ -33,11 +33,11 @@ class Routing:
     evenness: float | None
 
 
-FORCED_BALANCE = Routing(None)
+FORCED_BALANCE = AssumedRouting(None)
 # What a balance loss reaches after 200B tokens: the fullest of 64 experts takes 1.52 times the mean
 # (arXiv 2408.15664, table 2, the larger model: MaxVio 0.52). The quickstart model is at an evenness
 # of 8 in the last quarter of its first 1.6M tokens here (docs/planning.md).
-LEARNED = Routing(26.0)
+LEARNED = AssumedRouting(26.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ EVEN = Load(1.0, 1.0, 1.0, 1.0)
 
 
 @lru_cache(maxsize=4096)
-def rank_load(routing: Routing, num_experts: int, ranks: int, selections: int) -> Load:
+def rank_load(routing: AssumedRouting, num_experts: int, ranks: int, selections: int) -> Load:
     """Rows of the fullest of `ranks` ranks over the mean.
 
     Args:

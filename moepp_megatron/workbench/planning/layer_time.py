@@ -11,7 +11,7 @@ from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.parts import (
     Layer,
-    Part,
+    LayerPart,
     embedding_part,
     layer_parts,
     output_part,
@@ -127,7 +127,7 @@ class _Clock:
         self._seconds: dict[str, float] = defaultdict(float)
         self._hidden: dict[str, float] = defaultdict(float)
 
-    def add(self, part: Part) -> None:
+    def add(self, part: LayerPart) -> None:
         ahead = work_seconds(part.forward, self._machine) * self._slower
         back = work_seconds(part.backward, self._machine) * self._slower
         again = work_seconds(part.again, self._machine) * self._slower

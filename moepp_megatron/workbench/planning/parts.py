@@ -24,7 +24,7 @@ _QUANTISE = {"blockwise": 4.0, "delayed": 4.0, "tensorwise": 6.0, "mxfp8": 4.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LayerPart:
     """One part of a layer.
 
     Attributes:
@@ -62,7 +62,7 @@ def product_number(load: Workload) -> str:
     return "fp8_blockwise" if load.numbers.fp8 == "blockwise" else "fp8"
 
 
-def layer_parts(load: Workload, grid: Grid, layer: Layer) -> Iterator[Part]:
+def layer_parts(load: Workload, grid: Grid, layer: Layer) -> Iterator[LayerPart]:
     """The parts of one layer."""
     yield _attention(load, grid)
     yield _norms(load, grid)
@@ -105,7 +105,7 @@ def _again(grid: Grid, module: str, work: Work) -> Work:
     return work if grid.recomputes_all or module in grid.recompute else Work()
 
 
-def _attention(load: Workload, grid: Grid) -> Part:
+def _attention(load: Workload, grid: Grid) -> LayerPart:
     """Projections, rotation, and the core with its scores [s, s]."""
     attention = load.attention
     own = grid.tokens(load.seq)
@@ -153,20 +153,20 @@ def _attention(load: Workload, grid: Grid) -> Part:
         again = core_again
     elif "mla_up_proj" in grid.recompute:
         again = Work(up, kernels=4)
-    return Part("attention", ahead_work, back_work, again)
+    return LayerPart("attention", ahead_work, back_work, again)
 
 
-def _norms(load: Workload, grid: Grid) -> Part:
+def _norms(load: Workload, grid: Grid) -> LayerPart:
     """Two RMSNorms and two additions to the residual stream."""
     tensor = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
     costs = COSTS[load.modules]
     forward = Work(moved=costs.norms[0] * tensor, kernels=costs.norm_kernels[0])
     backward = Work(moved=costs.norms[1] * tensor, kernels=costs.norm_kernels[1])
     again = Work(moved=costs.norms_again[0] * tensor, kernels=costs.norms_again[1])
-    return Part("norms", forward, backward, _again(grid, "layernorm", again))
+    return LayerPart("norms", forward, backward, _again(grid, "layernorm", again))
 
 
-def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> Part:
+def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> LayerPart:
     """An FFN of three matrices [D, inner] that all tokens take, split over tensor ranks."""
     rows = grid.tokens(load.seq) * grid.tp
     width = inner / grid.tp
@@ -184,10 +184,10 @@ def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> P
         moved=passes[1] * size * rows * width + first[3] + second[3],
         kernels=7,
     )
-    return Part(name, forward, backward, _again(grid, module, forward))
+    return LayerPart(name, forward, backward, _again(grid, module, forward))
 
 
-def _router(load: Workload, grid: Grid, has_residual: bool) -> Part:
+def _router(load: Workload, grid: Grid, has_residual: bool) -> LayerPart:
     """Logits z = W x (+ G z'), scores, the choice of K experts, the balance loss."""
     experts = load.experts
     tokens, wide = grid.tokens(load.seq), experts.num_experts
@@ -200,10 +200,10 @@ def _router(load: Workload, grid: Grid, has_residual: bool) -> Part:
     moved = 8.0 * 4 * tokens * wide
     ahead = Work(forward, moved=moved, kernels=10 + 2 * len(shapes))
     back = Work(backward, moved=moved, kernels=8 + 2 * len(shapes))
-    return Part("router", ahead, back, _again(grid, "moe", ahead))
+    return LayerPart("router", ahead, back, _again(grid, "moe", ahead))
 
 
-def _permutation(load: Workload, grid: Grid, rows: float) -> Part:
+def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
     """Tokens are copied into the order of their experts and summed back, on both sides."""
     tokens = grid.tokens(load.seq)
     element = load.hidden * load.numbers.activation_bytes
@@ -220,10 +220,10 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> Part:
         copies = tokens * distinct_targets(grid.ep, load.experts.ffn_per_token)
         moved = 2.0 * element * (tokens + 2 * copies + arrived)
     work = Work(moved=moved, kernels=8)
-    return Part("permutation", work, work, _again(grid, "moe", work))
+    return LayerPart("permutation", work, work, _again(grid, "moe", work))
 
 
-def _experts(load: Workload, grid: Grid, rows: float) -> Part:
+def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     """The FFN experts of a rank, one grouped product for each of their matrices."""
     experts = load.experts.num_ffn_experts // grid.ep
     width = load.experts.ffn_size / grid.etp
@@ -246,10 +246,10 @@ def _experts(load: Workload, grid: Grid, rows: float) -> Part:
     again = _again(grid, "moe", forward)
     if "moe_act" in grid.recompute:
         again = Work(moved=3 * activation, kernels=1)
-    return Part("experts", forward, backward, again)
+    return LayerPart("experts", forward, backward, again)
 
 
-def _zero_computation(load: Workload, grid: Grid) -> Part:
+def _zero_computation(load: Workload, grid: Grid) -> LayerPart:
     """`y = s x + A V` and `softmax(U_c x)`: no gather, two reads and a write of the activations."""
     tokens = grid.tokens(load.seq)
     tensor = tokens * load.hidden * load.numbers.activation_bytes
@@ -260,19 +260,19 @@ def _zero_computation(load: Workload, grid: Grid) -> Part:
     backward += tuple(Product(p.n, p.k, p.m, 1, number) for p in forward)
     ahead = Work(forward, moved=3.0 * tensor, kernels=6)
     back = Work(backward, moved=6.0 * tensor, kernels=10)
-    return Part("zero_computation", ahead, back, _again(grid, "moe", ahead))
+    return LayerPart("zero_computation", ahead, back, _again(grid, "moe", ahead))
 
 
-def embedding_part(load: Workload, grid: Grid) -> Part:
+def embedding_part(load: Workload, grid: Grid) -> LayerPart:
     """Work of the embedding: rows of the table are read; backward, gradients are added to it."""
     tensor = grid.tokens(load.seq) * grid.tp * load.hidden * load.numbers.activation_bytes
     costs = COSTS[load.modules]
     backward = 3.0 * tensor
     backward += (costs.table + costs.accumulated) * load.vocab / grid.tp * load.hidden
-    return Part("output", Work(moved=2.0 * tensor, kernels=3), Work(moved=backward, kernels=3))
+    return LayerPart("output", Work(moved=2.0 * tensor, kernels=3), Work(moved=backward, kernels=3))
 
 
-def output_part(load: Workload, grid: Grid) -> Part:
+def output_part(load: Workload, grid: Grid) -> LayerPart:
     """Work of the output layer [V, D] in bf16 and the cross entropy of its logits in fp32."""
     rows = grid.tokens(load.seq) * grid.tp
     width = load.vocab / grid.tp
@@ -285,7 +285,7 @@ def output_part(load: Workload, grid: Grid) -> Part:
     logits = rows * width
     accumulated = COSTS[load.modules].accumulated * width * load.hidden
     # Logits to fp32, their maximum, exponentials and sum; backward one pass.
-    return Part(
+    return LayerPart(
         "output",
         Work(forward, moved=20.0 * logits, kernels=10),
         Work(backward, moved=10.0 * logits + accumulated, kernels=6),

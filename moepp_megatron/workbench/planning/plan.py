@@ -12,7 +12,7 @@ from moepp_megatron.config.hardware import load_hardware, nearest_hardware
 from moepp_megatron.config.vanilla import vanilla, without_budget
 from moepp_megatron.workbench.planning.coster import Cost, Coster
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.imbalance import LEARNED, Routing
+from moepp_megatron.workbench.planning.imbalance import LEARNED, AssumedRouting
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
 from moepp_megatron.workbench.planning.overlay import config_of
 from moepp_megatron.workbench.planning.planned import Planned, planned_of
@@ -65,7 +65,7 @@ class Plan:
     config: Config
     world: int
     machine: Machine
-    routing: Routing
+    routing: AssumedRouting
     layouts: list[Planned]
     rivals: list[Planned]
     search: Search
@@ -123,7 +123,7 @@ def make_plan(
     config: Config,
     world: int,
     machine: Machine,
-    routing: Routing,
+    routing: AssumedRouting,
     taus: Sequence[float] = (),
     top: int = 5,
 ) -> Plan:
@@ -158,7 +158,7 @@ def make_plan(
     return Plan(config, world, machine, routing, layouts, rivals, search)
 
 
-def search_layouts(config: Config, world: int, machine: Machine, routing: Routing) -> Search:
+def search_layouts(config: Config, world: int, machine: Machine, routing: AssumedRouting) -> Search:
     """Cost and memory of every legal layout."""
     space = Space.of(config, world, machine.per_node)
     coster = Coster(space.load, machine, routing)
@@ -196,7 +196,7 @@ def _count_losses(search: Search, best: Cost, costs: Sequence[Cost]) -> None:
 
 
 def _accepted(
-    config: Config, search: Search, world: int, machine: Machine, routing: Routing, top: int
+    config: Config, search: Search, world: int, machine: Machine, routing: AssumedRouting, top: int
 ) -> list[Planned]:
     """The best layouts that the configuration's rules accept as well.
 
@@ -225,7 +225,7 @@ def _degrees(grid: Grid) -> tuple[int, ...]:
 
 
 def best_layouts(
-    config: Config, world: int, machine: Machine, routing: Routing, top: int = 1
+    config: Config, world: int, machine: Machine, routing: AssumedRouting, top: int = 1
 ) -> list[Planned]:
     """The best layouts of one model alone; ones that do not fit only if none does."""
     search = search_layouts(config, world, machine, routing)
@@ -233,7 +233,7 @@ def best_layouts(
 
 
 def _best_again(
-    config: Config, search: Search, world: int, machine: Machine, routing: Routing
+    config: Config, search: Search, world: int, machine: Machine, routing: AssumedRouting
 ) -> list[Planned]:
     """The best layout of the same model with another tau, among the first of `search`.
 

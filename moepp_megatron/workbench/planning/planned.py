@@ -9,7 +9,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.workbench.planning.coster import GIB
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.imbalance import Routing
+from moepp_megatron.workbench.planning.imbalance import AssumedRouting
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.overlay import settings_of
 from moepp_megatron.workbench.planning.step import StepTime, step_time
@@ -71,7 +71,7 @@ class Planned:
 
 
 def planned_of(
-    config: Config, grid: Grid, held: float, fits: bool, machine: Machine, routing: Routing
+    config: Config, grid: Grid, held: float, fits: bool, machine: Machine, routing: AssumedRouting
 ) -> Planned:
     """A layout with its numbers."""
     step = step_time(Workload.from_config(config), grid, machine, routing)

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.json_file import parse_json
-from moepp_megatron.workbench.planning.imbalance import Routing, evenness_of
+from moepp_megatron.workbench.planning.imbalance import AssumedRouting, evenness_of
 
 
-def recorded_routing(source: Path, num_ffn_experts: int, topk: int) -> Routing:
+def recorded_routing(source: Path, num_ffn_experts: int, topk: int) -> AssumedRouting:
     """Routing as uneven as in the second half of a run.
 
     Args:
@@ -30,7 +30,7 @@ def recorded_routing(source: Path, num_ffn_experts: int, topk: int) -> Routing:
     selections = max(round(per_step * topk * late[-1]["ffn_fraction"]), 1)
     shares = [layer[:num_ffn_experts] for line in late for layer in line["layer_expert_share"]]
     evenness = evenness_of(shares, selections)
-    return Routing(evenness if evenness != float("inf") else None)
+    return AssumedRouting(evenness if evenness != float("inf") else None)
 
 
 def recorded_shares(source: Path, num_ffn_experts: int) -> NDArray[np.float64]:

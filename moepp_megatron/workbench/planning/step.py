@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from moepp_megatron.workbench.planning.data_parallel import pipeline_end
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.imbalance import Load, Routing, rank_load
+from moepp_megatron.workbench.planning.imbalance import AssumedRouting, Load, rank_load
 from moepp_megatron.workbench.planning.layer_time import PassTime, edge_time, layer_key, layer_time
 from moepp_megatron.workbench.planning.links import placement, send_seconds
 from moepp_megatron.workbench.planning.machine import Machine
@@ -55,7 +55,7 @@ class StepTime:
     hardware_flop: float
 
 
-def expert_load(load: Workload, grid: Grid, routing: Routing) -> Load:
+def expert_load(load: Workload, grid: Grid, routing: AssumedRouting) -> Load:
     """Load of the fullest rank of an expert-parallel group."""
     group_tokens = grid.tokens(load.seq) * grid.ep
     selections = round(group_tokens * load.experts.ffn_per_token)
@@ -63,7 +63,11 @@ def expert_load(load: Workload, grid: Grid, routing: Routing) -> Load:
 
 
 def step_time(
-    load: Workload, grid: Grid, machine: Machine, routing: Routing, stages: Stages | None = None
+    load: Workload,
+    grid: Grid,
+    machine: Machine,
+    routing: AssumedRouting,
+    stages: Stages | None = None,
 ) -> StepTime:
     """Time of one training step.
 
@@ -157,7 +161,7 @@ def _sum(parts: Sequence[tuple[PassTime, float]]) -> PassTime:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class PlannedTransfer:
     """One message between pipeline stages, seconds.
 
     Attributes:
@@ -169,10 +173,10 @@ class Transfer:
     beside: float
 
 
-def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> Transfer:
+def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> PlannedTransfer:
     """A message between pipeline stages."""
     if grid.pp == 1:
-        return Transfer(0.0, 0.0)
+        return PlannedTransfer(0.0, 0.0)
     size = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
     if load.experts.gating_residual:
         # Router logits travel with the hidden states, as fp32.
@@ -180,4 +184,4 @@ def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> Transfer:
     across = placement(grid, "pp", machine.per_node).nodes > 1
     whole = send_seconds(across, size, machine)
     share = 1.0 - machine.reached.point_to_point_overlap if grid.vpp > 1 else 1.0
-    return Transfer(whole * share, whole * (1.0 - share))
+    return PlannedTransfer(whole * share, whole * (1.0 - share))

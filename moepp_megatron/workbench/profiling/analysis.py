@@ -8,9 +8,12 @@ from pathlib import Path
 
 from moepp_megatron.workbench.profiling.load import load_profile
 from moepp_megatron.workbench.profiling.measures.classes import CallClass, call_classes
-from moepp_megatron.workbench.profiling.measures.expected_bytes import LayerBytes, layer_bytes
+from moepp_megatron.workbench.profiling.measures.expected_bytes import (
+    ExpectedLayerBytes,
+    layer_bytes,
+)
 from moepp_megatron.workbench.profiling.measures.expert_load import ExpertLoad, expert_load
-from moepp_megatron.workbench.profiling.measures.exposure import StepTime, step_time
+from moepp_megatron.workbench.profiling.measures.exposure import MeasuredStepTime, step_time
 from moepp_megatron.workbench.profiling.measures.lateness import CallKey, Lateness, lateness
 from moepp_megatron.workbench.profiling.measures.links import Links, MeasuredPeak
 from moepp_megatron.workbench.profiling.measures.slow_rank import SlowRank, slow_rank
@@ -39,9 +42,9 @@ class Profile:
     name: str
     traces: list[RankTrace]
     steps: list[int]
-    times: dict[int, dict[int, StepTime]]
+    times: dict[int, dict[int, MeasuredStepTime]]
     classes: list[CallClass]
-    layers: dict[int, list[LayerBytes]]
+    layers: dict[int, list[ExpectedLayerBytes]]
     load: ExpertLoad | None
     slow: SlowRank | None
     caused_us: dict[int, float]

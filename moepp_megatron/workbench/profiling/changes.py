@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moepp_megatron.workbench.profiling.summary import Row, Summary
+from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
 
 # Of the step: less is named together.
 SMALL = 0.01
@@ -32,12 +32,12 @@ class Change:
         exposed: Whether the change is of exposed time, not of the whole time.
     """
 
-    before: Row | None
-    after: Row | None
+    before: SummaryRow | None
+    after: SummaryRow | None
     exposed: bool
 
     @property
-    def row(self) -> Row:
+    def row(self) -> SummaryRow:
         """The row before or after, whichever exists; both are of one kind."""
         row = self.after or self.before
         assert row is not None, "a change has a side"
@@ -78,7 +78,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ProfileComparison:
     """Two profiles.
 
     Attributes:
@@ -88,8 +88,8 @@ class Comparison:
         changes: Changes by kind, the largest first.
     """
 
-    before: Summary
-    after: Summary
+    before: ProfileSummary
+    after: ProfileSummary
     unit: str
     changes: tuple[Change, ...]
 
@@ -121,7 +121,7 @@ class Comparison:
         return large, [one for one in self.changes if one not in large]
 
 
-def compare(before: Summary, after: Summary) -> Comparison:
+def compare(before: ProfileSummary, after: ProfileSummary) -> ProfileComparison:
     """Compare `after` with `before`."""
     by_step = before.step_us is not None and after.step_us is not None
     old, new = _by_kind(before, by_step), _by_kind(after, by_step)
@@ -131,18 +131,18 @@ def compare(before: Summary, after: Summary) -> Comparison:
         Change(old.get(kind), new.get(kind), exposed) for kind in dict.fromkeys([*new, *old])
     ]
     changes.sort(key=lambda one: -abs(one.us))
-    return Comparison(before, after, "step" if by_step else "call", tuple(changes))
+    return ProfileComparison(before, after, "step" if by_step else "call", tuple(changes))
 
 
 def _difference(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else after - before
 
 
-def _by_kind(summary: Summary, by_step: bool) -> dict[tuple[str, str, str, str], Row]:
+def _by_kind(summary: ProfileSummary, by_step: bool) -> dict[tuple[str, str, str, str], SummaryRow]:
     return {row.kind: row if by_step else _a_call(row) for row in summary.rows}
 
 
-def _a_call(row: Row) -> Row:
+def _a_call(row: SummaryRow) -> SummaryRow:
     """The row of one call: recordings of different length differ in their number."""
     calls = row.calls or 1.0
     return row.model_copy(
@@ -156,7 +156,7 @@ def _a_call(row: Row) -> Row:
     )
 
 
-def _time(row: Row | None, exposed: bool) -> float:
+def _time(row: SummaryRow | None, exposed: bool) -> float:
     if row is None:
         return 0.0
     return (row.exposed_us or 0.0) if exposed else row.time_us

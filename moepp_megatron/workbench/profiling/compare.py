@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from moepp_megatron.workbench.profiling.changes import SMALL, Change, Comparison, compare
-from moepp_megatron.workbench.profiling.summary import Row
+from moepp_megatron.workbench.profiling.changes import SMALL, Change, ProfileComparison, compare
+from moepp_megatron.workbench.profiling.summary import SummaryRow
 
-__all__ = ["Comparison", "amount", "compare", "duration", "in_words", "kind_name"]
+__all__ = ["ProfileComparison", "amount", "compare", "duration", "in_words", "kind_name"]
 
 # Of the largest cause: less is not named.
 _MINOR = 0.25
 
 
-def in_words(comparison: Comparison) -> list[str]:
+def in_words(comparison: ProfileComparison) -> list[str]:
     """Sentences, the largest change first."""
     large, small = comparison.notable()
     lines = _step_lines(comparison)
@@ -31,7 +31,7 @@ def in_words(comparison: Comparison) -> list[str]:
     return lines
 
 
-def kind_name(row: Row) -> str:
+def kind_name(row: SummaryRow) -> str:
     """Name of a kind of communication: `dispatch, forward (all-to-all, expert)`."""
     operation = row.operation.replace("_", "-")
     if not row.purpose:
@@ -54,7 +54,7 @@ def amount(us: float) -> str:
     return f"{duration(abs(us))} {'more' if us > 0 else 'less'}"
 
 
-def _step_lines(comparison: Comparison) -> list[str]:
+def _step_lines(comparison: ProfileComparison) -> list[str]:
     before, after = comparison.before, comparison.after
     if comparison.step_us is None or before.step_us is None or after.step_us is None:
         return ["At least one of them knows no steps: times are of a call."]
@@ -79,7 +79,7 @@ def _step_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _byte_lines(comparison: Comparison) -> list[str]:
+def _byte_lines(comparison: ProfileComparison) -> list[str]:
     """Changes of bytes, which are exact, unlike times; the largest first."""
     sums: dict[tuple[str, str], list[float]] = {}
     unknown: set[tuple[str, str]] = set()
@@ -123,7 +123,7 @@ def _change(change: Change) -> str:
     return f"{said}: {', '.join(causes)}" if causes else said
 
 
-def _causes(change: Change, before: Row, after: Row) -> list[str]:
+def _causes(change: Change, before: SummaryRow, after: SummaryRow) -> list[str]:
     """The causes of a change, the largest first, including those that counteract it."""
     causes = change.causes
     largest = max(abs(us) for us in causes.values())
@@ -149,7 +149,7 @@ def _times(before: float | None, after: float | None) -> str:
     return f"{ratio:.2g} times the bytes"
 
 
-def _rates(before: Row, after: Row) -> str:
+def _rates(before: SummaryRow, after: SummaryRow) -> str:
     rates = [
         row.bytes / row.transfer_us / 1e3 if row.bytes and row.transfer_us > 0 else None
         for row in (before, after)

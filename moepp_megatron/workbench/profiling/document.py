@@ -9,7 +9,7 @@ from typing import Any
 
 from moepp_megatron.workbench.profiling.analysis import Profile
 from moepp_megatron.workbench.profiling.measures.classes import CallClass
-from moepp_megatron.workbench.profiling.measures.expected_bytes import LayerBytes
+from moepp_megatron.workbench.profiling.measures.expected_bytes import ExpectedLayerBytes
 from moepp_megatron.workbench.profiling.step_summary import summarise
 
 _FORMAT = 1
@@ -107,7 +107,7 @@ def _class(one: CallClass, count: int) -> dict[str, Any]:
     }
 
 
-def _layer(step: int, one: LayerBytes) -> dict[str, Any]:
+def _layer(step: int, one: ExpectedLayerBytes) -> dict[str, Any]:
     return {
         "step": step,
         "layer": one.place.layer,

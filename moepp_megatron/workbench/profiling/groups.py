@@ -30,7 +30,7 @@ DATA_MEANINGS = frozenset({"data", "expert data", "tensor and data"})
 
 
 @dataclass(frozen=True)
-class Group:
+class TracedGroup:
     """A process group as one rank sees it.
 
     Attributes:

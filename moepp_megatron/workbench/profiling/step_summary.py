@@ -6,14 +6,14 @@ from moepp_megatron.workbench.profiling.analysis import Profile
 from moepp_megatron.workbench.profiling.collective import Collective
 from moepp_megatron.workbench.profiling.measures.ceiling import Ceiling
 from moepp_megatron.workbench.profiling.measures.links import MeasuredPeak
-from moepp_megatron.workbench.profiling.summary import Row, Summary
+from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
 
 
-def summarise(profile: Profile, name: str | None = None) -> Summary:
+def summarise(profile: Profile, name: str | None = None) -> ProfileSummary:
     """Means over recorded ranks and analysed steps; `name` replaces the profile's own."""
     times = [time for ranks in profile.times.values() for time in ranks.values()]
     rows = [
-        Row(
+        SummaryRow(
             purpose=one.name.purpose,
             operation=one.name.operation.value,
             group=one.name.group,
@@ -27,7 +27,7 @@ def summarise(profile: Profile, name: str | None = None) -> Summary:
         )
         for one in profile.classes
     ]
-    return Summary(
+    return ProfileSummary(
         name=name or profile.name,
         ranks=len(profile.ranks),
         step_times_us=tuple(

@@ -19,7 +19,7 @@ from moepp_megatron.workbench.profiling.measures.lateness import CallKey, Latene
 from moepp_megatron.workbench.profiling.merge import Basis, find_clocks
 
 
-class Row(BaseModel):
+class SummaryRow(BaseModel):
     """Communication of one kind.
 
     Attributes:
@@ -73,7 +73,7 @@ def _rate(size: float | None, us: float) -> float | None:
     return size / us / 1e3 if size and us > 0 else None
 
 
-class Summary(BaseModel):
+class ProfileSummary(BaseModel):
     """A profile.
 
     Attributes:
@@ -97,7 +97,7 @@ class Summary(BaseModel):
     step_times_us: tuple[float, ...] = ()
     exposed_us: float | None = None
     compute_us: float | None = None
-    rows: tuple[Row, ...] = ()
+    rows: tuple[SummaryRow, ...] = ()
 
     @property
     def step_us(self) -> float | None:
@@ -107,7 +107,7 @@ class Summary(BaseModel):
         return sum(self.step_times_us) / len(self.step_times_us)
 
 
-def read_summary(path: Path) -> Summary:
+def read_summary(path: Path) -> ProfileSummary:
     """Reads what `moepp profile --json` wrote: a summary, or an object with one as `summary`.
 
     Raises:
@@ -124,7 +124,7 @@ def read_summary(path: Path) -> Summary:
     if isinstance(content, dict) and "summary" in content:
         content = content["summary"]
     try:
-        return Summary.model_validate(content)
+        return ProfileSummary.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
@@ -134,7 +134,7 @@ def read_summary(path: Path) -> Summary:
         ) from error
 
 
-def summarise_recording(recording: Recording, name: str) -> Summary:
+def summarise_recording(recording: Recording, name: str) -> ProfileSummary:
     """The summary of a source that knows neither steps nor work: sums a rank over the recording.
 
     Args:
@@ -153,7 +153,7 @@ def summarise_recording(recording: Recording, name: str) -> Summary:
     rows.sort(key=lambda row: -row.time_us)
     if any(one.synthetic for own in recording.by_rank.values() for one in own):
         name += " (written from documentation, not recorded)"
-    return Summary(name=name, ranks=max(1, len(recording.by_rank)), rows=tuple(rows))
+    return ProfileSummary(name=name, ranks=max(1, len(recording.by_rank)), rows=tuple(rows))
 
 
 def _group_name(one: Collective) -> str:
@@ -192,7 +192,7 @@ def _row(
     keys: Sequence[CallKey],
     recording: Recording,
     waits: Mapping[CallKey, Lateness],
-) -> Row:
+) -> SummaryRow:
     ranks = len(recording.by_rank)
     calls = [recording.by_rank[rank][place] for rank, place in keys]
     sizes = [one.size for one in calls if one.size is not None]
@@ -200,7 +200,7 @@ def _row(
     factors = [bus_factor(one.operation, one.group_size) for one in calls if one.group_size]
     bus = sum(size * factor for size, factor in zip(sizes, factors, strict=False))
     waited = [waits[key].wait_us for key in keys if key in waits]
-    return Row(
+    return SummaryRow(
         operation=operation,
         group=group,
         calls=len(calls) / ranks,

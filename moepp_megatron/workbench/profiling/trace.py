@@ -7,7 +7,7 @@ from typing import Any
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.workbench.profiling.collective import Collective
-from moepp_megatron.workbench.profiling.groups import Group
+from moepp_megatron.workbench.profiling.groups import TracedGroup
 
 
 class ProfileError(ConfigError):
@@ -62,7 +62,7 @@ class RankTrace:
     rank: int
     backend: str = ""
     on_gpu: bool = False
-    groups: dict[str, Group] = field(default_factory=dict)
+    groups: dict[str, TracedGroup] = field(default_factory=dict)
     collectives: list[Collective] = field(default_factory=list)
     parts: list[Span] = field(default_factory=list)
     steps: dict[int, Span] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.bench.dispatch import DispatchResult, DispatchSetting
 from moepp_megatron.workbench.bench.layer import LayerResult
-from moepp_megatron.workbench.bench.step import StepResult
+from moepp_megatron.workbench.bench.step import TimedStep
 from moepp_megatron.workbench.report.drawing import BLUE, INK, MUTED, STYLE, VERMILION
 
 # A log has no width of its own; the widest table fits.
@@ -140,7 +140,7 @@ def _panel(axis: Axes, results: Sequence[LayerResult], top: float) -> None:
     axis.legend(loc="lower right", fontsize=8)
 
 
-def print_step(result: StepResult) -> None:
+def print_step(result: TimedStep) -> None:
     """Print both models' step times and bytes."""
     table = Table(
         title=f"Training step on {result.ranks} rank{'s' if result.ranks > 1 else ''}, tau "

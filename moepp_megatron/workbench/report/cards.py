@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.savings import Savings
-from moepp_megatron.workbench.report.summary import Summary
+from moepp_megatron.workbench.report.summary import RunSummary
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Card:
     accent: bool = False
 
 
-def headline_cards(run: RunData, summary: Summary, savings: Savings) -> list[Card]:
+def headline_cards(run: RunData, summary: RunSummary, savings: Savings) -> list[Card]:
     """The headline numbers in the order of the page."""
     return [
         *_loss_cards(summary),
@@ -34,7 +34,7 @@ def headline_cards(run: RunData, summary: Summary, savings: Savings) -> list[Car
     ]
 
 
-def _loss_cards(summary: Summary) -> list[Card]:
+def _loss_cards(summary: RunSummary) -> list[Card]:
     note = f"nats, step {summary.last_step:,}"
     if summary.settled_count > 1:
         settled = formatting.number(summary.settled_loss)
@@ -55,7 +55,7 @@ def _loss_cards(summary: Summary) -> list[Card]:
     return [*cards, Card("Perplexity", formatting.number(summary.perplexity, 2), note)]
 
 
-def _saving_cards(run: RunData, summary: Summary, savings: Savings) -> list[Card]:
+def _saving_cards(run: RunData, summary: RunSummary, savings: Savings) -> list[Card]:
     if run.config.experts.num_zero_computation_experts == 0:
         return [Card("FFN share", formatting.percent(summary.ffn_fraction), "vanilla: no others")]
     share, saved = formatting.shares([savings.ffn_fraction, savings.expert_work_saved])
@@ -74,7 +74,7 @@ def _saving_cards(run: RunData, summary: Summary, savings: Savings) -> list[Card
     return cards
 
 
-def _speed_cards(run: RunData, summary: Summary) -> list[Card]:
+def _speed_cards(run: RunData, summary: RunSummary) -> list[Card]:
     return [
         Card("Tokens/s", formatting.big_count(summary.tokens_per_s), "median of the records"),
         Card("Tokens", formatting.big_count(summary.tokens), f"trained on: {summary.tokens:,}"),

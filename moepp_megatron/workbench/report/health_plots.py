@@ -34,7 +34,7 @@ from moepp_megatron.workbench.report.summary import tail
 _MAX_NAMED_LAYERS = 32
 
 
-class Series(NamedTuple):
+class HealthSeries(NamedTuple):
     """Numbers of all MoE layers over steps.
 
     Attributes:
@@ -56,7 +56,7 @@ class BandPlot(NamedTuple):
 
     drawn: Drawn
     caption: str
-    series: tuple[Series, ...]
+    series: tuple[HealthSeries, ...]
     is_share: bool
     healthy: tuple[float, float] | None
 
@@ -87,7 +87,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
             _measured("row_cosine"),
             _measured("row_cosine_max", "largest", VERMILION),
         ),
-        "min_ffn_load": (Series("mean", BLUE, _idlest(run.config.experts.num_ffn_experts)),),
+        "min_ffn_load": (HealthSeries("mean", BLUE, _idlest(run.config.experts.num_ffn_experts)),),
     }
     healthy = {"gate_entropy": _entropy_range()}
     plots = [
@@ -106,14 +106,14 @@ def _band_plots(run: RunData) -> list[BandPlot]:
 
 def _measured(
     name: str, label: str = "mean", colour: str = BLUE, scale: float = 1.0, first: int = 0
-) -> Series:
+) -> HealthSeries:
     """Router health of the MoE layers from `first` on, times `scale`."""
 
     def values(record: StepMetrics) -> Sequence[float] | None:
         found = (record.router_health or {}).get(name)
         return None if found is None else [value * scale for value in found[first:]]
 
-    return Series(label, colour, values)
+    return HealthSeries(label, colour, values)
 
 
 def _entropy_range() -> tuple[float, float] | None:
@@ -172,7 +172,7 @@ def _band_plot(run: RunData, plot: BandPlot) -> Plot | None:
     return Plot(title, caption, svg_data_uri(figure), f"{title}: {'; '.join(words)}.")
 
 
-def _table(records: Sequence[StepMetrics], series: Series) -> tuple[list[int], np.ndarray]:
+def _table(records: Sequence[StepMetrics], series: HealthSeries) -> tuple[list[int], np.ndarray]:
     """Steps, and [steps, MoE layers] numbers, of records in which any layer's is finite."""
     steps, rows = [], []
     for record in records:
@@ -186,7 +186,7 @@ def _table(records: Sequence[StepMetrics], series: Series) -> tuple[list[int], n
     return steps, np.asarray(rows, dtype=np.float64)
 
 
-def _draw_band(axes: Axes, series: Series, steps: Sequence[int], table: np.ndarray) -> None:
+def _draw_band(axes: Axes, series: HealthSeries, steps: Sequence[int], table: np.ndarray) -> None:
     x, low = thin(steps, np.nanmin(table, axis=1))
     _, high = thin(steps, np.nanmax(table, axis=1))
     _, mean = thin(steps, np.nanmean(table, axis=1))

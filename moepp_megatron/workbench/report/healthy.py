@@ -9,7 +9,7 @@ from moepp_megatron.config.guard_rules import DEFAULT_RULES
 from moepp_megatron.config.schema.routing_guard import GuardRule
 
 
-class Metric(NamedTuple):
+class HealthyMetric(NamedTuple):
     """A metric of the routers.
 
     Attributes:
@@ -29,7 +29,7 @@ class Metric(NamedTuple):
 
 # A test holds the ranges to the page.
 METRICS = tuple(
-    Metric(name, row.meaning, row.healthy, row.wrong, row.is_watched)
+    HealthyMetric(name, row.meaning, row.healthy, row.wrong, row.is_watched)
     for name, row in catalogue.METRICS.items()
     if row.wrong
 )
@@ -47,13 +47,13 @@ def healthy_range(name: str) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def metrics_in_words() -> list[Metric]:
+def metrics_in_words() -> list[HealthyMetric]:
     """Every metric, with the conditions of the guard's rules written out."""
     return [metric._replace(wrong=wrong_in_words(metric.wrong)) for metric in METRICS]
 
 
 def wrong_in_words(wrong: str) -> str:
-    """`Metric.wrong` in words."""
+    """`HealthyMetric.wrong` in words."""
     rule = guard_rule(wrong)
     return wrong if rule is None else _condition(rule)
 

@@ -13,12 +13,12 @@ from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.expert_plots import expert_plots
 from moepp_megatron.workbench.report.hardware import hardware_cards, hardware_plots
 from moepp_megatron.workbench.report.health_plots import health_plots
-from moepp_megatron.workbench.report.healthy import Metric, metrics_in_words
+from moepp_megatron.workbench.report.healthy import HealthyMetric, metrics_in_words
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import ReportError, RunData, load_run
 from moepp_megatron.workbench.report.savings import compute_savings
 from moepp_megatron.workbench.report.savings_table import SavingsTable, savings_table
-from moepp_megatron.workbench.report.summary import Summary, summarize
+from moepp_megatron.workbench.report.summary import RunSummary, summarize
 from moepp_megatron.workbench.report.template import render_template
 
 
@@ -54,7 +54,7 @@ class Page:
     hardware: list[Plot]
     table: SavingsTable | None
     terms: list[tuple[str, str]]
-    healthy: list[Metric]
+    healthy: list[HealthyMetric]
     config_text: str
     version: str
 
@@ -113,7 +113,7 @@ def render(run: RunData) -> str:
     return render_template("report.html.j2", page=page)
 
 
-def _terms(run: RunData, summary: Summary) -> list[tuple[str, str]]:
+def _terms(run: RunData, summary: RunSummary) -> list[tuple[str, str]]:
     """Explanations for a reader who has no other page at hand."""
     phi = formatting.percent(summary.phi)
     terms = [
@@ -171,7 +171,7 @@ def _facts(run: RunData) -> list[str]:
     ]
 
 
-def _sentence(run: RunData, summary: Summary) -> str:
+def _sentence(run: RunData, summary: RunSummary) -> str:
     planned = run.config.training.train_iters
     done = f"{summary.last_step:,} of {planned:,} steps are done."
     if summary.last_step > planned:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from moepp_megatron.workbench.profiling.changes import Change, Comparison, total_of
+from moepp_megatron.workbench.profiling.changes import Change, ProfileComparison, total_of
 from moepp_megatron.workbench.profiling.compare import amount, duration, in_words, kind_name
 from moepp_megatron.workbench.report.drawing import (
     GREEN,
@@ -22,13 +22,13 @@ from moepp_megatron.workbench.report.drawing import (
 _MOST_BARS = 14
 
 
-def comparison_text(comparison: Comparison) -> str:
+def comparison_text(comparison: ProfileComparison) -> str:
     """The comparison as text for a terminal, one sentence per line."""
     title = f"{comparison.after.name} against {comparison.before.name}"
     return "\n".join([title, *(f"  {line}" for line in in_words(comparison))])
 
 
-def comparison_figure(comparison: Comparison) -> Figure:
+def comparison_figure(comparison: ProfileComparison) -> Figure:
     """A bar for each change, the largest on top: left and green for less, right and red for more.
 
     Bars are exposed time where it is known, with a mark for the whole time; else the whole time.
@@ -79,7 +79,7 @@ def _mark() -> Line2D:
 _Bar = tuple[str, float, float | None, str]
 
 
-def _bars(comparison: Comparison) -> list[_Bar]:
+def _bars(comparison: ProfileComparison) -> list[_Bar]:
     large, small = comparison.notable()
     shown, left = large[:_MOST_BARS], [*large[_MOST_BARS:], *small]
     bars: list[_Bar] = [_bar(change) for change in shown]
@@ -127,7 +127,7 @@ def _labels(axes: Axes, bars: list[_Bar], unit: tuple[float, str]) -> None:
         )
 
 
-def _title(comparison: Comparison) -> str:
+def _title(comparison: ProfileComparison) -> str:
     names = f"{comparison.after.name} against {comparison.before.name}"
     before, after = comparison.before.step_us, comparison.after.step_us
     if comparison.step_us is None or before is None or after is None:

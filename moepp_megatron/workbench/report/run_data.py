@@ -23,13 +23,13 @@ class ReportError(ConfigError):
     """A run that no report can be made of; the message is one line."""
 
 
-class RunSection(BaseModel):
+class RecordedRun(BaseModel):
     """The fields that the report needs of ``run:``."""
 
     name: str = "moepp"
 
 
-class ModelSection(BaseModel):
+class RecordedModel(BaseModel):
     """The fields that the report needs of ``model:``."""
 
     num_layers: Layers
@@ -39,23 +39,23 @@ class ModelSection(BaseModel):
     seq_length: Count
 
 
-class BudgetSection(BaseModel):
+class RecordedBudget(BaseModel):
     """The fields that the report needs of ``moe.budget:``."""
 
     target_ffn_per_token: float | None = None
 
 
-class MoESection(BaseModel, ExpertLayout, frozen=True):
+class RecordedMoE(BaseModel, ExpertLayout, frozen=True):
     """The fields that the report needs of ``moe:``."""
 
     tau: float
     layer_freq: Layers | list[int] = 1
     ffn_hidden_size: Count | None = None
     dispatcher: str = "alltoall"
-    budget: BudgetSection = BudgetSection()
+    budget: RecordedBudget = RecordedBudget()
 
 
-class ParallelSection(BaseModel):
+class RecordedParallel(BaseModel):
     """The fields that the report needs of ``parallel:``."""
 
     tensor_model_parallel_size: Count = 1
@@ -64,14 +64,14 @@ class ParallelSection(BaseModel):
     context_parallel_size: Count = 1
 
 
-class PrecisionSection(BaseModel):
+class RecordedPrecision(BaseModel):
     """The fields that the report needs of ``precision:``."""
 
     dtype: str = "fp32"
     fp8: str | None = None
 
 
-class TrainingSection(BaseModel):
+class RecordedTraining(BaseModel):
     """The fields that the report needs of ``training:``."""
 
     train_iters: Count
@@ -85,12 +85,12 @@ class RunConfig(BaseModel):
     reported.
     """
 
-    run: RunSection
-    model: ModelSection
-    moe: MoESection
-    parallel: ParallelSection
-    precision: PrecisionSection
-    training: TrainingSection
+    run: RecordedRun
+    model: RecordedModel
+    moe: RecordedMoE
+    parallel: RecordedParallel
+    precision: RecordedPrecision
+    training: RecordedTraining
 
     @property
     def experts(self) -> ExpertLayout:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from moepp_megatron.experts import FFN, ExpertLayout
 from moepp_megatron.workbench.report.run_data import RunConfig
-from moepp_megatron.workbench.report.summary import Summary
+from moepp_megatron.workbench.report.summary import RunSummary
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Savings:
     Attributes:
         measured: This run's work.
         vanilla: The vanilla layer's.
-        ffn_fraction: FFN share, settled (see `Summary`); the work is computed from it.
+        ffn_fraction: FFN share, settled (see `RunSummary`); the work is computed from it.
         expert_work_saved: ``1 - ffn_fraction``.
         speed_limit: ``1 / ffn_fraction``; infinite if no token took an FFN expert.
         a2a_bytes: All-to-all bytes of the run, measured.
@@ -82,7 +82,7 @@ def vanilla_a2a_bytes(dispatcher: str, measured: float, ffn_fraction: float) -> 
     return measured / ffn_fraction
 
 
-def compute_savings(config: RunConfig, summary: Summary) -> Savings:
+def compute_savings(config: RunConfig, summary: RunSummary) -> Savings:
     """Compares a run with the vanilla layer of the same size."""
     fraction, dispatcher = summary.settled_ffn_fraction, config.moe.dispatcher
     sent, step_sent = summary.a2a_bytes, summary.settled_a2a_bytes

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.savings import Savings
-from moepp_megatron.workbench.report.summary import Summary
+from moepp_megatron.workbench.report.summary import RunSummary
 
 
 @dataclass(frozen=True)
-class Row:
+class SavingsRow:
     """One row: a quantity of the vanilla layer, of this run, and the saving.
 
     Attributes:
@@ -35,11 +35,11 @@ class Row:
 class SavingsTable:
     """Rows and the sentences below them."""
 
-    rows: list[Row]
+    rows: list[SavingsRow]
     notes: list[str]
 
 
-def savings_table(run: RunData, summary: Summary, savings: Savings) -> SavingsTable:
+def savings_table(run: RunData, summary: RunSummary, savings: Savings) -> SavingsTable:
     """The comparison, for a layer that has zero-computation experts."""
     rows = [*_work_rows(run, savings), *_traffic_rows(run, summary, savings)]
     notes = [
@@ -63,14 +63,14 @@ def savings_table(run: RunData, summary: Summary, savings: Savings) -> SavingsTa
     return SavingsTable(rows, notes)
 
 
-def _work_rows(run: RunData, savings: Savings) -> list[Row]:
+def _work_rows(run: RunData, savings: Savings) -> list[SavingsRow]:
     vanilla, measured = savings.vanilla, savings.measured
     config = run.config
     gate = "2 x 8E (D + E)" if config.moe.two_layer_gate else "2 D E"
     residual = ", and 2 E^2 for the gating residual" if config.moe.gating_residual else ""
     constants = config.experts.num_constant_experts
     return [
-        Row(
+        SavingsRow(
             "FFN experts a token takes",
             "K; K x FFN share",
             formatting.number(vanilla.experts_per_token, 2),
@@ -109,18 +109,18 @@ def _work_rows(run: RunData, savings: Savings) -> list[Row]:
     ]
 
 
-def _traffic_rows(run: RunData, summary: Summary, savings: Savings) -> list[Row]:
+def _traffic_rows(run: RunData, summary: RunSummary, savings: Savings) -> list[SavingsRow]:
     steps = summary.last_step
     if not savings.a2a_bytes:
         reason = "no hidden vector left its rank in this run"
-        return [Row("All-to-all bytes", reason, "none", "none", "none")]
+        return [SavingsRow("All-to-all bytes", reason, "none", "none", "none")]
     if savings.vanilla_a2a_bytes is None:
         reason = (
             f"the vanilla layer's traffic does not follow from this run's (moe.dispatcher: "
             f"{run.config.moe.dispatcher}, FFN share {formatting.percent(savings.ffn_fraction)})"
         )
         sent = formatting.data_size(savings.a2a_bytes)
-        return [Row("All-to-all bytes of the run", reason, "not known", sent, "not known")]
+        return [SavingsRow("All-to-all bytes of the run", reason, "not known", sent, "not known")]
     rule = "the same" if run.config.moe.dispatcher == "allgather" else "measured / FFN share"
     how = f"forward, all ranks and MoE layers; vanilla: {rule}, in the same layout"
     rows = []
@@ -138,7 +138,10 @@ def _traffic_rows(run: RunData, summary: Summary, savings: Savings) -> list[Row]
     saved = formatting.data_size(savings.vanilla_a2a_bytes - savings.a2a_bytes)
     total = f"mean of all records x steps done ({steps:,}), so with the run's first steps"
     whole, sent = map(formatting.data_size, (savings.vanilla_a2a_bytes, savings.a2a_bytes))
-    return [*rows, Row("All-to-all bytes of the run", total, whole, sent, saved, strong=True)]
+    return [
+        *rows,
+        SavingsRow("All-to-all bytes of the run", total, whole, sent, saved, strong=True),
+    ]
 
 
 def _difference(
@@ -149,11 +152,11 @@ def _difference(
     show: Callable[[float], str],
     *,
     strong: bool = False,
-) -> Row:
+) -> SavingsRow:
     saved = "added"
     if vanilla > 0:
         ratio = measured / vanilla
         saved = formatting.percent(1.0 - ratio)
         if ratio > 1.0:
             saved = f"{formatting.percent(ratio - 1.0)} more"
-    return Row(name, how, show(vanilla), show(measured), saved, strong)
+    return SavingsRow(name, how, show(vanilla), show(measured), saved, strong)

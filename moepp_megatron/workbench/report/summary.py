@@ -14,7 +14,7 @@ _TAIL = 0.1
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunSummary:
     """Numbers of a whole run. "Settled" is the mean over the last tenth of the records.
 
     Attributes:
@@ -84,7 +84,7 @@ def finite_mean(values: Sequence[float], weights: Sequence[float] | None = None)
     return sum(value * weight for value, weight in pairs) / total if total else math.nan
 
 
-def summarize(run: RunData) -> Summary:
+def summarize(run: RunData) -> RunSummary:
     """Computes a run's numbers."""
     records = run.records
     weights = step_weights(records)
@@ -96,7 +96,7 @@ def summarize(run: RunData) -> Summary:
     evaluated = [(r.step, r.valid_loss) for r in records if r.valid_loss is not None]
     valid_step, valid_loss = evaluated[-1] if evaluated else (None, None)
     settled_loss = finite_mean([r.loss for r in settled])
-    return Summary(
+    return RunSummary(
         last_step=records[-1].step,
         tokens=records[-1].tokens,
         loss=records[-1].loss,

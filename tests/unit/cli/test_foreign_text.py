@@ -25,7 +25,7 @@ from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 from moepp_megatron.workbench.experiments.scaling.efficiency import ScaleRecord
 from moepp_megatron.workbench.experiments.scaling.table import print_records
 from moepp_megatron.workbench.profiling.compare import compare
-from moepp_megatron.workbench.profiling.summary import Row, Summary
+from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
 from moepp_megatron.workbench.report.profile.terminal import print_summary
 from tests.unit.workbench.experiments.pilot_report.made_up import contents
 from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
@@ -108,8 +108,10 @@ def test_profile_of_collectives(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("moepp_megatron.workbench.report.profile.terminal._LOG_WIDTH", 400)
-    row = Row(purpose="", operation=HOSTILE, group="expert", phase="", calls=1.0, time_us=1.0)
-    print_summary(Summary(name=HOSTILE, ranks=1, step_times_us=(), rows=(row,)))
+    row = SummaryRow(
+        purpose="", operation=HOSTILE, group="expert", phase="", calls=1.0, time_us=1.0
+    )
+    print_summary(ProfileSummary(name=HOSTILE, ranks=1, step_times_us=(), rows=(row,)))
     printed = harmless(capsys.readouterr().out)
     assert SHOWN in printed
     assert printed.count(r"x\x1b]0;t") == 2, printed
@@ -117,7 +119,7 @@ def test_profile_of_collectives(
 
 def test_comparison_of_profiles(capsys: pytest.CaptureFixture[str]):
     before, after = (
-        Summary(name=name, ranks=1, step_times_us=(1.0,), exposed_us=1.0, rows=())
+        ProfileSummary(name=name, ranks=1, step_times_us=(1.0,), exposed_us=1.0, rows=())
         for name in (HOSTILE, "after")
     )
     profile._print_comparison(compare(before, after))

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from moepp_megatron.config.guard_metrics import GUARD_METRICS
-from moepp_megatron.config.guard_rules import DEFAULT_RULES, Rule, complete, effective_rules
+from moepp_megatron.config.guard_rules import DEFAULT_RULES, CompleteRule, complete, effective_rules
 from moepp_megatron.config.schema import GuardRule, RoutingGuardSection
 from moepp_megatron.observe.rules import WHOLE_MODEL, RuleJudge
 
-LOW = Rule(
+LOW = CompleteRule(
     name="low",
     metric="ffn_fraction",
     limit=0.2,

@@ -11,7 +11,7 @@ import pytest
 from moepp_megatron.config import Config, parse_config
 from moepp_megatron.training.checkpoint import Progress
 from moepp_megatron.training.checkpoint.names import checkpoint_name
-from moepp_megatron.training.checkpoint.progress import Record
+from moepp_megatron.training.checkpoint.progress import SavedRecord
 from moepp_megatron.training.checkpoint.validity import file_digest, manifest
 
 RAW: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def write() -> Callable[..., Path]:
     ) -> Path:
         path = folder / checkpoint_name(step)
         path.mkdir(parents=True)
-        record = Record(Progress(step, step * 8, step * 128), {}, {}, saved_at or float(step))
+        record = SavedRecord(Progress(step, step * 8, step * 128), {}, {}, saved_at or float(step))
         contents = {
             "__0_0.distcp": b"tensors" * 100,
             ".metadata": b"index",

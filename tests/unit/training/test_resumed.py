@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import Layout
-from moepp_megatron.training.checkpoint.progress import Progress, Record
+from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
 from moepp_megatron.training.resumed import start_lines
 from moepp_megatron.training.setup import learning_rate
 from tests.unit.training.conftest import config_of
@@ -21,7 +21,7 @@ def resumed(folder: Path, ranks: int = 1, **changes: dict) -> list[str]:
     sections = {"training": TRAINING, "optimizer": OPTIMIZER}
     before = config_of(**sections)
     (folder / "config.yaml").write_text(before.to_yaml())
-    record = Record.now(Progress(6, 48, 768), Layout.from_config(before, 1))
+    record = SavedRecord.now(Progress(6, 48, 768), Layout.from_config(before, 1))
     for name, change in changes.items():
         sections[name] = sections.get(name, {}) | change
     now = config_of(**sections)
@@ -62,7 +62,7 @@ def test_settings_are_compared_by_what_they_mean(tmp_path: Path) -> None:
     before = config_of(**sections, data={"split": "0.98, 0.02, 0"}, moe={"layer_freq": [1, 1]})
     (tmp_path / "config.yaml").write_text(before.to_yaml())
     layout = Layout.from_config(before, 1)
-    record = Record.now(Progress(6, 48, 768), layout)
+    record = SavedRecord.now(Progress(6, 48, 768), layout)
     same = config_of(**sections, data={"split": "98,2,0"}, moe={"layer_freq": 1})
     assert len(start_lines(tmp_path, record, same, layout)) == 1
     other = config_of(**sections, data={"split": "90,10,0"})

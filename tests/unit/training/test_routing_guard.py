@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from moepp_megatron.config.guard_metrics import COUNTED, MEASURED
-from moepp_megatron.config.guard_rules import Rule
+from moepp_megatron.config.guard_rules import CompleteRule
 from moepp_megatron.observe.rules import WHOLE_MODEL, Event
 from moepp_megatron.training.guard.actions import RaisedTau, demands
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.readings import counted, measured
 
 LAYERS = [2, 4]
-RULE = Rule(
+RULE = CompleteRule(
     name="low",
     metric="ffn_to_target",
     limit=0.25,

@@ -34,7 +34,7 @@ from moepp_megatron.workbench.experiments.pilot.verdict import (
     recommended,
     verdict,
 )
-from moepp_megatron.workbench.planning.imbalance import Routing
+from moepp_megatron.workbench.planning.imbalance import AssumedRouting
 
 Records = list[StepMetrics]
 
@@ -163,7 +163,7 @@ class _Measured:
         equal = self._equal_speed(name, runs)
         return AtTarget(model.time_ratio, equal, standing(equal, times[name], times[equal.slower]))
 
-    def _routing(self) -> dict[str, Routing] | None:
+    def _routing(self) -> dict[str, AssumedRouting] | None:
         """Routing by arm, as uneven as in its runs; None if that does not apply to the target."""
         if self.pilot.target is None:
             return None
@@ -176,7 +176,7 @@ class _Measured:
             found[arm.arm.name] = routing
         return found
 
-    def _target(self, routing: dict[str, Routing] | None) -> PilotTarget | None:
+    def _target(self, routing: dict[str, AssumedRouting] | None) -> PilotTarget | None:
         if self.pilot.target is None:
             return None
         nominal = {arm.arm.name: arm.config.moe.ffn_share for arm in self.pilot.arms}

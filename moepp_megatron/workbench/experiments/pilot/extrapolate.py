@@ -21,7 +21,7 @@ from moepp_megatron.workbench.experiments.pilot.result import (
     TargetModel,
 )
 from moepp_megatron.workbench.experiments.pilot.runs import PilotRun
-from moepp_megatron.workbench.planning.imbalance import LEARNED, Routing
+from moepp_megatron.workbench.planning.imbalance import LEARNED, AssumedRouting
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.plan import best_layouts, check_formats
 from moepp_megatron.workbench.planning.planned import Planned
@@ -79,7 +79,7 @@ class TargetRequest:
         self,
         arms: Sequence[ArmOutcome],
         nominal: Mapping[str, float],
-        routing: Mapping[str, Routing] | None,
+        routing: Mapping[str, AssumedRouting] | None,
     ) -> PilotTarget:
         """Every arm but "short" at the target's size, each in its best layout.
 
@@ -107,7 +107,7 @@ class TargetRequest:
             models=[_beside(model, baseline) for model in found],
         )
 
-    def _model(self, arm: str, config: Config, routing: Routing) -> TargetModel:
+    def _model(self, arm: str, config: Config, routing: AssumedRouting) -> TargetModel:
         best = best_layouts(config, self.gpus, self.machine, routing)
         if not best:
             return TargetModel(arm=arm, layout="none is legal", fits=False)
@@ -176,7 +176,7 @@ def with_share(config: Config, share: float) -> Config:
     return with_overrides(without_budget(config), overrides)
 
 
-def measured_routing(runs: Sequence[PilotRun], target: Config) -> Routing | None:
+def measured_routing(runs: Sequence[PilotRun], target: Config) -> AssumedRouting | None:
     """Routing as uneven as in the second half of these runs, their median.
 
     None if it does not apply to the target, which has another number of FFN experts, or if runs
@@ -193,7 +193,7 @@ def measured_routing(runs: Sequence[PilotRun], target: Config) -> Routing | None
             return None
         found.append(math.inf if routing.evenness is None else routing.evenness)
     median = statistics.median(found) if found else math.inf
-    return None if math.isinf(median) else Routing(median)
+    return None if math.isinf(median) else AssumedRouting(median)
 
 
 def _beside(model: TargetModel, baseline: float | None) -> TargetModel:

@@ -6,7 +6,7 @@ balance in all but one.
 """
 
 from moepp_megatron.workbench.planning.published.compare import (
-    Comparison,
+    PublishedComparison,
     compare,
     error_table,
     model_flop_per_token,
@@ -16,7 +16,7 @@ from moepp_megatron.workbench.planning.published.results import FURTHER, RESULTS
 __all__ = [
     "FURTHER",
     "RESULTS",
-    "Comparison",
+    "PublishedComparison",
     "Published",
     "compare",
     "error_table",

@@ -16,7 +16,7 @@ from moepp_megatron.workbench.planning.workload import Workload
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PublishedComparison:
     """A published result and the model's estimate.
 
     Attributes:
@@ -35,7 +35,9 @@ class Comparison:
         return self.tflops / self.result.tflops - 1.0
 
 
-def compare(results: Sequence[Published], reached: Efficiencies = DEFAULT) -> list[Comparison]:
+def compare(
+    results: Sequence[Published], reached: Efficiencies = DEFAULT
+) -> list[PublishedComparison]:
     """The model's answer for each result, all with the same efficiencies."""
     machine = machine_of(load_hardware("h100_sxm"), reached)
     comparisons = []
@@ -43,11 +45,13 @@ def compare(results: Sequence[Published], reached: Efficiencies = DEFAULT) -> li
         stages = result.stages or even_stages(result.load.layers, result.grid.pp, result.grid.vpp)
         step = step_time(result.load, result.grid, machine, result.routing, stages)
         flop = model_flop_per_token(result.load) * result.load.batch * result.load.seq
-        comparisons.append(Comparison(result, step, flop / step.total / result.gpus / 1e12))
+        comparisons.append(
+            PublishedComparison(result, step, flop / step.total / result.gpus / 1e12)
+        )
     return comparisons
 
 
-def error_table(comparisons: Sequence[Comparison]) -> str:
+def error_table(comparisons: Sequence[PublishedComparison]) -> str:
     """The comparisons as a table for docs/planning.md."""
     lines = [
         "| result | GPUs | layout | published | model | error |",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from moepp_megatron.workbench.planning.attention import GroupedQuery
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, LEARNED, Routing
+from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, LEARNED, AssumedRouting
 from moepp_megatron.workbench.planning.pipeline import Stages, stages_of
 from moepp_megatron.workbench.planning.published.models import (
     BF16,
@@ -44,7 +44,7 @@ class Published:
     load: Workload
     grid: Grid
     source: str
-    routing: Routing = FORCED_BALANCE
+    routing: AssumedRouting = FORCED_BALANCE
     stages: Stages | None = None
 
 

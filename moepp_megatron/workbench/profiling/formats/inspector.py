@@ -26,7 +26,7 @@ from moepp_megatron.workbench.profiling.formats.nccl_names import (
     operation_of,
 )
 from moepp_megatron.workbench.profiling.formats.peer_transfers import (
-    Transfer,
+    PeerTransfer,
     put_together,
     split_calls,
 )
@@ -209,8 +209,8 @@ def _exchanges(records: Sequence[_Record], ranks: Ranks) -> list[Collective]:
     return found
 
 
-def _transfer(record: _Record) -> Transfer:
-    return Transfer(
+def _transfer(record: _Record) -> PeerTransfer:
+    return PeerTransfer(
         is_send=operation_of(record.function) is Operation.SEND,
         peer=record.peer,
         size=record.size,

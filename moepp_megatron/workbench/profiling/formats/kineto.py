@@ -38,7 +38,7 @@ from moepp_megatron.workbench.profiling.formats.kineto_sizes import (
     sizes_of_nccl,
     whole_list,
 )
-from moepp_megatron.workbench.profiling.groups import Group
+from moepp_megatron.workbench.profiling.groups import TracedGroup
 from moepp_megatron.workbench.profiling.trace import ProfileError, RankTrace
 
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -68,7 +68,7 @@ def parse_kineto(content: dict[str, Any]) -> RankTrace:
     about = content.get("distributedInfo") or {}
     events: list[Event] = content["traceEvents"]
     groups = {
-        str(entry["pg_name"]): Group(
+        str(entry["pg_name"]): TracedGroup(
             str(entry["pg_name"]),
             tuple(whole_list(entry.get("ranks")) or ()),
             str(entry.get("pg_desc", "")),
@@ -140,7 +140,7 @@ class _Reader:
         swept: The surroundings of its calls.
     """
 
-    def __init__(self, rank: int, groups: dict[str, Group], swept: Swept) -> None:
+    def __init__(self, rank: int, groups: dict[str, TracedGroup], swept: Swept) -> None:
         self._rank, self._groups, self._swept = rank, groups, swept
 
     def of_nccl(self, kernels: list[Event], calls: list[Event]) -> list[Collective]:

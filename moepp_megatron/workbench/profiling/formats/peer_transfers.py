@@ -17,7 +17,7 @@ _NEIGHBOURS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfer:
+class PeerTransfer:
     """One send or receive of a rank.
 
     Attributes:
@@ -39,7 +39,9 @@ class Transfer:
     returned_us: float | None = None
 
 
-def split_calls(transfers: Iterable[Transfer], own_rank: int | None = None) -> list[list[Transfer]]:
+def split_calls(
+    transfers: Iterable[PeerTransfer], own_rank: int | None = None
+) -> list[list[PeerTransfer]]:
     """Parts a rank's transfers into grouped calls.
 
     Args:
@@ -52,7 +54,7 @@ def split_calls(transfers: Iterable[Transfer], own_rank: int | None = None) -> l
     returned from issuing the call: NCCL opens the events of a group before its launch and closes
     them after it (src/enqueue.cc, ncclProfilerStartTaskEvents).
     """
-    calls: list[list[Transfer]] = []
+    calls: list[list[PeerTransfer]] = []
     seen: set[tuple[bool, int]] = set()
     returned = float("inf")
     for transfer in transfers:
@@ -69,7 +71,7 @@ def split_calls(transfers: Iterable[Transfer], own_rank: int | None = None) -> l
     return calls
 
 
-def is_all_to_all(call: Sequence[Transfer], own_rank: int) -> bool:
+def is_all_to_all(call: Sequence[PeerTransfer], own_rank: int) -> bool:
     """Whether a grouped call is an all-to-all rather than an exchange between pipeline stages.
 
     It is one if the rank sends to itself or exchanges with more than two others. An all-to-all of
@@ -80,7 +82,7 @@ def is_all_to_all(call: Sequence[Transfer], own_rank: int) -> bool:
     return own_rank in peers or len(peers) > _NEIGHBOURS
 
 
-def put_together(call: Sequence[Transfer], own_rank: int, base: Collective) -> list[Collective]:
+def put_together(call: Sequence[PeerTransfer], own_rank: int, base: Collective) -> list[Collective]:
     """The collectives of one grouped call.
 
     Args:
@@ -122,7 +124,7 @@ def put_together(call: Sequence[Transfer], own_rank: int, base: Collective) -> l
     ]
 
 
-def _by_peer(transfers: Iterable[Transfer], ranks: int) -> tuple[int, ...] | None:
+def _by_peer(transfers: Iterable[PeerTransfer], ranks: int) -> tuple[int, ...] | None:
     """Bytes for each rank of the group; None where its size is unknown."""
     sizes = [0] * ranks
     for one in transfers:

@@ -35,7 +35,7 @@ from moepp_megatron.workbench.profiling.formats.nccl_names import (
     operation_of,
 )
 from moepp_megatron.workbench.profiling.formats.peer_transfers import (
-    Transfer,
+    PeerTransfer,
     put_together,
     split_calls,
 )
@@ -297,10 +297,10 @@ def _exchanges(file: _File, ranks: Ranks) -> list[Collective]:
     return found
 
 
-def _transfer(operation: _Operation, base: Collective) -> Transfer:
+def _transfer(operation: _Operation, base: Collective) -> PeerTransfer:
     if base.size is None:
         raise SourceError(f"{operation.place}: unknown data type {base.dtype!r}")
-    return Transfer(
+    return PeerTransfer(
         is_send=base.operation is Operation.SEND,
         peer=operation.argument("Peer", int),
         size=base.size,

@@ -22,7 +22,7 @@ from moepp_megatron.workbench.profiling.trace import RankTrace
 
 
 @dataclass
-class LayerBytes:
+class ExpectedLayerBytes:
     """One layer, direction (dispatch, combine) and pass, summed over ranks and a step; bytes.
 
     Attributes:
@@ -52,9 +52,9 @@ class LayerBytes:
         return None if self.expected is None else self.measured == self.expected
 
 
-def layer_bytes(traces: Iterable[RankTrace], step: int) -> list[LayerBytes]:
+def layer_bytes(traces: Iterable[RankTrace], step: int) -> list[ExpectedLayerBytes]:
     """Bytes over all recorded ranks, ordered by layer, dispatch before combine, forward first."""
-    found: dict[Place, LayerBytes] = {}
+    found: dict[Place, ExpectedLayerBytes] = {}
     for trace in traces:
         span = trace.steps.get(step)
         if span is None:
@@ -65,10 +65,10 @@ def layer_bytes(traces: Iterable[RankTrace], step: int) -> list[LayerBytes]:
             place = place_of(call)
             is_within = span.start_us <= call.start_us < span.end_us
             if place is not None and is_within and _is_exchange(call, place):
-                entry = found.setdefault(place, LayerBytes(place))
+                entry = found.setdefault(place, ExpectedLayerBytes(place))
                 _add_measured(entry, call, row_bytes)
         for place, counted in _places(passes):
-            entry = found.setdefault(place, LayerBytes(place))
+            entry = found.setdefault(place, ExpectedLayerBytes(place))
             _add_expected(entry, counted)
     phases, parts = ("forward", "recompute", "backward"), ("dispatch", "combine")
     return sorted(
@@ -112,7 +112,7 @@ def _places(
                     yield Place(layer, part, phase), one
 
 
-def _add_measured(entry: LayerBytes, call: Collective, row_bytes: set[int]) -> None:
+def _add_measured(entry: ExpectedLayerBytes, call: Collective, row_bytes: set[int]) -> None:
     others = _to_others(call, entry.place)
     # Gates and maps travel beside hidden vectors; a row tells which is which.
     if row_bytes and call.row_bytes is not None and call.row_bytes not in row_bytes:
@@ -134,7 +134,7 @@ def _to_others(call: Collective, place: Place) -> int:
     return sum(size for rank, size in enumerate(parts) if rank != own)
 
 
-def _add_expected(entry: LayerBytes, counted: dict[str, Any]) -> None:
+def _add_expected(entry: ExpectedLayerBytes, counted: dict[str, Any]) -> None:
     row, own, ranks = counted["row_bytes"], counted["own"], counted["ranks"]
 
     def to_others(rows: list[int]) -> int:

@@ -20,7 +20,7 @@ from moepp_megatron.workbench.profiling.trace import RankTrace, Span
 
 
 @dataclass(frozen=True)
-class StepTime:
+class MeasuredStepTime:
     """The times of one step on one rank, in microseconds.
 
     Attributes:
@@ -57,14 +57,14 @@ def computing(trace: RankTrace, within: Interval) -> list[Interval]:
     return intersect(union(span.interval for span in trace.host_work), whole)
 
 
-def step_time(trace: RankTrace, step: Span) -> StepTime:
+def step_time(trace: RankTrace, step: Span) -> MeasuredStepTime:
     """The times of a step of this rank."""
     within = step.interval
     compute = computing(trace, within)
     busy = union((one.start_us, one.end_us) for one in trace.collectives)
     communication = intersect(busy, [within])
     exposed = subtract(communication, compute)
-    return StepTime(
+    return MeasuredStepTime(
         step_us=within[1] - within[0],
         compute_us=length(compute),
         communication_us=length(communication),

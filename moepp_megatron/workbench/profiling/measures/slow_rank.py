@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from moepp_megatron.workbench.profiling.measures.expert_load import ExpertLoad, expert_group
-from moepp_megatron.workbench.profiling.measures.exposure import StepTime
+from moepp_megatron.workbench.profiling.measures.exposure import MeasuredStepTime
 from moepp_megatron.workbench.profiling.trace import RankTrace
 
 # Times of ranks with equal work differ by less on a machine with nothing else to do.
@@ -34,7 +34,7 @@ class SlowRank:
 
 def slow_rank(
     traces: Iterable[RankTrace],
-    times: Mapping[int, Mapping[int, StepTime]],
+    times: Mapping[int, Mapping[int, MeasuredStepTime]],
     load: ExpertLoad | None,
 ) -> SlowRank | None:
     """The slowest such rank, or None.

@@ -23,7 +23,7 @@ from moepp_megatron.workbench.report.cards import Card
 from moepp_megatron.workbench.report.drawing import KIND_COLOURS, plot_style
 from moepp_megatron.workbench.report.inspect.packed import packed
 from moepp_megatron.workbench.report.inspect.plots import inspection_plots
-from moepp_megatron.workbench.report.inspect.tables import Row, rows, token_rows
+from moepp_megatron.workbench.report.inspect.tables import InspectionRow, rows, token_rows
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.template import render_template
 
@@ -37,8 +37,8 @@ class Extremes:
 
     label: str
     least_count: int
-    most: list[Row]
-    fewest: list[Row]
+    most: list[InspectionRow]
+    fewest: list[InspectionRow]
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class InspectionPage:
     notices: list[str]
     cards: list[Card]
     kinds: list[tuple[str, str]]
-    classes: list[Row]
-    tags: list[Row]
+    classes: list[InspectionRow]
+    tags: list[InspectionRow]
     extremes: list[Extremes]
     plots: list[Plot]
     is_code: bool

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moepp_megatron.experts import KIND_NAMES
-from moepp_megatron.workbench.inspection.aggregates import Group
+from moepp_megatron.workbench.inspection.aggregates import TokenGroup
 from moepp_megatron.workbench.inspection.findings import Findings
 from moepp_megatron.workbench.inspection.trace import Trace
 from moepp_megatron.workbench.report.drawing import (
@@ -99,7 +99,7 @@ def _line_plot(
     label: str,
     caption: str,
     traces: Sequence[Trace],
-    models: Sequence[Sequence[Group]],
+    models: Sequence[Sequence[TokenGroup]],
 ) -> Plot:
     shown = [group for group in models[0] if group.count >= _FEWEST]
     if len(shown) < 2:

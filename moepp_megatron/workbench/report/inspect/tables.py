@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moepp_megatron.experts import KIND_NAMES
-from moepp_megatron.workbench.inspection.aggregates import Group
+from moepp_megatron.workbench.inspection.aggregates import TokenGroup
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import KIND_COLOURS
 
@@ -15,7 +15,7 @@ _DASH = "-"
 
 
 @dataclass(frozen=True)
-class Bar:
+class ShareBar:
     """A part of a stacked bar: percent of the width, colour, text under the pointer."""
 
     width: float
@@ -24,7 +24,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Cell:
+class InspectionCell:
     """One model's numbers of a group.
 
     Attributes:
@@ -34,12 +34,12 @@ class Cell:
     """
 
     ffn: str
-    bars: list[Bar]
+    bars: list[ShareBar]
     loss: str
 
 
 @dataclass(frozen=True)
-class Row:
+class InspectionRow:
     """A group in every model.
 
     Attributes:
@@ -52,17 +52,17 @@ class Row:
 
     name: str
     count: str
-    cells: list[Cell]
+    cells: list[InspectionCell]
     ffn_change: str | None = None
     loss_change: str | None = None
 
 
-def rows(models: Sequence[Sequence[Group]]) -> list[Row]:
+def rows(models: Sequence[Sequence[TokenGroup]]) -> list[InspectionRow]:
     """Rows of the groups, which are the same in every model."""
     return [_row(groups) for groups in zip(*models, strict=True)]
 
 
-def token_rows(groups: Sequence[Group]) -> list[Row]:
+def token_rows(groups: Sequence[TokenGroup]) -> list[InspectionRow]:
     """Rows of single tokens, whose white space is made visible."""
     return [_row([group], visible(group.name)) for group in groups]
 
@@ -73,14 +73,14 @@ def visible(piece: str) -> str:
     return shown.replace(" ", "\u00b7") if piece else "(part of a character)"
 
 
-def _row(groups: Sequence[Group], name: str | None = None) -> Row:
+def _row(groups: Sequence[TokenGroup], name: str | None = None) -> InspectionRow:
     first = groups[0]
     cells = [_cell(group) for group in groups]
     label = first.name if name is None else name
     if len(groups) == 1:
-        return Row(label, formatting.count(first.count), cells)
+        return InspectionRow(label, formatting.count(first.count), cells)
     second = groups[1]
-    return Row(
+    return InspectionRow(
         label,
         formatting.count(first.count),
         cells,
@@ -89,16 +89,16 @@ def _row(groups: Sequence[Group], name: str | None = None) -> Row:
     )
 
 
-def _cell(group: Group) -> Cell:
+def _cell(group: TokenGroup) -> InspectionCell:
     error = "" if math.isnan(group.ffn_error) else f" \u00b1 {group.ffn_error:.2f}"
     texts = formatting.shares(group.kinds)
     bars = [
-        Bar(100 * share, KIND_COLOURS[kind], f"{kind} {text}")
+        ShareBar(100 * share, KIND_COLOURS[kind], f"{kind} {text}")
         for kind, share, text in zip(KIND_NAMES, group.kinds, texts, strict=True)
         if share > 0
     ]
     loss = _DASH if math.isnan(group.loss) else f"{group.loss:.2f}"
-    return Cell(f"{group.ffn:.2f}{error}", bars, loss)
+    return InspectionCell(f"{group.ffn:.2f}{error}", bars, loss)
 
 
 def _signed(value: float) -> str:

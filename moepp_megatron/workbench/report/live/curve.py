@@ -19,7 +19,7 @@ _CUT_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Series:
+class LiveSeries:
     """The data of a curve.
 
     Attributes:
@@ -37,7 +37,7 @@ class Series:
     style: str = "cyan"
 
 
-def draw_curve(series: Series, width: int, height: int, glyphs: Glyphs) -> list[Text]:
+def draw_curve(series: LiveSeries, width: int, height: int, glyphs: Glyphs) -> list[Text]:
     """Draws a curve.
 
     Args:
@@ -147,13 +147,13 @@ class _Canvas:
             self._cells[y // self._high][x // self._wide] |= self.BITS[y % 4][x % 2]
 
 
-def _column(step: int, series: Series, columns: int) -> int:
+def _column(step: int, series: LiveSeries, columns: int) -> int:
     """The column that contains a step."""
     first, last = series.steps[0], series.steps[-1]
     return min(columns - 1, (step - first) * columns // max(1, last - first))
 
 
-def _column_means(series: Series, columns: int) -> list[float | None]:
+def _column_means(series: LiveSeries, columns: int) -> list[float | None]:
     """[columns] mean of the finite values in each; None without a value, NaN without a finite."""
     sums, counts, seen = [0.0] * columns, [0] * columns, [False] * columns
     stride = max(1, len(series.steps) // _MOST_POINTS)
@@ -169,7 +169,7 @@ def _column_means(series: Series, columns: int) -> list[float | None]:
     ]
 
 
-def _range(means: Sequence[float | None], series: Series) -> tuple[float, float]:
+def _range(means: Sequence[float | None], series: LiveSeries) -> tuple[float, float]:
     """Lowest and highest value of the picture."""
     known = [value for value in means if value is not None and math.isfinite(value)]
     if len(known) >= _COLUMNS_TO_CUT:

@@ -14,7 +14,7 @@ from moepp_megatron.config.printable import printable
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report import formatting
-from moepp_megatron.workbench.report.live.curve import Series, draw_curve, sparkline
+from moepp_megatron.workbench.report.live.curve import LiveSeries, draw_curve, sparkline
 from moepp_megatron.workbench.report.live.experts import expert_bars, layer_shares, legend
 from moepp_megatron.workbench.report.live.glyphs import Glyphs
 from moepp_megatron.workbench.report.live.health import State, short_time
@@ -129,7 +129,7 @@ def _curves(run: LiveRun, width: int, rows: int, glyphs: Glyphs) -> list[Text | 
         for step, value in zip(history.steps, history.valid_loss, strict=True)
         if not math.isnan(value)
     ]
-    loss = Series(history.steps, history.loss, points)
+    loss = LiveSeries(history.steps, history.loss, points)
     if width < _WIDE:
         lines = [_loss_heading(run, width, glyphs), *draw_curve(loss, width, rows, glyphs)]
         share = _share_text(run, "FFN share ")
@@ -138,7 +138,7 @@ def _curves(run: LiveRun, width: int, rows: int, glyphs: Glyphs) -> list[Text | 
         return [*lines, _cut(share, width)]
     left = (width - 2) // 2
     right = width - 2 - left
-    share_series = Series(
+    share_series = LiveSeries(
         history.steps, history.ffn_fraction, target=run.wanted_ffn_share, style="blue"
     )
     grid = Table.grid(padding=(0, 2, 0, 0))

@@ -9,7 +9,7 @@ from typing import Any
 
 import moepp_megatron
 from moepp_megatron.workbench.profiling.analysis import Profile
-from moepp_megatron.workbench.profiling.compare import Comparison, in_words
+from moepp_megatron.workbench.profiling.compare import ProfileComparison, in_words
 from moepp_megatron.workbench.report.cards import Card
 from moepp_megatron.workbench.report.drawing import plot_style, svg_data_uri
 from moepp_megatron.workbench.report.plot import Plot
@@ -71,7 +71,9 @@ class ProfilePage:
     version: str
 
 
-def render(profile: Profile, document: dict[str, Any], comparison: Comparison | None = None) -> str:
+def render(
+    profile: Profile, document: dict[str, Any], comparison: ProfileComparison | None = None
+) -> str:
     """The page's HTML. The same profile gives the same page.
 
     Args:
@@ -95,7 +97,7 @@ def render(profile: Profile, document: dict[str, Any], comparison: Comparison | 
     return render_template("profile.html.j2", page=page)
 
 
-def _comparison(comparison: Comparison) -> ComparisonPart:
+def _comparison(comparison: ProfileComparison) -> ComparisonPart:
     with plot_style():
         image = svg_data_uri(comparison_figure(comparison))
     caption = "A rank's step: bars are exposed time, the largest change on top."

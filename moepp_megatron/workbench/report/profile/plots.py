@@ -20,7 +20,7 @@ from moepp_megatron.workbench.report.drawing import (
 )
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.profile.timeline import COLOURS
-from moepp_megatron.workbench.report.profile.words import Cost, costs
+from moepp_megatron.workbench.report.profile.words import CostLine, costs
 
 # From here on, ranks are bars that nobody can read.
 _MOST_RANKS = 64
@@ -92,7 +92,7 @@ def _ranks(document: dict[str, Any], ranks: list[int], rows: int | None) -> Plot
     )
 
 
-def _costs(found: list[Cost], rows: int | None) -> Plot:
+def _costs(found: list[CostLine], rows: int | None) -> Plot:
     """Plot bars of exposed time by purpose."""
     figure, thick = _figure(len(found), rows)
     axes = figure.subplots()

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from moepp_megatron.runtime.terminal import Console
-from moepp_megatron.workbench.profiling.summary import Summary
+from moepp_megatron.workbench.profiling.summary import ProfileSummary
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.profile.rows import (
     COLLECTIVE_COLUMNS,
@@ -58,7 +58,7 @@ def print_profile(
     _print(console, "Ranks, ms", RANK_COLUMNS, rank_rows(document), words=0)
 
 
-def print_summary(summary: Summary, console: Console | None = None) -> None:
+def print_summary(summary: ProfileSummary, console: Console | None = None) -> None:
     """Print a recording of collectives only: sums per rank over the recording."""
     console = console or Console()
     if not console.is_terminal:

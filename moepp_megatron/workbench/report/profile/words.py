@@ -16,7 +16,7 @@ _EVEN = 1.1
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostLine:
     """The cost of one purpose per step; milliseconds, mean over ranks and steps."""
 
     purpose: str
@@ -25,14 +25,14 @@ class Cost:
     time_ms: float
 
 
-def costs(profile: Profile) -> list[Cost]:
+def costs(profile: Profile) -> list[CostLine]:
     """Costs by purpose, the most exposed first."""
     count = sum(len(ranks) for ranks in profile.times.values())
     sums: dict[str, list[CallClass]] = defaultdict(list)
     for one in profile.classes:
         sums[one.name.purpose].append(one)
     found = [
-        Cost(
+        CostLine(
             purpose,
             sum(one.exposed_us for one in classes) / 1e3 / count,
             sum(one.wait_us for one in classes) / 1e3 / count,

@@ -10,7 +10,13 @@ import torch
 
 from moepp_megatron.experts import ExpertLayout
 from moepp_megatron.workbench.bench import card
-from moepp_megatron.workbench.bench.bounds import Load, Work, bounds_ms, expert_flops, layer_work
+from moepp_megatron.workbench.bench.bounds import (
+    ExpertLoad,
+    MinimalWork,
+    bounds_ms,
+    expert_flops,
+    layer_work,
+)
 from moepp_megatron.workbench.bench.interleave import Timed, interleaved, speedup
 from moepp_megatron.workbench.bench.parts import parts_ms
 from moepp_megatron.workbench.bench.shapes import PaperShape
@@ -18,30 +24,30 @@ from moepp_megatron.workbench.bench.shapes import PaperShape
 # D 8, H 4, 2 FFN experts, then 2 constant, 1 copy, 1 zero.
 SHAPE = PaperShape("tiny", 8, 4, 1, ExpertLayout(2, 2), 1.0, {})
 PICKS = torch.tensor([[0, 1], [0, 2], [4, 5], [5, 0]])
-LOAD = Load(tokens=4, rows=4, ffn_tokens=3, used_tokens=2, busy_experts=2)
+LOAD = ExpertLoad(tokens=4, rows=4, ffn_tokens=3, used_tokens=2, busy_experts=2)
 # 1 GB/s and 1 or 2 TFLOP/s.
 CARD = card.CardResult("a card", "cuda", 0, 16, {"fp32": 1.0, "bf16": 2.0}, 1.0)
 
 
 def test_load_counts_what_the_routing_asks_for() -> None:
     # The third token has a copy and a zero expert, the last a zero and an FFN expert.
-    assert Load.of(PICKS, SHAPE) == LOAD
-    nothing = Load.of(torch.tensor([[5, 3], [4, 5]]), SHAPE)
-    assert nothing == Load(tokens=2, rows=0, ffn_tokens=0, used_tokens=2, busy_experts=0)
+    assert ExpertLoad.of(PICKS, SHAPE) == LOAD
+    nothing = ExpertLoad.of(torch.tensor([[5, 3], [4, 5]]), SHAPE)
+    assert nothing == ExpertLoad(tokens=2, rows=0, ffn_tokens=0, used_tokens=2, busy_experts=0)
 
 
 def test_moepp_layer_by_hand() -> None:
     work = layer_work(SHAPE, LOAD, "bf16", topk=2, vanilla=False)
     # A vector is 16 bytes. Router: 4 inputs and 6 weights; logits before and G; logits, gates, map.
     router = 10 * 16 + 6 * (4 * 4 + 6 * 2) + 24 * 4 + 24 * 5
-    assert work["router"] == Work(router, 2 * 4 * 6 * (8 + 6), "fp32")
+    assert work["router"] == MinimalWork(router, 2 * 4 * 6 * (8 + 6), "fp32")
     # 3 tokens in, 4 rows out, 4 gates both ways, 4 x 2 of the map.
-    assert work["dispatch"] == Work(7 * 16 + 2 * 4 * 4 + 8)
+    assert work["dispatch"] == MinimalWork(7 * 16 + 2 * 4 * 4 + 8)
     # 3 matrices of 8 x 4 an expert; 4 rows in and out.
-    assert work["experts"] == Work(2 * 3 * 32 * 2 + 8 * 16, 6 * 4 * 8 * 4, "bf16")
-    assert work["combine"] == Work(4 * 16 + 4 * 16)
+    assert work["experts"] == MinimalWork(2 * 3 * 32 * 2 + 8 * 16, 6 * 4 * 8 * 4, "bf16")
+    assert work["combine"] == MinimalWork(4 * 16 + 4 * 16)
     # 2 inputs, 4 outputs, and two constants with their two rows of mixing weights.
-    assert work["zero_computation"] == Work(6 * 16 + 6 * 16)
+    assert work["zero_computation"] == MinimalWork(6 * 16 + 6 * 16)
 
 
 def test_fused_layer_moves_less() -> None:
@@ -52,18 +58,18 @@ def test_fused_layer_moves_less() -> None:
     }
     # 4 rows and 2 inputs in, 4 outputs; of each token two row numbers, three gates with their map,
     # four mixing logits.
-    assert fused["combine"] == Work((4 + 2 + 4) * 16 + 4 * (2 * 4 + 3 * 5 + 4 * 4))
+    assert fused["combine"] == MinimalWork((4 + 2 + 4) * 16 + 4 * (2 * 4 + 3 * 5 + 4 * 4))
     # Mixing logits: 2 inputs, the weights, 4 fp32 numbers a token.
-    assert fused["zero_computation"] == Work(2 * 16 + 6 * 16 + 4 * 4 * 4)
+    assert fused["zero_computation"] == MinimalWork(2 * 16 + 6 * 16 + 4 * 4 * 4)
 
 
 def test_vanilla_layer_has_no_residual_and_no_zero_computation() -> None:
     picks = torch.tensor([[0, 1]] * 4)
-    vanilla = layer_work(SHAPE, Load.of(picks, SHAPE), "fp32", topk=2, vanilla=True)
+    vanilla = layer_work(SHAPE, ExpertLoad.of(picks, SHAPE), "fp32", topk=2, vanilla=True)
     assert set(vanilla) == {"router", "dispatch", "experts", "combine"}
-    assert vanilla["router"] == Work((4 + 2) * 32 + 8 * 5, 2 * 4 * 2 * 8, "fp32")
+    assert vanilla["router"] == MinimalWork((4 + 2) * 32 + 8 * 5, 2 * 4 * 2 * 8, "fp32")
     assert vanilla["experts"].flops == expert_flops(SHAPE, 8)
-    assert vanilla["combine"] == Work((8 + 4) * 32)
+    assert vanilla["combine"] == MinimalWork((8 + 4) * 32)
 
 
 def test_fp8_multiplies_in_fp8_and_stores_in_bf16() -> None:
@@ -75,10 +81,10 @@ def test_fp8_multiplies_in_fp8_and_stores_in_bf16() -> None:
 
 def test_the_longer_of_moving_and_multiplying_is_the_bound() -> None:
     work = {
-        "moves": Work(2 * 10**9),
-        "multiplies": Work(10**9, 4 * 10**12, "bf16"),
-        "in fp32": Work(10**9, 4 * 10**12, "fp32"),
-        "moves more": Work(3 * 10**9, 4 * 10**12, "bf16"),
+        "moves": MinimalWork(2 * 10**9),
+        "multiplies": MinimalWork(10**9, 4 * 10**12, "bf16"),
+        "in fp32": MinimalWork(10**9, 4 * 10**12, "fp32"),
+        "moves more": MinimalWork(3 * 10**9, 4 * 10**12, "bf16"),
     }
     assert bounds_ms(work, CARD) == {
         "moves": 2000.0,
@@ -96,7 +102,7 @@ def test_the_paper_is_within_the_rates_of_an_h100() -> None:
     shape = SHAPES["0.6B"]
     generator = torch.Generator().manual_seed(1)
     picks = balanced_selection(16384, balanced_shares(8, 4, 0.75), 2, generator)
-    load = Load.of(picks, shape)
+    load = ExpertLoad.of(picks, shape)
     assert load.rows == round(0.6 * 2 * 16384)
     rated = dataclasses.replace(CARD, matmul_tflops={"fp32": 67.0, "bf16": 989.4}, copy_gb_s=3350.0)
     work = layer_work(shape, load, "bf16", topk=2, vanilla=False, fused=True)

@@ -12,7 +12,7 @@ from moepp_megatron.runtime.backends import Backend
 from moepp_megatron.workbench.doctor import folders, packages, speed_checks, system
 from moepp_megatron.workbench.doctor.finding import Finding, Severity, worst
 from moepp_megatron.workbench.doctor.folders import PROBE_BYTES, Folder
-from moepp_megatron.workbench.doctor.speed import Collective, expected_seconds
+from moepp_megatron.workbench.doctor.speed import CollectiveSpeed, expected_seconds
 from moepp_megatron.workbench.doctor.speed_checks import DeviceSpeed
 from moepp_megatron.workbench.doctor.system import Limits, NetworkPort
 
@@ -177,7 +177,10 @@ def test_a_slow_card_is_named():
 
 def test_time_that_rated_links_need():
     one_gib = 2**30
-    reduce, exchange = Collective("all-reduce", one_gib, 1.0), Collective("all-to-all", one_gib, 1)
+    reduce, exchange = (
+        CollectiveSpeed("all-reduce", one_gib, 1.0),
+        CollectiveSpeed("all-to-all", one_gib, 1),
+    )
     link, network = 450e9, 50e9
     # One node of 8: 2 * 7/8 of the buffer, and 7 parts of 8.
     assert expected_seconds(reduce, 8, 8, link, None) == pytest.approx(1.75 * one_gib / link)

@@ -13,7 +13,7 @@ from moepp_megatron.workbench.planning.imbalance import (
     EVEN,
     FORCED_BALANCE,
     LEARNED,
-    Routing,
+    AssumedRouting,
     evenness_of,
     rank_load,
 )
@@ -39,7 +39,7 @@ def test_many_experts_on_a_rank_even_out() -> None:
 
 
 def test_few_tokens_are_uneven_by_chance_alone() -> None:
-    even = Routing(1e9)
+    even = AssumedRouting(1e9)
     assert rank_load(even, 8, 8, 64).mean > rank_load(even, 8, 8, 64_000).mean > 1
 
 

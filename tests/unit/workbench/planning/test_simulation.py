@@ -11,7 +11,7 @@ import pytest
 from moepp_megatron.config import parse_config
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, Routing, rank_load
+from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, AssumedRouting, rank_load
 from moepp_megatron.workbench.planning.layer_time import EXCHANGE, layer_key
 from moepp_megatron.workbench.planning.links import Placement
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
@@ -241,7 +241,7 @@ def test_drawn_load_is_that_of_the_plan() -> None:
     selections = 8 * 4096 * 3
     for ranks in (8, 64):
         found = fullest_ranks(rng, popularity, ranks, selections, 16)
-        planned = rank_load(Routing(26.0), 64, ranks, selections)
+        planned = rank_load(AssumedRouting(26.0), 64, ranks, selections)
         # 400 popularities each: three standard errors of the mean.
         error = 3 * found.mean(axis=2).std() * (2 / 400) ** 0.5
         assert found.mean() == pytest.approx(planned.mean, abs=error)

@@ -9,8 +9,8 @@ from moepp_megatron.workbench.profiling.compare import compare, in_words
 from moepp_megatron.workbench.profiling.formats.records import SourceError
 from moepp_megatron.workbench.profiling.formats.sources import read_recording
 from moepp_megatron.workbench.profiling.summary import (
-    Row,
-    Summary,
+    ProfileSummary,
+    SummaryRow,
     read_summary,
     summarise_recording,
 )
@@ -18,7 +18,7 @@ from moepp_megatron.workbench.profiling.summary import (
 SAMPLES = Path(__file__).parent / "samples"
 
 
-def row(purpose: str = "dispatch", **fields) -> Row:
+def row(purpose: str = "dispatch", **fields) -> SummaryRow:
     values = {
         "purpose": purpose,
         "operation": "all_to_all",
@@ -30,12 +30,14 @@ def row(purpose: str = "dispatch", **fields) -> Row:
         "exposed_us": 40000.0,
         "wait_us": 10000.0,
     }
-    return Row(**(values | fields))
+    return SummaryRow(**(values | fields))
 
 
-def summary(name: str, *rows: Row, steps: tuple[float, ...] = (800e3, 810e3), **fields) -> Summary:
+def summary(
+    name: str, *rows: SummaryRow, steps: tuple[float, ...] = (800e3, 810e3), **fields
+) -> ProfileSummary:
     values = {"ranks": 8, "step_times_us": steps, "exposed_us": 90e3, "rows": rows}
-    return Summary(name=name, **(values | fields))
+    return ProfileSummary(name=name, **(values | fields))
 
 
 def test_a_change_is_split_into_its_causes():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.workbench.profiling.groups import Group
+from moepp_megatron.workbench.profiling.groups import TracedGroup
 from moepp_megatron.workbench.profiling.measures.expert_load import expert_load
 from moepp_megatron.workbench.profiling.trace import RankTrace
 
@@ -20,7 +20,7 @@ def trace(
     ]
     return RankTrace(
         rank,
-        groups={"9": Group("9", ranks, "EXPERT_MODEL_PARALLEL_GROUP")},
+        groups={"9": TracedGroup("9", ranks, "EXPERT_MODEL_PARALLEL_GROUP")},
         about={"steps": [{"step": 5, "passes": passes}], "layout": {"etp": etp}},
     )
 

@@ -2,7 +2,7 @@
 
 from moepp_megatron.workbench.profiling.collective import Collective, Operation
 from moepp_megatron.workbench.profiling.formats.peer_transfers import (
-    Transfer,
+    PeerTransfer,
     is_all_to_all,
     put_together,
     split_calls,
@@ -11,9 +11,9 @@ from moepp_megatron.workbench.profiling.formats.peer_transfers import (
 BASE = Collective(operation=Operation.OTHER, rank=5, group="ep", group_size=4, sequence=7)
 
 
-def transfer(is_send: bool, peer: int, size: int = 8, issued: float | None = None) -> Transfer:
+def transfer(is_send: bool, peer: int, size: int = 8, issued: float | None = None) -> PeerTransfer:
     returned = None if issued is None else issued + 2.5
-    return Transfer(
+    return PeerTransfer(
         is_send=is_send,
         peer=peer,
         size=size,
@@ -24,7 +24,7 @@ def transfer(is_send: bool, peer: int, size: int = 8, issued: float | None = Non
     )
 
 
-def sizes(calls: list[list[Transfer]]) -> list[int]:
+def sizes(calls: list[list[PeerTransfer]]) -> list[int]:
     return [len(call) for call in calls]
 
 

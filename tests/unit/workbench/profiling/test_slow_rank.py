@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.workbench.profiling.groups import Group
+from moepp_megatron.workbench.profiling.groups import TracedGroup
 from moepp_megatron.workbench.profiling.measures.expert_load import ExpertLoad
-from moepp_megatron.workbench.profiling.measures.exposure import StepTime
+from moepp_megatron.workbench.profiling.measures.exposure import MeasuredStepTime
 from moepp_megatron.workbench.profiling.measures.slow_rank import slow_rank
 from moepp_megatron.workbench.profiling.trace import RankTrace
 from moepp_megatron.workbench.report.profile import words
@@ -22,12 +22,13 @@ def found(
 ) -> Any:
     """Of ranks that compute this long and have these rows, in two equal steps."""
     traces = [
-        RankTrace(rank, groups={"9": Group("9", of, "EXPERT_MODEL_PARALLEL_GROUP")})
+        RankTrace(rank, groups={"9": TracedGroup("9", of, "EXPERT_MODEL_PARALLEL_GROUP")})
         for of in groups or [GROUP]
         for rank in of
     ]
     times = {
-        step: {r: StepTime(9e9, us, 0.0, 0.0) for r, us in enumerate(compute)} for step in (5, 6)
+        step: {r: MeasuredStepTime(9e9, us, 0.0, 0.0) for r, us in enumerate(compute)}
+        for step in (5, 6)
     }
     load = ExpertLoad({(step, r): n for step in (5, 6) for r, n in enumerate(rows)}, 0, 1.2)
     return slow_rank(traces, times, load)

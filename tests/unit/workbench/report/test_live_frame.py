@@ -11,7 +11,7 @@ from rich.console import Console
 from moepp_megatron.cli import main
 from moepp_megatron.observe.alerts import Alert, AlertFile
 from moepp_megatron.workbench.report.live import screen
-from moepp_megatron.workbench.report.live.curve import Series, draw_curve, sparkline
+from moepp_megatron.workbench.report.live.curve import LiveSeries, draw_curve, sparkline
 from moepp_megatron.workbench.report.live.experts import expert_bars, layer_shares
 from moepp_megatron.workbench.report.live.frame import Size, build_frame
 from moepp_megatron.workbench.report.live.glyphs import ASCII, UNICODE
@@ -173,7 +173,7 @@ def test_bars_add_up(make_run):
 
 
 def test_a_curve_falls_from_top_left_to_bottom_right():
-    series = Series(range(1, 101), [100.0 - step for step in range(100)], points=[(50, 51.0)])
+    series = LiveSeries(range(1, 101), [100.0 - step for step in range(100)], points=[(50, 51.0)])
     for glyphs in (ASCII, UNICODE):
         lines = [line.plain for line in draw_curve(series, 49, 8, glyphs)]
         assert len(lines) == 9
@@ -186,7 +186,7 @@ def test_a_curve_falls_from_top_left_to_bottom_right():
 
 
 def test_a_curve_breaks_at_what_is_not_finite():
-    series = Series(range(40), [1.0] * 10 + [float("nan")] * 20 + [1.0] * 10)
+    series = LiveSeries(range(40), [1.0] * 10 + [float("nan")] * 20 + [1.0] * 10)
     plain = "".join(line.plain[9:] for line in draw_curve(series, 49, 5, ASCII)[:-1])
     assert 18 <= plain.count("*") <= 22
 

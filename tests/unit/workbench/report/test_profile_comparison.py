@@ -2,8 +2,8 @@
 
 import pytest
 
-from moepp_megatron.workbench.profiling.compare import Comparison, compare
-from moepp_megatron.workbench.profiling.summary import Row, Summary
+from moepp_megatron.workbench.profiling.compare import ProfileComparison, compare
+from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
 from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.profile_comparison import (
     comparison_figure,
@@ -11,8 +11,8 @@ from moepp_megatron.workbench.report.profile_comparison import (
 )
 
 
-def row(purpose: str, exposed_us: float | None, time_us: float) -> Row:
-    return Row(
+def row(purpose: str, exposed_us: float | None, time_us: float) -> SummaryRow:
+    return SummaryRow(
         purpose=purpose,
         operation="all_to_all",
         group="expert",
@@ -24,9 +24,11 @@ def row(purpose: str, exposed_us: float | None, time_us: float) -> Row:
     )
 
 
-def comparison(hidden: bool = True) -> Comparison:
-    def side(name: str, step: float, exposed: float, *rows: Row) -> Summary:
-        return Summary(name=name, ranks=2, step_times_us=(step,), exposed_us=exposed, rows=rows)
+def comparison(hidden: bool = True) -> ProfileComparison:
+    def side(name: str, step: float, exposed: float, *rows: SummaryRow) -> ProfileSummary:
+        return ProfileSummary(
+            name=name, ranks=2, step_times_us=(step,), exposed_us=exposed, rows=rows
+        )
 
     def times(exposed: float, whole: float) -> tuple[float | None, float]:
         return (exposed if hidden else None), whole
@@ -74,8 +76,8 @@ def test_whole_times_where_nothing_is_known_of_work():
 
 def test_many_kinds_are_summed_up():
     rows = [row(f"part {number}", 1000.0 * (number + 2), 1e5) for number in range(20)]
-    before = Summary(name="b", ranks=1, step_times_us=(1e5,), rows=())
-    after = Summary(name="a", ranks=1, step_times_us=(1e5,), rows=tuple(rows))
+    before = ProfileSummary(name="b", ranks=1, step_times_us=(1e5,), rows=())
+    after = ProfileSummary(name="a", ranks=1, step_times_us=(1e5,), rows=tuple(rows))
     with plot_style():
         axes = comparison_figure(compare(before, after)).axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]

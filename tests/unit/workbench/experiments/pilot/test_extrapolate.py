@@ -20,7 +20,7 @@ from moepp_megatron.workbench.experiments.pilot.extrapolate import (
 from moepp_megatron.workbench.experiments.pilot.outcome import arm_outcome
 from moepp_megatron.workbench.experiments.pilot.result import PilotTarget
 from moepp_megatron.workbench.experiments.pilot.runs import PilotRuns
-from moepp_megatron.workbench.planning.imbalance import LEARNED, Routing
+from moepp_megatron.workbench.planning.imbalance import LEARNED, AssumedRouting
 from moepp_megatron.workbench.planning.machine import machine_of
 from moepp_megatron.workbench.planning.plan import make_plan
 from moepp_megatron.workbench.planning.published import FURTHER, RESULTS, compare
@@ -44,7 +44,7 @@ ARMS = build_arms(config_of(), 8, [1.0, 0.5])
 NOMINAL = {arm.arm.name: arm.config.moe.ffn_share for arm in ARMS}
 
 
-def extrapolated(share: float, routing: dict[str, Routing] | None = None) -> PilotTarget:
+def extrapolated(share: float, routing: dict[str, AssumedRouting] | None = None) -> PilotTarget:
     runs = seeds([4.0, 4.1], [1.0, 1.1])
     found = []
     for arm in ARMS:
@@ -87,7 +87,7 @@ def test_the_measured_share_counts_not_the_nominal_one() -> None:
 
 
 def test_measured_unevenness_slows_down() -> None:
-    uneven = extrapolated(0.5, {arm.arm.name: Routing(2.0) for arm in ARMS})
+    uneven = extrapolated(0.5, {arm.arm.name: AssumedRouting(2.0) for arm in ARMS})
     assert uneven.models[0].step_time_s >= extrapolated(0.5).models[0].step_time_s  # type: ignore[operator]
 
 
