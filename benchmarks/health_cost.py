@@ -29,7 +29,7 @@ INTERVAL = 10
 def measure(rounds: int, folder: Path) -> list[str]:
     """Plain steps, measured ones, and plain ones again."""
     from moepp_megatron.training.collect import RoutingCollector
-    from moepp_megatron.training.health import HealthCollector
+    from moepp_megatron.training.router_health import HealthCollector
 
     steps = QuickstartSteps.build(folder)
     routing = RoutingCollector(steps.model, steps.config, steps.layout)

@@ -81,9 +81,9 @@ def _profile(
     from moepp_megatron.workbench.profiling.measures.ceiling import Ceiling
     from moepp_megatron.workbench.profiling.perfetto import merged_trace
     from moepp_megatron.workbench.profiling.step_summary import measured_peak, summarise
+    from moepp_megatron.workbench.report.profile.findings import findings
     from moepp_megatron.workbench.report.profile.page import render
     from moepp_megatron.workbench.report.profile.terminal import print_profile
-    from moepp_megatron.workbench.report.profile.words import findings
 
     peaks = None if ceiling is None else measured_peak(Ceiling.read(ceiling))
     found: Profile = analyse(run, step, peaks)

@@ -16,7 +16,7 @@ megatron_checkpoint.py  finds checkpoints of Megatron-LM's own training loop
 megatron_lm.py          MoE++ in Megatron-LM's own training loop, `megatron.training`, unmodified
 model_card.py           the model card of an exported model
 moepp_rules.py          the released MoE++ format's tensors: `model.layers.N.mlp.moe.{gate,experts}`
-rules.py                rules by which tensors of a Hugging Face checkpoint and of ours correspond
+tensor_rules.py         rules by which tensors of a Hugging Face checkpoint and of ours correspond
 safetensors_file.py     reads and writes the safetensors format, one tensor at a time
 score.py                computes per-token log-probabilities of given sequences, in any layout
 score_request.py        what `moepp score` is asked to do, checked before anything heavy is imported

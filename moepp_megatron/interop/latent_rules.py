@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from moepp_megatron.config import Config
-from moepp_megatron.interop.rules import HFTensor, TensorRule, same
+from moepp_megatron.interop.tensor_rules import HFTensor, TensorRule, same
 
 
 def latent_attention_rules(

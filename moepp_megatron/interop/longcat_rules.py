@@ -11,7 +11,7 @@ from torch import Tensor
 from moepp_megatron.config import Config
 from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
 from moepp_megatron.interop.longcat import dense_width, routed_experts
-from moepp_megatron.interop.rules import HFTensor, TensorRule, made, row, same, stacked
+from moepp_megatron.interop.tensor_rules import HFTensor, TensorRule, made, row, same, stacked
 
 
 def longcat_rules(config: Config, with_identity_weights: bool = False) -> Iterator[TensorRule]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moepp_megatron.config import Config
-from moepp_megatron.interop.rules import (
+from moepp_megatron.interop.tensor_rules import (
     UNUSED_PREFIX,
     HFTensor,
     TensorRule,

@@ -32,8 +32,8 @@ from moepp_megatron.interop.model_card import (
     model_card,
 )
 from moepp_megatron.interop.moepp_rules import moepp_rules
-from moepp_megatron.interop.rules import UNUSED_PREFIX, TensorRule
 from moepp_megatron.interop.safetensors_file import SafetensorsWriter
+from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, TensorRule
 from moepp_megatron.interop.to_mcore import TORCH_DTYPES, free_folder
 from moepp_megatron.interop.zeda import qwen3_moe_rules, zeda_hf_config
 from moepp_megatron.runtime.atomic import partial_folder, publish

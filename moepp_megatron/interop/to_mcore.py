@@ -17,7 +17,7 @@ from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource, TensorInfo
 from moepp_megatron.interop.moepp_rules import moepp_rules
-from moepp_megatron.interop.rules import TensorRule, linear_modules
+from moepp_megatron.interop.tensor_rules import TensorRule, linear_modules
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE

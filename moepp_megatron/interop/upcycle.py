@@ -24,7 +24,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.experts import LOCAL_KINDS, ExpertCounts
 from moepp_megatron.interop.hf_config import assemble
 from moepp_megatron.interop.hf_source import HFSource
-from moepp_megatron.interop.rules import TensorRule, decoder_rules, dense_mlp_rules
+from moepp_megatron.interop.tensor_rules import TensorRule, decoder_rules, dense_mlp_rules
 from moepp_megatron.interop.to_mcore import write_checkpoint
 from moepp_megatron.interop.upcycle_router import NOISE, added_rules, router_rules
 from moepp_megatron.interop.upcycle_sources import (

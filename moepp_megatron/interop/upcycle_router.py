@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import Config
-from moepp_megatron.interop.rules import HFTensor, Shape, TensorRule
+from moepp_megatron.interop.tensor_rules import HFTensor, Shape, TensorRule
 
 # Of the noise on new rows: eta, the most by which it raises a logit over the mean FFN logit.
 NOISE = math.log(1.25)

@@ -11,7 +11,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.interop.hf_config import decoder_section, require
 from moepp_megatron.interop.hf_latent import deepseek_decoder_section, deepseek_moe
 from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
-from moepp_megatron.interop.rules import (
+from moepp_megatron.interop.tensor_rules import (
     TensorRule,
     attention_rules,
     row,

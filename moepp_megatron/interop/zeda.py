@@ -11,7 +11,7 @@ from typing import Any
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.interop.hf_config import own_hf_config, shared_fields
 from moepp_megatron.interop.longcat import UNKNOWN_THERE
-from moepp_megatron.interop.rules import (
+from moepp_megatron.interop.tensor_rules import (
     TensorRule,
     attention_rules,
     decoder_rules,

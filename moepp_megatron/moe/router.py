@@ -30,10 +30,10 @@ from moepp_megatron.moe.balance import (
 from moepp_megatron.moe.capacity import within_capacity
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.ffn_demand import FFNDemand
-from moepp_megatron.moe.health import RouterHealth
 from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.padding import flat_mask, without_padding
 from moepp_megatron.moe.parameter import replicated_parameter
+from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.moe.selection import Selection, select, standardized
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.token_tags import cells, forced_tokens

@@ -10,7 +10,7 @@ patient.py          keeps records that a full disk refuses, and writes them late
 profile_file.py     `routing_profile.json`: a run's routing profile, to compare other runs with
 profile_noise.py    learns how much routing profiles of the same data differ
 routing_profile.py  the routing profile: how much each expert is used, and by which tokens
-rules.py            judges rules over a step's numbers: when an action begins, and when it ends
+guard_judge.py      judges rules over a step's numbers: when an action begins, and when it ends
 shift.py            says when the data has shifted, by the routing profile
 sink.py             the interface of sinks for records
 sinks.py            all sinks of a run, and the fan-out that protects training from their failures

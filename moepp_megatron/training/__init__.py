@@ -8,7 +8,7 @@ evaluate.py            validation loss
 generate.py            continues prompts with a cache of keys and values
 generate_request.py    what `moepp generate` is asked to do
 going_back.py          putting an earlier checkpoint of the run in place of the present model
-health.py              computes the router health of one step for the record from every rank's sums
+router_health.py       computes the router health of one step for the record from every rank's sums
 inference_settings.py  turns a training configuration into one for forward passes only
 move_aside.py          moving a run out of the way of a new one in the same folder
 occupancy.py           whether a run may start in its folder

@@ -13,7 +13,7 @@ from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.guard.control import NOTHING, GuardVerdict, RoutingGuard
-from moepp_megatron.training.health import HealthCollector
+from moepp_megatron.training.router_health import HealthCollector
 from moepp_megatron.training.routing_shift import RoutingShift
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch, StepResult

@@ -66,7 +66,7 @@ def names_of_model(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
     from moepp_megatron.config import parse_config
     from moepp_megatron.interop.moepp_rules import moepp_rules
-    from moepp_megatron.interop.rules import linear_modules
+    from moepp_megatron.interop.tensor_rules import linear_modules
     from moepp_megatron.model.initialize import sharded_tensors
 
     (model,) = build(raw)

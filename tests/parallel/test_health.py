@@ -19,7 +19,7 @@ def measure(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], float]
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import RoutingCollector, mean_loss
-    from moepp_megatron.training.health import HealthCollector
+    from moepp_megatron.training.router_health import HealthCollector
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 

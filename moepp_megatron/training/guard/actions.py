@@ -12,7 +12,7 @@ from moepp_megatron.moe.budget import set_taus
 from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.moe.token_tags import TokenTags
-from moepp_megatron.observe.rules import WHOLE_MODEL
+from moepp_megatron.observe.guard_judge import WHOLE_MODEL
 from moepp_megatron.training.setup import TrainingModel
 
 # Tau times less than this is tau.

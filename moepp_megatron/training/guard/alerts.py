@@ -6,7 +6,7 @@ import math
 import time
 
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.rules import WHOLE_MODEL, Event
+from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
 
 
 def told(event: Event, step: int, is_dry_run: bool, note: str = "") -> Alert:

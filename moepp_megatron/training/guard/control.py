@@ -14,14 +14,14 @@ from moepp_megatron.config import Config
 from moepp_megatron.config.guard_metrics import MEASURED, RECORDED
 from moepp_megatron.config.guard_rules import effective_rules
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.rules import Event, RuleJudge, Values
+from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values
 from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.collect import RoutingCollector, mean_loss
 from moepp_megatron.training.guard.actions import RaisedTau, RouterControl, demands
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.high_loss import HighLossTokens
 from moepp_megatron.training.guard.readings import counted, from_first_rank, measured
-from moepp_megatron.training.health import HealthCollector
+from moepp_megatron.training.router_health import HealthCollector
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch, StepResult
 

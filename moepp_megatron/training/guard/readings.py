@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.config.guard_metrics import COUNTED, MEASURED
-from moepp_megatron.observe.rules import Values
+from moepp_megatron.observe.guard_judge import Values
 
 _ENTROPY, _ENTROPY_RATIO = "gate_entropy", "gate_entropy_ratio"
 

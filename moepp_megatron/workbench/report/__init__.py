@@ -10,7 +10,7 @@ drawing.py             the look that all plots share, and turning a figure into 
 expert_plots.py        plots of who gets the selections: by expert, by kind, by MoE layer
 formatting.py          numbers as a reader wants them
 hardware.py            what the run cost its machines: energy, GPU-hours, MFU
-health_plots.py        plots of the routers' health; docs/routing.md says what each number means
+router_health_plots.py plots of the routers' health; docs/routing.md says what each number means
 healthy.py             what is healthy: the ranges of docs/routing.md
 page.py                the page itself: numbers, plots and configuration put into the template
 plan.py                `moepp plan` on the terminal, as JSON, and as a plot of where the time goes

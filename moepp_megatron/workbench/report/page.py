@@ -12,9 +12,9 @@ from moepp_megatron.workbench.report.curves import curve_plots
 from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.expert_plots import expert_plots
 from moepp_megatron.workbench.report.hardware import hardware_cards, hardware_plots
-from moepp_megatron.workbench.report.health_plots import health_plots
 from moepp_megatron.workbench.report.healthy import HealthyMetric, metrics_in_words
 from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.router_health_plots import health_plots
 from moepp_megatron.workbench.report.run_data import ReportError, RunData, load_run
 from moepp_megatron.workbench.report.savings import compute_savings
 from moepp_megatron.workbench.report.savings_table import SavingsTable, savings_table

@@ -6,7 +6,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moepp_megatron.experts import CONSTANT
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.health import RouterHealth
+from moepp_megatron.moe.router_health import RouterHealth
 from tests.unit.moe.builders import HIDDEN, build_layer
 
 TOKENS, BATCH = 7, 3

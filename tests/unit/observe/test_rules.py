@@ -12,7 +12,7 @@ import pytest
 from moepp_megatron.config.guard_metrics import GUARD_METRICS
 from moepp_megatron.config.guard_rules import DEFAULT_RULES, CompleteRule, complete, effective_rules
 from moepp_megatron.config.schema import GuardRule, RoutingGuardSection
-from moepp_megatron.observe.rules import WHOLE_MODEL, RuleJudge
+from moepp_megatron.observe.guard_judge import WHOLE_MODEL, RuleJudge
 
 LOW = CompleteRule(
     name="low",

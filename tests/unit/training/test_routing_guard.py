@@ -10,7 +10,7 @@ import torch
 
 from moepp_megatron.config.guard_metrics import COUNTED, MEASURED
 from moepp_megatron.config.guard_rules import CompleteRule
-from moepp_megatron.observe.rules import WHOLE_MODEL, Event
+from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
 from moepp_megatron.training.guard.actions import RaisedTau, demands
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.readings import counted, measured

@@ -1,12 +1,12 @@
 """Watches a run: its state, a terminal view, and numbers for Prometheus.
 
-alert_rules.py  the alert rules for Prometheus, made from what is exported
+prometheus_alerts.py  the alert rules for Prometheus, made from what is exported
 curve.py        draws curves with characters
 experts.py      shows the selections of each MoE layer as bars
 exported.py     the numbers that `moepp monitor --prometheus` serves
 frame.py        builds one frame of the view: the present state of a run
 glyphs.py       what a view is drawn with: block and braille characters, or ASCII
-health.py       whether a run continues, has ended, or is silent, judged from outside
+liveness.py     whether a run continues, has ended, or is silent, judged from outside
 history.py      the part of a run's records that a live view keeps
 prometheus.py   serves the newest numbers of runs to Prometheus, by default only on this machine
 run.py          watches a run's folder: its configuration, records, alerts and whether it is alive

@@ -17,7 +17,7 @@ from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.live.curve import LiveSeries, draw_curve, sparkline
 from moepp_megatron.workbench.report.live.experts import expert_bars, layer_shares, legend
 from moepp_megatron.workbench.report.live.glyphs import Glyphs
-from moepp_megatron.workbench.report.live.health import State, short_time
+from moepp_megatron.workbench.report.live.liveness import State, short_time
 from moepp_megatron.workbench.report.live.run import LiveRun
 
 # From this width on two curves stand side by side.

@@ -13,8 +13,8 @@ from moepp_megatron.observe.alerts import ALERTS_FILE, Alert, parse_alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.status import STATUS_FILE, RunStatus, read_status
 from moepp_megatron.observe.tail import Tail
-from moepp_megatron.workbench.report.live.health import RunHealth, judge
 from moepp_megatron.workbench.report.live.history import History
+from moepp_megatron.workbench.report.live.liveness import RunHealth, judge
 from moepp_megatron.workbench.report.run_data import ReportError, RunConfig, read_config
 
 CONFIG_FILE = "config.yaml"

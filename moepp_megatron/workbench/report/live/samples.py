@@ -9,7 +9,7 @@ from typing import Any
 from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.workbench.report.live import exported
 from moepp_megatron.workbench.report.live.exported import OF_RECORDS, OTHER, Exported
-from moepp_megatron.workbench.report.live.health import STATES
+from moepp_megatron.workbench.report.live.liveness import STATES
 from moepp_megatron.workbench.report.live.run import LiveRun
 from moepp_megatron.workbench.report.run_data import RunConfig
 

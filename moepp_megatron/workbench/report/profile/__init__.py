@@ -5,5 +5,5 @@ plots.py     plots of a profile's page
 rows.py      rows of the tables in terminal and page
 terminal.py  prints a profile in the terminal
 timeline.py  the data of the page's timeline: for each step, the lanes of each rank and their items
-words.py     describes the findings of a profile in words, the most expensive first
+findings.py  describes the findings of a profile in words, the most expensive first
 """

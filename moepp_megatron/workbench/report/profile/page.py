@@ -13,6 +13,7 @@ from moepp_megatron.workbench.profiling.compare import ProfileComparison, in_wor
 from moepp_megatron.workbench.report.cards import Card
 from moepp_megatron.workbench.report.drawing import plot_style, svg_data_uri
 from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.profile.findings import cards, findings
 from moepp_megatron.workbench.report.profile.plots import profile_plots
 from moepp_megatron.workbench.report.profile.rows import (
     COLLECTIVE_COLUMNS,
@@ -23,7 +24,6 @@ from moepp_megatron.workbench.report.profile.rows import (
     rank_rows,
 )
 from moepp_megatron.workbench.report.profile.timeline import timeline
-from moepp_megatron.workbench.report.profile.words import cards, findings
 from moepp_megatron.workbench.report.profile_comparison import comparison_figure
 from moepp_megatron.workbench.report.template import render_template
 

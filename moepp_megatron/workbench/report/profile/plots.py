@@ -19,8 +19,8 @@ from moepp_megatron.workbench.report.drawing import (
     svg_data_uri,
 )
 from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.profile.findings import CostLine, costs
 from moepp_megatron.workbench.report.profile.timeline import COLOURS
-from moepp_megatron.workbench.report.profile.words import CostLine, costs
 
 # From here on, ranks are bars that nobody can read.
 _MOST_RANKS = 64

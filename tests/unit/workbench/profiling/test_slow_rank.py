@@ -12,7 +12,7 @@ from moepp_megatron.workbench.profiling.measures.expert_load import ExpertLoad
 from moepp_megatron.workbench.profiling.measures.exposure import MeasuredStepTime
 from moepp_megatron.workbench.profiling.measures.slow_rank import slow_rank
 from moepp_megatron.workbench.profiling.trace import RankTrace
-from moepp_megatron.workbench.report.profile import words
+from moepp_megatron.workbench.report.profile import findings
 
 GROUP = (0, 1, 2, 3)
 
@@ -68,10 +68,10 @@ def test_without_rows_nothing_is_said() -> None:
 def test_a_slow_rank_is_named_and_no_balance_is_advised() -> None:
     load = ExpertLoad({}, 3, 1.3)
     slow = found([440.0, 100.0, 100.0, 100.0], [84, 100, 100, 100])
-    (said,) = words._slow(SimpleNamespace(slow=slow))  # type: ignore[arg-type]
+    (said,) = findings._slow(SimpleNamespace(slow=slow))  # type: ignore[arg-type]
     assert "Rank 0 is slow: it computes 4.40 times as long" in said
     assert "for 0.84 times their rows" in said
-    (uneven,) = words._load(SimpleNamespace(slow=slow, load=load))  # type: ignore[arg-type]
+    (uneven,) = findings._load(SimpleNamespace(slow=slow, load=load))  # type: ignore[arg-type]
     assert "balance_coeff" not in uneven
-    (uneven,) = words._load(SimpleNamespace(slow=None, load=load))  # type: ignore[arg-type]
+    (uneven,) = findings._load(SimpleNamespace(slow=None, load=load))  # type: ignore[arg-type]
     assert "A larger moe.balance_coeff evens it." in uneven

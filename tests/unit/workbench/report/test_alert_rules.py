@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moepp_megatron.workbench.report.live import alert_rules, exported
-from moepp_megatron.workbench.report.live.health import STATES
+from moepp_megatron.workbench.report.live import exported, prometheus_alerts
+from moepp_megatron.workbench.report.live.liveness import STATES
 
 FILE = Path(__file__).parents[4] / "docs" / "grafana" / "alerts.yaml"
 LABELS = {
@@ -29,8 +29,8 @@ needs_promtool = pytest.mark.skipif(
 
 
 def test_the_rules_are_the_file_and_ask_for_what_is_exported():
-    assert FILE.read_text() == alert_rules.text(), (
-        "write it anew: python -m moepp_megatron.workbench.report.live.alert_rules"
+    assert FILE.read_text() == prometheus_alerts.text(), (
+        "write it anew: python -m moepp_megatron.workbench.report.live.prometheus_alerts"
     )
     (group,) = yaml.safe_load(FILE.read_text())["groups"]
     names = [rule["alert"] for rule in group["rules"]]
@@ -48,7 +48,7 @@ def test_the_rules_are_the_file_and_ask_for_what_is_exported():
 
 def test_the_page_names_every_rule():
     page = (FILE.parents[1] / "monitor.md").read_text()
-    assert set(re.findall(r"`(Moepp\w+)`", page)) == {rule.name for rule in alert_rules.RULES}
+    assert set(re.findall(r"`(Moepp\w+)`", page)) == {rule.name for rule in prometheus_alerts.RULES}
 
 
 GOOD = {
@@ -107,7 +107,7 @@ def _series(run: str, changes: dict[str, str]) -> list[dict[str, str]]:
 
 @needs_promtool
 def test_each_rule_fires_for_what_is_wrong_only(tmp_path: Path):
-    assert WRONG.keys() | {"MoeppNothingServed"} == {rule.name for rule in alert_rules.RULES}
+    assert WRONG.keys() | {"MoeppNothingServed"} == {rule.name for rule in prometheus_alerts.RULES}
     firing = 'count by (alertname, run) (ALERTS{alertstate="firing"})'
     expected = [{"labels": f'{{alertname="{name}",run="{name}"}}', "value": 1} for name in WRONG]
     series = [row for run, changes in (WRONG | FINE).items() for row in _series(run, changes)]

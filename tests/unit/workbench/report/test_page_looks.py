@@ -19,8 +19,8 @@ from moepp_megatron.workbench.report.drawing import (
     plot_style,
     svg_data_uri,
 )
-from moepp_megatron.workbench.report.health_plots import health_plots
 from moepp_megatron.workbench.report.healthy import METRICS, healthy_range
+from moepp_megatron.workbench.report.router_health_plots import health_plots
 from moepp_megatron.workbench.report.run_data import load_run
 
 DOCS = Path(__file__).parents[4] / "docs"

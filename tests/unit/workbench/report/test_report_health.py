@@ -13,8 +13,8 @@ from moepp_megatron.workbench.report import ReportError, build_report
 from moepp_megatron.workbench.report.alerts import MAX_ROWS, alert_table
 from moepp_megatron.workbench.report.curves import loss_plot
 from moepp_megatron.workbench.report.drawing import plot_style
-from moepp_megatron.workbench.report.health_plots import health_plots
 from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.router_health_plots import health_plots
 from moepp_megatron.workbench.report.run_data import load_run
 from tests.unit.workbench.report.conftest import add_health
 

@@ -11,8 +11,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.config import Config
-from moepp_megatron.moe.health import RouterHealth
 from moepp_megatron.moe.layer import moepp_layers
+from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
