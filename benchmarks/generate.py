@@ -31,7 +31,7 @@ PROMPT_LENGTH = 16
 
 def with_cache(models: list[Any], config: Any, prompt: list[int], new_tokens: int) -> list[int]:
     """As the command does."""
-    from moepp_megatron.training.generate import continue_prompts
+    from moepp_megatron.training.decoding import continue_prompts
     from moepp_megatron.training.generate_request import Sampling
 
     (new,) = continue_prompts(

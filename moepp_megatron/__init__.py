@@ -12,20 +12,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moepp_megatron.version import __version__
+
 if TYPE_CHECKING:
     from moepp_megatron.config import ConfigError, UnfitError
     from moepp_megatron.data.prepare import PrepareSettings, prepare
     from moepp_megatron.interop.convert import convert
-    from moepp_megatron.interop.score_request import score
+    from moepp_megatron.interop.score import score
     from moepp_megatron.moe.config import MoEPPConfig
     from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
-    from moepp_megatron.training.generate_request import generate
+    from moepp_megatron.training.generate import generate
     from moepp_megatron.training.run import train
     from moepp_megatron.workbench.planning.plan import plan
     from moepp_megatron.workbench.report.page import build_report as report
 
-__version__ = "0.1.0"
 __all__ = [
+    "__version__",
     "ConfigError",
     "MoEPPConfig",
     "PrepareSettings",
@@ -47,13 +49,13 @@ _HOMES = {
     "PrepareSettings": "data.prepare.PrepareSettings",
     "UnfitError": "config.UnfitError",
     "convert": "interop.convert.convert",
-    "generate": "training.generate_request.generate",
+    "generate": "training.generate.generate",
     "get_moepp_block_spec": "moe.spec.get_moepp_block_spec",
     "get_moepp_layer_spec": "moe.spec.get_moepp_layer_spec",
     "plan": "workbench.planning.plan.plan",
     "prepare": "data.prepare.prepare",
     "report": "workbench.report.page.build_report",
-    "score": "interop.score_request.score",
+    "score": "interop.score.score",
     "train": "training.run.train",
 }
 

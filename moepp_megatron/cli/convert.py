@@ -21,7 +21,7 @@ class Dtype(StrEnum):
     bf16 = "bf16"
 
 
-class Layout(StrEnum):
+class ExportLayout(StrEnum):
     """Layouts of an exported folder."""
 
     moepp = "moepp"
@@ -61,13 +61,13 @@ def mcore_to_hf(
     source: Source,
     target: Target,
     layout: Annotated[
-        Layout,
+        ExportLayout,
         typer.Option(
             help="moepp: our class names, any model; released: the released MoE++ model's; "
             "longcat: LongCat-Flash for vLLM and sglang; longcat-transformers: the same for "
             "transformers 5; zeda: Qwen3-MoE with zero experts."
         ),
-    ] = Layout.moepp,
+    ] = ExportLayout.moepp,
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest shard, GB.")] = 5.0,
     dtype: ChosenDtype = None,
     license_id: Annotated[

@@ -52,6 +52,7 @@ def generate(
 
     quiet()
     from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.training.generate import run
     from moepp_megatron.training.generate_request import GenerateRequest, Sampling
 
     rank = RankEnvironment.read()
@@ -71,7 +72,7 @@ def generate(
     if rank.rank == 0:
         for notice in request.notices:
             echo(f"note: {notice}", err=True)
-    texts = request.texts()
+    texts = run(request)
     if rank.rank == 0:
         # An empty line between texts.
         text = "\n\n".join(texts)

@@ -45,6 +45,7 @@ def score(
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
+    from moepp_megatron.interop.score import run
     from moepp_megatron.interop.score_request import ScoreRequest
     from moepp_megatron.runtime.rank import RankEnvironment
 
@@ -60,14 +61,14 @@ def score(
             arguments += [] if file is None else [option, str(file)]
         start_ranks(nproc, [*arguments, *(["--logits"] if logits else []), *(overrides or [])])
         return
-    scores = request.scores()
+    scores = run(request)
     if scores is None:
         return
     if request.text is not None:
         for line in request.text.lines(scores["token_logprobs"]):
             echo(line)
     if request.out is not None:
-        from moepp_megatron.interop.score import write_scores
+        from moepp_megatron.interop.scoring import write_scores
 
         write_scores(request.out, scores)
         echo(f"scores       {request.out}")

@@ -18,8 +18,9 @@ model_card.py           the model card of an exported model
 moepp_rules.py          the released MoE++ format's tensors: `model.layers.N.mlp.moe.{gate,experts}`
 tensor_rules.py         rules by which tensors of a Hugging Face checkpoint and of ours correspond
 safetensors_file.py     reads and writes the safetensors format, one tensor at a time
-score.py                computes per-token log-probabilities of given sequences, in any layout
+score.py                `moepp score` as a function
 score_request.py        what `moepp score` is asked to do, checked before anything heavy is imported
+scoring.py              computes per-token log-probabilities of given sequences, in any layout
 score_text.py           computes the perplexity of a text from its tokens, cut into windows
 to_hf.py                converts a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor
 to_mcore.py             converts a Hugging Face checkpoint to ours, tensor by tensor

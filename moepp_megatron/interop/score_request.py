@@ -1,8 +1,7 @@
-"""What `moepp score` is asked to do, checked before anything heavy is imported; and doing it."""
+"""What `moepp score` is asked to do, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
-import logging
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +12,7 @@ import numpy as np
 from moepp_megatron.config import Config, ConfigError, Layout, load_config, with_overrides
 from moepp_megatron.config.load import parse_override
 from moepp_megatron.interop.score_text import TextWindows
-from moepp_megatron.runtime.quiet import quiet
-from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.inference_settings import FORWARD_ONLY
-
-logger = logging.getLogger(__name__)
 
 _SECTIONS = ("parallel", "precision")
 
@@ -65,7 +60,7 @@ class ScoreRequest:
         """
         _check_options(tokens, text, out, logits)
         source = f"--tokens ({tokens})" if isinstance(tokens, Path) else "tokens"
-        input_ids = _read_input_ids(tokens) if isinstance(tokens, Path) else tokens
+        input_ids = read_input_ids(tokens) if isinstance(tokens, Path) else tokens
         if input_ids is not None:
             input_ids = _checked(input_ids, source)
         check_overrides(overrides)
@@ -118,65 +113,6 @@ class ScoreRequest:
         notices = list(_notices(trained, input_ids, config))
         return cls(folder, config, layout, input_ids, out, logits, notices)
 
-    def scores(self) -> dict[str, np.ndarray] | None:
-        """Be this process's rank; returns as `score`."""
-        from moepp_megatron.interop.score import score_tokens
-        from moepp_megatron.runtime import distributed
-
-        with distributed.joined(RankEnvironment.read()):
-            distributed.build_groups(self.config, self.layout)
-            scores = score_tokens(self)
-        if scores is None or self.text is None:
-            return scores
-        logprobs = self.text.token_logprobs(scores["token_logprobs"])
-        return {"token_ids": self.text.token_ids, "token_logprobs": logprobs}
-
-
-def score(
-    checkpoint: str | Path,
-    *overrides: str,
-    tokens: str | Path | np.ndarray | None = None,
-    text: str | Path | None = None,
-    out: str | Path | None = None,
-    logits: bool = False,
-) -> dict[str, np.ndarray] | None:
-    """Score given tokens, or a text, with a checkpoint's model, as `moepp score` does.
-
-    Alone it computes in this process. In a script that torchrun or srun has started, every rank
-    calls it, and `overrides` may lay the model out over the ranks.
-
-    Args:
-        checkpoint: A checkpoint folder or a run.
-        overrides: Settings `parallel.key=value` or `precision.key=value`.
-        tokens: Whole numbers [b, s], or an npz file with them as `input_ids`.
-        text: A UTF-8 text file instead, cut into windows (`TextWindows`).
-        out: File to write the result to.
-        logits: Whether logits are wanted; not of a text.
-
-    Returns:
-        On rank 0, None elsewhere: `token_logprobs` [b, s-1] float64, natural logarithms, and where
-        wanted `logits` [b, s, vocab] fp32. Of a text with N tokens `token_ids` [N] int64 and
-        `token_logprobs` [N] float64.
-
-    Raises:
-        ConfigError: Whatever is wrong with the request.
-    """
-    quiet()
-    given = tokens if tokens is None or isinstance(tokens, np.ndarray) else _read_input_ids(tokens)
-    places = [None if path is None else Path(path) for path in (out, text)]
-    world_size = RankEnvironment.read().world_size
-    request = ScoreRequest.read(
-        Path(checkpoint), given, places[0], overrides, world_size, logits, places[1]
-    )
-    for notice in request.notices:
-        logger.warning("%s", notice)
-    scores = request.scores()
-    if scores is not None and request.out is not None:
-        from moepp_megatron.interop.score import write_scores
-
-        write_scores(request.out, scores)
-    return scores
-
 
 def _check_options(
     tokens: Path | np.ndarray | None, text: Path | None, out: Path | None, logits: bool
@@ -190,7 +126,7 @@ def _check_options(
         raise ConfigError("--logits must not be given with --text; leave it out, or use --tokens")
 
 
-def _read_input_ids(tokens: str | Path) -> np.ndarray:
+def read_input_ids(tokens: str | Path) -> np.ndarray:
     """The array `input_ids` of an npz file, as it is there.
 
     Raises:

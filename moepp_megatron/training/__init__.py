@@ -4,19 +4,20 @@ alerts.py              alerts about refused batches, rollbacks, failed saves
 batches.py             micro-batches on this rank's device, for training and validation
 budget.py              applies the budget of FFN experts per token to the model, step by step
 collect.py             adds up what all ranks counted in one step
+decoding.py            continues prompts with a cache of keys and values
 evaluate.py            validation loss
-generate.py            continues prompts with a cache of keys and values
+generate.py            `moepp generate` as a function
 generate_request.py    what `moepp generate` is asked to do
 going_back.py          putting an earlier checkpoint of the run in place of the present model
-router_health.py       computes the router health of one step for the record from every rank's sums
 inference_settings.py  turns a training configuration into one for forward passes only
 move_aside.py          moving a run out of the way of a new one in the same folder
 occupancy.py           whether a run may start in its folder
 resumed.py             messages of a resumed run: its checkpoint, and what differs from before
+router_health.py       computes the router health of one step for the record from every rank's sums
 routers.py             measurement and control of a run's routers
 routing_profile.py     the routing profile of a running training
 routing_shift.py       detects shifts of the data while a run trains
-run.py                 A whole run: what `moepp train` does, for the command line and for Python
+run.py                 a whole run: `moepp train` as a function
 run_folder.py          the folder of a run: its configuration, and whether it can be written
 run_sinks.py           the sinks that receive a run's records
 setup.py               wraps the model: precision, data parallelism, optimizer, schedule

@@ -1,8 +1,7 @@
-"""What `moepp generate` is asked to do, checked before anything heavy is imported; and doing it."""
+"""What `moepp generate` is asked to do, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +11,8 @@ from moepp_megatron.config import Config, ConfigError, Layout, load_config, with
 from moepp_megatron.config.load import parse_override
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.runtime.quiet import quiet
-from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
 from moepp_megatron.training.inference_settings import FORWARD_ONLY
-
-logger = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 96
 
@@ -126,56 +121,6 @@ class GenerateRequest:
         layout = Layout.from_config(config, world_size)
         notices = list(_notices(trained))
         return cls(folder, config, layout, tokenizer, ids, max_new_tokens, sampling, notices)
-
-    def texts(self) -> list[str]:
-        """Be this process's rank; prompt and continuation of each, on every rank."""
-        from moepp_megatron.runtime import distributed
-        from moepp_megatron.training.generate import generate_texts
-
-        with distributed.joined(RankEnvironment.read()):
-            distributed.build_groups(self.config, self.layout)
-            return generate_texts(self)
-
-
-def generate(
-    checkpoint: str | Path,
-    prompts: str | Sequence[str],
-    *overrides: str,
-    max_new_tokens: int | None = None,
-    temperature: float = Sampling.temperature,
-    top_p: float = Sampling.top_p,
-    seed: int = Sampling.seed,
-) -> list[str]:
-    """Continue texts with a checkpoint's model, as `moepp generate` does.
-
-    Alone it computes in this process. In a script that torchrun or srun has started, every rank
-    calls it, and `overrides` may lay the model out over the ranks.
-
-    Args:
-        checkpoint: A checkpoint folder or a run.
-        prompts: A text to continue, or several.
-        overrides: Settings `parallel.key=value` or `precision.key=value`.
-        max_new_tokens: Tokens to add to each prompt at most; as `GenerateRequest.read`.
-        temperature: Same as in `Sampling`.
-        top_p: Same as in `Sampling`.
-        seed: Same as in `Sampling`.
-
-    Returns:
-        Prompt and continuation of each, in order.
-
-    Raises:
-        ConfigError: Whatever is wrong with the request.
-    """
-    quiet()
-    world_size = RankEnvironment.read().world_size
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    sampling = Sampling(temperature, top_p, seed)
-    request = GenerateRequest.read(
-        Path(checkpoint), texts, overrides, world_size, max_new_tokens, sampling
-    )
-    for notice in request.notices:
-        logger.warning("%s", notice)
-    return request.texts()
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moepp_megatron import __version__
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import is_full
+from moepp_megatron.version import __version__
 
 # What a run writes there.
 _FILES = ("config.yaml", "metrics.jsonl", "status.json", "alerts.jsonl")

@@ -127,8 +127,8 @@ def score(checkpoint: Path, tokens: Path, overrides: list[str]) -> Any:
     """`moepp score --logits` on the ranks that call; rank 0 returns the scores."""
     import torch.distributed as dist
 
-    from moepp_megatron.interop.score import score_tokens
     from moepp_megatron.interop.score_request import ScoreRequest
+    from moepp_megatron.interop.scoring import score_tokens
     from moepp_megatron.runtime.distributed import build_groups
 
     out = Path("unused.npz")

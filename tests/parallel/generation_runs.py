@@ -91,7 +91,7 @@ def scored_again(
     """
     import torch
 
-    from moepp_megatron.training.generate import sample
+    from moepp_megatron.training.decoding import sample
     from moepp_megatron.training.generate_request import Sampling
 
     how = Sampling(**sampling)

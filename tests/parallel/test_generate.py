@@ -199,7 +199,7 @@ def lanes(raw: dict[str, Any], prompt: list[int], new: int) -> tuple[Any, Any, l
     import torch
 
     from moepp_megatron.moe.layer import MoEPPLayer
-    from moepp_megatron.training.generate import CachedModel
+    from moepp_megatron.training.decoding import CachedModel
 
     config, _, models = build(raw, [])
     routed: list[tuple[Any, Any]] = []
@@ -259,7 +259,7 @@ def test_logits_that_are_no_numbers_are_an_error_on_every_rank(ranks: RankPools)
 def generate_from_nan(raw: dict[str, Any], overrides: list[str]) -> str:
     import torch
 
-    from moepp_megatron.training.generate import continue_prompts
+    from moepp_megatron.training.decoding import continue_prompts
     from moepp_megatron.training.generate_request import Sampling
 
     config, layout, models = build(raw, overrides)

@@ -162,7 +162,7 @@ def greedy(checkpoint: Path, overrides: list[str], tokens: Path) -> list[int]:
     from moepp_megatron.model.build import build_model
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.checkpoint import load_weights
-    from moepp_megatron.training.generate import continue_prompts
+    from moepp_megatron.training.decoding import continue_prompts
 
     request = GenerateRequest.read(
         checkpoint, ["Document 7"], overrides, dist.get_world_size(), 12, Sampling(temperature=0.0)

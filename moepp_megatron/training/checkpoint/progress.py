@@ -10,10 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron import __version__
 from moepp_megatron.config import Layout
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.training.checkpoint.names import STATE_FILE
+from moepp_megatron.version import __version__
 
 _FORMAT_VERSION = 1
 

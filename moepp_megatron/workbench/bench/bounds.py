@@ -54,7 +54,7 @@ class MinimalWork:
 
 
 @dataclass(frozen=True)
-class ExpertLoad:
+class RoutedLoad:
     """The work that the routing of one layer demands.
 
     Attributes:
@@ -72,7 +72,7 @@ class ExpertLoad:
     busy_experts: int
 
     @classmethod
-    def of(cls, picks: Tensor, shape: PaperShape) -> ExpertLoad:
+    def of(cls, picks: Tensor, shape: PaperShape) -> RoutedLoad:
         """Count [T, K] selections; experts in their fixed order."""
         is_ffn = picks < shape.experts.num_ffn_experts
         zero_expert = shape.experts.columns(ZERO).start
@@ -87,7 +87,7 @@ class ExpertLoad:
 
 def layer_work(
     shape: PaperShape,
-    load: ExpertLoad,
+    load: RoutedLoad,
     dtype: str,
     *,
     topk: int,
@@ -132,7 +132,7 @@ def bounds_ms(work: Mapping[str, MinimalWork], card: CardResult) -> dict[str, fl
     return {part: value.seconds(card) * 1e3 for part, value in work.items()}
 
 
-def _router(shape: PaperShape, load: ExpertLoad, width: int, vanilla: bool) -> MinimalWork:
+def _router(shape: PaperShape, load: RoutedLoad, width: int, vanilla: bool) -> MinimalWork:
     """Work of the router: fp32 logits, and a product with E x E for the residual."""
     hidden, tokens = shape.hidden_size, load.tokens
     experts = (shape.experts.vanilla if vanilla else shape.experts).num_experts
@@ -144,19 +144,19 @@ def _router(shape: PaperShape, load: ExpertLoad, width: int, vanilla: bool) -> M
     return MinimalWork(read + written, 2 * tokens * experts * (hidden + residual), "fp32")
 
 
-def _dispatch(shape: PaperShape, load: ExpertLoad, vector: int) -> MinimalWork:
+def _dispatch(shape: PaperShape, load: RoutedLoad, vector: int) -> MinimalWork:
     gates_and_map = 2 * load.rows * _FP32 + load.tokens * shape.experts.num_ffn_experts * _BOOL
     return MinimalWork((load.ffn_tokens + load.rows) * vector + gates_and_map)
 
 
-def _experts(shape: PaperShape, load: ExpertLoad, width: int, dtype: str) -> MinimalWork:
+def _experts(shape: PaperShape, load: RoutedLoad, width: int, dtype: str) -> MinimalWork:
     """Work of SwiGLU experts: gate and up projections [D, 2 H], down projection [H, D]."""
     matrices = FFN.parameters(shape.hidden_size, shape.ffn_hidden_size)
     moved = load.busy_experts * matrices * width + 2 * load.rows * shape.hidden_size * width
     return MinimalWork(moved, expert_flops(shape, load.rows), dtype)
 
 
-def _fused_combine(load: ExpertLoad, mixed: int, vector: int, topk: int) -> MinimalWork:
+def _fused_combine(load: RoutedLoad, mixed: int, vector: int, topk: int) -> MinimalWork:
     """`kernels.combine`: rows, x and output; row table, gates, map and mixing logits of each token.
 
     Not counted are partial sums (under a tenth) and V.

@@ -23,7 +23,7 @@ from moepp_megatron.model.megatron_config import moepp_config, transformer_confi
 from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.spec import get_moepp_layer_spec
 from moepp_megatron.runtime.optional import have_transformer_engine
-from moepp_megatron.workbench.bench.bounds import ExpertLoad, MinimalWork, layer_work
+from moepp_megatron.workbench.bench.bounds import MinimalWork, RoutedLoad, layer_work
 from moepp_megatron.workbench.bench.held_routing import balanced_selection, balanced_shares, hold
 from moepp_megatron.workbench.bench.shapes import PaperShape
 
@@ -109,7 +109,7 @@ class Contestant:
         shares = balanced_shares(experts.num_ffn_experts, experts.num_zero_computation_experts, tau)
         picks = balanced_selection(num_tokens, shares, TOPK, generator)
         hold(self.layer.router, picks)
-        self.load = ExpertLoad.of(picks, shape)
+        self.load = RoutedLoad.of(picks, shape)
         fused = isinstance(self.layer, MoEPPLayer) and self.layer.fuses_combine
         self.work: dict[str, MinimalWork] = layer_work(
             shape, self.load, dtype, topk=TOPK, vanilla=vanilla, fused=fused

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import moepp_megatron
 from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.version import __version__
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.alerts import AlertTable, alert_table
 from moepp_megatron.workbench.report.cards import Card, headline_cards
@@ -108,7 +108,7 @@ def render(run: RunData) -> str:
         terms=_terms(run, summary),
         healthy=metrics_in_words(),
         config_text=run.config_text,
-        version=moepp_megatron.__version__,
+        version=__version__,
     )
     return render_template("report.html.j2", page=page)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.training.generate import sample
+from moepp_megatron.training.decoding import sample
 from moepp_megatron.training.generate_request import Sampling
 
 PROBABILITIES = [0.1, 0.4, 0.2, 0.3]

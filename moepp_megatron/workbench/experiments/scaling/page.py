@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import moepp_megatron
 from moepp_megatron.config import Config
 from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.version import __version__
 from moepp_megatron.workbench.experiments.scaling.efficiency import ScaleRecord
 from moepp_megatron.workbench.experiments.scaling.grid import ScalingGrid
 from moepp_megatron.workbench.experiments.scaling.plots import scaling_plots, series
@@ -100,7 +100,7 @@ def build_scaling_page(
         gaps=_gaps(grid, folder),
         method=_method(measuring),
         config_text=config.to_yaml(),
-        version=moepp_megatron.__version__,
+        version=__version__,
     )
     html = render_template("scaling.html.j2", page=page)
     path = folder.path / "scaling.html"

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-import moepp_megatron
 from moepp_megatron.config import ConfigError
 from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.version import __version__
 from moepp_megatron.workbench.inspection.export import to_json
 from moepp_megatron.workbench.inspection.findings import Findings, find
 from moepp_megatron.workbench.inspection.request import InspectRequest
@@ -130,7 +130,7 @@ def render(request: InspectRequest, traces: Sequence[Trace]) -> str:
         data=packed(request, traces),
         script=script,
         script_hash=digest,
-        version=moepp_megatron.__version__,
+        version=__version__,
     )
     return render_template("inspect.html.j2", page=page)
 

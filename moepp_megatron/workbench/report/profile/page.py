@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import moepp_megatron
+from moepp_megatron.version import __version__
 from moepp_megatron.workbench.profiling.analysis import Profile
 from moepp_megatron.workbench.profiling.compare import ProfileComparison, in_words
 from moepp_megatron.workbench.report.cards import Card
@@ -92,7 +92,7 @@ def render(
         # Inside of a script element nothing but its end tag is special.
         comparison=None if comparison is None else _comparison(comparison),
         timeline=data.replace("</", "<\\/"),
-        version=moepp_megatron.__version__,
+        version=__version__,
     )
     return render_template("profile.html.j2", page=page)
 

@@ -11,8 +11,8 @@ import torch
 from moepp_megatron.experts import ExpertLayout
 from moepp_megatron.workbench.bench import card
 from moepp_megatron.workbench.bench.bounds import (
-    ExpertLoad,
     MinimalWork,
+    RoutedLoad,
     bounds_ms,
     expert_flops,
     layer_work,
@@ -24,16 +24,16 @@ from moepp_megatron.workbench.bench.shapes import PaperShape
 # D 8, H 4, 2 FFN experts, then 2 constant, 1 copy, 1 zero.
 SHAPE = PaperShape("tiny", 8, 4, 1, ExpertLayout(2, 2), 1.0, {})
 PICKS = torch.tensor([[0, 1], [0, 2], [4, 5], [5, 0]])
-LOAD = ExpertLoad(tokens=4, rows=4, ffn_tokens=3, used_tokens=2, busy_experts=2)
+LOAD = RoutedLoad(tokens=4, rows=4, ffn_tokens=3, used_tokens=2, busy_experts=2)
 # 1 GB/s and 1 or 2 TFLOP/s.
 CARD = card.CardResult("a card", "cuda", 0, 16, {"fp32": 1.0, "bf16": 2.0}, 1.0)
 
 
 def test_load_counts_what_the_routing_asks_for() -> None:
     # The third token has a copy and a zero expert, the last a zero and an FFN expert.
-    assert ExpertLoad.of(PICKS, SHAPE) == LOAD
-    nothing = ExpertLoad.of(torch.tensor([[5, 3], [4, 5]]), SHAPE)
-    assert nothing == ExpertLoad(tokens=2, rows=0, ffn_tokens=0, used_tokens=2, busy_experts=0)
+    assert RoutedLoad.of(PICKS, SHAPE) == LOAD
+    nothing = RoutedLoad.of(torch.tensor([[5, 3], [4, 5]]), SHAPE)
+    assert nothing == RoutedLoad(tokens=2, rows=0, ffn_tokens=0, used_tokens=2, busy_experts=0)
 
 
 def test_moepp_layer_by_hand() -> None:
@@ -65,7 +65,7 @@ def test_fused_layer_moves_less() -> None:
 
 def test_vanilla_layer_has_no_residual_and_no_zero_computation() -> None:
     picks = torch.tensor([[0, 1]] * 4)
-    vanilla = layer_work(SHAPE, ExpertLoad.of(picks, SHAPE), "fp32", topk=2, vanilla=True)
+    vanilla = layer_work(SHAPE, RoutedLoad.of(picks, SHAPE), "fp32", topk=2, vanilla=True)
     assert set(vanilla) == {"router", "dispatch", "experts", "combine"}
     assert vanilla["router"] == MinimalWork((4 + 2) * 32 + 8 * 5, 2 * 4 * 2 * 8, "fp32")
     assert vanilla["experts"].flops == expert_flops(SHAPE, 8)
@@ -102,7 +102,7 @@ def test_the_paper_is_within_the_rates_of_an_h100() -> None:
     shape = SHAPES["0.6B"]
     generator = torch.Generator().manual_seed(1)
     picks = balanced_selection(16384, balanced_shares(8, 4, 0.75), 2, generator)
-    load = ExpertLoad.of(picks, shape)
+    load = RoutedLoad.of(picks, shape)
     assert load.rows == round(0.6 * 2 * 16384)
     rated = dataclasses.replace(CARD, matmul_tflops={"fp32": 67.0, "bf16": 989.4}, copy_gb_s=3350.0)
     work = layer_work(shape, load, "bf16", topk=2, vanilla=False, fused=True)

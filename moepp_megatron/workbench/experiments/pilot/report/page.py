@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import moepp_megatron
 from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.version import __version__
 from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.badges import Badge, badges
 from moepp_megatron.workbench.experiments.pilot.report.commands import asking
@@ -144,7 +144,7 @@ def _page(result: PilotResult) -> PilotPage:
         caveats=result.caveats,
         setting=_setting(result),
         command=result.setting.command,
-        version=moepp_megatron.__version__,
+        version=__version__,
     )
 
 
