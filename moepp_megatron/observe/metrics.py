@@ -45,7 +45,7 @@ def read_metrics(path: Path) -> list[StepMetrics]:
             f"{path}: cannot be read ({error.strerror}); name the folder of a run that "
             "`moepp train` has started"
         ) from error
-    records = parse_metrics(content, str(path))
+    records = _parse_metrics(content, str(path))
     if not records:
         raise MetricsError(
             f"{path}: has no complete record yet; wait for the first logged step "
@@ -54,7 +54,7 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     return records
 
 
-def parse_metrics(content: bytes, source: str) -> list[StepMetrics]:
+def _parse_metrics(content: bytes, source: str) -> list[StepMetrics]:
     """Parses the bytes of a ``metrics.jsonl``; see ``read_metrics``.
 
     Args:

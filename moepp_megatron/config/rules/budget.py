@@ -8,7 +8,7 @@ from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.schema import Config
 
 
-def budget_has_something_to_choose(config: Config) -> Iterator[Problem]:
+def _budget_has_something_to_choose(config: Config) -> Iterator[Problem]:
     """Every token gets K FFN experts if there are no zero-computation experts."""
     moe = config.moe
     if not moe.budget.acts or moe.num_zero_computation_experts > 0:
@@ -23,7 +23,7 @@ def budget_has_something_to_choose(config: Config) -> Iterator[Problem]:
     )
 
 
-def budget_is_within_what_tokens_select(config: Config) -> Iterator[Problem]:
+def _budget_is_within_what_tokens_select(config: Config) -> Iterator[Problem]:
     """A token selects K experts; if all K are FFN experts, no tau balances them."""
     moe = config.moe
     for key in ("target_ffn_per_token", "start_ffn_per_token"):
@@ -40,7 +40,7 @@ def budget_is_within_what_tokens_select(config: Config) -> Iterator[Problem]:
             )
 
 
-def bias_controller_has_a_bias(config: Config) -> Iterator[Problem]:
+def _bias_controller_has_a_bias(config: Config) -> Iterator[Problem]:
     """The bias controller moves the selection bias."""
     moe = config.moe
     if moe.budget.controller == "bias" and not moe.selection_bias:
@@ -52,7 +52,7 @@ def bias_controller_has_a_bias(config: Config) -> Iterator[Problem]:
         )
 
 
-def tau_acts_through_the_balance_loss(config: Config) -> Iterator[Problem]:
+def _tau_acts_through_the_balance_loss(config: Config) -> Iterator[Problem]:
     """Tau has no effect if the balance loss is off."""
     moe = config.moe
     if moe.balance_coeff > 0 or not moe.budget.acts or moe.budget.controller == "bias":
@@ -66,7 +66,7 @@ def tau_acts_through_the_balance_loss(config: Config) -> Iterator[Problem]:
     )
 
 
-def capacity_follows_a_fixed_tau(config: Config) -> Iterator[Problem]:
+def _capacity_follows_a_fixed_tau(config: Config) -> Iterator[Problem]:
     """Capacities are computed from one tau (paper, expert capacity)."""
     moe = config.moe
     if moe.capacity_factor is not None and moe.budget.acts:
@@ -79,9 +79,9 @@ def capacity_follows_a_fixed_tau(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    budget_has_something_to_choose,
-    budget_is_within_what_tokens_select,
-    bias_controller_has_a_bias,
-    tau_acts_through_the_balance_loss,
-    capacity_follows_a_fixed_tau,
+    _budget_has_something_to_choose,
+    _budget_is_within_what_tokens_select,
+    _bias_controller_has_a_bias,
+    _tau_acts_through_the_balance_loss,
+    _capacity_follows_a_fixed_tau,
 )

@@ -17,7 +17,7 @@ _REASONS = {
 }
 
 
-def graphs_name_capturable_parts(config: Config) -> Iterator[Problem]:
+def _graphs_name_capturable_parts(config: Config) -> Iterator[Problem]:
     """A graph is a fixed sequence of kernels with fixed sizes, without input from the host."""
     parts = config.training.cuda_graphs
     unknown = [part for part in parts if part not in CAPTURABLE]
@@ -31,7 +31,7 @@ def graphs_name_capturable_parts(config: Config) -> Iterator[Problem]:
         )
 
 
-def graphs_stand_alone(config: Config) -> Iterator[Problem]:
+def _graphs_stand_alone(config: Config) -> Iterator[Problem]:
     """Graphs exclude settings that run parts of a layer twice, elsewhere, or with other effects."""
     training, moe = config.training, config.moe
     if not training.cuda_graphs or set(training.cuda_graphs) - set(CAPTURABLE):
@@ -84,4 +84,4 @@ def graphs_stand_alone(config: Config) -> Iterator[Problem]:
             )
 
 
-RULES = (graphs_name_capturable_parts, graphs_stand_alone)
+RULES = (_graphs_name_capturable_parts, _graphs_stand_alone)

@@ -17,7 +17,7 @@ def nearest_multiples(value: int, divisor: int) -> str:
     return f"{below} or {below + divisor}" if below else f"{divisor}"
 
 
-def legal_divisors(value: int, near: int) -> str:
+def _legal_divisors(value: int, near: int) -> str:
     """The divisors of `value`, as "1, 2, 4 or 8"; of many only the two on either side of `near`."""
     found = [number for number in range(1, isqrt(value) + 1) if value % number == 0]
     found = sorted({*found, *(value // number for number in found)})
@@ -51,7 +51,7 @@ def must_divide(
         return
     remedy = f"use {nearest_multiples(value, divisor)}"
     if others is not None:
-        legal = legal_divisors(gcd(value, *others), divisor)
+        legal = _legal_divisors(gcd(value, *others), divisor)
         remedy = f"set {divisor_text} to {legal}, or for {name} {remedy}"
         divisor_text += f" ({divisor})"
     yield Problem(name, value, f"must be divisible by {divisor_text}{reason}", remedy)

@@ -12,7 +12,7 @@ from moepp_megatron.config.stages import virtual_stages
 SPLIT_MODULES = ("layernorm", "moe")
 
 
-def overlapped_experts_have_their_parts(config: Config) -> Iterator[Problem]:
+def _overlapped_experts_have_their_parts(config: Config) -> Iterator[Problem]:
     """megatron-core asserts most of these; without the others its schedule would be wrong."""
     parallel, training = config.parallel, config.training
     if not parallel.overlap_moe_expert_parallel_comm:
@@ -65,4 +65,4 @@ def overlapped_experts_have_their_parts(config: Config) -> Iterator[Problem]:
             )
 
 
-RULES = (overlapped_experts_have_their_parts,)
+RULES = (_overlapped_experts_have_their_parts,)

@@ -17,7 +17,7 @@ HIDDEN_ALIGNMENT = 8
 HYBRIDEP_TOKEN_ALIGNMENT = 4
 
 
-def flex_dispatcher_needs_expert_ranks(config: Config) -> Iterator[Problem]:
+def _flex_dispatcher_needs_expert_ranks(config: Config) -> Iterator[Problem]:
     """DeepEP asserts that there is more than one rank."""
     parallel = config.parallel
     ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
@@ -31,7 +31,7 @@ def flex_dispatcher_needs_expert_ranks(config: Config) -> Iterator[Problem]:
         )
 
 
-def flex_sizes_are_aligned(config: Config) -> Iterator[Problem]:
+def _flex_sizes_are_aligned(config: Config) -> Iterator[Problem]:
     """Hidden vectors are multiples of 16 bytes; DeepEP's kernels use SMs in pairs."""
     moe = config.moe
     if moe.dispatcher != "flex":
@@ -48,7 +48,7 @@ def flex_sizes_are_aligned(config: Config) -> Iterator[Problem]:
         )
 
 
-def hybridep_tokens_are_aligned(config: Config) -> Iterator[Problem]:
+def _hybridep_tokens_are_aligned(config: Config) -> Iterator[Problem]:
     """HybridEP aborts if a rank's tokens of a micro-batch are not a multiple of 4."""
     if config.moe.dispatcher != "flex" or config.moe.flex_backend != "hybridep":
         return
@@ -64,7 +64,7 @@ def hybridep_tokens_are_aligned(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    flex_dispatcher_needs_expert_ranks,
-    flex_sizes_are_aligned,
-    hybridep_tokens_are_aligned,
+    _flex_dispatcher_needs_expert_ranks,
+    _flex_sizes_are_aligned,
+    _hybridep_tokens_are_aligned,
 )

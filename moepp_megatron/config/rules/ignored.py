@@ -14,7 +14,7 @@ def _ignored(section: str, owner: Section, key: str, reason: str, remedy: str) -
         yield Problem(f"{section}.{key}", getattr(owner, key), f"has no effect {reason}", remedy)
 
 
-def routing_without_object(config: Config) -> Iterator[Problem]:
+def _routing_without_object(config: Config) -> Iterator[Problem]:
     """Tau weighs zero-computation experts; scope and tau shape a balance loss or capacity."""
     moe = config.moe
     if moe.num_zero_computation_experts == 0:
@@ -46,7 +46,7 @@ def routing_without_object(config: Config) -> Iterator[Problem]:
         )
 
 
-def constant_settings_without_constants(config: Config) -> Iterator[Problem]:
+def _constant_settings_without_constants(config: Config) -> Iterator[Problem]:
     """These settings belong to constant experts."""
     if config.moe.num_constant_experts == 0:
         for key in ("constant_init", "constant_temperature", "constants_shared"):
@@ -59,7 +59,7 @@ def constant_settings_without_constants(config: Config) -> Iterator[Problem]:
             )
 
 
-def flex_settings_without_flex(config: Config) -> Iterator[Problem]:
+def _flex_settings_without_flex(config: Config) -> Iterator[Problem]:
     """Backend and multiprocessors belong to the flex dispatcher."""
     if config.moe.dispatcher != "flex":
         for key in ("flex_backend", "flex_num_sms"):
@@ -72,7 +72,7 @@ def flex_settings_without_flex(config: Config) -> Iterator[Problem]:
             )
 
 
-def deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
+def _deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
     """A token has two experts of one rank only if a rank holds two and a token selects two."""
     moe, ranks = config.moe, config.parallel.expert_model_parallel_size
     if moe.dispatcher != "alltoall_dedup":
@@ -93,7 +93,7 @@ def deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
             return
 
 
-def kernels_of_the_vanilla_layer(config: Config) -> Iterator[Problem]:
+def _kernels_of_the_vanilla_layer(config: Config) -> Iterator[Problem]:
     """The Triton kernels belong to the MoE++ layer."""
     if config.moe.is_vanilla:
         yield from _ignored(
@@ -105,7 +105,7 @@ def kernels_of_the_vanilla_layer(config: Config) -> Iterator[Problem]:
         )
 
 
-def tau_beside_a_target(config: Config) -> Iterator[Problem]:
+def _tau_beside_a_target(config: Config) -> Iterator[Problem]:
     """Tau follows from the budget's target."""
     if config.moe.budget.target_ffn_per_token is not None:
         yield from _ignored(
@@ -117,7 +117,7 @@ def tau_beside_a_target(config: Config) -> Iterator[Problem]:
         )
 
 
-def budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
+def _budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
     """Gain, average and scope belong to the controller; the start and its ramp need each other."""
     budget = config.moe.budget
     if budget.controller == "none":
@@ -138,7 +138,7 @@ def budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
         )
 
 
-def residual_without_predecessor(config: Config) -> Iterator[Problem]:
+def _residual_without_predecessor(config: Config) -> Iterator[Problem]:
     """The first MoE layer has no logits before it, so one MoE layer has no residual."""
     moe_layers = sum(config.moe.moe_layer_pattern(config.model.num_layers))
     if config.moe.gating_residual and moe_layers == 1:
@@ -150,7 +150,7 @@ def residual_without_predecessor(config: Config) -> Iterator[Problem]:
         )
 
 
-def sequence_parallel_without_tensor_parallel(config: Config) -> Iterator[Problem]:
+def _sequence_parallel_without_tensor_parallel(config: Config) -> Iterator[Problem]:
     """Sequence parallelism splits over the tensor-parallel ranks."""
     if config.parallel.tensor_model_parallel_size == 1:
         yield from _ignored(
@@ -162,7 +162,7 @@ def sequence_parallel_without_tensor_parallel(config: Config) -> Iterator[Proble
         )
 
 
-def recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
+def _recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
     """Method, layers and modules describe a recomputation that must be switched on."""
     training = config.training
     if training.recompute_granularity is None:
@@ -194,7 +194,7 @@ def recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
         )
 
 
-def fp8_settings_without_use(config: Config) -> Iterator[Problem]:
+def _fp8_settings_without_use(config: Config) -> Iterator[Problem]:
     """Only delayed scaling has a history; the numbers of bf16 layers need their switch."""
     precision = config.precision
     if precision.recipe != "delayed":
@@ -217,7 +217,7 @@ def fp8_settings_without_use(config: Config) -> Iterator[Problem]:
             )
 
 
-def schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
+def _schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
     """A constant learning rate does not decay."""
     if config.optimizer.decay_style == "constant":
         for key in ("min_lr", "decay_iters"):
@@ -230,7 +230,7 @@ def schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
             )
 
 
-def intervals_of_nothing(config: Config) -> Iterator[Problem]:
+def _intervals_of_nothing(config: Config) -> Iterator[Problem]:
     """Validation without batches; checkpoints that are not written or not read."""
     if config.training.eval_iters == 0:
         yield from _ignored(
@@ -258,7 +258,7 @@ def intervals_of_nothing(config: Config) -> Iterator[Problem]:
         )
 
 
-def settings_of_what_is_off(config: Config) -> Iterator[Problem]:
+def _settings_of_what_is_off(config: Config) -> Iterator[Problem]:
     """Details of a guard, a timeout or a comparison that is switched off."""
     resilience = config.resilience
     off = {
@@ -281,7 +281,7 @@ def settings_of_what_is_off(config: Config) -> Iterator[Problem]:
             )
 
 
-def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
+def _rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
     """Rolling back needs a checkpoint of this run."""
     if config.resilience.guard and config.checkpoint.save_interval == 0:
         yield from _ignored(
@@ -293,7 +293,7 @@ def rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
         )
 
 
-def profiled_ranks_without_steps(config: Config) -> Iterator[Problem]:
+def _profiled_ranks_without_steps(config: Config) -> Iterator[Problem]:
     """Ranks record nothing if no steps are given."""
     if not config.training.profile_steps:
         yield from _ignored(
@@ -305,7 +305,7 @@ def profiled_ranks_without_steps(config: Config) -> Iterator[Problem]:
         )
 
 
-def wandb_settings_without_project(config: Config) -> Iterator[Problem]:
+def _wandb_settings_without_project(config: Config) -> Iterator[Problem]:
     """W&B is on only if a project is named."""
     wandb = config.observe.wandb
     if wandb.project is None:
@@ -314,7 +314,7 @@ def wandb_settings_without_project(config: Config) -> Iterator[Problem]:
             yield from _ignored("observe.wandb", wandb, key, reason, "name a project")
 
 
-def guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
+def _guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
     """Rules are judged only if the guard is on; ids and shares belong to one kind of tokens."""
     guard = config.routing_guard
     if not guard.enabled:
@@ -330,22 +330,22 @@ def guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    routing_without_object,
-    constant_settings_without_constants,
-    flex_settings_without_flex,
-    deduplication_without_duplicates,
-    kernels_of_the_vanilla_layer,
-    tau_beside_a_target,
-    budget_settings_of_what_is_off,
-    residual_without_predecessor,
-    sequence_parallel_without_tensor_parallel,
-    recompute_settings_without_recompute,
-    fp8_settings_without_use,
-    schedule_parts_of_a_constant_rate,
-    intervals_of_nothing,
-    settings_of_what_is_off,
-    rollback_without_checkpoint,
-    profiled_ranks_without_steps,
-    wandb_settings_without_project,
-    guard_settings_of_what_is_off,
+    _routing_without_object,
+    _constant_settings_without_constants,
+    _flex_settings_without_flex,
+    _deduplication_without_duplicates,
+    _kernels_of_the_vanilla_layer,
+    _tau_beside_a_target,
+    _budget_settings_of_what_is_off,
+    _residual_without_predecessor,
+    _sequence_parallel_without_tensor_parallel,
+    _recompute_settings_without_recompute,
+    _fp8_settings_without_use,
+    _schedule_parts_of_a_constant_rate,
+    _intervals_of_nothing,
+    _settings_of_what_is_off,
+    _rollback_without_checkpoint,
+    _profiled_ranks_without_steps,
+    _wandb_settings_without_project,
+    _guard_settings_of_what_is_off,
 )

@@ -10,7 +10,7 @@ from moepp_megatron.config.schema import Config
 NAME = "model.latent_attention"
 
 
-def latent_heads_have_their_own_widths(config: Config) -> Iterator[Problem]:
+def _latent_heads_have_their_own_widths(config: Config) -> Iterator[Problem]:
     """Every head has keys and values of its own, of the widths that the section gives."""
     model = config.model
     if model.latent_attention is None:
@@ -27,7 +27,7 @@ def latent_heads_have_their_own_widths(config: Config) -> Iterator[Problem]:
             )
 
 
-def latent_rotary_width_is_even(config: Config) -> Iterator[Problem]:
+def _latent_rotary_width_is_even(config: Config) -> Iterator[Problem]:
     """Rotary embeddings turn channels in pairs."""
     latent = config.model.latent_attention
     if latent is not None and latent.qk_pos_emb_head_dim % 2:
@@ -39,7 +39,7 @@ def latent_rotary_width_is_even(config: Config) -> Iterator[Problem]:
         )
 
 
-def latent_norms_have_vectors(config: Config) -> Iterator[Problem]:
+def _latent_norms_have_vectors(config: Config) -> Iterator[Problem]:
     """megatron-core normalises both compressed vectors or neither (`QKNormConfigResolver`)."""
     model = config.model
     latent = model.latent_attention
@@ -53,7 +53,7 @@ def latent_norms_have_vectors(config: Config) -> Iterator[Problem]:
         )
 
 
-def latent_yarn_is_stretched(config: Config) -> Iterator[Problem]:
+def _latent_yarn_is_stretched(config: Config) -> Iterator[Problem]:
     """YaRN slows down channels between two numbers of rotations."""
     latent = config.model.latent_attention
     if latent is not None and latent.rope_type == "yarn" and latent.beta_slow >= latent.beta_fast:
@@ -65,7 +65,7 @@ def latent_yarn_is_stretched(config: Config) -> Iterator[Problem]:
         )
 
 
-def latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Problem]:
+def _latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Problem]:
     """Parts that do not support latent attention, or were never run with it, are refused."""
     model, training = config.model, config.training
     if model.latent_attention is None:
@@ -107,7 +107,7 @@ def latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Prob
             )
 
 
-def up_projection_is_there_to_recompute(config: Config) -> Iterator[Problem]:
+def _up_projection_is_there_to_recompute(config: Config) -> Iterator[Problem]:
     """Only latent attention expands compressed vectors."""
     training = config.training
     if config.model.latent_attention is not None or training.recompute_granularity != "selective":
@@ -122,10 +122,10 @@ def up_projection_is_there_to_recompute(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    latent_heads_have_their_own_widths,
-    latent_rotary_width_is_even,
-    latent_norms_have_vectors,
-    latent_yarn_is_stretched,
-    latent_attention_stands_where_it_was_tested,
-    up_projection_is_there_to_recompute,
+    _latent_heads_have_their_own_widths,
+    _latent_rotary_width_is_even,
+    _latent_norms_have_vectors,
+    _latent_yarn_is_stretched,
+    _latent_attention_stands_where_it_was_tested,
+    _up_projection_is_there_to_recompute,
 )

@@ -9,7 +9,7 @@ from moepp_megatron.config.rules.divisibility import must_divide
 from moepp_megatron.config.schema import Config
 
 
-def heads_divide_hidden_size(config: Config) -> Iterator[Problem]:
+def _heads_divide_hidden_size(config: Config) -> Iterator[Problem]:
     """Heads without a width of their own share the hidden size evenly."""
     model = config.model
     heads = model.num_attention_heads
@@ -25,7 +25,7 @@ def heads_divide_hidden_size(config: Config) -> Iterator[Problem]:
         yield problem
 
 
-def head_dim_is_even(config: Config) -> Iterator[Problem]:
+def _head_dim_is_even(config: Config) -> Iterator[Problem]:
     """Rotary embeddings turn channels in pairs."""
     model = config.model
     if model.latent_attention is not None:
@@ -49,7 +49,7 @@ def head_dim_is_even(config: Config) -> Iterator[Problem]:
         )
 
 
-def query_groups_divide_heads(config: Config) -> Iterator[Problem]:
+def _query_groups_divide_heads(config: Config) -> Iterator[Problem]:
     """Every key/value head serves the same number of query heads."""
     heads, groups = config.model.num_attention_heads, config.model.query_groups
     if heads % groups:
@@ -62,7 +62,7 @@ def query_groups_divide_heads(config: Config) -> Iterator[Problem]:
         )
 
 
-def qk_norms_are_there_to_span_heads(config: Config) -> Iterator[Problem]:
+def _qk_norms_are_there_to_span_heads(config: Config) -> Iterator[Problem]:
     """The scope applies to the norms of queries and keys, which must be on."""
     model = config.model
     if model.qk_layernorm_scope == "all_heads" and not model.qk_layernorm:
@@ -75,8 +75,8 @@ def qk_norms_are_there_to_span_heads(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    heads_divide_hidden_size,
-    head_dim_is_even,
-    query_groups_divide_heads,
-    qk_norms_are_there_to_span_heads,
+    _heads_divide_hidden_size,
+    _head_dim_is_even,
+    _query_groups_divide_heads,
+    _qk_norms_are_there_to_span_heads,
 )

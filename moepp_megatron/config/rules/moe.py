@@ -8,7 +8,7 @@ from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.schema import Config
 
 
-def topk_within_experts(config: Config) -> Iterator[Problem]:
+def _topk_within_experts(config: Config) -> Iterator[Problem]:
     """A token cannot select more experts than there are."""
     moe = config.moe
     if moe.router_topk > moe.num_experts:
@@ -20,7 +20,7 @@ def topk_within_experts(config: Config) -> Iterator[Problem]:
         )
 
 
-def single_selection_keeps_raw_gate(config: Config) -> Iterator[Problem]:
+def _single_selection_keeps_raw_gate(config: Config) -> Iterator[Problem]:
     """A normalised gate is always 1 if K = 1, so the router would get no gradient from it."""
     moe = config.moe
     if moe.router_topk == 1 and moe.gate_normalization != "none":
@@ -33,7 +33,7 @@ def single_selection_keeps_raw_gate(config: Config) -> Iterator[Problem]:
         )
 
 
-def layer_freq_names_moe_layers(config: Config) -> Iterator[Problem]:
+def _layer_freq_names_moe_layers(config: Config) -> Iterator[Problem]:
     """layer_freq is a positive step, or one flag per layer with at least one MoE layer."""
     freq, layers = config.moe.layer_freq, config.model.num_layers
     name = "moe.layer_freq"
@@ -59,7 +59,7 @@ def layer_freq_names_moe_layers(config: Config) -> Iterator[Problem]:
         )
 
 
-def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
+def _vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
     """megatron-core's own MoE layer lacks these router settings, which would change the model."""
     moe = config.moe
     if not moe.is_vanilla:
@@ -99,7 +99,7 @@ def vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
         )
 
 
-def shared_constants_are_whole(config: Config) -> Iterator[Problem]:
+def _shared_constants_are_whole(config: Config) -> Iterator[Problem]:
     """Shared constants need all layers on one rank, and a tested assembly and schedule."""
     moe, parallel = config.moe, config.parallel
     if not moe.shares_constants:
@@ -129,7 +129,7 @@ def shared_constants_are_whole(config: Config) -> Iterator[Problem]:
             return
 
 
-def shared_expert_is_there_to_weigh(config: Config) -> Iterator[Problem]:
+def _shared_expert_is_there_to_weigh(config: Config) -> Iterator[Problem]:
     """The gate belongs to the shared expert, which must exist."""
     moe = config.moe
     if moe.shared_expert_gate and moe.shared_expert_ffn_hidden_size is None:
@@ -142,10 +142,10 @@ def shared_expert_is_there_to_weigh(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    topk_within_experts,
-    single_selection_keeps_raw_gate,
-    layer_freq_names_moe_layers,
-    vanilla_layer_has_no_moepp_router,
-    shared_constants_are_whole,
-    shared_expert_is_there_to_weigh,
+    _topk_within_experts,
+    _single_selection_keeps_raw_gate,
+    _layer_freq_names_moe_layers,
+    _vanilla_layer_has_no_moepp_router,
+    _shared_constants_are_whole,
+    _shared_expert_is_there_to_weigh,
 )

@@ -11,7 +11,7 @@ from moepp_megatron.config.schema import Config
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def webhook_is_named_not_given(config: Config) -> Iterator[Problem]:
+def _webhook_is_named_not_given(config: Config) -> Iterator[Problem]:
     """The address is a secret: it is read from the environment and never part of a message."""
     name = config.observe.webhook_url_env
     if name is not None and not _NAME.fullmatch(name):
@@ -23,4 +23,4 @@ def webhook_is_named_not_given(config: Config) -> Iterator[Problem]:
         )
 
 
-RULES = (webhook_is_named_not_given,)
+RULES = (_webhook_is_named_not_given,)

@@ -10,7 +10,7 @@ from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import expand_pipeline_layout
 
 
-def expert_ranks_divide_ffn_experts(config: Config) -> Iterator[Problem]:
+def _expert_ranks_divide_ffn_experts(config: Config) -> Iterator[Problem]:
     """Every expert-parallel rank holds the same number of FFN experts."""
     yield from must_divide(
         "moe.num_ffn_experts",
@@ -21,7 +21,7 @@ def expert_ranks_divide_ffn_experts(config: Config) -> Iterator[Problem]:
     )
 
 
-def tensor_ranks_divide_widths(config: Config) -> Iterator[Problem]:
+def _tensor_ranks_divide_widths(config: Config) -> Iterator[Problem]:
     """Every tensor-parallel rank holds the same share of heads, FFN channels and vocabulary."""
     model, moe, ranks = config.model, config.moe, config.parallel.tensor_model_parallel_size
     widths = {
@@ -43,7 +43,7 @@ def tensor_ranks_divide_widths(config: Config) -> Iterator[Problem]:
         )
 
 
-def query_groups_fit_tensor_ranks(config: Config) -> Iterator[Problem]:
+def _query_groups_fit_tensor_ranks(config: Config) -> Iterator[Problem]:
     """Key/value heads are divided among the tensor-parallel ranks, or copied to several."""
     groups, ranks = config.model.query_groups, config.parallel.tensor_model_parallel_size
     if config.model.num_query_groups is not None and groups % ranks and ranks % groups:
@@ -55,7 +55,7 @@ def query_groups_fit_tensor_ranks(config: Config) -> Iterator[Problem]:
         )
 
 
-def expert_tensor_ranks_divide_expert_width(config: Config) -> Iterator[Problem]:
+def _expert_tensor_ranks_divide_expert_width(config: Config) -> Iterator[Problem]:
     """Every rank of a split FFN expert holds the same share of its channels."""
     own = config.moe.ffn_hidden_size is not None
     yield from must_divide(
@@ -67,7 +67,7 @@ def expert_tensor_ranks_divide_expert_width(config: Config) -> Iterator[Problem]
     )
 
 
-def tensor_parallel_needs_sequence_parallel(config: Config) -> Iterator[Problem]:
+def _tensor_parallel_needs_sequence_parallel(config: Config) -> Iterator[Problem]:
     """megatron-core's MoE layer refuses to train otherwise (moe_layer.py, `forward`)."""
     parallel = config.parallel
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
@@ -80,7 +80,7 @@ def tensor_parallel_needs_sequence_parallel(config: Config) -> Iterator[Problem]
         )
 
 
-def sequence_divides_over_ranks(config: Config) -> Iterator[Problem]:
+def _sequence_divides_over_ranks(config: Config) -> Iterator[Problem]:
     """Tensor-parallel ranks share out a sequence; context-parallel ranks take two pieces each."""
     parallel = config.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
@@ -91,7 +91,7 @@ def sequence_divides_over_ranks(config: Config) -> Iterator[Problem]:
     yield from must_divide("model.seq_length", config.model.seq_length, pieces, text)
 
 
-def param_gather_overlap_has_its_parts(config: Config) -> Iterator[Problem]:
+def _param_gather_overlap_has_its_parts(config: Config) -> Iterator[Problem]:
     """Only the distributed optimizer gathers parameters, by the gradient buckets' order."""
     parallel = config.parallel
     for key in ("use_distributed_optimizer", "overlap_grad_reduce"):
@@ -104,7 +104,7 @@ def param_gather_overlap_has_its_parts(config: Config) -> Iterator[Problem]:
             )
 
 
-def virtual_stages_need_pipeline(config: Config) -> Iterator[Problem]:
+def _virtual_stages_need_pipeline(config: Config) -> Iterator[Problem]:
     """The interleaved schedule needs at least two pipeline ranks."""
     parallel = config.parallel
     chunks = parallel.virtual_pipeline_model_parallel_size
@@ -117,7 +117,7 @@ def virtual_stages_need_pipeline(config: Config) -> Iterator[Problem]:
         )
 
 
-def layers_divide_over_stages(config: Config) -> Iterator[Problem]:
+def _layers_divide_over_stages(config: Config) -> Iterator[Problem]:
     """Every stage holds the same number of layers unless there is a layout string."""
     parallel = config.parallel
     if parallel.pipeline_model_parallel_layout is not None:
@@ -135,7 +135,7 @@ def layers_divide_over_stages(config: Config) -> Iterator[Problem]:
     yield from must_divide("model.num_layers", layers, stages, text, unless, others)
 
 
-def pipeline_layout_is_whole(config: Config) -> Iterator[Problem]:
+def _pipeline_layout_is_whole(config: Config) -> Iterator[Problem]:
     """A layout string places the embedding, every layer and the loss exactly once."""
     name = "parallel.pipeline_model_parallel_layout"
     text = config.parallel.pipeline_model_parallel_layout
@@ -182,14 +182,14 @@ def _stage_count_fits(config: Config, text: str, stages: int) -> Iterator[Proble
 
 
 RULES = (
-    expert_ranks_divide_ffn_experts,
-    tensor_ranks_divide_widths,
-    query_groups_fit_tensor_ranks,
-    expert_tensor_ranks_divide_expert_width,
-    tensor_parallel_needs_sequence_parallel,
-    sequence_divides_over_ranks,
-    param_gather_overlap_has_its_parts,
-    virtual_stages_need_pipeline,
-    layers_divide_over_stages,
-    pipeline_layout_is_whole,
+    _expert_ranks_divide_ffn_experts,
+    _tensor_ranks_divide_widths,
+    _query_groups_fit_tensor_ranks,
+    _expert_tensor_ranks_divide_expert_width,
+    _tensor_parallel_needs_sequence_parallel,
+    _sequence_divides_over_ranks,
+    _param_gather_overlap_has_its_parts,
+    _virtual_stages_need_pipeline,
+    _layers_divide_over_stages,
+    _pipeline_layout_is_whole,
 )

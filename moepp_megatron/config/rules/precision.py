@@ -17,7 +17,7 @@ from moepp_megatron.config.schema import Config
 FP8_ALIGNMENT = 16
 
 
-def fp8_rests_on_bf16(config: Config) -> Iterator[Problem]:
+def _fp8_rests_on_bf16(config: Config) -> Iterator[Problem]:
     """FP8 is a way to run bf16 GEMMs, in Transformer Engine on a GPU."""
     precision = config.precision
     if precision.fp8 is not None and precision.dtype != "bf16":
@@ -43,7 +43,7 @@ def fp8_rests_on_bf16(config: Config) -> Iterator[Problem]:
             )
 
 
-def fp8_recipe_is_hoppers(config: Config) -> Iterator[Problem]:
+def _fp8_recipe_is_hoppers(config: Config) -> Iterator[Problem]:
     """MXFP8 needs compute capability 10.0 (Transformer Engine, `_compute_mxfp8_support`)."""
     if config.precision.recipe == "mxfp8":
         yield Problem(
@@ -55,7 +55,7 @@ def fp8_recipe_is_hoppers(config: Config) -> Iterator[Problem]:
         )
 
 
-def fp8_widths_are_aligned(config: Config) -> Iterator[Problem]:
+def _fp8_widths_are_aligned(config: Config) -> Iterator[Problem]:
     """Both sides of every weight shard are multiples of 16 (`assert_dim_for_fp8_exec`)."""
     if config.precision.fp8 is None:
         return
@@ -74,7 +74,7 @@ def fp8_widths_are_aligned(config: Config) -> Iterator[Problem]:
         yield from must_divide(name, value, divisor, f"{divisor} for FP8")
 
 
-def fp8_heads_are_aligned(config: Config) -> Iterator[Problem]:
+def _fp8_heads_are_aligned(config: Config) -> Iterator[Problem]:
     """The shards of the projections around attention are multiples of 16 too."""
     model, ranks = config.model, config.parallel.tensor_model_parallel_size
     if config.precision.fp8 is None or model.hidden_size % FP8_ALIGNMENT:
@@ -100,7 +100,7 @@ def fp8_heads_are_aligned(config: Config) -> Iterator[Problem]:
             return
 
 
-def fp8_tokens_are_aligned(config: Config) -> Iterator[Problem]:
+def _fp8_tokens_are_aligned(config: Config) -> Iterator[Problem]:
     """The tokens of a rank's micro-batch are a side of its GEMMs.
 
     Experts pad their own rows, but the projections around attention and shared experts do not.
@@ -123,7 +123,7 @@ def fp8_tokens_are_aligned(config: Config) -> Iterator[Problem]:
         )
 
 
-def fp8_parameters_have_a_master_copy(config: Config) -> Iterator[Problem]:
+def _fp8_parameters_have_a_master_copy(config: Config) -> Iterator[Problem]:
     """Only the distributed optimizer writes its fp32 copies back into FP8 weights.
 
     (distrib_optimizer.py, `_copy_main_params_to_model_params`; Megatron-LM's arguments.py demands
@@ -139,7 +139,7 @@ def fp8_parameters_have_a_master_copy(config: Config) -> Iterator[Problem]:
         )
 
 
-def bf16_layers_leave_fp8_layers(config: Config) -> Iterator[Problem]:
+def _bf16_layers_leave_fp8_layers(config: Config) -> Iterator[Problem]:
     """First and last layers in bf16 exclude delayed scaling, and some layers must remain in FP8.
 
     (transformer_config.py; `get_fp8_context`: per-layer contexts would reduce amaxes wrongly.)
@@ -176,7 +176,7 @@ def bf16_layers_leave_fp8_layers(config: Config) -> Iterator[Problem]:
         )
 
 
-def delayed_fp8_keeps_inner_activations(config: Config) -> Iterator[Problem]:
+def _delayed_fp8_keeps_inner_activations(config: Config) -> Iterator[Problem]:
     """megatron-core cannot recompute these under delayed scaling."""
     training = config.training
     inner = sorted({"moe_act", "layernorm"} & set(training.recompute_modules))
@@ -191,12 +191,12 @@ def delayed_fp8_keeps_inner_activations(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    fp8_rests_on_bf16,
-    fp8_recipe_is_hoppers,
-    fp8_widths_are_aligned,
-    fp8_heads_are_aligned,
-    fp8_tokens_are_aligned,
-    fp8_parameters_have_a_master_copy,
-    bf16_layers_leave_fp8_layers,
-    delayed_fp8_keeps_inner_activations,
+    _fp8_rests_on_bf16,
+    _fp8_recipe_is_hoppers,
+    _fp8_widths_are_aligned,
+    _fp8_heads_are_aligned,
+    _fp8_tokens_are_aligned,
+    _fp8_parameters_have_a_master_copy,
+    _bf16_layers_leave_fp8_layers,
+    _delayed_fp8_keeps_inner_activations,
 )

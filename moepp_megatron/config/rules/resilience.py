@@ -11,7 +11,7 @@ from moepp_megatron.config.schema import Config
 SHORTEST_HANG_TIMEOUT_S = 1.0
 
 
-def hang_timeout_is_measurable(config: Config) -> Iterator[Problem]:
+def _hang_timeout_is_measurable(config: Config) -> Iterator[Problem]:
     """The timeout is off, or longer than the delays of a busy machine."""
     timeout = config.resilience.hang_timeout_s
     if 0 < timeout < SHORTEST_HANG_TIMEOUT_S:
@@ -23,7 +23,7 @@ def hang_timeout_is_measurable(config: Config) -> Iterator[Problem]:
         )
 
 
-def slow_phases_get_more_time(config: Config) -> Iterator[Problem]:
+def _slow_phases_get_more_time(config: Config) -> Iterator[Problem]:
     """A slow phase may take at least as long as an ordinary step."""
     resilience = config.resilience
     if resilience.hang_slow_phase_timeout_s < resilience.hang_timeout_s:
@@ -35,4 +35,4 @@ def slow_phases_get_more_time(config: Config) -> Iterator[Problem]:
         )
 
 
-RULES = (hang_timeout_is_measurable, slow_phases_get_more_time)
+RULES = (_hang_timeout_is_measurable, _slow_phases_get_more_time)

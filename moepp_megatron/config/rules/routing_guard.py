@@ -28,7 +28,7 @@ def _acting(config: Config, *actions: str) -> Iterator[GuardRule]:
                 yield rule
 
 
-def guard_has_routers_to_watch(config: Config) -> Iterator[Problem]:
+def _guard_has_routers_to_watch(config: Config) -> Iterator[Problem]:
     """megatron-core's own MoE layer has none of our routers."""
     if config.routing_guard.enabled and config.moe.num_zero_computation_experts == 0:
         yield Problem(
@@ -40,7 +40,7 @@ def guard_has_routers_to_watch(config: Config) -> Iterator[Problem]:
         )
 
 
-def guard_rules_have_one_name_each(config: Config) -> Iterator[Problem]:
+def _guard_rules_have_one_name_each(config: Config) -> Iterator[Problem]:
     """Alerts and checkpoints know a rule by its name."""
     names = [rule.name for rule in config.routing_guard.rules]
     for index, name in enumerate(names):
@@ -53,7 +53,7 @@ def guard_rules_have_one_name_each(config: Config) -> Iterator[Problem]:
             )
 
 
-def guard_rules_look_at_a_metric(config: Config) -> Iterator[Problem]:
+def _guard_rules_look_at_a_metric(config: Config) -> Iterator[Problem]:
     """A metric that nothing measures would never hold."""
     for name, rule in _own(config):
         if rule.metric in GUARD_METRICS:
@@ -67,7 +67,7 @@ def guard_rules_look_at_a_metric(config: Config) -> Iterator[Problem]:
         )
 
 
-def guard_rules_have_one_limit(config: Config) -> Iterator[Problem]:
+def _guard_rules_have_one_limit(config: Config) -> Iterator[Problem]:
     """A rule holds above a limit or below one."""
     for name, rule in _own(config):
         given = [key for key in ("above", "below") if getattr(rule, key) is not None]
@@ -80,7 +80,7 @@ def guard_rules_have_one_limit(config: Config) -> Iterator[Problem]:
             )
 
 
-def guard_rules_clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
+def _guard_rules_clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
     """The clear value is on the healthy side; else a rule could hold and be healthy at once."""
     for name, rule in _own(config):
         for key, sign in (("above", 1), ("below", -1)):
@@ -95,7 +95,7 @@ def guard_rules_clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
             )
 
 
-def guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
+def _guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
     """A rule needs its metric: router health and the profile can be switched off."""
     is_off = {
         "observe.health_interval": config.observe.health_interval == 0,
@@ -118,7 +118,7 @@ def guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
                 )
 
 
-def safe_mode_has_enough_ffn_experts(config: Config) -> Iterator[Problem]:
+def _safe_mode_has_enough_ffn_experts(config: Config) -> Iterator[Problem]:
     """A token takes K FFN experts in safe mode."""
     moe = config.moe
     if moe.router_topk > moe.num_ffn_experts:
@@ -133,7 +133,7 @@ def safe_mode_has_enough_ffn_experts(config: Config) -> Iterator[Problem]:
             return
 
 
-def guard_moves_no_capacity(config: Config) -> Iterator[Problem]:
+def _guard_moves_no_capacity(config: Config) -> Iterator[Problem]:
     """Capacities follow from a fixed tau; further FFN selections would only be dropped."""
     if config.moe.capacity_factor is None:
         return
@@ -148,7 +148,7 @@ def guard_moves_no_capacity(config: Config) -> Iterator[Problem]:
         )
 
 
-def guard_reaches_the_router(config: Config) -> Iterator[Problem]:
+def _guard_reaches_the_router(config: Config) -> Iterator[Problem]:
     """A captured router repeats the kernels of the first step."""
     if "moe_router" not in config.training.cuda_graphs:
         return
@@ -163,7 +163,7 @@ def guard_reaches_the_router(config: Config) -> Iterator[Problem]:
         return
 
 
-def forced_tokens_are_known_in_every_layer(config: Config) -> Iterator[Problem]:
+def _forced_tokens_are_known_in_every_layer(config: Config) -> Iterator[Problem]:
     """Token ids travel with the hidden vectors, which not all schedules support."""
     reasons = {
         "model.implementation": config.model.implementation == "hybrid",
@@ -184,7 +184,7 @@ def forced_tokens_are_known_in_every_layer(config: Config) -> Iterator[Problem]:
             )
 
 
-def forced_token_ids_exist(config: Config) -> Iterator[Problem]:
+def _forced_token_ids_exist(config: Config) -> Iterator[Problem]:
     """Ids lie in the vocabulary, and there are some."""
     settings = config.routing_guard.force_ffn
     if settings.tokens != "ids":
@@ -200,7 +200,7 @@ def forced_token_ids_exist(config: Config) -> Iterator[Problem]:
         )
 
 
-def actions_have_the_balance_loss_they_need(config: Config) -> Iterator[Problem]:
+def _actions_have_the_balance_loss_they_need(config: Config) -> Iterator[Problem]:
     """Tau acts through it, and in safe mode it alone reaches what is switched off."""
     if config.moe.balance_coeff > 0:
         return
@@ -215,7 +215,7 @@ def actions_have_the_balance_loss_they_need(config: Config) -> Iterator[Problem]
         )
 
 
-def guard_has_checkpoints_to_go_back_to(config: Config) -> Iterator[Problem]:
+def _guard_has_checkpoints_to_go_back_to(config: Config) -> Iterator[Problem]:
     """A rollback needs a checkpoint."""
     if config.checkpoint.save_interval > 0:
         return
@@ -229,7 +229,7 @@ def guard_has_checkpoints_to_go_back_to(config: Config) -> Iterator[Problem]:
         return
 
 
-def guard_keeps_checkpoints_of_before(config: Config) -> Iterator[Problem]:
+def _guard_keeps_checkpoints_of_before(config: Config) -> Iterator[Problem]:
     """A rollback goes to before the rule held, so a checkpoint from then must still exist."""
     keep, interval = config.checkpoint.keep, config.checkpoint.save_interval
     if keep is None or interval == 0:
@@ -249,7 +249,7 @@ def guard_keeps_checkpoints_of_before(config: Config) -> Iterator[Problem]:
             return
 
 
-def shift_is_judged_at_last(config: Config) -> Iterator[Problem]:
+def _shift_is_judged_at_last(config: Config) -> Iterator[Problem]:
     """The warm-up counts only remembered windows, so memory must be large enough."""
     shift = config.routing_guard.shift
     if shift.warmup > shift.memory:
@@ -262,19 +262,19 @@ def shift_is_judged_at_last(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    guard_has_routers_to_watch,
-    guard_rules_have_one_name_each,
-    guard_rules_look_at_a_metric,
-    guard_rules_have_one_limit,
-    guard_rules_clear_on_the_healthy_side,
-    guard_metrics_are_measured,
-    safe_mode_has_enough_ffn_experts,
-    guard_moves_no_capacity,
-    guard_reaches_the_router,
-    forced_tokens_are_known_in_every_layer,
-    forced_token_ids_exist,
-    actions_have_the_balance_loss_they_need,
-    guard_has_checkpoints_to_go_back_to,
-    guard_keeps_checkpoints_of_before,
-    shift_is_judged_at_last,
+    _guard_has_routers_to_watch,
+    _guard_rules_have_one_name_each,
+    _guard_rules_look_at_a_metric,
+    _guard_rules_have_one_limit,
+    _guard_rules_clear_on_the_healthy_side,
+    _guard_metrics_are_measured,
+    _safe_mode_has_enough_ffn_experts,
+    _guard_moves_no_capacity,
+    _guard_reaches_the_router,
+    _forced_tokens_are_known_in_every_layer,
+    _forced_token_ids_exist,
+    _actions_have_the_balance_loss_they_need,
+    _guard_has_checkpoints_to_go_back_to,
+    _guard_keeps_checkpoints_of_before,
+    _shift_is_judged_at_last,
 )

@@ -13,7 +13,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:&|()\[\]*%+-]*")
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2})|(\d+(:\d{2}){0,2})")
 
 
-def names_are_slurms(config: Config) -> Iterator[Problem]:
+def _names_are_slurms(config: Config) -> Iterator[Problem]:
     """Names contain only characters that Slurm's names may have."""
     for key in ("partition", "account", "qos", "constraint", "exclude"):
         value = getattr(config.slurm, key)
@@ -26,7 +26,7 @@ def names_are_slurms(config: Config) -> Iterator[Problem]:
             )
 
 
-def time_limit_is_a_duration(config: Config) -> Iterator[Problem]:
+def _time_limit_is_a_duration(config: Config) -> Iterator[Problem]:
     """The time limit is one of Slurm's forms."""
     time = config.slurm.time
     if time is not None and not _TIME.fullmatch(time):
@@ -38,7 +38,7 @@ def time_limit_is_a_duration(config: Config) -> Iterator[Problem]:
         )
 
 
-def fewest_nodes_are_among_the_nodes(config: Config) -> Iterator[Problem]:
+def _fewest_nodes_are_among_the_nodes(config: Config) -> Iterator[Problem]:
     """The minimum of nodes does not exceed the number of nodes that the job asks for."""
     slurm = config.slurm
     if slurm.min_nodes is not None and slurm.min_nodes > slurm.nodes:
@@ -50,7 +50,7 @@ def fewest_nodes_are_among_the_nodes(config: Config) -> Iterator[Problem]:
         )
 
 
-def container_has_an_image(config: Config) -> Iterator[Problem]:
+def _container_has_an_image(config: Config) -> Iterator[Problem]:
     """A container needs an image, and an image needs a container runtime."""
     slurm = config.slurm
     if slurm.container != "none" and slurm.container_image is None:
@@ -69,7 +69,7 @@ def container_has_an_image(config: Config) -> Iterator[Problem]:
         )
 
 
-def options_are_options(config: Config) -> Iterator[Problem]:
+def _options_are_options(config: Config) -> Iterator[Problem]:
     """Further options are long options on one line, each in one piece."""
     for option in config.slurm.options:
         if not option.startswith("--") or not option.isprintable():
@@ -81,7 +81,7 @@ def options_are_options(config: Config) -> Iterator[Problem]:
             )
 
 
-def mounts_are_pairs(config: Config) -> Iterator[Problem]:
+def _mounts_are_pairs(config: Config) -> Iterator[Problem]:
     """Container runtimes separate mounts by commas and their halves by colons."""
     for mount in config.slurm.container_mounts:
         if ":" not in mount or "," in mount:
@@ -94,10 +94,10 @@ def mounts_are_pairs(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    names_are_slurms,
-    time_limit_is_a_duration,
-    fewest_nodes_are_among_the_nodes,
-    container_has_an_image,
-    options_are_options,
-    mounts_are_pairs,
+    _names_are_slurms,
+    _time_limit_is_a_duration,
+    _fewest_nodes_are_among_the_nodes,
+    _container_has_an_image,
+    _options_are_options,
+    _mounts_are_pairs,
 )

@@ -22,7 +22,7 @@ RECOMPUTE_MODULES = (
 )
 
 
-def learning_rate_falls(config: Config) -> Iterator[Problem]:
+def _learning_rate_falls(config: Config) -> Iterator[Problem]:
     """The final rate is not above the peak."""
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
@@ -34,7 +34,7 @@ def learning_rate_falls(config: Config) -> Iterator[Problem]:
         )
 
 
-def warmup_ends_in_time(config: Config) -> Iterator[Problem]:
+def _warmup_ends_in_time(config: Config) -> Iterator[Problem]:
     """Warmup ends before training does and before the decay does."""
     optimizer, iters = config.optimizer, config.training.train_iters
     ends = {"training.train_iters": iters, "optimizer.decay_iters": optimizer.decay_iters or iters}
@@ -48,7 +48,7 @@ def warmup_ends_in_time(config: Config) -> Iterator[Problem]:
         )
 
 
-def micro_batches_divide_global_batch(config: Config) -> Iterator[Problem]:
+def _micro_batches_divide_global_batch(config: Config) -> Iterator[Problem]:
     """A step is a whole number of micro-batches."""
     training = config.training
     yield from must_divide(
@@ -60,7 +60,7 @@ def micro_batches_divide_global_batch(config: Config) -> Iterator[Problem]:
     )
 
 
-def full_recompute_has_its_parts(config: Config) -> Iterator[Problem]:
+def _full_recompute_has_its_parts(config: Config) -> Iterator[Problem]:
     """Full recomputation needs a method and a number of layers that a stage has."""
     training = config.training
     if training.recompute_granularity != "full":
@@ -84,7 +84,7 @@ def full_recompute_has_its_parts(config: Config) -> Iterator[Problem]:
         )
 
 
-def selective_recompute_names_modules(config: Config) -> Iterator[Problem]:
+def _selective_recompute_names_modules(config: Config) -> Iterator[Problem]:
     """Selective recomputation is described by its modules alone."""
     training = config.training
     if training.recompute_granularity != "selective":
@@ -107,7 +107,7 @@ def selective_recompute_names_modules(config: Config) -> Iterator[Problem]:
         )
 
 
-def split_has_three_parts(config: Config) -> Iterator[Problem]:
+def _split_has_three_parts(config: Config) -> Iterator[Problem]:
     """Three weights, something to train on, and something to validate on if that is asked for."""
     name, text = "data.split", config.data.split
     if text is None:
@@ -132,7 +132,7 @@ def split_has_three_parts(config: Config) -> Iterator[Problem]:
         )
 
 
-def background_saving_saves(config: Config) -> Iterator[Problem]:
+def _background_saving_saves(config: Config) -> Iterator[Problem]:
     """Writing in the background needs a checkpoint that is written during training."""
     if config.checkpoint.async_save and config.checkpoint.save_interval == 0:
         yield Problem(
@@ -143,7 +143,7 @@ def background_saving_saves(config: Config) -> Iterator[Problem]:
         )
 
 
-def profiled_steps_follow_each_other(config: Config) -> Iterator[Problem]:
+def _profiled_steps_follow_each_other(config: Config) -> Iterator[Problem]:
     """One recording, from its first step to its last, within the run."""
     name, steps = "training.profile_steps", config.training.profile_steps
     if not steps:
@@ -165,12 +165,12 @@ def profiled_steps_follow_each_other(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    learning_rate_falls,
-    warmup_ends_in_time,
-    micro_batches_divide_global_batch,
-    full_recompute_has_its_parts,
-    selective_recompute_names_modules,
-    split_has_three_parts,
-    background_saving_saves,
-    profiled_steps_follow_each_other,
+    _learning_rate_falls,
+    _warmup_ends_in_time,
+    _micro_batches_divide_global_batch,
+    _full_recompute_has_its_parts,
+    _selective_recompute_names_modules,
+    _split_has_three_parts,
+    _background_saving_saves,
+    _profiled_steps_follow_each_other,
 )

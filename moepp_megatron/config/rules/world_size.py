@@ -10,13 +10,13 @@ from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import virtual_stages
 
 
-def world_size_is_positive(config: Config, world_size: int) -> Iterator[Problem]:
+def _world_size_is_positive(config: Config, world_size: int) -> Iterator[Problem]:
     """There is at least one rank."""
     if world_size < 1:
         yield Problem("world size", world_size, "must be at least 1", "start 1 rank or more")
 
 
-def model_ranks_divide_world_size(config: Config, world_size: int) -> Iterator[Problem]:
+def _model_ranks_divide_world_size(config: Config, world_size: int) -> Iterator[Problem]:
     """The ranks form whole copies of the model."""
     parallel = config.parallel
     sizes = {
@@ -27,7 +27,7 @@ def model_ranks_divide_world_size(config: Config, world_size: int) -> Iterator[P
     yield from _product_divides(sizes, world_size)
 
 
-def expert_ranks_divide_world_size(config: Config, world_size: int) -> Iterator[Problem]:
+def _expert_ranks_divide_world_size(config: Config, world_size: int) -> Iterator[Problem]:
     """The ranks form whole copies of the experts."""
     parallel = config.parallel
     sizes = {
@@ -63,7 +63,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     )
 
 
-def batch_divides_over_ranks(config: Config, world_size: int) -> Iterator[Problem]:
+def _batch_divides_over_ranks(config: Config, world_size: int) -> Iterator[Problem]:
     """Every data-parallel rank gets the same whole number of micro-batches."""
     training, dp = config.training, data_parallel_size(config, world_size)
     yield from must_divide(
@@ -75,7 +75,7 @@ def batch_divides_over_ranks(config: Config, world_size: int) -> Iterator[Proble
     )
 
 
-def interleaving_fills_stages(config: Config, world_size: int) -> Iterator[Problem]:
+def _interleaving_fills_stages(config: Config, world_size: int) -> Iterator[Problem]:
     """The interleaved schedule takes micro-batches in groups of one per pipeline rank."""
     training, stages = config.training, config.parallel.pipeline_model_parallel_size
     if virtual_stages(config) == 1:
@@ -91,7 +91,7 @@ def interleaving_fills_stages(config: Config, world_size: int) -> Iterator[Probl
     )
 
 
-def profiled_ranks_exist(config: Config, world_size: int) -> Iterator[Problem]:
+def _profiled_ranks_exist(config: Config, world_size: int) -> Iterator[Problem]:
     """Ranks to be recorded are ranks of the run."""
     ranks = config.training.profile_ranks
     if config.training.profile_steps and ranks is not None:
@@ -105,7 +105,7 @@ def profiled_ranks_exist(config: Config, world_size: int) -> Iterator[Problem]:
             )
 
 
-def overlap_without_data_parallelism(config: Config, world_size: int) -> Iterator[Problem]:
+def _overlap_without_data_parallelism(config: Config, world_size: int) -> Iterator[Problem]:
     """Nothing is reduced or gathered if no two ranks share a parameter."""
     dense_ranks = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
     for key in ("overlap_grad_reduce", "overlap_param_gather"):
@@ -119,11 +119,11 @@ def overlap_without_data_parallelism(config: Config, world_size: int) -> Iterato
 
 
 RULES = (
-    world_size_is_positive,
-    model_ranks_divide_world_size,
-    expert_ranks_divide_world_size,
-    batch_divides_over_ranks,
-    interleaving_fills_stages,
-    profiled_ranks_exist,
+    _world_size_is_positive,
+    _model_ranks_divide_world_size,
+    _expert_ranks_divide_world_size,
+    _batch_divides_over_ranks,
+    _interleaving_fills_stages,
+    _profiled_ranks_exist,
 )
-IGNORED = (overlap_without_data_parallelism,)
+IGNORED = (_overlap_without_data_parallelism,)

@@ -133,14 +133,14 @@ def assemble(
         experts=parameters.experts,
         weights=load.numbers.weight_bytes * count,
         gradients=load.numbers.gradient_bytes * count,
-        optimizer=optimizer_bytes(load, grid, parameters),
+        optimizer=_optimizer_bytes(load, grid, parameters),
         # Chunks of a rank hold about as many layers each.
         activations=kept / grid.vpp * flying,
         buffers=buffers + resident_bytes(load, grid),
     )
 
 
-def optimizer_bytes(load: Workload, grid: Grid, parameters: RankParameters) -> int:
+def _optimizer_bytes(load: Workload, grid: Grid, parameters: RankParameters) -> int:
     """Two moments and the fp32 copy of the weights, sharded or not."""
     state = 2 * load.numbers.moment_bytes + load.numbers.master_bytes
     dense_shards, expert_shards = grid.dp * grid.cp, grid.edp

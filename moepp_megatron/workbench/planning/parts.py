@@ -55,7 +55,7 @@ class Layer:
     has_residual: bool = False
 
 
-def product_number(load: Workload) -> str:
+def _product_number(load: Workload) -> str:
     """The format of the matrix products."""
     if load.numbers.fp8 is None:
         return load.numbers.dtype
@@ -87,7 +87,7 @@ def _linear(
         Products forward and backward, bytes of quantisation (and of adding the weight's gradient
         to the others, where the product does not) forward and backward.
     """
-    number = product_number(load)
+    number = _product_number(load)
     forward = (Product(rows, outputs, inputs, groups, number),)
     backward = (
         Product(rows, inputs, outputs, groups, number),

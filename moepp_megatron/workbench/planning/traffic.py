@@ -64,7 +64,7 @@ def layer_traffic(
         tensor_forward=forward,
         tensor_backward=backward,
         context=_context(load, grid, machine),
-        experts=expert_seconds(load, grid, machine, skew) if is_moe else 0.0,
+        experts=_expert_seconds(load, grid, machine, skew) if is_moe else 0.0,
     )
 
 
@@ -77,7 +77,7 @@ def _context(load: Workload, grid: Grid, machine: Machine) -> float:
     return (grid.cp - 1) * step
 
 
-def expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 1.0) -> float:
+def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 1.0) -> float:
     """Dispatch and combine of one pass (forward or backward)."""
     place = placement(grid, "ep", machine.per_node)
     row = load.hidden * load.numbers.activation_bytes
@@ -91,7 +91,7 @@ def expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 1
             copies = tokens * distinct_targets(place.size, taken)
             seconds = all_to_all_seconds(place, skew * copies * row, machine)
         elif load.experts.dispatcher == "flex":
-            inside, across = hierarchical_rows(place, taken)
+            inside, across = _hierarchical_rows(place, taken)
             inside, across = skew * tokens * inside * row, skew * tokens * across * row
             seconds = hierarchical_seconds(place, inside, across, machine)
         else:
@@ -103,7 +103,7 @@ def expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 1
     return 2 * seconds
 
 
-def hierarchical_rows(place: Placement, taken: float) -> tuple[float, float]:
+def _hierarchical_rows(place: Placement, taken: float) -> tuple[float, float]:
     """Rows per token over NVLink and over the network: once to each node and rank."""
     to_ranks = distinct_targets(place.size, taken)
     to_nodes = distinct_targets(place.nodes, taken)

@@ -61,7 +61,7 @@ def build_arms(
     return [
         PilotArm(_arm(VANILLA, "vanilla", plain, steps), plain),
         *moepp,
-        *[_rival(base, topk, steps) for topk in rival_topks(moepp)],
+        *[_rival(base, topk, steps) for topk in _rival_topks(moepp)],
         PilotArm(
             _arm(f"vanilla, {SHORT_SHARE:.0%} of the steps", "short", plain, short),
             with_overrides(plain, run_settings(config, short, eval_iters)),
@@ -104,7 +104,7 @@ def configured_tau(config: Config) -> float:
     return float(f"{config.moe.balanced_tau:.4g}")
 
 
-def rival_topks(moepp: Sequence[PilotArm]) -> list[int]:
+def _rival_topks(moepp: Sequence[PilotArm]) -> list[int]:
     """Top-k values of the vanilla models whose FFN work is next to that of a MoE++ arm.
 
     K phi FFN experts per token are between two whole numbers; both are baselines, except vanilla

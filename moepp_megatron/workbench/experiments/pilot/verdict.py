@@ -63,7 +63,7 @@ class TokenValue:
         return (found.mean if found.low is None else found.low) > 0
 
 
-def answer_of(factor: Interval | None) -> Answer:
+def _answer_of(factor: Interval | None) -> Answer:
     """The answer by the interval of a factor on time: below 1 it pays."""
     if factor is None or factor.low is None or factor.high is None:
         return "undecided"
@@ -79,7 +79,7 @@ def combined(time: Interval | None, rival: Standing | None) -> Answer:
         time: Time to loss over vanilla's; None if unknown.
         rival: Outcome against the vanilla model of the same speed; None if inconclusive.
     """
-    by_time = answer_of(time)
+    by_time = _answer_of(time)
     if rival == "worse" or by_time == "does not pay":
         return "does not pay"
     if time is None:

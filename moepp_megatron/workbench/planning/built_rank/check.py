@@ -45,7 +45,7 @@ def check_rank(config: Config, layout: Layout, built: BuiltRank) -> list[Check]:
     return checks + _sizes(config, layout, built, place.pp)
 
 
-def built_workload(config: Config) -> Workload:
+def _built_workload(config: Config) -> Workload:
     """The workload as this machine builds it; plans count Transformer Engine's modules."""
     load = Workload.from_config(config)
     if isinstance(load.attention, LatentAttention) and not have_transformer_engine():
@@ -69,7 +69,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _shapes(config: Config, layout: Layout, built: BuiltRank) -> Check:
-    load, grid = built_workload(config), Grid.from_layout(config, layout)
+    load, grid = _built_workload(config), Grid.from_layout(config, layout)
     wrong, unknown = [], []
     for parameter in built.parameters:
         expected = expected_shape(parameter.name, load, grid)
@@ -88,7 +88,7 @@ def _shapes(config: Config, layout: Layout, built: BuiltRank) -> Check:
 
 
 def _sizes(config: Config, layout: Layout, built: BuiltRank, pp_rank: int) -> list[Check]:
-    load = built_workload(config)
+    load = _built_workload(config)
     stages = tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stage_layers(config))
     said = memory_of(load, Grid.from_layout(config, layout), stages, pp_rank)
     numbers = load.numbers
