@@ -4,13 +4,14 @@ import pytest
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from transformer_engine.pytorch.record import CALLS
 
+from moepp_megatron.experts import ExpertLayout
 from moepp_megatron.workbench.bench import contestants
 from moepp_megatron.workbench.bench.contestants import Contestant
 from moepp_megatron.workbench.bench.parts import parts_ms
 from moepp_megatron.workbench.bench.shapes import PaperShape
 from tests.te_stand_in.models import RECIPES
 
-SHAPE = PaperShape("tiny", 32, 48, 2, 4, 2, 1.0, {})
+SHAPE = PaperShape("tiny", 32, 48, 2, ExpertLayout(4, 2), 1.0, {})
 TOKENS, TOPK = 64, 2
 
 
