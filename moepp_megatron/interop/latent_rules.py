@@ -52,7 +52,7 @@ def latent_attention_rules(
 def norm_keys(layer: int, is_moe: bool) -> tuple[str, str]:
     """Our names of the weights of the norms before attention and before the FFN."""
     ours = f"decoder.layers.{layer}."
-    # As in `moepp_megatron.moe.latent_attention`.
+    # As in `moepp_megatron.model.latent_attention`.
     ffn_norm = "pre_mlp_layernorm.weight" if is_moe else "mlp.linear_fc1.layer_norm_weight"
     return ours + "input_layernorm.weight", ours + ffn_norm
 

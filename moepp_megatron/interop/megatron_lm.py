@@ -14,7 +14,6 @@ There are three ways (docs/megatron_lm.md):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 from megatron.core.pipeline_parallel.utils import (
@@ -33,9 +32,8 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from moepp_megatron.interop.megatron_arguments import add_moepp_arguments, moepp_config
-from moepp_megatron.model.attention import ContextParallelAttention
 from moepp_megatron.model.gpt import MoEPPGPTModel
-from moepp_megatron.model.norm import SequenceParallelRMSNorm
+from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import pipeline_config
 from moepp_megatron.moe.spec import get_moepp_block_spec
@@ -163,15 +161,13 @@ def _block_spec(
     # Megatron has no argument for it. The first MoE layer has no gating residual, so layers cannot
     # be stacked in a checkpoint.
     config.hetereogenous_dist_checkpoint = True
-    build = partial(get_moepp_block_spec, config, moepp, vp_stage=vp_stage)
-    if config.transformer_impl == "transformer_engine":
-        return build(use_transformer_engine=True)
-    # megatron-core's local modules have no norm for sequence parallelism and no attention for
-    # context parallelism.
-    return build(
-        use_transformer_engine=False,
-        norm=SequenceParallelRMSNorm if config.normalization == "RMSNorm" else None,
-        core_attention=ContextParallelAttention if config.context_parallel_size > 1 else None,
+    use_te = config.transformer_impl == "transformer_engine"
+    return get_moepp_block_spec(
+        config,
+        moepp,
+        use_transformer_engine=use_te,
+        adapt=None if use_te else fit_local_modules,
+        vp_stage=vp_stage,
     )
 
 

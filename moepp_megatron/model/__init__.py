@@ -1,13 +1,15 @@
 """The model: from configuration to Megatron modules with layout-independent weights.
 
-all_heads_norm.py   RMSNorm of the queries, or of the keys, of all heads of a token at once
-attention.py        exact causal attention under context parallelism, for local modules
-build.py            builds this rank's model chunks, as a GPTModel or as a HybridModel
-fp8_weights.py      weights that exist in FP8 alone, used as if they were plain tensors
-gpt.py              GPTModel with the lane of router logits across pipeline stages
-hybrid.py           the model as megatron-core's `HybridModel`, the successor of `GPTModel`
-initialize.py       weights that do not depend on the layout
-megatron_config.py  translates the user's configuration into megatron-core's and the MoE++ layer's
-norm.py             RMSNorm for megatron-core's local modules, usable with sequence parallelism
-stage.py            a wrapper that the pipeline needs around a bare model chunk
+all_heads_norm.py    RMSNorm of the queries, or of the keys, of all heads of a token at once
+attention.py         exact causal attention under context parallelism, for local modules
+build.py             builds this rank's model chunks, as a GPTModel or as a HybridModel
+fp8_weights.py       weights that exist in FP8 alone, used as if they were plain tensors
+gpt.py               GPTModel with the lane of router logits across pipeline stages
+hybrid.py            the model as megatron-core's `HybridModel`, the successor of `GPTModel`
+initialize.py        weights that do not depend on the layout
+latent_attention.py  megatron-core's multi-head latent attention, corrected for its local modules
+local_modules.py     megatron-core's local modules, made fit for all layouts
+megatron_config.py   translates the user's configuration into megatron-core's and the MoE++ layer's
+norm.py              RMSNorm for megatron-core's local modules, usable with sequence parallelism
+stage.py             a wrapper that the pipeline needs around a bare model chunk
 """

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.model.all_heads_norm import all_heads_norms
-from moepp_megatron.model.attention import ContextParallelAttention
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
+from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
-from moepp_megatron.model.norm import SequenceParallelRMSNorm
-from moepp_megatron.moe.spec import get_moepp_block_spec
+from moepp_megatron.moe.spec import get_moepp_block_spec, with_attention
 from moepp_megatron.moe.upstream_private import (
     PRIVATE_NAMES,
     UpstreamMovedError,
@@ -62,7 +63,7 @@ def _build_chunk(config: Config, vp_stage: int | None) -> LanguageModule:
     build = {"gpt": _gpt_model, "hybrid": _hybrid_model}[config.model.implementation]
     return build(
         config,
-        _backend(config) | _qk_norms(config),
+        _backend(config),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -76,22 +77,18 @@ def _build_chunk(config: Config, vp_stage: int | None) -> LanguageModule:
 
 def _backend(config: Config) -> dict[str, Any]:
     """Which modules the layers are made of: arguments of the specs in `moepp_megatron.moe.spec`."""
-    if have_transformer_engine():
-        return {"use_transformer_engine": True}
-    splits_sequences = config.parallel.context_parallel_size > 1
-    return {
-        "use_transformer_engine": False,
-        "norm": SequenceParallelRMSNorm,
-        "core_attention": ContextParallelAttention if splits_sequences else None,
-    }
+    has_transformer_engine = have_transformer_engine()
 
+    def adapt(megatron: TransformerConfig, spec: ModuleSpec, is_moe: bool) -> ModuleSpec:
+        if not has_transformer_engine:
+            spec = fit_local_modules(megatron, spec, is_moe)
+        if config.model.qk_layernorm_scope != "all_heads":
+            return spec
+        # No back end has these norms, but they work with the modules of each.
+        queries, keys = all_heads_norms(config.model.num_attention_heads, config.model.query_groups)
+        return with_attention(spec, q_layernorm=queries, k_layernorm=keys)
 
-def _qk_norms(config: Config) -> dict[str, Any]:
-    """Norms of queries and keys that no back end has; they work with the modules of each."""
-    if config.model.qk_layernorm_scope != "all_heads":
-        return {}
-    norms = all_heads_norms(config.model.num_attention_heads, config.model.query_groups)
-    return {"qk_norms": norms}
+    return {"use_transformer_engine": has_transformer_engine, "adapt": adapt}
 
 
 def _gpt_model(

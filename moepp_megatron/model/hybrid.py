@@ -40,11 +40,12 @@ from moepp_megatron.moe.lane import (
     unpack,
 )
 from moepp_megatron.moe.spec import (
-    CoreAttentionBuilder,
+    LayerAdapter,
     final_norm,
     get_dense_layer_spec,
     get_moepp_layer_spec,
     moe_layer_pattern,
+    with_submodules,
 )
 
 _BF16_LAYERS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
@@ -102,9 +103,7 @@ def get_moepp_hybrid_stack_spec(
     moepp: MoEPPConfig,
     *,
     use_transformer_engine: bool,
-    norm: LayerNormBuilder | None = None,
-    core_attention: CoreAttentionBuilder | None = None,
-    qk_norms: tuple[LayerNormBuilder, LayerNormBuilder] | None = None,
+    adapt: LayerAdapter | None = None,
 ) -> ModuleSpec:
     """Spec of the stack to give to `HybridModel`: the layer specs of the GPT assembly, halved.
 
@@ -112,16 +111,9 @@ def get_moepp_hybrid_stack_spec(
         config: The hybrid model's configuration; `num_moe_experts` counts FFN experts.
         moepp: MoE++ settings.
         use_transformer_engine: Transformer Engine's modules, or megatron-core's local ones.
-        norm: Builder of the norms instead of the back end's own (local modules only).
-        core_attention: Builder of the core attention instead of the back end's own (likewise).
-        qk_norms: Builders of the norms of queries and of keys instead of the back end's own.
+        adapt: Exchanges norms and attention of the back end, or None for the back end's own.
     """
-    backend: dict[str, Any] = {
-        "use_transformer_engine": use_transformer_engine,
-        "norm": norm,
-        "core_attention": core_attention,
-        "qk_norms": qk_norms,
-    }
+    backend: dict[str, Any] = {"use_transformer_engine": use_transformer_engine, "adapt": adapt}
     dense = get_dense_layer_spec(config, moepp, **backend)
     moe = _without_attention(get_moepp_layer_spec(config, moepp, **backend))
     if not moepp.is_vanilla:
@@ -136,7 +128,7 @@ def get_moepp_hybrid_stack_spec(
         )
     return ModuleSpec(
         module=MoEPPHybridStack,
-        params={"moepp": moepp, "norm": final_norm(use_transformer_engine, norm)},
+        params={"moepp": moepp, "norm": final_norm(use_transformer_engine, dense)},
         submodules=HybridStackSubmodules(
             attention_layer=_without_ffn(dense),
             mlp_layer=_without_attention(dense),
@@ -338,20 +330,16 @@ def _refuse_unsupported(inference_context: Any, inference_params: Any) -> None:
 
 def _without_ffn(layer: ModuleSpec) -> ModuleSpec:
     """The attention half of a transformer layer."""
-    return _with_submodules(
+    return with_submodules(
         layer, pre_mlp_layernorm=IdentityOp, mlp=IdentityOp, mlp_bda=IdentityFuncOp
     )
 
 
 def _without_attention(layer: ModuleSpec) -> ModuleSpec:
     """The FFN half of a transformer layer."""
-    return _with_submodules(
+    return with_submodules(
         layer,
         input_layernorm=IdentityOp,
         self_attention=IdentityOp,
         self_attn_bda=IdentityFuncOp,
     )
-
-
-def _with_submodules(layer: ModuleSpec, **changes: Any) -> ModuleSpec:
-    return dataclasses.replace(layer, submodules=dataclasses.replace(layer.submodules, **changes))

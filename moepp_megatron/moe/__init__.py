@@ -14,7 +14,6 @@ ffn_demand.py         FFN experts that tokens must take, whatever the router wan
 flex_dispatcher.py    megatron-core's flex dispatcher (DeepEP) without what no FFN expert takes
 router_health.py      how healthy a router is: what one step's logits, gates and gradients say
 lane.py               the lane on which router logits travel from MoE layer to MoE layer
-latent_attention.py   megatron-core's multi-head latent attention, corrected for its local modules
 layer.py              the MoE++ layer: dispatch, FFN experts, combine, zero-computation experts
 overlap.py            a MoE++ layer as nodes of megatron-core's combined schedule
 padding.py            padding masks: which tokens a router does not route

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,13 +11,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.attention import CoreAttentionBuilder
 from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder, MoESubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
+from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -27,11 +27,14 @@ from megatron.core.transformer.transformer_layer import MlpBuilder, get_transfor
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cpu_experts import CPUExperts, suits
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
-from moepp_megatron.moe.latent_attention import with_local_latent_attention
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
+
+# From the model's configuration, megatron-core's spec of a layer, and whether the layer has
+# experts, the spec with other modules around the experts.
+LayerAdapter = Callable[[TransformerConfig, ModuleSpec, bool], ModuleSpec]
 
 
 def get_moepp_layer_spec(
@@ -40,9 +43,7 @@ def get_moepp_layer_spec(
     *,
     use_transformer_engine: bool,
     has_residual: bool = True,
-    norm: LayerNormBuilder | None = None,
-    core_attention: CoreAttentionBuilder | None = None,
-    qk_norms: tuple[LayerNormBuilder, LayerNormBuilder] | None = None,
+    adapt: LayerAdapter | None = None,
 ) -> ModuleSpec:
     """Spec of one MoE++ transformer layer.
 
@@ -55,33 +56,28 @@ def get_moepp_layer_spec(
         moepp: MoE++ settings.
         use_transformer_engine: Transformer Engine's modules, or megatron-core's local ones.
         has_residual: False for the first MoE layer of the model, which has no router before it.
-        norm: Builder of the norms instead of the back end's own (local modules only).
-        core_attention: Builder of the attention between the projections instead of the back end's
-            own (local modules only).
-        qk_norms: Builders of the norms of queries and of keys instead of the back end's own (any
-            modules, `config.qk_layernorm` set, no latent attention).
+        adapt: Exchanges norms and attention of the back end, or None for the back end's own.
 
     Raises:
-        ValueError: If MoE++ layers would ignore a setting of `config` (`upstream_settings`).
+        ValueError: If MoE++ layers would ignore a setting of `config` (`upstream_settings`), or
+            latent attention is megatron-core's own on its local modules.
         UpstreamMovedError: megatron-core lacks a private name that they use (`upstream_private`).
     """
     if not moepp.is_vanilla:
         check_upstream()
         refuse_ignored(config, moepp)
-    spec = _base_layer_spec(
-        config, config.num_moe_experts, use_transformer_engine, norm, core_attention, qk_norms
-    )
+    spec = _base_layer_spec(config, config.num_moe_experts, use_transformer_engine, adapt)
     upstream: MlpBuilder = spec.submodules.mlp
     submodules: MoESubmodules = upstream.keywords["submodules"]
     if moepp.is_vanilla:
         mlp: MlpBuilder = partial(VanillaMoELayer, submodules=submodules)
-        return _with_mlp(spec, mlp)
+        return with_submodules(spec, mlp=mlp)
     router = partial(MoEPPRouter, moepp=moepp, has_residual=has_residual)
     submodules = dataclasses.replace(
         submodules, router=router, experts=_experts(submodules.experts, config)
     )
     mlp = partial(MoEPPLayer, submodules=submodules, moepp=moepp)
-    return dataclasses.replace(_with_mlp(spec, mlp), module=MoEPPTransformerLayer)
+    return dataclasses.replace(with_submodules(spec, mlp=mlp), module=MoEPPTransformerLayer)
 
 
 def get_dense_layer_spec(
@@ -89,9 +85,7 @@ def get_dense_layer_spec(
     moepp: MoEPPConfig,
     *,
     use_transformer_engine: bool,
-    norm: LayerNormBuilder | None = None,
-    core_attention: CoreAttentionBuilder | None = None,
-    qk_norms: tuple[LayerNormBuilder, LayerNormBuilder] | None = None,
+    adapt: LayerAdapter | None = None,
 ) -> ModuleSpec:
     """Spec of a layer without experts, which passes the router logits on.
 
@@ -99,11 +93,9 @@ def get_dense_layer_spec(
         config: The model's configuration.
         moepp: MoE++ settings.
         use_transformer_engine: Same as in `get_moepp_layer_spec`.
-        norm: Same as in `get_moepp_layer_spec`.
-        core_attention: Same as in `get_moepp_layer_spec`.
-        qk_norms: Same as in `get_moepp_layer_spec`.
+        adapt: Same as in `get_moepp_layer_spec`.
     """
-    dense = _base_layer_spec(config, None, use_transformer_engine, norm, core_attention, qk_norms)
+    dense = _base_layer_spec(config, None, use_transformer_engine, adapt)
     if moepp.is_vanilla:
         return dense
     return dataclasses.replace(dense, module=MoEPPTransformerLayer)
@@ -114,9 +106,7 @@ def get_moepp_block_spec(
     moepp: MoEPPConfig,
     *,
     use_transformer_engine: bool,
-    norm: LayerNormBuilder | None = None,
-    core_attention: CoreAttentionBuilder | None = None,
-    qk_norms: tuple[LayerNormBuilder, LayerNormBuilder] | None = None,
+    adapt: LayerAdapter | None = None,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
@@ -129,9 +119,7 @@ def get_moepp_block_spec(
         config: The model's configuration.
         moepp: MoE++ settings.
         use_transformer_engine: Same as in `get_moepp_layer_spec`.
-        norm: Same as in `get_moepp_layer_spec`, for the final norm too.
-        core_attention: Same as in `get_moepp_layer_spec`.
-        qk_norms: Same as in `get_moepp_layer_spec`.
+        adapt: Same as in `get_moepp_layer_spec`, for the final norm too.
         vp_stage: Virtual pipeline stage, or None.
         pp_rank: Pipeline rank; Megatron's global one where None.
     """
@@ -141,17 +129,10 @@ def get_moepp_block_spec(
         config,
         moepp,
         use_transformer_engine=use_transformer_engine,
-        norm=norm,
-        core_attention=core_attention,
-        qk_norms=qk_norms,
+        adapt=adapt,
     )
     dense = get_dense_layer_spec(
-        config,
-        moepp,
-        use_transformer_engine=use_transformer_engine,
-        norm=norm,
-        core_attention=core_attention,
-        qk_norms=qk_norms,
+        config, moepp, use_transformer_engine=use_transformer_engine, adapt=adapt
     )
     first_moe_layer = pattern.index(True)
     layers = [
@@ -160,7 +141,7 @@ def get_moepp_block_spec(
     ]
     return TransformerBlockSubmodules(
         layer_specs=_of_stage(layers, config, vp_stage, pp_rank),
-        layer_norm=final_norm(use_transformer_engine, norm),
+        layer_norm=final_norm(use_transformer_engine, dense),
     )
 
 
@@ -193,66 +174,46 @@ def _base_layer_spec(
     config: TransformerConfig,
     num_experts: int | None,
     use_transformer_engine: bool,
-    norm: LayerNormBuilder | None,
-    core_attention: CoreAttentionBuilder | None,
-    qk_norms: tuple[LayerNormBuilder, LayerNormBuilder] | None,
+    adapt: LayerAdapter | None,
 ) -> ModuleSpec:
-    """megatron-core's layer spec, with norms and core attention exchanged where they are given."""
-    spec = _backend_layer_spec(config, num_experts, use_transformer_engine, norm, core_attention)
-    if qk_norms is None:
-        return spec
-    assert not config.multi_latent_attention, "latent attention has norms of compressed vectors"
-    queries, keys = qk_norms
-    return _with_attention(spec, q_layernorm=queries, k_layernorm=keys)
-
-
-def _backend_layer_spec(
-    config: TransformerConfig,
-    num_experts: int | None,
-    use_transformer_engine: bool,
-    norm: LayerNormBuilder | None,
-    core_attention: CoreAttentionBuilder | None,
-) -> ModuleSpec:
+    """megatron-core's layer spec, adapted."""
     if use_transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
             multi_latent_attention=config.multi_latent_attention,
         )
-    spec = get_gpt_layer_local_spec(
-        num_experts=num_experts,
-        moe_grouped_gemm=False,
-        qk_layernorm=config.qk_layernorm,
-        multi_latent_attention=config.multi_latent_attention,
-        normalization=config.normalization,
-    )
-    if config.multi_latent_attention:
-        spec = with_local_latent_attention(spec, is_moe=num_experts is not None)
-    if core_attention is not None:
-        spec = _with_attention(spec, core_attention=core_attention)
-    if norm is None:
-        return spec
-    qk_norm = norm if config.qk_layernorm else IdentityOp
-    keys = "kv_layernorm" if config.multi_latent_attention else "k_layernorm"
-    spec = _with_attention(spec, **{"q_layernorm": qk_norm, keys: qk_norm})
-    submodules = dataclasses.replace(spec.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
-    return dataclasses.replace(spec, submodules=submodules)
+    else:
+        spec = get_gpt_layer_local_spec(
+            num_experts=num_experts,
+            moe_grouped_gemm=False,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+            normalization=config.normalization,
+        )
+    if adapt is not None:
+        spec = adapt(config, spec, num_experts is not None)
+    if not use_transformer_engine and spec.submodules.self_attention.module is MLASelfAttention:
+        # In 0.19 its core attention cannot be built, and on tensor-parallel ranks its gradient of
+        # the position key that heads share is a part of the whole one.
+        raise ValueError(
+            "TransformerConfig.multi_latent_attention (True) must not be megatron-core's own on "
+            "its local modules, which are not fit for it; use Transformer Engine's modules, or "
+            "adapt=moepp_megatron.model.local_modules.fit_local_modules"
+        )
+    return spec
 
 
-def _with_attention(spec: ModuleSpec, **changes: object) -> ModuleSpec:
+def with_submodules(spec: ModuleSpec, **changes: object) -> ModuleSpec:
+    """The spec with other submodules."""
+    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **changes))
+
+
+def with_attention(layer: ModuleSpec, **changes: object) -> ModuleSpec:
     """The layer spec with other submodules of its self-attention."""
-    attention = spec.submodules.self_attention
-    attention = dataclasses.replace(
-        attention, submodules=dataclasses.replace(attention.submodules, **changes)
-    )
-    return dataclasses.replace(
-        spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention)
-    )
-
-
-def _with_mlp(spec: ModuleSpec, mlp: MlpBuilder) -> ModuleSpec:
-    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, mlp=mlp))
+    attention = with_submodules(layer.submodules.self_attention, **changes)
+    return with_submodules(layer, self_attention=attention)
 
 
 def _of_stage(
@@ -270,10 +231,11 @@ def _of_stage(
     return layers[offset : offset + count]
 
 
-def final_norm(use_transformer_engine: bool, norm: LayerNormBuilder | None) -> LayerNormBuilder:
-    """Builder of the norm after the last layer; arguments as in `get_moepp_layer_spec`."""
+def final_norm(use_transformer_engine: bool, layer: ModuleSpec) -> LayerNormBuilder:
+    """Builder of the norm after the last layer: that of the layers, given the spec of one."""
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    return norm or WrappedTorchNorm
+    norm: LayerNormBuilder = layer.submodules.input_layernorm
+    return norm

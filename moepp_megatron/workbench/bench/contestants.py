@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moepp_megatron.config import Config, parse_config
 from moepp_megatron.experts import KINDS
+from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.spec import get_moepp_layer_spec
@@ -159,8 +160,12 @@ def _megatron(config: Config) -> Any:
 
 def _moepp_layer(config: Config) -> Any:
     megatron = _megatron(config)
+    use_te = have_transformer_engine()
     spec = get_moepp_layer_spec(
-        megatron, moepp_config(config), use_transformer_engine=have_transformer_engine()
+        megatron,
+        moepp_config(config),
+        use_transformer_engine=use_te,
+        adapt=None if use_te else fit_local_modules,
     )
     return _built(spec.submodules.mlp, megatron)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
-from moepp_megatron.model.norm import SequenceParallelRMSNorm
+from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
 from moepp_megatron.moe.layer import MoEPPLayer
@@ -70,7 +70,7 @@ def build_transformer_layer(
         moepp,
         use_transformer_engine=False,
         has_residual=has_residual,
-        norm=SequenceParallelRMSNorm,
+        adapt=fit_local_modules,
     )
     return build_module(spec, config=config, layer_number=layer_number)
 
@@ -113,7 +113,7 @@ def randomize(module: torch.nn.Module, std: float = 0.3) -> None:
 def build_model(moepp: MoEPPConfig, seed: int = 7, **changes: Any) -> MoEPPGPTModel:
     config = megatron_config(moepp, **changes)
     spec = get_moepp_block_spec(
-        config, moepp, use_transformer_engine=False, norm=SequenceParallelRMSNorm
+        config, moepp, use_transformer_engine=False, adapt=fit_local_modules
     )
     model = MoEPPGPTModel(
         config,

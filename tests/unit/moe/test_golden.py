@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moepp_megatron.experts import CONSTANT
 from moepp_megatron.model.gpt import MoEPPGPTModel
-from moepp_megatron.model.norm import SequenceParallelRMSNorm
+from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.router import Routing
 from moepp_megatron.moe.spec import get_moepp_block_spec
@@ -45,7 +45,7 @@ def build_golden(case: str) -> MoEPPGPTModel:
         layernorm_epsilon=settings["rms_norm_eps"],
     )
     spec = get_moepp_block_spec(
-        config, moepp, use_transformer_engine=False, norm=SequenceParallelRMSNorm
+        config, moepp, use_transformer_engine=False, adapt=fit_local_modules
     )
     model = MoEPPGPTModel(
         config,

@@ -12,8 +12,10 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moepp_megatron.config import count_parameters, parse_config
 from moepp_megatron.model.build import build_model
+from moepp_megatron.model.latent_attention import LatentDotProductAttention
+from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
-from moepp_megatron.moe.latent_attention import LatentDotProductAttention
+from moepp_megatron.moe.spec import get_dense_layer_spec, get_moepp_layer_spec
 from tests.unit.moe.latent_reference import decoder_logits
 
 SEQUENCE, BATCH, VOCAB = 12, 2, 64
@@ -110,6 +112,17 @@ def test_parameters_are_counted(kind: str) -> None:
         if ".self_attention." in name
     )
     assert counts.attention == attention
+
+
+def test_layers_of_megatrons_own_latent_attention_are_refused() -> None:
+    """Whatever else is exchanged in them, and whether they have experts or not."""
+    config = config_of(KINDS["no norms"])
+    megatron, moepp = transformer_config(config), moepp_config(config)
+    for build in (get_moepp_layer_spec, get_dense_layer_spec):
+        for adapt in (None, lambda _, spec, is_moe: spec):
+            with pytest.raises(ValueError, match=r"multi_latent_attention \(True\).*fit_local_mod"):
+                build(megatron, moepp, use_transformer_engine=False, adapt=adapt)
+        build(megatron, moepp, use_transformer_engine=False, adapt=fit_local_modules)
 
 
 def test_width_of_values_that_the_core_does_not_know_is_refused() -> None:

@@ -21,6 +21,8 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from moepp_megatron.moe.spec import with_submodules
+
 # Where Transformer Engine's modules hold a norm's weight inside the next product, and checkpoints
 # with it: the same names for both.
 _NORM_NAMES = {
@@ -82,11 +84,9 @@ class LocalLatentAttention(MLASelfAttention):
 def with_local_latent_attention(spec: ModuleSpec, is_moe: bool) -> ModuleSpec:
     """megatron-core's local spec of a layer with these modules in its attention."""
     attention = spec.submodules.self_attention
-    parts = dataclasses.replace(attention.submodules, core_attention=LatentDotProductAttention)
-    attention = dataclasses.replace(attention, module=LocalLatentAttention, submodules=parts)
-    submodules = dataclasses.replace(
-        spec.submodules,
-        self_attention=attention,
+    attention = with_submodules(attention, core_attention=LatentDotProductAttention)
+    return with_submodules(
+        spec,
+        self_attention=dataclasses.replace(attention, module=LocalLatentAttention),
         sharded_state_dict_keys_map=_NORM_NAMES if is_moe else _NORM_NAMES | _DENSE_NORM_NAME,
     )
-    return dataclasses.replace(spec, submodules=submodules)
