@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from moepp_megatron.workbench.profiling import analysis
 from moepp_megatron.workbench.profiling.groups import TracedGroup
 from moepp_megatron.workbench.profiling.measures.expert_load import ExpertLoad
 from moepp_megatron.workbench.profiling.measures.exposure import MeasuredStepTime
@@ -75,3 +77,12 @@ def test_a_slow_rank_is_named_and_no_balance_is_advised() -> None:
     assert "balance_coeff" not in uneven
     (uneven,) = findings._load(SimpleNamespace(slow=None, load=load))  # type: ignore[arg-type]
     assert "A larger moe.balance_coeff evens it." in uneven
+
+
+def test_a_profile_looks_for_a_slow_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    slow = found([440.0, 100.0, 100.0, 100.0], [84, 100, 100, 100])
+    monkeypatch.setattr(analysis, "slow_rank", lambda *what: asked.append(what) or slow)
+    profile = analysis.analyse(Path(__file__).parent / "samples" / "kineto_nccl")
+    assert profile.slow is slow
+    assert asked == [(profile.traces, profile.times, profile.load)]
