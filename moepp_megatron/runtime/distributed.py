@@ -154,10 +154,8 @@ def _meeting_point(environment: RankEnvironment, timeout: timedelta) -> dist.Sto
         return dist.HashStore()
     if environment not in _STORES:
         _STORES[environment] = _open_store(environment, timeout)
-    # It still holds the addresses of groups that ranks had before: of dead ranks after a restart,
-    # since torchrun hands out the same store, and of a program that has joined and left.
-    name = f"attempt_{environment.restart_count}/join_{next(_JOINS)}"
-    return dist.PrefixStore(name, _STORES[environment])
+    # It still holds the addresses of a group that this program has joined before and left.
+    return dist.PrefixStore(f"join_{next(_JOINS)}", _STORES[environment])
 
 
 def _open_store(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
@@ -167,4 +165,6 @@ def _open_store(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
     store, _, _ = next(
         dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)
     )
-    return store
+    # After a restart torchrun hands out the same store, with the addresses of dead ranks in it. It
+    # does so on a single machine only: several count their restarts differently.
+    return dist.PrefixStore(f"attempt_{environment.restart_count}", store)
