@@ -57,7 +57,7 @@ def test_scores(ranks: RankPools, tmp_path: Path, case: str, layout: str) -> Non
 def routing_of_golden(case: str, folder: Path) -> list[tuple[Any, Any]]:
     """Router logits and selections [tokens, experts] of every layer."""
 
-    from moepp_megatron.interop import score as scoring
+    from moepp_megatron.interop import scoring
     from moepp_megatron.moe.layer import MoEPPLayer
     from tests.interop.checkpoints import convert, score
 

@@ -125,7 +125,7 @@ def write_tokens(folder: Path) -> Path:
 def upcycle_and_score(source: Path, target: Path, tokens: Path, changes: dict[str, Any]) -> Any:
     """Scores of the upcycled model, and its FFN experts' share of all selections."""
     from moepp_megatron.config import load_config
-    from moepp_megatron.interop import score as scoring
+    from moepp_megatron.interop import scoring
     from moepp_megatron.interop.upcycle import Additions, upcycle
     from moepp_megatron.moe.layer import MoEPPLayer
 

@@ -47,12 +47,12 @@ def generated(
     eod: int = NO_EOD,
 ) -> tuple[list[list[int]], list[Any]]:
     """New tokens, and on the last stage the logits [b, vocab] of every pass."""
-    from moepp_megatron.training import generate
+    from moepp_megatron.training import decoding
     from moepp_megatron.training.generate_request import Sampling
 
     config, layout, models = build(raw, overrides)
     seen: list[Any] = []
-    read = generate.CachedModel.read
+    read = decoding.CachedModel.read
 
     def read_watched(self: Any, tokens: Any) -> Any:
         logits = read(self, tokens)
@@ -60,9 +60,9 @@ def generated(
             seen.append(logits.numpy().copy())
         return logits
 
-    generate.CachedModel.read = read_watched
+    decoding.CachedModel.read = read_watched
     try:
-        new = generate.continue_prompts(
+        new = decoding.continue_prompts(
             models,
             config,
             layout,
@@ -73,7 +73,7 @@ def generated(
             vocab_size=config.model.vocab_size,
         )
     finally:
-        generate.CachedModel.read = read
+        decoding.CachedModel.read = read
     return new, seen
 
 
