@@ -12,7 +12,7 @@ Symbols: F FFN experts, Z the others, E = F + Z, D hidden size, H inner width of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Annotated, Any
 
@@ -119,11 +119,12 @@ def _count(kind: ExpertKind, least: int = 0) -> FieldInfo:
     return setting("experts", kind.description, ge=least, le=MOST_EXPERTS)
 
 
-@dataclass(frozen=True)
+# Kinds have no order that a caller would guess, so only the first count goes without its name.
+@dataclass(frozen=True, kw_only=True)
 class ExpertCounts:
     """How many experts of each kind a layer has; a field for each of `KINDS`, in their order."""
 
-    num_ffn_experts: Annotated[int, _count(FFN, 1)] = 8
+    num_ffn_experts: Annotated[int, _count(FFN, 1)] = field(default=8, kw_only=False)
     num_constant_experts: Annotated[int, _count(CONSTANT)] = 2
     num_copy_experts: Annotated[int, _count(COPY)] = 1
     num_zero_experts: Annotated[int, _count(ZERO)] = 1
@@ -135,7 +136,7 @@ class ExpertCounts:
     @property
     def counts(self) -> ExpertCounts:
         """The counts alone."""
-        return ExpertCounts(*self.by_kind)
+        return ExpertCounts(**{kind.setting: self.count(kind) for kind in KINDS})
 
     @property
     def by_kind(self) -> tuple[int, ...]:
@@ -186,7 +187,7 @@ class ExpertCounts:
         return share * self.num_zero_computation_experts / (self.num_ffn_experts * (1.0 - share))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpertLayout(ExpertCounts):
     """The experts of a layer and its router: all that their weights and work depend on."""
 

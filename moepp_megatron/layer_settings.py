@@ -18,7 +18,7 @@ ConstantInit = Literal["normal", "zero"]
 Fused = Literal["auto", True, False]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerSettings(ExpertLayout):
     """Experts, router and balance of MoE++ layers (arXiv 2410.07348)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -21,7 +21,7 @@ _CHOICES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MoEPPConfig(LayerSettings):
     """Settings of the MoE++ layers of one model (arXiv 2410.07348).
 
@@ -40,11 +40,13 @@ class MoEPPConfig(LayerSettings):
     has its own V.
 
     Attributes:
+        num_ffn_experts: F, which has to be given.
         deduplicate_dispatch: Whether the all-to-all sends a token once to each rank that holds
             experts of it, and not once to each expert
             (`TransformerConfig.moe_token_dispatcher_type` must be `alltoall`).
     """
 
+    num_ffn_experts: int = field(kw_only=False)
     deduplicate_dispatch: bool = False
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from moepp_megatron.workbench.bench.parts import parts_ms
 from moepp_megatron.workbench.bench.shapes import PaperShape
 from tests.te_stand_in.models import RECIPES
 
-SHAPE = PaperShape("tiny", 32, 48, 2, ExpertLayout(4, 2), 1.0, {})
+SHAPE = PaperShape("tiny", 32, 48, 2, ExpertLayout(4, num_constant_experts=2), 1.0, {})
 TOKENS, TOPK = 64, 2
 
 

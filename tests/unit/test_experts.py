@@ -25,7 +25,7 @@ from moepp_megatron.layer_settings import LayerSettings
 from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.config import MoEPPConfig
 
-COUNTS = ExpertCounts(8, 4, 2, 3)
+COUNTS = ExpertCounts(8, num_constant_experts=4, num_copy_experts=2, num_zero_experts=3)
 
 
 def test_a_field_for_each_kind_in_the_order_of_the_columns() -> None:
@@ -45,7 +45,10 @@ def test_columns_and_names() -> None:
     assert COUNTS.kinds == ["FFN"] * 8 + ["constant"] * 4 + ["copy"] * 2 + ["zero"] * 3
     assert COUNTS.names[7:9] == ["FFN 7", "constant 0"]
     assert COUNTS.summary == "8 FFN + 4 constant + 2 copy + 3 zero"
-    assert ExpertCounts(2, 0, 1, 0).summary == "2 FFN + 1 copy"
+    assert (
+        ExpertCounts(2, num_constant_experts=0, num_copy_experts=1, num_zero_experts=0).summary
+        == "2 FFN + 1 copy"
+    )
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.75, 3.0])
@@ -58,14 +61,18 @@ def test_tau_for_is_phi_turned_around(tau: float) -> None:
 def test_without_others_every_selection_is_an_ffn_experts() -> None:
     assert ExpertCounts(8, **FFN_ONLY).phi(0.75) == 1.0
     # The paper's.
-    assert ExpertCounts(8, 2, 1, 1).phi(0.75) == pytest.approx(0.6)
+    assert ExpertCounts(8).phi(0.75) == pytest.approx(0.6)
     assert ExpertLayout(8, **FFN_ONLY, gating_residual=False).is_vanilla
     assert not ExpertLayout(8, **FFN_ONLY).is_vanilla
     assert not ExpertLayout(gating_residual=False).is_vanilla
 
 
 def test_costs_by_hand() -> None:
-    layout, D, H = ExpertLayout(8, 2, 1, 1), 10, 32
+    layout, D, H = (
+        ExpertLayout(8),
+        10,
+        32,
+    )
     assert FFN.parameters(D, H) == 3 * D * H
     assert FFN.flops(D, H) == 6 * D * H
     assert layout.router_parameters(D, is_first=True) == 12 * D
@@ -78,23 +85,31 @@ def test_costs_by_hand() -> None:
 
 def test_costs_of_variants() -> None:
     D = 10
-    two_layers = ExpertLayout(8, 2, 1, 1, two_layer_gate=True, gating_residual=False)
+    two_layers = ExpertLayout(
+        8,
+        num_constant_experts=2,
+        num_copy_experts=1,
+        num_zero_experts=1,
+        two_layer_gate=True,
+        gating_residual=False,
+    )
     assert two_layers.gate_shapes(D) == [(96, D), (12, 96)]
     assert two_layers.router_parameters(D, is_first=False) == 96 * D + 12 * 96
-    shared = ExpertLayout(8, 2, 1, 1, constants_shared=True)
+    shared = ExpertLayout(8, constants_shared=True)
     assert shared.local_parameters(D, is_first=True) == 2 * 3 * D
     assert shared.local_parameters(D, is_first=False) == 2 * 2 * D
     assert ExpertLayout(8, **FFN_ONLY).local_flops(D) == 0
     # Nothing is multiplied, but copies of the input are scaled.
-    assert ExpertLayout(8, 0, 1, 1).local_flops(D) == 2 * D
-    assert ExpertLayout(8, 0, 1, 1).local_parameters(D, is_first=True) == 0
+    assert ExpertLayout(8, num_constant_experts=0).local_flops(D) == 2 * D
+    assert ExpertLayout(8, num_constant_experts=0).local_parameters(D, is_first=True) == 0
 
 
 def test_settings_are_declared_once() -> None:
     names = {field.name for field in fields(LayerSettings)}
     assert names < set(MoESection.model_fields)
     assert not names & set(MoESection.__annotations__)
-    assert not names & set(MoEPPConfig.__annotations__)
+    # Its default is taken away: who builds a layer says how many experts megatron-core has.
+    assert names & set(MoEPPConfig.__annotations__) == {"num_ffn_experts"}
     for field in fields(LayerSettings):
         described = MoESection.model_fields[field.name]
         assert described.default == field.default, field.name

@@ -117,6 +117,15 @@ def test_vanilla_refuses_what_it_would_ignore(setting):
     MoEPPConfig(num_ffn_experts=4, gating_residual=True, **vanilla, **setting)
 
 
+def test_only_ffn_experts_are_given_without_their_name():
+    """The kinds have no order that a caller would guess."""
+    assert MoEPPConfig(4).num_ffn_experts == 4
+    with pytest.raises(TypeError, match="num_ffn_experts"):
+        MoEPPConfig()
+    with pytest.raises(TypeError, match="positional"):
+        MoEPPConfig(4, 1)
+
+
 def test_settings_do_not_change_after_construction():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MoEPPConfig(num_ffn_experts=4).tau = 0.5

@@ -25,7 +25,7 @@ from moepp_megatron.observe import (
 from moepp_megatron.observe.patient import PatientSink
 from tests.full_disk import fill
 
-EXPERTS = ExpertCounts(2, 1, 0, 1)
+EXPERTS = ExpertCounts(2, num_constant_experts=1, num_copy_experts=0, num_zero_experts=1)
 
 
 def steps_in(path: Path) -> list[int]:

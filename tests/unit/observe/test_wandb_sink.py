@@ -13,7 +13,7 @@ from moepp_megatron.observe.sinks import WandbRun
 from moepp_megatron.observe.wandb_sink import WandbSink
 from moepp_megatron.runtime.optional import have_wandb
 
-EXPERTS = ExpertCounts(2, 1, 0, 1)
+EXPERTS = ExpertCounts(2, num_constant_experts=1, num_copy_experts=0, num_zero_experts=1)
 OFFLINE = WandbSection(project="moe", entity="team", mode="offline")
 
 

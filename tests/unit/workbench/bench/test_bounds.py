@@ -22,7 +22,7 @@ from moepp_megatron.workbench.bench.parts import parts_ms
 from moepp_megatron.workbench.bench.shapes import PaperShape
 
 # D 8, H 4, 2 FFN experts, then 2 constant, 1 copy, 1 zero.
-SHAPE = PaperShape("tiny", 8, 4, 1, ExpertLayout(2, 2), 1.0, {})
+SHAPE = PaperShape("tiny", 8, 4, 1, ExpertLayout(2, num_constant_experts=2), 1.0, {})
 PICKS = torch.tensor([[0, 1], [0, 2], [4, 5], [5, 0]])
 LOAD = RoutedLoad(tokens=4, rows=4, ffn_tokens=3, used_tokens=2, busy_experts=2)
 # 1 GB/s and 1 or 2 TFLOP/s.

@@ -26,7 +26,7 @@ def first_words(text, count=12):
             yield word.lower()
     return None
 '''
-EXPERTS = ExpertCounts(4, 1, 1, 1)
+EXPERTS = ExpertCounts(4, num_constant_experts=1, num_copy_experts=1, num_zero_experts=1)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,8 @@ SELECTED = np.array(
 
 def trace(losses: list[float] | None = None) -> Trace:
     return Trace(
-        "model", (), ExpertCounts(2, 1, 1, 1), (1, 3), 0.4, SELECTED, np.full((2, 4, 2), 0.5),
+        "model", (), ExpertCounts(2, num_constant_experts=1), (1, 3), 0.4, SELECTED,
+        np.full((2, 4, 2), 0.5),
         np.array([math.nan, 1.0, 2.0, 4.0] if losses is None else losses), window=2,
     )  # fmt: skip
 
