@@ -116,7 +116,7 @@ class SinkSettings:
     """What sinks are opened with.
 
     Attributes:
-            run_dir: The run's folder.
+        run_dir: The run's folder.
         experts: Counts of the run's MoE layers.
         phi: Target of the FFN share, which the console shows.
         total_steps: ``training.train_iters``.
