@@ -289,7 +289,9 @@ def test_model_with_recompute_gives_the_same_bits(recompute: str) -> None:
 
 
 def test_vanilla_layer_counts_no_padding() -> None:
-    config = MoEPPConfig(4, 0, 0, 0, gating_residual=False)
+    config = MoEPPConfig(
+        4, num_zero_experts=0, num_copy_experts=0, num_constant_experts=0, gating_residual=False
+    )
     layer = build_layer(config)
     assert isinstance(layer, VanillaMoELayer)
     layer(torch.randn(LENGTH, BATCH, HIDDEN), padding_mask=mask())
