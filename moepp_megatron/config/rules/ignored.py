@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Config, Section
+from moepp_megatron.experts import LOCAL_KINDS
+from moepp_megatron.layer_settings import settings_of
 
 
 def _ignored(section: str, owner: Section, key: str, reason: str, remedy: str) -> Iterator[Problem]:
@@ -46,17 +48,14 @@ def _routing_without_object(config: Config) -> Iterator[Problem]:
         )
 
 
-def _constant_settings_without_constants(config: Config) -> Iterator[Problem]:
-    """These settings belong to constant experts."""
-    if config.moe.num_constant_experts == 0:
-        for key in ("constant_init", "constant_temperature", "constants_shared"):
-            yield from _ignored(
-                "moe",
-                config.moe,
-                key,
-                "with moe.num_constant_experts 0",
-                "add constant experts, or leave it out",
-            )
+def _settings_of_absent_experts(config: Config) -> Iterator[Problem]:
+    """Some settings belong to one kind of experts."""
+    for kind in LOCAL_KINDS:
+        if config.moe.count(kind) == 0:
+            reason = f"with moe.{kind.setting} 0"
+            remedy = f"add {kind.name} experts, or leave it out"
+            for key in settings_of(kind):
+                yield from _ignored("moe", config.moe, key, reason, remedy)
 
 
 def _flex_settings_without_flex(config: Config) -> Iterator[Problem]:
@@ -331,7 +330,7 @@ def _guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
 
 RULES = (
     _routing_without_object,
-    _constant_settings_without_constants,
+    _settings_of_absent_experts,
     _flex_settings_without_flex,
     _deduplication_without_duplicates,
     _kernels_of_the_vanilla_layer,
