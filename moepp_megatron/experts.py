@@ -128,7 +128,7 @@ def setting(
         extension: Whether the vanilla baseline, and an export that does not name it, have its
             default.
         kind: The kind of experts that it belongs to, without which it has no effect.
-        **bounds: As in `pydantic.Field`: `gt`, `ge`, `le`.
+        **bounds: `gt`, `ge`, `le` of `pydantic.Field`.
     """
     extra: dict[str, JsonValue] = {
         "unit": unit,

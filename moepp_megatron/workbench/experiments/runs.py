@@ -181,6 +181,7 @@ class RunSet[Run: Named](ABC):
             ConfigError: Another command is doing this run.
         """
         assert options.output is not None, "a log to find the reason in"
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         # Batch jobs may do other runs of the same folder at the same time.
         with self._alone(options.output):
             status = run_ranks(options, "moepp_megatron.cli.main", arguments)
@@ -223,9 +224,10 @@ class RunSet[Run: Named](ABC):
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    what = path.name.removesuffix(".log")
                     raise ConfigError(
                         f"--out ({self.path}) must be used by one command at a time, and another "
-                        f"one is at work on {path.name.removesuffix('.log')}; wait for it, or choose another folder"
+                        f"one is at work on {what}; wait for it, or choose another folder"
                     ) from None
             yield
         finally:
