@@ -114,7 +114,7 @@ def _refuse_unfit_fp8(recipe: str) -> None:
 def card(
     dtypes: Annotated[
         str,
-        typer.Option(help="Number formats; fp8 only where the card has it.", metavar="NAME,..."),
+        typer.Option(help="Number formats; fp8 only where the GPU has it.", metavar="NAME,..."),
     ] = "fp32,bf16,fp8",
     size: Annotated[
         int | None, typer.Option(min=16, help="Side of the matrices; 8192 on a GPU, else 1024.")
@@ -225,7 +225,7 @@ def dispatch(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 2048,
     hidden_size: Annotated[int, typer.Option(min=1)] = 768,
     experts: Annotated[int, typer.Option(min=1, help="FFN experts of all ranks.")] = 8,
-    topk: Annotated[int, typer.Option(min=1, help="Experts a token.")] = 2,
+    topk: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
     phi: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="FFN experts' share of all selections.")
     ] = 0.6,

@@ -29,7 +29,7 @@ def doctor(
         typer.Option(
             "--preflight",
             help="A job is about to start here: print only what is wrong, on stderr, and take "
-            "busy or slow cards for errors.",
+            "busy or slow GPUs for errors.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -39,8 +39,8 @@ def doctor(
     hardware: Annotated[
         str | None,
         typer.Option(
-            help="Card to judge by: a name in configs/hardware or a YAML file; by default the "
-            "card that is here.",
+            help="GPU to judge by: a name in configs/hardware or a YAML file; by default the "
+            "GPU that is here.",
             metavar="NAME",
         ),
     ] = None,

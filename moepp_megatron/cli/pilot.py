@@ -64,12 +64,12 @@ def pilot(
         ),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Its cards.", rich_help_panel=_TARGET)
+        int | None, typer.Option(min=1, help="Number of its GPUs.", rich_help_panel=_TARGET)
     ] = None,
     gpu: Annotated[str, typer.Option(help="As moepp plan.", rich_help_panel=_TARGET)] = "h100_sxm",
     price: Annotated[
         float | None,
-        typer.Option(help="Of a card an hour, as moepp plan.", rich_help_panel=_TARGET),
+        typer.Option(help="Price per GPU and hour, as for moepp plan.", rich_help_panel=_TARGET),
     ] = None,
     tokens: Annotated[
         float | None,
@@ -238,7 +238,7 @@ def _target(
     given = {"--target": target, "--price": price, "--tokens": tokens}
     for name, value in given.items():
         if value is not None and gpus is None:
-            raise ConfigError(f"{name} ({value}) must come with --gpus; say how many cards")
+            raise ConfigError(f"{name} ({value}) must come with --gpus; say how many GPUs")
         if isinstance(value, float) and not 0 < value < float("inf"):
             raise ConfigError(f"{name} ({value:g}) must be a number above 0; use for example 2.5")
     if gpus is None:

@@ -79,8 +79,8 @@ def train(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="With --dry-run: the card whose memory is compared, a name in configs/hardware or "
-            "a YAML file; cpu for this machine's CPU. By default telemetry.hardware, the card "
+            help="With --dry-run: the GPU whose memory is compared, a name in configs/hardware or "
+            "a YAML file; cpu for this machine's CPU. By default telemetry.hardware, the GPU "
             "here, or an H100 where precision.dtype is bf16.",
             metavar="NAME",
         ),

@@ -59,7 +59,7 @@ _IN_PLACE_OF = {
 _MEANINGS = {
     "moe_aux_loss_coeff": "MoE++: beta of the paper's loss, which is K/E of Megatron's (E all "
     "experts, K --moe-router-topk); for the strength of Megatron's 0.01 use 0.01 E/K.",
-    "log_throughput": "MoE++: counts K FFN experts a token, of which only the FFN share is "
+    "log_throughput": "MoE++: counts K FFN experts per token, of which only the FFN share is "
     "computed; the true figure is lower.",
     "num_experts": "MoE++: FFN experts alone.",
 }

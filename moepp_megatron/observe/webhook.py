@@ -179,8 +179,8 @@ class Webhook:
         """Log why an alert was not delivered, for the first failure in a row."""
         if not self._failing:
             logger.warning(
-                "webhook: an alert could not be delivered (%s); it stands in alerts.jsonl, and "
-                "further failures are not told until one gets through",
+                "webhook: an alert could not be delivered (%s); it is in alerts.jsonl, and "
+                "further failures are not reported until one gets through",
                 reason,
             )
         self._failing = True

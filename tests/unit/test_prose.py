@@ -27,7 +27,8 @@ _WORDS = {
     "rival: say baseline": re.compile(r"\brivals?\b", re.IGNORECASE),
     "card: say GPU": re.compile(r"(?<!model )(?<!Model )\bcards?\b(?!\.py)", re.IGNORECASE),
     "a token: say per token": re.compile(
-        r"(bytes?|energy|experts?|FLOPs?|joules?|\d) a token\b(?!'s| \w+s\b)"
+        r"(bytes?|energy|experts?|FLOPs?|joules?|\d) a token\b(?!'s| \w+s\b)",
+        re.IGNORECASE,
     ),
     "told from: say distinguished from": re.compile(r"\b(not to be told|told (apart|from))\b"),
     "stands: say is": re.compile(r"\bstands?\b(?! (for|in for)\b)(?!-in)", re.IGNORECASE),

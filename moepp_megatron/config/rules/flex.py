@@ -13,7 +13,7 @@ from moepp_megatron.config.schema import Config
 
 # Tokens move in pieces of 16 bytes, 8 bf16 values.
 HIDDEN_ALIGNMENT = 8
-# HybridEP gathers 4 bytes a token, in pieces of 16 bytes.
+# HybridEP gathers 4 bytes per token, in pieces of 16 bytes.
 HYBRIDEP_TOKEN_ALIGNMENT = 4
 
 

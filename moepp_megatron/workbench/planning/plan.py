@@ -146,7 +146,7 @@ def make_plan(
         raise ConfigError(
             f"--gpus ({world}) must allow a legal layout of this model and of "
             f"training.global_batch_size ({config.training.global_batch_size}); use a number of "
-            "cards that divides the batch, such as a power of two"
+            "GPUs that divides the batch, such as a power of two"
         )
     layouts = _accepted(config, search, world, machine, routing, top)
     rivals = []
@@ -269,5 +269,5 @@ def check_formats(config: Config, machine: Machine) -> None:
         value = precision.fp8 or precision.dtype
         raise ConfigError(
             f"{name} ({value}) must be a format of {hardware.name}, which has none such; set "
-            "precision.fp8 to null, or plan for another card"
+            "precision.fp8 to null, or plan for another GPU"
         )

@@ -282,5 +282,5 @@ def _draw(axis: Axes, entries: Sequence[tuple[str, Planned]]) -> None:
     axis.set_yticks(list(places), [name for name, _ in entries], fontsize=8.5)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.28 * max(left))
-    axis.set_xlabel("seconds a step")
+    axis.set_xlabel("seconds per step")
     axis.grid(axis="y", visible=False)

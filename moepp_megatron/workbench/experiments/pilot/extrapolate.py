@@ -72,7 +72,7 @@ class TargetRequest:
                 return
         raise ConfigError(
             f"--gpus ({self.gpus}) must be enough for a legal layout of --target that fits; use "
-            "more cards, a number that divides the batch, or a card with more memory"
+            "more GPUs, a number that divides the batch, or a GPU with more memory"
         )
 
     def extrapolate(

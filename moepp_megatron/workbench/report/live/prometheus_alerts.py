@@ -140,7 +140,7 @@ RULES = (
     AlertRule(
         "MoeppStepsSkipped", _while_running(_grown(_of("skipped_steps"), "1h")), "0m", "warning",
         "the numerical guard refused {{ $value }} batches in the last hour",
-        "alerts.jsonl says which; a bad document, a card with errors, too high a learning rate",
+        "alerts.jsonl says which; a bad document, a GPU with errors, too high a learning rate",
     ),
     AlertRule(
         "MoeppGuardActs", f"{_of('guard_actions')} > 0", "10m", "warning",
@@ -160,7 +160,7 @@ RULES = (
         f"0.7 * avg_over_time({_of('tokens_per_s')}[6h])",
         "20m", "warning",
         "throughput has fallen to {{ $value }} tokens/s, below 70% of the last 6 hours' mean",
-        "a slow rank, a throttled card, a shared disk; moepp profile",
+        "a slow rank, a throttled GPU, a shared disk; moepp profile",
     ),
     AlertRule(
         "MoeppSlowRank", f"{_of('slowest_rank_ratio')} > {_SLOW_RANK:g}", "30m", "warning",

@@ -90,7 +90,7 @@ def test_every_share_and_saving_is_of_the_last_tenth_of_the_records(make_run):
     shares = {row.name: row.saved for row in table.rows if row.saved.endswith("%")}
     assert shares["FFN experts a token takes"] == "50.0%"
     assert shares["FFN expert work"] == "50.0%"
-    assert shares["All-to-all bytes a step"] == "50.0%"
+    assert shares["All-to-all bytes per step"] == "50.0%"
     page = re.sub(r"<[^>]+>", " ", render(run))
     assert "86.0%" not in page
     assert "14.0%" not in page

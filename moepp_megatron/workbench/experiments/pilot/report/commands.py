@@ -33,7 +33,7 @@ class Commands:
             return [command]
         return [
             command,
-            "# the same with a target: what it would mean on your cards",
+            "# the same with a target: what it would mean on your GPUs",
             asking(self._result),
         ]
 

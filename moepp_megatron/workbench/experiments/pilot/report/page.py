@@ -169,7 +169,7 @@ def _target_title(result: PilotResult) -> str | None:
     text = f"{target.title}, {formatting.big_count(target.tokens)} tokens"
     if target.price_per_hour is None:
         return text + "; no price was given (--price)"
-    return f"{text}, {target.price_per_hour:,.2f} a card and hour"
+    return f"{text}, {target.price_per_hour:,.2f} per GPU and hour"
 
 
 def _token_value(result: PilotResult) -> str:

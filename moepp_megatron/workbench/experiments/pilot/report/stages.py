@@ -111,7 +111,7 @@ def _node(
     return Stage(
         title="2. One node",
         state="next" if _state(result, verdict) == DONE else "later",
-        aim="Do loss and routing stay as in the pilot, and is MoE++ faster on the real cards?",
+        aim="Do loss and routing stay as in the pilot, and is MoE++ faster on the real GPUs?",
         commands=commands.node(),
         watch=[
             curve_points(outcome),
