@@ -215,7 +215,7 @@ class Record(BaseModel):
         "beyond warning was in force, or in a dry run would have been; only with the guard", "",
         "router", "moepp_guard_actions")] = None
     routing_shift: Annotated[MaybeFloat, Metric(
-        "divergence of the routing profile over its threshold; above 1 is a shift; only on steps "
+        "divergence of the expert usage over its threshold; above 1 is a shift; only on steps "
         "where one is judged", "", "router", "moepp_routing_shift", guard="whole")] = None
     failed_saves: Annotated[MaybeInt, Metric(
         "checkpoints that could not be written so far; only where any are", "", "other",

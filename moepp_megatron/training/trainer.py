@@ -149,7 +149,7 @@ class Trainer:
             self._recorder.close()
             with supervisor.during("save"):
                 self.checkpoints.finish()
-                self._routers.write_profile()
+                self._routers.write_expert_usage()
             if sinks is not None:
                 # No logged step comes after the last save.
                 self._complain()
@@ -194,7 +194,7 @@ class Trainer:
         # A new dictionary, not a changed one: a save under way keeps the old one.
         self.extra = {**self.extra, **self._routers.state()}
         self.checkpoints.save(self.model, self.progress, self.extra)
-        self._routers.write_profile()
+        self._routers.write_expert_usage()
 
     def _advance(self) -> None:
         samples = self.config.training.global_batch_size
