@@ -9,6 +9,7 @@ import typer
 
 from moepp_megatron.cli.bench_collectives import collectives
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import ConfigArgument, JsonOption, NprocOption, OverridesArgument
 from moepp_megatron.cli.ranks import start_ranks
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def layer(
     rounds: Annotated[
         int, typer.Option(min=1, help="Times each layer runs; the layers take turns.")
     ] = 9,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw them, with the paper's, here.", metavar="FILE.png")
     ] = None,
@@ -122,9 +121,7 @@ def card(
     megabytes: Annotated[
         int | None, typer.Option(min=1, help="MB to copy; 1074 on a GPU, else 268.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Measure this GPU's own rates: matrix products and a copy in its memory."""
     from moepp_megatron.config.choices import parse_choices
@@ -151,19 +148,13 @@ def card(
 
 @app.command()
 def step(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
-    ] = 1,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    nproc: NprocOption = 1,
     rounds: Annotated[
         int, typer.Option(min=1, help="Steps of each model; the models take turns.")
     ] = 9,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Whole training steps of CONFIG's model and of its vanilla baseline, on random tokens.
 
@@ -219,9 +210,7 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
 
 @app.command()
 def dispatch(
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
-    ] = 2,
+    nproc: NprocOption = 2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 2048,
     hidden_size: Annotated[int, typer.Option(min=1)] = 768,
     experts: Annotated[int, typer.Option(min=1, help="FFN experts of all ranks.")] = 8,
@@ -231,9 +220,7 @@ def dispatch(
     ] = 0.6,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the dispatchers take turns.")] = 20,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Bytes and time of dispatch and combine: vanilla, FFN-only, deduplicated.
 

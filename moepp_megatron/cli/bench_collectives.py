@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import JsonOption, NprocOption
 from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.config import ConfigError, UnfitError
 
@@ -23,9 +24,7 @@ _KINDS = (
 
 
 def collectives(
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
-    ] = 2,
+    nproc: NprocOption = 2,
     smallest: Annotated[
         str, typer.Option("--min", help="Smallest size; K, M, G are binary.", metavar="BYTES")
     ] = "1K",
@@ -49,9 +48,7 @@ def collectives(
     repeats: Annotated[
         int, typer.Option(min=1, help="Repetitions; the cases take turns, medians count.")
     ] = 5,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw bus bandwidth here.", metavar="FILE.png")
     ] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import OverridesArgument
 from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.config import Config, UnfitError, load_config
 
@@ -21,9 +22,7 @@ def doctor(
     config: Annotated[
         Path | None, typer.Argument(help="Run whose needs and folders count.", metavar="CONFIG")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
+    overrides: OverridesArgument = None,
     preflight: Annotated[
         bool,
         typer.Option(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
 
 if TYPE_CHECKING:
@@ -21,14 +22,12 @@ _TARGET = "Extrapolate to"
 
 
 def pilot(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
+    config: ConfigArgument,
     out: Annotated[
         Path,
         typer.Option(help="Folder of the pilot; a second call goes on with it.", metavar="DIR"),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
+    overrides: OverridesArgument = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks of a run, on this machine.")] = 1,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Of a run; by default training.train_iters.")

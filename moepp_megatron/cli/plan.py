@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.cli.plan_simulation import Assume, Simulate, Steps, play_best
 from moepp_megatron.config import Config, ConfigError, load_config
 
@@ -16,10 +17,8 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs to plan for.")] = 8,
     gpu: Annotated[
         str, typer.Option(help="Kind of GPU: a name in configs/hardware, or a YAML file.")

@@ -11,6 +11,7 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.machines import machines
+from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.config import (
     Config,
     ConfigError,
@@ -30,14 +31,12 @@ _SCHEDULER = "For batch scripts"
 
 
 def scale(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
+    config: ConfigArgument,
     out: Annotated[
         Path,
         typer.Option(help="Folder of the test; a second call goes on with it.", metavar="DIR"),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
+    overrides: OverridesArgument = None,
     nproc: Annotated[
         str, typer.Option(help="Rank counts; all ranks of all machines.", metavar="N,...")
     ] = "1,2,4",

@@ -10,6 +10,7 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.go_on import go_on_command, is_given
 from moepp_megatron.cli.machines import machines
+from moepp_megatron.cli.options import ConfigArgument, NprocOption, OverridesArgument
 from moepp_megatron.config import ConfigError
 
 if TYPE_CHECKING:
@@ -18,13 +19,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
-    ] = 1,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    nproc: NprocOption = 1,
     max_restarts: Annotated[
         int,
         typer.Option(

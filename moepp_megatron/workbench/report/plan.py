@@ -202,17 +202,8 @@ def models(plan: Plan) -> list[Planned]:
 def _short_name(planned: Planned) -> str:
     """A layout's degrees above 1, such as TP2 PP8 EP64 MBS1."""
     grid = planned.grid
-    degrees = {
-        "TP": grid.tp,
-        "CP": grid.cp,
-        "PP": grid.pp,
-        "VPP": grid.vpp,
-        "EP": grid.ep,
-        "ETP": grid.etp,
-        "DP": grid.dp,
-    }
-    names = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
-    return " ".join([*names, f"MBS{grid.micro_batch}"])
+    replicas = [f"DP{grid.dp}"] if grid.dp > 1 else []
+    return " ".join([*grid.splits, *replicas, f"MBS{grid.micro_batch}"])
 
 
 def _bars(seconds: Mapping[str, float]) -> dict[str, float]:
