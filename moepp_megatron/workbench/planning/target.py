@@ -14,7 +14,7 @@ from moepp_megatron.config.hardware import (
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.workbench.planning.workload import Modules
 
-ASSUMED = "h100_sxm"
+_ASSUMED = "h100_sxm"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def target_of(config: Config, gpu: str | None = None) -> Target:
         return Target(here, "the GPU here")
     if config.precision.dtype == "bf16":
         reason = "assumed for precision.dtype bf16; --gpu NAME for another, --gpu cpu for none"
-        return Target(load_hardware(ASSUMED), reason)
+        return Target(load_hardware(_ASSUMED), reason)
     return Target(None, "no GPU here, precision.dtype fp32; --gpu NAME for a GPU")
 
 

@@ -166,7 +166,7 @@ def _models(plan: Plan, tokens: float, price: float | None) -> Table:
     table.add_column("layout")
     best = plan.best
     assert best is not None, "only a plan with a layout that fits is compared"
-    base = next((planned for planned in plan.rivals if planned.kind == "vanilla"), best)
+    base = next((planned for planned in plan.baselines if planned.kind == "vanilla"), best)
     for planned in models(plan):
         hours = plan.hours(planned, tokens)
         name = "vanilla" if planned.tau is None else f"MoE++ tau {planned.tau:g}"
@@ -196,7 +196,7 @@ def _size(count: float) -> str:
 def models(plan: Plan) -> list[Planned]:
     """The best layout of each model: vanilla first, then by tau."""
     best = [plan.best] if plan.best else []
-    return sorted([*plan.rivals, *best], key=lambda one: (one.tau is not None, -(one.tau or 0)))
+    return sorted([*plan.baselines, *best], key=lambda one: (one.tau is not None, -(one.tau or 0)))
 
 
 def _short_name(planned: Planned) -> str:
@@ -222,10 +222,12 @@ def write_json(path: Path, plan: Plan, simulation: Mapping[str, Any] | None = No
         simulation: The simulation of the best layout, for its key `simulation`.
     """
     layers = plan.config.model.num_layers
-    ordered = sorted([*plan.layouts, *plan.rivals], key=lambda one: (not one.fits, one.step.total))
+    ordered = sorted(
+        [*plan.layouts, *plan.baselines], key=lambda one: (not one.fits, one.step.total)
+    )
     records = [planned.record(layers) for planned in ordered]
     if simulation is not None:
-        # By value, for a rival may be faster than the best layout of the configured model.
+        # By value, for a baseline may be faster than the best layout of the configured model.
         records[ordered.index(plan.layouts[0])]["simulation"] = dict(simulation)
     text = json.dumps(records, indent=1)
     write_result(path, (text + "\n").encode())

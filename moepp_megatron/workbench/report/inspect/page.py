@@ -42,7 +42,7 @@ class Extremes:
 
 
 @dataclass(frozen=True)
-class InspectionPage:
+class _InspectionPage:
     """Everything that the template shows.
 
     Attributes:
@@ -115,7 +115,7 @@ def render(request: InspectRequest, traces: Sequence[Trace]) -> str:
         resources.files("moepp_megatron.workbench.report") / "templates" / "inspect.js"
     ).read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    page = InspectionPage(
+    page = _InspectionPage(
         title=request.text.name,
         sentence=_sentence(traces, findings),
         models=[(trace.label, trace.facts) for trace in traces],

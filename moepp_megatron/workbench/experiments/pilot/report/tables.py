@@ -167,13 +167,13 @@ class SpeedRow:
 
     Attributes:
         arm: Its name.
-        rival: The vanilla arms, in words.
+        baseline: The vanilla arms, in words.
         difference: MoE++ minus baseline, nats.
         text: What it means.
     """
 
     arm: str
-    rival: str
+    baseline: str
     difference: PilotCell
     text: str
 
@@ -203,8 +203,8 @@ def _meaning(row: EqualSpeed) -> str:
     better = difference.mean < 0
     size = numbers.loss(abs(difference.mean))
     beside = "At the same speed" if row.slower != row.faster else f"Beside {row.slower}"
-    rival = "vanilla with fewer experts" if row.slower != row.faster else "it"
-    text = f"{beside} {row.arm} is {size} nats {'better' if better else 'worse'} than {rival}"
+    baseline = "vanilla with fewer experts" if row.slower != row.faster else "it"
+    text = f"{beside} {row.arm} is {size} nats {'better' if better else 'worse'} than {baseline}"
     if difference.low is None or difference.high is None:
         text += "; with one seed nobody knows how sure that is."
     elif difference.low <= 0 <= difference.high:
