@@ -416,7 +416,9 @@ def test_rank_that_fails_says_so_in_words_that_the_launcher_finds(
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr("moepp_megatron.cli.scale._measure", fail)
+    monkeypatch.setattr(
+        "moepp_megatron.workbench.experiments.scaling.measure.measure_on_rank", fail
+    )
     # This process is no rank, and is to outlive its parent.
     monkeypatch.setattr("moepp_megatron.runtime.parent.die_with_parent", lambda parent: None)
     result = CliRunner().invoke(
