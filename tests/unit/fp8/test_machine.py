@@ -40,7 +40,7 @@ def test_an_h100_runs_every_recipe(recipe):
             "delayed",
             [],
             replace(H100, capability=A100),
-            "precision.fp8_recipe (delayed) must have a card of compute capability 8.9, not 8.0",
+            "precision.fp8_recipe (delayed) must have a GPU of compute capability 8.9, not 8.0",
             "use another GPU (H100: 9.0)",
         ),
         ("tensorwise", [], replace(H100, capability=A100), "compute capability 8.9", "H100"),
