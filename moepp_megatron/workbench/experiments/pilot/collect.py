@@ -133,8 +133,8 @@ class _Measured:
 
     def _equal_speed(self, name: str, runs: Mapping[str, Runs]) -> EqualSpeed:
         kinds = {arm.arm.name: arm.arm.kind for arm in self.pilot.arms}
-        rivals = {n: found for n, found in runs.items() if kinds[n] in ("vanilla", "rival")}
-        return equal_speed(name, runs[name], rivals)
+        baselines = {n: found for n, found in runs.items() if kinds[n] in ("vanilla", "rival")}
+        return equal_speed(name, runs[name], baselines)
 
     def _verdict(self, name: str, equal: EqualSpeed, target: PilotTarget | None) -> ArmVerdict:
         return verdict(

@@ -36,8 +36,8 @@ def equal_speed(name: str, runs: Runs, vanilla: Mapping[str, Runs]) -> EqualSpee
         weight, inside = _weight(run.step_time_s, slow.step_time_s, fast.step_time_s)
         enclosed = enclosed and inside
         weights.append(weight)
-        rival = weight * slow.valid_loss + (1 - weight) * fast.valid_loss
-        differences.append(run.valid_loss - rival)
+        baseline = weight * slow.valid_loss + (1 - weight) * fast.valid_loss
+        differences.append(run.valid_loss - baseline)
     return EqualSpeed(
         arm=name,
         slower=slower,

@@ -80,7 +80,7 @@ def target_reasons(
         stands: Outcome of that comparison.
     """
     if ratio is None:
-        return ["At the target it, or vanilla, does not fit the cards."]
+        return ["At the target it, or vanilla, does not fit the GPUs."]
     reasons = [f"At the target a step takes {ratio:.2f} times vanilla's by the cost model."]
     if time is not None:
         reasons.append(
@@ -217,7 +217,7 @@ def _open(time: Interval | None, equal: EqualSpeed) -> str:
     if time.high < 1:
         return (
             f"learns as much as vanilla in {1 - time.mean:.0%} less time, but vanilla with fewer "
-            "experts a token may do as well"
+            "experts per token may do as well"
         )
     if time.low < 1 / _LARGEST_FACTOR or time.high > _LARGEST_FACTOR:
         return (

@@ -72,20 +72,20 @@ def _answer_of(factor: Interval | None) -> Answer:
     return "does not pay" if factor.low > 1 else "undecided"
 
 
-def combined(time: Interval | None, rival: Standing | None) -> Answer:
+def combined(time: Interval | None, baseline: Standing | None) -> Answer:
     """The answer from time to vanilla's loss and from the comparison at equal speed.
 
     Args:
         time: Time to loss over vanilla's; None if unknown.
-        rival: Outcome against the vanilla model of the same speed; None if inconclusive.
+        baseline: Outcome against the vanilla model of the same speed; None if inconclusive.
     """
     by_time = _answer_of(time)
-    if rival == "worse" or by_time == "does not pay":
+    if baseline == "worse" or by_time == "does not pay":
         return "does not pay"
     if time is None:
-        return "pays" if rival == "better" else "undecided"
+        return "pays" if baseline == "better" else "undecided"
     # Sooner than vanilla, but fewer experts in vanilla may do as well.
-    return "undecided" if rival == "open" else by_time
+    return "undecided" if baseline == "open" else by_time
 
 
 def verdict(

@@ -50,9 +50,9 @@ def speed_plot(result: PilotResult) -> Plot:
         [bar for pair in bars for bar in pair],
     )
     caption = (
-        "Dashed: vanilla with as many experts a token as measured, the fair rival. A MoE++ point "
-        "below the line is better than vanilla at its speed. Bars: 95% intervals of the difference "
-        "and of the ratio to vanilla with the same seed; vanilla has none."
+        "Dashed: vanilla with as many experts per token as measured, the fair baseline. A MoE++ "
+        "point below the line is better than vanilla at its speed. Bars: 95% intervals of the "
+        "difference and of the ratio to vanilla with the same seed; vanilla has none."
     )
     if len(line) < 2:
         caption = (

@@ -56,8 +56,8 @@ _ARM_COLUMNS = (
     "Of vanilla's time",
     "Tokens/s",
     "FFN share",
-    "All-to-all, MB a step",
-    "Energy a token",
+    "All-to-all, MB per step",
+    "Energy per token",
     "Alerts",
 )
 
@@ -69,7 +69,7 @@ def has_energy(result: PilotResult) -> bool:
 
 def arm_columns(result: PilotResult) -> list[str]:
     """Headings; energy only where an arm has it."""
-    return [name for name in _ARM_COLUMNS if name != "Energy a token" or has_energy(result)]
+    return [name for name in _ARM_COLUMNS if name != "Energy per token" or has_energy(result)]
 
 
 def arm_rows(result: PilotResult) -> list[PilotRow]:
@@ -167,13 +167,13 @@ class SpeedRow:
 
     Attributes:
         arm: Its name.
-        rival: The vanilla arms, in words.
+        baseline: The vanilla arms, in words.
         difference: MoE++ minus baseline, nats.
         text: What it means.
     """
 
     arm: str
-    rival: str
+    baseline: str
     difference: PilotCell
     text: str
 
@@ -203,8 +203,8 @@ def _meaning(row: EqualSpeed) -> str:
     better = difference.mean < 0
     size = numbers.loss(abs(difference.mean))
     beside = "At the same speed" if row.slower != row.faster else f"Beside {row.slower}"
-    rival = "vanilla with fewer experts" if row.slower != row.faster else "it"
-    text = f"{beside} {row.arm} is {size} nats {'better' if better else 'worse'} than {rival}"
+    baseline = "vanilla with fewer experts" if row.slower != row.faster else "it"
+    text = f"{beside} {row.arm} is {size} nats {'better' if better else 'worse'} than {baseline}"
     if difference.low is None or difference.high is None:
         text += "; with one seed nobody knows how sure that is."
     elif difference.low <= 0 <= difference.high:
@@ -215,8 +215,8 @@ def _meaning(row: EqualSpeed) -> str:
         text += " No vanilla arm is as fast; it is the nearest, so part of the difference is speed."
     elif not row.enclosed:
         text += (
-            " In some seed its step time is outside of both, and the nearer one stands in: part of "
-            "the difference is speed."
+            " In some seed its step time is outside of both, and the nearer one is used instead: "
+            "part of the difference is speed."
         )
     return text
 

@@ -23,7 +23,7 @@ def test_every_kind_of_arm() -> None:
     assert [arm.arm.steps for arm in arms] == [40, 40, 40, 40, 28]
     assert [arm.config.moe.is_vanilla for arm in arms] == [True, False, False, True, True]
     assert [arm.config.moe.router_topk for arm in arms] == [2, 2, 2, 1, 2]
-    # megatron-core's balance loss is E / K times the paper's: the rival's strength is the same.
+    # megatron-core's balance loss is E / K times the paper's: the baseline's strength is the same.
     assert arms[0].config.moe.balance_coeff == pytest.approx(0.08 * 2 / 8)
     assert arms[3].config.moe.balance_coeff == pytest.approx(0.08 * 1 / 8)
 
