@@ -9,10 +9,13 @@ import sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from typing import Annotated
+
 import typer
 
 from moepp_megatron.cli import (
     bench,
+    config,
     convert,
     data,
     doctor,
@@ -33,22 +36,42 @@ from moepp_megatron.cli.paths import check_paths
 from moepp_megatron.cli.usage import COMMANDS, UsageError, refuse
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.config.printable import make_logs_printable
+from moepp_megatron.version import __version__
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 app = typer.Typer(
     name="moepp",
-    help="Train MoE++ models (arXiv 2410.07348) with megatron-core.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     # Markup would take what stands in brackets out of every command's help: `input_ids [b, s]`.
     rich_markup_mode=None,
-    context_settings={"max_content_width": 100},
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
     **COMMANDS,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        echo(f"moepp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Train MoE++ models (arXiv 2410.07348) with megatron-core."""
+
+
 app.command()(doctor.doctor)
+app.add_typer(config.app, name="config", **COMMANDS)
 app.add_typer(data.app, name="data", **COMMANDS)
 app.command()(train.train)
 app.command()(generate.generate)

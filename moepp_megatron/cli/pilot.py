@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
 
 if TYPE_CHECKING:
@@ -21,14 +22,12 @@ _TARGET = "Extrapolate to"
 
 
 def pilot(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
+    config: ConfigArgument,
     out: Annotated[
         Path,
         typer.Option(help="Folder of the pilot; a second call goes on with it.", metavar="DIR"),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
+    overrides: OverridesArgument = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks of a run, on this machine.")] = 1,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Of a run; by default training.train_iters.")
@@ -76,12 +75,12 @@ def pilot(
         ),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Its GPUs.", rich_help_panel=_TARGET)
+        int | None, typer.Option(min=1, help="Number of its GPUs.", rich_help_panel=_TARGET)
     ] = None,
     gpu: Annotated[str, typer.Option(help="As moepp plan.", rich_help_panel=_TARGET)] = "h100_sxm",
     price: Annotated[
         float | None,
-        typer.Option(help="Of a card an hour, as moepp plan.", rich_help_panel=_TARGET),
+        typer.Option(help="Price per GPU and hour, as for moepp plan.", rich_help_panel=_TARGET),
     ] = None,
     tokens: Annotated[
         float | None,
@@ -276,7 +275,7 @@ def _target(
     given = {"--target": target, "--price": price, "--tokens": tokens}
     for name, value in given.items():
         if value is not None and gpus is None:
-            raise ConfigError(f"{name} ({value}) must come with --gpus; say how many cards")
+            raise ConfigError(f"{name} ({value}) must come with --gpus; say how many GPUs")
         if isinstance(value, float) and not 0 < value < float("inf"):
             raise ConfigError(f"{name} ({value:g}) must be a number above 0; use for example 2.5")
     if gpus is None:

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.config.megatron_flags import setting_of
 
 # The base of typer's public exceptions, which is in another module from version to version.
 UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
@@ -49,5 +50,7 @@ def refuse(error: Exception) -> int:
         typer.echo(message, err=True)
         return 2
     path = "moepp" if context is None else context.command_path
-    echo(f"error: {' '.join(message.split()).rstrip('.')}; see {path} --help", err=True)
+    setting = setting_of(str(getattr(error, "option_name", "")))
+    hint = "" if setting is None else f"; Megatron's option is the setting {setting}=VALUE here"
+    echo(f"error: {' '.join(message.split()).rstrip('.')}{hint}; see {path} --help", err=True)
     return 2

@@ -5,6 +5,7 @@ choices.py        comma-separated values of command-line options
 errors.py         the two errors a user can cause
 field_errors.py   turns pydantic's errors into problems with name, value, rule and remedy
 flops.py          floating-point operations of training, counted from the configuration
+from_megatron.py  turns a Megatron-LM command line into a configuration
 guard_metrics.py  what rules of the routing guard may look at, and what it means
 guard_rules.py    the rules of a run's routing guard: the defaults, changed by the user's rules
 hardware.py       rated numbers of a kind of GPU, and the limits of a healthy one
@@ -12,10 +13,13 @@ json_file.py      reads JSON that somebody else may have written: in bounds
 known_keys.py     refuses unknown sections and keys, and names the nearest known one
 layout.py         the rank grid
 load.py           loads a checked Config from a YAML file
+megatron_flags.py Megatron-LM's arguments beside the settings
+origins.py        where each value of a configuration comes from
 parameters.py     exact parameter counts from the configuration alone, before any model is built
 paths.py          refuses texts that cannot be a path of this machine
 printable.py      makes untrusted text safe for a terminal
 problem.py        one problem of a configuration, in the form that every message has
+reference.py      every setting with type, default, unit, range and meaning, from the schema
 split.py          the data split: weights of the train, validation and test parts
 stages.py         which transformer layers each pipeline stage holds
 vanilla.py        the vanilla model that a MoE++ configuration is compared with

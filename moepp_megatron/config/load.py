@@ -23,6 +23,8 @@ from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
 
 Content = dict[str, Any]
+COMMAND_LINE = "command line"
+"""The origin of overrides in `config_layers`."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -35,10 +37,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: If anything is wrong; one line per problem. No other error is raised.
     """
-    content = _read_with_bases(Path(path), chain=())
-    for override in overrides:
-        content = _merge(content, _nested(*parse_override(override)))
+    content: Content = {}
+    for _, layer in config_layers(path, overrides):
+        content = _merge(content, layer)
     return parse_config(content)
+
+
+def config_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, Content]]:
+    """What a configuration is merged from, unchecked but for names; later layers win.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value`.
+
+    Returns:
+        Each layer's origin, a file's path or `command line`, and its sections: the lowest base
+        first, then the file, then the overrides in their order.
+
+    Raises:
+        ConfigError: If a file or an override cannot be read.
+    """
+    overriding = [(COMMAND_LINE, _nested(*parse_override(override))) for override in overrides]
+    return [*_read_with_bases(Path(path), chain=()), *overriding]
 
 
 def parse_config(content: Mapping[str, Any]) -> Config:
@@ -102,8 +122,8 @@ def parse_override(override: str) -> tuple[str, str, Any]:
     return section, key, parse_yaml(text, f"override {override!r}")
 
 
-def _read_with_bases(path: Path, chain: tuple[str, ...]) -> Content:
-    """Read a file over its base, over the base's base and so on.
+def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Content]]:
+    """Read a file, its base, the base's base and so on: the lowest first, each with its path.
 
     Args:
         path: The file.
@@ -120,7 +140,7 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> Content:
     refuse_unknown_keys(content, str(path))
     own: Content = {section: keys or {} for section, keys in content.items()}
     if base is None:
-        return own
+        return [(str(path), own)]
     if not isinstance(base, str) or not base:
         raise ConfigError(
             f"base ({base!r}) in {path} must be the path of one file; write base: other.yaml"
@@ -131,7 +151,7 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> Content:
             f"base ({base!r}) in {path} must name a file, and {base_path} is none; "
             "give a path relative to the file that names it"
         )
-    return _merge(_read_with_bases(base_path, (*chain, resolved)), own)
+    return [*_read_with_bases(base_path, (*chain, resolved)), (str(path), own)]
 
 
 def _nested(section: str, key: str, value: Any) -> Content:

@@ -7,11 +7,11 @@ jsonl.py            `RUN/metrics.jsonl`
 layer_numbers.py    the numbers that MoE layers have in every record and view
 metrics.py          the record of one logged step
 patient.py          keeps records that a full disk refuses, and writes them later
-profile_file.py     `routing_profile.json`: a run's routing profile, to compare other runs with
-profile_noise.py    learns how much routing profiles of the same data differ
-routing_profile.py  the routing profile: how much each expert is used, and by which tokens
+usage_file.py       `routing_profile.json`: a run's expert usage, to compare other runs with
+usage_noise.py      learns how much usage differs between windows of the same data
+expert_usage.py     how often each expert is selected, and by which tokens
 guard_judge.py      judges rules over a step's numbers: when an action begins, and when it ends
-shift.py            says when the data has shifted, by the routing profile
+shift.py            says when the data has shifted, by the expert usage
 sink.py             the interface of sinks for records
 sinks.py            all sinks of a run, and the fan-out that protects training from their failures
 status.py           `RUN/status.json`: which processes train, how to go on

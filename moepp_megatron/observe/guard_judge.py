@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from moepp_megatron.config.guard_rules import CompleteRule
 
-Phase = Literal["ok", "pending", "firing", "clearing"]
+_Phase = Literal["ok", "pending", "firing", "clearing"]
 # The place of a rule that is not of one layer.
 WHOLE_MODEL = 0
 # A metric's value, or one for each MoE layer.
@@ -39,7 +39,7 @@ class _Place:
         action: The present action; `warn` if the rule has used up its actions.
     """
 
-    phase: Phase = "ok"
+    phase: _Phase = "ok"
     since: int = 0
     ended: int | None = None
     action: str = "none"
@@ -180,7 +180,7 @@ class RuleJudge:
             self._enter(place, "firing")
         return []
 
-    def _enter(self, place: _Place, phase: Phase) -> None:
+    def _enter(self, place: _Place, phase: _Phase) -> None:
         if place.phase != phase:
             place.phase, place.since = phase, self._clock
 

@@ -15,7 +15,7 @@ occupancy.py           whether a run may start in its folder
 resumed.py             messages of a resumed run: its checkpoint, and what differs from before
 router_health.py       computes the router health of one step for the record from every rank's sums
 routers.py             measurement and control of a run's routers
-routing_profile.py     the routing profile of a running training
+expert_usage.py        expert usage of a running training
 routing_shift.py       detects shifts of the data while a run trains
 run.py                 a whole run: `moepp train` as a function
 run_folder.py          the folder of a run: its configuration, and whether it can be written

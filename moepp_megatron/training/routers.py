@@ -121,13 +121,13 @@ class Routers:
             state["shift"] = self._shift.state_dict()
         return state
 
-    def write_profile(self) -> None:
+    def write_expert_usage(self) -> None:
         """Write the run's `routing_profile.json`, if profiles are made."""
         try:
             if self._shift is not None:
                 self._shift.write()
         except OSError as error:
-            logger.error("the routing profile could not be written: %s", error)
+            logger.error("the expert usage could not be written: %s", error)
 
     def routing_metrics(self) -> dict[str, Any]:
         """Fields for the record from the selections of the step; a collective."""

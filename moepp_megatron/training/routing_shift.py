@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.observe.profile_file import StoredProfile
 from moepp_megatron.observe.shift import ShiftMonitor
+from moepp_megatron.observe.usage_file import StoredUsage
 from moepp_megatron.training.collect import RoutingCollector
-from moepp_megatron.training.routing_profile import (
+from moepp_megatron.training.expert_usage import (
     FREQUENCY_CLASSES,
-    RoutingProfileCollector,
+    ExpertUsageCollector,
     token_classes,
 )
 from moepp_megatron.training.setup import TrainingModel
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class RoutingShift:
-    """Profile, reference and judgement of a run. Every rank has one and calls it together.
+    """Usage, reference and judgement of a run. Every rank has one and calls it together.
 
     Args:
         config: The run's configuration; `routing_guard.shift.window` is above 0.
@@ -58,12 +58,12 @@ class RoutingShift:
             classes = token_classes(dataset, config.model.vocab_size)
             self._classes = "".join(map(str, classes.tolist()))
         as_array = np.array([int(digit) for digit in self._classes], dtype=np.int64)
-        self._collector = RoutingProfileCollector(config, model, routing, as_array)
+        self._collector = ExpertUsageCollector(config, model, routing, as_array)
         if stored is None:
             self._monitor = ShiftMonitor(settings)
         else:
             _check_shapes(stored, self._collector, str(settings.reference))
-            self._monitor = ShiftMonitor(settings, stored.profile, stored.noise)
+            self._monitor = ShiftMonitor(settings, stored.usage, stored.noise)
         if state is None:
             return
         if (state["shapes"], state["token_classes"]) == (self._shapes(), self._classes):
@@ -71,8 +71,8 @@ class RoutingShift:
             self._monitor.load_state_dict(state["monitor"])
         else:
             # Another implementation or schedule, whose layers are told other things of their
-            # tokens, or another run's profile to compare with.
-            logger.warning("routing profile of the checkpoint has other cells: begun anew")
+            # tokens, or another run's usage to compare with.
+            logger.warning("expert usage of the checkpoint has other cells: begun anew")
 
     def end_step(self) -> float | None:
         """Count the step just taken; a collective where its window ends.
@@ -80,8 +80,8 @@ class RoutingShift:
         Returns:
             The metric `routing_shift` where a window ends that is judged, else None.
         """
-        profile = self._collector.end_step()
-        return None if profile is None else self._monitor.add(profile)
+        usage = self._collector.end_step()
+        return None if usage is None else self._monitor.add(usage)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, the same on every rank; a collective."""
@@ -96,15 +96,15 @@ class RoutingShift:
         """Write `routing_profile.json` into the run's folder, on rank 0, once there is a window."""
         newest = self._monitor.newest
         if dist.get_rank() == 0 and newest is not None:
-            StoredProfile(newest, self._classes, self._monitor.noise).write(self._folder)
+            StoredUsage(newest, self._classes, self._monitor.noise).write(self._folder)
 
     def _shapes(self) -> list[list[int]]:
         """The shapes as lists, as in JSON."""
         return [list(shape) for shape in self._collector.shapes]
 
 
-def _read(path: Path, config: Config) -> StoredProfile:
-    stored = StoredProfile.read(path, config.routing_guard.shift)
+def _read(path: Path, config: Config) -> StoredUsage:
+    stored = StoredUsage.read(path, config.routing_guard.shift)
     found, vocab_size = len(stored.token_classes), config.model.vocab_size
     if found != vocab_size or not set(stored.token_classes) <= set("0123"[:FREQUENCY_CLASSES]):
         raise ConfigError(
@@ -115,11 +115,11 @@ def _read(path: Path, config: Config) -> StoredProfile:
     return stored
 
 
-def _check_shapes(stored: StoredProfile, collector: RoutingProfileCollector, path: str) -> None:
-    if stored.profile.shapes != collector.shapes:
+def _check_shapes(stored: StoredUsage, collector: ExpertUsageCollector, path: str) -> None:
+    if stored.usage.shapes != collector.shapes:
         theirs, ours = (
             f"{experts[0]} MoE layers, {experts[1]} experts and {cells[1]} cells"
-            for experts, cells in (stored.profile.shapes, collector.shapes)
+            for experts, cells in (stored.usage.shapes, collector.shapes)
         )
         raise ConfigError(
             f"routing_guard.shift.reference ({path}) has {theirs}, which must be the model's "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -42,7 +43,7 @@ from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.run_sinks import open_run_sinks
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
-from moepp_megatron.training.step import StepResult, training_step
+from moepp_megatron.training.step import Batch, StepResult, training_step
 from moepp_megatron.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -98,14 +99,7 @@ class Trainer:
             The last step's metrics; None if there was nothing left to do.
         """
         config, training = self.config, self.config.training
-        if dist.get_rank() == 0:
-            write_config(config)
-        sinks = self._sinks = open_run_sinks(config, self.progress)
-        if sinks is not None:
-            self._alerts = open_run_alerts(config, sinks, self.progress)
-            lack = lack_of_room(config, checkpoint_folder(config), self.progress.step)
-            if lack is not None:
-                logger.warning("%s", lack)
+        self._open_sinks()
         batches = rank_batches(
             self._train_set, self.progress.consumed_samples, config, len(self.model.chunks)
         )
@@ -114,32 +108,14 @@ class Trainer:
         self._share_losses_with_guard()
         with StopRequest().listening() as stop, self._supervisor as supervisor, self._telemetry:
             while self.progress.step < training.train_iters and not self.stopped:
-                supervisor.begin_step(self.progress.step + 1)
-                self._recorder.begin_step(self.progress.step + 1)
-                started = time.perf_counter()
-                self._routers.begin_step(self.progress.step + 1)
-                result = training_step(
-                    self.model,
-                    batches,
-                    config,
-                    self.layout,
-                    supervisor.guard,
-                    self._routers.watch_losses,
-                )
-                self._recorder.end_step()
-                if result.updated:
-                    self._advance()
-                    self._routers.learn(self.progress.step)
-                    supervisor.end_step(self.progress.step)
-                else:
-                    self._skip()
+                result, started = self._take_step(batches)
                 self.checkpoints.poll()
                 # The loss is needed by the log alone, but reading it waits for the device: so the
                 # time of the step is its own.
                 if result.updated and (self._due(training.log_interval) or self._evaluates()):
                     record = self._record(result.losses, result.grad_norm, started)
-                    if sinks is not None:
-                        sinks.write(record)
+                    if self._sinks is not None:
+                        self._sinks.write(record)
                         self._complain()
                 stays = result.updated and self._judge_routers(result)
                 self.stopped = stop.agreed()
@@ -149,14 +125,11 @@ class Trainer:
             self._recorder.close()
             with supervisor.during("save"):
                 self.checkpoints.finish()
-                self._routers.write_profile()
-            if sinks is not None:
+                self._routers.write_expert_usage()
+            if self._sinks is not None:
                 # No logged step comes after the last save.
                 self._complain()
-        if self._alerts is not None:
-            self._alerts.close()
-        if sinks is not None:
-            self._close(sinks)
+        self._close_sinks()
         return record
 
     @property
@@ -164,9 +137,53 @@ class Trainer:
         """One line on data of the run's end that could not be written; None if all of it was."""
         return "; ".join(filter(None, (self.checkpoints.error, self._lost_records))) or None
 
-    def _close(self, sinks: Sinks) -> None:
+    def _open_sinks(self) -> None:
+        """Open what the run writes beside checkpoints, on the ranks that write it."""
+        config = self.config
+        if dist.get_rank() == 0:
+            write_config(config)
+        self._sinks = open_run_sinks(config, self.progress)
+        if self._sinks is not None:
+            self._alerts = open_run_alerts(config, self._sinks, self.progress)
+            lack = lack_of_room(config, checkpoint_folder(config), self.progress.step)
+            if lack is not None:
+                logger.warning("%s", lack)
+
+    def _take_step(self, batches: list[Iterator[Batch]]) -> tuple[StepResult, float]:
+        """Take the next step, and count it or, if it was refused, skip its batch.
+
+        Returns:
+            The step's result, and `time.perf_counter` at its beginning.
+        """
+        supervisor, step = self._supervisor, self.progress.step + 1
+        supervisor.begin_step(step)
+        self._recorder.begin_step(step)
+        started = time.perf_counter()
+        self._routers.begin_step(step)
+        result = training_step(
+            self.model,
+            batches,
+            self.config,
+            self.layout,
+            supervisor.guard,
+            self._routers.watch_losses,
+        )
+        self._recorder.end_step()
+        if result.updated:
+            self._advance()
+            self._routers.learn(self.progress.step)
+            supervisor.end_step(self.progress.step)
+        else:
+            self._skip()
+        return result, started
+
+    def _close_sinks(self) -> None:
+        if self._alerts is not None:
+            self._alerts.close()
+        if self._sinks is None:
+            return
         try:
-            sinks.close()
+            self._sinks.close()
         except OSError as error:
             self._lost_records = f"the last records of metrics could not be written: {error}"
 
@@ -194,7 +211,7 @@ class Trainer:
         # A new dictionary, not a changed one: a save under way keeps the old one.
         self.extra = {**self.extra, **self._routers.state()}
         self.checkpoints.save(self.model, self.progress, self.extra)
-        self._routers.write_profile()
+        self._routers.write_expert_usage()
 
     def _advance(self) -> None:
         samples = self.config.training.global_batch_size

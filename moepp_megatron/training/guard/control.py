@@ -175,7 +175,7 @@ class RoutingGuard:
         Args:
             step: The step.
             result: Result of the step.
-            shift: Divergence of the routing profile over its threshold; None if none is judged.
+            shift: Divergence of the expert usage over its threshold; None if none is judged.
         """
         if self._high_loss is not None:
             self._high_loss.end_step()

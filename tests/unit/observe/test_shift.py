@@ -14,11 +14,11 @@ import pytest
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.schema.routing_guard import ShiftSection
-from moepp_megatron.observe.profile_file import PROFILE_FILE, StoredProfile
-from moepp_megatron.observe.profile_noise import ProfileNoise
-from moepp_megatron.observe.routing_profile import RoutingProfile, difference
+from moepp_megatron.observe.expert_usage import ExpertUsage, difference
 from moepp_megatron.observe.shift import ShiftMonitor
-from tests.unit.observe.drawn_profiles import EXPERTS, FFN, LAYERS, Router
+from moepp_megatron.observe.usage_file import USAGE_FILE, StoredUsage
+from moepp_megatron.observe.usage_noise import UsageNoise
+from tests.unit.observe.drawn_usages import EXPERTS, FFN, LAYERS, Router
 
 WINDOWS = 1000
 # One window to compare with, four to say in which directions windows differ, the warm-up.
@@ -52,19 +52,19 @@ def resting(chance: np.random.Generator) -> Drift:
     return lambda window: 0.0
 
 
-def values_of(monitor: ShiftMonitor, profiles: list[RoutingProfile]) -> list[float]:
+def values_of(monitor: ShiftMonitor, usages: list[ExpertUsage]) -> list[float]:
     """What is judged of them."""
-    return [value for value in map(monitor.add, profiles) if value is not None]
+    return [value for value in map(monitor.add, usages) if value is not None]
 
 
-def drawn(count: int) -> list[RoutingProfile]:
+def drawn(count: int) -> list[ExpertUsage]:
     """Windows of one text."""
     chance = np.random.default_rng(1)
     router = Router.drawn(chance)
     return [router.window(chance) for _ in range(count)]
 
 
-def drawn_shifted(count: int) -> list[RoutingProfile]:
+def drawn_shifted(count: int) -> list[ExpertUsage]:
     """Windows of another text, of which the same router makes something else."""
     chance = np.random.default_rng(1)
     router = shifted(Router.drawn(chance), np.random.default_rng(2))
@@ -94,9 +94,9 @@ def test_no_false_alarm_in_a_thousand_windows_and_a_shift_is_found_in_the_next(
     # One that is fixed only once the fast part of training is over, as docs say.
     monitors = [ShiftMonitor(settings), ShiftMonitor(settings.model_copy(update=LATE))]
     for window in range(WINDOWS):
-        profile = router.window(chance, moves(window))
+        usage = router.window(chance, moves(window))
         for monitor in monitors:
-            value = monitor.add(profile)
+            value = monitor.add(usage)
             assert (value is None) == (window < FIRST_JUDGED)
             assert value is None or value < 1.0, (window, value)
     other = shifted(router, chance)
@@ -118,7 +118,7 @@ def test_a_shift_lasts_until_it_is_usual_or_over() -> None:
         assert min(values_of(each, other[:5])) > 1.0
         assert max(values_of(each, one[60:])) < 1.0
     patience = settings.span + settings.lag
-    values = [monitor.add(profile) for profile in other]
+    values = [monitor.add(usage) for usage in other]
     assert all(value is not None and value > 1.0 for value in values[:patience])
     # From then on the new data is what is usual; the noise is learnt anew.
     num_learnt = values[patience:].count(None)
@@ -134,15 +134,15 @@ def test_a_shift_lasts_until_it_is_usual_or_over() -> None:
 def test_a_monitor_that_was_saved_goes_on_to_the_bit(changes: dict[str, Any]) -> None:
     settings = ShiftSection(**changes)
     # Stops while it warms up, while it judges, within a shift.
-    profiles = [*drawn(60), *drawn_shifted(45)]
+    usages = [*drawn(60), *drawn_shifted(45)]
     whole = ShiftMonitor(settings)
-    expected = [whole.add(profile) for profile in profiles]
+    expected = [whole.add(usage) for usage in usages]
     assert any(value is not None and value > 1.0 for value in expected)
     for stop in (0, 1, 7, 25, 63):
         first, second = ShiftMonitor(settings), ShiftMonitor(settings)
-        values = [first.add(profile) for profile in profiles[:stop]]
+        values = [first.add(usage) for usage in usages[:stop]]
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        values += [second.add(profile) for profile in profiles[stop:]]
+        values += [second.add(usage) for usage in usages[stop:]]
         assert values == expected
         assert second.state_dict() == whole.state_dict()
 
@@ -153,15 +153,15 @@ def test_a_reference_from_a_file_judges_the_first_window(tmp_path: Path) -> None
     one, other = drawn(80), drawn_shifted(3)
     values_of(before, one[:60])
     assert before.newest is not None
-    StoredProfile(before.newest, "0123", before.noise).write(tmp_path)
-    stored = StoredProfile.read(tmp_path / PROFILE_FILE, settings)
+    StoredUsage(before.newest, "0123", before.noise).write(tmp_path)
+    stored = StoredUsage.read(tmp_path / USAGE_FILE, settings)
     assert stored.token_classes == "0123"
     assert stored.noise.as_json() == before.noise.as_json()
-    assert not difference(stored.profile, before.newest).any()
-    for profiles, is_shift in ((one[60:], False), (other, True)):
-        stored = StoredProfile.read(tmp_path / PROFILE_FILE, settings)
-        after = ShiftMonitor(settings, stored.profile, stored.noise)
-        values = [after.add(profile) for profile in profiles]
+    assert not difference(stored.usage, before.newest).any()
+    for usages, is_shift in ((one[60:], False), (other, True)):
+        stored = StoredUsage.read(tmp_path / USAGE_FILE, settings)
+        after = ShiftMonitor(settings, stored.usage, stored.noise)
+        values = [after.add(usage) for usage in usages]
         assert [value is not None and value > 1.0 for value in values] == [is_shift] * len(values)
 
 
@@ -169,8 +169,8 @@ def test_difference_is_what_it_says() -> None:
     """Against its definition, number by number, with an empty cell and an idle expert."""
     experts = np.array([[[30, 50, 20, 0]], [[60, 10, 20, 10]]])
     cells = np.array([[[[60, 40], [20, 10]]], [[[40, 25], [0, 0]]]])
-    one = RoutingProfile(experts[0], cells[0])
-    other = RoutingProfile(2 * experts[1], 4 * cells[1])
+    one = ExpertUsage(experts[0], cells[0])
+    other = ExpertUsage(2 * experts[1], 4 * cells[1])
     shares = [(0.3, 0.6), (0.5, 0.1), (0.2, 0.2), (0.0, 0.1)]
     expected = [(p**0.5 - q**0.5) * 2 / (1 / 100 + 1 / 200) ** 0.5 for p, q in shares]
     # Two selections a token: 60 of 80 go to FFN experts in the one, 160 of 200 in the other.
@@ -180,7 +180,7 @@ def test_difference_is_what_it_says() -> None:
     assert difference(other, one) == pytest.approx([-value for value in expected], rel=1e-12)
     assert not difference(one, one + one).any()
     with pytest.raises(ValueError, match="shapes"):
-        difference(one, RoutingProfile(one.experts, one.cells[:, :1]))
+        difference(one, ExpertUsage(one.experts, one.cells[:, :1]))
 
 
 @pytest.mark.parametrize("cells", [0, 6])
@@ -189,10 +189,10 @@ def test_chance_alone_makes_a_mean_square_of_one(cells: int) -> None:
     chance = np.random.default_rng(5)
     shares = chance.dirichlet(np.full(EXPERTS, 5.0), size=LAYERS)
 
-    def made(tokens: int) -> RoutingProfile:
+    def made(tokens: int) -> ExpertUsage:
         counts = chance.multinomial(tokens, shares, size=(max(cells, 1), LAYERS)).transpose(1, 0, 2)
         pairs = np.stack([counts[..., :FFN].sum(axis=-1), counts.sum(axis=-1) // 2], axis=-1)
-        return RoutingProfile(counts.sum(axis=1), pairs[:, :cells])
+        return ExpertUsage(counts.sum(axis=1), pairs[:, :cells])
 
     for sizes in ((4000, 4000), (4000, 40000)):
         values = [np.square(difference(*map(made, sizes))).mean() for _ in range(200)]
@@ -203,7 +203,7 @@ def test_chance_alone_makes_a_mean_square_of_one(cells: int) -> None:
 
 def test_distance_is_that_of_mahalanobis_with_a_ridge() -> None:
     chance = np.random.default_rng(4)
-    noise = ProfileNoise(ShiftSection(memory=8))
+    noise = UsageNoise(ShiftSection(memory=8))
     known = 3.0 * chance.standard_normal((10, 5))
     for row in known:
         noise.learn(row, None)
@@ -222,7 +222,7 @@ def test_windows_that_differ_by_chance_alone_are_no_shift() -> None:
     monitor = ShiftMonitor(ShiftSection())
     counts = np.full((LAYERS, EXPERTS), 10_000, dtype=np.int64)
     cells = np.zeros((LAYERS, 0, 2), dtype=np.int64)
-    assert max(values_of(monitor, [RoutingProfile(counts, cells)] * 50)) < 1.0
+    assert max(values_of(monitor, [ExpertUsage(counts, cells)] * 50)) < 1.0
 
 
 GOOD: dict[str, Any] = {
@@ -255,24 +255,24 @@ GOOD: dict[str, Any] = {
     ],
 )
 def test_bad_files_are_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    path = tmp_path / PROFILE_FILE
+    path = tmp_path / USAGE_FILE
     path.write_text(json.dumps(GOOD))
-    StoredProfile.read(path, ShiftSection())
+    StoredUsage.read(path, ShiftSection())
     path.write_text(json.dumps(GOOD | changes))
     with pytest.raises(ConfigError, match=reason) as error:
-        StoredProfile.read(path, ShiftSection())
+        StoredUsage.read(path, ShiftSection())
     assert "routing_guard.shift.reference" in str(error.value)
     assert "\n" not in str(error.value)
     without = {name: value for name, value in GOOD.items() if name not in changes}
     path.write_text(json.dumps(without))
     with pytest.raises(ConfigError, match=reason):
-        StoredProfile.read(path, ShiftSection())
+        StoredUsage.read(path, ShiftSection())
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_files_that_are_no_json_object_are_refused(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / PROFILE_FILE
+    path = tmp_path / USAGE_FILE
     path.write_bytes(content)
     for name in (path, tmp_path, tmp_path / "missing"):
         with pytest.raises(ConfigError, match="routing_guard.shift.reference"):
-            StoredProfile.read(name, ShiftSection())
+            StoredUsage.read(name, ShiftSection())

@@ -18,9 +18,9 @@ from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmKind
 
 VANILLA = "vanilla"
 # Of the steps, in the runs that tell what tokens are worth.
-SHORT_SHARE = 0.7
+_SHORT_SHARE = 0.7
 # A quarter of the steps counts for shares and health, and measured steps lie between others.
-FEWEST_STEPS = 8
+_FEWEST_STEPS = 8
 # Validation batches where CONFIG asks for fewer: all arms see the same, so few are enough.
 _FEWEST_EVAL_ITERS = 8
 _HEALTH_RECORDS = 8
@@ -58,13 +58,13 @@ def build_arms(
     base = with_overrides(config, run_settings(config, steps, eval_iters))
     moepp = [_moepp(base, tau, steps) for tau in taus]
     plain = vanilla(base)
-    short = round(SHORT_SHARE * steps)
+    short = round(_SHORT_SHARE * steps)
     return [
         PilotArm(_arm(VANILLA, "vanilla", plain, steps), plain),
         *moepp,
         *_more(base, moepp[0].config, steps),
         PilotArm(
-            _arm(f"vanilla, {SHORT_SHARE:.0%} of the steps", "short", plain, short),
+            _arm(f"vanilla, {_SHORT_SHARE:.0%} of the steps", "short", plain, short),
             with_overrides(plain, run_settings(config, short, eval_iters)),
         ),
     ]
@@ -221,8 +221,8 @@ def _check(config: Config, steps: int) -> None:
             "moe.num_zero_experts (0) and the other counts of zero-computation experts must not "
             "all be 0, because a pilot sets MoE++ beside vanilla; use 1"
         )
-    if steps < FEWEST_STEPS:
+    if steps < _FEWEST_STEPS:
         raise ConfigError(
-            f"--steps ({steps}) must be at least {FEWEST_STEPS}, of which a quarter counts; use "
+            f"--steps ({steps}) must be at least {_FEWEST_STEPS}, of which a quarter counts; use "
             "hundreds for a pilot that tells something"
         )

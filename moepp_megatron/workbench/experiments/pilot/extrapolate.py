@@ -72,7 +72,7 @@ class TargetRequest:
                 return
         raise ConfigError(
             f"--gpus ({self.gpus}) must be enough for a legal layout of --target that fits; use "
-            "more cards, a number that divides the batch, or a card with more memory"
+            "more GPUs, a number that divides the batch, or a GPU with more memory"
         )
 
     def extrapolate(
@@ -194,16 +194,8 @@ def _beside(model: TargetModel, baseline: float | None) -> TargetModel:
 
 def _words(planned: Planned) -> str:
     grid = planned.grid
-    degrees = (
-        ("TP", grid.tp),
-        ("CP", grid.cp),
-        ("PP", grid.pp),
-        ("VPP", grid.vpp),
-        ("EP", grid.ep),
-        ("ETP", grid.etp),
-    )
-    words = [f"{name}{size}" for name, size in degrees if size > 1] or ["data parallel"]
-    return f"{' '.join(words)}, micro-batch {grid.micro_batch}"
+    words = " ".join(grid.splits) or "data parallel"
+    return f"{words}, micro-batch {grid.micro_batch}"
 
 
 def _log_odds(share: float) -> float:

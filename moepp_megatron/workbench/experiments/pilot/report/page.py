@@ -40,7 +40,7 @@ from moepp_megatron.workbench.report.template import render_template
 
 
 @dataclass(frozen=True)
-class PilotPage:
+class _PilotPage:
     """Everything that the template shows; tables as text.
 
     Attributes:
@@ -116,12 +116,12 @@ def write_pilot_page(result: PilotResult, out: Path) -> Path:
     return out
 
 
-def _page(result: PilotResult) -> PilotPage:
+def _page(result: PilotResult) -> _PilotPage:
     verdict = result.chosen
     outcome = result.outcome_of(verdict.arm) if verdict is not None else None
     with plot_style():
         forest, speed, curves = forest_plot(result), speed_plot(result), curve_plots(result)
-    return PilotPage(
+    return _PilotPage(
         name=result.setting.config,
         answer=result.answer,
         badges=badges(result),
@@ -178,7 +178,7 @@ def _target_title(result: PilotResult) -> str | None:
     text = f"{target.title}, {formatting.big_count(target.tokens)} tokens"
     if target.price_per_hour is None:
         return text + "; no price was given (--price)"
-    return f"{text}, {target.price_per_hour:,.2f} a card and hour"
+    return f"{text}, {target.price_per_hour:,.2f} per GPU and hour"
 
 
 def _token_value(result: PilotResult) -> str:

@@ -56,8 +56,8 @@ _ARM_COLUMNS = (
     "Of vanilla's time",
     "Tokens/s",
     "FFN share",
-    "All-to-all, MB a step",
-    "Energy a token",
+    "All-to-all, MB per step",
+    "Energy per token",
     "Alerts",
 )
 
@@ -69,7 +69,7 @@ def has_energy(result: PilotResult) -> bool:
 
 def arm_columns(result: PilotResult) -> list[str]:
     """Headings; energy only where an arm has it."""
-    return [name for name in _ARM_COLUMNS if name != "Energy a token" or has_energy(result)]
+    return [name for name in _ARM_COLUMNS if name != "Energy per token" or has_energy(result)]
 
 
 def arm_rows(result: PilotResult) -> list[PilotRow]:

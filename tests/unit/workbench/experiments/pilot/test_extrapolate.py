@@ -71,8 +71,8 @@ def test_models_at_the_target_are_the_plans_own() -> None:
     assert plan.best is not None
     mine, vanilla = models["MoE++ tau 0.5"], models["vanilla"]
     assert mine.step_time_s == pytest.approx(plan.best.step.total)
-    assert vanilla.step_time_s == pytest.approx(plan.rivals[0].step.total)
-    assert mine.time_ratio == pytest.approx(plan.best.step.total / plan.rivals[0].step.total)
+    assert vanilla.step_time_s == pytest.approx(plan.baselines[0].step.total)
+    assert mine.time_ratio == pytest.approx(plan.best.step.total / plan.baselines[0].step.total)
     assert vanilla.time_ratio == 1.0
     assert mine.hours is not None
     assert mine.hours == pytest.approx(plan.hours(plan.best, 1e9))

@@ -60,13 +60,13 @@ def test_a_model_that_does_not_fit_has_no_numbers(
     found["verdicts"][0] |= {"target_time_to_loss": None, "at_target": None}
     page = read(found)
     row = next(r for r in page.tables["target"] if r[0].startswith("MoE++ tau 0.75"))
-    assert row[0] == "MoE++ tau 0.75 does not fit the cards"
+    assert row[0] == "MoE++ tau 0.75 does not fit the GPUs"
     assert row[1] == "none is legal"
     assert set(row[2:]) == {"-"}
     assert len(row) == len(page.tables["target"][0])
     assert "Cost" not in page.tables["target"][0]
     assert "no price was given" in page.text
-    assert page.badges[1][1][2] == "MoE++ tau 0.75: it or vanilla does not fit the cards."
+    assert page.badges[1][1][2] == "MoE++ tau 0.75: it or vanilla does not fit the GPUs."
     assert "none is legal" in printed(found, capsys)
 
 

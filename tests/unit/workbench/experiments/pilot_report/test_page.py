@@ -63,7 +63,7 @@ def test_numbers_are_in_their_cells(read: Any) -> None:
         "Of vanilla's time": "0.855 0.843 to 0.867",
         "Tokens/s": "5,988",
         "FFN share": "59.8%",
-        "All-to-all, MB a step": "15.05",
+        "All-to-all, MB per step": "15.05",
         "Alerts": "dead_expert 2",
     }.items():
         assert page.cell("arms", "MoE++ tau 0.75", column) == text
@@ -92,8 +92,8 @@ def test_energy_is_a_column_where_it_was_measured(read: Any) -> None:
     found = contents()
     found["arms"][3]["energy_per_token_j"] = {"mean": 0.0214}
     page = read(found)
-    assert page.cell("arms", "MoE++ tau 0.75", "Energy a token") == "21.4 mJ"
-    assert page.cell("arms", "vanilla", "Energy a token") == "not measured here"
+    assert page.cell("arms", "MoE++ tau 0.75", "Energy per token") == "21.4 mJ"
+    assert page.cell("arms", "vanilla", "Energy per token") == "not measured here"
 
 
 def test_the_page_asks_nothing_of_the_network_and_its_pictures_are_described(

@@ -1,4 +1,4 @@
-"""Learns how much routing profiles of the same data differ, and judges larger differences.
+"""Learns how much usage differs between windows of the same data; judges larger differences.
 
 Windows of one text differ far more than independent tokens would, and in some directions more than
 in others: a style of writing moves many experts together, and training pushes them one way. So a
@@ -28,7 +28,7 @@ _DOUBTFUL = 3.0
 _DECIMALS = 6
 
 
-class ProfileNoise:
+class UsageNoise:
     """Differences of windows without a shift, and their distances.
 
     The distance of a difference x of d numbers is the squared Mahalanobis distance with a ridge,
@@ -56,7 +56,7 @@ class ProfileNoise:
             return None
         known = np.stack(self._differences) / math.sqrt(count)
         ridge = max(float(np.square(known).sum()) / len(difference), 1.0)
-        # Woodbury's identity: a system of `count` equations instead of one of the profile's size.
+        # Woodbury's identity: a system of `count` equations instead of one of the usage's size.
         inner = known @ known.T + ridge * np.eye(count)
         along = known @ difference
         distance = difference @ difference - along @ np.linalg.solve(inner, along)
@@ -101,7 +101,7 @@ class ProfileNoise:
         }
 
     @classmethod
-    def from_json(cls, values: Any, settings: ShiftSection, size: int) -> ProfileNoise:
+    def from_json(cls, values: Any, settings: ShiftSection, size: int) -> UsageNoise:
         """Undo `as_json`.
 
         Args:

@@ -1,0 +1,192 @@
+"""`moepp config`: what a configuration sets and where, and every setting that there is."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
+from moepp_megatron.cli.usage import COMMANDS
+from moepp_megatron.config import ConfigError
+
+app = typer.Typer(help="Show a configuration, and explain its settings.", **COMMANDS)
+
+_WIDTH = 100
+
+
+@app.command()
+def show(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Leave out what is at its default.")
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write values and origins here as JSON instead.", metavar="FILE"
+        ),
+    ] = None,
+) -> None:
+    """Print the resolved configuration with the file that each value comes from.
+
+    What is printed is YAML that `moepp train` reads. Example:
+    moepp config show configs/quickstart.yaml moe.tau=0.5 --changed
+    """
+    from moepp_megatron.config.origins import config_with_origins
+
+    content = config_with_origins(config, overrides or [])
+    if changed:
+        content = _without_defaults(content)
+    if json_file is not None:
+        from moepp_megatron.runtime.atomic import write_result
+
+        write_result(json_file, json.dumps(_described(content), indent=2).encode() + b"\n")
+        echo(f"configuration {json_file}")
+        return
+    lines = list(_yaml_lines(content))
+    width = min(max((len(line) for line, _ in lines), default=0), 60)
+    for line, origin in lines:
+        echo(line if origin is None else f"{line:<{width}}  # {origin}")
+
+
+@app.command()
+def keys(
+    prefix: Annotated[
+        str | None,
+        typer.Argument(
+            help="Beginning of a setting's name, such as moe or moe.tau, or a part of it.",
+            metavar="PREFIX",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the settings here as JSON.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Print every setting: type, default, unit, allowed values and meaning.
+
+    Example: moepp config keys moe.budget
+    """
+    from dataclasses import asdict
+
+    from moepp_megatron.config.reference import section_references
+
+    settings = [setting for section in section_references() for setting in section.settings]
+    wanted = prefix or ""
+    found = [one for one in settings if one.name.startswith(wanted)]
+    found = found or [one for one in settings if wanted in one.name]
+    if not found:
+        sections = ", ".join(dict.fromkeys(one.name.partition(".")[0] for one in settings))
+        raise ConfigError(
+            f"PREFIX ({wanted}) must be the beginning or a part of a setting's name; use a section "
+            f"({sections}) or leave it out for all"
+        )
+    if json_file is not None:
+        from moepp_megatron.runtime.atomic import write_result
+
+        write_result(json_file, json.dumps([asdict(one) for one in found], indent=2).encode())
+        echo(f"settings     {json_file}")
+        return
+    for one in found:
+        default = "must be given" if one.default is None else f"default {one.default}"
+        unit = [] if one.unit in ("1", "-") else [f"in {one.unit}"]
+        limits = [] if one.kind == "true or false" or not one.allowed else [", ".join(one.allowed)]
+        echo("; ".join([f"{one.name}: {one.kind}", *unit, *limits, default]))
+        echo(_paragraph(f"{one.meaning}."))
+
+
+@app.command("from-megatron")
+def from_megatron(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Shell script that calls pretrain_gpt.py, or YAML with its arguments.",
+            metavar="FILE",
+        ),
+    ],
+    variables: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values of the file's variables.", metavar="NAME=VALUE"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the configuration here; by default it is printed.", metavar="FILE"
+        ),
+    ] = None,
+) -> None:
+    """Turn a Megatron-LM command line into a configuration, and list what has no counterpart.
+
+    Nothing in FILE is run. Example:
+    moepp config from-megatron train_mixtral.sh TP=2 --out mine.yaml
+    """
+    from moepp_megatron.config.from_megatron import to_yaml, translate
+
+    values: dict[str, str] = {}
+    for text in variables or []:
+        name, equals, value = text.partition("=")
+        if not (equals and name.isidentifier()):
+            raise ConfigError(f"{text!r} must have the form NAME=VALUE; write for example TP=2")
+        values[name] = value
+    translation = translate(file, values)
+    content = to_yaml(translation, file)
+    if out is None:
+        echo(content.rstrip("\n"))
+        return
+    from moepp_megatron.runtime.atomic import write_result
+
+    write_result(out, content.encode())
+    for note in translation.notes:
+        echo(f"warning: {note}", err=True)
+    echo(f"configuration {out}")
+
+
+def _paragraph(text: str) -> str:
+    indent = " " * 4
+    return textwrap.fill(
+        text, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+
+
+def _without_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+    from moepp_megatron.config.origins import DEFAULT
+
+    kept: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            inner = _without_defaults(value)
+            if inner:
+                kept[name] = inner
+        elif value[1] != DEFAULT:
+            kept[name] = value
+    return kept
+
+
+def _described(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _described(value)
+        if isinstance(value, Mapping)
+        else {"value": value[0], "origin": value[1]}
+        for name, value in content.items()
+    }
+
+
+def _yaml_lines(content: Mapping[str, Any], indent: int = 0) -> Iterator[tuple[str, str | None]]:
+    """Each line of the YAML, with the origin of its value or None for a section's name."""
+    import yaml
+
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield f"{' ' * indent}{name}:", None
+            yield from _yaml_lines(value, indent + 2)
+            continue
+        plain, origin = value
+        # A value in one line, a list of sections too; a scalar ends with YAML's end of document.
+        text = yaml.safe_dump(plain, default_flow_style=True, width=float("inf"))
+        yield f"{' ' * indent}{name}: {text.strip().removesuffix('...').strip()}", origin

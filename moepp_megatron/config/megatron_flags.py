@@ -1,0 +1,165 @@
+"""Megatron-LM's command-line arguments beside this project's settings: one table.
+
+Source: `megatron/training/arguments.py` and `megatron/training/config/` of NVIDIA/Megatron-LM, and
+`TransformerConfig` of megatron-core 0.19.
+"""
+
+from __future__ import annotations
+
+SETTINGS = {
+    "num-layers": "model.num_layers",
+    "hidden-size": "model.hidden_size",
+    "ffn-hidden-size": "model.ffn_hidden_size",
+    "num-attention-heads": "model.num_attention_heads",
+    "num-query-groups": "model.num_query_groups",
+    "kv-channels": "model.kv_channels",
+    "seq-length": "model.seq_length",
+    "vocab-size": "model.vocab_size",
+    "padded-vocab-size": "model.vocab_size",
+    "rotary-base": "model.rotary_base",
+    "norm-epsilon": "model.norm_epsilon",
+    "layernorm-epsilon": "model.norm_epsilon",
+    "init-method-std": "model.init_method_std",
+    "q-lora-rank": "model.latent_attention.q_lora_rank",
+    "kv-lora-rank": "model.latent_attention.kv_lora_rank",
+    "qk-head-dim": "model.latent_attention.qk_head_dim",
+    "qk-pos-emb-head-dim": "model.latent_attention.qk_pos_emb_head_dim",
+    "v-head-dim": "model.latent_attention.v_head_dim",
+    "rope-type": "model.latent_attention.rope_type",
+    "rotary-scaling-factor": "model.latent_attention.rotary_scaling_factor",
+    "original-max-position-embeddings": "model.latent_attention.original_max_position_embeddings",
+    "beta-fast": "model.latent_attention.beta_fast",
+    "beta-slow": "model.latent_attention.beta_slow",
+    "mscale": "model.latent_attention.mscale",
+    "mscale-all-dim": "model.latent_attention.mscale_all_dim",
+    "num-experts": "moe.num_ffn_experts",
+    "moe-router-topk": "moe.router_topk",
+    "moe-ffn-hidden-size": "moe.ffn_hidden_size",
+    "moe-shared-expert-intermediate-size": "moe.shared_expert_ffn_hidden_size",
+    "moe-router-score-function": "moe.score_function",
+    "moe-router-topk-scaling-factor": "moe.gate_scale",
+    "moe-z-loss-coeff": "moe.z_loss_coeff",
+    "moe-input-jitter-eps": "moe.input_jitter_eps",
+    "moe-expert-capacity-factor": "moe.capacity_factor",
+    "moe-token-dispatcher-type": "moe.dispatcher",
+    "moe-flex-dispatcher-backend": "moe.flex_backend",
+    "tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
+    "pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size",
+    "num-virtual-stages-per-pipeline-rank": "parallel.virtual_pipeline_model_parallel_size",
+    "pipeline-model-parallel-layout": "parallel.pipeline_model_parallel_layout",
+    "expert-model-parallel-size": "parallel.expert_model_parallel_size",
+    "expert-tensor-parallel-size": "parallel.expert_tensor_parallel_size",
+    "context-parallel-size": "parallel.context_parallel_size",
+    "fp8-format": "precision.fp8",
+    "fp8-recipe": "precision.fp8_recipe",
+    "fp8-margin": "precision.fp8_margin",
+    "fp8-amax-history-len": "precision.fp8_amax_history_len",
+    "fp8-amax-compute-algo": "precision.fp8_amax_compute_algo",
+    "num-layers-at-start-in-bf16": "precision.num_layers_at_start_in_bf16",
+    "num-layers-at-end-in-bf16": "precision.num_layers_at_end_in_bf16",
+    "split": "data.split",
+    "num-workers": "data.num_workers",
+    "lr": "optimizer.lr",
+    "min-lr": "optimizer.min_lr",
+    "weight-decay": "optimizer.weight_decay",
+    "clip-grad": "optimizer.clip_grad",
+    "adam-beta1": "optimizer.adam_beta1",
+    "adam-beta2": "optimizer.adam_beta2",
+    "adam-eps": "optimizer.adam_eps",
+    "lr-warmup-iters": "optimizer.warmup_iters",
+    "lr-decay-iters": "optimizer.decay_iters",
+    "lr-decay-style": "optimizer.decay_style",
+    "train-iters": "training.train_iters",
+    "global-batch-size": "training.global_batch_size",
+    "micro-batch-size": "training.micro_batch_size",
+    "seed": "training.seed",
+    "recompute-granularity": "training.recompute_granularity",
+    "recompute-method": "training.recompute_method",
+    "recompute-num-layers": "training.recompute_num_layers",
+    "recompute-modules": "training.recompute_modules",
+    "log-interval": "training.log_interval",
+    "eval-interval": "training.eval_interval",
+    "eval-iters": "training.eval_iters",
+    "save": "checkpoint.dir",
+    "save-interval": "checkpoint.save_interval",
+    "wandb-project": "observe.wandb.project",
+}
+"""The setting of each argument with a value that means the same."""
+
+SWITCHES = {
+    "qk-layernorm": ("model.qk_layernorm", True),
+    "add-qkv-bias": ("model.qkv_bias", True),
+    "untie-embeddings-and-output-weights": ("model.tie_embeddings", False),
+    "moe-shared-expert-gate": ("moe.shared_expert_gate", True),
+    "sequence-parallel": ("parallel.sequence_parallel", True),
+    "use-distributed-optimizer": ("parallel.use_distributed_optimizer", True),
+    "overlap-grad-reduce": ("parallel.overlap_grad_reduce", True),
+    "overlap-param-gather": ("parallel.overlap_param_gather", True),
+    "overlap-moe-expert-parallel-comm": ("parallel.overlap_moe_expert_parallel_comm", True),
+    "bf16": ("precision.dtype", "bf16"),
+    "fp8-param-gather": ("precision.fp8_param", True),
+    "first-last-layers-bf16": ("precision.first_last_layers_bf16", True),
+    "deterministic-mode": ("training.deterministic", True),
+    "async-save": ("checkpoint.async_save", True),
+    "recompute-activations": ("training.recompute_granularity", "selective"),
+    "moe-enable-deepep": ("moe.flex_backend", "deepep"),
+}
+"""The setting and its value of each argument without a value."""
+
+ABSENT = {
+    "model.tie_embeddings": True,
+    "moe.balance_coeff": 0.0,
+    "moe.dispatcher": "allgather",
+    "parallel.use_distributed_optimizer": False,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.adam_beta2": 0.999,
+    "optimizer.decay_style": "linear",
+    "training.log_interval": 100,
+    "training.eval_iters": 100,
+}
+"""What Megatron takes where an argument is not given, if this project's default is another."""
+
+ALWAYS = {
+    "swiglu": "true",
+    "disable-bias-linear": "true",
+    "normalization": "RMSNorm",
+    "position-embedding-type": "rope",
+    "attention-dropout": "0",
+    "hidden-dropout": "0",
+}
+"""Arguments without which Megatron builds a model that this project has not, with their value."""
+
+_SPEED = (
+    "attention-backend auto-detect-ckpt-format ckpt-format cross-entropy-fusion-impl "
+    "cross-entropy-loss-fusion data-cache-path disable-gloo-process-groups dist-ckpt-strictness "
+    "distributed-backend distributed-timeout-minutes enable-experimental group-query-attention "
+    "log-memory-to-tensorboard log-num-zeros-in-grad log-params-norm log-progress log-throughput "
+    "log-timers-to-tensorboard log-validation-ppl-to-tensorboard make-vocab-size-divisible-by "
+    "manual-gc manual-gc-interval max-position-embeddings moe-grouped-gemm moe-permute-fusion "
+    "moe-router-fusion moe-router-dtype multi-latent-attention no-check-for-nan-in-loss-and-grad "
+    "no-create-attention-mask-in-dataloader no-masked-softmax-fusion no-mmap-bin-files "
+    "no-position-embedding no-rope-fusion num-layers-per-virtual-pipeline-stage tensorboard-dir "
+    "tensorboard-log-interval tp-comm-overlap transformer-impl use-flash-attn use-mcore-models "
+    "use-pytorch-profiler wandb-exp-name wandb-save-dir"
+)
+WITHOUT_A_SETTING = frozenset(_SPEED.split())
+"""Arguments of speed, logging and files that need no setting here, or that others imply."""
+
+LAUNCHER = frozenset(
+    ("nproc-per-node", "nnodes", "node-rank", "master-addr", "master-port")
+    + ("rdzv-endpoint", "rdzv-backend", "rdzv-id", "max-restarts", "local-ranks-filter", "tee")
+    + ("mpi", "container-image", "container-mounts", "container-workdir", "export", "ntasks")
+)
+"""Arguments of torchrun and srun."""
+
+
+def setting_of(option: str) -> str | None:
+    """The setting, such as `moe.router_topk`, that a Megatron option is; None if there is none.
+
+    Args:
+        option: The option as it is typed, such as `--moe-router-topk`.
+    """
+    name = option.lstrip("-").replace("_", "-")
+    if name in SWITCHES:
+        return SWITCHES[name][0]
+    return SETTINGS.get(name)

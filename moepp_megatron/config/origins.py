@@ -1,0 +1,54 @@
+"""Says where each value of a configuration comes from: a file, the command line or the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.config.load import config_layers, load_config
+
+DEFAULT = "default"
+
+
+def config_with_origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The resolved configuration, each value with its origin.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value`.
+
+    Returns:
+        Sections as in the file; each setting is a pair of its resolved value, as JSON has it, and
+        its origin: a file's path, `command line` or `default`. A list is one value.
+
+    Raises:
+        ConfigError: If anything is wrong with the configuration.
+    """
+    config = load_config(path, overrides)
+    origins: dict[tuple[str, ...], str] = {}
+    for origin, content in config_layers(path, overrides):
+        origins |= dict.fromkeys(_leaves(content), origin)
+    return _paired(config.model_dump(mode="json"), origins, ())
+
+
+def _leaves(content: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The names of all values in a mapping of mappings."""
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*above, name))
+        else:
+            yield (*above, name)
+
+
+def _paired(
+    content: Mapping[str, Any], origins: Mapping[tuple[str, ...], str], above: tuple[str, ...]
+) -> dict[str, Any]:
+    paired: dict[str, Any] = {}
+    for name, value in content.items():
+        here = (*above, name)
+        if isinstance(value, Mapping) and value:
+            paired[name] = _paired(value, origins, here)
+        else:
+            paired[name] = (value, origins.get(here, DEFAULT))
+    return paired

@@ -1,0 +1,154 @@
+"""Describes every setting of the configuration from the schema: type, default, unit, range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from moepp_megatron.config.known_keys import is_optional, section_models, subsection
+from moepp_megatron.config.problem import show
+from moepp_megatron.config.schema import Section
+
+_SIGNS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
+_KINDS = {"int": "whole number", "float": "number", "bool": "true or false", "str": "text"}
+
+
+@dataclass(frozen=True)
+class SettingReference:
+    """One setting.
+
+    Attributes:
+        name: Dotted name, such as `moe.tau`; `section.list[].key` for a key of a list's entries.
+        kind: What YAML holds: a whole number, a number, text, a path, a list.
+        default: The default as YAML shows it; None for a setting that must be given.
+        unit: Unit; "1" for a pure number, "-" for what is no quantity.
+        allowed: Bounds and choices, such as `>= 1`.
+        meaning: What it is.
+    """
+
+    name: str
+    kind: str
+    default: str | None
+    unit: str
+    allowed: tuple[str, ...]
+    meaning: str
+
+    @property
+    def key(self) -> str:
+        """The name without its section."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class SectionReference:
+    """A section with its own settings; sections inside it follow as entries of their own.
+
+    Attributes:
+        name: Dotted name; `section.list[]` for the entries of a list.
+        meaning: What it is.
+        settings: Its settings in the order of the schema.
+    """
+
+    name: str
+    meaning: str
+    settings: tuple[SettingReference, ...]
+
+
+def section_references() -> Iterator[SectionReference]:
+    """Every section in the order of the schema, those inside another one after it."""
+    for name, model in section_models().items():
+        yield from _section(name, model)
+
+
+def _section(path: str, model: type[Section], meaning: str = "") -> Iterator[SectionReference]:
+    inside: list[tuple[str, type[Section], str]] = []
+    settings = []
+    for key, field in model.model_fields.items():
+        name = f"{path}.{key}"
+        section, entry = subsection(model, key), _entry(field)
+        if section is not None:
+            optional = " May be null." if is_optional(model, key) else ""
+            inside.append((name, section, f"{field.description}.{optional}"))
+        elif entry is not None:
+            inside.append((f"{name}[]", entry, f"{field.description}."))
+        else:
+            settings.append(_setting(name, field))
+    yield SectionReference(
+        path, meaning or " ".join((model.__doc__ or "").split()), tuple(settings)
+    )
+    for name, section, text in inside:
+        yield from _section(name, section, text)
+
+
+def _setting(name: str, field: FieldInfo) -> SettingReference:
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict), f"{name} has no unit"
+    default = None
+    if not field.is_required():
+        default = show(field.get_default(call_default_factory=True, validated_data={}))
+    return SettingReference(
+        name,
+        _kind(field.annotation),
+        default,
+        str(extra["unit"]),
+        tuple(_allowed(field)),
+        str(field.description),
+    )
+
+
+def _entry(field: FieldInfo) -> type[Section] | None:
+    """The section that each entry of a list is."""
+    for kind in get_args(field.annotation):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+def _kind(annotation: Any) -> str:
+    """What YAML holds for a type, in words; null is among the allowed values."""
+    origin = get_origin(annotation)
+    if _is_union(annotation):
+        kinds = (_kind(kind) for kind in get_args(annotation) if kind is not type(None))
+        return " or ".join(dict.fromkeys(kinds))
+    if origin is Literal:
+        return "choice"
+    if origin in (list, tuple):
+        return f"list of {_kind(get_args(annotation)[0])}"
+    if origin is dict:
+        return "mapping"
+    if origin is not None:
+        # Annotated: a path, a bounded number.
+        return _kind(get_args(annotation)[0])
+    name = getattr(annotation, "__name__", str(annotation))
+    return _KINDS.get(name, name.lower())
+
+
+def _allowed(field: FieldInfo) -> Iterator[str]:
+    for each in field.metadata:
+        for sign, text in _SIGNS.items():
+            if getattr(each, sign, None) is not None:
+                yield text.format(f"{getattr(each, sign):g}")
+    for value in _choices(field.annotation):
+        yield show(value).strip("'")
+
+
+def _choices(annotation: Any) -> Iterator[Any]:
+    """The values of each Literal in a type, both truth values, and None where it may be null."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif annotation is bool:
+        yield from (True, False)
+    elif annotation is type(None):
+        yield None
+    elif _is_union(annotation) or get_origin(annotation) is list:
+        for kind in get_args(annotation):
+            yield from _choices(kind)
+
+
+def _is_union(annotation: Any) -> bool:
+    # `Literal[...] | None` is a typing.Union, `int | None` is not.
+    return isinstance(annotation, UnionType) or get_origin(annotation) is Union

@@ -1,0 +1,113 @@
+"""`moepp config`: what a configuration sets and where, and every setting."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moepp_megatron.cli import main
+from moepp_megatron.config import load_config
+
+ROOT = Path(__file__).parents[3]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+def _run(*arguments: str) -> str:
+    result = CliRunner().invoke(main.app, ["config", *arguments])
+    assert result.exception is None, result.exception
+    return result.stdout
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.yaml"
+    path.write_text(f"base: {QUICKSTART}\nmoe:\n  tau: 0.25\n  budget: {{gain: 0.5}}\n")
+    return path
+
+
+def test_show_names_the_origin_of_each_value(own: Path) -> None:
+    lines = {
+        line.split("#")[0].strip(): line.partition("# ")[2]
+        for line in _run("show", str(own), "optimizer.lr=0.5").splitlines()
+    }
+    assert lines["tau: 0.25"] == str(own)
+    assert lines["gain: 0.5"] == str(own)
+    assert lines["lr: 0.5"] == "command line"
+    assert lines["num_layers: 4"] == str(QUICKSTART)
+    assert lines["rotary_base: 10000.0"] == "default"
+
+
+def test_what_show_prints_is_the_configuration(own: Path, tmp_path: Path) -> None:
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(_run("show", str(own)))
+    assert load_config(printed) == load_config(own)
+
+
+def test_changed_leaves_out_defaults(own: Path) -> None:
+    shown = _run("show", str(own), "--changed")
+    assert "tau: 0.25" in shown
+    assert "default" not in shown
+    assert "slurm" not in shown
+
+
+def test_show_as_json(own: Path, tmp_path: Path) -> None:
+    file = tmp_path / "shown.json"
+    _run("show", str(own), "--json", str(file))
+    found = json.loads(file.read_text())
+    assert found["moe"]["tau"] == {"value": 0.25, "origin": str(own)}
+
+
+def test_keys_by_prefix_and_by_a_part_of_the_name() -> None:
+    shown = _run("keys", "moe.tau")
+    assert shown.startswith("moe.tau: number; > 0, <= 10; default 0.75\n    Weight of")
+    assert "precision.fp8: choice; e4m3, hybrid, null; default null" in _run("keys", "precision")
+    assert "training.micro_batch_size" in _run("keys", "micro_batch")
+
+
+def test_keys_as_json(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    _run("keys", "--json", str(file))
+    found = {one["name"]: one for one in json.loads(file.read_text())}
+    assert found["moe.tau"]["default"] == "0.75"
+    assert "routing_guard.rules[].metric" in found
+
+
+def test_an_unknown_prefix_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["moepp", "config", "keys", "nothing_like_it"])
+    with pytest.raises(SystemExit) as caught:
+        main.run()
+    assert caught.value.code == 2
+    assert "PREFIX (nothing_like_it) must be" in capsys.readouterr().err
+
+
+def test_a_megatron_option_is_answered_with_the_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["moepp", "train", str(QUICKSTART), "--micro-batch-size", "4"])
+    with pytest.raises(SystemExit) as caught:
+        main.run()
+    assert caught.value.code == 2
+    assert "the setting training.micro_batch_size=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--version", "-h"])
+def test_version_and_short_help(option: str) -> None:
+    result = CliRunner().invoke(main.app, [option])
+    assert result.exit_code == 0
+    assert "moepp" in result.stdout
+
+
+def test_from_megatron_writes_a_file(tmp_path: Path) -> None:
+    script, out = tmp_path / "train.sh", tmp_path / "mine.yaml"
+    script.write_text("pretrain_gpt.py --num-experts $E --num-layers 2 --odd")
+    result = CliRunner().invoke(
+        main.app, ["config", "from-megatron", str(script), "E=4", "--out", str(out)]
+    )
+    assert result.exit_code == 0
+    assert "--odd has no counterpart" in result.stderr
+    assert "num_ffn_experts: 4" in out.read_text()

@@ -1,0 +1,145 @@
+"""A Megatron-LM command line as a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import ConfigError, load_config, parse_config
+from moepp_megatron.config.from_megatron import Translation, to_yaml, translate
+from moepp_megatron.config.megatron_flags import ABSENT, SETTINGS, SWITCHES, setting_of
+from moepp_megatron.config.reference import section_references
+
+SCRIPT = """\
+#!/bin/bash
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+LAYERS=8
+SAVE=${SAVE:-/checkpoints}
+DISTRIBUTED_ARGS=(
+    --nproc_per_node $GPUS_PER_NODE
+)
+MODEL_ARGS=(
+    --num-layers $LAYERS --hidden-size 256   # a comment
+    --ffn-hidden-size 512
+    --num-attention-heads 8 --group-query-attention --num-query-groups 2
+    --seq-length 128 --vocab-size 1024
+    --swiglu --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
+    --attention-dropout 0.0 --hidden-dropout 0.0
+    --untie-embeddings-and-output-weights
+)
+MOE_ARGS="--num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2"
+torchrun ${DISTRIBUTED_ARGS[@]} pretrain_gpt.py \\
+    ${MODEL_ARGS[@]} --num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2 \\
+    --moe-router-load-balancing-type seq_aux_loss --moe-layer-freq "([0]*1+[1]*7)" \\
+    --tensor-model-parallel-size $TP --pipeline-model-parallel-size 2 \\
+    --num-layers-per-virtual-pipeline-stage 2 --bf16 --sequence-parallel \\
+    --micro-batch-size 2 --global-batch-size 32 --train-samples 3200 --lr-warmup-samples 320 \\
+    --lr 1e-3 --save $SAVE --data-path /data/c4 --no-load-rng --fancy-thing 3
+"""
+
+
+def _translated(text: str, tmp_path: Path, name: str = "train.sh") -> Translation:
+    path = tmp_path / name
+    path.write_text(text)
+    return translate(path, {"TP": "2"})
+
+
+def test_a_script_becomes_a_configuration(tmp_path: Path) -> None:
+    found = _translated(SCRIPT, tmp_path)
+    config = parse_config(found.content)
+    assert (config.model.num_layers, config.model.num_query_groups) == (8, 2)
+    assert config.parallel.tensor_model_parallel_size == 2
+    # Two stages of two layers a chunk: 8 / (2 * 2).
+    assert config.parallel.virtual_pipeline_model_parallel_size == 2
+    # Megatron's default, where this project's is 1.
+    assert config.parallel.expert_tensor_parallel_size == 2
+    assert config.moe.is_vanilla
+    assert config.moe.layer_freq == [0] + [1] * 7
+    assert (config.moe.balance_scope, config.moe.balance_coeff) == ("sequence", 0.01 * 8 / 2)
+    assert (config.training.train_iters, config.optimizer.warmup_iters) == (100, 10)
+    assert config.optimizer.adam_beta2 == 0.999
+    assert config.model.tie_embeddings is False
+    assert config.precision.dtype == "bf16"
+    assert str(config.checkpoint.dir) == "/checkpoints"
+
+
+def test_what_has_no_counterpart_is_listed(tmp_path: Path) -> None:
+    notes = "\n".join(_translated(SCRIPT, tmp_path).notes)
+    assert "--fancy-thing 3 has no counterpart" in notes
+    assert "--no-load-rng has no counterpart" in notes
+    assert "--data-path has no counterpart: set data.path" in notes
+    assert "nproc" not in notes
+
+
+def test_a_model_of_another_kind_is_told(tmp_path: Path) -> None:
+    script = SCRIPT.replace("--swiglu", "").replace("RMSNorm", "LayerNorm")
+    notes = "\n".join(_translated(script, tmp_path).notes)
+    assert "--swiglu is not given: this project's model has --swiglu" in notes
+    assert "--normalization is LayerNorm: this project's model has --normalization" in notes
+
+
+def test_a_variable_without_a_value_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "train.sh"
+    path.write_text(SCRIPT)
+    notes = "\n".join(translate(path, {}).notes)
+    assert "--tensor-model-parallel-size $TP has a variable without a value" in notes
+
+
+def test_yaml_of_arguments(tmp_path: Path) -> None:
+    text = """\
+ENV_VARS:
+  CUDA_DEVICE_MAX_CONNECTIONS: 1
+MODEL_ARGS:
+  --num-layers: 4
+  --hidden-size: 64
+  --ffn-hidden-size: 128
+  --num-attention-heads: 4
+  --seq-length: 32
+  --vocab-size: 128
+  --num-experts: 4
+  --moe-router-pre-softmax: true
+  --sequence-parallel: false
+  --context-parallel-size: ${TP}
+  --micro-batch-size: 1
+  --global-batch-size: 8
+  --train-iters: 10
+  --lr: 1.2e-4
+"""
+    config = parse_config(_translated(text, tmp_path, "model.yaml").content)
+    assert config.parallel.context_parallel_size == 2
+    assert config.moe.gate_normalization == "none"
+    assert config.parallel.sequence_parallel is False
+    assert config.optimizer.lr == 1.2e-4
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    found = _translated(SCRIPT, tmp_path)
+    out = tmp_path / "mine.yaml"
+    out.write_text(to_yaml(found, Path("train.sh")))
+    assert load_config(out) == parse_config(found.content)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("--num-layers 4", "--num-experts among them"),
+        ("--num-experts 4 --moe-layer-freq __import__('os')", "--moe-layer-freq"),
+        ("echo 'open --num-experts 4", "all quotes closed"),
+    ],
+)
+def test_what_is_no_such_file_is_refused(text: str, part: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=part):
+        _translated(text, tmp_path)
+
+
+def test_every_setting_of_the_table_exists() -> None:
+    known = {setting.name for section in section_references() for setting in section.settings}
+    named = {*SETTINGS.values(), *(key for key, _ in SWITCHES.values()), *ABSENT}
+    assert named <= known
+
+
+def test_an_option_typed_by_habit_is_known() -> None:
+    assert setting_of("--micro-batch-size") == "training.micro_batch_size"
+    assert setting_of("--sequence_parallel") == "parallel.sequence_parallel"
+    assert setting_of("--nproc") is None
