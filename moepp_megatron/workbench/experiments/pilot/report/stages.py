@@ -82,7 +82,7 @@ def _pilot(
         ]
     go_back = [if_it_does_not(result, verdict)]
     if verdict.at_pilot == "undecided":
-        go_back.append(if_undecided(verdict, len(outcome.seeds)))
+        go_back.append(if_undecided(result, verdict))
     return Stage(
         title="1. Pilot",
         state=_state(result, verdict),
