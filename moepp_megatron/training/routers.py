@@ -83,16 +83,24 @@ class Routers:
         if self._guard is not None:
             self._guard.add_losses(batch, token_losses)
 
-    def learn(self, step: int) -> None:
-        """Update the controllers after the optimizer has taken `step`."""
-        if self._budget is not None:
+    def reset_counts(self) -> None:
+        """Count the selections of a further batch from 0."""
+        self._routing.reset()
+
+    def selections(self) -> Tensor:
+        """[MoE layers, E] float64 selections of the batch over all ranks; a collective."""
+        return self._routing.selections()
+
+    def learn(self, step: int, result: StepResult) -> None:
+        """Update the controllers after `step`, and the detector after a refused batch too."""
+        if self._budget is not None and result.updated:
             self._budget.end_step(step)
-        if self._shift is not None:
+        if self._shift is not None and result.is_finite:
             self._shift_value = self._shift.end_step()
 
     def judge(self, step: int, result: StepResult) -> GuardVerdict:
-        """The alerts and actions for `step`, after its record."""
-        if self._guard is None:
+        """The alerts and actions for `step`, after its record, or for a batch refused after it."""
+        if self._guard is None or not result.is_finite:
             return NOTHING
         return self._guard.end_step(step, result, self._shift_value)
 
@@ -109,6 +117,11 @@ class Routers:
         self._budget = self._open_budget(extra)
         self._shift = self._open_shift(extra)
         return [] if self._guard is None else self._guard.go_back(step, extra.get("guard"))
+
+    def announce_stage(self, step: int) -> list[Alert]:
+        """Begin rules and detector anew, because other data follow after `step`; every rank."""
+        self._shift = self._open_shift({})
+        return [] if self._guard is None else self._guard.announce_stage(step)
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, which later steps do not change; a collective."""

@@ -247,7 +247,7 @@ def _settings_of_what_is_off(config: Config) -> Iterator[Problem]:
     resilience = config.resilience
     off = {
         "guard": ("guard_window", "guard_threshold", "guard_max_consecutive_skips",
-                  "guard_max_rollbacks"),
+                  "guard_max_rollbacks", "guard_new_data"),
         "hang_timeout_s": ("hang_slow_phase_timeout_s",),
         "straggler_interval": ("straggler_threshold",),
     }  # fmt: skip

@@ -170,14 +170,14 @@ class RoutingGuard:
             self._high_loss.add(batch, token_losses)
 
     def end_step(self, step: int, result: StepResult, shift: float | None = None) -> GuardVerdict:
-        """Judge `step`, once the optimizer has acted; a collective.
+        """Judge `step`, once the optimizer has acted, or a batch refused after it; a collective.
 
         Args:
             step: The step.
             result: Result of the step.
             shift: Divergence of the expert usage over its threshold; None if none is judged.
         """
-        if self._high_loss is not None:
+        if self._high_loss is not None and result.updated:
             self._high_loss.end_step()
         if step <= self._settings.warmup:
             return NOTHING
@@ -202,9 +202,16 @@ class RoutingGuard:
         Returns:
             The alerts for the ends of other actions.
         """
-        ended = [event for event in self._judge.forget() if event.action != "rollback"]
         self._load(state or {})
-        return [told(event, step, False, "went back to a checkpoint") for event in ended]
+        return self._forget(step, "went back to a checkpoint")
+
+    def announce_stage(self, step: int) -> list[Alert]:
+        """Reset all rules, because other data follow after `step`; the alerts are of ends."""
+        return self._forget(step, "new stage")
+
+    def _forget(self, step: int, note: str) -> list[Alert]:
+        ended = [event for event in self._judge.forget() if event.action != "rollback"]
+        return [told(event, step, self._settings.dry_run, note) for event in ended]
 
     def _read(self, result: StepResult, shift: float | None) -> Values:
         """This step's values of the metrics that rules use."""
@@ -219,9 +226,11 @@ class RoutingGuard:
         if self._metrics & RECORDED.keys():
             fields = self._routing.collect()
             values |= {name: cast(float, fields[name]) for name in RECORDED if name in fields}
-        values["grad_norm"] = result.grad_norm
-        if "loss" in self._metrics:
-            values["loss"] = mean_loss(result.losses)
+        # Those of a refused batch are not the model's: the numerical guard has judged them.
+        if result.updated:
+            values["grad_norm"] = result.grad_norm
+            if "loss" in self._metrics:
+                values["loss"] = mean_loss(result.losses)
         if shift is not None:
             values["routing_shift"] = shift
         return from_first_rank(values)
