@@ -3,6 +3,7 @@
 compressed.py       source files that may be compressed
 corpus.py           writes the Megatron indexed dataset, documents shuffled, validation last
 datasets.py         opens a prepared folder as megatron-core GPT datasets: train, validation, test
+document_sources.py which data source the tokens of a sample come from
 documents.py        reads documents from source files
 encoding.py         turns documents into token ids
 existing.py         decides whether an existing output folder is reused, replaced or refused
