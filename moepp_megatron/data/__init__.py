@@ -18,6 +18,7 @@ same_tokenizer.py   checks that a tokenizer is the one whose token ids a corpus 
 sources.py          resolves the user's sources to a fixed order of files
 split.py            the split of a corpus's documents into train, validation and test
 stdlib.py           the built-in corpus: which of Python's library sources are code
+token_classes.py    the class of a token: word, fragment, keyword, number, ...
 token_check.py      checks samples for tokens outside the vocabulary, before they reach an embedding
 token_frequency.py  classes of token ids by how frequent they are in the training set
 tokenizer.py        the tokenizer: a Hugging Face `tokenizers` file and its end-of-document token
