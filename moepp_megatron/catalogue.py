@@ -69,7 +69,8 @@ class Metric:
             experts a token takes, ``metric`` a name of `IN_LAYERS`, ``source`` a data source,
             ``class`` a class of tokens; empty for a single number.
         guard: Whether its rules may look at it: "counted" in each MoE layer and every step from
-            what its router wants, "measured" in each MoE layer and steps with router health,
+            what its router wants, "compared" likewise with what was before, "measured" in each MoE
+            layer and steps with router health,
             "whole" of the model, read by the guard itself, "recorded" of the model and every step
             as `RoutingCollector` counts it for the record.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
@@ -84,7 +85,7 @@ class Metric:
     group: str = "other"
     prometheus: str = ""
     labels: Labels = ""
-    guard: Literal["", "counted", "measured", "whole", "recorded"] = ""
+    guard: Literal["", "counted", "compared", "measured", "whole", "recorded"] = ""
     healthy: str = ""
     wrong: str = ""
     is_watched: bool = True
@@ -299,6 +300,9 @@ class Record(BaseModel):
 IN_LAYERS = {
     "ffn_to_target": Metric(
         "FFN share over its target from moe.budget or moe.tau", guard="counted"),
+    "class_ffn_to_past": Metric(
+        "FFN experts per token of the class of tokens that lost most, over what it had before; "
+        "where the layer lost as much, their ratio to the layer's mean", guard="compared"),
     "min_ffn_load": Metric(
         "idlest FFN expert's selections over the FFN experts' mean; 0 is a dead expert",
         prometheus="moepp_layer_min_ffn_load_ratio", labels="layer", guard="counted",

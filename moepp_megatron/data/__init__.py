@@ -20,6 +20,7 @@ split.py            the split of a corpus's documents into train, validation and
 stdlib.py           the built-in corpus: which of Python's library sources are code
 token_classes.py    the class of a token: word, fragment, keyword, number, ...
 token_check.py      checks samples for tokens outside the vocabulary, before they reach an embedding
+token_groups.py     classes of token ids that metrics and rules tell apart
 token_frequency.py  classes of token ids by how frequent they are in the training set
 tokenizer.py        the tokenizer: a Hugging Face `tokenizers` file and its end-of-document token
 verify.py           checks a prepared folder against its manifest, quickly or byte by byte

@@ -60,7 +60,7 @@ class Routers:
         self._guard: RoutingGuard | None = None
         if config.routing_guard.enabled:
             self._guard = RoutingGuard(
-                config, model, self._routing, self._health, extra.get("guard")
+                config, model, self._routing, self._health, self._groups, extra.get("guard")
             )
 
     def _open_budget(self, extra: dict[str, Any]) -> BudgetControl | None:
