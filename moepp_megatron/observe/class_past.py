@@ -12,12 +12,13 @@ Values = NDArray[np.float64]
 
 # Half-lives in steps: of what counts as now, of what was before, and of that where it has fallen
 # below `_FALLEN` of it: a class would else soon be compared with its fall, and one that has settled
-# elsewhere for good would never become usual.
+# elsewhere for good would never become usual. Above it a class that training changes slowly is
+# followed at the usual pace.
 _NOW, _BEFORE, _BEFORE_FALLEN = 5.0, 30.0, 1000.0
-_FALLEN = 0.7
-# Nothing is compared before so many steps, of fewer tokens now than this, and where there was less
-# than this to lose, in FFN experts per token.
-_FEWEST_STEPS, _FEWEST_TOKENS, _LEAST = 50, 100.0, 0.05
+_FALLEN = 0.5
+# Nothing is compared before so many steps, or where fewer FFN experts were to be expected now:
+# independent tokens then give a standard deviation of a tenth at most.
+_FEWEST_STEPS, _FEWEST_TOKENS, _FEWEST_EXPECTED = 50, 100.0, 100.0
 
 
 class ClassPast:
@@ -69,9 +70,9 @@ class ClassPast:
         own, layer = per_token[:, :-1], per_token[:, -1:]
         now = np.stack([own, _over(own, layer)], axis=-1)
         left = _over(now, self._before).max(axis=-1)
-        is_counted = self._now[:, :-1, 1] >= _FEWEST_TOKENS
-        left = np.where(is_counted & (self._before[..., 0] >= _LEAST), left, np.nan)
-        self._learn(now, left, is_counted)
+        tokens = self._now[:, :-1, 1]
+        left = np.where(self._before[..., 0] * tokens >= _FEWEST_EXPECTED, left, np.nan)
+        self._learn(now, left, tokens >= _FEWEST_TOKENS)
         return left if self._steps > _FEWEST_STEPS else np.full_like(left, np.nan)
 
     def ffn_per_token(self) -> tuple[Values, Values]:
@@ -81,9 +82,9 @@ class ClassPast:
 
     def _learn(self, now: Values, left: Values, is_counted: NDArray[np.bool_]) -> None:
         has_fallen = (left < _FALLEN) & (self._steps > _FEWEST_STEPS)
-        keep = np.where(has_fallen, _keep(_BEFORE_FALLEN), _keep(_BEFORE))[..., None]
         # At first the plain mean, which no step outweighs.
-        keep = np.minimum(keep, 1.0 - 1.0 / self._steps)
+        usual = min(_keep(_BEFORE), 1.0 - 1.0 / self._steps)
+        keep = np.where(has_fallen, _keep(_BEFORE_FALLEN), usual)[..., None]
         learnt = keep * self._before + (1.0 - keep) * now
         learnt = np.where(np.isnan(self._before), now, learnt)
         self._before = np.where(is_counted[..., None], learnt, self._before)
