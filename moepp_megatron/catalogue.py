@@ -387,5 +387,7 @@ def _of_record() -> dict[str, Metric]:
 
 
 OF_RECORD = _of_record()
+BY_NAME = tuple(key for key, row in OF_RECORD.items() if row.labels in ("source", "class"))
+"""Keys whose values are numbers by name."""
 METRICS = {**OF_RECORD, **IN_LAYERS}
 """All rows by name."""
