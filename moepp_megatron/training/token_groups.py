@@ -22,7 +22,7 @@ from moepp_megatron.data.token_groups import (
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.statistics import RoutingStatistics
-from moepp_megatron.training.routing_profile import counts_on_ranks
+from moepp_megatron.training.expert_usage import counts_on_ranks
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.tagging import layers_know_tokens, tags_of
 
