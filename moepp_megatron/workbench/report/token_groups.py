@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.ticker import PercentFormatter
 
 from moepp_megatron.data.token_groups import BANDS
@@ -13,6 +12,10 @@ from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.alerts import mark_alerts
 from moepp_megatron.workbench.report.drawing import (
+    BLUE,
+    GREEN,
+    MUTED,
+    VERMILION,
     legend_above,
     new_figure,
     smooth,
@@ -24,8 +27,9 @@ from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.summary import tail
 
-# More lines than this are not told apart; the table has all sources.
-_MOST_LINES = 8
+# Colours that show on light and dark. More lines than these are not told apart; the table has all
+# sources.
+_COLOURS = (BLUE, VERMILION, GREEN, "#e69f00", "#cc79a7", "#56b4e9", MUTED, "#9a6700")
 # A longer name would leave the plot no room.
 _LONGEST_NAME = 24
 
@@ -98,7 +102,7 @@ def source_table(run: RunData) -> list[SourceRow]:
 
 def token_plots(run: RunData) -> list[Plot]:
     """The plots that the records have numbers for."""
-    sources = _sources(run)[:_MOST_LINES]
+    sources = _sources(run)[: len(_COLOURS)]
     classes = list(dict.fromkeys(n for r in run.records for n in r.class_ffn_per_token or {}))
     more = "" if len(sources) == len(_sources(run)) else " The sources with the most tokens."
     of_class = "FFN experts per token, mean over MoE layers, of the tokens"
@@ -132,10 +136,9 @@ def _plot(run: RunData, lines: Lines) -> Plot | None:
     """The plot; None if no name has two finite numbers."""
     figure = new_figure()
     axes = figure.subplots()
-    colours = colormaps["viridis"](np.linspace(0.05, 0.85, len(lines.names)))
     show = formatting.percent if lines.is_share else formatting.number
     words, all_steps = [], set()
-    for name, colour in zip(lines.names, colours, strict=True):
+    for name, colour in zip(lines.names, _COLOURS, strict=False):
         values = [(r.step, (getattr(r, lines.key) or {}).get(name, math.nan)) for r in run.records]
         values = [(step, value) for step, value in values if math.isfinite(value)]
         if len(values) < 2:
