@@ -80,13 +80,16 @@ class Routers:
         """Training step `step` begins."""
         self._routing.reset()
         self._health.begin_step(step)
-        self._sources.begin_step()
-        if self._groups is not None:
-            self._groups.begin_step()
+        self._begin_counts()
         if self._budget is not None:
             self._budget.begin_step(step)
         if self._guard is not None:
             self._guard.begin_step(step, self._budget)
+
+    def _begin_counts(self) -> None:
+        self._sources.begin_step()
+        if self._groups is not None:
+            self._groups.begin_step()
 
     def watch_losses(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
         """Record a micro-batch's token losses; a `LossWatcher`."""
@@ -98,6 +101,7 @@ class Routers:
     def reset_counts(self) -> None:
         """Count the selections of a further batch from 0."""
         self._routing.reset()
+        self._begin_counts()
 
     def selections(self) -> Tensor:
         """[MoE layers, E] float64 selections of the batch over all ranks; a collective."""

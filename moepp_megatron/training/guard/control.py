@@ -117,14 +117,17 @@ class RoutingGuard:
         self._raised = RaisedTau(
             self._layers, settings.tau_factor, settings.tau_half_life, state.get("raised", ())
         )
-        self._fallen: FallenClasses | None = None
-        if self._groups is not None and self._of_classes:
-            self._fallen = FallenClasses(self._groups, self._layers, state.get("fallen"))
+        self._fallen = self._open_fallen(state.get("fallen"))
         self._high_loss: HighLossTokens | None = None
         if self._tokens == "high_loss":
             self._high_loss = HighLossTokens(
                 self._config.model.vocab_size, force.share, force.decay, state.get("high_loss")
             )
+
+    def _open_fallen(self, state: Mapping[str, Any] | None) -> FallenClasses | None:
+        if self._groups is None or not self._of_classes:
+            return None
+        return FallenClasses(self._groups, self._layers, state)
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, the same on every rank; later steps do not change it."""
@@ -237,6 +240,7 @@ class RoutingGuard:
 
     def announce_stage(self, step: int) -> list[Alert]:
         """Reset all rules, because other data follow after `step`; the alerts are of ends."""
+        self._fallen = self._open_fallen(None)
         return self._forget(step, "new stage")
 
     def _forget(self, step: int, note: str) -> list[Alert]:
