@@ -4,6 +4,7 @@ alerts.py              the alerts of a run; those about refused batches, stages,
 batches.py             micro-batches on this rank's device, for training and validation
 budget.py              applies the budget of FFN experts per token to the model, step by step
 collect.py             adds up what all ranks counted in one step
+data_sources.py        loss, FFN share and use of the experts by data source, of one step
 decoding.py            continues prompts with a cache of keys and values
 evaluate.py            validation loss
 generate.py            `moepp generate` as a function
@@ -24,7 +25,9 @@ run_sinks.py           the sinks that receive a run's records
 setup.py               wraps the model: precision, data parallelism, optimizer, schedule
 signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
+tagging.py             whether layers are told which tokens they see, and by what
 telemetry.py           adds telemetry of all nodes to a step's metrics
+token_groups.py        FFN experts of each class of tokens, in one step
 train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported
 trainer.py             the run from start to end
 """

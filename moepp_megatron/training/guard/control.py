@@ -19,11 +19,14 @@ from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.collect import RoutingCollector, mean_loss
 from moepp_megatron.training.guard.actions import RaisedTau, RouterControl, demands
 from moepp_megatron.training.guard.alerts import told
+from moepp_megatron.training.guard.fallen import METRIC as FALLEN
+from moepp_megatron.training.guard.fallen import FallenClasses
 from moepp_megatron.training.guard.high_loss import HighLossTokens
 from moepp_megatron.training.guard.readings import counted, from_first_rank, measured
 from moepp_megatron.training.router_health import HealthCollector
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch, StepResult
+from moepp_megatron.training.token_groups import GroupCollector
 
 # Actions that go on until the rule is healthy.
 _LASTING = ("raise_tau", "force_ffn", "safe_mode")
@@ -76,6 +79,7 @@ class RoutingGuard:
         model: The wrapped model.
         routing: Counts the selections of a step.
         health: Measures the routers of a step.
+        groups: Counts by class of tokens; None where these are not counted.
         state: State from a checkpoint; None at the beginning.
     """
 
@@ -85,14 +89,18 @@ class RoutingGuard:
         model: TrainingModel,
         routing: RoutingCollector,
         health: HealthCollector,
+        groups: GroupCollector | None,
         state: Mapping[str, Any] | None,
     ) -> None:
         self._config, self._settings = config, config.routing_guard
-        self._routing, self._health = routing, health
+        self._routing, self._health, self._groups = routing, health, groups
         self._layers = routing.layer_numbers
         rules = effective_rules(self._settings)
         self._metrics = {rule.metric for rule in rules}
-        forces = any(rule.action == "force_ffn" for rule in rules)
+        # Rules about classes force the classes that fell, other rules the tokens of the settings.
+        self._of_classes = {rule.name: rule.limit for rule in rules if rule.metric == FALLEN}
+        self._others = {rule.name for rule in rules} - self._of_classes.keys()
+        forces = any(rule.action == "force_ffn" for rule in rules if rule.name in self._others)
         self._tokens = self._settings.force_ffn.tokens if forces else "all"
         state = state or {}
         self._judge = RuleJudge(rules, self._layers, state.get("judge"))
@@ -109,17 +117,25 @@ class RoutingGuard:
         self._raised = RaisedTau(
             self._layers, settings.tau_factor, settings.tau_half_life, state.get("raised", ())
         )
+        self._fallen = self._open_fallen(state.get("fallen"))
         self._high_loss: HighLossTokens | None = None
         if self._tokens == "high_loss":
             self._high_loss = HighLossTokens(
                 self._config.model.vocab_size, force.share, force.decay, state.get("high_loss")
             )
 
+    def _open_fallen(self, state: Mapping[str, Any] | None) -> FallenClasses | None:
+        if self._groups is None or not self._of_classes:
+            return None
+        return FallenClasses(self._groups, self._layers, state)
+
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, the same on every rank; later steps do not change it."""
         state: dict[str, Any] = {"judge": self._judge.state(), "raised": self._raised.state()}
         if self._high_loss is not None:
             state["high_loss"] = self._high_loss.state()
+        if self._fallen is not None:
+            state["fallen"] = self._fallen.state()
         return state
 
     def begin_step(self, step: int, budget: BudgetControl | None) -> None:
@@ -156,6 +172,18 @@ class RoutingGuard:
 
     def _forced_ids(self) -> Tensor | None:
         """[vocabulary] bool token ids that are forced; None for all tokens."""
+        others = None
+        if self._judge.places("force_ffn", self._others):
+            others = self._forced_by_others()
+            if others is None:
+                return None
+        if self._fallen is None:
+            return others
+        fallen = self._fallen.mask()
+        return fallen if others is None else fallen | others
+
+    def _forced_by_others(self) -> Tensor | None:
+        """The same by rules that are not about classes of tokens."""
         if self._high_loss is not None:
             return self._high_loss.mask()
         if self._tokens == "all":
@@ -182,12 +210,17 @@ class RoutingGuard:
         if step <= self._settings.warmup:
             return NOTHING
         events = self._judge.judge(self._read(result, shift))
+        if self._fallen is not None:
+            self._fallen.choose(
+                self._judge.places("force_ffn", self._of_classes), max(self._of_classes.values())
+            )
         rollbacks: list[Event] = []
         if not self._settings.dry_run:
             self._raised.step(self._judge.places("raise_tau"))
             rollbacks = [event for event in events if event.begins and event.action == "rollback"]
         others = [event for event in events if event not in rollbacks]
-        alerts = [told(event, step, self._settings.dry_run) for event in others]
+        dry_run = self._settings.dry_run
+        alerts = [told(event, step, dry_run, self._note(event)) for event in others]
         return GuardVerdict(alerts, rollbacks)
 
     def go_back(self, step: int, state: Mapping[str, Any] | None) -> list[Alert]:
@@ -207,11 +240,18 @@ class RoutingGuard:
 
     def announce_stage(self, step: int) -> list[Alert]:
         """Reset all rules, because other data follow after `step`; the alerts are of ends."""
+        self._fallen = self._open_fallen(None)
         return self._forget(step, "new stage")
 
     def _forget(self, step: int, note: str) -> list[Alert]:
         ended = [event for event in self._judge.forget() if event.action != "rollback"]
         return [told(event, step, self._settings.dry_run, note) for event in ended]
+
+    def _note(self, event: Event) -> str:
+        """Further text of an alert: which classes of tokens fell."""
+        if self._fallen is None or event.rule.metric != FALLEN or not event.begins:
+            return ""
+        return self._fallen.note(event.layer, event.rule.limit)
 
     def _read(self, result: StepResult, shift: float | None) -> Values:
         """This step's values of the metrics that rules use."""
@@ -233,6 +273,8 @@ class RoutingGuard:
                 values["loss"] = mean_loss(result.losses)
         if shift is not None:
             values["routing_shift"] = shift
+        if self._fallen is not None:
+            values[FALLEN] = self._fallen.end_step()
         return from_first_rank(values)
 
     def metrics(self) -> dict[str, Any]:
