@@ -160,7 +160,7 @@ class Hardware(Section):
     )
     reached: dict[str, float] = Field(
         default={},
-        description="What this card reaches where it differs from other cards "
+        description="What this GPU reaches where it differs from an H100 "
         "(workbench/planning/efficiency.py); moepp plan --fit writes it",
         json_schema_extra=unit("-"),
     )
