@@ -67,7 +67,24 @@ def parse_config(content: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: Unknown keys, wrong values or broken rules, one line each.
     """
-    refuse_unknown_keys(content, "the configuration")
+    config = validated(content)
+    check_config(config)
+    return config
+
+
+def validated(content: Mapping[str, Any], source: str = "the configuration") -> Config:
+    """A configuration whose keys, types and ranges are valid; the cross-field rules are not asked.
+
+    It describes a run that need not be one of this trainer's (`moepp plan --measured`).
+
+    Args:
+        content: Sections.
+        source: Where they come from, for messages.
+
+    Raises:
+        ConfigError: Unknown keys or wrong values, one line each.
+    """
+    refuse_unknown_keys(content, source)
     # Absent sections are added empty, so that a missing field is reported by its own name.
     filled = {
         section: _without_empty(model, content.get(section))
@@ -78,7 +95,6 @@ def parse_config(content: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         raise_problems(field_problems(error, filled))
         raise AssertionError("a ValidationError without problems") from error
-    check_config(config)
     return config
 
 
@@ -152,6 +168,23 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Cont
             "give a path relative to the file that names it"
         )
     return [*_read_with_bases(base_path, (*chain, resolved)), (str(path), own)]
+
+
+def from_dotted(settings: Mapping[str, Any]) -> Content:
+    """Sections from `section.key: value`; later keys win.
+
+    Raises:
+        ConfigError: A name without a section.
+    """
+    content: Content = {}
+    for name, value in settings.items():
+        section, dot, key = str(name).partition(".")
+        if not (section and dot and key):
+            raise ConfigError(
+                f"setting {name!r} must have the form section.key; write for example moe.tau"
+            )
+        content = _merge(content, _nested(section, key, value))
+    return content
 
 
 def _nested(section: str, key: str, value: Any) -> Content:
