@@ -62,6 +62,7 @@ def variants(steps: int) -> dict[str, list[str]]:
         "zero init, temperature 2": ["moe.constant_init=zero", "moe.constant_temperature=2.0"],
         "shared": ["moe.constants_shared=true"],
         "annealed tau": [
+            "moe.budget.controller=none",
             f"moe.budget.target_ffn_per_token={target:.6g}",
             f"moe.budget.start_ffn_per_token={start:.6g}",
             f"moe.budget.ramp_steps={max(1, steps // 2)}",

@@ -123,7 +123,7 @@ def upcycle(
     Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 (without groups of experts).
     """
     _quiet()
-    from moepp_megatron.interop.upcycle import Additions, least_gate, steps_to_phi
+    from moepp_megatron.interop.upcycle import Additions, least_gate
     from moepp_megatron.interop.upcycle import upcycle as convert
 
     additions = Additions(
@@ -144,9 +144,8 @@ def upcycle(
         echo(f"gates        at least {least:.3f} of what they were, for --approximate")
     if config.moe.num_zero_computation_experts:
         echo(
-            f"FFN share    1 now; training moves it to phi ({config.moe.ffn_share:.3f}) in "
-            f"{steps_to_phi(config)} / moe.budget.gain ({config.moe.budget.gain}) steps: "
-            "docs/upcycling.md"
+            f"FFN share    1 now; the first steps of training move it to phi "
+            f"({config.moe.ffn_share:.3f}), or a ramp of moe.budget: docs/upcycling.md"
         )
 
 

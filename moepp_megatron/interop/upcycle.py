@@ -8,8 +8,7 @@ experts, router rows. Added: zero-computation experts and gating residuals, so t
   not change; gating residuals G start at 0. Where gates are raw softmax scores (norm_topk_prob
   false) new experts shrink them, by a bounded factor: that takes `Additions.approximate`.
 - A selection bias keeps every new expert unselected, for any token (`upcycle_router`).
-  LongCat-Flash's rule (`moe.budget`) takes it back in training, at the rate at which
-  the FFN share is above phi.
+  `moe.budget` takes it back in training.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ class Additions(ExpertCounts):
     Attributes:
         gating_residual: Whether routers see the logits of the layer before.
         tau: Weight of zero-computation experts in the balance loss.
-        bias_gain: `moe.budget.gain` of the selection bias in training.
         router_topk: Experts per token of a model made from a dense one.
         seed: Seed of all random numbers.
         approximate: Whether to accept sources whose gates are raw scores, which new experts shrink.
@@ -52,7 +50,6 @@ class Additions(ExpertCounts):
 
     gating_residual: bool = LayerSettings.gating_residual
     tau: float = LayerSettings.tau
-    bias_gain: float = 0.01
     router_topk: int = LayerSettings.router_topk
     seed: int = 1234
     approximate: bool = False
@@ -108,7 +105,7 @@ def upcycled_config(
         "selection_bias": True,
     }
     if additions.num_zero_computation_experts:
-        moe["budget"] = {"controller": "bias", "gain": additions.bias_gain}
+        moe["budget"] = {"controller": "bias"}
     if kind.moe is None:
         moe |= {"num_ffn_experts": additions.num_ffn_experts, "router_topk": additions.router_topk}
     else:
@@ -143,18 +140,6 @@ def least_gate(config: Config) -> float:
         return 1.0
     added = math.exp(NOISE) * moe.num_zero_computation_experts
     return moe.num_ffn_experts / (moe.num_ffn_experts + added)
-
-
-def steps_to_phi(config: Config) -> str:
-    """Steps in which the bias moves the FFN share from 1 to phi, in units of 1 / `budget.gain`.
-
-    It was measured with softmax scores, whose bias begins at 1.25 / F; that of sigmoid scores
-    begins at 1.
-    """
-    moe = config.moe
-    if moe.score_function == "sigmoid":
-        return f"up to {moe.num_ffn_experts / (1.0 - moe.ffn_share):.0f}"
-    return "5 to 7"
 
 
 def _refuse_shrinking_gates(config: Config) -> None:

@@ -15,6 +15,7 @@ flex_dispatcher.py    megatron-core's flex dispatcher (DeepEP) without what no F
 router_health.py      how healthy a router is: what one step's logits, gates and gradients say
 lane.py               the lane on which router logits travel from MoE layer to MoE layer
 layer.py              the MoE++ layer: dispatch, FFN experts, combine, zero-computation experts
+margins.py            how far selections are from other numbers of FFN experts
 overlap.py            a MoE++ layer as nodes of megatron-core's combined schedule
 padding.py            padding masks: which tokens a router does not route
 parameter.py          parameters that every rank of a tensor-parallel group holds whole

@@ -6,12 +6,15 @@ under a weight tau gives the share phi = tau F / (tau F + Z). Solved for tau:
     log tau = logit(share) - log(F / Z)
 
 So tau follows from the target share (feed-forward). Real training differs from perfect balance, so
-a controller corrects it by feedback; there are two:
+a controller corrects it by feedback:
 
+- **bias** moves the FFN experts' selection bias, by one of two rules. Without a gain the margins of
+  a step's selections (`margins`) say which bias would have given the target, and the bias moves a
+  part of the way there (`BudgetController`): nothing depends on the scale of scores, the number of
+  experts or the batch. With a gain it moves by LongCat-Flash's rule (`bias_step`).
 - **tau** adds the error of the measured share, in log odds, to log tau (proportional part; in log
   odds the equation above is linear), and a hundredth of it per step to a running sum (integral
   part). Routers follow tau with a delay of many steps, so the integral part alone would oscillate.
-- **bias** moves the FFN experts' selection bias (`bias_step`, LongCat-Flash's rule).
 
 The state is a few numbers a layer that follow from counts over the global batch: the same on
 every rank and in every layout.
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer, moepp_layers
+from moepp_megatron.moe.margins import quantile
 
 Controller = Literal["none", "bias", "tau"]
 
@@ -48,7 +52,8 @@ class Budget:
         share: FFN share of all selections.
         controller: What moves the measured share to the target.
         gain: Change of the bias per step and missing share, or of log tau per missing unit of
-            log odds.
+            log odds; None with `bias` where `response` acts.
+        response: Part of the missing bias that is added after a step.
         decay: Weight of the past in the measured share's moving average.
         per_layer: Whether each layer is held to the share, or their mean.
         start_share: Share at the start; None for a constant share.
@@ -58,7 +63,8 @@ class Budget:
 
     share: float
     controller: Controller = "none"
-    gain: float = 1.0
+    gain: float | None = None
+    response: float = 0.7
     decay: float = 0.9
     per_layer: bool = True
     start_share: float | None = None
@@ -114,28 +120,43 @@ class BudgetController:
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint: plain numbers, copies that later steps do not change."""
-        shares = None if self._shares is None else self._shares.tolist()
-        return {"shares": shares, "missing": list(self._missing), "past": list(self._past)}
+        return {
+            "shares": None if self._shares is None else self._shares.tolist(),
+            "missing": list(self._missing),
+            "past": list(self._past),
+        }
+
+    @property
+    def needs_margins(self) -> bool:
+        """Whether `observe` needs the margins of a step."""
+        return self.budget.controller == "bias" and self.budget.gain is None
 
     def taus(self, step: int) -> list[float]:
         """Tau of each MoE layer in `step`."""
         base = self._config.tau_for(_inside(self.budget.share_at(step)))
         pulls = [
-            self.budget.gain * (missing + past)
+            (self.budget.gain or 1.0) * (missing + past)
             for missing, past in zip(self._missing, self._past, strict=True)
         ]
         return [min(max(base * math.exp(pull), _LEAST_TAU), _MOST_TAU) for pull in pulls]
 
-    def observe(self, selected_LE: Tensor, step: int) -> Tensor | None:
+    def observe(
+        self, selected_LE: Tensor, step: int, margins_LB: Tensor | None = None
+    ) -> Tensor | None:
         """Learn from a step's selections.
 
         Args:
             selected_LE: [MoE layers, E] selections over the global batch.
             step: The step that made them.
+            margins_LB: [MoE layers, bins] their margins (`margins.count_margins`), if
+                `needs_margins`.
 
         Returns:
             [MoE layers, E] fp32 to add to the selection biases; None without a bias controller.
         """
+        if self.needs_margins:
+            assert margins_LB is not None, "without a gain the bias controller needs margins"
+            return self._measured_steps(selected_LE, margins_LB, self.budget.share_at(step + 1))
         shares = selected_LE.double() / selected_LE.sum(dim=1, keepdim=True)
         past = shares if self._shares is None else self._shares
         self._shares = self.budget.decay * past + (1.0 - self.budget.decay) * shares
@@ -144,11 +165,29 @@ class BudgetController:
             measured = measured.mean(dim=0, keepdim=True).expand_as(measured)
         wanted = self.budget.share_at(step)
         if self.budget.controller == "bias":
-            ffn = self._config.num_ffn_experts
-            return bias_step(measured, wanted, ffn, self.budget.gain)
+            assert self.budget.gain is not None, "LongCat-Flash's rule has a gain"
+            return bias_step(measured, wanted, self._config.num_ffn_experts, self.budget.gain)
         if self.budget.controller == "tau":
             self._turn_tau(measured, wanted, step)
         return None
+
+    def _measured_steps(self, selected_LE: Tensor, margins_LB: Tensor, wanted: float) -> Tensor:
+        """[MoE layers, E] fp32 steps towards the bias that would have given the share `wanted`.
+
+        A moving average of the bias that each step needed: without a sum over the past there is
+        nothing to wind up, and it is stable for every response up to 2, since the next selection
+        follows the bias at once.
+        """
+        steps_LE = torch.zeros(selected_LE.shape)
+        selections_L = selected_LE.sum(dim=1)
+        if not self.budget.per_layer:
+            margins_LB = margins_LB.sum(dim=0, keepdim=True).expand_as(margins_LB)
+            selections_L = selections_L.sum().expand_as(selections_L)
+        for layer, selections in enumerate(selections_L.tolist()):
+            if selections > 0:
+                shift = quantile(margins_LB[layer].tolist(), wanted * selections)
+                steps_LE[layer, : self._config.num_ffn_experts] = self.budget.response * shift
+        return steps_LE
 
     def _turn_tau(self, measured: Tensor, wanted: float, step: int) -> None:
         ffn_shares = measured[:, : self._config.num_ffn_experts].sum(dim=1).tolist()

@@ -31,6 +31,7 @@ from moepp_megatron.moe.capacity import within_capacity
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.kernels import use_kernels
+from moepp_megatron.moe.margins import count_margins
 from moepp_megatron.moe.padding import flat_mask, without_padding
 from moepp_megatron.moe.parameter import replicated_parameter
 from moepp_megatron.moe.router_health import RouterHealth
@@ -319,6 +320,8 @@ class MoEPPRouter(TopKRouter):
             else:
                 made_E = routing_map_TE.sum(dim=0)
                 self.statistics.add_selection(made_E, num_tokens, kept_TE, loss, wanted_E)
+            if self.statistics.watches_margins:
+                self._count_margins(logits, padded)
         if kept_TE is not None:
             return Routing(gates_TE * kept_TE, kept_TE, logits)
         return Routing(gates_TE, routing_map_TE, logits)
@@ -343,6 +346,12 @@ class MoEPPRouter(TopKRouter):
 
             return fused_select(*arguments, padded_T)
         return select(*arguments, self.ffn_demand, forced_T, padded_T)
+
+    def _count_margins(self, logits: Tensor, padded: Tensor | None) -> None:
+        assert self.expert_bias is not None, "margins are counted for the controller of a bias"
+        logits_TE = logits.detach().reshape(-1, self.moepp.num_experts)
+        logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
+        self.statistics.add_margins(count_margins(logits_TE, self.expert_bias, self.moepp, padded))
 
     def _count_tags(self, selection: Selection, tags: Tensor, padded: Tensor | None) -> None:
         statistics, num_ffn = self.statistics, self.moepp.num_ffn_experts

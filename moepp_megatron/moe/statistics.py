@@ -25,6 +25,8 @@ class RoutingStatistics:
         dropped: Selections that a capacity limit took away.
         balance_loss: Sum over micro-batches of this rank's summands of L_b, beta excluded.
         num_tokens: Tokens seen, without padding.
+        margins: [bins] int64 margins of FFN experts (`moe.margins`); None where none are counted.
+        watches_margins: Whether they are to be counted.
         a2a_bytes: Bytes of hidden vectors that the dispatcher sent to other ranks, forward pass,
             dispatch and combine.
     """
@@ -32,6 +34,7 @@ class RoutingStatistics:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
         self.num_cells = self.num_groups = self.num_sources = 0
+        self.watches_margins = False
         self.reset()
 
     def reset(self) -> None:
@@ -41,6 +44,7 @@ class RoutingStatistics:
         self.cells: Tensor | None = None
         self.groups: Tensor | None = None
         self.sources: Tensor | None = None
+        self.margins: Tensor | None = None
         self.dropped: Tensor | None = None
         self.balance_loss: Tensor | None = None
         self.num_tokens: int | Tensor = 0
@@ -125,6 +129,11 @@ class RoutingStatistics:
             shape = self.num_sources, self.num_experts
             self.sources = torch.zeros(shape, dtype=torch.int64, device=routing_map.device)
         self.sources.index_add_(0, sources, routing_map.long())
+
+    @torch.no_grad()
+    def add_margins(self, counts: Tensor) -> None:
+        """Count one micro-batch's margins, [bins] int64."""
+        self.margins = counts if self.margins is None else self.margins + counts
 
     def wanted_selections(self) -> Tensor:
         """[E] float64 on the CPU: selections that the router wanted."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from moepp_megatron.config import Config
 from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.budget import Budget, BudgetController, add_to_biases, set_taus
+from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.setup import TrainingModel
+
+# An alert is raised where the share, smoothed over 20 steps, stays further than this from the
+# target for so many steps, and again only after it has been nearer than half of that.
+_TOLERANCE, _PATIENCE = 0.1, 100
+_SMOOTHING = 0.95
 
 
 class BudgetControl:
@@ -28,12 +35,19 @@ class BudgetControl:
         routing: RoutingCollector,
         state: dict[str, Any] | None,
     ) -> None:
-        self._model, self._routing = model, routing
+        self._config, self._model, self._routing = config, model, routing
         # Tau of each layer in the step that is under way or has just been taken.
         self._in_force: dict[int, float] = {}
         self._controller = BudgetController(
             _budget(config), moepp_config(config), len(routing.layer_numbers), state
         )
+        if self._controller.needs_margins:
+            routing.watch_margins()
+        state = state or {}
+        # How far the share is from the target, smoothed; steps in a row too far; whether told.
+        self._off: float = state.get("off", 0.0)
+        self._steps_off: int = state.get("steps_off", 0)
+        self._told: bool = state.get("told", False)
 
     def begin_step(self, step: int) -> None:
         """Set tau for `step`."""
@@ -48,20 +62,63 @@ class BudgetControl:
         """Target of the FFN share of all selections in `step`."""
         return self._controller.budget.share_at(step)
 
-    def end_step(self, step: int) -> dict[str, Any]:
+    def end_step(self, step: int) -> list[Alert]:
         """Learn from the selections of `step`, once the optimizer has acted; a collective.
 
         Returns:
-            `state()` after it.
+            An alert if the target is being missed, else none.
         """
-        biases = self._controller.observe(self._routing.selections(), step)
+        margins = self._routing.margins() if self._controller.needs_margins else None
+        selected_LE = self._routing.selections()
+        biases = self._controller.observe(selected_LE, step, margins)
         if biases is not None:
             add_to_biases(self._model.models, self._routing.layer_numbers, biases)
-        return self.state()
+        ffn = selected_LE[:, : self._config.moe.num_ffn_experts].sum(dim=1)
+        return self._judge(step, float((ffn / selected_LE.sum(dim=1)).mean()))
+
+    def _judge(self, step: int, share: float) -> list[Alert]:
+        target = self.share(step)
+        self._off = _SMOOTHING * self._off + (1.0 - _SMOOTHING) * (share / target - 1.0)
+        is_off = abs(self._off) > _TOLERANCE and target == self._controller.budget.share
+        self._steps_off = self._steps_off + 1 if is_off else 0
+        if abs(self._off) < _TOLERANCE / 2:
+            self._told = False
+        if self._told or self._steps_off < _PATIENCE:
+            return []
+        self._told = True
+        return [
+            Alert(
+                step=step,
+                time=time.time(),
+                rule="budget_missed",
+                metric="ffn_to_target",
+                value=1.0 + self._off,
+                condition=f"not within {_TOLERANCE:.0%} of 1 for {_PATIENCE} steps: {self._why()}",
+                severity="warning",
+                action="warn",
+            )
+        ]
+
+    def _why(self) -> str:
+        """What does not hold the target, and what would."""
+        moe, budget = self._config.moe, self._controller.budget
+        if budget.controller == "none":
+            return "no controller holds it; use moe.budget.controller bias"
+        if budget.controller == "tau":
+            tau = sum(self._in_force.values()) / len(self._in_force)
+            return (
+                f"tau is {tau:.3g}, {moe.tau_for(budget.share):.3g} under perfect balance, and "
+                f"routers do not follow; moe.balance_coeff ({moe.balance_coeff:g}) is too small "
+                "for this target: use moe.budget.controller bias, or a larger one"
+            )
+        if budget.gain is not None:
+            return f"moe.budget.gain ({budget.gain:g}) is too small or too large; leave it out"
+        return f"routers change faster than moe.budget.response ({budget.response:g}); use 1"
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint: plain numbers, copies that later steps do not change."""
-        return self._controller.state()
+        own = {"off": self._off, "steps_off": self._steps_off, "told": self._told}
+        return self._controller.state() | own
 
     def metrics(self, step: int) -> dict[str, Any]:
         """Fields of the record of `step`, the last that `begin_step` began.
@@ -78,8 +135,9 @@ def _budget(config: Config) -> Budget:
     start = settings.start_ffn_per_token
     return Budget(
         share=moe.ffn_share,
-        controller=settings.controller,
-        gain=settings.controller_gain,
+        controller=settings.held_by,
+        gain=settings.fixed_gain,
+        response=settings.response,
         decay=settings.decay,
         per_layer=settings.scope == "layer",
         start_share=None if start is None else start / moe.router_topk,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.moe.layer import moe_statistics
+from moepp_megatron.moe.margins import edges
 from moepp_megatron.moe.spec import moe_layer_pattern
 from moepp_megatron.training.setup import TrainingModel
 
@@ -83,6 +84,23 @@ class RoutingCollector:
                 local[row] = self._statistics[number].wanted_selections()
         self._selections = sum_over_ranks(local)
         return self._selections
+
+    def watch_margins(self) -> None:
+        """Count margins from now on."""
+        for statistics in self._statistics.values():
+            statistics.watches_margins = True
+
+    def margins(self) -> Tensor:
+        """[MoE layers, bins] float64 margins of the step (`moe.margins`), over all ranks.
+
+        Every rank must call.
+        """
+        local = torch.zeros(len(self.layer_numbers), len(edges()) + 1, dtype=torch.float64)
+        for row, number in enumerate(self.layer_numbers):
+            counts = self._statistics[number].margins if number in self._statistics else None
+            if counts is not None:
+                local[row] = counts.to("cpu", torch.float64)
+        return sum_over_ranks(local)
 
     def collect(self) -> dict[str, object]:
         """Reduce over all ranks (every rank must call) and compute the metrics of the step."""

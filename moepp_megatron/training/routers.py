@@ -107,12 +107,18 @@ class Routers:
         """[MoE layers, E] float64 selections of the batch over all ranks; a collective."""
         return self._routing.selections()
 
-    def learn(self, step: int, result: StepResult) -> None:
-        """Update the controllers after `step`, and the detector after a refused batch too."""
+    def learn(self, step: int, result: StepResult) -> list[Alert]:
+        """Update the controllers after `step`, and the detector after a refused batch too.
+
+        Returns:
+            The controllers' alerts.
+        """
+        alerts: list[Alert] = []
         if self._budget is not None and result.updated:
-            self._budget.end_step(step)
+            alerts = self._budget.end_step(step)
         if self._shift is not None and result.is_finite:
             self._shift_value = self._shift.end_step()
+        return alerts
 
     def judge(self, step: int, result: StepResult) -> GuardVerdict:
         """The alerts and actions for `step`, after its record, or for a batch refused after it."""

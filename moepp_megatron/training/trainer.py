@@ -177,7 +177,7 @@ class Trainer:
         self._recorder.end_step()
         if result.updated:
             self._advance()
-        self._routers.learn(self.progress.step, result)
+        self._alerts.send(*self._routers.learn(self.progress.step, result))
         if result.updated:
             supervisor.end_step(self.progress.step)
         return result, started

@@ -283,8 +283,6 @@ def train_upcycled(
     overrides = [f"training.train_iters={steps}", "training.global_batch_size=8"]
     overrides += ["optimizer.lr=0.001", "optimizer.decay_style=constant", "model.seq_length=16"]
     overrides += ["parallel.expert_model_parallel_size=2"]
-    # Faster than the default of 0.01, so that a test's few steps suffice.
-    overrides += ["moe.budget.gain=0.15", "moe.budget.decay=0.0"]
     config = with_overrides(load_config(target / "config.yaml"), overrides)
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)

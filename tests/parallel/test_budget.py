@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
 from tests.parallel.ranks import RankPools
@@ -53,15 +54,15 @@ def train(raw: dict[str, Any], steps: int, shift: int) -> tuple[list[float], lis
     routing = RoutingCollector(model, config, layout)
     budget = BudgetControl(config, model, routing, None)
     batches = rank_batches(ShiftedDataset(config, steps, shift), 0, config, len(model.chunks))
-    taken, losses, state = [], [], None
+    taken, losses = [], []
     for step in range(1, steps + 1):
         routing.reset()
         budget.begin_step(step)
         result = training_step(model, batches, config, layout)
-        state = budget.end_step(step)
+        budget.end_step(step)
         taken.append(float(routing.collect()["ffn_per_token"]))
         losses.append(mean_loss(result.losses))
-    return taken, losses, state
+    return taken, losses, budget.state()
 
 
 def recorded_and_set_taus(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
@@ -100,10 +101,8 @@ def recorded_and_set_taus(raw: dict[str, Any], steps: int) -> list[tuple[float, 
 
 CONTROLLED = {
     "tau": {"budget": {"target_ffn_per_token": 0.8, "controller": "tau", "gain": 3.0}},
-    "bias": {
-        "budget": {"target_ffn_per_token": 0.8, "controller": "bias", "gain": 0.2},
-        "selection_bias": True,
-    },
+    "gain": {"budget": {"target_ffn_per_token": 0.8, "controller": "bias", "gain": 0.2}},
+    "default": {"budget": {"target_ffn_per_token": 0.8}},
 }
 
 
@@ -135,29 +134,33 @@ def test_the_record_holds_the_tau_of_the_step(ranks: RankPools, controller: str)
     assert len(set(recorded)) >= 5, "nothing moves tau here"
 
 
-def test_bias_holds_the_budget_through_a_shift_of_the_data(ranks: RankPools) -> None:
-    moe = {
-        "num_ffn_experts": 8,
-        "selection_bias": True,
-        "budget": {
-            "target_ffn_per_token": 1.0,
-            "controller": "bias",
-            "gain": 0.2,
-            "decay": 0.0,
-        },
-    }
-    training = {"train_iters": 200, "global_batch_size": BATCH, "micro_batch_size": 8}
+@pytest.mark.parametrize(
+    ("target", "budget", "steps", "tolerance"),
+    # The default promises 5%, for any target: routers drift at a learning rate this high, and it
+    # lags behind. Tau alone is 45% and 18% off here. A gain that suits a model and target holds 2%.
+    [
+        (0.5, {}, 100, 0.05),
+        (1.0, {"controller": "bias", "gain": 0.2, "decay": 0.0}, 200, 0.02),
+    ],
+    ids=["default", "gain"],
+)
+def test_bias_holds_the_budget_through_a_shift_of_the_data(
+    ranks: RankPools, target: float, budget: dict[str, Any], steps: int, tolerance: float
+) -> None:
+    moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": target, **budget}}
+    training = {"train_iters": steps, "global_batch_size": BATCH, "micro_batch_size": 8}
     optimizer = {"lr": 3e-3, "decay_style": "constant"}
     raw = settings(moe=moe, training=training, optimizer=optimizer)
-    ((taken, _, _),) = ranks(1).run(train, raw, 200, 120 * BATCH)
+    shift = steps * 3 // 5
+    ((taken, _, _),) = ranks(1).run(train, raw, steps, shift * BATCH)
 
     def mean(begin: int, end: int) -> float:
         return sum(taken[begin:end]) / (end - begin)
 
-    assert mean(0, 10) > 1.1, "an untrained router is not at the target by itself"
-    # 2% is what the controller is for. A step has 512 tokens, so single steps scatter by more.
-    assert mean(80, 120) == pytest.approx(1.0, rel=0.02)
-    assert mean(140, 200) == pytest.approx(1.0, rel=0.02)
+    assert taken[0] > 1.1 * target, "an untrained router is not at the target by itself"
+    # A step has 512 tokens, so single steps scatter by more.
+    assert mean(steps * 2 // 5, shift) == pytest.approx(target, rel=tolerance)
+    assert mean(steps * 7 // 10, steps) == pytest.approx(target, rel=tolerance)
 
 
 @pytest.mark.parametrize("controller", list(CONTROLLED))
@@ -179,3 +182,83 @@ def test_ten_and_ten_steps_are_twenty(
     for name in ("loss", "ffn_per_token", "ffn_target", "tau"):
         assert logged(tmp_path / "parts", name) == logged(tmp_path / "whole", name)
     assert logged(tmp_path / "parts", "ffn_target") == [0.4] * 20
+
+
+@pytest.mark.parametrize("changed", ["resumed", "weights"])
+def test_a_run_begun_without_a_bias_goes_on_with_one(
+    ranks: RankPools, corpus: Path, tmp_path: Path, changed: str
+) -> None:
+    old = {"target_ffn_per_token": 0.8, "controller": "none"}
+    common: dict[str, Any] = {"training": {"train_iters": 3}, "checkpoint": {"save_interval": 3}}
+    moe = {"num_ffn_experts": 8, "budget": old}
+    ranks(1).run(run_trainer, trainer_settings(corpus, tmp_path / "old", moe=moe, **common))
+    new = trainer_settings(
+        corpus,
+        tmp_path / ("old" if changed == "resumed" else "new"),
+        moe={"num_ffn_experts": 8, "budget": {"target_ffn_per_token": 0.8}},
+        training={"train_iters": 6},
+        checkpoint={
+            "load": "auto" if changed == "resumed" else str(tmp_path / "old"),
+            "load_optimizer": changed == "resumed",
+        },
+    )
+    ranks(1).run(run_trainer, new)
+    assert len(logged(Path(new["run"]["dir"]))) == 6
+
+
+def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tuple[int, str]]:
+    """Step and text of each alert while routers take what they like."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.budget import BudgetControl
+    from moepp_megatron.training.collect import RoutingCollector
+    from moepp_megatron.training.setup import build_training_model
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    model = build_training_model(config)
+    routing = RoutingCollector(model, config, layout)
+    budget = BudgetControl(config, model, routing, None)
+    experts = config.moe.num_experts
+    found = []
+    for step in range(1, steps + 1):
+        if step == resumed_at:
+            budget = BudgetControl(config, model, routing, budget.state())
+        routing.reset()
+        for statistics in routing._statistics.values():
+            # As many of each expert: a share of 8 of 12.
+            statistics.add_selection(torch.full((experts,), 100), 600)
+        budget.begin_step(step)
+        found += [(alert.step, alert.text()) for alert in budget.end_step(step)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("budget", "remedy"),
+    [
+        ({"controller": "none"}, "use moe.budget.controller bias"),
+        ({"controller": "tau"}, "moe.balance_coeff (0.01) is too small"),
+        ({"controller": "bias", "gain": 0.01}, "moe.budget.gain (0.01)"),
+    ],
+)
+def test_a_target_that_is_missed_is_told_once(
+    ranks: RankPools, budget: dict[str, Any], remedy: str
+) -> None:
+    moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": 0.8, **budget}}
+    ((alert, *others),) = ranks(1).run(missing_target, settings(moe=moe), 250, 60)
+    assert others == []
+    # The share is 67% too large at once; its average over 20 steps is 10% too large after four.
+    assert alert[0] == 103
+    assert "budget_missed" in alert[1]
+    assert remedy in alert[1]
+
+
+def test_a_target_that_is_met_or_on_its_way_is_not_told(ranks: RankPools) -> None:
+    met = {"target_ffn_per_token": 1.3, "controller": "none"}
+    ramp = {"target_ffn_per_token": 0.8, "controller": "none", "start_ffn_per_token": 1.0}
+    for budget in (met, ramp | {"ramp_begin": 250}):
+        moe = {"num_ffn_experts": 8, "budget": budget}
+        assert ranks(1).run(missing_target, settings(moe=moe), 250, 60) == [[]]

@@ -13,7 +13,7 @@ def _budget_has_something_to_choose(config: Config) -> Iterator[Problem]:
     moe = config.moe
     if not moe.budget.acts or moe.num_zero_computation_experts > 0:
         return
-    name = "controller" if moe.budget.controller != "none" else "target_ffn_per_token"
+    name = "controller" if moe.budget.target_ffn_per_token is None else "target_ffn_per_token"
     yield Problem(
         f"moe.budget.{name}",
         getattr(moe.budget, name),
@@ -24,43 +24,36 @@ def _budget_has_something_to_choose(config: Config) -> Iterator[Problem]:
 
 
 def _budget_is_within_what_tokens_select(config: Config) -> Iterator[Problem]:
-    """A token selects K experts; if all K are FFN experts, no tau balances them."""
+    """A token selects K different experts: at most F FFN experts, at least what is left of Z."""
     moe = config.moe
+    others = moe.num_zero_computation_experts
+    if others == 0:
+        return
+    lowest, highest = max(0, moe.router_topk - others), min(moe.router_topk, moe.num_ffn_experts)
     for key in ("target_ffn_per_token", "start_ffn_per_token"):
         value = getattr(moe.budget, key)
-        highest = moe.router_topk
-        # At the start the target may be K: there tau ends at its largest value.
-        fits = value is None or value < highest or (value == highest and key.startswith("start"))
-        if not fits:
-            yield Problem(
-                f"moe.budget.{key}",
-                value,
-                f"must be below moe.router_topk ({highest}), the experts that a token selects",
-                f"use for example {0.75 * highest:g}",
-            )
-
-
-def _bias_controller_has_a_bias(config: Config) -> Iterator[Problem]:
-    """The bias controller moves the selection bias."""
-    moe = config.moe
-    if moe.budget.controller == "bias" and not moe.selection_bias:
-        yield Problem(
-            "moe.budget.controller",
-            "bias",
-            "must come with moe.selection_bias, which is false",
-            "set moe.selection_bias to true, or use controller tau",
-        )
+        # At the start the target may be at its end: there tau has its largest value.
+        if value is None or (value == highest and key.startswith("start")):
+            continue
+        if value >= highest:
+            rule = f"below {highest}, the FFN experts that a token selects at most"
+        elif value <= lowest:
+            rule = f"above {lowest}, what moe.router_topk leaves beside {others} others"
+        else:
+            continue
+        example = lowest + 0.75 * (highest - lowest)
+        yield Problem(f"moe.budget.{key}", value, f"must be {rule}", f"use for example {example:g}")
 
 
 def _tau_acts_through_the_balance_loss(config: Config) -> Iterator[Problem]:
     """Tau has no effect if the balance loss is off."""
     moe = config.moe
-    if moe.balance_coeff > 0 or not moe.budget.acts or moe.budget.controller == "bias":
+    if moe.balance_coeff > 0 or not moe.budget.acts or moe.budget.held_by == "bias":
         return
     yield Problem(
         "moe.balance_coeff",
         moe.balance_coeff,
-        f"must be above 0 with moe.budget.controller {moe.budget.controller}, because tau acts "
+        f"must be above 0 with moe.budget.controller {moe.budget.held_by}, because tau acts "
         "through the balance loss",
         "use 0.01, or moe.budget.controller bias",
     )
@@ -81,7 +74,6 @@ def _capacity_follows_a_fixed_tau(config: Config) -> Iterator[Problem]:
 RULES = (
     _budget_has_something_to_choose,
     _budget_is_within_what_tokens_select,
-    _bias_controller_has_a_bias,
     _tau_acts_through_the_balance_loss,
     _capacity_follows_a_fixed_tau,
 )

@@ -115,12 +115,19 @@ def _tau_beside_a_target(config: Config) -> Iterator[Problem]:
 
 
 def _budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
-    """Gain, average and scope belong to the controller; the start and its ramp need each other."""
+    """Settings of another controller, or of none; the start and its ramp need each other."""
     budget = config.moe.budget
-    if budget.controller == "none":
-        for key in ("gain", "decay", "scope"):
-            reason = "without moe.budget.controller"
-            yield from _ignored(config, f"moe.budget.{key}", reason, "use bias or tau")
+    others: tuple[str, ...] = ("response",)
+    reason, remedy = f"with moe.budget.controller {budget.held_by}", "use bias, or leave it out"
+    if budget.held_by == "none":
+        others = ("response", "gain", "decay", "scope")
+        reason, remedy = "without moe.budget.controller", "use bias or tau"
+    elif budget.measures_gain:
+        others, reason, remedy = ("decay",), "without moe.budget.gain", "set it, or leave this out"
+    elif budget.held_by == "bias":
+        reason, remedy = "with moe.budget.gain, which is fixed", "leave one of them out"
+    for key in others:
+        yield from _ignored(config, f"moe.budget.{key}", reason, remedy)
     if budget.start_ffn_per_token is None:
         for key in ("ramp_begin", "ramp_steps"):
             reason = "without moe.budget.start_ffn_per_token"
@@ -131,6 +138,18 @@ def _budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
             "moe.budget.start_ffn_per_token",
             "without moe.budget.target_ffn_per_token or controller",
             "set one of them, or leave it out",
+        )
+
+
+def _nothing_evens_out_experts(config: Config) -> Iterator[Problem]:
+    """The measured bias moves all FFN experts alike; the balance loss tells them apart."""
+    if config.moe.budget.measures_gain and config.moe.balance_coeff == 0:
+        yield Problem(
+            "moe.balance_coeff",
+            config.moe.balance_coeff,
+            "leaves nothing that evens out FFN experts among each other with moe.budget.controller "
+            "bias and no moe.budget.gain",
+            "use 0.01, or set moe.budget.gain for LongCat-Flash's rule, which moves each expert's",
         )
 
 
@@ -318,6 +337,7 @@ RULES = (
     _kernels_of_the_vanilla_layer,
     _tau_beside_a_target,
     _budget_settings_of_what_is_off,
+    _nothing_evens_out_experts,
     _residual_without_predecessor,
     _sequence_parallel_without_tensor_parallel,
     _recompute_settings_without_recompute,

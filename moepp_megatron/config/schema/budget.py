@@ -8,6 +8,8 @@ from pydantic import Field
 
 from moepp_megatron.config.schema.section import Section, unit
 
+Controller = Literal["none", "bias", "tau"]
+
 
 class BudgetSection(Section):
     """The budget of FFN experts per token, its controller and its schedule."""
@@ -19,17 +21,27 @@ class BudgetSection(Section):
         "the place of moe.tau. null: what moe.tau gives under perfect balance",
         json_schema_extra=unit("experts"),
     )
-    controller: Literal["none", "bias", "tau"] = Field(
-        default="none",
+    controller: Controller | None = Field(
+        default=None,
         description="What moves the measured share to the target: a bias on the selection of FFN "
-        "experts (LongCat-Flash), or tau in the balance loss, or nothing",
+        "experts, or tau in the balance loss, or nothing. null: bias where there is a target, else "
+        "none",
         json_schema_extra=unit("-"),
+    )
+    response: float = Field(
+        default=0.7,
+        gt=0.0,
+        le=1.0,
+        description="Part of the bias that was missing in a step that is added after it, as "
+        "measured; with controller bias and gain null",
+        json_schema_extra=unit("1"),
     )
     gain: float | None = Field(
         default=None,
         gt=0.0,
-        description="How strongly the controller acts: step of the bias for each share that is "
-        "missing (null: 0.01), or of log tau for each unit of log odds (null: 1)",
+        description="A fixed gain: step of the bias for each share that is missing (LongCat-Flash; "
+        "null: the bias follows moe.budget.response), or of log tau for each unit of log odds "
+        "(null: 1)",
         json_schema_extra=unit("1"),
     )
     decay: float = Field(
@@ -37,7 +49,7 @@ class BudgetSection(Section):
         ge=0.0,
         lt=1.0,
         description="Weight of the past in the measured share's moving average; 0 takes each step "
-        "as it is",
+        "as it is. Of tau and of a fixed gain",
         json_schema_extra=unit("1"),
     )
     scope: Literal["layer", "model"] = Field(
@@ -65,13 +77,23 @@ class BudgetSection(Section):
     )
 
     @property
-    def acts(self) -> bool:
-        """Whether training differs from one with `moe.tau` alone."""
-        return self.target_ffn_per_token is not None or self.controller != "none"
+    def held_by(self) -> Controller:
+        """The controller, the default resolved."""
+        if self.controller is not None:
+            return self.controller
+        return "none" if self.target_ffn_per_token is None else "bias"
 
     @property
-    def controller_gain(self) -> float:
-        """The gain, the default resolved."""
-        if self.gain is not None:
-            return self.gain
-        return 0.01 if self.controller == "bias" else 1.0
+    def measures_gain(self) -> bool:
+        """Whether the bias moves by what was measured to be missing, not by a fixed gain."""
+        return self.held_by == "bias" and self.gain is None
+
+    @property
+    def acts(self) -> bool:
+        """Whether training differs from one with `moe.tau` alone."""
+        return self.target_ffn_per_token is not None or self.held_by != "none"
+
+    @property
+    def fixed_gain(self) -> float | None:
+        """The gain, the default resolved; None where it is measured."""
+        return 1.0 if self.gain is None and self.held_by == "tau" else self.gain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moepp_megatron.config.schema.budget import BudgetSection
 from moepp_megatron.config.schema.section import Section, unit
@@ -72,6 +72,16 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
     budget: BudgetSection = Field(
         default_factory=BudgetSection, description="FFN experts per token, held during training"
     )
+
+    @model_validator(mode="after")
+    def _bias_of_its_controller(self) -> MoESection:
+        """Switch on the selection bias that the budget's controller moves.
+
+        It does not count as given by the user, so that it goes with the controller.
+        """
+        if self.budget.held_by == "bias" and self.num_zero_computation_experts > 0:
+            object.__setattr__(self, "selection_bias", True)
+        return self
 
     @property
     def ffn_share(self) -> float:

@@ -80,8 +80,11 @@ _MEANINGS: dict[str, Callable[[Config], Any]] = {**_SHAPES, "data.split": _split
 _SECTIONS = ("model", "moe", "precision", "data", "optimizer", "training")
 
 
-def check_compatible(checkpoint: Path, config: Config) -> None:
+def check_compatible(checkpoint: Path, config: Config) -> Config:
     """Refuse a checkpoint whose model has other shapes.
+
+    Returns:
+        The configuration that it was written with.
 
     Raises:
         ConfigError: If the shapes differ; one line per setting.
@@ -94,6 +97,7 @@ def check_compatible(checkpoint: Path, config: Config) -> None:
             f"{error}; convert it, or use the version that wrote it"
         ) from error
     raise_problems(_shape_problems(checkpoint, saved, config))
+    return saved
 
 
 def differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:

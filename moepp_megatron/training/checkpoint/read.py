@@ -27,6 +27,7 @@ from moepp_megatron.training.checkpoint.progress import Progress, grid, read_rec
 from moepp_megatron.training.checkpoint.state import (
     apply_model_state,
     apply_state,
+    keep_biases,
     model_state,
     wanted_state,
 )
@@ -112,11 +113,12 @@ def read_checkpoint(
     Raises:
         ConfigError: The model has other shapes.
     """
-    check_compatible(checkpoint, config)
+    saved = check_compatible(checkpoint, config)
+    has_biases = saved.moe.selection_bias or not config.moe.selection_bias
     record = read_record(checkpoint)
     with model.gathered_parameters():
         if weights_only or record is None:
-            _read_weights(checkpoint, model.models)
+            _read_weights(checkpoint, model.models, has_biases)
             # The optimizer's fp32 copies were taken from the weights that these replace.
             model.optimizer.reload_model_params()
             return Loaded()
@@ -125,6 +127,8 @@ def read_checkpoint(
         state = wanted_state(model)
         if is_same_layout:
             state[rng.KEY] = rng.sharded_rng_state(with_data=False)
+        if not has_biases:
+            keep_biases(state)
         loaded = load_data(state, checkpoint)
         apply_state(model, loaded)
     _restore_rng(loaded.get(rng.KEY), config, record.progress, record.layout)
@@ -151,8 +155,10 @@ def load_weights(checkpoint: Path, models: list[GPTModel]) -> None:
     _read_weights(checkpoint, models)
 
 
-def _read_weights(checkpoint: Path, models: list[GPTModel]) -> None:
+def _read_weights(checkpoint: Path, models: list[GPTModel], has_biases: bool = True) -> None:
     state: dict[str, Any] = model_state(models)
+    if not has_biases:
+        keep_biases(state)
     apply_model_state(models, load_data(state, checkpoint))
 
 

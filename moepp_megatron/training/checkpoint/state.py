@@ -60,6 +60,16 @@ def model_state(models: list[GPTModel]) -> dict[str, Any]:
     }
 
 
+def keep_biases(state: dict[str, Any]) -> None:
+    """Leave the selection biases of a sharded state as they are in the model, 0 at first.
+
+    For a checkpoint that has none, because the run was begun without a controller that moves them.
+    """
+    for chunk in (value for key, value in state.items() if key.startswith("model")):
+        for key in [key for key in chunk if key.endswith("router.expert_bias")]:
+            chunk[key] = LocalNonpersistentObject(chunk[key].data)
+
+
 def saved_state(model: TrainingModel) -> dict[str, Any]:
     """The state of model, optimizer and schedule that a checkpoint stores."""
     state = model_state(model.models)

@@ -618,7 +618,7 @@ INVALID = [
     ),
     # the budget, a section inside a section
     (["moe.budget.gain=0"], "moe.budget.gain (0)", "use a value above 0, or null"),
-    (["moe.budget.controller=pid"], "moe.budget.controller ('pid')", "use none"),
+    (["moe.budget.controller=pid"], "moe.budget.controller ('pid')", "one of none, bias, tau"),
     (["moe.budget=3"], "moe.budget must be a mapping", "moe.budget.KEY=VALUE"),
     (["moe.budget.gian=1.0"], "unknown key moe.budget.gian", "did you mean moe.budget.gain?"),
     (["moe.controller=tau"], "unknown key moe.controller", "did you mean moe.budget.controller?"),
@@ -638,10 +638,21 @@ INVALID = [
         "add zero-computation experts",
     ),
     (
-        ["moe.budget.controller=bias"],
-        "moe.budget.controller ('bias')",
-        "set moe.selection_bias to true",
+        [
+            "moe.router_topk=4",
+            "moe.num_constant_experts=0",
+            "moe.budget.target_ffn_per_token=2.0",
+        ],
+        "moe.budget.target_ffn_per_token (2.0)",
+        "use for example 3.5",
     ),
+    (
+        ["moe.num_ffn_experts=2", "moe.router_topk=4", "moe.budget.target_ffn_per_token=2.5"],
+        "moe.budget.target_ffn_per_token (2.5)",
+        "use for example 1.5",
+    ),
+    (["moe.budget.response=0"], "moe.budget.response (0)", "use a value above 0"),
+    (["moe.budget.response=1.5"], "moe.budget.response (1.5)", "use 1.0 or less"),
     (
         ["moe.budget.controller=tau", "moe.balance_coeff=0.0"],
         "moe.balance_coeff (0.0)",
@@ -887,6 +898,26 @@ IGNORED = [
         ["moe.budget.gain=0.1"],
         "moe.budget.gain (0.1)",
         "without moe.budget.controller",
+    ),
+    (
+        ["moe.budget.target_ffn_per_token=1.0", "moe.budget.decay=0.5"],
+        "moe.budget.decay (0.5)",
+        "without moe.budget.gain",
+    ),
+    (
+        ["moe.budget.controller=bias", "moe.budget.gain=0.1", "moe.budget.response=0.2"],
+        "moe.budget.response (0.2)",
+        "with moe.budget.gain, which is fixed",
+    ),
+    (
+        ["moe.budget.controller=tau", "moe.budget.response=0.2"],
+        "moe.budget.response (0.2)",
+        "with moe.budget.controller tau",
+    ),
+    (
+        ["moe.balance_coeff=0.0", "moe.budget.controller=bias"],
+        "moe.balance_coeff (0.0)",
+        "evens out FFN experts",
     ),
     (
         ["moe.budget.ramp_steps=5"],

@@ -67,6 +67,20 @@ def test_section_inside_a_section_is_merged_key_by_key(minimal: Path, tmp_path: 
     assert (again.moe.budget.controller, again.moe.budget.decay) == ("none", 0.25)
 
 
+def test_a_target_is_held_by_a_selection_bias_unless_told_otherwise(minimal: Path) -> None:
+    plain = load_config(minimal, [])
+    assert (plain.moe.budget.held_by, plain.moe.selection_bias) == ("none", False)
+    held = with_overrides(plain, ["moe.budget.target_ffn_per_token=1.0"])
+    assert (held.moe.budget.held_by, held.moe.selection_bias) == ("bias", True)
+    # The bias goes with the controller, since nobody asked for it by itself.
+    for controller in ("none", "tau"):
+        other = with_overrides(held, [f"moe.budget.controller={controller}"])
+        assert (other.moe.budget.held_by, other.moe.selection_bias) == (controller, False)
+    assert with_overrides(plain, ["moe.budget.controller=bias"]).moe.selection_bias
+    # As a run's own config.yaml names it.
+    assert load_config(minimal, ["moe.selection_bias=false", "moe.budget.controller=bias"])
+
+
 def test_empty_section_inside_a_section_is_its_defaults(minimal: Path, tmp_path: Path) -> None:
     top = tmp_path / "top.yaml"
     top.write_text("base: minimal.yaml\nmoe:\n  budget:\n")

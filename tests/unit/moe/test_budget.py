@@ -1,4 +1,4 @@
-"""The budget of FFN experts per token: its schedule, its two controllers, their state."""
+"""The budget of FFN experts per token: its schedule, its controllers, their state."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 from moepp_megatron.moe.budget import Budget, BudgetController
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.margins import count_margins
+from moepp_megatron.moe.selection import select
 
 CONFIG = MoEPPConfig(8, num_zero_experts=1, num_copy_experts=1, num_constant_experts=2)
 SELECTIONS = 10_000
@@ -109,9 +111,147 @@ def test_layers_are_held_apart_or_together() -> None:
     assert together.taus(2) == pytest.approx([0.5, 0.5])
 
 
+class Plant:
+    """One layer whose tokens' logits are drawn anew in every step and drift by `pull` a step."""
+
+    def __init__(self, config: MoEPPConfig, tokens: int, spread: float, pull: float = 0.0) -> None:
+        self.config, self.tokens, self.spread, self.pull = config, tokens, spread, pull
+        self.generator = torch.Generator().manual_seed(7)
+        self.preference = torch.randn(config.num_experts, generator=self.generator)
+        self.bias, self.steps = torch.zeros(config.num_experts), 0
+
+    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, E] selections and [1, B] margins."""
+        noise = torch.randn(self.tokens, self.config.num_experts, generator=self.generator)
+        logits = self.spread * (noise + self.preference)
+        logits[:, : self.config.num_ffn_experts] += self.spread * self.pull * self.steps
+        self.steps += 1
+        selection = select(logits, self.bias, self.config, 1)
+        assert selection.counts is not None
+        return selection.counts, count_margins(logits, self.bias, self.config)[None]
+
+    def run(self, budget: Budget, steps: int) -> list[float]:
+        """FFN share of each step, in units of the target."""
+        controller, shares = BudgetController(budget, self.config, 1), []
+        for step in range(1, steps + 1):
+            selected, margins = self.step()
+            ffn = selected[:, : self.config.num_ffn_experts].sum() / selected.sum()
+            shares.append(float(ffn) / budget.share_at(step))
+            moved = controller.observe(selected, step, margins)
+            assert moved is not None
+            self.bias += moved[0]
+        return shares
+
+
+def scattered(plant: Plant, share: float) -> float:
+    """Standard deviation of a step's measured share, in units of the target."""
+    return math.sqrt((1 - share) / share / (plant.tokens * plant.config.router_topk))
+
+
+LAYERS = {
+    "8 of 12, top-2": MoEPPConfig(8),
+    "4 of 6, top-1": MoEPPConfig(4, num_constant_experts=0, router_topk=1),
+    "32 of 40, top-4": MoEPPConfig(32, num_constant_experts=6, router_topk=4),
+    "sigmoid": MoEPPConfig(8, score_function="sigmoid"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("share", [0.15, 0.75])
+def test_measured_bias_holds_any_layer_at_any_scale_of_scores(name: str, share: float) -> None:
+    # Scores that differ by a thousandth, and scores that are near 0 or 1.
+    for spread in (1e-3, 1.0, 5.0):
+        plant = Plant(LAYERS[name], 1000, spread)
+        shares = plant.run(Budget(share=share, controller="bias"), 60)
+        # Half of the way in each step: after 20 a millionth is left of where it began. Then steps
+        # scatter as their tokens do and the bias follows half of it, 20% more; six deviations.
+        limit = 6 * 1.2 * scattered(plant, share)
+        assert max(abs(s - 1) for s in shares[20:]) < limit, (name, spread)
+        # The mean of 40 steps, by five deviations.
+        assert abs(sum(shares[20:]) / 40 - 1) < 5 * scattered(plant, share) / 40**0.5
+
+
+@pytest.mark.parametrize("response", [0.1, 0.5, 1.0])
+def test_measured_bias_does_not_oscillate(response: float) -> None:
+    plant = Plant(MoEPPConfig(8), 4000, 1.0)
+    off = [s - 1 for s in plant.run(Budget(0.3, "bias", response=response), 150)[50:]]
+    variance = sum(x * x for x in off) / len(off)
+    # A response r to independent noise makes 2 / (2 - r) of its variance; twice that is too much.
+    assert variance < 2 * 2 / (2 - response) * scattered(plant, 0.3) ** 2
+    following = sum(a * b for a, b in zip(off, off[1:], strict=False)) / len(off)
+    # And neighbours a correlation of -r / 2. An oscillation has -1.
+    assert following / variance > -response / 2 - 0.3
+
+
+def test_measured_bias_follows_routers_that_drift() -> None:
+    plant = Plant(MoEPPConfig(8), 4000, 1.0, pull=0.003)
+    shares = plant.run(Budget(share=0.15, controller="bias"), 200)
+    # Logits move by 0.3% of their spread in a step and by half of it altogether, the bias is two
+    # steps behind; three steps' drift changes the share by 2% at this density.
+    assert sum(shares[-100:]) / 100 == pytest.approx(1.0, abs=0.02)
+
+
+def test_measured_bias_comes_from_all_ffn_experts_without_overshoot() -> None:
+    config = MoEPPConfig(8)
+    plant = Plant(config, 4000, 0.3)
+    plant.bias[:8] = 1.25 / 8
+    shares = [0.6 * s for s in plant.run(Budget(share=0.6, controller="bias"), 40)]
+    assert shares[0] > 0.95
+    assert min(shares) > 0.6 * (1 - 7 * scattered(plant, 0.6))
+    assert shares[15] == pytest.approx(0.6, rel=7 * scattered(plant, 0.6))
+
+
+def test_measured_bias_aims_at_the_next_step_of_a_ramp() -> None:
+    budget = Budget(0.3, "bias", response=1.0, start_share=0.6, ramp_begin=10, ramp_steps=40)
+    plant = Plant(MoEPPConfig(8), 4000, 1.0)
+    shares = plant.run(budget, 60)
+    # A step behind were 2% at the end of the ramp.
+    assert sum(shares[10:50]) / 40 == pytest.approx(1.0, abs=0.01)
+
+
+def test_measured_bias_is_held_together_or_apart() -> None:
+    config = MoEPPConfig(8)
+    few, many = Plant(config, 2000, 1.0), Plant(config, 2000, 1.0)
+    few.bias[:8], many.bias[:8] = -0.3, 0.1
+    pairs = [plant.step() for plant in (few, many)]
+    selected, margins = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    together = BudgetController(Budget(0.4, "bias", per_layer=False), config, 2)
+    apart = BudgetController(Budget(0.4, "bias"), config, 2)
+    same = together.observe(selected, 1, margins)
+    own = apart.observe(selected, 1, margins)
+    assert same is not None
+    assert own is not None
+    assert torch.equal(same[0], same[1])
+    assert own[0, :8].mean() > 0 > own[1, :8].mean()
+
+
+def test_a_step_without_tokens_changes_nothing() -> None:
+    controller = BudgetController(Budget(0.4, "bias"), CONFIG, 1)
+    nothing = torch.zeros(1, 12, dtype=torch.float64)
+    moved = controller.observe(nothing, 1, torch.zeros_like(Plant(CONFIG, 4, 1.0).step()[1]))
+    assert moved is not None
+    assert not moved.any()
+
+
+def test_measured_bias_resumes_as_if_nothing_had_happened() -> None:
+    budget, plant = Budget(share=0.4, controller="bias"), Plant(CONFIG, 500, 1.0)
+    seen = [plant.step() for _ in range(8)]
+    whole, half = BudgetController(budget, CONFIG, 1), BudgetController(budget, CONFIG, 1)
+    expected = [whole.observe(selected, step, m) for step, (selected, m) in enumerate(seen, 1)]
+    for step, (selected, margins) in enumerate(seen[:4], 1):
+        half.observe(selected, step, margins)
+    resumed = BudgetController(budget, CONFIG, 1, json.loads(json.dumps(half.state())))
+    for step, (selected, margins) in enumerate(seen[4:], 5):
+        moved, other = resumed.observe(selected, step, margins), expected[step - 1]
+        assert moved is not None
+        assert other is not None
+        assert torch.equal(moved, other)
+    assert resumed.state() == whole.state()
+
+
 @pytest.mark.parametrize("controller", ["bias", "tau"])
 def test_restored_controller_goes_on_as_if_nothing_had_happened(controller: str) -> None:
-    budget = Budget(share=0.4, controller=controller)  # type: ignore[arg-type]
+    budget = Budget(share=0.4, controller=controller, gain=1.0)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(3)
     seen = [torch.randint(1, 100, (2, 12), generator=generator).double() for _ in range(8)]
     whole = BudgetController(budget, CONFIG, 2)

@@ -1,0 +1,98 @@
+"""How far a router is from other numbers of FFN experts: the margins of its selections.
+
+The *margin* of a token's j-th best FFN expert is what the selection bias of all FFN experts would
+have to rise by for the token to take j of them: the score of the zero-computation expert in its
+way, the (K + 1 - j)-th best, less its own, biases included. It is at most 0 exactly where the
+expert is selected. So the share of margins up to c is the FFN share under a bias raised by c, and
+the bias that gives a wanted share is a quantile: no derivative, no scale of scores, no model.
+
+Margins of a step are counted in bins whose width grows with the distance from 0: a small correction
+is known as well, relative to its size, as a large one, whatever the scale of the scores.
+
+Shape suffixes: T local tokens, E all experts, F FFN experts, K selected per token, B bins.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
+
+# Scores are in [0, 1] and biases begin within 1.25 (upcycling), so margins are within 4. Of scores
+# of a thousandth, fp32 resolves 2^-33.
+_LEAST_EXPONENT, _MOST_EXPONENT, _BINS_PER_OCTAVE = -24, 2, 4
+
+
+@cache
+def edges() -> tuple[float, ...]:
+    """Upper ends of all bins but the last; 0 is one of them."""
+    bins = range(_LEAST_EXPONENT * _BINS_PER_OCTAVE, _MOST_EXPONENT * _BINS_PER_OCTAVE + 1)
+    sizes = [2.0 ** (place / _BINS_PER_OCTAVE) for place in bins]
+    return (*(-size for size in reversed(sizes)), 0.0, *sizes)
+
+
+@cache
+def _edges_on(device: torch.device) -> Tensor:
+    """`edges` as fp32 on a device: copied once, since a copy makes the device wait."""
+    return torch.tensor(edges(), device=device)
+
+
+@torch.no_grad()
+def count_margins(
+    logits: Tensor, bias: Tensor, config: MoEPPConfig, padded: Tensor | None = None
+) -> Tensor:
+    """Count the margins of one micro-batch.
+
+    Args:
+        logits: [T, E] fp32, as `selection.select` takes them.
+        bias: [E] fp32 selection bias.
+        config: The layer's settings.
+        padded: [T] bool tokens that do not count; None for none.
+
+    Returns:
+        [B] int64 margins in each bin. Those up to 0 are the FFN experts selected; FFN experts that
+        no bias can remove, for lack of zero-computation experts, are in the first bin.
+    """
+    topk, ffn = config.router_topk, config.num_ffn_experts
+    is_softmax = config.score_function == "softmax"
+    ranked_TE = torch.softmax(logits, dim=-1) if is_softmax else torch.sigmoid(logits)
+    ranked_TE = ranked_TE + bias
+    best = ranked_TE[:, :ffn].topk(min(topk, ffn), dim=-1).values
+    others = min(topk, config.num_zero_computation_experts)
+    in_way_TK = ranked_TE.new_full((len(logits), topk), -torch.inf)
+    in_way_TK[:, topk - others :] = ranked_TE[:, ffn:].topk(others, dim=-1).values.flip(-1)
+    margins = in_way_TK[:, : best.shape[1]] - best
+    bins = torch.bucketize(margins, _edges_on(logits.device))
+    weights = torch.ones_like(bins)
+    if padded is not None:
+        weights = weights.masked_fill(padded.unsqueeze(-1), 0)
+    counts_B = torch.zeros(len(edges()) + 1, dtype=torch.int64, device=logits.device)
+    return counts_B.index_add_(0, bins.flatten(), weights.flatten())
+
+
+def quantile(counts: Sequence[float], wanted: float) -> float:
+    """The value up to which `wanted` margins lie.
+
+    A bias on all FFN experts that rises by it gives them this number of selections.
+
+    Args:
+        counts: [B] margins in each bin.
+        wanted: Number of them.
+
+    Returns:
+        Between the first and the last of `edges`; within a bin they count as evenly spread.
+    """
+    ends = edges()
+    place = next(
+        (i for i, total in enumerate(itertools.accumulate(counts)) if total >= wanted), len(ends)
+    )
+    if place in (0, len(ends)):
+        return ends[min(place, len(ends) - 1)]
+    low, high = ends[place - 1], ends[place]
+    inside = wanted - sum(counts[:place])
+    return low + (high - low) * inside / counts[place] if counts[place] > 0 else low
