@@ -10,6 +10,8 @@ The same set is used without a GPU: NCCL and CUDA variables do nothing there.
 from __future__ import annotations
 
 import os
+import stat
+import tempfile
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -93,6 +95,17 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
             only_at_start=True,
         ),
     ]
+    cache = _own_folder("triton")
+    if cache is not None:
+        variables.append(
+            Variable(
+                "TRITON_CACHE_DIR",
+                cache,
+                "compiled kernels on the node: in the home folder all nodes would wait for, and "
+                "write to, one file system",
+                aliases=("TRITON_HOME",),
+            )
+        )
     if interface is not None:
         variables.append(
             Variable(
@@ -102,6 +115,19 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
             )
         )
     return variables
+
+
+def _own_folder(name: str) -> str | None:
+    """A folder of this user's on this machine, which nobody else can write to; None without one."""
+    path = os.path.join(tempfile.gettempdir(), f"moepp-{name}-{os.getuid()}")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        found = os.lstat(path)
+    except OSError:
+        return None
+    # Code is loaded from it.
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return path if is_own and not found.st_mode & 0o022 else None
 
 
 def with_rank_variables(

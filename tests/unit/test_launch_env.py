@@ -293,9 +293,7 @@ def test_wrong_options(machine, words, says):
 def test_the_current_environment_is_looked_at_and_left_alone(machine, tmp_path):
     current = {"MOEPP_ENV": "current", "MOEPP_PYTHON": sys.executable}
     project = machine.root / "pyproject.toml"
-    project.write_text(
-        '[project]\ndependencies = ["torch>=2.11.0a0", "pytest>=999", "x1y"]'
-    )
+    project.write_text('[project]\ndependencies = ["torch>=2.11.0a0", "pytest>=999", "x1y"]')
     status, _, err = machine.source(**current)
     assert status == 1
     lacks = [line.split("lacks ")[1] for line in err.splitlines()]

@@ -100,9 +100,14 @@ class Nvml:
         }
         return [known[uuid] for uuid in map(bare_uuid, uuids) if uuid in known]
 
-    def visible(self, environment: Mapping[str, str] = os.environ) -> list[int]:
-        """NVML numbers of the GPUs that CUDA shows this process, in CUDA's order."""
-        return visible_indices(environment.get("CUDA_VISIBLE_DEVICES"), self._uuids())
+    def visible(self, environment: Mapping[str, str] | None = None) -> list[int]:
+        """NVML numbers of the GPUs that CUDA shows, in CUDA's order.
+
+        Args:
+            environment: Of the process that is shown them; None for this one.
+        """
+        variables = os.environ if environment is None else environment
+        return visible_indices(variables.get("CUDA_VISIBLE_DEVICES"), self._uuids())
 
     def _uuids(self) -> list[list[str]]:
         """[GPUs] UUIDs of each GPU and of the MIG devices on it."""
