@@ -104,7 +104,7 @@ class Nvml:
         """NVML numbers of the GPUs that CUDA shows, in CUDA's order.
 
         Args:
-            environment: Of the process that is shown them; None for this one.
+            environment: Variables of the process that is shown them; None for this one.
         """
         variables = os.environ if environment is None else environment
         return visible_indices(variables.get("CUDA_VISIBLE_DEVICES"), self._uuids())
