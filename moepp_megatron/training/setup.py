@@ -27,6 +27,7 @@ from moepp_megatron.model.build import build_model
 from moepp_megatron.model.megatron_config import moepp_config, params_dtype
 from moepp_megatron.moe.kernels import start_one, use_kernels
 from moepp_megatron.moe.lane import pipeline_config
+from moepp_megatron.training.gradient_norm import use_one_read
 
 
 @dataclass
@@ -77,6 +78,7 @@ def build_training_model(config: Config) -> TrainingModel:
     """
     if not config.moe.is_vanilla and torch.cuda.is_available() and use_kernels(config.moe.fused):
         _start_a_kernel()
+    use_one_read()
     models = build_model(config)
     schedule_config, chunks = wrap_models(models, config)
     optimizer = get_megatron_optimizer(

@@ -1,7 +1,7 @@
 """The machine of a played run: fake tensors on a fake GPU, peers that do not exist, and a record.
 
-Every tensor is a `FakeTensor`: it has a shape, a dtype and a device and no numbers, so a step of any
-size costs milliseconds. What would need numbers is answered as balanced routing would answer it.
+Every tensor is a `FakeTensor`: it has a shape, a dtype and a device and no numbers, so a step of
+any size costs milliseconds. What would need numbers is answered as balanced routing would answer it.
 Recorded are reads that make the host wait for the device, launches of Triton kernels, collectives,
 and faults: arguments on the wrong device or not contiguous. `FakeTensorMode` itself raises where
 shapes or devices do not fit.
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -65,12 +66,14 @@ class Routing:
         tokens: Tokens of a rank in a micro-batch.
         experts: FFN experts of the model.
         ranks: Expert-parallel ranks.
+        sources: Ranks whose tokens an expert gets: these times expert-tensor-parallel ranks.
     """
 
     share: float = 0.0
     tokens: int = 0
     experts: int = 1
     ranks: int = 1
+    sources: int = 1
 
     @property
     def rows(self) -> int:
@@ -115,9 +118,7 @@ def place() -> str:
 class Device(TorchDispatchMode):
     """Sees every operation; stands above `FakeTensorMode`."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = next((each for each in args if isinstance(each, torch.Tensor)), None)
         on_gpu = first is not None and first.device.type == "cuda"
@@ -260,8 +261,11 @@ def _listed(shape: tuple[int, ...], is_float: bool) -> Any:
     if is_float:
         # Loss, tokens, and ranks whose numbers are not sound (resilience/numerical_guard.py).
         return [1.0, 1.0, 0.0] if shape == (3,) else [1.0] * shape[0]
-    # Counts of the rank's own experts from all ranks.
-    return [ROUTING.rows * ROUTING.ranks] * shape[0]
+    if shape[0] == ROUTING.local_experts:
+        # Of each expert of the rank, from all ranks.
+        return [ROUTING.rows * ROUTING.sources] * shape[0]
+    # Of each expert of the rank, from each rank.
+    return [ROUTING.rows] * shape[0]
 
 
 class _Work:
@@ -340,10 +344,12 @@ def answer_megatron() -> None:
         elif as_numpy:
             value = rows * ROUTING.local_experts
         else:
-            value = rows if tensor.dim() == 2 else rows * ROUTING.ranks
+            value = rows if tensor.dim() == 2 else rows * ROUTING.sources
+        counts = np.full(tuple(tensor.shape), value, dtype=np.int64)
+        if as_numpy:
+            return counts
         with unset_fake_temporarily():
-            counts = torch.full(tuple(tensor.shape), value, dtype=tensor.dtype)
-        return counts.numpy() if as_numpy else counts
+            return torch.from_numpy(counts)
 
     token_dispatcher.maybe_move_tensor_to_cpu = move
 
@@ -374,6 +380,11 @@ def answer_megatron() -> None:
         assert index.is_cuda
         return rows.clone()
 
+    def permute_rows(tokens: Any, routing_map: Any, num_out_tokens: Any = None, **_: Any) -> Any:
+        rows, _, index = permute(tokens, tokens, routing_map, int(num_out_tokens))
+        return rows, index
+
+    moe_utils.fused_permute = permute_rows
     moe_utils.fused_permute_with_probs = permute
     moe_utils.fused_unpermute = unpermute
     moe_utils.fused_sort_chunks_by_index = sort_chunks

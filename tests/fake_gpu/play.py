@@ -92,6 +92,10 @@ def _leave() -> None:
     parallel_state._GLOBAL_MEMORY_BUFFER = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    from moepp_megatron.moe import capacity
+
+    # Fake tensors belong to their mode.
+    capacity._limits.cache_clear()
 
 
 def _play(case: Case, outcome: Outcome) -> None:
@@ -107,15 +111,14 @@ def _play(case: Case, outcome: Outcome) -> None:
     layout = Layout.from_config(config, case.world_size)
     assert not cpu_support.install(), "there is no GPU to play on"
     torch.cuda.set_device(0)
-    dist.init_process_group(
-        "fake", store=FakeStore(), rank=case.rank, world_size=case.world_size
-    )
+    dist.init_process_group("fake", store=FakeStore(), rank=case.rank, world_size=case.world_size)
     distributed.build_groups(config, layout)
     machine.answer_megatron()
     tokens = config.model.seq_length * config.training.micro_batch_size
     tokens //= layout.cp * (layout.tp if config.parallel.uses_sequence_parallel else 1)
     moe = config.moe
     ROUTING.tokens, ROUTING.experts, ROUTING.ranks = tokens, moe.num_ffn_experts, layout.ep
+    ROUTING.sources = layout.ep * layout.etp
     ROUTING.share = moe.router_topk * moe.ffn_share / moe.num_ffn_experts
     with machine.fake_mode():
         _Run(config, layout, case, outcome).play()
@@ -131,7 +134,8 @@ class _Run:
         from moepp_megatron.training import setup
 
         self.config, self.layout, self.case, self.outcome = config, layout, case, outcome
-        setup.start_one(torch.device("cuda", 0))
+        setup._start_a_kernel()
+        setup.use_one_read()
         with torch.device("cuda"):
             models = build_chunks(config)
         machine.restore_orders(models)
@@ -165,6 +169,21 @@ class _Run:
 
         return [endless() for _ in self.model.chunks]
 
+    def _plant(self, fault: str) -> None:
+        """Have every router leave a tensor on the host, or read one from the device."""
+        from moepp_megatron.moe.router import MoEPPRouter
+
+        forward = MoEPPRouter.forward
+
+        def faulty(router: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if fault == "plant":
+                hidden = hidden + torch.ones(hidden.shape[-1])
+            else:
+                float(hidden.sum())
+            return forward(router, hidden, *args, **kwargs)
+
+        MoEPPRouter.forward = faulty
+
     def play(self) -> None:
         from moepp_megatron.training.collect import mean_loss
         from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
@@ -173,6 +192,9 @@ class _Run:
         from moepp_megatron.training.step import training_step
 
         config, parts = self.config, self.case.parts
+        for part in parts:
+            if part.startswith("plant"):
+                self._plant(part)
         routers = Routers(config, self.model, self.layout, {}, None)
         guard = NumericalGuard(config.resilience) if "guard" in parts else None
         stop = StopRequest()
