@@ -1,7 +1,7 @@
 """The machine of a played run: fake tensors on a fake GPU, peers that do not exist, and a record.
 
 Every tensor is a `FakeTensor`: it has a shape, a dtype and a device and no numbers, so a step of
-any size costs milliseconds. What would need numbers is answered as balanced routing would answer it.
+any size costs little. What would need numbers is answered as balanced routing would answer it.
 Recorded are reads that make the host wait for the device, launches of Triton kernels, collectives,
 and faults: arguments on the wrong device or not contiguous. `FakeTensorMode` itself raises where
 shapes or devices do not fit.
