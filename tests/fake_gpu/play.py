@@ -204,7 +204,7 @@ class _Run:
             result = training_step(
                 self.model, self.batches(), config, self.layout, guard, routers.watch_losses
             )
-            routers.learn(step)
+            routers.learn(step, result)
             if "guard" in parts:
                 stop.agreed()
         self.outcome.reads = dict(RECORD.reads)
