@@ -22,8 +22,8 @@ STEP = {
 }
 # With the numerical guard and the stop flag, which every run has: two numbers of all ranks each.
 GUARD = {
-    f"copy to the device {_OWN}/training/resilience/numerical_guard.py:_over_all_ranks": 1,
-    f"tolist {_OWN}/training/resilience/numerical_guard.py:_over_all_ranks": 1,
+    f"copy to the device {_OWN}/training/resilience/numerical_guard.py:global_loss": 1,
+    f"tolist {_OWN}/training/resilience/numerical_guard.py:global_loss": 1,
     f"copy to the device {_OWN}/training/signals.py:agreed": 1,
     f"item {_OWN}/training/signals.py:agreed": 1,
 }
