@@ -1,11 +1,20 @@
-# shellcheck shell=bash
-# Makes the Python environment, or finds it ready. Sourced by the other scripts:
+#!/usr/bin/env bash
+# Makes the Python environment, or finds it ready. Sourced by the other scripts, or a command:
 #
 #   source "$root/launch/env.sh"     # then: "$MOEPP_BIN/moepp", "$MOEPP_BIN/python"
+#   launch/env.sh [--te] [--offline DIR]
 #
 # Reads  MOEPP_PYTHON  the interpreter to build with (default: the first that fits)
 #        MOEPP_VENV    where the environment is or goes (default: .venv in the repository);
 #                      one that this script did not make keeps the versions it has
+#        MOEPP_ENV     current: install nothing, take MOEPP_PYTHON or the python3 of the PATH, and
+#                      say what it lacks
+#        MOEPP_TE      1, as --te: also Transformer Engine, in the version of constraints.txt. Its
+#                      part for torch is compiled (CUDA's compiler, cuDNN's headers; many minutes)
+#        MOEPP_WHEELS  where the compiled wheel is kept and found again (default: .wheels in the
+#                      repository)
+#        MOEPP_OFFLINE a folder of wheels, as --offline: ask no registry. To fill it, elsewhere:
+#                      pip download -d DIR -c constraints.txt '.[dev]' 'setuptools>=77'
 # Sets   MOEPP_ROOT    the repository
 #        MOEPP_BIN     the environment's bin folder
 # Neither is exported, and nothing is activated. Returns non-zero, with the reason on stderr, on failure.
@@ -144,14 +153,27 @@ with open(sys.argv[1]) as source, open(sys.argv[2], "w") as target:
 PYTHON
 }
 
+# Prints, one a line, the options by which pip and uv ask no registry.
+_moepp_sources() {
+    if [[ -z ${MOEPP_OFFLINE:-} ]]; then return 0; fi
+    if [[ ! -d $MOEPP_OFFLINE ]]; then
+        _moepp_say "MOEPP_OFFLINE ($MOEPP_OFFLINE) must be a folder of wheels; fill it with pip download"
+        return 1
+    fi
+    printf '%s\n' --no-index --find-links "$(cd -- "$MOEPP_OFFLINE" && pwd)"
+}
+
 _moepp_install() {
-    local venv=$1 log=$2 constraints begin=$SECONDS
+    local venv=$1 log=$2 constraints begin=$SECONDS found
+    local -a sources=()
     constraints=$(_moepp_constraints "$venv" "$log.constraints") || return 1
+    found=$(_moepp_sources) || return 1
+    if [[ -n $found ]]; then mapfile -t sources <<<"$found"; fi
     _moepp_say "installing the package and its dependencies (about 2 minutes, 6 GB; log: $log)"
     cd -- "$MOEPP_ROOT" || return 1
     if command -v uv >/dev/null; then
-        if _moepp_logged "$log" \
-            uv pip install --python "$venv/bin/python" -c "$constraints" -e '.[dev]'; then
+        if _moepp_logged "$log" uv pip install --python "$venv/bin/python" \
+            "${sources[@]}" -c "$constraints" -e '.[dev]'; then
             _moepp_say "ready after $((SECONDS - begin)) s"
             return 0
         fi
@@ -159,12 +181,107 @@ _moepp_install() {
         _moepp_say "uv could not (its reason is in the log); trying pip"
     fi
     if ! _moepp_logged "$log" "$venv/bin/python" -P -m pip install --progress-bar off \
-        --disable-pip-version-check --no-input -c "$constraints" -e '.[dev]'; then
+        --disable-pip-version-check --no-input "${sources[@]}" -c "$constraints" -e '.[dev]'; then
         _moepp_say "the installation failed; the end of $log:"
         tail -n 15 -- "$log" >&2
         return 1
     fi
     _moepp_say "ready after $((SECONDS - begin)) s"
+}
+
+# ---- Transformer Engine ------------------------------------------------------------------
+
+# Installs the version of constraints.txt into the environment $1, log $2, and imports it. Its part for
+# torch is compiled against the torch that is there (no build isolation), and the wheel is kept, so
+# that another environment or a second try does not compile it again.
+_moepp_install_te() {
+    local venv=$1 log=$2 begin=$SECONDS version wheels=${MOEPP_WHEELS:-$MOEPP_ROOT/.wheels} cuda found
+    local -a pip sources=()
+    version=$(_moepp_te_version)
+    found=$(_moepp_sources) || return 1
+    if [[ -n $found ]]; then mapfile -t sources <<<"$found"; fi
+    mkdir -p -- "$wheels" || return 1
+    # cu12 or cu13, as torch was built.
+    cuda=$("$venv/bin/python" -P -c 'import torch; print((torch.version.cuda or "").split(".")[0])')
+    if [[ -z $cuda ]]; then
+        _moepp_say "Transformer Engine needs a torch that was built for CUDA; this one is for CPUs"
+        return 1
+    fi
+    pip=("$venv/bin/python" -P -m pip)
+    _moepp_say "installing Transformer Engine $version for CUDA $cuda (log: $log; wheel kept in $wheels)"
+    if ! _moepp_logged "$log" "${pip[@]}" install --disable-pip-version-check --no-input \
+        "${sources[@]}" 'setuptools>=77' wheel ninja pybind11 "transformer_engine_cu$cuda==$version" ||
+        ! _moepp_logged "$log" "${pip[@]}" wheel --disable-pip-version-check --no-input \
+            "${sources[@]}" --find-links "$wheels" --no-build-isolation --no-deps \
+            --wheel-dir "$wheels" "transformer_engine_torch==$version" ||
+        ! _moepp_logged "$log" "${pip[@]}" install --disable-pip-version-check --no-input \
+            "${sources[@]}" --find-links "$wheels" -c "$MOEPP_ROOT/constraints.txt" \
+            "transformer_engine[pytorch,core_cu$cuda]==$version"; then
+        _moepp_say "the installation failed; the end of $log:"
+        tail -n 15 -- "$log" >&2
+        return 1
+    fi
+    found=$("$venv/bin/python" -P -c '
+import transformer_engine.pytorch
+from importlib.metadata import version
+print(version("transformer_engine"))' 2>>"$log") || {
+        _moepp_say "Transformer Engine is installed and cannot be imported; the end of $log:"
+        tail -n 5 -- "$log" >&2
+        return 1
+    }
+    _moepp_say "Transformer Engine $found imported after $((SECONDS - begin)) s"
+    printf '%s\n' "$version" >"$venv/.moepp-te"
+}
+
+_moepp_te_version() {
+    local line
+    while IFS= read -r line; do
+        if [[ $line == transformer_engine==* ]]; then printf '%s\n' "${line#*==}"; fi
+    done <"$MOEPP_ROOT/constraints.txt"
+}
+
+# Whether Transformer Engine is there, or not asked for.
+_moepp_has_te() {
+    [[ ${MOEPP_TE:-0} != 1 ]] ||
+        [[ -e $1/.moepp-te && $(<"$1/.moepp-te") == "$(_moepp_te_version)" ]]
+}
+
+# ---- the environment that is there -------------------------------------------------------
+
+# Says what the interpreter $1 lacks of pyproject.toml; installs nothing.
+_moepp_check_current() {
+    if ! _moepp_probe "$1" >/dev/null; then
+        _moepp_say "the current Python ($1) must be CPython 3.12 or 3.13; set MOEPP_PYTHON to one," \
+            "or unset MOEPP_ENV"
+        return 1
+    fi
+    "$1" -I - "$MOEPP_ROOT" <<'PYTHON'
+import sys, tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
+
+root = Path(sys.argv[1])
+wanted = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+lacks = []
+for requirement in map(Requirement, wanted):
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        lacks.append(f"{requirement}: not installed")
+        continue
+    if not requirement.specifier.contains(found, prereleases=True):
+        lacks.append(f"{requirement}: {found} is installed")
+if not (Path(sys.executable).parent / "moepp").exists():
+    lacks.append(f"moepp-megatron: not installed (pip install --no-deps -e {root})")
+for line in lacks:
+    print(f"set-up: the current environment lacks {line}", file=sys.stderr)
+sys.exit(bool(lacks))
+PYTHON
 }
 
 # What the environment depends on. No Python is started: this is all that a second call costs.
@@ -176,7 +293,9 @@ _moepp_stamp() {
     if [[ -e $1/pyvenv.cfg ]]; then sha256sum <"$1/pyvenv.cfg"; fi
 }
 
-_moepp_is_ready() {
+_moepp_is_ready() { _moepp_is_installed "$1" && _moepp_has_te "$1"; }
+
+_moepp_is_installed() {
     [[ -x $1/bin/python && -x $1/bin/moepp && -e $1/.moepp-stamp ]] &&
         [[ $(<"$1/.moepp-stamp") == "$(_moepp_stamp "$1")" ]]
 }
@@ -202,10 +321,14 @@ _moepp_make_ready() {
         _moepp_say "MOEPP_VENV ($venv) must hold CPython 3.12 or 3.13; name another or unset it"
         return 1
     fi
-    rm -f -- "$venv/.moepp-stamp"
-    (_moepp_install "$venv" "$log") || return 1
-    # Last, and in one step: an interrupted set-up leaves no stamp, so the next call finishes it.
-    _moepp_stamp "$venv" >"$venv/.moepp-stamp.new" && mv -- "$venv/.moepp-stamp.new" "$venv/.moepp-stamp"
+    if ! _moepp_is_installed "$venv"; then
+        rm -f -- "$venv/.moepp-stamp"
+        (_moepp_install "$venv" "$log") || return 1
+        # Last, and in one step: an interrupted set-up leaves no stamp, so the next call finishes it.
+        _moepp_stamp "$venv" >"$venv/.moepp-stamp.new" &&
+            mv -- "$venv/.moepp-stamp.new" "$venv/.moepp-stamp" || return 1
+    fi
+    _moepp_has_te "$venv" || (_moepp_install_te "$venv" "$log")
 }
 
 # Whether an environment that this script made was made to the end (pip is put in last).
@@ -215,7 +338,20 @@ _moepp_works() {
 }
 
 _moepp_env() {
-    local venv=${MOEPP_VENV:-$MOEPP_ROOT/.venv}
+    local venv=${MOEPP_VENV:-$MOEPP_ROOT/.venv} python
+    case ${MOEPP_ENV:-} in
+    '') ;;
+    current)
+        python=$(type -P "${MOEPP_PYTHON:-python3}" || true)
+        MOEPP_BIN=$(dirname -- "${python:-none}")
+        _moepp_check_current "${python:-none}"
+        return
+        ;;
+    *)
+        _moepp_say "MOEPP_ENV ($MOEPP_ENV) must be current, or not set; unset it to have one made"
+        return 1
+        ;;
+    esac
     [[ $venv == /* ]] || venv=$PWD/$venv
     # shellcheck disable=SC2034  # for the sourcing script
     MOEPP_BIN=$venv/bin
@@ -223,5 +359,31 @@ _moepp_env() {
     mkdir -p -- "$(dirname -- "$venv")" || return 1
     (_moepp_make_ready "$venv") 9>>"$venv.lock" || return 1
 }
+
+# ---- as a command ------------------------------------------------------------------------
+
+_moepp_options() {
+    while (($#)); do
+        case $1 in
+        --te) MOEPP_TE=1 ;;
+        --offline)
+            if (($# < 2)); then
+                _moepp_say "--offline needs a folder of wheels"
+                return 2
+            fi
+            shift
+            MOEPP_OFFLINE=$1
+            ;;
+        *)
+            _moepp_say "unknown option $1; there are --te and --offline DIR"
+            return 2
+            ;;
+        esac
+        shift
+    done
+}
+
+# Sourced, "$@" are the other script's.
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then _moepp_options "$@" || exit; fi
 
 _moepp_env

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from moepp_megatron.cli.memory_fit import GIB, fits, needed_bytes
 from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
 from moepp_megatron.workbench.planning.efficiency import DEFAULT
 from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
@@ -16,7 +17,6 @@ from moepp_megatron.workbench.report.terminal import plain_table, print_whole
 
 # A large grid says nothing that its first and last ranks do not.
 _MOST_RANKS = 16
-_GIB = 2**30
 _PARTS = ("weights", "gradients", "optimizer", "activations", "buffers")
 
 
@@ -142,7 +142,7 @@ def _layers(chunk: list[int]) -> str:
 def _memory(stages: list[RankMemory], target: Target) -> Table:
     """Memory of a rank of each stage: in GiB, or in MiB on a CPU if all of it is small."""
     most = max(memory.total for memory in stages)
-    unit, size = ("MiB", 2**20) if target.hardware is None and most < _GIB else ("GiB", _GIB)
+    unit, size = ("MiB", 2**20) if target.hardware is None and most < GIB else ("GiB", GIB)
     table = plain_table("stage", *_PARTS, f"sum, {unit}")
     digits = 1 if unit == "MiB" else 2
     for stage, memory in enumerate(stages):
@@ -157,7 +157,7 @@ def _fit(config: Config, layout: Layout, stages: list[RankMemory], target: Targe
     if target.hardware is None:
         on_card = max(rank_memory(config, layout, p).total for p in range(layout.pp))
         return f"fullest rank: {formatting.data_size(most)}; on a GPU {_size(on_card)}"
-    needed = most + DEFAULT.reserved_gib * _GIB
+    needed = needed_bytes(stages)
     text = (
         f"fullest rank: {_size(needed)}, of these {DEFAULT.reserved_gib:g} GiB for CUDA, NCCL and "
         "fragmentation: "
@@ -165,12 +165,12 @@ def _fit(config: Config, layout: Layout, stages: list[RankMemory], target: Targe
     room = target.memory_bytes
     if room is None:
         return f"{text}the memory of {target.hardware.name} is not known"
-    verdict = "fits" if needed <= room * (1.0 - DEFAULT.memory_margin) else "DOES NOT FIT"
+    verdict = "fits" if fits(needed, target) else "DOES NOT FIT"
     return f"{text}{verdict} {_size(room)} less {DEFAULT.memory_margin:.0%}"
 
 
 def _size(count: float) -> str:
-    return f"{count / _GIB:,.2f} GiB"
+    return f"{count / GIB:,.2f} GiB"
 
 
 def _grid(layout: Layout) -> Table:

@@ -70,6 +70,13 @@ def train(
             "then they end with status 71.",
         ),
     ] = None,
+    ignore_memory: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-memory",
+            help="Start even if the estimate of its memory does not fit the GPU here.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, print rank grid and parameters, stop.")
     ] = False,
@@ -94,7 +101,7 @@ def train(
 ) -> None:
     """Train the model that CONFIG describes."""
     # Nothing here imports torch: that would cost seconds before an error shows.
-    from moepp_megatron.runtime.launch import LaunchOptions
+    from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
     from moepp_megatron.runtime.stop_signals import INTERRUPTED
     from moepp_megatron.training.occupancy import Start
     from moepp_megatron.training.train_request import TrainRequest
@@ -102,6 +109,7 @@ def train(
     nodes = machines(nnodes, node_rank, rdzv_endpoint, rdzv_id, restart_timeout)
     options = LaunchOptions(nproc, nodes, max_restarts, log_dir, stoppable=True)
     words = [str(config), *(overrides or []), *_words(options)]
+    words += ["--ignore-memory"] if ignore_memory else []
     start = Start(resume=resume, overwrite=overwrite, go_on=go_on_command(words))
     request = TrainRequest.read(config, overrides or [], options, start, _warn)
     _check_dry_options(dry_run, gpu, build_rank, request.layout.world_size)
@@ -113,6 +121,10 @@ def train(
         if build_rank is not None and not build_and_check(settings, layout, build_rank):
             raise typer.Exit(1)
         return
+    if not ignore_memory and not has_launcher():
+        from moepp_megatron.cli.memory_fit import refuse_too_large
+
+        refuse_too_large(request.config, request.layout)
     request = request.admitted(_warn)
     # A script's command is for all machines; without one each has its own.
     says_go_on = not is_given() or nodes is None or not nodes.rank

@@ -24,6 +24,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moepp_megatron.model.causal_attention import refuse_unused
+
 
 class ContextParallelAttention(MegatronModule):
     """Core attention of a layer whose sequences are spread over context-parallel ranks.
@@ -97,16 +99,12 @@ class ContextParallelAttention(MegatronModule):
         Raises:
             ValueError: If there is a mask, a bias or packed sequences, or S is odd.
         """
-        for name, given in (
-            ("attention_mask", attention_mask),
-            ("attention_bias", attention_bias),
-            ("packed_seq_params", packed_seq_params),
-        ):
-            if given is not None:
-                raise ValueError(
-                    f"{name} ({type(given).__name__}) must be None in ContextParallelAttention, "
-                    "which is causal over whole sequences; use Transformer Engine's attention"
-                )
+        refuse_unused(
+            type(self).__name__,
+            attention_mask=attention_mask,
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+        )
         whole = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
         whole_key, whole_value = whole.split([key.shape[-1], value.shape[-1]], dim=-1)
         starts = _chunk_starts(query.shape[0], self.cp_group)

@@ -6,6 +6,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.model.attention import ContextParallelAttention
+from moepp_megatron.model.causal_attention import CausalAttention, suits_causal_attention
 from moepp_megatron.model.latent_attention import with_local_latent_attention
 from moepp_megatron.model.norm import SequenceParallelRMSNorm
 from moepp_megatron.moe.spec import with_attention, with_submodules
@@ -18,6 +19,8 @@ def fit_local_modules(config: TransformerConfig, spec: ModuleSpec, is_moe: bool)
         spec, keys = with_local_latent_attention(spec, is_moe), "kv_layernorm"
     if config.context_parallel_size > 1:
         spec = with_attention(spec, core_attention=ContextParallelAttention)
+    elif suits_causal_attention(config):
+        spec = with_attention(spec, core_attention=CausalAttention)
     if config.normalization != "RMSNorm":
         return spec
     norm = SequenceParallelRMSNorm

@@ -107,6 +107,9 @@ def _parallel_fields(config: Config) -> dict[str, object]:
         # at once; as one batch they could not be distinguished if both neighbours are one rank.
         "overlap_p2p_comm": num_chunks > 1,
         "batch_p2p_comm": num_chunks == 1,
+        # The host would wait for the whole device after every message, for versions of torch long
+        # gone; the message's own stream is waited for anyway.
+        "batch_p2p_sync": False,
         "overlap_moe_expert_parallel_comm": parallel.overlap_moe_expert_parallel_comm,
     }
 

@@ -12,6 +12,7 @@ dispatcher.py         token dispatchers that move only what FFN experts need
 exchange.py           an all-to-all that leaves time for work, forward and backward
 ffn_demand.py         FFN experts that tokens must take, whatever the router wants
 flex_dispatcher.py    megatron-core's flex dispatcher (DeepEP) without what no FFN expert takes
+grouped_experts.py    FFN experts on a GPU without Transformer Engine
 router_health.py      how healthy a router is: what one step's logits, gates and gradients say
 lane.py               the lane on which router logits travel from MoE layer to MoE layer
 layer.py              the MoE++ layer: dispatch, FFN experts, combine, zero-computation experts

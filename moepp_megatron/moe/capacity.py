@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -58,12 +60,18 @@ def within_capacity(
     num_tokens = num_local * size
     if has_padding:
         num_tokens = int((ranking >= 0).any(dim=1).sum())
-    limits = torch.tensor(config.capacities(num_tokens), device=gates.device)
+    limits = _limits(tuple(config.capacities(num_tokens)), gates.device)
     positions = torch.arange(ranking.shape[0], device=gates.device)
     kept = torch.zeros_like(ranking, dtype=torch.bool)
     kept.scatter_(0, order, positions[:, None] < limits[None, :])
     kept = _in_rank_order(kept, context_parallel_size)
     return kept[rank * num_local : (rank + 1) * num_local] & routing_map
+
+
+@functools.lru_cache(maxsize=64)
+def _limits(capacities: tuple[int, ...], device: torch.device) -> Tensor:
+    """[E] int64 limits on the device; kept, since a copy to it makes the host wait."""
+    return torch.tensor(capacities, device=device)
 
 
 def _in_sequence_order(values: Tensor, context_parallel_size: int) -> Tensor:

@@ -64,11 +64,18 @@ class CPUExperts(SequentialMLP):
             for hook in linear._forward_pre_hooks.values():
                 hook(linear, ())
         weights = [linear.weight for linear in linears]
-        rows = tokens_per_expert.tolist()
         tokens, gates = permuted_local_hidden_states, permuted_probs
+        return self.compute(tokens, gates, tokens_per_expert, weights), None
+
+    def compute(
+        self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: list[Tensor]
+    ) -> Tensor:
+        """Outputs [rows, D] times gates; `weights` are fc1 and fc2 of each expert in turn."""
+        rows = tokens_per_expert.tolist()
         if torch.is_grad_enabled():
-            return _Experts.apply(tokens, gates, rows, *weights), None
-        return _forward(tokens, gates, rows, weights, keep=None), None
+            result: Tensor = _Experts.apply(tokens, gates, rows, *weights)
+            return result
+        return _forward(tokens, gates, rows, weights, keep=None)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -101,8 +108,8 @@ def _forward(
         if keep is not None:
             keep.append(projected)
         if len(x):
-            activated = _swiglu(*projected.chunk(2, dim=-1))
-            out.copy_(_linear(_weighted(activated, gate), weights[2 * index + 1]))
+            activated = swiglu(*projected.chunk(2, dim=-1))
+            out.copy_(_linear(weighted(activated, gate), weights[2 * index + 1]))
     return output
 
 
@@ -137,9 +144,9 @@ class _Experts(torch.autograd.Function):
             gated = F.silu(gate_part)
             activated = gated * up
             weighted_grad = torch.mm(out_grad, weight_out)
-            weight_out_grad = torch.mm(out_grad.t(), _weighted(activated, gates[part]))
+            weight_out_grad = torch.mm(out_grad.t(), weighted(activated, gates[part]))
             gate_grad[part] = (weighted_grad * activated).sum(dim=-1, dtype=gates.dtype)
-            activated_grad = _weighted(weighted_grad, gates[part])
+            activated_grad = weighted(weighted_grad, gates[part])
             projected_grad = torch.empty_like(hidden[index])
             gate_half, up_half = projected_grad.chunk(2, dim=-1)
             torch.mul(activated_grad, gated, out=up_half)
@@ -149,10 +156,11 @@ class _Experts(torch.autograd.Function):
         return (input_grad, gate_grad, None, *weight_grads)
 
 
-def _swiglu(gate_part: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate_part: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU's activation, silu(gate) * up."""
     return F.silu(gate_part).mul_(up)
 
 
-def _weighted(activated: Tensor, gate: Tensor) -> Tensor:
+def weighted(activated: Tensor, gate: Tensor) -> Tensor:
     """The rows times their gates, rounded once to the dtype of the activations."""
     return (activated * gate.unsqueeze(-1)).to(activated.dtype)

@@ -100,17 +100,17 @@ class RouterHealth:
         # x log x is 0 at 0.
         self._add("entropy", -(torch.xlogy(shares, shares)).sum())
         self._add("margin", _margins(scores if bias is None else scores + bias, config).sum())
-        self._add("tokens", logits.new_tensor(float(logits.shape[0])))
-        self._add("logits", logits.new_tensor(float(logits.numel())))
+        self._add("tokens", logits.new_full((), float(logits.shape[0])))
+        self._add("logits", logits.new_full((), float(logits.numel())))
         for name, values in (("logit", logits), ("own_logit", own_logits)):
             self._add(name, values.sum())
             self._add(f"{name}_square", values.square().sum())
         self._add("own_norm", own_logits.norm(dim=-1).sum())
         if has_residual:
             self._add("residual_norm", (logits - own_logits).norm(dim=-1).sum())
-        histogram = torch.bincount(ffn_counts, minlength=config.router_topk + 1)
-        for count, tokens in enumerate(histogram.to(logits.dtype)):
-            self._add(f"tokens_with_{count}_ffn", tokens)
+        # Not `bincount`, for which the host waits to learn the largest.
+        for count in range(config.router_topk + 1):
+            self._add(f"tokens_with_{count}_ffn", (ffn_counts == count).sum().to(logits.dtype))
 
     def count_ffn(self, routing_map: Tensor) -> Tensor:
         """[T] FFN experts that each token gets, kept in `ffn_counts`; argument as above."""
@@ -145,7 +145,7 @@ class RouterHealth:
         others = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
         cosines = (rows @ rows.T)[others].abs()
         self._sums["row_cosine"], self._sums["row_cosine_max"] = cosines.mean(), cosines.max()
-        self._sums["copies"] = cosines.new_tensor(1.0)
+        self._sums["copies"] = cosines.new_ones(())
 
     def watch_gradients(self, logits: Tensor, attached: Tensor) -> None:
         """Compare, when the backward pass comes, the balance loss's pull with the model's.
@@ -170,9 +170,11 @@ class RouterHealth:
     def as_vector(self) -> Tensor:
         """The sums as float64 on the CPU, in the order of `names_for` with this layer's counts."""
         names = self.names_for(self._config.router_topk, self._config.num_constant_experts)
-        missing = torch.zeros(())
-        values = [self._sums.get(name, missing).detach() for name in names]
-        return torch.stack([value.to("cpu", torch.float64) for value in values])
+        device = next(iter(self._sums.values())).device if self._sums else None
+        missing = torch.zeros((), dtype=torch.float64, device=device)
+        values = [self._sums.get(name, missing).detach().double() for name in names]
+        # Stacked first: one copy to the host.
+        return torch.stack(values).cpu()
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach()

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import MlpBuilder, get_transfor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cpu_experts import CPUExperts, suits
+from moepp_megatron.moe.grouped_experts import GroupedExperts, suits_grouped
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
 from moepp_megatron.moe.router import MoEPPRouter
@@ -163,11 +164,14 @@ def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
 
 
 def _experts(upstream: ExpertsBuilder, config: TransformerConfig) -> ExpertsBuilder:
-    """Builder of the FFN experts: megatron-core's, or on a CPU `CPUExperts` where they suit."""
-    is_sequential = getattr(upstream, "func", None) is SequentialMLP
-    if not is_sequential or torch.cuda.is_available() or not suits(config):
+    """Builder of the FFN experts: megatron-core's, or ours in place of its local ones."""
+    if getattr(upstream, "func", None) is not SequentialMLP:
         return upstream
-    return partial(CPUExperts, *upstream.args, **upstream.keywords)
+    if torch.cuda.is_available():
+        ours, is_fit = GroupedExperts, suits_grouped(config)
+    else:
+        ours, is_fit = CPUExperts, suits(config)
+    return partial(ours, *upstream.args, **upstream.keywords) if is_fit else upstream
 
 
 def _base_layer_spec(

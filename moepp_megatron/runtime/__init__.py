@@ -13,11 +13,13 @@ launch.py            starts this machine's ranks with torchrun and looks after t
 meeting.py           how long a machine waits for the other machines of a run
 nodes.py             describes the machines of a run and how they find each other
 optional.py          which optional packages are usable
+own_gpu.py           which GPU a rank computes on
 parent.py            ends a process together with the process that started it
 patches.py           every change that this package makes to another library's objects
-quiet.py             silences messages of other libraries that say nothing about the user's run
+quiet.py             readies other libraries for their import: silent, without broken packages
 rank.py              what the launcher's environment says about this rank
 rank_environment.py  sets the environment variables with which every rank is started
 stop_signals.py      passes requests to stop from a launcher to its ranks, past torchrun
 terminal.py          the console for all output that may hold untrusted text
+triton_compiler.py   whether Triton can compile here
 """

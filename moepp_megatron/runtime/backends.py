@@ -18,6 +18,7 @@ from moepp_megatron.runtime.optional import (
     have_transformer_engine,
     have_triton,
     have_wandb,
+    import_failure,
 )
 
 
@@ -32,6 +33,7 @@ class Backend:
         role: What it does when it is used.
         fallback: What is used instead.
         remedy: How to install it.
+        failure: Why an installed one cannot be imported.
     """
 
     name: str
@@ -40,12 +42,15 @@ class Backend:
     role: str
     fallback: str
     remedy: str
+    failure: str | None = None
 
     def line(self) -> str:
         """One line for the log and the table."""
         if self.used:
             return f"{self.name} {self.version or ''}: {self.role}".replace("  ", " ")
         state = "not installed" if self.version is None else f"{self.version} not usable here"
+        if self.failure is not None:
+            state = f"installed and fails on import ({self.failure})"
         return f"{self.name}: {state}; instead {self.fallback}"
 
 
@@ -59,8 +64,10 @@ def optional_backends() -> list[Backend]:
             version_of("transformer-engine"),
             have_transformer_engine(),
             "linear layers, norms, attention, grouped FFN experts, FP8",
-            "megatron-core's local layers and this package's attention and norm; no FP8",
-            "pip install 'moepp-megatron[te]' on a CUDA machine",
+            "megatron-core's local layers, torch's attention and grouped product, this package's "
+            "norm; no FP8",
+            "launch/env.sh --te on a CUDA machine",
+            import_failure("transformer_engine"),
         ),
         Backend(
             "apex",
@@ -77,7 +84,9 @@ def optional_backends() -> list[Backend]:
             flex_backend() is not None,
             f"moe.dispatcher=flex runs on {' or '.join(flex_backends())}",
             "moe.dispatcher=alltoall or allgather; flex is refused",
-            "install deep_ep from its source on a machine with RDMA",
+            "install deep_ep from its source on a machine with RDMA; DeepEP 2 looks for NCCL at "
+            "EP_NCCL_ROOT_DIR",
+            import_failure("deep_ep"),
         ),
         Backend(
             "nvidia-resiliency-ext",
@@ -104,6 +113,18 @@ def optional_backends() -> list[Backend]:
             "pip install 'moepp-megatron[wandb]'",
         ),
     ]
+
+
+def doubts() -> list[str]:
+    """What of this machine's packages is worth a warning before a run on GPUs; imports torch."""
+    import torch
+
+    backends = optional_backends()
+    found = [f"{each.line()}; {each.remedy}" for each in backends if each.failure is not None]
+    engine = backends[0]
+    if torch.cuda.is_available() and not engine.used and engine.failure is None:
+        found.append(f"{engine.line()}. Steps are slower; {engine.remedy}")
+    return found
 
 
 def choices_to_log() -> str | None:

@@ -18,6 +18,7 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.runtime import cpu_support
 from moepp_megatron.runtime.launch import write_status
+from moepp_megatron.runtime.own_gpu import own_gpu
 from moepp_megatron.runtime.rank import RankEnvironment
 
 # One a process, since one rank serves it to the others, who may be slower to leave a group.
@@ -35,21 +36,25 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
 
     Returns:
         The device of this rank.
+
+    Raises:
+        UnfitError: This node has more ranks than GPUs.
     """
     on_cpu = cpu_support.install()
+    store = None if dist.is_initialized() else _meeting_point(environment, timeout)
+    if "OMP_NUM_THREADS" not in os.environ or (on_cpu and environment.world_size == 1):
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // environment.local_world_size))
     if on_cpu:
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ or environment.world_size == 1:
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // environment.local_world_size))
     else:
-        device = torch.device("cuda", environment.local_rank)
+        device = own_gpu(environment, store)
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if store is not None:
         backend = "gloo" if on_cpu else "nccl"
         dist.init_process_group(
             backend,
-            store=_meeting_point(environment, timeout),
+            store=store,
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,

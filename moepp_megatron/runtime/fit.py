@@ -9,7 +9,9 @@ from moepp_megatron.runtime.optional import (
     flex_backends,
     have_transformer_engine,
     have_triton,
+    import_failure,
 )
+from moepp_megatron.runtime.triton_compiler import compiler_obstacle
 
 
 def check_fit(config: Config) -> None:
@@ -27,6 +29,15 @@ def check_fit(config: Config) -> None:
             "moe.fused (true) must have a GPU and the package triton, which this machine lacks; "
             "use auto"
         )
+    if config.moe.fused and not config.moe.is_vanilla:
+        missing = compiler_obstacle()
+        # Asked last: it imports torch.
+        if missing is not None and have_triton():
+            lacks, remedy = missing
+            raise UnfitError(
+                f"moe.fused ({str(config.moe.fused).lower()}) must have {lacks}, which Triton "
+                f"needs to start a kernel; {remedy}, or use false"
+            )
     if not have_transformer_engine():
         _check_recomputation(config)
     if config.model.latent_attention is not None and not have_transformer_engine():
@@ -39,6 +50,13 @@ def check_fit(config: Config) -> None:
 
 def _check_flex(config: Config) -> None:
     wanted = config.moe.flex_backend
+    failure = import_failure("deep_ep")
+    if failure is not None:
+        raise UnfitError(
+            "moe.dispatcher (flex) must have a package deep_ep that can be imported, and this one "
+            f"fails ({failure}); repair it (DeepEP 2 looks for NCCL at EP_NCCL_ROOT_DIR), or use "
+            "alltoall"
+        )
     if not flex_backends():
         raise UnfitError(
             "moe.dispatcher (flex) must have a GPU and the package deep_ep (DeepEP or its "

@@ -40,7 +40,47 @@ class KernelChoice:
 
 def kernel_choices() -> list[KernelChoice]:
     """Every choice of this machine; imports torch and what is installed of the other two."""
-    return [_adam(), _multi_tensor(), _norm(), _gradient_accumulation()]
+    return [
+        _attention(),
+        _experts(),
+        _permutation(),
+        _adam(),
+        _multi_tensor(),
+        _norm(),
+        _gradient_accumulation(),
+    ]
+
+
+def _attention() -> KernelChoice:
+    """The core attention of model/local_modules.py, or Transformer Engine's."""
+    import torch
+
+    if have_transformer_engine():
+        return KernelChoice("attention", TRANSFORMER_ENGINE, "DotProductAttention")
+    if torch.cuda.is_available():
+        detail = "scaled_dot_product_attention, which writes no scores"
+        return KernelChoice("attention", TORCH, detail)
+    return KernelChoice("attention", TORCH, "megatron-core's, which writes all scores")
+
+
+def _experts() -> KernelChoice:
+    """The FFN experts of moe/spec.py."""
+    import torch
+
+    if have_transformer_engine():
+        return KernelChoice("experts", TRANSFORMER_ENGINE, "grouped product")
+    if not torch.cuda.is_available():
+        return KernelChoice("experts", TORCH, "one loop on oneDNN")
+    if torch.cuda.get_device_capability() >= (9, 0):
+        return KernelChoice("experts", TORCH, "grouped_mm in bf16, one after another in fp32")
+    return KernelChoice("experts", TORCH, "one after another; no grouped product on this GPU")
+
+
+def _permutation() -> KernelChoice:
+    """What sorts rows by expert, as `TransformerConfig.moe_permute_fusion` decides."""
+    if have_transformer_engine():
+        return KernelChoice("permutation", TRANSFORMER_ENGINE, "fused")
+    return KernelChoice("permutation", TORCH, "sort and index_select")
 
 
 def _adam() -> KernelChoice:

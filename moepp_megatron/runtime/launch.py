@@ -161,6 +161,8 @@ def _torchrun(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         *logs,
         "--module",
         module,
+        # What follows is not torchrun's: it would take `--max` for the start of one of its own.
+        "--",
         *arguments,
     ]
 

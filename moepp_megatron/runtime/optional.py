@@ -5,8 +5,43 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
+
+# Packages that megatron-core imports if they are installed, whether a run uses them or not, and
+# what is imported of them.
+_IMPORTED_BY_MEGATRON = {"transformer_engine": "transformer_engine.pytorch", "deep_ep": "deep_ep"}
+
+
+@functools.cache
+def import_failure(package: str) -> str | None:
+    """Why an installed package cannot be imported, in one line; None where it can or is not there.
+
+    Transformer Engine without its part for torch, or a DeepEP that does not find its NCCL, raises
+    errors that megatron-core does not catch, or half of which it takes for a package that is there.
+    One that fails is hidden from it: every later import is told that it is not installed.
+
+    Args:
+        package: A key of `_IMPORTED_BY_MEGATRON`.
+    """
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        importlib.import_module(_IMPORTED_BY_MEGATRON[package])
+    except Exception as error:
+        for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+            del sys.modules[name]
+        # Python then raises ModuleNotFoundError, which megatron-core does catch.
+        sys.modules[package] = None  # type: ignore[assignment]
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def hide_broken_packages() -> None:
+    """Have megatron-core do without packages that fail on import; call before importing it."""
+    for package in _IMPORTED_BY_MEGATRON:
+        import_failure(package)
 
 
 @functools.cache
@@ -19,6 +54,7 @@ def have_transformer_engine() -> bool:
 
     if not torch.cuda.is_available():
         return False
+    hide_broken_packages()
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE)
@@ -84,6 +120,7 @@ def flex_backends() -> tuple[str, ...]:
 
     if not torch.cuda.is_available():
         return ()
+    hide_broken_packages()
     from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP, HAVE_HYBRIDEP
 
     here = {"deepep": HAVE_DEEP_EP, "hybridep": HAVE_HYBRIDEP}

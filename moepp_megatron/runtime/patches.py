@@ -99,6 +99,13 @@ PATCHES = (
         "torch tells the time of a collective",
     ),
     Patch(
+        "training.gradient_norm",
+        "megatron-core",
+        "clip_grads.l2_norm_impl; for good, on a GPU without Transformer Engine and apex",
+        "the host waits for the device once a parameter",
+        "megatron-core's own norm is one read",
+    ),
+    Patch(
         "training.profiler.ranges",
         "torch, megatron-core",
         "methods of layers, process groups and Work; while a profile is recorded",

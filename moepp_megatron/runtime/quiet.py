@@ -1,9 +1,11 @@
-"""Silences messages of other libraries that say nothing about the user's run."""
+"""Readies other libraries for their import: silent about what says nothing about the user's run."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+
+from moepp_megatron.runtime.optional import hide_broken_packages
 
 # One line each, with what it announces and why that is not news.
 _LOGGERS = (
@@ -19,7 +21,10 @@ _LOGGERS = (
 
 
 def quiet() -> None:
-    """Silence the messages. Call before importing megatron-core; a second call has no effect."""
+    """Silence the messages, and hide packages that break megatron-core's import.
+
+    Call before importing megatron-core; a second call has no effect.
+    """
     # megatron-core announces on import every optional package that is missing; `moepp doctor`
     # reports the same on request.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
@@ -41,3 +46,4 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(megatron|torch)\..*")
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    hide_broken_packages()

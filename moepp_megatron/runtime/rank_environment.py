@@ -1,14 +1,18 @@
 """Sets the environment variables with which every rank is started.
 
 `moepp train --nproc`, `launch/*.sh` and `slurm/*.sbatch` all start ranks through
-`runtime.launch.run_ranks`, which uses this module. Variables that the user has set are not changed.
+`runtime.launch.run_ranks`, which uses this module. A rank that was started otherwise (alone, by the
+user's own torchrun or srun) adopts those that still matter before it imports torch. Variables that
+the user has set are not changed.
 The same set is used without a GPU: NCCL and CUDA variables do nothing there.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import stat
+import tempfile
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 
@@ -21,12 +25,15 @@ class Variable:
         value: Its value unless the user has set it.
         reason: Why it is set.
         aliases: Other names for the same thing; one that is set counts as this one.
+        only_at_start: Whether it means nothing to a Python process that runs already, or to one
+            without a launcher of its own.
     """
 
     name: str
     value: str
     reason: str
     aliases: tuple[str, ...] = ()
+    only_at_start: bool = False
 
 
 def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[Variable]:
@@ -42,6 +49,8 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
             "OMP_NUM_THREADS",
             str(max(1, cores // num_local_ranks)),
             "one thread a core in all; torchrun would choose 1 whatever the machine has",
+            # `runtime.distributed.start` sets the threads of a rank that has no such variable.
+            only_at_start=True,
         ),
         Variable(
             "CUDA_DEVICE_MAX_CONNECTIONS",
@@ -55,6 +64,12 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
             "token counts of experts change every step; fixed segments fragment memory",
             aliases=("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
         ),
+        Variable(
+            "NCCL_GRAPH_REGISTER",
+            "0",
+            "NCCL would register the buffers of collectives in CUDA graphs, and expandable "
+            "segments have no single allocation to register; megatron-core refuses the pair",
+        ),
         Variable("NCCL_DEBUG", "WARN", "a failing collective says why; INFO would fill the logs"),
         Variable(
             "NCCL_IB_TIMEOUT",
@@ -65,14 +80,32 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
             "PYTHONSAFEPATH",
             "1",
             "`python -m` would import from the working directory first, such as a random.py there",
+            only_at_start=True,
         ),
-        Variable("PYTHONUNBUFFERED", "1", "the last lines of a killed rank are in its log"),
+        Variable(
+            "PYTHONUNBUFFERED",
+            "1",
+            "the last lines of a killed rank are in its log",
+            only_at_start=True,
+        ),
         Variable(
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
             "10",
             "torchrun ends ranks only after one has died; the others wait for it in vain",
+            only_at_start=True,
         ),
     ]
+    cache = _own_folder("triton")
+    if cache is not None:
+        variables.append(
+            Variable(
+                "TRITON_CACHE_DIR",
+                cache,
+                "compiled kernels on the node: in the home folder all nodes would wait for, and "
+                "write to, one file system",
+                aliases=("TRITON_HOME",),
+            )
+        )
     if interface is not None:
         variables.append(
             Variable(
@@ -84,12 +117,39 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
     return variables
 
 
+def _own_folder(name: str) -> str | None:
+    """A folder of this user's on this machine, which nobody else can write to; None without one."""
+    path = os.path.join(tempfile.gettempdir(), f"moepp-{name}-{os.getuid()}")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        found = os.lstat(path)
+    except OSError:
+        return None
+    # Code is loaded from it.
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return path if is_own and not found.st_mode & 0o022 else None
+
+
 def with_rank_variables(
     environment: Mapping[str, str], num_local_ranks: int, interface: str | None = None
 ) -> dict[str, str]:
     """A copy of `environment` with the variables that it lacks."""
     result = dict(environment)
     for variable in rank_variables(num_local_ranks, interface):
-        if not any(alias in result for alias in variable.aliases):
-            result.setdefault(variable.name, variable.value)
+        _set_default(result, variable)
     return result
+
+
+def adopt_rank_variables() -> None:
+    """Give this process what a launched rank has; call it before torch is imported.
+
+    CUDA, torch's allocator and NCCL read their variables once, when they start.
+    """
+    for variable in rank_variables(num_local_ranks=1):
+        if not variable.only_at_start:
+            _set_default(os.environ, variable)
+
+
+def _set_default(environment: MutableMapping[str, str], variable: Variable) -> None:
+    if not any(alias in environment for alias in variable.aliases):
+        environment.setdefault(variable.name, variable.value)

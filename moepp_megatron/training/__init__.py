@@ -10,6 +10,7 @@ evaluate.py            validation loss
 generate.py            `moepp generate` as a function
 generate_request.py    what `moepp generate` is asked to do
 going_back.py          putting an earlier checkpoint of the run in place of the present model
+gradient_norm.py       the gradient norm on a GPU without Transformer Engine and apex
 inference_settings.py  turns a training configuration into one for forward passes only
 move_aside.py          moving a run out of the way of a new one in the same folder
 occupancy.py           whether a run may start in its folder

@@ -41,7 +41,10 @@ class HealthCollector:
         self._interval = 0 if is_captured or config.moe.is_vanilla else interval
         # There the loss comes after other micro-batches have passed the layers.
         self._sorts_losses = not config.parallel.overlap_moe_expert_parallel_comm
-        self._losses = torch.zeros(2, self._topk + 1, dtype=torch.float64)
+        # On the device, so that a micro-batch waits for none.
+        self._losses = torch.zeros(
+            2, self._topk + 1, dtype=torch.float64, device=torch.cuda.current_device()
+        )
         self._is_on = False
         self._fields: dict[str, Any] | None = None
 
@@ -77,7 +80,7 @@ class HealthCollector:
         buckets = mean_T.round().long()
         for row, values in enumerate((losses * mask, mask)):
             sums = torch.zeros(self._topk + 1, dtype=torch.float64, device=values.device)
-            self._losses[row] += sums.index_add_(0, buckets, values.double()).cpu()
+            self._losses[row] += sums.index_add_(0, buckets, values.double())
 
     def collect(self) -> dict[str, Any]:
         """Fields for the record of a measured step; empty for other steps.

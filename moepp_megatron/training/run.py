@@ -175,8 +175,10 @@ def _be_rank(request: TrainRequest, say: Say) -> TrainResult:
     with distributed.joined(rank, distributed.collective_timeout(config)):
         distributed.build_groups(config, request.layout)
         if rank.rank == 0:
-            from moepp_megatron.runtime.backends import choices_to_log
+            from moepp_megatron.runtime.backends import choices_to_log, doubts
 
+            for doubt in doubts():
+                say(f"warning: {doubt}")
             if (choices := choices_to_log()) is not None:
                 say(choices)
         trainer = Trainer(config, request.layout)

@@ -20,12 +20,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moepp_megatron.config import Config
+from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.config.choices import pick
 from moepp_megatron.config.schema import OptimizerSection
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.megatron_config import moepp_config, params_dtype
+from moepp_megatron.moe.kernels import start_one, use_kernels
 from moepp_megatron.moe.lane import pipeline_config
+from moepp_megatron.training.gradient_norm import use_one_read
 
 
 @dataclass
@@ -69,7 +71,14 @@ class TrainingModel:
 
 
 def build_training_model(config: Config) -> TrainingModel:
-    """Build and wrap the model. Process groups must exist."""
+    """Build and wrap the model. Process groups must exist.
+
+    Raises:
+        UnfitError: If this machine or the installed megatron-core lacks what the layers use.
+    """
+    if not config.moe.is_vanilla and torch.cuda.is_available() and use_kernels(config.moe.fused):
+        _start_a_kernel()
+    use_one_read()
     models = build_model(config)
     schedule_config, chunks = wrap_models(models, config)
     optimizer = get_megatron_optimizer(
@@ -77,6 +86,17 @@ def build_training_model(config: Config) -> TrainingModel:
     )
     _connect(schedule_config, config, chunks, optimizer)
     return TrainingModel(chunks, models, optimizer, _schedule(config, optimizer))
+
+
+def _start_a_kernel() -> None:
+    """Have a kernel compiled and started before minutes of building and loading."""
+    try:
+        start_one(torch.device("cuda", torch.cuda.current_device()))
+    except RuntimeError as error:
+        raise UnfitError(
+            f"moe.fused must have Triton kernels that start on this machine ({error}); see moepp "
+            "doctor, or use false"
+        ) from error
 
 
 def wrap_models(

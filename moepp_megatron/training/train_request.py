@@ -18,6 +18,7 @@ from moepp_megatron.config import (
 )
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
 from moepp_megatron.runtime.rank import RankEnvironment
+from moepp_megatron.runtime.rank_environment import adopt_rank_variables
 from moepp_megatron.training import occupancy
 from moepp_megatron.training.checkpoint import check_start, list_checkpoints
 from moepp_megatron.training.occupancy import Start
@@ -111,6 +112,8 @@ class TrainRequest:
         if self.leads and not occupancy.is_claimed():
             # At once; looking for packages imports torch.
             occupancy.refuse_occupied(config, start)
+        if not self.starts_ranks:
+            adopt_rank_variables()
         from moepp_megatron.data.prepared_data import check_data
         from moepp_megatron.runtime.fit import check_fit
 

@@ -31,6 +31,11 @@ case "$*" in
     eval "${{PIP_DOES:-}}"
     printf '#!/bin/sh\\n' >"$(dirname "$0")/moepp"
     chmod +x "$(dirname "$0")/moepp" ;;
+"-P -m pip wheel"*)
+    echo "pip $*" >>"$CALLS"
+    [[ -z "${{WHEEL_FAILS:-}}" ]] ;;
+*"import torch;"*) echo "${{TORCH_CUDA-13}}" ;;
+*"import transformer_engine"*) [[ -z "${{TE_BROKEN:-}}" ]] && echo 2.20.2 ;;
 "-I - "*) cat >/dev/null; : >"$4" ;;
 *) exit 9 ;;
 esac
@@ -221,6 +226,84 @@ def test_reused_environment_keeps_its_versions(machine, tmp_path):
     assert "moepp-install.log.constraints" in machine.calls.read_text()
     assert not (machine.root / ".venv").exists()
     assert machine.source(MOEPP_VENV=str(other))[2] == ""
+
+
+def te(machine, **environment: str) -> tuple[int, str]:
+    status, _, err = machine.source(f'"{machine.root}/launch/env.sh" --te', **environment)
+    return status, err
+
+
+def test_transformer_engine_is_compiled_against_the_torch_that_is_there(machine):
+    machine.add_python("python3.12", "3.12")
+    status, err = te(machine)
+    assert status == 0, err
+    assert "Transformer Engine 2.20.2 imported" in err
+    _, core, wheel, last = machine.calls.read_text().splitlines()
+    wheels = f"{machine.root}/.wheels"
+    assert core.endswith("transformer_engine_cu13==2.20.2")
+    assert "--no-build-isolation --no-deps" in wheel
+    assert f"--wheel-dir {wheels}" in wheel
+    # What was compiled once is found again.
+    assert f"--find-links {wheels}" in wheel
+    assert f"--find-links {wheels} -c {machine.root}/constraints.txt" in last
+    assert last.endswith("transformer_engine[pytorch,core_cu13]==2.20.2")
+    assert te(machine) == (0, "")
+    assert machine.source()[0] == 0
+    assert len(machine.calls.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"TORCH_CUDA": ""}, "this one is for CPUs"),
+        ({"WHEEL_FAILS": "1"}, "the installation failed"),
+        ({"TE_BROKEN": "1"}, "is installed and cannot be imported"),
+    ],
+)
+def test_transformer_engine_that_fails_is_tried_again(machine, environment, says):
+    machine.add_python("python3.12", "3.12")
+    status, err = te(machine, **environment)
+    assert status == 1
+    assert says in err
+    # All the rest is there, and is not installed a second time.
+    assert machine.source() == (0, f"{machine.root}/.venv/bin\n", "")
+    before = machine.calls.read_text().count("-e .[dev]")
+    assert te(machine)[0] == 0
+    assert machine.calls.read_text().count("-e .[dev]") == before == 1
+
+
+def test_offline_asks_no_registry(machine, tmp_path):
+    machine.add_python("python3.12", "3.12")
+    script = f'"{machine.root}/launch/env.sh" --offline '
+    status, _, err = machine.source(script + "nowhere")
+    assert status == 1
+    assert "MOEPP_OFFLINE (nowhere) must be a folder of wheels" in err
+    status, _, err = machine.source(script + f'"{tmp_path}"')
+    assert status == 0, err
+    assert f"--no-index --find-links {tmp_path} -c" in machine.calls.read_text()
+
+
+@pytest.mark.parametrize(("words", "says"), [("--offline", "needs a folder"), ("--tee", "--te")])
+def test_wrong_options(machine, words, says):
+    status, _, err = machine.source(f'"{machine.root}/launch/env.sh" {words}')
+    assert status == 2
+    assert says in err
+
+
+def test_the_current_environment_is_looked_at_and_left_alone(machine, tmp_path):
+    current = {"MOEPP_ENV": "current", "MOEPP_PYTHON": sys.executable}
+    project = machine.root / "pyproject.toml"
+    project.write_text('[project]\ndependencies = ["torch>=2.11.0a0", "pytest>=999", "x1y"]')
+    status, _, err = machine.source(**current)
+    assert status == 1
+    lacks = [line.split("lacks ")[1] for line in err.splitlines()]
+    assert lacks[0].startswith("pytest>=999: 9")
+    assert lacks[1] == "x1y: not installed"
+    assert [line.split(":")[0] for line in lacks[2:]] in ([], ["moepp-megatron"])
+    assert not (machine.root / ".venv").exists()
+    status, _, err = machine.source(MOEPP_ENV="other")
+    assert status == 1
+    assert "MOEPP_ENV (other) must be current" in err
 
 
 def test_folder_that_is_no_environment_is_left_alone(machine, tmp_path):

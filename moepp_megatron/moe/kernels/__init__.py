@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
+
 from moepp_megatron.layer_settings import Fused
 from moepp_megatron.runtime.optional import have_triton
 
@@ -39,6 +41,22 @@ def use_kernels(fused: Fused) -> bool:
     raise RuntimeError(
         "fused (True) must have a GPU and the package triton, which this machine lacks; use auto"
     )
+
+
+def start_one(device: torch.device) -> None:
+    """Compile and launch a small kernel: what keeps all of them from running shows here.
+
+    Raises:
+        RuntimeError: If it cannot be compiled or launched; names the cause.
+    """
+    from moepp_megatron.moe.kernels.rows import rows_of_tokens
+
+    try:
+        rows_of_tokens(torch.zeros(1, 1, dtype=torch.bool, device=device), slots=1)
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        cause = " ".join(str(error).split())[:500]
+        raise RuntimeError(f"{type(error).__name__}: {cause}") from error
 
 
 def _interprets() -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from moepp_megatron.runtime.nvml.card_reader import CardReader
 from moepp_megatron.runtime.nvml.library import Library, scaled, text
 from moepp_megatron.runtime.nvml.state import Driver, GPUState, Sample
+from moepp_megatron.runtime.nvml.visible import bare_uuid, visible_indices
 
 
 class NvmlUnavailableError(RuntimeError):
@@ -89,13 +91,43 @@ class Nvml:
         return CardReader(self._library, handle, faults).read(index)
 
     def index_of(self, uuids: Sequence[str]) -> list[int]:
-        """NVML numbers of the GPUs with these UUIDs, in this order; unknown ones are left out."""
-        known = {}
-        for index in range(self.count()):
-            handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
-            if handle is not None:
-                known[text(self._library.ask("nvmlDeviceGetUUID", handle))] = index
-        return [known[uuid] for uuid in uuids if uuid in known]
+        """NVML numbers of the GPUs with these UUIDs, in this order; unknown ones are left out.
+
+        The UUID of a MIG device gives the GPU that it is a part of.
+        """
+        known = {
+            bare_uuid(name): index for index, names in enumerate(self._uuids()) for name in names
+        }
+        return [known[uuid] for uuid in map(bare_uuid, uuids) if uuid in known]
+
+    def visible(self, environment: Mapping[str, str] | None = None) -> list[int]:
+        """NVML numbers of the GPUs that CUDA shows, in CUDA's order.
+
+        Args:
+            environment: Variables of the process that is shown them; None for this one.
+        """
+        variables = os.environ if environment is None else environment
+        return visible_indices(variables.get("CUDA_VISIBLE_DEVICES"), self._uuids())
+
+    def _uuids(self) -> list[list[str]]:
+        """[GPUs] UUIDs of each GPU and of the MIG devices on it."""
+        return [self._uuids_on(index) for index in range(self.count())]
+
+    def _uuids_on(self, index: int) -> list[str]:
+        handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
+        if handle is None:
+            return []
+        parts = self._library.ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0
+        handles = [handle] + [
+            self._library.ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, part)
+            for part in range(parts)
+        ]
+        names = [
+            text(self._library.ask("nvmlDeviceGetUUID", each))
+            for each in handles
+            if each is not None
+        ]
+        return [name for name in names if name is not None]
 
     def sample(self, index: int, with_traffic: bool = True) -> Sample:
         """The values of GPU `index` that telemetry reads.

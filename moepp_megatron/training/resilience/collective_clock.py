@@ -2,7 +2,9 @@
 
 Neither gloo nor NCCL reports this. So while the clock runs, torch's collectives and the waits for
 asynchronous ones are wrapped: with the wall clock on CPUs, with CUDA events on GPUs, where the
-time of a collective on the compute stream is what training loses to it.
+time of a collective on the compute stream is what training loses to it. A collective that is being
+captured into a CUDA graph is left alone: its events would belong to the graph, and could never be
+read.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class CollectiveClock:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             # A blocking collective waits for its own asynchronous one: that counts once.
-            if self._depth > 0:
+            if self._depth > 0 or (self._on_gpu and torch.cuda.is_current_stream_capturing()):
                 return function(*args, **kwargs)
             with self._measure():
                 return function(*args, **kwargs)

@@ -10,6 +10,8 @@ from moepp_megatron.moe.upstream_private import TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
 from moepp_megatron.runtime.kernel_choices import KernelChoice, kernel_choices
+from moepp_megatron.runtime.optional import have_triton
+from moepp_megatron.runtime.triton_compiler import compiler_obstacle
 from moepp_megatron.workbench.doctor.finding import Finding, Severity
 from moepp_megatron.workbench.doctor.gpu_checks import TorchCuda
 
@@ -22,7 +24,9 @@ def check_packages(config: Config | None) -> list[Finding]:
     """
     backends = optional_backends()
     findings = [_python(), _torch(), check_megatron(version_of("megatron-core")), _nccl()]
-    findings += [check_backend(backend) for backend in backends]
+    on_gpu = torch_cuda().available
+    findings += [check_backend(backend, on_gpu) for backend in backends]
+    findings += [check_compiler()] if have_triton() else []
     findings += [_check_kernel(choice) for choice in kernel_choices()]
     if config is not None:
         used = {backend.name for backend in backends if backend.used}
@@ -55,17 +59,42 @@ def check_megatron(version: str | None) -> Finding:
     )
 
 
-def check_backend(backend: Backend) -> Finding:
-    """Check an optional package; a missing one is a note, because it has a replacement."""
+def check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
+    """Check an optional package; a missing one is a note, because it has a replacement.
+
+    Args:
+        backend: The package.
+        on_gpu: Whether there is a GPU, on which Transformer Engine is missed.
+    """
     if backend.used:
         return Finding(backend.name, Severity.OK, f"{backend.version}: {backend.role}")
+    if backend.failure is not None:
+        return Finding(
+            backend.name,
+            Severity.WARNING,
+            f"fails on import ({backend.failure}); instead {backend.fallback}",
+            "what is installed must be importable",
+            f"{backend.remedy}; or uninstall it",
+        )
     state = "not installed" if backend.version is None else f"{backend.version}, not usable here"
+    is_missed = on_gpu and backend.name == "Transformer Engine"
     return Finding(
         backend.name,
-        Severity.NOTE,
+        Severity.WARNING if is_missed else Severity.NOTE,
         f"{state}; instead {backend.fallback}",
-        remedy=backend.remedy if backend.version is None else "needs a GPU",
+        "steps on a GPU are slower without" if is_missed else "",
+        backend.remedy if backend.version is None else "needs a GPU",
     )
+
+
+def check_compiler() -> Finding:
+    """Whether Triton can compile the launchers of its kernels."""
+    obstacle = compiler_obstacle()
+    if obstacle is None:
+        return Finding("Triton's compiler", Severity.OK, "a C compiler and Python.h")
+    lacks, remedy = obstacle
+    rule = "Triton needs it to start a kernel"
+    return Finding("Triton's compiler", Severity.ERROR, f"lacks {lacks}", rule, remedy)
 
 
 def _check_kernel(choice: KernelChoice) -> Finding:

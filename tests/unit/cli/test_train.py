@@ -116,6 +116,31 @@ def test_overwrite_moves_the_old_run_and_is_the_launchers_business(command, caps
     assert "--overwrite" not in command.claims[0].go_on
 
 
+def test_a_run_that_does_not_fit_the_gpu_is_refused_before_it_starts(
+    command, capsys, monkeypatch
+) -> None:
+    from moepp_megatron.cli import memory_fit
+    from moepp_megatron.runtime.nvml import Nvml
+    from moepp_megatron.workbench.planning import target
+    from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
+
+    large = ["model.hidden_size=8192", "model.num_attention_heads=64", "model.num_layers=48"]
+    assert command(*large) == 0, "no GPU to fit"
+    for module in (memory_fit, target):
+        monkeypatch.setattr(module, "Nvml", lambda: Nvml(FakeNvml(answers())))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert command(*large) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("error: the fullest rank is estimated to need ")
+    assert "and must fit h100_sxm (" in error
+    assert len(command.starts) == 1
+    assert command() == 0, "a small one fits"
+    assert command(*large, "--ignore-memory") == 0
+    assert command.claims[-1].go_on.count("--ignore-memory") == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert command(*large) == 0, "it runs on CPUs"
+
+
 def test_a_configuration_that_goes_on_by_itself_is_let_in(command, capsys) -> None:
     command.make_run()
     assert command("checkpoint.load=auto") == 0

@@ -56,6 +56,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
                 module.__spec__ = ModuleSpec(name, None)
                 monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         for function in cached:
             function.cache_clear()
 
@@ -65,7 +66,34 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def implementations() -> list[str]:
-    return [choice.implementation for choice in kernel_choices.kernel_choices()]
+    """Of what apex has a part in; attention, experts and permutation come before."""
+    return [choice.implementation for choice in kernel_choices.kernel_choices()[3:]]
+
+
+def layers() -> list[str]:
+    return [choice.line() for choice in kernel_choices.kernel_choices()[:3]]
+
+
+def test_attention_experts_and_permutation(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    install(gpu=False)
+    assert layers()[0] == "attention: torch (megatron-core's, which writes all scores)"
+    assert layers()[1] == "experts: torch (one loop on oneDNN)"
+    install()
+    assert layers() == [
+        "attention: torch (scaled_dot_product_attention, which writes no scores)",
+        "experts: torch (grouped_mm in bf16, one after another in fp32)",
+        "permutation: torch (sort and index_select)",
+    ]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert "no grouped product on this GPU" in layers()[1]
+    monkeypatch.setattr(kernel_choices, "have_transformer_engine", lambda: True)
+    assert layers() == [
+        "attention: Transformer Engine (DotProductAttention)",
+        "experts: Transformer Engine (grouped product)",
+        "permutation: Transformer Engine (fused)",
+    ]
 
 
 def without(package: dict[str, dict[str, Any]], *names: str) -> dict[str, dict[str, Any]]:
@@ -194,7 +222,7 @@ def test_megatron_core_picks_the_same_with_an_apex_on_the_path(tmp_path: Path) -
     assert picked["l2norm"] == picked["scale"] == "amp_C"
     assert picked["accumulation"]
     # Norm and accumulation need a GPU besides, which the machines of CI lack.
-    assert picked["ours"][:2] == ["apex", "apex"]
+    assert picked["ours"][3:5] == ["apex", "apex"]
 
 
 @pytest.mark.skipif(kernel_choices._adam().implementation != "torch", reason="one is installed")

@@ -8,9 +8,14 @@ import socket
 import psutil
 import pytest
 
+from moepp_megatron.runtime.launch import LaunchOptions, _torchrun
 from moepp_megatron.runtime.nodes import Nodes, parse_endpoint
 from moepp_megatron.runtime.rank import RankEnvironment, first_host
-from moepp_megatron.runtime.rank_environment import rank_variables, with_rank_variables
+from moepp_megatron.runtime.rank_environment import (
+    adopt_rank_variables,
+    rank_variables,
+    with_rank_variables,
+)
 
 
 def test_nothing_that_the_user_has_set_is_changed() -> None:
@@ -36,6 +41,30 @@ def test_cores_are_shared_out() -> None:
     cores = len(os.sched_getaffinity(0))
     assert with_rank_variables({}, 1)["OMP_NUM_THREADS"] == str(cores)
     assert with_rank_variables({}, 10 * cores)["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_rank_without_launcher_adopts_what_still_matters(monkeypatch) -> None:
+    monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "x"})
+    adopt_rank_variables()
+    launched = with_rank_variables(os.environ, 1)
+    late = {"OMP_NUM_THREADS", "PYTHONSAFEPATH", "PYTHONUNBUFFERED"}
+    assert launched.keys() - os.environ.keys() == late | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    assert os.environ.items() <= launched.items()
+    assert os.environ["NCCL_DEBUG"] == "INFO"
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+@pytest.mark.parametrize("words", [["bench", "--max", "4K"], ["train", "--", "c.yaml", "a=b"]])
+def test_torchrun_hands_on_what_is_not_its_own(words) -> None:
+    """Of `--max` older versions of argparse made a shortened `--max-restarts`."""
+    from torch.distributed.run import get_args_parser
+
+    command = _torchrun(LaunchOptions(2), "a.module", words)
+    module = command.index("--module")
+    assert command[module : module + 3] == ["--module", "a.module", "--"]
+    parsed = get_args_parser().parse_args(command[3:])
+    assert (parsed.module, parsed.training_script) == (True, "a.module")
+    assert parsed.training_script_args == words
 
 
 def place(monkeypatch: pytest.MonkeyPatch, **environment: str) -> RankEnvironment:

@@ -255,7 +255,7 @@ def _gpu() -> str:
     """Name of the GPUs that the runs have used, which this machine need not have."""
     try:
         with Nvml() as nvml:
-            name = nvml.card(0).name if nvml.count() else None
+            name = next((nvml.card(index).name for index in nvml.visible()), None)
     except NvmlUnavailableError:
         name = None
     return name or "GPU of another machine"

@@ -44,6 +44,8 @@ def answers(index: int = 0, **changes: Any) -> dict[str, Any]:
         "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=0, memory=0),
         "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=85_520_809_984, used=4_325_376),
         "nvmlDeviceGetComputeRunningProcesses": [],
+        "nvmlDeviceGetMaxMigDeviceCount": 7,
+        "mig": [],
         "links": [1] * LINKS,
         "link_errors": {},
         "fields": {
@@ -108,6 +110,16 @@ class FakeNvml:
             "nvmlDeviceGetHandleByIndex",
         )
         return index
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: int, part: int) -> tuple[int, int]:
+        if part >= len(self._cards[handle]["mig"]):
+            raise pynvml.NVMLError_NotFound
+        return handle, part
+
+    def nvmlDeviceGetUUID(self, handle: int | tuple[int, int]) -> str:
+        if isinstance(handle, tuple):
+            return self._cards[handle[0]]["mig"][handle[1]]
+        return _answer(self._cards[handle], "nvmlDeviceGetUUID")
 
     def nvmlEventSetCreate(self) -> str:
         return "events"

@@ -1,5 +1,7 @@
 """The examination as a whole, on recorded cards."""
 
+from dataclasses import replace
+
 import pynvml
 import pytest
 
@@ -16,6 +18,9 @@ from tests.unit.workbench.doctor.test_cards import BUSY
 @pytest.fixture(autouse=True)
 def _sound_node(monkeypatch):
     monkeypatch.setattr(packages, "torch_cuda", lambda: TorchCuda((13, 0), True))
+    engine, *others = packages.optional_backends()
+    backends = [replace(engine, version="2.20", used=True), *others]
+    monkeypatch.setattr(packages, "optional_backends", lambda: backends)
     monkeypatch.setattr(system, "shared_memory_bytes", lambda: 64 * 2**30)
     monkeypatch.setattr(system, "clock_synchronized", lambda: True)
     monkeypatch.setattr(system, "read_ports", lambda: [])

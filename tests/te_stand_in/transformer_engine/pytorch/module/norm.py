@@ -16,22 +16,23 @@ class RMSNorm(torch.nn.Module):
         params_dtype=None,
         zero_centered_gamma=False,
         hidden_size=None,
-        *,
-        device=None,
-        dtype=None,
-        sm_margin=0,
+        # device, dtype and sm_margin, by keyword alone.
+        **kwargs,
     ):
         super().__init__()
+        unknown = kwargs.keys() - {"device", "dtype", "sm_margin"}
+        assert not unknown, f"Transformer Engine's norms know no {unknown}"
         self.eps = eps
+        dtype = params_dtype or kwargs.get("dtype")
         self.weight = torch.nn.Parameter(
-            torch.ones(normalized_shape, dtype=params_dtype or dtype, device=device)
+            torch.ones(normalized_shape, dtype=dtype, device=kwargs.get("device"))
         )
         self.weight.sequence_parallel = sequence_parallel
 
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, input):
+        return rms_norm(input, self.weight, self.eps)
 
 
 class LayerNorm(RMSNorm):
-    def forward(self, x):
+    def forward(self, input):
         raise NotImplementedError("the stand-in knows RMSNorm alone")

@@ -1,4 +1,7 @@
-"""The experts' loop on a CPU against megatron-core's `SequentialMLP` of the same weights."""
+"""Experts in a loop on a CPU, and grouped, against megatron-core's `SequentialMLP`.
+
+The grouped product itself is torch's on a CPU here; shapes, strides and offsets are a GPU's.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cpu_experts import CPUExperts, suits
+from moepp_megatron.moe.grouped_experts import GroupedExperts, suits_grouped
 from moepp_megatron.moe.spec import get_moepp_layer_spec
-from tests.unit.moe.builders import HIDDEN, megatron_config
+from tests.unit.moe.builders import FFN_HIDDEN, HIDDEN, megatron_config
 
 MOEPP = MoEPPConfig(num_ffn_experts=4)
 
@@ -22,14 +26,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def both(dtype: torch.dtype) -> tuple[SequentialMLP, CPUExperts]:
+def both(
+    dtype: torch.dtype, kind: type[CPUExperts] = CPUExperts
+) -> tuple[SequentialMLP, CPUExperts]:
     """Theirs and ours, with equal weights."""
     config = megatron_config(MOEPP, params_dtype=dtype, bf16=dtype is torch.bfloat16)
     spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)
     builder = spec.submodules.mlp.keywords["submodules"].experts
     assert builder.func is CPUExperts
     groups = get_default_pg_collection()
-    ours = builder(4, config, pg_collection=groups)
+    ours = partial(kind, **builder.keywords)(4, config, pg_collection=groups)
     theirs = partial(SequentialMLP, **builder.keywords)(4, config, pg_collection=groups)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -56,13 +62,18 @@ def run(experts: SequentialMLP, rows: list[int], dtype: torch.dtype) -> list[Ten
 
 
 @pytest.mark.parametrize(
-    "rows", [[5, 1, 0, 9], [0, 0, 7, 0], [0, 0, 0, 0], [300, 2, 40, 170]], ids=str
+    "rows",
+    [[5, 1, 0, 9], [0, 0, 7, 0], [0, 1, 0, 0], [0, 0, 0, 0], [300, 2, 40, 170]],
+    ids=str,
 )
+@pytest.mark.parametrize("kind", [CPUExperts, GroupedExperts])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
-def test_equals_sequential_mlp(rows: list[int], dtype: torch.dtype, tolerance: float) -> None:
-    theirs, ours = both(dtype)
+def test_equals_sequential_mlp(
+    rows: list[int], dtype: torch.dtype, tolerance: float, kind: type[CPUExperts]
+) -> None:
+    theirs, ours = both(dtype, kind)
     for expected, actual in zip(run(theirs, rows, dtype), run(ours, rows, dtype), strict=True):
         expected, actual = expected.float(), actual.float()
         if actual.shape != expected.shape:
@@ -75,8 +86,9 @@ def test_equals_sequential_mlp(rows: list[int], dtype: torch.dtype, tolerance: f
         assert error <= tolerance * scale + 1e-30
 
 
-def test_frozen_weights_get_no_gradient() -> None:
-    _, ours = both(torch.float32)
+@pytest.mark.parametrize("kind", [CPUExperts, GroupedExperts])
+def test_frozen_weights_get_no_gradient(kind: type[CPUExperts]) -> None:
+    _, ours = both(torch.float32, kind)
     for parameter in ours.parameters():
         parameter.requires_grad_(False)
     tokens = torch.randn(4, HIDDEN, requires_grad=True)
@@ -84,6 +96,45 @@ def test_frozen_weights_get_no_gradient() -> None:
     output.sum().backward()
     assert tokens.grad is not None
     assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def test_grouped_products_keep_no_copy_of_the_weights() -> None:
+    """Saved for the backward pass: what a loop saves, and parameters themselves."""
+    _, ours = both(torch.bfloat16, GroupedExperts)
+    kept: list[Tensor] = []
+    own = {parameter.data_ptr() for parameter in ours.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run(ours, [5, 1, 0, 9], torch.bfloat16)
+    others = [tensor.shape for tensor in kept if tensor.data_ptr() not in own]
+    assert sorted(others) == sorted([(15, HIDDEN), (15,), (4,), (15, 2 * FFN_HIDDEN)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "fits"),
+    [
+        ({}, (9, 0), True),
+        ({}, (10, 0), True),
+        ({}, (8, 0), False),
+        ({"params_dtype": torch.float32, "bf16": False}, (9, 0), False),
+        ({"moe_ffn_hidden_size": 28}, (9, 0), False),
+        ({"gated_linear_unit": False}, (9, 0), False),
+    ],
+)
+def test_where_experts_are_grouped(monkeypatch, changes, capability, fits) -> None:
+    bf16 = {"params_dtype": torch.bfloat16, "bf16": True}
+    config = megatron_config(MOEPP, **(bf16 | changes))
+    assert not suits_grouped(config), "no GPU here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert suits_grouped(config) == fits
+    spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)
+    found = spec.submodules.mlp.keywords["submodules"].experts.func
+    assert found is (GroupedExperts if fits else SequentialMLP)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""Causal attention on a GPU without Transformer Engine, for megatron-core's local modules.
+
+megatron-core's own `DotProductAttention` writes the scores of all pairs of tokens and keeps them
+for the backward pass: 4 bytes * heads * s^2 a sequence and layer (two 16-bit matrices). torch's
+`scaled_dot_product_attention` has kernels that never write them.
+
+Shape suffixes as in `attention.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+def suits_causal_attention(config: TransformerConfig) -> bool:
+    """Whether `CausalAttention` computes what `DotProductAttention` would, on a GPU."""
+    return (
+        torch.cuda.is_available()
+        and config.context_parallel_size == 1
+        and config.attention_dropout == 0.0
+        and config.window_size is None
+        and config.softmax_type == "vanilla"
+        and not config.qk_clip
+        and not config.apply_query_key_layer_scaling
+    )
+
+
+class CausalAttention(MegatronModule):
+    """Core attention of a layer whose sequences are whole on this rank.
+
+    Args:
+        config: The model's configuration, which `suits_causal_attention`.
+        layer_number: Global layer number, 1-based.
+        attn_mask_type: Must be causal.
+        softmax_scale: Factor on the scores; 1 / sqrt(d) where None.
+        **unused: What megatron-core gives to core attentions beside these: groups, dropout and the
+            widths of heads, which the tensors have.
+
+    Raises:
+        ValueError: If the mask is another one.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        softmax_scale: float | None = None,
+        **unused: object,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type is not AttnMaskType.causal:
+            raise ValueError(
+                f"attn_mask_type ({attn_mask_type}) must be causal with CausalAttention; use "
+                "Transformer Engine"
+            )
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend from each token to all tokens up to it.
+
+        Args:
+            query: [S, b, n, d], the last S of s tokens (all of them in training).
+            key: [s, b, g, d]; n is a multiple of g.
+            value: [s, b, g, v].
+            attention_mask: Must be None: the mask is causal.
+            attn_mask_type: Unused; the constructor's value decides.
+            attention_bias: Must be None.
+            packed_seq_params: Must be None.
+
+        Returns:
+            [S, b, n * v], dtype of `query`.
+
+        Raises:
+            ValueError: If there is a mask, a bias or packed sequences.
+        """
+        refuse_unused(
+            type(self).__name__,
+            attention_mask=attention_mask,
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+        )
+        last, num_tokens = query.shape[0], key.shape[0]
+        mask = None
+        if 1 < last < num_tokens:
+            # Behind tokens whose keys are kept already.
+            positions = torch.arange(num_tokens, device=query.device)
+            mask = positions[-last:].unsqueeze(1) >= positions
+        context_bncd = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            attn_mask=mask,
+            is_causal=1 < last == num_tokens,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return context_bncd.permute(2, 0, 1, 3).flatten(start_dim=2)
+
+
+def refuse_unused(name: str, **given: object) -> None:
+    """Refuse what a causal core attention over whole sequences would not honour.
+
+    Raises:
+        ValueError: If anything is given; names it and a remedy.
+    """
+    for argument, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{argument} ({type(value).__name__}) must be None in {name}, which is causal over "
+                "whole sequences; use Transformer Engine's attention"
+            )

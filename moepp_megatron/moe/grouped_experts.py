@@ -1,0 +1,117 @@
+"""FFN experts on a GPU without Transformer Engine: one product over all experts, not one for each.
+
+megatron-core's `SequentialMLP` starts some ten kernels an expert and keeps every step of SwiGLU for
+the backward pass. Here each of the two products is one `torch.nn.functional.grouped_mm` over rows
+that are sorted by expert, and only the first one's result is kept, as in `cpu_experts`. Parameters,
+their names and checkpoints are unchanged: each expert has its own, so the products take a copy of
+them side by side, which is made anew in the backward pass instead of being kept.
+
+Bytes beside the products themselves: 4 per weight of the rank's experts (a copy read and written in
+bf16) forward, as many backward. At R rows an expert the products do 2R FLOPs a weight forward.
+
+Shape suffixes: R rows sorted by expert, E local experts, D channels, F of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moepp_megatron.moe.cpu_experts import CPUExperts, suits, swiglu, weighted
+
+# Rows of a matrix begin at multiples of 16 bytes.
+_ALIGNMENT = 8
+
+
+def suits_grouped(config: TransformerConfig) -> bool:
+    """Whether `GroupedExperts` computes what `SequentialMLP` would, on a GPU that has the product.
+
+    torch has it for bf16 on Hopper and newer.
+    """
+    if not (suits(config) and torch.cuda.is_available() and config.params_dtype == torch.bfloat16):
+        return False
+    width = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
+    is_aligned = config.hidden_size % _ALIGNMENT == 0 and width % _ALIGNMENT == 0
+    return is_aligned and torch.cuda.get_device_capability() >= (9, 0)
+
+
+class GroupedExperts(CPUExperts):
+    """megatron-core's `SequentialMLP` of SwiGLU experts, in one product over all of them."""
+
+    def compute(
+        self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: list[Tensor]
+    ) -> Tensor:
+        """Outputs of all experts.
+
+        Args:
+            tokens: [R, D], sorted by expert.
+            gates: [R] fp32.
+            tokens_per_expert: [E] rows of each, on any device.
+            weights: fc1 [2F, D] and fc2 [D, F] of each expert in turn.
+
+        Returns:
+            [R, D] outputs times gates.
+        """
+        ends = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0).to(torch.int32)
+        result: Tensor = _GroupedExperts.apply(tokens, gates, ends, *weights)
+        return result
+
+
+class _GroupedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens_RD: Tensor, gates_R: Tensor, ends_E: Tensor, *weights: Tensor
+    ) -> Tensor:
+        projected = _product(tokens_RD, _transposed(weights[::2]), ends_E)
+        ctx.save_for_backward(tokens_RD, gates_R, ends_E, projected, *weights)
+        activated = weighted(swiglu(*projected.chunk(2, dim=-1)), gates_R)
+        return _product(activated, _transposed(weights[1::2]), ends_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (output_grad,) = grads
+        output_grad = output_grad.contiguous()
+        tokens_RD, gates_R, ends_E, projected, *weights = ctx.saved_tensors
+        gate_part, up = projected.chunk(2, dim=-1)
+        gated = F.silu(gate_part)
+        activated = gated * up
+        weighted_grad = _product(output_grad, torch.stack(weights[1::2]), ends_E)
+        gate_grad = (weighted_grad * activated).sum(dim=-1, dtype=gates_R.dtype)
+        fc2_grads = _weight_grads(output_grad, weighted(activated, gates_R), ends_E)
+        activated_grad = weighted(weighted_grad, gates_R)
+        projected_grad = torch.empty_like(projected)
+        gate_half, up_half = projected_grad.chunk(2, dim=-1)
+        torch.mul(activated_grad, gated, out=up_half)
+        gate_half.copy_(torch.ops.aten.silu_backward(activated_grad.mul_(up), gate_part))
+        input_grad = _product(projected_grad, torch.stack(weights[::2]), ends_E)
+        fc1_grads = _weight_grads(projected_grad, tokens_RD, ends_E)
+        pairs = zip(fc1_grads.unbind(), fc2_grads.unbind(), strict=True)
+        weight_grads = [grad for pair in pairs for grad in pair]
+        return (input_grad, gate_grad, None, *weight_grads)
+
+
+def _transposed(weights: Sequence[Tensor]) -> Tensor:
+    """[E, in, out] of weights [out, in]."""
+    return torch.stack(tuple(weights)).transpose(1, 2)
+
+
+def _product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows [R, in] of each expert times its weights [E, in, out]: [R, out]."""
+    if not len(rows):
+        # No product is defined for no rows at all.
+        return rows.new_empty(0, weights.shape[-1])
+    return F.grouped_mm(rows, weights, offs=ends_E)
+
+
+def _weight_grads(output_grad: Tensor, rows: Tensor, ends_E: Tensor) -> Tensor:
+    """[E, out, in] of gradients [R, out] and rows [R, in]; zeros of an expert without rows."""
+    if not len(rows):
+        return rows.new_zeros(len(ends_E), output_grad.shape[1], rows.shape[1])
+    return F.grouped_mm(output_grad.t(), rows, offs=ends_E)

@@ -1,0 +1,95 @@
+"""The cases that are played: shipped configurations at full width, and layouts and features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.config import load_config
+
+ROOT = Path(__file__).parents[2]
+MODELS = sorted((ROOT / "configs/models").glob("[a-z]*.yaml"))
+PLANNED = sorted((ROOT / "configs/h100").glob("*.yaml"))
+SMALLEST = "configs/models/moepp_0.6b_8_4.yaml"
+
+
+def shipped(path: Path) -> dict[str, Any]:
+    """A shipped configuration on as many ranks as it is meant for, two layers a pipeline chunk."""
+    config = load_config(path, ["data.path=none", "run.dir=none"])
+    parallel = config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
+    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    world = stages * max(ranks, dense)
+    if path in PLANNED:
+        world = int(path.stem.rpartition("_")[2])
+    overrides = [
+        f"model.num_layers={2 * chunks}",
+        f"training.global_batch_size={2 * world}",
+        "parallel.pipeline_model_parallel_layout=null",
+    ]
+    if not isinstance(config.moe.layer_freq, int):
+        # As many dense layers at the start as fit.
+        overrides.append(f"moe.layer_freq={[0] + [1] * (2 * chunks - 1)}")
+    return {
+        "config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world
+    }  # fmt: skip
+
+
+def smallest(*overrides: str, world_size: int = 1, **fields: Any) -> dict[str, Any]:
+    """The smallest of the paper's models; as many sequences a step as two for each rank."""
+    batch = f"training.global_batch_size={2 * world_size}"
+    return {
+        "config": SMALLEST, "overrides": [batch, *overrides], "world_size": world_size, **fields
+    }  # fmt: skip
+
+
+_TWO_EXPERT_RANKS = "parallel.expert_model_parallel_size=2"
+_STAGES = "parallel.pipeline_model_parallel_size=2"
+_WATCHED = [
+    "observe.health_interval=1",
+    "routing_guard.enabled=true",
+    "routing_guard.dry_run=true",
+    # It counts the tokens of a training set, and there is none.
+    "routing_guard.shift.window=0",
+]
+# Without Transformer Engine. The stand-in knows neither tensor-parallel ranks nor context
+# parallelism.
+LOCAL: dict[str, dict[str, Any]] = {
+    "one rank": smallest(),
+    "guards, health, evaluation, state": smallest(
+        *_WATCHED, parts=["guard", "health", "evaluation", "state"]
+    ),
+    "capacity": smallest("moe.capacity_factor=1.25"),
+    "context parallel": smallest("parallel.context_parallel_size=2", world_size=2),
+    "first stage": smallest(_STAGES, world_size=2),
+    "last stage": smallest(_STAGES, world_size=2, rank=1),
+    "tensor parallel": smallest(
+        "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+        "parallel.expert_tensor_parallel_size=2", world_size=2,
+    ),
+    "expert parallel": smallest(_TWO_EXPERT_RANKS, world_size=2),
+    "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
+    "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
+    "recompute": smallest(
+        "training.recompute_granularity=full", "training.recompute_method=uniform",
+        "training.recompute_num_layers=1",
+    ),
+    "vanilla": smallest(
+        "moe.num_zero_experts=0", "moe.num_copy_experts=0", "moe.num_constant_experts=0",
+        "moe.gating_residual=false",
+    ),
+}  # fmt: skip
+ENGINE: dict[str, dict[str, Any]] = {
+    "one rank": smallest(),
+    "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
+    "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
+    "recompute": smallest(
+        "training.recompute_granularity=selective", "training.recompute_modules=[moe_act]"
+    ),
+    "combined schedule": smallest(
+        _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true", world_size=2
+    ),
+    "FP8": shipped(ROOT / "configs/models/moepp_7b_16_4_fp8.yaml"),
+}

@@ -1,0 +1,416 @@
+"""The machine of a played run: fake tensors on a fake GPU, peers that do not exist, and a record.
+
+Every tensor is a `FakeTensor`: it has a shape, a dtype and a device and no numbers, so a step of
+any size costs little. What would need numbers is answered as balanced routing would answer it.
+Recorded are reads that make the host wait for the device, launches of Triton kernels, collectives,
+and faults: arguments on the wrong device or not contiguous. `FakeTensorMode` itself raises where
+shapes or devices do not fit.
+
+`install` must run before megatron-core is imported, which keeps torch's collectives by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Record:
+    """What happened since the last `clear`.
+
+    Attributes:
+        reads: What made the host wait for the device, "kind file:function", by how often.
+        launches: Triton kernels by name.
+        collectives: By name.
+        operations: Operations of torch that start at least one kernel, by name.
+        faults: What would fail or be wrong on a GPU.
+    """
+
+    reads: Counter[str] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
+    collectives: Counter[str] = field(default_factory=Counter)
+    operations: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget everything but faults."""
+        for counter in (self.reads, self.launches, self.collectives, self.operations):
+            counter.clear()
+
+    def read(self, kind: str) -> None:
+        self.reads[f"{kind} {place()}"] += 1
+
+
+RECORD = Record()
+
+
+@dataclass
+class Routing:
+    """Balanced routing: every FFN expert gets `share` of a rank's tokens.
+
+    Attributes:
+        share: Selections of one FFN expert over the tokens.
+        tokens: Tokens of a rank in a micro-batch.
+        experts: FFN experts of the model.
+        ranks: Expert-parallel ranks.
+        sources: Ranks whose tokens an expert gets: these times expert-tensor-parallel ranks.
+    """
+
+    share: float = 0.0
+    tokens: int = 0
+    experts: int = 1
+    ranks: int = 1
+    sources: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows that one expert gets from one rank."""
+        return max(1, int(self.share * self.tokens))
+
+    @property
+    def local_experts(self) -> int:
+        return self.experts // self.ranks
+
+
+ROUTING = Routing()
+
+# Operations that look at numbers to know the size of their result: they wait for the device.
+_SIZED_BY_NUMBERS = (
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.bincount.default,
+    aten._unique2.default,
+    aten.repeat_interleave.Tensor,
+)
+# Of torch's operations those that start no kernel: names begin so.
+_NO_KERNEL = (
+    "view", "_unsafe_view", "t.", "transpose", "permute", "expand", "slice", "select", "unsqueeze",
+    "squeeze", "detach", "alias", "as_strided", "split", "unbind", "empty", "new_empty", "narrow",
+    "is_same_size", "set_", "lift_fresh", "_reshape_alias", "unfold", "chunk",
+)  # fmt: skip
+
+
+def place() -> str:
+    """The innermost function of megatron-core or of this package, "file:function"."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        for package in ("/moepp_megatron/", "/megatron/core/"):
+            if package in name:
+                return f"{package[1:]}{name.split(package)[-1]}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+class Device(TorchDispatchMode):
+    """Sees every operation; stands above `FakeTensorMode`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = next((each for each in args if isinstance(each, torch.Tensor)), None)
+        on_gpu = first is not None and first.device.type == "cuda"
+        if func is aten._local_scalar_dense.default:
+            if on_gpu:
+                RECORD.read("item")
+            return _number(first)
+        if func in _SIZED_BY_NUMBERS and on_gpu:
+            RECORD.read(func.__name__.partition(".")[0])
+            return _sized(func, first, args, kwargs)
+        if func is aten.index.Tensor and any(_is_mask(each) for each in args[1]):
+            RECORD.read("index by a mask")
+            return _indexed(*args)
+        result = func(*args, **kwargs)
+        if func is aten._to_copy.default:
+            _note_copy(first, result, bool(kwargs.get("non_blocking", False)))
+        elif func is aten.copy_.default:
+            waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            _note_copy(args[1], args[0], not waits)
+        name = func.__name__
+        if on_gpu and not name.startswith(_NO_KERNEL):
+            RECORD.operations[name] += 1
+        return result
+
+
+def _note_copy(source: Any, target: Any, non_blocking: bool) -> None:
+    kinds = (source.device.type, target.device.type)
+    if non_blocking or kinds[0] == kinds[1]:
+        return
+    if kinds == ("cuda", "cpu"):
+        RECORD.read("copy to the host")
+    if kinds == ("cpu", "cuda"):
+        RECORD.read("copy to the device")
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _number(tensor: Any) -> float | int | bool:
+    if tensor.dtype == torch.bool:
+        return True
+    return 1.0 if tensor.is_floating_point() else ROUTING.rows * ROUTING.experts
+
+
+def _sized(func: Any, first: torch.Tensor, args: Any, kwargs: Any) -> Any:
+    if func is aten.bincount.default:
+        least = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+        return first.new_zeros(least)
+    if func is aten.masked_select.default:
+        mask = args[1]
+        # [experts, tokens], as megatron-core permutes.
+        return first.new_zeros(mask.shape[0] * max(1, int(ROUTING.share * mask.shape[1])))
+    raise NotImplementedError(f"no answer for {func}")
+
+
+def _indexed(values: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
+    """Values at a mask: as many as half of the mask's entries, of a mask of all leading axes."""
+    (mask,) = indices
+    assert mask is not None
+    return values.new_zeros(max(1, mask.numel() // 2), *values.shape[mask.dim() :])
+
+
+def install() -> None:
+    """Replace what would need a device, peers or numbers; for the whole process."""
+    _install_collectives()
+    _install_reads()
+    from triton.runtime.jit import JITFunction
+
+    def run(self: Any, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
+        name = self.fn.__name__
+        RECORD.launches[name] += 1
+        for number, value in enumerate(args):
+            if isinstance(value, torch.Tensor) and value.device.type != "cuda":
+                RECORD.faults.append(f"kernel {name}: argument {number} is on {value.device}")
+
+    JITFunction.run = run
+    # The autograd engine asks whether it has to start the device; it must, for its threads.
+    FakeTensorMode.avoid_device_init = property(lambda self: True)
+    # Storage of a fake tensor is on no stream.
+    for kind in (torch.Tensor, FakeTensor):
+        kind.record_stream = lambda self, stream: None
+    # megatron-core makes a model bf16 by this; the parameters are built so.
+    torch.nn.Module.bfloat16 = lambda self: self
+
+
+def _install_reads() -> None:
+    """Reads that never become an operation, or whose copy torch makes below Python."""
+    to_list = torch.Tensor.tolist
+
+    def tolist(self: torch.Tensor) -> Any:
+        if not isinstance(self, FakeTensor):
+            return to_list(self)
+        if self.is_cuda:
+            RECORD.read("tolist")
+        return _listed(tuple(self.shape), self.is_floating_point())
+
+    torch.Tensor.tolist = FakeTensor.tolist = tolist
+    torch.Tensor.__index__ = lambda self: int(self)
+    make, make_new = torch.tensor, torch.Tensor.new_tensor
+
+    def tensor(data: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("pin_memory", None)
+        if str(kwargs.get("device", "cpu")) != "cpu":
+            RECORD.read("copy to the device")
+        return make(_plain(data), **kwargs)
+
+    def new_tensor(self: torch.Tensor, data: Any, **kwargs: Any) -> torch.Tensor:
+        if self.is_cuda:
+            RECORD.read("copy to the device")
+        return make_new(self, data, **kwargs)
+
+    torch.tensor, torch.Tensor.new_tensor = tensor, new_tensor
+    for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
+        _count_synchronize(owner)
+
+
+def _plain(data: Any) -> Any:
+    """Lists of tensors, each of which torch would read."""
+    if isinstance(data, list | tuple):
+        return [_plain(each) for each in data]
+    return float(data) if isinstance(data, torch.Tensor) else data
+
+
+def _count_synchronize(owner: Any) -> None:
+    original = owner.synchronize
+
+    def synchronize(*args: Any, **kwargs: Any) -> Any:
+        RECORD.read("synchronize")
+        return original(*args, **kwargs)
+
+    owner.synchronize = synchronize
+
+
+def _listed(shape: tuple[int, ...], is_float: bool) -> Any:
+    if not shape:
+        return 1.0 if is_float else ROUTING.rows * ROUTING.experts
+    if len(shape) > 1:
+        return [_listed(shape[1:], is_float) for _ in range(shape[0])]
+    if is_float:
+        # Loss, tokens, and ranks whose numbers are not sound (resilience/numerical_guard.py).
+        return [1.0, 1.0, 0.0] if shape == (3,) else [1.0] * shape[0]
+    if shape[0] == ROUTING.local_experts:
+        # Of each expert of the rank, from all ranks.
+        return [ROUTING.rows * ROUTING.sources] * shape[0]
+    # Of each expert of the rank, from each rank.
+    return [ROUTING.rows] * shape[0]
+
+
+class _Work:
+    def wait(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def _install_collectives() -> None:
+    names = (
+        "all_gather", "all_gather_into_tensor", "_all_gather_base", "all_reduce", "all_to_all",
+        "all_to_all_single", "barrier", "broadcast", "reduce", "reduce_scatter",
+        "reduce_scatter_tensor", "_reduce_scatter_base", "isend", "irecv", "send", "recv",
+    )  # fmt: skip
+    for name in names:
+        _replace(name, _collective(name))
+
+    @contextlib.contextmanager
+    def coalescing(*args: Any, **kwargs: Any) -> Any:
+        yield _Work()
+
+    def gather_objects(into: list[Any], value: Any, group: Any = None) -> None:
+        into[:] = [value] * len(into)
+
+    class P2POp:
+        def __init__(self, op: Any, tensor: torch.Tensor, peer: int = 0, group: Any = None) -> None:
+            self.op, self.tensor = op, tensor
+
+    def batch(operations: list[P2POp]) -> list[_Work]:
+        for each in operations:
+            each.op(each.tensor)
+        return [_Work() for _ in operations]
+
+    _replace("_coalescing_manager", coalescing)
+    _replace("all_gather_object", gather_objects)
+    _replace("P2POp", P2POp)
+    _replace("batch_isend_irecv", batch)
+
+
+def _replace(name: str, value: Any) -> None:
+    setattr(dist, name, value)
+    setattr(dist.distributed_c10d, name, value)
+
+
+def _collective(name: str) -> Any:
+    def collective(*args: Any, async_op: bool = False, **kwargs: Any) -> _Work | None:
+        RECORD.collectives[name] += 1
+        for value in (*args, *kwargs.values()):
+            for tensor in value if isinstance(value, list) else [value]:
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                if tensor.device.type != "cuda":
+                    RECORD.faults.append(f"{name}: a tensor on {tensor.device} at {place()}")
+                if not tensor.is_contiguous():
+                    RECORD.faults.append(f"{name}: not contiguous at {place()}")
+        return _Work() if async_op or name in ("isend", "irecv") else None
+
+    return collective
+
+
+def answer_megatron() -> None:
+    """Answer what megatron-core and the dispatchers read; after they have been imported."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    import moepp_megatron.moe.dedup_dispatcher as dedup
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if not (isinstance(tensor, torch.Tensor) and tensor.is_cuda):
+            return tensor
+        rows = ROUTING.rows
+        if tensor.dim() == 0:
+            value = rows * ROUTING.experts
+        elif as_numpy:
+            value = rows * ROUTING.local_experts
+        else:
+            value = rows if tensor.dim() == 2 else rows * ROUTING.sources
+        counts = np.full(tuple(tensor.shape), value, dtype=np.int64)
+        if as_numpy:
+            return counts
+        with unset_fake_temporarily():
+            return torch.from_numpy(counts)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+
+    def as_seen_here(self: Any, rows: Any) -> Any:
+        sent = ROUTING.rows * self.num_local_experts
+        everywhere = [sent] * self.ep_size
+        return dedup._Counts(everywhere, everywhere, [sent * self.ep_size] * self.tp_size)
+
+    dedup.DedupAlltoAllTokenDispatcher._as_seen_here = as_seen_here
+    if moe_utils.fused_permute_with_probs is None:
+        return
+
+    def permute(
+        tokens: Any, probs: Any, routing_map: Any, num_out_tokens: Any = None, **_: Any
+    ) -> Any:
+        assert routing_map.is_cuda
+        assert isinstance(num_out_tokens, int), "the kernel needs a number"
+        index = torch.zeros(num_out_tokens, dtype=torch.long, device=tokens.device)
+        return tokens.index_select(0, index), probs.reshape(-1).index_select(0, index), index
+
+    def unpermute(
+        rows: Any, index: Any, merging_probs: Any = None, restore_shape: Any = None, **_: Any
+    ) -> Any:
+        return rows.new_zeros(restore_shape).index_add(0, index, rows)
+
+    def sort_chunks(rows: Any, splits: Any, index: Any) -> Any:
+        assert splits.is_cuda
+        assert index.is_cuda
+        return rows.clone()
+
+    def permute_rows(tokens: Any, routing_map: Any, num_out_tokens: Any = None, **_: Any) -> Any:
+        rows, _, index = permute(tokens, tokens, routing_map, int(num_out_tokens))
+        return rows, index
+
+    moe_utils.fused_permute = permute_rows
+    moe_utils.fused_permute_with_probs = permute
+    moe_utils.fused_unpermute = unpermute
+    moe_utils.fused_sort_chunks_by_index = sort_chunks
+    moe_utils.fused_sort_chunks_by_index_with_probs = lambda rows, probs, splits, index: (
+        sort_chunks(rows, splits, index),
+        probs.clone(),
+    )
+
+
+def restore_orders(models: list[torch.nn.Module]) -> None:
+    """Give dispatchers the orders of chunks that they keep on the host, which were built fake."""
+    for module in (layer for model in models for layer in model.modules()):
+        dispatcher = getattr(module, "token_dispatcher", None)
+        order = getattr(dispatcher, "sort_input_by_local_experts", None)
+        if order is None or order.is_cuda:
+            continue
+        experts, local = dispatcher.num_experts * dispatcher.tp_size, dispatcher.num_local_experts
+        with unset_fake_temporarily():
+            chunks = torch.arange(experts)
+            dispatcher.sort_input_by_local_experts = chunks.reshape(-1, local).T.ravel()
+            dispatcher.restore_output_by_local_experts = chunks.reshape(local, -1).T.ravel()
+
+
+def fake_mode() -> contextlib.AbstractContextManager[Any]:
+    """The modes of a played run."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+    stack.enter_context(Device())
+    return stack

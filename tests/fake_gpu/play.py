@@ -1,0 +1,243 @@
+"""Plays training steps on a GPU that is not there.
+
+    python -m tests.fake_gpu.play < cases.json      the last line printed is the outcomes as JSON
+
+Started by `build.play`, which puts the stub of the CUDA runtime before it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.fake_gpu import machine
+from tests.fake_gpu.machine import RECORD, ROUTING
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration.
+
+    Attributes:
+        config: YAML file, from the root.
+        overrides: Settings over it; two layers and micro-batches of one sequence unless given.
+        world_size: Ranks of the layout.
+        rank: The one that is played.
+        parts: What else is played after the step: guard, health, evaluation, state.
+    """
+
+    config: str
+    overrides: list[str] = field(default_factory=list)
+    world_size: int = 1
+    rank: int = 0
+    parts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """What a case did.
+
+    Attributes:
+        error: Traceback; empty if there was none.
+        faults: `machine.Record.faults`.
+        reads: Reads of one step, the second one.
+        launches: Triton kernels of it.
+        operations: Operations of torch of it.
+        modules: Names of what computes attention and experts.
+        layers: MoE layers of the rank, times micro-batches.
+    """
+
+    error: str = ""
+    faults: list[str] = field(default_factory=list)
+    reads: dict[str, int] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    operations: int = 0
+    modules: list[str] = field(default_factory=list)
+    layers: int = 0
+
+
+def main() -> None:
+    machine.install()
+    outcomes = [asdict(_played(Case(**fields))) for fields in json.loads(sys.stdin.read())]
+    print(json.dumps(outcomes))
+
+
+def _played(case: Case) -> Outcome:
+    outcome = Outcome()
+    RECORD.clear()
+    RECORD.faults.clear()
+    try:
+        _play(case, outcome)
+    except Exception:
+        outcome.error = traceback.format_exc()
+    finally:
+        _leave()
+    outcome.faults = list(RECORD.faults)
+    return outcome
+
+
+def _leave() -> None:
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state._GLOBAL_MEMORY_BUFFER = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    from moepp_megatron.moe import capacity
+
+    # Fake tensors belong to their mode.
+    capacity._limits.cache_clear()
+
+
+def _play(case: Case, outcome: Outcome) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from moepp_megatron.config import Layout, load_config
+    from moepp_megatron.runtime import cpu_support, distributed
+    from moepp_megatron.runtime.quiet import quiet
+
+    quiet()
+    small = ["model.num_layers=2", "training.micro_batch_size=1", "data.path=none", "run.dir=none"]
+    config = load_config(Path(case.config), [*small, *case.overrides])
+    layout = Layout.from_config(config, case.world_size)
+    assert not cpu_support.install(), "there is no GPU to play on"
+    torch.cuda.set_device(0)
+    dist.init_process_group("fake", store=FakeStore(), rank=case.rank, world_size=case.world_size)
+    distributed.build_groups(config, layout)
+    machine.answer_megatron()
+    tokens = config.model.seq_length * config.training.micro_batch_size
+    tokens //= layout.cp * (layout.tp if config.parallel.uses_sequence_parallel else 1)
+    moe = config.moe
+    ROUTING.tokens, ROUTING.experts, ROUTING.ranks = tokens, moe.num_ffn_experts, layout.ep
+    ROUTING.sources = layout.ep * layout.etp
+    ROUTING.share = moe.router_topk * moe.ffn_share / moe.num_ffn_experts
+    with machine.fake_mode():
+        _Run(config, layout, case, outcome).play()
+
+
+class _Run:
+    """One configuration, built and played inside the modes."""
+
+    def __init__(self, config: Any, layout: Any, case: Case, outcome: Outcome) -> None:
+        from megatron.core.optimizer import get_megatron_optimizer
+
+        from moepp_megatron.model.build import build_chunks
+        from moepp_megatron.training import setup
+
+        self.config, self.layout, self.case, self.outcome = config, layout, case, outcome
+        setup._start_a_kernel()
+        setup.use_one_read()
+        with torch.device("cuda"):
+            models = build_chunks(config)
+        machine.restore_orders(models)
+        schedule_config, chunks = setup.wrap_models(models, config)
+        optimizer = get_megatron_optimizer(
+            setup._optimizer_config(config), chunks, use_gloo_process_groups=False
+        )
+        setup._connect(schedule_config, config, chunks, optimizer)
+        schedule = setup._schedule(config, optimizer)
+        self.model = setup.TrainingModel(chunks, models, optimizer, schedule)
+        self.model.set_training(True)
+        outcome.modules = sorted(
+            {
+                type(module).__name__
+                for model in models
+                for name, module in model.named_modules()
+                if name.endswith(("mlp.experts", "core_attention"))
+            }
+        )
+
+    def batches(self, *args: Any) -> list[Iterator[dict[str, torch.Tensor]]]:
+        """One iterator a chunk over micro-batches of this rank's part of the sequences."""
+        config = self.config
+        shape = (config.training.micro_batch_size, config.model.seq_length // self.layout.cp)
+        whole = {name: torch.zeros(shape, dtype=torch.long, device="cuda") for name in _INPUTS}
+        whole["loss_mask"] = torch.ones(shape, device="cuda")
+
+        def endless() -> Iterator[dict[str, torch.Tensor]]:
+            while True:
+                yield dict(whole)
+
+        return [endless() for _ in self.model.chunks]
+
+    def _plant(self, fault: str) -> None:
+        """Have every router leave a tensor on the host, or read one from the device."""
+        from moepp_megatron.moe.router import MoEPPRouter
+
+        forward = MoEPPRouter.forward
+
+        def faulty(router: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if fault == "plant":
+                hidden = hidden + torch.ones(hidden.shape[-1])
+            else:
+                float(hidden.sum())
+            return forward(router, hidden, *args, **kwargs)
+
+        MoEPPRouter.forward = faulty
+
+    def play(self) -> None:
+        from moepp_megatron.training.collect import mean_loss
+        from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
+        from moepp_megatron.training.routers import Routers
+        from moepp_megatron.training.signals import StopRequest
+        from moepp_megatron.training.step import training_step
+
+        config, parts = self.config, self.case.parts
+        for part in parts:
+            if part.startswith("plant"):
+                self._plant(part)
+        routers = Routers(config, self.model, self.layout, {}, None)
+        guard = NumericalGuard(config.resilience) if "guard" in parts else None
+        stop = StopRequest()
+        for step in (1, 2):
+            RECORD.clear()
+            routers.begin_step(step)
+            result = training_step(
+                self.model, self.batches(), config, self.layout, guard, routers.watch_losses
+            )
+            routers.learn(step, result)
+            if "guard" in parts:
+                stop.agreed()
+        self.outcome.reads = dict(RECORD.reads)
+        self.outcome.launches = dict(RECORD.launches)
+        self.outcome.operations = sum(RECORD.operations.values())
+        layers = sum(len(_moe_layers(model)) for model in self.model.models)
+        self.outcome.layers = layers * self.layout.num_microbatches
+        mean_loss(result.losses)
+        if "health" in parts:
+            routers.routing_metrics()
+            routers.metrics(2)
+        if "evaluation" in parts:
+            self._evaluate()
+        if "state" in parts:
+            from moepp_megatron.training.checkpoint.state import saved_state
+
+            saved_state(self.model)
+
+    def _evaluate(self) -> None:
+        from moepp_megatron.training import evaluate
+
+        evaluate.rank_batches = self.batches
+        evaluate.validation_loss(self.model, None, self.config, self.layout)
+
+
+_INPUTS = ("tokens", "labels", "position_ids")
+
+
+def _moe_layers(model: torch.nn.Module) -> list[Any]:
+    from moepp_megatron.moe.layer import moepp_layers
+
+    return list(moepp_layers(model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Causal attention for GPUs without Transformer Engine against megatron-core's local one.
+
+torch's kernel is a CPU's here; module, layouts and the choice are a GPU's.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from moepp_megatron.model.causal_attention import CausalAttention, suits_causal_attention
+from moepp_megatron.model.local_modules import fit_local_modules
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.spec import get_moepp_layer_spec
+from tests.unit.moe.builders import megatron_config
+
+MOEPP = MoEPPConfig(num_ffn_experts=4)
+HEADS, WIDTH, BATCH = 6, 8, 2
+
+
+def attention(kind: type, groups: int, dtype: torch.dtype, **arguments: object) -> torch.nn.Module:
+    config = megatron_config(
+        MOEPP,
+        hidden_size=HEADS * WIDTH,
+        num_attention_heads=HEADS,
+        num_query_groups=groups,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+    )
+    mask = AttnMaskType.causal
+    return kind(config=config, layer_number=1, attn_mask_type=mask, attention_type="", **arguments)
+
+
+def leaves(tokens: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [(tokens, HEADS), (tokens, groups), (tokens, groups)]
+    return [
+        torch.randn(s, BATCH, heads, WIDTH, generator=generator).to(dtype).requires_grad_()
+        for s, heads in shapes
+    ]
+
+
+def outcome(module: torch.nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    """Output and gradients of queries, keys and values."""
+    output = module(*inputs, None)
+    weight = torch.linspace(-1, 1, output.numel()).view(output.shape)
+    (output.float() * weight).sum().backward()
+    return [output.detach(), *(each.grad for each in inputs)]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 12])
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"]
+)
+def test_equals_megatron_cores(tokens, groups, dtype, tolerance) -> None:
+    ours, theirs = (
+        outcome(attention(kind, groups, dtype), leaves(tokens, groups, dtype))
+        for kind in (CausalAttention, DotProductAttention)
+    )
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert actual.shape == expected.shape
+        assert actual.dtype is dtype
+        error = (actual.float() - expected.float()).abs().max()
+        # Relative to the largest value: single sums cancel. Gradients of a lone token's queries
+        # and keys are zero.
+        assert error <= tolerance * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_tokens_behind_kept_keys_see_all_before_them(last: int) -> None:
+    """As while text is generated: the last tokens alone are queries."""
+    module = attention(CausalAttention, 2, torch.float32)
+    query, key, value = leaves(9, 2, torch.float32)
+    whole = module(query, key, value, None)
+    part = module(query[-last:], key, value, None)
+    torch.testing.assert_close(part, whole[-last:])
+
+
+def test_scale_and_width_of_values_are_as_given() -> None:
+    """Latent attention has both."""
+    module = attention(CausalAttention, 6, torch.float32, softmax_scale=0.1, v_channels=4)
+    query, key, value = (each.detach() for each in leaves(5, 6, torch.float32))
+    output = module(query, key, value[..., :4], None)
+    assert output.shape == (5, BATCH, HEADS * 4)
+    scores = 0.1 * torch.einsum("sbnd,tbnd->bnst", query, key)
+    scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    expected = torch.einsum("bnst,tbnv->sbnv", scores.softmax(-1), value[..., :4]).flatten(2)
+    torch.testing.assert_close(output, expected)
+
+
+def test_what_it_would_not_honour_is_refused() -> None:
+    module = attention(CausalAttention, 2, torch.float32)
+    inputs = leaves(4, 2, torch.float32)
+    with pytest.raises(ValueError, match=r"attention_mask \(Tensor\) must be None in CausalAtt"):
+        module(*inputs, torch.ones(1))
+    with pytest.raises(ValueError, match="must be causal with CausalAttention"):
+        CausalAttention(module.config, 1, AttnMaskType.padding)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [({}, True), ({"attention_dropout": 0.1}, False), ({"window_size": (4, 0)}, False)],
+)
+def test_where_it_is_used(monkeypatch, changes, fits) -> None:
+    config = megatron_config(MOEPP, **changes)
+    assert not suits_causal_attention(config), "no GPU here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert suits_causal_attention(config) == fits
+    spec = get_moepp_layer_spec(
+        config, MOEPP, use_transformer_engine=False, adapt=fit_local_modules
+    )
+    found = spec.submodules.self_attention.submodules.core_attention
+    assert found is (CausalAttention if fits else DotProductAttention)

@@ -1,0 +1,149 @@
+"""Optional packages that are there and break, and what Triton needs to compile."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import UnfitError, load_config
+from moepp_megatron.runtime import fit, optional, rank_environment, triton_compiler
+from moepp_megatron.runtime.backends import doubts, optional_backends
+from moepp_megatron.workbench.doctor import packages
+from moepp_megatron.workbench.doctor.finding import Severity
+
+MODEL = Path(__file__).parents[3] / "configs/models/moepp_0.6b_8_4.yaml"
+
+FLEX = ("moe.dispatcher=flex", "parallel.expert_model_parallel_size=2")
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Puts a package of that name where imports find it."""
+    cached = [f for f in vars(optional).values() if isinstance(f, functools._lru_cache_wrapper)]
+    before = dict(sys.modules)
+
+    def install(name: str, **modules: str) -> None:
+        for module, source in modules.items():
+            path = tmp_path / name / f"{module}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(source)
+            sys.modules.pop(name if module == "__init__" else f"{name}.{module}", None)
+        for function in cached:
+            function.cache_clear()
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield install
+    for name in set(sys.modules) - set(before):
+        if name.split(".")[0] in ("deep_ep", "transformer_engine"):
+            del sys.modules[name]
+    for function in cached:
+        function.cache_clear()
+
+
+def test_deep_ep_without_its_nccl(installed) -> None:
+    """DeepEP 2 asserts at import, which megatron-core does not catch."""
+    installed(
+        "deep_ep", __init__='from deep_ep import sub\nassert False, "Cannot find: nccl"', sub=""
+    )
+    assert optional.import_failure("deep_ep") == "AssertionError: Cannot find: nccl"
+    # megatron-core is told that it is not installed.
+    with pytest.raises(ImportError):
+        import deep_ep  # noqa: F401
+    assert "deep_ep.sub" not in sys.modules
+    with pytest.raises(UnfitError, match=r"fails \(AssertionError: Cannot find: nccl\); repair"):
+        fit.check_fit(
+            load_config(MODEL, ["moe.dispatcher=flex", "parallel.expert_model_parallel_size=2"])
+        )
+    backend = next(each for each in optional_backends() if each.name == "DeepEP")
+    assert "fails on import (AssertionError" in backend.line()
+    finding = packages.check_backend(backend)
+    assert finding.severity is Severity.WARNING
+    assert "EP_NCCL_ROOT_DIR" in finding.remedy
+
+
+def test_transformer_engine_without_its_part_for_torch(installed) -> None:
+    """Half of megatron-core would take it for a package that is there."""
+    installed("transformer_engine", __init__="")
+    failure = optional.import_failure("transformer_engine")
+    assert failure == "ModuleNotFoundError: No module named 'transformer_engine.pytorch'"
+    with pytest.raises(ImportError):
+        import transformer_engine  # noqa: F401
+    backend = optional_backends()[0]
+    assert "--te" in packages.check_backend(backend).remedy
+
+
+def test_a_gpu_without_transformer_engine_is_worth_a_warning(monkeypatch) -> None:
+    import torch
+
+    assert doubts() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (doubt,) = doubts()
+    assert doubt.startswith("Transformer Engine: not installed; instead megatron-core's local")
+    assert "launch/env.sh --te" in doubt
+    engine = optional_backends()[0]
+    assert packages.check_backend(engine, on_gpu=True).severity is Severity.WARNING
+    assert packages.check_backend(engine).severity is Severity.NOTE
+
+
+def test_packages_that_are_sound_or_absent_stay(installed) -> None:
+    installed("transformer_engine", __init__="", pytorch="")
+    assert optional.import_failure("transformer_engine") is None
+    import transformer_engine.pytorch  # noqa: F401
+
+    assert optional.import_failure("deep_ep") is None
+
+
+def test_what_triton_compiles_with(monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(
+        triton_compiler.sysconfig, "get_paths", lambda scheme: {"include": tmp_path}
+    )
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert triton_compiler.compiler_obstacle()[0] == "a C compiler"
+    monkeypatch.setenv("CC", "mycc")
+    assert triton_compiler.compiler_obstacle()[0] == "a C compiler (CC is mycc, which is not there)"
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    lacks, remedy = triton_compiler.compiler_obstacle()
+    assert lacks == f"the header {tmp_path}/Python.h"
+    assert f"python{sysconfig.get_python_version()}-dev" in remedy
+    (tmp_path / "Python.h").touch()
+    assert triton_compiler.compiler_obstacle() is None
+    assert packages.check_compiler().severity is Severity.OK
+
+
+def test_a_run_whose_kernels_cannot_start_is_refused_at_once(monkeypatch) -> None:
+    monkeypatch.setattr(fit, "have_triton", lambda: True)
+    monkeypatch.setattr(fit, "compiler_obstacle", lambda: ("a C compiler", "install gcc"))
+    with pytest.raises(UnfitError) as refused:
+        fit.check_fit(load_config(MODEL, []))
+    assert str(refused.value) == (
+        "moe.fused (auto) must have a C compiler, which Triton needs to start a kernel; install "
+        "gcc, or use false"
+    )
+    fit.check_fit(load_config(MODEL, ["moe.fused=false"]))
+    monkeypatch.setattr(packages, "compiler_obstacle", lambda: ("a C compiler", "install gcc"))
+    assert packages.check_compiler().severity is Severity.ERROR
+
+
+def test_the_cache_of_kernels_is_a_folder_that_nobody_else_writes_to(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(rank_environment.tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def cache() -> str | None:
+        return rank_environment.with_rank_variables({}, 1).get("TRITON_CACHE_DIR")
+
+    folder = Path(cache())
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert cache() is None
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    assert cache() is None
+    folder.unlink()
+    folder.touch()
+    assert cache() is None
