@@ -75,9 +75,10 @@ def _card_here() -> Hardware | None:
     """The first GPU of this machine; one that is not in `configs/hardware` has only a name."""
     try:
         with Nvml() as nvml:
-            if nvml.count() == 0:
+            visible = nvml.visible()
+            if not visible:
                 return None
-            card = nvml.card(0)
+            card = nvml.card(visible[0])
     except NvmlUnavailableError:
         return None
     name = card.name or "unknown GPU"
