@@ -40,6 +40,14 @@ class GuardRule(Section):
         description="Steps that it must hold before the action is taken; null: 1",
         json_schema_extra=unit("steps"),
     )
+    of_steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="The newest steps among which those for_steps may lie, so that a value that "
+        "flickers counts; null: in a row",
+        json_schema_extra=unit("steps"),
+    )
     clear: float | None = Field(
         default=None,
         description="The metric is healthy again beyond this; null: where the rule does not hold",
@@ -172,10 +180,11 @@ class ShiftSection(Section):
 class RoutingGuardSection(Section):
     """Watches the routers and acts where a rule holds."""
 
-    enabled: bool = Field(
-        default=False,
-        description="Judge the rules after every step; costs one small all-reduce and one "
-        "broadcast a step",
+    enabled: bool | None = Field(
+        default=None,
+        description="true: judge the rules after every step and act; null: judge and only tell, as "
+        "with dry_run; false: neither. `routing_guard: safe`, `observe` and `off` are short for "
+        "these",
         json_schema_extra=unit("-"),
     )
     dry_run: bool = Field(
@@ -211,9 +220,21 @@ class RoutingGuardSection(Section):
         description="Steps in which half of that (of its logarithm) is gone once the action ends",
         json_schema_extra=unit("steps"),
     )
+    safe_ramp: int = Field(
+        default=20,
+        ge=0,
+        description="Steps over which safe mode ends: zero-computation experts come back by a "
+        "growing share of the tokens; 0: at once",
+        json_schema_extra=unit("steps"),
+    )
     force_ffn: ForceFFNSection = Field(
         default_factory=ForceFFNSection, description="Tokens of the action force_ffn"
     )
     shift: ShiftSection = Field(
         default_factory=ShiftSection, description="Routing profile and shift of the data"
     )
+
+    @property
+    def acts(self) -> bool:
+        """Whether actions are carried out, not only told."""
+        return self.enabled is True and not self.dry_run
