@@ -215,8 +215,11 @@ class Record(BaseModel):
         "beyond warning was in force, or in a dry run would have been; only with the guard", "",
         "router", "moepp_guard_actions")] = None
     routing_shift: Annotated[MaybeFloat, Metric(
-        "divergence of the routing profile over its threshold; above 1 is a shift; only on steps "
-        "where one is judged", "", "router", "moepp_routing_shift", guard="whole")] = None
+        "how far the use of the experts is from what was usual, over its limit; above 1 is a "
+        "shift; only once it is judged", "", "router", "moepp_routing_shift", guard="whole")] = None
+    loss_shift: Annotated[MaybeFloat, Metric(
+        "evidence that the loss has left its course, over its limit; above 1 is a shift; only once "
+        "it is judged", "", "loss/shift", "moepp_loss_shift", guard="whole")] = None
     failed_saves: Annotated[MaybeInt, Metric(
         "checkpoints that could not be written so far; only where any are", "", "other",
         "moepp_failed_saves")] = None
@@ -275,6 +278,9 @@ class Record(BaseModel):
 IN_LAYERS = {
     "ffn_to_target": Metric(
         "FFN share over its target from moe.budget or moe.tau", guard="counted"),
+    "ffn_to_past": Metric(
+        "FFN share over the layer's own before, a running mean that hardly learns from a fallen "
+        "share", guard="counted"),
     "min_ffn_load": Metric(
         "idlest FFN expert's selections over the FFN experts' mean; 0 is a dead expert",
         prometheus="moepp_layer_min_ffn_load_ratio", labels="layer", guard="counted",
@@ -348,6 +354,15 @@ IN_LAYERS = {
         wrong="growing without end", is_watched=False,
         drawn=Drawn("Constant experts: norm", "norm", 8)),
 }
+
+# What rules of the routing guard judge besides, of the whole model.
+OF_GUARD: dict[str, Metric] = {
+    "grad_norm_to_past": Metric(
+        "gradient norm over its running mean before", guard="whole"),
+    "loss_plateau": Metric(
+        "share of the run's steps since the running mean of the loss was lowest", "share",
+        guard="whole"),
+}
 # fmt: on
 
 
@@ -359,5 +374,5 @@ def _of_record() -> dict[str, Metric]:
 
 
 OF_RECORD = _of_record()
-METRICS = {**OF_RECORD, **IN_LAYERS}
+METRICS = {**OF_RECORD, **IN_LAYERS, **OF_GUARD}
 """All rows by name."""

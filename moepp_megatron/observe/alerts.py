@@ -32,6 +32,11 @@ class Alert(BaseModel):
         severity: ``info`` (also: back to normal), ``warning`` or ``critical``.
         action: The action taken, such as ``warn`` or ``safe_mode``.
         layer: Number of the transformer layer from 1, for a metric of one layer.
+        cause: Of a shift: ``data`` (loss and routing have changed), ``router`` (routing alone) or
+            ``optimizer`` (the loss alone).
+        since: Of a shift: the first step of the evidence.
+        chance_steps: Of a shift: steps in which chance alone gives as much evidence once.
+        moved: Of a shift: what has moved most, a text each.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
@@ -45,6 +50,10 @@ class Alert(BaseModel):
     severity: Severity
     action: str
     layer: int | None = None
+    cause: str | None = None
+    since: int | None = None
+    chance_steps: float | None = None
+    moved: list[str] | None = None
 
     def to_json_line(self) -> str:
         """One line of JSON with its line end."""

@@ -1,144 +1,318 @@
-"""Detects shifts of the data by the distance of the routing profile from its reference."""
+"""Detects shifts of the data, step by step, by the use of the experts and by the loss."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moepp_megatron.config.schema.routing_guard import ShiftSection
-from moepp_megatron.observe.profile_noise import ProfileNoise
-from moepp_megatron.observe.routing_profile import RoutingProfile, difference
+from moepp_megatron.observe.course import Row, forecast
+from moepp_megatron.observe.cusum import Cusum, limit_for, steps_of_chance
+from moepp_megatron.observe.profile_noise import LossNoise, ProfileNoise, least_steps
+
+Cause = Literal["data", "router", "optimizer"]
+
+# Evidence over its limit from which steps are not learnt from until they prove to be usual, and
+# from which one of loss and routing confirms an alarm of the other.
+_SUSPECT = 0.5
+# Routers change their experts by themselves, above all in the first hundreds of steps: without
+# the loss so many times the evidence is needed.
+ROUTING_ALONE = 2.5
+# Steps that make a line, at least.
+_FEWEST = 12
+
+
+@dataclass(frozen=True)
+class ShiftReading:
+    """What is known after a step.
+
+    Attributes:
+        routing: Evidence that the use of the experts has changed, over its limit; above 1 is a
+            shift.
+        loss: The same of the loss.
+    """
+
+    routing: float
+    loss: float
+
+    @property
+    def cause(self) -> Cause:
+        """What the two together say: the data move both, a router the routing alone."""
+        if min(self.routing, self.loss) > _SUSPECT:
+            return "data"
+        return "router" if self.routing > self.loss else "optimizer"
+
+
+@dataclass(frozen=True, eq=False)
+class ShiftFinding:
+    """What has moved in the steps that are kept apart.
+
+    Attributes:
+        reading: The newest reading.
+        steps: How many steps these are.
+        chance: Steps in which chance alone gives as much evidence once.
+        before: [L, E] shares of the experts as forecast, mean over these steps.
+        after: [L, E] the shares.
+        surprise: [L, E] the change of the square roots, in standard deviations of a usual step's.
+        loss_before: Loss as forecast, mean over these steps, nats.
+        loss_after: The loss.
+    """
+
+    reading: ShiftReading
+    steps: int
+    chance: float
+    before: NDArray[np.float64]
+    after: NDArray[np.float64]
+    surprise: NDArray[np.float64]
+    loss_before: float
+    loss_after: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A step as the detector keeps it.
+
+    Attributes:
+        number: Steps before it, and itself.
+        roots: [L E] square roots of the shares.
+        totals: [L] selections.
+        losses: [2] loss, and logarithm of its spread over the sequences.
+    """
+
+    number: int
+    roots: Row
+    totals: Row
+    losses: Row
+
+    def as_json(self) -> list[Any]:
+        """As JSON, exactly."""
+        return [self.number, *(row.tolist() for row in (self.roots, self.totals, self.losses))]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> _Step:
+        """Undo `as_json`."""
+        number, *rows = values
+        return cls(int(number), *(np.array(row, dtype=np.float64) for row in rows))
 
 
 class ShiftMonitor:
-    """Judges one window's routing profile after the other.
+    """Judges one step after the other.
 
-    The reference is `settings.span` windows without a shift, followed by `settings.lag` newer ones
-    that are not yet in it. From `settings.fixed_after` on, or if one is given, it is fixed; then a
-    shift is reported for as long as it lasts. A reference that is not fixed is replaced by the
-    newest windows once `span + lag` windows in a row are shifted.
+    Each step's shares (their square roots, whose noise does not depend on them: Hellinger) and its
+    loss are compared with the forecast of a line through the newest steps without a shift, so that
+    what training changes slowly is no shift. How far they are from it, in spreads that
+    `ProfileNoise` and `LossNoise` learn from the run itself, adds up in a CUSUM each.
 
-    The limit depends on the texts, the model and the window. `ProfileNoise` learns it from
-    the windows without a shift. It includes changes that training makes over many windows; a change
-    of the data comes in one window.
+    While there is evidence, steps are kept apart: they join what is usual if the evidence goes
+    away, or if it has lasted for `memory` steps; then the new data is what is usual.
 
     Args:
         settings: Settings of the configuration.
-        reference: A profile to compare with from the first window on; None makes one of the
-            windows.
+        reference: [L, E] counts of another run to compare with instead of a line; None for none.
         noise: Initial noise, from the run of `reference`.
     """
 
     def __init__(
         self,
         settings: ShiftSection,
-        reference: RoutingProfile | None = None,
+        reference: NDArray[np.int64] | None = None,
         noise: ProfileNoise | None = None,
     ) -> None:
         self._settings = settings
-        self._given = reference
-        self._fixed = reference
-        self._usual: list[RoutingProfile] = []
-        self._shifted: list[RoutingProfile] = []
+        self._given = None if reference is None else _roots(reference).ravel()
+        self._fixed = self._given
+        self._span = max(settings.span * settings.window, _FEWEST)
+        self._lag = settings.lag * settings.window
+        limit = self._limit = settings.threshold or limit_for(settings.false_alarm_steps)
+        self._cusums = [Cusum(limit * ROUTING_ALONE), *(Cusum(limit) for _ in range(3))]
+        self._routing, self._rise, self._fall, self._mixed = self._cusums
         self._noise = ProfileNoise(settings) if noise is None else noise
-        self._num_windows = 0
-
-    @property
-    def reference(self) -> RoutingProfile | None:
-        """The reference of the next window; None before there is one."""
-        if self._fixed is not None:
-            return self._fixed
-        # With too few windows the newest are better than nothing.
-        windows = self._usual[: max(len(self._usual) - self._settings.lag, 1)]
-        return _sum(windows) if windows else None
-
-    @property
-    def newest(self) -> RoutingProfile | None:
-        """`settings.span` newest windows without a shift; None before there is one."""
-        windows = self._usual[-self._settings.span :]
-        return _sum(windows) if windows else None
+        self._loss_noises = [LossNoise(settings) for _ in range(2)]
+        self._usual: list[_Step] = []
+        self._apart: list[_Step] = []
+        self._num_steps = 0
+        self._reading: ShiftReading | None = None
 
     @property
     def noise(self) -> ProfileNoise:
-        """Differences of windows without a shift from `newest`.
-
-        It is unknown while the reference is fixed, because windows are compared with that.
-        """
+        """Differences of usual steps from their forecasts; unknown while the reference is fixed."""
         return self._noise if self._fixed is None else ProfileNoise(self._settings)
 
-    def add(self, profile: RoutingProfile) -> float | None:
-        """Judge a window and learn from it.
+    def add(
+        self, experts: NDArray[np.int64], loss: float, spread: float = math.nan
+    ) -> ShiftReading | None:
+        """Judge a step and learn from it.
 
         Args:
-            profile: Profile over all ranks, with the same shapes in every window.
+            experts: [L, E] selections of each expert over all ranks.
+            loss: Language-model loss over all ranks, nats; NaN where there is none.
+            spread: Standard deviation of the sequences' losses; NaN likewise.
 
         Returns:
-            The distance over its limit: above 1 is a shift. None while fewer than `settings.warmup`
-            distances are known.
+            None until there is enough to compare with.
         """
-        self._num_windows += 1
-        reference = self.reference
-        if reference is not None:
-            changes = difference(profile, reference)
-            distance = self._noise.log_distance(changes)
-            value = None if distance is None else self._noise.over_limit(distance)
-            if value is not None and value > 1.0:
-                self._suspect(profile)
-                return value
-            self._noise.learn(changes, distance)
+        self._num_steps += 1
+        totals = experts.sum(axis=1).astype(np.float64)
+        losses = np.array([loss, math.log(spread) if spread > 0 else math.nan])
+        step = _Step(self._num_steps, _roots(experts).ravel(), totals, losses)
+        found = self._compared(step)
+        if found is None:
+            self._usual = [*self._usual, step][-self._span - self._lag :]
+            return None
+        difference, log_distance, residuals = found
+        self._reading = self._judge(log_distance, residuals)
+        if max(cusum.over_limit for cusum in self._cusums) > _SUSPECT:
+            self._apart.append(step)
+            if len(self._apart) >= least_steps(self._settings) and self._fixed is None:
+                self._accept()
         else:
-            value = None
-        self._keep(profile)
-        return value
+            self._learn_from_those_apart()
+            self._learn(step, difference, log_distance, residuals)
+        return self._reading
+
+    def explain(self) -> ShiftFinding | None:
+        """What has moved; None where no step is suspect."""
+        if self._reading is None or not self._apart:
+            return None
+        forecasts = [self._forecast(step) for step in self._apart]
+        shape = len(self._apart[0].totals), -1
+        before = np.square([roots for roots, _, _ in forecasts]).mean(axis=0).reshape(shape)
+        after = np.square([step.roots for step in self._apart]).mean(axis=0).reshape(shape)
+        changes = [self._difference(step) for step in self._apart]
+        evidence = max(cusum.over_limit for cusum in self._cusums) * self._limit
+        return ShiftFinding(
+            self._reading,
+            len(self._apart),
+            steps_of_chance(evidence),
+            before,
+            after,
+            (np.mean(changes, axis=0) / self._noise.deviations()).reshape(shape),
+            float(np.mean([losses[0] for _, losses, _ in forecasts])),
+            float(np.mean([step.losses[0] for step in self._apart])),
+        )
+
+    def _forecast(self, step: _Step) -> tuple[Row, Row, float]:
+        """Square roots [L E] and losses [2] as forecast, and how much a step differs from them."""
+        known = self._usual[: len(self._usual) - self._lag]
+        numbers = np.array([each.number for each in known], dtype=np.float64)
+        rows = np.stack([np.append(each.roots, each.losses) for each in known])
+        expected, spread = forecast(numbers, rows, step.number)
+        roots = expected[:-2] if self._fixed is None else self._fixed
+        return roots, expected[-2:], spread
+
+    def _difference(self, step: _Step) -> Row:
+        """[L E] difference from the forecast: by chance alone each has the standard deviation 1."""
+        roots, _, spread = self._forecast(step)
+        if self._fixed is not None:
+            spread = 1.0
+        size = np.repeat(2.0 * np.sqrt(step.totals), len(step.roots) // len(step.totals))
+        return (step.roots - roots) * size / spread
+
+    def _compared(self, step: _Step) -> tuple[Row, float | None, Row] | None:
+        """Difference from the forecast, its log distance, and the losses' residuals [2]."""
+        if len(self._usual) - self._lag < _FEWEST:
+            return None
+        _, losses, spread = self._forecast(step)
+        difference = self._difference(step)
+        return difference, self._noise.log_distance(difference), (step.losses - losses) / spread
+
+    def _judge(self, log_distance: float | None, residuals: Row) -> ShiftReading | None:
+        """Add the evidence of a step; None where it cannot be judged yet."""
+        warmup = self._settings.warmup * self._settings.window
+        if self._num_steps < warmup and self._given is None:
+            return None
+        score = None if log_distance is None else self._noise.score(log_distance)
+        if score is None:
+            return None
+        self._routing.add(score)
+        deviation, spread = (
+            noise.score(float(residual))
+            for noise, residual in zip(self._loss_noises, residuals, strict=True)
+        )
+        if deviation is not None:
+            self._rise.add(deviation)
+            self._fall.add(-deviation)
+            # A further kind of text makes sequences differ more, and mostly the loss rise.
+            if spread is not None:
+                self._mixed.add((deviation + spread) / math.sqrt(2.0))
+        loss = max(cusum.over_limit for cusum in self._cusums[1:])
+        return ShiftReading(self._routing.over_limit, loss)
+
+    def _learn(
+        self, step: _Step, difference: Row, log_distance: float | None, residuals: Row
+    ) -> None:
+        self._noise.learn(difference, log_distance)
+        for noise, residual in zip(self._loss_noises, residuals, strict=True):
+            noise.learn(float(residual))
+        self._usual = [*self._usual, step][-self._span - self._lag :]
+        after = self._settings.fixed_after
+        if after is not None and self._num_steps >= after and self._fixed is None:
+            self._fixed = np.stack([each.roots for each in self._usual]).mean(axis=0)
+
+    def _learn_from_those_apart(self) -> None:
+        """Steps that were suspect for a while are usual: their noise is, too."""
+        apart, self._apart = self._apart, []
+        for step in apart:
+            found = self._compared(step)
+            if found is not None:
+                self._learn(step, *found)
+
+    def _accept(self) -> None:
+        """The steps apart are what is usual from now on; the noise is learnt from them alone."""
+        apart, self._apart, self._usual = self._apart, [], []
+        self._noise = ProfileNoise(self._settings)
+        self._loss_noises = [LossNoise(self._settings) for _ in range(2)]
+        for cusum in self._cusums:
+            cusum.clear()
+        for step in apart:
+            found = self._compared(step)
+            if found is None:
+                self._usual.append(step)
+            else:
+                self._learn(step, *found)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, as JSON; `load_state_dict` restores it bit for bit."""
         is_own = self._fixed is not None and self._fixed is not self._given
         return {
-            "usual": [profile.as_json() for profile in self._usual],
-            "shifted": [profile.as_json() for profile in self._shifted],
-            "fixed": self._fixed.as_json() if is_own and self._fixed is not None else None,
+            "usual": [step.as_json() for step in self._usual],
+            "apart": [step.as_json() for step in self._apart],
+            "fixed": self._fixed.tolist() if is_own and self._fixed is not None else None,
             "noise": self._noise.as_json(),
-            "num_windows": self._num_windows,
+            "loss_noises": [noise.as_json() for noise in self._loss_noises],
+            "evidence": [cusum.state() for cusum in self._cusums],
+            "num_steps": self._num_steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`; a reference that was given to this monitor stays.
 
         Raises:
-            ValueError: If a profile in it is invalid.
+            ValueError: If it is not such a state.
         """
-        self._usual = [RoutingProfile.from_json(values) for values in state["usual"]]
-        self._shifted = [RoutingProfile.from_json(values) for values in state["shifted"]]
-        self._fixed = self._given
-        if self._given is None and state["fixed"] is not None:
-            self._fixed = RoutingProfile.from_json(state["fixed"])
-        reference = self.reference
-        size = 1 if reference is None else reference.size
-        self._noise = ProfileNoise.from_json(state["noise"], self._settings, size)
-        self._num_windows = state["num_windows"]
-
-    def _keep(self, profile: RoutingProfile) -> None:
-        """Add a window without a shift to the reference and the noise."""
-        settings = self._settings
-        self._shifted = []
-        self._usual = [*self._usual, profile][-(settings.span + settings.lag) :]
-        steps = self._num_windows * settings.window
-        fixes = settings.fixed_after is not None and steps >= settings.fixed_after
-        if fixes and self._fixed is None:
-            self._fixed = self.newest
-
-    def _suspect(self, profile: RoutingProfile) -> None:
-        """Note a window with a shift, which neither the reference nor the noise uses."""
-        if self._fixed is not None:
-            return
-        self._shifted = [*self._shifted, profile]
-        if len(self._shifted) == self._settings.span + self._settings.lag:
-            self._usual, self._shifted = self._shifted, []
-            self._noise = ProfileNoise(self._settings)
+        try:
+            self._usual = [_Step.from_json(values) for values in state["usual"]]
+            self._apart = [_Step.from_json(values) for values in state["apart"]]
+            self._fixed = self._given
+            if self._given is None and state["fixed"] is not None:
+                self._fixed = np.array(state["fixed"], dtype=np.float64)
+            size = len(self._usual[0].roots) if self._usual else 1
+            self._noise = ProfileNoise.from_json(state["noise"], self._settings, size)
+            self._loss_noises = [
+                LossNoise(self._settings, residuals) for residuals in state["loss_noises"]
+            ]
+            for cusum, values in zip(self._cusums, state["evidence"], strict=True):
+                cusum.load(values)
+            self._num_steps = state["num_steps"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"it is no state of the detector ({error})") from error
 
 
-def _sum(windows: list[RoutingProfile]) -> RoutingProfile:
-    total = windows[0]
-    for profile in windows[1:]:
-        total = total + profile
-    return total
+def _roots(experts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[L, E] square roots of the shares of each layer's selections; 0 where there are none."""
+    counts = experts.astype(np.float64)
+    return np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0))

@@ -86,11 +86,17 @@ class RoutingProfileCollector:
         self._begin()
         return self._profile(total)
 
+    def unfinished(self) -> RoutingProfile | None:
+        """The profile of the window so far, over all ranks; None before a step; a collective."""
+        return None if self._steps == 0 else self._profile(self._reduced())
+
     def state_dict(self) -> dict[str, Any]:
         """The counts of the unfinished window, over all ranks, as JSON; a collective."""
-        if self._steps == 0:
-            return {"steps": 0, "profile": None}
-        return {"steps": self._steps, "profile": self._profile(self._reduced()).as_json()}
+        profile = self.unfinished()
+        return {
+            "steps": self._steps,
+            "profile": None if profile is None else profile.as_json(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`, in any layout.

@@ -129,7 +129,7 @@ class Trainer:
                 self._recorder.end_step()
                 if result.updated:
                     self._advance()
-                    self._routers.learn(self.progress.step)
+                    self._routers.learn(self.progress.step, result)
                     supervisor.end_step(self.progress.step)
                 else:
                     self._skip()

@@ -144,35 +144,42 @@ class ShiftSection(Section):
         json_schema_extra=unit("steps"),
     )
     span: int = Field(
-        default=8,
+        default=2,
         ge=1,
-        description="Windows that make the reference",
+        description="Windows whose steps make the line that a step is compared with, 12 steps at "
+        "least; and the newest windows of routing_profile.json",
         json_schema_extra=unit("windows"),
     )
     lag: int = Field(
-        default=2,
+        default=0,
         ge=0,
-        description="Newest windows that are not yet in the reference, so that a shift does not "
-        "hide itself",
+        description="Newest windows that are not yet in the line",
         json_schema_extra=unit("windows"),
     )
     memory: int = Field(
-        default=64,
-        ge=8,
-        description="Newest windows without a shift that tell how much such windows differ",
+        default=4,
+        ge=1,
+        description="Windows whose steps tell how much usual steps differ, 40 steps at least; a "
+        "shift that has lasted for so long is what is usual",
         json_schema_extra=unit("windows"),
     )
     warmup: int = Field(
-        default=16,
-        ge=4,
-        description="Windows that must have told so before one is judged; at most memory",
+        default=8,
+        ge=1,
+        description="Windows before a step is judged",
         json_schema_extra=unit("windows"),
     )
-    threshold: float = Field(
-        default=8.0,
+    false_alarm_steps: float = Field(
+        default=10_000.0,
+        ge=100.0,
+        description="Steps in which chance may raise one false alarm, of routing or of the loss",
+        json_schema_extra=unit("steps"),
+    )
+    threshold: float | None = Field(
+        default=None,
         gt=0.0,
-        description="Robust standard deviations of the log distance above its median from which "
-        "it is a shift; docs/routing_shift.md says why 8",
+        description="The limit itself, in standard deviations of evidence that has added up; null: "
+        "that of false_alarm_steps",
         json_schema_extra=unit("1"),
     )
 

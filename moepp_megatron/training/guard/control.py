@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,16 +16,22 @@ from moepp_megatron.config.guard_metrics import MEASURED, RECORDED
 from moepp_megatron.config.guard_rules import effective_rules
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values
+from moepp_megatron.observe.past import Past
+from moepp_megatron.observe.shift import ShiftReading
+from moepp_megatron.training.batch_losses import BatchLoss
 from moepp_megatron.training.budget import BudgetControl
-from moepp_megatron.training.collect import RoutingCollector, mean_loss
-from moepp_megatron.training.guard.actions import RaisedTau, RouterControl, demands
+from moepp_megatron.training.collect import RoutingCollector
+from moepp_megatron.training.guard.actions import RaisedTau, RouterControl, SafeRamp, demands
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.high_loss import HighLossTokens
 from moepp_megatron.training.guard.readings import counted, from_first_rank, measured
 from moepp_megatron.training.router_health import HealthCollector
 from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.shift_text import ShiftStory
 from moepp_megatron.training.step import Batch, StepResult
 
+# Metrics whose alerts say what has moved.
+_SHIFTS = ("routing_shift", "loss_shift")
 # Actions that go on until the rule is healthy.
 _LASTING = ("raise_tau", "force_ffn", "safe_mode")
 
@@ -97,7 +104,7 @@ class RoutingGuard:
         state = state or {}
         self._judge = RuleJudge(rules, self._layers, state.get("judge"))
         self._routers: RouterControl | None = None
-        if not self._settings.dry_run:
+        if self._settings.acts:
             self._routers = RouterControl(config, model, needs_tags=self._tokens != "all")
         # What the routers have been given, where that is not the budget's or `moe.tau`.
         self._raised_taus: dict[int, float] = {}
@@ -109,6 +116,8 @@ class RoutingGuard:
         self._raised = RaisedTau(
             self._layers, settings.tau_factor, settings.tau_half_life, state.get("raised", ())
         )
+        self._ramp = SafeRamp(self._layers, settings.safe_ramp, state.get("ramp", ()))
+        self._past = Past(len(self._layers), state.get("past"))
         self._high_loss: HighLossTokens | None = None
         if self._tokens == "high_loss":
             self._high_loss = HighLossTokens(
@@ -117,7 +126,12 @@ class RoutingGuard:
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, the same on every rank; later steps do not change it."""
-        state: dict[str, Any] = {"judge": self._judge.state(), "raised": self._raised.state()}
+        state: dict[str, Any] = {
+            "judge": self._judge.state(),
+            "raised": self._raised.state(),
+            "ramp": self._ramp.state(),
+            "past": self._past.state(),
+        }
         if self._high_loss is not None:
             state["high_loss"] = self._high_loss.state()
         return state
@@ -137,7 +151,8 @@ class RoutingGuard:
             return
         self._set_taus(step, budget)
         forced = self._judge.places("force_ffn")
-        found = demands(self._judge.places("safe_mode"), forced, self._layers)
+        safe, ramp = self._judge.places("safe_mode"), self._ramp.demands()
+        found = demands(safe, forced, self._layers, ramp)
         self._routers.demand(found, self._forced_ids() if forced else None)
 
     def _set_taus(self, step: int, budget: BudgetControl | None) -> None:
@@ -169,25 +184,43 @@ class RoutingGuard:
         if self._high_loss is not None:
             self._high_loss.add(batch, token_losses)
 
-    def end_step(self, step: int, result: StepResult, shift: float | None = None) -> GuardVerdict:
+    def end_step(
+        self,
+        step: int,
+        result: StepResult,
+        loss: BatchLoss,
+        shift: ShiftReading | None = None,
+        explain: Callable[[], ShiftStory | None] = lambda: None,
+    ) -> GuardVerdict:
         """Judge `step`, once the optimizer has acted; a collective.
 
         Args:
             step: The step.
             result: Result of the step.
-            shift: Divergence of the routing profile over its threshold; None if none is judged.
+            loss: The step's losses, to the same bits on every rank.
+            shift: What is known of a shift; None if none is judged.
+            explain: Says what a shift is about; a collective.
         """
         if self._high_loss is not None:
             self._high_loss.end_step()
         if step <= self._settings.warmup:
             return NOTHING
-        events = self._judge.judge(self._read(result, shift))
+        events = self._judge.judge(self._read(result, loss, shift))
         rollbacks: list[Event] = []
-        if not self._settings.dry_run:
+        if self._settings.acts:
             self._raised.step(self._judge.places("raise_tau"))
+            self._ramp.step(self._judge.places("safe_mode"))
             rollbacks = [event for event in events if event.begins and event.action == "rollback"]
         others = [event for event in events if event not in rollbacks]
-        alerts = [told(event, step, self._settings.dry_run) for event in others]
+        # All ranks have the same events, so all of them ask.
+        is_shift = any(event.begins and event.rule.metric in _SHIFTS for event in others)
+        story = explain() if is_shift else None
+        alerts = [
+            told(event, step, not self._settings.acts, story=story)
+            if event.rule.metric in _SHIFTS and event.begins
+            else told(event, step, not self._settings.acts)
+            for event in others
+        ]
         return GuardVerdict(alerts, rollbacks)
 
     def go_back(self, step: int, state: Mapping[str, Any] | None) -> list[Alert]:
@@ -206,7 +239,7 @@ class RoutingGuard:
         self._load(state or {})
         return [told(event, step, False, "went back to a checkpoint") for event in ended]
 
-    def _read(self, result: StepResult, shift: float | None) -> Values:
+    def _read(self, result: StepResult, loss: BatchLoss, shift: ShiftReading | None) -> Values:
         """This step's values of the metrics that rules use."""
         moe = self._config.moe
         selected_LE = self._routing.selections()
@@ -220,11 +253,13 @@ class RoutingGuard:
             fields = self._routing.collect()
             values |= {name: cast(float, fields[name]) for name in RECORDED if name in fields}
         values["grad_norm"] = result.grad_norm
-        if "loss" in self._metrics:
-            values["loss"] = mean_loss(result.losses)
+        values["loss"] = loss.mean
         if shift is not None:
-            values["routing_shift"] = shift
-        return from_first_rank(values)
+            values |= {"routing_shift": shift.routing, "loss_shift": shift.loss}
+        values = dict(from_first_rank(values))
+        shares = cast(Sequence[float], values["ffn_fraction"])
+        past = self._past.add(shares, cast(float, values.get("grad_norm", math.nan)), loss.mean)
+        return values | past
 
     def metrics(self) -> dict[str, Any]:
         """Fields of the record of the step that is under way or has just been taken."""
