@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moepp_megatron.catalogue import IN_LAYERS, METRICS, OF_RECORD, Metric
-from moepp_megatron.config.guard_metrics import COUNTED, GUARD_METRICS, MEASURED
+from moepp_megatron.config.guard_metrics import COMPARED, COUNTED, GUARD_METRICS, MEASURED
 from moepp_megatron.observe.tensorboard import tag_of
 from moepp_megatron.workbench.report.live import exported
 
@@ -63,7 +63,7 @@ def of_guard() -> str:
 
 
 def _place(name: str) -> str:
-    if name in COUNTED:
+    if name in {**COUNTED, **COMPARED}:
         return "each layer"
     return "each layer, where measured" if name in MEASURED else "the model"
 

@@ -65,9 +65,9 @@ class Metric:
             ``kind`` the kind of expert, ``expert`` an expert's name, ``ffn_experts`` how many FFN
             experts a token takes, ``metric`` a name of `IN_LAYERS`; empty for a single number.
         guard: Whether its rules may look at it: "counted" in each MoE layer and every step from
-            what its router wants, "measured" in each MoE layer and steps with router health,
-            "whole" of the model, read by the guard itself, "recorded" of the model and every step
-            as `RoutingCollector` counts it for the record.
+            what its router wants, "compared" likewise with what was before, "measured" in each MoE
+            layer and steps with router health, "whole" of the model, read by the guard itself,
+            "recorded" of the model and every step as `RoutingCollector` counts it for the record.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
         wrong: When something is wrong: in words, or a default rule of the routing guard.
         is_watched: Whether somebody who follows a run should look at it first.
@@ -80,7 +80,7 @@ class Metric:
     group: str = "other"
     prometheus: str = ""
     labels: Labels = ""
-    guard: Literal["", "counted", "measured", "whole", "recorded"] = ""
+    guard: Literal["", "counted", "compared", "measured", "whole", "recorded"] = ""
     healthy: str = ""
     wrong: str = ""
     is_watched: bool = True
@@ -280,7 +280,7 @@ IN_LAYERS = {
         "FFN share over its target from moe.budget or moe.tau", guard="counted"),
     "ffn_to_past": Metric(
         "FFN share over the layer's own before, a running mean that hardly learns from a fallen "
-        "share", guard="counted"),
+        "share", guard="compared"),
     "min_ffn_load": Metric(
         "idlest FFN expert's selections over the FFN experts' mean; 0 is a dead expert",
         prometheus="moepp_layer_min_ffn_load_ratio", labels="layer", guard="counted",

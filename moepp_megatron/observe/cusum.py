@@ -14,7 +14,7 @@ _MOST_LIMITS = 2.0
 # The limit is `_OFFSET + _SLOPE ln N` for one false alarm in N steps. Normal deviations alone would
 # have the slope 1 / (2 ALLOWANCE) (Siegmund 1985); with a median and a spread that are learnt from
 # 40 steps and with the tails of real batches it is larger: docs/routing_shift.md.
-_OFFSET, _SLOPE = 0.0, 1.0
+_OFFSET, _SLOPE = -0.75, 0.95
 
 
 def limit_for(false_alarm_steps: float) -> float:

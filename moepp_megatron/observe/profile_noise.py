@@ -24,6 +24,7 @@ _FEWEST = 4
 _LEAST_SPREAD = 0.05
 # Steps whose distances must be known before one is judged; the least that are remembered.
 _FEWEST_JUDGED, _LEAST_MEMORY = 20, 40
+_RECENT = 12
 # A loss that moves by less, in nats, has not moved.
 _LEAST_LOSS_SPREAD = 0.01
 # Differences beyond so many spreads are not remembered: one step of a shift that is not yet
@@ -76,8 +77,9 @@ class ProfileNoise:
         """Spreads above the median; None before there are enough distances."""
         if len(self._log_distances) < _FEWEST_JUDGED:
             return None
-        median, spread = usual(self._log_distances, _LEAST_SPREAD)
-        return (log_distance - median) / spread
+        _, spread = usual(self._log_distances, _LEAST_SPREAD)
+        # Training may make all steps differ more soon: the newest say what is usual.
+        return (log_distance - float(np.median(self._log_distances[-_RECENT:]))) / spread
 
     def deviations(self) -> NDArray[np.float64]:
         """Standard deviation of each number of a difference, at least 1, which is by chance."""

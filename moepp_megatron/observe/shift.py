@@ -18,7 +18,9 @@ Cause = Literal["data", "router", "optimizer"]
 
 # Evidence over its limit from which steps are not learnt from until they prove to be usual, and
 # from which one of loss and routing confirms an alarm of the other.
-_SUSPECT = 0.5
+_SUSPECT = 0.75
+# Steps without an alarm after which suspect ones are learnt from all the same.
+_PATIENCE = 15
 # Routers change their experts by themselves, above all in the first hundreds of steps: without
 # the loss so many times the evidence is needed.
 ROUTING_ALONE = 2.5
@@ -167,7 +169,10 @@ class ShiftMonitor:
         self._reading = self._judge(log_distance, residuals)
         if max(cusum.over_limit for cusum in self._cusums) > _SUSPECT:
             self._apart.append(step)
-            if len(self._apart) >= least_steps(self._settings) and self._fixed is None:
+            is_shift = max(cusum.over_limit for cusum in self._cusums) > 1.0
+            if not is_shift and len(self._apart) >= _PATIENCE:
+                self._learn_from_those_apart()
+            elif len(self._apart) >= least_steps(self._settings) and self._fixed is None:
                 self._accept()
         else:
             self._learn_from_those_apart()

@@ -144,7 +144,7 @@ class ShiftSection(Section):
         json_schema_extra=unit("steps"),
     )
     span: int = Field(
-        default=2,
+        default=3,
         ge=1,
         description="Windows whose steps make the line that a step is compared with, 12 steps at "
         "least; and the newest windows of routing_profile.json",
@@ -157,7 +157,7 @@ class ShiftSection(Section):
         json_schema_extra=unit("windows"),
     )
     memory: int = Field(
-        default=4,
+        default=6,
         ge=1,
         description="Windows whose steps tell how much usual steps differ, 40 steps at least; a "
         "shift that has lasted for so long is what is usual",
