@@ -11,20 +11,30 @@ Row = NDArray[np.float64]
 
 
 def forecast(steps: NDArray[np.float64], rows: Row, step: float) -> tuple[Row, float]:
-    """What the line of least squares through known rows gives at a further step.
+    """What the line through known rows gives at a further step.
+
+    The line of least squares, with its slope shrunk by how sure it is: the factor is
+    `max(0, 1 - 1/F)`, where F is the mean over the numbers of their slope's square over its variance.
+    A slope that chance alone would give is none, so that a forecast far ahead is not led astray.
 
     Args:
-        steps: [N] step numbers of the rows, at least two of them different.
-        rows: [N, D].
+        steps: [N] step numbers of the rows, N at least 3, at least two of them different.
+        rows: [N, D] numbers that move together.
         step: The step to look at.
 
     Returns:
         [D] the forecast, and the standard deviation of what a step differs from it by, over that of
-        a step from the true line: the square root of 1 + 1/N + (step - mean)^2 / sum of squares.
+        a step from the true line.
     """
-    centre = steps.mean()
-    around = steps - centre
+    around = steps - steps.mean()
     squares = float(around @ around)
-    ahead = step - centre
-    weights = 1.0 / len(steps) + around * (ahead / squares)
-    return weights @ rows, math.sqrt(1.0 + 1.0 / len(steps) + ahead * ahead / squares)
+    ahead = step - float(steps.mean())
+    mean = rows.mean(axis=0)
+    slope = around @ rows / squares
+    rest = rows - mean - np.outer(around, slope)
+    variance = np.square(rest).sum(axis=0) / (len(steps) - 2) / squares
+    moves = variance > 0.0
+    ratio = float(np.mean(np.square(slope[moves]) / variance[moves])) if moves.any() else math.inf
+    sure = max(0.0, 1.0 - 1.0 / ratio) if ratio > 0.0 else 0.0
+    spread = math.sqrt(1.0 + 1.0 / len(steps) + sure * ahead * ahead / squares)
+    return mean + sure * ahead * slope, spread

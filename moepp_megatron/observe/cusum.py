@@ -9,8 +9,10 @@ import math
 ALLOWANCE = 1.0
 # One step may count for no more, so that a single odd batch is no alarm.
 _MOST = 6.0
-# Evidence beyond this many limits is forgotten, or the end of a long change would be told late.
-_MOST_LIMITS = 2.0
+# Evidence beyond this many limits is forgotten, and all of it after so many steps in a row without
+# any: or the end of a long change would be told late.
+_MOST_LIMITS = 1.5
+QUIET = 4
 # The limit is `_OFFSET + _SLOPE ln N` for one false alarm in N steps. Normal deviations alone would
 # have the slope 1 / (2 ALLOWANCE) (Siegmund 1985); with a median and a spread that are learnt from
 # 40 steps and with the tails of real batches it is larger: docs/routing_shift.md.
@@ -35,13 +37,13 @@ class Cusum:
 
     Attributes:
         evidence: The sum.
-        steps: Steps since it was 0 last.
     """
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
         self.evidence = 0.0
-        self.steps = 0
+        # Steps in a row that were below the allowance.
+        self._quiet = 0
 
     @property
     def over_limit(self) -> float:
@@ -52,17 +54,19 @@ class Cusum:
         """Add a step's deviation, in standard deviations."""
         total = self.evidence + min(deviation, _MOST) - ALLOWANCE
         self.evidence = min(max(total, 0.0), _MOST_LIMITS * self._limit)
-        self.steps = self.steps + 1 if self.evidence > 0.0 else 0
+        self._quiet = self._quiet + 1 if deviation < ALLOWANCE else 0
+        if self._quiet >= QUIET:
+            self.evidence = 0.0
 
     def clear(self) -> None:
         """Forget the evidence."""
-        self.evidence, self.steps = 0.0, 0
+        self.evidence, self._quiet = 0.0, 0
 
     def state(self) -> list[float]:
         """The state for a checkpoint."""
-        return [self.evidence, self.steps]
+        return [self.evidence, self._quiet]
 
     def load(self, state: list[float]) -> None:
         """Go on from `state`; beyond a limit that has become smaller, from that."""
         self.evidence = min(float(state[0]), _MOST_LIMITS * self._limit)
-        self.steps = int(state[1])
+        self._quiet = int(state[1])

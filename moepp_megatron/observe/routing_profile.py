@@ -70,8 +70,11 @@ class RoutingProfile:
         if not isinstance(values, dict):
             raise ValueError("it is no object with experts and cells")
         experts = _counts(values, "experts", 2)
-        cells = _counts(values, "cells", 3)
         layers = experts.shape[0]
+        # Without cells JSON has no third dimension.
+        is_empty = values.get("cells") == [[]] * layers
+        empty = np.zeros((layers, 0, 2), dtype=np.int64)
+        cells = empty if is_empty else _counts(values, "cells", 3)
         if cells.shape[0] != layers or cells.shape[2] != 2:
             raise ValueError(
                 f"cells has the shape {list(cells.shape)}, which must be [{layers}, cells, 2]"

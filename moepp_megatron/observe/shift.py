@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moepp_megatron.config.schema.routing_guard import ShiftSection
 from moepp_megatron.observe.course import Row, forecast
-from moepp_megatron.observe.cusum import Cusum, limit_for, steps_of_chance
+from moepp_megatron.observe.cusum import QUIET, Cusum, limit_for, steps_of_chance
 from moepp_megatron.observe.profile_noise import LossNoise, ProfileNoise, least_steps
 
 Cause = Literal["data", "router", "optimizer"]
@@ -19,6 +19,8 @@ Cause = Literal["data", "router", "optimizer"]
 # Evidence over its limit from which steps are not learnt from until they prove to be usual, and
 # from which one of loss and routing confirms an alarm of the other.
 _SUSPECT = 0.75
+# Spreads from which a single step is not learnt from.
+_ODD = 4.0
 # Steps without an alarm after which suspect ones are learnt from all the same.
 _PATIENCE = 15
 # Routers change their experts by themselves, above all in the first hundreds of steps: without
@@ -125,7 +127,7 @@ class ShiftMonitor:
         noise: ProfileNoise | None = None,
     ) -> None:
         self._settings = settings
-        self._given = None if reference is None else _roots(reference).ravel()
+        self._given = None if reference is None else _square_roots(reference).ravel()
         self._fixed = self._given
         self._span = max(settings.span * settings.window, _FEWEST)
         self._lag = settings.lag * settings.window
@@ -136,6 +138,8 @@ class ShiftMonitor:
         self._loss_noises = [LossNoise(settings) for _ in range(2)]
         self._usual: list[_Step] = []
         self._apart: list[_Step] = []
+        # Whether there has been an alarm while they are apart.
+        self._is_shift = False
         self._num_steps = 0
         self._reading: ShiftReading | None = None
 
@@ -160,22 +164,23 @@ class ShiftMonitor:
         self._num_steps += 1
         totals = experts.sum(axis=1).astype(np.float64)
         losses = np.array([loss, math.log(spread) if spread > 0 else math.nan])
-        step = _Step(self._num_steps, _roots(experts).ravel(), totals, losses)
+        step = _Step(self._num_steps, _square_roots(experts).ravel(), totals, losses)
         found = self._compared(step)
         if found is None:
             self._usual = [*self._usual, step][-self._span - self._lag :]
             return None
         difference, log_distance, residuals = found
         self._reading = self._judge(log_distance, residuals)
-        if max(cusum.over_limit for cusum in self._cusums) > _SUSPECT:
+        evidence = max(cusum.over_limit for cusum in self._cusums)
+        self._is_shift = self._is_shift or evidence > 1.0
+        if evidence > _SUSPECT or self._is_odd(log_distance, residuals):
             self._apart.append(step)
-            is_shift = max(cusum.over_limit for cusum in self._cusums) > 1.0
-            if not is_shift and len(self._apart) >= _PATIENCE:
-                self._learn_from_those_apart()
+            if not self._is_shift and len(self._apart) >= _PATIENCE:
+                self._return()
             elif len(self._apart) >= least_steps(self._settings) and self._fixed is None:
                 self._accept()
         else:
-            self._learn_from_those_apart()
+            self._return()
             self._learn(step, difference, log_distance, residuals)
         return self._reading
 
@@ -183,9 +188,9 @@ class ShiftMonitor:
         """What has moved; None where no step is suspect."""
         if self._reading is None or not self._apart:
             return None
-        forecasts = [self._forecast(step) for step in self._apart]
         shape = len(self._apart[0].totals), -1
-        before = np.square([roots for roots, _, _ in forecasts]).mean(axis=0).reshape(shape)
+        forecasts = [self._roots(step)[0] for step in self._apart]
+        before = np.square(forecasts).mean(axis=0).reshape(shape)
         after = np.square([step.roots for step in self._apart]).mean(axis=0).reshape(shape)
         changes = [self._difference(step) for step in self._apart]
         evidence = max(cusum.over_limit for cusum in self._cusums) * self._limit
@@ -196,34 +201,51 @@ class ShiftMonitor:
             before,
             after,
             (np.mean(changes, axis=0) / self._noise.deviations()).reshape(shape),
-            float(np.mean([losses[0] for _, losses, _ in forecasts])),
+            self._loss_before(),
             float(np.mean([step.losses[0] for step in self._apart])),
         )
 
-    def _forecast(self, step: _Step) -> tuple[Row, Row, float]:
-        """Square roots [L E] and losses [2] as forecast, and how much a step differs from them."""
+    def _known(self) -> tuple[NDArray[np.float64], list[_Step]]:
+        """The steps that make the line, and their numbers."""
         known = self._usual[: len(self._usual) - self._lag]
-        numbers = np.array([each.number for each in known], dtype=np.float64)
-        rows = np.stack([np.append(each.roots, each.losses) for each in known])
-        expected, spread = forecast(numbers, rows, step.number)
-        roots = expected[:-2] if self._fixed is None else self._fixed
-        return roots, expected[-2:], spread
+        return np.array([step.number for step in known], dtype=np.float64), known
+
+    def _roots(self, step: _Step) -> tuple[Row, float]:
+        """[L E] square roots as forecast, and by how much more than usual a step may differ."""
+        if self._fixed is not None:
+            return self._fixed, 1.0
+        numbers, known = self._known()
+        return forecast(numbers, np.stack([each.roots for each in known]), step.number)
+
+    def _losses(self, step: _Step) -> tuple[Row, Row]:
+        """[2] losses as forecast, and by how much more than usual those of a step may differ."""
+        numbers, known = self._known()
+        rows = np.stack([each.losses for each in known])
+        found = [forecast(numbers, rows[:, index, None], step.number) for index in range(2)]
+        return np.concatenate([row for row, _ in found]), np.array([spread for _, spread in found])
+
+    def _loss_before(self) -> float:
+        """Loss as forecast, mean over the steps apart; NaN where there is no line yet."""
+        if len(self._usual) - self._lag < _FEWEST:
+            return math.nan
+        return float(np.mean([self._losses(step)[0][0] for step in self._apart]))
 
     def _difference(self, step: _Step) -> Row:
         """[L E] difference from the forecast: by chance alone each has the standard deviation 1."""
-        roots, _, spread = self._forecast(step)
-        if self._fixed is not None:
-            spread = 1.0
+        roots, spread = self._roots(step)
         size = np.repeat(2.0 * np.sqrt(step.totals), len(step.roots) // len(step.totals))
         return (step.roots - roots) * size / spread
 
     def _compared(self, step: _Step) -> tuple[Row, float | None, Row] | None:
         """Difference from the forecast, its log distance, and the losses' residuals [2]."""
-        if len(self._usual) - self._lag < _FEWEST:
+        residuals = np.full(2, math.nan)
+        if len(self._usual) - self._lag >= _FEWEST:
+            losses, spreads = self._losses(step)
+            residuals = (step.losses - losses) / spreads
+        elif self._fixed is None:
             return None
-        _, losses, spread = self._forecast(step)
         difference = self._difference(step)
-        return difference, self._noise.log_distance(difference), (step.losses - losses) / spread
+        return difference, self._noise.log_distance(difference), residuals
 
     def _judge(self, log_distance: float | None, residuals: Row) -> ShiftReading | None:
         """Add the evidence of a step; None where it cannot be judged yet."""
@@ -258,17 +280,31 @@ class ShiftMonitor:
         if after is not None and self._num_steps >= after and self._fixed is None:
             self._fixed = np.stack([each.roots for each in self._usual]).mean(axis=0)
 
-    def _learn_from_those_apart(self) -> None:
-        """Steps that were suspect for a while are usual: their noise is, too."""
+    def _return(self) -> None:
+        """The evidence has gone: learn from the steps apart, but not from those of a shift."""
         apart, self._apart = self._apart, []
+        if self._is_shift:
+            apart, self._is_shift = apart[-QUIET + 1 :], False
         for step in apart:
             found = self._compared(step)
-            if found is not None:
+            if found is not None and not self._is_odd(*found[1:]):
                 self._learn(step, *found)
+
+    def _is_odd(self, log_distance: float | None, residuals: Row) -> bool:
+        """Whether a step is so unusual that it must not move what others are compared with."""
+        scores = [
+            noise.score(float(residual))
+            for noise, residual in zip(self._loss_noises, residuals, strict=True)
+        ]
+        found = [abs(score) for score in scores if score is not None]
+        if log_distance is not None:
+            found.append(self._noise.score(log_distance) or 0.0)
+        return self._reading is not None and max(found, default=0.0) > _ODD
 
     def _accept(self) -> None:
         """The steps apart are what is usual from now on; the noise is learnt from them alone."""
         apart, self._apart, self._usual = self._apart, [], []
+        self._is_shift = False
         self._noise = ProfileNoise(self._settings)
         self._loss_noises = [LossNoise(self._settings) for _ in range(2)]
         for cusum in self._cusums:
@@ -286,6 +322,7 @@ class ShiftMonitor:
         return {
             "usual": [step.as_json() for step in self._usual],
             "apart": [step.as_json() for step in self._apart],
+            "is_shift": self._is_shift,
             "fixed": self._fixed.tolist() if is_own and self._fixed is not None else None,
             "noise": self._noise.as_json(),
             "loss_noises": [noise.as_json() for noise in self._loss_noises],
@@ -302,6 +339,7 @@ class ShiftMonitor:
         try:
             self._usual = [_Step.from_json(values) for values in state["usual"]]
             self._apart = [_Step.from_json(values) for values in state["apart"]]
+            self._is_shift = bool(state["is_shift"])
             self._fixed = self._given
             if self._given is None and state["fixed"] is not None:
                 self._fixed = np.array(state["fixed"], dtype=np.float64)
@@ -317,7 +355,7 @@ class ShiftMonitor:
             raise ValueError(f"it is no state of the detector ({error})") from error
 
 
-def _roots(experts: NDArray[np.int64]) -> NDArray[np.float64]:
+def _square_roots(experts: NDArray[np.int64]) -> NDArray[np.float64]:
     """[L, E] square roots of the shares of each layer's selections; 0 where there are none."""
     counts = experts.astype(np.float64)
     return np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0))
