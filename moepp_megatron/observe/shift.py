@@ -16,9 +16,11 @@ from moepp_megatron.observe.profile_noise import LossNoise, ProfileNoise, least_
 
 Cause = Literal["data", "router", "optimizer"]
 
-# Evidence over its limit from which steps are not learnt from until they prove to be usual, and
-# from which one of loss and routing confirms an alarm of the other.
+# Evidence over its limit from which steps are not learnt from until they prove to be usual.
 _SUSPECT = 0.75
+# Evidence, in standard deviations, from which one of loss and routing confirms an alarm of the
+# other: chance alone gives as much once in some hundred steps.
+_CONFIRMS = 2.5
 # Spreads from which a single step is not learnt from.
 _ODD = 4.0
 # Steps without an alarm after which suspect ones are learnt from all the same.
@@ -38,17 +40,13 @@ class ShiftReading:
         routing: Evidence that the use of the experts has changed, over its limit; above 1 is a
             shift.
         loss: The same of the loss.
+        cause: What the two together say: the data move both, or make sequences differ; a router
+            moves the routing alone, an optimizer the loss.
     """
 
     routing: float
     loss: float
-
-    @property
-    def cause(self) -> Cause:
-        """What the two together say: the data move both, a router the routing alone."""
-        if min(self.routing, self.loss) > _SUSPECT:
-            return "data"
-        return "router" if self.routing > self.loss else "optimizer"
+    cause: Cause
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,8 +264,15 @@ class ShiftMonitor:
             # A further kind of text makes sequences differ more, and mostly the loss rise.
             if spread is not None:
                 self._mixed.add((deviation + spread) / math.sqrt(2.0))
-        loss = max(cusum.over_limit for cusum in self._cusums[1:])
-        return ShiftReading(self._routing.over_limit, loss)
+        losses = self._cusums[1:]
+        loss = max(cusum.over_limit for cusum in losses)
+        cause: Cause = "router" if self._routing.over_limit > loss else "optimizer"
+        evidence = min(self._routing.evidence, max(cusum.evidence for cusum in losses))
+        # The sequences differ more, and say more than their mean does.
+        is_mixed = self._mixed.over_limit > max(1.0, self._rise.over_limit)
+        if evidence > _CONFIRMS or is_mixed:
+            cause = "data"
+        return ShiftReading(self._routing.over_limit, loss, cause)
 
     def _learn(
         self, step: _Step, difference: Row, log_distance: float | None, residuals: Row
