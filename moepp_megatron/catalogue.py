@@ -290,6 +290,8 @@ IN_LAYERS = {
             "Selections of the idlest FFN expert of a layer over the FFN experts' mean: 1 is "
             "perfect balance, 0 a dead expert.")),
     "max_expert_share": Metric("largest share of any expert", "share", guard="counted"),
+    "max_expert_tokens": Metric(
+        "share of the tokens that the most selected expert has", "share", guard="counted"),
     "gate_entropy": Metric(
         "how undecided the router is: entropy of the scores over the experts, at most log E",
         "nats", guard="measured", healthy="1.23 to 2.33", wrong="near log E, or near 0",

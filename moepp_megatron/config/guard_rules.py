@@ -28,8 +28,8 @@ DEFAULT_RULES = (
     GuardRule(
         name="fall_of_ffn_experts",
         metric="ffn_to_past",
-        below=0.5,
-        clear=0.7,
+        below=0.4,
+        clear=0.6,
         for_steps=5,
         of_steps=8,
         clear_for_steps=20,
@@ -80,9 +80,9 @@ DEFAULT_RULES = (
     ),
     GuardRule(
         name="one_expert_for_all",
-        metric="max_expert_share",
-        above=0.45,
-        clear=0.35,
+        metric="max_expert_tokens",
+        above=0.85,
+        clear=0.7,
         for_steps=15,
         of_steps=20,
         severity="warning",

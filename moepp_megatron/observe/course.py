@@ -14,8 +14,9 @@ def forecast(steps: NDArray[np.float64], rows: Row, step: float) -> tuple[Row, f
     """What the line through known rows gives at a further step.
 
     The line of least squares, with its slope shrunk by how sure it is: the factor is
-    `max(0, 1 - 1/F)`, where F is the mean over the numbers of their slope's square over its variance.
-    A slope that chance alone would give is none, so that a forecast far ahead is not led astray.
+    `max(0, 1 - 1/F)`, where F is the mean over the numbers of their slope's square over its
+    variance. A slope that chance alone would give is none, so that a forecast far ahead is not led
+    astray.
 
     Args:
         steps: [N] step numbers of the rows, N at least 3, at least two of them different.

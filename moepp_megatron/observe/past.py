@@ -13,7 +13,7 @@ _HALF_LIFE = 15.0
 _FALLEN, _FALLEN_HALF_LIFE = 0.7, 400.0
 _LOSS_HALF_LIFE = 15.0
 # Nothing is compared before so many steps.
-_FEWEST = 20
+_FEWEST = 40
 _FEWEST_OF_PLATEAU = 200
 
 

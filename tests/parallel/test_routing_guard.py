@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 from moepp_megatron.config.guard_metrics import GUARD_METRICS, RECORDED
+from moepp_megatron.config.guard_rules import DEFAULT_RULES
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
 from tests.parallel.checkpoint_runs import logged
@@ -45,17 +46,7 @@ def guard(*rules: dict[str, Any], **settings: Any) -> dict[str, Any]:
     """The section, with these rules alone (defaults by their name)."""
     names = {rule["name"] for rule in rules}
     dropped = [
-        {"name": name, "action": "none"}
-        for name in (
-            "collapse_to_zero_computation",
-            "few_ffn_experts",
-            "ffn_never_skipped",
-            "dead_expert",
-            "logit_explosion",
-            "entropy_collapse",
-            "data_shift",
-        )
-        if name not in names
+        {"name": rule.name, "action": "none"} for rule in DEFAULT_RULES if rule.name not in names
     ]
     return {"enabled": True, "rules": [*rules, *dropped], **settings}
 
