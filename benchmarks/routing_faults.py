@@ -271,12 +271,12 @@ def main() -> None:
     if todo and arguments.minutes > 0:
         cpu_support.install()
         distributed.start(RankEnvironment())
-        corpora = Corpora(arguments.out / "corpora")
+        corpora, work = Corpora(arguments.out / "corpora"), arguments.out / arguments.set
         for case in todo:
             if time.monotonic() > until:
                 break
             started = time.monotonic()
-            result = {"name": case.name, "case": vars(case), **run(case, corpora, arguments.out)}
+            result = {"name": case.name, "case": vars(case), **run(case, corpora, work)}
             done[case.name] = result
             with results.open("a") as file:
                 file.write(json.dumps(result) + "\n")
