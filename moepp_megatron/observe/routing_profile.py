@@ -36,12 +36,6 @@ class RoutingProfile:
         """Shapes of `experts` and `cells`; profiles of other shapes cannot be compared."""
         return self.experts.shape, self.cells.shape
 
-    @property
-    def size(self) -> int:
-        """Numbers in a `difference`."""
-        layers, experts = self.experts.shape
-        return layers * (experts + self.cells.shape[1])
-
     def expert_share(self) -> NDArray[np.float64]:
         """[L, E] share of each expert in its layer's selections; 0 where nothing was counted."""
         return _ratio(self.experts, self.experts.sum(axis=1, keepdims=True))

@@ -352,11 +352,11 @@ def test_scores_are_spreads_of_what_was_before() -> None:
 
 
 GOOD: dict[str, Any] = {
-    "format": "moepp routing profile 1",
+    "format": "moepp routing profile 2",
     "experts": [[3, 5]],
     "cells": [[[2, 4]]],
     "token_classes": "00",
-    "noise": {"differences": [[0.5, 0.25, 1.0]], "log_distances": [0.5]},
+    "noise": {"differences": [[0.5, 0.25]], "log_distances": [0.5]},
 }
 
 
@@ -372,8 +372,8 @@ GOOD: dict[str, Any] = {
         ({"cells": [[[2, 4]], [[2, 4]]]}, "cells"),
         ({"cells": [[2, 4]]}, "cells"),
         ({"token_classes": "0x"}, "token_classes"),
-        ({"noise": {"differences": [[0.5, 0.25]], "log_distances": []}}, "noise"),
-        ({"noise": {"differences": [[0.5, 0.25, "a"]], "log_distances": []}}, "noise"),
+        ({"noise": {"differences": [[0.5, 0.25, 1.0]], "log_distances": []}}, "noise"),
+        ({"noise": {"differences": [[0.5, "a"]], "log_distances": []}}, "noise"),
         ({"noise": {"differences": [], "log_distances": [float("nan")]}}, "noise"),
         ({"noise": {"differences": [], "log_distances": [[1.0]]}}, "noise"),
         ({"noise": {"differences": []}}, "noise"),
@@ -393,6 +393,16 @@ def test_bad_files_are_refused(changes: dict[str, Any], reason: str, tmp_path: P
     path.write_text(json.dumps(without))
     with pytest.raises(ConfigError, match=reason):
         StoredProfile.read(path, ShiftSection())
+
+
+def test_a_file_of_an_older_version_gives_its_profile(tmp_path: Path) -> None:
+    """Its noise is of windows."""
+    path = tmp_path / PROFILE_FILE
+    noise = {"differences": [[0.5, 0.25, 1.0]], "log_distances": [0.5]}
+    path.write_text(json.dumps(GOOD | {"format": "moepp routing profile 1", "noise": noise}))
+    stored = StoredProfile.read(path, ShiftSection())
+    assert stored.profile.experts.tolist() == GOOD["experts"]
+    assert stored.noise.as_json() == {"differences": [], "log_distances": []}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
