@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--set", default="prove", choices=sorted(_SETS))
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--kinds", nargs="*", help="kinds of cases; all by default")
+    parser.add_argument("--bases", nargs="*", help="corpora of base runs; all by default")
     parser.add_argument("--no-numerical-guard", action="store_true", help="no batch is refused")
     arguments = parser.parse_args()
     global _NUMERICAL_GUARD
@@ -268,6 +269,7 @@ def main() -> None:
     until = time.monotonic() + 60 * arguments.minutes
     todo = [case for case in cases(arguments.set) if case.name not in done]
     todo = [case for case in todo if not arguments.kinds or case.kind in arguments.kinds]
+    todo = [case for case in todo if not arguments.bases or case.base in arguments.bases]
     if todo and arguments.minutes > 0:
         cpu_support.install()
         distributed.start(RankEnvironment())
