@@ -2,6 +2,7 @@
 
 alerts.py              alerts about refused batches, rollbacks, failed saves
 batches.py             micro-batches on this rank's device, for training and validation
+batch_losses.py        the loss of each batch and how much its sequences differ
 budget.py              applies the budget of FFN experts per token to the model, step by step
 collect.py             adds up what all ranks counted in one step
 decoding.py            continues prompts with a cache of keys and values
@@ -21,6 +22,7 @@ run.py                 a whole run: `moepp train` as a function
 run_folder.py          the folder of a run: its configuration, and whether it can be written
 run_sinks.py           the sinks that receive a run's records
 setup.py               wraps the model: precision, data parallelism, optimizer, schedule
+shift_text.py          what a shift is about, in words
 signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
 telemetry.py           adds telemetry of all nodes to a step's metrics
