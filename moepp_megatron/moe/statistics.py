@@ -89,9 +89,13 @@ class RoutingStatistics:
             self.cells = pairs.new_zeros(self.num_cells, 2)
         self.cells.index_add_(0, cells, pairs)
 
+    def wanted_counts(self) -> Tensor | None:
+        """[E] selections that the router wanted, on its device; None where none were counted."""
+        return self.selected if self.wanted is None else self.wanted
+
     def wanted_selections(self) -> Tensor:
         """[E] float64 on the CPU: selections that the router wanted."""
-        counts = self.selected if self.wanted is None else self.wanted
+        counts = self.wanted_counts()
         if counts is None:
             return torch.zeros(self.num_experts, dtype=torch.float64)
         return counts.to("cpu", torch.float64)

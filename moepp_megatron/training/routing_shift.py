@@ -73,7 +73,9 @@ class RoutingShift:
             self._monitor = ShiftMonitor(settings, stored.profile.experts, stored.noise)
         if state is None:
             return
-        if (state["shapes"], state["token_classes"]) == (self._shapes(), self._classes):
+        if "windows" not in state:
+            logger.warning("detector of the checkpoint is that of an older version: begun anew")
+        elif (state["shapes"], state["token_classes"]) == (self._shapes(), self._classes):
             self._collector.load_state_dict(state["window"])
             self._windows = [RoutingProfile.from_json(values) for values in state["windows"]]
             self._monitor.load_state_dict(state["monitor"])

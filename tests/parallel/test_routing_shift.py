@@ -232,6 +232,11 @@ def test_another_implementation_begins_anew(ranks: RankPools, tmp_path: Path) ->
     assert state["window"]["steps"] == 1
     ((resumed, _),) = pool.run(resumed_run, "gpt", state)
     assert resumed == state
+    # A checkpoint of before the detector judged steps.
+    old = {name: values for name, values in state.items() if name != "windows"}
+    ((resumed, value),) = pool.run(resumed_run, "gpt", old)
+    assert resumed["window"]["steps"] == resumed["monitor"]["num_steps"] == 0
+    assert value is None
     ((resumed, value),) = pool.run(resumed_run, "hybrid", state)
     assert resumed["shapes"] == [[4, 12], [4, 0, 2]]
     assert resumed["window"]["steps"] == 0
