@@ -93,13 +93,6 @@ class RoutingStatistics:
         """[E] selections that the router wanted, on its device; None where none were counted."""
         return self.selected if self.wanted is None else self.wanted
 
-    def wanted_selections(self) -> Tensor:
-        """[E] float64 on the CPU: selections that the router wanted."""
-        counts = self.wanted_counts()
-        if counts is None:
-            return torch.zeros(self.num_experts, dtype=torch.float64)
-        return counts.to("cpu", torch.float64)
-
     @torch.no_grad()
     def as_vector(self) -> Tensor:
         """[E + 4] float64: selected, dropped, balance loss, tokens, all-to-all bytes."""

@@ -85,7 +85,7 @@ def test_layer_is_the_reference(
     own = build_layer(moepp, dispatcher=dispatcher)
     own.load_state_dict(layer.state_dict())
     own(hidden.detach(), previous.detach())
-    assert layer.statistics.wanted_selections().tolist() == own.statistics.selected.tolist()
+    assert layer.statistics.wanted_counts().tolist() == own.statistics.selected.tolist()
     assert made.tolist() != own.statistics.selected.tolist(), "nothing was demanded in vain"
 
 
@@ -209,7 +209,7 @@ def test_tags_stay_with_their_micro_batch(granularity: str) -> None:
     for number, statistics in results[0][2].items():
         assert torch.equal(statistics.cells, results[1][2][number].cells)
         assert statistics.cells[:, 1].sum() == batches[:, :, :-1].numel()
-        assert statistics.cells[:, 0].sum() == statistics.wanted_selections()[:4].sum()
+        assert statistics.cells[:, 0].sum() == statistics.wanted_counts()[:4].sum()
         assert (statistics.wanted != statistics.selected).any()
 
 
