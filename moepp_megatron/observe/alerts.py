@@ -32,11 +32,11 @@ class Alert(BaseModel):
         severity: ``info`` (also: back to normal), ``warning`` or ``critical``.
         action: The action taken, such as ``warn`` or ``safe_mode``.
         layer: Number of the transformer layer from 1, for a metric of one layer.
-        cause: Of a shift: ``data`` (loss and routing have changed), ``router`` (routing alone) or
-            ``optimizer`` (the loss alone).
-        since: Of a shift: the first step of the evidence.
-        chance_steps: Of a shift: steps in which chance alone gives as much evidence once.
-        moved: Of a shift: what has moved most, a text each.
+        cause: What a shift is due to: ``data`` (loss and routing have changed), ``router`` (routing
+            alone) or ``optimizer`` (the loss alone); None for other rules, like the next three.
+        since: First step of the evidence.
+        chance_steps: Steps in which chance alone gives as much evidence once.
+        moved: What has moved most, a text each.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")

@@ -37,7 +37,7 @@ class _Place:
         since: Step at which the phase began.
         ended: Step at which the last action ended; None before one.
         action: The present action; `warn` if the rule has used up its actions.
-        held: Of a rule over `of_steps`: the newest steps in which it held.
+        held: The newest steps in which it held, for a rule over `of_steps`.
     """
 
     phase: Phase = "ok"

@@ -91,7 +91,7 @@ class _Step:
     losses: Row
 
     def as_json(self) -> list[Any]:
-        """As JSON, exactly."""
+        """The step as JSON, exactly."""
         return [self.number, *(row.tolist() for row in (self.roots, self.totals, self.losses))]
 
     @classmethod

@@ -68,7 +68,7 @@ def moved_experts(
 def moved_classes(
     before: Sequence[RoutingProfile], now: RoutingProfile, layer_numbers: Sequence[int]
 ) -> list[str]:
-    """The classes of token ids, by their frequency, whose FFN experts a token have moved most.
+    """The classes of token ids, by their frequency, whose FFN experts per token moved most.
 
     Args:
         before: Windows without a shift; one at least.
