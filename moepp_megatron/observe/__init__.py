@@ -15,6 +15,7 @@ profile_noise.py    learns how much steps of the same data differ
 routing_profile.py  the routing profile: how much each expert is used, and by which tokens
 guard_judge.py      judges rules over a step's numbers: when an action begins, and when it ends
 shift.py            says when the data has shifted, by the use of the experts and by the loss
+shift_reading.py    what the detector of shifts keeps of a step, and what it says after one
 sink.py             the interface of sinks for records
 sinks.py            all sinks of a run, and the fan-out that protects training from their failures
 status.py           `RUN/status.json`: which processes train, how to go on

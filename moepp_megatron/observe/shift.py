@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +12,13 @@ from moepp_megatron.config.schema.routing_guard import ShiftSection
 from moepp_megatron.observe.course import Row, forecast
 from moepp_megatron.observe.cusum import QUIET, Cusum, limit_for, steps_of_chance
 from moepp_megatron.observe.profile_noise import LossNoise, ProfileNoise, least_steps
-
-Cause = Literal["data", "router", "optimizer"]
+from moepp_megatron.observe.shift_reading import (
+    Cause,
+    ShiftFinding,
+    ShiftReading,
+    Step,
+    square_roots,
+)
 
 # Evidence over its limit from which steps are not learnt from until they prove to be usual.
 _SUSPECT = 0.75
@@ -30,75 +34,6 @@ _PATIENCE = 15
 ROUTING_ALONE = 2.5
 # Steps that make a line, at least.
 _FEWEST = 12
-
-
-@dataclass(frozen=True)
-class ShiftReading:
-    """What is known after a step.
-
-    Attributes:
-        routing: Evidence that the use of the experts has changed, over its limit; above 1 is a
-            shift.
-        loss: The same of the loss.
-        cause: What the two together say: the data move both, or make sequences differ; a router
-            moves the routing alone, an optimizer the loss.
-    """
-
-    routing: float
-    loss: float
-    cause: Cause
-
-
-@dataclass(frozen=True, eq=False)
-class ShiftFinding:
-    """What has moved in the steps that are kept apart.
-
-    Attributes:
-        reading: The newest reading.
-        steps: How many steps these are.
-        chance: Steps in which chance alone gives as much evidence once.
-        before: [L, E] shares of the experts as forecast, mean over these steps.
-        after: [L, E] the shares.
-        surprise: [L, E] the change of the square roots, in standard deviations of a usual step's.
-        loss_before: Loss as forecast, mean over these steps, nats.
-        loss_after: The loss.
-    """
-
-    reading: ShiftReading
-    steps: int
-    chance: float
-    before: NDArray[np.float64]
-    after: NDArray[np.float64]
-    surprise: NDArray[np.float64]
-    loss_before: float
-    loss_after: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """A step as the detector keeps it.
-
-    Attributes:
-        number: Steps before it, and itself.
-        roots: [L E] square roots of the shares.
-        totals: [L] selections.
-        losses: [2] loss, and logarithm of its spread over the sequences.
-    """
-
-    number: int
-    roots: Row
-    totals: Row
-    losses: Row
-
-    def as_json(self) -> list[Any]:
-        """The step as JSON, exactly."""
-        return [self.number, *(row.tolist() for row in (self.roots, self.totals, self.losses))]
-
-    @classmethod
-    def from_json(cls, values: list[Any]) -> _Step:
-        """Undo `as_json`."""
-        number, *rows = values
-        return cls(int(number), *(np.array(row, dtype=np.float64) for row in rows))
 
 
 class ShiftMonitor:
@@ -125,7 +60,7 @@ class ShiftMonitor:
         noise: ProfileNoise | None = None,
     ) -> None:
         self._settings = settings
-        self._given = None if reference is None else _square_roots(reference).ravel()
+        self._given = None if reference is None else square_roots(reference).ravel()
         self._fixed = self._given
         self._span = max(settings.span * settings.window, _FEWEST)
         self._lag = settings.lag * settings.window
@@ -134,8 +69,8 @@ class ShiftMonitor:
         self._routing, self._rise, self._fall, self._mixed = self._cusums
         self._noise = ProfileNoise(settings) if noise is None else noise
         self._loss_noises = [LossNoise(settings) for _ in range(2)]
-        self._usual: list[_Step] = []
-        self._apart: list[_Step] = []
+        self._usual: list[Step] = []
+        self._apart: list[Step] = []
         # Whether there has been an alarm while they are apart.
         self._is_shift = False
         self._num_steps = 0
@@ -162,7 +97,7 @@ class ShiftMonitor:
         self._num_steps += 1
         totals = experts.sum(axis=1).astype(np.float64)
         losses = np.array([loss, math.log(spread) if spread > 0 else math.nan])
-        step = _Step(self._num_steps, _square_roots(experts).ravel(), totals, losses)
+        step = Step(self._num_steps, square_roots(experts).ravel(), totals, losses)
         found = self._compared(step)
         if found is None:
             self._usual = [*self._usual, step][-self._span - self._lag :]
@@ -172,7 +107,8 @@ class ShiftMonitor:
         evidence = max(cusum.over_limit for cusum in self._cusums)
         self._is_shift = self._is_shift or evidence > 1.0
         if evidence > _SUSPECT or self._is_odd(log_distance, residuals):
-            self._apart.append(step)
+            # Bounded, because with a fixed reference a shift may last for ever.
+            self._apart = [*self._apart, step][-least_steps(self._settings) :]
             if not self._is_shift and len(self._apart) >= _PATIENCE:
                 self._return()
             elif len(self._apart) >= least_steps(self._settings) and self._fixed is None:
@@ -203,19 +139,19 @@ class ShiftMonitor:
             float(np.mean([step.losses[0] for step in self._apart])),
         )
 
-    def _known(self) -> tuple[NDArray[np.float64], list[_Step]]:
+    def _known(self) -> tuple[NDArray[np.float64], list[Step]]:
         """The steps that make the line, and their numbers."""
         known = self._usual[: len(self._usual) - self._lag]
         return np.array([step.number for step in known], dtype=np.float64), known
 
-    def _roots(self, step: _Step) -> tuple[Row, float]:
+    def _roots(self, step: Step) -> tuple[Row, float]:
         """[L E] square roots as forecast, and by how much more than usual a step may differ."""
         if self._fixed is not None:
             return self._fixed, 1.0
         numbers, known = self._known()
         return forecast(numbers, np.stack([each.roots for each in known]), step.number)
 
-    def _losses(self, step: _Step) -> tuple[Row, Row]:
+    def _losses(self, step: Step) -> tuple[Row, Row]:
         """[2] losses as forecast, and by how much more than usual those of a step may differ."""
         numbers, known = self._known()
         rows = np.stack([each.losses for each in known])
@@ -228,13 +164,13 @@ class ShiftMonitor:
             return math.nan
         return float(np.mean([self._losses(step)[0][0] for step in self._apart]))
 
-    def _difference(self, step: _Step) -> Row:
+    def _difference(self, step: Step) -> Row:
         """[L E] difference from the forecast: by chance alone each has the standard deviation 1."""
         roots, spread = self._roots(step)
         size = np.repeat(2.0 * np.sqrt(step.totals), len(step.roots) // len(step.totals))
         return (step.roots - roots) * size / spread
 
-    def _compared(self, step: _Step) -> tuple[Row, float | None, Row] | None:
+    def _compared(self, step: Step) -> tuple[Row, float | None, Row] | None:
         """Difference from the forecast, its log distance, and the losses' residuals [2]."""
         residuals = np.full(2, math.nan)
         if len(self._usual) - self._lag >= _FEWEST:
@@ -275,7 +211,7 @@ class ShiftMonitor:
         return ShiftReading(self._routing.over_limit, loss, cause)
 
     def _learn(
-        self, step: _Step, difference: Row, log_distance: float | None, residuals: Row
+        self, step: Step, difference: Row, log_distance: float | None, residuals: Row
     ) -> None:
         self._noise.learn(difference, log_distance)
         for noise, residual in zip(self._loss_noises, residuals, strict=True):
@@ -342,8 +278,8 @@ class ShiftMonitor:
             ValueError: If it is not such a state.
         """
         try:
-            self._usual = [_Step.from_json(values) for values in state["usual"]]
-            self._apart = [_Step.from_json(values) for values in state["apart"]]
+            self._usual = [Step.from_json(values) for values in state["usual"]]
+            self._apart = [Step.from_json(values) for values in state["apart"]]
             self._is_shift = bool(state["is_shift"])
             self._fixed = self._given
             if self._given is None and state["fixed"] is not None:
@@ -358,9 +294,3 @@ class ShiftMonitor:
             self._num_steps = state["num_steps"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"it is no state of the detector ({error})") from error
-
-
-def _square_roots(experts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[L, E] square roots of the shares of each layer's selections; 0 where there are none."""
-    counts = experts.astype(np.float64)
-    return np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0))

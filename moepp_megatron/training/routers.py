@@ -12,7 +12,7 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.guard_rules import is_watched
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.shift import ShiftReading
+from moepp_megatron.observe.shift_reading import ShiftReading
 from moepp_megatron.training.batch_losses import BatchLoss, BatchLosses
 from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.collect import RoutingCollector

@@ -13,7 +13,8 @@ from moepp_megatron.config import Config
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.observe.profile_file import StoredProfile
 from moepp_megatron.observe.routing_profile import RoutingProfile
-from moepp_megatron.observe.shift import ShiftMonitor, ShiftReading
+from moepp_megatron.observe.shift import ShiftMonitor
+from moepp_megatron.observe.shift_reading import ShiftReading
 from moepp_megatron.training.batch_losses import BatchLoss
 from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.routing_profile import (

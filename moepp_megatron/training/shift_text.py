@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moepp_megatron.observe.routing_profile import RoutingProfile, difference
-from moepp_megatron.observe.shift import Cause, ShiftFinding
+from moepp_megatron.observe.shift_reading import Cause, ShiftFinding
 
 _MOST_EXPERTS, _MOST_CLASSES = 3, 2
 # Standard deviations below which a change is not worth a word.

@@ -17,7 +17,7 @@ from moepp_megatron.config.guard_rules import effective_rules
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values
 from moepp_megatron.observe.past import Past
-from moepp_megatron.observe.shift import ShiftReading
+from moepp_megatron.observe.shift_reading import ShiftReading
 from moepp_megatron.training.batch_losses import BatchLoss
 from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.collect import RoutingCollector

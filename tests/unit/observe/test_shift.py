@@ -19,7 +19,8 @@ from moepp_megatron.observe.cusum import Cusum, limit_for, steps_of_chance
 from moepp_megatron.observe.profile_file import PROFILE_FILE, StoredProfile
 from moepp_megatron.observe.profile_noise import LossNoise, ProfileNoise
 from moepp_megatron.observe.routing_profile import RoutingProfile, difference
-from moepp_megatron.observe.shift import ShiftMonitor, ShiftReading
+from moepp_megatron.observe.shift import ShiftMonitor
+from moepp_megatron.observe.shift_reading import ShiftReading
 from tests.unit.observe.drawn_profiles import EXPERTS, FFN, LAYERS, Router
 
 STEPS = 400

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moepp_megatron.observe.routing_profile import RoutingProfile
-from moepp_megatron.observe.shift import ShiftFinding, ShiftReading
+from moepp_megatron.observe.shift_reading import ShiftFinding, ShiftReading
 from moepp_megatron.training.shift_text import ShiftStory, moved_classes, moved_experts
 
 NAMES = ["FFN 0", "FFN 1", "zero 0"]
