@@ -259,7 +259,7 @@ class RoutingGuard:
         values = dict(from_first_rank(values))
         shares = cast(Sequence[float], values["ffn_fraction"])
         past = self._past.add(shares, cast(float, values.get("grad_norm", math.nan)), loss.mean)
-        return values | past
+        return {**values, **past}
 
     def metrics(self) -> dict[str, Any]:
         """Fields of the record of the step that is under way or has just been taken."""
