@@ -20,9 +20,14 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *_sums(results)])
 
 
+def _start(result: dict[str, Any]) -> int:
+    """The step behind which something happens: a wrong learning rate is wrong from the first."""
+    return 0 if result["case"]["kind"] == "rate" else _SAVED
+
+
 def _begins(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Alerts of beginnings behind the base run."""
-    start = 0 if result["case"]["kind"] == "rate" else _SAVED
+    start = _start(result)
     return [
         alert
         for alert in result["alerts"]
@@ -32,13 +37,15 @@ def _begins(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def told(result: dict[str, Any]) -> int | None:
     """Steps from the change to the first alert of a shift; None without one."""
-    steps = [alert["step"] - _SAVED for alert in _begins(result) if alert["rule"] in _SHIFTS]
+    start = _start(result)
+    steps = [alert["step"] - start for alert in _begins(result) if alert["rule"] in _SHIFTS]
     return min(steps, default=None)
 
 
 def acted(result: dict[str, Any]) -> int | None:
     """Steps from the fault to the first action; None without one."""
-    steps = [alert["step"] - _SAVED for alert in _begins(result) if alert["action"] != "warn"]
+    start = _start(result)
+    steps = [alert["step"] - start for alert in _begins(result) if alert["action"] != "warn"]
     return min(steps, default=None)
 
 
