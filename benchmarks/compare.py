@@ -7,7 +7,7 @@ model without zero-computation experts and gating residual.
     torchrun --standalone --nproc-per-node 2 benchmarks/compare.py configs/quickstart.yaml \\
         [section.key=value ...] [--variant NAME [section.key=value ...]] ...
 
-Without a variant the rival is `--variant vanilla`.
+Without a variant the baseline is `--variant vanilla`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The tables of metrics in the docs, made from the catalogue.
 
-``python -m benchmarks.metrics_page`` writes them anew, between their markers.
+``python -m benchmarks.metrics_page`` writes them anew, between their markers, and the healthy
+ranges into the rows of docs/routing.md.
 """
 
 from __future__ import annotations
@@ -99,8 +100,22 @@ def with_tables(page: str, text: str) -> str:
     return text
 
 
+def with_ranges(text: str) -> str:
+    """The text of routing.md with the catalogue's healthy ranges, in the third cell of each row."""
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        cells = line.split(" | ")
+        name = re.match(r"\| `(\w+)`", line)
+        row = METRICS.get(name[1]) if name else None
+        if row is not None and row.healthy:
+            lines[number] = " | ".join([*cells[:2], row.healthy, *cells[3:]])
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Write the pages."""
+    routing = DOCS / "routing.md"
+    routing.write_text(with_ranges(routing.read_text(encoding="utf-8")), encoding="utf-8")
     for page in dict.fromkeys(page for page, _ in TABLES):
         path = DOCS / page
         path.write_text(with_tables(page, path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -7,8 +7,8 @@ Run under torchrun, from the repository's root:
 The model is that of configs/quickstart.yaml on random tokens. A round is one step without any
 recorder, one with a recorder that has no steps to record ("off", as every run has), and one that
 is recorded. Starting, stopping and writing a recording happen between steps and are timed apart.
-Prints milliseconds a step, median (quartiles), and the ratios to the plain step of the same round,
-by wall time and by the processor time of rank 0.
+Prints milliseconds per step, median (quartiles), and the ratios to the plain step of the same
+round, by wall time and by the processor time of rank 0.
 """
 
 from __future__ import annotations

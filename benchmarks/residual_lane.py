@@ -164,7 +164,7 @@ def main() -> None:
     sent = SentBytes()
     rows = [measure(arguments, schedule, sent) for schedule in SCHEDULES]
     if dist.get_rank() == 0:
-        print("Bytes a token and hop; milliseconds a step, median (quartiles).\n")
+        print("Bytes per token and hop; milliseconds per step, median (quartiles).\n")
         print("| schedule | bytes without | with | step without | with | paired difference |")
         print("|---|---|---|---|---|---|")
         print("\n".join(rows))

@@ -235,19 +235,19 @@ class Record(BaseModel):
         "next two only where NVML tells", "J", "hardware", "moepp_energy_joules")] = None
     energy_per_token_j: Annotated[MaybeFloat, Metric(
         "energy of all GPUs since the record before, evaluation and saving included, per token",
-        "J", "hardware", "moepp_energy_per_token_joules", panel=("Energy a token", "cards"),
-        drawn=Drawn("Energy a token", "J", 1, section="hardware"))] = None
+        "J", "hardware", "moepp_energy_per_token_joules", panel=("Energy per token", "GPUs"),
+        drawn=Drawn("Energy per token", "J", 1, section="hardware"))] = None
     gpu_hours: Annotated[MaybeFloat, Metric(
         "time since the record before times the number of GPUs", "h", "hardware",
         "moepp_gpu_hours")] = None
     gpu_power_w: Annotated[MaybeFloat, Metric(
         "power of a GPU, mean over GPUs and time since the record before", "W", "hardware",
-        "moepp_gpu_power_watts", panel=("Power of a card", "mean"),
-        drawn=Drawn("Power of a card", "W", 2, section="hardware"))] = None
+        "moepp_gpu_power_watts", panel=("Power of a GPU", "mean"),
+        drawn=Drawn("Power of a GPU", "W", 2, section="hardware"))] = None
     gpu_utilization: Annotated[MaybeFloat, Metric(
         "share of the time in which a kernel ran, mean over GPUs", "share", "hardware",
         "moepp_gpu_utilization_ratio",
-        drawn=Drawn("Utilisation of a card", "share", 3, section="hardware"))] = None
+        drawn=Drawn("Utilisation of a GPU", "share", 3, section="hardware"))] = None
     gpu_clock_mhz: Annotated[MaybeFloat, Metric(
         "clock of the multiprocessors, mean over GPUs", "MHz", "hardware",
         "moepp_gpu_clock_megahertz")] = None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 from pydantic.fields import FieldInfo
 
 Shape = tuple[int, ...]
@@ -110,13 +110,37 @@ LOCAL_COUNTS = " + ".join(f"moe.{kind.setting}" for kind in LOCAL_KINDS)
 """What counts zero-computation experts, for messages."""
 
 
-def setting(unit: str, description: str, **bounds: Any) -> FieldInfo:
-    """What a field's annotation says of a setting; `unit` as in `config.schema.section`."""
-    return Field(description=description, json_schema_extra={"unit": unit}, **bounds)
+def setting(
+    unit: str,
+    description: str,
+    *,
+    exported: bool = False,
+    extension: bool = False,
+    kind: ExpertKind | None = None,
+    **bounds: Any,
+) -> FieldInfo:
+    """What a field's annotation says of a setting.
+
+    Args:
+        unit: The unit, as in `config.schema.section`.
+        description: Its meaning in one line, for help and documentation.
+        exported: Whether an exported model has it under the same name.
+        extension: Whether the vanilla baseline, and an export that does not name it, have its
+            default.
+        kind: The kind of experts that it belongs to, without which it has no effect.
+        **bounds: `gt`, `ge`, `le` of `pydantic.Field`.
+    """
+    extra: dict[str, JsonValue] = {
+        "unit": unit,
+        "exported": exported,
+        "extension": extension,
+        "kind": None if kind is None else kind.name,
+    }
+    return Field(description=description, json_schema_extra=extra, **bounds)
 
 
 def _count(kind: ExpertKind, least: int = 0) -> FieldInfo:
-    return setting("experts", kind.description, ge=least, le=MOST_EXPERTS)
+    return setting("experts", kind.description, exported=True, ge=least, le=MOST_EXPERTS)
 
 
 # Kinds have no order that a caller would guess, so only the first count goes without its name.
@@ -195,14 +219,30 @@ class ExpertLayout(ExpertCounts):
         int, setting("experts", "Experts selected per token, K", ge=1, le=MOST_EXPERTS)
     ] = 2
     gating_residual: Annotated[
-        bool, setting("-", "Add a learned map of the previous MoE layer's logits to the router's")
+        bool,
+        setting(
+            "-",
+            "Add a learned map of the previous MoE layer's logits to the router's",
+            exported=True,
+        ),
     ] = True
     two_layer_gate: Annotated[
         bool,
-        setting("-", "Router W_b tanh(W_a x) with hidden width 8E, as in the released model"),
+        setting(
+            "-",
+            "Router W_b tanh(W_a x) with hidden width 8E, as in the released model",
+            exported=True,
+            extension=True,
+        ),
     ] = False
     constants_shared: Annotated[
-        bool, setting("-", "All MoE layers have the same vectors of constant experts")
+        bool,
+        setting(
+            "-",
+            "All MoE layers have the same vectors of constant experts",
+            extension=True,
+            kind=CONSTANT,
+        ),
     ] = False
 
     @property

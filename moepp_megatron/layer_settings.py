@@ -6,10 +6,13 @@ writes; both have these fields. Imports no torch and nothing of this package but
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from moepp_megatron.experts import ExpertLayout, setting
+from pydantic.fields import FieldInfo
+
+from moepp_megatron.experts import CONSTANT, ExpertKind, ExpertLayout, setting
 
 GateNormalization = Literal["none", "selected", "nonzero"]
 ScoreFunction = Literal["softmax", "sigmoid"]
@@ -27,6 +30,7 @@ class LayerSettings(ExpertLayout):
         setting(
             "1",
             "Weight of zero-computation experts in the balance loss; less tau, less FFN",
+            exported=True,
             gt=0.0,
             le=10.0,
         ),
@@ -49,22 +53,42 @@ class LayerSettings(ExpertLayout):
             "-",
             "Gates: raw scores, divided by their sum over the selected experts, or over the "
             "selected experts other than zero experts",
+            exported=True,
         ),
     ] = "none"
     score_function: Annotated[
-        ScoreFunction, setting("-", "From router logits of all experts to scores")
+        ScoreFunction,
+        setting("-", "From router logits of all experts to scores", exported=True),
     ] = "softmax"
     expert_input_scale: Annotated[
         float,
-        setting("1", "Factor on the experts' input, not the router's (released code: K)", gt=0.0),
+        setting(
+            "1",
+            "Factor on the experts' input, not the router's (released code: K)",
+            exported=True,
+            extension=True,
+            gt=0.0,
+        ),
     ] = 1.0
     constant_init: Annotated[
         ConstantInit,
-        setting("-", "Initial vectors of constant experts: drawn as all weights, or 0"),
+        setting(
+            "-",
+            "Initial vectors of constant experts: drawn as all weights, or 0",
+            extension=True,
+            kind=CONSTANT,
+        ),
     ] = "normal"
     constant_temperature: Annotated[
         float,
-        setting("1", "Divides the logits with which constant experts mix input and vector", gt=0.0),
+        setting(
+            "1",
+            "Divides the logits with which constant experts mix input and vector",
+            exported=True,
+            extension=True,
+            kind=CONSTANT,
+            gt=0.0,
+        ),
     ] = 1.0
     # Logits with a smaller deviation than `LEAST_LOGIT_STD`, which have no direction, are divided
     # by that. The carried logits stay as they are.
@@ -73,15 +97,29 @@ class LayerSettings(ExpertLayout):
         setting(
             "1",
             "Standardise each token's logits and scale them to this deviation; null: off",
+            exported=True,
+            extension=True,
             gt=0.0,
         ),
     ] = None
     selection_bias: Annotated[
         bool,
-        setting("-", "Keep a bias per expert that is added to the scores for the selection alone"),
+        setting(
+            "-",
+            "Keep a bias per expert that is added to the scores for the selection alone",
+            exported=True,
+            extension=True,
+        ),
     ] = False
     gate_scale: Annotated[
-        float, setting("1", "Factor on all gates after normalisation (LongCat-Flash)", gt=0.0)
+        float,
+        setting(
+            "1",
+            "Factor on all gates after normalisation (LongCat-Flash)",
+            exported=True,
+            extension=True,
+            gt=0.0,
+        ),
     ] = 1.0
     fused: Annotated[
         Fused,
@@ -89,6 +127,7 @@ class LayerSettings(ExpertLayout):
             "-",
             "Triton kernels for routing and combining: true, false, or auto, where there is a GPU "
             "and Triton",
+            extension=True,
         ),
     ] = "auto"
 
@@ -96,3 +135,47 @@ class LayerSettings(ExpertLayout):
     def ffn_share(self) -> float:
         """Phi, the share of selections that perfect balance sends to FFN experts."""
         return self.phi(self.tau)
+
+
+class Declared(NamedTuple):
+    """One declaration of `LayerSettings`.
+
+    Attributes:
+        type: Its type.
+        described: Its bounds and description, and what `experts.setting` was told.
+        default: Its default.
+    """
+
+    type: Any
+    described: FieldInfo
+    default: Any
+
+    def says(self, mark: str) -> Any:
+        """What `experts.setting` was told: `unit`, `exported`, `extension` or `kind`."""
+        extra = self.described.json_schema_extra
+        assert isinstance(extra, dict), f"{self.described} is not a setting"
+        return extra[mark]
+
+    def bound(self, name: str) -> float | None:
+        """Its bound `gt`, `ge` or `le`, or None where it has none."""
+        return next((getattr(b, name) for b in self.described.metadata if hasattr(b, name)), None)
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """The values that it may have, where they are counted up."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+
+DECLARED: Mapping[str, Declared] = {
+    name: Declared(hint.__origin__, hint.__metadata__[0], getattr(LayerSettings, name))
+    for name, hint in get_type_hints(LayerSettings, include_extras=True).items()
+}
+EXPORTED = tuple(name for name, declared in DECLARED.items() if declared.says("exported"))
+"""Settings that an exported model has under the same name."""
+EXTENSIONS = tuple(name for name, declared in DECLARED.items() if declared.says("extension"))
+"""Settings of which the vanilla baseline and older exports have the defaults."""
+
+
+def settings_of(kind: ExpertKind) -> tuple[str, ...]:
+    """The settings that belong to a kind of experts, without which they have no effect."""
+    return tuple(name for name, declared in DECLARED.items() if declared.says("kind") == kind.name)

@@ -9,6 +9,7 @@ import typer
 
 from moepp_megatron.cli.bench_collectives import collectives
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import ConfigArgument, JsonOption, NprocOption, OverridesArgument
 from moepp_megatron.cli.ranks import start_ranks
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def layer(
     rounds: Annotated[
         int, typer.Option(min=1, help="Times each layer runs; the layers take turns.")
     ] = 9,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw them, with the paper's, here.", metavar="FILE.png")
     ] = None,
@@ -114,7 +113,7 @@ def _refuse_unfit_fp8(recipe: str) -> None:
 def card(
     dtypes: Annotated[
         str,
-        typer.Option(help="Number formats; fp8 only where the card has it.", metavar="NAME,..."),
+        typer.Option(help="Number formats; fp8 only where the GPU has it.", metavar="NAME,..."),
     ] = "fp32,bf16,fp8",
     size: Annotated[
         int | None, typer.Option(min=16, help="Side of the matrices; 8192 on a GPU, else 1024.")
@@ -122,9 +121,7 @@ def card(
     megabytes: Annotated[
         int | None, typer.Option(min=1, help="MB to copy; 1074 on a GPU, else 268.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Measure this GPU's own rates: matrix products and a copy in its memory."""
     from moepp_megatron.config.choices import parse_choices
@@ -151,19 +148,13 @@ def card(
 
 @app.command()
 def step(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
-    ] = 1,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    nproc: NprocOption = 1,
     rounds: Annotated[
         int, typer.Option(min=1, help="Steps of each model; the models take turns.")
     ] = 9,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Whole training steps of CONFIG's model and of its vanilla baseline, on random tokens.
 
@@ -219,21 +210,17 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
 
 @app.command()
 def dispatch(
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
-    ] = 2,
+    nproc: NprocOption = 2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 2048,
     hidden_size: Annotated[int, typer.Option(min=1)] = 768,
     experts: Annotated[int, typer.Option(min=1, help="FFN experts of all ranks.")] = 8,
-    topk: Annotated[int, typer.Option(min=1, help="Experts a token.")] = 2,
+    topk: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
     phi: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="FFN experts' share of all selections.")
     ] = 0.6,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the dispatchers take turns.")] = 20,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Bytes and time of dispatch and combine: vanilla, FFN-only, deduplicated.
 

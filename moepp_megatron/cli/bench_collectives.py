@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import JsonOption, NprocOption
 from moepp_megatron.cli.ranks import start_ranks
-from moepp_megatron.config import ConfigError, UnfitError
+from moepp_megatron.config import ConfigError
 
 # The keys of `bench.collective_cases.KINDS`, which imports torch.
 _KINDS = (
@@ -23,9 +24,7 @@ _KINDS = (
 
 
 def collectives(
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
-    ] = 2,
+    nproc: NprocOption = 2,
     smallest: Annotated[
         str, typer.Option("--min", help="Smallest size; K, M, G are binary.", metavar="BYTES")
     ] = "1K",
@@ -49,9 +48,7 @@ def collectives(
     repeats: Annotated[
         int, typer.Option(min=1, help="Repetitions; the cases take turns, medians count.")
     ] = 5,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw bus bandwidth here.", metavar="FILE.png")
     ] = None,
@@ -122,7 +119,11 @@ def _measure(setting: object, json_file: Path | None, plot: Path | None) -> None
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.launch import leave
     from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.workbench.bench.collectives import CollectiveSetting, run_collectives
+    from moepp_megatron.workbench.bench.collectives import (
+        CollectiveSetting,
+        check_memory,
+        run_collectives,
+    )
     from moepp_megatron.workbench.report import bench, collectives
     from moepp_megatron.workbench.report.progress import progress
 
@@ -130,7 +131,7 @@ def _measure(setting: object, json_file: Path | None, plot: Path | None) -> None
     rank = RankEnvironment.read()
     first = rank.rank == 0
     with distributed.joined(rank) as device:
-        _check_memory(max(setting.sizes), rank.local_world_size, device.type)
+        check_memory(max(setting.sizes), rank.local_world_size, device.type)
         bar = progress(setting.repeats + 2) if first else nullcontext(lambda what: None)
         with bar as advance:
             results = run_collectives(setting, device, rank.local_world_size, advance)
@@ -147,26 +148,3 @@ def _measure(setting: object, json_file: Path | None, plot: Path | None) -> None
         if first:
             echo(f"error: {wrong} elements arrived wrong; see the column 'wrong'", err=True)
         leave(1)
-
-
-def _check_memory(largest: int, local_ranks: int, device: str) -> None:
-    """Refuse sizes that this machine cannot hold.
-
-    Raises:
-        UnfitError: If they are too large.
-    """
-    import psutil
-    import torch
-
-    # Three buffers, and while they are filled or checked about as many integers of 8 bytes.
-    wanted = 3 * largest + 4 * largest
-    there = (
-        torch.cuda.mem_get_info()[0]
-        if device == "cuda"
-        else psutil.virtual_memory().available // local_ranks
-    )
-    if wanted > there:
-        raise UnfitError(
-            f"--max ({largest} bytes) must leave room for about seven times as much a rank, and "
-            f"{there} bytes are free; use a smaller one"
-        )

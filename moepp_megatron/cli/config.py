@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.cli.usage import COMMANDS
 from moepp_megatron.config import ConfigError
 
@@ -21,10 +22,8 @@ _WIDTH = 100
 
 @app.command()
 def show(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
     changed: Annotated[
         bool, typer.Option("--changed", help="Leave out what is at its default.")
     ] = False,

@@ -123,7 +123,7 @@ def upcycle(
     Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 (without groups of experts).
     """
     _quiet()
-    from moepp_megatron.interop.upcycle import Additions, least_gate
+    from moepp_megatron.interop.upcycle import Additions, least_gate, steps_to_phi
     from moepp_megatron.interop.upcycle import upcycle as convert
 
     additions = Additions(
@@ -143,13 +143,10 @@ def upcycle(
     if least < 1.0:
         echo(f"gates        at least {least:.3f} of what they were, for --approximate")
     if config.moe.num_zero_computation_experts:
-        # Measured with softmax scores, whose bias begins at 1.25 / F; that of sigmoid scores at 1.
-        steps = "5 to 7"
-        if config.moe.score_function == "sigmoid":
-            steps = f"up to {config.moe.num_ffn_experts / (1.0 - config.moe.ffn_share):.0f}"
         echo(
-            f"FFN share    1 now; training moves it to phi ({config.moe.ffn_share:.3f}) in {steps} "
-            f"/ moe.budget.gain ({config.moe.budget.gain}) steps: docs/upcycling.md"
+            f"FFN share    1 now; training moves it to phi ({config.moe.ffn_share:.3f}) in "
+            f"{steps_to_phi(config)} / moe.budget.gain ({config.moe.budget.gain}) steps: "
+            "docs/upcycling.md"
         )
 
 

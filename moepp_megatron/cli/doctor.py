@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import OverridesArgument
 from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.config import Config, UnfitError, load_config
 
@@ -21,15 +22,13 @@ def doctor(
     config: Annotated[
         Path | None, typer.Argument(help="Run whose needs and folders count.", metavar="CONFIG")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
+    overrides: OverridesArgument = None,
     preflight: Annotated[
         bool,
         typer.Option(
             "--preflight",
             help="A job is about to start here: print only what is wrong, on stderr, and take "
-            "busy or slow cards for errors.",
+            "busy or slow GPUs for errors.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -39,8 +38,8 @@ def doctor(
     hardware: Annotated[
         str | None,
         typer.Option(
-            help="Card to judge by: a name in configs/hardware or a YAML file; by default the "
-            "card that is here.",
+            help="GPU to judge by: a name in configs/hardware or a YAML file; by default the "
+            "GPU that is here.",
             metavar="NAME",
         ),
     ] = None,

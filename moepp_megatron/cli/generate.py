@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import CheckpointArgument, LayoutArgument, NprocOption
 from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.config.printable import printable
 
 
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint folder, or a run.", metavar="CHECKPOINT")
-    ],
+    checkpoint: CheckpointArgument,
     prompt: Annotated[
         list[str], typer.Option(help="Text to continue; several are continued side by side.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Layout to use; by default one rank's.", metavar="parallel.key=value"),
-    ] = None,
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
-    ] = 1,
+    overrides: LayoutArgument = None,
+    nproc: NprocOption = 1,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(

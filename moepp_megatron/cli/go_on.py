@@ -13,7 +13,7 @@ from moepp_megatron.cli.echo import echo
 from moepp_megatron.observe.status import GO_ON
 
 # Set by scripts that change folder: where their user's shell is.
-SHELL_FOLDER = "MOEPP_SHELL_FOLDER"
+_SHELL_FOLDER = "MOEPP_SHELL_FOLDER"
 
 
 def go_on_command(arguments: Sequence[str]) -> str:
@@ -84,7 +84,7 @@ def _srun(arguments: Sequence[str]) -> list[str]:
 
 def _from_here() -> str:
     """A change of folder that leads the user's shell to where this command works."""
-    shell = os.environ.get(SHELL_FOLDER)
+    shell = os.environ.get(_SHELL_FOLDER)
     if shell is None or os.path.realpath(shell) == os.getcwd():
         return ""
     return f"cd {shlex.quote(os.getcwd())} && "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import CheckpointArgument, LayoutArgument, NprocOption
 from moepp_megatron.cli.ranks import start_ranks
 
 if TYPE_CHECKING:
@@ -15,14 +16,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint folder, or a run.", metavar="CHECKPOINT")
-    ],
+    checkpoint: CheckpointArgument,
     text: Annotated[Path, typer.Option(help="Text to read, UTF-8.", metavar="FILE")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Layout to use; by default one rank's.", metavar="parallel.key=value"),
-    ] = None,
+    overrides: LayoutArgument = None,
     out: Annotated[Path, typer.Option(help="Page to write.", metavar="PAGE.html")] = Path(
         "inspect.html"
     ),
@@ -51,9 +47,7 @@ def inspect(
     max_tokens: Annotated[
         int, typer.Option(min=2, max=200_000, help="Tokens to read at most.")
     ] = 16_384,
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
-    ] = 1,
+    nproc: NprocOption = 1,
 ) -> None:
     """Write a page: the text coloured by FFN experts per token, and each token's experts."""
     from moepp_megatron.runtime.quiet import quiet

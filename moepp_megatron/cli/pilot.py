@@ -10,37 +10,48 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
 
 if TYPE_CHECKING:
-    from moepp_megatron.workbench.experiments.pilot.collect import Pilot
     from moepp_megatron.workbench.experiments.pilot.extrapolate import TargetRequest
+    from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
     from moepp_megatron.workbench.experiments.pilot.runs import PilotRun
 
 _TARGET = "Extrapolate to"
 
 
 def pilot(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
+    config: ConfigArgument,
     out: Annotated[
         Path,
         typer.Option(help="Folder of the pilot; a second call goes on with it.", metavar="DIR"),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
+    overrides: OverridesArgument = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks of a run, on this machine.")] = 1,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Of a run; by default training.train_iters.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=50, help="How many, from training.seed on.")] = 3,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=100,
+            help="How many, from training.seed on. The first call fixes how many a look takes; "
+            "further looks are at multiples of it.",
+        ),
+    ] = 5,
     taus: Annotated[
         str | None,
         typer.Option(
-            help="Weights of zero-computation experts; by default the configured one, 0.5 and 1.",
+            help="Weights of zero-computation experts; by default the configured one. Each further "
+            "one makes a decision harder.",
             metavar="TAU,...",
         ),
     ] = None,
+    sessions: Annotated[
+        int, typer.Option(min=2, max=50, help="Sessions that time MoE++ beside vanilla.")
+    ] = 5,
     eval_iters: Annotated[
         int | None,
         typer.Option(
@@ -64,12 +75,12 @@ def pilot(
         ),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Its cards.", rich_help_panel=_TARGET)
+        int | None, typer.Option(min=1, help="Number of its GPUs.", rich_help_panel=_TARGET)
     ] = None,
     gpu: Annotated[str, typer.Option(help="As moepp plan.", rich_help_panel=_TARGET)] = "h100_sxm",
     price: Annotated[
         float | None,
-        typer.Option(help="Of a card an hour, as moepp plan.", rich_help_panel=_TARGET),
+        typer.Option(help="Price per GPU and hour, as for moepp plan.", rich_help_panel=_TARGET),
     ] = None,
     tokens: Annotated[
         float | None,
@@ -80,9 +91,10 @@ def pilot(
 ) -> None:
     """Does MoE++ pay on your data and hardware? Short paired runs against vanilla say so.
 
-    Vanilla, MoE++ at several tau, and vanilla with fewer experts per token (the fair baseline at
-    equal speed) train on the same tokens with the same seeds. Writes DIR/pilot.json and
-    DIR/pilot.html. Finished runs stay finished: a second call goes on.
+    Vanilla, MoE++, MoE++ for vanilla's time, vanilla narrowed to MoE++'s compute, and MoE++ with
+    more selections at vanilla's compute train with the same seeds; speed is timed in sessions of
+    its own. Writes DIR/pilot.json and DIR/pilot.html. Finished runs stay finished: a second call
+    goes on.
 
     On several machines: --collect writes DIR/configs/*.yaml, each of which `moepp train` or `moepp
     slurm` takes; a later --collect reads what they have left in DIR/runs.
@@ -90,7 +102,8 @@ def pilot(
     settings = load_config(config, overrides or [])
     request = _target(settings, config, target, gpus, gpu, price, tokens)
     from moepp_megatron.workbench.experiments.pilot.arms import build_arms
-    from moepp_megatron.workbench.experiments.pilot.collect import Pilot
+    from moepp_megatron.workbench.experiments.pilot.plan import Plan
+    from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
     from moepp_megatron.workbench.experiments.pilot.runs import PilotRuns
 
     arms = build_arms(
@@ -99,29 +112,32 @@ def pilot(
     first = settings.training.seed
     folder = PilotRuns(out.resolve(), nproc)
     numbers = list(range(first, first + seeds))
-    runs = folder.all_of(arms, numbers)
-    _check_runs(settings, runs, nproc, collect)
+    _check_runs(settings, folder.all_of(arms, numbers), nproc, collect)
     if request is not None:
         request.check()
-    folder.claim(runs)
+    folder.claim(folder.all_of(arms, numbers))
+    names = [arm.arm.name for arm in arms if arm.arm.kind == "moepp"]
     whole = Pilot(
         folder=folder,
-        arms=arms,
+        config=settings,
+        base=arms,
         seeds=numbers,
+        plan=Plan.claim(folder.path, Plan(first=seeds, arms=names, sessions=sessions)),
         command=shlex.join(["moepp", *sys.argv[1:]]),
+        eval_iters=eval_iters,
         target=request,
     )
-    _run_and_write(whole, runs, collect)
+    folder.claim(whole.runs())
+    _run_and_write(whole, collect)
 
 
-def _run_and_write(whole: Pilot, runs: list[PilotRun], collect: bool) -> None:
+def _run_and_write(whole: Pilot, collect: bool) -> None:
     from moepp_megatron.workbench.experiments.runs import Interrupted, RunFailed
 
     try:
-        _announce(whole, runs)
-        if not collect:
-            _run(whole, runs)
-        _finish(whole, runs)
+        _announce(whole)
+        whole = _collected(whole) if collect else _run(whole)
+        _finish(whole)
     except Interrupted as stop:
         from moepp_megatron.runtime.launch import STOPPED
 
@@ -132,40 +148,60 @@ def _run_and_write(whole: Pilot, runs: list[PilotRun], collect: bool) -> None:
         raise typer.Exit(1) from None
 
 
-def _announce(whole: Pilot, runs: list[PilotRun]) -> None:
+def _announce(whole: Pilot) -> None:
+    runs = whole.folder.all_of(whole.base, whole.seeds)
     done = len(runs) - len(whole.folder.unfinished(runs))
     training = runs[0].config.training
     per_step = training.global_batch_size * runs[0].config.model.seq_length
-    steps = whole.arms[0].arm.steps
+    steps = whole.base[0].arm.steps
     echo(
         f"{len(runs)} runs of {steps:,} steps ({steps * per_step:,} tokens): {len(whole.seeds)} "
-        f"seeds of {len(whole.arms)} models" + (f"; {done} runs are there already" if done else "")
+        f"seeds of {len(whole.base)} models" + (f"; {done} runs are there already" if done else "")
     )
-    for arm in whole.arms:
+    for arm in whole.base:
         phi = arm.config.moe.ffn_share
-        share = f", FFN share {phi:.0%} if balanced" if arm.arm.kind == "moepp" else ""
+        share = "" if arm.arm.tau is None else f", FFN share {phi:.0%} if balanced"
         echo(f"  {arm.arm.name}: top-{arm.arm.topk}{share}, {arm.arm.steps:,} steps")
+    echo(
+        f"then {whole.plan.sessions} sessions of speed, and for each MoE++ arm it for vanilla's "
+        f"time and vanilla in its compute; decided after every {whole.plan.first} seeds"
+    )
 
 
-def _run(whole: Pilot, runs: list[PilotRun]) -> None:
-    """Do the missing runs; results are written after each seed."""
+def _run(whole: Pilot) -> Pilot:
+    """Do what is missing; results are written after each seed of the last stage."""
     from moepp_megatron.workbench.report.progress import progress
 
-    def finished(run: PilotRun) -> None:
-        same_seed = [one for one in runs if one.seed == run.seed]
-        if run is not runs[-1] and not whole.folder.unfinished(same_seed):
-            _write(whole)
+    runs, sessions = whole.folder.unfinished(whole.runs()), whole.num_sessions
+    matched = 0 if whole.matched else 2 * len(whole.moepp) * len(whole.seeds)
+    with progress(len(runs) + sessions + matched) as advance:
+        return whole.run(advance, _write)
 
-    with progress(len(whole.folder.unfinished(runs))) as advance:
-        whole.folder.run_missing(runs, advance, finished)
+
+def _collected(whole: Pilot) -> Pilot:
+    """Write what can be run now, and say how to time MoE++ where that comes next."""
+    from moepp_megatron.workbench.experiments.pilot.sessions import SpeedSessions
+
+    timed = SpeedSessions(whole.folder.path, whole.folder.nproc)
+    with timed.writing():
+        whole = whole.matching(timed)
+    whole.folder.claim(whole.runs())
+    missing = timed.unfinished(whole.sessions())
+    if missing:
+        echo("speed: run these where the models will train, one after the other", err=True)
+        for session in missing:
+            words = ["moepp", *timed.command(session), "--nproc", str(timed.nproc)]
+            echo(f"  {shlex.join(words)}", err=True)
+    return whole
 
 
 def _write(whole: Pilot) -> bool:
     """Write results of whole seeds; False if there are none."""
     from moepp_megatron.runtime.atomic import write_atomic
+    from moepp_megatron.workbench.experiments.pilot.collect import result_of
     from moepp_megatron.workbench.experiments.pilot.report import write_pilot_page
 
-    result = whole.result()
+    result = result_of(whole)
     if result is None:
         return False
     path = whole.folder.path
@@ -174,11 +210,12 @@ def _write(whole: Pilot) -> bool:
     return True
 
 
-def _finish(whole: Pilot, runs: list[PilotRun]) -> None:
+def _finish(whole: Pilot) -> None:
     from moepp_megatron.workbench.experiments.pilot.report import print_pilot
     from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 
     path = whole.folder.path
+    runs = whole.runs()
     missing = whole.folder.unfinished(runs)
     if missing:
         echo(
@@ -199,7 +236,7 @@ def _taus(config: Config, text: str | None) -> list[float]:
     from moepp_megatron.workbench.experiments.pilot.arms import configured_tau
 
     if text is None:
-        return sorted({configured_tau(config), 0.5, 1.0}, reverse=True)
+        return [configured_tau(config)]
     return sorted(
         parse_numbers("--taus", text, "a number > 0 and up to 10", lambda tau: 0 < tau <= 10),
         reverse=True,
@@ -238,7 +275,7 @@ def _target(
     given = {"--target": target, "--price": price, "--tokens": tokens}
     for name, value in given.items():
         if value is not None and gpus is None:
-            raise ConfigError(f"{name} ({value}) must come with --gpus; say how many cards")
+            raise ConfigError(f"{name} ({value}) must come with --gpus; say how many GPUs")
         if isinstance(value, float) and not 0 < value < float("inf"):
             raise ConfigError(f"{name} ({value:g}) must be a number above 0; use for example 2.5")
     if gpus is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.cli.plan_simulation import Assume, Simulate, Steps, play_best
 from moepp_megatron.config import Config, ConfigError, load_config
 
@@ -16,20 +17,18 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Cards to plan for.")] = 8,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs to plan for.")] = 8,
     gpu: Annotated[
-        str, typer.Option(help="Kind of card: a name in configs/hardware, or a YAML file.")
+        str, typer.Option(help="Kind of GPU: a name in configs/hardware, or a YAML file.")
     ] = "h100_sxm",
     taus: Annotated[
         str, typer.Option(help="Further weights of zero-computation experts.", metavar="TAU,...")
     ] = "0.25,0.5,1.0",
     price: Annotated[
         float | None,
-        typer.Option(help="Price of a card an hour; by default the hardware file's, if any."),
+        typer.Option(help="Price per GPU and hour; by default the hardware file's, if any."),
     ] = None,
     tokens: Annotated[
         float | None,
@@ -110,7 +109,7 @@ def _require_fit(result: Plan) -> None:
     raise ConfigError(
         f"--gpus ({result.world}) must be enough for the model: the smallest layout needs "
         f"{held / 2**30:.1f} GiB of {result.machine.memory_bytes / 2**30:.1f} on its fullest rank; "
-        "use more cards or a card with more memory"
+        "use more GPUs or a GPU with more memory"
     )
 
 
@@ -133,8 +132,8 @@ def _write_layout(out: Path, result: Plan, config: Path, overrides: list[str]) -
             value = {name: value}
         changes.setdefault(section, {})[first] = value
     comment = (
-        f"Planned for {result.world} {result.machine.hardware.name}: {best.step.total:.3f} s a "
-        f"step, {best.memory_gib:.1f} GiB a card (estimates)."
+        f"Planned for {result.world} {result.machine.hardware.name}: {best.step.total:.3f} s per "
+        f"step, {best.memory_gib:.1f} GiB per GPU (estimates)."
     )
     layers = result.config.model.num_layers
     text = overlay_text(best.grid, layers, config, out, changes, comment)

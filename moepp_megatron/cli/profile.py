@@ -13,7 +13,6 @@ from moepp_megatron.config import ConfigError
 if TYPE_CHECKING:
     from moepp_megatron.workbench.profiling.analysis import Profile
     from moepp_megatron.workbench.profiling.compare import ProfileComparison
-    from moepp_megatron.workbench.profiling.summary import ProfileSummary
 
 
 def profile(
@@ -50,13 +49,13 @@ def profile(
     ] = None,
 ) -> None:
     """Say where a run's communication time goes: tables, a page, a trace for Perfetto."""
-    from moepp_megatron.workbench.profiling.load import has_kineto
+    from moepp_megatron.workbench.profiling.recognise import records_only_collectives
 
     try:
-        if has_kineto(run) or not _is_other_source(run):
-            _profile(run, step, against, ceiling, json_file, out)
-        else:
+        if records_only_collectives(run):
             _recording(run, against, json_file)
+        else:
+            _profile(run, step, against, ceiling, json_file, out)
     except OSError as error:
         raise ConfigError(
             f"{error.filename} cannot be written ({error.strerror}); give --out or --json a place "
@@ -80,6 +79,7 @@ def _profile(
     from moepp_megatron.workbench.profiling.document import document
     from moepp_megatron.workbench.profiling.measures.ceiling import Ceiling
     from moepp_megatron.workbench.profiling.perfetto import merged_trace
+    from moepp_megatron.workbench.profiling.recognise import compared, run_name
     from moepp_megatron.workbench.profiling.step_summary import measured_peak, summarise
     from moepp_megatron.workbench.report.profile.findings import findings
     from moepp_megatron.workbench.report.profile.page import render
@@ -88,7 +88,7 @@ def _profile(
     peaks = None if ceiling is None else measured_peak(Ceiling.read(ceiling))
     found: Profile = analyse(run, step, peaks)
     numbers = document(found)
-    comparison = None if against is None else _compare(summarise(found, _name(run)), against)
+    comparison = compared(summarise(found, run_name(run)), against)
     folder = out or run
     folder.mkdir(parents=True, exist_ok=True)
     page, trace = folder / "profile.html", folder / "profile.perfetto.json.gz"
@@ -105,34 +105,14 @@ def _profile(
 def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
     """Analyse a source that records only collectives."""
     from moepp_megatron.runtime.atomic import write_atomic
+    from moepp_megatron.workbench.profiling.recognise import compared, summary_of
     from moepp_megatron.workbench.report.profile.terminal import print_summary
 
-    summary = _summary(run)
+    summary = summary_of(run)
     if json_file is not None:
         write_atomic(json_file, summary.model_dump_json(indent=1).encode())
     print_summary(summary)
-    _print_comparison(None if against is None else _compare(summary, against))
-
-
-def _summary(path: Path) -> ProfileSummary:
-    """The summary of any recording, for a comparison."""
-    from moepp_megatron.workbench.profiling.analysis import analyse
-    from moepp_megatron.workbench.profiling.formats.sources import read_recording
-    from moepp_megatron.workbench.profiling.load import has_kineto
-    from moepp_megatron.workbench.profiling.step_summary import summarise
-    from moepp_megatron.workbench.profiling.summary import read_summary, summarise_recording
-
-    if has_kineto(path):
-        return summarise(analyse(path), _name(path))
-    if path.suffix == ".json" and not _is_other_source(path):
-        return read_summary(path)
-    return summarise_recording(read_recording(path), _name(path))
-
-
-def _compare(after: ProfileSummary, against: Path) -> ProfileComparison:
-    from moepp_megatron.workbench.profiling.compare import compare
-
-    return compare(_summary(against), after)
+    _print_comparison(compared(summary, against))
 
 
 def _print_comparison(comparison: ProfileComparison | None) -> None:
@@ -140,17 +120,3 @@ def _print_comparison(comparison: ProfileComparison | None) -> None:
 
     if comparison is not None:
         echo(comparison_text(comparison))
-
-
-def _is_other_source(path: Path) -> bool:
-    """Whether a file, or one in a folder, is of a source that is not torch's profiler."""
-    from moepp_megatron.workbench.profiling.formats.sources import Format, recognise
-
-    files = [one for one in path.iterdir() if one.is_file()] if path.is_dir() else [path]
-    kinds = {recognise(file) for file in files if file.is_file()}
-    return bool(kinds - {None, Format.KINETO})
-
-
-def _name(path: Path) -> str:
-    """The name of a run in a comparison: two of one configuration differ by their folders."""
-    return path.resolve().name

@@ -32,7 +32,7 @@ def say_end(request: TrainRequest, result: TrainResult, says_go_on: bool) -> Non
     is_rank_0 = request.rank.rank == 0 and not request.starts_ranks
     if result.stopped:
         if is_rank_0:
-            echo(f"stopped on request at step {result.step}, saved")
+            echo(f"{result.pause_reason or 'stopped on request'} at step {result.step}, saved")
         # Said last: by the launcher that has claimed the folder, if one has.
         own_claim = is_rank_0 and inherited_claim() is None
         if own_claim or (request.starts_ranks and says_go_on):

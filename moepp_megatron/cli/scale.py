@@ -11,17 +11,16 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.machines import machines
+from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.config import (
     Config,
     ConfigError,
-    Layout,
     check_config,
     load_config,
 )
 
 if TYPE_CHECKING:
     from moepp_megatron.runtime.nodes import Nodes
-    from moepp_megatron.runtime.rank import RankEnvironment
     from moepp_megatron.workbench.experiments.scaling.grid import Point, ScalingGrid
     from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
 
@@ -30,14 +29,12 @@ _SCHEDULER = "For batch scripts"
 
 
 def scale(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
+    config: ConfigArgument,
     out: Annotated[
         Path,
         typer.Option(help="Folder of the test; a second call goes on with it.", metavar="DIR"),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
+    overrides: OverridesArgument = None,
     nproc: Annotated[
         str, typer.Option(help="Rank counts; all ranks of all machines.", metavar="N,...")
     ] = "1,2,4",
@@ -136,7 +133,7 @@ def scale(
     if rank.rank == 0:
         folder.claim(settings, measuring)
     if rank.is_launched:
-        _measure_on_rank(settings, _own_point(grid, point, rank.world_size), measuring, folder)
+        _measure_on_rank(settings, grid.point_of_ranks(point, rank.world_size), measuring, folder)
         return
     if plan:
         for each in folder.unfinished(grid.points):
@@ -145,7 +142,7 @@ def scale(
     failed = 0
     try:
         if point is not None:
-            _run_one(folder, _named(grid, point), nodes)
+            _run_one(folder, grid.named(point), nodes)
             return
         if not collect:
             failed = _run_all(settings, grid, folder)
@@ -155,34 +152,6 @@ def scale(
     _collect(settings, grid, measuring, folder)
     if failed:
         raise typer.Exit(1)
-
-
-def _named(grid: ScalingGrid, name: str) -> Point:
-    for point in grid.points:
-        if point.name == name:
-            return point
-    raise ConfigError(
-        f"--point ({name}) must be one of {', '.join(point.name for point in grid.points)}"
-    )
-
-
-def _own_point(grid: ScalingGrid, name: str | None, world_size: int) -> Point:
-    """The point that ranks of an external launcher measure."""
-    if name is not None:
-        point = _named(grid, name)
-        if point.nproc != world_size:
-            raise ConfigError(
-                f"--point ({name}) must have as many ranks as were started ({world_size}); "
-                f"start {point.nproc}"
-            )
-        return point
-    fitting = [point for point in grid.points if point.nproc == world_size]
-    if len(fitting) != 1:
-        names = ", ".join(point.name for point in fitting) or "none"
-        raise ConfigError(
-            f"--point (null) must name one of the points of {world_size} ranks: {names}"
-        )
-    return fitting[0]
 
 
 def _run_one(folder: ScalingRuns, point: Point, nodes: Nodes | None) -> None:
@@ -228,7 +197,9 @@ def _measure_on_rank(
     die_with_parent(os.getppid())
     rank = RankEnvironment.read()
     try:
-        _measure(config, point, measuring, folder, rank)
+        from moepp_megatron.workbench.experiments.scaling.measure import measure_on_rank
+
+        measure_on_rank(config, point, measuring, folder, rank)
     except Exception as error:
         from moepp_megatron.workbench.experiments.runs import FAILURE_MARK
 
@@ -236,21 +207,6 @@ def _measure_on_rank(
         first_line = (str(error).splitlines() or [""])[0]
         echo(f"{FAILURE_MARK} {rank.rank}: {type(error).__name__}: {first_line}", err=True)
         raise typer.Exit(1) from None
-
-
-def _measure(
-    config: Config, point: Point, measuring: Measuring, folder: ScalingRuns, rank: RankEnvironment
-) -> None:
-    from moepp_megatron.runtime import distributed
-    from moepp_megatron.workbench.experiments.scaling.measure import measure_point
-
-    own = point.config(config)
-    layout = Layout.from_config(own, rank.world_size)
-    with distributed.joined(rank) as device:
-        distributed.build_groups(own, layout)
-        result = measure_point(own, layout, measuring, device)
-        if rank.rank == 0:
-            folder.finish(point, result)
 
 
 def _collect(config: Config, grid: ScalingGrid, measuring: Measuring, folder: ScalingRuns) -> None:

@@ -8,17 +8,13 @@ from typing import Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import CheckpointArgument, LayoutArgument, NprocOption
 from moepp_megatron.cli.ranks import start_ranks
 
 
 def score(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint folder, or a run.", metavar="CHECKPOINT")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Layout to use; by default one rank's.", metavar="parallel.key=value"),
-    ] = None,
+    checkpoint: CheckpointArgument,
+    overrides: LayoutArgument = None,
     tokens: Annotated[
         Path | None, typer.Option(help="NPZ file with input_ids [b, s].", metavar="FILE.npz")
     ] = None,
@@ -30,9 +26,7 @@ def score(
         Path | None,
         typer.Option(help="NPZ file to write; needed with --tokens.", metavar="FILE.npz"),
     ] = None,
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
-    ] = 1,
+    nproc: NprocOption = 1,
     logits: Annotated[
         bool, typer.Option("--logits", help="Also write logits [b, s, vocab].")
     ] = False,

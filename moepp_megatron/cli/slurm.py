@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.config import check_config, load_config, with_overrides
 
 
 def slurm(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; by default slurm.nodes.")] = None,
     sweep: Annotated[
         list[str] | None,

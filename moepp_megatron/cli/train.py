@@ -10,6 +10,7 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.go_on import go_on_command, is_given
 from moepp_megatron.cli.machines import machines
+from moepp_megatron.cli.options import ConfigArgument, NprocOption, OverridesArgument
 from moepp_megatron.config import ConfigError
 
 if TYPE_CHECKING:
@@ -18,13 +19,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
-    ] = None,
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
-    ] = 1,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    nproc: NprocOption = 1,
     max_restarts: Annotated[
         int,
         typer.Option(
@@ -79,8 +76,8 @@ def train(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="With --dry-run: the card whose memory is compared, a name in configs/hardware or "
-            "a YAML file; cpu for this machine's CPU. By default telemetry.hardware, the card "
+            help="With --dry-run: the GPU whose memory is compared, a name in configs/hardware or "
+            "a YAML file; cpu for this machine's CPU. By default telemetry.hardware, the GPU "
             "here, or an H100 where precision.dtype is bf16.",
             metavar="NAME",
         ),

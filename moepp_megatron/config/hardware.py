@@ -25,7 +25,7 @@ class Thresholds(Section):
         default=0.6,
         gt=0.0,
         le=1.0,
-        description="Least share of the rated bf16 rate in a large matrix product; healthy cards "
+        description="Least share of the rated bf16 rate in a large matrix product; healthy GPUs "
         "reach 0.7 to 0.85",
         json_schema_extra=unit("1"),
     )
@@ -52,13 +52,13 @@ class Thresholds(Section):
     temperature_margin_c: float = Field(
         default=5.0,
         ge=0.0,
-        description="Distance from the slowdown temperature from which a card is too warm",
+        description="Distance from the slowdown temperature from which a GPU is too warm",
         json_schema_extra=unit("degrees Celsius"),
     )
     foreign_memory_gib: float = Field(
         default=1.0,
         ge=0.0,
-        description="GPU memory of other processes from which a card is taken",
+        description="GPU memory of other processes from which a GPU is taken",
         json_schema_extra=unit("GiB"),
     )
     shared_memory_gib: float = Field(
@@ -97,7 +97,7 @@ class Hardware(Section):
     )
     device_names: list[str] = Field(
         default=[],
-        description="Names under which NVML knows the card",
+        description="Names under which NVML knows the GPU",
         json_schema_extra=unit("-"),
     )
     memory_gb: float | None = Field(
@@ -121,11 +121,11 @@ class Hardware(Section):
     nvlink_gb_s: float | None = Field(
         default=None,
         gt=0.0,
-        description="NVLink bandwidth of a card, both directions added",
+        description="NVLink bandwidth of a GPU, both directions added",
         json_schema_extra=unit("GB/s"),
     )
     nvlink_links: int = Field(
-        default=0, ge=0, description="NVLink links of a card", json_schema_extra=unit("links")
+        default=0, ge=0, description="NVLink links of a GPU", json_schema_extra=unit("links")
     )
     pcie_generation: int | None = Field(
         default=None, ge=1, description="PCIe generation", json_schema_extra=unit("-")
@@ -139,16 +139,16 @@ class Hardware(Section):
     network_gbit_s_per_gpu: float | None = Field(
         default=None,
         gt=0.0,
-        description="Network port of a card in the vendor's reference server, one direction",
+        description="Network port of a GPU in the vendor's reference server, one direction",
         json_schema_extra=unit("Gbit/s"),
     )
     gpus_per_node: int | None = Field(
-        default=None, ge=1, description="Cards of the reference server", json_schema_extra=unit("-")
+        default=None, ge=1, description="GPUs of the reference server", json_schema_extra=unit("-")
     )
     price_per_hour: float | None = Field(
         default=None,
         gt=0.0,
-        description="What a card costs an hour, in your currency; none is set here",
+        description="What a GPU costs per hour, in your currency; none is set here",
         json_schema_extra=unit("money/h"),
     )
     thresholds: Thresholds = Field(default_factory=Thresholds, description="What counts as unfit")

@@ -18,7 +18,7 @@ _KINDS = {"int": "whole number", "float": "number", "bool": "true or false", "st
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingReference:
     """One setting.
 
     Attributes:
@@ -55,7 +55,7 @@ class SectionReference:
 
     name: str
     meaning: str
-    settings: tuple[Setting, ...]
+    settings: tuple[SettingReference, ...]
 
 
 def section_references() -> Iterator[SectionReference]:
@@ -84,13 +84,13 @@ def _section(path: str, model: type[Section], meaning: str = "") -> Iterator[Sec
         yield from _section(name, section, text)
 
 
-def _setting(name: str, field: FieldInfo) -> Setting:
+def _setting(name: str, field: FieldInfo) -> SettingReference:
     extra = field.json_schema_extra
     assert isinstance(extra, dict), f"{name} has no unit"
     default = None
     if not field.is_required():
         default = show(field.get_default(call_default_factory=True, validated_data={}))
-    return Setting(
+    return SettingReference(
         name,
         _kind(field.annotation),
         default,

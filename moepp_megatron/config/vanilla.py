@@ -5,20 +5,7 @@ from __future__ import annotations
 from moepp_megatron.config.load import parse_config
 from moepp_megatron.config.schema import Config
 from moepp_megatron.experts import FFN_ONLY
-
-# What only the MoE++ layer has: the vanilla model has its defaults.
-_ONLY_MOEPP = (
-    "budget",
-    "constant_init",
-    "constant_temperature",
-    "constants_shared",
-    "expert_input_scale",
-    "fused",
-    "gate_scale",
-    "logits_norm_std",
-    "selection_bias",
-    "two_layer_gate",
-)
+from moepp_megatron.layer_settings import EXTENSIONS
 
 
 def vanilla(config: Config) -> Config:
@@ -32,7 +19,7 @@ def vanilla(config: Config) -> Config:
     content = config.model_dump(mode="json", exclude_unset=True)
     content.pop("routing_guard", None)
     moe = content["moe"]
-    for name in _ONLY_MOEPP:
+    for name in ("budget", *EXTENSIONS):
         moe.pop(name, None)
     moe |= {
         **FFN_ONLY,

@@ -41,7 +41,8 @@ def build_datasets(
         split: weights of train, validation and test by documents, such as "98,2,0"; None takes
             the corpus's own, or `DEFAULT_SPLIT` if it has none.
         seed: Seed of the order of samples.
-        num_samples: how many samples each split must have at least.
+        num_samples: how many samples each split must have at least. With 0 of validation that part
+            may have no document.
         reset_position_ids: positions start at 0 after every EOD.
         reset_attention_mask: no attention across EOD. Only then a sample has an `attention_mask`,
             bool [1, s, s], True where attention is forbidden: it is large.
@@ -49,7 +50,7 @@ def build_datasets(
         cache_dir: folder of the sample indices; by default `data_path/cache`.
 
     Returns:
-        Train, validation and test; None for one whose weight is 0.
+        Train, validation and test; None for one whose weight is 0, or that is not read and empty.
 
     Raises:
         ConfigError: no dataset there, another tokenizer, or a split that cannot be made.
@@ -59,7 +60,7 @@ def build_datasets(
     _check_tokenizer(tokenizer, manifest, data_path)
     if sequence_length < 1:
         raise ConfigError(f"model.seq_length ({sequence_length}) must be at least 1; use 2048")
-    plain_split = check_split(split, manifest)
+    plain_split = check_split(split, manifest, validates=num_samples[1] > 0)
     # By content, so that a cache outside the folder survives a replaced dataset.
     cache = (cache_dir or data_path / CACHE) / manifest.identity[:16]
     config = GPTDatasetConfig(

@@ -11,7 +11,7 @@ from moepp_megatron.data.token_check import check_tokens
 Batch = dict[str, torch.Tensor]
 
 
-class MicroBatchSampler(Sampler[list[int]]):
+class _MicroBatchSampler(Sampler[list[int]]):
     """Sample indices of the micro-batches of one data-parallel rank.
 
     Micro-batch m of rank r in the global batch that starts at sample S holds the samples
@@ -110,7 +110,7 @@ def batches(
         ValueError: numbers that do not fit together.
         ConfigError: while iterating, a token outside of the vocabulary (`check_tokens`).
     """
-    sampler = MicroBatchSampler(
+    sampler = _MicroBatchSampler(
         len(dataset),  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
         consumed_samples,
         micro_batch_size,
@@ -133,7 +133,7 @@ def batches(
 
 
 def _checked(
-    loaded: Iterator[Batch], sampler: MicroBatchSampler, dataset: "Dataset[Any]", vocab_size: int
+    loaded: Iterator[Batch], sampler: _MicroBatchSampler, dataset: "Dataset[Any]", vocab_size: int
 ) -> Iterator[Batch]:
     # Here and not in the loader's processes, whose errors come with a traceback as their text.
     for indices, batch in zip(sampler, loaded, strict=True):

@@ -37,7 +37,7 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
     path = Path(config.data.path)
     manifest = read_manifest(path, "data.path")
     check_start(path, manifest, whole_index)
-    check_split(config.data.split, manifest)
+    check_split(config.data.split, manifest, validates=config.training.eval_iters > 0)
     if manifest.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size ({config.model.vocab_size}) must hold every token of data.path "

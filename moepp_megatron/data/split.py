@@ -1,5 +1,6 @@
 """The split of a corpus's documents into train, validation and test."""
 
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
 
 from moepp_megatron.config.errors import ConfigError
@@ -9,7 +10,7 @@ from moepp_megatron.data.manifest import Manifest
 _SPLITS = ("train", "validation", "test")
 
 
-def check_split(split: str | None, manifest: Manifest) -> str:
+def check_split(split: str | None, manifest: Manifest, validates: bool = True) -> str:
     """Check that a split string has three weights and leaves no wanted part without a document.
 
     megatron-core would loop for ever over a split without documents.
@@ -18,6 +19,8 @@ def check_split(split: str | None, manifest: Manifest) -> str:
         split: value of `data.split`; None takes the corpus's own, or `DEFAULT_SPLIT` if it has
             none.
         manifest: the corpus's manifest.
+        validates: whether the validation part is read. If not, it may have no document; its weight
+            then goes to the training part, whose documents that does not change.
 
     Returns:
         The split as megatron-core reads it.
@@ -32,15 +35,28 @@ def check_split(split: str | None, manifest: Manifest) -> str:
         raise ConfigError(
             f"data.split ({split}) must be three weights for train, validation and test; use 98,2,0"
         )
-    # Plain decimals, because megatron-core would read "1e2" as the two numbers 1 and 2.
-    plain = ",".join(f"{weight:.9f}" for weight in weights)
-    for name, bounds in zip(_SPLITS, document_ranges(plain, manifest.documents), strict=True):
-        if bounds is not None and bounds[0] == bounds[1]:
+    plain = _plain(weights)
+    ranges = document_ranges(plain, manifest.documents)
+    if not validates and ranges[0] is not None and _is_empty(ranges[1]):
+        plain = _plain((weights[0] + weights[1], 0.0, weights[2]))
+        ranges = document_ranges(plain, manifest.documents)
+    for name, bounds in zip(_SPLITS, ranges, strict=True):
+        if _is_empty(bounds):
             raise ConfigError(
                 f"data.split ({split}) gives {name} none of the {manifest.documents} documents; "
                 "give it more weight, or 0, or prepare the text as more files or records"
             )
     return plain
+
+
+def _plain(weights: Iterable[float]) -> str:
+    """Plain decimals, because megatron-core would read "1e2" as the two numbers 1 and 2."""
+    return ",".join(f"{weight:.9f}" for weight in weights)
+
+
+def _is_empty(bounds: tuple[int, int] | None) -> bool:
+    """Whether a part has a weight and no document."""
+    return bounds is not None and bounds[0] == bounds[1]
 
 
 def document_ranges(split: str, documents: int) -> list[tuple[int, int] | None]:

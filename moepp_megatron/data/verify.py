@@ -54,6 +54,14 @@ def read_manifest(folder: Path, name: str) -> Manifest:
         ) from None
 
 
+def corpus_identity(folder: Path) -> str | None:
+    """What tells a prepared folder's tokens from others', wherever it is; None if it is none."""
+    try:
+        return Manifest.read(folder).identity
+    except (OSError, ValueError):
+        return None
+
+
 def check_start(folder: Path, manifest: Manifest, whole_index: bool) -> None:
     """Check what can be checked before training without reading the corpus.
 

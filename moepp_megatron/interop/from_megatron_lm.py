@@ -24,6 +24,7 @@ from moepp_megatron.interop.megatron_arguments import environment_arguments, moe
 from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.to_mcore import free_folder, write_objects
+from moepp_megatron.layer_settings import DECLARED
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE
@@ -201,11 +202,7 @@ def _moe(arguments: Namespace, moepp: MoEPPConfig) -> dict[str, Any]:
     }
 
 
-_MOE_FIELDS = tuple(
-    name
-    for name in MoEPPConfig.__dataclass_fields__
-    if name not in ("deduplicate_dispatch", "fused")
-)
+_MOE_FIELDS = tuple(name for name in DECLARED if name != "fused")
 
 
 def weight_names(reader: CheckpointReader, config: Config) -> list[str]:

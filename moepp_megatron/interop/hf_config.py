@@ -10,27 +10,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, parse_config
-from moepp_megatron.experts import KINDS
+from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 
 _RELEASED_TYPE = "MoE++"
 _OWN_TYPE = "moepp"
 # moe_plus_plus_layer.py of the released model: MOE_TOP_K, Constant, and one of the other kinds.
 _RELEASED_TOPK = 2
 _RELEASED_KINDS = {"num_constant_experts": 2, "num_copy_experts": 1, "num_zero_experts": 1}
-# Fields of the `moe` section that a forward pass depends on, by the names that both sides use.
-_MOE_FIELDS = (
-    *(kind.setting for kind in KINDS),
-    "gating_residual",
-    "gate_normalization",
-    "score_function",
-    "expert_input_scale",
-    "constant_temperature",
-    "two_layer_gate",
-    "logits_norm_std",
-    "selection_bias",
-    "gate_scale",
-    "tau",
-)
+# Settings of which the released format can say more than their defaults.
+_RELEASED_FIELDS = {"expert_input_scale", "two_layer_gate", "logits_norm_std"}
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -204,10 +192,11 @@ def _released_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
-    # A number that may be absent, and one that older exports lack.
-    defaults = {"logits_norm_std": None, "constant_temperature": 1.0}
-    moe = {key: require(hf, key) for key in _MOE_FIELDS if key not in defaults}
-    moe |= {key: hf.get(key, default) for key, default in defaults.items()}
+    # An export that is older than a setting does without it, as the exported code does.
+    moe = {
+        key: hf.get(key, DECLARED[key].default) if key in EXTENSIONS else require(hf, key)
+        for key in EXPORTED
+    }
     moe["router_topk"] = require(hf, "num_experts_per_tok")
     moe["layer_freq"] = require(hf, "moe_layers")
     moe["ffn_hidden_size"] = hf.get("moe_intermediate_size")
@@ -219,7 +208,7 @@ def _own_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
 def own_hf_config(config: Config) -> dict[str, Any]:
     """`config.json` of our own format, without `architectures` and `auto_map`."""
     moe = config.moe
-    fields = {key: getattr(moe, key) for key in _MOE_FIELDS}
+    fields = {key: getattr(moe, key) for key in EXPORTED}
     if moe.is_vanilla and moe.score_function == "sigmoid" and moe.router_topk > 1:
         # What megatron-core's own router does there.
         fields["gate_normalization"] = "selected"
@@ -318,9 +307,11 @@ def _not_released(config: Config) -> list[tuple[str, Any, Any]]:
         ("moe.gate_normalization", moe.gate_normalization, ("nonzero", "selected")),
         ("moe.score_function", moe.score_function, ("softmax",)),
         ("moe.expert_input_scale", moe.expert_input_scale, scales),
-        ("moe.constant_temperature", moe.constant_temperature, (1.0,)),
-        ("moe.selection_bias", moe.selection_bias, (False,)),
-        ("moe.gate_scale", moe.gate_scale, (1.0,)),
+        *(
+            (f"moe.{key}", getattr(moe, key), (DECLARED[key].default,))
+            for key in EXPORTED
+            if key in EXTENSIONS and key not in _RELEASED_FIELDS
+        ),
         ("moe.shared_expert_ffn_hidden_size", moe.shared_expert_ffn_hidden_size, (None,)),
         ("moe.ffn_hidden_size", config.expert_ffn_hidden_size, (model.ffn_hidden_size,)),
         ("model.qk_layernorm", model.qk_layernorm, (False,)),

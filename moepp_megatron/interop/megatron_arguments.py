@@ -18,13 +18,12 @@ import argparse
 import os
 import shlex
 import sys
-from dataclasses import fields
-from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import NoReturn
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config.printable import printable
-from moepp_megatron.layer_settings import BalanceScope, LayerSettings
+from moepp_megatron.layer_settings import DECLARED, BalanceScope
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 
@@ -48,7 +47,7 @@ _NOT_OWN = {
     "fused",
     "gating_residual",
 }
-OWN_SETTINGS = tuple(f.name for f in fields(LayerSettings) if f.name not in _NOT_OWN)
+OWN_SETTINGS = tuple(name for name in DECLARED if name not in _NOT_OWN)
 """Settings that are `--moepp-*` arguments; those that are true or false are flags."""
 
 _IN_PLACE_OF = {
@@ -60,7 +59,7 @@ _IN_PLACE_OF = {
 _MEANINGS = {
     "moe_aux_loss_coeff": "MoE++: beta of the paper's loss, which is K/E of Megatron's (E all "
     "experts, K --moe-router-topk); for the strength of Megatron's 0.01 use 0.01 E/K.",
-    "log_throughput": "MoE++: counts K FFN experts a token, of which only the FFN share is "
+    "log_throughput": "MoE++: counts K FFN experts per token, of which only the FFN share is "
     "computed; the true figure is lower.",
     "num_experts": "MoE++: FFN experts alone.",
 }
@@ -69,21 +68,19 @@ _MEANINGS = {
 def add_moepp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add `--moepp-*` to a parser: an `extra_args_provider` of Megatron's `parse_args`."""
     group = parser.add_argument_group(title="MoE++")
-    hints = get_type_hints(LayerSettings, include_extras=True)
     for name in OWN_SETTINGS:
-        kind, described = get_args(hints[name])
-        default, text = getattr(LayerSettings, name), f"{described.description}."
+        declared = DECLARED[name]
+        default, text = declared.default, f"{declared.described.description}."
         if name in _IN_PLACE_OF:
             text += f" In place of {_IN_PLACE_OF[name]}."
-        if kind is bool:
+        if declared.type is bool:
             group.add_argument(option(name), action="store_true", help=text)
             continue
-        choices = get_args(kind) if get_origin(kind) is Literal else None
         group.add_argument(
             option(name),
             type=type(default) if default is not None else float,
             default=default,
-            choices=choices,
+            choices=declared.choices or None,
             help=f"{text} Default: {default}.",
         )
     group.add_argument(

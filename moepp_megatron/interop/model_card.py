@@ -88,7 +88,7 @@ def _facts(folder: Path, config: Config, dtype: str) -> Iterator[tuple[str, str]
     yield (
         "experts of a MoE layer",
         ", ".join(f"{moe.count(kind)} {kind.name}" for kind in KINDS)
-        + f"; {moe.router_topk} a token",
+        + f"; {moe.router_topk} per token",
     )
     yield "parameters", f"{counts.total:,}, of which a token meets {counts.active:,} on average"
     yield "tau", f"{moe.tau:g}"
@@ -99,9 +99,9 @@ def _facts(folder: Path, config: Config, dtype: str) -> Iterator[tuple[str, str]
     if progress is not None:
         yield "trained on", f"{progress.tokens:,} tokens in {progress.step:,} steps"
     if record is not None and record.loss is not None:
-        yield f"training loss at step {record.step:,}", f"{record.loss:.4f} nats a token"
+        yield f"training loss at step {record.step:,}", f"{record.loss:.4f} nats per token"
     if record is not None and record.valid_loss is not None:
-        yield f"validation loss at step {record.step:,}", f"{record.valid_loss:.4f} nats a token"
+        yield f"validation loss at step {record.step:,}", f"{record.valid_loss:.4f} nats per token"
     yield "sequence length", f"{model.seq_length:,} tokens"
     yield "weights", dtype
 

@@ -96,6 +96,6 @@ class TextWindows:
         loss = -float(token_logprobs.mean())
         bits = loss * self.num_tokens / self.num_bytes / math.log(2)
         yield f"text         {self.num_tokens:,} tokens in {rows:,} windows of at most {width:,}"
-        yield f"loss         {loss:.4f} nats a token, {bits:.4f} bits a byte"
+        yield f"loss         {loss:.4f} nats per token, {bits:.4f} bits per byte"
         # Beyond the range of a float it says nothing either.
         yield f"perplexity   {math.exp(min(loss, 700.0)):,.4g}"

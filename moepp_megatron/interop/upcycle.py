@@ -145,6 +145,18 @@ def least_gate(config: Config) -> float:
     return moe.num_ffn_experts / (moe.num_ffn_experts + added)
 
 
+def steps_to_phi(config: Config) -> str:
+    """Steps in which the bias moves the FFN share from 1 to phi, in units of 1 / `budget.gain`.
+
+    It was measured with softmax scores, whose bias begins at 1.25 / F; that of sigmoid scores
+    begins at 1.
+    """
+    moe = config.moe
+    if moe.score_function == "sigmoid":
+        return f"up to {moe.num_ffn_experts / (1.0 - moe.ffn_share):.0f}"
+    return "5 to 7"
+
+
 def _refuse_shrinking_gates(config: Config) -> None:
     least, count = least_gate(config), config.moe.num_zero_computation_experts
     if least < 1.0:

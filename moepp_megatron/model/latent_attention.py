@@ -56,7 +56,7 @@ class LatentDotProductAttention(DotProductAttention):
             )
 
 
-class LocalLatentAttention(MLASelfAttention):
+class _LocalLatentAttention(MLASelfAttention):
     """Latent attention whose compressions are split over tensor-parallel ranks."""
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +87,6 @@ def with_local_latent_attention(spec: ModuleSpec, is_moe: bool) -> ModuleSpec:
     attention = with_submodules(attention, core_attention=LatentDotProductAttention)
     return with_submodules(
         spec,
-        self_attention=dataclasses.replace(attention, module=LocalLatentAttention),
+        self_attention=dataclasses.replace(attention, module=_LocalLatentAttention),
         sharded_state_dict_keys_map=_NORM_NAMES if is_moe else _NORM_NAMES | _DENSE_NORM_NAME,
     )

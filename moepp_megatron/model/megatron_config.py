@@ -45,8 +45,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     `num_moe_experts` counts FFN experts; see `moepp_megatron.moe.router.router_config`. Weights are
     not initialised here: `moepp_megatron.model.initialize` does it, independent of the layout.
     """
-    model, parallel, training = config.model, config.parallel, config.training
-    num_chunks = virtual_stages(config)
+    model, training = config.model, config.training
     dtype = params_dtype(config)
     kind = TransformerConfig if model.latent_attention is None else MLATransformerConfig
     return kind(
@@ -68,18 +67,6 @@ def transformer_config(config: Config) -> TransformerConfig:
         # FP8 weights are quantised as they are built. Uninitialised memory would put its largest
         # value into the history of delayed scaling, to stay for as many steps as the history has.
         perform_initialization=config.precision.fp8_param,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
-        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_size,
-        context_parallel_size=parallel.context_parallel_size,
-        sequence_parallel=parallel.uses_sequence_parallel,
-        # The interleaved schedule exchanges activations and gradients with the same two neighbours
-        # at once; as one batch they could not be distinguished if both neighbours are one rank.
-        overlap_p2p_comm=num_chunks > 1,
-        batch_p2p_comm=num_chunks == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -93,15 +80,35 @@ def transformer_config(config: Config) -> TransformerConfig:
         if training.recompute_granularity == "selective"
         else None,
         deterministic_mode=training.deterministic,
-        overlap_moe_expert_parallel_comm=parallel.overlap_moe_expert_parallel_comm,
         # The first MoE layer has no gating residual, so layers cannot be stacked in a checkpoint.
         hetereogenous_dist_checkpoint=True,
+        **_parallel_fields(config),
         **_head_fields(config),
         **_moe_fields(config),
         **_graph_fields(config),
         **_kernel_fields(config),
         **_fp8_fields(config),
     )
+
+
+def _parallel_fields(config: Config) -> dict[str, object]:
+    parallel = config.parallel
+    num_chunks = virtual_stages(config)
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": num_chunks if num_chunks > 1 else None,
+        "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "sequence_parallel": parallel.uses_sequence_parallel,
+        # The interleaved schedule exchanges activations and gradients with the same two neighbours
+        # at once; as one batch they could not be distinguished if both neighbours are one rank.
+        "overlap_p2p_comm": num_chunks > 1,
+        "batch_p2p_comm": num_chunks == 1,
+        "overlap_moe_expert_parallel_comm": parallel.overlap_moe_expert_parallel_comm,
+    }
 
 
 def _head_fields(config: Config) -> dict[str, object]:

@@ -5,20 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal, get_args, get_origin, get_type_hints
 
-from moepp_megatron.experts import LOCAL_KINDS
-from moepp_megatron.layer_settings import LayerSettings
+from moepp_megatron.layer_settings import DECLARED, LayerSettings
 
 # Least standard deviation that `logits_norm_std` divides by. Logits of order 10 that are equal in
 # exact arithmetic differ by this much in fp32; a token of zeros has a standard deviation of 0.
 LEAST_LOGIT_STD = 1e-6
-
-_CHOICES = {
-    name: get_args(kind)
-    for name, kind in get_type_hints(LayerSettings).items()
-    if get_origin(kind) is Literal
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,45 +47,39 @@ class MoEPPConfig(LayerSettings):
         Raises:
             ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
         """
-        if self.num_ffn_experts < 1:
-            raise ValueError(
-                f"num_ffn_experts ({self.num_ffn_experts}) must be at least 1; use 1 or more"
-            )
-        for kind in LOCAL_KINDS:
-            if self.count(kind) < 0:
-                raise ValueError(f"{kind.setting} ({self.count(kind)}) must not be negative; use 0")
+        self._refuse_unknown_choices()
+        self._refuse_low_numbers()
         if not 1 <= self.router_topk <= self.num_experts:
             raise ValueError(
                 f"router_topk ({self.router_topk}) must be between 1 and the number of experts "
                 f"({self.num_experts}); select fewer or add experts"
             )
-        if not self.tau > 0:
-            raise ValueError(f"tau ({self.tau}) must be positive; the paper uses 0.75")
-        self._refuse_unknown_choices()
-        self._refuse_wrong_factors()
         self._refuse_what_vanilla_lacks()
 
     def _refuse_unknown_choices(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                *others, last = map(str, choices)
+        for name, declared in DECLARED.items():
+            if declared.choices and getattr(self, name) not in declared.choices:
+                *others, last = map(str, declared.choices)
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) is unknown; use {', '.join(others)} or {last}"
                 )
 
-    def _refuse_wrong_factors(self) -> None:
-        if not self.balance_coeff >= 0:
-            raise ValueError(f"balance_coeff ({self.balance_coeff}) must not be negative; use 0")
-        for name in ("expert_input_scale", "constant_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be positive; use 1.0")
-        for name, without in (
-            ("capacity_factor", "to drop nothing"),
-            ("logits_norm_std", "to leave the logits"),
-        ):
+    def _refuse_low_numbers(self) -> None:
+        """Hold the declared lower bounds; `router_topk` has a closer one."""
+        for name, declared in DECLARED.items():
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} ({value}) must be positive; use None {without}")
+            if value is None or name == "router_topk":
+                continue
+            above, least = declared.bound("gt"), declared.bound("ge")
+            if above is not None and not above < value < math.inf:
+                rule = f"must be positive; use {declared.default}"
+            elif least == 0 and not least <= value < math.inf:
+                rule = "must not be negative; use 0"
+            elif least and not least <= value < math.inf:
+                rule = f"must be at least {least}; use {least} or more"
+            else:
+                continue
+            raise ValueError(f"{name} ({value}) {rule}")
 
     def _refuse_what_vanilla_lacks(self) -> None:
         if not self.is_vanilla:

@@ -33,7 +33,7 @@ from moepp_megatron.moe.lane import MoEPPTransformerLayer, pack, unpack
 from moepp_megatron.moe.layer import MoEPPLayer
 
 
-class MoEPPLayerPlan(TransformerLayerSchedulePlan):
+class _MoEPPLayerPlan(TransformerLayerSchedulePlan):
     """megatron-core's plan of one layer, with the nodes of a layer that knows the lane."""
 
     def _build_callable_nodes(self, *args: Any) -> None:
@@ -67,7 +67,7 @@ class _LanePostProcess(PostProcessNode):
 class MoEPPChunkPlan(TransformerModelChunkSchedulePlan):
     """megatron-core's plan of a model chunk; the model is a `MoEPPGPTModel`."""
 
-    LAYER_SCHEDULE_PLAN_CLASS = MoEPPLayerPlan
+    LAYER_SCHEDULE_PLAN_CLASS = _MoEPPLayerPlan
     PRE_PROCESS_NODE_CLASS = _LanePreProcess
     POST_PROCESS_NODE_CLASS = _LanePostProcess
 

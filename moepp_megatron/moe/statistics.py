@@ -16,8 +16,8 @@ class RoutingStatistics:
         selected: [E] selections of each expert, before any capacity limit.
         wanted: [E] selections of the router before an FFN demand changed them; None without a
             demand.
-        cells: [cells, 2] int64 FFN selections (as wanted) and tokens of each cell of the routing
-            profile; None where none are counted.
+        cells: [cells, 2] int64 FFN selections (as wanted) and tokens of each cell of the
+            expert usage; None where none are counted.
         dropped: Selections that a capacity limit took away.
         balance_loss: Sum over micro-batches of this rank's summands of L_b, beta excluded.
         num_tokens: Tokens seen, without padding.
@@ -76,7 +76,7 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def add_cells(self, ffn_counts: Tensor, cells: Tensor, padded: Tensor | None = None) -> None:
-        """Count one micro-batch's tokens in the cells of the routing profile, of `num_cells`.
+        """Count one micro-batch's tokens in the cells of the expert usage, of `num_cells`.
 
         Args:
             ffn_counts: [T] int64 FFN experts that the router wants for each token.

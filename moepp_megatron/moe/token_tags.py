@@ -6,7 +6,7 @@ the tags go through `TransformerBlock`'s `context_mask` argument, which the laye
 no other use for and which activation checkpointing keeps with its inputs. Every pipeline stage
 makes them from the token ids that it is given.
 
-A *cell* of the routing profile is a range of positions together with a class of token ids by their
+A *cell* of the expert usage is a range of positions together with a class of token ids by their
 frequency.
 """
 

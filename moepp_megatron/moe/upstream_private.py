@@ -45,7 +45,7 @@ _LAYER = ("transformer.transformer_layer", "TransformerLayer")
 _DISPATCHERS = "transformer.moe.token_dispatcher"
 
 # What layers need, in any loop.
-LAYER_NAMES = (
+_LAYER_NAMES = (
     PrivateName(
         *_LAYER,
         "_forward_attention",
@@ -107,7 +107,7 @@ LAYER_NAMES = (
     ),
 )
 PRIVATE_NAMES = (
-    *LAYER_NAMES,
+    *_LAYER_NAMES,
     # Of training/checkpoint: what is missing would be found at a run's first save.
     PrivateName(
         "dist_checkpointing.strategies.torch",
@@ -147,11 +147,11 @@ class UpstreamMovedError(ImportError):
 
 
 @cache
-def check_upstream(names: tuple[PrivateName, ...] = LAYER_NAMES) -> None:
+def check_upstream(names: tuple[PrivateName, ...] = _LAYER_NAMES) -> None:
     """Look for names, once a process.
 
     Args:
-        names: `LAYER_NAMES`, or `PRIVATE_NAMES` for a run of this package's own trainer.
+        names: `_LAYER_NAMES`, or `PRIVATE_NAMES` for a run of this package's own trainer.
 
     Raises:
         UpstreamMovedError: Naming the version, and each name that is gone or takes other arguments.

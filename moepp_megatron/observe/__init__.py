@@ -10,9 +10,9 @@ layer_numbers.py    the numbers that MoE layers have in every record and view
 metrics.py          the record of one logged step
 past.py             running means that rules of the routing guard compare a step with
 patient.py          keeps records that a full disk refuses, and writes them later
-profile_file.py     `routing_profile.json`: a run's routing profile, to compare other runs with
-profile_noise.py    learns how much steps of the same data differ
-routing_profile.py  the routing profile: how much each expert is used, and by which tokens
+usage_file.py     `routing_profile.json`: a run's routing profile, to compare other runs with
+usage_noise.py    learns how much steps of the same data differ
+expert_usage.py  the routing profile: how much each expert is used, and by which tokens
 guard_judge.py      judges rules over a step's numbers: when an action begins, and when it ends
 shift.py            says when the data has shifted, by the use of the experts and by the loss
 shift_reading.py    what the detector of shifts keeps of a step, and what it says after one

@@ -9,7 +9,7 @@ from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.runtime.terminal import Console
 
 # Enough steps that one slow one (a checkpoint, an evaluation) does not move the estimate.
-STEP_TIME_WINDOW = 20
+_STEP_TIME_WINDOW = 20
 
 
 class ConsoleSink:
@@ -26,7 +26,7 @@ class ConsoleSink:
         self._total_steps = total_steps
         self._phi = phi
         self._console = console if console is not None else Console()
-        self._step_times: deque[float] = deque(maxlen=STEP_TIME_WINDOW)
+        self._step_times: deque[float] = deque(maxlen=_STEP_TIME_WINDOW)
         self._started = False
         self._progress: Progress | None = None
         if self._console.is_terminal:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from moepp_megatron.config.guard_rules import CompleteRule
 
-Phase = Literal["ok", "pending", "firing", "clearing"]
+_Phase = Literal["ok", "pending", "firing", "clearing"]
 # The place of a rule that is not of one layer.
 WHOLE_MODEL = 0
 # A metric's value, or one for each MoE layer.
@@ -40,7 +40,7 @@ class _Place:
         held: The newest steps in which it held, for a rule over `of_steps`.
     """
 
-    phase: Phase = "ok"
+    phase: _Phase = "ok"
     since: int = 0
     ended: int | None = None
     action: str = "none"
@@ -189,7 +189,7 @@ class RuleJudge:
             self._enter(place, "firing")
         return []
 
-    def _enter(self, place: _Place, phase: Phase) -> None:
+    def _enter(self, place: _Place, phase: _Phase) -> None:
         if place.phase != phase:
             place.phase, place.since = phase, self._clock
 

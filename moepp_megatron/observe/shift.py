@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from moepp_megatron.config.schema.routing_guard import ShiftSection
 from moepp_megatron.observe.course import Row, forecast
 from moepp_megatron.observe.cusum import QUIET, Cusum, limit_for, steps_of_chance
-from moepp_megatron.observe.profile_noise import LossNoise, ProfileNoise, least_steps
 from moepp_megatron.observe.shift_reading import (
     Cause,
     ShiftFinding,
@@ -19,6 +18,7 @@ from moepp_megatron.observe.shift_reading import (
     Step,
     square_roots,
 )
+from moepp_megatron.observe.usage_noise import LossNoise, UsageNoise, least_steps
 
 # Evidence over its limit from which steps are not learnt from until they prove to be usual.
 _SUSPECT = 0.75
@@ -42,7 +42,7 @@ class ShiftMonitor:
     Each step's shares (their square roots, whose noise does not depend on them: Hellinger) and its
     loss are compared with the forecast of a line through the newest steps without a shift, so that
     what training changes slowly is no shift. How far they are from it, in spreads that
-    `ProfileNoise` and `LossNoise` learn from the run itself, adds up in a CUSUM each.
+    `UsageNoise` and `LossNoise` learn from the run itself, adds up in a CUSUM each.
 
     While there is evidence, steps are kept apart: they join what is usual if the evidence goes
     away, or if it has lasted for `memory` steps; then the new data is what is usual.
@@ -57,7 +57,7 @@ class ShiftMonitor:
         self,
         settings: ShiftSection,
         reference: NDArray[np.int64] | None = None,
-        noise: ProfileNoise | None = None,
+        noise: UsageNoise | None = None,
     ) -> None:
         self._settings = settings
         self._given = None if reference is None else square_roots(reference).ravel()
@@ -67,7 +67,7 @@ class ShiftMonitor:
         limit = self._limit = settings.threshold or limit_for(settings.false_alarm_steps)
         self._cusums = [Cusum(limit * ROUTING_ALONE), *(Cusum(limit) for _ in range(3))]
         self._routing, self._rise, self._fall, self._mixed = self._cusums
-        self._noise = ProfileNoise(settings) if noise is None else noise
+        self._noise = UsageNoise(settings) if noise is None else noise
         self._loss_noises = [LossNoise(settings) for _ in range(2)]
         self._usual: list[Step] = []
         self._apart: list[Step] = []
@@ -77,9 +77,9 @@ class ShiftMonitor:
         self._reading: ShiftReading | None = None
 
     @property
-    def noise(self) -> ProfileNoise:
+    def noise(self) -> UsageNoise:
         """Differences of usual steps from their forecasts; unknown while the reference is fixed."""
-        return self._noise if self._fixed is None else ProfileNoise(self._settings)
+        return self._noise if self._fixed is None else UsageNoise(self._settings)
 
     def add(
         self, experts: NDArray[np.int64], loss: float, spread: float = math.nan
@@ -246,7 +246,7 @@ class ShiftMonitor:
         """The steps apart are what is usual from now on; the noise is learnt from them alone."""
         apart, self._apart, self._usual = self._apart, [], []
         self._is_shift = False
-        self._noise = ProfileNoise(self._settings)
+        self._noise = UsageNoise(self._settings)
         self._loss_noises = [LossNoise(self._settings) for _ in range(2)]
         for cusum in self._cusums:
             cusum.clear()
@@ -285,7 +285,7 @@ class ShiftMonitor:
             if self._given is None and state["fixed"] is not None:
                 self._fixed = np.array(state["fixed"], dtype=np.float64)
             size = len(self._usual[0].roots) if self._usual else 1
-            self._noise = ProfileNoise.from_json(state["noise"], self._settings, size)
+            self._noise = UsageNoise.from_json(state["noise"], self._settings, size)
             self._loss_noises = [
                 LossNoise(self._settings, residuals) for residuals in state["loss_noises"]
             ]

@@ -18,7 +18,7 @@ from moepp_megatron.observe.metrics import StepMetrics
 logger = logging.getLogger(__name__)
 
 _GROUPS = {key: row.group for key, row in OF_RECORD.items()}
-HISTOGRAMS: Mapping[str, str] = {
+_HISTOGRAMS: Mapping[str, str] = {
     "expert_share": f"{_GROUPS['expert_share']}/all_layers",
     "layer_expert_share": f"{_GROUPS['layer_expert_share']}/moe_layer",
     "ffn_histogram": f"{_GROUPS['layer_ffn_histogram']}/all_layers",
@@ -29,7 +29,7 @@ the layer's number in the model behind the tag. Entry i of a list is the weight 
 number i, or of tokens that take i FFN experts. What a record does not have is left out."""
 
 # TensorBoard itself shows about 50 histograms of a tag, picked from those that there are.
-RECORDS_PER_HISTOGRAM = 10
+_RECORDS_PER_HISTOGRAM = 10
 
 
 class TensorBoardSink:
@@ -106,8 +106,8 @@ class TensorBoardSink:
             if math.isfinite(loss):
                 self._scalar(f"{_GROUPS['loss_by_ffn']}/{count}", loss, record.step)
         is_measured = record.router_health is not None
-        if is_measured or self._records % RECORDS_PER_HISTOGRAM == 0:
-            for key, tag in HISTOGRAMS.items():
+        if is_measured or self._records % _RECORDS_PER_HISTOGRAM == 0:
+            for key, tag in _HISTOGRAMS.items():
                 self._histograms(tag, values.get(key) or (), record.step)
         self._records += 1
 

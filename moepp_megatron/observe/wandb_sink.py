@@ -16,9 +16,9 @@ from moepp_megatron.observe.metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
 
-ID_FILE = "wandb_id"
+_ID_FILE = "wandb_id"
 # A service that does not answer must not hold GPUs for minutes before the first step.
-INIT_TIMEOUT_S = 30
+_INIT_TIMEOUT_S = 30
 
 
 class WandbSink:
@@ -75,7 +75,7 @@ class WandbSink:
                     console="off",
                     disable_code=True,
                     disable_git=True,
-                    init_timeout=INIT_TIMEOUT_S,
+                    init_timeout=_INIT_TIMEOUT_S,
                     silent=True,
                 ),
             )
@@ -109,7 +109,7 @@ class WandbSink:
 
 def _run_id(run_dir: Path, go_on: bool) -> str:
     """The id of this run at W&B, kept in its folder for a resumed run; a new run gets a new one."""
-    path = run_dir / ID_FILE
+    path = run_dir / _ID_FILE
     if go_on and path.is_file():
         kept = path.read_text(encoding="utf-8").strip()
         if kept:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # A service that is down must cost neither memory nor more than seconds at the end of a run.
 _QUEUE_SIZE = 64
 _ATTEMPTS = 3
-TIMEOUT_S = 5.0
+_TIMEOUT_S = 5.0
 _CLOSE_TIMEOUT_S = 5.0
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
@@ -85,7 +85,7 @@ class Webhook:
     """
 
     def __init__(
-        self, address: str, run: str, timeout_s: float = TIMEOUT_S, retry_s: float = 1.0
+        self, address: str, run: str, timeout_s: float = _TIMEOUT_S, retry_s: float = 1.0
     ) -> None:
         self._address, self._run = address, run
         self._timeout_s, self._retry_s = timeout_s, retry_s
@@ -179,8 +179,8 @@ class Webhook:
         """Log why an alert was not delivered, for the first failure in a row."""
         if not self._failing:
             logger.warning(
-                "webhook: an alert could not be delivered (%s); it stands in alerts.jsonl, and "
-                "further failures are not told until one gets through",
+                "webhook: an alert could not be delivered (%s); it is in alerts.jsonl, and "
+                "further failures are not reported until one gets through",
                 reason,
             )
         self._failing = True

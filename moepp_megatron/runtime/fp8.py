@@ -82,8 +82,8 @@ def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
     needed = _CAPABILITY_OF_RECIPE[recipe]
     if machine.capability < needed:
         return (
-            f"{name} a card of compute capability {_text(needed)}, not "
-            f"{_text(machine.capability)}; {off}, or use another card (H100: 9.0)"
+            f"{name} a GPU of compute capability {_text(needed)}, not "
+            f"{_text(machine.capability)}; {off}, or use another GPU (H100: 9.0)"
         )
     if recipe == "blockwise" and (machine.cuda is None or machine.cuda < _CUDA_OF_BLOCKWISE):
         found = _text(machine.cuda) if machine.cuda else "none"

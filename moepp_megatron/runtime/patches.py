@@ -123,7 +123,7 @@ PATCHES = (
         "workbench.bench.all_to_all_clock",
         "torch",
         "all_to_all_single; while the clock runs",
-        "neither gloo nor NCCL says how long a rank stands still, and with how many bytes",
+        "neither gloo nor NCCL says how long a rank waits, and with how many bytes",
         "torch tells the time of a collective",
     ),
     Patch(

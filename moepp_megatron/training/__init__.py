@@ -1,6 +1,6 @@
 """The training run: optimizer, schedule, loop, statistics, checkpoints.
 
-alerts.py              alerts about refused batches, rollbacks, failed saves
+alerts.py              the alerts of a run; those about refused batches, stages, failed saves
 batches.py             micro-batches on this rank's device, for training and validation
 batch_losses.py        the loss of each batch and how much its sequences differ
 budget.py              applies the budget of FFN experts per token to the model, step by step
@@ -13,10 +13,11 @@ going_back.py          putting an earlier checkpoint of the run in place of the 
 inference_settings.py  turns a training configuration into one for forward passes only
 move_aside.py          moving a run out of the way of a new one in the same folder
 occupancy.py           whether a run may start in its folder
+replay.py              what the model makes of batches that it was trained on before
 resumed.py             messages of a resumed run: its checkpoint, and what differs from before
 router_health.py       computes the router health of one step for the record from every rank's sums
 routers.py             measurement and control of a run's routers
-routing_profile.py     the routing profile of a running training
+expert_usage.py        expert usage of a running training
 routing_shift.py       detects shifts of the data while a run trains
 run.py                 a whole run: `moepp train` as a function
 run_folder.py          the folder of a run: its configuration, and whether it can be written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -9,28 +10,49 @@ from moepp_megatron.config import Config
 from moepp_megatron.observe.alert_sinks import open_alert_sinks
 from moepp_megatron.observe.alerts import Alert, AlertSinks
 from moepp_megatron.observe.sinks import Sinks
+from moepp_megatron.training.checkpoint import CheckpointWriter
 from moepp_megatron.training.checkpoint.progress import Progress
 
-
-def open_run_alerts(config: Config, sinks: Sinks, progress: Progress) -> AlertSinks:
-    """The alert sinks of the run, on the rank that owns its sinks."""
-    return open_alert_sinks(
-        Path(config.run.dir),
-        config.run.name,
-        sinks.say,
-        start_over=progress.step == 0,
-        webhook_url_env=config.observe.webhook_url_env,
-    )
+logger = logging.getLogger(__name__)
 
 
-def batch_skipped(progress: Progress, reason: str) -> Alert:
-    """The numerical guard refused a batch."""
-    return _guard(progress, reason, "skip_batch")
+class RunAlerts:
+    """The alerts of a run; only the rank that opens it passes any on."""
 
+    def __init__(self) -> None:
+        self._sinks: AlertSinks | None = None
+        self._told_failed_saves = 0
 
-def rolled_back(progress: Progress, reason: str) -> Alert:
-    """The numerical guard went back to a checkpoint; `progress` is from before."""
-    return _guard(progress, reason, "rollback")
+    def open(self, config: Config, sinks: Sinks, progress: Progress) -> None:
+        """Open the alert sinks, on the rank that owns the run's sinks."""
+        self._sinks = open_alert_sinks(
+            Path(config.run.dir),
+            config.run.name,
+            sinks.say,
+            start_over=progress.step == 0,
+            webhook_url_env=config.observe.webhook_url_env,
+        )
+
+    def send(self, *alerts: Alert) -> None:
+        """Raise alerts."""
+        if self._sinks is not None:
+            for alert in alerts:
+                self._sinks.send(alert)
+
+    def complain(self, progress: Progress, checkpoints: CheckpointWriter) -> None:
+        """Repeat that the last save failed, until one succeeds; each failure is one alert."""
+        error, failed = checkpoints.error, checkpoints.failed_saves
+        if self._sinks is None or error is None:
+            return
+        logger.error("step %d: %s (%d failed saves)", progress.step, error, failed)
+        if failed > self._told_failed_saves:
+            self._told_failed_saves = failed
+            self.send(save_failed(progress, failed, error))
+
+    def close(self) -> None:
+        """Close the sinks; nothing is sent after it."""
+        if self._sinks is not None:
+            self._sinks.close()
 
 
 def save_failed(progress: Progress, failed_saves: int, reason: str) -> Alert:
@@ -47,7 +69,8 @@ def save_failed(progress: Progress, failed_saves: int, reason: str) -> Alert:
     )
 
 
-def _guard(progress: Progress, reason: str, action: str) -> Alert:
+def guard_alert(progress: Progress, reason: str, action: str) -> Alert:
+    """The numerical guard has refused a batch, or acts on many; `progress` is from before."""
     return Alert(
         step=progress.step,
         time=time.time(),
@@ -55,6 +78,20 @@ def _guard(progress: Progress, reason: str, action: str) -> Alert:
         metric="skipped_steps",
         value=progress.skipped_steps,
         condition=reason,
-        severity="critical" if action == "rollback" else "warning",
+        severity="critical" if action in ("rollback", "stop") else "warning",
         action=action,
+    )
+
+
+def new_stage(progress: Progress, reason: str) -> Alert:
+    """Other data follow, as announced."""
+    return Alert(
+        step=progress.step,
+        time=time.time(),
+        rule="new_stage",
+        metric="tokens",
+        value=progress.tokens,
+        condition=reason,
+        severity="info",
+        action="both guards begin anew",
     )

@@ -90,18 +90,26 @@ class Routers:
             self._losses.add(batch, token_losses)
             self._guard.add_losses(batch, token_losses)
 
+    def reset_counts(self) -> None:
+        """Count the selections of a further batch from 0."""
+        self._routing.reset()
+
+    def selections(self) -> Tensor:
+        """[MoE layers, E] float64 selections of the batch over all ranks; a collective."""
+        return self._routing.selections()
+
     def learn(self, step: int, result: StepResult) -> None:
-        """Update the controllers after the optimizer has taken `step`; a collective."""
-        if self._budget is not None:
+        """Update the controllers after `step`, and the detector after a refused batch too."""
+        if self._budget is not None and result.updated:
             self._budget.end_step(step)
-        if self._guard is not None:
+        if self._guard is not None and result.is_finite:
             self._loss = self._losses.end(result)
-        if self._shift is not None:
-            self._reading = self._shift.end_step(self._loss)
+            if self._shift is not None:
+                self._reading = self._shift.end_step(self._loss)
 
     def judge(self, step: int, result: StepResult) -> GuardVerdict:
-        """The alerts and actions for `step`, after its record."""
-        if self._guard is None:
+        """The alerts and actions for `step`, after its record, or for a batch refused after it."""
+        if self._guard is None or not result.is_finite:
             return NOTHING
         explain = (lambda: None) if self._shift is None else self._shift.explain
         return self._guard.end_step(step, result, self._loss, self._reading, explain)
@@ -117,8 +125,13 @@ class Routers:
             The alerts.
         """
         self._budget = self._open_budget(extra)
-        self._shift = self._open_shift(extra)
+        self._shift, self._reading = self._open_shift(extra), None
         return [] if self._guard is None else self._guard.go_back(step, extra.get("guard"))
+
+    def announce_stage(self, step: int) -> list[Alert]:
+        """Begin rules and detector anew, because other data follow after `step`; every rank."""
+        self._shift, self._reading = self._open_shift({}), None
+        return [] if self._guard is None else self._guard.announce_stage(step)
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, which later steps do not change; a collective."""
@@ -131,13 +144,13 @@ class Routers:
             state["shift"] = self._shift.state_dict()
         return state
 
-    def write_profile(self) -> None:
+    def write_expert_usage(self) -> None:
         """Write the run's `routing_profile.json`, if profiles are made."""
         try:
             if self._shift is not None:
                 self._shift.write()
         except OSError as error:
-            logger.error("the routing profile could not be written: %s", error)
+            logger.error("the expert usage could not be written: %s", error)
 
     def routing_metrics(self) -> dict[str, Any]:
         """Fields for the record from the selections of the step; a collective."""

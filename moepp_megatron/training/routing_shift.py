@@ -11,15 +11,15 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.observe.profile_file import StoredProfile
-from moepp_megatron.observe.routing_profile import RoutingProfile
+from moepp_megatron.observe.expert_usage import ExpertUsage
 from moepp_megatron.observe.shift import ShiftMonitor
 from moepp_megatron.observe.shift_reading import ShiftReading
+from moepp_megatron.observe.usage_file import StoredUsage
 from moepp_megatron.training.batch_losses import BatchLoss
 from moepp_megatron.training.collect import RoutingCollector
-from moepp_megatron.training.routing_profile import (
+from moepp_megatron.training.expert_usage import (
     FREQUENCY_CLASSES,
-    RoutingProfileCollector,
+    ExpertUsageCollector,
     token_classes,
 )
 from moepp_megatron.training.setup import TrainingModel
@@ -54,8 +54,8 @@ class RoutingShift:
         self._folder, self._routing, self._names = Path(config.run.dir), routing, config.moe.names
         # The newest whole windows without a shift, and the one that has ended with this step.
         self._span = settings.span
-        self._windows: list[RoutingProfile] = []
-        self._ended: RoutingProfile | None = None
+        self._windows: list[ExpertUsage] = []
+        self._ended: ExpertUsage | None = None
         stored = None if settings.reference is None else _read(settings.reference, config)
         if stored is not None:
             self._classes = stored.token_classes
@@ -66,19 +66,19 @@ class RoutingShift:
             classes = token_classes(dataset, config.model.vocab_size)
             self._classes = "".join(map(str, classes.tolist()))
         as_array = np.array([int(digit) for digit in self._classes], dtype=np.int64)
-        self._collector = RoutingProfileCollector(config, model, routing, as_array)
+        self._collector = ExpertUsageCollector(config, model, routing, as_array)
         if stored is None:
             self._monitor = ShiftMonitor(settings)
         else:
             _check_shapes(stored, self._collector, str(settings.reference))
-            self._monitor = ShiftMonitor(settings, stored.profile.experts, stored.noise)
+            self._monitor = ShiftMonitor(settings, stored.usage.experts, stored.noise)
         if state is None:
             return
         if "windows" not in state:
             logger.warning("detector of the checkpoint is that of an older version: begun anew")
         elif (state["shapes"], state["token_classes"]) == (self._shapes(), self._classes):
             self._collector.load_state_dict(state["window"])
-            self._windows = [RoutingProfile.from_json(values) for values in state["windows"]]
+            self._windows = [ExpertUsage.from_json(values) for values in state["windows"]]
             self._monitor.load_state_dict(state["monitor"])
         else:
             # Another implementation or schedule, whose layers are told other things of their
@@ -127,15 +127,15 @@ class RoutingShift:
         """Write `routing_profile.json` into the run's folder, on rank 0, once there is a window."""
         if dist.get_rank() == 0 and self._windows:
             newest = sum(self._windows[1:], self._windows[0])
-            StoredProfile(newest, self._classes, self._monitor.noise).write(self._folder)
+            StoredUsage(newest, self._classes, self._monitor.noise).write(self._folder)
 
     def _shapes(self) -> list[list[int]]:
         """The shapes as lists, as in JSON."""
         return [list(shape) for shape in self._collector.shapes]
 
 
-def _read(path: Path, config: Config) -> StoredProfile:
-    stored = StoredProfile.read(path, config.routing_guard.shift)
+def _read(path: Path, config: Config) -> StoredUsage:
+    stored = StoredUsage.read(path, config.routing_guard.shift)
     found, vocab_size = len(stored.token_classes), config.model.vocab_size
     if found != vocab_size or not set(stored.token_classes) <= set("0123"[:FREQUENCY_CLASSES]):
         raise ConfigError(
@@ -146,11 +146,11 @@ def _read(path: Path, config: Config) -> StoredProfile:
     return stored
 
 
-def _check_shapes(stored: StoredProfile, collector: RoutingProfileCollector, path: str) -> None:
-    if stored.profile.shapes != collector.shapes:
+def _check_shapes(stored: StoredUsage, collector: ExpertUsageCollector, path: str) -> None:
+    if stored.usage.shapes != collector.shapes:
         theirs, ours = (
             f"{experts[0]} MoE layers, {experts[1]} experts and {cells[1]} cells"
-            for experts, cells in (stored.profile.shapes, collector.shapes)
+            for experts, cells in (stored.usage.shapes, collector.shapes)
         )
         raise ConfigError(
             f"routing_guard.shift.reference ({path}) has {theirs}, which must be the model's "

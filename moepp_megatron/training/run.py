@@ -31,7 +31,10 @@ class TrainResult:
         step: Steps that the run has taken, those before this start included.
         metrics: Metrics of the last logged step; None where this process, being a rank, had nothing
             left to do.
-        stopped: Somebody asked the run to stop; it has saved, and `resume` goes on with it.
+        stopped: Somebody asked the run to stop, or it has paused by itself; it has saved, and
+            `resume` goes on with it.
+        pause_reason: Why it has paused by itself; None if it has not, or where other processes have
+            trained.
         failure: What of the run's end is on no disk, in one line; None if all of it is.
     """
 
@@ -40,6 +43,7 @@ class TrainResult:
     metrics: StepMetrics | None = None
     stopped: bool = False
     failure: str | None = None
+    pause_reason: str | None = None
 
 
 class RanksFailedError(RuntimeError):
@@ -182,7 +186,14 @@ def _be_rank(request: TrainRequest, say: Say) -> TrainResult:
         record = trainer.run()
     if trainer.stopped and trainer.failure is not None:
         raise OSError(trainer.failure)
-    return TrainResult(folder, trainer.progress.step, record, trainer.stopped, trainer.failure)
+    return TrainResult(
+        folder,
+        trainer.progress.step,
+        record,
+        trainer.stopped,
+        trainer.failure,
+        trainer.pause_reason,
+    )
 
 
 def _as_written(result: TrainResult, config: Config) -> TrainResult:

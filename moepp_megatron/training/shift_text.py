@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moepp_megatron.observe.routing_profile import RoutingProfile, difference
+from moepp_megatron.observe.expert_usage import ExpertUsage, difference
 from moepp_megatron.observe.shift_reading import Cause, ShiftFinding
 
 _MOST_EXPERTS, _MOST_CLASSES = 3, 2
@@ -66,7 +66,7 @@ def moved_experts(
 
 
 def moved_classes(
-    before: Sequence[RoutingProfile], now: RoutingProfile, layer_numbers: Sequence[int]
+    before: Sequence[ExpertUsage], now: ExpertUsage, layer_numbers: Sequence[int]
 ) -> list[str]:
     """The classes of token ids, by their frequency, whose FFN experts per token moved most.
 
@@ -91,10 +91,10 @@ def moved_classes(
     ]
 
 
-def _by_class(profile: RoutingProfile) -> RoutingProfile:
+def _by_class(profile: ExpertUsage) -> ExpertUsage:
     """The profile with its cells added up over positions."""
     layers, cells, _ = profile.cells.shape
     if cells == 0:
         return profile
     by_class = profile.cells.reshape(layers, -1, len(_CLASSES), 2).sum(axis=1)
-    return RoutingProfile(profile.experts, by_class)
+    return ExpertUsage(profile.experts, by_class)

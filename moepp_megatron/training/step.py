@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,11 +35,13 @@ class StepResult:
         losses: [2] float64 sum of token losses and number of tokens, on the last pipeline stage.
         grad_norm: Global gradient norm before clipping.
         updated: Whether the optimizer changed the parameters.
+        is_finite: Whether loss and gradients are finite on all ranks, as far as a guard looks.
     """
 
     losses: Tensor
     grad_norm: float = 0.0
     updated: bool = True
+    is_finite: bool = True
 
 
 def training_step(
@@ -59,22 +62,43 @@ def training_step(
         guard: May refuse the step: then the batch is read and nothing else has changed.
         watcher: Called on the last pipeline stage with each micro-batch's token losses.
     """
+    before = _StepState(model.models) if guard is not None else None
+    result = compute_gradients(model, batches, config, layout, watcher)
+    if guard is not None and before is not None and guard.refuses(result.losses, result.grad_norm):
+        before.restore()
+        return replace(result, is_finite=math.isfinite(guard.last_loss))
+    # The schedule counts the step that is being taken: the first step already learns.
+    model.scheduler.step(increment=1)
+    with _gradients_ready(model.optimizer, result.grad_norm):
+        updated, _, _ = model.optimizer.step()
+    return replace(result, updated=bool(updated))
+
+
+def compute_gradients(
+    model: TrainingModel,
+    batches: list[Iterator[Batch]],
+    config: Config,
+    layout: Layout,
+    watcher: LossWatcher | None = None,
+) -> StepResult:
+    """First half of `training_step`, which takes the same arguments: all but the optimizer."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
-    before = _StepState(model.models) if guard is not None else None
     losses = run_schedule(
         model, batches, config, layout.num_microbatches, forward_only=False, watcher=watcher
     )
-    grad_norm = prepare_gradients(model.optimizer)
-    if guard is not None and before is not None and guard.refuses(losses, grad_norm):
+    return StepResult(losses, prepare_gradients(model.optimizer), updated=False)
+
+
+@contextmanager
+def unchanged(model: TrainingModel) -> Iterator[None]:
+    """A context after which random numbers and buffers are as before, whatever was computed."""
+    before = _StepState(model.models)
+    try:
+        yield
+    finally:
         before.restore()
-        return StepResult(losses, grad_norm, updated=False)
-    # The schedule counts the step that is being taken: the first step already learns.
-    model.scheduler.step(increment=1)
-    with _gradients_ready(model.optimizer, grad_norm):
-        updated, _, _ = model.optimizer.step()
-    return StepResult(losses, grad_norm, bool(updated))
 
 
 def run_schedule(

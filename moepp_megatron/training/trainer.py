@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,15 +14,10 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.same_tokenizer import tokenizer_of_run
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.observe.alerts import Alert, AlertSinks
+from moepp_megatron.data.verify import corpus_identity
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks
-from moepp_megatron.training.alerts import (
-    batch_skipped,
-    open_run_alerts,
-    rolled_back,
-    save_failed,
-)
+from moepp_megatron.training.alerts import RunAlerts, guard_alert, new_stage
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.checkpoint import (
     CheckpointWriter,
@@ -35,6 +31,12 @@ from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.evaluate import validation_loss
 from moepp_megatron.training.going_back import go_back, newest_checkpoint
 from moepp_megatron.training.profiler import StepRecorder
+from moepp_megatron.training.replay import replay
+from moepp_megatron.training.resilience.numerical_guard import (
+    NumericalFailureError,
+    NumericalGuard,
+)
+from moepp_megatron.training.resilience.refused_batches import find_cause
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.resumed import start_lines
 from moepp_megatron.training.routers import Routers
@@ -42,7 +44,7 @@ from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.run_sinks import open_run_sinks
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
-from moepp_megatron.training.step import StepResult, training_step
+from moepp_megatron.training.step import Batch, StepResult, training_step
 from moepp_megatron.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class Trainer:
     Attributes:
         progress: The run's progress.
         extra: Further state that checkpoints hold, the same on every rank.
+        stopped: Whether the run has saved and ended before its last step.
+        pause_reason: Why the run has stopped by itself; None if it has not.
         checkpoints: Writes them; says whether saves failed.
         start_lines: Messages: the checkpoint that the run continues from, and what differs from it.
     """
@@ -78,15 +82,18 @@ class Trainer:
         )
         self._supervisor = Supervisor(config, self.model)
         self.stopped = False
+        self.pause_reason: str | None = None
         self._sinks: Sinks | None = None
         self._lost_records: str | None = None
-        self._alerts: AlertSinks | None = None
-        self._told_failed_saves = 0
+        self._alerts = RunAlerts()
         self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, self._tokenizer)
         self.start_lines: list[str] = []
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load()
         self.progress, self.extra = loaded.progress, loaded.extra
+        self._corpus = corpus_identity(Path(config.data.path))
+        if self._supervisor.guard is not None:
+            self._supervisor.guard.load(self.extra)
         self._routers = Routers(config, self.model, layout, self.extra, self._train_set)
         self._telemetry = Telemetry(config, self.progress.tokens)
         self._recorder = StepRecorder(config, layout, self.model)
@@ -98,65 +105,37 @@ class Trainer:
             The last step's metrics; None if there was nothing left to do.
         """
         config, training = self.config, self.config.training
-        if dist.get_rank() == 0:
-            write_config(config)
-        sinks = self._sinks = open_run_sinks(config, self.progress)
-        if sinks is not None:
-            self._alerts = open_run_alerts(config, sinks, self.progress)
-            lack = lack_of_room(config, checkpoint_folder(config), self.progress.step)
-            if lack is not None:
-                logger.warning("%s", lack)
+        self._open_sinks()
         batches = rank_batches(
             self._train_set, self.progress.consumed_samples, config, len(self.model.chunks)
         )
         record = None
         self.model.set_training(True)
-        self._share_losses_with_guard()
+        if self.extra.get("corpus", self._corpus) != self._corpus:
+            self.announce_stage("data.path holds another corpus than before")
         with StopRequest().listening() as stop, self._supervisor as supervisor, self._telemetry:
             while self.progress.step < training.train_iters and not self.stopped:
-                supervisor.begin_step(self.progress.step + 1)
-                self._recorder.begin_step(self.progress.step + 1)
-                started = time.perf_counter()
-                self._routers.begin_step(self.progress.step + 1)
-                result = training_step(
-                    self.model,
-                    batches,
-                    config,
-                    self.layout,
-                    supervisor.guard,
-                    self._routers.watch_losses,
-                )
-                self._recorder.end_step()
-                if result.updated:
-                    self._advance()
-                    self._routers.learn(self.progress.step, result)
-                    supervisor.end_step(self.progress.step)
-                else:
-                    self._skip()
+                result, started = self._take_step(batches)
                 self.checkpoints.poll()
                 # The loss is needed by the log alone, but reading it waits for the device: so the
                 # time of the step is its own.
                 if result.updated and (self._due(training.log_interval) or self._evaluates()):
                     record = self._record(result.losses, result.grad_norm, started)
-                    if sinks is not None:
-                        sinks.write(record)
-                        self._complain()
-                stays = result.updated and self._judge_routers(result)
-                self.stopped = stop.agreed()
+                    if self._sinks is not None:
+                        self._sinks.write(record)
+                        self._alerts.complain(self.progress, self.checkpoints)
+                stays = self._judge_routers(result) if result.updated else self._skip(result)
+                self.stopped = stop.agreed() or self.pause_reason is not None
                 if stays and self._due(config.checkpoint.save_interval) or self.stopped:
                     with supervisor.during("save"):
                         self._save()
             self._recorder.close()
             with supervisor.during("save"):
                 self.checkpoints.finish()
-                self._routers.write_profile()
-            if sinks is not None:
-                # No logged step comes after the last save.
-                self._complain()
-        if self._alerts is not None:
-            self._alerts.close()
-        if sinks is not None:
-            self._close(sinks)
+                self._routers.write_expert_usage()
+            # No logged step comes after the last save.
+            self._alerts.complain(self.progress, self.checkpoints)
+        self._close_sinks()
         return record
 
     @property
@@ -164,65 +143,124 @@ class Trainer:
         """One line on data of the run's end that could not be written; None if all of it was."""
         return "; ".join(filter(None, (self.checkpoints.error, self._lost_records))) or None
 
-    def _close(self, sinks: Sinks) -> None:
+    def _open_sinks(self) -> None:
+        """Open what the run writes beside checkpoints, on the ranks that write it."""
+        config = self.config
+        if dist.get_rank() == 0:
+            write_config(config)
+        self._sinks = open_run_sinks(config, self.progress)
+        if self._sinks is not None:
+            self._alerts.open(config, self._sinks, self.progress)
+            lack = lack_of_room(config, checkpoint_folder(config), self.progress.step)
+            if lack is not None:
+                logger.warning("%s", lack)
+
+    def _take_step(self, batches: list[Iterator[Batch]]) -> tuple[StepResult, float]:
+        """Take the next step, and count it unless its batch is refused.
+
+        Returns:
+            The step's result, and `time.perf_counter` at its beginning.
+        """
+        supervisor, step = self._supervisor, self.progress.step + 1
+        supervisor.begin_step(step)
+        self._recorder.begin_step(step)
+        started = time.perf_counter()
+        self._routers.begin_step(step)
+        result = training_step(
+            self.model,
+            batches,
+            self.config,
+            self.layout,
+            supervisor.guard,
+            self._routers.watch_losses,
+        )
+        self._recorder.end_step()
+        if result.updated:
+            self._advance()
+        self._routers.learn(self.progress.step, result)
+        if result.updated:
+            supervisor.end_step(self.progress.step)
+        return result, started
+
+    def _close_sinks(self) -> None:
+        self._alerts.close()
+        if self._sinks is None:
+            return
         try:
-            sinks.close()
+            self._sinks.close()
         except OSError as error:
             self._lost_records = f"the last records of metrics could not be written: {error}"
 
-    def _alert(self, alert: Alert) -> None:
-        """Raise alerts, on the rank that owns the sinks."""
-        if self._alerts is not None:
-            self._alerts.send(alert)
-
-    def _complain(self) -> None:
-        """Repeat with every logged step that the last save failed, until one succeeds."""
-        if self.checkpoints.error is not None:
-            logger.error(
-                "step %d: %s (%d failed saves)",
-                self.progress.step,
-                self.checkpoints.error,
-                self.checkpoints.failed_saves,
-            )
-            if self.checkpoints.failed_saves > self._told_failed_saves:
-                self._told_failed_saves = self.checkpoints.failed_saves
-                self._alert(
-                    save_failed(self.progress, self._told_failed_saves, self.checkpoints.error)
-                )
-
     def _save(self) -> None:
         # A new dictionary, not a changed one: a save under way keeps the old one.
-        self.extra = {**self.extra, **self._routers.state()}
+        self.extra = {**self.extra, "corpus": self._corpus, **self._routers.state()}
+        if self._supervisor.guard is not None:
+            self.extra |= self._supervisor.guard.state()
         self.checkpoints.save(self.model, self.progress, self.extra)
-        self._routers.write_profile()
+        self._routers.write_expert_usage()
 
     def _advance(self) -> None:
         samples = self.config.training.global_batch_size
+        if self._supervisor.guard is not None:
+            self._supervisor.guard.note_accepted(self.progress.consumed_samples)
         self.progress = self.progress.after_step(samples, samples * self.config.model.seq_length)
 
-    def _skip(self) -> None:
-        """Skip the batch of a refused step; after too many in a row, go back."""
+    def announce_stage(self, why: str) -> None:
+        """Tell both guards that other data follow: they begin anew. Every rank must call."""
+        if self._supervisor.guard is not None:
+            self._supervisor.guard.load({})
+        alerts = self._routers.announce_stage(self.progress.step)
+        self._alerts.send(*alerts, new_stage(self.progress, why))
+
+    def _skip(self, result: StepResult) -> bool:
+        """Skip a refused batch; after too many in a row, act on their cause. No step stays."""
         guard = self._supervisor.guard
-        assert guard is not None, "only the guard refuses steps"
+        assert guard is not None, "only the guard refuses batches"
         self.progress = self.progress.after_skip(self.config.training.global_batch_size)
-        self._alert(batch_skipped(self.progress, guard.last_reason))
-        if guard.must_roll_back:
+        self._alerts.send(guard_alert(self.progress, guard.last_reason, "skip_batch"))
+        is_due = guard.note_refused(self._routers.selections())
+        if self._judge_routers(result) and is_due:
+            self._settle(guard)
+        return False
+
+    def _settle(self, guard: NumericalGuard) -> None:
+        """Go back, go on, pause or stop, by the cause for which batches were refused in a row."""
+        parts = (self.model, self._routers, self._train_set, self.config, self.layout)
+        with self._supervisor.during("replay"):
+            before = replay(*parts, guard.samples_to_replay)
+            finding = find_cause(guard.refused, before, guard.is_usual)
+        action = guard.action(finding.cause)
+        what = (
+            f"{len(guard.refused)} batches in a row refused ({guard.last_reason}); {finding.text}"
+        )
+        if action == "rollback":
             with self._supervisor.during("rollback"):
-                self._roll_back()
+                self._roll_back(guard, what)
+            return
+        self._alerts.send(guard_alert(self.progress, what, action))
+        if action == "stop":
+            guard.forget_refused()
+            with self._supervisor.during("save"):
+                self._save()
+                self.checkpoints.finish()
+            saved = f"step {self.progress.step} is saved, and resuming goes on after them"
+            raise NumericalFailureError(
+                f"{what}; {self.checkpoints.error or saved}; {finding.remedy}"
+            )
+        guard.accept_refused()
+        self.pause_reason = "paused before new data" if action == "pause" else None
 
     def _judge_routers(self, result: StepResult) -> bool:
         """Let the routing guard judge the step just taken; False if the run has gone back."""
         step = self.progress.step
         verdict = self._routers.judge(step, result)
-        for alert in verdict.alerts:
-            self._alert(alert)
+        self._alerts.send(*verdict.alerts)
         if not verdict.rollbacks:
             return True
         with self._supervisor.during("rollback"):
             newest = step - verdict.healthy_steps_ago
             checkpoint = newest_checkpoint(self.config, self.checkpoints, newest)
-            for alert in verdict.rollback_alerts(step, checkpoint, newest):
-                self._alert(alert)
+            self._alerts.send(*verdict.rollback_alerts(step, checkpoint, newest))
             if checkpoint is None:
                 return True
             self._go_back(checkpoint)
@@ -231,29 +269,24 @@ class Trainer:
             self._save()
         return False
 
-    def _roll_back(self) -> None:
+    def _roll_back(self, guard: NumericalGuard, reason: str) -> None:
         """The numerical guard goes back to the newest checkpoint."""
-        guard, before = self._supervisor.guard, self.progress
-        assert guard is not None, "only the guard asks to go back"
+        before = self.progress
         checkpoint = newest_checkpoint(self.config, self.checkpoints)
         guard.begin_rollback(before.step, checkpoint is not None)
         assert checkpoint is not None, "begin_rollback raises without one"
         self._go_back(checkpoint)
-        self._alert(rolled_back(before, f"{guard.last_reason}; back to {checkpoint.name}"))
+        self._alerts.send(guard_alert(before, f"{reason}; back to {checkpoint.name}", "rollback"))
 
     def _go_back(self, checkpoint: Path) -> None:
         before = self.progress
         self.progress, self.extra = go_back(checkpoint, self.model, self.config, before)
         if self._sinks is not None:
             self._sinks.go_back(self.progress.step)
-        for alert in self._routers.go_back(before.step, self.extra):
-            self._alert(alert)
-        self._share_losses_with_guard()
-
-    def _share_losses_with_guard(self) -> None:
-        """Share the guard's losses with checkpoints, so that a resumed run judges alike."""
+        self._alerts.send(*self._routers.go_back(before.step, self.extra))
         if self._supervisor.guard is not None:
-            self._supervisor.guard.recent_losses = self.extra.setdefault("recent_losses", [])
+            self._supervisor.guard.load(self.extra)
+            self._supervisor.guard.forget_refused()
 
     def _due(self, interval: int) -> bool:
         """Whether an action that happens every `interval` steps, and at the end, is due now."""

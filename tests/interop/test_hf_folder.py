@@ -145,13 +145,13 @@ def test_model_card(run: Path, tmp_path: Path) -> None:
     for fact in (
         "# a run",
         "| layers | 2, 2 of them MoE layers |",
-        "4 FFN, 2 constant, 1 copy, 1 zero; 2 a token",
+        "4 FFN, 2 constant, 1 copy, 1 zero; 2 per token",
         "| tau | 0.5 |",
         "perfect balance) | 0.333 |",
         "| FFN share measured at step 3 | 0.300 |",
         "in 3 steps |",
-        "| training loss at step 3 | 1.5000 nats a token |",
-        "| validation loss at step 3 | 1.7500 nats a token |",
+        "| training loss at step 3 | 1.5000 nats per token |",
+        "| validation loss at step 3 | 1.7500 nats per token |",
         f"moepp convert mcore-to-hf {run.name} hf --layout moepp --dtype bf16",
         "| weights | bfloat16 |",
     ):

@@ -63,7 +63,7 @@ def test_perplexity_on_the_command_line(checkpoint: Path, tmp_path: Path, ranks:
     with np.load(tmp_path / "out.npz") as scores:
         logprobs, ids = scores["token_logprobs"], scores["token_ids"]
     assert logprobs.shape == ids.shape == (size,)
-    loss = float(re.search(r"loss +(\S+) nats a token, (\S+) bits a byte", done.stdout)[1])  # type: ignore[index]
+    loss = float(re.search(r"loss +(\S+) nats per token, (\S+) bits per byte", done.stdout)[1])  # type: ignore[index]
     assert loss == pytest.approx(-logprobs.mean(), abs=1e-4)
     perplexity = re.search(r"perplexity +(\S+)", done.stdout)[1]  # type: ignore[index]
     assert float(perplexity.replace(",", "")) == pytest.approx(math.exp(loss), rel=1e-3)

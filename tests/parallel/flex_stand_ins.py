@@ -48,7 +48,7 @@ def fused_combine(x: Any, group: Any, handle: Any, **kwargs: Any) -> tuple[Any, 
 class HybridEPBuffer:
     """HybridEP's buffer: what it documents, by gathering everything and keeping what is here.
 
-    The routing map names any number of experts a token. Rows come out in order of local experts,
+    The routing map names any number of experts per token. Rows come out in order of local experts,
     then of tokens, each with its gate; `handle` repeats a dispatch in the backward pass.
     """
 

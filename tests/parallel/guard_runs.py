@@ -87,7 +87,7 @@ def run(
         raw: The configuration.
         faults: What goes wrong.
         without: Global batches that the data set does not have.
-        data: A key of `_DATA`.
+        data: A key of `DATA`.
     """
     import torch.distributed as dist
 
@@ -99,7 +99,7 @@ def run(
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)
-    dataset = Without(_DATA[data](config, 400), without)
+    dataset = Without(DATA[data](config, 400), without)
     with (
         mock.patch.object(module, "build_datasets", return_value=(dataset, dataset, None)),
         mock.patch.object(module.Tokenizer, "load", return_value=None),
@@ -249,7 +249,33 @@ class BrokenSourceDataset(SyntheticDataset):
         return sample
 
 
-_DATA: dict[str, Any] = {"cycle": CycleDataset, "broken source": BrokenSourceDataset}
+class OtherTextsDataset(CycleDataset):
+    """From batch 24 on each token decides the next by another rule, and only some ids come."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        if index >= 24 * self._config.training.global_batch_size:
+            tokens = sample["tokens"] // 8
+            sample |= {"tokens": tokens, "labels": 63 - tokens}
+        return sample
+
+
+class OtherTargetsDataset(CycleDataset):
+    """From batch 24 on the same texts have other labels."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        if index >= 24 * self._config.training.global_batch_size:
+            sample["labels"] = (sample["labels"] + 17) % self._config.model.vocab_size
+        return sample
+
+
+DATA: dict[str, Any] = {
+    "cycle": CycleDataset,
+    "broken source": BrokenSourceDataset,
+    "other texts": OtherTextsDataset,
+    "other targets": OtherTargetsDataset,
+}
 
 
 def learn_losses() -> tuple[list[float], list[int]]:

@@ -24,7 +24,8 @@ class Fault:
 
     Attributes:
         kind: `loss` (NaN in the loss), `gradient` (Inf in the gradients after the reduction),
-            `spike` (a loss 50 times too large) or `slow` (half a second a forward pass).
+            `spike` (a loss 50 times too large), `slow` (half a second a forward pass), or, once
+            before the first of the batches, `nan weight` and `large weights` (100 times).
         rank: Where.
         batches: Numbers of the global batches, from 0; None for all.
     """
@@ -35,14 +36,25 @@ class Fault:
 
 
 def run_trainer(
-    raw: dict[str, Any], without: tuple[int, ...] = (), fault: Fault | None = None
-) -> None:
+    raw: dict[str, Any],
+    without: tuple[int, ...] = (),
+    fault: Fault | None = None,
+    data: str | None = None,
+    stop_after: int | None = None,
+    corpus: str | None = None,
+) -> str | None:
     """Train as `moepp train` does, on synthetic data.
 
     Args:
         raw: The configuration.
         without: Global batches that the data set does not have.
         fault: What goes wrong.
+        data: A key of `guard_runs.DATA`; None for `SyntheticDataset`.
+        stop_after: Global batches after which the run is asked to stop.
+        corpus: Identity of the corpus.
+
+    Returns:
+        Why the run has paused by itself.
     """
     import torch.distributed as dist
 
@@ -53,16 +65,31 @@ def run_trainer(
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)
-    data = Without(SyntheticDataset(config, 40), without)
+    dataset = Without(_dataset(config, data), without)
     with ExitStack() as stack:
-        stack.enter_context(
-            mock.patch.object(module, "build_datasets", return_value=(data, None, None))
-        )
+        for name, value in (
+            ("build_datasets", (dataset, None, None)),
+            ("corpus_identity", corpus),
+        ):
+            stack.enter_context(mock.patch.object(module, name, return_value=value))
         stack.enter_context(mock.patch.object(module.Tokenizer, "load", return_value=None))
         trainer = module.Trainer(config, layout)
         if fault is not None and fault.rank == dist.get_rank():
             stack.enter_context(_INJECT[fault.kind](trainer, fault))
+        if stop_after is not None:
+
+            def agreed(_: Any) -> bool:
+                return bool(trainer.progress.consumed_samples == stop_after * BATCH)
+
+            stack.enter_context(mock.patch.object(module.StopRequest, "agreed", agreed))
         trainer.run()
+    return trainer.pause_reason
+
+
+def _dataset(config: Any, data: str | None) -> Any:
+    from tests.parallel.guard_runs import DATA
+
+    return SyntheticDataset(config, 40) if data is None else DATA[data](config, 40)
 
 
 def trainer_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -134,6 +161,25 @@ def _bad_gradient(trainer: Any, fault: Fault) -> Iterator[None]:
 
 
 @contextmanager
+def _changed_weights(trainer: Any, fault: Fault, factor: float) -> Iterator[None]:
+    import torch
+
+    routers, planted = trainer._routers, []
+    original = routers.begin_step
+
+    @torch.no_grad()
+    def begin_step(step: int) -> None:
+        original(step)
+        if not planted and _is_on(trainer, fault):
+            planted.append(step)
+            for parameter in trainer.model.models[0].parameters():
+                parameter.mul_(factor)
+
+    with mock.patch.object(routers, "begin_step", begin_step):
+        yield
+
+
+@contextmanager
 def _slow(trainer: Any, fault: Fault) -> Iterator[None]:
     from moepp_megatron.training import step
 
@@ -152,4 +198,6 @@ _INJECT: dict[str, Callable[..., Any]] = {
     "spike": lambda trainer, fault: _changed_loss(trainer, fault, 50.0),
     "gradient": _bad_gradient,
     "slow": _slow,
+    "nan weight": lambda trainer, fault: _changed_weights(trainer, fault, float("nan")),
+    "large weights": lambda trainer, fault: _changed_weights(trainer, fault, 100.0),
 }

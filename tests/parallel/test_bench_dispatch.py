@@ -61,20 +61,20 @@ def mistaken() -> str:
     """What the benchmark says where a dispatcher sends something else than its rule asks for."""
     from moepp_megatron.workbench.bench import dispatch
 
-    rivals = dispatch._rivals
+    variants = dispatch._variants
 
     def swapped(setting: Any) -> Any:
-        made, dtype = rivals(setting)
+        made, dtype = variants(setting)
         made[1].dispatcher, made[2].dispatcher = made[2].dispatcher, made[1].dispatcher
         return made, dtype
 
-    dispatch._rivals = swapped
+    dispatch._variants = swapped
     try:
         measure("fp32")
     except AssertionError as error:
         return str(error)
     finally:
-        dispatch._rivals = rivals
+        dispatch._variants = variants
     return ""
 
 

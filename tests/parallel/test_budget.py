@@ -34,7 +34,7 @@ class ShiftedDataset(SyntheticDataset):
 
 
 def train(raw: dict[str, Any], steps: int, shift: int) -> tuple[list[float], list[float], Any]:
-    """FFN experts a token and loss of each step, and the controller's last state."""
+    """FFN experts per token and loss of each step, and the controller's last state."""
     import torch.distributed as dist
 
     from moepp_megatron.config import Layout, parse_config

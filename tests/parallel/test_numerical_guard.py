@@ -1,4 +1,4 @@
-"""A refused step changes nothing on any rank; many in a row lead back to a checkpoint."""
+"""A refused batch changes nothing on any rank; many in a row are dealt with by their cause."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from moepp_megatron.observe.alerts import read_alerts
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
 from tests.parallel.ranks import RankError, RankPools
 from tests.parallel.resilience_runs import Fault, run_trainer, trainer_settings
@@ -72,26 +73,126 @@ def test_the_guard_changes_no_number_of_a_healthy_run(ranks: RankPools, tmp_path
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rollback_skips_the_data_between(ranks: RankPools, tmp_path: Path, layout: str) -> None:
-    """Checkpoint after batches 0 and 1; 3 to 5 are bad; so the run goes on with batch 6."""
+@pytest.mark.parametrize("kind", ["nan weight", "large weights"])
+def test_damaged_model_goes_back(ranks: RankPools, tmp_path: Path, layout: str, kind: str) -> None:
+    """Checkpoint after batches 0 to 3; damage before 5, so 5 to 7 are bad, and 8 is next."""
+    world_size, sections = LAYOUTS[layout]
+    sections = {
+        **sections,
+        **NOISY,
+        "resilience": GUARD,
+        "training": _iterations(7),
+        "checkpoint": {"save_interval": 4},
+    }
+    fault = Fault(kind, world_size - 1, (5,))
+    run = _train(ranks, world_size, trainer_settings(tmp_path / "a", **sections), (), fault)
+    clean = _train(ranks, world_size, trainer_settings(tmp_path / "b", **sections), (4, 5, 6, 7))
+    _assert_same(run, clean)
+    assert run[-1].skipped_steps == 3
+    assert _told(tmp_path / "a")[-1] == "rollback"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_that_are_not_finite_end_the_run_saved(
+    ranks: RankPools, tmp_path: Path, layout: str
+) -> None:
+    """The model is as it was before them: nothing is gone back, and resuming goes on after them."""
     world_size, sections = LAYOUTS[layout]
     sections = {
         **sections,
         **NOISY,
         "resilience": GUARD,
         "training": _iterations(5),
-        "checkpoint": {"save_interval": 2},
+        "checkpoint": {"save_interval": 2, "load": "auto"},
     }
-    fault = Fault("loss", world_size - 1, (3, 4, 5))
-    run = _train(ranks, world_size, trainer_settings(tmp_path / "a", **sections), (), fault)
-    clean = _train(ranks, world_size, trainer_settings(tmp_path / "b", **sections), (2, 3, 4, 5))
+    raw = trainer_settings(tmp_path / "a", **sections)
+    fault = Fault("gradient", world_size - 1, (3, 4, 5))
+    with pytest.raises(
+        RankError, match="3 batches in a row refused .*the model is sound; step 3 is saved"
+    ):
+        ranks(world_size).run(run_trainer, raw, (), fault)
+    assert _told(tmp_path / "a") == [*["skip_batch"] * 3, "stop"]
+    run = _train(ranks, world_size, raw)
+    clean = _train(ranks, world_size, trainer_settings(tmp_path / "b", **sections), (3, 4, 5))
     _assert_same(run, clean)
-    assert run[-1].skipped_steps == 3
+
+
+# The losses of this data set fall by learning, so that other texts are a spike.
+LEARNS = {
+    "optimizer": {"lr": 1.0e-2, "decay_style": "constant"},
+    "training": {"train_iters": 30, "global_batch_size": 8, "micro_batch_size": 2, "seed": 7},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_new_data_are_taken(ranks: RankPools, tmp_path: Path, layout: str) -> None:
+    """From batch 24 on: three are refused, and the rest is a run whose data lack these three."""
+    world_size, sections = LAYOUTS[layout]
+    common = {**sections, **LEARNS}
+    raw = trainer_settings(tmp_path / "a", **common, resilience=GUARD)
+    run = _train(ranks, world_size, raw, (), None, "other texts")
+    raw = trainer_settings(tmp_path / "b", **common, resilience={"guard": False})
+    clean = _train(ranks, world_size, raw, (24, 25, 26), None, "other texts")
+    assert len(run) == 30
+    _assert_same(run, clean)
+    assert _told(tmp_path / "a") == [*["skip_batch"] * 3, "accept"]
+
+
+@pytest.mark.parametrize("stop_after", [None, 26])
+def test_pause_before_new_data(ranks: RankPools, tmp_path: Path, stop_after: int | None) -> None:
+    """Resumed it takes them; that it was stopped among the refused batches makes no difference."""
+    resilience = {**GUARD, "guard_new_data": "pause"}
+    sections = {**LEARNS, "resilience": resilience, "checkpoint": {"load": "auto"}}
+    raw = trainer_settings(tmp_path / "a", **sections)
+    if stop_after is not None:
+        ranks(1).run(run_trainer, raw, (), None, "other texts", stop_after)
+    assert ranks(1).run(run_trainer, raw, (), None, "other texts") == ["paused before new data"]
+    assert len(read_metrics(tmp_path / "a" / "metrics.jsonl")) == 24
+    run = _train(ranks, 1, raw, (), None, "other texts")
+    assert _told(tmp_path / "a") == [*["skip_batch"] * 3, "pause"]
+    accepts = trainer_settings(tmp_path / "b", **LEARNS, resilience=GUARD)
+    _assert_same(run, _train(ranks, 1, accepts, (), None, "other texts"))
+
+
+@pytest.mark.parametrize(
+    ("data", "policy", "says"),
+    [
+        ("other texts", "stop", "the data have changed; step 24 is saved.*guard_new_data=accept"),
+        ("other targets", "accept", "the texts are as before, but not the labels"),
+    ],
+)
+def test_what_is_not_taken_ends_the_run(
+    ranks: RankPools, tmp_path: Path, data: str, policy: str, says: str
+) -> None:
+    raw = trainer_settings(tmp_path, **LEARNS, resilience={**GUARD, "guard_new_data": policy})
+    with pytest.raises(RankError, match=says):
+        ranks(1).run(run_trainer, raw, (), None, data)
+    assert (tmp_path / "checkpoints" / "step_00000024").is_dir()
+
+
+def test_another_corpus_is_announced(ranks: RankPools, tmp_path: Path) -> None:
+    """Resumed with it no batch is refused; with the same one nothing is said."""
+    checkpoint = {"load": "auto", "save_interval": 40}
+    sections = {**LEARNS, "resilience": GUARD, "checkpoint": checkpoint}
+    raw = trainer_settings(tmp_path, **sections)
+    raw["training"]["train_iters"] = 20
+    ranks(1).run(run_trainer, raw, (), None, "other texts", None, "prose")
+    raw["training"]["train_iters"] = 24
+    ranks(1).run(run_trainer, raw, (), None, "other texts", None, "prose")
+    assert _told(tmp_path) == []
+    raw["training"]["train_iters"] = 30
+    run = _train(ranks, 1, raw, (), None, "other texts", None, "code")
+    assert run[24].loss > 3 * run[23].loss
+    assert _told(tmp_path) == ["both guards begin anew"]
+
+
+def _told(folder: Path) -> list[str]:
+    return [alert.action for alert in read_alerts(folder / "alerts.jsonl")]
 
 
 def test_no_checkpoint_to_go_back_to(ranks: RankPools, tmp_path: Path) -> None:
     raw = trainer_settings(tmp_path, resilience=GUARD, training=_iterations(6))
-    with pytest.raises(RankError, match="3 steps in a row after step 2 .*loss is nan on rank 1"):
+    with pytest.raises(RankError, match="3 batches in a row after step 2 .*loss is nan on rank 1"):
         ranks(2).run(run_trainer, raw, (), Fault("loss", 1, tuple(range(2, 40))))
 
 

@@ -129,7 +129,7 @@ def test_bytes_equal_the_routing_in_every_layer_direction_and_pass(
     moved = [one for step in STEPS for one in found.layers[step]]
     if name == "deduplicated":
         assert all(one.measured == one.deduplicated for one in moved)
-        # Top-2 of four experts a rank: some tokens must have had both on the other one.
+        # Top-2 of four experts per rank: some tokens must have had both on the other one.
         assert sum(one.measured for one in moved) < sum(one.plain for one in moved)
     if name == "vanilla":
         # No selection is left out, whatever the load.

@@ -390,7 +390,7 @@ def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
 
 
 def test_the_numerical_guard_may_go_back_too(ranks: RankPools, tmp_path: Path) -> None:
-    """Three refused batches lead back to step 2; an action in force ends with it and is told."""
+    """A damaged model goes back to step 2; an action in force ends with it and is told."""
     rule = {"name": "force", "metric": "loss", "above": 0.1, "for_steps": 3, "action": "force_ffn"}
     settings = trainer_settings(
         tmp_path,
@@ -400,7 +400,7 @@ def test_the_numerical_guard_may_go_back_too(ranks: RankPools, tmp_path: Path) -
         checkpoint={"save_interval": 2},
         training={"train_iters": 7, "global_batch_size": 8, "micro_batch_size": 2, "seed": 7},
     )
-    ranks(2).run(run_trainer, settings, (), NumericalFault("loss", 1, (3, 4, 5)))
+    ranks(2).run(run_trainer, settings, (), NumericalFault("nan weight", 1, (3,)))
     alerts = [(alert.step, alert.rule, alert.action) for alert in told(tmp_path)]
     assert alerts == [
         (3, "force", "force_ffn"),
@@ -411,3 +411,23 @@ def test_the_numerical_guard_may_go_back_too(ranks: RankPools, tmp_path: Path) -
         (5, "force", "force_ffn"),
     ]
     assert [record.guard_actions for record in records(tmp_path)] == [0] * 5 + [1, 1]
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("spike", (3, 4)), ("loss", (4, 4))])
+def test_refused_batches_are_judged_by_their_routing(
+    ranks: RankPools, tmp_path: Path, kind: str, steps: tuple[int, int]
+) -> None:
+    """Where their numbers are finite; their loss is not the model's."""
+    rules = (
+        {"name": "routed", "metric": "max_expert_share", "above": 0.0, "for_steps": 4},
+        {"name": "lossy", "metric": "loss", "above": 0.1, "for_steps": 4},
+    )
+    settings = trainer_settings(
+        tmp_path,
+        routing_guard=guard(*({**rule, "scope": "mean"} for rule in rules)),
+        resilience={"guard_window": 8},
+        training={"train_iters": 5, "global_batch_size": 8, "micro_batch_size": 2, "seed": 7},
+    )
+    ranks(1).run(run_trainer, settings, (), NumericalFault(kind, 0, (3, 4)))
+    found = [(a.rule, a.step) for a in told(tmp_path) if a.rule != "numerical_guard"]
+    assert found == list(zip(("routed", "lossy"), steps, strict=True))

@@ -1,4 +1,4 @@
-"""The routing profile of a training: the same in every layout; shifts of real text are found."""
+"""The expert usage of a training: the same in every layout; shifts of real text are found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.observe.profile_file import PROFILE_FILE
+from moepp_megatron.observe.usage_file import USAGE_FILE
 from tests.parallel.ranks import RankPools
 from tests.parallel.shift_runs import begin, watch
 from tests.parallel.training_runs import SyntheticDataset, settings
@@ -18,33 +18,33 @@ from tests.parallel.training_runs import SyntheticDataset, settings
 GUARD = {"shift": {"window": 2}}
 
 
-def profiles(raw: dict[str, Any], steps: int) -> tuple[list[Any], list[Any]]:
-    """Each window's profile, as counts, and the collectors' state behind each step.
+def usages(raw: dict[str, Any], steps: int) -> tuple[list[Any], list[Any]]:
+    """Each window's usage, as counts, and the collectors' state behind each step.
 
     Every odd step ends in a restart: another collector goes on from the state of the one before.
     """
     from moepp_megatron.config import parse_config
-    from moepp_megatron.training.routing_profile import RoutingProfileCollector, token_classes
+    from moepp_megatron.training.expert_usage import ExpertUsageCollector, token_classes
     from moepp_megatron.training.step import training_step
 
     dataset = SyntheticDataset(parse_config(raw), steps)
     config, layout, model, routing, batches = begin(raw, dataset)
     classes = token_classes(dataset, config.model.vocab_size)
     made, states = [], []
-    collector = RoutingProfileCollector(config, model, routing, classes)
+    collector = ExpertUsageCollector(config, model, routing, classes)
     for step in range(1, steps + 1):
         routing.reset()
         training_step(model, batches, config, layout)
-        profile = collector.end_step()
-        assert (profile is None) == (step % 2 == 1)
-        if profile is not None:
-            assert profile.shapes == collector.shapes
+        usage = collector.end_step()
+        assert (usage is None) == (step % 2 == 1)
+        if usage is not None:
+            assert usage.shapes == collector.shapes
             # What the run logs is counted apart from the cells.
             logged = routing.selections().numpy()
-            made.append((profile.as_json(), logged.tolist()))
+            made.append((usage.as_json(), logged.tolist()))
         states.append(collector.state_dict())
         if step % 2 == 1:
-            collector = RoutingProfileCollector(config, model, routing, classes)
+            collector = ExpertUsageCollector(config, model, routing, classes)
             collector.load_state_dict(json.loads(json.dumps(states[-1])))
     return made, states
 
@@ -59,12 +59,12 @@ LAYOUTS = [
 ]
 
 
-def test_profile_is_that_of_one_process(ranks: RankPools) -> None:
+def test_usage_is_that_of_one_process(ranks: RankPools) -> None:
     raw = settings(routing_guard=GUARD)
-    ((expected, states),) = ranks(1).run(profiles, raw, 4)
+    ((expected, states),) = ranks(1).run(usages, raw, 4)
     tokens = 8 * 16
-    for profile, _ in expected:
-        experts, cells = (np.array(profile[name]) for name in ("experts", "cells"))
+    for usage, _ in expected:
+        experts, cells = (np.array(usage[name]) for name in ("experts", "cells"))
         assert (experts.sum(axis=1) == 2 * 2 * tokens).all()
         assert (cells[..., 1].sum(axis=1) == 2 * tokens).all()
         assert (cells[..., 0].sum(axis=1) == experts[:, :8].sum(axis=1)).all()
@@ -74,11 +74,11 @@ def test_profile_is_that_of_one_process(ranks: RankPools) -> None:
         assert (abs(classes - 0.25) < 0.13).all(), "each class holds about a quarter"
     assert [state["steps"] for state in states] == [1, 0, 1, 0]
     # Half a window, and the selections that the run logs in its second half.
-    for (profile, logged), half in zip(expected, states[::2], strict=True):
+    for (usage, logged), half in zip(expected, states[::2], strict=True):
         sums = np.array(half["profile"]["experts"]) + np.array(logged)
-        assert sums.tolist() == profile["experts"]
+        assert sums.tolist() == usage["experts"]
     for parallel in LAYOUTS:
-        for made in ranks(4).run(profiles, settings(routing_guard=GUARD, parallel=parallel), 4):
+        for made in ranks(4).run(usages, settings(routing_guard=GUARD, parallel=parallel), 4):
             assert made == (expected, states)
 
 
@@ -88,7 +88,7 @@ def untold(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
 
     from moepp_megatron.config import parse_config
     from moepp_megatron.moe.layer import moe_statistics
-    from moepp_megatron.training.routing_profile import RoutingProfileCollector
+    from moepp_megatron.training.expert_usage import ExpertUsageCollector
     from moepp_megatron.training.step import training_step
 
     dataset = SyntheticDataset(parse_config(raw), 4)
@@ -97,14 +97,14 @@ def untold(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
     training_step(model, batches, config, layout)
     counted = [statistics.cells for statistics in moe_statistics(model.models[0]).values()]
     tags = getattr(model.models[0], "token_tags", None)
-    collector = RoutingProfileCollector(config, model, routing, torch.zeros(64).long().numpy())
+    collector = ExpertUsageCollector(config, model, routing, torch.zeros(64).long().numpy())
     for _ in range(2):
         routing.reset()
         training_step(model, batches, config, layout)
-        profile = collector.end_step()
-    assert profile is not None
-    assert profile.experts.sum() == 4 * 2 * 2 * 8 * 16
-    return profile.shapes, counted, tags
+        usage = collector.end_step()
+    assert usage is not None
+    assert usage.experts.sum() == 4 * 2 * 2 * 8 * 16
+    return usage.shapes, counted, tags
 
 
 def test_nothing_is_counted_that_nobody_asked_for(ranks: RankPools) -> None:
@@ -198,7 +198,7 @@ def test_a_restart_changes_no_bit_and_a_run_can_be_the_reference_of_another(
     assert any(value is not None for value in whole[0])
     (parts,) = pool.run(shifted_run, tmp_path, None, 44, True)
     assert parts == whole
-    path = tmp_path / PROFILE_FILE
+    path = tmp_path / USAGE_FILE
     assert json.loads(path.read_text())["token_classes"] == whole[1]["token_classes"]
     ((values, state),) = pool.run(shifted_run, tmp_path, path, 8, True)
     assert None not in values, "there from the first"
@@ -252,7 +252,7 @@ def test_another_implementation_begins_anew(ranks: RankPools, tmp_path: Path) ->
         ({}, "MoE layers"),
     ],
 )
-def test_the_profile_of_another_model_is_refused(
+def test_the_usage_of_another_model_is_refused(
     changes: dict[str, Any], reason: str, ranks: RankPools, tmp_path: Path
 ) -> None:
     values = {
@@ -262,7 +262,7 @@ def test_the_profile_of_another_model_is_refused(
         "token_classes": "0" * 64,
         "noise": {"differences": [], "log_distances": []},
     }
-    (tmp_path / PROFILE_FILE).write_text(json.dumps(values | changes))
+    (tmp_path / USAGE_FILE).write_text(json.dumps(values | changes))
     message = ranks(1).run(refused_reference, tmp_path)[0]
     assert "routing_guard.shift.reference" in message
     assert reason in message
@@ -270,5 +270,5 @@ def test_the_profile_of_another_model_is_refused(
 
 def refused_reference(folder: Path) -> str:
     with pytest.raises(ConfigError) as error:
-        shifted_run(folder, folder / PROFILE_FILE, 1, False)
+        shifted_run(folder, folder / USAGE_FILE, 1, False)
     return str(error.value)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.resources import files
 
 import pytest
 
@@ -21,7 +23,13 @@ from moepp_megatron.experts import (
     ExpertCounts,
     ExpertLayout,
 )
-from moepp_megatron.layer_settings import LayerSettings
+from moepp_megatron.layer_settings import (
+    DECLARED,
+    EXPORTED,
+    EXTENSIONS,
+    LayerSettings,
+    settings_of,
+)
 from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.config import MoEPPConfig
 
@@ -114,6 +122,50 @@ def test_settings_are_declared_once() -> None:
         described = MoESection.model_fields[field.name]
         assert described.default == field.default, field.name
         assert described.description, field.name
+
+
+def test_what_is_said_of_a_setting_beside_its_bounds() -> None:
+    assert settings_of(CONSTANT) == ("constants_shared", "constant_init", "constant_temperature")
+    assert not settings_of(ZERO)
+    # Its name is another in an export, or only training depends on it.
+    assert set(DECLARED) - set(EXPORTED) == {
+        "router_topk",
+        "balance_coeff",
+        "balance_scope",
+        "capacity_factor",
+        "constants_shared",
+        "constant_init",
+        "fused",
+    }
+    # What both layers have, if only under other names.
+    assert set(DECLARED) - set(EXTENSIONS) == {
+        *(kind.setting for kind in KINDS),
+        "router_topk",
+        "gating_residual",
+        "tau",
+        "balance_coeff",
+        "balance_scope",
+        "capacity_factor",
+        "gate_normalization",
+        "score_function",
+    }
+
+
+def test_the_exported_model_has_the_same_defaults() -> None:
+    # Read, not imported: the file needs transformers.
+    source = (files("moepp_megatron.interop.hf_files") / "configuration_moepp.py").read_text()
+    (init,) = (
+        node
+        for kind in ast.parse(source).body
+        if isinstance(kind, ast.ClassDef) and kind.name == "MoEPPConfig"
+        for node in kind.body
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )
+    defaults = map(ast.literal_eval, init.args.defaults)
+    exported = dict(zip((argument.arg for argument in init.args.args[1:]), defaults, strict=True))
+    assert {name: exported[name] for name in EXPORTED} == {
+        name: DECLARED[name].default for name in EXPORTED
+    }
 
 
 def test_the_layer_gets_what_the_user_set() -> None:

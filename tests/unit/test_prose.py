@@ -27,7 +27,8 @@ _WORDS = {
     "rival: say baseline": re.compile(r"\brivals?\b", re.IGNORECASE),
     "card: say GPU": re.compile(r"(?<!model )(?<!Model )\bcards?\b(?!\.py)", re.IGNORECASE),
     "a token: say per token": re.compile(
-        r"(bytes?|energy|experts?|FLOPs?|joules?|\d) a token\b(?!'s| \w+s\b)"
+        r"(bytes?|energy|experts?|FLOPs?|joules?|\d) a token\b(?!'s| \w+s\b)",
+        re.IGNORECASE,
     ),
     "told from: say distinguished from": re.compile(r"\b(not to be told|told (apart|from))\b"),
     "stands: say is": re.compile(r"\bstands?\b(?! (for|in for)\b)(?!-in)", re.IGNORECASE),
@@ -59,6 +60,28 @@ def _docstrings(source: str) -> Iterator[tuple[int, str]]:
                 yield node.body[0].lineno, text
 
 
+def _strings(source: str) -> Iterator[tuple[int, str]]:
+    """Line and text of each string of a module that is neither a docstring nor one word."""
+    tree = ast.parse(source)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    parts = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            texts = [part.value if isinstance(part, ast.Constant) else "0" for part in node.values]
+            text = "".join(map(str, texts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = "" if id(node) in docstrings | parts else node.value
+        else:
+            continue
+        if " " in text:
+            yield node.lineno, text
+
+
 def _findings(path: Path) -> list[str]:
     name = path.relative_to(ROOT).as_posix()
     source = path.read_text(encoding="utf-8")
@@ -67,6 +90,10 @@ def _findings(path: Path) -> list[str]:
             f"{name}:{start}: {rule}: {line}"
             for start, text in _docstrings(source)
             for rule, line in _flagged_docstring(text)
+        ] + [
+            f"{name}:{start}: {rule}: {text}"
+            for start, text in _strings(source)
+            for rule in _flagged_words(text)
         ]
     without_code = re.sub(
         r"```.*?```", lambda code: "\n" * code[0].count("\n"), source, flags=re.DOTALL

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.schema import Config
 
-CAPTURABLE = ("attn", "moe_router")
+_CAPTURABLE = ("attn", "moe_router")
 # megatron-core's other parts, with the reason against each.
 _REASONS = {
     "mlp": "a dense FFN is not captured by the MoE++ layer",
@@ -20,13 +20,13 @@ _REASONS = {
 def _graphs_name_capturable_parts(config: Config) -> Iterator[Problem]:
     """A graph is a fixed sequence of kernels with fixed sizes, without input from the host."""
     parts = config.training.cuda_graphs
-    unknown = [part for part in parts if part not in CAPTURABLE]
+    unknown = [part for part in parts if part not in _CAPTURABLE]
     if unknown:
         reason = _REASONS.get(unknown[0], "there is no such part")
         yield Problem(
             "training.cuda_graphs",
             parts,
-            f"must hold only {' and '.join(CAPTURABLE)}, because of {unknown[0]}: {reason}",
+            f"must hold only {' and '.join(_CAPTURABLE)}, because of {unknown[0]}: {reason}",
             "use [attn, moe_router]",
         )
 
@@ -34,7 +34,7 @@ def _graphs_name_capturable_parts(config: Config) -> Iterator[Problem]:
 def _graphs_stand_alone(config: Config) -> Iterator[Problem]:
     """Graphs exclude settings that run parts of a layer twice, elsewhere, or with other effects."""
     training, moe = config.training, config.moe
-    if not training.cuda_graphs or set(training.cuda_graphs) - set(CAPTURABLE):
+    if not training.cuda_graphs or set(training.cuda_graphs) - set(_CAPTURABLE):
         return
     routes = "moe_router" in training.cuda_graphs
     conflicts = (

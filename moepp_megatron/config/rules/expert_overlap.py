@@ -9,7 +9,7 @@ from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import virtual_stages
 
 # What these recompute lies in two parts of a layer that the schedule runs as graphs of their own.
-SPLIT_MODULES = ("layernorm", "moe")
+_SPLIT_MODULES = ("layernorm", "moe")
 
 
 def _overlapped_experts_have_their_parts(config: Config) -> Iterator[Problem]:
@@ -19,7 +19,7 @@ def _overlapped_experts_have_their_parts(config: Config) -> Iterator[Problem]:
         return
     ranks, dispatcher = parallel.expert_model_parallel_size, config.moe.dispatcher
     stages = parallel.pipeline_model_parallel_size
-    recomputed = sorted(set(SPLIT_MODULES) & set(training.recompute_modules))
+    recomputed = sorted(set(_SPLIT_MODULES) & set(training.recompute_modules))
     is_selective = training.recompute_granularity == "selective"
     needs = (
         (ranks > 1, f"parallel.expert_model_parallel_size ({ranks}) above 1: no token travels"),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 
 from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Config, Section
+from moepp_megatron.experts import LOCAL_KINDS
+from moepp_megatron.layer_settings import settings_of
 
 
-def _ignored(section: str, owner: Section, key: str, reason: str, remedy: str) -> Iterator[Problem]:
-    """Yield a notice if the user set `key` to something other than its default."""
+def _ignored(config: Config, name: str, reason: str, remedy: str) -> Iterator[Problem]:
+    """Yield a notice if the user set `name` to something other than its default."""
+    section, _, key = name.rpartition(".")
+    owner: Section = attrgetter(section)(config)
     if owner.is_set(key):
-        yield Problem(f"{section}.{key}", getattr(owner, key), f"has no effect {reason}", remedy)
+        yield Problem(name, getattr(owner, key), f"has no effect {reason}", remedy)
 
 
 def _routing_without_object(config: Config) -> Iterator[Problem]:
@@ -19,21 +24,19 @@ def _routing_without_object(config: Config) -> Iterator[Problem]:
     moe = config.moe
     if moe.num_zero_computation_experts == 0:
         yield from _ignored(
-            "moe", moe, "tau", "without zero-computation experts", "add some, or leave it out"
+            config, "moe.tau", "without zero-computation experts", "add some, or leave it out"
         )
     elif moe.balance_coeff == 0 and moe.capacity_factor is None:
         yield from _ignored(
-            "moe",
-            moe,
-            "tau",
+            config,
+            "moe.tau",
             "with moe.balance_coeff 0 and no moe.capacity_factor",
             "set moe.balance_coeff above 0, or leave it out",
         )
     if moe.balance_coeff == 0:
         yield from _ignored(
-            "moe",
-            moe,
-            "balance_scope",
+            config,
+            "moe.balance_scope",
             "with moe.balance_coeff 0",
             "set moe.balance_coeff above 0, or leave it out",
         )
@@ -46,17 +49,14 @@ def _routing_without_object(config: Config) -> Iterator[Problem]:
         )
 
 
-def _constant_settings_without_constants(config: Config) -> Iterator[Problem]:
-    """These settings belong to constant experts."""
-    if config.moe.num_constant_experts == 0:
-        for key in ("constant_init", "constant_temperature", "constants_shared"):
-            yield from _ignored(
-                "moe",
-                config.moe,
-                key,
-                "with moe.num_constant_experts 0",
-                "add constant experts, or leave it out",
-            )
+def _settings_of_absent_experts(config: Config) -> Iterator[Problem]:
+    """Some settings belong to one kind of experts."""
+    for kind in LOCAL_KINDS:
+        if config.moe.count(kind) == 0:
+            reason = f"with moe.{kind.setting} 0"
+            remedy = f"add {kind.name} experts, or leave it out"
+            for key in settings_of(kind):
+                yield from _ignored(config, f"moe.{key}", reason, remedy)
 
 
 def _flex_settings_without_flex(config: Config) -> Iterator[Problem]:
@@ -64,9 +64,8 @@ def _flex_settings_without_flex(config: Config) -> Iterator[Problem]:
     if config.moe.dispatcher != "flex":
         for key in ("flex_backend", "flex_num_sms"):
             yield from _ignored(
-                "moe",
-                config.moe,
-                key,
+                config,
+                f"moe.{key}",
                 f"with moe.dispatcher {config.moe.dispatcher}",
                 "set moe.dispatcher to flex, or leave it out",
             )
@@ -97,9 +96,8 @@ def _kernels_of_the_vanilla_layer(config: Config) -> Iterator[Problem]:
     """The Triton kernels belong to the MoE++ layer."""
     if config.moe.is_vanilla:
         yield from _ignored(
-            "moe",
-            config.moe,
-            "fused",
+            config,
+            "moe.fused",
             "on megatron-core's vanilla MoE layer",
             "add zero-computation experts, or leave it out",
         )
@@ -109,9 +107,8 @@ def _tau_beside_a_target(config: Config) -> Iterator[Problem]:
     """Tau follows from the budget's target."""
     if config.moe.budget.target_ffn_per_token is not None:
         yield from _ignored(
-            "moe",
-            config.moe,
-            "tau",
+            config,
+            "moe.tau",
             "with moe.budget.target_ffn_per_token, from which tau follows",
             "leave one of them out",
         )
@@ -123,16 +120,15 @@ def _budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
     if budget.controller == "none":
         for key in ("gain", "decay", "scope"):
             reason = "without moe.budget.controller"
-            yield from _ignored("moe.budget", budget, key, reason, "use bias or tau")
+            yield from _ignored(config, f"moe.budget.{key}", reason, "use bias or tau")
     if budget.start_ffn_per_token is None:
         for key in ("ramp_begin", "ramp_steps"):
             reason = "without moe.budget.start_ffn_per_token"
-            yield from _ignored("moe.budget", budget, key, reason, "set it, or leave this out")
+            yield from _ignored(config, f"moe.budget.{key}", reason, "set it, or leave this out")
     elif not budget.acts:
         yield from _ignored(
-            "moe.budget",
-            budget,
-            "start_ffn_per_token",
+            config,
+            "moe.budget.start_ffn_per_token",
             "without moe.budget.target_ffn_per_token or controller",
             "set one of them, or leave it out",
         )
@@ -154,9 +150,8 @@ def _sequence_parallel_without_tensor_parallel(config: Config) -> Iterator[Probl
     """Sequence parallelism splits over the tensor-parallel ranks."""
     if config.parallel.tensor_model_parallel_size == 1:
         yield from _ignored(
-            "parallel",
-            config.parallel,
-            "sequence_parallel",
+            config,
+            "parallel.sequence_parallel",
             "with parallel.tensor_model_parallel_size 1",
             "set it to false, or use more tensor-parallel ranks",
         )
@@ -168,17 +163,15 @@ def _recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
     if training.recompute_granularity is None:
         for key in ("recompute_method", "recompute_num_layers", "recompute_modules"):
             yield from _ignored(
-                "training",
-                training,
-                key,
+                config,
+                f"training.{key}",
                 "without training.recompute_granularity",
                 "set training.recompute_granularity, or leave it out",
             )
     elif training.recompute_granularity == "full":
         yield from _ignored(
-            "training",
-            training,
-            "recompute_modules",
+            config,
+            "training.recompute_modules",
             "with training.recompute_granularity full",
             "use selective, or leave it out",
         )
@@ -200,18 +193,13 @@ def _fp8_settings_without_use(config: Config) -> Iterator[Problem]:
     if precision.recipe != "delayed":
         for key in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
             yield from _ignored(
-                "precision",
-                precision,
-                key,
-                "without precision.fp8_recipe delayed",
-                "leave it out",
+                config, f"precision.{key}", "without precision.fp8_recipe delayed", "leave it out"
             )
     if not precision.first_last_layers_bf16:
         for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
             yield from _ignored(
-                "precision",
-                precision,
-                key,
+                config,
+                f"precision.{key}",
                 "without precision.first_last_layers_bf16",
                 "set precision.first_last_layers_bf16 to true, or leave it out",
             )
@@ -222,9 +210,8 @@ def _schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
     if config.optimizer.decay_style == "constant":
         for key in ("min_lr", "decay_iters"):
             yield from _ignored(
-                "optimizer",
-                config.optimizer,
-                key,
+                config,
+                f"optimizer.{key}",
                 "with optimizer.decay_style constant",
                 "use cosine or linear, or leave it out",
             )
@@ -234,25 +221,22 @@ def _intervals_of_nothing(config: Config) -> Iterator[Problem]:
     """Validation without batches; checkpoints that are not written or not read."""
     if config.training.eval_iters == 0:
         yield from _ignored(
-            "training",
-            config.training,
-            "eval_interval",
+            config,
+            "training.eval_interval",
             "with training.eval_iters 0",
             "set training.eval_iters above 0, or leave it out",
         )
     if config.checkpoint.save_interval == 0:
         yield from _ignored(
-            "checkpoint",
-            config.checkpoint,
-            "keep",
+            config,
+            "checkpoint.keep",
             "with checkpoint.save_interval 0",
             "set checkpoint.save_interval above 0, or leave it out",
         )
     if config.checkpoint.load is None:
         yield from _ignored(
-            "checkpoint",
-            config.checkpoint,
-            "load_optimizer",
+            config,
+            "checkpoint.load_optimizer",
             "with checkpoint.load null",
             "set checkpoint.load, or leave it out",
         )
@@ -263,7 +247,7 @@ def _settings_of_what_is_off(config: Config) -> Iterator[Problem]:
     resilience = config.resilience
     off = {
         "guard": ("guard_window", "guard_threshold", "guard_max_consecutive_skips",
-                  "guard_max_rollbacks"),
+                  "guard_max_rollbacks", "guard_new_data"),
         "hang_timeout_s": ("hang_slow_phase_timeout_s",),
         "straggler_interval": ("straggler_threshold",),
     }  # fmt: skip
@@ -273,9 +257,8 @@ def _settings_of_what_is_off(config: Config) -> Iterator[Problem]:
             continue
         for key in keys:
             yield from _ignored(
-                "resilience",
-                resilience,
-                key,
+                config,
+                f"resilience.{key}",
                 f"with resilience.{switch} {show(value)}",
                 f"switch resilience.{switch} on, or leave it out",
             )
@@ -285,9 +268,8 @@ def _rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
     """Rolling back needs a checkpoint of this run."""
     if config.resilience.guard and config.checkpoint.save_interval == 0:
         yield from _ignored(
-            "resilience",
-            config.resilience,
-            "guard_max_rollbacks",
+            config,
+            "resilience.guard_max_rollbacks",
             "with checkpoint.save_interval 0",
             "set checkpoint.save_interval above 0, or leave it out",
         )
@@ -297,9 +279,8 @@ def _profiled_ranks_without_steps(config: Config) -> Iterator[Problem]:
     """Ranks record nothing if no steps are given."""
     if not config.training.profile_steps:
         yield from _ignored(
-            "training",
-            config.training,
-            "profile_ranks",
+            config,
+            "training.profile_ranks",
             "without training.profile_steps",
             "name some steps, or leave it out",
         )
@@ -311,7 +292,7 @@ def _wandb_settings_without_project(config: Config) -> Iterator[Problem]:
     if wandb.project is None:
         for key in ("entity", "mode"):
             reason = "without observe.wandb.project"
-            yield from _ignored("observe.wandb", wandb, key, reason, "name a project")
+            yield from _ignored(config, f"observe.wandb.{key}", reason, "name a project")
 
 
 def _guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
@@ -320,18 +301,18 @@ def _guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
     if guard.enabled is False:
         for key in ("dry_run", "rules"):
             reason = "with routing_guard.enabled false"
-            yield from _ignored("routing_guard", guard, key, reason, "leave enabled out")
+            yield from _ignored(config, f"routing_guard.{key}", reason, "leave enabled out")
     kinds = {"token_ids": "ids", "share": "high_loss", "decay": "high_loss"}
     for key, kind in kinds.items():
         if guard.force_ffn.tokens != kind:
             reason = f"with routing_guard.force_ffn.tokens {guard.force_ffn.tokens}"
             section = "routing_guard.force_ffn"
-            yield from _ignored(section, guard.force_ffn, key, reason, f"use tokens {kind}")
+            yield from _ignored(config, f"{section}.{key}", reason, f"use tokens {kind}")
 
 
 RULES = (
     _routing_without_object,
-    _constant_settings_without_constants,
+    _settings_of_absent_experts,
     _flex_settings_without_flex,
     _deduplication_without_duplicates,
     _kernels_of_the_vanilla_layer,

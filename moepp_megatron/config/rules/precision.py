@@ -14,7 +14,7 @@ from moepp_megatron.config.schema import Config
 
 # Sides of an FP8 GEMM are multiples of this many values, under each recipe that Hopper has
 # (Transformer Engine 2.20, `autocast` and `get_align_size_for_quantization`).
-FP8_ALIGNMENT = 16
+_FP8_ALIGNMENT = 16
 
 
 def _fp8_rests_on_bf16(config: Config) -> Iterator[Problem]:
@@ -62,14 +62,14 @@ def _fp8_widths_are_aligned(config: Config) -> Iterator[Problem]:
     model, moe = config.model, config.moe
     tp, etp = config.parallel.tensor_model_parallel_size, config.parallel.expert_tensor_size
     name = f"{'moe' if moe.ffn_hidden_size is not None else 'model'}.ffn_hidden_size"
-    widths = {("model.hidden_size", model.hidden_size): FP8_ALIGNMENT}
-    widths[name, config.expert_ffn_hidden_size] = FP8_ALIGNMENT * etp
+    widths = {("model.hidden_size", model.hidden_size): _FP8_ALIGNMENT}
+    widths[name, config.expert_ffn_hidden_size] = _FP8_ALIGNMENT * etp
     if moe.shared_expert_ffn_hidden_size is not None:
         key = ("moe.shared_expert_ffn_hidden_size", moe.shared_expert_ffn_hidden_size)
-        widths[key] = FP8_ALIGNMENT * tp
+        widths[key] = _FP8_ALIGNMENT * tp
     if not all(moe.moe_layer_pattern(model.num_layers)):
         key = ("model.ffn_hidden_size", model.ffn_hidden_size)
-        widths[key] = max(FP8_ALIGNMENT * tp, widths.get(key, 0))
+        widths[key] = max(_FP8_ALIGNMENT * tp, widths.get(key, 0))
     for (name, value), divisor in widths.items():
         yield from must_divide(name, value, divisor, f"{divisor} for FP8")
 
@@ -77,7 +77,7 @@ def _fp8_widths_are_aligned(config: Config) -> Iterator[Problem]:
 def _fp8_heads_are_aligned(config: Config) -> Iterator[Problem]:
     """The shards of the projections around attention are multiples of 16 too."""
     model, ranks = config.model, config.parallel.tensor_model_parallel_size
-    if config.precision.fp8 is None or model.hidden_size % FP8_ALIGNMENT:
+    if config.precision.fp8 is None or model.hidden_size % _FP8_ALIGNMENT:
         return
     if model.latent_attention is not None:
         return  # refused by another rule
@@ -88,11 +88,11 @@ def _fp8_heads_are_aligned(config: Config) -> Iterator[Problem]:
         ("query", heads * model.head_dim),
         ("query, key and value", (heads + 2 * groups) * model.head_dim),
     ):
-        if channels % FP8_ALIGNMENT:
+        if channels % _FP8_ALIGNMENT:
             yield Problem(
                 "model.num_attention_heads",
                 model.num_attention_heads,
-                f"must give every rank a multiple of {FP8_ALIGNMENT} {what} channels for FP8, "
+                f"must give every rank a multiple of {_FP8_ALIGNMENT} {what} channels for FP8, "
                 f"not {channels} (heads of {model.head_dim}, "
                 f"parallel.tensor_model_parallel_size {ranks})",
                 "use heads of 16 channels or more (model.kv_channels), or fewer ranks",
@@ -112,14 +112,14 @@ def _fp8_tokens_are_aligned(config: Config) -> Iterator[Problem]:
     if parallel.uses_sequence_parallel:
         ranks *= parallel.tensor_model_parallel_size
     tokens = config.model.seq_length // ranks * training.micro_batch_size
-    if config.model.seq_length % ranks == 0 and tokens % FP8_ALIGNMENT:
+    if config.model.seq_length % ranks == 0 and tokens % _FP8_ALIGNMENT:
         yield Problem(
             "model.seq_length",
             config.model.seq_length,
-            f"must give every rank a multiple of {FP8_ALIGNMENT} tokens for FP8, not {tokens} "
+            f"must give every rank a multiple of {_FP8_ALIGNMENT} tokens for FP8, not {tokens} "
             f"(training.micro_batch_size {training.micro_batch_size}, sequences split over "
             f"{ranks} ranks)",
-            f"use a multiple of {FP8_ALIGNMENT * ranks}",
+            f"use a multiple of {_FP8_ALIGNMENT * ranks}",
         )
 
 

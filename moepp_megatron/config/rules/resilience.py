@@ -8,17 +8,17 @@ from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Config
 
 # The watchdog looks at its rank a few times within the timeout; less is mostly scheduling noise.
-SHORTEST_HANG_TIMEOUT_S = 1.0
+_SHORTEST_HANG_TIMEOUT_S = 1.0
 
 
 def _hang_timeout_is_measurable(config: Config) -> Iterator[Problem]:
     """The timeout is off, or longer than the delays of a busy machine."""
     timeout = config.resilience.hang_timeout_s
-    if 0 < timeout < SHORTEST_HANG_TIMEOUT_S:
+    if 0 < timeout < _SHORTEST_HANG_TIMEOUT_S:
         yield Problem(
             "resilience.hang_timeout_s",
             timeout,
-            f"must be 0 (off) or at least {show(SHORTEST_HANG_TIMEOUT_S)}",
+            f"must be 0 (off) or at least {show(_SHORTEST_HANG_TIMEOUT_S)}",
             "use 600.0, or 0.0 to switch hang detection off",
         )
 

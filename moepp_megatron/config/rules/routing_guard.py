@@ -96,7 +96,7 @@ def _guard_rules_clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
 
 
 def _guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
-    """A rule needs its metric: router health and the profile can be switched off."""
+    """A rule needs its metric: router health and expert usage can be switched off."""
     is_off = {
         "observe.health_interval": config.observe.health_interval == 0,
         "training.cuda_graphs": "moe_router" in config.training.cuda_graphs,

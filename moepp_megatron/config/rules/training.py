@@ -11,7 +11,7 @@ from moepp_megatron.config.split import parse_split
 
 # megatron-core knows one more (gdn_norm_out), for attention we do not build. `mla_up_proj` has a
 # rule of its own, in `rules.latent_attention`.
-RECOMPUTE_MODULES = (
+_RECOMPUTE_MODULES = (
     "core_attn",
     "layernorm",
     "mla_up_proj",
@@ -97,8 +97,8 @@ def _selective_recompute_names_modules(config: Config) -> Iterator[Problem]:
                 "must be null with training.recompute_granularity selective",
                 f"set training.{key} to null, or training.recompute_granularity to full",
             )
-    known = ", ".join(RECOMPUTE_MODULES)
-    if not training.recompute_modules or set(training.recompute_modules) - set(RECOMPUTE_MODULES):
+    known = ", ".join(_RECOMPUTE_MODULES)
+    if not training.recompute_modules or set(training.recompute_modules) - set(_RECOMPUTE_MODULES):
         yield Problem(
             "training.recompute_modules",
             training.recompute_modules,

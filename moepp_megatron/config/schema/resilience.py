@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from moepp_megatron.config.schema.section import Section, unit
@@ -12,8 +14,8 @@ class ResilienceSection(Section):
 
     guard: bool = Field(
         default=True,
-        description="Skip steps whose loss or gradients are not finite or whose loss jumps; costs "
-        "one all-reduce of three numbers a step",
+        description="Skip batches whose loss or gradients are not finite or whose loss jumps; "
+        "costs a reduction and a broadcast of three numbers a step",
         json_schema_extra=unit("-"),
     )
     guard_window: int = Field(
@@ -34,15 +36,22 @@ class ResilienceSection(Section):
     guard_max_consecutive_skips: int = Field(
         default=5,
         ge=1,
-        description="Steps skipped in a row after which the newest checkpoint is loaded; more than "
-        "a damaged file spoils, few enough not to wait on a model that is already broken",
-        json_schema_extra=unit("steps"),
+        description="Batches refused in a row after which their cause is sought (docs/guard.md); "
+        "more than a damaged file spoils, few enough not to wait on a model that is already broken",
+        json_schema_extra=unit("batches"),
+    )
+    guard_new_data: Literal["accept", "pause", "stop"] = Field(
+        default="accept",
+        description="What is done if it is that the data have changed: such batches are taken from "
+        "then on, the run saves and ends with exit status 75, or it ends as after a failure; each "
+        "with an alert",
+        json_schema_extra=unit("-"),
     )
     guard_max_rollbacks: int = Field(
         default=3,
         ge=0,
-        description="Rollbacks in a row, without a step beyond the failing one, before the run "
-        "fails; 0 fails at once",
+        description="Rollbacks in a row to the newest checkpoint, where the model is damaged, "
+        "without a step beyond the failing one, before the run fails; 0 fails at once",
         json_schema_extra=unit("rollbacks"),
     )
     divergence_interval: int = Field(

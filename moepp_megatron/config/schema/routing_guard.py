@@ -122,12 +122,12 @@ class ForceFFNSection(Section):
 
 
 class ShiftSection(Section):
-    """The routing profile, and the distance from its reference that counts as a shift."""
+    """The expert usage, and the distance from its reference that counts as a shift."""
 
     window: int = Field(
         default=10,
         ge=0,
-        description="Steps that one profile is taken over; 0 takes none",
+        description="Steps that expert usage is counted over; 0 counts none",
         json_schema_extra=unit("steps"),
     )
     reference: ConfigPath | None = Field(
@@ -238,7 +238,7 @@ class RoutingGuardSection(Section):
         default_factory=ForceFFNSection, description="Tokens of the action force_ffn"
     )
     shift: ShiftSection = Field(
-        default_factory=ShiftSection, description="Routing profile and shift of the data"
+        default_factory=ShiftSection, description="Expert usage and shift of the data"
     )
 
     @property

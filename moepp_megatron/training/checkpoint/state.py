@@ -66,7 +66,7 @@ def saved_state(model: TrainingModel) -> dict[str, Any]:
     dtypes = _dtypes(state)
     optimizer = _optimizer_state(model, state, is_loading=False)
     state["optimizer"] = _without_copies(optimizer, dtypes)
-    state["optimizer_steps"] = optimizer_steps(model)
+    state["optimizer_steps"] = _optimizer_steps(model)
     state["schedule_steps"] = model.scheduler.num_steps
     # Read back in any precision, and without Transformer Engine. Last, because the optimizer knows
     # the weights that it holds state of as objects.
@@ -121,7 +121,7 @@ def apply_model_state(models: list[GPTModel], loaded: dict[str, Any]) -> None:
             model.load_state_dict(state)
 
 
-def optimizer_steps(model: TrainingModel) -> int:
+def _optimizer_steps(model: TrainingModel) -> int:
     """Steps that the optimizer has taken; fewer than the run's where some were skipped."""
     for inner in (chained.optimizer for chained in _chained(model) if chained.optimizer):
         for entry in inner.state.values():

@@ -192,7 +192,7 @@ class RoutingGuard:
         shift: ShiftReading | None = None,
         explain: Callable[[], ShiftStory | None] = lambda: None,
     ) -> GuardVerdict:
-        """Judge `step`, once the optimizer has acted; a collective.
+        """Judge `step`, once the optimizer has acted, or a batch refused after it; a collective.
 
         Args:
             step: The step.
@@ -201,7 +201,7 @@ class RoutingGuard:
             shift: What is known of a shift; None if none is judged.
             explain: Says what a shift is about; a collective.
         """
-        if self._high_loss is not None:
+        if self._high_loss is not None and result.updated:
             self._high_loss.end_step()
         if step <= self._settings.warmup:
             return NOTHING
@@ -235,9 +235,17 @@ class RoutingGuard:
         Returns:
             The alerts for the ends of other actions.
         """
-        ended = [event for event in self._judge.forget() if event.action != "rollback"]
         self._load(state or {})
-        return [told(event, step, False, "went back to a checkpoint") for event in ended]
+        return self._forget(step, "went back to a checkpoint")
+
+    def announce_stage(self, step: int) -> list[Alert]:
+        """Reset all rules, because other data follow after `step`; the alerts are of ends."""
+        self._past = Past(len(self._layers))
+        return self._forget(step, "new stage")
+
+    def _forget(self, step: int, note: str) -> list[Alert]:
+        ended = [event for event in self._judge.forget() if event.action != "rollback"]
+        return [told(event, step, not self._settings.acts, note) for event in ended]
 
     def _read(self, result: StepResult, loss: BatchLoss, shift: ShiftReading | None) -> Values:
         """This step's values of the metrics that rules use."""
@@ -252,14 +260,15 @@ class RoutingGuard:
         if self._metrics & RECORDED.keys():
             fields = self._routing.collect()
             values |= {name: cast(float, fields[name]) for name in RECORDED if name in fields}
-        values["grad_norm"] = result.grad_norm
-        values["loss"] = loss.mean
+        # Those of a refused batch are not the model's: the numerical guard has judged them.
+        if result.updated:
+            values |= {"grad_norm": result.grad_norm, "loss": loss.mean}
         if shift is not None:
             values |= {"routing_shift": shift.routing, "loss_shift": shift.loss}
         values = dict(from_first_rank(values))
         shares = cast(Sequence[float], values["ffn_fraction"])
-        past = self._past.add(shares, cast(float, values.get("grad_norm", math.nan)), loss.mean)
-        return {**values, **past}
+        own = (cast(float, values.get(name, math.nan)) for name in ("grad_norm", "loss"))
+        return {**values, **self._past.add(shares, *own)}
 
     def metrics(self) -> dict[str, Any]:
         """Fields of the record of the step that is under way or has just been taken."""

@@ -7,7 +7,8 @@ flight_recorder.py    torch's flight recorder: which collectives a rank has begu
 hang_report.py        finds the rank that holds up the others, from the heartbeats of all ranks
 heartbeat.py          one small file a rank, which others read when nothing moves
 kernel_stragglers.py  slow GPUs, found by comparing how long the same kernels take on each rank
-numerical_guard.py    decides, on all ranks alike, whether a step may change the model
+numerical_guard.py    decides, on all ranks alike, whether a batch may change the model
+refused_batches.py    why batches were refused in a row: the model, the numbers, or the data
 stragglers.py         which rank is slower than the others
 supervisor.py         everything that watches over a run, as one object for the training loop
 watchdog.py           A thread that ends a run which makes no progress any more

@@ -13,7 +13,7 @@ FIRST_STEP = "first step"
 
 
 @dataclass(frozen=True)
-class Moment:
+class _Moment:
     """One entry into a phase. Replaced as a whole, so that readers need no lock.
 
     Attributes:
@@ -34,13 +34,13 @@ class Activity:
     """The present phase of the training thread."""
 
     def __init__(self) -> None:
-        self.now = Moment(0, "start", 0, time.monotonic())
+        self.now = _Moment(0, "start", 0, time.monotonic())
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Begin a phase; counts as progress."""
         before = self.now
         number = before.step if step is None else step
-        self.now = Moment(number, phase, before.count + 1, time.monotonic())
+        self.now = _Moment(number, phase, before.count + 1, time.monotonic())
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

@@ -1,11 +1,11 @@
-"""Decides, on all ranks alike, whether a step may change the model."""
+"""Decides, on all ranks alike, whether a batch may change the model."""
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.config.schema import ResilienceSection
-
-logger = logging.getLogger(__name__)
+from moepp_megatron.training.resilience.refused_batches import (
+    BatchEvidence,
+    Cause,
+    num_needed,
+)
 
 # The median absolute deviation of normally distributed values is their standard deviation / 1.4826.
 _MAD_TO_STD = 1.4826
@@ -26,51 +29,113 @@ _SHARE_BEFORE_SPIKES = 4
 
 
 class NumericalFailureError(RuntimeError):
-    """Too many steps in a row were refused, and going back did not help or is impossible."""
+    """Too many batches in a row were refused, and nothing else could be done."""
 
 
 class NumericalGuard:
-    """Refuses steps with non-finite loss or gradients, or with a loss spike.
+    """Refuses batches with non-finite loss or gradients, or with a loss spike.
 
-    The decision follows from sums over all ranks and from the losses accepted before, which every
-    rank has; so all ranks decide alike.
+    The decision follows from rank 0's sums over all ranks and from the losses accepted before,
+    which every rank has; so all ranks decide alike.
 
     Args:
         settings: Section `resilience`.
 
     Attributes:
-        recent_losses: Accepted losses, the newest last, at most `guard_window`. Whoever keeps
-            checkpoints sets it, so that a resumed run judges as an unbroken one.
-        last_reason: Why the newest refused step was refused.
+        recent_losses: Accepted losses, the newest last, at most `guard_window`.
+        recent_samples: First samples of the batches accepted, the newest last, at most as many.
+        refused: The batches refused in a row, the newest last, as far as they have been noted.
+        last_loss: Loss of the batch judged last, over all ranks; NaN where it or the gradients are
+            not finite.
+        last_reason: Why the newest refused batch was refused.
     """
 
     def __init__(self, settings: ResilienceSection) -> None:
         self._settings = settings
         self.recent_losses: list[float] = []
+        self.recent_samples: list[int] = []
+        self.refused: list[BatchEvidence] = []
+        self.last_loss = math.nan
         self.last_reason = ""
-        self._skips_in_a_row = 0
         self._rollbacks_in_a_row = 0
         self._failed_at_step = 0
 
+    def state(self) -> dict[str, Any]:
+        """The state for a checkpoint, the same on every rank; later steps do not change it."""
+        return {
+            "recent_losses": list(self.recent_losses),
+            "recent_samples": list(self.recent_samples),
+            "refused_batches": [batch.state() for batch in self.refused],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, which may lack entries; so {} begins anew."""
+        self.recent_losses = list(state.get("recent_losses", ()))
+        self.recent_samples = list(state.get("recent_samples", ()))
+        refused = state.get("refused_batches", ())
+        self.refused = [BatchEvidence.from_state(batch) for batch in refused]
+
     def refuses(self, losses: Tensor, grad_norm: float) -> bool:
-        """Judge a step before the optimizer acts; every rank must call.
+        """Judge a batch before the optimizer acts; every rank must call.
 
         Args:
             losses: [2] this rank's sum of token losses and number of tokens.
             grad_norm: Gradient norm as this rank knows it.
         """
-        reason = self._reason(losses, grad_norm)
-        if reason is None:
-            self._skips_in_a_row = 0
-            return False
-        self._skips_in_a_row += 1
-        self.last_reason = reason
-        return True
+        self.last_loss = loss = global_loss(losses, grad_norm)
+        if not math.isfinite(loss):
+            self.last_reason = _describe_non_finite(losses, grad_norm)
+            return True
+        if not self.is_usual(loss):
+            score = robust_z_score(loss, self.recent_losses)
+            self.last_reason = f"loss {loss:.4f} is a spike: robust z-score {score:.1f}"
+            return True
+        self.forget_refused()
+        self.recent_losses.append(loss)
+        del self.recent_losses[: -self._settings.guard_window]
+        return False
+
+    def is_usual(self, loss: float) -> bool:
+        """Whether a finite loss is no spike beside the recent ones."""
+        recent, settings = self.recent_losses, self._settings
+        if len(recent) * _SHARE_BEFORE_SPIKES < settings.guard_window:
+            return True
+        return robust_z_score(loss, recent) < settings.guard_threshold
+
+    def note_refused(self, selections_LE: Tensor) -> bool:
+        """Note how the batch just refused was routed.
+
+        Args:
+            selections_LE: [MoE layers, E] float64 over all ranks.
+
+        Returns:
+            Whether so many in a row were refused that their cause must be found.
+        """
+        self.refused.append(BatchEvidence(self.last_loss, selections_LE))
+        return len(self.refused) >= self._settings.guard_max_consecutive_skips
+
+    def note_accepted(self, first_sample: int) -> None:
+        """Note where in the data the batch just accepted begins."""
+        self.recent_samples = [*self.recent_samples, first_sample][-self._settings.guard_window :]
 
     @property
-    def must_roll_back(self) -> bool:
-        """Whether so many steps in a row were refused that the model itself is suspect."""
-        return self._skips_in_a_row >= self._settings.guard_max_consecutive_skips
+    def samples_to_replay(self) -> list[int]:
+        """First samples of those accepted batches that tell whether the model is at fault."""
+        return self.recent_samples[-num_needed(len(self.refused)) :]
+
+    def action(self, cause: Cause) -> Literal["rollback", "accept", "pause", "stop"]:
+        """What is done about batches refused in a row, by their cause."""
+        if cause == "model":
+            return "rollback"
+        return self._settings.guard_new_data if cause == "data" else "stop"
+
+    def accept_refused(self) -> None:
+        """Take batches like the refused ones from now on: their losses are the usual ones."""
+        self.load({"recent_losses": [batch.loss for batch in self.refused]})
+
+    def forget_refused(self) -> None:
+        """The next refused batch is the first in a row."""
+        self.refused = []
 
     def begin_rollback(self, step: int, has_checkpoint: bool) -> None:
         """Count a rollback from `step`.
@@ -80,8 +145,8 @@ class NumericalGuard:
         """
         if step > self._failed_at_step:
             self._rollbacks_in_a_row = 0
-        skips, most = self._skips_in_a_row, self._settings.guard_max_rollbacks
-        what = f"{skips} steps in a row after step {step} were refused ({self.last_reason})"
+        skips, most = len(self.refused), self._settings.guard_max_rollbacks
+        what = f"{skips} batches in a row after step {step} were refused ({self.last_reason})"
         if not has_checkpoint:
             raise NumericalFailureError(
                 f"{what} and there is no checkpoint to go back to; set checkpoint.save_interval, "
@@ -95,34 +160,27 @@ class NumericalGuard:
             )
         self._rollbacks_in_a_row += 1
         self._failed_at_step = max(self._failed_at_step, step)
-        self._skips_in_a_row = 0
-
-    def _reason(self, losses: Tensor, grad_norm: float) -> str | None:
-        """Why the step is refused, or None; accepted losses join `recent_losses`."""
-        loss, num_bad_ranks = _over_all_ranks(losses, grad_norm)
-        if num_bad_ranks > 0 or not math.isfinite(loss):
-            return _describe_non_finite(losses, grad_norm)
-        recent, settings = self.recent_losses, self._settings
-        if len(recent) * _SHARE_BEFORE_SPIKES >= settings.guard_window:
-            score = robust_z_score(loss, recent)
-            if score >= settings.guard_threshold:
-                return f"loss {loss:.4f} is a spike: robust z-score {score:.1f}"
-        recent.append(loss)
-        del recent[: -settings.guard_window]
-        return None
 
 
-def _over_all_ranks(losses: Tensor, grad_norm: float) -> tuple[float, int]:
-    """The token mean of the loss, and how many ranks see a number that is not finite."""
+def global_loss(losses: Tensor, grad_norm: float) -> float:
+    """The token mean of the loss; NaN if it or the gradients of any rank are not finite.
+
+    A collective: the sums are rank 0's, so that all ranks have the same bits.
+
+    Args:
+        losses: [2] this rank's sum of token losses and number of tokens.
+        grad_norm: Gradient norm as this rank knows it.
+    """
     is_bad = not (bool(losses.isfinite().all()) and math.isfinite(grad_norm))
     # Tensor-parallel ranks hold the same tokens: only the first of each group counts.
     counts = parallel_state.get_tensor_model_parallel_rank() == 0
     total, count = losses.tolist() if counts and not is_bad else (0.0, 0.0)
     sums = torch.tensor([total, count, float(is_bad)], dtype=torch.float64)
     sums = sums.to(torch.cuda.current_device())
-    dist.all_reduce(sums)
+    dist.reduce(sums, dst=0)
+    dist.broadcast(sums, src=0)
     total, count, num_bad_ranks = sums.tolist()
-    return (total / count if count > 0 else math.nan), int(num_bad_ranks)
+    return total / count if count > 0 and num_bad_ranks == 0 else math.nan
 
 
 def _describe_non_finite(losses: Tensor, grad_norm: float) -> str:

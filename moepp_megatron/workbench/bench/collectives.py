@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 import torch.distributed as dist
 
+from moepp_megatron.config import UnfitError
 from moepp_megatron.workbench.bench.collective_cases import KINDS, Buffers, Case, RankGroup
 from moepp_megatron.workbench.profiling.collective import Operation, bus_factor
 
@@ -98,6 +100,31 @@ def default_group_sizes(world_size: int) -> list[int]:
     """Powers of two that divide the world, and the world itself."""
     powers = [2**k for k in range(1, world_size.bit_length()) if world_size % 2**k == 0]
     return sorted({*powers, world_size})
+
+
+def check_memory(largest: int, local_ranks: int, device: str) -> None:
+    """Refuse sizes that this machine cannot hold.
+
+    Args:
+        largest: Bytes of the largest message.
+        local_ranks: Ranks of this machine.
+        device: Type of their devices.
+
+    Raises:
+        UnfitError: They are too large.
+    """
+    # Three buffers, and while they are filled or checked about as many integers of 8 bytes.
+    wanted = 3 * largest + 4 * largest
+    there = (
+        torch.cuda.mem_get_info()[0]
+        if device == "cuda"
+        else psutil.virtual_memory().available // local_ranks
+    )
+    if wanted > there:
+        raise UnfitError(
+            f"--max ({largest} bytes) must leave room for about seven times as much per rank, and "
+            f"{there} bytes are free; use a smaller one"
+        )
 
 
 def run_collectives(

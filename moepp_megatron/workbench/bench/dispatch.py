@@ -89,36 +89,38 @@ def run_dispatch_benchmark(
     progress: Callable[[], object] = lambda: None,
 ) -> list[DispatchResult]:
     """One result per dispatcher; every rank must call, groups must not exist yet."""
-    rivals, dtype = _rivals(setting)
+    variants, dtype = _variants(setting)
     shape = (setting.tokens, 1, setting.hidden_size)
     hidden = torch.randn(shape, dtype=dtype, device=torch.cuda.current_device())
     with SentBytes(setting.hidden_size).counting() as sent:
         for index in range(warmup + rounds):
-            first = index % len(rivals)
-            for rival in rivals[first:] + rivals[:first]:
-                times = rival.round(hidden, sent)
+            first = index % len(variants)
+            for variant in variants[first:] + variants[:first]:
+                times = variant.round(hidden, sent)
                 if index >= warmup:
                     for part, seconds in times.items():
-                        rival.times[part].append(seconds)
+                        variant.times[part].append(seconds)
             progress()
-    return [_result(rival, rivals[0], setting, hidden.element_size()) for rival in rivals]
+    return [_result(variant, variants[0], setting, hidden.element_size()) for variant in variants]
 
 
-def _result(rival: Rival, vanilla: Rival, setting: DispatchSetting, width: int) -> DispatchResult:
+def _result(
+    variant: _Variant, vanilla: _Variant, setting: DispatchSetting, width: int
+) -> DispatchResult:
     ranks, row = dist.get_world_size(), setting.hidden_size * width
-    wanted = rival.vectors_wanted() * row
-    assert rival.vectors == wanted, f"{rival.name} sent {rival.vectors} bytes, not {wanted}"
+    wanted = variant.vectors_wanted() * row
+    assert variant.vectors == wanted, f"{variant.name} sent {variant.vectors} bytes, not {wanted}"
     mine, theirs = (
-        [sum(parts) for parts in zip(*r.times.values(), strict=True)] for r in (rival, vanilla)
+        [sum(parts) for parts in zip(*r.times.values(), strict=True)] for r in (variant, vanilla)
     )
-    share = 1.0 if rival.name == "vanilla" else setting.phi
+    share = 1.0 if variant.name == "vanilla" else setting.phi
     return DispatchResult(
-        dispatcher=rival.name,
+        dispatcher=variant.name,
         ep=ranks,
-        vector_bytes=rival.vectors,
+        vector_bytes=variant.vectors,
         formula_bytes=2 * setting.tokens * setting.topk * share * row * (1 - 1 / ranks),
-        metadata_bytes=rival.metadata,
-        parts_ms={part: statistics.median(rival.times[part]) * 1e3 for part in PARTS},
+        metadata_bytes=variant.metadata,
+        parts_ms={part: statistics.median(variant.times[part]) * 1e3 for part in PARTS},
         total_ms=statistics.median(mine) * 1e3,
         time_of_vanilla=statistics.median(m / t for m, t in zip(mine, theirs, strict=True)),
     )
@@ -174,7 +176,7 @@ class SentBytes:
 
 
 @dataclass
-class Rival:
+class _Variant:
     """A dispatcher, the selections that it carries out, and its measurements.
 
     Attributes:
@@ -246,7 +248,7 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return result, seconds.item()
 
 
-def _rivals(setting: DispatchSetting) -> tuple[list[Rival], torch.dtype]:
+def _variants(setting: DispatchSetting) -> tuple[list[_Variant], torch.dtype]:
     """The three dispatchers on one expert-parallel group of all ranks."""
     ranks = dist.get_world_size()
     config = parse_config(
@@ -277,9 +279,9 @@ def _rivals(setting: DispatchSetting) -> tuple[list[Rival], torch.dtype]:
         build_dispatcher(local, indices, megatron, groups, deduplicate=deduplicate)
         for deduplicate in (False, True)
     )
-    rivals = [
-        Rival("vanilla", vanilla, every),
-        Rival("plain", plain, some),
-        Rival("dedup", dedup, some),
+    variants = [
+        _Variant("vanilla", vanilla, every),
+        _Variant("plain", plain, some),
+        _Variant("dedup", dedup, some),
     ]
-    return rivals, params_dtype(config)
+    return variants, params_dtype(config)

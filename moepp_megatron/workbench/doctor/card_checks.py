@@ -49,7 +49,7 @@ def faults(card: GPUState, judge: Judge) -> Finding | None:
         Severity.ERROR,
         f"{subject(card)}: {', '.join(card.faults)}",
         "every query must be answered",
-        "look for NVRM Xid lines in dmesg, drain the node, reset the card or reboot",
+        "look for NVRM Xid lines in dmesg, drain the node, reset the GPU or reboot",
     )
 
 
@@ -75,8 +75,8 @@ def ecc_errors(card: GPUState, judge: Judge) -> Finding | None:
             Severity.ERROR,
             f"{subject(card)}: {card.ecc_uncorrected} uncorrectable since the driver was loaded",
             "must be 0: memory may be wrong",
-            "drain the node and reset the card; if they come back, run dcgmi diag -r 3 and return "
-            "the card",
+            "drain the node and reset the GPU; if they come back, run dcgmi diag -r 3 and return "
+            "the GPU",
         )
     if card.ecc_enabled is False:
         return Finding(
@@ -84,7 +84,7 @@ def ecc_errors(card: GPUState, judge: Judge) -> Finding | None:
             Severity.WARNING,
             f"{subject(card)}: ECC is off",
             "bit flips go unnoticed",
-            "nvidia-smi -e 1, then reset the card",
+            "nvidia-smi -e 1, then reset the GPU",
         )
     return None
 
@@ -98,7 +98,7 @@ def memory_rows(card: GPUState, judge: Judge) -> Finding | None:
             Severity.ERROR,
             f"{subject(card)}: a row could not be remapped",
             "spare rows must be left",
-            "return the card",
+            "return the GPU",
         )
     if (rows is not None and rows.pending) or card.retirement_pending:
         what = "a remapped row" if rows is not None and rows.pending else "a retired page"
@@ -107,7 +107,7 @@ def memory_rows(card: GPUState, judge: Judge) -> Finding | None:
             Severity.ERROR,
             f"{subject(card)}: {what} waits for a reset",
             "broken memory is still in use until then",
-            "reset the card (nvidia-smi -r) or reboot the node",
+            "reset the GPU (nvidia-smi -r) or reboot the node",
         )
     if rows is not None and rows.uncorrectable:
         return Finding(
@@ -121,7 +121,7 @@ def memory_rows(card: GPUState, judge: Judge) -> Finding | None:
             "GPU memory rows",
             Severity.NOTE,
             f"{subject(card)}: {card.retired_pages} retired pages",
-            remedy="works; the card is returned at 60 pages",
+            remedy="works; the GPU is returned at 60 pages",
         )
     return None
 
@@ -135,7 +135,7 @@ def throttling(card: GPUState, judge: Judge) -> Finding | None:
             "GPU throttling",
             Severity.ERROR,
             f"{subject(card)}: {', '.join(hard)}",
-            "the hardware must not slow the card down",
+            "the hardware must not slow the GPU down",
             "check cooling, power supplies and cables of the node (nvidia-smi -q -d PERFORMANCE)",
         )
     soft = [name for bit, name in _SOFTWARE_SLOWDOWN.items() if reasons & bit]
@@ -144,7 +144,7 @@ def throttling(card: GPUState, judge: Judge) -> Finding | None:
             "GPU throttling",
             Severity.WARNING,
             f"{subject(card)}: {', '.join(soft)}",
-            "one slow card slows all ranks",
+            "one slow GPU slows all ranks",
             "nvidia-smi -rgc and -rac lift clocks set by hand; else check cooling",
         )
     return None

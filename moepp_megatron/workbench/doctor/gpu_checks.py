@@ -54,7 +54,7 @@ def check_count(cards: Sequence[GPUState], expected: int | None) -> Finding:
         Severity.ERROR,
         found,
         f"must be {expected}",
-        "look for a card that has left the bus (dmesg, lspci), reboot the node, or ask for fewer",
+        "look for a GPU that has left the bus (dmesg, lspci), reboot the node, or ask for fewer",
     )
 
 
@@ -76,7 +76,7 @@ def check_model(
             Severity.WARNING,
             found,
             "should all be the same",
-            "the slowest card sets the pace of all; use nodes with one kind of card",
+            "the slowest GPU sets the pace of all; use nodes with one kind of GPU",
         )
     if hardware is None:
         return Finding(

@@ -6,7 +6,7 @@ from moepp_megatron.runtime.nvml import GPUState
 from moepp_megatron.workbench.doctor.card_checks import is_loaded, subject
 from moepp_megatron.workbench.doctor.finding import Finding, Judge, Severity
 
-_RESEAT = "reseat card or riser, check BIOS settings of the slot; nvidia-smi -q -d PCIE"
+_RESEAT = "reseat GPU or riser, check BIOS settings of the slot; nvidia-smi -q -d PCIE"
 
 
 def pcie(card: GPUState, judge: Judge) -> Finding | None:
@@ -40,7 +40,7 @@ def nvlink_state(card: GPUState, judge: Judge) -> Finding | None:
             Severity.ERROR,
             f"{subject(card)}: links {', '.join(down)} are down",
             f"all {len(card.links)} links must be up",
-            "restart nvidia-fabricmanager; if it stays, reset all cards or return the node",
+            "restart nvidia-fabricmanager; if it stays, reset all GPUs or return the node",
         )
     expected = judge.hardware.nvlink_links if judge.hardware is not None else 0
     if 0 < len(card.links) < expected:
@@ -49,7 +49,7 @@ def nvlink_state(card: GPUState, judge: Judge) -> Finding | None:
             Severity.ERROR,
             f"{subject(card)}: {len(card.links)} links",
             f"must have {expected}",
-            "restart nvidia-fabricmanager; if it stays, reset all cards or return the node",
+            "restart nvidia-fabricmanager; if it stays, reset all GPUs or return the node",
         )
     return None
 
@@ -69,7 +69,7 @@ def nvlink_errors(card: GPUState, judge: Judge) -> Finding | None:
         f"{subject(card)}: links {', '.join(bad)}: {recoveries} recoveries, "
         f"{repeats} replays and CRC errors since the driver was loaded",
         "recoveries should be 0" if recoveries else "",
-        "reset the card to clear the counters; if they grow again, return the node"
+        "reset the GPU to clear the counters; if they grow again, return the node"
         if recoveries
         else "few are harmless; watch whether they grow",
     )

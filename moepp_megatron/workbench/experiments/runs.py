@@ -9,6 +9,9 @@ DIR/logs/NAME.log  what the ranks of a run have printed, if this machine has sta
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import re
 import signal
 import time
@@ -147,10 +150,11 @@ class RunSet[Run: Named](ABC):
         Raises:
             Interrupted: Stopped from outside; between two runs, too.
             RunFailed: Same as for `do`; the later runs are not begun.
+            ConfigError: Another command is doing runs of this folder.
         """
         missing, failures = self.unfinished(runs), {}
         pace = Pace(sum(map(self.work, missing)))
-        with _interruptible():
+        with self._alone(self.path), _interruptible():
             for run in missing:
                 progress(f"{self.title(run)}{_left(pace.seconds_left)}")
                 began = time.monotonic()
@@ -174,9 +178,13 @@ class RunSet[Run: Named](ABC):
 
         Raises:
             Interrupted: Stopped from outside.
+            ConfigError: Another command is doing this run.
         """
         assert options.output is not None, "a log to find the reason in"
-        status = run_ranks(options, "moepp_megatron.cli.main", arguments)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        # Batch jobs may do other runs of the same folder at the same time.
+        with self._alone(options.output):
+            status = run_ranks(options, "moepp_megatron.cli.main", arguments)
         if status == STOPPED or status > _SIGNALLED:
             raise Interrupted(run.name, status)
         return None if status == 0 else failure_reason(options.output, status)
@@ -197,6 +205,33 @@ class RunSet[Run: Named](ABC):
                 f"--out ({self.path}) must be a folder that can be written ({error.strerror}); "
                 "choose another one"
             ) from None
+
+    @contextmanager
+    def _alone(self, path: Path) -> Iterator[None]:
+        """Hold a folder, or the log of a run, against other commands.
+
+        The lock ends with the process, however that ends. Where the file system has no locks, two
+        commands can work at the same time.
+
+        Raises:
+            ConfigError: Another command holds it.
+        """
+        descriptor = os.open(
+            path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666
+        )
+        try:
+            with contextlib.suppress(OSError):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    what = path.name.removesuffix(".log")
+                    raise ConfigError(
+                        f"--out ({self.path}) must be used by one command at a time, and another "
+                        f"one is at work on {what}; wait for it, or choose another folder"
+                    ) from None
+            yield
+        finally:
+            os.close(descriptor)
 
     def other_settings(self, what: str) -> ConfigError:
         """The error that DIR belongs to other settings; `what` says which."""

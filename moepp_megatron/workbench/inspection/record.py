@@ -33,7 +33,7 @@ class _Pass(NamedTuple):
     gates: np.ndarray
 
 
-class RoutingRecorder:
+class _RoutingRecorder:
     """A context that records the decisions of this rank's routers.
 
     Args:
@@ -53,7 +53,7 @@ class RoutingRecorder:
         self._hooks: list[Any] = []
         self.passes: dict[int, list[_Pass]] = {layer.layer_number: [] for layer in self._layers}
 
-    def __enter__(self) -> RoutingRecorder:
+    def __enter__(self) -> _RoutingRecorder:
         """Start recording."""
         for layer in self._layers:
             self._hooks.append(layer.router.register_forward_hook(self._keep(layer)))
@@ -147,7 +147,7 @@ def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
         fp64, NaN for the first token of each sequence. None elsewhere.
     """
     stages = scoring_stages(request)
-    with RoutingRecorder(stages) as recorder:
+    with _RoutingRecorder(stages) as recorder:
         scores = score_stages(request, stages)
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(_placed(request, recorder), everyone)
@@ -163,7 +163,7 @@ def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
 _Piece = tuple[int, np.ndarray, _Pass]
 
 
-def _placed(request: ScoreRequest, recorder: RoutingRecorder) -> list[_Piece]:
+def _placed(request: ScoreRequest, recorder: _RoutingRecorder) -> list[_Piece]:
     """This rank's decisions with the positions of their tokens; fillers are left out."""
     count, length = request.input_ids.shape
     positions = _positions(request.config.model.seq_length)

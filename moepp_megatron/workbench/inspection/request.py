@@ -197,7 +197,7 @@ def _model(
         "/".join(folder.parts[-3:]),
         f"{len(layers)} MoE layers, hidden {config.model.hidden_size}",
         f"{moe.summary} experts, top-{moe.router_topk}",
-        f"tau {moe.tau:g}" if target is None else f"budget {target:g} FFN experts a token",
+        f"tau {moe.tau:g}" if target is None else f"budget {target:g} FFN experts per token",
     )
     scoring = ScoreRequest.of(folder, config, input_ids, overrides, world_size)
     return InspectedModel(_label(folder, config), facts, moe.counts, layers, moe.ffn_share, scoring)

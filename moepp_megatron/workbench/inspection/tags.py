@@ -42,7 +42,7 @@ def read_tags(path: Path, text: str, is_cut: bool) -> list[TaggedSpan]:
             break
         if begin < 0:
             raise ConfigError(
-                f"--pos-tags ({path}), {place}: {word!r} must stand in the text behind the words "
+                f"--pos-tags ({path}), {place}: {word!r} must be in the text behind the words "
                 "before it; tag the same text, in its order"
             )
         cursor = begin + len(word)

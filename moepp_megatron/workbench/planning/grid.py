@@ -82,6 +82,19 @@ class Grid:
         return self.world // (self.ep * self.etp * self.pp)
 
     @property
+    def splits(self) -> list[str]:
+        """The degrees above 1 of what splits the model and its sequences, such as TP2, EP64."""
+        degrees = {
+            "TP": self.tp,
+            "CP": self.cp,
+            "PP": self.pp,
+            "VPP": self.vpp,
+            "EP": self.ep,
+            "ETP": self.etp,
+        }
+        return [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
+
+    @property
     def recomputes_all(self) -> bool:
         """Whole layers are recomputed."""
         return self.recompute == FULL

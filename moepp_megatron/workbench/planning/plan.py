@@ -24,7 +24,7 @@ from moepp_megatron.workbench.planning.workload import Workload
 _FIRST = 100
 _NEAREST_MISSES = 5
 
-LOSSES = ("work", "recompute", "network", "bubble", "end")
+_LOSSES = ("work", "recompute", "network", "bubble", "end")
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Search:
         misses: (bytes, layout) of those that come closest to fitting.
         legal: Number of legal layouts.
         over: Bytes by which each of the others is too large.
-        lost: Number of layouts that lose most by each of `LOSSES`, against the best.
+        lost: Number of layouts that lose most by each of `_LOSSES`, against the best.
         gaps: The median loss of those, as a share of the best step.
     """
 
@@ -58,7 +58,7 @@ class Plan:
         machine: The kind of GPU.
         routing: Unevenness of the routing.
         layouts: The configured model, best first; layouts that do not fit only if none does.
-        rivals: The best layout of the vanilla model and of each further tau.
+        baselines: The best layout of the vanilla model and of each further tau.
         search: Result of the search.
     """
 
@@ -67,7 +67,7 @@ class Plan:
     machine: Machine
     routing: AssumedRouting
     layouts: list[Planned]
-    rivals: list[Planned]
+    baselines: list[Planned]
     search: Search
 
     @property
@@ -146,16 +146,16 @@ def make_plan(
         raise ConfigError(
             f"--gpus ({world}) must allow a legal layout of this model and of "
             f"training.global_batch_size ({config.training.global_batch_size}); use a number of "
-            "cards that divides the batch, such as a power of two"
+            "GPUs that divides the batch, such as a power of two"
         )
     layouts = _accepted(config, search, world, machine, routing, top)
-    rivals = []
+    baselines = []
     if not config.moe.is_vanilla:
-        rivals += best_layouts(vanilla(config), world, machine, routing)
+        baselines += best_layouts(vanilla(config), world, machine, routing)
         for tau in taus:
             if tau != config.moe.tau:
-                rivals += _best_again(_with_tau(config, tau), search, world, machine, routing)
-    return Plan(config, world, machine, routing, layouts, rivals, search)
+                baselines += _best_again(_with_tau(config, tau), search, world, machine, routing)
+    return Plan(config, world, machine, routing, layouts, baselines, search)
 
 
 def search_layouts(config: Config, world: int, machine: Machine, routing: AssumedRouting) -> Search:
@@ -184,10 +184,10 @@ def search_layouts(config: Config, world: int, machine: Machine, routing: Assume
 
 def _count_losses(search: Search, best: Cost, costs: Sequence[Cost]) -> None:
     """Count by which cost each layout loses most, against the best."""
-    gaps: dict[str, list[float]] = {name: [] for name in LOSSES}
+    gaps: dict[str, list[float]] = {name: [] for name in _LOSSES}
     for cost in costs:
         if cost.total > best.total:
-            excess = {name: getattr(cost, name) - getattr(best, name) for name in LOSSES}
+            excess = {name: getattr(cost, name) - getattr(best, name) for name in _LOSSES}
             gaps[max(excess, key=lambda name: excess[name])].append(cost.total / best.total - 1)
     for name, values in gaps.items():
         if values:
@@ -269,5 +269,5 @@ def check_formats(config: Config, machine: Machine) -> None:
         value = precision.fp8 or precision.dtype
         raise ConfigError(
             f"{name} ({value}) must be a format of {hardware.name}, which has none such; set "
-            "precision.fp8 to null, or plan for another card"
+            "precision.fp8 to null, or plan for another GPU"
         )

@@ -5,8 +5,8 @@ integers because a hundred thousand configurations cannot be built and checked i
 Tests compare both, and every layout that the plan shows has passed the rules themselves.
 
 Left out although legal, because they never win: tensor parallelism beyond a node, context
-parallelism with less than 4,096 tokens a rank, experts split over another number of ranks than 1 or
-TP, stages whose layers are uneven without need.
+parallelism with less than 4,096 tokens per rank, experts split over another number of ranks than 1
+or TP, stages whose layers are uneven without need.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from moepp_megatron.config.hardware import (
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.workbench.planning.workload import Modules
 
-ASSUMED = "h100_sxm"
+_ASSUMED = "h100_sxm"
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ def target_of(config: Config, gpu: str | None = None) -> Target:
         return _named(config.telemetry.hardware, "telemetry.hardware")
     here = _card_here()
     if here is not None:
-        return Target(here, "the card here")
+        return Target(here, "the GPU here")
     if config.precision.dtype == "bf16":
         reason = "assumed for precision.dtype bf16; --gpu NAME for another, --gpu cpu for none"
-        return Target(load_hardware(ASSUMED), reason)
-    return Target(None, "no card here, precision.dtype fp32; --gpu NAME for a card")
+        return Target(load_hardware(_ASSUMED), reason)
+    return Target(None, "no GPU here, precision.dtype fp32; --gpu NAME for a GPU")
 
 
 def _named(name: str, source: str) -> Target:
@@ -82,5 +82,5 @@ def _card_here() -> Hardware | None:
             card = nvml.card(0)
     except NvmlUnavailableError:
         return None
-    name = card.name or "unknown card"
+    name = card.name or "unknown GPU"
     return find_hardware(name) or Hardware(name=name)

@@ -7,6 +7,7 @@ load.py              what all ranks recorded, on one clock
 formats/             torch's profiler, NCCL's profilers, the flight recorder
 measures/            exposure, waiting, bytes, experts' load, links
 analysis.py          all of it together
+recognise.py         what a path holds; the summary of any recording
 document.py          the same as JSON
 perfetto.py          one trace of all ranks
 merge.py             ranks brought onto one clock

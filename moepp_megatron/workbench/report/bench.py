@@ -149,7 +149,7 @@ def print_step(result: TimedStep) -> None:
         box=box.SIMPLE_HEAD,
     )
     table.add_column("model")
-    for name in ("FFN share", "ms a step", "tokens/s", "all-to-all MB"):
+    for name in ("FFN share", "ms per step", "tokens/s", "all-to-all MB"):
         table.add_column(name, justify="right")
     rows = (
         ("vanilla", 1.0, result.vanilla_ms, result.vanilla_a2a_bytes),
@@ -172,7 +172,7 @@ def print_dispatch(setting: DispatchSetting, results: Sequence[DispatchResult]) 
     """Print bytes beside the formula, and times, of each dispatcher."""
     first = results[0]
     table = Table(
-        title=f"Dispatch and combine, EP {first.ep}: {setting.tokens} tokens a rank, hidden "
+        title=f"Dispatch and combine, EP {first.ep}: {setting.tokens} tokens per rank, hidden "
         f"{setting.hidden_size}, {setting.experts} FFN experts, top-{setting.topk}, phi "
         f"{setting.phi:g}, {setting.dtype}",
         title_justify="left",

@@ -131,7 +131,7 @@ def _ffn_share_plot(run: RunData) -> Plot:
 
 def _a2a_plot(run: RunData) -> Plot:
     """All-to-all bytes per step, measured and of the vanilla layer."""
-    title = "All-to-all bytes a step"
+    title = "All-to-all bytes per step"
     caption = (
         "Bytes of hidden vectors that leave their rank through the dispatcher, all ranks and MoE "
         "layers, forward."

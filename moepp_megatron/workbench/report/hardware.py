@@ -46,8 +46,8 @@ def hardware_cards(run: RunData) -> list[Card]:
             for record in records
             if record.energy_j is not None and record.energy_per_token_j
         )
-        note = "cards alone"
+        note = "GPUs alone"
         if tokens > 0:
-            note += f"; {formatting.number(sum(energy) / tokens)} J a token"
+            note += f"; {formatting.number(sum(energy) / tokens)} J per token"
         cards.append(Card("Energy", f"{formatting.number(kwh, 3)} kWh", note))
     return cards

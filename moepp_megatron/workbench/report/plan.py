@@ -166,7 +166,7 @@ def _models(plan: Plan, tokens: float, price: float | None) -> Table:
     table.add_column("layout")
     best = plan.best
     assert best is not None, "only a plan with a layout that fits is compared"
-    base = next((planned for planned in plan.rivals if planned.kind == "vanilla"), best)
+    base = next((planned for planned in plan.baselines if planned.kind == "vanilla"), best)
     for planned in models(plan):
         hours = plan.hours(planned, tokens)
         name = "vanilla" if planned.tau is None else f"MoE++ tau {planned.tau:g}"
@@ -196,23 +196,14 @@ def _size(count: float) -> str:
 def models(plan: Plan) -> list[Planned]:
     """The best layout of each model: vanilla first, then by tau."""
     best = [plan.best] if plan.best else []
-    return sorted([*plan.rivals, *best], key=lambda one: (one.tau is not None, -(one.tau or 0)))
+    return sorted([*plan.baselines, *best], key=lambda one: (one.tau is not None, -(one.tau or 0)))
 
 
 def _short_name(planned: Planned) -> str:
     """A layout's degrees above 1, such as TP2 PP8 EP64 MBS1."""
     grid = planned.grid
-    degrees = {
-        "TP": grid.tp,
-        "CP": grid.cp,
-        "PP": grid.pp,
-        "VPP": grid.vpp,
-        "EP": grid.ep,
-        "ETP": grid.etp,
-        "DP": grid.dp,
-    }
-    names = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
-    return " ".join([*names, f"MBS{grid.micro_batch}"])
+    replicas = [f"DP{grid.dp}"] if grid.dp > 1 else []
+    return " ".join([*grid.splits, *replicas, f"MBS{grid.micro_batch}"])
 
 
 def _bars(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -231,10 +222,12 @@ def write_json(path: Path, plan: Plan, simulation: Mapping[str, Any] | None = No
         simulation: The simulation of the best layout, for its key `simulation`.
     """
     layers = plan.config.model.num_layers
-    ordered = sorted([*plan.layouts, *plan.rivals], key=lambda one: (not one.fits, one.step.total))
+    ordered = sorted(
+        [*plan.layouts, *plan.baselines], key=lambda one: (not one.fits, one.step.total)
+    )
     records = [planned.record(layers) for planned in ordered]
     if simulation is not None:
-        # By value, for a rival may be faster than the best layout of the configured model.
+        # By value, for a baseline may be faster than the best layout of the configured model.
         records[ordered.index(plan.layouts[0])]["simulation"] = dict(simulation)
     text = json.dumps(records, indent=1)
     write_result(path, (text + "\n").encode())
@@ -282,5 +275,5 @@ def _draw(axis: Axes, entries: Sequence[tuple[str, Planned]]) -> None:
     axis.set_yticks(list(places), [name for name, _ in entries], fontsize=8.5)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.28 * max(left))
-    axis.set_xlabel("seconds a step")
+    axis.set_xlabel("seconds per step")
     axis.grid(axis="y", visible=False)

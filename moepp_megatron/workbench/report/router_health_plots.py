@@ -48,7 +48,7 @@ class HealthSeries(NamedTuple):
     values: Callable[[StepMetrics], Sequence[float] | None]
 
 
-class BandPlot(NamedTuple):
+class _BandPlot(NamedTuple):
     """A plot of means over the MoE layers in front of the range from the least to the greatest.
 
     `healthy` is the range of a healthy run.
@@ -70,7 +70,7 @@ def health_plots(run: RunData) -> list[Plot]:
     return [plot for plot in plots if plot is not None]
 
 
-def _band_plots(run: RunData) -> list[BandPlot]:
+def _band_plots(run: RunData) -> list[_BandPlot]:
     """What the catalogue draws of single MoE layers, in the order of the page."""
     # Where the plot is not simply of the metric's numbers.
     series = {
@@ -91,7 +91,7 @@ def _band_plots(run: RunData) -> list[BandPlot]:
     }
     healthy = {"gate_entropy": _entropy_range()}
     plots = [
-        BandPlot(
+        _BandPlot(
             row.drawn,
             row.drawn.caption or row.sentence,
             series.get(name) or (_measured(name),),
@@ -134,7 +134,7 @@ def _idlest(num_ffn_experts: int) -> Callable[[StepMetrics], Sequence[float] | N
     return values
 
 
-def _band_plot(run: RunData, plot: BandPlot) -> Plot | None:
+def _band_plot(run: RunData, plot: _BandPlot) -> Plot | None:
     """The plot; None if fewer than two records have any of its numbers."""
     drawn = [(each, *_table(run.records, each)) for each in plot.series]
     drawn = [(each, steps, table) for each, steps, table in drawn if len(steps) >= 2]
@@ -196,7 +196,7 @@ def _draw_band(axes: Axes, series: HealthSeries, steps: Sequence[int], table: np
     axes.plot(x, line, color=series.colour, label=series.label)
 
 
-def _show(plot: BandPlot, value: float) -> str:
+def _show(plot: _BandPlot, value: float) -> str:
     return formatting.percent(value) if plot.is_share else formatting.significant(value)
 
 

@@ -127,7 +127,7 @@ def _traffic_rows(run: RunData, summary: RunSummary, savings: Savings) -> list[S
     if savings.vanilla_step_a2a_bytes is not None:
         rows.append(
             _difference(
-                "All-to-all bytes a step",
+                "All-to-all bytes per step",
                 how,
                 savings.vanilla_step_a2a_bytes,
                 savings.step_a2a_bytes,

@@ -39,8 +39,8 @@ def print_study(study: Study) -> None:
         " a stage" if any(bar.rank for bar in played.timeline.bars) else ", without a pipeline,"
     )
     console.print(
-        f"simulated: {len(played.totals):,} steps of layout 1, {played.passes:,} passes a step on "
-        f"{_number(played.columns, 'column')} of {_number(each, 'rank')}{a_stage} that move "
+        f"simulated: {len(played.totals):,} steps of layout 1, {played.passes:,} passes per step "
+        f"on {_number(played.columns, 'column')} of {_number(each, 'rank')}{a_stage} that move "
         f"together, {played.held_up:.1%} of them with a slow node; seed {study.assumptions.seed}",
         soft_wrap=True,
     )
@@ -171,7 +171,7 @@ def _draw_steps(axis: Axes, study: Study) -> None:
     )
     for name, place, colour in lines:
         axis.axvline(place, color=colour, label=f"{name} {place:.3f} s")
-    axis.set_xlabel("seconds a step")
+    axis.set_xlabel("seconds per step")
     axis.set_ylabel("steps")
     axis.grid(axis="x", visible=False)
     axis.legend(loc="lower left", ncols=3, fontsize=8.5, bbox_to_anchor=(0.0, 1.0))

@@ -12,7 +12,7 @@ from moepp_megatron.workbench.doctor.finding import Finding, Severity
 SICK = [
     Finding("torch", Severity.OK, "fine"),
     Finding("GPU processes", Severity.WARNING, "GPU 0: [busy]", "rule", "end them"),
-    Finding("ECC errors", Severity.ERROR, "GPU 3: 1", "must be 0", "reset the card"),
+    Finding("ECC errors", Severity.ERROR, "GPU 3: 1", "must be 0", "reset the GPU"),
 ]
 
 
@@ -30,7 +30,7 @@ def findings(monkeypatch):
 def test_an_error_is_exit_code_3(findings):
     result = doctor()
     assert result.exit_code == 3
-    for text in ("ECC errors", "reset the card", "GPU 0: [busy]", "1 errors, 1 warnings"):
+    for text in ("ECC errors", "reset the GPU", "GPU 0: [busy]", "1 errors, 1 warnings"):
         assert text in result.stdout
 
 
@@ -45,7 +45,7 @@ def test_preflight_gives_its_reasons_on_stderr(findings):
     assert result.exit_code == 3
     assert result.stderr.splitlines() == [
         "warning: GPU processes: GPU 0: [busy] (rule); end them",
-        "error: ECC errors: GPU 3: 1 (must be 0); reset the card",
+        "error: ECC errors: GPU 3: 1 (must be 0); reset the GPU",
     ]
     assert result.stdout == "not fit: 3 findings, 1 errors, 1 warnings\n"
 
@@ -61,7 +61,7 @@ def test_json_is_all_of_stdout(findings, tmp_path):
         "severity": "error",
         "found": "GPU 3: 1",
         "rule": "must be 0",
-        "remedy": "reset the card",
+        "remedy": "reset the GPU",
         "node": "",
     }
 

@@ -382,7 +382,7 @@ def test_the_card_here_comes_before_what_is_assumed(command, capsys, monkeypatch
 
     monkeypatch.setattr(target, "Nvml", session("NVIDIA H200"))
     assert command(H100, 1, "--dry-run") == 0
-    assert "on h200 (the card here)" in capsys.readouterr().out
+    assert "on h200 (the GPU here)" in capsys.readouterr().out
     monkeypatch.setattr(target, "Nvml", session("Some New Card"))
     assert command(H100, 1, "--dry-run") == 0
     out = capsys.readouterr().out

@@ -163,7 +163,7 @@ def test_a_model_too_large_is_said_after_the_nearest_misses(plan, capsys, tmp_pa
     assert plan(*huge, "--gpus", "1", "--out", str(out)) == 2
     captured = capsys.readouterr()
     assert "does not fit" in captured.out
-    assert "use more cards" in captured.err
+    assert "use more GPUs" in captured.err
     assert not out.exists()
 
 

@@ -140,8 +140,9 @@ def test_the_last_line_of_a_stopped_run_is_the_command(command, capsys) -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "under a launcher"])
+@pytest.mark.parametrize("pause_reason", [None, "paused before new data"])
 def test_a_process_that_trains_alone_says_it_itself(
-    tmp_path: Path, alone: bool, monkeypatch, capsys
+    tmp_path: Path, alone: bool, pause_reason: str | None, monkeypatch, capsys
 ) -> None:
     claim = RunStatus.own(go_on="moepp train c --resume")
     if alone:
@@ -155,9 +156,10 @@ def test_a_process_that_trains_alone_says_it_itself(
         starts_ranks=False,
         start=SimpleNamespace(go_on="moepp train c --resume"),
     )
+    result = TrainResult(tmp_path, step=7, stopped=True, pause_reason=pause_reason)
     with pytest.raises(SystemExit):
-        run_end.say_end(request, TrainResult(tmp_path, step=7, stopped=True), says_go_on=False)
-    said = "stopped on request at step 7, saved\n"
+        run_end.say_end(request, result, says_go_on=False)
+    said = f"{pause_reason or 'stopped on request'} at step 7, saved\n"
     said += "to go on:\nmoepp train c --resume\n" if alone else ""
     assert capsys.readouterr().out == said
 
@@ -173,6 +175,7 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
         run=train,
         failure=None,
         stopped=False,
+        pause_reason=None,
         progress=SimpleNamespace(step=6),
     )
     for name, stand_in in {

@@ -1,4 +1,4 @@
-"""The vanilla rival: every MoE++ configuration has one, and only what differs is changed."""
+"""The vanilla baseline: every MoE++ configuration has one, and only what differs is changed."""
 
 import pytest
 
@@ -37,16 +37,16 @@ RAW = {
 @pytest.mark.parametrize("guard", [{}, {"enabled": True}], ids=["no guard", "guard"])
 def test_every_configuration_has_a_rival(moe, guard):
     config = parse_config(RAW | {"moe": {"num_ffn_experts": 8} | moe, "routing_guard": guard})
-    rival = vanilla(config)
-    assert rival.moe.is_vanilla
-    assert rival.moe.balance_coeff == config.moe.balance_coeff * 2 / 8
-    assert not rival.routing_guard.enabled
-    assert rival.model == config.model
-    assert rival.training == config.training
+    baseline = vanilla(config)
+    assert baseline.moe.is_vanilla
+    assert baseline.moe.balance_coeff == config.moe.balance_coeff * 2 / 8
+    assert not baseline.routing_guard.enabled
+    assert baseline.model == config.model
+    assert baseline.training == config.training
 
 
 def test_a_sequence_loss_stays():
     moe = {"num_ffn_experts": 8, "balance_scope": "sequence", "dispatcher": "allgather"}
-    rival = vanilla(parse_config(RAW | {"moe": moe}))
-    assert rival.moe.balance_scope == "sequence"
-    assert rival.moe.dispatcher == "allgather"
+    baseline = vanilla(parse_config(RAW | {"moe": moe}))
+    assert baseline.moe.balance_scope == "sequence"
+    assert baseline.moe.dispatcher == "allgather"

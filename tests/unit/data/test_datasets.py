@@ -193,6 +193,35 @@ def test_split_without_documents_is_refused():
         check_split("1,98,1", Documents(1))
 
 
+@pytest.mark.parametrize("weights", [(98, 2, 0), (94, 1, 5), (1, 0, 0), (7, 3, 0), (90, 1, 9)])
+@pytest.mark.parametrize("documents", [20, 5, 49, 1000])
+def test_validation_may_be_empty_where_it_is_not_read(weights: tuple[int, ...], documents: int):
+    """Training and test keep their documents to the last one."""
+    split = ",".join(map(str, weights))
+    train, validation, test = document_ranges(split, documents)
+    is_empty = validation is not None and validation[0] == validation[1]
+    if is_empty:
+        with pytest.raises(ConfigError, match="gives validation none"):
+            check_split(split, Documents(documents))
+    if test is not None and test[0] == test[1]:
+        with pytest.raises(ConfigError, match="gives test none"):
+            check_split(split, Documents(documents), validates=False)
+        return
+    checked = check_split(split, Documents(documents), validates=False)
+    expected = [train, None if is_empty else validation, test]
+    assert document_ranges(checked, documents) == expected
+
+
+def test_few_documents_can_be_trained_on_without_validation(build, tokenizer, texts):
+    """199,1,0 leaves no validation document of these, which only matters where one is read."""
+    assert round(0.995 * len(texts)) == len(texts)
+    with pytest.raises(ConfigError, match="gives validation none"):
+        build(split="199,1,0", num_samples=(8, 4, 0))
+    train, validation, _ = build(split="199,1,0", num_samples=(8, 0, 0))
+    assert validation is None
+    assert unshuffled_text(train, tokenizer) == unshuffled_text(build(split="1,0,0")[0], tokenizer)
+
+
 def test_split_is_the_corpus_s_own_unless_one_is_set():
     corpus = Documents(10, "7,3,0")
     assert check_split(None, corpus) == check_split("7,3,0", corpus)

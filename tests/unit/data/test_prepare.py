@@ -58,7 +58,7 @@ def test_manifest_tells_the_truth(prepared: Path, texts: list[str], tokenizer: T
     assert values["vocab_size"] == tokenizer.vocab_size == VOCAB_SIZE
     assert values["eod_id"] == tokenizer.eod
     assert values["tokenizer_sha256"] == digests(prepared)["tokenizer.json"]
-    # 2 bytes a token: the vocabulary fits uint16.
+    # 2 bytes per token: the vocabulary fits uint16.
     assert (prepared / "corpus.bin").stat().st_size == 2 * values["tokens"]
     assert {path.name for path in prepared.iterdir()} == {
         "corpus.bin",

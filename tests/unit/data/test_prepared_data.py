@@ -75,6 +75,16 @@ def test_split_without_a_document_is_refused_before_ranks_start(check):
         check(config_of("quickstart.yaml", "data.split='98,2,0.01'"), 4096)
 
 
+def test_split_may_leave_nothing_to_validation_that_is_never_read(check):
+    few = ("data.split='98,0.01,0'",)
+    with pytest.raises(ConfigError, match="gives validation none of the 1000 documents"):
+        check(config_of("quickstart.yaml", *few), 4096)
+    check(
+        config_of("quickstart.yaml", *few, "training.eval_iters=0", "training.eval_interval=0"),
+        4096,
+    )
+
+
 def test_folder_that_is_none_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"must be a prepared folder; run: moepp data prepare"):
         check_data(config_of("quickstart.yaml", f"data.path={tmp_path}"))

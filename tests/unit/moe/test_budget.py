@@ -1,4 +1,4 @@
-"""The budget of FFN experts a token: its schedule, its two controllers, their state."""
+"""The budget of FFN experts per token: its schedule, its two controllers, their state."""
 
 from __future__ import annotations
 

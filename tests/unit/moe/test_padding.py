@@ -240,7 +240,7 @@ def test_router_health_measures_tokens_alone() -> None:
     assert not counts[padding[0]].any()
 
 
-def test_cells_of_the_routing_profile() -> None:
+def test_cells_of_expert_usage() -> None:
     layer = build_layer(MoEPPConfig(num_ffn_experts=4))
     layer.statistics.num_cells = 1
     padding = mask()

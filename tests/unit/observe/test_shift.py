@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.unit.observe.drawn_usages import EXPERTS, FFN, LAYERS, Router
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.schema.routing_guard import ShiftSection
 from moepp_megatron.observe.cusum import Cusum, limit_for, steps_of_chance
-from moepp_megatron.observe.profile_file import PROFILE_FILE, StoredProfile
-from moepp_megatron.observe.profile_noise import LossNoise, ProfileNoise
-from moepp_megatron.observe.routing_profile import RoutingProfile, difference
+from moepp_megatron.observe.expert_usage import ExpertUsage, difference
 from moepp_megatron.observe.shift import ShiftMonitor
 from moepp_megatron.observe.shift_reading import ShiftReading
-from tests.unit.observe.drawn_profiles import EXPERTS, FFN, LAYERS, Router
+from moepp_megatron.observe.usage_file import USAGE_FILE, StoredUsage
+from moepp_megatron.observe.usage_noise import LossNoise, UsageNoise
 
 STEPS = 400
 FIRST_JUDGED = 80
@@ -243,13 +243,13 @@ def test_a_reference_from_a_file_judges_from_the_first_steps(tmp_path: Path) -> 
     monitor, text = trained()
     one = list(islice(text.steps(5), 60))
     experts = sum(sample[0] for sample in one[:30])
-    profile = RoutingProfile(experts, np.zeros((LAYERS, 0, 2), dtype=np.int64))
-    StoredProfile(profile, "0123", monitor.noise).write(tmp_path)
+    profile = ExpertUsage(experts, np.zeros((LAYERS, 0, 2), dtype=np.int64))
+    StoredUsage(profile, "0123", monitor.noise).write(tmp_path)
     for samples, is_shift in ((one[30:], False), (islice(other_than(text, 2).steps(6), 30), True)):
-        stored = StoredProfile.read(tmp_path / PROFILE_FILE, settings)
+        stored = StoredUsage.read(tmp_path / USAGE_FILE, settings)
         assert stored.token_classes == "0123"
         assert stored.noise.as_json() == monitor.noise.as_json()
-        after = ShiftMonitor(settings, stored.profile.experts, stored.noise)
+        after = ShiftMonitor(settings, stored.usage.experts, stored.noise)
         readings = [after.add(*sample) for sample in samples]
         assert readings[0] is not None
         assert (highest(readings) > 1.0) == is_shift
@@ -282,8 +282,8 @@ def test_difference_is_what_it_says() -> None:
     """Against its definition, number by number, with an empty cell and an idle expert."""
     experts = np.array([[[30, 50, 20, 0]], [[60, 10, 20, 10]]])
     cells = np.array([[[[60, 40], [20, 10]]], [[[40, 25], [0, 0]]]])
-    one = RoutingProfile(experts[0], cells[0])
-    other = RoutingProfile(2 * experts[1], 4 * cells[1])
+    one = ExpertUsage(experts[0], cells[0])
+    other = ExpertUsage(2 * experts[1], 4 * cells[1])
     shares = [(0.3, 0.6), (0.5, 0.1), (0.2, 0.2), (0.0, 0.1)]
     expected = [(p**0.5 - q**0.5) * 2 / (1 / 100 + 1 / 200) ** 0.5 for p, q in shares]
     # Two selections a token: 60 of 80 go to FFN experts in the one, 160 of 200 in the other.
@@ -293,7 +293,7 @@ def test_difference_is_what_it_says() -> None:
     assert difference(other, one) == pytest.approx([-value for value in expected], rel=1e-12)
     assert not difference(one, one + one).any()
     with pytest.raises(ValueError, match="shapes"):
-        difference(one, RoutingProfile(one.experts, one.cells[:, :1]))
+        difference(one, ExpertUsage(one.experts, one.cells[:, :1]))
 
 
 @pytest.mark.parametrize("cells", [0, 6])
@@ -302,10 +302,10 @@ def test_chance_alone_makes_a_mean_square_of_one(cells: int) -> None:
     chance = np.random.default_rng(5)
     shares = chance.dirichlet(np.full(EXPERTS, 5.0), size=LAYERS)
 
-    def made(tokens: int) -> RoutingProfile:
+    def made(tokens: int) -> ExpertUsage:
         counts = chance.multinomial(tokens, shares, size=(max(cells, 1), LAYERS)).transpose(1, 0, 2)
         pairs = np.stack([counts[..., :FFN].sum(axis=-1), counts.sum(axis=-1) // 2], axis=-1)
-        return RoutingProfile(counts.sum(axis=1), pairs[:, :cells])
+        return ExpertUsage(counts.sum(axis=1), pairs[:, :cells])
 
     for sizes in ((4000, 4000), (4000, 40000)):
         values = [np.square(difference(*map(made, sizes))).mean() for _ in range(200)]
@@ -316,7 +316,7 @@ def test_chance_alone_makes_a_mean_square_of_one(cells: int) -> None:
 
 def test_distance_is_that_of_mahalanobis_with_a_ridge() -> None:
     chance = np.random.default_rng(4)
-    noise = ProfileNoise(ShiftSection(memory=4))
+    noise = UsageNoise(ShiftSection(memory=4))
     known = 3.0 * chance.standard_normal((45, 5))
     for row in known:
         noise.learn(row, None)
@@ -338,7 +338,7 @@ def test_steps_that_differ_by_chance_alone_are_no_shift() -> None:
 
 
 def test_scores_are_spreads_of_what_was_before() -> None:
-    noise, losses = ProfileNoise(ShiftSection()), LossNoise(ShiftSection())
+    noise, losses = UsageNoise(ShiftSection()), LossNoise(ShiftSection())
     for value in range(19):
         noise.learn(np.ones(3), float(value % 3))
         losses.learn(0.1 * (value % 3 - 1))
@@ -382,34 +382,34 @@ GOOD: dict[str, Any] = {
     ],
 )
 def test_bad_files_are_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    path = tmp_path / PROFILE_FILE
+    path = tmp_path / USAGE_FILE
     path.write_text(json.dumps(GOOD))
-    StoredProfile.read(path, ShiftSection())
+    StoredUsage.read(path, ShiftSection())
     path.write_text(json.dumps(GOOD | changes))
     with pytest.raises(ConfigError, match=reason) as error:
-        StoredProfile.read(path, ShiftSection())
+        StoredUsage.read(path, ShiftSection())
     assert "routing_guard.shift.reference" in str(error.value)
     assert "\n" not in str(error.value)
     without = {name: value for name, value in GOOD.items() if name not in changes}
     path.write_text(json.dumps(without))
     with pytest.raises(ConfigError, match=reason):
-        StoredProfile.read(path, ShiftSection())
+        StoredUsage.read(path, ShiftSection())
 
 
 def test_a_file_of_an_older_version_gives_its_profile(tmp_path: Path) -> None:
     """Its noise is of windows."""
-    path = tmp_path / PROFILE_FILE
+    path = tmp_path / USAGE_FILE
     noise = {"differences": [[0.5, 0.25, 1.0]], "log_distances": [0.5]}
     path.write_text(json.dumps(GOOD | {"format": "moepp routing profile 1", "noise": noise}))
-    stored = StoredProfile.read(path, ShiftSection())
-    assert stored.profile.experts.tolist() == GOOD["experts"]
+    stored = StoredUsage.read(path, ShiftSection())
+    assert stored.usage.experts.tolist() == GOOD["experts"]
     assert stored.noise.as_json() == {"differences": [], "log_distances": []}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_files_that_are_no_json_object_are_refused(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / PROFILE_FILE
+    path = tmp_path / USAGE_FILE
     path.write_bytes(content)
     for name in (path, tmp_path, tmp_path / "missing"):
         with pytest.raises(ConfigError, match="routing_guard.shift.reference"):
-            StoredProfile.read(name, ShiftSection())
+            StoredUsage.read(name, ShiftSection())

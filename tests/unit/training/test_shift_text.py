@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moepp_megatron.observe.routing_profile import RoutingProfile
+from moepp_megatron.observe.expert_usage import ExpertUsage
 from moepp_megatron.observe.shift_reading import ShiftFinding, ShiftReading
 from moepp_megatron.training.shift_text import ShiftStory, moved_classes, moved_experts
 
@@ -32,11 +32,11 @@ def test_experts_are_named_by_how_unusual_their_change_is() -> None:
     )
 
 
-def profile(rarest_ffn: int) -> RoutingProfile:
+def profile(rarest_ffn: int) -> ExpertUsage:
     """A layer whose tokens make two selections each, in two positions of four classes."""
     cells = np.array([[[150, 100], [150, 100], [150, 100], [rarest_ffn, 100]] * 2])
     ffn = int(cells[0, :, 0].sum())
-    return RoutingProfile(np.array([[ffn - 100, 100, 1600 - ffn]]), cells)
+    return ExpertUsage(np.array([[ffn - 100, 100, 1600 - ffn]]), cells)
 
 
 def test_classes_of_tokens_are_named_by_their_frequency() -> None:
@@ -44,7 +44,5 @@ def test_classes_of_tokens_are_named_by_their_frequency() -> None:
         "layer 3 rarest tokens 1.50 -> 0.40 FFN experts"
     ]
     assert moved_classes([profile(150)], profile(148), [3]) == []
-    without = [
-        RoutingProfile(each.experts, each.cells[:, :0]) for each in (profile(150), profile(40))
-    ]
+    without = [ExpertUsage(each.experts, each.cells[:, :0]) for each in (profile(150), profile(40))]
     assert moved_classes(without[:1], without[1], [3]) == []

@@ -1,7 +1,9 @@
 """The models that a pilot compares, its arms, each as a configuration to train with.
 
-They are vanilla, MoE++ at several tau, vanilla with fewer experts per token (the baselines), and
-vanilla with fewer steps, which tells what tokens are worth.
+First come vanilla, MoE++ at one or two tau, MoE++ with more selections per token at vanilla's
+compute, and vanilla with fewer steps, which tells what tokens are worth. Once those have shown how
+fast MoE++ is and what share of its selections goes to FFN experts, two more are made for each MoE++
+arm: the same trained for vanilla's time, and vanilla narrowed to its compute.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmKind
 
 VANILLA = "vanilla"
 # Of the steps, in the runs that tell what tokens are worth.
-SHORT_SHARE = 0.7
+_SHORT_SHARE = 0.7
 # A quarter of the steps counts for shares and health, and measured steps lie between others.
-FEWEST_STEPS = 8
+_FEWEST_STEPS = 8
 # Validation batches where CONFIG asks for fewer: all arms see the same, so few are enough.
 _FEWEST_EVAL_ITERS = 8
 _HEALTH_RECORDS = 8
@@ -52,21 +54,66 @@ def build_arms(
         ConfigError: If CONFIG is vanilla, or a rule forbids an arm.
     """
     _check(config, steps)
-    if eval_iters is None:
-        eval_iters = max(_FEWEST_EVAL_ITERS, config.training.eval_iters)
+    eval_iters = _eval_iters(config, eval_iters)
     base = with_overrides(config, run_settings(config, steps, eval_iters))
     moepp = [_moepp(base, tau, steps) for tau in taus]
     plain = vanilla(base)
-    short = round(SHORT_SHARE * steps)
+    short = round(_SHORT_SHARE * steps)
     return [
         PilotArm(_arm(VANILLA, "vanilla", plain, steps), plain),
         *moepp,
-        *[_rival(base, topk, steps) for topk in _rival_topks(moepp)],
+        *_more(base, moepp[0].config, steps),
         PilotArm(
-            _arm(f"vanilla, {SHORT_SHARE:.0%} of the steps", "short", plain, short),
+            _arm(f"vanilla, {_SHORT_SHARE:.0%} of the steps", "short", plain, short),
             with_overrides(plain, run_settings(config, short, eval_iters)),
         ),
     ]
+
+
+def matched_arms(
+    config: Config, arm: PilotArm, steps: int, width: int, eval_iters: int | None = None
+) -> list[PilotArm]:
+    """The arms that match a MoE++ arm: in vanilla's time, and vanilla in its compute.
+
+    Args:
+        config: The configuration that `build_arms` was given.
+        arm: The MoE++ arm.
+        steps: Steps of it in vanilla's time.
+        width: Inner width of the FFN experts of the narrowed vanilla model.
+        eval_iters: Global batches of validation, like those of `build_arms`.
+    """
+    batches = _eval_iters(config, eval_iters)
+    longer = with_overrides(arm.config, run_settings(config, steps, batches))
+    timed = arm.arm.model_copy(
+        update={
+            "name": f"{arm.arm.name}, vanilla's time",
+            "kind": "equal_time",
+            "steps": steps,
+            "matches": arm.arm.name,
+        }
+    )
+    base = with_overrides(config, run_settings(config, arm.arm.steps, batches))
+    narrow = with_overrides(vanilla(base), [f"moe.ffn_hidden_size={width}"])
+    name = f"vanilla, {width} wide, as {arm.arm.name}"
+    described = _arm(name, "narrow", narrow, arm.arm.steps)
+    return [
+        PilotArm(timed, longer),
+        PilotArm(described.model_copy(update={"matches": arm.arm.name}), narrow),
+    ]
+
+
+def narrow_width(config: Config, share: float) -> int:
+    """The experts' width at which vanilla's FFN experts do `share` of their work.
+
+    Rounded to what divides CONFIG's own width, up to 16, so that products keep their alignment.
+    """
+    width = config.expert_ffn_hidden_size
+    unit = math.gcd(width, 16)
+    return max(round(share * width / unit), 1) * unit
+
+
+def _eval_iters(config: Config, asked: int | None) -> int:
+    return max(_FEWEST_EVAL_ITERS, config.training.eval_iters) if asked is None else asked
 
 
 def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
@@ -104,21 +151,6 @@ def configured_tau(config: Config) -> float:
     return float(f"{config.moe.balanced_tau:.4g}")
 
 
-def _rival_topks(moepp: Sequence[PilotArm]) -> list[int]:
-    """Top-k values of the vanilla models whose FFN work is next to that of a MoE++ arm.
-
-    K phi FFN experts per token are between two whole numbers; both are baselines, except vanilla
-    itself and no expert at all.
-    """
-    found = set()
-    for each in moepp:
-        moe = each.config.moe
-        # Rounded, so that 1 from K phi = 1 in floating point does not become 1 and 2.
-        work = round(moe.router_topk * moe.ffn_share, 9)
-        found |= {k for k in (math.floor(work), math.ceil(work)) if 1 <= k < moe.router_topk}
-    return sorted(found, reverse=True)
-
-
 def with_tau(config: Config, tau: float) -> tuple[Config, list[str]]:
     """The model at another tau, and the overrides that make it.
 
@@ -152,11 +184,28 @@ def _moepp(base: Config, tau: float, steps: int) -> PilotArm:
     return PilotArm(arm, config)
 
 
-def _rival(base: Config, topk: int, steps: int) -> PilotArm:
-    # From CONFIG, since the coefficient of vanilla's balance loss follows from its selections.
-    fewer = with_overrides(without_budget(base), [f"moe.router_topk={topk}"])
-    config = vanilla(fewer)
-    return PilotArm(_arm(f"vanilla top-{topk}", "rival", config, steps), config)
+def _more(base: Config, moepp: Config, steps: int) -> list[PilotArm]:
+    """MoE++ with more selections per token, at the tau that sends vanilla's number to FFNs.
+
+    None where there are no more experts to select.
+    """
+    moe = moepp.moe
+    topk = max(round(moe.router_topk / moe.ffn_share), moe.router_topk + 1)
+    topk = min(topk, moe.num_experts)
+    if topk == moe.router_topk:
+        return []
+    tau = moe.tau_for(moe.router_topk / topk)
+    config, overrides = with_tau(base, tau)
+    overrides = [*overrides, f"moe.router_topk={topk}"]
+    arm = Arm(
+        name=f"MoE++ top-{topk} tau {tau:.3g}",
+        kind="more",
+        tau=tau,
+        topk=topk,
+        steps=steps,
+        overrides=overrides,
+    )
+    return [PilotArm(arm, with_overrides(config, [f"moe.router_topk={topk}"]))]
 
 
 def _arm(name: str, kind: ArmKind, config: Config, steps: int) -> Arm:
@@ -172,8 +221,8 @@ def _check(config: Config, steps: int) -> None:
             "moe.num_zero_experts (0) and the other counts of zero-computation experts must not "
             "all be 0, because a pilot sets MoE++ beside vanilla; use 1"
         )
-    if steps < FEWEST_STEPS:
+    if steps < _FEWEST_STEPS:
         raise ConfigError(
-            f"--steps ({steps}) must be at least {FEWEST_STEPS}, of which a quarter counts; use "
+            f"--steps ({steps}) must be at least {_FEWEST_STEPS}, of which a quarter counts; use "
             "hundreds for a pilot that tells something"
         )

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from moepp_megatron.config.parameters import count_parameters
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
-from moepp_megatron.workbench.experiments.pilot import sentences
-from moepp_megatron.workbench.experiments.pilot.arms import PilotArm
-from moepp_megatron.workbench.experiments.pilot.equal_speed import Runs, equal_speed, standing
-from moepp_megatron.workbench.experiments.pilot.extrapolate import TargetRequest, measured_routing
+from moepp_megatron.workbench.experiments.pilot import schedule, sentences
+from moepp_megatron.workbench.experiments.pilot.evidence import Evidence, Names
+from moepp_megatron.workbench.experiments.pilot.extrapolate import measured_routing
 from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome, arm_outcome, run_outcome
+from moepp_megatron.workbench.experiments.pilot.pooled import PooledLosses
+from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
 from moepp_megatron.workbench.experiments.pilot.result import (
+    Arm,
+    ArmOutcome,
     ArmVerdict,
-    EqualSpeed,
+    EqualCompute,
     PilotResult,
     PilotTarget,
     Setting,
 )
-from moepp_megatron.workbench.experiments.pilot.runs import PilotRuns
+from moepp_megatron.workbench.experiments.pilot.schedule import look_of
 from moepp_megatron.workbench.experiments.pilot.verdict import (
     AtTarget,
-    TokenValue,
     by_favour,
     recommended,
     verdict,
@@ -39,56 +40,48 @@ from moepp_megatron.workbench.planning.imbalance import AssumedRouting
 Records = list[StepMetrics]
 
 
-@dataclass(frozen=True)
-class Pilot:
-    """A pilot, finished or not.
+Runs = Mapping[int, RunOutcome]
 
-    Attributes:
-        folder: Folder of its runs.
-        arms: Vanilla first, "short" last.
-        seeds: All seeds.
-        command: The command line.
-        target: Target to extrapolate to, or None.
+
+def result_of(pilot: Pilot) -> PilotResult | None:
+    """The result of the seeds that every arm has finished.
+
+    None before the MoE++ arms were timed, and where no seed is finished.
+
+    Raises:
+        RunFailed: If a finished run has diverged.
     """
+    if len(pilot.plan.matches) < len(pilot.moepp):
+        return None
+    found = _records(pilot)
+    if not found:
+        return None
+    look = look_of(len(found), pilot.plan.first)
+    if look > 0:
+        # Decided by the runs of the look alone: one seed more is not another look.
+        found = dict(list(found.items())[: look * pilot.plan.first])
+    return _Measured(pilot, found, look).result()
 
-    folder: PilotRuns
-    arms: Sequence[PilotArm]
-    seeds: Sequence[int]
-    command: str
-    target: TargetRequest | None = None
 
-    def result(self) -> PilotResult | None:
-        """The result of the seeds that every arm has finished; None if there are none.
-
-        Raises:
-            RunFailed: If a finished run has diverged.
-        """
-        found = self._records()
-        if not found:
-            return None
-        measured = _Measured(self, found)
-        return measured.result()
-
-    def _records(self) -> dict[int, dict[str, Records]]:
-        """Records by finished seed and arm."""
-        whole = {}
-        for seed in self.seeds:
-            records = {
-                arm.arm.name: self.folder.records(self.folder.run_of(arm, seed))
-                for arm in self.arms
-            }
-            if all(found is not None for found in records.values()):
-                whole[seed] = {name: found for name, found in records.items() if found is not None}
-        return whole
+def _records(pilot: Pilot) -> dict[int, dict[str, Records]]:
+    """Records by finished seed and arm."""
+    whole = {}
+    for seed in pilot.seeds:
+        records = {
+            arm.arm.name: pilot.folder.records(pilot.folder.run_of(arm, seed)) for arm in pilot.arms
+        }
+        if all(found is not None for found in records.values()):
+            whole[seed] = {name: found for name, found in records.items() if found is not None}
+    return whole
 
 
 class _Measured:
     """The whole seeds of a pilot."""
 
     def __init__(
-        self, pilot: Pilot, records: Mapping[int, Mapping[str, list[StepMetrics]]]
+        self, pilot: Pilot, records: Mapping[int, Mapping[str, list[StepMetrics]]], look: int
     ) -> None:
-        self.pilot, self.records = pilot, records
+        self.pilot, self.records, self.look = pilot, records, look
         self.runs: dict[str, dict[int, RunOutcome]] = {}
         for arm in pilot.arms:
             folders = {seed: pilot.folder.run_of(arm, seed).config.run.dir for seed in records}
@@ -96,31 +89,54 @@ class _Measured:
                 seed: run_outcome(found[arm.arm.name], folders[seed])
                 for seed, found in records.items()
             }
-        vanilla, short = pilot.arms[0].arm, pilot.arms[-1].arm
+        self.losses = PooledLosses(
+            {
+                name: {seed: run.valid_loss for seed, run in runs.items()}
+                for name, runs in self.runs.items()
+            }
+        )
+        vanilla, short = pilot.base[0].arm, pilot.base[-1].arm
         assert (vanilla.kind, short.kind) == ("vanilla", "short"), "the order of build_arms"
-        self.vanilla: Runs = self.runs[vanilla.name]
-        self.value = TokenValue.of(self.vanilla, self.runs[short.name], vanilla.steps, short.steps)
-        self.outcomes = {
-            arm.arm.name: arm_outcome(arm.arm, self.runs[arm.arm.name], self.vanilla)
-            for arm in pilot.arms
-        }
-        self.moepp = [arm.arm.name for arm in pilot.arms if arm.arm.kind == "moepp"]
+        self.vanilla, self.short = vanilla, short
+        self.outcomes = {arm.arm.name: self._outcome(arm.arm) for arm in pilot.arms}
+        self.level = schedule.level(max(look, 1), len(pilot.moepp))
+
+    def _outcome(self, arm: Arm) -> ArmOutcome:
+        """The outcome of an arm; the time ratio of MoE++ is that of the sessions."""
+        difference = None
+        if arm.kind != "vanilla":
+            difference = self.losses.difference(arm.name, self.vanilla.name).interval()
+        found = arm_outcome(arm, self.runs[arm.name], self.runs[self.vanilla.name], difference)
+        match = self.pilot.plan.matches.get(arm.matches or arm.name)
+        if match is None or arm.kind == "narrow":
+            return found
+        return found.model_copy(update={"time_ratio": match.speed.factor()})
 
     def result(self) -> PilotResult:
-        equal = {name: self._equal_speed(name, self.runs) for name in self.moepp}
+        evidence = {arm.arm.name: self._evidence(arm.arm) for arm in self.pilot.moepp}
         routing = self._routing()
         target = self._target(routing)
-        verdicts = by_favour([self._verdict(name, equal[name], target) for name in self.moepp])
+        verdicts = by_favour(
+            [
+                verdict(
+                    self.outcomes[name],
+                    found,
+                    self.level if self.look else None,
+                    None if target is None else _at_target(name, target),
+                )
+                for name, found in evidence.items()
+            ]
+        )
         setting = self._setting()
         return PilotResult(
             setting=setting,
             arms=list(self.outcomes.values()),
-            token_value=self.value.interval,
-            equal_speed=list(equal.values()),
+            token_value=next(iter(evidence.values())).token_value.interval(),
+            equal_compute=self._equal_compute(),
             target=target,
             verdicts=verdicts,
             recommended=recommended(verdicts),
-            answer=self._answer(verdicts, equal, target),
+            answer=self._answer(verdicts, target),
             caveats=sentences.caveats(
                 self.pilot.folder.nproc,
                 not self._on_gpu(),
@@ -131,37 +147,34 @@ class _Measured:
             ),
         )
 
-    def _equal_speed(self, name: str, runs: Mapping[str, Runs]) -> EqualSpeed:
-        kinds = {arm.arm.name: arm.arm.kind for arm in self.pilot.arms}
-        rivals = {n: found for n, found in runs.items() if kinds[n] in ("vanilla", "rival")}
-        return equal_speed(name, runs[name], rivals)
+    def _matching(self, arm: Arm, kind: str) -> Arm:
+        found = (one.arm for one in self.pilot.matched if one.arm.matches == arm.name)
+        return next(one for one in found if one.kind == kind)
 
-    def _verdict(self, name: str, equal: EqualSpeed, target: PilotTarget | None) -> ArmVerdict:
-        return verdict(
-            self.outcomes[name],
-            self.runs[name],
-            self.vanilla,
-            self.value,
-            equal,
-            self.outcomes[equal.slower].step_time_s.mean,
-            None if target is None else self._at_target(name, target),
+    def _evidence(self, arm: Arm) -> Evidence:
+        names = Names(
+            vanilla=self.vanilla.name,
+            short=self.short.name,
+            moepp=arm.name,
+            equal_time=self._matching(arm, "equal_time").name,
+            narrow=self._matching(arm, "narrow").name,
         )
+        log_tokens = math.log(self.vanilla.steps / self.short.steps)
+        speed = self.pilot.plan.matches[arm.name].speed
+        return Evidence.of(self.losses, names, log_tokens, speed)
 
-    def _at_target(self, name: str, target: PilotTarget) -> AtTarget:
-        """The comparison at equal speed with the target's step times instead of the pilot's."""
-        times = {model.arm: model.step_time_s for model in target.models if model.step_time_s}
-        model = target.model_of(name)
-        if model is None or model.time_ratio is None:
-            return AtTarget(None)
-        runs = {
-            arm: {
-                seed: dataclasses.replace(run, step_time_s=times[arm])
-                for seed, run in self.runs[arm].items()
-            }
-            for arm in times
-        }
-        equal = self._equal_speed(name, runs)
-        return AtTarget(model.time_ratio, equal, standing(equal, times[name], times[equal.slower]))
+    def _equal_compute(self) -> list[EqualCompute]:
+        pairs = [(a.arm.name, self._matching(a.arm, "narrow").name) for a in self.pilot.moepp]
+        more = [arm.arm.name for arm in self.pilot.base if arm.arm.kind == "more"]
+        pairs += [(name, self.vanilla.name) for name in more]
+        return [
+            EqualCompute(
+                arm=arm,
+                other=other,
+                loss_difference=self.losses.difference(arm, other).interval(),
+            )
+            for arm, other in pairs
+        ]
 
     def _routing(self) -> dict[str, AssumedRouting] | None:
         """Routing by arm, as uneven as in its runs; None if that does not apply to the target."""
@@ -182,15 +195,10 @@ class _Measured:
         nominal = {arm.arm.name: arm.config.moe.ffn_share for arm in self.pilot.arms}
         return self.pilot.target.extrapolate(list(self.outcomes.values()), nominal, routing)
 
-    def _answer(
-        self,
-        verdicts: Sequence[ArmVerdict],
-        equal: Mapping[str, EqualSpeed],
-        target: PilotTarget | None,
-    ) -> str:
-        best = verdicts[0]
+    def _answer(self, verdicts: Sequence[ArmVerdict], target: PilotTarget | None) -> str:
         where = "" if target is None else target.title
-        return sentences.answer(best, equal[best.arm], target is not None, where)
+        first = None if self.look else self.pilot.plan.first
+        return sentences.answer(verdicts[0], target is not None, where, first)
 
     def _on_gpu(self) -> bool:
         """Whether the runs used GPUs."""
@@ -207,9 +215,9 @@ class _Measured:
 
     def _setting(self) -> Setting:
         pilot = self.pilot
-        vanilla = pilot.arms[0]
+        vanilla = pilot.base[0]
         training, model = vanilla.config.training, vanilla.config.model
-        moepp = next(arm for arm in pilot.arms if arm.arm.kind == "moepp")
+        moepp = pilot.moepp[0]
         per_step = training.global_batch_size * model.seq_length
         return Setting(
             command=pilot.command,
@@ -225,7 +233,16 @@ class _Measured:
             valid_tokens=training.eval_iters * per_step,
             parameters=count_parameters(moepp.config).total,
             began=self._began(),
+            sessions=pilot.plan.sessions,
+            look=self.look,
+            next_seeds=(self.look + 1) * pilot.plan.first,
+            level=self.level,
         )
+
+
+def _at_target(name: str, target: PilotTarget) -> AtTarget:
+    model = target.model_of(name)
+    return AtTarget(None if model is None else model.time_ratio)
 
 
 def _routing_words(routing: object | None) -> str:

@@ -72,7 +72,7 @@ class TargetRequest:
                 return
         raise ConfigError(
             f"--gpus ({self.gpus}) must be enough for a legal layout of --target that fits; use "
-            "more cards, a number that divides the batch, or a card with more memory"
+            "more GPUs, a number that divides the batch, or a GPU with more memory"
         )
 
     def extrapolate(
@@ -81,20 +81,17 @@ class TargetRequest:
         nominal: Mapping[str, float],
         routing: Mapping[str, AssumedRouting] | None,
     ) -> PilotTarget:
-        """Every arm but "short" at the target's size, each in its best layout.
+        """Vanilla and every MoE++ arm at the target's size, each in its best layout.
 
         Args:
             arms: Measured arms of the pilot, vanilla first.
             nominal: Phi of the pilot configuration, by MoE++ arm.
             routing: Unevenness of the routing by arm; None assumes that after long training.
         """
-        topk = arms[0].arm.topk
         found = []
         for outcome in arms:
             name = outcome.arm.name
-            config = self.config_of(
-                outcome.arm, outcome.ffn_share.mean, nominal.get(name, 1.0), topk
-            )
+            config = self.config_of(outcome.arm, outcome.ffn_share.mean, nominal.get(name, 1.0))
             if config is not None:
                 found.append(self._model(name, config, routing[name] if routing else LEARNED))
         baseline = found[0].step_time_s
@@ -128,25 +125,18 @@ class TargetRequest:
             money=None if price is None else hours * self.gpus * price,
         )
 
-    def config_of(self, arm: Arm, share: float, nominal: float, topk: int) -> Config | None:
+    def config_of(self, arm: Arm, share: float, nominal: float) -> Config | None:
         """The target's version of an arm; None where it has none.
 
         Args:
             arm: Arm of the pilot.
             share: Its measured FFN share.
             nominal: phi of its pilot configuration; 1 for vanilla.
-            topk: Top-k of the pilot's MoE++ arms and of vanilla.
         """
-        if arm.kind == "short":
-            return None
         if arm.kind == "vanilla":
             return vanilla(self.config)
-        if arm.kind == "rival":
-            # Its top-k means something else beside another K.
-            if topk != self.config.moe.router_topk:
-                return None
-            fewer = with_overrides(without_budget(self.config), [f"moe.router_topk={arm.topk}"])
-            return vanilla(fewer)
+        if arm.kind != "moepp":
+            return None
         assert arm.tau is not None, "MoE++ arms have a tau"
         config, _ = with_tau(self.config, arm.tau)
         return with_share(config, carried_share(share, nominal, config.moe.ffn_share))
@@ -204,16 +194,8 @@ def _beside(model: TargetModel, baseline: float | None) -> TargetModel:
 
 def _words(planned: Planned) -> str:
     grid = planned.grid
-    degrees = (
-        ("TP", grid.tp),
-        ("CP", grid.cp),
-        ("PP", grid.pp),
-        ("VPP", grid.vpp),
-        ("EP", grid.ep),
-        ("ETP", grid.etp),
-    )
-    words = [f"{name}{size}" for name, size in degrees if size > 1] or ["data parallel"]
-    return f"{' '.join(words)}, micro-batch {grid.micro_batch}"
+    words = " ".join(grid.splits) or "data parallel"
+    return f"{words}, micro-batch {grid.micro_batch}"
 
 
 def _log_odds(share: float) -> float:

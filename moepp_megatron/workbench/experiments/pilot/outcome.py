@@ -75,7 +75,10 @@ def timed_steps(records: Sequence[StepMetrics]) -> list[StepMetrics]:
 
 
 def arm_outcome(
-    arm: Arm, runs: Mapping[int, RunOutcome], baseline: Mapping[int, RunOutcome]
+    arm: Arm,
+    runs: Mapping[int, RunOutcome],
+    baseline: Mapping[int, RunOutcome],
+    difference: Interval | None,
 ) -> ArmOutcome:
     """The outcome of an arm, over the seeds of `runs`.
 
@@ -83,11 +86,11 @@ def arm_outcome(
         arm: The arm.
         runs: Runs by seed.
         baseline: Vanilla's runs, with at least the same seeds; `runs` itself for vanilla.
+        difference: Its loss minus vanilla's, nats; None for vanilla.
     """
     seeds = sorted(runs)
     mine = [runs[seed] for seed in seeds]
     pairs = [(runs[seed], baseline[seed]) for seed in seeds]
-    difference = None if arm.kind == "vanilla" else loss_difference(pairs)
     has_ratio = arm.kind not in ("vanilla", "short")
     energies = [run.energy_per_token_j for run in mine if run.energy_per_token_j is not None]
     return ArmOutcome(
@@ -105,11 +108,6 @@ def arm_outcome(
         health=_mean_health([run.health for run in mine]),
         curve=_mean_curve([run.curve for run in mine]),
     )
-
-
-def loss_difference(pairs: Sequence[tuple[RunOutcome, RunOutcome]]) -> Interval:
-    """Validation loss of the first of each pair over the second's, nats."""
-    return mean_interval([one.valid_loss - other.valid_loss for one, other in pairs])
 
 
 def log_time_ratios(pairs: Sequence[tuple[RunOutcome, RunOutcome]]) -> list[float]:

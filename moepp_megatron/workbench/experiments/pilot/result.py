@@ -1,8 +1,9 @@
 """The result of a pilot: the contents of `pilot.json`, which `pilot.html` shows.
 
-A pilot trains several *arms* (the vanilla model, MoE++ at several tau, vanilla models with fewer
-experts per token) with the same seeds. A seed decides initial weights and the order of the data, so
-that arms are compared in pairs. All intervals are 95% t-intervals over seeds.
+A pilot trains several *arms* (the vanilla model, MoE++, and models that match one of them in time
+or compute) with the same seeds. A seed decides initial weights and the order of the data, so that
+arms are compared in pairs. All intervals are 95% t-intervals; those of loss differences take the
+noise from all arms together (pooled.py), those of speed are over sessions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-ArmKind = Literal["vanilla", "moepp", "rival", "short"]
+ArmKind = Literal["vanilla", "moepp", "more", "equal_time", "narrow", "short"]
 Answer = Literal["pays", "does not pay", "undecided"]
 
 
@@ -37,13 +38,15 @@ class Arm(_PilotRecord):
     """One model of the pilot.
 
     Attributes:
-        name: Unique, as shown: "vanilla", "MoE++ tau 0.75", "vanilla top-1", "vanilla, 70% of the
-            steps".
-        kind: "vanilla"; "moepp"; `rival` is vanilla with fewer experts per token, the fair
-            baseline; "short" is vanilla with fewer steps, which shows the value of tokens.
+        name: Unique, as shown: "vanilla", "MoE++ tau 0.75", "vanilla, 70% of the steps".
+        kind: "vanilla"; "moepp"; `more` is MoE++ with more selections per token and vanilla's
+            expected FLOPs; `equal_time` is a MoE++ arm that trains for vanilla's time; `narrow` is
+            vanilla with narrower experts and a MoE++ arm's compute; "short" is vanilla with fewer
+            steps, which shows the value of tokens.
         tau: Tau of MoE++, else None.
         topk: Selections per token, K.
         steps: Steps of each of its runs.
+        matches: Name of the MoE++ arm that an `equal_time` or `narrow` arm belongs to.
         overrides: Settings that make it from CONFIG, for whoever wants to run it alone; empty where
             it is more than overrides (vanilla).
     """
@@ -53,6 +56,7 @@ class Arm(_PilotRecord):
     tau: float | None
     topk: int
     steps: int
+    matches: str | None = None
     overrides: list[str] = []
 
 
@@ -77,7 +81,8 @@ class ArmOutcome(_PilotRecord):
         valid_loss: Final validation loss, nats.
         loss_difference: Difference to vanilla with the same seed; None for vanilla.
         step_time_s: Median step of a run.
-        time_ratio: Step time over vanilla's with the same seed; None for vanilla and "short".
+        time_ratio: Step time over vanilla's: of a MoE++ arm as timed in sessions of its own, of
+            others in their runs; None for vanilla, "short" and an arm without sessions.
         tokens_per_s: Throughput of all ranks.
         ffn_share: FFN share of all selections, last quarter of the steps.
         a2a_bytes: All-to-all bytes of a step, forward, last quarter of the steps.
@@ -102,27 +107,18 @@ class ArmOutcome(_PilotRecord):
     curve: Curve
 
 
-class EqualSpeed(_PilotRecord):
-    """A MoE++ arm against an equally fast vanilla model.
-
-    With whole numbers of experts none is exactly as fast: its loss is interpolated by step time
-    between the two vanilla arms that enclose it, seed by seed.
+class EqualCompute(_PilotRecord):
+    """Two arms whose tokens take the same expected FLOPs and that saw the same tokens.
 
     Attributes:
         arm: Name of the MoE++ arm.
-        slower: Vanilla arm at least as slow.
-        faster: Vanilla arm at least as fast; the same as `slower` where the MoE++ arm is outside of
-            all measured ones and the nearest is used.
-        weight: Weight of `slower` in the interpolation, mean over seeds.
-        enclosed: Whether the MoE++ arm is between two measured ones in every seed.
-        loss_difference: MoE++ minus baseline, nats; below 0 MoE++ is better at equal speed.
+        other: Name of the vanilla arm: narrowed to the MoE++ arm's compute, or vanilla itself
+            beside MoE++ with more selections.
+        loss_difference: MoE++ minus the other, nats; below 0 MoE++ is better.
     """
 
     arm: str
-    slower: str
-    faster: str
-    weight: float
-    enclosed: bool
+    other: str
     loss_difference: Interval
 
 
@@ -183,32 +179,53 @@ class PilotTarget(_PilotRecord):
         return next((model for model in self.models if model.arm == arm), None)
 
 
+class Stakes(_PilotRecord):
+    """What a wrong decision costs, expected over what the runs leave open.
+
+    Attributes:
+        adopted: Share of vanilla's training time that MoE++ loses, if it is adopted.
+        kept: Share that MoE++ would have saved, if vanilla is kept.
+    """
+
+    adopted: float
+    kept: float
+
+
 class ArmVerdict(_PilotRecord):
     """Does one MoE++ arm pay?
 
-    A model that learns less from a token needs more of them. `token_factor` says how many times as
-    many for vanilla's loss, from the pilot's loss difference and from what tokens are worth to
-    vanilla (its runs with fewer steps). Time to equal loss is token factor times time ratio: below
-    1 MoE++ pays.
+    It pays where, trained for vanilla's time, it has the lower loss, and where, trained on as many
+    tokens, it has a lower loss than the narrowed vanilla model of the same compute. Both have to be
+    clear at the level of the newest look (schedule.py). It does not pay where either is clearly the
+    other way round.
 
     Attributes:
         arm: Name of the MoE++ arm.
-        token_factor: Tokens to vanilla's loss over vanilla's; None where fewer steps have not
+        loss_in_time: Loss after vanilla's time minus vanilla's, nats.
+        loss_in_compute: Loss minus the narrowed vanilla model's, nats.
+        token_factor: Tokens to vanilla's loss over vanilla's, from the loss difference after the
+            same tokens and from what tokens are worth to vanilla; None where fewer steps have not
             clearly cost vanilla loss, so that the value of tokens is unknown.
-        time_to_loss: Time to equal loss at the pilot's measured speed; None likewise.
-        target_time_to_loss: The same at the target's speed by the cost model, whose own error is
-            widened into the interval; None likewise, without a target, or where it does not fit.
-        at_pilot: The answer at the pilot's scale. It pays where it is sooner at vanilla's loss and,
-            as far as a vanilla model of the same speed was measured, better than that one. It does
-            not where either is clearly the other way round.
-        at_target: The answer for the target.
+        time_to_loss: Time to vanilla's loss over vanilla's, from `loss_in_time`; None likewise.
+        target_time_to_loss: Token factor times the target's step time over vanilla's by the cost
+            model, whose own error is widened into the interval; None likewise, without a target, or
+            where it does not fit.
+        probability: How probable it is that both losses are below 0, taken alone, with no opinion
+            beforehand; None with a single seed.
+        stakes: What a wrong decision costs; None where that cannot be told.
+        at_pilot: The answer at the pilot's scale.
+        at_target: The answer for the target: `target_time_to_loss` in place of `loss_in_time`.
         reasons: Plain sentences that give the numbers behind both.
     """
 
     arm: str
+    loss_in_time: Interval
+    loss_in_compute: Interval
     token_factor: Interval | None
     time_to_loss: Interval | None
     target_time_to_loss: Interval | None
+    probability: float | None
+    stakes: Stakes | None
     at_pilot: Answer
     at_target: Answer | None
     reasons: list[str]
@@ -230,6 +247,10 @@ class Setting(_PilotRecord):
         valid_tokens: Tokens of a validation.
         parameters: Parameters of the MoE++ model.
         began: Day of the first run, ISO date.
+        sessions: Sessions that timed the MoE++ arms.
+        look: Number of the newest look; 0 before the first one, so that nothing is decided.
+        next_seeds: Seeds of the next look.
+        level: One-sided level that this look decides at.
     """
 
     command: str
@@ -244,6 +265,10 @@ class Setting(_PilotRecord):
     valid_tokens: int
     parameters: int
     began: str
+    sessions: int
+    look: int
+    next_seeds: int
+    level: float
 
 
 class PilotResult(_PilotRecord):
@@ -253,7 +278,7 @@ class PilotResult(_PilotRecord):
         setting: How it was measured.
         arms: Vanilla first.
         token_value: Nats that vanilla gains when its tokens grow e-fold, from the "short" arm.
-        equal_speed: Comparison of every MoE++ arm.
+        equal_compute: Pairs of the same compute.
         target: The target; None without one.
         verdicts: Verdict of every MoE++ arm, the most favourable first.
         recommended: Name of the arm to go on with, or None where none has been shown to pay.
@@ -264,7 +289,7 @@ class PilotResult(_PilotRecord):
     setting: Setting
     arms: list[ArmOutcome]
     token_value: Interval
-    equal_speed: list[EqualSpeed]
+    equal_compute: list[EqualCompute]
     target: PilotTarget | None
     verdicts: list[ArmVerdict]
     recommended: str | None

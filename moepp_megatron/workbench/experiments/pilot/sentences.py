@@ -2,113 +2,111 @@
 
 from __future__ import annotations
 
-import math
-
-from moepp_megatron.workbench.experiments.pilot.equal_speed import Standing
+from moepp_megatron.workbench.experiments.pilot.evidence import Evidence
 from moepp_megatron.workbench.experiments.pilot.result import (
     ArmOutcome,
     ArmVerdict,
-    EqualSpeed,
     Interval,
+    Stakes,
 )
-
-_STANDS: dict[Standing | None, str] = {
-    "better": "it is clearly better",
-    "worse": "it is clearly worse",
-    "open": "which of the two is better is open",
-    None: "that says nothing for or against it",
-}
-
+from moepp_megatron.workbench.experiments.pilot.schedule import LEVEL
 
 # A factor on time beyond which, to either side, an interval says no more than that it is wide.
 _LARGEST_FACTOR = 10.0
 
 
-def pilot_reasons(
-    outcome: ArmOutcome,
-    factor: Interval | None,
-    time: Interval | None,
-    equal: EqualSpeed,
-    stands: Standing | None,
-    measured: float,
-) -> list[str]:
+def pilot_reasons(outcome: ArmOutcome, evidence: Evidence) -> list[str]:
     """The numbers behind the answer at the pilot's scale.
 
     Args:
         outcome: The arm.
-        factor: Tokens to vanilla's loss over vanilla's.
-        time: Time to vanilla's loss over vanilla's.
-        equal: The comparison at equal speed.
-        stands: Outcome of that comparison.
-        measured: Log of the ratio of tokens from which their value is known.
+        evidence: What the runs say of it.
     """
     assert outcome.loss_difference is not None, "only vanilla has no difference to itself"
-    assert outcome.time_ratio is not None, "only vanilla has no ratio to itself"
     reasons = [
         f"With {outcome.ffn_share.mean:.0%} of the selections on FFN experts its validation loss "
-        f"differs from vanilla's by {nats(outcome.loss_difference)}.",
-        f"A step takes {times(outcome.time_ratio)} vanilla's time.",
+        f"after the same tokens differs from vanilla's by {nats(outcome.loss_difference)}.",
     ]
-    if factor is None or time is None:
+    if outcome.time_ratio is not None:
+        reasons.append(f"A step takes {times(outcome.time_ratio)} vanilla's time.")
+    reasons += [
+        "Trained for vanilla's time its loss differs from vanilla's by "
+        f"{nats(evidence.in_time.interval())}, the error of the measured speed included.",
+        "From a vanilla model that is narrowed to its compute its loss differs by "
+        f"{nats(evidence.in_compute.interval())} after the same tokens.",
+    ]
+    if evidence.time_to_loss is None:
         reasons.append(
             "What tokens are worth cannot be told: vanilla is not clearly better with all of the "
-            "steps than with fewer, so a loss difference cannot be turned into tokens."
+            "steps than with fewer, so a loss difference cannot be turned into time."
         )
     else:
-        reasons.append(
-            f"To reach vanilla's loss it needs {times(factor)} the tokens and {times(time)} the "
-            "time."
-        )
-        if abs(math.log(factor.mean)) > measured:
-            reasons.append(
-                "That many tokens were not tried: the factor is extrapolated from "
-                f"{math.exp(measured):.2f} times the tokens."
-            )
-    reasons.append(_equal_words(equal, stands, "here"))
+        time = times(evidence.time_to_loss.factor())
+        reasons.append(f"To reach vanilla's loss it needs {time} the time.")
     return reasons
 
 
-def target_reasons(
-    ratio: float | None, time: Interval | None, equal: EqualSpeed | None, stands: Standing | None
-) -> list[str]:
+def target_reasons(ratio: float | None, time: Interval | None) -> list[str]:
     """The numbers behind the answer at the target.
 
     Args:
         ratio: Step time over vanilla's.
         time: Time to vanilla's loss over vanilla's.
-        equal: The comparison at equal speed.
-        stands: Outcome of that comparison.
     """
     if ratio is None:
-        return ["At the target it, or vanilla, does not fit the cards."]
+        return ["At the target it, or vanilla, does not fit the GPUs."]
     reasons = [f"At the target a step takes {ratio:.2f} times vanilla's by the cost model."]
     if time is not None:
         reasons.append(
             f"With the pilot's loss difference it would need {times(time)} the time to vanilla's "
             "loss there, the cost model's error included."
         )
-    if equal is not None:
-        reasons.append(_equal_words(equal, stands, "at the target"))
     return reasons
 
 
-def answer(best: ArmVerdict, equal: EqualSpeed, has_target: bool, target: str = "") -> str:
+def chances(probability: float | None, stakes: Stakes | None) -> str:
+    """How probable "pays" is, and what a wrong decision costs; empty if nothing tells."""
+    if probability is None:
+        return ""
+    text = f"By these runs alone the probability that it pays is {percent(probability)}."
+    if stakes is None:
+        return text
+    return (
+        f"{text} Expected over what they leave open, adopting it loses {stakes.adopted:.1%} of "
+        f"vanilla's training time, and keeping vanilla gives away {stakes.kept:.1%}."
+    )
+
+
+def percent(probability: float) -> str:
+    """A probability; beyond 99.9% its digits say nothing, and are left out."""
+    if probability > 0.999:
+        return "over 99.9%"
+    return "under 0.1%" if probability < 0.001 else f"{probability:.1%}"
+
+
+def answer(
+    best: ArmVerdict, has_target: bool, target: str = "", first_look: int | None = None
+) -> str:
     """One plain sentence.
 
     Args:
         best: The most favourable verdict.
-        equal: Its comparison at equal speed.
         has_target: Whether a target was asked for.
         target: The target in words.
+        first_look: Seeds of the first look, if it has not come; else None.
     """
     tau = best.arm.removeprefix("MoE++ ")
-    time = best.time_to_loss
+    if first_look is not None:
+        return (
+            f"Nothing is decided before {first_look} seeds: so far, trained for vanilla's time, "
+            f"MoE++ with {tau} differs from vanilla's loss by {nats(best.loss_in_time)}."
+        )
     if best.at_pilot == "pays":
-        said = f"At this scale MoE++ pays: with {tau} it {_gain(time, equal)}"
+        said = f"At this scale MoE++ pays: with {tau} it {_gain(best)}"
     elif best.at_pilot == "undecided":
-        said = f"This pilot cannot tell whether MoE++ pays: with {tau} it {_open(time, equal)}"
+        said = f"This pilot cannot tell whether MoE++ pays: with {tau} it {_open(best)}"
     else:
-        said = f"At this scale MoE++ does not pay: even with {tau} it {_loss(time, equal)}"
+        said = f"At this scale MoE++ does not pay: with {tau} it {_loss(best)}"
     if not has_target:
         return f"{said}."
     return f"{said}; {_target_words(best, target)}."
@@ -135,12 +133,11 @@ def caveats(
         f"Settings such as the learning rate are those of the configuration for every model, on "
         f"{nproc} rank{'' if nproc == 1 else 's'}; another one may suit vanilla, or MoE++, better.",
     ]
-    if seeds == 1:
-        found.insert(0, "A single seed says nothing of chance, so nothing is decided.")
-    elif seeds < 5:
-        found.append(
-            f"{seeds} seeds are few: intervals are wide, and hold only if seeds scatter normally."
-        )
+    found.append(
+        f"Losses of {seeds} seed{'' if seeds == 1 else 's'}: intervals hold if the noise of a run "
+        "is normal and equally large in every arm. Decisions are made at looks fixed beforehand, "
+        f'so that "pays" is wrong in {LEVEL:.1%} of pilots at most, however often they are asked.'
+    )
     if on_cpu:
         found.append(
             "Speed is that of processor cores, where FFN experts are looped over one by one: it "
@@ -177,47 +174,40 @@ def nats(difference: Interval) -> str:
     return f"{difference.mean:+.4f} nats (95% interval {ends})"
 
 
-def _equal_words(equal: EqualSpeed, stands: Standing | None, where: str) -> str:
-    difference = f"its loss differs by {nats(equal.loss_difference)}; {_STANDS[stands]}."
-    if equal.slower == equal.faster:
-        nearest = f"against the nearest, {equal.slower},"
-        return f"No vanilla model is as fast {where}; {nearest} {difference}"
-    return (
-        f"Against a vanilla model that is as fast {where} (between {equal.slower} and "
-        f"{equal.faster}) {difference}"
-    )
-
-
-def _gain(time: Interval | None, equal: EqualSpeed) -> str:
+def _gain(best: ArmVerdict) -> str:
+    time = best.time_to_loss
     if time is None or time.low is None or time.high is None:
-        return f"learns more than a vanilla model of the same speed ({nats(equal.loss_difference)})"
+        return f"has the lower loss after vanilla's time ({nats(best.loss_in_time)})"
     return (
         f"learns as much as vanilla in {1 - time.mean:.0%} less time (95% interval "
         f"{1 - time.high:.0%} to {1 - time.low:.0%})"
     )
 
 
-def _loss(time: Interval | None, equal: EqualSpeed) -> str:
-    if time is not None and time.low is not None and time.high is not None and time.low > 1:
+def _loss(best: ArmVerdict) -> str:
+    compute = best.loss_in_compute
+    if best.loss_in_time.mean <= 0 or (compute.low is not None and compute.low > 0):
         return (
-            f"learns as much as vanilla only with {_more(time.mean)} time (95% interval "
-            f"{_more(time.low)} to {_more(time.high)})"
+            "learns less than a vanilla model that is narrowed to its compute "
+            f"({nats(best.loss_in_compute)})"
         )
-    return f"learns less than a vanilla model of the same speed ({nats(equal.loss_difference)})"
+    time = best.time_to_loss
+    if time is None or time.low is None or time.high is None:
+        return f"has the higher loss after vanilla's time ({nats(best.loss_in_time)})"
+    return (
+        f"learns as much as vanilla only with {_more(time.mean)} time (95% interval "
+        f"{_more(time.low)} to {_more(time.high)})"
+    )
 
 
-def _open(time: Interval | None, equal: EqualSpeed) -> str:
-    if time is None:
-        return (
-            "could be compared at equal speed alone, where its loss differs by "
-            f"{nats(equal.loss_difference)}"
-        )
-    if time.low is None or time.high is None:
-        return f"took {_more(time.mean)} time to vanilla's loss in the only seed"
+def _open(best: ArmVerdict) -> str:
+    time = best.time_to_loss
+    if time is None or time.low is None or time.high is None:
+        return f"differs by {nats(best.loss_in_time)} after vanilla's time"
     if time.high < 1:
         return (
-            f"learns as much as vanilla in {1 - time.mean:.0%} less time, but vanilla with fewer "
-            "experts a token may do as well"
+            f"learns as much as vanilla in {1 - time.mean:.0%} less time, but a vanilla model that "
+            "is narrowed to its compute may do as well, or the runs are too few to be sure"
         )
     if time.low < 1 / _LARGEST_FACTOR or time.high > _LARGEST_FACTOR:
         return (

@@ -1,139 +1,76 @@
-"""Decides whether a MoE++ arm pays, from loss and speed.
+"""Decides whether a MoE++ arm pays.
 
-A model that learns less from a token needs more of them. Vanilla's own runs with fewer steps give
-the value of tokens: v nats for an e-fold. A loss difference d is then worth exp(d / v)
-times the tokens, and equal loss takes exp(d / v) times the time ratio.
+Two questions have to be answered with yes. Trained for vanilla's time, is MoE++ better than
+vanilla? Trained on as many tokens, is it better than a vanilla model that is narrowed to its
+compute, which anybody could train instead? Both are differences of losses with the same seeds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moepp_megatron.workbench.experiments.pilot import sentences
-from moepp_megatron.workbench.experiments.pilot.equal_speed import Runs, Standing, standing
+from moepp_megatron.workbench.experiments.pilot.evidence import Evidence
 from moepp_megatron.workbench.experiments.pilot.extrapolate import COST_MODEL_ERROR
-from moepp_megatron.workbench.experiments.pilot.outcome import log_time_ratios
 from moepp_megatron.workbench.experiments.pilot.result import (
     Answer,
     ArmOutcome,
     ArmVerdict,
-    EqualSpeed,
     Interval,
+    Stakes,
 )
-from moepp_megatron.workbench.experiments.pilot.statistics import (
-    factor_interval,
-    mean_interval,
-    ratio_of_means,
-)
+from moepp_megatron.workbench.experiments.pilot.statistics import Estimate
 
 _RANK: dict[Answer | None, int] = {"pays": 0, "undecided": 1, "does not pay": 2, None: 3}
 
 
-@dataclass(frozen=True)
-class TokenValue:
-    """The value of an e-fold of tokens to vanilla, seed by seed.
-
-    Attributes:
-        by_seed: Nats by seed.
-        measured: Log of the ratio of tokens that was measured; loss differences worth more are
-            extrapolated.
-    """
-
-    by_seed: Mapping[int, float]
-    measured: float
-
-    @classmethod
-    def of(cls, full: Runs, short: Runs, steps: int, short_steps: int) -> TokenValue:
-        """Compute it from vanilla's runs with all and with fewer steps."""
-        measured = math.log(steps / short_steps)
-        gains = {seed: (short[seed].valid_loss - full[seed].valid_loss) / measured for seed in full}
-        return cls(gains, measured)
-
-    @property
-    def interval(self) -> Interval:
-        """The interval over seeds."""
-        return mean_interval(list(self.by_seed.values()))
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether it is clearly above 0, so that it can be a divisor."""
-        found = self.interval
-        return (found.mean if found.low is None else found.low) > 0
-
-
-def _answer_of(factor: Interval | None) -> Answer:
-    """The answer by the interval of a factor on time: below 1 it pays."""
-    if factor is None or factor.low is None or factor.high is None:
-        return "undecided"
-    if factor.high < 1:
-        return "pays"
-    return "does not pay" if factor.low > 1 else "undecided"
-
-
-def combined(time: Interval | None, rival: Standing | None) -> Answer:
-    """The answer from time to vanilla's loss and from the comparison at equal speed.
-
-    Args:
-        time: Time to loss over vanilla's; None if unknown.
-        rival: Outcome against the vanilla model of the same speed; None if inconclusive.
-    """
-    by_time = _answer_of(time)
-    if rival == "worse" or by_time == "does not pay":
+def answer_of(signs: Sequence[int]) -> Answer:
+    """The answer by the signs of what has to be below 0."""
+    if any(sign > 0 for sign in signs):
         return "does not pay"
-    if time is None:
-        return "pays" if rival == "better" else "undecided"
-    # Sooner than vanilla, but fewer experts in vanilla may do as well.
-    return "undecided" if rival == "open" else by_time
+    return "pays" if all(sign < 0 for sign in signs) else "undecided"
 
 
 def verdict(
-    outcome: ArmOutcome,
-    runs: Runs,
-    vanilla: Runs,
-    value: TokenValue,
-    equal: EqualSpeed,
-    slower_time: float,
-    at_target: AtTarget | None = None,
+    outcome: ArmOutcome, evidence: Evidence, level: float | None, at_target: AtTarget | None = None
 ) -> ArmVerdict:
     """The verdict on a MoE++ arm.
 
     Args:
         outcome: The arm.
-        runs: Its runs.
-        vanilla: The runs of vanilla, with the same seeds.
-        value: The value of tokens.
-        equal: Its comparison at equal speed.
-        slower_time: Mean step of `equal.slower`.
+        evidence: What the runs say of it.
+        level: One-sided level of the newest look; None before the first one.
         at_target: The arm at the target, or None.
     """
-    seeds = list(runs)
-    pairs = [(runs[seed], vanilla[seed]) for seed in seeds]
-    stands = standing(equal, outcome.step_time_s.mean, slower_time)
-    factor = time = target_time = None
-    if value.is_clear:
-        differences = [one.valid_loss - other.valid_loss for one, other in pairs]
-        logs = ratio_of_means(differences, [value.by_seed[seed] for seed in seeds])
-        factor = factor_interval(logs)
-        times = [log + t for log, t in zip(logs, log_time_ratios(pairs), strict=True)]
-        time = factor_interval(times)
-        if at_target is not None and at_target.time_ratio is not None:
-            scaled = [log + math.log(at_target.time_ratio) for log in logs]
-            target_time = factor_interval(scaled, widened_by=COST_MODEL_ERROR)
-    reasons = sentences.pilot_reasons(outcome, factor, time, equal, stands, value.measured)
+    in_time, in_compute, factor = evidence.in_time, evidence.in_compute, evidence.token_factor
+    at_pilot: Answer = "undecided"
+    if level is not None:
+        at_pilot = answer_of([in_time.sign(level), in_compute.sign(level)])
+    target_time: Interval | None = None
     answer_at_target: Answer | None = None
     if at_target is not None:
-        answer_at_target = combined(target_time, at_target.stands)
-        reasons += sentences.target_reasons(
-            at_target.time_ratio, target_time, at_target.equal, at_target.stands
-        )
+        answer_at_target = "undecided"
+        if factor is not None and at_target.time_ratio is not None:
+            scaled = factor.plus(Estimate(math.log(at_target.time_ratio), 0.0, factor.degrees))
+            target_time = scaled.factor(widened_by=COST_MODEL_ERROR)
+            if level is not None:
+                sign = _sign_beyond(scaled, math.log1p(COST_MODEL_ERROR), level)
+                answer_at_target = answer_of([sign, in_compute.sign(level)])
+    reasons = sentences.pilot_reasons(outcome, evidence)
+    if at_target is not None:
+        reasons += sentences.target_reasons(at_target.time_ratio, target_time)
     return ArmVerdict(
         arm=outcome.arm.name,
-        token_factor=factor,
-        time_to_loss=time,
+        loss_in_time=in_time.interval(),
+        loss_in_compute=in_compute.interval(),
+        token_factor=None if factor is None else factor.factor(),
+        time_to_loss=None if evidence.time_to_loss is None else evidence.time_to_loss.factor(),
         target_time_to_loss=target_time,
-        at_pilot=combined(time, stands),
+        probability=_both(in_time.probability_below(), in_compute.probability_below()),
+        stakes=_stakes(evidence),
+        at_pilot=at_pilot,
         at_target=answer_at_target,
         reasons=reasons,
     )
@@ -145,13 +82,30 @@ class AtTarget:
 
     Attributes:
         time_ratio: Step time over vanilla's; None where either does not fit.
-        equal: Comparison with an equally fast vanilla model there; None if there is none.
-        stands: Outcome of that comparison.
     """
 
     time_ratio: float | None
-    equal: EqualSpeed | None = None
-    stands: Standing | None = None
+
+
+def _sign_beyond(logarithm: Estimate, error: float, level: float) -> int:
+    """The sign that the logarithm keeps whatever the sign of an additional error."""
+    signs = {logarithm.plus(Estimate(shift, 0.0, 1)).sign(level) for shift in (-error, error)}
+    return signs.pop() if len(signs) == 1 else 0
+
+
+def _both(one: float | None, other: float | None) -> float | None:
+    """The probability of both; their losses are of different runs, so that they are independent."""
+    return None if one is None or other is None else one * other
+
+
+def _stakes(evidence: Evidence) -> Stakes | None:
+    """What a wrong decision costs; None where tokens are not clearly worth anything."""
+    value, found = evidence.token_value.mean, evidence.in_time
+    gained = Estimate(-found.mean, found.error, found.degrees)
+    adopted, kept = found.expected_above(), gained.expected_above()
+    if evidence.time_to_loss is None or adopted is None or kept is None:
+        return None
+    return Stakes(adopted=adopted / value, kept=kept / value)
 
 
 def by_favour(verdicts: Sequence[ArmVerdict]) -> list[ArmVerdict]:

@@ -91,6 +91,44 @@ class ScalingGrid:
     points: tuple[Point, ...]
     impossible: tuple[Impossible, ...]
 
+    def named(self, name: str) -> Point:
+        """The point of a name.
+
+        Raises:
+            ConfigError: No point has it.
+        """
+        for point in self.points:
+            if point.name == name:
+                return point
+        names = ", ".join(point.name for point in self.points)
+        raise ConfigError(f"--point ({name}) must be one of {names}")
+
+    def point_of_ranks(self, name: str | None, world_size: int) -> Point:
+        """The point that ranks of an external launcher measure.
+
+        Args:
+            name: Its name; None where only one point has as many ranks.
+            world_size: How many ranks were started.
+
+        Raises:
+            ConfigError: The named point has another number of ranks, or a name is needed.
+        """
+        if name is not None:
+            point = self.named(name)
+            if point.nproc != world_size:
+                raise ConfigError(
+                    f"--point ({name}) must have as many ranks as were started ({world_size}); "
+                    f"start {point.nproc}"
+                )
+            return point
+        fitting = [point for point in self.points if point.nproc == world_size]
+        if len(fitting) != 1:
+            names = ", ".join(point.name for point in fitting) or "none"
+            raise ConfigError(
+                f"--point (null) must name one of the points of {world_size} ranks: {names}"
+            )
+        return fitting[0]
+
 
 def parse_layout(text: str) -> dict[str, int]:
     """Degrees by name from `ep=2,tp=1`; `auto` is empty.

@@ -19,14 +19,38 @@ from megatron.core import parallel_state
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.vanilla import vanilla
+from moepp_megatron.runtime import distributed
+from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.workbench.bench.all_to_all_clock import AllToAllClock
 from moepp_megatron.workbench.bench.interleave import interleaved
 from moepp_megatron.workbench.bench.step import Stepper
+from moepp_megatron.workbench.experiments.scaling.grid import Point
 from moepp_megatron.workbench.experiments.scaling.point import KindResult, PointResult
-from moepp_megatron.workbench.experiments.scaling.runs import Measuring
+from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
 
 # Dispatchers that send through `all_to_all_single`.
 _ALL_TO_ALL = ("alltoall", "alltoall_dedup")
+
+
+def measure_on_rank(
+    config: Config, point: Point, measuring: Measuring, folder: ScalingRuns, rank: RankEnvironment
+) -> None:
+    """Be one rank of one point, from joining the others to leaving them; rank 0 writes the result.
+
+    Args:
+        config: Configuration of the test.
+        point: What to measure.
+        measuring: How.
+        folder: Where the result belongs.
+        rank: Which rank this is.
+    """
+    own = point.config(config)
+    layout = Layout.from_config(own, rank.world_size)
+    with distributed.joined(rank) as device:
+        distributed.build_groups(own, layout)
+        result = measure_point(own, layout, measuring, device)
+        if rank.rank == 0:
+            folder.finish(point, result)
 
 
 def measure_point(

@@ -37,7 +37,7 @@ class ModeSection:
 
 
 @dataclass(frozen=True)
-class ScalingPage:
+class _ScalingPage:
     """Everything that the template shows.
 
     Attributes:
@@ -90,7 +90,7 @@ def build_scaling_page(
             for mode, title in MODE_TITLES.items()
             if any(record.mode == mode for record in records)
         ]
-    page = ScalingPage(
+    page = _ScalingPage(
         name=config.run.name,
         sentence=_sentence(records),
         warnings=_warnings(records),

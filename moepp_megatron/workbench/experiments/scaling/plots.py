@@ -232,7 +232,7 @@ def _bytes(lines: list[KindSeries]) -> Plot:
 
     _draw(axes, lines, megabytes)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("MB a step (1e6 bytes)")
+    axes.set_ylabel("MB per step (1e6 bytes)")
     caption = (
         "Hidden vectors that leave their ranks in a step's forward passes, all ranks together. "
         "The backward passes send as much again." + _others(lines)
@@ -250,7 +250,7 @@ def _share(lines: list[KindSeries]) -> Plot:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("share of the step")
     caption = (
-        "Time in which a rank stands still in all-to-alls, mean over ranks, of the whole step; "
+        "Time in which a rank waits in all-to-alls, mean over ranks, of the whole step; "
         "measured in separate steps. Waiting for a rank that comes late is part of it."
         + _others(lines)
     )

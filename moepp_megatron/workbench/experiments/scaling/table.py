@@ -36,7 +36,7 @@ def print_records(records: Sequence[ScaleRecord]) -> None:
     console.print(
         "Spread: slowest less fastest repetition. Efficiency: tokens per second and rank, relative "
         "to the smallest count. All-to-all: MB that leave their ranks in the forward passes; share "
-        "of the step in which a rank stands still in all-to-alls, measured in separate steps."
+        "of the step in which a rank waits in all-to-alls, measured in separate steps."
     )
 
 

@@ -67,15 +67,7 @@ def error_table(comparisons: Sequence[PublishedComparison]) -> str:
 
 
 def _layout(grid: Grid) -> str:
-    degrees = (
-        ("TP", grid.tp),
-        ("CP", grid.cp),
-        ("PP", grid.pp),
-        ("VPP", grid.vpp),
-        ("EP", grid.ep),
-    )
-    text = " ".join(f"{name}{degree}" for name, degree in degrees if degree > 1)
-    return text + (", overlap" if grid.expert_overlap else "")
+    return " ".join(grid.splits) + (", overlap" if grid.expert_overlap else "")
 
 
 def model_flop_per_token(load: Workload) -> float:

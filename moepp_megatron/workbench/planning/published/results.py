@@ -52,7 +52,7 @@ _ZOO = "yanring/Megatron-MoE-ModelZoo (May 2026)"
 _ARCHIVE = "NVIDIA-NeMo/Megatron-Bridge, docs/performance-summary-archive.md"
 _NORM_ACT = ("layernorm", "moe_act")
 
-MIXTRALBF16 = Published(
+_MIXTRALBF16 = Published(
     name="Mixtral-8x22B bf16",
     gpus=128,
     tflops=445,
@@ -61,7 +61,7 @@ MIXTRALBF16 = Published(
     source=f"{_ZOO}, best_practice/mixtral and runtime.conf: routing not forced to balance",
     routing=LEARNED,
 )
-QWEN_235B = Published(
+_QWEN_235B = Published(
     name="Qwen3-235B bf16",
     gpus=256,
     tflops=320,
@@ -90,7 +90,7 @@ RESULTS = (
         source=f"arXiv 2603.07685 tables 11 and 17; {_ZOO}, best_practice/deepseek-v3",
         stages=_DEEPSEEK_STAGES,
     ),
-    QWEN_235B,
+    _QWEN_235B,
     Published(
         name="Qwen3-30B bf16",
         gpus=16,
@@ -99,36 +99,36 @@ RESULTS = (
         grid=Grid(16, ep=16, expert_overlap=True),
         source="NVIDIA-NeMo/Megatron-Bridge, docs/training/moe-optimization.md (20.147 s a step)",
     ),
-    MIXTRALBF16,
+    _MIXTRALBF16,
     Published(
         name="Mixtral-8x22B FP8",
         gpus=128,
         tflops=560,
         load=mixtral(BLOCKWISE),
-        grid=MIXTRALBF16.grid,
+        grid=_MIXTRALBF16.grid,
         source=f"{_ZOO}, best_practice/mixtral: block-wise FP8, balance forced",
     ),
 )
 
 FURTHER = (
     replace(
-        MIXTRALBF16, name="Mixtral-8x22B bf16, balance forced", tflops=465, routing=FORCED_BALANCE
+        _MIXTRALBF16, name="Mixtral-8x22B bf16, balance forced", tflops=465, routing=FORCED_BALANCE
     ),
     replace(
-        QWEN_235B,
+        _QWEN_235B,
         name="Qwen3-235B bf16, no overlap",
         tflops=245,
-        grid=replace(QWEN_235B.grid, expert_overlap=False),
+        grid=replace(_QWEN_235B.grid, expert_overlap=False),
         source=f"{_ZOO}, best_practice/qwen3/readme.md: older software",
     ),
     replace(
-        QWEN_235B,
+        _QWEN_235B,
         name="Qwen3-235B bf16, older software",
         tflops=276,
         source=f"{_ZOO}, best_practice/qwen3/readme.md",
     ),
     replace(
-        QWEN_235B,
+        _QWEN_235B,
         name="Qwen3-235B bf16, 32k tokens, TP4 CP2 EP8",
         tflops=335,
         load=qwen_235b(BF16, "flex", 256, 32768),
@@ -136,7 +136,7 @@ FURTHER = (
         source=f"{_ZOO}, best_practice/qwen3/readme.md, long context",
     ),
     replace(
-        QWEN_235B,
+        _QWEN_235B,
         name="Qwen3-235B bf16, 128k tokens, TP4 CP8 EP8",
         tflops=389,
         load=qwen_235b(BF16, "flex", 256, 131072),

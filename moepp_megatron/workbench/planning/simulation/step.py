@@ -8,6 +8,7 @@ step's end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
 
@@ -126,21 +127,13 @@ class _Player:
             count = min(batch, steps - start)
             chosen = None if popularity is None else popularity[start : start + count]
             durations, skews = self._durations(chosen, highest, count)
-            per_rank = self._per_rank(durations.forward), self._per_rank(durations.backward)
-            ahead, back = (one.mean(axis=(1, 2)) for one in per_rank)
-            first = np.array(
-                [end.exposed_gather(grid, a) for end, a in zip(ends, ahead, strict=True)]
-            )
-            after = np.array(
-                [end.exposed_reduce(grid, b) for end, b in zip(ends, back, strict=True)]
-            )
+            first, after, slowest = self._data_parallel(durations, ends)
             keeps = timeline is None
             played = play(self._graph, durations, self._message, first, keeps)
             # Columns wait for each other where gradients are reduced, stages for the norm.
             met = played.finish.max(axis=2) + after[:, None]
             optimizer = max(end.optimizer for end in ends)
             totals.append(met.max(axis=0) + optimizer)
-            slowest = int((ahead + back).argmax())
             last = played.finish.max(axis=0).argmax(axis=1)
             busy.append(played.busy[slowest, np.arange(count), last])
             parts = (float(first[slowest] + after[slowest]), optimizer)
@@ -173,6 +166,17 @@ class _Player:
             held_up=float((self._slow > 1.0).mean()),
             timeline=timeline,
         )
+
+    def _data_parallel(
+        self, durations: Durations, ends: Sequence[StepEnd]
+    ) -> tuple[Values, Values, int]:
+        """Exposed time of gathering weights and of reducing gradients [pp]; the slowest rank."""
+        per_rank = self._per_rank(durations.forward), self._per_rank(durations.backward)
+        ahead, back = (one.mean(axis=(1, 2)) for one in per_rank)
+        of_ahead, of_back = zip(ends, ahead, strict=True), zip(ends, back, strict=True)
+        first = np.array([end.exposed_gather(self._grid, one) for end, one in of_ahead])
+        after = np.array([end.exposed_reduce(self._grid, one) for end, one in of_back])
+        return first, after, int((ahead + back).argmax())
 
     def _popularity(self, steps: int, layers: int) -> Values | None:
         source, experts = self._conditions.source, self._load.experts

@@ -5,7 +5,7 @@ Every variant sees the same draws, so that a difference is the variant's and not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,24 +143,11 @@ def study(
         count = steps if not conditions.source.is_even or conditions.fabric else 1
         return float(simulate(load, grid, machine, conditions, count, seed).totals.mean())
 
-    def choice(dispatcher: Dispatcher, overlap: bool) -> float:
-        other = replace(load, experts=replace(load.experts, dispatcher=dispatcher))
-        changed = replace(grid, expert_overlap=overlap)
-        return float(simulate(other, changed, machine, everything, steps, seed).totals.mean())
+    def other(load: Workload, grid: Grid) -> float:
+        return float(simulate(load, grid, machine, everything, steps, seed).totals.mean())
 
     played = simulate(load, grid, machine, everything, steps, seed)
     few = min(steps, _FEW)
-    choices = {}
-    if grid.ep > 1 and any(load.is_moe):
-        choices = {
-            PLAIN: choice("alltoall", False),
-            DEDUPLICATED: choice("alltoall_dedup", False),
-        }
-        if can_overlap(load, grid):
-            own = load.experts.dispatcher
-            overlapping: Dispatcher = own if own in ("alltoall", "flex") else "alltoall"
-            choices[APART] = choice(overlapping, False)
-            choices[OVERLAPPED] = choice(overlapping, True)
     compared = [
         (planned, float(simulate(load, one, machine, everything, few, seed).totals.mean()))
         for planned, one in others
@@ -176,7 +163,7 @@ def study(
             "shared network": mean(Conditions(EVEN, fabric)),
         },
         played=played,
-        choices=choices,
+        choices=_choices(load, grid, other),
         others=compared,
         goodput=play_run(rng, faults, grid.world, mean_step, assumptions.days, assumptions.runs),
         tokens=load.batch * load.seq,
@@ -190,3 +177,23 @@ def can_overlap(load: Workload, grid: Grid) -> bool:
     chunks = grid.pp == 1 or grid.vpp > 1
     own_constants = not load.experts.shares_constants
     return load.numbers.dtype == "bf16" and recompute and chunks and own_constants
+
+
+def _choices(
+    load: Workload, grid: Grid, mean_step: Callable[[Workload, Grid], float]
+) -> dict[str, float]:
+    """The mean step with each kind of exchange that the layout allows; none without exchange."""
+
+    def step(dispatcher: Dispatcher, overlap: bool) -> float:
+        other = replace(load, experts=replace(load.experts, dispatcher=dispatcher))
+        return mean_step(other, replace(grid, expert_overlap=overlap))
+
+    if grid.ep == 1 or not any(load.is_moe):
+        return {}
+    choices = {PLAIN: step("alltoall", False), DEDUPLICATED: step("alltoall_dedup", False)}
+    if can_overlap(load, grid):
+        own = load.experts.dispatcher
+        overlapping: Dispatcher = own if own in ("alltoall", "flex") else "alltoall"
+        choices[APART] = step(overlapping, False)
+        choices[OVERLAPPED] = step(overlapping, True)
+    return choices

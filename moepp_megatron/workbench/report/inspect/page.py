@@ -42,7 +42,7 @@ class Extremes:
 
 
 @dataclass(frozen=True)
-class InspectionPage:
+class _InspectionPage:
     """Everything that the template shows.
 
     Attributes:
@@ -115,7 +115,7 @@ def render(request: InspectRequest, traces: Sequence[Trace]) -> str:
         resources.files("moepp_megatron.workbench.report") / "templates" / "inspect.js"
     ).read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    page = InspectionPage(
+    page = _InspectionPage(
         title=request.text.name,
         sentence=_sentence(traces, findings),
         models=[(trace.label, trace.facts) for trace in traces],
@@ -154,7 +154,7 @@ def _sentence(traces: Sequence[Trace], findings: Sequence[Findings]) -> str:
 def _findings_sentence(trace: Trace, found: Findings) -> str:
     whole = found.whole
     start = (
-        f"{whole.count:,} tokens took {whole.ffn:.2f} of {trace.topk} FFN experts a layer on "
+        f"{whole.count:,} tokens took {whole.ffn:.2f} of {trace.topk} FFN experts per layer on "
         f"average; {formatting.percent(1 - whole.ffn / trace.topk)} of the selections went to "
         "zero-computation experts."
     )
@@ -175,7 +175,7 @@ def _cards(traces: Sequence[Trace], findings: Sequence[Findings]) -> list[Card]:
     return [
         Card("Tokens", f"{wholes[0].count:,}", f"read in windows of {first.window:,}"),
         Card(
-            "FFN experts a token",
+            "FFN experts per token",
             _joined([f"{whole.ffn:.2f}" for whole in wholes]),
             f"of {first.topk} a layer; perfect balance "
             + _joined([f"{trace.topk * trace.balanced_share:.2f}" for trace in traces]),
@@ -194,7 +194,7 @@ def _cards(traces: Sequence[Trace], findings: Sequence[Findings]) -> list[Card]:
         Card(
             "Loss",
             _joined([f"{loss:.3f}" for loss in losses]),
-            "nats a token; perplexity "
+            "nats per token; perplexity "
             + _joined([formatting.number(math.exp(min(loss, 700.0)), 1) for loss in losses]),
         ),
         Card(

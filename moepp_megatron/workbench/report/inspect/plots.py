@@ -68,7 +68,7 @@ def _kinds_by_layer(trace: Trace, found: Findings, name: str) -> Plot:
         "Share of each kind of expert in the selections of a layer; dashed: FFN share under "
         "perfect balance.",
         svg_data_uri(figure),
-        f"Stacked bars of {len(values)} MoE layers; FFN experts a token between "
+        f"Stacked bars of {len(values)} MoE layers; FFN experts per token between "
         f"{min(values):.2f} and {max(values):.2f}.",
     )
 
@@ -124,7 +124,7 @@ def _line_plot(
         title,
         caption,
         svg_data_uri(figure),
-        f"Line of {len(shown)} ranges; FFN experts a token between {min(means):.2f} and "
+        f"Line of {len(shown)} ranges; FFN experts per token between {min(means):.2f} and "
         f"{max(means):.2f}.",
     )
 
@@ -133,7 +133,7 @@ def _finish(axes: Axes, topk: int, names: Sequence[str], label: str) -> None:
     every = -(-len(names) // 9)
     axes.set_xticks(range(0, len(names), every), names[::every])
     axes.set_xlabel(label)
-    axes.set_ylabel("FFN experts a token")
+    axes.set_ylabel("FFN experts per token")
     low, high = axes.get_ylim()
     # Never zoomed in so far that noise looks like a trend.
     middle, reach = (low + high) / 2, max(high - low, 0.3 * topk) / 2
@@ -173,7 +173,7 @@ def _loss(traces: Sequence[Trace]) -> Plot:
     if not drawn:
         return Plot(title, "", None, f"The text is too short: a bar needs {_FEWEST} tokens.")
     axes.set_xticks(range(topk + 1))
-    axes.set_xlabel("FFN experts a token, mean over layers, rounded")
+    axes.set_xlabel("FFN experts per token, mean over layers, rounded")
     axes.set_ylabel("loss (nats)")
     axes.set_ylim(bottom=0)
     axes.margins(y=0.12)

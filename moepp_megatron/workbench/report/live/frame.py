@@ -197,7 +197,7 @@ def _numbers(run: LiveRun, newest: StepMetrics, width: int) -> list[Text]:
     for key, form in (
         ("mfu", "MFU {:.1%}"),
         ("model_tflops", "{} a rank"),
-        ("gpu_power_w", "{:.0f} W a card"),
+        ("gpu_power_w", "{:.0f} W per GPU"),
         ("gpu_temperature_c", "{:.0f} C"),
         ("energy_per_token_j", "{:.3g} J/token"),
         ("cpu_utilization", "CPU {:.0%}"),

@@ -21,7 +21,7 @@ from moepp_megatron.workbench.report.live.server import NumbersServer
 ADDRESS = "127.0.0.1"
 
 
-class RunsCollector(Collector):
+class _RunsCollector(Collector):
     """Reads the new records of runs at each request and returns their newest numbers.
 
     Every metric has the label `run`, also for a single run, so that one dashboard fits.
@@ -70,7 +70,7 @@ def serve(runs: LiveRuns, port: int, host: str = ADDRESS) -> str:
     # The first look reads all that is there, and a scraper waits ten seconds for an answer.
     runs.look()
     registry = CollectorRegistry()
-    registry.register(RunsCollector(runs))
+    registry.register(_RunsCollector(runs))
     try:
         server = NumbersServer(host, port, lambda: generate_latest(registry), CONTENT_TYPE_LATEST)
     except OSError as error:

@@ -27,7 +27,7 @@ RUN = "job, instance, run"
 
 
 @dataclass(frozen=True)
-class AlertRule:
+class _AlertRule:
     """One rule.
 
     Attributes:
@@ -83,91 +83,91 @@ _LOSS, _SHARE = _of("loss"), _of("ffn_fraction")
 _HEALTH = OF_RECORDS["router_health"].name
 
 RULES = (
-    AlertRule(
+    _AlertRule(
         "MoeppNothingServed", f"absent({exported.STATE.name})", "5m", "critical",
         "no monitor serves a run",
         "start moepp monitor --prometheus again; look at Prometheus's targets",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppRunDied", _state("died"), "1m", "critical",
         "the process of the run is gone and said nothing",
         "look at the end of its log; moepp train ... --resume goes on",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppRunSilent", _state("silent"), "1m", "critical",
         "the run has stopped being updated: no record for ten times the usual time",
         "look for a hang (docs/cluster.md), a full disk, a machine that is gone",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppLossNotFinite", f"{_LOSS} != {_LOSS} or abs({_LOSS}) == Inf", "0m", "critical",
         "the loss is not finite",
         "go back to an earlier checkpoint; lower the learning rate",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppLogitsExplode",
         f'{_HEALTH}{{metric="logit_variance"}} > {_MAX_VARIANCE:g}', "5m", "critical",
         "the router's logits of layer {{ $labels.layer }} have a variance of {{ $value }}",
         "docs/routing.md says what holds them; a z-loss, or moe.logits_norm_std",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppFfnShareFarFromTarget",
         f"abs(avg_over_time({_SHARE}[10m]) / {_WANTED} - 1) > {_FAR:g}",
         "30m", "warning",
         "the FFN share is {{ $value | humanizePercentage }} away from what is wanted",
         "moe.balance_coeff, tau or moe.budget (docs/routing.md)",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppDeadExpert",
         f"max_over_time({exported.MIN_FFN_LOAD.name}[10m]) < {_MIN_LOAD:g}", "10m", "warning",
         "an FFN expert of layer {{ $labels.layer }} gets no tokens",
         "moe.balance_coeff; the page of the run shows which expert (moepp report)",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppSelectionsDropped", f"{_of('dropped_fraction')} > 0.05", "15m", "warning",
         "{{ $value | humanizePercentage }} of the selections are dropped",
         "a larger capacity factor, or a larger moe.balance_coeff",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppRoutingShift", f"{_of('routing_shift')} > 1", "10m", "warning",
         "routing has moved {{ $value }} times as far from its reference as it may",
         "have the data changed? (docs/routing_shift.md)",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppSaveFailed", _while_running(_grown(_of("failed_saves"), "1h")), "0m", "critical",
         "{{ $value }} checkpoints of the last hour could not be written",
         "room and rights of checkpoint.dir (docs/checkpoints.md)",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppStepsSkipped", _while_running(_grown(_of("skipped_steps"), "1h")), "0m", "warning",
         "the numerical guard refused {{ $value }} batches in the last hour",
-        "alerts.jsonl says which; a bad document, a card with errors, too high a learning rate",
+        "alerts.jsonl says which; a bad document, a GPU with errors, too high a learning rate",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppGuardActs", f"{_of('guard_actions')} > 0", "10m", "warning",
         "the routing guard holds the run in {{ $value }} places",
         "alerts.jsonl says which (docs/guard.md)",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppCriticalAlert",
         _while_running(_grown(f'{exported.ALERTS.name}{{severity="critical"}}', "10m")),
         "0m", "critical",
         "the run raised an alert: {{ $labels.rule }}",
         "alerts.jsonl has its words",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppSlow",
         f"avg_over_time({_of('tokens_per_s')}[10m]) < "
         f"0.7 * avg_over_time({_of('tokens_per_s')}[6h])",
         "20m", "warning",
         "throughput has fallen to {{ $value }} tokens/s, below 70% of the last 6 hours' mean",
-        "a slow rank, a throttled card, a shared disk; moepp profile",
+        "a slow rank, a throttled GPU, a shared disk; moepp profile",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppSlowRank", f"{_of('slowest_rank_ratio')} > {_SLOW_RANK:g}", "30m", "warning",
         "the slowest rank takes {{ $value }} times as long as the median",
         "moepp_slowest_rank names it; moepp doctor on its machine",
     ),
-    AlertRule(
+    _AlertRule(
         "MoeppGpuHot", f"{_of('gpu_temperature_c')} > 85", "5m", "warning",
         "a GPU has {{ $value }} degrees Celsius; from about 87 on it slows down",
         "cooling, the power limit; nvidia-smi -q -d TEMPERATURE shows its limits",
@@ -185,7 +185,7 @@ def text() -> str:
     return _HEADER + yaml.safe_dump(rules(), sort_keys=False, width=100)
 
 
-def _rule(rule: AlertRule) -> dict[str, Any]:
+def _rule(rule: _AlertRule) -> dict[str, Any]:
     who = "" if rule.name == "MoeppNothingServed" else "{{ $labels.run }}: "
     return {
         "alert": rule.name,

@@ -57,7 +57,7 @@ class ComparisonPart:
 
 
 @dataclass(frozen=True)
-class ProfilePage:
+class _ProfilePage:
     """Everything that the template shows."""
 
     name: str
@@ -82,7 +82,7 @@ def render(
         comparison: The comparison with another profile.
     """
     data = json.dumps(timeline(profile), separators=(",", ":"))
-    page = ProfilePage(
+    page = _ProfilePage(
         name=profile.name,
         facts=_facts(document),
         findings=findings(profile),

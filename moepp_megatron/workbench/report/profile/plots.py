@@ -80,7 +80,7 @@ def _ranks(document: dict[str, Any], ranks: list[int], rows: int | None) -> Plot
         axes.barh(names, values, thick, left=left, color=colour, label=label)
         left += values
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds a step")
+    axes.set_xlabel("milliseconds per step")
     axes.set_ylabel("rank")
     axes.grid(visible=False, axis="y")
     figure.legend(loc="outside upper left", ncols=3)
@@ -112,7 +112,7 @@ def _costs(found: list[CostLine], rows: int | None) -> Plot:
         label="of it waiting for late ranks",
     )
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds a step and rank")
+    axes.set_xlabel("milliseconds per step and rank")
     axes.grid(visible=False, axis="y")
     figure.legend(loc="outside upper left", ncols=2)
     return Plot(

@@ -42,7 +42,7 @@ def print_profile(
         console.print(f"- {sentence}", highlight=False)
     _print(
         console,
-        "Collectives a step and rank: times in ms, bandwidth in GB/s of the transfer alone",
+        "Collectives per step and rank: times in ms, bandwidth in GB/s of the transfer alone",
         COLLECTIVE_COLUMNS,
         collective_rows(document),
         words=4,
@@ -50,7 +50,7 @@ def print_profile(
     if document["all_to_all"]:
         _print(
             console,
-            "All-to-all of hidden vectors a step, over the recorded ranks (= equal to the byte)",
+            "All-to-all of hidden vectors per step, over the recorded ranks (= equal to the byte)",
             LAYER_COLUMNS,
             layer_rows(document),
             words=3,

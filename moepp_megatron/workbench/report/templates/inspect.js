@@ -274,7 +274,7 @@
     const facts = [
       ["kind of token", data.classNames[classes[at]]],
       ...(tags === null ? [] : [["part of speech", data.tagNames[tags[at]]]]),
-      ["FFN experts a layer", models.map((m) => ffnOf(m, at)).join(" / ")],
+      ["FFN experts per layer", models.map((m) => ffnOf(m, at)).join(" / ")],
       ["loss", models.map((m) => lossOf(m, at)).join(" / ")],
       ["occurs", counts[at] === 1 ? "once" : `${counts[at]} times`],
       ["place", `${at % data.window} of window ${Math.floor(at / data.window) + 1}`],

@@ -60,7 +60,7 @@ SICKNESSES = {
     ),
     "uncorrectable ECC": (
         {"uncorrected": 3},
-        ("ECC errors", ERROR, "3 uncorrectable", "reset the card"),
+        ("ECC errors", ERROR, "3 uncorrectable", "reset the GPU"),
     ),
     "ECC off": (
         {"nvmlDeviceGetEccMode": [0, 0]},
@@ -68,7 +68,7 @@ SICKNESSES = {
     ),
     "row remapping failed": (
         {"nvmlDeviceGetRemappedRows": (0, 2, 0, 1)},
-        ("GPU memory rows", ERROR, "could not be remapped", "return the card"),
+        ("GPU memory rows", ERROR, "could not be remapped", "return the GPU"),
     ),
     "row remapping pending": (
         {"nvmlDeviceGetRemappedRows": (0, 1, 1, 0)},
@@ -156,7 +156,7 @@ SICKNESSES = {
     ),
     "NVLink recoveries": (
         {"link_errors": {(3, pynvml.NVML_NVLINK_ERROR_DL_RECOVERY): 4}},
-        ("NVLink errors", WARNING, "links 3: 4 recoveries", "reset the card"),
+        ("NVLink errors", WARNING, "links 3: 4 recoveries", "reset the GPU"),
     ),
     "NVLink replays": (
         {"link_errors": {(7, pynvml.NVML_NVLINK_ERROR_DL_REPLAY): 2}},

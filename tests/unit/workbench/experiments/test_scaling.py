@@ -261,6 +261,39 @@ def test_interrupted_point_is_neither_finished_nor_failed(run: Any, tmp_path: Pa
     assert "run again to go on" in result.output
 
 
+def test_two_commands_in_one_folder(run: Any, tmp_path: Path) -> None:
+    """The second is refused, whether it is to do everything or the point that is being done."""
+    seen = []
+
+    def meanwhile(name: str) -> None:
+        if not seen:
+            for held, arguments in ((tmp_path.name, ()), (name, ("--point", name))):
+                result, ranks = run(lambda name: None, *arguments)
+                seen.append((held, result, list(ranks)))
+
+    result, _ = run(meanwhile)
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "points").iterdir())) == 5
+    for held, second, ranks in seen:
+        assert isinstance(second.exception, ConfigError), second.output
+        assert f"at a time, and another one is at work on {held}" in str(second.exception)
+        assert not ranks
+
+
+def test_batch_jobs_do_other_points_of_one_folder(run: Any) -> None:
+    names = run(lambda name: None, "--plan")[0].output.split()[::2]
+    seen = []
+
+    def meanwhile(name: str) -> None:
+        if name == names[0]:
+            seen.append(run(lambda name: None, "--point", names[1]))
+
+    assert run(meanwhile, "--point", names[0])[0].exit_code == 0
+    ((second, started),) = seen
+    assert second.exit_code == 0, second.output
+    assert started == [names[1]]
+
+
 def test_half_written_point_is_measured_again(run: Any, tmp_path: Path) -> None:
     name = "n1_tp1-pp1-cp1-ep1-etp1_b16"
     run(lambda name: None, "--point", name)
@@ -383,7 +416,9 @@ def test_rank_that_fails_says_so_in_words_that_the_launcher_finds(
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr("moepp_megatron.cli.scale._measure", fail)
+    monkeypatch.setattr(
+        "moepp_megatron.workbench.experiments.scaling.measure.measure_on_rank", fail
+    )
     # This process is no rank, and is to outlive its parent.
     monkeypatch.setattr("moepp_megatron.runtime.parent.die_with_parent", lambda parent: None)
     result = CliRunner().invoke(

@@ -38,8 +38,8 @@ def test_tokens_take_the_tag_of_their_word() -> None:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("dog\tNOUN\n", "line 1: 'dog' must stand in the text"),
-        ("sat\tVERB\nThe\tDET\n", "line 2: 'The' must stand in the text behind"),
+        ("dog\tNOUN\n", "line 1: 'dog' must be in the text"),
+        ("sat\tVERB\nThe\tDET\n", "line 2: 'The' must be in the text behind"),
         ("cat NOUN\n", r"line 1 \('cat NOUN'\) must be a word, a tab and its tag"),
         ("# nothing\n", "must tag at least one word"),
         ("[]", "must tag at least one word"),

@@ -19,7 +19,7 @@ from moepp_megatron.workbench.planning.links import (
 )
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
 
-# Hidden size 7168 in bf16, 4096 tokens a rank, 8 of 256 experts, nodes of 8 cards.
+# Hidden size 7168 in bf16, 4096 tokens per rank, 8 of 256 experts, nodes of 8 cards.
 TOKENS, ROW, TOPK = 4096, 7168 * 2, 8
 # Ranks -> microseconds: plain all-to-all and HybridEP, each dispatch and combine.
 PLAIN = {8: (1265, 1277), 16: (5774, 5628), 32: (8059, 7815), 64: (9164, 8727)}

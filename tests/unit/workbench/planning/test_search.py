@@ -144,11 +144,11 @@ def test_the_plan_is_the_best_of_all_layouts(h100: Machine) -> None:
     assert plan.best.step.total == pytest.approx(fastest)
     times = [planned.step.total for planned in plan.layouts]
     assert times == sorted(times)
-    assert [(rival.kind, rival.tau) for rival in plan.rivals] == [
+    assert [(rival.kind, rival.tau) for rival in plan.baselines] == [
         ("vanilla", None),
         ("moepp", 0.25),
     ]
-    assert plan.rivals[0].ffn_share == 1
+    assert plan.baselines[0].ffn_share == 1
     counted = sum(plan.search.lost.values()) + len(plan.search.over)
     # The best itself, and layouts exactly as fast, lose by nothing.
     assert counted < plan.search.legal <= counted + 50
@@ -161,7 +161,7 @@ def test_a_budget_is_planned_beside_taus_and_vanilla(h100: Machine) -> None:
     plan = make_plan(config, WORLD, h100, LEARNED, taus=(0.25,), top=1)
     assert plan.best is not None
     assert plan.best.ffn_share == pytest.approx(0.6)
-    assert [rival.kind for rival in plan.rivals] == ["vanilla", "moepp"]
+    assert [rival.kind for rival in plan.baselines] == ["vanilla", "moepp"]
 
 
 def test_a_model_that_does_not_fit_names_what_comes_closest(h100: Machine) -> None:

@@ -127,7 +127,7 @@ def test_what_hardware_tells(make_run, width):
             record |= {"mfu": 0.413, "gpu_power_w": 612.0, "energy_j": 1.8e6, "gpu_hours": 0.25}
 
     text = "\n".join(lines_of(make_run(steps=4, edit=edit), width))
-    assert "MFU 41.3% | 612 W a card | 2 kWh | 1 GPU-hours" in text
+    assert "MFU 41.3% | 612 W per GPU | 2 kWh | 1 GPU-hours" in text
 
 
 def test_a_vanilla_run(make_run):

@@ -27,15 +27,15 @@ def test_totals_of_the_run(make_run):
     assert cards["MFU"].value == "40.0%"
     assert cards["GPU-hours"].value == "1.00"
     assert cards["Energy"].value == "4.000 kWh"
-    assert "1,757.8125 J a token" in cards["Energy"].note
+    assert "1,757.8125 J per token" in cards["Energy"].note
 
 
 def test_plots_are_those_that_the_records_have(make_run):
     run = load_run(make_run(steps=4, edit=with_gpus))
     assert [plot.title for plot in hardware_plots(run)] == [
         "Model FLOPs utilisation",
-        "Energy a token",
-        "Power of a card",
+        "Energy per token",
+        "Power of a GPU",
     ]
     page = render(run)
     assert ">Hardware</h2>" in page

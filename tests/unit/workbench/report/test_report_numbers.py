@@ -21,6 +21,32 @@ def read_records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("fractions", "shown"),
+    [
+        ([0.5, 0.5], ["50.0%", "50.0%"]),
+        # Each alone would be rounded to 33.3%, together 99.9%; of equals the first gets the tenth.
+        ([1 / 3, 1 / 3, 1 / 3], ["33.4%", "33.3%", "33.3%"]),
+        # Rounded by themselves they would be 100.1%.
+        ([0.0005, 0.0005, 0.999], ["0.1%", "0.0%", "99.9%"]),
+        # What lost most by rounding down gets the tenth.
+        ([0.62988, 0.37012], ["63.0%", "37.0%"]),
+        # 0.29 * 1000 is a little below 290 in floating point.
+        ([0.29, 0.71], ["29.0%", "71.0%"]),
+        ([1.0], ["100.0%"]),
+        # No parts of a whole: each as it is.
+        ([0.2, 0.2], ["20.0%", "20.0%"]),
+        ([], []),
+    ],
+)
+def test_parts_of_a_whole_add_up_as_shown(fractions, shown):
+    assert formatting.shares(fractions) == shown
+
+
+def test_parts_that_are_not_finite():
+    assert formatting.shares([math.nan, 0.5]) == [formatting.NOT_FINITE, "50.0%"]
+
+
 def test_summary_of_a_run(make_run):
     run = make_run(steps=60)
     records = read_records(run)
@@ -90,7 +116,7 @@ def test_every_share_and_saving_is_of_the_last_tenth_of_the_records(make_run):
     shares = {row.name: row.saved for row in table.rows if row.saved.endswith("%")}
     assert shares["FFN experts a token takes"] == "50.0%"
     assert shares["FFN expert work"] == "50.0%"
-    assert shares["All-to-all bytes a step"] == "50.0%"
+    assert shares["All-to-all bytes per step"] == "50.0%"
     page = re.sub(r"<[^>]+>", " ", render(run))
     assert "86.0%" not in page
     assert "14.0%" not in page

@@ -78,7 +78,7 @@ def _no_time(result: PilotResult, verdict: ArmVerdict | None) -> str:
         return ""
     model = result.target.model_of(verdict.arm)
     if model is None or model.time_ratio is None:
-        return f"{verdict.arm}: it or vanilla does not fit the cards."
+        return f"{verdict.arm}: it or vanilla does not fit the GPUs."
     ratio = numbers.ratio(model.time_ratio)
     return f"{verdict.arm}: a step takes {ratio} of vanilla's; more cannot be told."
 

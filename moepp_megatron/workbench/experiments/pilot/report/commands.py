@@ -10,7 +10,7 @@ from moepp_megatron.workbench.experiments.pilot.runs import run_name
 
 _SETTING = re.compile(r"^[a-z_]+\.[a-z_0-9.]+=")
 # What Slurm's scripts and configs/ take for a node.
-GPUS_PER_NODE = 8
+_GPUS_PER_NODE = 8
 
 
 class Commands:
@@ -33,7 +33,7 @@ class Commands:
             return [command]
         return [
             command,
-            "# the same with a target: what it would mean on your cards",
+            "# the same with a target: what it would mean on your GPUs",
             asking(self._result),
         ]
 
@@ -41,7 +41,7 @@ class Commands:
         """Commands for one node with 8 GPUs: a run of the pilot itself, on other ranks."""
         run = self._run_config()
         guard = "routing_guard.enabled=true routing_guard.dry_run=true"
-        nproc = f"--nproc {GPUS_PER_NODE}"
+        nproc = f"--nproc {_GPUS_PER_NODE}"
         return [
             f"moepp doctor {run} {nproc}",
             f"moepp train {run} {nproc} --dry-run",
@@ -56,7 +56,7 @@ class Commands:
         target = self._result.target
         nodes, plan = "N", "--gpus GPUS"
         if target is not None:
-            nodes = str(-(-target.gpus // GPUS_PER_NODE))
+            nodes = str(-(-target.gpus // _GPUS_PER_NODE))
             plan = (
                 f"--gpus {target.gpus} --gpu {shlex.quote(target.gpu)} --tokens {target.tokens:g}"
             )

@@ -19,11 +19,7 @@ from moepp_megatron.workbench.experiments.pilot.result import (
     PilotTarget,
     TargetModel,
 )
-from moepp_megatron.workbench.experiments.pilot.statistics import (
-    MAX_SEEDS,
-    one_run,
-    seeds_to_decide,
-)
+from moepp_megatron.workbench.experiments.pilot.statistics import one_run
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.healthy import guard_rule
 
@@ -42,6 +38,8 @@ def curve_points(outcome: ArmOutcome) -> str:
 
 
 _AT = (0.25, 0.5, 0.75, 1.0)
+# A share of training time that is worth no further runs.
+_NEGLIGIBLE = 0.01
 
 
 def speed_condition(factor: Interval | None, where: str) -> str:
@@ -162,30 +160,18 @@ def if_it_does_not(result: PilotResult, verdict: ArmVerdict) -> str:
     )
 
 
-def if_undecided(verdict: ArmVerdict, seeds: int) -> str:
-    """What would decide an undecided pilot.
-
-    Args:
-        verdict: An undecided one at the pilot's scale.
-        seeds: Number of its seeds.
-    """
-    time = verdict.time_to_loss
-    if seeds < 2:
-        return "Undecided because a single seed has no interval: repeat with three seeds or more."
-    if time is None:
-        return "Undecided because what tokens are worth is unknown: train longer, or more seeds."
-    if time.low is not None and time.high is not None and not time.low <= 1 <= time.high:
+def if_undecided(result: PilotResult, verdict: ArmVerdict) -> str:
+    """What would decide an undecided pilot."""
+    setting = result.setting
+    more = f"`--seeds {setting.next_seeds}`"
+    if setting.look == 0:
+        return f"Undecided because the first look has not come: {more}."
+    if verdict.stakes is not None and max(vars(verdict.stakes).values()) < _NEGLIGIBLE:
         return (
-            "Undecided because vanilla with fewer experts may be as good at the same speed: more "
-            "seeds narrow that interval (table above)."
-        )
-    more = seeds_to_decide(time, seeds)
-    if more is None:
-        return (
-            f"Undecided, and more seeds alone would hardly help (more than {MAX_SEEDS}): "
-            "train longer, or take the two for equal."
+            f"Undecided, and either choice is expected to lose less than {_NEGLIGIBLE:.0%} of the "
+            f"training time: take the two for equal, or go on to the next look with {more}."
         )
     return (
-        f"Undecided after {seeds} seeds: if mean and spread stay as they are, about {more} would "
-        "decide."
+        f"Undecided at this look: go on to the next one with {more}, or train longer. Its level is "
+        "stricter, so that looking again does not make a wrong answer more likely."
     )

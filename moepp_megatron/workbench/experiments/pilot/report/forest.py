@@ -178,9 +178,9 @@ def _numbers(line: Line) -> str:
 
 def _caption(lines: list[Line]) -> str:
     text = (
-        "Tokens that MoE++ needs for vanilla's loss times its step time, over vanilla's. Left of "
-        "the line MoE++ pays. Bars: 95% intervals over seeds; a bar that crosses the line cannot "
-        "tell."
+        "What the loss after vanilla's time is worth in time, by vanilla's runs with fewer steps. "
+        "Left of the line MoE++ is there sooner. Bars: 95% intervals; a bar that crosses the line "
+        "cannot tell."
     )
     if any(line.place == "target" for line in lines):
         text += (

@@ -33,7 +33,7 @@ def curve_plots(result: PilotResult) -> list[Plot]:
     styles = looks(result.arms)
     plots = [_loss_plot(drawn, styles)]
     base = result.baseline
-    others = [each for each in drawn if each.arm.kind in ("moepp", "rival")]
+    others = [each for each in drawn if each.arm.kind in ("moepp", "more", "narrow")]
     if base is not None and _usable(base.curve) and others:
         plots.append(_difference_plot(base, others, styles))
     return plots

@@ -12,11 +12,20 @@ from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, MUTED, VER
 _FAMILIES = {
     "vanilla": (INK,),
     "moepp": (BLUE, GREEN, "#56b4e9", "#004c77"),
-    "rival": (VERMILION, "#e69f00", "#cc79a7"),
+    "more": ("#cc79a7",),
+    "equal_time": (BLUE, GREEN, "#56b4e9", "#004c77"),
+    "narrow": (VERMILION, "#e69f00"),
     "short": (MUTED,),
 }
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)))
-_MARKERS = {"vanilla": "s", "moepp": "o", "rival": "s", "short": "D"}
+_MARKERS = {
+    "vanilla": "s",
+    "moepp": "o",
+    "more": "^",
+    "equal_time": "*",
+    "narrow": "s",
+    "short": "D",
+}
 
 
 class Look(NamedTuple):
@@ -46,7 +55,7 @@ def looks(arms: list[ArmOutcome]) -> dict[str, Look]:
 
 def _look(arm: Arm, number: int) -> Look:
     family = _FAMILIES[arm.kind]
-    dashes = ":" if arm.kind == "short" else _DASHES[number % len(_DASHES)]
+    dashes = ":" if arm.kind in ("short", "equal_time") else _DASHES[number % len(_DASHES)]
     return Look(family[number % len(family)], dashes, _MARKERS[arm.kind])
 
 

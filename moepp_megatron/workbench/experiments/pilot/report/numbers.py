@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from moepp_megatron.workbench.experiments.pilot.result import Answer, Interval, PilotResult
-from moepp_megatron.workbench.experiments.pilot.sentences import plain_factor
+from moepp_megatron.workbench.experiments.pilot.sentences import percent, plain_factor
 from moepp_megatron.workbench.report import formatting
 
 NOTHING = "-"
@@ -63,6 +63,11 @@ def with_ends(interval: Interval, show: Callable[[float], str]) -> str:
     """Such as `0.87 (0.82 to 0.93)`, or the mean alone."""
     text = ends(interval, show)
     return f"{show(interval.mean)} ({text})" if text else show(interval.mean)
+
+
+def probability(value: float | None) -> str:
+    """A probability, such as `97.5%`; near 0 and 1 a bound."""
+    return NOTHING if value is None else percent(value)
 
 
 def answer_class(answer: Answer | None) -> str:

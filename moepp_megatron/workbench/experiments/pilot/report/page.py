@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.version import __version__
+from moepp_megatron.workbench.experiments.pilot import sentences
 from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.badges import Badge, badges
 from moepp_megatron.workbench.experiments.pilot.report.commands import asking
@@ -15,15 +16,15 @@ from moepp_megatron.workbench.experiments.pilot.report.learning import curve_plo
 from moepp_megatron.workbench.experiments.pilot.report.speed import speed_plot
 from moepp_megatron.workbench.experiments.pilot.report.stages import Stage, stages
 from moepp_megatron.workbench.experiments.pilot.report.tables import (
+    ComputeRow,
     PilotRow,
-    SpeedRow,
     VerdictRow,
     WatchRow,
     arm_columns,
     arm_rows,
+    compute_rows,
     has_energy,
     seeds,
-    speed_rows,
     verdict_rows,
     watch_rows,
 )
@@ -31,7 +32,7 @@ from moepp_megatron.workbench.experiments.pilot.report.target_table import (
     target_columns,
     target_rows,
 )
-from moepp_megatron.workbench.experiments.pilot.result import PilotResult
+from moepp_megatron.workbench.experiments.pilot.result import ArmVerdict, PilotResult
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.plot import Plot
@@ -39,7 +40,7 @@ from moepp_megatron.workbench.report.template import render_template
 
 
 @dataclass(frozen=True)
-class PilotPage:
+class _PilotPage:
     """Everything that the template shows; tables as text.
 
     Attributes:
@@ -51,7 +52,7 @@ class PilotPage:
         forest: Plot of the answer's uncertainty.
         verdicts: One row per MoE++ arm.
         speed: Loss over step time.
-        speeds: The table of equal speed.
+        computes: The table of equal compute.
         curves: Learning curves.
         arm_columns: Headings.
         arms: The table of arms.
@@ -77,7 +78,7 @@ class PilotPage:
     forest: Plot
     verdicts: list[VerdictRow]
     speed: Plot
-    speeds: list[SpeedRow]
+    computes: list[ComputeRow]
     curves: list[Plot]
     arm_columns: list[str]
     arms: list[PilotRow]
@@ -115,21 +116,21 @@ def write_pilot_page(result: PilotResult, out: Path) -> Path:
     return out
 
 
-def _page(result: PilotResult) -> PilotPage:
+def _page(result: PilotResult) -> _PilotPage:
     verdict = result.chosen
     outcome = result.outcome_of(verdict.arm) if verdict is not None else None
     with plot_style():
         forest, speed, curves = forest_plot(result), speed_plot(result), curve_plots(result)
-    return PilotPage(
+    return _PilotPage(
         name=result.setting.config,
         answer=result.answer,
         badges=badges(result),
-        reasons=verdict.reasons if verdict is not None else [],
+        reasons=_reasons(verdict),
         facts=_facts(result),
         forest=forest,
         verdicts=verdict_rows(result),
         speed=speed,
-        speeds=speed_rows(result),
+        computes=compute_rows(result),
         curves=curves,
         arm_columns=arm_columns(result),
         arms=arm_rows(result),
@@ -148,11 +149,19 @@ def _page(result: PilotResult) -> PilotPage:
     )
 
 
+def _reasons(verdict: ArmVerdict | None) -> list[str]:
+    if verdict is None:
+        return []
+    chances = sentences.chances(verdict.probability, verdict.stakes)
+    return [*verdict.reasons, *([chances] if chances else [])]
+
+
 def _facts(result: PilotResult) -> list[str]:
     setting = result.setting
     count = max((len(outcome.seeds) for outcome in result.arms), default=0)
     return [
         f"{len(result.arms)} arms, {seeds(count)} each",
+        f"speed over {setting.sessions} session{'' if setting.sessions == 1 else 's'}",
         f"{setting.steps:,} steps of {formatting.big_count(setting.tokens / setting.steps)} tokens"
         if setting.steps
         else "no steps",
@@ -169,7 +178,7 @@ def _target_title(result: PilotResult) -> str | None:
     text = f"{target.title}, {formatting.big_count(target.tokens)} tokens"
     if target.price_per_hour is None:
         return text + "; no price was given (--price)"
-    return f"{text}, {target.price_per_hour:,.2f} a card and hour"
+    return f"{text}, {target.price_per_hour:,.2f} per GPU and hour"
 
 
 def _token_value(result: PilotResult) -> str:
@@ -180,12 +189,21 @@ def _token_value(result: PilotResult) -> str:
     )
 
 
+def _looks(result: PilotResult) -> str:
+    setting = result.setting
+    after = f"the next one after {setting.next_seeds} seeds"
+    if setting.look == 0:
+        return f"none yet; {after}"
+    return f"number {setting.look}, one-sided level {setting.level:.3g}; {after}"
+
+
 def _setting(result: PilotResult) -> list[tuple[str, str]]:
     setting = result.setting
     used = sorted({seed for outcome in result.arms for seed in outcome.seeds})
     return [
         ("Configuration", setting.config),
         ("Seeds", ", ".join(map(str, used)) or "none"),
+        ("Looks", _looks(result)),
         ("Steps and tokens of a run", f"{setting.steps:,} and {setting.tokens:,}"),
         ("Validation tokens", f"{setting.valid_tokens:,}"),
         ("Parameters of the MoE++ model", f"{setting.parameters:,}"),

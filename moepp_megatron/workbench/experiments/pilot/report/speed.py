@@ -1,4 +1,4 @@
-"""The plot of loss over step time, in which vanilla with fewer experts is the fair baseline."""
+"""The plot of loss over step time, in which vanilla of less compute is the fair baseline."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def speed_plot(result: PilotResult) -> Plot:
     axes = figure.subplots()
     base = result.baseline
     line = sorted(
-        (each for each in shown if each.arm.kind in ("vanilla", "rival")),
+        (each for each in shown if each.arm.kind in ("vanilla", "narrow")),
         key=lambda each: each.step_time_s.mean,
     )
     x, y = [_milliseconds(each) for each in line], [each.valid_loss.mean for each in line]
@@ -50,15 +50,10 @@ def speed_plot(result: PilotResult) -> Plot:
         [bar for pair in bars for bar in pair],
     )
     caption = (
-        "Dashed: vanilla with as many experts a token as measured, the fair rival. A MoE++ point "
-        "below the line is better than vanilla at its speed. Bars: 95% intervals of the difference "
-        "and of the ratio to vanilla with the same seed; vanilla has none."
+        "Dashed: vanilla, and vanilla narrowed to MoE++'s compute, the fair baseline. A MoE++ "
+        "point below the line is better than vanilla at its speed; the star is MoE++ after "
+        "vanilla's time. Bars: 95% intervals of the difference to vanilla and of the speed."
     )
-    if len(line) < 2:
-        caption = (
-            "No vanilla model with fewer experts was trained, so there is no line to compare with. "
-            "Bars: 95% intervals of the difference and of the ratio to vanilla with the same seed."
-        )
     if any(each.arm.kind == "short" for each in shown):
         caption += " Grey: vanilla with fewer tokens, which tells what tokens are worth."
     return Plot(title, caption, svg_data_uri(figure), _speed_alt(shown), wide=True)

@@ -25,9 +25,9 @@ from moepp_megatron.workbench.experiments.pilot.result import (
 )
 from moepp_megatron.workbench.report import formatting
 
-DONE = "done"
+_DONE = "done"
 # More seeds cost less than a larger run.
-UNDECIDED = "next: not decided yet"
+_UNDECIDED = "next: not decided yet"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _pilot(
         ]
     go_back = [if_it_does_not(result, verdict)]
     if verdict.at_pilot == "undecided":
-        go_back.append(if_undecided(verdict, len(outcome.seeds)))
+        go_back.append(if_undecided(result, verdict))
     return Stage(
         title="1. Pilot",
         state=_state(result, verdict),
@@ -96,12 +96,12 @@ def _pilot(
 
 def _state(result: PilotResult, verdict: ArmVerdict) -> str:
     if result.is_open:
-        return UNDECIDED
+        return _UNDECIDED
     if result.recommended is None:
         return "ends here"
     if verdict.at_pilot == "undecided" and verdict.at_target != "pays":
-        return UNDECIDED
-    return DONE
+        return _UNDECIDED
+    return _DONE
 
 
 def _node(
@@ -110,8 +110,8 @@ def _node(
     ratio = outcome.time_ratio.mean if outcome.time_ratio is not None else None
     return Stage(
         title="2. One node",
-        state="next" if _state(result, verdict) == DONE else "later",
-        aim="Do loss and routing stay as in the pilot, and is MoE++ faster on the real cards?",
+        state="next" if _state(result, verdict) == _DONE else "later",
+        aim="Do loss and routing stay as in the pilot, and is MoE++ faster on the real GPUs?",
         commands=commands.node(),
         watch=[
             curve_points(outcome),

@@ -1,4 +1,4 @@
-"""Tables of the pilot's page, as text in cells: arms, verdicts, equal speed, what to watch."""
+"""Tables of the pilot's page, as text in cells: arms, verdicts, equal compute, what to watch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.result import (
     ArmOutcome,
     ArmVerdict,
-    EqualSpeed,
+    EqualCompute,
     Interval,
     PilotResult,
 )
@@ -56,8 +56,8 @@ _ARM_COLUMNS = (
     "Of vanilla's time",
     "Tokens/s",
     "FFN share",
-    "All-to-all, MB a step",
-    "Energy a token",
+    "All-to-all, MB per step",
+    "Energy per token",
     "Alerts",
 )
 
@@ -69,7 +69,7 @@ def has_energy(result: PilotResult) -> bool:
 
 def arm_columns(result: PilotResult) -> list[str]:
     """Headings; energy only where an arm has it."""
-    return [name for name in _ARM_COLUMNS if name != "Energy a token" or has_energy(result)]
+    return [name for name in _ARM_COLUMNS if name != "Energy per token" or has_energy(result)]
 
 
 def arm_rows(result: PilotResult) -> list[PilotRow]:
@@ -131,7 +131,9 @@ class VerdictRow:
 
     Attributes:
         verdict: The computed verdict.
-        factor: Tokens to vanilla's loss over vanilla's.
+        in_time: Loss after vanilla's time minus vanilla's.
+        in_compute: Loss minus that of vanilla with the same compute.
+        probability: How probable it is that it pays.
         pilot: Time to equal loss at the pilot's scale.
         target: The same ratio at the target.
         why: Numbers behind it; empty for the arm whose reasons are at the top of the page.
@@ -139,7 +141,9 @@ class VerdictRow:
     """
 
     verdict: ArmVerdict
-    factor: PilotCell
+    in_time: PilotCell
+    in_compute: PilotCell
+    probability: PilotCell
     pilot: PilotCell
     target: PilotCell
     why: str
@@ -151,7 +155,9 @@ def verdict_rows(result: PilotResult) -> list[VerdictRow]:
     return [
         VerdictRow(
             verdict=each,
-            factor=interval_cell(each.token_factor, numbers.ratio),
+            in_time=interval_cell(each.loss_in_time, numbers.signed),
+            in_compute=interval_cell(each.loss_in_compute, numbers.signed),
+            probability=PilotCell(numbers.probability(each.probability)),
             pilot=interval_cell(each.time_to_loss, numbers.ratio),
             target=interval_cell(each.target_time_to_loss, numbers.ratio),
             why="" if each is result.chosen else " ".join(each.reasons),
@@ -162,63 +168,45 @@ def verdict_rows(result: PilotResult) -> list[VerdictRow]:
 
 
 @dataclass(frozen=True)
-class SpeedRow:
-    """A MoE++ arm against what is as fast.
+class ComputeRow:
+    """A MoE++ arm against what has the same compute.
 
     Attributes:
         arm: Its name.
-        rival: The vanilla arms, in words.
-        difference: MoE++ minus baseline, nats.
+        other: The vanilla arm.
+        difference: MoE++ minus the other, nats.
         text: What it means.
     """
 
     arm: str
-    rival: str
+    other: str
     difference: PilotCell
     text: str
 
 
-def speed_rows(result: PilotResult) -> list[SpeedRow]:
-    """Rows of every MoE++ arm that was compared."""
+def compute_rows(result: PilotResult) -> list[ComputeRow]:
+    """Rows of every pair of the same compute."""
     return [
-        SpeedRow(
+        ComputeRow(
             each.arm,
-            _rival(each),
+            each.other,
             interval_cell(each.loss_difference, numbers.signed),
             _meaning(each),
         )
-        for each in result.equal_speed
+        for each in result.equal_compute
     ]
 
 
-def _rival(row: EqualSpeed) -> str:
-    if row.slower == row.faster:
-        return row.slower
-    parts = ((row.weight, row.slower), (1 - row.weight, row.faster))
-    return " and ".join(f"{share:.0%} {name}" for share, name in parts)
-
-
-def _meaning(row: EqualSpeed) -> str:
+def _meaning(row: EqualCompute) -> str:
     difference = row.loss_difference
-    better = difference.mean < 0
+    better = "better" if difference.mean < 0 else "worse"
     size = numbers.loss(abs(difference.mean))
-    beside = "At the same speed" if row.slower != row.faster else f"Beside {row.slower}"
-    rival = "vanilla with fewer experts" if row.slower != row.faster else "it"
-    text = f"{beside} {row.arm} is {size} nats {'better' if better else 'worse'} than {rival}"
+    text = f"After the same tokens {row.arm} is {size} nats {better} than {row.other}"
     if difference.low is None or difference.high is None:
-        text += "; with one seed nobody knows how sure that is."
-    elif difference.low <= 0 <= difference.high:
-        text += ", which these seeds cannot tell from no difference."
-    else:
-        text += ", and the interval leaves no doubt about the sign."
-    if row.slower == row.faster:
-        text += " No vanilla arm is as fast; it is the nearest, so part of the difference is speed."
-    elif not row.enclosed:
-        text += (
-            " In some seed its step time is outside of both, and the nearer one stands in: part of "
-            "the difference is speed."
-        )
-    return text
+        return text + "; with one seed nobody knows how sure that is."
+    if difference.low <= 0 <= difference.high:
+        return text + ", which these seeds cannot tell from no difference."
+    return text + "; the interval does not contain 0."
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def target_rows(result: PilotResult) -> list[PilotRow]:
         cells = [PilotCell(model.layout), *_target_cells(result, model, vanilla)]
         if not model.fits:
             cells = [PilotCell(model.layout), *[PilotCell(numbers.NOTHING)] * (width - 1)]
-        note = "" if model.fits else "does not fit the cards"
+        note = "" if model.fits else "does not fit the GPUs"
         rows.append(PilotRow(model.arm, note, cells, model.arm == result.recommended))
     return rows
 

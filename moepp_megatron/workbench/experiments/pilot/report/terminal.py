@@ -8,12 +8,17 @@ from rich.table import Table
 from rich.text import Text
 
 from moepp_megatron.workbench.experiments.pilot.report import numbers
-from moepp_megatron.workbench.experiments.pilot.report.tables import alerts, speed_rows
+from moepp_megatron.workbench.experiments.pilot.report.tables import alerts, compute_rows
 from moepp_megatron.workbench.experiments.pilot.report.target_table import (
     target_columns,
     target_rows,
 )
-from moepp_megatron.workbench.experiments.pilot.result import Answer, Interval, PilotResult
+from moepp_megatron.workbench.experiments.pilot.result import (
+    Answer,
+    ArmVerdict,
+    Interval,
+    PilotResult,
+)
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
@@ -29,14 +34,16 @@ def print_pilot(result: PilotResult) -> None:
     console = wide_console()
     console.print(_arms(result, console.width >= _WIDE))
     console.print(_verdicts(result))
-    for row in speed_rows(result):
+    for each in result.verdicts:
+        console.print(_times(each), soft_wrap=True)
+    for row in compute_rows(result):
         console.print(row.text, soft_wrap=True)
     if result.target is not None:
         console.print()
         console.print(_target(result, console.width >= _WIDE))
-    for each in result.arms:
-        if any(each.alerts.values()):
-            console.print(f"alerts of {each.arm.name}: {alerts(each)}")
+    for arm in result.arms:
+        if any(arm.alerts.values()):
+            console.print(f"alerts of {arm.arm.name}: {alerts(arm)}")
     for caveat in result.caveats:
         console.print(f"caveat: {caveat}", soft_wrap=True)
     console.print()
@@ -74,27 +81,34 @@ def _interval(found: Interval | None, show: Callable[[float], str]) -> str:
 
 
 def _verdicts(result: PilotResult) -> Table:
-    table = titled_table("time to vanilla's loss over vanilla's; below 1 MoE++ pays")
+    table = titled_table("nats less vanilla's; 95% intervals in brackets")
     table.add_column("arm", no_wrap=True)
-    for name in ("token factor", "pilot"):
+    for name in ("after vanilla's time", "at equal compute", "probability"):
         table.add_column(name, justify="right")
     table.add_column("answer")
     if result.target is not None:
-        table.add_column("target", justify="right")
-        table.add_column("answer")
+        table.add_column("at the target")
     for each in result.verdicts:
-        there = each.target_time_to_loss
         row: list[str | Text] = [
             each.arm,
-            _interval(each.token_factor, numbers.ratio),
-            _interval(each.time_to_loss, numbers.ratio),
+            _interval(each.loss_in_time, numbers.signed),
+            _interval(each.loss_in_compute, numbers.signed),
+            numbers.probability(each.probability),
             _answer(each.at_pilot),
         ]
         if result.target is not None:
-            row += [_interval(there, numbers.ratio)]
             row += [_answer(each.at_target)]
         table.add_row(*row)
     return table
+
+
+def _times(verdict: ArmVerdict) -> str:
+    """Time to vanilla's loss over vanilla's; below 1 MoE++ is there sooner."""
+    here, there = verdict.time_to_loss, verdict.target_time_to_loss
+    text = f"time to vanilla's loss, {verdict.arm}: {_interval(here, numbers.ratio)} of vanilla's"
+    if there is None:
+        return text
+    return f"{text}, at the target {_interval(there, numbers.ratio)}"
 
 
 def _answer(answer: Answer | None) -> Text:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from moepp_megatron.config import ConfigError, with_overrides
-from moepp_megatron.workbench.experiments.pilot.arms import build_arms, configured_tau
+from moepp_megatron.workbench.experiments.pilot.arms import (
+    build_arms,
+    configured_tau,
+    matched_arms,
+    narrow_width,
+)
 from tests.unit.workbench.experiments.pilot.synthetic import config_of
 
 
@@ -15,17 +20,51 @@ def test_every_kind_of_arm() -> None:
         "vanilla",
         "MoE++ tau 1",
         "MoE++ tau 0.5",
-        "vanilla top-1",
+        "MoE++ top-3 tau 1",
         "vanilla, 70% of the steps",
     ]
     kinds = [arm.arm.kind for arm in arms]
-    assert kinds == ["vanilla", "moepp", "moepp", "rival", "short"]
+    assert kinds == ["vanilla", "moepp", "moepp", "more", "short"]
     assert [arm.arm.steps for arm in arms] == [40, 40, 40, 40, 28]
-    assert [arm.config.moe.is_vanilla for arm in arms] == [True, False, False, True, True]
-    assert [arm.config.moe.router_topk for arm in arms] == [2, 2, 2, 1, 2]
-    # megatron-core's balance loss is E / K times the paper's: the rival's strength is the same.
+    assert [arm.config.moe.is_vanilla for arm in arms] == [True, False, False, False, True]
+    # megatron-core's balance loss is E / K times the paper's: vanilla's strength is the same.
     assert arms[0].config.moe.balance_coeff == pytest.approx(0.08 * 2 / 8)
-    assert arms[3].config.moe.balance_coeff == pytest.approx(0.08 * 1 / 8)
+
+
+# 8 FFN and 4 other experts: phi = tau / (tau + 0.5).
+@pytest.mark.parametrize(
+    ("topk", "tau", "more"), [(2, 0.75, 3), (2, 0.5, 4), (4, 10.0, 5), (1, 1.0, 2)]
+)
+def test_more_selections_have_vanillas_compute(topk: int, tau: float, more: int) -> None:
+    arms = build_arms(config_of(router_topk=topk), 40, [tau])
+    found = next(arm for arm in arms if arm.arm.kind == "more")
+    assert found.arm.topk == found.config.moe.router_topk == more
+    assert more * found.config.moe.ffn_share == pytest.approx(topk, rel=1e-3)
+    made = with_overrides(config_of(router_topk=topk), found.arm.overrides).moe
+    assert (made.router_topk, made.tau) == (more, found.config.moe.tau)
+
+
+def test_matching_arms() -> None:
+    config = config_of()
+    arm = build_arms(config, 40, [0.5])[1]
+    longer, narrow = matched_arms(config, arm, steps=47, width=32)
+    assert longer.arm.model_dump() == arm.arm.model_dump() | {
+        "name": "MoE++ tau 0.5, vanilla's time",
+        "kind": "equal_time",
+        "steps": 47,
+        "matches": "MoE++ tau 0.5",
+    }
+    assert longer.config.training.train_iters == 47
+    assert longer.config.moe == arm.config.moe
+    assert (narrow.arm.kind, narrow.arm.steps, narrow.arm.matches) == ("narrow", 40, arm.arm.name)
+    assert narrow.config.moe.is_vanilla
+    assert narrow.config.expert_ffn_hidden_size == 32
+    assert narrow.config.moe.balance_coeff == pytest.approx(0.08 * 2 / 8)
+
+
+@pytest.mark.parametrize(("share", "width"), [(0.5, 32), (0.7, 32), (0.9, 48), (0.01, 16)])
+def test_narrow_widths_keep_their_alignment(share: float, width: int) -> None:
+    assert narrow_width(config_of(), share) == width
 
 
 def test_all_runs_validate_on_the_same_and_end_their_schedule() -> None:
@@ -70,23 +109,6 @@ def test_a_controller_without_a_target_holds_any_tau() -> None:
     config = config_of(budget={"controller": "tau"})
     arm = build_arms(config, 40, [0.5])[1]
     assert (arm.config.moe.tau, arm.config.moe.budget.controller) == (0.5, "tau")
-
-
-# 8 FFN and 4 other experts: phi = tau / (tau + 0.5).
-@pytest.mark.parametrize(
-    ("topk", "taus", "expected"),
-    [
-        (4, [0.75], [3, 2]),  # 2.4
-        (4, [0.5], [2]),  # exactly 2
-        (4, [0.75, 0.5], [3, 2]),
-        (4, [10.0], [3]),  # 3.8: above it is vanilla itself
-        (2, [0.1], [1]),  # 0.33: below it is no expert at all
-        (1, [0.75], []),
-    ],
-)
-def test_rivals_enclose_the_ffn_work(topk: int, taus: list[float], expected: list[int]) -> None:
-    arms = build_arms(config_of(router_topk=topk), 40, taus)
-    assert [arm.arm.topk for arm in arms if arm.arm.kind == "rival"] == expected
 
 
 def test_vanilla_and_too_few_steps_are_refused() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.workbench.experiments.pilot.outcome import arm_outcome, run_outcome, timed_steps
-from moepp_megatron.workbench.experiments.pilot.result import Arm
+from moepp_megatron.workbench.experiments.pilot.result import Arm, Interval
 from tests.unit.workbench.experiments.pilot.synthetic import record, seeds
 
 VANILLA = Arm(name="vanilla", kind="vanilla", tau=None, topk=2, steps=40)
@@ -82,13 +82,12 @@ def test_long_curves_are_thinned_to_means() -> None:
 def test_an_arm_is_compared_in_pairs() -> None:
     vanilla = seeds([4.0, 5.0], [1.0, 2.0])
     mine = seeds([4.1, 5.1], [1.5, 3.0])
-    found = arm_outcome(MOEPP, mine, vanilla)
-    assert found.loss_difference is not None
+    found = arm_outcome(MOEPP, mine, vanilla, Interval(mean=0.1))
+    assert found.loss_difference == Interval(mean=0.1)
     assert found.time_ratio is not None
     # Seeds differ by far more than arms do, which pairs do not see.
-    assert found.loss_difference.low == pytest.approx(0.1)
     assert (found.time_ratio.low, found.time_ratio.high) == pytest.approx((1.5, 1.5))
     assert found.valid_loss.mean == pytest.approx(4.6)
     assert found.curve.loss == [pytest.approx(4.6)]
-    base = arm_outcome(VANILLA, vanilla, vanilla)
+    base = arm_outcome(VANILLA, vanilla, vanilla, None)
     assert (base.loss_difference, base.time_ratio) == (None, None)

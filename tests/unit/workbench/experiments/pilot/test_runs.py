@@ -57,10 +57,10 @@ def test_order_rotates_from_seed_to_seed(tmp_path: Path) -> None:
     assert names == [
         "vanilla-seed-7",
         "moepp-tau-0.75-seed-7",
-        "vanilla-top-1-seed-7",
+        "moepp-top-3-tau-1-seed-7",
         "vanilla-70-percent-of-the-steps-seed-7",
         "moepp-tau-0.75-seed-8",
-        "vanilla-top-1-seed-8",
+        "moepp-top-3-tau-1-seed-8",
         "vanilla-70-percent-of-the-steps-seed-8",
         "vanilla-seed-8",
     ]
@@ -91,7 +91,7 @@ def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(
     folder.run_missing(runs, shown.append, lambda run: ended.append(run.name))
     assert ranks.started == ended == [run.name for run in runs[1:]]
     assert shown[0] == "seed 7, MoE++ tau 0.75"
-    assert shown[1].startswith("seed 7, vanilla top-1 (")
+    assert shown[1].startswith("seed 7, MoE++ top-3 tau 1 (")
     again = stand_in(runs)
     folder.run_missing(runs)
     assert again.started == []

@@ -1,4 +1,4 @@
-"""Whether MoE++ pays, on made-up numbers."""
+"""Whether MoE++ pays, on made-up losses."""
 
 from __future__ import annotations
 
@@ -8,193 +8,210 @@ import re
 import pytest
 
 from moepp_megatron.workbench.experiments.pilot import sentences
-from moepp_megatron.workbench.experiments.pilot.equal_speed import equal_speed
+from moepp_megatron.workbench.experiments.pilot.evidence import Evidence, Names
 from moepp_megatron.workbench.experiments.pilot.extrapolate import COST_MODEL_ERROR
-from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome, arm_outcome
+from moepp_megatron.workbench.experiments.pilot.outcome import arm_outcome
+from moepp_megatron.workbench.experiments.pilot.pooled import PooledLosses
 from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmVerdict
+from moepp_megatron.workbench.experiments.pilot.statistics import Estimate
 from moepp_megatron.workbench.experiments.pilot.verdict import (
     AtTarget,
-    TokenValue,
+    answer_of,
     by_favour,
-    combined,
     recommended,
     verdict,
 )
 from tests.unit.workbench.experiments.pilot.synthetic import seeds
 
-Runs = dict[int, RunOutcome]
-VANILLA = seeds([4.0, 4.1, 4.2], [1.0, 1.01, 0.99])
-# 0.1 nats an e-fold of tokens, with a little noise.
-_GAIN = 0.1 * math.log(1 / 0.7)
-SHORT = seeds([4.0 + _GAIN, 4.1 + _GAIN * 1.01, 4.2 + _GAIN * 0.99], [1.0] * 3)
-FASTER = seeds([4.3, 4.4, 4.5], [0.7, 0.71, 0.69])
-VALUE = TokenValue.of(VANILLA, SHORT, 100, 70)
+NAMES = Names("vanilla", "short", "moepp", "time", "narrow")
 ARM = Arm(name="MoE++ tau 0.5", kind="moepp", tau=0.5, topk=2, steps=100)
+VALUE = 0.1
+LOG_TOKENS = math.log(1 / 0.7)
+LEVEL = 0.0125
+# Rows that sum to 0, so that the arms' means are exactly what a test says.
+_NOISE = [[0, 1, -1], [1, -1, 0], [-1, 0, 1], [1, 0, -1], [-1, 1, 0]]
+
+
+def losses(
+    in_time: float,
+    in_compute: float,
+    behind: float = 0.0,
+    value: float = VALUE,
+    noise: float = 0.001,
+) -> PooledLosses:
+    """Losses of five arms and three seeds.
+
+    Args:
+        in_time: Of MoE++ after vanilla's time, minus vanilla's.
+        in_compute: Of MoE++ after vanilla's steps, minus the narrowed model's.
+        behind: Of MoE++ after vanilla's steps, minus vanilla's.
+        value: What an e-fold of tokens is worth.
+        noise: Of a run.
+    """
+    means = {
+        "vanilla": 4.0,
+        "short": 4.0 + value * LOG_TOKENS,
+        "moepp": 4.0 + behind,
+        "time": 4.0 + in_time,
+        "narrow": 4.0 + behind - in_compute,
+    }
+    return PooledLosses(
+        {
+            name: {seed: mean + 0.1 * seed + noise * row[seed] for seed in range(3)}
+            for (name, mean), row in zip(means.items(), _NOISE, strict=True)
+        }
+    )
+
+
+def evidence(table: PooledLosses, speed_error: float = 0.001) -> Evidence:
+    return Evidence.of(table, NAMES, LOG_TOKENS, Estimate(math.log(0.85), speed_error, 4))
 
 
 def judged(
-    runs: Runs,
-    value: TokenValue = VALUE,
-    faster: Runs = FASTER,
-    vanilla: Runs = VANILLA,
+    in_time: float,
+    in_compute: float,
+    level: float | None = LEVEL,
     at_target: AtTarget | None = None,
+    **table: float,
 ) -> ArmVerdict:
-    outcome = arm_outcome(ARM, runs, vanilla)
-    arms = {"vanilla": vanilla, "vanilla top-1": faster}
-    equal = equal_speed(ARM.name, runs, arms)
-    times = [run.step_time_s for run in arms[equal.slower].values()]
-    return verdict(outcome, runs, vanilla, value, equal, sum(times) / len(times), at_target)
-
-
-def moepp(difference: float, ratio: float, noise: float = 0.001) -> Runs:
-    losses = [
-        run.valid_loss + difference + sign * noise
-        for run, sign in zip(VANILLA.values(), (0, 1, -1), strict=True)
-    ]
-    return seeds(losses, [run.step_time_s * ratio for run in VANILLA.values()])
+    runs = seeds([4.0, 4.1, 4.2], [0.85] * 3)
+    outcome = arm_outcome(ARM, runs, runs, Estimate(0.0, 0.01, 8).interval())
+    return verdict(outcome, evidence(losses(in_time, in_compute, **table)), level, at_target)
 
 
 def test_token_value_is_nats_for_an_e_fold() -> None:
-    assert VALUE.interval.mean == pytest.approx(0.1)
-    assert VALUE.is_clear
+    assert evidence(losses(0.0, 0.0)).token_value.mean == pytest.approx(VALUE)
 
 
-def test_it_pays() -> None:
-    # 0.01 nats worse is 1.105 times the tokens, at 0.8 of the time.
-    found = judged(moepp(0.01, 0.8))
+def test_both_comparisons_must_be_clear() -> None:
+    assert judged(-0.01, -0.01).at_pilot == "pays"
+    assert judged(-0.01, 0.0).at_pilot == "undecided"
+    assert judged(0.0, -0.01).at_pilot == "undecided"
+    assert judged(-0.01, 0.01).at_pilot == "does not pay"
+    assert judged(0.01, -0.01).at_pilot == "does not pay"
+
+
+def test_nothing_is_decided_before_the_first_look() -> None:
+    found = judged(-0.01, -0.01, level=None, at_target=AtTarget(0.5))
+    assert (found.at_pilot, found.at_target) == ("undecided", "undecided")
+    assert found.loss_in_time.high is not None
+
+
+def test_a_stricter_level_leaves_it_open() -> None:
+    assert judged(-0.003, -0.01, level=0.0125).at_pilot == "pays"
+    assert judged(-0.003, -0.01, level=0.0001).at_pilot == "undecided"
+
+
+def test_loss_after_vanillas_time_becomes_time() -> None:
+    found = judged(-0.01, -0.01, behind=0.005)
+    assert found.time_to_loss is not None
     assert found.token_factor is not None
-    assert found.time_to_loss is not None
-    assert found.token_factor.mean == pytest.approx(math.exp(0.1), rel=1e-6)
-    assert found.time_to_loss.mean == pytest.approx(0.8 * math.exp(0.1), rel=1e-6)
-    assert (found.at_pilot, found.at_target) == ("pays", None)
-    assert any("clearly better" in reason for reason in found.reasons)
+    assert found.time_to_loss.mean == pytest.approx(math.exp(-0.1))
+    assert found.token_factor.mean == pytest.approx(math.exp(0.05))
+    assert any("To reach vanilla's loss it needs" in reason for reason in found.reasons)
 
 
-def test_it_does_not_pay_against_vanilla() -> None:
-    found = judged(moepp(0.03, 0.95))
-    assert found.at_pilot == "does not pay"
-    assert found.time_to_loss is not None
-    assert found.time_to_loss.mean == pytest.approx(0.95 * math.exp(0.3), rel=1e-6)
-    # exp(0.3) = 1.35 times the tokens, below the measured 1 / 0.7 = 1.43.
-    assert not any("extrapolated" in reason for reason in found.reasons)
-    far = judged(moepp(0.1, 0.95))
-    assert any("extrapolated" in reason for reason in far.reasons)
+def test_the_error_of_the_measured_speed_is_included() -> None:
+    table = losses(-0.01, -0.01)
+    sure, unsure = evidence(table, 0.001).in_time, evidence(table, 0.1).in_time
+    assert sure.error is not None
+    assert unsure.error is not None
+    assert unsure.mean == sure.mean
+    # What 0.1 of log time is worth in nats.
+    assert math.sqrt(unsure.error**2 - sure.error**2) == pytest.approx(0.1 * VALUE, rel=1e-2)
+    assert evidence(table, 0.1).in_time.sign(LEVEL) == 0
 
 
-def test_noise_leaves_it_undecided() -> None:
-    found = judged(moepp(0.02, 0.85, noise=0.05))
-    assert found.at_pilot == "undecided"
-
-
-def test_a_rival_of_the_same_speed_that_is_better() -> None:
-    # Sooner at vanilla's loss, but vanilla with one expert is as fast and has hardly lost.
-    rival = seeds([4.002, 4.102, 4.203], [0.7, 0.71, 0.69])
-    found = judged(moepp(0.01, 0.8), faster=rival)
-    assert found.at_pilot == "does not pay"
-    assert found.time_to_loss is not None
-    assert found.time_to_loss.high is not None
-    assert found.time_to_loss.high < 1
-    equal = equal_speed(ARM.name, moepp(0.01, 0.8), {"vanilla": VANILLA, "top": rival})
-    said = sentences.answer(found, equal, has_target=False)
-    assert said.startswith("At this scale MoE++ does not pay")
-    assert "learns less than a vanilla model of the same speed" in said
-
-
-def test_a_rival_that_is_as_good_leaves_it_open() -> None:
-    rival = seeds([4.014, 4.115, 4.215], [0.7, 0.71, 0.69])
-    assert judged(moepp(0.01, 0.8), faster=rival).at_pilot == "undecided"
-
-
-@pytest.mark.parametrize(
-    ("rival", "expected"), [("better", "pays"), ("worse", "does not pay"), ("open", "undecided")]
-)
-def test_without_a_token_value_the_rival_alone_decides(rival: str, expected: str) -> None:
-    assert combined(None, rival) == expected  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("losses", [[4.0, 4.2, 4.1], [3.9, 4.0, 4.1]])
-def test_tokens_that_are_worth_nothing_make_no_factor(losses: list[float]) -> None:
-    value = TokenValue.of(VANILLA, seeds(losses, [1.0] * 3), 100, 70)
-    found = judged(moepp(0.01, 0.8), value=value)
-    assert found.token_factor is None
-    assert found.time_to_loss is None
-    assert found.at_pilot == "pays", "clearly better than the rival of its speed"
+@pytest.mark.parametrize("value", [0.0, -0.1])
+def test_tokens_that_are_worth_nothing_make_no_time(value: float) -> None:
+    found = judged(-0.01, -0.01, value=value)
+    assert (found.token_factor, found.time_to_loss, found.stakes) == (None, None, None)
+    assert found.at_pilot == "pays", "losses decide"
     assert any("What tokens are worth cannot be told" in reason for reason in found.reasons)
 
 
-def test_one_seed_is_never_decided() -> None:
-    one = {1: VANILLA[1]}
-    value = TokenValue.of(one, SHORT, 100, 70)
-    found = judged({1: moepp(0.5, 2.0)[1]}, value, {1: FASTER[1]}, one)
-    assert found.at_pilot == "undecided"
-    assert found.time_to_loss is not None
-    assert found.time_to_loss.low is None
+def test_probability_and_what_a_wrong_decision_costs() -> None:
+    good, open_, bad = judged(-0.01, -0.01), judged(0.0, 0.0), judged(0.01, 0.01)
+    assert good.probability == pytest.approx(1.0, abs=1e-3)
+    assert open_.probability == pytest.approx(0.25)
+    assert bad.probability == pytest.approx(0.0, abs=1e-3)
+    assert good.stakes is not None
+    assert bad.stakes is not None
+    # 0.01 nats are a tenth of an e-fold of time.
+    assert good.stakes.kept == pytest.approx(0.1, abs=1e-3)
+    assert good.stakes.adopted == pytest.approx(0.0, abs=1e-3)
+    assert bad.stakes.adopted == pytest.approx(0.1, abs=1e-3)
+    text = sentences.chances(good.probability, good.stakes)
+    assert "the probability that it pays is " in text
+    assert "keeping vanilla gives away 10.0%" in text
 
 
 def test_the_target_adds_the_cost_models_error() -> None:
-    found = judged(moepp(0.01, 0.8), at_target=AtTarget(0.85))
-    assert (found.at_pilot, found.at_target) == ("pays", "undecided")
+    # 0.01 nats behind after the same tokens are exp(0.1) times the tokens.
+    found = judged(-0.01, -0.01, behind=0.01, at_target=AtTarget(0.85))
     factor, time = found.token_factor, found.target_time_to_loss
     assert factor is not None
-    assert time is not None
     assert factor.low is not None
+    assert time is not None
     assert time.low is not None
     assert time.mean == pytest.approx(0.85 * factor.mean)
     assert time.low == pytest.approx(0.85 * factor.low / (1 + COST_MODEL_ERROR))
-    assert judged(moepp(0.01, 0.8), at_target=AtTarget(0.7)).at_target == "pays"
-    assert judged(moepp(0.01, 0.8), at_target=AtTarget(1.2)).at_target == "does not pay"
-    assert judged(moepp(0.01, 0.8), at_target=AtTarget(None)).at_target == "undecided"
+    assert (found.at_pilot, found.at_target) == ("pays", "undecided")
+
+    def answer(ratio: float | None) -> str | None:
+        return judged(-0.01, -0.01, behind=0.01, at_target=AtTarget(ratio)).at_target
+
+    assert [answer(0.6), answer(1.3), answer(None)] == ["pays", "does not pay", "undecided"]
 
 
 def test_the_most_favourable_comes_first_and_nothing_is_recommended_that_does_not_pay() -> None:
-    good, fair = judged(moepp(0.01, 0.75)), judged(moepp(0.01, 0.8))
-    bad = judged(moepp(0.03, 0.95))
+    good, fair, bad = judged(-0.02, -0.01), judged(-0.01, -0.01), judged(0.01, 0.01)
     assert by_favour([bad, fair, good]) == [good, fair, bad]
-    assert recommended(by_favour([bad, good])) == ARM.name
+    assert recommended([good, bad]) == ARM.name
     assert recommended([bad]) is None
+    assert recommended([judged(0.0, 0.0)]) is None
     # The target decides where there is one.
-    far = judged(moepp(0.01, 0.75), at_target=AtTarget(1.2))
-    assert recommended([far]) is None
+    assert recommended([judged(-0.02, -0.01, at_target=AtTarget(1.3))]) is None
 
 
-def test_what_is_undecided_is_not_recommended() -> None:
-    unsure = judged(moepp(0.02, 0.85, noise=0.05))
-    assert unsure.at_pilot == "undecided"
-    assert recommended([unsure]) is None
-    # Clear in the pilot, open at the target, about which one decides.
-    assert recommended([judged(moepp(0.01, 0.8), at_target=AtTarget(0.85))]) is None
+@pytest.mark.parametrize(
+    ("signs", "answer"),
+    [((-1, -1), "pays"), ((-1, 0), "undecided"), ((-1, 1), "does not pay"), ((0, 0), "undecided")],
+)
+def test_the_answer_by_signs(signs: tuple[int, int], answer: str) -> None:
+    assert answer_of(signs) == answer
 
 
 def test_an_interval_too_wide_to_mean_anything_is_said_in_words() -> None:
-    """Not "between 100% less and 7.56e+03 times"."""
-    runs = moepp(0.02, 0.85, noise=0.5)
-    equal = equal_speed(ARM.name, runs, {"vanilla": VANILLA, "vanilla top-1": FASTER})
-    found = judged(runs)
+    found = judged(0.0, 0.0, noise=0.03, value=0.4)
     assert found.time_to_loss is not None
-    assert found.time_to_loss.high is not None
-    assert found.time_to_loss.high > 1000
-    text = sentences.answer(found, equal, has_target=False)
+    wide = found.model_copy(
+        update={"time_to_loss": found.time_to_loss.model_copy(update={"low": 1e-4, "high": 5e3})}
+    )
+    text = sentences.answer(wide, has_target=False)
     assert (
         "may need anything from less than a tenth of vanilla's time to more than ten times "
         "vanilla's time to vanilla's loss (95% interval)" in text
     )
-    for said in (text, *found.reasons):
-        assert not re.search(r"\de[+-]\d|100%", said)
-    assert any("(95% interval under 0.01 to over 100)" in reason for reason in found.reasons)
+    assert not re.search(r"\de[+-]\d|100%", text)
 
 
 def test_answers_in_words() -> None:
-    runs = moepp(0.01, 0.8)
-    equal = equal_speed(ARM.name, runs, {"vanilla": VANILLA, "vanilla top-1": FASTER})
-    pays = sentences.answer(judged(runs), equal, has_target=False)
-    assert pays.startswith(
-        "At this scale MoE++ pays: with tau 0.5 it learns as much as vanilla in 12% less time (95%"
+    pays = judged(-0.01, -0.01)
+    said = sentences.answer(pays, has_target=False)
+    assert said.startswith("At this scale MoE++ pays: with tau 0.5 it learns as much as vanilla in")
+    said = sentences.answer(judged(0.01, -0.01), has_target=False)
+    assert "does not pay" in said
+    assert "only with 11% more time (95% interval " in said
+    said = sentences.answer(judged(-0.01, 0.01), has_target=False)
+    assert "learns less than a vanilla model that is narrowed to its compute" in said
+    assert sentences.answer(judged(0.0, 0.0), has_target=False).startswith("This pilot cannot tell")
+    early = judged(-0.01, -0.01, level=None)
+    said = sentences.answer(early, has_target=False, first_look=5)
+    assert said.startswith("Nothing is decided before 5 seeds: so far")
+    both = sentences.answer(
+        judged(-0.01, -0.01, behind=0.01, at_target=AtTarget(1.3)),
+        has_target=True,
+        target="large on 64 h100_sxm",
     )
-    loses = sentences.answer(judged(moepp(0.03, 0.95)), equal, has_target=False)
-    assert "does not pay" in loses
-    assert "only with 28% more time (95% interval " in loses
-    unsure = sentences.answer(judged(moepp(0.02, 0.85, noise=0.05)), equal, has_target=False)
-    assert unsure.startswith("This pilot cannot tell whether MoE++ pays")
-    found = judged(runs, at_target=AtTarget(1.2))
-    both = sentences.answer(found, equal, has_target=True, target="large on 64 h100_sxm")
     assert "; for large on 64 h100_sxm it would not pay: " in both

@@ -80,6 +80,10 @@ def outcome(
 def verdict(arm: str, factor: float, time: float, target: float | None, **answers: Any) -> Any:
     return {
         "arm": arm,
+        "loss_in_time": interval(-0.038, 0.006),
+        "loss_in_compute": interval(-0.0579, 0.009),
+        "probability": 0.987,
+        "stakes": {"adopted": 0.0004, "kept": 0.139},
         "token_factor": {"mean": factor, "low": factor / 1.03, "high": factor * 1.03},
         "time_to_loss": {"mean": time, "low": time / 1.04, "high": time * 1.04},
         "target_time_to_loss": target
@@ -94,7 +98,7 @@ def verdict(arm: str, factor: float, time: float, target: float | None, **answer
 
 
 def contents() -> dict[str, Any]:
-    """A pilot of three MoE++ arms and one rival, with a target, that pays at tau 0.75."""
+    """A pilot of three MoE++ arms with a target, that pays at tau 0.75."""
     return {
         "setting": {
             "command": COMMAND,
@@ -109,6 +113,10 @@ def contents() -> dict[str, Any]:
             "valid_tokens": 131_072,
             "parameters": 9_412_352,
             "began": "2026-11-26",
+            "sessions": 5,
+            "look": 1,
+            "next_seeds": 6,
+            "level": 0.0125,
         },
         "arms": [
             outcome("vanilla", "vanilla", 3.5, 800.0),
@@ -124,26 +132,22 @@ def contents() -> dict[str, Any]:
                 health=HEALTH,
                 alerts={"dead_expert": 2, "few_ffn_experts": 0},
             ),
-            outcome("vanilla top-1", "rival", 3.561, 640.0, topk=1),
+            outcome("MoE++ top-3 tau 1", "more", 3.481, 812.0, tau=1.0, topk=3, share=0.667),
+            outcome("MoE++ tau 0.75, vanilla's time", "equal_time", 3.462, 684.0, steps=468),
+            outcome("vanilla, 304 wide", "narrow", 3.561, 640.0),
             outcome("vanilla, 70% of the steps", "short", 3.668, 800.0, steps=280),
         ],
         "token_value": interval(0.471, 0.03),
-        "equal_speed": [
-            {
-                "arm": "MoE++ tau 0.25",
-                "slower": "vanilla top-1",
-                "faster": "vanilla top-1",
-                "weight": 1.0,
-                "enclosed": False,
-                "loss_difference": interval(-0.018, 0.02),
-            },
+        "equal_compute": [
             {
                 "arm": "MoE++ tau 0.75",
-                "slower": "vanilla",
-                "faster": "vanilla top-1",
-                "weight": 0.275,
-                "enclosed": True,
-                "loss_difference": interval(-0.0411, 0.009),
+                "other": "vanilla, 304 wide",
+                "loss_difference": interval(-0.0579, 0.009),
+            },
+            {
+                "arm": "MoE++ top-3 tau 1",
+                "other": "vanilla",
+                "loss_difference": interval(-0.019, 0.02),
             },
         ],
         "target": {

@@ -104,17 +104,14 @@ def test_where_nothing_pays_the_rollout_ends_with_the_pilot(
     assert "recommended: none: stay with vanilla" in printed(found, capsys)
 
 
-def test_an_undecided_pilot_says_how_many_seeds_would_decide(read: Any) -> None:
+def test_an_undecided_pilot_names_the_next_look(read: Any) -> None:
     found = contents()
-    found["verdicts"][0] |= {
-        "at_pilot": "undecided",
-        "time_to_loss": {"mean": 0.95, "low": 0.95 / 1.08, "high": 0.95 * 1.08},
-    }
-    # log(1.08) = 0.0770 at 3 seeds is a spread of 0.0310; 4 seeds reach 1.591 times it (0.0493),
-    # which is below log(1 / 0.95) = 0.0513.
-    assert "about 4 would decide" in read(found).text
-    found["verdicts"][0]["time_to_loss"] = {"mean": 1.001, "low": 0.9, "high": 1.11}
-    assert "more seeds alone would hardly help" in read(found).text
+    found["verdicts"][0]["at_pilot"] = "undecided"
+    assert "go on to the next one with --seeds 6" in read(found).text
+    found["verdicts"][0]["stakes"] = {"adopted": 0.004, "kept": 0.002}
+    assert "either choice is expected to lose less than 1%" in read(found).text
+    found["setting"]["look"] = 0
+    assert "the first look has not come: --seeds 6" in read(found).text
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,12 @@ def test_the_terminal_shows_the_answer_last(capsys: pytest.CaptureFixture[str]) 
         "59.8% 15.05" in lines
     )
     assert (
-        "MoE++ tau 0.75 1.007 [0.978, 1.037] 0.861 [0.828, 0.895] pays 0.885 [0.797, 0.982] "
-        "undecided" in lines
+        "MoE++ tau 0.75 -0.0380 [-0.0440, -0.0320] -0.0579 [-0.0669, -0.0489] "
+        "98.7% pays undecided" in lines
+    )
+    assert (
+        "time to vanilla's loss, MoE++ tau 0.75: 0.861 [0.828, 0.895] of vanilla's, at the target "
+        "0.885 [0.797, 0.982]" in lines
     )
     assert "alerts of MoE++ tau 0.75: dead_expert 2" in lines
     assert lines[-2:] == [found["answer"], "recommended: MoE++ tau 0.75"]

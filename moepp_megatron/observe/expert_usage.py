@@ -1,6 +1,6 @@
-"""The routing profile: the use of each expert, and FFN experts by kind of token.
+"""Expert usage: how often each expert is selected, and FFN experts by kind of token.
 
-A profile holds counts, so profiles add up: those of steps to a window's, of windows to a reference.
+Usage is held as counts, so it adds up: of steps to a window's, of windows to a reference.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class RoutingProfile:
+class ExpertUsage:
     """The selections of all MoE layers' routers for some tokens.
 
     Attributes:
@@ -27,13 +27,13 @@ class RoutingProfile:
     experts: Counts
     cells: Counts
 
-    def __add__(self, other: RoutingProfile) -> RoutingProfile:
-        """The profile of the tokens of both; shapes must be the same."""
-        return RoutingProfile(self.experts + other.experts, self.cells + other.cells)
+    def __add__(self, other: ExpertUsage) -> ExpertUsage:
+        """The usage of the tokens of both; shapes must be the same."""
+        return ExpertUsage(self.experts + other.experts, self.cells + other.cells)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of `experts` and `cells`; profiles of other shapes cannot be compared."""
+        """Shapes of `experts` and `cells`; usage of other shapes cannot be compared."""
         return self.experts.shape, self.cells.shape
 
     def expert_share(self) -> NDArray[np.float64]:
@@ -51,11 +51,11 @@ class RoutingProfile:
         return topk * tokens
 
     def as_json(self) -> dict[str, Any]:
-        """The profile as JSON, for `from_json`."""
+        """The usage as JSON, for `from_json`."""
         return {"experts": self.experts.tolist(), "cells": self.cells.tolist()}
 
     @classmethod
-    def from_json(cls, values: Any) -> RoutingProfile:
+    def from_json(cls, values: Any) -> ExpertUsage:
         """Undo `as_json`.
 
         Raises:
@@ -76,8 +76,8 @@ class RoutingProfile:
         return cls(experts, cells)
 
 
-def difference(profile: RoutingProfile, reference: RoutingProfile) -> NDArray[np.float64]:
-    """Differences of two profiles, in units of their standard deviation by chance.
+def difference(usage: ExpertUsage, reference: ExpertUsage) -> NDArray[np.float64]:
+    """Differences in usage, in units of their standard deviation by chance.
 
     For each layer: the square roots of the experts' shares, and the angles `arcsin sqrt f` of the
     share f of FFN experts in each cell's selections. These are the coordinates in which the sum of
@@ -85,7 +85,7 @@ def difference(profile: RoutingProfile, reference: RoutingProfile) -> NDArray[np
     the standard deviation of a sample of n is `1 / (2 sqrt n)` whatever the shares are; so that the
     difference of two samples of n and m independent selections, divided by
     `sqrt(1/n + 1/m) / 2`, has the standard deviation 1 (a little less: shares add up to 1).
-    A cell that is empty in one of the profiles gives 0. Real tokens come in texts and are not
+    A cell that is empty on one side gives 0. Real tokens come in texts and are not
     independent; their differences are larger, but as large for windows of other sizes.
 
     Returns:
@@ -94,13 +94,13 @@ def difference(profile: RoutingProfile, reference: RoutingProfile) -> NDArray[np
     Raises:
         ValueError: If the shapes differ.
     """
-    if profile.shapes != reference.shapes:
-        raise ValueError(f"profiles of shapes {profile.shapes} and {reference.shapes} differ")
-    of_experts = np.sqrt(profile.expert_share()) - np.sqrt(reference.expert_share())
-    sizes = [each.experts.sum(axis=1, keepdims=True) for each in (profile, reference)]
+    if usage.shapes != reference.shapes:
+        raise ValueError(f"usage of shapes {usage.shapes} and {reference.shapes} differ")
+    of_experts = np.sqrt(usage.expert_share()) - np.sqrt(reference.expert_share())
+    sizes = [each.experts.sum(axis=1, keepdims=True) for each in (usage, reference)]
     of_experts *= _weight(*sizes)
-    of_cells = _ffn_angle(profile) - _ffn_angle(reference)
-    of_cells *= _weight(*(each.selections_by_cell() for each in (profile, reference)))
+    of_cells = _ffn_angle(usage) - _ffn_angle(reference)
+    of_cells *= _weight(*(each.selections_by_cell() for each in (usage, reference)))
     return np.concatenate([of_experts, of_cells], axis=1).ravel()
 
 
@@ -110,8 +110,8 @@ def _weight(n: NDArray[Any], m: NDArray[Any]) -> NDArray[np.float64]:
     return 2 * np.sqrt(_ratio(n, n + m) * m)
 
 
-def _ffn_angle(profile: RoutingProfile) -> NDArray[np.float64]:
-    share = _ratio(profile.cells[..., 0], profile.selections_by_cell())
+def _ffn_angle(usage: ExpertUsage) -> NDArray[np.float64]:
+    share = _ratio(usage.cells[..., 0], usage.selections_by_cell())
     return np.arcsin(np.sqrt(np.minimum(share, 1.0)))
 
 

@@ -1,4 +1,4 @@
-"""Routing profiles drawn from a made-up text and router, by the window.
+"""Expert usages drawn from a made-up text and router, by the window.
 
 Sequences have styles, as texts have: a style moves which tokens come and which experts they want.
 So windows differ by far more than independent tokens would, and some styles are rare and far off.
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moepp_megatron.observe.routing_profile import RoutingProfile
+from moepp_megatron.observe.expert_usage import ExpertUsage
 
 LAYERS, FFN, OTHERS, TOPK = 4, 8, 4, 2
 EXPERTS, POSITIONS, CLASSES = FFN + OTHERS, 4, 4
@@ -43,10 +43,8 @@ class Router:
             0.3 * chance.standard_normal((CLASSES, STYLES)),
         )
 
-    def window(
-        self, chance: np.random.Generator, drift: np.ndarray | float = 0.0
-    ) -> RoutingProfile:
-        """One window's profile; `drift`, [L, E], is added to `base`."""
+    def window(self, chance: np.random.Generator, drift: np.ndarray | float = 0.0) -> ExpertUsage:
+        """One window's usage; `drift`, [L, E], is added to `base`."""
         # Five degrees of freedom: heavy tails.
         styles = chance.standard_t(5, size=(SEQUENCES, STYLES))
         classes = _softmax(self.tokens + styles @ self.classes_by_style.T)
@@ -62,7 +60,7 @@ class Router:
         )
         ffn = selections[..., :FFN].sum(axis=-1)
         cells = np.stack([ffn, np.broadcast_to(tokens, ffn.shape)], axis=-1)
-        return RoutingProfile(selections.sum(axis=1), cells)
+        return ExpertUsage(selections.sum(axis=1), cells)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The routing profile of a running training, from what the routers of all ranks count."""
+"""The expert usage of a running training, from what the routers of all ranks count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moepp_megatron.data.token_frequency import frequency_classes, token_counts
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.token_tags import TokenTags
-from moepp_megatron.observe.routing_profile import RoutingProfile
+from moepp_megatron.observe.expert_usage import ExpertUsage
 from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.setup import TrainingModel
 
@@ -21,8 +21,8 @@ _POSITION_BINS = 4
 FREQUENCY_CLASSES = 4
 
 
-class RoutingProfileCollector:
-    """Adds up the profile of windows of steps. Every rank has one and calls its methods together.
+class ExpertUsageCollector:
+    """Adds up the usage of windows of steps. Every rank has one and calls its methods together.
 
     Its construction makes the model's layers count cells, if they know their tokens. A
     window costs one all-reduce of its counts; a step adds on the device without
@@ -59,15 +59,15 @@ class RoutingProfileCollector:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the profiles' `experts` and `cells`."""
+        """Shapes of the usage's `experts` and `cells`."""
         layers = len(self._numbers)
         return (layers, self._num_experts), (layers, self._num_cells, 2)
 
-    def end_step(self) -> RoutingProfile | None:
+    def end_step(self) -> ExpertUsage | None:
         """Count the step just taken, which `routing` has not reset yet.
 
         Returns:
-            The window's profile over all ranks, the same on each, where the window ends; a
+            The window's usage over all ranks, the same on each, where the window ends; a
             collective there, and nowhere else.
         """
         for row, number in enumerate(self._numbers):
@@ -84,37 +84,37 @@ class RoutingProfileCollector:
             return None
         total = self._reduced()
         self._begin()
-        return self._profile(total)
+        return self._usage(total)
 
-    def unfinished(self) -> RoutingProfile | None:
+    def unfinished(self) -> ExpertUsage | None:
         """The profile of the window so far, over all ranks; None before a step; a collective."""
-        return None if self._steps == 0 else self._profile(self._reduced())
+        return None if self._steps == 0 else self._usage(self._reduced())
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of the unfinished window, over all ranks, as JSON; a collective."""
-        profile = self.unfinished()
+        usage = self.unfinished()
         return {
             "steps": self._steps,
-            "profile": None if profile is None else profile.as_json(),
+            "profile": None if usage is None else usage.as_json(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`, in any layout.
 
         Raises:
-            ValueError: If it holds no valid profile, or one of another model.
+            ValueError: If it holds no valid usage, or one of another model.
         """
         self._begin()
         if state["profile"] is None:
             return
-        profile = RoutingProfile.from_json(state["profile"])
-        if profile.shapes != self.shapes:
-            raise ValueError(f"its profile has the shapes {profile.shapes}, not {self.shapes}")
+        usage = ExpertUsage.from_json(state["profile"])
+        if usage.shapes != self.shapes:
+            raise ValueError(f"its usage has the shapes {usage.shapes}, not {self.shapes}")
         self._steps = state["steps"]
         # Counts that are all there already belong to one rank.
         if dist.get_rank() == 0:
-            cells = profile.cells.reshape(len(self._numbers), -1)
-            both = np.concatenate([profile.experts, cells], axis=1)
+            cells = usage.cells.reshape(len(self._numbers), -1)
+            both = np.concatenate([usage.experts, cells], axis=1)
             self._counts += torch.from_numpy(both).to(self._counts.device)
 
     def _begin(self) -> None:
@@ -135,9 +135,9 @@ class RoutingProfileCollector:
         dist.all_reduce(total)
         return total.cpu().numpy()
 
-    def _profile(self, total: np.ndarray) -> RoutingProfile:
+    def _usage(self, total: np.ndarray) -> ExpertUsage:
         experts, cells = np.split(total, [self._num_experts], axis=1)
-        return RoutingProfile(experts, cells.reshape(len(self._numbers), self._num_cells, 2))
+        return ExpertUsage(experts, cells.reshape(len(self._numbers), self._num_cells, 2))
 
 
 def _knows_tokens(config: Config) -> bool:

@@ -39,7 +39,7 @@ def least_steps(settings: ShiftSection) -> int:
     return max(settings.memory * settings.window, _LEAST_MEMORY)
 
 
-class ProfileNoise:
+class UsageNoise:
     """Differences of usual steps, and their distances.
 
     The distance of a difference x of d numbers is the squared Mahalanobis distance with a ridge,
@@ -103,7 +103,7 @@ class ProfileNoise:
         }
 
     @classmethod
-    def from_json(cls, values: Any, settings: ShiftSection, size: int) -> ProfileNoise:
+    def from_json(cls, values: Any, settings: ShiftSection, size: int) -> UsageNoise:
         """Undo `as_json`.
 
         Args:

@@ -1,0 +1,139 @@
+"""The order of a pilot's runs, and what is fixed once MoE++ was timed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.runtime.launch import LaunchOptions
+from moepp_megatron.workbench.experiments.pilot.arms import build_arms
+from moepp_megatron.workbench.experiments.pilot.collect import result_of
+from moepp_megatron.workbench.experiments.pilot.plan import Plan
+from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
+from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmKind
+from moepp_megatron.workbench.experiments.pilot.runs import PilotRun, PilotRuns
+from tests.unit.workbench.experiments.pilot.synthetic import config_of, write_run
+
+ARM = "MoE++ tau 0.75"
+SPEEDUPS = (1.248, 1.25, 1.252)
+SPEEDUP = math.prod(SPEEDUPS) ** (1 / 3)
+LOSSES = {"vanilla": 4.0, "short": 4.3, "moepp": 4.05, "more": 3.95}
+LOSSES |= {"equal_time": 3.9, "narrow": 4.2}
+# By a part of the name, the first that is found.
+KINDS: dict[str, ArmKind] = {
+    "time": "equal_time",
+    "wide": "narrow",
+    "percent": "short",
+    "top-3": "more",
+    "moepp": "moepp",
+    "vanilla": "vanilla",
+}
+
+
+def pilot_in(path: Path, seeds: int, first: int = 3) -> Pilot:
+    config = config_of()
+    folder = PilotRuns(path)
+    base = build_arms(config, 8, [0.75])
+    numbers = list(range(7, 7 + seeds))
+    folder.claim(folder.all_of(base, numbers))
+    plan = Plan.claim(path, Plan(first=first, arms=[ARM], sessions=3))
+    return Pilot(folder, config, base, numbers, plan, "moepp pilot")
+
+
+class Ranks:
+    """Stands in for the ranks of training runs and sessions."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+
+    def __call__(self, options: LaunchOptions, module: str, arguments: list[str]) -> int:
+        if arguments[0] == "bench":
+            file = Path(arguments[arguments.index("--json") + 1])
+            file.write_text(json.dumps({"speedup": SPEEDUPS[int(file.stem[-1]) - 1]}))
+            self.started.append(file.stem)
+            return 0
+        config = load_config(arguments[-1])
+        name = config.run.name
+        self.started.append(name)
+        kind = next(kind for part, kind in KINDS.items() if part in name)
+        noise = 0.001 * ((config.training.seed * 7 + len(name)) % 5)
+        arm = Arm(name=name, kind=kind, tau=None, topk=2, steps=config.training.train_iters)
+        run = PilotRun(name, name, config, arm, config.training.seed)
+        write_run(run, loss=LOSSES[kind] + 0.1 * run.seed + noise)
+        return 0
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    stand_in = Ranks()
+    monkeypatch.setattr("moepp_megatron.workbench.experiments.runs.run_ranks", stand_in)
+    return stand_in
+
+
+def test_arms_then_speed_then_matching_arms(tmp_path: Path, ranks: Ranks) -> None:
+    whole = pilot_in(tmp_path, 3).run(lambda line: None, lambda pilot: None)
+    kinds = [
+        "session" if "session" in name else name.rpartition("-seed")[0] for name in ranks.started
+    ]
+    assert kinds[12:15] == ["session"] * 3
+    assert set(kinds[15:]) == {"moepp-tau-0.75-vanilla-s-time", "vanilla-32-wide-as-moepp-tau-0.75"}
+    assert len(kinds) == 4 * 3 + 3 + 2 * 3
+    match = whole.plan.matches[ARM]
+    assert match.log_time_ratio == pytest.approx(-math.log(SPEEDUP))
+    assert match.steps == round(8 * SPEEDUP)
+    # The records' share of 0.6, of 48 channels in units of 16.
+    assert (match.ffn_share, match.width) == (pytest.approx(0.6), 32)
+    result = result_of(whole)
+    assert result is not None
+    assert (result.setting.look, result.setting.next_seeds) == (1, 6)
+    assert result.verdicts[0].at_pilot == "pays"
+    assert [pair.other for pair in result.equal_compute] == [
+        "vanilla, 32 wide, as MoE++ tau 0.75",
+        "vanilla",
+    ]
+    timed = result.outcome_of(ARM)
+    assert timed is not None
+    assert timed.time_ratio is not None
+    assert timed.time_ratio.mean == pytest.approx(1 / SPEEDUP)
+
+
+def test_nothing_is_known_before_moepp_was_timed(tmp_path: Path, ranks: Ranks) -> None:
+    pilot = pilot_in(tmp_path, 3)
+    assert pilot.sessions() == []
+    pilot.folder.run_missing(pilot.runs())
+    assert len(pilot.sessions()) == 3
+    assert result_of(pilot) is None
+
+
+def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(
+    tmp_path: Path, ranks: Ranks
+) -> None:
+    pilot_in(tmp_path, 3).run(lambda line: None, lambda pilot: None)
+    before = (tmp_path / "plan.json").read_bytes()
+    ranks.started.clear()
+    more = pilot_in(tmp_path, 4).run(lambda line: None, lambda pilot: None)
+    assert len(ranks.started) == 6, "every arm with the new seed; no session"
+    assert (tmp_path / "plan.json").read_bytes() == before
+    result = result_of(more)
+    assert result is not None
+    # The fourth seed counts at the look of six.
+    assert result.arms[0].seeds == [7, 8, 9]
+    again = pilot_in(tmp_path, 6).run(lambda line: None, lambda pilot: None)
+    result = result_of(again)
+    assert result is not None
+    assert result.arms[0].seeds == [7, 8, 9, 10, 11, 12]
+    assert (result.setting.look, result.setting.level) == (2, pytest.approx(0.025 / 4))
+
+
+def test_the_level_belongs_to_the_arms_of_the_beginning(tmp_path: Path) -> None:
+    pilot_in(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"--taus \(a, b\) must be as at the beginning"):
+        Plan.claim(tmp_path, Plan(first=3, arms=["a", "b"], sessions=3))
+    assert Plan.claim(tmp_path, Plan(first=9, arms=[ARM], sessions=3)).first == 3
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(ConfigError, match="must hold a readable plan.json"):
+        Plan.read(tmp_path)
