@@ -33,12 +33,15 @@ class QuickstartSteps:
     batches: Any
 
     @classmethod
-    def build(cls, folder: Path, *settings: str) -> QuickstartSteps:
+    def build(
+        cls, folder: Path, *settings: str, dataset: Callable[[Any], Any] | None = None
+    ) -> QuickstartSteps:
         """Builds groups and model; every rank calls, once.
 
         Args:
             folder: `run.dir`.
             *settings: Further `section.key=value`.
+            dataset: Makes the data from the configuration; random tokens by default.
         """
         from moepp_megatron.config import Layout, load_config
         from moepp_megatron.runtime.distributed import build_groups
@@ -52,7 +55,8 @@ class QuickstartSteps:
         build_groups(config, layout)
         model = build_training_model(config)
         model.set_training(True)
-        batches = rank_batches(RandomTokens(config), 0, config, len(model.chunks))
+        data = (dataset or RandomTokens)(config)
+        batches = rank_batches(data, 0, config, len(model.chunks))
         return cls(config, layout, model, batches)
 
     def take(self, *extra: Any) -> None:

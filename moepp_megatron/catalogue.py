@@ -24,6 +24,9 @@ Labels = Literal[
     "name",
     "state",
     "rule,severity",
+    "source",
+    "source,expert,kind",
+    "class",
 ]
 
 
@@ -63,7 +66,8 @@ class Metric:
         prometheus: Its name there, always of a gauge; empty where `router_health` serves it.
         labels: What tells its values of one run apart: ``layer`` is the transformer layer from 1,
             ``kind`` the kind of expert, ``expert`` an expert's name, ``ffn_experts`` how many FFN
-            experts a token takes, ``metric`` a name of `IN_LAYERS`; empty for a single number.
+            experts a token takes, ``metric`` a name of `IN_LAYERS`, ``source`` a data source,
+            ``class`` a class of tokens; empty for a single number.
         guard: Whether its rules may look at it: "counted" in each MoE layer and every step from
             what its router wants, "compared" likewise with what was before, "measured" in each MoE
             layer and steps with router health, "whole" of the model, read by the guard itself,
@@ -193,6 +197,26 @@ class Record(BaseModel):
         "last pipeline stage's MoE layers, rounded; NaN where there is none", "nats",
         "loss_by_ffn_experts", "moepp_loss_by_ffn", "ffn_experts",
         panel=("Loss of tokens by FFN experts taken", "{{ffn_experts}} FFN experts"))] = None
+    class_ffn_per_token: Annotated[dict[str, Number] | None, Metric(
+        "FFN experts per token of the tokens of a class, by frequency of the token id or by its "
+        "characters, mean over MoE layers", "", "class_ffn_per_token",
+        "moepp_class_ffn_per_token", "class",
+        panel=("FFN experts of a token, by class", "{{class}}"))] = None
+    source_tokens: Annotated[dict[str, Number] | None, Metric(
+        "share of the tokens that come from a data source; like the next three only where the "
+        "prepared data have several", "share", "source_tokens", "moepp_source_tokens_ratio",
+        "source")] = None
+    source_loss: Annotated[dict[str, Number] | None, Metric(
+        "mean language-model loss behind the tokens of a data source", "nats", "source_loss",
+        "moepp_source_loss", "source", panel=("Loss by data source", "{{source}}"))] = None
+    source_ffn_share: Annotated[dict[str, Number] | None, Metric(
+        "FFN experts' share of the selections of a data source's tokens, mean over MoE layers",
+        "share", "source_ffn_share", "moepp_source_ffn_ratio", "source",
+        panel=("FFN share by data source", "{{source}}"))] = None
+    source_expert_share: Annotated[dict[str, list[Number]] | None, Metric(
+        "share of the selections of a data source's tokens that an expert takes, mean over MoE "
+        "layers", "share", "source_expert_share", "moepp_source_expert_ratio",
+        "source,expert,kind")] = None
     z_loss: Annotated[MaybeFloat, Metric(
         "router z-loss, without its coefficient, mean over MoE layers", "", "loss/z",
         "moepp_z_loss", drawn=Drawn("Router z-loss", "z-loss", 8))] = None
@@ -281,6 +305,9 @@ IN_LAYERS = {
     "ffn_to_past": Metric(
         "FFN share over the layer's own before, a running mean that hardly learns from a fallen "
         "share", guard="compared"),
+    "class_ffn_to_past": Metric(
+        "FFN experts per token of the class of tokens that lost most, over what it had before; "
+        "where the layer lost as much, their ratio to the layer's mean", guard="compared"),
     "min_ffn_load": Metric(
         "idlest FFN expert's selections over the FFN experts' mean; 0 is a dead expert",
         prometheus="moepp_layer_min_ffn_load_ratio", labels="layer", guard="counted",
@@ -376,5 +403,7 @@ def _of_record() -> dict[str, Metric]:
 
 
 OF_RECORD = _of_record()
+BY_NAME = tuple(key for key, row in OF_RECORD.items() if row.labels in ("source", "class"))
+"""Keys whose values are numbers by name."""
 METRICS = {**OF_RECORD, **IN_LAYERS, **OF_GUARD}
 """All rows by name."""

@@ -27,7 +27,7 @@ def prepare(
             metavar="SOURCE",
             help="Text, JSONL (.jsonl, .ndjson) or parquet files, also .gz and .zst of the first "
             "two, folders of them, or the word stdlib: the library sources of the Python that runs "
-            "this.",
+            "this. NAME=PATH names a data source, which metrics of a run tell apart.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -88,6 +88,8 @@ def prepare(
 def _print_summary(console: "Console", manifest: "Manifest") -> None:
     from rich.table import Table
 
+    from moepp_megatron.data.manifest import MAX_SOURCES
+
     table = Table("source", title="documents")
     for column in ("files", "MB", "documents", "skipped", "tokens"):
         table.add_column(column, justify="right")
@@ -106,6 +108,11 @@ def _print_summary(console: "Console", manifest: "Manifest") -> None:
     if manifest.split is not None:
         train, validation, _ = manifest.split.split(",")
         echo(f"split: {train} documents to train on, {validation} of other packages to validate")
+    if len(manifest.source_names) > MAX_SOURCES:
+        echo(
+            f"data sources: {len(manifest.source_names)}, and runs have metrics of {MAX_SOURCES} "
+            "at most; give several one name with NAME=PATH to have them"
+        )
     echo(f"vocabulary: {manifest.vocab_size:,} tokens, end of document {manifest.eod_id}")
 
 

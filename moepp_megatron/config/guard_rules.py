@@ -60,6 +60,16 @@ DEFAULT_RULES = (
         scope="mean",
     ),
     GuardRule(
+        name="rare_ffn",
+        metric="class_ffn_to_past",
+        below=0.5,
+        clear=0.75,
+        for_steps=3,
+        clear_for_steps=20,
+        severity="warning",
+        action="force_ffn",
+    ),
+    GuardRule(
         name="ffn_never_skipped",
         metric="ffn_fraction",
         above=0.99,

@@ -3,6 +3,7 @@
 compressed.py       source files that may be compressed
 corpus.py           writes the Megatron indexed dataset, documents shuffled, validation last
 datasets.py         opens a prepared folder as megatron-core GPT datasets: train, validation, test
+document_sources.py which data source the tokens of a sample come from
 documents.py        reads documents from source files
 encoding.py         turns documents into token ids
 existing.py         decides whether an existing output folder is reused, replaced or refused
@@ -17,7 +18,9 @@ same_tokenizer.py   checks that a tokenizer is the one whose token ids a corpus 
 sources.py          resolves the user's sources to a fixed order of files
 split.py            the split of a corpus's documents into train, validation and test
 stdlib.py           the built-in corpus: which of Python's library sources are code
+token_classes.py    the class of a token: word, fragment, keyword, number, ...
 token_check.py      checks samples for tokens outside the vocabulary, before they reach an embedding
+token_groups.py     classes of token ids that metrics and rules tell apart
 token_frequency.py  classes of token ids by how frequent they are in the training set
 tokenizer.py        the tokenizer: a Hugging Face `tokenizers` file and its end-of-document token
 verify.py           checks a prepared folder against its manifest, quickly or byte by byte

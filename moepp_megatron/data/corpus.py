@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.data.encoding import EncodedPiece, token_dtype
-from moepp_megatron.data.manifest import CORPUS, SourceSummary
+from moepp_megatron.data.manifest import CORPUS, DOCUMENT_SOURCES, MAX_SOURCES, SourceSummary
 from moepp_megatron.data.sources import TextSource
 
 _VALIDATION_SHARE = 0.05
@@ -30,6 +30,8 @@ class SpooledCorpus:
         dtype: Integer type of the ids.
         lengths: [documents] int64, tokens of each document.
         groups: [documents] int64, a number for each group (`arrange`).
+        source_ids: [documents] int64, index of each document's data source in the order of
+            `Manifest.source_names`.
         sources: one summary per source.
         skipped: documents left out, by reason.
     """
@@ -38,6 +40,7 @@ class SpooledCorpus:
     dtype: type[np.uint16] | type[np.int32]
     lengths: NDArray[np.int64]
     groups: NDArray[np.int64]
+    source_ids: NDArray[np.int64]
     sources: list[SourceSummary]
     skipped: Counter[str]
 
@@ -49,7 +52,9 @@ def spool_corpus(
     dtype = token_dtype(vocab_size)
     lengths: list[NDArray[np.int64]] = []
     groups: list[NDArray[np.int64]] = []
+    source_ids: list[NDArray[np.int64]] = []
     numbers: dict[str | None, int] = {None: ALONE}
+    names = list(dict.fromkeys(source.name for source in sources))
     documents: Counter[int] = Counter()
     tokens: Counter[int] = Counter()
     skipped: list[Counter[str]] = [Counter() for _ in sources]
@@ -59,6 +64,8 @@ def spool_corpus(
             lengths.append(encoded.lengths)
             number = numbers.setdefault(encoded.piece.group, len(numbers))
             groups.append(np.full(len(encoded.lengths), number))
+            source_id = names.index(sources[encoded.piece.source].name)
+            source_ids.append(np.full(len(encoded.lengths), source_id))
             documents[encoded.piece.source] += len(encoded.lengths)
             tokens[encoded.piece.source] += len(encoded.tokens)
             skipped[encoded.piece.source] += encoded.skipped
@@ -75,7 +82,13 @@ def spool_corpus(
     ]
     all_skipped = sum(skipped, Counter[str]())
     return SpooledCorpus(
-        path, dtype, np.concatenate(lengths), np.concatenate(groups), summaries, all_skipped
+        path,
+        dtype,
+        np.concatenate(lengths),
+        np.concatenate(groups),
+        np.concatenate(source_ids),
+        summaries,
+        all_skipped,
     )
 
 
@@ -95,6 +108,8 @@ class WrittenCorpus:
 
 def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> WrittenCorpus:
     """Write `folder/corpus.bin` and `folder/corpus.idx` with megatron-core's builder.
+
+    Where documents come from several data sources, `folder/sources.npy` says which is whose.
 
     Megatron splits train, validation and test by position, so documents are shuffled once, here:
     in reading order the validation split would be the last files of the last source.
@@ -122,6 +137,10 @@ def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> Wr
     with idx_file.open("rb") as stream:
         idx_digest = hashlib.file_digest(stream, "sha256")
     hashes = {bin_file.name: digest.hexdigest(), idx_file.name: idx_digest.hexdigest()}
+    if 1 < spooled.source_ids.max() + 1 <= MAX_SOURCES:
+        sources_file = folder / DOCUMENT_SOURCES
+        np.save(sources_file, spooled.source_ids[order].astype(np.uint8))
+        hashes[sources_file.name] = hashlib.sha256(sources_file.read_bytes()).hexdigest()
     split = None if validation is None else f"{len(order) - validation},{validation},0"
     return WrittenCorpus(hashes, split)
 

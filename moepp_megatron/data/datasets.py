@@ -6,6 +6,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.document_sources import SourcedDataset, read_document_sources
 from moepp_megatron.data.manifest import CACHE, CORPUS, Manifest
 from moepp_megatron.data.split import check_split
 from moepp_megatron.data.tokenizer import Tokenizer
@@ -51,6 +52,8 @@ def build_datasets(
 
     Returns:
         Train, validation and test; None for one whose weight is 0, or that is not read and empty.
+        Where the folder says which data source each document comes from, they are
+        `SourcedDataset`s.
 
     Raises:
         ConfigError: no dataset there, another tokenizer, or a split that cannot be made.
@@ -75,10 +78,15 @@ def build_datasets(
         eod_mask_loss=eod_mask_loss,
         create_attention_mask=reset_attention_mask,
     )
+    sources = read_document_sources(data_path, manifest)
+    kind = GPTDataset if sources is None else SourcedDataset
     builder = BlendedMegatronDatasetBuilder(
-        GPTDataset, list(num_samples), is_built_on_rank=lambda: True, config=config
+        kind, list(num_samples), is_built_on_rank=lambda: True, config=config
     )
     train, validation, test = builder.build()
+    for dataset in (train, validation, test):
+        if isinstance(dataset, SourcedDataset):
+            dataset.source_names, dataset.document_sources = manifest.source_names, sources
     return train, validation, test
 
 

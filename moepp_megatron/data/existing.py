@@ -4,9 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.manifest import CACHE, CORPUS, NAME, TOKENIZER, Inputs, Manifest
+from moepp_megatron.data.manifest import (
+    CACHE,
+    CORPUS,
+    DOCUMENT_SOURCES,
+    NAME,
+    TOKENIZER,
+    Inputs,
+    Manifest,
+)
 
-_OURS = frozenset({NAME, TOKENIZER, f"{CORPUS}.bin", f"{CORPUS}.idx", CACHE})
+_OURS = frozenset({NAME, TOKENIZER, DOCUMENT_SOURCES, f"{CORPUS}.bin", f"{CORPUS}.idx", CACHE})
 
 
 def find_reusable(

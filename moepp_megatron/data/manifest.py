@@ -12,6 +12,9 @@ FORMAT_VERSION = 1
 NAME = "manifest.json"
 TOKENIZER = "tokenizer.json"
 CORPUS = "corpus"
+DOCUMENT_SOURCES = "sources.npy"
+# Every record of a run has numbers for each of them.
+MAX_SOURCES = 64
 CACHE = "cache"
 
 
@@ -119,11 +122,17 @@ class Manifest:
         return (
             all(type(number) is int and number >= 0 for number in numbers)
             and isinstance(self.files, dict)
-            and set(self.files) == {f"{CORPUS}.bin", f"{CORPUS}.idx", TOKENIZER}
+            and set(self.files) - {DOCUMENT_SOURCES}
+            == {f"{CORPUS}.bin", f"{CORPUS}.idx", TOKENIZER}
             and all(type(size) is int for size in self.files.values())
             and isinstance(self.sha256, dict | None)
             and isinstance(self.split, str | None)
         )
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the data sources; SOURCE arguments of one name are one of them."""
+        return tuple(dict.fromkeys(source.name for source in self.sources))
 
     @property
     def identity(self) -> str:

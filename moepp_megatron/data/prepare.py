@@ -19,7 +19,7 @@ from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pie
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
 from moepp_megatron.data.long_text import BYTES_PER_BYTE
-from moepp_megatron.data.manifest import CORPUS, FORMAT_VERSION, TOKENIZER, Inputs, Manifest
+from moepp_megatron.data.manifest import FORMAT_VERSION, TOKENIZER, Inputs, Manifest
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.sources import (
     TextSource,
@@ -265,7 +265,7 @@ def _manifest(
     folder: Path,
     written: WrittenCorpus,
 ) -> Manifest:
-    files = [f"{CORPUS}.bin", f"{CORPUS}.idx", TOKENIZER]
+    files = [*written.sha256, TOKENIZER]
     return Manifest(
         format_version=FORMAT_VERSION,
         sources=spooled.sources,

@@ -63,7 +63,8 @@ def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[T
     """Find the files of every source.
 
     Args:
-        names: files, folders, or the word `stdlib` (a folder of that name is `./stdlib`).
+        names: files, folders, or the word `stdlib` (a folder of that name is `./stdlib`); any of
+            them as `NAME=PATH`, which gives the data source a name of its own.
         exclude: a folder that is not walked: the output, which may lie inside a source.
 
     Returns:
@@ -77,13 +78,16 @@ def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[T
     return [_resolve(name, exclude) for name in names]
 
 
-def _resolve(name: str, exclude: Path | None) -> TextSource:
+def _resolve(given: str, exclude: Path | None) -> TextSource:
+    own_name, name = _named(given)
     if name == _STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         files = _code_of_stdlib(root, exclude)
     elif not name:
         # As a path it would be the working directory.
-        raise ConfigError("SOURCE ('') must not be empty; name a file, a folder or the word stdlib")
+        raise ConfigError(
+            f"SOURCE ('{given}') must not be empty; name a file, a folder or the word stdlib"
+        )
     else:
         root = Path(name)
         mode = _stat(name, root).st_mode
@@ -93,12 +97,25 @@ def _resolve(name: str, exclude: Path | None) -> TextSource:
             files = [_source_file(name, root, root.name)]
         else:
             raise ConfigError(f"source {name} is neither a file nor a folder; write it to a file")
-    source = TextSource(name, tuple(files))
+    source = TextSource(own_name or name, tuple(files))
     if not source.files:
         raise ConfigError(f"source {name} ({root}) holds no files; name one with text in it")
     if source.size == 0:
         raise ConfigError(f"source {name} is empty (0 bytes); name one with text in it")
     return source
+
+
+def _named(given: str) -> tuple[str, str]:
+    """The name that `NAME=PATH` gives, or an empty one, and the path.
+
+    A path that holds the sign itself is a path where there is one.
+    """
+    own_name, sign, path = given.partition("=")
+    if not sign or "/" in own_name or Path(given).exists():
+        return "", given
+    if not own_name.strip():
+        raise ConfigError(f"SOURCE ({given}) must have a name before =; write NAME=PATH, or PATH")
+    return own_name, path
 
 
 def _code_of_stdlib(root: Path, exclude: Path | None) -> list[SourceFile]:

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
+from moepp_megatron.data.document_sources import documents_of
 from moepp_megatron.data.verify import damaged, outside
 
 
@@ -65,10 +67,10 @@ def _error(dataset: Any, sample: int, position: int, token: int, vocab_size: int
 
 def _locate(dataset: GPTDataset, sample: int, position: int) -> tuple[int, int]:
     """The document of the corpus that a sample's token is in, and which of its tokens it is."""
-    place, offset = map(int, dataset.sample_index[dataset.shuffle_index[sample]])
-    lengths = dataset.dataset.sequence_lengths
-    offset += position
-    while offset >= lengths[dataset.document_index[place]]:
-        offset -= int(lengths[dataset.document_index[place]])
-        place += 1
-    return int(dataset.document_index[place]), offset
+    documents, lengths = documents_of(dataset, sample)
+    ends = np.cumsum(lengths)
+    index = int(np.searchsorted(ends, position, side="right"))
+    if index > 0:
+        return int(documents[index]), position - int(ends[index - 1])
+    _, offset = dataset.sample_index[dataset.shuffle_index[sample]]
+    return int(documents[0]), position + int(offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,16 @@ def token_counts(dataset: Any, vocab_size: int, max_tokens: int = 1 << 21) -> ND
 
 
 def frequency_classes(counts: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
-    """Sort token ids into classes that hold about as many tokens each.
+    """Sort token ids into `num_classes` classes that hold about as many tokens each; see below."""
+    return frequency_bands(counts, [index / num_classes for index in range(1, num_classes)])
+
+
+def frequency_bands(counts: NDArray[np.int64], edges: Sequence[float]) -> NDArray[np.int64]:
+    """Sort token ids into classes that hold given shares of the tokens.
 
     Args:
         counts: [V] int64 occurrences of each id.
-        num_classes: Number of classes.
+        edges: Share of the tokens up to the end of each class but the last, rising.
 
     Returns:
         [V] int64 class of each id, 0 for the most frequent. Ids that do not occur are in the last.
@@ -50,6 +56,7 @@ def frequency_classes(counts: NDArray[np.int64], num_classes: int) -> NDArray[np
     # The middle of each id's own tokens: an id with more tokens than a class holds fills classes.
     middle = np.cumsum(ordered) - ordered / 2
     classes = np.empty(len(counts), dtype=np.int64)
-    classes[order] = middle * num_classes // max(int(counts.sum()), 1)
-    classes[counts == 0] = num_classes - 1
-    return np.minimum(classes, num_classes - 1)
+    limits = np.asarray(edges, dtype=np.float64) * int(counts.sum())
+    classes[order] = np.searchsorted(limits, middle, side="right")
+    classes[counts == 0] = len(edges)
+    return classes

@@ -61,8 +61,14 @@ class MoEPPGPTModel(GPTModel):
         if self._sends_lane and len(self.decoder.layers) > 0:
             self.decoder.layers[-1].lane_width = moepp.num_experts
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Same as `GPTModel.forward`; all stages but the last return [s, b, D + lane columns]."""
+    def forward(self, *args: Any, sources: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Same as `GPTModel.forward`; all stages but the last return [s, b, D + lane columns].
+
+        Args:
+            *args: Token ids, positions, and the rest of what `GPTModel` takes.
+            sources: [b, s] data source of each token, for the tags; None where there is one.
+            **kwargs: Same as `GPTModel.forward`.
+        """
         lane = None
         if self._receives_lane:
             # Not in `set_input_tensor`: the combined schedule calls that before the tensor is here.
@@ -72,8 +78,9 @@ class MoEPPGPTModel(GPTModel):
         block_kwargs = {"context": lane}
         if self.token_tags is not None:
             input_ids, position_ids = args[:2]
-            tags = self.token_tags(input_ids, position_ids, self.config.sequence_parallel)
-            block_kwargs["context_mask"] = tags
+            block_kwargs["context_mask"] = self.token_tags(
+                input_ids, position_ids, self.config.sequence_parallel, sources
+            )
         output = super().forward(*args, extra_block_kwargs=block_kwargs, **kwargs)
         if self._sends_lane and len(self.decoder.layers) == 0:
             # A stage of embeddings only, or an empty one: no layer glues the lane on.

@@ -23,7 +23,7 @@ router.py             the router: gating residuals, selection over all experts, 
 selection.py          which experts a token's logits select, and with which gates
 spec.py               builds MoE++ layers from megatron-core's own specs
 statistics.py         what one MoE layer did since the last reset
-token_tags.py         tags that tell MoE++ layers, for each token, whether an FFN demand concerns it
+token_tags.py         tags that tell MoE++ layers what a token counts as, and whether it is forced
 upstream_private.py   the names with an underscore that this package takes from megatron-core
 upstream_settings.py  how the MoE++ layer treats each of megatron-core's settings of a MoE layer
 zero_computation.py   zero, copy and constant experts

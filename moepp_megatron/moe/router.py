@@ -36,7 +36,7 @@ from moepp_megatron.moe.parameter import replicated_parameter
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.moe.selection import Selection, select, standardized
 from moepp_megatron.moe.statistics import RoutingStatistics
-from moepp_megatron.moe.token_tags import cells, forced_tokens
+from moepp_megatron.moe.token_tags import cells, forced_tokens, groups, sources
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 
 # The names under which Megatron's training loop looks for a balance loss of this scope.
@@ -280,8 +280,8 @@ class MoEPPRouter(TopKRouter):
         if RoutingStatistics.counts_now(self.training):
             num_sequences = logits.shape[1] if self.moepp.balance_scope == "sequence" else 1
         selection = self._select(logits_TE, num_sequences, forced_tokens(tags), padded)
-        if tags is not None and num_sequences is not None and self.statistics.num_cells > 0:
-            self._count_cells(selection, tags, padded)
+        if tags is not None and num_sequences is not None:
+            self._count_tags(selection, tags, padded)
         return Choice(
             logits,
             gates=selection.gates,
@@ -344,11 +344,19 @@ class MoEPPRouter(TopKRouter):
             return fused_select(*arguments, padded_T)
         return select(*arguments, self.ffn_demand, forced_T, padded_T)
 
-    def _count_cells(self, selection: Selection, tags: Tensor, padded: Tensor | None) -> None:
-        made, wanted = selection.routing_map, selection.wanted_map
-        wanted_TE = made if wanted is None else wanted
-        ffn_counts = wanted_TE[:, : self.moepp.num_ffn_experts].sum(dim=-1)
-        self.statistics.add_cells(ffn_counts, cells(tags), padded)
+    def _count_tags(self, selection: Selection, tags: Tensor, padded: Tensor | None) -> None:
+        statistics, num_ffn = self.statistics, self.moepp.num_ffn_experts
+        made_TE, wanted_TE = selection.routing_map, selection.wanted_map
+        if statistics.num_sources > 0:
+            statistics.add_sources(made_TE, sources(tags))
+        if statistics.num_cells == 0 and statistics.num_groups == 0:
+            return
+        made = made_TE[:, :num_ffn].sum(dim=-1)
+        wanted = made if wanted_TE is None else wanted_TE[:, :num_ffn].sum(dim=-1)
+        if statistics.num_cells > 0:
+            statistics.add_cells(wanted, cells(tags), padded)
+        if statistics.num_groups > 0:
+            statistics.add_groups(wanted, made, groups(tags), padded)
 
     def _measure(
         self,

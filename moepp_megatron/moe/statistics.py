@@ -16,8 +16,12 @@ class RoutingStatistics:
         selected: [E] selections of each expert, before any capacity limit.
         wanted: [E] selections of the router before an FFN demand changed them; None without a
             demand.
-        cells: [cells, 2] int64 FFN selections (as wanted) and tokens of each cell of the
-            expert usage; None where none are counted.
+        cells: [cells, 2] int64 FFN selections (as wanted) and tokens of each cell of the expert
+            usage; None where none are counted.
+        groups: [groups, 3] int64 FFN selections as wanted and as made, and tokens, of each group of
+            token ids; None where none are counted.
+        sources: [sources, E] int64 selections of the tokens of each data source, before any
+            capacity limit; None where none are counted.
         dropped: Selections that a capacity limit took away.
         balance_loss: Sum over micro-batches of this rank's summands of L_b, beta excluded.
         num_tokens: Tokens seen, without padding.
@@ -27,7 +31,7 @@ class RoutingStatistics:
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
-        self.num_cells = 0
+        self.num_cells = self.num_groups = self.num_sources = 0
         self.reset()
 
     def reset(self) -> None:
@@ -35,6 +39,8 @@ class RoutingStatistics:
         self.selected: Tensor | None = None
         self.wanted: Tensor | None = None
         self.cells: Tensor | None = None
+        self.groups: Tensor | None = None
+        self.sources: Tensor | None = None
         self.dropped: Tensor | None = None
         self.balance_loss: Tensor | None = None
         self.num_tokens: int | Tensor = 0
@@ -92,6 +98,37 @@ class RoutingStatistics:
     def wanted_counts(self) -> Tensor | None:
         """[E] selections that the router wanted, on its device; None where none were counted."""
         return self.selected if self.wanted is None else self.wanted
+
+    @torch.no_grad()
+    def add_groups(
+        self, wanted: Tensor, made: Tensor, groups: Tensor, padded: Tensor | None = None
+    ) -> None:
+        """Count one micro-batch's tokens in groups of token ids, of `num_groups`.
+
+        Args:
+            wanted: [T] int64 FFN experts that the router wants for each token.
+            made: [T] int64 FFN experts that it gets.
+            groups: [T] int64.
+            padded: [T] bool tokens that do not count; None for none.
+        """
+        tokens = torch.ones_like(made) if padded is None else (~padded).to(made.dtype)
+        rows = torch.stack([wanted, made, tokens], dim=-1)
+        if self.groups is None:
+            self.groups = rows.new_zeros(self.num_groups, 3)
+        self.groups.index_add_(0, groups, rows)
+
+    @torch.no_grad()
+    def add_sources(self, routing_map: Tensor, sources: Tensor) -> None:
+        """Count one micro-batch's selections by data source, of `num_sources`.
+
+        Args:
+            routing_map: [T, E] bool selections before any capacity limit; none of padding.
+            sources: [T] int64.
+        """
+        if self.sources is None:
+            shape = self.num_sources, self.num_experts
+            self.sources = torch.zeros(shape, dtype=torch.int64, device=routing_map.device)
+        self.sources.index_add_(0, sources, routing_map.long())
 
     @torch.no_grad()
     def as_vector(self) -> Tensor:

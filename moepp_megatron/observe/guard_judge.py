@@ -15,7 +15,7 @@ numbers nor clocks: the same numbers give the same decisions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -135,12 +135,14 @@ class RuleJudge:
             events += found
         return events
 
-    def places(self, action: str) -> set[int]:
-        """Layers (or `WHOLE_MODEL`) where `action` is being taken."""
+    def places(self, action: str, rules: Collection[str] | None = None) -> set[int]:
+        """Layers (or `WHOLE_MODEL`) where `action` is being taken, by any rule or these alone."""
         return {
             layer
-            for (_, layer), place in self._places.items()
-            if place.action == action and place.phase in ("firing", "clearing")
+            for (name, layer), place in self._places.items()
+            if place.action == action
+            and place.phase in ("firing", "clearing")
+            and (rules is None or name in rules)
         }
 
     def forget(self) -> list[Event]:

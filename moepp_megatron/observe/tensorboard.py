@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.catalogue import OF_RECORD
+from moepp_megatron.catalogue import BY_NAME, OF_RECORD
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
@@ -105,6 +105,14 @@ class TensorBoardSink:
         for count, loss in enumerate(record.loss_by_ffn or ()):
             if math.isfinite(loss):
                 self._scalar(f"{_GROUPS['loss_by_ffn']}/{count}", loss, record.step)
+        for key in BY_NAME:
+            for name, value in (values.get(key) or {}).items():
+                self._scalar(f"{_GROUPS[key]}/{name.replace(' ', '_')}", value, record.step)
+        group = _GROUPS["source_expert_share"]
+        for source, shares in (record.source_expert_share or {}).items():
+            for name, share in zip(self._names, shares, strict=True):
+                tag = f"{group}/{source}/{name}".replace(" ", "_")
+                self._scalar(tag, share, record.step)
         is_measured = record.router_health is not None
         if is_measured or self._records % _RECORDS_PER_HISTOGRAM == 0:
             for key, tag in _HISTOGRAMS.items():

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.catalogue import BY_NAME
 from moepp_megatron.config.schema import WandbSection
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe.layer_numbers import layer_numbers
@@ -97,6 +98,9 @@ class WandbSink:
         numbers = layer_numbers(self._moe_layers, len(fractions))
         for layer, fraction in zip(numbers, fractions, strict=True):
             values[f"layer_ffn_fraction/moe_layer_{layer}"] = fraction
+        for key in BY_NAME:
+            for name, value in (getattr(record, key) or {}).items():
+                values[f"{key}/{name.replace(' ', '_')}"] = value
         self._run.log(values)
 
     def go_back(self, step: int) -> None:

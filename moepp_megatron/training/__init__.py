@@ -5,6 +5,7 @@ batches.py             micro-batches on this rank's device, for training and val
 batch_losses.py        the loss of each batch and how much its sequences differ
 budget.py              applies the budget of FFN experts per token to the model, step by step
 collect.py             adds up what all ranks counted in one step
+data_sources.py        loss, FFN share and use of the experts by data source, of one step
 decoding.py            continues prompts with a cache of keys and values
 evaluate.py            validation loss
 generate.py            `moepp generate` as a function
@@ -26,7 +27,9 @@ setup.py               wraps the model: precision, data parallelism, optimizer, 
 shift_text.py          what a shift is about, in words
 signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
+tagging.py             whether layers are told which tokens they see, and by what
 telemetry.py           adds telemetry of all nodes to a step's metrics
+token_groups.py        FFN experts of each class of tokens, in one step
 train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported
 trainer.py             the run from start to end
 """

@@ -10,12 +10,11 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config
 from moepp_megatron.data.token_frequency import frequency_classes, token_counts
-from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.moe.layer import moe_statistics
-from moepp_megatron.moe.token_tags import TokenTags
 from moepp_megatron.observe.expert_usage import ExpertUsage
 from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.tagging import layers_know_tokens, tags_of
 
 _POSITION_BINS = 4
 FREQUENCY_CLASSES = 4
@@ -51,7 +50,7 @@ class ExpertUsageCollector:
             for number, statistics in moe_statistics(chunk).items()
         }
         self._num_cells = 0
-        if _knows_tokens(config):
+        if layers_know_tokens(config):
             self._num_cells = _tag_tokens(model, config, token_classes)
             for statistics in self._statistics.values():
                 statistics.num_cells = self._num_cells
@@ -140,30 +139,21 @@ class ExpertUsageCollector:
         return ExpertUsage(experts, cells.reshape(len(self._numbers), self._num_cells, 2))
 
 
-def _knows_tokens(config: Config) -> bool:
-    """Whether the layers are told which tokens they see.
-
-    A `HybridModel`, the combined schedule and a router in a CUDA graph tell them nothing.
-    """
-    return not (
-        config.model.implementation == "hybrid"
-        or config.parallel.overlap_moe_expert_parallel_comm
-        or "moe_router" in config.training.cuda_graphs
-        or config.moe.is_vanilla
-    )
-
-
 def token_classes(dataset: Any, vocab_size: int) -> np.ndarray:
     """[V] int64 class of each token id by its frequency in the training set, on every rank.
 
-    Rank 0 reads, and every rank must call.
+    Every rank must call.
     """
-    classes = torch.zeros(vocab_size, dtype=torch.int64, device=torch.cuda.current_device())
+    return frequency_classes(counts_on_ranks(dataset, vocab_size), FREQUENCY_CLASSES)
+
+
+def counts_on_ranks(dataset: Any, vocab_size: int) -> np.ndarray:
+    """[V] int64 `token_counts` of the training set: rank 0 reads, and every rank must call."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64, device=torch.cuda.current_device())
     if dist.get_rank() == 0:
-        counts = token_counts(dataset, vocab_size)
-        classes.copy_(torch.from_numpy(frequency_classes(counts, FREQUENCY_CLASSES)))
-    dist.broadcast(classes, 0)
-    return classes.cpu().numpy()
+        counts.copy_(torch.from_numpy(token_counts(dataset, vocab_size)))
+    dist.broadcast(counts, 0)
+    return counts.cpu().numpy()
 
 
 def _tag_tokens(model: TrainingModel, config: Config, classes: np.ndarray) -> int:
@@ -174,10 +164,7 @@ def _tag_tokens(model: TrainingModel, config: Config, classes: np.ndarray) -> in
     """
     on_device = torch.from_numpy(classes).to(torch.cuda.current_device())
     for chunk in model.models:
-        assert isinstance(chunk, MoEPPGPTModel), "layers of other models are told nothing"
-        if chunk.token_tags is None:
-            chunk.token_tags = TokenTags(config.model.seq_length)
-        chunk.token_tags.position_bins = _POSITION_BINS
-        chunk.token_tags.frequency_bins = FREQUENCY_CLASSES
-        chunk.token_tags.classes = on_device
+        tags = tags_of(chunk, config)
+        tags.position_bins, tags.frequency_bins = _POSITION_BINS, FREQUENCY_CLASSES
+        tags.classes = on_device
     return _POSITION_BINS * FREQUENCY_CLASSES

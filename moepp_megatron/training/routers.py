@@ -16,11 +16,13 @@ from moepp_megatron.observe.shift_reading import ShiftReading
 from moepp_megatron.training.batch_losses import BatchLoss, BatchLosses
 from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.collect import RoutingCollector
+from moepp_megatron.training.data_sources import SourceCollector
 from moepp_megatron.training.guard.control import NOTHING, GuardVerdict, RoutingGuard
 from moepp_megatron.training.router_health import HealthCollector
 from moepp_megatron.training.routing_shift import RoutingShift
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch, StepResult
+from moepp_megatron.training.token_groups import GroupCollector, bands_text, groups_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,12 @@ class Routers:
         self._health = HealthCollector(
             config, model, self._routing.layer_numbers, config.observe.health_interval
         )
+        self._sources = SourceCollector(config, model, dataset)
+        groups = groups_of_run(config, dataset, extra.get("token_bands"))
+        self._groups: GroupCollector | None = None
+        if groups is not None:
+            numbers = self._routing.layer_numbers
+            self._groups = GroupCollector(config, model, numbers, groups)
         self._budget = self._open_budget(extra)
         self._shift = self._open_shift(extra)
         # Of the newest step; None where none is judged yet.
@@ -58,7 +66,7 @@ class Routers:
         self._guard: RoutingGuard | None = None
         if is_watched(config):
             self._guard = RoutingGuard(
-                config, model, self._routing, self._health, extra.get("guard")
+                config, model, self._routing, self._health, self._groups, extra.get("guard")
             )
 
     def _open_budget(self, extra: dict[str, Any]) -> BudgetControl | None:
@@ -78,14 +86,21 @@ class Routers:
         self._routing.reset()
         self._losses.begin()
         self._health.begin_step(step)
+        self._begin_counts()
         if self._budget is not None:
             self._budget.begin_step(step)
         if self._guard is not None:
             self._guard.begin_step(step, self._budget)
 
+    def _begin_counts(self) -> None:
+        self._sources.begin_step()
+        if self._groups is not None:
+            self._groups.begin_step()
+
     def watch_losses(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
         """Record a micro-batch's token losses; a `LossWatcher`."""
         self._health.add_losses(chunk, batch, token_losses)
+        self._sources.add_losses(batch, token_losses)
         if self._guard is not None:
             self._losses.add(batch, token_losses)
             self._guard.add_losses(batch, token_losses)
@@ -93,6 +108,7 @@ class Routers:
     def reset_counts(self) -> None:
         """Count the selections of a further batch from 0."""
         self._routing.reset()
+        self._begin_counts()
 
     def selections(self) -> Tensor:
         """[MoE layers, E] float64 selections of the batch over all ranks; a collective."""
@@ -136,6 +152,8 @@ class Routers:
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, which later steps do not change; a collective."""
         state: dict[str, Any] = {}
+        if self._groups is not None:
+            state["token_bands"] = bands_text(self._groups.groups)
         if self._budget is not None:
             state["budget"] = self._budget.state()
         if self._guard is not None:
@@ -154,7 +172,8 @@ class Routers:
 
     def routing_metrics(self) -> dict[str, Any]:
         """Fields for the record from the selections of the step; a collective."""
-        return self._routing.collect()
+        fields = self._routing.collect() | self._sources.collect()
+        return fields if self._groups is None else fields | self._groups.collect()
 
     def metrics(self, step: int) -> dict[str, Any]:
         """Further fields for the record of `step`; a collective in a step that is measured."""

@@ -18,9 +18,11 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.data.document_sources import SOURCES
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
 from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.tagging import layers_know_tokens
 
 Batch = dict[str, Tensor]
 # Sees a model chunk, the micro-batch and its token losses [b, s].
@@ -124,8 +126,9 @@ def run_schedule(
         the last.
     """
     forward_backward = get_forward_backward_func()
+    forward_step = partial(_forward_step, watcher=watcher, tells_sources=layers_know_tokens(config))
     reduced = forward_backward(
-        forward_step_func=partial(_forward_step, watcher=watcher),
+        forward_step_func=forward_step,
         data_iterator=batches if len(batches) > 1 else batches[0],
         model=list(model.chunks),
         num_microbatches=num_microbatches,
@@ -143,11 +146,13 @@ def _forward_step(
     model: Any,
     return_schedule_plan: bool = False,
     watcher: LossWatcher | None = None,
+    tells_sources: bool = False,
 ) -> tuple[Any, Any]:
     """One micro-batch's output, or its plan for the combined schedule, and its loss function."""
     batch = next(iterator)
     forward = model.build_schedule_plan if return_schedule_plan else model
-    output = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    extra = {SOURCES: batch[SOURCES]} if tells_sources and SOURCES in batch else {}
+    output = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **extra)
     watch = None if watcher is None else partial(watcher, model, batch)
     return output, partial(_loss, batch["loss_mask"], watch)
 

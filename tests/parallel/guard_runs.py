@@ -275,6 +275,7 @@ DATA: dict[str, Any] = {
     "broken source": BrokenSourceDataset,
     "other texts": OtherTextsDataset,
     "other targets": OtherTargetsDataset,
+    "skewed": SyntheticDataset,
 }
 
 

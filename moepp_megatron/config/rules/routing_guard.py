@@ -95,17 +95,28 @@ def _guard_rules_clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
             )
 
 
+# Settings that switch off other metrics than that of classes of tokens.
+_OF_OTHER_METRICS = ("observe.health_interval", "routing_guard.shift.window")
+
+
 def _guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
     """A rule needs its metric: router health and expert usage can be switched off."""
     is_off = {
         "observe.health_interval": config.observe.health_interval == 0,
         "training.cuda_graphs": "moe_router" in config.training.cuda_graphs,
         "routing_guard.shift.window": config.routing_guard.shift.window == 0,
+        "observe.token_groups": not config.observe.token_groups,
+        "model.implementation": config.model.implementation == "hybrid",
+        "parallel.overlap_moe_expert_parallel_comm": (
+            config.parallel.overlap_moe_expert_parallel_comm
+        ),
     }
     for name, rule in _own(config):
         needs = ["observe.health_interval", "training.cuda_graphs"]
         if rule.metric == "routing_shift":
             needs = ["routing_guard.shift.window"]
+        elif rule.metric == "class_ffn_to_past":
+            needs = [name for name in is_off if name not in _OF_OTHER_METRICS]
         elif rule.metric not in MEASURED:
             continue
         for setting in needs:

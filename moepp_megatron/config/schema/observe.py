@@ -41,6 +41,12 @@ class ObserveSection(Section):
         "percent of a measured step; 0 is off",
         json_schema_extra=unit("steps"),
     )
+    token_groups: bool = Field(
+        default=True,
+        description="Measure FFN experts by class of tokens, and loss, FFN share and use of the "
+        "experts by data source where the prepared data have several",
+        json_schema_extra=unit("-"),
+    )
     wandb: WandbSection = Field(default_factory=WandbSection, description="Weights & Biases")
     webhook_url_env: str | None = Field(
         default=None,

@@ -11,9 +11,9 @@ from moepp_megatron.config import Config
 from moepp_megatron.moe.budget import set_taus
 from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.layer import moepp_layers
-from moepp_megatron.moe.token_tags import TokenTags
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL
 from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.tagging import tags_of
 
 # Tau times less than this is tau.
 _LEAST_RAISE = 1.001
@@ -126,8 +126,7 @@ class RouterControl:
         self._layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
         if needs_tags:
             for chunk in self._models:
-                if chunk.token_tags is None:
-                    chunk.token_tags = TokenTags(config.model.seq_length)
+                tags_of(chunk, config)
 
     def demand(self, demands: Mapping[int, FFNDemand], forced_ids: Tensor | None) -> None:
         """Set what routers must give their tokens, in training and evaluation, from now on.

@@ -23,12 +23,15 @@ from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.guard.actions import RaisedTau, RouterControl, SafeRamp, demands
 from moepp_megatron.training.guard.alerts import told
+from moepp_megatron.training.guard.fallen import METRIC as FALLEN
+from moepp_megatron.training.guard.fallen import FallenClasses
 from moepp_megatron.training.guard.high_loss import HighLossTokens
 from moepp_megatron.training.guard.readings import counted, from_first_rank, measured
 from moepp_megatron.training.router_health import HealthCollector
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.shift_text import ShiftStory
 from moepp_megatron.training.step import Batch, StepResult
+from moepp_megatron.training.token_groups import GroupCollector
 
 # Metrics whose alerts say what has moved.
 _SHIFTS = ("routing_shift", "loss_shift")
@@ -83,6 +86,7 @@ class RoutingGuard:
         model: The wrapped model.
         routing: Counts the selections of a step.
         health: Measures the routers of a step.
+        groups: Counts by class of tokens; None where these are not counted.
         state: State from a checkpoint; None at the beginning.
     """
 
@@ -92,14 +96,18 @@ class RoutingGuard:
         model: TrainingModel,
         routing: RoutingCollector,
         health: HealthCollector,
+        groups: GroupCollector | None,
         state: Mapping[str, Any] | None,
     ) -> None:
         self._config, self._settings = config, config.routing_guard
-        self._routing, self._health = routing, health
+        self._routing, self._health, self._groups = routing, health, groups
         self._layers = routing.layer_numbers
         rules = effective_rules(self._settings)
         self._metrics = {rule.metric for rule in rules}
-        forces = any(rule.action == "force_ffn" for rule in rules)
+        # Rules about classes force the classes that fell, other rules the tokens of the settings.
+        self._of_classes = {rule.name: rule.limit for rule in rules if rule.metric == FALLEN}
+        self._others = {rule.name for rule in rules} - self._of_classes.keys()
+        forces = any(rule.action == "force_ffn" for rule in rules if rule.name in self._others)
         self._tokens = self._settings.force_ffn.tokens if forces else "all"
         state = state or {}
         self._judge = RuleJudge(rules, self._layers, state.get("judge"))
@@ -118,11 +126,17 @@ class RoutingGuard:
         )
         self._ramp = SafeRamp(self._layers, settings.safe_ramp, state.get("ramp", ()))
         self._past = Past(len(self._layers), state.get("past"))
+        self._fallen = self._open_fallen(state.get("fallen"))
         self._high_loss: HighLossTokens | None = None
         if self._tokens == "high_loss":
             self._high_loss = HighLossTokens(
                 self._config.model.vocab_size, force.share, force.decay, state.get("high_loss")
             )
+
+    def _open_fallen(self, state: Mapping[str, Any] | None) -> FallenClasses | None:
+        if self._groups is None or not self._of_classes:
+            return None
+        return FallenClasses(self._groups, self._layers, state)
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, the same on every rank; later steps do not change it."""
@@ -134,6 +148,8 @@ class RoutingGuard:
         }
         if self._high_loss is not None:
             state["high_loss"] = self._high_loss.state()
+        if self._fallen is not None:
+            state["fallen"] = self._fallen.state()
         return state
 
     def begin_step(self, step: int, budget: BudgetControl | None) -> None:
@@ -171,6 +187,18 @@ class RoutingGuard:
 
     def _forced_ids(self) -> Tensor | None:
         """[vocabulary] bool token ids that are forced; None for all tokens."""
+        others = None
+        if self._judge.places("force_ffn", self._others):
+            others = self._forced_by_others()
+            if others is None:
+                return None
+        if self._fallen is None:
+            return others
+        fallen = self._fallen.mask()
+        return fallen if others is None else fallen | others
+
+    def _forced_by_others(self) -> Tensor | None:
+        """The same by rules that are not about classes of tokens."""
         if self._high_loss is not None:
             return self._high_loss.mask()
         if self._tokens == "all":
@@ -206,6 +234,10 @@ class RoutingGuard:
         if step <= self._settings.warmup:
             return NOTHING
         events = self._judge.judge(self._read(result, loss, shift))
+        if self._fallen is not None:
+            self._fallen.choose(
+                self._judge.places("force_ffn", self._of_classes), max(self._of_classes.values())
+            )
         rollbacks: list[Event] = []
         if self._settings.acts:
             self._raised.step(self._judge.places("raise_tau"))
@@ -218,7 +250,7 @@ class RoutingGuard:
         alerts = [
             told(event, step, not self._settings.acts, story=story)
             if event.rule.metric in _SHIFTS and event.begins
-            else told(event, step, not self._settings.acts)
+            else told(event, step, not self._settings.acts, self._note(event))
             for event in others
         ]
         return GuardVerdict(alerts, rollbacks)
@@ -241,11 +273,18 @@ class RoutingGuard:
     def announce_stage(self, step: int) -> list[Alert]:
         """Reset all rules, because other data follow after `step`; the alerts are of ends."""
         self._past = Past(len(self._layers))
+        self._fallen = self._open_fallen(None)
         return self._forget(step, "new stage")
 
     def _forget(self, step: int, note: str) -> list[Alert]:
         ended = [event for event in self._judge.forget() if event.action != "rollback"]
         return [told(event, step, not self._settings.acts, note) for event in ended]
+
+    def _note(self, event: Event) -> str:
+        """Further text of an alert: which classes of tokens fell."""
+        if self._fallen is None or event.rule.metric != FALLEN or not event.begins:
+            return ""
+        return self._fallen.note(event.layer, event.rule.limit)
 
     def _read(self, result: StepResult, loss: BatchLoss, shift: ShiftReading | None) -> Values:
         """This step's values of the metrics that rules use."""
@@ -265,6 +304,8 @@ class RoutingGuard:
             values |= {"grad_norm": result.grad_norm, "loss": loss.mean}
         if shift is not None:
             values |= {"routing_shift": shift.routing, "loss_shift": shift.loss}
+        if self._fallen is not None:
+            values[FALLEN] = self._fallen.end_step()
         values = dict(from_first_rank(values))
         shares = cast(Sequence[float], values["ffn_fraction"])
         own = (cast(float, values.get(name, math.nan)) for name in ("grad_norm", "loss"))

@@ -2,7 +2,6 @@
 
     request.py     the request of `moepp inspect`, checked before anything heavy is imported
     text.py        a text as tokens with their places, cut into windows
-    classes.py     the class of a token: word, fragment, keyword, number, ...
     tags.py        parts of speech, if the user provides them
     trace.py       experts, gates and loss of every token of one model
     record.py      fills a trace, in any layout

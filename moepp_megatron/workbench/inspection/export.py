@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from moepp_megatron.data.token_classes import CLASSES
 from moepp_megatron.experts import KIND_NAMES
-from moepp_megatron.workbench.inspection.classes import CLASSES
 from moepp_megatron.workbench.inspection.findings import Findings, find
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moepp_megatron.data.token_classes import CLASSES
 from moepp_megatron.workbench.inspection.aggregates import (
     LayerSummary,
     TokenGroup,
@@ -15,7 +16,6 @@ from moepp_megatron.workbench.inspection.aggregates import (
     loss_correlation,
     whole,
 )
-from moepp_megatron.workbench.inspection.classes import CLASSES
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace
 

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.data.token_classes import Language, language_of, token_classes
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.experts import LOCAL_COUNTS, ExpertCounts
 from moepp_megatron.interop.score_request import ScoreRequest, check_overrides
 from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.generate_request import checkpoint_tokenizer
-from moepp_megatron.workbench.inspection.classes import Language, language_of, token_classes
 from moepp_megatron.workbench.inspection.tags import Tagger, read_tags, run_tagger, token_tags
 from moepp_megatron.workbench.inspection.text import TokenizedText, read_text, tokenize, windows
 
@@ -52,7 +52,7 @@ class InspectRequest:
     Attributes:
         text: The tokens.
         language: `python` or `text`.
-        classes: [N] int64 indices into `classes.CLASSES`.
+        classes: [N] int64 indices into `token_classes.CLASSES`.
         tags: Part of speech of each token, or None for a token without; None without any tags.
         window: Length of a window in tokens.
         models: One checkpoint, or two to compare.

@@ -20,6 +20,7 @@ from moepp_megatron.workbench.report.savings import compute_savings
 from moepp_megatron.workbench.report.savings_table import SavingsTable, savings_table
 from moepp_megatron.workbench.report.summary import RunSummary, summarize
 from moepp_megatron.workbench.report.template import render_template
+from moepp_megatron.workbench.report.token_groups import SourceRow, source_table, token_plots
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Page:
         cards: Headline numbers.
         curves: Plots over steps.
         experts: Plots over experts.
+        sources: Numbers by data source; empty where all is of one source.
+        tokens: Plots by data source and by class of tokens.
         health: Plots of the routers' health; empty for a vanilla run.
         alerts: The run's alerts; None without any.
         watched: What the routing guard watched; empty where that is not known.
@@ -50,6 +53,8 @@ class Page:
     cards: list[Card]
     curves: list[Plot]
     experts: list[Plot]
+    sources: list[SourceRow]
+    tokens: list[Plot]
     health: list[Plot]
     alerts: AlertTable | None
     watched: str
@@ -94,7 +99,7 @@ def render(run: RunData) -> str:
     has_savings = run.config.experts.num_zero_computation_experts > 0
     with plot_style():
         curves, experts, health = curve_plots(run), expert_plots(run), health_plots(run)
-        hardware = hardware_plots(run)
+        hardware, tokens = hardware_plots(run), token_plots(run)
     alerts = alert_table(run)
     page = Page(
         name=run.config.run.name,
@@ -103,6 +108,8 @@ def render(run: RunData) -> str:
         cards=[*headline_cards(run, summary, savings), *hardware_cards(run)],
         curves=curves,
         experts=experts,
+        sources=source_table(run),
+        tokens=tokens,
         health=health,
         alerts=alerts,
         watched=watched(run),

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.observe.drawn_usages import EXPERTS, FFN, LAYERS, Router
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.schema.routing_guard import ShiftSection
@@ -22,6 +21,7 @@ from moepp_megatron.observe.shift import ShiftMonitor
 from moepp_megatron.observe.shift_reading import ShiftReading
 from moepp_megatron.observe.usage_file import USAGE_FILE, StoredUsage
 from moepp_megatron.observe.usage_noise import LossNoise, UsageNoise
+from tests.unit.observe.drawn_usages import EXPERTS, FFN, LAYERS, Router
 
 STEPS = 400
 FIRST_JUDGED = 80

@@ -258,7 +258,9 @@ def test_tensorboard_gets_every_number(make_record, tmp_path: Path):
 
     sink = TensorBoardSink(tmp_path, EXPERTS)
     sink.write(make_record(1, valid_loss=5.5, layer_ffn_fraction=[0.5, 0.75], own_key=2.0))
-    sink.write(make_record(2, loss=5.0))
+    by_source = {"web text": 4.0}
+    experts = {"web text": [0.25, 0.25, 0.25, 0.25]}
+    sink.write(make_record(2, loss=5.0, source_loss=by_source, source_expert_share=experts))
     sink.close()
     events = EventAccumulator(str(tmp_path)).Reload()
 
@@ -268,6 +270,8 @@ def test_tensorboard_gets_every_number(make_record, tmp_path: Path):
     assert values("loss/train") == [(1, 5.25), (2, 5.0)]
     assert values("loss/validation") == [(1, 5.5)]
     assert values("other/own_key") == [(1, 2.0)]
+    assert values("source_loss/web_text") == [(2, 4.0)]
+    assert values("source_expert_share/web_text/zero_0") == [(2, 0.25)]
     assert values("layer_ffn_fraction/moe_layer_2") == [(1, 0.75)]
     shares = [values(f"expert_share/{n}")[0][1] for n in ("FFN_0", "FFN_1", "constant_0", "zero_0")]
     assert shares == [0.3125, 0.3125, 0.25, 0.125]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from moepp_megatron.data.token_classes import CLASSES
 from moepp_megatron.experts import KIND_NAMES
-from moepp_megatron.workbench.inspection.classes import CLASSES
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.text import TokenizedText
 from moepp_megatron.workbench.inspection.trace import Trace

@@ -24,6 +24,7 @@ from moepp_megatron.workbench.report.live.run import LiveRun
 _WIDE = 110
 _SMALLEST_WIDTH = 40
 _MOST_ALERTS = 4
+_MOST_SOURCES = 4
 _CURVE_ROWS = (4, 10)
 
 _STATE_STYLES: dict[State, str] = {
@@ -216,7 +217,21 @@ def _numbers(run: LiveRun, newest: StepMetrics, width: int) -> list[Text]:
         speed.append(f"{newest.dropped_fraction:.1%} dropped")
     if newest.tau is not None:
         speed.append(f"tau {newest.tau:.3f}")
-    return [line for parts in (speed, costs) if parts for line in _packed(parts, width)]
+    rows = (speed, costs, _sources(newest))
+    return [line for parts in rows if parts for line in _packed(parts, width)]
+
+
+def _sources(newest: StepMetrics) -> list[str]:
+    """Loss and FFN share of the data sources with the most tokens."""
+    tokens, shares = newest.source_tokens or {}, newest.source_ffn_share or {}
+    names = sorted(tokens, key=lambda name: -tokens[name])
+    parts = []
+    for name in names[:_MOST_SOURCES]:
+        loss = (newest.source_loss or {}).get(name, math.nan)
+        share = f", FFN {shares[name]:.2f}" if name in shares else ""
+        parts.append(f"{printable(name, keep='')} {tokens[name]:.0%}: loss {loss:.3f}{share}")
+    left_out = len(names) - _MOST_SOURCES
+    return [*parts, f"{left_out} more sources"] if left_out > 0 else parts
 
 
 def _alerts(run: LiveRun, width: int, glyphs: Glyphs) -> list[Text]:

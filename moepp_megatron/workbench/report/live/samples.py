@@ -70,6 +70,8 @@ def _lists(
 
 def _samples(metric: Exported, content: Any, config: RunConfig | None) -> list[Sample]:
     """Turn one list, or lists by name, into samples; none if experts are needed and unknown."""
+    if metric.labels in ("source", "class"):
+        return [((name,), value) for name, value in content.items()]
     if metric.labels == "ffn_experts":
         return [((str(count),), loss) for count, loss in enumerate(content)]
     if metric.labels == "layer,metric":
@@ -89,6 +91,15 @@ def _samples(metric: Exported, content: Any, config: RunConfig | None) -> list[S
     if config is None:
         return []
     kinds = config.experts.kinds
+    if metric.labels == "source,expert,kind":
+        return [
+            ((source, *expert), share)
+            for source, row in content.items()
+            if len(row) == len(kinds)
+            for expert, share in zip(
+                zip(config.experts.names, kinds, strict=True), row, strict=True
+            )
+        ]
     if metric.labels == "expert,kind":
         if len(content) != len(kinds):
             return []

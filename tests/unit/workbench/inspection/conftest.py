@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moepp_megatron.data.token_classes import token_classes
 from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from moepp_megatron.experts import ExpertCounts
-from moepp_megatron.workbench.inspection.classes import token_classes
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.text import TokenizedText, tokenize
 from moepp_megatron.workbench.inspection.trace import Trace

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.workbench.inspection.classes import CLASSES, token_classes
+from moepp_megatron.data.token_classes import CLASSES, token_classes
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.text import TokenizedText, tokenize
 from moepp_megatron.workbench.report.inspect import write_inspection

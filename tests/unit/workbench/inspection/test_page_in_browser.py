@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moepp_megatron.workbench.inspection.classes import CLASSES
+from moepp_megatron.data.token_classes import CLASSES
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.text import TokenizedText
 from moepp_megatron.workbench.inspection.trace import Trace

@@ -1,4 +1,4 @@
-"""Classifies tokens by the characters around them."""
+"""Classifies tokens by the characters around them, and token ids by their own."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ CLASSES = (
 """In the order of the page. Keywords and identifiers exist in code, outside of strings and
 comments; there and in prose a run of letters is a word."""
 
+ID_CLASSES = ("word", "keyword", "number", "punctuation", "white space", "part of a character")
+"""What a token id is by its own characters, whatever the text around it: a keyword is any that is
+spelt like one, and names, words and their parts are words."""
+
 _RUN = re.compile(r"\w+(?:['\u2019]\w+)*")
 _CODE_RUN = re.compile(r"\w+")
 _PYTHON_SUFFIXES = (".py", ".pyi")
@@ -59,6 +63,24 @@ def token_classes(text: str, spans: Sequence[Sequence[int]], language: Language)
     return np.asarray(
         [_class(text, int(b), int(e), is_code, begins, ends) for b, e in spans], dtype=np.int64
     )
+
+
+def id_classes(pieces: Sequence[str]) -> np.ndarray:
+    """The class of each token id, by what `token_classes` makes of its characters alone.
+
+    Args:
+        pieces: The characters of each id; a part of a character is the replacement character.
+
+    Returns:
+        [V] int64 indices into `ID_CLASSES`.
+    """
+    found = np.empty(len(pieces), dtype=np.int64)
+    for index, piece in enumerate(pieces):
+        is_code = np.ones(len(piece), dtype=bool)
+        end = len(piece) if piece.strip("\ufffd") else 0
+        kind = CLASSES[_class(piece, 0, end, is_code, *_runs(piece, is_code))]
+        found[index] = ID_CLASSES.index(kind.partition(",")[0].replace("identifier", "word"))
+    return found
 
 
 def _class(

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from moepp_megatron.workbench.inspection.classes import CLASSES, language_of, token_classes
+from moepp_megatron.data.token_classes import (
+    CLASSES,
+    ID_CLASSES,
+    id_classes,
+    language_of,
+    token_classes,
+)
 
 CODE = '''def read_all(path):
     """Reads it, don't you know: class."""
@@ -107,3 +113,22 @@ def test_language_is_that_of_the_name_unless_told(tmp_path) -> None:
     assert language_of(tmp_path / "a.txt", "auto") == "text"
     assert language_of(tmp_path / "a.txt", "python") == "python"
     assert language_of(tmp_path / "a.py", "text") == "text"
+
+
+def test_ids_are_classified_by_their_own_characters() -> None:
+    """As tokens of a text are, but that neither a keyword nor a name depends on where it stands."""
+    expected = {
+        " cat": "word",
+        "able": "word",
+        " for": "keyword",
+        "_x1": "word",
+        "('a": "word",
+        "984": "number",
+        " 0x": "number",
+        ").\n": "punctuation",
+        "\n    ": "white space",
+        "\ufffd": "part of a character",
+        "": "part of a character",
+    }
+    found = [ID_CLASSES[index] for index in id_classes(list(expected))]
+    assert dict(zip(expected, found, strict=True)) == expected

@@ -1,0 +1,85 @@
+"""Which data source the tokens of a sample come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from numpy.typing import NDArray
+
+from moepp_megatron.data.manifest import DOCUMENT_SOURCES, Manifest
+from moepp_megatron.data.verify import damaged
+
+SOURCES = "sources"
+"""Key of a batch: [b, s] int32 data source of each token, an index into `source_names`."""
+
+
+def source_names(dataset: Any) -> tuple[str, ...]:
+    """Names of the data sources that a dataset's samples tell apart; none where they do not."""
+    return tuple(getattr(dataset, "source_names", ()))
+
+
+class SourcedDataset(GPTDataset):
+    """A `GPTDataset` whose samples say, under `SOURCES`, where each of their tokens comes from.
+
+    Attributes:
+        source_names: Names of the data sources.
+        document_sources: [documents] uint8 data source of each document of the corpus.
+    """
+
+    source_names: tuple[str, ...] = ()
+    document_sources: NDArray[np.uint8] | None = None
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """The sample; None gives one of padding, as in `GPTDataset`."""
+        sample: dict[str, torch.Tensor] = super().__getitem__(idx)
+        assert self.document_sources is not None, "datasets.py names the sources"
+        documents, lengths = documents_of(self, 0 if idx is None else idx)
+        of_tokens = np.repeat(self.document_sources[documents], lengths)
+        # The last token of the sample is a label only.
+        of_tokens = of_tokens[: self.config.sequence_length].astype(np.int32)
+        sample[SOURCES] = torch.from_numpy(of_tokens)
+        return sample
+
+
+def documents_of(dataset: GPTDataset, sample: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The documents that a sample is cut from, in order.
+
+    Args:
+        dataset: The dataset.
+        sample: Index of the sample.
+
+    Returns:
+        [n] int64 documents, as they are counted in `corpus.idx`, and [n] int64 tokens of each; in
+        all those of the sample and the one behind it.
+    """
+    place = int(dataset.shuffle_index[sample])
+    (first, offset), (last, end) = dataset.sample_index[place : place + 2].tolist()
+    documents = np.asarray(dataset.document_index[first : last + 1], dtype=np.int64)
+    lengths = dataset.dataset.sequence_lengths[documents].astype(np.int64)
+    lengths[-1] = end + 1
+    lengths[0] -= offset
+    return documents, lengths
+
+
+def read_document_sources(folder: Path, manifest: Manifest) -> NDArray[np.uint8] | None:
+    """[documents] uint8 data source of each document; None in a folder that does not say.
+
+    Raises:
+        ConfigError: The file does not fit the manifest.
+    """
+    if DOCUMENT_SOURCES not in manifest.files:
+        return None
+    try:
+        found = np.load(folder / DOCUMENT_SOURCES, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise damaged("data.path", folder, f"{DOCUMENT_SOURCES}: {error}") from None
+    number = len(manifest.source_names)
+    fits = found.shape == (manifest.documents,) and found.dtype == np.uint8
+    if not fits or int(found.max(initial=0)) >= number:
+        problem = f"{DOCUMENT_SOURCES} does not give each document one of {number} data sources"
+        raise damaged("data.path", folder, problem)
+    return np.asarray(found)

@@ -1,0 +1,185 @@
+"""Data sources and classes of tokens: a table of sources, and plots over steps."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.ticker import PercentFormatter
+
+from moepp_megatron.data.token_groups import BANDS
+from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.alerts import mark_alerts
+from moepp_megatron.workbench.report.drawing import (
+    BLUE,
+    GREEN,
+    MUTED,
+    VERMILION,
+    legend_above,
+    new_figure,
+    smooth,
+    step_axis,
+    svg_data_uri,
+    thin,
+)
+from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.run_data import RunData
+from moepp_megatron.workbench.report.summary import tail
+
+# Colours that show on light and dark. More lines than these are not told apart; the table has all
+# sources.
+_COLOURS = (BLUE, VERMILION, GREEN, "#e69f00", "#cc79a7", "#56b4e9", MUTED, "#9a6700")
+# A longer name would leave the plot no room.
+_LONGEST_NAME = 24
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One data source: its name, and its numbers as texts.
+
+    Attributes:
+        name: Its name.
+        tokens: Share of the tokens.
+        loss: Mean loss.
+        change: Change of the loss since the tenth of the records before.
+        ffn_share: FFN share of the selections.
+        busiest: The expert with the most selections, and its share.
+    """
+
+    name: str
+    tokens: str
+    loss: str
+    change: str
+    ffn_share: str
+    busiest: str
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A plot of one number by name over steps.
+
+    Attributes:
+        key: Key of the records.
+        title: Heading.
+        axis: Label of the vertical axis.
+        caption: Text below it.
+        names: What is drawn, in order.
+        is_share: Whether the number is one.
+    """
+
+    key: str
+    title: str
+    axis: str
+    caption: str
+    names: Sequence[str]
+    is_share: bool = False
+
+
+def source_table(run: RunData) -> list[SourceRow]:
+    """The data sources, those of the most tokens first; none where all is of one source."""
+    records = [record for record in run.records if record.source_tokens]
+    if not records:
+        return []
+    newest = tail(records)
+    before = tail(records[: -len(newest)]) if len(records) > len(newest) else []
+    rows = []
+    for name in _sources(run):
+        loss = _mean(newest, "source_loss", name)
+        change = loss - _mean(before, "source_loss", name)
+        rows.append(
+            SourceRow(
+                name,
+                formatting.percent(_mean(newest, "source_tokens", name)),
+                _shown(loss),
+                f"{change:+.3f}" if math.isfinite(change) else "-",
+                _shown(_mean(newest, "source_ffn_share", name), formatting.percent),
+                _busiest(run, newest, name),
+            )
+        )
+    return rows
+
+
+def token_plots(run: RunData) -> list[Plot]:
+    """The plots that the records have numbers for."""
+    sources = _sources(run)[: len(_COLOURS)]
+    classes = list(dict.fromkeys(n for r in run.records for n in r.class_ffn_per_token or {}))
+    more = "" if len(sources) == len(_sources(run)) else " The sources with the most tokens."
+    of_class = "FFN experts per token, mean over MoE layers, of the tokens"
+    plots = [
+        Lines("source_loss", "Loss by data source", "loss (nats)",
+              f"Mean language-model loss behind the tokens of each source.{more}", sources),
+        Lines("source_ffn_share", "FFN share by data source", "FFN share",
+              f"FFN experts' share of the selections of each source's tokens.{more}", sources,
+              is_share=True),
+        Lines("class_ffn_per_token", "FFN experts by frequency of the token", "FFN experts",
+              f"{of_class} of ids by how frequent they are in the training set.",
+              [name for name in classes if name in BANDS]),
+        Lines("class_ffn_per_token", "FFN experts by kind of token", "FFN experts",
+              f"{of_class} of ids by their characters; a keyword is any that is spelt like one.",
+              [name for name in classes if name not in BANDS]),
+    ]  # fmt: skip
+    drawn = [_plot(run, lines) for lines in plots if lines.names]
+    return [plot for plot in drawn if plot is not None]
+
+
+def _sources(run: RunData) -> list[str]:
+    """Names of the sources, those of the most tokens in the run first."""
+    tokens: dict[str, float] = {}
+    for record in run.records:
+        for name, share in (record.source_tokens or {}).items():
+            tokens[name] = tokens.get(name, 0.0) + share
+    return sorted(tokens, key=lambda name: -tokens[name])
+
+
+def _plot(run: RunData, lines: Lines) -> Plot | None:
+    """The plot; None if no name has two finite numbers."""
+    figure = new_figure()
+    axes = figure.subplots()
+    show = formatting.percent if lines.is_share else formatting.number
+    words, all_steps = [], set()
+    for name, colour in zip(lines.names, _COLOURS, strict=False):
+        values = [(r.step, (getattr(r, lines.key) or {}).get(name, math.nan)) for r in run.records]
+        values = [(step, value) for step, value in values if math.isfinite(value)]
+        if len(values) < 2:
+            continue
+        steps, numbers = [step for step, _ in values], [value for _, value in values]
+        x, y = thin(steps, numbers)
+        axes.plot(x, smooth(y) if len(x) >= 60 else y, color=colour, label=_short(name))
+        words.append(f"{name} {show(numbers[-1])} at step {steps[-1]}")
+        all_steps.update(steps)
+    if not words:
+        return None
+    mark_alerts(axes, run.alerts, sorted(all_steps))
+    axes.set_ylabel(lines.axis)
+    if lines.is_share:
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    step_axis(axes)
+    legend_above(axes, ncols=3)
+    return Plot(lines.title, lines.caption, svg_data_uri(figure), "; ".join(words) + ".")
+
+
+def _mean(records: Sequence[StepMetrics], key: str, name: str) -> float:
+    """Mean over the records in which the source has a token; NaN where none has."""
+    values = [(getattr(record, key) or {}).get(name, math.nan) for record in records]
+    values = [value for value in values if math.isfinite(value)]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _busiest(run: RunData, records: Sequence[StepMetrics], name: str) -> str:
+    names = run.config.experts.names
+    rows = [(record.source_expert_share or {}).get(name) for record in records]
+    shares = np.asarray([row for row in rows if row and len(row) == len(names)])
+    if shares.size == 0:
+        return "-"
+    means = shares.mean(axis=0)
+    return f"{names[int(means.argmax())]}, {formatting.percent(float(means.max()))}"
+
+
+def _shown(value: float, show: Callable[[float], str] = formatting.number) -> str:
+    return show(value) if math.isfinite(value) else "-"
+
+
+def _short(name: str) -> str:
+    """The name with its beginning cut off where it is long: paths differ at their ends."""
+    return name if len(name) <= _LONGEST_NAME else "..." + name[3 - _LONGEST_NAME :]

@@ -1,0 +1,271 @@
+"""Numbers by data source and class of tokens: right in one process, the same in every layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from moepp_megatron.data.token_classes import ID_CLASSES
+from moepp_megatron.data.token_groups import BANDS
+from moepp_megatron.observe.alerts import read_alerts
+from tests.parallel import guard_runs
+from tests.parallel.guard_runs import Fault, Found
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import SyntheticDataset, settings
+
+NAMES = ("web", "code", "absent")
+NUM_FFN = 8
+
+
+class SourcedTokens(SyntheticDataset):
+    """Sequences whose first tokens are of one data source, the others of another."""
+
+    source_names = NAMES
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        sample = super().__getitem__(index)
+        positions = torch.arange(self._config.model.seq_length)
+        return sample | {"sources": (positions >= 2 + index % 7).to(torch.int32)}
+
+
+def measure(raw: dict[str, Any], recounts: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of a step's record, and the same counted by hooks if asked for (in one process)."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.moe.layer import moepp_layers
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.batches import rank_batches
+    from moepp_megatron.training.routers import Routers
+    from moepp_megatron.training.setup import build_training_model
+    from moepp_megatron.training.step import training_step
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    model = build_training_model(config)
+    model.set_training(True)
+    dataset = SourcedTokens(config, 2)
+    routers = Routers(config, model, layout, {}, dataset)
+    batches = rank_batches(dataset, 0, config, len(model.chunks))
+    maps: list[Any] = []
+    losses: list[Any] = []
+    if recounts:
+        for layer in moepp_layers(model.models[0]):
+            layer.router.register_forward_hook(lambda *call: maps.append(call[2].routing_map))
+    fields: dict[str, Any] = {}
+    for step in (1, 2):
+        maps.clear()
+        losses.clear()
+        routers.begin_step(step)
+
+        def watch(chunk: Any, batch: Any, token_losses: Any) -> None:
+            routers.watch_losses(chunk, batch, token_losses)
+            losses.append((batch, token_losses.detach()))
+
+        training_step(model, batches, config, layout, watcher=watch)
+        fields = routers.routing_metrics()
+    kept = {key: fields[key] for key in fields if key.startswith(("source_", "class_"))}
+    return kept, recounted(maps, losses, routers._groups.groups) if recounts else {}
+
+
+def recounted(maps: list[Any], losses: list[Any], groups: Any) -> dict[str, Any]:
+    """The fields from routing maps [T, E] of micro-batches and layers, and batches with losses."""
+    import torch
+
+    def flat(values: list[Any]) -> np.ndarray:
+        return torch.cat([each.T.reshape(-1) for each in values]).double().numpy()
+
+    ids, of, mask = (
+        flat([batch[key] for batch, _ in losses]) for key in ("tokens", "sources", "loss_mask")
+    )
+    nats = flat([found for _, found in losses]) * mask
+    layers = len(maps) // len(losses)
+    routing = np.stack([torch.cat(maps[row::layers]).numpy() for row in range(layers)])
+    ffn = routing[:, :, :NUM_FFN].sum(axis=2).mean(axis=0)
+    sources = {name: of == index for index, name in enumerate(NAMES[:2])}
+    shares = {name: routing[:, mine].mean(axis=(0, 1)) for name, mine in sources.items()}
+    classes = {
+        name: groups.ids(np.arange(len(groups.names)) == index)[ids.astype(int)]
+        for index, name in enumerate(groups.names)
+    }
+    return {
+        "source_tokens": {name: mask[mine].sum() / mask.sum() for name, mine in sources.items()},
+        "source_loss": {
+            name: nats[mine].sum() / mask[mine].sum() for name, mine in sources.items()
+        },
+        "source_expert_share": {name: share / share.sum() for name, share in shares.items()},
+        "class_ffn_per_token": {name: ffn[mine].mean() for name, mine in classes.items()},
+    }
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "dp2": (2, {}, {}),
+    "ep2": (2, {"expert_model_parallel_size": 2}, {}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
+    "tp2 cp2": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "context_parallel_size": 2,
+        },
+        {},
+    ),
+    "recompute": (
+        1,
+        {},
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    ),
+}
+MOE = {"num_ffn_experts": NUM_FFN}
+
+
+@pytest.fixture(scope="module")
+def whole(ranks: RankPools) -> tuple[dict[str, Any], dict[str, Any]]:
+    return ranks(1).run(measure, settings(moe=MOE), True)[0]
+
+
+def flat(values: dict[str, Any]) -> dict[str, float]:
+    """Numbers by their way through a record."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        inner = value if isinstance(value, dict) else dict(enumerate(value))
+        for name, number in inner.items():
+            parts = {"": number} if np.ndim(number) == 0 else dict(enumerate(number))
+            found |= {f"{key}/{name}/{part}": float(each) for part, each in parts.items()}
+    return found
+
+
+def test_counted_by_hand(whole: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    fields, recount = whole
+    for key, expected in recount.items():
+        # Sums in another order.
+        assert flat({key: fields[key]}) == pytest.approx(flat({key: expected}), rel=1e-6), key
+    # Not that of one source for both.
+    assert abs(fields["source_loss"]["web"] - fields["source_loss"]["code"]) > 1e-3
+    for name, share in fields["source_ffn_share"].items():
+        assert share == pytest.approx(sum(fields["source_expert_share"][name][:NUM_FFN]))
+    assert "absent" not in fields["source_loss"]
+    assert set(fields["class_ffn_per_token"]) == set(BANDS)
+    json.dumps(fields)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_layouts_agree(
+    ranks: RankPools, whole: tuple[dict[str, Any], dict[str, Any]], layout: str
+) -> None:
+    world_size, parallel, training = LAYOUTS[layout]
+    results = ranks(world_size).run(
+        measure, settings(moe=MOE, parallel=parallel, training=training)
+    )
+    for fields, _ in results:
+        # Losses of a second step differ in the last bits of fp32; counts not at all.
+        assert flat(fields) == pytest.approx(flat(whole[0]), rel=1e-5)
+        for key in ("source_tokens", "source_expert_share", "class_ffn_per_token"):
+            assert flat({key: fields[key]}) == pytest.approx(flat({key: whole[0][key]}), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("section", "left"),
+    [
+        # A hybrid model's layers do not know their tokens; its losses are known.
+        ({"model": {"implementation": "hybrid"}}, {"source_tokens", "source_loss"}),
+        ({"observe": {"token_groups": False}}, set()),
+    ],
+)
+def test_what_is_not_counted(ranks: RankPools, section: dict[str, Any], left: set[str]) -> None:
+    fields, _ = ranks(1).run(measure, settings(moe=MOE, **section))[0]
+    assert set(fields) == left
+
+
+# The last band's first group.
+LAST_BAND = (len(BANDS) - 1) * len(ID_CLASSES)
+FAULT_STEP, LAYER = 24, 2
+
+
+def take_ffn_experts_from_rarest(model: Any, fault: Fault) -> None:
+    """From now on FFN experts lose the router of a layer with the ids of the last band."""
+    from moepp_megatron.moe.layer import moepp_layers
+    from moepp_megatron.moe.token_tags import groups
+
+    for layer in (each for chunk in model.models for each in moepp_layers(chunk)):
+        if layer.layer_number != fault.layer:
+            continue
+        router, rare = layer.router, []
+
+        def see(module: Any, args: Any, rare: list[Any] = rare) -> None:
+            rare[:] = [groups(args[3]).reshape(args[3].shape) >= LAST_BAND]
+
+        def lower(
+            *args: Any, logits: Any = router._logits, rare: list[Any] = rare, num: int = NUM_FFN
+        ) -> Any:
+            found = logits(*args).clone()
+            found[..., :num] -= 20.0 * rare[0].unsqueeze(-1)
+            return found
+
+        router.register_forward_pre_hook(see)
+        router._logits = lower
+
+
+def run_with_a_fall(raw: dict[str, Any]) -> Found:
+    """A run whose rarest tokens lose their FFN experts in one layer, compared from step 16 on."""
+    from moepp_megatron.observe import class_past
+
+    with (
+        mock.patch.object(guard_runs, "plant", take_ffn_experts_from_rarest),
+        mock.patch.multiple(class_past, _FEWEST_STEPS=16, _FEWEST_EXPECTED=8.0, _FEWEST_TOKENS=8.0),
+    ):
+        return guard_runs.run(raw, (Fault(FAULT_STEP, "rare", LAYER),), data="skewed")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (1, {}),
+        (2, {"pipeline_model_parallel_size": 2}),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    ],
+)
+def test_classes_that_fall_are_told_and_forced(
+    ranks: RankPools, tmp_path: Path, world_size: int, parallel: dict[str, Any]
+) -> None:
+    rule = {"name": "rare_ffn", "clear_for_steps": 4}
+    raw = guard_runs.guard_settings(
+        tmp_path,
+        training={"train_iters": 44},
+        parallel=parallel,
+        moe={"num_ffn_experts": NUM_FFN},
+        routing_guard={"enabled": True, "rules": [rule]},
+    )
+    results = ranks(world_size).run(run_with_a_fall, raw)
+    found = results[0]
+    assert all(other.decisions == found.decisions for other in results)
+    assert all(other.forced_ids == found.forced_ids for other in results)
+    ours = [each for each in found.decisions if each[1] == "rare_ffn"]
+    (begin,) = ours
+    step, _, layer, action = begin
+    assert (layer, action) == (LAYER, "force_ffn")
+    # A fall to nothing is half of what it was after five steps, and must be for three.
+    assert FAULT_STEP < step <= FAULT_STEP + 12
+    (alert,) = [a for a in read_alerts(tmp_path / "alerts.jsonl") if a.rule == "rare_ffn"]
+    assert f"FFN experts of {BANDS[-1]} tokens" in alert.condition
+    # From then on every such token has one, and no other is touched.
+    forced = found.forced_ids[step + 1]
+    assert 0 < len(forced) < 40
+    assert found.forced_ids[44] == forced
+    steps = range(step + 1, 45)
+    bad, good = (sum(each.forced[later][i] for each in results for later in steps) for i in (0, 1))
+    assert bad == 0
+    assert good > 10

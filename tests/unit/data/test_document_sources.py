@@ -1,0 +1,135 @@
+"""Which data source each token of a sample comes from."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from moepp_megatron.cli.main import app
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.datasets import build_datasets
+from moepp_megatron.data.document_sources import SOURCES, source_names
+from moepp_megatron.data.loader import batches
+from moepp_megatron.data.manifest import DOCUMENT_SOURCES, MAX_SOURCES, Manifest
+from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.data.tokenizer import Tokenizer
+
+LENGTH = 24
+# Documents of each source are of one letter, so that a token tells where it comes from.
+LETTERS = {"first": "a", "second": "b", "third": "c"}
+# Without merges: a token is a letter.
+SETTINGS = PrepareSettings(vocab_size=257, workers=1)
+
+
+def write_sources(folder: Path) -> list[str]:
+    """One SOURCE argument for each letter, and one more of the first's name."""
+    random = np.random.RandomState(1)
+    given = []
+    for part, (name, letter) in enumerate([*LETTERS.items(), ("first", "a")]):
+        path = folder / f"{part}.jsonl"
+        texts = [letter * int(length) for length in random.randint(1, 40, 40)]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        given.append(f"{name}={path}")
+    return given
+
+
+@pytest.fixture(scope="module")
+def sourced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    out = folder / "data"
+    prepare(write_sources(folder), out, SETTINGS, Console(quiet=True))
+    return out
+
+
+def open_training_set(folder: Path, samples: int):
+    tokenizer = Tokenizer.load(folder)
+    return build_datasets(folder, tokenizer, LENGTH, "90,10,0", 7, (samples, 0, 0))[0], tokenizer
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_token_has_its_source(sourced: Path, workers: int) -> None:
+    # More samples than the documents fill: over the end of an epoch, too.
+    train, tokenizer = open_training_set(sourced, 300)
+    assert source_names(train) == tuple(LETTERS)
+    letters = [tokenizer.encode(letter)[0] for letter in LETTERS.values()]
+    seen = torch.zeros(3, dtype=torch.int64)
+    mixed = 0
+    for batch in batches(train, 4, 4, 0, 1, 8, num_workers=workers):
+        ids, sources = batch["tokens"], batch[SOURCES]
+        assert sources.shape == ids.shape
+        assert sources.dtype == torch.int32
+        for index, letter in enumerate(letters):
+            assert (sources[ids == letter] == index).all()
+            seen[index] += (ids == letter).sum()
+        # The end of a document belongs to it.
+        ends = ids[:, 1:] == tokenizer.eod
+        assert torch.equal(sources[:, 1:][ends], sources[:, :-1][ends])
+        mixed += sum(len(row.unique()) > 1 for row in sources)
+    assert (seen > 200).all()
+    assert mixed > 50
+
+
+def test_a_folder_of_one_source_tells_none_apart(
+    prepared: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    assert not (prepared / DOCUMENT_SOURCES).exists()
+    train, _, _ = build_datasets(
+        prepared, tokenizer, LENGTH, "1,0,0", 7, (8, 0, 0), cache_dir=tmp_path
+    )
+    assert source_names(train) == ()
+    assert SOURCES not in train[0]
+
+
+def test_the_folder_is_reused_verified_and_refused_when_damaged(
+    sourced: Path, tmp_path: Path
+) -> None:
+    given = [
+        f"{name}={sourced.parent / f'{i}.jsonl'}" for i, name in enumerate([*LETTERS, "first"])
+    ]
+    assert prepare(given, sourced, SETTINGS, Console(quiet=True)).up_to_date
+    assert CliRunner().invoke(app, ["data", "verify", str(sourced)]).exit_code == 0
+    manifest = Manifest.read(sourced)
+    assert manifest.source_names == tuple(LETTERS)
+    copy = tmp_path / "data"
+    copy.mkdir()
+    for path in sourced.iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    array = np.load(copy / DOCUMENT_SOURCES)
+    array[5] = 3
+    np.save(copy / DOCUMENT_SOURCES, array)
+    with pytest.raises(ConfigError, match=r"sources\.npy does not give each document one of 3"):
+        open_training_set(copy, 8)
+    assert CliRunner().invoke(app, ["data", "verify", str(copy)]).exit_code != 0
+
+
+def test_more_sources_than_records_have_room_for(tmp_path: Path) -> None:
+    given = []
+    for index in range(MAX_SOURCES + 1):
+        (tmp_path / f"{index}.txt").write_text(f"text {index}")
+        given.append(str(tmp_path / f"{index}.txt"))
+    arguments = ["data", "prepare", *given, "--out", str(tmp_path / "data"), "--vocab-size", "258"]
+    result = CliRunner().invoke(app, [*arguments, "--workers", "1"])
+    assert result.exit_code == 0, result.output
+    assert "data sources: 65, and runs have metrics of 64 at most" in result.output
+    assert not (tmp_path / "data" / DOCUMENT_SOURCES).exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("=text.txt", "must have a name before ="), ("name=", "must not be empty")],
+)
+def test_a_source_without_name_or_path(tmp_path: Path, given: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare([given], tmp_path / "out", SETTINGS, Console(quiet=True))
+
+
+def test_a_path_with_the_sign_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a=b.txt").write_text("some text")
+    manifest = prepare("a=b.txt", tmp_path / "out", SETTINGS, Console(quiet=True)).manifest
+    assert manifest.source_names == ("a=b.txt",)
