@@ -165,8 +165,8 @@ def _fit(config: Config, layout: Layout, stages: list[RankMemory], target: Targe
     room = target.memory_bytes
     if room is None:
         return f"{text}the memory of {target.hardware.name} is not known"
-    verdict = "fits" if needed <= room else "DOES NOT FIT"
-    return f"{text}{verdict} {room / 1e9:g} GB ({_size(room)})"
+    verdict = "fits" if needed <= room * (1.0 - DEFAULT.memory_margin) else "DOES NOT FIT"
+    return f"{text}{verdict} {_size(room)} less {DEFAULT.memory_margin:.0%}"
 
 
 def _size(count: float) -> str:

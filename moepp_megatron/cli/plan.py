@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
+from moepp_megatron.cli.options import OverridesArgument
 from moepp_megatron.cli.plan_simulation import Assume, Simulate, Steps, play_best
 from moepp_megatron.config import Config, ConfigError, load_config
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: ConfigArgument,
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="YAML configuration; none with --measured.", metavar="CONFIG"),
+    ] = None,
     overrides: OverridesArgument = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs to plan for.")] = 8,
     gpu: Annotated[
@@ -50,7 +53,18 @@ def plan(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the best layout, as a file with `base:`.", metavar="FILE.yaml"),
+        typer.Option(help="Write the plan, as a file with `base:`.", metavar="FILE.yaml"),
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="Rows of measured runs to hold the model to.", metavar="FILE"),
+    ] = None,
+    fit: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --measured: a hardware file with the inputs that fit these runs.",
+            metavar="HARDWARE.yaml",
+        ),
     ] = None,
     simulate: Simulate = False,
     simulate_steps: Steps = 200,
@@ -58,11 +72,26 @@ def plan(
 ) -> None:
     """Search every legal layout of CONFIG's model on a number of GPUs.
 
-    Estimates from a cost model, nothing is run: docs/planning.md says how well they hold.
+    With --measured instead of CONFIG: predicted beside measured, and errors by family. Estimates
+    from a cost model, nothing is run: docs/planning.md says how well they hold.
     """
     from moepp_megatron.config.choices import parse_numbers
 
+    if measured is not None:
+        if config is not None or out is not None or plot is not None or simulate:
+            raise ConfigError(
+                "--measured must come without CONFIG, --out, --plot and --simulate: rows say what "
+                "ran; leave these out"
+            )
+        hold_to_runs(measured, json_file, fit)
+        return
+    if fit is not None:
+        raise ConfigError(f"--fit ({fit}) must come with --measured FILE; name the rows to fit to")
+    if config is None:
+        raise ConfigError("CONFIG must be given, or --measured FILE; name a YAML configuration")
     settings = load_config(config, overrides or [])
+    if out is not None and out.exists():
+        raise ConfigError(f"--out ({out}) must not exist yet; use another name, or remove the file")
     if assume and not simulate:
         raise ConfigError("--assume must come with --simulate, which it is for; add --simulate")
     tau_values = parse_numbers("--taus", taus, "a number > 0", lambda tau: 0 < tau <= 10)
@@ -76,16 +105,15 @@ def plan(
     hardware = result.machine.hardware
     training = settings.training
     per_step = training.global_batch_size * settings.model.seq_length
-    report.print_plan(
-        result, tokens or training.train_iters * per_step, price or hardware.price_per_hour
-    )
+    tokens, price = tokens or training.train_iters * per_step, price or hardware.price_per_hour
+    report.print_plan(result, tokens, price)
     played = play_best(result, routing, simulate_steps, assume or []) if simulate else None
     if played is not None:
         from moepp_megatron.workbench.report import simulation as played_report
 
         played_report.print_study(played)
     if json_file is not None:
-        report.write_json(json_file, result, played.record() if played else None)
+        report.write_json(json_file, result, tokens, price, played.record() if played else None)
         echo(f"layouts      {json_file}")
     if plot is not None:
         report.plot(plot, result)
@@ -101,6 +129,31 @@ def plan(
         echo(f"layout       {out}")
 
 
+def hold_to_runs(measured: Path, json_file: Path | None, fit_file: Path | None) -> None:
+    """Print predicted beside measured for a file of rows; fit the machine's inputs to them."""
+    if fit_file is not None and fit_file.exists():
+        raise ConfigError(
+            f"--fit ({fit_file}) must not exist yet; use another name, or remove the file"
+        )
+    from moepp_megatron.runtime.atomic import write_result
+    from moepp_megatron.workbench.planning.measured.compare import compare
+    from moepp_megatron.workbench.planning.measured.fit import fit
+    from moepp_megatron.workbench.planning.measured.rows import read_runs
+    from moepp_megatron.workbench.report import measured as report
+
+    runs = read_runs(measured)
+    comparisons = [compare(run) for run in runs]
+    report.print_measured(comparisons)
+    if json_file is not None:
+        report.write_measured(json_file, comparisons)
+        echo(f"rows         {json_file}")
+    if fit_file is not None:
+        found = fit(runs)
+        report.print_fit(found)
+        write_result(fit_file, found.yaml(measured.name).encode())
+        echo(f"hardware     {fit_file}")
+
+
 def _require_fit(result: Plan) -> None:
     """Refuse a plan without a layout that fits."""
     if result.best is not None:
@@ -108,7 +161,7 @@ def _require_fit(result: Plan) -> None:
     held = min(memory for memory, _ in result.search.misses)
     raise ConfigError(
         f"--gpus ({result.world}) must be enough for the model: the smallest layout needs "
-        f"{held / 2**30:.1f} GiB of {result.machine.memory_bytes / 2**30:.1f} on its fullest rank; "
+        f"{held / 2**30:.1f} GiB of {result.machine.usable_bytes / 2**30:.1f} on its fullest rank; "
         "use more GPUs or a GPU with more memory"
     )
 
@@ -120,10 +173,6 @@ def _write_layout(out: Path, result: Plan, config: Path, overrides: list[str]) -
 
     best = result.best
     assert best is not None, "a layout that fits was required"
-    if out.exists() and out.resolve() == config.resolve():
-        raise ConfigError(
-            f"--out ({out}) must not be CONFIG itself, which it starts from; use another"
-        )
     changes: dict[str, Any] = {}
     for override in overrides:
         section, key, value = parse_override(override)

@@ -47,6 +47,8 @@ def play_best(plan: Plan, routing: Path | None, steps: int, assume: list[str]) -
     source = LoadSource(plan.routing.evenness)
     if routing is not None:
         source = LoadSource(recorded=recorded_shares(routing, plan.config.moe.num_ffn_experts))
-    load = Workload.from_config(plan.config)
+    load, dispatcher = Workload.from_config(plan.config), plan.best.grid.dispatcher
+    if dispatcher is not None:
+        load = load.with_dispatcher(dispatcher)
     others = [(planned.step.total, planned.grid) for planned in plan.layouts[1:]]
     return study(load, plan.best.grid, plan.machine, source, assumptions, steps, others)

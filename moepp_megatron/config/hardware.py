@@ -5,8 +5,9 @@ The rated numbers are the vendor's; the thresholds say how far below them a heal
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -103,6 +104,12 @@ class Hardware(Section):
     memory_gb: float | None = Field(
         default=None, gt=0.0, description="Device memory", json_schema_extra=unit("GB")
     )
+    memory_mib: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Device memory as the driver reports it; what the name rounds",
+        json_schema_extra=unit("MiB"),
+    )
     memory_bandwidth_gb_s: float | None = Field(
         default=None, gt=0.0, description="Device memory bandwidth", json_schema_extra=unit("GB/s")
     )
@@ -151,7 +158,20 @@ class Hardware(Section):
         description="What a GPU costs per hour, in your currency; none is set here",
         json_schema_extra=unit("money/h"),
     )
+    reached: dict[str, float] = Field(
+        default={},
+        description="What this GPU reaches where it differs from an H100 "
+        "(workbench/planning/efficiency.py); moepp plan --fit writes it",
+        json_schema_extra=unit("-"),
+    )
     thresholds: Thresholds = Field(default_factory=Thresholds, description="What counts as unfit")
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Device memory: as the driver reports it, else what the data sheet calls it."""
+        if self.memory_mib is not None:
+            return self.memory_mib * 2**20
+        return None if self.memory_gb is None else self.memory_gb * 1e9
 
     def peak_tflops(self, dtype: str, fp8: str | None = None) -> float | None:
         """Rated dense TFLOP/s of a number format of `precision:`; None where it is not known."""
@@ -175,15 +195,27 @@ def load_hardware(name: str) -> Hardware:
         raise ConfigError(
             f"hardware ({name}) must be a known name ({known}) or a YAML file; use one of them"
         )
-    content = read_mapping(path)
+    return _validated(read_mapping(path), str(path))
+
+
+def _validated(content: Mapping[str, Any], source: str) -> Hardware:
     try:
         return Hardware.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ConfigError(
-            f"{path}: {key}: {first['msg']}; see the fields of config/hardware.py"
+            f"{source}: {key}: {first['msg']}; see the fields of config/hardware.py"
         ) from None
+
+
+def with_changes(hardware: Hardware, changes: Mapping[str, Any], source: str) -> Hardware:
+    """A copy with some fields changed.
+
+    Raises:
+        ConfigError: If a field is unknown or its value is not valid.
+    """
+    return _validated({**hardware.model_dump(exclude_unset=True), **changes}, source)
 
 
 def known_hardware() -> list[str]:

@@ -68,8 +68,25 @@ def parse_config(content: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: Unknown keys, wrong values or broken rules, one line each.
     """
+    config = validated(content)
+    check_config(config)
+    return config
+
+
+def validated(content: Mapping[str, Any], source: str = "the configuration") -> Config:
+    """A configuration whose keys, types and ranges are valid; the cross-field rules are not asked.
+
+    It describes a run that need not be one of this trainer's (`moepp plan --measured`).
+
+    Args:
+        content: Sections.
+        source: Where they come from, for messages.
+
+    Raises:
+        ConfigError: Unknown keys or wrong values, one line each.
+    """
     content = expanded(content)
-    refuse_unknown_keys(content, "the configuration")
+    refuse_unknown_keys(content, source)
     # Absent sections are added empty, so that a missing field is reported by its own name.
     filled = {
         section: _without_empty(model, content.get(section))
@@ -80,7 +97,6 @@ def parse_config(content: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         raise_problems(field_problems(error, filled))
         raise AssertionError("a ValidationError without problems") from error
-    check_config(config)
     return config
 
 
@@ -163,6 +179,23 @@ def _overriding(override: str) -> Content:
     if equals and name.strip() in WORDS:
         return expanded({name.strip(): parse_yaml(text, f"override {override!r}")})
     return _nested(*parse_override(override))
+
+
+def from_dotted(settings: Mapping[str, Any]) -> Content:
+    """Sections from `section.key: value`; later keys win.
+
+    Raises:
+        ConfigError: A name without a section.
+    """
+    content: Content = {}
+    for name, value in settings.items():
+        section, dot, key = str(name).partition(".")
+        if not (section and dot and key):
+            raise ConfigError(
+                f"setting {name!r} must have the form section.key; write for example moe.tau"
+            )
+        content = _merge(content, _nested(section, key, value))
+    return content
 
 
 def _nested(section: str, key: str, value: Any) -> Content:

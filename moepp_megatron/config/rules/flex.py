@@ -12,7 +12,7 @@ from moepp_megatron.config.rules.divisibility import must_divide
 from moepp_megatron.config.schema import Config
 
 # Tokens move in pieces of 16 bytes, 8 bf16 values.
-_HIDDEN_ALIGNMENT = 8
+HIDDEN_ALIGNMENT = 8
 # HybridEP gathers 4 bytes per token, in pieces of 16 bytes.
 HYBRIDEP_TOKEN_ALIGNMENT = 4
 
@@ -39,8 +39,8 @@ def _flex_sizes_are_aligned(config: Config) -> Iterator[Problem]:
     yield from must_divide(
         "model.hidden_size",
         config.model.hidden_size,
-        _HIDDEN_ALIGNMENT,
-        f"{_HIDDEN_ALIGNMENT} for moe.dispatcher flex",
+        HIDDEN_ALIGNMENT,
+        f"{HIDDEN_ALIGNMENT} for moe.dispatcher flex",
     )
     if moe.flex_num_sms is not None and moe.flex_backend != "hybridep":
         yield from must_divide(

@@ -15,6 +15,9 @@ from moepp_megatron.workbench.planning.links import distinct_targets
 from moepp_megatron.workbench.planning.parts import Layer
 from moepp_megatron.workbench.planning.workload import Workload
 
+# GPUs of a node.
+_JOINED_RANKS = 8
+
 
 def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
     """Bytes kept between the passes of one micro-batch and layer."""
@@ -49,7 +52,13 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
         row = load.hidden * size
         sent = own * load.experts.ffn_per_token * row
         if load.experts.dispatcher in ("alltoall_dedup", "flex"):
-            sent = own * distinct_targets(grid.ep, load.experts.ffn_per_token) * row
+            sent = (
+                own
+                * distinct_targets(
+                    grid.ep, load.experts.ffn_per_token, load.experts.num_ffn_experts
+                )
+                * row
+            )
         inner = 3 * layer.rows * grid.etp * load.experts.ffn_size / grid.etp * size
         peak += sent + layer.rows * grid.etp * row + inner
     if grid.recompute:
@@ -70,7 +79,14 @@ def output_bytes(load: Workload, grid: Grid) -> float:
 
 def resident_bytes(load: Workload, grid: Grid) -> float:
     """Bytes that the modules allocate once and never free."""
-    return local.resident_bytes(load, grid) if load.modules == "local" else 0.0
+    if load.modules == "local":
+        return local.resident_bytes(load, grid)
+    if load.experts.dispatcher != "flex" or not any(load.is_moe):
+        return 0.0
+    # DeepEP and HybridEP receive into buffers for the worst case, one for each direction: all
+    # tokens of the ranks that NVLink joins (deepseek-ai/DeepEP, csrc/hybrid_ep).
+    tokens = grid.tokens(load.seq) * min(grid.ep, _JOINED_RANKS)
+    return 2.0 * tokens * load.hidden * load.numbers.activation_bytes
 
 
 def _input_size(load: Workload) -> float:

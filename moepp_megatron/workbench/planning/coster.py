@@ -7,10 +7,11 @@ once; the rest is arithmetic for each layout. Tests compare the results with `st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from moepp_megatron.workbench.planning.data_parallel import StepEnd, pipeline_end
-from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.grid import Dispatcher, Grid
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting, Load
 from moepp_megatron.workbench.planning.layer_time import edge_time, layer_key, layer_time
 from moepp_megatron.workbench.planning.machine import Machine
@@ -71,10 +72,19 @@ class Coster:
         load: What is trained.
         machine: The cluster.
         routing: How unevenly tokens choose.
+        dispatchers: Dispatchers of which each layout takes the fastest; () for the model's own.
     """
 
-    def __init__(self, load: Workload, machine: Machine, routing: AssumedRouting) -> None:
+    def __init__(
+        self,
+        load: Workload,
+        machine: Machine,
+        routing: AssumedRouting,
+        dispatchers: Sequence[Dispatcher] = (),
+    ) -> None:
         self.load = load
+        self._loads_by_name = {name: load.with_dispatcher(name) for name in dispatchers}
+        self._chosen: dict[tuple[object, ...], Workload] = {}
         self.machine = machine
         self.routing = routing
         self._kinds: dict[tuple[object, ...], Kinds] = {}
@@ -93,16 +103,51 @@ class Coster:
             self._loads[key] = expert_load(self.load, grid, self.routing)
         return self._loads[key]
 
+    def load_of(self, grid: Grid) -> Workload:
+        """The model with the dispatcher that a layout takes."""
+        if not self._loads_by_name:
+            return self.load
+        key = self._key(grid, grid.expert_overlap)
+        if key not in self._chosen:
+            self._chosen[key] = self._fastest(grid)
+        return self._chosen[key]
+
+    def named(self, grid: Grid) -> Grid:
+        """The layout with its dispatcher's name, where there was a choice."""
+        if not self._loads_by_name or not any(self.load.is_moe):
+            return grid
+        return replace(grid, dispatcher=self.load_of(grid).experts.dispatcher)
+
+    def _fastest(self, grid: Grid) -> Workload:
+        """The model with the dispatcher whose layers are fastest; equals go to the first."""
+        experts, small = self.load.experts, layer_key(grid)
+        skew = self.fullness(grid).mean
+        rows = fullest_rows(self.load, grid, skew)
+        allowed = set(self._loads_by_name)
+        if grid.expert_overlap:
+            # What the combined schedule can free when the call returns (rules/expert_overlap.py).
+            allowed &= {"alltoall", "flex"}
+        if grid.ep * grid.etp == 1:
+            allowed -= {"flex"}
+        if grid.ep in (1, experts.num_ffn_experts) or experts.router_topk == 1:
+            allowed -= {"alltoall_dedup"}
+        loads = [load for name, load in self._loads_by_name.items() if name in allowed]
+        assert loads, "alltoall is always allowed"
+        return min(
+            loads,
+            key=lambda load: layer_time(load, small, self.machine, True, rows, skew).total,
+        )
+
     def memory(self, grid: Grid) -> float:
         """Bytes of the fullest rank, including those of libraries."""
-        kinds = self._bytes(grid)
+        kinds, load = self._bytes(grid), self.load_of(grid)
         most = 0.0
         # The same ranks as `memory.candidate_ranks`.
         for pattern in self._pattern(grid.pp, grid.vpp):
             rank = pattern.examples[0]
             parameters = self._rank_parameters(grid, rank)
-            layers = (pattern.moe, pattern.dense)
-            most = max(most, assemble(self.load, grid, rank, parameters, layers, kinds).total)
+            layers = ((pattern.moe, kinds[0]), (pattern.dense, kinds[1]))
+            most = max(most, assemble(load, grid, rank, parameters, layers).total)
         return most + self.machine.reached.reserved_gib * GIB
 
     def cost(self, grid: Grid) -> Cost:
@@ -136,7 +181,7 @@ class Coster:
 
     def _stages(self, grid: Grid, overlaps: bool) -> tuple[Sums, ...]:
         """Times of a micro-batch in the stages of each pattern, alone or beside another."""
-        key = (*self._key(grid, overlaps), grid.pp, grid.vpp)
+        key = (*self._key(grid, overlaps), grid.expert_overlap, grid.pp, grid.vpp)
         if key not in self._stage_sums:
             kinds = self._kind(grid, overlaps)
             patterns = self._pattern(grid.pp, grid.vpp)
@@ -148,9 +193,9 @@ class Coster:
         return (grid.tp, grid.cp, grid.ep, grid.etp, grid.micro_batch, grid.recompute, overlaps)
 
     def _kind(self, grid: Grid, overlaps: bool) -> Kinds:
-        key = self._key(grid, overlaps)
+        key = (*self._key(grid, overlaps), grid.expert_overlap)
         if key not in self._kinds:
-            load, machine = self.load, self.machine
+            load, machine = self.load_of(grid), self.machine
             small = layer_key(grid if overlaps else grid.apart)
             skew = self.fullness(grid).mean
             rows = fullest_rows(load, grid, skew)
@@ -175,12 +220,12 @@ class Coster:
         return self._parameters[key]
 
     def _bytes(self, grid: Grid) -> tuple[LayerBytes, LayerBytes]:
-        key = (grid.tp, grid.cp, grid.ep, grid.etp, grid.micro_batch, grid.recompute)
+        key = self._key(grid, grid.expert_overlap)
         if key not in self._layer_bytes:
-            small, skew = layer_key(grid), self.fullness(grid).p99
+            small, skew, load = layer_key(grid), self.fullness(grid).p99, self.load_of(grid)
             self._layer_bytes[key] = (
-                layer_bytes(self.load, small, True, skew),
-                layer_bytes(self.load, small, False, skew),
+                layer_bytes(load, small, True, skew),
+                layer_bytes(load, small, False, skew),
             )
         return self._layer_bytes[key]
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.config.stages import virtual_stages
 
 Recompute = tuple[str, ...]
+Dispatcher = Literal["alltoall", "alltoall_dedup", "allgather", "flex"]
 # What `recompute` holds for whole layers; a tuple of modules otherwise, () for nothing.
 FULL: Recompute = ("full",)
 
@@ -30,6 +32,10 @@ class Grid:
         distributed_optimizer: Optimizer state is sharded over data-parallel ranks.
         grad_overlap: Gradients are reduced during the backward pass.
         param_overlap: Parameters are gathered during the forward pass.
+        recomputed_layers: Layers of each model chunk that FULL recomputes; None for all.
+        fully_sharded: Parameters and gradients are sharded over data-parallel ranks too (FSDP).
+        is_dualpipe: The schedule is DualPipe (arXiv 2412.19437, section 3.2.1), not interleaved.
+        dispatcher: Name of the dispatcher, where a search chose it.
     """
 
     world: int
@@ -45,30 +51,43 @@ class Grid:
     distributed_optimizer: bool = True
     grad_overlap: bool = True
     param_overlap: bool = True
+    recomputed_layers: int | None = None
+    fully_sharded: bool = False
+    is_dualpipe: bool = False
+    dispatcher: Dispatcher | None = None
 
     @classmethod
     def from_layout(cls, config: Config, layout: Layout) -> Grid:
         """The grid of a configuration on its ranks."""
+        return cls.from_config(config, layout.world_size)
+
+    @classmethod
+    def from_config(cls, config: Config, world: int) -> Grid:
+        """The grid of a configuration that no rule has checked, on this many ranks."""
         parallel, training = config.parallel, config.training
         recompute: Recompute = ()
+        some: int | None = None
         if training.recompute_granularity == "full":
             recompute = FULL
+            if training.recompute_method == "block":
+                some = training.recompute_num_layers
         elif training.recompute_granularity == "selective":
             recompute = tuple(sorted(training.recompute_modules))
         return cls(
-            world=layout.world_size,
-            tp=layout.tp,
-            cp=layout.cp,
-            pp=layout.pp,
-            vpp=layout.vpp,
-            ep=layout.ep,
-            etp=layout.etp,
+            world=world,
+            tp=parallel.tensor_model_parallel_size,
+            cp=parallel.context_parallel_size,
+            pp=parallel.pipeline_model_parallel_size,
+            vpp=virtual_stages(config),
+            ep=parallel.expert_model_parallel_size,
+            etp=parallel.expert_tensor_size,
             micro_batch=training.micro_batch_size,
             recompute=recompute,
             expert_overlap=parallel.overlap_moe_expert_parallel_comm,
             distributed_optimizer=parallel.use_distributed_optimizer,
             grad_overlap=parallel.overlap_grad_reduce,
             param_overlap=parallel.overlap_param_gather,
+            recomputed_layers=some,
         )
 
     @property
@@ -98,6 +117,11 @@ class Grid:
     def recomputes_all(self) -> bool:
         """Whole layers are recomputed."""
         return self.recompute == FULL
+
+    def recompute_of(self, place: int) -> Recompute:
+        """What the layer at this place of its model chunk recomputes."""
+        is_beyond = self.recomputed_layers is not None and place >= self.recomputed_layers
+        return () if is_beyond else self.recompute
 
     @property
     def apart(self) -> Grid:

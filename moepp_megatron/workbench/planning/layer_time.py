@@ -17,16 +17,22 @@ from moepp_megatron.workbench.planning.parts import (
     output_part,
 )
 from moepp_megatron.workbench.planning.rates import Work, work_seconds
-from moepp_megatron.workbench.planning.traffic import layer_traffic
+from moepp_megatron.workbench.planning.traffic import layer_traffic, sharding_seconds
 from moepp_megatron.workbench.planning.workload import Workload
 
 # Names beside those of parts.py, in the order of plots.
-RECOMPUTE, TENSOR, CONTEXT, EXCHANGE = (
+RECOMPUTE, TENSOR, CONTEXT, EXCHANGE, METADATA, SHARDING, HOST = (
     "recomputation",
     "tensor parallel",
     "context parallel",
     "expert exchange",
+    "sizes of the exchange",
+    "sharded parameters",
+    "waiting for the host",
 )
+
+# Those that are communication.
+NETWORK = (TENSOR, CONTEXT, EXCHANGE, METADATA, SHARDING)
 
 
 @dataclass(frozen=True)
@@ -60,13 +66,11 @@ def layer_time(
     """Time of a layer; `grid` need not be whole, see `layer_key`."""
     parts = list(layer_parts(load, grid, Layer(is_moe, rows, has_residual=True)))
     traffic = layer_traffic(load, grid, machine, is_moe, skew)
-    reached = machine.reached
     overlaps = machine.overlaps and grid.expert_overlap and traffic.experts > 0
-    slower = 1.0 / (1.0 - reached.overlap_slowdown) if overlaps else 1.0
-    clock = _Clock(machine, slower)
+    slower = 1.0 / (1.0 - machine.reached.overlap_slowdown) if overlaps else 1.0
+    clock = _Clock(machine, slower, load.graphs)
     for part in parts:
         clock.add(part)
-    repeats_exchange = grid.recomputes_all or "moe" in grid.recompute
     clock.communicate(TENSOR, traffic.tensor_forward, traffic.tensor_backward)
     if grid.recomputes_all:
         clock.communicate(TENSOR, 0.0, traffic.tensor_forward)
@@ -81,16 +85,23 @@ def layer_time(
         max(2 * traffic.context - cover[1], 0.0),
     )
     if traffic.experts:
-        passes = 1 + (1 if repeats_exchange else 0)
-        sync = reached.expert_sync_s if load.experts.dispatcher != "allgather" else 0.0
-        clock.exchange(traffic.experts, passes * traffic.experts, sync, overlaps)
+        repeats = 2 if grid.recomputes_all or "moe" in grid.recompute else 1
+        reached = machine.reached
+        share = reached.overlap if load.experts.dispatcher == "flex" else reached.plain_overlap
+        clock.exchange(traffic.experts, repeats * traffic.experts, share if overlaps else 0.0)
+        if load.experts.dispatcher != "allgather":
+            clock.wait_for_metadata(repeats, overlaps)
+    if is_moe:
+        clock.read_sizes()
+    if grid.fully_sharded:
+        clock.shard(*sharding_seconds(load, grid, machine, is_moe))
     return clock.time()
 
 
 @lru_cache(maxsize=100_000)
 def edge_time(load: Workload, grid: Grid, machine: Machine, is_last: bool) -> PassTime:
     """Time of the embedding, or of output layer and loss."""
-    clock = _Clock(machine, 1.0)
+    clock = _Clock(machine, 1.0, load.graphs)
     clock.add(output_part(load, grid) if is_last else embedding_part(load, grid))
     return clock.time()
 
@@ -100,8 +111,10 @@ def layer_key(grid: Grid) -> Grid:
 
     Many layouts share it, so that their layers are timed once.
     """
+    whole = grid.tp * grid.cp * grid.ep * grid.etp
     return Grid(
-        world=grid.tp * grid.cp * grid.ep * grid.etp,
+        # Sharded parameters travel over all ranks of a stage.
+        world=grid.world // grid.pp if grid.fully_sharded else whole,
         tp=grid.tp,
         cp=grid.cp,
         ep=grid.ep,
@@ -109,6 +122,8 @@ def layer_key(grid: Grid) -> Grid:
         micro_batch=grid.micro_batch,
         recompute=grid.recompute,
         expert_overlap=grid.expert_overlap,
+        recomputed_layers=grid.recomputed_layers,
+        fully_sharded=grid.fully_sharded,
     )
 
 
@@ -117,13 +132,37 @@ def _core_seconds(work: Work, machine: Machine) -> float:
     return work_seconds(core, machine)
 
 
-class _Clock:
-    """Adds up a pass."""
+# The part of a layer that each scope of CUDA graphs covers (megatron-core, transformer/enums.py).
+_SCOPES = {
+    "attention": ("attn",),
+    "norms": ("attn",),
+    "router": ("moe_router", "moe"),
+    "shared_expert": ("moe_router", "moe"),
+    "dense_ffn": ("mlp",),
+    "permutation": ("moe",),
+    "experts": ("moe",),
+    "zero_computation": ("moe",),
+}
+# Parts before the host reads how many rows each expert has: there the queue of the GPU runs empty,
+# and the host has no lead over what comes after.
+_BEFORE_SIZES = ("attention", "norms", "router")
 
-    def __init__(self, machine: Machine, slower: float) -> None:
+
+_ALL_BEFORE_SIZES = {"attn", "moe_router", "moe_preprocess"}
+
+
+class _Clock:
+    """Adds up a pass: what the GPU needs, and what the host needs to issue it."""
+
+    def __init__(self, machine: Machine, slower: float, graphs: frozenset[str]) -> None:
         self._machine = machine
         self._slower = slower
+        self._graphs = graphs
         self._forward = self._backward = self._flop = 0.0
+        # Of the forward pass, the time before the sizes are read.
+        self._before = 0.0
+        self._issue_before = self._issue_after = self._issue_backward = 0.0
+        self._reads_sizes = False
         self._seconds: dict[str, float] = defaultdict(float)
         self._hidden: dict[str, float] = defaultdict(float)
 
@@ -137,6 +176,18 @@ class _Clock:
         self._flop += part.forward.flop + part.backward.flop + part.again.flop
         if again:
             self._seconds[RECOMPUTE] += again
+        self._issue(part, ahead)
+
+    def _issue(self, part: LayerPart, ahead: float) -> None:
+        each = self._machine.reached.launch_s
+        if "full_iteration" in self._graphs or self._graphs & set(_SCOPES.get(part.name, ())):
+            each = 0.0
+        if part.name in _BEFORE_SIZES:
+            self._before += ahead
+            self._issue_before += each * part.forward.kernels
+        else:
+            self._issue_after += each * part.forward.kernels
+        self._issue_backward += each * (part.backward.kernels + part.again.kernels)
 
     def communicate(self, name: str, forward: float, backward: float) -> None:
         if forward + backward == 0:
@@ -145,19 +196,50 @@ class _Clock:
         self._backward += backward
         self._seconds[name] += forward + backward
 
-    def exchange(self, forward: float, backward: float, sync: float, overlaps: bool) -> None:
+    def shard(self, forward: float, backward: float) -> None:
+        """Parameters and gradients travel beside the layer's computation; only the rest counts."""
+        self.communicate(
+            SHARDING, max(forward - self._forward, 0.0), max(backward - self._backward, 0.0)
+        )
+
+    def wait_for_metadata(self, times: int, overlaps: bool) -> None:
+        """Ranks tell each other how many tokens come, and wait for the last one."""
         reached = self._machine.reached
+        # Ranks whose hosts only start graphs arrive together.
+        together = overlaps or self._graphs >= _ALL_BEFORE_SIZES
+        seconds = reached.metadata_beside_s if together else reached.metadata_s
+        self.communicate(METADATA, seconds, (times - 1) * seconds)
+
+    def read_sizes(self) -> None:
+        """The host reads how many rows each expert has, for Transformer Engine's products."""
+        self._reads_sizes = True
+
+    def exchange(self, forward: float, backward: float, hideable: float) -> None:
         hidden = (0.0, 0.0)
-        if overlaps:
+        if hideable:
             # Forward of one micro-batch runs beside backward of another: they share the cover.
             cover = self._forward + self._backward
-            wanted = reached.overlap * (forward + backward)
+            wanted = hideable * (forward + backward)
             share = min(wanted, cover) / (forward + backward)
             hidden = (forward * share, backward * share)
             self._hidden[EXCHANGE] += sum(hidden)
-        self.communicate(EXCHANGE, forward - hidden[0] + sync, backward - hidden[1])
+        self.communicate(EXCHANGE, forward - hidden[0], backward - hidden[1])
 
     def time(self) -> PassTime:
+        before, after = self._before, self._forward - self._before
+        if self._reads_sizes:
+            lead = max(after - self._issue_after, 0.0)
+            idle = max(self._issue_after - after, 0.0)
+            idle += max(self._issue_before - lead - before, 0.0)
+        else:
+            idle = max(self._issue_before + self._issue_after - self._forward, 0.0)
+        idle_back = max(self._issue_backward - self._backward, 0.0)
+        if idle + idle_back:
+            self._seconds[HOST] += idle + idle_back
         return PassTime(
-            self._forward, self._backward, dict(self._seconds), dict(self._hidden), self._flop
+            self._forward + idle,
+            self._backward + idle_back,
+            dict(self._seconds),
+            dict(self._hidden),
+            self._flop,
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from functools import lru_cache
+from math import ceil, exp, lgamma
 
 from moepp_megatron.workbench.planning.grid import Grid, GroupName, group_shape
 from moepp_megatron.workbench.planning.machine import Machine
@@ -91,6 +92,21 @@ def _start(place: Placement, machine: Machine) -> float:
     return reached.nvlink_latency_s if place.nodes == 1 else reached.network_latency_s
 
 
-def distinct_targets(targets: int, draws: float) -> float:
-    """Expected number of different targets among `draws` even draws out of `targets`."""
-    return targets * (1.0 - (1.0 - 1.0 / targets) ** draws)
+@lru_cache(maxsize=4096)
+def distinct_targets(targets: int, draws: float, experts: int | None = None) -> float:
+    """Expected number of different targets that a token's experts lie on.
+
+    Args:
+        targets: Ranks or nodes, over which experts are spread evenly.
+        draws: Different experts that the token takes; a mean, so not always whole.
+        experts: Experts; None for so many that drawing one twice does not matter.
+    """
+    if experts is None or targets >= experts or targets == 1:
+        return targets * (1.0 - (1.0 - 1.0 / targets) ** draws)
+    others = experts - experts / targets
+    if draws >= others:
+        return float(targets)
+    # C(others, draws) / C(experts, draws): none of the draws lies on a given target.
+    missed = lgamma(others + 1) - lgamma(others - draws + 1)
+    missed += lgamma(experts - draws + 1) - lgamma(experts + 1)
+    return targets * (1.0 - exp(missed))

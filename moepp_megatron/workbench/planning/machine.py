@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.hardware import Hardware
 from moepp_megatron.workbench.planning.cpu_rates import CpuRates
-from moepp_megatron.workbench.planning.efficiency import DEFAULT, Efficiencies
+from moepp_megatron.workbench.planning.efficiency import Efficiencies
 
 _NEEDED = (
     "memory_gb",
@@ -50,6 +50,11 @@ class Machine:
         return self.cpu is None
 
     @property
+    def usable_bytes(self) -> float:
+        """Device memory that a plan may fill."""
+        return self.memory_bytes * (1.0 - self.reached.memory_margin)
+
+    @property
     def optimizer_rate(self) -> float:
         """Bytes per second in the optimizer's step."""
         return self.memory_rate if self.cpu is None else _rate(self.cpu.state_s)
@@ -58,7 +63,7 @@ class Machine:
         """FLOP/s that products which fill the GPU reach.
 
         Args:
-            number: "fp32", "bf16", "fp8" (tensorwise, delayed) or "fp8_blockwise".
+            number: "fp32", "bf16", "fp8" (tensorwise, delayed), "fp8_blockwise" or "mxfp8".
         """
         share: float = getattr(self.reached, f"{number}_matmul")
         return self.rated(number) * share
@@ -70,13 +75,18 @@ class Machine:
             "bf16": self.hardware.bf16_tflops,
             "fp8": self.hardware.fp8_tflops,
             "fp8_blockwise": self.hardware.fp8_tflops,
+            "mxfp8": self.hardware.fp8_tflops,
         }[number]
         assert rated is not None, f"{self.hardware.name} has no {number} rate"
         return rated * 1e12
 
 
-def machine_of(hardware: Hardware, reached: Efficiencies = DEFAULT) -> Machine:
+def machine_of(hardware: Hardware, reached: Efficiencies | None = None) -> Machine:
     """The machine of a description.
+
+    Args:
+        hardware: The description.
+        reached: Shares of its rated numbers; by default the description's own.
 
     Raises:
         ConfigError: If the description lacks a number that a plan needs.
@@ -87,13 +97,14 @@ def machine_of(hardware: Hardware, reached: Efficiencies = DEFAULT) -> Machine:
             f"hardware ({hardware.name}) must give {', '.join(lacking)} for a plan; add "
             f"{'it' if len(lacking) == 1 else 'them'} to a YAML file of your own and name that"
         )
+    reached = reached or Efficiencies.of(hardware.reached, f"hardware ({hardware.name})")
     network = hardware.network_gbit_s_per_gpu or 0.0
     nvlink = hardware.nvlink_gb_s
     return Machine(
         hardware=hardware,
         reached=reached,
         multiprocessors=hardware.multiprocessors or 1,
-        memory_bytes=(hardware.memory_gb or 0.0) * 1e9,
+        memory_bytes=hardware.memory_bytes or 0.0,
         memory_rate=(hardware.memory_bandwidth_gb_s or 0.0) * 1e9 * reached.memory,
         # Without NVLink the GPUs of a node reach each other no faster than the network.
         nvlink=nvlink / 2 * 1e9 * reached.nvlink if nvlink else network / 8 * 1e9 * reached.network,
@@ -117,7 +128,9 @@ def cpu_machine(rates: CpuRates, ranks: int, cores: int, memory_bytes: float = 0
         nvlink_latency_s=own.start_s,
         network_latency_s=own.start_s,
         # The host is what computes: it need not wait for itself, and hides nothing.
-        expert_sync_s=0.0,
+        launch_s=0.0,
+        metadata_s=0.0,
+        metadata_beside_s=0.0,
         point_to_point_overlap=0.0,
         reserved_gib=0.0,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from moepp_megatron.config import Config, Layout, stage_layers
 from moepp_megatron.workbench.planning.activations import (
@@ -11,8 +13,12 @@ from moepp_megatron.workbench.planning.activations import (
     peak_bytes,
     resident_bytes,
 )
-from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.parameters import RankParameters, rank_parameters
+from moepp_megatron.workbench.planning.grid import Grid, Recompute
+from moepp_megatron.workbench.planning.parameters import (
+    RankParameters,
+    layer_parameters,
+    rank_parameters,
+)
 from moepp_megatron.workbench.planning.parts import Layer
 from moepp_megatron.workbench.planning.pipeline import Stages, chunks_in_flight
 from moepp_megatron.workbench.planning.workload import Modules, Workload
@@ -74,14 +80,28 @@ def memory_of(
         pp_rank: The pipeline rank.
         skew: Rows of the fullest rank over the mean.
     """
-    layers = [load.is_moe[layer] for chunk in stages[pp_rank] for layer in chunk]
-    return assemble(
-        load,
-        grid,
-        pp_rank,
-        rank_parameters(load, grid, stages, pp_rank),
-        (sum(layers), len(layers) - sum(layers)),
-        (layer_bytes(load, grid, True, skew), layer_bytes(load, grid, False, skew)),
+    counts = layer_counts(load, grid, stages[pp_rank])
+    if pp_rank == grid.pp - 1:
+        counts[True, grid.recompute] += load.extra_layers
+    layers = [
+        (count, layer_bytes(load, replace(grid, recompute=recompute), is_moe, skew))
+        for (is_moe, recompute), count in counts.items()
+    ]
+    parameters = rank_parameters(load, grid, stages, pp_rank)
+    return assemble(load, grid, pp_rank, parameters, layers)
+
+
+def layer_counts(
+    load: Workload, grid: Grid, chunks: Sequence[Sequence[int]]
+) -> Counter[tuple[bool, Recompute]]:
+    """Layers of a rank by whether they are MoE layers and by what they recompute.
+
+    With `recompute_method: block` the first layers of each model chunk are recomputed.
+    """
+    return Counter(
+        (load.is_moe[layer], grid.recompute_of(place))
+        for chunk in chunks
+        for place, layer in enumerate(chunk)
     )
 
 
@@ -109,8 +129,7 @@ def assemble(
     grid: Grid,
     pp_rank: int,
     parameters: RankParameters,
-    layers: tuple[int, int],
-    each: tuple[LayerBytes, LayerBytes],
+    layers: Sequence[tuple[int, LayerBytes]],
 ) -> RankMemory:
     """Memory of a rank from its parts.
 
@@ -119,13 +138,14 @@ def assemble(
         grid: The layout.
         pp_rank: The pipeline rank.
         parameters: Its parameters.
-        layers: Its MoE layers, and its others.
-        each: Activations of one layer of each kind.
+        layers: Its layers of each kind, and the activations of one.
     """
     count = parameters.dense + parameters.experts
+    if grid.fully_sharded:
+        count = parameters.dense // (grid.dp * grid.cp) + parameters.experts // grid.edp
     flying = chunks_in_flight(grid.pp, grid.vpp, pp_rank, grid.micro_batches(load.batch))
-    kept = layers[0] * each[0].kept + layers[1] * each[1].kept
-    buffers = max(each[0].peak if layers[0] else 0.0, each[1].peak if layers[1] else 0.0)
+    kept = sum(number * one.kept for number, one in layers)
+    buffers = max((one.peak for number, one in layers if number), default=0.0)
     if pp_rank == grid.pp - 1:
         buffers = max(buffers, (1 + load.extra_layers) * output_bytes(load, grid))
     return RankMemory(
@@ -136,8 +156,16 @@ def assemble(
         optimizer=_optimizer_bytes(load, grid, parameters),
         # Chunks of a rank hold about as many layers each.
         activations=kept / grid.vpp * flying,
-        buffers=buffers + resident_bytes(load, grid),
+        buffers=buffers + resident_bytes(load, grid) + _whole_layers(load, grid),
     )
+
+
+def _whole_layers(load: Workload, grid: Grid) -> float:
+    """Bytes of layers that a fully sharded rank holds whole: one computes, one arrives."""
+    if not grid.fully_sharded:
+        return 0.0
+    largest = max(sum(layer_parameters(load, grid, kind)) for kind in set(load.is_moe))
+    return largest * (2.0 * load.numbers.weight_bytes + load.numbers.gradient_bytes)
 
 
 def _optimizer_bytes(load: Workload, grid: Grid, parameters: RankParameters) -> int:

@@ -45,15 +45,18 @@ def settings_of(grid: Grid, layers: int) -> dict[str, dict[str, Any]]:
     if grid.recompute == FULL:
         training |= {
             "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
+            "recompute_method": "uniform" if grid.recomputed_layers is None else "block",
+            "recompute_num_layers": grid.recomputed_layers or 1,
         }
     elif grid.recompute:
         training |= {
             "recompute_granularity": "selective",
             "recompute_modules": list(grid.recompute),
         }
-    return {"parallel": parallel, "training": training}
+    settings = {"parallel": parallel, "training": training}
+    if grid.dispatcher is not None:
+        settings["moe"] = {"dispatcher": grid.dispatcher}
+    return settings
 
 
 def config_of(config: Config, grid: Grid) -> Config:

@@ -34,7 +34,7 @@ def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) ->
             dense += _moe_dense(load, grid, layer == load.first_moe_layer)
             experts += _ffn_experts(load, grid)
         else:
-            dense += 3 * load.hidden * load.dense_size // grid.tp
+            dense += (3 if load.gated else 2) * load.hidden * load.dense_size // grid.tp
     if pp_rank == grid.pp - 1:
         for _ in range(load.extra_layers):
             # Multi-token prediction: two norms and a projection of two vectors to one in front.
@@ -42,6 +42,14 @@ def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) ->
             dense += 2 * load.hidden + 2 * load.hidden * load.hidden // grid.tp
             experts += _ffn_experts(load, grid)
     return RankParameters(dense, experts)
+
+
+def layer_parameters(load: Workload, grid: Grid, is_moe: bool) -> tuple[int, int]:
+    """A rank's parameters of one layer: outside its FFN experts, and of these."""
+    dense = _attention(load, grid)
+    if is_moe:
+        return dense + _moe_dense(load, grid, is_first=False), _ffn_experts(load, grid)
+    return dense + (3 if load.gated else 2) * load.hidden * load.dense_size // grid.tp, 0
 
 
 def _outside_layers(load: Workload, grid: Grid, pp_rank: int) -> int:

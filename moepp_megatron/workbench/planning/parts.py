@@ -10,17 +10,18 @@ write.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.linear import linear_work
 from moepp_megatron.workbench.planning.links import distinct_targets
 from moepp_megatron.workbench.planning.local_core import with_local_core
 from moepp_megatron.workbench.planning.module_costs import COSTS
 from moepp_megatron.workbench.planning.rates import Product, Work
 from moepp_megatron.workbench.planning.workload import Workload
 
-# Reading a bf16 tensor and writing it in FP8 along rows and along columns, bytes an element.
-_QUANTISE = {"blockwise": 4.0, "delayed": 4.0, "tensorwise": 6.0, "mxfp8": 4.0}
+# Kernels of the attention forward beside its projections: rotations, layouts, core.
+_CORE_KERNELS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,6 @@ class Layer:
     has_residual: bool = False
 
 
-def _product_number(load: Workload) -> str:
-    """The format of the matrix products."""
-    if load.numbers.fp8 is None:
-        return load.numbers.dtype
-    return "fp8_blockwise" if load.numbers.fp8 == "blockwise" else "fp8"
-
-
 def layer_parts(load: Workload, grid: Grid, layer: Layer) -> Iterator[LayerPart]:
     """The parts of one layer."""
     yield _attention(load, grid)
@@ -78,28 +72,6 @@ def layer_parts(load: Workload, grid: Grid, layer: Layer) -> Iterator[LayerPart]
         yield _swiglu(load, grid, "shared_expert", load.experts.shared_size, "shared_experts")
 
 
-def _linear(
-    load: Workload, rows: float, outputs: float, inputs: float, groups: int = 1
-) -> tuple[tuple[Product, ...], tuple[Product, ...], float, float]:
-    """Work of a weight [outputs, inputs] on `rows` rows per group.
-
-    Returns:
-        Products forward and backward, bytes of quantisation (and of adding the weight's gradient
-        to the others, where the product does not) forward and backward.
-    """
-    number = _product_number(load)
-    forward = (Product(rows, outputs, inputs, groups, number),)
-    backward = (
-        Product(rows, inputs, outputs, groups, number),
-        Product(outputs, inputs, rows, groups, number),
-    )
-    if load.numbers.fp8 is None:
-        accumulated = COSTS[load.modules].accumulated * outputs * inputs * groups
-        return forward, backward, 0.0, accumulated
-    element = _QUANTISE[load.numbers.fp8]
-    return forward, backward, element * rows * inputs * groups, element * rows * outputs * groups
-
-
 def _again(grid: Grid, module: str, work: Work) -> Work:
     """The work if the backward pass repeats this module."""
     return work if grid.recomputes_all or module in grid.recompute else Work()
@@ -114,14 +86,16 @@ def _attention(load: Workload, grid: Grid) -> LayerPart:
     backward: tuple[Product, ...] = ()
     up: tuple[Product, ...] = ()
     moved_forward = moved_backward = 0.0
+    kernels = _CORE_KERNELS
     for matmul in attention.matmuls(load.hidden, grid.tp):
         rows = own if matmul.is_sequence_parallel else group
-        ahead, back, quantise, quantise_back = _linear(load, rows, matmul.outputs, matmul.inputs)
-        forward += ahead
-        backward += back
-        up += ahead if matmul.is_up_projection else ()
-        moved_forward += quantise
-        moved_backward += quantise_back
+        linear = linear_work(load, rows, matmul.outputs, matmul.inputs)
+        forward += linear.forward
+        backward += linear.backward
+        up += linear.forward if matmul.is_up_projection else ()
+        moved_forward += linear.moved
+        moved_backward += linear.moved_back
+        kernels += 1 + linear.casts
     heads = attention.heads // grid.tp
     scores = load.seq * load.causal_share * group
     core = 2.0 * scores * heads * (attention.qk_dim + attention.v_dim)
@@ -132,7 +106,7 @@ def _attention(load: Workload, grid: Grid) -> LayerPart:
     moved *= COSTS[load.modules].rotation
     number = load.numbers.dtype
     ahead_work = Work(
-        forward, core, load.seq // grid.cp, moved + moved_forward, 12, core_number=number
+        forward, core, load.seq // grid.cp, moved + moved_forward, kernels, core_number=number
     )
     # Backward the core computes scores again: five products where the forward pass has two.
     back_work = Work(
@@ -140,7 +114,7 @@ def _attention(load: Workload, grid: Grid) -> LayerPart:
         2.5 * core,
         load.seq // grid.cp,
         moved + moved_backward,
-        18,
+        kernels * 3 // 2,
         is_backward=True,
         core_number=number,
     )
@@ -149,10 +123,11 @@ def _attention(load: Workload, grid: Grid) -> LayerPart:
         ahead_work, back_work, core_again = with_local_core(load, grid, ahead_work, back_work)
     if grid.recomputes_all:
         again = ahead_work
-    elif "core_attn" in grid.recompute:
-        again = core_again
-    elif "mla_up_proj" in grid.recompute:
-        again = Work(up, kernels=4)
+    else:
+        if "core_attn" in grid.recompute:
+            again = core_again
+        if "mla_up_proj" in grid.recompute:
+            again = replace(again, products=up, kernels=again.kernels + 4)
     return LayerPart("attention", ahead_work, back_work, again)
 
 
@@ -170,19 +145,21 @@ def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> L
     """An FFN of three matrices [D, inner] that all tokens take, split over tensor ranks."""
     rows = grid.tokens(load.seq) * grid.tp
     width = inner / grid.tp
-    first = _linear(load, rows, 2 * width, load.hidden)
-    second = _linear(load, rows, load.hidden, width)
+    halves = 1 if name == "dense_ffn" and not load.gated else 2
+    first = linear_work(load, rows, halves * width, load.hidden)
+    second = linear_work(load, rows, load.hidden, width)
     size = load.numbers.activation_bytes
     passes = COSTS[load.modules].chain
+    casts = first.casts + second.casts
     forward = Work(
-        first[0] + second[0],
-        moved=passes[0] * size * rows * width + first[2] + second[2],
-        kernels=4,
+        first.forward + second.forward,
+        moved=passes[0] * size * rows * width + first.moved + second.moved,
+        kernels=4 + casts,
     )
     backward = Work(
-        first[1] + second[1],
-        moved=passes[1] * size * rows * width + first[3] + second[3],
-        kernels=7,
+        first.backward + second.backward,
+        moved=passes[1] * size * rows * width + first.moved_back + second.moved_back,
+        kernels=7 + casts,
     )
     return LayerPart(name, forward, backward, _again(grid, module, forward))
 
@@ -217,9 +194,15 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
     elif load.experts.dispatcher == "allgather":
         moved = 2.0 * element * (tokens * grid.ep + arrived)
     else:
-        copies = tokens * distinct_targets(grid.ep, load.experts.ffn_per_token)
+        copies = tokens * distinct_targets(
+            grid.ep, load.experts.ffn_per_token, load.experts.num_ffn_experts
+        )
         moved = 2.0 * element * (tokens + 2 * copies + arrived)
-    work = Work(moved=moved, kernels=8)
+    kernels = 8
+    if not load.experts.permute_fused:
+        # Sorting of the map, gathers and scatter-adds with their zeroed targets, one by one.
+        moved, kernels = 2.0 * moved, 24
+    work = Work(moved=moved, kernels=kernels)
     return LayerPart("permutation", work, work, _again(grid, "moe", work))
 
 
@@ -228,20 +211,21 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     experts = load.experts.num_ffn_experts // grid.ep
     width = load.experts.ffn_size / grid.etp
     rows = rows * grid.etp
-    first = _linear(load, rows / experts, 2 * width, load.hidden, experts)
-    second = _linear(load, rows / experts, load.hidden, width, experts)
+    first = linear_work(load, rows / experts, 2 * width, load.hidden, experts)
+    second = linear_work(load, rows / experts, load.hidden, width, experts)
     activation = load.numbers.activation_bytes * rows * width
     costs = COSTS[load.modules]
     passes = costs.chain if load.experts.is_vanilla else costs.experts
+    casts = first.casts + second.casts
     forward = Work(
-        first[0] + second[0],
-        moved=passes[0] * activation + first[2] + second[2],
-        kernels=costs.layer_kernels[0] + costs.expert_kernels[0] * experts,
+        first.forward + second.forward,
+        moved=passes[0] * activation + first.moved + second.moved,
+        kernels=costs.layer_kernels[0] + costs.expert_kernels[0] * experts + casts,
     )
     backward = Work(
-        first[1] + second[1],
-        moved=passes[1] * activation + first[3] + second[3],
-        kernels=costs.layer_kernels[1] + costs.expert_kernels[1] * experts,
+        first.backward + second.backward,
+        moved=passes[1] * activation + first.moved_back + second.moved_back,
+        kernels=costs.layer_kernels[1] + costs.expert_kernels[1] * experts + casts,
     )
     again = _again(grid, "moe", forward)
     if "moe_act" in grid.recompute:

@@ -30,7 +30,7 @@ def split_passes(pp: int, vpp: int, micro_batches: int, is_combined: bool) -> tu
     return alone, micro_batches - alone
 
 
-def bubble_seconds(others: float, vpp: int) -> float:
+def bubble_seconds(others: float, vpp: int, is_dualpipe: bool = False) -> float:
     """Idle time of the slowest rank, while the first micro-batch arrives and the last one leaves.
 
     Each passes one chunk of every other rank per direction: p - 1 passes of equal stages under
@@ -39,7 +39,12 @@ def bubble_seconds(others: float, vpp: int) -> float:
     Args:
         others: A micro-batch's passes, run alone, through all other ranks, seconds.
         vpp: Model chunks of a rank.
+        is_dualpipe: Micro-batches enter at both ends (arXiv 2412.19437, table 2): p / 2 - 1 pairs
+            of passes, less the weights' gradients that fill them, where 1F1B has p - 1.
     """
+    if is_dualpipe:
+        # Forward, gradients of inputs and of weights take a third of a pass each.
+        return others / 2 * 2 / 3
     return others / vpp
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
 from moepp_megatron.config.hardware import load_hardware, nearest_hardware
 from moepp_megatron.config.vanilla import vanilla, without_budget
-from moepp_megatron.workbench.planning.coster import Cost, Coster
+from moepp_megatron.workbench.planning.costed import Search, search_layouts
+from moepp_megatron.workbench.planning.coster import Coster
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import LEARNED, AssumedRouting
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
@@ -22,30 +22,10 @@ from moepp_megatron.workbench.planning.workload import Workload
 
 # Candidates of another tau.
 _FIRST = 100
-_NEAREST_MISSES = 5
-
-_LOSSES = ("work", "recompute", "network", "bubble", "end")
-
-
-@dataclass
-class Search:
-    """Result of the search over all layouts of one model.
-
-    Attributes:
-        best: (seconds, layout, cost, bytes) of those that fit, fastest first.
-        misses: (bytes, layout) of those that come closest to fitting.
-        legal: Number of legal layouts.
-        over: Bytes by which each of the others is too large.
-        lost: Number of layouts that lose most by each of `_LOSSES`, against the best.
-        gaps: The median loss of those, as a share of the best step.
-    """
-
-    best: list[tuple[float, Grid, Cost, float]] = field(default_factory=list)
-    misses: list[tuple[float, Grid]] = field(default_factory=list)
-    legal: int = 0
-    over: list[float] = field(default_factory=list)
-    lost: dict[str, int] = field(default_factory=dict)
-    gaps: dict[str, float] = field(default_factory=dict)
+# Ties that are tried against the configuration's rules.
+_TRIED = 50
+# Layouts are ties within this of the fastest: ratios of published runs come out no better.
+TIE = 0.03
 
 
 @dataclass(frozen=True)
@@ -57,8 +37,10 @@ class Plan:
         world: GPUs.
         machine: The kind of GPU.
         routing: Unevenness of the routing.
-        layouts: The configured model, best first; layouts that do not fit only if none does.
-        baselines: The best layout of the vanilla model and of each further tau.
+        layouts: The configured model: the plan, which is the simplest of those within `TIE` of the
+            fastest, then others by time; layouts that do not fit only if none does.
+        fastest: The configured model in its fastest layout, for comparison with `baselines`.
+        baselines: The fastest layout of the vanilla model and of each further tau.
         search: Result of the search.
     """
 
@@ -67,12 +49,13 @@ class Plan:
     machine: Machine
     routing: AssumedRouting
     layouts: list[Planned]
+    fastest: Planned | None
     baselines: list[Planned]
     search: Search
 
     @property
     def best(self) -> Planned | None:
-        """The fastest that fits."""
+        """The plan: see `layouts`."""
         return self.layouts[0] if self.layouts and self.layouts[0].fits else None
 
     def hours(self, planned: Planned, tokens: float) -> float:
@@ -148,76 +131,84 @@ def make_plan(
             f"training.global_batch_size ({config.training.global_batch_size}); use a number of "
             "GPUs that divides the batch, such as a power of two"
         )
-    layouts = _accepted(config, search, world, machine, routing, top)
+    layouts = _accepted(config, search, machine, routing, top, prefers_simple=True)
+    fastest = next(
+        (one for one in _accepted(config, search, machine, routing, 1) if one.fits), None
+    )
     baselines = []
     if not config.moe.is_vanilla:
         baselines += best_layouts(vanilla(config), world, machine, routing)
         for tau in taus:
             if tau != config.moe.tau:
                 baselines += _best_again(_with_tau(config, tau), search, world, machine, routing)
-    return Plan(config, world, machine, routing, layouts, baselines, search)
-
-
-def search_layouts(config: Config, world: int, machine: Machine, routing: AssumedRouting) -> Search:
-    """Cost and memory of every legal layout."""
-    space = Space.of(config, world, machine.per_node)
-    coster = Coster(space.load, machine, routing)
-    search = Search()
-    fitting: list[tuple[float, int, Grid, Cost, float]] = []
-    missing: list[tuple[float, int, Grid]] = []
-    for number, grid in enumerate(space.grids()):
-        held = coster.memory(grid)
-        if held > machine.memory_bytes:
-            missing.append((held, number, grid))
-        else:
-            cost = coster.cost(grid)
-            fitting.append((cost.total, number, grid, cost, held))
-    search.legal = len(fitting) + len(missing)
-    search.over = [held - machine.memory_bytes for held, *_ in missing]
-    search.misses = [(held, grid) for held, _, grid in heapq.nsmallest(_NEAREST_MISSES, missing)]
-    fitting.sort(key=lambda entry: entry[:2])
-    search.best = [(total, grid, cost, held) for total, _, grid, cost, held in fitting]
-    if fitting:
-        _count_losses(search, fitting[0][3], [cost for *_, cost, _ in fitting])
-    return search
-
-
-def _count_losses(search: Search, best: Cost, costs: Sequence[Cost]) -> None:
-    """Count by which cost each layout loses most, against the best."""
-    gaps: dict[str, list[float]] = {name: [] for name in _LOSSES}
-    for cost in costs:
-        if cost.total > best.total:
-            excess = {name: getattr(cost, name) - getattr(best, name) for name in _LOSSES}
-            gaps[max(excess, key=lambda name: excess[name])].append(cost.total / best.total - 1)
-    for name, values in gaps.items():
-        if values:
-            search.lost[name] = len(values)
-            search.gaps[name] = sorted(values)[len(values) // 2]
+    return Plan(config, world, machine, routing, layouts, fastest, baselines, search)
 
 
 def _accepted(
-    config: Config, search: Search, world: int, machine: Machine, routing: AssumedRouting, top: int
+    config: Config,
+    search: Search,
+    machine: Machine,
+    routing: AssumedRouting,
+    top: int,
+    prefers_simple: bool = False,
 ) -> list[Planned]:
     """The best layouts that the configuration's rules accept as well.
 
     Only one layout of each set of degrees of parallelism is kept: others differ only in
     micro-batch, recomputation or model chunks.
+
+    Args:
+        config: The configured model.
+        search: The search's result.
+        machine: The kind of GPU.
+        routing: Unevenness of the routing.
+        top: Layouts to keep.
+        prefers_simple: The simplest of those within `TIE` of the fastest comes first.
     """
-    candidates = [(grid, held, True) for _, grid, _, held in search.best]
-    candidates += [(grid, held, False) for held, grid in search.misses]
     found: list[Planned] = []
+    candidates = [(grid, held, True) for _, grid, _, held in search.best]
+    if prefers_simple:
+        candidates = [*_simplest(config, search), *candidates]
+    candidates += [(grid, held, False) for held, grid in search.misses]
     for grid, held, fits in candidates:
         if len(found) == top or (found and found[0].fits and not fits):
             break
         if any(_degrees(grid) == _degrees(planned.grid) for planned in found):
             continue
-        try:
-            config_of(config, grid)
-        except ConfigError:
-            # A rule beyond the degrees of parallelism, such as FP8's alignment.
+        changed = _in_layout(config, grid)
+        if changed is None:
             continue
-        found.append(planned_of(config, grid, held, fits, machine, routing))
+        found.append(planned_of(changed, grid, held, fits, machine, routing))
     return found
+
+
+def _simplest(config: Config, search: Search) -> Iterator[tuple[Grid, float, bool]]:
+    """Layouts within `TIE` of the fastest, the simplest first; equals by time."""
+    ties = [
+        (complexity(grid, config), number)
+        for number, (total, grid, _, _) in enumerate(search.best)
+        if total <= search.best[0][0] * (1.0 + TIE)
+    ]
+    for _, number in sorted(ties)[:_TRIED]:
+        _, grid, _, held = search.best[number]
+        if _in_layout(config, grid) is not None:
+            yield grid, held, True
+            return
+
+
+def _in_layout(config: Config, grid: Grid) -> Config | None:
+    """The configuration in a layout; None if a rule refuses it, such as FP8's alignment."""
+    try:
+        return config_of(config, grid)
+    except ConfigError:
+        return None
+
+
+def complexity(grid: Grid, config: Config) -> int:
+    """What a layout needs beyond data parallelism: degrees, schedules, recomputation, packages."""
+    degrees = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp)
+    other = grid.dispatcher not in (None, config.moe.dispatcher)
+    return sum(degree > 1 for degree in degrees) + len(grid.recompute) + grid.expert_overlap + other
 
 
 def _degrees(grid: Grid) -> tuple[int, ...]:
@@ -229,7 +220,7 @@ def best_layouts(
 ) -> list[Planned]:
     """The best layouts of one model alone; ones that do not fit only if none does."""
     search = search_layouts(config, world, machine, routing)
-    return _accepted(config, search, world, machine, routing, top)
+    return _accepted(config, search, machine, routing, top)
 
 
 def _best_again(
@@ -240,17 +231,18 @@ def _best_again(
     tau changes how many rows experts compute, not what is legal and little of what fits: the best
     layout is among the first hundred.
     """
-    coster = Coster(Workload.from_config(config), machine, routing)
+    dispatchers = Space.of(config, world, machine.per_node).dispatchers
+    coster = Coster(Workload.from_config(config), machine, routing, dispatchers)
     again = Search()
     for _, grid, _, _ in search.best[:_FIRST]:
         held = coster.memory(grid)
-        if held <= machine.memory_bytes:
+        if held <= machine.usable_bytes:
             cost = coster.cost(grid)
-            again.best.append((cost.total, grid, cost, held))
+            again.best.append((cost.total, coster.named(grid), cost, held))
         else:
-            again.misses.append((held, grid))
+            again.misses.append((held, coster.named(grid)))
     again.best.sort(key=lambda entry: entry[0])
-    return _accepted(config, again, world, machine, routing, top=1)
+    return _accepted(config, again, machine, routing, top=1)
 
 
 def _with_tau(config: Config, tau: float) -> Config:

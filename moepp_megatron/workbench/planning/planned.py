@@ -7,12 +7,15 @@ from typing import Any, Literal
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.flops import training_flops_per_token
+from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.workbench.planning.coster import GIB
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting
 from moepp_megatron.workbench.planning.machine import Machine
+from moepp_megatron.workbench.planning.memory import fullest_rank
 from moepp_megatron.workbench.planning.overlay import settings_of
-from moepp_megatron.workbench.planning.step import StepTime, step_time
+from moepp_megatron.workbench.planning.pipeline import even_stages
+from moepp_megatron.workbench.planning.step import StepTime, expert_load, step_time
 from moepp_megatron.workbench.planning.workload import Workload
 
 
@@ -31,6 +34,8 @@ class Planned:
         tokens_per_s_per_gpu: Throughput of a GPU.
         tflops_per_gpu: Model TFLOP/s of a GPU, as `metrics.jsonl` counts them (config/flops.py).
         mfu: Their share of the rated rate.
+        vanilla_step_s: Step of the vanilla model in the same layout; None for vanilla itself.
+        vanilla_fits: Whether it fits there; the ratio is of speed alone where it does not.
     """
 
     grid: Grid
@@ -43,12 +48,14 @@ class Planned:
     tokens_per_s_per_gpu: float
     tflops_per_gpu: float
     mfu: float
+    vanilla_step_s: float | None = None
+    vanilla_fits: bool = True
 
     def record(self, layers: int) -> dict[str, Any]:
         """A dictionary for JSON; the contract's keys come first."""
         settings = settings_of(self.grid, layers)
         return {
-            "layout": {**settings["parallel"], **settings["training"]},
+            "layout": {key: value for keys in settings.values() for key, value in keys.items()},
             "kind": self.kind,
             "tau": self.tau,
             "fits": self.fits,
@@ -59,6 +66,8 @@ class Planned:
             "a2a_bytes": round(self.step.exchange_bytes),
             "ffn_share": self.ffn_share,
             "mfu": self.mfu,
+            "vanilla_step_time_s": self.vanilla_step_s,
+            "vanilla_fits": self.vanilla_fits,
             "seconds": dict(self.step.seconds),
             "hidden_seconds": dict(self.step.hidden),
             "rank_load": {
@@ -81,6 +90,9 @@ def planned_of(
     peak = machine.hardware.peak_tflops(config.precision.dtype, config.precision.fp8)
     assert peak is not None, "formats were checked"
     is_vanilla = config.moe.num_zero_computation_experts == 0
+    beside, has_room = None, True
+    if not config.moe.is_vanilla:
+        beside, has_room = _vanilla_step(config, grid, machine, routing)
     return Planned(
         grid=grid,
         kind="vanilla" if is_vanilla else "moepp",
@@ -92,4 +104,19 @@ def planned_of(
         tokens_per_s_per_gpu=rate,
         tflops_per_gpu=tflops,
         mfu=tflops / peak,
+        vanilla_step_s=beside,
+        vanilla_fits=has_room,
     )
+
+
+def _vanilla_step(
+    config: Config, grid: Grid, machine: Machine, routing: AssumedRouting
+) -> tuple[float, bool]:
+    """Step of the vanilla model in a layout, seconds, and whether it fits."""
+    load = Workload.from_config(vanilla(config))
+    if load.experts.dispatcher == "alltoall_dedup":
+        load = load.with_dispatcher("alltoall")
+    stages = even_stages(load.layers, grid.pp, grid.vpp)
+    skew = expert_load(load, grid, routing).p99
+    held = fullest_rank(load, grid, stages, skew).total + machine.reached.reserved_gib * GIB
+    return step_time(load, grid, machine, routing).total, held <= machine.usable_bytes

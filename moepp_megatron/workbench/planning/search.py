@@ -15,13 +15,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moepp_megatron.config import Config
-from moepp_megatron.workbench.planning.grid import FULL, Grid, Recompute
+from moepp_megatron.config.rules.flex import HIDDEN_ALIGNMENT
+from moepp_megatron.workbench.planning.grid import FULL, Dispatcher, Grid, Recompute
+from moepp_megatron.workbench.planning.latent_attention import LatentAttention
 from moepp_megatron.workbench.planning.workload import Workload
 
 # arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.
 _LEAST_TOKENS_PER_CONTEXT_RANK = 4096
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
-_RECOMPUTE: tuple[Recompute, ...] = ((), ("layernorm", "moe_act"), ("moe_act",), ("moe",), FULL)
+# Nothing first, so that what it leaves room for need not be tried (`plan.search_layouts`).
+_RECOMPUTE: tuple[Recompute, ...] = (
+    (),
+    ("layernorm", "moe_act"),
+    ("moe_act",),
+    ("core_attn",),
+    ("moe",),
+    FULL,
+)
+# With latent attention, its expansions are cheap to repeat and large to keep.
+_LATENT: tuple[Recompute, ...] = (
+    ("mla_up_proj",),
+    ("mla_up_proj", "moe_act"),
+    ("layernorm", "mla_up_proj", "moe_act"),
+)
+_UNEVEN_CHUNKS = (2, 4, 8)
 # What the combined schedule of forward and backward cannot repeat (rules/expert_overlap.py).
 _NOT_WITH_OVERLAP = {"layernorm", "moe", "full"}
 
@@ -37,6 +54,7 @@ class Space:
         groups_are_set: Whether key/value heads are given, so that tensor ranks must fit them.
         can_overlap: Whether the configuration allows the combined schedule.
         distributed_optimizer: Whether optimizer state is sharded.
+        dispatchers: Dispatchers that are compared where tokens travel.
     """
 
     world: int
@@ -45,6 +63,7 @@ class Space:
     groups_are_set: bool
     can_overlap: bool
     distributed_optimizer: bool
+    dispatchers: tuple[Dispatcher, ...] = ()
 
     @classmethod
     def of(cls, config: Config, world: int, per_node: int) -> Space:
@@ -57,12 +76,12 @@ class Space:
             groups_are_set=config.model.num_query_groups is not None,
             can_overlap=(
                 config.precision.dtype == "bf16"
-                and config.moe.dispatcher in ("alltoall", "flex")
                 and config.model.implementation == "gpt"
                 and not config.training.cuda_graphs
                 and not load.experts.shares_constants
             ),
             distributed_optimizer=config.parallel.use_distributed_optimizer,
+            dispatchers=_dispatchers(config),
         )
 
     def grids(self) -> Iterator[Grid]:
@@ -91,7 +110,10 @@ class Space:
     ) -> Iterator[Grid]:
         overlaps = self.can_overlap and ep > 1 and (pp == 1 or vpp > 1)
         gathers = self.distributed_optimizer and dp * cp > 1
-        for recompute in _RECOMPUTE:
+        # Flex needs more than one rank; where no token travels, any will do.
+        needs_others = self.load.experts.dispatcher == "flex" and ep * etp == 1
+        instead: Dispatcher | None = "alltoall" if needs_others else None
+        for recompute in self._recompute:
             for overlap in (False, True) if overlaps else (False,):
                 if overlap and not _NOT_WITH_OVERLAP.isdisjoint(recompute):
                     continue
@@ -109,7 +131,18 @@ class Space:
                     self.distributed_optimizer,
                     dp * cp > 1,
                     gathers,
+                    dispatcher=instead,
                 )
+
+    @property
+    def _recompute(self) -> tuple[Recompute, ...]:
+        """What the backward pass may repeat, by the modules that the model has."""
+        sets = _RECOMPUTE
+        if isinstance(self.load.attention, LatentAttention):
+            sets += _LATENT
+            if not all(self.load.is_moe):
+                sets += (("mla_up_proj", "mlp"),)
+        return sets
 
     def _tensor(self) -> list[int]:
         load, attention = self.load, self.load.attention
@@ -142,15 +175,20 @@ class Space:
         return [1] if self.load.experts.shares_constants else divisors(ranks)
 
     def _virtual(self, pp: int) -> list[int]:
-        """Chunks per rank: layers even over stages, or with embedding and loss as a layer each."""
+        """Chunks per rank: layers even over stages, or with embedding and loss as a layer each.
+
+        Where no number of chunks is (61 layers), stages differ by a layer.
+        """
         layers = self.load.layers
         if pp == 1:
             return [1]
-        return [
+        most = layers // pp
+        even = [
             vpp
-            for vpp in range(1, layers // pp + 1)
+            for vpp in range(1, most + 1)
             if vpp == 1 or layers % (pp * vpp) == 0 or (layers + 2) % (pp * vpp) == 0
         ]
+        return even if len(even) > 1 else [1, *(vpp for vpp in _UNEVEN_CHUNKS if vpp <= most)]
 
     def _experts(self, tp: int, pp: int) -> Iterator[tuple[int, int]]:
         experts = self.load.experts
@@ -158,9 +196,19 @@ class Space:
             if experts.ffn_size % etp:
                 continue
             for ep in divisors(experts.num_ffn_experts):
-                needs_others = experts.dispatcher == "flex" and ep * etp == 1
-                if self.world % (ep * etp * pp) == 0 and not needs_others:
+                if self.world % (ep * etp * pp) == 0:
                     yield ep, etp
+
+
+def _dispatchers(config: Config) -> tuple[Dispatcher, ...]:
+    """The configuration's dispatcher first, and those that may take its place."""
+    own: Dispatcher = config.moe.dispatcher
+    others: list[Dispatcher] = ["alltoall"]
+    if not config.moe.is_vanilla:
+        others.append("alltoall_dedup")
+    if config.precision.dtype == "bf16" and config.model.hidden_size % HIDDEN_ALIGNMENT == 0:
+        others.append("flex")
+    return (own, *(other for other in others if other != own))
 
 
 def divisors(number: int) -> Sequence[int]:

@@ -6,10 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from moepp_megatron.workbench.planning.layer_time import (
-    CONTEXT,
-    EXCHANGE,
+    NETWORK,
     RECOMPUTE,
-    TENSOR,
     PassTime,
 )
 from moepp_megatron.workbench.planning.pipeline import even_stages, messages_sent
@@ -44,7 +42,7 @@ Kinds = tuple[Sums, Sums, Sums, Sums]
 
 def sums_of(time: PassTime) -> Sums:
     """The sums of a layer's passes."""
-    network = sum(time.seconds.get(name, 0.0) for name in (TENSOR, CONTEXT, EXCHANGE))
+    network = sum(time.seconds.get(name, 0.0) for name in NETWORK)
     return Sums(time.forward, time.backward, time.seconds.get(RECOMPUTE, 0.0), network)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moepp_megatron.workbench.planning.data_parallel import pipeline_end
-from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.grid import Grid, Recompute
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting, Load, rank_load
 from moepp_megatron.workbench.planning.layer_time import PassTime, edge_time, layer_key, layer_time
 from moepp_megatron.workbench.planning.links import placement, send_seconds
 from moepp_megatron.workbench.planning.machine import Machine
-from moepp_megatron.workbench.planning.memory import fullest_rows
+from moepp_megatron.workbench.planning.memory import fullest_rows, layer_counts
 from moepp_megatron.workbench.planning.parameters import rank_parameters
 from moepp_megatron.workbench.planning.pipeline import (
     Stages,
@@ -98,7 +98,9 @@ def step_time(
     if grid.pp > 1:
         whole = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
         late = late_messages(grid.pp, grid.vpp, together) * transfer.beside
-        seconds[BUBBLE] = bubble_seconds(sum(whole) - whole[slowest], grid.vpp) + late
+        seconds[BUBBLE] = (
+            bubble_seconds(sum(whole) - whole[slowest], grid.vpp, grid.is_dualpipe) + late
+        )
         seconds[POINT_TO_POINT] = micro_batches * sending[slowest]
     # A step begins and ends with passes of the first stage, which run alone: beside them its
     # parameters and gradients travel.
@@ -126,19 +128,22 @@ def stage_passes(
 ) -> tuple[PassTime, ...]:
     """Passes of one micro-batch through each pipeline rank's layers."""
     rows = fullest_rows(load, grid, skew)
-    times = {kind: layer_time(load, grid, machine, kind, rows, skew) for kind in set(load.is_moe)}
+
+    def timed(is_moe: bool, recompute: Recompute) -> PassTime:
+        return layer_time(load, replace(grid, recompute=recompute), machine, is_moe, rows, skew)
+
     passes = []
     for rank, chunks in enumerate(stages):
-        counts = Counter(load.is_moe[layer] for chunk in chunks for layer in chunk)
+        counts = layer_counts(load, grid, chunks)
         parts: list[tuple[PassTime, float]] = [
-            (times[kind], count) for kind, count in counts.items()
+            (timed(*kind), count) for kind, count in counts.items()
         ]
         if rank == 0:
             parts.append((edge_time(load, grid, machine, False), 1))
         if rank == len(stages) - 1:
             parts.append((edge_time(load, grid, machine, True), 1 + load.extra_layers))
             if load.extra_layers:
-                parts.append((times[True], load.extra_layers))
+                parts.append((timed(True, grid.recompute), load.extra_layers))
         passes.append(_sum(parts))
     return tuple(passes)
 

@@ -37,9 +37,7 @@ class Target:
     @property
     def memory_bytes(self) -> float | None:
         """Memory of a GPU; None if unknown, and for a CPU."""
-        if self.hardware is None or self.hardware.memory_gb is None:
-            return None
-        return self.hardware.memory_gb * 1e9
+        return None if self.hardware is None else self.hardware.memory_bytes
 
 
 def target_of(config: Config, gpu: str | None = None) -> Target:

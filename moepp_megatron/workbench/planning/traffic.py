@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.grid import Grid, GroupName
 from moepp_megatron.workbench.planning.links import (
     Placement,
     all_to_all_seconds,
@@ -15,6 +15,7 @@ from moepp_megatron.workbench.planning.links import (
     send_seconds,
 )
 from moepp_megatron.workbench.planning.machine import Machine
+from moepp_megatron.workbench.planning.parameters import layer_parameters
 from moepp_megatron.workbench.planning.workload import Workload
 
 
@@ -58,8 +59,11 @@ def layer_traffic(
         for width in blocks:
             gather = gather_seconds(place, size * width, machine)
             forward += gather + scatter
-            # The gathered input is not kept: the weights' gradients gather it again.
-            backward += 2 * gather + scatter
+            # The gathered input is not kept: the weights' gradients gather it again. That gather
+            # and the reduce-scatter of the input's gradient run beside products (megatron-core,
+            # tensor_parallel/layers.py, and Transformer Engine's modules): what is left is the
+            # gather of the output's gradient, as long as the forward pass's reduce-scatter.
+            backward += scatter if machine.overlaps else 2 * gather + scatter
     return LayerTraffic(
         tensor_forward=forward,
         tensor_backward=backward,
@@ -88,10 +92,12 @@ def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 
         if load.experts.dispatcher == "alltoall":
             seconds = all_to_all_seconds(place, skew * tokens * taken * row, machine)
         elif load.experts.dispatcher == "alltoall_dedup":
-            copies = tokens * distinct_targets(place.size, taken)
+            copies = tokens * distinct_targets(place.size, taken, load.experts.num_ffn_experts)
             seconds = all_to_all_seconds(place, skew * copies * row, machine)
         elif load.experts.dispatcher == "flex":
-            inside, across = _hierarchical_rows(place, taken)
+            inside, across = hierarchical_rows(
+                place, taken, load.experts.num_ffn_experts, load.experts.most_nodes
+            )
             inside, across = skew * tokens * inside * row, skew * tokens * across * row
             seconds = hierarchical_seconds(place, inside, across, machine)
         else:
@@ -103,14 +109,43 @@ def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 
     return 2 * seconds
 
 
-def _hierarchical_rows(place: Placement, taken: float) -> tuple[float, float]:
-    """Rows per token over NVLink and over the network: once to each node and rank."""
-    to_ranks = distinct_targets(place.size, taken)
-    to_nodes = distinct_targets(place.nodes, taken)
+def hierarchical_rows(
+    place: Placement, taken: float, experts: int, most_nodes: int | None = None
+) -> tuple[float, float]:
+    """Rows per token over NVLink and over the network: once to each node and rank.
+
+    Args:
+        place: Placement of the expert-parallel group.
+        taken: Different experts per token.
+        experts: Experts of the layer, spread evenly over the ranks.
+        most_nodes: A token's experts lie on at most so many nodes.
+    """
+    to_ranks = distinct_targets(place.size, taken, experts)
+    to_nodes = distinct_targets(place.nodes, taken, experts)
+    to_nodes = min(to_nodes, most_nodes or to_nodes)
     across = to_nodes * (place.nodes - 1) / place.nodes
-    # Every wanted rank of a node gets its copy inside that node, but for those where it lands.
-    inside = max(to_ranks * (place.size - 1) / place.size - across, 0.0)
-    return inside, across
+    # A token lands on the rank of its own number in each node: that one of the node's ranks
+    # needs no copy over NVLink.
+    return to_ranks * (place.per_node - 1) / place.per_node, across
+
+
+def sharding_seconds(
+    load: Workload, grid: Grid, machine: Machine, is_moe: bool
+) -> tuple[float, float]:
+    """Gathers of a fully sharded layer's parameters, forward; backward again, and of gradients.
+
+    Each micro-batch gathers the parameters twice and reduce-scatters the gradients once
+    (docs of megatron-core, "Megatron FSDP").
+    """
+    dense, experts = layer_parameters(load, grid, is_moe)
+    forward = backward = 0.0
+    groups: tuple[tuple[int, GroupName], ...] = ((dense, "dp_cp"), (experts, "edp"))
+    for count, name in groups:
+        place = placement(grid, name, machine.per_node)
+        gather = gather_seconds(place, count * load.numbers.weight_bytes, machine)
+        forward += gather
+        backward += gather + gather_seconds(place, count * load.numbers.gradient_bytes, machine)
+    return forward, backward
 
 
 def exchanged_bytes(load: Workload, grid: Grid) -> float:
@@ -128,5 +163,5 @@ def exchanged_bytes(load: Workload, grid: Grid) -> float:
     elif load.experts.dispatcher == "allgather":
         rows = grid.etp * ep - 1.0
     else:
-        rows = distinct_targets(ep, taken) * (ep - 1) / ep
+        rows = distinct_targets(ep, taken, load.experts.num_ffn_experts) * (ep - 1) / ep
     return 2.0 * tokens * rows * row

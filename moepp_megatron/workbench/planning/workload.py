@@ -8,10 +8,11 @@ from typing import Literal
 from moepp_megatron.config import Config
 from moepp_megatron.experts import ExpertLayout
 from moepp_megatron.workbench.planning.attention import Attention, attention_of
+from moepp_megatron.workbench.planning.grid import Dispatcher
+from moepp_megatron.workbench.planning.latent_attention import LatentAttention
 
 # "fused": Transformer Engine's; "local": megatron-core's own and this package's, as on a CPU.
 Modules = Literal["fused", "local"]
-Dispatcher = Literal["alltoall", "alltoall_dedup", "allgather", "flex"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class Experts(ExpertLayout):
         shared_size: Inner width of the shared expert, 0 for none.
         shared_gate: Whether a gate weighs the shared expert's output.
         dispatcher: How tokens reach their experts.
+        permute_fused: Tokens are permuted by fused kernels.
+        most_nodes: A token's experts lie on at most so many nodes; None for any.
     """
 
     ffn_share: float
@@ -31,6 +34,8 @@ class Experts(ExpertLayout):
     shared_size: int = 0
     shared_gate: bool = False
     dispatcher: Dispatcher = "alltoall"
+    permute_fused: bool = True
+    most_nodes: int | None = None
 
     @property
     def ffn_per_token(self) -> float:
@@ -91,6 +96,9 @@ class Workload:
         extra_layers: MoE layers on the last stage beside `is_moe` (multi-token prediction), each
             with an output layer of its own.
         modules: Kind of modules, which decides what is kept for the backward pass.
+        graphs: Parts of a layer that run as CUDA graphs, so that the host does not issue them one
+            by one: attn, mlp, moe_router, moe_preprocess, moe, full_iteration.
+        gated: FFNs of dense layers have a gate: three matrices instead of two.
     """
 
     hidden: int
@@ -106,6 +114,8 @@ class Workload:
     causal_share: float = 0.5
     extra_layers: int = 0
     modules: Modules = "fused"
+    graphs: frozenset[str] = frozenset()
+    gated: bool = True
 
     @classmethod
     def from_config(cls, config: Config, modules: Modules = "fused") -> Workload:
@@ -123,6 +133,7 @@ class Workload:
             batch=config.training.global_batch_size,
             numbers=Numbers(precision.dtype, precision.recipe, precision.fp8_param),
             modules=modules,
+            graphs=frozenset(config.training.cuda_graphs),
         )
 
     @property
@@ -135,9 +146,49 @@ class Workload:
         """The MoE layer without a gating residual; `layers` where there is none."""
         return self.is_moe.index(True) if any(self.is_moe) else self.layers
 
+    def with_facts(
+        self,
+        *,
+        gradient_bytes: int,
+        moment_bytes: int,
+        extra_layers: int,
+        window: int | None,
+        window_every: int,
+        ungated_size: int | None,
+        key_norm: bool,
+        most_nodes: int | None,
+        permute_fused: bool,
+    ) -> Workload:
+        """The same model with what no configuration says (`measured.rows.Beyond`)."""
+        attention = self.attention
+        if key_norm and isinstance(attention, LatentAttention):
+            attention = replace(attention, has_norms=True)
+        return replace(
+            self,
+            attention=attention,
+            numbers=replace(self.numbers, gradient_bytes=gradient_bytes, moment_bytes=moment_bytes),
+            extra_layers=extra_layers,
+            causal_share=_seen_share(self.seq, window, window_every),
+            dense_size=ungated_size or self.dense_size,
+            gated=ungated_size is None,
+            experts=replace(self.experts, most_nodes=most_nodes, permute_fused=permute_fused),
+        )
+
+    def with_dispatcher(self, dispatcher: Dispatcher) -> Workload:
+        """The same model with another dispatcher."""
+        return replace(self, experts=replace(self.experts, dispatcher=dispatcher))
+
     def at_share(self, ffn_share: float) -> Workload:
         """The same model with this share of selections on FFN experts."""
         return replace(self, experts=replace(self.experts, ffn_share=ffn_share))
+
+
+def _seen_share(seq: int, window: int | None, every: int) -> float:
+    """Share of a layer's scores that are computed, over layers of which every n-th has a window."""
+    seen = min(window or seq, seq)
+    # The first `seen` tokens see all before them, later ones `seen`.
+    windowed = seen / seq - (seen / seq) ** 2 / 2
+    return windowed / every + 0.5 * (1 - 1 / every)
 
 
 def _experts(config: Config) -> Experts:

@@ -12,8 +12,10 @@ formatting.py          numbers as a reader wants them
 hardware.py            what the run cost its machines: energy, GPU-hours, MFU
 router_health_plots.py plots of the routers' health; docs/routing.md says what each number means
 healthy.py             what is healthy: the ranges of docs/routing.md
+measured.py            `moepp plan --measured` on the terminal, as JSON, and as tables of the docs
 page.py                the page itself: numbers, plots and configuration put into the template
 plan.py                `moepp plan` on the terminal, as JSON, and as a plot of where the time goes
+plan_models.py         the models of a plan beside each other: speed, and what a whole run takes
 plot.py                one plot of the page, or a sentence instead of it
 profile_comparison.py  two profiles side by side: what changed, in words and a plot
 progress.py            how far a measurement is

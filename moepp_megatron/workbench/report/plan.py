@@ -16,15 +16,23 @@ from rich import box
 from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
-from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.planning.coster import GIB
 from moepp_megatron.workbench.planning.links import placement
+from moepp_megatron.workbench.planning.measured.published import error_range
+from moepp_megatron.workbench.planning.outlook import outlook_of
 from moepp_megatron.workbench.planning.plan import Plan
 from moepp_megatron.workbench.planning.planned import Planned
-from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, MUTED, STYLE, VERMILION
-
-_LOG_WIDTH = 120
+from moepp_megatron.workbench.report.plan_models import (
+    how_well,
+    model_name,
+    models,
+    models_table,
+    outlooks_table,
+    short_name,
+    size_words,
+)
+from moepp_megatron.workbench.report.terminal import print_whole
 
 # Bars: the legend's names and colours, and the names in `StepTime.seconds` that they add up.
 _BARS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -37,8 +45,17 @@ _BARS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("embedding, output layer, loss", "#52606d", ("output",)),
     ("recomputation", "#f0e442", ("recomputation",)),
-    ("expert exchange, exposed", VERMILION, ("expert exchange",)),
-    ("tensor and context parallel", "#e69f00", ("tensor parallel", "context parallel")),
+    (
+        "expert exchange, exposed",
+        VERMILION,
+        ("expert exchange", "sizes of the exchange"),
+    ),
+    (
+        "tensor and context parallel",
+        "#e69f00",
+        ("tensor parallel", "context parallel", "sharded parameters"),
+    ),
+    ("waiting for the host", "#000000", ("waiting for the host",)),
     ("pipeline: bubble and transfers", "#cc79a7", ("pipeline bubble", "pipeline transfers")),
     ("data parallel, optimizer", GREEN, ("data parallel", "optimizer")),
 )
@@ -52,52 +69,47 @@ _WHY = {
 }
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _LOG_WIDTH
-    return console
-
-
 def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
     """Print the best layouts, why the others lose, and a comparison of the models."""
-    console = _console()
     load = plan.layouts[0].step.load if plan.layouts else None
     hardware = plan.machine.hardware
-    console.print(
+    print_whole(
         f"{plan.search.legal:,} legal layouts on {plan.world:,} {hardware.name}, "
         f"{plan.search.legal - len(plan.search.over):,} of them fit "
-        f"{plan.machine.memory_bytes / GIB:.1f} GiB"
+        f"{plan.machine.usable_bytes / GIB:.1f} GiB"
     )
-    console.print(_layouts(plan))
+    print_whole(_layouts(plan))
     for number, planned in enumerate(plan.layouts, start=1):
-        console.print(f"{number}  {explain(plan, planned)}", soft_wrap=True)
-    console.print()
+        print_whole(f"{number}  {explain(plan, planned)}")
+    print_whole("")
     for line in _losses(plan):
-        console.print(line, soft_wrap=True)
+        print_whole(line)
     if plan.best is None:
         return
-    console.print(_models(plan, tokens, price))
+    errors = error_range(plan.config, plan.machine)
+    print_whole(models_table(plan, errors))
+    print_whole(outlooks_table(plan, tokens, price, errors))
     if load is not None and load.mean > 1:
-        console.print(
+        print_whole(
             f"fullest rank over mean, in a layer: {load.mean:.2f} on average (half of the layers "
             f"below {load.median:.2f}, nine in ten below {load.p90:.2f}); times hold the average",
-            soft_wrap=True,
         )
-    console.print("estimates: docs/planning.md says how well they hold", soft_wrap=True)
+    print_whole(how_well(errors))
 
 
 def _layouts(plan: Plan) -> Table:
     table = Table(title="layouts, best first", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("", "TP", "CP", "PP", "VPP", "EP", "ETP", "DP", "MBS"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("recompute, overlap")
+    table.add_column("recompute, overlap, dispatcher")
     for name in ("GiB", "step s", "tok/s/GPU", "TFLOP/s", "MFU", "a2a"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, planned in enumerate(plan.layouts, start=1):
         grid = planned.grid
         degrees = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp, grid.dp)
         extras = list(grid.recompute) + (["a2a overlap"] if grid.expert_overlap else [])
+        if grid.ep > 1 and grid.dispatcher is not None:
+            extras.append(grid.dispatcher)
         table.add_row(
             str(number) if planned.fits else "no",
             *(str(degree) for degree in degrees),
@@ -108,7 +120,7 @@ def _layouts(plan: Plan) -> Table:
             f"{planned.tokens_per_s_per_gpu:,.0f}",
             f"{planned.tflops_per_gpu:.0f}",
             f"{planned.mfu:.1%}",
-            _size(planned.step.exchange_bytes),
+            size_words(planned.step.exchange_bytes),
         )
     return table
 
@@ -116,7 +128,7 @@ def _layouts(plan: Plan) -> Table:
 def explain(plan: Plan, planned: Planned) -> str:
     """One line on a layout: its time by parts, the links of its exchange, its losses."""
     if not planned.fits:
-        over = planned.memory_gib - plan.machine.memory_bytes / GIB
+        over = planned.memory_gib - plan.machine.usable_bytes / GIB
         return f"does not fit: {over:.1f} GiB too many on the fullest rank"
     step = planned.step
     shares = {name: seconds / step.total for name, seconds in _bars(step.seconds).items()}
@@ -133,6 +145,8 @@ def explain(plan: Plan, planned: Planned) -> str:
     if best is None or planned is best:
         return text
     slower = step.total / best.step.total - 1
+    if slower < 0:
+        return f"{slower:.1%}, within the model's error, and less simple than 1; {text}"
     ours, theirs = _bars(step.seconds), _bars(best.step.seconds)
     name = max(ours, key=lambda key: ours[key] - theirs[key])
     more = (ours[name] - theirs[name]) / best.step.total
@@ -147,63 +161,14 @@ def _losses(plan: Plan) -> list[str]:
             f"memory: {len(search.over):,} layouts do not fit, half of them by more than "
             f"{median(search.over) / GIB:,.1f} GiB"
         )
+    if search.spared:
+        lines.append(f"{search.spared:,} repeat computation although they fit without it")
     for name, count in sorted(search.lost.items(), key=lambda item: -item[1]):
         lines.append(
             f"{count:,} lose most by {_WHY[name]}: half of them take over "
             f"{search.gaps[name]:.0%} longer"
         )
     return lines
-
-
-def _models(plan: Plan, tokens: float, price: float | None) -> Table:
-    title = f"MoE++ beside vanilla, each in its best layout; {formatting.big_count(tokens)} tokens"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("model")
-    for name in ("phi", "step s", "speed-up", "tok/s/GPU", "a2a", "days", "GPU hours"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if price is not None:
-        table.add_column("money", justify="right", no_wrap=True)
-    table.add_column("layout")
-    best = plan.best
-    assert best is not None, "only a plan with a layout that fits is compared"
-    base = next((planned for planned in plan.baselines if planned.kind == "vanilla"), best)
-    for planned in models(plan):
-        hours = plan.hours(planned, tokens)
-        name = "vanilla" if planned.tau is None else f"MoE++ tau {planned.tau:g}"
-        row = [
-            name if planned.fits else f"{name} (does not fit)",
-            f"{planned.ffn_share:.3f}",
-            f"{planned.step.total:.3f}",
-            f"{base.step.total / planned.step.total:.2f}",
-            f"{planned.tokens_per_s_per_gpu:,.0f}",
-            _size(planned.step.exchange_bytes),
-            f"{hours / 24:,.1f}",
-            f"{hours * plan.world:,.0f}",
-        ]
-        if price is not None:
-            row.append(f"{hours * plan.world * price:,.0f}")
-        table.add_row(*row, _short_name(planned))
-    return table
-
-
-def _size(count: float) -> str:
-    """Format bytes as GB or TB."""
-    if count >= 10e12:
-        return f"{count / 1e12:,.0f} TB"
-    return f"{count / 1e9:,.0f} GB" if count else "0"
-
-
-def models(plan: Plan) -> list[Planned]:
-    """The best layout of each model: vanilla first, then by tau."""
-    best = [plan.best] if plan.best else []
-    return sorted([*plan.baselines, *best], key=lambda one: (one.tau is not None, -(one.tau or 0)))
-
-
-def _short_name(planned: Planned) -> str:
-    """A layout's degrees above 1, such as TP2 PP8 EP64 MBS1."""
-    grid = planned.grid
-    replicas = [f"DP{grid.dp}"] if grid.dp > 1 else []
-    return " ".join([*grid.splits, *replicas, f"MBS{grid.micro_batch}"])
 
 
 def _bars(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -213,22 +178,39 @@ def _bars(seconds: Mapping[str, float]) -> dict[str, float]:
     return {name: sum(seconds.get(part, 0.0) for part in parts) for name, _, parts in _BARS}
 
 
-def write_json(path: Path, plan: Plan, simulation: Mapping[str, Any] | None = None) -> None:
+def write_json(
+    path: Path,
+    plan: Plan,
+    tokens: float,
+    price: float | None,
+    simulation: Mapping[str, Any] | None = None,
+) -> None:
     """Write a list of layouts, those that fit first, then by step time.
+
+    The record of the plan, which `--out` writes, has `plan: true`.
 
     Args:
         path: The file.
         plan: The plan.
-        simulation: The simulation of the best layout, for its key `simulation`.
+        tokens: Tokens of the run.
+        price: Price of a GPU hour.
+        simulation: The simulation of the plan's layout, for its key `simulation`.
     """
     layers = plan.config.model.num_layers
-    ordered = sorted(
-        [*plan.layouts, *plan.baselines], key=lambda one: (not one.fits, one.step.total)
-    )
-    records = [planned.record(layers) for planned in ordered]
-    if simulation is not None:
-        # By value, for a baseline may be faster than the best layout of the configured model.
-        records[ordered.index(plan.layouts[0])]["simulation"] = dict(simulation)
+    shown = [*plan.layouts, *plan.baselines]
+    if plan.fastest and all(plan.fastest.grid != one.grid for one in plan.layouts):
+        shown.append(plan.fastest)
+    errors = error_range(plan.config, plan.machine)
+    records = []
+    for planned in sorted(shown, key=lambda one: (not one.fits, one.step.total)):
+        record = planned.record(layers)
+        record["plan"] = planned is plan.best
+        found = outlook_of(planned, plan.world, plan.machine, tokens, price, errors)
+        record["run"] = found.record()
+        record["step_time_range_s"] = errors and errors.of(planned.step.total)
+        if simulation is not None and planned is plan.best:
+            record["simulation"] = dict(simulation)
+        records.append(record)
     text = json.dumps(records, indent=1)
     write_result(path, (text + "\n").encode())
 
@@ -237,10 +219,9 @@ def plot(path: Path, plan: Plan) -> None:
     """Plot stacked bars: the first layouts, and each model in its best layout."""
     entries: list[tuple[str, Planned]] = []
     for planned in models(plan):
-        name = "vanilla" if planned.tau is None else f"MoE++ tau {planned.tau:g}"
-        entries.append((f"{name}\n{_short_name(planned)}", planned))
+        entries.append((f"{model_name(planned)}\n{short_name(planned)}", planned))
     for number, planned in enumerate(plan.layouts[1:], start=2):
-        entries.append((f"layout {number}\n{_short_name(planned)}", planned))
+        entries.append((f"layout {number}\n{short_name(planned)}", planned))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 1.9 + 0.46 * len(entries)), layout="constrained")
         axis = figure.subplots()

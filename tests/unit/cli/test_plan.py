@@ -10,6 +10,7 @@ import pytest
 
 from moepp_megatron.cli import main
 from moepp_megatron.config import Layout, load_config
+from moepp_megatron.config.hardware import load_hardware
 
 CONFIG = """\
 run: {dir: runs/test, name: planned}
@@ -82,7 +83,20 @@ def test_table_json_plot_and_layout(plan, tmp_path: Path, capsys) -> None:
     written = load_config(out)
     assert written.moe.tau == 0.5
     assert Layout.from_config(written, 16).world_size == 16
-    best = next(record for record in records if record["tau"] == 0.5)
+    [best] = [record for record in records if record["plan"]]
+    assert best["tau"] == 0.5
+    run = best["run"]
+    assert run["tokens"] == 1e9
+    # A price for each GPU hour, those that failures cost included.
+    assert run["money"] == pytest.approx(2.5 * run["gpu_hours"])
+    assert run["gpu_hours"] == pytest.approx(24 * 16 * (run["days"] + run["lost_days"]))
+    assert 0 < run["lost_days"] < run["days"]
+    assert run["low_days"] < run["days"] + run["lost_days"] < run["high_days"]
+    assert run["money_per_million"] == pytest.approx(run["money"] / 1e3)
+    assert run["energy_mwh"] == pytest.approx(run["gpu_hours"] * 700 / 1e6)
+    assert best["vanilla_step_time_s"] > 0
+    low, high = best["step_time_range_s"]
+    assert low < best["step_time_s"] < high
     assert best["layout"]["micro_batch_size"] == written.training.micro_batch_size
     # Model FLOP/s and tokens/s are two sides of the same step.
     assert best["tokens_per_s_per_gpu"] == pytest.approx(64 * 2048 / best["step_time_s"] / 16)
@@ -169,8 +183,11 @@ def test_a_model_too_large_is_said_after_the_nearest_misses(plan, capsys, tmp_pa
 
 def test_the_configuration_is_not_overwritten(plan, capsys, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
+    # Refused before the search: nothing is printed.
     assert plan("--out", str(config)) == 2
-    assert "must not be CONFIG itself" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "must not exist yet" in told.err
+    assert not told.out
     assert config.read_text() == CONFIG
 
 
@@ -211,3 +228,45 @@ def test_steps_that_differ_are_told_from_rounding() -> None:
 
     assert varies(study([1.0, 1.001, 1.0]))
     assert not varies(study([1.0, 1.0 + 1e-12]))
+
+
+def test_the_model_is_held_to_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    from moepp_megatron.workbench.planning.measured.published import SET_NUMBERS
+
+    def call(*options: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["moepp", "plan", *options])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        return int(ended.value.code or 0)
+
+    rows = [one for one in json.loads(SET_NUMBERS.read_text()) if one["hardware"] == "b200"]
+    rows[0]["measured"]["peak_memory_gib"] = 100.0
+    rows.append({**rows[0], "name": "not measured", "pair": [], "measured": {}})
+    file, data, mine = (tmp_path / name for name in ("rows.json", "errors.json", "mine.yaml"))
+    file.write_text(json.dumps(rows))
+    assert call("--measured", str(file), "--json", str(data), "--fit", str(mine)) == 0
+    told = capsys.readouterr().out
+    for text in ("Llama-3 8B MXFP8, 8", "errors of rows in scope in", "ratio: ", "left out"):
+        assert text in told
+    found = json.loads(data.read_text())
+    assert [one["name"] for one in found] == [one["name"] for one in rows]
+    assert found[-1]["error"] is None
+    for one, row in zip(found[:-1], rows[:-1], strict=True):
+        predicted = one["predicted"]
+        assert predicted.keys() == {"tokens_per_s_per_gpu", "step_time_s", "peak_memory_gib"}
+        measured = row["measured"]["tokens_per_s_per_gpu"]
+        assert one["error"] == pytest.approx(predicted["tokens_per_s_per_gpu"] / measured - 1)
+        assert one["measured"] == row["measured"]
+    # The fitted file is one that the next plan takes; it is not written over.
+    assert load_hardware(str(mine)).name == "b200"
+    assert call("--measured", str(file), "--fit", str(mine)) == 2
+    for options, says in (
+        (["--measured", str(file), "config.yaml"], "must come without CONFIG"),
+        (["--fit", str(mine)], "must come with --measured"),
+        ([], "CONFIG must be given, or --measured FILE"),
+        (["--measured", str(tmp_path / "none.json")], "cannot be read"),
+    ):
+        capsys.readouterr()
+        assert call(*options) == 2
+        assert says in capsys.readouterr().err

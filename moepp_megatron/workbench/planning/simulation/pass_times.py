@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.layer_time import (
-    CONTEXT,
-    EXCHANGE,
-    TENSOR,
+    NETWORK,
     PassTime,
     edge_time,
     layer_key,
@@ -25,7 +23,6 @@ Values = NDArray[np.float64]
 
 # Loads at which a layer is timed; in between, times are interpolated.
 _POINTS = 49
-_COMMUNICATION = (TENSOR, CONTEXT, EXCHANGE)
 
 
 @dataclass(frozen=True)
@@ -102,4 +99,4 @@ def computing_share(time: PassTime) -> float:
     """Share of a layer's passes without exposed communication."""
     if time.total == 0:
         return 1.0
-    return 1.0 - sum(time.seconds.get(name, 0.0) for name in _COMMUNICATION) / time.total
+    return 1.0 - sum(time.seconds.get(name, 0.0) for name in NETWORK) / time.total

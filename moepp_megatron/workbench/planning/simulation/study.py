@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.grid import Dispatcher, Grid
 from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.simulation.assumptions import Assumptions
@@ -20,7 +20,7 @@ from moepp_megatron.workbench.planning.simulation.load import EVEN, LoadSource
 from moepp_megatron.workbench.planning.simulation.result import Simulated
 from moepp_megatron.workbench.planning.simulation.step import Conditions, simulate
 from moepp_megatron.workbench.planning.step import step_time
-from moepp_megatron.workbench.planning.workload import Dispatcher, Workload
+from moepp_megatron.workbench.planning.workload import Workload
 
 # Steps of a layout that is only compared.
 _FEW = 20

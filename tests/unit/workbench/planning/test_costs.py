@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import Config, parse_config
+from moepp_megatron.config import Config, parse_config, with_overrides
 from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.workbench.planning.coster import GIB, Coster
+from moepp_megatron.workbench.planning.efficiency import Efficiencies
 from moepp_megatron.workbench.planning.grid import FULL, Grid
-from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, LEARNED
-from moepp_megatron.workbench.planning.layer_time import layer_time
+from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, LEARNED, early
+from moepp_megatron.workbench.planning.layer_time import (
+    HOST,
+    METADATA,
+    SHARDING,
+    PassTime,
+    layer_time,
+)
+from moepp_megatron.workbench.planning.links import Placement
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
 from moepp_megatron.workbench.planning.memory import fullest_rank, memory_of
 from moepp_megatron.workbench.planning.parts import Layer, embedding_part, layer_parts, output_part
@@ -28,8 +37,13 @@ from moepp_megatron.workbench.planning.pipeline import (
 from moepp_megatron.workbench.planning.rates import Product, product_seconds
 from moepp_megatron.workbench.planning.simulation.schedule import step_graph
 from moepp_megatron.workbench.planning.step import BUBBLE, OPTIMIZER, step_time
-from moepp_megatron.workbench.planning.traffic import exchanged_bytes
-from moepp_megatron.workbench.planning.workload import Workload
+from moepp_megatron.workbench.planning.traffic import (
+    exchanged_bytes,
+    hierarchical_rows,
+    layer_traffic,
+)
+from moepp_megatron.workbench.planning.workload import Numbers, Workload
+from tests.unit.workbench.planning.test_cpu import RATES
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +257,149 @@ def test_planning_imports_no_torch() -> None:
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             assert not any(name.split(".")[0] in ("torch", "megatron") for name in names), path
+
+
+def narrow(**changes: object) -> Workload:
+    """64 narrow experts, which a host issues more slowly than the GPU finishes them."""
+    load = Workload.from_config(configured(num_ffn_experts=64, ffn_hidden_size=256, router_topk=4))
+    return replace(load, **changes)
+
+
+def seconds_of(load: Workload, grid: Grid, machine: Machine) -> PassTime:
+    rows = grid.tokens(load.seq) * load.experts.ffn_per_token
+    return layer_time(load, grid, machine, True, rows, 1.0)
+
+
+def with_reached(**values: float) -> Machine:
+    return machine_of(load_hardware("h100_sxm"), Efficiencies.of(values, "a test"))
+
+
+def test_a_slow_host_decides_over_many_small_kernels() -> None:
+    grid = Grid(8, ep=2)
+    fast = seconds_of(narrow(), grid, with_reached(launch_s=1e-9))
+    assert HOST not in fast.seconds
+    slow = seconds_of(narrow(), grid, with_reached(launch_s=60e-6))
+    kernels = [
+        (part.forward.kernels, part.backward.kernels)
+        for part in layer_parts(narrow(), grid, Layer(True, 1024.0, True))
+    ]
+    # Six products an expert at least, each of its own kernel.
+    assert sum(map(sum, kernels)) > 6 * 32
+    assert slow.backward == pytest.approx(60e-6 * sum(back for _, back in kernels))
+    assert slow.seconds[HOST] > 0
+    assert slow.total > 2 * fast.total
+    assert sum(slow.seconds.values()) == pytest.approx(slow.total)
+    # Wide experts hide the same host.
+    wide = replace(narrow(), experts=replace(narrow().experts, ffn_size=16384))
+    assert HOST not in seconds_of(wide, grid, with_reached(launch_s=10e-6)).seconds
+
+
+def test_graphs_take_kernels_off_the_host() -> None:
+    grid, machine = Grid(8, ep=2), with_reached(launch_s=60e-6)
+    scopes = [set(), {"attn"}, {"attn", "moe_router"}, {"full_iteration"}]
+    times = [seconds_of(narrow(graphs=frozenset(scope)), grid, machine).total for scope in scopes]
+    assert times == sorted(times, reverse=True)
+    assert len(set(times)) == len(times)
+    whole = seconds_of(narrow(graphs=frozenset({"full_iteration"})), grid, machine)
+    assert HOST not in whole.seconds
+
+
+def test_casts_to_fp8_are_kernels_of_each_expert() -> None:
+    grid, machine = Grid(8, ep=2), with_reached(launch_s=60e-6)
+    in_bf16 = seconds_of(narrow(), grid, machine).total
+    found = {
+        recipe: seconds_of(narrow(numbers=Numbers(fp8=recipe)), grid, machine).total
+        for recipe in ("blockwise", "tensorwise")
+    }
+    # More casts, more time: FP8 does not pay for narrow experts.
+    assert in_bf16 < found["blockwise"] < found["tensorwise"]
+
+
+def test_ranks_wait_for_sizes_once_a_forward_pass(h100: Machine) -> None:
+    plain, overlapped = Grid(8, ep=4), Grid(8, ep=4, expert_overlap=True)
+    reached = h100.reached
+    times = [seconds_of(LOAD, grid, h100).seconds.get(METADATA) for grid in (plain, overlapped)]
+    assert times == [reached.metadata_s, reached.metadata_beside_s]
+    again = seconds_of(LOAD, replace(plain, recompute=FULL), h100)
+    assert again.seconds[METADATA] == 2 * reached.metadata_s
+    assert METADATA not in seconds_of(LOAD, Grid(8), h100).seconds
+    gathered = LOAD.with_dispatcher("allgather")
+    assert METADATA not in seconds_of(gathered, plain, h100).seconds
+    graphs = frozenset({"attn", "moe_router", "moe_preprocess"})
+    captured = seconds_of(replace(LOAD, graphs=graphs), plain, h100)
+    assert captured.seconds[METADATA] == reached.metadata_beside_s
+
+
+def test_backward_one_of_three_tensor_collectives_is_exposed(h100: Machine) -> None:
+    traffic = layer_traffic(LOAD, Grid(8, tp=4), h100, False)
+    # Attention and FFN: a gather and a reduce-scatter each, forward.
+    assert traffic.tensor_backward == pytest.approx(traffic.tensor_forward / 2)
+    core = replace(h100, cpu=RATES)
+    assert layer_traffic(LOAD, Grid(8, tp=4), core, False).tensor_backward == pytest.approx(
+        1.5 * traffic.tensor_forward
+    )
+
+
+@pytest.mark.parametrize(("ranks", "counted"), [(16, 5.77), (32, 6.43), (64, 6.80)])
+def test_rows_over_nvlink_are_those_of_different_experts(ranks: int, counted: float) -> None:
+    """By drawing 8 of 128 experts: every wanted rank but the one where the token lands."""
+    found, _ = hierarchical_rows(Placement(ranks, 8), 8, 128)
+    rng = random.Random(1)
+    draws = 4000
+    copies = 0
+    for _ in range(draws):
+        own = rng.randrange(8)
+        wanted = {expert * ranks // 128 for expert in rng.sample(range(128), 8)}
+        copies += sum(rank % 8 != own for rank in wanted)
+    # The mean of 4,000 draws is within 0.03 of its expectation; counts are given to two digits.
+    assert found == pytest.approx(copies / draws, abs=0.05)
+    assert found == pytest.approx(counted, abs=0.015)
+
+
+def test_a_block_of_layers_is_recomputed(h100: Machine) -> None:
+    full = Grid(8, recompute=FULL)
+    some = [replace(full, recomputed_layers=count) for count in (0, 2, 4, 8)]
+    times = [step_time(LOAD, grid, h100, FORCED_BALANCE).total for grid in some]
+    assert times == sorted(times)
+    assert times[-1] == step_time(LOAD, full, h100, FORCED_BALANCE).total
+    assert times[0] == step_time(LOAD, Grid(8), h100, FORCED_BALANCE).total
+    # Even shares of the layers, beside what else a step does.
+    assert times[2] - times[1] == pytest.approx((times[-1] - times[0]) / 4, rel=0.01)
+    held = [fullest_rank(LOAD, grid, even_stages(8, 1, 1)).activations for grid in some]
+    assert held == sorted(held, reverse=True)
+    config = with_overrides(
+        configured(),
+        [
+            "training.recompute_granularity=full",
+            "training.recompute_method=block",
+            "training.recompute_num_layers=5",
+        ],
+    )
+    assert Grid.from_config(config, 8).recomputed_layers == 5
+
+
+def test_sharded_parameters_travel_with_every_micro_batch(h100: Machine) -> None:
+    whole, sharded = Grid(64), Grid(64, fully_sharded=True)
+    stages = even_stages(8, 1, 1)
+    held = [fullest_rank(LOAD, grid, stages) for grid in (whole, sharded)]
+    assert held[1].weights < held[0].weights / 32
+    assert held[1].optimizer == held[0].optimizer
+    slow = replace(h100, network=h100.network / 100)
+    times = [step_time(LOAD, sharded, machine, FORCED_BALANCE) for machine in (h100, slow)]
+    assert times[1].seconds[SHARDING] > times[0].seconds.get(SHARDING, 0.0)
+
+
+def test_recomputed_modules_add_up(h100: Machine) -> None:
+    names = [(), ("core_attn",), ("core_attn", "moe_act")]
+    times = [
+        step_time(LOAD, Grid(8, recompute=recompute), h100, FORCED_BALANCE).total
+        for recompute in names
+    ]
+    assert times == sorted(times)
+    assert len(set(times)) == 3
+
+
+def test_early_routing_is_less_even() -> None:
+    assert early(128).evenness == 2.0
+    assert early(8).evenness == LEARNED.evenness
+    assert early(256).evenness == early(1024).evenness

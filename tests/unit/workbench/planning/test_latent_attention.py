@@ -18,7 +18,6 @@ from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.latent_attention import LatentAttention
 from moepp_megatron.workbench.planning.memory import fullest_rank, memory_of, rank_memory
 from moepp_megatron.workbench.planning.pipeline import even_stages
-from moepp_megatron.workbench.planning.published.models import deepseek
 from moepp_megatron.workbench.planning.workload import Workload
 from tests.unit.workbench.planning.rank_builds import WORLD, build
 from tests.unit.workbench.planning.test_built_rank import settings
@@ -57,7 +56,7 @@ def test_deepseek_is_what_was_published() -> None:
     per_layer = counts.per_ffn_expert
     taken = counts.active + 58 * per_layer * 8 * (1 - config.moe.ffn_share)
     assert taken == pytest.approx(37e9, rel=0.02)
-    assert attention_of(config) == deepseek().attention
+    assert attention_of(config) == LatentAttention(128, 1536, 512, 128, 64, 128)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -1,0 +1,65 @@
+"""Work of a weight on a rank's rows: products, and casts where they are in FP8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moepp_megatron.workbench.planning.module_costs import COSTS
+from moepp_megatron.workbench.planning.rates import Product
+from moepp_megatron.workbench.planning.workload import Workload
+
+# Of casting a tensor to FP8: bytes an element (bf16 is read, rows and columns are written; for its
+# largest value it is read before), and kernels: the cast; before it the largest value in two steps
+# and the scale; after it the layout of the scales.
+_CASTS = {"blockwise": (4.0, 1), "delayed": (4.0, 1), "tensorwise": (6.0, 4), "mxfp8": (4.0, 3)}
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWork:
+    """Work of a weight.
+
+    Attributes:
+        forward: Products forward.
+        backward: Products backward.
+        moved: Bytes of casts to FP8 forward.
+        moved_back: The same backward, and of adding the weight's gradient to the others, where the
+            product does not.
+        casts: Kernels of the casts of one direction.
+    """
+
+    forward: tuple[Product, ...]
+    backward: tuple[Product, ...]
+    moved: float
+    moved_back: float
+    casts: int
+
+
+def _product_number(load: Workload) -> str:
+    """The format of the matrix products."""
+    if load.numbers.fp8 is None:
+        return load.numbers.dtype
+    return {"blockwise": "fp8_blockwise", "mxfp8": "mxfp8"}.get(load.numbers.fp8, "fp8")
+
+
+def linear_work(
+    load: Workload, rows: float, outputs: float, inputs: float, groups: int = 1
+) -> LinearWork:
+    """Work of a weight [outputs, inputs] on `rows` rows per group."""
+    number = _product_number(load)
+    forward = (Product(rows, outputs, inputs, groups, number),)
+    backward = (
+        Product(rows, inputs, outputs, groups, number),
+        Product(outputs, inputs, rows, groups, number),
+    )
+    if load.numbers.fp8 is None:
+        accumulated = COSTS[load.modules].accumulated * outputs * inputs * groups
+        return LinearWork(forward, backward, 0.0, accumulated, 0)
+    element, kernels = _CASTS[load.numbers.fp8]
+    return LinearWork(
+        forward,
+        backward,
+        element * rows * inputs * groups,
+        element * rows * outputs * groups,
+        # The weight's cast is kept over a step's micro-batches.
+        kernels * groups,
+    )

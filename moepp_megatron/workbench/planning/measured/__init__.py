@@ -1,0 +1,1 @@
+"""Measured runs beside the model: their format, errors by family, machine inputs fitted to them."""

@@ -1,0 +1,147 @@
+"""`moepp plan --measured` on the terminal, as JSON, and as tables for docs/planning.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from moepp_megatron.runtime.atomic import write_result
+from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.measured.compare import (
+    Comparison,
+    FamilyErrors,
+    family_errors,
+    pair_errors,
+)
+from moepp_megatron.workbench.planning.measured.fit import Fit
+from moepp_megatron.workbench.report.terminal import print_whole
+
+
+def print_measured(comparisons: Sequence[Comparison]) -> None:
+    """Print predicted beside measured, errors by family, and ratios of pairs."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("run", overflow="fold")
+    table.add_column("scope")
+    for name in ("tok/s/GPU", "measured", "error", "GiB", "measured", "step s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in comparisons:
+        measured, peak = one.run.tokens_per_s_per_gpu, one.run.row.measured.peak_memory_gib
+        table.add_row(
+            one.run.row.name,
+            one.run.row.scope,
+            f"{one.tokens_per_s_per_gpu:,.0f}",
+            "-" if measured is None else f"{measured:,.0f}",
+            "-" if one.error is None else f"{one.error:+.1%}",
+            f"{one.memory_gib:.1f}",
+            "-" if peak is None else f"{peak:.1f}",
+            f"{one.step.total:.3f}",
+        )
+    print_whole(table)
+    for scopes in (("in",), ("in", "near")):
+        title = f"errors of rows in scope {' and '.join(scopes)}"
+        print_whole(_families(title, family_errors(comparisons, scopes)))
+    pairs = pair_errors(comparisons)
+    for pair in pairs:
+        print_whole(
+            f"ratio: {pair.predicted:.2f}, measured {pair.measured:.2f} ({pair.error:+.1%}): "
+            f"{pair.name}",
+        )
+    for one in comparisons:
+        if one.run.unused:
+            facts = ", ".join(one.run.unused)
+            print_whole(f"not used: {facts} of {one.run.row.name}")
+
+
+def _families(title: str, found: dict[str, FamilyErrors]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("family")
+    for name in ("rows", "median", "largest", "too fast", "eight in ten took, of the estimate"):
+        table.add_column(name, justify="right")
+    for family, errors in found.items():
+        table.add_row(
+            family,
+            str(errors.rows),
+            f"{errors.median:.1%}",
+            f"{errors.largest:.1%}",
+            f"{errors.fast} of {errors.rows}",
+            f"{errors.tenth:.2f} to {errors.nine_tenths:.2f}",
+        )
+    return table
+
+
+def print_fit(fit: Fit) -> None:
+    """Print what was fitted, and the errors before, after and of rows left out."""
+    table = Table(title="fitted inputs", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("input")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, (before, after) in fit.changed.items():
+        table.add_row(name, f"{before:.4g}", f"{after:.4g}")
+    print_whole(table)
+    for name, errors in (("before", fit.before), ("after", fit.after), ("left out", fit.held_out)):
+        print_whole(f"median error of {len(errors)} rows, {name}: {_median(errors):.1%}")
+    print_whole("left out: each row by the inputs that all others give, linear around the fit")
+
+
+def _median(errors: Sequence[float]) -> float:
+    ordered = sorted(map(abs, errors))
+    middle = len(ordered) // 2
+    return (ordered[middle] + ordered[~middle]) / 2
+
+
+def write_measured(path: Path, comparisons: Iterable[Comparison]) -> None:
+    """Write one entry for every row, in their order."""
+    records = [one.record() for one in comparisons]
+    write_result(path, (json.dumps(records, indent=1) + "\n").encode())
+
+
+def rows_table(comparisons: Iterable[Comparison]) -> str:
+    """The comparisons as a table for docs/planning.md."""
+    lines = [
+        "| run | GPUs | layout | tokens/s/GPU | model | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in comparisons:
+        measured = one.run.tokens_per_s_per_gpu
+        if measured is None or one.error is None:
+            continue
+        name = one.run.row.name + ("" if one.run.row.scope == "in" else f" ({one.run.row.scope})")
+        lines.append(
+            f"| {name} | {one.run.row.gpus:,} | {layout_words(one.run.grid)} | {measured:,.0f} "
+            f"| {one.tokens_per_s_per_gpu:,.0f} | {one.error:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def families_table(chosen_by: Iterable[Comparison], shown_on: Iterable[Comparison]) -> str:
+    """Errors by family of the runs that set numbers and of those that did not."""
+    sets, others = family_errors(chosen_by), family_errors(shown_on)
+    near = family_errors(shown_on, ("near",))
+    lines = [
+        "| family | set numbers: rows, median | held out: rows, median, largest | held out, near |",
+        "|---|---|---|---|",
+    ]
+    for family in sorted({*sets, *others, *near}):
+        cells = [
+            _cell(found.get(family), largest)
+            for found, largest in ((sets, False), (others, True), (near, True))
+        ]
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(errors: FamilyErrors | None, largest: bool) -> str:
+    if errors is None:
+        return "-"
+    text = f"{errors.rows}, {errors.median:.1%}"
+    return f"{text}, {errors.largest:.0%}" if largest else text
+
+
+def layout_words(grid: Grid) -> str:
+    """Degrees above 1, such as TP2 PP8 EP64, overlap."""
+    text = " ".join(grid.splits) or "data parallel"
+    return text + (", overlap" if grid.expert_overlap else "")

@@ -1,0 +1,130 @@
+"""The models of a plan beside each other: speed, and what a whole run takes."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from moepp_megatron.workbench.planning.measured.published import Range
+from moepp_megatron.workbench.planning.outlook import outlook_of
+from moepp_megatron.workbench.planning.plan import Plan
+from moepp_megatron.workbench.planning.planned import Planned
+from moepp_megatron.workbench.report import formatting
+
+
+def models_table(plan: Plan, errors: Range | None) -> Table:
+    """Speed of each model in its fastest layout, and beside vanilla in the same one.
+
+    Args:
+        plan: The plan.
+        errors: How far such estimates were off.
+    """
+    title = "MoE++ beside vanilla, each in its fastest layout"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("model", no_wrap=True)
+    for name in ("phi", "step s", "range", "speed-up", "same layout", "tok/s/GPU", "a2a"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("layout")
+    shown = models(plan)
+    base = next((planned for planned in shown if planned.kind == "vanilla"), shown[0])
+    for planned in shown:
+        beside, room = planned.vanilla_step_s, "" if planned.vanilla_fits else " (no room)"
+        table.add_row(
+            model_name(planned),
+            f"{planned.ffn_share:.3f}",
+            f"{planned.step.total:.3f}",
+            _step_range(planned, errors),
+            f"{base.step.total / planned.step.total:.2f}",
+            "-" if beside is None else f"{beside / planned.step.total:.2f}{room}",
+            f"{planned.tokens_per_s_per_gpu:,.0f}",
+            size_words(planned.step.exchange_bytes),
+            short_name(planned),
+        )
+    return table
+
+
+def _step_range(planned: Planned, errors: Range | None) -> str:
+    if errors is None:
+        return "-"
+    low, high = errors.of(planned.step.total)
+    return f"{low:.3f} to {high:.3f}"
+
+
+def model_name(planned: Planned) -> str:
+    """The model in words."""
+    name = "vanilla" if planned.tau is None else f"MoE++ tau {planned.tau:g}"
+    return name if planned.fits else f"{name} (does not fit)"
+
+
+def outlooks_table(plan: Plan, tokens: float, price: float | None, errors: Range | None) -> Table:
+    """Days, energy and money of a whole run of each model.
+
+    Args:
+        plan: The plan.
+        tokens: Tokens to train on.
+        price: Price of a GPU hour.
+        errors: How far such estimates were off.
+    """
+    title = f"a run of {formatting.big_count(tokens)} tokens, with checkpoints and failures"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("model", no_wrap=True)
+    names = ["days", "of these lost", "range", "GPU hours", "MWh"]
+    if price is not None:
+        names += ["money", "of it lost", "range", "a million tokens"]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for planned in models(plan):
+        found = outlook_of(planned, plan.world, plan.machine, tokens, price, errors)
+        row = [
+            f"{found.all_days:,.1f}",
+            f"{found.lost_days:,.2f}",
+            _range(found.low_days, found.high_days, ",.1f"),
+            f"{found.gpu_hours:,.0f}",
+            "-" if found.energy_mwh is None else f"{found.energy_mwh:,.4g}",
+        ]
+        if found.money is not None:
+            row += [
+                f"{found.money:,.0f}",
+                f"{found.lost_money:,.0f}",
+                _range(found.low_money, found.high_money, ",.0f"),
+                f"{found.money_per_million:.4g}",
+            ]
+        table.add_row(model_name(planned), *row)
+    return table
+
+
+def _range(low: float | None, high: float | None, form: str) -> str:
+    return "-" if low is None or high is None else f"{low:{form}} to {high:{form}}"
+
+
+def how_well(errors: Range | None) -> str:
+    """How far such estimates were off."""
+    if errors is None:
+        return "estimates: docs/planning.md says how well they hold"
+    found = errors.errors
+    whose = f"{found.rows} published runs ({errors.family}) that set no number of the model"
+    other = "" if errors.is_own else "; there are too few of this GPU"
+    return (
+        f"estimates, off by {found.median:.0%} in the median of {whose}{other}. Ranges hold eight "
+        "in ten of them; MWh at the GPUs' rated power; failures as in moepp plan --simulate"
+    )
+
+
+def size_words(count: float) -> str:
+    """Format bytes as GB or TB."""
+    if count >= 10e12:
+        return f"{count / 1e12:,.0f} TB"
+    return f"{count / 1e9:,.0f} GB" if count else "0"
+
+
+def models(plan: Plan) -> list[Planned]:
+    """Each model in its fastest layout: vanilla first, then by tau."""
+    own = [plan.fastest] if plan.fastest else []
+    return sorted([*plan.baselines, *own], key=lambda one: (one.tau is not None, -(one.tau or 0)))
+
+
+def short_name(planned: Planned) -> str:
+    """A layout's degrees above 1, such as TP2 PP8 EP64 MBS1."""
+    grid = planned.grid
+    replicas = [f"DP{grid.dp}"] if grid.dp > 1 else []
+    return " ".join([*grid.splits, *replicas, f"MBS{grid.micro_batch}"])
