@@ -70,9 +70,8 @@ class Metric:
             ``class`` a class of tokens; empty for a single number.
         guard: Whether its rules may look at it: "counted" in each MoE layer and every step from
             what its router wants, "compared" likewise with what was before, "measured" in each MoE
-            layer and steps with router health,
-            "whole" of the model, read by the guard itself, "recorded" of the model and every step
-            as `RoutingCollector` counts it for the record.
+            layer and steps with router health, "whole" of the model, read by the guard itself,
+            "recorded" of the model and every step as `RoutingCollector` counts it for the record.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
         wrong: When something is wrong: in words, or a default rule of the routing guard.
         is_watched: Whether somebody who follows a run should look at it first.
@@ -240,8 +239,11 @@ class Record(BaseModel):
         "beyond warning was in force, or in a dry run would have been; only with the guard", "",
         "router", "moepp_guard_actions")] = None
     routing_shift: Annotated[MaybeFloat, Metric(
-        "divergence of the expert usage over its threshold; above 1 is a shift; only on steps "
-        "where one is judged", "", "router", "moepp_routing_shift", guard="whole")] = None
+        "how far the use of the experts is from what was usual, over its limit; above 1 is a "
+        "shift; only once it is judged", "", "router", "moepp_routing_shift", guard="whole")] = None
+    loss_shift: Annotated[MaybeFloat, Metric(
+        "evidence that the loss has left its course, over its limit; above 1 is a shift; only once "
+        "it is judged", "", "loss/shift", "moepp_loss_shift", guard="whole")] = None
     failed_saves: Annotated[MaybeInt, Metric(
         "checkpoints that could not be written so far; only where any are", "", "other",
         "moepp_failed_saves")] = None
@@ -300,6 +302,9 @@ class Record(BaseModel):
 IN_LAYERS = {
     "ffn_to_target": Metric(
         "FFN share over its target from moe.budget or moe.tau", guard="counted"),
+    "ffn_to_past": Metric(
+        "FFN share over the layer's own before, a running mean that hardly learns from a fallen "
+        "share", guard="compared"),
     "class_ffn_to_past": Metric(
         "FFN experts per token of the class of tokens that lost most, over what it had before; "
         "where the layer lost as much, their ratio to the layer's mean", guard="compared"),
@@ -312,6 +317,8 @@ IN_LAYERS = {
             "Selections of the idlest FFN expert of a layer over the FFN experts' mean: 1 is "
             "perfect balance, 0 a dead expert.")),
     "max_expert_share": Metric("largest share of any expert", "share", guard="counted"),
+    "max_expert_tokens": Metric(
+        "share of the tokens that the most selected expert has", "share", guard="counted"),
     "gate_entropy": Metric(
         "how undecided the router is: entropy of the scores over the experts, at most log E",
         "nats", guard="measured", healthy="1.23 to 2.33", wrong="near log E, or near 0",
@@ -376,6 +383,15 @@ IN_LAYERS = {
         wrong="growing without end", is_watched=False,
         drawn=Drawn("Constant experts: norm", "norm", 8)),
 }
+
+# What rules of the routing guard judge besides, of the whole model.
+OF_GUARD: dict[str, Metric] = {
+    "grad_norm_to_past": Metric(
+        "gradient norm over its running mean before", guard="whole"),
+    "loss_plateau": Metric(
+        "share of the run's steps since the running mean of the loss was lowest", "share",
+        guard="whole"),
+}
 # fmt: on
 
 
@@ -389,5 +405,5 @@ def _of_record() -> dict[str, Metric]:
 OF_RECORD = _of_record()
 BY_NAME = tuple(key for key, row in OF_RECORD.items() if row.labels in ("source", "class"))
 """Keys whose values are numbers by name."""
-METRICS = {**OF_RECORD, **IN_LAYERS}
+METRICS = {**OF_RECORD, **IN_LAYERS, **OF_GUARD}
 """All rows by name."""

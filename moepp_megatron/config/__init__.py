@@ -20,6 +20,7 @@ paths.py          refuses texts that cannot be a path of this machine
 printable.py      makes untrusted text safe for a terminal
 problem.py        one problem of a configuration, in the form that every message has
 reference.py      every setting with type, default, unit, range and meaning, from the schema
+shorthand.py      sections that one word stands for, such as `routing_guard: safe`
 split.py          the data split: weights of the train, validation and test parts
 stages.py         which transformer layers each pipeline stage holds
 vanilla.py        the vanilla model that a MoE++ configuration is compared with

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moepp_megatron.config.schema import Config
 from moepp_megatron.config.schema.routing_guard import (
     GuardAction,
     GuardRule,
@@ -18,7 +19,19 @@ DEFAULT_RULES = (
         metric="ffn_to_target",
         below=0.1,
         clear=0.25,
-        for_steps=20,
+        for_steps=5,
+        of_steps=8,
+        clear_for_steps=20,
+        severity="critical",
+        action="safe_mode",
+    ),
+    GuardRule(
+        name="fall_of_ffn_experts",
+        metric="ffn_to_past",
+        below=0.4,
+        clear=0.6,
+        for_steps=5,
+        of_steps=8,
         clear_for_steps=20,
         severity="critical",
         action="safe_mode",
@@ -28,11 +41,23 @@ DEFAULT_RULES = (
         metric="ffn_to_target",
         below=0.6,
         clear=0.75,
-        for_steps=50,
+        for_steps=40,
+        of_steps=50,
         severity="warning",
         action="raise_tau",
         scope="mean",
         min_steps_between=200,
+    ),
+    GuardRule(
+        name="many_ffn_experts",
+        metric="ffn_to_target",
+        above=1.5,
+        clear=1.3,
+        for_steps=100,
+        of_steps=120,
+        severity="warning",
+        action="warn",
+        scope="mean",
     ),
     GuardRule(
         name="rare_ffn",
@@ -58,7 +83,18 @@ DEFAULT_RULES = (
         metric="min_ffn_load",
         below=0.01,
         clear=0.05,
-        for_steps=100,
+        for_steps=75,
+        of_steps=100,
+        severity="warning",
+        action="warn",
+    ),
+    GuardRule(
+        name="one_expert_for_all",
+        metric="max_expert_tokens",
+        above=0.85,
+        clear=0.7,
+        for_steps=15,
+        of_steps=20,
         severity="warning",
         action="warn",
     ),
@@ -88,6 +124,43 @@ DEFAULT_RULES = (
         severity="warning",
         action="warn",
     ),
+    GuardRule(
+        name="loss_shift",
+        metric="loss_shift",
+        above=1.0,
+        for_steps=1,
+        severity="warning",
+        action="warn",
+    ),
+    GuardRule(
+        name="gradient_growth",
+        metric="grad_norm_to_past",
+        above=5.0,
+        clear=2.0,
+        for_steps=5,
+        of_steps=10,
+        severity="warning",
+        action="warn",
+    ),
+    GuardRule(
+        name="loss_plateau",
+        metric="loss_plateau",
+        above=0.5,
+        clear=0.25,
+        for_steps=1,
+        severity="warning",
+        action="warn",
+    ),
+    GuardRule(
+        name="loss_near_zero",
+        metric="loss",
+        below=0.05,
+        clear=0.1,
+        for_steps=15,
+        of_steps=20,
+        severity="warning",
+        action="warn",
+    ),
 )
 
 
@@ -102,6 +175,7 @@ class CompleteRule:
         is_above: Whether it holds above the limit, or below.
         clear: The value beyond which the metric is healthy again.
         for_steps: Steps that it must hold before the action.
+        of_steps: The newest steps among which they may lie; None: they are in a row.
         clear_for_steps: Steps that it must be healthy before the action ends.
         severity: Severity of its alerts.
         action: The guard's action.
@@ -117,6 +191,7 @@ class CompleteRule:
     is_above: bool
     clear: float
     for_steps: int = 1
+    of_steps: int | None = None
     clear_for_steps: int = 1
     severity: Literal["info", "warning", "critical"] = "warning"
     action: GuardAction = "warn"
@@ -136,8 +211,19 @@ class CompleteRule:
     def condition(self) -> str:
         """The rule's condition in words, such as `< 0.25 for 20 steps`."""
         sign = ">" if self.is_above else "<"
-        duration = "" if self.for_steps == 1 else f" for {self.for_steps} steps"
-        return f"{sign} {self.limit:g}{duration}"
+        return f"{sign} {self.limit:g}{lasting(self.for_steps, self.of_steps)}"
+
+
+def lasting(for_steps: int | None, of_steps: int | None = None) -> str:
+    """How long a rule must hold, such as ` for 15 of 20 steps`; empty for a single step."""
+    if for_steps is None or for_steps == 1:
+        return ""
+    return f" for {for_steps} of {of_steps} steps" if of_steps else f" for {for_steps} steps"
+
+
+def is_watched(config: Config) -> bool:
+    """Whether the run's routers are judged at all: megatron-core's own layer has none of ours."""
+    return config.routing_guard.enabled is not False and config.moe.num_zero_computation_experts > 0
 
 
 def merged_rules(section: RoutingGuardSection) -> dict[str, GuardRule]:
@@ -167,6 +253,7 @@ def complete(rule: GuardRule) -> CompleteRule:
         is_above=rule.above is not None,
         clear=limit if rule.clear is None else rule.clear,
         for_steps=for_steps,
+        of_steps=rule.of_steps,
         clear_for_steps=rule.clear_for_steps or for_steps,
         severity=rule.severity or "warning",
         action=rule.action or "warn",
@@ -178,6 +265,9 @@ def complete(rule: GuardRule) -> CompleteRule:
 
 def _changed(base: GuardRule, own: GuardRule) -> GuardRule:
     given = {name: value for name, value in own.model_dump().items() if value is not None}
+    if "for_steps" in given and "of_steps" not in given:
+        # A new number of steps without those it is of: in a row, as written.
+        base = base.model_copy(update={"of_steps": None})
     if "above" in given or "below" in given:
         # A new limit takes the place of the old one, and the old way back does not fit it.
         base = base.model_copy(update={"above": None, "below": None, "clear": None})

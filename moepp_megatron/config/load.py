@@ -20,6 +20,7 @@ from moepp_megatron.config.known_keys import (
 )
 from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.config.schema import Config, Section
+from moepp_megatron.config.shorthand import WORDS, expanded
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
 
 Content = dict[str, Any]
@@ -57,7 +58,7 @@ def config_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple
     Raises:
         ConfigError: If a file or an override cannot be read.
     """
-    overriding = [(COMMAND_LINE, _nested(*parse_override(override))) for override in overrides]
+    overriding = [(COMMAND_LINE, _overriding(override)) for override in overrides]
     return [*_read_with_bases(Path(path), chain=()), *overriding]
 
 
@@ -84,6 +85,7 @@ def validated(content: Mapping[str, Any], source: str = "the configuration") -> 
     Raises:
         ConfigError: Unknown keys or wrong values, one line each.
     """
+    content = expanded(content)
     refuse_unknown_keys(content, source)
     # Absent sections are added empty, so that a missing field is reported by its own name.
     filled = {
@@ -106,7 +108,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """
     content: Content = config.model_dump(mode="json", exclude_unset=True)
     for override in overrides:
-        content = _merge(content, _nested(*parse_override(override)))
+        content = _merge(content, _overriding(override))
     return parse_config(content)
 
 
@@ -153,6 +155,7 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Cont
         raise ConfigError(f"base: goes in a circle: {names}; remove one of these base: lines")
     content = read_mapping(path)
     base = content.pop("base", None)
+    content = expanded(content)
     refuse_unknown_keys(content, str(path))
     own: Content = {section: keys or {} for section, keys in content.items()}
     if base is None:
@@ -168,6 +171,14 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Cont
             "give a path relative to the file that names it"
         )
     return [*_read_with_bases(base_path, (*chain, resolved)), (str(path), own)]
+
+
+def _overriding(override: str) -> Content:
+    """The content of an override: one key, or a section by its word (`routing_guard=safe`)."""
+    name, equals, text = override.partition("=")
+    if equals and name.strip() in WORDS:
+        return expanded({name.strip(): parse_yaml(text, f"override {override!r}")})
+    return _nested(*parse_override(override))
 
 
 def from_dotted(settings: Mapping[str, Any]) -> Content:

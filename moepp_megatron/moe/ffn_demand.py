@@ -9,6 +9,9 @@ gone wrong, or on behalf of tokens:
 - `all`: the K best FFN experts, with the scores of a router that has no other experts (softmax
   over FFN logits alone). Where a router has collapsed, the scores of its FFN experts among all
   experts are near 0, and FFN experts weighted by them would return nothing.
+- a number: zero-computation experts' logits are lowered by so much, for the selection and the gates
+  alike. Infinity would be `all` and 0 `none`, so numbers lead from the one to the other without a
+  step. It is the same for every token, and so in every layout.
 
 The router's own choice is still computed: balance loss, budget and counts use it, so that a router
 can be seen to become healthy again while it is overruled.
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 
-FFNDemand = Literal["none", "one", "all"]
+FFNDemand = Literal["none", "one", "all"] | float
 
 
 def with_an_ffn_expert(
@@ -45,6 +48,12 @@ def with_an_ffn_expert(
         lacks_T = lacks_T & forced
     last = torch.where(lacks_T.unsqueeze(-1), best_ffn, chosen[:, -1:])
     return torch.cat([chosen[:, :-1], last], dim=-1)
+
+
+def lowered(logits: Tensor, config: MoEPPConfig, by: float) -> Tensor:
+    """[T, E] logits of a router whose zero-computation experts' are lower by `by`."""
+    others = torch.arange(config.num_experts, device=logits.device) >= config.num_ffn_experts
+    return logits - by * others.to(logits.dtype)
 
 
 def ffn_scores(logits: Tensor, config: MoEPPConfig) -> Tensor:

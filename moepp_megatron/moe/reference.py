@@ -200,8 +200,14 @@ def _demanded_experts(
         gates_TE and selected_TE of `select_experts`.
     """
     logits_TE = _standardized(logits_TE, config)
+    lower_E = torch.zeros(config.num_experts)
+    if isinstance(demand, float):
+        lower_E[config.num_ffn_experts :] = demand
+    logits_TE = logits_TE - lower_E
     scores_TE, logs_TE = _scores(logits_TE, config, only_ffn=demand == "all")
-    ranked_TE = logits_TE if selection_bias_E is None else scores_TE + selection_bias_E
+    ranked_TE = logits_TE
+    if selection_bias_E is not None:
+        ranked_TE = scores_TE + selection_bias_E - lower_E
     order_TE = ranked_TE.argsort(dim=-1, descending=True, stable=True)
     selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
     for token, order in enumerate(order_TE.tolist()):

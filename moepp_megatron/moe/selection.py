@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moepp_megatron.experts import ZERO
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
-from moepp_megatron.moe.ffn_demand import FFNDemand, ffn_scores, with_an_ffn_expert
+from moepp_megatron.moe.ffn_demand import FFNDemand, ffn_scores, lowered, with_an_ffn_expert
 
 
 class Selection(NamedTuple):
@@ -80,13 +80,22 @@ def select(
             if bias is not None:
                 ranked_TE = weights_TE.detach() + bias
             chosen_TK = top_experts(ranked_TE[:, :num_ffn], config.router_topk)
+        elif isinstance(demand, float):
+            lower_TE = lowered(logits, config, demand)
+            weights_TE = torch.softmax(lower_TE, -1) if uses_softmax else torch.sigmoid(lower_TE)
+            logs_TE = lower_TE if uses_softmax else F.logsigmoid(lower_TE)
+            ranked_TE = lower_TE.detach()
+            if bias is not None:
+                # The bias could outweigh scores of 0, so it is lowered as well.
+                ranked_TE = weights_TE.detach() + lowered(bias, config, demand)
+            chosen_TK = top_experts(ranked_TE, config.router_topk)
         else:
             best_T1 = top_experts(ranked_TE[:, :num_ffn], 1)
             chosen_TK = with_an_ffn_expert(chosen_TK, best_T1, num_ffn, forced)
     gates_TK = _gates(weights_TE, logs_TE, chosen_TK, config)
     gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
     routing_map_TE = _as_map(chosen_TK, scores_TE)
-    shares_TE = scores_TE if uses_softmax else torch.softmax(logs_TE, dim=-1)
+    shares_TE = scores_TE if uses_softmax else torch.softmax(F.logsigmoid(logits), dim=-1)
     if padded is not None:
         padded_T1 = padded.unsqueeze(-1)
         gates_TE, shares_TE = (t.masked_fill(padded_T1, 0.0) for t in (gates_TE, shares_TE))

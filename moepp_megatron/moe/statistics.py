@@ -99,6 +99,10 @@ class RoutingStatistics:
             self.cells = pairs.new_zeros(self.num_cells, 2)
         self.cells.index_add_(0, cells, pairs)
 
+    def wanted_counts(self) -> Tensor | None:
+        """[E] selections that the router wanted, on its device; None where none were counted."""
+        return self.selected if self.wanted is None else self.wanted
+
     @torch.no_grad()
     def add_groups(
         self, wanted: Tensor, made: Tensor, groups: Tensor, padded: Tensor | None = None
@@ -134,13 +138,6 @@ class RoutingStatistics:
     def add_margins(self, counts: Tensor) -> None:
         """Count one micro-batch's margins, [bins] int64."""
         self.margins = counts if self.margins is None else self.margins + counts
-
-    def wanted_selections(self) -> Tensor:
-        """[E] float64 on the CPU: selections that the router wanted."""
-        counts = self.selected if self.wanted is None else self.wanted
-        if counts is None:
-            return torch.zeros(self.num_experts, dtype=torch.float64)
-        return counts.to("cpu", torch.float64)
 
     @torch.no_grad()
     def as_vector(self) -> Tensor:

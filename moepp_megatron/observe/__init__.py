@@ -2,17 +2,21 @@
 
 alert_sinks.py      the alert sinks of a training run
 alerts.py           what a run tells people: alerts, `RUN/alerts.jsonl`, what takes alerts
+course.py           the course of numbers that training moves slowly: a line, and how sure it is
+cusum.py            evidence of a change that adds up over steps
 class_past.py       what each class of tokens had of FFN experts before, and what is left of it
 console.py          shows a running training: a live bar on a terminal, or plain lines in a log
 jsonl.py            `RUN/metrics.jsonl`
 layer_numbers.py    the numbers that MoE layers have in every record and view
 metrics.py          the record of one logged step
+past.py             running means that rules of the routing guard compare a step with
 patient.py          keeps records that a full disk refuses, and writes them later
 usage_file.py       `routing_profile.json`: a run's expert usage, to compare other runs with
-usage_noise.py      learns how much usage differs between windows of the same data
+usage_noise.py      learns how much steps of the same data differ
 expert_usage.py     how often each expert is selected, and by which tokens
 guard_judge.py      judges rules over a step's numbers: when an action begins, and when it ends
-shift.py            says when the data has shifted, by the expert usage
+shift.py            says when the data has shifted, by the use of the experts and by the loss
+shift_reading.py    what the detector of shifts keeps of a step, and what it says after one
 sink.py             the interface of sinks for records
 sinks.py            all sinks of a run, and the fan-out that protects training from their failures
 status.py           `RUN/status.json`: which processes train, how to go on

@@ -32,6 +32,11 @@ class Alert(BaseModel):
         severity: ``info`` (also: back to normal), ``warning`` or ``critical``.
         action: The action taken, such as ``warn`` or ``safe_mode``.
         layer: Number of the transformer layer from 1, for a metric of one layer.
+        cause: What a shift is due to: ``data`` (loss and routing have changed), ``router`` (routing
+            alone) or ``optimizer`` (the loss alone); None for other rules, like the next three.
+        since: First step of the evidence.
+        chance_steps: Steps in which chance alone gives as much evidence once.
+        moved: What has moved most, a text each.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
@@ -45,6 +50,10 @@ class Alert(BaseModel):
     severity: Severity
     action: str
     layer: int | None = None
+    cause: str | None = None
+    since: int | None = None
+    chance_steps: float | None = None
+    moved: list[str] | None = None
 
     def to_json_line(self) -> str:
         """One line of JSON with its line end."""

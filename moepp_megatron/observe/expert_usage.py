@@ -36,12 +36,6 @@ class ExpertUsage:
         """Shapes of `experts` and `cells`; usage of other shapes cannot be compared."""
         return self.experts.shape, self.cells.shape
 
-    @property
-    def size(self) -> int:
-        """Numbers in a `difference`."""
-        layers, experts = self.experts.shape
-        return layers * (experts + self.cells.shape[1])
-
     def expert_share(self) -> NDArray[np.float64]:
         """[L, E] share of each expert in its layer's selections; 0 where nothing was counted."""
         return _ratio(self.experts, self.experts.sum(axis=1, keepdims=True))
@@ -70,8 +64,11 @@ class ExpertUsage:
         if not isinstance(values, dict):
             raise ValueError("it is no object with experts and cells")
         experts = _counts(values, "experts", 2)
-        cells = _counts(values, "cells", 3)
         layers = experts.shape[0]
+        # Without cells JSON has no third dimension.
+        is_empty = values.get("cells") == [[]] * layers
+        empty = np.zeros((layers, 0, 2), dtype=np.int64)
+        cells = empty if is_empty else _counts(values, "cells", 3)
         if cells.shape[0] != layers or cells.shape[2] != 2:
             raise ValueError(
                 f"cells has the shape {list(cells.shape)}, which must be [{layers}, cells, 2]"

@@ -6,17 +6,17 @@ A rule in one place (a MoE layer, or the whole model) goes through
            |           ^          |
            ok          +----------+
 
-It is `pending` while it holds, but not yet for long enough, and `clearing` while it is healthy
-again, but not yet for long enough: the action continues. Between the limit and the clear value
-nothing changes (hysteresis). Decisions use neither random numbers nor clocks: the same numbers give
-the same decisions.
+It is `pending` while it holds, but not yet for long enough (in a row, or in so many of the newest
+steps), and `clearing` while it is healthy again, but not yet for long enough: the action continues.
+Between the limit and the clear value nothing changes (hysteresis). Decisions use neither random
+numbers nor clocks: the same numbers give the same decisions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moepp_megatron.config.guard_rules import CompleteRule
@@ -37,12 +37,14 @@ class _Place:
         since: Step at which the phase began.
         ended: Step at which the last action ended; None before one.
         action: The present action; `warn` if the rule has used up its actions.
+        held: The newest steps in which it held, for a rule over `of_steps`.
     """
 
     phase: _Phase = "ok"
     since: int = 0
     ended: int | None = None
     action: str = "none"
+    held: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class RuleJudge:
         names = {rule.name for rule in self.rules}
         self._firings = {k: v for k, v in state.get("firings", {}).items() if k in names}
         self._places: dict[tuple[str, int], _Place] = {
-            (name, layer): _Place(phase, since, ended, action)
-            for name, layer, phase, since, ended, action in state.get("places", ())
+            (name, layer): _Place(phase, since, ended, action, *map(list, held))
+            for name, layer, phase, since, ended, action, *held in state.get("places", ())
             if name in names and layer in (WHOLE_MODEL, *self._layers)
         }
 
@@ -103,7 +105,7 @@ class RuleJudge:
             "clock": self._clock,
             "firings": dict(self._firings),
             "places": [
-                [name, layer, place.phase, place.since, place.ended, place.action]
+                [name, layer, place.phase, place.since, place.ended, place.action, [*place.held]]
                 for (name, layer), place in self._places.items()
             ],
         }
@@ -156,6 +158,7 @@ class RuleJudge:
                 place.ended = self._clock
                 ended.append(Event(rules[name], layer, False, place.action, math.nan, 0))
             place.phase, place.action, place.since = "ok", "none", self._clock
+            place.held = []
         return ended
 
     def _by_place(
@@ -170,11 +173,17 @@ class RuleJudge:
 
     def _judge(self, rule: CompleteRule, layer: int, place: _Place, value: float) -> list[Event]:
         if place.phase in ("ok", "pending"):
-            if not rule.holds(value):
+            holds = rule.holds(value)
+            if rule.of_steps is not None:
+                place.held = [step for step in place.held if step > self._clock - rule.of_steps]
+                place.held += [self._clock] if holds else []
+            if not (holds or place.held):
                 self._enter(place, "ok")
                 return []
             self._enter(place, "pending")
-            return self._fire_if_due(rule, layer, place, value)
+            if place.held:
+                place.since = place.held[0]
+            return self._fire_if_due(rule, layer, place, value) if holds else []
         if rule.is_healthy(value):
             self._enter(place, "clearing")
             return self._end_if_due(rule, layer, place, value)
@@ -191,8 +200,10 @@ class RuleJudge:
     ) -> list[Event]:
         held = self._clock - place.since + 1
         too_soon = place.ended is not None and self._clock - place.ended < rule.min_steps_between
-        if held < rule.for_steps or too_soon:
+        enough = held if rule.of_steps is None else len(place.held)
+        if enough < rule.for_steps or too_soon:
             return []
+        place.held = []
         is_used_up = self._firings.get(rule.name, 0) >= rule.max_firings
         place.action = "warn" if is_used_up else rule.action
         self._enter(place, "firing")

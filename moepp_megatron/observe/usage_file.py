@@ -15,7 +15,9 @@ from moepp_megatron.observe.usage_noise import UsageNoise
 from moepp_megatron.runtime.atomic import write_atomic
 
 USAGE_FILE = "routing_profile.json"
-_FORMAT = "moepp routing profile 1"
+_FORMAT = "moepp routing profile 2"
+# Its noise is that of windows, not of steps.
+_OLD_FORMAT = "moepp routing profile 1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,7 @@ class StoredUsage:
         usage: Counts of the windows that make the reference.
         token_classes: One digit for each token id, its class by frequency, 0 for the most frequent;
             empty if layers do not know their tokens.
-        noise: Differences of windows of the same data from this usage.
+        noise: Differences of steps of the same data; empty in a file of an older version.
     """
 
     usage: ExpertUsage
@@ -79,11 +81,13 @@ class StoredUsage:
 
     @classmethod
     def _from_json(cls, values: Any, settings: ShiftSection) -> StoredUsage:
-        if not isinstance(values, dict) or values.get("format") != _FORMAT:
+        if not isinstance(values, dict) or values.get("format") not in (_FORMAT, _OLD_FORMAT):
             raise ValueError(f'its format is not "{_FORMAT}"')
         usage = ExpertUsage.from_json(values)
         classes = values.get("token_classes")
         if not isinstance(classes, str) or not set(classes) <= set("0123456789"):
             raise ValueError("token_classes is no string of digits")
-        noise = UsageNoise.from_json(values.get("noise"), settings, usage.size)
+        if values["format"] == _OLD_FORMAT:
+            return cls(usage, classes, UsageNoise(settings))
+        noise = UsageNoise.from_json(values.get("noise"), settings, usage.experts.size)
         return cls(usage, classes, noise)

@@ -1,13 +1,14 @@
-"""Learns how much usage differs between windows of the same data; judges larger differences.
+"""Learns how much steps of the same data differ, and how unusual a larger difference is.
 
-Windows of one text differ far more than independent tokens would, and in some directions more than
-in others: a style of writing moves many experts together, and training pushes them one way. So a
-difference is measured against those of the windows before, in each direction by its own variance.
+Batches of one text differ far more than independent tokens would, and in some directions more than
+in others: a style of writing moves many experts together. So a difference is measured against those
+of the steps before, in each direction by its own variance.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,31 +22,41 @@ _FEWEST = 4
 # with d degrees of freedom the logarithm has the standard deviation sqrt(2 / d), and this is that
 # of 800.
 _LEAST_SPREAD = 0.05
-# Differences beyond so many spreads are not remembered: one window of a shift that is not quite
-# beyond the limit would make its direction usual, and so hide the windows after it. Their distances
-# are: where training makes all windows differ more, these become usual.
+# Steps whose distances must be known before one is judged; the least that are remembered.
+_FEWEST_JUDGED, _LEAST_MEMORY = 20, 40
+_RECENT = 12
+# A loss that moves by less, in nats, has not moved.
+_LEAST_LOSS_SPREAD = 0.01
+# Differences beyond so many spreads are not remembered: one step of a shift that is not yet
+# suspect would make its direction usual, and so hide the steps after it. Their distances
+# are: where training makes all steps differ more, these become usual.
 _DOUBTFUL = 3.0
 _DECIMALS = 6
 
 
+def least_steps(settings: ShiftSection) -> int:
+    """Steps that are remembered."""
+    return max(settings.memory * settings.window, _LEAST_MEMORY)
+
+
 class UsageNoise:
-    """Differences of windows without a shift, and their distances.
+    """Differences of usual steps, and their distances.
 
     The distance of a difference x of d numbers is the squared Mahalanobis distance with a ridge,
     `x' (R'R / n + v I)^-1 x / d`, of the n differences R before it, with their mean variance v, or
     1 if that is more, which is the variance by chance alone. Directions in which nothing has
     differed yet count with v.
 
-    A distance is beyond the limit where its logarithm is above `median + threshold * spread` of
+    How unusual a distance is follows from its logarithm: how many spreads it is above the median of
     those before, where the spread is 1.4826 times the median absolute deviation: the standard
     deviation of a normal distribution, which a few outliers hardly change.
 
     Args:
-        settings: Settings `memory`, `warmup` and `threshold` of the configuration.
+        settings: Settings `memory` and `window` of the configuration.
     """
 
     def __init__(self, settings: ShiftSection) -> None:
-        self._settings = settings
+        self._memory = least_steps(settings)
         self._differences: list[NDArray[np.float64]] = []
         self._log_distances: list[float] = []
 
@@ -56,42 +67,33 @@ class UsageNoise:
             return None
         known = np.stack(self._differences) / math.sqrt(count)
         ridge = max(float(np.square(known).sum()) / len(difference), 1.0)
-        # Woodbury's identity: a system of `count` equations instead of one of the usage's size.
+        # Woodbury's identity: a system of `count` equations instead of one of the profile's size.
         inner = known @ known.T + ridge * np.eye(count)
         along = known @ difference
         distance = difference @ difference - along @ np.linalg.solve(inner, along)
         return math.log(max(float(distance) / ridge / len(difference), 1e-12))
 
-    def over_limit(self, log_distance: float) -> float | None:
-        """The distance divided by the limit; above 1 is a shift. None before `warmup` distances."""
-        if not self._is_warm():
+    def score(self, log_distance: float) -> float | None:
+        """Spreads above the median; None before there are enough distances."""
+        if len(self._log_distances) < _FEWEST_JUDGED:
             return None
-        median, spread = self._usual()
-        return math.exp(log_distance - median - self._settings.threshold * spread)
+        _, spread = usual(self._log_distances, _LEAST_SPREAD)
+        # Training may make all steps differ more soon: the newest say what is usual.
+        return (log_distance - float(np.median(self._log_distances[-_RECENT:]))) / spread
+
+    def deviations(self) -> NDArray[np.float64]:
+        """Standard deviation of each number of a difference, at least 1, which is by chance."""
+        return np.maximum(np.sqrt(np.mean(np.square(self._differences), axis=0)), 1.0)
 
     def learn(self, difference: NDArray[np.float64], log_distance: float | None) -> None:
-        """Remember a window that is not beyond the limit."""
-        memory = self._settings.memory
-        is_doubtful = False
+        """Remember a step that is usual."""
+        score = None if log_distance is None else self.score(log_distance)
         if log_distance is not None:
-            if self._is_warm():
-                median, spread = self._usual()
-                is_doubtful = log_distance > median + _DOUBTFUL * spread
-            self._log_distances = [*self._log_distances, log_distance][-memory:]
-        if not is_doubtful:
+            self._log_distances = [*self._log_distances, log_distance][-self._memory :]
+        if score is None or score <= _DOUBTFUL:
             # Rounded, so that a checkpoint holds short numbers that are these to the bit.
             rounded = np.round(difference, _DECIMALS)
-            self._differences = [*self._differences, rounded][-memory:]
-
-    def _is_warm(self) -> bool:
-        return len(self._log_distances) >= self._settings.warmup
-
-    def _usual(self) -> tuple[float, float]:
-        """Median and spread of the logarithms of the distances."""
-        logs = np.asarray(self._log_distances)
-        median = float(np.median(logs))
-        deviation = 1.4826 * float(np.median(np.abs(logs - median)))
-        return median, max(deviation, _LEAST_SPREAD)
+            self._differences = [*self._differences, rounded][-self._memory :]
 
     def as_json(self) -> dict[str, Any]:
         """The noise as JSON, for `from_json`."""
@@ -106,8 +108,8 @@ class UsageNoise:
 
         Args:
             values: Result of `as_json`.
-            settings: Same as in the constructor; if there are more than `memory`, the newest are
-                kept.
+            settings: Same as in the constructor; if there are more than are remembered, the newest
+                are kept.
             size: Size of each difference.
 
         Raises:
@@ -121,6 +123,43 @@ class UsageNoise:
             raise ValueError("noise is no differences of this size with distances") from error
         if logs.ndim != 1 or not (np.isfinite(differences).all() and np.isfinite(logs).all()):
             raise ValueError("noise is not of finite numbers")
-        noise._differences = list(differences)[-settings.memory :]
-        noise._log_distances = logs.tolist()[-settings.memory :]
+        noise._differences = list(differences)[-noise._memory :]
+        noise._log_distances = logs.tolist()[-noise._memory :]
         return noise
+
+
+class LossNoise:
+    """Residuals of the loss of usual steps.
+
+    Args:
+        settings: Settings `memory` and `window` of the configuration.
+        residuals: Result of an earlier `as_json`.
+    """
+
+    def __init__(self, settings: ShiftSection, residuals: Sequence[float] = ()) -> None:
+        self._memory = least_steps(settings)
+        self._residuals = [float(value) for value in residuals][-self._memory :]
+
+    def score(self, residual: float) -> float | None:
+        """Spreads from the median; None where it is no number, or before there are enough."""
+        if len(self._residuals) < _FEWEST_JUDGED or not math.isfinite(residual):
+            return None
+        _, spread = usual(self._residuals, _LEAST_LOSS_SPREAD)
+        return residual / spread
+
+    def learn(self, residual: float) -> None:
+        """Remember a step that is usual."""
+        if math.isfinite(residual):
+            self._residuals = [*self._residuals, residual][-self._memory :]
+
+    def as_json(self) -> list[float]:
+        """The residuals, for the constructor."""
+        return list(self._residuals)
+
+
+def usual(values: Sequence[float], least_spread: float) -> tuple[float, float]:
+    """Median, and spread of at least so much."""
+    known = np.asarray(values)
+    median = float(np.median(known))
+    deviation = 1.4826 * float(np.median(np.abs(known - median)))
+    return median, max(deviation, least_spread)

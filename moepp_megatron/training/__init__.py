@@ -2,6 +2,7 @@
 
 alerts.py              the alerts of a run; those about refused batches, stages, failed saves
 batches.py             micro-batches on this rank's device, for training and validation
+batch_losses.py        the loss of each batch and how much its sequences differ
 budget.py              applies the budget of FFN experts per token to the model, step by step
 collect.py             adds up what all ranks counted in one step
 data_sources.py        loss, FFN share and use of the experts by data source, of one step
@@ -24,6 +25,7 @@ run.py                 a whole run: `moepp train` as a function
 run_folder.py          the folder of a run: its configuration, and whether it can be written
 run_sinks.py           the sinks that receive a run's records
 setup.py               wraps the model: precision, data parallelism, optimizer, schedule
+shift_text.py          what a shift is about, in words
 signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
 tagging.py             whether layers are told which tokens they see, and by what

@@ -78,10 +78,17 @@ class RoutingCollector:
         """
         if self._selections is not None:
             return self._selections
-        local = torch.zeros(len(self.layer_numbers), self._num_experts, dtype=torch.float64)
+        # On the device until the end: one wait for it, not one for each layer.
+        device = torch.cuda.current_device()
+        local = torch.zeros(
+            len(self.layer_numbers), self._num_experts, dtype=torch.float64, device=device
+        )
         for row, number in enumerate(self.layer_numbers):
+            counts = None
             if number in self._statistics:
-                local[row] = self._statistics[number].wanted_selections()
+                counts = self._statistics[number].wanted_counts()
+            if counts is not None:
+                local[row] = counts
         self._selections = sum_over_ranks(local)
         return self._selections
 

@@ -85,11 +85,17 @@ class ExpertUsageCollector:
         self._begin()
         return self._usage(total)
 
+    def unfinished(self) -> ExpertUsage | None:
+        """The profile of the window so far, over all ranks; None before a step; a collective."""
+        return None if self._steps == 0 else self._usage(self._reduced())
+
     def state_dict(self) -> dict[str, Any]:
         """The counts of the unfinished window, over all ranks, as JSON; a collective."""
-        if self._steps == 0:
-            return {"steps": 0, "profile": None}
-        return {"steps": self._steps, "profile": self._usage(self._reduced()).as_json()}
+        usage = self.unfinished()
+        return {
+            "steps": self._steps,
+            "profile": None if usage is None else usage.as_json(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`, in any layout.

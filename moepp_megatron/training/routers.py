@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.config.guard_rules import is_watched
 from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.observe.shift_reading import ShiftReading
+from moepp_megatron.training.batch_losses import BatchLoss, BatchLosses
 from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.data_sources import SourceCollector
@@ -55,10 +59,12 @@ class Routers:
             self._groups = GroupCollector(config, model, numbers, groups)
         self._budget = self._open_budget(extra)
         self._shift = self._open_shift(extra)
-        # Of the newest step; None where no window ended, or none is judged yet.
-        self._shift_value: float | None = None
+        # Of the newest step; None where none is judged yet.
+        self._reading: ShiftReading | None = None
+        self._losses = BatchLosses()
+        self._loss = BatchLoss(math.nan, math.nan)
         self._guard: RoutingGuard | None = None
-        if config.routing_guard.enabled:
+        if is_watched(config):
             self._guard = RoutingGuard(
                 config, model, self._routing, self._health, self._groups, extra.get("guard")
             )
@@ -69,8 +75,7 @@ class Routers:
         return BudgetControl(self._config, self._model, self._routing, extra.get("budget"))
 
     def _open_shift(self, extra: dict[str, Any]) -> RoutingShift | None:
-        guard = self._config.routing_guard
-        if not guard.enabled or guard.shift.window == 0:
+        if not is_watched(self._config) or self._config.routing_guard.shift.window == 0:
             return None
         return RoutingShift(
             self._config, self._model, self._routing, self._dataset, extra.get("shift")
@@ -79,6 +84,7 @@ class Routers:
     def begin_step(self, step: int) -> None:
         """Training step `step` begins."""
         self._routing.reset()
+        self._losses.begin()
         self._health.begin_step(step)
         self._begin_counts()
         if self._budget is not None:
@@ -96,6 +102,7 @@ class Routers:
         self._health.add_losses(chunk, batch, token_losses)
         self._sources.add_losses(batch, token_losses)
         if self._guard is not None:
+            self._losses.add(batch, token_losses)
             self._guard.add_losses(batch, token_losses)
 
     def reset_counts(self) -> None:
@@ -116,15 +123,18 @@ class Routers:
         alerts: list[Alert] = []
         if self._budget is not None and result.updated:
             alerts = self._budget.end_step(step)
-        if self._shift is not None and result.is_finite:
-            self._shift_value = self._shift.end_step()
+        if self._guard is not None and result.is_finite:
+            self._loss = self._losses.end(result)
+            if self._shift is not None:
+                self._reading = self._shift.end_step(self._loss)
         return alerts
 
     def judge(self, step: int, result: StepResult) -> GuardVerdict:
         """The alerts and actions for `step`, after its record, or for a batch refused after it."""
         if self._guard is None or not result.is_finite:
             return NOTHING
-        return self._guard.end_step(step, result, self._shift_value)
+        explain = (lambda: None) if self._shift is None else self._shift.explain
+        return self._guard.end_step(step, result, self._loss, self._reading, explain)
 
     def go_back(self, step: int, extra: dict[str, Any]) -> list[Alert]:
         """Reset the state after a checkpoint has been loaded.
@@ -137,12 +147,12 @@ class Routers:
             The alerts.
         """
         self._budget = self._open_budget(extra)
-        self._shift = self._open_shift(extra)
+        self._shift, self._reading = self._open_shift(extra), None
         return [] if self._guard is None else self._guard.go_back(step, extra.get("guard"))
 
     def announce_stage(self, step: int) -> list[Alert]:
         """Begin rules and detector anew, because other data follow after `step`; every rank."""
-        self._shift = self._open_shift({})
+        self._shift, self._reading = self._open_shift({}), None
         return [] if self._guard is None else self._guard.announce_stage(step)
 
     def state(self) -> dict[str, Any]:
@@ -178,6 +188,6 @@ class Routers:
             fields |= self._budget.metrics(step)
         if self._guard is not None:
             fields |= self._guard.metrics()
-        if self._shift_value is not None:
-            fields["routing_shift"] = self._shift_value
+        if self._reading is not None:
+            fields |= {"routing_shift": self._reading.routing, "loss_shift": self._reading.loss}
         return fields

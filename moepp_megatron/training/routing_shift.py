@@ -1,4 +1,4 @@
-"""Detects shifts of the data while a run trains, by how its routers use their experts."""
+"""Detects shifts of the data while a run trains, by the use of its experts and by its loss."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.observe.expert_usage import ExpertUsage
 from moepp_megatron.observe.shift import ShiftMonitor
+from moepp_megatron.observe.shift_reading import ShiftReading
 from moepp_megatron.observe.usage_file import StoredUsage
+from moepp_megatron.training.batch_losses import BatchLoss
 from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.expert_usage import (
     FREQUENCY_CLASSES,
@@ -20,12 +23,13 @@ from moepp_megatron.training.expert_usage import (
     token_classes,
 )
 from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.shift_text import ShiftStory, moved_classes, moved_experts
 
 logger = logging.getLogger(__name__)
 
 
 class RoutingShift:
-    """Usage, reference and judgement of a run. Every rank has one and calls it together.
+    """Profile, reference and judgement of a run. Every rank has one and calls it together.
 
     Args:
         config: The run's configuration; `routing_guard.shift.window` is above 0.
@@ -47,7 +51,11 @@ class RoutingShift:
         state: dict[str, Any] | None = None,
     ) -> None:
         settings = config.routing_guard.shift
-        self._folder = Path(config.run.dir)
+        self._folder, self._routing, self._names = Path(config.run.dir), routing, config.moe.names
+        # The newest whole windows without a shift, and the one that has ended with this step.
+        self._span = settings.span
+        self._windows: list[ExpertUsage] = []
+        self._ended: ExpertUsage | None = None
         stored = None if settings.reference is None else _read(settings.reference, config)
         if stored is not None:
             self._classes = stored.token_classes
@@ -63,25 +71,47 @@ class RoutingShift:
             self._monitor = ShiftMonitor(settings)
         else:
             _check_shapes(stored, self._collector, str(settings.reference))
-            self._monitor = ShiftMonitor(settings, stored.usage, stored.noise)
+            self._monitor = ShiftMonitor(settings, stored.usage.experts, stored.noise)
         if state is None:
             return
-        if (state["shapes"], state["token_classes"]) == (self._shapes(), self._classes):
+        if "windows" not in state:
+            logger.warning("detector of the checkpoint is that of an older version: begun anew")
+        elif (state["shapes"], state["token_classes"]) == (self._shapes(), self._classes):
             self._collector.load_state_dict(state["window"])
+            self._windows = [ExpertUsage.from_json(values) for values in state["windows"]]
             self._monitor.load_state_dict(state["monitor"])
         else:
             # Another implementation or schedule, whose layers are told other things of their
-            # tokens, or another run's usage to compare with.
-            logger.warning("expert usage of the checkpoint has other cells: begun anew")
+            # tokens, or another run's profile to compare with.
+            logger.warning("routing profile of the checkpoint has other cells: begun anew")
 
-    def end_step(self) -> float | None:
-        """Count the step just taken; a collective where its window ends.
+    def end_step(self, loss: BatchLoss) -> ShiftReading | None:
+        """Judge the batch just taken; a collective.
+
+        Args:
+            loss: Its losses, to the same bits on every rank.
 
         Returns:
-            The metric `routing_shift` where a window ends that is judged, else None.
+            None until there is enough to compare with.
         """
-        usage = self._collector.end_step()
-        return None if usage is None else self._monitor.add(usage)
+        # Counts, so their sums are the same on every rank.
+        experts = self._routing.selections().numpy().astype(np.int64)
+        reading = self._monitor.add(experts, loss.mean, loss.spread)
+        self._ended = self._collector.end_step()
+        if self._ended is not None and (reading is None or max(reading.routing, reading.loss) <= 1):
+            self._windows = [*self._windows, self._ended][-self._span :]
+        return reading
+
+    def explain(self) -> ShiftStory | None:
+        """What the newest reading is about; None where nothing is suspect; a collective."""
+        finding = self._monitor.explain()
+        if finding is None:
+            return None
+        moved = moved_experts(finding, self._names, self._routing.layer_numbers)
+        before, now = self._windows, self._ended or self._collector.unfinished()
+        if now is not None and before and before[-1] is not now:
+            moved += moved_classes(before, now, self._routing.layer_numbers)
+        return ShiftStory.of(finding, moved)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, the same on every rank; a collective."""
@@ -89,13 +119,14 @@ class RoutingShift:
             "token_classes": self._classes,
             "shapes": self._shapes(),
             "window": self._collector.state_dict(),
+            "windows": [profile.as_json() for profile in self._windows],
             "monitor": self._monitor.state_dict(),
         }
 
     def write(self) -> None:
         """Write `routing_profile.json` into the run's folder, on rank 0, once there is a window."""
-        newest = self._monitor.newest
-        if dist.get_rank() == 0 and newest is not None:
+        if dist.get_rank() == 0 and self._windows:
+            newest = sum(self._windows[1:], self._windows[0])
             StoredUsage(newest, self._classes, self._monitor.noise).write(self._folder)
 
     def _shapes(self) -> list[list[int]]:

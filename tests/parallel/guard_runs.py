@@ -240,11 +240,11 @@ class CycleDataset(SyntheticDataset):
 
 
 class BrokenSourceDataset(SyntheticDataset):
-    """From batch 32 on nothing but four token ids comes."""
+    """From batch 56 on nothing but four token ids comes."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
-        if index >= 32 * self._config.training.global_batch_size:
+        if index >= 56 * self._config.training.global_batch_size:
             sample |= {name: sample[name] % 4 for name in ("tokens", "labels")}
         return sample
 

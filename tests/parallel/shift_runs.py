@@ -1,16 +1,15 @@
-"""Real text of three kinds, and training on it watched for shifts of the data."""
+"""Made-up texts, and a training on them watched for shifts of the data."""
 
 from __future__ import annotations
 
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moepp_megatron.observe.shift_reading import ShiftReading
 from tests.parallel.training_runs import settings
 
-LENGTH, BATCH = 32, 192
+LENGTH, BATCH, TOKENS = 32, 64, 128
 
 WATCHED: dict[str, Any] = settings(
     model={
@@ -19,45 +18,54 @@ WATCHED: dict[str, Any] = settings(
         "num_attention_heads": 2,
         "num_query_groups": 2,
         "seq_length": LENGTH,
-        "vocab_size": 256,
+        "vocab_size": TOKENS,
         "init_method_std": 0.05,
     },
     moe={"num_ffn_experts": 8, "balance_coeff": 0.05},
     optimizer={"lr": 4.0e-3, "weight_decay": 0.1, "warmup_iters": 5},
     training={"train_iters": 1000, "global_batch_size": BATCH, "micro_batch_size": BATCH},
-    routing_guard={"enabled": True, "shift": {"window": 4, "warmup": 8}},
+    routing_guard={"shift": {"window": 4, "warmup": 10}},
 )
 
 
-def text_of(kind: str) -> np.ndarray:
-    """[bytes] uint8: Python's language reference, its library's sources, or no text at all."""
-    if kind == "prose":
-        from pydoc_data.topics import topics
+class Language:
+    """Sequences in which each token has four likely successors, by a table of this language.
 
-        return np.frombuffer("\n".join(topics[key] for key in sorted(topics)).encode(), np.uint8)
-    if kind == "code":
-        folder = Path(sysconfig.get_path("stdlib"))
-        sources = sorted(folder.glob("*.py"))
-        return np.frombuffer(b"\n".join(path.read_bytes() for path in sources), np.uint8)
-    return np.random.default_rng(0).integers(256, size=1 << 20).astype(np.uint8)
+    Args:
+        seed: Of the table.
+        frequency: Exponent by which later token ids are rarer.
+    """
+
+    def __init__(self, seed: int, frequency: float = 1.0) -> None:
+        chance = np.random.default_rng(seed)
+        weights = 1.0 / np.arange(1, TOKENS + 1) ** frequency
+        order = chance.permutation(TOKENS)
+        self._shares = (weights / weights.sum())[order]
+        self._next = chance.choice(TOKENS, size=(TOKENS, 4), p=self._shares)
+
+    def sequence(self, seed: int) -> np.ndarray:
+        """[LENGTH + 1] int64."""
+        chance = np.random.default_rng(seed)
+        tokens = [int(chance.choice(TOKENS, p=self._shares))]
+        for place in chance.integers(4, size=LENGTH):
+            tokens.append(int(self._next[tokens[-1], place]))
+        return np.array(tokens)
 
 
-class TextDataset:
-    """Sequences from anywhere in a text; `kinds` says of which, for so many samples each."""
+class Languages:
+    """So many samples of each language, in order."""
 
-    def __init__(self, kinds: list[tuple[str, int]]) -> None:
-        self._texts = {kind: text_of(kind) for kind, _ in kinds}
-        self._kinds = [kind for kind, count in kinds for _ in range(count)]
+    def __init__(self, counts: list[tuple[int, int]]) -> None:
+        self._languages = {seed: Language(seed) for seed, _ in counts}
+        self._seeds = [seed for seed, count in counts for _ in range(count)]
 
     def __len__(self) -> int:
-        return len(self._kinds)
+        return len(self._seeds)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         import torch
 
-        text = self._texts[self._kinds[index]]
-        start = int(np.random.default_rng(index).integers(len(text) - LENGTH))
-        tokens = torch.from_numpy(text[start : start + LENGTH + 1].astype(np.int64))
+        tokens = torch.from_numpy(self._languages[self._seeds[index]].sequence(index))
         return {
             "tokens": tokens[:-1],
             "labels": tokens[1:],
@@ -66,36 +74,34 @@ class TextDataset:
         }
 
 
-def watch(steps: int, kinds: list[tuple[str, int]]) -> tuple[list[float], list[float | None]]:
-    """Train on prose for some steps, then watch the model read so many windows of each kind.
+def watch(counts: list[tuple[int, int]]) -> tuple[list[ShiftReading | None], Any]:
+    """Train on so many steps of each language.
 
     Returns:
-        The loss of each step, and what is told of each window.
+        What is known after each step, and what the first alarm is about.
     """
-    from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.batch_losses import BatchLosses
     from moepp_megatron.training.routing_shift import RoutingShift
     from moepp_megatron.training.step import training_step
 
-    window = WATCHED["routing_guard"]["shift"]["window"]
-    read = [(kind, count * window * BATCH) for kind, count in kinds]
-    dataset = TextDataset([("prose", steps * BATCH), *read])
-    config, layout, model, routing, (batches,) = begin(WATCHED, dataset)
-    losses = []
-    for _ in range(steps):
-        losses.append(mean_loss(training_step(model, [batches], config, layout).losses))
-    shift = RoutingShift(config, model, routing, dataset)
-    values = []
-    for step in range(1, window * sum(count for _, count in kinds) + 1):
+    dataset = Languages([(seed, steps * BATCH) for seed, steps in counts])
+    config, layout, model, routing, batches = begin(WATCHED, dataset)
+    shift, losses = RoutingShift(config, model, routing, dataset), BatchLosses()
+    readings: list[ShiftReading | None] = []
+    story = None
+    for _ in range(sum(steps for _, steps in counts)):
         routing.reset()
-        batch = next(batches)
-        # A training step without its second half: forward passes are what is counted.
-        model.chunks[0](batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        value = shift.end_step()
-        if step % window == 0:
-            values.append(value)
-        else:
-            assert value is None, "only whole windows are judged"
-    return losses, values
+        losses.begin()
+
+        def watcher(chunk: Any, batch: Any, token_losses: Any) -> None:
+            losses.add(batch, token_losses)
+
+        result = training_step(model, batches, config, layout, watcher=watcher)
+        reading = shift.end_step(losses.end(result))
+        readings.append(reading)
+        if story is None and reading is not None and max(reading.routing, reading.loss) > 1.0:
+            story = shift.explain()
+    return readings, story
 
 
 def begin(raw: dict[str, Any], dataset: Any) -> tuple[Any, Any, Any, Any, Any]:

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 from moepp_megatron.config.guard_metrics import GUARD_METRICS, RECORDED
+from moepp_megatron.config.guard_rules import DEFAULT_RULES
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
 from tests.parallel.checkpoint_runs import logged
@@ -45,17 +46,7 @@ def guard(*rules: dict[str, Any], **settings: Any) -> dict[str, Any]:
     """The section, with these rules alone (defaults by their name)."""
     names = {rule["name"] for rule in rules}
     dropped = [
-        {"name": name, "action": "none"}
-        for name in (
-            "collapse_to_zero_computation",
-            "few_ffn_experts",
-            "ffn_never_skipped",
-            "dead_expert",
-            "logit_explosion",
-            "entropy_collapse",
-            "data_shift",
-        )
-        if name not in names
+        {"name": rule.name, "action": "none"} for rule in DEFAULT_RULES if rule.name not in names
     ]
     return {"enabled": True, "rules": [*rules, *dropped], **settings}
 
@@ -362,9 +353,12 @@ def test_raised_tau_multiplies_what_is_there(
 
 
 def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
-    """A source breaks from step 33 on; windows are of two steps."""
-    shift = {"window": 2, "span": 4, "lag": 1, "memory": 16, "warmup": 6}
-    rule = {"name": "data_shift", "action": "force_ffn"}
+    """A source breaks from step 57 on."""
+    shift = {"window": 2, "warmup": 20}
+    rules = (
+        {"name": "data_shift", "action": "force_ffn"},
+        {"name": "loss_shift", "action": "force_ffn"},
+    )
     found = train(
         ranks,
         tmp_path,
@@ -373,20 +367,25 @@ def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
         (),
         "broken source",
         layout="dp2",
-        # More tokens a window, and routers that move less than the data does.
+        # More tokens a step, and routers that move less than the data does.
         training={"global_batch_size": 32, "micro_batch_size": 16},
         optimizer={"lr": 3e-4},
-        routing_guard=guard(rule, force_ffn={"tokens": "all"}, shift=shift),
+        routing_guard=guard(*rules, force_ffn={"tokens": "all"}, shift=shift),
     )
-    assert found.decisions == [
-        (34, "data_shift", None, "force_ffn"),
-        # Five shifted windows are usual from then on; six more tell what is usual beside them.
-        (64, "data_shift", None, "end of force_ffn"),
-    ]
-    assert found.ffn[35] >= 0.5
-    values = {r.step: r.routing_shift for r in records(tmp_path) if r.routing_shift is not None}
-    assert max(value for step, value in values.items() if step <= 32) < 0.7
-    assert values[34] > 2.0
+    first = found.decisions[0]
+    assert 57 <= first[0] <= 61
+    assert first[3] == "force_ffn"
+    assert found.ffn[first[0] + 1] >= 0.5
+    judged = [r for r in records(tmp_path) if r.routing_shift is not None]
+    assert judged[0].step == 40
+    before = [r for r in judged if r.step <= 56]
+    assert max(max(r.routing_shift or 0.0, r.loss_shift or 0.0) for r in before) < 0.9
+    alert = told(tmp_path)[0]
+    assert alert.cause in ("data", "optimizer")
+    assert alert.since is not None
+    assert 55 <= alert.since <= alert.step
+    assert alert.moved is not None
+    assert alert.moved[0].startswith("loss ")
     assert (tmp_path / "routing_profile.json").is_file()
 
 

@@ -15,7 +15,7 @@ from tests.parallel.ranks import RankPools
 from tests.parallel.shift_runs import begin, watch
 from tests.parallel.training_runs import SyntheticDataset, settings
 
-GUARD = {"enabled": True, "shift": {"window": 2}}
+GUARD = {"shift": {"window": 2}}
 
 
 def usages(raw: dict[str, Any], steps: int) -> tuple[list[Any], list[Any]]:
@@ -117,23 +117,53 @@ def test_nothing_is_counted_that_nobody_asked_for(ranks: RankPools) -> None:
     assert (counted, tags) == ([None] * 4, None)
 
 
-def test_code_and_noise_after_prose_are_found_and_prose_after_prose_is_none(
-    ranks: RankPools,
-) -> None:
-    """A small model, trained on prose for so short a time that it knows little of it."""
-    kinds = [("prose", 20), ("code", 2), ("prose", 2), ("bytes", 2)]
-    ((losses, values),) = ranks(1).run(watch, 40, kinds)
-    assert losses[-1] < losses[0] - 2.0, "the model has learnt from the prose"
-    assert values[:13] == [None] * 13, "nothing is judged before the warm-up is over"
-    found = [value > 1.0 for value in values[13:]]
-    assert found == [False] * 7 + [True] * 2 + [False] * 2 + [True] * 2, values
+def test_another_language_is_told_within_five_steps(ranks: RankPools) -> None:
+    """A small model that has learnt from one language for 56 steps."""
+    ((readings, story),) = ranks(1).run(watch, [(1, 56), (2, 6)])
+    assert readings[:39] == [None] * 39, "nothing is judged before the warm-up is over"
+    assert None not in readings[39:]
+    assert max(max(r.routing, r.loss) for r in readings[39:56]) < 0.9
+    alarms = [max(r.routing, r.loss) > 1.0 for r in readings[56:]]
+    assert True in alarms[:5]
+    assert story.cause == "data"
+    assert story.steps <= 5
+    assert story.moved[0].startswith("loss ")
+    assert any("layer" in line for line in story.moved[1:])
+
+
+def losses_of_ranks(raw: dict[str, Any]) -> tuple[float, float]:
+    """Mean and spread of the first batch."""
+    from moepp_megatron.config import parse_config
+    from moepp_megatron.training.batch_losses import BatchLosses
+    from moepp_megatron.training.step import training_step
+
+    dataset = SyntheticDataset(parse_config(raw), 1)
+    config, layout, model, _, batches = begin(raw, dataset)
+    losses = BatchLosses()
+    result = training_step(
+        model, batches, config, layout, watcher=lambda _, *seen: losses.add(*seen)
+    )
+    found = losses.end(result)
+    return found.mean, found.spread
+
+
+def test_losses_are_those_of_one_process(ranks: RankPools) -> None:
+    ((mean, spread),) = ranks(1).run(losses_of_ranks, settings())
+    assert 0.0 < spread < mean
+    for parallel in LAYOUTS:
+        found = ranks(4).run(losses_of_ranks, settings(parallel=parallel))
+        assert len(set(found)) == 1, "to the same bits on every rank"
+        assert found[0][0] == pytest.approx(mean, rel=1e-5)
+        if "context_parallel_size" not in parallel:
+            assert found[0][1] == pytest.approx(spread, rel=1e-4)
 
 
 def shifted_run(
     folder: Path, reference: Path | None, steps: int, restart: bool
 ) -> tuple[list[Any], Any]:
-    """Values of a short run and its last state; writes its usage."""
+    """Readings of a short run and its last state; writes its profile."""
     from moepp_megatron.config import parse_config
+    from moepp_megatron.training.batch_losses import BatchLosses
     from moepp_megatron.training.routing_shift import RoutingShift
     from moepp_megatron.training.step import training_step
 
@@ -142,12 +172,17 @@ def shifted_run(
     raw = settings(run={"dir": str(folder)}, routing_guard={"enabled": True, "shift": shift})
     dataset = SyntheticDataset(parse_config(raw), steps)
     config, layout, model, routing, batches = begin(raw, dataset)
-    watcher = RoutingShift(config, model, routing, dataset)
+    watcher, losses = RoutingShift(config, model, routing, dataset), BatchLosses()
+
+    def see(chunk: Any, batch: Any, token_losses: Any) -> None:
+        losses.add(batch, token_losses)
+
     values = []
     for step in range(1, steps + 1):
         routing.reset()
-        training_step(model, batches, config, layout)
-        values.append(watcher.end_step())
+        losses.begin()
+        result = training_step(model, batches, config, layout, watcher=see)
+        values.append(watcher.end_step(losses.end(result)))
         if restart and step % 5 == 0:
             state = json.loads(json.dumps(watcher.state_dict()))
             watcher = RoutingShift(config, model, routing, None, state)
@@ -159,27 +194,28 @@ def test_a_restart_changes_no_bit_and_a_run_can_be_the_reference_of_another(
     ranks: RankPools, tmp_path: Path
 ) -> None:
     pool = ranks(1)
-    (whole,) = pool.run(shifted_run, tmp_path, None, 20, False)
+    (whole,) = pool.run(shifted_run, tmp_path, None, 44, False)
     assert any(value is not None for value in whole[0])
-    (parts,) = pool.run(shifted_run, tmp_path, None, 20, True)
+    (parts,) = pool.run(shifted_run, tmp_path, None, 44, True)
     assert parts == whole
     path = tmp_path / USAGE_FILE
     assert json.loads(path.read_text())["token_classes"] == whole[1]["token_classes"]
     ((values, state),) = pool.run(shifted_run, tmp_path, path, 8, True)
-    assert [value is not None for value in values] == [False, True] * 4, "there from the first"
+    assert None not in values, "there from the first"
     assert state["token_classes"] == whole[1]["token_classes"]
 
 
 def resumed_run(implementation: str, state: Any) -> tuple[Any, Any]:
     """State before the first step, and what that tells."""
+    from moepp_megatron.training.batch_losses import BatchLosses
     from moepp_megatron.training.routing_shift import RoutingShift
     from moepp_megatron.training.step import training_step
 
     raw = settings(routing_guard=GUARD, model={"implementation": implementation})
     config, layout, model, routing, batches = begin(raw, SyntheticDataset(parse(raw), 1))
     watcher = RoutingShift(config, model, routing, SyntheticDataset(config, 1), state)
-    training_step(model, batches, config, layout)
-    return watcher.state_dict(), watcher.end_step()
+    result = training_step(model, batches, config, layout)
+    return watcher.state_dict(), watcher.end_step(BatchLosses().end(result))
 
 
 def parse(raw: dict[str, Any]) -> Any:
@@ -196,6 +232,11 @@ def test_another_implementation_begins_anew(ranks: RankPools, tmp_path: Path) ->
     assert state["window"]["steps"] == 1
     ((resumed, _),) = pool.run(resumed_run, "gpt", state)
     assert resumed == state
+    # A checkpoint of before the detector judged steps.
+    old = {name: values for name, values in state.items() if name != "windows"}
+    ((resumed, value),) = pool.run(resumed_run, "gpt", old)
+    assert resumed["window"]["steps"] == resumed["monitor"]["num_steps"] == 0
+    assert value is None
     ((resumed, value),) = pool.run(resumed_run, "hybrid", state)
     assert resumed["shapes"] == [[4, 12], [4, 0, 2]]
     assert resumed["window"]["steps"] == 0

@@ -317,10 +317,10 @@ def _wandb_settings_without_project(config: Config) -> Iterator[Problem]:
 def _guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
     """Rules are judged only if the guard is on; ids and shares belong to one kind of tokens."""
     guard = config.routing_guard
-    if not guard.enabled:
+    if guard.enabled is False:
         for key in ("dry_run", "rules"):
-            reason = "without routing_guard.enabled"
-            yield from _ignored(config, f"routing_guard.{key}", reason, "set enabled to true")
+            reason = "with routing_guard.enabled false"
+            yield from _ignored(config, f"routing_guard.{key}", reason, "leave enabled out")
     kinds = {"token_ids": "ids", "share": "high_loss", "decay": "high_loss"}
     for key, kind in kinds.items():
         if guard.force_ffn.tokens != kind:

@@ -22,7 +22,7 @@ def _own(config: Config) -> Iterator[tuple[str, GuardRule]]:
 
 def _acting(config: Config, *actions: str) -> Iterator[GuardRule]:
     """Rules that are judged and take one of these actions."""
-    if config.routing_guard.enabled:
+    if config.routing_guard.enabled is True:
         for rule in merged_rules(config.routing_guard).values():
             if rule.action in actions:
                 yield rule
@@ -30,7 +30,7 @@ def _acting(config: Config, *actions: str) -> Iterator[GuardRule]:
 
 def _guard_has_routers_to_watch(config: Config) -> Iterator[Problem]:
     """megatron-core's own MoE layer has none of our routers."""
-    if config.routing_guard.enabled and config.moe.num_zero_computation_experts == 0:
+    if config.routing_guard.enabled is True and config.moe.num_zero_computation_experts == 0:
         yield Problem(
             "routing_guard.enabled",
             True,
@@ -247,29 +247,30 @@ def _guard_keeps_checkpoints_of_before(config: Config) -> Iterator[Problem]:
         return
     for rule in map(complete, _acting(config, "rollback")):
         # The newest may be that of the last step but one in which it held.
-        needed = 1 + math.ceil((rule.for_steps - 1) / interval)
+        steps = rule.of_steps or rule.for_steps
+        needed = 1 + math.ceil((steps - 1) / interval)
         if keep < needed:
             yield Problem(
                 "checkpoint.keep",
                 keep,
                 f"must be at least {needed} with the action rollback of rule {rule.name}, which "
-                f"goes back to before its {rule.for_steps} steps (checkpoint.save_interval "
+                f"goes back to before its {steps} steps (checkpoint.save_interval "
                 f"{interval})",
                 f"use {needed}, or null",
             )
             return
 
 
-def _shift_is_judged_at_last(config: Config) -> Iterator[Problem]:
-    """The warm-up counts only remembered windows, so memory must be large enough."""
-    shift = config.routing_guard.shift
-    if shift.warmup > shift.memory:
-        yield Problem(
-            "routing_guard.shift.warmup",
-            shift.warmup,
-            f"must be at most routing_guard.shift.memory ({shift.memory})",
-            f"use {shift.memory}",
-        )
+def _guard_rules_hold_in_steps_that_there_are(config: Config) -> Iterator[Problem]:
+    """A rule cannot hold in more steps than it looks at."""
+    for name, rule in _own(config):
+        if rule.of_steps is not None and rule.of_steps < (rule.for_steps or 1):
+            yield Problem(
+                f"{name}.of_steps",
+                rule.of_steps,
+                f"must be at least for_steps ({rule.for_steps})",
+                f"use {rule.for_steps}, or leave it out",
+            )
 
 
 RULES = (
@@ -287,5 +288,5 @@ RULES = (
     _actions_have_the_balance_loss_they_need,
     _guard_has_checkpoints_to_go_back_to,
     _guard_keeps_checkpoints_of_before,
-    _shift_is_judged_at_last,
+    _guard_rules_hold_in_steps_that_there_are,
 )

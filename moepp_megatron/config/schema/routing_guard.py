@@ -40,6 +40,14 @@ class GuardRule(Section):
         description="Steps that it must hold before the action is taken; null: 1",
         json_schema_extra=unit("steps"),
     )
+    of_steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="The newest steps among which those for_steps may lie, so that a value that "
+        "flickers counts; null: in a row",
+        json_schema_extra=unit("steps"),
+    )
     clear: float | None = Field(
         default=None,
         description="The metric is healthy again beyond this; null: where the rule does not hold",
@@ -136,35 +144,42 @@ class ShiftSection(Section):
         json_schema_extra=unit("steps"),
     )
     span: int = Field(
-        default=8,
+        default=3,
         ge=1,
-        description="Windows that make the reference",
+        description="Windows whose steps make the line that a step is compared with, 12 steps at "
+        "least; and the newest windows of routing_profile.json",
         json_schema_extra=unit("windows"),
     )
     lag: int = Field(
-        default=2,
+        default=0,
         ge=0,
-        description="Newest windows that are not yet in the reference, so that a shift does not "
-        "hide itself",
+        description="Newest windows that are not yet in the line",
         json_schema_extra=unit("windows"),
     )
     memory: int = Field(
-        default=64,
-        ge=8,
-        description="Newest windows without a shift that tell how much such windows differ",
+        default=6,
+        ge=1,
+        description="Windows whose steps tell how much usual steps differ, 40 steps at least; a "
+        "shift that has lasted for so long is what is usual",
         json_schema_extra=unit("windows"),
     )
     warmup: int = Field(
-        default=16,
-        ge=4,
-        description="Windows that must have told so before one is judged; at most memory",
+        default=8,
+        ge=1,
+        description="Windows before a step is judged",
         json_schema_extra=unit("windows"),
     )
-    threshold: float = Field(
-        default=8.0,
+    false_alarm_steps: float = Field(
+        default=10_000.0,
+        ge=100.0,
+        description="Steps in which chance may raise one false alarm, of routing or of the loss",
+        json_schema_extra=unit("steps"),
+    )
+    threshold: float | None = Field(
+        default=None,
         gt=0.0,
-        description="Robust standard deviations of the log distance above its median from which "
-        "it is a shift; docs/routing_shift.md says why 8",
+        description="The limit itself, in standard deviations of evidence that has added up; null: "
+        "that of false_alarm_steps",
         json_schema_extra=unit("1"),
     )
 
@@ -172,10 +187,11 @@ class ShiftSection(Section):
 class RoutingGuardSection(Section):
     """Watches the routers and acts where a rule holds."""
 
-    enabled: bool = Field(
-        default=False,
-        description="Judge the rules after every step; costs one small all-reduce and one "
-        "broadcast a step",
+    enabled: bool | None = Field(
+        default=None,
+        description="true: judge the rules after every step and act; null: judge and only tell, as "
+        "with dry_run; false: neither. `routing_guard: safe`, `observe` and `off` are short for "
+        "these",
         json_schema_extra=unit("-"),
     )
     dry_run: bool = Field(
@@ -211,9 +227,21 @@ class RoutingGuardSection(Section):
         description="Steps in which half of that (of its logarithm) is gone once the action ends",
         json_schema_extra=unit("steps"),
     )
+    safe_ramp: int = Field(
+        default=20,
+        ge=0,
+        description="Steps over which safe mode ends: zero-computation experts come back by a "
+        "growing share of the tokens; 0: at once",
+        json_schema_extra=unit("steps"),
+    )
     force_ffn: ForceFFNSection = Field(
         default_factory=ForceFFNSection, description="Tokens of the action force_ffn"
     )
     shift: ShiftSection = Field(
         default_factory=ShiftSection, description="Expert usage and shift of the data"
     )
+
+    @property
+    def acts(self) -> bool:
+        """Whether actions are carried out, not only told."""
+        return self.enabled is True and not self.dry_run

@@ -7,9 +7,12 @@ import time
 
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
+from moepp_megatron.training.shift_text import ShiftStory
 
 
-def told(event: Event, step: int, is_dry_run: bool, note: str = "") -> Alert:
+def told(
+    event: Event, step: int, is_dry_run: bool, note: str = "", story: ShiftStory | None = None
+) -> Alert:
     """The alert of an action that begins or ends.
 
     Args:
@@ -17,6 +20,7 @@ def told(event: Event, step: int, is_dry_run: bool, note: str = "") -> Alert:
         step: The step that was judged.
         is_dry_run: Whether the action is only reported.
         note: Further text.
+        story: What a shift is about.
     """
     rule = event.rule
     if event.begins:
@@ -25,7 +29,12 @@ def told(event: Event, step: int, is_dry_run: bool, note: str = "") -> Alert:
         condition = "" if math.isnan(event.value) else _healthy(event)
     if event.is_used_up:
         condition += f"; taken {rule.max_firings} times (max_firings), so only told"
+    if story is not None:
+        note = story.text(step)
     action = event.action if event.begins else f"end of {event.action}"
+    # A warning is the same whether or not the guard may act.
+    if is_dry_run and event.action != "warn":
+        action = f"{action} (dry run)"
     return Alert(
         step=step,
         time=time.time(),
@@ -34,8 +43,12 @@ def told(event: Event, step: int, is_dry_run: bool, note: str = "") -> Alert:
         value=event.value,
         condition="; ".join(part for part in (condition, note) if part),
         severity=rule.severity if event.begins else "info",
-        action=f"{action} (dry run)" if is_dry_run else action,
+        action=action,
         layer=None if event.layer == WHOLE_MODEL else event.layer,
+        cause=None if story is None else story.cause,
+        since=None if story is None else step - story.steps + 1,
+        chance_steps=None if story is None else story.chance,
+        moved=None if story is None else story.moved,
     )
 
 

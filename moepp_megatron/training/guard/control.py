@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +16,12 @@ from moepp_megatron.config.guard_metrics import MEASURED, RECORDED
 from moepp_megatron.config.guard_rules import effective_rules
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values
+from moepp_megatron.observe.past import Past
+from moepp_megatron.observe.shift_reading import ShiftReading
+from moepp_megatron.training.batch_losses import BatchLoss
 from moepp_megatron.training.budget import BudgetControl
-from moepp_megatron.training.collect import RoutingCollector, mean_loss
-from moepp_megatron.training.guard.actions import RaisedTau, RouterControl, demands
+from moepp_megatron.training.collect import RoutingCollector
+from moepp_megatron.training.guard.actions import RaisedTau, RouterControl, SafeRamp, demands
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.fallen import METRIC as FALLEN
 from moepp_megatron.training.guard.fallen import FallenClasses
@@ -25,9 +29,12 @@ from moepp_megatron.training.guard.high_loss import HighLossTokens
 from moepp_megatron.training.guard.readings import counted, from_first_rank, measured
 from moepp_megatron.training.router_health import HealthCollector
 from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.shift_text import ShiftStory
 from moepp_megatron.training.step import Batch, StepResult
 from moepp_megatron.training.token_groups import GroupCollector
 
+# Metrics whose alerts say what has moved.
+_SHIFTS = ("routing_shift", "loss_shift")
 # Actions that go on until the rule is healthy.
 _LASTING = ("raise_tau", "force_ffn", "safe_mode")
 
@@ -105,7 +112,7 @@ class RoutingGuard:
         state = state or {}
         self._judge = RuleJudge(rules, self._layers, state.get("judge"))
         self._routers: RouterControl | None = None
-        if not self._settings.dry_run:
+        if self._settings.acts:
             self._routers = RouterControl(config, model, needs_tags=self._tokens != "all")
         # What the routers have been given, where that is not the budget's or `moe.tau`.
         self._raised_taus: dict[int, float] = {}
@@ -117,6 +124,8 @@ class RoutingGuard:
         self._raised = RaisedTau(
             self._layers, settings.tau_factor, settings.tau_half_life, state.get("raised", ())
         )
+        self._ramp = SafeRamp(self._layers, settings.safe_ramp, state.get("ramp", ()))
+        self._past = Past(len(self._layers), state.get("past"))
         self._fallen = self._open_fallen(state.get("fallen"))
         self._high_loss: HighLossTokens | None = None
         if self._tokens == "high_loss":
@@ -131,7 +140,12 @@ class RoutingGuard:
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, the same on every rank; later steps do not change it."""
-        state: dict[str, Any] = {"judge": self._judge.state(), "raised": self._raised.state()}
+        state: dict[str, Any] = {
+            "judge": self._judge.state(),
+            "raised": self._raised.state(),
+            "ramp": self._ramp.state(),
+            "past": self._past.state(),
+        }
         if self._high_loss is not None:
             state["high_loss"] = self._high_loss.state()
         if self._fallen is not None:
@@ -153,7 +167,8 @@ class RoutingGuard:
             return
         self._set_taus(step, budget)
         forced = self._judge.places("force_ffn")
-        found = demands(self._judge.places("safe_mode"), forced, self._layers)
+        safe, ramp = self._judge.places("safe_mode"), self._ramp.demands()
+        found = demands(safe, forced, self._layers, ramp)
         self._routers.demand(found, self._forced_ids() if forced else None)
 
     def _set_taus(self, step: int, budget: BudgetControl | None) -> None:
@@ -197,30 +212,47 @@ class RoutingGuard:
         if self._high_loss is not None:
             self._high_loss.add(batch, token_losses)
 
-    def end_step(self, step: int, result: StepResult, shift: float | None = None) -> GuardVerdict:
+    def end_step(
+        self,
+        step: int,
+        result: StepResult,
+        loss: BatchLoss,
+        shift: ShiftReading | None = None,
+        explain: Callable[[], ShiftStory | None] = lambda: None,
+    ) -> GuardVerdict:
         """Judge `step`, once the optimizer has acted, or a batch refused after it; a collective.
 
         Args:
             step: The step.
             result: Result of the step.
-            shift: Divergence of the expert usage over its threshold; None if none is judged.
+            loss: The step's losses, to the same bits on every rank.
+            shift: What is known of a shift; None if none is judged.
+            explain: Says what a shift is about; a collective.
         """
         if self._high_loss is not None and result.updated:
             self._high_loss.end_step()
         if step <= self._settings.warmup:
             return NOTHING
-        events = self._judge.judge(self._read(result, shift))
+        events = self._judge.judge(self._read(result, loss, shift))
         if self._fallen is not None:
             self._fallen.choose(
                 self._judge.places("force_ffn", self._of_classes), max(self._of_classes.values())
             )
         rollbacks: list[Event] = []
-        if not self._settings.dry_run:
+        if self._settings.acts:
             self._raised.step(self._judge.places("raise_tau"))
+            self._ramp.step(self._judge.places("safe_mode"))
             rollbacks = [event for event in events if event.begins and event.action == "rollback"]
         others = [event for event in events if event not in rollbacks]
-        dry_run = self._settings.dry_run
-        alerts = [told(event, step, dry_run, self._note(event)) for event in others]
+        # All ranks have the same events, so all of them ask.
+        is_shift = any(event.begins and event.rule.metric in _SHIFTS for event in others)
+        story = explain() if is_shift else None
+        alerts = [
+            told(event, step, not self._settings.acts, story=story)
+            if event.rule.metric in _SHIFTS and event.begins
+            else told(event, step, not self._settings.acts, self._note(event))
+            for event in others
+        ]
         return GuardVerdict(alerts, rollbacks)
 
     def go_back(self, step: int, state: Mapping[str, Any] | None) -> list[Alert]:
@@ -240,12 +272,13 @@ class RoutingGuard:
 
     def announce_stage(self, step: int) -> list[Alert]:
         """Reset all rules, because other data follow after `step`; the alerts are of ends."""
+        self._past = Past(len(self._layers))
         self._fallen = self._open_fallen(None)
         return self._forget(step, "new stage")
 
     def _forget(self, step: int, note: str) -> list[Alert]:
         ended = [event for event in self._judge.forget() if event.action != "rollback"]
-        return [told(event, step, self._settings.dry_run, note) for event in ended]
+        return [told(event, step, not self._settings.acts, note) for event in ended]
 
     def _note(self, event: Event) -> str:
         """Further text of an alert: which classes of tokens fell."""
@@ -253,7 +286,7 @@ class RoutingGuard:
             return ""
         return self._fallen.note(event.layer, event.rule.limit)
 
-    def _read(self, result: StepResult, shift: float | None) -> Values:
+    def _read(self, result: StepResult, loss: BatchLoss, shift: ShiftReading | None) -> Values:
         """This step's values of the metrics that rules use."""
         moe = self._config.moe
         selected_LE = self._routing.selections()
@@ -268,14 +301,15 @@ class RoutingGuard:
             values |= {name: cast(float, fields[name]) for name in RECORDED if name in fields}
         # Those of a refused batch are not the model's: the numerical guard has judged them.
         if result.updated:
-            values["grad_norm"] = result.grad_norm
-            if "loss" in self._metrics:
-                values["loss"] = mean_loss(result.losses)
+            values |= {"grad_norm": result.grad_norm, "loss": loss.mean}
         if shift is not None:
-            values["routing_shift"] = shift
+            values |= {"routing_shift": shift.routing, "loss_shift": shift.loss}
         if self._fallen is not None:
             values[FALLEN] = self._fallen.end_step()
-        return from_first_rank(values)
+        values = dict(from_first_rank(values))
+        shares = cast(Sequence[float], values["ffn_fraction"])
+        own = (cast(float, values.get(name, math.nan)) for name in ("grad_norm", "loss"))
+        return {**values, **self._past.add(shares, *own)}
 
     def metrics(self) -> dict[str, Any]:
         """Fields of the record of the step that is under way or has just been taken."""

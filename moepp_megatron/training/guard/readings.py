@@ -44,6 +44,7 @@ def counted(selected_LE: Tensor, num_ffn: int, topk: int, wanted_share: float) -
         "max_ffn_load": ffn_LF.amax(dim=1) * num_ffn / ffn_total,
         "min_ffn_load": ffn_LF.amin(dim=1) * num_ffn / ffn_total,
         "max_expert_share": selected_LE.amax(dim=1) / total,
+        "max_expert_tokens": selected_LE.amax(dim=1) * topk / total,
     }
     return {name: found[name].tolist() for name in COUNTED}
 

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from pydantic import ValidationError
 
+from moepp_megatron.config.guard_rules import effective_rules
+from moepp_megatron.config.schema import RoutingGuardSection
 from moepp_megatron.observe.alerts import Alert, Severity
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import MUTED, VERMILION
@@ -64,6 +67,19 @@ def alert_table(run: RunData) -> AlertTable | None:
     if len(alerts) > MAX_ROWS:
         sentence += f" The table has the newest {MAX_ROWS}."
     return AlertTable(sentence, [_row(alert) for alert in alerts[-MAX_ROWS:]])
+
+
+def watched(run: RunData) -> str:
+    """What was watched, in a sentence or two; empty where nothing was, or another version did."""
+    try:
+        section = RoutingGuardSection.model_validate(run.config.routing_guard)
+    except ValidationError:
+        return ""
+    if section.enabled is False or run.config.is_vanilla:
+        return "The routing guard was off."
+    rules = ", ".join(rule.name for rule in effective_rules(section))
+    does = "acts on them" if section.acts else "only tells what they find"
+    return f"The routing guard judged these rules after every step and {does}: {rules}."
 
 
 def mark_alerts(axes: Axes, alerts: Sequence[Alert], steps: Sequence[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moepp_megatron import catalogue
-from moepp_megatron.config.guard_rules import DEFAULT_RULES
+from moepp_megatron.config.guard_rules import DEFAULT_RULES, lasting
 from moepp_megatron.config.schema.routing_guard import GuardRule
 
 
@@ -68,4 +68,4 @@ def _condition(rule: GuardRule) -> str:
     side, limit = ("above", rule.above) if rule.above is not None else ("below", rule.below)
     what = {"ffn_to_target": "of the wanted share", "min_ffn_load": ""}.get(str(rule.metric), "")
     text = f"{side} {limit:g} {what}".strip()
-    return f"{text} for {rule.for_steps} steps ({rule.name})"
+    return f"{text}{lasting(rule.for_steps, rule.of_steps)} ({rule.name})"

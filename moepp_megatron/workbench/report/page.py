@@ -6,7 +6,7 @@ from pathlib import Path
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.version import __version__
 from moepp_megatron.workbench.report import formatting
-from moepp_megatron.workbench.report.alerts import AlertTable, alert_table
+from moepp_megatron.workbench.report.alerts import AlertTable, alert_table, watched
 from moepp_megatron.workbench.report.cards import Card, headline_cards
 from moepp_megatron.workbench.report.curves import curve_plots
 from moepp_megatron.workbench.report.drawing import plot_style
@@ -38,6 +38,7 @@ class Page:
         tokens: Plots by data source and by class of tokens.
         health: Plots of the routers' health; empty for a vanilla run.
         alerts: The run's alerts; None without any.
+        watched: What the routing guard watched; empty where that is not known.
         hardware: Plots of the run's use of machines; empty without telemetry.
         table: The comparison with the vanilla layer; None for a vanilla run.
         terms: The meanings of the page's terms.
@@ -56,6 +57,7 @@ class Page:
     tokens: list[Plot]
     health: list[Plot]
     alerts: AlertTable | None
+    watched: str
     hardware: list[Plot]
     table: SavingsTable | None
     terms: list[tuple[str, str]]
@@ -110,6 +112,7 @@ def render(run: RunData) -> str:
         tokens=tokens,
         health=health,
         alerts=alerts,
+        watched=watched(run),
         hardware=hardware,
         table=savings_table(run, summary, savings) if has_savings else None,
         terms=_terms(run, summary),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -91,6 +91,8 @@ class RunConfig(BaseModel):
     parallel: RecordedParallel
     precision: RecordedPrecision
     training: RecordedTraining
+    # As recorded: another version may have other settings.
+    routing_guard: dict[str, Any] = {}
 
     @property
     def experts(self) -> ExpertLayout:

@@ -85,7 +85,12 @@ INVALID = [
         "routing_guard.rules[0].metric ('routing_shift')",
         "change routing_guard.shift.window",
     ),
-    (["routing_guard.shift.memory=12"], "routing_guard.shift.warmup (16)", "use 12"),
+    (
+        [guard_rule(for_steps=15, of_steps=10)],
+        "routing_guard.rules[0].of_steps (10)",
+        "use 15, or leave it out",
+    ),
+    (["routing_guard=saef"], "routing_guard ('saef')", "use safe"),
     ([GUARD, *VANILLA], "routing_guard.enabled (true)", "add zero-computation experts"),
     (
         [GUARD, "moe.num_ffn_experts=1", "moe.router_topk=2"],
@@ -116,7 +121,7 @@ INVALID = [
     (
         [GUARD, "moe.balance_coeff=0"],
         "moe.balance_coeff (0.0)",
-        "rules collapse_to_zero_computation, few_ffn_experts: tau acts",
+        "rules collapse_to_zero_computation, fall_of_ffn_experts, few_ffn_experts: tau acts",
     ),
     (
         [
@@ -885,9 +890,9 @@ IGNORED = [
         "without training.profile_steps",
     ),
     (
-        ["routing_guard.dry_run=true"],
+        ["routing_guard.enabled=false", "routing_guard.dry_run=true"],
         "routing_guard.dry_run (true)",
-        "without routing_guard.enabled",
+        "with routing_guard.enabled false",
     ),
     (
         [GUARD, "routing_guard.force_ffn.share=0.2", "routing_guard.force_ffn.tokens=all"],

@@ -314,3 +314,38 @@ def test_a_section_that_may_be_left_out(minimal: Path, tmp_path: Path) -> None:
         load_config(minimal, [f"{name}.kv_lora=32"])
     with pytest.raises(ConfigError, match=r"model\.latent_attention must be a mapping of keys"):
         load_config(minimal, [f"{name}=[1]"])
+
+
+@pytest.mark.parametrize(
+    ("text", "enabled", "dry_run"),
+    [
+        ("safe", True, False),
+        ("observe", None, True),
+        ("off", False, True),
+        ("{enabled: true}", True, True),
+    ],
+)
+def test_one_word_stands_for_a_section(
+    tmp_path: Path, minimal: Path, text: str, enabled: bool | None, dry_run: bool
+) -> None:
+    """In a file over its base, and as an override; what the word does not set stays."""
+    base = tmp_path / "base.yaml"
+    base.write_text(minimal.read_text() + "routing_guard: {enabled: false, dry_run: true}\n")
+    over = tmp_path / "over.yaml"
+    over.write_text(f"base: base.yaml\nrouting_guard: {text}\n")
+    found = [load_config(over), load_config(base, [f"routing_guard={text}"])]
+    for config in found:
+        guard = config.routing_guard
+        assert (guard.enabled, guard.dry_run) == (enabled, dry_run)
+    # As it is recorded.
+    again = tmp_path / "again.yaml"
+    again.write_text(found[0].to_yaml())
+    assert load_config(again) == found[0]
+
+
+def test_the_guard_only_tells_unless_it_is_told_to_act(minimal: Path) -> None:
+    assert load_config(minimal).routing_guard.enabled is None
+    assert not load_config(minimal).routing_guard.acts
+    assert load_config(minimal, ["routing_guard=safe"]).routing_guard.acts
+    dry = ["routing_guard=safe", "routing_guard.dry_run=true"]
+    assert not load_config(minimal, dry).routing_guard.acts

@@ -43,8 +43,10 @@ def tags_of(forced: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("changes", "dispatcher"), SETTINGS)
-@pytest.mark.parametrize("demand", ["one", "one of some", "all"])
-def test_layer_is_the_reference(changes: dict[str, Any], dispatcher: str, demand: str) -> None:
+@pytest.mark.parametrize("demand", ["one", "one of some", "all", 0.4])
+def test_layer_is_the_reference(
+    changes: dict[str, Any], dispatcher: str, demand: str | float
+) -> None:
     """Outputs and gradients; no balance loss, which the next test looks at."""
     moepp = MoEPPConfig(
         num_ffn_experts=4,
@@ -56,9 +58,10 @@ def test_layer_is_the_reference(changes: dict[str, Any], dispatcher: str, demand
     if moepp.selection_bias:
         layer.router.expert_bias.copy_(torch.linspace(-0.4, 0.4, moepp.num_experts))
     forced = torch.rand(LENGTH * BATCH) < 0.5 if demand == "one of some" else None
-    layer.router.set_ffn_demand(demand[:3].strip())
+    name: Any = demand[:3].strip() if isinstance(demand, str) else demand
+    layer.router.set_ffn_demand(name)
     reference = reference_of(layer)
-    reference.ffn_demand = demand[:3].strip()
+    reference.ffn_demand = name
     reference.selection_bias_E = layer.router.expert_bias
 
     hidden = torch.randn(LENGTH, BATCH, HIDDEN, requires_grad=True)
@@ -82,11 +85,11 @@ def test_layer_is_the_reference(changes: dict[str, Any], dispatcher: str, demand
     own = build_layer(moepp, dispatcher=dispatcher)
     own.load_state_dict(layer.state_dict())
     own(hidden.detach(), previous.detach())
-    assert layer.statistics.wanted_selections().tolist() == own.statistics.selected.tolist()
+    assert layer.statistics.wanted_counts().tolist() == own.statistics.selected.tolist()
     assert made.tolist() != own.statistics.selected.tolist(), "nothing was demanded in vain"
 
 
-@pytest.mark.parametrize("demand", ["one", "all"])
+@pytest.mark.parametrize("demand", ["one", "all", 2.0])
 def test_the_balance_loss_is_of_the_routers_own_choice(demand: str) -> None:
     moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5)
     hidden = torch.randn(LENGTH, BATCH, HIDDEN)
@@ -106,6 +109,22 @@ def test_the_balance_loss_is_of_the_routers_own_choice(demand: str) -> None:
     assert losses[0] == losses[1]
     assert torch.equal(*gradients)
     assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("changes", [changes for changes, _ in SETTINGS])
+def test_a_number_leads_from_all_to_none(changes: dict[str, Any]) -> None:
+    """The more logits are lowered, the fewer zero-computation experts; the ends are the others."""
+    config = MoEPPConfig(num_ffn_experts=4, num_zero_experts=2, num_copy_experts=2, **changes)
+    logits = torch.randn(200, config.num_experts)
+    bias = torch.linspace(-0.4, 0.4, config.num_experts) if config.selection_bias else None
+    demands = ["none", 0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 50.0, "all"]
+    made = [select(logits, bias, config, None, demand) for demand in demands]
+    for one, other in (made[:2], made[-2:]):
+        assert torch.equal(one.routing_map, other.routing_map)
+        assert_close(one.gates, other.gates, "gates")
+    counts = [int(found.routing_map[:, 4:].sum()) for found in made]
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) > 4
 
 
 def test_one_is_the_best_choice_that_has_an_ffn_expert() -> None:
@@ -190,7 +209,7 @@ def test_tags_stay_with_their_micro_batch(granularity: str) -> None:
     for number, statistics in results[0][2].items():
         assert torch.equal(statistics.cells, results[1][2][number].cells)
         assert statistics.cells[:, 1].sum() == batches[:, :, :-1].numel()
-        assert statistics.cells[:, 0].sum() == statistics.wanted_selections()[:4].sum()
+        assert statistics.cells[:, 0].sum() == statistics.wanted_counts()[:4].sum()
         assert (statistics.wanted != statistics.selected).any()
 
 

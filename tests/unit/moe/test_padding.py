@@ -149,7 +149,7 @@ def test_demanded_experts(demand: Any) -> None:
 def check_layer_with_demand(layer: MoEPPLayer) -> None:
     expected = check_layer(layer)
     made = expected.selected_TE.sum(dim=0)
-    wanted = layer.statistics.wanted_selections()
+    wanted = layer.statistics.wanted_counts()
     assert wanted.sum() == made.sum()
     assert wanted.tolist() != made.tolist()
 

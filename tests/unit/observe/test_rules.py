@@ -48,6 +48,36 @@ def test_a_step_that_does_not_hold_starts_the_count_anew() -> None:
     assert judged(RuleJudge([LOW], [1]), steps) == [".", ".", ".", ".", ".", "+"]
 
 
+def test_a_rule_over_a_share_of_steps_counts_what_flickers() -> None:
+    rule = replace(LOW, of_steps=5)
+    low, high = [0.1], [0.5]
+    flickers = [low, high, low, high, low]
+    assert judged(RuleJudge([rule], [1]), flickers) == [*"....", "+"]
+    assert judged(RuleJudge([LOW], [1]), flickers) == ["."] * 5
+    # The first of three is forgotten after five steps.
+    assert judged(RuleJudge([rule], [1]), [low, high, high, low, high, low]) == ["."] * 6
+    assert rule.condition == "< 0.2 for 3 of 5 steps"
+    (event,) = [
+        event
+        for judge in [RuleJudge([rule], [1])]
+        for value in flickers
+        for event in judge.judge({"ffn_fraction": value})
+    ]
+    assert event.held_for == 5, "since the first of them"
+    # Goes on in the middle.
+    for cut in range(5):
+        before = RuleJudge([rule], [1])
+        head = judged(before, flickers[:cut])
+        after = RuleJudge([rule], [1], json.loads(json.dumps(before.state())))
+        assert head + judged(after, flickers[cut:]) == [*"....", "+"]
+
+
+def test_a_state_without_steps_that_held_is_read() -> None:
+    """As a checkpoint of an earlier version has it."""
+    state = {"clock": 5, "firings": {"low": 1}, "places": [["low", 1, "firing", 5, None, "warn"]]}
+    assert RuleJudge([LOW], [1], state).places("warn") == {1}
+
+
 def test_between_limit_and_clear_nothing_changes() -> None:
     judge = RuleJudge([LOW], [1])
     judged(judge, [[0.1]] * 3)
@@ -148,7 +178,7 @@ def test_a_rule_of_a_default_name_changes_that_rule() -> None:
     )
     rules = {rule.name: rule for rule in effective_rules(section)}
     assert rules["dead_expert"].action == "rollback"
-    assert rules["dead_expert"].for_steps == 100
+    assert (rules["dead_expert"].for_steps, rules["dead_expert"].of_steps) == (75, 100)
     assert "entropy_collapse" not in rules
     # The old way back lies beyond the new limit.
     assert (rules["logit_explosion"].limit, rules["logit_explosion"].clear) == (30.0, 30.0)

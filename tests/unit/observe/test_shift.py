@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,155 +15,267 @@ import pytest
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.schema.routing_guard import ShiftSection
+from moepp_megatron.observe.cusum import Cusum, limit_for, steps_of_chance
 from moepp_megatron.observe.expert_usage import ExpertUsage, difference
 from moepp_megatron.observe.shift import ShiftMonitor
+from moepp_megatron.observe.shift_reading import ShiftReading
 from moepp_megatron.observe.usage_file import USAGE_FILE, StoredUsage
-from moepp_megatron.observe.usage_noise import UsageNoise
+from moepp_megatron.observe.usage_noise import LossNoise, UsageNoise
 from tests.unit.observe.drawn_usages import EXPERTS, FFN, LAYERS, Router
 
-WINDOWS = 1000
-# One window to compare with, four to say in which directions windows differ, the warm-up.
-FIRST_JUDGED = 5 + ShiftSection().warmup
+STEPS = 400
+FIRST_JUDGED = 80
 Drift = Callable[[int], Any]
+Sample = tuple[np.ndarray, float, float]
 
 
 def settling(chance: np.random.Generator) -> Drift:
-    """A router that finds its experts in the first windows, and moves on slowly all along."""
+    """A router that finds its experts in the first steps, and moves on slowly all along."""
     early, late = 2.0 * chance.standard_normal((2, LAYERS, EXPERTS))
-    return lambda window: early * math.exp(-window / 30) + late * window / WINDOWS
+    return lambda step: early * math.exp(-step / 60) + late * step / 2000
 
 
 def warming_up(chance: np.random.Generator) -> Drift:
     """One that rests while the learning rate is small, and moves faster then."""
     way = 1.5 * chance.standard_normal((LAYERS, EXPERTS))
 
-    def moved(window: int) -> np.ndarray:
-        time = min(window, 60) ** 2 / 120 + max(window - 60, 0)
-        return way * (1 - math.exp(-time / 60))
+    def moved(step: int) -> np.ndarray:
+        time = min(step, 60) ** 2 / 120 + max(step - 60, 0)
+        return way * (1 - math.exp(-time / 120))
 
     return moved
 
 
 def wandering(chance: np.random.Generator) -> Drift:
-    steps = 0.003 * chance.standard_normal((WINDOWS, LAYERS, EXPERTS))
+    steps = 0.003 * chance.standard_normal((STEPS, LAYERS, EXPERTS))
     return np.cumsum(steps, axis=0).__getitem__
 
 
 def resting(chance: np.random.Generator) -> Drift:
-    return lambda window: 0.0
+    return lambda step: 0.0
 
 
-def values_of(monitor: ShiftMonitor, usages: list[ExpertUsage]) -> list[float]:
-    """What is judged of them."""
-    return [value for value in map(monitor.add, usages) if value is not None]
+@dataclass
+class Text:
+    """Steps of a training on one text.
+
+    Attributes:
+        router: What it makes of the text.
+        loss: Loss above that of the first text, nats.
+    """
+
+    router: Router
+    loss: float = 0.0
+
+    def step(self, chance: np.random.Generator, number: int, drift: Any = 0.0) -> Sample:
+        """Selections, loss and its spread; sequences differ with heavy tails, as texts do."""
+        profile = self.router.window(chance, drift)
+        sequences = 0.6 * chance.standard_t(5, size=48) + 3.0 + self.loss
+        sequences += 4.0 * math.exp(-number / 100)
+        return profile.experts, float(sequences.mean()), float(sequences.std(ddof=1))
+
+    def steps(self, seed: int) -> Iterator[Sample]:
+        """Steps without drift, late in a training."""
+        chance = np.random.default_rng(seed)
+        while True:
+            yield self.step(chance, 10_000)
 
 
-def drawn(count: int) -> list[ExpertUsage]:
-    """Windows of one text."""
-    chance = np.random.default_rng(1)
-    router = Router.drawn(chance)
-    return [router.window(chance) for _ in range(count)]
+def text_of(seed: int) -> Text:
+    return Text(Router.drawn(np.random.default_rng(seed)))
 
 
-def drawn_shifted(count: int) -> list[ExpertUsage]:
-    """Windows of another text, of which the same router makes something else."""
-    chance = np.random.default_rng(1)
-    router = shifted(Router.drawn(chance), np.random.default_rng(2))
-    return [router.window(chance) for _ in range(count)]
+def other_than(text: Text, seed: int, loss: float = 0.0) -> Text:
+    """A text that the same router makes something else of."""
+    chance = np.random.default_rng(seed)
+    base = text.router.base + 1.5 * chance.standard_normal((LAYERS, EXPERTS))
+    return Text(replace(text.router, base=base), loss)
 
 
-def shifted(router: Router, chance: np.random.Generator) -> Router:
-    return replace(router, base=router.base + 1.5 * chance.standard_normal((LAYERS, EXPERTS)))
+def fed(monitor: ShiftMonitor, samples: Iterator[Sample], count: int) -> list[ShiftReading | None]:
+    return [monitor.add(*sample) for sample in islice(samples, count)]
 
 
-@pytest.mark.parametrize(
-    ("drift", "seed"),
-    [
-        *((resting, seed) for seed in (1, 2, 3)),
-        *((settling, seed) for seed in (1, 2)),
-        *((warming_up, seed) for seed in (1, 2)),
-        (wandering, 1),
-    ],
-)
-def test_no_false_alarm_in_a_thousand_windows_and_a_shift_is_found_in_the_next(
+def highest(readings: list[ShiftReading | None]) -> float:
+    """The largest of what was judged."""
+    return max(max(r.routing, r.loss) for r in readings if r is not None)
+
+
+def delay(readings: list[ShiftReading | None]) -> int:
+    """Steps until the first alarm."""
+    alarms = [r is not None and max(r.routing, r.loss) > 1.0 for r in readings]
+    return alarms.index(True) + 1 if True in alarms else 10**9
+
+
+def trained(seed: int = 3, steps: int = 200, **settings: Any) -> tuple[ShiftMonitor, Text]:
+    """A monitor that has seen a text for a while, without an alarm."""
+    monitor, text = ShiftMonitor(ShiftSection(**settings)), text_of(seed)
+    assert highest(fed(monitor, text.steps(seed), steps)) < 1.0
+    return monitor, text
+
+
+@pytest.mark.parametrize("drift", [resting, settling, warming_up, wandering])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_false_alarm_and_another_text_is_told_within_five_steps(
     drift: Callable[[np.random.Generator], Drift], seed: int
 ) -> None:
     """The same data, whatever training does to the router; then data it treats differently."""
     chance = np.random.default_rng(seed)
-    router, moves = Router.drawn(chance), drift(chance)
-    settings = ShiftSection()
-    # One that is fixed only once the fast part of training is over, as docs say.
-    monitors = [ShiftMonitor(settings), ShiftMonitor(settings.model_copy(update=LATE))]
-    for window in range(WINDOWS):
-        usage = router.window(chance, moves(window))
-        for monitor in monitors:
-            value = monitor.add(usage)
-            assert (value is None) == (window < FIRST_JUDGED)
-            assert value is None or value < 1.0, (window, value)
-    other = shifted(router, chance)
-    values = [monitor.add(other.window(chance, moves(WINDOWS - 1))) for monitor in monitors]
-    assert all(value is not None and value > 1.0 for value in values), values
+    text, monitor = text_of(seed), ShiftMonitor(ShiftSection())
+    moves = drift(chance)
+    readings = [monitor.add(*text.step(chance, step, moves(step))) for step in range(STEPS)]
+    assert [r is None for r in readings] == [step + 1 < FIRST_JUDGED for step in range(STEPS)]
+    assert highest(readings) < 1.0
+    other = other_than(text, seed, loss=1.0)
+    later = [monitor.add(*other.step(chance, STEPS + step, moves(STEPS - 1))) for step in range(5)]
+    assert delay(later) <= 5
+    assert later[-1] is not None
+    assert later[-1].cause == "data"
 
 
-LATE = {"fixed_after": 3000}
+@pytest.mark.parametrize("seed", range(3))
+def test_what_moves_says_what_has_changed(seed: int) -> None:
+    monitor, text = trained(seed)
+    readings = fed(monitor, other_than(text, seed).steps(seed + 10), 8)
+    assert delay(readings) <= 8
+    assert readings[-1] is not None
+    assert readings[-1].cause == "router"
+    for loss in (1.0, -1.0):
+        monitor, text = trained(seed)
+        readings = fed(monitor, Text(text.router, loss).steps(seed + 10), 4)
+        assert delay(readings) <= 4
+        assert readings[-1] is not None
+        assert readings[-1].cause == "optimizer"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_few_sequences_of_another_text_are_told(seed: int) -> None:
+    """A sixth of each batch has 2.5 nats more: the mean moves little, the sequences differ."""
+    monitor, text = trained(seed)
+    chance = np.random.default_rng(seed + 10)
+    readings = []
+    for _ in range(30):
+        experts, _, _ = text.step(chance, 10_000)
+        sequences = 0.6 * chance.standard_t(5, size=48) + 3.0
+        sequences[:8] += 2.5
+        spread = float(sequences.std(ddof=1))
+        readings.append(monitor.add(experts, float(sequences.mean()), spread))
+    assert delay(readings) <= 30
+
+
+def test_a_single_odd_batch_is_no_shift() -> None:
+    monitor, text = trained()
+    readings = fed(monitor, other_than(text, 2, loss=3.0).steps(3), 1)
+    readings += fed(monitor, text.steps(4), 60)
+    assert highest(readings) < 1.0
 
 
 def test_a_shift_lasts_until_it_is_usual_or_over() -> None:
-    settings = ShiftSection()
-    before, one, other = drawn(108)[:8], drawn(108)[8:], drawn_shifted(100)
-    reference = sum(before[1:], before[0])
-    monitor, fixed = ShiftMonitor(settings), ShiftMonitor(settings, reference)
-    for each in (monitor, fixed):
-        assert max(values_of(each, one[:60])) < 1.0
-        # A short one leaves no trace.
-        assert min(values_of(each, other[:5])) > 1.0
-        assert max(values_of(each, one[60:])) < 1.0
-    patience = settings.span + settings.lag
-    values = [monitor.add(usage) for usage in other]
-    assert all(value is not None and value > 1.0 for value in values[:patience])
-    # From then on the new data is what is usual; the noise is learnt anew.
-    num_learnt = values[patience:].count(None)
-    assert num_learnt == 4 + settings.warmup
-    later = [value for value in values[patience + num_learnt :] if value is not None]
-    assert len(later) == len(other) - patience - num_learnt
-    assert max(later) < 1.0
-    assert min(values_of(monitor, one[:5])) > 1.0
-    assert min(values_of(fixed, other)) > 1.0
+    monitor, text = trained()
+    other = other_than(text, 2, loss=1.0)
+    assert delay(fed(monitor, other.steps(3), 10)) <= 5
+    # A short one leaves no trace.
+    samples = text.steps(4)
+    fed(monitor, samples, 40)
+    assert highest(fed(monitor, samples, 60)) < 1.0
+    # One that stays is usual after as many steps as are remembered.
+    samples = other.steps(5)
+    values = fed(monitor, samples, 60)
+    assert delay(values) <= 5
+    alarms = [r is not None and max(r.routing, r.loss) > 1.0 for r in values]
+    assert all(alarms[5:58])
+    assert highest(fed(monitor, samples, 100)) < 1.0
+    assert delay(fed(monitor, text.steps(6), 10)) <= 5
 
 
-@pytest.mark.parametrize("changes", [{}, LATE | {"fixed_after": 200}])
+def test_what_has_moved_is_named() -> None:
+    monitor, text = trained()
+    assert monitor.explain() is None
+    base = text.router.base.copy()
+    base[2, 5] += 2.0
+    moved = Text(replace(text.router, base=base), 0.5)
+    readings = fed(monitor, moved.steps(3), 6)
+    finding = monitor.explain()
+    assert finding is not None
+    assert finding.reading == readings[-1]
+    assert 4 <= finding.steps <= 6
+    assert np.unravel_index(np.abs(finding.surprise).argmax(), finding.surprise.shape) == (2, 5)
+    assert finding.after[2, 5] > 1.5 * finding.before[2, 5]
+    assert finding.loss_after - finding.loss_before == pytest.approx(0.5, abs=0.3)
+    assert finding.chance > 10_000
+
+
+@pytest.mark.parametrize("changes", [{}, {"fixed_after": 200}])
 def test_a_monitor_that_was_saved_goes_on_to_the_bit(changes: dict[str, Any]) -> None:
     settings = ShiftSection(**changes)
+    text = text_of(1)
     # Stops while it warms up, while it judges, within a shift.
-    usages = [*drawn(60), *drawn_shifted(45)]
+    samples = [*islice(text.steps(1), 220), *islice(other_than(text, 2, 1.0).steps(3), 100)]
     whole = ShiftMonitor(settings)
-    expected = [whole.add(usage) for usage in usages]
-    assert any(value is not None and value > 1.0 for value in expected)
-    for stop in (0, 1, 7, 25, 63):
+    expected = [whole.add(*sample) for sample in samples]
+    assert highest(expected) > 1.0
+    for stop in (0, 1, 40, 90, 224):
         first, second = ShiftMonitor(settings), ShiftMonitor(settings)
-        values = [first.add(usage) for usage in usages[:stop]]
+        values = [first.add(*sample) for sample in samples[:stop]]
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        values += [second.add(usage) for usage in usages[stop:]]
+        values += [second.add(*sample) for sample in samples[stop:]]
         assert values == expected
         assert second.state_dict() == whole.state_dict()
 
 
-def test_a_reference_from_a_file_judges_the_first_window(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{"memory": 4}, {"memory": 64}, {"span": 1}, {"window": 4}])
+@pytest.mark.parametrize("seed", range(3))
+def test_other_settings_on_resuming_raise_no_alarm(changes: dict[str, int], seed: int) -> None:
+    monitor, text = trained(seed)
+    resumed = ShiftMonitor(ShiftSection(**changes))
+    resumed.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert highest(fed(resumed, text.steps(seed + 20), 150)) < 1.0
+    assert delay(fed(resumed, other_than(text, seed, 1.0).steps(seed + 30), 10)) <= 6
+
+
+def test_a_state_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="no state"):
+        ShiftMonitor(ShiftSection()).load_state_dict({"usual": []})
+
+
+def test_a_reference_from_a_file_judges_from_the_first_steps(tmp_path: Path) -> None:
     settings = ShiftSection()
-    before = ShiftMonitor(settings)
-    one, other = drawn(80), drawn_shifted(3)
-    values_of(before, one[:60])
-    assert before.newest is not None
-    StoredUsage(before.newest, "0123", before.noise).write(tmp_path)
-    stored = StoredUsage.read(tmp_path / USAGE_FILE, settings)
-    assert stored.token_classes == "0123"
-    assert stored.noise.as_json() == before.noise.as_json()
-    assert not difference(stored.usage, before.newest).any()
-    for usages, is_shift in ((one[60:], False), (other, True)):
+    monitor, text = trained()
+    one = list(islice(text.steps(5), 60))
+    experts = sum(sample[0] for sample in one[:30])
+    profile = ExpertUsage(experts, np.zeros((LAYERS, 0, 2), dtype=np.int64))
+    StoredUsage(profile, "0123", monitor.noise).write(tmp_path)
+    for samples, is_shift in ((one[30:], False), (islice(other_than(text, 2).steps(6), 30), True)):
         stored = StoredUsage.read(tmp_path / USAGE_FILE, settings)
-        after = ShiftMonitor(settings, stored.usage, stored.noise)
-        values = [after.add(usage) for usage in usages]
-        assert [value is not None and value > 1.0 for value in values] == [is_shift] * len(values)
+        assert stored.token_classes == "0123"
+        assert stored.noise.as_json() == monitor.noise.as_json()
+        after = ShiftMonitor(settings, stored.usage.experts, stored.noise)
+        readings = [after.add(*sample) for sample in samples]
+        assert readings[0] is not None
+        assert (highest(readings) > 1.0) == is_shift
+        # As long as it lasts.
+        assert readings[-1] is not None
+        assert (readings[-1].routing > 1.0) == is_shift
+
+
+def test_evidence_adds_up_and_is_forgotten() -> None:
+    cusum = Cusum(limit=8.0)
+    for deviation in (3.0, -9.0, 2.5, 100.0):
+        cusum.add(deviation)
+    # 2, then 0; of the fourth 6 count at most; 1 is usual in each step.
+    assert cusum.evidence == 1.5 + 5.0
+    assert cusum.over_limit == 6.5 / 8.0
+    for _ in range(9):
+        cusum.add(6.0)
+    assert cusum.evidence == 12.0, "the end of a long change is told soon"
+    again = Cusum(limit=8.0)
+    again.load(json.loads(json.dumps(cusum.state())))
+    assert again.state() == cusum.state()
+    for left in (11.5, 11.0, 10.5, 0.0):
+        again.add(0.5)
+        assert again.evidence == left
+    assert steps_of_chance(limit_for(5000.0)) == pytest.approx(5000.0)
+    assert limit_for(1e6) > limit_for(1e4) > 5.0
 
 
 def test_difference_is_what_it_says() -> None:
@@ -203,12 +316,12 @@ def test_chance_alone_makes_a_mean_square_of_one(cells: int) -> None:
 
 def test_distance_is_that_of_mahalanobis_with_a_ridge() -> None:
     chance = np.random.default_rng(4)
-    noise = UsageNoise(ShiftSection(memory=8))
-    known = 3.0 * chance.standard_normal((10, 5))
+    noise = UsageNoise(ShiftSection(memory=4))
+    known = 3.0 * chance.standard_normal((45, 5))
     for row in known:
         noise.learn(row, None)
-    kept = np.round(known[-8:], 6)
-    covariance = kept.T @ kept / 8
+    kept = np.round(known[-40:], 6)
+    covariance = kept.T @ kept / 40
     ridge = np.trace(covariance) / 5
     x = chance.standard_normal(5)
     expected = x @ np.linalg.solve(covariance + ridge * np.eye(5), x) / 5
@@ -217,20 +330,34 @@ def test_distance_is_that_of_mahalanobis_with_a_ridge() -> None:
     assert math.exp(distance) == pytest.approx(expected, rel=1e-9)
 
 
-def test_windows_that_differ_by_chance_alone_are_no_shift() -> None:
-    """All alike, and then one that differs by as much as chance would make it."""
+def test_steps_that_differ_by_chance_alone_are_no_shift() -> None:
+    """All alike to the last token."""
     monitor = ShiftMonitor(ShiftSection())
     counts = np.full((LAYERS, EXPERTS), 10_000, dtype=np.int64)
-    cells = np.zeros((LAYERS, 0, 2), dtype=np.int64)
-    assert max(values_of(monitor, [ExpertUsage(counts, cells)] * 50)) < 1.0
+    assert highest([monitor.add(counts, 0.0, 0.0) for _ in range(150)]) < 1.0
+
+
+def test_scores_are_spreads_of_what_was_before() -> None:
+    noise, losses = UsageNoise(ShiftSection()), LossNoise(ShiftSection())
+    for value in range(19):
+        noise.learn(np.ones(3), float(value % 3))
+        losses.learn(0.1 * (value % 3 - 1))
+    assert noise.score(5.0) is None
+    noise.learn(np.ones(3), 0.0)
+    losses.learn(0.1)
+    # Median 1 and 1.4826 times the median deviation of 1; of the losses 0 and 0.1 of that.
+    assert noise.score(1.0 + 1.4826) == pytest.approx(1.0)
+    assert losses.score(0.14826) == pytest.approx(1.0)
+    assert losses.score(math.nan) is None
+    assert noise.deviations().tolist() == [1.0, 1.0, 1.0]
 
 
 GOOD: dict[str, Any] = {
-    "format": "moepp routing profile 1",
+    "format": "moepp routing profile 2",
     "experts": [[3, 5]],
     "cells": [[[2, 4]]],
     "token_classes": "00",
-    "noise": {"differences": [[0.5, 0.25, 1.0]], "log_distances": [0.5]},
+    "noise": {"differences": [[0.5, 0.25]], "log_distances": [0.5]},
 }
 
 
@@ -246,8 +373,8 @@ GOOD: dict[str, Any] = {
         ({"cells": [[[2, 4]], [[2, 4]]]}, "cells"),
         ({"cells": [[2, 4]]}, "cells"),
         ({"token_classes": "0x"}, "token_classes"),
-        ({"noise": {"differences": [[0.5, 0.25]], "log_distances": []}}, "noise"),
-        ({"noise": {"differences": [[0.5, 0.25, "a"]], "log_distances": []}}, "noise"),
+        ({"noise": {"differences": [[0.5, 0.25, 1.0]], "log_distances": []}}, "noise"),
+        ({"noise": {"differences": [[0.5, "a"]], "log_distances": []}}, "noise"),
         ({"noise": {"differences": [], "log_distances": [float("nan")]}}, "noise"),
         ({"noise": {"differences": [], "log_distances": [[1.0]]}}, "noise"),
         ({"noise": {"differences": []}}, "noise"),
@@ -267,6 +394,16 @@ def test_bad_files_are_refused(changes: dict[str, Any], reason: str, tmp_path: P
     path.write_text(json.dumps(without))
     with pytest.raises(ConfigError, match=reason):
         StoredUsage.read(path, ShiftSection())
+
+
+def test_a_file_of_an_older_version_gives_its_profile(tmp_path: Path) -> None:
+    """Its noise is of windows."""
+    path = tmp_path / USAGE_FILE
+    noise = {"differences": [[0.5, 0.25, 1.0]], "log_distances": [0.5]}
+    path.write_text(json.dumps(GOOD | {"format": "moepp routing profile 1", "noise": noise}))
+    stored = StoredUsage.read(path, ShiftSection())
+    assert stored.usage.experts.tolist() == GOOD["experts"]
+    assert stored.noise.as_json() == {"differences": [], "log_distances": []}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -11,9 +12,10 @@ import torch
 from moepp_megatron.config.guard_metrics import COUNTED, MEASURED
 from moepp_megatron.config.guard_rules import CompleteRule
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
-from moepp_megatron.training.guard.actions import RaisedTau, demands
+from moepp_megatron.training.guard.actions import RaisedTau, SafeRamp, demands
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.readings import counted, measured
+from moepp_megatron.training.shift_text import ShiftStory
 
 LAYERS = [2, 4]
 RULE = CompleteRule(
@@ -41,6 +43,7 @@ def test_metrics_of_counts() -> None:
     assert found["max_ffn_load"][0] == 1.5
     assert found["min_ffn_load"][0] == 0.5
     assert found["max_expert_share"] == [0.45, 1.0]
+    assert found["max_expert_tokens"][0] == 0.9
     # Without any FFN selection no expert is deader than another.
     assert math.isnan(found["min_ffn_load"][1])
     assert math.isnan(found["max_ffn_load"][1])
@@ -59,6 +62,40 @@ def test_safe_mode_goes_before_forced_tokens() -> None:
     assert demands(set(), {WHOLE_MODEL}, LAYERS) == {2: "one", 4: "one"}
     assert demands({WHOLE_MODEL}, {4}, LAYERS) == {2: "all", 4: "all"}
     assert demands(set(), set(), LAYERS) == {}
+
+
+def test_safe_mode_ends_by_a_ramp() -> None:
+    ramp = SafeRamp(LAYERS, steps=4)
+    ramp.step({4})
+    # In safe mode the ramp has no say: `demands` puts it behind.
+    assert demands({4}, {2}, LAYERS, ramp.demands()) == {2: "one", 4: "all"}
+    lowered = []
+    for _ in range(4):
+        ramp.step(set())
+        found = demands(set(), {4}, LAYERS, ramp.demands())
+        assert set(found) == {4}
+        lowered.append(found[4])
+    assert lowered[0] == pytest.approx(8.0)
+    assert all(isinstance(value, float) for value in lowered)
+    # The same factor in each step, to nearly nothing.
+    factors = [after / before for before, after in itertools.pairwise(lowered)]
+    assert max(factors) == pytest.approx(min(factors))
+    assert lowered[-1] < 0.5
+    again = SafeRamp(LAYERS, 4, json.loads(json.dumps(ramp.state())))
+    assert again.demands() == ramp.demands()
+    for each in (ramp, again):
+        each.step(set())
+        assert each.demands() == {}
+    at_once = SafeRamp(LAYERS, steps=0)
+    at_once.step({WHOLE_MODEL})
+    at_once.step(set())
+    assert at_once.demands() == {}
+    # A layer that goes wrong again begins its way anew.
+    ramp.step({2})
+    ramp.step(set())
+    ramp.step({2})
+    ramp.step(set())
+    assert ramp.demands()[2] == pytest.approx(8.0)
 
 
 def test_tau_is_raised_at_once_and_falls_slowly() -> None:
@@ -90,6 +127,18 @@ def test_alerts_say_what_was_done_and_what_was_not() -> None:
     ends = told(Event(RULE, WHOLE_MODEL, False, "safe_mode", 0.6, 10), 90, is_dry_run=False)
     assert (ends.severity, ends.action, ends.layer) == ("info", "end of safe_mode", None)
     assert ends.condition == ">= 0.5 for 10 steps"
+    warned = told(Event(RULE, 4, True, "warn", 0.1, 20), 70, is_dry_run=True)
+    assert warned.action == "warn", "the same whether or not the guard may act"
+    story = ShiftStory("data", 3, 5e4, ["loss 2.00 -> 3.00", "layer 2 FFN 1 8.0% -> 21.0%"])
+    shift = told(begins, 70, is_dry_run=False, story=story)
+    assert (shift.cause, shift.since, shift.chance_steps) == ("data", 68, 5e4)
+    assert shift.moved == story.moved
+    assert shift.text() == (
+        "critical at step 70: low: ffn_to_target of layer 4 is 0.1 (< 0.25 for 20 steps; the data: "
+        "loss and routing; since step 68; loss 2.00 -> 3.00, layer 2 FFN 1 8.0% -> 21.0%); "
+        "action: safe_mode"
+    )
+    assert '"cause"' not in alert.to_json_line()
     used_up = told(Event(RULE, 4, True, "warn", 0.1, 20, is_used_up=True), 95, False)
     assert used_up.condition.endswith("taken 3 times (max_firings), so only told")
     back = told(Event(RULE, 4, False, "safe_mode", math.nan, 0), 99, False, "went back")

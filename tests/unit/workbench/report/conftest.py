@@ -42,7 +42,7 @@ def synthetic_config(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The configuration with some keys replaced, by section."""
     config = deepcopy(CONFIG)
     for section, keys in sections.items():
-        config[section] |= keys
+        config[section] = config.get(section, {}) | keys
     return config
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.workbench.report import ReportError, build_report
-from moepp_megatron.workbench.report.alerts import MAX_ROWS, alert_table
+from moepp_megatron.workbench.report.alerts import MAX_ROWS, alert_table, watched
 from moepp_megatron.workbench.report.curves import loss_plot
 from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.plot import Plot
@@ -138,6 +138,20 @@ def test_alerts_stand_in_the_table_with_their_moments(make_run):
     page = build_report(run).read_text(encoding="ascii")
     assert "&lt; 0.01 for 100 steps" in page
     assert "raised no alert" not in page
+
+
+def test_what_was_watched_is_told(make_run):
+    page = build_report(make_run()).read_text(encoding="ascii")
+    assert "The routing guard judged these rules after every step and only tells" in page
+    assert "data_shift" in page
+    sections = {
+        "acts on them": {"enabled": True},
+        "was off": {"enabled": False},
+    }
+    for text, section in sections.items():
+        assert text in watched(load_run(make_run(routing_guard=section)))
+    # Of another version, with settings that this one does not know.
+    assert watched(load_run(make_run(routing_guard={"enabled": True, "new": 1}))) == ""
 
 
 def test_many_alerts_are_counted_and_the_newest_shown(make_run):

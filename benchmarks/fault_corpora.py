@@ -1,0 +1,203 @@
+"""Corpora of many kinds from what a Debian machine and Python packages hold, and mixtures of them.
+
+A corpus is one array of token ids, cut from files of one kind (by the end of their name), or made.
+Which kinds choose settings and which prove them is fixed here, before any run looks at them.
+"""
+
+from __future__ import annotations
+
+import gettext
+import gzip
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+VOCAB_SIZE = 1024
+_BYTES = 1_500_000
+_ROOTS = ("/usr/share", "/usr/include", "/usr/lib", "/usr/local", sys.prefix)
+_FILES = {
+    "prose": (".txt", ".rst", ".pod"),
+    "python": (".py",),
+    "c": (".h", ".c"),
+    "json": (".json",),
+    "perl": (".pm", ".pl"),
+    "markdown": (".md",),
+    "javascript": (".js",),
+    "xml": (".xml", ".svg"),
+    "cpp": (".hpp", ".cuh", ".cc"),
+    "html": (".html", ".htm"),
+    "cmake": (".cmake",),
+}
+_CATALOGUES = {"french": "fr", "german": "de", "russian": "ru", "swedish": "sv"}
+_MADE = ("noise", "line", "numbers")
+
+CHOOSE = ("prose", "python", "c", "json", "perl", "french", "russian", "numbers", "noise", "line")
+PROVE = (
+    "manual",
+    "markdown",
+    "javascript",
+    "xml",
+    "cpp",
+    "html",
+    "cmake",
+    "german",
+    "swedish",
+    "noise",
+    "line",
+)
+
+
+def _paths(ends: Sequence[str]) -> Iterator[Path]:
+    """Files by the hash of their path, so that no one package comes first."""
+    found = []
+    for root in _ROOTS:
+        for folder, _, names in Path(root).walk():
+            found += [folder / name for name in names if name.endswith(tuple(ends))]
+    order = np.random.default_rng(0).permutation(len(found))
+    found.sort()
+    return (found[index] for index in order)
+
+
+def _from_files(ends: Sequence[str], each: int = 40_000) -> bytes:
+    content = io.BytesIO()
+    for path in _paths(ends):
+        try:
+            data = path.read_bytes()
+        except OSError:
+            continue
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        content.write(data[:each] + b"\n")
+        if content.tell() > _BYTES:
+            break
+    return content.getvalue()
+
+
+def _from_catalogues(language: str) -> bytes:
+    parts = []
+    for path in sorted(Path("/usr/share/locale").glob(f"{language}/LC_MESSAGES/*.mo")):
+        with path.open("rb") as file:
+            try:
+                catalogue = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
+            except (OSError, UnicodeDecodeError, ValueError):
+                continue
+        for key, value in catalogue.items():
+            name = key[0] if isinstance(key, tuple) else key
+            parts.append(f'msgid "{name}"\nmsgstr "{value}"\n\n')
+    chance = np.random.default_rng(0)
+    return "".join(parts[index] for index in chance.permutation(len(parts))).encode()[:_BYTES]
+
+
+def _made(kind: str) -> bytes:
+    chance = np.random.default_rng(1)
+    if kind == "noise":
+        return chance.integers(256, size=_BYTES).astype(np.uint8).tobytes()
+    if kind == "line":
+        return b"the same line of text, again and again: 0123456789\n" * (_BYTES // 50)
+    rows = chance.normal(size=(_BYTES // 40, 4)).cumsum(axis=0)
+    return b"".join(b"%d,%.3f,%.3f,%.4f,%.2f\n" % (i, *row) for i, row in enumerate(rows))
+
+
+def text_of(kind: str) -> bytes:
+    """About 1.5 MB of one kind of text, or what there is."""
+    if kind in _MADE:
+        return _made(kind)
+    if kind in _CATALOGUES:
+        return _from_catalogues(_CATALOGUES[kind])
+    if kind == "manual":
+        return _from_files([f".{section}.gz" for section in range(1, 9)])
+    return _from_files(_FILES[kind])
+
+
+@dataclass
+class Corpora:
+    """Token ids of every kind of text, by one tokenizer; kept in `folder` once made."""
+
+    folder: Path
+
+    def tokens(self, kind: str) -> NDArray[np.int64]:
+        """[tokens] int64."""
+        path = self.folder / f"{kind}.npy"
+        if not path.exists():
+            from tokenizers import Tokenizer
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tokenizer = Tokenizer.from_file(str(self._tokenizer()))
+            text = text_of(kind).decode("latin-1") if kind == "noise" else _text(kind)
+            pieces = [text[start : start + 20_000] for start in range(0, len(text), 20_000)]
+            ids = [encoding.ids for encoding in tokenizer.encode_batch(pieces)]
+            np.save(path, np.concatenate([np.array(part, np.int16) for part in ids]))
+        return np.load(path).astype(np.int64)
+
+    def _tokenizer(self) -> Path:
+        path = self.folder / "tokenizer.json"
+        if not path.exists():
+            from tokenizers import ByteLevelBPETokenizer
+
+            kinds = sorted({*CHOOSE, *PROVE} - {*_MADE})
+            tokenizer = ByteLevelBPETokenizer()
+            tokenizer.train_from_iterator((_text(kind)[:200_000] for kind in kinds), VOCAB_SIZE)
+            tokenizer.save(str(path))
+        return path
+
+
+def _text(kind: str) -> str:
+    return text_of(kind).decode("utf-8", errors="replace")
+
+
+Mixture = Mapping[str, float]
+
+
+class Mixed:
+    """Sequences from anywhere in corpora that are mixed by shares, which change with the step.
+
+    Args:
+        corpora: The corpora.
+        schedule: First step (from 1) and the shares of the corpora from then on, in order.
+        batch: Sequences of a step.
+        length: Tokens of a sequence.
+        seed: Of the places.
+    """
+
+    def __init__(
+        self,
+        corpora: Corpora,
+        schedule: Sequence[tuple[int, Mixture]],
+        batch: int,
+        length: int,
+        seed: int,
+    ) -> None:
+        self._texts = {kind: corpora.tokens(kind) for _, mixture in schedule for kind in mixture}
+        self._schedule, self._batch = list(schedule), batch
+        self._length, self._seed = length, seed
+
+    def __len__(self) -> int:
+        """More than any run reads."""
+        return 10_000_000
+
+    def mixture(self, index: int) -> Mixture:
+        """The shares that hold for a sample."""
+        step = index // self._batch + 1
+        return [mixture for first, mixture in self._schedule if first <= step][-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Depends on the index, the seed and the schedule alone."""
+        chance = np.random.default_rng([self._seed, index])
+        mixture = self.mixture(index)
+        kind = str(chance.choice(list(mixture), p=list(mixture.values())))
+        text = self._texts[kind]
+        start = int(chance.integers(len(text) - self._length))
+        tokens = torch.from_numpy(text[start : start + self._length + 1])
+        return {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "loss_mask": torch.ones(self._length),
+            "position_ids": torch.arange(self._length),
+        }

@@ -1,0 +1,88 @@
+"""What the detector of shifts keeps of a step, and what it says after one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepp_megatron.observe.course import Row
+
+Cause = Literal["data", "router", "optimizer"]
+
+
+@dataclass(frozen=True)
+class ShiftReading:
+    """What is known after a step.
+
+    Attributes:
+        routing: Evidence that the use of the experts has changed, over its limit; above 1 is a
+            shift.
+        loss: The same of the loss.
+        cause: What the two together say: the data move both, or make sequences differ; a router
+            moves the routing alone, an optimizer the loss.
+    """
+
+    routing: float
+    loss: float
+    cause: Cause
+
+
+@dataclass(frozen=True, eq=False)
+class ShiftFinding:
+    """What has moved in the steps that are kept apart.
+
+    Attributes:
+        reading: The newest reading.
+        steps: How many steps these are.
+        chance: Steps in which chance alone gives as much evidence once.
+        before: [L, E] shares of the experts as forecast, mean over these steps.
+        after: [L, E] the shares.
+        surprise: [L, E] the change of the square roots, in standard deviations of a usual step's.
+        loss_before: Loss as forecast, mean over these steps, nats.
+        loss_after: The loss.
+    """
+
+    reading: ShiftReading
+    steps: int
+    chance: float
+    before: NDArray[np.float64]
+    after: NDArray[np.float64]
+    surprise: NDArray[np.float64]
+    loss_before: float
+    loss_after: float
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step as the detector keeps it.
+
+    Attributes:
+        number: Steps before it, and itself.
+        roots: [L E] square roots of the shares.
+        totals: [L] selections.
+        losses: [2] loss, and logarithm of its spread over the sequences.
+    """
+
+    number: int
+    roots: Row
+    totals: Row
+    losses: Row
+
+    def as_json(self) -> list[Any]:
+        """The step as JSON, exactly."""
+        return [self.number, *(row.tolist() for row in (self.roots, self.totals, self.losses))]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Step:
+        """Undo `as_json`."""
+        number, *rows = values
+        return cls(int(number), *(np.array(row, dtype=np.float64) for row in rows))
+
+
+def square_roots(experts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[L, E] square roots of the shares of each layer's selections; 0 where there are none."""
+    counts = experts.astype(np.float64)
+    return np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0))

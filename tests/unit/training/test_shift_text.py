@@ -1,0 +1,48 @@
+"""What an alert of a shift says has moved."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moepp_megatron.observe.expert_usage import ExpertUsage
+from moepp_megatron.observe.shift_reading import ShiftFinding, ShiftReading
+from moepp_megatron.training.shift_text import ShiftStory, moved_classes, moved_experts
+
+NAMES = ["FFN 0", "FFN 1", "zero 0"]
+
+
+def finding(surprise: list[list[float]]) -> ShiftFinding:
+    """Two layers of three experts; the second layer's first expert has doubled."""
+    before = np.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]])
+    after = np.array([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3]])
+    reading = ShiftReading(1.5, 1.2, "data")
+    return ShiftFinding(reading, 3, 1e5, before, after, np.array(surprise), 2.0, 2.75)
+
+
+def test_experts_are_named_by_how_unusual_their_change_is() -> None:
+    found = finding([[0.5, -1.9, 0.0], [6.0, -3.0, 0.1]])
+    assert moved_experts(found, NAMES, [2, 4]) == [
+        "layer 4 FFN 0 10.0% -> 20.0%",
+        "layer 4 FFN 1 60.0% -> 50.0%",
+    ]
+    assert moved_experts(finding([[1.0] * 3] * 2), NAMES, [2, 4]) == [], "all of it is usual"
+    story = ShiftStory.of(found, ["layer 4 FFN 0 10.0% -> 20.0%"])
+    assert story.text(57) == (
+        "the data: loss and routing; since step 55; loss 2.00 -> 2.75, layer 4 FFN 0 10.0% -> 20.0%"
+    )
+
+
+def profile(rarest_ffn: int) -> ExpertUsage:
+    """A layer whose tokens make two selections each, in two positions of four classes."""
+    cells = np.array([[[150, 100], [150, 100], [150, 100], [rarest_ffn, 100]] * 2])
+    ffn = int(cells[0, :, 0].sum())
+    return ExpertUsage(np.array([[ffn - 100, 100, 1600 - ffn]]), cells)
+
+
+def test_classes_of_tokens_are_named_by_their_frequency() -> None:
+    assert moved_classes([profile(150)] * 2, profile(40), [3]) == [
+        "layer 3 rarest tokens 1.50 -> 0.40 FFN experts"
+    ]
+    assert moved_classes([profile(150)], profile(148), [3]) == []
+    without = [ExpertUsage(each.experts, each.cells[:, :0]) for each in (profile(150), profile(40))]
+    assert moved_classes(without[:1], without[1], [3]) == []
