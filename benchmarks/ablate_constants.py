@@ -31,7 +31,7 @@ import torch
 from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.workbench.experiments.pilot.statistics import interval
+from moepp_megatron.workbench.experiments.pilot.statistics import mean_interval
 from moepp_megatron.workbench.experiments.runs import Interrupted, RunFailed, in_turns
 from moepp_megatron.workbench.experiments.training_runs import TrainingRun, TrainingRuns
 
@@ -133,7 +133,9 @@ def summary(found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str, 
     for name, runs in found.items():
         both = sorted(set(runs) & set(found[BASE]))
         differences = [runs[s]["valid_loss"] - found[BASE][s]["valid_loss"] for s in both]
-        difference, half_width = interval(differences) if both else (None, None)
+        found = mean_interval(differences) if both else None
+        difference = None if found is None else found.mean
+        half_width = None if found is None or found.high is None else found.high - found.mean
         rows[name] = {
             "seeds": sorted(runs),
             "difference": difference,
