@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import timetable
 from tests.parallel.ranks import RankPools
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
@@ -82,8 +84,42 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("moepp_megatron")
+    group.addoption(
+        "--record-durations",
+        action="store_true",
+        help="after a run of everything on several workers (-n): write tests/durations.json anew",
+    )
+
+
+_PROGRESS = pytest.StashKey[timetable.Progress]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    is_controller = getattr(config.option, "dist", "no") != "no"
+    if is_controller and not hasattr(config, "workerinput"):
+        # Units go to the workers in the order of the collection.
+        config.option.loadscopereorder = False
+        config.stash[_PROGRESS] = timetable.Progress(config)
+        config.pluginmanager.register(config.stash[_PROGRESS])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return timetable.scheduler(config, log, config.stash[_PROGRESS])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    progress = session.config.stash.get(_PROGRESS, None)
+    if progress is not None and session.config.option.record_durations:
+        progress.record()
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        timetable.longest_first(items)
     gpu_items = []
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
