@@ -1,10 +1,10 @@
 """The whole suite on several workers: who runs what when, how far it is, how long it still takes.
 
-`./launch/test.sh` runs the tests on two workers of pytest-xdist (`-n 2`). The tests of one file stay
-together, for they share models, ranks and browsers; the longest files come first, so that none is
-left over for one worker at the end. Slurm's come before all others: they wait most of the time,
-beside which the other worker computes. `durations.json` says how long each file took; it is written
-anew by `./launch/test.sh --record-durations`.
+`./launch/test.sh` runs the tests on workers of pytest-xdist. The tests of one file stay together,
+for they share models, ranks and browsers; the longest files come first, so that none is left over
+for one worker at the end. Slurm's come before all others: they wait most of the time, beside which
+the other workers compute. `durations.json` says how long each file took; it is written anew by
+`./launch/test.sh --record-durations`.
 """
 
 from __future__ import annotations
