@@ -14,7 +14,7 @@ def test_job_waits_for_a_lost_node(jobs: Jobs, undisturbed: dict[int, float]) ->
     job = jobs.submit()
     job.wait_for_step(10)
     jobs.cluster.kill_node("n2")
-    job.wait_until(lambda: job.state == "PENDING", "requeued")
+    job.wait_for_state("PENDING")
     jobs.cluster.wait_for_nodes("down", ("n2",))
     # Its node is back before anything else could have let it start.
     assert job.state == "PENDING"
@@ -31,7 +31,7 @@ def test_job_does_not_wait_for_ranks_that_slurm_does_not_miss(jobs: Jobs) -> Non
     )
     job.wait_for_step(10)
     jobs.cluster.kill_steps("n2")
-    job.wait_until(lambda: job.state == "PENDING", "requeued")
+    job.wait_for_state("PENDING")
     assert "did not come back within 5 s after a failure" in job.output
     assert "a node did not come back within 5 s after a failure; requeued (1 of at" in job.output
     job.wait_for_end("COMPLETED")
