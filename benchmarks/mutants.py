@@ -218,6 +218,7 @@ def stages(tree: Path, mutant: Mutant) -> Iterator[list[str]]:
         return float(seconds.get(path, 1.0))
 
     first = sorted((str(path.relative_to(tree)) for path in near), key=cost)
+    first.sort(key=lambda path: f"test_{name}" not in path)
     first = [path for path in first if cost(path) < 60]
     yield first
     folder = tree / "tests" / "unit" / room
@@ -311,9 +312,9 @@ def run(sampled: list[Mutant], tree: Path, out: Path, limit_s: float) -> None:
     """Test each mutant that `out` does not have yet; one line each."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _import_once()
-    done = {line["index"] for line in _lines(out)} if out.exists() else set()
-    for index, mutant in enumerate(sampled):
-        if index in done:
+    done = {line["number"] for line in _lines(out)} if out.exists() else set()
+    for number, mutant in enumerate(sampled, 1):
+        if number in done:
             continue
         path = tree / "moepp_megatron" / mutant.path
         source = path.read_text(encoding="utf-8")
@@ -327,10 +328,10 @@ def run(sampled: list[Mutant], tree: Path, out: Path, limit_s: float) -> None:
         finally:
             path.write_text(source, encoding="utf-8")
         took = round(time.monotonic() - begin, 1)
-        line = {"index": index, **asdict(mutant), "killed_by": killer, "stage": stage, "s": took}
+        line = {"number": number, **asdict(mutant), "killed_by": killer, "stage": stage, "s": took}
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{index + 1}/{len(sampled)} {mutant.path}:{mutant.line} {mutant.kind}: {killer}")
+        print(f"{number}/{len(sampled)} {mutant.path}:{mutant.line} {mutant.kind}: {killer}")
 
 
 def _import_once() -> None:
@@ -354,12 +355,12 @@ def _lines(path: Path) -> list[dict[str, object]]:
 
 def compare(first: Path, second: Path) -> str:
     """Mutants of each room killed by either suite, and those that only one of them kills."""
-    kills = [{line["index"]: line for line in _lines(path)} for path in (first, second)]
+    kills = [{line["number"]: line for line in _lines(path)} for path in (first, second)]
     both = sorted(kills[0].keys() & kills[1].keys(), key=int)
     of_room: list[Counter[str]] = [Counter(), Counter(), Counter()]
     only = []
-    for index in both:
-        lines = [kill[index] for kill in kills]
+    for number in both:
+        lines = [kill[number] for kill in kills]
         room = next(room for room in ROOMS if str(lines[0]["path"]).startswith(room + "/"))
         of_room[2][room] += 1
         for count, line in zip(of_room, lines, strict=False):
