@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests import timetable
+from tests import quick, timetable
 from tests.parallel.ranks import RankPools
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
@@ -87,6 +87,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moepp_megatron")
     group.addoption(
+        "--quick",
+        action="store_true",
+        help="without paths: a choice that covers every room, in two minutes (tests/quick.py)",
+    )
+    group.addoption(
         "--record-durations",
         action="store_true",
         help="after a run of everything on several workers (-n): write tests/durations.json anew",
@@ -96,7 +101,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 _PROGRESS = pytest.StashKey[timetable.Progress]()
 
 
+def _is_quick(config: pytest.Config) -> bool:
+    return config.option.quick and config.args_source is not pytest.Config.ArgsSource.ARGS
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return ["quick: " + line for line in quick.left_out()] if _is_quick(config) else []
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if _is_quick(config):
+        terminalreporter.section("a quick run")
+        for line in quick.left_out():
+            terminalreporter.line(line)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if _is_quick(config):
+        config.args = [str(quick.ROOT / each) for each in quick.chosen()]
+        # A few cases on ranks: one worker starts them once.
+        timetable.TOGETHER[:] = ["tests/parallel/", "tests/interop/"]
     is_controller = getattr(config.option, "dist", "no") != "no"
     if is_controller and not hasattr(config, "workerinput"):
         # Units go to the workers in the order of the collection.

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
 DURATIONS = Path(__file__).parent / "durations.json"
-# One cluster for all of them.
-TOGETHER = ("tests/slurm/",)
+# Folders whose tests stay with one worker: they share a cluster.
+TOGETHER = ["tests/slurm/"]
 # A new file, until its duration is recorded: seconds a test.
 UNKNOWN_S = 0.3
 # A line of progress at most this often.
