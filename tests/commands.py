@@ -23,13 +23,19 @@ TIMEOUT_S = 240.0
 
 def moepp(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs a command in a fork of the server of ranks; ranks that it starts are real ones."""
-    words = [str(each) for each in arguments]
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+    return _forked(["", *map(str, arguments)], os.getcwd())
+
+
+def program(path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """As `moepp`, a Python program, in its own folder."""
+    return _forked([str(path), *map(str, arguments)], str(path.parent))
+
+
+def _forked(words: list[str], folder: str) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as written:
+        outputs = [Path(written) / name for name in ("stdout", "stderr")]
         with fork_server() as context:
-            process = context.Process(
-                target=_run, args=(words, dict(os.environ), os.getcwd(), outputs)
-            )
+            process = context.Process(target=_run, args=(words, dict(os.environ), folder, outputs))
             process.start()
         process.join(TIMEOUT_S)
         if process.exitcode is None:
@@ -57,5 +63,8 @@ def _run(words: list[str], environment: dict[str, str], folder: str, outputs: li
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = ["", *words]
-    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    sys.argv = words
+    if words[0]:
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
