@@ -22,6 +22,10 @@ shared=(-n "$workers")
 for argument; do
     [[ $argument == --quick || $argument == --record-durations ]] || shared=()
 done
+if ((${#shared[@]})); then
+    # Workers and ranks have the cores between them; more threads would wait for each other, spinning.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
 # pytest's exit status is ours, 5 (nothing collected) included; a later -m replaces this one.
 tests=("$MOEPP_BIN/python" -m pytest -m 'not matrix and not slow')
 if (($#)) || ! nvidia-smi -L >/dev/null 2>&1; then exec "${tests[@]}" "${shared[@]}" "$@"; fi
