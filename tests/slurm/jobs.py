@@ -175,8 +175,8 @@ class Jobs:
             **self.cluster.environment,
             "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
-            # Nodes that are still there end soon after one has ended.
-            "MOEPP_STEP_WAIT": "20",
+            # As by default: on a busy machine the node that writes the report ends much later.
+            "MOEPP_STEP_WAIT": "60",
             "MOEPP_LOG_DIR": str(self.folder / "rank logs"),
         }
 

@@ -46,6 +46,7 @@ def test_every_recorded_file_is_there() -> None:
 
 
 def test_longest_units_come_first_and_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timetable, "TOGETHER", ["tests/slurm/"])
     monkeypatch.setattr(timetable, "recorded", lambda: {"a.py": 1.0, "b.py": 9.0})
     order = (
         "a.py::1",
