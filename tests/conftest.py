@@ -5,13 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import quick, timetable
+from tests import long_table, quick, timetable
 from tests.parallel.ranks import RankPools
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
@@ -136,10 +136,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return timetable.scheduler(config, log, config.stash[_PROGRESS])
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
+    """Record durations; print the table of long tests after everything else that pytest prints."""
+    result = yield
     progress = session.config.stash.get(_PROGRESS, None)
     if progress is not None and session.config.option.record_durations:
         progress.record()
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    for line in long_table.lines_of(terminal.stats) if terminal is not None else []:
+        terminal.write_line(line)
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,16 @@ def survive(
     with training(config, num_ranks, max_restarts=2 * kills) as process:
         done = kill_some(process, run, kills, steps, random.Random(num_ranks))
         assert process.wait() == 0, config.with_suffix(".log").read_text()[-3000:]
-    waits = sorted(done.recovery_s)
-    print(
-        f"{num_ranks} ranks: {done.hit} kills, {done.during_save} of them during a save; seconds "
-        f"from kill to next step: median {statistics.median(waits):.1f}, "
-        f"{waits[0]:.1f} to {waits[-1]:.1f}"
-    )
     return losses(run), done
+
+
+def summed_up(done: Kills) -> str:
+    """For the table of long tests."""
+    waits = sorted(done.recovery_s)
+    return (
+        f"{done.hit} kills, {done.during_save} during a save; from kill to next step "
+        f"{statistics.median(waits):.1f} s, {waits[0]:.1f} to {waits[-1]:.1f}"
+    )
 
 
 @pytest.mark.faults
@@ -70,10 +74,14 @@ def test_two_kills(tmp_path: Path, data: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_twenty_kills(tmp_path: Path, data: Path, num_ranks: int) -> None:
+def test_twenty_kills(
+    tmp_path: Path, data: Path, num_ranks: int, record_property: Callable[[str, object], None]
+) -> None:
     steps = 600
+    record_property("ranks", num_ranks)
     expected = undisturbed(tmp_path, data, num_ranks, steps)
     actual, done = survive(tmp_path, data, num_ranks, steps, kills=20)
+    record_property("measured", summed_up(done))
     assert done.hit == 20
     assert done.during_save > 0, "no kill fell into a save"
     assert done.during_save < 20, "no kill fell between saves"
