@@ -8,7 +8,8 @@ A mutant is a comparison, an operation, a constant or a condition turned, or a c
 value left out. It is killed if a test fails, or runs out of time. `run` changes the files of COPY,
 a copy of the repository of its own, and takes its tests from there. Tests near a module are those
 that import it, shortest first, then those of its room, then those of its room that train on ranks.
-Each mutant is tested in a fork of a process that has imported torch and megatron-core.
+Each mutant is tested in a fork of a process that has imported torch and megatron-core. `--hints`
+takes what `run` wrote of another suite: the test that killed a mutant there is tried first.
 """
 
 from __future__ import annotations
@@ -308,8 +309,18 @@ def _be_pytest(tree: Path, tests: list[str], writer: int) -> None:
 _OURS = ("moepp_megatron", "tests", "benchmarks")
 
 
-def run(sampled: list[Mutant], tree: Path, out: Path, limit_s: float) -> None:
-    """Test each mutant that `out` does not have yet; one line each."""
+def run(
+    sampled: list[Mutant], tree: Path, out: Path, limit_s: float, hints: dict[object, object]
+) -> None:
+    """Test each mutant that `out` does not have yet; one line each.
+
+    Args:
+        sampled: The mutants.
+        tree: Where the files are changed and the tests run.
+        out: Gets a line of JSON a mutant.
+        limit_s: Seconds for the tests of a stage, of which more kill.
+        hints: By number of the mutant, the test to try first.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _import_once()
     done = {line["number"] for line in _lines(out)} if out.exists() else set()
@@ -321,7 +332,8 @@ def run(sampled: list[Mutant], tree: Path, out: Path, limit_s: float) -> None:
         begin, killer, stage = time.monotonic(), None, 0
         try:
             path.write_text(changed(source, mutant), encoding="utf-8")
-            for stage, tests in enumerate(stages(tree, mutant), 1):  # noqa: B007
+            first = [test for test in [hints.get(number)] if _is_there(tree, test)]
+            for stage, tests in enumerate([first, *stages(tree, mutant)]):  # noqa: B007
                 killer = killed_by(tree, tests, limit_s)
                 if killer is not None:
                     break
@@ -332,6 +344,14 @@ def run(sampled: list[Mutant], tree: Path, out: Path, limit_s: float) -> None:
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{number}/{len(sampled)} {mutant.path}:{mutant.line} {mutant.kind}: {killer}")
+
+
+def _is_there(tree: Path, test: object) -> bool:
+    """Whether a hint is the name of a test that the tree has."""
+    file, found, name = str(test).partition("::")
+    function = name.split("[")[0]
+    path = tree / file
+    return bool(found) and path.is_file() and f"def {function}(" in path.read_text("utf-8")
 
 
 def _import_once() -> None:
@@ -389,6 +409,7 @@ def main() -> None:
     running.add_argument("--tree", type=Path, required=True)
     running.add_argument("--out", type=Path, required=True)
     running.add_argument("--limit-s", type=float, default=300.0)
+    running.add_argument("--hints", type=Path)
     comparing = commands.add_parser("compare")
     comparing.add_argument("killed", type=Path, nargs=2)
     arguments = parser.parse_args()
@@ -397,7 +418,9 @@ def main() -> None:
         arguments.out.write_text("".join(json.dumps(asdict(each)) + "\n" for each in drawn))
     elif arguments.command == "run":
         read = [Mutant(**line) for line in _lines(arguments.mutants)]  # type: ignore[arg-type]
-        run(read, arguments.tree.resolve(), arguments.out, arguments.limit_s)
+        lines = _lines(arguments.hints) if arguments.hints else []
+        hints = {line["number"]: line["killed_by"] for line in lines}
+        run(read, arguments.tree.resolve(), arguments.out, arguments.limit_s, hints)
     else:
         print(compare(*arguments.killed))
 
