@@ -40,11 +40,6 @@ def test_every_case_is_there(case: str) -> None:
     assert not function or f"def {function}(" in folder.read_text("utf-8")
 
 
-def test_every_recorded_file_is_there() -> None:
-    """A file that moves takes its record along."""
-    assert [unit for unit in timetable.recorded() if not (quick.ROOT / unit).exists()] == []
-
-
 def test_longest_units_come_first_and_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timetable, "TOGETHER", ["tests/slurm/"])
     monkeypatch.setattr(timetable, "recorded", lambda: {"a.py": 1.0, "b.py": 9.0})
