@@ -1,17 +1,35 @@
 #!/usr/bin/env bash
-# Makes the environment if needed, then runs the tests:  ./launch/test.sh [pytest args]
+# Makes the environment if needed, then runs the tests:
+#
+#   ./launch/test.sh                   everything that CI runs
+#   ./launch/test.sh --quick           a choice that covers every room, in two minutes (tests/quick.py)
+#   ./launch/test.sh [pytest args]     what these ask for, in one process
+#
 # Without a -m of your own the default selection runs: no layout matrix, nothing slow. Tests that need
 # a GPU are a session of their own, tests/gpu: the second one here, where there is a GPU and nothing is
 # asked for. Paths are relative to the repository.
+#
+# Reads  MOEPP_TEST_WORKERS  how many processes share the tests of the first two
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 
 cd -- "$MOEPP_ROOT"
+# One more than cores, for tests that wait; each may have ranks of its own in memory.
+cores=$(nproc 2>/dev/null || echo 2)
+workers=${MOEPP_TEST_WORKERS:-$((cores < 5 ? cores + 1 : 6))}
+shared=(-n "$workers")
+for argument; do
+    [[ $argument == --quick || $argument == --record-durations ]] || shared=()
+done
+if ((${#shared[@]})); then
+    # Workers and ranks have the cores between them; more threads would wait for each other, spinning.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
 # pytest's exit status is ours, 5 (nothing collected) included; a later -m replaces this one.
 tests=("$MOEPP_BIN/python" -m pytest -m 'not matrix and not slow')
-if (($#)) || ! nvidia-smi -L >/dev/null 2>&1; then exec "${tests[@]}" "$@"; fi
+if (($#)) || ! nvidia-smi -L >/dev/null 2>&1; then exec "${tests[@]}" "${shared[@]}" "$@"; fi
 status=0
-"${tests[@]}" || status=$?
+"${tests[@]}" "${shared[@]}" || status=$?
 "${tests[@]}" tests/gpu || status=$?
 exit "$status"

@@ -5,11 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import long_table, quick, timetable
 from tests.parallel.ranks import RankPools
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
@@ -82,8 +84,75 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("moepp_megatron")
+    group.addoption(
+        "--quick",
+        action="store_true",
+        help="without paths: a choice that covers every room, in two minutes (tests/quick.py)",
+    )
+    group.addoption(
+        "--record-durations",
+        action="store_true",
+        help="after a run of everything on several workers (-n): write tests/durations.json anew",
+    )
+
+
+_PROGRESS = pytest.StashKey[timetable.Progress]()
+
+
+def _is_quick(config: pytest.Config) -> bool:
+    return config.option.quick and config.args_source is not pytest.Config.ArgsSource.ARGS
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return ["quick: " + line for line in quick.left_out()] if _is_quick(config) else []
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if _is_quick(config):
+        terminalreporter.section("a quick run")
+        for line in quick.left_out():
+            terminalreporter.line(line)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _is_quick(config):
+        config.args = [str(quick.ROOT / each) for each in quick.chosen()]
+        # A few cases on ranks: one worker starts them once.
+        timetable.TOGETHER[:] = ["tests/parallel/", "tests/interop/"]
+    is_controller = getattr(config.option, "dist", "no") != "no"
+    if is_controller and not hasattr(config, "workerinput"):
+        # Units go to the workers in the order of the collection.
+        config.option.loadscopereorder = False
+        config.stash[_PROGRESS] = timetable.Progress(config)
+        config.pluginmanager.register(config.stash[_PROGRESS])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return timetable.scheduler(config, log, config.stash[_PROGRESS])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
+    """Record durations; print the table of long tests after everything else that pytest prints."""
+    result = yield
+    progress = session.config.stash.get(_PROGRESS, None)
+    if progress is not None and session.config.option.record_durations:
+        progress.record()
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    for line in long_table.lines_of(terminal.stats) if terminal is not None else []:
+        terminal.write_line(line)
+    return result
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        timetable.longest_first(items)
     gpu_items = []
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):

@@ -120,14 +120,23 @@ def _zero(*args: Any, **kwargs: Any) -> int:
 
 def _disable_compilation() -> None:
     # megatron-core wraps small functions in `torch.compile`, which on a CPU would ask for a C++
-    # compiler at run time and gain nothing; with this they run as they are written. The compiler
-    # also keeps a table of torch's functions, which must be built before any of them is replaced.
+    # compiler at run time and gain nothing; with this they run as they are written.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import torch._dynamo.trace_rules
+    # The compiler keeps a table of torch's functions, which must be built before any of them is
+    # replaced; torch's optimizers import that part of it.
+    from torch._dynamo import trace_rules
 
-    torch._dynamo.trace_rules.get_torch_obj_rule_map()
+    trace_rules.get_torch_obj_rule_map()
     # For functions that were wrapped before this call.
     torch.compiler.set_stance("force_eager")
+    # Functions that are decorated from here on stay what they are: the first one that is wrapped
+    # would import the code generators, about a second of every start.
+    replace(torch, "compile", _uncompiled)
+
+
+def _uncompiled(function: Any = None, **options: Any) -> Any:
+    """Stands for `torch.compile`, as a call and as a decorator with or without arguments."""
+    return function if function is not None else _uncompiled
 
 
 def _patch_streams_and_events() -> None:

@@ -37,7 +37,8 @@ PATCHES = (
     Patch(
         "runtime.cpu_support",
         "torch, megatron-core",
-        "streams, events, device queries, random states, factories, uneven collectives; for good, "
+        "streams, events, device queries, random states, factories, uneven collectives, "
+        "torch.compile; for good, "
         "in a process without a GPU",
         "megatron-core asks for CUDA where nothing depends on a GPU",
         "megatron-core trains on CPU ranks by itself",

@@ -164,7 +164,6 @@ def _be_rank(request: TrainRequest, say: Say) -> TrainResult:
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.parent import die_with_parent
     from moepp_megatron.training.resilience import flight_recorder
-    from moepp_megatron.training.trainer import Trainer
 
     config, rank = request.config, request.rank
     folder = Path(config.run.dir)
@@ -173,6 +172,10 @@ def _be_rank(request: TrainRequest, say: Say) -> TrainResult:
     if config.resilience.hang_timeout_s > 0:
         flight_recorder.enable(folder / "hangs")
     with distributed.joined(rank, distributed.collective_timeout(config)):
+        # Now, when the device is known: megatron-core compiles some functions on its import, but
+        # not on a CPU.
+        from moepp_megatron.training.trainer import Trainer
+
         distributed.build_groups(config, request.layout)
         if rank.rank == 0:
             from moepp_megatron.runtime.backends import choices_to_log, doubts

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import yaml
@@ -74,9 +74,23 @@ def training(config: Path, num_ranks: int, max_restarts: int = 0) -> Iterator[su
     command = ["train", str(config), "--nproc", str(num_ranks)]
     if max_restarts:
         command += ["--max-restarts", str(max_restarts)]
-    log = config.with_suffix(".log")
-    with log.open("ab") as output:
-        process = subprocess.Popen(_moepp(*command), stdout=output, stderr=output)
+    with _in_the_background(_moepp(*command), config, "ab") as process:
+        yield process
+
+
+@contextmanager
+def going_on(command: str, config: Path) -> Iterator[subprocess.Popen]:
+    """As `training`, by a line that a run has printed for a shell; the log begins anew."""
+    with _in_the_background(["bash", "-c", f"exec {command}"], config, "wb") as process:
+        yield process
+
+
+@contextmanager
+def _in_the_background(
+    command: list[str], config: Path, mode: Literal["ab", "wb"]
+) -> Iterator[subprocess.Popen]:
+    with config.with_suffix(".log").open(mode) as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
         yield process
     finally:

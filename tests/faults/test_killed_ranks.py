@@ -7,12 +7,14 @@ import signal
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.faults.harness import (
     Kills,
+    going_on,
     kill_some,
     losses,
     prepare_data,
@@ -45,13 +47,16 @@ def survive(
     with training(config, num_ranks, max_restarts=2 * kills) as process:
         done = kill_some(process, run, kills, steps, random.Random(num_ranks))
         assert process.wait() == 0, config.with_suffix(".log").read_text()[-3000:]
-    waits = sorted(done.recovery_s)
-    print(
-        f"{num_ranks} ranks: {done.hit} kills, {done.during_save} of them during a save; seconds "
-        f"from kill to next step: median {statistics.median(waits):.1f}, "
-        f"{waits[0]:.1f} to {waits[-1]:.1f}"
-    )
     return losses(run), done
+
+
+def summed_up(done: Kills) -> str:
+    """For the table of long tests."""
+    waits = sorted(done.recovery_s)
+    return (
+        f"{done.hit} kills, {done.during_save} during a save; from kill to next step "
+        f"{statistics.median(waits):.1f} s, {waits[0]:.1f} to {waits[-1]:.1f}"
+    )
 
 
 @pytest.mark.faults
@@ -69,10 +74,14 @@ def test_two_kills(tmp_path: Path, data: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_twenty_kills(tmp_path: Path, data: Path, num_ranks: int) -> None:
+def test_twenty_kills(
+    tmp_path: Path, data: Path, num_ranks: int, record_property: Callable[[str, object], None]
+) -> None:
     steps = 600
+    record_property("ranks", num_ranks)
     expected = undisturbed(tmp_path, data, num_ranks, steps)
     actual, done = survive(tmp_path, data, num_ranks, steps, kills=20)
+    record_property("measured", summed_up(done))
     assert done.hit == 20
     assert done.during_save > 0, "no kill fell into a save"
     assert done.during_save < 20, "no kill fell between saves"
@@ -80,64 +89,46 @@ def test_twenty_kills(tmp_path: Path, data: Path, num_ranks: int) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_stop_on_request_saves_and_goes_on(
-    tmp_path: Path, data: Path, number: signal.Signals
-) -> None:
-    run = tmp_path / "run"
-    config = write_config(tmp_path / "run.yaml", data, run, 2, train_iters=20000)
-    with training(config, 2) as process:
-        while max(losses(run), default=0) < 7:
-            assert process.poll() is None, config.with_suffix(".log").read_text()[-3000:]
-            time.sleep(0.05)
-        process.send_signal(number)
-        assert process.wait(timeout=120) == 75
-        assert not ranks_of(process)
-    stopped_at = max(losses(run))
-    latest = (run / "checkpoints" / "latest").read_text().strip()
-    assert latest == f"step_{stopped_at:08d}", "nothing is lost but what came after the request"
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(600)
-def test_what_is_printed_goes_on(tmp_path: Path, data: Path) -> None:
-    """Ctrl-C, the printed command, Ctrl-C again: one run, which says where it goes on.
+@pytest.mark.timeout(900)
+def test_stop_on_request_and_go_on_as_printed(tmp_path: Path, data: Path) -> None:
+    """Each request saves, loses nothing and prints the command by which the one run goes on.
 
     A second start without --resume changes nothing meanwhile.
     """
     run = tmp_path / "run of mine"
     config = write_config(tmp_path / "run.yaml", data, run, 2, train_iters=20000)
-    log = config.with_suffix(".log")
-
-    def interrupted(process: subprocess.Popen) -> tuple[int, list[str]]:
-        before = max(losses(run), default=0)
-        while max(losses(run), default=0) < before + 3:
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=120) == 75, log.read_text()[-3000:]
-        return max(losses(run)), log.read_text().splitlines()
-
     with training(config, 2) as process:
-        stopped_at, lines = interrupted(process)
-    assert "Traceback" not in log.read_text()
+        stopped_at, lines = _stopped(process, config, run, signal.SIGINT)
+    assert "Traceback" not in "".join(lines)
     assert lines[-3:-1] == [f"stopped on request at step {stopped_at}, saved", "to go on:"]
     records = (run / "metrics.jsonl").read_bytes()
     with training(config, 2) as process:
         assert process.wait(timeout=120) == 2
     assert (run / "metrics.jsonl").read_bytes() == records
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec {lines[-1]}"], stdout=output, stderr=output
-        )
-    try:
-        ended_at, more = interrupted(process)
-    finally:
-        process.kill()
-        process.wait()
-    checkpoint = run / "checkpoints" / f"step_{stopped_at:08d}"
-    assert f"resumed from step {stopped_at} of {checkpoint}" in more
-    assert more[-1] == lines[-1]
-    assert sorted(losses(run)) == list(range(1, ended_at + 1))
-    assert (run / "metrics.jsonl").read_bytes().startswith(records)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        checkpoint = run / "checkpoints" / f"step_{stopped_at:08d}"
+        with going_on(lines[-1], config) as process:
+            ended_at, more = _stopped(process, config, run, number)
+        assert f"resumed from step {stopped_at} of {checkpoint}" in more
+        assert more[-1] == lines[-1]
+        assert sorted(losses(run)) == list(range(1, ended_at + 1))
+        assert (run / "metrics.jsonl").read_bytes().startswith(records)
+        stopped_at = ended_at
+
+
+def _stopped(
+    process: subprocess.Popen, config: Path, run: Path, number: signal.Signals
+) -> tuple[int, list[str]]:
+    """Asks a run to stop after seven more steps: its last step, and what it has printed."""
+    log = config.with_suffix(".log")
+    before = max(losses(run), default=0)
+    while max(losses(run), default=0) < before + 7:
+        assert process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 75, log.read_text()[-3000:]
+    assert not ranks_of(process)
+    stopped_at = max(losses(run))
+    latest = (run / "checkpoints" / "latest").read_text().strip()
+    assert latest == f"step_{stopped_at:08d}", "nothing is lost but what came after the request"
+    return stopped_at, log.read_text().splitlines()

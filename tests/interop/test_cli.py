@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.interop.score_request import ScoreRequest
+from tests.commands import cold, moepp
 from tests.full_disk import fill
 from tests.interop.checkpoints import GOLDEN, convert, convert_and_score
 from tests.parallel.ranks import RankPools
@@ -20,11 +19,6 @@ from tests.parallel.ranks import RankPools
 CASE = GOLDEN / "two_layer_gate"
 TP2 = "parallel.tensor_model_parallel_size=2"
 CP2 = "parallel.context_parallel_size=2"
-
-
-def moepp(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moepp_megatron.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.parallel
@@ -46,7 +40,7 @@ def test_golden_case_end_to_end(tmp_path: Path) -> None:
 
 
 def test_refusals_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = moepp("convert", "hf-to-mcore", tmp_path, tmp_path / "mcore")
+    done = cold("convert", "hf-to-mcore", tmp_path, tmp_path / "mcore")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"error: {tmp_path / 'config.json'} cannot be read (No such file or directory); "

@@ -13,8 +13,9 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import train_tokenizer
 from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.interop.score_text import TextWindows
+from tests.commands import cold, moepp
 from tests.interop.checkpoints import GOLDEN, convert, score
-from tests.interop.test_cli import TP2, moepp
+from tests.interop.test_cli import TP2
 from tests.parallel.ranks import RankPools
 
 TEXT = "one two three four\nf\u00fcnf sechs \u20ac\r\n" * 9
@@ -55,7 +56,7 @@ def test_every_token_is_predicted_once(tmp_path: Path, length: int, shape: tuple
 def test_perplexity_on_the_command_line(checkpoint: Path, tmp_path: Path, ranks: RankPools) -> None:
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8", newline="")
-    done = moepp("score", checkpoint, "--text", file, "--out", tmp_path / "out.npz")
+    done = cold("score", checkpoint, "--text", file, "--out", tmp_path / "out.npz")
     assert done.returncode == 0, done.stderr
     size = len(TEXT.encode())
     rows = math.ceil(size / 63)

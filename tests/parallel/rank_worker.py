@@ -30,6 +30,10 @@ PRELOADED_MODULES = [
     "megatron.core.transformer.moe.moe_layer",
     "megatron.core.optimizer",
     "megatron.core.distributed",
+    # Not more than that: these import most of the engine.
+    "moepp_megatron.runtime.cpu_support",
+    "moepp_megatron.training.trainer",
+    "benchmarks.fresh_ranks",
 ]
 SEED = 1234
 

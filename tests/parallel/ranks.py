@@ -27,6 +27,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from multiprocessing import connection, get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -140,10 +141,8 @@ class RankPool:
             self._folder = None
 
     def _start(self) -> None:
-        context = get_context("forkserver")
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-        with _server_environment():
-            context.set_forkserver_preload(PRELOADED_MODULES)
+        with fork_server() as context:
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
                 log = self._folder / f"{rank}.log"
@@ -276,6 +275,15 @@ class RankPools:
     ) -> None:
         for pool in self._pools.values():
             pool.stop()
+
+
+@contextlib.contextmanager
+def fork_server() -> Iterator[ForkServerContext]:
+    """For starting processes: forks of a server that has made the imports, started on first use."""
+    context = get_context("forkserver")
+    with _server_environment():
+        context.set_forkserver_preload(PRELOADED_MODULES)
+        yield context
 
 
 @contextlib.contextmanager

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.commands import moepp
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
 from tests.parallel.planted_pickles import STATEFUL, plant
 from tests.parallel.ranks import RankError, RankPools
@@ -135,8 +134,7 @@ def test_resume_without_a_sound_checkpoint_is_exit_code_2(
     config.write_text(yaml.safe_dump(raw if arguments else {**raw, "parallel": {}}))
     for step in (5, 10):
         _flip(run / "checkpoints" / f"step_{step:08d}" / "__1_0.distcp")
-    command = [sys.executable, "-m", "moepp_megatron.cli.main", "train", "--resume", *arguments]
-    done = subprocess.run([*command, str(config)], capture_output=True, text=True, timeout=240)
+    done = moepp("train", "--resume", *arguments, config)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -29,29 +29,29 @@ def _cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("layout", "is_async"), _cases())
-def test_ten_and_ten_steps_are_twenty(
+def test_six_and_six_steps_are_twelve(
     ranks: RankPools, corpus: Path, tmp_path: Path, layout: str, is_async: bool
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
-    common = {"moe": NOISE, "parallel": parallel}
-    ranks(world_size).run(run_trainer, trainer_settings(corpus, tmp_path / "whole", **common))
+    checkpoint = {"save_interval": 3, "async_save": is_async, "load": "auto"}
 
-    checkpoint = {"save_interval": 5, "async_save": is_async, "load": "auto"}
-    first = trainer_settings(
-        corpus, tmp_path / "run", checkpoint=checkpoint, training={"train_iters": 10}, **common
-    )
-    ranks(world_size).run(run_trainer, first)
-    second = trainer_settings(corpus, tmp_path / "run", checkpoint=checkpoint, **common)
-    messages = ranks(world_size).run(run_trainer, second)[0]
+    def run(name: str, steps: int, **sections: Any) -> list[str]:
+        sections |= {"moe": NOISE, "parallel": parallel, "training": {"train_iters": steps}}
+        raw = trainer_settings(corpus, tmp_path / name, **sections)
+        return ranks(world_size).run(run_trainer, raw)[0]
+
+    run("whole", 12)
+    run("run", 6, checkpoint=checkpoint)
+    messages = run("run", 12, checkpoint=checkpoint)
 
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
     assert logged(tmp_path / "run", "grad_norm") == logged(tmp_path / "whole", "grad_norm")
     assert not [line for line in messages if "skipping" in line or "seeded anew" in line]
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "latest", *(f"step_{step:08d}" for step in (5, 10, 15, 20))
+        "latest", *(f"step_{step:08d}" for step in (3, 6, 9, 12))
     ]  # fmt: skip
-    assert (folder / "latest").read_text() == "step_00000020\n"
+    assert (folder / "latest").read_text() == "step_00000012\n"
 
 
 def draw_in_every_step(raw: dict[str, Any]) -> list[tuple[float, float]]:

@@ -9,7 +9,7 @@ from tests.parallel.training_runs import assemble, compare, settings, train
 # Two orders of summation of the same fp32 terms: some hundred roundings of 2^-24 each.
 FP32_TOLERANCE = 1e-5
 SEQUENCE = 32
-STEPS = 5
+STEPS = 3
 MODEL = {"hidden_size": 64, "num_query_groups": 2, "seq_length": SEQUENCE}
 
 

@@ -27,6 +27,7 @@ from moepp_megatron.interop.to_megatron_lm import (
     to_megatron_lm,
 )
 from moepp_megatron.training.checkpoint import damage
+from tests.commands import moepp
 from tests.interop.checkpoints import score
 from tests.parallel.megatron_lm_runs import (
     ARGUMENTS,
@@ -36,7 +37,6 @@ from tests.parallel.megatron_lm_runs import (
     scores_in_megatron_lm,
 )
 from tests.parallel.ranks import RankPools
-from tests.parallel.test_generate_command import moepp
 from tests.parallel.test_inspect_command import trace
 
 pytestmark = pytest.mark.parallel

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.commands import program
 from tests.faults.harness import write_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,15 +26,21 @@ def config(tmp_path: Path, corpus: Path) -> Path:
     return path
 
 
-def python(code: str, *arguments: object, cwd: Path, ranks: int = 0) -> str:
-    """Runs a program, on ranks of torchrun if any are wanted; returns what it printed."""
-    program = cwd / "program.py"
-    # The guard that Python asks of programs whose functions start processes.
+def written(code: str, folder: Path) -> Path:
+    """A program, with the guard that Python asks of those whose functions start processes."""
+    path = folder / "program.py"
     body = "".join(f"    {line}\n" for line in code.strip().splitlines())
-    program.write_text(f"import sys\n\nif __name__ == '__main__':\n{body}", encoding="utf-8")
+    path.write_text(f"import sys\n\nif __name__ == '__main__':\n{body}", encoding="utf-8")
+    return path
+
+
+def python(code: str, *arguments: object, cwd: Path, ranks: int = 0) -> str:
+    """Runs a program from its start, on ranks of torchrun if any are wanted; what it printed."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks else []), str(program), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, *(torchrun if ranks else []), str(written(code, cwd))]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -82,7 +89,8 @@ with pytest.raises(ValueError, match="missing"):
 plan = moepp.plan(settings, gpus=2)
 assert plan.best.grid.world == 2
 """
-    python(code, config, cwd=tmp_path)
+    done = program(written(code, tmp_path), config)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_rank_of_torchrun_gets_the_result(config: Path, tmp_path: Path) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.commands import cold, moepp
 from tests.full_disk import fill
 from tests.parallel.checkpoint_runs import logged, trainer_settings
 from tests.parallel.ranks import RankPools
@@ -71,7 +70,8 @@ def test_train_command(corpus: Path, small_disk: Path, tmp_path: Path, is_async:
     )
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(raw))
-    first = _train(str(config))
+    # Once as a shell starts it.
+    first = (moepp if is_async else cold)("train", config)
     # Two fit, and keeping two takes room for three.
     assert first.returncode == 1
     assert "needs room for 3 more checkpoints of" in first.stderr
@@ -91,7 +91,7 @@ def test_train_command(corpus: Path, small_disk: Path, tmp_path: Path, is_async:
     leftover = checkpoints / ".step_00000099.incomplete-elsewhere-1-ab"
     leftover.mkdir()
     fill(leftover)
-    second = _train(str(config), "--resume", "checkpoint.keep=1")
+    second = moepp("train", config, "--resume", "checkpoint.keep=1")
     assert second.returncode == 0, second.stderr
     assert "Traceback" not in second.stderr
     assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -139,8 +139,3 @@ def test_a_disk_that_stays_full(ranks: RankPools, corpus: Path, small_disk: Path
     steps = logged(run, "step")
     assert steps[:2] == [1, 2]
     assert steps == list(range(1, len(steps) + 1))
-
-
-def _train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moepp_megatron.cli.main", "train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)

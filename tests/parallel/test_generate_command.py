@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from rich.console import Console
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.training.generate_request import GenerateRequest, Sampling
+from tests.commands import cold, moepp
 from tests.interop.checkpoints import score
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.planted_pickles import STATEFUL, plant
@@ -49,15 +48,10 @@ def checkpoint(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPath
     return folder / "run" / "checkpoints" / "step_00000002"
 
 
-def moepp(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moepp_megatron.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-
-
 def test_same_text_in_every_layout(checkpoint: Path) -> None:
     prompts = ["--prompt", "Document 7", "--prompt", "-- words"]
     drawn = ["--seed", 5, "--temperature", 1.5, "--top-p", 0.9]
-    alone = moepp("generate", checkpoint.parent.parent, *prompts, *drawn)
+    alone = cold("generate", checkpoint.parent.parent, *prompts, *drawn)
     assert alone.returncode == 0, alone.stderr
     tp2 = "parallel.tensor_model_parallel_size=2"
     split = moepp("generate", checkpoint, tp2, "--nproc", 2, *prompts, *drawn)

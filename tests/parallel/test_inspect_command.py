@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.workbench.inspection.request import InspectRequest
+from tests.commands import cold, moepp
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.ranks import RankPools
 
@@ -110,16 +109,11 @@ def test_every_layout_records_the_same(
     np.testing.assert_allclose(split["losses"], alone["losses"], rtol=1e-5, atol=1e-5)
 
 
-def moepp(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moepp_megatron.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-
-
 def test_the_command_compares_two_checkpoints(
     run: Path, text: Path, alone: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     arguments = ["--text", text, "--out", tmp_path / "page.html", "--json", tmp_path / "all.json"]
-    done = moepp("inspect", checkpoint(run), *arguments, "--against", checkpoint(run, 1))
+    done = cold("inspect", checkpoint(run), *arguments, "--against", checkpoint(run, 1))
     assert done.returncode == 0, done.stderr
     page, numbers = (line.split()[-1] for line in done.stdout.splitlines()[-2:])
     assert (page, numbers) == (str(tmp_path / "page.html"), str(tmp_path / "all.json"))

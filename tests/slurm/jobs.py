@@ -21,6 +21,8 @@ STEPS = 120
 # A start imports megatron-core on both "nodes"; two very busy cores take minutes.
 _TIMEOUT_S = 900.0
 _POLL_S = 0.05
+# Between questions to the controller: each is a process.
+_ASK_EVERY_S = 0.3
 
 
 class Job:
@@ -64,20 +66,40 @@ class Job:
             assert time.monotonic() < deadline, f"not {what}:\n{self.report()}"
             time.sleep(_POLL_S)
 
+    def wait_for_state(self, *states: str) -> None:
+        self._ask_until(lambda: self.state in states, f"in state {' or '.join(states)}")
+
     def wait_for_step(self, step: int) -> None:
+        asked = 0.0
+
         def reached() -> bool:
-            assert self.state in ("PENDING", "RUNNING", "COMPLETING"), self.report()
-            return self.step >= step
+            nonlocal asked
+            if self.step >= step:
+                return True
+            if time.monotonic() - asked > 10 * _ASK_EVERY_S:
+                assert self.state in ("PENDING", "RUNNING", "COMPLETING"), self.report()
+                asked = time.monotonic()
+            return False
 
         self.wait_until(reached, f"at step {step}")
 
     def wait_for_end(self, state: str) -> None:
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait_until(lambda: self.state in over, "over")
+        self.wait_for_state("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         assert self.state == state, self.report()
 
     def wait_for_restart(self, count: int) -> None:
-        self.wait_until(lambda: self.restarts >= count, f"restarted {count} times")
+        self._ask_until(lambda: self.restarts >= count, f"restarted {count} times")
+
+    def _ask_until(self, answered: Callable[[], bool], what: str) -> None:
+        """As `wait_until`, for what the controller is asked for."""
+
+        def happened() -> bool:
+            if answered():
+                return True
+            time.sleep(_ASK_EVERY_S)
+            return False
+
+        self.wait_until(happened, what)
 
     def signal(self, *options: str) -> None:
         self.cluster.run("scancel", *options, self.number, check=True)
@@ -153,8 +175,8 @@ class Jobs:
             **self.cluster.environment,
             "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
-            # Nodes that are still there end soon after one has ended.
-            "MOEPP_STEP_WAIT": "20",
+            # As by default: on a busy machine the node that writes the report ends much later.
+            "MOEPP_STEP_WAIT": "60",
             "MOEPP_LOG_DIR": str(self.folder / "rank logs"),
         }
 

@@ -1,4 +1,4 @@
-"""One Megatron process for every test of this folder."""
+"""One Megatron process for the tests of a file."""
 
 from collections.abc import Iterator
 
@@ -11,9 +11,9 @@ from moepp_megatron.runtime import cpu_support
 cpu_support.install()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
-    """Process groups of one rank, as a run on one process has them."""
+    """Process groups of one rank, as a run on one process has them; none for the files after."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -1,0 +1,76 @@
+"""What `./launch/test.sh --quick` runs: the short files of every room, and one case of each kind.
+
+Files of tests/unit that take no longer than `SHORT_S` by the record in durations.json, all of them;
+a new file is taken for short. What ranks, commands and launchers do is tried on one case of each
+kind, `CASES`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.timetable import recorded
+
+ROOT = Path(__file__).parents[1]
+SHORT_S = 2.5
+# No short tests of their own.
+_ALSO = ("tests/unit/test_experts.py",)
+
+CASES = {
+    "data parallel, distributed optimizer": "parallel/test_matrix.py::test_fast_layout[2 whole]",
+    "expert parallel": (
+        "parallel/test_matrix.py::test_fast_layout[2 ep2 allgather nonzero capacity]"
+    ),
+    "pipeline, interleaved, recomputed": (
+        "parallel/test_matrix.py::test_fast_layout[2 pp2 interleaved re-moe sequence]"
+    ),
+    "tensor, expert and context parallel": (
+        "parallel/test_matrix.py::test_fast_layout[4 tp2 ep2 cp2 nonzero global capacity]"
+    ),
+    "tensor parallel experts, deduplicated": (
+        "parallel/test_matrix.py::test_fast_layout[4 tp2 ep2 etp2 re-moe dedup]"
+    ),
+    "vanilla baseline": "parallel/test_matrix.py::test_fast_layout[4 tp2 pp2 ep2 vanilla]",
+    "layer against reference": "parallel/test_layer_layouts.py",
+    "checkpoint of another layout": (
+        "parallel/test_checkpoint_reshard.py::test_run_goes_on_in_another_layout"
+        "[tp2-pp2 interleaved]"
+    ),
+    "numerical guard": "parallel/test_numerical_guard.py::test_skipped_batch_leaves_no_trace",
+    "routing guard": "parallel/test_routing_guard.py::test_collapse_to_zero_computation",
+    "budget of FFN experts": (
+        "parallel/test_budget.py::test_state_and_losses_are_those_of_one_process"
+    ),
+    "dispatchers": "parallel/test_dispatchers.py::test_bytes_are_those_of_the_routing",
+    "profile": "parallel/test_profile.py::test_some_ranks",
+    "generation": "parallel/test_generate.py::test_equals_scoring_again",
+    "stopping": "parallel/test_signals.py",
+    "scores of released models": "interop/test_golden_scores.py",
+    "conversion": "interop/test_convert.py",
+    "a command": "interop/test_cli.py::test_refusals_are_one_line_and_exit_code_2",
+    "the launcher": "faults/test_launch.py::test_a_failed_rank_is_one_line",
+}
+
+
+def short_files() -> list[str]:
+    """The files of tests/unit that every quick run has."""
+    seconds = recorded()
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/unit/**/test_*.py"))
+    return [file for file in files if seconds.get(file, 0.0) <= SHORT_S or file in _ALSO]
+
+
+def chosen() -> list[str]:
+    """Arguments for pytest, from the root of the repository."""
+    return [*short_files(), *(f"tests/{case}" for case in CASES.values())]
+
+
+def left_out() -> list[str]:
+    """For a reader: what a quick run does not say."""
+    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
+    touched = {each.split("::")[0] for each in chosen()}
+    missing = sorted(file.removeprefix("tests/") for file in files - touched)
+    return [
+        f"one case of each kind: {', '.join(CASES)}",
+        f"left out, {len(missing)} of {len(files)} files: {', '.join(missing)}",
+        "and in files with a case chosen, all others; ./launch/test.sh runs them",
+    ]
