@@ -133,9 +133,9 @@ def summary(found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str, 
     for name, runs in found.items():
         both = sorted(set(runs) & set(found[BASE]))
         differences = [runs[s]["valid_loss"] - found[BASE][s]["valid_loss"] for s in both]
-        found = mean_interval(differences) if both else None
-        difference = None if found is None else found.mean
-        half_width = None if found is None or found.high is None else found.high - found.mean
+        paired = mean_interval(differences) if both else None
+        difference = None if paired is None else paired.mean
+        half_width = None if paired is None or paired.high is None else paired.high - paired.mean
         rows[name] = {
             "seeds": sorted(runs),
             "difference": difference,
