@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moepp_megatron.config import Config, Layout, UnfitError
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
-from moepp_megatron.workbench.planning.efficiency import DEFAULT
-from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
-from moepp_megatron.workbench.planning.target import Target, target_of
+
+# `moepp train` imports the planner only where there is a GPU whose memory can be too small.
+if TYPE_CHECKING:
+    from moepp_megatron.workbench.planning.memory import RankMemory
+    from moepp_megatron.workbench.planning.target import Target
 
 GIB = 2**30
 
@@ -19,11 +22,15 @@ def needed_bytes(stages: Sequence[RankMemory]) -> float:
     Args:
         stages: A rank of each pipeline stage.
     """
+    from moepp_megatron.workbench.planning.efficiency import DEFAULT
+
     return max(memory.total for memory in stages) + DEFAULT.reserved_gib * GIB
 
 
 def fits(needed: float, target: Target) -> bool | None:
     """Whether a device has `needed` bytes; None if its memory is not known, or it is a CPU."""
+    from moepp_megatron.workbench.planning.efficiency import DEFAULT
+
     room = target.memory_bytes
     return None if room is None else needed <= room * (1.0 - DEFAULT.memory_margin)
 
@@ -40,6 +47,9 @@ def refuse_too_large(config: Config, layout: Layout) -> None:
     """
     if not _has_gpu():
         return
+    from moepp_megatron.workbench.planning.memory import rank_memory
+    from moepp_megatron.workbench.planning.target import target_of
+
     target = target_of(config)
     stages = [rank_memory(config, layout, p, target.modules) for p in range(layout.pp)]
     needed = needed_bytes(stages)

@@ -51,8 +51,6 @@ _WATCHED = [
     "observe.health_interval=1",
     "routing_guard.enabled=true",
     "routing_guard.dry_run=true",
-    # It counts the tokens of a training set, and there is none.
-    "routing_guard.shift.window=0",
 ]
 # Without Transformer Engine. The stand-in knows neither tensor-parallel ranks nor context
 # parallelism.

@@ -218,6 +218,15 @@ def _install_reads() -> None:
 
     torch.Tensor.tolist = FakeTensor.tolist = tolist
     torch.Tensor.__index__ = lambda self: int(self)
+    to_numpy = torch.Tensor.numpy
+
+    def numpy(self: torch.Tensor, **kwargs: Any) -> Any:
+        """Of a tensor on the host; what has brought it there was the read."""
+        if not isinstance(self, FakeTensor):
+            return to_numpy(self, **kwargs)
+        return np.ones(tuple(self.shape), dtype=str(self.dtype).removeprefix("torch."))
+
+    torch.Tensor.numpy = FakeTensor.numpy = numpy
     make, make_new = torch.tensor, torch.Tensor.new_tensor
 
     def tensor(data: Any, **kwargs: Any) -> torch.Tensor:

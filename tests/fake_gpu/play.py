@@ -185,6 +185,9 @@ class _Run:
         MoEPPRouter.forward = faulty
 
     def play(self) -> None:
+        import numpy as np
+
+        from moepp_megatron.training import expert_usage, token_groups
         from moepp_megatron.training.collect import mean_loss
         from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
         from moepp_megatron.training.routers import Routers
@@ -195,6 +198,9 @@ class _Run:
         for part in parts:
             if part.startswith("plant"):
                 self._plant(part)
+        for module in (expert_usage, token_groups):
+            # There is no training set to count.
+            module.counts_on_ranks = lambda dataset, size: np.arange(size, 0, -1)
         routers = Routers(config, self.model, self.layout, {}, None)
         guard = NumericalGuard(config.resilience) if "guard" in parts else None
         stop = StopRequest()

@@ -20,6 +20,12 @@ STEP = {
     f"copy to the host {_OWN}/training/step.py:run_schedule": 1,
     f"item {_CORE}/optimizer/clip_grads.py:get_grad_norm_fp32": 2,
 }
+# The alerts, which every run has by default: the loss over sequences and what the routers selected.
+WATCHED = {
+    f"copy to the device {_OWN}/training/batch_losses.py:end": 1,
+    f"tolist {_OWN}/training/batch_losses.py:end": 1,
+    f"copy to the host {_OWN}/training/collect.py:sum_over_ranks": 1,
+}
 # With the numerical guard and the stop flag, which every run has: two numbers of all ranks each.
 GUARD = {
     f"copy to the device {_OWN}/training/resilience/numerical_guard.py:global_loss": 1,

@@ -40,11 +40,22 @@ def compiled() -> Iterator[SimpleNamespace]:
             if isinstance(triton.language.sum, triton.JITFunction):
                 pytest.skip("no GPU here, and Triton was imported without its interpreter")
             patch.setenv("TRITON_INTERPRET", "1")
+            _forget_compiled_kernels(triton)
         from moepp_megatron.moe.kernels import combine, router, rows
 
         yield SimpleNamespace(
             select=router.select, combine=combine.combine, rows_of_tokens=rows.rows_of_tokens
         )
+
+
+def _forget_compiled_kernels(triton: Any) -> None:
+    """Have modules imported anew whose kernels another test's import has defined for a GPU."""
+    package = "moepp_megatron.moe.kernels."
+    for name in [name for name in sys.modules if name.startswith(package)]:
+        kernels = vars(sys.modules[name]).values()
+        if any(isinstance(kernel, triton.JITFunction) for kernel in kernels):
+            del sys.modules[name]
+            delattr(sys.modules[package[:-1]], name.removeprefix(package))
 
 
 # Experts of each kind: FFN, zero, copy, constant.
