@@ -16,59 +16,29 @@ import argparse
 import json
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.routing_shift import Sequences, text_of
+from benchmarks.budget_table import BEFORE, STEPS, Run, tables
+from benchmarks.texts import Sequences, text_of
 from moepp_megatron.config import Config, Layout, parse_config
 from moepp_megatron.runtime import cpu_support, distributed
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.rank import RankEnvironment
 
-STEPS, LAYERS, LENGTH, BATCH = 240, 3, 32, 96
-# Steps without the controller of an upcycled model, and with it.
-BEFORE, AFTER = 100, 140
-# Files of Python, its headers and packages, where `benchmarks.routing_shift` has no such text.
+LAYERS, LENGTH = 3, 32
+# Steps of an upcycled model with the controller, after those without it.
+AFTER = 140
+# Files of Python, its headers and packages, where `benchmarks.texts` has no such text.
 _FILES = {
     "headers": ("include", "**/*.h"),
     "metadata": ("purelib", "*.dist-info/METADATA"),
     "stubs": ("purelib", "**/*.pyi"),
     "tests": ("stdlib", "test/*.py"),
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run.
-
-    Attributes:
-        part: What it is for: before, chose, proved, loss or upcycled.
-        corpus: Name of the text.
-        seed: Of weights and of the order of the text.
-        label: What is particular about it; with the others it makes the name.
-        moe: Settings of `moe`.
-        batch: Sequences of a step.
-        same_share_as: Name of a run whose measured FFN experts per token are the target.
-        over_last: Steps, of that run's last ones, that they are measured over.
-    """
-
-    part: str
-    corpus: str
-    seed: int
-    label: str
-    moe: dict[str, Any] = field(default_factory=dict)
-    batch: int = BATCH
-    same_share_as: str | None = None
-    over_last: int = 0
-
-    @property
-    def name(self) -> str:
-        """Name of the run and of its file."""
-        return f"{self.part}-{self.corpus}-{self.seed}-{self.label}"
 
 
 def runs() -> Iterator[Run]:
@@ -261,8 +231,6 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = [run for run in runs() if arguments.only in run.name]
     if arguments.table:
-        from benchmarks.budget_table import tables
-
         print(tables(chosen, arguments.out))
         return
     missing = [run for run in chosen if not (arguments.out / f"{run.name}.json").exists()]

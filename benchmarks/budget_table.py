@@ -4,12 +4,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.budget_holds import BEFORE, STEPS, Run
+# Steps of a run, sequences of a step, and the steps of an upcycled run before its upcycling.
+STEPS, BATCH, BEFORE = 240, 96, 100
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        part: What it is for: before, chose, proved, loss or upcycled.
+        corpus: Name of the text.
+        seed: Of weights and of the order of the text.
+        label: What is particular about it; with the others it makes the name.
+        moe: Settings of `moe`.
+        batch: Sequences of a step.
+        same_share_as: Name of a run whose measured FFN experts per token are the target.
+        over_last: Steps, of that run's last ones, that they are measured over.
+    """
+
+    part: str
+    corpus: str
+    seed: int
+    label: str
+    moe: dict[str, Any] = field(default_factory=dict)
+    batch: int = BATCH
+    same_share_as: str | None = None
+    over_last: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the run and of its file."""
+        return f"{self.part}-{self.corpus}-{self.seed}-{self.label}"
+
 
 Found = Sequence[tuple[Run, dict[str, Any]]]
 
