@@ -160,7 +160,7 @@ _moepp_sources() {
         _moepp_say "MOEPP_OFFLINE ($MOEPP_OFFLINE) must be a folder of wheels; fill it with pip download"
         return 1
     fi
-    printf '%s\n' --no-index --find-links "$(cd -- "$MOEPP_OFFLINE" && pwd)"
+    printf '%s\n' --no-index -f "$(cd -- "$MOEPP_OFFLINE" && pwd)"
 }
 
 _moepp_install() {
@@ -212,10 +212,10 @@ _moepp_install_te() {
     if ! _moepp_logged "$log" "${pip[@]}" install --disable-pip-version-check --no-input \
         "${sources[@]}" 'setuptools>=77' wheel ninja pybind11 "transformer_engine_cu$cuda==$version" ||
         ! _moepp_logged "$log" "${pip[@]}" wheel --disable-pip-version-check --no-input \
-            "${sources[@]}" --find-links "$wheels" --no-build-isolation --no-deps \
+            "${sources[@]}" -f "$wheels" --no-build-isolation --no-deps \
             --wheel-dir "$wheels" "transformer_engine_torch==$version" ||
         ! _moepp_logged "$log" "${pip[@]}" install --disable-pip-version-check --no-input \
-            "${sources[@]}" --find-links "$wheels" -c "$MOEPP_ROOT/constraints.txt" \
+            "${sources[@]}" -f "$wheels" -c "$MOEPP_ROOT/constraints.txt" \
             "transformer_engine[pytorch,core_cu$cuda]==$version"; then
         _moepp_say "the installation failed; the end of $log:"
         tail -n 15 -- "$log" >&2

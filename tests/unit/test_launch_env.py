@@ -244,8 +244,8 @@ def test_transformer_engine_is_compiled_against_the_torch_that_is_there(machine)
     assert "--no-build-isolation --no-deps" in wheel
     assert f"--wheel-dir {wheels}" in wheel
     # What was compiled once is found again.
-    assert f"--find-links {wheels}" in wheel
-    assert f"--find-links {wheels} -c {machine.root}/constraints.txt" in last
+    assert f"-f {wheels}" in wheel
+    assert f"-f {wheels} -c {machine.root}/constraints.txt" in last
     assert last.endswith("transformer_engine[pytorch,core_cu13]==2.20.2")
     assert te(machine) == (0, "")
     assert machine.source()[0] == 0
@@ -280,7 +280,7 @@ def test_offline_asks_no_registry(machine, tmp_path):
     assert "MOEPP_OFFLINE (nowhere) must be a folder of wheels" in err
     status, _, err = machine.source(script + f'"{tmp_path}"')
     assert status == 0, err
-    assert f"--no-index --find-links {tmp_path} -c" in machine.calls.read_text()
+    assert f"--no-index -f {tmp_path} -c" in machine.calls.read_text()
 
 
 @pytest.mark.parametrize(("words", "says"), [("--offline", "needs a folder"), ("--tee", "--te")])
