@@ -18,7 +18,7 @@ _NOW, _BEFORE, _BEFORE_FALLEN = 5.0, 30.0, 1000.0
 _FALLEN = 0.5
 # Nothing is compared before so many steps, or where fewer FFN experts were to be expected now:
 # independent tokens then give a standard deviation of a tenth at most.
-_FEWEST_STEPS, _FEWEST_TOKENS, _FEWEST_EXPECTED = 50, 100.0, 100.0
+_FEWEST_STEPS, _FEWEST_TOKENS, _FEWEST_EXPECTED = 100, 100.0, 100.0
 
 
 class ClassPast:
