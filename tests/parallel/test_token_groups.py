@@ -16,6 +16,7 @@ from moepp_megatron.observe.alerts import read_alerts
 from tests.parallel import guard_runs
 from tests.parallel.guard_runs import Fault, Found
 from tests.parallel.ranks import RankPools
+from tests.parallel.test_health import LAYOUTS as HEALTH_LAYOUTS
 from tests.parallel.training_runs import SyntheticDataset, settings
 
 NAMES = ("web", "code", "absent")
@@ -106,29 +107,7 @@ def recounted(maps: list[Any], losses: list[Any], groups: Any) -> dict[str, Any]
     }
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "dp2": (2, {}, {}),
-    "ep2": (2, {"expert_model_parallel_size": 2}, {}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
-    "tp2 cp2": (
-        4,
-        {
-            "tensor_model_parallel_size": 2,
-            "sequence_parallel": True,
-            "context_parallel_size": 2,
-        },
-        {},
-    ),
-    "recompute": (
-        1,
-        {},
-        {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        },
-    ),
-}
+LAYOUTS = {"dp2": (2, {}, {}), **HEALTH_LAYOUTS}
 MOE = {"num_ffn_experts": NUM_FFN}
 
 
