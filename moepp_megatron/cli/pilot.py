@@ -37,8 +37,8 @@ def pilot(
         typer.Option(
             min=1,
             max=100,
-            help="How many, from training.seed on. The first call fixes how many a look takes; "
-            "further looks are at multiples of it.",
+            help="How many, from training.seed on. The first call fixes how many a look takes, "
+            "at least 3; further looks are at multiples of it.",
         ),
     ] = 5,
     taus: Annotated[
@@ -105,6 +105,7 @@ def pilot(
     from moepp_megatron.workbench.experiments.pilot.plan import Plan
     from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
     from moepp_megatron.workbench.experiments.pilot.runs import PilotRuns
+    from moepp_megatron.workbench.experiments.pilot.schedule import FEWEST_SEEDS
 
     arms = build_arms(
         settings, steps or settings.training.train_iters, _taus(settings, taus), eval_iters
@@ -117,12 +118,13 @@ def pilot(
         request.check()
     folder.claim(folder.all_of(arms, numbers))
     names = [arm.arm.name for arm in arms if arm.arm.kind == "moepp"]
+    first_look = max(seeds, FEWEST_SEEDS)
     whole = Pilot(
         folder=folder,
         config=settings,
         base=arms,
         seeds=numbers,
-        plan=Plan.claim(folder.path, Plan(first=seeds, arms=names, sessions=sessions)),
+        plan=Plan.claim(folder.path, Plan(first=first_look, arms=names, sessions=sessions)),
         command=shlex.join(["moepp", *sys.argv[1:]]),
         eval_iters=eval_iters,
         target=request,

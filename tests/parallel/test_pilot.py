@@ -101,7 +101,9 @@ def test_pilot_from_runs_to_answer(
     result = PilotResult.model_validate_json((out / "pilot.json").read_text())
     assert [outcome.seeds for outcome in result.arms] == [[5, 6]] * 6
     assert (result.setting.config, result.setting.tokens, result.setting.nproc) == ("tiny", 256, 1)
-    assert (result.setting.look, result.setting.sessions) == (1, 2)
+    # Nothing is decided by two seeds.
+    assert (result.setting.look, result.setting.next_seeds, result.setting.sessions) == (0, 3, 2)
+    assert result.answer.startswith("Nothing is decided before 3 seeds")
     vanilla, moepp = result.arms[0], result.arms[1]
     assert vanilla.ffn_share.mean == 1.0
     assert moepp.ffn_share.mean < 1.0

@@ -15,6 +15,10 @@ LEVEL = 0.025
 """How often, at most, a pilot may say "pays" where MoE++ does not: any number of arms and looks."""
 
 
+FEWEST_SEEDS = 3
+"""Seeds of a look, at least: with one or two there is next to nothing to tell the noise by."""
+
+
 def level(look: int, num_arms: int) -> float:
     """The one-sided level of look 1, 2, ... for each of `num_arms` MoE++ arms."""
     return LEVEL / (num_arms * 2**look)
