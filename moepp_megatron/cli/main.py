@@ -106,6 +106,14 @@ def run() -> None:
         sys.exit(1)
     except UsageError as error:
         sys.exit(refuse(error))
+    except Exception:
+        from moepp_megatron.runtime.launch import refused_with
+
+        refusal = refused_with()
+        if refusal is None:
+            raise
+        # Another rank has said what is wrong and is gone, which is all that broke here.
+        sys.exit(refusal)
     # A command returns nothing; `typer.Exit` returns its code here.
     sys.exit(status if isinstance(status, int) else 0)
 

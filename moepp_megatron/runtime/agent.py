@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from moepp_megatron.runtime.launch import REFUSALS, is_refused
+from moepp_megatron.runtime.launch import refused_with
 from moepp_megatron.runtime.patches import replace
 
 if TYPE_CHECKING:
@@ -42,10 +42,12 @@ def main() -> int:
     except _RefusedError:
         return 1
     except ChildFailedError as error:
+        if refused_with() is not None:
+            # The rank has said why; what other ranks met is that it was gone.
+            return 1
         failures = sorted(error.failures.items(), key=lambda each: each[1].timestamp)
         for rank, failure in failures:
-            if failure.exitcode not in REFUSALS:
-                print(f"error: rank {rank} {_end(failure)}", file=sys.stderr)
+            print(f"error: rank {rank} {_end(failure)}", file=sys.stderr)
         return 1
     except RendezvousError as error:
         why = f": {error}" if str(error) else ""
@@ -61,7 +63,7 @@ def _restart_only_what_can_succeed() -> None:
     restart = SimpleElasticAgent._restart_workers
 
     def restart_unless_refused(agent: SimpleElasticAgent, group: WorkerGroup) -> None:
-        if is_refused():
+        if refused_with() is not None:
             raise _RefusedError
         restart(agent, group)
 

@@ -144,7 +144,9 @@ def joined(
     device = start(environment, timeout)
     try:
         yield device
-    except (ConfigError, UnfitError):
+    except (ConfigError, UnfitError) as error:
+        # Before the groups are gone: ranks that lose their peer see that it has refused.
+        write_status(error.exit_code)
         stop()
         raise
     stop()

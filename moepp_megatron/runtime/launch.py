@@ -125,13 +125,14 @@ def has_launcher() -> bool:
     return _STATUS_FILE in os.environ
 
 
-def is_refused() -> bool:
-    """Whether a rank of this process's run has ended with a user's error.
+def refused_with() -> int | None:
+    """The exit status with which a rank of this process's run has refused a user's error, if any.
 
     For torchrun and its ranks, which have the environment of `run_ranks`.
     """
     status_file = os.environ.get(_STATUS_FILE)
-    return status_file is not None and _written(Path(status_file)) in REFUSALS
+    status = None if status_file is None else _written(Path(status_file))
+    return status if status in REFUSALS else None
 
 
 def write_status(status: int) -> bool:

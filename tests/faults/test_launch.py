@@ -32,7 +32,7 @@ sys.exit(run_ranks(options, sys.argv[1], sys.argv[4:]))
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from moepp_megatron.runtime.launch import HUNG, STOPPED, leave, write_status
+from moepp_megatron.runtime.launch import HUNG, STOPPED, leave, refused_with, write_status
 from moepp_megatron.runtime.parent import die_with_parent
 
 die_with_parent(os.getppid())
@@ -60,6 +60,18 @@ if what == "refuse" and rank == "1":
     print("error: no such thing", file=sys.stderr, flush=True)
     write_status(2)
     sys.exit(2)
+if what == "refuse and fail":
+    # The other one loses its peer before the one that refuses is gone.
+    if rank == "1":
+        print("error: no such thing", file=sys.stderr, flush=True)
+        write_status(2)
+        while Path(folder, "0").exists():
+            time.sleep(0.05)
+        sys.exit(2)
+    while refused_with() is None:
+        time.sleep(0.05)
+    Path(folder, rank).unlink()
+    sys.exit(1)
 if what == "late listener":
     # A request that came already is taken up here.
     while not Path(folder, "asked").exists():
@@ -274,3 +286,11 @@ def test_a_users_error_is_not_tried_again(start, tmp_path: Path) -> None:
     assert output.count("error: no such thing") == 1
     assert "Traceback" not in output
     assert (tmp_path / "attempts").read_text() == "0"
+
+
+def test_who_fails_because_another_refused_is_not_named(start) -> None:
+    process = start("refuse and fail")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert output.count("error: no such thing") == 1
+    assert "exit status" not in output

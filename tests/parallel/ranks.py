@@ -20,6 +20,7 @@ call starts fresh ones. What the ranks do is in `rank_worker.py`.
 import contextlib
 import os
 import pickle
+import re
 import shutil
 import signal
 import tempfile
@@ -38,7 +39,10 @@ START_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 120.0
 # After one rank has failed, the others usually wait for it in a collective until they are ended.
 GRACE_S = 2.0
-STACK_TIMEOUT_S = 5.0
+# A signalled rank writes its stacks at once, but a busy machine may not let it run for a while.
+STACK_TIMEOUT_S = 30.0
+# faulthandler writes the main thread's stack last, and its module last of that.
+_STACKS = re.compile(rb"\(most recent call first\):\n(  File .*\n)*  File .* in <module>\n")
 # Ranks alive at once, over all world sizes: pools of 1, 2, 4 and 8 together. What ranks share
 # with the server is most of their memory; about 100 MB each is their own.
 MAX_RANKS_ALIVE = 16
@@ -238,12 +242,10 @@ class RankPool:
         deadline = time.monotonic() + STACK_TIMEOUT_S
         for rank in ranks:
             log = self._logs()[rank]
-            while b"(most recent call first)" not in log.read_bytes():
+            while not _STACKS.search(log.read_bytes()):
                 if time.monotonic() > deadline or not self._processes[rank].is_alive():
                     break
                 time.sleep(0.05)
-        if ranks:
-            time.sleep(0.1)  # the heading was there; its lines follow at once
 
     def _logs(self) -> list[Path]:
         assert self._folder is not None, "the pool has not been started"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,3 +133,25 @@ def test_the_import_leaves_ctrl_c_as_it_was(before: str) -> None:
         "signal.getsignal(signal.SIGINT)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _lose_the_peer(**_: object) -> None:
+    raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize("written", ["2", "0", ""])
+def test_a_rank_whose_peer_has_refused_says_nothing(
+    written: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "status").write_text(written or "75")
+    if written:
+        monkeypatch.setenv("MOEPP_STATUS_FILE", str(tmp_path / "status"))
+    monkeypatch.setattr(main, "app", _lose_the_peer)
+    if written == "2":
+        assert _run([], monkeypatch, capsys) == (2, "", "")
+        return
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        main.run()
