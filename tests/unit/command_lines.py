@@ -1,6 +1,6 @@
 """Command lines in Markdown: where they are, and what is wrong with them.
 
-Capital words are placeholders (`CONFIG`, `RUN`, `N`) and stand for any value; `...` for what is left out.
+Capital words are placeholders (`CONFIG`, `N`) for any value, and `...` is for what is left out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _joined(block: str) -> list[str]:
 
 def _without_wrapper(line: str) -> str:
     """`moepp ...` of a line such as `nsys profile moepp ...`."""
-    return re.sub(r"^.* (?=moepp (?!=))", "", line)
+    return re.sub(r"^.* (?=moepp [a-z])", "", line)
 
 
 def _is_ours(line: str) -> bool:
@@ -121,9 +121,8 @@ def _problem_of_script(name: str, words: list[str], whole: bool) -> str | None:
         if word in options:
             for _ in range(options[word]):
                 next(rest)
-        elif word.startswith("-") or not (ROOT / word.split("::")[0]).exists():
-            if word not in ("...", "ARGS") and not _PLACEHOLDER.fullmatch(word):
-                return f"{file.name} takes no {word}"
+        elif not (_is_placeholder(word) or (ROOT / word.split("::")[0]).exists()):
+            return f"{file.name} takes no {word}"
     return None
 
 
@@ -166,7 +165,7 @@ def _is_placeholder(value: Any) -> bool:
 
 
 def _problem_of_settings(command: Any, values: Mapping[str, Any]) -> str | None:
-    """Whether overrides name settings, with values that these take; all rules where all is given."""
+    """Whether overrides are settings with their values; a given CONFIG must keep all rules too."""
     metavars = {parameter.name: parameter.metavar or "" for parameter in command.params}
     overrides = [
         word
