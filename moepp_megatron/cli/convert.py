@@ -145,7 +145,7 @@ def upcycle(
     if config.moe.num_zero_computation_experts:
         echo(
             f"FFN share    1 now; the first steps of training move it to phi "
-            f"({config.moe.ffn_share:.3f}), or a ramp of moe.budget: docs/upcycling.md"
+            f"({config.moe.ffn_share:.3f}), or a ramp of moe.budget: docs/how_to/upcycle.md"
         )
 
 

@@ -1,6 +1,6 @@
 """MoE++ in Megatron-LM's own training loop, `megatron.training`, unmodified.
 
-There are three ways (docs/megatron_lm.md):
+There are three ways (docs/how_to/from_megatron_lm.md):
 
 1. A spec, for Megatron-LM's `pretrain_gpt.py` as it is: `--spec moepp_megatron.interop.megatron_lm
    moepp_spec`, with MoE++ settings in the environment variable MOEPP_ARGS. One pipeline stage, or

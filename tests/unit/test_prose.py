@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moepp_megatron"
 # The log records what was said at the time.
-DOCS = sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "LOG.md"})
+DOCS = sorted({ROOT / "README.md", *(ROOT / "docs").rglob("*.md")} - {ROOT / "docs" / "LOG.md"})
 
 _PREPOSITIONS = (
     "Above|After|Against|Among|Around|As|At|Before|Behind|Below|Beside|Between|Beyond|By|During|For|"

@@ -1,0 +1,72 @@
+"""The quickstart: the commands that its script runs are those that the docs show, and they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.commands import moepp
+
+ROOT = Path(__file__).parents[2]
+_ENV = """
+MOEPP_ROOT={root}
+MOEPP_BIN={root}/bin
+"""
+_MOEPP = """#!/usr/bin/env bash
+printf '%q ' "$@" >>calls && echo >>calls
+"""
+
+
+def _commands(folder: Path, gpus: int, *arguments: str) -> list[list[str]]:
+    """Arguments of each `moepp` that launch/quickstart.sh calls on a machine with `gpus` GPUs."""
+    (folder / "launch").mkdir()
+    (folder / "bin").mkdir()
+    shutil.copy(ROOT / "launch" / "quickstart.sh", folder / "launch")
+    (folder / "launch" / "env.sh").write_text(_ENV.format(root=shlex.quote(str(folder))))
+    listed = "".join(f"echo 'GPU {index}: made up'\n" for index in range(gpus))
+    for name, text in {"moepp": _MOEPP, "nvidia-smi": f"#!/bin/sh\n{listed}exit 0\n"}.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    script = [str(folder / "launch" / "quickstart.sh"), *arguments]
+    subprocess.run(script, check=True, env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL)
+    return [shlex.split(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+def test_the_docs_show_what_the_script_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "tutorials" / "first_run.md").read_text(encoding="utf-8")
+    block = re.search(r"## What it does.*?```bash\n(.*?)```", page, re.DOTALL)
+    assert block, "first_run.md has no commands"
+    shown = [shlex.split(line) for line in block[1].splitlines()]
+    assert shown == [["moepp", *words] for words in _commands(tmp_path, gpus=0)]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "## Quickstart\n\n```bash\n./launch/quickstart.sh\n```\n" in readme
+
+
+def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank, as on a machine with one GPU, on a small text instead of the built-in corpus."""
+    short = ("training.train_iters=2", "training.eval_iters=1", "optimizer.warmup_iters=1")
+    commands = _commands(tmp_path, 1, *short, "training.global_batch_size=4", "model.num_layers=2")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    line = json.dumps({"text": "def main(words, lines):\n    return sorted(words)\n" * 20})
+    (tmp_path / "text.jsonl").write_text(f"{line}\n" * 60)
+    monkeypatch.chdir(tmp_path)
+    assert [words[0] for words in commands] == ["data", "train", "report", "generate"]
+    assert commands[0][:3] == ["data", "prepare", "stdlib"]
+    commands[0][2] = "text.jsonl"
+    commands[-1] += ["--max-new-tokens", "4"]
+    for words in commands:
+        done = moepp(*words)
+        assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
+    assert done.stdout.startswith("def ")
+    run = tmp_path / "runs" / "quickstart"
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert (run / "report.html").is_file()
+    assert any((run / "checkpoints").iterdir())
