@@ -106,6 +106,12 @@ def test_the_launcher_claims_the_folder_while_ranks_run(command) -> None:
     assert not command.run_dir.exists(), "no rank has written anything"
 
 
+def test_a_number_of_hardware_queues_against_the_layout_is_told_once(command, capsys) -> None:
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    assert command() == 0
+    assert capsys.readouterr().err.count("warning: CUDA_DEVICE_MAX_CONNECTIONS (1) should") == 1
+
+
 def test_overwrite_moves_the_old_run_and_is_the_launchers_business(command, capsys) -> None:
     command.make_run()
     assert command("--overwrite") == 0
