@@ -59,6 +59,26 @@ def _settings_of_absent_experts(config: Config) -> Iterator[Problem]:
                 yield from _ignored(config, f"moe.{key}", reason, remedy)
 
 
+def _priority_of_groups_of_one(config: Config) -> Iterator[Problem]:
+    """A rank alone sends nothing."""
+    parallel = config.parallel
+    ranks = {
+        "tp": ("tensor_model_parallel_size", parallel.tensor_model_parallel_size),
+        "cp": ("context_parallel_size", parallel.context_parallel_size),
+        "pp": ("pipeline_model_parallel_size", parallel.pipeline_model_parallel_size),
+        "ep": ("expert_model_parallel_size", parallel.expert_model_parallel_size),
+    }
+    for group in parallel.high_priority_stream_groups:
+        key, size = ranks.get(group, ("", 2))
+        if size == 1:
+            yield Problem(
+                "parallel.high_priority_stream_groups",
+                parallel.high_priority_stream_groups,
+                f"has no effect on {group} with parallel.{key} 1",
+                f"leave {group} out",
+            )
+
+
 def _flex_settings_without_flex(config: Config) -> Iterator[Problem]:
     """Backend and multiprocessors belong to the flex dispatcher."""
     if config.moe.dispatcher != "flex":
@@ -332,6 +352,7 @@ def _guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
 RULES = (
     _routing_without_object,
     _settings_of_absent_experts,
+    _priority_of_groups_of_one,
     _flex_settings_without_flex,
     _deduplication_without_duplicates,
     _kernels_of_the_vanilla_layer,
