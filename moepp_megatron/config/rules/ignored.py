@@ -226,9 +226,16 @@ def _recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
         )
 
 
-def _fp8_settings_without_use(config: Config) -> Iterator[Problem]:
-    """Only delayed scaling has a history; the numbers of bf16 layers need their switch."""
+def _number_formats_without_use(config: Config) -> Iterator[Problem]:
+    """Gradients of fp32 are fp32; only delayed scaling has a history; bf16 layers need a switch."""
     precision = config.precision
+    if precision.dtype == "fp32":
+        yield from _ignored(
+            config,
+            "precision.grad_reduce_in_fp32",
+            "with precision.dtype fp32",
+            "set precision.dtype to bf16, or leave it out",
+        )
     if precision.recipe != "delayed":
         for key in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
             yield from _ignored(
@@ -362,7 +369,7 @@ RULES = (
     _residual_without_predecessor,
     _sequence_parallel_without_tensor_parallel,
     _recompute_settings_without_recompute,
-    _fp8_settings_without_use,
+    _number_formats_without_use,
     _schedule_parts_of_a_constant_rate,
     _intervals_of_nothing,
     _settings_of_what_is_off,
