@@ -31,7 +31,8 @@ class ParameterShard:
         parameter: The model's parameter.
         entry: Its entry in the model's sharded state.
         begin: The first of its elements, in memory order, that this rank holds.
-        tensors: By name (`param`, `exp_avg`, `exp_avg_sq`) the values of these elements, flat.
+        tensors: The optimizer's own values of these elements, flat, by name (`param`, `exp_avg`,
+            `exp_avg_sq`).
     """
 
     parameter: torch.nn.Parameter
@@ -68,7 +69,7 @@ def sharded_boxes(shard: ParameterShard, prefix: str, values: Tensor) -> list[Sh
 
     Args:
         shard: Says where the values belong.
-        prefix: What stands before the parameter's name in theirs.
+        prefix: The beginning of the entries' names; the parameter's own follows.
         values: Flat, one for each element of the shard.
     """
     end = shard.begin + values.numel()
@@ -112,7 +113,7 @@ def boxes(
 
     Args:
         shape: The tensor's shape.
-        first: From 0.
+        first: The first element's number.
         last: At most the number of elements.
 
     Returns:
