@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,8 @@ def bind_to_gpu(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    gpu = torch.cuda.get_device_properties(device)
+    # torch's stub file does not know these fields.
+    gpu: Any = torch.cuda.get_device_properties(device)
     address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     near = cores_near(address) & os.sched_getaffinity(0)
     if near:
