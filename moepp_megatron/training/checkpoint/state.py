@@ -112,21 +112,24 @@ def wanted_state(model: TrainingModel) -> dict[str, Any]:
 def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
     """Put the state that was read into model, optimizer and schedule."""
     apply_model_state(model.models, loaded)
-    optimizer, steps = loaded["optimizer"], loaded["optimizer_steps"]
-    optimizers = _chained(model)
+    steps = loaded["optimizer_steps"]
     if _keeps_shards(model):
-        for chained in optimizers:
+        # Their values are in place.
+        for chained in _chained(model):
             set_steps(chained, steps)
     else:
-        parts = (
-            [optimizer] if len(optimizers) == 1 else [optimizer[i] for i in range(len(optimizers))]
-        )
-        for part, chained in zip(parts, optimizers, strict=True):
-            _set_steps(part, steps, chained.optimizer)
-        model.optimizer.load_state_dict(optimizer)
+        _load_whole_optimizer(model, loaded["optimizer"], steps)
     # Its own load_state_dict would insist on the schedule that the checkpoint was written with.
     model.scheduler.num_steps = 0
     model.scheduler.step(increment=loaded["schedule_steps"])
+
+
+def _load_whole_optimizer(model: TrainingModel, optimizer: Any, steps: int) -> None:
+    optimizers = _chained(model)
+    parts = [optimizer] if len(optimizers) == 1 else [optimizer[i] for i in range(len(optimizers))]
+    for part, chained in zip(parts, optimizers, strict=True):
+        _set_steps(part, steps, chained.optimizer)
+    model.optimizer.load_state_dict(optimizer)
 
 
 def apply_model_state(models: list[GPTModel], loaded: dict[str, Any]) -> None:
