@@ -97,6 +97,7 @@ SWITCHES = {
     "overlap-param-gather": ("parallel.overlap_param_gather", True),
     "overlap-moe-expert-parallel-comm": ("parallel.overlap_moe_expert_parallel_comm", True),
     "bf16": ("precision.dtype", "bf16"),
+    "grad-reduce-in-bf16": ("precision.grad_reduce_in_fp32", False),
     "fp8-param-gather": ("precision.fp8_param", True),
     "first-last-layers-bf16": ("precision.first_last_layers_bf16", True),
     "deterministic-mode": ("training.deterministic", True),

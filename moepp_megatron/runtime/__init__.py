@@ -12,6 +12,7 @@ kernel_choices.py    which implementation serves each operation that can be fuse
 launch.py            starts this machine's ranks with torchrun and looks after them
 meeting.py           how long a machine waits for the other machines of a run
 nodes.py             describes the machines of a run and how they find each other
+numa.py              keeps a rank on the CPU cores next to its GPU
 optional.py          which optional packages are usable
 own_gpu.py           which GPU a rank computes on
 parent.py            ends a process together with the process that started it

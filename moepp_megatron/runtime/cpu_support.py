@@ -305,6 +305,7 @@ def _patch_uneven_collectives() -> None:
 def _patch_megatron() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     # Their originals go through `torch.cuda.default_generators`, which is empty without a GPU.
     def get_state(
@@ -324,6 +325,15 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     replace(token_dispatcher, "maybe_move_tensor_to_cpu", move)
+
+    # Ranks that share out the reading of a checkpoint receive on a GPU, in tensors of a factory
+    # that megatron-core has remembered from before it was wrapped (exchange_utils.py).
+    original_data = ShardedTensor.init_data
+
+    def init_data(self: Any, device: Any, *args: Any, **kwargs: Any) -> None:
+        original_data(self, _on_cpu(device), *args, **kwargs)
+
+    replace(ShardedTensor, "init_data", init_data)
 
 
 def _patch_megatron_training() -> None:

@@ -97,6 +97,12 @@ def build_groups(config: Config, layout: Layout) -> None:
         # A gloo twin of each data-parallel group serves only checkpoint formats that are not used
         # here; without them a rank starts faster and has fewer threads.
         create_gloo_process_groups=False,
+        # Streams are NCCL's; gloo has no priorities, and torch for CPUs no NCCL.
+        high_priority_stream_groups=(
+            list(config.parallel.high_priority_stream_groups)
+            if dist.get_backend() == "nccl"
+            else None
+        ),
     )
     # Libraries draw from these too, so a run is repeatable only if all of them are seeded.
     random.seed(config.training.seed)

@@ -51,20 +51,6 @@ PATCHES = (
         "torchrun has a setting for failures that are final",
     ),
     Patch(
-        "training.checkpoint.optimizer",
-        "megatron-core",
-        "the collector that distrib_optimizer runs; while a state is made",
-        "a third of the time that a save keeps training",
-        "megatron-core leaves a collector alone that is switched off",
-    ),
-    Patch(
-        "training.checkpoint.optimizer",
-        "megatron-core",
-        "get_parameter_state_dp_zero of one optimizer; while a state is made",
-        "parameters behind a bucket's padding would be stored with their neighbours' state",
-        "megatron-core gathers and cuts by the same places",
-    ),
-    Patch(
         "training.checkpoint.plan",
         "megatron-core",
         "filesystem_async._results_queue; for good",

@@ -2,8 +2,9 @@
 
 `moepp train --nproc`, `launch/*.sh` and `slurm/*.sbatch` all start ranks through
 `runtime.launch.run_ranks`, which uses this module. A rank that was started otherwise (alone, by the
-user's own torchrun or srun) adopts those that still matter before it imports torch. Variables that
-the user has set are not changed.
+user's own torchrun or srun) adopts those that still matter before it imports torch. What depends on
+the configuration, every rank of a training run sets for itself. Variables that the user has set are
+not changed.
 The same set is used without a GPU: NCCL and CUDA variables do nothing there.
 """
 
@@ -14,6 +15,10 @@ import stat
 import tempfile
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+
+from moepp_megatron.config import Config
+
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,6 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
             "one thread a core in all; torchrun would choose 1 whatever the machine has",
             # `runtime.distributed.start` sets the threads of a rank that has no such variable.
             only_at_start=True,
-        ),
-        Variable(
-            "CUDA_DEVICE_MAX_CONNECTIONS",
-            "1",
-            "kernels start in the order of their launch, so that a collective begins before the "
-            "matrix product that hides it; megatron-core asks for it with tensor parallelism",
         ),
         Variable(
             "PYTORCH_ALLOC_CONF",
@@ -117,6 +116,48 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
     return variables
 
 
+def connections(config: Config) -> Variable:
+    """How many hardware queues a training run's kernels go through, by its configuration.
+
+    With one, kernels start in the order of their launch. megatron-core's tensor parallelism relies
+    on it to begin a collective before the matrix product that hides it
+    (core/tensor_parallel/layers.py); Megatron-LM's loop demands it of tensor and context
+    parallelism on GPUs before Blackwell, unless the experts' exchange is overlapped, which one
+    queue would serialize (training/arguments.py).
+    """
+    parallel = config.parallel
+    splits_layers = parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
+    if splits_layers and not parallel.overlap_moe_expert_parallel_comm:
+        value, reason = (
+            "1",
+            "tensor and context parallelism begin a collective before the matrix product that "
+            "hides it, which one queue guarantees",
+        )
+    elif config.moe.dispatcher == "flex":
+        value, reason = "32", "the flex dispatcher's kernels must not queue behind others"
+    else:
+        value, reason = (
+            "8",
+            "collectives run beside kernels that are launched before them; this is CUDA's default",
+        )
+    return Variable(CONNECTIONS, value, reason)
+
+
+def contradiction(config: Config, environment: Mapping[str, str]) -> str | None:
+    """A warning where the user's number of hardware queues is not what the run needs."""
+    wanted, given = connections(config), environment.get(CONNECTIONS)
+    if given is None:
+        return None
+    # More queues than are needed do no harm.
+    is_enough = given.isdecimal() and int(given) >= int(wanted.value) > 1
+    if given == wanted.value or is_enough:
+        return None
+    return (
+        f"{CONNECTIONS} ({given}) should be {wanted.value} in this layout: {wanted.reason}; unset "
+        "it, and moepp train sets it"
+    )
+
+
 def _own_folder(name: str) -> str | None:
     """A folder of this user's on this machine, which nobody else can write to; None without one."""
     path = os.path.join(tempfile.gettempdir(), f"moepp-{name}-{os.getuid()}")
@@ -140,11 +181,12 @@ def with_rank_variables(
     return result
 
 
-def adopt_rank_variables() -> None:
-    """Give this process what a launched rank has; call it before torch is imported.
+def adopt_rank_variables(config: Config) -> None:
+    """Give this rank of a training run its variables; call it before torch is imported.
 
     CUDA, torch's allocator and NCCL read their variables once, when they start.
     """
+    _set_default(os.environ, connections(config))
     for variable in rank_variables(num_local_ranks=1):
         if not variable.only_at_start:
             _set_default(os.environ, variable)

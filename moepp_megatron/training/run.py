@@ -162,6 +162,7 @@ def _be_rank(request: TrainRequest, say: Say) -> TrainResult:
 
     quiet()
     from moepp_megatron.runtime import distributed
+    from moepp_megatron.runtime.numa import bind_to_gpu
     from moepp_megatron.runtime.parent import die_with_parent
     from moepp_megatron.training.resilience import flight_recorder
 
@@ -171,7 +172,9 @@ def _be_rank(request: TrainRequest, say: Say) -> TrainResult:
         die_with_parent(os.getppid())
     if config.resilience.hang_timeout_s > 0:
         flight_recorder.enable(folder / "hangs")
-    with distributed.joined(rank, distributed.collective_timeout(config)):
+    with distributed.joined(rank, distributed.collective_timeout(config)) as device:
+        if config.run.numa_binding:
+            bind_to_gpu(device)
         # Now, when the device is known: megatron-core compiles some functions on its import, but
         # not on a CPU.
         from moepp_megatron.training.trainer import Trainer

@@ -132,7 +132,7 @@ def _wrap(
     if casts and params_dtype(config) is torch.bfloat16:
         module = Float16Module(model.config, model)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,

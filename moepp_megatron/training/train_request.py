@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from moepp_megatron.config import (
 )
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
 from moepp_megatron.runtime.rank import RankEnvironment
-from moepp_megatron.runtime.rank_environment import adopt_rank_variables
+from moepp_megatron.runtime.rank_environment import adopt_rank_variables, contradiction
 from moepp_megatron.training import occupancy
 from moepp_megatron.training.checkpoint import check_start, list_checkpoints
 from moepp_megatron.training.occupancy import Start
@@ -112,8 +113,12 @@ class TrainRequest:
         if self.leads and not occupancy.is_claimed():
             # At once; looking for packages imports torch.
             occupancy.refuse_occupied(config, start)
+        if self.speaks and not has_launcher():
+            doubt = contradiction(config, os.environ)
+            if doubt is not None:
+                warn(doubt)
         if not self.starts_ranks:
-            adopt_rank_variables()
+            adopt_rank_variables(config)
         from moepp_megatron.data.prepared_data import check_data
         from moepp_megatron.runtime.fit import check_fit
 

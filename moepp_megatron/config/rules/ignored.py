@@ -59,6 +59,26 @@ def _settings_of_absent_experts(config: Config) -> Iterator[Problem]:
                 yield from _ignored(config, f"moe.{key}", reason, remedy)
 
 
+def _priority_of_groups_of_one(config: Config) -> Iterator[Problem]:
+    """A rank alone sends nothing."""
+    parallel = config.parallel
+    ranks = {
+        "tp": ("tensor_model_parallel_size", parallel.tensor_model_parallel_size),
+        "cp": ("context_parallel_size", parallel.context_parallel_size),
+        "pp": ("pipeline_model_parallel_size", parallel.pipeline_model_parallel_size),
+        "ep": ("expert_model_parallel_size", parallel.expert_model_parallel_size),
+    }
+    for group in parallel.high_priority_stream_groups:
+        key, size = ranks.get(group, ("", 2))
+        if size == 1:
+            yield Problem(
+                "parallel.high_priority_stream_groups",
+                parallel.high_priority_stream_groups,
+                f"has no effect on {group} with parallel.{key} 1",
+                f"leave {group} out",
+            )
+
+
 def _flex_settings_without_flex(config: Config) -> Iterator[Problem]:
     """Backend and multiprocessors belong to the flex dispatcher."""
     if config.moe.dispatcher != "flex":
@@ -206,9 +226,16 @@ def _recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
         )
 
 
-def _fp8_settings_without_use(config: Config) -> Iterator[Problem]:
-    """Only delayed scaling has a history; the numbers of bf16 layers need their switch."""
+def _number_formats_without_use(config: Config) -> Iterator[Problem]:
+    """Gradients of fp32 are fp32; only delayed scaling has a history; bf16 layers need a switch."""
     precision = config.precision
+    if precision.dtype == "fp32":
+        yield from _ignored(
+            config,
+            "precision.grad_reduce_in_fp32",
+            "with precision.dtype fp32",
+            "set precision.dtype to bf16, or leave it out",
+        )
     if precision.recipe != "delayed":
         for key in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
             yield from _ignored(
@@ -332,6 +359,7 @@ def _guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
 RULES = (
     _routing_without_object,
     _settings_of_absent_experts,
+    _priority_of_groups_of_one,
     _flex_settings_without_flex,
     _deduplication_without_duplicates,
     _kernels_of_the_vanilla_layer,
@@ -341,7 +369,7 @@ RULES = (
     _residual_without_predecessor,
     _sequence_parallel_without_tensor_parallel,
     _recompute_settings_without_recompute,
-    _fp8_settings_without_use,
+    _number_formats_without_use,
     _schedule_parts_of_a_constant_rate,
     _intervals_of_nothing,
     _settings_of_what_is_off,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from moepp_megatron.config.schema.section import Section, unit
@@ -69,6 +71,13 @@ class ParallelSection(Section):
         default=False,
         description="Move the tokens of one micro-batch while another one's layer computes "
         "(megatron-core's combined schedule of forward and backward)",
+        json_schema_extra=unit("-"),
+    )
+
+    high_priority_stream_groups: list[Literal["tp", "cp", "dp_cp", "pp", "ep", "ep_dp"]] = Field(
+        default=[],
+        description="Process groups, by megatron-core's names, whose NCCL kernels start before "
+        "others that wait for the GPU",
         json_schema_extra=unit("-"),
     )
 

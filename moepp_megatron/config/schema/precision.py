@@ -17,6 +17,12 @@ class PrecisionSection(Section):
         description="Type of parameters and activations (optimizer state is always fp32)",
         json_schema_extra=unit("-"),
     )
+    grad_reduce_in_fp32: bool = Field(
+        default=True,
+        description="Sum gradients over micro-batches and ranks in fp32; false sums them in bf16: "
+        "half the memory and traffic, and every partial sum is rounded",
+        json_schema_extra=unit("-"),
+    )
     fp8: Literal["e4m3", "hybrid"] | None = Field(
         default=None,
         description="FP8 format of the GEMMs (Transformer Engine, GPU); null: off",
@@ -67,6 +73,11 @@ class PrecisionSection(Section):
         description="With first_last_layers_bf16: last layers in bf16",
         json_schema_extra=unit("layers"),
     )
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of a gradient in the buffer that micro-batches add to and ranks reduce."""
+        return 4 if self.grad_reduce_in_fp32 or self.dtype == "fp32" else 2
 
     @property
     def recipe(self) -> str | None:

@@ -22,6 +22,11 @@ class RunSection(Section):
         description="Name shown in reports and logs",
         json_schema_extra=unit("-"),
     )
+    numa_binding: bool = Field(
+        default=True,
+        description="Keep each rank on the CPU cores of its GPU's NUMA node that it may use",
+        json_schema_extra=unit("-"),
+    )
 
 
 class DataSection(Section):

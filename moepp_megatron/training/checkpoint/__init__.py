@@ -10,7 +10,8 @@ find.py          which checkpoint a name means, which one is the newest valid on
 compatible.py    whether a checkpoint fits a configuration
 state.py         model, optimizer, schedule as megatron-core's sharded state
 fp8_state.py     histories of delayed FP8 scaling, checked before they are unpickled
-optimizer.py     corrections of megatron-core's handling of optimizer state
+optimizer.py     state and step count of megatron-core's optimizers
+shards.py        a rank's own shard of a distributed optimizer, in terms of whole parameters
 rng.py           random states of a rank
 plan.py          which rank writes which bytes
 background.py    a forked process that writes while training goes on

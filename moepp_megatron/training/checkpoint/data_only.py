@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import torch as strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+)
 from torch.distributed.checkpoint import BytesStorageMetadata, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -49,8 +52,19 @@ def load_data(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     with only_data(), replaced(strategy, FileSystemReader=reader):
         made = strategy._get_filesystem_reader(checkpoint)
         assert isinstance(made, _Reader), f"megatron-core reads with a {type(made).__name__}"
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            state, str(checkpoint), _each_byte_once(strategy.TorchDistLoadShardedStrategy())
+        )
     return loaded
+
+
+def _each_byte_once(reading: Any) -> Any:
+    """A way to load by which data-parallel ranks share out the reading of what they all need."""
+    if not parallel_state.is_initialized():
+        return reading
+    return FullyParallelLoadStrategyWrapper(
+        reading, parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
 
 
 @contextmanager

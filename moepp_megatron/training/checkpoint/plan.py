@@ -58,8 +58,10 @@ class SavePlan:
         self.folder = folder
         self._writer = writer
         self._metadata = metadata
-        # Copies to the host where tensors are on a GPU.
-        self._buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets, False)
+        # From a GPU to pinned host memory, all copies in flight at once.
+        self._buckets = FileSystemWriterAsync.preload_tensors(
+            writer.write_buckets, non_blocking=True
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -3,9 +3,9 @@
 The names in a checkpoint do not depend on who wrote it:
 
 - Optimizer state is stored per parameter (`optimizer.state.exp_avg.<parameter>`), not per bucket.
+  Each rank of a distributed optimizer describes its own shard so (shards.py); nothing is gathered.
 - The fp32 copy of a bf16 parameter is `optimizer.state.fp32_param.<parameter>` whichever optimizer
-  keeps it. An fp32 parameter needs no copy, so none is stored: the distributed optimizer, which
-  holds one all the same, takes the parameter.
+  keeps it. An fp32 parameter needs no copy, so none is stored.
 - FP8 weights are stored as bf16 ones are.
 - Nothing else of the optimizer is stored but the number of its steps. Its parameter groups differ
   between layouts (expert parameters have their own optimizer only where experts are spread over
@@ -14,7 +14,6 @@ The names in a checkpoint do not depend on who wrote it:
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -33,17 +32,16 @@ from megatron.core.models.gpt import GPTModel
 from moepp_megatron.training.checkpoint.fp8_state import checked_fp8_state
 from moepp_megatron.training.checkpoint.optimizer import (
     complete_state,
-    fill_copies,
+    is_distributed,
     is_torch,
-    load_sharded,
-    padded_state,
-    without_collection,
+    optimizer_steps,
+    set_steps,
 )
+from moepp_megatron.training.checkpoint.shards import parameter_shards, sharded_boxes
 from moepp_megatron.training.setup import TrainingModel
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
@@ -73,10 +71,13 @@ def keep_biases(state: dict[str, Any]) -> None:
 def saved_state(model: TrainingModel) -> dict[str, Any]:
     """The state of model, optimizer and schedule that a checkpoint stores."""
     state = model_state(model.models)
-    dtypes = _dtypes(state)
-    optimizer = _optimizer_state(model, state, is_loading=False)
-    state["optimizer"] = _without_copies(optimizer, dtypes)
-    state["optimizer_steps"] = _optimizer_steps(model)
+    if _keeps_shards(model):
+        state["optimizer"] = _shard_entries(model, state)
+    else:
+        dtypes = _dtypes(state)
+        optimizer = _whole_optimizer_state(model, state, is_loading=False)
+        state["optimizer"] = _without_copies(optimizer, dtypes)
+    state["optimizer_steps"] = optimizer_steps(_chained(model))
     state["schedule_steps"] = model.scheduler.num_steps
     # Read back in any precision, and without Transformer Engine. Last, because the optimizer knows
     # the weights that it holds state of as objects.
@@ -85,10 +86,16 @@ def saved_state(model: TrainingModel) -> dict[str, Any]:
 
 
 def wanted_state(model: TrainingModel) -> dict[str, Any]:
-    """The state to read: like `saved_state`, but entries of this layout alone stay as they are."""
+    """The state to read: like `saved_state`, but entries of this layout alone stay as they are.
+
+    The shards of a distributed optimizer are read into its own tensors, without a copy between.
+    """
     state = model_state(model.models)
+    if _keeps_shards(model):
+        state["optimizer"] = _shard_entries(model, state)
+        return state
     dtypes = _dtypes(state)
-    optimizer = _optimizer_state(model, state, is_loading=True)
+    optimizer = _whole_optimizer_state(model, state, is_loading=True)
 
     def prepare(entry: Any) -> Any:
         if isinstance(entry, LocalNonpersistentObject):
@@ -105,22 +112,24 @@ def wanted_state(model: TrainingModel) -> dict[str, Any]:
 def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
     """Put the state that was read into model, optimizer and schedule."""
     apply_model_state(model.models, loaded)
-    optimizer, steps = loaded["optimizer"], loaded["optimizer_steps"]
-    optimizers = _chained(model)
-    parts = [optimizer] if len(optimizers) == 1 else [optimizer[i] for i in range(len(optimizers))]
-    sharded = []
-    for part, chained in zip(parts, optimizers, strict=True):
-        _set_steps(part, steps, chained.optimizer)
-        if "param_state" in part:
-            fill_copies(chained, part["param_state"])
-        if is_torch(chained.optimizer) and "param_state" in part:
-            sharded.append((chained, part.pop("param_state")))
-    model.optimizer.load_state_dict(optimizer)
-    for chained, tensors in sharded:
-        load_sharded(chained, tensors, steps)
+    steps = loaded["optimizer_steps"]
+    if _keeps_shards(model):
+        # Their values are in place.
+        for chained in _chained(model):
+            set_steps(chained, steps)
+    else:
+        _load_whole_optimizer(model, loaded["optimizer"], steps)
     # Its own load_state_dict would insist on the schedule that the checkpoint was written with.
     model.scheduler.num_steps = 0
     model.scheduler.step(increment=loaded["schedule_steps"])
+
+
+def _load_whole_optimizer(model: TrainingModel, optimizer: Any, steps: int) -> None:
+    optimizers = _chained(model)
+    parts = [optimizer] if len(optimizers) == 1 else [optimizer[i] for i in range(len(optimizers))]
+    for part, chained in zip(parts, optimizers, strict=True):
+        _set_steps(part, steps, chained.optimizer)
+    model.optimizer.load_state_dict(optimizer)
 
 
 def apply_model_state(models: list[GPTModel], loaded: dict[str, Any]) -> None:
@@ -131,32 +140,37 @@ def apply_model_state(models: list[GPTModel], loaded: dict[str, Any]) -> None:
             model.load_state_dict(state)
 
 
-def _optimizer_steps(model: TrainingModel) -> int:
-    """Steps that the optimizer has taken; fewer than the run's where some were skipped."""
-    for inner in (chained.optimizer for chained in _chained(model) if chained.optimizer):
-        for entry in inner.state.values():
-            if "step" in entry:  # torch's Adam counts per parameter
-                return int(entry["step"])
-        for group in inner.param_groups:
-            if "step" in group and group["params"]:  # fused Adam counts per group
-                return int(group["step"])
-    return 0
+def _keeps_shards(model: TrainingModel) -> bool:
+    """Whether each data-parallel rank keeps a shard of the optimizer's state."""
+    return any(is_distributed(chained) for chained in _chained(model))
 
 
-def _optimizer_state(model: TrainingModel, state: dict[str, Any], is_loading: bool) -> Any:
+def _shard_entries(model: TrainingModel, state: dict[str, Any]) -> list[ShardedTensor]:
+    """What this rank holds of a distributed optimizer's state, as views of it."""
+    found = []
+    for chained in filter(is_distributed, _chained(model)):
+        complete_state(chained)
+        for shard in parameter_shards(chained, state):
+            for name, values in shard.tensors.items():
+                key = f"{_STATE}{name}."
+                if key != _COPY:
+                    found += sharded_boxes(shard, key, values)
+                elif shard.parameter.dtype is not torch.float32:
+                    found += sharded_boxes(shard, _STORED_COPY, values)
+    return found
+
+
+def _whole_optimizer_state(model: TrainingModel, state: dict[str, Any], is_loading: bool) -> Any:
     tensors = {
         f"{chunk}.{key}": tensor
         for chunk, chunk_state in state.items()
         for key, tensor in chunk_state.items()
     }
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(without_collection())
-        for chained in _chained(model):
-            stack.enter_context(complete_state(chained))
-            stack.enter_context(padded_state(chained))
-        return model.optimizer.sharded_state_dict(
-            tensors, is_loading=is_loading, metadata=dict(METADATA)
-        )
+    for chained in _chained(model):
+        complete_state(chained)
+    return model.optimizer.sharded_state_dict(
+        tensors, is_loading=is_loading, metadata=dict(METADATA)
+    )
 
 
 def _chained(model: TrainingModel) -> list[Any]:

@@ -131,7 +131,12 @@ class Workload:
             experts=_experts(config),
             tied=model.tie_embeddings,
             batch=config.training.global_batch_size,
-            numbers=Numbers(precision.dtype, precision.recipe, precision.fp8_param),
+            numbers=Numbers(
+                precision.dtype,
+                precision.recipe,
+                precision.fp8_param,
+                gradient_bytes=precision.gradient_bytes,
+            ),
             modules=modules,
             graphs=frozenset(config.training.cuda_graphs),
         )

@@ -17,7 +17,7 @@ import pytest
 
 from moepp_megatron.cli import main, run_end
 from moepp_megatron.cli.go_on import go_on_command
-from moepp_megatron.config import Layout, load_config
+from moepp_megatron.config import Layout, load_config, with_overrides
 from moepp_megatron.data import prepared_data
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime import launch
@@ -104,6 +104,12 @@ def test_the_launcher_claims_the_folder_while_ranks_run(command) -> None:
     assert command.starts == [["train", "--", str(command.config), f"run.dir={command.run_dir}"]]
     assert inherited_claim() is None
     assert not command.run_dir.exists(), "no rank has written anything"
+
+
+def test_a_number_of_hardware_queues_against_the_layout_is_told_once(command, capsys) -> None:
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    assert command() == 0
+    assert capsys.readouterr().err.count("warning: CUDA_DEVICE_MAX_CONNECTIONS (1) should") == 1
 
 
 def test_overwrite_moves_the_old_run_and_is_the_launchers_business(command, capsys) -> None:
@@ -203,9 +209,11 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
         pause_reason=None,
         progress=SimpleNamespace(step=6),
     )
+    bound: list[str] = []
     for name, stand_in in {
         "quiet.quiet": lambda: None,
-        "distributed.joined": lambda *args: contextlib.nullcontext(),
+        "distributed.joined": lambda *args: contextlib.nullcontext("its GPU"),
+        "numa.bind_to_gpu": bound.append,
         "distributed.build_groups": lambda *args: None,
         "backends.choices_to_log": lambda: None,
     }.items():
@@ -220,6 +228,10 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
     )
     _be_rank(request, print)
     assert capsys.readouterr().out.splitlines()[:3] == [*trainer.start_lines, "trains"]
+    assert bound == ["its GPU"]
+    request.config = with_overrides(config, ["run.numa_binding=false"])
+    _be_rank(request, print)
+    assert len(bound) == 1
 
 
 def test_resume_is_passed_on(command) -> None:

@@ -885,6 +885,16 @@ def test_message_stays_on_one_line_whatever_the_value(minimal: Path) -> None:
 # (overrides, name with value, reason): settings without an effect
 IGNORED = [
     (
+        ["precision.grad_reduce_in_fp32=false"],
+        "precision.grad_reduce_in_fp32 (false)",
+        "with precision.dtype fp32",
+    ),
+    (
+        ["parallel.high_priority_stream_groups=[ep,dp_cp]"],
+        "parallel.high_priority_stream_groups (['ep', 'dp_cp'])",
+        "on ep with parallel.expert_model_parallel_size 1; leave ep out",
+    ),
+    (
         ["training.profile_ranks=[0]"],
         "training.profile_ranks ([0])",
         "without training.profile_steps",

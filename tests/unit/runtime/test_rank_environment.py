@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import psutil
 import pytest
 
+from moepp_megatron.config import Config, parse_config
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun
 from moepp_megatron.runtime.nodes import Nodes, parse_endpoint
 from moepp_megatron.runtime.rank import RankEnvironment, first_host
 from moepp_megatron.runtime.rank_environment import (
     adopt_rank_variables,
+    contradiction,
     rank_variables,
     with_rank_variables,
 )
+from tests.parallel.training_runs import settings
 
 
 def test_nothing_that_the_user_has_set_is_changed() -> None:
@@ -45,13 +49,78 @@ def test_cores_are_shared_out() -> None:
 
 def test_a_rank_without_launcher_adopts_what_still_matters(monkeypatch) -> None:
     monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "x"})
-    adopt_rank_variables()
+    adopt_rank_variables(layout())
     launched = with_rank_variables(os.environ, 1)
     late = {"OMP_NUM_THREADS", "PYTHONSAFEPATH", "PYTHONUNBUFFERED"}
     assert launched.keys() - os.environ.keys() == late | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
     assert os.environ.items() <= launched.items()
     assert os.environ["NCCL_DEBUG"] == "INFO"
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+CP, EP = {"context_parallel_size": 2}, {"expert_model_parallel_size": 2}
+OVERLAPPED = EP | {"overlap_moe_expert_parallel_comm": True}
+FLEX = {"dispatcher": "flex"}
+
+
+def layout(parallel: dict[str, Any] | None = None, moe: dict[str, Any] | None = None) -> Config:
+    sizes = {"hidden_size": 512, "seq_length": 64}  # what flex and context parallelism can divide
+    return parse_config(
+        settings(parallel=parallel or {}, moe=moe or {}, model=sizes, precision={"dtype": "bf16"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("parallel", "moe", "value"),
+    [
+        ({}, {}, 8),
+        (EP, {}, 8),
+        (TP, {}, 1),
+        (CP, {}, 1),
+        (TP | OVERLAPPED, {}, 8),
+        (EP, FLEX, 32),
+        # Megatron-LM's loop refuses another value than 1 here, whatever the dispatcher.
+        (TP | EP, FLEX, 1),
+        (CP | OVERLAPPED, FLEX, 32),
+    ],
+)
+def test_hardware_queues_follow_from_the_layout(monkeypatch, parallel, moe, value) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    config = layout(parallel, moe)
+    # The launcher knows no configuration, and a value of its own would count as the user's.
+    launched = with_rank_variables({}, 2)
+    assert contradiction(config, launched) is None
+    monkeypatch.setattr(os, "environ", launched)
+    adopt_rank_variables(config)
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == str(value)
+    assert contradiction(config, os.environ) is None
+
+
+@pytest.mark.parametrize(
+    ("parallel", "moe", "given", "wanted"),
+    [
+        (TP, {}, "8", "1"),
+        ({}, {}, "1", "8"),
+        ({}, {}, "32", None),
+        (EP, FLEX, "8", "32"),
+        (TP | OVERLAPPED, {}, "1", "8"),
+        ({}, {}, "many", "8"),
+    ],
+)
+def test_a_number_of_queues_against_the_layout_is_told_and_kept(
+    monkeypatch, parallel, moe, given, wanted
+) -> None:
+    config = layout(parallel, moe)
+    monkeypatch.setattr(os, "environ", {"CUDA_DEVICE_MAX_CONNECTIONS": given})
+    warning = contradiction(config, os.environ)
+    adopt_rank_variables(config)
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == given
+    if wanted is None:
+        assert warning is None
+    else:
+        assert warning is not None
+        assert f"CUDA_DEVICE_MAX_CONNECTIONS ({given}) should be {wanted} in" in warning
 
 
 @pytest.mark.parametrize("words", [["bench", "--max", "4K"], ["train", "--", "c.yaml", "a=b"]])

@@ -80,6 +80,7 @@ ONE_V = settings(
     {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 8},
     moe={"constants_shared": True, "layer_freq": 2, "num_constant_experts": 3},
     model={"num_query_groups": 1, "qk_layernorm": True, "qk_layernorm_scope": "all_heads"},
+    precision={"grad_reduce_in_fp32": False},
 )
 
 

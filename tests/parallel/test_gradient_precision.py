@@ -1,0 +1,45 @@
+"""`precision.grad_reduce_in_fp32: false`: gradients are summed in bf16, with what that costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import assemble, settings, train
+
+# Each gradient is summed over 2 micro-batches and 2 ranks; bf16 keeps 8 bits, so each of the four
+# sums rounds by at most 2^-9, and the norm of many of them by much less than their sum.
+BF16 = 4 * 2.0**-9
+
+
+def buffer_types(raw: dict[str, Any]) -> set[str]:
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.setup import build_training_model
+
+    config = parse_config(raw)
+    build_groups(config, Layout.from_config(config, dist.get_world_size()))
+    model = build_training_model(config)
+    return {str(p.main_grad.dtype) for chunk in model.models for p in chunk.parameters()}
+
+
+def raw(in_fp32: bool) -> dict[str, Any]:
+    precision = {"dtype": "bf16", "grad_reduce_in_fp32": in_fp32}
+    return settings(precision=precision, parallel={"expert_model_parallel_size": 2})
+
+
+def test_gradients_are_summed_in_bf16(ranks: RankPools) -> None:
+    pool = ranks(2)
+    assert pool.run(buffer_types, raw(True)) == [{"torch.float32"}] * 2
+    assert pool.run(buffer_types, raw(False)) == [{"torch.bfloat16"}] * 2
+    exact, rounded = (assemble(pool.run(train, raw(in_fp32), 2)) for in_fp32 in (True, False))
+    assert rounded.losses[0] == exact.losses[0], "the forward pass is the same"
+    np.testing.assert_allclose(rounded.grad_norms[0], exact.grad_norms[0], rtol=BF16)
+    assert rounded.grad_norms[0] != exact.grad_norms[0]
+    for key, gradient in exact.gradients.items():
+        error = np.linalg.norm(rounded.gradients[key] - gradient)
+        assert error <= BF16 * np.linalg.norm(gradient), key
