@@ -42,7 +42,8 @@ def comparison_plots(runs: Sequence[ComparedRun]) -> list[Plot]:
               lambda r: r.ffn_fraction, "FFN share",
               "What lies below 100% is expert work that was not done.", formatting.percent),
         _plot(runs, "Step time", _tokens, "tokens", lambda r: r.step_time_s, "seconds",
-              "Wall time of a step."),
+              "Wall time of a step. Single slow steps, as the first, may lie above the picture.",
+              beside=_without_peaks),
     ]  # fmt: skip
 
 
@@ -74,8 +75,14 @@ def _loss_plot(runs: Sequence[ComparedRun]) -> Plot:
     caption = "Token mean over the global batch. Diamonds: validation loss."
     return _plot(
         runs, "Loss over tokens", _tokens, "tokens", _loss, "loss (nats)", caption,
-        beside=validation,
+        beside=validation, is_wide=True,
     )  # fmt: skip
+
+
+def _without_peaks(axes: Axes) -> None:
+    """Cut the axis where the first step, which warms up, would flatten all others."""
+    medians = [np.median(np.asarray(line.get_ydata(), np.float64)) for line in axes.get_lines()]
+    axes.set_ylim(0, min(axes.get_ylim()[1], 3 * max(medians)))
 
 
 def _plot(
@@ -88,9 +95,9 @@ def _plot(
     caption: str,
     show: Show = formatting.number,
     beside: Callable[[Axes], None] | None = None,
+    is_wide: bool = False,
 ) -> Plot:
     """One number of all runs over one axis; runs without two points are named instead."""
-    is_wide = beside is not None
     figure = new_figure(*((13.2, 4.0) if is_wide else (6.4, 3.6)))
     axes = figure.subplots()
     words, absent = [], []
