@@ -176,7 +176,8 @@ _moepp_install() {
     found=$(_moepp_sources) || return 1
     if [[ -n $found ]]; then mapfile -t sources <<<"$found"; fi
     if ! _moepp_has_torch "$venv"; then
-        _moepp_say "installing the package, its dependencies$tools: about SIZES (log: $log)"
+        _moepp_say "installing the package, its dependencies$tools:" \
+            "about 3 GB to download, 6 GB on disk (log: $log)"
     else
         _moepp_say "installing the package$tools (log: $log)"
     fi

@@ -6,7 +6,8 @@ bench_bounds.py        results of `moepp bench card`, and of layers beside them
 cards.py               the headline numbers of a run
 collectives.py         results of `moepp bench collectives`
 comparison.py          several runs: how far each has come, and the settings that differ
-comparison_page.py     their page; comparison_plots.py: their curves over each other
+comparison_page.py     the page of several runs
+comparison_plots.py    the curves of several runs over each other
 curves.py              plots over the course of training
 drawing.py             the look that all plots share, and turning a figure into text for the page
 expert_plots.py        plots of who gets the selections: by expert, by kind, by MoE layer
