@@ -5,8 +5,8 @@
     .venv/bin/python examples/finetune_lora.py export TEXT_FILE adapter
 
 Needs transformers and peft, which ./launch/env.sh --dev installs. Nothing of this package is
-imported: the export brings its modelling code. The balance loss is part of the loss, so that routers
-stay balanced and the FFN share stays where it was.
+imported: the export brings its modelling code. The balance loss is part of the loss, so that
+routers stay balanced and the FFN share stays where it was.
 """
 
 import argparse

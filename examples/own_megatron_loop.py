@@ -3,10 +3,10 @@
 
     .venv/bin/python -m torch.distributed.run --nproc-per-node 2 examples/own_megatron_loop.py
 
-Nothing of this package's trainer is used: `moepp_megatron.moe` gives the layers, and everything else
-is megatron-core's, with its plain GPTModel. The lines marked MoE++ are what you add to a loop that
-you have. FFN experts are split between the ranks, each of which reads sequences of its own; one rank
-that reads all of them gets the same losses. Without a GPU it runs on the CPU, over gloo.
+Nothing of this package's trainer is used: `moepp_megatron.moe` gives the layers, and everything
+else is megatron-core's, with its plain GPTModel. The lines marked MoE++ are what you add to a loop
+that you have. FFN experts are split between the ranks, each of which reads sequences of its own;
+one rank that reads all of them gets the same losses. Without a GPU it runs on the CPU, over gloo.
 """
 
 import os
@@ -84,8 +84,8 @@ def build() -> tuple[GPTModel, DistributedDataParallel]:
         expert_model_parallel_size=dist.get_world_size(),
         # MoE++: layers differ in their weights, since the first has no gating residual.
         hetereogenous_dist_checkpoint=True,
-        # MoE++: the layers attach the balance loss themselves (MoEPPConfig.balance_coeff); this says
-        # that finalize_model_grads ends a step, which balance_scope="global" needs.
+        # MoE++: the layers attach the balance loss themselves (MoEPPConfig.balance_coeff); this
+        # says that finalize_model_grads ends a step, which balance_scope="global" needs.
         moe_router_load_balancing_type="global_aux_loss",
         moe_router_dtype="fp32",
         gated_linear_unit=True,

@@ -64,3 +64,33 @@ def test_the_notebook_reads_a_run(
     assert len(drawn[0].axes[0].lines[0].get_xdata()) == 11
     assert len(drawn[1].axes) == 3
     assert "12 records, the last of step 12" in capsys.readouterr().out
+
+
+@pytest.fixture
+def patched(tmp_path: Path) -> Path:
+    """A copy of the sources with the new kind of expert."""
+    unneeded = shutil.ignore_patterns("__pycache__", "golden", "slurm", "fake_gpu", "te_stand_in")
+    for name in ("moepp_megatron", "tests", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=unneeded)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    # One line around each change: work nearby does not make the example useless.
+    patch = [str(EXAMPLES / "new_expert_kind.patch")]
+    command = ["git", "apply", "-C1", f"--directory={tmp_path.name}", *patch]
+    subprocess.run(command, cwd=tmp_path.parent, check=True, timeout=60)
+    return tmp_path
+
+
+def test_the_new_kind_of_expert_is_the_reference(patched: Path) -> None:
+    assert "num_scale_experts" in (patched / "moepp_megatron" / "experts.py").read_text()
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        + ["tests/unit/moe/test_scale_experts.py"],
+        cwd=patched,
+        env=os.environ | {"PYTHONPATH": str(patched), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-4000:]
+    assert "3 passed" in process.stdout
