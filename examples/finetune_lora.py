@@ -27,7 +27,7 @@ def rows_of(text: str, tokenizer: object, length: int) -> Tensor:
     return ids[: rows * length].view(rows, length)
 
 
-def finetune(export: Path, text: str, out: Path, steps: int, batch: int = 4) -> list[float]:
+def finetune(export: Path, text: str, out: Path, steps: int, batch: int = 2) -> list[float]:
     """Train adapters and save them.
 
     Returns:
@@ -37,7 +37,7 @@ def finetune(export: Path, text: str, out: Path, steps: int, batch: int = 4) -> 
     # The export's own code computes the model; read it as you would read other code.
     base = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=True)
-    length = min(256, base.config.max_position_embeddings)
+    length = min(128, base.config.max_position_embeddings)
     rows = rows_of(text, tokenizer, length)
     # Attention, FFN experts, routers and constant experts alike.
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
@@ -53,7 +53,7 @@ def finetune(export: Path, text: str, out: Path, steps: int, batch: int = 4) -> 
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     model.save_pretrained(out)
     return losses
 

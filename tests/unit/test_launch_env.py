@@ -262,6 +262,16 @@ def test_the_first_installation_says_how_large_it_is(machine):
     assert "GB" not in err
 
 
+def test_pip_compiles_only_where_python_may_not(machine):
+    machine.add_python("python3.12", "3.12")
+    machine.source()
+    (machine.root / ".venv/.moepp-stamp").unlink()
+    machine.source(PYTHONDONTWRITEBYTECODE="1")
+    first, second = machine.calls.read_text().splitlines()
+    assert "--no-compile" in first
+    assert "--no-compile" not in second
+
+
 @pytest.mark.parametrize("script", ["launch/test.sh", ".ci/run", "benchmarks/gpu.sh"])
 def test_scripts_that_test_ask_for_the_tools(script):
     before, source, _ = (ROOT / script).read_text().partition("launch/env.sh\n")
