@@ -50,6 +50,8 @@ if ((gpus == 0)) && [[ -z $allow_cpu ]]; then
     die 'benchmarks/gpu.sh needs a CUDA GPU; use --allow-cpu to try the script' 3
 fi
 
+# shellcheck disable=SC2034  # read by env.sh: tests are run
+MOEPP_DEV=1
 # shellcheck source=launch/env.sh
 source "$root/launch/env.sh"
 work=$(realpath -m -- "$work") out=${out:+$(realpath -m -- "$out")}

@@ -2,19 +2,21 @@
 # Makes the Python environment, or finds it ready. Sourced by the other scripts, or a command:
 #
 #   source "$root/launch/env.sh"     # then: "$MOEPP_BIN/moepp", "$MOEPP_BIN/python"
-#   launch/env.sh [--te] [--offline DIR]
+#   launch/env.sh [--dev] [--te] [--offline DIR]
 #
 # Reads  MOEPP_PYTHON  the interpreter to build with (default: the first that fits)
 #        MOEPP_VENV    where the environment is or goes (default: .venv in the repository);
 #                      one that this script did not make keeps the versions it has
 #        MOEPP_ENV     current: install nothing, take MOEPP_PYTHON or the python3 of the PATH, and
 #                      say what it lacks
+#        MOEPP_DEV     1, as --dev: also what tests and checks need, which no run needs (the extra dev
+#                      of pyproject.toml). launch/test.sh and .ci/run set it
 #        MOEPP_TE      1, as --te: also Transformer Engine, in the version of constraints.txt. Its
 #                      part for torch is compiled (CUDA's compiler, cuDNN's headers; many minutes)
 #        MOEPP_WHEELS  where the compiled wheel is kept and found again (default: .wheels in the
 #                      repository)
 #        MOEPP_OFFLINE a folder of wheels, as --offline: ask no registry. To fill it, elsewhere:
-#                      pip download -d DIR -c constraints.txt '.[dev]' 'setuptools>=77'
+#                      pip download -d DIR -c constraints.txt . 'setuptools>=77'  ('.[dev]' for tests)
 # Sets   MOEPP_ROOT    the repository
 #        MOEPP_BIN     the environment's bin folder
 # Neither is exported, and nothing is activated. Returns non-zero, with the reason on stderr, on failure.
@@ -163,25 +165,38 @@ _moepp_sources() {
     printf '%s\n' --no-index -f "$(cd -- "$MOEPP_OFFLINE" && pwd)"
 }
 
+# Whether the largest part is there already.
+_moepp_has_torch() { compgen -G "$1/lib/python3*/site-packages/torch" >/dev/null; }
+
 _moepp_install() {
-    local venv=$1 log=$2 constraints begin=$SECONDS found
+    local venv=$1 log=$2 constraints begin=$SECONDS found what=. tools=
     local -a sources=()
+    # pip compiles every file that it installs, for a third of its time; Python compiles those that a run
+    # imports when it first does. Not where it may not write down what it has compiled.
+    local -a compile=(--no-compile)
+    if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then compile=(); fi
+    if [[ ${MOEPP_DEV:-0} == 1 ]]; then what='.[dev]' tools=' and the tools of tests and checks'; fi
     constraints=$(_moepp_constraints "$venv" "$log.constraints") || return 1
     found=$(_moepp_sources) || return 1
     if [[ -n $found ]]; then mapfile -t sources <<<"$found"; fi
-    _moepp_say "installing the package and its dependencies (about 2 minutes, 6 GB; log: $log)"
+    if ! _moepp_has_torch "$venv"; then
+        _moepp_say "installing the package, its dependencies$tools:" \
+            "about 3 GB to download, 6 GB on disk, up to 2 minutes on two idle cores (log: $log)"
+    else
+        _moepp_say "installing the package$tools (log: $log)"
+    fi
     cd -- "$MOEPP_ROOT" || return 1
     if command -v uv >/dev/null; then
         if _moepp_logged "$log" uv pip install --python "$venv/bin/python" \
-            "${sources[@]}" -c "$constraints" -e '.[dev]'; then
+            "${sources[@]}" -c "$constraints" -e "$what"; then
             _moepp_say "ready after $((SECONDS - begin)) s"
             return 0
         fi
         # uv reads neither pip's configuration nor the system's certificates.
         _moepp_say "uv could not (its reason is in the log); trying pip"
     fi
-    if ! _moepp_logged "$log" "$venv/bin/python" -P -m pip install --progress-bar off \
-        --disable-pip-version-check --no-input "${sources[@]}" -c "$constraints" -e '.[dev]'; then
+    if ! _moepp_logged "$log" "$venv/bin/python" -P -m pip install "${compile[@]}" --progress-bar off \
+        --disable-pip-version-check --no-input "${sources[@]}" -c "$constraints" -e "$what"; then
         _moepp_say "the installation failed; the end of $log:"
         tail -n 15 -- "$log" >&2
         return 1
@@ -255,7 +270,7 @@ _moepp_check_current() {
             "or unset MOEPP_ENV"
         return 1
     fi
-    "$1" -I - "$MOEPP_ROOT" <<'PYTHON'
+    "$1" -I - "$MOEPP_ROOT" "${MOEPP_DEV:-0}" <<'PYTHON'
 import sys, tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -266,7 +281,12 @@ except ImportError:
     from pip._vendor.packaging.requirements import Requirement
 
 root = Path(sys.argv[1])
-wanted = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+wanted = project["dependencies"]
+if sys.argv[2] == "1":
+    # Without the linters: a container need not have them to run the tests.
+    tools = project["optional-dependencies"]["dev"]
+    wanted += [tool for tool in tools if tool.startswith("pytest")]
 lacks = []
 for requirement in map(Requirement, wanted):
     try:
@@ -295,9 +315,13 @@ _moepp_stamp() {
 
 _moepp_is_ready() { _moepp_is_installed "$1" && _moepp_has_te "$1"; }
 
+# Whether what is asked for is there: the package, and with MOEPP_DEV its tools.
 _moepp_is_installed() {
-    [[ -x $1/bin/python && -x $1/bin/moepp && -e $1/.moepp-stamp ]] &&
-        [[ $(<"$1/.moepp-stamp") == "$(_moepp_stamp "$1")" ]]
+    local stamp
+    [[ -x $1/bin/python && -x $1/bin/moepp && -e $1/.moepp-stamp ]] || return 1
+    stamp=$(_moepp_stamp "$1")
+    [[ $(<"$1/.moepp-stamp") == "$stamp" ]] || return 1
+    [[ ${MOEPP_DEV:-0} != 1 ]] || [[ -e $1/.moepp-dev && $(<"$1/.moepp-dev") == "$stamp" ]]
 }
 
 _moepp_make_ready() {
@@ -325,6 +349,7 @@ _moepp_make_ready() {
         rm -f -- "$venv/.moepp-stamp"
         (_moepp_install "$venv" "$log") || return 1
         # Last, and in one step: an interrupted set-up leaves no stamp, so the next call finishes it.
+        if [[ ${MOEPP_DEV:-0} == 1 ]]; then _moepp_stamp "$venv" >"$venv/.moepp-dev" || return 1; fi
         _moepp_stamp "$venv" >"$venv/.moepp-stamp.new" &&
             mv -- "$venv/.moepp-stamp.new" "$venv/.moepp-stamp" || return 1
     fi
@@ -365,6 +390,7 @@ _moepp_env() {
 _moepp_options() {
     while (($#)); do
         case $1 in
+        --dev) MOEPP_DEV=1 ;;
         --te) MOEPP_TE=1 ;;
         --offline)
             if (($# < 2)); then
@@ -375,7 +401,7 @@ _moepp_options() {
             MOEPP_OFFLINE=$1
             ;;
         *)
-            _moepp_say "unknown option $1; there are --te and --offline DIR"
+            _moepp_say "unknown option $1; there are --dev, --te and --offline DIR"
             return 2
             ;;
         esac

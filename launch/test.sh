@@ -11,6 +11,8 @@
 #
 # Reads  MOEPP_TEST_WORKERS  how many processes share the tests of the first two
 set -euo pipefail
+# shellcheck disable=SC2034  # read by env.sh
+MOEPP_DEV=1
 # shellcheck source=launch/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 

@@ -1,4 +1,4 @@
-"""``moepp report RUN``: rebuilds a run's page."""
+"""``moepp report RUN``: rebuilds a run's page, or lays several runs over each other."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +9,28 @@ from moepp_megatron.cli.echo import echo
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    run: Annotated[
+        list[Path],
+        typer.Argument(help="Folder of a run, or of each run to compare.", metavar="RUN..."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the page here. By default one run's page is RUN/report.html, and that of "
+            "several runs is comparison.html.",
+            metavar="FILE",
+        ),
+    ] = None,
 ) -> None:
-    """Rebuild RUN/report.html from RUN/config.yaml and RUN/metrics.jsonl."""
+    """Write a run's page, or one page that compares several runs.
+
+    The page of one run is made of its config.yaml, metrics.jsonl and alerts.jsonl. That of several
+    shows their losses over tokens, time and FLOPs, FFN shares, step times, and the settings that
+    differ. Runs may still be training. Example:
+
+    moepp report runs/vanilla runs/moepp --out comparison.html
+    """
     from moepp_megatron.workbench.report import build_report
 
-    echo(str(build_report(run)))
+    first, *others = run
+    echo(str(build_report(first, *others, out=out)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.runtime.install import how_to_install
 
 Compression = Literal["gzip", "zstd"]
 
@@ -50,8 +51,8 @@ def _open(path: Path, compression: Compression | None) -> Iterator[BinaryIO]:
             import pyarrow
         except ImportError as error:
             raise ConfigError(
-                f"source {path} is compressed with Zstandard, which needs pyarrow; install it "
-                "with: pip install pyarrow"
+                f"source {path} is compressed with Zstandard, which needs pyarrow; "
+                f"{how_to_install('pyarrow')}"
             ) from error
         with pyarrow.input_stream(str(path), compression="zstd") as compressed:
             yield io.BufferedReader(compressed, _BUFFER_BYTES)

@@ -14,6 +14,7 @@ from typing import Any
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.compressed import Compression, open_source
 from moepp_megatron.data.sources import Format, SourceFile, TextSource
+from moepp_megatron.runtime.install import how_to_install
 
 PIECE_BYTES = 256 * 1024
 
@@ -226,7 +227,7 @@ def _open_parquet(path: Path) -> Any:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ConfigError(
-            f"source {path} is parquet, which needs pyarrow; install it with: pip install pyarrow"
+            f"source {path} is parquet, which needs pyarrow; {how_to_install('pyarrow')}"
         ) from error
     try:
         return ParquetFile(path)

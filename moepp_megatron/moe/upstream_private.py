@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+from moepp_megatron.runtime.install import how_to_install
+
 Use = Literal["called", "overridden", "read"]
 
 # What this package is tested with (constraints.txt).
@@ -172,8 +174,8 @@ def check_upstream(names: tuple[PrivateName, ...] = _LAYER_NAMES) -> None:
 
     raise UpstreamMovedError(
         f"megatron-core ({package_info.__shortversion__}) must be {TESTED_VERSION}, or have the "
-        f"private names that this package uses; {'; '.join(moved)}; install megatron-core=="
-        f"{TESTED_VERSION}, or see docs/upgrading.md"
+        f"private names that this package uses; {'; '.join(moved)}; "
+        f"{how_to_install(f'megatron-core=={TESTED_VERSION}')}, or see docs/upgrading.md"
     )
 
 

@@ -14,6 +14,7 @@ from moepp_megatron.catalogue import BY_NAME, OF_RECORD
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.runtime.install import how_to_install
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class TensorBoardSink:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                "TensorBoard output needs the tensorboard package; pip install tensorboard"
+                f"TensorBoard output needs the tensorboard package; {how_to_install('tensorboard')}"
             ) from error
         self._names = experts.names
         self._moe_layers = moe_layers

@@ -14,6 +14,7 @@ from moepp_megatron.config.schema import WandbSection
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.runtime.install import how_to_install
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class WandbSink:
             import wandb
         except ImportError as error:
             raise ImportError(
-                "observe.wandb needs the wandb package; pip install 'moepp-megatron[wandb]'"
+                f"observe.wandb needs the wandb package; {how_to_install('wandb')}"
             ) from error
         self._moe_layers = moe_layers
         self._names = [name.replace(" ", "_") for name in experts.names]

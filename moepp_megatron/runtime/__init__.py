@@ -8,6 +8,7 @@ disk.py              full disks: what a failed write means, and how much space i
 distributed.py       creates process groups: the default group and Megatron's rank grid
 fit.py               checks whether this machine can run a valid configuration
 fp8.py               whether this machine can run FP8: the GPU, Transformer Engine and CUDA
+install.py           the command that installs what is missing
 kernel_choices.py    which implementation serves each operation that can be fused
 launch.py            starts this machine's ranks with torchrun and looks after them
 meeting.py           how long a machine waits for the other machines of a run

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import metadata
 
+from moepp_megatron.runtime.install import TRANSFORMER_ENGINE, how_to_install
 from moepp_megatron.runtime.kernel_choices import kernel_choices
 from moepp_megatron.runtime.optional import (
     flex_backend,
@@ -66,7 +67,7 @@ def optional_backends() -> list[Backend]:
             "linear layers, norms, attention, grouped FFN experts, FP8",
             "megatron-core's local layers, torch's attention and grouped product, this package's "
             "norm; no FP8",
-            "launch/env.sh --te on a CUDA machine",
+            TRANSFORMER_ENGINE,
             import_failure("transformer_engine"),
         ),
         Backend(
@@ -94,7 +95,7 @@ def optional_backends() -> list[Backend]:
             have_resiliency_on_gpu(),
             "stragglers found from kernel times",
             "stragglers found from each rank's own step time",
-            "pip install 'moepp-megatron[resiliency]'",
+            how_to_install("nvidia-resiliency-ext>=0.7"),
         ),
         Backend(
             "Triton",
@@ -110,7 +111,7 @@ def optional_backends() -> list[Backend]:
             have_wandb(),
             "records are sent where observe.wandb.project is set",
             "metrics.jsonl, TensorBoard and moepp monitor; observe.wandb.project is refused",
-            "pip install 'moepp-megatron[wandb]'",
+            how_to_install("wandb"),
         ),
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moepp_megatron.config import Config
+from moepp_megatron.runtime.install import TRANSFORMER_ENGINE
 from moepp_megatron.runtime.optional import have_transformer_engine
 
 Version = tuple[int, ...]
@@ -76,7 +77,7 @@ def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
     if machine.transformer_engine is None or machine.capability is None:
         return (
             f"{start} Transformer Engine and a GPU, which this machine lacks; {off}, or install "
-            "it where there is a GPU: pip install 'moepp-megatron[te]'"
+            f"it where there is a GPU: {TRANSFORMER_ENGINE}"
         )
     name = f"precision.fp8_recipe ({recipe}) must have"
     needed = _CAPABILITY_OF_RECIPE[recipe]

@@ -17,6 +17,7 @@ from moepp_megatron.config import (
     load_config,
     with_overrides,
 )
+from moepp_megatron.runtime.install import how_to_install
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import adopt_rank_variables, contradiction
@@ -166,7 +167,7 @@ def _check_sinks(config: Config) -> None:
     if project is not None and not have_wandb():
         raise UnfitError(
             f"observe.wandb.project ({project!r}) must have the package wandb, which is not "
-            "installed; pip install 'moepp-megatron[wandb]', or set it to null"
+            f"installed; {how_to_install('wandb')}, or set it to null"
         )
     if variable is None:
         return

@@ -228,6 +228,57 @@ def test_reused_environment_keeps_its_versions(machine, tmp_path):
     assert machine.source(MOEPP_VENV=str(other))[2] == ""
 
 
+def test_tools_of_tests_come_with_the_first_script_that_needs_them(machine):
+    machine.add_python("python3.12", "3.12")
+    assert machine.source()[0] == 0
+    assert machine.calls.read_text().endswith("-e .\n")
+    dev = {"MOEPP_DEV": "1"}
+    status, _, err = machine.source(**dev)
+    assert status == 0, err
+    assert machine.calls.read_text().endswith("-e .[dev]\n")
+    assert "the tools of tests and checks" in err
+    # Both are there, whoever asks next.
+    assert machine.source(**dev)[2] == machine.source()[2] == ""
+    assert machine.installs == 2
+
+
+def test_a_change_is_installed_for_runs_and_then_for_tests(machine):
+    machine.add_python("python3.12", "3.12")
+    machine.source(f'"{machine.root}/launch/env.sh" --dev')
+    with (machine.root / "constraints.txt").open("a") as file:
+        file.write("# changed\n")
+    machine.source()
+    machine.source(MOEPP_DEV="1")
+    ends = [line.rpartition(" ")[2] for line in machine.calls.read_text().splitlines()]
+    assert ends == [".[dev]", ".", ".[dev]"]
+
+
+def test_the_first_installation_says_how_large_it_is(machine):
+    machine.add_python("python3.12", "3.12")
+    assert "GB to download" in machine.source()[2]
+    (machine.root / ".venv/lib/python3.12/site-packages/torch").mkdir(parents=True)
+    err = machine.source(MOEPP_DEV="1")[2]
+    assert "installing" in err
+    assert "GB" not in err
+
+
+def test_pip_compiles_only_where_python_may_not(machine):
+    machine.add_python("python3.12", "3.12")
+    machine.source()
+    (machine.root / ".venv/.moepp-stamp").unlink()
+    machine.source(PYTHONDONTWRITEBYTECODE="1")
+    first, second = machine.calls.read_text().splitlines()
+    assert "--no-compile" in first
+    assert "--no-compile" not in second
+
+
+@pytest.mark.parametrize("script", ["launch/test.sh", ".ci/run", "benchmarks/gpu.sh"])
+def test_scripts_that_test_ask_for_the_tools(script):
+    before, source, _ = (ROOT / script).read_text().partition("launch/env.sh\n")
+    assert source
+    assert "\nMOEPP_DEV=1\n" in before
+
+
 def te(machine, **environment: str) -> tuple[int, str]:
     status, _, err = machine.source(f'"{machine.root}/launch/env.sh" --te', **environment)
     return status, err
@@ -267,9 +318,9 @@ def test_transformer_engine_that_fails_is_tried_again(machine, environment, says
     assert says in err
     # All the rest is there, and is not installed a second time.
     assert machine.source() == (0, f"{machine.root}/.venv/bin\n", "")
-    before = machine.calls.read_text().count("-e .[dev]")
+    before = machine.calls.read_text().count("-e .")
     assert te(machine)[0] == 0
-    assert machine.calls.read_text().count("-e .[dev]") == before == 1
+    assert machine.calls.read_text().count("-e .") == before == 1
 
 
 def test_offline_asks_no_registry(machine, tmp_path):
@@ -293,11 +344,18 @@ def test_wrong_options(machine, words, says):
 def test_the_current_environment_is_looked_at_and_left_alone(machine, tmp_path):
     current = {"MOEPP_ENV": "current", "MOEPP_PYTHON": sys.executable}
     project = machine.root / "pyproject.toml"
-    project.write_text('[project]\ndependencies = ["torch>=2.11.0a0", "pytest>=999", "x1y"]')
+    project.write_text(
+        '[project]\ndependencies = ["torch>=2.11.0a0", "numpy>=999", "x1y"]\n'
+        '[project.optional-dependencies]\ndev = ["pytest>=999", "x2y"]'
+    )
     status, _, err = machine.source(**current)
     assert status == 1
+    tested = machine.source(**current, MOEPP_DEV="1")[2]
+    assert "pytest>=999: 9" in tested
+    assert "x2y" not in tested
+    assert "pytest" not in err
     lacks = [line.split("lacks ")[1] for line in err.splitlines()]
-    assert lacks[0].startswith("pytest>=999: 9")
+    assert lacks[0].startswith("numpy>=999: ")
     assert lacks[1] == "x1y: not installed"
     assert [line.split(":")[0] for line in lacks[2:]] in ([], ["moepp-megatron"])
     assert not (machine.root / ".venv").exists()

@@ -9,6 +9,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.moe.upstream_private import TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
+from moepp_megatron.runtime.install import how_to_install
 from moepp_megatron.runtime.kernel_choices import KernelChoice, kernel_choices
 from moepp_megatron.runtime.optional import have_triton
 from moepp_megatron.runtime.triton_compiler import compiler_obstacle
@@ -55,7 +56,7 @@ def check_megatron(version: str | None) -> Finding:
         Severity.ERROR,
         version or "not installed",
         f"must be {TESTED_VERSION}, whose internals the layer extends",
-        f"pip install megatron-core=={TESTED_VERSION}",
+        how_to_install(f"megatron-core=={TESTED_VERSION}"),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.config.json_file import parse_json
+from moepp_megatron.runtime.install import how_to_install
 
 Tagger = Literal["nltk", "spacy"]
 
@@ -127,8 +128,8 @@ def _nltk(text: str) -> list[TaggedSpan]:
         import nltk
     except ImportError:
         raise UnfitError(
-            "--tagger (nltk) needs the package nltk, which is not installed; install it or give "
-            "the tags with --pos-tags FILE"
+            "--tagger (nltk) needs the package nltk, which is not installed; "
+            f"{how_to_install('nltk')}, or give the tags with --pos-tags FILE"
         ) from None
     try:
         # One call: a tagger reads whole sentences.
@@ -148,8 +149,8 @@ def _spacy(text: str) -> list[TaggedSpan]:
         import spacy
     except ImportError:
         raise UnfitError(
-            "--tagger (spacy) needs the package spacy, which is not installed; install it or give "
-            "the tags with --pos-tags FILE"
+            "--tagger (spacy) needs the package spacy, which is not installed; "
+            f"{how_to_install('spacy')}, or give the tags with --pos-tags FILE"
         ) from None
     try:
         pipeline: Any = spacy.load("en_core_web_sm")

@@ -47,6 +47,11 @@ KIND_COLOURS = {"FFN": BLUE, "constant": "#e69f00", "copy": GREEN, "zero": "#9aa
 # Darker versions where the colour is that of text.
 KIND_INKS = {"FFN": BLUE, "constant": "#9a6700", "copy": "#007a59", "zero": "#52606d"}
 
+# Lines of one plot, on light and dark. More lines than these are not told apart.
+LINE_COLOURS = (BLUE, VERMILION, GREEN, "#e69f00", "#cc79a7", "#56b4e9", MUTED, "#9a6700")
+# A longer name would leave a plot no room.
+_LONGEST_NAME = 24
+
 # More points than pixels only make the page heavy.
 MAX_POINTS = 1200
 
@@ -117,6 +122,17 @@ def legend_above(axes: Axes, ncols: int = 3) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=ncols, borderaxespad=0.2)
 
 
+def plain(text: str) -> str:
+    """Text for a plot, so that matplotlib neither reads a formula in it nor takes it for hidden."""
+    # A label that begins with an underscore is left out of legends.
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def short_name(name: str) -> str:
+    """The name with its beginning cut off where it is long: paths differ at their ends."""
+    return name if len(name) <= _LONGEST_NAME else "..." + name[3 - _LONGEST_NAME :]
+
+
 def draw_healthy(axes: Axes, ends: tuple[float, float] | None, label: str = "healthy") -> None:
     """Draw a pale band over the range of a healthy run; nothing without a range."""
     if ends is not None:
@@ -141,7 +157,7 @@ def step_axis(axes: Axes) -> None:
 
 
 def thin(
-    steps: Sequence[int], values: Sequence[float] | np.ndarray
+    steps: Sequence[float], values: Sequence[float] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means of neighbouring points, at most ``MAX_POINTS`` of them.
 
@@ -165,16 +181,17 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def draw_noisy(
     axes: Axes,
-    steps: Sequence[int],
+    steps: Sequence[float],
     values: Sequence[float],
     colour: str,
     label: str | None = None,
+    dashes: str | tuple[int, tuple[float, ...]] = "-",
 ) -> None:
     """Draw a line; with many points, pale raw values behind their moving mean."""
     x, y = thin(steps, values)
     marker = "o" if len(x) <= 12 else None
     if len(x) < 60:
-        axes.plot(x, y, color=colour, label=label, marker=marker, markersize=3.5)
+        axes.plot(x, y, color=colour, label=label, linestyle=dashes, marker=marker, markersize=3.5)
         return
     axes.plot(x, y, color=colour, alpha=0.25, linewidth=1.0)
-    axes.plot(x, smooth(y), color=colour, label=label)
+    axes.plot(x, smooth(y), color=colour, label=label, linestyle=dashes)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.version import __version__
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.alerts import AlertTable, alert_table, watched
 from moepp_megatron.workbench.report.cards import Card, headline_cards
+from moepp_megatron.workbench.report.comparison_page import DEFAULT_OUT, build_comparison
 from moepp_megatron.workbench.report.curves import curve_plots
 from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.expert_plots import expert_plots
@@ -15,11 +15,11 @@ from moepp_megatron.workbench.report.hardware import hardware_cards, hardware_pl
 from moepp_megatron.workbench.report.healthy import HealthyMetric, metrics_in_words
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.router_health_plots import health_plots
-from moepp_megatron.workbench.report.run_data import ReportError, RunData, load_run
+from moepp_megatron.workbench.report.run_data import RunData, load_run
 from moepp_megatron.workbench.report.savings import compute_savings
 from moepp_megatron.workbench.report.savings_table import SavingsTable, savings_table
 from moepp_megatron.workbench.report.summary import RunSummary, summarize
-from moepp_megatron.workbench.report.template import render_template
+from moepp_megatron.workbench.report.template import render_template, write_page
 from moepp_megatron.workbench.report.token_groups import SourceRow, source_table, token_plots
 
 
@@ -66,29 +66,28 @@ class Page:
     version: str
 
 
-def build_report(folder: str | Path) -> Path:
-    """Writes ``report.html`` of a run from its configuration, metrics and alerts.
+def build_report(folder: str | Path, *others: str | Path, out: str | Path | None = None) -> Path:
+    """Write a run's page, or with several runs the page that compares them.
 
-    The page is ASCII, needs no other file and makes no network requests. The same inputs give
-    the same bytes.
+    One run's page is made of its configuration, metrics and alerts. A page is ASCII, needs no other
+    file and makes no network requests. The same inputs give the same bytes.
 
     Args:
-        folder: The run's folder.
+        folder: A run's folder.
+        others: Folders of runs to compare it with.
+        out: The page; by default `report.html` in the run's folder, and `comparison.html` in the
+            working directory for several runs.
 
     Returns:
         Path of the page.
 
     Raises:
-        ReportError: The run is missing, incomplete or inconsistent, or the page cannot be written.
+        ReportError: A run is missing, incomplete or inconsistent, or the page cannot be written.
     """
-    html = render(load_run(Path(folder)))
-    path = Path(folder) / "report.html"
-    try:
-        write_atomic(path, html.encode("ascii", "xmlcharrefreplace"))
-    except OSError as error:
-        raise ReportError(
-            f"{path}: cannot be written ({error.strerror}); make room, or the folder writable"
-        ) from error
+    if others:
+        return build_comparison([Path(folder), *map(Path, others)], Path(out or DEFAULT_OUT))
+    path = Path(out or Path(folder) / "report.html")
+    write_page(path, render(load_run(Path(folder))))
     return path
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.printable import printable
 from moepp_megatron.config.schema.section import LARGEST, LARGEST_OF_ALL
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.experts import ExpertLayout
@@ -170,6 +171,17 @@ def load_run(folder: Path) -> RunData:
         raise ReportError(
             f"{alerts}: cannot be read ({error.strerror}); make it readable, or remove it"
         ) from error
+
+
+def name_below(base: Path, folder: Path) -> str:
+    """A run's name among others: its folder's path below the one that all have in common.
+
+    Args:
+        base: That folder, absolute.
+        folder: The run's, absolute, in `base` or `base` itself.
+    """
+    below = str(folder.relative_to(base))
+    return printable(folder.name if below == "." else below, keep="")
 
 
 def read_config(path: Path) -> tuple[RunConfig, str]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from html import unescape
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from moepp_megatron.runtime.atomic import write_result
+from moepp_megatron.workbench.report.run_data import ReportError
 
 # A page with fewer sections is seen as a whole.
 _FEWEST_HEADINGS = 3
@@ -22,6 +26,20 @@ def render_template(name: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return _with_contents(environment.get_template(name).render(**values))
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write a page as ASCII, whole or not at all; folders that are missing are made.
+
+    Raises:
+        ReportError: It cannot be written.
+    """
+    try:
+        write_result(path, html.encode("ascii", "xmlcharrefreplace"))
+    except OSError as error:
+        raise ReportError(
+            f"{path}: cannot be written ({error.strerror}); make room, or the folder writable"
+        ) from error
 
 
 def _with_contents(html: str) -> str:

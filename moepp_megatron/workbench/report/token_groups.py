@@ -12,12 +12,11 @@ from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.alerts import mark_alerts
 from moepp_megatron.workbench.report.drawing import (
-    BLUE,
-    GREEN,
-    MUTED,
-    VERMILION,
+    LINE_COLOURS,
     legend_above,
     new_figure,
+    plain,
+    short_name,
     smooth,
     step_axis,
     svg_data_uri,
@@ -26,12 +25,6 @@ from moepp_megatron.workbench.report.drawing import (
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.summary import tail
-
-# Colours that show on light and dark. More lines than these are not told apart; the table has all
-# sources.
-_COLOURS = (BLUE, VERMILION, GREEN, "#e69f00", "#cc79a7", "#56b4e9", MUTED, "#9a6700")
-# A longer name would leave the plot no room.
-_LONGEST_NAME = 24
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,8 @@ def source_table(run: RunData) -> list[SourceRow]:
 
 def token_plots(run: RunData) -> list[Plot]:
     """The plots that the records have numbers for."""
-    sources = _sources(run)[: len(_COLOURS)]
+    # The table has all sources.
+    sources = _sources(run)[: len(LINE_COLOURS)]
     classes = list(dict.fromkeys(n for r in run.records for n in r.class_ffn_per_token or {}))
     more = "" if len(sources) == len(_sources(run)) else " The sources with the most tokens."
     of_class = "FFN experts per token, mean over MoE layers, of the tokens"
@@ -138,14 +132,14 @@ def _plot(run: RunData, lines: Lines) -> Plot | None:
     axes = figure.subplots()
     show = formatting.percent if lines.is_share else formatting.number
     words, all_steps = [], set()
-    for name, colour in zip(lines.names, _COLOURS, strict=False):
+    for name, colour in zip(lines.names, LINE_COLOURS, strict=False):
         values = [(r.step, (getattr(r, lines.key) or {}).get(name, math.nan)) for r in run.records]
         values = [(step, value) for step, value in values if math.isfinite(value)]
         if len(values) < 2:
             continue
         steps, numbers = [step for step, _ in values], [value for _, value in values]
         x, y = thin(steps, numbers)
-        axes.plot(x, smooth(y) if len(x) >= 60 else y, color=colour, label=_short(name))
+        axes.plot(x, smooth(y) if len(x) >= 60 else y, color=colour, label=plain(short_name(name)))
         words.append(f"{name} {show(numbers[-1])} at step {steps[-1]}")
         all_steps.update(steps)
     if not words:
@@ -178,8 +172,3 @@ def _busiest(run: RunData, records: Sequence[StepMetrics], name: str) -> str:
 
 def _shown(value: float, show: Callable[[float], str] = formatting.number) -> str:
     return show(value) if math.isfinite(value) else "-"
-
-
-def _short(name: str) -> str:
-    """The name with its beginning cut off where it is long: paths differ at their ends."""
-    return name if len(name) <= _LONGEST_NAME else "..." + name[3 - _LONGEST_NAME :]

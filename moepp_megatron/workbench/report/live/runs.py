@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moepp_megatron.config.printable import printable
 from moepp_megatron.workbench.report.live.run import RUN_FILES, LiveRun, check_folder
-from moepp_megatron.workbench.report.run_data import ReportError
+from moepp_megatron.workbench.report.run_data import ReportError, name_below
 
 
 class LiveRuns:
@@ -55,11 +54,7 @@ class LiveRuns:
             with contextlib.suppress(ReportError):
                 self._runs[folder] = known.get(folder) or LiveRun(folder, self._clock)
                 self._runs[folder].poll()
-        return {self._name(folder): run for folder, run in self._runs.items()}
-
-    def _name(self, folder: Path) -> str:
-        below = str(folder.relative_to(self._base))
-        return printable(folder.name if below == "." else below, keep="")
+        return {name_below(self._base, folder): run for folder, run in self._runs.items()}
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from moepp_megatron.workbench.experiments.pilot.report import numbers
-from moepp_megatron.workbench.experiments.pilot.report.looks import plain
 from moepp_megatron.workbench.experiments.pilot.result import Interval, PilotResult
 from moepp_megatron.workbench.report.drawing import (
     BLUE,
@@ -19,6 +18,7 @@ from moepp_megatron.workbench.report.drawing import (
     PAPER,
     VERMILION,
     new_figure,
+    plain,
     svg_data_uri,
 )
 from moepp_megatron.workbench.report.plot import Plot

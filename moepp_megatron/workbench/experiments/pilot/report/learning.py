@@ -9,12 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from moepp_megatron.workbench.experiments.pilot.report import numbers
-from moepp_megatron.workbench.experiments.pilot.report.looks import Look, looks, plain
+from moepp_megatron.workbench.experiments.pilot.report.looks import Look, looks
 from moepp_megatron.workbench.experiments.pilot.result import ArmOutcome, Curve, PilotResult
 from moepp_megatron.workbench.report.drawing import (
     INK,
     legend_above,
     new_figure,
+    plain,
     smooth,
     svg_data_uri,
     thin,

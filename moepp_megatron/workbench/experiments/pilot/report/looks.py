@@ -57,8 +57,3 @@ def _look(arm: Arm, number: int) -> Look:
     family = _FAMILIES[arm.kind]
     dashes = ":" if arm.kind in ("short", "equal_time") else _DASHES[number % len(_DASHES)]
     return Look(family[number % len(family)], dashes, _MARKERS[arm.kind])
-
-
-def plain(text: str) -> str:
-    """A name as text that matplotlib does not read as a formula."""
-    return text.replace("$", r"\$")

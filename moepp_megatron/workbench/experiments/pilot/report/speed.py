@@ -8,12 +8,13 @@ from matplotlib.axes import Axes
 
 from moepp_megatron.workbench.experiments.pilot.report import numbers
 from moepp_megatron.workbench.experiments.pilot.report.labels import place_labels
-from moepp_megatron.workbench.experiments.pilot.report.looks import Look, looks, plain
+from moepp_megatron.workbench.experiments.pilot.report.looks import Look, looks
 from moepp_megatron.workbench.experiments.pilot.result import ArmOutcome, Interval, PilotResult
 from moepp_megatron.workbench.report.drawing import (
     PAPER,
     VERMILION,
     new_figure,
+    plain,
     svg_data_uri,
 )
 from moepp_megatron.workbench.report.plot import Plot

@@ -1,0 +1,190 @@
+"""`comparison.html`: several runs, what differs between them and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from moepp_megatron.version import __version__
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.comparison import (
+    ComparedRun,
+    Setting,
+    common_end,
+    differing_settings,
+    load_runs,
+    loss_at,
+    losses_differ_in_meaning,
+)
+from moepp_megatron.workbench.report.comparison_plots import comparison_plots
+from moepp_megatron.workbench.report.drawing import plot_style
+from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.template import render_template, write_page
+
+DEFAULT_OUT = Path("comparison.html")
+# A configuration that somebody has made up may have thousands.
+_MOST_SETTINGS = 300
+_HEADINGS = ("Steps", "Tokens", "Loss", "Validation", "FFN share", "Step time", "Tokens/s",
+             "Training time", "Model FLOP")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        name: The run's name.
+        cells: Its numbers as text.
+    """
+
+    name: str
+    cells: list[str]
+
+
+@dataclass(frozen=True)
+class ComparisonPage:
+    """Everything that the template shows.
+
+    Attributes:
+        names: The runs.
+        sentence: What is compared, in words.
+        warnings: What a reader must know before comparing losses.
+        headings: Columns of `rows`.
+        rows: The results of each run.
+        same: Columns of `losses`: how far on which axis.
+        losses: The loss of each run there.
+        plots: Curves.
+        settings: Settings that differ.
+        hidden: Number of further settings that differ.
+        version: Version of this package.
+    """
+
+    names: list[str]
+    sentence: str
+    warnings: list[str]
+    headings: Sequence[str]
+    rows: list[Row]
+    same: list[str]
+    losses: list[Row]
+    plots: list[Plot]
+    settings: list[Setting]
+    hidden: int
+    version: str
+
+
+def build_comparison(folders: Sequence[Path], out: Path = DEFAULT_OUT) -> Path:
+    """Write a page that lays runs over each other.
+
+    The page is ASCII, needs no other file and makes no network requests. The same inputs give
+    the same bytes.
+
+    Args:
+        folders: Folders of at least two runs, finished or not.
+        out: The page to write.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ReportError: A run is missing, incomplete or inconsistent, or the page cannot be written.
+    """
+    write_page(out, render_template("comparison.html.j2", page=_page(load_runs(folders))))
+    return out
+
+
+def _page(runs: Sequence[ComparedRun]) -> ComparisonPage:
+    settings = differing_settings(runs)
+    with plot_style():
+        plots = comparison_plots(runs)
+    same, losses = _losses(runs)
+    named = [setting for setting in settings if setting.name != "run.name"]
+    differ = "1 setting differs" if len(named) == 1 else f"{len(named)} settings differ"
+    return ComparisonPage(
+        names=[run.name for run in runs],
+        sentence=f"{len(runs)} runs; {differ} besides their folders and names.",
+        warnings=_warnings(runs, settings),
+        headings=_HEADINGS,
+        rows=[Row(run.name, _results(run)) for run in runs],
+        same=same,
+        losses=losses,
+        plots=plots,
+        settings=settings[:_MOST_SETTINGS],
+        hidden=max(0, len(settings) - _MOST_SETTINGS),
+        version=__version__,
+    )
+
+
+def _warnings(runs: Sequence[ComparedRun], settings: Sequence[Setting]) -> list[str]:
+    found = []
+    names = losses_differ_in_meaning(settings)
+    if names:
+        found.append(f"Losses may not be comparable: {', '.join(names)} differ.")
+    short = [
+        f"{run.name} ({run.summary.last_step:,} of {run.data.config.training.train_iters:,})"
+        for run in runs
+        if run.summary.last_step < run.data.config.training.train_iters
+    ]
+    if short:
+        found.append(
+            f"Not all planned steps are done: {', '.join(short)}. A learning rate that has not "
+            "fallen to its end keeps a loss up."
+        )
+    return found
+
+
+def _results(run: ComparedRun) -> list[str]:
+    summary = run.summary
+    planned = run.data.config.training.train_iters
+    step_time = _finite_median(run.series(lambda r: r.step_time_s))
+    valid = "none"
+    if summary.valid_loss is not None:
+        valid = f"{formatting.number(summary.valid_loss)} at {summary.valid_step:,}"
+    flops = math.nan if run.flops is None else float(run.flops[-1])
+    return [
+        f"{summary.last_step:,} of {planned:,}",
+        formatting.big_count(summary.tokens),
+        _shown(summary.settled_loss, formatting.number(summary.settled_loss)),
+        valid,
+        formatting.percent(summary.settled_ffn_fraction),
+        _shown(step_time, f"{formatting.significant(step_time)} s"),
+        formatting.count(summary.tokens_per_s),
+        formatting.duration(summary.train_seconds),
+        _shown(flops, formatting.flops(flops)),
+    ]
+
+
+def _losses(runs: Sequence[ComparedRun]) -> tuple[list[str], list[Row]]:
+    """The runs' losses where each has come equally far, by tokens, time and FLOPs."""
+    places: list[tuple[list[np.ndarray | None], Callable[[float], str]]] = [
+        ([run.tokens for run in runs], lambda end: f"{formatting.big_count(end)} tokens"),
+        ([run.seconds for run in runs], formatting.duration),
+        ([run.flops for run in runs], formatting.flops),
+    ]
+    headings: list[str] = []
+    columns: list[list[str]] = []
+    for axes, show in places:
+        end = common_end(axes)
+        if end is None:
+            continue
+        headings.append(show(end))
+        values = [
+            math.nan if axis is None else loss_at(run, axis, end)
+            for run, axis in zip(runs, axes, strict=True)
+        ]
+        columns.append([_shown(value, formatting.number(value)) for value in values])
+    rows = [Row(run.name, [column[i] for column in columns]) for i, run in enumerate(runs)]
+    return headings, rows
+
+
+def _finite_median(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return median(finite.tolist()) if len(finite) else math.nan
+
+
+def _shown(value: float, text: str) -> str:
+    return text if math.isfinite(value) else "-"

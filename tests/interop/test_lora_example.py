@@ -1,0 +1,48 @@
+"""examples/finetune_lora.py on an exported run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, pre_tokenizers
+
+from tests.interop.conftest import RunPlain
+from tests.interop.models import settings
+from tests.interop.test_export import save_and_compute
+from tests.interop.test_finetuning import needs_peft
+from tests.parallel.ranks import RankPools
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_lora.py"
+
+
+def run_example(export: Path, out: Path) -> Any:
+    """The losses of the example."""
+    spec = importlib.util.spec_from_file_location("finetune_lora", EXAMPLE)
+    assert spec is not None, EXAMPLE
+    assert spec.loader is not None, EXAMPLE
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    return example.finetune(export, "a b c d e c b a " * 40, out, steps=25)
+
+
+def write_word_tokenizer(path: Path) -> None:
+    """The tokenizer of the export, which takes a text apart at its spaces."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+
+
+@needs_peft
+def test_adapters_learn_a_text(ranks: RankPools, plain: RunPlain, tmp_path: Path) -> None:
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+
+    ranks(1).run(save_and_compute, settings(), tmp_path / "checkpoints")
+    mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
+    write_word_tokenizer(tmp_path / "hf" / "tokenizer.json")
+    losses = plain(run_example, tmp_path / "hf", tmp_path / "adapter")
+    assert losses[-1] < 0.8 * losses[0]
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert {"gate_map", "q_proj"} <= set(saved["target_modules"])

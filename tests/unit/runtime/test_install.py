@@ -1,0 +1,60 @@
+"""What a message tells the user to install can be installed as it says."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+from moepp_megatron.runtime.install import TRANSFORMER_ENGINE, how_to_install
+
+ROOT = Path(__file__).parents[3]
+PACKAGE = ROOT / "moepp_megatron"
+# Named by `moepp inspect --tagger` alone.
+OF_A_USER = {"nltk", "spacy"}
+
+
+def test_the_command_is_for_the_python_that_runs() -> None:
+    command = shlex.split(how_to_install("transformers>=5", "wandb"))
+    assert command == [sys.executable, "-m", "pip", "install", "transformers>=5", "wandb"]
+
+
+def named_in_messages() -> set[str]:
+    """The requirements in calls of `how_to_install`, a value in braces left out."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="ascii"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "how_to_install":
+                for argument in node.args:
+                    text = re.sub(r"\{.*?\}", "", ast.unparse(argument).strip("f'\""))
+                    found.add(text.rstrip("="))
+    return found
+
+
+def test_every_requirement_is_one_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    known = {requirement.split("==")[0] for requirement in wanted} | OF_A_USER
+    named = named_in_messages()
+    assert {"wandb", "pyarrow", "megatron-core"} <= named
+    assert named <= known
+
+
+def test_no_message_has_a_command_of_its_own() -> None:
+    """A registry does not have this package, and `pip` may be another environment's."""
+    own = {"runtime/install.py", "interop/hf_files/configuration_moepp.py"}
+    for path in PACKAGE.rglob("*.py"):
+        name = str(path.relative_to(PACKAGE))
+        text = path.read_text(encoding="ascii")
+        assert "moepp-megatron[" not in text, name
+        # An installation of a clone has no name that could be wrong.
+        plain = re.findall(r"pip install (?!-e CLONE)", text)
+        assert name in own or not plain, name
+
+
+def test_transformer_engine_is_installed_by_an_option_that_exists() -> None:
+    script, option = TRANSFORMER_ENGINE.split()[:2]
+    assert f"{option})" in (ROOT / script).read_text()
