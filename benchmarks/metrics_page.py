@@ -34,15 +34,15 @@ def _code(name: str) -> str:
 
 def of_records() -> str:
     """Every number of the newest record."""
-    head = ("of the newest record", "labels", "key in `metrics.jsonl`", "TensorBoard", "unit")
+    head = ("key in `metrics.jsonl`", "meaning", "unit", "TensorBoard", "Prometheus", "labels")
     rows = [
-        (*_served(row.prometheus, row.labels), _code(key), _tag(key, row), row.unit, row.meaning)
+        (_code(key), row.meaning, row.unit, _tag(key, row), *_served(row.prometheus, row.labels))
         for key, row in OF_RECORD.items()
     ]
     idlest, other = IN_LAYERS["min_ffn_load"], exported.OTHER
-    rows.append((*_served(idlest.prometheus, idlest.labels), "", "", "", idlest.meaning))
-    rows.append((*_served(other.name, other.labels), "", "", "", other.meaning))
-    return table((*head, "meaning"), rows)
+    rows.append(("", idlest.meaning, "", "", *_served(idlest.prometheus, idlest.labels)))
+    rows.append(("", other.meaning, "", "", *_served(other.name, other.labels)))
+    return table(head, rows)
 
 
 def in_layers() -> str:

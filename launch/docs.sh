@@ -29,5 +29,5 @@ fi
 rm -rf build/site
 # The API pages import the package, and with it libraries whose warnings are not about the docs.
 PYTHONWARNINGS=ignore "$MOEPP_BIN/python" -m sphinx --quiet --fail-on-warning --keep-going \
-    --doctree-dir build/doctrees docs build/site
+    --conf-dir docs --doctree-dir build/doctrees . build/site
 "$MOEPP_BIN/python" -m benchmarks.site_check build/site
