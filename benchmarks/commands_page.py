@@ -19,7 +19,7 @@ _HEAD = """\
 # Commands
 
 Written by `python -m benchmarks.commands_page` from `moepp_megatron/cli`; do not edit.
-`moepp COMMAND --help` prints the same in a terminal. A command's exit status is 0 when it is done,
+Each command's `--help` prints the same in a terminal. A command's exit status is 0 when it is done,
 2 for a wrong configuration or usage, 3 where this machine cannot do it, and 75 when it was asked to
 stop and has written a checkpoint.
 """

@@ -25,8 +25,8 @@ if ! "$MOEPP_BIN/python" -P -c 'import furo, myst_parser, sphinx' 2>/dev/null; t
         "${sources[@]}" -c "$constraints" -e '.[docs]'
 fi
 
-# What an earlier build has left is not part of the site.
-rm -rf build/site
+# What an earlier build has left is not part of the site, and pages that it has read give no warnings.
+rm -rf build/site build/doctrees
 # The API pages import the package, and with it libraries whose warnings are not about the docs.
 PYTHONWARNINGS=ignore "$MOEPP_BIN/python" -m sphinx --quiet --fail-on-warning --keep-going \
     --conf-dir docs --doctree-dir build/doctrees . build/site
