@@ -18,9 +18,14 @@ from moepp_megatron.workbench.report.live import exported
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"|{''.join(f' {cell} |' if cell else ' |' for cell in row)}\n" for row in lines)
+    return "".join(f"|{''.join(map(_cell, row))}\n" for row in lines)
+
+
+def _cell(text: str) -> str:
+    return f" {text.replace('|', '\\|')} |" if text else " |"
 
 
 def _code(name: str) -> str:
@@ -29,15 +34,15 @@ def _code(name: str) -> str:
 
 def of_records() -> str:
     """Every number of the newest record."""
-    head = ("of the newest record", "labels", "key in `metrics.jsonl`", "TensorBoard", "unit")
+    head = ("key in `metrics.jsonl`", "meaning", "unit", "TensorBoard", "Prometheus", "labels")
     rows = [
-        (*_served(row.prometheus, row.labels), _code(key), _tag(key, row), row.unit, row.meaning)
+        (_code(key), row.meaning, row.unit, _tag(key, row), *_served(row.prometheus, row.labels))
         for key, row in OF_RECORD.items()
     ]
     idlest, other = IN_LAYERS["min_ffn_load"], exported.OTHER
-    rows.append((*_served(idlest.prometheus, idlest.labels), "", "", "", idlest.meaning))
-    rows.append((*_served(other.name, other.labels), "", "", "", other.meaning))
-    return _table((*head, "meaning"), rows)
+    rows.append(("", idlest.meaning, "", "", *_served(idlest.prometheus, idlest.labels)))
+    rows.append(("", other.meaning, "", "", *_served(other.name, other.labels)))
+    return table(head, rows)
 
 
 def in_layers() -> str:
@@ -48,19 +53,19 @@ def in_layers() -> str:
         # The guard works it out by itself.
         if name != "gate_entropy_ratio"
     ]
-    return _table(("of `router_health`", "unit", "meaning"), rows)
+    return table(("of `router_health`", "unit", "meaning"), rows)
 
 
 def of_run() -> str:
     """What is served of the run itself."""
     rows = [(*_served(each.name, each.labels), each.meaning) for each in exported.OF_RUN]
-    return _table(("of the run", "labels", "meaning"), rows)
+    return table(("of the run", "labels", "meaning"), rows)
 
 
 def of_guard() -> str:
     """What rules may look at."""
     rows = [(_code(name), _place(name), METRICS[name].with_unit) for name in GUARD_METRICS]
-    return _table(("metric", "of", "meaning"), rows)
+    return table(("metric", "of", "meaning"), rows)
 
 
 def _place(name: str) -> str:
@@ -80,23 +85,23 @@ def _tag(key: str, row: Metric) -> str:
 
 
 TABLES = {
-    ("monitor.md", "records"): of_records,
-    ("monitor.md", "router health"): in_layers,
-    ("monitor.md", "run"): of_run,
+    ("metrics.md", "records"): of_records,
+    ("metrics.md", "router health"): in_layers,
+    ("metrics.md", "run"): of_run,
     ("guard.md", "guard"): of_guard,
 }
 
 
 def with_tables(page: str, text: str) -> str:
     """The text of a page with its tables as the catalogue has them now."""
-    for (of, name), table in TABLES.items():
+    for (of, name), make in TABLES.items():
         if of != page:
             continue
         begin, end = f"<!-- begin: {name}, python -m benchmarks.metrics_page -->\n", "<!-- end -->"
         pattern = re.compile(re.escape(begin) + ".*?" + end, re.DOTALL)
         assert len(pattern.findall(text)) == 1, f"docs/{page} has no place for the table {name}"
         before, after = pattern.split(text)
-        text = before + begin + table() + end + after
+        text = before + begin + make() + end + after
     return text
 
 

@@ -15,8 +15,8 @@ _HEAD = """\
 # Settings
 
 Written by `python -m benchmarks.settings` from `moepp_megatron/config/schema`; do not edit.
-Set any of them in a YAML file or on the command line (`moe.tau=0.5`). Unit 1 is a pure number,
-- no quantity. What must hold between settings is checked at the start
+Set any of them in a YAML file or on the command line (`moe.tau=0.5`). The unit `1` is a pure
+number, and `-` is no quantity. What must hold between settings is checked at the start
 (`moepp train CONFIG --dry-run`). `moepp config keys [PREFIX]` prints the same in a terminal, and
 `moepp config show CONFIG` what a configuration sets and where.
 """

@@ -22,14 +22,15 @@ class _Commands(TyperGroup):
         commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
         shown = {name: command for name, command in commands.items() if command is not None}
         with formatter.section("Commands"):
-            formatter.write_dl([(name, _first_sentence(c.help)) for name, c in shown.items()])
+            formatter.write_dl([(name, first_sentence(c.help)) for name, c in shown.items()])
 
 
 COMMANDS: dict[str, Any] = {"cls": _Commands}
 """For typer, of a command with commands in it."""
 
 
-def _first_sentence(text: str | None) -> str:
+def first_sentence(text: str | None) -> str:
+    """The first sentence of a help text, in one line."""
     paragraph = " ".join((text or "").split("\n\n")[0].split())
     sentence, stop, _ = paragraph.partition(". ")
     return sentence + "." if stop else paragraph

@@ -22,6 +22,7 @@ from moepp_megatron.config.load import parse_config
 from moepp_megatron.config.megatron_flags import (
     ABSENT,
     ALWAYS,
+    DERIVED,
     LAUNCHER,
     SETTINGS,
     SWITCHES,
@@ -32,12 +33,6 @@ from moepp_megatron.config.yaml_file import parse_yaml
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)\+?=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 _SCOPES = {"aux_loss": "microbatch", "seq_aux_loss": "sequence", "global_aux_loss": "global"}
-# Handled one by one below.
-_DERIVED = frozenset(
-    ("train-samples", "lr-decay-samples", "lr-warmup-samples", "lr-warmup-fraction")
-    + ("moe-router-load-balancing-type", "moe-aux-loss-coeff", "moe-router-pre-softmax")
-    + ("moe-layer-freq", "load", "data-path", "tokenizer-type", "tokenizer-model")
-)
 
 Arguments = dict[str, str]
 
@@ -270,7 +265,7 @@ class _Translator:
                 "one that checkpoint.load takes"
             )
         for name, value in self._left.items():
-            if name in WITHOUT_A_SETTING or name in _DERIVED:
+            if name in WITHOUT_A_SETTING or name in DERIVED:
                 continue
             shown = f"--{name}" if value == "true" else f"--{name} {value}"
             self._notes.append(f"{shown} has no counterpart")

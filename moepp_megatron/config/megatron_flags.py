@@ -139,12 +139,32 @@ _SPEED = (
     "manual-gc manual-gc-interval max-position-embeddings moe-grouped-gemm moe-permute-fusion "
     "moe-router-fusion moe-router-dtype multi-latent-attention no-check-for-nan-in-loss-and-grad "
     "no-create-attention-mask-in-dataloader no-masked-softmax-fusion no-mmap-bin-files "
-    "no-position-embedding no-rope-fusion num-layers-per-virtual-pipeline-stage tensorboard-dir "
+    "no-position-embedding no-rope-fusion tensorboard-dir "
     "tensorboard-log-interval tp-comm-overlap transformer-impl use-flash-attn use-mcore-models "
     "use-pytorch-profiler wandb-exp-name wandb-save-dir"
 )
 WITHOUT_A_SETTING = frozenset(_SPEED.split())
 """Arguments of speed, logging and files that need no setting here, or that others imply."""
+
+DERIVED = {
+    "train-samples": "`training.train_iters`: divided by `--global-batch-size`",
+    "lr-decay-samples": "`optimizer.decay_iters`: divided by `--global-batch-size`",
+    "lr-warmup-samples": "`optimizer.warmup_iters`: divided by `--global-batch-size`",
+    "lr-warmup-fraction": "`optimizer.warmup_iters`: this share of the steps of the decay",
+    "num-layers-per-virtual-pipeline-stage": "`parallel.virtual_pipeline_model_parallel_size`: "
+    "the layers of a stage divided by it",
+    "moe-router-load-balancing-type": "`moe.balance_scope`: `microbatch` for aux_loss, `sequence` "
+    "for seq_aux_loss, `global` for global_aux_loss",
+    "moe-aux-loss-coeff": "`moe.balance_coeff`: times `--num-experts` over `--moe-router-topk`, a "
+    "factor that Megatron's loss has and the paper's has not",
+    "moe-router-pre-softmax": "`moe.gate_normalization`: `none`; without it `selected`",
+    "moe-layer-freq": "`moe.layer_freq`: the same number or list",
+    "data-path": "`data.path`: a folder that `moepp data prepare` has written",
+    "tokenizer-type": "`data.tokenizer`; by default the prepared data's",
+    "tokenizer-model": "`data.tokenizer`; by default the prepared data's",
+    "load": "`checkpoint.load`: what `moepp convert megatron-lm` makes of the checkpoint",
+}
+"""Arguments whose setting is worked out, or has to be given by hand, and how."""
 
 LAUNCHER = frozenset(
     ("nproc-per-node", "nnodes", "node-rank", "master-addr", "master-port")

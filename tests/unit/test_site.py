@@ -1,0 +1,87 @@
+"""The site: generated pages are current, proofs exist, pages load nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks import commands_page, megatron_flags_page
+from benchmarks.site_check import loads_elsewhere
+
+ROOT = Path(__file__).parents[2]
+PROVEN = (ROOT / "docs" / "proven.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "generator", [commands_page, megatron_flags_page], ids=lambda g: g.__name__
+)
+def test_a_generated_page_is_current(generator: ModuleType) -> None:
+    written = generator.FILE.read_text(encoding="utf-8")
+    assert written == generator.page(), f"write it anew: python -m {generator.__name__}"
+
+
+def test_commands_are_explained_with_whole_sentences() -> None:
+    page = commands_page.page()
+    assert "* `train`: Train the model that CONFIG describes.\n" in page
+    assert "\n#### `moepp convert upcycle`\n" in page
+    assert [line for line in page.splitlines() if re.match(r"\* `[a-z-]+`:.*\.\.\.$", line)] == []
+
+
+def test_flags_have_their_setting_and_its_meaning() -> None:
+    page = megatron_flags_page.page()
+    assert "| `--moe-router-topk` | `moe.router_topk` | Experts selected per token, K |\n" in page
+    assert "| `--bf16` | `precision.dtype=bf16` |" in page
+    assert "Ett\\|tt\\|ttL" in page
+
+
+def _missing(text: str) -> list[str]:
+    """Files, tests and benchmarks that a text names and that do not exist."""
+    missing = []
+    for path, test in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.\w+)(?:::(\w+))?`", text):
+        file = ROOT / path
+        if not file.is_file() or (test and f"\ndef {test}(" not in file.read_text("utf-8")):
+            missing.append(f"{path}::{test}" if test else path)
+    modules = re.findall(r"python -m (benchmarks\.\w+)", text)
+    return missing + [m for m in modules if not (ROOT / f"{m.replace('.', '/')}.py").is_file()]
+
+
+def test_every_proof_exists() -> None:
+    assert PROVEN.count("::test_") > 60
+    assert _missing(PROVEN) == []
+
+
+def test_a_proof_that_is_gone_is_noticed() -> None:
+    assert _missing(
+        "`tests/unit/test_site.py::test_gone`, `tests/gone.py`, `python -m benchmarks.gone`"
+    ) == [
+        "tests/unit/test_site.py::test_gone",
+        "tests/gone.py",
+        "benchmarks.gone",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix"),
+    [
+        ('<script src="https://cdn.example/a.js"></script>', ".html"),
+        ('<link rel="stylesheet" href="//fonts.example/css">', ".html"),
+        ('<img srcset="a.png 1x, https://images.example/a.png 2x">', ".html"),
+        ("<style>@import 'https://fonts.example/a.css';</style>", ".html"),
+        ('<p style="background: url(https://images.example/a.png)">', ".html"),
+        ('<image xlink:href="http://images.example/a.png"/>', ".svg"),
+        ("@font-face { src: url('https://fonts.example/a.woff2') }", ".css"),
+    ],
+)
+def test_what_a_page_loads_from_elsewhere_is_found(text: str, suffix: str) -> None:
+    assert len(loads_elsewhere(text, suffix)) == 1
+
+
+def test_links_and_local_files_are_no_loads() -> None:
+    text = (
+        '<a href="https://a.example/">a</a><link rel="canonical" href="https://a.example/">'
+        '<script src="_static/a.js"></script><img src="a.svg"><style>a { color: red }</style>'
+    )
+    assert loads_elsewhere(text, ".html") == []
