@@ -29,7 +29,7 @@ _PROGRAMS = ("moepp", ".venv/bin/moepp")
 _SCRIPT = re.compile(r"(\./)?launch/(\w+)\.sh")
 # Options of the scripts themselves; the others hand everything to `moepp train`.
 _SCRIPT_OPTIONS = {
-    "env": {"--te": 0, "--offline": 1},
+    "env": {"--dev": 0, "--te": 0, "--offline": 1},
     "test": {"--quick": 0, "--record-durations": 0, "-k": 1, "-m": 1, "-q": 0, "-x": 0},
 }
 _TRAINING = {"quickstart": ["configs/quickstart.yaml"], "local": [], "multinode": []}
