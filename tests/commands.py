@@ -28,17 +28,17 @@ TIMEOUT_S = 240.0
 
 def moepp(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs a command in a fork of the server of ranks; ranks that it starts are real ones."""
-    return _forked(["-m", MODULE, *map(str, arguments)], cwd)
+    return forked(["-m", MODULE, *map(str, arguments)], cwd)
 
 
 def module(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """As `moepp`, any module: `python -m name arguments`."""
-    return _forked(["-m", name, *map(str, arguments)], cwd)
+    return forked(["-m", name, *map(str, arguments)], cwd)
 
 
 def program(path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """As `moepp`, a Python program, in its own folder."""
-    return _forked([str(path), *map(str, arguments)], path.parent)
+    return forked([str(path), *map(str, arguments)], path.parent)
 
 
 def cold(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -128,10 +128,13 @@ class Heard(Begun):
         return output, None
 
 
-def _forked(words: list[str], folder: Path | None) -> subprocess.CompletedProcess[str]:
+def forked(
+    words: list[str], folder: Path | None, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `moepp`, a program, or "-m" and a module, with an environment of its own."""
     with tempfile.TemporaryDirectory() as written:
         outputs = [Path(written) / name for name in ("stdout", "stderr")]
-        process = Begun(words, *outputs, cwd=folder)
+        process = Begun(words, *outputs, cwd=folder, environment=environment)
         try:
             status = process.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired as late:

@@ -131,13 +131,13 @@ def _reopen_output() -> None:
 
 
 def _words(command: object) -> list[str] | None:
-    """The part of a command from its "-m" on; None if it is not one for a fork."""
+    """A command from its "-m" or its program on; None if it is not one for a fork."""
     if not isinstance(command, list | tuple) or command[0] != sys.executable:
         return None
     rest = [os.fspath(word) for word in command[1:]]
     while rest and rest[0] == "-u":
         rest.pop(0)
-    return rest if rest and rest[0] == "-m" else None
+    return rest if rest and (rest[0] == "-m" or rest[0].endswith(".py")) else None
 
 
 def _execute_child(

@@ -201,9 +201,9 @@ class Cluster:
 
     def _is_step_of(self, process: psutil.Process, node: str) -> bool:
         try:
-            # Its log and sockets lie in the node's spool folder.
-            files = [each.path for each in process.open_files()]
-            return any(f"slurmd.{node}.log" in path for path in files)
+            # Another cluster of this machine has nodes of the same names.
+            log = str(self.folder.resolve() / f"slurmd.{node}.log")
+            return any(each.path == log for each in process.open_files())
         except psutil.Error:
             return False
 

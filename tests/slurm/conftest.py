@@ -1,4 +1,4 @@
-"""One cluster and one corpus for all tests of this folder."""
+"""One cluster and one corpus for all tests of this folder that a worker has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import moepp
 from tests.faults.harness import losses, prepare_data
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.slurm.jobs import STEPS, Jobs
@@ -64,10 +65,10 @@ def jobs(cluster: Cluster, data: Path, tmp_path: Path) -> Iterator[Jobs]:
 def undisturbed(
     cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, float]:
-    """Losses by step of the two-node expert-parallel run that nobody disturbs."""
+    """Losses by step of the expert-parallel run that nobody disturbs: two ranks, without Slurm."""
     jobs = Jobs(cluster, data, tmp_path_factory.mktemp("undisturbed"))
-    job = jobs.submit()
-    job.wait_for_end("COMPLETED")
-    reached = losses(job.run)
-    assert sorted(reached) == list(range(1, STEPS + 1)), job.report()
+    done = moepp("train", jobs.config({}), "--nproc", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reached = losses(jobs.folder / "run")
+    assert sorted(reached) == list(range(1, STEPS + 1))
     return reached
