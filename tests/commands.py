@@ -137,13 +137,13 @@ def forked(
         process = Begun(words, *outputs, cwd=folder, environment=environment)
         try:
             status = process.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired as late:
+        except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            late.output, late.stderr = map(Path.read_text, outputs)
-            raise
-        printed = [path.read_text(errors="replace") for path in outputs]
-        return subprocess.CompletedProcess(words, status, *printed)
+            printed = [path.read_bytes() for path in outputs]
+            raise subprocess.TimeoutExpired(words, TIMEOUT_S, *printed) from None
+        texts = [path.read_text(errors="replace") for path in outputs]
+        return subprocess.CompletedProcess(words, status, *texts)
 
 
 def _run(

@@ -55,10 +55,10 @@ CASES = {
     "profile": "parallel/test_profile.py::test_some_ranks",
     "generation": "parallel/test_generate.py::test_equals_scoring_again[tp2 ep2-sampled]",
     "stopping": "parallel/test_signals.py",
-    "scores of a model with a router of two layers": (
+    "released scores, gate of two layers": (
         "interop/test_golden_scores.py::test_scores[two_layer_gate-pp2 ep2]"
     ),
-    "scores of a Mixtral model": "interop/test_golden_scores.py::test_scores[mixtral_gate-tp2]",
+    "released scores, Mixtral gate": "interop/test_golden_scores.py::test_scores[mixtral_gate-tp2]",
     "conversion": "interop/test_convert.py",
     "a command": "interop/test_cli.py::test_refusals_are_one_line_and_exit_code_2",
     "the launcher": "faults/test_launch.py::test_a_failed_rank_is_one_line",

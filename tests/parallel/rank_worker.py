@@ -34,6 +34,8 @@ PRELOADED_MODULES = [
     "moepp_megatron.runtime.cpu_support",
     "moepp_megatron.training.trainer",
     "benchmarks.fresh_ranks",
+    # For the page that a command writes at the end of a run.
+    "matplotlib.figure",
 ]
 SEED = 1234
 
@@ -82,6 +84,8 @@ def reset() -> None:
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
+    # A lone process of `moepp` takes all cores (runtime/distributed.py), so does a pool of one.
+    torch.set_num_threads(1)
     _seed()
 
 

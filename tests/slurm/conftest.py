@@ -1,4 +1,4 @@
-"""One cluster and one corpus for all tests of this folder that a worker has."""
+"""One cluster for all tests of a file, one corpus for all of a worker."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     # Not pytest's folder: the path of a socket may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="moepp-slurm-"))
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, getattr(request.module, "KILL_WAIT_S", 30))
     try:
         cluster.start()
         yield cluster
@@ -61,7 +61,7 @@ def jobs(cluster: Cluster, data: Path, tmp_path: Path) -> Iterator[Jobs]:
         cluster.heal()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def undisturbed(
     cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, float]:

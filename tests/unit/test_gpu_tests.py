@@ -21,28 +21,13 @@ def run(*arguments: str, stand_in: bool = False) -> str:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["--tb=short", "--show-capture=no", *arguments]
-    done = _run(command, environment, is_cold=stand_in)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout
-
-
-def _run(
-    command: list[str], environment: dict[str, str], is_cold: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Cold where megatron-core must find something else at its import."""
-    if not is_cold:
-        return forked(command, ROOT, environment)
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
 
 
 def reasons(output: str) -> set[str]:
@@ -79,7 +64,7 @@ def test_two_ranks() -> None:
 def test_each_says_what_it_needs() -> None:
     """Collected everywhere, skipped with the reason."""
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    done = _run(command, os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    done = forked(command, ROOT, os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout[-4000:]
     assert reasons(done.stdout) == {"needs a CUDA GPU"}
     assert "passed" not in done.stdout
