@@ -44,9 +44,11 @@ def prepare_data(folder: Path) -> Path:
     return data
 
 
-def write_config(path: Path, data: Path, run: Path, num_ranks: int, **training: Any) -> Path:
+def write_config(
+    path: Path, data: Path, run: Path, num_ranks: int, save_interval: int = 5, **training: Any
+) -> Path:
     """A tiny expert-parallel model that takes some hundredths of a second a step."""
-    config = {
+    config: dict[str, Any] = {
         "run": {"dir": str(run)},
         "model": {
             "num_layers": 2,
@@ -67,8 +69,10 @@ def write_config(path: Path, data: Path, run: Path, num_ranks: int, **training: 
             "eval_iters": 0,
             **training,
         },
-        "checkpoint": {"save_interval": 5, "async_save": True, "keep": 2},
     }
+    if save_interval:
+        saving = {"save_interval": save_interval, "async_save": True, "keep": 2}
+        config["checkpoint"] = saving
     path.write_text(yaml.safe_dump(config), encoding="ascii")
     return path
 

@@ -67,7 +67,9 @@ def undisturbed(
 ) -> dict[int, float]:
     """Losses by step of the expert-parallel run that nobody disturbs: two ranks, without Slurm."""
     jobs = Jobs(cluster, data, tmp_path_factory.mktemp("undisturbed"))
-    done = moepp("train", jobs.config({}), "--nproc", 2)
+    config = jobs.config({})
+    never = ("checkpoint.save_interval=0", "checkpoint.async_save=false")
+    done = moepp("train", config, *never, "--nproc", 2)
     assert done.returncode == 0, done.stdout + done.stderr
     reached = losses(jobs.folder / "run")
     assert sorted(reached) == list(range(1, STEPS + 1))
