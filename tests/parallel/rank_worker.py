@@ -86,6 +86,7 @@ def reset() -> None:
     torch.use_deterministic_algorithms(False)
     # A lone process of `moepp` takes all cores (runtime/distributed.py), so does a pool of one.
     torch.set_num_threads(1)
+    _show_stacks_on_request()
     _seed()
 
 
@@ -115,6 +116,12 @@ def _send_output_to(log: Path) -> None:
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     faulthandler.enable(file=2)
+    _show_stacks_on_request()
+
+
+def _show_stacks_on_request() -> None:
+    """On SIGUSR1, also after a function that had a handler of its own for it, as trainers do."""
+    faulthandler.unregister(signal.SIGUSR1)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
 
 
