@@ -47,7 +47,7 @@ CASES = {
     ),
     "routing guard": ("parallel/test_routing_guard.py::test_collapse_to_zero_computation[ep2]"),
     "budget of FFN experts": (
-        "parallel/test_budget.py::test_state_and_losses_are_those_of_one_process[bias]"
+        "parallel/test_budget.py::test_state_and_losses_are_those_of_one_process[default]"
     ),
     "dispatchers": (
         "parallel/test_dispatchers.py::test_bytes_are_those_of_the_routing[alltoall_dedup-4-2-bf16]"
