@@ -2,48 +2,43 @@
 
 torch and megatron-core take four seconds of computing to import, more than most commands do. So
 `moepp` forks from the server that test ranks are forked from (tests/parallel/ranks.py), which has
-imported them. `cold` is what a user's shell starts, for tests of a start itself: what is imported
-when, what is printed at an import.
+imported them, and so do torchrun and the ranks that it starts (tests/warm.py). `cold` is what a
+user's shell starts, for tests of a start itself: what is imported when, what is printed at an
+import.
 """
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
-import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
+from tests import warm
 from tests.parallel.ranks import fork_server
 
 MODULE = "moepp_megatron.cli.main"
 TIMEOUT_S = 240.0
 
 
-def moepp(*arguments: object) -> subprocess.CompletedProcess[str]:
+def moepp(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs a command in a fork of the server of ranks; ranks that it starts are real ones."""
-    return _forked(["", *map(str, arguments)], os.getcwd())
+    return forked(["-m", MODULE, *map(str, arguments)], cwd)
+
+
+def module(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """As `moepp`, any module: `python -m name arguments`."""
+    return forked(["-m", name, *map(str, arguments)], cwd)
 
 
 def program(path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """As `moepp`, a Python program, in its own folder."""
-    return _forked([str(path), *map(str, arguments)], str(path.parent))
-
-
-def _forked(words: list[str], folder: str) -> subprocess.CompletedProcess[str]:
-    with tempfile.TemporaryDirectory() as written:
-        outputs = [Path(written) / name for name in ("stdout", "stderr")]
-        with fork_server() as context:
-            process = context.Process(target=_run, args=(words, dict(os.environ), folder, outputs))
-            process.start()
-        process.join(TIMEOUT_S)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(words, TIMEOUT_S, *map(Path.read_text, outputs))
-        printed = [path.read_text(errors="replace") for path in outputs]
-        return subprocess.CompletedProcess(words, process.exitcode, *printed)
+    return forked([str(path), *map(str, arguments)], path.parent)
 
 
 def cold(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -52,19 +47,120 @@ def cold(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
-def _run(words: list[str], environment: dict[str, str], folder: str, outputs: list[Path]) -> None:
+class Begun:
+    """A process forked from the server, with what `subprocess.Popen` offers to look after it.
+
+    Args:
+        words: Path of a program or "-m" and a module, and the arguments.
+        output: A file or a FIFO for what it prints.
+        errors: Another for its stderr.
+        cwd: Its working directory; None for this process's.
+        environment: All of its environment; None for this process's.
+        new_session: Whether it leads a session of its own.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        output: Path,
+        errors: Path | None = None,
+        *,
+        cwd: Path | None = None,
+        environment: dict[str, str] | None = None,
+        new_session: bool = False,
+    ) -> None:
+        environment = dict(os.environ) if environment is None else environment
+        outputs = (str(output), str(errors or output))
+        folder = str(cwd or Path.cwd())
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        arguments = (list(words), environment, folder, outputs, new_session, mask)
+        with fork_server() as context:
+            self._process = context.Process(target=_run, args=arguments)
+            self._process.start()
+        # Not to be ended with pytest's process by multiprocessing, which would wait for it.
+        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+        self.args = list(words)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self._process.exitcode
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Heard(Begun):
+    """One whose output, stdout and stderr together, is read while it comes.
+
+    Args:
+        words: As for `Begun`.
+        folder: Where to put a FIFO.
+        **options: As for `Begun`.
+    """
+
+    def __init__(self, words: Sequence[str], folder: Path, **options: Any) -> None:
+        fifo = Path(tempfile.mkdtemp(dir=folder), "output")
+        os.mkfifo(fifo)
+        super().__init__(words, fifo, **options)
+        # Returns when the process has opened its end.
+        self.stdout = fifo.open()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """The rest of the output, once all that could print has ended."""
+        output = self.stdout.read()
+        self.wait(timeout)
+        return output, None
+
+
+def forked(
+    words: list[str], folder: Path | None, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `moepp`, a program, or "-m" and a module, with an environment of its own."""
+    with tempfile.TemporaryDirectory() as written:
+        outputs = [Path(written) / name for name in ("stdout", "stderr")]
+        process = Begun(words, *outputs, cwd=folder, environment=environment)
+        try:
+            status = process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            printed = [path.read_bytes() for path in outputs]
+            raise subprocess.TimeoutExpired(words, TIMEOUT_S, *printed) from None
+        texts = [path.read_text(errors="replace") for path in outputs]
+        return subprocess.CompletedProcess(words, status, *texts)
+
+
+def _run(
+    words: list[str],
+    environment: dict[str, str],
+    folder: str,
+    outputs: tuple[str, str],
+    new_session: bool,
+    mask: set[int],
+) -> NoReturn:
     """The process: everything that the caller could tell from a start of its own is as there."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if new_session:
+        os.setsid()
     for number, path in enumerate(outputs, 1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    sys.argv = words
-    if words[0]:
-        runpy.run_path(words[0], run_name="__main__")
-    else:
-        runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    warm.install()
+    warm.run(words, environment, folder)

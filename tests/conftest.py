@@ -16,6 +16,10 @@ from tests.parallel.ranks import RankPools
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
 
+# Threads that wait for each other sleep: spinning, they take six of seven seconds of a short run on
+# cores that other tests want, too. Read when torch is loaded, here and in what tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # A shell starts background jobs of a script with Ctrl-C ignored, which all their children inherit:
 # tests that send it would then wait for nothing.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

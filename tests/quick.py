@@ -31,21 +31,34 @@ CASES = {
         "parallel/test_matrix.py::test_fast_layout[4 tp2 ep2 etp2 re-moe dedup]"
     ),
     "vanilla baseline": "parallel/test_matrix.py::test_fast_layout[4 tp2 pp2 ep2 vanilla]",
-    "layer against reference": "parallel/test_layer_layouts.py",
+    "layer against reference, experts split": (
+        "parallel/test_layer_layouts.py::test_layer_equals_reference[4-4-2-1-released]"
+    ),
+    "layer against reference, tensor parallel experts": (
+        "parallel/test_layer_layouts.py::test_layer_equals_reference[4-2-2-2-dedup capacity]"
+    ),
     "checkpoint of another layout": (
         "parallel/test_checkpoint_reshard.py::test_run_goes_on_in_another_layout"
         "[tp2-pp2 interleaved]"
     ),
-    "numerical guard": "parallel/test_numerical_guard.py::test_skipped_batch_leaves_no_trace",
-    "routing guard": "parallel/test_routing_guard.py::test_collapse_to_zero_computation",
-    "budget of FFN experts": (
-        "parallel/test_budget.py::test_state_and_losses_are_those_of_one_process"
+    "numerical guard": (
+        "parallel/test_numerical_guard.py::test_skipped_batch_leaves_no_trace"
+        "[dp2 bf16 distributed optimizer-gradient]"
     ),
-    "dispatchers": "parallel/test_dispatchers.py::test_bytes_are_those_of_the_routing",
+    "routing guard": ("parallel/test_routing_guard.py::test_collapse_to_zero_computation[ep2]"),
+    "budget of FFN experts": (
+        "parallel/test_budget.py::test_state_and_losses_are_those_of_one_process[default]"
+    ),
+    "dispatchers": (
+        "parallel/test_dispatchers.py::test_bytes_are_those_of_the_routing[alltoall_dedup-4-2-bf16]"
+    ),
     "profile": "parallel/test_profile.py::test_some_ranks",
-    "generation": "parallel/test_generate.py::test_equals_scoring_again",
+    "generation": "parallel/test_generate.py::test_equals_scoring_again[tp2 ep2-sampled]",
     "stopping": "parallel/test_signals.py",
-    "scores of released models": "interop/test_golden_scores.py",
+    "released scores, gate of two layers": (
+        "interop/test_golden_scores.py::test_scores[two_layer_gate-pp2 ep2]"
+    ),
+    "released scores, Mixtral gate": "interop/test_golden_scores.py::test_scores[mixtral_gate-tp2]",
     "conversion": "interop/test_convert.py",
     "a command": "interop/test_cli.py::test_refusals_are_one_line_and_exit_code_2",
     "the launcher": "faults/test_launch.py::test_a_failed_rank_is_one_line",

@@ -2,9 +2,9 @@
 
 `./launch/test.sh` runs the tests on workers of pytest-xdist. The tests of one file stay together,
 for they share models, ranks and browsers; the longest files come first, so that none is left over
-for one worker at the end. Slurm's come before all others: they wait most of the time, beside which
-the other workers compute. `durations.json` says how long each file took; it is written anew by
-`./launch/test.sh --record-durations`.
+for one worker at the end. Slurm's come before all others, each with a cluster of its own: they wait
+most of the time, beside which the other workers compute. `durations.json` says how long each file
+took; it is written anew by `./launch/test.sh --record-durations`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
 DURATIONS = Path(__file__).parent / "durations.json"
-# Folders whose tests stay with one worker: they share a cluster.
-TOGETHER = ["tests/slurm/"]
+# What waits most of the time.
+FIRST = "tests/slurm/"
+# Folders whose tests stay with one worker.
+TOGETHER: list[str] = []
 # A new file, until its duration is recorded: seconds a test.
 UNKNOWN_S = 0.3
 # A line of progress at most this often.
@@ -43,7 +45,7 @@ def recorded() -> dict[str, float]:
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Order the units of the items, those of `TOGETHER` first; within a unit nothing moves."""
+    """Order the units of the items, those of `FIRST` first; within a unit nothing moves."""
     expected = expected_seconds(item.nodeid for item in items)
     items.sort(key=lambda item: _urgency(unit_of(item.nodeid), expected))
 
@@ -56,7 +58,7 @@ def expected_seconds(node_ids: Iterable[str]) -> dict[str, float]:
 
 
 def _urgency(unit: str, expected: dict[str, float]) -> tuple[bool, float, str]:
-    return unit not in TOGETHER, -expected[unit], unit
+    return not unit.startswith(FIRST), -expected[unit], unit
 
 
 def scheduler(config: pytest.Config, log: Any, progress: Progress) -> LoadScopeScheduling:

@@ -1,6 +1,7 @@
 """Runs a real training with the command line and kills its ranks.
 
-Nothing is imported from torch here: the training is `moepp train` in processes of its own.
+Nothing is imported from torch here: the training is `moepp train` in processes of its own, which
+are forked from the server of the test ranks or, cold, started as a shell starts them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,11 +18,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import yaml
 
+from tests.commands import MODULE, Begun, moepp
+
+Training = Begun | subprocess.Popen
 # A dead rank is noticed, all are started anew and import megatron-core: seconds, more when busy.
 _RESTART_TIMEOUT_S = 240.0
 _POLL_S = 0.02
@@ -34,14 +39,16 @@ def prepare_data(folder: Path) -> Path:
         words = " ".join(f"word{(index * j) % 97}" for j in range(400))
         (texts / f"{index:02d}.txt").write_text(words, encoding="ascii")
     data = folder / "data"
-    command = ["data", "prepare", str(texts), "--out", str(data), "--vocab-size", "320"]
-    subprocess.run(_moepp(*command), check=True, capture_output=True)
+    done = moepp("data", "prepare", texts, "--out", data, "--vocab-size", "320")
+    assert done.returncode == 0, done.stderr
     return data
 
 
-def write_config(path: Path, data: Path, run: Path, num_ranks: int, **training: Any) -> Path:
+def write_config(
+    path: Path, data: Path, run: Path, num_ranks: int, save_interval: int = 5, **training: Any
+) -> Path:
     """A tiny expert-parallel model that takes some hundredths of a second a step."""
-    config = {
+    config: dict[str, Any] = {
         "run": {"dir": str(run)},
         "model": {
             "num_layers": 2,
@@ -62,37 +69,56 @@ def write_config(path: Path, data: Path, run: Path, num_ranks: int, **training: 
             "eval_iters": 0,
             **training,
         },
-        "checkpoint": {"save_interval": 5, "async_save": True, "keep": 2},
     }
+    if save_interval:
+        saving = {"save_interval": save_interval, "async_save": True, "keep": 2}
+        config["checkpoint"] = saving
     path.write_text(yaml.safe_dump(config), encoding="ascii")
     return path
 
 
 @contextmanager
-def training(config: Path, num_ranks: int, max_restarts: int = 0) -> Iterator[subprocess.Popen]:
+def training(
+    config: Path, num_ranks: int, max_restarts: int = 0, is_cold: bool = False
+) -> Iterator[Training]:
     """`moepp train` in the background; whatever is left of it is killed at the end."""
-    command = ["train", str(config), "--nproc", str(num_ranks)]
+    words = ["-m", MODULE, "train", str(config), "--nproc", str(num_ranks)]
     if max_restarts:
-        command += ["--max-restarts", str(max_restarts)]
-    with _in_the_background(_moepp(*command), config, "ab") as process:
+        words += ["--max-restarts", str(max_restarts)]
+    log = config.with_suffix(".log")
+    if is_cold:
+        with log.open("ab") as output:
+            process: Training = subprocess.Popen(
+                [sys.executable, *words], stdout=output, stderr=output
+            )
+    else:
+        process = Begun(words, log)
+    with _until_the_end(process):
         yield process
 
 
 @contextmanager
-def going_on(command: str, config: Path) -> Iterator[subprocess.Popen]:
+def going_on(command: str, config: Path, is_cold: bool = False) -> Iterator[Training]:
     """As `training`, by a line that a run has printed for a shell; the log begins anew."""
-    with _in_the_background(["bash", "-c", f"exec {command}"], config, "wb") as process:
+    log = config.with_suffix(".log")
+    log.write_bytes(b"")
+    if is_cold:
+        with log.open("ab") as output:
+            process: Training = subprocess.Popen(
+                ["bash", "-c", f"exec {command}"], stdout=output, stderr=output
+            )
+    else:
+        interpreter, *words = shlex.split(command)
+        assert interpreter == sys.executable
+        process = Begun(words, log)
+    with _until_the_end(process):
         yield process
 
 
 @contextmanager
-def _in_the_background(
-    command: list[str], config: Path, mode: Literal["ab", "wb"]
-) -> Iterator[subprocess.Popen]:
-    with config.with_suffix(".log").open(mode) as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+def _until_the_end(process: Training) -> Iterator[None]:
     try:
-        yield process
+        yield
     finally:
         for left in _descendants(process.pid):
             left.kill()
@@ -110,15 +136,13 @@ def losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records}
 
 
-def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The rank processes: children of the torchrun agent."""
-    for child in _descendants(process.pid):
-        try:
-            if "moepp_megatron.runtime.agent" in child.cmdline():
-                return [c for c in child.children() if "moepp_megatron.cli.main" in c.cmdline()]
-        except psutil.NoSuchProcess:
-            continue
-    return []
+def ranks_of(process: Training) -> list[psutil.Process]:
+    """The rank processes: what the launcher's only child, torchrun, has started."""
+    try:
+        agents = psutil.Process(process.pid).children()
+        return [rank for agent in agents for rank in agent.children()]
+    except psutil.NoSuchProcess:
+        return []
 
 
 @dataclass
@@ -137,7 +161,7 @@ class Kills:
 
 
 def kill_some(
-    process: subprocess.Popen, run: Path, kills: int, last_step: int, chance: random.Random
+    process: Training, run: Path, kills: int, last_step: int, chance: random.Random
 ) -> Kills:
     """Kill a random rank `kills` times, some of them while a checkpoint is being written."""
     done = Kills()
@@ -161,7 +185,7 @@ def kill_some(
     return done
 
 
-def _wait_for_step(process: subprocess.Popen, run: Path) -> float:
+def _wait_for_step(process: Training, run: Path) -> float:
     """Seconds until the run, all of whose ranks are dead or dying, has taken another step."""
     killed = time.monotonic()
     # The first rank may still be writing the step that was under way.
@@ -177,7 +201,7 @@ def _wait_for_step(process: subprocess.Popen, run: Path) -> float:
 
 
 def _wait_for_moment(
-    process: subprocess.Popen,
+    process: Training,
     run: Path,
     stale: set[str] | None,
     last_step: int,
@@ -229,7 +253,3 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def _moepp(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "moepp_megatron.cli.main", *arguments]

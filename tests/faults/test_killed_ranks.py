@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from tests.faults.harness import (
     Kills,
+    Training,
     going_on,
     kill_some,
     losses,
@@ -33,18 +33,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def undisturbed(folder: Path, data: Path, num_ranks: int, steps: int) -> dict[int, float]:
     run = folder / "undisturbed"
-    config = write_config(folder / "undisturbed.yaml", data, run, num_ranks, train_iters=steps)
+    config = folder / "undisturbed.yaml"
+    # Nothing goes on from it, so it saves nothing.
+    write_config(config, data, run, num_ranks, save_interval=0, train_iters=steps)
     with training(config, num_ranks) as process:
         assert process.wait() == 0, config.with_suffix(".log").read_text()[-3000:]
     return losses(run)
 
 
 def survive(
-    folder: Path, data: Path, num_ranks: int, steps: int, kills: int
+    folder: Path, data: Path, num_ranks: int, steps: int, kills: int, is_cold: bool = False
 ) -> tuple[dict[int, float], Kills]:
     run = folder / "disturbed"
     config = write_config(folder / "disturbed.yaml", data, run, num_ranks, train_iters=steps)
-    with training(config, num_ranks, max_restarts=2 * kills) as process:
+    with training(config, num_ranks, 2 * kills, is_cold) as process:
         done = kill_some(process, run, kills, steps, random.Random(num_ranks))
         assert process.wait() == 0, config.with_suffix(".log").read_text()[-3000:]
     return losses(run), done
@@ -80,7 +82,7 @@ def test_twenty_kills(
     steps = 600
     record_property("ranks", num_ranks)
     expected = undisturbed(tmp_path, data, num_ranks, steps)
-    actual, done = survive(tmp_path, data, num_ranks, steps, kills=20)
+    actual, done = survive(tmp_path, data, num_ranks, steps, kills=20, is_cold=True)
     record_property("measured", summed_up(done))
     assert done.hit == 20
     assert done.during_save > 0, "no kill fell into a save"
@@ -93,7 +95,7 @@ def test_twenty_kills(
 def test_stop_on_request_and_go_on_as_printed(tmp_path: Path, data: Path) -> None:
     """Each request saves, loses nothing and prints the command by which the one run goes on.
 
-    A second start without --resume changes nothing meanwhile.
+    A second start without --resume changes nothing meanwhile. The line is tried in a shell, too.
     """
     run = tmp_path / "run of mine"
     config = write_config(tmp_path / "run.yaml", data, run, 2, train_iters=20000)
@@ -107,7 +109,7 @@ def test_stop_on_request_and_go_on_as_printed(tmp_path: Path, data: Path) -> Non
     assert (run / "metrics.jsonl").read_bytes() == records
     for number in (signal.SIGTERM, signal.SIGUSR1):
         checkpoint = run / "checkpoints" / f"step_{stopped_at:08d}"
-        with going_on(lines[-1], config) as process:
+        with going_on(lines[-1], config, is_cold=number == signal.SIGTERM) as process:
             ended_at, more = _stopped(process, config, run, number)
         assert f"resumed from step {stopped_at} of {checkpoint}" in more
         assert more[-1] == lines[-1]
@@ -117,7 +119,7 @@ def test_stop_on_request_and_go_on_as_printed(tmp_path: Path, data: Path) -> Non
 
 
 def _stopped(
-    process: subprocess.Popen, config: Path, run: Path, number: signal.Signals
+    process: Training, config: Path, run: Path, number: signal.Signals
 ) -> tuple[int, list[str]]:
     """Asks a run to stop after seven more steps: its last step, and what it has printed."""
     log = config.with_suffix(".log")

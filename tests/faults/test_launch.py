@@ -1,4 +1,7 @@
-"""run_ranks with ranks of a few lines: statuses, signals, orphans."""
+"""run_ranks with ranks of a few lines: statuses, signals, orphans.
+
+Launcher, torchrun and ranks are processes of their own, forked where an import says nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import psutil
 import pytest
 
 from moepp_megatron.runtime.stop_signals import SAME_INTERRUPT_S
+from tests.commands import Heard
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 
@@ -90,24 +94,30 @@ def start(tmp_path: Path):
     root = str(Path(__file__).parents[2])
     # An empty entry would be the working directory.
     paths = os.pathsep.join(filter(None, [str(tmp_path), root, os.environ.get("PYTHONPATH")]))
-    started = []
+    environment = {**os.environ, "PYTHONPATH": paths}
+    program = tmp_path / "launcher_of_test.py"
+    program.write_text(LAUNCHER)
+    started: list[Heard | subprocess.Popen[str]] = []
 
     def launcher(
-        what: str, kind: str = "stoppable", cwd: Path | None = None
-    ) -> subprocess.Popen[str]:
-        logs = str(tmp_path / "logs")
-        arguments = ["rank_of_test", kind, logs, what, str(tmp_path)]
-        process = subprocess.Popen(
-            # Like the console script it does not look in its working directory.
-            [sys.executable, "-P", "-c", LAUNCHER, *arguments],
-            env={**os.environ, "PYTHONPATH": paths},
-            cwd=cwd,
-            # A terminal's foreground, to be signalled as one.
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        what: str, kind: str = "stoppable", cwd: Path | None = None, is_cold: bool = False
+    ) -> Heard | subprocess.Popen[str]:
+        arguments = ["rank_of_test", kind, str(tmp_path / "logs"), what, str(tmp_path)]
+        # A terminal's foreground, to be signalled as one: a session of its own.
+        if is_cold:
+            process: Heard | subprocess.Popen[str] = subprocess.Popen(
+                # Like the console script it does not look in its working directory.
+                [sys.executable, "-P", str(program), *arguments],
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        else:
+            words = [str(program), *arguments]
+            process = Heard(words, tmp_path, environment=environment, cwd=cwd, new_session=True)
         started.append(process)
         return process
 
@@ -170,7 +180,8 @@ def test_output_of_all_ranks_goes_to_a_file(start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_request_to_a_rank_that_still_starts_waits_for_it(start, tmp_path, number) -> None:
-    process = start("late listener")
+    # The ranks' mask of signals outlasts a start of an interpreter, too.
+    process = start("late listener", is_cold=number == signal.SIGUSR1)
     pids(tmp_path)
     process.send_signal(number)
     # To torchrun as well, as Slurm does, and a terminal.
@@ -191,7 +202,7 @@ def test_ranks_that_cannot_stop_are_ended(start, tmp_path: Path) -> None:
 
 
 def test_killed_launcher_leaves_no_orphans(start, tmp_path: Path) -> None:
-    process = start("sleep")
+    process = start("sleep", is_cold=True)
     ranks = pids(tmp_path)
     (agent,) = psutil.Process(process.pid).children()
     process.kill()
@@ -263,7 +274,7 @@ def test_nothing_is_imported_from_the_working_directory(start, tmp_path: Path) -
     code = "import pathlib; pathlib.Path(__file__).with_suffix('.ran').touch()"
     for name in ("random", "data", "uuid", "tempfile", "rank_of_test"):
         (planted / f"{name}.py").write_text(code)
-    process = start("end", cwd=planted)
+    process = start("end", cwd=planted, is_cold=True)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert list(planted.glob("*.ran")) == []
@@ -271,7 +282,7 @@ def test_nothing_is_imported_from_the_working_directory(start, tmp_path: Path) -
 
 
 def test_a_failed_rank_is_one_line(start) -> None:
-    process = start("crash")
+    process = start("crash", is_cold=True)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "ended with exit status 9" in output

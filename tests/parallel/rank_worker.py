@@ -34,6 +34,8 @@ PRELOADED_MODULES = [
     "moepp_megatron.runtime.cpu_support",
     "moepp_megatron.training.trainer",
     "benchmarks.fresh_ranks",
+    # For the page that a command writes at the end of a run.
+    "matplotlib.figure",
 ]
 SEED = 1234
 
@@ -82,6 +84,9 @@ def reset() -> None:
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
+    # A lone process of `moepp` takes all cores (runtime/distributed.py), so does a pool of one.
+    torch.set_num_threads(1)
+    _show_stacks_on_request()
     _seed()
 
 
@@ -111,6 +116,12 @@ def _send_output_to(log: Path) -> None:
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     faulthandler.enable(file=2)
+    _show_stacks_on_request()
+
+
+def _show_stacks_on_request() -> None:
+    """On SIGUSR1, also after a function that had a handler of its own for it, as trainers do."""
+    faulthandler.unregister(signal.SIGUSR1)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
 
 

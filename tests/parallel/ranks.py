@@ -53,6 +53,8 @@ _SERVER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    # A lone process of `moepp` takes all cores: its threads must not spin for each other.
+    "OMP_WAIT_POLICY": "PASSIVE",
     # These are CPU ranks, on machines with GPUs too.
     "CUDA_VISIBLE_DEVICES": "",
     "GLOO_SOCKET_IFNAME": "lo",

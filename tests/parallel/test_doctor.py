@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.commands import moepp
 
 pytestmark = pytest.mark.parallel
 
 
 def _doctor(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moepp_megatron.cli.main", "doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder)
+    return moepp("doctor", *arguments, cwd=folder)
 
 
 def test_two_ranks_answer_once_and_measure_together(tmp_path: Path) -> None:

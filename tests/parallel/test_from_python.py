@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.commands import program
+from tests.commands import module, program
 from tests.faults.harness import write_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,13 +34,10 @@ def written(code: str, folder: Path) -> Path:
     return path
 
 
-def python(code: str, *arguments: object, cwd: Path, ranks: int = 0) -> str:
-    """Runs a program from its start, on ranks of torchrun if any are wanted; what it printed."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks else []), str(written(code, cwd))]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=280
-    )
+def python(code: str, *arguments: object, cwd: Path) -> str:
+    """Runs a program from its start; what it printed."""
+    command = [sys.executable, str(written(code, cwd)), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -104,7 +101,9 @@ text = moepp.generate(run.folder, "Document 7", ep2, max_new_tokens=4)
 with open(f"rank{os.environ['RANK']}", "w") as file:
     print(run.step, run.metrics.loss, text, file=file)
 """
-    python(code, config, cwd=tmp_path, ranks=2)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = module(*torchrun, written(code, tmp_path), config, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
     told = (tmp_path / "rank0").read_text()
     assert told.startswith("3 ")
     assert (tmp_path / "rank1").read_text() == told
@@ -120,9 +119,10 @@ def test_the_lines_of_the_readme(config: Path, tmp_path: Path) -> None:
     # The built-in corpus takes a while; two ranks hold half of the experts each.
     lines = lines.replace('"stdlib", "data/stdlib"', '"text.txt", "data/text"')
     lines = lines.replace("training.train_iters=20", "parallel.expert_model_parallel_size=2")
-    printed = python(lines, cwd=tmp_path)
-    assert re.search(r"^3 \d+\.\d+ runs/mine/report.html$", printed, re.MULTILINE)
-    assert "\ndef main(" in printed
+    done = program(written(lines, tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^3 \d+\.\d+ runs/mine/report.html$", done.stdout, re.MULTILINE)
+    assert "\ndef main(" in done.stdout
     assert (tmp_path / "exported" / "config.json").is_file()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,10 +38,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def reference(ranks: RankPools) -> Callable[[str, int], dict[str, Any]]:
+    """What reference.py computes for a variant, once for all layouts."""
+
+    @functools.cache
+    def computed(variant: str, data_parallel_size: int) -> dict[str, Any]:
+        raw = settings(moe=VARIANTS[variant])
+        (result,) = ranks(1).run(run_reference, raw, data_parallel_size)
+        return result
+
+    return computed
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "ep", "tp", "etp"), LAYOUTS)
 def test_layer_equals_reference(
-    ranks: RankPools, world: int, ep: int, tp: int, etp: int, variant: str
+    ranks: RankPools,
+    reference: Callable[[str, int], dict[str, Any]],
+    world: int,
+    ep: int,
+    tp: int,
+    etp: int,
+    variant: str,
 ) -> None:
     moe = VARIANTS[variant]
     parallel = {
@@ -48,7 +69,7 @@ def test_layer_equals_reference(
         "sequence_parallel": tp > 1,
         "expert_tensor_parallel_size": etp,
     }
-    (expected,) = ranks(1).run(run_reference, settings(moe=moe), world // tp)
+    expected = reference(variant, world // tp)
     layer = add_up(ranks(world).run(run_layer, settings(moe=moe, parallel=parallel)))
     for name in ("output", "logits", "input_grad", "previous_grad"):
         _assert_close(layer[name], expected[name], name)

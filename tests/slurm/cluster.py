@@ -7,6 +7,7 @@ Authentication is off (`auth/none`), so the daemons listen on the loopback addre
 from __future__ import annotations
 
 import getpass
+import itertools
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 import psutil
 
 NODES = ("n1", "n2")
+_STARTED = itertools.count()
 _CONFIG = """\
 ClusterName=moepp
 SlurmctldHost=localhost(127.0.0.1)
@@ -48,7 +50,7 @@ SchedulerParameters=bf_interval=1,sched_interval=1
 ReturnToService=2
 # After which a node that does not answer is down; a healthy one on a busy machine takes seconds.
 SlurmdTimeout=20
-KillWait=30
+KillWait={kill_wait_s}
 MinJobAge=3600
 # Ports follow from the job's number: test runs beside each other must not have the same.
 FirstJobId={first_job}
@@ -69,9 +71,10 @@ class Cluster:
 
     Args:
         folder: Its files; a short path, for sockets lie in it.
+        kill_wait_s: Time that Slurm gives to processes that it has asked to end.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kill_wait_s: int = 30) -> None:
         self.folder = folder
         self.config = folder / "slurm.conf"
         (folder / "state").mkdir(parents=True)
@@ -83,7 +86,8 @@ class Cluster:
                 folder=folder,
                 user=getpass.getuser(),
                 controller_port=ports[0],
-                first_job=1 + os.getpid(),
+                first_job=1 + os.getpid() + 100 * next(_STARTED),
+                kill_wait_s=kill_wait_s,
                 port_1=ports[1],
                 port_2=ports[2],
             )
@@ -201,9 +205,9 @@ class Cluster:
 
     def _is_step_of(self, process: psutil.Process, node: str) -> bool:
         try:
-            # Its log and sockets lie in the node's spool folder.
-            files = [each.path for each in process.open_files()]
-            return any(f"slurmd.{node}.log" in path for path in files)
+            # Another cluster of this machine has nodes of the same names.
+            log = str(self.folder.resolve() / f"slurmd.{node}.log")
+            return any(each.path == log for each in process.open_files())
         except psutil.Error:
             return False
 

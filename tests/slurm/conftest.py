@@ -1,4 +1,4 @@
-"""One cluster and one corpus for all tests of this folder."""
+"""One cluster for all tests of a file, one corpus for all of a worker."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import moepp
 from tests.faults.harness import losses, prepare_data
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.slurm.jobs import STEPS, Jobs
@@ -28,11 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     # Not pytest's folder: the path of a socket may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="moepp-slurm-"))
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, getattr(request.module, "KILL_WAIT_S", 30))
     try:
         cluster.start()
         yield cluster
@@ -60,14 +61,16 @@ def jobs(cluster: Cluster, data: Path, tmp_path: Path) -> Iterator[Jobs]:
         cluster.heal()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def undisturbed(
     cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, float]:
-    """Losses by step of the two-node expert-parallel run that nobody disturbs."""
+    """Losses by step of the expert-parallel run that nobody disturbs: two ranks, without Slurm."""
     jobs = Jobs(cluster, data, tmp_path_factory.mktemp("undisturbed"))
-    job = jobs.submit()
-    job.wait_for_end("COMPLETED")
-    reached = losses(job.run)
-    assert sorted(reached) == list(range(1, STEPS + 1)), job.report()
+    config = jobs.config({})
+    never = ("checkpoint.save_interval=0", "checkpoint.async_save=false")
+    done = moepp("train", config, *never, "--nproc", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reached = losses(jobs.folder / "run")
+    assert sorted(reached) == list(range(1, STEPS + 1))
     return reached

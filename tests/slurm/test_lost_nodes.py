@@ -8,6 +8,8 @@ from tests.faults.harness import losses
 from tests.slurm.jobs import STEPS, Jobs
 
 pytestmark = pytest.mark.timeout(2400)
+# A lost node's step never answers, for which Slurm waits this long.
+KILL_WAIT_S = 5
 
 
 def test_job_waits_for_a_lost_node(jobs: Jobs, undisturbed: dict[int, float]) -> None:

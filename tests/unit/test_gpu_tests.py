@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import forked
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -61,11 +63,8 @@ def test_two_ranks() -> None:
 
 def test_each_says_what_it_needs() -> None:
     """Collected everywhere, skipped with the reason."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    done = forked(command, ROOT, os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout[-4000:]
     assert reasons(done.stdout) == {"needs a CUDA GPU"}
     assert "passed" not in done.stdout

@@ -395,7 +395,7 @@ def test_no_tests_collected_is_a_failure():
             "pytest",
             "-m",
             "gpu and not gpu",
-            "tests/unit/config",
+            "tests/unit/test_slurm_common.py",
             "-p",
             "no:cacheprovider",
         ],

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +10,15 @@ from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import ConfigError, UnfitError
+from tests.commands import moepp
 
 
 def test_layer_writes_json_and_plot(tmp_path: Path) -> None:
     # A process of its own: the command makes and destroys the default process group.
-    command = [sys.executable, "-m", "moepp_megatron.cli.main", "bench", "layer"]
+    command = ["bench", "layer"]
     command += ["--shapes", "0.6B", "--taus", "0.5", "--tokens", "32", "--rounds", "1"]
     command += ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = moepp(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     records = json.loads((tmp_path / "r.json").read_text())
     assert [record["pass"] for record in records] == ["forward", "forward_backward"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,14 +16,15 @@ from moepp_megatron.workbench.bench.collective_cases import KINDS
 from moepp_megatron.workbench.bench.collectives import default_group_sizes, sizes_between
 from moepp_megatron.workbench.profiling.collective import Operation
 from moepp_megatron.workbench.profiling.measures.ceiling import Ceiling
+from tests.commands import moepp
 
 
 def test_command_writes_a_ceiling_and_a_plot(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "moepp_megatron.cli.main", "bench", "collectives"]
+    command = ["bench", "collectives"]
     command += ["--nproc", "2", "--min", "1K", "--max", "4K", "--repeats", "1"]
     command += ["--operations", "all_to_all,all_reduce,send_receive", "--iterations", "2"]
     command += ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = moepp(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     records = json.loads((tmp_path / "c.json").read_text())
     assert [(r["operation"], r["size_bytes"]) for r in records] == [
