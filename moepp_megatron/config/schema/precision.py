@@ -8,6 +8,8 @@ from pydantic import Field
 
 from moepp_megatron.config.schema.section import Section, unit
 
+CrossEntropy = Literal["auto", "fused", "native", "unfused"]
+
 
 class PrecisionSection(Section):
     """Number formats; FP8 names follow megatron-core's TransformerConfig."""
@@ -15,6 +17,12 @@ class PrecisionSection(Section):
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="Type of parameters and activations (optimizer state is always fp32)",
+        json_schema_extra=unit("-"),
+    )
+    cross_entropy: CrossEntropy = Field(
+        default="auto",
+        description="How the loss is computed: fused, Triton kernels on the logits as they are; "
+        "native and unfused, megatron-core's, on an fp32 copy; auto: fused on a GPU with Triton",
         json_schema_extra=unit("-"),
     )
     fp8: Literal["e4m3", "hybrid"] | None = Field(

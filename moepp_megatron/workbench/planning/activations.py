@@ -70,11 +70,12 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 
 
 def output_bytes(load: Workload, grid: Grid) -> float:
-    """Logits of one micro-batch in their format, in fp32, and their exponentials."""
+    """Logits of one micro-batch; unless their cross entropy is fused, their fp32 copies too."""
     if load.modules == "local":
         return local.output_bytes(load, grid)
     logits = grid.tokens(load.seq) * grid.tp * load.vocab / grid.tp
-    return logits * (load.numbers.activation_bytes + 4 + 4)
+    copies = 0 if load.loss_fused else 4 + 4
+    return logits * (load.numbers.activation_bytes + copies)
 
 
 def resident_bytes(load: Workload, grid: Grid) -> float:
