@@ -5,11 +5,15 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from moepp_megatron.moe.kernels import combine_triton, router, rows
+from moepp_megatron.moe.kernels import combine_triton, cross_entropy, router, rows
 
 HOPPER = GPUTarget("cuda", 90, 32)
-INTEGERS = {"positions", "sequences", "num_tokens", "stride", "programs"}
+MODULES = {
+    "router": router, "combine": combine_triton, "rows": rows, "cross_entropy": cross_entropy
+}  # fmt: skip
+INTEGERS = {"positions", "sequences", "num_tokens", "stride", "programs", "columns"}
 POINTERS = {"map_ptr": "*i1", "padded_ptr": "*i1", "table_ptr": "*i32", "counts_ptr": "*i32"}
+POINTERS["labels_ptr"] = "*i64"
 BF16 = {"rows_ptr", "x_ptr", "v_ptr", "addend_ptr", "output_ptr", "grad_ptr"}
 BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 
@@ -17,7 +21,7 @@ BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 def compile_kernel(name: str, constants: dict[str, Any]) -> None:
     """Compile for arguments of the types that training has."""
     module, function = name.split(".")
-    kernel = getattr({"router": router, "combine": combine_triton, "rows": rows}[module], function)
+    kernel = getattr(MODULES[module], function)
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {argument: kind(argument, constants) for argument in kernel.arg_names}
     # Tensors begin at multiples of 16 bytes; a launch tells the compiler, which then loads as much.
@@ -39,6 +43,14 @@ def kind(argument: str, constants: dict[str, Any]) -> str:
     if not argument.endswith("_ptr"):
         return "fp32"
     return POINTERS.get(argument, "*bf16" if argument in BF16 else "*fp32")
+
+
+def compile_cross_entropy() -> None:
+    """The kernels of the loss for logits of both types."""
+    for POINTERS["logits_ptr"] in ("*bf16", "*fp32"):
+        for name in ("_forward", "_backward"):
+            compile_kernel(f"cross_entropy.{name}", {"BLOCK": cross_entropy._BLOCK})
+    del POINTERS["logits_ptr"]
 
 
 def main() -> None:
@@ -64,6 +76,7 @@ def main() -> None:
         sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8}
         for name in ("_count", "_number"):
             compile_kernel(f"rows.{name}", sizes | {"BLOCK_T": block_t, "BLOCK_P": 32})
+    compile_cross_entropy()
 
 
 if __name__ == "__main__":
