@@ -16,15 +16,17 @@ from transformer_engine.pytorch.tensor import (
 
 
 def get_dummy_wgrad(shape, dtype, zero=False):
-    return torch.zeros(shape, dtype=dtype)
+    # Not initialised memory, made visible.
+    return torch.full(shape, 0.0 if zero else float("nan"), dtype=dtype)
 
 
 class TransformerEngineBaseModule(torch.nn.Module):
     num_gemms = 1
 
-    def __init__(self, name=None):
+    def __init__(self, name=None, fuse_wgrad_accumulation=False):
         super().__init__()
         self.name = name
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.fp8 = False
         self.fp8_calibration = False
         self.fp8_meta = {"fp8_checkpoint": False}
@@ -101,11 +103,12 @@ def needs_fp8_sizes(*tensors):
 
 
 class _Gemm(torch.autograd.Function):
-    """y = x w^T, with FP8 operands where `fp8`."""
+    """y = x w^T, with FP8 operands where `fp8`; `is_first` is true, false or None."""
 
     @staticmethod
-    def forward(ctx, x, weight, fp8):
+    def forward(ctx, x, weight, fp8, fuses, is_first):
         ctx.fp8, ctx.is_quantized = fp8, isinstance(weight, QuantizedTensor)
+        ctx.weight, ctx.is_first = weight if fuses else None, is_first
         w = plain_of(weight)
         if fp8:
             x, w = _rounded(x, torch.float8_e4m3fn), _rounded(w, torch.float8_e4m3fn)
@@ -117,11 +120,27 @@ class _Gemm(torch.autograd.Function):
         x, w = ctx.saved_tensors
         if ctx.fp8:
             grad = _rounded(grad, torch.float8_e5m2)
-        return grad @ w, grad.T @ x, None
+        if ctx.weight is None:
+            return grad @ w, grad.T @ x, None, None, None
+        # The product adds in fp32, where the sum is kept; the first of a step begins it.
+        product, sums = grad.T.float() @ x.float(), ctx.weight.main_grad
+        sums.copy_(product) if ctx.is_first else sums.add_(product)
+        wgrad = None
+        if hasattr(ctx.weight, "grad_added_to_main_grad"):
+            ctx.weight.grad_added_to_main_grad = True
+            is_zero = getattr(ctx.weight, "zero_out_wgrad", False)
+            wgrad = get_dummy_wgrad(ctx.weight.shape, x.dtype, is_zero)
+        return grad @ w, wgrad, None, None, None
 
 
-def gemm(x, weight, fp8):
-    rows = _Gemm.apply(x.reshape(-1, x.shape[-1]), weight, fp8)
+def gemm(x, weight, module, is_first_microbatch):
+    rows = _Gemm.apply(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        module.fp8,
+        module.fuse_wgrad_accumulation,
+        is_first_microbatch,
+    )
     return rows.view(*x.shape[:-1], weight.shape[0])
 
 
