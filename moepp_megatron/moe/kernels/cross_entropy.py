@@ -67,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
         own_N = stats_RN[rank]
         if num_tokens:
             block = min(_BLOCK, triton.next_power_of_2(columns))
-            _forward[(num_tokens,)](
+            _reduce_logits[(num_tokens,)](
                 logits, labels_N, own_N, num_tokens, columns, BLOCK=block, num_warps=_WARPS
             )
         if ranks > 1:
@@ -87,7 +87,7 @@ class _CrossEntropy(torch.autograd.Function):
         num_tokens, columns = len(labels_N), logits.shape[-1]
         if num_tokens:
             block = min(_BLOCK, triton.next_power_of_2(columns))
-            _backward[(num_tokens, triton.cdiv(columns, block))](
+            _write_gradient[(num_tokens, triton.cdiv(columns, block))](
                 logits, labels_N, largest_N, sum_N, grad.reshape(-1).float(), columns,
                 BLOCK=block, num_warps=_WARPS,
             )  # fmt: skip
@@ -97,7 +97,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _reduce_logits(  # type: ignore[no-untyped-def]
     logits_ptr, labels_ptr, stats_ptr, num_tokens, columns, BLOCK: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -119,7 +119,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward(  # type: ignore[no-untyped-def]
+def _write_gradient(  # type: ignore[no-untyped-def]
     logits_ptr, labels_ptr, largest_ptr, sum_ptr, grad_ptr, columns, BLOCK: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)

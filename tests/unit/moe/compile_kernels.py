@@ -48,7 +48,7 @@ def kind(argument: str, constants: dict[str, Any]) -> str:
 def compile_cross_entropy() -> None:
     """The kernels of the loss for logits of both types."""
     for POINTERS["logits_ptr"] in ("*bf16", "*fp32"):
-        for name in ("_forward", "_backward"):
+        for name in ("_reduce_logits", "_write_gradient"):
             compile_kernel(f"cross_entropy.{name}", {"BLOCK": cross_entropy._BLOCK})
     del POINTERS["logits_ptr"]
 

@@ -23,10 +23,11 @@ def get_dummy_wgrad(shape, dtype, zero=False):
 class TransformerEngineBaseModule(torch.nn.Module):
     num_gemms = 1
 
-    def __init__(self, name=None, fuse_wgrad_accumulation=False):
+    def __init__(self, name=None):
         super().__init__()
         self.name = name
-        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
+        # megatron-core's setting, which the constructors get, needs apex, and is off here.
+        self.fuse_wgrad_accumulation = False
         self.fp8 = False
         self.fp8_calibration = False
         self.fp8_meta = {"fp8_checkpoint": False}
@@ -68,6 +69,13 @@ class TransformerEngineBaseModule(torch.nn.Module):
                 self.fp8_meta[f"amax_history_{suffix}"] = torch.zeros(length, count)
 
     def begin(self, inp, rows):
+        for weight in self.parameters(recurse=False):
+            # megatron-core's subclasses give the forward pass the second.
+            weight.adds_to = (
+                (weight.main_grad, getattr(self, "is_first_microbatch", None))
+                if self.fuse_wgrad_accumulation
+                else None
+            )
         self.init_fp8_metadata(self.num_gemms)
         recipe = type(self.fp8_meta["recipe"]).__name__ if self.fp8 else None
         CALLS.append(Call(type(self).__name__, tuple(rows), recipe))
@@ -103,12 +111,12 @@ def needs_fp8_sizes(*tensors):
 
 
 class _Gemm(torch.autograd.Function):
-    """y = x w^T, with FP8 operands where `fp8`; `is_first` is true, false or None."""
+    """y = x w^T, with FP8 operands where `fp8`."""
 
     @staticmethod
-    def forward(ctx, x, weight, fp8, fuses, is_first):
+    def forward(ctx, x, weight, fp8):
         ctx.fp8, ctx.is_quantized = fp8, isinstance(weight, QuantizedTensor)
-        ctx.weight, ctx.is_first = weight if fuses else None, is_first
+        ctx.weight, ctx.adds_to = weight, weight.adds_to
         w = plain_of(weight)
         if fp8:
             x, w = _rounded(x, torch.float8_e4m3fn), _rounded(w, torch.float8_e4m3fn)
@@ -120,27 +128,22 @@ class _Gemm(torch.autograd.Function):
         x, w = ctx.saved_tensors
         if ctx.fp8:
             grad = _rounded(grad, torch.float8_e5m2)
-        if ctx.weight is None:
-            return grad @ w, grad.T @ x, None, None, None
-        # The product adds in fp32, where the sum is kept; the first of a step begins it.
-        product, sums = grad.T.float() @ x.float(), ctx.weight.main_grad
-        sums.copy_(product) if ctx.is_first else sums.add_(product)
-        wgrad = None
-        if hasattr(ctx.weight, "grad_added_to_main_grad"):
-            ctx.weight.grad_added_to_main_grad = True
-            is_zero = getattr(ctx.weight, "zero_out_wgrad", False)
-            wgrad = get_dummy_wgrad(ctx.weight.shape, x.dtype, is_zero)
-        return grad @ w, wgrad, None, None, None
+        return grad @ w, _weight_gradient(ctx, grad, x), None
 
 
-def gemm(x, weight, module, is_first_microbatch):
-    rows = _Gemm.apply(
-        x.reshape(-1, x.shape[-1]),
-        weight,
-        module.fp8,
-        module.fuse_wgrad_accumulation,
-        is_first_microbatch,
-    )
+def _weight_gradient(ctx, grad, x):
+    if ctx.adds_to is None:
+        return grad.T @ x
+    # Added inside the product, in fp32; the first of a step begins the sum.
+    sums, is_first = ctx.adds_to
+    product = grad.T.float() @ x.float()
+    sums.copy_(product) if is_first else sums.add_(product)
+    ctx.weight.grad_added_to_main_grad = True
+    return get_dummy_wgrad(ctx.weight.shape, x.dtype, getattr(ctx.weight, "zero_out_wgrad", False))
+
+
+def gemm(x, weight, fp8):
+    rows = _Gemm.apply(x.reshape(-1, x.shape[-1]), weight, fp8)
     return rows.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -39,7 +39,7 @@ class Linear(TransformerEngineBaseModule):
         save_original_input=False,
         name=None,
     ):
-        super().__init__(name, fuse_wgrad_accumulation)
+        super().__init__(name)
         assert tp_size == 1, "the stand-in knows one tensor-parallel rank"
         assert not bias, "the stand-in knows no bias"
         self.in_features, self.out_features = in_features, out_features
@@ -51,7 +51,7 @@ class Linear(TransformerEngineBaseModule):
         self.begin(inp, [inp.shape[:-1].numel()])
         if self.fp8:
             needs_fp8_sizes(inp, self.weight)
-        return gemm(inp, self.weight, self, is_first_microbatch)
+        return gemm(inp, self.weight, self.fp8)
 
 
 class LayerNormLinear(TransformerEngineBaseModule):
@@ -86,7 +86,7 @@ class LayerNormLinear(TransformerEngineBaseModule):
         symmetric_ar_type=None,
         name=None,
     ):
-        super().__init__(name, fuse_wgrad_accumulation)
+        super().__init__(name)
         assert tp_size == 1, "the stand-in knows one tensor-parallel rank"
         assert not bias, "the stand-in knows no bias"
         assert normalization == "RMSNorm"
@@ -101,8 +101,7 @@ class LayerNormLinear(TransformerEngineBaseModule):
         self.begin(inp, [inp.shape[:-1].numel()])
         if self.fp8:
             needs_fp8_sizes(inp, self.weight)
-        normed = rms_norm(inp, self.layer_norm_weight, self.eps)
-        return gemm(normed, self.weight, self, is_first_microbatch)
+        return gemm(rms_norm(inp, self.layer_norm_weight, self.eps), self.weight, self.fp8)
 
 
 class GroupedLinear(TransformerEngineBaseModule):
@@ -133,7 +132,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         name=None,
         use_grouped_tensor=None,
     ):
-        super().__init__(name, fuse_wgrad_accumulation)
+        super().__init__(name)
         assert not bias, "the stand-in knows no bias"
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
         self.use_bias, self.parallel_mode, self.tp_size = bias, parallel_mode, tp_size
@@ -155,4 +154,4 @@ class GroupedLinear(TransformerEngineBaseModule):
                 raise RuntimeError(f"FP8 GEMM with rows {m_splits}, not multiples of {align}")
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
         parts = zip(inp.split(list(m_splits)), weights, strict=True)
-        return torch.cat([gemm(x, weight, self, is_first_microbatch) for x, weight in parts])
+        return torch.cat([gemm(x, weight, self.fp8) for x, weight in parts])
