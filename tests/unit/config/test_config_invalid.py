@@ -342,7 +342,7 @@ INVALID = [
     # the loss
     (
         ["precision.cross_entropy=native", "precision.dtype=fp32"],
-        "precision.cross_entropy (native) must have precision.dtype (fp32) bf16, because",
+        "precision.cross_entropy ('native') must have precision.dtype (fp32) bf16, because",
         "use auto",
     ),
     # CUDA graphs
