@@ -110,6 +110,7 @@ class Choice(NamedTuple):
     routing_map: Tensor
     counts: Tensor | None
     score_sums: Tensor | None
+    mixing_logits: Tensor | None = None
 
 
 class MoEPPRouter(TopKRouter):
@@ -190,14 +191,18 @@ class MoEPPRouter(TopKRouter):
         padded = flat_mask(padding_mask, input)
         logits, mixing_logits = self._logits(input, previous_logits, mixing_weight)
         logits = without_padding(logits, padding_mask)
-        routing = self.settle(self._choose(logits, tags, padded), padded)
+        choice = self._choose(logits, tags, padded)._replace(mixing_logits=mixing_logits)
+        routing = self.settle(choice, padded)
         if self.health.enabled and self.training:
             self._measure(logits, previous_logits, routing.routing_map, padded)
-        return routing._replace(mixing_logits=mixing_logits)
+        return routing
 
-    def choose(self, input: Tensor, previous_logits: Tensor | None) -> Choice:
+    def choose(
+        self, input: Tensor, previous_logits: Tensor | None, mixing_weight: Tensor | None = None
+    ) -> Choice:
         """The first half of `forward`: has no effect but its result, so a graph can hold it."""
-        return self._choose(self._logits(input, previous_logits)[0])
+        logits, mixing_logits = self._logits(input, previous_logits, mixing_weight)
+        return self._choose(logits)._replace(mixing_logits=mixing_logits)
 
     def _logits(
         self, input: Tensor, previous_logits: Tensor | None, mixing_weight: Tensor | None = None
@@ -331,7 +336,7 @@ class MoEPPRouter(TopKRouter):
             choice: Result of `choose`, the first half.
             padded: [T] bool tokens that are padding; None for none.
         """
-        logits, gates_TE, routing_map_TE, counts_SE, _ = choice
+        logits, gates_TE, routing_map_TE, counts_SE, *_ = choice
         num_tokens = gates_TE.shape[0] if padded is None else (~padded).sum()
         loss = None
         if counts_SE is not None and self.moepp.balance_coeff > 0:
@@ -356,8 +361,8 @@ class MoEPPRouter(TopKRouter):
             if self.statistics.watches_margins:
                 self._count_margins(logits, padded)
         if kept_TE is not None:
-            return Routing(gates_TE * kept_TE, kept_TE, logits)
-        return Routing(gates_TE, routing_map_TE, logits)
+            return Routing(gates_TE * kept_TE, kept_TE, logits, choice.mixing_logits)
+        return Routing(gates_TE, routing_map_TE, logits, choice.mixing_logits)
 
     def _add_residual(self, logits: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
         """`logits + G z_(j-1)`, [s, b, E]; the matrix product adds, so nothing is read twice."""
@@ -421,7 +426,7 @@ class MoEPPRouter(TopKRouter):
 
     def _balance(self, choice: Choice, padded: Tensor | None) -> tuple[Tensor, Tensor]:
         """This rank's summand of L_b, and the gates with its gradient attached."""
-        logits, gates_TE, _, counts_SE, score_sums_SE = choice
+        logits, gates_TE, _, counts_SE, score_sums_SE, _ = choice
         assert counts_SE is not None, "a selection that was not counted has no balance loss"
         assert score_sums_SE is not None, "counts and sums come together"
         num_sequences = counts_SE.shape[0]
