@@ -18,12 +18,14 @@ BF16 = {"rows_ptr", "x_ptr", "v_ptr", "addend_ptr", "output_ptr", "grad_ptr"}
 BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 
 
-def compile_kernel(name: str, constants: dict[str, Any]) -> None:
+def compile_kernel(name: str, constants: dict[str, Any], logits: str = "*fp32") -> None:
     """Compile for arguments of the types that training has."""
     module, function = name.split(".")
     kernel = getattr(MODULES[module], function)
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {argument: kind(argument, constants) for argument in kernel.arg_names}
+    if "logits_ptr" in signature:
+        signature["logits_ptr"] = logits
     # Tensors begin at multiples of 16 bytes; a launch tells the compiler, which then loads as much.
     aligned = {
         (place,): [["tt.divisibility", 16]]
@@ -43,14 +45,6 @@ def kind(argument: str, constants: dict[str, Any]) -> str:
     if not argument.endswith("_ptr"):
         return "fp32"
     return POINTERS.get(argument, "*bf16" if argument in BF16 else "*fp32")
-
-
-def compile_cross_entropy() -> None:
-    """The kernels of the loss for logits of both types."""
-    for POINTERS["logits_ptr"] in ("*bf16", "*fp32"):
-        for name in ("_reduce_logits", "_write_gradient"):
-            compile_kernel(f"cross_entropy.{name}", {"BLOCK": cross_entropy._BLOCK})
-    del POINTERS["logits_ptr"]
 
 
 def main() -> None:
@@ -76,7 +70,9 @@ def main() -> None:
         sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8}
         for name in ("_count", "_number"):
             compile_kernel(f"rows.{name}", sizes | {"BLOCK_T": block_t, "BLOCK_P": 32})
-    compile_cross_entropy()
+    for logits in ("*bf16", "*fp32"):
+        for name in ("_reduce_logits", "_write_gradient"):
+            compile_kernel(f"cross_entropy.{name}", {"BLOCK": cross_entropy._BLOCK}, logits)
 
 
 if __name__ == "__main__":
