@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.model.all_heads_norm import all_heads_norms
+from moepp_megatron.model.cross_entropy import WithCrossEntropy
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.model.local_modules import fit_local_modules
@@ -23,6 +24,7 @@ from moepp_megatron.moe.upstream_private import (
     UpstreamMovedError,
     check_upstream,
 )
+from moepp_megatron.runtime.kernel_choices import chosen_cross_entropy
 from moepp_megatron.runtime.optional import have_transformer_engine
 
 if TYPE_CHECKING:
@@ -56,10 +58,13 @@ def build_chunks(config: Config) -> list[LanguageModule]:
         raise UnfitError(str(error)) from None
     num_chunks = virtual_stages(config)
     stages = range(num_chunks) if num_chunks > 1 else [None]
-    return [_build_chunk(config, vp_stage) for vp_stage in stages]
+    chunks = [_build_chunk(config, vp_stage) for vp_stage in stages]
+    for chunk in chunks:
+        chunk.fuses_cross_entropy = chosen_cross_entropy(config.precision.cross_entropy) == "fused"
+    return chunks
 
 
-def _build_chunk(config: Config, vp_stage: int | None) -> LanguageModule:
+def _build_chunk(config: Config, vp_stage: int | None) -> WithCrossEntropy:
     build = {"gpt": _gpt_model, "hybrid": _hybrid_model}[config.model.implementation]
     return build(
         config,

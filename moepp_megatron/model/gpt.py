@@ -8,6 +8,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moepp_megatron.model.cross_entropy import WithCrossEntropy
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import lane_columns, no_logits, pack, unpack
 from moepp_megatron.moe.overlap import MoEPPChunkPlan
@@ -15,7 +16,7 @@ from moepp_megatron.moe.token_tags import TokenTags
 from moepp_megatron.moe.zero_computation import share_constants
 
 
-class MoEPPGPTModel(GPTModel):
+class MoEPPGPTModel(WithCrossEntropy, GPTModel):
     """A pipeline stage (or the whole) of a GPT model with MoE++ layers.
 
     A stage that is not the first receives hidden states with the lane glued on and takes them

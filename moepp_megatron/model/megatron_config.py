@@ -209,7 +209,7 @@ def _kernel_fields(config: Config) -> dict[str, object]:
         "use_cpu_initialization": not torch.cuda.is_available(),
         "moe_grouped_gemm": fused,
         "moe_permute_fusion": fused,
-        # Not where only Transformer Engine is there: megatron-core's output layer asks for apex's.
+        # Of Transformer Engine's layers alone: `moepp_megatron.training.setup`.
         "gradient_accumulation_fusion": have_fused_weight_gradient(),
         "masked_softmax_fusion": fused,
         "bias_dropout_fusion": fused,
@@ -217,7 +217,8 @@ def _kernel_fields(config: Config) -> dict[str, object]:
         # The rotation of latent attention is another kernel, which has not been tested.
         "apply_rope_fusion": fused and config.model.latent_attention is None,
         "persist_layer_norm": False,
-        "cross_entropy_loss_fusion": False,
+        # The other two kinds: `moepp_megatron.model.cross_entropy`.
+        "cross_entropy_loss_fusion": config.precision.cross_entropy == "native",
     }
     return fields
 

@@ -95,7 +95,10 @@ class MoEPPTransformerLayer(TransformerLayer):
         """Norm and router up to the selection, [s, b, D] and a `Choice`: what a graph captures."""
         normed = self._forward_pre_mlp_layernorm(hidden_states)
         assert torch.is_tensor(normed), "a norm fused with its residual cannot be captured here"
-        return normed, *self.mlp.router.choose(normed, previous_logits)
+        mixing_weight = self.mlp.zero_computation.mixing_rows
+        choice = self.mlp.router.choose(normed, previous_logits, mixing_weight)
+        # A graph hands out tensors alone.
+        return normed, *(choice[:-1] if choice.mixing_logits is None else choice)
 
     def normed_and_residual(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The MoE layer's input and the residual that its output is added to, both [s, b, D]."""

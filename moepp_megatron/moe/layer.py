@@ -193,7 +193,8 @@ class MoEPPLayer(MoELayer):
         padding: Tensor | None,
         tags: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        routing = self.router(hidden_states, previous_logits, padding, tags)
+        mixing_weight = self.zero_computation.mixing_rows
+        routing = self.router(hidden_states, previous_logits, padding, tags, mixing_weight)
         return self._experts(hidden_states, routing, padding)
 
     def _experts(
@@ -201,7 +202,7 @@ class MoEPPLayer(MoELayer):
     ) -> tuple[Tensor, Tensor]:
         """The layer after its router."""
         if self.router.health.enabled and RoutingStatistics.counts_now(self.training):
-            self._measure_constants(hidden_states, routing.gates)
+            self._measure_constants(hidden_states, routing)
         dispatched, probs = self.dispatch(*self.ffn_input(hidden_states, routing))
         # While tokens travel to their experts and back: what needs no token to move.
         shared_output = self.shared_output(hidden_states, padding)
@@ -210,19 +211,19 @@ class MoEPPLayer(MoELayer):
         if self.fuses_combine:
             all_output = self._fused_output(returning, hidden_states, routing, shared_output)
             return all_output.view(hidden_states.shape), routing.logits
-        output = self.local_output(hidden_states, routing.gates, shared_output)
+        output = self.local_output(hidden_states, routing, shared_output)
         ffn_output = self.postprocess(returning, None)
         if output is None:
             return ffn_output, routing.logits
         output.add_(ffn_output.view_as(output))
         return output.view(hidden_states.shape), routing.logits
 
-    def _measure_constants(self, hidden_states: Tensor, gates: Tensor) -> None:
+    def _measure_constants(self, hidden_states: Tensor, routing: Routing) -> None:
         if self.moepp.num_constant_experts > 0:
             tokens = hidden_states.detach().reshape(-1, hidden_states.shape[-1])
             with torch.no_grad():
-                mixing = self.zero_computation.mixing(tokens)
-            self.router.health.add_constants(gates, mixing, self.zero_computation.vectors)
+                mixing = self.zero_computation.mixing(tokens, routing.mixing_logits)
+            self.router.health.add_constants(routing.gates, mixing, self.zero_computation.vectors)
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
         """megatron-core's way to call a router, which cannot pass its logits on. Not supported.
@@ -262,13 +263,15 @@ class MoEPPLayer(MoELayer):
         return output.masked_fill(padding.unsqueeze(-1), 0.0)
 
     def local_output(
-        self, hidden_states: Tensor, gates: Tensor, shared_output: Tensor | None
+        self, hidden_states: Tensor, routing: Routing, shared_output: Tensor | None
     ) -> Tensor | None:
         """[T, D] output of zero-computation and shared experts; None if there are none."""
         hidden_size = hidden_states.shape[-1]
         if shared_output is not None:
             shared_output = shared_output.reshape(-1, hidden_size)
-        return self.zero_computation(hidden_states.view(-1, hidden_size), gates, shared_output)
+        return self.zero_computation(
+            hidden_states.view(-1, hidden_size), routing.gates, shared_output, routing.mixing_logits
+        )
 
     def _fused_output(
         self,
@@ -284,7 +287,7 @@ class MoEPPLayer(MoELayer):
         if shared_output is not None:
             shared_output = shared_output.reshape(-1, hidden_size)
         tokens = hidden_states.reshape(-1, hidden_size)
-        zero = self.zero_computation.ingredients(tokens, routing.gates, routing.routing_map)
+        zero = self.zero_computation.ingredients(tokens, *routing[:2], routing.mixing_logits)
         rows, table = cast(RowDispatcher, self.token_dispatcher).combine_rows(returning)
         return combine(rows, table, zero, shared_output, self.moepp)
 

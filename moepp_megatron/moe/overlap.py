@@ -126,10 +126,11 @@ class _MoENodes(_Nodes):
         hidden_states, lane = self.attention(node, packed)
         normed, residual = self.layer.normed_and_residual(hidden_states)
         padding = self.experts.padding_of(normed, node.chunk_state.padding_mask)
-        routing = self.experts.router(normed, lane, padding)
+        mixing_weight = self.experts.zero_computation.mixing_rows
+        routing = self.experts.router(normed, lane, padding, mixing_weight=mixing_weight)
         tokens, probs = self.experts.ffn_input(normed, routing)
         shared_output = self.experts.shared_output(normed, padding)
-        local_output = self.experts.local_output(normed, routing.gates, shared_output)
+        local_output = self.experts.local_output(normed, routing, shared_output)
 
         kept = node.layer_state
         kept.residual = node.detach(residual)

@@ -56,11 +56,14 @@ class Routing(NamedTuple):
         routing_map: [T, E] bool selections that are carried out.
         logits: [s, b, E] fp32 router logits, residual included: the next MoE layer's residual.
             Those of padding are 0.
+        mixing_logits: [T, 2C] fp32 `U x` of the constant experts, where the gate's product has
+            computed it too; else None.
     """
 
     gates: Tensor
     routing_map: Tensor
     logits: Tensor
+    mixing_logits: Tensor | None = None
 
 
 def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerConfig:
@@ -107,6 +110,7 @@ class Choice(NamedTuple):
     routing_map: Tensor
     counts: Tensor | None
     score_sums: Tensor | None
+    mixing_logits: Tensor | None = None
 
 
 class MoEPPRouter(TopKRouter):
@@ -169,6 +173,7 @@ class MoEPPRouter(TopKRouter):
         previous_logits: Tensor | None = None,
         padding_mask: Tensor | None = None,
         tags: Tensor | None = None,
+        mixing_weight: Tensor | None = None,
     ) -> Routing:
         """Route one micro-batch.
 
@@ -178,35 +183,66 @@ class MoEPPRouter(TopKRouter):
             padding_mask: [s, b] bool, True for padding (as in megatron-core), or None. Padding
                 selects nothing and counts in no loss, limit or statistic; its logits are 0.
             tags: [s, b] tags from `token_tags`; with None an FFN demand concerns all tokens.
+            mixing_weight: [2C, D] U of the constant experts, for `Routing.mixing_logits`, or None.
 
         Raises:
             ValueError: If the mask has another shape.
         """
         padded = flat_mask(padding_mask, input)
-        logits = without_padding(self._logits(input, previous_logits), padding_mask)
-        gates, routing_map, _ = self.settle(self._choose(logits, tags, padded), padded)
+        logits, mixing_logits = self._logits(input, previous_logits, mixing_weight)
+        logits = without_padding(logits, padding_mask)
+        choice = self._choose(logits, tags, padded)._replace(mixing_logits=mixing_logits)
+        routing = self.settle(choice, padded)
         if self.health.enabled and self.training:
-            self._measure(logits, previous_logits, routing_map, padded)
-        return Routing(gates, routing_map, logits)
+            self._measure(logits, previous_logits, routing.routing_map, padded)
+        return routing
 
-    def choose(self, input: Tensor, previous_logits: Tensor | None) -> Choice:
+    def choose(
+        self, input: Tensor, previous_logits: Tensor | None, mixing_weight: Tensor | None = None
+    ) -> Choice:
         """The first half of `forward`: has no effect but its result, so a graph can hold it."""
-        return self._choose(self._logits(input, previous_logits))
+        logits, mixing_logits = self._logits(input, previous_logits, mixing_weight)
+        return self._choose(logits)._replace(mixing_logits=mixing_logits)
 
-    def _logits(self, input: Tensor, previous_logits: Tensor | None) -> Tensor:
-        """[s, b, E] fp32 logits, residual included."""
+    def _logits(
+        self, input: Tensor, previous_logits: Tensor | None, mixing_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, E] fp32 logits, residual included, and the mixing logits of `forward`."""
         if self.expert_bias is not None and self.expert_bias.dtype != torch.float32:
             # Float16Module has rounded it; updates of a thousandth would be lost.
             self.expert_bias.data = self.expert_bias.data.float()
         # megatron-core adds the noise in validation too; there it would only blur the loss.
-        logits = self.gating(self.apply_input_jitter(input) if self.training else input)
+        jitters = self.training and self.config.moe_input_jitter_eps is not None
+        mixing_logits = None
+        if mixing_weight is None or jitters or self.bias is not None or self._in_fp64:
+            logits = self.gating(self.apply_input_jitter(input) if jitters else input)
+        else:
+            logits, mixing_logits = self._joined_gating(input, mixing_weight)
         if self.residual_weight is not None:
             assert previous_logits is not None, (
                 f"MoE layer {self.layer_number} has a gating residual but was given no logits of "
                 "the layer before"
             )
             logits = self._add_residual(logits, previous_logits, self.residual_weight)
-        return logits
+        return logits.contiguous(), mixing_logits
+
+    def _joined_gating(self, input: Tensor, mixing_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """[s, b, E] `gating(input)` and [T, 2C] fp32 `U x`, in one product.
+
+        Each of two products would turn the hidden states into fp32, forward and backward, and
+        write a gradient of them; those would then be added, rounded to bf16 each.
+        """
+        if self.weight.device != input.device:
+            # Initialised on the CPU; megatron-core's `gating` moves it too.
+            self.weight.data = self.weight.data.to(input.device)
+        rows = (self.weight.shape[0], mixing_weight.shape[0])
+        joined = torch.cat([self.weight, mixing_weight])
+        hidden, mixing = router_gating_linear(input, joined, None, torch.float32).split(rows, -1)
+        return self._second_layer(hidden), mixing.reshape(-1, rows[1])
+
+    @property
+    def _in_fp64(self) -> bool:
+        return bool(self.config.moe_router_dtype == "fp64")
 
     @property
     def logits_weight(self) -> Tensor:
@@ -227,7 +263,10 @@ class MoEPPRouter(TopKRouter):
 
     def gating(self, input: Tensor) -> Tensor:
         """[s, b, E] logits without residual: `W x`, or `W_b tanh(W_a x)` with two layers."""
-        hidden = super().gating(input)
+        return self._second_layer(super().gating(input))
+
+    def _second_layer(self, hidden: Tensor) -> Tensor:
+        """`W_b tanh(hidden)`; `hidden` itself with one layer."""
         if not self.moepp.two_layer_gate:
             return hidden
         return router_gating_linear(torch.tanh(hidden), self.output_weight, None, hidden.dtype)
@@ -244,8 +283,7 @@ class MoEPPRouter(TopKRouter):
         """
         padded = flat_mask(padding_mask, logits)
         choice = self._choose(without_padding(logits, padding_mask), padded=padded)
-        gates, routing_map, _ = self.settle(choice, padded)
-        return gates, routing_map
+        return self.settle(choice, padded)[:2]
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Like megatron-core's, but with the right mean where ranks have unequal padding.
@@ -298,7 +336,7 @@ class MoEPPRouter(TopKRouter):
             choice: Result of `choose`, the first half.
             padded: [T] bool tokens that are padding; None for none.
         """
-        logits, gates_TE, routing_map_TE, counts_SE, _ = choice
+        logits, gates_TE, routing_map_TE, counts_SE, *_ = choice
         num_tokens = gates_TE.shape[0] if padded is None else (~padded).sum()
         loss = None
         if counts_SE is not None and self.moepp.balance_coeff > 0:
@@ -323,8 +361,8 @@ class MoEPPRouter(TopKRouter):
             if self.statistics.watches_margins:
                 self._count_margins(logits, padded)
         if kept_TE is not None:
-            return Routing(gates_TE * kept_TE, kept_TE, logits)
-        return Routing(gates_TE, routing_map_TE, logits)
+            return Routing(gates_TE * kept_TE, kept_TE, logits, choice.mixing_logits)
+        return Routing(gates_TE, routing_map_TE, logits, choice.mixing_logits)
 
     def _add_residual(self, logits: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
         """`logits + G z_(j-1)`, [s, b, E]; the matrix product adds, so nothing is read twice."""
@@ -388,7 +426,7 @@ class MoEPPRouter(TopKRouter):
 
     def _balance(self, choice: Choice, padded: Tensor | None) -> tuple[Tensor, Tensor]:
         """This rank's summand of L_b, and the gates with its gradient attached."""
-        logits, gates_TE, _, counts_SE, score_sums_SE = choice
+        logits, gates_TE, _, counts_SE, score_sums_SE, _ = choice
         assert counts_SE is not None, "a selection that was not counted has no balance loss"
         assert score_sums_SE is not None, "counts and sums come together"
         num_sequences = counts_SE.shape[0]

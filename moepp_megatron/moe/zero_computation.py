@@ -81,13 +81,21 @@ class ZeroComputationExperts(MegatronModule):
         """Whether V is 0 before training."""
         return self.moepp.num_constant_experts > 0 and self.moepp.constant_init == "zero"
 
-    def forward(self, x: Tensor, gates: Tensor, addend: Tensor | None = None) -> Tensor | None:
+    def forward(
+        self,
+        x: Tensor,
+        gates: Tensor,
+        addend: Tensor | None = None,
+        mixing_logits: Tensor | None = None,
+    ) -> Tensor | None:
         """Add up the zero-computation experts' output.
 
         Args:
             x: [T, D] the layer's input.
             gates: [T, E] fp32 gates of all experts, 0 where not selected.
             addend: [T, D] what to add them to, dtype of `x`, left as it is; None for nothing.
+            mixing_logits: [T, 2C] fp32 U x where the router has computed it
+                (`Routing.mixing_logits`); None has it computed here.
 
         Returns:
             [T, D], dtype of `x`, a tensor of its own that may be added to in place; None where
@@ -100,7 +108,7 @@ class ZeroComputationExperts(MegatronModule):
         weight_of_input = gates[:, moepp.columns(COPY)].sum(dim=-1)
         if moepp.num_constant_experts > 0:
             constant_gates = gates[:, moepp.columns(CONSTANT)]
-            keep, replace = self.mixing(x).unbind(dim=-1)
+            keep, replace = self.mixing(x, mixing_logits).unbind(dim=-1)
             weight_of_input = weight_of_input + (constant_gates * keep).sum(dim=-1)
             weight_of_constants = (constant_gates * replace).to(x.dtype)
             if addend is None:
@@ -113,28 +121,42 @@ class ZeroComputationExperts(MegatronModule):
         # In place: a further tensor of this size would be the largest cost of these experts.
         return x * weight_of_input if output is None else output.addcmul_(x, weight_of_input)
 
-    def ingredients(self, x: Tensor, gates: Tensor, routing_map: Tensor) -> Ingredients | None:
+    def ingredients(
+        self,
+        x: Tensor,
+        gates: Tensor,
+        routing_map: Tensor,
+        mixing_logits: Tensor | None = None,
+    ) -> Ingredients | None:
         """The inputs that `forward` uses; arguments as there and in `Ingredients`.
 
         Returns:
             None where there is nothing but zero experts.
         """
         if self.moepp.num_constant_experts > 0:
-            logits = self._mixing_logits(x)
+            logits = self._mixing_logits(x, mixing_logits)
             return Ingredients(x, gates, routing_map, logits, self.vectors)
         if self.moepp.num_copy_experts > 0:
             return Ingredients(x, gates, routing_map, None, None)
         return None
 
-    def mixing(self, x: Tensor) -> Tensor:
+    def mixing(self, x: Tensor, mixing_logits: Tensor | None = None) -> Tensor:
         """[T, C, 2] fp32: how much of the input each constant expert keeps and replaces."""
-        logits = self._mixing_logits(x).view(-1, self.moepp.num_constant_experts, 2)
-        return torch.softmax(logits * self.moepp.expert_input_scale, dim=-1)
+        logits = self._mixing_logits(x, mixing_logits)
+        pairs = logits.view(-1, self.moepp.num_constant_experts, 2)
+        return torch.softmax(pairs * self.moepp.expert_input_scale, dim=-1)
 
-    def _mixing_logits(self, x: Tensor) -> Tensor:
+    @property
+    def mixing_rows(self) -> Tensor | None:
+        """[2C, D] U, one row for each mixing logit; None without constant experts."""
+        if self.moepp.num_constant_experts == 0:
+            return None
+        return self.mixing_weight.flatten(0, 1)
+
+    def _mixing_logits(self, x: Tensor, logits: Tensor | None) -> Tensor:
         """[T, 2C] fp32, U x / temperature, without the scale of the experts' input."""
-        weight = self.mixing_weight.view(2 * self.moepp.num_constant_experts, -1)
-        logits = router_gating_linear(x, weight, None, torch.float32)
+        if logits is None:
+            logits = router_gating_linear(x, self.mixing_rows, None, torch.float32)
         temperature = self.moepp.constant_temperature
         return logits if temperature == 1.0 else logits / temperature
 

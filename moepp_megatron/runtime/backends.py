@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import metadata
 
+from moepp_megatron.config import Config
+from moepp_megatron.config.schema.precision import CrossEntropy
 from moepp_megatron.runtime.install import TRANSFORMER_ENGINE, how_to_install
 from moepp_megatron.runtime.kernel_choices import kernel_choices
 from moepp_megatron.runtime.optional import (
@@ -101,8 +103,10 @@ def optional_backends() -> list[Backend]:
             "Triton",
             version_of("triton"),
             have_triton(),
-            "moe.fused=auto: routing and combining in one kernel each, forward and backward",
-            "moe.fused=auto: plain torch operations; moe.fused=true is refused",
+            "moe.fused=auto: routing and combining in one kernel each, forward and backward; "
+            "precision.cross_entropy=auto: fused",
+            "moe.fused=auto: plain torch operations; moe.fused=true is refused; "
+            "precision.cross_entropy=auto: unfused",
             "comes with torch for CUDA",
         ),
         Backend(
@@ -128,21 +132,21 @@ def doubts() -> list[str]:
     return found
 
 
-def choices_to_log() -> str | None:
+def choices_to_log(config: Config) -> str | None:
     """The choices for a run's log; none on a CPU, for which the packages have no use."""
     import torch
 
     if torch.cuda.is_available() or any(backend.used for backend in optional_backends()):
-        return choices_line()
+        return choices_line(config.precision.cross_entropy)
     return None
 
 
-def choices_line() -> str:
+def choices_line(cross_entropy: CrossEntropy = "auto") -> str:
     """All choices in one line; imports torch."""
     backends = optional_backends()
     used = ", ".join(f"{b.name} {b.version}" for b in backends if b.used) or "none"
     missing = ", ".join(b.name for b in backends if not b.used) or "none"
-    kernels = "; ".join(choice.line() for choice in kernel_choices())
+    kernels = "; ".join(choice.line() for choice in kernel_choices(cross_entropy))
     return f"optional packages used: {used}; not used: {missing} (moepp doctor says why); {kernels}"
 
 

@@ -24,20 +24,7 @@ def check_fit(config: Config) -> None:
         _check_flex(config)
     if config.training.cuda_graphs:
         _check_cuda_graphs(config)
-    if config.moe.fused is True and not have_triton():
-        raise UnfitError(
-            "moe.fused (true) must have a GPU and the package triton, which this machine lacks; "
-            "use auto"
-        )
-    if config.moe.fused and not config.moe.is_vanilla:
-        missing = compiler_obstacle()
-        # Asked last: it imports torch.
-        if missing is not None and have_triton():
-            lacks, remedy = missing
-            raise UnfitError(
-                f"moe.fused ({str(config.moe.fused).lower()}) must have {lacks}, which Triton "
-                f"needs to start a kernel; {remedy}, or use false"
-            )
+    _check_triton(config)
     if not have_transformer_engine():
         _check_recomputation(config)
     if config.model.latent_attention is not None and not have_transformer_engine():
@@ -46,6 +33,27 @@ def check_fit(config: Config) -> None:
         obstacle = fp8_obstacle(config, FP8Machine.this())
         if obstacle is not None:
             raise UnfitError(obstacle)
+
+
+def _check_triton(config: Config) -> None:
+    fused, loss = config.moe.fused, config.precision.cross_entropy
+    uses = [
+        ("moe.fused", str(fused).lower(), fused and not config.moe.is_vanilla, "false"),
+        ("precision.cross_entropy", loss, loss in ("auto", "fused"), "unfused"),
+    ]
+    for name, value, is_wanted, without in uses:
+        if value in ("true", "fused") and not have_triton():
+            raise UnfitError(
+                f"{name} ({value}) must have a GPU and the package triton, which this machine "
+                "lacks; use auto"
+            )
+        # Triton is asked for last: it imports torch.
+        if is_wanted and (missing := compiler_obstacle()) is not None and have_triton():
+            lacks, remedy = missing
+            raise UnfitError(
+                f"{name} ({value}) must have {lacks}, which Triton needs to start a kernel; "
+                f"{remedy}, or use {without}"
+            )
 
 
 def _check_flex(config: Config) -> None:

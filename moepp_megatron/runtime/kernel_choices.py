@@ -1,4 +1,4 @@
-"""Which implementation serves each operation that apex or Transformer Engine can fuse.
+"""Which implementation serves each operation that can be fused.
 
 megatron-core decides most of this when it is imported: Transformer Engine first, then apex, then
 torch. The same question is asked here in the same order, so that the log and `moepp doctor` can
@@ -10,13 +10,16 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
+from moepp_megatron.config.schema.precision import CrossEntropy
 from moepp_megatron.runtime.optional import (
     fused_rms_norm,
     have_fused_weight_gradient,
     have_transformer_engine,
+    have_triton,
 )
 
 TRANSFORMER_ENGINE, APEX, TORCH = "Transformer Engine", "apex", "torch"
+TRITON = "Triton"
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,17 @@ class KernelChoice:
         return f"{self.operation}: {self.implementation} ({self.detail})"
 
 
-def kernel_choices() -> list[KernelChoice]:
-    """Every choice of this machine; imports torch and what is installed of the other two."""
+def kernel_choices(cross_entropy: CrossEntropy = "auto") -> list[KernelChoice]:
+    """Every choice of this machine; imports torch and what is installed of the other two.
+
+    Args:
+        cross_entropy: `precision.cross_entropy`.
+    """
     return [
         _attention(),
         _experts(),
         _permutation(),
+        _cross_entropy(cross_entropy),
         _adam(),
         _multi_tensor(),
         _norm(),
@@ -83,6 +91,23 @@ def _permutation() -> KernelChoice:
     return KernelChoice("permutation", TORCH, "sort and index_select")
 
 
+def chosen_cross_entropy(wanted: CrossEntropy) -> CrossEntropy:
+    """What computes the loss: fused, native or unfused."""
+    if wanted != "auto":
+        return wanted
+    return "fused" if have_triton() else "unfused"
+
+
+def _cross_entropy(wanted: CrossEntropy) -> KernelChoice:
+    """The loss of model/cross_entropy.py."""
+    name = "cross entropy"
+    return {
+        "fused": KernelChoice(name, TRITON, "its gradient written over the logits"),
+        "native": KernelChoice(name, TORCH, "megatron-core's native fusion, on an fp32 copy"),
+        "unfused": KernelChoice(name, TORCH, "megatron-core's, on an fp32 copy of the logits"),
+    }[chosen_cross_entropy(wanted)]
+
+
 def _adam() -> KernelChoice:
     """The optimizer's kernel, as megatron/core/optimizer/__init__.py chooses it."""
     used = _first(
@@ -114,15 +139,17 @@ def _norm() -> KernelChoice:
 
 
 def _gradient_accumulation() -> KernelChoice:
-    """The kernel of `TransformerConfig.gradient_accumulation_fusion`; see model/megatron_config.py.
+    """What adds weight gradients to the buffers that are reduced: `training/setup.py`.
 
-    Transformer Engine alone does not suffice: megatron-core's output layer then asks for apex's
-    kernel and raises without it (tensor_parallel/layers.py, `ColumnParallelLinear`).
+    Without apex megatron-core's own output layer adds its gradient afterwards.
     """
     name = "gradient accumulation of linear layers"
     if have_fused_weight_gradient():
         return KernelChoice(name, APEX, "in the matrix product of the weight gradient")
-    return KernelChoice(name, TORCH, "added after the product; apex's kernel is missing")
+    if have_transformer_engine():
+        detail = "in the matrix product of the weight gradient, but for the output layer"
+        return KernelChoice(name, TRANSFORMER_ENGINE, detail)
+    return KernelChoice(name, TORCH, "added after the product")
 
 
 def _first(*candidates: tuple[str, dict[str, list[str]]]) -> str:

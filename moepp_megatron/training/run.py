@@ -185,7 +185,7 @@ def _be_rank(request: TrainRequest, say: Say) -> TrainResult:
 
             for doubt in doubts():
                 say(f"warning: {doubt}")
-            if (choices := choices_to_log()) is not None:
+            if (choices := choices_to_log(config)) is not None:
                 say(choices)
         trainer = Trainer(config, request.layout)
         if rank.rank == 0:

@@ -27,6 +27,7 @@ from moepp_megatron.model.build import build_model
 from moepp_megatron.model.megatron_config import moepp_config, params_dtype
 from moepp_megatron.moe.kernels import start_one, use_kernels
 from moepp_megatron.moe.lane import pipeline_config
+from moepp_megatron.runtime.kernel_choices import chosen_cross_entropy
 from moepp_megatron.training.gradient_norm import use_one_read
 
 
@@ -76,7 +77,7 @@ def build_training_model(config: Config) -> TrainingModel:
     Raises:
         UnfitError: If this machine or the installed megatron-core lacks what the layers use.
     """
-    if not config.moe.is_vanilla and torch.cuda.is_available() and use_kernels(config.moe.fused):
+    if torch.cuda.is_available() and _uses_triton(config):
         _start_a_kernel()
     use_one_read()
     models = build_model(config)
@@ -88,14 +89,19 @@ def build_training_model(config: Config) -> TrainingModel:
     return TrainingModel(chunks, models, optimizer, _schedule(config, optimizer))
 
 
+def _uses_triton(config: Config) -> bool:
+    in_layers = not config.moe.is_vanilla and use_kernels(config.moe.fused)
+    return in_layers or chosen_cross_entropy(config.precision.cross_entropy) == "fused"
+
+
 def _start_a_kernel() -> None:
     """Have a kernel compiled and started before minutes of building and loading."""
     try:
         start_one(torch.device("cuda", torch.cuda.current_device()))
     except RuntimeError as error:
         raise UnfitError(
-            f"moe.fused must have Triton kernels that start on this machine ({error}); see moepp "
-            "doctor, or use false"
+            "moe.fused and precision.cross_entropy must have Triton kernels that start on this "
+            f"machine ({error}); see moepp doctor, or use false and unfused"
         ) from error
 
 
@@ -129,6 +135,7 @@ def _wrap(
 ) -> DistributedDataParallel:
     parallel = config.parallel
     module: torch.nn.Module = model
+    _fuse_weight_gradients(model)
     if casts and params_dtype(config) is torch.bfloat16:
         module = Float16Module(model.config, model)
     ddp_config = DistributedDataParallelConfig(
@@ -142,6 +149,18 @@ def _wrap(
     return DistributedDataParallel(
         schedule_config, ddp_config, module, disable_bucketing=not bucketed
     )
+
+
+def _fuse_weight_gradients(model: torch.nn.Module) -> None:
+    """Have Transformer Engine's layers add weight gradients to their buffers inside the product.
+
+    megatron-core has one setting for them and its own output layer, `gradient_accumulation_fusion`,
+    and that layer cannot be built with it where apex is not there (tensor_parallel/layers.py,
+    `ColumnParallelLinear`). Transformer Engine reads this attribute of each layer in each pass.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "fuse_wgrad_accumulation"):
+            setattr(layer, "fuse_wgrad_accumulation", True)  # noqa: B010
 
 
 def _adam(settings: OptimizerSection) -> dict[str, Any]:

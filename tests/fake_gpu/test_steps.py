@@ -66,6 +66,9 @@ def test_local_modules(play: Play) -> None:
     launches = outcomes["one rank"]["launches"]
     layers = outcomes["one rank"]["layers"]
     assert layers == 4
+    # Forward and backward of the loss, in each of the two layers' micro-batches.
+    for name in ("_reduce_logits", "_write_gradient"):
+        assert launches.pop(name) == layers / 2
     # Forward and backward of router, numbering of rows, combine.
     assert launches == dict.fromkeys(launches, layers)
     assert len(launches) == 7

@@ -2,6 +2,12 @@
 
 import pytest
 
+from tests.unit.moe.test_cross_entropy import (  # noqa: F401
+    small_blocks,
+    test_loss_and_gradient,
+    test_no_memory_beside_the_logits,
+    test_numbers_that_are_none,
+)
 from tests.unit.moe.test_extreme_logits import test_gaps_of_logits  # noqa: F401
 from tests.unit.moe.test_kernels import (  # noqa: F401
     compiled,

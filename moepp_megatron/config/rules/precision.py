@@ -190,7 +190,20 @@ def _delayed_fp8_keeps_inner_activations(config: Config) -> Iterator[Problem]:
         )
 
 
+def _native_cross_entropy_rounds_to_bf16(config: Config) -> Iterator[Problem]:
+    """Its gradient is bf16, whatever the logits are (fused_cross_entropy.py)."""
+    if config.precision.cross_entropy == "native" and config.precision.dtype != "bf16":
+        yield Problem(
+            "precision.cross_entropy",
+            "native",
+            f"must have precision.dtype ({config.precision.dtype}) bf16, because megatron-core's "
+            "fused cross entropy rounds the gradient of the logits to bf16",
+            "use auto",
+        )
+
+
 RULES = (
+    _native_cross_entropy_rounds_to_bf16,
     _fp8_rests_on_bf16,
     _fp8_recipe_is_hoppers,
     _fp8_widths_are_aligned,

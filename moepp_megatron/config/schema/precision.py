@@ -8,6 +8,8 @@ from pydantic import Field
 
 from moepp_megatron.config.schema.section import Section, unit
 
+CrossEntropy = Literal["auto", "fused", "native", "unfused"]
+
 
 class PrecisionSection(Section):
     """Number formats; FP8 names follow megatron-core's TransformerConfig."""
@@ -21,6 +23,12 @@ class PrecisionSection(Section):
         default=True,
         description="Sum gradients over micro-batches and ranks in fp32; false sums them in bf16: "
         "half the memory and traffic, and every partial sum is rounded",
+        json_schema_extra=unit("-"),
+    )
+    cross_entropy: CrossEntropy = Field(
+        default="auto",
+        description="How the loss is computed: fused, Triton kernels on the logits as they are; "
+        "native and unfused, megatron-core's, on an fp32 copy; auto: fused on a GPU with Triton",
         json_schema_extra=unit("-"),
     )
     fp8: Literal["e4m3", "hybrid"] | None = Field(

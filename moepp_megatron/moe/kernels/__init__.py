@@ -4,10 +4,12 @@ router.py          logits to gates, routing map and statistics, in one kernel ea
 rows.py            which FFN rows are each token's
 combine.py         FFN rows back to their tokens, plus zero-computation and shared experts
 combine_triton.py  what `combine.py` launches
+cross_entropy.py   the model's loss, over a vocabulary that tensor-parallel ranks share
 
-Each computes what a few lines of PyTorch elsewhere in `moe/` compute; those lines are its
-definition, run wherever a kernel does not, and are what its tests compare it with. Nothing here
-adds floating-point numbers in an order that depends on timing, so results repeat to the bit.
+Each computes what a few lines of PyTorch elsewhere in `moe/` compute, or megatron-core (the loss);
+those lines are its definition, run wherever a kernel does not, and are what its tests compare it
+with. Nothing here adds floating-point numbers in an order that depends on timing, so results repeat
+to the bit.
 
 Importing this package imports no Triton.
 """

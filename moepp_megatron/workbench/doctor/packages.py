@@ -28,7 +28,8 @@ def check_packages(config: Config | None) -> list[Finding]:
     on_gpu = torch_cuda().available
     findings += [check_backend(backend, on_gpu) for backend in backends]
     findings += [check_compiler()] if have_triton() else []
-    findings += [_check_kernel(choice) for choice in kernel_choices()]
+    loss = "auto" if config is None else config.precision.cross_entropy
+    findings += [_check_kernel(choice) for choice in kernel_choices(loss)]
     if config is not None:
         used = {backend.name for backend in backends if backend.used}
         findings += check_needs(config, used)
@@ -132,16 +133,14 @@ def check_needs(config: Config, used: set[str]) -> list[Finding]:
                 "install it, or use alltoall",
             )
         )
-    if config.moe.fused is True and "Triton" not in used:
-        findings.append(
-            Finding(
-                "moe.fused",
-                Severity.ERROR,
-                "true",
-                "needs a GPU and the package triton",
-                "install it, or use auto",
-            )
-        )
+    loss = config.precision.cross_entropy
+    for name, value, is_forced in (
+        ("moe.fused", "true", config.moe.fused is True),
+        ("precision.cross_entropy", loss, loss == "fused"),
+    ):
+        if is_forced and "Triton" not in used:
+            rule, remedy = "needs a GPU and the package triton", "install it, or use auto"
+            findings.append(Finding(name, Severity.ERROR, value, rule, remedy))
     return findings
 
 

@@ -257,7 +257,7 @@ def embedding_part(load: Workload, grid: Grid) -> LayerPart:
 
 
 def output_part(load: Workload, grid: Grid) -> LayerPart:
-    """Work of the output layer [V, D] in bf16 and the cross entropy of its logits in fp32."""
+    """Work of the output layer [V, D] in bf16 and the cross entropy of its logits."""
     rows = grid.tokens(load.seq) * grid.tp
     width = load.vocab / grid.tp
     number = load.numbers.dtype
@@ -269,8 +269,13 @@ def output_part(load: Workload, grid: Grid) -> LayerPart:
     logits = rows * width
     accumulated = COSTS[load.modules].accumulated * width * load.hidden
     # Logits to fp32, their maximum, exponentials and sum; backward one pass.
+    moved, kernels = (20.0, 10.0), (10, 6)
+    if load.loss_fused:
+        # Read once; backward read and written (`moe/kernels/cross_entropy.py`).
+        size = load.numbers.activation_bytes
+        moved, kernels = (1.0 * size, 2.0 * size), (10, 3)
     return LayerPart(
         "output",
-        Work(forward, moved=20.0 * logits, kernels=10),
-        Work(backward, moved=10.0 * logits + accumulated, kernels=6),
+        Work(forward, moved=moved[0] * logits, kernels=kernels[0]),
+        Work(backward, moved=moved[1] * logits + accumulated, kernels=kernels[1]),
     )

@@ -96,6 +96,7 @@ class Workload:
         extra_layers: MoE layers on the last stage beside `is_moe` (multi-token prediction), each
             with an output layer of its own.
         modules: Kind of modules, which decides what is kept for the backward pass.
+        loss_fused: The cross entropy works on the logits as they are, without an fp32 copy.
         graphs: Parts of a layer that run as CUDA graphs, so that the host does not issue them one
             by one: attn, mlp, moe_router, moe_preprocess, moe, full_iteration.
         gated: FFNs of dense layers have a gate: three matrices instead of two.
@@ -114,6 +115,7 @@ class Workload:
     causal_share: float = 0.5
     extra_layers: int = 0
     modules: Modules = "fused"
+    loss_fused: bool = False
     graphs: frozenset[str] = frozenset()
     gated: bool = True
 
@@ -138,6 +140,8 @@ class Workload:
                 gradient_bytes=precision.gradient_bytes,
             ),
             modules=modules,
+            # What `runtime.kernel_choices` chooses on a GPU; on a CPU there are no kernels.
+            loss_fused=modules == "fused" and precision.cross_entropy in ("auto", "fused"),
             graphs=frozenset(config.training.cuda_graphs),
         )
 
@@ -174,6 +178,8 @@ class Workload:
             numbers=replace(self.numbers, gradient_bytes=gradient_bytes, moment_bytes=moment_bytes),
             extra_layers=extra_layers,
             causal_share=_seen_share(self.seq, window, window_every),
+            # Whose kernels these runs had is not known of all of them.
+            loss_fused=False,
             dense_size=ungated_size or self.dense_size,
             gated=ungated_size is None,
             experts=replace(self.experts, most_nodes=most_nodes, permute_fused=permute_fused),

@@ -215,6 +215,9 @@ def test_a_machine_without_triton_refuses_its_kernels(command, capsys, monkeypat
     error = capsys.readouterr().err
     assert "moe.fused (true) must have a GPU and the package triton" in error
     assert "use auto" in error
+    assert command("precision.cross_entropy=fused ep=2", 2) == 3
+    error = capsys.readouterr().err
+    assert "precision.cross_entropy (fused) must have a GPU and the package triton" in error
 
 
 def test_a_machine_without_transformer_engine_refuses_its_modules(command, capsys):

@@ -339,6 +339,12 @@ INVALID = [
         f"{OVERLAP_NAME} (true) must have model.implementation (hybrid) gpt",
         "to false",
     ),
+    # the loss
+    (
+        ["precision.cross_entropy=native", "precision.dtype=fp32"],
+        "precision.cross_entropy ('native') must have precision.dtype (fp32) bf16, because",
+        "use auto",
+    ),
     # CUDA graphs
     (
         ["training.cuda_graphs=[moe]"],

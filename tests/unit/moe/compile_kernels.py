@@ -5,21 +5,27 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from moepp_megatron.moe.kernels import combine_triton, router, rows
+from moepp_megatron.moe.kernels import combine_triton, cross_entropy, router, rows
 
 HOPPER = GPUTarget("cuda", 90, 32)
-INTEGERS = {"positions", "sequences", "num_tokens", "stride", "programs"}
+MODULES = {
+    "router": router, "combine": combine_triton, "rows": rows, "cross_entropy": cross_entropy
+}  # fmt: skip
+INTEGERS = {"positions", "sequences", "num_tokens", "stride", "programs", "columns"}
 POINTERS = {"map_ptr": "*i1", "padded_ptr": "*i1", "table_ptr": "*i32", "counts_ptr": "*i32"}
+POINTERS["labels_ptr"] = "*i64"
 BF16 = {"rows_ptr", "x_ptr", "v_ptr", "addend_ptr", "output_ptr", "grad_ptr"}
 BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 
 
-def compile_kernel(name: str, constants: dict[str, Any]) -> None:
+def compile_kernel(name: str, constants: dict[str, Any], logits: str = "*fp32") -> None:
     """Compile for arguments of the types that training has."""
     module, function = name.split(".")
-    kernel = getattr({"router": router, "combine": combine_triton, "rows": rows}[module], function)
+    kernel = getattr(MODULES[module], function)
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {argument: kind(argument, constants) for argument in kernel.arg_names}
+    if "logits_ptr" in signature:
+        signature["logits_ptr"] = logits
     # Tensors begin at multiples of 16 bytes; a launch tells the compiler, which then loads as much.
     aligned = {
         (place,): [["tt.divisibility", 16]]
@@ -64,6 +70,9 @@ def main() -> None:
         sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8}
         for name in ("_count", "_number"):
             compile_kernel(f"rows.{name}", sizes | {"BLOCK_T": block_t, "BLOCK_P": 32})
+    for logits in ("*bf16", "*fp32"):
+        for name in ("_reduce_logits", "_write_gradient"):
+            compile_kernel(f"cross_entropy.{name}", {"BLOCK": cross_entropy._BLOCK}, logits)
 
 
 if __name__ == "__main__":

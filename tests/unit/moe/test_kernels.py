@@ -41,10 +41,13 @@ def compiled() -> Iterator[SimpleNamespace]:
                 pytest.skip("no GPU here, and Triton was imported without its interpreter")
             patch.setenv("TRITON_INTERPRET", "1")
             _forget_compiled_kernels(triton)
-        from moepp_megatron.moe.kernels import combine, router, rows
+        from moepp_megatron.moe.kernels import combine, cross_entropy, router, rows
 
         yield SimpleNamespace(
-            select=router.select, combine=combine.combine, rows_of_tokens=rows.rows_of_tokens
+            select=router.select,
+            combine=combine.combine,
+            rows_of_tokens=rows.rows_of_tokens,
+            cross_entropy=cross_entropy.cross_entropy,
         )
 
 
@@ -470,7 +473,7 @@ def test_kernels_compile_for_hopper(tmp_path):
     assert done.returncode == 0, done.stderr
     names = Counter(done.stdout.split())
     assert set(names.values()) == {2}
-    assert len(names) == 7
+    assert len(names) == 9
 
 
 def kernels_environment() -> dict[str, str]:

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from moepp_megatron.config import load_config
 from moepp_megatron.runtime import backends, kernel_choices, optional
 
+ROOT = Path(__file__).parents[3]
 ADAM, MULTI_TENSOR, NORM, ACCUMULATION = range(4)
 FUSED_ADAM = {"FusedAdam": object, "FusedSGD": object}
 APEX: dict[str, dict[str, Any]] = {
@@ -66,8 +68,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def implementations() -> list[str]:
-    """Of what apex has a part in; attention, experts and permutation come before."""
-    return [choice.implementation for choice in kernel_choices.kernel_choices()[3:]]
+    """Of what apex has a part in; what it has none in comes before."""
+    return [choice.implementation for choice in kernel_choices.kernel_choices()[4:]]
 
 
 def layers() -> list[str]:
@@ -94,6 +96,21 @@ def test_attention_experts_and_permutation(install: Any, monkeypatch: pytest.Mon
         "experts: Transformer Engine (grouped product)",
         "permutation: Transformer Engine (fused)",
     ]
+
+
+def test_cross_entropy(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(gpu=False)
+    assert kernel_choices.chosen_cross_entropy("auto") == "unfused"
+    monkeypatch.setattr(kernel_choices, "have_triton", lambda: True)
+    assert kernel_choices.chosen_cross_entropy("auto") == "fused"
+    assert kernel_choices.chosen_cross_entropy("native") == "native"
+    for wanted, used in (("auto", "Triton"), ("native", "torch"), ("unfused", "torch")):
+        (choice,) = (
+            choice
+            for choice in kernel_choices.kernel_choices(wanted)
+            if choice.operation == "cross entropy"
+        )
+        assert choice.implementation == used
 
 
 def without(package: dict[str, dict[str, Any]], *names: str) -> dict[str, dict[str, Any]]:
@@ -140,12 +157,13 @@ def test_apex_without_its_base_extension(install: Any) -> None:
     assert implementations() == ["apex", "torch", "torch", "apex"]
 
 
-def test_transformer_engine_comes_first_but_accumulates_nothing(
+def test_transformer_engine_comes_first_but_where_apex_accumulates_more(
     install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(TE)
     monkeypatch.setattr(kernel_choices, "have_transformer_engine", lambda: True)
-    assert implementations() == ["Transformer Engine"] * 3 + ["torch"]
+    assert implementations() == ["Transformer Engine"] * 4
+    assert "but for the output layer" in kernel_choices.kernel_choices()[-1].detail
     install(TE, APEX)
     assert implementations() == ["Transformer Engine"] * 3 + ["apex"]
 
@@ -168,12 +186,14 @@ def test_a_run_on_a_cpu_has_nothing_to_say_of_packages_for_gpus(
     found = [replace(backend, used=False) for backend in backends.optional_backends()]
     monkeypatch.setattr(backends, "optional_backends", lambda: found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert backends.choices_to_log() is None
+    config = load_config(ROOT / "configs/quickstart.yaml", ["precision.cross_entropy=unfused"])
+    assert backends.choices_to_log(config) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert backends.choices_to_log() == backends.choices_line()
+    assert backends.choices_to_log(config) == backends.choices_line("unfused")
+    assert "cross entropy: torch (megatron-core's, on" in backends.choices_line("unfused")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found[0] = replace(found[0], used=True)
-    assert backends.choices_to_log() == backends.choices_line()
+    assert backends.choices_to_log(config) == backends.choices_line("unfused")
 
 
 PICKED = """
@@ -222,7 +242,7 @@ def test_megatron_core_picks_the_same_with_an_apex_on_the_path(tmp_path: Path) -
     assert picked["l2norm"] == picked["scale"] == "amp_C"
     assert picked["accumulation"]
     # Norm and accumulation need a GPU besides, which the machines of CI lack.
-    assert picked["ours"][3:5] == ["apex", "apex"]
+    assert picked["ours"][4:6] == ["apex", "apex"]
 
 
 @pytest.mark.skipif(kernel_choices._adam().implementation != "torch", reason="one is installed")

@@ -125,7 +125,9 @@ def test_a_run_whose_kernels_cannot_start_is_refused_at_once(monkeypatch) -> Non
         "moe.fused (auto) must have a C compiler, which Triton needs to start a kernel; install "
         "gcc, or use false"
     )
-    fit.check_fit(load_config(MODEL, ["moe.fused=false"]))
+    with pytest.raises(UnfitError, match=r"^precision.cross_entropy \(auto\) .* or use unfused$"):
+        fit.check_fit(load_config(MODEL, ["moe.fused=false"]))
+    fit.check_fit(load_config(MODEL, ["moe.fused=false", "precision.cross_entropy=unfused"]))
     monkeypatch.setattr(packages, "compiler_obstacle", lambda: ("a C compiler", "install gcc"))
     assert packages.check_compiler().severity is Severity.ERROR
 

@@ -146,13 +146,20 @@ def test_an_optional_package_says_what_is_used_instead():
 def test_what_the_run_needs_is_an_error_where_it_is_missing():
     config = load_config(
         ROOT / "configs/quickstart.yaml",
-        ["precision.dtype=bf16", "precision.fp8=hybrid", "moe.dispatcher=flex", "moe.fused=true"],
+        [
+            "precision.dtype=bf16",
+            "precision.fp8=hybrid",
+            "precision.cross_entropy=fused",
+            "moe.dispatcher=flex",
+            "moe.fused=true",
+        ],
     )
     needs = packages.check_needs(config, used=set())
     assert [(f.check, f.severity) for f in needs] == [
         ("precision.fp8", ERROR),
         ("moe.dispatcher", ERROR),
         ("moe.fused", ERROR),
+        ("precision.cross_entropy", ERROR),
     ]
     assert packages.check_needs(config, {"Transformer Engine", "DeepEP", "Triton"}) == []
 

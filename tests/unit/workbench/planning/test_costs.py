@@ -12,6 +12,7 @@ import pytest
 from moepp_megatron.config import Config, parse_config, with_overrides
 from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.config.hardware import load_hardware
+from moepp_megatron.workbench.planning.activations import output_bytes
 from moepp_megatron.workbench.planning.coster import GIB, Coster
 from moepp_megatron.workbench.planning.efficiency import Efficiencies
 from moepp_megatron.workbench.planning.grid import FULL, Grid
@@ -215,6 +216,22 @@ def test_what_takes_memory() -> None:
     assert held(pp=4, vpp=2) > held(pp=4)
     assert held(replace(LOAD, numbers=replace(LOAD.numbers, fp8="blockwise"))) < base
     assert held(LOAD.at_share(0.3)) < base < held(LOAD.at_share(1.0))
+
+
+def test_a_fused_loss_needs_the_logits_alone() -> None:
+    grid = Grid(8)
+    native = Workload.from_config(with_overrides(configured(), ["precision.cross_entropy=native"]))
+    assert LOAD.loss_fused
+    assert not native.loss_fused
+    assert not Workload.from_config(configured(), "local").loss_fused
+    logits = LOAD.seq * LOAD.vocab
+    assert output_bytes(LOAD, grid) == 2 * logits
+    assert output_bytes(native, grid) == 6 * logits
+    fused, plain = (output_part(load, grid) for load in (LOAD, native))
+    assert fused.forward.products == plain.forward.products
+    # Read once; backward read once more and written.
+    assert fused.forward.moved == 2 * logits
+    assert plain.backward.moved - fused.backward.moved == (10 - 4) * logits
 
 
 def test_the_fast_way_gives_what_the_slow_one_does(h100: Machine) -> None:

@@ -16,7 +16,8 @@ from transformer_engine.pytorch.tensor import (
 
 
 def get_dummy_wgrad(shape, dtype, zero=False):
-    return torch.zeros(shape, dtype=dtype)
+    # Not initialised memory, made visible.
+    return torch.full(shape, 0.0 if zero else float("nan"), dtype=dtype)
 
 
 class TransformerEngineBaseModule(torch.nn.Module):
@@ -25,6 +26,8 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def __init__(self, name=None):
         super().__init__()
         self.name = name
+        # megatron-core's setting, which the constructors get, needs apex, and is off here.
+        self.fuse_wgrad_accumulation = False
         self.fp8 = False
         self.fp8_calibration = False
         self.fp8_meta = {"fp8_checkpoint": False}
@@ -66,6 +69,13 @@ class TransformerEngineBaseModule(torch.nn.Module):
                 self.fp8_meta[f"amax_history_{suffix}"] = torch.zeros(length, count)
 
     def begin(self, inp, rows):
+        for weight in self.parameters(recurse=False):
+            # megatron-core's subclasses give the forward pass the second.
+            weight.adds_to = (
+                (weight.main_grad, getattr(self, "is_first_microbatch", None))
+                if self.fuse_wgrad_accumulation
+                else None
+            )
         self.init_fp8_metadata(self.num_gemms)
         recipe = type(self.fp8_meta["recipe"]).__name__ if self.fp8 else None
         CALLS.append(Call(type(self).__name__, tuple(rows), recipe))
@@ -106,6 +116,7 @@ class _Gemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fp8):
         ctx.fp8, ctx.is_quantized = fp8, isinstance(weight, QuantizedTensor)
+        ctx.weight, ctx.adds_to = weight, weight.adds_to
         w = plain_of(weight)
         if fp8:
             x, w = _rounded(x, torch.float8_e4m3fn), _rounded(w, torch.float8_e4m3fn)
@@ -117,7 +128,18 @@ class _Gemm(torch.autograd.Function):
         x, w = ctx.saved_tensors
         if ctx.fp8:
             grad = _rounded(grad, torch.float8_e5m2)
-        return grad @ w, grad.T @ x, None
+        return grad @ w, _weight_gradient(ctx, grad, x), None
+
+
+def _weight_gradient(ctx, grad, x):
+    if ctx.adds_to is None:
+        return grad.T @ x
+    # Added inside the product, in fp32; the first of a step begins the sum.
+    sums, is_first = ctx.adds_to
+    product = grad.T.float() @ x.float()
+    sums.copy_(product) if is_first else sums.add_(product)
+    ctx.weight.grad_added_to_main_grad = True
+    return get_dummy_wgrad(ctx.weight.shape, x.dtype, getattr(ctx.weight, "zero_out_wgrad", False))
 
 
 def gemm(x, weight, fp8):

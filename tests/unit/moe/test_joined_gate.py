@@ -1,0 +1,92 @@
+"""The gate's logits and the constant experts' mixing logits are one product."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moepp_megatron.moe.config import MoEPPConfig
+from tests.unit.moe.builders import HIDDEN, build_layer
+
+TOKENS, BATCH = 7, 3
+SHAPE = (TOKENS * BATCH, HIDDEN)
+BF16 = {"params_dtype": torch.bfloat16, "bf16": True}
+
+
+class Passes(TorchDispatchMode):
+    """How often the hidden states are turned into fp32, and which products read or write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts, self.products = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "_to_copy" and result.shape == SHAPE and result.dtype == torch.float32:
+            self.casts += 1
+        tensors = tree_leaves((args, result))
+        if name == "mm" and any(tensor.shape in (SHAPE, SHAPE[::-1]) for tensor in tensors):
+            self.products += 1
+        return result
+
+
+def passes(layer: torch.nn.Module, moepp: MoEPPConfig) -> tuple[Passes, Passes]:
+    """Of router and zero-computation experts alone, forward and backward."""
+    hidden = torch.randn(TOKENS, BATCH, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    previous = torch.randn(TOKENS, BATCH, moepp.num_experts)
+    with Passes() as forward:
+        routing = layer.router(hidden, previous, None, None, layer.zero_computation.mixing_rows)
+        output = layer.local_output(hidden, routing, None)
+        loss = output.float().sum() + routing.logits.sum()
+    with Passes() as backward:
+        loss.backward()
+    for name, parameter in layer.named_parameters():
+        if "mixing_weight" in name or name == "router.weight":
+            assert parameter.grad is not None, name
+    return forward, backward
+
+
+# Changes of the MoE++ settings, of megatron-core's, products of gate and mixing.
+CASES = [
+    ({}, {}, 1),
+    ({"two_layer_gate": True}, {}, 1),
+    ({"num_constant_experts": 6}, {}, 1),
+    ({"num_constant_experts": 0}, {}, 1),
+    # The gate sees other hidden states than the constant experts.
+    ({}, {"moe_input_jitter_eps": 0.1}, 2),
+]
+
+
+@pytest.mark.parametrize(("moe", "changes", "products"), CASES)
+def test_hidden_states_become_fp32_once_a_pass(moe, changes, products):
+    moepp = MoEPPConfig(num_ffn_experts=4, **moe)
+    forward, backward = passes(build_layer(moepp, **BF16, **changes), moepp)
+    # The weights' gradient reads them in fp32 once more; the test's own loss casts the output.
+    assert forward.casts - 1 == products
+    assert backward.casts == products
+    # Backward a product for the hidden states and one for the weights.
+    of_constants = 1 if moepp.num_constant_experts else 0
+    assert forward.products == products + of_constants
+    assert backward.products == 2 * products + 2 * of_constants
+
+
+def test_products_in_fp64_stay_apart():
+    """fp64 is for the gate alone, and both are what they are with one product in fp32."""
+    moepp = MoEPPConfig(num_ffn_experts=4)
+    joined, apart = build_layer(moepp), build_layer(moepp, moe_router_dtype="fp64")
+    apart.load_state_dict(joined.state_dict())
+    hidden, previous = torch.randn(5, 2, HIDDEN), torch.randn(5, 2, moepp.num_experts)
+    rows = joined.zero_computation.mixing_rows
+    one, other = (layer.router(hidden, previous, None, None, rows) for layer in (joined, apart))
+    assert other.logits.dtype == torch.float64
+    assert other.mixing_logits is None
+    # Sums of 16 products around 1 in fp32, unit roundoff 6e-8.
+    torch.testing.assert_close(one.logits.double(), other.logits, rtol=0, atol=1e-5)
+    tokens = hidden.flatten(0, 1)
+    mixing = (layer.zero_computation.mixing(tokens, None) for layer in (joined, apart))
+    with_router = joined.zero_computation.mixing(tokens, one.mixing_logits)
+    for expected in mixing:
+        torch.testing.assert_close(with_router, expected, rtol=0, atol=1e-5)
