@@ -78,6 +78,12 @@ class RoutingCollector:
         """
         if self._selections is not None:
             return self._selections
+        self.take_sum(sum_over_ranks(self.summand()))
+        assert self._selections is not None, "just taken"
+        return self._selections
+
+    def summand(self) -> Tensor:
+        """[MoE layers * E] float64 on the device: selections of this rank (`step_sums.Summand`)."""
         # On the device until the end: one wait for it, not one for each layer.
         device = torch.cuda.current_device()
         local = torch.zeros(
@@ -89,8 +95,11 @@ class RoutingCollector:
                 counts = self._statistics[number].wanted_counts()
             if counts is not None:
                 local[row] = counts
-        self._selections = sum_over_ranks(local)
-        return self._selections
+        return local.reshape(-1)
+
+    def take_sum(self, total: Tensor) -> None:
+        """Note the sums over all ranks, as `summand`, for `selections`."""
+        self._selections = total.reshape(len(self.layer_numbers), self._num_experts)
 
     def watch_margins(self) -> None:
         """Count margins from now on."""

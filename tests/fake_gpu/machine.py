@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.fake_gpu.memory import MEMORY
+
 aten = torch.ops.aten
 
 
@@ -133,6 +135,7 @@ class Device(TorchDispatchMode):
             RECORD.read("index by a mask")
             return _indexed(*args)
         result = func(*args, **kwargs)
+        MEMORY.see(result)
         if func is aten._to_copy.default:
             _note_copy(first, result, bool(kwargs.get("non_blocking", False)))
         elif func is aten.copy_.default:

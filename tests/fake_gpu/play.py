@@ -7,6 +7,7 @@ Started by `build.play`, which puts the stub of the CUDA runtime before it.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import traceback
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from tests.fake_gpu import machine
 from tests.fake_gpu.machine import RECORD, ROUTING
+from tests.fake_gpu.memory import MEMORY
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Outcome:
     operations: int = 0
     modules: list[str] = field(default_factory=list)
     layers: int = 0
+    held: int = 0
+    peak: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -206,6 +211,9 @@ class _Run:
         stop = StopRequest()
         for step in (1, 2):
             RECORD.clear()
+            gc.collect()
+            self.outcome.held = MEMORY.live
+            MEMORY.begin()
             routers.begin_step(step)
             result = training_step(
                 self.model, self.batches(), config, self.layout, guard, routers.watch_losses
@@ -213,6 +221,7 @@ class _Run:
             routers.learn(step, result)
             if "guard" in parts:
                 stop.agreed()
+        self.outcome.peak, self.outcome.parts = MEMORY.peak, MEMORY.parts
         self.outcome.reads = dict(RECORD.reads)
         self.outcome.launches = dict(RECORD.launches)
         self.outcome.operations = sum(RECORD.operations.values())
