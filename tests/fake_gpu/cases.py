@@ -52,8 +52,11 @@ _WATCHED = [
     "routing_guard.enabled=true",
     "routing_guard.dry_run=true",
 ]
-# Without Transformer Engine. The stand-in knows neither tensor-parallel ranks nor context
-# parallelism.
+_TENSOR_AND_CONTEXT = [
+    "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+    "parallel.context_parallel_size=2",
+]  # fmt: skip
+# Without Transformer Engine, and with its stand-in.
 LOCAL: dict[str, dict[str, Any]] = {
     "one rank": smallest(),
     "guards, health, evaluation, state": smallest(
@@ -70,6 +73,11 @@ LOCAL: dict[str, dict[str, Any]] = {
     "expert parallel": smallest(_TWO_EXPERT_RANKS, world_size=2),
     "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
     "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
+    "DeepEP": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=flex", world_size=2),
+    "HybridEP": smallest(
+        _TWO_EXPERT_RANKS, "moe.dispatcher=flex", "moe.flex_backend=hybridep", world_size=2
+    ),
+    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4),
     "recompute": smallest(
         "training.recompute_granularity=full", "training.recompute_method=uniform",
         "training.recompute_num_layers=1",
@@ -83,6 +91,8 @@ ENGINE: dict[str, dict[str, Any]] = {
     "one rank": smallest(),
     "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
     "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
+    "DeepEP": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=flex", world_size=2),
+    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4),
     "recompute": smallest(
         "training.recompute_granularity=selective", "training.recompute_modules=[moe_act]"
     ),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -69,6 +69,7 @@ class Routing:
         experts: FFN experts of the model.
         ranks: Expert-parallel ranks.
         sources: Ranks whose tokens an expert gets: these times expert-tensor-parallel ranks.
+        reached: Expert-parallel ranks on which a token's FFN experts lie.
     """
 
     share: float = 0.0
@@ -76,11 +77,17 @@ class Routing:
     experts: int = 1
     ranks: int = 1
     sources: int = 1
+    reached: float = 1.0
 
     @property
     def rows(self) -> int:
         """Rows that one expert gets from one rank."""
         return max(1, int(self.share * self.tokens))
+
+    @property
+    def copies(self) -> int:
+        """Copies that one rank gets from another where a token is sent to a rank once."""
+        return max(1, int(self.reached * self.tokens / self.ranks))
 
     @property
     def local_experts(self) -> int:
@@ -365,12 +372,23 @@ def answer_megatron() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = move
 
-    def as_seen_here(self: Any, rows: Any) -> Any:
-        sent = ROUTING.rows * self.num_local_experts
-        everywhere = [sent] * self.ep_size
-        return dedup._Counts(everywhere, everywhere, [sent * self.ep_size] * self.tp_size)
+    dispatcher = dedup.DedupAlltoAllTokenDispatcher
+    exchange_counts = dispatcher._exchange_counts
+    dispatcher._as_seen_here = lambda self, rows: None
 
-    dedup.DedupAlltoAllTokenDispatcher._as_seen_here = as_seen_here
+    def counted(self: Any, *maps: Any) -> Any:
+        def exchanged(rows: int) -> Any:
+            each = [rows] * self.ep_size
+            return dedup._Counts(each, each, [rows * self.ep_size] * self.tp_size)
+
+        return replace(
+            exchange_counts(self, *maps),
+            copies=exchanged(ROUTING.copies),
+            selections=exchanged(ROUTING.rows * self.num_local_experts),
+        )
+
+    dispatcher._exchange_counts = counted
+    _answer_flex(token_dispatcher)
     if moe_utils.fused_permute_with_probs is None:
         return
 
@@ -404,6 +422,45 @@ def answer_megatron() -> None:
         sort_chunks(rows, splits, index),
         probs.clone(),
     )
+
+
+def _answer_flex(token_dispatcher: Any) -> None:
+    """DeepEP's and HybridEP's functions, by their shapes; each waits for its counts on the host."""
+
+    def arrived(x: torch.Tensor, rows: int) -> torch.Tensor:
+        return x.index_select(0, torch.zeros(rows, dtype=torch.long, device=x.device))
+
+    def counts() -> torch.Tensor:
+        with unset_fake_temporarily():
+            rows = ROUTING.rows * ROUTING.sources
+            return torch.full((ROUTING.local_experts,), rows, dtype=torch.long)
+
+    def dispatch(x: Any, indices: Any, probs: Any, num_experts: int, group: Any, **_: Any) -> Any:
+        assert indices.dtype is torch.int64
+        assert probs.dtype is torch.float32
+        RECORD.read("DeepEP")
+        rows = ROUTING.copies * group.size()
+        return arrived(x, rows), arrived(indices, rows), arrived(probs, rows), counts(), x.shape
+
+    def combine(x: Any, group: Any, handle: Any, **_: Any) -> Any:
+        return arrived(x, handle[0]), None
+
+    def permuting_dispatch(x: Any, routing_map: Any, probs: Any, **_: Any) -> Any:
+        assert routing_map.dtype is torch.bool
+        assert probs.dtype is torch.float32
+        RECORD.read("HybridEP")
+        rows = ROUTING.rows * ROUTING.sources * ROUTING.local_experts
+        gates = arrived(probs.reshape(-1, 1), rows).squeeze(1)
+        return arrived(x, rows), gates, None, counts(), x.shape
+
+    def unpermuting_combine(x: Any, handle: Any, **_: Any) -> Any:
+        return arrived(x, handle[0])
+
+    token_dispatcher.fused_dispatch = dispatch
+    token_dispatcher.fused_combine = combine
+    token_dispatcher.set_deepep_num_sms = lambda number: None
+    token_dispatcher.hybrid_ep_dispatch = permuting_dispatch
+    token_dispatcher.hybrid_ep_combine = unpermuting_combine
 
 
 def restore_orders(models: list[torch.nn.Module]) -> None:

@@ -109,6 +109,7 @@ def _play(case: Case, outcome: Outcome) -> None:
     from moepp_megatron.config import Layout, load_config
     from moepp_megatron.runtime import cpu_support, distributed
     from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.workbench.planning.links import distinct_targets
 
     quiet()
     small = ["model.num_layers=2", "training.micro_batch_size=1", "data.path=none", "run.dir=none"]
@@ -124,6 +125,7 @@ def _play(case: Case, outcome: Outcome) -> None:
     moe = config.moe
     ROUTING.tokens, ROUTING.experts, ROUTING.ranks = tokens, moe.num_ffn_experts, layout.ep
     ROUTING.sources = layout.ep * layout.etp
+    ROUTING.reached = distinct_targets(layout.ep, moe.router_topk * moe.ffn_share, ROUTING.experts)
     ROUTING.share = moe.router_topk * moe.ffn_share / moe.num_ffn_experts
     with machine.fake_mode():
         _Run(config, layout, case, outcome).play()
@@ -134,6 +136,7 @@ class _Run:
 
     def __init__(self, config: Any, layout: Any, case: Case, outcome: Outcome) -> None:
         from megatron.core.optimizer import get_megatron_optimizer
+        from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
 
         from moepp_megatron.model.build import build_chunks
         from moepp_megatron.training import setup
@@ -148,6 +151,8 @@ class _Run:
         optimizer = get_megatron_optimizer(
             setup._optimizer_config(config), chunks, use_gloo_process_groups=False
         )
+        # megatron-core asks all ranks once, and the answer is a number.
+        optimizer._has_grad_norm_group_cache = dict.fromkeys(SEPARATE_GRAD_NORM_GROUPS, False)
         setup._connect(schedule_config, config, chunks, optimizer)
         schedule = setup._schedule(config, optimizer)
         self.model = setup.TrainingModel(chunks, models, optimizer, schedule)
@@ -216,11 +221,15 @@ class _Run:
             MEMORY.begin()
             routers.begin_step(step)
             result = training_step(
-                self.model, self.batches(), config, self.layout, guard, routers.watch_losses
+                self.model,
+                self.batches(),
+                config,
+                self.layout,
+                guard,
+                routers.watch_losses,
+                [stop, *routers.summands()],
             )
             routers.learn(step, result)
-            if "guard" in parts:
-                stop.agreed()
         self.outcome.peak, self.outcome.parts = MEMORY.peak, MEMORY.parts
         self.outcome.reads = dict(RECORD.reads)
         self.outcome.launches = dict(RECORD.launches)
