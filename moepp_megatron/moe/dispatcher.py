@@ -280,8 +280,8 @@ def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int | Tensor:
     Counts dispatch and combine over the expert-parallel group. The all-to-all: by the split sizes
     that it was called with, of selections or, deduplicated, of copies. The all-gather: one copy of
     every local token to every other rank and back. Flex: one copy of a token to every other rank
-    that it needs, and back (counted where the token starts, so only the sum over ranks is exact).
-    It is then a scalar on the device. Not counted are gates, 4 bytes per selection, and the deduplicated
+    that it needs, and back (counted where the token starts, so only the sum over ranks is exact);
+    then a scalar on the device. Not counted are gates, 4 bytes per selection, and the deduplicated
     dispatcher's maps, a byte for each expert of a rank with each copy.
 
     Args:

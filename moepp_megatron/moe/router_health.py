@@ -168,7 +168,7 @@ class RouterHealth:
         logits.register_hook(measure)
 
     def as_vector(self) -> Tensor:
-        """The sums as float64 on the device, in the order of `names_for` with this layer's counts."""
+        """[names] float64 sums on the device, ordered as `names_for` with this layer's counts."""
         names = self.names_for(self._config.router_topk, self._config.num_constant_experts)
         missing = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
         return torch.stack([self._sums.get(name, missing).detach().double() for name in names])

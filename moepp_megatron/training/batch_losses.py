@@ -65,7 +65,7 @@ class BatchLosses:
         self._total = total
 
     def end(self, result: StepResult) -> BatchLoss:
-        """The batch's losses; every rank must call. A collective unless the step has summed them."""
+        """The batch's losses; a collective unless the step has summed them."""
         if self._total is None:
             self._total = shared_sum(self.summand()).cpu()
         sums = result.sums

@@ -130,7 +130,7 @@ class RoutingCollector:
         return self._metrics(sum_over_ranks(local))
 
     def _megatron_losses(self, layer_number: int) -> Tensor:
-        """[2] on the device: what megatron-core's own tracker holds: balance loss (vanilla) and z-loss."""
+        """[2] of megatron-core's own tracker, on the device: balance loss (vanilla) and z-loss."""
         entries = get_moe_metrics_tracker().metrics
         per_sequence = self._config.moe.balance_scope == "sequence"
         balance = "seq_load_balancing_loss" if per_sequence else "load_balancing_loss"

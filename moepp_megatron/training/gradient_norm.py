@@ -1,6 +1,7 @@
 """The gradient norm on the device, for one read of a step (`step_sums.py`).
 
-megatron-core reads the norm of each optimizer. On a GPU without Transformer Engine and apex it computes the norm of one tensor after another and reads each on the host
+megatron-core reads the norm of each optimizer. On a GPU without Transformer Engine and apex it
+computes the norm of one tensor after another and reads each on the host
 (`megatron.core.utils.local_multi_tensor_l2_norm`): the host waits for the device as often as there
 are parameters.
 """
@@ -27,7 +28,7 @@ def use_one_read() -> None:
 
 @torch.no_grad()
 def squared_norms(optimizer: ChainedOptimizer) -> Tensor:
-    """[groups] fp32 squared gradient norms on the device, of all ranks that a gradient is spread over.
+    """[groups] fp32 squared gradient norms on the device, over all ranks that hold parts.
 
     What `ChainedOptimizer.get_grad_norm` computes before it reads: one norm where all optimizers
     reduce it over the same ranks, else one for each (dense parameters, spread experts).

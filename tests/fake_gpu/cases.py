@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.config import load_config
+from moepp_megatron.config import Config, Layout, load_config
+from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted((ROOT / "configs/models").glob("[a-z]*.yaml"))
@@ -13,17 +14,58 @@ PLANNED = sorted((ROOT / "configs/h100").glob("*.yaml"))
 SMALLEST = "configs/models/moepp_0.6b_8_4.yaml"
 
 
+def _loaded(path: Path, *changes: str) -> Config:
+    return load_config(path, ["data.path=none", "run.dir=none", *changes])
+
+
+def ranks_of(path: Path) -> int:
+    """Ranks that a shipped configuration is meant for; the fewest of its layout where none says."""
+    if path in PLANNED:
+        return int(path.stem.rpartition("_")[2])
+    parallel = _loaded(path).parallel
+    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return parallel.pipeline_model_parallel_size * max(ranks, dense)
+
+
+def needs_engine(path: Path) -> bool:
+    """Whether a configuration runs with Transformer Engine alone: FP8, or what it recomputes."""
+    config = _loaded(path)
+    training = config.training
+    is_selective = training.recompute_granularity == "selective"
+    recomputes = is_selective and "moe_act" in training.recompute_modules
+    return config.precision.fp8 is not None or recomputes
+
+
+def whole(path: Path, *changes: str) -> tuple[dict[str, Any], RankMemory]:
+    """A shipped configuration with all its layers, on its fullest rank; and what is estimated.
+
+    As many micro-batches as fill the pipeline: further ones take no more memory.
+    """
+    config, world = _loaded(path, *changes), ranks_of(path)
+    layout = Layout.from_config(config, world)
+    stages = [rank_memory(config, layout, stage) for stage in range(layout.pp)]
+    fullest = max(range(layout.pp), key=lambda stage: stages[stage].total)
+    size = config.training.micro_batch_size
+    overrides = [
+        *changes,
+        f"model.num_layers={config.model.num_layers}",
+        f"training.micro_batch_size={size}",
+        f"training.global_batch_size={max(2, layout.pp) * size * layout.dp}",
+    ]
+    case = {
+        "config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world,
+        "rank": fullest * (world // layout.pp),
+    }  # fmt: skip
+    return case, stages[fullest]
+
+
 def shipped(path: Path) -> dict[str, Any]:
     """A shipped configuration on as many ranks as it is meant for, two layers a pipeline chunk."""
-    config = load_config(path, ["data.path=none", "run.dir=none"])
+    config, world = _loaded(path), ranks_of(path)
     parallel = config.parallel
     stages = parallel.pipeline_model_parallel_size
     chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
-    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
-    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    world = stages * max(ranks, dense)
-    if path in PLANNED:
-        world = int(path.stem.rpartition("_")[2])
     overrides = [
         f"model.num_layers={2 * chunks}",
         f"training.global_batch_size={2 * world}",
@@ -59,8 +101,8 @@ _TENSOR_AND_CONTEXT = [
 # Without Transformer Engine, and with its stand-in.
 LOCAL: dict[str, dict[str, Any]] = {
     "one rank": smallest(),
-    "guards, health, evaluation, state": smallest(
-        *_WATCHED, parts=["guard", "health", "evaluation", "state"]
+    "guards, health, evaluation, save": smallest(
+        *_WATCHED, parts=["guard", "health", "evaluation", "save"]
     ),
     "capacity": smallest("moe.capacity_factor=1.25"),
     "context parallel": smallest("parallel.context_parallel_size=2", world_size=2),
@@ -78,6 +120,7 @@ LOCAL: dict[str, dict[str, Any]] = {
         _TWO_EXPERT_RANKS, "moe.dispatcher=flex", "moe.flex_backend=hybridep", world_size=2
     ),
     "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4),
+    "graphs": smallest("training.cuda_graphs=[attn,moe_router]"),
     "recompute": smallest(
         "training.recompute_granularity=full", "training.recompute_method=uniform",
         "training.recompute_num_layers=1",

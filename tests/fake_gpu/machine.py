@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -311,6 +312,15 @@ def _install_collectives() -> None:
     def gather_objects(into: list[Any], value: Any, group: Any = None) -> None:
         into[:] = [value] * len(into)
 
+    def gather_object(
+        obj: Any = None, object_gather_list: list[Any] | None = None, *_: Any, **__: Any
+    ) -> None:
+        if object_gather_list is not None:
+            gather_objects(object_gather_list, obj)
+
+    def scatter_objects(into: list[Any], values: list[Any] | None = None, **_: Any) -> None:
+        into[0] = (values or [None])[0]
+
     class P2POp:
         def __init__(self, op: Any, tensor: torch.Tensor, peer: int = 0, group: Any = None) -> None:
             self.op, self.tensor = op, tensor
@@ -322,6 +332,9 @@ def _install_collectives() -> None:
 
     _replace("_coalescing_manager", coalescing)
     _replace("all_gather_object", gather_objects)
+    _replace("gather_object", gather_object)
+    _replace("scatter_object_list", scatter_objects)
+    _replace("broadcast_object_list", lambda *_, **__: None)
     _replace("P2POp", P2POp)
     _replace("batch_isend_irecv", batch)
 
@@ -475,6 +488,34 @@ def restore_orders(models: list[torch.nn.Module]) -> None:
             chunks = torch.arange(experts)
             dispatcher.sort_input_by_local_experts = chunks.reshape(-1, local).T.ravel()
             dispatcher.restore_output_by_local_experts = chunks.reshape(local, -1).T.ravel()
+
+
+@contextlib.contextmanager
+def graphs() -> Iterator[None]:
+    """megatron-core records, captures and replays graphs inside (`tests.graph_recorder`).
+
+    Capture runs the operations once and fails where one would wait for the device.
+    """
+    from megatron.core.transformer import cuda_graphs
+
+    from tests.graph_recorder import cpu_graphs
+
+    describe = cuda_graphs.ArgMetadata.__init__
+
+    def described(self: Any, value: Any) -> None:
+        describe(self, value)
+        if isinstance(value, FakeTensor):
+            # It knows tensors by their exact type.
+            self.type = torch.Tensor
+
+    cuda_graphs.ArgMetadata.__init__ = described
+    try:
+        with cpu_graphs():
+            # Put back by it too.
+            torch.cuda.device_count = lambda: 1
+            yield
+    finally:
+        cuda_graphs.ArgMetadata.__init__ = describe
 
 
 def fake_mode() -> contextlib.AbstractContextManager[Any]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ class Case:
         overrides: Settings over it; two layers and micro-batches of one sequence unless given.
         world_size: Ranks of the layout.
         rank: The one that is played.
-        parts: What else is played after the step: guard, health, evaluation, state.
+        parts: What else is played: guard, and after the step health, evaluation, save.
     """
 
     config: str
@@ -52,9 +54,14 @@ class Outcome:
         faults: `machine.Record.faults`.
         reads: Reads of one step, the second one.
         launches: Triton kernels of it.
-        operations: Operations of torch of it.
+        operations: Operations of torch of it that start at least one kernel.
         modules: Names of what computes attention and experts.
         layers: MoE layers of the rank, times micro-batches.
+        held: Bytes of tensors before that step: weights, gradients, optimizer.
+        peak: The most bytes of tensors within it.
+        parts: The largest tensors at about the peak: bytes by shape and dtype.
+        saved: Bytes that a save would write on the rank.
+        parameters: Parameters of the rank.
     """
 
     error: str = ""
@@ -67,6 +74,8 @@ class Outcome:
     held: int = 0
     peak: int = 0
     parts: dict[str, int] = field(default_factory=dict)
+    saved: int = 0
+    parameters: int = 0
 
 
 def main() -> None:
@@ -97,8 +106,12 @@ def _leave() -> None:
     parallel_state._GLOBAL_MEMORY_BUFFER = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    from megatron.core.tensor_parallel import random
+
     from moepp_megatron.moe import capacity
 
+    # Graphs need another kind.
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     # Fake tensors belong to their mode.
     capacity._limits.cache_clear()
 
@@ -127,7 +140,7 @@ def _play(case: Case, outcome: Outcome) -> None:
     ROUTING.sources = layout.ep * layout.etp
     ROUTING.reached = distinct_targets(layout.ep, moe.router_topk * moe.ffn_share, ROUTING.experts)
     ROUTING.share = moe.router_topk * moe.ffn_share / moe.num_ffn_experts
-    with machine.fake_mode():
+    with machine.graphs() if config.training.cuda_graphs else nullcontext(), machine.fake_mode():
         _Run(config, layout, case, outcome).play()
 
 
@@ -157,6 +170,7 @@ class _Run:
         schedule = setup._schedule(config, optimizer)
         self.model = setup.TrainingModel(chunks, models, optimizer, schedule)
         self.model.set_training(True)
+        outcome.parameters = sum(p.numel() for model in models for p in model.parameters())
         outcome.modules = sorted(
             {
                 type(module).__name__
@@ -242,10 +256,17 @@ class _Run:
             routers.metrics(2)
         if "evaluation" in parts:
             self._evaluate()
-        if "state" in parts:
-            from moepp_megatron.training.checkpoint.state import saved_state
+        if "save" in parts:
+            self._plan_save()
 
-            saved_state(self.model)
+    def _plan_save(self) -> None:
+        """A save as far as all that it writes is in host memory."""
+        from moepp_megatron.training.checkpoint.plan import Planner
+        from moepp_megatron.training.checkpoint.state import saved_state
+
+        with tempfile.TemporaryDirectory() as folder:
+            plan = Planner().plan(saved_state(self.model), Path(folder))
+            self.outcome.saved = plan.num_bytes
 
     def _evaluate(self) -> None:
         from moepp_megatron.training import evaluate

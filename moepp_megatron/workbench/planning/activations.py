@@ -70,11 +70,15 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 
 
 def output_bytes(load: Workload, grid: Grid) -> float:
-    """Logits of one micro-batch in their format, in fp32, and their exponentials."""
+    """Logits of one micro-batch in their format, and in fp32.
+
+    megatron-core's cross entropy makes exponentials, probabilities and their gradient of the fp32
+    logits in place; the other format holds first the logits, then their gradient.
+    """
     if load.modules == "local":
         return local.output_bytes(load, grid)
     logits = grid.tokens(load.seq) * grid.tp * load.vocab / grid.tp
-    return logits * (load.numbers.activation_bytes + 4 + 4)
+    return logits * (load.numbers.activation_bytes + 4)
 
 
 def resident_bytes(load: Workload, grid: Grid) -> float:

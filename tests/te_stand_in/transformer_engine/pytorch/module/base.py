@@ -9,7 +9,6 @@ from transformer_engine.pytorch.record import CALLS, Call
 from transformer_engine.pytorch.tensor import (
     Float8BlockwiseQTensor,
     Float8Tensor,
-    QuantizedTensor,
     attach_high_precision_init_val,
     plain_of,
 )
