@@ -76,10 +76,8 @@ class RoutingCollector:
         An FFN demand (`moe.ffn_demand`) may have made others of them. Every rank must call. A
         further call in the same step returns the same numbers without a collective.
         """
-        if self._selections is not None:
-            return self._selections
-        self.take_sum(sum_over_ranks(self.summand()))
-        assert self._selections is not None, "just taken"
+        if self._selections is None:
+            self._selections = self._by_layer(sum_over_ranks(self.summand()))
         return self._selections
 
     def summand(self) -> Tensor:
@@ -99,7 +97,10 @@ class RoutingCollector:
 
     def take_sum(self, total: Tensor) -> None:
         """Note the sums over all ranks, as `summand`, for `selections`."""
-        self._selections = total.reshape(len(self.layer_numbers), self._num_experts)
+        self._selections = self._by_layer(total)
+
+    def _by_layer(self, total: Tensor) -> Tensor:
+        return total.reshape(len(self.layer_numbers), self._num_experts)
 
     def watch_margins(self) -> None:
         """Count margins from now on."""

@@ -60,20 +60,20 @@ def whole(path: Path, *changes: str) -> tuple[dict[str, Any], RankMemory]:
     return case, stages[fullest]
 
 
-def shipped(path: Path) -> dict[str, Any]:
-    """A shipped configuration on as many ranks as it is meant for, two layers a pipeline chunk."""
+def shipped(path: Path, layers: int = 2) -> dict[str, Any]:
+    """A shipped configuration on as many ranks as it is meant for, `layers` a pipeline chunk."""
     config, world = _loaded(path), ranks_of(path)
     parallel = config.parallel
     stages = parallel.pipeline_model_parallel_size
     chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
     overrides = [
-        f"model.num_layers={2 * chunks}",
+        f"model.num_layers={layers * chunks}",
         f"training.global_batch_size={2 * world}",
         "parallel.pipeline_model_parallel_layout=null",
     ]
     if not isinstance(config.moe.layer_freq, int):
         # As many dense layers at the start as fit.
-        overrides.append(f"moe.layer_freq={[0] + [1] * (2 * chunks - 1)}")
+        overrides.append(f"moe.layer_freq={[0] + [1] * (layers * chunks - 1)}")
     return {
         "config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world
     }  # fmt: skip

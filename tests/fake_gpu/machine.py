@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.fake_gpu.memory import MEMORY
 
@@ -149,10 +150,15 @@ class Device(TorchDispatchMode):
         elif func is aten.copy_.default:
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
             _note_copy(args[1], args[0], not waits)
-        name = func.__name__
-        if on_gpu and not name.startswith(_NO_KERNEL):
-            RECORD.operations[name] += 1
+        if not func.__name__.startswith(_NO_KERNEL) and (on_gpu or _is_on_gpu(result)):
+            RECORD.operations[func.__name__] += 1
         return result
+
+
+def _is_on_gpu(result: Any) -> bool:
+    """Of what an operation without a tensor before its other arguments has made or changed."""
+    first = next((each for each in tree_leaves(result) if isinstance(each, torch.Tensor)), None)
+    return first is not None and first.device.type == "cuda"
 
 
 def _note_copy(source: Any, target: Any, non_blocking: bool) -> None:
@@ -209,6 +215,14 @@ def install() -> None:
     JITFunction.run = run
     # The autograd engine asks whether it has to start the device; it must, for its threads.
     FakeTensorMode.avoid_device_init = property(lambda self: True)
+    resize = torch.UntypedStorage.resize_
+
+    def resized(self: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        resize(self, size)
+        MEMORY.resized(self)
+        return self
+
+    torch.UntypedStorage.resize_ = resized
     # Storage of a fake tensor is on no stream.
     for kind in (torch.Tensor, FakeTensor):
         kind.record_stream = lambda self, stream: None

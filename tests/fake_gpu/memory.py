@@ -27,7 +27,8 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._sizes: dict[int, tuple[Any, int, str]] = {}
+        # Of each storage by its id: a reference, bytes, shape and dtype.
+        self._known: dict[int, tuple[Any, int, str]] = {}
         self.live = 0
         self.begin()
 
@@ -46,24 +47,31 @@ class Memory:
             if self.peak > self._written * _NEWS:
                 self._write()
 
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Count what a storage that was freed or made again below its tensors has now."""
+        known = self._known.get(id(storage))
+        if known is not None:
+            reference, before, name = known
+            self._known[id(storage)] = reference, storage.nbytes(), name
+            self.live += storage.nbytes() - before
+
     def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key in self._sizes:
+        if key in self._known:
             return
-        size = storage.nbytes()
 
         def gone(_: Any) -> None:
-            self.live -= size
-            del self._sizes[key]
+            self.live -= self._known.pop(key)[1]
 
-        self._sizes[key] = weakref.ref(storage, gone), size, f"{tuple(tensor.shape)} {tensor.dtype}"
-        self.live += size
+        name = f"{tuple(tensor.shape)} {tensor.dtype}"
+        self._known[key] = weakref.ref(storage, gone), storage.nbytes(), name
+        self.live += storage.nbytes()
 
     def _write(self) -> None:
         self._written = self.peak
         found: Counter[str] = Counter()
-        for _, size, name in self._sizes.values():
+        for _, size, name in self._known.values():
             found[name] += size
         self.parts = dict(found.most_common(25))
 

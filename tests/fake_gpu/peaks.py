@@ -1,7 +1,8 @@
 """Peak memory and launches of every shipped configuration at full size, played.
 
-python -m tests.fake_gpu.peaks [NAME...]         the tables of docs/gpu.md; some minutes
-python -m tests.fake_gpu.peaks --parts NAME      the largest tensors at a peak
+python -m tests.fake_gpu.peaks [NAME...]         memory, as in docs/gpu.md; some minutes
+python -m tests.fake_gpu.peaks --parts NAME      and the largest tensors at the peak
+python -m tests.fake_gpu.peaks --launches        kernels of a layer and micro-batch
 """
 
 from __future__ import annotations
@@ -31,8 +32,6 @@ class Peak:
         planned: Bytes by the planner's estimate.
         played: The most bytes of tensors in a step.
         local: The same without Transformer Engine; None where it cannot run so.
-        launches: Kernels of the step.
-        layers: MoE layers times micro-batches of it.
         parts: The largest tensors at the peak.
     """
 
@@ -42,8 +41,6 @@ class Peak:
     planned: float
     played: int
     local: int | None
-    launches: int
-    layers: int
     parts: dict[str, int]
 
     @property
@@ -86,8 +83,6 @@ def peaks(folder: Path, paths: list[Path]) -> Iterator[Peak]:
             planned=memory.total,
             played=found["peak"],
             local=_local_peak(folder, path, case),
-            launches=found["operations"] + sum(found["launches"].values()),
-            layers=found["layers"],
             parts=found["parts"],
         )
 
@@ -100,25 +95,54 @@ def _local_peak(folder: Path, path: Path, case: dict[str, Any]) -> int | None:
     return int(found["peak"])
 
 
+def launches(folder: Path, path: Path, transformer_engine: bool) -> int:
+    """Kernels that an MoE layer starts for a micro-batch, forward and backward.
+
+    The difference between three layers and two. An operation of torch counts as one kernel.
+    """
+    plays = [cases.shipped(path, layers) for layers in (2, 3)]
+    found = build.play(folder, plays, transformer_engine)
+    for outcome in found:
+        assert outcome["error"] == "", outcome["error"]
+    few, more = (each["operations"] + sum(each["launches"].values()) for each in found)
+    return round((more - few) / (found[1]["layers"] - found[0]["layers"]))
+
+
+def _print_launches(folder: Path, paths: list[Path]) -> None:
+    print("| configuration | without TE | with its stand-in |")
+    print("|---|---|---|")
+    for path in paths:
+        local = "-" if cases.needs_engine(path) else launches(folder, path, False)
+        print(f"| {path.stem} | {local} | {launches(folder, path, True)} |", flush=True)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--launches", action="store_true")
     arguments = parser.parse_args()
     paths = [
         path
         for path in (*cases.MODELS, *cases.PLANNED)
         if not arguments.names or path.stem in arguments.names
     ]
-    print("| configuration | rank | played | planned | ratio | played without TE |")
-    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         build.build(Path(folder))
-        for peak in peaks(Path(folder), paths):
-            print(peak.row(), flush=True)
-            for name, size in peak.parts.items() if arguments.parts else ():
-                print(f"    {size / GIB:.3f} {name}")
+        if arguments.launches:
+            _print_launches(Path(folder), [path for path in paths if path in cases.MODELS])
+        else:
+            _print_peaks(Path(folder), paths, arguments.parts)
+
+
+def _print_peaks(folder: Path, paths: list[Path], parts: bool) -> None:
+    print("| configuration | rank | played | planned | ratio | played without TE |")
+    print("|---|---|---|---|---|---|")
+    for peak in peaks(folder, paths):
+        print(peak.row(), flush=True)
+        for name, size in peak.parts.items() if parts else ():
+            print(f"    {size / GIB:.3f} {name}")
 
 
 if __name__ == "__main__":

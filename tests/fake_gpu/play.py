@@ -107,11 +107,14 @@ def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
     from moepp_megatron.moe import capacity
 
     # Graphs need another kind.
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    # Has as many layers as the first model.
+    get_moe_metrics_tracker().metrics.clear()
     # Fake tensors belong to their mode.
     capacity._limits.cache_clear()
 

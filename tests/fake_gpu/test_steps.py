@@ -104,10 +104,8 @@ def test_what_would_fail_on_a_gpu_fails_here(play: Play) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [False, True], ids=["local modules", "Transformer Engine"])
 def test_every_shipped_configuration(play: Play, engine: bool) -> None:
-    paths = [
-        path for path in (*cases.MODELS, *cases.PLANNED) if engine or not cases.needs_engine(path)
-    ]
-    wanted = [cases.shipped(path) for path in paths]
+    paths = (*cases.MODELS, *cases.PLANNED)
+    wanted = [cases.shipped(path) for path in paths if engine or not cases.needs_engine(path)]
     for case, outcome in zip(wanted, play(wanted, engine), strict=True):
         assert outcome["error"] == "", f"{case}\n{outcome['error']}"
         assert outcome["faults"] == [], case
