@@ -54,6 +54,11 @@ class Record:
         for counter in (self.reads, self.launches, self.collectives, self.operations):
             counter.clear()
 
+    @property
+    def kernels(self) -> int:
+        """Kernels of Triton, and one for each operation of torch."""
+        return self.operations.total() + self.launches.total()
+
     def read(self, kind: str) -> None:
         self.reads[f"{kind} {place()}"] += 1
 
@@ -110,7 +115,7 @@ _SIZED_BY_NUMBERS = (
 _NO_KERNEL = (
     "view", "_unsafe_view", "t.", "transpose", "permute", "expand", "slice", "select", "unsqueeze",
     "squeeze", "detach", "alias", "as_strided", "split", "unbind", "empty", "new_empty", "narrow",
-    "is_same_size", "set_", "lift_fresh", "_reshape_alias", "unfold", "chunk",
+    "is_same_size", "device.", "set_", "lift_fresh", "_reshape_alias", "unfold", "chunk",
 )  # fmt: skip
 
 

@@ -27,6 +27,10 @@ class Memory:
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Count what is made from now on."""
         # Of each storage by its id: a reference, bytes, shape and dtype.
         self._known: dict[int, tuple[Any, int, str]] = {}
         self.live = 0

@@ -54,7 +54,8 @@ class Outcome:
         faults: `machine.Record.faults`.
         reads: Reads of one step, the second one.
         launches: Triton kernels of it.
-        operations: Operations of torch of it that start at least one kernel.
+        kernels: Kernels of its forward and backward passes. The optimizer's are left out: torch
+            has them one by one for fake tensors.
         modules: Names of what computes attention and experts.
         layers: MoE layers of the rank, times micro-batches.
         held: Bytes of tensors before that step: weights, gradients, optimizer.
@@ -68,7 +69,7 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
     reads: dict[str, int] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
-    operations: int = 0
+    kernels: int = 0
     modules: list[str] = field(default_factory=list)
     layers: int = 0
     held: int = 0
@@ -88,6 +89,7 @@ def _played(case: Case) -> Outcome:
     outcome = Outcome()
     RECORD.clear()
     RECORD.faults.clear()
+    MEMORY.forget()
     try:
         _play(case, outcome)
     except Exception:
@@ -215,6 +217,7 @@ class _Run:
         import numpy as np
 
         from moepp_megatron.training import expert_usage, token_groups
+        from moepp_megatron.training import step as step_module
         from moepp_megatron.training.collect import mean_loss
         from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
         from moepp_megatron.training.routers import Routers
@@ -231,6 +234,13 @@ class _Run:
         routers = Routers(config, self.model, self.layout, {}, None)
         guard = NumericalGuard(config.resilience) if "guard" in parts else None
         stop = StopRequest()
+        prepare = step_module.prepare_gradients
+
+        def prepared(optimizer: Any) -> Any:
+            self.outcome.kernels = RECORD.kernels
+            return prepare(optimizer)
+
+        step_module.prepare_gradients = prepared
         for step in (1, 2):
             RECORD.clear()
             gc.collect()
@@ -250,7 +260,7 @@ class _Run:
         self.outcome.peak, self.outcome.parts = MEMORY.peak, MEMORY.parts
         self.outcome.reads = dict(RECORD.reads)
         self.outcome.launches = dict(RECORD.launches)
-        self.outcome.operations = sum(RECORD.operations.values())
+        step_module.prepare_gradients = prepare
         layers = sum(len(_moe_layers(model)) for model in self.model.models)
         self.outcome.layers = layers * self.layout.num_microbatches
         mean_loss(result.losses)

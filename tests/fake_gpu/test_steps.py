@@ -34,7 +34,7 @@ def sound(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for outcome in outcomes:
         assert outcome["error"] == "", outcome["error"]
         assert outcome["faults"] == []
-        assert outcome["operations"] > 1000, "nothing was played"
+        assert outcome["kernels"] > 500, "nothing was played"
     return outcomes
 
 
@@ -67,9 +67,9 @@ def test_local_modules(play: Play) -> None:
             outcome["layers"] *= 2
         assert excess(outcome, layer) == {}, name
     saved = outcomes["guards, health, evaluation, save"]["saved"]
-    # Twelve bytes a parameter: the optimizer's copy of the weights and two moments.
+    # Copies of the weights in fp32 and, today, bf16; two moments.
     parameters = outcomes["one rank"]["parameters"]
-    assert 12 * parameters <= saved < 12.5 * parameters
+    assert 12 * parameters <= saved < 14.1 * parameters
     launches = outcomes["one rank"]["launches"]
     layers = outcomes["one rank"]["layers"]
     assert layers == 4
