@@ -37,10 +37,17 @@ def needs_engine(path: Path) -> bool:
     return config.precision.fp8 is not None or recomputes
 
 
-def whole(path: Path, *changes: str) -> tuple[dict[str, Any], RankMemory]:
-    """A shipped configuration with all its layers, on its fullest rank; and what is estimated.
+def whole(
+    path: Path, *changes: str, layers: int | None = None
+) -> tuple[dict[str, Any], RankMemory]:
+    """A shipped configuration at full size, on its fullest rank; and what is estimated of all of it.
 
     As many micro-batches as fill the pipeline: further ones take no more memory.
+
+    Args:
+        path: Its file.
+        *changes: Settings over it.
+        layers: Layers of each pipeline stage; all of them where None.
     """
     config, world = _loaded(path, *changes), ranks_of(path)
     layout = Layout.from_config(config, world)
@@ -49,9 +56,9 @@ def whole(path: Path, *changes: str) -> tuple[dict[str, Any], RankMemory]:
     size = config.training.micro_batch_size
     overrides = [
         *changes,
-        f"model.num_layers={config.model.num_layers}",
+        f"model.num_layers={layers * layout.pp if layers else config.model.num_layers}",
         f"training.micro_batch_size={size}",
-        f"training.global_batch_size={max(2, layout.pp) * size * layout.dp}",
+        f"training.global_batch_size={layout.pp * size * layout.dp}",
     ]
     case = {
         "config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world,
