@@ -37,10 +37,19 @@ def needs_engine(path: Path) -> bool:
     return config.precision.fp8 is not None or recomputes
 
 
+def stage_layers_of(path: Path) -> int | None:
+    """Layers of a pipeline stage; None where stages or layers differ from each other."""
+    config = _loaded(path)
+    stages = config.parallel.pipeline_model_parallel_size
+    if config.parallel.pipeline_model_parallel_layout or not isinstance(config.moe.layer_freq, int):
+        return None
+    return config.model.num_layers // stages
+
+
 def whole(
     path: Path, *changes: str, layers: int | None = None
 ) -> tuple[dict[str, Any], RankMemory]:
-    """A shipped configuration at full size, on its fullest rank; and what is estimated of all of it.
+    """A shipped configuration at full width, on its fullest rank; and the estimate of all of it.
 
     As many micro-batches as fill the pipeline: further ones take no more memory.
 

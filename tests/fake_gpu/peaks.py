@@ -1,18 +1,14 @@
-"""Peak memory and launches of every shipped configuration at full size, played.
+"""Peak memory and kernels of shipped configurations, played: the tables of docs/gpu.md.
 
-python -m tests.fake_gpu.peaks [NAME...]         memory, as in docs/gpu.md; some minutes
-python -m tests.fake_gpu.peaks --parts NAME      and the largest tensors at the peak
-python -m tests.fake_gpu.peaks --launches        kernels of a layer and micro-batch
+Usage: python -m tests.fake_gpu.peaks [NAME...] for memory, with --launches for kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.workbench.planning.efficiency import DEFAULT
@@ -32,7 +28,6 @@ class Peak:
         planned: Bytes by the planner's estimate.
         played: The most bytes of tensors in a step.
         local: The same without Transformer Engine; None where it cannot run so.
-        parts: The largest tensors at the peak.
     """
 
     name: str
@@ -41,14 +36,13 @@ class Peak:
     planned: float
     played: int
     local: int | None
-    parts: dict[str, int]
 
     @property
     def fits(self) -> bool:
         """Whether it fits an H100, by the planner's rule, with what is played for the estimate."""
-        gpu = load_hardware("h100_sxm")
-        needed = self.played + DEFAULT.reserved_gib * GIB
-        return needed <= gpu.memory_bytes * (1.0 - DEFAULT.memory_margin)
+        room = load_hardware("h100_sxm").memory_bytes
+        assert room is not None, "an H100's memory is known"
+        return self.played + DEFAULT.reserved_gib * GIB <= room * (1.0 - DEFAULT.memory_margin)
 
     @property
     def ratio(self) -> float:
@@ -64,35 +58,47 @@ class Peak:
         )
 
 
-def peaks(folder: Path, paths: list[Path]) -> Iterator[Peak]:
+def peaks(folder: Path, paths: list[Path]) -> list[Peak]:
     """Play each; with the stand-in of Transformer Engine, whose modules the planner knows.
 
     Args:
         folder: Where `build.build` has put the libraries.
         paths: Files of configurations.
     """
+    played = played_bytes(folder, paths, True)
+    local = played_bytes(folder, [path for path in paths if not cases.needs_engine(path)], False)
+    found = []
     for path in paths:
         case, memory = cases.whole(path)
-        (found,) = build.play(folder, [case], transformer_engine=True)
-        assert found["error"] == "", f"{case}\n{found['error']}"
-        assert found["faults"] == [], case
-        yield Peak(
-            name=path.stem,
-            ranks=case["world_size"],
-            rank=case["rank"],
-            planned=memory.total,
-            played=found["peak"],
-            local=_local_peak(folder, path, case),
-            parts=found["parts"],
-        )
+        size, rank = case["world_size"], case["rank"]
+        found.append(Peak(path.stem, size, rank, memory.total, played[path], local.get(path)))
+    return found
 
 
-def _local_peak(folder: Path, path: Path, case: dict[str, Any]) -> int | None:
-    if cases.needs_engine(path):
-        return None
-    (found,) = build.play(folder, [case])
-    assert found["error"] == "", f"{case}\n{found['error']}"
-    return int(found["peak"])
+def played_bytes(folder: Path, paths: list[Path], transformer_engine: bool) -> dict[Path, int]:
+    """The peak of each configuration, from two and three layers a stage and their difference.
+
+    Every further layer takes the same: `test_two_layers_and_a_difference_are_the_whole`. Stages
+    that differ from each other are played as they are.
+    """
+    layers = {path: cases.stage_layers_of(path) for path in paths}
+    plays = {
+        (path, few): cases.whole(path, layers=few)[0]
+        for path in paths
+        for few in ((None,) if layers[path] is None else (2, 3))
+    }
+    outcomes = build.play(folder, list(plays.values()), transformer_engine)
+    found: dict[tuple[Path, int | None], int] = {}
+    for (key, case), outcome in zip(plays.items(), outcomes, strict=True):
+        assert outcome["error"] == "", f"{case}\n{outcome['error']}"
+        assert outcome["faults"] == [], case
+        found[key] = outcome["peak"]
+    return {
+        path: found[path, None]
+        if count is None
+        else found[path, 2] + (count - 2) * (found[path, 3] - found[path, 2])
+        for path, count in layers.items()
+    }
 
 
 def launches(folder: Path, path: Path, transformer_engine: bool) -> int:
@@ -108,19 +114,10 @@ def launches(folder: Path, path: Path, transformer_engine: bool) -> int:
     return round((more["kernels"] - few["kernels"]) / (more["layers"] - few["layers"]))
 
 
-def _print_launches(folder: Path, paths: list[Path]) -> None:
-    print("| configuration | without TE | with its stand-in |")
-    print("|---|---|---|")
-    for path in paths:
-        local = "-" if cases.needs_engine(path) else launches(folder, path, False)
-        print(f"| {path.stem} | {local} | {launches(folder, path, True)} |", flush=True)
-
-
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--launches", action="store_true")
     arguments = parser.parse_args()
     paths = [
@@ -133,16 +130,23 @@ def main() -> None:
         if arguments.launches:
             _print_launches(Path(folder), [path for path in paths if path in cases.MODELS])
         else:
-            _print_peaks(Path(folder), paths, arguments.parts)
+            _print_peaks(Path(folder), paths)
 
 
-def _print_peaks(folder: Path, paths: list[Path], parts: bool) -> None:
+def _print_launches(folder: Path, paths: list[Path]) -> None:
+    print("| configuration | without TE | with its stand-in |")
+    print("|---|---|---|")
+    for path in paths:
+        local = "-" if cases.needs_engine(path) else launches(folder, path, False)
+        print(f"| {path.stem} | {local} | {launches(folder, path, True)} |", flush=True)
+
+
+def _print_peaks(folder: Path, paths: list[Path]) -> None:
     print("| configuration | rank | played | planned | ratio | played without TE |")
     print("|---|---|---|---|---|---|")
-    for peak in peaks(folder, paths):
-        print(peak.row(), flush=True)
-        for name, size in peak.parts.items() if parts else ():
-            print(f"    {size / GIB:.3f} {name}")
+    for path in paths:
+        for peak in peaks(folder, [path]):
+            print(peak.row(), flush=True)
 
 
 if __name__ == "__main__":

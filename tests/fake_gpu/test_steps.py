@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.fake_gpu import build, cases, reads
-from tests.fake_gpu.peaks import peaks
+from tests.fake_gpu.peaks import peaks, played_bytes
 
 pytestmark = [
     pytest.mark.skipif(build.obstacle() is not None, reason=str(build.obstacle())),
@@ -121,8 +121,16 @@ def test_peak_memory_is_the_planned_one(play: Play) -> None:
 
 
 @pytest.mark.slow
+def test_two_layers_and_a_difference_are_the_whole(play: Play, tmp_path: Path) -> None:
+    (path,) = (path for path in cases.PLANNED if path.stem == "moepp_0.6b_8_4_8")
+    build.build(tmp_path)
+    (outcome,) = sound(play([cases.whole(path)[0]], True))
+    assert played_bytes(tmp_path, [path], True)[path] == pytest.approx(outcome["peak"], rel=0.005)
+
+
+@pytest.mark.slow
 def test_peak_memory_of_every_shipped_configuration(tmp_path: Path) -> None:
-    """All layers; the table is in docs/gpu.md."""
+    """The table is in docs/gpu.md."""
     build.build(tmp_path)
     for peak in peaks(tmp_path, [*cases.MODELS, *cases.PLANNED]):
         assert peak.ratio == pytest.approx(1.0, abs=TOLERANCE), peak
