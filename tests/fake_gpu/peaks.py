@@ -120,15 +120,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--launches", action="store_true")
     arguments = parser.parse_args()
-    paths = [
-        path
-        for path in (*cases.MODELS, *cases.PLANNED)
-        if not arguments.names or path.stem in arguments.names
-    ]
+    every = cases.MODELS if arguments.launches else cases.PLANNED
+    paths = [path for path in every if not arguments.names or path.stem in arguments.names]
     with tempfile.TemporaryDirectory() as folder:
         build.build(Path(folder))
         if arguments.launches:
-            _print_launches(Path(folder), [path for path in paths if path in cases.MODELS])
+            _print_launches(Path(folder), paths)
         else:
             _print_peaks(Path(folder), paths)
 
