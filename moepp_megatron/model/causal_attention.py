@@ -102,6 +102,10 @@ class CausalAttention(MegatronModule):
             # Behind tokens whose keys are kept already.
             positions = torch.arange(num_tokens, device=query.device)
             mask = positions[-last:].unsqueeze(1) >= positions
+        if value.requires_grad:
+            # Values are a view of the projection's output, all of which would stay until the
+            # backward pass, although rotation has made new queries and keys.
+            value = value.contiguous()
         context_bncd = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

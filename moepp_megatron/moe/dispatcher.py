@@ -274,14 +274,14 @@ def build_dispatcher(
     )
 
 
-def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int:
+def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int | Tensor:
     """Bytes of hidden vectors that this rank sends to others for one forward pass.
 
     Counts dispatch and combine over the expert-parallel group. The all-to-all: by the split sizes
     that it was called with, of selections or, deduplicated, of copies. The all-gather: one copy of
     every local token to every other rank and back. Flex: one copy of a token to every other rank
-    that it needs, and back (counted where the token starts, so only the sum over ranks is exact).
-    Not counted are gates, 4 bytes per selection, and the deduplicated
+    that it needs, and back (counted where the token starts, so only the sum over ranks is exact);
+    then a scalar on the device. Not counted are gates, 4 bytes per selection, and the deduplicated
     dispatcher's maps, a byte for each expert of a rank with each copy.
 
     Args:

@@ -43,6 +43,26 @@ def set_deepep_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> Non
     manager.token_probs = torch.where(is_used, probs.gather(1, indices), 0.0)
 
 
+def multihot(num_local_experts: int, indices: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Replacement of DeepEP's `_indices_to_multihot`, which selects by a mask: the host then waits.
+
+    Args:
+        num_local_experts: FFN experts of this rank, L.
+        indices: [T, slots] int64 local experts of the tokens that arrived, -1 in unused slots.
+        probs: [T, slots] fp32 their gates.
+
+    Returns:
+        [T, L] bool map and [T, L] fp32 gates.
+    """
+    is_used = indices >= 0
+    # Unused slots go to a column of their own, which is left out.
+    columns = torch.where(is_used, indices, num_local_experts)
+    shape = indices.shape[0], num_local_experts + 1
+    routing_map = is_used.new_zeros(shape).scatter(1, columns, is_used)
+    gates = probs.new_zeros(shape).scatter(1, columns, probs)
+    return routing_map[:, :-1].contiguous(), gates[:, :-1].contiguous()
+
+
 class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
     """Flex dispatch of FFN-routed tokens only.
 
@@ -74,6 +94,7 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
         if backend == "deepep":
             manager = comm_manager(self)
             manager.setup_metadata = partial(set_deepep_metadata, manager)
+            manager._indices_to_multihot = partial(multihot, num_local_experts)
 
 
 def comm_manager(dispatcher: MoEFlexTokenDispatcher) -> Any:
@@ -81,8 +102,10 @@ def comm_manager(dispatcher: MoEFlexTokenDispatcher) -> Any:
     return dispatcher._comm_manager
 
 
-def vectors_sent(dispatcher: MoEFlexTokenDispatcher) -> int:
+def vectors_sent(dispatcher: MoEFlexTokenDispatcher) -> Tensor:
     """Hidden vectors that this rank sends to others in one dispatch: one per token and rank.
+
+    Counted on the device, a scalar: the host does not wait for it.
 
     Call between dispatch and combine, which forgets the routing.
     """
@@ -97,4 +120,4 @@ def vectors_sent(dispatcher: MoEFlexTokenDispatcher) -> int:
         routing_map = manager.routing_map
         reached = routing_map.view(routing_map.shape[0], group.size(), -1).sum(dim=-1)
     reached[:, group.rank()] = 0
-    return int((reached > 0).sum())
+    return (reached > 0).sum()

@@ -168,13 +168,10 @@ class RouterHealth:
         logits.register_hook(measure)
 
     def as_vector(self) -> Tensor:
-        """The sums as float64 on the CPU, in the order of `names_for` with this layer's counts."""
+        """[names] float64 sums on the device, ordered as `names_for` with this layer's counts."""
         names = self.names_for(self._config.router_topk, self._config.num_constant_experts)
-        device = next(iter(self._sums.values())).device if self._sums else None
-        missing = torch.zeros((), dtype=torch.float64, device=device)
-        values = [self._sums.get(name, missing).detach().double() for name in names]
-        # Stacked first: one copy to the host.
-        return torch.stack(values).cpu()
+        missing = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+        return torch.stack([self._sums.get(name, missing).detach().double() for name in names])
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach()

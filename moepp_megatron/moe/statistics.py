@@ -28,7 +28,7 @@ class RoutingStatistics:
         margins: [bins] int64 margins of FFN experts (`moe.margins`); None where none are counted.
         watches_margins: Whether they are to be counted.
         a2a_bytes: Bytes of hidden vectors that the dispatcher sent to other ranks, forward pass,
-            dispatch and combine.
+            dispatch and combine; a scalar on the device where only the device knows.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -48,7 +48,7 @@ class RoutingStatistics:
         self.dropped: Tensor | None = None
         self.balance_loss: Tensor | None = None
         self.num_tokens: int | Tensor = 0
-        self.a2a_bytes = 0
+        self.a2a_bytes: int | Tensor = 0
 
     @staticmethod
     def counts_now(training: bool) -> bool:
@@ -141,12 +141,13 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def as_vector(self) -> Tensor:
-        """[E + 4] float64: selected, dropped, balance loss, tokens, all-to-all bytes."""
-        vector = torch.zeros(self.num_experts + 4, dtype=torch.float64)
+        """[E + 4] float64 on the device: selected, dropped, balance loss, tokens, bytes sent."""
+        device = torch.cuda.current_device()
+        vector = torch.zeros(self.num_experts + 4, dtype=torch.float64, device=device)
         if self.selected is not None:
-            vector[: self.num_experts] = self.selected.to("cpu", torch.float64)
-        for offset, value in enumerate((self.dropped, self.balance_loss)):
+            vector[: self.num_experts] = self.selected
+        rest = (self.dropped, self.balance_loss, self.num_tokens, self.a2a_bytes)
+        for offset, value in enumerate(rest):
             if value is not None:
-                vector[self.num_experts + offset] = value.to("cpu", torch.float64)
-        vector[-2], vector[-1] = float(self.num_tokens), self.a2a_bytes
+                vector[self.num_experts + offset] = value
         return vector

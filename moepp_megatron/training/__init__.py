@@ -11,7 +11,7 @@ evaluate.py            validation loss
 generate.py            `moepp generate` as a function
 generate_request.py    what `moepp generate` is asked to do
 going_back.py          putting an earlier checkpoint of the run in place of the present model
-gradient_norm.py       the gradient norm on a GPU without Transformer Engine and apex
+gradient_norm.py       the gradient norm on the device
 inference_settings.py  turns a training configuration into one for forward passes only
 move_aside.py          moving a run out of the way of a new one in the same folder
 occupancy.py           whether a run may start in its folder
@@ -28,6 +28,7 @@ setup.py               wraps the model: precision, data parallelism, optimizer, 
 shift_text.py          what a shift is about, in words
 signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
+step_sums.py           what a step decides by: summed over all ranks and read once
 tagging.py             whether layers are told which tokens they see, and by what
 telemetry.py           adds telemetry of all nodes to a step's metrics
 token_groups.py        FFN experts of each class of tokens, in one step

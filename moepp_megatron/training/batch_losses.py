@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.training.step import Batch, StepResult
+from moepp_megatron.training.step_sums import first_of_tensor_ranks, shared_sum
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class BatchLoss:
 
 
 class BatchLosses:
-    """Adds up a batch's losses, on the device and without waiting for it."""
+    """Adds up a batch's losses, on the device and without waiting for it; a `Summand`."""
 
     def __init__(self) -> None:
         self.begin()
@@ -37,6 +36,7 @@ class BatchLosses:
         """Begin a new batch."""
         # Sum of the sequences' means, sum of their squares, number.
         self._sums: Tensor | None = None
+        self._total: Tensor | None = None
 
     @torch.no_grad()
     def add(self, batch: Batch, token_losses: Tensor) -> None:
@@ -53,23 +53,24 @@ class BatchLosses:
         sums = torch.stack([means.sum(), means.square().sum(), is_counted.sum()])
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def end(self, result: StepResult) -> BatchLoss:
-        """The batch's losses; every rank must call.
+    def summand(self) -> Tensor:
+        """[3] float64 on the device: this rank's sums."""
+        if self._sums is None or not first_of_tensor_ranks():
+            device = torch.cuda.current_device()
+            return torch.zeros(3, dtype=torch.float64, device=device)
+        return self._sums.clone()
 
-        The sums are made on rank 0 and sent from there: after an all-reduce ranks may differ in the
-        last bits, and what they decide by it as well.
-        """
-        device = torch.cuda.current_device()
-        values = torch.zeros(5, dtype=torch.float64, device=device)
-        # Tensor-parallel ranks hold the same tokens: only the first of each group counts.
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            values[:2] = result.losses.to(device, torch.float64)
-            if self._sums is not None:
-                values[2:] = self._sums.to(device)
-        dist.reduce(values, dst=0)
-        dist.broadcast(values, src=0)
-        total, tokens, means, squares, rows = values.tolist()
-        mean = total / tokens if tokens > 0 else math.nan
+    def take_sum(self, total: Tensor) -> None:
+        """Note the sums [3] over all ranks."""
+        self._total = total
+
+    def end(self, result: StepResult) -> BatchLoss:
+        """The batch's losses; a collective unless the step has summed them."""
+        if self._total is None:
+            self._total = shared_sum(self.summand()).cpu()
+        sums = result.sums
+        means, squares, rows = self._total.tolist()
+        mean = sums.total / sums.tokens if sums.tokens > 0 else math.nan
         if rows < 2:
             return BatchLoss(mean, math.nan)
         variance = (squares - means * means / rows) / (rows - 1)

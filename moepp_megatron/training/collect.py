@@ -76,8 +76,12 @@ class RoutingCollector:
         An FFN demand (`moe.ffn_demand`) may have made others of them. Every rank must call. A
         further call in the same step returns the same numbers without a collective.
         """
-        if self._selections is not None:
-            return self._selections
+        if self._selections is None:
+            self._selections = self._by_layer(sum_over_ranks(self.summand()))
+        return self._selections
+
+    def summand(self) -> Tensor:
+        """[MoE layers * E] float64 on the device: selections of this rank (`step_sums.Summand`)."""
         # On the device until the end: one wait for it, not one for each layer.
         device = torch.cuda.current_device()
         local = torch.zeros(
@@ -89,8 +93,14 @@ class RoutingCollector:
                 counts = self._statistics[number].wanted_counts()
             if counts is not None:
                 local[row] = counts
-        self._selections = sum_over_ranks(local)
-        return self._selections
+        return local.reshape(-1)
+
+    def take_sum(self, total: Tensor) -> None:
+        """Note the sums over all ranks, as `summand`, for `selections`."""
+        self._selections = self._by_layer(total)
+
+    def _by_layer(self, total: Tensor) -> Tensor:
+        return total.reshape(len(self.layer_numbers), self._num_experts)
 
     def watch_margins(self) -> None:
         """Count margins from now on."""
@@ -102,16 +112,18 @@ class RoutingCollector:
 
         Every rank must call.
         """
-        local = torch.zeros(len(self.layer_numbers), len(edges()) + 1, dtype=torch.float64)
+        shape = len(self.layer_numbers), len(edges()) + 1
+        local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
         for row, number in enumerate(self.layer_numbers):
             counts = self._statistics[number].margins if number in self._statistics else None
             if counts is not None:
-                local[row] = counts.to("cpu", torch.float64)
+                local[row] = counts
         return sum_over_ranks(local)
 
     def collect(self) -> dict[str, object]:
         """Reduce over all ranks (every rank must call) and compute the metrics of the step."""
-        local = torch.zeros(len(self.layer_numbers), self._num_experts + 6, dtype=torch.float64)
+        shape = len(self.layer_numbers), self._num_experts + 6
+        local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
         for row, number in enumerate(self.layer_numbers):
             if number in self._statistics:
                 local[row, : self._num_experts + 4] = self._statistics[number].as_vector()
@@ -119,15 +131,15 @@ class RoutingCollector:
         return self._metrics(sum_over_ranks(local))
 
     def _megatron_losses(self, layer_number: int) -> Tensor:
-        """[2] what megatron-core's own tracker holds: balance loss (vanilla) and z-loss."""
+        """[2] of megatron-core's own tracker, on the device: balance loss (vanilla) and z-loss."""
         entries = get_moe_metrics_tracker().metrics
         per_sequence = self._config.moe.balance_scope == "sequence"
         balance = "seq_load_balancing_loss" if per_sequence else "load_balancing_loss"
-        values = [
-            entries[name].values[layer_number - 1] if name in entries else torch.tensor(0.0)
-            for name in (balance, "z_loss")
-        ]
-        return torch.stack([value.detach().to("cpu", torch.float64) for value in values])
+        found = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+        for place, name in enumerate((balance, "z_loss")):
+            if name in entries:
+                found[place] = entries[name].values[layer_number - 1].detach()
+        return found
 
     def _metrics(self, total: Tensor) -> dict[str, object]:
         """Metrics from the per-layer sums.

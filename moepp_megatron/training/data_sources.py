@@ -70,12 +70,13 @@ class SourceCollector:
         if not self._names:
             return {}
         # [sources, 2 + E]: losses, tokens, selections of all layers.
-        local = torch.zeros(len(self._names), 2 + self._num_experts, dtype=torch.float64)
+        shape = len(self._names), 2 + self._num_experts
+        local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
         if self._losses is not None:
-            local[:, :2] = self._losses.cpu()
+            local[:, :2] = self._losses
         for statistics in self._statistics:
             if statistics.sources is not None:
-                local[:, 2:] += statistics.sources.cpu()
+                local[:, 2:] += statistics.sources
         return self._fields(sum_over_ranks(local))
 
     def _fields(self, total: Tensor) -> dict[str, Any]:

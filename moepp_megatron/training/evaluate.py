@@ -21,7 +21,7 @@ def validation_loss(model: TrainingModel, dataset: Any, config: Config, layout: 
     """
     model.set_training(False)
     batches = rank_batches(dataset, 0, config, len(model.chunks))
-    losses = torch.zeros(2, dtype=torch.float64)
+    losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     with model.gathered_parameters():
         for _ in range(config.training.eval_iters):
             losses += run_schedule(

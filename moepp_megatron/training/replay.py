@@ -7,7 +7,6 @@ from typing import Any
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.resilience.numerical_guard import global_loss
 from moepp_megatron.training.resilience.refused_batches import BatchEvidence
 from moepp_megatron.training.routers import Routers
 from moepp_megatron.training.setup import TrainingModel
@@ -39,6 +38,5 @@ def replay(
             iterators = rank_batches(dataset, first_sample, config, len(model.chunks))
             routers.reset_counts()
             result = compute_gradients(model, iterators, config, layout)
-            loss = global_loss(result.losses, result.grad_norm)
-            found.append(BatchEvidence(loss, routers.selections()))
+            found.append(BatchEvidence(result.sums.loss, routers.selections()))
     return found

@@ -95,15 +95,18 @@ class HealthCollector:
 
     def _collect(self) -> dict[str, Any]:
         width = len(RouterHealth.names_for(self._topk, self._num_constants))
-        local = torch.zeros(len(self._numbers), width, dtype=torch.float64)
+        device = torch.cuda.current_device()
+        local = torch.zeros(len(self._numbers), width, dtype=torch.float64, device=device)
         for row, number in enumerate(self._numbers):
             if number in self._layers:
                 router = self._layers[number].router
                 router.health.add_rows(router.logits_weight)
                 local[row] = router.health.as_vector()
-        total, losses = sum_over_ranks(local), sum_over_ranks(self._losses)
+        # One read for both.
+        summed = sum_over_ranks(torch.cat([local.reshape(-1), self._losses.reshape(-1)]))
+        total, losses = summed[: local.numel()], summed[local.numel() :].view_as(self._losses)
         names = RouterHealth.names_for(self._topk, self._num_constants)
-        layers = [dict(zip(names, row, strict=True)) for row in total.tolist()]
+        layers = [dict(zip(names, row, strict=True)) for row in total.view_as(local).tolist()]
         fields: dict[str, Any] = {
             "router_health": _by_metric([self._metrics(sums) for sums in layers]),
             "layer_ffn_histogram": [self._histogram(sums) for sums in layers],

@@ -22,6 +22,7 @@ from moepp_megatron.training.router_health import HealthCollector
 from moepp_megatron.training.routing_shift import RoutingShift
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch, StepResult
+from moepp_megatron.training.step_sums import Summand
 from moepp_megatron.training.token_groups import GroupCollector, bands_text, groups_of_run
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,15 @@ class Routers:
         if self._guard is not None:
             self._losses.add(batch, token_losses)
             self._guard.add_losses(batch, token_losses)
+
+    def summands(self) -> list[Summand]:
+        """What these objects want summed in the read that every step makes."""
+        found: list[Summand] = []
+        if self._guard is not None:
+            found.append(self._losses)
+        if self._shift is not None or self._budget is not None:
+            found.append(self._routing)
+        return found
 
     def reset_counts(self) -> None:
         """Count the selections of a further batch from 0."""

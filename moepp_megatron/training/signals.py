@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.stop_signals import SAME_INTERRUPT_S, acknowledge, heeded_signals
+from moepp_megatron.training.step_sums import shared_sum
 
 # One request reaches a rank by several ways: Slurm signals every process of a job, and the launcher
 # passes on what it got.
@@ -26,9 +27,14 @@ class StopRequest:
     The first SIGTERM, SIGUSR1 or SIGINT is remembered and the step continues; one that comes more
     than `SAME_REQUEST_S` later ends the process at once. A process that trains alone is ended by a
     second Ctrl-C at once; for ranks their launcher decides that, which has passed on the first.
+
+    Attributes:
+        seen: Whether any rank was asked before the newest step's read; the same on every rank. The
+            request is a `step_sums.Summand`.
     """
 
     def __init__(self) -> None:
+        self.seen = False
         self._asked_at: float | None = None
         self._interrupted_at: float | None = None
         self._is_alone = not RankEnvironment.read().is_launched
@@ -52,10 +58,17 @@ class StopRequest:
         A launcher does not reach all ranks between the same two steps: one that stopped alone
         would leave the others waiting for it.
         """
-        asked = torch.tensor([self._asked_at is not None], dtype=torch.int32)
-        asked = asked.to(torch.cuda.current_device())
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+        self.take_sum(shared_sum(self.summand()).cpu())
+        return self.seen
+
+    def summand(self) -> Tensor:
+        """[1] float64 on the device, 1 where this rank was asked."""
+        asked = float(self._asked_at is not None)
+        return torch.full((1,), asked, dtype=torch.float64, device=torch.cuda.current_device())
+
+    def take_sum(self, total: Tensor) -> None:
+        """Note whether any rank was asked, given their number [1]."""
+        self.seen = bool(total.item() > 0)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -20,8 +20,10 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.document_sources import SOURCES
 from moepp_megatron.runtime.patches import replaced
+from moepp_megatron.training.gradient_norm import squared_norms
 from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
 from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.step_sums import StepSums, Summand, read_step
 from moepp_megatron.training.tagging import layers_know_tokens
 
 Batch = dict[str, Tensor]
@@ -34,16 +36,22 @@ class StepResult:
     """What one step did on this rank.
 
     Attributes:
-        losses: [2] float64 sum of token losses and number of tokens, on the last pipeline stage.
-        grad_norm: Global gradient norm before clipping.
+        losses: [2] float64 on the device: sum of token losses and number of tokens, on the last
+            pipeline stage.
+        sums: What was read from the device before the optimizer acted.
         updated: Whether the optimizer changed the parameters.
         is_finite: Whether loss and gradients are finite on all ranks, as far as a guard looks.
     """
 
     losses: Tensor
-    grad_norm: float = 0.0
+    sums: StepSums
     updated: bool = True
     is_finite: bool = True
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm before clipping."""
+        return self.sums.grad_norm
 
 
 def training_step(
@@ -53,6 +61,7 @@ def training_step(
     layout: Layout,
     guard: NumericalGuard | None = None,
     watcher: LossWatcher | None = None,
+    summands: Sequence[Summand] = (),
 ) -> StepResult:
     """Run one optimizer step.
 
@@ -63,10 +72,11 @@ def training_step(
         layout: The rank grid.
         guard: May refuse the step: then the batch is read and nothing else has changed.
         watcher: Called on the last pipeline stage with each micro-batch's token losses.
+        summands: What else is summed over all ranks before the optimizer acts.
     """
     before = _StepState(model.models) if guard is not None else None
-    result = compute_gradients(model, batches, config, layout, watcher)
-    if guard is not None and before is not None and guard.refuses(result.losses, result.grad_norm):
+    result = compute_gradients(model, batches, config, layout, watcher, summands)
+    if guard is not None and before is not None and guard.refuses(result.sums, result.losses):
         before.restore()
         return replace(result, is_finite=math.isfinite(guard.last_loss))
     # The schedule counts the step that is being taken: the first step already learns.
@@ -82,6 +92,7 @@ def compute_gradients(
     config: Config,
     layout: Layout,
     watcher: LossWatcher | None = None,
+    summands: Sequence[Summand] = (),
 ) -> StepResult:
     """First half of `training_step`, which takes the same arguments: all but the optimizer."""
     for chunk in model.chunks:
@@ -90,7 +101,8 @@ def compute_gradients(
     losses = run_schedule(
         model, batches, config, layout.num_microbatches, forward_only=False, watcher=watcher
     )
-    return StepResult(losses, prepare_gradients(model.optimizer), updated=False)
+    squares, found_inf = prepare_gradients(model.optimizer)
+    return StepResult(losses, read_step(losses, squares, found_inf, summands), updated=False)
 
 
 @contextmanager
@@ -122,8 +134,8 @@ def run_schedule(
         watcher: Same as in `training_step`.
 
     Returns:
-        [2] float64: sum of token losses and number of tokens on this rank; zeros on all stages but
-        the last.
+        [2] float64 on the device: sum of token losses and number of tokens on this rank; zeros on
+        all stages but the last.
     """
     forward_backward = get_forward_backward_func()
     forward_step = partial(_forward_step, watcher=watcher, tells_sources=layers_know_tokens(config))
@@ -137,8 +149,8 @@ def run_schedule(
         forward_only=forward_only,
     )
     if not reduced:
-        return torch.zeros(2, dtype=torch.float64)
-    return torch.stack([entry["loss"] for entry in reduced]).sum(dim=0).cpu()
+        return torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    return torch.stack([entry["loss"] for entry in reduced]).sum(dim=0)
 
 
 def _forward_step(
@@ -175,11 +187,15 @@ def _loss(
     return loss, num_tokens.to(torch.int), {"loss": report}
 
 
-def prepare_gradients(optimizer: MegatronOptimizer) -> float:
-    """First half of `optimizer.step()`: gradients in place, their global norm; no state changes."""
+def prepare_gradients(optimizer: MegatronOptimizer) -> tuple[Tensor, bool]:
+    """First half of `optimizer.step()`: gradients in place, their global norm; no state changes.
+
+    Returns:
+        Squared norms (`squared_norms`), and whether gradients were found that are not finite.
+    """
     assert isinstance(optimizer, ChainedOptimizer), f"{type(optimizer)} is not chained"
-    found_inf = optimizer.prepare_grads()
-    return float("inf") if found_inf else float(optimizer.get_grad_norm())
+    found_inf = bool(optimizer.prepare_grads())
+    return squared_norms(optimizer), found_inf
 
 
 @contextmanager

@@ -115,17 +115,22 @@ class Trainer:
             self.announce_stage("data.path holds another corpus than before")
         with StopRequest().listening() as stop, self._supervisor as supervisor, self._telemetry:
             while self.progress.step < training.train_iters and not self.stopped:
-                result, started = self._take_step(batches)
+                result, started = self._take_step(batches, stop)
                 self.checkpoints.poll()
                 # The loss is needed by the log alone, but reading it waits for the device: so the
                 # time of the step is its own.
-                if result.updated and (self._due(training.log_interval) or self._evaluates()):
+                logs = result.updated and (self._due(training.log_interval) or self._evaluates())
+                if logs:
                     record = self._record(result.losses, result.grad_norm, started)
                     if self._sinks is not None:
                         self._sinks.write(record)
                         self._alerts.complain(self.progress, self.checkpoints)
                 stays = self._judge_routers(result) if result.updated else self._skip(result)
-                self.stopped = stop.agreed() or self.pause_reason is not None
+                # A request may have come while the host was busy after the step's read. Elsewhere
+                # it has only queued the optimizer's work, and the next step's read comes at once.
+                is_plain = result.updated and stays and not logs
+                asked = stop.seen if is_plain else stop.agreed()
+                self.stopped = asked or self.pause_reason is not None
                 if stays and self._due(config.checkpoint.save_interval) or self.stopped:
                     with supervisor.during("save"):
                         self._save()
@@ -155,7 +160,9 @@ class Trainer:
             if lack is not None:
                 logger.warning("%s", lack)
 
-    def _take_step(self, batches: list[Iterator[Batch]]) -> tuple[StepResult, float]:
+    def _take_step(
+        self, batches: list[Iterator[Batch]], stop: StopRequest
+    ) -> tuple[StepResult, float]:
         """Take the next step, and count it unless its batch is refused.
 
         Returns:
@@ -173,6 +180,7 @@ class Trainer:
             self.layout,
             supervisor.guard,
             self._routers.watch_losses,
+            [stop, *self._routers.summands()],
         )
         self._recorder.end_step()
         if result.updated:

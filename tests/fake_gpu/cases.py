@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.config import load_config
+from moepp_megatron.config import Config, Layout, load_config
+from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted((ROOT / "configs/models").glob("[a-z]*.yaml"))
@@ -13,25 +14,82 @@ PLANNED = sorted((ROOT / "configs/h100").glob("*.yaml"))
 SMALLEST = "configs/models/moepp_0.6b_8_4.yaml"
 
 
-def shipped(path: Path) -> dict[str, Any]:
-    """A shipped configuration on as many ranks as it is meant for, two layers a pipeline chunk."""
-    config = load_config(path, ["data.path=none", "run.dir=none"])
+def _loaded(path: Path, *changes: str) -> Config:
+    return load_config(path, ["data.path=none", "run.dir=none", *changes])
+
+
+def ranks_of(path: Path) -> int:
+    """Ranks that a shipped configuration is meant for; the fewest of its layout where none says."""
+    if path in PLANNED:
+        return int(path.stem.rpartition("_")[2])
+    parallel = _loaded(path).parallel
+    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return parallel.pipeline_model_parallel_size * max(ranks, dense)
+
+
+def needs_engine(path: Path) -> bool:
+    """Whether a configuration runs with Transformer Engine alone: FP8, or what it recomputes."""
+    config = _loaded(path)
+    training = config.training
+    is_selective = training.recompute_granularity == "selective"
+    recomputes = is_selective and "moe_act" in training.recompute_modules
+    return config.precision.fp8 is not None or recomputes
+
+
+def stage_layers_of(path: Path) -> int | None:
+    """Layers of a pipeline stage; None where stages or layers differ from each other."""
+    config = _loaded(path)
+    stages = config.parallel.pipeline_model_parallel_size
+    if config.parallel.pipeline_model_parallel_layout or not isinstance(config.moe.layer_freq, int):
+        return None
+    return config.model.num_layers // stages
+
+
+def whole(
+    path: Path, *changes: str, layers: int | None = None
+) -> tuple[dict[str, Any], RankMemory]:
+    """A shipped configuration at full width, on its fullest rank; and the estimate of all of it.
+
+    As many micro-batches as fill the pipeline: further ones take no more memory.
+
+    Args:
+        path: Its file.
+        *changes: Settings over it.
+        layers: Layers of each pipeline stage; all of them where None.
+    """
+    config, world = _loaded(path, *changes), ranks_of(path)
+    layout = Layout.from_config(config, world)
+    stages = [rank_memory(config, layout, stage) for stage in range(layout.pp)]
+    fullest = max(range(layout.pp), key=lambda stage: stages[stage].total)
+    size = config.training.micro_batch_size
+    overrides = [
+        *changes,
+        f"model.num_layers={layers * layout.pp if layers else config.model.num_layers}",
+        f"training.micro_batch_size={size}",
+        f"training.global_batch_size={layout.pp * size * layout.dp}",
+    ]
+    case = {
+        "config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world,
+        "rank": fullest * (world // layout.pp),
+    }  # fmt: skip
+    return case, stages[fullest]
+
+
+def shipped(path: Path, layers: int = 2) -> dict[str, Any]:
+    """A shipped configuration on as many ranks as it is meant for, `layers` a pipeline chunk."""
+    config, world = _loaded(path), ranks_of(path)
     parallel = config.parallel
     stages = parallel.pipeline_model_parallel_size
     chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
-    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
-    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    world = stages * max(ranks, dense)
-    if path in PLANNED:
-        world = int(path.stem.rpartition("_")[2])
     overrides = [
-        f"model.num_layers={2 * chunks}",
+        f"model.num_layers={layers * chunks}",
         f"training.global_batch_size={2 * world}",
         "parallel.pipeline_model_parallel_layout=null",
     ]
     if not isinstance(config.moe.layer_freq, int):
         # As many dense layers at the start as fit.
-        overrides.append(f"moe.layer_freq={[0] + [1] * (2 * chunks - 1)}")
+        overrides.append(f"moe.layer_freq={[0] + [1] * (layers * chunks - 1)}")
     return {
         "config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world
     }  # fmt: skip
@@ -52,12 +110,15 @@ _WATCHED = [
     "routing_guard.enabled=true",
     "routing_guard.dry_run=true",
 ]
-# Without Transformer Engine. The stand-in knows neither tensor-parallel ranks nor context
-# parallelism.
+_TENSOR_AND_CONTEXT = [
+    "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+    "parallel.context_parallel_size=2",
+]  # fmt: skip
+# Without Transformer Engine, and with its stand-in.
 LOCAL: dict[str, dict[str, Any]] = {
     "one rank": smallest(),
-    "guards, health, evaluation, state": smallest(
-        *_WATCHED, parts=["guard", "health", "evaluation", "state"]
+    "guards, health, evaluation, save": smallest(
+        *_WATCHED, parts=["guard", "health", "evaluation", "save"]
     ),
     "capacity": smallest("moe.capacity_factor=1.25"),
     "context parallel": smallest("parallel.context_parallel_size=2", world_size=2),
@@ -70,6 +131,12 @@ LOCAL: dict[str, dict[str, Any]] = {
     "expert parallel": smallest(_TWO_EXPERT_RANKS, world_size=2),
     "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
     "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
+    "DeepEP": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=flex", world_size=2),
+    "HybridEP": smallest(
+        _TWO_EXPERT_RANKS, "moe.dispatcher=flex", "moe.flex_backend=hybridep", world_size=2
+    ),
+    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4),
+    "graphs": smallest("training.cuda_graphs=[attn,moe_router]"),
     "recompute": smallest(
         "training.recompute_granularity=full", "training.recompute_method=uniform",
         "training.recompute_num_layers=1",
@@ -83,6 +150,8 @@ ENGINE: dict[str, dict[str, Any]] = {
     "one rank": smallest(),
     "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
     "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
+    "DeepEP": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=flex", world_size=2),
+    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4),
     "recompute": smallest(
         "training.recompute_granularity=selective", "training.recompute_modules=[moe_act]"
     ),

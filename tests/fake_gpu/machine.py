@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,9 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.fake_gpu.memory import MEMORY
 
 aten = torch.ops.aten
 
@@ -50,6 +54,11 @@ class Record:
         for counter in (self.reads, self.launches, self.collectives, self.operations):
             counter.clear()
 
+    @property
+    def kernels(self) -> int:
+        """Kernels of Triton, and one for each operation of torch."""
+        return self.operations.total() + self.launches.total()
+
     def read(self, kind: str) -> None:
         self.reads[f"{kind} {place()}"] += 1
 
@@ -67,6 +76,7 @@ class Routing:
         experts: FFN experts of the model.
         ranks: Expert-parallel ranks.
         sources: Ranks whose tokens an expert gets: these times expert-tensor-parallel ranks.
+        reached: Expert-parallel ranks on which a token's FFN experts lie.
     """
 
     share: float = 0.0
@@ -74,11 +84,17 @@ class Routing:
     experts: int = 1
     ranks: int = 1
     sources: int = 1
+    reached: float = 1.0
 
     @property
     def rows(self) -> int:
         """Rows that one expert gets from one rank."""
         return max(1, int(self.share * self.tokens))
+
+    @property
+    def copies(self) -> int:
+        """Copies that one rank gets from another where a token is sent to a rank once."""
+        return max(1, int(self.reached * self.tokens / self.ranks))
 
     @property
     def local_experts(self) -> int:
@@ -99,7 +115,7 @@ _SIZED_BY_NUMBERS = (
 _NO_KERNEL = (
     "view", "_unsafe_view", "t.", "transpose", "permute", "expand", "slice", "select", "unsqueeze",
     "squeeze", "detach", "alias", "as_strided", "split", "unbind", "empty", "new_empty", "narrow",
-    "is_same_size", "set_", "lift_fresh", "_reshape_alias", "unfold", "chunk",
+    "is_same_size", "device.", "set_", "lift_fresh", "_reshape_alias", "unfold", "chunk",
 )  # fmt: skip
 
 
@@ -133,15 +149,21 @@ class Device(TorchDispatchMode):
             RECORD.read("index by a mask")
             return _indexed(*args)
         result = func(*args, **kwargs)
+        MEMORY.see(result)
         if func is aten._to_copy.default:
             _note_copy(first, result, bool(kwargs.get("non_blocking", False)))
         elif func is aten.copy_.default:
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
             _note_copy(args[1], args[0], not waits)
-        name = func.__name__
-        if on_gpu and not name.startswith(_NO_KERNEL):
-            RECORD.operations[name] += 1
+        if not func.__name__.startswith(_NO_KERNEL) and (on_gpu or _is_on_gpu(result)):
+            RECORD.operations[func.__name__] += 1
         return result
+
+
+def _is_on_gpu(result: Any) -> bool:
+    """Of what an operation without a tensor before its other arguments has made or changed."""
+    first = next((each for each in tree_leaves(result) if isinstance(each, torch.Tensor)), None)
+    return first is not None and first.device.type == "cuda"
 
 
 def _note_copy(source: Any, target: Any, non_blocking: bool) -> None:
@@ -198,6 +220,14 @@ def install() -> None:
     JITFunction.run = run
     # The autograd engine asks whether it has to start the device; it must, for its threads.
     FakeTensorMode.avoid_device_init = property(lambda self: True)
+    resize = torch.UntypedStorage.resize_
+
+    def resized(self: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        resize(self, size)
+        MEMORY.resized(self)
+        return self
+
+    torch.UntypedStorage.resize_ = resized
     # Storage of a fake tensor is on no stream.
     for kind in (torch.Tensor, FakeTensor):
         kind.record_stream = lambda self, stream: None
@@ -301,6 +331,15 @@ def _install_collectives() -> None:
     def gather_objects(into: list[Any], value: Any, group: Any = None) -> None:
         into[:] = [value] * len(into)
 
+    def gather_object(
+        obj: Any = None, object_gather_list: list[Any] | None = None, *_: Any, **__: Any
+    ) -> None:
+        if object_gather_list is not None:
+            gather_objects(object_gather_list, obj)
+
+    def scatter_objects(into: list[Any], values: list[Any] | None = None, **_: Any) -> None:
+        into[0] = (values or [None])[0]
+
     class P2POp:
         def __init__(self, op: Any, tensor: torch.Tensor, peer: int = 0, group: Any = None) -> None:
             self.op, self.tensor = op, tensor
@@ -312,6 +351,9 @@ def _install_collectives() -> None:
 
     _replace("_coalescing_manager", coalescing)
     _replace("all_gather_object", gather_objects)
+    _replace("gather_object", gather_object)
+    _replace("scatter_object_list", scatter_objects)
+    _replace("broadcast_object_list", lambda *_, **__: None)
     _replace("P2POp", P2POp)
     _replace("batch_isend_irecv", batch)
 
@@ -362,12 +404,23 @@ def answer_megatron() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = move
 
-    def as_seen_here(self: Any, rows: Any) -> Any:
-        sent = ROUTING.rows * self.num_local_experts
-        everywhere = [sent] * self.ep_size
-        return dedup._Counts(everywhere, everywhere, [sent * self.ep_size] * self.tp_size)
+    dispatcher = dedup.DedupAlltoAllTokenDispatcher
+    exchange_counts = dispatcher._exchange_counts
+    dispatcher._as_seen_here = lambda self, rows: None
 
-    dedup.DedupAlltoAllTokenDispatcher._as_seen_here = as_seen_here
+    def counted(self: Any, *maps: Any) -> Any:
+        def exchanged(rows: int) -> Any:
+            each = [rows] * self.ep_size
+            return dedup._Counts(each, each, [rows * self.ep_size] * self.tp_size)
+
+        return replace(
+            exchange_counts(self, *maps),
+            copies=exchanged(ROUTING.copies),
+            selections=exchanged(ROUTING.rows * self.num_local_experts),
+        )
+
+    dispatcher._exchange_counts = counted
+    _answer_flex(token_dispatcher)
     if moe_utils.fused_permute_with_probs is None:
         return
 
@@ -403,6 +456,45 @@ def answer_megatron() -> None:
     )
 
 
+def _answer_flex(token_dispatcher: Any) -> None:
+    """DeepEP's and HybridEP's functions, by their shapes; each waits for its counts on the host."""
+
+    def arrived(x: torch.Tensor, rows: int) -> torch.Tensor:
+        return x.index_select(0, torch.zeros(rows, dtype=torch.long, device=x.device))
+
+    def counts() -> torch.Tensor:
+        with unset_fake_temporarily():
+            rows = ROUTING.rows * ROUTING.sources
+            return torch.full((ROUTING.local_experts,), rows, dtype=torch.long)
+
+    def dispatch(x: Any, indices: Any, probs: Any, num_experts: int, group: Any, **_: Any) -> Any:
+        assert indices.dtype is torch.int64
+        assert probs.dtype is torch.float32
+        RECORD.read("DeepEP")
+        rows = ROUTING.copies * group.size()
+        return arrived(x, rows), arrived(indices, rows), arrived(probs, rows), counts(), x.shape
+
+    def combine(x: Any, group: Any, handle: Any, **_: Any) -> Any:
+        return arrived(x, handle[0]), None
+
+    def permuting_dispatch(x: Any, routing_map: Any, probs: Any, **_: Any) -> Any:
+        assert routing_map.dtype is torch.bool
+        assert probs.dtype is torch.float32
+        RECORD.read("HybridEP")
+        rows = ROUTING.rows * ROUTING.sources * ROUTING.local_experts
+        gates = arrived(probs.reshape(-1, 1), rows).squeeze(1)
+        return arrived(x, rows), gates, None, counts(), x.shape
+
+    def unpermuting_combine(x: Any, handle: Any, **_: Any) -> Any:
+        return arrived(x, handle[0])
+
+    token_dispatcher.fused_dispatch = dispatch
+    token_dispatcher.fused_combine = combine
+    token_dispatcher.set_deepep_num_sms = lambda number: None
+    token_dispatcher.hybrid_ep_dispatch = permuting_dispatch
+    token_dispatcher.hybrid_ep_combine = unpermuting_combine
+
+
 def restore_orders(models: list[torch.nn.Module]) -> None:
     """Give dispatchers the orders of chunks that they keep on the host, which were built fake."""
     for module in (layer for model in models for layer in model.modules()):
@@ -415,6 +507,34 @@ def restore_orders(models: list[torch.nn.Module]) -> None:
             chunks = torch.arange(experts)
             dispatcher.sort_input_by_local_experts = chunks.reshape(-1, local).T.ravel()
             dispatcher.restore_output_by_local_experts = chunks.reshape(local, -1).T.ravel()
+
+
+@contextlib.contextmanager
+def graphs() -> Iterator[None]:
+    """megatron-core records, captures and replays graphs inside (`tests.graph_recorder`).
+
+    Capture runs the operations once and fails where one would wait for the device.
+    """
+    from megatron.core.transformer import cuda_graphs
+
+    from tests.graph_recorder import cpu_graphs
+
+    describe = cuda_graphs.ArgMetadata.__init__
+
+    def described(self: Any, value: Any) -> None:
+        describe(self, value)
+        if isinstance(value, FakeTensor):
+            # It knows tensors by their exact type.
+            self.type = torch.Tensor
+
+    cuda_graphs.ArgMetadata.__init__ = described
+    try:
+        with cpu_graphs():
+            # Put back by it too.
+            torch.cuda.device_count = lambda: 1
+            yield
+    finally:
+        cuda_graphs.ArgMetadata.__init__ = describe
 
 
 def fake_mode() -> contextlib.AbstractContextManager[Any]:

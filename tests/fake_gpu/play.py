@@ -7,10 +7,13 @@ Started by `build.play`, which puts the stub of the CUDA runtime before it.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ import torch.distributed as dist
 
 from tests.fake_gpu import machine
 from tests.fake_gpu.machine import RECORD, ROUTING
+from tests.fake_gpu.memory import MEMORY
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Case:
         overrides: Settings over it; two layers and micro-batches of one sequence unless given.
         world_size: Ranks of the layout.
         rank: The one that is played.
-        parts: What else is played after the step: guard, health, evaluation, state.
+        parts: What else is played: guard, and after the step health, evaluation, save.
     """
 
     config: str
@@ -50,18 +54,29 @@ class Outcome:
         faults: `machine.Record.faults`.
         reads: Reads of one step, the second one.
         launches: Triton kernels of it.
-        operations: Operations of torch of it.
+        kernels: Kernels of its forward and backward passes. The optimizer's are left out: torch
+            has them one by one for fake tensors.
         modules: Names of what computes attention and experts.
         layers: MoE layers of the rank, times micro-batches.
+        held: Bytes of tensors before that step: weights, gradients, optimizer.
+        peak: The most bytes of tensors within it.
+        parts: The largest tensors at about the peak: bytes by shape and dtype.
+        saved: Bytes that a save would write on the rank.
+        parameters: Parameters of the rank.
     """
 
     error: str = ""
     faults: list[str] = field(default_factory=list)
     reads: dict[str, int] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
-    operations: int = 0
+    kernels: int = 0
     modules: list[str] = field(default_factory=list)
     layers: int = 0
+    held: int = 0
+    peak: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+    saved: int = 0
+    parameters: int = 0
 
 
 def main() -> None:
@@ -74,6 +89,7 @@ def _played(case: Case) -> Outcome:
     outcome = Outcome()
     RECORD.clear()
     RECORD.faults.clear()
+    MEMORY.forget()
     try:
         _play(case, outcome)
     except Exception:
@@ -92,8 +108,15 @@ def _leave() -> None:
     parallel_state._GLOBAL_MEMORY_BUFFER = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
     from moepp_megatron.moe import capacity
 
+    # Graphs need another kind.
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    # Has as many layers as the first model.
+    get_moe_metrics_tracker().metrics.clear()
     # Fake tensors belong to their mode.
     capacity._limits.cache_clear()
 
@@ -104,6 +127,7 @@ def _play(case: Case, outcome: Outcome) -> None:
     from moepp_megatron.config import Layout, load_config
     from moepp_megatron.runtime import cpu_support, distributed
     from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.workbench.planning.links import distinct_targets
 
     quiet()
     small = ["model.num_layers=2", "training.micro_batch_size=1", "data.path=none", "run.dir=none"]
@@ -119,8 +143,9 @@ def _play(case: Case, outcome: Outcome) -> None:
     moe = config.moe
     ROUTING.tokens, ROUTING.experts, ROUTING.ranks = tokens, moe.num_ffn_experts, layout.ep
     ROUTING.sources = layout.ep * layout.etp
+    ROUTING.reached = distinct_targets(layout.ep, moe.router_topk * moe.ffn_share, ROUTING.experts)
     ROUTING.share = moe.router_topk * moe.ffn_share / moe.num_ffn_experts
-    with machine.fake_mode():
+    with machine.graphs() if config.training.cuda_graphs else nullcontext(), machine.fake_mode():
         _Run(config, layout, case, outcome).play()
 
 
@@ -129,6 +154,7 @@ class _Run:
 
     def __init__(self, config: Any, layout: Any, case: Case, outcome: Outcome) -> None:
         from megatron.core.optimizer import get_megatron_optimizer
+        from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
 
         from moepp_megatron.model.build import build_chunks
         from moepp_megatron.training import setup
@@ -143,10 +169,13 @@ class _Run:
         optimizer = get_megatron_optimizer(
             setup._optimizer_config(config), chunks, use_gloo_process_groups=False
         )
+        # megatron-core asks all ranks once, and the answer is a number.
+        optimizer._has_grad_norm_group_cache = dict.fromkeys(SEPARATE_GRAD_NORM_GROUPS, False)
         setup._connect(schedule_config, config, chunks, optimizer)
         schedule = setup._schedule(config, optimizer)
         self.model = setup.TrainingModel(chunks, models, optimizer, schedule)
         self.model.set_training(True)
+        outcome.parameters = sum(p.numel() for model in models for p in model.parameters())
         outcome.modules = sorted(
             {
                 type(module).__name__
@@ -188,6 +217,7 @@ class _Run:
         import numpy as np
 
         from moepp_megatron.training import expert_usage, token_groups
+        from moepp_megatron.training import step as step_module
         from moepp_megatron.training.collect import mean_loss
         from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
         from moepp_megatron.training.routers import Routers
@@ -204,18 +234,33 @@ class _Run:
         routers = Routers(config, self.model, self.layout, {}, None)
         guard = NumericalGuard(config.resilience) if "guard" in parts else None
         stop = StopRequest()
+        prepare = step_module.prepare_gradients
+
+        def prepared(optimizer: Any) -> Any:
+            self.outcome.kernels = RECORD.kernels
+            return prepare(optimizer)
+
+        step_module.prepare_gradients = prepared
         for step in (1, 2):
             RECORD.clear()
+            gc.collect()
+            self.outcome.held = MEMORY.live
+            MEMORY.begin()
             routers.begin_step(step)
             result = training_step(
-                self.model, self.batches(), config, self.layout, guard, routers.watch_losses
+                self.model,
+                self.batches(),
+                config,
+                self.layout,
+                guard,
+                routers.watch_losses,
+                [stop, *routers.summands()],
             )
             routers.learn(step, result)
-            if "guard" in parts:
-                stop.agreed()
+        self.outcome.peak, self.outcome.parts = MEMORY.peak, MEMORY.parts
         self.outcome.reads = dict(RECORD.reads)
         self.outcome.launches = dict(RECORD.launches)
-        self.outcome.operations = sum(RECORD.operations.values())
+        step_module.prepare_gradients = prepare
         layers = sum(len(_moe_layers(model)) for model in self.model.models)
         self.outcome.layers = layers * self.layout.num_microbatches
         mean_loss(result.losses)
@@ -224,10 +269,17 @@ class _Run:
             routers.metrics(2)
         if "evaluation" in parts:
             self._evaluate()
-        if "state" in parts:
-            from moepp_megatron.training.checkpoint.state import saved_state
+        if "save" in parts:
+            self._plan_save()
 
-            saved_state(self.model)
+    def _plan_save(self) -> None:
+        """A save as far as all that it writes is in host memory."""
+        from moepp_megatron.training.checkpoint.plan import Planner
+        from moepp_megatron.training.checkpoint.state import saved_state
+
+        with tempfile.TemporaryDirectory() as folder:
+            plan = Planner().plan(saved_state(self.model), Path(folder))
+            self.outcome.saved = plan.num_bytes
 
     def _evaluate(self) -> None:
         from moepp_megatron.training import evaluate

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.config.schema import ResilienceSection
@@ -18,6 +17,7 @@ from moepp_megatron.training.resilience.refused_batches import (
     Cause,
     num_needed,
 )
+from moepp_megatron.training.step_sums import StepSums
 
 # The median absolute deviation of normally distributed values is their standard deviation / 1.4826.
 _MAD_TO_STD = 1.4826
@@ -75,16 +75,16 @@ class NumericalGuard:
         refused = state.get("refused_batches", ())
         self.refused = [BatchEvidence.from_state(batch) for batch in refused]
 
-    def refuses(self, losses: Tensor, grad_norm: float) -> bool:
+    def refuses(self, sums: StepSums, losses: Tensor) -> bool:
         """Judge a batch before the optimizer acts; every rank must call.
 
         Args:
-            losses: [2] this rank's sum of token losses and number of tokens.
-            grad_norm: Gradient norm as this rank knows it.
+            sums: The step's sums, whose loss has the same bits on every rank.
+            losses: [2] this rank's sum of token losses and number of tokens, for the reason.
         """
-        self.last_loss = loss = global_loss(losses, grad_norm)
+        self.last_loss = loss = sums.loss
         if not math.isfinite(loss):
-            self.last_reason = _describe_non_finite(losses, grad_norm)
+            self.last_reason = _describe_non_finite(losses, sums.grad_norm)
             return True
         if not self.is_usual(loss):
             score = robust_z_score(loss, self.recent_losses)
@@ -160,27 +160,6 @@ class NumericalGuard:
             )
         self._rollbacks_in_a_row += 1
         self._failed_at_step = max(self._failed_at_step, step)
-
-
-def global_loss(losses: Tensor, grad_norm: float) -> float:
-    """The token mean of the loss; NaN if it or the gradients of any rank are not finite.
-
-    A collective: the sums are rank 0's, so that all ranks have the same bits.
-
-    Args:
-        losses: [2] this rank's sum of token losses and number of tokens.
-        grad_norm: Gradient norm as this rank knows it.
-    """
-    is_bad = not (bool(losses.isfinite().all()) and math.isfinite(grad_norm))
-    # Tensor-parallel ranks hold the same tokens: only the first of each group counts.
-    counts = parallel_state.get_tensor_model_parallel_rank() == 0
-    total, count = losses.tolist() if counts and not is_bad else (0.0, 0.0)
-    sums = torch.tensor([total, count, float(is_bad)], dtype=torch.float64)
-    sums = sums.to(torch.cuda.current_device())
-    dist.reduce(sums, dst=0)
-    dist.broadcast(sums, src=0)
-    total, count, num_bad_ranks = sums.tolist()
-    return total / count if count > 0 and num_bad_ranks == 0 else math.nan
 
 
 def _describe_non_finite(losses: Tensor, grad_norm: float) -> str:

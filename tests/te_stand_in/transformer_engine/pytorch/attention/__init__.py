@@ -1,6 +1,7 @@
 """Attention between the projections, causal, [s, b, heads, channels]."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class DotProductAttention(torch.nn.Module):
@@ -31,7 +32,7 @@ class DotProductAttention(torch.nn.Module):
         name=None,
     ):
         super().__init__()
-        self.softmax_scale = softmax_scale
+        self.softmax_scale, self.cp_group = softmax_scale, cp_group
 
     def forward(
         self,
@@ -71,7 +72,11 @@ class DotProductAttention(torch.nn.Module):
         thd_attention_policy_dispatch="auto",
     ):
         assert attn_mask_type == "causal"
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query_layer, key_layer, value_layer))
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            assert isinstance(query_layer, FakeTensor), "with context parallelism only shapes fit"
+        # Strides of views that no layout fits: copies are made, and those are kept.
+        layers = (x.contiguous() for x in (query_layer, key_layer, value_layer))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in layers)
         output = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True
         )

@@ -9,7 +9,6 @@ from transformer_engine.pytorch.record import CALLS, Call
 from transformer_engine.pytorch.tensor import (
     Float8BlockwiseQTensor,
     Float8Tensor,
-    QuantizedTensor,
     attach_high_precision_init_val,
     plain_of,
 )
@@ -111,24 +110,32 @@ def needs_fp8_sizes(*tensors):
 
 
 class _Gemm(torch.autograd.Function):
-    """y = x w^T, with FP8 operands where `fp8`."""
+    """y = x w^T, with FP8 operands where `fp8`; rows of all ranks of `group` where there is one.
+
+    The rank's own rows are kept, and gathered once more in the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, fp8):
-        ctx.fp8, ctx.is_quantized = fp8, isinstance(weight, QuantizedTensor)
+    def forward(ctx, x, weight, fp8, group):
+        ctx.fp8, ctx.group, ctx.is_quantized = fp8, group, isinstance(weight, QuantizedTensor)
         ctx.weight, ctx.adds_to = weight, weight.adds_to
         w = plain_of(weight)
         if fp8:
             x, w = _rounded(x, torch.float8_e4m3fn), _rounded(w, torch.float8_e4m3fn)
         ctx.save_for_backward(x, w)
-        return x @ w.T
+        return _gathered(x, group) @ w.T
 
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         if ctx.fp8:
             grad = _rounded(grad, torch.float8_e5m2)
-        return grad @ w, _weight_gradient(ctx, grad, x), None
+        own = grad @ w
+        if ctx.group is not None:
+            from megatron.core.tensor_parallel import mappings
+
+            own = mappings._reduce_scatter_along_first_dim(own, ctx.group)
+        return own, _weight_gradient(ctx, grad, _gathered(x, ctx.group)), None, None
 
 
 def _weight_gradient(ctx, grad, x):
@@ -142,9 +149,18 @@ def _weight_gradient(ctx, grad, x):
     return get_dummy_wgrad(ctx.weight.shape, x.dtype, getattr(ctx.weight, "zero_out_wgrad", False))
 
 
-def gemm(x, weight, fp8):
-    rows = _Gemm.apply(x.reshape(-1, x.shape[-1]), weight, fp8)
-    return rows.view(*x.shape[:-1], weight.shape[0])
+def _gathered(x, group):
+    if group is None:
+        return x
+    from megatron.core.tensor_parallel import mappings
+
+    return mappings._gather_along_first_dim(x, group)
+
+
+def gemm(x, weight, fp8, group=None):
+    rows = _Gemm.apply(x.reshape(-1, x.shape[-1]), weight, fp8, group)
+    ranks = 1 if group is None else group.size()
+    return rows.view(ranks * x.shape[0], *x.shape[1:-1], weight.shape[0])
 
 
 def _rounded(tensor, fp8_dtype):

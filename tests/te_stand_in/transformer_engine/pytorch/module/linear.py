@@ -10,7 +10,36 @@ from transformer_engine.pytorch.module.norm import rms_norm
 from transformer_engine.pytorch.quantization import get_align_size_for_quantization
 
 
-class Linear(TransformerEngineBaseModule):
+class _Sharded(TransformerEngineBaseModule):
+    """A weight of which each tensor-parallel rank has its rows or its columns."""
+
+    def shard(self, in_features, out_features, parallel_mode, tp_size, tp_group, sequence):
+        self.in_features, self.out_features = in_features, out_features
+        self.parallel_mode, self.tp_size, self.tp_group = parallel_mode, tp_size, tp_group
+        self.sequence_parallel = sequence and tp_size > 1
+        columns = tp_size if parallel_mode == "row" else 1
+        rows = tp_size if parallel_mode == "column" else 1
+        return out_features // rows, in_features // columns
+
+    def multiply(self, inp):
+        """The product, with what tensor-parallel ranks exchange before it or after it."""
+        if self.tp_size == 1:
+            return gemm(inp, self.weight, self.fp8)
+        from megatron.core.tensor_parallel import mappings
+
+        group, sequence = self.tp_group, self.sequence_parallel
+        if self.parallel_mode == "column":
+            if sequence:
+                return gemm(inp, self.weight, self.fp8, group)
+            inp = mappings.copy_to_tensor_model_parallel_region(inp, group=group)
+            return gemm(inp, self.weight, self.fp8)
+        out = gemm(inp, self.weight, self.fp8)
+        if sequence:
+            return mappings.reduce_scatter_to_sequence_parallel_region(out, group=group)
+        return mappings.reduce_from_tensor_model_parallel_region(out, group=group)
+
+
+class Linear(_Sharded):
     def __init__(
         self,
         in_features,
@@ -40,21 +69,21 @@ class Linear(TransformerEngineBaseModule):
         name=None,
     ):
         super().__init__(name)
-        assert tp_size == 1, "the stand-in knows one tensor-parallel rank"
         assert not bias, "the stand-in knows no bias"
-        self.in_features, self.out_features = in_features, out_features
-        self.use_bias, self.parallel_mode, self.tp_size = bias, parallel_mode, tp_size
-        self.save_original_input = save_original_input
-        self.add_weight("weight", out_features, in_features, params_dtype, device, init_method)
+        self.use_bias, self.save_original_input = bias, save_original_input
+        shape = self.shard(
+            in_features, out_features, parallel_mode, tp_size, tp_group, sequence_parallel
+        )
+        self.add_weight("weight", *shape, params_dtype, device, init_method)
 
     def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
         self.begin(inp, [inp.shape[:-1].numel()])
         if self.fp8:
             needs_fp8_sizes(inp, self.weight)
-        return gemm(inp, self.weight, self.fp8)
+        return self.multiply(inp)
 
 
-class LayerNormLinear(TransformerEngineBaseModule):
+class LayerNormLinear(_Sharded):
     def __init__(
         self,
         in_features,
@@ -87,21 +116,23 @@ class LayerNormLinear(TransformerEngineBaseModule):
         name=None,
     ):
         super().__init__(name)
-        assert tp_size == 1, "the stand-in knows one tensor-parallel rank"
         assert not bias, "the stand-in knows no bias"
         assert normalization == "RMSNorm"
-        self.in_features, self.out_features, self.eps = in_features, out_features, eps
-        self.use_bias, self.parallel_mode, self.tp_size = bias, parallel_mode, tp_size
+        self.use_bias, self.eps = bias, eps
+        shape = self.shard(
+            in_features, out_features, parallel_mode, tp_size, tp_group, sequence_parallel
+        )
         self.layer_norm_weight = torch.nn.Parameter(
             torch.ones(in_features, dtype=params_dtype, device=device)
         )
-        self.add_weight("weight", out_features, in_features, params_dtype, device, init_method)
+        self.layer_norm_weight.sequence_parallel = self.sequence_parallel
+        self.add_weight("weight", *shape, params_dtype, device, init_method)
 
     def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
         self.begin(inp, [inp.shape[:-1].numel()])
         if self.fp8:
             needs_fp8_sizes(inp, self.weight)
-        return gemm(rms_norm(inp, self.layer_norm_weight, self.eps), self.weight, self.fp8)
+        return self.multiply(rms_norm(inp, self.layer_norm_weight, self.eps))
 
 
 class GroupedLinear(TransformerEngineBaseModule):

@@ -1,0 +1,95 @@
+"""What a step decides by: summed over all ranks in one collective and read from the device once.
+
+Each read makes the host wait for all work that is queued, and the device idles until the host has
+queued more. So the loss, the gradient norm, whether both are sound, and whatever else is counted in
+a step (`Summand`) travel together, after the backward pass and before the optimizer acts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+
+class Summand(Protocol):
+    """Something that every rank counts in a step and all want to know the sum of."""
+
+    def summand(self) -> Tensor:
+        """[n] float64 on the device, this rank's; n is the same on all ranks."""
+
+    def take_sum(self, total: Tensor) -> None:
+        """[n] float64 on the CPU, the sum over all ranks, the same bits on each."""
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What was read.
+
+    Attributes:
+        loss: Token mean of the loss over all ranks; NaN if it or the gradients of any rank are not
+            finite, or no token counts.
+        grad_norm: Global gradient norm as this rank knows it.
+        total: Sum of token losses over all ranks.
+        tokens: Tokens that count, over all ranks.
+    """
+
+    loss: float
+    grad_norm: float
+    total: float
+    tokens: float
+
+
+def shared_sum(values: Tensor) -> Tensor:
+    """Sum a float64 tensor over all ranks, on the device.
+
+    The sums are made on rank 0 and sent from there: after an all-reduce ranks may differ in the
+    last bits, and what they decide by it as well.
+    """
+    dist.reduce(values, dst=0)
+    dist.broadcast(values, src=0)
+    return values
+
+
+def first_of_tensor_ranks() -> bool:
+    """Whether this rank counts where tensor-parallel ranks hold the same tokens."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def read_step(
+    losses: Tensor, squares: Tensor, found_inf: bool, summands: Sequence[Summand]
+) -> StepSums:
+    """Sum and read; every rank must call.
+
+    Args:
+        losses: [2] float64 on the device, this rank's sum of token losses and number of tokens.
+        squares: [optimizers] fp32 on the device, the squared gradient norm of each.
+        found_inf: Whether an optimizer has found gradients that are not finite.
+        summands: What else is summed; each gets its sum.
+    """
+    is_bad = torch.full_like(losses[:1], float(found_inf))
+    is_bad += 1.0 - (losses.isfinite().all() & squares.isfinite().all()).double()
+    counted = losses if first_of_tensor_ranks() else torch.zeros_like(losses)
+    parts = [counted, is_bad, *(each.summand() for each in summands)]
+    ends = [len(part) for part in parts[2:]]
+    shared = shared_sum(torch.cat(parts))
+    host = torch.cat([shared, squares.double()]).cpu()
+    head, *rest, own = host.split([3, *ends, len(squares)])
+    total, tokens, num_bad = head.tolist()
+    for each, part in zip(summands, rest, strict=True):
+        each.take_sum(part)
+    norm = math.inf if found_inf else _norm(own.tolist())
+    loss = total / tokens if tokens > 0 and num_bad == 0 else math.nan
+    return StepSums(loss, norm, total, tokens)
+
+
+def _norm(squares: Sequence[float]) -> float:
+    """The norm of all gradients from those of each optimizer, rounded as megatron-core's."""
+    norms = [square**0.5 for square in squares]
+    return norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))

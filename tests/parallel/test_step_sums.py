@@ -1,0 +1,81 @@
+"""The one read of a step: what it holds is what megatron-core's own reads would say."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.checkpoint_runs import trainer_settings
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import settings
+
+
+def norms(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
+    """The gradient norm as read with all else, and by megatron-core's own function."""
+    from moepp_megatron.training import step as step_module
+    from tests.parallel.training_runs import train
+
+    found, prepare = [], step_module.prepare_gradients
+
+    def prepared(optimizer: Any) -> Any:
+        result = prepare(optimizer)
+        found.append(float(optimizer.get_grad_norm()))
+        return result
+
+    step_module.prepare_gradients = prepared
+    try:
+        run, _ = train(raw, steps)
+    finally:
+        step_module.prepare_gradients = prepare
+    return list(zip(run.grad_norms, found, strict=True))
+
+
+@pytest.mark.parametrize("is_distributed", [True, False])
+def test_gradient_norm_has_the_bits_of_megatron_core(
+    ranks: RankPools, is_distributed: bool
+) -> None:
+    """One norm over all ranks, or, not distributed, one of experts and one of the rest."""
+    parallel = {
+        "expert_model_parallel_size": 2,
+        "use_distributed_optimizer": is_distributed,
+        "overlap_param_gather": False,
+    }
+    for pairs in ranks(2).run(norms, settings(parallel=parallel), 2):
+        assert len(pairs) == 2
+        assert all(ours == theirs > 0 for ours, theirs in pairs)
+
+
+def stopped_at(raw: dict[str, Any], step_of_signal: int) -> int:
+    """The step after which a run ends whose rank 1 gets a signal within `step_of_signal`."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.trainer import Trainer
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    trainer = Trainer(config, layout)
+    begin = trainer._routers.begin_step
+
+    def begin_step(step: int) -> None:
+        begin(step)
+        if step == step_of_signal and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._routers.begin_step = begin_step
+    trainer.run()
+    assert trainer.stopped
+    return trainer.progress.step
+
+
+def test_request_stops_a_step_that_is_not_logged(
+    ranks: RankPools, corpus: Path, tmp_path: Path
+) -> None:
+    raw = trainer_settings(corpus, tmp_path / "run", training={"log_interval": 10})
+    assert ranks(2).run(stopped_at, raw, 2) == [2, 2]
