@@ -31,17 +31,22 @@ from torch.autograd.function import once_differentiable
 from moepp_megatron.experts import CONSTANT
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.kernels import combine_triton as kernel
+from moepp_megatron.moe.kernels import interprets
 from moepp_megatron.moe.zero_computation import Ingredients
 
-# A program's tile: 256 columns of 8 tokens, so every row is read in pieces of 512 bytes (bf16),
-# and V, which all tokens share, comes from the cache once for 8 tokens: a quarter of a row a
-# token with two constant experts. 16 elements a thread leave registers for many loads in flight.
-_BLOCK_T, _BLOCK_D = 8, 256
-# Programs of a backward pass to aim at: eight on each of an H100's 132 processors. Not taken from
-# the device, so that the order of additions, and with it the last bit, depends on shapes alone.
-_PROGRAMS = 1024
-# Tokens of a program that turns weights' gradients into those of gates and mixing logits.
-_BLOCK_W = 64
+# A program's tile: 256 columns of 16 tokens, so every row is read in pieces of 512 bytes (bf16),
+# and matrix units multiply as many rows at once. 16 elements a thread leave registers for many
+# loads in flight.
+_BLOCK_T, _BLOCK_D, _WARPS = 16, 256, 8
+# The least side of a matrix that these units multiply, to which constant experts are padded.
+_LEAST = 16
+# Programs of a backward pass to aim at: two on each of an H100's 132 processors, as many as their
+# registers hold. Not taken from the device, so that the order of additions, and with it the last
+# bit, depends on shapes alone.
+_PROGRAMS = 256
+# Elements [tokens, experts] of a program that turns weights' gradients into those of gates and
+# mixing logits, eight a thread.
+_TILE_OF_WEIGHTS = 1024
 
 
 def combine(
@@ -89,12 +94,15 @@ class _Combine(torch.autograd.Function):
         )
         num_tokens, hidden = table.shape[0], rows.shape[1]
         output = rows.new_empty(num_tokens, hidden)
-        programs = triton.cdiv(num_tokens, _BLOCK_T) * triton.cdiv(hidden, _BLOCK_D)
+        columns = _columns(config)
+        # As many tokens as columns of V: what is read of V is then no more than a row a token.
+        chunk = columns["BLOCK_C"]
+        programs = triton.cdiv(num_tokens, chunk) * triton.cdiv(hidden, _BLOCK_D)
         if programs:
             kernel.forward[(programs,)](
                 rows, table, x, gates, routing_map, mixing, V, addend, output, num_tokens,
-                config.expert_input_scale, SLOTS=table.shape[1], **_tile(hidden),
-                **_columns(config),
+                config.expert_input_scale, SLOTS=table.shape[1], CHUNK=chunk, **_tile(hidden),
+                **columns,
             )  # fmt: skip
         ctx.save_for_backward(table, x, gates, routing_map, mixing, V)
         ctx.num_rows, ctx.config = rows.shape[0], config
@@ -109,7 +117,7 @@ class _Combine(torch.autograd.Function):
         columns = _columns(ctx.config)
         constants = columns["CONSTANTS"]
         parts = triton.cdiv(hidden, _BLOCK_D)
-        chunk = _chunk(num_tokens, parts)
+        chunk = _chunk(num_tokens, parts, columns["BLOCK_C"])
         chunks = triton.cdiv(num_tokens, chunk)
 
         grad_rows = grad.new_empty(ctx.num_rows, hidden)
@@ -124,7 +132,7 @@ class _Combine(torch.autograd.Function):
             kernel.backward[(chunks * parts,)](
                 grad, table, x, gates, routing_map, mixing, V, grad_rows, grad_x, weights, vectors,
                 num_tokens, ctx.config.expert_input_scale, SLOTS=table.shape[1], CHUNK=chunk,
-                BLOCK_C=triton.next_power_of_2(max(constants, 1)), **_tile(hidden), **columns,
+                num_stages=_stages(columns["BLOCK_C"]), **_tile(hidden), **columns,
             )  # fmt: skip
         grad_gates, grad_mixing = _backward_of_weights(weights, gates, mixing, ctx.config)
         return (
@@ -144,10 +152,11 @@ def _backward_of_weights(
     grad_gates = torch.empty_like(gates)
     grad_mixing = None if mixing is None else torch.empty_like(mixing)
     if num_tokens:
-        kernel.backward_of_weights[(triton.cdiv(num_tokens, _BLOCK_W),)](
+        columns = _columns(config)
+        block = max(1, _TILE_OF_WEIGHTS // columns["BLOCK_C"])
+        kernel.backward_of_weights[(triton.cdiv(num_tokens, block),)](
             weights, gates, mixing, grad_gates, grad_mixing, num_tokens,
-            config.expert_input_scale, PARTS=parts, BLOCK_T=_BLOCK_W,
-            BLOCK_E=triton.next_power_of_2(gates.shape[1]), **_columns(config),
+            config.expert_input_scale, PARTS=parts, BLOCK_T=block, **columns,
         )  # fmt: skip
     return grad_gates, grad_mixing
 
@@ -156,27 +165,45 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _tile(hidden: int) -> dict[str, int]:
-    return {"HIDDEN": hidden, "BLOCK_T": _BLOCK_T, "BLOCK_D": _BLOCK_D}
+def _tile(hidden: int) -> dict[str, Any]:
+    return {
+        "HIDDEN": hidden,
+        "BLOCK_T": _BLOCK_T,
+        "BLOCK_D": _BLOCK_D,
+        "WIDEN": interprets(),
+        "num_warps": _WARPS,
+    }
 
 
 def _columns(config: MoEPPConfig) -> dict[str, int]:
     """Where constant and copy experts are among all; constant ones come first."""
+    constants, copies = config.num_constant_experts, config.num_copy_experts
     return {
         "NUM_EXPERTS": config.num_experts,
         "FIRST": config.columns(CONSTANT).start,
-        "CONSTANTS": config.num_constant_experts,
-        "COPIES": config.num_copy_experts,
+        "CONSTANTS": constants,
+        "COPIES": copies,
+        "BLOCK_C": max(_LEAST, triton.next_power_of_2(constants + copies)),
     }
 
 
-def _chunk(num_tokens: int, parts: int) -> int:
+def _chunk(num_tokens: int, parts: int, block_c: int) -> int:
     """Tokens that one program of the backward pass adds up for V's gradient.
 
-    Few give enough programs; many write less: partial sums are 4 C D / chunk bytes per token. A
+    Few give enough programs; many write less: partial sums are 4 C D / chunk bytes per token, with
+    eight times as many tokens as constants an eighth of what the kernel moves besides, or less. A
     power of two, because the kernel is compiled for each.
     """
-    chunk = 2 * _BLOCK_T
-    while chunk < 128 and num_tokens * parts >= 2 * chunk * _PROGRAMS:
+    chunk, longest = 2 * _BLOCK_T, max(128, 8 * block_c)
+    while chunk < longest and num_tokens * parts >= 2 * chunk * _PROGRAMS:
         chunk *= 2
     return chunk
+
+
+def _stages(block_c: int) -> int:
+    """Tokens' tiles that a program of the backward pass has under way.
+
+    One leaves registers for a second program on a processor up to 32 columns of V. There is none
+    with more, and the loads of a program by itself have to run ahead of its products.
+    """
+    return 1 if block_c <= 32 else 3
