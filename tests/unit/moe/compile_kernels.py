@@ -21,12 +21,14 @@ BF16 = {"rows_ptr", "x_ptr", "v_ptr", "addend_ptr", "output_ptr", "grad_ptr"}
 BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 
 
-def compile_kernel(name: str, constants: dict[str, Any], **options: int) -> None:
-    """Compile for arguments of the types that training has; options as in a launch."""
+def compile_kernel(
+    name: str, constants: dict[str, Any], fp32: bool = False, **options: int
+) -> None:
+    """Compile for arguments of the types that training has, in bf16; options as in a launch."""
     module, function = name.split(".")
     kernel = getattr({"router": router, "combine": combine_triton, "rows": rows}[module], function)
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    signature = {argument: kind(argument, constants) for argument in kernel.arg_names}
+    signature = {argument: kind(argument, constants, fp32) for argument in kernel.arg_names}
     # Tensors begin at multiples of 16 bytes; a launch tells the compiler, which then loads as much.
     aligned = {
         (place,): [["tt.divisibility", 16]]
@@ -34,7 +36,10 @@ def compile_kernel(name: str, constants: dict[str, Any], **options: int) -> None
         if signature[argument].startswith("*") or signature[argument] == "i32"
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    print(name, *resources(compile(source, target=HOPPER, options=options).asm["cubin"]))
+    compiled = compile(source, target=HOPPER, options=options).asm
+    assert "tf32" not in compiled["ptx"], f"{name} multiplies with 11 bits of a factor's 24"
+    if not fp32:
+        print(name, *resources(compiled["cubin"]))
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -49,7 +54,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def kind(argument: str, constants: dict[str, Any]) -> str:
+def kind(argument: str, constants: dict[str, Any], fp32: bool) -> str:
     """Triton's name of an argument's type."""
     if argument in constants:
         return "constexpr"
@@ -57,7 +62,7 @@ def kind(argument: str, constants: dict[str, Any]) -> str:
         return "i32"
     if not argument.endswith("_ptr"):
         return "fp32"
-    return POINTERS.get(argument, "*bf16" if argument in BF16 else "*fp32")
+    return POINTERS.get(argument, "*bf16" if argument in BF16 and not fp32 else "*fp32")
 
 
 def compile_combine(constants: int, copies: int, extra: dict[str, Any]) -> None:
@@ -68,6 +73,8 @@ def compile_combine(constants: int, copies: int, extra: dict[str, Any]) -> None:
     tile = combine._tile(768) | {"WIDEN": False}
     warps = tile.pop("num_warps")
     compile_kernel("combine.forward", sizes | tile | extra, num_warps=warps)
+    if constants == 2:
+        compile_kernel("combine.forward", sizes | tile | extra, fp32=True, num_warps=warps)
     stages = combine._stages(block)
     compile_kernel("combine.backward", sizes | tile | extra, num_warps=warps, num_stages=stages)
     tile["BLOCK_T"] = combine._TILE_OF_WEIGHTS // block
@@ -77,6 +84,7 @@ def compile_combine(constants: int, copies: int, extra: dict[str, Any]) -> None:
 def main() -> None:
     """All kernels, each with everything and with as little as possible."""
     experts = {"NUM_EXPERTS": 12, "BLOCK_T": 32, "BLOCK_E": 16, "TOPK": 2, "END": 11}
+    experts |= {"TILES": 2}
     without = {"bias_ptr": None, "padded_ptr": None, "partial_ptr": None, "grad_sums_ptr": None}
     for extra in ({"SOFTMAX": True, "NORMALIZED": True}, {"SOFTMAX": False, "NORMALIZED": False}):
         rest = {} if extra["SOFTMAX"] else without
@@ -87,8 +95,8 @@ def main() -> None:
     one_token = dict.fromkeys(absent) | {"num_tokens": 1}
     for constants, copies, extra in ((2, 1, {}), (0, 2, one_token), (30, 1, {}), (62, 1, {})):
         compile_combine(constants, copies, extra)
-    for columns, block_t, slots in ((8, 128, 2), (64, 64, 6)):
-        sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8}
+    for columns, block_t, slots in ((8, 128, 2), (64, 32, 6), (256, 8, 8)):
+        sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8, "TILES": 4}
         for name in ("_count", "_number"):
             compile_kernel(f"rows.{name}", sizes | {"BLOCK_T": block_t, "BLOCK_P": 32})
 

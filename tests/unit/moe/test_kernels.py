@@ -128,6 +128,18 @@ def test_selection(compiled, case):
     assert_close(actual_grad, expected_grad, "gradient of logits")
 
 
+def test_selection_of_several_tiles_by_a_program(compiled, monkeypatch):
+    # As with many tokens of many experts: tiles of 8 tokens, 2 a program, and a tile of none.
+    from moepp_megatron.moe.kernels import router
+
+    monkeypatch.setattr(router, "_TILE", 128)
+    monkeypatch.setattr(router, "_PROGRAMS", 6)
+    config = settings(E12, 2, score_function="sigmoid")
+    logits = torch.randn(3 * 33, 12, device=DEVICE)
+    expected = selection.select(logits, None, config, 3)
+    assert_same_selection(compiled.select(logits, None, config, 3), expected)
+
+
 @pytest.mark.parametrize("used", ["gates", "sums"])
 def test_selection_with_one_gradient(compiled, used):
     config = settings(E12, 2, score_function="sigmoid", gate_normalization="selected")
@@ -215,8 +227,12 @@ def test_rows_of_tokens(compiled, tokens, columns):
         assert rows == found + [-1] * (slots - len(found))
 
 
-def test_rows_of_tokens_beyond_one_load_of_counts(compiled):
-    # More than 32 programs of 128 tokens.
+def test_rows_of_tokens_beyond_one_load_of_counts(compiled, monkeypatch):
+    # More than 32 programs, of two tiles of 64 tokens, the last of them with one.
+    from moepp_megatron.moe.kernels import rows
+
+    monkeypatch.setattr(rows, "_TILE", 128)
+    monkeypatch.setattr(rows, "_PROGRAMS", 36)
     routing_map = torch.rand(4500, 2, device=DEVICE) < 0.5
     table = compiled.rows_of_tokens(routing_map, 2)
     assert torch.equal(table, rows_of_tokens(routing_map, 2))
