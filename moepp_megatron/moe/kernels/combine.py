@@ -16,9 +16,9 @@ pass the gradient of x is made before the rows' gradients leave: x read and writ
 then. A dispatcher whose package combines by itself (all-gather, flex) hands over finished tokens
 and keeps the order without kernels.
 
-Bytes per token: forward reads the rows, x where it is used, addend, gates, map and mixing logits and
-writes D elements. Backward reads D and x, writes the rows and D, and besides writes and reads 4 (1 + C)
-bytes for each 256 columns, and 4 C D / chunk (`_chunk`).
+Bytes per token: forward reads the rows, x where it is used, addend, gates, map and mixing logits
+and writes D elements. Backward reads D and x, writes the rows and D, and besides writes and reads
+4 (1 + C) bytes for each 256 columns, and 4 C D / chunk (`_chunk`).
 Shape suffixes: T tokens, R rows, D hidden size, C constant experts.
 """
 

@@ -378,7 +378,7 @@ def compare(actual: Tensor, expected: Tensor, what: str, tolerance: float) -> No
 
 @pytest.mark.parametrize("narrow", [(), (1,), (0, 1)], ids=["none", "second", "both"])
 def test_products_of_the_combine_lose_nothing(compiled, narrow):
-    # Against fp64: 24 bits of each factor, 32 additions in fp32. TF32 is off by 2^-11, and two parts
+    # Against fp64: 24 bits of each factor, 32 additions in fp32. TF32 is off by 2^-11, two parts
     # of 8 bits by 2^-16.
     factors = [torch.randn(16, 32, device=DEVICE), torch.randn(32, 16, device=DEVICE)]
     for place in narrow:
