@@ -7,14 +7,16 @@ The definition is the code that runs without kernels: the dispatcher's unpermuta
 for s and A, against one read of each operand and one write here, summed in fp32 and rounded once. x
 is read only for tokens that selected a copy or constant expert.
 
-Which is better where. Without kernels zero-computation experts run while the experts' outputs
-travel. Here they run after these have arrived, but no longer than the addition of what they had
-written would take (it reads [T, D] where this reads x), and nothing is written and read in
-between; what is left for the travel time is U x. So the kernel is as short after the arrival and
-shorter in all, except that with shared experts it reads their output besides x. In the backward
-pass the gradient of x is made before the rows' gradients leave: x read and written once more until
-then. A dispatcher whose package combines by itself (all-gather, flex) hands over finished tokens
-and keeps the order without kernels.
+Together or apart. Where nothing travels (one expert-parallel rank), one kernel does it all, and
+nothing is written and read in between. Where outputs travel, `add_local` does zero-computation and
+shared experts in the meantime, and this kernel adds their sum as its addend. After the arrival that
+reads T D where x would be read for some tokens, but no output of shared experts besides. In the
+backward pass the rows' gradients leave after no more than their own making; x and V are read and
+their gradients written while they travel. So the way back gains more than the way there loses, and
+the travel is longer than the work: a row takes seven times as long over NVLink (450 GB/s) as
+through memory (3.35 TB/s), and more over a network. Autograd runs nodes in the reverse order of their
+creation, hence `add_local` before the wait. A dispatcher whose package combines by itself
+(all-gather, flex) hands over finished tokens and keeps the order without kernels.
 
 Bytes per token: forward reads the rows, x where it is used, addend, gates, map and mixing logits
 and writes D elements. Backward reads D and x, writes the rows and D, and besides writes and reads
@@ -77,6 +79,13 @@ def combine(
     return _Combine.apply(rows, table, *parts, addend, config)
 
 
+def add_local(zero: Ingredients, addend: Tensor | None, config: MoEPPConfig) -> Tensor:
+    """[T, D] what the experts of a token's own rank add to it: `combine` without rows."""
+    tokens, hidden = zero.x.shape
+    table = torch.empty(tokens, 0, dtype=torch.int32, device=zero.x.device)
+    return combine(zero.x.new_empty(0, hidden), table, zero, addend, config)
+
+
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -97,7 +106,7 @@ class _Combine(torch.autograd.Function):
         )
         num_tokens, hidden = table.shape[0], rows.shape[1]
         output = rows.new_empty(num_tokens, hidden)
-        columns = _columns(config)
+        columns = _columns(config, x)
         # As many tokens as columns of V: what is read of V is then no more than a row a token.
         chunk = columns["BLOCK_C"]
         programs = triton.cdiv(num_tokens, chunk) * triton.cdiv(hidden, _BLOCK_D)
@@ -117,7 +126,7 @@ class _Combine(torch.autograd.Function):
         table, x, gates, routing_map, mixing, V = ctx.saved_tensors
         grad = grad.contiguous()
         num_tokens, hidden = table.shape[0], grad.shape[1]
-        columns = _columns(ctx.config)
+        columns = _columns(ctx.config, x)
         constants = columns["CONSTANTS"]
         parts = triton.cdiv(hidden, _BLOCK_D)
         chunk = _chunk(num_tokens, parts, columns["BLOCK_C"])
@@ -155,7 +164,7 @@ def _backward_of_weights(
     grad_gates = torch.empty_like(gates)
     grad_mixing = None if mixing is None else torch.empty_like(mixing)
     if num_tokens:
-        columns = _columns(config)
+        columns = _columns(config, gates)
         block = max(1, _TILE_OF_WEIGHTS // columns["BLOCK_C"])
         kernel.backward_of_weights[(triton.cdiv(num_tokens, block),)](
             weights, gates, mixing, grad_gates, grad_mixing, num_tokens,
@@ -178,9 +187,11 @@ def _tile(hidden: int) -> dict[str, Any]:
     }
 
 
-def _columns(config: MoEPPConfig) -> dict[str, int]:
-    """Where constant and copy experts are among all; constant ones come first."""
-    constants, copies = config.num_constant_experts, config.num_copy_experts
+def _columns(config: MoEPPConfig, given: Tensor | None) -> dict[str, int]:
+    """Where constant and copy experts are among all, constant ones first; 0 if not given."""
+    constants, copies = 0, 0
+    if given is not None:
+        constants, copies = config.num_constant_experts, config.num_copy_experts
     return {
         "NUM_EXPERTS": config.num_experts,
         "FIRST": config.columns(CONSTANT).start,

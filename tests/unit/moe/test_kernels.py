@@ -473,6 +473,40 @@ def test_layer_with_and_without_kernels(compiled, changes, dispatcher, megatron)
         assert_close(fused(hidden, previous)[0], plain(hidden, previous)[0], "without gradients")
 
 
+@pytest.mark.parametrize("shared", [None, 8], ids=["alone", "shared"])
+def test_local_experts_before_the_rows(compiled, shared, monkeypatch):
+    # One rank waits for nothing, so one kernel does all; ranks that wait do local experts before
+    # (tests/parallel/test_dispatchers.py has the order), and get the same.
+    from moepp_megatron.moe.kernels import combine
+
+    config = MoEPPConfig(num_ffn_experts=4, fused=True)
+    layer = build_layer(config, moe_shared_expert_intermediate_size=shared).to(DEVICE)
+    assert layer.fuses_combine
+    assert not layer.local_first
+    launches = []
+    original = combine.combine
+    monkeypatch.setattr(combine, "combine", lambda *a: launches.append(len(a[0])) or original(*a))
+    hidden, previous, weight = (
+        torch.randn(9, 3, width, device=DEVICE) for width in (HIDDEN, config.num_experts, HIDDEN)
+    )
+
+    def run(local_first):
+        layer.local_first = local_first
+        layer.zero_grad()
+        x = hidden.clone().requires_grad_()
+        output, _ = layer(x, previous)
+        (output * weight).sum().backward()
+        return [output, x.grad, *(p.grad.clone() for p in layer.parameters())]
+
+    together = run(False)
+    assert len(launches) == 1
+    for one, other in zip(together, run(True), strict=True):
+        # Another order of addition and nothing else.
+        assert_close(other, one, "apart", FP32)
+    assert len(launches) == 3
+    assert launches[1] == 0
+
+
 def test_who_uses_kernels(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(kernels, "have_triton", lambda: False)
