@@ -14,8 +14,8 @@ reads T D where x would be read for some tokens, but no output of shared experts
 backward pass the rows' gradients leave after no more than their own making; x and V are read and
 their gradients written while they travel. So the way back gains more than the way there loses, and
 the travel is longer than the work: a row takes seven times as long over NVLink (450 GB/s) as
-through memory (3.35 TB/s), and more over a network. Autograd runs nodes in the reverse order of their
-creation, hence `add_local` before the wait. A dispatcher whose package combines by itself
+through memory (3.35 TB/s), and more over a network. Autograd runs nodes in the reverse order of
+their creation, hence `add_local` before the wait. A dispatcher whose package combines by itself
 (all-gather, flex) hands over finished tokens and keeps the order without kernels.
 
 Bytes per token: forward reads the rows, x where it is used, addend, gates, map and mixing logits
