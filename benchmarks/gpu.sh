@@ -112,7 +112,7 @@ corpus() {
         run corpus "$MOEPP_BIN/moepp" data prepare stdlib --out "$work/corpus" --vocab-size 4096
 }
 
-length=(training.train_iters=20 checkpoint.save_interval=10)
+length=(training.train_iters=20 checkpoint.save_interval=10 optimizer.warmup_iters=0)
 if ((gpus > 0)); then
     # A micro-batch of eight sequences of the paper's length.
     layer=(--tokens 16384 --rounds 30)
@@ -134,7 +134,8 @@ else
     tiny=(model.num_layers=2 training.micro_batch_size=1)
     # Two sequences a step, so that two ranks have one each.
     model=(configs/quickstart.yaml parallel.expert_model_parallel_size=1 training.global_batch_size=2
-        "data.path=$work/corpus" "${tiny[@]}" training.train_iters=2 checkpoint.save_interval=1)
+        "data.path=$work/corpus" "${tiny[@]}" training.train_iters=2
+        checkpoint.save_interval=1 optimizer.warmup_iters=0)
     step=(configs/quickstart.yaml run.dir=unused parallel.expert_model_parallel_size=1
         training.global_batch_size=1 "${tiny[@]}" --rounds 2)
     export MOEPP_TESTS_CARD=cpu

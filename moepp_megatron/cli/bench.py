@@ -224,6 +224,21 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
 
 
 @app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A results file of benchmarks/gpu.sh.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; beside the file if not given.", metavar="HTML")
+    ] = None,
+) -> None:
+    """One page of a card's results: measured beside expected, parts beside their bounds."""
+    from moepp_megatron.workbench.report.card_page import write_card_page
+
+    page = results.with_suffix(".html") if out is None else out
+    write_card_page(results, page)
+    echo(f"report       {page}")
+
+
+@app.command()
 def dispatch(
     nproc: NprocOption = 2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 2048,
