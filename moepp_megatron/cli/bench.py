@@ -230,11 +230,11 @@ def report(
         Path | None, typer.Option(help="The page; beside the file if not given.", metavar="HTML")
     ] = None,
 ) -> None:
-    """One page of a card's results: measured beside expected, parts beside their bounds."""
-    from moepp_megatron.workbench.report.card_page import write_card_page
+    """One page of a GPU's results: measured beside expected, parts beside their bounds."""
+    from moepp_megatron.workbench.report.gpu_page import write_gpu_page
 
     page = results.with_suffix(".html") if out is None else out
-    write_card_page(results, page)
+    write_gpu_page(results, page)
     echo(f"report       {page}")
 
 

@@ -128,3 +128,28 @@ def test_wrong_usage_of_the_script(arguments: list[str], status: int, message: s
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_part_that_has_passed_is_not_run_again(tmp_path: Path) -> None:
+    script = (ROOT / "benchmarks/gpu.sh").read_text()
+    functions = [
+        script[script.index(f"\n{name}() {{") : script.index("\n}\n", script.index(f"\n{name}()"))]
+        for name in ("passed", "run")
+    ]
+    program = "set -euo pipefail; work=$1 commit=$2 again=$3 failed=0"
+    program += "".join(f"{function}\n}}" for function in functions)
+    program += '\nrun part bash -c "echo ran; exit $4" | grep -c "^ran"; exit 0'
+
+    def ran(commit: str, again: str = "", status: int = 0) -> int:
+        command = ["bash", "-c", program, "gpu.sh", str(tmp_path), commit, again, str(status)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+
+    assert ran("abc", status=1) == 1
+    assert ran("abc") == 1, "it had failed"
+    assert ran("abc") == 0
+    assert ran("abc", again="1") == 1
+    assert ran("def") == 1, "another commit"
+    assert ran("abc-dirty") == 1
+    assert ran("abc-dirty") == 1, "changes that have no name"
+    (steps,) = [(tmp_path / "steps.tsv").read_text().splitlines()]
+    assert [line.split("\t")[1] for line in steps] == ["1", "0", "0", "0", "0", "0"]

@@ -1,4 +1,4 @@
-"""One page of what `benchmarks/gpu.sh` measured of a card, each number beside what was expected."""
+"""One page of what `benchmarks/gpu.sh` measured of a GPU, each number beside what was expected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Table:
 
 
 @dataclass(frozen=True)
-class _CardPage:
+class _GPUPage:
     """What the template shows."""
 
     card: str
@@ -46,7 +46,7 @@ class _CardPage:
     version: str
 
 
-def write_card_page(results: Path, page: Path) -> None:
+def write_gpu_page(results: Path, page: Path) -> None:
     """Write the page of a results file; it needs no other file and no network.
 
     Raises:
@@ -68,8 +68,8 @@ def write_card_page(results: Path, page: Path) -> None:
     commits = ", ".join(str(commit)[:12] for commit in found.get("commits", ()))
     facts = [f"driver {found.get('driver') or 'none'}", versions, f"commit {commits}"]
     tables = [table for table in _tables(found) if table.rows]
-    content = _CardPage(found["card"], facts, tables, __version__)
-    html = render_template("card.html.j2", page=content)
+    content = _GPUPage(found["card"], facts, tables, __version__)
+    html = render_template("gpu.html.j2", page=content)
     write_result(page, html.encode("ascii", "xmlcharrefreplace"))
 
 
@@ -91,7 +91,7 @@ def _tables(found: Mapping[str, Any]) -> Iterator[_Table]:
             *((f"failed: {name}", "1") for name in tests["failed"]),
             *((f"skipped: {reason}", str(count)) for reason, count in tests["skipped"].items()),
         ],
-        "tests/gpu on this card.",
+        "tests/gpu on this GPU.",
     )  # fmt: skip
     yield _card(found["measured"])
     layers = [(name, row) for name, rows in found["layer"].items() for row in rows]
@@ -111,7 +111,7 @@ def _card(card: Mapping[str, Any]) -> _Table:
         pairs.append(("copy in memory, GB/s", card["copy_gb_s"], card.get("rated_gb_s")))
     rows = [(name, f"{value:,.3g}", *_beside(value, expected)) for name, value, expected in pairs]
     return _Table(
-        "The card itself", ("rate", "measured", "rated", "share"), 1, rows,
+        "The GPU itself", ("rate", "measured", "rated", "share"), 1, rows,
         "Rated by configs/hardware; the bounds below are made of the measured rates.",
     )  # fmt: skip
 

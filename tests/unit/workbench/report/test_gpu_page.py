@@ -1,4 +1,4 @@
-"""The page of a card's results: measured numbers beside expected ones."""
+"""The page of a GPU's results: measured numbers beside expected ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.workbench.report.card_page import write_card_page
+from moepp_megatron.workbench.report.gpu_page import write_gpu_page
 
 LAYER = {
     "shape": "0.6B", "tau": 0.5, "pass": "forward", "phi": 0.5, "vanilla_ms": 3.0,
@@ -52,7 +52,7 @@ def rows(html: str) -> list[list[str]]:
 def test_measured_stands_beside_expected(tmp_path: Path) -> None:
     file, page = tmp_path / "h100.json", tmp_path / "h100.html"
     file.write_text(json.dumps(RESULTS))
-    write_card_page(file, page)
+    write_gpu_page(file, page)
     html = page.read_text()
     assert "NVIDIA &lt;H100&gt;" in html
     assert "commit abcdef012345<" in html
@@ -79,5 +79,5 @@ def test_what_is_no_results_file_is_one_line(tmp_path: Path, content: str | None
     if content is not None:
         file.write_text(content)
     with pytest.raises(ConfigError, match="must be a results file of benchmarks/gpu.sh"):
-        write_card_page(file, tmp_path / "x.html")
+        write_gpu_page(file, tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
