@@ -109,7 +109,7 @@ def _card(card: Mapping[str, Any]) -> _Table:
     ]
     if "copy_gb_s" in card:
         pairs.append(("copy in memory, GB/s", card["copy_gb_s"], card.get("rated_gb_s")))
-    rows = [(name, f"{value:,.3g}", *_beside(value, expected)) for name, value, expected in pairs]
+    rows = [(name, _short(value), *_beside(value, expected)) for name, value, expected in pairs]
     return _Table(
         "The GPU itself", ("rate", "measured", "rated", "share"), 1, rows,
         "Rated by configs/hardware; the bounds below are made of the measured rates.",
@@ -188,8 +188,12 @@ def _memory(used: float | None, estimate: float | None) -> tuple[str, str, str]:
 
 
 def _beside(value: float, expected: float | None) -> tuple[str, str]:
-    return ("", "") if not expected else (f"{expected:,.3g}", f"{value / expected:.0%}")
+    return ("", "") if not expected else (_short(expected), f"{value / expected:.0%}")
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
