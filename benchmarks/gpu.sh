@@ -1,23 +1,35 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on one card (an H100), into one file:
 #
-#   benchmarks/gpu.sh [--steps tests,card,layer,step] [--work DIR] [--out DIR] [--allow-cpu]
+#   benchmarks/gpu.sh [--steps NAME,...] [--work DIR] [--out DIR] [--again] [--rehearse]
 #
-# tests   tests/gpu: correctness in fp32, bf16 and FP8
-# card    the card's own matrix products and copy
-# layer   the MoE++ layer against megatron-core's vanilla one: four shapes, five taus, bf16 and FP8
-# step    whole training steps of the 0.6B model against its vanilla rival, bf16 and FP8
+# kernels  tests/gpu of kernels and layer: the first thing to fail
+# train    20 steps of the 0.6B model on Python's own sources: loss, time, memory
+# card     the card's own matrix products and copy
+# layer    the MoE++ layer against megatron-core's vanilla one: four shapes, five taus, bf16 and FP8;
+#          without the kernels of moe.fused; with 2, 30 and 62 constant experts
+# tests    the rest of tests/gpu: correctness in fp32, bf16 and FP8
+# step     whole training steps of the 0.6B model against its vanilla rival, bf16 and FP8
+# resume   the run of train, from its checkpoint
+# graphs   the run of train with attention and router as CUDA graphs
+# pair     two GPUs: dispatchers, collectives, and a run each with EP, TP, PP and CP over NCCL
 #
-# Writes OUT/<card>.json (default benchmarks/results). What each step leaves stays in WORK (default
-# runs/gpu_sh), so steps may be run one by one. All steps run even after one fails; the exit status is
-# 0 if all passed, but for those that this machine cannot do: FP8 needs Transformer Engine, which is
-# not installed here (pip install -e '.[te]'). --allow-cpu tries the script with tiny sizes where there
-# is no GPU; its numbers are no card's and go to WORK.
+# In this order unless --steps names some. Writes OUT/<card>.json (default benchmarks/results), which
+# `moepp bench report` makes a page of. What each part leaves stays in WORK (default runs/gpu_sh),
+# Triton's cache too. A part ends after ten minutes at most; one that has passed with this commit is
+# not run again, so the same command goes on after a break (--again runs it anyway). All parts run
+# even after one fails; the exit status is 0 if all passed, but for those that this machine cannot do
+# (a second GPU, or FP8 without Transformer Engine: launch/env.sh --te). Nothing is downloaded, given
+# an environment (docs/gpu.md).
+# --rehearse (or --allow-cpu) runs every part with tiny sizes where there is no GPU; its numbers are
+# no card's and go to WORK.
 set -euo pipefail
 command="benchmarks/gpu.sh $*"
 root=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 
-steps=tests,card,layer,step work=$root/runs/gpu_sh out='' allow_cpu=''
+steps=kernels,train,card,layer,tests,step,resume,graphs,pair
+known=${steps//,/|}
+work=$root/runs/gpu_sh out='' allow_cpu='' again=''
 
 die() {
     printf 'error: %s\n' "$1" >&2
@@ -30,24 +42,25 @@ while (($#)); do
             printf -v "${1#--}" '%s' "$2"
             shift
             ;;
-        --allow-cpu) allow_cpu=--allow-cpu ;;
+        --allow-cpu | --rehearse) allow_cpu=--allow-cpu ;;
+        --again) again=1 ;;
         -h | --help)
             sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
             exit 0
             ;;
-        *) die "argument ($1) must be --steps, --work, --out or --allow-cpu" ;;
+        *) die "argument ($1) must be --steps, --work, --out, --again or --rehearse" ;;
     esac
     shift
 done
 IFS=, read -r -a chosen <<<"$steps"
 for name in "${chosen[@]}"; do
-    [[ $name =~ ^(tests|card|layer|step)$ ]] ||
-        die "--steps ($name) must be of tests, card, layer, step; use --steps card,layer"
+    [[ $name =~ ^($known)$ ]] ||
+        die "--steps ($name) must be of ${known//|/, }; use --steps card,layer"
 done
 
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)
 if ((gpus == 0)) && [[ -z $allow_cpu ]]; then
-    die 'benchmarks/gpu.sh needs a CUDA GPU; use --allow-cpu to try the script' 3
+    die 'benchmarks/gpu.sh needs a CUDA GPU; use --rehearse to try the script' 3
 fi
 
 # shellcheck disable=SC2034  # read by env.sh: tests are run
@@ -57,16 +70,28 @@ source "$root/launch/env.sh"
 work=$(realpath -m -- "$work") out=${out:+$(realpath -m -- "$out")}
 cd -- "$root"
 mkdir -p -- "$work"
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$work/triton}
 commit=$(git describe --always --dirty --abbrev=40 2>/dev/null || printf unknown)
 
 has() { [[ ,$steps, == *,$1,* ]]; }
 failed=0
-# Runs a step under a name and notes how it ended.
+# Whether a part has passed with this commit. Changes that are not committed have no name to go by.
+passed() {
+    [[ -z $again && $commit != *-dirty && -e $work/steps.tsv ]] || return 1
+    local last
+    last=$(awk -F'\t' -v name="$1" '$1 == name {line = $2 " " $4} END {print line}' "$work/steps.tsv")
+    [[ $last == "0 $commit" ]]
+}
+# Runs a part under a name, for ten minutes at most, and notes how it ended.
 run() {
     local name=$1 begin=$SECONDS status=0
     shift
     printf '\n==== %s\n' "$name"
-    "$@" || status=$?
+    if passed "$name"; then
+        printf 'passed before with %.12s\n' "$commit"
+        return
+    fi
+    timeout --kill-after=30 600 "$@" || status=$?
     # 3: this machine cannot do it, with the reason above.
     ((status == 0 || status == 3)) || failed=1
     printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - begin))" "$commit" >>"$work/steps.tsv"
@@ -74,45 +99,108 @@ run() {
 bench() {
     local name=$1
     shift
-    rm -f -- "$work/$name.json"
+    passed "$name" || rm -f -- "$work/$name.json"
     run "$name" "$MOEPP_BIN/moepp" bench "$@" --json "$work/$name.json"
 }
 
+# A run of training into WORK/run_NAME; one of before is moved aside.
+train() {
+    local name=$1
+    shift
+    run "run_$name" "$MOEPP_BIN/moepp" train "${model[@]}" "run.dir=$work/run_$name" --overwrite "$@"
+}
+corpus() {
+    [[ -e $work/corpus ]] ||
+        run corpus "$MOEPP_BIN/moepp" data prepare stdlib --out "$work/corpus" --vocab-size 4096
+}
+
+length=(training.train_iters=20 checkpoint.save_interval=10 optimizer.warmup_iters=0)
 if ((gpus > 0)); then
     # A micro-batch of eight sequences of the paper's length.
-    layer=(--shapes '0.6B,1B,2B,7B' --taus '0.1,0.25,0.5,0.75,1.0' --tokens 16384 --rounds 30)
+    layer=(--tokens 16384 --rounds 30)
+    all=(--shapes '0.6B,1B,2B,7B' --taus '0.1,0.25,0.5,0.75,1.0')
+    one=(--shapes 7B --taus 0.75)
     precisions=(bf16 fp8:delayed fp8:tensorwise fp8:blockwise)
-    card=()
+    card=() dispatch=(--dtype bf16 --tokens 16384) most=256M
+    model=(configs/models/moepp_0.6b_8_4.yaml "data.path=$work/corpus" training.micro_batch_size=4
+        training.global_batch_size=8 "${length[@]}")
     step=(configs/models/moepp_0.6b_8_4.yaml run.dir=unused training.micro_batch_size=4
         training.global_batch_size=8 --rounds 20)
+    tests=()
 else
-    layer=(--shapes 0.6B --taus 0.75 --tokens 64 --rounds 2)
+    layer=(--tokens 64 --rounds 2)
+    all=(--shapes 0.6B --taus 0.75)
+    one=("${all[@]}")
     precisions=(bf16)
-    card=(--size 256 --megabytes 16)
+    card=(--size 256 --megabytes 16) dispatch=(--tokens 64 --rounds 2) most=64K
+    tiny=(model.num_layers=2 training.micro_batch_size=1)
+    # Two sequences a step, so that two ranks have one each.
+    model=(configs/quickstart.yaml parallel.expert_model_parallel_size=1 training.global_batch_size=2
+        "data.path=$work/corpus" "${tiny[@]}" training.train_iters=2
+        checkpoint.save_interval=1 optimizer.warmup_iters=0)
     step=(configs/quickstart.yaml run.dir=unused parallel.expert_model_parallel_size=1
-        model.num_layers=2 training.micro_batch_size=1 training.global_batch_size=1 --rounds 2)
+        training.global_batch_size=1 "${tiny[@]}" --rounds 2)
+    export MOEPP_TESTS_CARD=cpu
+    tests=(--collect-only -q)
 fi
+first=(tests/gpu/test_kernels.py tests/gpu/test_layer.py)
 
-if has tests; then
-    run tests "$MOEPP_BIN/python" -m pytest tests/gpu --junitxml="$work/tests.xml"
+if has kernels; then
+    run kernels "$MOEPP_BIN/python" -m pytest "${first[@]}" ${tests[@]+"${tests[@]}"}
+fi
+if has train; then
+    corpus
+    train first
 fi
 if has card || [[ ! -e $work/card.json ]]; then
     bench card card ${card[@]+"${card[@]}"}
 fi
-for precision in "${precisions[@]}"; do
-    name=${precision/:/_} fp8=()
-    overrides=(precision.dtype=bf16)
-    if [[ $precision == fp8:* ]]; then
-        fp8=(--fp8-recipe "${precision#fp8:}")
-        overrides+=(precision.fp8=hybrid "precision.fp8_recipe=${precision#fp8:}")
+if has layer; then
+    for precision in "${precisions[@]}"; do
+        fp8=()
+        [[ $precision == fp8:* ]] && fp8=(--fp8-recipe "${precision#fp8:}")
+        bench "layer_${precision/:/_}" layer "${all[@]}" "${layer[@]}" --dtype "${precision%%:*}" \
+            ${fp8[@]+"${fp8[@]}"}
+    done
+    bench layer_bf16_no_kernels layer "${one[@]}" "${layer[@]}" --dtype bf16 --fused false
+    for constants in 2 30 62; do
+        bench "layer_bf16_constants_$constants" layer "${one[@]}" "${layer[@]}" --dtype bf16 \
+            --constants "$constants"
+    done
+fi
+if has tests; then
+    run tests "$MOEPP_BIN/python" -m pytest tests/gpu ${tests[@]+"${tests[@]}"} \
+        --junitxml="$work/tests.xml"
+fi
+if has step; then
+    for precision in "${precisions[@]}"; do
+        overrides=(precision.dtype=bf16)
+        [[ $precision == fp8:* ]] &&
+            overrides+=(precision.fp8=hybrid "precision.fp8_recipe=${precision#fp8:}")
+        bench "step_${precision/:/_}" step "${step[@]}" "${overrides[@]}"
+    done
+fi
+if has resume; then
+    [[ -e $work/run_first ]] || { corpus && train first; }
+    run resume "$MOEPP_BIN/moepp" train "${model[@]}" "run.dir=$work/run_first" --resume \
+        training.train_iters=30
+fi
+if has graphs && ((gpus > 0)); then
+    corpus
+    train graphs 'training.cuda_graphs=[attn,moe_router]'
+fi
+if has pair && ((gpus != 1)); then
+    corpus
+    bench dispatch dispatch --nproc 2 "${dispatch[@]}"
+    run collectives "$MOEPP_BIN/moepp" bench collectives --nproc 2 --max "$most"
+    train ep --nproc 2 parallel.expert_model_parallel_size=2
+    train tp --nproc 2 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true
+    train pp --nproc 2 parallel.pipeline_model_parallel_size=2
+    train cp --nproc 2 parallel.context_parallel_size=2
+    if "$MOEPP_BIN/python" -c 'import deep_ep' 2>/dev/null; then
+        train deepep --nproc 2 parallel.expert_model_parallel_size=2 moe.dispatcher=flex
     fi
-    if has layer; then
-        bench "layer_$name" layer "${layer[@]}" --dtype "${precision%%:*}" ${fp8[@]+"${fp8[@]}"}
-    fi
-    if has step; then
-        bench "step_$name" step "${step[@]}" "${overrides[@]}"
-    fi
-done
+fi
 
 if ((gpus == 0)); then out=${out:-$work}; fi
 printf '\n'

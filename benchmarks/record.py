@@ -3,7 +3,8 @@
     python -m benchmarks.record FOLDER --out DIR --command TEXT [--allow-cpu]
 
 FOLDER holds what the steps left: `card.json`, `layer_*.json` and `step_*.json` of `moepp bench`,
-`tests.xml` of pytest, and `steps.tsv` with one line a step: name, exit status, seconds, commit.
+runs in `run_*`, `tests.xml` of pytest, and `steps.tsv` with one line a step: name, exit status,
+seconds, commit.
 The file is DIR/<card>.json. A step that failed leaves its exit status and no numbers;
 3 says that the machine cannot do it.
 """
@@ -55,6 +56,7 @@ def assemble(folder: Path, command: str, driver: str | None = None) -> dict[str,
         "measured": card,
         "layer": _named(folder, "layer_", steps),
         "step": _named(folder, "step_", steps),
+        "runs": {path.name.removeprefix("run_"): _run(path) for path in _runs(folder)},
     }
 
 
@@ -122,6 +124,42 @@ def _named(folder: Path, prefix: str, steps: list[dict[str, Any]]) -> dict[str, 
         for path in sorted(folder.glob(f"{prefix}*.json"))
         if path.stem not in failed
     }
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Runs that have written a step; those that were moved aside have a date in their name."""
+    runs = (path.parent for path in folder.glob("run_*/metrics.jsonl") if path.stat().st_size)
+    return sorted(path for path in runs if re.fullmatch(r"run_[a-z]+", path.name))
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """The last step of a run: loss, time, memory, and the planner's estimate of it."""
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return {
+        "step": last["step"],
+        "loss": last["loss"],
+        "step_time_s": last["step_time_s"],
+        "memory_bytes": last.get("gpu_memory_bytes"),
+        "estimated_bytes": _estimated_bytes(folder / "config.yaml"),
+    }
+
+
+def _estimated_bytes(path: Path) -> float:
+    from moepp_megatron.cli.memory_fit import needed_bytes
+    from moepp_megatron.config import Layout, load_config
+    from moepp_megatron.workbench.planning.memory import rank_memory
+    from moepp_megatron.workbench.planning.target import target_of
+
+    config = load_config(path)
+    parallel = config.parallel
+    model_ranks = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+    layout = Layout.from_config(config, max(model_ranks, parallel.expert_model_parallel_size))
+    modules = target_of(config).modules
+    return needed_bytes([rank_memory(config, layout, p, modules) for p in range(layout.pp)])
 
 
 def _tests(path: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from moepp_megatron.cli.bench_collectives import collectives
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import ConfigArgument, JsonOption, NprocOption, OverridesArgument
 from moepp_megatron.cli.ranks import start_ranks
+from moepp_megatron.layer_settings import Fused
 
 if TYPE_CHECKING:
     from moepp_megatron.config import Config, Layout
@@ -21,6 +22,7 @@ app.command()(collectives)
 _DTYPES = ("fp32", "bf16")
 _LAYER_DTYPES = (*_DTYPES, "fp8")
 _FP8_RECIPES = ("delayed", "tensorwise", "blockwise")
+_FUSED: dict[str, Fused] = {"auto": "auto", "true": True, "false": False}
 
 
 @app.command()
@@ -38,6 +40,13 @@ def layer(
     fp8_recipe: Annotated[
         str, typer.Option(help="With fp8: delayed, tensorwise or blockwise.")
     ] = "delayed",
+    fused: Annotated[
+        str, typer.Option(help="Triton kernels of the MoE++ layer: auto, true or false.")
+    ] = "auto",
+    constants: Annotated[
+        int | None,
+        typer.Option(min=1, help="Constant experts; the shape's own, which the paper has, if not."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a pass.")] = 4096,
     passes: Annotated[
         str, typer.Option(help="forward, forward_backward.", metavar="PASS,...")
@@ -62,9 +71,13 @@ def layer(
     pass_names = parse_choices("--passes", passes, ("forward", "forward_backward"))
     (chosen_dtype,) = parse_choices("--dtype", dtype, _LAYER_DTYPES)
     (recipe,) = parse_choices("--fp8-recipe", fp8_recipe, _FP8_RECIPES)
+    (fused_name,) = parse_choices("--fused", fused, tuple(_FUSED))
     from moepp_megatron.workbench.bench.shapes import SHAPES
 
     shape_names = parse_choices("--shapes", shapes, tuple(SHAPES))
+    chosen = [SHAPES[name] for name in shape_names]
+    if constants is not None:
+        chosen = [shape.with_constants(constants) for shape in chosen]
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
@@ -79,10 +92,12 @@ def layer(
     with single_process(), progress(total) as advance:
         results = list(
             run_layer_benchmark(
-                [SHAPES[name] for name in shape_names],
+                chosen,
                 tau_values,
                 pass_names,
-                LayerSetting(chosen_dtype, tokens, rounds, fp8_recipe=recipe),
+                LayerSetting(
+                    chosen_dtype, tokens, rounds, fp8_recipe=recipe, fused=_FUSED[fused_name]
+                ),
                 progress=advance,
             )
         )
@@ -206,6 +221,21 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
     if json_file is not None:
         bench.write_records(json_file, result)
         echo(f"result       {json_file}")
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A results file of benchmarks/gpu.sh.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; beside the file if not given.", metavar="HTML")
+    ] = None,
+) -> None:
+    """One page of a GPU's results: measured beside expected, parts beside their bounds."""
+    from moepp_megatron.workbench.report.gpu_page import write_gpu_page
+
+    page = results.with_suffix(".html") if out is None else out
+    write_gpu_page(results, page)
+    echo(f"report       {page}")
 
 
 @app.command()

@@ -115,10 +115,12 @@ def local_balance_loss(
     Returns:
         Scalar fp32, differentiable in `score_sums`.
     """
-    means = score_sums / _at_least_one(num_tokens)
-    losses_S = (balance_weights * fractions * means).sum(dim=-1)
+    weights = balance_weights * fractions
     if isinstance(num_tokens, int):
-        return losses_S.mean()
+        # A few numbers: launches are all of the time, so one product with its sum, and one scale.
+        total = torch.dot(score_sums.flatten(), weights.flatten())
+        return total / (num_tokens * score_sums.shape[0])
+    losses_S = (weights * (score_sums / _at_least_one(num_tokens))).sum(dim=-1)
     return losses_S.sum() / _at_least_one((num_tokens > 0).sum())
 
 
@@ -127,11 +129,14 @@ def _at_least_one(num_tokens: NumTokens) -> NumTokens:
     return num_tokens if isinstance(num_tokens, int) else num_tokens.clamp(min=1)
 
 
-def attached_loss(loss: Tensor, num_tokens: NumTokens, per_token_loss: bool) -> Tensor:
-    """`loss` scaled so that it counts once, whatever the gradients are later divided by.
+def attached_loss(
+    loss: Tensor, coeff: float, num_tokens: NumTokens, per_token_loss: bool
+) -> Tensor:
+    """`coeff` times `loss`, scaled to count once, whatever the gradients are later divided by.
 
     Args:
-        loss: Scalar, this rank's summand, beta included.
+        loss: Scalar, this rank's summand.
+        coeff: beta.
         num_tokens: Tokens of the micro-batch, on all ranks that share its sequences (tensor x
             context), without padding.
         per_token_loss: `TransformerConfig.calculate_per_token_loss`. Gradients are then divided by
@@ -139,7 +144,7 @@ def attached_loss(loss: Tensor, num_tokens: NumTokens, per_token_loss: bool) -> 
             micro-batch's token count leaves the mean over micro-batches, weighted by their tokens
             (`megatron/core/transformer/moe/router.py: attach_and_log_load_balancing_loss`).
     """
-    return loss * num_tokens if per_token_loss else loss
+    return loss * (coeff * num_tokens if per_token_loss else coeff)
 
 
 def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:

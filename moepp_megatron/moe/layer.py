@@ -5,8 +5,8 @@ Order of operations; local work runs while tokens travel:
     route -> dispatch FFN-routed tokens ...... FFN experts -> combine ........... -> add
                   shared experts in the meantime      zero-computation experts
 
-With the Triton kernels of `moe/kernels`, one kernel adds up all experts' outputs after they have
-arrived; `kernels.combine` says why that is shorter.
+With the Triton kernels of `moe/kernels`, one kernel adds up all experts' outputs; where tokens
+travel, zero-computation experts have one of their own in the meantime (`kernels.combine`).
 """
 
 from __future__ import annotations
@@ -110,6 +110,12 @@ class MoEPPLayer(MoELayer):
         self.zero_computation = ZeroComputationExperts(config, moepp)
         self.fuses_combine = use_kernels(moepp.fused) and isinstance(
             self.token_dispatcher, RowDispatcher
+        )
+        # The combined schedule has its own nodes; whoever calls the layer besides waits at once.
+        self.local_first = (
+            self.fuses_combine
+            and self.ep_group.size() > 1
+            and not config.overlap_moe_expert_parallel_comm
         )
 
     @property
@@ -280,14 +286,18 @@ class MoEPPLayer(MoELayer):
         routing: Routing,
         shared_output: Tensor | None,
     ) -> Tensor:
-        """[T, D] output of all experts, added up by one kernel."""
-        from moepp_megatron.moe.kernels.combine import combine
+        """[T, D] output of all experts, added up by kernels."""
+        from moepp_megatron.moe.kernels.combine import add_local, combine
 
         hidden_size = hidden_states.shape[-1]
         if shared_output is not None:
             shared_output = shared_output.reshape(-1, hidden_size)
         tokens = hidden_states.reshape(-1, hidden_size)
-        zero = self.zero_computation.ingredients(tokens, *routing[:2], routing.mixing_logits)
+        zero = self.zero_computation.ingredients(
+            tokens, routing.gates, routing.routing_map, routing.mixing_logits
+        )
+        if self.local_first and zero is not None:
+            shared_output, zero = add_local(zero, shared_output, self.moepp), None
         rows, table = cast(RowDispatcher, self.token_dispatcher).combine_rows(returning)
         return combine(rows, table, zero, shared_output, self.moepp)
 

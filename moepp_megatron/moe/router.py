@@ -307,7 +307,7 @@ class MoEPPRouter(TopKRouter):
             self.config.num_layers,
             avg_group=self.tp_dp_cp_group,
         )
-        attached = attached_loss(loss * coeff, num_tokens, self.calculate_per_token_loss)
+        attached = attached_loss(loss, coeff, num_tokens, self.calculate_per_token_loss)
         return attach_loss(logits, attached)
 
     def _choose(
@@ -318,7 +318,8 @@ class MoEPPRouter(TopKRouter):
         num_sequences = None
         if RoutingStatistics.counts_now(self.training):
             num_sequences = logits.shape[1] if self.moepp.balance_scope == "sequence" else 1
-        selection = self._select(logits_TE, num_sequences, forced_tokens(tags), padded)
+        forced = None if self.ffn_demand == "none" else forced_tokens(tags)
+        selection = self._select(logits_TE, num_sequences, forced, padded)
         if tags is not None and num_sequences is not None:
             self._count_tags(selection, tags, padded)
         return Choice(
@@ -352,7 +353,8 @@ class MoEPPRouter(TopKRouter):
                 has_padding=padded is not None,
             )
         if counts_SE is not None:
-            wanted_E = counts_SE.sum(dim=0).long()
+            counts_E = counts_SE[0] if len(counts_SE) == 1 else counts_SE.sum(dim=0)
+            wanted_E = counts_E.long()
             if self.ffn_demand == "none":
                 self.statistics.add_selection(wanted_E, num_tokens, kept_TE, loss)
             else:
@@ -445,7 +447,8 @@ class MoEPPRouter(TopKRouter):
             reduce_group=self.tp_cp_group,
         )
         attached = attached_loss(
-            loss * self.moepp.balance_coeff,
+            loss,
+            self.moepp.balance_coeff,
             shared * num_sequences if isinstance(shared, int) else shared.sum(),
             self.calculate_per_token_loss,
         )

@@ -152,11 +152,33 @@ def events(raw: dict[str, Any]) -> list[str]:
         module.register_forward_hook(lambda *_, name=name: log.append(name))
         weight.register_hook(lambda _, name=name: log.append(name))
     hidden = torch.randn(num_tokens, 1, HIDDEN, requires_grad=True)
-    with watched_all_to_all(watch):
+    with watched_all_to_all(watch), _watched_combine(layer, log):
         output, _ = layer(hidden, torch.randn(num_tokens, 1, moe.num_experts))
         log.append("backward")
         output.sum().backward()
     return log
+
+
+@contextlib.contextmanager
+def _watched_combine(layer: Any, log: list[str]) -> Iterator[None]:
+    """Note where a kernel combines, if it does, and whether zero-computation experts are in it."""
+    if not layer.fuses_combine:
+        yield
+        return
+    from moepp_megatron.moe.kernels import combine
+
+    original = combine.combine
+
+    def watched(rows: Any, table: Any, zero: Any, *others: Any) -> Any:
+        log.extend(["zero-computation experts"] if zero is not None else [])
+        log.extend(["combine"] if len(rows) else [])
+        return original(rows, table, zero, *others)
+
+    combine.combine = watched
+    try:
+        yield
+    finally:
+        combine.combine = original
 
 
 def padded_to_capacity(dispatcher: str) -> dict[str, Any]:

@@ -141,9 +141,12 @@ def _assert_same_bits(ones: list[dict[str, Any]], others: list[dict[str, Any]]) 
 # ---- order ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "kernels"])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup"])
-def test_local_work_runs_while_tokens_travel(ranks: RankPools, dispatcher: str) -> None:
-    raw = layer_settings(dispatcher, 2, shared_expert_ffn_hidden_size=16)
+def test_local_work_runs_while_tokens_travel(
+    ranks: RankPools, dispatcher: str, fused: bool
+) -> None:
+    raw = layer_settings(dispatcher, 2, shared_expert_ffn_hidden_size=16, fused=fused)
     is_dedup = dispatcher == "alltoall_dedup"
     num_metadata = 2 if is_dedup else 1
     dispatch = ["start metadata"] * num_metadata + ["start vectors"]
@@ -160,6 +163,7 @@ def test_local_work_runs_while_tokens_travel(ranks: RankPools, dispatcher: str) 
         "start vectors",
         "zero-computation experts",
         "wait vectors",
+        *(["combine"] if fused else []),
     ]
     for log in ranks(2).run(events, raw):
         border = log.index("backward")

@@ -38,7 +38,7 @@ def use_kernels(fused: Fused) -> bool:
     """
     if fused == "auto" or not fused:
         return fused == "auto" and have_triton()
-    if have_triton() or _interprets():
+    if have_triton() or interprets():
         return True
     raise RuntimeError(
         "fused (True) must have a GPU and the package triton, which this machine lacks; use auto"
@@ -61,7 +61,8 @@ def start_one(device: torch.device) -> None:
         raise RuntimeError(f"{type(error).__name__}: {cause}") from error
 
 
-def _interprets() -> bool:
+def interprets() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
     if importlib.util.find_spec("triton") is None:
         return False
     from triton import knobs

@@ -7,16 +7,21 @@ The definition is the code that runs without kernels: the dispatcher's unpermuta
 for s and A, against one read of each operand and one write here, summed in fp32 and rounded once. x
 is read only for tokens that selected a copy or constant expert.
 
-Which is better where. Without kernels zero-computation experts run while the experts' outputs
-travel. Here they run after these have arrived, but no longer than the addition of what they had
-written would take (it reads [T, D] where this reads x), and nothing is written and read in
-between; what is left for the travel time is U x. So the kernel is as short after the arrival and
-shorter in all, except that with shared experts it reads their output besides x. In the backward
-pass the gradient of x is made before the rows' gradients leave: x read and written once more until
-then. A dispatcher whose package combines by itself (all-gather, flex) hands over finished tokens
-and keeps the order without kernels.
+Together or apart. Where nothing travels (one expert-parallel rank), one kernel does it all, and
+nothing is written and read in between. Where outputs travel, `add_local` does zero-computation and
+shared experts in the meantime, and this kernel adds their sum as its addend. After the arrival that
+reads T D where x would be read for some tokens, but no output of shared experts besides. In the
+backward pass the rows' gradients leave after no more than their own making; x and V are read and
+their gradients written while they travel. So the way back gains more than the way there loses, and
+the travel is longer than the work: a row takes seven times as long over NVLink (450 GB/s) as
+through memory (3.35 TB/s), and more over a network. Autograd runs nodes in the reverse order of
+their creation, hence `add_local` before the wait. A dispatcher whose package combines by itself
+(all-gather, flex) hands over finished tokens and keeps the order without kernels.
 
-Bytes per token: `traffic.py`. Shape suffixes: T tokens, R rows, D hidden size, C constant experts.
+Bytes per token: forward reads the rows, x where it is used, addend, gates, map and mixing logits
+and writes D elements. Backward reads D and x, writes the rows and D, and besides writes and reads
+4 (1 + C) bytes for each 256 columns, and 4 C D / chunk (`_chunk`).
+Shape suffixes: T tokens, R rows, D hidden size, C constant experts.
 """
 
 from __future__ import annotations
@@ -31,17 +36,22 @@ from torch.autograd.function import once_differentiable
 from moepp_megatron.experts import CONSTANT
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.kernels import combine_triton as kernel
+from moepp_megatron.moe.kernels import interprets
 from moepp_megatron.moe.zero_computation import Ingredients
 
-# A program's tile: 256 columns of 8 tokens, so every row is read in pieces of 512 bytes (bf16),
-# and V, which all tokens share, comes from the cache once for 8 tokens: a quarter of a row a
-# token with two constant experts. 16 elements a thread leave registers for many loads in flight.
-_BLOCK_T, _BLOCK_D = 8, 256
-# Programs of a backward pass to aim at: eight on each of an H100's 132 processors. Not taken from
-# the device, so that the order of additions, and with it the last bit, depends on shapes alone.
-_PROGRAMS = 1024
-# Tokens of a program that turns weights' gradients into those of gates and mixing logits.
-_BLOCK_W = 64
+# A program's tile: 256 columns of 16 tokens, so every row is read in pieces of 512 bytes (bf16),
+# and matrix units multiply as many rows at once. 16 elements a thread leave registers for many
+# loads in flight.
+_BLOCK_T, _BLOCK_D, _WARPS = 16, 256, 8
+# The least side of a matrix that these units multiply, to which constant experts are padded.
+_LEAST = 16
+# Programs of a backward pass to aim at: two on each of an H100's 132 processors, as many as their
+# registers hold. Not taken from the device, so that the order of additions, and with it the last
+# bit, depends on shapes alone.
+_PROGRAMS = 256
+# Elements [tokens, experts] of a program that turns weights' gradients into those of gates and
+# mixing logits, eight a thread.
+_TILE_OF_WEIGHTS = 1024
 
 
 def combine(
@@ -69,6 +79,13 @@ def combine(
     return _Combine.apply(rows, table, *parts, addend, config)
 
 
+def add_local(zero: Ingredients, addend: Tensor | None, config: MoEPPConfig) -> Tensor:
+    """[T, D] what the experts of a token's own rank add to it: `combine` without rows."""
+    tokens, hidden = zero.x.shape
+    table = torch.empty(tokens, 0, dtype=torch.int32, device=zero.x.device)
+    return combine(zero.x.new_empty(0, hidden), table, zero, addend, config)
+
+
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -89,12 +106,15 @@ class _Combine(torch.autograd.Function):
         )
         num_tokens, hidden = table.shape[0], rows.shape[1]
         output = rows.new_empty(num_tokens, hidden)
-        programs = triton.cdiv(num_tokens, _BLOCK_T) * triton.cdiv(hidden, _BLOCK_D)
+        columns = _columns(config, x)
+        # As many tokens as columns of V: what is read of V is then no more than a row a token.
+        chunk = columns["BLOCK_C"]
+        programs = triton.cdiv(num_tokens, chunk) * triton.cdiv(hidden, _BLOCK_D)
         if programs:
             kernel.forward[(programs,)](
                 rows, table, x, gates, routing_map, mixing, V, addend, output, num_tokens,
-                config.expert_input_scale, SLOTS=table.shape[1], **_tile(hidden),
-                **_columns(config),
+                config.expert_input_scale, SLOTS=table.shape[1], CHUNK=chunk, **_tile(hidden),
+                **columns,
             )  # fmt: skip
         ctx.save_for_backward(table, x, gates, routing_map, mixing, V)
         ctx.num_rows, ctx.config = rows.shape[0], config
@@ -106,10 +126,10 @@ class _Combine(torch.autograd.Function):
         table, x, gates, routing_map, mixing, V = ctx.saved_tensors
         grad = grad.contiguous()
         num_tokens, hidden = table.shape[0], grad.shape[1]
-        columns = _columns(ctx.config)
+        columns = _columns(ctx.config, x)
         constants = columns["CONSTANTS"]
         parts = triton.cdiv(hidden, _BLOCK_D)
-        chunk = _chunk(num_tokens, parts)
+        chunk = _chunk(num_tokens, parts, columns["BLOCK_C"])
         chunks = triton.cdiv(num_tokens, chunk)
 
         grad_rows = grad.new_empty(ctx.num_rows, hidden)
@@ -124,7 +144,7 @@ class _Combine(torch.autograd.Function):
             kernel.backward[(chunks * parts,)](
                 grad, table, x, gates, routing_map, mixing, V, grad_rows, grad_x, weights, vectors,
                 num_tokens, ctx.config.expert_input_scale, SLOTS=table.shape[1], CHUNK=chunk,
-                BLOCK_C=triton.next_power_of_2(max(constants, 1)), **_tile(hidden), **columns,
+                num_stages=_stages(columns["BLOCK_C"]), **_tile(hidden), **columns,
             )  # fmt: skip
         grad_gates, grad_mixing = _backward_of_weights(weights, gates, mixing, ctx.config)
         return (
@@ -144,10 +164,11 @@ def _backward_of_weights(
     grad_gates = torch.empty_like(gates)
     grad_mixing = None if mixing is None else torch.empty_like(mixing)
     if num_tokens:
-        kernel.backward_of_weights[(triton.cdiv(num_tokens, _BLOCK_W),)](
+        columns = _columns(config, gates)
+        block = max(1, _TILE_OF_WEIGHTS // columns["BLOCK_C"])
+        kernel.backward_of_weights[(triton.cdiv(num_tokens, block),)](
             weights, gates, mixing, grad_gates, grad_mixing, num_tokens,
-            config.expert_input_scale, PARTS=parts, BLOCK_T=_BLOCK_W,
-            BLOCK_E=triton.next_power_of_2(gates.shape[1]), **_columns(config),
+            config.expert_input_scale, PARTS=parts, BLOCK_T=block, **columns,
         )  # fmt: skip
     return grad_gates, grad_mixing
 
@@ -156,27 +177,47 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _tile(hidden: int) -> dict[str, int]:
-    return {"HIDDEN": hidden, "BLOCK_T": _BLOCK_T, "BLOCK_D": _BLOCK_D}
-
-
-def _columns(config: MoEPPConfig) -> dict[str, int]:
-    """Where constant and copy experts are among all; constant ones come first."""
+def _tile(hidden: int) -> dict[str, Any]:
     return {
-        "NUM_EXPERTS": config.num_experts,
-        "FIRST": config.columns(CONSTANT).start,
-        "CONSTANTS": config.num_constant_experts,
-        "COPIES": config.num_copy_experts,
+        "HIDDEN": hidden,
+        "BLOCK_T": _BLOCK_T,
+        "BLOCK_D": _BLOCK_D,
+        "WIDEN": interprets(),
+        "num_warps": _WARPS,
     }
 
 
-def _chunk(num_tokens: int, parts: int) -> int:
+def _columns(config: MoEPPConfig, given: Tensor | None) -> dict[str, int]:
+    """Where constant and copy experts are among all, constant ones first; 0 if not given."""
+    constants, copies = 0, 0
+    if given is not None:
+        constants, copies = config.num_constant_experts, config.num_copy_experts
+    return {
+        "NUM_EXPERTS": config.num_experts,
+        "FIRST": config.columns(CONSTANT).start,
+        "CONSTANTS": constants,
+        "COPIES": copies,
+        "BLOCK_C": max(_LEAST, triton.next_power_of_2(constants + copies)),
+    }
+
+
+def _chunk(num_tokens: int, parts: int, block_c: int) -> int:
     """Tokens that one program of the backward pass adds up for V's gradient.
 
-    Few give enough programs; many write less: partial sums are 4 C D / chunk bytes per token. A
+    Few give enough programs; many write less: partial sums are 4 C D / chunk bytes per token, with
+    eight times as many tokens as constants an eighth of what the kernel moves besides, or less. A
     power of two, because the kernel is compiled for each.
     """
-    chunk = 2 * _BLOCK_T
-    while chunk < 128 and num_tokens * parts >= 2 * chunk * _PROGRAMS:
+    chunk, longest = 2 * _BLOCK_T, max(128, 8 * block_c)
+    while chunk < longest and num_tokens * parts >= 2 * chunk * _PROGRAMS:
         chunk *= 2
     return chunk
+
+
+def _stages(block_c: int) -> int:
+    """Tokens' tiles that a program of the backward pass has under way.
+
+    One leaves registers for a second program on a processor up to 32 columns of V. There is none
+    with more, and the loads of a program by itself have to run ahead of its products.
+    """
+    return 1 if block_c <= 32 else 3

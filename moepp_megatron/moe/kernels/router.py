@@ -8,8 +8,10 @@ Selection is the same, ties included: keys are built from the scores' bits as in
 scores themselves may differ from PyTorch's in the last bit, which can decide between two scores
 that are that close. NaN counts as the largest score.
 
-Bytes per token: forward reads 4E, writes 5E; backward reads 9E, writes 4E (`traffic.py`). Nothing
-but logits and map is kept for the backward pass, which computes the scores again.
+Bytes per token: forward reads 4E, writes 5E; backward reads 9E, writes 4E. Forward also writes and
+reads 8E bytes of sums for each program: at 4096 tokens E/4 of 12 experts, E from 64 experts on, and
+less with more tokens. Nothing but logits and map is kept for the backward pass, which computes the
+scores again.
 
 Shape suffixes: T tokens, E experts, S sequences that are counted each by itself.
 """
@@ -31,6 +33,8 @@ from moepp_megatron.moe.selection import Selection
 # Elements of a program's tile [tokens, experts]. It moves few bytes and waits for reductions, so
 # many small programs finish first: 4096 tokens of 12 experts are 128 programs on 132 processors.
 _TILE = 512
+# Programs to aim at where a tile has few tokens, four on each processor: each writes a row of sums.
+_PROGRAMS = 512
 
 # Below every key: experts that are selected already, and columns that are no experts.
 _LOWEST = tl.constexpr(-(2**62))
@@ -67,13 +71,15 @@ class _Select(torch.autograd.Function):
         routing_map = torch.empty_like(logits, dtype=torch.bool)
         ctx.config, ctx.num_sequences = config, max(num_sequences, 1)
         positions, blocks, settings = _launch(logits, config, ctx.num_sequences)
+        tiles = triton.next_power_of_2(triton.cdiv(blocks * ctx.num_sequences, _PROGRAMS) or 1)
+        blocks = triton.cdiv(blocks, tiles)
         partial = None
         if num_sequences:
             partial = logits.new_empty(blocks, num_sequences, 2, logits.shape[1])
         if blocks:
             _forward[(blocks, ctx.num_sequences)](
                 logits, bias, padded, gates, routing_map, partial, positions, ctx.num_sequences,
-                config.gate_scale, TOPK=config.router_topk, **settings,
+                config.gate_scale, TOPK=config.router_topk, TILES=tiles, **settings,
             )  # fmt: skip
         # One order of addition on every run: a program's tokens, then the programs.
         totals = logits.new_empty(2, 0) if partial is None else partial.sum(dim=0).transpose(0, 1)
@@ -106,7 +112,7 @@ class _Select(torch.autograd.Function):
 def _launch(
     logits: Tensor, config: MoEPPConfig, num_sequences: int
 ) -> tuple[int, int, dict[str, Any]]:
-    """Positions of a sequence, programs that share them, and what both kernels are compiled for."""
+    """Positions of a sequence, tiles that share them, and what both kernels are compiled for."""
     num_tokens, num_experts = logits.shape
     assert num_tokens % num_sequences == 0, (
         f"{num_tokens} tokens are not {num_sequences} sequences of one length"
@@ -130,11 +136,11 @@ def _launch(
 
 @triton.jit
 def _tile(  # type: ignore[no-untyped-def]
-    padded_ptr, positions, sequences, NUM_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    padded_ptr, tile, positions, sequences, NUM_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of this program's tile in [T, E], what of it exists, what of it routes, columns."""
-    position = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """Offsets of a tile in [T, E], what of it exists, what of it routes, columns."""
+    position = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_E)
     token = position.to(tl.int64) * sequences + tl.program_id(1)
     exists = (position < positions)[:, None] & (column < NUM_EXPERTS)[None, :]
@@ -184,10 +190,37 @@ def _grad_of_logs(shares, grad):  # type: ignore[no-untyped-def]
 def _forward(  # type: ignore[no-untyped-def]
     logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, partial_ptr, positions, sequences, scale,
     NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SOFTMAX: tl.constexpr,
-    NORMALIZED: tl.constexpr, END: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    NORMALIZED: tl.constexpr, END: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    tile = _tile(padded_ptr, positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
-    at, exists, routes, column = tile
+    column = tl.arange(0, BLOCK_E)
+    counts = tl.zeros([BLOCK_E], tl.float32)
+    sums = tl.zeros([BLOCK_E], tl.float32)
+    for tile in range(TILES):
+        chosen, scores = _route(
+            logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, tl.program_id(0) * TILES + tile,
+            positions, sequences, scale, NUM_EXPERTS, TOPK, SOFTMAX, NORMALIZED, END,
+            partial_ptr is not None, BLOCK_T, BLOCK_E,
+        )  # fmt: skip
+        counts += tl.sum(tl.where(chosen, 1.0, 0.0), axis=0)
+        sums += tl.sum(scores, axis=0)
+    if partial_ptr is not None:
+        out = (tl.program_id(0).to(tl.int64) * sequences + tl.program_id(1)) * 2 * NUM_EXPERTS
+        tl.store(partial_ptr + out + column, counts, column < NUM_EXPERTS)
+        tl.store(partial_ptr + out + NUM_EXPERTS + column, sums, column < NUM_EXPERTS)
+
+
+@triton.jit
+def _route(  # type: ignore[no-untyped-def]
+    logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, tile, positions, sequences, scale,
+    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SOFTMAX: tl.constexpr,
+    NORMALIZED: tl.constexpr, END: tl.constexpr, COUNTED: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Write a tile's gates and map; returns what it chose, and the scores that count in sums."""
+    at, exists, routes, column = _tile(
+        padded_ptr, tile, positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E
+    )
     is_expert = (column < NUM_EXPERTS)[None, :]
     logits = tl.load(logits_ptr + at, exists, 0.0)
     scores = _scores(logits, column, NUM_EXPERTS, SOFTMAX)
@@ -219,14 +252,9 @@ def _forward(  # type: ignore[no-untyped-def]
     tl.store(gates_ptr + at, gates * scale, exists)
     tl.store(map_ptr + at, chosen, exists)
 
-    if partial_ptr is not None:
-        if not SOFTMAX:
-            scores = _shares(_log_scores(logits, SOFTMAX), is_expert)
-        out = (tl.program_id(0).to(tl.int64) * sequences + tl.program_id(1)) * 2 * NUM_EXPERTS
-        counts = tl.sum(tl.where(chosen, 1.0, 0.0), axis=0)
-        sums = tl.sum(tl.where(routes, scores, 0.0), axis=0)
-        tl.store(partial_ptr + out + column, counts, column < NUM_EXPERTS)
-        tl.store(partial_ptr + out + NUM_EXPERTS + column, sums, column < NUM_EXPERTS)
+    if COUNTED and not SOFTMAX:
+        scores = _shares(_log_scores(logits, SOFTMAX), is_expert)
+    return chosen, tl.where(routes, scores, 0.0)
 
 
 @triton.jit
@@ -235,8 +263,9 @@ def _backward(  # type: ignore[no-untyped-def]
     sequences, scale, NUM_EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZED: tl.constexpr,
     END: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    tile = _tile(padded_ptr, positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E)
-    at, exists, routes, column = tile
+    at, exists, routes, column = _tile(
+        padded_ptr, tl.program_id(0), positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E
+    )
     is_expert = (column < NUM_EXPERTS)[None, :]
     logits = tl.load(logits_ptr + at, exists, 0.0)
     scores = _scores(logits, column, NUM_EXPERTS, SOFTMAX)

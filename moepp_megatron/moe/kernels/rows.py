@@ -1,7 +1,9 @@
 """Where each token's rows are, in two small launches instead of a dozen; for `kernels.combine`.
 
 The definition is `moepp_megatron.moe.copies.rows_of_tokens`. Programs first count their tokens'
-rows, then each adds up the counts of those before it.
+rows, then each adds up the counts of those before it, which it reads from the cache: 4 bytes for
+each column of each program. So there are no more programs than processors, and a program takes
+as many tiles of tokens as that needs.
 
 Bytes per token: reads the map twice, writes 4 for each slot.
 """
@@ -13,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Entries of a program's tile, 32 a thread (64 do not fit into registers), and most tokens of it.
-_TILE, _MOST_TOKENS = 4096, 128
-# Programs whose counts are read at once.
-_BLOCK_P = 32
+# Entries of a tile, 16 a thread (32 do not fit into registers), and most tokens of it.
+_TILE, _MOST_TOKENS = 2048, 128
+# Programs whose counts are read at once, and programs to aim at where a tile takes few tokens.
+_BLOCK_P, _PROGRAMS = 32, 128
 
 
 def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
@@ -25,11 +27,12 @@ def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
     table = torch.empty(num_tokens, slots, dtype=torch.int32, device=routing_map.device)
     block_m = triton.next_power_of_2(num_columns)
     block_t = min(_MOST_TOKENS, max(1, _TILE // block_m))
-    programs = triton.cdiv(num_tokens, block_t)
+    tiles = triton.next_power_of_2(triton.cdiv(num_tokens, block_t * _PROGRAMS))
+    programs = triton.cdiv(num_tokens, block_t * tiles)
     counts = table.new_empty(programs, num_columns)
     if routing_map.stride(1) != 1:
         routing_map = routing_map.contiguous()
-    sizes = {"COLUMNS": num_columns, "BLOCK_T": block_t, "BLOCK_M": block_m}
+    sizes = {"COLUMNS": num_columns, "TILES": tiles, "BLOCK_T": block_t, "BLOCK_M": block_m}
     if programs:
         stride = routing_map.stride(0)
         _count[(programs,)](routing_map, counts, num_tokens, stride, **sizes)
@@ -42,11 +45,11 @@ def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
 
 @triton.jit
 def _selected(  # type: ignore[no-untyped-def]
-    map_ptr, num_tokens, stride, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    map_ptr, num_tokens, stride, tile, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_T, BLOCK_M] int32, 1 where the program's tokens have a row, and their numbers."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """[BLOCK_T, BLOCK_M] int32, 1 where the tile's tokens have a row, and their numbers."""
+    token = (tl.program_id(0).to(tl.int64) * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_M)
     exists = (token < num_tokens)[:, None] & (column < COLUMNS)[None, :]
     selected = tl.load(map_ptr + token[:, None] * stride + column[None, :], exists, 0)
@@ -55,20 +58,22 @@ def _selected(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _count(  # type: ignore[no-untyped-def]
-    map_ptr, counts_ptr, num_tokens, stride, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    map_ptr, counts_ptr, num_tokens, stride, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    selected, _ = _selected(map_ptr, num_tokens, stride, COLUMNS, BLOCK_T, BLOCK_M)
     column = tl.arange(0, BLOCK_M)
-    counts = counts_ptr + tl.program_id(0) * COLUMNS + column
-    tl.store(counts, tl.sum(selected, axis=0), column < COLUMNS)
+    total = tl.zeros([BLOCK_M], tl.int32)
+    for tile in range(TILES):
+        selected, _ = _selected(map_ptr, num_tokens, stride, tile, COLUMNS, TILES, BLOCK_T, BLOCK_M)
+        total += tl.sum(selected, axis=0)
+    tl.store(counts_ptr + tl.program_id(0) * COLUMNS + column, total, column < COLUMNS)
 
 
 @triton.jit
 def _number(  # type: ignore[no-untyped-def]
     map_ptr, counts_ptr, table_ptr, num_tokens, stride, programs, COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    SLOTS: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_M)
     # Rows of each column: all, and those of tokens before this program's.
@@ -83,12 +88,16 @@ def _number(  # type: ignore[no-untyped-def]
         before += tl.sum(tl.where((program < tl.program_id(0))[:, None], counts, 0), axis=0)
     first = tl.cumsum(total, axis=0) - total + before
 
-    selected, token = _selected(map_ptr, num_tokens, stride, COLUMNS, BLOCK_T, BLOCK_M)
-    number = first[None, :] + tl.cumsum(selected, axis=0) - selected
-    slot = tl.cumsum(selected, axis=1) - selected
-    at = table_ptr + token[:, None] * SLOTS + slot
-    tl.store(at, number, (selected != 0) & (slot < SLOTS))
     slots = tl.arange(0, BLOCK_S)
-    left = (slots < SLOTS)[None, :] & (slots[None, :] >= tl.sum(selected, axis=1)[:, None])
-    at_slot = table_ptr + token[:, None] * SLOTS + slots[None, :]
-    tl.store(at_slot, -1, left & (token < num_tokens)[:, None])
+    for tile in range(TILES):
+        selected, token = _selected(
+            map_ptr, num_tokens, stride, tile, COLUMNS, TILES, BLOCK_T, BLOCK_M
+        )
+        number = first[None, :] + tl.cumsum(selected, axis=0) - selected
+        slot = tl.cumsum(selected, axis=1) - selected
+        at = table_ptr + token[:, None] * SLOTS + slot
+        tl.store(at, number, (selected != 0) & (slot < SLOTS))
+        left = (slots < SLOTS)[None, :] & (slots[None, :] >= tl.sum(selected, axis=1)[:, None])
+        at_slot = table_ptr + token[:, None] * SLOTS + slots[None, :]
+        tl.store(at_slot, -1, left & (token < num_tokens)[:, None])
+        first += tl.sum(selected, axis=0)

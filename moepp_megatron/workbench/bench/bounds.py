@@ -159,7 +159,7 @@ def _experts(shape: PaperShape, load: RoutedLoad, width: int, dtype: str) -> Min
 def _fused_combine(load: RoutedLoad, mixed: int, vector: int, topk: int) -> MinimalWork:
     """`kernels.combine`: rows, x and output; row table, gates, map and mixing logits of each token.
 
-    Not counted are partial sums (under a tenth) and V.
+    Not counted is V, which comes from the cache but once.
     """
     small = load.tokens * (4 * topk + (1 + mixed) * (_FP32 + _BOOL) + 2 * mixed * _FP32)
     return MinimalWork((load.rows + load.used_tokens + load.tokens) * vector + small)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moepp_megatron.config import Config, parse_config
 from moepp_megatron.experts import KINDS
+from moepp_megatron.layer_settings import Fused
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 from moepp_megatron.moe.layer import MoEPPLayer
@@ -39,6 +40,7 @@ def layer_config(
     vanilla: bool,
     dispatcher: str,
     fp8_recipe: str = "delayed",
+    fused: Fused = "auto",
 ) -> Config:
     """A configuration whose MoE layers are those of `shape`; `fp8_recipe` counts for "fp8"."""
     precision: dict[str, object] = {"dtype": dtype}
@@ -62,6 +64,7 @@ def layer_config(
                 "tau": tau,
                 "gating_residual": experts.gating_residual,
                 "dispatcher": dispatcher,
+                "fused": fused,
             },
             "precision": precision,
             "optimizer": {"lr": 1e-3},
@@ -81,6 +84,7 @@ class Contestant:
         vanilla: megatron-core's layer instead of the MoE++ layer.
         dispatcher: `moe.dispatcher`.
         fp8_recipe: `precision.fp8_recipe`, for "fp8".
+        fused: `moe.fused`.
 
     Attributes:
         layer: The module.
@@ -98,8 +102,9 @@ class Contestant:
         vanilla: bool,
         dispatcher: str = "alltoall",
         fp8_recipe: str = "delayed",
+        fused: Fused = "auto",
     ) -> None:
-        config = layer_config(shape, tau, dtype, vanilla, dispatcher, fp8_recipe)
+        config = layer_config(shape, tau, dtype, vanilla, dispatcher, fp8_recipe, fused)
         self._is_vanilla = vanilla
         self.layer: Any = _vanilla_layer(config) if vanilla else _moepp_layer(config)
         device = torch.cuda.current_device()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moepp_megatron.layer_settings import Fused
 from moepp_megatron.workbench.bench.bounds import bounds_ms, expert_flops
 from moepp_megatron.workbench.bench.card import CardResult, measure_card
 from moepp_megatron.workbench.bench.contestants import Contestant
@@ -45,6 +46,8 @@ class LayerResult:
         vanilla_experts: Class of its FFN experts.
         moepp_experts: The same of the MoE++ layer.
         fp8_recipe: Recipe of "fp8", None otherwise.
+        constants: Constant experts of the MoE++ layer.
+        fused: `moe.fused`.
         device: The GPU, or "cpu".
         matmul_tflops: Matrix product of this GPU in this number format, TFLOP/s.
         copy_gb_s: Large copy in this GPU's memory, bytes read and written, GB/s.
@@ -73,6 +76,8 @@ class LayerResult:
     vanilla_experts: str = ""
     moepp_experts: str = ""
     fp8_recipe: str | None = None
+    constants: int = 0
+    fused: Fused = "auto"
     device: str = "cpu"
     matmul_tflops: float = 0.0
     copy_gb_s: float = 0.0
@@ -99,6 +104,7 @@ class LayerSetting:
         rounds: Interleaved rounds per result.
         warmup: Rounds that do not count.
         fp8_recipe: `precision.fp8_recipe`, for "fp8".
+        fused: `moe.fused`.
     """
 
     dtype: str
@@ -106,6 +112,7 @@ class LayerSetting:
     rounds: int
     warmup: int = 2
     fp8_recipe: str = "delayed"
+    fused: Fused = "auto"
 
 
 def run_layer_benchmark(
@@ -145,7 +152,13 @@ def _contestant(
     shape: PaperShape, tau: float, setting: LayerSetting, *, vanilla: bool
 ) -> Contestant:
     return Contestant(
-        shape, tau, setting.dtype, setting.tokens, vanilla=vanilla, fp8_recipe=setting.fp8_recipe
+        shape,
+        tau,
+        setting.dtype,
+        setting.tokens,
+        vanilla=vanilla,
+        fp8_recipe=setting.fp8_recipe,
+        fused=setting.fused,
     )
 
 
@@ -199,6 +212,8 @@ def _measure(
         vanilla_experts=vanilla.experts,
         moepp_experts=moepp.experts,
         fp8_recipe=setting.fp8_recipe if setting.dtype == "fp8" else None,
+        constants=shape.experts.num_constant_experts,
+        fused=setting.fused,
         device=card.device,
         matmul_tflops=card.matmul_tflops[setting.dtype],
         copy_gb_s=card.copy_gb_s,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moepp_megatron.experts import ExpertLayout
 
@@ -36,6 +36,11 @@ class PaperShape:
         """The paper's speedup times phi; None where it gives no time for `tau`."""
         measured = self.moepp_ms.get(tau)
         return None if measured is None else self.vanilla_ms / measured * self.experts.phi(tau)
+
+    def with_constants(self, count: int) -> PaperShape:
+        """The same layer with other constant experts, of which the paper says nothing."""
+        experts = replace(self.experts, num_constant_experts=count)
+        return replace(self, experts=experts, moepp_ms={})
 
 
 def _by_tau(*milliseconds: float) -> dict[float, float]:

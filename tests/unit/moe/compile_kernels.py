@@ -1,11 +1,18 @@
-"""Compile every kernel for sm_90 and print its name; run as a module, without a GPU."""
+"""Compile every kernel for sm_90 and print its name, registers and bytes on the stack.
 
+Run as a module, without a GPU. Registers that do not fit are on the stack.
+"""
+
+import re
+import subprocess
+import tempfile
 from typing import Any
 
+from triton import knobs, next_power_of_2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from moepp_megatron.moe.kernels import combine_triton, cross_entropy, router, rows
+from moepp_megatron.moe.kernels import combine, combine_triton, cross_entropy, router, rows
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MODULES = {
@@ -18,12 +25,18 @@ BF16 = {"rows_ptr", "x_ptr", "v_ptr", "addend_ptr", "output_ptr", "grad_ptr"}
 BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 
 
-def compile_kernel(name: str, constants: dict[str, Any], logits: str = "*fp32") -> None:
-    """Compile for arguments of the types that training has."""
+def compile_kernel(
+    name: str,
+    constants: dict[str, Any],
+    fp32: bool = False,
+    logits: str = "*fp32",
+    **options: int,
+) -> None:
+    """Compile for arguments of the types that training has, in bf16; options as in a launch."""
     module, function = name.split(".")
     kernel = getattr(MODULES[module], function)
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    signature = {argument: kind(argument, constants) for argument in kernel.arg_names}
+    signature = {argument: kind(argument, constants, fp32) for argument in kernel.arg_names}
     if "logits_ptr" in signature:
         signature["logits_ptr"] = logits
     # Tensors begin at multiples of 16 bytes; a launch tells the compiler, which then loads as much.
@@ -32,11 +45,26 @@ def compile_kernel(name: str, constants: dict[str, Any], logits: str = "*fp32") 
         for place, argument in enumerate(kernel.arg_names)
         if signature[argument].startswith("*") or signature[argument] == "i32"
     }
-    assert compile(ASTSource(kernel, signature, constants, aligned), target=HOPPER).asm["cubin"]
-    print(name)
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = compile(source, target=HOPPER, options=options).asm
+    assert "tf32" not in compiled["ptx"], f"{name} multiplies with 11 bits of a factor's 24"
+    if not fp32:
+        print(name, *resources(compiled["cubin"]))
 
 
-def kind(argument: str, constants: dict[str, Any]) -> str:
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+def kind(argument: str, constants: dict[str, Any], fp32: bool) -> str:
     """Triton's name of an argument's type."""
     if argument in constants:
         return "constexpr"
@@ -44,35 +72,46 @@ def kind(argument: str, constants: dict[str, Any]) -> str:
         return "i32"
     if not argument.endswith("_ptr"):
         return "fp32"
-    return POINTERS.get(argument, "*bf16" if argument in BF16 else "*fp32")
+    return POINTERS.get(argument, "*bf16" if argument in BF16 and not fp32 else "*fp32")
+
+
+def compile_combine(constants: int, copies: int, extra: dict[str, Any]) -> None:
+    """The three kernels of the combine as `kernels.combine` launches them."""
+    block = max(combine._LEAST, next_power_of_2(constants + copies))
+    sizes = {"CONSTANTS": constants, "COPIES": copies, "BLOCK_C": block, "PARTS": 3}
+    sizes |= {"NUM_EXPERTS": 9 + copies + constants, "FIRST": 8, "SLOTS": 2, "CHUNK": 64}
+    tile = combine._tile(768) | {"WIDEN": False}
+    warps = tile.pop("num_warps")
+    compile_kernel("combine.forward", sizes | tile | extra, num_warps=warps)
+    if constants == 2:
+        compile_kernel("combine.forward", sizes | tile | extra, fp32=True, num_warps=warps)
+    stages = combine._stages(block)
+    compile_kernel("combine.backward", sizes | tile | extra, num_warps=warps, num_stages=stages)
+    tile["BLOCK_T"] = combine._TILE_OF_WEIGHTS // block
+    compile_kernel("combine.backward_of_weights", sizes | tile | extra)
 
 
 def main() -> None:
     """All kernels, each with everything and with as little as possible."""
     experts = {"NUM_EXPERTS": 12, "BLOCK_T": 32, "BLOCK_E": 16, "TOPK": 2, "END": 11}
+    experts |= {"TILES": 2}
     without = {"bias_ptr": None, "padded_ptr": None, "partial_ptr": None, "grad_sums_ptr": None}
     for extra in ({"SOFTMAX": True, "NORMALIZED": True}, {"SOFTMAX": False, "NORMALIZED": False}):
         rest = {} if extra["SOFTMAX"] else without
         for name in ("router._forward", "router._backward"):
             compile_kernel(name, experts | extra | rest)
-    tile = {"HIDDEN": 768, "SLOTS": 2, "BLOCK_T": 8, "BLOCK_D": 256, "CHUNK": 16, "PARTS": 3}
-    tile |= {"NUM_EXPERTS": 12, "FIRST": 8, "BLOCK_E": 16}
     absent = ("mixing_ptr", "v_ptr", "addend_ptr", "grad_mixing_ptr", "vectors_ptr")
     # Triton compiles anew for an argument that is 1.
     one_token = dict.fromkeys(absent) | {"num_tokens": 1}
-    for extra in (
-        {"CONSTANTS": 2, "COPIES": 1, "BLOCK_C": 2},
-        {"CONSTANTS": 0, "COPIES": 2, "BLOCK_C": 1} | one_token,
-    ):
-        for name in ("forward", "backward", "backward_of_weights"):
-            compile_kernel(f"combine.{name}", tile | extra)
-    for columns, block_t, slots in ((8, 128, 2), (64, 64, 6)):
-        sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8}
+    for constants, copies, extra in ((2, 1, {}), (0, 2, one_token), (30, 1, {}), (62, 1, {})):
+        compile_combine(constants, copies, extra)
+    for columns, block_t, slots in ((8, 128, 2), (64, 32, 6), (256, 8, 8)):
+        sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8, "TILES": 4}
         for name in ("_count", "_number"):
             compile_kernel(f"rows.{name}", sizes | {"BLOCK_T": block_t, "BLOCK_P": 32})
     for logits in ("*bf16", "*fp32"):
         for name in ("_reduce_logits", "_write_gradient"):
-            compile_kernel(f"cross_entropy.{name}", {"BLOCK": cross_entropy._BLOCK}, logits)
+            compile_kernel(f"cross_entropy.{name}", {"BLOCK": cross_entropy._BLOCK}, logits=logits)
 
 
 if __name__ == "__main__":

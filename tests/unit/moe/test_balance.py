@@ -203,7 +203,7 @@ def test_attached_loss_keeps_the_activation_and_gets_a_gradient(per_token_loss, 
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(0.5))
     activation = torch.randn(3, 4, requires_grad=True)
     loss = torch.tensor(2.0, requires_grad=True)
-    attached = attach_loss(activation, attached_loss(loss, 30, per_token_loss))
+    attached = attach_loss(activation, attached_loss(loss, 1.0, 30, per_token_loss))
     assert torch.equal(attached, activation)
     (attached * 7).sum().backward()
     assert torch.equal(activation.grad, torch.full_like(activation, 7))

@@ -42,12 +42,14 @@ def compiled() -> Iterator[SimpleNamespace]:
             patch.setenv("TRITON_INTERPRET", "1")
             _forget_compiled_kernels(triton)
         from moepp_megatron.moe.kernels import combine, cross_entropy, router, rows
+        from tests.unit.moe import product_kernel
 
         yield SimpleNamespace(
             select=router.select,
             combine=combine.combine,
             rows_of_tokens=rows.rows_of_tokens,
             cross_entropy=cross_entropy.cross_entropy,
+            multiply=product_kernel.multiply,
         )
 
 
@@ -125,6 +127,18 @@ def test_selection(compiled, case):
     actual, actual_grad = run(compiled.select)
     assert_same_selection(actual, expected)
     assert_close(actual_grad, expected_grad, "gradient of logits")
+
+
+def test_selection_of_several_tiles_by_a_program(compiled, monkeypatch):
+    # As with many tokens of many experts: tiles of 8 tokens, 2 a program, and a tile of none.
+    from moepp_megatron.moe.kernels import router
+
+    monkeypatch.setattr(router, "_TILE", 128)
+    monkeypatch.setattr(router, "_PROGRAMS", 6)
+    config = settings(E12, 2, score_function="sigmoid")
+    logits = torch.randn(3 * 33, 12, device=DEVICE)
+    expected = selection.select(logits, None, config, 3)
+    assert_same_selection(compiled.select(logits, None, config, 3), expected)
 
 
 @pytest.mark.parametrize("used", ["gates", "sums"])
@@ -214,8 +228,12 @@ def test_rows_of_tokens(compiled, tokens, columns):
         assert rows == found + [-1] * (slots - len(found))
 
 
-def test_rows_of_tokens_beyond_one_load_of_counts(compiled):
-    # More than 32 programs of 128 tokens.
+def test_rows_of_tokens_beyond_one_load_of_counts(compiled, monkeypatch):
+    # More than 32 programs, of two tiles of 64 tokens, the last of them with one.
+    from moepp_megatron.moe.kernels import rows
+
+    monkeypatch.setattr(rows, "_TILE", 128)
+    monkeypatch.setattr(rows, "_PROGRAMS", 36)
     routing_map = torch.rand(4500, 2, device=DEVICE) < 0.5
     table = compiled.rows_of_tokens(routing_map, 2)
     assert torch.equal(table, rows_of_tokens(routing_map, 2))
@@ -300,6 +318,8 @@ COMBINATIONS = [
     (35, 96, (16, 0, 0, 3), 2, 1.5, True),
     (16, 64, (3, 2, 0, 0), 2, 1.0, True),
     (9, 100, (3, 2, 0, 0), 1, 1.0, False),
+    (70, 24, (3, 1, 1, 30), 4, 1.5, True),
+    (100, 40, (3, 1, 2, 62), 6, 1.0, False),
 ]
 
 
@@ -355,6 +375,20 @@ def compare(actual: Tensor, expected: Tensor, what: str, tolerance: float) -> No
     if expected.numel():
         assert_close(actual, expected, what, tolerance)
     assert actual.shape == expected.shape
+
+
+@pytest.mark.parametrize("narrow", [(), (1,), (0, 1)], ids=["none", "second", "both"])
+def test_products_of_the_combine_lose_nothing(compiled, narrow):
+    # Against fp64: 24 bits of each factor, 32 additions in fp32. TF32 is off by 2^-11, two parts
+    # of 8 bits by 2^-16.
+    factors = [torch.randn(16, 32, device=DEVICE), torch.randn(32, 16, device=DEVICE)]
+    for place in narrow:
+        factors[place] = factors[place].bfloat16()
+    actual = torch.empty(16, 16, device=DEVICE)
+    compiled.multiply[(1,)](*factors, actual, WIDEN=DEVICE.type == "cpu")
+    a, b = (factor.double() for factor in factors)
+    bound = 2e-6 * (a.abs() @ b.abs())
+    assert ((actual.double() - a @ b).abs() <= bound).all()
 
 
 def test_combine_of_no_tokens(compiled):
@@ -440,6 +474,40 @@ def test_layer_with_and_without_kernels(compiled, changes, dispatcher, megatron)
         assert_close(fused(hidden, previous)[0], plain(hidden, previous)[0], "without gradients")
 
 
+@pytest.mark.parametrize("shared", [None, 8], ids=["alone", "shared"])
+def test_local_experts_before_the_rows(compiled, shared, monkeypatch):
+    # One rank waits for nothing, so one kernel does all; ranks that wait do local experts before
+    # (tests/parallel/test_dispatchers.py has the order), and get the same.
+    from moepp_megatron.moe.kernels import combine
+
+    config = MoEPPConfig(num_ffn_experts=4, fused=True)
+    layer = build_layer(config, moe_shared_expert_intermediate_size=shared).to(DEVICE)
+    assert layer.fuses_combine
+    assert not layer.local_first
+    launches = []
+    original = combine.combine
+    monkeypatch.setattr(combine, "combine", lambda *a: launches.append(len(a[0])) or original(*a))
+    hidden, previous, weight = (
+        torch.randn(9, 3, width, device=DEVICE) for width in (HIDDEN, config.num_experts, HIDDEN)
+    )
+
+    def run(local_first):
+        layer.local_first = local_first
+        layer.zero_grad()
+        x = hidden.clone().requires_grad_()
+        output, _ = layer(x, previous)
+        (output * weight).sum().backward()
+        return [output, x.grad, *(p.grad.clone() for p in layer.parameters())]
+
+    together = run(False)
+    assert len(launches) == 1
+    for one, other in zip(together, run(True), strict=True):
+        # Another order of addition and nothing else.
+        assert_close(other, one, "apart", FP32)
+    assert len(launches) == 3
+    assert launches[1] == 0
+
+
 def test_who_uses_kernels(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(kernels, "have_triton", lambda: False)
@@ -471,9 +539,11 @@ def test_kernels_compile_for_hopper(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    names = Counter(done.stdout.split())
-    assert set(names.values()) == {2}
-    assert len(names) == 9
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len({name for name, _, _ in lines}) == 9
+    assert all(count >= 2 for count in Counter(name for name, _, _ in lines).values())
+    # Registers that do not fit go through memory.
+    assert [line for line in lines if line[2] != "0"] == []
 
 
 def kernels_environment() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import record
-from moepp_megatron.config import ConfigError, UnfitError
+from moepp_megatron.config import ConfigError, UnfitError, load_config
 
 ROOT = Path(__file__).parents[4]
 CARD = {
@@ -38,6 +38,16 @@ def folder(tmp_path: Path) -> Path:
         "step_bf16.json": {"speedup": 1.2},
         "step_fp8_delayed.json": {"speedup": 9.9},
     }
+    run = tmp_path / "run_first"
+    run.mkdir()
+    lines = [{"step": step, "loss": 9.0, "step_time_s": 0.5} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    small = {"run.dir": "x", "parallel.expert_model_parallel_size": "1"}
+    quickstart = load_config(
+        ROOT / "configs/quickstart.yaml", [f"{name}={value}" for name, value in small.items()]
+    )
+    (run / "config.yaml").write_text(quickstart.to_yaml())
+    (tmp_path / "run_empty").mkdir()
     for name, content in contents.items():
         (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "tests.xml").write_text(TESTS)
@@ -59,6 +69,10 @@ def test_one_file_of_all_results(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["measured"] == CARD
     assert found["layer"] == {"bf16": [{"shape": "0.6B", "efficiency": 0.96}]}
     assert found["step"] == {"bf16": {"speedup": 1.2}}, "a step that failed has no numbers"
+    (run,) = found["runs"].values()
+    assert (run["step"], run["memory_bytes"]) == (2, None)
+    # The planner's: some GiB that CUDA takes, and a small model.
+    assert 2**30 < run["estimated_bytes"] < 8 * 2**30
     assert found["tests"] == {
         "passed": 1,
         "failed": ["tests.gpu.test_layer.test_b"],
@@ -99,10 +113,10 @@ def test_a_cpu_is_no_card(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--steps", "cards"], 2, "--steps (cards) must be of tests, card, layer, step"),
-        (["--cpu"], 2, "argument (--cpu) must be --steps, --work, --out or --allow-cpu"),
+        (["--steps", "cards"], 2, "--steps (cards) must be of kernels, train, card, layer,"),
+        (["--cpu"], 2, "argument (--cpu) must be --steps, --work, --out, --again or"),
         (["--out"], 2, "--out must be followed by a value"),
-        ([], 3, "needs a CUDA GPU; use --allow-cpu to try the script"),
+        ([], 3, "needs a CUDA GPU; use --rehearse to try the script"),
     ],
 )
 def test_wrong_usage_of_the_script(arguments: list[str], status: int, message: str) -> None:
@@ -114,3 +128,28 @@ def test_wrong_usage_of_the_script(arguments: list[str], status: int, message: s
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_part_that_has_passed_is_not_run_again(tmp_path: Path) -> None:
+    script = (ROOT / "benchmarks/gpu.sh").read_text()
+    functions = [
+        script[script.index(f"\n{name}() {{") : script.index("\n}\n", script.index(f"\n{name}()"))]
+        for name in ("passed", "run")
+    ]
+    program = "set -euo pipefail; work=$1 commit=$2 again=$3 failed=0"
+    program += "".join(f"{function}\n}}" for function in functions)
+    program += '\nrun part bash -c "echo ran; exit $4" | grep -c "^ran"; exit 0'
+
+    def ran(commit: str, again: str = "", status: int = 0) -> int:
+        command = ["bash", "-c", program, "gpu.sh", str(tmp_path), commit, again, str(status)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+
+    assert ran("abc", status=1) == 1
+    assert ran("abc") == 1, "it had failed"
+    assert ran("abc") == 0
+    assert ran("abc", again="1") == 1
+    assert ran("def") == 1, "another commit"
+    assert ran("abc-dirty") == 1
+    assert ran("abc-dirty") == 1, "changes that have no name"
+    (steps,) = [(tmp_path / "steps.tsv").read_text().splitlines()]
+    assert [line.split("\t")[1] for line in steps] == ["1", "0", "0", "0", "0", "0"]

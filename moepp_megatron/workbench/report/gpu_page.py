@@ -1,0 +1,199 @@
+"""One page of what `benchmarks/gpu.sh` measured of a GPU, each number beside what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.json_file import read_json
+from moepp_megatron.runtime.atomic import write_result
+from moepp_megatron.version import __version__
+from moepp_megatron.workbench.report.template import render_template
+
+_GIB = 2**30
+_ENDS = {0: "passed", 3: "not possible here", 124: "cut off after ten minutes"}
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table of the page.
+
+    Attributes:
+        title: Heading.
+        columns: Their names.
+        words: How many of the first hold words; the others hold numbers.
+        rows: Cells.
+        note: What is compared with what.
+    """
+
+    title: str
+    columns: Sequence[str]
+    words: int
+    rows: Sequence[Sequence[str]]
+    note: str
+
+
+@dataclass(frozen=True)
+class _GPUPage:
+    """What the template shows."""
+
+    card: str
+    facts: Sequence[str]
+    tables: Sequence[_Table]
+    version: str
+
+
+def write_gpu_page(results: Path, page: Path) -> None:
+    """Write the page of a results file; it needs no other file and no network.
+
+    Raises:
+        ConfigError: If `results` cannot be read or is not what `benchmarks/gpu.sh` writes.
+    """
+    try:
+        found = read_json(results)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{results} must be a results file of benchmarks/gpu.sh, and cannot be read ({error})"
+        ) from None
+    needed = ("card", "steps", "measured", "layer", "step")
+    if not isinstance(found, dict) or any(name not in found for name in needed):
+        raise ConfigError(
+            f"{results} must be a results file of benchmarks/gpu.sh, with {', '.join(needed)}; "
+            "run the script, which names its file at the end"
+        )
+    versions = ", ".join(f"{name} {number}" for name, number in found.get("versions", {}).items())
+    commits = ", ".join(str(commit)[:12] for commit in found.get("commits", ()))
+    facts = [f"driver {found.get('driver') or 'none'}", versions, f"commit {commits}"]
+    tables = [table for table in _tables(found) if table.rows]
+    content = _GPUPage(found["card"], facts, tables, __version__)
+    html = render_template("gpu.html.j2", page=content)
+    write_result(page, html.encode("ascii", "xmlcharrefreplace"))
+
+
+def _tables(found: Mapping[str, Any]) -> Iterator[_Table]:
+    yield _Table(
+        "Parts", ("part", "end", "seconds"), 2,
+        [
+            (step["name"], _ENDS.get(step["exit_status"], f"failed ({step['exit_status']})"),
+             str(step["seconds"]))
+            for step in found["steps"]
+        ],
+        "The last run of each.",
+    )  # fmt: skip
+    tests = found.get("tests")
+    yield _Table(
+        "Tests", ("what", "count"), 1,
+        [] if tests is None else [
+            ("passed", str(tests["passed"])),
+            *((f"failed: {name}", "1") for name in tests["failed"]),
+            *((f"skipped: {reason}", str(count)) for reason, count in tests["skipped"].items()),
+        ],
+        "tests/gpu on this GPU.",
+    )  # fmt: skip
+    yield _card(found["measured"])
+    layers = [(name, row) for name, rows in found["layer"].items() for row in rows]
+    yield _efficiency(layers)
+    yield _bounds(layers)
+    yield _steps(found["step"])
+    yield _runs(found.get("runs", {}))
+
+
+def _card(card: Mapping[str, Any]) -> _Table:
+    rated = card.get("rated_tflops") or {}
+    pairs = [
+        (f"{dtype} product, TFLOP/s", value, rated.get(dtype))
+        for dtype, value in card.get("matmul_tflops", {}).items()
+    ]
+    if "copy_gb_s" in card:
+        pairs.append(("copy in memory, GB/s", card["copy_gb_s"], card.get("rated_gb_s")))
+    rows = [(name, _short(value), *_beside(value, expected)) for name, value, expected in pairs]
+    return _Table(
+        "The GPU itself", ("rate", "measured", "rated", "share"), 1, rows,
+        "Rated by configs/hardware; the bounds below are made of the measured rates.",
+    )  # fmt: skip
+
+
+def _efficiency(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> _Table:
+    rows = [
+        (
+            name, row["shape"], row["pass"].replace("_", " + "), f"{row['tau']:g}",
+            f"{row['vanilla_ms']:.2f}", f"{row['moepp_ms']:.2f}", f"{row['speedup']:.2f}",
+            f"{1 / row['phi']:.2f}", f"{row['efficiency']:.3f}", _number(row["paper_efficiency"]),
+        )
+        for name, row in layers
+    ]  # fmt: skip
+    return _Table(
+        "A layer against the vanilla layer",
+        ("setting", "shape", "pass", "tau", "vanilla, ms", "MoE++, ms", "speedup", "at most",
+         "efficiency", "paper's"), 3, rows,
+        "efficiency = speedup x phi, 1 if nothing but FFN experts took time; at most: 1 / phi. The "
+        "paper's is of experts' forward times.",
+    )  # fmt: skip
+
+
+def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> _Table:
+    rows = []
+    for name, row in layers:
+        if row["pass"] != "forward":
+            continue
+        bounds = row["moepp_bounds_ms"]
+        rows += [
+            (name, row["shape"], f"{row['tau']:g}", part.replace("_", " "), f"{ms:.3f}",
+             f"{bounds[part]:.3f}", f"{ms / bounds[part]:.1f}")
+            for part, ms in row["moepp_parts_ms"].items() if bounds.get(part)
+        ]  # fmt: skip
+    return _Table(
+        "Parts of the MoE++ layer beside their bounds",
+        ("setting", "shape", "tau", "part", "measured, ms", "bound, ms", "times the bound"),
+        4,
+        rows,
+        "Forward. Bound: bytes over the measured copy, or FLOPs over the measured product.",
+    )
+
+
+def _steps(steps: Mapping[str, Mapping[str, Any]]) -> _Table:
+    rows = [
+        (name, f"{row['vanilla_ms']:.1f}", f"{row['moepp_ms']:.1f}", f"{row['speedup']:.2f}",
+         f"{1 / row['phi']:.2f}", f"{row['tokens'] / row['moepp_ms'] * 1e3:,.0f}")
+        for name, row in steps.items()
+    ]  # fmt: skip
+    return _Table(
+        "A training step against the vanilla model's",
+        ("setting", "vanilla, ms", "MoE++, ms", "speedup", "at most", "tokens/s"), 1, rows,
+        "at most: 1 / phi, if nothing but FFN experts took time.",
+    )  # fmt: skip
+
+
+def _runs(runs: Mapping[str, Mapping[str, Any]]) -> _Table:
+    rows = [
+        (name, str(row["step"]), _number(row["loss"]), f"{row['step_time_s'] * 1e3:,.1f}",
+         *_memory(row["memory_bytes"], row["estimated_bytes"]))
+        for name, row in runs.items()
+    ]  # fmt: skip
+    return _Table(
+        "Training", ("run", "step", "loss", "ms per step", "memory, GiB", "estimate, GiB", "share"),
+        1, rows,
+        "The last step. Memory in use on the fullest GPU, beside the planner's estimate with what "
+        "CUDA and NCCL take.",
+    )  # fmt: skip
+
+
+def _memory(used: float | None, estimate: float | None) -> tuple[str, str, str]:
+    if used is None:
+        return "", _number(None if estimate is None else estimate / _GIB), ""
+    return (f"{used / _GIB:.2f}", *_beside(used / _GIB, estimate and estimate / _GIB))
+
+
+def _beside(value: float, expected: float | None) -> tuple[str, str]:
+    return ("", "") if not expected else (_short(expected), f"{value / expected:.0%}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
