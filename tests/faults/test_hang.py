@@ -44,7 +44,7 @@ def wait_for_steps(run: Path, count: int) -> None:
 def test_stopped_rank_is_named_and_the_run_ends(tmp_path: Path, data: Path) -> None:
     config = start(tmp_path, data)
     run = tmp_path / "run"
-    with training(config, 2) as process:
+    with training(config, 2, is_cold=True) as process:
         wait_for_steps(run, 5)
         beat = json.loads((run / "heartbeats" / "rank_00001.json").read_text())
         psutil.Process(beat["pid"]).send_signal(signal.SIGSTOP)
@@ -72,7 +72,7 @@ def test_slow_phases_are_no_hangs(tmp_path: Path, data: Path) -> None:
     config["training"].update(train_iters=30, eval_iters=2, eval_interval=10)
     config["checkpoint"] = {"save_interval": 10}
     path.write_text(yaml.safe_dump(config))
-    with training(path, 2) as process:
+    with training(path, 2, is_cold=True) as process:
         assert process.wait(240) == 0, path.with_suffix(".log").read_text()[-3000:]
     assert len(losses(tmp_path / "run")) == 30
     assert not (tmp_path / "run" / "hangs").exists()
