@@ -117,7 +117,7 @@ class _Gemm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, fp8, group):
-        ctx.fp8, ctx.group, ctx.is_quantized = fp8, group, isinstance(weight, QuantizedTensor)
+        ctx.fp8, ctx.group = fp8, group
         ctx.weight, ctx.adds_to = weight, weight.adds_to
         w = plain_of(weight)
         if fp8:
