@@ -214,7 +214,8 @@ class MoEPPRouter(TopKRouter):
         # megatron-core adds the noise in validation too; there it would only blur the loss.
         jitters = self.training and self.config.moe_input_jitter_eps is not None
         mixing_logits = None
-        if mixing_weight is None or jitters or self.bias is not None or self._in_fp64:
+        apart = jitters or self.bias is not None or self._in_fp64 or self._has_another_gate
+        if mixing_weight is None or apart:
             logits = self.gating(self.apply_input_jitter(input) if jitters else input)
         else:
             logits, mixing_logits = self._joined_gating(input, mixing_weight)
@@ -238,7 +239,12 @@ class MoEPPRouter(TopKRouter):
         rows = (self.weight.shape[0], mixing_weight.shape[0])
         joined = torch.cat([self.weight, mixing_weight])
         hidden, mixing = router_gating_linear(input, joined, None, torch.float32).split(rows, -1)
-        return self._second_layer(hidden), mixing.reshape(-1, rows[1])
+        return self.second_layer(hidden), mixing.reshape(-1, rows[1])
+
+    @property
+    def _has_another_gate(self) -> bool:
+        """Whether somebody has replaced `gating`, which one product with `U` would pass by."""
+        return getattr(self.gating, "__func__", None) is not MoEPPRouter.gating
 
     @property
     def _in_fp64(self) -> bool:
@@ -263,10 +269,14 @@ class MoEPPRouter(TopKRouter):
 
     def gating(self, input: Tensor) -> Tensor:
         """[s, b, E] logits without residual: `W x`, or `W_b tanh(W_a x)` with two layers."""
-        return self._second_layer(super().gating(input))
+        return self.second_layer(super().gating(input))
 
-    def _second_layer(self, hidden: Tensor) -> Tensor:
-        """`W_b tanh(hidden)`; `hidden` itself with one layer."""
+    def second_layer(self, hidden: Tensor) -> Tensor:
+        """[s, b, E] `W_b tanh(hidden)`; `hidden` [s, b, ...] itself with one layer.
+
+        The last step of the gate in one product as in two: what changes logits from outside goes
+        here.
+        """
         if not self.moepp.two_layer_gate:
             return hidden
         return router_gating_linear(torch.tanh(hidden), self.output_weight, None, hidden.dtype)

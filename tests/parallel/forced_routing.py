@@ -98,14 +98,14 @@ def _force(models: list[Any], favoured: Callable[[Any, list[int], int], list[lis
         bias = torch.zeros(len(favours), 1, router.moepp.num_experts)
         for row, experts in enumerate(favours):
             bias[row, 0, experts] = MARGIN
-        router.gating = _biased(router.gating, bias)
+        router.second_layer = _biased(router.second_layer, bias)
 
 
-def _biased(gating: Callable[[Any], Any], bias: Any) -> Callable[[Any], Any]:
-    def biased_gating(hidden: Any) -> Any:
-        return gating(hidden) + bias.to(hidden.device)
+def _biased(last_step: Callable[[Any], Any], bias: Any) -> Callable[[Any], Any]:
+    def biased(hidden: Any) -> Any:
+        return last_step(hidden) + bias.to(hidden.device)
 
-    return biased_gating
+    return biased
 
 
 def places_of_this_rank(length: int) -> list[int]:

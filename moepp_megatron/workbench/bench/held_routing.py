@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.runtime.patches import replace
 
 # Selected experts stand this far above the others.
@@ -64,13 +65,15 @@ def hold(router: Any, picks: Tensor) -> None:
         router: megatron-core's `TopKRouter` or a subclass.
         picks: [T, K] expert indices.
     """
-    own = router.gating
+    # The last step of our gate, which may be one product with the constant experts' weights.
+    name = "second_layer" if isinstance(router, MoEPPRouter) else "gating"
+    own = getattr(router, name)
     num_experts = router.weight.shape[0]
     offsets = torch.zeros(len(picks), num_experts).scatter(1, picks, MARGIN)
     offsets = offsets.to(router.weight.device)
 
-    def gating(hidden: Tensor) -> Tensor:
+    def held(hidden: Tensor) -> Tensor:
         logits = own(hidden)
         return logits + offsets.view(logits.shape).to(logits.dtype)
 
-    replace(router, "gating", gating)
+    replace(router, name, held)

@@ -90,3 +90,16 @@ def test_products_in_fp64_stay_apart():
     with_router = joined.zero_computation.mixing(tokens, one.mixing_logits)
     for expected in mixing:
         torch.testing.assert_close(with_router, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", ["gating", "second_layer"])
+def test_a_gate_that_somebody_has_changed_is_used(step):
+    moepp = MoEPPConfig(num_ffn_experts=4, gating_residual=False)
+    layer = build_layer(moepp)
+    hidden, rows = torch.randn(5, 2, HIDDEN), layer.zero_computation.mixing_rows
+    before = layer.router(hidden, None, None, None, rows).logits
+    own = getattr(layer.router, step)
+    setattr(layer.router, step, lambda given: own(given) + 1)
+    after = layer.router(hidden, None, None, None, rows)
+    torch.testing.assert_close(after.logits, before + 1)
+    assert (after.mixing_logits is None) == (step == "gating")
