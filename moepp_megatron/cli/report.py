@@ -9,9 +9,13 @@ from moepp_megatron.cli.echo import echo
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Rebuild the page of this run.", metavar="RUN")],
 ) -> None:
-    """Rebuild RUN/report.html from RUN/config.yaml and RUN/metrics.jsonl."""
+    """Rebuild RUN/report.html from RUN/config.yaml and RUN/metrics.jsonl.
+
+    Examples:
+        moepp report runs/quickstart
+    """
     from moepp_megatron.workbench.report import build_report
 
     echo(str(build_report(run)))
