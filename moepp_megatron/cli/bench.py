@@ -26,7 +26,7 @@ app = typer.Typer(
 
     Examples:
         moepp bench layer --shapes 0.6B --json layer.json
-        moepp bench step configs/quickstart.yaml
+        moepp bench step configs/quickstart.yaml --nproc 2
     """,
     no_args_is_help=True,
 )
@@ -213,7 +213,7 @@ def step(
     Routing is held at the balanced share phi, so the result does not depend on training.
 
     Examples:
-        moepp bench step configs/quickstart.yaml --rounds 5
+        moepp bench step configs/quickstart.yaml --nproc 2 --rounds 5
         moepp bench step configs/quickstart.yaml --nproc 2 --json step.json
     """
     from moepp_megatron.config import Layout, check_config, check_world_size, load_config

@@ -18,6 +18,7 @@ from typing import Any
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.paths import path_problem
 from moepp_megatron.config.problem import Problem
@@ -57,14 +58,14 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
         ]
         with contextlib.ExitStack() as stack:
             for name in printed:
-                arguments[name] = stack.enter_context(_printed_file())
+                arguments[name] = stack.enter_context(printed_file())
             return command(**arguments)
 
     return call
 
 
 @contextlib.contextmanager
-def _printed_file() -> Iterator[Path]:
+def printed_file() -> Iterator[Path]:
     """A file that is printed at the end; all else that would be printed, also by ranks, is not."""
     with tempfile.TemporaryDirectory(prefix="moepp-") as folder, open(os.devnull, "w") as nowhere:
         file = Path(folder) / "json"
@@ -78,7 +79,7 @@ def _printed_file() -> Iterator[Path]:
             os.dup2(stdout, 1)
             os.close(stdout)
             if file.exists():
-                typer.echo(file.read_text(encoding="utf-8").rstrip())
+                echo(file.read_text(encoding="utf-8").rstrip())
 
 
 def _check_writable(name: str, path: Path) -> None:

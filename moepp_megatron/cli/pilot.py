@@ -108,7 +108,7 @@ def pilot(
 
     Examples:
         moepp pilot configs/quickstart.yaml --out pilots/mine --nproc 2 --steps 60
-        moepp pilot configs/quickstart.yaml --out pilots/mine --gpus 64 --price 2.5
+        moepp pilot configs/quickstart.yaml --out pilots/mine --nproc 2 --gpus 64
     """
     settings = load_config(config, overrides or [])
     request = _target(settings, config, target, gpus, gpu, price, tokens)

@@ -34,7 +34,7 @@ def slurm(
 
     Examples:
         moepp slurm configs/models/moepp_7b_16_4.yaml data.path=data/mine --nodes 4
-        moepp slurm configs/quickstart.yaml --sweep "moe.tau=[0.25,0.75]" --submit
+        moepp slurm configs/models/moepp_0.6b_8_4.yaml --sweep "moe.tau=[0.25,0.75]"
     """
     from moepp_megatron.cluster.slurm_script import SlurmJob, sweep_variants
 

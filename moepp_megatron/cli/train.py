@@ -112,7 +112,7 @@ def train(
 
     Examples:
         moepp train configs/quickstart.yaml --nproc 2
-        moepp train configs/quickstart.yaml moe.tau=0.5 run.dir=runs/low_tau
+        moepp train configs/quickstart.yaml moe.tau=0.5 run.dir=runs/low_tau --nproc 2
     """
     # Nothing here imports torch: that would cost seconds before an error shows.
     from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
