@@ -71,7 +71,7 @@ def collectives(
 ) -> None:
     """Measure collectives alone, over sizes and groups, and check the data, like nccl-tests.
 
-    CPU ranks use gloo and GPUs NCCL. `moepp profile --ceiling` takes the FILE of --json.
+    CPU ranks use gloo and GPUs NCCL. `moepp profile` takes the FILE of --json as its --ceiling.
 
     Examples:
         moepp bench collectives --nproc 2 --json collectives.json

@@ -25,6 +25,8 @@ from moepp_megatron.config.problem import Problem
 
 # What --json takes for stdout.
 _STDOUT = Path("-")
+# Kept in memory where that is possible: a doctor's patient may have a full disk.
+_IN_MEMORY = "/dev/shm"
 # Options that name a file to write, where their metavar is a file.
 _WRITTEN = ("--out", "--json", "--plot")
 
@@ -67,7 +69,11 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def printed_file() -> Iterator[Path]:
     """A file that is printed at the end; all else that would be printed, also by ranks, is not."""
-    with tempfile.TemporaryDirectory(prefix="moepp-") as folder, open(os.devnull, "w") as nowhere:
+    place = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
+    with (
+        tempfile.TemporaryDirectory(prefix="moepp-", dir=place) as folder,
+        open(os.devnull, "w") as nowhere,
+    ):
         file = Path(folder) / "json"
         sys.stdout.flush()
         stdout = os.dup(1)
