@@ -28,18 +28,18 @@ stop and has written a checkpoint.
 def page() -> str:
     """The page."""
     command: Any = typer.main.get_command(app)
-    _shorten(command)
+    _adapt(command)
     context = typer.Context(command, info_name="moepp", **command.context_settings)
     pages = get_docs_for_click(obj=command, ctx=context, name="moepp", indent=1)
     return f"{_HEAD}\n{pages.strip()}\n"
 
 
-def _shorten(group: Any) -> None:
-    """Give each command the first sentence of its help for the list, where click would cut it."""
-    for command in group.commands.values():
-        command.short_help = first_sentence(command.help)
-        if hasattr(command, "commands"):
-            _shorten(command)
+def _adapt(command: Any) -> None:
+    """Put examples into blocks, and whole first sentences into lists, where click cuts them."""
+    command.short_help = first_sentence(command.help)
+    command.epilog = f"**Examples**:\n\n```bash\n{command.epilog}\n```"
+    for inner in getattr(command, "commands", {}).values():
+        _adapt(inner)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.bench_collectives import collectives
+from moepp_megatron.cli.bench_dispatch import dispatch
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.options import ConfigArgument, JsonOption, NprocOption, OverridesArgument
+from moepp_megatron.cli.options import (
+    ConfigArgument,
+    JsonOption,
+    NprocOption,
+    OverridesArgument,
+)
 from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.layer_settings import Fused
 
 if TYPE_CHECKING:
     from moepp_megatron.config import Config, Layout
 
-app = typer.Typer(help="Measure speed against the vanilla layer.", no_args_is_help=True)
+app = typer.Typer(
+    help="""Measure speed against the vanilla layer.
+
+    Examples:
+        moepp bench layer --shapes 0.6B --json layer.json
+        moepp bench step configs/quickstart.yaml --nproc 2
+    """,
+    no_args_is_help=True,
+)
 app.command()(collectives)
+app.command()(dispatch)
 
 _DTYPES = ("fp32", "bf16")
 _LAYER_DTYPES = (*_DTYPES, "fp8")
@@ -28,42 +43,67 @@ _FUSED: dict[str, Fused] = {"auto": "auto", "true": True, "false": False}
 @app.command()
 def layer(
     shapes: Annotated[
-        str, typer.Option(help="Models of the paper: 0.6B, 1B, 2B, 7B.", metavar="NAME,...")
+        str,
+        typer.Option(
+            help="Measure the layers of these models of the paper: 0.6B, 1B, 2B, 7B.",
+            metavar="NAME,...",
+        ),
     ] = "0.6B,1B",
     taus: Annotated[
-        str, typer.Option(help="Weights of a zero-computation expert.", metavar="TAU,...")
+        str, typer.Option(help="Measure with these values of moe.tau.", metavar="TAU,...")
     ] = "0.1,0.25,0.5,0.75,1.0",
     dtype: Annotated[
         str,
-        typer.Option(help="fp32, bf16, or fp8: the experts' products in FP8, all else in bf16."),
+        typer.Option(
+            help="Compute in this dtype; with fp8, the experts' products are in FP8 and all else "
+            "is in bf16.",
+            metavar="fp32|bf16|fp8",
+        ),
     ] = "fp32",
     fp8_recipe: Annotated[
-        str, typer.Option(help="With fp8: delayed, tensorwise or blockwise.")
+        str,
+        typer.Option(help="Scale in this way with fp8.", metavar="delayed|tensorwise|blockwise"),
     ] = "delayed",
     fused: Annotated[
-        str, typer.Option(help="Triton kernels of the MoE++ layer: auto, true or false.")
+        str,
+        typer.Option(
+            help="Compute the MoE++ layer with Triton kernels or without.",
+            metavar="auto|true|false",
+        ),
     ] = "auto",
     constants: Annotated[
         int | None,
-        typer.Option(min=1, help="Constant experts; the shape's own, which the paper has, if not."),
+        typer.Option(
+            min=1, help="Use this many constant experts in place of the shape's own.", metavar="N"
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a pass.")] = 4096,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Compute this many tokens per pass.", metavar="TOKENS")
+    ] = 4096,
     passes: Annotated[
-        str, typer.Option(help="forward, forward_backward.", metavar="PASS,...")
+        str,
+        typer.Option(help="Time these passes: forward, forward_backward.", metavar="PASS,..."),
     ] = "forward,forward_backward",
     rounds: Annotated[
-        int, typer.Option(min=1, help="Times each layer runs; the layers take turns.")
+        int, typer.Option(min=1, help="Run each layer this many times; the layers take turns.")
     ] = 9,
     json_file: JsonOption = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw them, with the paper's, here.", metavar="FILE.png")
+        Path | None,
+        typer.Option(
+            help="Draw the results, beside the paper's, to this file.", metavar="FILE.png"
+        ),
     ] = None,
 ) -> None:
-    """One MoE++ layer against megatron-core's MoE layer of the same FFN experts.
+    """Time one MoE++ layer against megatron-core's MoE layer of the same FFN experts.
 
     Routing is held at the balanced share phi. efficiency = speedup x phi: how much of the speed-up
     that the routing allows is reached. Each part's time is shown beside its bound: its bytes over
     the measured copy, or its FLOPs over the measured matrix product of this GPU.
+
+    Examples:
+        moepp bench layer --shapes 0.6B --taus 0.25,0.75 --tokens 1024
+        moepp bench layer --dtype bf16 --json layer.json --plot layer.png
     """
     from moepp_megatron.config.choices import parse_choices, parse_numbers
 
@@ -128,17 +168,35 @@ def _refuse_unfit_fp8(recipe: str) -> None:
 def card(
     dtypes: Annotated[
         str,
-        typer.Option(help="Number formats; fp8 only where the GPU has it.", metavar="NAME,..."),
+        typer.Option(
+            help="Measure these dtypes; fp8 is left out where the GPU has none.",
+            metavar="NAME,...",
+        ),
     ] = "fp32,bf16,fp8",
     size: Annotated[
-        int | None, typer.Option(min=16, help="Side of the matrices; 8192 on a GPU, else 1024.")
+        int | None,
+        typer.Option(
+            min=16,
+            help="Multiply square matrices with sides of this length; by default, 8192 on a GPU "
+            "and 1024 on a CPU.",
+        ),
     ] = None,
     megabytes: Annotated[
-        int | None, typer.Option(min=1, help="MB to copy; 1074 on a GPU, else 268.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Copy this many MB; by default, 1074 on a GPU and 268 on a CPU.",
+            metavar="MB",
+        ),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure this GPU's own rates: matrix products and a copy in its memory."""
+    """Measure this GPU's own rates: matrix products and a copy in its memory.
+
+    Examples:
+        moepp bench card --json card.json
+        moepp bench card --dtypes fp32 --size 512
+    """
     from moepp_megatron.config.choices import parse_choices
     from moepp_megatron.config.errors import ConfigError
 
@@ -167,13 +225,17 @@ def step(
     overrides: OverridesArgument = None,
     nproc: NprocOption = 1,
     rounds: Annotated[
-        int, typer.Option(min=1, help="Steps of each model; the models take turns.")
+        int, typer.Option(min=1, help="Time this many steps per model; the models take turns.")
     ] = 9,
     json_file: JsonOption = None,
 ) -> None:
-    """Whole training steps of CONFIG's model and of its vanilla baseline, on random tokens.
+    """Time training steps of CONFIG's model and of its vanilla baseline, on random tokens.
 
     Routing is held at the balanced share phi, so the result does not depend on training.
+
+    Examples:
+        moepp bench step configs/quickstart.yaml --nproc 2 --rounds 5
+        moepp bench step configs/quickstart.yaml --nproc 2 --json step.json
     """
     from moepp_megatron.config import Layout, check_config, check_world_size, load_config
     from moepp_megatron.config.errors import ConfigError
@@ -225,70 +287,25 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="A results file of benchmarks/gpu.sh.")],
+    results: Annotated[
+        Path,
+        typer.Argument(help="Read this results file of benchmarks/gpu.sh.", metavar="RESULTS"),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="The page; beside the file if not given.", metavar="HTML")
+        Path | None,
+        typer.Option(
+            help="Write the page to this file. By default it is beside RESULTS.",
+            metavar="FILE.html",
+        ),
     ] = None,
 ) -> None:
-    """One page of a GPU's results: measured beside expected, parts beside their bounds."""
+    """Write one page of a GPU's results: measured beside expected, parts beside their bounds.
+
+    Examples:
+        moepp bench report results.json
+    """
     from moepp_megatron.workbench.report.gpu_page import write_gpu_page
 
     page = results.with_suffix(".html") if out is None else out
     write_gpu_page(results, page)
     echo(f"report       {page}")
-
-
-@app.command()
-def dispatch(
-    nproc: NprocOption = 2,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 2048,
-    hidden_size: Annotated[int, typer.Option(min=1)] = 768,
-    experts: Annotated[int, typer.Option(min=1, help="FFN experts of all ranks.")] = 8,
-    topk: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
-    phi: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="FFN experts' share of all selections.")
-    ] = 0.6,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the dispatchers take turns.")] = 20,
-    json_file: JsonOption = None,
-) -> None:
-    """Bytes and time of dispatch and combine: vanilla, FFN-only, deduplicated.
-
-    All ranks form one expert-parallel group.
-    """
-    from moepp_megatron.config.choices import parse_choices
-    from moepp_megatron.config.errors import ConfigError
-    from moepp_megatron.runtime.rank import RankEnvironment
-
-    rank = RankEnvironment.read()
-    ranks = rank.world_size if rank.is_launched else nproc
-    (chosen_dtype,) = parse_choices("--dtype", dtype, _DTYPES)
-    if experts % ranks != 0:
-        raise ConfigError(
-            f"--experts ({experts}) must be divisible by the number of ranks ({ranks}); "
-            f"use {(experts // ranks + 1) * ranks}"
-        )
-    if topk > experts:
-        raise ConfigError(f"--topk ({topk}) must be at most --experts ({experts}); use {experts}")
-    if not rank.is_launched:
-        arguments = ["bench", "dispatch", "--tokens", str(tokens), "--phi", str(phi)]
-        arguments += ["--hidden-size", str(hidden_size), "--experts", str(experts)]
-        arguments += ["--topk", str(topk), "--dtype", dtype, "--rounds", str(rounds)]
-        arguments += [] if json_file is None else ["--json", str(json_file)]
-        start_ranks(nproc, arguments)
-        return
-    from moepp_megatron.runtime.quiet import quiet
-
-    quiet()
-    from moepp_megatron.runtime import distributed
-    from moepp_megatron.workbench.bench.dispatch import DispatchSetting, run_dispatch_benchmark
-    from moepp_megatron.workbench.report import bench
-
-    setting = DispatchSetting(tokens, hidden_size, experts, topk, phi, chosen_dtype)
-    with distributed.joined(rank):
-        results = run_dispatch_benchmark(setting, rounds)
-    if rank.rank == 0:
-        bench.print_dispatch(setting, results)
-        if json_file is not None:
-            bench.write_records(json_file, results)
-            echo(f"results      {json_file}")

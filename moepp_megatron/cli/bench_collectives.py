@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.options import JsonOption, NprocOption
+from moepp_megatron.cli.options import DtypeOption, JsonOption, NprocOption
 from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.config import ConfigError
 
@@ -26,36 +26,56 @@ _KINDS = (
 def collectives(
     nproc: NprocOption = 2,
     smallest: Annotated[
-        str, typer.Option("--min", help="Smallest size; K, M, G are binary.", metavar="BYTES")
+        str,
+        typer.Option("--min", help="Begin with this size; K, M and G are binary.", metavar="BYTES"),
     ] = "1K",
-    largest: Annotated[str, typer.Option("--max", help="Largest.", metavar="BYTES")] = "16M",
-    factor: Annotated[int, typer.Option(min=2, help="From one size to the next.")] = 4,
+    largest: Annotated[
+        str, typer.Option("--max", help="End with this size at the latest.", metavar="BYTES")
+    ] = "16M",
+    factor: Annotated[
+        int, typer.Option(min=2, help="Multiply the size by this from one case to the next.")
+    ] = 4,
     operations: Annotated[
         str,
         typer.Option(
-            help="all_to_all, all_to_all_uneven, all_reduce, all_gather, reduce_scatter, "
-            "send_receive, or all.",
+            help="Measure these: all_to_all, all_to_all_uneven, all_reduce, all_gather, "
+            "reduce_scatter, send_receive, or all.",
             metavar="NAME,...",
         ),
     ] = "all",
     groups: Annotated[
         str | None,
-        typer.Option(help="Ranks of a group; by default 2, 4, ... and all.", metavar="N,..."),
+        typer.Option(
+            help="Measure in groups of these numbers of ranks; by default, of 2, 4, ... and all.",
+            metavar="N,...",
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    warmup: Annotated[int, typer.Option(min=1, help="Calls of each case before the clock.")] = 2,
-    iterations: Annotated[int, typer.Option(min=1, help="Calls of one repetition.")] = 5,
+    dtype: DtypeOption = "fp32",
+    warmup: Annotated[
+        int, typer.Option(min=1, help="Make this many calls of each case before timing starts.")
+    ] = 2,
+    iterations: Annotated[
+        int, typer.Option(min=1, help="Time this many calls per repetition.")
+    ] = 5,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Repetitions; the cases take turns, medians count.")
+        int,
+        typer.Option(
+            min=1, help="Repeat this many times; the cases take turns, and medians count."
+        ),
     ] = 5,
     json_file: JsonOption = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw bus bandwidth here.", metavar="FILE.png")
+        Path | None,
+        typer.Option(help="Draw the bus bandwidth to this file.", metavar="FILE.png"),
     ] = None,
 ) -> None:
-    """Collectives alone, over sizes and group sizes, with a check of the data; like nccl-tests.
+    """Measure collectives alone, over sizes and groups, and check the data, like nccl-tests.
 
-    gloo on CPU ranks, NCCL on GPUs. FILE is a measured ceiling for profiles.
+    CPU ranks use gloo and GPUs NCCL. `moepp profile` takes the FILE of --json as its --ceiling.
+
+    Examples:
+        moepp bench collectives --nproc 2 --json collectives.json
+        moepp bench collectives --nproc 4 --operations all_to_all --max 1M
     """
     from moepp_megatron.config.choices import parse_choices, parse_counts, parse_size
     from moepp_megatron.runtime.rank import RankEnvironment

@@ -11,11 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
+from moepp_megatron.cli.options import ConfigArgument, JsonOption, OverridesArgument
 from moepp_megatron.cli.usage import COMMANDS
 from moepp_megatron.config import ConfigError
 
-app = typer.Typer(help="Show a configuration, and explain its settings.", **COMMANDS)
+app = typer.Typer(
+    help="""Show a configuration, and explain its settings.
+
+    Examples:
+        moepp config show configs/quickstart.yaml
+        moepp config keys moe.tau
+    """,
+    **COMMANDS,
+)
 
 _WIDTH = 100
 
@@ -27,17 +35,15 @@ def show(
     changed: Annotated[
         bool, typer.Option("--changed", help="Leave out what is at its default.")
     ] = False,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", help="Write values and origins here as JSON instead.", metavar="FILE"
-        ),
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Print the resolved configuration with the file that each value comes from.
 
-    What is printed is YAML that `moepp train` reads. Example:
-    moepp config show configs/quickstart.yaml moe.tau=0.5 --changed
+    What is printed is YAML that `moepp train` reads.
+
+    Examples:
+        moepp config show configs/quickstart.yaml moe.tau=0.5 --changed
+        moepp config show configs/models/moepp_7b_16_4.yaml --json resolved.json
     """
     from moepp_megatron.config.origins import config_with_origins
 
@@ -61,17 +67,18 @@ def keys(
     prefix: Annotated[
         str | None,
         typer.Argument(
-            help="Beginning of a setting's name, such as moe or moe.tau, or a part of it.",
+            help="Print only the settings whose names begin with this, such as moe or moe.tau; if "
+            "none does, those that contain it.",
             metavar="PREFIX",
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the settings here as JSON.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Print every setting: type, default, unit, allowed values and meaning.
 
-    Example: moepp config keys moe.budget
+    Examples:
+        moepp config keys moe.budget
+        moepp config keys --json keys.json
     """
     from dataclasses import asdict
 
@@ -106,25 +113,28 @@ def from_megatron(
     file: Annotated[
         Path,
         typer.Argument(
-            help="Shell script that calls pretrain_gpt.py, or YAML with its arguments.",
+            help="Read this shell script, which calls pretrain_gpt.py, or YAML with its arguments.",
             metavar="FILE",
         ),
     ],
     variables: Annotated[
         list[str] | None,
-        typer.Argument(help="Values of the file's variables.", metavar="NAME=VALUE"),
+        typer.Argument(help="Give variables of FILE these values.", metavar="NAME=VALUE"),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write the configuration here; by default it is printed.", metavar="FILE"
+            help="Write the configuration to this file; by default, it is printed.",
+            metavar="FILE.yaml",
         ),
     ] = None,
 ) -> None:
     """Turn a Megatron-LM command line into a configuration, and list what has no counterpart.
 
-    Nothing in FILE is run. Example:
-    moepp config from-megatron train_mixtral.sh TP=2 --out mine.yaml
+    Nothing in FILE is run.
+
+    Examples:
+        moepp config from-megatron train_mixtral.sh TP=2 --out mine.yaml
     """
     from moepp_megatron.config.from_megatron import to_yaml, translate
 

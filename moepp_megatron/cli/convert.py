@@ -11,7 +11,15 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.layer_settings import LayerSettings
 
-app = typer.Typer(help="Convert checkpoints.", no_args_is_help=True)
+app = typer.Typer(
+    help="""Convert checkpoints.
+
+    Examples:
+        moepp convert upcycle mixtral upcycled
+        moepp convert mcore-to-hf runs/quickstart exported
+    """,
+    no_args_is_help=True,
+)
 
 
 class Dtype(StrEnum):
@@ -31,15 +39,22 @@ class ExportLayout(StrEnum):
     zeda = "zeda"
 
 
-Source = Annotated[Path, typer.Argument(help="What to convert.", metavar="SRC")]
-Target = Annotated[Path, typer.Argument(help="Folder to make.", metavar="DST")]
+Source = Annotated[Path, typer.Argument(help="Convert the model in this folder.", metavar="SRC")]
+Target = Annotated[
+    Path,
+    typer.Argument(
+        help="Write the result to this folder, which must be new or empty.", metavar="DST"
+    ),
+]
 ChosenDtype = Annotated[
-    Dtype | None, typer.Option(help="Convert all weights; by default each keeps its own.")
+    Dtype | None,
+    typer.Option(help="Convert all weights to this dtype; by default, each keeps its own."),
 ]
 AllowPickle = Annotated[
     bool,
     typer.Option(
-        "--allow-pickle", help="Accept .bin files too (read as weights only); trust the source."
+        "--allow-pickle",
+        help="Accept .bin files too, which are read as weights only; use it if you trust SRC.",
     ),
 ]
 
@@ -48,7 +63,13 @@ AllowPickle = Annotated[
 def hf_to_mcore(
     source: Source, target: Target, dtype: ChosenDtype = None, allow_pickle: AllowPickle = False
 ) -> None:
-    """A MoE++ checkpoint in Hugging Face format to one that `train`, `score`, `generate` load."""
+    """Convert a MoE++ model in Hugging Face format to a checkpoint of ours.
+
+    `train`, `score`, `generate` and `inspect` load it.
+
+    Examples:
+        moepp convert hf-to-mcore moepp_7b converted --dtype bf16
+    """
     _quiet()
     from moepp_megatron.interop.to_mcore import hf_to_mcore as convert
 
@@ -63,21 +84,32 @@ def mcore_to_hf(
     layout: Annotated[
         ExportLayout,
         typer.Option(
-            help="moepp: our class names, any model; released: the released MoE++ model's; "
-            "longcat: LongCat-Flash for vLLM and sglang; longcat-transformers: the same for "
-            "transformers 5; zeda: Qwen3-MoE with zero experts."
+            help="Write the model in this form. moepp has our class names and takes any model; "
+            "released is that of the released MoE++ models; longcat is LongCat-Flash for vLLM and "
+            "sglang, and longcat-transformers the same for transformers 5; zeda is Qwen3-MoE with "
+            "zero experts."
         ),
     ] = ExportLayout.moepp,
-    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest shard, GB.")] = 5.0,
+    max_shard_gb: Annotated[
+        float,
+        typer.Option(min=0.001, help="Write files of at most this many GB.", metavar="GB"),
+    ] = 5.0,
     dtype: ChosenDtype = None,
     license_id: Annotated[
         str,
         typer.Option(
-            "--license", help="The weights' licence for the model card, such as apache-2.0."
+            "--license",
+            help="Name this licence of the weights in the model card, such as apache-2.0.",
+            metavar="NAME",
         ),
     ] = "unknown",
 ) -> None:
-    """A checkpoint or a run to a folder that transformers loads with trust_remote_code."""
+    """Convert a checkpoint or a run to a folder that transformers loads with trust_remote_code.
+
+    Examples:
+        moepp convert mcore-to-hf runs/quickstart exported
+        moepp convert mcore-to-hf runs/mine exported --dtype bf16 --license apache-2.0
+    """
     _quiet()
     from moepp_megatron.interop.to_hf import mcore_to_hf as convert
 
@@ -94,33 +126,45 @@ def upcycle(
     source: Source,
     target: Target,
     zero: Annotated[
-        int, typer.Option(min=0, help="Zero experts to add.")
+        int, typer.Option(min=0, help="Add this many zero experts.")
     ] = LayerSettings.num_zero_experts,
     copy: Annotated[
-        int, typer.Option(min=0, help="Copy experts to add.")
+        int, typer.Option(min=0, help="Add this many copy experts.")
     ] = LayerSettings.num_copy_experts,
     constant: Annotated[
-        int, typer.Option(min=0, help="Constant experts to add.")
+        int, typer.Option(min=0, help="Add this many constant experts.")
     ] = LayerSettings.num_constant_experts,
-    gating_residual: Annotated[bool, typer.Option(help="Add gating residuals, 0 at first.")] = True,
+    gating_residual: Annotated[
+        bool, typer.Option(help="Add gating residuals, which are 0 at first, or none.")
+    ] = True,
     tau: Annotated[
-        float, typer.Option(min=0.001, help="moe.tau of the new model.")
+        float, typer.Option(min=0.001, help="Set moe.tau of the new model.", metavar="TAU")
     ] = LayerSettings.tau,
-    experts: Annotated[int, typer.Option(min=1, help="Of a dense model: FFN experts.")] = 8,
-    topk: Annotated[int, typer.Option(min=1, help="Of a dense model: experts per token.")] = 2,
-    seed: Annotated[int, typer.Option(help="Seed of what is new.")] = 1234,
+    experts: Annotated[
+        int, typer.Option(min=1, help="Give a dense model this many FFN experts.")
+    ] = 8,
+    topk: Annotated[
+        int, typer.Option(min=1, help="Select this many experts per token of a dense model.")
+    ] = 2,
+    seed: Annotated[int, typer.Option(help="Initialize what is new with this seed.")] = 1234,
     approximate: Annotated[
         bool,
         typer.Option(
-            "--approximate", help="Take gates that shrink a little too (norm_topk_prob false)."
+            "--approximate",
+            help="Accept a model whose gates shrink a little too (norm_topk_prob false).",
         ),
     ] = False,
     dtype: ChosenDtype = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """A checkpoint of another model to a MoE++ one that computes the same.
+    """Convert a checkpoint of another model to a MoE++ one that computes the same.
 
-    Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 (without groups of experts).
+    It takes Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and DeepSeek-V3 (without groups of
+    experts).
+
+    Examples:
+        moepp convert upcycle mixtral upcycled --zero 1 --copy 1 --constant 2
+        moepp convert upcycle llama upcycled --experts 8 --topk 2 --dtype bf16
     """
     _quiet()
     from moepp_megatron.interop.upcycle import Additions, least_gate
@@ -153,22 +197,34 @@ def upcycle(
 def megatron_lm(
     source: Annotated[
         Path,
-        typer.Argument(help="A --save folder of Megatron-LM (its newest), or one iter_* folder."),
+        typer.Argument(
+            help="Convert the newest checkpoint of this --save folder of Megatron-LM, or this one "
+            "iter_* folder.",
+            metavar="SRC",
+        ),
     ],
     target: Target,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="The tokenizer.json that the run's data were made with.")
+        Path | None,
+        typer.Option(
+            help="Add this tokenizer.json, with which the run's data were made.", metavar="FILE"
+        ),
     ] = None,
     moepp_args: Annotated[
         str | None,
         typer.Option(
-            help="The run's MOEPP_ARGS; needed where the checkpoint does not keep its settings."
+            help="Take the settings from the run's MOEPP_ARGS where the checkpoint has none.",
+            metavar="TEXT",
         ),
     ] = None,
 ) -> None:
-    """A checkpoint of Megatron-LM's own loop to one of ours: score, generate, inspect, export it.
+    """Convert a checkpoint of Megatron-LM's own loop to one of ours.
 
-    The weights are not copied where the file system has hard links.
+    `score`, `generate`, `inspect` and `convert` load it. The weights are not copied where the file
+    system has hard links.
+
+    Examples:
+        moepp convert megatron-lm checkpoints converted --tokenizer tokenizer.json
     """
     _quiet()
     from moepp_megatron.interop.from_megatron_lm import from_megatron_lm
@@ -185,7 +241,13 @@ def megatron_lm(
 
 @app.command("to-megatron-lm")
 def to_megatron_lm(source: Source, target: Target) -> None:
-    """A checkpoint or a run to one that Megatron-LM's loop loads with --load: the weights alone."""
+    """Convert a checkpoint or a run to one that Megatron-LM's own loop takes with --load.
+
+    It has the weights alone.
+
+    Examples:
+        moepp convert to-megatron-lm runs/quickstart for_megatron
+    """
     _quiet()
     from moepp_megatron.interop.to_megatron_lm import ARGUMENTS_FILE
     from moepp_megatron.interop.to_megatron_lm import to_megatron_lm as convert

@@ -12,56 +12,72 @@ if TYPE_CHECKING:
     from moepp_megatron.data.verify import FileState
     from moepp_megatron.runtime.terminal import Console
 
-app = typer.Typer(help="Prepare and check training data.", no_args_is_help=True)
+app = typer.Typer(
+    help="""Prepare and check training data.
 
-
-@app.command(
-    help="Write a dataset folder: indexed dataset, tokenizer, manifest. One file is one document; "
-    "so is one JSONL line and one parquet row. The folder appears when it is complete; if it is "
-    "there already and was made from the same inputs, it is left alone."
+    Examples:
+        moepp data prepare corpus.jsonl --out data/mine
+        moepp data verify data/mine
+    """,
+    no_args_is_help=True,
 )
+
+
+@app.command()
 def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Text, JSONL (.jsonl, .ndjson) or parquet files, also .gz and .zst of the first "
-            "two, folders of them, or the word stdlib: the library sources of the Python that runs "
-            "this. NAME=PATH names a data source, which metrics of a run tell apart.",
+            help="Read these files: text, JSONL (.jsonl, .ndjson), also compressed as .gz or .zst, "
+            "parquet, and folders of these. The word stdlib reads the library sources of the "
+            "Python that runs this. NAME=PATH names a data source, which the metrics of a run then "
+            "show apart from others.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, typer.Option(help="Write the dataset to this folder.", metavar="DIR")],
     vocab_size: Annotated[
         int | None,
-        typer.Option(help="Size of the tokenizer that is trained.", show_default="4096"),
+        typer.Option(help="Train a tokenizer of this many tokens; by default, of 4096."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Use this tokenizer.json instead of training one.")
+        Path | None,
+        typer.Option(help="Use this tokenizer.json instead of training one.", metavar="FILE"),
     ] = None,
     eod_token: Annotated[
         str | None,
         typer.Option(
-            help="End-of-document token of --tokenizer.", show_default="the first well-known one"
+            help="End documents with this token of --tokenizer; by default, with the first "
+            "well-known name that it has.",
+            metavar="TOKEN",
         ),
     ] = None,
-    text_key: Annotated[str, typer.Option(help="JSONL key or parquet column of the text.")] = (
-        "text"
-    ),
+    text_key: Annotated[
+        str,
+        typer.Option(help="Take the text from this JSONL key or parquet column.", metavar="NAME"),
+    ] = "text",
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes; changes the time only.", show_default="one a core"),
+        typer.Option(
+            help="Use this many processes, which changes the time only; by default, one per core."
+        ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of the document order and the tokenizer's sample.")
+        int,
+        typer.Option(help="Order the documents and draw the tokenizer's sample with this seed."),
     ] = 1234,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a dataset that is already there.")
     ] = False,
 ) -> None:
-    """Prepare a dataset folder.
+    """Write a dataset folder: indexed dataset, tokenizer, manifest.
 
-    Raises:
-        ConfigError: if an argument, a source or the output folder cannot be used.
+    One file is one document; so is one JSONL line and one parquet row. The folder appears when it
+    is complete; if it is there already and was made from the same inputs, it is left alone.
+
+    Examples:
+        moepp data prepare corpus.jsonl --out data/mine --vocab-size 65536
+        moepp data prepare web=web.parquet code=src --out data/mixed
     """
     from moepp_megatron.data.prepare import PrepareSettings
     from moepp_megatron.data.prepare import prepare as prepare_data
@@ -116,19 +132,19 @@ def _print_summary(console: "Console", manifest: "Manifest") -> None:
     echo(f"vocabulary: {manifest.vocab_size:,} tokens, end of document {manifest.eod_id}")
 
 
-@app.command(
-    help="Check every byte of a prepared folder: sizes, hashes, index, and that every token is in "
-    "the vocabulary. Exit code 2 if anything is wrong."
-)
+@app.command()
 def verify(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder written by `moepp data prepare`.")
+        Path,
+        typer.Argument(metavar="DIR", help="Check this folder, which moepp data prepare wrote."),
     ],
 ) -> None:
-    """Check a prepared folder.
+    """Check every byte of a prepared folder: sizes, hashes, index, and tokens in the vocabulary.
 
-    Raises:
-        ConfigError: if it is not one, or damaged.
+    The exit status is 2 if anything is wrong.
+
+    Examples:
+        moepp data verify data/mine
     """
     from moepp_megatron.data.progress import track
     from moepp_megatron.data.verify import damaged, read_manifest

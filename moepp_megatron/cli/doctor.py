@@ -5,56 +5,91 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.options import OverridesArgument
+from moepp_megatron.cli.options import GPU_NAMES, OverridesArgument
 from moepp_megatron.cli.ranks import start_ranks
+from moepp_megatron.cli.usage import Command
 from moepp_megatron.config import Config, UnfitError, load_config
 
 if TYPE_CHECKING:
     from moepp_megatron.workbench.doctor.finding import Finding
 
 
+class Doctor(Command):
+    """The command, which takes `--json` without a FILE too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Have `--json` alone mean `--json -`: what comes after it may be CONFIG."""
+        words = list(args)
+        for place, word in enumerate(words):
+            following = words[place + 1 : place + 2]
+            if word == "--json" and not any(w == "-" or w.endswith(".json") for w in following):
+                words[place] = "--json=-"
+        return super().parse_args(ctx, words)
+
+
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="Run whose needs and folders count.", metavar="CONFIG")
+        Path | None,
+        typer.Argument(
+            help="Check what this YAML configuration needs, its folders among them.",
+            metavar="CONFIG",
+        ),
     ] = None,
     overrides: OverridesArgument = None,
     preflight: Annotated[
         bool,
         typer.Option(
             "--preflight",
-            help="A job is about to start here: print only what is wrong, on stderr, and take "
-            "busy or slow GPUs for errors.",
+            help="Print only what is wrong, on stderr, and take busy or slow GPUs for errors. This "
+            "is for a job that is about to start.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            help="Write the results as JSON to this file, whose name ends with .json; - or no FILE "
+            "prints the JSON and nothing else.",
+            metavar="[FILE]",
+        ),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Also write the JSON to this file.", metavar="FILE.json")
+        Path | None,
+        typer.Option(help="Write the JSON to this file too.", metavar="FILE.json"),
     ] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
-            help="GPU to judge by: a name in configs/hardware or a YAML file; by default the "
-            "GPU that is here.",
+            help=f"Judge by this GPU: {GPU_NAMES}. By default, it is the GPU that is here.",
             metavar="NAME",
         ),
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=0, help="GPUs that must be here; by default as many as Slurm gave."),
+        typer.Option(min=0, help="Require this many GPUs; by default, as many as Slurm gave."),
     ] = None,
     nproc: Annotated[
         int,
         typer.Option(
-            min=1, help="Ranks to start on this machine: adds collectives and the slowest rank."
+            min=1,
+            help="Start this many ranks on this machine, which adds collectives and the slowest "
+            "rank.",
         ),
     ] = 1,
 ) -> None:
-    """Examine this machine. Exit code 3: something keeps a run from working here."""
+    """Examine this machine.
+
+    The exit status is 3 if something keeps a run from working here.
+
+    Examples:
+        moepp doctor
+        moepp doctor configs/quickstart.yaml --nproc 2 --json doctor.json
+    """
     from moepp_megatron.config.hardware import load_hardware
     from moepp_megatron.runtime.quiet import quiet
     from moepp_megatron.runtime.rank import RankEnvironment
@@ -64,13 +99,13 @@ def doctor(
         load_hardware(hardware)
     rank = RankEnvironment.read()
     if nproc > 1 and not rank.is_launched:
-        _start_ranks(nproc, config, overrides or [], preflight, as_json, out, hardware, gpus)
+        _start_ranks(nproc, config, overrides or [], preflight, json_file, out, hardware, gpus)
         return
     quiet()
     findings = _examine(settings, preflight, hardware, gpus, rank)
     if findings is None:
         return
-    _show(findings, preflight, as_json, out)
+    _show(findings, preflight, json_file, out)
     _leave(findings)
 
 
@@ -91,27 +126,21 @@ def _examine(
     return examine_ranks(request, rank) if rank.is_launched else examine_machine(request)
 
 
-def _show(findings: list[Finding], preflight: bool, as_json: bool, out: Path | None) -> None:
+def _show(
+    findings: list[Finding], preflight: bool, json_file: Path | None, out: Path | None
+) -> None:
     from moepp_megatron.workbench.doctor.finding import Severity
     from moepp_megatron.workbench.doctor.table import counts, findings_table
 
     text = json.dumps({"findings": [finding.as_dict() for finding in findings]}, indent=2)
-    if out is not None:
-        from moepp_megatron.runtime.atomic import write_atomic
-
-        try:
-            write_atomic(out, (text + "\n").encode("ascii"))
-        except OSError as error:
-            raise UnfitError(
-                f"--out ({out}) must be writable ({error.strerror}); name another file"
-            ) from None
+    for option, file in (("--json", json_file), ("--out", out)):
+        if file is not None:
+            _write(option, file, text)
     if preflight:
         for finding in findings:
             if finding.severity >= Severity.WARNING:
                 echo(f"{finding.severity.name.lower()}: {finding.line()}", err=True)
-    if as_json:
-        echo(text)
-    elif preflight:
+    if preflight:
         echo(counts(findings))
     else:
         from moepp_megatron.runtime.terminal import Console
@@ -120,6 +149,17 @@ def _show(findings: list[Finding], preflight: bool, as_json: bool, out: Path | N
         console = Console(width=None if sys.stdout.isatty() else 140)
         console.print(findings_table(findings))
         console.print(counts(findings))
+
+
+def _write(option: str, file: Path, text: str) -> None:
+    from moepp_megatron.runtime.atomic import write_atomic
+
+    try:
+        write_atomic(file, (text + "\n").encode("ascii"))
+    except OSError as error:
+        raise UnfitError(
+            f"{option} ({file}) must be writable ({error.strerror}); name another file"
+        ) from None
 
 
 def _leave(findings: list[Finding]) -> None:
@@ -135,13 +175,13 @@ def _start_ranks(
     config: Path | None,
     overrides: list[str],
     preflight: bool,
-    as_json: bool,
+    json_file: Path | None,
     out: Path | None,
     hardware: str | None,
     gpus: int | None,
 ) -> None:
     arguments = ["doctor", *(["--preflight"] if preflight else [])]
-    arguments += ["--json"] if as_json else []
+    arguments += [f"--json={json_file}"] if json_file is not None else []
     arguments += ["--out", str(out)] if out is not None else []
     arguments += ["--hardware", hardware] if hardware is not None else []
     arguments += ["--gpus", str(gpus)] if gpus is not None else []

@@ -16,7 +16,12 @@ from moepp_megatron.config.printable import printable
 def generate(
     checkpoint: CheckpointArgument,
     prompt: Annotated[
-        list[str], typer.Option(help="Text to continue; several are continued side by side.")
+        list[str],
+        typer.Option(
+            help="Continue this text; give the option several times to continue several texts side "
+            "by side.",
+            metavar="TEXT",
+        ),
     ],
     overrides: LayoutArgument = None,
     nproc: NprocOption = 1,
@@ -24,23 +29,41 @@ def generate(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens to generate at most.",
+            help="Generate at most this many tokens.",
+            metavar="TOKENS",
             show_default="96, or as many as fit into the model's sequence length",
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
+        float,
+        typer.Option(
+            min=0.0, help="Sample at this temperature; 0 always takes the likeliest token."
+        ),
     ] = 0.8,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Sample among the likeliest tokens that have this much probability together.",
+        ),
     ] = 0.95,
     seed: Annotated[
         int,
         # The generators' seeds are 64 bits wide, and one is counted up for each prompt.
-        typer.Option(min=0, max=2**62, help="Of the sampling; the same in every layout."),
+        typer.Option(
+            min=0,
+            max=2**62,
+            help="Sample with this seed, which gives the same text in every layout.",
+        ),
     ] = 1234,
 ) -> None:
-    """Continue PROMPT with the model of CHECKPOINT, up to its end-of-document token."""
+    """Continue a text with the model of CHECKPOINT, up to its end-of-document token.
+
+    Examples:
+        moepp generate runs/quickstart --prompt "def main("
+        moepp generate runs/quickstart --prompt "class Node:" --temperature 0
+    """
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.options import CheckpointArgument, LayoutArgument, NprocOption
+from moepp_megatron.cli.options import CheckpointArgument, JsonOption, LayoutArgument, NprocOption
 from moepp_megatron.cli.ranks import start_ranks
 
 if TYPE_CHECKING:
@@ -17,39 +17,48 @@ if TYPE_CHECKING:
 
 def inspect(
     checkpoint: CheckpointArgument,
-    text: Annotated[Path, typer.Option(help="Text to read, UTF-8.", metavar="FILE")],
+    text: Annotated[Path, typer.Option(help="Read this UTF-8 text.", metavar="FILE")],
     overrides: LayoutArgument = None,
-    out: Annotated[Path, typer.Option(help="Page to write.", metavar="PAGE.html")] = Path(
-        "inspect.html"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Write the page to this file.", metavar="FILE.html")
+    ] = Path("inspect.html"),
     against: Annotated[
         Path | None,
-        typer.Option(help="A second checkpoint to show beside the first.", metavar="CHECKPOINT"),
+        typer.Option(
+            help="Show this checkpoint, or run, beside the first one.", metavar="CHECKPOINT"
+        ),
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option(help="Also write all numbers as JSON.", metavar="FILE")
-    ] = None,
+    json: JsonOption = None,
     language: Annotated[
         Literal["auto", "text", "python"],
-        typer.Option(help="Whether the text has keywords and identifiers; auto asks its name."),
+        typer.Option(
+            help="Choose python for a text with keywords and identifiers; auto goes by its name."
+        ),
     ] = "auto",
     pos_tags: Annotated[
         Path | None,
         typer.Option(
-            help="Parts of speech: lines of word, tab, tag, or a JSON list of such pairs.",
+            help="Read parts of speech from this file: lines of word, tab and tag, or a JSON list "
+            "of such pairs.",
             metavar="FILE",
         ),
     ] = None,
     tagger: Annotated[
         Literal["nltk", "spacy"] | None,
-        typer.Option(help="Have an installed package tag parts of speech."),
+        typer.Option(help="Tag parts of speech with this package, which must be installed."),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=2, max=200_000, help="Tokens to read at most.")
+        int,
+        typer.Option(min=2, max=200_000, help="Read at most this many tokens.", metavar="TOKENS"),
     ] = 16_384,
     nproc: NprocOption = 1,
 ) -> None:
-    """Write a page: the text coloured by FFN experts per token, and each token's experts."""
+    """Write a page: the text coloured by FFN experts per token, and each token's experts.
+
+    Examples:
+        moepp inspect runs/quickstart --text README.md
+        moepp inspect runs/quickstart --text README.md --json - --nproc 2
+    """
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()

@@ -33,7 +33,7 @@ from moepp_megatron.cli import (
 )
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.paths import check_paths
-from moepp_megatron.cli.usage import COMMANDS, UsageError, refuse
+from moepp_megatron.cli.usage import COMMANDS, UsageError, explain_commands, refuse
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.config.printable import make_logs_printable
 from moepp_megatron.version import __version__
@@ -63,14 +63,19 @@ def _options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", is_eager=True, callback=_print_version, help="Print the version."
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Train MoE++ models (arXiv 2410.07348) with megatron-core."""
+    """Train MoE++ models (arXiv 2410.07348) with megatron-core.
+
+    Examples:
+        moepp train configs/quickstart.yaml --nproc 2
+        moepp report runs/quickstart
+    """
 
 
-app.command()(doctor.doctor)
+app.command(cls=doctor.Doctor)(doctor.doctor)
 app.add_typer(config.app, name="config", **COMMANDS)
 app.add_typer(data.app, name="data", **COMMANDS)
 app.command()(train.train)
@@ -87,6 +92,7 @@ app.command()(pilot.pilot)
 app.command()(scale.scale)
 app.command()(slurm.slurm)
 check_paths(app)
+explain_commands(app)
 
 
 def run() -> None:

@@ -15,32 +15,39 @@ def monitor(
     run: Annotated[
         list[Path],
         typer.Argument(
-            help="Folder of a run. With --prometheus several, or folders that hold runs.",
-            metavar="RUN...",
+            help="Show this run; with --prometheus, serve several, or all in these folders.",
+            metavar="RUN",
         ),
     ],
     interval: Annotated[
-        float, typer.Option(min=0.1, max=3600.0, help="Seconds between frames.")
+        float,
+        typer.Option(min=0.1, max=3600.0, help="Show a new frame this often.", metavar="SECONDS"),
     ] = 2.0,
     once: Annotated[
-        bool, typer.Option("--once", help="Print one frame and stop, as without a terminal.")
+        bool,
+        typer.Option("--once", help="Print one frame and stop, as is done without a terminal."),
     ] = False,
     prometheus: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=65535,
-            help="Serve the newest records on this port of --bind, until stopped.",
+            help="Serve the newest records on this port of --bind until stopped.",
             metavar="PORT",
         ),
     ] = None,
     bind: Annotated[
-        str, typer.Option(help="Address that --prometheus listens on.", metavar="ADDRESS")
+        str, typer.Option(help="Let --prometheus listen on this address.", metavar="ADDRESS")
     ] = "127.0.0.1",
 ) -> None:
     """Show how a run goes: loss, FFN share, experts of each layer, alerts, speed, energy.
 
-    Waits for a run that has not started, goes on through resumes, ends with the run (or Ctrl-C).
+    It waits for a run that has not started, goes on through resumes, and ends with the run or on
+    Ctrl-C.
+
+    Examples:
+        moepp monitor runs/quickstart
+        moepp monitor runs --prometheus 9400
     """
     if once and prometheus is not None:
         raise ConfigError(

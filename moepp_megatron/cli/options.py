@@ -7,20 +7,98 @@ from typing import Annotated
 
 import typer
 
-ConfigArgument = Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")]
+GPU_NAMES = "a name in configs/hardware, or a YAML file"
+"""What --gpu and --hardware take, for their help."""
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(help="Read this YAML configuration.", metavar="CONFIG")
+]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(help="Settings to change.", metavar="section.key=value")
+    list[str] | None,
+    typer.Argument(
+        help="Change these settings, such as moe.tau=0.5; moepp config keys lists all of them.",
+        metavar="section.key=value",
+    ),
 ]
 CheckpointArgument = Annotated[
-    Path, typer.Argument(help="Checkpoint folder, or a run.", metavar="CHECKPOINT")
+    Path,
+    typer.Argument(
+        help="Load this checkpoint, or the newest one of this run.", metavar="CHECKPOINT"
+    ),
 ]
 LayoutArgument = Annotated[
     list[str] | None,
-    typer.Argument(help="Layout to use; by default one rank's.", metavar="parallel.key=value"),
+    typer.Argument(
+        help="Use this layout, such as parallel.expert_model_parallel_size=2; by default, that of "
+        "a single rank.",
+        metavar="parallel.key=value",
+    ),
 ]
 NprocOption = Annotated[
-    int, typer.Option(min=1, help="Ranks to start on this machine (not under torchrun).")
+    int,
+    typer.Option(
+        min=1, help="Start this many ranks on this machine; leave it out under torchrun or srun."
+    ),
 ]
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Write the results here.", metavar="FILE")
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write the results as JSON to this file; - prints the JSON and nothing else.",
+        metavar="FILE",
+    ),
+]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="Send values of this dtype.", metavar="fp32|bf16")
+]
+GpuOption = Annotated[
+    str, typer.Option("--gpu", help=f"Estimate for this kind of GPU: {GPU_NAMES}.", metavar="NAME")
+]
+PriceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--price",
+        help="Compute the cost from this price per GPU and hour; by default, from that of the "
+        "hardware file, if it has one.",
+        metavar="PRICE",
+    ),
+]
+TokensOption = Annotated[
+    float | None,
+    typer.Option(
+        "--tokens",
+        help="Estimate time and cost of training on this many tokens; by default, on those of all "
+        "configured steps.",
+        metavar="TOKENS",
+    ),
+]
+NnodesOption = Annotated[
+    int,
+    typer.Option(
+        "--nnodes", min=1, help="Use this many machines; run the same command on each of them."
+    ),
+]
+NodeRankOption = Annotated[
+    int | None,
+    typer.Option(
+        "--node-rank",
+        min=0,
+        help="Give this machine this number, counted from 0; by default, torchrun numbers them.",
+    ),
+]
+RdzvEndpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rdzv-endpoint",
+        help="Meet the other machines at this address, which is that of machine 0.",
+        metavar="HOST[:PORT]",
+    ),
+]
+RdzvIdOption = Annotated[
+    str,
+    typer.Option(
+        "--rdzv-id",
+        help="Give this start of the run a name, the same on all machines.",
+        metavar="NAME",
+    ),
 ]

@@ -1,21 +1,32 @@
-"""Every path of the command line is checked in one place, before a command sees it."""
+"""Every path of the command line is checked in one place, before a command sees it.
+
+So is `--json -`, which prints.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
+import sys
+import tempfile
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.paths import path_problem
 from moepp_megatron.config.problem import Problem
 
+# What --json takes for stdout.
+_STDOUT = Path("-")
+# Kept in memory where that is possible: a doctor's patient may have a full disk.
+_IN_MEMORY = "/dev/shm"
 # Options that name a file to write, where their metavar is a file.
 _WRITTEN = ("--out", "--json", "--plot")
 
@@ -42,11 +53,39 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
                 if problem is not None:
                     shown = Problem(_shown(command, name), str(one), problem.rule, problem.remedy)
                     raise ConfigError(str(shown))
-            if isinstance(value, Path) and _is_written(command, name):
+            if isinstance(value, Path) and value != _STDOUT and _is_written(command, name):
                 _check_writable(_shown(command, name), value)
-        return command(**arguments)
+        printed = [
+            n for n, v in arguments.items() if v == _STDOUT and _shown(command, n) == "--json"
+        ]
+        with contextlib.ExitStack() as stack:
+            for name in printed:
+                arguments[name] = stack.enter_context(printed_file())
+            return command(**arguments)
 
     return call
+
+
+@contextlib.contextmanager
+def printed_file() -> Iterator[Path]:
+    """A file that is printed at the end; all else that would be printed, also by ranks, is not."""
+    place = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
+    with (
+        tempfile.TemporaryDirectory(prefix="moepp-", dir=place) as folder,
+        open(os.devnull, "w") as nowhere,
+    ):
+        file = Path(folder) / "json"
+        sys.stdout.flush()
+        stdout = os.dup(1)
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            with contextlib.redirect_stdout(nowhere):
+                yield file
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+            if file.exists():
+                echo(file.read_text(encoding="utf-8").rstrip())
 
 
 def _check_writable(name: str, path: Path) -> None:
@@ -75,7 +114,7 @@ def _check_writable(name: str, path: Path) -> None:
 def _is_written(command: Callable[..., Any], name: str) -> bool:
     option = _option(command, name)
     metavar = getattr(option, "metavar", None) or ""
-    return _shown(command, name) in _WRITTEN and metavar.startswith(("FILE", "PAGE"))
+    return _shown(command, name) in _WRITTEN and metavar.lstrip("[").startswith("FILE")
 
 
 def _option(command: Callable[..., Any], name: str) -> Any:

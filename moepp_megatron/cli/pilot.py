@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
+from moepp_megatron.cli.options import (
+    ConfigArgument,
+    GpuOption,
+    OverridesArgument,
+    PriceOption,
+    TokensOption,
+)
 from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
 
 if TYPE_CHECKING:
@@ -18,86 +24,91 @@ if TYPE_CHECKING:
     from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
     from moepp_megatron.workbench.experiments.pilot.runs import PilotRun
 
-_TARGET = "Extrapolate to"
-
 
 def pilot(
     config: ConfigArgument,
     out: Annotated[
         Path,
-        typer.Option(help="Folder of the pilot; a second call goes on with it.", metavar="DIR"),
+        typer.Option(
+            help="Write the pilot to this folder; a second call goes on with it.", metavar="DIR"
+        ),
     ],
     overrides: OverridesArgument = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks of a run, on this machine.")] = 1,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Start this many ranks per run on this machine.")
+    ] = 1,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Of a run; by default training.train_iters.")
+        int | None,
+        typer.Option(
+            min=1, help="Train every model for this many steps; by default, training.train_iters."
+        ),
     ] = None,
     seeds: Annotated[
         int,
         typer.Option(
             min=1,
             max=100,
-            help="How many, from training.seed on. The first call fixes how many a look takes, "
-            "at least 3; further looks are at multiples of it.",
+            help="Train with this many seeds, from training.seed on. The first call fixes how many "
+            "a look takes, at least 3; further looks are at multiples of it.",
         ),
     ] = 5,
     taus: Annotated[
         str | None,
         typer.Option(
-            help="Weights of zero-computation experts; by default the configured one. Each further "
-            "one makes a decision harder.",
+            help="Train MoE++ with these values of moe.tau; by default, with the configured one. "
+            "Each further value makes a decision harder.",
             metavar="TAU,...",
         ),
     ] = None,
     sessions: Annotated[
-        int, typer.Option(min=2, max=50, help="Sessions that time MoE++ beside vanilla.")
+        int,
+        typer.Option(min=2, max=50, help="Time MoE++ beside vanilla in this many sessions."),
     ] = 5,
     eval_iters: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Global batches of validation; by default as configured, at least 8."
+            min=1,
+            help="Validate on this many global batches; by default, on as many as configured, and "
+            "on at least 8.",
         ),
     ] = None,
     collect: Annotated[
         bool,
         typer.Option(
             "--collect",
-            help="Run nothing; write the configuration of every run, and results of what is there. "
-            "For runs that are started elsewhere, such as by moepp slurm.",
+            help="Run nothing: write the configuration of every run, and the results of those that "
+            "are there. This is for runs that are started elsewhere, such as by moepp slurm.",
         ),
     ] = False,
     target: Annotated[
         Path | None,
         typer.Option(
-            help="Configuration of the model to decide about; by default CONFIG itself.",
+            help="With --gpus, decide about the model of this configuration; by default, about "
+            "that of CONFIG.",
             metavar="CONFIG",
-            rich_help_panel=_TARGET,
         ),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Number of its GPUs.", rich_help_panel=_TARGET)
+        int | None,
+        typer.Option(min=1, help="Extrapolate to a training run on this many GPUs."),
     ] = None,
-    gpu: Annotated[str, typer.Option(help="As moepp plan.", rich_help_panel=_TARGET)] = "h100_sxm",
-    price: Annotated[
-        float | None,
-        typer.Option(help="Price per GPU and hour, as for moepp plan.", rich_help_panel=_TARGET),
-    ] = None,
-    tokens: Annotated[
-        float | None,
-        typer.Option(
-            help="To train on; by default all of its configured steps.", rich_help_panel=_TARGET
-        ),
-    ] = None,
+    gpu: GpuOption = "h100_sxm",
+    price: PriceOption = None,
+    tokens: TokensOption = None,
 ) -> None:
-    """Does MoE++ pay on your data and hardware? Short paired runs against vanilla say so.
+    """Find out in short paired runs against vanilla whether MoE++ pays on your data and hardware.
 
     Vanilla, MoE++, MoE++ for vanilla's time, vanilla narrowed to MoE++'s compute, and MoE++ with
     more selections at vanilla's compute train with the same seeds; speed is timed in sessions of
-    its own. Writes DIR/pilot.json and DIR/pilot.html. Finished runs stay finished: a second call
-    goes on.
+    its own. DIR/pilot.json and DIR/pilot.html have the results. Finished runs stay finished: a
+    second call goes on.
 
-    On several machines: --collect writes DIR/configs/*.yaml, each of which `moepp train` or `moepp
+    On several machines, --collect writes DIR/configs/*.yaml, each of which `moepp train` or `moepp
     slurm` takes; a later --collect reads what they have left in DIR/runs.
+
+    Examples:
+        moepp pilot configs/quickstart.yaml --out pilots/mine --nproc 2 --steps 60
+        moepp pilot configs/quickstart.yaml --out pilots/mine --nproc 2 --gpus 64
     """
     settings = load_config(config, overrides or [])
     request = _target(settings, config, target, gpus, gpu, price, tokens)

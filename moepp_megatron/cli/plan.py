@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.options import OverridesArgument
+from moepp_megatron.cli.options import (
+    GpuOption,
+    JsonOption,
+    OverridesArgument,
+    PriceOption,
+    TokensOption,
+)
 from moepp_megatron.cli.plan_simulation import Assume, Simulate, Steps, play_best
 from moepp_megatron.config import Config, ConfigError, load_config
 
@@ -19,51 +25,53 @@ if TYPE_CHECKING:
 def plan(
     config: Annotated[
         Path | None,
-        typer.Argument(help="YAML configuration; none with --measured.", metavar="CONFIG"),
+        typer.Argument(
+            help="Read this YAML configuration; leave it out with --measured.", metavar="CONFIG"
+        ),
     ] = None,
     overrides: OverridesArgument = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs to plan for.")] = 8,
-    gpu: Annotated[
-        str, typer.Option(help="Kind of GPU: a name in configs/hardware, or a YAML file.")
-    ] = "h100_sxm",
+    gpus: Annotated[int, typer.Option(min=1, help="Plan for this many GPUs.")] = 8,
+    gpu: GpuOption = "h100_sxm",
     taus: Annotated[
-        str, typer.Option(help="Further weights of zero-computation experts.", metavar="TAU,...")
+        str,
+        typer.Option(
+            help="Also estimate the model with these values of moe.tau.", metavar="TAU,..."
+        ),
     ] = "0.25,0.5,1.0",
-    price: Annotated[
-        float | None,
-        typer.Option(help="Price per GPU and hour; by default the hardware file's, if any."),
-    ] = None,
-    tokens: Annotated[
-        float | None,
-        typer.Option(help="Tokens to train on; by default all of the configured steps."),
-    ] = None,
+    price: PriceOption = None,
+    tokens: TokensOption = None,
     routing: Annotated[
         Path | None,
         typer.Option(
-            help="A run, or its metrics.jsonl, whose routing was as uneven as yours will be.",
+            help="Assume that routing is as uneven as in this run, or in this metrics.jsonl.",
             metavar="RUN",
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, max=50, help="Layouts to show.")] = 5,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the layouts here.", metavar="FILE")
-    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=50, help="Show this many layouts.")] = 5,
+    json_file: JsonOption = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw where the time goes.", metavar="FILE.png")
+        Path | None,
+        typer.Option(help="Draw where the time goes, to this file.", metavar="FILE.png"),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the plan, as a file with `base:`.", metavar="FILE.yaml"),
+        typer.Option(
+            help="Write the best layout to this file, a configuration whose base is CONFIG.",
+            metavar="FILE.yaml",
+        ),
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option(help="Rows of measured runs to hold the model to.", metavar="FILE"),
+        typer.Option(
+            help="Compare the estimates with the measured runs that this file lists.",
+            metavar="FILE",
+        ),
     ] = None,
     fit: Annotated[
         Path | None,
         typer.Option(
-            help="With --measured: a hardware file with the inputs that fit these runs.",
-            metavar="HARDWARE.yaml",
+            help="With --measured, write a hardware file whose inputs fit these runs.",
+            metavar="FILE.yaml",
         ),
     ] = None,
     simulate: Simulate = False,
@@ -72,8 +80,12 @@ def plan(
 ) -> None:
     """Search every legal layout of CONFIG's model on a number of GPUs.
 
-    With --measured instead of CONFIG: predicted beside measured, and errors by family. Estimates
-    from a cost model, nothing is run: docs/planning.md says how well they hold.
+    Nothing is run: a cost model makes the estimates, and docs/planning.md says how well they hold.
+    With --measured instead of CONFIG, predicted is shown beside measured, with errors by family.
+
+    Examples:
+        moepp plan configs/models/moepp_7b_16_4.yaml --gpus 64 --gpu h100
+        moepp plan configs/models/moepp_2b_32_8.yaml --price 2.5 --out plan.yaml
     """
     from moepp_megatron.config.choices import parse_numbers
 

@@ -15,15 +15,25 @@ Simulate = Annotated[
     bool,
     typer.Option(
         "--simulate",
-        help="Play steps of the best layout pass by pass: uneven load, slow nodes, failures.",
+        help="Simulate steps of the best layout, pass by pass, with uneven load, slow nodes and "
+        "failures.",
     ),
 ]
-Steps = Annotated[int, typer.Option("--simulate-steps", min=1, max=100_000, help="Steps to play.")]
+Steps = Annotated[
+    int,
+    typer.Option(
+        "--simulate-steps",
+        min=1,
+        max=100_000,
+        help="Simulate this many steps.",
+    ),
+]
 Assume = Annotated[
     list[str] | None,
     typer.Option(
         "--assume",
-        help="Of the simulated cluster, such as mtbf_hours=30000 (docs/planning.md).",
+        help="Change what --simulate assumes about the cluster, such as mtbf_hours=30000; "
+        "docs/planning.md lists the names.",
         metavar="NAME=VALUE",
     ),
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.options import JsonOption
 from moepp_megatron.config import ConfigError
 
 if TYPE_CHECKING:
@@ -19,36 +20,48 @@ def profile(
     run: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a run with training.profile_steps, or of torch profiler traces; or a "
-            "file or folder of NCCL Inspector, NCCL's profiler plugin or the flight recorder.",
+            help="Analyse this run, which needs training.profile_steps, or a folder of torch "
+            "profiler traces, or a file or folder of NCCL Inspector, NCCL's profiler plugin or the "
+            "flight recorder.",
             metavar="RUN",
         ),
     ],
     step: Annotated[
-        int | None, typer.Option(help="One recorded step; by default all, and their mean.")
+        int | None,
+        typer.Option(
+            help="Analyse this recorded step; by default, all of them and their mean.",
+            metavar="STEP",
+        ),
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="Say what changed: another RUN, or FILE of --json.", metavar="RUN"),
+        typer.Option(
+            help="Say what has changed since this run, or since a FILE of --json.", metavar="RUN"
+        ),
     ] = None,
     ceiling: Annotated[
         Path | None,
         typer.Option(
-            help="What collectives reach here alone: FILE of moepp bench collectives --json.",
+            help="Compare with what collectives reach here when they run alone: a FILE of "
+            "moepp bench collectives --json.",
             metavar="FILE",
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all numbers there.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for profile.html and the merged trace; by default RUN.", metavar="DIR"
+            help="Write profile.html and the merged trace to this folder; by default, to RUN.",
+            metavar="DIR",
         ),
     ] = None,
 ) -> None:
-    """Say where a run's communication time goes: tables, a page, a trace for Perfetto."""
+    """Say where a run's communication time goes: tables, a page, a trace for Perfetto.
+
+    Examples:
+        moepp profile runs/mine
+        moepp profile runs/mine --against runs/before --out profile
+    """
     from moepp_megatron.workbench.profiling.recognise import records_only_collectives
 
     try:

@@ -11,13 +11,15 @@ from moepp_megatron.cli.echo import echo
 def report(
     run: Annotated[
         list[Path],
-        typer.Argument(help="Folder of a run, or of each run to compare.", metavar="RUN..."),
+        typer.Argument(
+            help="Write the page of this run, or one page that compares these runs.", metavar="RUN"
+        ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write the page here. By default one run's page is RUN/report.html, and that of "
-            "several runs is comparison.html.",
+            help="Write the page to this file. By default one run's page is RUN/report.html, and "
+            "that of several runs is comparison.html.",
             metavar="FILE",
         ),
     ] = None,
@@ -26,9 +28,11 @@ def report(
 
     The page of one run is made of its config.yaml, metrics.jsonl and alerts.jsonl. That of several
     shows their losses over tokens, time and FLOPs, FFN shares, step times, and the settings that
-    differ. Runs may still be training. Example:
+    differ. Runs may still be training.
 
-    moepp report runs/vanilla runs/moepp --out comparison.html
+    Examples:
+        moepp report runs/quickstart
+        moepp report runs/vanilla runs/moepp --out comparison.html
     """
     from moepp_megatron.workbench.report import build_report
 

@@ -11,7 +11,14 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.machines import machines
-from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
+from moepp_megatron.cli.options import (
+    ConfigArgument,
+    NnodesOption,
+    NodeRankOption,
+    OverridesArgument,
+    RdzvEndpointOption,
+    RdzvIdOption,
+)
 from moepp_megatron.config import (
     Config,
     ConfigError,
@@ -24,84 +31,89 @@ if TYPE_CHECKING:
     from moepp_megatron.workbench.experiments.scaling.grid import Point, ScalingGrid
     from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
 
-# Of options for batch scripts.
-_SCHEDULER = "For batch scripts"
-
 
 def scale(
     config: ConfigArgument,
     out: Annotated[
         Path,
-        typer.Option(help="Folder of the test; a second call goes on with it.", metavar="DIR"),
+        typer.Option(
+            help="Write the test to this folder; a second call goes on with it.", metavar="DIR"
+        ),
     ],
     overrides: OverridesArgument = None,
     nproc: Annotated[
-        str, typer.Option(help="Rank counts; all ranks of all machines.", metavar="N,...")
+        str,
+        typer.Option(
+            help="Measure on these numbers of ranks, counted over all machines.", metavar="N,..."
+        ),
     ] = "1,2,4",
     mode: Annotated[
         str,
         typer.Option(
-            help="strong: the global batch stays; weak: it grows with the ranks.",
+            help="Measure these kinds of scaling: strong, where the global batch stays, and weak, "
+            "where it grows with the ranks.",
             metavar="MODE,...",
         ),
     ] = "strong,weak",
     layout: Annotated[
         list[str] | None,
         typer.Option(
-            help="Degrees of parallelism, such as ep=2,tp=1 (tp, pp, cp, ep, etp; others as in "
-            "CONFIG); may be given several times. auto: expert parallelism as wide as divides "
-            "experts and ranks.",
+            help="Use these degrees of parallelism, such as ep=2,tp=1 (tp, pp, cp, ep, etp; the "
+            "others are as in CONFIG), or auto, the default: the largest expert parallelism that "
+            "divides experts and ranks. Give the option several times to compare several.",
             metavar="SPEC",
         ),
     ] = None,
     kinds: Annotated[
         str,
-        typer.Option(help="Both are in memory at once; one alone needs half.", metavar="KIND,..."),
+        typer.Option(
+            help="Measure these models. Two are in memory at once; one alone needs half of it.",
+            metavar="KIND,...",
+        ),
     ] = "moepp,vanilla",
     repeats: Annotated[
-        int, typer.Option(min=1, help="Repetitions; the models take turns, medians count.")
+        int,
+        typer.Option(
+            min=1, help="Repeat this many times; the models take turns, and medians count."
+        ),
     ] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of a repetition.")] = 3,
-    warmup: Annotated[int, typer.Option(min=1, help="Steps of each model before the clock.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Time this many steps per repetition.")] = 3,
+    warmup: Annotated[
+        int, typer.Option(min=1, help="Run this many steps of each model before timing starts.")
+    ] = 3,
     plan: Annotated[
         bool,
         typer.Option(
             "--plan",
-            help="Print the points still to be measured, a name and a rank count a line, and stop.",
-            rich_help_panel=_SCHEDULER,
+            help="Print the points that are still to be measured, a name and a number of ranks per "
+            "line, and stop. This and what follows is for batch scripts.",
         ),
     ] = False,
     point: Annotated[
         str | None,
-        typer.Option(help="Measure this point only.", metavar="NAME", rich_help_panel=_SCHEDULER),
+        typer.Option(help="Measure only the point of this name.", metavar="NAME"),
     ] = None,
     collect: Annotated[
         bool,
         typer.Option(
             "--collect",
-            help="Measure nothing; write scale.json and scaling.html of what is there.",
-            rich_help_panel=_SCHEDULER,
+            help="Measure nothing; write scale.json and scaling.html of the points that are there.",
         ),
     ] = False,
-    nnodes: Annotated[
-        int, typer.Option(min=1, help="Machines of the point.", rich_help_panel=_SCHEDULER)
-    ] = 1,
-    node_rank: Annotated[
-        int | None, typer.Option(min=0, help="This one.", rich_help_panel=_SCHEDULER)
-    ] = None,
-    rdzv_endpoint: Annotated[
-        str | None,
-        typer.Option(help="As moepp train.", metavar="HOST[:PORT]", rich_help_panel=_SCHEDULER),
-    ] = None,
-    rdzv_id: Annotated[
-        str, typer.Option(help="As moepp train.", rich_help_panel=_SCHEDULER)
-    ] = "moepp",
+    nnodes: NnodesOption = 1,
+    node_rank: NodeRankOption = None,
+    rdzv_endpoint: RdzvEndpointOption = None,
+    rdzv_id: RdzvIdOption = "moepp",
 ) -> None:
-    """Step time, tokens/s, efficiency and all-to-all over rank counts, beside the vanilla model.
+    """Measure how MoE++ and vanilla scale over ranks: step time, tokens/s, efficiency, all-to-all.
 
     Every point is a job of its own. Finished points stay finished: a second call measures what is
     missing or has failed. Routing is held at the balanced share phi and tokens are random, so
     nothing depends on training.
+
+    Examples:
+        moepp scale configs/quickstart.yaml --out scaling --nproc 1,2
+        moepp scale configs/quickstart.yaml --out scaling --nproc 2 --layout ep=2
     """
     from moepp_megatron.config.choices import parse_choices, parse_counts
     from moepp_megatron.runtime.rank import RankEnvironment

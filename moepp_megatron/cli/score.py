@@ -16,25 +16,38 @@ def score(
     checkpoint: CheckpointArgument,
     overrides: LayoutArgument = None,
     tokens: Annotated[
-        Path | None, typer.Option(help="NPZ file with input_ids [b, s].", metavar="FILE.npz")
+        Path | None,
+        typer.Option(
+            help="Score the tokens input_ids [b, s] of this NPZ file.", metavar="FILE.npz"
+        ),
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text instead: print its loss and perplexity.", metavar="FILE"),
+        typer.Option(
+            help="Score this UTF-8 text instead, and print its loss and perplexity.",
+            metavar="FILE",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="NPZ file to write; needed with --tokens.", metavar="FILE.npz"),
+        typer.Option(
+            help="Write the log-probabilities to this NPZ file; --tokens needs it.",
+            metavar="FILE.npz",
+        ),
     ] = None,
     nproc: NprocOption = 1,
     logits: Annotated[
-        bool, typer.Option("--logits", help="Also write logits [b, s, vocab].")
+        bool, typer.Option("--logits", help="Also write the logits [b, s, vocab].")
     ] = False,
 ) -> None:
     """Write token_logprobs [b, s-1] of given tokens, or print the perplexity of a text.
 
     A text is read in windows of the model's sequence length, each of which begins with the last
     token of the one before. With --out its token_ids and token_logprobs are written, N of each.
+
+    Examples:
+        moepp score runs/quickstart --text README.md
+        moepp score runs/quickstart --tokens tokens.npz --out scores.npz
     """
     from moepp_megatron.runtime.quiet import quiet
 

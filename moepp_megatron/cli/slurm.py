@@ -15,11 +15,14 @@ from moepp_megatron.config import check_config, load_config, with_overrides
 def slurm(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; by default slurm.nodes.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Ask for this many nodes; by default, slurm.nodes.")
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            help="A job array with one run for each value, or for each combination of several.",
+            help="Make a job array with one run for each value, or, where the option is given "
+            "several times, for each combination.",
             metavar="section.key=[a,b]",
         ),
     ] = None,
@@ -27,7 +30,12 @@ def slurm(
         bool, typer.Option("--submit", help="Submit the job instead of printing its script.")
     ] = False,
 ) -> None:
-    """Print, or submit, the Slurm job that trains the model of CONFIG."""
+    """Print, or submit, the Slurm job that trains the model of CONFIG.
+
+    Examples:
+        moepp slurm configs/models/moepp_7b_16_4.yaml data.path=data/mine --nodes 4
+        moepp slurm configs/models/moepp_0.6b_8_4.yaml --sweep "moe.tau=[0.25,0.75]"
+    """
     from moepp_megatron.cluster.slurm_script import SlurmJob, sweep_variants
 
     settings = load_config(config, overrides or [])

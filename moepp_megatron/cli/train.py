@@ -10,7 +10,16 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.go_on import go_on_command, is_given
 from moepp_megatron.cli.machines import machines
-from moepp_megatron.cli.options import ConfigArgument, NprocOption, OverridesArgument
+from moepp_megatron.cli.options import (
+    GPU_NAMES,
+    ConfigArgument,
+    NnodesOption,
+    NodeRankOption,
+    NprocOption,
+    OverridesArgument,
+    RdzvEndpointOption,
+    RdzvIdOption,
+)
 from moepp_megatron.config import ConfigError
 
 if TYPE_CHECKING:
@@ -26,15 +35,15 @@ def train(
         int,
         typer.Option(
             min=0,
-            help="Start all ranks anew this often after one has died; they go on from the newest "
-            "checkpoint.",
+            help="Start all ranks anew up to this many times after one has died; they go on from "
+            "the newest checkpoint.",
         ),
     ] = 0,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Go on from this run's newest checkpoint if it has one, else start as "
+            help="Go on from this run's newest checkpoint; if it has none, start as "
             "checkpoint.load says.",
         ),
     ] = False,
@@ -42,32 +51,28 @@ def train(
         bool,
         typer.Option(
             "--overwrite",
-            help="Start anew where run.dir holds a run: that one is moved to a folder beside it, "
+            help="Start anew where run.dir holds a run, which is moved to a folder beside it, "
             "named by date and time. Nothing is deleted.",
         ),
     ] = False,
     log_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder of this machine for the output of each rank, shown as well."),
+        typer.Option(
+            help="Also write the output of each rank of this machine to a file in this folder.",
+            metavar="DIR",
+        ),
     ] = None,
-    nnodes: Annotated[int, typer.Option(min=1, help="Machines; run this on each of them.")] = 1,
-    node_rank: Annotated[
-        int | None,
-        typer.Option(min=0, help="This machine among them, from 0; by default torchrun decides."),
-    ] = None,
-    rdzv_endpoint: Annotated[
-        str | None,
-        typer.Option(help="Where the machines meet: machine 0's address.", metavar="HOST[:PORT]"),
-    ] = None,
-    rdzv_id: Annotated[
-        str, typer.Option(help="A name for this start of the run, the same on all machines.")
-    ] = "moepp",
+    nnodes: NnodesOption = 1,
+    node_rank: NodeRankOption = None,
+    rdzv_endpoint: RdzvEndpointOption = None,
+    rdzv_id: RdzvIdOption = "moepp",
     restart_timeout: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Seconds that machines wait for each other after a failure (120 by default); "
-            "then they end with status 71.",
+            help="Wait this long for the other machines after a failure (120 by default), then end "
+            "with exit status 71.",
+            metavar="SECONDS",
         ),
     ] = None,
     ignore_memory: Annotated[
@@ -78,14 +83,18 @@ def train(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Validate, print rank grid and parameters, stop.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the configuration, print the rank grid, parameters and memory, and stop.",
+        ),
     ] = False,
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="With --dry-run: the GPU whose memory is compared, a name in configs/hardware or "
-            "a YAML file; cpu for this machine's CPU. By default telemetry.hardware, the GPU "
-            "here, or an H100 where precision.dtype is bf16.",
+            help=f"With --dry-run, compare the memory with that of this GPU: {GPU_NAMES}; cpu is "
+            "this machine's CPU. By default, it is telemetry.hardware, the GPU here, or an H100 "
+            "where precision.dtype is bf16.",
             metavar="NAME",
         ),
     ] = None,
@@ -93,13 +102,18 @@ def train(
         int | None,
         typer.Option(
             min=0,
-            help="With --dry-run: build this rank here, without its peers or its memory, and "
+            help="With --dry-run, build this rank here, without its peers or its memory, and "
             "compare groups, shapes, parameters and memory with what is printed.",
             metavar="RANK",
         ),
     ] = None,
 ) -> None:
-    """Train the model that CONFIG describes."""
+    """Train the model that CONFIG describes.
+
+    Examples:
+        moepp train configs/quickstart.yaml --nproc 2
+        moepp train configs/quickstart.yaml moe.tau=0.5 run.dir=runs/low_tau --nproc 2
+    """
     # Nothing here imports torch: that would cost seconds before an error shows.
     from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
     from moepp_megatron.runtime.stop_signals import INTERRUPTED

@@ -118,7 +118,7 @@ def local_balance_loss(
     weights = balance_weights * fractions
     if isinstance(num_tokens, int):
         # A few numbers: launches are all of the time, so one product with its sum, and one scale.
-        total = torch.dot(score_sums.flatten(), weights.flatten())
+        total = torch.dot(score_sums.flatten(), weights.flatten().to(score_sums.dtype))
         return total / (num_tokens * score_sums.shape[0])
     losses_S = (weights * (score_sums / _at_least_one(num_tokens))).sum(dim=-1)
     return losses_S.sum() / _at_least_one((num_tokens > 0).sum())

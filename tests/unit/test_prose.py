@@ -37,7 +37,7 @@ _WORDS = {
 
 def _flagged_words(line: str) -> Iterator[str]:
     # Names of commands, files and settings are not prose.
-    prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", line)
+    prose = re.sub(r"`[^`]*`|\]\([^)]*\)|^ *moepp .*", "", line)
     yield from (rule for rule, pattern in _WORDS.items() if pattern.search(prose))
 
 
@@ -134,6 +134,7 @@ def test_a_riddle_is_flagged(text: str) -> None:
         "For each layer, whether it is dense.",
         "Rates.\n\nArgs:\n    cores: Number of cores.\n        As many as there are.",
         "A model card, `moepp bench card`, a stand-in; K stands for top-k.",
+        "Rates.\n\nExamples:\n    moepp bench card --json card.json",
         "How many FFN experts a token takes; the experts a token's logits select.",
     ],
 )

@@ -66,6 +66,29 @@ def test_json_is_all_of_stdout(findings, tmp_path):
     }
 
 
+@pytest.mark.parametrize("words", [["--json"], ["--json", "-"], ["--json=-", "--preflight"]])
+def test_json_without_a_file_is_printed(findings, words):
+    content = json.loads(doctor(*words).stdout)
+    assert [found["severity"] for found in content["findings"]] == ["ok", "warning", "error"]
+
+
+@pytest.mark.parametrize("equals", [False, True])
+def test_json_with_a_file_is_written(findings, tmp_path, equals):
+    file = tmp_path / ("doctor.text" if equals else "doctor.json")
+    result = doctor(*([f"--json={file}"] if equals else ["--json", str(file)]))
+    assert result.exit_code == 3
+    assert len(json.loads(file.read_text())["findings"]) == 3
+    assert "ECC errors" in result.stdout
+
+
+def test_what_follows_json_may_be_the_configuration(monkeypatch):
+    seen = []
+    monkeypatch.setattr(session, "examine_machine", lambda request: seen.append(request) or [])
+    result = doctor("--json", "configs/quickstart.yaml", "moe.tau=0.5")
+    assert seen[0].config.moe.tau == 0.5
+    assert json.loads(result.stdout) == {"findings": []}
+
+
 def test_the_request_reaches_the_examination(monkeypatch):
     seen = []
     monkeypatch.setattr(session, "examine_machine", lambda request: seen.append(request) or [])

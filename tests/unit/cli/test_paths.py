@@ -68,7 +68,8 @@ def _words(place: Any, command: Any, value: str, folder: Path) -> list[str]:
         if parameter.param_type_name == "argument":
             arguments.append(given)
         else:
-            options += [parameter.opts[0], given]
+            # doctor takes --json without a file, so that a word after it may be CONFIG.
+            options.append(f"{parameter.opts[0]}={given}")
     return [*options, *arguments]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +16,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from moepp_megatron.cli import main
+from moepp_megatron.cli import main, paths
+from moepp_megatron.cli.options import GPU_NAMES
+from moepp_megatron.config import Layout, load_config
+
+ROOT = Path(__file__).parents[3]
 
 
 def _commands() -> Iterator[tuple[list[str], Any]]:
@@ -27,6 +34,11 @@ def _commands() -> Iterator[tuple[list[str], Any]]:
 
 
 COMMANDS = list(_commands())
+OPTIONS = [
+    (" ".join(["moepp", *path, parameter.opts[0]]), parameter)
+    for path, command in COMMANDS
+    for parameter in command.params
+]
 
 
 def _without_breaks(text: str) -> str:
@@ -34,9 +46,12 @@ def _without_breaks(text: str) -> str:
     return "".join(text.split())
 
 
-@pytest.mark.parametrize(
+each_command = pytest.mark.parametrize(
     ("path", "command"), COMMANDS, ids=[" ".join(["moepp", *path]) for path, _ in COMMANDS]
 )
+
+
+@each_command
 def test_help_shows_every_word_that_was_written(path: list[str], command: Any) -> None:
     """Brackets too, as in `input_ids [b, s]`, and also where the terminal is narrow."""
     shown = CliRunner().invoke(main.app, [*path, "--help"], env={"COLUMNS": "60"})
@@ -46,6 +61,103 @@ def test_help_shows_every_word_that_was_written(path: list[str], command: Any) -
     for parameter in command.params:
         text = getattr(parameter, "help", None)
         assert _without_breaks(text or "") in output, f"{parameter.name} of {path}"
+
+
+@each_command
+def test_help_has_the_words_of_a_user(path: list[str], command: Any) -> None:
+    """No type of Python's, and lines that fit, examples among them."""
+    shown = CliRunner().invoke(main.app, [*path, "--help"], env={"COLUMNS": "80"}).stdout
+    assert re.findall(r"<\w+.*|list\[.*|x[<>]=.*|\{.*", shown) == []
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
+    assert shown.rstrip().endswith(command.epilog.splitlines()[-1])
+
+
+def test_ranges_are_said_in_words() -> None:
+    shown = {
+        name: CliRunner().invoke(main.app, [name, "--help"], env={"COLUMNS": "100"}).stdout
+        for name in ("plan", "generate", "profile", "monitor")
+    }
+    for name, words in (
+        ("plan", "--top N "),
+        ("plan", "[default: 5; from 1 to 50]"),
+        ("generate", "[default: 0.8; at least 0]"),
+        ("generate", "--temperature NUMBER "),
+        ("profile", "[OPTIONS] RUN\n"),
+        ("monitor", "[OPTIONS] RUN...\n"),
+    ):
+        assert words in shown[name]
+
+
+def test_a_parameter_is_explained_with_a_sentence() -> None:
+    helps = {name: getattr(parameter, "help", None) or "" for name, parameter in OPTIONS}
+    assert len(helps) > 150
+    opening = re.compile(r"(As|At|By|For|From|In|Of|On|To|What|Where|Whether)\b|[^A-Z]")
+    assert [name for name, text in helps.items() if opening.match(text)] == []
+    assert [name for name, text in helps.items() if not re.search(r" .*\.$", text)] == []
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    found: dict[str, list[Any]] = {option: [] for option in ("--json", "--out", "--gpu")}
+    for name, option in OPTIONS:
+        if name.split()[-1] in found:
+            found[name.split()[-1]].append((name, option.metavar, option.help))
+    for name, metavar, text in found["--json"]:
+        assert metavar.strip("[]") == "FILE", name
+        assert text.startswith("Write the results as JSON to this file"), name
+    for name, metavar, text in found["--out"]:
+        assert re.fullmatch(r"DIR|FILE(\.\w+)?", metavar), name
+        assert text.startswith("Write "), name
+    for name, metavar, text in found["--gpu"]:
+        assert (metavar, GPU_NAMES in text) == ("NAME", True), name
+    assert {option: len(places) >= 3 for option, places in found.items()} == dict.fromkeys(
+        found, True
+    )
+
+
+@each_command
+def test_examples_parse(path: list[str], command: Any) -> None:
+    """Each with the command itself; a configuration is there, and takes as many ranks."""
+    examples = command.epilog.splitlines()
+    assert 1 <= len(examples) <= 2
+    for example in examples:
+        words = shlex.split(example)
+        assert words[: len(path) + 1] == ["moepp", *path]
+        found, rest = typer.main.get_command(main.app), words[1:]
+        while hasattr(found, "commands"):
+            found = found.commands[rest.pop(0)]
+        given = found.make_context(" ".join(words), rest).params
+        config = given.get("config")
+        if config is not None:
+            settings = load_config(ROOT / config, given["overrides"] or [])
+            if isinstance(given.get("nproc"), int):
+                Layout.from_config(settings, given["nproc"])
+
+
+def test_json_to_stdout_is_all_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    written = CliRunner().invoke(main.app, ["config", "keys", "moe.tau", "--json", str(file)])
+    printed = CliRunner().invoke(main.app, ["config", "keys", "moe.tau", "--json", "-"])
+    assert str(file) in written.stdout
+    assert printed.stdout == file.read_text() + "\n"
+    assert '"moe.tau"' in printed.stdout
+
+
+def test_what_ranks_print_is_not_beside_it(capfd: pytest.CaptureFixture[str]) -> None:
+    """A rank has the file descriptor; what was written before a failure is printed too."""
+
+    def fail() -> None:
+        with paths.printed_file() as file:
+            print("a table")
+            os.write(1, b"a rank's table")
+            file.write_text("{}\n")
+            raise SystemExit(3)
+
+    with pytest.raises(SystemExit, match="3"):
+        fail()
+    with paths.printed_file():
+        print("nothing was written")
+    print("goes on")
+    assert capfd.readouterr().out == "{}\ngoes on\n"
 
 
 def test_the_walk_has_found_the_commands() -> None:
