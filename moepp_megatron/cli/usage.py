@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.config.megatron_flags import setting_of
+from moepp_megatron.runtime.patches import replace
 
 # The base of typer's public exceptions, which is in another module from version to version.
 UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
@@ -86,9 +87,13 @@ def _explain(parameter: Any) -> None:
         name = _TYPE.sub("" if is_argument else _value, found[0])
         return name, _RANGE.sub(_range_in_words, found[1])
 
-    parameter.get_help_record = shown
+    replace(parameter, "get_help_record", shown)
     # `CONFIG`, where typer has `{CONFIG}`.
-    parameter.get_usage_pieces = lambda ctx: [re.sub("[{}]", "", piece) for piece in pieces(ctx)]
+    replace(
+        parameter,
+        "get_usage_pieces",
+        lambda ctx: [re.sub("[{}]", "", piece) for piece in pieces(ctx)],
+    )
 
 
 def _value(shown: re.Match[str]) -> str:

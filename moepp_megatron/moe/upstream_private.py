@@ -92,6 +92,14 @@ _LAYER_NAMES = (
         "DeepEP gets indices with unused slots; bytes are counted from its indices",
     ),
     PrivateName(
+        _DISPATCHERS,
+        "_DeepepManager",
+        "_indices_to_multihot",
+        "read",
+        "the host does not wait for a selection by a mask",
+        ("indices", "probs"),
+    ),
+    PrivateName(
         "models.common.model_chunk_schedule_plan",
         "TransformerLayerSchedulePlan",
         "_build_callable_nodes",

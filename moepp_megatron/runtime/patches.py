@@ -72,6 +72,20 @@ PATCHES = (
         "megatron-core takes a reader for the common state",
     ),
     Patch(
+        "cli.usage",
+        "typer",
+        "get_help_record and get_usage_pieces of each argument and option; for good",
+        "help would show Python's types, and ranges as x>=1",
+        "typer has words of its own for them",
+    ),
+    Patch(
+        "training.setup",
+        "Transformer Engine",
+        "fuse_wgrad_accumulation of its layers; for good, where megatron-core has left it off",
+        "weight gradients would be written and added to their buffers in a pass of its own",
+        "megatron-core's output layer can be built with its setting where apex is not there",
+    ),
+    Patch(
         "training.step",
         "megatron-core",
         "prepare_grads and get_grad_norm of one optimizer; for one step",
@@ -109,7 +123,7 @@ PATCHES = (
     Patch(
         "workbench.bench.held_routing",
         "megatron-core",
-        "gating of one router; for good, in a benchmark",
+        "gating, or the last step of it, of one router; for good, in a benchmark",
         "timed layers must have the same load",
         "never: it is the benchmark's purpose",
     ),

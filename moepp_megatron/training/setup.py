@@ -28,6 +28,7 @@ from moepp_megatron.model.megatron_config import moepp_config, params_dtype
 from moepp_megatron.moe.kernels import start_one, use_kernels
 from moepp_megatron.moe.lane import pipeline_config
 from moepp_megatron.runtime.kernel_choices import chosen_cross_entropy
+from moepp_megatron.runtime.patches import replace
 from moepp_megatron.training.gradient_norm import use_one_read
 
 
@@ -160,7 +161,7 @@ def _fuse_weight_gradients(model: torch.nn.Module) -> None:
     """
     for layer in model.modules():
         if hasattr(layer, "fuse_wgrad_accumulation"):
-            setattr(layer, "fuse_wgrad_accumulation", True)  # noqa: B010
+            replace(layer, "fuse_wgrad_accumulation", True)
 
 
 def _adam(settings: OptimizerSection) -> dict[str, Any]:

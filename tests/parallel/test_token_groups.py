@@ -190,9 +190,10 @@ def take_ffn_experts_from_rarest(model: Any, fault: Fault) -> None:
         def lower(
             *args: Any, logits: Any = router._logits, rare: list[Any] = rare, num: int = NUM_FFN
         ) -> Any:
-            found = logits(*args).clone()
+            found, mixing = logits(*args)
+            found = found.clone()
             found[..., :num] -= 20.0 * rare[0].unsqueeze(-1)
-            return found
+            return found, mixing
 
         router.register_forward_pre_hook(see)
         router._logits = lower

@@ -215,7 +215,7 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
         "distributed.joined": lambda *args: contextlib.nullcontext("its GPU"),
         "numa.bind_to_gpu": bound.append,
         "distributed.build_groups": lambda *args: None,
-        "backends.choices_to_log": lambda: None,
+        "backends.choices_to_log": lambda config: None,
     }.items():
         monkeypatch.setattr(f"moepp_megatron.runtime.{name}", stand_in)
     monkeypatch.setattr("moepp_megatron.training.trainer.Trainer", lambda *args: trainer)
