@@ -95,8 +95,8 @@ _LAYER_NAMES = (
         _DISPATCHERS,
         "_DeepepManager",
         "_indices_to_multihot",
-        "read",
-        "the host does not wait for a selection by a mask",
+        "called",
+        "an object's is replaced, so that the host does not wait for a selection by a mask",
         ("indices", "probs"),
     ),
     PrivateName(
