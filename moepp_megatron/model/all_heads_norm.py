@@ -80,6 +80,8 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, x_SBNC: Tensor, weight_NC: Tensor, eps: float, count: int, group: ProcessGroup
     ) -> Tensor:
+        # A view would keep the whole projection of queries, keys and values.
+        x_SBNC = x_SBNC.contiguous()
         x = x_SBNC.float()
         squares_SB11 = _sum_over_ranks(x.square(), group)
         scale_SB11 = torch.rsqrt(squares_SB11 / count + eps)

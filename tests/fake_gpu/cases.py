@@ -51,7 +51,8 @@ def whole(
 ) -> tuple[dict[str, Any], RankMemory]:
     """A shipped configuration at full width, on its fullest rank; and the estimate of all of it.
 
-    As many micro-batches as fill the pipeline: further ones take no more memory.
+    As many micro-batches as fill the pipeline: further ones take no more memory. The combined
+    schedule has one more at work.
 
     Args:
         path: Its file.
@@ -63,11 +64,12 @@ def whole(
     stages = [rank_memory(config, layout, stage) for stage in range(layout.pp)]
     fullest = max(range(layout.pp), key=lambda stage: stages[stage].total)
     size = config.training.micro_batch_size
+    count = layout.pp * (1 + config.parallel.overlap_moe_expert_parallel_comm)
     overrides = [
         *changes,
         f"model.num_layers={layers * layout.pp if layers else config.model.num_layers}",
         f"training.micro_batch_size={size}",
-        f"training.global_batch_size={layout.pp * size * layout.dp}",
+        f"training.global_batch_size={count * size * layout.dp}",
     ]
     case = {
         "config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world,

@@ -432,11 +432,6 @@ def answer_megatron() -> None:
         index = torch.zeros(num_out_tokens, dtype=torch.long, device=tokens.device)
         return tokens.index_select(0, index), probs.reshape(-1).index_select(0, index), index
 
-    def unpermute(
-        rows: Any, index: Any, merging_probs: Any = None, restore_shape: Any = None, **_: Any
-    ) -> Any:
-        return rows.new_zeros(restore_shape).index_add(0, index, rows)
-
     def sort_chunks(rows: Any, splits: Any, index: Any) -> Any:
         assert splits.is_cuda
         assert index.is_cuda
@@ -448,7 +443,6 @@ def answer_megatron() -> None:
 
     moe_utils.fused_permute = permute_rows
     moe_utils.fused_permute_with_probs = permute
-    moe_utils.fused_unpermute = unpermute
     moe_utils.fused_sort_chunks_by_index = sort_chunks
     moe_utils.fused_sort_chunks_by_index_with_probs = lambda rows, probs, splits, index: (
         sort_chunks(rows, splits, index),

@@ -9,6 +9,8 @@ modules, which a CPU runs, are counted in `local_activations.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moepp_megatron.workbench.planning import local_activations as local
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.links import distinct_targets
@@ -31,7 +33,7 @@ def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
     kept = stream * 2 + _norm_outputs(load, grid) + _attention(load, grid)
     if not layer.is_moe:
         return kept + _swiglu(load, grid, load.dense_size, "mlp")
-    kept += _moe(load, grid, layer.rows)
+    kept += _moe(load, grid, layer.rows) + _between_nodes(load, grid)
     if load.experts.shared_size:
         kept += _swiglu(load, grid, load.experts.shared_size, "shared_experts")
     return kept
@@ -62,9 +64,7 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
         inner = 3 * layer.rows * grid.etp * load.experts.ffn_size / grid.etp * size
         peak += sent + layer.rows * grid.etp * row + inner
     if grid.recompute:
-        whole = Grid(
-            grid.world, grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp, grid.micro_batch
-        )
+        whole = replace(grid, recompute=(), recomputed_layers=None)
         peak += kept_bytes(load, whole, layer) - kept_bytes(load, grid, layer)
     return peak
 
@@ -128,6 +128,20 @@ def _swiglu(load: Workload, grid: Grid, inner: int, module: str) -> float:
     group = grid.tokens(load.seq) * grid.tp
     width = inner / grid.tp
     return group * width * (2 * load.numbers.activation_bytes + _input_size(load))
+
+
+def _between_nodes(load: Workload, grid: Grid) -> float:
+    """What the combined schedule's nodes of an MoE++ layer hand on (`moe/overlap.py`).
+
+    A node's results stay until its backward pass: the local experts' output, and the hidden states
+    with the lane glued on, whose two parts the next layer copies.
+    """
+    if not grid.expert_overlap or load.experts.is_vanilla:
+        return 0.0
+    own, size = grid.tokens(load.seq), load.numbers.activation_bytes
+    lane = 4 * load.experts.num_experts if load.experts.gating_residual else 0
+    glued = load.hidden * size + 2 * lane if lane else 0
+    return float(own * (load.hidden * size + glued))
 
 
 def _moe(load: Workload, grid: Grid, rows: float) -> float:

@@ -41,7 +41,7 @@ class Attention(Protocol):
         """Channels per token that tensor-parallel ranks gather before the projections."""
 
     def kept_width(self, tp: int) -> int:
-        """Channels per token that the core keeps for the backward pass: q, k, v, output."""
+        """Channels per token kept for the backward pass by the core (q, k, v, output) and norms."""
 
     def exchanged_width(self, tp: int) -> int:
         """Channels per token of the keys and values that context-parallel ranks exchange."""
@@ -109,8 +109,12 @@ class GroupedQuery:
         return hidden
 
     def kept_width(self, tp: int) -> int:
-        """Queries, keys, values and the output."""
-        return 2 * self._query(tp) + 2 * self._key(tp)
+        """Queries, keys, values and the output; queries and keys before their norms.
+
+        The norms keep copies: of the projection queries and keys are views with gaps.
+        """
+        normed = self._query(tp) + self._key(tp) if self.has_qk_norm else 0
+        return 2 * self._query(tp) + 2 * self._key(tp) + normed
 
     def exchanged_width(self, tp: int) -> int:
         """Keys and values."""

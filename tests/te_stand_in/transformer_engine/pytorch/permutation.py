@@ -36,7 +36,21 @@ def moe_unpermute(
     assert pad_offsets is None
     if not inp.numel():
         return inp.clone()
-    return inp.new_zeros(restore_shape).index_add(0, row_id_map, inp)
+    return _Unpermute.apply(inp, row_id_map, restore_shape)
+
+
+class _Unpermute(torch.autograd.Function):
+    """Keeps the map alone, as Transformer Engine does; torch's `index_add` keeps the rows too."""
+
+    @staticmethod
+    def forward(ctx, inp, row_id_map, restore_shape):
+        ctx.save_for_backward(row_id_map)
+        return inp.new_zeros(restore_shape).index_add(0, row_id_map, inp)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (row_id_map,) = ctx.saved_tensors
+        return grad.index_select(0, row_id_map), None, None
 
 
 def moe_sort_chunks_by_index(inp, split_sizes, sorted_index):

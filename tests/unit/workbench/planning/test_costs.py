@@ -12,7 +12,8 @@ import pytest
 from moepp_megatron.config import Config, parse_config, with_overrides
 from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.config.hardware import load_hardware
-from moepp_megatron.workbench.planning.activations import output_bytes
+from moepp_megatron.workbench.planning.activations import kept_bytes, output_bytes
+from moepp_megatron.workbench.planning.attention import GroupedQuery
 from moepp_megatron.workbench.planning.coster import GIB, Coster
 from moepp_megatron.workbench.planning.efficiency import Efficiencies
 from moepp_megatron.workbench.planning.grid import FULL, Grid
@@ -26,7 +27,7 @@ from moepp_megatron.workbench.planning.layer_time import (
 )
 from moepp_megatron.workbench.planning.links import Placement
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
-from moepp_megatron.workbench.planning.memory import fullest_rank, memory_of
+from moepp_megatron.workbench.planning.memory import fullest_rank, fullest_rows, memory_of
 from moepp_megatron.workbench.planning.parts import Layer, embedding_part, layer_parts, output_part
 from moepp_megatron.workbench.planning.pipeline import (
     bubble_seconds,
@@ -216,6 +217,32 @@ def test_what_takes_memory() -> None:
     assert held(pp=4, vpp=2) > held(pp=4)
     assert held(replace(LOAD, numbers=replace(LOAD.numbers, fp8="blockwise"))) < base
     assert held(LOAD.at_share(0.3)) < base < held(LOAD.at_share(1.0))
+
+
+def _kept(load: Workload = LOAD, **grid: object) -> float:
+    chosen = Grid(**{"world": 8, "ep": 8, **grid})
+    return kept_bytes(load, chosen, Layer(True, fullest_rows(load, chosen)))
+
+
+@pytest.mark.parametrize(("tp", "heads"), [(1, 16 + 8), (4, 4 + 2), (16, 1 + 1)])
+def test_norms_keep_queries_and_keys(tp: int, heads: int) -> None:
+    """On a rank with several key heads, and where two ranks share one; heads wider than usual."""
+    load = replace(LOAD, attention=GroupedQuery(heads=16, groups=8, head_dim=256))
+    normed = replace(load, attention=replace(load.attention, has_qk_norm=True))
+    for recompute in ((), ("core_attn",)):
+        grid = {"world": 16, "tp": tp, "recompute": recompute}
+        assert _kept(normed, **grid) - _kept(load, **grid) == 2 * load.seq * heads * 256
+    assert _kept(normed, recompute=FULL) == _kept(load, recompute=FULL)
+
+
+def test_nodes_of_the_combined_schedule_keep_what_they_hand_on() -> None:
+    """The local experts' output; hidden states with fp32 logits glued on, and these copied apart."""
+    wide = LOAD.experts.num_experts * 4
+    more = LOAD.seq * (2 * LOAD.hidden * 2 + 2 * wide)
+    assert _kept(expert_overlap=True) - _kept() == more
+    nothing = dict.fromkeys(("num_zero_experts", "num_copy_experts", "num_constant_experts"), 0)
+    vanilla = Workload.from_config(configured(gating_residual=False, **nothing))
+    assert _kept(vanilla, expert_overlap=True) == _kept(vanilla)
 
 
 def test_a_fused_loss_needs_the_logits_alone() -> None:

@@ -30,7 +30,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, input):
-        return rms_norm(input, self.weight, self.eps)
+        # Of a view Transformer Engine makes and keeps a copy.
+        return rms_norm(input.contiguous(), self.weight, self.eps)
 
 
 class LayerNorm(RMSNorm):
