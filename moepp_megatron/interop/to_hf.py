@@ -41,6 +41,8 @@ from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
 
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
+# What a checkpoint holds beside the model's weights.
+_NOT_EXPORTED = ("optimizer", UNUSED_PREFIX)
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -171,7 +173,8 @@ def _present_rules(
     """The rules whose tensors are written: unused ones where the format or the checkpoint has them.
 
     Raises:
-        ConfigError: If the checkpoint lacks a tensor or has it in another shape; names it.
+        ConfigError: If the checkpoint lacks a tensor or has it in another shape, or has a tensor of
+            the model that no rule reads; names it.
     """
     tensors = reader.tensors
     for rule in rules:
@@ -184,6 +187,14 @@ def _present_rules(
                 f"{reader.folder}: tensor {rule.key} must have shape {list(rule.shape)} by "
                 f"{CONFIG_FILE}, and the checkpoint {held}; copy the checkpoint again"
             )
+    read = {rule.key for rule in rules}
+    left = [key for key in tensors if key not in read and not key.startswith(_NOT_EXPORTED)]
+    if left:
+        raise ConfigError(
+            f"{reader.folder}: tensor {left[0]} has no place in this layout, and the export would "
+            "compute something else without it; export in another --layout, or teach "
+            f"moepp_megatron/interop its tensors ({len(left)} in all)"
+        )
     return [rule for rule in rules if not rule.unused or keeps_unused or rule.key in tensors]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -399,3 +401,23 @@ def test_hostile_json_is_refused_in_one_line(tmp_path: Path, name: str, content:
     ) as caught:
         convert(source, tmp_path / "mcore")
     assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_that_no_rule_reads_is_not_left_out_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kind of expert that the exported program does not know would change the model."""
+    from moepp_megatron.interop import to_hf
+    from moepp_megatron.interop.checkpoint_reader import CheckpointReader
+
+    convert(write_released(tmp_path / "hf"), tmp_path / "mcore")
+    rules = to_hf._FORMATS["moepp"].rules
+    key = next(k for k in CheckpointReader(tmp_path / "mcore").tensors if "constants" in k)
+    forgetful = dataclasses.replace(
+        to_hf._FORMATS["moepp"],
+        rules=lambda config: (rule for rule in rules(config) if rule.key != key),
+    )
+    monkeypatch.setitem(to_hf._FORMATS, "moepp", forgetful)
+    with pytest.raises(ConfigError, match=rf"tensor {re.escape(key)} has no place in this layout"):
+        to_hf.mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
