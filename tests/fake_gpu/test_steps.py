@@ -124,7 +124,7 @@ def test_peak_memory_is_the_planned_one(play: Play) -> None:
 
 
 def test_a_layer_keeps_what_is_planned(play: Play) -> None:
-    """Norms of queries and keys, DeepEP, and the combined schedule: all that one more layer adds."""
+    """Norms of queries and keys, DeepEP, the combined schedule: what one more layer adds."""
     (path,) = (path for path in cases.PLANNED if path.stem == "qwen3_30b_a3b_32_64")
     changes = (
         "parallel.expert_model_parallel_size=16",

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from moepp_megatron.workbench.planning import local_activations as local
 from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.latent_attention import LatentAttention
 from moepp_megatron.workbench.planning.links import distinct_targets
 from moepp_megatron.workbench.planning.parts import Layer
 from moepp_megatron.workbench.planning.workload import Workload
@@ -29,8 +30,10 @@ def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
     own = grid.tokens(load.seq)
     stream = float(own * load.hidden * size)
     if grid.recomputes_all:
-        return stream
-    kept = stream * 2 + _norm_outputs(load, grid) + _attention(load, grid)
+        # What the layer starts from: hidden states, and the logits of the MoE layer before.
+        passed_on = load.experts.num_experts if load.experts.gating_residual else 0
+        return stream + 4.0 * own * passed_on
+    kept = stream * 2 + _norm_outputs(load, grid, layer.is_moe) + _attention(load, grid)
     if not layer.is_moe:
         return kept + _swiglu(load, grid, load.dense_size, "mlp")
     kept += _moe(load, grid, layer.rows) + _between_nodes(load, grid)
@@ -70,15 +73,20 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 
 
 def output_bytes(load: Workload, grid: Grid) -> float:
-    """Logits of one micro-batch in their format; unless their cross entropy is fused, in fp32 too.
+    """Bytes that the output layer and its loss need at the start of the backward pass.
 
+    Logits of one micro-batch in their format; unless their cross entropy is fused, in fp32 too.
     megatron-core's cross entropy makes exponentials, probabilities and their gradient of the fp32
-    logits in place; the other format holds first the logits, then their gradient.
+    logits in place; the other format holds first the logits, then their gradient. Beside them the
+    final norm's output, its gradient and that of the weights, which is added up after its product.
     """
     if load.modules == "local":
         return local.output_bytes(load, grid)
-    logits = grid.tokens(load.seq) * grid.tp * load.vocab / grid.tp
-    return logits * (load.numbers.activation_bytes + (0 if load.loss_fused else 4))
+    size = load.numbers.activation_bytes
+    own = grid.tokens(load.seq)
+    width = load.vocab / grid.tp
+    logits = own * grid.tp * width * (size + (0 if load.loss_fused else 4))
+    return logits + (own + own * grid.tp + width) * load.hidden * size
 
 
 def resident_bytes(load: Workload, grid: Grid) -> float:
@@ -98,12 +106,18 @@ def _input_size(load: Workload) -> float:
     return 1.0 if load.numbers.fp8 else float(load.numbers.activation_bytes)
 
 
-def _norm_outputs(load: Workload, grid: Grid) -> float:
-    """Outputs of the two norms: input of the projections, input of the FFN or router."""
-    if "layernorm" in grid.recompute:
-        return 0.0
+def _norm_outputs(load: Workload, grid: Grid, is_moe: bool) -> float:
+    """Outputs of the two norms: input of the projections, input of the FFN or router.
+
+    Transformer Engine has a norm inside the product that follows it, and megatron-core repeats
+    those alone that are modules of their own: before latent attention, before an MoE layer.
+    """
     own = grid.tokens(load.seq) * load.hidden
-    return own * (_input_size(load) + load.numbers.activation_bytes)
+    repeats = "layernorm" in grid.recompute
+    is_latent = isinstance(load.attention, LatentAttention)
+    before_attention = 0.0 if repeats and is_latent else own * _input_size(load)
+    before_ffn = 0.0 if repeats and is_moe else float(own * load.numbers.activation_bytes)
+    return before_attention + before_ffn
 
 
 def _attention(load: Workload, grid: Grid) -> float:

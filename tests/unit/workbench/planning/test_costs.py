@@ -235,8 +235,21 @@ def test_norms_keep_queries_and_keys(tp: int, heads: int) -> None:
     assert _kept(normed, recompute=FULL) == _kept(load, recompute=FULL)
 
 
+def test_norms_inside_a_product_are_not_repeated() -> None:
+    """As megatron-core does: only the norm before an MoE layer is a module of its own."""
+    one = 2 * LOAD.seq * LOAD.hidden
+    assert _kept() - _kept(recompute=("layernorm",)) == one
+    dense = Layer(False, 0.0)
+    grid = Grid(8, recompute=("layernorm",))
+    assert kept_bytes(LOAD, grid, dense) == kept_bytes(LOAD, Grid(8), dense)
+
+
+def test_a_repeated_layer_keeps_its_input_and_the_logits_before() -> None:
+    assert _kept(recompute=FULL) == LOAD.seq * (2 * LOAD.hidden + 4 * LOAD.experts.num_experts)
+
+
 def test_nodes_of_the_combined_schedule_keep_what_they_hand_on() -> None:
-    """The local experts' output; hidden states with fp32 logits glued on, and these copied apart."""
+    """The local experts' output; hidden states with fp32 logits glued on, the logits copied."""
     wide = LOAD.experts.num_experts * 4
     more = LOAD.seq * (2 * LOAD.hidden * 2 + 2 * wide)
     assert _kept(expert_overlap=True) - _kept() == more
@@ -252,8 +265,10 @@ def test_a_fused_loss_needs_the_logits_alone() -> None:
     assert not native.loss_fused
     assert not Workload.from_config(configured(), "local").loss_fused
     logits = LOAD.seq * LOAD.vocab
-    assert output_bytes(LOAD, grid) == 2 * logits
-    assert output_bytes(native, grid) == 6 * logits
+    # The final norm's output, its gradient, and the weight's.
+    beside = (2 * LOAD.seq + LOAD.vocab) * LOAD.hidden * 2
+    assert output_bytes(LOAD, grid) == 2 * logits + beside
+    assert output_bytes(native, grid) == 6 * logits + beside
     fused, plain = (output_part(load, grid) for load in (LOAD, native))
     assert fused.forward.products == plain.forward.products
     # Read once; backward read once more and written.
