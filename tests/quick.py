@@ -13,8 +13,8 @@ from tests.timetable import recorded
 
 ROOT = Path(__file__).parents[1]
 SHORT_S = 2.5
-# No short tests of their own.
-_ALSO = ("tests/unit/test_experts.py",)
+# Not always short by the record, and all that rooms have: experts, interop.
+_ALSO = ("tests/unit/test_experts.py", "tests/unit/moe/test_extreme_logits.py")
 
 CASES = {
     "data parallel, distributed optimizer": "parallel/test_matrix.py::test_fast_layout[2 whole]",
