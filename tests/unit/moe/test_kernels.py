@@ -54,11 +54,15 @@ def compiled() -> Iterator[SimpleNamespace]:
 
 
 def _forget_compiled_kernels(triton: Any) -> None:
-    """Have modules imported anew whose kernels another test's import has defined for a GPU."""
+    """Have all kernels' modules imported anew if another test's import has defined any for a GPU.
+
+    All of them, for those that launch kernels keep the modules that define them.
+    """
     package = "moepp_megatron.moe.kernels."
-    for name in [name for name in sys.modules if name.startswith(package)]:
-        kernels = vars(sys.modules[name]).values()
-        if any(isinstance(kernel, triton.JITFunction) for kernel in kernels):
+    names = [name for name in sys.modules if name.startswith(package)]
+    kernels = [value for name in names for value in vars(sys.modules[name]).values()]
+    if any(isinstance(kernel, triton.JITFunction) for kernel in kernels):
+        for name in names:
             del sys.modules[name]
             delattr(sys.modules[package[:-1]], name.removeprefix(package))
 
