@@ -7,37 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from drawing import EDGE, box, start
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyBboxPatch
 
-# The same file every time: no date, no random ids; text stays text.
-plt.rcParams.update(
-    {"svg.hashsalt": "layer", "svg.fonttype": "none", "font.size": 10, "font.family": "DejaVu Sans"}
-)
-FFN, LOCAL, LANE, EDGE = "#1f4e79", "#2e7d4f", "#b3400e", "#7a7a7a"
+start("layer", 10)
+FFN, LOCAL, LANE = "#1f4e79", "#2e7d4f", "#b3400e"
 LAYER, EXPERT, FREE, BAR = "#f3f5f8", "#d5e3f0", "#dcefe2", "#c3d2e2"
 # Left to right: tokens, router, first exchange, FFN experts, second exchange, sum.
 ROUTER, OUT, EXPERTS, BACK, SUM = 2.0, 5.5, 6.4, 10.0, 11.6
-
-
-def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, fill: str) -> None:
-    """A rounded box with text."""
-    axes.add_patch(
-        FancyBboxPatch(
-            (x, y),
-            width,
-            height,
-            boxstyle="round,pad=0,rounding_size=0.08",
-            facecolor=fill,
-            edgecolor=EDGE,
-            linewidth=0.8,
-        )
-    )
-    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center")
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str) -> None:

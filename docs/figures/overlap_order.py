@@ -7,18 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from drawing import EDGE, start
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-# The same file every time: no date, no random ids; text stays text.
-plt.rcParams.update(
-    {"svg.hashsalt": "order", "svg.fonttype": "none", "font.size": 9, "font.family": "DejaVu Sans"}
-)
-NETWORK, NEEDED, FILLS, EDGE = "#b3400e", "#dbe5ee", "#cfe6cf", "#7a7a7a"
+start("order", 9)
+NETWORK, NEEDED, FILLS = "#b3400e", "#dbe5ee", "#cfe6cf"
 
 # (left, width, text) of each piece, time from left to right. What fills the flight of an exchange
 # stands in the row of its own.

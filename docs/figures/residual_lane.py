@@ -7,34 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from drawing import EDGE, box, start
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyBboxPatch
 
-# The same file every time: no date, no random ids; text stays text.
-plt.rcParams.update(
-    {"svg.hashsalt": "lane", "svg.fonttype": "none", "font.size": 9, "font.family": "DejaVu Sans"}
-)
-HIDDEN, LANE, LAYER, STAGE = "#1f4e79", "#b3400e", "#e8eef4", "#7a7a7a"
-
-
-def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, fill: str) -> None:
-    """A rounded box with text."""
-    axes.add_patch(
-        FancyBboxPatch(
-            (x, y),
-            width,
-            height,
-            boxstyle="round,pad=0,rounding_size=0.08",
-            facecolor=fill,
-            edgecolor=STAGE,
-            linewidth=0.8,
-        )
-    )
-    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center")
+start("lane", 9)
+HIDDEN, LANE, LAYER = "#1f4e79", "#b3400e", "#e8eef4"
 
 
 def arrow(axes: Axes, x0: float, x1: float, y: float, color: str) -> None:
@@ -45,9 +23,9 @@ def arrow(axes: Axes, x0: float, x1: float, y: float, color: str) -> None:
 def stage(axes: Axes, x: float, names: tuple[str, str], title: str) -> None:
     """Two layers of a stage, from x on; hidden states above, lane below."""
     axes.add_patch(
-        plt.Rectangle((x, 0.35), 5.0, 2.75, fill=False, edgecolor=STAGE, linestyle="--", lw=0.9)
+        plt.Rectangle((x, 0.35), 5.0, 2.75, fill=False, edgecolor=EDGE, linestyle="--", lw=0.9)
     )
-    axes.text(x + 2.5, 3.22, title, ha="center", color=STAGE)
+    axes.text(x + 2.5, 3.22, title, ha="center", color=EDGE)
     for index, name in enumerate(names):
         left = x + 0.35 + 2.45 * index
         box(axes, left, 0.75, 1.9, 1.95, name, LAYER)
@@ -61,7 +39,7 @@ def message(axes: Axes, x: float) -> None:
     axes.add_patch(plt.Rectangle((x + 1.5, 1.5), 0.45, 0.42, facecolor=LANE, edgecolor="none"))
     axes.text(x + 0.75, 2.05, "D columns", ha="center", color=HIDDEN)
     axes.text(x + 1.9, 1.42, "+ 4 E bytes", ha="right", va="top", color=LANE)
-    axes.text(x + 0.98, 0.9, "one message,\none tensor", ha="center", va="top", color=STAGE)
+    axes.text(x + 0.98, 0.9, "one message,\none tensor", ha="center", va="top", color=EDGE)
 
 
 def main() -> None:

@@ -28,17 +28,19 @@ def config_with_origins(path: str | Path, overrides: Sequence[str] = ()) -> dict
     config = load_config(path, overrides)
     origins: dict[tuple[str, ...], str] = {}
     for origin, content in config_layers(path, overrides):
-        origins |= dict.fromkeys(_leaves(content), origin)
+        origins |= dict.fromkeys((names for names, _ in leaves(content)), origin)
     return _paired(config.model_dump(mode="json"), origins, ())
 
 
-def _leaves(content: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The names of all values in a mapping of mappings."""
+def leaves(
+    content: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All values in a mapping of mappings, each with its names from the outside in."""
     for name, value in content.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, (*above, name))
+            yield from leaves(value, (*above, name))
         else:
-            yield (*above, name)
+            yield (*above, name), value
 
 
 def _paired(

@@ -16,6 +16,7 @@ import yaml
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.config.load import parse_config
+from moepp_megatron.config.origins import leaves
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report.run_data import ReportError, RunData, load_run, name_below
@@ -132,17 +133,14 @@ def _flops(run: RunData) -> np.ndarray | None:
     return np.cumsum(tokens * (none + (whole - none) * shares))
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(content: Mapping[str, Any]) -> dict[str, str]:
     """`section.key` to a value as one line of YAML."""
-    settings: dict[str, str] = {}
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            settings |= flat(value, f"{name}.")
-            continue
-        text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
-        settings[name] = text.strip().removesuffix("...").strip()
-    return settings
+    return {".".join(map(str, names)): _line(value) for names, value in leaves(content)}
+
+
+def _line(value: object) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.strip().removesuffix("...").strip()
 
 
 def differing_settings(runs: Sequence[ComparedRun]) -> list[Setting]:
