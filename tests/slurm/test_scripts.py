@@ -111,6 +111,12 @@ def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs: Jobs) -> None:
     output = output_folder(jobs) / "srun.out"
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "moepp", "train", str(config)]
 
+    def listed() -> set[str]:
+        return set(jobs.cluster.run("squeue", "-h", "-o", "%i").split())
+
+    # Jobs that have ended, other tests' too, are listed for a while.
+    earlier = listed()
+
     def interrupted(command: list[str], how: Callable[[subprocess.Popen, Job], None]) -> list[str]:
         """What is printed after a step."""
         # As --disable-status: srun keeps its first Ctrl-C for itself otherwise.
@@ -119,9 +125,11 @@ def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs: Jobs) -> None:
             srun = subprocess.Popen(command, env=env, cwd=jobs.folder, stdout=file, stderr=file)
         job = None
         try:
-            while not (number := jobs.cluster.run("squeue", "-h", "-o", "%i").strip()):
+            while not (numbers := listed() - earlier):
                 assert srun.poll() is None, output.read_text()
                 time.sleep(0.05)
+            (number,) = numbers
+            earlier.add(number)
             job = jobs.taken(number)
             job.wait_for_step(job.step + 1)
             how(srun, job)
