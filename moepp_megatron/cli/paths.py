@@ -19,7 +19,7 @@ from typing import Any
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.config import ConfigError
+from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.config.paths import path_problem
 from moepp_megatron.config.problem import Problem
 
@@ -70,10 +70,14 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
 def printed_file() -> Iterator[Path]:
     """A file that is printed at the end; all else that would be printed, also by ranks, is not."""
     place = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
-    with (
-        tempfile.TemporaryDirectory(prefix="moepp-", dir=place) as folder,
-        open(os.devnull, "w") as nowhere,
-    ):
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="moepp-", dir=place)
+    except OSError as error:
+        raise UnfitError(
+            f"--json (-) needs a temporary folder that can be written ({error.strerror}); set "
+            "TMPDIR, or name a file"
+        ) from None
+    with temporary as folder, open(os.devnull, "w") as nowhere:
         file = Path(folder) / "json"
         sys.stdout.flush()
         stdout = os.dup(1)

@@ -267,3 +267,13 @@ def test_a_rank_whose_peer_has_refused_says_nothing(
         return
     with pytest.raises(RuntimeError, match="closed by peer"):
         main.run()
+
+
+def test_json_that_is_printed_needs_a_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paths, "_IN_MEMORY", "/nowhere")
+    monkeypatch.setattr(paths.tempfile, "tempdir", "/nowhere")
+    code, out, error = _run(["config", "keys", "moe.tau", "--json", "-"], monkeypatch, capsys)
+    assert (code, out) == (3, "")
+    assert error.startswith("error: --json (-) needs a temporary folder that can be written (")
