@@ -56,7 +56,7 @@ def trainer_settings(corpus: Path, run: Path, **sections: dict[str, Any]) -> dic
         "micro_batch_size": 4,
         **sections.pop("training", {}),
     }
-    model = {"vocab_size": 320, **sections.pop("model", {})}
+    model = {"vocab_size": 320, "num_layers": 2, **sections.pop("model", {})}
     optimizer = {"decay_iters": 20, **sections.pop("optimizer", {})}
     return settings(
         run={"dir": str(run)},
