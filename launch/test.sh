@@ -19,12 +19,20 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 cd -- "$MOEPP_ROOT"
 # One more than cores, for tests that wait; each may have ranks of its own in memory.
 cores=$(nproc 2>/dev/null || echo 2)
-workers=${MOEPP_TEST_WORKERS:-$((cores < 5 ? cores + 1 : 6))}
-shared=(-n "$workers")
+workers=$((cores < 5 ? cores + 1 : 6))
+shared=(-n)
 for argument; do
-    [[ $argument == --quick || $argument == --record-durations ]] || shared=()
+    case $argument in
+    # Nothing of it waits, and each worker collects all tests.
+    --quick) workers=$((cores < 5 ? cores : 5)) ;;
+    --record-durations) ;;
+    *) shared=() ;;
+    esac
 done
 if ((${#shared[@]})); then
+    shared+=("${MOEPP_TEST_WORKERS:-$workers}")
+    # Each worker and each of some hundred processes would compile all that it imports.
+    unset PYTHONDONTWRITEBYTECODE
     # Workers and ranks have the cores between them; more threads would wait for each other, spinning.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi

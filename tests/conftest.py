@@ -126,7 +126,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if _is_quick(config):
         config.args = [str(quick.ROOT / each) for each in quick.chosen()]
         # A few cases on ranks: one worker starts them once.
-        timetable.TOGETHER[:] = ["tests/parallel/", "tests/interop/"]
+        timetable.TOGETHER += ["tests/parallel/", "tests/interop/"]
     is_controller = getattr(config.option, "dist", "no") != "no"
     if is_controller and not hasattr(config, "workerinput"):
         # Units go to the workers in the order of the collection.

@@ -42,8 +42,8 @@ CASES = {
         "[tp2-pp2 interleaved]"
     ),
     "numerical guard": (
-        "parallel/test_numerical_guard.py::test_skipped_batch_leaves_no_trace"
-        "[dp2 bf16 distributed optimizer-gradient]"
+        "parallel/test_numerical_guard.py::test_skipped_batches_leave_no_trace"
+        "[dp2 bf16 distributed optimizer]"
     ),
     "routing guard": ("parallel/test_routing_guard.py::test_collapse_to_zero_computation[ep2]"),
     "budget of FFN experts": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -147,13 +148,24 @@ def token_classes(dataset: Any, vocab_size: int) -> np.ndarray:
     return frequency_classes(counts_on_ranks(dataset, vocab_size), FREQUENCY_CLASSES)
 
 
+# Counts by training set, which two instruments ask for.
+_COUNTED: WeakKeyDictionary[Any, np.ndarray] = WeakKeyDictionary()
+
+
 def counts_on_ranks(dataset: Any, vocab_size: int) -> np.ndarray:
-    """[V] int64 `token_counts` of the training set: rank 0 reads, and every rank must call."""
+    """[V] int64 `token_counts` of the training set: rank 0 reads, and every rank must call.
+
+    It is read once.
+    """
+    known = _COUNTED.get(dataset)
+    if known is not None and len(known) == vocab_size:
+        return known
     counts = torch.zeros(vocab_size, dtype=torch.int64, device=torch.cuda.current_device())
     if dist.get_rank() == 0:
         counts.copy_(torch.from_numpy(token_counts(dataset, vocab_size)))
     dist.broadcast(counts, 0)
-    return counts.cpu().numpy()
+    _COUNTED[dataset] = counts.cpu().numpy()
+    return _COUNTED[dataset]
 
 
 def _tag_tokens(model: TrainingModel, config: Config, classes: np.ndarray) -> int:

@@ -13,10 +13,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -198,8 +199,8 @@ class _Run:
 
         return [endless() for _ in self.model.chunks]
 
-    def _plant(self, fault: str) -> None:
-        """Have every router leave a tensor on the host, or read one from the device."""
+    def _planted(self, fault: str) -> AbstractContextManager[Any]:
+        """Every router leaves a tensor on the host, or reads one from the device."""
         from moepp_megatron.moe.router import MoEPPRouter
 
         forward = MoEPPRouter.forward
@@ -211,9 +212,16 @@ class _Run:
                 float(hidden.sum())
             return forward(router, hidden, *args, **kwargs)
 
-        MoEPPRouter.forward = faulty
+        return mock.patch.object(MoEPPRouter, "forward", faulty)
 
     def play(self) -> None:
+        with ExitStack() as stack:
+            for part in self.case.parts:
+                if part.startswith("plant"):
+                    stack.enter_context(self._planted(part))
+            self._steps()
+
+    def _steps(self) -> None:
         import numpy as np
 
         from moepp_megatron.training import expert_usage, token_groups
@@ -225,9 +233,6 @@ class _Run:
         from moepp_megatron.training.step import training_step
 
         config, parts = self.config, self.case.parts
-        for part in parts:
-            if part.startswith("plant"):
-                self._plant(part)
         for module in (expert_usage, token_groups):
             # There is no training set to count.
             module.counts_on_ranks = lambda dataset, size: np.arange(size, 0, -1)

@@ -20,7 +20,10 @@ pytestmark = [
 TOLERANCE = 0.15
 SMALL = cases.ROOT / cases.SMALLEST
 
-Play = Callable[..., list[dict[str, Any]]]
+FAULTY = [cases.smallest(parts=[part]) for part in ("plant", "plant read")]
+
+Outcomes = list[dict[str, Any]]
+Play = Callable[..., Outcomes]
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,36 @@ def play(tmp_path_factory) -> Play:
     folder: Path = tmp_path_factory.mktemp("stub")
     build.build(folder)
     return lambda cases, engine=False: build.play(folder, cases, engine)
+
+
+@pytest.fixture(scope="module")
+def local(play: Play) -> tuple[Outcomes, Outcomes]:
+    """What is played without Transformer Engine, in one process: `cases.LOCAL` and `FAULTY`."""
+    outcomes = play([*cases.LOCAL.values(), *FAULTY])
+    return outcomes[: -len(FAULTY)], outcomes[-len(FAULTY) :]
+
+
+@pytest.fixture(scope="module")
+def engine(play: Play) -> dict[str, Any]:
+    """What is played with it, in another process: outcomes, and the planned memory of some."""
+    changes = "model.num_layers=3", "training.micro_batch_size=4"
+    (qwen3,) = (path for path in cases.PLANNED if path.stem == "qwen3_30b_a3b_32_64")
+    # Norms of queries and keys, DeepEP, the combined schedule.
+    rich = (
+        "parallel.expert_model_parallel_size=16",
+        "parallel.overlap_moe_expert_parallel_comm=true",
+        "training.micro_batch_size=1",
+        "training.recompute_granularity=null",
+        "moe.dispatcher=flex",
+    )
+    wanted = {
+        # With logits that outweigh layers, and the other way round.
+        "peaks": [cases.whole(SMALL, *changes, f"model.vocab_size={n}") for n in (65536, 4096)],
+        "layers": [cases.whole(qwen3, *rich, f"model.num_layers={n}") for n in (2, 3)],
+        "steps": [(case, None) for case in cases.ENGINE.values()],
+    }
+    played = iter(play([case for each in wanted.values() for case, _ in each], True))
+    return {name: [(next(played), plan) for _, plan in each] for name, each in wanted.items()}
 
 
 def sound(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -47,8 +80,8 @@ def excess(outcome: dict[str, Any], layer: tuple[dict[str, int], ...]) -> dict[s
     return {key: count for key, count in found.items() if count > allowed.get(key, 0)}
 
 
-def test_local_modules(play: Play) -> None:
-    outcomes = dict(zip(cases.LOCAL, sound(play(list(cases.LOCAL.values()))), strict=True))
+def test_local_modules(local: tuple[Outcomes, Outcomes]) -> None:
+    outcomes = dict(zip(cases.LOCAL, sound(local[0]), strict=True))
     modules = {name: outcome["modules"] for name, outcome in outcomes.items()}
     assert modules["one rank"] == ["CausalAttention", "GroupedExperts"]
     assert modules["context parallel"] == ["ContextParallelAttention", "GroupedExperts"]
@@ -81,9 +114,9 @@ def test_local_modules(play: Play) -> None:
     assert len(launches) == 7
 
 
-def test_transformer_engine(play: Play) -> None:
-    names = list(cases.ENGINE)
-    outcomes = dict(zip(names, sound(play(list(cases.ENGINE.values()), True)), strict=True))
+def test_transformer_engine(engine: dict[str, Any]) -> None:
+    steps = sound([outcome for outcome, _ in engine["steps"]])
+    outcomes = dict(zip(cases.ENGINE, steps, strict=True))
     tables = {
         "all-gather": (reads.ALL_GATHER, reads.PERMUTATION, reads.FUSED_PERMUTATION),
         "deduplicated": (reads.DEDUPLICATED,),
@@ -94,13 +127,11 @@ def test_transformer_engine(play: Play) -> None:
         assert excess(outcome, tables.get(name, (reads.ALL_TO_ALL,))) == {}, name
 
 
-def test_what_would_fail_on_a_gpu_fails_here(play: Play) -> None:
+def test_what_would_fail_on_a_gpu_fails_here(local: tuple[Outcomes, Outcomes]) -> None:
     """A tensor that is left on the host, and a read that nobody knows of."""
-    faulty = cases.smallest(parts=["plant"])
-    (outcome,) = play([faulty])
-    assert "found at least two devices, cuda:0 and cpu" in outcome["error"], outcome["error"]
-    (outcome,) = sound(play([cases.smallest(parts=["plant read"])]))
-    (new,) = excess(outcome, (reads.ALL_TO_ALL,))
+    on_host, read = local[1]
+    assert "found at least two devices, cuda:0 and cpu" in on_host["error"], on_host["error"]
+    (new,) = excess(*sound([read]), (reads.ALL_TO_ALL,))
     assert new.startswith("item moepp_megatron/moe/")
 
 
@@ -114,29 +145,17 @@ def test_every_shipped_configuration(play: Play, engine: bool) -> None:
         assert outcome["faults"] == [], case
 
 
-def test_peak_memory_is_the_planned_one(play: Play) -> None:
-    """Of one small configuration: with logits that outweigh layers, and the other way round."""
-    changes = "model.num_layers=3", "training.micro_batch_size=4"
-    found = [cases.whole(SMALL, *changes, f"model.vocab_size={size}") for size in (65536, 4096)]
-    outcomes = sound(play([case for case, _ in found], True))
-    for (_, memory), outcome in zip(found, outcomes, strict=True):
+def test_peak_memory_is_the_planned_one(engine: dict[str, Any]) -> None:
+    for outcome, memory in engine["peaks"]:
+        sound([outcome])
         assert memory.total == pytest.approx(outcome["peak"], rel=TOLERANCE)
 
 
-def test_a_layer_keeps_what_is_planned(play: Play) -> None:
-    """Norms of queries and keys, DeepEP, the combined schedule: what one more layer adds."""
-    (path,) = (path for path in cases.PLANNED if path.stem == "qwen3_30b_a3b_32_64")
-    changes = (
-        "parallel.expert_model_parallel_size=16",
-        "parallel.overlap_moe_expert_parallel_comm=true",
-        "training.micro_batch_size=1",
-        "training.recompute_granularity=null",
-        "moe.dispatcher=flex",
-    )
-    found = [cases.whole(path, *changes, f"model.num_layers={layers}") for layers in (2, 3)]
-    few, more = (outcome["peak"] for outcome in sound(play([case for case, _ in found], True)))
-    less, most = (memory.total for _, memory in found)
-    assert most - less == pytest.approx(more - few, rel=0.03)
+def test_a_layer_keeps_what_is_planned(engine: dict[str, Any]) -> None:
+    """What one more layer adds."""
+    (few, less), (more, most) = engine["layers"]
+    sound([few, more])
+    assert most.total - less.total == pytest.approx(more["peak"] - few["peak"], rel=0.03)
 
 
 @pytest.mark.slow

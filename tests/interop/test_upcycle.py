@@ -281,6 +281,7 @@ def train_upcycled(
         upcycle(source, target, Additions(tau=0.5))
     dist.barrier()
     overrides = [f"training.train_iters={steps}", "training.global_batch_size=8"]
+    overrides += ["training.micro_batch_size=4"]
     overrides += ["optimizer.lr=0.001", "optimizer.decay_style=constant", "model.seq_length=16"]
     overrides += ["parallel.expert_model_parallel_size=2"]
     config = with_overrides(load_config(target / "config.yaml"), overrides)

@@ -16,6 +16,8 @@ from tests.parallel.resilience_runs import Without
 from tests.parallel.training_runs import SyntheticDataset, settings
 
 BATCH = 8
+# Of a data set: more than the longest run takes. Frequencies of tokens are counted over all.
+BATCHES = 80
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def run(
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)
-    dataset = Without(DATA[data](config, 400), without)
+    dataset = Without(DATA[data](config, BATCHES), without)
     with (
         mock.patch.object(module, "build_datasets", return_value=(dataset, dataset, None)),
         mock.patch.object(module.Tokenizer, "load", return_value=None),

@@ -38,7 +38,7 @@ class Fault:
 def run_trainer(
     raw: dict[str, Any],
     without: tuple[int, ...] = (),
-    fault: Fault | None = None,
+    faults: tuple[Fault, ...] = (),
     data: str | None = None,
     stop_after: int | None = None,
     corpus: str | None = None,
@@ -48,7 +48,7 @@ def run_trainer(
     Args:
         raw: The configuration.
         without: Global batches that the data set does not have.
-        fault: What goes wrong.
+        faults: What goes wrong.
         data: A key of `guard_runs.DATA`; None for `SyntheticDataset`.
         stop_after: Global batches after which the run is asked to stop.
         corpus: Identity of the corpus.
@@ -74,8 +74,9 @@ def run_trainer(
             stack.enter_context(mock.patch.object(module, name, return_value=value))
         stack.enter_context(mock.patch.object(module.Tokenizer, "load", return_value=None))
         trainer = module.Trainer(config, layout)
-        if fault is not None and fault.rank == dist.get_rank():
-            stack.enter_context(_INJECT[fault.kind](trainer, fault))
+        for fault in faults:
+            if fault.rank == dist.get_rank():
+                stack.enter_context(_INJECT[fault.kind](trainer, fault))
         if stop_after is not None:
 
             def agreed(_: Any) -> bool:
@@ -99,11 +100,11 @@ def trainer_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text("{}")
-    raw = settings(**sections)
+    training = {"micro_batch_size": 4, "eval_iters": 0, **sections.pop("training", {})}
+    raw = settings(training=training, **sections)
     raw["model"]["num_layers"] = 2
     raw["run"] = {"dir": str(folder)}
     raw["data"] = {"path": str(folder), "tokenizer": str(tokenizer)}
-    raw["training"].setdefault("eval_iters", 0)
     return raw
 
 

@@ -148,7 +148,7 @@ def test_bias_holds_the_budget_through_a_shift_of_the_data(
     ranks: RankPools, target: float, budget: dict[str, Any], steps: int, tolerance: float
 ) -> None:
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": target, **budget}}
-    training = {"train_iters": steps, "global_batch_size": BATCH, "micro_batch_size": 8}
+    training = {"train_iters": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH}
     optimizer = {"lr": 3e-3, "decay_style": "constant"}
     raw = settings(moe=moe, training=training, optimizer=optimizer)
     shift = steps * 3 // 5
@@ -164,24 +164,23 @@ def test_bias_holds_the_budget_through_a_shift_of_the_data(
 
 
 @pytest.mark.parametrize("controller", list(CONTROLLED))
-def test_ten_and_ten_steps_are_twenty(
+def test_five_and_five_steps_are_ten(
     ranks: RankPools, corpus: Path, tmp_path: Path, controller: str
 ) -> None:
     common = {"moe": {"num_ffn_experts": 8, **CONTROLLED[controller]}}
-    checkpoint = {"save_interval": 10, "async_save": True, "load": "auto"}
-    ranks(1).run(run_trainer, trainer_settings(corpus, tmp_path / "whole", **common))
-    for iters in (10, 20):
-        parts = trainer_settings(
-            corpus,
-            tmp_path / "parts",
-            **common,
-            training={"train_iters": iters},
-            checkpoint=checkpoint,
-        )
-        ranks(1).run(run_trainer, parts)
+    checkpoint = {"save_interval": 5, "async_save": True, "load": "auto"}
+
+    def run(name: str, steps: int, **sections: Any) -> None:
+        sections |= {"training": {"train_iters": steps}, "optimizer": {"decay_iters": 10}}
+        raw = trainer_settings(corpus, tmp_path / name, **common, **sections)
+        ranks(1).run(run_trainer, raw)
+
+    run("whole", 10)
+    run("parts", 5, checkpoint=checkpoint)
+    run("parts", 10, checkpoint=checkpoint)
     for name in ("loss", "ffn_per_token", "ffn_target", "tau"):
         assert logged(tmp_path / "parts", name) == logged(tmp_path / "whole", name)
-    assert logged(tmp_path / "parts", "ffn_target") == [0.4] * 20
+    assert logged(tmp_path / "parts", "ffn_target") == [0.8 / 2] * 10
 
 
 @pytest.mark.parametrize("changed", ["resumed", "weights"])

@@ -16,7 +16,7 @@ from tests.parallel.training_runs import assemble, settings, train
 # As between layouts without a checkpoint (test_matrix.py): sums in another order, a few units in
 # the last place (6e-8) each, carried on by six steps of Adam.
 FP32 = 1e-5
-STEPS, CHANGE_AT = 6, 3
+STEPS, CHANGE_AT = 4, 2
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),

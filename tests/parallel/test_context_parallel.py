@@ -4,12 +4,12 @@ from itertools import permutations
 
 import pytest
 
-from tests.parallel.training_runs import assemble, compare, settings, train
+from tests.parallel.training_runs import assemble, compare, settings, short, train
 
 # Two orders of summation of the same fp32 terms: some hundred roundings of 2^-24 each.
 FP32_TOLERANCE = 1e-5
 SEQUENCE = 32
-STEPS = 3
+STEPS = 2
 MODEL = {"hidden_size": 64, "num_query_groups": 2, "seq_length": SEQUENCE}
 
 
@@ -286,7 +286,7 @@ def test_ranks_read_their_samples_and_their_chunks_of_them(ranks, cp):
 
 @pytest.fixture(scope="module")
 def one_process(ranks):
-    return assemble(ranks(1).run(train, settings(model=MODEL), STEPS))
+    return assemble(ranks(1).run(train, short(model=MODEL), STEPS))
 
 
 CP2 = {"context_parallel_size": 2}
@@ -311,11 +311,11 @@ RECOMPUTE = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_training_equals_one_process(ranks, one_process, name):
     world_size, parallel = LAYOUTS[name]
-    raw = settings(model=MODEL, parallel=parallel)
+    raw = short(model=MODEL, parallel=parallel)
     compare(assemble(ranks(world_size).run(train, raw, STEPS)), one_process, FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", RECOMPUTE)
 def test_training_with_recomputed_attention_equals_one_process(ranks, one_process, name):
-    raw = settings(model=MODEL, parallel=CP2, training=RECOMPUTE[name])
+    raw = short(model=MODEL, parallel=CP2, training=RECOMPUTE[name])
     compare(assemble(ranks(2).run(train, raw, STEPS)), one_process, FP32_TOLERANCE)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.parallel.forced_routing import duplicate_router_rows
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import assemble, difference, settings, train
+from tests.parallel.training_runs import assemble, difference, settings, short, train
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -30,13 +30,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_repeated_runs_are_bitwise_equal(ranks: RankPools, layout: str, dtype: str) -> None:
     world_size, parallel = LAYOUTS[layout]
-    raw = settings(
+    raw = short(
         parallel=parallel,
         precision={"dtype": dtype},
         training={"deterministic": True},
         moe={"input_jitter_eps": 0.1, "capacity_factor": 1.0},
     )
-    first, second = (assemble(ranks(world_size).run(train, raw, 4)) for _ in range(2))
+    first, second = (assemble(ranks(world_size).run(train, raw, 2)) for _ in range(2))
     assert first.losses == second.losses
     assert first.grad_norms == second.grad_norms
     found = difference(second, first)

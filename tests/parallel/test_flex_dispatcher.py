@@ -13,7 +13,7 @@ from tests.parallel.forced_routing import (
     only_zero_experts,
 )
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import assemble, compare, settings, train
+from tests.parallel.training_runs import Run, assemble, compare, settings, short, train
 
 FP32 = 1e-5
 
@@ -34,14 +34,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPools) -> Run:
+    return assemble(ranks(1).run(train, short(), 2))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_training_equals_one_process(ranks: RankPools, backend: str, layout: str) -> None:
+def test_training_equals_one_process(
+    ranks: RankPools, one_process: Run, backend: str, layout: str
+) -> None:
     world_size, parallel = LAYOUTS[layout]
-    reference = assemble(ranks(1).run(train, settings(), 3))
-    raw = settings(parallel=parallel, **FLEX)
-    run = assemble(ranks(world_size).run(BACKENDS[backend], raw, 3))
-    compare(run, reference, FP32)
+    raw = short(parallel=parallel, **FLEX)
+    run = assemble(ranks(world_size).run(BACKENDS[backend], raw, 2))
+    compare(run, one_process, FP32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

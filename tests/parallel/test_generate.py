@@ -21,7 +21,7 @@ from tests.parallel.ranks import RankPools
 # fp32, logits of size 3 to 4: attention over one query is another matrix product than over all,
 # and another layout adds up in another order.
 LOGITS = 2e-5
-NEW_TOKENS = 12
+NEW_TOKENS = 8
 GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 11}
 # One is longer than the rest of its batch: part of it is read token by token.

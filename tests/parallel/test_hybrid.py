@@ -15,6 +15,7 @@ from tests.parallel.training_runs import (
     assemble,
     compare,
     settings,
+    short,
     train,
 )
 
@@ -90,10 +91,10 @@ def as_hybrid(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def check_hybrid_equals_gpt(
-    ranks: RankPools, world_size: int, sections: dict[str, dict[str, Any]], steps: int
+    ranks: RankPools, world_size: int, sections: dict[str, dict[str, Any]]
 ) -> None:
-    gpt = assemble(ranks(world_size).run(train, settings(**sections), steps))
-    hybrid = assemble(ranks(world_size).run(train, settings(**as_hybrid(sections)), steps))
+    gpt = assemble(ranks(world_size).run(train, short(**sections), 2))
+    hybrid = assemble(ranks(world_size).run(train, short(**as_hybrid(sections)), 2))
     compare(hybrid, gpt, EXACT)
 
 
@@ -102,7 +103,7 @@ def check_hybrid_equals_gpt(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_hybrid_equals_gpt(ranks: RankPools, layout: str, training: dict[str, Any]) -> None:
     world_size, parallel = LAYOUTS[layout]
-    check_hybrid_equals_gpt(ranks, world_size, {"parallel": parallel, "training": training}, 5)
+    check_hybrid_equals_gpt(ranks, world_size, {"parallel": parallel, "training": training})
 
 
 @pytest.mark.parallel
@@ -110,7 +111,7 @@ def test_hybrid_equals_gpt(ranks: RankPools, layout: str, training: dict[str, An
 @pytest.mark.parametrize("corner", CORNERS)
 def test_hybrid_equals_gpt_in_corners(ranks: RankPools, corner: str) -> None:
     world_size, sections = CORNERS[corner]
-    check_hybrid_equals_gpt(ranks, world_size, sections, 5)
+    check_hybrid_equals_gpt(ranks, world_size, sections)
 
 
 def resume(

@@ -33,7 +33,7 @@ def run(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFactory
     raw = trainer_settings(
         corpus,
         folder,
-        model={"seq_length": WINDOW},
+        model={"seq_length": WINDOW, "num_layers": 4},
         moe={"layer_freq": [1, 0, 1, 1]},
         training={"train_iters": 2},
         optimizer={"warmup_iters": 0, "lr": 0.05},

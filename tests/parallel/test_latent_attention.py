@@ -15,11 +15,11 @@ from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import EP2, STAGES, both
-from tests.parallel.training_runs import Run, assemble, compare, settings, train
+from tests.parallel.training_runs import Run, assemble, compare, short, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
-STEPS = 3
+STEPS = 2
 WIDTHS = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -70,7 +70,7 @@ LAYOUTS: dict[str, tuple[int, Sections]] = {
 
 def latent(model: dict[str, Any] = MODEL, **sections: dict[str, Any]) -> Sections:
     """Settings of a run whose first layer is dense, as DeepSeek's are."""
-    return settings(model=model, moe={"num_ffn_experts": 8, "layer_freq": [0, 1, 1, 1]}, **sections)
+    return short(model=model, moe={"num_ffn_experts": 8, "layer_freq": [0, 1, 1, 1]}, **sections)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from tests.parallel.training_runs import SyntheticDataset, settings
 pytestmark = pytest.mark.parallel
 
 STEPS = [2, 3]
-LAYERS = 4
+LAYERS = 2
+MODEL = {"num_layers": LAYERS}
 
 
 def record(
@@ -80,7 +82,7 @@ def profile(
     **sections: dict[str, Any],
 ) -> Profile:
     training = {"profile_steps": STEPS, **sections.pop("training", {})}
-    raw = settings(run={"dir": str(folder)}, training=training, **sections)
+    raw = settings(run={"dir": str(folder)}, training=training, model=MODEL, **sections)
     results = ranks(world_size).run(record, raw, prepare)
     assert all(restored for _, restored in results)
     return analyse(folder)
@@ -107,11 +109,21 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def profiles(
+    ranks: RankPools, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Profile]:
+    """By the name of the run in `RUNS`."""
+    return functools.cache(
+        lambda name: profile(ranks, tmp_path_factory.mktemp("run"), parallel=EP2, **RUNS[name])
+    )
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_bytes_equal_the_routing_in_every_layer_direction_and_pass(
-    ranks: RankPools, tmp_path: Path, name: str
+    profiles: Callable[[str], Profile], name: str
 ) -> None:
-    found = profile(ranks, tmp_path, parallel=EP2, **RUNS[name])
+    found = profiles(name)
     phases = ["forward", "backward"] + ["recompute"] * (name == "recompute")
     every = {
         Place(layer, part, phase)
@@ -159,8 +171,8 @@ def test_formula_with_an_even_load(ranks: RankPools, tmp_path: Path) -> None:
     assert found.load.rows == {(step, rank): rows / 2 for step in STEPS for rank in (0, 1)}
 
 
-def test_every_call_is_placed_and_matched(ranks: RankPools, tmp_path: Path) -> None:
-    found = profile(ranks, tmp_path, parallel=EP2)
+def test_every_call_is_placed_and_matched(profiles: Callable[[str], Profile]) -> None:
+    found = profiles("plain")
     microbatches = 2
     for trace in found.traces:
         span = trace.steps[2]
@@ -190,18 +202,20 @@ def test_every_call_is_placed_and_matched(ranks: RankPools, tmp_path: Path) -> N
     assert {"dispatch", "combine", "gradient reduce", "parameter gather"} <= purposes
     parts = {(span.name, span.kind) for span in found.traces[0].parts}
     for part in ("router", "dispatch", "experts", "zero_computation", "combine", "attention"):
-        assert {(f"layer3/{part}", "forward"), (f"layer3/{part}", "backward")} <= parts
+        assert {(f"layer2/{part}", "forward"), (f"layer2/{part}", "backward")} <= parts
 
 
 def test_pipeline_and_tensor_parallel(ranks: RankPools, tmp_path: Path) -> None:
-    pipeline = profile(ranks, tmp_path / "pp", parallel={"pipeline_model_parallel_size": 2})
+    stages = {"pipeline_model_parallel_size": 2}
+    two = {"micro_batch_size": 4}
+    pipeline = profile(ranks, tmp_path / "pp", parallel=stages, training=two)
     ends = (Operation.SEND, Operation.RECEIVE)
     sends = [one for one in pipeline.classes if one.name.operation in ends]
     assert {one.name.operation for one in sends} == set(ends)
     assert {one.name.purpose for one in sends} == {"pipeline"}
     assert all(one.matched == one.calls and one.size > 0 for one in sends)
     tensor = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-    found = profile(ranks, tmp_path / "tp", parallel=tensor)
+    found = profile(ranks, tmp_path / "tp", parallel=tensor, training={"micro_batch_size": 8})
     purposes = {(one.name.purpose, one.name.phase) for one in found.classes}
     assert {("tensor parallel", "forward"), ("tensor parallel", "backward")} <= purposes
 
@@ -216,7 +230,7 @@ def test_some_ranks(ranks: RankPools, tmp_path: Path) -> None:
 
 
 def test_recording_changes_no_loss(ranks: RankPools, tmp_path: Path) -> None:
-    raw = settings(run={"dir": str(tmp_path)}, parallel=EP2)
+    raw = settings(run={"dir": str(tmp_path)}, parallel=EP2, model=MODEL)
     plain = ranks(2).run(record, raw)
     raw["training"]["profile_steps"] = STEPS
     assert ranks(2).run(record, raw)[0][0] == plain[0][0]

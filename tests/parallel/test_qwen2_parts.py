@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import Run, assemble, compare, settings, train
+from tests.parallel.training_runs import Run, assemble, compare, short, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
-STEPS = 3
+STEPS = 2
 MODEL: dict[str, Any] = {"qkv_bias": True}
 MOE: dict[str, Any] = {
     "num_ffn_experts": 8,
@@ -28,7 +28,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def one_process(ranks: RankPools) -> Run:
-    return assemble(ranks(1).run(train, settings(model=MODEL, moe=MOE), STEPS))
+    return assemble(ranks(1).run(train, short(model=MODEL, moe=MOE), STEPS))
 
 
 def test_they_are_trained(one_process: Run) -> None:
@@ -40,5 +40,5 @@ def test_they_are_trained(one_process: Run) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(ranks: RankPools, one_process: Run, layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
-    raw = settings(model=MODEL, moe=MOE, parallel=parallel)
+    raw = short(model=MODEL, moe=MOE, parallel=parallel)
     compare(assemble(ranks(world_size).run(train, raw, STEPS)), one_process, FP32)

@@ -16,6 +16,8 @@ from tests.parallel.shift_runs import begin, watch
 from tests.parallel.training_runs import SyntheticDataset, settings
 
 GUARD = {"shift": {"window": 2}}
+# Of runs of many steps: one micro-batch, two layers.
+SMALL: dict[str, Any] = {"model": {"num_layers": 2}, "training": {"micro_batch_size": 8}}
 
 
 def usages(raw: dict[str, Any], steps: int) -> tuple[list[Any], list[Any]]:
@@ -169,7 +171,8 @@ def shifted_run(
 
     name = None if reference is None else str(reference)
     shift = {"window": 2, "reference": name, "warmup": 4}
-    raw = settings(run={"dir": str(folder)}, routing_guard={"enabled": True, "shift": shift})
+    guard = {"enabled": True, "shift": shift}
+    raw = settings(run={"dir": str(folder)}, routing_guard=guard, **SMALL)
     dataset = SyntheticDataset(parse_config(raw), steps)
     config, layout, model, routing, batches = begin(raw, dataset)
     watcher, losses = RoutingShift(config, model, routing, dataset), BatchLosses()
@@ -211,7 +214,8 @@ def resumed_run(implementation: str, state: Any) -> tuple[Any, Any]:
     from moepp_megatron.training.routing_shift import RoutingShift
     from moepp_megatron.training.step import training_step
 
-    raw = settings(routing_guard=GUARD, model={"implementation": implementation})
+    model = SMALL["model"] | {"implementation": implementation}
+    raw = settings(routing_guard=GUARD, **(SMALL | {"model": model}))
     config, layout, model, routing, batches = begin(raw, SyntheticDataset(parse(raw), 1))
     watcher = RoutingShift(config, model, routing, SyntheticDataset(config, 1), state)
     result = training_step(model, batches, config, layout)
@@ -238,7 +242,7 @@ def test_another_implementation_begins_anew(ranks: RankPools, tmp_path: Path) ->
     assert resumed["window"]["steps"] == resumed["monitor"]["num_steps"] == 0
     assert value is None
     ((resumed, value),) = pool.run(resumed_run, "hybrid", state)
-    assert resumed["shapes"] == [[4, 12], [4, 0, 2]]
+    assert resumed["shapes"] == [[2, 12], [2, 0, 2]]
     assert resumed["window"]["steps"] == 0
     assert resumed["token_classes"] == state["token_classes"]
     assert value is None

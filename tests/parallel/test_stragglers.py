@@ -22,14 +22,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def _train(ranks: RankPools, folder: Path, layout: str, fault: Fault | None) -> list[StepMetrics]:
+def _train(ranks: RankPools, folder: Path, layout: str, *faults: Fault) -> list[StepMetrics]:
     world_size, parallel = LAYOUTS[layout]
     watch = {"straggler_interval": 3, "straggler_threshold": 2.0}
     # One forward pass a rank and step, two where all ranks see all sequences: each is slept in.
     batch = 3 if world_size == 3 else 2
     training = {"train_iters": 6, "global_batch_size": batch, "micro_batch_size": 1}
     raw = trainer_settings(folder, parallel=parallel, training=training, resilience=watch)
-    ranks(world_size).run(run_trainer, raw, (), fault)
+    ranks(world_size).run(run_trainer, raw, (), faults)
     return read_metrics(folder / "metrics.jsonl")
 
 

@@ -15,9 +15,9 @@ import pytest
 
 from tests.parallel.layouts import OPTIMIZER, RECOMPUTE, VANILLA
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import SyntheticDataset, settings, train
+from tests.parallel.training_runs import SyntheticDataset, short, train
 
-STEPS = 4
+STEPS = 2
 
 
 def upstream_model(config: Any) -> list[Any]:
@@ -165,7 +165,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_are_those_of_megatron_core(ranks: RankPools, layout: str) -> None:
     world_size, sections = LAYOUTS[layout]
-    raw = settings(**{**sections, "moe": {**VANILLA, **sections.get("moe", {})}})
+    raw = short(**{**sections, "moe": {**VANILLA, **sections.get("moe", {})}})
     run, _ = ranks(world_size).run(train, raw, STEPS)[0]
     losses, grad_norms = ranks(world_size).run(train_upstream, raw)[0]
     assert run.losses == losses

@@ -58,6 +58,13 @@ def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return merged
 
 
+def short(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """As `settings`, for two steps: already the first changes weights, which the second shows."""
+    return settings(
+        **{**sections, "optimizer": {"warmup_iters": 0, **sections.get("optimizer", {})}}
+    )
+
+
 def train(
     raw: dict[str, Any], steps: int, prepare: Callable[[list[Any]], None] | None = None
 ) -> tuple[Run, list[Any]]:
