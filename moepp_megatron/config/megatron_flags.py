@@ -38,6 +38,8 @@ SETTINGS = {
     "moe-shared-expert-intermediate-size": "moe.shared_expert_ffn_hidden_size",
     "moe-router-score-function": "moe.score_function",
     "moe-router-topk-scaling-factor": "moe.gate_scale",
+    "moe-router-num-groups": "moe.num_groups",
+    "moe-router-group-topk": "moe.group_topk",
     "moe-z-loss-coeff": "moe.z_loss_coeff",
     "moe-input-jitter-eps": "moe.input_jitter_eps",
     "moe-expert-capacity-factor": "moe.capacity_factor",

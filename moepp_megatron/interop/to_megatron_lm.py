@@ -142,6 +142,8 @@ def _options(config: Config) -> Iterator[list[str]]:
         "moe-router-topk": moe.router_topk,
         "moe-router-score-function": moe.score_function,
         "moe-router-topk-scaling-factor": None if moe.gate_scale == 1.0 else moe.gate_scale,
+        "moe-router-num-groups": moe.num_groups if moe.limits_groups else None,
+        "moe-router-group-topk": moe.group_topk if moe.limits_groups else None,
         "moe-router-load-balancing-type": _BALANCE_TYPES[moe.balance_scope]
         if moe.balance_coeff > 0
         else "none",

@@ -175,6 +175,11 @@ def _moe_fields(config: Config) -> dict[str, object]:
             "moe_aux_loss_coeff": moe.balance_coeff,
             "moe_expert_capacity_factor": moe.capacity_factor,
         }
+        if moe.limits_groups:
+            fields |= {
+                "moe_router_num_groups": moe.num_groups,
+                "moe_router_group_topk": moe.group_topk,
+            }
     return fields
 
 
