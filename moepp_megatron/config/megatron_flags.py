@@ -32,6 +32,8 @@ SETTINGS = {
     "beta-slow": "model.latent_attention.beta_slow",
     "mscale": "model.latent_attention.mscale",
     "mscale-all-dim": "model.latent_attention.mscale_all_dim",
+    "mtp-num-layers": "model.mtp_num_layers",
+    "mtp-loss-scaling-factor": "model.mtp_loss_scaling_factor",
     "num-experts": "moe.num_ffn_experts",
     "moe-router-topk": "moe.router_topk",
     "moe-ffn-hidden-size": "moe.ffn_hidden_size",

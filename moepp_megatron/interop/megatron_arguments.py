@@ -196,6 +196,12 @@ def _refuse_unsupported(config: TransformerConfig, args: argparse.Namespace) -> 
             "because the local modules of latent attention are made fit by this package's own "
             "model alone; use False, or `moepp train`"
         )
+    if config.mtp_num_layers:
+        raise ValueError(
+            f"TransformerConfig.mtp_num_layers ({config.mtp_num_layers}) must be None in "
+            "Megatron-LM's loop, because its multi-token prediction hands no router logits to "
+            "those layers; leave --mtp-num-layers out, or use `moepp train`"
+        )
     trace = getattr(args, "moe_routing_trace_path", None)
     if trace is not None:
         raise ValueError(

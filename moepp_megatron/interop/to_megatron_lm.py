@@ -88,6 +88,12 @@ def _refuse_unsupported(config: Config) -> None:
             (None,),
             "MoE++ in Megatron-LM's loop has no multi-latent attention",
         ),
+        (
+            "model.mtp_num_layers",
+            model.mtp_num_layers,
+            (0,),
+            "its multi-token prediction hands no router logits to those layers",
+        ),
         ("moe.constants_shared", moe.constants_shared, (False,), "it is this package's model's"),
         ("model.qkv_bias", model.qkv_bias, (False,), "the way back refuses --add-qkv-bias"),
         (

@@ -96,6 +96,13 @@ class MoEPPLayer(MoELayer):
         check_upstream()
         refuse_ignored(config, moepp)
         refuse_uncapturable(config)
+        if is_mtp_layer:
+            raise ValueError(
+                f"TransformerConfig.mtp_num_layers ({config.mtp_num_layers}) must come with "
+                "mtp_block_spec=get_moepp_mtp_block_spec(...) and MoEPPGPTModel, because "
+                "megatron-core's own MTP layers get no router logits of the layer before; use "
+                "these, or None"
+            )
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)

@@ -93,6 +93,8 @@ HONOURED = frozenset(
         "moe_grad_scale_func",
         "moe_layer_recompute",
         "moe_per_layer_logging",
+        # `get_moepp_mtp_block_spec`; megatron-core's own MTP layers are refused by `MoEPPLayer`.
+        "mtp_num_layers",
     }
 )
 
@@ -188,8 +190,8 @@ REFUSED: dict[str, Refused] = {
     "use_kitchen": Refused((False,), _SPEC),
     "use_kitchen_attention": Refused((False,), _SPEC),
     "use_te_activation_func": Refused((False,), _SPEC),
-    "mtp_num_layers": Refused(
-        (None, 0), "the layers of multi-token prediction get no router logits of a layer before"
+    "mtp_use_repeated_layer": Refused(
+        (False,), "its router would be counted and balanced as one layer of several depths"
     ),
 }
 

@@ -48,7 +48,8 @@ class _RoutingRecorder:
             module
             for stage in stages
             for module in stage.modules()
-            if isinstance(module, MoEPPLayer)
+            # Layers of multi-token prediction, which run in training alone, come after these.
+            if isinstance(module, MoEPPLayer) and module.layer_number <= module.config.num_layers
         ]
         self._hooks: list[Any] = []
         self.passes: dict[int, list[_Pass]] = {layer.layer_number: [] for layer in self._layers}

@@ -95,7 +95,7 @@ def test_selection_is_the_best_that_is_allowed(
     assert not torch.equal(made.routing_map, free.routing_map), "no token was limited"
     assert (made.routing_map[:, 8:].sum(-1) < topk).any(), "no FFN expert was selected"
     # What groups do not touch: the scores of the balance loss, and the number of selections.
-    assert made.score_sums is not None and free.score_sums is not None
+    assert made.score_sums is not None
     assert torch.equal(made.score_sums, free.score_sums)
     assert (made.routing_map.sum(-1) == topk).all()
 
@@ -155,7 +155,7 @@ def test_token_of_zero_computation_experts_alone(normalization: str) -> None:
     assert not made.routing_map[:, :8].any()
     assert (made.routing_map.sum(-1) == 4).all()
     (made.gates * torch.randn_like(made.gates)).sum().backward()
-    assert logits.grad is not None and torch.isfinite(logits.grad).all()
+    assert torch.isfinite(logits.grad).all()
     # One zero-computation expert fewer than selections: the FFN expert is of the best group, though
     # the softmax over all experts leaves all FFN experts a score of exactly 0.
     fewer = MoEPPConfig(
@@ -206,7 +206,7 @@ def test_margins_tell_what_a_bias_would_do(raised: float) -> None:
     up_to = int(counts[: edges().index(edge) + 1].sum())
     bias[:8] += edge
     made = select(logits, bias, config, None).routing_map
-    # The bias is added in fp32 here and there: a margin within its rounding may fall to either side.
+    # The bias is added in fp32 here and there: a margin within its rounding may fall to a side.
     assert abs(int(made[:, :8].sum()) - up_to) <= 2
 
 
@@ -233,8 +233,8 @@ def test_health_measures_the_margin_among_the_allowed() -> None:
         ({"num_groups": 8, "group_topk": 3}, r"group_topk \(3\) must be at most router_topk"),
         (
             {"num_groups": 8, "group_topk": 1},
-            r"group_topk \(1\) must leave at least router_topk \(2\) FFN experts, and 1 of 8 groups "
-            r"have 1; use more",
+            r"group_topk \(1\) must leave at least router_topk \(2\) FFN experts, and 1 of 8 "
+            r"groups have 1; use more",
         ),
     ],
 )

@@ -1,0 +1,117 @@
+"""Multi-token prediction trains in every layout what it trains on one process.
+
+That one process computes what plain PyTorch does is tested in tests/unit/moe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import Run, assemble, compare, settings, train
+
+# fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
+FP32 = 1e-5
+STEPS = 3
+# Two depths, and a weight at which their gradients show.
+MODEL: dict[str, Any] = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+EP2 = {"expert_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+Sections = dict[str, dict[str, Any]]
+LAYOUTS: dict[str, tuple[int, Sections]] = {
+    "one rank, layers again": (1, {"training": FULL}),
+    "one rank, MoE layers again": (
+        1,
+        {"training": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+    ),
+    "dp2": (2, {}),
+    "tp2, layers again": (2, {"parallel": TP2, "training": FULL}),
+    "ep2": (2, {"parallel": EP2}),
+    # The embedding is on both stages, its gradient the sum of both.
+    "pp2": (2, {"parallel": PP2}),
+    "pp2 interleaved": (
+        2,
+        {"parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2}},
+    ),
+    "cp2": (2, {"parallel": {"context_parallel_size": 2}}),
+    "tp2 pp2, whole optimizer": (
+        4,
+        {"parallel": {**TP2, **PP2, "use_distributed_optimizer": False}},
+    ),
+    "pp2 ep2, micro-batches of one": (
+        4,
+        {"parallel": {**PP2, **EP2}, "training": {"micro_batch_size": 1}},
+    ),
+}
+
+
+def further(model: dict[str, Any] = MODEL, **sections: dict[str, Any]) -> Sections:
+    """Settings of a run; a z-loss, so that megatron-core's tracker counts these layers too."""
+    return settings(model=model, moe={"num_ffn_experts": 8, "z_loss_coeff": 0.01}, **sections)
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPools) -> Run:
+    return assemble(ranks(1).run(train, further(), STEPS))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(ranks: RankPools, one_process: Run, layout: str) -> None:
+    world_size, sections = LAYOUTS[layout]
+    expected = one_process
+    if sections.get("training", {}).get("micro_batch_size") == 1:
+        # The balance loss is of a micro-batch.
+        expected = assemble(ranks(1).run(train, further(training=sections["training"]), STEPS))
+    run = assemble(ranks(world_size).run(train, further(**sections), STEPS))
+    compare(run, expected, FP32)
+
+
+def test_its_layers_are_measured_as_the_decoders_next(one_process: Run) -> None:
+    shares = one_process.routing[0]["layer_expert_share"]
+    assert len(shares) == 4 + 2
+    assert all(abs(sum(layer) - 1.0) < 1e-9 for layer in shares)
+    layers = {name.split("mtp.layers.")[1][0] for name in one_process.gradients if "mtp" in name}
+    assert layers == {"0", "1"}
+    residuals = [name for name in one_process.gradients if "residual_weight" in name]
+    assert len(residuals) == 5, residuals
+    assert all(abs(one_process.gradients[name]).max() > 0 for name in residuals)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_embeddings": True},
+        {"mtp_num_layers": 1, "qk_layernorm": True},
+    ],
+    ids=["tied", "one depth"],
+)
+def test_pipeline_of_other_models(ranks: RankPools, changes: dict[str, Any]) -> None:
+    model = MODEL | changes
+    expected = assemble(ranks(1).run(train, further(model), STEPS))
+    run = assemble(ranks(2).run(train, further(model, parallel=PP2), STEPS))
+    compare(run, expected, FP32)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"gating_residual": False},
+        {"layer_freq": [0, 1, 1, 0]},
+        {"num_zero_experts": 0, "num_copy_experts": 0, "num_constant_experts": 0,
+         "gating_residual": False},
+    ],
+    ids=["no residual", "dense", "vanilla"],
+)  # fmt: skip
+def test_other_layers(ranks: RankPools, moe: dict[str, Any]) -> None:
+    raw = settings(model=MODEL, moe={"num_ffn_experts": 8, **moe})
+    expected = assemble(ranks(1).run(train, raw, STEPS))
+    run = assemble(ranks(2).run(train, {**raw, "parallel": {**TP2, **EP2}}, STEPS))
+    compare(run, expected, FP32)
