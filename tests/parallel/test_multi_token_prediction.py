@@ -5,11 +5,16 @@ That one process computes what plain PyTorch does is tested in tests/unit/moe.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from moepp_megatron.config import ConfigError, parse_config
+from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
+from tests.parallel.test_latent_attention import MODEL as LATENT
 from tests.parallel.training_runs import Run, assemble, compare, settings, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
@@ -40,6 +45,10 @@ LAYOUTS: dict[str, tuple[int, Sections]] = {
     "pp2 interleaved": (
         2,
         {"parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2}},
+    ),
+    "pp2 uneven": (
+        2,
+        {"parallel": {**PP2, "pipeline_model_parallel_layout": "Ettt|tmmL"}},
     ),
     "cp2": (2, {"parallel": {"context_parallel_size": 2}}),
     "tp2 pp2, whole optimizer": (
@@ -85,18 +94,17 @@ def test_its_layers_are_measured_as_the_decoders_next(one_process: Run) -> None:
     assert all(abs(one_process.gradients[name]).max() > 0 for name in residuals)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tie_embeddings": True},
-        {"mtp_num_layers": 1, "qk_layernorm": True},
-    ],
-    ids=["tied", "one depth"],
-)
-def test_pipeline_of_other_models(ranks: RankPools, changes: dict[str, Any]) -> None:
-    model = MODEL | changes
+def test_pipeline_of_another_model(ranks: RankPools) -> None:
+    model = {"mtp_num_layers": 1, "qk_layernorm": True}
     expected = assemble(ranks(1).run(train, further(model), STEPS))
     run = assemble(ranks(2).run(train, further(model, parallel=PP2), STEPS))
+    compare(run, expected, FP32)
+
+
+def test_tied_embeddings_and_latent_attention(ranks: RankPools) -> None:
+    model = MODEL | LATENT | {"tie_embeddings": True}
+    expected = assemble(ranks(1).run(train, further(model), STEPS))
+    run = assemble(ranks(2).run(train, further(model, parallel=TP2), STEPS))
     compare(run, expected, FP32)
 
 
@@ -115,3 +123,16 @@ def test_other_layers(ranks: RankPools, moe: dict[str, Any]) -> None:
     expected = assemble(ranks(1).run(train, raw, STEPS))
     run = assemble(ranks(2).run(train, {**raw, "parallel": {**TP2, **EP2}}, STEPS))
     compare(run, expected, FP32)
+
+
+def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
+    """Saved with tensor parallelism, read by two stages: their two embeddings are one tensor."""
+    from moepp_megatron.training.checkpoint.compatible import check_compatible
+
+    (whole,) = ranks(1).run(train_between, further(), tmp_path / "whole", 4)
+    begun = ranks(2).run(train_between, further(parallel=TP2), tmp_path / "half", 2)[0]
+    (start,) = (tmp_path / "half").glob("step_*")
+    ended = ranks(2).run(train_between, further(parallel=PP2), tmp_path / "rest", 4, start)[0]
+    np.testing.assert_allclose([*begun, *ended], whole, rtol=FP32)
+    with pytest.raises(ConfigError, match=r"model\.mtp_num_layers \(1\) must be that"):
+        check_compatible(start, parse_config(further(MODEL | {"mtp_num_layers": 1})))

@@ -30,11 +30,11 @@ def _further_tokens_stand_where_they_were_tested(config: Config) -> Iterator[Pro
             "constants that are shared with these layers have not been tested",
         ),
         (
-            "parallel.pipeline_model_parallel_layout",
-            parallel.pipeline_model_parallel_layout,
-            None,
-            "the layers of multi-token prediction are on the last stage behind decoder layers; "
-            "other places have not been tested",
+            "model.tie_embeddings",
+            model.tie_embeddings and parallel.pipeline_model_parallel_size > 1,
+            False,
+            "megatron-core's last stage would have an output layer that is not tied, with "
+            f"parallel.pipeline_model_parallel_size ({parallel.pipeline_model_parallel_size})",
         ),
         (
             "parallel.overlap_moe_expert_parallel_comm",
