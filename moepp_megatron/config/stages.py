@@ -16,7 +16,8 @@ def expand_pipeline_layout(text: str) -> list[str]:
     """Expand megatron-core's layout string to one string per stage.
 
     `E` is the embedding, `t` a transformer layer, `m` one of multi-token prediction, `L` the loss,
-    `|` ends a stage, `x*n` and `(..)*n` repeat, commas are ignored. `E(t|)*2,tL` gives `["Et", "t", "tL"]`. Source:
+    `|` ends a stage, `x*n` and `(..)*n` repeat, commas are ignored. `E(t|)*2,tL` gives
+    `["Et", "t", "tL"]`. Source:
     megatron/core/transformer/pipeline_parallel_layer_layout.py, `parse_str_to_list`.
 
     Raises:

@@ -49,10 +49,10 @@ def _further_tokens_stand_where_they_were_tested(config: Config) -> Iterator[Pro
             "graphs of these layers have not been tested",
         ),
         (
-            "precision.fp8",
-            config.precision.fp8,
-            None,
-            "these layers have not been tested in FP8",
+            "precision.fp8_param",
+            config.precision.fp8_param,
+            False,
+            "these layers have not been tested with weights in FP8",
         ),
     )
     for name, value, needed, reason in conflicts:
