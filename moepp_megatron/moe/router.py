@@ -396,8 +396,7 @@ class MoEPPRouter(TopKRouter):
         padded_T: Tensor | None,
     ) -> Selection:
         arguments = (logits_TE, self.expert_bias, self.moepp, num_sequences)
-        is_plain = self.ffn_demand == "none" and not self.moepp.limits_groups
-        if self.fused and is_plain and logits_TE.dtype == torch.float32:
+        if self.fused and self.ffn_demand == "none" and logits_TE.dtype == torch.float32:
             from moepp_megatron.moe.kernels.router import select as fused_select
 
             return fused_select(*arguments, padded_T)

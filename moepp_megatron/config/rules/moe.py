@@ -27,14 +27,6 @@ def _groups_hold_what_tokens_select(config: Config) -> Iterator[Problem]:
         yield Problem(f"moe.{name}", getattr(moe, name), rule, remedy)
     if not moe.limits_groups:
         return
-    if moe.fused is True:
-        yield Problem(
-            "moe.fused",
-            True,
-            f"must not be true with moe.group_topk ({moe.group_topk}) below moe.num_groups "
-            f"({moe.num_groups}), because the kernel of the selection knows no groups",
-            "use auto, which takes the other kernels",
-        )
     if moe.is_vanilla and (moe.score_function, moe.gate_normalization) == ("softmax", "selected"):
         yield Problem(
             "moe.num_groups",

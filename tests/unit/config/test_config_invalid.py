@@ -318,7 +318,6 @@ INVALID = [
         "moe.group_topk (1)",
         "use more, or fewer num_groups",
     ),
-    (["moe.num_groups=4", "moe.fused=true"], "moe.fused (true)", "use auto"),
     (
         [*VANILLA, "moe.num_groups=4", "moe.gate_normalization=selected"],
         "moe.num_groups (4)",
