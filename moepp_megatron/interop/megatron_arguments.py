@@ -124,7 +124,8 @@ def moepp_config(
         score_function=config.moe_router_score_function,
         gate_scale=1.0 if gate_scale is None else gate_scale,
         num_groups=config.moe_router_num_groups or 1,
-        group_topk=config.moe_router_group_topk or 1,
+        # Megatron limits nothing where this one is not given.
+        group_topk=config.moe_router_group_topk or config.moe_router_num_groups or 1,
         gating_residual=own.moepp_gating_residual,
         **{name: getattr(own, f"moepp_{name}") for name in OWN_SETTINGS},
     )
