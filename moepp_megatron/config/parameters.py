@@ -14,9 +14,8 @@ class ParameterCounts:
 
     Attributes:
         embedding: Token embedding [V, D] and, unless tied, output layer [V, D].
-        further_tokens: Of multi-token prediction what its layers have around an ordinary layer:
-            three norms [D] and the projection [D, 2D]. The ordinary layers count in the parts below
-            as the decoder's.
+        further_tokens: Three norms [D] and the projection [D, 2D] of each layer of multi-token
+            prediction. The ordinary layers inside count in the parts below as the decoder's.
         attention: Query, key, value and output projections, query/key norms.
         norms: RMSNorm weights: two per layer and the final one.
         dense_ffn: SwiGLU FFNs of dense layers.

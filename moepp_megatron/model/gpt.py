@@ -13,7 +13,7 @@ from moepp_megatron.model.cross_entropy import WithCrossEntropy
 from moepp_megatron.model.multi_token_loss import MultiTokenLoss
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import lane_columns, no_logits, pack, unpack
-from moepp_megatron.moe.multi_token_prediction import norm_beside_lane
+from moepp_megatron.moe.multi_token import norm_beside_lane
 from moepp_megatron.moe.overlap import MoEPPChunkPlan
 from moepp_megatron.moe.token_tags import TokenTags
 from moepp_megatron.moe.zero_computation import share_constants

@@ -164,7 +164,7 @@ def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
 
 
 def router_pattern(config: TransformerConfig) -> list[bool]:
-    """As `moe_layer_pattern`, with the layers of multi-token prediction behind the decoder's.
+    """Same as `moe_layer_pattern`, with the layers of multi-token prediction behind the decoder's.
 
     Each is of the kind of the last decoder layer.
     """

@@ -18,7 +18,7 @@ from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import moe_statistics, moepp_layers
-from moepp_megatron.moe.multi_token_prediction import get_moepp_mtp_block_spec
+from moepp_megatron.moe.multi_token import get_moepp_mtp_block_spec
 from moepp_megatron.moe.spec import get_moepp_block_spec
 from tests.unit.moe.builders import SEQUENCE, VOCAB, assert_close, megatron_config, randomize
 
