@@ -314,6 +314,11 @@ def moepp_layers(model: torch.nn.Module) -> list[MoEPPLayer]:
     return [module for module in model.modules() if isinstance(module, MoEPPLayer)]
 
 
+def decoder_moepp_layers(model: torch.nn.Module) -> list[MoEPPLayer]:
+    """`moepp_layers` without those of multi-token prediction, which are numbered behind them."""
+    return [layer for layer in moepp_layers(model) if layer.layer_number <= layer.config.num_layers]
+
+
 def moe_statistics(model: torch.nn.Module) -> dict[int, RoutingStatistics]:
     """Statistics of every MoE layer of a model (or model chunk), by global layer number."""
     return {

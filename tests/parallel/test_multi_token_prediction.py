@@ -136,3 +136,40 @@ def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
     np.testing.assert_allclose([*begun, *ended], whole, rtol=FP32)
     with pytest.raises(ConfigError, match=r"model\.mtp_num_layers \(1\) must be that"):
         check_compatible(start, parse_config(further(MODEL | {"mtp_num_layers": 1})))
+
+
+def logged_loss(raw: Sections) -> float:
+    """`mtp_loss` of one step, as every rank records it."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.batches import rank_batches
+    from moepp_megatron.training.further_tokens import FurtherTokens
+    from moepp_megatron.training.setup import build_training_model
+    from moepp_megatron.training.step import compute_gradients
+    from tests.parallel.training_runs import SyntheticDataset
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    model = build_training_model(config)
+    model.set_training(True)
+    tokens = FurtherTokens(model, config.model.mtp_num_layers)
+    for _ in range(2):
+        tokens.reset()
+        batches = rank_batches(SyntheticDataset(config, 1), 0, config, len(model.chunks))
+        compute_gradients(model, batches, config, layout)
+    return float(tokens.metrics()["mtp_loss"])
+
+
+@pytest.mark.parametrize("parallel", [{**TP2, **PP2}, {"context_parallel_size": 2}, {}])
+def test_the_logged_loss_is_of_all_tokens(ranks: RankPools, parallel: dict[str, Any]) -> None:
+    (expected,) = ranks(1).run(logged_loss, further())
+    found = ranks(4).run(logged_loss, further(parallel=parallel))
+    assert len(set(found)) == 1
+    # Sums of some hundred losses in another order, in fp32 up to the last one.
+    assert found[0] == pytest.approx(expected, rel=FP32)
+    # Untrained: about that of a guess among the 64 tokens of the vocabulary, and not the zero
+    # that unread sums would give.
+    assert 3.0 < expected < 8.0
