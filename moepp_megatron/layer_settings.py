@@ -161,32 +161,39 @@ class LayerSettings(ExpertLayout):
         """Whether a token's FFN experts may come from some of the groups alone."""
         return self.group_topk < self.num_groups
 
-    def group_problems(self) -> Iterator[tuple[str, str, str]]:
-        """Name, rule and remedy of each setting of group-limited routing that cannot be."""
+    def group_problems(self, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+        """Name, rule and remedy of each setting of group-limited routing that cannot be.
+
+        Other settings are named with the prefix.
+        """
         ffn, groups, kept = self.num_ffn_experts, self.num_groups, self.group_topk
         if ffn % groups:
             yield (
                 "num_groups",
-                f"must divide num_ffn_experts ({ffn}), because groups are equally large",
+                f"must divide {prefix}num_ffn_experts ({ffn}), because groups are equally large",
                 "use a divisor of it, or 1 for no groups",
             )
         elif kept > groups:
-            yield "group_topk", f"must be at most num_groups ({groups})", f"use {groups} or less"
+            yield (
+                "group_topk",
+                f"must be at most {prefix}num_groups ({groups})",
+                f"use {groups} or less",
+            )
         elif not self.limits_groups:
             return
         elif kept > self.router_topk:
             yield (
                 "group_topk",
-                f"must be at most router_topk ({self.router_topk}), because a token has at most "
+                f"must be at most {prefix}router_topk ({self.router_topk}), because a token has at most "
                 "one group for each of its experts",
                 f"use {self.router_topk} or less",
             )
         elif self.router_topk > kept * ffn // groups:
             yield (
                 "group_topk",
-                f"must leave at least router_topk ({self.router_topk}) FFN experts, and "
+                f"must leave at least {prefix}router_topk ({self.router_topk}) FFN experts, and "
                 f"{kept} of {groups} groups have {kept * ffn // groups}",
-                "use more, or fewer num_groups",
+                f"use more, or fewer {prefix}num_groups",
             )
 
 

@@ -23,7 +23,7 @@ def _topk_within_experts(config: Config) -> Iterator[Problem]:
 def _groups_hold_what_tokens_select(config: Config) -> Iterator[Problem]:
     """Groups are equally large, and those that a token may use have enough experts for it."""
     moe = config.moe
-    for name, rule, remedy in moe.group_problems():
+    for name, rule, remedy in moe.group_problems("moe."):
         yield Problem(f"moe.{name}", getattr(moe, name), rule, remedy)
     if not moe.limits_groups:
         return

@@ -316,7 +316,7 @@ INVALID = [
     (
         ["moe.num_groups=4", "moe.router_topk=3"],
         "moe.group_topk (1)",
-        "use more, or fewer num_groups",
+        "use more, or fewer moe.num_groups",
     ),
     (
         [*VANILLA, "moe.num_groups=4", "moe.gate_normalization=selected"],
