@@ -184,8 +184,8 @@ class LayerSettings(ExpertLayout):
         elif kept > self.router_topk:
             yield (
                 "group_topk",
-                f"must be at most {prefix}router_topk ({self.router_topk}), because a token has at most "
-                "one group for each of its experts",
+                f"must be at most {prefix}router_topk ({self.router_topk}), because a token has at "
+                "most one group for each of its experts",
                 f"use {self.router_topk} or less",
             )
         elif self.router_topk > kept * ffn // groups:
