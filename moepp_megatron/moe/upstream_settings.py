@@ -193,6 +193,9 @@ REFUSED: dict[str, Refused] = {
     "mtp_use_repeated_layer": Refused(
         (False,), "its router would be counted and balanced as one layer of several depths"
     ),
+    "mtp_detach_heads": Refused(
+        (False,), "the loss of further tokens is this package's, and trains the output layer too"
+    ),
 }
 
 IDLE: dict[str, str] = {
