@@ -220,6 +220,10 @@ class Record(BaseModel):
     z_loss: Annotated[MaybeFloat, Metric(
         "router z-loss, without its coefficient, mean over MoE layers", "", "loss/z",
         "moepp_z_loss", drawn=Drawn("Router z-loss", "z-loss", 8))] = None
+    mtp_loss: Annotated[MaybeFloat, Metric(
+        "loss of multi-token prediction: mean over its depths and the tokens that they predict, "
+        "without its weight; not in `loss`", "nats/token", "loss/mtp", "moepp_mtp_loss",
+        drawn=Drawn("Loss of multi-token prediction", "nats per token", 8))] = None
     num_zeros: Annotated[MaybeInt, Metric(
         "gradient elements that are exactly zero", "", "optimizer", "moepp_grad_zeros")] = None
     skipped_steps: Annotated[MaybeInt, Metric(

@@ -6,7 +6,7 @@ writes; both have these fields. Imports no torch and nothing of this package but
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -111,6 +111,26 @@ class LayerSettings(ExpertLayout):
             extension=True,
         ),
     ] = False
+    num_groups: Annotated[
+        int,
+        setting(
+            "groups",
+            "Groups that FFN experts are divided into in their order, such as nodes; 1: none",
+            exported=True,
+            extension=True,
+            ge=1,
+        ),
+    ] = 1
+    group_topk: Annotated[
+        int,
+        setting(
+            "groups",
+            "Groups that a token's FFN experts come from (group-limited routing, DeepSeek-V3)",
+            exported=True,
+            extension=True,
+            ge=1,
+        ),
+    ] = 1
     gate_scale: Annotated[
         float,
         setting(
@@ -135,6 +155,46 @@ class LayerSettings(ExpertLayout):
     def ffn_share(self) -> float:
         """Phi, the share of selections that perfect balance sends to FFN experts."""
         return self.phi(self.tau)
+
+    @property
+    def limits_groups(self) -> bool:
+        """Whether a token's FFN experts may come from some of the groups alone."""
+        return self.group_topk < self.num_groups
+
+    def group_problems(self, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+        """Name, rule and remedy of each setting of group-limited routing that cannot be.
+
+        Other settings are named with the prefix.
+        """
+        ffn, groups, kept = self.num_ffn_experts, self.num_groups, self.group_topk
+        if ffn % groups:
+            yield (
+                "num_groups",
+                f"must divide {prefix}num_ffn_experts ({ffn}), because groups are equally large",
+                "use a divisor of it, or 1 for no groups",
+            )
+        elif kept > groups:
+            yield (
+                "group_topk",
+                f"must be at most {prefix}num_groups ({groups})",
+                f"use {groups} or less",
+            )
+        elif not self.limits_groups:
+            return
+        elif kept > self.router_topk:
+            yield (
+                "group_topk",
+                f"must be at most {prefix}router_topk ({self.router_topk}), because a token has at "
+                "most one group for each of its experts",
+                f"use {self.router_topk} or less",
+            )
+        elif self.router_topk > kept * ffn // groups:
+            yield (
+                "group_topk",
+                f"must leave at least {prefix}router_topk ({self.router_topk}) FFN experts, and "
+                f"{kept} of {groups} groups have {kept * ffn // groups}",
+                f"use more, or fewer {prefix}num_groups",
+            )
 
 
 class Declared(NamedTuple):

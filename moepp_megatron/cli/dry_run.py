@@ -36,7 +36,9 @@ def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
     device = "this machine's CPU" if target.hardware is None else target.hardware.name
     print_whole(
         _parameters(config),
-        "\nLayers, counted from 1, by pipeline stage (E embedding, L loss, | between chunks)",
+        "\nLayers, counted from 1, by pipeline stage (E embedding, "
+        f"{'m multi-token prediction, ' if config.model.mtp_num_layers else ''}L loss, | between "
+        "chunks)",
         _stages(config, stages),
         f"\nMemory of a rank on {device} ({target.reason})",
         _memory(stages, target),
@@ -100,6 +102,7 @@ def _parameters(config: Config) -> Table:
     table = plain_table("part", "parameters", words=1)
     for name in (
         "embedding",
+        "further_tokens",
         "attention",
         "norms",
         "dense_ffn",
@@ -117,7 +120,7 @@ def _parameters(config: Config) -> Table:
 
 
 def _stages(config: Config, stages: list[RankMemory]) -> Table:
-    """Layers by model chunk; E is the embedding, L the loss, as in layout strings."""
+    """Layers by model chunk; E, m and L as in megatron-core's layout strings."""
     table = plain_table("stage", "parameters of a rank")
     table.add_column("layers", overflow="fold")
     for stage, (chunks, memory) in enumerate(zip(stage_layers(config), stages, strict=True)):
@@ -125,6 +128,7 @@ def _stages(config: Config, stages: list[RankMemory]) -> Table:
         if stage == 0:
             names[0] = f"E {names[0]}".strip()
         if stage == len(stages) - 1:
+            names[-1] = f"{names[-1]} {'m' * config.model.mtp_num_layers}".strip()
             names[-1] = f"{names[-1]} L".strip()
         count = memory.dense + memory.experts
         table.add_row(str(stage), f"{count:,}", " | ".join(name or "-" for name in names))

@@ -29,8 +29,9 @@ def training_flops_per_token(config: Config, ffn_fraction: float) -> float:
 def forward_flops_per_token(config: Config, ffn_fraction: float) -> float:
     """FLOP of the forward pass for one token; see `training_flops_per_token`."""
     model, moe = config.model, config.moe
-    moe_layers = sum(moe.moe_layer_pattern(model.num_layers))
-    dense_layers = model.num_layers - moe_layers
+    layers, moe_layers = len(config.router_pattern), sum(config.router_pattern)
+    # Multi-token prediction has a projection in each of its layers, and the output layer again.
+    further = 2 * model.hidden_size * (2 * model.hidden_size + model.vocab_size)
     experts_taken = moe.router_topk * ffn_fraction
     per_moe_layer = (
         experts_taken * _swiglu(config, config.expert_ffn_hidden_size)
@@ -43,11 +44,12 @@ def forward_flops_per_token(config: Config, ffn_fraction: float) -> float:
         for layer in range(moe_layers)
     )
     return (
-        model.num_layers * _attention(config)
-        + dense_layers * _swiglu(config, model.ffn_hidden_size)
+        layers * _attention(config)
+        + (layers - moe_layers) * _swiglu(config, model.ffn_hidden_size)
         + moe_layers * per_moe_layer
         + routers
         + 2 * model.hidden_size * model.vocab_size
+        + model.mtp_num_layers * further
     )
 
 

@@ -208,6 +208,9 @@ class _Translator:
         settings = self._settings
         settings |= {f"moe.num_{kind}_experts": 0 for kind in ("constant", "copy", "zero")}
         settings["moe.gating_residual"] = False
+        if "moe.group_topk" not in settings:
+            # Megatron limits nothing then.
+            settings.pop("moe.num_groups", None)
         experts, topk = settings["moe.num_ffn_experts"], settings.get("moe.router_topk", 2)
         coefficient = float(self._left.pop("moe-aux-loss-coeff", "0"))
         kind = self._left.pop("moe-router-load-balancing-type", "aux_loss")

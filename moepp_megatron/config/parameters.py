@@ -14,6 +14,8 @@ class ParameterCounts:
 
     Attributes:
         embedding: Token embedding [V, D] and, unless tied, output layer [V, D].
+        further_tokens: Three norms [D] and the projection [D, 2D] of each layer of multi-token
+            prediction. The ordinary layers inside count in the parts below as the decoder's.
         attention: Query, key, value and output projections, query/key norms.
         norms: RMSNorm weights: two per layer and the final one.
         dense_ffn: SwiGLU FFNs of dense layers.
@@ -23,12 +25,14 @@ class ParameterCounts:
         zero_computation_experts: Constant experts' v_c [D] (once under `moe.constants_shared`)
             and U_c [2, D].
         per_ffn_expert: One FFN expert of one layer.
-        active: Parameters that a token uses on average when the balance loss is at its optimum: all
-            outside the experts, K phi FFN experts and K (1 - phi) zero-computation experts per
-            MoE layer, spread evenly over their kind (v_c counted in each layer, shared or not).
+        active: Parameters that a token uses in training on average when the balance loss is at its
+            optimum: all outside the experts, K phi FFN experts and K (1 - phi) zero-computation
+            experts per MoE layer, spread evenly over their kind (v_c counted in each layer, shared
+            or not).
     """
 
     embedding: int
+    further_tokens: int
     attention: int
     norms: int
     dense_ffn: int
@@ -48,6 +52,7 @@ class ParameterCounts:
     def _outside_experts(self) -> int:
         return (
             self.embedding
+            + self.further_tokens
             + self.attention
             + self.norms
             + self.dense_ffn
@@ -72,12 +77,13 @@ def count_parameters(config: Config) -> ParameterCounts:
     SwiGLU FFNs (three matrices), RMSNorm, no biases but those of `model.qkv_bias`.
     """
     model, moe = config.model, config.moe
-    width, layers = model.hidden_size, model.num_layers
-    moe_layers = sum(moe.moe_layer_pattern(layers))
+    width, layers = model.hidden_size, len(config.router_pattern)
+    moe_layers = sum(config.router_pattern)
     per_ffn_expert = FFN.parameters(width, config.expert_ffn_hidden_size)
     is_first = [layer == 0 for layer in range(moe_layers)]
     parts = {
         "embedding": model.vocab_size * width * (1 if model.tie_embeddings else 2),
+        "further_tokens": model.mtp_num_layers * (3 * width + 2 * width * width),
         "attention": layers * _attention_parameters(config),
         "norms": (2 * layers + 1) * width,
         "dense_ffn": (layers - moe_layers) * 3 * width * model.ffn_hidden_size,

@@ -15,8 +15,9 @@ _SINGLE = re.compile(r"(.)\*(\d+)")
 def expand_pipeline_layout(text: str) -> list[str]:
     """Expand megatron-core's layout string to one string per stage.
 
-    `E` is the embedding, `t` a transformer layer, `L` the loss, `|` ends a stage, `x*n` and
-    `(..)*n` repeat, commas are ignored. `E(t|)*2,tL` gives `["Et", "t", "tL"]`. Source:
+    `E` is the embedding, `t` a transformer layer, `m` one of multi-token prediction, `L` the loss,
+    `|` ends a stage, `x*n` and `(..)*n` repeat, commas are ignored. `E(t|)*2,tL` gives
+    `["Et", "t", "tL"]`. Source:
     megatron/core/transformer/pipeline_parallel_layer_layout.py, `parse_str_to_list`.
 
     Raises:
@@ -25,7 +26,7 @@ def expand_pipeline_layout(text: str) -> list[str]:
     expanded = text.replace(",", "")
     for pattern in (_GROUP, _SINGLE):
         expanded = pattern.sub(_repeat, expanded)
-    unknown = sorted(set(expanded) - set("EtL|"))
+    unknown = sorted(set(expanded) - set("EtmL|"))
     if unknown:
         raise ValueError(f"holds {''.join(unknown)!r}")
     return expanded.split("|")

@@ -10,6 +10,8 @@ from moepp_megatron.interop.hf_config import decoder_section, require, rope_thet
 
 # transformers' and DeepSeek's code add it in the norms of latent attention, whatever else they add.
 _LATENT_EPSILON = 1e-6
+# Scores of a group that transformers' and DeepSeek's code add up to rank it.
+_RANKED_PER_GROUP = 2
 
 
 def deepseek_decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,11 +82,13 @@ def deepseek_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: If this package's router does not have the routing.
     """
     groups, kept = hf.get("n_group") or 1, hf.get("topk_group") or 1
-    if kept < groups:
+    topk = require(hf, "num_experts_per_tok")
+    if kept < groups and topk // kept != _RANKED_PER_GROUP:
         raise ConfigError(
-            f"config.json: topk_group ({kept}) must be n_group ({groups}): this package's router "
-            "chooses among all experts, not within groups of them (group-limited routing); such a "
-            "checkpoint cannot be upcycled exactly"
+            f"config.json: topk_group ({kept}) must be such that num_experts_per_tok ({topk}) "
+            f"divided by it and rounded down is {_RANKED_PER_GROUP}: DeepSeek-V3's code adds up "
+            "that many scores of a group whatever the numbers, this package's as many as the "
+            "paper says; such a checkpoint cannot be upcycled exactly"
         )
     for name, value, wanted, reason in (
         ("scoring_func", hf.get("scoring_func", "sigmoid"), "sigmoid", "DeepSeek-V3's scores"),
@@ -100,7 +104,9 @@ def deepseek_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     dense, layers = hf.get("first_k_dense_replace") or 0, require(hf, "num_hidden_layers")
     return {
         "num_ffn_experts": require(hf, "n_routed_experts"),
-        "router_topk": require(hf, "num_experts_per_tok"),
+        "router_topk": topk,
+        "num_groups": groups if kept < groups else 1,
+        "group_topk": kept if kept < groups else 1,
         "score_function": "sigmoid",
         "gate_scale": float(hf.get("routed_scaling_factor", 1.0)),
         "ffn_hidden_size": width,

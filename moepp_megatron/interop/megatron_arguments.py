@@ -34,7 +34,7 @@ _SCOPES: dict[str, BalanceScope] = {
     "seq_aux_loss": "sequence",
     "global_aux_loss": "global",
 }
-# Megatron has arguments for the first six; the others have no place in its loop, but for the
+# Megatron has arguments for the first eight; the others have no place in its loop, but for the
 # gating residual, which `--moepp-no-gating-residual` turns off.
 _NOT_OWN = {
     "num_ffn_experts",
@@ -43,6 +43,8 @@ _NOT_OWN = {
     "balance_scope",
     "score_function",
     "gate_scale",
+    "num_groups",
+    "group_topk",
     "constants_shared",
     "fused",
     "gating_residual",
@@ -121,6 +123,9 @@ def moepp_config(
         balance_scope=scope,
         score_function=config.moe_router_score_function,
         gate_scale=1.0 if gate_scale is None else gate_scale,
+        num_groups=config.moe_router_num_groups or 1,
+        # Megatron limits nothing where this one is not given.
+        group_topk=config.moe_router_group_topk or config.moe_router_num_groups or 1,
         gating_residual=own.moepp_gating_residual,
         **{name: getattr(own, f"moepp_{name}") for name in OWN_SETTINGS},
     )
@@ -191,6 +196,12 @@ def _refuse_unsupported(config: TransformerConfig, args: argparse.Namespace) -> 
             "TransformerConfig.multi_latent_attention (True) must be False in Megatron-LM's loop, "
             "because the local modules of latent attention are made fit by this package's own "
             "model alone; use False, or `moepp train`"
+        )
+    if config.mtp_num_layers:
+        raise ValueError(
+            f"TransformerConfig.mtp_num_layers ({config.mtp_num_layers}) must be None in "
+            "Megatron-LM's loop, because its multi-token prediction hands no router logits to "
+            "those layers; leave --mtp-num-layers out, or use `moepp train`"
         )
     trace = getattr(args, "moe_routing_trace_path", None)
     if trace is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config import Config, ConfigError, load_config, parse_config
 from moepp_megatron.config.problem import show
 from moepp_megatron.data.progress import track
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
@@ -42,7 +42,7 @@ from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
 
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
 # What a checkpoint holds beside the model's weights.
-_NOT_EXPORTED = ("optimizer", UNUSED_PREFIX)
+_NOT_EXPORTED = ("optimizer", "mtp.", UNUSED_PREFIX)
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -128,7 +128,8 @@ def mcore_to_hf(
     form = _FORMATS[layout]
     check_license(license_id)
     folder = find_checkpoint(source)
-    config = load_config(folder / CONFIG_FILE)
+    trained = load_config(folder / CONFIG_FILE)
+    config = without_further_tokens(trained)
     if not form.has_latent_attention:
         _refuse_latent_attention(config)
     fields = form.fields(config)
@@ -150,7 +151,19 @@ def mcore_to_hf(
         if form.classes is not None:
             copy_model_files(unfinished)
         publish(unfinished, target)
-    return list(_warnings(config, form))
+    depths = trained.model.mtp_num_layers
+    left_out = f"model.mtp_num_layers ({depths}): the export leaves these layers out"
+    return [*([left_out] if depths else []), *_warnings(config, form)]
+
+
+def without_further_tokens(config: Config) -> Config:
+    """The model without the layers of multi-token prediction, which train the others alone."""
+    if config.model.mtp_num_layers == 0:
+        return config
+    content = config.model_dump(mode="json", exclude_unset=True)
+    for name in ("mtp_num_layers", "mtp_loss_scaling_factor"):
+        content["model"].pop(name, None)
+    return parse_config(content)
 
 
 def _refuse_latent_attention(config: Config) -> None:

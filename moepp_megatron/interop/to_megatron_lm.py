@@ -88,6 +88,12 @@ def _refuse_unsupported(config: Config) -> None:
             (None,),
             "MoE++ in Megatron-LM's loop has no multi-latent attention",
         ),
+        (
+            "model.mtp_num_layers",
+            model.mtp_num_layers,
+            (0,),
+            "its multi-token prediction hands no router logits to those layers",
+        ),
         ("moe.constants_shared", moe.constants_shared, (False,), "it is this package's model's"),
         ("model.qkv_bias", model.qkv_bias, (False,), "the way back refuses --add-qkv-bias"),
         (
@@ -142,6 +148,8 @@ def _options(config: Config) -> Iterator[list[str]]:
         "moe-router-topk": moe.router_topk,
         "moe-router-score-function": moe.score_function,
         "moe-router-topk-scaling-factor": None if moe.gate_scale == 1.0 else moe.gate_scale,
+        "moe-router-num-groups": moe.num_groups if moe.limits_groups else None,
+        "moe-router-group-topk": moe.group_topk if moe.limits_groups else None,
         "moe-router-load-balancing-type": _BALANCE_TYPES[moe.balance_scope]
         if moe.balance_coeff > 0
         else "none",

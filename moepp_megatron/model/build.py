@@ -18,6 +18,7 @@ from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
+from moepp_megatron.moe.multi_token import get_moepp_mtp_block_spec
 from moepp_megatron.moe.spec import get_moepp_block_spec, with_attention
 from moepp_megatron.moe.upstream_private import (
     PRIVATE_NAMES,
@@ -101,7 +102,10 @@ def _gpt_model(
 ) -> MoEPPGPTModel:
     megatron, moepp = transformer_config(config), moepp_config(config)
     spec = get_moepp_block_spec(megatron, moepp, vp_stage=vp_stage, **backend)
-    return MoEPPGPTModel(megatron, spec, moepp=moepp, vp_stage=vp_stage, **kwargs)
+    mtp = get_moepp_mtp_block_spec(megatron, moepp, vp_stage=vp_stage, **backend)
+    return MoEPPGPTModel(
+        megatron, spec, moepp=moepp, vp_stage=vp_stage, mtp_block_spec=mtp, **kwargs
+    )
 
 
 def _hybrid_model(config: Config, backend: dict[str, Any], **kwargs: Any) -> MoEPPHybridModel:

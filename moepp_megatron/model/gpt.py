@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moepp_megatron.model.cross_entropy import WithCrossEntropy
+from moepp_megatron.model.multi_token_loss import MultiTokenLoss
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import lane_columns, no_logits, pack, unpack
+from moepp_megatron.moe.multi_token import norm_beside_lane
 from moepp_megatron.moe.overlap import MoEPPChunkPlan
 from moepp_megatron.moe.token_tags import TokenTags
 from moepp_megatron.moe.zero_computation import share_constants
+from moepp_megatron.runtime.patches import replaced
 
 
 class MoEPPGPTModel(WithCrossEntropy, GPTModel):
@@ -49,6 +53,7 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
             )
         super().__init__(config, *args, **kwargs)
         self.moepp = moepp
+        self.further_loss = MultiTokenLoss()
         if moepp.constants_shared:
             share_constants(self)
         # Not read from `self.config` later: whoever wraps this model may give that the wider shape
@@ -59,8 +64,11 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
         )
         self._receives_lane = crosses_stages and not self.pre_process
         self._sends_lane = crosses_stages and not self.post_process
-        if self._sends_lane and len(self.decoder.layers) > 0:
+        self._mtp_has_lane = self.mtp_process and lane_columns(moepp, config.params_dtype) > 0
+        if (self._sends_lane or self._mtp_has_lane) and len(self.decoder.layers) > 0:
             self.decoder.layers[-1].lane_width = moepp.num_experts
+        if self._mtp_has_lane:
+            norm_beside_lane(self.decoder.final_layernorm, self.hidden_size)
 
     def forward(self, *args: Any, sources: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Same as `GPTModel.forward`; all stages but the last return [s, b, D + lane columns].
@@ -89,6 +97,62 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
                 lane = no_logits(output, self.moepp.num_experts)
             output = pack(output, lane)
         return output
+
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Same as `GPTModel._postprocess`, with this package's loss of further tokens.
+
+        Without gradients, as in validation, generation and scoring, the MTP layers do not run.
+        """
+        if not self.mtp_process:
+            return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **kwargs)
+        further: list[Tensor] = []
+        learns = labels is not None and torch.is_grad_enabled()
+        if learns:
+            hidden_states = self._further_states(hidden_states, **kwargs)
+            hidden_states, *further = hidden_states.chunk(1 + self.config.mtp_num_layers)
+        if self._mtp_has_lane:
+            hidden_states, _ = unpack(hidden_states, self.hidden_size)
+            further = [unpack(states, self.hidden_size)[0] for states in further]
+        if learns:
+            hidden_states = self.further_loss.attach(
+                hidden_states,
+                further,
+                labels,
+                loss_mask,
+                self._losses_of,
+                self.config,
+                self.pg_collection.cp,
+            )
+        kwargs["mtp_in_postprocess"] = False
+        # Otherwise megatron-core would attach its own loss of the same tokens.
+        with replaced(self.config, mtp_num_layers=None):
+            return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **kwargs)
+
+    def _further_states(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """[(1 + depths) * s, b, D + lane columns] hidden states, the given ones first."""
+        names = ("input_ids", "position_ids", "attention_mask", "rotary_pos_emb", "padding_mask")
+        tags = (kwargs["extra_block_kwargs"] or {}).get("context_mask")
+        further: Tensor = self.mtp(
+            hidden_states=hidden_states,
+            embedding=self.embedding,
+            extra_block_kwargs={"context_mask": tags},
+            packed_seq_params=kwargs["packed_seq_params"],
+            **{name: kwargs[name] for name in names},
+        )
+        return further
+
+    def _losses_of(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """[b, s] cross entropy of labels [b, s] from hidden states [s, b, D]."""
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else None
+        logits, _ = self.output_layer(hidden_states, weight=weight)
+        return self.compute_language_model_loss(labels, logits)
 
     def build_schedule_plan(
         self,

@@ -80,6 +80,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         if training.recompute_granularity == "selective"
         else None,
         deterministic_mode=training.deterministic,
+        mtp_num_layers=model.mtp_num_layers or None,
+        mtp_loss_scaling_factor=model.mtp_loss_scaling_factor,
         # The first MoE layer has no gating residual, so layers cannot be stacked in a checkpoint.
         hetereogenous_dist_checkpoint=True,
         **_parallel_fields(config),
@@ -175,6 +177,11 @@ def _moe_fields(config: Config) -> dict[str, object]:
             "moe_aux_loss_coeff": moe.balance_coeff,
             "moe_expert_capacity_factor": moe.capacity_factor,
         }
+        if moe.limits_groups:
+            fields |= {
+                "moe_router_num_groups": moe.num_groups,
+                "moe_router_group_topk": moe.group_topk,
+            }
     return fields
 
 

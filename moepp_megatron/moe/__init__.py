@@ -10,6 +10,7 @@ cuda_graphs.py        attention and router of a layer as CUDA graphs; the rest i
 dedup_dispatcher.py   an all-to-all that sends a token at most once to each rank
 dispatcher.py         token dispatchers that move only what FFN experts need
 exchange.py           an all-to-all that leaves time for work, forward and backward
+expert_groups.py      group-limited routing: FFN experts come from a token's best groups of them
 ffn_demand.py         FFN experts that tokens must take, whatever the router wants
 flex_dispatcher.py    megatron-core's flex dispatcher (DeepEP) without what no FFN expert takes
 grouped_experts.py    FFN experts on a GPU without Transformer Engine
@@ -17,6 +18,7 @@ router_health.py      how healthy a router is: what one step's logits, gates and
 lane.py               the lane on which router logits travel from MoE layer to MoE layer
 layer.py              the MoE++ layer: dispatch, FFN experts, combine, zero-computation experts
 margins.py            how far selections are from other numbers of FFN experts
+multi_token.py        layers of multi-token prediction with MoE++
 overlap.py            a MoE++ layer as nodes of megatron-core's combined schedule
 padding.py            padding masks: which tokens a router does not route
 parameter.py          parameters that every rank of a tensor-parallel group holds whole

@@ -54,6 +54,8 @@ class MoEPPConfig(LayerSettings):
                 f"router_topk ({self.router_topk}) must be between 1 and the number of experts "
                 f"({self.num_experts}); select fewer or add experts"
             )
+        for name, rule, remedy in self.group_problems():
+            raise ValueError(f"{name} ({getattr(self, name)}) {rule}; {remedy}")
         self._refuse_what_vanilla_lacks()
 
     def _refuse_unknown_choices(self) -> None:

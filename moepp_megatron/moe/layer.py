@@ -96,6 +96,13 @@ class MoEPPLayer(MoELayer):
         check_upstream()
         refuse_ignored(config, moepp)
         refuse_uncapturable(config)
+        if is_mtp_layer:
+            raise ValueError(
+                f"TransformerConfig.mtp_num_layers ({config.mtp_num_layers}) must come with "
+                "mtp_block_spec=get_moepp_mtp_block_spec(...) and MoEPPGPTModel, because "
+                "megatron-core's own MTP layers get no router logits of the layer before; use "
+                "these, or None"
+            )
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
@@ -305,6 +312,11 @@ class MoEPPLayer(MoELayer):
 def moepp_layers(model: torch.nn.Module) -> list[MoEPPLayer]:
     """The MoE++ layers of a model (or model chunk), in their order."""
     return [module for module in model.modules() if isinstance(module, MoEPPLayer)]
+
+
+def decoder_moepp_layers(model: torch.nn.Module) -> list[MoEPPLayer]:
+    """`moepp_layers` without those of multi-token prediction, which are numbered behind them."""
+    return [layer for layer in moepp_layers(model) if layer.layer_number <= layer.config.num_layers]
 
 
 def moe_statistics(model: torch.nn.Module) -> dict[int, RoutingStatistics]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.expert_groups import within_groups
 
 # Scores are in [0, 1] and biases begin within 1.25 (upcycling), so margins are within 4. Of scores
 # of a thousandth, fp32 resolves 2^-33.
@@ -62,6 +63,8 @@ def count_margins(
     is_softmax = config.score_function == "softmax"
     ranked_TE = torch.softmax(logits, dim=-1) if is_softmax else torch.sigmoid(logits)
     ranked_TE = ranked_TE + bias
+    # A bias that rises for all FFN experts does not change which groups are best.
+    ranked_TE = within_groups(ranked_TE, ranked_TE, config)
     best = ranked_TE[:, :ffn].topk(min(topk, ffn), dim=-1).values
     others = min(topk, config.num_zero_computation_experts)
     in_way_TK = ranked_TE.new_full((len(logits), topk), -torch.inf)

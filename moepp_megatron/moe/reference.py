@@ -179,12 +179,51 @@ def select_experts(
     scores_TE, logs_TE = _scores(logits_TE, config)
     # Logits rank as scores do, and still differ where scores underflow.
     ranked_TE = logits_TE if selection_bias_E is None else scores_TE + selection_bias_E
+    ranked_TE = in_best_groups(ranked_TE, logits_TE, config, selection_bias_E)
     # Between equal experts the first one, which `topk` would not promise.
     chosen_TK = ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, : config.router_topk]
     selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
     gates_TE = _gates(scores_TE, logs_TE, selected_TE, config)
     # The scores divided by their sum, which may underflow.
     return gates_TE, selected_TE, torch.softmax(logs_TE, dim=-1)
+
+
+def in_best_groups(
+    ranked_TE: Tensor,
+    logits_TE: Tensor,
+    config: MoEPPConfig,
+    selection_bias_E: Tensor | None = None,
+) -> Tensor:
+    """Group-limited routing (DeepSeek-V3, arXiv 2412.19437, section 2.1.2) with MoE++'s experts.
+
+    FFN experts are divided into `num_groups` groups of neighbours. A group's score is the sum of
+    its K / `group_topk` (rounded down) largest affinities, and a token may select FFN experts of
+    its `group_topk` best groups alone; between equal groups the first one is better. Affinities are
+    what ranks experts, the scores with their biases; without biases, the scores of a router of FFN
+    experts alone, which order groups in the same way and do not underflow where zero-computation
+    experts have nearly all of the softmax.
+
+    Zero-computation experts are in no group, change no group's score, and can always be selected:
+    they and the FFN experts of the best groups are ranked in one top-K. Gates and scores are not
+    changed.
+
+    Returns:
+        `ranked_TE` with -inf for the FFN experts of the other groups.
+    """
+    if config.group_topk == config.num_groups:
+        return ranked_TE
+    affinity_TE = ranked_TE
+    if selection_bias_E is None:
+        affinity_TE, _ = _scores(logits_TE, config, only_ffn=True)
+    size = config.num_ffn_experts // config.num_groups
+    masked_TE = ranked_TE.clone()
+    for token, affinities in enumerate(affinity_TE[:, : config.num_ffn_experts]):
+        groups = affinities.view(config.num_groups, size).sort(dim=-1, descending=True).values
+        sums = groups[:, : config.router_topk // config.group_topk].sum(dim=-1)
+        best = sums.argsort(descending=True, stable=True)[: config.group_topk].tolist()
+        for group in set(range(config.num_groups)) - set(best):
+            masked_TE[token, group * size : (group + 1) * size] = -torch.inf
+    return masked_TE
 
 
 def _demanded_experts(
@@ -208,6 +247,7 @@ def _demanded_experts(
     ranked_TE = logits_TE
     if selection_bias_E is not None:
         ranked_TE = scores_TE + selection_bias_E - lower_E
+    ranked_TE = in_best_groups(ranked_TE, logits_TE, config, selection_bias_E)
     order_TE = ranked_TE.argsort(dim=-1, descending=True, stable=True)
     selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
     for token, order in enumerate(order_TE.tolist()):

@@ -247,6 +247,11 @@ class MoEPPRouter(TopKRouter):
         return getattr(self.gating, "__func__", None) is not MoEPPRouter.gating
 
     @property
+    def _num_tracked(self) -> int:
+        """Layers in megatron-core's tracker: the decoder's and those of multi-token prediction."""
+        return int(self.config.num_layers + (self.config.mtp_num_layers or 0))
+
+    @property
     def _in_fp64(self) -> bool:
         return bool(self.config.moe_router_dtype == "fp64")
 
@@ -314,7 +319,7 @@ class MoEPPRouter(TopKRouter):
             "z_loss",
             loss * self.tp_cp_group.size(),
             self.layer_number,
-            self.config.num_layers,
+            self._num_tracked,
             avg_group=self.tp_dp_cp_group,
         )
         attached = attached_loss(loss, coeff, num_tokens, self.calculate_per_token_loss)
@@ -453,7 +458,7 @@ class MoEPPRouter(TopKRouter):
             _TRACKED_NAMES[self.moepp.balance_scope],
             loss,
             self.layer_number,
-            self.config.num_layers,
+            self._num_tracked,
             reduce_group=self.tp_cp_group,
         )
         attached = attached_loss(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moepp_megatron.experts import CONSTANT
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.expert_groups import within_groups
 
 _SCALARS = (
     "tokens",
@@ -181,7 +182,9 @@ class RouterHealth:
 
 def _margins(ranked: Tensor, config: MoEPPConfig) -> Tensor:
     """[T] score of the last selected expert less that of the first one that was not."""
-    if config.router_topk == config.num_experts:
+    ranked = within_groups(ranked, ranked, config)
+    allowed = config.group_topk * config.num_ffn_experts // config.num_groups
+    if config.router_topk == allowed + config.num_zero_computation_experts:
         return ranked.new_zeros(ranked.shape[0])
     best = ranked.topk(config.router_topk + 1, dim=-1).values
     return best[:, -2] - best[:, -1]

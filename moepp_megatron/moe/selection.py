@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moepp_megatron.experts import ZERO
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
+from moepp_megatron.moe.expert_groups import within_groups
 from moepp_megatron.moe.ffn_demand import FFNDemand, ffn_scores, lowered, with_an_ffn_expert
 
 
@@ -57,7 +58,8 @@ def select(
     Args:
         logits: [T, E] fp32, residual included; differentiable.
         bias: [E] fp32 added to the scores for the selection alone, never to the gates; or None.
-        config: `score_function`, `gate_normalization`, `gate_scale`, `router_topk` are read.
+        config: `score_function`, `gate_normalization`, `gate_scale`, `router_topk` and the groups
+            are read.
         num_sequences: S, with tokens ordered [sequence position, sequence] as in Megatron's
             [s, b, h]; 1 counts all tokens together; None counts nothing.
         demand: FFN experts that tokens must take (`ffn_demand`).
@@ -68,7 +70,7 @@ def select(
     uses_softmax = config.score_function == "softmax"
     scores_TE = torch.softmax(logits, dim=-1) if uses_softmax else torch.sigmoid(logits)
     logs_TE = logits if uses_softmax else F.logsigmoid(logits)
-    ranked_TE = logits.detach() if bias is None else scores_TE.detach() + bias
+    ranked_TE = _ranked(logits, scores_TE, bias, config)
     chosen_TK = top_experts(ranked_TE, config.router_topk)
     wanted_TE = None
     weights_TE = scores_TE
@@ -77,17 +79,15 @@ def select(
         num_ffn = config.num_ffn_experts
         if demand == "all":
             weights_TE = ffn_scores(logits, config)
-            if bias is not None:
-                ranked_TE = weights_TE.detach() + bias
+            ranked_TE = _ranked(logits, weights_TE, bias, config)
             chosen_TK = top_experts(ranked_TE[:, :num_ffn], config.router_topk)
         elif isinstance(demand, float):
             lower_TE = lowered(logits, config, demand)
             weights_TE = torch.softmax(lower_TE, -1) if uses_softmax else torch.sigmoid(lower_TE)
             logs_TE = lower_TE if uses_softmax else F.logsigmoid(lower_TE)
-            ranked_TE = lower_TE.detach()
-            if bias is not None:
-                # The bias could outweigh scores of 0, so it is lowered as well.
-                ranked_TE = weights_TE.detach() + lowered(bias, config, demand)
+            # The bias could outweigh scores of 0, so it is lowered as well.
+            lower_E = None if bias is None else lowered(bias, config, demand)
+            ranked_TE = _ranked(lower_TE, weights_TE, lower_E, config)
             chosen_TK = top_experts(ranked_TE, config.router_topk)
         else:
             best_T1 = top_experts(ranked_TE[:, :num_ffn], 1)
@@ -108,6 +108,18 @@ def select(
     counts_SE = counted_TE.view(by_sequence).sum(dim=0, dtype=torch.float32)
     sums_SE = shares_TE.view(by_sequence).sum(dim=0)
     return Selection(gates_TE, routing_map_TE, counts_SE, sums_SE, wanted_TE)
+
+
+def _ranked(logits: Tensor, scores: Tensor, bias: Tensor | None, config: MoEPPConfig) -> Tensor:
+    """[T, E] fp32 by which experts are ranked: biased scores, or logits; see `select`."""
+    if bias is not None:
+        ranked_TE = scores.detach() + bias
+        return within_groups(ranked_TE, ranked_TE, config)
+    ranked_TE = logits.detach()
+    if not config.limits_groups:
+        return ranked_TE
+    # Among FFN experts alone, for scores that are all 0 would not tell groups apart.
+    return within_groups(ranked_TE, ffn_scores(ranked_TE, config), config)
 
 
 def _as_map(chosen_TK: Tensor, scores_TE: Tensor) -> Tensor:

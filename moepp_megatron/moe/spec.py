@@ -163,6 +163,15 @@ def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
     return [bool(is_moe) for is_moe in freq]
 
 
+def router_pattern(config: TransformerConfig) -> list[bool]:
+    """Same as `moe_layer_pattern`, with the layers of multi-token prediction behind the decoder's.
+
+    Each is of the kind of the last decoder layer.
+    """
+    pattern = moe_layer_pattern(config)
+    return pattern + pattern[-1:] * (config.mtp_num_layers or 0)
+
+
 def _experts(upstream: ExpertsBuilder, config: TransformerConfig) -> ExpertsBuilder:
     """Builder of the FFN experts: megatron-core's, or ours in place of its local ones."""
     if getattr(upstream, "func", None) is not SequentialMLP:

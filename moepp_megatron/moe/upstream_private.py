@@ -44,6 +44,7 @@ class PrivateName:
 
 
 _LAYER = ("transformer.transformer_layer", "TransformerLayer")
+_MTP_LAYER = ("transformer.multi_token_prediction", "MultiTokenPredictionLayer")
 _DISPATCHERS = "transformer.moe.token_dispatcher"
 
 # What layers need, in any loop.
@@ -114,6 +115,21 @@ _LAYER_NAMES = (
         "overridden",
         "the whole gradient of the shared position key on local modules",
         ("hidden_states",),
+    ),
+    PrivateName(
+        *_MTP_LAYER,
+        "_concat_embeddings",
+        "overridden",
+        "the router logits go past the projection",
+        ("hidden_states", "decoder_input"),
+    ),
+    PrivateName(
+        "models.gpt.gpt_model",
+        "GPTModel",
+        "_postprocess",
+        "overridden",
+        "the loss of multi-token prediction, and its layers' router logits",
+        ("hidden_states", "labels", "loss_mask", "mtp_in_postprocess", "extra_block_kwargs"),
     ),
 )
 PRIVATE_NAMES = (

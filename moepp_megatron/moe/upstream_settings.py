@@ -93,6 +93,8 @@ HONOURED = frozenset(
         "moe_grad_scale_func",
         "moe_layer_recompute",
         "moe_per_layer_logging",
+        # `get_moepp_mtp_block_spec`; megatron-core's own MTP layers are refused by `MoEPPLayer`.
+        "mtp_num_layers",
     }
 )
 
@@ -116,13 +118,14 @@ OURS: dict[str, Ours] = {
         (False,),
         lambda moepp: (moepp.gate_normalization == "none" or moepp.router_topk == 1,),
     ),
+    "moe_router_num_groups": Ours("num_groups", (None,), lambda moepp: (moepp.num_groups,)),
+    "moe_router_group_topk": Ours("group_topk", (None,), lambda moepp: (moepp.group_topk,)),
     "moe_router_topk_scaling_factor": Ours(
         "gate_scale", (None,), lambda moepp: (moepp.gate_scale,)
     ),
 }
 
 _SPEC = "the MoE++ layer spec does not pass it on"
-_GROUPS = "groups of experts have no place for zero-computation experts"
 _FORCED = "the MoE++ router selects by its logits"
 _HOST_SIZES = "its rows per expert are counted in every step"
 
@@ -156,9 +159,11 @@ REFUSED: dict[str, Refused] = {
     "moe_router_padding_for_fp8": Refused(
         (False, None), "it stands for moe_router_padding_for_quantization, which is refused"
     ),
-    "moe_router_num_groups": Refused((None,), _GROUPS),
-    "moe_router_group_topk": Refused((None,), _GROUPS),
-    "moe_router_topk_limited_devices": Refused((None,), _GROUPS),
+    "moe_router_topk_limited_devices": Refused(
+        (None,),
+        "megatron-core has replaced it by moe_router_num_groups and moe_router_group_topk",
+        "those",
+    ),
     "moe_router_enable_expert_bias": Refused(
         (False,),
         "megatron-core would update it by the loads of FFN experts alone",
@@ -185,8 +190,11 @@ REFUSED: dict[str, Refused] = {
     "use_kitchen": Refused((False,), _SPEC),
     "use_kitchen_attention": Refused((False,), _SPEC),
     "use_te_activation_func": Refused((False,), _SPEC),
-    "mtp_num_layers": Refused(
-        (None, 0), "the layers of multi-token prediction get no router logits of a layer before"
+    "mtp_use_repeated_layer": Refused(
+        (False,), "its router would be counted and balanced as one layer of several depths"
+    ),
+    "mtp_detach_heads": Refused(
+        (False,), "the loss of further tokens is this package's, and trains the output layer too"
     ),
 }
 

@@ -86,6 +86,14 @@ PATCHES = (
         "megatron-core's output layer can be built with its setting where apex is not there",
     ),
     Patch(
+        "model.gpt",
+        "megatron-core",
+        "mtp_num_layers of one TransformerConfig; while the output layer runs",
+        "the loss of further tokens would be attached twice, once with a mean that depends on the "
+        "layout",
+        "megatron-core's loss of further tokens is a sum over tokens",
+    ),
+    Patch(
         "training.step",
         "megatron-core",
         "prepare_grads and get_grad_norm of one optimizer; for one step",

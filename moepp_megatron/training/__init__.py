@@ -8,6 +8,7 @@ collect.py             adds up what all ranks counted in one step
 data_sources.py        loss, FFN share and use of the experts by data source, of one step
 decoding.py            continues prompts with a cache of keys and values
 evaluate.py            validation loss
+further_tokens.py      the loss of multi-token prediction of a step, over all ranks
 generate.py            `moepp generate` as a function
 generate_request.py    what `moepp generate` is asked to do
 going_back.py          putting an earlier checkpoint of the run in place of the present model

@@ -11,7 +11,7 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.margins import edges
-from moepp_megatron.moe.spec import moe_layer_pattern
+from moepp_megatron.moe.spec import router_pattern
 from moepp_megatron.training.setup import TrainingModel
 
 
@@ -54,7 +54,7 @@ class RoutingCollector:
         # L_b is a sum over the ranks of one data-parallel replica, once per micro-batch.
         self._num_losses = layout.dp * layout.num_microbatches
         self._ranks_per_replica = layout.tp * layout.cp
-        pattern = moe_layer_pattern(model.models[0].config)
+        pattern = router_pattern(model.models[0].config)
         self.layer_numbers = [number for number, is_moe in enumerate(pattern, 1) if is_moe]
         self._selections: Tensor | None = None
         self._statistics = {

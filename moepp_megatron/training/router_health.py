@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.config import Config
-from moepp_megatron.moe.layer import moepp_layers
+from moepp_megatron.moe.layer import decoder_moepp_layers, moepp_layers
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.setup import TrainingModel
@@ -68,7 +68,7 @@ class HealthCollector:
             batch: The micro-batch; its `loss_mask` [b, s] is 0 for tokens that do not count.
             token_losses: [b, s].
         """
-        layers = moepp_layers(chunk) if self._is_on and self._sorts_losses else []
+        layers = decoder_moepp_layers(chunk) if self._is_on and self._sorts_losses else []
         counts = [layer.router.health.ffn_counts for layer in layers]
         if not counts or any(count is None for count in counts):
             return

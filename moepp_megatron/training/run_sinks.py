@@ -16,7 +16,6 @@ def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
     if dist.get_rank() != 0:
         return None
     moe = config.moe
-    pattern = moe.moe_layer_pattern(config.model.num_layers)
     return open_sinks(
         SinkSettings(
             Path(config.run.dir),
@@ -25,7 +24,9 @@ def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
             total_steps=config.training.train_iters,
             resume_step=progress.step + 1,
             wandb=_wandb(config),
-            moe_layers=[number for number, is_moe in enumerate(pattern, start=1) if is_moe],
+            moe_layers=[
+                number for number, is_moe in enumerate(config.router_pattern, start=1) if is_moe
+            ],
         )
     )
 

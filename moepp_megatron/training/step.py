@@ -138,7 +138,12 @@ def run_schedule(
         all stages but the last.
     """
     forward_backward = get_forward_backward_func()
-    forward_step = partial(_forward_step, watcher=watcher, tells_sources=layers_know_tokens(config))
+    forward_step = partial(
+        _forward_step,
+        watcher=watcher,
+        tells_sources=layers_know_tokens(config),
+        tells_mask=config.model.mtp_num_layers > 0,
+    )
     reduced = forward_backward(
         forward_step_func=forward_step,
         data_iterator=batches if len(batches) > 1 else batches[0],
@@ -159,11 +164,14 @@ def _forward_step(
     return_schedule_plan: bool = False,
     watcher: LossWatcher | None = None,
     tells_sources: bool = False,
+    tells_mask: bool = False,
 ) -> tuple[Any, Any]:
     """One micro-batch's output, or its plan for the combined schedule, and its loss function."""
     batch = next(iterator)
     forward = model.build_schedule_plan if return_schedule_plan else model
     extra = {SOURCES: batch[SOURCES]} if tells_sources and SOURCES in batch else {}
+    if tells_mask:
+        extra["loss_mask"] = batch["loss_mask"]
     output = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **extra)
     watch = None if watcher is None else partial(watcher, model, batch)
     return output, partial(_loss, batch["loss_mask"], watch)

@@ -29,6 +29,7 @@ from moepp_megatron.training.checkpoint import (
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.evaluate import validation_loss
+from moepp_megatron.training.further_tokens import FurtherTokens
 from moepp_megatron.training.going_back import go_back, newest_checkpoint
 from moepp_megatron.training.profiler import StepRecorder
 from moepp_megatron.training.replay import replay
@@ -95,6 +96,7 @@ class Trainer:
         if self._supervisor.guard is not None:
             self._supervisor.guard.load(self.extra)
         self._routers = Routers(config, self.model, layout, self.extra, self._train_set)
+        self._further_tokens = FurtherTokens(self.model, config.model.mtp_num_layers)
         self._telemetry = Telemetry(config, self.progress.tokens)
         self._recorder = StepRecorder(config, layout, self.model)
 
@@ -173,6 +175,7 @@ class Trainer:
         self._recorder.begin_step(step)
         started = time.perf_counter()
         self._routers.begin_step(step)
+        self._further_tokens.reset()
         result = training_step(
             self.model,
             batches,
@@ -334,6 +337,7 @@ class Trainer:
             failed_saves=self.checkpoints.failed_saves if self._saves() else None,
             **routing,
             **self._routers.metrics(self.progress.step),
+            **self._further_tokens.metrics(),
             **telemetry,
         )
 

@@ -44,6 +44,16 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "ffn_hidden_size": 40,
         },
     },
+    "groups": {
+        "moe": {
+            "num_groups": 4,
+            "group_topk": 2,
+            "router_topk": 4,
+            "score_function": "sigmoid",
+            "selection_bias": True,
+        },
+    },
+    "groups without a bias": {"moe": {"num_groups": 4, "group_topk": 1}},
     "biases": {"model": {"qkv_bias": True, "num_query_groups": 2}},
     "norms over all heads": {
         "model": {
@@ -169,6 +179,19 @@ def test_trained_models_in_transformers(
         theirs = plain(zeda_logits, tmp_path / "hf", TOKENS)
     else:
         theirs = plain(hf_logits, tmp_path / "hf", TOKENS, layout)
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGITS)
+
+
+def test_layers_of_multi_token_prediction_are_left_out(
+    ranks: RankPools, plain: RunPlain, tmp_path: Path
+) -> None:
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+
+    raw = settings(model={"mtp_num_layers": 1})
+    (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "checkpoints")
+    warnings = mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
+    assert warnings == ["model.mtp_num_layers (1): the export leaves these layers out"]
+    theirs = plain(hf_logits, tmp_path / "hf", TOKENS, "moepp")
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGITS)
 
 

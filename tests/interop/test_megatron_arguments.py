@@ -126,7 +126,7 @@ def test_an_unknown_word_in_the_environment_is_an_error(
         ),
         ({"multi_latent_attention": True}, r"multi_latent_attention \(True\).*; use False"),
         ({"moe_router_force_load_balancing": True}, r"force_load_balancing \(True\).*; use False"),
-        ({"mtp_num_layers": 1}, r"mtp_num_layers \(1\).*; use None"),
+        ({"mtp_num_layers": 1}, r"mtp_num_layers \(1\).*; leave --mtp-num-layers out"),
         ({"moe_expert_capacity_factor": 1.0}, r"MoEPPConfig.capacity_factor"),
         ({"qk_l2_norm": True}, r"qk_l2_norm \(True\).*; use False"),
     ],

@@ -70,6 +70,11 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "deepseek-v3": ("DeepseekV3", DEEPSEEK),
+    # Sigmoid and bias are positive: transformers masks other groups' experts with 0.
+    "deepseek-v3, groups": (
+        "DeepseekV3",
+        DEEPSEEK | {"n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2},
+    ),
     "deepseek-v3, yarn": (
         "DeepseekV3",
         DEEPSEEK
@@ -110,7 +115,7 @@ def write_source(
                 parameter.copy_(torch.randn_like(parameter))
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):
-                buffer.copy_(0.2 * torch.randn_like(buffer))
+                buffer.copy_(0.2 * torch.randn_like(buffer).abs())
         logits = model(torch.from_numpy(np.load(tokens)["input_ids"])).logits
     model.save_pretrained(folder)
     return logits.numpy()
@@ -324,7 +329,7 @@ def test_short_run_moves_the_ffn_share_from_1_towards_phi(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"n_group": 2, "topk_group": 1}, r"topk_group \(1\) must be n_group \(2\).*group-limited"),
+        ({"n_group": 2, "topk_group": 1}, r"topk_group \(1\) must be such that .* down is 2: Deep"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config .*bf16 first"),
         ({"q_lora_rank": None}, r"q_lora_rank \(null\) must be a width"),
         ({"rms_norm_eps": 1e-5}, r"rms_norm_eps \(1e-05\) must be 1e-06"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankPools
+from tests.parallel.test_latent_attention import MODEL as LATENT
 from tests.parallel.training_runs import assemble, compare, settings, train
 
 
@@ -53,6 +54,15 @@ def test_training_equals_that_without_graphs(ranks: RankPools, layout: str, dtyp
         "precision": {"dtype": dtype},
         "moe": {"layer_freq": [1, 0, 1, 1]},
     }
+    plain = assemble(ranks(2).run(train, settings(**sections), 3))
+    sections["training"] = {"cuda_graphs": ["attn", "moe_router"]}
+    run = assemble(ranks(2).run(train_with_graphs, settings(**sections), 3))
+    compare(run, plain, 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["expert parallel, overlapped", "pipeline"])
+def test_latent_attention_is_captured(ranks: RankPools, layout: str) -> None:
+    sections: dict[str, Any] = {"parallel": LAYOUTS[layout], "model": LATENT}
     plain = assemble(ranks(2).run(train, settings(**sections), 3))
     sections["training"] = {"cuda_graphs": ["attn", "moe_router"]}
     run = assemble(ranks(2).run(train_with_graphs, settings(**sections), 3))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from transformer_engine.pytorch.record import CALLS
 
-from moepp_megatron.config import Config
+from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.model import build, megatron_config
 from moepp_megatron.model.initialize import sharded_tensors
-from tests.te_stand_in.models import config_of, losses, model_of
+from tests.te_stand_in.models import RECIPES, config_of, losses, model_of
 
 LATENT = {
     "q_lora_rank": 24,
@@ -67,3 +68,42 @@ def test_same_seed_gives_the_same_model(kind: str, monkeypatch: pytest.MonkeyPat
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=limit)
             compared += 1
     assert compared == config.model.num_layers * (4 if "input" in kind else 5)
+
+
+WIDE = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 16,
+    "qk_pos_emb_head_dim": 16,
+    "v_head_dim": 16,
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("norms", [True, False])
+def test_every_projection_runs_in_fp8(recipe: str, norms: bool) -> None:
+    model = {"qk_layernorm": norms, "latent_attention": WIDE}
+    in_bf16 = losses(model_of(config_of(None, model=model)))
+    CALLS.clear()
+    fp8 = model_of(config_of(recipe, model=model))
+    found = losses(fp8)
+    found.sum().backward()
+    assert {call.recipe for call in CALLS} == {RECIPES[recipe]}
+    # Of each of the 4 layers: two compressions, two expansions and the output, and the experts.
+    assert len(CALLS) == 4 * (5 + 2), sorted({call.module for call in CALLS})
+    # As for other attention: e4m3 rounds by up to 2^-4 of a value.
+    assert not torch.equal(found, in_bf16)
+    assert (found - in_bf16).abs().mean() < 0.1 * in_bf16.mean()
+    for name, parameter in fp8.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"q_lora_rank": 24}, {"kv_lora_rank": 24}, {"qk_pos_emb_head_dim": 8}, {"v_head_dim": 4}],
+)
+def test_widths_that_fp8_cannot_have(changes: dict[str, int]) -> None:
+    (name,) = changes
+    with pytest.raises(ConfigError, match=rf"model\.latent_attention\.{name} .* multiple of 16"):
+        config_of("tensorwise", model={"latent_attention": WIDE | changes})

@@ -9,6 +9,7 @@ ignored.py           settings that the user gave and that have no effect: warnin
 latent_attention.py  rules of `model.latent_attention`: settings that it replaces or excludes
 model.py             rules of the model's shape
 moe.py               rules of experts and routing
+multi_token.py       rules of `model.mtp_num_layers`: what multi-token prediction excludes
 observe.py           rules of the section `observe`
 parallel.py          rules of the layout that hold for any number of ranks
 precision.py         rules of number formats
@@ -35,6 +36,7 @@ from moepp_megatron.config.rules import (
     latent_attention,
     model,
     moe,
+    multi_token,
     observe,
     parallel,
     precision,
@@ -50,6 +52,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *model.RULES,
     *latent_attention.RULES,
     *moe.RULES,
+    *multi_token.RULES,
     *budget.RULES,
     *parallel.RULES,
     *flex.RULES,

@@ -175,13 +175,24 @@ def _nothing_evens_out_experts(config: Config) -> Iterator[Problem]:
 
 def _residual_without_predecessor(config: Config) -> Iterator[Problem]:
     """The first MoE layer has no logits before it, so one MoE layer has no residual."""
-    moe_layers = sum(config.moe.moe_layer_pattern(config.model.num_layers))
+    moe_layers = sum(config.router_pattern)
     if config.moe.gating_residual and moe_layers == 1:
         yield Problem(
             "moe.gating_residual",
             True,
             "has no effect with a single MoE layer",
             "set it to false, or add MoE layers",
+        )
+
+
+def _weight_of_no_further_tokens(config: Config) -> Iterator[Problem]:
+    """The weight belongs to the loss of multi-token prediction."""
+    if config.model.mtp_num_layers == 0:
+        yield from _ignored(
+            config,
+            "model.mtp_loss_scaling_factor",
+            "with model.mtp_num_layers 0",
+            "set model.mtp_num_layers above 0, or leave it out",
         )
 
 
@@ -367,6 +378,7 @@ RULES = (
     _budget_settings_of_what_is_off,
     _nothing_evens_out_experts,
     _residual_without_predecessor,
+    _weight_of_no_further_tokens,
     _sequence_parallel_without_tensor_parallel,
     _recompute_settings_without_recompute,
     _number_formats_without_use,

@@ -67,7 +67,7 @@ def _latent_yarn_is_stretched(config: Config) -> Iterator[Problem]:
 
 def _latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Problem]:
     """Parts that do not support latent attention, or were never run with it, are refused."""
-    model, training = config.model, config.training
+    model = config.model
     if model.latent_attention is None:
         return
     conflicts: tuple[tuple[str, object, object, str], ...] = (
@@ -85,16 +85,10 @@ def _latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Pro
             "its norms are of compressed vectors, which have no heads",
         ),
         (
-            "precision.fp8",
-            config.precision.fp8,
-            None,
-            "its projections have not been tested in FP8",
-        ),
-        (
-            "training.cuda_graphs",
-            training.cuda_graphs,
-            [],
-            "its attention has not been captured in a test",
+            "precision.fp8_param",
+            config.precision.fp8_param,
+            False,
+            "its projections have not been tested with weights in FP8",
         ),
     )
     for name, value, needed, reason in conflicts:
@@ -105,6 +99,21 @@ def _latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Pro
                 f"must be {show(needed)} with {NAME}: {reason}",
                 f"use {show(needed)}, or set {NAME} to null",
             )
+
+
+def _repeated_expansion_is_in_high_precision(config: Config) -> Iterator[Problem]:
+    """Transformer Engine's checkpoint would have to enter FP8 again for the expansion alone."""
+    training = config.training
+    if config.model.latent_attention is None or config.precision.fp8 is None:
+        return
+    if "mla_up_proj" in training.recompute_modules:
+        yield Problem(
+            "training.recompute_modules",
+            training.recompute_modules,
+            f"must not hold mla_up_proj with precision.fp8 ({config.precision.fp8}): its "
+            "repetition has not been tested in FP8",
+            "leave mla_up_proj out, or set precision.fp8 to null",
+        )
 
 
 def _up_projection_is_there_to_recompute(config: Config) -> Iterator[Problem]:
@@ -127,5 +136,6 @@ RULES = (
     _latent_norms_have_vectors,
     _latent_yarn_is_stretched,
     _latent_attention_stands_where_it_was_tested,
+    _repeated_expansion_is_in_high_precision,
     _up_projection_is_there_to_recompute,
 )

@@ -20,6 +20,24 @@ def _topk_within_experts(config: Config) -> Iterator[Problem]:
         )
 
 
+def _groups_hold_what_tokens_select(config: Config) -> Iterator[Problem]:
+    """Groups are equally large, and those that a token may use have enough experts for it."""
+    moe = config.moe
+    for name, rule, remedy in moe.group_problems("moe."):
+        yield Problem(f"moe.{name}", getattr(moe, name), rule, remedy)
+    if not moe.limits_groups:
+        return
+    if moe.is_vanilla and (moe.score_function, moe.gate_normalization) == ("softmax", "selected"):
+        yield Problem(
+            "moe.num_groups",
+            moe.num_groups,
+            "must be 1 with moe.score_function softmax and moe.gate_normalization selected on "
+            "megatron-core's vanilla MoE layer, which ranks groups by logits there, not by scores",
+            "use moe.gate_normalization none or moe.score_function sigmoid, or add "
+            "zero-computation experts",
+        )
+
+
 def _single_selection_keeps_raw_gate(config: Config) -> Iterator[Problem]:
     """A normalised gate is always 1 if K = 1, so the router would get no gradient from it."""
     moe = config.moe
@@ -143,6 +161,7 @@ def _shared_expert_is_there_to_weigh(config: Config) -> Iterator[Problem]:
 
 RULES = (
     _topk_within_experts,
+    _groups_hold_what_tokens_select,
     _single_selection_keeps_raw_gate,
     _layer_freq_names_moe_layers,
     _vanilla_layer_has_no_moepp_router,

@@ -146,7 +146,7 @@ def _pipeline_layout_is_whole(config: Config) -> Iterator[Problem]:
         stages = expand_pipeline_layout(text)
     except ValueError as error:
         yield Problem(
-            name, text, f"must hold only E, t, L, |, comma, (..)*n and x*n, but {error}", remedy
+            name, text, f"must hold only E, t, m, L, |, comma, (..)*n and x*n, but {error}", remedy
         )
         return
     flat = "".join(stages)
@@ -159,6 +159,22 @@ def _pipeline_layout_is_whole(config: Config) -> Iterator[Problem]:
             text,
             f"must hold t once for each of model.num_layers ({layers}) and holds {flat.count('t')}",
             f"write t {layers} times in all",
+        )
+    elif flat.count("m") != (depths := config.model.mtp_num_layers):
+        yield Problem(
+            name,
+            text,
+            f"must hold m once for each of model.mtp_num_layers ({depths}) and holds "
+            f"{flat.count('m')}",
+            "write it as often, before L",
+        )
+    elif depths and not stages[-1].endswith(tail := f"t{'m' * depths}L"):
+        yield Problem(
+            name,
+            text,
+            f"must end with {tail}: layers of multi-token prediction take their router logits from "
+            "a decoder layer of the same stage",
+            f"write {tail} at the end",
         )
     else:
         yield from _stage_count_fits(config, text, len(stages))

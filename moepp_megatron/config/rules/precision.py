@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules.divisibility import must_divide
-from moepp_megatron.config.schema import Config
+from moepp_megatron.config.schema import Config, LatentAttentionSection
 
 # Sides of an FP8 GEMM are multiples of this many values, under each recipe that Hopper has
 # (Transformer Engine 2.20, `autocast` and `get_align_size_for_quantization`).
@@ -79,10 +79,11 @@ def _fp8_heads_are_aligned(config: Config) -> Iterator[Problem]:
     model, ranks = config.model, config.parallel.tensor_model_parallel_size
     if config.precision.fp8 is None or model.hidden_size % _FP8_ALIGNMENT:
         return
-    if model.latent_attention is not None:
-        return  # refused by another rule
     if model.num_attention_heads % ranks:
         return  # said by another rule
+    if model.latent_attention is not None:
+        yield from _fp8_latent_vectors_are_aligned(model.latent_attention, ranks, config)
+        return
     heads, groups = model.num_attention_heads // ranks, max(model.query_groups // ranks, 1)
     for what, channels in (
         ("query", heads * model.head_dim),
@@ -96,6 +97,35 @@ def _fp8_heads_are_aligned(config: Config) -> Iterator[Problem]:
                 f"not {channels} (heads of {model.head_dim}, "
                 f"parallel.tensor_model_parallel_size {ranks})",
                 "use heads of 16 channels or more (model.kv_channels), or fewer ranks",
+            )
+            return
+
+
+def _fp8_latent_vectors_are_aligned(
+    latent: LatentAttentionSection, ranks: int, config: Config
+) -> Iterator[Problem]:
+    """Compressed vectors are whole on every rank; what heads get from them is split."""
+    heads = config.model.num_attention_heads // ranks
+    name = "model.latent_attention"
+    for key, what, channels in (
+        ("q_lora_rank", "compressed query", latent.q_lora_rank or 0),
+        ("kv_lora_rank", "compressed key and value", latent.kv_lora_rank),
+        (
+            "qk_pos_emb_head_dim",
+            "compressed and shared key",
+            latent.kv_lora_rank + latent.qk_pos_emb_head_dim,
+        ),
+        ("qk_head_dim", "query", heads * latent.qk_dim),
+        ("qk_head_dim", "key and value", heads * (latent.qk_head_dim + latent.v_head_dim)),
+        ("v_head_dim", "value", heads * latent.v_head_dim),
+    ):
+        if channels % _FP8_ALIGNMENT:
+            yield Problem(
+                f"{name}.{key}",
+                getattr(latent, key),
+                f"must give every rank a multiple of {_FP8_ALIGNMENT} {what} channels for FP8, "
+                f"not {channels} (parallel.tensor_model_parallel_size {ranks})",
+                f"use multiples of {_FP8_ALIGNMENT} for all widths of {name}",
             )
             return
 

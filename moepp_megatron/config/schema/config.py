@@ -60,6 +60,15 @@ class Config(Section):
         return self.moe.ffn_hidden_size or self.model.ffn_hidden_size
 
     @property
+    def router_pattern(self) -> list[bool]:
+        """For each layer of the decoder and of multi-token prediction, whether it has experts.
+
+        The latter follow the decoder's and are of the kind of its last one.
+        """
+        pattern = self.moe.moe_layer_pattern(self.model.num_layers)
+        return pattern + pattern[-1:] * self.model.mtp_num_layers
+
+    @property
     def tokens_per_rank(self) -> int:
         """Tokens of a micro-batch that a rank routes, T."""
         parallel = self.parallel

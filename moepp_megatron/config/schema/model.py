@@ -96,6 +96,22 @@ class ModelSection(Section):
         json_schema_extra=unit("1"),
     )
 
+    mtp_num_layers: int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="Layers of multi-token prediction, each of which predicts one token further; "
+        "0: off",
+        json_schema_extra=unit("layers"),
+    )
+    mtp_loss_scaling_factor: float = Field(
+        default=0.1,
+        gt=0.0,
+        le=10.0,
+        description="Weight of the loss of these layers, of all together",
+        json_schema_extra=unit("1"),
+    )
+
     @property
     def query_groups(self) -> int:
         """Key/value heads, the default resolved."""

@@ -38,6 +38,8 @@ class MoEPPConfig(LlamaConfig):
         two_layer_gate: Whether the gate is `W_b tanh(W_a x)`.
         logits_norm_std: Standard deviation that each token's logits are scaled to, or None.
         selection_bias: Whether a bias per expert takes part in the selection, not in the gates.
+        num_groups: Groups that the FFN experts are divided into.
+        group_topk: Groups that a token's FFN experts come from.
         gate_scale: Factor on all gates.
         qk_norm: Whether queries and keys are normalised.
         qk_norm_scope: Channels that those norms average over: `head`, each head by itself, or
@@ -73,6 +75,8 @@ class MoEPPConfig(LlamaConfig):
         two_layer_gate: bool = False,
         logits_norm_std: float | None = None,
         selection_bias: bool = False,
+        num_groups: int = 1,
+        group_topk: int = 1,
         gate_scale: float = 1.0,
         qk_norm: bool = False,
         qk_norm_scope: str = "head",
@@ -103,6 +107,8 @@ class MoEPPConfig(LlamaConfig):
         self.two_layer_gate = two_layer_gate
         self.logits_norm_std = logits_norm_std
         self.selection_bias = selection_bias
+        self.num_groups = num_groups
+        self.group_topk = group_topk
         self.gate_scale = gate_scale
         self.qk_norm = qk_norm
         self.qk_norm_scope = qk_norm_scope

@@ -79,6 +79,8 @@ class MoEPPGate(nn.Module):
         ranked_TE = logits_TE
         if config.selection_bias:
             ranked_TE = scores_TE + self.e_score_correction_bias.float()
+        if config.group_topk < config.num_groups:
+            ranked_TE = self.within_groups(ranked_TE, logits_TE)
         chosen_TK = ranked_TE.topk(config.num_experts_per_tok, dim=-1).indices
         if config.gate_normalization == "none":
             return scores_TE.gather(1, chosen_TK) * config.gate_scale, chosen_TK
@@ -91,6 +93,25 @@ class MoEPPGate(nn.Module):
         logs_TK = logs_TK.masked_fill(is_zero_TK, torch.finfo(logs_TK.dtype).min)
         gates_TK = torch.softmax(logs_TK, dim=-1).masked_fill(is_zero_TK, 0.0)
         return gates_TK * config.gate_scale, chosen_TK
+
+    def within_groups(self, ranked_TE: Tensor, logits_TE: Tensor) -> Tensor:
+        """The ranking with -inf for FFN experts outside of a token's `group_topk` best groups."""
+        config = self.config
+        ffn, groups, kept = config.num_ffn_experts, config.num_groups, config.group_topk
+        affinity_TF = ranked_TE[:, :ffn]
+        if not config.selection_bias:
+            # Scores among FFN experts, which do not underflow.
+            affinity_TF = logits_TE[:, :ffn]
+            is_softmax = config.score_function == "softmax"
+            affinity_TF = affinity_TF.softmax(dim=-1) if is_softmax else affinity_TF.sigmoid()
+        best = affinity_TF.unflatten(1, (groups, -1)).topk(config.num_experts_per_tok // kept)
+        sums = best.values.sum(dim=-1)
+        chosen = sums.argsort(dim=-1, descending=True, stable=True)[:, :kept]
+        others = torch.ones_like(sums, dtype=torch.bool).scatter(1, chosen, False)
+        others = others.repeat_interleave(ffn // groups, dim=1)
+        return ranked_TE.masked_fill(
+            F.pad(others, (0, ranked_TE.shape[1] - ffn), value=False), -torch.inf
+        )
 
     def balance_loss(self, logits_TE: Tensor, counted_T: Tensor | None = None) -> Tensor:
         """`sum_i eta_i f_i P_i` of these tokens, eta = 1 for FFN experts and tau for the others.

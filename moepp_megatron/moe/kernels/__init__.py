@@ -1,6 +1,7 @@
 """Triton kernels for steps that a GPU spends on memory traffic and launches. Never required.
 
 router.py          logits to gates, routing map and statistics, in one kernel each way
+expert_groups.py   group-limited routing inside that kernel
 rows.py            which FFN rows are each token's
 combine.py         FFN rows back to their tokens, plus zero-computation and shared experts
 combine_triton.py  what `combine.py` launches

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from moepp_megatron.experts import ZERO
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.kernels.expert_groups import in_best_groups
 from moepp_megatron.moe.selection import Selection
 
 # Elements of a program's tile [tokens, experts]. It moves few bytes and waits for reductions, so
@@ -79,7 +80,8 @@ class _Select(torch.autograd.Function):
         if blocks:
             _forward[(blocks, ctx.num_sequences)](
                 logits, bias, padded, gates, routing_map, partial, positions, ctx.num_sequences,
-                config.gate_scale, TOPK=config.router_topk, TILES=tiles, **settings,
+                config.gate_scale, TOPK=config.router_topk, TILES=tiles, **_groups(config),
+                **settings,
             )  # fmt: skip
         # One order of addition on every run: a program's tokens, then the programs.
         totals = logits.new_empty(2, 0) if partial is None else partial.sum(dim=0).transpose(0, 1)
@@ -132,6 +134,16 @@ def _launch(
         "BLOCK_E": block_e,
     }
     return positions, triton.cdiv(positions, block_t), settings
+
+
+def _groups(config: MoEPPConfig) -> dict[str, int]:
+    """What the selection is compiled for where groups are limited; one group where they are not."""
+    return {
+        "NUM_FFN": config.num_ffn_experts,
+        "GROUPS": config.num_groups if config.limits_groups else 1,
+        "KEPT": config.group_topk,
+        "RANKED": config.router_topk // config.group_topk if config.limits_groups else 1,
+    }
 
 
 @triton.jit
@@ -190,7 +202,8 @@ def _grad_of_logs(shares, grad):  # type: ignore[no-untyped-def]
 def _forward(  # type: ignore[no-untyped-def]
     logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, partial_ptr, positions, sequences, scale,
     NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SOFTMAX: tl.constexpr,
-    NORMALIZED: tl.constexpr, END: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr,
+    NORMALIZED: tl.constexpr, END: tl.constexpr, TILES: tl.constexpr, NUM_FFN: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_E)
@@ -200,7 +213,7 @@ def _forward(  # type: ignore[no-untyped-def]
         chosen, scores = _route(
             logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, tl.program_id(0) * TILES + tile,
             positions, sequences, scale, NUM_EXPERTS, TOPK, SOFTMAX, NORMALIZED, END,
-            partial_ptr is not None, BLOCK_T, BLOCK_E,
+            partial_ptr is not None, NUM_FFN, GROUPS, KEPT, RANKED, BLOCK_T, BLOCK_E,
         )  # fmt: skip
         counts += tl.sum(tl.where(chosen, 1.0, 0.0), axis=0)
         sums += tl.sum(scores, axis=0)
@@ -214,7 +227,8 @@ def _forward(  # type: ignore[no-untyped-def]
 def _route(  # type: ignore[no-untyped-def]
     logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, tile, positions, sequences, scale,
     NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SOFTMAX: tl.constexpr,
-    NORMALIZED: tl.constexpr, END: tl.constexpr, COUNTED: tl.constexpr, BLOCK_T: tl.constexpr,
+    NORMALIZED: tl.constexpr, END: tl.constexpr, COUNTED: tl.constexpr, NUM_FFN: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Write a tile's gates and map; returns what it chose, and the scores that count in sums."""
@@ -235,7 +249,13 @@ def _route(  # type: ignore[no-untyped-def]
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
     # No two keys of a token are equal: between equal scores the first expert has the larger one.
     keys = order * NUM_EXPERTS + (NUM_EXPERTS - 1 - column)[None, :]
-    keys = tl.where(is_expert, keys, _LOWEST)
+    allowed = is_expert
+    if GROUPS > 1:
+        affinities = ranked
+        if bias_ptr is None:
+            affinities = _shares(logits, (column < NUM_FFN)[None, :]) if SOFTMAX else scores
+        allowed &= in_best_groups(affinities, column, NUM_FFN, GROUPS, KEPT, RANKED, BLOCK_E)
+    keys = tl.where(allowed, keys, _LOWEST)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     for _ in tl.static_range(TOPK):
         pick = keys == tl.max(keys, axis=1)[:, None]

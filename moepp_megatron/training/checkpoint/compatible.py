@@ -37,7 +37,7 @@ def _expert_width(config: Config) -> int | None:
 
 def _residual(config: Config) -> bool:
     """Whether any router has a gating residual: the first MoE layer has no logits before it."""
-    return config.moe.gating_residual and sum(_moe_layers(config)) > 1
+    return config.moe.gating_residual and sum(config.router_pattern) > 1
 
 
 def _split(config: Config) -> Any:
@@ -54,6 +54,7 @@ def _split(config: Config) -> Any:
 # setting has no effect, so that two ways to write the same model compare equal.
 _SHAPES: dict[str, Callable[[Config], Any]] = {
     "model.num_layers": lambda c: c.model.num_layers,
+    "model.mtp_num_layers": lambda c: c.model.mtp_num_layers,
     "model.hidden_size": lambda c: c.model.hidden_size,
     "model.ffn_hidden_size": _dense_width,
     "model.num_attention_heads": lambda c: c.model.num_attention_heads,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.interop.scoring import score_stages, scoring_stages
-from moepp_megatron.moe.layer import MoEPPLayer
+from moepp_megatron.moe.layer import MoEPPLayer, decoder_moepp_layers
 from moepp_megatron.moe.router import Routing
 from moepp_megatron.runtime.distributed import build_groups
 from moepp_megatron.workbench.inspection.request import InspectedModel, InspectRequest
@@ -44,12 +44,8 @@ class _RoutingRecorder:
     """
 
     def __init__(self, stages: Sequence[torch.nn.Module]) -> None:
-        self._layers = [
-            module
-            for stage in stages
-            for module in stage.modules()
-            if isinstance(module, MoEPPLayer)
-        ]
+        # Layers of multi-token prediction run in training alone.
+        self._layers = [layer for stage in stages for layer in decoder_moepp_layers(stage)]
         self._hooks: list[Any] = []
         self.passes: dict[int, list[_Pass]] = {layer.layer_number: [] for layer in self._layers}
 

@@ -37,9 +37,10 @@ def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) ->
             dense += (3 if load.gated else 2) * load.hidden * load.dense_size // grid.tp
     if pp_rank == grid.pp - 1:
         for _ in range(load.extra_layers):
-            # Multi-token prediction: two norms and a projection of two vectors to one in front.
-            dense += _attention(load, grid) + _moe_dense(load, grid, is_first=True)
-            dense += 2 * load.hidden + 2 * load.hidden * load.hidden // grid.tp
+            # Multi-token prediction: two norms and a projection of two vectors to one in front, a
+            # norm behind.
+            dense += _attention(load, grid) + _moe_dense(load, grid, is_first=False)
+            dense += 3 * load.hidden + 2 * load.hidden * load.hidden // grid.tp
             experts += _ffn_experts(load, grid)
     return RankParameters(dense, experts)
 
@@ -61,6 +62,9 @@ def _outside_layers(load: Workload, grid: Grid, pp_rank: int) -> int:
         count += load.hidden
         # Tied to an embedding on another stage, the output layer is a copy of it.
         if not (load.tied and is_first):
+            count += vocabulary
+        # Multi-token prediction embeds tokens on the last stage.
+        if load.extra_layers and not is_first:
             count += vocabulary
     return count
 

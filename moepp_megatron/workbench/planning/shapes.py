@@ -36,6 +36,8 @@ def _shapes(load: Workload, grid: Grid) -> list[NamedShape]:
         *load.attention.named_shapes(hidden, grid.tp),
         (r"(layer_?norm|norm)(\.|_)weight$", (hidden,)),
         (r"word_embeddings\.weight$|output_layer\.weight$", vocabulary),
+        # Multi-token prediction: two vectors to one.
+        (r"eh_proj\.weight$", (hidden // grid.tp, 2 * hidden)),
         (r"shared_experts\.gate_weight$", (1, hidden)),
         (r"shared_experts\.linear_fc1\.weight$", (2 * shared, hidden)),
         (r"shared_experts\.linear_fc2\.weight$", (hidden, shared)),

@@ -95,8 +95,9 @@ def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 
             copies = tokens * distinct_targets(place.size, taken, load.experts.num_ffn_experts)
             seconds = all_to_all_seconds(place, skew * copies * row, machine)
         elif load.experts.dispatcher == "flex":
+            most_nodes = load.experts.most_nodes_of(place.nodes)
             inside, across = hierarchical_rows(
-                place, taken, load.experts.num_ffn_experts, load.experts.most_nodes
+                place, taken, load.experts.num_ffn_experts, most_nodes
             )
             inside, across = skew * tokens * inside * row, skew * tokens * across * row
             seconds = hierarchical_seconds(place, inside, across, machine)

@@ -27,6 +27,8 @@ class Experts(ExpertLayout):
         dispatcher: How tokens reach their experts.
         permute_fused: Tokens are permuted by fused kernels.
         most_nodes: A token's experts lie on at most so many nodes; None for any.
+        num_groups: Groups of neighbouring FFN experts.
+        group_topk: Groups that a token's FFN experts come from.
     """
 
     ffn_share: float
@@ -36,6 +38,17 @@ class Experts(ExpertLayout):
     dispatcher: Dispatcher = "alltoall"
     permute_fused: bool = True
     most_nodes: int | None = None
+    num_groups: int = 1
+    group_topk: int = 1
+
+    def most_nodes_of(self, nodes: int) -> int | None:
+        """Most nodes that a token goes to where FFN experts lie on `nodes` nodes; None for any.
+
+        As many groups as nodes, or more, are on one node each; of fewer each is on several.
+        """
+        if self.most_nodes is not None or self.group_topk == self.num_groups:
+            return self.most_nodes
+        return self.group_topk * max(1, -(-nodes // self.num_groups))
 
     @property
     def ffn_per_token(self) -> float:
@@ -133,6 +146,7 @@ class Workload:
             experts=_experts(config),
             tied=model.tie_embeddings,
             batch=config.training.global_batch_size,
+            extra_layers=model.mtp_num_layers,
             numbers=Numbers(
                 precision.dtype,
                 precision.recipe,
@@ -176,7 +190,7 @@ class Workload:
             self,
             attention=attention,
             numbers=replace(self.numbers, gradient_bytes=gradient_bytes, moment_bytes=moment_bytes),
-            extra_layers=extra_layers,
+            extra_layers=extra_layers or self.extra_layers,
             causal_share=_seen_share(self.seq, window, window_every),
             # Whose kernels these runs had is not known of all of them.
             loss_fused=False,
@@ -210,5 +224,7 @@ def _experts(config: Config) -> Experts:
         ffn_size=config.expert_ffn_hidden_size,
         shared_size=moe.shared_expert_ffn_hidden_size or 0,
         shared_gate=moe.shared_expert_gate,
+        num_groups=moe.num_groups,
+        group_topk=moe.group_topk,
         dispatcher=moe.dispatcher,
     )

@@ -79,7 +79,7 @@ IMPOSSIBLE = [
     ("pp=2 stages=Et|ttL", 2, "parallel.pipeline_model_parallel_layout ('Et|ttL') must hold t", ""),
     ("pp=2 stages=Ett|tt", 2, "must start with its only E and end with its only L", "write for"),
     ("pp=2 stages=Et|tt|tL", 2, "must have as many stages as", "write 2 stages"),
-    ("pp=2 stages=Exx|ttL", 2, "must hold only E, t, L", "write for example"),
+    ("pp=2 stages=Exx|ttL", 2, "must hold only E, t, m, L", "write for example"),
     ("ep=16", 16, "moe.num_ffn_experts (8) must be divisible by", "use 16"),
     ("ep=8 moe.num_ffn_experts=4", 8, "moe.num_ffn_experts (4) must be divisible by", "use 8"),
     ("ep=3 moe.num_ffn_experts=9", 4, "world size (4) must be divisible by", "start 3 or 6"),

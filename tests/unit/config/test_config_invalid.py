@@ -41,6 +41,8 @@ LATENT = "model.latent_attention.kv_lora_rank=32"
 LATENT_NAME = "model.latent_attention"
 ALL_HEADS = "model.qk_layernorm_scope=all_heads"
 
+MTP = "model.mtp_num_layers=1"
+
 GUARD = "routing_guard.enabled=true"
 
 
@@ -255,8 +257,72 @@ INVALID = [
         "moe.shared_expert_gate (true)",
         "use false, or give moe.shared_expert_ffn_hidden_size",
     ),
-    ([LATENT, *FP8], "precision.fp8 ('hybrid')", "use null, or set model.latent_attention to null"),
-    ([LATENT, *GRAPHS], GRAPHS_NAME, "use [], or set model.latent_attention to null"),
+    (
+        [LATENT, *FP8, "precision.fp8_param=true"],
+        "precision.fp8_param (true)",
+        "use false, or set model.latent_attention to null",
+    ),
+    (
+        [
+            LATENT,
+            *FP8,
+            "training.recompute_granularity=selective",
+            "training.recompute_modules=[mla_up_proj]",
+        ],
+        "training.recompute_modules (['mla_up_proj'])",
+        "leave mla_up_proj out, or set precision.fp8 to null",
+    ),
+    (
+        ["model.latent_attention.kv_lora_rank=24", *FP8],
+        f"{LATENT_NAME}.kv_lora_rank (24)",
+        "use multiples of 16 for all widths of model.latent_attention",
+    ),
+    # multi-token prediction
+    (
+        [MTP, "model.implementation=hybrid"],
+        "model.implementation ('hybrid')",
+        "use 'gpt', or set model.mtp_num_layers to 0",
+    ),
+    ([MTP, SHARED], SHARED_NAME, "use false, or set model.mtp_num_layers to 0"),
+    (
+        [MTP, *PP2, "model.tie_embeddings=true"],
+        "model.tie_embeddings (true)",
+        "use false, or set model.mtp_num_layers to 0",
+    ),
+    ([MTP, *OVERLAP], f"{OVERLAP_NAME} (true)", "use false, or set model.mtp_num_layers to 0"),
+    ([MTP, *GRAPHS], GRAPHS_NAME, "use [], or set model.mtp_num_layers to 0"),
+    (
+        [MTP, *FP8, "precision.fp8_param=true"],
+        "precision.fp8_param (true)",
+        "use false, or set model.mtp_num_layers to 0",
+    ),
+    (
+        [
+            MTP,
+            "training.recompute_granularity=full",
+            "training.recompute_method=uniform",
+            "training.recompute_num_layers=2",
+        ],
+        "training.recompute_num_layers (2)",
+        "use 1, or set model.mtp_num_layers to 0",
+    ),
+    ([MTP, *PP2, f"{LAYOUT}=Ett|ttL"], f"{LAYOUT} ('Ett|ttL')", "write it as often, before L"),
+    ([MTP, *PP2, f"{LAYOUT}=Etttt|mL"], f"{LAYOUT} ('Etttt|mL')", "write tmL at the end"),
+    ([*PP2, f"{LAYOUT}=Ett|ttmL"], f"{LAYOUT} ('Ett|ttmL')", "write it as often, before L"),
+    # groups of experts
+    (["moe.num_groups=3"], "moe.num_groups (3)", "use a divisor of it, or 1 for no groups"),
+    (["moe.group_topk=2"], "moe.group_topk (2)", "use 1 or less"),
+    (["moe.num_groups=4", "moe.group_topk=3"], "moe.group_topk (3)", "use 2 or less"),
+    (
+        ["moe.num_groups=4", "moe.router_topk=3"],
+        "moe.group_topk (1)",
+        "use more, or fewer moe.num_groups",
+    ),
+    (
+        [*VANILLA, "moe.num_groups=4", "moe.gate_normalization=selected"],
+        "moe.num_groups (4)",
+        "use moe.gate_normalization none or moe.score_function sigmoid",
+    ),
     (
         ["training.recompute_granularity=selective", "training.recompute_modules=[mla_up_proj]"],
         "training.recompute_modules (['mla_up_proj'])",
@@ -991,6 +1057,11 @@ IGNORED = [
         "moe.router_topk (1)",
     ),
     (["moe.layer_freq=4"], "moe.gating_residual (true)", "single MoE layer"),
+    (
+        ["model.mtp_loss_scaling_factor=0.3"],
+        "model.mtp_loss_scaling_factor (0.3)",
+        "model.mtp_num_layers 0",
+    ),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel (true)", "size 1"),
     (["training.recompute_num_layers=1"], "training.recompute_num_layers (1)", "without"),
     (

@@ -196,6 +196,14 @@ def test_parameters_of_the_variants(minimal: Path) -> None:
     assert mixed.dense_ffn == 3 * 8 * 16
     assert mixed.ffn_experts == 2 * 384
     assert mixed.router == 5 * 8  # a single MoE layer has no residual
+    further = count_parameters(tiny(minimal, "model.mtp_num_layers=2"))
+    assert further.further_tokens == 2 * (3 * 8 + 8 * 16)
+    assert further.attention == 2 * plain.attention
+    assert further.router == plain.router + 2 * (5 * 8 + 5 * 5)
+    assert further.ffn_experts == 2 * plain.ffn_experts
+    assert further.embedding == plain.embedding
+    dense = count_parameters(tiny(minimal, "model.mtp_num_layers=1", "moe.layer_freq=2"))
+    assert dense.dense_ffn == 2 * mixed.dense_ffn  # of the last decoder layer's kind
 
 
 def test_vanilla_tokens_meet_k_experts(minimal: Path) -> None:

@@ -27,6 +27,17 @@ def test_a_vanilla_layer_by_hand():
     assert training_flops_per_token(config, 1.0) == 3 * (by_hand + 2 * d * vocab)
 
 
+def test_a_layer_of_multi_token_prediction_by_hand():
+    plain, further = (load_config(PAPER, [f"model.mtp_num_layers={depths}"]) for depths in (0, 2))
+    added = forward_flops_per_token(further, 1.0) - forward_flops_per_token(plain, 1.0)
+    d, ffn, s, vocab, experts = 768, 2048, 2048, 65536, 12
+    attention, ffns = 8 * d * d + 4 * s * d, 2 * 6 * d * ffn
+    router = 2 * (experts * d + experts * experts)
+    local = plain.moe.local_flops(d)
+    projections = 2 * 2 * d * d + 2 * d * vocab
+    assert added == 2 * (attention + ffns + router + local + projections)
+
+
 def test_only_experts_that_were_taken_count():
     config = load_config(PAPER)
     every = forward_flops_per_token(config, 1.0)

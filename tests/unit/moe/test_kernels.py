@@ -133,6 +133,40 @@ def test_selection(compiled, case):
     assert_close(actual_grad, expected_grad, "gradient of logits")
 
 
+# Groups, groups kept, K, score function, bias.
+GROUPS = [
+    (4, 1, 2, "softmax", False),
+    (4, 2, 4, "softmax", True),
+    (8, 3, 4, "sigmoid", False),
+    (2, 1, 3, "sigmoid", True),
+]
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_selection_within_groups(compiled, case):
+    groups, kept, topk, function, has_bias = case
+    config = settings(
+        E20, topk, score_function=function, num_groups=groups, group_topk=kept,
+        gate_normalization="nonzero",
+    )  # fmt: skip
+    logits = torch.randn(70, 20, device=DEVICE) * 2
+    bias = torch.randn(20, device=DEVICE) * 0.1 if has_bias else None
+    expected = selection.select(logits, bias, config, 2)
+    assert_same_selection(compiled.select(logits, bias, config, 2), expected)
+    free = dataclasses.replace(config, num_groups=1, group_topk=1)
+    assert not torch.equal(
+        selection.select(logits, bias, free, 2).routing_map, expected.routing_map
+    )
+    # All scores of FFN experts underflow, or are equal.
+    logits[:, 16:] += 300.0
+    logits[::2, :16] = 1.0
+    expected = selection.select(logits, bias, config, 2)
+    assert_same_selection(compiled.select(logits, bias, config, 2), expected)
+    broken = torch.randn(5, 20, device=DEVICE)
+    broken[3, 7] = float("nan")
+    assert (compiled.select(broken, bias, config, 1).routing_map.sum(-1) == topk).all()
+
+
 def test_selection_of_several_tiles_by_a_program(compiled, monkeypatch):
     # As with many tokens of many experts: tiles of 8 tokens, 2 a program, and a tile of none.
     from moepp_megatron.moe.kernels import router

@@ -82,6 +82,15 @@ ONE_V = settings(
     model={"num_query_groups": 1, "qk_layernorm": True, "qk_layernorm_scope": "all_heads"},
     precision={"grad_reduce_in_fp32": False},
 )
+FURTHER = settings(
+    {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "pipeline_model_parallel_size": 4,
+        "expert_model_parallel_size": 8,
+    },
+    model={"mtp_num_layers": 2},
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +101,13 @@ def elsewhere() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.mark.parametrize(
     ("raw", "ranks"),
-    [(INTERLEAVED, [0, 300, 700, 1023]), (SPLIT_EXPERTS, [1, 500, 1022]), (ONE_V, [0, 1001])],
-    ids=["interleaved", "split experts", "one V"],
+    [
+        (INTERLEAVED, [0, 300, 700, 1023]),
+        (SPLIT_EXPERTS, [1, 500, 1022]),
+        (ONE_V, [0, 1001]),
+        (FURTHER, [0, 1023]),
+    ],
+    ids=["interleaved", "split experts", "one V", "further tokens"],
 )
 def test_ranks_are_what_the_layout_says(
     elsewhere: ProcessPoolExecutor, raw: dict[str, Any], ranks: list[int]

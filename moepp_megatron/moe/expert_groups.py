@@ -1,0 +1,40 @@
+"""Group-limited routing: a token's FFN experts come from its best groups of FFN experts.
+
+Where groups are nodes, a token's hidden state goes to at most `group_topk` of them. The definition
+is `moe.reference.in_best_groups`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
+
+
+@torch.no_grad()
+def within_groups(ranked: Tensor, affinities: Tensor, config: MoEPPConfig) -> Tensor:
+    """The ranking in which FFN experts outside of a token's best groups come last.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+
+    Args:
+        ranked: [T, E] fp32 by which experts are ranked.
+        affinities: [T, E] fp32; of each group the K / `group_topk` largest are added up.
+        config: `num_groups`, `group_topk`, `router_topk` are read.
+
+    Returns:
+        [T, E], -inf for those FFN experts; `ranked` itself where all groups are kept.
+    """
+    if not config.limits_groups:
+        return ranked
+    ffn, groups, kept = config.num_ffn_experts, config.num_groups, config.group_topk
+    by_group = affinities[:, :ffn].unflatten(1, (groups, ffn // groups))
+    sums_TG = by_group.topk(config.router_topk // kept, dim=-1).values.sum(dim=-1)
+    # Stable: between equal groups the first one, which `topk` would not promise.
+    best_TM = sums_TG.argsort(dim=-1, descending=True, stable=True)[:, :kept]
+    others_TG = torch.ones_like(sums_TG, dtype=torch.bool).scatter(1, best_TM, False)
+    masked = ranked.clone()
+    by_group = masked[:, :ffn].unflatten(1, (groups, ffn // groups))
+    by_group.masked_fill_(others_TG.unsqueeze(-1), -torch.inf)
+    return masked

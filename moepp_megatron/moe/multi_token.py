@@ -1,0 +1,149 @@
+"""Layers of multi-token prediction (MTP, DeepSeek-V3, arXiv 2412.19437, section 2.2) with MoE++.
+
+The layer of depth k predicts one token further than the one before it. At each position it takes
+the hidden state of the layer before (the last decoder layer, or depth k - 1) and the embedding of
+the token that is k places ahead. Its router is the next router of that position: its gating
+residual sees the logits that the layer before gave at the same position. So routers, statistics and
+losses count depth k as decoder layer `num_layers` + k.
+
+megatron-core's MTP block hands hidden states alone from layer to layer, so the lane of router
+logits is glued to them, as between pipeline stages (`lane.pack`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.lane import MoEPPTransformerLayer, pack, unpack
+from moepp_megatron.moe.spec import (
+    LayerAdapter,
+    final_norm,
+    get_dense_layer_spec,
+    get_moepp_layer_spec,
+    moe_layer_pattern,
+)
+
+
+class _AfterDecoder(TransformerLayer):
+    """A transformer layer that is numbered after the decoder's layers."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Any,
+        layer_number: int = 1,
+        is_mtp_layer: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        assert is_mtp_layer, "the MTP layer says what its layers are"
+        # Not an MTP layer to megatron-core, which would count it from 1 and its losses elsewhere.
+        super().__init__(
+            config,
+            submodules,
+            layer_number=config.num_layers + layer_number,
+            add_layer_offset=False,
+            **kwargs,
+        )
+
+
+class _Inner(_AfterDecoder, MoEPPTransformerLayer):
+    """The layer inside an MTP layer; takes and returns hidden states with the lane, if any."""
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, moepp: MoEPPConfig, **kwargs: Any
+    ) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.lane_width = moepp.num_experts if moepp.gating_residual else 0
+
+    def forward(
+        self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Same as `MoEPPTransformerLayer.forward`; hidden states [s, b, D + lane columns]."""
+        if self.lane_width > 0:
+            hidden_states, context = unpack(hidden_states, self.config.hidden_size)
+        return super().forward(hidden_states, context, **kwargs)
+
+
+class LaneMTPLayer(MultiTokenPredictionLayer):
+    """megatron-core's MTP layer, whose hidden states have the lane of router logits beside them."""
+
+    def _concat_embeddings(self, hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
+        hidden_states, lane = unpack(hidden_states, self.config.hidden_size)
+        return pack(super()._concat_embeddings(hidden_states, decoder_input), lane)
+
+    def _postprocess(self, hidden_states: Tensor) -> Tensor:
+        hidden_states, lane = unpack(hidden_states, self.config.hidden_size)
+        return pack(super()._postprocess(hidden_states), lane)
+
+
+def get_moepp_mtp_block_spec(
+    config: TransformerConfig,
+    moepp: MoEPPConfig,
+    *,
+    use_transformer_engine: bool,
+    adapt: LayerAdapter | None = None,
+    vp_stage: int | None = None,
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """Specs of the MTP layers that one pipeline stage builds; None where it builds none.
+
+    They are megatron-core's, each around a layer of the kind of the last decoder layer.
+    `MoEPPGPTModel` takes them as `mtp_block_spec`; megatron-core's own model would lose the lane.
+
+    Args:
+        config: The model's configuration, with `mtp_num_layers`.
+        moepp: MoE++ settings.
+        use_transformer_engine: Same as in `get_moepp_layer_spec`.
+        adapt: Same as in `get_moepp_block_spec`.
+        vp_stage: Virtual pipeline stage, or None.
+    """
+    if not config.mtp_num_layers:
+        return None
+    spec = get_moepp_layer_spec if moe_layer_pattern(config)[-1] else get_dense_layer_spec
+    inner = spec(config, moepp, use_transformer_engine=use_transformer_engine, adapt=adapt)
+    if moepp.is_vanilla:
+        inner = replace(inner, module=_AfterDecoder)
+    else:
+        inner = replace(inner, module=_Inner, params={**inner.params, "moepp": moepp})
+    block = get_gpt_mtp_block_spec(
+        config,
+        TransformerBlockSubmodules(layer_specs=[inner]),
+        use_transformer_engine=use_transformer_engine,
+        vp_stage=vp_stage,
+    )
+    if block is None:
+        return None
+    norm = final_norm(use_transformer_engine, inner)
+    for layer in block.layer_specs:
+        layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
+        if not moepp.is_vanilla and moepp.gating_residual:
+            layer.module = LaneMTPLayer
+    return block
+
+
+def norm_beside_lane(norm: torch.nn.Module, hidden_size: int) -> None:
+    """Have the final norm of the decoder leave alone a lane that is glued to its input."""
+    lanes: list[Tensor] = []
+
+    def take_off(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        hidden_states, lane = unpack(arguments[0], hidden_size)
+        lanes.append(lane)
+        return (hidden_states,)
+
+    def put_back(_: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return pack(output, lanes.pop())
+
+    norm.register_forward_pre_hook(take_off)
+    norm.register_forward_hook(put_back)
