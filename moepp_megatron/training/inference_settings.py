@@ -30,6 +30,7 @@ FORWARD_ONLY = (
     "training.recompute_method=null",
     "training.recompute_num_layers=null",
     "training.micro_batch_size=1",
+    "training.batch_ramp=null",
     # Sequences are of any length.
     "training.cuda_graphs=[]",
     # A limit would make a token's logits depend on which other tokens are there.

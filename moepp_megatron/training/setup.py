@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +15,10 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import (
+    OptimizerParamScheduler,
+    get_canonical_lr_for_logging,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -30,6 +32,7 @@ from moepp_megatron.moe.lane import pipeline_config
 from moepp_megatron.runtime.kernel_choices import chosen_cross_entropy
 from moepp_megatron.runtime.patches import replace
 from moepp_megatron.training.gradient_norm import use_one_read
+from moepp_megatron.training.schedule import build_schedule
 
 
 @dataclass
@@ -47,6 +50,14 @@ class TrainingModel:
     models: list[GPTModel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the newest step, where `optimizer.groups` does not multiply it."""
+        # On every rank: a group without parameters here has its rate all the same.
+        rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
+        assert rate is not None, "no group of parameters has the schedule's own rate"
+        return float(rate)
 
     def set_training(self, training: bool) -> None:
         """Switch all chunks between training and evaluation."""
@@ -87,7 +98,7 @@ def build_training_model(config: Config) -> TrainingModel:
         _optimizer_config(config), chunks, use_gloo_process_groups=False
     )
     _connect(schedule_config, config, chunks, optimizer)
-    return TrainingModel(chunks, models, optimizer, _schedule(config, optimizer))
+    return TrainingModel(chunks, models, optimizer, build_schedule(config, optimizer))
 
 
 def _uses_triton(config: Config) -> bool:
@@ -193,44 +204,6 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         # How it cuts FP8 weights depends on their format.
         fp8_recipe=config.precision.recipe,
     )
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """The learning rate that step `step` (from 1) of a run trains with."""
-    # It sets the rate of every group of an optimizer, here of none.
-    schedule = _schedule(config, SimpleNamespace(param_groups=[]))
-    schedule.num_steps = step
-    return float(schedule.get_lr({}))
-
-
-def _schedule(
-    config: Config, optimizer: MegatronOptimizer | SimpleNamespace
-) -> OptimizerParamScheduler:
-    build = pick(SCHEDULES, "optimizer.decay_style", config.optimizer.decay_style)
-    return build(config, optimizer)
-
-
-def _megatron_schedule(
-    config: Config, optimizer: MegatronOptimizer | SimpleNamespace
-) -> OptimizerParamScheduler:
-    settings = config.optimizer
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.warmup_iters,
-        lr_decay_steps=settings.decay_iters or config.training.train_iters,
-        lr_decay_style=settings.decay_style,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=config.training.train_iters,
-        wd_incr_style="constant",
-    )
-
-
-# What `optimizer.decay_style` may name.
-SCHEDULES = dict.fromkeys(("cosine", "linear", "constant"), _megatron_schedule)
 
 
 def _connect(

@@ -40,9 +40,20 @@ class OptimizerSection(Section):
         description="Steps in which the rate rises from 0 to lr",
         json_schema_extra=unit("steps"),
     )
-    decay_style: Literal["cosine", "linear", "constant"] = Field(
+    decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = Field(
         default="cosine",
-        description="How the rate falls from lr to min_lr",
+        description="How the rate falls from lr to min_lr; WSD keeps it at lr until its last steps",
+        json_schema_extra=unit("-"),
+    )
+    wsd_decay_iters: int | None = Field(
+        default=None,
+        ge=1,
+        description="With WSD: the steps before decay_iters in which the rate falls",
+        json_schema_extra=unit("steps"),
+    )
+    wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
+        default="exponential",
+        description="With WSD: how it falls in these steps",
         json_schema_extra=unit("-"),
     )
     decay_iters: int | None = Field(
@@ -67,6 +78,12 @@ class TrainingSection(Section):
         ge=1,
         description="Sequences per forward pass and data-parallel rank",
         json_schema_extra=unit("sequences"),
+    )
+    batch_ramp: list[list[int]] | None = Field(
+        default=None,
+        description="Smaller steps at first: pairs of tokens trained on and sequences per step "
+        "from then on, the last with global_batch_size; null: all steps are alike",
+        json_schema_extra=unit("tokens, sequences"),
     )
     seed: int = Field(
         default=1234,
@@ -132,3 +149,10 @@ class TrainingSection(Section):
         "cannot be distinguished from transfer",
         json_schema_extra=unit("-"),
     )
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Sequences per step, of each stage of the ramp."""
+        if self.batch_ramp is None:
+            return [self.global_batch_size]
+        return [size for _, size in self.batch_ramp]
