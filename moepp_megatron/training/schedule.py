@@ -8,15 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from megatron.core.num_microbatches_calculator import (
     ConstantNumMicroBatchesCalculator,
     StepBatchsizeNumMicroBatchesCalculator,
 )
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from moepp_megatron.config import Config, Layout
+
+# Further seconds of imports, before a drawing of a schedule.
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
 
 # megatron-core's calculators tell what they do on rank 0.
 _SILENT = -1
@@ -64,9 +68,7 @@ class BatchSizes:
     def __init__(self, config: Config) -> None:
         training = config.training
         self._micro_batch_size = training.micro_batch_size
-        self._calculator: (
-            ConstantNumMicroBatchesCalculator | StepBatchsizeNumMicroBatchesCalculator
-        )
+        self._calculator: ConstantNumMicroBatchesCalculator | StepBatchsizeNumMicroBatchesCalculator
         # With one data-parallel rank it divides by nothing that depends on the layout.
         if training.batch_ramp is None:
             self._calculator = ConstantNumMicroBatchesCalculator(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -14,7 +13,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import (
     OptimizerParamScheduler,
     get_canonical_lr_for_logging,
@@ -23,8 +22,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config import Config, UnfitError
-from moepp_megatron.config.choices import pick
-from moepp_megatron.config.schema import OptimizerSection
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.megatron_config import moepp_config, params_dtype
 from moepp_megatron.moe.kernels import start_one, use_kernels
@@ -32,6 +29,7 @@ from moepp_megatron.moe.lane import pipeline_config
 from moepp_megatron.runtime.kernel_choices import chosen_cross_entropy
 from moepp_megatron.runtime.patches import replace
 from moepp_megatron.training.gradient_norm import use_one_read
+from moepp_megatron.training.optimizers import build_optimizer
 from moepp_megatron.training.schedule import build_schedule
 
 
@@ -94,9 +92,7 @@ def build_training_model(config: Config) -> TrainingModel:
     use_one_read()
     models = build_model(config)
     schedule_config, chunks = wrap_models(models, config)
-    optimizer = get_megatron_optimizer(
-        _optimizer_config(config), chunks, use_gloo_process_groups=False
-    )
+    optimizer = build_optimizer(config, chunks)
     _connect(schedule_config, config, chunks, optimizer)
     return TrainingModel(chunks, models, optimizer, build_schedule(config, optimizer))
 
@@ -152,7 +148,9 @@ def _wrap(
         module = Float16Module(model.config, model)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        # An emerging optimizer wants each matrix whole, and shares out whole ones by itself.
+        use_distributed_optimizer=parallel.use_distributed_optimizer
+        and not config.optimizer.is_emerging,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         fp8_param_gather=config.precision.fp8_param,
@@ -173,37 +171,6 @@ def _fuse_weight_gradients(model: torch.nn.Module) -> None:
     for layer in model.modules():
         if hasattr(layer, "fuse_wgrad_accumulation"):
             replace(layer, "fuse_wgrad_accumulation", True)
-
-
-def _adam(settings: OptimizerSection) -> dict[str, Any]:
-    return {
-        "optimizer": "adam",
-        "adam_beta1": settings.adam_beta1,
-        "adam_beta2": settings.adam_beta2,
-        "adam_eps": settings.adam_eps,
-    }
-
-
-# What `optimizer.kind` may name: Megatron's settings that are of this optimizer alone.
-OPTIMIZERS: dict[str, Callable[[OptimizerSection], dict[str, Any]]] = {"adam": _adam}
-
-
-def _optimizer_config(config: Config) -> OptimizerConfig:
-    settings = config.optimizer
-    dtype = params_dtype(config)
-    return OptimizerConfig(
-        **pick(OPTIMIZERS, "optimizer.kind", settings.kind)(settings),
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        clip_grad=settings.clip_grad,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        # How it cuts FP8 weights depends on their format.
-        fp8_recipe=config.precision.recipe,
-    )
 
 
 def _connect(

@@ -10,6 +10,7 @@ latent_attention.py  rules of `model.latent_attention`: settings that it replace
 model.py             rules of the model's shape
 moe.py               rules of experts and routing
 observe.py           rules of the section `observe`
+optimizer.py         rules of the optimizer's kind
 parallel.py          rules of the layout that hold for any number of ranks
 precision.py         rules of number formats
 resilience.py        rules of the section `resilience`
@@ -36,6 +37,7 @@ from moepp_megatron.config.rules import (
     model,
     moe,
     observe,
+    optimizer,
     parallel,
     precision,
     resilience,
@@ -56,6 +58,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *expert_overlap.RULES,
     *precision.RULES,
     *training.RULES,
+    *optimizer.RULES,
     *cuda_graphs.RULES,
     *resilience.RULES,
     *slurm.RULES,

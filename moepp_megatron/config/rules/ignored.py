@@ -271,6 +271,19 @@ def _schedule_parts_of_other_schedules(config: Config) -> Iterator[Problem]:
             )
 
 
+def _parts_of_other_optimizers(config: Config) -> Iterator[Problem]:
+    """Muon's and Lion's settings are their own; Adam's are also those of the other parameters."""
+    for key in type(config.optimizer).model_fields:
+        kind = key.partition("_")[0]
+        if kind in ("muon", "lion") and kind != config.optimizer.kind:
+            yield from _ignored(
+                config,
+                f"optimizer.{key}",
+                f"without optimizer.kind {kind}",
+                f"set optimizer.kind to {kind}, or leave it out",
+            )
+
+
 def _intervals_of_nothing(config: Config) -> Iterator[Problem]:
     """Validation without batches; checkpoints that are not written or not read."""
     if config.training.eval_iters == 0:
@@ -379,6 +392,7 @@ RULES = (
     _recompute_settings_without_recompute,
     _number_formats_without_use,
     _schedule_parts_of_other_schedules,
+    _parts_of_other_optimizers,
     _intervals_of_nothing,
     _settings_of_what_is_off,
     _rollback_without_checkpoint,

@@ -22,6 +22,7 @@ from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.observe import ObserveSection, WandbSection
+from moepp_megatron.config.schema.optimizer import OptimizerSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
@@ -34,7 +35,7 @@ from moepp_megatron.config.schema.routing_guard import (
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
-from moepp_megatron.config.schema.training import OptimizerSection, TrainingSection
+from moepp_megatron.config.schema.training import TrainingSection
 
 __all__ = [
     "BudgetSection",

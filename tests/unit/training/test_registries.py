@@ -9,7 +9,7 @@ import pytest
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.choices import pick
 from moepp_megatron.moe.dispatcher import DEDUPLICATING, DISPATCHERS
-from moepp_megatron.training.setup import OPTIMIZERS
+from moepp_megatron.training.optimizers import OPTIMIZERS
 
 
 def allowed(section: str, key: str) -> set[str]:
