@@ -137,3 +137,81 @@ def test_matrices_shared_out_are_those_that_are_not(ranks: RankPools, tmp_path: 
     alone = ranks(1).run(train_between, copies, tmp_path / "alone", 6, start)[0]
     # bf16 sums of one rank instead of two.
     assert alone == pytest.approx(whole[3:], rel=2e-3)
+
+
+GROUPS = {
+    "router": {"lr_mult": 0.5, "weight_decay": 0.0},
+    "constants": {"lr_mult": 2.0},
+    "embeddings": {"weight_decay": 0.0},
+    "norms_and_biases": {"weight_decay": 0.05},
+}
+
+
+def rates_of(raw: dict[str, Any]) -> tuple[float, dict[str, set[tuple[float, float]]]]:
+    """The run's rate, and rate and weight decay of each kind of parameters in the second step."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.optimizers import parameter_kind
+    from moepp_megatron.training.setup import build_training_model
+
+    config = parse_config(raw)
+    build_groups(config, Layout.from_config(config, dist.get_world_size()))
+    model = build_training_model(config)
+    model.scheduler.step(increment=2)
+    names = {parameter: name for name, parameter in model.chunks[0].named_parameters()}
+    found: dict[str, set[tuple[float, float]]] = {}
+    for group in model.optimizer.param_groups:
+        for parameter in group["params"]:
+            kind = parameter_kind(parameter, names[parameter])
+            kind += " vector" if parameter.dim() == 1 else ""
+            found.setdefault(kind, set()).add((group["lr"], group["weight_decay"]))
+    return model.learning_rate, found
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_kinds_of_parameters_have_their_own_rates(ranks: RankPools, kind: str) -> None:
+    # Warmed up after 2 steps.
+    optimizer = {"kind": kind, "lr": 1.0e-3, "weight_decay": 0.1, "decay_style": "constant"}
+    model = {"qk_layernorm": True}
+    plain = settings(optimizer=optimizer, parallel=PLAIN, model=model)
+    ((rate, found),) = ranks(1).run(rates_of, plain)
+    assert rate == 1.0e-3
+    assert found == {
+        "matrices": {(1.0e-3, 0.1)},
+        "router": {(1.0e-3, 0.1)},
+        "constants": {(1.0e-3, 0.1)},
+        "embeddings": {(1.0e-3, 0.1)},
+        "norms_and_biases vector": {(1.0e-3, 0.0)},
+    }
+    changed = settings(optimizer=optimizer | {"groups": GROUPS}, parallel=PLAIN, model=model)
+    ((rate, found),) = ranks(1).run(rates_of, changed)
+    assert rate == 1.0e-3
+    assert found == {
+        "matrices": {(1.0e-3, 0.1)},
+        "router": {(5.0e-4, 0.0)},
+        "constants": {(2.0e-3, 0.1)},
+        "embeddings": {(1.0e-3, 0.0)},
+        "norms_and_biases vector": {(1.0e-3, 0.05)},
+    }
+
+
+@pytest.mark.parametrize("parallel", [EP2, TP2], ids=["ep2", "tp2"])
+def test_groups_are_the_same_in_every_layout(ranks: RankPools, parallel: dict[str, Any]) -> None:
+    """With the distributed optimizer, as by default."""
+    optimizer = {"groups": GROUPS}
+    alone = assemble(ranks(1).run(train, settings(optimizer=optimizer), 4))
+    plain = assemble(ranks(1).run(train, settings(), 4))
+    assert alone.losses[-1] != plain.losses[-1]
+    raw = settings(optimizer=optimizer, parallel=parallel)
+    # fp32 sums over other ranks.
+    compare(assemble(ranks(2).run(train, raw, 4)), alone, 1e-5)
+
+
+def test_groups_are_resumed(ranks: RankPools, tmp_path: Path) -> None:
+    raw = settings(optimizer={"groups": GROUPS}, parallel=EP2)
+    whole = ranks(2).run(train_between, raw, tmp_path / "whole", 6)[0]
+    first = ranks(2).run(train_between, raw, tmp_path / "first", 3)[0]
+    rest = ranks(2).run(train_between, raw, tmp_path / "rest", 6, tmp_path / "first")[0]
+    assert first + rest == whole

@@ -1068,6 +1068,12 @@ IGNORED = [
         "with optimizer.decay_style constant",
     ),
     (
+        ["optimizer.wsd_decay_iters=5"],
+        "optimizer.wsd_decay_iters (5)",
+        "without optimizer.decay_style WSD",
+    ),
+    (["optimizer.lion_beta1=0.9"], "optimizer.lion_beta1 (0.9)", "without optimizer.kind lion"),
+    (
         ["training.eval_iters=0", "training.eval_interval=5"],
         "training.eval_interval (5)",
         "with training.eval_iters 0",
