@@ -18,7 +18,7 @@ class RankParameters:
     Attributes:
         dense: Parameters outside the FFN experts; sharded over data- and context-parallel ranks.
         experts: Parameters of FFN experts; sharded over the experts' data-parallel ranks.
-        of_adam: Of the dense ones, those that AdamW trains whatever `optimizer.kind` is.
+        of_adam: Dense parameters that AdamW trains whatever `optimizer.kind` is.
     """
 
     dense: int
