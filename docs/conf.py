@@ -51,6 +51,7 @@ NAVIGATION = {
         "The routing guard <docs/guard>",
         "Shifts of the data <docs/routing_shift>",
         "Parallel layouts <docs/parallelism>",
+        "Optimizers and schedules <docs/optimizers>",
         "Precision and FP8 <docs/precision>",
         "What is supported <docs/limits>",
     ],

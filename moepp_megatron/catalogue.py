@@ -226,6 +226,9 @@ class Record(BaseModel):
         drawn=Drawn("Loss of multi-token prediction", "nats per token", 8))] = None
     num_zeros: Annotated[MaybeInt, Metric(
         "gradient elements that are exactly zero", "", "optimizer", "moepp_grad_zeros")] = None
+    batch_size: Annotated[MaybeInt, Metric(
+        "sequences of the step; only with `training.batch_ramp`", "", "optimizer",
+        "moepp_batch_size", drawn=Drawn("Batch size", "sequences", 9))] = None
     skipped_steps: Annotated[MaybeInt, Metric(
         "batches that the numerical guard refused since the run began; they are no steps and not "
         "in the tokens", "", "optimizer", "moepp_skipped_steps")] = None

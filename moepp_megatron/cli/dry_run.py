@@ -8,6 +8,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from moepp_megatron.cli.memory_fit import GIB, fits, needed_bytes
+from moepp_megatron.cli.schedule_text import schedule_lines
 from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
 from moepp_megatron.workbench.planning.efficiency import DEFAULT
 from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
@@ -49,7 +50,10 @@ def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
         f"\n{_number(layout.num_microbatches, 'micro-batch', 'micro-batches')} of "
         f"{_number(config.training.micro_batch_size, 'sequence', 'sequences')} a step and "
         f"data-parallel rank; phi {config.moe.ffn_share:.3f}",
+        f"\nSchedule (optimizer.decay_style {config.optimizer.decay_style})",
     )
+    # Last, because it takes seconds.
+    print_whole(*schedule_lines(config))
 
 
 def _number(count: int, one: str, several: str) -> str:

@@ -193,6 +193,7 @@ class _Translator:
             ("train-samples", "training.train_iters"),
             ("lr-decay-samples", "optimizer.decay_iters"),
             ("lr-warmup-samples", "optimizer.warmup_iters"),
+            ("lr-wsd-decay-samples", "optimizer.wsd_decay_iters"),
         ):
             if name in self._left and isinstance(batch, int):
                 self._settings[key] = max(int(float(self._left.pop(name))) // batch, 1)
@@ -267,6 +268,12 @@ class _Translator:
                 "--load has no counterpart: `moepp convert megatron-lm` turns the checkpoint into "
                 "one that checkpoint.load takes"
             )
+        for name in ("step-batch-size-schedule", "rampup-batch-size"):
+            if name in self._left:
+                self._notes.append(
+                    f"--{name} is not taken over: write it as training.batch_ramp, pairs of "
+                    "tokens and sequences per step"
+                )
         for name, value in self._left.items():
             if name in WITHOUT_A_SETTING or name in DERIVED:
                 continue

@@ -165,6 +165,15 @@ PRIVATE_NAMES = (
         "read",
         "set, so that no process is started for a queue that nothing reads",
     ),
+    # Of training/optimizers.py.
+    PrivateName(
+        "optimizer",
+        "",
+        "_get_megatron_emerging_optimizer",
+        "called",
+        "overrides that give routers to AdamW, which get_megatron_optimizer refuses",
+        ("config", "model_chunks", "config_overrides"),
+    ),
     # Of planning, which looks into a built model's buffers.
     PrivateName(
         "distributed.param_and_grad_buffer",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
+from moepp_megatron.runtime.install import how_to_install
 from moepp_megatron.runtime.optional import (
     flex_backend,
     flex_backends,
@@ -20,6 +23,7 @@ def check_fit(config: Config) -> None:
     Raises:
         UnfitError: If a rule is broken; names the setting, its value, the rule and a remedy.
     """
+    _check_optimizer(config)
     if config.moe.dispatcher == "flex":
         _check_flex(config)
     if config.training.cuda_graphs:
@@ -33,6 +37,15 @@ def check_fit(config: Config) -> None:
         obstacle = fp8_obstacle(config, FP8Machine.this())
         if obstacle is not None:
             raise UnfitError(obstacle)
+
+
+def _check_optimizer(config: Config) -> None:
+    kind = config.optimizer.kind
+    if config.optimizer.is_emerging and find_spec("emerging_optimizers") is None:
+        raise UnfitError(
+            f"optimizer.kind ({kind}) must have the package emerging-optimizers, which is not "
+            f"installed; {how_to_install('emerging-optimizers>=0.3')}, or use adam"
+        )
 
 
 def _check_triton(config: Config) -> None:

@@ -36,6 +36,8 @@ def quiet() -> None:
     # Untrue: said of FFN experts that a rank holds whole, where the rest of the model is
     # tensor-parallel and sequence-parallel, and stays so.
     warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor")
+    # From what it logs where there is no process group: a schedule that is only drawn.
+    warnings.filterwarnings("ignore", message="Could not determine rank from torch.distributed")
     # From every configuration, whatever it says about CUDA graphs.
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     # Reading a checkpoint's common part, which megatron-core does on each rank by itself.

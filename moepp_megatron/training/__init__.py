@@ -16,6 +16,7 @@ gradient_norm.py       the gradient norm on the device
 inference_settings.py  turns a training configuration into one for forward passes only
 move_aside.py          moving a run out of the way of a new one in the same folder
 occupancy.py           whether a run may start in its folder
+optimizers.py          the optimizer: its kind, and the groups of parameters that differ
 replay.py              what the model makes of batches that it was trained on before
 resumed.py             messages of a resumed run: its checkpoint, and what differs from before
 router_health.py       computes the router health of one step for the record from every rank's sums
@@ -25,6 +26,7 @@ routing_shift.py       detects shifts of the data while a run trains
 run.py                 a whole run: `moepp train` as a function
 run_folder.py          the folder of a run: its configuration, and whether it can be written
 run_sinks.py           the sinks that receive a run's records
+schedule.py            the learning rate and the batch size of every step
 setup.py               wraps the model: precision, data parallelism, optimizer, schedule
 shift_text.py          what a shift is about, in words
 signals.py             stopping on request: finish the step, save, leave

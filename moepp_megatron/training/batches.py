@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,8 @@ def _on_device(dataset: Any, consumed_samples: int, config: Config) -> Iterator[
 
 def _endless(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Batch]:
     training = config.training
-    batch = training.global_batch_size
+    # A step of a ramped run may end in the first batches, in every layout after the same sample.
+    batch = math.gcd(*training.batch_sizes)
     usable = len(dataset) // batch * batch
     assert usable > 0, f"{len(dataset)} samples do not fill a global batch of {batch}"
     start = consumed_samples % usable

@@ -51,8 +51,7 @@ class RoutingCollector:
         self._config = config
         self._num_experts = config.moe.num_experts
         self._is_vanilla = config.moe.is_vanilla
-        # L_b is a sum over the ranks of one data-parallel replica, once per micro-batch.
-        self._num_losses = layout.dp * layout.num_microbatches
+        self._dp, self._num_microbatches = layout.dp, layout.num_microbatches
         self._ranks_per_replica = layout.tp * layout.cp
         pattern = router_pattern(model.models[0].config)
         self.layer_numbers = [number for number, is_moe in enumerate(pattern, 1) if is_moe]
@@ -63,12 +62,18 @@ class RoutingCollector:
             for number, statistics in moe_statistics(chunk).items()
         }
 
-    def reset(self) -> None:
-        """Start counting a new step."""
+    def reset(self, num_microbatches: int | None = None) -> None:
+        """Start counting a new step, of so many micro-batches if not as many as before."""
+        self._num_microbatches = num_microbatches or self._num_microbatches
         self._selections = None
         for statistics in self._statistics.values():
             statistics.reset()
         get_moe_metrics_tracker().clear()
+
+    @property
+    def _num_losses(self) -> int:
+        """How often L_b, a sum over the ranks of one data-parallel replica, was computed."""
+        return self._dp * self._num_microbatches
 
     def selections(self) -> Tensor:
         """[MoE layers, E] float64 selections that routers wanted in the step, over all ranks.

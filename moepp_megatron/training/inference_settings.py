@@ -16,6 +16,8 @@ FORWARD_ONLY = (
     "parallel.overlap_grad_reduce=false",
     "parallel.overlap_param_gather=false",
     "parallel.overlap_moe_expert_parallel_comm=false",
+    # Nothing is optimized.
+    "optimizer.kind=adam",
     # Its packages want several ranks; the others give the same results.
     "moe.dispatcher=alltoall",
     "moe.flex_backend=auto",
@@ -30,6 +32,7 @@ FORWARD_ONLY = (
     "training.recompute_method=null",
     "training.recompute_num_layers=null",
     "training.micro_batch_size=1",
+    "training.batch_ramp=null",
     # Sequences are of any length.
     "training.cuda_graphs=[]",
     # A limit would make a token's logits depend on which other tokens are there.

@@ -9,6 +9,7 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.resilience.refused_batches import BatchEvidence
 from moepp_megatron.training.routers import Routers
+from moepp_megatron.training.schedule import BatchSizes
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import compute_gradients, unchanged
 
@@ -31,12 +32,13 @@ def replay(
         layout: The rank grid.
         first_samples: Where each of the batches begins.
     """
-    found = []
+    found, sizes = [], BatchSizes(config)
     # Data loaders draw random numbers too.
     with unchanged(model):
         for first_sample in first_samples:
             iterators = rank_batches(dataset, first_sample, config, len(model.chunks))
             routers.reset_counts()
-            result = compute_gradients(model, iterators, config, layout)
+            then = sizes.layout(layout, first_sample)
+            result = compute_gradients(model, iterators, config, then)
             found.append(BatchEvidence(result.sums.loss, routers.selections()))
     return found

@@ -9,7 +9,7 @@ from moepp_megatron.config.problem import show
 from moepp_megatron.training.checkpoint.compatible import differences
 from moepp_megatron.training.checkpoint.names import CONFIG_FILE
 from moepp_megatron.training.checkpoint.progress import SavedRecord, grid
-from moepp_megatron.training.setup import learning_rate
+from moepp_megatron.training.schedule import learning_rate
 
 # A change of the learning rate by rounding alone is none.
 _SAME_LR = 1e-6

@@ -82,9 +82,9 @@ class Routers:
             self._config, self._model, self._routing, self._dataset, extra.get("shift")
         )
 
-    def begin_step(self, step: int) -> None:
-        """Training step `step` begins."""
-        self._routing.reset()
+    def begin_step(self, step: int, num_microbatches: int) -> None:
+        """Training step `step` begins, with so many micro-batches on each rank."""
+        self._routing.reset(num_microbatches)
         self._losses.begin()
         self._health.begin_step(step)
         self._begin_counts()

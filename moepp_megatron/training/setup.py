@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -15,14 +13,15 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import (
+    OptimizerParamScheduler,
+    get_canonical_lr_for_logging,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config import Config, UnfitError
-from moepp_megatron.config.choices import pick
-from moepp_megatron.config.schema import OptimizerSection
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.megatron_config import moepp_config, params_dtype
 from moepp_megatron.moe.kernels import start_one, use_kernels
@@ -30,6 +29,8 @@ from moepp_megatron.moe.lane import pipeline_config
 from moepp_megatron.runtime.kernel_choices import chosen_cross_entropy
 from moepp_megatron.runtime.patches import replace
 from moepp_megatron.training.gradient_norm import use_one_read
+from moepp_megatron.training.optimizers import build_optimizer
+from moepp_megatron.training.schedule import build_schedule
 
 
 @dataclass
@@ -47,6 +48,14 @@ class TrainingModel:
     models: list[GPTModel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the newest step, where `optimizer.groups` does not multiply it."""
+        # On every rank: a group without parameters here has its rate all the same.
+        rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
+        assert rate is not None, "no group of parameters has the schedule's own rate"
+        return float(rate)
 
     def set_training(self, training: bool) -> None:
         """Switch all chunks between training and evaluation."""
@@ -83,11 +92,9 @@ def build_training_model(config: Config) -> TrainingModel:
     use_one_read()
     models = build_model(config)
     schedule_config, chunks = wrap_models(models, config)
-    optimizer = get_megatron_optimizer(
-        _optimizer_config(config), chunks, use_gloo_process_groups=False
-    )
+    optimizer = build_optimizer(config, chunks)
     _connect(schedule_config, config, chunks, optimizer)
-    return TrainingModel(chunks, models, optimizer, _schedule(config, optimizer))
+    return TrainingModel(chunks, models, optimizer, build_schedule(config, optimizer))
 
 
 def _uses_triton(config: Config) -> bool:
@@ -141,7 +148,9 @@ def _wrap(
         module = Float16Module(model.config, model)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        # An emerging optimizer wants each matrix whole, and shares out whole ones by itself.
+        use_distributed_optimizer=parallel.use_distributed_optimizer
+        and not config.optimizer.is_emerging,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         fp8_param_gather=config.precision.fp8_param,
@@ -162,75 +171,6 @@ def _fuse_weight_gradients(model: torch.nn.Module) -> None:
     for layer in model.modules():
         if hasattr(layer, "fuse_wgrad_accumulation"):
             replace(layer, "fuse_wgrad_accumulation", True)
-
-
-def _adam(settings: OptimizerSection) -> dict[str, Any]:
-    return {
-        "optimizer": "adam",
-        "adam_beta1": settings.adam_beta1,
-        "adam_beta2": settings.adam_beta2,
-        "adam_eps": settings.adam_eps,
-    }
-
-
-# What `optimizer.kind` may name: Megatron's settings that are of this optimizer alone.
-OPTIMIZERS: dict[str, Callable[[OptimizerSection], dict[str, Any]]] = {"adam": _adam}
-
-
-def _optimizer_config(config: Config) -> OptimizerConfig:
-    settings = config.optimizer
-    dtype = params_dtype(config)
-    return OptimizerConfig(
-        **pick(OPTIMIZERS, "optimizer.kind", settings.kind)(settings),
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        clip_grad=settings.clip_grad,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        # How it cuts FP8 weights depends on their format.
-        fp8_recipe=config.precision.recipe,
-    )
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """The learning rate that step `step` (from 1) of a run trains with."""
-    # It sets the rate of every group of an optimizer, here of none.
-    schedule = _schedule(config, SimpleNamespace(param_groups=[]))
-    schedule.num_steps = step
-    return float(schedule.get_lr({}))
-
-
-def _schedule(
-    config: Config, optimizer: MegatronOptimizer | SimpleNamespace
-) -> OptimizerParamScheduler:
-    build = pick(SCHEDULES, "optimizer.decay_style", config.optimizer.decay_style)
-    return build(config, optimizer)
-
-
-def _megatron_schedule(
-    config: Config, optimizer: MegatronOptimizer | SimpleNamespace
-) -> OptimizerParamScheduler:
-    settings = config.optimizer
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.warmup_iters,
-        lr_decay_steps=settings.decay_iters or config.training.train_iters,
-        lr_decay_style=settings.decay_style,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=config.training.train_iters,
-        wd_incr_style="constant",
-    )
-
-
-# What `optimizer.decay_style` may name.
-SCHEDULES = dict.fromkeys(("cosine", "linear", "constant"), _megatron_schedule)
 
 
 def _connect(

@@ -43,6 +43,7 @@ from moepp_megatron.training.resumed import start_lines
 from moepp_megatron.training.routers import Routers
 from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.run_sinks import open_run_sinks
+from moepp_megatron.training.schedule import BatchSizes, planned_samples
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
 from moepp_megatron.training.step import Batch, StepResult, training_step
@@ -82,6 +83,8 @@ class Trainer:
             self._num_samples(),
         )
         self._supervisor = Supervisor(config, self.model)
+        self._sizes = BatchSizes(config)
+        self._samples = 0  # of the newest step
         self.stopped = False
         self.pause_reason: str | None = None
         self._sinks: Sinks | None = None
@@ -174,13 +177,14 @@ class Trainer:
         supervisor.begin_step(step)
         self._recorder.begin_step(step)
         started = time.perf_counter()
-        self._routers.begin_step(step)
+        layout = self._sizes.layout(self.layout, self.progress.consumed_samples)
+        self._routers.begin_step(step, layout.num_microbatches)
         self._further_tokens.reset()
         result = training_step(
             self.model,
             batches,
             self.config,
-            self.layout,
+            layout,
             supervisor.guard,
             self._routers.watch_losses,
             [stop, *self._routers.summands()],
@@ -211,10 +215,14 @@ class Trainer:
         self._routers.write_expert_usage()
 
     def _advance(self) -> None:
-        samples = self.config.training.global_batch_size
+        self._samples = samples = self._batch_size()
         if self._supervisor.guard is not None:
             self._supervisor.guard.note_accepted(self.progress.consumed_samples)
         self.progress = self.progress.after_step(samples, samples * self.config.model.seq_length)
+
+    def _batch_size(self) -> int:
+        """Sequences of the batch that is read next, over all ranks."""
+        return self._sizes.at(self.progress.consumed_samples)
 
     def announce_stage(self, why: str) -> None:
         """Tell both guards that other data follow: they begin anew. Every rank must call."""
@@ -227,7 +235,7 @@ class Trainer:
         """Skip a refused batch; after too many in a row, act on their cause. No step stays."""
         guard = self._supervisor.guard
         assert guard is not None, "only the guard refuses batches"
-        self.progress = self.progress.after_skip(self.config.training.global_batch_size)
+        self.progress = self.progress.after_skip(self._batch_size())
         self._alerts.send(guard_alert(self.progress, guard.last_reason, "skip_batch"))
         is_due = guard.note_refused(self._routers.selections())
         if self._judge_routers(result) and is_due:
@@ -315,7 +323,7 @@ class Trainer:
         """The metrics of the step just taken, global; every rank must call."""
         loss = mean_loss(losses)
         elapsed = time.perf_counter() - started
-        tokens = self.config.training.global_batch_size * self.config.model.seq_length
+        tokens = self._samples * self.config.model.seq_length
         routing = self._routers.routing_metrics()
         valid_loss = None
         if self._evaluates():
@@ -327,7 +335,8 @@ class Trainer:
             step=self.progress.step,
             tokens=self.progress.tokens,
             loss=loss,
-            lr=self.model.optimizer.param_groups[0]["lr"],
+            lr=self.model.learning_rate,
+            batch_size=None if self.config.training.batch_ramp is None else self._samples,
             grad_norm=grad_norm,
             step_time_s=elapsed,
             tokens_per_s=tokens / elapsed,
@@ -346,8 +355,8 @@ class Trainer:
 
     def _num_samples(self) -> tuple[int, int, int]:
         training = self.config.training
-        batch = training.global_batch_size
-        return training.train_iters * batch, training.eval_iters * batch, 0
+        validation = training.eval_iters * training.global_batch_size
+        return planned_samples(self.config), validation, 0
 
     def _load(self) -> Loaded:
         """Continue from `checkpoint.load`."""

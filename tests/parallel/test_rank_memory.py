@@ -8,6 +8,7 @@ import pytest
 
 from tests.parallel.layouts import Cell, parse_cells, run_settings
 from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import settings
 
 CELLS = parse_cells("""
     1 tied
@@ -64,3 +65,17 @@ def test_ranks_hold_what_is_printed(ranks: RankPools, cell: Cell) -> None:
     # The shards of the distributed optimizer are as even as whole buckets allow.
     optimizer = sum(state for *_, state in results)
     assert optimizer == pytest.approx(sum(said.optimizer for said, *_ in results), rel=0.01)
+
+
+def test_muon_keeps_one_moment_of_a_matrix(ranks: RankPools) -> None:
+    pytest.importorskip("emerging_optimizers", reason="needs moepp-megatron[emerging]")
+    parallel = {"expert_model_parallel_size": 2}
+    moe = {"num_ffn_experts": 8, "shared_expert_ffn_hidden_size": 16}
+    raw = settings(
+        optimizer={"kind": "muon"}, precision={"dtype": "bf16"}, parallel=parallel, moe=moe
+    )
+    results = ranks(2).run(held, raw)
+    # Whole matrices are shared out, so only the sum over ranks is exact.
+    state = sum(state for *_, state in results)
+    assert state == sum(said.optimizer for said, *_ in results)
+    assert state < 12 * sum(said.dense / 2 + said.experts for said, *_ in results)

@@ -11,6 +11,7 @@ model.py             rules of the model's shape
 moe.py               rules of experts and routing
 multi_token.py       rules of `model.mtp_num_layers`: what multi-token prediction excludes
 observe.py           rules of the section `observe`
+optimizer.py         rules of the optimizer's kind
 parallel.py          rules of the layout that hold for any number of ranks
 precision.py         rules of number formats
 resilience.py        rules of the section `resilience`
@@ -38,6 +39,7 @@ from moepp_megatron.config.rules import (
     moe,
     multi_token,
     observe,
+    optimizer,
     parallel,
     precision,
     resilience,
@@ -59,6 +61,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *expert_overlap.RULES,
     *precision.RULES,
     *training.RULES,
+    *optimizer.RULES,
     *cuda_graphs.RULES,
     *resilience.RULES,
     *slurm.RULES,

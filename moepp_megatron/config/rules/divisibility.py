@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from math import gcd, isqrt
 
 from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.schema import Config
 
 _MOST_DIVISORS = 8
 
@@ -55,3 +56,12 @@ def must_divide(
         remedy = f"set {divisor_text} to {legal}, or for {name} {remedy}"
         divisor_text += f" ({divisor})"
     yield Problem(name, value, f"must be divisible by {divisor_text}{reason}", remedy)
+
+
+def batch_sizes(config: Config) -> list[tuple[str, int]]:
+    """Each number of sequences that a step of the run has, and the setting that gives it."""
+    training = config.training
+    found = [("training.global_batch_size", training.global_batch_size)]
+    if training.batch_ramp is not None:
+        found += [("training.batch_ramp", size) for size in training.batch_sizes[:-1]]
+    return found

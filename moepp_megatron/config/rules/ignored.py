@@ -262,15 +262,36 @@ def _number_formats_without_use(config: Config) -> Iterator[Problem]:
             )
 
 
-def _schedule_parts_of_a_constant_rate(config: Config) -> Iterator[Problem]:
-    """A constant learning rate does not decay."""
+def _schedule_parts_of_other_schedules(config: Config) -> Iterator[Problem]:
+    """A constant learning rate does not decay, and only WSD decays in its last steps."""
+    if config.optimizer.decay_style != "WSD":
+        for key in ("wsd_decay_iters", "wsd_decay_style"):
+            yield from _ignored(
+                config,
+                f"optimizer.{key}",
+                "without optimizer.decay_style WSD",
+                "set optimizer.decay_style to WSD, or leave it out",
+            )
     if config.optimizer.decay_style == "constant":
         for key in ("min_lr", "decay_iters"):
             yield from _ignored(
                 config,
                 f"optimizer.{key}",
                 "with optimizer.decay_style constant",
-                "use cosine or linear, or leave it out",
+                "use another one, or leave it out",
+            )
+
+
+def _parts_of_other_optimizers(config: Config) -> Iterator[Problem]:
+    """Muon's and Lion's settings are their own; Adam's are also those of the other parameters."""
+    for key in type(config.optimizer).model_fields:
+        kind = key.partition("_")[0]
+        if kind in ("muon", "lion") and kind != config.optimizer.kind:
+            yield from _ignored(
+                config,
+                f"optimizer.{key}",
+                f"without optimizer.kind {kind}",
+                f"set optimizer.kind to {kind}, or leave it out",
             )
 
 
@@ -382,7 +403,8 @@ RULES = (
     _sequence_parallel_without_tensor_parallel,
     _recompute_settings_without_recompute,
     _number_formats_without_use,
-    _schedule_parts_of_a_constant_rate,
+    _schedule_parts_of_other_schedules,
+    _parts_of_other_optimizers,
     _intervals_of_nothing,
     _settings_of_what_is_off,
     _rollback_without_checkpoint,

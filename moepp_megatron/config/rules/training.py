@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from moepp_megatron.config.problem import Problem, show
-from moepp_megatron.config.rules.divisibility import must_divide
+from moepp_megatron.config.rules.divisibility import batch_sizes, must_divide
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.split import parse_split
 
@@ -48,16 +49,69 @@ def _warmup_ends_in_time(config: Config) -> Iterator[Problem]:
         )
 
 
+def _wsd_decay_comes_after_warmup(config: Config) -> Iterator[Problem]:
+    """WSD has a number of steps to decay in, which begin after warmup (OptimizerParamScheduler)."""
+    optimizer = config.optimizer
+    if optimizer.decay_style != "WSD":
+        return
+    end = optimizer.decay_iters or config.training.train_iters
+    most, steps = end - optimizer.warmup_iters, optimizer.wsd_decay_iters
+    if most > 0 and (steps is None or steps > most):
+        yield Problem(
+            "optimizer.wsd_decay_iters",
+            steps,
+            f"must be from 1 to the {most} steps between warmup (optimizer.warmup_iters "
+            f"{optimizer.warmup_iters}) and the end of the decay ({end}) with "
+            "optimizer.decay_style WSD",
+            f"use {max(most // 5, 1)}",
+        )
+
+
+def _inverse_square_root_starts_with_warmup(config: Config) -> Iterator[Problem]:
+    """The rate of a step is lr times sqrt(warmup / step); without warmup it begins at lr (1)."""
+    optimizer = config.optimizer
+    if optimizer.decay_style == "inverse-square-root" and optimizer.warmup_iters == 0:
+        yield Problem(
+            "optimizer.warmup_iters",
+            0,
+            "must be above 0 with optimizer.decay_style inverse-square-root, whose rate is lr "
+            "times the square root of warmup_iters over the step",
+            f"use {max(config.training.train_iters // 100, 1)}",
+        )
+
+
+def _batch_ramp_rises_to_the_batch(config: Config) -> Iterator[Problem]:
+    """Pairs of tokens and sequences, from 0 tokens to the batch that the run ends with."""
+    training, name = config.training, "training.batch_ramp"
+    ramp = training.batch_ramp
+    if ramp is None:
+        return
+    batch = training.global_batch_size
+    remedy = f"use for example [[0, {training.micro_batch_size}], [1000000, {batch}]]"
+    if not ramp or any(len(pair) != 2 or pair[0] < 0 or pair[1] < 1 for pair in ramp):
+        rule = "must be pairs of tokens (0 or more) and sequences per step (1 or more)"
+        yield Problem(name, ramp, rule, remedy)
+        return
+    # megatron-core counts sequences.
+    starts = [tokens // config.model.seq_length for tokens, _ in ramp]
+    if starts[0] != 0 or any(later <= start for start, later in pairwise(starts)):
+        rule = (
+            "must begin at 0 tokens and go on at rising numbers of tokens, at least a sequence "
+            f"(model.seq_length {config.model.seq_length}) apart"
+        )
+        yield Problem(name, ramp, rule, remedy)
+    elif ramp[-1][1] != batch:
+        rule = f"must end with training.global_batch_size ({batch}), not {ramp[-1][1]}"
+        yield Problem(name, ramp, rule, remedy)
+
+
 def _micro_batches_divide_global_batch(config: Config) -> Iterator[Problem]:
     """A step is a whole number of micro-batches."""
     training = config.training
-    yield from must_divide(
-        "training.global_batch_size",
-        training.global_batch_size,
-        training.micro_batch_size,
-        "training.micro_batch_size",
-        others=(),
-    )
+    for name, size in batch_sizes(config):
+        yield from must_divide(
+            name, size, training.micro_batch_size, "training.micro_batch_size", others=()
+        )
 
 
 def _full_recompute_has_its_parts(config: Config) -> Iterator[Problem]:
@@ -167,6 +221,9 @@ def _profiled_steps_follow_each_other(config: Config) -> Iterator[Problem]:
 RULES = (
     _learning_rate_falls,
     _warmup_ends_in_time,
+    _wsd_decay_comes_after_warmup,
+    _inverse_square_root_starts_with_warmup,
+    _batch_ramp_rises_to_the_batch,
     _micro_batches_divide_global_batch,
     _full_recompute_has_its_parts,
     _selective_recompute_names_modules,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rules.divisibility import must_divide, nearest_multiples
+from moepp_megatron.config.rules.divisibility import batch_sizes, must_divide, nearest_multiples
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import virtual_stages
 
@@ -66,13 +66,14 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 def _batch_divides_over_ranks(config: Config, world_size: int) -> Iterator[Problem]:
     """Every data-parallel rank gets the same whole number of micro-batches."""
     training, dp = config.training, data_parallel_size(config, world_size)
-    yield from must_divide(
-        "training.global_batch_size",
-        training.global_batch_size,
-        training.micro_batch_size * dp,
-        f"training.micro_batch_size ({training.micro_batch_size}) * data-parallel ranks ({dp}) "
-        f"= {training.micro_batch_size * dp}",
-    )
+    for name, size in batch_sizes(config):
+        yield from must_divide(
+            name,
+            size,
+            training.micro_batch_size * dp,
+            f"training.micro_batch_size ({training.micro_batch_size}) * data-parallel ranks ({dp}) "
+            f"= {training.micro_batch_size * dp}",
+        )
 
 
 def _interleaving_fills_stages(config: Config, world_size: int) -> Iterator[Problem]:
@@ -81,14 +82,15 @@ def _interleaving_fills_stages(config: Config, world_size: int) -> Iterator[Prob
     if virtual_stages(config) == 1:
         return
     per_round = training.micro_batch_size * data_parallel_size(config, world_size)
-    yield from must_divide(
-        "training.global_batch_size",
-        training.global_batch_size,
-        per_round * stages,
-        f"training.micro_batch_size * data-parallel ranks ({per_round}) * "
-        f"parallel.pipeline_model_parallel_size ({stages}) = {per_round * stages}",
-        " for the interleaved schedule",
-    )
+    for name, size in batch_sizes(config):
+        yield from must_divide(
+            name,
+            size,
+            per_round * stages,
+            f"training.micro_batch_size * data-parallel ranks ({per_round}) * "
+            f"parallel.pipeline_model_parallel_size ({stages}) = {per_round * stages}",
+            " for the interleaved schedule",
+        )
 
 
 def _profiled_ranks_exist(config: Config, world_size: int) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ latent_attention.py  section `model.latent_attention`: multi-head latent attenti
 model.py             section `model`: the decoder around the experts
 moe.py               section `moe`: experts and routing of MoE++ (arXiv 2410.07348)
 observe.py           sections `observe` and `telemetry`: what is measured, where records go
+optimizer.py         section `optimizer`: the optimizer, its schedule, and groups of parameters
 parallel.py          section `parallel`: how the model is laid out over ranks
 precision.py         section `precision`: number formats, and how FP8 numbers are scaled
 resilience.py        section `resilience`: the checks of a running run, and when they act
@@ -13,7 +14,7 @@ routing_guard.py     section `routing_guard`: rules over the routers, and what i
 run.py               sections `run`, `data` and `checkpoint`: where a run reads and writes
 section.py           what every section of the configuration shares
 slurm.py             section `slurm`: what `moepp slurm` asks the scheduler for
-training.py          sections `optimizer` and `training`: how the model is trained
+training.py          section `training`: batches, length, recomputation and logging
 """
 
 from moepp_megatron.config.schema.budget import BudgetSection
@@ -22,6 +23,7 @@ from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.observe import ObserveSection, WandbSection
+from moepp_megatron.config.schema.optimizer import OptimizerSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
@@ -34,7 +36,7 @@ from moepp_megatron.config.schema.routing_guard import (
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
-from moepp_megatron.config.schema.training import OptimizerSection, TrainingSection
+from moepp_megatron.config.schema.training import TrainingSection
 
 __all__ = [
     "BudgetSection",

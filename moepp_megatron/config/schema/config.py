@@ -8,6 +8,7 @@ from pydantic import Field
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.observe import ObserveSection, TelemetrySection
+from moepp_megatron.config.schema.optimizer import OptimizerSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
@@ -15,7 +16,7 @@ from moepp_megatron.config.schema.routing_guard import RoutingGuardSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
-from moepp_megatron.config.schema.training import OptimizerSection, TrainingSection
+from moepp_megatron.config.schema.training import TrainingSection
 
 
 class Config(Section):
@@ -31,7 +32,7 @@ class Config(Section):
         default_factory=PrecisionSection, description="Number formats"
     )
     data: DataSection = Field(default_factory=DataSection, description="The prepared corpus")
-    optimizer: OptimizerSection = Field(description="AdamW and its schedule")
+    optimizer: OptimizerSection = Field(description="The optimizer and its schedule")
     training: TrainingSection = Field(description="Batches, length, logging")
     checkpoint: CheckpointSection = Field(
         default_factory=CheckpointSection, description="Saving and loading"

@@ -1,4 +1,4 @@
-"""Sections `optimizer` and `training`: how the model is trained."""
+"""Section `training`: batches, length, recomputation and logging."""
 
 from __future__ import annotations
 
@@ -7,53 +7,6 @@ from typing import Literal
 from pydantic import Field
 
 from moepp_megatron.config.schema.section import Section, unit
-
-
-class OptimizerSection(Section):
-    """The optimizer and its learning-rate schedule."""
-
-    lr: float = Field(gt=0.0, description="Peak learning rate", json_schema_extra=unit("1"))
-    min_lr: float = Field(
-        default=0.0, ge=0.0, description="Final learning rate", json_schema_extra=unit("1")
-    )
-    weight_decay: float = Field(
-        default=0.1, ge=0.0, description="Decoupled weight decay", json_schema_extra=unit("1")
-    )
-    clip_grad: float = Field(
-        default=1.0,
-        ge=0.0,
-        description="Largest global gradient norm; 0 does not clip",
-        json_schema_extra=unit("1"),
-    )
-    adam_beta1: float = Field(
-        default=0.9, ge=0.0, lt=1.0, description="Adam beta 1", json_schema_extra=unit("1")
-    )
-    adam_beta2: float = Field(
-        default=0.95, ge=0.0, lt=1.0, description="Adam beta 2", json_schema_extra=unit("1")
-    )
-    adam_eps: float = Field(
-        default=1e-8, gt=0.0, description="Adam epsilon", json_schema_extra=unit("1")
-    )
-    warmup_iters: int = Field(
-        default=0,
-        ge=0,
-        description="Steps in which the rate rises from 0 to lr",
-        json_schema_extra=unit("steps"),
-    )
-    decay_style: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine",
-        description="How the rate falls from lr to min_lr",
-        json_schema_extra=unit("-"),
-    )
-    decay_iters: int | None = Field(
-        default=None,
-        ge=1,
-        description="Step at which min_lr is reached; null means training.train_iters",
-        json_schema_extra=unit("steps"),
-    )
-    kind: Literal["adam"] = Field(
-        default="adam", description="The optimizer; adam is AdamW", json_schema_extra=unit("-")
-    )
 
 
 class TrainingSection(Section):
@@ -67,6 +20,12 @@ class TrainingSection(Section):
         ge=1,
         description="Sequences per forward pass and data-parallel rank",
         json_schema_extra=unit("sequences"),
+    )
+    batch_ramp: list[list[int]] | None = Field(
+        default=None,
+        description="Smaller steps at first: pairs of tokens trained on and sequences per step "
+        "from then on, the last with global_batch_size; null: all steps are alike",
+        json_schema_extra=unit("tokens, sequences"),
     )
     seed: int = Field(
         default=1234,
@@ -132,3 +91,11 @@ class TrainingSection(Section):
         "cannot be distinguished from transfer",
         json_schema_extra=unit("-"),
     )
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Sequences per step, of each stage of the ramp."""
+        if self.batch_ramp is None:
+            return [self.global_batch_size]
+        # A pair of another length is refused by a rule.
+        return [pair[1] for pair in self.batch_ramp if len(pair) == 2]

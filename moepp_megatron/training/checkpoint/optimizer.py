@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -28,6 +29,8 @@ def complete_state(optimizer: Any) -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
+    elif is_emerging(inner):
+        optimizer.init_state_fn(inner, optimizer.config)
     elif not inner.state and is_distributed(optimizer):
         # It makes room for the state that it is to load, and leaves the values open.
         optimizer.load_state_dict(optimizer.state_dict())
@@ -38,7 +41,16 @@ def complete_state(optimizer: Any) -> None:
 
 
 def optimizer_steps(optimizers: list[Any]) -> int:
-    """Steps that optimizers have taken; fewer than the run's where some were skipped."""
+    """Steps that optimizers have taken; fewer than the run's where some were skipped.
+
+    Every rank must call: one may hold only parameters of an optimizer that does not count.
+    """
+    steps = torch.tensor(_own_steps(optimizers), device=torch.cuda.current_device())
+    dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+    return int(steps)
+
+
+def _own_steps(optimizers: list[Any]) -> int:
     for inner in (each.optimizer for each in optimizers if each.optimizer):
         for entry in inner.state.values():
             if "step" in entry:  # torch's Adam counts per parameter
@@ -70,3 +82,8 @@ def is_distributed(optimizer: Any) -> bool:
 def is_torch(inner: torch.optim.Optimizer) -> bool:
     """Whether an optimizer is torch's own, as without Transformer Engine and apex."""
     return type(inner).__module__.startswith("torch.optim")
+
+
+def is_emerging(inner: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is one of the package emerging_optimizers, or megatron-core's of it."""
+    return "emerging_optimizers" in type(inner).__module__

@@ -169,12 +169,18 @@ def _whole_layers(load: Workload, grid: Grid) -> float:
 
 
 def _optimizer_bytes(load: Workload, grid: Grid, parameters: RankParameters) -> int:
-    """Two moments and the fp32 copy of the weights, sharded or not."""
-    state = 2 * load.numbers.moment_bytes + load.numbers.master_bytes
+    """The moments and the fp32 copy of the weights, sharded or not.
+
+    Muon and Lion share out whole matrices: the fullest rank may hold more than its even share.
+    """
+    numbers = load.numbers
+    state = numbers.matrix_moments * numbers.moment_bytes + numbers.master_bytes
+    further = (2 - numbers.matrix_moments) * numbers.moment_bytes * parameters.of_adam
     dense_shards, expert_shards = grid.dp * grid.cp, grid.edp
     if not grid.distributed_optimizer:
         dense_shards = expert_shards = 1
-    return state * parameters.dense // dense_shards + state * parameters.experts // expert_shards
+    dense = state * parameters.dense + further
+    return dense // dense_shards + state * parameters.experts // expert_shards
 
 
 def fullest_rows(load: Workload, grid: Grid, skew: float = 1.0) -> float:

@@ -18,20 +18,25 @@ class RankParameters:
     Attributes:
         dense: Parameters outside the FFN experts; sharded over data- and context-parallel ranks.
         experts: Parameters of FFN experts; sharded over the experts' data-parallel ranks.
+        of_adam: Dense parameters that AdamW trains whatever `optimizer.kind` is.
     """
 
     dense: int
     experts: int
+    of_adam: int = 0
 
 
 def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) -> RankParameters:
     """Parameters of each rank of a pipeline stage."""
-    dense = _outside_layers(load, grid, pp_rank)
+    dense = of_adam = _outside_layers(load, grid, pp_rank)
     experts = 0
     for layer in (layer for chunk in stages[pp_rank] for layer in chunk):
         dense += _attention(load, grid)
+        of_adam += _attention_vectors(load, grid)
         if load.is_moe[layer]:
-            dense += _moe_dense(load, grid, layer == load.first_moe_layer)
+            is_first = layer == load.first_moe_layer
+            dense += _moe_dense(load, grid, is_first)
+            of_adam += _moe_dense(load, grid, is_first) - _shared_matrices(load, grid)
             experts += _ffn_experts(load, grid)
         else:
             dense += (3 if load.gated else 2) * load.hidden * load.dense_size // grid.tp
@@ -42,7 +47,7 @@ def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) ->
             dense += _attention(load, grid) + _moe_dense(load, grid, is_first=False)
             dense += 3 * load.hidden + 2 * load.hidden * load.hidden // grid.tp
             experts += _ffn_experts(load, grid)
-    return RankParameters(dense, experts)
+    return RankParameters(dense, experts, of_adam)
 
 
 def layer_parameters(load: Workload, grid: Grid, is_moe: bool) -> tuple[int, int]:
@@ -73,8 +78,13 @@ def _attention(load: Workload, grid: Grid) -> int:
     """Projections of this rank's heads, norms inside, and the two norms of the layer."""
     matmuls = load.attention.matmuls(load.hidden, grid.tp)
     projections = sum(prod((matmul.outputs, matmul.inputs)) for matmul in matmuls)
+    return projections + _attention_vectors(load, grid)
+
+
+def _attention_vectors(load: Workload, grid: Grid) -> int:
+    """Norms inside attention, biases, and the two norms of the layer."""
     inside = load.attention.norm_parameters() + load.attention.bias_parameters(grid.tp)
-    return projections + inside + 2 * load.hidden
+    return inside + 2 * load.hidden
 
 
 def _moe_dense(load: Workload, grid: Grid, is_first: bool) -> int:
@@ -83,10 +93,14 @@ def _moe_dense(load: Workload, grid: Grid, is_first: bool) -> int:
     The first MoE layer has no gating residual. If all layers share V, only the first has it.
     """
     experts, hidden = load.experts, load.hidden
-    shared = 3 * hidden * experts.shared_size // grid.tp
+    shared = _shared_matrices(load, grid)
     shared += hidden if experts.shared_gate else 0
     router = experts.router_parameters(hidden, is_first=is_first)
     return router + experts.local_parameters(hidden, is_first=is_first) + shared
+
+
+def _shared_matrices(load: Workload, grid: Grid) -> int:
+    return 3 * load.hidden * load.experts.shared_size // grid.tp
 
 
 def _ffn_experts(load: Workload, grid: Grid) -> int:

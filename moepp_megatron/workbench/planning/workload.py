@@ -66,6 +66,7 @@ class Numbers:
         fp8_weights: Whether weights exist only in FP8.
         moment_bytes: Bytes of each of Adam's two moments.
         gradient_bytes: Bytes of a gradient in the buffer that is reduced.
+        matrix_moments: Moments of a weight of a matrix: Adam's two, or the one of Muon and Lion.
     """
 
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -73,6 +74,7 @@ class Numbers:
     fp8_weights: bool = False
     moment_bytes: int = 4
     gradient_bytes: int = 4
+    matrix_moments: int = 2
 
     @property
     def activation_bytes(self) -> int:
@@ -152,6 +154,7 @@ class Workload:
                 precision.recipe,
                 precision.fp8_param,
                 gradient_bytes=precision.gradient_bytes,
+                matrix_moments=1 if config.optimizer.is_emerging else 2,
             ),
             modules=modules,
             # What `runtime.kernel_choices` chooses on a GPU; on a CPU there are no kernels.

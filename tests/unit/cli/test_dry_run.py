@@ -421,3 +421,14 @@ def test_one_micro_batch_is_one(command, capsys):
 def test_settings_without_effect_are_named(command, capsys):
     assert command("parallel.overlap_grad_reduce=true", 1, "--dry-run") == 0
     assert "parallel.overlap_grad_reduce (true) has no effect" in capsys.readouterr().err
+
+
+def test_the_schedule_is_drawn(command, capsys: pytest.CaptureFixture[str]) -> None:
+    wsd = "optimizer.warmup_iters=10 optimizer.decay_style=WSD optimizer.wsd_decay_iters=20"
+    assert command(f"{wsd} training.batch_ramp=[[0,8],[81920,16]]", 2, "--dry-run") == 0
+    *_, title, rates, sizes = capsys.readouterr().out.splitlines()
+    assert title == "Schedule (optimizer.decay_style WSD)"
+    assert rates.startswith("learning rate  ")
+    assert rates.endswith("  0.0001 at step 1, 0.001 at step 10, 0 at step 100")
+    # 80 steps of 8 sequences of 128 tokens, then 20 of 16.
+    assert sizes.endswith("  8 sequences, 16 from step 81; 122,880 tokens in all")

@@ -34,6 +34,7 @@ OVERLAP = [
 GRAPHS = ["training.cuda_graphs=[attn, moe_router]"]
 GRAPHS_NAME = "training.cuda_graphs (['attn', 'moe_router'])"
 BF16_ENDS = [*FP8, "precision.fp8_recipe=blockwise", "precision.first_last_layers_bf16=true"]
+OVERLAPPED = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 LAYOUT = "parallel.pipeline_model_parallel_layout"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
 
@@ -603,6 +604,45 @@ INVALID = [
         "optimizer.warmup_iters (50)",
         "raise optimizer.decay_iters",
     ),
+    (["optimizer.decay_style=WSD"], "optimizer.wsd_decay_iters (null)", "use 20"),
+    (
+        ["optimizer.decay_style=WSD", "optimizer.warmup_iters=60", "optimizer.wsd_decay_iters=41"],
+        "optimizer.wsd_decay_iters (41)",
+        "use 8",
+    ),
+    (
+        ["optimizer.decay_style=inverse-square-root"],
+        "optimizer.warmup_iters (0)",
+        "use 1",
+    ),
+    (["optimizer.kind=muon"], "parallel.use_distributed_optimizer (true)", "to bf16"),
+    (
+        ["optimizer.kind=muon", "precision.dtype=bf16", *OVERLAPPED],
+        "parallel.overlap_param_gather (true)",
+        "optimizer.kind to adam",
+    ),
+    (
+        ["optimizer.kind=lion", *FP8, "precision.fp8_param=true"],
+        "precision.fp8_param (true)",
+        "optimizer.kind to adam",
+    ),
+    (["training.batch_ramp=[]"], "training.batch_ramp ([])", "[1000000, 16]]"),
+    (["training.batch_ramp=[[0, 8, 1]]"], "training.batch_ramp ([[0, 8, 1]])", "use for example"),
+    (
+        ["training.batch_ramp=[[0, 8], [127, 16]]"],
+        "training.batch_ramp ([[0, 8], [127, 16]])",
+        "use for example",
+    ),
+    (
+        ["training.batch_ramp=[[0, 8], [1280, 12]]"],
+        "training.batch_ramp ([[0, 8], [1280, 12]])",
+        "use for example",
+    ),
+    (
+        ["training.batch_ramp=[[0, 3], [1280, 16]]", "training.micro_batch_size=2"],
+        "training.batch_ramp (3)",
+        "training.micro_batch_size to 1",
+    ),
     (["training.micro_batch_size=3"], "training.global_batch_size (16)", "use 15 or 18"),
     (
         ["training.recompute_granularity=full", "training.recompute_num_layers=1"],
@@ -800,6 +840,7 @@ INVALID_WORLD_SIZE = [
         "start 4 ranks",
     ),
     ([], 3, "training.global_batch_size (16)", "use 12 or 18"),
+    (["training.batch_ramp=[[0, 2], [1280, 16]]"], 4, "training.batch_ramp (2)", "use 8"),
     (
         [*PP2, f"{VPP}=2", "training.global_batch_size=6"],
         2,
@@ -1097,6 +1138,12 @@ IGNORED = [
         "optimizer.min_lr (0.0001)",
         "with optimizer.decay_style constant",
     ),
+    (
+        ["optimizer.wsd_decay_iters=5"],
+        "optimizer.wsd_decay_iters (5)",
+        "without optimizer.decay_style WSD",
+    ),
+    (["optimizer.lion_beta1=0.9"], "optimizer.lion_beta1 (0.9)", "without optimizer.kind lion"),
     (
         ["training.eval_iters=0", "training.eval_interval=5"],
         "training.eval_interval (5)",

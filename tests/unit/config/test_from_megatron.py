@@ -86,6 +86,21 @@ def test_a_variable_without_a_value_is_told(tmp_path: Path) -> None:
     assert "--tensor-model-parallel-size $TP has a variable without a value" in notes
 
 
+def test_schedules_and_optimizers_of_later_megatrons(tmp_path: Path) -> None:
+    path = tmp_path / "train.sh"
+    more = (
+        "--optimizer muon --muon-tp-mode duplicated --lr-decay-style WSD --lr-wsd-decay-iters 50 "
+        "--lr-wsd-decay-style minus_sqrt --step-batch-size-schedule '0:128 1M:256'"
+    )
+    path.write_text(SCRIPT.replace("--no-load-rng", more))
+    translated = translate(path, {"TP": "2"})
+    optimizer = translated.content["optimizer"]
+    assert (optimizer["kind"], optimizer["muon_tp_mode"]) == ("muon", "duplicated")
+    assert (optimizer["decay_style"], optimizer["wsd_decay_style"]) == ("WSD", "minus_sqrt")
+    assert optimizer["wsd_decay_iters"] == 50
+    assert "--step-batch-size-schedule is not taken over" in "\n".join(translated.notes)
+
+
 def test_yaml_of_arguments(tmp_path: Path) -> None:
     text = """\
 ENV_VARS:

@@ -19,6 +19,7 @@ EP2 = ["parallel.expert_model_parallel_size=2", "precision.dtype=bf16"]
         [*EP2, "moe.dispatcher=flex", "moe.flex_backend=hybridep", "moe.flex_num_sms=24"],
         [*EP2, "parallel.overlap_moe_expert_parallel_comm=true"],
         ["training.cuda_graphs=[attn, moe_router]"],
+        ["training.batch_ramp=[[0, 8], [8192, 16]]"],
     ],
 )
 def test_settings_of_training_alone_are_dropped(trained_with: list[str]) -> None:
@@ -26,5 +27,6 @@ def test_settings_of_training_alone_are_dropped(trained_with: list[str]) -> None
     config = with_overrides(trained, FORWARD_ONLY)
     assert config.moe.dispatcher == "alltoall"
     assert not config.training.cuda_graphs
+    assert config.training.batch_ramp is None
     assert not config.parallel.overlap_moe_expert_parallel_comm
     assert [notice for notice in check_config(config) if "flex" in notice] == []

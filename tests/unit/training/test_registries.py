@@ -9,7 +9,7 @@ import pytest
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.choices import pick
 from moepp_megatron.moe.dispatcher import DEDUPLICATING, DISPATCHERS
-from moepp_megatron.training.setup import OPTIMIZERS, SCHEDULES
+from moepp_megatron.training.optimizers import OPTIMIZERS
 
 
 def allowed(section: str, key: str) -> set[str]:
@@ -20,7 +20,6 @@ def allowed(section: str, key: str) -> set[str]:
 
 def test_settings_and_registries_have_the_same_names() -> None:
     assert allowed("optimizer", "kind") == set(OPTIMIZERS)
-    assert allowed("optimizer", "decay_style") == set(SCHEDULES)
     dispatchers = {*DISPATCHERS, *(f"{name}_dedup" for name in DEDUPLICATING)}
     assert allowed("moe", "dispatcher") == dispatchers
 

@@ -9,7 +9,7 @@ import pytest
 from moepp_megatron.config import Layout
 from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
 from moepp_megatron.training.resumed import start_lines
-from moepp_megatron.training.setup import learning_rate
+from moepp_megatron.training.schedule import learning_rate
 from tests.unit.training.conftest import config_of
 
 TRAINING = {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2}

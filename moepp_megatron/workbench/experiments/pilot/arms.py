@@ -126,8 +126,12 @@ def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
     # An eighth of a short run, or the share that CONFIG has where that is more.
     share = max(1 / 8, optimizer.warmup_iters / training.train_iters)
     health = min(config.observe.health_interval or steps, max(2, steps // _HEALTH_RECORDS))
+    settings = [] if optimizer.wsd_decay_iters is None else [_wsd_decay(config, steps)]
     return [
+        *settings,
         f"training.train_iters={steps}",
+        # Costs and losses are those of the batch that the long run ends with.
+        "training.batch_ramp=null",
         "training.log_interval=1",
         "training.eval_interval=0",
         f"training.eval_iters={eval_iters}",
@@ -144,6 +148,13 @@ def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
         "observe.wandb.project=null",
         "observe.webhook_url_env=null",
     ]
+
+
+def _wsd_decay(config: Config, steps: int) -> str:
+    """The same share of the run as CONFIG decays in."""
+    optimizer, training = config.optimizer, config.training
+    share = (optimizer.wsd_decay_iters or 0) / (optimizer.decay_iters or training.train_iters)
+    return f"optimizer.wsd_decay_iters={max(int(share * steps), 1)}"
 
 
 def configured_tau(config: Config) -> float:

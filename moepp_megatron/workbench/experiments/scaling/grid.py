@@ -55,7 +55,9 @@ class Point:
         """
         degrees = parse_layout(self.layout)
         overrides = [f"parallel.{_DEGREES[key]}={n}" for key, n in degrees.items()]
-        overrides.append(f"training.global_batch_size={self.global_batch_size}")
+        overrides += [f"training.global_batch_size={self.global_batch_size}"]
+        # Steps of one size are compared.
+        overrides += ["training.batch_ramp=null"]
         # MoE layers need it with tensor parallelism, and it has no effect without.
         if degrees["tp"] > 1:
             overrides.append("parallel.sequence_parallel=true")

@@ -117,3 +117,14 @@ def test_vanilla_and_too_few_steps_are_refused() -> None:
         build_arms(config_of(**none), 40, [0.75])
     with pytest.raises(ConfigError, match=r"--steps \(7\) must be at least 8"):
         build_arms(config_of(), 7, [0.75])
+
+
+def test_short_runs_have_the_whole_schedule_and_the_full_batch() -> None:
+    batch = config_of().training.global_batch_size
+    wsd = ["optimizer.decay_style=WSD", "optimizer.decay_iters=100", "optimizer.wsd_decay_iters=20"]
+    ramp = f"training.batch_ramp=[[0, {batch // 2}], [1000000, {batch}]]"
+    config = with_overrides(config_of(), [*wsd, ramp])
+    for arm in build_arms(config, 40, [1.0]):
+        optimizer = arm.config.optimizer
+        assert (optimizer.decay_iters, optimizer.wsd_decay_iters) == (None, arm.arm.steps // 5)
+        assert arm.config.training.batch_ramp is None

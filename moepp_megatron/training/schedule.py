@@ -1,0 +1,131 @@
+"""The learning rate and the batch size of every step, as megatron-core computes them.
+
+The optimizer, `moepp train --dry-run`, the report and the messages of a resumed run all ask here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from megatron.core.num_microbatches_calculator import (
+    ConstantNumMicroBatchesCalculator,
+    StepBatchsizeNumMicroBatchesCalculator,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from moepp_megatron.config import Config, Layout
+
+# Further seconds of imports, before a drawing of a schedule.
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
+# megatron-core's calculators tell what they do on rank 0.
+_SILENT = -1
+
+
+def build_schedule(
+    config: Config, optimizer: MegatronOptimizer | SimpleNamespace
+) -> OptimizerParamScheduler:
+    """The schedule that sets the learning rate and the weight decay of an optimizer's groups."""
+    settings = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_iters,
+        lr_decay_steps=settings.decay_iters or config.training.train_iters,
+        lr_decay_style=settings.decay_style,
+        wsd_decay_steps=settings.wsd_decay_iters,
+        lr_wsd_decay_style=settings.wsd_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=config.training.train_iters,
+        wd_incr_style="constant",
+    )
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The learning rate that step `step` (from 1) of a run trains with."""
+    # It sets the rate of every group of an optimizer, here of none.
+    schedule = build_schedule(config, SimpleNamespace(param_groups=[]))
+    schedule.num_steps = step
+    return float(schedule.get_lr({}))
+
+
+class BatchSizes:
+    """The batch size by the sequences that a run has read, refused batches included.
+
+    A run that goes on knows how many it has read, so a ramp goes on where it was.
+
+    Args:
+        config: The run's configuration.
+    """
+
+    def __init__(self, config: Config) -> None:
+        training = config.training
+        self._micro_batch_size = training.micro_batch_size
+        self._calculator: ConstantNumMicroBatchesCalculator | StepBatchsizeNumMicroBatchesCalculator
+        # With one data-parallel rank it divides by nothing that depends on the layout.
+        if training.batch_ramp is None:
+            self._calculator = ConstantNumMicroBatchesCalculator(
+                training.global_batch_size, training.micro_batch_size, 1, False, _SILENT
+            )
+        else:
+            self._calculator = StepBatchsizeNumMicroBatchesCalculator(
+                training.micro_batch_size,
+                1,
+                False,
+                _SILENT,
+                " ".join(f"{tokens}:{size}" for tokens, size in training.batch_ramp),
+                config.model.seq_length,
+            )
+
+    def at(self, consumed_samples: int) -> int:
+        """Sequences of the batch that begins after so many sequences."""
+        self._calculator.update(consumed_samples, consistency_check=False)
+        return self._calculator.get_current_global_batch_size()
+
+    def layout(self, layout: Layout, consumed_samples: int) -> Layout:
+        """The rank grid with the number of micro-batches of that batch."""
+        per_rank = self._micro_batch_size * layout.dp
+        return replace(layout, num_microbatches=self.at(consumed_samples) // per_rank)
+
+
+@dataclass(frozen=True)
+class BatchStage:
+    """Steps with one batch size, as long as no batch is refused.
+
+    Attributes:
+        first_step: The first of them, from 1.
+        size: Sequences of a step.
+        consumed_samples: Sequences read before the first of them.
+    """
+
+    first_step: int
+    size: int
+    consumed_samples: int
+
+
+def batch_stages(config: Config) -> list[BatchStage]:
+    """The batch sizes of a run; one stage where `training.batch_ramp` is null."""
+    sizes, stages, consumed = BatchSizes(config), list[BatchStage](), 0
+    for step in range(1, config.training.train_iters + 1):
+        size = sizes.at(consumed)
+        if not stages or size != stages[-1].size:
+            stages.append(BatchStage(step, size, consumed))
+        if size == config.training.global_batch_size:
+            break
+        consumed += size
+    return stages
+
+
+def planned_samples(config: Config) -> int:
+    """Sequences that `training.train_iters` steps read."""
+    stages = batch_stages(config)
+    first_steps = [*(stage.first_step for stage in stages), config.training.train_iters + 1]
+    steps = [last - first for first, last in pairwise(first_steps)]
+    return sum(stage.size * count for stage, count in zip(stages, steps, strict=True))

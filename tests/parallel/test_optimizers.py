@@ -1,0 +1,217 @@
+"""Optimizers and groups of parameters: the same in every layout, resumed bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.checkpoint_runs import logged, run_trainer, train_between, trainer_settings
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import assemble, compare, settings, train
+
+pytest.importorskip("emerging_optimizers", reason="needs moepp-megatron[emerging]")
+MUON = {"kind": "muon", "muon_fp32_matmul_prec": "highest", "muon_extra_scale_factor": 0.2}
+LION = {"kind": "lion", "lr": 1.0e-4}
+PLAIN = {"use_distributed_optimizer": False}
+EP2 = {"expert_model_parallel_size": 2}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+BF16 = {"precision": {"dtype": "bf16"}}
+
+
+def kinds_of(raw: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Each parameter's kind, and the class of the optimizer that trains it."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.optimizers import parameter_kind
+    from moepp_megatron.training.setup import build_training_model
+
+    config = parse_config(raw)
+    build_groups(config, Layout.from_config(config, dist.get_world_size()))
+    model = build_training_model(config)
+    owners = {
+        parameter: type(part.optimizer).__name__
+        for part in model.optimizer.chained_optimizers
+        for group in part.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return {
+        name: (parameter_kind(parameter, name), owners[parameter])
+        for name, parameter in model.chunks[0].named_parameters()
+    }
+
+
+@pytest.mark.parametrize("kind", ["muon", "lion"])
+def test_matrices_alone_go_to_the_optimizer_that_was_named(ranks: RankPools, kind: str) -> None:
+    optimizer = {"kind": kind}
+    model = {"qk_layernorm": True, "qkv_bias": True}
+    moe = {"shared_expert_ffn_hidden_size": 16, "shared_expert_gate": True}
+    raw = settings(optimizer=optimizer, parallel=PLAIN, model=model, moe=moe)
+    (found,) = ranks(1).run(kinds_of, raw)
+    own = {"muon": "TensorParallelMuon", "lion": "Lion"}[kind]
+    assert {owner for part, owner in found.values() if part == "matrices"} == {own}
+    assert {owner for part, owner in found.values() if part != "matrices"} == {"AdamW"}
+    parts = {part for part, _ in found.values()}
+    assert parts == {"matrices", "router", "constants", "embeddings", "norms_and_biases"}
+    for name, (part, _) in found.items():
+        assert (part == "matrices") == name.endswith(
+            ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+        ), name
+
+
+# Orthogonalization amplifies the rounding of gradients (its singular values go to 1, however
+# small they were), and four steps follow each other.
+SAME = 2e-4
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "dp2": (2, {}, {}),
+    "ep2": (2, EP2, {}),
+    "tp2": (2, TP2, {}),
+    "tp2 distributed": (
+        2,
+        TP2 | {"expert_tensor_parallel_size": 2},
+        {"muon_tp_mode": "distributed"},
+    ),
+    "pp2 ep2": (4, EP2 | {"pipeline_model_parallel_size": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_muon_is_the_same_in_every_layout(ranks: RankPools, layout: str) -> None:
+    world_size, parallel, changes = LAYOUTS[layout]
+    optimizer = MUON | changes | {"lr": 1.0e-3}
+    alone = assemble(ranks(1).run(train, settings(optimizer=optimizer, parallel=PLAIN), 4))
+    raw = settings(optimizer=optimizer, parallel=PLAIN | parallel)
+    compare(assemble(ranks(world_size).run(train, raw, 4)), alone, SAME)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "sections"),
+    [
+        (MUON, 1, {"parallel": PLAIN}),
+        (
+            MUON,
+            2,
+            {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}} | BF16,
+        ),
+        (MUON, 2, {"parallel": EP2} | BF16),
+        (LION, 1, {"parallel": PLAIN}),
+    ],
+    ids=["muon", "muon tp2 bf16", "muon layer-wise ep2 bf16", "lion"],
+)
+def test_six_and_six_steps_are_twelve(
+    ranks: RankPools,
+    corpus: Path,
+    tmp_path: Path,
+    kind: dict[str, Any],
+    world_size: int,
+    sections: dict[str, Any],
+) -> None:
+    checkpoint = {"save_interval": 6, "load": "auto"}
+
+    def run(name: str, steps: int, **more: Any) -> None:
+        more |= sections | {"training": {"train_iters": steps}, "optimizer": kind}
+        raw = trainer_settings(corpus, tmp_path / name, **more)
+        ranks(world_size).run(run_trainer, raw)
+
+    run("whole", 12)
+    run("run", 6, checkpoint=checkpoint)
+    run("run", 12, checkpoint=checkpoint)
+    for key in ("loss", "grad_norm"):
+        assert logged(tmp_path / "run", key) == logged(tmp_path / "whole", key)
+
+
+def test_matrices_shared_out_are_those_that_are_not(ranks: RankPools, tmp_path: Path) -> None:
+    """bf16 on two ranks: layer-wise, every rank a copy, and one resumed as the other."""
+    shared = settings(optimizer=MUON, **BF16)
+    copies = settings(optimizer=MUON, parallel=PLAIN, **BF16)
+    whole = ranks(2).run(train_between, copies, tmp_path / "whole", 6)[0]
+    first = ranks(2).run(train_between, shared, tmp_path / "first", 3)[0]
+    assert first == whole[:3]
+    start = tmp_path / "first"
+    for name, raw in (("shared", shared), ("copies", copies)):
+        rest = ranks(2).run(train_between, raw, tmp_path / name, 6, start)[0]
+        assert rest == whole[3:], name
+    alone = ranks(1).run(train_between, copies, tmp_path / "alone", 6, start)[0]
+    # bf16 sums of one rank instead of two.
+    assert alone == pytest.approx(whole[3:], rel=2e-3)
+
+
+GROUPS = {
+    "router": {"lr_mult": 0.5, "weight_decay": 0.0},
+    "constants": {"lr_mult": 2.0},
+    "embeddings": {"weight_decay": 0.0},
+    "norms_and_biases": {"weight_decay": 0.05},
+}
+
+
+def rates_of(raw: dict[str, Any]) -> tuple[float, dict[str, set[tuple[float, float]]]]:
+    """The run's rate, and rate and weight decay of each kind of parameters in the second step."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.optimizers import parameter_kind
+    from moepp_megatron.training.setup import build_training_model
+
+    config = parse_config(raw)
+    build_groups(config, Layout.from_config(config, dist.get_world_size()))
+    model = build_training_model(config)
+    model.scheduler.step(increment=2)
+    names = {parameter: name for name, parameter in model.chunks[0].named_parameters()}
+    found: dict[str, set[tuple[float, float]]] = {}
+    for group in model.optimizer.param_groups:
+        for parameter in group["params"]:
+            kind = parameter_kind(parameter, names[parameter])
+            kind += " vector" if parameter.dim() == 1 else ""
+            found.setdefault(kind, set()).add((group["lr"], group["weight_decay"]))
+    return model.learning_rate, found
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_kinds_of_parameters_have_their_own_rates(ranks: RankPools, kind: str) -> None:
+    # Warmed up after 2 steps.
+    optimizer = {"kind": kind, "lr": 1.0e-3, "weight_decay": 0.1, "decay_style": "constant"}
+    model = {"qk_layernorm": True}
+    plain = settings(optimizer=optimizer, parallel=PLAIN, model=model)
+    ((rate, found),) = ranks(1).run(rates_of, plain)
+    assert rate == 1.0e-3
+    assert found == {
+        "matrices": {(1.0e-3, 0.1)},
+        "router": {(1.0e-3, 0.1)},
+        "constants": {(1.0e-3, 0.1)},
+        "embeddings": {(1.0e-3, 0.1)},
+        "norms_and_biases vector": {(1.0e-3, 0.0)},
+    }
+    changed = settings(optimizer=optimizer | {"groups": GROUPS}, parallel=PLAIN, model=model)
+    ((rate, found),) = ranks(1).run(rates_of, changed)
+    assert rate == 1.0e-3
+    assert found == {
+        "matrices": {(1.0e-3, 0.1)},
+        "router": {(5.0e-4, 0.0)},
+        "constants": {(2.0e-3, 0.1)},
+        "embeddings": {(1.0e-3, 0.0)},
+        "norms_and_biases vector": {(1.0e-3, 0.05)},
+    }
+
+
+@pytest.mark.parametrize("parallel", [EP2, TP2], ids=["ep2", "tp2"])
+def test_groups_are_the_same_in_every_layout(ranks: RankPools, parallel: dict[str, Any]) -> None:
+    """With the distributed optimizer, as by default."""
+    optimizer = {"groups": GROUPS}
+    alone = assemble(ranks(1).run(train, settings(optimizer=optimizer), 4))
+    plain = assemble(ranks(1).run(train, settings(), 4))
+    assert alone.losses[-1] != plain.losses[-1]
+    raw = settings(optimizer=optimizer, parallel=parallel)
+    # fp32 sums over other ranks.
+    compare(assemble(ranks(2).run(train, raw, 4)), alone, 1e-5)
+
+
+def test_groups_are_resumed(ranks: RankPools, tmp_path: Path) -> None:
+    raw = settings(optimizer={"groups": GROUPS}, parallel=EP2)
+    whole = ranks(2).run(train_between, raw, tmp_path / "whole", 6)[0]
+    first = ranks(2).run(train_between, raw, tmp_path / "first", 3)[0]
+    rest = ranks(2).run(train_between, raw, tmp_path / "rest", 6, tmp_path / "first")[0]
+    assert first + rest == whole
