@@ -1,8 +1,9 @@
 """Turns text into batches: corpus, tokenizer, Megatron indexed datasets, loader.
 
+blending.py         one order of samples over several folders, stage by stage
 compressed.py       source files that may be compressed
 corpus.py           writes the Megatron indexed dataset, documents shuffled, validation last
-datasets.py         opens a prepared folder as megatron-core GPT datasets: train, validation, test
+datasets.py         opens prepared folders as megatron-core GPT datasets: train, validation, test
 document_sources.py which data source the tokens of a sample come from
 documents.py        reads documents from source files
 encoding.py         turns documents into token ids

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.blends import Folder, blends_of, folders_of
+from moepp_megatron.data.manifest import Manifest
 
 # From this share of a token's FLOPs on, rows of the output layer without a token are worth a word.
 _WASTED_SHARE = 0.05
@@ -24,30 +24,45 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
         Warnings.
 
     Raises:
-        ConfigError: If `data.path` is no prepared folder, one that is damaged, one with more tokens
-            than the model has, or one with too few documents for the split, or the tokenizer is
-            not the one that it was prepared with.
+        ConfigError: If one of the folders is no prepared folder, one that is damaged, one with more
+            tokens than the model has, or one with too few documents for the split, or the tokenizer
+            is not the one that it was prepared with.
     """
+    from moepp_megatron.data.split import check_set, check_split
+
+    data, blends = config.data, blends_of(config)
+    if not blends:
+        raise ConfigError("data.path (null) must name a prepared folder; see: moepp data prepare")
+    tokens = 0
+    validates = config.training.eval_iters > 0
+    validated = {folder.real for folder in blends[0].folders if validates}
+    for folder in folders_of(blends).values():
+        manifest = _checked(config, folder, whole_index)
+        check_split(data.split, manifest, validates=folder.real in validated)
+        tokens = max(tokens, manifest.vocab_size)
+    for name, path in data.validation.items():
+        folder = Folder(f"data.validation.{name}", path)
+        check_set(folder, blends, data.split, _checked(config, folder, whole_index))
+    return _wasted_vocabulary(config, tokens, blends[0].name)
+
+
+def _checked(config: Config, folder: Folder, whole_index: bool) -> Manifest:
+    """The manifest of a folder that fits model and tokenizer."""
     from moepp_megatron.data.same_tokenizer import check_corpus_tokenizer
-    from moepp_megatron.data.split import check_split
     from moepp_megatron.data.verify import check_start, read_manifest
 
-    if config.data.path is None:
-        raise ConfigError("data.path (null) must name a prepared folder; see: moepp data prepare")
-    path = Path(config.data.path)
-    manifest = read_manifest(path, "data.path")
-    check_start(path, manifest, whole_index)
-    check_split(config.data.split, manifest, validates=config.training.eval_iters > 0)
+    manifest = read_manifest(folder.path, folder.name)
+    check_start(folder.path, manifest, whole_index, folder.name)
     if manifest.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size ({config.model.vocab_size}) must hold every token of data.path "
+            f"model.vocab_size ({config.model.vocab_size}) must hold every token of {folder.name} "
             f"({manifest.vocab_size}); use {manifest.vocab_size} or more"
         )
-    check_corpus_tokenizer(config, manifest)
-    return _wasted_vocabulary(config, manifest.vocab_size)
+    check_corpus_tokenizer(config, manifest, folder)
+    return manifest
 
 
-def _wasted_vocabulary(config: Config, tokens: int) -> list[str]:
+def _wasted_vocabulary(config: Config, tokens: int, name: str) -> list[str]:
     """A warning where much of the output layer is for tokens that the tokenizer does not have."""
     from moepp_megatron.config.flops import forward_flops_per_token
     from moepp_megatron.config.parameters import count_parameters
@@ -61,7 +76,7 @@ def _wasted_vocabulary(config: Config, tokens: int) -> list[str]:
     parameters = rows * model.hidden_size * (1 if model.tie_embeddings else 2)
     enough = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     return [
-        f"model.vocab_size ({model.vocab_size}) is far larger than the vocabulary of data.path "
+        f"model.vocab_size ({model.vocab_size}) is far larger than the vocabulary of {name} "
         f"({tokens}): {parameters / 1e6:,.1f} of {count_parameters(config).total / 1e6:,.1f} M "
         f"parameters and {share:.0%} of the FLOPs of a token are for tokens that do not exist; "
         f"set model.vocab_size={enough}, or prepare the data with --vocab-size "

@@ -62,13 +62,16 @@ def corpus_identity(folder: Path) -> str | None:
         return None
 
 
-def check_start(folder: Path, manifest: Manifest, whole_index: bool) -> None:
+def check_start(
+    folder: Path, manifest: Manifest, whole_index: bool, name: str = "data.path"
+) -> None:
     """Check what can be checked before training without reading the corpus.
 
     Args:
         folder: the prepared folder.
         manifest: its manifest.
         whole_index: read all of the index, 20 bytes per document, instead of its header.
+        name: the setting that names the folder.
 
     Raises:
         ConfigError: files are missing or have another size, or the index is damaged.
@@ -80,9 +83,9 @@ def check_start(folder: Path, manifest: Manifest, whole_index: bool) -> None:
         if whole_index:
             read_ends(folder / IDX, header, manifest.files[BIN])
     except CorpusError as error:
-        raise damaged("data.path", folder, str(error)) from None
+        raise damaged(name, folder, str(error)) from None
     except OSError as error:
-        raise damaged("data.path", folder, f"{error.filename}: {error.strerror}") from None
+        raise damaged(name, folder, f"{error.filename}: {error.strerror}") from None
 
 
 def damaged(name: str, folder: Path, problem: str) -> ConfigError:

@@ -1,5 +1,6 @@
 """The configuration's sections as pydantic models, one file per subject.
 
+blend.py             entries of `data.blend` and `data.stages`
 budget.py            section `moe.budget`: how many FFN experts a token gets
 config.py            the whole configuration: one section per subject
 latent_attention.py  section `model.latent_attention`: multi-head latent attention
@@ -16,6 +17,7 @@ slurm.py             section `slurm`: what `moepp slurm` asks the scheduler for
 training.py          sections `optimizer` and `training`: how the model is trained
 """
 
+from moepp_megatron.config.schema.blend import BlendPart, DataStage
 from moepp_megatron.config.schema.budget import BudgetSection
 from moepp_megatron.config.schema.config import Config
 from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
@@ -37,10 +39,12 @@ from moepp_megatron.config.schema.slurm import SlurmSection
 from moepp_megatron.config.schema.training import OptimizerSection, TrainingSection
 
 __all__ = [
+    "BlendPart",
     "BudgetSection",
     "CheckpointSection",
     "Config",
     "DataSection",
+    "DataStage",
     "LatentAttentionSection",
     "ModelSection",
     "ForceFFNSection",
