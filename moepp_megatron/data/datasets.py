@@ -12,7 +12,7 @@ from moepp_megatron.config.blends import Blend, Folder, folders_of, labels
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.blending import DrawnDataset, plan_draws
 from moepp_megatron.data.document_sources import SourcedDataset, read_document_sources
-from moepp_megatron.data.manifest import CACHE, CORPUS, MAX_SOURCES, Manifest
+from moepp_megatron.data.manifest import CACHE, MAX_SOURCES, Manifest
 from moepp_megatron.data.split import check_split, split_of_set
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import check_start, read_manifest
@@ -200,7 +200,7 @@ class _Opener:
         _check_tokenizer(self.options["tokenizer"], manifest, folder)
         plain_split = check_split(self.split, manifest, validates=num_samples[1] > 0)
         config = GPTDatasetConfig(
-            blend=([str((folder.path / CORPUS).resolve())], None),
+            blend=([str(manifest.prefix(folder.path).resolve())], None),
             split=plain_split,
             # By content, so that a cache outside the folder survives a replaced dataset.
             path_to_cache=str((self.cache(folder) / manifest.identity[:16]).resolve()),
@@ -222,12 +222,13 @@ class _Opener:
 
     def cache(self, folder: Folder) -> Path:
         """The folder of the sample indices."""
-        return self.cache_dir or folder.path / CACHE
+        path = folder.path
+        return self.cache_dir or (path if path.is_dir() else path.parent) / CACHE
 
 
 def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, folder: Folder) -> None:
     there = (manifest.vocab_size, manifest.eod_id)
-    if (tokenizer.vocab_size, tokenizer.eod) != there:
+    if not manifest.is_bare and (tokenizer.vocab_size, tokenizer.eod) != there:
         raise ConfigError(
             f"data.tokenizer ({tokenizer.vocab_size} tokens, EOD {tokenizer.eod}) must be the one "
             f"{folder.name} ({folder.path}) was prepared with ({there[0]} tokens, EOD "

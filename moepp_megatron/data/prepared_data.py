@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import Folder, blends_of, folders_of
-from moepp_megatron.data.manifest import Manifest
 
 # From this share of a token's FLOPs on, rows of the output layer without a token are worth a word.
 _WASTED_SHARE = 0.05
@@ -28,38 +27,57 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
             tokens than the model has, or one with too few documents for the split, or the tokenizer
             is not the one that it was prepared with.
     """
+    from moepp_megatron.data.same_tokenizer import check_corpus_tokenizer
     from moepp_megatron.data.split import check_set, check_split
+    from moepp_megatron.data.verify import check_start, read_manifest
 
     data, blends = config.data, blends_of(config)
     if not blends:
         raise ConfigError("data.path (null) must name a prepared folder; see: moepp data prepare")
-    tokens = 0
+    tokens, warnings = 0, []
     validates = config.training.eval_iters > 0
     validated = {folder.real for folder in blends[0].folders if validates}
-    for folder in folders_of(blends).values():
-        manifest = _checked(config, folder, whole_index)
-        check_split(data.split, manifest, validates=folder.real in validated)
-        tokens = max(tokens, manifest.vocab_size)
-    for name, path in data.validation.items():
-        folder = Folder(f"data.validation.{name}", path)
-        check_set(folder, blends, data.split, _checked(config, folder, whole_index))
-    return _wasted_vocabulary(config, tokens, blends[0].name)
+    sets = [Folder(f"data.validation.{name}", path) for name, path in data.validation.items()]
+    for folder in (*folders_of(blends).values(), *sets):
+        manifest = read_manifest(folder.path, folder.name)
+        if manifest.is_bare:
+            size, doubts = _check_pair(config, folder, whole_index)
+            warnings += doubts
+        else:
+            check_start(folder.path, manifest, whole_index, folder.name)
+            check_corpus_tokenizer(config, manifest, folder)
+            size = manifest.vocab_size
+        if size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size ({config.model.vocab_size}) must hold every token of "
+                f"{folder.name} ({size}); use {size} or more"
+            )
+        tokens = max(tokens, size)
+        if folder in sets:
+            check_set(folder, blends, data.split, manifest)
+        else:
+            check_split(data.split, manifest, validates=folder.real in validated)
+    return [*_wasted_vocabulary(config, tokens, blends[0].name), *warnings]
 
 
-def _checked(config: Config, folder: Folder, whole_index: bool) -> Manifest:
-    """The manifest of a folder that fits model and tokenizer."""
-    from moepp_megatron.data.same_tokenizer import check_corpus_tokenizer
-    from moepp_megatron.data.verify import check_start, read_manifest
+def _check_pair(config: Config, folder: Folder, whole_index: bool) -> tuple[int, list[str]]:
+    """Size of the vocabulary of a `PREFIX.bin` and `PREFIX.idx`, and what cannot be checked."""
+    from moepp_megatron.data.index import CorpusError
+    from moepp_megatron.data.pairs import doubts
+    from moepp_megatron.data.tokenizer import Tokenizer
+    from moepp_megatron.data.verify import damaged
 
-    manifest = read_manifest(folder.path, folder.name)
-    check_start(folder.path, manifest, whole_index, folder.name)
-    if manifest.vocab_size > config.model.vocab_size:
+    if config.data.tokenizer is None:
         raise ConfigError(
-            f"model.vocab_size ({config.model.vocab_size}) must hold every token of {folder.name} "
-            f"({manifest.vocab_size}); use {manifest.vocab_size} or more"
+            f"data.tokenizer (null) must be given, because {folder.name} ({folder.path}) is a pair "
+            "of .bin and .idx without a tokenizer; name the one that has made its ids"
         )
-    check_corpus_tokenizer(config, manifest, folder)
-    return manifest
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    try:
+        found = doubts(folder.path, tokenizer, folder.name) if whole_index else []
+    except (CorpusError, OSError) as error:
+        raise damaged(folder.name, folder.path, str(error)) from None
+    return tokenizer.vocab_size, found
 
 
 def _wasted_vocabulary(config: Config, tokens: int, name: str) -> list[str]:

@@ -92,9 +92,9 @@ def check_model_tokenizer(config: Config, trained: Path) -> None:
     if _vocabulary(file) != wanted:
         raise ConfigError(
             f"{blends[0].name} ({blends[0].text}) has a tokenizer ({file}, SHA-256 "
-            f"{here[:_SHOWN]}...) whose ids must mean the tokens that {trained.parent} was trained on ({TOKENIZER} "
-            f"there: SHA-256 {there[:_SHOWN]}...); prepare the text again with --tokenizer "
-            f"{trained}, or start from another checkpoint"
+            f"{here[:_SHOWN]}...) whose ids must mean the tokens that {trained.parent} was trained "
+            f"on ({TOKENIZER} there: SHA-256 {there[:_SHOWN]}...); prepare the text again with "
+            f"--tokenizer {trained}, or start from another checkpoint"
         )
 
 

@@ -14,6 +14,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from moepp_megatron.data.blending import DrawnDataset
 from moepp_megatron.data.document_sources import documents_of
+from moepp_megatron.data.manifest import CORPUS
 from moepp_megatron.data.verify import damaged, outside
 
 
@@ -65,7 +66,8 @@ def _error(dataset: Any, sample: int, position: int, token: int, vocab_size: int
     if not isinstance(dataset, GPTDataset):
         return ValueError(outside(f"token {position} of sample {sample}", token, vocab_size))
     document, offset = _locate(dataset, sample, position)
-    folder = Path(dataset.dataset.path_prefix).parent
+    prefix = Path(dataset.dataset.path_prefix)
+    folder = prefix.parent if prefix.name == CORPUS else prefix
     place = f"token {offset} of document {document}"
     return damaged(name, folder, outside(place, token, vocab_size))
 

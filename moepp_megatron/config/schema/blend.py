@@ -11,7 +11,7 @@ class BlendPart(Section):
     """One folder of a blend."""
 
     path: ConfigPath = Field(
-        description="Folder written by `moepp data prepare`",
+        description="Folder or prefix, as data.path",
         json_schema_extra=unit("-"),
     )
     weight: float = Field(

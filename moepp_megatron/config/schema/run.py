@@ -35,8 +35,8 @@ class DataSection(Section):
 
     path: ConfigPath | None = Field(
         default=None,
-        description="Folder written by `moepp data prepare`; null where data.blend names several, "
-        "or no data is read",
+        description="Folder written by `moepp data prepare`, or the prefix of Megatron's .bin and "
+        ".idx; null where data.blend names several, or no data is read",
         json_schema_extra=unit("-"),
     )
     blend: list[BlendPart] = Field(
