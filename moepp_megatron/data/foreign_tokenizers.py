@@ -33,6 +33,8 @@ _ENCODINGS: dict[int, tuple[str, tuple[str, ...]]] = {
     199998: ("o200k", ("<|unused_199998|>", "<|endoftext|>")),
 }
 _CHECKED_CHARACTERS = 200_000
+# Of sentencepiece's pieces: normal and user-defined ones; a score that no text outweighs.
+_IN_TEXTS, _NEVER = (1, 4), -1.0e6
 # Where conversions have been wrong: white space, digits, special tokens as text, rare characters.
 _DIFFICULT = (
     "a",
@@ -208,7 +210,8 @@ def _from_sentencepiece(
             f"--tokenizer ({path}) must be a sentencepiece model of kind unigram or BPE; give its "
             f"{TOKENIZER}"
         )
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    # sentencepiece finds control and byte pieces in no text; `Unigram` does unless they cost much.
+    pieces = [(p.piece, p.score if p.type in _IN_TEXTS else _NEVER) for p in proto.pieces]
     vocabulary: Any = {piece: i for i, (piece, _) in enumerate(pieces)} if kind == 2 else pieces
     backend = SpmConverter.build_tokenizer_from_spm_proto(proto, vocabulary)
     eos = processor.eos_id()

@@ -17,7 +17,14 @@ from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.tokenizer import Tokenizer
 from tests.unit.data.conftest import make_texts
 
-HARD = ["</s> <s>", "  two  spaces ", "line\n\nend \t", "12345", "\U0001f600 \u2116", "\u2581x"]
+HARD = [
+    "</s> <s> <0x41>",
+    "  two  spaces ",
+    "line\n\nend \t",
+    "12345",
+    "\U0001f600 \u2116",
+    "\u2581x",
+]
 
 
 def sentencepiece_model(folder: Path, kind: str, **options: object) -> Path:
@@ -25,10 +32,12 @@ def sentencepiece_model(folder: Path, kind: str, **options: object) -> Path:
     pytest.importorskip("google.protobuf", reason="needs protobuf")
     pytest.importorskip("transformers", reason="needs transformers")
     source = folder / "texts.txt"
-    source.write_text("\n".join(line for text in make_texts(40) for line in text.split("\n")))
+    texts = [*make_texts(40), *["<s> </s> <unk> <pad>x <0x41>"] * 9]
+    source.write_text("\n".join(line for text in texts for line in text.split("\n")))
     sentencepiece.SentencePieceTrainer.train(
         input=str(source), model_prefix=str(folder / kind), model_type=kind, vocab_size=330,
-        byte_fallback=True, minloglevel=2, hard_vocab_limit=False, **options,
+        byte_fallback=True, minloglevel=2, hard_vocab_limit=False, character_coverage=1.0,
+        **options,
     )  # fmt: skip
     return folder / f"{kind}.model"
 
