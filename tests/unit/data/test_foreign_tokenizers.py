@@ -32,7 +32,7 @@ def sentencepiece_model(folder: Path, kind: str, **options: object) -> Path:
     pytest.importorskip("google.protobuf", reason="needs protobuf")
     pytest.importorskip("transformers", reason="needs transformers")
     source = folder / "texts.txt"
-    texts = [*make_texts(40), *["<s> </s> <unk> <pad>x <0x41>"] * 9]
+    texts = [*make_texts(40), *["< / s k > | f 0 x"] * 9]
     source.write_text("\n".join(line for text in texts for line in text.split("\n")))
     sentencepiece.SentencePieceTrainer.train(
         input=str(source), model_prefix=str(folder / kind), model_type=kind, vocab_size=330,
