@@ -1,10 +1,11 @@
-"""`moepp data`: text to Megatron indexed datasets and a tokenizer, and whether they are intact."""
+"""`moepp data`: text to Megatron indexed datasets and a tokenizer; what they hold, whole or not."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepp_megatron.cli.data_show import show
 from moepp_megatron.cli.echo import echo
 
 if TYPE_CHECKING:
@@ -13,14 +14,16 @@ if TYPE_CHECKING:
     from moepp_megatron.runtime.terminal import Console
 
 app = typer.Typer(
-    help="""Prepare and check training data.
+    help="""Prepare, check and show training data.
 
     Examples:
         moepp data prepare corpus.jsonl --out data/mine
         moepp data verify data/mine
+        moepp data show data/mine
     """,
     no_args_is_help=True,
 )
+app.command()(show)
 
 
 @app.command()
@@ -42,7 +45,11 @@ def prepare(
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Use this tokenizer.json instead of training one.", metavar="FILE"),
+        typer.Option(
+            help="Use this tokenizer instead of training one: a tokenizer.json, a Hugging Face "
+            "folder, a sentencepiece .model, or a file of tiktoken's ranks.",
+            metavar="FILE|DIR",
+        ),
     ] = None,
     eod_token: Annotated[
         str | None,
@@ -146,12 +153,18 @@ def verify(
     Examples:
         moepp data verify data/mine
     """
+    from moepp_megatron.config import ConfigError
     from moepp_megatron.data.progress import track
     from moepp_megatron.data.verify import damaged, read_manifest
     from moepp_megatron.data.verify import verify as verify_data
     from moepp_megatron.runtime.terminal import Console
 
     manifest = read_manifest(folder, "DIR")
+    if manifest.is_bare:
+        raise ConfigError(
+            f"DIR ({folder}) must have a manifest, and a pair of .bin and .idx made elsewhere has "
+            "neither hashes nor vocabulary to check; see: moepp data show"
+        )
     console = Console()
     with track(console, "verify", sum(manifest.files.values())) as advance:
         states = verify_data(folder, manifest, advance)

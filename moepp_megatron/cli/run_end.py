@@ -57,6 +57,8 @@ def _finish(config: Config, record: StepMetrics | None) -> None:
     share, window = _settled_ffn_share(Path(config.run.dir), record)
     valid = "" if record.valid_loss is None else f", validation {record.valid_loss:.4f}"
     echo(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")
+    for name, loss in (record.valid_set_loss or {}).items():
+        echo(f"             validation of {name} {loss:.4f}")
     echo(
         f"FFN share    {share:.3f} of all selections (phi {config.moe.ffn_share:.3f}): "
         f"{1.0 - share:.1%} of the expert work saved, mean of {window}"

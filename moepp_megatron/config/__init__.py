@@ -1,5 +1,6 @@
 """Schema, loading and checks of the configuration; imports neither torch nor megatron.
 
+blends.py         the folders that a run draws from, and from where on
 checks.py         runs the cross-field rules and reports every broken one, each on its line
 choices.py        comma-separated values of command-line options
 errors.py         the two errors a user can cause

@@ -97,11 +97,14 @@ def _entry_problem(
     if len(location) == 1:
         return Problem(name, entry, "must be a mapping of keys", "write it as {name: ...}")
     key = str(location[1])
-    if error["type"] == "extra_forbidden":
+    if error["type"] == "extra_forbidden" and len(location) == 2:
         near = get_close_matches(key, model.model_fields, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"use {', '.join(model.model_fields)}"
         return Problem(f"{name}.{key}", entry[key], "is no known key", remedy)
     inner = model.model_fields[key]
+    deeper = _entry_problem(f"{name}.{key}", inner, error, entry.get(key), depth + 2)
+    if deeper is not None:
+        return deeper
     return _problem(f"{name}.{key}", inner, [error], entry.get(key), len(location) > 2)
 
 

@@ -260,8 +260,8 @@ class _Translator:
     def _check_rest(self) -> None:
         if "data-path" in self._left:
             self._notes.append(
-                "--data-path has no counterpart: set data.path to a folder that `moepp data "
-                "prepare` wrote"
+                "--data-path has no counterpart: set data.path to the prefix and data.tokenizer to "
+                "the tokenizer's file, or data.blend for several with weights"
             )
         if "load" in self._left:
             self._notes.append(

@@ -177,7 +177,7 @@ DERIVED = {
     "factor that Megatron's loss has and the paper's has not",
     "moe-router-pre-softmax": "`moe.gate_normalization`: `none`; without it `selected`",
     "moe-layer-freq": "`moe.layer_freq`: the same number or list",
-    "data-path": "`data.path`: a folder that `moepp data prepare` has written",
+    "data-path": "`data.path`, which takes the prefix, or `data.blend` for several with weights",
     "tokenizer-type": "`data.tokenizer`; by default the prepared data's",
     "tokenizer-model": "`data.tokenizer`; by default the prepared data's",
     "load": "`checkpoint.load`: what `moepp convert megatron-lm` makes of the checkpoint",

@@ -1,34 +1,43 @@
-"""Opens a prepared folder as megatron-core GPT datasets: train, validation, test."""
+"""Opens prepared folders as megatron-core GPT datasets: train, validation, test."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from moepp_megatron.config.blends import Blend, Folder, folders_of, labels
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.blending import DrawnDataset, plan_draws
 from moepp_megatron.data.document_sources import SourcedDataset, read_document_sources
-from moepp_megatron.data.manifest import CACHE, CORPUS, Manifest
-from moepp_megatron.data.split import check_split
+from moepp_megatron.data.manifest import CACHE, MAX_SOURCES, Manifest
+from moepp_megatron.data.split import check_split, split_of_set
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import check_start, read_manifest
 
-Datasets = tuple[GPTDataset | None, GPTDataset | None, GPTDataset | None]
+# Each a GPTDataset, a DrawnDataset or None.
+Datasets = tuple[Any, Any, Any]
+Samples = tuple[int, int, int]
+# Folder, within a cache, of which folder each sample of a blend is of.
+_ORDERS = "blends"
 
 
 def build_datasets(
-    data_path: Path,
+    data: Path | Sequence[Blend],
     tokenizer: Tokenizer,
     sequence_length: int,
     split: str | None,
     seed: int,
-    num_samples: tuple[int, int, int],
+    num_samples: Samples,
     *,
     reset_position_ids: bool = False,
     reset_attention_mask: bool = False,
     eod_mask_loss: bool = False,
     cache_dir: Path | None = None,
 ) -> Datasets:
-    """Open a prepared folder. With torch.distributed every rank must call this.
+    """Open prepared folders. With torch.distributed every rank must call this.
 
     A sample is `sequence_length` consecutive tokens of the shuffled documents, each of which ends
     with EOD, and the same shifted by one as labels. A split too small for its number of samples
@@ -36,7 +45,7 @@ def build_datasets(
     so all ranks must see the same `cache_dir`.
 
     Args:
-        data_path: folder written by `moepp data prepare`.
+        data: a folder written by `moepp data prepare`, or the blends of a run.
         tokenizer: the folder's, or one with the same ids.
         sequence_length: tokens of a sample.
         split: weights of train, validation and test by documents, such as "98,2,0"; None takes
@@ -48,53 +57,180 @@ def build_datasets(
         reset_attention_mask: no attention across EOD. Only then a sample has an `attention_mask`,
             bool [1, s, s], True where attention is forbidden: it is large.
         eod_mask_loss: no loss where the input is EOD.
-        cache_dir: folder of the sample indices; by default `data_path/cache`.
+        cache_dir: folder of the sample indices; by default `cache` in the (first) data folder.
 
     Returns:
         Train, validation and test; None for one whose weight is 0, or that is not read and empty.
-        Where the folder says which data source each document comes from, they are
-        `SourcedDataset`s.
+        Of several folders, validation is the blend of the first stage, and there is no test. Where
+        folders are several, or one says which data source each document comes from, samples say
+        theirs (`SourcedDataset`).
 
     Raises:
         ConfigError: no dataset there, another tokenizer, or a split that cannot be made.
     """
-    manifest = read_manifest(data_path, "data.path")
-    check_start(data_path, manifest, whole_index=False)
-    _check_tokenizer(tokenizer, manifest, data_path)
     if sequence_length < 1:
         raise ConfigError(f"model.seq_length ({sequence_length}) must be at least 1; use 2048")
-    plain_split = check_split(split, manifest, validates=num_samples[1] > 0)
-    # By content, so that a cache outside the folder survives a replaced dataset.
-    cache = (cache_dir or data_path / CACHE) / manifest.identity[:16]
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=sequence_length,
-        blend=([str((data_path / CORPUS).resolve())], None),
-        split=plain_split,
-        path_to_cache=str(cache.resolve()),
-        tokenizer=tokenizer,
-        reset_position_ids=reset_position_ids,
-        reset_attention_mask=reset_attention_mask,
-        eod_mask_loss=eod_mask_loss,
-        create_attention_mask=reset_attention_mask,
-    )
-    sources = read_document_sources(data_path, manifest)
-    kind = GPTDataset if sources is None else SourcedDataset
-    builder = BlendedMegatronDatasetBuilder(
-        kind, list(num_samples), is_built_on_rank=lambda: True, config=config
-    )
-    train, validation, test = builder.build()
-    for dataset in (train, validation, test):
-        if isinstance(dataset, SourcedDataset):
-            dataset.source_names, dataset.document_sources = manifest.source_names, sources
-    return train, validation, test
+    options = {
+        "random_seed": seed,
+        "sequence_length": sequence_length,
+        "tokenizer": tokenizer,
+        "reset_position_ids": reset_position_ids,
+        "reset_attention_mask": reset_attention_mask,
+        "eod_mask_loss": eod_mask_loss,
+        "create_attention_mask": reset_attention_mask,
+    }
+    if isinstance(data, Path):
+        data = [Blend("data.path", 0, (Folder("data.path", data),))]
+    opener = _Opener(options, split, cache_dir)
+    if len(data) == 1 and len(data[0].folders) == 1:
+        return opener.open(data[0].folders[0], num_samples)
+    return _open_blends(data, opener, num_samples)
 
 
-def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, data_path: Path) -> None:
+def build_validation_sets(
+    paths: Mapping[str, Path],
+    trained: Sequence[Blend],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    split: str | None,
+    seed: int,
+    num_samples: int,
+    cache_dir: Path | None = None,
+) -> dict[str, GPTDataset]:
+    """Open the sets of `data.validation`; every rank must call.
+
+    A folder that is trained on gives its validation part, any other all of its documents.
+
+    Args:
+        paths: the folders by the sets' names.
+        trained: the blends of the run.
+        tokenizer: as for `build_datasets`, and so are the others.
+        sequence_length: tokens of a sample.
+        split: the split of a folder that is trained on.
+        seed: seed of the order of samples.
+        num_samples: samples that each set must have at least.
+        cache_dir: folder of the sample indices.
+
+    Raises:
+        ConfigError: as `build_datasets`.
+    """
+    options = {
+        "random_seed": seed,
+        "sequence_length": sequence_length,
+        "tokenizer": tokenizer,
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "eod_mask_loss": False,
+        "create_attention_mask": False,
+    }
+    found = {}
+    for name, path in paths.items():
+        folder = Folder(f"data.validation.{name}", path)
+        opener = _Opener(options, split_of_set(folder, trained, split), cache_dir, False)
+        _, found[name], _ = opener.open(folder, (0, num_samples, 0))
+    return found
+
+
+def _open_blends(blends: Sequence[Blend], opener: "_Opener", num_samples: Samples) -> Datasets:
+    draws, needed = plan_draws(blends, num_samples[0])
+    validated, validating = plan_draws(blends[:1], num_samples[1])
+    folders = [folder for real, folder in folders_of(blends).items() if real in needed]
+    is_told = len(folders) <= MAX_SOURCES
+    opened = {
+        folder.real: opener.open(
+            folder, (needed[folder.real], validating.get(folder.real, 0), 0), in_blend=is_told
+        )
+        for folder in folders
+    }
+    if is_told:
+        _place_sources(labels([folder.path for folder in folders]), list(opened.values()))
+    cache = opener.cache(folders[0]) / _ORDERS
+    train = DrawnDataset(draws, {real: parts[0] for real, parts in opened.items()}, cache)
+    validations = {folder.real: opened[folder.real][1] for folder in blends[0].folders}
+    if num_samples[1] == 0 or None in validations.values():
+        return train, None, None
+    return train, DrawnDataset(validated, validations, cache), None
+
+
+def _place_sources(names: Sequence[str], opened: Sequence[Any]) -> None:
+    """Count the sources of all folders: a folder is one, or its own sources with its name before.
+
+    Args:
+        names: a name for each folder.
+        opened: each folder's `SourcedDataset`s.
+    """
+    is_detailed = sum(len(_own_sources(parts)) for parts in opened) <= MAX_SOURCES
+    all_names: list[str] = []
+    for name, parts in zip(names, opened, strict=True):
+        first, own = len(all_names), _own_sources(parts) if is_detailed else ("",)
+        all_names += [f"{name}/{each}" if each else name for each in own]
+        for dataset in filter(None, parts):
+            dataset.first_source = first
+            if own == ("",):
+                dataset.document_sources = None
+    for dataset in (each for parts in opened for each in parts if each is not None):
+        dataset.source_names = tuple(all_names)
+
+
+def _own_sources(parts: Sequence[Any]) -> tuple[str, ...]:
+    """Names of a folder's sources; one without a name where it tells none apart."""
+    return ("",) if parts[0].document_sources is None else parts[0].source_names
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """Opens single folders.
+
+    Attributes:
+        options: settings of megatron-core's datasets that all folders share.
+        split: the split asked for.
+        cache_dir: folder of the sample indices.
+        tells_sources: whether samples say their data source if the folder has several.
+    """
+
+    options: Mapping[str, Any]
+    split: str | None
+    cache_dir: Path | None
+    tells_sources: bool = True
+
+    def open(self, folder: Folder, num_samples: Samples, in_blend: bool = False) -> Any:
+        """Train, validation and test of one folder; in a blend all say their source, if any may."""
+        manifest = read_manifest(folder.path, folder.name)
+        check_start(folder.path, manifest, whole_index=False, name=folder.name)
+        _check_tokenizer(self.options["tokenizer"], manifest, folder)
+        plain_split = check_split(self.split, manifest, validates=num_samples[1] > 0)
+        config = GPTDatasetConfig(
+            blend=([str(manifest.prefix(folder.path).resolve())], None),
+            split=plain_split,
+            # By content, so that a cache outside the folder survives a replaced dataset.
+            path_to_cache=str((self.cache(folder) / manifest.identity[:16]).resolve()),
+            **self.options,
+        )
+        sources = read_document_sources(folder.path, manifest) if self.tells_sources else None
+        is_told = self.tells_sources and (in_blend or sources is not None)
+        builder = BlendedMegatronDatasetBuilder(
+            SourcedDataset if is_told else GPTDataset,
+            list(num_samples),
+            is_built_on_rank=lambda: True,
+            config=config,
+        )
+        parts = tuple(builder.build())
+        for dataset in parts:
+            if isinstance(dataset, SourcedDataset):
+                dataset.source_names, dataset.document_sources = manifest.source_names, sources
+        return parts
+
+    def cache(self, folder: Folder) -> Path:
+        """The folder of the sample indices."""
+        path = folder.path
+        return self.cache_dir or (path if path.is_dir() else path.parent) / CACHE
+
+
+def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, folder: Folder) -> None:
     there = (manifest.vocab_size, manifest.eod_id)
-    if (tokenizer.vocab_size, tokenizer.eod) != there:
+    if not manifest.is_bare and (tokenizer.vocab_size, tokenizer.eod) != there:
         raise ConfigError(
             f"data.tokenizer ({tokenizer.vocab_size} tokens, EOD {tokenizer.eod}) must be the one "
-            f"data.path ({data_path}) was prepared with ({there[0]} tokens, EOD {there[1]}); "
-            "leave data.tokenizer out"
+            f"{folder.name} ({folder.path}) was prepared with ({there[0]} tokens, EOD "
+            f"{there[1]}); leave data.tokenizer out"
         )

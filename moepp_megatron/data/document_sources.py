@@ -26,22 +26,27 @@ class SourcedDataset(GPTDataset):
     """A `GPTDataset` whose samples say, under `SOURCES`, where each of their tokens comes from.
 
     Attributes:
-        source_names: Names of the data sources.
-        document_sources: [documents] uint8 data source of each document of the corpus.
+        source_names: Names of the data sources, those of other folders of a blend among them.
+        first_source: Index of the folder's first source among them.
+        document_sources: [documents] uint8 data source of each document of the corpus, counted
+            from the folder's first; None where all are of that one.
     """
 
     source_names: tuple[str, ...] = ()
+    first_source: int = 0
     document_sources: NDArray[np.uint8] | None = None
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """The sample; None gives one of padding, as in `GPTDataset`."""
         sample: dict[str, torch.Tensor] = super().__getitem__(idx)
-        assert self.document_sources is not None, "datasets.py names the sources"
+        length = self.config.sequence_length
+        if self.document_sources is None:
+            sample[SOURCES] = torch.full((length,), self.first_source, dtype=torch.int32)
+            return sample
         documents, lengths = documents_of(self, 0 if idx is None else idx)
         of_tokens = np.repeat(self.document_sources[documents], lengths)
         # The last token of the sample is a label only.
-        of_tokens = of_tokens[: self.config.sequence_length].astype(np.int32)
-        sample[SOURCES] = torch.from_numpy(of_tokens)
+        sample[SOURCES] = torch.from_numpy(of_tokens[:length].astype(np.int32) + self.first_source)
         return sample
 
 

@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.compressed import Compression, open_source
 from moepp_megatron.data.sources import Format, SourceFile, TextSource
-from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.data.tables import TABLES, count_groups, read_column
 
 PIECE_BYTES = 256 * 1024
 
@@ -25,7 +24,7 @@ _NOT_JSON = "not a JSON object"
 
 @dataclass(frozen=True)
 class DocumentPart:
-    """A part of a file: bytes [start, end) of text and JSONL, row groups [start, end) of parquet.
+    """A part of a file: bytes [start, end) of text and JSONL, row groups [start, end) of tables.
 
     A JSONL record belongs to the part in which its line starts. A compressed file is one part.
     """
@@ -66,10 +65,10 @@ def plan_pieces(sources: Sequence[TextSource], text_key: str) -> list[Piece]:
 
     Args:
         sources: the resolved sources.
-        text_key: the parquet column that must exist.
+        text_key: the column of tables that must exist.
 
     Raises:
-        ConfigError: a parquet file that is damaged, lacks the column, or pyarrow is absent.
+        ConfigError: a table that is damaged, lacks the column, or pyarrow is absent.
     """
     pieces: list[Piece] = []
     for index, source in enumerate(sources):
@@ -96,16 +95,10 @@ def _parts(file: SourceFile, text_key: str) -> Iterator[tuple[DocumentPart, int]
         for start in range(0, file.size, PIECE_BYTES):
             end = min(start + PIECE_BYTES, file.size)
             yield DocumentPart(file.path, "jsonl", start, end), end - start
-    elif file.format == "parquet":
-        with _open_parquet(file.path) as parquet:
-            if text_key not in parquet.schema_arrow.names:
-                raise ConfigError(
-                    f"source {file.path} has no column {text_key}; set --text-key to one of: "
-                    + ", ".join(parquet.schema_arrow.names)
-                )
-            groups = parquet.num_row_groups
-            for group in range(groups):
-                yield DocumentPart(file.path, "parquet", group, group + 1), file.size // groups
+    elif file.format in TABLES:
+        groups = count_groups(file.path, file.format, text_key)
+        for group in range(groups):
+            yield DocumentPart(file.path, file.format, group, group + 1), file.size // groups
     else:
         yield DocumentPart(file.path, "text", 0, file.size), file.size
 
@@ -115,9 +108,13 @@ def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
 
     Args:
         piece: one of `plan_pieces`.
-        text_key: JSONL key and parquet column that hold the text.
+        text_key: JSONL key and column of tables that hold the text.
     """
-    readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+    readers = {
+        "text": _read_text,
+        "jsonl": _read_jsonl,
+        **dict.fromkeys(TABLES, _read_table),
+    }
     for part in piece.parts:
         yield from readers[part.format](part, text_key)
 
@@ -208,28 +205,11 @@ def _record_text(line: bytes, text_key: str) -> str | Skipped:
     return _usable(text)
 
 
-def _read_parquet(part: DocumentPart, text_key: str) -> Iterator[str | Skipped]:
-    with _open_parquet(part.path) as parquet:
-        groups = list(range(part.start, part.end))
-        for batch in parquet.iter_batches(256, row_groups=groups, columns=[text_key]):
-            for value in batch.column(0).to_pylist():
-                if value is None:
-                    yield Skipped(_EMPTY)
-                elif isinstance(value, str):
-                    yield _usable(value)
-                else:
-                    yield Skipped(f"no text in the column {text_key}")
-
-
-def _open_parquet(path: Path) -> Any:
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ConfigError(
-            f"source {path} is parquet, which needs pyarrow; {how_to_install('pyarrow')}"
-        ) from error
-    try:
-        return ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ConfigError(f"source {path} is no readable parquet file ({error})") from error
+def _read_table(part: DocumentPart, text_key: str) -> Iterator[str | Skipped]:
+    for value in read_column(part.path, part.format, range(part.start, part.end), text_key):
+        if value is None:
+            yield Skipped(_EMPTY)
+        elif isinstance(value, str):
+            yield _usable(value)
+        else:
+            yield Skipped(f"no text in the column {text_key}")

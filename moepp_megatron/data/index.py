@@ -31,12 +31,13 @@ class IndexHeader:
     documents: int
 
 
-def read_header(path: Path, documents: int) -> IndexHeader:
+def read_header(path: Path, documents: int | None = None) -> IndexHeader:
     """Read and check the header of an index, and its size: cheap for any number of documents.
 
     Args:
         path: the file, `corpus.idx`.
-        documents: how many there must be.
+        documents: how many there must be, each of one sequence; None takes an index of any, where
+            each sequence counts as a document, as for megatron-core's GPT datasets.
 
     Raises:
         CorpusError: it is no such index.
@@ -49,8 +50,8 @@ def read_header(path: Path, documents: int) -> IndexHeader:
         raise CorpusError(f"{path.name} is cut short")
     magic, version, code, sequences, boundaries = _HEADER.unpack(data)
     if magic != _MAGIC or version != _VERSION or code not in _DTYPES:
-        raise CorpusError(f"{path.name} is no index of tokens")
-    if sequences != documents or boundaries != documents + 1:
+        raise CorpusError(f"{path.name} is no index of tokens (32-bit or unsigned 16-bit)")
+    if documents is not None and (sequences != documents or boundaries != documents + 1):
         raise CorpusError(
             f"{path.name} counts {sequences} documents where the manifest has {documents}"
         )
@@ -61,13 +62,16 @@ def read_header(path: Path, documents: int) -> IndexHeader:
     return IndexHeader(_DTYPES[code], sequences)
 
 
-def read_ends(path: Path, header: IndexHeader, bin_bytes: int) -> NDArray[np.int64]:
+def read_ends(
+    path: Path, header: IndexHeader, bin_bytes: int, is_ours: bool = True
+) -> NDArray[np.int64]:
     """Read and check all of an index: the documents follow each other and fill the corpus.
 
     Args:
         path: the file, `corpus.idx`.
         header: the result of `read_header`.
         bin_bytes: size of `corpus.bin`.
+        is_ours: every document is one sequence, and none is empty.
 
     Returns:
         [documents] int64: the token behind the last one of each document.
@@ -81,12 +85,12 @@ def read_ends(path: Path, header: IndexHeader, bin_bytes: int) -> NDArray[np.int
         stream.seek(_HEADER.size)
         lengths = np.fromfile(stream, np.int32, count)
         starts = np.fromfile(stream, np.int64, count)
-        boundaries = np.fromfile(stream, np.int64, count + 1)
+        boundaries = np.fromfile(stream, np.int64, count + 1) if is_ours else None
     ends = np.cumsum(lengths, dtype=np.int64)
-    wrong = (lengths < 1) | (starts != (ends - lengths) * item)
+    wrong = (lengths < (1 if is_ours else 0)) | (starts != (ends - lengths) * item)
     if wrong.any():
         raise CorpusError(f"{path.name} is wrong about document {int(wrong.argmax())}")
-    if not np.array_equal(boundaries, np.arange(count + 1)):
+    if boundaries is not None and not np.array_equal(boundaries, np.arange(count + 1)):
         raise CorpusError(f"{path.name} is wrong about which sequences are documents")
     tokens = int(ends[-1]) if count else 0
     if tokens * item != bin_bytes:

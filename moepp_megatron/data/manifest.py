@@ -130,6 +130,15 @@ class Manifest:
         )
 
     @property
+    def is_bare(self) -> bool:
+        """Whether it is read off files made elsewhere: tokenizer and vocabulary are not known."""
+        return not self.tokenizer_sha256
+
+    def prefix(self, path: Path) -> Path:
+        """The prefix of the indexed dataset that a setting names as `path`."""
+        return path if self.is_bare else path / CORPUS
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         """Names of the data sources; SOURCE arguments of one name are one of them."""
         return tuple(dict.fromkeys(source.name for source in self.sources))

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from moepp_megatron.data.corpus import (
 from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
+from moepp_megatron.data.foreign_tokenizers import GivenTokenizer, open_given
 from moepp_megatron.data.long_text import BYTES_PER_BYTE
 from moepp_megatron.data.manifest import FORMAT_VERSION, TOKENIZER, Inputs, Manifest
 from moepp_megatron.data.progress import track
@@ -30,7 +30,6 @@ from moepp_megatron.data.sources import (
 from moepp_megatron.data.tokenizer import (
     MIN_VOCAB_SIZE,
     Tokenizer,
-    tokenizer_file,
     train_tokenizer,
 )
 from moepp_megatron.runtime.atomic import partial_folder, publish
@@ -49,7 +48,8 @@ class PrepareSettings:
 
     Attributes:
         vocab_size: vocabulary size of a tokenizer to be trained; None means 4096.
-        tokenizer: an existing `tokenizer.json` instead.
+        tokenizer: an existing tokenizer instead: a `tokenizer.json`, a Hugging Face folder, a
+            sentencepiece model or a file of tiktoken's ranks.
         eod_token: its end-of-document token; None means the first known name it has.
         text_key: JSONL key and parquet column that hold the text.
         seed: seed of the document order and the tokenizer's sample.
@@ -90,16 +90,12 @@ class PrepareSettings:
                 f"and the end-of-document token); use {_DEFAULT_VOCAB_SIZE}"
             )
 
-    def deciding(self) -> dict[str, str | int | None]:
-        """The settings that decide the bytes written.
-
-        Raises:
-            ConfigError: the tokenizer file cannot be read.
-        """
+    def deciding(self, given: GivenTokenizer | None) -> dict[str, str | int | None]:
+        """The settings that decide the bytes written; `given` is what `tokenizer` names."""
         trained = _DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
         return {
             "vocab_size": trained if self.tokenizer is None else None,
-            "tokenizer": None if self.tokenizer is None else _sha256(self.tokenizer),
+            "tokenizer": None if given is None else given.identity,
             "eod_token": self.eod_token,
             "text_key": self.text_key,
             "seed": self.seed,
@@ -135,14 +131,16 @@ def prepare(
 
     Raises:
         ConfigError: settings, sources or output folder cannot be used.
+        UnfitError: a package that reads the tokenizer is missing.
     """
     quiet()
     settings, console = settings or PrepareSettings(), console or Console()
     names = [names] if isinstance(names, str | Path) else names
     out = Path(os.path.abspath(out))
-    deciding = settings.deciding()
     # Before sources are read, which may take an hour.
-    given = settings.tokenizer and Tokenizer.load(settings.tokenizer, settings.eod_token)
+    named, eod_token = settings.tokenizer, settings.eod_token
+    given = None if named is None else open_given(named, eod_token)
+    deciding = settings.deciding(given)
     sources = resolve_sources([str(name) for name in names], exclude=out)
     stat_sha256 = stat_fingerprint(sources)
     found = find_reusable(
@@ -152,15 +150,18 @@ def prepare(
         return Prepared(found, up_to_date=True)
     pieces = plan_pieces(sources, settings.text_key)
     check_usable(sources, pieces, settings.text_key)
+    if given is not None:
+        given.check(_sample(pieces, settings))
     # Before sources are read, too: whether the folder can be written.
     with partial_folder(out) as partial:
         with track(console, "read", sum(source.size for source in sources)) as advance:
             inputs = Inputs(deciding, content_fingerprint(sources, advance), stat_sha256)
-        tokenizer = given or _make_tokenizer(pieces, settings, console)
-        if settings.tokenizer is None:
+        if given is None:
+            tokenizer = _make_tokenizer(pieces, settings, console)
             tokenizer.save(partial / TOKENIZER)
         else:
-            shutil.copyfile(tokenizer_file(settings.tokenizer), partial / TOKENIZER)
+            tokenizer = given.tokenizer
+            (partial / TOKENIZER).write_bytes(given.content)
         _warn_of_memory(sources, tokenizer, console)
         spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
         written = write_indexed_dataset(spooled, partial, settings.seed)

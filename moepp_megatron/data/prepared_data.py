@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.blends import Folder, blends_of, folders_of
 
 # From this share of a token's FLOPs on, rows of the output layer without a token are worth a word.
 _WASTED_SHARE = 0.05
@@ -24,30 +23,64 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
         Warnings.
 
     Raises:
-        ConfigError: If `data.path` is no prepared folder, one that is damaged, one with more tokens
-            than the model has, or one with too few documents for the split, or the tokenizer is
-            not the one that it was prepared with.
+        ConfigError: If one of the folders is no prepared folder, one that is damaged, one with more
+            tokens than the model has, or one with too few documents for the split, or the tokenizer
+            is not the one that it was prepared with.
     """
     from moepp_megatron.data.same_tokenizer import check_corpus_tokenizer
-    from moepp_megatron.data.split import check_split
+    from moepp_megatron.data.split import check_set, check_split
     from moepp_megatron.data.verify import check_start, read_manifest
 
-    if config.data.path is None:
+    data, blends = config.data, blends_of(config)
+    if not blends:
         raise ConfigError("data.path (null) must name a prepared folder; see: moepp data prepare")
-    path = Path(config.data.path)
-    manifest = read_manifest(path, "data.path")
-    check_start(path, manifest, whole_index)
-    check_split(config.data.split, manifest, validates=config.training.eval_iters > 0)
-    if manifest.vocab_size > config.model.vocab_size:
+    tokens, warnings = 0, []
+    validates = config.training.eval_iters > 0
+    validated = {folder.real for folder in blends[0].folders if validates}
+    sets = [Folder(f"data.validation.{name}", path) for name, path in data.validation.items()]
+    for folder in (*folders_of(blends).values(), *sets):
+        manifest = read_manifest(folder.path, folder.name)
+        if manifest.is_bare:
+            size, doubts = _check_pair(config, folder, whole_index)
+            warnings += doubts
+        else:
+            check_start(folder.path, manifest, whole_index, folder.name)
+            check_corpus_tokenizer(config, manifest, folder)
+            size = manifest.vocab_size
+        if size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size ({config.model.vocab_size}) must hold every token of "
+                f"{folder.name} ({size}); use {size} or more"
+            )
+        tokens = max(tokens, size)
+        if folder in sets:
+            check_set(folder, blends, data.split, manifest)
+        else:
+            check_split(data.split, manifest, validates=folder.real in validated)
+    return [*_wasted_vocabulary(config, tokens, blends[0].name), *warnings]
+
+
+def _check_pair(config: Config, folder: Folder, whole_index: bool) -> tuple[int, list[str]]:
+    """Size of the vocabulary of a `PREFIX.bin` and `PREFIX.idx`, and what cannot be checked."""
+    from moepp_megatron.data.index import CorpusError
+    from moepp_megatron.data.pairs import doubts
+    from moepp_megatron.data.tokenizer import Tokenizer
+    from moepp_megatron.data.verify import damaged
+
+    if config.data.tokenizer is None:
         raise ConfigError(
-            f"model.vocab_size ({config.model.vocab_size}) must hold every token of data.path "
-            f"({manifest.vocab_size}); use {manifest.vocab_size} or more"
+            f"data.tokenizer (null) must be given, because {folder.name} ({folder.path}) is a pair "
+            "of .bin and .idx without a tokenizer; name the one that has made its ids"
         )
-    check_corpus_tokenizer(config, manifest)
-    return _wasted_vocabulary(config, manifest.vocab_size)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    try:
+        found = doubts(folder.path, tokenizer, folder.name) if whole_index else []
+    except (CorpusError, OSError) as error:
+        raise damaged(folder.name, folder.path, str(error)) from None
+    return tokenizer.vocab_size, found
 
 
-def _wasted_vocabulary(config: Config, tokens: int) -> list[str]:
+def _wasted_vocabulary(config: Config, tokens: int, name: str) -> list[str]:
     """A warning where much of the output layer is for tokens that the tokenizer does not have."""
     from moepp_megatron.config.flops import forward_flops_per_token
     from moepp_megatron.config.parameters import count_parameters
@@ -61,7 +94,7 @@ def _wasted_vocabulary(config: Config, tokens: int) -> list[str]:
     parameters = rows * model.hidden_size * (1 if model.tie_embeddings else 2)
     enough = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     return [
-        f"model.vocab_size ({model.vocab_size}) is far larger than the vocabulary of data.path "
+        f"model.vocab_size ({model.vocab_size}) is far larger than the vocabulary of {name} "
         f"({tokens}): {parameters / 1e6:,.1f} of {count_parameters(config).total / 1e6:,.1f} M "
         f"parameters and {share:.0%} of the FLOPs of a token are for tokens that do not exist; "
         f"set model.vocab_size={enough}, or prepare the data with --vocab-size "

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.blends import Folder, blends_of
 from moepp_megatron.data.manifest import TOKENIZER, Manifest
 from moepp_megatron.data.tokenizer import Tokenizer, tokenizer_file
 
@@ -17,26 +18,27 @@ _SHOWN = 16
 
 
 def tokenizer_of_run(config: Config) -> Path:
-    """The `tokenizer.json` of a run: `data.tokenizer`, or the one in `data.path`."""
-    path = config.data.tokenizer or config.data.path
+    """The `tokenizer.json` of a run: `data.tokenizer`, or the one in the first data folder."""
+    blends = blends_of(config)
+    path = config.data.tokenizer or (blends[0].folders[0].path if blends else None)
     assert path is not None, "training needs data.path"
     return tokenizer_file(path)
 
 
-def check_corpus_tokenizer(config: Config, manifest: Manifest) -> None:
-    """Refuse a tokenizer that is not the corpus's.
+def check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -> None:
+    """Refuse a tokenizer that is not that of a folder.
 
     The same tokenizer in another notation is accepted.
 
     Args:
-        config: The run's configuration; `data.path` is a prepared folder.
-        manifest: The manifest of that folder.
+        config: The run's configuration.
+        manifest: The manifest of the folder.
+        folder: A prepared folder.
 
     Raises:
         ConfigError: If it is another tokenizer, is not a tokenizer, or cannot be read.
     """
-    assert config.data.path is not None, "training needs data.path"
-    file, own = tokenizer_of_run(config), config.data.path / TOKENIZER
+    file, own = tokenizer_of_run(config), folder.path / TOKENIZER
     found = _sha256(file)
     if found == manifest.tokenizer_sha256:
         return
@@ -47,15 +49,21 @@ def check_corpus_tokenizer(config: Config, manifest: Manifest) -> None:
     ):
         return
     of_corpus = f"SHA-256 {manifest.tokenizer_sha256[:_SHOWN]}... in its manifest"
-    if config.data.tokenizer is None:
+    if file == own:
         raise ConfigError(
-            f"data.path ({config.data.path}) must hold the {TOKENIZER} that its text was tokenized "
+            f"{folder.name} ({folder.path}) must hold the {TOKENIZER} that its text was tokenized "
             f"with ({of_corpus}), and holds another (SHA-256 {found[:_SHOWN]}...); put that one "
             "back, or prepare the text again"
         )
+    if config.data.tokenizer is None:
+        raise ConfigError(
+            f"{folder.name} ({folder.path}, {of_corpus}) must be tokenized with the tokenizer of "
+            f"the first folder ({file}, SHA-256 {found[:_SHOWN]}...); prepare its text again with "
+            f"--tokenizer {file}, or leave it out"
+        )
     raise ConfigError(
-        f"data.tokenizer ({file}, SHA-256 {found[:_SHOWN]}...) must be the one that data.path "
-        f"({config.data.path}) was tokenized with ({of_corpus}); leave data.tokenizer out, or "
+        f"data.tokenizer ({file}, SHA-256 {found[:_SHOWN]}...) must be the one that {folder.name} "
+        f"({folder.path}) was tokenized with ({of_corpus}); leave data.tokenizer out, or "
         f"prepare the text again with --tokenizer {file}"
     )
 
@@ -70,7 +78,8 @@ def check_model_tokenizer(config: Config, trained: Path) -> None:
     Raises:
         ConfigError: If the ids mean other tokens, or the run's tokenizer cannot be read.
     """
-    if config.data.path is None or not trained.is_file():
+    blends = blends_of(config)
+    if not blends or not trained.is_file():
         return
     file = tokenizer_of_run(config)
     here, there = _sha256(file), _sha256(trained)
@@ -82,10 +91,10 @@ def check_model_tokenizer(config: Config, trained: Path) -> None:
         return
     if _vocabulary(file) != wanted:
         raise ConfigError(
-            f"data.path ({config.data.path}) has a tokenizer ({file}, SHA-256 {here[:_SHOWN]}...) "
-            f"whose ids must mean the tokens that {trained.parent} was trained on ({TOKENIZER} "
-            f"there: SHA-256 {there[:_SHOWN]}...); prepare the text again with --tokenizer "
-            f"{trained}, or start from another checkpoint"
+            f"{blends[0].name} ({blends[0].text}) has a tokenizer ({file}, SHA-256 "
+            f"{here[:_SHOWN]}...) whose ids must mean the tokens that {trained.parent} was trained "
+            f"on ({TOKENIZER} there: SHA-256 {there[:_SHOWN]}...); prepare the text again with "
+            f"--tokenizer {trained}, or start from another checkpoint"
         )
 
 

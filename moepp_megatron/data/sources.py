@@ -12,12 +12,18 @@ from typing import Literal
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.compressed import COMPRESSIONS, Compression
+from moepp_megatron.data.saved_datasets import without_companions
 from moepp_megatron.data.stdlib import is_table, package_of
 
-Format = Literal["text", "jsonl", "parquet"]
+Format = Literal["text", "jsonl", "parquet", "arrow"]
 
 _STDLIB = "stdlib"
-_FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_FORMATS: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 _SITE_FOLDERS = frozenset({"site-packages", "dist-packages"})
 
 
@@ -92,7 +98,7 @@ def _resolve(given: str, exclude: Path | None) -> TextSource:
         root = Path(name)
         mode = _stat(name, root).st_mode
         if stat.S_ISDIR(mode):
-            files = _walk(name, root, exclude)
+            files = without_companions(name, root, _walk(name, root, exclude))
         elif stat.S_ISREG(mode):
             files = [_source_file(name, root, root.name)]
         else:
@@ -180,9 +186,9 @@ def _source_file(source: str, path: Path, name: str) -> SourceFile:
     # What `a.jsonl.gz` holds is named before the last suffix.
     inner = path if compression is None else path.with_suffix("")
     format = _FORMATS.get(inner.suffix.lower(), "text")
-    if compression is not None and format == "parquet":
+    if compression is not None and format in ("parquet", "arrow"):
         raise ConfigError(
-            f"source {source}: {path} is compressed parquet; decompress it (parquet is compressed "
+            f"source {source}: {path} is compressed {format}; decompress it (tables are compressed "
             "inside)"
         )
     return SourceFile(

@@ -1,12 +1,14 @@
 """The split of a corpus's documents into train, validation and test."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
+from moepp_megatron.config.blends import Blend, Folder, folders_of
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.split import DEFAULT_SPLIT, parse_split
 from moepp_megatron.data.manifest import Manifest
 
+_ALL_TO_VALIDATION = "0,1,0"
 _SPLITS = ("train", "validation", "test")
 
 
@@ -46,6 +48,26 @@ def check_split(split: str | None, manifest: Manifest, validates: bool = True) -
                 f"data.split ({split}) gives {name} none of the {manifest.documents} documents; "
                 "give it more weight, or 0, or prepare the text as more files or records"
             )
+    return plain
+
+
+def split_of_set(folder: Folder, trained: Sequence[Blend], split: str | None) -> str | None:
+    """The split of a folder that `data.validation` names: all of one that is not trained on."""
+    return split if folder.real in folders_of(trained) else _ALL_TO_VALIDATION
+
+
+def check_set(folder: Folder, trained: Sequence[Blend], split: str | None, corpus: Manifest) -> str:
+    """Check that a folder of `data.validation` has something to validate on; its split.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    plain = check_split(split_of_set(folder, trained, split), corpus)
+    if document_ranges(plain, corpus.documents)[1] is None:
+        raise ConfigError(
+            f"{folder.name} ({folder.path}) is trained on, and must leave something to validate on "
+            f"in data.split ({plain}); use data.split=98,2,0, or another folder"
+        )
     return plain
 
 

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
+from moepp_megatron.data.blending import DrawnDataset
 from moepp_megatron.data.document_sources import documents_of
+from moepp_megatron.data.manifest import CORPUS
 from moepp_megatron.data.verify import damaged, outside
 
 
@@ -23,7 +25,7 @@ def vocabulary_of(dataset: Any, model_vocab_size: int) -> int:
     damage that the model could read. Datasets that are not from `build_datasets` have no
     tokenizer, so the model's size is used.
     """
-    if isinstance(dataset, GPTDataset):
+    if isinstance(dataset, GPTDataset | DrawnDataset):
         return min(int(dataset.config.tokenizer.vocab_size), model_vocab_size)
     return model_vocab_size
 
@@ -57,12 +59,17 @@ def check_tokens(
 
 
 def _error(dataset: Any, sample: int, position: int, token: int, vocab_size: int) -> Exception:
+    name = "data.path"
+    if isinstance(dataset, DrawnDataset):
+        dataset, sample = dataset.locate(sample)
+        name = "data.blend"
     if not isinstance(dataset, GPTDataset):
         return ValueError(outside(f"token {position} of sample {sample}", token, vocab_size))
     document, offset = _locate(dataset, sample, position)
-    folder = Path(dataset.dataset.path_prefix).parent
+    prefix = Path(dataset.dataset.path_prefix)
+    folder = prefix.parent if prefix.name == CORPUS else prefix
     place = f"token {offset} of document {document}"
-    return damaged("data.path", folder, outside(place, token, vocab_size))
+    return damaged(name, folder, outside(place, token, vocab_size))
 
 
 def _locate(dataset: GPTDataset, sample: int, position: int) -> tuple[int, int]:

@@ -118,7 +118,20 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json`."""
-        path.write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
+        path.write_bytes(self.content())
+
+    def content(self) -> bytes:
+        """Its `tokenizer.json`."""
+        return (self._backend.to_str(pretty=True) + "\n").encode()
+
+    @staticmethod
+    def known_eod_token(backend: tokenizers.Tokenizer, path: Path) -> str:
+        """The first known end-of-document token that a tokenizer has.
+
+        Raises:
+            ConfigError: It has none.
+        """
+        return _find_eod_token(backend, path)
 
     @property
     def vocabulary(self) -> dict[str, int]:

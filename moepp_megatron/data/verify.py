@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.index import CorpusError, IndexHeader, read_ends, read_header
 from moepp_megatron.data.manifest import CORPUS, DOCUMENT_SOURCES, TOKENIZER, Manifest
+from moepp_megatron.data.pairs import is_pair, read_pair
 
 BIN, IDX = f"{CORPUS}.bin", f"{CORPUS}.idx"
 # A multiple of the size of an id.
@@ -44,8 +45,13 @@ def read_manifest(folder: Path, name: str) -> Manifest:
     Raises:
         ConfigError: there is none, or one that is damaged.
     """
+    stem = folder.with_suffix("")
+    if folder.suffix in (".bin", ".idx") and is_pair(stem):
+        raise ConfigError(f"{name} ({folder}) must be the prefix of both files; use {stem}")
     try:
-        return Manifest.read(folder)
+        return read_pair(folder) if is_pair(folder) else Manifest.read(folder)
+    except CorpusError as error:
+        raise damaged(name, folder, str(error)) from None
     except (OSError, ValueError) as error:
         reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"
         raise ConfigError(
@@ -57,36 +63,47 @@ def read_manifest(folder: Path, name: str) -> Manifest:
 def corpus_identity(folder: Path) -> str | None:
     """What tells a prepared folder's tokens from others', wherever it is; None if it is none."""
     try:
-        return Manifest.read(folder).identity
+        return (read_pair(folder) if is_pair(folder) else Manifest.read(folder)).identity
     except (OSError, ValueError):
         return None
 
 
-def check_start(folder: Path, manifest: Manifest, whole_index: bool) -> None:
+def check_start(
+    folder: Path, manifest: Manifest, whole_index: bool, name: str = "data.path"
+) -> None:
     """Check what can be checked before training without reading the corpus.
 
     Args:
         folder: the prepared folder.
         manifest: its manifest.
         whole_index: read all of the index, 20 bytes per document, instead of its header.
+        name: the setting that names the folder.
 
     Raises:
         ConfigError: files are missing or have another size, or the index is damaged.
     """
     try:
-        for name in manifest.files:
-            _check_size(folder, manifest, name)
+        if manifest.is_bare:
+            # Its counts are from the index; the whole of that is read by `pairs.doubts`.
+            return
+        for file in manifest.files:
+            _check_size(folder, manifest, file)
         header = read_header(folder / IDX, manifest.documents)
         if whole_index:
             read_ends(folder / IDX, header, manifest.files[BIN])
     except CorpusError as error:
-        raise damaged("data.path", folder, str(error)) from None
+        raise damaged(name, folder, str(error)) from None
     except OSError as error:
-        raise damaged("data.path", folder, f"{error.filename}: {error.strerror}") from None
+        raise damaged(name, folder, f"{error.filename}: {error.strerror}") from None
 
 
 def damaged(name: str, folder: Path, problem: str) -> ConfigError:
-    """The error for a damaged folder, with a remedy."""
+    """The error for a damaged folder or pair, with a remedy."""
+    if is_pair(folder):
+        return ConfigError(
+            f"{name} ({folder}) is damaged, or not of data.tokenizer: {problem}; put back a copy, "
+            "or name the tokenizer that it was made with"
+        )
     return ConfigError(
         f"{name} ({folder}) is damaged: {problem}; put back a copy or prepare it again with "
         f"--force, and check it with: moepp data verify {folder}"

@@ -47,8 +47,8 @@ class ConsoleSink:
         if self._progress is not None:
             if not self._started:
                 self._progress.start()
-            if record.valid_loss is not None:
-                self.message(f"step {record.step}: validation loss {record.valid_loss:.4f}")
+            for text in _validation_texts(record, "validation loss"):
+                self.message(f"step {record.step}: {text}")
             self._progress.update(self._task, completed=record.step, status=self._status(record))
         else:
             self.message(f"step {record.step}/{self._total_steps} | {self._status(record)}")
@@ -69,8 +69,7 @@ class ConsoleSink:
     def _status(self, record: StepMetrics) -> str:
         parts = [f"loss {record.loss:.4f}"]
         if self._progress is None:
-            if record.valid_loss is not None:
-                parts.append(f"valid loss {record.valid_loss:.4f}")
+            parts += _validation_texts(record, "valid loss")
             parts += [f"lr {record.lr:.2e}", f"grad norm {record.grad_norm:.3f}"]
         parts.append(f"FFN share {record.ffn_fraction:.3f} ({self._wanted(record)})")
         parts.append(f"{record.tokens_per_s:,.0f} tokens/s")
@@ -90,3 +89,10 @@ class ConsoleSink:
         minutes, rest = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _validation_texts(record: StepMetrics, what: str) -> list[str]:
+    """The validation losses of a record, as a reader sees them."""
+    whole = [] if record.valid_loss is None else [f"{what} {record.valid_loss:.4f}"]
+    named = record.valid_set_loss or {}
+    return whole + [f"{what} of {name} {loss:.4f}" for name, loss in named.items()]

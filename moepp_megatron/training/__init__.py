@@ -6,6 +6,7 @@ batch_losses.py        the loss of each batch and how much its sequences differ
 budget.py              applies the budget of FFN experts per token to the model, step by step
 collect.py             adds up what all ranks counted in one step
 data_sources.py        loss, FFN share and use of the experts by data source, of one step
+data_stages.py         which of its data a run is drawing from, and when others follow
 decoding.py            continues prompts with a cache of keys and values
 evaluate.py            validation loss
 further_tokens.py      the loss of multi-token prediction of a step, over all ranks

@@ -21,8 +21,8 @@ def rank_batches(
 ) -> list[Iterator[Batch]]:
     """One endless iterator per model chunk over this rank's micro-batches, from `consumed_samples`.
 
-    After the last whole global batch the first one follows again, because a run that skipped bad
-    batches needs others in their place.
+    After the last whole global batch the first one follows again (of the last stage of the data),
+    because a run that skipped bad batches needs others in their place.
 
     Every rank reads its own samples: a sample depends on its index alone, so ranks of one
     data-parallel group agree without a broadcast.
@@ -46,7 +46,10 @@ def _endless(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Ba
     batch = math.gcd(*training.batch_sizes)
     usable = len(dataset) // batch * batch
     assert usable > 0, f"{len(dataset)} samples do not fill a global batch of {batch}"
-    start = consumed_samples % usable
+    first = getattr(dataset, "repeats_from", 0)
+    start = consumed_samples
+    if start >= usable:
+        start = first + (consumed_samples - first) % (usable - first)
     while True:
         yield from batches(
             dataset,
@@ -59,4 +62,4 @@ def _endless(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Ba
             pin_memory=torch.cuda.is_available(),
             vocab_size=vocabulary_of(dataset, config.model.vocab_size),
         )
-        start = 0
+        start = first

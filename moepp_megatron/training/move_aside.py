@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config.blends import blends_of, folders_of
 from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
 from moepp_megatron.training.checkpoint.find import start_candidates
 from moepp_megatron.training.checkpoint.names import LATEST_FILE, PREFIX
@@ -36,7 +37,9 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
         OSError: The folder's parent cannot be written.
     """
     folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
-    needed = [config.data.path, config.data.tokenizer, config.telemetry.hardware]
+    trained = [folder.path for folder in folders_of(blends_of(config)).values()]
+    needed = [config.data.tokenizer, config.telemetry.hardware, config.data.cache]
+    needed += [*trained, *config.data.validation.values()]
     kept = [Path(os.path.realpath(path)) for path in needed if path is not None]
     moved = [path for path in sorted(folder.iterdir()) if not _stays(path, kept)]
     outside = not _is_inside(checkpoints, folder)

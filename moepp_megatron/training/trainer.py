@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.data.datasets import build_datasets
+from moepp_megatron.config.blends import blends_of
+from moepp_megatron.data.datasets import build_datasets, build_validation_sets
 from moepp_megatron.data.same_tokenizer import tokenizer_of_run
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.data.verify import corpus_identity
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks
 from moepp_megatron.training.alerts import RunAlerts, guard_alert, new_stage
@@ -28,7 +28,8 @@ from moepp_megatron.training.checkpoint import (
 )
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.collect import mean_loss
-from moepp_megatron.training.evaluate import validation_loss
+from moepp_megatron.training.data_stages import DataStages
+from moepp_megatron.training.evaluate import Validation
 from moepp_megatron.training.further_tokens import FurtherTokens
 from moepp_megatron.training.going_back import go_back, newest_checkpoint
 from moepp_megatron.training.profiler import StepRecorder
@@ -72,16 +73,14 @@ class Trainer:
         self.config = config
         self.layout = layout
         self.model: TrainingModel = build_training_model(config)
-        assert config.data.path is not None, "training needs data.path"
         self._tokenizer = tokenizer_of_run(config)
-        self._train_set, self._valid_set, _ = build_datasets(
-            Path(config.data.path),
-            Tokenizer.load(self._tokenizer),
-            config.model.seq_length,
-            config.data.split,
-            config.training.seed,
-            self._num_samples(),
-        )
+        tokenizer, blends = Tokenizer.load(self._tokenizer), blends_of(config)
+        order = (tokenizer, config.model.seq_length, config.data.split, config.training.seed)
+        samples, cache = self._num_samples(), config.data.cache
+        self._train_set, valid_set, _ = build_datasets(blends, *order, samples, cache_dir=cache)
+        sets = config.data.validation if samples[1] else {}
+        named = build_validation_sets(sets, blends, *order, samples[1], cache)
+        self._validation = Validation(valid_set, named)
         self._supervisor = Supervisor(config, self.model)
         self._sizes = BatchSizes(config)
         self._samples = 0  # of the newest step
@@ -95,7 +94,7 @@ class Trainer:
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load()
         self.progress, self.extra = loaded.progress, loaded.extra
-        self._corpus = corpus_identity(Path(config.data.path))
+        self._stages = DataStages(config, self.extra, self.progress.consumed_samples)
         if self._supervisor.guard is not None:
             self._supervisor.guard.load(self.extra)
         self._routers = Routers(config, self.model, layout, self.extra, self._train_set)
@@ -116,10 +115,10 @@ class Trainer:
         )
         record = None
         self.model.set_training(True)
-        if self.extra.get("corpus", self._corpus) != self._corpus:
-            self.announce_stage("data.path holds another corpus than before")
         with StopRequest().listening() as stop, self._supervisor as supervisor, self._telemetry:
             while self.progress.step < training.train_iters and not self.stopped:
+                if (why := self._stages.enter(self.progress.consumed_samples)) is not None:
+                    self.announce_stage(why)
                 result, started = self._take_step(batches, stop)
                 self.checkpoints.poll()
                 # The loss is needed by the log alone, but reading it waits for the device: so the
@@ -208,7 +207,7 @@ class Trainer:
 
     def _save(self) -> None:
         # A new dictionary, not a changed one: a save under way keeps the old one.
-        self.extra = {**self.extra, "corpus": self._corpus, **self._routers.state()}
+        self.extra = {**self.extra, **self._stages.state(), **self._routers.state()}
         if self._supervisor.guard is not None:
             self.extra |= self._supervisor.guard.state()
         self.checkpoints.save(self.model, self.progress, self.extra)
@@ -303,6 +302,7 @@ class Trainer:
         if self._sinks is not None:
             self._sinks.go_back(self.progress.step)
         self._alerts.send(*self._routers.go_back(before.step, self.extra))
+        self._stages.go_back(self.extra)
         if self._supervisor.guard is not None:
             self._supervisor.guard.load(self.extra)
             self._supervisor.guard.forget_refused()
@@ -315,7 +315,7 @@ class Trainer:
 
     def _evaluates(self) -> bool:
         training = self.config.training
-        if self._valid_set is None or training.eval_iters == 0:
+        if not self._validation.exists or training.eval_iters == 0:
             return False
         return self.progress.step == training.train_iters or self._due(training.eval_interval)
 
@@ -325,10 +325,10 @@ class Trainer:
         elapsed = time.perf_counter() - started
         tokens = self._samples * self.config.model.seq_length
         routing = self._routers.routing_metrics()
-        valid_loss = None
+        validation = {}
         if self._evaluates():
             with self._supervisor.during("evaluation"):
-                valid_loss = validation_loss(self.model, self._valid_set, self.config, self.layout)
+                validation = self._validation.losses(self.model, self.config, self.layout)
         ffn_fraction: float = routing["ffn_fraction"]
         telemetry = self._telemetry.metrics(self.progress.tokens, tokens / elapsed, ffn_fraction)
         return StepMetrics(
@@ -340,7 +340,7 @@ class Trainer:
             grad_norm=grad_norm,
             step_time_s=elapsed,
             tokens_per_s=tokens / elapsed,
-            valid_loss=valid_loss,
+            **validation,
             skipped_steps=self.progress.skipped_steps or None,
             **self._supervisor.metrics(),  # type: ignore[arg-type]
             failed_saves=self.checkpoints.failed_saves if self._saves() else None,

@@ -2,6 +2,7 @@
 
 budget.py            rules of `moe.budget`
 cuda_graphs.py       rules of `training.cuda_graphs`
+data.py              rules of the section `data`: blends, stages, validation sets
 divisibility.py      divisibility, the most common rule, with a remedy that can be typed in
 expert_overlap.py    rules of `parallel.overlap_moe_expert_parallel_comm`
 flex.py              the sizes that deep_ep, the package of the flex dispatcher, requires
@@ -31,6 +32,7 @@ from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules import (
     budget,
     cuda_graphs,
+    data,
     expert_overlap,
     flex,
     ignored,
@@ -62,6 +64,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *precision.RULES,
     *training.RULES,
     *optimizer.RULES,
+    *data.RULES,
     *cuda_graphs.RULES,
     *resilience.RULES,
     *slurm.RULES,

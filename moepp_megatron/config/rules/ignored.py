@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from operator import attrgetter
 
+from moepp_megatron.config.blends import first_step
 from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.experts import LOCAL_KINDS
@@ -304,6 +305,12 @@ def _intervals_of_nothing(config: Config) -> Iterator[Problem]:
             "with training.eval_iters 0",
             "set training.eval_iters above 0, or leave it out",
         )
+        yield from _ignored(
+            config,
+            "data.validation",
+            "with training.eval_iters 0",
+            "set training.eval_iters above 0, or leave it out",
+        )
     if config.checkpoint.save_interval == 0:
         yield from _ignored(
             config,
@@ -318,6 +325,19 @@ def _intervals_of_nothing(config: Config) -> Iterator[Problem]:
             "with checkpoint.load null",
             "set checkpoint.load, or leave it out",
         )
+
+
+def _stages_behind_the_end(config: Config) -> Iterator[Problem]:
+    """A run that is trained in parts may name them all the same."""
+    for index, stage in enumerate(config.data.stages):
+        step, steps = first_step(config, stage), config.training.train_iters
+        if step >= steps:
+            yield Problem(
+                f"data.stages[{index}]",
+                f"from step {step}",
+                f"has no effect: the run ends at training.train_iters ({steps})",
+                "raise training.train_iters, or leave it out",
+            )
 
 
 def _settings_of_what_is_off(config: Config) -> Iterator[Problem]:
@@ -406,6 +426,7 @@ RULES = (
     _schedule_parts_of_other_schedules,
     _parts_of_other_optimizers,
     _intervals_of_nothing,
+    _stages_behind_the_end,
     _settings_of_what_is_off,
     _rollback_without_checkpoint,
     _profiled_ranks_without_steps,

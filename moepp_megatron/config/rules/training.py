@@ -176,13 +176,13 @@ def _split_has_three_parts(config: Config) -> Iterator[Problem]:
         )
     elif weights[0] <= 0:
         yield Problem(name, text, "must leave something to train on", "use '98,2,0'")
-    elif weights[1] <= 0 and config.training.eval_iters > 0:
+    elif weights[1] <= 0 and config.training.eval_iters > 0 and not config.data.validation:
         yield Problem(
             name,
             text,
             f"must leave something to validate on for training.eval_iters "
             f"({config.training.eval_iters})",
-            "use '98,2,0', or set training.eval_iters to 0",
+            "use '98,2,0', name sets in data.validation, or set training.eval_iters to 0",
         )
 
 

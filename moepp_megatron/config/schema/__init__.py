@@ -1,5 +1,6 @@
 """The configuration's sections as pydantic models, one file per subject.
 
+blend.py             entries of `data.blend` and `data.stages`
 budget.py            section `moe.budget`: how many FFN experts a token gets
 config.py            the whole configuration: one section per subject
 latent_attention.py  section `model.latent_attention`: multi-head latent attention
@@ -17,6 +18,7 @@ slurm.py             section `slurm`: what `moepp slurm` asks the scheduler for
 training.py          section `training`: batches, length, recomputation and logging
 """
 
+from moepp_megatron.config.schema.blend import BlendPart, DataStage
 from moepp_megatron.config.schema.budget import BudgetSection
 from moepp_megatron.config.schema.config import Config
 from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
@@ -39,10 +41,12 @@ from moepp_megatron.config.schema.slurm import SlurmSection
 from moepp_megatron.config.schema.training import TrainingSection
 
 __all__ = [
+    "BlendPart",
     "BudgetSection",
     "CheckpointSection",
     "Config",
     "DataSection",
+    "DataStage",
     "LatentAttentionSection",
     "ModelSection",
     "ForceFFNSection",

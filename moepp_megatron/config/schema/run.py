@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from moepp_megatron.config.schema.blend import BlendPart, DataStage
 from moepp_megatron.config.schema.section import ConfigPath, PathText, Section, unit
 
 
@@ -34,12 +35,35 @@ class DataSection(Section):
 
     path: ConfigPath | None = Field(
         default=None,
-        description="Folder written by `moepp data prepare`; null only where no data is read",
+        description="Folder written by `moepp data prepare`, or the prefix of Megatron's .bin and "
+        ".idx; null where data.blend names several, or no data is read",
+        json_schema_extra=unit("-"),
+    )
+    blend: list[BlendPart] = Field(
+        default_factory=list,
+        description="Folders that are trained on together, instead of data.path",
+        json_schema_extra=unit("-"),
+    )
+    stages: list[DataStage] = Field(
+        default_factory=list,
+        description="Other blends from a step or a number of tokens on, in order",
+        json_schema_extra=unit("-"),
+    )
+    validation: dict[str, ConfigPath] = Field(
+        default_factory=dict,
+        description="Further validation sets, {name: folder}, each with a loss of its own; of a "
+        "folder that is trained on the validation part, of any other all documents",
+        json_schema_extra=unit("-"),
+    )
+    cache: ConfigPath | None = Field(
+        default=None,
+        description="Folder for the order of samples, which all ranks must see; null: cache/ in "
+        "the data folder",
         json_schema_extra=unit("-"),
     )
     tokenizer: ConfigPath | None = Field(
         default=None,
-        description="Tokenizer file; null takes tokenizer.json in data.path",
+        description="Tokenizer file; null takes tokenizer.json in the (first) data folder",
         json_schema_extra=unit("-"),
     )
     split: str | None = Field(

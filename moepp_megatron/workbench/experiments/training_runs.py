@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config.blends import with_whole_paths
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.launch import LaunchOptions
@@ -58,10 +59,7 @@ class TrainingRuns[Run: TrainingRun](RunSet[Run]):
         """The configuration of the run `name` of this set."""
         run = config.run.model_copy(update={"dir": self.path / "runs" / name, "name": name})
         # The files are for other folders to start from, too.
-        paths = {"path": config.data.path, "tokenizer": config.data.tokenizer}
-        absolute = {key: path and path.resolve() for key, path in paths.items()}
-        data = config.data.model_copy(update=absolute)
-        return config.model_copy(update={"run": run, "data": data})
+        return config.model_copy(update={"run": run, "data": with_whole_paths(config.data)})
 
     def claim(self, runs: Sequence[Run]) -> None:
         """Make the folder and write the configuration of every run.

@@ -30,7 +30,10 @@ _END = 0.1
 _NOT_COMPARED = ("run.dir",)
 _LONGEST_VALUE = 120
 # Where one of these differs, so does what the loss is a mean of.
-_DECIDE_THE_LOSS = ("model.vocab_size", "data.path", "data.tokenizer", "model.seq_length")
+_DECIDE_THE_LOSS = (
+    *("model.vocab_size", "model.seq_length"),
+    *("data.path", "data.blend", "data.stages", "data.tokenizer"),
+)
 
 
 @dataclass(frozen=True)

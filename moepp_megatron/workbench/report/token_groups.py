@@ -100,7 +100,10 @@ def token_plots(run: RunData) -> list[Plot]:
     classes = list(dict.fromkeys(n for r in run.records for n in r.class_ffn_per_token or {}))
     more = "" if len(sources) == len(_sources(run)) else " The sources with the most tokens."
     of_class = "FFN experts per token, mean over MoE layers, of the tokens"
+    sets = list(dict.fromkeys(n for r in run.records for n in r.valid_set_loss or {}))
     plots = [
+        Lines("valid_set_loss", "Loss by validation set", "loss (nats)",
+              "Language-model loss of each set of data.validation.", sets[: len(LINE_COLOURS)]),
         Lines("source_loss", "Loss by data source", "loss (nats)",
               f"Mean language-model loss behind the tokens of each source.{more}", sources),
         Lines("source_ffn_share", "FFN share by data source", "FFN share",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.blends import Folder
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.same_tokenizer import (
     check_corpus_tokenizer,
@@ -49,7 +50,8 @@ def _config(folder: Path, tokenizer: Path | None = None) -> Config:
 
 
 def _check(folder: Path, tokenizer: Path | None = None) -> None:
-    check_corpus_tokenizer(_config(folder, tokenizer), Manifest.read(folder))
+    place = Folder("data.path", folder)
+    check_corpus_tokenizer(_config(folder, tokenizer), Manifest.read(folder), place)
 
 
 def test_the_corpus_has_its_own(folder: Path, tmp_path: Path):

@@ -1,0 +1,131 @@
+"""One order of samples over several folders, stage by stage.
+
+Which folder a sample is of is megatron-core's choice (`BlendedDataset`). Each folder has one order
+of samples for the whole run, and a stage goes on in it behind those of the stages before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from torch.utils.data import Dataset
+
+from moepp_megatron.config.blends import Blend
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one stage draws.
+
+    Attributes:
+        blend: Folders and shares.
+        size: Samples of the stage.
+        firsts: By the folder's real path, the sample of its own order that the stage starts from.
+    """
+
+    blend: Blend
+    size: int
+    firsts: Mapping[str, int]
+
+
+def plan_draws(blends: Sequence[Blend], num_samples: int) -> tuple[list[Draw], dict[str, int]]:
+    """Plan the stages of a run.
+
+    Args:
+        blends: The blends in order.
+        num_samples: Samples of the whole run; a blend that begins behind them is left out.
+
+    Returns:
+        What each stage draws, and how many samples each folder must have, by its real path.
+    """
+    begun = [blend for blend in blends if blend.first_sample < num_samples] or list(blends[:1])
+    ends = [*(blend.first_sample for blend in begun), num_samples]
+    needed: dict[str, int] = {}
+    draws = []
+    for blend, (first, end) in zip(begun, pairwise(ends), strict=True):
+        firsts = {folder.real: needed.get(folder.real, 0) for folder in blend.folders}
+        draws.append(Draw(blend, end - first, firsts))
+        for folder in blend.folders:
+            # `build_blending_indices` never draws more of a folder: it gives each sample to the
+            # one that is furthest behind its share, so none is ahead by more than one.
+            most = math.ceil(folder.share * (end - first)) + 1
+            needed[folder.real] = firsts[folder.real] + most
+    return draws, needed
+
+
+class DrawnDataset(Dataset[Any]):
+    """The samples of all stages in one order.
+
+    Args:
+        draws: The stages.
+        datasets: The open folders by their real paths.
+        cache: Folder for the order of a blend.
+
+    Attributes:
+        config: megatron-core's configuration of the first folder.
+        source_names: Names of the data sources.
+        repeats_from: Where to go on behind the last sample: with the last stage again.
+    """
+
+    def __init__(
+        self, draws: Sequence[Draw], datasets: Mapping[str, GPTDataset], cache: Path
+    ) -> None:
+        self._starts = [draw.blend.first_sample for draw in draws]
+        self._size = self._starts[-1] + draws[-1].size
+        self.repeats_from = self._starts[-1]
+        self._datasets = [
+            [datasets[folder.real] for folder in draw.blend.folders] for draw in draws
+        ]
+        self._firsts = [
+            [draw.firsts[folder.real] for folder in draw.blend.folders] for draw in draws
+        ]
+        self.config = dataclasses.replace(
+            self._datasets[0][0].config, path_to_cache=str(cache.resolve())
+        )
+        self.source_names = tuple(getattr(self._datasets[0][0], "source_names", ()))
+        self._orders = [
+            self._order(draw, each) for draw, each in zip(draws, self._datasets, strict=True)
+        ]
+
+    def _order(self, draw: Draw, datasets: list[GPTDataset]) -> BlendedDataset | None:
+        """Which folder each sample is of; None for one folder. Every rank must call."""
+        if len(datasets) == 1:
+            return None
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(
+            BlendedDataset,
+            lambda: True,
+            True,  # rank 0 first, the others read what it has written
+            datasets,
+            [folder.share for folder in draw.blend.folders],
+            draw.size,
+            self.config,
+        )
+
+    def __len__(self) -> int:
+        """Samples of all stages."""
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """A sample, as its folder has it."""
+        dataset, sample = self.locate(index)
+        found: dict[str, torch.Tensor] = dataset[sample]
+        return found
+
+    def locate(self, index: int) -> tuple[GPTDataset, int]:
+        """The folder that a sample is of, and which of its samples it is."""
+        stage = bisect_right(self._starts, index) - 1
+        place, order = index - self._starts[stage], self._orders[stage]
+        folder = 0 if order is None else int(order.dataset_index[place])
+        within = place if order is None else int(order.dataset_sample_index[place])
+        return self._datasets[stage][folder], self._firsts[stage][folder] + within

@@ -1,0 +1,153 @@
+"""What prepared data hold, and what a run will draw of them: `moepp data show`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.blends import Folder, blends_of
+from moepp_megatron.data.index import CorpusError, read_ends, read_header
+from moepp_megatron.data.manifest import Manifest
+from moepp_megatron.data.split import check_split, document_ranges
+from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.data.verify import check_start, damaged, read_manifest
+
+
+class Corpus:
+    """A prepared folder, or a pair of .bin and .idx, whose documents can be read.
+
+    Args:
+        folder: The folder, and the setting that names it.
+
+    Attributes:
+        manifest: What it holds.
+
+    Raises:
+        ConfigError: There is none, or it is damaged.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self.manifest: Manifest = read_manifest(folder.path, folder.name)
+        check_start(folder.path, self.manifest, whole_index=False, name=folder.name)
+        prefix = self.manifest.prefix(folder.path)
+        self._bin = Path(f"{prefix}.bin")
+        idx, is_ours = Path(f"{prefix}.idx"), not self.manifest.is_bare
+        try:
+            self._header = read_header(idx, self.manifest.documents if is_ours else None)
+            # [documents] int64, the token behind the last one of each.
+            self._ends = read_ends(idx, self._header, self._bin.stat().st_size, is_ours)
+        except (CorpusError, OSError) as error:
+            raise damaged(folder.name, folder.path, str(error)) from None
+
+    def document(self, number: int) -> NDArray[np.integer]:
+        """The token ids of a document, in the order of the corpus.
+
+        Raises:
+            ConfigError: There is none of this number.
+        """
+        last = self.manifest.documents - 1
+        if not 0 <= number <= last:
+            raise ConfigError(f"--document ({number}) must be from 0 to {last}; use 0")
+        data = np.memmap(self._bin, dtype=self._header.dtype, mode="r")
+        start = int(self._ends[number - 1]) if number else 0
+        return np.asarray(data[start : int(self._ends[number])])
+
+    def training_tokens(self, split: str | None) -> int:
+        """Tokens of the documents that are trained on.
+
+        Raises:
+            ConfigError: The split cannot be made.
+        """
+        plain = check_split(split, self.manifest, validates=False)
+        part = document_ranges(plain, self.manifest.documents)[0]
+        if part is None:
+            return 0
+        first, end = part
+        return int(self._ends[end - 1]) - (int(self._ends[first - 1]) if first else 0)
+
+
+def shown_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Token ids as text; where they are not the tokenizer's, that is said.
+
+    Raises:
+        ConfigError: An id is outside of the vocabulary.
+    """
+    highest = max(tokens, default=0)
+    if highest >= tokenizer.vocab_size:
+        raise ConfigError(
+            f"--tokenizer has {tokenizer.vocab_size} tokens and must hold every id (a document has "
+            f"{highest}); name the tokenizer that the ids were made with"
+        )
+    return tokenizer.decode(list(tokens))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a run draws of one folder, in one stage or in all.
+
+    Attributes:
+        path: The folder.
+        share: Of the samples of the stage, or of the run.
+        tokens: Tokens drawn, to within a sample.
+        epochs: Over the tokens that the folder has to train on.
+    """
+
+    path: Path
+    share: float
+    tokens: float
+    epochs: float
+
+
+@dataclass(frozen=True)
+class StageShares:
+    """One stage of a run, or all of it.
+
+    Attributes:
+        name: The setting that describes it; `the run` for all.
+        first_step: Steps taken before it.
+        last_step: Its last step.
+        shares: By folder.
+    """
+
+    name: str
+    first_step: int
+    last_step: int
+    shares: tuple[Share, ...]
+
+
+def planned_shares(config: Config, corpora: dict[str, Corpus]) -> list[StageShares]:
+    """What each stage of a run draws, and behind them the whole run.
+
+    Args:
+        config: The configuration.
+        corpora: The folders by their real paths.
+    """
+    training, length = config.training, config.model.seq_length
+    batch, end = training.global_batch_size, training.train_iters * training.global_batch_size
+    blends = [blend for blend in blends_of(config) if blend.first_sample < end]
+    own = {real: each.training_tokens(config.data.split) for real, each in corpora.items()}
+    drawn: dict[str, float] = {}
+    paths: dict[str, Path] = {}
+    stages = []
+    bounds = pairwise([*(blend.first_sample for blend in blends), end])
+    for blend, (first, behind) in zip(blends, bounds, strict=True):
+        shares = []
+        for folder in blend.folders:
+            tokens = folder.share * (behind - first) * length
+            drawn[folder.real] = drawn.get(folder.real, 0.0) + tokens
+            paths.setdefault(folder.real, folder.path)
+            epochs = tokens / max(own[folder.real], 1)
+            shares.append(Share(folder.path, folder.share, tokens, epochs))
+        stages.append(StageShares(blend.name, first // batch, behind // batch, tuple(shares)))
+    whole = tuple(
+        Share(paths[real], tokens / (end * length), tokens, tokens / max(own[real], 1))
+        for real, tokens in drawn.items()
+    )
+    return [*stages, StageShares("the run", 0, training.train_iters, whole)]

@@ -1,0 +1,60 @@
+"""Which of its data a run is drawing from, and when others follow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from moepp_megatron.config import Config
+from moepp_megatron.config.blends import Blend, blend_at, blends_of
+from moepp_megatron.data.verify import corpus_identity
+
+
+class DataStages:
+    """The stages of a run's data, and the one that its newest batch was of.
+
+    Every rank has one and calls it alike.
+
+    Args:
+        config: The run's configuration; it names data.
+        extra: Further state from a checkpoint; empty at the beginning.
+        consumed_samples: Samples that have been read.
+    """
+
+    def __init__(self, config: Config, extra: dict[str, Any], consumed_samples: int) -> None:
+        self._blends = blends_of(config)
+        self._identities = {blend.name: _identity(blend) for blend in self._blends}
+        current = self._identities[blend_at(self._blends, consumed_samples).name]
+        self._newest: str | None = extra.get("corpus", current)
+
+    def enter(self, consumed_samples: int) -> str | None:
+        """Note where the next batch begins; why other data follow from there, None if they do not.
+
+        That is so where a stage begins, and where a resumed run has data of other content.
+        """
+        blend = blend_at(self._blends, consumed_samples)
+        before, self._newest = self._newest, self._identities[blend.name]
+        if self._newest == before:
+            return None
+        if blend is self._blends[0]:
+            return f"{blend.name} holds another corpus than before"
+        return f"{blend.name} begins: {blend.text}"
+
+    def state(self) -> dict[str, Any]:
+        """The state for a checkpoint."""
+        return {"corpus": self._newest}
+
+    def go_back(self, extra: dict[str, Any]) -> None:
+        """Take over the state of a checkpoint that the run has gone back to."""
+        self._newest = extra.get("corpus", self._newest)
+
+
+def _identity(blend: Blend) -> str | None:
+    """What tells the data of a blend from others: the tokens of its folders, and the shares."""
+    identities = [corpus_identity(folder.path) for folder in blend.folders]
+    if len(identities) == 1:
+        return identities[0]
+    shares = [folder.share for folder in blend.folders]
+    text = json.dumps(sorted(zip(map(str, identities), shares, strict=True)))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,159 @@
+"""Blends and stages in training: what a resumed run draws, what guards are told, losses by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from moepp_megatron.observe.alerts import read_alerts
+from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
+from tests.parallel.ranks import RankPools
+from tests.unit.data.letters import prepare_letters
+
+STEPS = 12
+# The second stage begins between checkpoints, the third where one is written.
+BEGINS = (4, 8)
+KILLED_AT = 7
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Section `data`: three folders, three stages."""
+    folder = tmp_path_factory.mktemp("letters")
+    web, code, math = (
+        str(prepare_letters(folder, name, all=letter))
+        for name, letter in (("web", "a"), ("code", "b"), ("math", "c"))
+    )
+    return {
+        "blend": [{"path": web, "weight": 3.0}, {"path": code, "weight": 1.0}],
+        "stages": [
+            {"from_step": 4, "blend": [{"path": code, "weight": 1.0}]},
+            # 8 steps of 8 sequences of 16 tokens.
+            {
+                "from_tokens": 1024.0,
+                "blend": [{"path": web, "weight": 1.0}, {"path": math, "weight": 1.0}],
+            },
+        ],
+        "validation": {"seen": web, "elsewhere": math},
+    }
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing is saved."""
+
+
+def run_and_read(raw: dict[str, Any], killed_at: int | None = None) -> list[list[list[int]]]:
+    """Train; the tokens of each micro-batch that this rank has trained on, in order."""
+    from moepp_megatron.training import trainer
+
+    read: list[list[list[int]]] = []
+    make, step = trainer.rank_batches, trainer.training_step
+    steps = 0
+
+    def recorded(iterator: Any) -> Any:
+        for batch in iterator:
+            read.append(batch["tokens"].tolist())
+            yield batch
+
+    def counted(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == killed_at:
+            raise Killed
+        return step(*args)
+
+    with (
+        mock.patch.object(trainer, "rank_batches", lambda *a: [recorded(i) for i in make(*a)]),
+        mock.patch.object(trainer, "training_step", counted),
+    ):
+        try:
+            run_trainer(raw)
+        except Killed:
+            assert killed_at is not None
+    return read
+
+
+def raw_of(data: dict[str, Any], run: Path, **sections: Any) -> dict[str, Any]:
+    training = {"train_iters": STEPS, "eval_iters": 1, "eval_interval": 6}
+    raw = trainer_settings(Path("unused"), run, training=training, **sections)
+    return raw | {"data": data}
+
+
+def stages_of(run: Path) -> list[tuple[int, str]]:
+    alerts = [alert for alert in read_alerts(run / "alerts.jsonl") if alert.rule == "new_stage"]
+    return [(alert.step, alert.condition) for alert in alerts]
+
+
+@pytest.mark.parametrize("ranks_of_run", [1, 2])
+def test_killed_and_resumed_is_unbroken(
+    ranks: RankPools, data: dict[str, Any], tmp_path: Path, ranks_of_run: int
+) -> None:
+    pool, per_step = ranks(ranks_of_run), 4 // ranks_of_run
+    whole = pool.run(run_and_read, raw_of(data, tmp_path / "whole"))
+    checkpoint = {"save_interval": 4, "load": "auto"}
+    raw = raw_of(data, tmp_path / "run", checkpoint=checkpoint)
+    before = pool.run(run_and_read, raw, KILLED_AT)
+    after = pool.run(run_and_read, raw)
+    for rank in range(ranks_of_run):
+        assert len(whole[rank]) == STEPS * per_step
+        assert before[rank] == whole[rank][: (KILLED_AT - 1) * per_step]
+        assert after[rank] == whole[rank][4 * per_step :]
+        # No batch is there twice, and stages differ.
+        assert len({json.dumps(batch) for batch in whole[rank]}) == STEPS * per_step
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+    assert logged(tmp_path / "run", "source_loss") == logged(tmp_path / "whole", "source_loss")
+
+    told = stages_of(tmp_path / "whole")
+    assert [step for step, _ in told] == list(BEGINS)
+    assert "data.stages[1] begins: 50.0% " in told[1][1]
+    # The first is announced again: the checkpoint was written before it.
+    assert stages_of(tmp_path / "run") == [told[0], told[0], told[1]]
+
+
+def test_losses_by_source_and_by_set(
+    ranks: RankPools, data: dict[str, Any], tmp_path: Path
+) -> None:
+    ranks(1).run(run_trainer, raw_of(data, tmp_path / "run"))
+    losses = logged(tmp_path / "run", "source_loss")
+    assert [sorted(each) for each in losses[:4]] == [["code", "web"]] * 4
+    assert [sorted(each) for each in losses[4:8]] == [["code"]] * 4
+    assert [sorted(each) for each in losses[8:]] == [["math", "web"]] * 4
+    shares = logged(tmp_path / "run", "source_ffn_share")
+    assert all(0 < share < 1 for each in shares for share in each.values())
+
+    sets = logged(tmp_path / "run", "valid_set_loss")
+    assert [step for step, each in enumerate(sets, 1) if each] == [6, 12]
+    assert sorted(sets[-1]) == ["elsewhere", "seen"]
+    whole = logged(tmp_path / "run", "valid_loss")[-1]
+    # What has been trained on from the beginning is known better.
+    assert sets[-1]["seen"] < sets[-1]["elsewhere"]
+    assert whole is not None
+    assert whole != sets[-1]["seen"]
+
+
+def test_a_rollback_over_a_stage_begins_it_again() -> None:
+    """A checkpoint of the stage before restores its baselines, while the data have gone on."""
+    from moepp_megatron.config import parse_config
+    from moepp_megatron.training.data_stages import DataStages
+
+    parts = [{"path": "a", "weight": 1.0}], [{"path": "b", "weight": 1.0}]
+    raw = trainer_settings(Path("unused"), Path("unused"))
+    raw["data"] = {"blend": parts[0], "stages": [{"from_step": 4, "blend": parts[1]}]}
+    with mock.patch("moepp_megatron.training.data_stages.corpus_identity", str):
+        stages = DataStages(parse_config(raw), {}, 0)
+        saved = stages.state()
+        assert stages.enter(0) is None
+        assert stages.enter(31) is None
+        assert stages.enter(32) == "data.stages[0] begins: b"
+        assert stages.enter(40) is None
+        stages.go_back(saved)
+        assert stages.enter(48) == "data.stages[0] begins: b"
+        resumed = DataStages(parse_config(raw), stages.state(), 48)
+        assert resumed.enter(48) is None
+        assert DataStages(parse_config(raw), {"corpus": "z"}, 0).enter(0) == (
+            "data.blend holds another corpus than before"
+        )

@@ -1,0 +1,32 @@
+"""Folders whose tokens say where they come from: each source's documents are of one letter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from moepp_megatron.data.prepare import PrepareSettings, prepare
+
+# Without merges: a token is a letter.
+SETTINGS = PrepareSettings(vocab_size=257, workers=1)
+
+
+def write_letters(path: Path, letter: str, documents: int = 60, seed: int = 1) -> Path:
+    """A JSONL file of documents that repeat a letter."""
+    lengths = np.random.RandomState(seed).randint(1, 40, documents)
+    lines = [json.dumps({"text": letter * int(length)}) + "\n" for length in lengths]
+    path.write_text("".join(lines))
+    return path
+
+
+def prepare_letters(folder: Path, name: str, **letters: str) -> Path:
+    """A prepared folder `name` with a data source for each keyword."""
+    given = [
+        f"{source}={write_letters(folder / f'{name}-{source}.jsonl', letter)}"
+        for source, letter in letters.items()
+    ]
+    prepare(given, folder / name, SETTINGS, Console(quiet=True))
+    return folder / name

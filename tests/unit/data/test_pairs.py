@@ -1,0 +1,138 @@
+"""Megatron's own pairs of files, made elsewhere: what of them can be used, and what is told."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moepp_megatron.cli.main import app
+from moepp_megatron.config.blends import Blend, Folder
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.datasets import build_datasets
+from moepp_megatron.data.loader import batches
+from moepp_megatron.data.prepared_data import check_data
+from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from moepp_megatron.data.verify import corpus_identity, read_manifest
+from tests.unit.training.conftest import config_of
+
+
+@pytest.fixture
+def pair(prepared: Path, tmp_path: Path) -> Path:
+    """The files of a corpus under a name as Megatron's preprocessing gives."""
+    prefix = tmp_path / "elsewhere" / "my_text_document"
+    prefix.parent.mkdir()
+    for suffix in (".bin", ".idx"):
+        shutil.copy(prepared / f"corpus{suffix}", f"{prefix}{suffix}")
+    return prefix
+
+
+def config(pair: Path, tokenizer: Path | None, **training: int):
+    data = {"path": str(pair), "tokenizer": None if tokenizer is None else str(tokenizer)}
+    return config_of(data=data, model={"vocab_size": 512}, training=training)
+
+
+def test_it_draws_as_the_prepared_folder(pair, prepared, tokenizer, tmp_path: Path) -> None:
+    arguments = (tokenizer, 32, "80,20,0", 7, (40, 8, 0))
+    ours, theirs = (
+        build_datasets(path, *arguments, cache_dir=tmp_path / name)
+        for path, name in ((prepared, "a"), (pair, "b"))
+    )
+    for mine, other in zip(ours[:2], theirs[:2], strict=True):
+        assert len(mine) == len(other) > 8
+        assert all(torch.equal(mine[i]["tokens"], other[i]["tokens"]) for i in range(len(mine)))
+
+
+def test_it_blends_with_a_prepared_folder(pair, prepared, tokenizer, tmp_path: Path) -> None:
+    folders = (Folder("a", prepared, 0.5), Folder("b", pair, 0.5))
+    blends = [Blend("data.blend", 0, folders)]
+    train, _, _ = build_datasets(blends, tokenizer, 32, "80,20,0", 7, (8, 0, 0), cache_dir=tmp_path)
+    assert train.source_names == (prepared.name, "my_text_document")
+
+
+def test_what_cannot_be_checked_is_told(pair, prepared, tmp_path: Path) -> None:
+    (warning,) = check_data(config(pair, prepared / "tokenizer.json"))
+    assert warning.startswith(f"data.path ({pair}) has no manifest: whether data.tokenizer")
+    assert "cannot be checked" in warning
+    other = tmp_path / "other.json"
+    train_tokenizer(["other words"], 258).save(other)
+    content = other.read_text().replace("<|endoftext|>", "<|end_of_text|>")
+    other.write_text(content)
+    # The end-of-document token is 0 there, too: only other ids can tell.
+    assert len(check_data(config(pair, other))) == 1
+    tokens = np.fromfile(f"{pair}.bin", np.uint16)
+    np.where(tokens == 0, 5, tokens).astype(np.uint16).tofile(f"{pair}.bin")
+    _, doubt = check_data(config(pair, prepared / "tokenizer.json"))
+    assert "60 of 60 documents looked at do not end with token 0 (<|endoftext|>)" in doubt
+    assert "without --append-eod" in doubt
+
+
+def test_it_needs_a_tokenizer_that_fits_the_model(pair, prepared) -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer \(null\) must be given, because"):
+        check_data(config(pair, None))
+    small = config(pair, prepared / "tokenizer.json")
+    small = small.model_copy(update={"model": small.model.model_copy(update={"vocab_size": 100})})
+    with pytest.raises(ConfigError, match=r"model\.vocab_size \(100\) must hold every token of"):
+        check_data(small)
+
+
+def test_a_token_outside_of_the_vocabulary_is_named(pair, tokenizer, tmp_path: Path) -> None:
+    tokens = np.fromfile(f"{pair}.bin", np.uint16)
+    tokens[100:] = 400
+    tokens.tofile(f"{pair}.bin")
+    train, _, _ = build_datasets(pair, tokenizer, 32, "1,0,0", 7, (8, 0, 0), cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"is damaged, or not of data\.tokenizer: .* is 400"):
+        list(batches(train, 0, 4, 0, 1, 8, vocab_size=tokenizer.vocab_size))
+
+
+def test_its_content_is_its_identity(pair, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{pair}{suffix}", f"{moved}{suffix}")
+    assert corpus_identity(moved) == corpus_identity(pair)
+    content = bytearray(Path(f"{moved}.bin").read_bytes())
+    content[7] ^= 1
+    Path(f"{moved}.bin").write_bytes(content)
+    assert corpus_identity(moved) != corpus_identity(pair)
+
+
+def test_documents_of_several_sentences(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Sequences count as documents, as for megatron-core's GPT datasets."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path / "sentences"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for document in range(6):
+        builder.add_document(torch.arange(40) + document, [15, 25])
+    builder.finalize(f"{prefix}.idx")
+    manifest = read_manifest(prefix, "data.path")
+    assert (manifest.documents, manifest.tokens) == (12, 240)
+    train, _, _ = build_datasets(prefix, tokenizer, 16, "1,0,0", 7, (8, 0, 0), cache_dir=tmp_path)
+    assert len(train[0]["tokens"]) == 16
+
+
+def test_mistakes(pair, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"must be the prefix of both files; use {pair}"):
+        read_manifest(Path(f"{pair}.bin"), "data.path")
+    Path(f"{pair}.idx").write_bytes(b"nonsense")
+    with pytest.raises(ConfigError, match=r"my_text_document\.idx is cut short"):
+        read_manifest(pair, "data.path")
+    Path(f"{pair}.idx").unlink()
+    with pytest.raises(ConfigError, match="must be a prepared folder"):
+        read_manifest(pair, "data.path")
+
+
+def test_commands(pair, prepared) -> None:
+    run = CliRunner()
+    shown = run.invoke(app, ["data", "show", str(pair)])
+    assert shown.exit_code == 0, shown.output
+    assert "no manifest: tokenizer, vocabulary and hashes are not known" in shown.output
+    assert "these are ids" in shown.output
+    text = run.invoke(app, ["data", "show", str(pair), "--tokenizer", str(prepared)])
+    assert "Document " in text.output
+    verified = run.invoke(app, ["data", "verify", str(pair)])
+    assert isinstance(verified.exception, ConfigError)

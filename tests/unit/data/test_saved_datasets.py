@@ -1,0 +1,97 @@
+"""Hugging Face datasets from local folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from rich.console import Console
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.documents import Skipped, plan_pieces, read_piece
+from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.data.sources import resolve_sources
+
+TEXTS = [f"text {number} " * 5 for number in range(25)]
+
+
+def read_all(folder: Path, text_key: str = "text") -> list[str]:
+    sources = resolve_sources([str(folder)])
+    found = []
+    for piece in plan_pieces(sources, text_key):
+        found += [each for each in read_piece(piece, text_key) if not isinstance(each, Skipped)]
+    return found
+
+
+def save_to_disk(folder: Path, texts: list[str], rows: int = 4) -> Path:
+    """What `datasets` writes: stream files of batches, and three JSON files' worth of state."""
+    folder.mkdir(parents=True)
+    shards = {"data-00000-of-00002.arrow": texts[:10], "data-00001-of-00002.arrow": texts[10:]}
+    for name, part in shards.items():
+        table = pa.table({"text": part, "id": list(range(len(part)))})
+        path = str(folder / name)
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=rows)
+    state = {"_data_files": [{"filename": name} for name in shards], "_fingerprint": "x"}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text("{}")
+    # Left by `map`; no part of the dataset.
+    (folder / "cache-1.arrow").write_bytes((folder / "data-00000-of-00002.arrow").read_bytes())
+    return folder
+
+
+def test_save_to_disk_is_read_in_order(tmp_path: Path) -> None:
+    folder = save_to_disk(tmp_path / "saved", TEXTS)
+    assert read_all(folder) == TEXTS
+    whole = read_all(folder / "data-00001-of-00002.arrow")
+    assert whole == TEXTS[10:]
+
+
+def test_datasets_own_files(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the package datasets")
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "one", num_shards=3)
+    assert read_all(tmp_path / "one") == TEXTS
+    both = datasets.DatasetDict(
+        train=datasets.Dataset.from_dict({"text": TEXTS}),
+        test=datasets.Dataset.from_dict({"text": ["x"]}),
+    )
+    both.save_to_disk(tmp_path / "both")
+    with pytest.raises(ConfigError, match="holds a dataset of the splits test, train"):
+        read_all(tmp_path / "both")
+    assert read_all(tmp_path / "both" / "train") == TEXTS
+
+
+def test_arrow_s_file_format(tmp_path: Path) -> None:
+    table = pa.table({"body": TEXTS})
+    path = str(tmp_path / "a.arrow")
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    assert read_all(tmp_path / "a.arrow", "body") == TEXTS
+    with pytest.raises(ConfigError, match=r"has no column text; set --text-key to one of: body"):
+        read_all(tmp_path / "a.arrow")
+    (tmp_path / "b.arrow").write_bytes(b"no table")
+    with pytest.raises(ConfigError, match=r"b\.arrow is no readable Arrow file"):
+        read_all(tmp_path / "b.arrow")
+
+
+def test_parquet_of_the_hub(tmp_path: Path) -> None:
+    data = tmp_path / "hub" / "data"
+    data.mkdir(parents=True)
+    for index, part in enumerate((TEXTS[:12], TEXTS[12:])):
+        parquet.write_table(pa.table({"text": part}), data / f"train-0000{index}-of-00002.parquet")
+    (tmp_path / "hub" / "README.md").write_text("a card, no text")
+    assert read_all(tmp_path / "hub") == TEXTS
+    parquet.write_table(pa.table({"text": ["x"]}), data / "test-00000-of-00001.parquet")
+    with pytest.raises(ConfigError, match="splits test, train, and must be one of them"):
+        read_all(tmp_path / "hub")
+
+
+def test_prepared_from_arrow(tmp_path: Path) -> None:
+    folder = save_to_disk(tmp_path / "saved", TEXTS)
+    settings = PrepareSettings(vocab_size=300, workers=1)
+    manifest = prepare(folder, tmp_path / "out", settings, Console(quiet=True)).manifest
+    assert manifest.documents == len(TEXTS)
+    assert manifest.skipped == 0
