@@ -74,6 +74,17 @@ def _stages_say_when(config: Config) -> Iterator[Problem]:
             )
 
 
+def _stages_need_one_batch_size(config: Config) -> Iterator[Problem]:
+    """Where a stage begins is counted in batches."""
+    if config.data.stages and config.training.batch_ramp is not None:
+        yield Problem(
+            "training.batch_ramp",
+            config.training.batch_ramp,
+            "must be null with data.stages, which begin after a number of equal batches",
+            "leave out one of the two",
+        )
+
+
 def _stages_follow_each_other(config: Config) -> Iterator[Problem]:
     """Each stage has steps of its own; a stage that never begins is not wrong, but ignored."""
     before = 0
@@ -95,5 +106,6 @@ RULES = (
     _blends_have_weight,
     _blends_name_a_folder_once,
     _stages_say_when,
+    _stages_need_one_batch_size,
     _stages_follow_each_other,
 )

@@ -34,6 +34,11 @@ INVALID = [
         "keep one of them",
     ),
     (
+        [BLEND, f"data.stages=[{{from_step: 5, {STAGE}}}]", "training.batch_ramp=[[0, 8]]"],
+        "training.batch_ramp ([[0, 8]])",
+        "leave out one of the two",
+    ),
+    (
         [BLEND, f"data.stages=[{{from_step: 50, {STAGE}}}, {{from_step: 50, {STAGE}}}]"],
         "data.stages[1].from_step (50)",
         "must begin after step 50",
