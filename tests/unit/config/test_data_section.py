@@ -34,8 +34,12 @@ INVALID = [
         "keep one of them",
     ),
     (
-        [BLEND, f"data.stages=[{{from_step: 5, {STAGE}}}]", "training.batch_ramp=[[0, 8]]"],
-        "training.batch_ramp ([[0, 8]])",
+        [
+            BLEND,
+            f"data.stages=[{{from_step: 5, {STAGE}}}]",
+            "training.batch_ramp=[[0, 8], [1280, 16]]",
+        ],
+        "training.batch_ramp ([[0, 8], [1280, 16]])",
         "leave out one of the two",
     ),
     (
