@@ -28,6 +28,7 @@ from moepp_megatron.training.checkpoint import (
 )
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.collect import mean_loss
+from moepp_megatron.training.distillation import Distillation
 from moepp_megatron.training.evaluate import validation_loss
 from moepp_megatron.training.going_back import go_back, newest_checkpoint
 from moepp_megatron.training.profiler import StepRecorder
@@ -44,7 +45,8 @@ from moepp_megatron.training.run_folder import checkpoint_folder, write_config
 from moepp_megatron.training.run_sinks import open_run_sinks
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
-from moepp_megatron.training.step import Batch, StepResult, training_step
+from moepp_megatron.training.step import Batch, StepResult, training_step, unchanged
+from moepp_megatron.training.teacher import TeacherModel
 from moepp_megatron.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class Trainer:
             config.training.seed,
             self._num_samples(),
         )
+        self._distillation = self._teach()
         self._supervisor = Supervisor(config, self.model)
         self.stopped = False
         self.pause_reason: str | None = None
@@ -91,6 +94,8 @@ class Trainer:
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load()
         self.progress, self.extra = loaded.progress, loaded.extra
+        if self._distillation is not None:
+            self._distillation.check_same(self.extra)
         self._corpus = corpus_identity(Path(config.data.path))
         if self._supervisor.guard is not None:
             self._supervisor.guard.load(self.extra)
@@ -181,6 +186,7 @@ class Trainer:
             supervisor.guard,
             self._routers.watch_losses,
             [stop, *self._routers.summands()],
+            self._distillation,
         )
         self._recorder.end_step()
         if result.updated:
@@ -204,6 +210,8 @@ class Trainer:
         self.extra = {**self.extra, "corpus": self._corpus, **self._routers.state()}
         if self._supervisor.guard is not None:
             self.extra |= self._supervisor.guard.state()
+        if self._distillation is not None:
+            self.extra |= self._distillation.state()
         self.checkpoints.save(self.model, self.progress, self.extra)
         self._routers.write_expert_usage()
 
@@ -334,6 +342,7 @@ class Trainer:
             failed_saves=self.checkpoints.failed_saves if self._saves() else None,
             **routing,
             **self._routers.metrics(self.progress.step),
+            **({} if self._distillation is None else self._distillation.metrics()),
             **telemetry,
         )
 
@@ -344,6 +353,13 @@ class Trainer:
         training = self.config.training
         batch = training.global_batch_size
         return training.train_iters * batch, training.eval_iters * batch, 0
+
+    def _teach(self) -> Distillation | None:
+        teacher = TeacherModel.of(self.config)
+        if teacher is None:
+            return None
+        with unchanged(self.model):
+            return Distillation(self.config, teacher)
 
     def _load(self) -> Loaded:
         """Continue from `checkpoint.load`."""

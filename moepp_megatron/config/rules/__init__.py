@@ -2,6 +2,7 @@
 
 budget.py            rules of `moe.budget`
 cuda_graphs.py       rules of `training.cuda_graphs`
+distillation.py      rules of the section `distillation`
 divisibility.py      divisibility, the most common rule, with a remedy that can be typed in
 expert_overlap.py    rules of `parallel.overlap_moe_expert_parallel_comm`
 flex.py              the sizes that deep_ep, the package of the flex dispatcher, requires
@@ -29,6 +30,7 @@ from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules import (
     budget,
     cuda_graphs,
+    distillation,
     expert_overlap,
     flex,
     ignored,
@@ -56,6 +58,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *expert_overlap.RULES,
     *precision.RULES,
     *training.RULES,
+    *distillation.RULES,
     *cuda_graphs.RULES,
     *resilience.RULES,
     *slurm.RULES,
