@@ -65,6 +65,14 @@ _CANDIDATES: dict[str, dict[str, Any]] = {
     "no new experts, rate 3e-3": {"added": 0, "optimizer.lr": 3e-3},
     "no new experts, rate 3e-4": {"added": 0, "optimizer.lr": 3e-4},
     "bias, no gating residual": {"residual": False},
+    "no new experts, taught": {"added": 0, "distillation.weight": 1.0},
+    "bias, taught": {"distillation.weight": 1.0},
+    "bias, taught with 0.3": {"distillation.weight": 0.3},
+    "bias, taught with 3": {"distillation.weight": 3.0},
+    "bias, taught at temperature 2": {"distillation.weight": 1.0, "distillation.temperature": 2.0},
+    "bias, taught 16 tokens": {"distillation.weight": 1.0, "distillation.top_k": 16},
+    "bias, taught, rate 3e-3": {"distillation.weight": 1.0, "optimizer.lr": 3e-3},
+    "bias, taught, ramp 100": {**_RAMP, "moe.budget.ramp_steps": 100, "distillation.weight": 1.0},
 }
 _PROVED = ("no new experts", "bias", "bias, ramp 100", "gain 0.1")
 
@@ -144,14 +152,20 @@ def upcycled(run: Run, out: Path) -> tuple[Path, Config]:
     """The checkpoint that the run begins with, and the run's configuration."""
     from moepp_megatron.interop.upcycle import Additions, upcycle
 
-    added = run.settings.get("added", 1)
-    residual = run.settings.get("residual", True)
     folder = source(run, out)
-    target = out / "upcycled" / f"{folder.name}-{added}-{residual}"
-    if not target.exists():
-        counts = {"num_zero_experts": added, "num_copy_experts": added}
-        counts["num_constant_experts"] = 2 * added
-        upcycle(folder, target, Additions(**counts, gating_residual=residual))
+
+    def converted(added: int, residual: bool) -> Path:
+        target = out / "upcycled" / f"{folder.name}-{added}-{residual}"
+        if not target.exists():
+            counts = {"num_zero_experts": added, "num_copy_experts": added}
+            counts["num_constant_experts"] = 2 * added
+            upcycle(folder, target, Additions(**counts, gating_residual=residual))
+        return target
+
+    target = converted(run.settings.get("added", 1), run.settings.get("residual", True))
+    teacher = {}
+    if any(key.startswith("distillation.") for key in run.settings):
+        teacher["distillation.teacher"] = converted(0, True)
     settings = {
         "run.dir": "unused",
         "model.seq_length": LENGTH,
@@ -165,7 +179,7 @@ def upcycled(run: Run, out: Path) -> tuple[Path, Config]:
         "moe.balance_coeff": 0.02,
         **{key: value for key, value in run.settings.items() if "." in key},
     }
-    overrides = [f"{key}={value}" for key, value in settings.items()]
+    overrides = [f"{key}={value}" for key, value in {**settings, **teacher}.items()]
     return target, load_config(target / "config.yaml", overrides)
 
 
@@ -178,13 +192,17 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
     from moepp_megatron.training.budget import BudgetControl
     from moepp_megatron.training.checkpoint import read_checkpoint
     from moepp_megatron.training.collect import RoutingCollector, mean_loss
+    from moepp_megatron.training.distillation import Distillation
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.teacher import TeacherModel
 
     checkpoint, config = upcycled(run, out)
     layout = Layout.from_config(config, 1)
     build_groups(config, layout)
     model = build_training_model(config)
+    teacher = TeacherModel.of(config)
+    distillation = None if teacher is None else Distillation(config, teacher)
     read_checkpoint(checkpoint, model, config, weights_only=True)
     routing = RoutingCollector(model, config, layout)
     budget = BudgetControl(config, model, routing, None) if config.moe.budget.acts else None
@@ -196,7 +214,7 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
         routing.reset()
         if budget is not None:
             budget.begin_step(step)
-        result = training_step(model, [batches], config, layout)
+        result = training_step(model, [batches], config, layout, distillation=distillation)
         if budget is not None:
             budget.end_step(step)
         shares = routing.collect()
