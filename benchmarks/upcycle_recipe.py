@@ -61,20 +61,15 @@ _CANDIDATES: dict[str, dict[str, Any]] = {
     "tau": {"moe.budget.controller": "tau"},
     "none": {"moe.budget.controller": "none"},
     "bias, rate 3e-3": {"optimizer.lr": 3e-3},
-    "bias, rate 3e-4": {"optimizer.lr": 3e-4},
     "no new experts, rate 3e-3": {"added": 0, "optimizer.lr": 3e-3},
-    "no new experts, rate 3e-4": {"added": 0, "optimizer.lr": 3e-4},
-    "bias, no gating residual": {"residual": False},
-    "no new experts, taught": {"added": 0, "distillation.weight": 1.0},
     "bias, taught": {"distillation.weight": 1.0},
-    "bias, taught with 0.3": {"distillation.weight": 0.3},
+    "bias, ramp 50, taught": {**_RAMP, "moe.budget.ramp_steps": 50, "distillation.weight": 1.0},
+    "no new experts, taught": {"added": 0, "distillation.weight": 1.0},
     "bias, taught with 3": {"distillation.weight": 3.0},
     "bias, taught at temperature 2": {"distillation.weight": 1.0, "distillation.temperature": 2.0},
     "bias, taught 16 tokens": {"distillation.weight": 1.0, "distillation.top_k": 16},
-    "bias, taught, rate 3e-3": {"distillation.weight": 1.0, "optimizer.lr": 3e-3},
-    "bias, taught, ramp 100": {**_RAMP, "moe.budget.ramp_steps": 100, "distillation.weight": 1.0},
 }
-_PROVED = ("no new experts", "bias", "bias, ramp 100", "gain 0.1")
+_PROVED = ("no new experts", "bias", "bias, ramp 50", "bias, ramp 50, taught")
 
 
 @cache

@@ -50,6 +50,10 @@ def _largest(logits: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
     return logits >= least
 
 
+def _copy(logits: Tensor) -> Tensor:
+    return logits.detach().to(torch.float32, copy=True)
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -60,23 +64,30 @@ class _Divergence(torch.autograd.Function):
         group: dist.ProcessGroup,
         temperature: float,
     ) -> Tensor:
-        both = torch.stack([logits.float(), teacher_logits.float()]) / temperature
+        # Exponents, then probabilities: in place, since each is as wide as the vocabulary.
+        q, p = (_copy(each).div_(temperature) for each in (logits, teacher_logits))
         if kept is not None:
-            both = both.masked_fill(~kept, -torch.inf)
-        largest = both.amax(dim=-1)
+            for each in (q, p):
+                each.masked_fill_(~kept, -torch.inf)
+        largest = torch.stack([q.amax(dim=-1), p.amax(dim=-1)])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        both -= largest.unsqueeze(-1)
-        apart = both[1] - both[0]
+        q -= largest[0].unsqueeze(-1)
+        p -= largest[1].unsqueeze(-1)
+        apart = p - q
         if kept is not None:
-            apart = apart.masked_fill(~kept, 0.0)
-        both.exp_()
-        sums = torch.stack([*both.sum(dim=-1), (both[1] * apart).sum(dim=-1)])
+            apart.masked_fill_(~kept, 0.0)
+        q.exp_()
+        p.exp_()
+        apart *= p
+        sums = torch.stack([each.sum(dim=-1) for each in (q, p, apart)])
         dist.all_reduce(sums, group=group)
-        own_sum, teacher_sum, weighted = sums
+        q_sum, p_sum, weighted = sums
         # d KL / d logits = (q - p) / T. In the logits' own format, which the gradient has anyway.
-        both /= sums[:2].unsqueeze(-1)
-        ctx.save_for_backward(((both[0] - both[1]) * temperature).to(logits.dtype))
-        nats = weighted / teacher_sum + own_sum.log() - teacher_sum.log()
+        q /= q_sum.unsqueeze(-1)
+        p /= p_sum.unsqueeze(-1)
+        q -= p
+        ctx.save_for_backward(q.mul_(temperature).to(logits.dtype))
+        nats = weighted / p_sum + q_sum.log() - p_sum.log()
         return nats * temperature**2
 
     @staticmethod

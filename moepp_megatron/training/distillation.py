@@ -46,14 +46,18 @@ class Distillation:
         self._micro_batch_size = config.training.micro_batch_size
         models = build_model(teacher.config)
         load_weights(teacher.checkpoint, models)
-        for model in models:
-            model.requires_grad_(False)
         self._models, self._stages = models, evaluation_stages(models, teacher.config)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
         self._runs_ahead = parallel_state.get_pipeline_model_parallel_world_size() > 1
         # Last hidden states [s, b, D] of micro-batches that the model has not reached yet.
         self._hidden: deque[Tensor] = deque()
         self._sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
         self._mean = 0.0
+
+    def parameters(self) -> Iterator[Tensor]:
+        """This rank's parameters of the teacher."""
+        return (parameter for model in self._models for parameter in model.parameters())
 
     def begin_step(
         self, batches: list[Iterator[Batch]], num_microbatches: int

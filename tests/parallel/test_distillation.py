@@ -11,6 +11,7 @@ import pytest
 from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import logged, run_trainer, train_between, trainer_settings
 from tests.parallel.ranks import RankPools
+from tests.parallel.test_expert_overlap import EP2, STAGES, both
 from tests.parallel.training_runs import Run, assemble, compare, difference, settings, train
 
 TOKENS, COLUMNS = 6, 20
@@ -52,14 +53,11 @@ def divergence_of_shares(temperature: float, top_k: int | None) -> dict[str, Any
     }
 
 
-@pytest.mark.parametrize("top_k", [None, 3, 25])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (2.5, 3), (2.5, 20)])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_shares_of_the_vocabulary(
     ranks: RankPools, size: int, temperature: float, top_k: int | None
 ) -> None:
-    if top_k is not None and top_k > size * COLUMNS:
-        top_k = COLUMNS
     for result in ranks(size).run(divergence_of_shares, temperature, top_k):
         for actual, expected in zip(result["ours"], result["fp64"], strict=True):
             np.testing.assert_allclose(actual, expected, rtol=FP32, atol=FP32)
@@ -250,6 +248,51 @@ def test_resuming_takes_the_same_teacher_alone(
     assert min(logged(tmp_path / "whole", "distillation_loss")) > 0
     with pytest.raises(Exception, match="must be the one that this run was taught by"):
         ranks(1).run(run_trainer, student("half", older, 8, "auto"))
+
+
+@pytest.mark.parametrize("stages", ["plain", "interleaved"])
+def test_the_combined_schedule_trains_the_same(
+    ranks: RankPools, teachers: dict[str, Path], stages: str
+) -> None:
+    size, parallel = (2, EP2) if stages == "plain" else (4, STAGES)
+    distillation = {"teacher": str(teachers["vanilla"]), "weight": 0.7}
+    run, reference = both(ranks, size, train, parallel=parallel, distillation=distillation)
+    compare(run, reference, 0.0)
+    assert run.divergences == reference.divergences
+    assert min(run.divergences) > 0.01
+
+
+def estimated_and_held(raw: dict[str, Any]) -> tuple[float, int]:
+    """Bytes that the planner says of this rank's teacher, and those of its parameters."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.distillation import Distillation
+    from moepp_megatron.training.teacher import TeacherModel
+    from moepp_megatron.workbench.planning.memory import rank_memory
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    teacher = TeacherModel.of(config)
+    assert teacher is not None
+    parameters = Distillation(config, teacher).parameters()
+    stage = layout.coordinates(dist.get_rank()).pp
+    held = sum(each.numel() * each.element_size() for each in parameters)
+    return rank_memory(config, layout, stage, "local").teacher, held
+
+
+def test_the_planner_counts_the_teacher(ranks: RankPools, teachers: dict[str, Path]) -> None:
+    distillation = {"teacher": str(teachers["deeper"])}
+    parallel = {"pipeline_model_parallel_size": 2}
+    first, last = ranks(2).run(
+        estimated_and_held, settings(distillation=distillation, parallel=parallel)
+    )
+    assert first[0] == first[1]
+    # 4 micro-batches' hidden states, and of one four times the logits, in fp32.
+    tokens = 2 * 16
+    assert last[0] == last[1] + 4 * tokens * 32 * 4 + tokens * 64 * 4 * 4
 
 
 def test_what_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
