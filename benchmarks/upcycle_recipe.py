@@ -43,7 +43,11 @@ def runs() -> Iterator[Run]:
     """All runs."""
     for label, settings in _CANDIDATES.items():
         yield Run("chose", "mixtral", "code", 1, label, settings)
-    for family, text, seed in (("qwen3", "code", 1), ("mixtral", "prose", 2), ("qwen3", "prose", 3)):
+    for family, text, seed in (
+        ("qwen3", "code", 1),
+        ("mixtral", "prose", 2),
+        ("qwen3", "prose", 3),
+    ):
         for label in _PROVED:
             yield Run("proved", family, text, seed, label, _CANDIDATES[label])
 

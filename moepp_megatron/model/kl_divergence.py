@@ -1,8 +1,8 @@
 """The divergence of the model's next tokens from a teacher's, over a shared vocabulary.
 
 Hinton et al., arXiv 1503.02531: with p and q the softmax of the teacher's and the model's logits
-over temperature T, each token gets T^2 KL(p || q) = T^2 sum_v p_v (log p_v - log q_v). megatron-core
-leaves distillation to the package nvidia-modelopt, whose loss wants its own wrapper around the model.
+over temperature T, each token gets T^2 KL(p || q) = T^2 sum_v p_v (log p_v - log q_v).
+megatron-core has no such loss: it leaves distillation to the package nvidia-modelopt.
 """
 
 from __future__ import annotations

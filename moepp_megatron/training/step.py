@@ -78,9 +78,7 @@ def training_step(
         distillation: The teacher beside the text.
     """
     before = _StepState(model.models) if guard is not None else None
-    result = compute_gradients(
-        model, batches, config, layout, watcher, summands, distillation
-    )
+    result = compute_gradients(model, batches, config, layout, watcher, summands, distillation)
     if guard is not None and before is not None and guard.refuses(result.sums, result.losses):
         before.restore()
         return replace(result, is_finite=math.isfinite(guard.last_loss))
@@ -108,9 +106,7 @@ def compute_gradients(
     if distillation is not None:
         batches = distillation.begin_step(batches, num_microbatches)
         summands = [*summands, distillation]
-    losses = run_schedule(
-        model, batches, config, num_microbatches, False, watcher, distillation
-    )
+    losses = run_schedule(model, batches, config, num_microbatches, False, watcher, distillation)
     squares, found_inf = prepare_gradients(model.optimizer)
     return StepResult(losses, read_step(losses, squares, found_inf, summands), updated=False)
 

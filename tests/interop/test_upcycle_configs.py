@@ -1,4 +1,4 @@
-"""`configs/upcycle/`: the shapes are those of the checkpoints that `moepp convert upcycle` makes."""
+"""`configs/upcycle/`: the shapes are those of what `moepp convert upcycle` makes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moepp_megatron.interop.upcycle import Additions, upcycled_config
 from moepp_megatron.training.checkpoint import check_compatible
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "upcycle"
-# config.json of mistralai/Mixtral-8x7B-v0.1 and Qwen/Qwen3-30B-A3B, as far as shapes follow from it.
+# config.json of mistralai/Mixtral-8x7B-v0.1 and Qwen/Qwen3-30B-A3B: what decides shapes.
 MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral",
     "vocab_size": 32000,
