@@ -296,7 +296,11 @@ def test_the_planner_counts_the_teacher(ranks: RankPools, teachers: dict[str, Pa
 
 
 def test_what_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
+    from moepp_megatron.config.hardware import load_hardware
     from moepp_megatron.training.teacher import TeacherModel
+    from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE
+    from moepp_megatron.workbench.planning.machine import machine_of
+    from moepp_megatron.workbench.planning.plan import make_plan
 
     def refused(match: str, **sections: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match=match):
@@ -313,5 +317,12 @@ def test_what_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
     refused("implementation", distillation=teacher, model={"implementation": "hybrid"})
     refused("nothing would be learnt", distillation={**teacher, "weight": 0.0, "text_weight": 0.0})
     refused("top_k", distillation={**teacher, "top_k": 65})
+    with pytest.raises(ConfigError, match="must be null for a plan"):
+        make_plan(
+            parse_config(settings(distillation=teacher)),
+            8,
+            machine_of(load_hardware("h100_sxm")),
+            FORCED_BALANCE,
+        )
     (tmp_path / "config.json").write_text("{}")
     refused("moepp convert upcycle", distillation={"teacher": str(tmp_path)})
