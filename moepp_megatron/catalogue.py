@@ -174,6 +174,12 @@ class Record(BaseModel):
     tau: Annotated[MaybeFloat, Metric(
         "weight of zero-computation experts in the balance loss, mean over MoE layers; only with "
         "a budget, and where the routing guard has raised it", "", "router", "moepp_tau")] = None
+    distillation_loss: Annotated[MaybeFloat, Metric(
+        "divergence of the model's predictions from the teacher's, without its weight, token mean "
+        "over the global batch; only with distillation.teacher", "nats", "loss/distillation",
+        "moepp_distillation_loss", drawn=Drawn(
+            "Divergence from the teacher", "nats", 6, is_logarithmic=True),
+        panel=("Divergence from the teacher", "nats"))] = None
     valid_loss: Annotated[MaybeFloat, Metric(
         "validation loss; only on evaluated steps", "nats", "loss/validation",
         "moepp_valid_loss")] = None

@@ -49,6 +49,7 @@ CASES = {
     "budget of FFN experts": (
         "parallel/test_budget.py::test_state_and_losses_are_those_of_one_process[default]"
     ),
+    "teacher": "parallel/test_distillation.py::test_every_layout_is_one_process[pp 2]",
     "dispatchers": (
         "parallel/test_dispatchers.py::test_bytes_are_those_of_the_routing[alltoall_dedup-4-2-bf16]"
     ),

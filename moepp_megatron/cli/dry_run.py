@@ -18,7 +18,7 @@ from moepp_megatron.workbench.report.terminal import plain_table, print_whole
 
 # A large grid says nothing that its first and last ranks do not.
 _MOST_RANKS = 16
-_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers")
+_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "teacher")
 
 
 def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
@@ -151,10 +151,12 @@ def _memory(stages: list[RankMemory], target: Target) -> Table:
     """Memory of a rank of each stage: in GiB, or in MiB on a CPU if all of it is small."""
     most = max(memory.total for memory in stages)
     unit, size = ("MiB", 2**20) if target.hardware is None and most < GIB else ("GiB", GIB)
-    table = plain_table("stage", *_PARTS, f"sum, {unit}")
+    has_teacher = any(memory.teacher for memory in stages)
+    parts = _PARTS if has_teacher else _PARTS[:-1]
+    table = plain_table("stage", *parts, f"sum, {unit}")
     digits = 1 if unit == "MiB" else 2
     for stage, memory in enumerate(stages):
-        sizes = [*(getattr(memory, part) for part in _PARTS), memory.total]
+        sizes = [*(getattr(memory, part) for part in parts), memory.total]
         table.add_row(str(stage), *(f"{value / size:,.{digits}f}" for value in sizes))
     return table
 

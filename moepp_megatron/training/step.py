@@ -20,6 +20,7 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.document_sources import SOURCES
 from moepp_megatron.runtime.patches import replaced
+from moepp_megatron.training.distillation import Distillation
 from moepp_megatron.training.gradient_norm import squared_norms
 from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
 from moepp_megatron.training.setup import TrainingModel
@@ -62,6 +63,7 @@ def training_step(
     guard: NumericalGuard | None = None,
     watcher: LossWatcher | None = None,
     summands: Sequence[Summand] = (),
+    distillation: Distillation | None = None,
 ) -> StepResult:
     """Run one optimizer step.
 
@@ -73,9 +75,10 @@ def training_step(
         guard: May refuse the step: then the batch is read and nothing else has changed.
         watcher: Called on the last pipeline stage with each micro-batch's token losses.
         summands: What else is summed over all ranks before the optimizer acts.
+        distillation: The teacher beside the text.
     """
     before = _StepState(model.models) if guard is not None else None
-    result = compute_gradients(model, batches, config, layout, watcher, summands)
+    result = compute_gradients(model, batches, config, layout, watcher, summands, distillation)
     if guard is not None and before is not None and guard.refuses(result.sums, result.losses):
         before.restore()
         return replace(result, is_finite=math.isfinite(guard.last_loss))
@@ -93,14 +96,17 @@ def compute_gradients(
     layout: Layout,
     watcher: LossWatcher | None = None,
     summands: Sequence[Summand] = (),
+    distillation: Distillation | None = None,
 ) -> StepResult:
     """First half of `training_step`, which takes the same arguments: all but the optimizer."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
-    losses = run_schedule(
-        model, batches, config, layout.num_microbatches, forward_only=False, watcher=watcher
-    )
+    num_microbatches = layout.num_microbatches
+    if distillation is not None:
+        batches = distillation.begin_step(batches, num_microbatches)
+        summands = [*summands, distillation]
+    losses = run_schedule(model, batches, config, num_microbatches, False, watcher, distillation)
     squares, found_inf = prepare_gradients(model.optimizer)
     return StepResult(losses, read_step(losses, squares, found_inf, summands), updated=False)
 
@@ -122,6 +128,7 @@ def run_schedule(
     num_microbatches: int,
     forward_only: bool,
     watcher: LossWatcher | None = None,
+    distillation: Distillation | None = None,
 ) -> Tensor:
     """Megatron's pipeline schedule over `num_microbatches` micro-batches.
 
@@ -132,6 +139,7 @@ def run_schedule(
         num_microbatches: Micro-batches of this rank.
         forward_only: Whether to leave out the backward pass.
         watcher: Same as in `training_step`.
+        distillation: Same as in `training_step`; its step has begun.
 
     Returns:
         [2] float64 on the device: sum of token losses and number of tokens on this rank; zeros on
@@ -143,6 +151,7 @@ def run_schedule(
         watcher=watcher,
         tells_sources=layers_know_tokens(config),
         tells_mask=config.model.mtp_num_layers > 0,
+        distillation=distillation,
     )
     reduced = forward_backward(
         forward_step_func=forward_step,
@@ -165,6 +174,7 @@ def _forward_step(
     watcher: LossWatcher | None = None,
     tells_sources: bool = False,
     tells_mask: bool = False,
+    distillation: Distillation | None = None,
 ) -> tuple[Any, Any]:
     """One micro-batch's output, or its plan for the combined schedule, and its loss function."""
     batch = next(iterator)
@@ -172,26 +182,36 @@ def _forward_step(
     extra = {SOURCES: batch[SOURCES]} if tells_sources and SOURCES in batch else {}
     if tells_mask:
         extra["loss_mask"] = batch["loss_mask"]
+    if distillation is not None:
+        distillation.begin_micro_batch(batch)
+        extra["output_processor"] = distillation.process_output
     output = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **extra)
     watch = None if watcher is None else partial(watcher, model, batch)
-    return output, partial(_loss, batch["loss_mask"], watch)
+    return output, partial(_loss, batch["loss_mask"], watch, distillation)
 
 
 def _loss(
-    loss_mask: Tensor, watch: Callable[[Tensor], None] | None, token_losses: Tensor
+    loss_mask: Tensor,
+    watch: Callable[[Tensor], None] | None,
+    distillation: Distillation | None,
+    output: Tensor,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of token losses, number of tokens, and both for the log.
 
     Args:
         loss_mask: [b, s] fp32.
         watch: Called with the token losses.
-        token_losses: [b, s].
+        distillation: Whose loss is added; it is not in the log's sum.
+        output: [b, s] token losses; with a teacher [2, b, s], the divergences behind them.
     """
+    token_losses = output if distillation is None else output[0]
     if watch is not None:
         watch(token_losses)
     loss = (token_losses.float() * loss_mask).sum()
     num_tokens = loss_mask.sum()
     report = torch.stack([loss.detach().double(), num_tokens.double()])
+    if distillation is not None:
+        loss = distillation.loss(loss, (output[1] * loss_mask).sum(), num_tokens)
     return loss, num_tokens.to(torch.int), {"loss": report}
 
 

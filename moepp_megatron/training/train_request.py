@@ -25,6 +25,7 @@ from moepp_megatron.training import occupancy
 from moepp_megatron.training.checkpoint import check_start, list_checkpoints
 from moepp_megatron.training.occupancy import Start
 from moepp_megatron.training.run_folder import checkpoint_folder
+from moepp_megatron.training.teacher import TeacherModel
 
 Say = Callable[[str], object]
 
@@ -134,6 +135,7 @@ class TrainRequest:
         if self.speaks and not has_launcher():
             for warning in warnings:
                 warn(warning)
+        TeacherModel.of(config)
         if start.resume:
             config = _resumed(config)
         if not (start.overwrite and config.checkpoint.load == "auto"):

@@ -29,6 +29,7 @@ from moepp_megatron.training.checkpoint import (
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.data_stages import DataStages
+from moepp_megatron.training.distillation import Distillation
 from moepp_megatron.training.evaluate import Validation
 from moepp_megatron.training.further_tokens import FurtherTokens
 from moepp_megatron.training.going_back import go_back, newest_checkpoint
@@ -47,7 +48,8 @@ from moepp_megatron.training.run_sinks import open_run_sinks
 from moepp_megatron.training.schedule import BatchSizes, planned_samples
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
-from moepp_megatron.training.step import Batch, StepResult, training_step
+from moepp_megatron.training.step import Batch, StepResult, training_step, unchanged
+from moepp_megatron.training.teacher import TeacherModel
 from moepp_megatron.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ class Trainer:
         sets = config.data.validation if samples[1] else {}
         named = build_validation_sets(sets, blends, *order, samples[1], cache)
         self._validation = Validation(valid_set, named)
+        self._distillation = self._teach()
         self._supervisor = Supervisor(config, self.model)
         self._sizes = BatchSizes(config)
         self._samples = 0  # of the newest step
@@ -95,6 +98,8 @@ class Trainer:
         loaded = self._load()
         self.progress, self.extra = loaded.progress, loaded.extra
         self._stages = DataStages(config, self.extra, self.progress.consumed_samples)
+        if self._distillation is not None:
+            self._distillation.check_same(self.extra)
         if self._supervisor.guard is not None:
             self._supervisor.guard.load(self.extra)
         self._routers = Routers(config, self.model, layout, self.extra, self._train_set)
@@ -187,6 +192,7 @@ class Trainer:
             supervisor.guard,
             self._routers.watch_losses,
             [stop, *self._routers.summands()],
+            self._distillation,
         )
         self._recorder.end_step()
         if result.updated:
@@ -210,6 +216,8 @@ class Trainer:
         self.extra = {**self.extra, **self._stages.state(), **self._routers.state()}
         if self._supervisor.guard is not None:
             self.extra |= self._supervisor.guard.state()
+        if self._distillation is not None:
+            self.extra |= self._distillation.state()
         self.checkpoints.save(self.model, self.progress, self.extra)
         self._routers.write_expert_usage()
 
@@ -347,6 +355,7 @@ class Trainer:
             **routing,
             **self._routers.metrics(self.progress.step),
             **self._further_tokens.metrics(),
+            **({} if self._distillation is None else self._distillation.metrics()),
             **telemetry,
         )
 
@@ -357,6 +366,13 @@ class Trainer:
         training = self.config.training
         validation = training.eval_iters * training.global_batch_size
         return planned_samples(self.config), validation, 0
+
+    def _teach(self) -> Distillation | None:
+        teacher = TeacherModel.of(self.config)
+        if teacher is None:
+            return None
+        with unchanged(self.model):
+            return Distillation(self.config, teacher)
 
     def _load(self) -> Loaded:
         """Continue from `checkpoint.load`."""

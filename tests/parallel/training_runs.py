@@ -40,12 +40,14 @@ class Run:
     Attributes:
         losses: Language-model loss of each step.
         grad_norms: Gradient norm of each step.
+        divergences: Divergence from the teacher of each step, where there is one.
         routing: Routing metrics of each step.
         gradients: Of the first step: checkpoint name to global gradient, assembled from all ranks.
     """
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
     routing: list[dict[str, Any]] = field(default_factory=list)
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -84,13 +86,17 @@ def train(
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import RoutingCollector, mean_loss
+    from moepp_megatron.training.distillation import Distillation
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.teacher import TeacherModel
 
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)
     model = build_training_model(config)
+    teacher = TeacherModel.of(config)
+    distillation = None if teacher is None else Distillation(config, teacher)
     if prepare is not None:
         prepare(model.models)
         model.optimizer.reload_model_params()
@@ -101,7 +107,9 @@ def train(
     run = Run()
     for _ in range(steps):
         collector.reset()
-        result = training_step(model, batches, config, layout)
+        result = training_step(model, batches, config, layout, distillation=distillation)
+        if distillation is not None:
+            run.divergences.append(distillation.metrics()["distillation_loss"])
         run.losses.append(mean_loss(result.losses))
         run.grad_norms.append(result.grad_norm)
         run.routing.append(collector.collect())

@@ -3,6 +3,7 @@
 budget.py            rules of `moe.budget`
 cuda_graphs.py       rules of `training.cuda_graphs`
 data.py              rules of the section `data`: blends, stages, validation sets
+distillation.py      rules of the section `distillation`
 divisibility.py      divisibility, the most common rule, with a remedy that can be typed in
 expert_overlap.py    rules of `parallel.overlap_moe_expert_parallel_comm`
 flex.py              the sizes that deep_ep, the package of the flex dispatcher, requires
@@ -33,6 +34,7 @@ from moepp_megatron.config.rules import (
     budget,
     cuda_graphs,
     data,
+    distillation,
     expert_overlap,
     flex,
     ignored,
@@ -65,6 +67,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *training.RULES,
     *optimizer.RULES,
     *data.RULES,
+    *distillation.RULES,
     *cuda_graphs.RULES,
     *resilience.RULES,
     *slurm.RULES,

@@ -393,6 +393,14 @@ def _wandb_settings_without_project(config: Config) -> Iterator[Problem]:
             yield from _ignored(config, f"observe.wandb.{key}", reason, "name a project")
 
 
+def _distillation_without_teacher(config: Config) -> Iterator[Problem]:
+    """Only a teacher gives weights and temperature something to act on."""
+    if config.distillation.teacher is None:
+        for key in ("weight", "text_weight", "temperature", "top_k"):
+            reason = "without distillation.teacher"
+            yield from _ignored(config, f"distillation.{key}", reason, "name one, or leave it out")
+
+
 def _guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
     """Rules are judged only if the guard is on; ids and shares belong to one kind of tokens."""
     guard = config.routing_guard
@@ -431,5 +439,6 @@ RULES = (
     _rollback_without_checkpoint,
     _profiled_ranks_without_steps,
     _wandb_settings_without_project,
+    _distillation_without_teacher,
     _guard_settings_of_what_is_off,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 from pydantic import Field
 
+from moepp_megatron.config.schema.distillation import DistillationSection
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.observe import ObserveSection, TelemetrySection
@@ -34,6 +35,9 @@ class Config(Section):
     data: DataSection = Field(default_factory=DataSection, description="The prepared corpus")
     optimizer: OptimizerSection = Field(description="The optimizer and its schedule")
     training: TrainingSection = Field(description="Batches, length, logging")
+    distillation: DistillationSection = Field(
+        default_factory=DistillationSection, description="A teacher beside the text"
+    )
     checkpoint: CheckpointSection = Field(
         default_factory=CheckpointSection, description="Saving and loading"
     )

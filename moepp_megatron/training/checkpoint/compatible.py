@@ -78,7 +78,7 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
 # Settings of which two values may mean the same.
 _MEANINGS: dict[str, Callable[[Config], Any]] = {**_SHAPES, "data.split": _split}
 # Sections that decide what is trained. The degrees of `parallel` are told as the layout.
-_SECTIONS = ("model", "moe", "precision", "data", "optimizer", "training")
+_SECTIONS = ("model", "moe", "precision", "data", "optimizer", "training", "distillation")
 
 
 def check_compatible(checkpoint: Path, config: Config) -> Config:

@@ -32,7 +32,11 @@ class NoStartError(ConfigError):
 _NAME = re.compile(rf"{PREFIX}\d+")
 
 
-def find_checkpoint(name: str | Path, beside: Path | None = None) -> Path:
+def find_checkpoint(
+    name: str | Path,
+    beside: Path | None = None,
+    reason_against: Callable[[Path], str | None] = damage,
+) -> Path:
     """The checkpoint that `name` means.
 
     A checkpoint folder is itself. A run (its name, its folder, or the folder of its checkpoints)
@@ -41,6 +45,7 @@ def find_checkpoint(name: str | Path, beside: Path | None = None) -> Path:
     Args:
         name: What the user gave.
         beside: A run's folder; `name` may also be another run in the same parent folder.
+        reason_against: What makes a run's checkpoint invalid.
 
     Raises:
         ConfigError: If there is none.
@@ -49,7 +54,7 @@ def find_checkpoint(name: str | Path, beside: Path | None = None) -> Path:
     if is_checkpoint(path):
         return path
     for folder in _checkpoint_folders(name, beside):
-        newest, skipped = first_valid(list_checkpoints(folder), damage)
+        newest, skipped = first_valid(list_checkpoints(folder), reason_against)
         warn_skipped(skipped)
         if newest is not None:
             return newest

@@ -21,6 +21,7 @@ from moepp_megatron.workbench.planning.parameters import (
 )
 from moepp_megatron.workbench.planning.parts import Layer
 from moepp_megatron.workbench.planning.pipeline import Stages, chunks_in_flight
+from moepp_megatron.workbench.planning.teacher import teacher_bytes
 from moepp_megatron.workbench.planning.workload import Modules, Workload
 
 
@@ -36,6 +37,7 @@ class RankMemory:
         optimizer: Bytes of the optimizer's state.
         activations: Bytes kept for the backward passes of all micro-batches in flight.
         buffers: Bytes needed temporarily by one layer's or the output layer's passes.
+        teacher: Bytes of `distillation.teacher` and of comparing with it.
     """
 
     dense: int
@@ -45,11 +47,13 @@ class RankMemory:
     optimizer: int
     activations: float
     buffers: float
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
         """Total bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.activations + self.buffers + self.teacher
 
 
 def rank_memory(
@@ -65,7 +69,8 @@ def rank_memory(
     """
     stages = tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stage_layers(config))
     load, grid = Workload.from_config(config, modules), Grid.from_layout(config, layout)
-    return memory_of(load, grid, stages, pp_rank)
+    memory = memory_of(load, grid, stages, pp_rank)
+    return replace(memory, teacher=teacher_bytes(config, layout, pp_rank, modules))
 
 
 def memory_of(

@@ -121,8 +121,10 @@ def make_plan(
         top: Layouts to keep of each model.
 
     Raises:
-        ConfigError: If the GPUs lack the configured format, or no layout is legal.
+        ConfigError: If the GPUs lack the configured format, no layout is legal, or there is a
+            teacher, whose time and memory this does not count.
     """
+    _refuse_teacher(config)
     check_formats(config, machine)
     search = search_layouts(config, world, machine, routing)
     if search.legal == 0:
@@ -142,6 +144,16 @@ def make_plan(
             if tau != config.moe.tau:
                 baselines += _best_again(_with_tau(config, tau), search, world, machine, routing)
     return Plan(config, world, machine, routing, layouts, fastest, baselines, search)
+
+
+def _refuse_teacher(config: Config) -> None:
+    teacher = config.distillation.teacher
+    if teacher is not None:
+        raise ConfigError(
+            f"distillation.teacher ({teacher}) must be null for a plan, which does not count a "
+            "teacher; use distillation.teacher=null here, and moepp train --dry-run with it for "
+            "the memory of a layout"
+        )
 
 
 def _accepted(

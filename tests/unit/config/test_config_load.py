@@ -207,6 +207,8 @@ def test_configuration_cannot_change_after_loading(minimal: Path) -> None:
         ("models/fine_grained_60_4.yaml", (8, 64)),
         ("models/qwen3_30b_a3b_32.yaml", (8, 64)),
         ("models/deepseek_v3_256_64.yaml", (8, 1024)),
+        ("upcycle/mixtral_8x7b_8_4.yaml", (32, 64)),
+        ("upcycle/qwen3_30b_a3b_128_32.yaml", (32, 64)),
     ],
 )
 def test_shipped_configuration_fits(name: str, world_sizes: tuple[int, ...]) -> None:
@@ -234,6 +236,9 @@ def test_every_shipped_configuration_is_tested() -> None:
         "models/fine_grained_60_4.yaml",
         "models/qwen3_30b_a3b_32.yaml",
         "models/deepseek_v3_256_64.yaml",
+        "upcycle/_recipe.yaml",  # a base, not a model
+        "upcycle/mixtral_8x7b_8_4.yaml",
+        "upcycle/qwen3_30b_a3b_128_32.yaml",
     }
     assert names == tested
 

@@ -1,0 +1,96 @@
+"""The divergence of the model's next tokens from a teacher's, over a shared vocabulary.
+
+Hinton et al., arXiv 1503.02531: with p and q the softmax of the teacher's and the model's logits
+over temperature T, each token gets T^2 KL(p || q) = T^2 sum_v p_v (log p_v - log q_v).
+megatron-core has no such loss: it leaves distillation to the package nvidia-modelopt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def kl_divergence(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    group: dist.ProcessGroup,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> Tensor:
+    """The divergence of each token, exact for a vocabulary that tensor-parallel ranks share.
+
+    Args:
+        logits: [s, b, V / tp] this rank's columns of the model's logits; they may be overwritten
+            afterwards, since the backward pass does not read them.
+        teacher_logits: [s, b, V / tp] the same columns of the teacher's; no gradient.
+        group: The tensor-parallel ranks.
+        temperature: T.
+        top_k: Compare the teacher's so many largest logits alone (more where some are equal to the
+            least of them), both softmaxes being over these; None compares all.
+
+    Returns:
+        [s, b] fp32 in nats, at least 0 up to rounding. Where both logits are the same it is exactly
+        0 on one rank or two; more ranks may add up the two sums of exponentials in other orders.
+    """
+    kept = None if top_k is None else _largest(teacher_logits, top_k, group)
+    divergence: Tensor = _Divergence.apply(logits, teacher_logits, kept, group, temperature)
+    return divergence
+
+
+def _largest(logits: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+    """[s, b, V / tp] bool: whether a logit is among the `count` largest of all ranks'."""
+    own = logits.float().topk(min(count, logits.shape[-1]), dim=-1).values.contiguous()
+    shares = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(shares, own, group=group)
+    least = torch.cat(shares, dim=-1).topk(count, dim=-1).values[..., -1:]
+    return logits >= least
+
+
+def _copy(logits: Tensor) -> Tensor:
+    return logits.detach().to(torch.float32, copy=True)
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        kept: Tensor | None,
+        group: dist.ProcessGroup,
+        temperature: float,
+    ) -> Tensor:
+        # Exponents, then probabilities: in place, since each is as wide as the vocabulary.
+        q, p = (_copy(each).div_(temperature) for each in (logits, teacher_logits))
+        if kept is not None:
+            for each in (q, p):
+                each.masked_fill_(~kept, -torch.inf)
+        largest = torch.stack([q.amax(dim=-1), p.amax(dim=-1)])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        q -= largest[0].unsqueeze(-1)
+        p -= largest[1].unsqueeze(-1)
+        apart = p - q
+        if kept is not None:
+            apart.masked_fill_(~kept, 0.0)
+        q.exp_()
+        p.exp_()
+        apart *= p
+        sums = torch.stack([each.sum(dim=-1) for each in (q, p, apart)])
+        dist.all_reduce(sums, group=group)
+        q_sum, p_sum, weighted = sums
+        # d KL / d logits = (q - p) / T. In the logits' own format, which the gradient has anyway.
+        q /= q_sum.unsqueeze(-1)
+        p /= p_sum.unsqueeze(-1)
+        q -= p
+        ctx.save_for_backward(q.mul_(temperature).to(logits.dtype))
+        nats = weighted / p_sum + q_sum.log() - p_sum.log()
+        return nats * temperature**2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        (difference,) = ctx.saved_tensors
+        return difference * grad.unsqueeze(-1).to(difference.dtype), None, None, None, None

@@ -1,0 +1,188 @@
+"""A teacher in training: its forward pass before the model's, and the loss that compares both.
+
+The teacher has the run's layout. megatron-core's schedules run it without gradients: with pipeline
+stages once a step over all micro-batches, else before each micro-batch of the model. What is kept
+until the model gets there is the teacher's last hidden states; the logits, which are as wide as
+the vocabulary, are made when they are compared.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from moepp_megatron.config import Config, ConfigError, check_world_size
+from moepp_megatron.model.build import build_model
+from moepp_megatron.model.kl_divergence import kl_divergence
+from moepp_megatron.model.stage import evaluation_stages
+from moepp_megatron.training.checkpoint import load_weights
+from moepp_megatron.training.step_sums import first_of_tensor_ranks
+from moepp_megatron.training.teacher import TeacherModel
+
+Batch = dict[str, Tensor]
+# In the state that a checkpoint holds.
+_KEY = "teacher"
+
+
+class Distillation:
+    """The teacher of a run, the loss that it gives, and its sum over a step (a `Summand`).
+
+    Args:
+        config: The run's configuration.
+        teacher: Its teacher. Every rank builds its part of it; process groups must exist.
+    """
+
+    def __init__(self, config: Config, teacher: TeacherModel) -> None:
+        check_world_size(teacher.config, dist.get_world_size())
+        self._settings = config.distillation
+        self._teacher, self._length = teacher, config.model.seq_length
+        self._micro_batch_size = config.training.micro_batch_size
+        models = build_model(teacher.config)
+        load_weights(teacher.checkpoint, models)
+        self._models, self._stages = models, evaluation_stages(models, teacher.config)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self._runs_ahead = parallel_state.get_pipeline_model_parallel_world_size() > 1
+        # Last hidden states [s, b, D] of micro-batches that the model has not reached yet.
+        self._hidden: deque[Tensor] = deque()
+        self._sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+        self._mean = 0.0
+
+    def parameters(self) -> Iterator[Tensor]:
+        """This rank's parameters of the teacher."""
+        return (parameter for model in self._models for parameter in model.parameters())
+
+    def begin_step(
+        self, batches: list[Iterator[Batch]], num_microbatches: int
+    ) -> list[Iterator[Batch]]:
+        """Begin a step on its micro-batches; returns iterators over the same ones."""
+        self._hidden.clear()
+        self._sums.zero_()
+        if not self._runs_ahead:
+            return batches
+        chunks = [[next(iterator) for _ in range(num_microbatches)] for iterator in batches]
+        self._run(chunks[0])
+        return [iter(chunk) for chunk in chunks]
+
+    def begin_micro_batch(self, batch: Batch) -> None:
+        """The model is about to see a micro-batch."""
+        if not self._runs_ahead:
+            self._run([batch])
+
+    @torch.no_grad()
+    def _run(self, batches: list[Batch]) -> None:
+        iterators = [iter(batches) for _ in self._stages]
+        hidden = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._stages,
+            num_microbatches=len(batches),
+            seq_length=self._length,
+            micro_batch_size=self._micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        self._hidden.extend(hidden or [])
+
+    def process_output(
+        self,
+        hidden_states: Tensor,
+        output_layer: Callable[..., tuple[Tensor, Any]],
+        output_weight: Tensor | None,
+        labels: Tensor,
+        compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
+        **_: Any,
+    ) -> Tensor:
+        """The model's output of a micro-batch; megatron-core's `output_processor`.
+
+        Returns:
+            [2, b, s] fp32: the language-model loss and the divergence of each token.
+        """
+        logits, _ = output_layer(hidden_states, weight=output_weight)
+        group = parallel_state.get_tensor_model_parallel_group()
+        settings = self._settings
+        # First: the language-model loss may overwrite the logits.
+        divergence = kl_divergence(
+            logits, self._next_logits(), group, settings.temperature, settings.top_k
+        )
+        losses = compute_language_model_loss(labels, logits)
+        return torch.stack([losses.float(), divergence.transpose(0, 1)])
+
+    @torch.no_grad()
+    def _next_logits(self) -> Tensor:
+        """[s, b, V / tp] the teacher's, of the micro-batch that the model has reached."""
+        model = self._models[-1]
+        weight = None
+        if model.share_embeddings_and_output_weights:
+            weight = model.shared_embedding_or_output_weight()
+        logits: Tensor = model.output_layer(self._hidden.popleft(), weight=weight)[0]
+        return logits
+
+    def loss(self, losses: Tensor, divergence: Tensor, num_tokens: Tensor) -> Tensor:
+        """What a micro-batch's gradients are of; counts the divergence.
+
+        Args:
+            losses: Scalar, sum of the language-model losses.
+            divergence: Scalar, sum of the divergences of the same tokens.
+            num_tokens: Scalar, their number.
+        """
+        self._sums += torch.stack([divergence.detach().double(), num_tokens.double()])
+        settings = self._settings
+        if settings.weight == 0:
+            # Not multiplied by 0: the gradients are to be those without a teacher, bit by bit.
+            return settings.text_weight * losses
+        return settings.text_weight * losses + settings.weight * divergence
+
+    def summand(self) -> Tensor:
+        """[2] float64: this rank's sum of divergences and number of tokens."""
+        return self._sums.clone() if first_of_tensor_ranks() else torch.zeros_like(self._sums)
+
+    def take_sum(self, total: Tensor) -> None:
+        """Note the sums [2] over all ranks."""
+        divergence, tokens = total.tolist()
+        self._mean = divergence / tokens if tokens > 0 else float("nan")
+
+    def metrics(self) -> dict[str, float]:
+        """Fields of the last step's record."""
+        return {"distillation_loss": self._mean}
+
+    def state(self) -> dict[str, str]:
+        """What a checkpoint keeps of the teacher: which one it is."""
+        return {_KEY: self._teacher.identity}
+
+    def check_same(self, extra: dict[str, Any]) -> None:
+        """Refuse to go on with another teacher than the run has had.
+
+        Args:
+            extra: The state from a checkpoint.
+
+        Raises:
+            ConfigError: It is another one.
+        """
+        before, now = extra.get(_KEY), self._teacher.identity
+        if before not in (None, now):
+            raise ConfigError(
+                f"distillation.teacher ({self._teacher.checkpoint}, SHA-256 {now[:16]}...) must be "
+                f"the one that this run was taught by before ({before[:16]}...); name that "
+                "checkpoint itself, not a run that has newer ones, or begin a new run with "
+                "checkpoint.load_optimizer=false"
+            )
+
+
+def _forward_step(iterator: Iterator[Batch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = next(iterator)
+    output = stage(
+        batch["tokens"], batch["position_ids"], None, output_processor=_last_hidden_states
+    )
+    return output, lambda hidden, non_loss_data: hidden
+
+
+def _last_hidden_states(hidden_states: Tensor, **_: Any) -> Tensor:
+    return hidden_states

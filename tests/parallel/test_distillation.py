@@ -1,0 +1,328 @@
+"""A teacher beside the text: the same loss and gradients in every layout, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config import ConfigError, parse_config
+from tests.parallel.checkpoint_runs import logged, run_trainer, train_between, trainer_settings
+from tests.parallel.ranks import RankPools
+from tests.parallel.test_expert_overlap import EP2, STAGES, both
+from tests.parallel.training_runs import Run, assemble, compare, difference, settings, train
+
+TOKENS, COLUMNS = 6, 20
+# As in test_cross_entropy.py: a dozen fp32 operations, and sums in another order.
+FP32, LAYOUT = 5e-6, 1e-5
+
+
+def divergence_of_shares(temperature: float, top_k: int | None) -> dict[str, Any]:
+    """Divergence and gradient of this rank's columns, ours and torch's in fp64."""
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+
+    from moepp_megatron.model.kl_divergence import kl_divergence
+
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(3)
+    logits, teacher = 4.0 * torch.randn(2, TOKENS, 1, size * COLUMNS)
+    grad = torch.rand(TOKENS, 1)
+    grad[2] = 0.0
+    own = slice(rank * COLUMNS, (rank + 1) * COLUMNS)
+    share = logits[..., own].clone().requires_grad_()
+    found = kl_divergence(share * 1, teacher[..., own].clone(), group, temperature, top_k)
+    found.backward(grad)
+
+    whole = logits.double().requires_grad_()
+    q, p = whole / temperature, teacher.double() / temperature
+    if top_k is not None:
+        places = teacher.topk(top_k).indices
+        q, p = q.gather(-1, places), p.gather(-1, places)
+    terms = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True)
+    wanted = terms.sum(-1) * temperature**2
+    wanted.backward(grad.double())
+    same = kl_divergence(share.detach(), share.detach().clone(), group, temperature, top_k)
+    return {
+        "ours": (found.detach().numpy(), share.grad.numpy()),
+        "fp64": (wanted.detach().numpy(), whole.grad[..., own].numpy()),
+        "same": same.numpy(),
+    }
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (2.5, 3), (2.5, 20)])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shares_of_the_vocabulary(
+    ranks: RankPools, size: int, temperature: float, top_k: int | None
+) -> None:
+    for result in ranks(size).run(divergence_of_shares, temperature, top_k):
+        for actual, expected in zip(result["ours"], result["fp64"], strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=FP32, atol=FP32)
+        assert result["fp64"][0].min() > 0.1
+        # Four ranks may add up the same numbers in two orders: last bits of a logarithm of 4 to 8,
+        # times the temperature's square.
+        rounding = 1e-6 * temperature**2 if size == 4 else 0.0
+        np.testing.assert_allclose(result["same"], 0.0, atol=rounding)
+
+
+@pytest.fixture(scope="module")
+def teachers(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints: the students' own shape, another depth, and one without new experts."""
+    folder = tmp_path_factory.mktemp("teachers")
+    shapes: dict[str, dict[str, Any]] = {
+        "same": {"moe": {"gating_residual": True}},
+        "deeper": {"model": {"num_layers": 6}},
+        "vanilla": {
+            "moe": {
+                "num_ffn_experts": 4,
+                "num_zero_experts": 0,
+                "num_copy_experts": 0,
+                "num_constant_experts": 0,
+                "gating_residual": False,
+            }
+        },
+    }
+    for name, sections in shapes.items():
+        raw = settings(**sections, training={"seed": 11})
+        ranks(1).run(train_between, raw, folder / name, 2)
+    return {name: folder / name for name in shapes}
+
+
+def distilled(
+    ranks: RankPools, size: int, teacher: Path, kind: dict[str, Any] | None = None, **sections: Any
+) -> Run:
+    distillation = {"teacher": str(teacher), "weight": 0.7, **(kind or {})}
+    raw = settings(**sections, distillation=distillation)
+    return assemble(ranks(size).run(train, raw, 3))
+
+
+# MoE layers need sequence parallelism beside tensor parallelism.
+TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp 2": (2, {"parallel": TP}),
+    "pp 2": (2, {"parallel": {"pipeline_model_parallel_size": 2}}),
+    "ep 2": (2, {"parallel": {"expert_model_parallel_size": 2}}),
+    "dp 2": (2, {}),
+    "cp 2": (2, {"parallel": {"context_parallel_size": 2}}),
+    "recompute": (
+        1,
+        {
+            "training": {
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 1,
+            }
+        },
+    ),
+    "pp 2, ep 2, recompute": (
+        4,
+        {
+            "parallel": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+            "training": {"recompute_granularity": "selective"},
+        },
+    ),
+    "pp 2, chunks 2": (
+        2,
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+            }
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: RankPools, teachers: dict[str, Path]) -> Run:
+    return distilled(ranks, 1, teachers["vanilla"])
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_every_layout_is_one_process(
+    ranks: RankPools, teachers: dict[str, Path], reference: Run, layout: str
+) -> None:
+    size, sections = LAYOUTS[layout]
+    run = distilled(ranks, size, teachers["vanilla"], **sections)
+    compare(run, reference, LAYOUT)
+    assert run.divergences == pytest.approx(reference.divergences, rel=LAYOUT)
+    assert min(reference.divergences) > 0.01
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_micro_batches_add_up(ranks: RankPools, teachers: dict[str, Path], stages: int) -> None:
+    # The balance loss is one of each micro-batch, by its definition.
+    moe = {"balance_coeff": 0.0}
+    whole = distilled(ranks, 1, teachers["deeper"], moe=moe, training={"micro_batch_size": 8})
+    parts = distilled(
+        ranks,
+        stages,
+        teachers["deeper"],
+        moe=moe,
+        training={"micro_batch_size": 1},
+        parallel={"pipeline_model_parallel_size": stages},
+    )
+    found = difference(parts, whole)
+    assert max(found.loss, found.grad_norm, found.gradient) <= LAYOUT, found
+    assert parts.divergences == pytest.approx(whole.divergences, rel=LAYOUT)
+
+
+@pytest.mark.parametrize("kind", [{"top_k": 5}, {"temperature": 2.0}, {"text_weight": 0.0}])
+def test_each_kind_of_loss_is_one_process(
+    ranks: RankPools, teachers: dict[str, Path], reference: Run, kind: dict[str, Any]
+) -> None:
+    one = distilled(ranks, 1, teachers["deeper"], kind)
+    parallel = {**TP, "pipeline_model_parallel_size": 2}
+    four = distilled(ranks, 4, teachers["deeper"], kind, parallel=parallel)
+    compare(four, one, LAYOUT)
+    assert four.divergences == pytest.approx(one.divergences, rel=LAYOUT)
+    assert one.grad_norms != reference.grad_norms
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_weight_0_changes_no_bit(ranks: RankPools, teachers: dict[str, Path], size: int) -> None:
+    sections: dict[str, Any] = {}
+    if size == 2:
+        sections["parallel"] = {"pipeline_model_parallel_size": 2}
+    without = assemble(ranks(size).run(train, settings(**sections), 3))
+    measured = distilled(ranks, size, teachers["deeper"], {"weight": 0.0}, **sections)
+    assert measured.losses == without.losses
+    assert measured.grad_norms == without.grad_norms
+    assert measured.routing == without.routing
+    for name, gradient in without.gradients.items():
+        np.testing.assert_array_equal(measured.gradients[name], gradient)
+    assert min(measured.divergences) > 0.01
+
+
+def test_a_teacher_equal_to_the_student_says_nothing(ranks: RankPools, tmp_path: Path) -> None:
+    ranks(1).run(train_between, settings(), tmp_path, 0)
+    alone = assemble(ranks(1).run(train, settings(), 1))
+    for size in (1, 2):
+        parallel = TP if size == 2 else {}
+        raw = settings(parallel=parallel, distillation={"teacher": str(tmp_path), "weight": 5.0})
+        run = assemble(ranks(size).run(train, raw, 1))
+        assert run.divergences == [0.0]
+        compare(run, alone, LAYOUT)
+
+
+def test_the_gradient_is_that_of_the_sum(ranks: RankPools, teachers: dict[str, Path]) -> None:
+    """Of three runs that differ in the two weights alone, one's gradient is the others' sum."""
+    name = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
+    text, both, divergence = (
+        distilled(ranks, 1, teachers["same"], kind, moe={"balance_coeff": 0.0})
+        for kind in ({"weight": 0.0}, {}, {"text_weight": 0.0})
+    )
+    found = both.gradients[name]
+    np.testing.assert_allclose(
+        found, text.gradients[name] + divergence.gradients[name], atol=1e-6 * np.abs(found).max()
+    )
+    assert np.abs(divergence.gradients[name]).max() > 0
+
+
+def test_resuming_takes_the_same_teacher_alone(
+    ranks: RankPools, corpus: Path, tmp_path: Path
+) -> None:
+    first = trainer_settings(corpus, tmp_path / "teacher", checkpoint={"save_interval": 3})
+    first["training"]["train_iters"] = 6
+    ranks(1).run(run_trainer, first)
+    (older, newer) = sorted((tmp_path / "teacher/checkpoints").glob("step_*"))
+
+    def student(run: str, teacher: Path, iters: int, load: str | None = None) -> dict[str, Any]:
+        raw = trainer_settings(
+            corpus,
+            tmp_path / run,
+            checkpoint={"save_interval": 2, "load": load},
+            distillation={"teacher": str(teacher)},
+        )
+        raw["training"] |= {"train_iters": iters, "seed": 5}
+        return raw
+
+    ranks(1).run(run_trainer, student("whole", newer, 6))
+    ranks(1).run(run_trainer, student("half", newer, 4))
+    ranks(1).run(run_trainer, student("half", newer, 6, "auto"))
+    for key in ("loss", "distillation_loss"):
+        assert logged(tmp_path / "half", key) == logged(tmp_path / "whole", key)
+    assert min(logged(tmp_path / "whole", "distillation_loss")) > 0
+    with pytest.raises(Exception, match="must be the one that this run was taught by"):
+        ranks(1).run(run_trainer, student("half", older, 8, "auto"))
+
+
+@pytest.mark.parametrize("stages", ["plain", "interleaved"])
+def test_the_combined_schedule_trains_the_same(
+    ranks: RankPools, teachers: dict[str, Path], stages: str
+) -> None:
+    size, parallel = (2, EP2) if stages == "plain" else (4, STAGES)
+    distillation = {"teacher": str(teachers["vanilla"]), "weight": 0.7}
+    run, reference = both(ranks, size, train, parallel=parallel, distillation=distillation)
+    compare(run, reference, 0.0)
+    assert run.divergences == reference.divergences
+    assert min(run.divergences) > 0.01
+
+
+def estimated_and_held(raw: dict[str, Any]) -> tuple[float, int]:
+    """Bytes that the planner says of this rank's teacher, and those of its parameters."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.distillation import Distillation
+    from moepp_megatron.training.teacher import TeacherModel
+    from moepp_megatron.workbench.planning.memory import rank_memory
+
+    config = parse_config(raw)
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    teacher = TeacherModel.of(config)
+    assert teacher is not None
+    parameters = Distillation(config, teacher).parameters()
+    stage = layout.coordinates(dist.get_rank()).pp
+    held = sum(each.numel() * each.element_size() for each in parameters)
+    return rank_memory(config, layout, stage, "local").teacher, held
+
+
+def test_the_planner_counts_the_teacher(ranks: RankPools, teachers: dict[str, Path]) -> None:
+    distillation = {"teacher": str(teachers["deeper"])}
+    parallel = {"pipeline_model_parallel_size": 2}
+    first, last = ranks(2).run(
+        estimated_and_held, settings(distillation=distillation, parallel=parallel)
+    )
+    assert first[0] == first[1]
+    # 4 micro-batches' hidden states, and of one four times the logits, in fp32.
+    tokens = 2 * 16
+    assert last[0] == last[1] + 4 * tokens * 32 * 4 + tokens * 64 * 4 * 4
+
+
+def test_what_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
+    from moepp_megatron.config.hardware import load_hardware
+    from moepp_megatron.training.teacher import TeacherModel
+    from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE
+    from moepp_megatron.workbench.planning.machine import machine_of
+    from moepp_megatron.workbench.planning.plan import make_plan
+
+    def refused(match: str, **sections: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match=match):
+            TeacherModel.of(parse_config(settings(**sections)))
+
+    teacher = {"teacher": str(teachers["same"])}
+    refused("must be a checkpoint folder", distillation={"teacher": str(tmp_path / "none")})
+    refused("vocab_size", distillation=teacher, model={"vocab_size": 128})
+    refused(
+        r"must fit this run, and: moe.num_ffn_experts \(4\)",
+        distillation={"teacher": str(teachers["vanilla"])},
+        parallel={"expert_model_parallel_size": 8},
+    )
+    refused("implementation", distillation=teacher, model={"implementation": "hybrid"})
+    refused("nothing would be learnt", distillation={**teacher, "weight": 0.0, "text_weight": 0.0})
+    refused("top_k", distillation={**teacher, "top_k": 65})
+    with pytest.raises(ConfigError, match="must be null for a plan"):
+        make_plan(
+            parse_config(settings(distillation=teacher)),
+            8,
+            machine_of(load_hardware("h100_sxm")),
+            FORCED_BALANCE,
+        )
+    (tmp_path / "config.json").write_text("{}")
+    refused("moepp convert upcycle", distillation={"teacher": str(tmp_path)})
