@@ -70,11 +70,11 @@ class ObjectPath(PosixPath):
     # What a listing has told about it.
     _listed: Any = None
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # noqa: D105
         # A path keeps one slash of two.
         return super().__str__().replace(":/", "://", 1)
 
-    def __fspath__(self) -> NoReturn:
+    def __fspath__(self) -> NoReturn:  # noqa: D105
         raise TypeError(f"{self} is no path of this machine")
 
     def is_absolute(self) -> bool:
@@ -313,7 +313,7 @@ def _status(item: Any) -> Any:
 
 
 def _translated(error: Exception, path: ObjectPath) -> Exception:
-    """What a client's error means: its causes are botocore's, or those of another store's client."""
+    """What a client's error means; its causes are botocore's, or another library's."""
     chain: list[BaseException] = [error]
     while (link := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 10:
         chain.append(link)

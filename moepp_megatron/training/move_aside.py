@@ -42,8 +42,8 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
     moved = [path for path in sorted(folder.iterdir()) if not _stays(path, kept)]
     if isinstance(checkpoints, ObjectPath) and list_checkpoints(checkpoints):
         raise ConfigError(
-            f"checkpoint.dir ({checkpoints}) must hold no checkpoints for --overwrite, since nothing "
-            "can be moved in object storage; choose another checkpoint.dir, or delete them"
+            f"checkpoint.dir ({checkpoints}) must hold no checkpoints for --overwrite, since "
+            "nothing can be moved in object storage; choose another checkpoint.dir, or delete them"
         )
     outside = not _is_inside(checkpoints, folder)
     old = _checkpoint_files(checkpoints) if outside else []

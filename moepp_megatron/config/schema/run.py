@@ -92,8 +92,8 @@ class CheckpointSection(Section):
     load: PlaceText | None = Field(
         default=None,
         min_length=1,
-        description="Checkpoint folder, its address, or a run to start from, or auto for this run's "
-        "newest",
+        description="Checkpoint folder, its address, or a run to start from, or auto for this "
+        "run's newest",
         json_schema_extra=unit("-"),
     )
     load_optimizer: bool = Field(

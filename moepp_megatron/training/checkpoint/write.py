@@ -184,6 +184,8 @@ class CheckpointWriter:
                 None if is_there else f"{temporary} is not there; checkpoint.dir must be shared"
             )
         if reason is not None:
+            if self._uploads:
+                shutil.rmtree(temporary, ignore_errors=True)
             self._failed(final, reason)
             return None
         return temporary
