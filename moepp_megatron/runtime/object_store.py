@@ -9,13 +9,11 @@ request or an upload in parts, and has CRC32 checksums on its way; there is no r
 from __future__ import annotations
 
 import contextlib
-import errno
 import fnmatch
 import functools
 import io
 import logging
 import os
-import re
 import secrets
 import stat as stat_modes
 from collections.abc import Generator, Iterator
@@ -23,9 +21,10 @@ from pathlib import Path, PosixPath
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from moepp_megatron.config import ConfigError, UnfitError
-from moepp_megatron.config.paths import is_address, without_password
+from moepp_megatron.config import ConfigError
+from moepp_megatron.config.paths import is_address
 from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.runtime.store_errors import StoreError, one_line, translated
 
 # Bytes asked for at once where a reader wants fewer: a request costs tens of milliseconds.
 _BUFFER_BYTES = 8 << 20
@@ -33,24 +32,6 @@ _CONNECT_TIMEOUT_S = 10
 _READ_TIMEOUT_S = 60
 # The first try and, after a second or two, two more.
 _ATTEMPTS = 3
-_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403"}
-# Raised by botocore before it has asked anybody.
-_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
-
-
-class StoreError(UnfitError):
-    """A store could not be asked, or has refused. It says nothing about what the store holds.
-
-    Not an OSError: who takes a file that cannot be read for a damaged one must not take a lost
-    connection for damage.
-
-    Attributes:
-        is_refusal: Whether the address or the credentials are wrong, not the connection.
-    """
-
-    def __init__(self, text: str, *, is_refusal: bool = False) -> None:
-        super().__init__(text)
-        self.is_refusal = is_refusal
 
 
 def place(name: str | Path) -> Path:
@@ -198,7 +179,7 @@ class ObjectPath(PosixPath):
         except (StoreError, ConfigError):
             raise
         except Exception as error:
-            raise _translated(error, self) from None
+            raise translated(error, self) from None
 
 
 class _Reader(io.RawIOBase):
@@ -297,7 +278,7 @@ def _of_profile(msc: Any, name: str) -> Any:
         return msc.StorageClient(msc.StorageClientConfig.from_file(profile=name))
     except Exception as error:  # its configuration file may be wrong in many ways
         raise StoreError(
-            f"profile {name} of multi-storage-client cannot be used ({_one_line(error)}); name one "
+            f"profile {name} of multi-storage-client cannot be used ({one_line(error)}); name one "
             "of its configuration file, which MSC_CONFIG can name",
             is_refusal=True,
         ) from None
@@ -310,39 +291,3 @@ def _status(item: Any) -> Any:
         st_mtime=0.0 if is_folder else item.last_modified.timestamp(),
         st_mode=stat_modes.S_IFDIR if is_folder else stat_modes.S_IFREG,
     )
-
-
-def _translated(error: Exception, path: ObjectPath) -> Exception:
-    """What a client's error means; its causes are botocore's, or another library's."""
-    chain: list[BaseException] = [error]
-    while (link := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 10:
-        chain.append(link)
-    codes = {_code(link) for link in chain} | {type(link).__name__ for link in chain}
-    if "NoSuchBucket" in codes:
-        bucket = "/".join(str(path).split("/")[:3])
-        text = f"the bucket {bucket} does not exist; create it, or name another"
-        return StoreError(text, is_refusal=True)
-    if codes & _NO_CREDENTIALS:
-        text = f"no credentials were found for {path}; set AWS_ACCESS_KEY_ID and the secret, or "
-        return StoreError(f"{text}a profile of AWS's files", is_refusal=True)
-    if codes & _DENIED or any(isinstance(link, PermissionError) for link in chain):
-        what = next(iter(sorted(codes & _DENIED - {"403"})), "AccessDenied")
-        text = f"the credentials do not allow it ({what} at {path}); get the right, or use others"
-        return StoreError(text, is_refusal=True)
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    # botocore's own says most; what others made of it repeats it.
-    told = [link for link in chain if type(link).__module__.startswith("botocore")] or [chain[-1]]
-    what = f"{type(told[0]).__name__}: {_one_line(told[0])}"
-    return StoreError(f"{path} could not be reached or used ({what})")
-
-
-def _code(error: BaseException) -> str:
-    response = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else ""
-
-
-def _one_line(error: BaseException) -> str:
-    """An error's text without passwords and signatures of addresses in it."""
-    text = re.sub(r"\?[^\s\"']*", "", " ".join(str(error).split()))
-    return without_password(text)

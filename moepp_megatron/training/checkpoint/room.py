@@ -19,7 +19,8 @@ import psutil
 
 from moepp_megatron.config import Config, checkpoint_bytes
 from moepp_megatron.runtime.disk import free_bytes, show_bytes
-from moepp_megatron.runtime.object_store import ObjectPath, StoreError
+from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.runtime.store_errors import StoreError
 from moepp_megatron.training.checkpoint.find import list_checkpoints
 from moepp_megatron.training.checkpoint.names import MANIFEST_FILE, PREFIX
 from moepp_megatron.training.checkpoint.validity import damage, plain_damage

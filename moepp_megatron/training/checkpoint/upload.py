@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from moepp_megatron.runtime.object_store import ObjectPath, StoreError
+from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.runtime.store_errors import StoreError
 from moepp_megatron.training.checkpoint.background import Background
 from moepp_megatron.training.checkpoint.plan import Written
 

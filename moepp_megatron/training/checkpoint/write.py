@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.runtime.disk import NO_SPACE, free_bytes, show_bytes
-from moepp_megatron.runtime.object_store import ObjectPath, StoreError
+from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.runtime.store_errors import StoreError
 from moepp_megatron.training.checkpoint import rng
 from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.background import Background, BackgroundError

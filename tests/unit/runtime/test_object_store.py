@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.runtime.object_store import ObjectPath, StoreError, check_store, place
+from moepp_megatron.runtime.object_store import ObjectPath, check_store, place
+from moepp_megatron.runtime.store_errors import StoreError
 from tests.object_store import Store
 
 
