@@ -21,7 +21,7 @@ from tests.parallel.training_runs import settings
 
 EP2 = {"expert_model_parallel_size": 2}
 EP4 = {"expert_model_parallel_size": 4}
-TP2 = {"tensor_model_parallel_size": 2}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
 @pytest.fixture
