@@ -59,6 +59,7 @@ NAVIGATION = {
     "Runs and clusters": [
         "Data <docs/data>",
         "Checkpoints <docs/checkpoints>",
+        "Checkpoints in object storage <docs/object_storage>",
         "Clusters <docs/cluster>",
         "Watch a run <docs/monitor>",
         "On a GPU <docs/gpu>",

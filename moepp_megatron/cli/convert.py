@@ -10,6 +10,7 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.layer_settings import LayerSettings
+from moepp_megatron.runtime.object_store import place
 
 app = typer.Typer(
     help="""Convert checkpoints.
@@ -40,6 +41,14 @@ class ExportLayout(StrEnum):
 
 
 Source = Annotated[Path, typer.Argument(help="Convert the model in this folder.", metavar="SRC")]
+OwnSource = Annotated[
+    Path,
+    typer.Argument(
+        help="Convert the model in this folder, or in s3://bucket/prefix.",
+        metavar="SRC",
+        parser=place,
+    ),
+]
 Target = Annotated[
     Path,
     typer.Argument(
@@ -79,7 +88,7 @@ def hf_to_mcore(
 
 @app.command("mcore-to-hf")
 def mcore_to_hf(
-    source: Source,
+    source: OwnSource,
     target: Target,
     layout: Annotated[
         ExportLayout,

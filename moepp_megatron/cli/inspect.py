@@ -10,6 +10,7 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import CheckpointArgument, JsonOption, LayoutArgument, NprocOption
 from moepp_megatron.cli.ranks import start_ranks
+from moepp_megatron.runtime.object_store import place
 
 if TYPE_CHECKING:
     from moepp_megatron.workbench.inspection.request import InspectRequest
@@ -25,7 +26,9 @@ def inspect(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="Show this checkpoint, or run, beside the first one.", metavar="CHECKPOINT"
+            help="Show this checkpoint, or run, beside the first one.",
+            metavar="CHECKPOINT",
+            parser=place,
         ),
     ] = None,
     json: JsonOption = None,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moepp_megatron.runtime.object_store import place
+
 GPU_NAMES = "a name in configs/hardware, or a YAML file"
 """What --gpu and --hardware take, for their help."""
 
@@ -23,7 +25,9 @@ OverridesArgument = Annotated[
 CheckpointArgument = Annotated[
     Path,
     typer.Argument(
-        help="Load this checkpoint, or the newest one of this run.", metavar="CHECKPOINT"
+        help="Load this checkpoint, or the newest one of this run; also from s3://bucket/prefix.",
+        metavar="CHECKPOINT",
+        parser=place,
     ),
 ]
 LayoutArgument = Annotated[

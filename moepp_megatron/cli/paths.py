@@ -20,8 +20,9 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import ConfigError, UnfitError
-from moepp_megatron.config.paths import path_problem
+from moepp_megatron.config.paths import path_problem, place_problem
 from moepp_megatron.config.problem import Problem
+from moepp_megatron.runtime.object_store import ObjectPath
 
 # What --json takes for stdout.
 _STDOUT = Path("-")
@@ -49,7 +50,9 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
     def call(**arguments: Any) -> Any:
         for name, value in arguments.items():
             for one in value if isinstance(value, list) else [value]:
-                problem = path_problem(str(one)) if isinstance(one, Path) else None
+                is_far = isinstance(one, ObjectPath)
+                check = place_problem if is_far else path_problem
+                problem = check(str(one)) if isinstance(one, Path) else None
                 if problem is not None:
                     shown = Problem(_shown(command, name), str(one), problem.rule, problem.remedy)
                     raise ConfigError(str(shown))

@@ -59,7 +59,9 @@ def config_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple
         ConfigError: If a file or an override cannot be read.
     """
     overriding = [(_COMMAND_LINE, _overriding(override)) for override in overrides]
-    return [*_read_with_bases(Path(path), chain=()), *overriding]
+    # A path of object storage stays one.
+    file = path if isinstance(path, Path) else Path(path)
+    return [*_read_with_bases(file, chain=()), *overriding]
 
 
 def parse_config(content: Mapping[str, Any]) -> Config:
@@ -149,7 +151,7 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Cont
     """
     if "\0" in str(path):
         raise ConfigError(f"{str(path)!r}: cannot be read (no path holds a zero byte); give a file")
-    resolved = os.path.realpath(path)
+    resolved = os.path.realpath(str(path))
     if resolved in chain:
         names = " -> ".join([*chain[chain.index(resolved) :], resolved])
         raise ConfigError(f"base: goes in a circle: {names}; remove one of these base: lines")
@@ -165,7 +167,7 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Cont
             f"base ({base!r}) in {path} must be the path of one file; write base: other.yaml"
         )
     base_path = path.parent / os.path.expanduser(base)
-    if not os.path.exists(base_path):
+    if not base_path.exists():
         raise ConfigError(
             f"base ({base!r}) in {path} must name a file, and {base_path} is none; "
             "give a path relative to the file that names it"

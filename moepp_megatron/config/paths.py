@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 # One letter is a drive: C:/data is an odd name on this system, but not an address.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+# Of object storage; a path would keep one slash of two.
+_ADDRESS = re.compile(r"(s3|msc):/+([^/]*)(.*)")
+_PASSWORD = re.compile(r"(:/+)[^/@\s\"']*@")
 # Of Linux (limits.h): bytes of a name between two slashes, and of a whole path.
 _NAME_MAX, _PATH_MAX = 255, 4095
 
@@ -16,6 +19,39 @@ class PathProblem(NamedTuple):
 
     rule: str
     remedy: str
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` means a place in object storage: `s3://bucket/...`, `msc://profile/...`."""
+    return _ADDRESS.match(text) is not None
+
+
+def without_password(text: str) -> str:
+    """`text` without what stands before the @ of an address in it."""
+    return _PASSWORD.sub(r"\1***@", text)
+
+
+def place_problem(text: str) -> PathProblem | None:
+    """Same as `path_problem`, for a setting that may also be an address of object storage."""
+    address = _ADDRESS.fullmatch(text)
+    if address is None:
+        problem = path_problem(text)
+        if problem is None or _SCHEME.match(text) is None:
+            return problem
+        return PathProblem("must be a path, s3://bucket/prefix or msc://profile/path", "use one")
+    if "@" in text:
+        # Configurations are copied, logged and reported.
+        return PathProblem(
+            "must not hold a user or password",
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile of AWS's files",
+        )
+    if not address[2] or not address[3].strip("/"):
+        return PathProblem(
+            "must name a bucket (or profile) and a prefix in it", f"use {address[1]}://NAME/PREFIX"
+        )
+    if re.search(r"[\s?#\\\0-\x1f]|/\.{1,2}(/|$)", text):
+        return PathProblem("must hold no space, ?, #, backslash, . or .. as a name", "leave it out")
+    return None
 
 
 def path_problem(text: str) -> PathProblem | None:

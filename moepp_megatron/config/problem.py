@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.paths import without_password
 
 _LONGEST_VALUE = 60
 
 
 def show(value: Any) -> str:
-    """A value as a YAML reader expects it: null, true, quoted text; long ones are cut."""
+    """A value as a YAML reader expects it: null, true, quoted text; long ones are cut.
+
+    The password of an address is not shown.
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = repr(value)
+    text = without_password(repr(value))
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
 

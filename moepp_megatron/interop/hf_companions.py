@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -47,13 +46,15 @@ def write_companions(source: Path, target: Path, config: Config) -> None:
     """
     for name in _COPIED:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            (target / name).write_bytes((source / name).read_bytes())
     if (source / TOKENIZER_FILE).is_file():
         write_json(target / _TOKENIZER_CONFIG, _tokenizer_config(source, config))
     elif (source / _TOKENIZER_CONFIG).is_file():
-        shutil.copyfile(source / _TOKENIZER_CONFIG, target / _TOKENIZER_CONFIG)
+        content = (source / _TOKENIZER_CONFIG).read_bytes()
+        (target / _TOKENIZER_CONFIG).write_bytes(content)
     if (source / _GENERATION_CONFIG).is_file():
-        shutil.copyfile(source / _GENERATION_CONFIG, target / _GENERATION_CONFIG)
+        content = (source / _GENERATION_CONFIG).read_bytes()
+        (target / _GENERATION_CONFIG).write_bytes(content)
     else:
         known = {key: value for key, value in special_ids(source).items() if value is not None}
         write_json(target / _GENERATION_CONFIG, known)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -147,7 +146,7 @@ def mcore_to_hf(
         write_companions(folder, unfinished, config)
         card = model_card(folder, config, name, layout, shlex.join(command), license_id)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
-        shutil.copyfile(folder / CONFIG_FILE, unfinished / TRAINING_CONFIG_FILE)
+        (unfinished / TRAINING_CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes())
         if form.classes is not None:
             copy_model_files(unfinished)
         publish(unfinished, target)

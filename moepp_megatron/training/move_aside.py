@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.config.blends import blends_of, folders_of
+from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
 from moepp_megatron.training.checkpoint.find import start_candidates
 from moepp_megatron.training.checkpoint.names import LATEST_FILE, PREFIX
@@ -42,6 +43,11 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
     needed += [*trained, *config.data.validation.values()]
     kept = [Path(os.path.realpath(path)) for path in needed if path is not None]
     moved = [path for path in sorted(folder.iterdir()) if not _stays(path, kept)]
+    if isinstance(checkpoints, ObjectPath) and list_checkpoints(checkpoints):
+        raise ConfigError(
+            f"checkpoint.dir ({checkpoints}) must hold no checkpoints for --overwrite, since "
+            "nothing can be moved in object storage; choose another checkpoint.dir, or delete them"
+        )
     outside = not _is_inside(checkpoints, folder)
     old = _checkpoint_files(checkpoints) if outside else []
     _refuse_moved_start(config, [*moved, *old])
@@ -100,7 +106,9 @@ def _refuse_moved_start(config: Config, moved: list[Path]) -> None:
     name = config.checkpoint.load
     if name is None or name == "auto":
         return
-    starts = [Path(os.path.realpath(path)) for path in start_candidates(config, Path())]
+    candidates = start_candidates(config, Path())
+    here = [path for path in candidates if not isinstance(path, ObjectPath)]
+    starts = [Path(os.path.realpath(path)) for path in here]
     homes = [Path(os.path.realpath(path)) for path in moved]
     if any(start == home or home in start.parents for start in starts for home in homes):
         raise ConfigError(
@@ -127,5 +135,7 @@ def _move(paths: list[Path], folder: Path) -> Path:
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
+    if isinstance(path, ObjectPath):
+        return False
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     return real == home or home in real.parents

@@ -28,10 +28,11 @@ from moepp_megatron.observe.status import (
     read_status,
     write_status,
 )
+from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.room import remove_leftovers
 from moepp_megatron.training.move_aside import move_aside, owner_of_checkpoints
-from moepp_megatron.training.run_folder import checkpoint_folder, usable
+from moepp_megatron.training.run_folder import checkpoint_folder, staging_folder, usable
 
 BEAT_S = 3.0
 # How long a process on another machine may show no beat: it may be busy, its disk slow.
@@ -282,7 +283,9 @@ def _write(config: Config, claim: RunStatus) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         # Nobody else trains here, so half-written checkpoints are nobody's.
-        remove_leftovers(checkpoint_folder(config))
+        checkpoints = checkpoint_folder(config)
+        is_far = isinstance(checkpoints, ObjectPath)
+        remove_leftovers(staging_folder(config) if is_far else checkpoints)
         write_status(folder, claim)
 
 

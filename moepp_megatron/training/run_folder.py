@@ -12,6 +12,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import is_full
+from moepp_megatron.runtime.object_store import ObjectPath, place
 from moepp_megatron.version import __version__
 
 # What a run writes there.
@@ -21,7 +22,12 @@ _FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
 
 def checkpoint_folder(config: Config) -> Path:
     """Where the run's checkpoints are."""
-    return Path(config.checkpoint.folder(config.run.dir))
+    return place(config.checkpoint.folder(config.run.dir))
+
+
+def staging_folder(config: Config) -> Path:
+    """Where files of a checkpoint are until they are uploaded to object storage."""
+    return config.checkpoint.staging or config.run.dir / "staging"
 
 
 def write_config(config: Config) -> Path:
@@ -62,7 +68,12 @@ def usable(config: Config) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         for path in [*(folder / name for name in _FILES), *(folder / name for name in _FOLDERS)]:
             _check_kind(path, is_folder=path.name in _FOLDERS)
-        _check_kind(checkpoint_folder(config), is_folder=True, setting="checkpoint.dir")
+        checkpoints = checkpoint_folder(config)
+        if isinstance(checkpoints, ObjectPath):
+            checkpoints = staging_folder(config)
+            _check_kind(checkpoints, is_folder=True, setting="checkpoint.staging")
+        else:
+            _check_kind(checkpoints, is_folder=True, setting="checkpoint.dir")
         yield
     except OSError as error:
         at = error.filename if isinstance(error.filename, str) else str(folder)

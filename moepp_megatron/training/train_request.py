@@ -19,6 +19,7 @@ from moepp_megatron.config import (
 )
 from moepp_megatron.runtime.install import how_to_install
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
+from moepp_megatron.runtime.object_store import check_store, place
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import adopt_rank_variables, contradiction
 from moepp_megatron.training import occupancy
@@ -111,6 +112,8 @@ class TrainRequest:
             UnfitError: This machine cannot do it.
         """
         config = self.config
+        if self.rank.local_rank == 0 and not has_launcher():
+            _check_stores(config)
         start = self._settled_start()
         if self.leads and not occupancy.is_claimed():
             # At once; looking for packages imports torch.
@@ -159,6 +162,14 @@ def _resumed(config: Config) -> Config:
     if config.checkpoint.load is not None and not own:
         return config
     return with_overrides(config, ["checkpoint.load=auto", "checkpoint.load_optimizer=true"])
+
+
+def _check_stores(config: Config) -> None:
+    """Refuse addresses of object storage that cannot be used, once on each machine."""
+    check_store(checkpoint_folder(config), "checkpoint.dir", writes=True)
+    name = config.checkpoint.load
+    if name is not None:
+        check_store(place(name), "checkpoint.load", writes=False)
 
 
 def _check_sinks(config: Config) -> None:

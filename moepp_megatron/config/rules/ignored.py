@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from moepp_megatron.config.blends import first_step
+from moepp_megatron.config.paths import is_address
 from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.experts import LOCAL_KINDS
@@ -317,6 +318,13 @@ def _intervals_of_nothing(config: Config) -> Iterator[Problem]:
             "checkpoint.keep",
             "with checkpoint.save_interval 0",
             "set checkpoint.save_interval above 0, or leave it out",
+        )
+    if not is_address(config.checkpoint.dir or ""):
+        yield from _ignored(
+            config,
+            "checkpoint.staging",
+            "where checkpoint.dir is a folder",
+            "set checkpoint.dir to an address such as s3://bucket/prefix, or leave it out",
         )
     if config.checkpoint.load is None:
         yield from _ignored(

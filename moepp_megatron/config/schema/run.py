@@ -7,7 +7,13 @@ from pathlib import Path
 from pydantic import Field
 
 from moepp_megatron.config.schema.blend import BlendPart, DataStage
-from moepp_megatron.config.schema.section import ConfigPath, PathText, Section, unit
+from moepp_megatron.config.schema.section import (
+    ConfigPath,
+    Place,
+    PlaceText,
+    Section,
+    unit,
+)
 
 
 class RunSection(Section):
@@ -83,9 +89,17 @@ class DataSection(Section):
 class CheckpointSection(Section):
     """Settings of saving and loading checkpoints."""
 
-    dir: ConfigPath | None = Field(
+    dir: Place | None = Field(
         default=None,
-        description="Folder of the checkpoints; null means RUN/checkpoints",
+        min_length=1,
+        description="Folder of the checkpoints, or s3://bucket/prefix or msc://profile/path; null "
+        "means RUN/checkpoints",
+        json_schema_extra=unit("-"),
+    )
+    staging: ConfigPath | None = Field(
+        default=None,
+        description="Where checkpoint.dir is an address: folder of this machine in which a rank's "
+        "files are until they are uploaded; null means RUN/staging",
         json_schema_extra=unit("-"),
     )
     save_interval: int = Field(
@@ -105,10 +119,11 @@ class CheckpointSection(Section):
         description="Newest checkpoints to keep; null keeps all",
         json_schema_extra=unit("checkpoints"),
     )
-    load: PathText | None = Field(
+    load: PlaceText | None = Field(
         default=None,
         min_length=1,
-        description="Checkpoint folder or run to start from, or auto for this run's newest",
+        description="Checkpoint folder, its address, or a run to start from, or auto for this "
+        "run's newest",
         json_schema_extra=unit("-"),
     )
     load_optimizer: bool = Field(
@@ -117,6 +132,6 @@ class CheckpointSection(Section):
         json_schema_extra=unit("-"),
     )
 
-    def folder(self, run_dir: Path) -> Path:
-        """The folder that checkpoints are written to, for a run in `run_dir`."""
-        return self.dir if self.dir is not None else run_dir / "checkpoints"
+    def folder(self, run_dir: Path) -> str:
+        """The folder that checkpoints are written to, or its address, for a run in `run_dir`."""
+        return self.dir if self.dir is not None else str(run_dir / "checkpoints")

@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from moepp_megatron.config.paths import path_problem
+from moepp_megatron.config.paths import is_address, path_problem, place_problem
 
 # The most that a whole number may be, by the unit of its field: far above any model or cluster,
 # and little enough that what is made for each layer, expert or rank fits into memory.
@@ -51,8 +51,31 @@ ConfigPath = Annotated[
     AfterValidator(lambda path: Path(os.path.expanduser(path))),
     BeforeValidator(_checked_text),
 ]
-# What names either a path or something else, such as checkpoint.load: auto.
+# What names either a path or something else.
 PathText = Annotated[str, AfterValidator(_checked_text)]
+
+
+def _checked_place(value: Any) -> Any:
+    """Refuse text that is neither a path nor an address of object storage."""
+    problem = place_problem(str(value)) if isinstance(value, str | Path) else None
+    if problem is not None:
+        raise PydanticCustomError("no_path", "{rule}|{remedy}", dict(problem._asdict()))
+    return value
+
+
+def _expanded_place(value: str) -> str:
+    return value if is_address(value) else os.path.expanduser(value)
+
+
+# A path, an address of object storage, or another word, such as checkpoint.load: auto.
+PlaceText = Annotated[str, AfterValidator(_checked_place)]
+# A folder, or an address of one.
+Place = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+    AfterValidator(_checked_place),
+    AfterValidator(_expanded_place),
+]
 
 
 class Section(BaseModel):

@@ -15,6 +15,7 @@ shards.py        a rank's own shard of a distributed optimizer, in terms of whol
 rng.py           random states of a rank
 plan.py          which rank writes which bytes
 background.py    a forked process that writes while training goes on
+upload.py        from a rank's staging folder to object storage
 publish.py       turns complete files into a named checkpoint
 agree.py         small messages between ranks without the training backend
 room.py          room on the disk: what fits, old checkpoints, what killed runs left

@@ -11,11 +11,13 @@ from __future__ import annotations
 import io
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -24,11 +26,15 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
 from torch.distributed.checkpoint import BytesStorageMetadata, FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
+from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.checkpoint.index import read_metadata
-from moepp_megatron.training.checkpoint.names import TENSORS_FILE
+from moepp_megatron.training.checkpoint.names import FORMAT_FILE, TENSORS_FILE
 from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
 
 # torch/serialization.py: the first beats an explicit `weights_only=False`, and does not go together
@@ -47,15 +53,33 @@ def load_data(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         UnsafePickleError: If its index holds anything else.
         OSError: It cannot be read.
     """
-    reader = partial(_Reader, read_metadata(checkpoint))
+    metadata = read_metadata(checkpoint)
+    reader: Any = partial(_Reader, metadata)
+    if isinstance(checkpoint, ObjectPath):
+        reader = partial(_ObjectReader, metadata, checkpoint)
     # megatron-core has no argument for the reader of the common state.
-    with only_data(), replaced(strategy, FileSystemReader=reader):
-        made = strategy._get_filesystem_reader(checkpoint)
+    with (
+        only_data(),
+        _local_folder(checkpoint) as folder,
+        replaced(strategy, FileSystemReader=reader),
+    ):
+        made = strategy._get_filesystem_reader(folder)
         assert isinstance(made, _Reader), f"megatron-core reads with a {type(made).__name__}"
         loaded: dict[str, Any] = dist_checkpointing.load(
-            state, str(checkpoint), _each_byte_once(strategy.TorchDistLoadShardedStrategy())
+            state, str(folder), _each_byte_once(strategy.TorchDistLoadShardedStrategy())
         )
     return loaded
+
+
+@contextmanager
+def _local_folder(checkpoint: Path) -> Iterator[Path]:
+    """A folder of this machine with all that megatron-core opens by itself: the format's file."""
+    if not isinstance(checkpoint, ObjectPath):
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory(prefix="moepp-") as folder:
+        (Path(folder) / FORMAT_FILE).write_bytes((checkpoint / FORMAT_FILE).read_bytes())
+        yield Path(folder)
 
 
 def _each_byte_once(reading: Any) -> Any:
@@ -90,6 +114,43 @@ class _Reader(FileSystemReader):
     def read_metadata(self) -> Metadata:
         """The index that was given; the file is not opened."""
         return self._metadata
+
+
+class _ObjectReader(_Reader):
+    """Reads ranges of a checkpoint's objects: what this rank needs, and nothing else."""
+
+    def __init__(
+        self, metadata: Metadata, checkpoint: ObjectPath, path: str | os.PathLike[str]
+    ) -> None:
+        super().__init__(metadata, path)
+        self.fs = _Objects(checkpoint)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Same as torch's, in the order of the bytes, so that one request serves neighbours."""
+
+        def order(item: ReadItem) -> tuple[str, int]:
+            info = self.storage_data[item.storage_index]
+            return info.relative_path, info.offset
+
+        return super().read_data(replace(plan, items=sorted(plan.items, key=order)), planner)
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        # torch.load would jump about in it.
+        file.seek(sinfo.offset)
+        return io.BytesIO(file.read(sinfo.length))
+
+
+class _Objects(FileSystem):
+    """Opens objects of a checkpoint by the names that its files would have in a folder."""
+
+    def __init__(self, checkpoint: ObjectPath) -> None:
+        self._checkpoint = checkpoint
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """A reader of an object."""
+        with (self._checkpoint / Path(path).name).open(mode) as file:
+            yield file
 
 
 def unsafe_pickle(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
@@ -127,7 +188,7 @@ def _refuse_further_indexes(checkpoint: Path) -> None:
 
 
 def _check_entry(checkpoint: Path, key: str, info: Any) -> None:
-    with (checkpoint / info.relative_path).open("rb") as file:
+    with (checkpoint / info.relative_path).open("rb", buffering=0) as file:
         file.seek(info.offset)
         content = file.read(info.length)
     try:

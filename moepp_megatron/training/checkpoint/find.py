@@ -11,6 +11,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.yaml_file import read_mapping
 from moepp_megatron.data.same_tokenizer import check_model_tokenizer
+from moepp_megatron.runtime.object_store import place
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.names import (
     CONFIG_FILE,
@@ -50,7 +51,7 @@ def find_checkpoint(
     Raises:
         ConfigError: If there is none.
     """
-    path = Path(name).expanduser()
+    path = place(name)
     if is_checkpoint(path):
         return path
     for folder in _checkpoint_folders(name, beside):
@@ -76,7 +77,7 @@ def start_candidates(config: Config, folder: Path) -> list[Path]:
         return []
     if name == "auto":
         return list_checkpoints(folder)
-    path = Path(name).expanduser()
+    path = place(name)
     if is_checkpoint(path):
         return [path]
     folders = _checkpoint_folders(name, beside=Path(os.path.abspath(config.run.dir)))
@@ -127,7 +128,7 @@ def refuse_no_start(name: str, skipped: list[str]) -> None:
 
 def _checkpoint_folders(name: str | Path, beside: Path | None = None) -> list[Path]:
     """The folders of checkpoints that a run called `name` may have, likeliest first."""
-    path = Path(name).expanduser()
+    path = place(name)
     runs = [path]
     if beside is not None and not path.is_absolute():
         runs.append(beside.parent / path)
@@ -188,7 +189,7 @@ def _configured_folder(run: Path) -> Path | None:
         folder = read_mapping(run / CONFIG_FILE)["checkpoint"]["dir"]
     except (ConfigError, KeyError, TypeError):
         return None
-    return Path(folder) if isinstance(folder, str) else None
+    return place(folder) if isinstance(folder, str) else None
 
 
 def _age_key(checkpoint: Path) -> tuple[float, str]:

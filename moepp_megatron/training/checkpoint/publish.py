@@ -1,4 +1,9 @@
-"""Turns the files of all ranks into a named checkpoint. Runs on rank 0 alone."""
+"""Turns the files of all ranks into a named checkpoint. Runs on rank 0 alone.
+
+In a folder of this machine the checkpoint gets its name last. In object storage, where nothing can
+be renamed, the ranks have uploaded their files under its name already, and the manifest, without
+which they are no checkpoint, comes last.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer, named_eod_token, tokenizer_config
 from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
+from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint.names import (
     CONFIG_FILE,
     FORMAT_FILE,
@@ -26,6 +32,7 @@ from moepp_megatron.training.checkpoint.names import (
 from moepp_megatron.training.checkpoint.plan import SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import SavedRecord
 from moepp_megatron.training.checkpoint.room import discard
+from moepp_megatron.training.checkpoint.upload import check_uploaded
 from moepp_megatron.training.checkpoint.validity import damage, file_digest, manifest
 
 logger = logging.getLogger(__name__)
@@ -80,11 +87,15 @@ def publish(plan: SavePlan, final: Path, written: list[Written], companions: Com
 
     Raises:
         OSError: If the disk failed; there is then no checkpoint of that name, or the older one.
+        StoreError: If the store failed; there is then no checkpoint of that name.
     """
     folder = plan.folder
     digests = {name: digest for part in written for name, digest in part.digests.items()}
     sizes = {name: size for part in written for name, size in part.sizes.items()}
-    _check_shared(folder, sizes)
+    if isinstance(final, ObjectPath):
+        check_uploaded(final, sizes)
+    else:
+        _check_shared(folder, sizes)
     plan.write_index([part.results for part in written])
     _write_companions(folder, companions)
     content = json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode()
@@ -94,9 +105,14 @@ def publish(plan: SavePlan, final: Path, written: list[Written], companions: Com
         if path.is_file():
             digests[name], sizes[name] = file_digest(path), path.stat().st_size
     write_synced(folder / MANIFEST_FILE, manifest(digests, sizes))
+    latest = f"{final.name}\n".encode()
+    if isinstance(final, ObjectPath):
+        _upload(folder, final)
+        (final.parent / LATEST_FILE).write_bytes(latest)
+        return
     sync(folder)
     _give_name(folder, final)
-    write_atomic(final.parent / LATEST_FILE, f"{final.name}\n".encode())
+    write_atomic(final.parent / LATEST_FILE, latest)
     sync(final.parent)
 
 
@@ -109,6 +125,16 @@ def _check_shared(folder: Path, sizes: dict[str, int]) -> None:
                 f"{path} was written by another rank and is not here; checkpoint.dir must be a "
                 "folder that all nodes share"
             )
+
+
+def _upload(folder: Path, final: ObjectPath) -> None:
+    """Upload what rank 0 alone has written, the manifest last."""
+    files = sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST_FILE)
+    sizes = {path.name: path.stat().st_size for path in files}
+    for path in files:
+        if path.name == MANIFEST_FILE:
+            check_uploaded(final, {name: sizes[name] for name in sizes if name != MANIFEST_FILE})
+        (final / path.name).upload(path)
 
 
 def _write_companions(folder: Path, companions: Companions) -> None:

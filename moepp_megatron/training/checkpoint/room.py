@@ -19,9 +19,11 @@ import psutil
 
 from moepp_megatron.config import Config, checkpoint_bytes
 from moepp_megatron.runtime.disk import free_bytes, show_bytes
+from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.runtime.store_errors import StoreError
 from moepp_megatron.training.checkpoint.find import list_checkpoints
-from moepp_megatron.training.checkpoint.names import PREFIX
-from moepp_megatron.training.checkpoint.validity import damage
+from moepp_megatron.training.checkpoint.names import MANIFEST_FILE, PREFIX
+from moepp_megatron.training.checkpoint.validity import damage, plain_damage
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def lack_of_room(config: Config, folder: Path, step: int) -> str | None:
     """
     keep, interval = config.checkpoint.keep, config.checkpoint.save_interval
     last = config.training.train_iters
-    if interval == 0 or step >= last:
+    if interval == 0 or step >= last or isinstance(folder, ObjectPath):
         return None
     count = -(-last // interval) - step // interval
     if keep is not None:
@@ -87,7 +89,7 @@ class Pruner:
         try:
             self._prune()
             remove_leftovers(self._folder)
-        except OSError as error:
+        except (OSError, StoreError) as error:
             logger.error("old checkpoints could not be deleted: %s", error)
 
     def _prune(self) -> None:
@@ -99,7 +101,9 @@ class Pruner:
 
     def _valid(self, checkpoint: Path) -> bool:
         if checkpoint.name not in self._is_valid:
-            reason = damage(checkpoint)
+            # One process would read all of it from a store, while training waits.
+            is_far = isinstance(checkpoint, ObjectPath)
+            reason = plain_damage(checkpoint) if is_far else damage(checkpoint)
             self._is_valid[checkpoint.name] = reason is None
             if reason is not None:
                 logger.warning("checkpoint.keep leaves %s alone: %s", checkpoint, reason)
@@ -112,7 +116,10 @@ def incomplete_name(name: str) -> str:
 
 
 def discard(path: Path, token: str) -> None:
-    """Delete a checkpoint; what a kill leaves of it on the way no longer bears its name."""
+    """Delete a checkpoint; what a kill leaves of it on the way is none."""
+    if isinstance(path, ObjectPath):
+        path.delete_below(MANIFEST_FILE)
+        return
     hidden = path.with_name(f".{path.name}.{_DISCARDED}-{token}")
     path.rename(hidden)
     shutil.rmtree(hidden)
@@ -122,13 +129,23 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what no living process of this machine is writing.
 
     Of another machine's processes nothing is known here. A run has its checkpoint folder for
-    itself, so what they have left is deleted too.
+    itself, so what they have left is deleted too. In object storage that is what has no manifest.
     """
+    if isinstance(folder, ObjectPath):
+        _remove_unfinished(folder)
+        return
     for kind in (_INCOMPLETE, _DISCARDED):
         for path in sorted(folder.glob(f".{PREFIX}*.{kind}-*")):
             if not _is_being_written(path):
                 logger.info("removing %s, which a save that did not finish has left", path)
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_unfinished(folder: ObjectPath) -> None:
+    for path in list_checkpoints(folder):
+        if isinstance(path, ObjectPath) and not (path / MANIFEST_FILE).is_file():
+            logger.info("removing %s, which a save that did not finish has left", path)
+            path.delete_below()
 
 
 def _is_being_written(path: Path) -> bool:

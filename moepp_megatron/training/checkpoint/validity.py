@@ -30,7 +30,7 @@ def damage(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
         num_parts: Number of parts.
     """
     try:
-        return _structure(checkpoint) or _contents(checkpoint, part, num_parts)
+        return _structure(checkpoint) or _contents(checkpoint, None, part, num_parts)
     except OSError as error:
         return f"{error.filename or checkpoint}: {error.strerror}"
 
@@ -38,7 +38,7 @@ def damage(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
 def plain_damage(checkpoint: Path) -> str | None:
     """Same as `damage`, but quick: checks all sizes, and the contents of the configuration."""
     try:
-        return _structure(checkpoint) or _content(checkpoint, CONFIG_FILE)
+        return _structure(checkpoint) or _contents(checkpoint, [CONFIG_FILE])
     except OSError as error:
         return f"{error.filename or checkpoint}: {error.strerror}"
 
@@ -58,10 +58,11 @@ def manifest(digests: dict[str, str], sizes: dict[str, int]) -> bytes:
 def _structure(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return "is not a folder"
+    there = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file()}
     for name in (FORMAT_FILE, MANIFEST_FILE, CONFIG_FILE):
-        if not (checkpoint / name).is_file():
+        if name not in there:
             return f"{name} is missing: the save did not finish"
-    if (checkpoint / _LEGACY_FILE).exists():
+    if _LEGACY_FILE in there:
         return f"{_LEGACY_FILE} does not belong into this format"
     try:
         content = _read_manifest(checkpoint)
@@ -76,23 +77,20 @@ def _structure(checkpoint: Path) -> str | None:
     for name in files:
         if Path(name).name != name:
             return f"{MANIFEST_FILE} names {name!r}, which is not a file of this folder"
-        path = checkpoint / name
-        if not path.is_file():
+        if name not in there:
             return f"{name} is missing"
-        if name in sizes and path.stat().st_size != sizes[name]:
-            return f"{name} has {path.stat().st_size} bytes instead of {sizes[name]}"
+        if name in sizes and there[name] != sizes[name]:
+            return f"{name} has {there[name]} bytes instead of {sizes[name]}"
     return None
 
 
-def _contents(checkpoint: Path, part: int, num_parts: int) -> str | None:
-    names = sorted(_read_manifest(checkpoint)["files"])[part::num_parts]
-    reasons = (_content(checkpoint, name) for name in names)
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def _content(checkpoint: Path, name: str) -> str | None:
-    if file_digest(checkpoint / name) != _read_manifest(checkpoint)["files"][name]:
-        return f"{name} is damaged: its SHA-256 is not that of {MANIFEST_FILE}"
+def _contents(
+    checkpoint: Path, names: list[str] | None, part: int = 0, num_parts: int = 1
+) -> str | None:
+    digests: dict[str, str] = _read_manifest(checkpoint)["files"]
+    for name in (sorted(digests) if names is None else names)[part::num_parts]:
+        if file_digest(checkpoint / name) != digests[name]:
+            return f"{name} is damaged: its SHA-256 is not that of {MANIFEST_FILE}"
     return None
 
 

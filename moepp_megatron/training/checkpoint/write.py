@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import shutil
@@ -15,15 +16,19 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.runtime.disk import NO_SPACE, free_bytes, show_bytes
+from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.runtime.store_errors import StoreError
 from moepp_megatron.training.checkpoint import rng
 from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.background import Background, BackgroundError
-from moepp_megatron.training.checkpoint.names import checkpoint_name
+from moepp_megatron.training.checkpoint.names import MANIFEST_FILE, checkpoint_name
 from moepp_megatron.training.checkpoint.plan import Planner, SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
 from moepp_megatron.training.checkpoint.publish import Companions, publish, tokenizer_files
 from moepp_megatron.training.checkpoint.room import Pruner, incomplete_name, remove_leftovers
 from moepp_megatron.training.checkpoint.state import saved_state
+from moepp_megatron.training.checkpoint.upload import BackgroundUpload, upload
+from moepp_megatron.training.run_folder import staging_folder
 from moepp_megatron.training.setup import TrainingModel
 
 logger = logging.getLogger(__name__)
@@ -46,8 +51,14 @@ class _Save:
     final: Path
     plan: SavePlan
     companions: Companions
-    process: Background | None = None
+    process: Background | BackgroundUpload | None = None
     failure: str | None = None
+
+    def sent(self, written: Written) -> Written:
+        """Have this rank's files, which are written, where the checkpoint is to be."""
+        if isinstance(self.final, ObjectPath):
+            return upload(written, self.plan.folder, self.final)
+        return written
 
 
 class CheckpointWriter:
@@ -57,7 +68,7 @@ class CheckpointWriter:
     says why, and training can continue.
 
     Args:
-        folder: The run's checkpoint folder; made when first needed.
+        folder: The run's checkpoint folder, also in object storage; made when first needed.
         config: The run's configuration.
         tokenizer: The tokenizer's file; its present content goes into each checkpoint.
 
@@ -77,9 +88,14 @@ class CheckpointWriter:
         self._planner = Planner()
         self._pruner = Pruner(folder, config.checkpoint.keep)
         self._save: _Save | None = None
+        # Files are written there, and a checkpoint that is complete has its name in `folder`.
+        self._staging = staging_folder(config) if self._uploads else folder
         if dist.get_rank() == 0:
             # They may be what fills the disk.
             remove_leftovers(folder)
+        if self._uploads:
+            # Each machine may have a folder of its own.
+            remove_leftovers(self._staging)
 
     def save(
         self, model: TrainingModel, progress: Progress, extra: dict[str, Any] | None = None
@@ -114,7 +130,7 @@ class CheckpointWriter:
                 self._save = save
                 self._start(save)
             else:
-                self._complete(save, plan.write)
+                self._complete(save, lambda: save.sent(plan.write()))
         return final
 
     def poll(self) -> None:
@@ -146,15 +162,22 @@ class CheckpointWriter:
         self._save = None
 
     def _prepare(self, final: Path) -> Path | None:
-        """The folder to write into, seen by every rank; None if there can be none."""
-        name = self._agreement.from_first(incomplete_name(final.name))
-        temporary = self._folder / name
+        """The folder to write into, one for all ranks unless they upload; None if there is none."""
+        name = incomplete_name(final.name)
+        if not self._uploads:
+            name = self._agreement.from_first(name)
+        temporary = self._staging / name
         reason = None
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 or self._uploads:
             try:
                 temporary.mkdir(parents=True)
-            except OSError as error:
+                if dist.get_rank() == 0 and isinstance(final, ObjectPath):
+                    # Its name cannot be given to other files while it has them.
+                    final.delete_below(MANIFEST_FILE)
+            except (OSError, StoreError) as error:
                 reason = str(error)
+        if self._uploads:
+            reason = self._agreement.first_reason(reason)
         reason = self._agreement.from_first(reason)
         if reason is None:
             is_there = temporary.is_dir()
@@ -162,13 +185,16 @@ class CheckpointWriter:
                 None if is_there else f"{temporary} is not there; checkpoint.dir must be shared"
             )
         if reason is not None:
+            if self._uploads:
+                shutil.rmtree(temporary, ignore_errors=True)
             self._failed(final, reason)
             return None
         return temporary
 
     def _start(self, save: _Save) -> None:
         try:
-            save.process = Background(save.plan.write)
+            process = Background(save.plan.write)
+            save.process = BackgroundUpload(process, save.sent) if self._uploads else process
         except OSError as error:
             save.failure = f"no process could be started ({error})"
 
@@ -185,15 +211,29 @@ class CheckpointWriter:
             if reason is None:
                 reason = self._publish(save, [part for _, part in parts])
             if reason is not None:
-                shutil.rmtree(save.plan.folder, ignore_errors=True)
-                reason += _lack(reason, sum(size for size, _ in parts), self._folder)
+                self._remove(save)
+                reason += _lack(reason, sum(size for size, _ in parts), self._staging)
         reason = self._agreement.from_first(reason)
+        if self._uploads:
+            shutil.rmtree(save.plan.folder, ignore_errors=True)
         if reason is not None:
             self._failed(save.final, reason)
             return
         self.error = None
         if dist.get_rank() == 0:
             self._pruner.wrote(save.final)
+
+    @property
+    def _uploads(self) -> bool:
+        return isinstance(self._folder, ObjectPath)
+
+    def _remove(self, save: _Save) -> None:
+        """Remove what a failed save has left, as far as that can be done now."""
+        shutil.rmtree(save.plan.folder, ignore_errors=True)
+        if isinstance(save.final, ObjectPath):
+            # The next save, or the next start, tries again.
+            with contextlib.suppress(StoreError):
+                save.final.delete_below(MANIFEST_FILE)
 
     def _publish(self, save: _Save, parts: list[Written]) -> str | None:
         try:
@@ -245,9 +285,8 @@ def _result(save: _Save) -> Written:
 def _describe(error: Exception) -> str:
     """What went wrong, in one line; unexpected errors by their class as well."""
     text = " ".join(str(error).split())
-    return (
-        text if isinstance(error, OSError | BackgroundError) else f"{type(error).__name__}: {text}"
-    )
+    is_known = isinstance(error, OSError | BackgroundError | StoreError)
+    return text if is_known else f"{type(error).__name__}: {text}"
 
 
 def _lack(reason: str, needed: int, folder: Path) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from moepp_megatron.config import Config, checkpoint_bytes
 from moepp_megatron.config.hardware import Thresholds
 from moepp_megatron.runtime.disk import free_bytes
+from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.training.run_folder import checkpoint_folder, staging_folder
 from moepp_megatron.workbench.doctor.finding import Finding, Severity
 
 # Large enough for a rate, small enough for every preflight.
@@ -107,7 +109,10 @@ def config_folders(config: Config) -> dict[str, tuple[Path, int]]:
     """
     folders = {"run": (Path(config.run.dir), 0)}
     if config.checkpoint.save_interval > 0:
-        path = config.checkpoint.folder(Path(config.run.dir))
+        path = checkpoint_folder(config)
+        if isinstance(path, ObjectPath):
+            # The ranks of this machine write there what they upload.
+            path = staging_folder(config)
         folders["checkpoint"] = (path, checkpoint_bytes(config))
     return folders
 

@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from moepp_megatron.cli import main
+from moepp_megatron.runtime.object_store import place
 
 ADDRESS = "s3://bucket/x"
 # As a Path holds it, which keeps one slash.
@@ -38,12 +39,17 @@ def _is_path(command: Any, parameter: Any) -> bool:
     return Path in _types(command, parameter)
 
 
+def _may_be_far(parameter: Any) -> bool:
+    """Whether it is a checkpoint's place, which may be in object storage."""
+    return getattr(parameter.type, "func", None) is place
+
+
 # Every place that takes a path: the words that lead to it, and the command.
 PLACES = [
     (path, parameter, command)
     for path, command in _commands(typer.main.get_command(main.app))
     for parameter in command.params
-    if parameter.name != "help" and _is_path(command, parameter)
+    if parameter.name != "help" and _is_path(command, parameter) and not _may_be_far(parameter)
 ]
 
 
@@ -83,7 +89,7 @@ def _run(words: list[str], monkeypatch, capsys) -> tuple[int, str]:
 def test_the_walk_has_found_the_places():
     found = {(" ".join(path), parameter.name) for path, parameter, _ in PLACES}
     assert len(found) > 40
-    assert {("train", "config"), ("data prepare", "out"), ("generate", "checkpoint")} <= found
+    assert {("train", "config"), ("data prepare", "out"), ("inspect", "text")} <= found
     assert {("convert hf-to-mcore", "source"), ("monitor", "run"), ("doctor", "out")} <= found
 
 
@@ -119,6 +125,25 @@ def test_also_among_others(words, tmp_path, monkeypatch, capsys):
     assert code == 2
     assert "bucket/x') must be a path of this machine, and s3:// is not supported" in err
     assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "s3://user:hidden@bucket/x", "--prompt", "a"],
+        ["score", "s3://user:hidden@bucket/x", "--text", "a"],
+        ["inspect", "run", "--text", "a", "--against", "s3://user:hidden@bucket/x"],
+        ["convert", "mcore-to-hf", "s3://user:hidden@bucket/x", "out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_checkpoint_may_be_far_but_tells_no_password(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, err = _run(words, monkeypatch, capsys)
+    assert code == 2
+    assert "('s3://***@bucket/x') must not hold a user or password" in err
+    assert "hidden" not in err
+    assert err.count("\n") == 1
 
 
 def test_a_path_that_looks_alike_is_one(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.config.paths import path_problem
+from moepp_megatron.config.paths import path_problem, place_problem
 from moepp_megatron.config.schema import Section
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
 
@@ -133,8 +133,9 @@ def test_a_file_that_is_no_configuration_is_not_parsed(tmp_path):
         read_mapping(tmp_path / "large.yaml")
 
 
-PATHS = ["run.dir", "data.path", "data.tokenizer", "checkpoint.dir", "checkpoint.load"]
+PATHS = ["run.dir", "data.path", "data.tokenizer", "checkpoint.staging"]
 PATHS += ["routing_guard.shift.reference", "telemetry.hardware"]
+PLACES = ["checkpoint.dir", "checkpoint.load"]
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -146,6 +147,47 @@ def test_an_address_is_no_path(name, scheme):
     assert line.startswith(f"{name} ('{scheme}://bucket/x') must be a path of this machine, and")
     assert f"{scheme}:// is not supported; mount it" in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("scheme", ["gs", "hdfs", "file", "https"])
+def test_an_address_of_another_kind_is_no_place(name, scheme):
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, [f"{name}={scheme}://bucket/x"])
+    line = str(caught.value)
+    assert line.startswith(f"{name} ('{scheme}://bucket/x') must be a path, s3://bucket/prefix or")
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("text", ["s3://bucket/x", "msc://profile/a/b", "a/b", "/a"])
+def test_a_place_is_kept_as_it_is_written(name, text):
+    config = load_config(QUICKSTART, [f"{name}={text}"])
+    assert f"{name.split('.')[1]}: {text}\n" in config.to_yaml()
+
+
+@pytest.mark.parametrize("name", [*PATHS, *PLACES])
+def test_a_password_is_refused_and_not_shown(name):
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, [f"{name}=s3://user:hidden@bucket/x"])
+    assert str(caught.value).startswith(f"{name} ('s3://***@bucket/x') must ")
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("s3://bucket", "must name a bucket (or profile) and a prefix"),
+        ("s3:///x", "must name a bucket (or profile) and a prefix"),
+        ("msc://profile/", "must name a bucket (or profile) and a prefix"),
+        ("s3://bucket/a?versionId=1", "must hold no space"),
+        ("s3://bucket/a/../b", "must hold no space"),
+        ("n" * 256, "at most 255 bytes"),
+    ],
+)
+def test_what_is_no_place(text, rule):
+    problem = place_problem(text)
+    assert problem is not None
+    assert problem.rule.startswith(rule) or rule in problem.rule
 
 
 @pytest.mark.parametrize(

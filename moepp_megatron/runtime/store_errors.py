@@ -1,0 +1,71 @@
+"""What the errors of an object store's client mean.
+
+The client turns botocore's errors into others, and some of them not at all. What was asked for is
+missing, the address or the credentials are wrong, or the store cannot be reached: which of these
+it is decides what a run does.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from moepp_megatron.config import UnfitError
+from moepp_megatron.config.paths import without_password
+
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403"}
+# Raised by botocore before it has asked anybody.
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
+
+
+class StoreError(UnfitError):
+    """A store could not be asked, or has refused. It says nothing about what the store holds.
+
+    Not an OSError: who takes a file that cannot be read for a damaged one must not take a lost
+    connection for damage.
+
+    Attributes:
+        is_refusal: Whether the address or the credentials are wrong, not the connection.
+    """
+
+    def __init__(self, text: str, *, is_refusal: bool = False) -> None:
+        super().__init__(text)
+        self.is_refusal = is_refusal
+
+
+def translated(error: Exception, path: Path) -> Exception:
+    """A FileNotFoundError or a StoreError for a client's error, which came of asking for `path`."""
+    chain: list[BaseException] = [error]
+    while (link := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 10:
+        chain.append(link)
+    codes = {_code(link) for link in chain} | {type(link).__name__ for link in chain}
+    if "NoSuchBucket" in codes:
+        bucket = "/".join(str(path).split("/")[:3])
+        text = f"the bucket {bucket} does not exist; create it, or name another"
+        return StoreError(text, is_refusal=True)
+    if codes & _NO_CREDENTIALS:
+        text = f"no credentials were found for {path}; set AWS_ACCESS_KEY_ID and the secret, or "
+        return StoreError(f"{text}a profile of AWS's files", is_refusal=True)
+    if codes & _DENIED or any(isinstance(link, PermissionError) for link in chain):
+        what = next(iter(sorted(codes & _DENIED - {"403"})), "AccessDenied")
+        text = f"the credentials do not allow it ({what} at {path}); get the right, or use others"
+        return StoreError(text, is_refusal=True)
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    # botocore's own says most; what others made of it repeats it.
+    told = [link for link in chain if type(link).__module__.startswith("botocore")] or [chain[-1]]
+    what = f"{type(told[0]).__name__}: {one_line(told[0])}"
+    return StoreError(f"{path} could not be reached or used ({what})")
+
+
+def _code(error: BaseException) -> str:
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else ""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without passwords and signatures of addresses in it."""
+    text = re.sub(r"\?[^\s\"']*", "", " ".join(str(error).split()))
+    return without_password(text)

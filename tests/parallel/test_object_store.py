@@ -1,0 +1,193 @@
+"""Checkpoints in object storage: the same training, saves that fail and go on, no secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import yaml
+
+from tests.commands import moepp
+from tests.object_store import SECRET, Store
+from tests.parallel.checkpoint_runs import logged, train_between, trainer_settings
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import settings
+
+EP2 = {"expert_model_parallel_size": 2}
+EP4 = {"expert_model_parallel_size": 4}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    made = Store()
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
+    yield made
+    made.stop()
+
+
+def in_store(environment: dict[str, str], function: Any, *arguments: Any) -> Any:
+    """Call a function on a rank that finds the store."""
+    with mock.patch.dict(os.environ, environment):
+        return function(*arguments)
+
+
+def run_settings(folder: Path, parallel: dict[str, int], **checkpoint: Any) -> dict[str, Any]:
+    return settings(run={"dir": str(folder)}, parallel=parallel, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_same_training_goes_on(
+    ranks: RankPools, store: Store, tmp_path: Path, is_async: bool
+) -> None:
+    """In the layout that saved, and in two others, bit for bit what a local checkpoint gives."""
+    from moepp_megatron.runtime.object_store import place
+
+    address = f"s3://{store.bucket}/runs/one"
+    far, near = place(address), tmp_path / "near"
+    raw = run_settings(tmp_path, EP2, save_interval=1, dir=address, async_save=is_async)
+    ranks(2).run(in_store, store.environment, train_between, raw, far, 3)
+    ranks(2).run(train_between, run_settings(tmp_path, EP2), near, 3)
+    folder = "runs/one/step_00000003/"
+    here = sorted(path.name for path in (near / "step_00000003").iterdir())
+    assert store.names(folder) == here
+    assert store.read("runs/one/latest") == b"step_00000003\n"
+    assert not any((tmp_path / "staging").iterdir())
+    for count, parallel in ((2, EP2), (2, TP2), (4, EP4)):
+        other = run_settings(tmp_path, parallel)
+        starts = (far / "step_00000003", near / "step_00000003")
+        losses = [
+            ranks(count).run(
+                in_store, store.environment, train_between, other, tmp_path / str(count), 6, start
+            )
+            for start in starts
+        ]
+        assert len(losses[0][0]) == 3
+        assert losses[0] == losses[1]
+
+
+def written_run(
+    corpus: Path, tmp_path: Path, store: Store, **checkpoint: Any
+) -> tuple[Path, Path, str]:
+    """A configuration of 8 steps on one rank, the run's folder, and its checkpoints' address."""
+    address = f"s3://{store.bucket}/runs/one"
+    raw = trainer_settings(
+        corpus,
+        tmp_path / "run",
+        training={"train_iters": 8},
+        checkpoint={"dir": address, "save_interval": 2, "keep": 2, **checkpoint},
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    return config, tmp_path / "run", address
+
+
+def test_train_resume_and_use(corpus: Path, tmp_path: Path, store: Store) -> None:
+    config, run, address = written_run(corpus, tmp_path, store)
+    first = moepp("train", config, "training.train_iters=6", "optimizer.decay_iters=8")
+    assert first.returncode == 0, first.stderr
+    assert store.folders("runs/one/") == ["latest", "step_00000004", "step_00000006"]
+    # Both named, by its address and as the run that has it.
+    texts = [moepp("generate", name, "--prompt=words") for name in (address, run)]
+    assert texts[0].returncode == 0, texts[0].stderr
+    assert texts[0].stdout == texts[1].stdout
+    text = tmp_path / "text.txt"
+    text.write_text("words 4 and lines; words 9 and lines")
+    scored = moepp("score", f"{address}/step_00000004", "--text", text)
+    assert scored.returncode == 0, scored.stderr
+    out = tmp_path / "exported"
+    exported = moepp("convert", "mcore-to-hf", address, out)
+    assert exported.returncode == 0, exported.stderr
+    assert (out / "tokenizer.json").is_file()
+    # The newest is damaged: its size is right, its content is not.
+    name = "runs/one/step_00000006/__0_0.distcp"
+    content = bytearray(store.read(name))
+    content[len(content) // 2] ^= 1
+    store.write(name, bytes(content))
+    second = moepp("train", config, "--resume")
+    assert second.returncode == 0, second.stderr
+    assert "step_00000006: __0_0.distcp is damaged" in second.stderr
+    assert f"resumed from step 4 of {address}/step_00000004" in second.stdout
+    assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
+    # Written anew, and older ones deleted.
+    assert store.folders("runs/one/") == ["latest", "step_00000006", "step_00000008"]
+    # Without the manifest a checkpoint is none, and the next start removes what is left of it.
+    store.delete("runs/one/step_00000008/integrity.json")
+    third = moepp("train", config, "--resume", "training.train_iters=10", "checkpoint.keep=3")
+    assert third.returncode == 0, third.stderr
+    assert f"resumed from step 6 of {address}/step_00000006" in third.stdout
+    refused = moepp("train", config, "--overwrite")
+    assert refused.returncode == 2
+    assert "nothing can be moved in object storage" in refused.stderr
+    told = "".join(done.stdout + done.stderr for done in (first, *texts, second, third, refused))
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert SECRET not in told
+    assert SECRET.encode() not in written
+    assert b"key-of-the-store" not in written
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_connection_that_is_lost_in_a_save(
+    corpus: Path, tmp_path: Path, store: Store, is_async: bool
+) -> None:
+    config, run, address = written_run(corpus, tmp_path, store, async_save=is_async)
+    # The tensors of step 4 are there; then nothing answers any more.
+    store.stop_at("PUT", "step_00000004/", number=2)
+    first = moepp("train", config)
+    assert first.returncode == 1
+    assert "training goes on without it" in first.stderr
+    assert "error: at the end of the run, checkpoint" in first.stderr
+    assert "could not be reached" in first.stderr
+    assert "Traceback" not in first.stderr
+    assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
+    alerts = [json.loads(line) for line in (run / "alerts.jsonl").read_text().splitlines()]
+    assert {alert["rule"] for alert in alerts} == {"failed_save"}
+    assert not any((run / "staging").iterdir())
+    gone = moepp("train", config, "--resume")
+    assert gone.returncode == 3
+    assert gone.stderr.startswith("error: checkpoint.dir (s3://")
+    assert gone.stderr.count("\n") == 1
+    store.start()
+    assert "step_00000004" in store.folders("runs/one/")
+    second = moepp("train", config, "--resume")
+    assert second.returncode == 0, second.stderr
+    assert f"resumed from step 2 of {address}/step_00000002" in second.stdout
+    assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert store.folders("runs/one/") == ["latest", "step_00000006", "step_00000008"]
+
+
+def test_what_cannot_be_used_is_refused_at_once(
+    corpus: Path, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run, address = written_run(corpus, tmp_path, store)
+    shutil.rmtree(run, ignore_errors=True)
+
+    def refused(status: int, *overrides: str) -> str:
+        done = moepp("train", config, *overrides)
+        assert done.returncode == status, done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not run.exists()
+        return done.stderr
+
+    assert "the bucket s3://no-bucket does not exist" in refused(
+        2, "checkpoint.dir=s3://no-bucket/x"
+    )
+    assert "checkpoint.load (s3://no-bucket/x) must be usable" in refused(
+        2, "checkpoint.load=s3://no-bucket/x"
+    )
+    assert "must be a checkpoint folder" in refused(2, f"checkpoint.load={address}/none")
+    store.deny("PUT")
+    assert "the credentials do not allow it (AccessDenied" in refused(2)
+    store.deny()
+    assert store.names() == []
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:9")
+    unreachable = refused(3, "checkpoint.dir=s3://elsewhere/x")
+    assert "Could not connect to the endpoint URL" in unreachable
+    assert "hidden" not in unreachable
