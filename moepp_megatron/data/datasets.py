@@ -6,8 +6,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.conversations import ConversationDataset, open_marks
 from moepp_megatron.data.document_sources import SourcedDataset, read_document_sources
 from moepp_megatron.data.manifest import CACHE, CORPUS, Manifest
+from moepp_megatron.data.prepared_data import check_sequence_length
 from moepp_megatron.data.split import check_split
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import check_start, read_manifest
@@ -24,14 +26,14 @@ def build_datasets(
     num_samples: tuple[int, int, int],
     *,
     reset_position_ids: bool = False,
-    reset_attention_mask: bool = False,
     eod_mask_loss: bool = False,
     cache_dir: Path | None = None,
 ) -> Datasets:
     """Open a prepared folder. With torch.distributed every rank must call this.
 
     A sample is `sequence_length` consecutive tokens of the shuffled documents, each of which ends
-    with EOD, and the same shifted by one as labels. A split too small for its number of samples
+    with EOD, and the same shifted by one as labels; in a folder of conversations it is whole
+    conversations (`ConversationDataset`). A split too small for its number of samples
     is repeated, reshuffled. Rank 0 computes the sample indices, the others wait and read them,
     so all ranks must see the same `cache_dir`.
 
@@ -45,8 +47,6 @@ def build_datasets(
         num_samples: how many samples each split must have at least. With 0 of validation that part
             may have no document.
         reset_position_ids: positions start at 0 after every EOD.
-        reset_attention_mask: no attention across EOD. Only then a sample has an `attention_mask`,
-            bool [1, s, s], True where attention is forbidden: it is large.
         eod_mask_loss: no loss where the input is EOD.
         cache_dir: folder of the sample indices; by default `data_path/cache`.
 
@@ -63,6 +63,7 @@ def build_datasets(
     _check_tokenizer(tokenizer, manifest, data_path)
     if sequence_length < 1:
         raise ConfigError(f"model.seq_length ({sequence_length}) must be at least 1; use 2048")
+    check_sequence_length(sequence_length, manifest, data_path)
     plain_split = check_split(split, manifest, validates=num_samples[1] > 0)
     # By content, so that a cache outside the folder survives a replaced dataset.
     cache = (cache_dir or data_path / CACHE) / manifest.identity[:16]
@@ -74,12 +75,16 @@ def build_datasets(
         path_to_cache=str(cache.resolve()),
         tokenizer=tokenizer,
         reset_position_ids=reset_position_ids,
-        reset_attention_mask=reset_attention_mask,
+        # Masks are made on the device, from the documents (`model.document_attention`).
+        reset_attention_mask=False,
         eod_mask_loss=eod_mask_loss,
-        create_attention_mask=reset_attention_mask,
+        create_attention_mask=False,
+        add_extra_token_to_sequence=manifest.chat is None,
     )
     sources = read_document_sources(data_path, manifest)
     kind = GPTDataset if sources is None else SourcedDataset
+    if manifest.chat is not None:
+        kind = ConversationDataset
     builder = BlendedMegatronDatasetBuilder(
         kind, list(num_samples), is_built_on_rank=lambda: True, config=config
     )
@@ -87,6 +92,8 @@ def build_datasets(
     for dataset in (train, validation, test):
         if isinstance(dataset, SourcedDataset):
             dataset.source_names, dataset.document_sources = manifest.source_names, sources
+        elif isinstance(dataset, ConversationDataset):
+            dataset.marks = open_marks(data_path)
     return train, validation, test
 
 

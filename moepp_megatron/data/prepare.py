@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.corpus import (
     SpooledCorpus,
     WrittenCorpus,
@@ -19,7 +20,8 @@ from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pie
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
 from moepp_megatron.data.long_text import BYTES_PER_BYTE
-from moepp_megatron.data.manifest import FORMAT_VERSION, TOKENIZER, Inputs, Manifest
+from moepp_megatron.data.manifest import FORMAT_VERSION, TEMPLATE, TOKENIZER, Inputs, Manifest
+from moepp_megatron.data.pack_chat import check_formats, encode_chat, notice_of_ends, write_chat
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.sources import (
     TextSource,
@@ -55,6 +57,9 @@ class PrepareSettings:
         seed: seed of the document order and the tokenizer's sample.
         workers: processes; None means one per core. The result does not depend on it.
         force: replace a dataset that is already there.
+        chat: sources hold conversations.
+        sequence_length: tokens of a sequence of conversations, the model's.
+        template: a chat template; None means the tokenizer's.
     """
 
     vocab_size: int | None = None
@@ -64,6 +69,9 @@ class PrepareSettings:
     seed: int = 1234
     workers: int | None = None
     force: bool = False
+    chat: bool = False
+    sequence_length: int | None = None
+    template: Path | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -71,6 +79,7 @@ class PrepareSettings:
         Raises:
             ConfigError: one is out of range, or two exclude each other.
         """
+        self._check_chat()
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"--workers ({self.workers}) must be at least 1; leave it out")
         if not 0 <= self.seed < 2**32:
@@ -90,6 +99,24 @@ class PrepareSettings:
                 f"and the end-of-document token); use {_DEFAULT_VOCAB_SIZE}"
             )
 
+    def _check_chat(self) -> None:
+        options = [("--seq-length", self.sequence_length), ("--template", self.template)]
+        for name, value in options:
+            if not self.chat and value is not None:
+                raise ConfigError(f"{name} ({value}) needs --chat; add it, or leave {name} out")
+        if not self.chat:
+            return
+        if self.tokenizer is None:
+            raise ConfigError(
+                "--chat needs --tokenizer, that of the model to be tuned; name its tokenizer.json "
+                "or the folder of its data or checkpoint"
+            )
+        if self.sequence_length is None or self.sequence_length < 2:
+            raise ConfigError(
+                f"--seq-length ({self.sequence_length}) must be at least 2 with --chat; give the "
+                "model.seq_length of the model to be tuned"
+            )
+
     def deciding(self) -> dict[str, str | int | None]:
         """The settings that decide the bytes written.
 
@@ -99,7 +126,9 @@ class PrepareSettings:
         trained = _DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
         return {
             "vocab_size": trained if self.tokenizer is None else None,
-            "tokenizer": None if self.tokenizer is None else _sha256(self.tokenizer),
+            "tokenizer": None
+            if self.tokenizer is None
+            else _sha256(tokenizer_file(self.tokenizer)),
             "eod_token": self.eod_token,
             "text_key": self.text_key,
             "seed": self.seed,
@@ -143,6 +172,15 @@ def prepare(
     deciding = settings.deciding()
     # Before sources are read, which may take an hour.
     given = settings.tokenizer and Tokenizer.load(settings.tokenizer, settings.eod_token)
+    template = None
+    if settings.chat:
+        assert settings.tokenizer is not None, "the settings have been checked"
+        assert given is not None, "it has been loaded"
+        template = ChatTemplate.find(settings.tokenizer, given, settings.template)
+        deciding |= {
+            "sequence_length": settings.sequence_length,
+            "template": hashlib.sha256(template.text.encode()).hexdigest(),
+        }
     sources = resolve_sources([str(name) for name in names], exclude=out)
     stat_sha256 = stat_fingerprint(sources)
     found = find_reusable(
@@ -150,8 +188,11 @@ def prepare(
     )
     if found:
         return Prepared(found, up_to_date=True)
+    if template is not None:
+        check_formats(sources)
     pieces = plan_pieces(sources, settings.text_key)
-    check_usable(sources, pieces, settings.text_key)
+    if template is None:
+        check_usable(sources, pieces, settings.text_key)
     # Before sources are read, too: whether the folder can be written.
     with partial_folder(out) as partial:
         with track(console, "read", sum(source.size for source in sources)) as advance:
@@ -161,11 +202,16 @@ def prepare(
             tokenizer.save(partial / TOKENIZER)
         else:
             shutil.copyfile(tokenizer_file(settings.tokenizer), partial / TOKENIZER)
-        _warn_of_memory(sources, tokenizer, console)
-        spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
-        written = write_indexed_dataset(spooled, partial, settings.seed)
-        spooled.path.unlink()
-        manifest = _manifest(spooled, tokenizer, inputs, partial, written)
+        if template is None:
+            _warn_of_memory(sources, tokenizer, console)
+            spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
+            written = write_indexed_dataset(spooled, partial, settings.seed)
+            spooled.path.unlink()
+            manifest = _manifest(spooled, tokenizer, inputs, partial, written)
+        else:
+            manifest = _write_chat(
+                pieces, sources, template, tokenizer, settings, partial, inputs, console
+            )
         manifest.write(partial)
         publish(partial, out)
     return Prepared(manifest, up_to_date=False)
@@ -256,6 +302,46 @@ def _tokenize(
 def _import_megatron() -> None:
     # Several seconds, needed at the end only: hidden behind the workers.
     import megatron.core.datasets.indexed_dataset  # noqa: F401
+
+
+def _write_chat(
+    pieces: Sequence[Piece],
+    sources: Sequence[TextSource],
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    settings: PrepareSettings,
+    folder: Path,
+    inputs: Inputs,
+    console: Console,
+) -> Manifest:
+    """Everything but the tokenizer of a folder of conversations."""
+    length = settings.sequence_length
+    assert length is not None, "the settings have been checked"
+    (folder / TEMPLATE).write_text(template.text, encoding="utf-8")
+    with track(console, "encode", sum(piece.size for piece in pieces)) as advance:
+        encoded = encode_chat(pieces, sources, template, length, folder / "spool", advance)
+    notice = notice_of_ends(encoded, tokenizer)
+    if notice is not None:
+        console.print(f"note: {notice}", highlight=False, soft_wrap=True, markup=False)
+    written = write_chat(encoded, tokenizer, length, folder, settings.seed)
+    encoded.path.unlink()
+    hashes = written.sha256 | {TEMPLATE: _sha256(folder / TEMPLATE)}
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        sources=encoded.sources,
+        documents=written.sequences,
+        skipped=encoded.skipped.total(),
+        skipped_reasons=dict(sorted(encoded.skipped.items())),
+        tokens=written.sequences * length,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod,
+        eod_token=tokenizer.eod_token,
+        tokenizer_sha256=_sha256(folder / TOKENIZER),
+        files={name: (folder / name).stat().st_size for name in [*hashes, TOKENIZER]},
+        inputs=inputs,
+        sha256=hashes,
+        chat=written.chat,
+    )
 
 
 def _manifest(

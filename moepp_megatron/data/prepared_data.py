@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.data.manifest import Manifest
 
 # From this share of a token's FLOPs on, rows of the output layer without a token are worth a word.
 _WASTED_SHARE = 0.05
@@ -44,7 +45,45 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
             f"({manifest.vocab_size}); use {manifest.vocab_size} or more"
         )
     check_corpus_tokenizer(config, manifest)
+    if manifest.chat is not None:
+        _check_chat(config, manifest, path)
     return _wasted_vocabulary(config, manifest.vocab_size)
+
+
+def check_sequence_length(sequence_length: int, manifest: Manifest, path: Path) -> None:
+    """Refuse another length of sequences than conversations were put into.
+
+    Raises:
+        ConfigError: Naming both.
+    """
+    if manifest.chat is not None and manifest.chat.sequence_length != sequence_length:
+        raise ConfigError(
+            f"model.seq_length ({sequence_length}) must be the --seq-length that data.path "
+            f"({path}) was prepared with ({manifest.chat.sequence_length}), whose sequences hold "
+            "whole conversations; use the same, or prepare it again"
+        )
+
+
+def _check_chat(config: Config, manifest: Manifest, path: Path) -> None:
+    """Refuse settings with which conversations would be trained on in another way than prepared."""
+    check_sequence_length(config.model.seq_length, manifest, path)
+    name, of = "data.path", f"({path}), which holds conversations"
+    if not config.data.reset_attention_mask:
+        raise ConfigError(
+            f"data.reset_attention_mask (false) must be true with {name} {of}, several in a "
+            "sequence, which must not see each other; set it to true"
+        )
+    if config.data.eod_mask_loss:
+        raise ConfigError(
+            f"data.eod_mask_loss (true) must be false with {name} {of} and says itself which "
+            "tokens have loss; leave it out"
+        )
+    if config.moe.is_vanilla and config.moe.capacity_factor is not None:
+        raise ConfigError(
+            f"moe.capacity_factor ({config.moe.capacity_factor}) must be null for vanilla layers "
+            f"with {name} {of} and padding: megatron-core's router lets padding take places; "
+            "leave it out, or add zero-computation experts"
+        )
 
 
 def _wasted_vocabulary(config: Config, tokens: int) -> list[str]:

@@ -79,6 +79,8 @@ class Trainer:
             config.data.split,
             config.training.seed,
             self._num_samples(),
+            reset_position_ids=config.data.reset_position_ids,
+            eod_mask_loss=config.data.eod_mask_loss,
         )
         self._supervisor = Supervisor(config, self.model)
         self.stopped = False

@@ -3,6 +3,7 @@
 budget.py            rules of `moe.budget`
 cuda_graphs.py       rules of `training.cuda_graphs`
 divisibility.py      divisibility, the most common rule, with a remedy that can be typed in
+documents.py         rules of attention that stays within documents
 expert_overlap.py    rules of `parallel.overlap_moe_expert_parallel_comm`
 flex.py              the sizes that deep_ep, the package of the flex dispatcher, requires
 ignored.py           settings that the user gave and that have no effect: warnings, not errors
@@ -29,6 +30,7 @@ from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules import (
     budget,
     cuda_graphs,
+    documents,
     expert_overlap,
     flex,
     ignored,
@@ -57,6 +59,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *precision.RULES,
     *training.RULES,
     *cuda_graphs.RULES,
+    *documents.RULES,
     *resilience.RULES,
     *slurm.RULES,
     *observe.RULES,
