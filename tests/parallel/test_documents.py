@@ -24,13 +24,14 @@ CP2 = {"context_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 CORE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 LATENT = {
+    "num_query_groups": None,
     "latent_attention": {
         "q_lora_rank": 24,
         "kv_lora_rank": 16,
         "qk_head_dim": 8,
         "qk_pos_emb_head_dim": 4,
         "v_head_dim": 6,
-    }
+    },
 }
 VANILLA = {
     "num_zero_experts": 0,
