@@ -48,8 +48,7 @@ class ChatTemplate:
 
     Args:
         text: The template.
-        tokenizer: Encodes what it renders.
-        tokens: Special tokens by the names that templates know, such as `bos_token`.
+        tokenizer: Encodes what it renders; its end-of-document token is the template's `eos_token`.
         name: What errors call the template.
 
     Attributes:
@@ -59,7 +58,7 @@ class ChatTemplate:
         ConfigError: The text is no template.
     """
 
-    def __init__(self, text: str, tokenizer: Tokenizer, tokens: dict[str, str], name: str) -> None:
+    def __init__(self, text: str, tokenizer: Tokenizer, name: str) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -79,7 +78,6 @@ class ChatTemplate:
             ) from None
         self.text = text
         self._tokenizer = tokenizer
-        self._tokens = {"eos_token": tokenizer.eod_token} | tokens
 
     @classmethod
     def find(cls, tokenizer_path: Path, tokenizer: Tokenizer, file: Path | None) -> ChatTemplate:
@@ -96,7 +94,6 @@ class ChatTemplate:
         """
         folder = tokenizer_file(tokenizer_path).parent
         content = _tokenizer_config(folder / TOKENIZER_CONFIG)
-        tokens = {key: _spelling(content.get(key)) for key in _SPECIAL_TOKENS}
         beside = folder / TEMPLATE
         text, name = _named_template(content), f"chat_template in {folder / TOKENIZER_CONFIG}"
         if file is not None or beside.is_file():
@@ -113,7 +110,7 @@ class ChatTemplate:
                 f"{TOKENIZER_CONFIG} beside it; give one with --template, such as "
                 "examples/fine_tune/chat.jinja"
             )
-        return cls(text, tokenizer, {k: v for k, v in tokens.items() if v}, name)
+        return cls(_with_tokens(text, content, tokenizer.eod_token), tokenizer, name)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The text of a conversation, up to where an answer begins if that is asked for.
@@ -123,7 +120,9 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._tokens
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                eos_token=self._tokenizer.eod_token,
             )
         except jinja2.TemplateError as error:
             raise UnusableChat(f"the template refuses it: {error.message}") from None
@@ -149,7 +148,7 @@ class ChatTemplate:
         """Token ids of a conversation, and which of them a model is to learn.
 
         That is what the template adds for an answer behind the beginning of one: the answer and
-        what ends it.
+        what ends it, up to the end-of-document token if that is in it.
 
         Raises:
             UnusableChat: The template or the tokenizer cannot do it.
@@ -166,7 +165,10 @@ class ChatTemplate:
             until = self.render(messages[: index + 1])
             if not (until.startswith(before) and text.startswith(until)):
                 raise UnusableChat("the template changes earlier messages when later ones follow")
-            is_learnt |= (starts >= len(before)) & (ends <= len(until)) & (ends > starts)
+            own = (starts >= len(before)) & (ends <= len(until)) & (ends > starts)
+            # What stands behind the token that ends generation is never generated.
+            over = own & (np.array(ids) == self._tokenizer.eod)
+            is_learnt |= own & (over.cumsum() - over == 0)
         if not is_learnt.any():
             raise UnusableChat("no token of an answer")
         return ids, is_learnt
@@ -193,6 +195,22 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _with_tokens(text: str, content: dict[str, Any], eod_token: str) -> str:
+    """The template with the special tokens that it names, which are not written beside it again.
+
+    Args:
+        text: The template.
+        content: `tokenizer_config.json`.
+        eod_token: What `eos_token` is where nothing else is set.
+    """
+    lines = []
+    for name in _SPECIAL_TOKENS:
+        spelling = _spelling(content.get(name))
+        if spelling is not None and name in text and (name, spelling) != ("eos_token", eod_token):
+            lines.append(f"{{% set {name} = {json.dumps(spelling, ensure_ascii=False)} %}}\n")
+    return "".join(lines) + text
 
 
 def _spelling(token: Any) -> str | None:

@@ -111,7 +111,7 @@ def test_every_answer_is_learnt_and_nothing_else(folder: Path) -> None:
             mask = sample["loss_mask"][where] > 0
             assert torch.equal(sample["labels"][where][:-1], sample["tokens"][where][1:])
             assert not mask[-1], "nothing follows in this conversation"
-            answers = re.findall(r"assistant\n(.*?<\|im_end\|>\n)", text, re.DOTALL)
+            answers = re.findall(r"assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
             assert tokenizer.decode(sample["labels"][where][mask].tolist()) == "".join(answers)
     expected = [
         "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat(n))
@@ -249,11 +249,27 @@ def test_a_template_may_mark_answers_and_be_one_of_several(
     template = ChatTemplate.find(tmp_path, Tokenizer.load(tmp_path), None)
     messages = [turn("user", "a"), turn("assistant", "b")]
     assert template.render(messages) == "a<|im_end|>b<|im_end|>"
+    assert template.text == marked
     ids, learnt = template.encode(messages)
     assert [Tokenizer.load(tmp_path).decode([i]) for i in np.array(ids)[learnt]] == [
         "b",
         "<|im_end|>",
     ]
+
+
+def test_a_template_keeps_the_tokens_that_it_names(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Those of a tokenizer_config.json; a prepared folder and a checkpoint have none."""
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+    text = "\n{{ bos_token }}{{ eos_token }}{{ messages[0].content }}"
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "x"}
+    config["chat_template"] = text
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = ChatTemplate.find(tmp_path, Tokenizer.load(tmp_path), None)
+    assert template.render([turn("user", "a")]) == "\n<|im_start|><|im_end|>a"
+    alone = ChatTemplate(template.text, Tokenizer.load(tmp_path), "it")
+    assert alone.render([turn("user", "a")]) == "\n<|im_start|><|im_end|>a"
+    other = ChatTemplate.find(tmp_path, Tokenizer.load(tmp_path, "<|im_start|>"), None)
+    assert other.render([turn("user", "a")]) == "\n<|im_start|><|im_end|>a"
 
 
 def test_prompt_is_a_message(folder: Path) -> None:
