@@ -1,6 +1,8 @@
 """Turns text into batches: corpus, tokenizer, Megatron indexed datasets, loader.
 
+chat_template.py    conversations as text, and which tokens of it are answers
 compressed.py       source files that may be compressed
+conversations.py    conversations as training samples
 corpus.py           writes the Megatron indexed dataset, documents shuffled, validation last
 datasets.py         opens a prepared folder as megatron-core GPT datasets: train, validation, test
 document_sources.py which data source the tokens of a sample come from
@@ -11,6 +13,7 @@ index.py            reads the index of a Megatron indexed dataset, without megat
 loader.py           micro-batches in an order that depends on the samples consumed alone
 long_text.py        cuts long texts where a tokenizer's pre-tokenizer splits them anyway
 manifest.py         `manifest.json`: what a prepared folder holds and what it was made from
+pack_chat.py        `moepp data prepare --chat`
 prepare.py          `moepp data prepare`
 prepared_data.py    whether a configuration's data are there and fit its model
 progress.py         progress by bytes: a bar on a terminal, a few plain lines elsewhere

@@ -107,8 +107,8 @@ class ChatTemplate:
         if text is None:
             raise ConfigError(
                 f"tokenizer ({tokenizer_path}) must have a chat template, in {TEMPLATE} or "
-                f"{TOKENIZER_CONFIG} beside it; give one with --template, such as "
-                "examples/fine_tune/chat.jinja"
+                f"{TOKENIZER_CONFIG} beside it; put one there, or give moepp data prepare one "
+                "with --template, such as examples/chat.jinja"
             )
         return cls(_with_tokens(text, content, tokenizer.eod_token), tokenizer, name)
 

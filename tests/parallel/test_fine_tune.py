@@ -1,4 +1,4 @@
-"""Fine-tuning on conversations, from JSONL to an answer: the example's commands, at a small size."""
+"""Fine-tuning on conversations, from JSONL to an answer: the commands of the example, small."""
 
 from __future__ import annotations
 
