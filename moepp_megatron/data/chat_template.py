@@ -169,6 +169,8 @@ class ChatTemplate:
             # What stands behind the token that ends generation is never generated.
             over = own & (np.array(ids) == self._tokenizer.eod)
             is_learnt |= own & (over.cumsum() - over == 0)
+        # What begins a conversation is predicted from nothing.
+        is_learnt[:1] = False
         if not is_learnt.any():
             raise UnusableChat("no token of an answer")
         return ids, is_learnt

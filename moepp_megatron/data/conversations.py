@@ -55,14 +55,13 @@ class ConversationDataset(GPTDataset):
         positions = torch.arange(len(tokens))
         if self.config.reset_position_ids:
             positions = positions - positions[begins][numbers]
-        # The first token of a conversation is nobody's label.
-        learnt = ((marks & LEARNT) > 0) & ~begins
-        loss_mask = learnt.roll(-1).float()
+        # No first token of a conversation is learnt, so none is the label of another's last.
+        loss_mask = ((marks & LEARNT) > 0).roll(-1).float()
         if idx is None:
             loss_mask.zero_()
         return {
             "tokens": tokens,
-            # The last one is the first token, which begins a conversation and has no loss.
+            # The last label is the first token, which begins a conversation and has no loss.
             "labels": tokens.roll(-1),
             "loss_mask": loss_mask,
             "position_ids": positions,

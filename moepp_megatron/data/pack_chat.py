@@ -124,8 +124,7 @@ def _add(
     stream.write((2 * np.array(ids, np.int32) + is_learnt).astype(np.int32).tobytes())
     encoded.lengths.append(len(ids))
     encoded.ends[ids[int(is_learnt.nonzero()[0][-1])]] += 1
-    # What begins a conversation is predicted from nothing.
-    encoded.answer_tokens += int(is_learnt[1:].sum())
+    encoded.answer_tokens += int(is_learnt.sum())
 
 
 def _messages(record: dict[str, Any] | Skipped) -> list[Message]:

@@ -106,6 +106,16 @@ class PrepareSettings:
                 raise ConfigError(f"{name} ({value}) needs --chat; add it, or leave {name} out")
         if not self.chat:
             return
+        if self.workers is not None:
+            raise ConfigError(
+                f"--workers ({self.workers}) cannot be combined with --chat, which encodes in one "
+                "process; leave it out"
+            )
+        if self.text_key != "text":
+            raise ConfigError(
+                f"--text-key ({self.text_key}) cannot be combined with --chat, which reads the key "
+                "messages; leave it out"
+            )
         if self.tokenizer is None:
             raise ConfigError(
                 "--chat needs --tokenizer, that of the model to be tuned; name its tokenizer.json "

@@ -286,6 +286,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "--template": ({"chat": False, "template": Path("x")}, r"--template \(x\) needs --chat"),
     "length missing": ({"sequence_length": None}, r"--seq-length \(None\) must be at least 2"),
     "no tokenizer": ({"tokenizer": None}, "--chat needs --tokenizer"),
+    "workers": ({"workers": 2}, r"--workers .2. cannot be combined with --chat"),
+    "text key": ({"text_key": "chat"}, r"--text-key .chat. cannot be combined with --chat"),
     "no file": ({"template": Path("missing")}, r"--template \(missing\) cannot be read"),
 }
 
