@@ -13,10 +13,11 @@ index.py            reads the index of a Megatron indexed dataset, without megat
 loader.py           micro-batches in an order that depends on the samples consumed alone
 long_text.py        cuts long texts where a tokenizer's pre-tokenizer splits them anyway
 manifest.py         `manifest.json`: what a prepared folder holds and what it was made from
-pack_chat.py        `moepp data prepare --chat`
+pack_chat.py        puts conversations into sequences and writes them
 prepare.py          `moepp data prepare`
 prepared_data.py    whether a configuration's data are there and fit its model
 progress.py         progress by bytes: a bar on a terminal, a few plain lines elsewhere
+read_chat.py        reads and encodes conversations
 same_tokenizer.py   checks that a tokenizer is the one whose token ids a corpus or a model uses
 sources.py          resolves the user's sources to a fixed order of files
 split.py            the split of a corpus's documents into train, validation and test

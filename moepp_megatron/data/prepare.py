@@ -21,8 +21,9 @@ from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
 from moepp_megatron.data.long_text import BYTES_PER_BYTE
 from moepp_megatron.data.manifest import FORMAT_VERSION, TEMPLATE, TOKENIZER, Inputs, Manifest
-from moepp_megatron.data.pack_chat import check_formats, encode_chat, notice_of_ends, write_chat
+from moepp_megatron.data.pack_chat import write_chat
 from moepp_megatron.data.progress import track
+from moepp_megatron.data.read_chat import check_formats, encode_chat, notice_of_ends
 from moepp_megatron.data.sources import (
     TextSource,
     content_fingerprint,
