@@ -53,6 +53,7 @@ class ChatTemplate:
 
     Attributes:
         text: The template.
+        tokenizer: As given.
 
     Raises:
         ConfigError: The text is no template.
@@ -77,7 +78,7 @@ class ChatTemplate:
                 "correct it, or name another with --template"
             ) from None
         self.text = text
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     @classmethod
     def find(cls, tokenizer_path: Path, tokenizer: Tokenizer, file: Path | None) -> ChatTemplate:
@@ -122,7 +123,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
-                eos_token=self._tokenizer.eod_token,
+                eos_token=self.tokenizer.eod_token,
             )
         except jinja2.TemplateError as error:
             raise UnusableChat(f"the template refuses it: {error.message}") from None
@@ -155,7 +156,7 @@ class ChatTemplate:
         """
         self._check_content(messages)
         text = self.render(messages)
-        ids, spans = self._tokenizer.encode_with_special_tokens(text)
+        ids, spans = self.tokenizer.encode_with_special_tokens(text)
         starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
         is_learnt = np.zeros(len(ids), dtype=np.bool_)
         for index, message in enumerate(messages):
@@ -167,7 +168,7 @@ class ChatTemplate:
                 raise UnusableChat("the template changes earlier messages when later ones follow")
             own = (starts >= len(before)) & (ends <= len(until)) & (ends > starts)
             # What stands behind the token that ends generation is never generated.
-            over = own & (np.array(ids) == self._tokenizer.eod)
+            over = own & (np.array(ids) == self.tokenizer.eod)
             is_learnt |= own & (over.cumsum() - over == 0)
         # What begins a conversation is predicted from nothing.
         is_learnt[:1] = False
@@ -176,7 +177,7 @@ class ChatTemplate:
         return ids, is_learnt
 
     def _check_content(self, messages: Sequence[Message]) -> None:
-        for token in self._tokenizer.special_tokens:
+        for token in self.tokenizer.special_tokens:
             if any(token in message["content"] for message in messages):
                 # It would end a message, or a document, where the author only wrote of it.
                 raise UnusableChat(f"a message spells the special token {token}")

@@ -5,31 +5,95 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moepp_megatron.data.chat_template import ChatTemplate
+from moepp_megatron.data.documents import Piece
 from moepp_megatron.data.encoding import token_dtype
-from moepp_megatron.data.manifest import CORPUS, MARKS, Conversations
-from moepp_megatron.data.read_chat import Encoded
+from moepp_megatron.data.manifest import (
+    CORPUS,
+    FORMAT_VERSION,
+    MARKS,
+    TEMPLATE,
+    TOKENIZER,
+    Conversations,
+    Inputs,
+    Manifest,
+)
+from moepp_megatron.data.progress import track
+from moepp_megatron.data.read_chat import Encoded, encode_chat, notice_of_ends
+from moepp_megatron.data.sources import TextSource
 from moepp_megatron.data.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class WrittenChat:
-    """What `write_chat` has written: SHA-256 by file name, and what the manifest says."""
-
-    sha256: dict[str, str]
-    sequences: int
-    chat: Conversations
+from moepp_megatron.runtime.terminal import Console
 
 
 def write_chat(
+    pieces: Sequence[Piece],
+    sources: Sequence[TextSource],
+    template: ChatTemplate,
+    sequence_length: int,
+    seed: int,
+    folder: Path,
+    inputs: Inputs,
+    console: Console,
+) -> Manifest:
+    """Write everything of a folder of conversations but its tokenizer, which is there.
+
+    Args:
+        pieces: the pieces of `plan_pieces`.
+        sources: the resolved sources.
+        template: renders and encodes.
+        sequence_length: tokens of a sequence.
+        seed: Seed of the order.
+        folder: the folder.
+        inputs: what it is made from.
+        console: shows the progress.
+
+    Returns:
+        The manifest, not written yet.
+    """
+    tokenizer = template.tokenizer
+    with track(console, "encode", sum(piece.size for piece in pieces)) as advance:
+        encoded = encode_chat(pieces, sources, template, sequence_length, folder / "spool", advance)
+    notice = notice_of_ends(encoded, tokenizer)
+    if notice is not None:
+        console.print(f"note: {notice}", highlight=False, soft_wrap=True, markup=False)
+    sequences, hashes = _write_sequences(encoded, tokenizer, sequence_length, folder, seed)
+    encoded.path.unlink()
+    text = template.text.encode()
+    (folder / TEMPLATE).write_bytes(text)
+    hashes |= {TEMPLATE: hashlib.sha256(text).hexdigest()}
+    tokens = sequences * sequence_length
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        sources=encoded.sources,
+        documents=sequences,
+        skipped=encoded.skipped.total(),
+        skipped_reasons=dict(sorted(encoded.skipped.items())),
+        tokens=tokens,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod,
+        eod_token=tokenizer.eod_token,
+        tokenizer_sha256=hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest(),
+        files={name: (folder / name).stat().st_size for name in [*hashes, TOKENIZER]},
+        inputs=inputs,
+        sha256=hashes,
+        chat=Conversations(
+            sequence_length=sequence_length,
+            conversations=len(encoded.lengths),
+            answer_tokens=encoded.answer_tokens,
+            padding_tokens=tokens - sum(encoded.lengths),
+        ),
+    )
+
+
+def _write_sequences(
     encoded: Encoded, tokenizer: Tokenizer, sequence_length: int, folder: Path, seed: int
-) -> WrittenChat:
+) -> tuple[int, dict[str, str]]:
     """Write corpus and marks with megatron-core's builder.
 
     Conversations are shuffled once, put into sequences, and these shuffled again: the sequences
@@ -41,6 +105,9 @@ def write_chat(
         sequence_length: tokens of a sequence.
         folder: the folder.
         seed: Seed of the order.
+
+    Returns:
+        How many there are, and SHA-256 by file name.
     """
     from moepp_megatron.data.conversations import FIRST, PADDED
 
@@ -70,13 +137,7 @@ def write_chat(
 
     hashes = _write(folder / CORPUS, (tokens for tokens, _ in sequences()), dtype)
     hashes |= _write(folder / MARKS, (marks for _, marks in sequences()), np.uint8)
-    chat = Conversations(
-        sequence_length=sequence_length,
-        conversations=len(encoded.lengths),
-        answer_tokens=encoded.answer_tokens,
-        padding_tokens=len(packs) * sequence_length - int(ends[-1]),
-    )
-    return WrittenChat(hashes, len(packs), chat)
+    return len(packs), hashes
 
 
 def pack(lengths: Sequence[int], order: NDArray[np.int64], room: int) -> list[list[int]]:

@@ -20,10 +20,10 @@ from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pie
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
 from moepp_megatron.data.long_text import BYTES_PER_BYTE
-from moepp_megatron.data.manifest import FORMAT_VERSION, TEMPLATE, TOKENIZER, Inputs, Manifest
+from moepp_megatron.data.manifest import FORMAT_VERSION, TOKENIZER, Inputs, Manifest
 from moepp_megatron.data.pack_chat import write_chat
 from moepp_megatron.data.progress import track
-from moepp_megatron.data.read_chat import check_formats, encode_chat, notice_of_ends
+from moepp_megatron.data.read_chat import check_formats
 from moepp_megatron.data.sources import (
     TextSource,
     content_fingerprint,
@@ -220,9 +220,9 @@ def prepare(
             spooled.path.unlink()
             manifest = _manifest(spooled, tokenizer, inputs, partial, written)
         else:
-            manifest = _write_chat(
-                pieces, sources, template, tokenizer, settings, partial, inputs, console
-            )
+            assert settings.sequence_length is not None, "the settings have been checked"
+            length, seed = settings.sequence_length, settings.seed
+            manifest = write_chat(pieces, sources, template, length, seed, partial, inputs, console)
         manifest.write(partial)
         publish(partial, out)
     return Prepared(manifest, up_to_date=False)
@@ -313,46 +313,6 @@ def _tokenize(
 def _import_megatron() -> None:
     # Several seconds, needed at the end only: hidden behind the workers.
     import megatron.core.datasets.indexed_dataset  # noqa: F401
-
-
-def _write_chat(
-    pieces: Sequence[Piece],
-    sources: Sequence[TextSource],
-    template: ChatTemplate,
-    tokenizer: Tokenizer,
-    settings: PrepareSettings,
-    folder: Path,
-    inputs: Inputs,
-    console: Console,
-) -> Manifest:
-    """Everything but the tokenizer of a folder of conversations."""
-    length = settings.sequence_length
-    assert length is not None, "the settings have been checked"
-    (folder / TEMPLATE).write_text(template.text, encoding="utf-8")
-    with track(console, "encode", sum(piece.size for piece in pieces)) as advance:
-        encoded = encode_chat(pieces, sources, template, length, folder / "spool", advance)
-    notice = notice_of_ends(encoded, tokenizer)
-    if notice is not None:
-        console.print(f"note: {notice}", highlight=False, soft_wrap=True, markup=False)
-    written = write_chat(encoded, tokenizer, length, folder, settings.seed)
-    encoded.path.unlink()
-    hashes = written.sha256 | {TEMPLATE: _sha256(folder / TEMPLATE)}
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        sources=encoded.sources,
-        documents=written.sequences,
-        skipped=encoded.skipped.total(),
-        skipped_reasons=dict(sorted(encoded.skipped.items())),
-        tokens=written.sequences * length,
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod,
-        eod_token=tokenizer.eod_token,
-        tokenizer_sha256=_sha256(folder / TOKENIZER),
-        files={name: (folder / name).stat().st_size for name in [*hashes, TOKENIZER]},
-        inputs=inputs,
-        sha256=hashes,
-        chat=written.chat,
-    )
 
 
 def _manifest(
