@@ -36,7 +36,7 @@ class UnusableChat(ValueError):
 class _Generation(Extension):
     """Renders what stands in a template's `generation` block, which marks answers elsewhere."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  # Jinja declares it so
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

@@ -182,8 +182,9 @@ def prepare(
     out = Path(os.path.abspath(out))
     deciding = settings.deciding()
     # Before sources are read, which may take an hour.
-    given = settings.tokenizer and Tokenizer.load(settings.tokenizer, settings.eod_token)
-    template = None
+    given, template = None, None
+    if settings.tokenizer is not None:
+        given = Tokenizer.load(settings.tokenizer, settings.eod_token)
     if settings.chat:
         assert settings.tokenizer is not None, "the settings have been checked"
         assert given is not None, "it has been loaded"

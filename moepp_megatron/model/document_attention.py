@@ -57,7 +57,7 @@ def packed_attention() -> type:
     """Transformer Engine's core attention that takes `document_ends` as its `attention_mask`."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-    class PackedAttention(TEDotProductAttention):  # type: ignore[misc]  # untyped without the package
+    class PackedAttention(TEDotProductAttention):
         def forward(
             self,
             query: Tensor,

