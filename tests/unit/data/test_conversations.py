@@ -72,8 +72,8 @@ def write(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def prepared(source: Path, tokenizer: Path, out: Path, **changes: Any) -> Prepared:
-    values = {"chat": True, "tokenizer": tokenizer, "sequence_length": LENGTH} | changes
+def prepared(source: Path, of_model: Path, out: Path, **changes: Any) -> Prepared:
+    values = {"chat": True, "tokenizer": of_model, "sequence_length": LENGTH} | changes
     return prepare(source, out, PrepareSettings(**values), Console(quiet=True))
 
 
