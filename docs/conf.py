@@ -36,6 +36,7 @@ NAVIGATION = {
     "How to": [
         "Convert <docs/how_to/convert>",
         "Upcycle <docs/how_to/upcycle>",
+        "Fine-tune <docs/how_to/fine_tune>",
         "Evaluate <docs/how_to/evaluate>",
         "Resume, stop, extend <docs/how_to/resume>",
         "Change the layout <docs/how_to/change_the_layout>",
