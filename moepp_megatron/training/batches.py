@@ -44,7 +44,7 @@ def _on_device(dataset: Any, consumed_samples: int, config: Config) -> Iterator[
             batch["attention_mask"] = document_ends(documents)
         on_device = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         if documents is not None and not packs:
-            on_device["attention_mask"] = dense_mask(documents.to(device))
+            on_device["attention_mask"] = dense_mask(documents.to(device, non_blocking=True))
         # Each context-parallel rank takes its two chunks of every sequence.
         yield get_batch_on_this_cp_rank(on_device, is_hybrid_cp=False, cp_group=cp_group)
 
