@@ -37,6 +37,7 @@ NAVIGATION = {
         "Convert <docs/how_to/convert>",
         "Upcycle <docs/how_to/upcycle>",
         "Distill <docs/how_to/distill>",
+        "Fine-tune <docs/how_to/fine_tune>",
         "Evaluate <docs/how_to/evaluate>",
         "Resume, stop, extend <docs/how_to/resume>",
         "Change the layout <docs/how_to/change_the_layout>",

@@ -63,6 +63,30 @@ def prepare(
         str,
         typer.Option(help="Take the text from this JSONL key or parquet column.", metavar="NAME"),
     ] = "text",
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Read conversations: JSONL with the key messages, a list of objects with role and "
+            "content. Only answers (role assistant) have loss. Needs --tokenizer and --seq-length.",
+        ),
+    ] = False,
+    seq_length: Annotated[
+        int | None,
+        typer.Option(
+            help="With --chat, put conversations into sequences of this many tokens, the model's "
+            "model.seq_length; longer ones are left out and counted.",
+            metavar="TOKENS",
+        ),
+    ] = None,
+    template: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --chat, render conversations by this Jinja file; by default, by the chat "
+            "template that belongs to the tokenizer.",
+            metavar="FILE",
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -79,12 +103,14 @@ def prepare(
 ) -> None:
     """Write a dataset folder: indexed dataset, tokenizer, manifest.
 
-    One file is one document; so is one JSONL line and one parquet row. The folder appears when it
+    One file is one document; so is one JSONL line and one parquet row. With --chat a line is a
+    conversation to fine-tune on. The folder appears when it
     is complete; if it is there already and was made from the same inputs, it is left alone.
 
     Examples:
         moepp data prepare corpus.jsonl --out data/mine --vocab-size 65536
         moepp data prepare web=web.parquet code=src --out data/mixed
+        moepp data prepare chats.jsonl --out data/chat --chat --tokenizer data/mine --seq-length 256
     """
     from moepp_megatron.data.prepare import PrepareSettings
     from moepp_megatron.data.prepare import prepare as prepare_data
@@ -99,6 +125,9 @@ def prepare(
         seed=seed,
         workers=workers,
         force=force,
+        chat=chat,
+        sequence_length=seq_length,
+        template=template,
     )
     prepared = prepare_data(sources, out, settings, console)
     if prepared.up_to_date:
@@ -113,8 +142,9 @@ def _print_summary(console: "Console", manifest: "Manifest") -> None:
 
     from moepp_megatron.data.manifest import MAX_SOURCES
 
-    table = Table("source", title="documents")
-    for column in ("files", "MB", "documents", "skipped", "tokens"):
+    kept = "documents" if manifest.chat is None else "conversations"
+    table = Table("source", title=kept)
+    for column in ("files", "MB", kept, "skipped", "tokens"):
         table.add_column(column, justify="right")
     for source in manifest.sources:
         table.add_row(
@@ -128,6 +158,13 @@ def _print_summary(console: "Console", manifest: "Manifest") -> None:
     console.print(table)
     for reason, count in manifest.skipped_reasons.items():
         echo(f"skipped {count:,}: {reason}")
+    if manifest.chat is not None:
+        chat = manifest.chat
+        echo(
+            f"sequences: {manifest.documents:,} of {chat.sequence_length:,} tokens, of which "
+            f"{chat.answer_tokens / manifest.tokens:.0%} have loss and "
+            f"{chat.padding_tokens / manifest.tokens:.0%} are padding"
+        )
     if manifest.split is not None:
         train, validation, _ = manifest.split.split(",")
         echo(f"split: {train} documents to train on, {validation} of other packages to validate")

@@ -25,6 +25,14 @@ def generate(
     ],
     overrides: LayoutArgument = None,
     nproc: NprocOption = 1,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Take the text as a message of a user and continue with the answer, by the chat "
+            "template that belongs to the checkpoint's tokenizer.",
+        ),
+    ] = False,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -63,6 +71,7 @@ def generate(
     Examples:
         moepp generate runs/quickstart --prompt "def main("
         moepp generate runs/quickstart --prompt "class Node:" --temperature 0
+        moepp generate runs/fine_tuned --chat --prompt "In which module is deepcopy?"
     """
     from moepp_megatron.runtime.quiet import quiet
 
@@ -75,7 +84,7 @@ def generate(
     world_size = rank.world_size if rank.is_launched else nproc
     sampling = Sampling(temperature, top_p, seed)
     request = GenerateRequest.read(
-        checkpoint, prompt, overrides or [], world_size, max_new_tokens, sampling
+        checkpoint, prompt, overrides or [], world_size, max_new_tokens, sampling, chat
     )
     if not rank.is_launched and nproc > 1:
         # The folder that was found, so that ranks need not look for it again.
@@ -83,6 +92,7 @@ def generate(
         arguments += [f"--prompt={text}" for text in prompt]
         arguments += [f"--max-new-tokens={request.max_new_tokens}", f"--temperature={temperature}"]
         arguments += [f"--top-p={top_p}", f"--seed={seed}", *(overrides or [])]
+        arguments += ["--chat"] if chat else []
         start_ranks(nproc, arguments)
         return
     if rank.rank == 0:

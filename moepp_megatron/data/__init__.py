@@ -1,7 +1,9 @@
 """Turns text into batches: corpus, tokenizer, Megatron indexed datasets, loader.
 
 blending.py         one order of samples over several folders, stage by stage
+chat_template.py    conversations as text, and which tokens of it are answers
 compressed.py       source files that may be compressed
+conversations.py    conversations as training samples
 corpus.py           writes the Megatron indexed dataset, documents shuffled, validation last
 datasets.py         opens prepared folders as megatron-core GPT datasets: train, validation, test
 document_sources.py which data source the tokens of a sample come from
@@ -13,10 +15,12 @@ index.py            reads the index of a Megatron indexed dataset, without megat
 loader.py           micro-batches in an order that depends on the samples consumed alone
 long_text.py        cuts long texts where a tokenizer's pre-tokenizer splits them anyway
 manifest.py         `manifest.json`: what a prepared folder holds and what it was made from
+pack_chat.py        puts conversations into sequences and writes them
 pairs.py            Megatron's own PREFIX.bin and PREFIX.idx, made elsewhere
 prepare.py          `moepp data prepare`
 prepared_data.py    whether a configuration's data are there and fit its model
 progress.py         progress by bytes: a bar on a terminal, a few plain lines elsewhere
+read_chat.py        reads and encodes conversations
 same_tokenizer.py   checks that a tokenizer is the one whose token ids a corpus or a model uses
 saved_datasets.py   folders of Hugging Face datasets: what in them is data
 show.py             what prepared data hold, and what a run will draw of them

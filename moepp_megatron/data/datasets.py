@@ -11,8 +11,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from moepp_megatron.config.blends import Blend, Folder, folders_of, labels
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.blending import DrawnDataset, plan_draws
+from moepp_megatron.data.conversations import ConversationDataset, open_marks
 from moepp_megatron.data.document_sources import SourcedDataset, read_document_sources
 from moepp_megatron.data.manifest import CACHE, MAX_SOURCES, Manifest
+from moepp_megatron.data.prepared_data import check_sequence_length
 from moepp_megatron.data.split import check_split, split_of_set
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import check_start, read_manifest
@@ -33,14 +35,14 @@ def build_datasets(
     num_samples: Samples,
     *,
     reset_position_ids: bool = False,
-    reset_attention_mask: bool = False,
     eod_mask_loss: bool = False,
     cache_dir: Path | None = None,
 ) -> Datasets:
     """Open prepared folders. With torch.distributed every rank must call this.
 
     A sample is `sequence_length` consecutive tokens of the shuffled documents, each of which ends
-    with EOD, and the same shifted by one as labels. A split too small for its number of samples
+    with EOD, and the same shifted by one as labels; in a folder of conversations it is whole
+    conversations (`ConversationDataset`). A split too small for its number of samples
     is repeated, reshuffled. Rank 0 computes the sample indices, the others wait and read them,
     so all ranks must see the same `cache_dir`.
 
@@ -54,8 +56,6 @@ def build_datasets(
         num_samples: how many samples each split must have at least. With 0 of validation that part
             may have no document.
         reset_position_ids: positions start at 0 after every EOD.
-        reset_attention_mask: no attention across EOD. Only then a sample has an `attention_mask`,
-            bool [1, s, s], True where attention is forbidden: it is large.
         eod_mask_loss: no loss where the input is EOD.
         cache_dir: folder of the sample indices; by default `cache` in the (first) data folder.
 
@@ -75,9 +75,7 @@ def build_datasets(
         "sequence_length": sequence_length,
         "tokenizer": tokenizer,
         "reset_position_ids": reset_position_ids,
-        "reset_attention_mask": reset_attention_mask,
         "eod_mask_loss": eod_mask_loss,
-        "create_attention_mask": reset_attention_mask,
     }
     if isinstance(data, Path):
         data = [Blend("data.path", 0, (Folder("data.path", data),))]
@@ -95,6 +93,9 @@ def build_validation_sets(
     split: str | None,
     seed: int,
     num_samples: int,
+    *,
+    reset_position_ids: bool = False,
+    eod_mask_loss: bool = False,
     cache_dir: Path | None = None,
 ) -> dict[str, GPTDataset]:
     """Open the sets of `data.validation`; every rank must call.
@@ -109,6 +110,8 @@ def build_validation_sets(
         split: the split of a folder that is trained on.
         seed: seed of the order of samples.
         num_samples: samples that each set must have at least.
+        reset_position_ids: as for `build_datasets`, and so is `eod_mask_loss`.
+        eod_mask_loss: no loss where the input is EOD.
         cache_dir: folder of the sample indices.
 
     Raises:
@@ -118,10 +121,8 @@ def build_validation_sets(
         "random_seed": seed,
         "sequence_length": sequence_length,
         "tokenizer": tokenizer,
-        "reset_position_ids": False,
-        "reset_attention_mask": False,
-        "eod_mask_loss": False,
-        "create_attention_mask": False,
+        "reset_position_ids": reset_position_ids,
+        "eod_mask_loss": eod_mask_loss,
     }
     found = {}
     for name, path in paths.items():
@@ -199,7 +200,12 @@ class _Opener:
         check_start(folder.path, manifest, whole_index=False, name=folder.name)
         _check_tokenizer(self.options["tokenizer"], manifest, folder)
         plain_split = check_split(self.split, manifest, validates=num_samples[1] > 0)
+        check_sequence_length(self.options["sequence_length"], manifest, folder)
         config = GPTDatasetConfig(
+            # Masks are made on the device, from the documents (`model.document_attention`).
+            reset_attention_mask=False,
+            create_attention_mask=False,
+            add_extra_token_to_sequence=manifest.chat is None,
             blend=([str(manifest.prefix(folder.path).resolve())], None),
             split=plain_split,
             # By content, so that a cache outside the folder survives a replaced dataset.
@@ -208,8 +214,11 @@ class _Opener:
         )
         sources = read_document_sources(folder.path, manifest) if self.tells_sources else None
         is_told = self.tells_sources and (in_blend or sources is not None)
+        kind = SourcedDataset if is_told else GPTDataset
+        if manifest.chat is not None:
+            kind = ConversationDataset
         builder = BlendedMegatronDatasetBuilder(
-            SourcedDataset if is_told else GPTDataset,
+            kind,
             list(num_samples),
             is_built_on_rank=lambda: True,
             config=config,
@@ -218,6 +227,8 @@ class _Opener:
         for dataset in parts:
             if isinstance(dataset, SourcedDataset):
                 dataset.source_names, dataset.document_sources = manifest.source_names, sources
+            elif isinstance(dataset, ConversationDataset):
+                dataset.marks = open_marks(folder.path)
         return parts
 
     def cache(self, folder: Folder) -> Path:

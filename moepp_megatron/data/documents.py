@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.compressed import Compression, open_source
@@ -162,10 +163,16 @@ def _text_of(part: DocumentPart) -> str | Skipped:
         return Skipped(_NOT_TEXT)
 
 
-def _read_jsonl(part: DocumentPart, text_key: str) -> Iterator[str | Skipped]:
+def read_records(part: DocumentPart) -> Iterator[dict[str, Any] | Skipped]:
+    """The JSON objects of a part of a JSONL file, or why a line is none."""
     for line in _lines(part):
         if line.strip():
-            yield _record_text(line, text_key)
+            yield _record(line)
+
+
+def _read_jsonl(part: DocumentPart, text_key: str) -> Iterator[str | Skipped]:
+    for record in read_records(part):
+        yield record if isinstance(record, Skipped) else _record_text(record, text_key)
 
 
 def _lines(part: DocumentPart) -> Iterator[bytes]:
@@ -185,24 +192,30 @@ def _lines(part: DocumentPart) -> Iterator[bytes]:
             yield stream.readline()
 
 
-def _record_text(line: bytes, text_key: str) -> str | Skipped:
+def _record(line: bytes) -> dict[str, Any] | Skipped:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return Skipped(_NOT_TEXT)
     except (ValueError, RecursionError):
         return Skipped(_NOT_JSON)
-    if not isinstance(record, dict):
-        return Skipped(_NOT_JSON)
+    return record if isinstance(record, dict) else Skipped(_NOT_JSON)
+
+
+def _record_text(record: dict[str, Any], text_key: str) -> str | Skipped:
     text = record.get(text_key)
     if not isinstance(text, str):
         return Skipped(f"no text under the key {text_key}")
+    return _usable(text) if is_utf8(text) else Skipped(_NOT_TEXT)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: JSON can spell half a surrogate pair, which cannot."""
     try:
-        # JSON can spell half a surrogate pair, which no UTF-8 text contains.
         text.encode()
     except UnicodeEncodeError:
-        return Skipped(_NOT_TEXT)
-    return _usable(text)
+        return False
+    return True
 
 
 def _read_table(part: DocumentPart, text_key: str) -> Iterator[str | Skipped]:

@@ -6,15 +6,13 @@ from pathlib import Path
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.manifest import (
     CACHE,
-    CORPUS,
-    DOCUMENT_SOURCES,
+    FILES,
     NAME,
-    TOKENIZER,
     Inputs,
     Manifest,
 )
 
-_OURS = frozenset({NAME, TOKENIZER, DOCUMENT_SOURCES, f"{CORPUS}.bin", f"{CORPUS}.idx", CACHE})
+_OURS = frozenset({NAME, CACHE, *FILES})
 
 
 def find_reusable(
@@ -75,9 +73,10 @@ def _compare(
     if not manifest.is_intact(out):
         return None, "it is damaged: files are missing or cut short"
     there: Inputs = manifest.inputs
-    for name, value in settings.items():
-        if there.settings.get(name) != value:
-            return None, f"{name} is {there.settings.get(name)}, not {value}"
+    for name in there.settings | settings:
+        before, value = there.settings.get(name), settings.get(name)
+        if before != value:
+            return None, f"{name} is {before}, not {value}"
     if there.stat_sha256 != stat_sha256 and there.content_sha256 != content_sha256():
         return None, "the sources differ"
     return manifest, ""

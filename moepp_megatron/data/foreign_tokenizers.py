@@ -253,7 +253,7 @@ def _from_ranks(
             *("tiktoken", "transformers>=5"),
         ) from None
 
-    class Converter(TikTokenConverter):  # type: ignore[misc]  # transformers has no types
+    class Converter(TikTokenConverter):
         # The library's own keeps a copy by the path, and would not see that a file has changed.
         load_tiktoken_bpe = staticmethod(lambda path: ranks)
 

@@ -103,7 +103,7 @@ def batches(
 
     Yields:
         `tokens`, `labels`, `position_ids`: int64 [b, s]; `loss_mask`: float32 [b, s]; all on the
-        CPU; with `reset_attention_mask` also `attention_mask`: bool [b, 1, s, s], True = forbidden.
+        CPU; of conversations also `DOCUMENTS` and `PADDING` (`conversations.py`).
         It ends before a global batch the dataset cannot fill.
 
     Raises:

@@ -13,6 +13,12 @@ NAME = "manifest.json"
 TOKENIZER = "tokenizer.json"
 CORPUS = "corpus"
 DOCUMENT_SOURCES = "sources.npy"
+# Of conversations: what each token is, as an indexed dataset beside the corpus, and the template.
+MARKS = "marks"
+TEMPLATE = "chat_template.jinja"
+_OF_CONVERSATIONS = frozenset({f"{MARKS}.bin", f"{MARKS}.idx", TEMPLATE})
+FILES = (f"{CORPUS}.idx", f"{CORPUS}.bin", TOKENIZER, DOCUMENT_SOURCES, *sorted(_OF_CONVERSATIONS))
+"""All files that a folder may hold beside its manifest."""
 # Every record of a run has numbers for each of them.
 MAX_SOURCES = 64
 CACHE = "cache"
@@ -55,6 +61,24 @@ class Inputs:
 
 
 @dataclasses.dataclass(frozen=True)
+class Conversations:
+    """What a folder of conversations holds.
+
+    Attributes:
+        sequence_length: tokens of each document of the corpus, which is a sequence of whole
+            conversations with padding behind them.
+        conversations: number of conversations.
+        answer_tokens: tokens with loss.
+        padding_tokens: padding.
+    """
+
+    sequence_length: int
+    conversations: int
+    answer_tokens: int
+    padding_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """The manifest.
 
@@ -74,6 +98,7 @@ class Manifest:
         sha256: SHA-256 of `corpus.bin` and `corpus.idx`; None in folders of earlier versions.
         split: weights of train, validation and test by documents, in the form of `data.split`; None
             if the corpus prescribes none.
+        chat: what conversations the folder holds; None if it holds text.
     """
 
     format_version: int
@@ -90,6 +115,7 @@ class Manifest:
     inputs: Inputs
     sha256: dict[str, str] | None = None
     split: str | None = None
+    chat: Conversations | None = None
 
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`."""
@@ -110,6 +136,8 @@ class Manifest:
                 raise ValueError(f"format_version is {values['format_version']}")
             values["sources"] = [SourceSummary(**source) for source in values["sources"]]
             values["inputs"] = Inputs(**values["inputs"])
+            if values.get("chat") is not None:
+                values["chat"] = Conversations(**values["chat"])
             manifest = cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a manifest ({error})") from error
@@ -118,12 +146,15 @@ class Manifest:
         return manifest
 
     def _is_sound(self) -> bool:
-        numbers = (self.documents, self.tokens, self.vocab_size, self.eod_id)
+        numbers = [self.documents, self.tokens, self.vocab_size, self.eod_id]
+        if self.chat is not None:
+            numbers += dataclasses.astuple(self.chat)
         return (
             all(type(number) is int and number >= 0 for number in numbers)
             and isinstance(self.files, dict)
             and set(self.files) - {DOCUMENT_SOURCES}
             == {f"{CORPUS}.bin", f"{CORPUS}.idx", TOKENIZER}
+            | (set() if self.chat is None else _OF_CONVERSATIONS)
             and all(type(size) is int for size in self.files.values())
             and isinstance(self.sha256, dict | None)
             and isinstance(self.split, str | None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.corpus import (
     SpooledCorpus,
     WrittenCorpus,
@@ -20,7 +21,9 @@ from moepp_megatron.data.existing import find_reusable
 from moepp_megatron.data.foreign_tokenizers import GivenTokenizer, open_given
 from moepp_megatron.data.long_text import BYTES_PER_BYTE
 from moepp_megatron.data.manifest import FORMAT_VERSION, TOKENIZER, Inputs, Manifest
+from moepp_megatron.data.pack_chat import write_chat
 from moepp_megatron.data.progress import track
+from moepp_megatron.data.read_chat import check_formats
 from moepp_megatron.data.sources import (
     TextSource,
     content_fingerprint,
@@ -55,6 +58,9 @@ class PrepareSettings:
         seed: seed of the document order and the tokenizer's sample.
         workers: processes; None means one per core. The result does not depend on it.
         force: replace a dataset that is already there.
+        chat: sources hold conversations.
+        sequence_length: tokens of a sequence of conversations, the model's.
+        template: a chat template; None means the tokenizer's.
     """
 
     vocab_size: int | None = None
@@ -64,6 +70,9 @@ class PrepareSettings:
     seed: int = 1234
     workers: int | None = None
     force: bool = False
+    chat: bool = False
+    sequence_length: int | None = None
+    template: Path | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -71,6 +80,7 @@ class PrepareSettings:
         Raises:
             ConfigError: one is out of range, or two exclude each other.
         """
+        self._check_chat()
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"--workers ({self.workers}) must be at least 1; leave it out")
         if not 0 <= self.seed < 2**32:
@@ -88,6 +98,34 @@ class PrepareSettings:
             raise ConfigError(
                 f"--vocab-size ({self.vocab_size}) must be at least {MIN_VOCAB_SIZE} (256 bytes "
                 f"and the end-of-document token); use {_DEFAULT_VOCAB_SIZE}"
+            )
+
+    def _check_chat(self) -> None:
+        options = [("--seq-length", self.sequence_length), ("--template", self.template)]
+        for name, value in options:
+            if not self.chat and value is not None:
+                raise ConfigError(f"{name} ({value}) needs --chat; add it, or leave {name} out")
+        if not self.chat:
+            return
+        if self.workers is not None:
+            raise ConfigError(
+                f"--workers ({self.workers}) cannot be combined with --chat, which encodes in one "
+                "process; leave it out"
+            )
+        if self.text_key != "text":
+            raise ConfigError(
+                f"--text-key ({self.text_key}) cannot be combined with --chat, which reads the key "
+                "messages; leave it out"
+            )
+        if self.tokenizer is None:
+            raise ConfigError(
+                "--chat needs --tokenizer, that of the model to be tuned; name its tokenizer.json "
+                "or the folder of its data or checkpoint"
+            )
+        if self.sequence_length is None or self.sequence_length < 2:
+            raise ConfigError(
+                f"--seq-length ({self.sequence_length}) must be at least 2 with --chat; give the "
+                "model.seq_length of the model to be tuned"
             )
 
     def deciding(self, given: GivenTokenizer | None) -> dict[str, str | int | None]:
@@ -140,7 +178,15 @@ def prepare(
     # Before sources are read, which may take an hour.
     named, eod_token = settings.tokenizer, settings.eod_token
     given = None if named is None else open_given(named, eod_token)
-    deciding = settings.deciding(given)
+    deciding, template = settings.deciding(given), None
+    if settings.chat:
+        assert named is not None, "the settings have been checked"
+        assert given is not None, "it has been opened"
+        template = ChatTemplate.find(named, given.tokenizer, settings.template)
+        deciding |= {
+            "sequence_length": settings.sequence_length,
+            "template": hashlib.sha256(template.text.encode()).hexdigest(),
+        }
     sources = resolve_sources([str(name) for name in names], exclude=out)
     stat_sha256 = stat_fingerprint(sources)
     found = find_reusable(
@@ -148,10 +194,13 @@ def prepare(
     )
     if found:
         return Prepared(found, up_to_date=True)
+    if template is not None:
+        check_formats(sources)
     pieces = plan_pieces(sources, settings.text_key)
-    check_usable(sources, pieces, settings.text_key)
-    if given is not None:
-        given.check(_sample(pieces, settings))
+    if template is None:
+        check_usable(sources, pieces, settings.text_key)
+        if given is not None:
+            given.check(_sample(pieces, settings))
     # Before sources are read, too: whether the folder can be written.
     with partial_folder(out) as partial:
         with track(console, "read", sum(source.size for source in sources)) as advance:
@@ -162,11 +211,16 @@ def prepare(
         else:
             tokenizer = given.tokenizer
             (partial / TOKENIZER).write_bytes(given.content)
-        _warn_of_memory(sources, tokenizer, console)
-        spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
-        written = write_indexed_dataset(spooled, partial, settings.seed)
-        spooled.path.unlink()
-        manifest = _manifest(spooled, tokenizer, inputs, partial, written)
+        if template is None:
+            _warn_of_memory(sources, tokenizer, console)
+            spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
+            written = write_indexed_dataset(spooled, partial, settings.seed)
+            spooled.path.unlink()
+            manifest = _manifest(spooled, tokenizer, inputs, partial, written)
+        else:
+            assert settings.sequence_length is not None, "the settings have been checked"
+            length, seed = settings.sequence_length, settings.seed
+            manifest = write_chat(pieces, sources, template, length, seed, partial, inputs, console)
         manifest.write(partial)
         publish(partial, out)
     return Prepared(manifest, up_to_date=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import Folder, blends_of, folders_of
+from moepp_megatron.data.manifest import Manifest
 
 # From this share of a token's FLOPs on, rows of the output layer without a token are worth a word.
 _WASTED_SHARE = 0.05
@@ -46,6 +47,8 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
         else:
             check_start(folder.path, manifest, whole_index, folder.name)
             check_corpus_tokenizer(config, manifest, folder)
+            if manifest.chat is not None:
+                _check_chat(config, manifest, folder)
             size = manifest.vocab_size
         if size > config.model.vocab_size:
             raise ConfigError(
@@ -78,6 +81,48 @@ def _check_pair(config: Config, folder: Folder, whole_index: bool) -> tuple[int,
     except (CorpusError, OSError) as error:
         raise damaged(folder.name, folder.path, str(error)) from None
     return tokenizer.vocab_size, found
+
+
+def check_sequence_length(sequence_length: int, manifest: Manifest, folder: Folder) -> None:
+    """Refuse another length of sequences than conversations were put into.
+
+    Raises:
+        ConfigError: Naming both.
+    """
+    if manifest.chat is not None and manifest.chat.sequence_length != sequence_length:
+        raise ConfigError(
+            f"model.seq_length ({sequence_length}) must be the --seq-length that {folder.name} "
+            f"({folder.path}) was prepared with ({manifest.chat.sequence_length}), whose sequences "
+            "hold whole conversations; use the same, or prepare it again"
+        )
+
+
+def _check_chat(config: Config, manifest: Manifest, folder: Folder) -> None:
+    """Refuse settings with which conversations would be trained on in another way than prepared."""
+    check_sequence_length(config.model.seq_length, manifest, folder)
+    name, of = folder.name, f"({folder.path}), which holds conversations"
+    data = config.data
+    if data.blend or data.stages or data.validation:
+        raise ConfigError(
+            f"{name} {of}, cannot be combined with other folders, whose samples have no padding; "
+            "name it as data.path, without data.blend, data.stages and data.validation"
+        )
+    if not data.reset_attention_mask:
+        raise ConfigError(
+            f"data.reset_attention_mask (false) must be true with {name} {of}, several in a "
+            "sequence, which must not see each other; set it to true"
+        )
+    if data.eod_mask_loss:
+        raise ConfigError(
+            f"data.eod_mask_loss (true) must be false with {name} {of} and says itself which "
+            "tokens have loss; leave it out"
+        )
+    if config.moe.is_vanilla and config.moe.capacity_factor is not None:
+        raise ConfigError(
+            f"moe.capacity_factor ({config.moe.capacity_factor}) must be null for vanilla layers "
+            f"with {name} {of} and padding: megatron-core's router lets padding take places; "
+            "leave it out, or add zero-computation experts"
+        )
 
 
 def _wasted_vocabulary(config: Config, tokens: int, name: str) -> list[str]:

@@ -17,7 +17,7 @@ from moepp_megatron.data.manifest import NAME as MANIFEST
 from moepp_megatron.data.manifest import TOKENIZER, Manifest
 
 # Beside a tokenizer.json, where Hugging Face names special tokens.
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 EOD_TOKEN = "<|endoftext|>"
 # What the tokenizers of published models call it, tried in this order.
 _KNOWN_EOD_TOKENS = (
@@ -82,7 +82,7 @@ class Tokenizer:
         if eod_token is None and named is not None and backend.token_to_id(named) is None:
             raise ConfigError(
                 f"tokenizer ({path}) must have the end-of-document token ({named}) that "
-                f"{MANIFEST} or {_TOKENIZER_CONFIG} beside it names; correct the name there"
+                f"{MANIFEST} or {TOKENIZER_CONFIG} beside it names; correct the name there"
             )
         return cls(backend, eod_token or named or _find_eod_token(backend, path))
 
@@ -112,6 +112,14 @@ class Tokenizer:
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
+    def encode_with_special_tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode_with_spans`, of a text in which special tokens are meant as such."""
+        self._backend.encode_special_tokens = False
+        try:
+            return self.encode_with_spans(text)
+        finally:
+            self._backend.encode_special_tokens = True
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens appear by name."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
@@ -132,6 +140,12 @@ class Tokenizer:
             ConfigError: It has none.
         """
         return _find_eod_token(backend, path)
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Tokens that stand for themselves and not for the text that spells them."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -225,7 +239,7 @@ def named_eod_token(path: Path) -> str | None:
     except (OSError, ValueError):
         pass  # no prepared folder
     try:
-        content = read_json(path.parent / _TOKENIZER_CONFIG)
+        content = read_json(path.parent / TOKENIZER_CONFIG)
     except (OSError, ValueError):
         return None
     token = content.get("eos_token") if isinstance(content, dict) else None

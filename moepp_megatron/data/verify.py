@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.index import CorpusError, IndexHeader, read_ends, read_header
-from moepp_megatron.data.manifest import CORPUS, DOCUMENT_SOURCES, TOKENIZER, Manifest
+from moepp_megatron.data.manifest import CORPUS, FILES, Manifest
 from moepp_megatron.data.pairs import is_pair, read_pair
 
 BIN, IDX = f"{CORPUS}.bin", f"{CORPUS}.idx"
@@ -125,7 +125,7 @@ def verify(folder: Path, manifest: Manifest, advance: Callable[[int], None]) -> 
     ends: NDArray[np.int64] | None = None
     header: IndexHeader | None = None
     # The index first: it names the document of a token.
-    for name in sorted(manifest.files, key=[TOKENIZER, DOCUMENT_SOURCES, IDX, BIN].index):
+    for name in sorted(manifest.files, key=FILES.index):
         path = folder / name
         size = None
         problems: list[str] = []

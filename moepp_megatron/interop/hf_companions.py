@@ -15,7 +15,7 @@ from moepp_megatron.training.checkpoint import TOKENIZER_FILE
 
 _MODEL_FILES = ("configuration_moepp.py", "modeling_moepp.py")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_COPIED = (TOKENIZER_FILE, "special_tokens_map.json")
+_COPIED = (TOKENIZER_FILE, "special_tokens_map.json", "chat_template.jinja")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _GENERATION_CONFIG = "generation_config.json"
 

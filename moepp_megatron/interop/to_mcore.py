@@ -184,7 +184,12 @@ def _check_tokenizer(hf: HFSource) -> None:
 
 def _copy_companions(hf: HFSource, folder: Path) -> None:
     names = {"config.json": HF_CONFIG_FILE, TOKENIZER_FILE: TOKENIZER_FILE}
-    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in (
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    ):
         names[name] = name
     for name, copied in names.items():
         if (hf.folder / name).is_file():

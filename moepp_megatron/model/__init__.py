@@ -5,6 +5,7 @@ attention.py         exact causal attention under context parallelism, for local
 build.py             builds this rank's model chunks, as a GPTModel or as a HybridModel
 causal_attention.py  causal attention on a GPU without Transformer Engine, for local modules
 cross_entropy.py     the model's loss: Triton kernels, or megatron-core's cross entropy
+document_attention.py  attention that stays within documents: masks, packed sequences
 fp8_weights.py       weights that exist in FP8 alone, used as if they were plain tensors
 gpt.py               GPTModel with the lane of router logits across pipeline stages
 hybrid.py            the model as megatron-core's `HybridModel`, the successor of `GPTModel`

@@ -88,7 +88,8 @@ class ContextParallelAttention(MegatronModule):
             query: [S, b, n, d] this rank's two chunks, the early one first.
             key: [S, b, g, d]; n is a multiple of g.
             value: [S, b, g, v].
-            attention_mask: Must be None: the mask is causal.
+            attention_mask: [b, 1, S, s] bool for this rank's queries and all keys, True where a
+                query must not see a key (`document_attention.dense_mask`); None is the causal mask.
             attn_mask_type: Unused; the constructor's value decides.
             attention_bias: Must be None.
             packed_seq_params: Must be None.
@@ -97,24 +98,26 @@ class ContextParallelAttention(MegatronModule):
             [S, b, n * v], dtype of `query`.
 
         Raises:
-            ValueError: If there is a mask, a bias or packed sequences, or S is odd.
+            ValueError: If there is a bias or packed sequences, or S is odd.
         """
         refuse_unused(
             type(self).__name__,
-            attention_mask=attention_mask,
             attention_bias=attention_bias,
             packed_seq_params=packed_seq_params,
         )
         whole = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
         whole_key, whole_value = whole.split([key.shape[-1], value.shape[-1]], dim=-1)
         starts = _chunk_starts(query.shape[0], self.cp_group)
+        masks = (None, None) if attention_mask is None else attention_mask.chunk(2, dim=2)
         context = [
-            self._attend(chunk, start, whole_key, whole_value)
-            for chunk, start in zip(query.chunk(2), starts, strict=True)
+            self._attend(chunk, start, whole_key, whole_value, mask)
+            for chunk, start, mask in zip(query.chunk(2), starts, masks, strict=True)
         ]
         return torch.cat(context).flatten(start_dim=2)
 
-    def _attend(self, query: Tensor, start: int, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(
+        self, query: Tensor, start: int, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Causal attention of consecutive tokens, the first at position `start`.
 
         Args:
@@ -122,19 +125,23 @@ class ContextParallelAttention(MegatronModule):
             start: Position of the first query in the sequence.
             key: [s, b, g, d].
             value: [s, b, g, v].
+            mask: [b, 1, c, s] bool, True where a query must not see a key; None is the causal mask.
 
         Returns:
             [c, b, n, v].
         """
         # No query of the chunk sees a key behind the chunk.
         end = start + query.shape[0]
-        query_positions = torch.arange(start, end, device=query.device)
-        key_positions = torch.arange(end, device=query.device)
+        if mask is None:
+            query_positions = torch.arange(start, end, device=query.device)
+            seen = query_positions.unsqueeze(1) >= torch.arange(end, device=query.device)
+        else:
+            seen = ~mask[..., :end]
         context_bncd = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key[:end].permute(1, 2, 0, 3),
             value[:end].permute(1, 2, 0, 3),
-            attn_mask=query_positions.unsqueeze(1) >= key_positions,
+            attn_mask=seen,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )

@@ -14,6 +14,7 @@ from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.model.all_heads_norm import all_heads_norms
 from moepp_megatron.model.cross_entropy import WithCrossEntropy
+from moepp_megatron.model.document_attention import packed_attention
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.model.local_modules import fit_local_modules
@@ -88,6 +89,8 @@ def _backend(config: Config) -> dict[str, Any]:
     def adapt(megatron: TransformerConfig, spec: ModuleSpec, is_moe: bool) -> ModuleSpec:
         if not has_transformer_engine:
             spec = fit_local_modules(megatron, spec, is_moe)
+        elif config.data.reset_attention_mask:
+            spec = with_attention(spec, core_attention=packed_attention())
         if config.model.qk_layernorm_scope != "all_heads":
             return spec
         # No back end has these norms, but they work with the modules of each.

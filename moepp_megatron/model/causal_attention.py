@@ -79,7 +79,8 @@ class CausalAttention(MegatronModule):
             query: [S, b, n, d], the last S of s tokens (all of them in training).
             key: [s, b, g, d]; n is a multiple of g.
             value: [s, b, g, v].
-            attention_mask: Must be None: the mask is causal.
+            attention_mask: [b, 1, S, s] bool, True where a query must not see a key, later keys
+                included (`document_attention.dense_mask`); None is the causal mask.
             attn_mask_type: Unused; the constructor's value decides.
             attention_bias: Must be None.
             packed_seq_params: Must be None.
@@ -88,17 +89,16 @@ class CausalAttention(MegatronModule):
             [S, b, n * v], dtype of `query`.
 
         Raises:
-            ValueError: If there is a mask, a bias or packed sequences.
+            ValueError: If there is a bias or packed sequences.
         """
         refuse_unused(
             type(self).__name__,
-            attention_mask=attention_mask,
             attention_bias=attention_bias,
             packed_seq_params=packed_seq_params,
         )
         last, num_tokens = query.shape[0], key.shape[0]
-        mask = None
-        if 1 < last < num_tokens:
+        mask = None if attention_mask is None else ~attention_mask
+        if mask is None and 1 < last < num_tokens:
             # Behind tokens whose keys are kept already.
             positions = torch.arange(num_tokens, device=query.device)
             mask = positions[-last:].unsqueeze(1) >= positions
@@ -111,7 +111,7 @@ class CausalAttention(MegatronModule):
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
             attn_mask=mask,
-            is_causal=1 < last == num_tokens,
+            is_causal=mask is None and 1 < last == num_tokens,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )

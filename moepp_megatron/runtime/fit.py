@@ -29,6 +29,8 @@ def check_fit(config: Config) -> None:
     if config.training.cuda_graphs:
         _check_cuda_graphs(config)
     _check_triton(config)
+    if config.data.reset_attention_mask and have_transformer_engine():
+        _check_packed_sequences(config)
     if not have_transformer_engine():
         _check_recomputation(config)
     if config.model.latent_attention is not None and not have_transformer_engine():
@@ -110,6 +112,23 @@ def _check_recomputation(config: Config) -> None:
             f"training.recompute_modules ({', '.join(modules)}) must not hold "
             f"{' or '.join(lacking)} without Transformer Engine, which megatron-core needs for "
             "it; leave it out, or use [moe]"
+        )
+
+
+def _check_packed_sequences(config: Config) -> None:
+    """Refuse what Transformer Engine's packed sequences would compute otherwise, or have not."""
+    ranks = config.parallel.context_parallel_size
+    if ranks > 1:
+        raise UnfitError(
+            f"parallel.context_parallel_size ({ranks}) must be 1 with data.reset_attention_mask "
+            "where Transformer Engine is there: it shares out each document by itself, and needs "
+            f"lengths that are multiples of {2 * ranks}; use 1, and more tensor-parallel ranks"
+        )
+    if config.model.latent_attention is not None:
+        raise UnfitError(
+            "model.latent_attention must be null with data.reset_attention_mask where Transformer "
+            "Engine is there: its packed sequences have not been tried with values narrower than "
+            "queries; leave one of the two out"
         )
 
 

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
 
 from moepp_megatron.config import Config
+from moepp_megatron.data.conversations import DOCUMENTS
 from moepp_megatron.data.loader import batches
 from moepp_megatron.data.token_check import vocabulary_of
+from moepp_megatron.model.document_attention import dense_mask, document_ends, document_numbers
+from moepp_megatron.runtime.optional import have_transformer_engine
 from moepp_megatron.training.step import Batch
 
 
@@ -34,10 +38,28 @@ def _on_device(dataset: Any, consumed_samples: int, config: Config) -> Iterator[
     device = torch.cuda.current_device()
     # Given explicitly: without it the function would split sequences over all ranks.
     cp_group = parallel_state.get_context_parallel_group()
+    packs = have_transformer_engine()
     for batch in _endless(dataset, consumed_samples, config):
+        documents = _documents(dataset, batch) if config.data.reset_attention_mask else None
+        if documents is not None and packs:
+            batch["attention_mask"] = document_ends(documents)
         on_device = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        if documents is not None and not packs:
+            on_device["attention_mask"] = dense_mask(documents.to(device, non_blocking=True))
         # Each context-parallel rank takes its two chunks of every sequence.
         yield get_batch_on_this_cp_rank(on_device, is_hybrid_cp=False, cp_group=cp_group)
+
+
+def _documents(dataset: Any, batch: Batch) -> Tensor:
+    """[b, s] document of each token, on the CPU."""
+    if DOCUMENTS in batch:
+        return batch[DOCUMENTS]
+    tokens = batch["tokens"]
+    tokenizer = getattr(getattr(dataset, "config", None), "tokenizer", None)
+    # Made-up tokens have no tokenizer: each sequence is one document.
+    return (
+        torch.zeros_like(tokens) if tokenizer is None else document_numbers(tokens, tokenizer.eod)
+    )
 
 
 def _endless(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Batch]:

@@ -149,7 +149,7 @@ class Distillation:
         divergence, tokens = total.tolist()
         self._mean = divergence / tokens if tokens > 0 else float("nan")
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Any]:
         """Fields of the last step's record."""
         return {"distillation_loss": self._mean}
 

@@ -21,6 +21,7 @@ def generate(
     temperature: float = Sampling.temperature,
     top_p: float = Sampling.top_p,
     seed: int = Sampling.seed,
+    chat: bool = False,
 ) -> list[str]:
     """Continue texts with a checkpoint's model, as `moepp generate` does.
 
@@ -35,6 +36,7 @@ def generate(
         temperature: Same as in `Sampling`.
         top_p: Same as in `Sampling`.
         seed: Same as in `Sampling`.
+        chat: Prompts are messages of a user, rendered by the checkpoint's chat template.
 
     Returns:
         Prompt and continuation of each, in order.
@@ -47,7 +49,7 @@ def generate(
     texts = [prompts] if isinstance(prompts, str) else prompts
     sampling = Sampling(temperature, top_p, seed)
     request = GenerateRequest.read(
-        Path(checkpoint), texts, overrides, world_size, max_new_tokens, sampling
+        Path(checkpoint), texts, overrides, world_size, max_new_tokens, sampling, chat
     )
     for notice in request.notices:
         logger.warning("%s", notice)

@@ -10,6 +10,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError, Layout, load_config, with_overrides
 from moepp_megatron.config.load import parse_override
 from moepp_megatron.config.stages import virtual_stages
+from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
 from moepp_megatron.training.inference_settings import FORWARD_ONLY
@@ -88,6 +89,7 @@ class GenerateRequest:
         world_size: int = 1,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        chat: bool = False,
     ) -> GenerateRequest:
         """Check a request.
 
@@ -98,6 +100,7 @@ class GenerateRequest:
             world_size: Ranks.
             max_new_tokens: None means `_DEFAULT_NEW_TOKENS`, fewer where the model has no room.
             sampling: How tokens are drawn.
+            chat: Whether prompts are messages, rendered by the checkpoint's chat template.
 
         Raises:
             ConfigError: If the request is wrong.
@@ -107,7 +110,9 @@ class GenerateRequest:
         folder = find_checkpoint(checkpoint)
         trained = load_config(folder / CONFIG_FILE)
         tokenizer = checkpoint_tokenizer(folder, trained)
-        ids = [_encode(tokenizer, prompt, trained.model.seq_length) for prompt in prompts]
+        length = trained.model.seq_length
+        template = ChatTemplate.find(folder, tokenizer, None) if chat else None
+        ids = [_encode(tokenizer, prompt, length, template) for prompt in prompts]
         room = trained.model.seq_length - max(len(tokens) for tokens in ids)
         if max_new_tokens is None:
             max_new_tokens = min(_DEFAULT_NEW_TOKENS, room)
@@ -169,12 +174,17 @@ def checkpoint_tokenizer(folder: Path, config: Config) -> Tokenizer:
     return tokenizer
 
 
-def _encode(tokenizer: Tokenizer, prompt: str, seq_length: int) -> list[int]:
+def _encode(
+    tokenizer: Tokenizer, prompt: str, seq_length: int, template: ChatTemplate | None
+) -> list[int]:
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"--prompt ({prompt!r}) must be UTF-8 text; encode it so") from None
-    ids = tokenizer.encode(prompt)
+    if template is None:
+        ids = tokenizer.encode(prompt)
+    else:
+        ids, _ = tokenizer.encode_with_special_tokens(template.prompt(prompt))
     if not 0 < len(ids) < seq_length:
         raise ConfigError(
             f"--prompt ({len(ids)} tokens) must have between 1 and {seq_length - 1} tokens, one "

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.data.conversations import PADDING
 from moepp_megatron.data.document_sources import SOURCES
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.distillation import Distillation
@@ -179,13 +180,17 @@ def _forward_step(
     """One micro-batch's output, or its plan for the combined schedule, and its loss function."""
     batch = next(iterator)
     forward = model.build_schedule_plan if return_schedule_plan else model
-    extra = {SOURCES: batch[SOURCES]} if tells_sources and SOURCES in batch else {}
+    told = {PADDING}
+    if tells_sources:
+        told.add(SOURCES)
     if tells_mask:
-        extra["loss_mask"] = batch["loss_mask"]
+        told.add("loss_mask")
+    extra: dict[str, Any] = {key: batch[key] for key in told & batch.keys()}
     if distillation is not None:
         distillation.begin_micro_batch(batch)
         extra["output_processor"] = distillation.process_output
-    output = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **extra)
+    mask = batch.get("attention_mask")
+    output = forward(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **extra)
     watch = None if watcher is None else partial(watcher, model, batch)
     return output, partial(_loss, batch["loss_mask"], watch, distillation)
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -78,10 +79,15 @@ class Trainer:
         self._tokenizer = tokenizer_of_run(config)
         tokenizer, blends = Tokenizer.load(self._tokenizer), blends_of(config)
         order = (tokenizer, config.model.seq_length, config.data.split, config.training.seed)
-        samples, cache = self._num_samples(), config.data.cache
-        self._train_set, valid_set, _ = build_datasets(blends, *order, samples, cache_dir=cache)
+        options: dict[str, Any] = {
+            "reset_position_ids": config.data.reset_position_ids,
+            "eod_mask_loss": config.data.eod_mask_loss,
+            "cache_dir": config.data.cache,
+        }
+        samples = self._num_samples()
+        self._train_set, valid_set, _ = build_datasets(blends, *order, samples, **options)
         sets = config.data.validation if samples[1] else {}
-        named = build_validation_sets(sets, blends, *order, samples[1], cache)
+        named = build_validation_sets(sets, blends, *order, samples[1], **options)
         self._validation = Validation(valid_set, named)
         self._distillation = self._teach()
         self._supervisor = Supervisor(config, self.model)

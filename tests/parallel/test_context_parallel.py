@@ -256,8 +256,8 @@ def test_settings_that_would_change_the_result_are_refused(ranks, changes, messa
 
 
 def test_masks_and_odd_lengths_are_refused(ranks):
-    for text in ranks(2).run(forward_refusal, 4, attention_mask="mask"):
-        assert text.startswith("attention_mask (str) must be None")
+    for text in ranks(2).run(forward_refusal, 4, attention_bias="bias"):
+        assert text.startswith("attention_bias (str) must be None")
     for text in ranks(2).run(forward_refusal, 3):
         assert text.startswith("sequence length of a context-parallel rank (3) must be divisible")
 

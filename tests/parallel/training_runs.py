@@ -218,7 +218,11 @@ def _relative_to_largest(values: np.ndarray, expected: np.ndarray) -> float:
 
 
 class SyntheticDataset:
-    """Sequences that depend on their index alone; some tokens are masked out of the loss."""
+    """Sequences that depend on their index alone; some tokens are masked out of the loss.
+
+    With `data.reset_attention_mask` they are conversations: several documents in a sequence with
+    padding behind them, and loss on few tokens, in some sequences on none.
+    """
 
     def __init__(self, config: Any, steps: int) -> None:
         self._config = config
@@ -238,12 +242,21 @@ class SyntheticDataset:
         loss_mask = torch.ones(model.seq_length)
         # Uneven token counts, so that a mean of means would be another number.
         loss_mask[: index % 3] = 0.0
-        return {
+        sample = {
             "tokens": tokens[:-1],
             "labels": tokens[1:],
             "loss_mask": loss_mask,
             "position_ids": torch.arange(model.seq_length),
         }
+        if self._config.data.reset_attention_mask:
+            place = torch.arange(model.seq_length)
+            padded = place >= model.seq_length - index % 7
+            sample |= {
+                "documents": (place >= 3 + index % 5).long() + (place >= 9) + padded,
+                "padding_mask": padded,
+                "loss_mask": ((tokens[1:] % 3 < index % 3) & ~padded).float(),
+            }
+        return sample
 
 
 def _capture_gradients(model: Any) -> list[Any]:

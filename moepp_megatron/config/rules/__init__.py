@@ -5,6 +5,7 @@ cuda_graphs.py       rules of `training.cuda_graphs`
 data.py              rules of the section `data`: blends, stages, validation sets
 distillation.py      rules of the section `distillation`
 divisibility.py      divisibility, the most common rule, with a remedy that can be typed in
+documents.py         rules of attention that stays within documents
 expert_overlap.py    rules of `parallel.overlap_moe_expert_parallel_comm`
 flex.py              the sizes that deep_ep, the package of the flex dispatcher, requires
 ignored.py           settings that the user gave and that have no effect: warnings, not errors
@@ -35,6 +36,7 @@ from moepp_megatron.config.rules import (
     cuda_graphs,
     data,
     distillation,
+    documents,
     expert_overlap,
     flex,
     ignored,
@@ -69,6 +71,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *data.RULES,
     *distillation.RULES,
     *cuda_graphs.RULES,
+    *documents.RULES,
     *resilience.RULES,
     *slurm.RULES,
     *observe.RULES,

@@ -424,6 +424,17 @@ def _guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
             yield from _ignored(config, f"{section}.{key}", reason, f"use tokens {kind}")
 
 
+def _positions_of_documents_that_are_seen(config: Config) -> Iterator[Problem]:
+    """Rotary embeddings know distances alone, which are the same within a document."""
+    if config.data.reset_position_ids and not config.data.reset_attention_mask:
+        yield from _ignored(
+            config,
+            "data.reset_position_ids",
+            "on attention, which sees distances alone; only metrics by position see it",
+            "set data.reset_attention_mask to true, or leave it out",
+        )
+
+
 RULES = (
     _routing_without_object,
     _settings_of_absent_experts,
@@ -449,4 +460,5 @@ RULES = (
     _wandb_settings_without_project,
     _distillation_without_teacher,
     _guard_settings_of_what_is_off,
+    _positions_of_documents_that_are_seen,
 )

@@ -78,6 +78,23 @@ class DataSection(Section):
         "commas; null takes the corpus's own (whole packages of the built-in one) or 98,2,0",
         json_schema_extra=unit("1"),
     )
+    reset_attention_mask: bool = Field(
+        default=False,
+        description="Attention stays within documents; must be true for conversations "
+        "(`moepp data prepare --chat`)",
+        json_schema_extra=unit("-"),
+    )
+    reset_position_ids: bool = Field(
+        default=False,
+        description="Positions start at 0 in every document; metrics by position see it alone, "
+        "because rotary embeddings depend on distances",
+        json_schema_extra=unit("-"),
+    )
+    eod_mask_loss: bool = Field(
+        default=False,
+        description="No loss where the input is the end-of-document token",
+        json_schema_extra=unit("-"),
+    )
     num_workers: int = Field(
         default=0,
         ge=0,

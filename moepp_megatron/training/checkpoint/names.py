@@ -9,6 +9,7 @@ that makes it usable by itself:
     config.yaml      resolved configuration
     tokenizer.json   copied from the run's data
     tokenizer_config.json  its end-of-document token, where the data name one
+    chat_template.jinja  where the data are conversations: how messages become text
     state.json       progress, layout, versions, time
     integrity.json   SHA-256 and size of every other file (megatron-core's manifest)
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 STATE_FILE = "state.json"
 FORMAT_FILE = "metadata.json"
 MANIFEST_FILE = "integrity.json"

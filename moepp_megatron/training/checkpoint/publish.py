@@ -20,6 +20,7 @@ from moepp_megatron.data.tokenizer import Tokenizer, named_eod_token, tokenizer_
 from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint.names import (
+    CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
     FORMAT_FILE,
     LATEST_FILE,
@@ -37,7 +38,8 @@ from moepp_megatron.training.checkpoint.validity import damage, file_digest, man
 
 logger = logging.getLogger(__name__)
 
-_COMPANIONS = (CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, STATE_FILE)
+_TOKENIZER = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE)
+_COMPANIONS = (CONFIG_FILE, *_TOKENIZER, STATE_FILE)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     eod_token = named_eod_token(path)
     if eod_token is not None:
         files[TOKENIZER_CONFIG_FILE] = tokenizer_config(eod_token)
+    template = path.with_name(CHAT_TEMPLATE_FILE)
+    if template.is_file():
+        files[CHAT_TEMPLATE_FILE] = template.read_bytes()
     return files
 
 

@@ -423,6 +423,11 @@ INVALID = [
         "training.cuda_graphs (['attn', 'atn'])",
         "use [attn, moe_router]",
     ),
+    (
+        [*GRAPHS, "data.reset_attention_mask=true"],
+        "data.reset_attention_mask (true) must be false with training.cuda_graphs (attn, moe_rout",
+        "set training.cuda_graphs to [], or data.reset_attention_mask to false",
+    ),
     (["training.cuda_graphs=attn"], "training.cuda_graphs ('attn')", "write it as [a, b]"),
     (
         [*GRAPHS, "training.recompute_granularity=selective"],
@@ -1006,6 +1011,11 @@ IGNORED = [
         ["parallel.high_priority_stream_groups=[ep,dp_cp]"],
         "parallel.high_priority_stream_groups (['ep', 'dp_cp'])",
         "on ep with parallel.expert_model_parallel_size 1; leave ep out",
+    ),
+    (
+        ["data.reset_position_ids=true"],
+        "data.reset_position_ids (true)",
+        "on attention, which sees distances alone; only metrics by position see it",
     ),
     (
         ["training.profile_ranks=[0]"],

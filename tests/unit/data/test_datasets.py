@@ -11,6 +11,7 @@ from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.split import check_split, document_ranges
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer
+from moepp_megatron.model.document_attention import document_numbers
 
 SEQUENCE_LENGTH = 32
 SEED = 1234
@@ -87,7 +88,7 @@ def test_seed_decides_the_order(prepared, tokenizer, tmp_path):
 
 
 def test_document_boundary_options(build, tokenizer):
-    train, _, _ = build(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
+    train, _, _ = build(reset_position_ids=True, eod_mask_loss=True)
     boundaries = 0
     for sample in (train[i] for i in range(len(train))):
         tokens, positions = sample["tokens"], sample["position_ids"]
@@ -98,9 +99,7 @@ def test_document_boundary_options(build, tokenizer):
         document_of = torch.tensor(expected)
         for start in (document_of == document_of[:, None]).int().argmax(1).unique():
             assert positions[start] == 0
-        forbidden = document_of[:, None] != document_of
-        forbidden |= torch.arange(SEQUENCE_LENGTH)[:, None] < torch.arange(SEQUENCE_LENGTH)
-        assert torch.equal(sample["attention_mask"][0], forbidden)
+        assert torch.equal(document_numbers(tokens[None], tokenizer.eod)[0], document_of)
         assert torch.equal(sample["loss_mask"] == 0, tokens == tokenizer.eod)
         boundaries += document
     assert boundaries > 10

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from moepp_megatron.model.causal_attention import CausalAttention, suits_causal_attention
+from moepp_megatron.model.document_attention import dense_mask, document_ends, document_numbers
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.spec import get_moepp_layer_spec
@@ -43,9 +45,11 @@ def leaves(tokens: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
     ]
 
 
-def outcome(module: torch.nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+def outcome(
+    module: torch.nn.Module, inputs: list[Tensor], mask: Tensor | None = None
+) -> list[Tensor]:
     """Output and gradients of queries, keys and values."""
-    output = module(*inputs, None)
+    output = module(*inputs, mask)
     weight = torch.linspace(-1, 1, output.numel()).view(output.shape)
     (output.float() * weight).sum().backward()
     return [output.detach(), *(each.grad for each in inputs)]
@@ -68,6 +72,33 @@ def test_equals_megatron_cores(tokens, groups, dtype, tolerance) -> None:
         # Relative to the largest value: single sums cancel. Gradients of a lone token's queries
         # and keys are zero.
         assert error <= tolerance * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("groups", [6, 2])
+def test_documents_equal_megatron_cores_with_its_mask(groups: int) -> None:
+    """The mask is that of megatron-core's dataset, and both attentions honour it."""
+    tokens = torch.tensor([[5, 0, 3, 4, 0, 0, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 0]])
+    documents = document_numbers(tokens, eod=0)
+    mask = dense_mask(documents)
+    for row, own in zip(tokens, mask, strict=True):
+        theirs, *_ = _get_ltor_masks_and_position_ids(row, 0, False, True, False, True)
+        assert torch.equal(own, theirs)
+    dtype = torch.float32
+    ours, theirs = (
+        outcome(attention(kind, groups, dtype), leaves(9, groups, dtype), mask)
+        for kind in (CausalAttention, DotProductAttention)
+    )
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=3e-6)
+    whole = outcome(attention(CausalAttention, groups, dtype), leaves(9, groups, dtype))
+    assert not torch.allclose(whole[0], ours[0], atol=1e-3)
+
+
+def test_ends_of_documents_count_through_the_sequences() -> None:
+    documents = torch.tensor([[0, 0, 1, 3], [3, 3, 4, 4]])
+    ends = document_ends(documents)
+    assert ends.dtype is torch.int32
+    assert ends.tolist() == [0, 2, 3, 4, 6, 8]
 
 
 @pytest.mark.parametrize("last", [1, 3])
@@ -95,8 +126,8 @@ def test_scale_and_width_of_values_are_as_given() -> None:
 def test_what_it_would_not_honour_is_refused() -> None:
     module = attention(CausalAttention, 2, torch.float32)
     inputs = leaves(4, 2, torch.float32)
-    with pytest.raises(ValueError, match=r"attention_mask \(Tensor\) must be None in CausalAtt"):
-        module(*inputs, torch.ones(1))
+    with pytest.raises(ValueError, match=r"attention_bias \(Tensor\) must be None in CausalAtt"):
+        module(*inputs, None, attention_bias=torch.ones(1))
     with pytest.raises(ValueError, match="must be causal with CausalAttention"):
         CausalAttention(module.config, 1, AttnMaskType.padding)
 

@@ -1,4 +1,4 @@
-"""Attention between the projections, causal, [s, b, heads, channels]."""
+"""Attention between the projections, causal: [s, b, heads, channels], packed without b."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -71,11 +71,24 @@ class DotProductAttention(torch.nn.Module):
         thd_attention_policies=None,
         thd_attention_policy_dispatch="auto",
     ):
+        if qkv_format == "thd":
+            assert attn_mask_type == "padding_causal"
+            assert cu_seqlens_q.dtype is torch.int32
+            ends = cu_seqlens_q.tolist()
+            assert ends == cu_seqlens_kv.tolist()
+            assert ends[-1] == len(query_layer)
+            lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+            assert 0 < max(lengths) <= max_seqlen_q == max_seqlen_kv
+            layers = (x.unsqueeze(1).split(lengths) for x in (query_layer, key_layer, value_layer))
+            return torch.cat([self._causal(*parts) for parts in zip(*layers, strict=True)])[:, 0]
         assert attn_mask_type == "causal"
         if self.cp_group is not None and self.cp_group.size() > 1:
             assert isinstance(query_layer, FakeTensor), "with context parallelism only shapes fit"
+        return self._causal(query_layer, key_layer, value_layer)
+
+    def _causal(self, *layers):
         # Strides of views that no layout fits: copies are made, and those are kept.
-        layers = (x.contiguous() for x in (query_layer, key_layer, value_layer))
+        layers = (x.contiguous() for x in layers)
         q, k, v = (x.permute(1, 2, 0, 3) for x in layers)
         output = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True

@@ -1,0 +1,230 @@
+"""Chat templates: conversations as the text that a model reads, and which of it are answers.
+
+A template is a Jinja program that came with a tokenizer, so it runs in Jinja's sandbox, with the
+names that Hugging Face's templates expect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Never
+
+import jinja2
+import numpy as np
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.json_file import read_json
+from moepp_megatron.data.manifest import TEMPLATE
+from moepp_megatron.data.tokenizer import TOKENIZER_CONFIG, Tokenizer, tokenizer_file
+
+Message = dict[str, str]
+ANSWERS = "assistant"
+"""The role whose messages are answers."""
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class UnusableChat(ValueError):
+    """A conversation that a template cannot render, and why."""
+
+
+class _Generation(Extension):
+    """Renders what stands in a template's `generation` block, which marks answers elsewhere."""
+
+    tags = {"generation"}  # noqa: RUF012  # Jinja declares it so
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """Renders conversations and encodes them.
+
+    Args:
+        text: The template.
+        tokenizer: Encodes what it renders; its end-of-document token is the template's `eos_token`.
+        name: What errors call the template.
+
+    Attributes:
+        text: The template.
+        tokenizer: As given.
+
+    Raises:
+        ConfigError: The text is no template.
+    """
+
+    def __init__(self, text: str, tokenizer: Tokenizer, name: str) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {
+            "raise_exception": _refuse,
+            "strftime_now": lambda form: datetime.now().strftime(form),
+        }
+        try:
+            self._template = environment.from_string(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(
+                f"{name} must be a Jinja template (line {error.lineno}: {error.message}); "
+                "correct it, or name another with --template"
+            ) from None
+        self.text = text
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def find(cls, tokenizer_path: Path, tokenizer: Tokenizer, file: Path | None) -> ChatTemplate:
+        """The template of a file, or the one beside a tokenizer.
+
+        Args:
+            tokenizer_path: `tokenizer.json` or its folder. Beside it `chat_template.jinja` is
+                looked for, then `chat_template` in `tokenizer_config.json`.
+            tokenizer: The tokenizer there.
+            file: `--template`; None for the tokenizer's own.
+
+        Raises:
+            ConfigError: There is none, or none that can be read.
+        """
+        folder = tokenizer_file(tokenizer_path).parent
+        content = _tokenizer_config(folder / TOKENIZER_CONFIG)
+        beside = folder / TEMPLATE
+        text, name = _named_template(content), f"chat_template in {folder / TOKENIZER_CONFIG}"
+        if file is not None or beside.is_file():
+            path = file or beside
+            name = f"--template ({path})"
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "no UTF-8 text"
+                raise ConfigError(f"{name} cannot be read ({reason}); name a file") from None
+        if text is None:
+            raise ConfigError(
+                f"tokenizer ({tokenizer_path}) must have a chat template, in {TEMPLATE} or "
+                f"{TOKENIZER_CONFIG} beside it; put one there, or give moepp data prepare one "
+                "with --template, such as examples/chat.jinja"
+            )
+        return cls(_with_tokens(text, content, tokenizer.eod_token), tokenizer, name)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The text of a conversation, up to where an answer begins if that is asked for.
+
+        Raises:
+            UnusableChat: The template refuses it.
+        """
+        try:
+            return self._template.render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                eos_token=self.tokenizer.eod_token,
+            )
+        except jinja2.TemplateError as error:
+            raise UnusableChat(f"the template refuses it: {error.message}") from None
+        except Exception as error:  # a template is a program of somebody else's
+            raise UnusableChat(f"the template fails: {type(error).__name__}") from None
+
+    def prompt(self, text: str) -> str:
+        """The text of one message of a user, up to where the answer begins.
+
+        Raises:
+            ConfigError: It spells a special token, or the template refuses it.
+        """
+        messages = [{"role": "user", "content": text}]
+        try:
+            self._check_content(messages)
+            return self.render(messages, add_generation_prompt=True)
+        except UnusableChat as error:
+            raise ConfigError(
+                f"--prompt ({text[:40]!r}) cannot be a message: {error}; change it"
+            ) from None
+
+    def encode(self, messages: Sequence[Message]) -> tuple[list[int], NDArray[np.bool_]]:
+        """Token ids of a conversation, and which of them a model is to learn.
+
+        That is what the template adds for an answer behind the beginning of one: the answer and
+        what ends it, up to the end-of-document token if that is in it.
+
+        Raises:
+            UnusableChat: The template or the tokenizer cannot do it.
+        """
+        self._check_content(messages)
+        text = self.render(messages)
+        ids, spans = self.tokenizer.encode_with_special_tokens(text)
+        starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+        is_learnt = np.zeros(len(ids), dtype=np.bool_)
+        for index, message in enumerate(messages):
+            if message["role"] != ANSWERS:
+                continue
+            before = self.render(messages[:index], add_generation_prompt=True)
+            until = self.render(messages[: index + 1])
+            if not (until.startswith(before) and text.startswith(until)):
+                raise UnusableChat("the template changes earlier messages when later ones follow")
+            own = (starts >= len(before)) & (ends <= len(until)) & (ends > starts)
+            # What stands behind the token that ends generation is never generated.
+            over = own & (np.array(ids) == self.tokenizer.eod)
+            is_learnt |= own & (over.cumsum() - over == 0)
+        # What begins a conversation is predicted from nothing.
+        is_learnt[:1] = False
+        if not is_learnt.any():
+            raise UnusableChat("no token of an answer")
+        return ids, is_learnt
+
+    def _check_content(self, messages: Sequence[Message]) -> None:
+        for token in self.tokenizer.special_tokens:
+            if any(token in message["content"] for message in messages):
+                # It would end a message, or a document, where the author only wrote of it.
+                raise UnusableChat(f"a message spells the special token {token}")
+
+
+def _refuse(message: str) -> Never:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    """As Hugging Face's filter; Jinja's own escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _with_tokens(text: str, content: dict[str, Any], eod_token: str) -> str:
+    """The template with the special tokens that it names, which are not written beside it again.
+
+    Args:
+        text: The template.
+        content: `tokenizer_config.json`.
+        eod_token: What `eos_token` is where nothing else is set.
+    """
+    lines = []
+    for name in _SPECIAL_TOKENS:
+        spelling = _spelling(content.get(name))
+        if spelling is not None and name in text and (name, spelling) != ("eos_token", eod_token):
+            lines.append(f"{{% set {name} = {json.dumps(spelling, ensure_ascii=False)} %}}\n")
+    return "".join(lines) + text
+
+
+def _spelling(token: Any) -> str | None:
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _named_template(content: dict[str, Any]) -> str | None:
+    """`chat_template`: a text, or several with names, of which one is the default."""
+    found = content.get("chat_template")
+    if isinstance(found, list):
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None

@@ -1,0 +1,141 @@
+"""Documents that share sequences, with padding: every layout trains what one process trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parallel.ranks import RankPools
+from tests.parallel.test_expert_overlap import both
+from tests.parallel.test_hybrid import HYBRID, UNIFORM
+from tests.parallel.training_runs import assemble, compare, settings, train
+
+STEPS = 2
+# fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
+RELATIVE = 1e-5
+DATA = {"reset_attention_mask": True}
+MOE = {"num_ffn_experts": 8, "z_loss_coeff": 1e-3}
+
+EP2 = {"expert_model_parallel_size": 2}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+CP2 = {"context_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+CORE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+LATENT = {
+    "num_query_groups": None,
+    "latent_attention": {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 6,
+    },
+}
+VANILLA = {
+    "num_zero_experts": 0,
+    "num_copy_experts": 0,
+    "num_constant_experts": 0,
+    "gating_residual": False,
+}
+# Ranks, layout, and what else differs from the plainest run.
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "dp2 ep2": (2, EP2, {}),
+    "tp2 ep2": (2, TP2 | EP2, {"moe": {"capacity_factor": 1.0}}),
+    "cp2": (2, CP2, {}),
+    "cp2 tp2": (4, CP2 | TP2, {"moe": {"balance_scope": "sequence", "capacity_factor": 0.9}}),
+    "pp2 tp2 recomputed": (4, PP2 | TP2, {"training": UNIFORM}),
+    "pp2 vpp2 ep2": (4, PP2 | EP2 | {"virtual_pipeline_model_parallel_size": 2}, {}),
+    "ep2 attention recomputed": (2, EP2, {"training": CORE}),
+    "tp2 latent": (2, TP2, {"model": LATENT}),
+    "pp2 hybrid": (2, PP2, {"model": HYBRID}),
+    "ep2 vanilla": (2, EP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
+    "tp2 pp2 vanilla": (4, TP2 | PP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
+}
+
+
+def raw_settings(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
+    others = {section: dict(values) for section, values in LAYOUTS[name][2].items()}
+    moe = {**MOE, **others.pop("moe", {})}
+    return settings(data=DATA, moe=moe, parallel=parallel, **others)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_training_equals_one_process(ranks: RankPools, name: str) -> None:
+    world, parallel, _ = LAYOUTS[name]
+    one_process = assemble(ranks(1).run(train, raw_settings(name, {}), STEPS))
+    run = assemble(ranks(world).run(train, raw_settings(name, parallel), STEPS))
+    compare(run, one_process, RELATIVE)
+
+
+def test_combined_schedule(ranks: RankPools) -> None:
+    run, reference = both(ranks, 2, train, data=DATA, parallel=EP2)
+    compare(run, reference, 0.0)
+
+
+LENGTHS = (20, 25)
+LENGTH = 48
+
+
+def losses_and_gradients(raw: dict[str, Any], is_packed: bool) -> dict[str, Any]:
+    """Of two documents, in one sequence or in one each, with padding behind."""
+    import torch
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.model.build import build_model
+    from moepp_megatron.model.document_attention import dense_mask
+    from moepp_megatron.model.initialize import initialize_weights
+    from moepp_megatron.runtime.distributed import build_groups
+
+    config = parse_config(raw)
+    build_groups(config, Layout.from_config(config, 1))
+    (model,) = build_model(config)
+    initialize_weights([model], seed=3)
+    model.train()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    generator = torch.manual_seed(5)
+    texts = [torch.randint(config.model.vocab_size, (n + 1,), generator=generator) for n in LENGTHS]
+    rows = [texts] if is_packed else [[text] for text in texts]
+    tokens, labels, documents = (torch.zeros(len(rows), LENGTH, dtype=torch.int64) for _ in "123")
+    padding = torch.ones(len(rows), LENGTH, dtype=torch.bool)
+    places = []
+    for row, own in enumerate(rows):
+        start = 0
+        for number, text in enumerate(own):
+            where = row, slice(start, start + len(text) - 1)
+            tokens[where], labels[where], padding[where] = text[:-1], text[1:], False
+            documents[where] = number + 1
+            places.append(where)
+            start = where[1].stop
+    losses = model(
+        tokens,
+        torch.arange(LENGTH).expand(len(rows), -1),
+        dense_mask(documents),
+        labels=labels,
+        padding_mask=padding,
+    )
+    losses[~padding].sum().backward()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    values = {name: each.grad for name, each in model.named_parameters()}
+    values["losses"] = torch.cat([losses[where].detach() for where in places])
+    return {name: value.numpy().copy() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("model", [{}, LATENT, HYBRID], ids=["plain", "latent", "hybrid"])
+def test_documents_of_a_sequence_are_as_each_by_itself(
+    ranks: RankPools, model: dict[str, Any]
+) -> None:
+    """Losses and gradients, those of balance loss and z-loss included."""
+    moe = {"balance_coeff": 0.1, "z_loss_coeff": 0.1}
+    raw = settings(moe=moe, model={"seq_length": LENGTH, **model})
+    packed, alone = (
+        ranks(1).run(losses_and_gradients, raw, is_packed)[0] for is_packed in (True, False)
+    )
+    assert packed.keys() == alone.keys()
+    for name, expected in alone.items():
+        apart = np.abs(packed[name] - expected).max()
+        assert apart <= RELATIVE * np.abs(expected).max(), name
+        # A few tokens do not reach every expert.
+        assert expected.any() or ".local_experts." in name, f"{name} compares nothing"

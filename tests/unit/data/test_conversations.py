@@ -1,0 +1,376 @@
+"""Conversations: what is read, what is learnt, how they lie in sequences, what is left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from rich.console import Console
+
+from moepp_megatron.config import ConfigError, parse_config
+from moepp_megatron.data.chat_template import ChatTemplate
+from moepp_megatron.data.conversations import DOCUMENTS, PADDING
+from moepp_megatron.data.datasets import build_datasets
+from moepp_megatron.data.loader import batches
+from moepp_megatron.data.manifest import TEMPLATE, Manifest
+from moepp_megatron.data.pack_chat import pack
+from moepp_megatron.data.prepare import Prepared, PrepareSettings, prepare
+from moepp_megatron.data.prepared_data import check_data
+from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.data.verify import verify
+
+LENGTH = 64
+CHATML = """{% for message in messages %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+"""
+
+
+def turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def chat(number: int) -> list[dict[str, Any]]:
+    question = turn("user", f"what is {number}?")
+    again = [turn("user", "sure?"), turn("assistant", "yes")] if number % 3 == 0 else []
+    system = [turn("system", "be brief")] if number % 2 else []
+    return [*system, question, turn("assistant", "a number " * (1 + number % 3)), *again]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer with the special tokens of ChatML, of which one ends documents."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([json.dumps(chat(n)) for n in range(40)], trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return path
+
+
+def prepared(source: Path, of_model: Path, out: Path, **changes: Any) -> Prepared:
+    values = {"chat": True, "tokenizer": of_model, "sequence_length": LENGTH} | changes
+    return prepare(source, out, PrepareSettings(**values), Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    base = tmp_path_factory.mktemp("chat")
+    source = write(base / "chats.jsonl", [{"messages": chat(n)} for n in range(60)])
+    prepared(source, tokenizer_folder, base / "out")
+    return base / "out"
+
+
+def samples(folder: Path, count: int = 8, **changes: Any) -> tuple[Any, Tokenizer]:
+    tokenizer = Tokenizer.load(folder)
+    numbers = (count, 0, 0)
+    return build_datasets(folder, tokenizer, LENGTH, "1,0,0", 5, numbers, **changes)[0], tokenizer
+
+
+def test_every_answer_is_learnt_and_nothing_else(folder: Path) -> None:
+    """From the samples as training reads them, an epoch of them, back to the conversations."""
+    manifest = Manifest.read(folder)
+    train, tokenizer = samples(folder, manifest.documents)
+    assert len(train) == manifest.documents
+    seen, learnt, padding = [], 0, 0
+    for sample in (train[i] for i in range(len(train))):
+        padded = sample[PADDING]
+        padding += int(padded.sum())
+        assert (padded.int().diff() >= 0).all(), "padding is at the end"
+        assert not sample["loss_mask"][padded].any()
+        learnt += int(sample["loss_mask"].sum())
+        for number in sample[DOCUMENTS][~padded].unique():
+            where = (sample[DOCUMENTS] == number) & ~padded
+            text = tokenizer.decode(sample["tokens"][where].tolist())
+            seen.append(text)
+            # A label with loss is the next token, of the same conversation.
+            mask = sample["loss_mask"][where] > 0
+            assert torch.equal(sample["labels"][where][:-1], sample["tokens"][where][1:])
+            assert not mask[-1], "nothing follows in this conversation"
+            answers = re.findall(r"assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
+            assert tokenizer.decode(sample["labels"][where][mask].tolist()) == "".join(answers)
+    expected = [
+        "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat(n))
+        for n in range(60)
+    ]
+    assert sorted(seen) == sorted(expected)
+    assert manifest.chat is not None
+    assert (manifest.chat.answer_tokens, manifest.chat.padding_tokens) == (learnt, padding)
+    assert manifest.chat.conversations == 60
+
+
+def test_order_differs_by_epoch_and_holds_whole_epochs(folder: Path) -> None:
+    sequences = Manifest.read(folder).documents
+    train, _ = samples(folder, 3 * sequences)
+    rows = [tuple(train[i]["tokens"].tolist()) for i in range(3 * sequences)]
+    assert len(set(rows)) == sequences
+    assert all(rows.count(row) == 3 for row in set(rows))
+
+
+def test_positions_start_anew_if_asked(folder: Path) -> None:
+    train, _ = samples(folder, reset_position_ids=True)
+    for sample in (train[i] for i in range(8)):
+        for number in sample[DOCUMENTS].unique():
+            own = sample["position_ids"][sample[DOCUMENTS] == number]
+            assert torch.equal(own, torch.arange(len(own)))
+
+
+def test_batches_hold_documents_and_padding(folder: Path) -> None:
+    train, tokenizer = samples(folder)
+    batch = next(batches(train, 0, 4, 0, 1, 4, vocab_size=tokenizer.vocab_size))
+    assert batch[DOCUMENTS].shape == batch[PADDING].shape == batch["tokens"].shape == (4, LENGTH)
+
+
+def test_packing_fills_and_never_crosses() -> None:
+    lengths = np.random.RandomState(1).randint(1, 40, 500).tolist()
+    packs = pack(lengths, np.random.RandomState(2).permutation(500), 100)
+    assert sorted(index for each in packs for index in each) == list(range(500))
+    sums = [sum(lengths[index] for index in each) for each in packs]
+    assert max(sums) <= 100
+    # Best fit; 102 would be full from end to end.
+    assert len(packs) <= 104
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "no answer": ({"messages": [turn("user", "hm")]}, "no message of the role assistant"),
+    "unknown role": ({"messages": [turn("robot", "hm"), *chat(1)]}, "a role other than system, "),
+    "empty answer": (
+        {"messages": [turn("user", "hm"), turn("assistant", " \n")]},
+        "an empty answer",
+    ),
+    "no text": ({"messages": [turn("user", ["hm"])]}, "a message without text as its content"),
+    "no role": ({"messages": [{"content": "hm"}]}, "a role other than"),
+    "no messages": ({"text": "hm"}, "no list of messages under the key messages"),
+    "not an object": ([1], "not a JSON object"),
+    "half a surrogate": ({"messages": [turn("user", "\ud800")]}, "a message is not UTF-8 text"),
+    "too long": ({"messages": [*chat(1), turn("user", "so " * LENGTH)]}, "longer than 64 tokens"),
+    "special token": (
+        {"messages": [turn("user", "print <|im_end|>"), turn("assistant", "no")]},
+        "a message spells the special token <|im_end|>",
+    ),
+}
+
+
+def test_what_is_left_out_is_counted_by_reason(tokenizer_folder: Path, tmp_path: Path) -> None:
+    records = [record for record, _ in BAD.values()]
+    source = write(tmp_path / "chats.jsonl", [*records, {"messages": chat(2)}, records[0]])
+    manifest = prepared(source, tokenizer_folder, tmp_path / "out").manifest
+    assert manifest.skipped == len(BAD) + 1
+    for _, reason in BAD.values():
+        assert any(each.startswith(reason) for each in manifest.skipped_reasons), reason
+    assert manifest.skipped_reasons["no message of the role assistant"] == 2
+    assert manifest.sources[0].documents == 1
+    assert manifest.documents == 1
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_source_with_nothing_usable_is_refused(
+    name: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    record, reason = BAD[name]
+    source = write(tmp_path / "chats.jsonl", [record])
+    with pytest.raises(ConfigError, match="has no usable conversation") as caught:
+        prepared(source, tokenizer_folder, tmp_path / "out")
+    assert reason in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_template_is_another_folder(
+    folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    source = folder.parent / "chats.jsonl"
+    assert prepared(source, tokenizer_folder, folder).up_to_date
+    other = tmp_path / "other.jinja"
+    other.write_text(CHATML.replace("\n{{ message", " {{ message"))
+    with pytest.raises(ConfigError, match="already holds another dataset .template is"):
+        prepared(source, tokenizer_folder, folder, template=other)
+    text = PrepareSettings(tokenizer=tokenizer_folder, text_key="messages")
+    with pytest.raises(ConfigError, match="has no usable document|already holds another"):
+        prepare(source, folder, text, Console(quiet=True))
+
+
+TEMPLATES: dict[str, tuple[str, str]] = {
+    "no program": ("{% for x in %}", "must be a Jinja template .line 1"),
+    "refuses": (
+        "{{ raise_exception('roles must alternate') }}",
+        "refuses it: roles must alternate",
+    ),
+    "reaches out": ("{{ messages.__class__.__mro__ }}", "the template refuses it: access to attr"),
+    "changes what was": (
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+        "changes earlier messages",
+    ),
+    "without answers": ("{{ messages[0].content }}", "no token of an answer"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_that_cannot_be_used(name: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    text, message = TEMPLATES[name]
+    file = tmp_path / "template.jinja"
+    file.write_text(text)
+    source = write(tmp_path / "chats.jsonl", [{"messages": chat(2)}])
+    with pytest.raises(ConfigError, match=message):
+        prepared(source, tokenizer_folder, tmp_path / "out", template=file)
+
+
+def test_a_template_may_mark_answers_and_be_one_of_several(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+    marked = "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}"
+    marked += "{% endgeneration %}{% endfor %}"
+    several = [{"name": "tools", "template": "no"}, {"name": "default", "template": marked}]
+    config = {"eos_token": {"content": "<|im_end|>"}, "chat_template": several}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = ChatTemplate.find(tmp_path, Tokenizer.load(tmp_path), None)
+    messages = [turn("user", "a"), turn("assistant", "b")]
+    assert template.render(messages) == "a<|im_end|>b<|im_end|>"
+    assert template.text == marked
+    ids, learnt = template.encode(messages)
+    assert [Tokenizer.load(tmp_path).decode([i]) for i in np.array(ids)[learnt]] == [
+        "b",
+        "<|im_end|>",
+    ]
+
+
+def test_a_template_keeps_the_tokens_that_it_names(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Those of a tokenizer_config.json; a prepared folder and a checkpoint have none."""
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+    text = "\n{{ bos_token }}{{ eos_token }}{{ messages[0].content }}"
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "x"}
+    config["chat_template"] = text
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = ChatTemplate.find(tmp_path, Tokenizer.load(tmp_path), None)
+    assert template.render([turn("user", "a")]) == "\n<|im_start|><|im_end|>a"
+    alone = ChatTemplate(template.text, Tokenizer.load(tmp_path), "it")
+    assert alone.render([turn("user", "a")]) == "\n<|im_start|><|im_end|>a"
+    other = ChatTemplate.find(tmp_path, Tokenizer.load(tmp_path, "<|im_start|>"), None)
+    assert other.render([turn("user", "a")]) == "\n<|im_start|><|im_end|>a"
+
+
+def test_prompt_is_a_message(folder: Path) -> None:
+    """The folder keeps its template, which a checkpoint takes along."""
+    assert (folder / TEMPLATE).read_text() == CHATML
+    template = ChatTemplate.find(folder, Tokenizer.load(folder), None)
+    assert template.prompt("hm") == "<|im_start|>user\nhm<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ConfigError, match="spells the special token <.im_end.>"):
+        template.prompt("hm<|im_end|>")
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "--seq-length": ({"chat": False, "sequence_length": 64}, r"--seq-length \(64\) needs --chat"),
+    "--template": (
+        {"chat": False, "sequence_length": None, "template": Path("x")},
+        r"--template \(x\) needs --chat",
+    ),
+    "length missing": ({"sequence_length": None}, r"--seq-length \(None\) must be at least 2"),
+    "no tokenizer": ({"tokenizer": None}, "--chat needs --tokenizer"),
+    "workers": ({"workers": 2}, r"--workers .2. cannot be combined with --chat"),
+    "text key": ({"text_key": "chat"}, r"--text-key .chat. cannot be combined with --chat"),
+    "no file": ({"template": Path("missing")}, r"--template \(missing\) cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_options_that_do_not_fit(name: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    changes, message = SETTINGS[name]
+    source = write(tmp_path / "chats.jsonl", [{"messages": chat(2)}])
+    with pytest.raises(ConfigError, match=message):
+        prepared(source, tokenizer_folder, tmp_path / "out", **changes)
+
+
+def test_sources_and_tokenizers_that_do_not_fit(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "chats.txt", [{"messages": chat(2)}])
+    with pytest.raises(ConfigError, match=r"chats.txt must be JSONL .* with --chat"):
+        prepared(source, tokenizer_folder, tmp_path / "out")
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+    with pytest.raises(ConfigError, match="must have a chat template"):
+        prepared(
+            source.rename(tmp_path / "c.jsonl"), tmp_path, tmp_path / "out", eod_token="<|im_end|>"
+        )
+
+
+RUNS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
+    "documents": (
+        {"data": {"reset_attention_mask": False}},
+        "reset_attention_mask .false. must be",
+    ),
+    "loss": ({"data": {"eod_mask_loss": True}}, "data.eod_mask_loss .true. must be false with"),
+    "length": ({"model": {"seq_length": 32}}, "model.seq_length .32. must be the --seq-length"),
+    "capacity": (
+        {
+            "moe": {
+                "num_zero_experts": 0,
+                "num_copy_experts": 0,
+                "num_constant_experts": 0,
+                "gating_residual": False,
+                "capacity_factor": 1.0,
+            }
+        },
+        "moe.capacity_factor .1.0. must be null for vanilla layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [None, *RUNS])
+def test_runs_that_would_train_on_something_else(name: str | None, folder: Path) -> None:
+    raw: dict[str, dict[str, Any]] = {
+        "run": {"dir": "unused"},
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_attention_heads": 4,
+            "seq_length": LENGTH,
+            "vocab_size": 304,
+        },
+        "moe": {"num_ffn_experts": 4},
+        "data": {"path": str(folder), "reset_attention_mask": True, "split": "4,1,0"},
+        "optimizer": {"lr": 1e-3},
+        "training": {"train_iters": 2, "global_batch_size": 2, "micro_batch_size": 1},
+    }
+    if name is None:
+        check_data(parse_config(raw))
+        return
+    for section, values in RUNS[name][0].items():
+        raw[section] = raw[section] | values
+    with pytest.raises(ConfigError, match=RUNS[name][1]):
+        check_data(parse_config(raw))
+
+
+def test_every_byte_is_verified(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    manifest = Manifest.read(copy)
+    assert all(s.compared and not s.problem for s in verify(copy, manifest, lambda _: None))
+    marks = bytearray((copy / "marks.bin").read_bytes())
+    marks[3] ^= 1
+    (copy / "marks.bin").write_bytes(marks)
+    wrong = [s.name for s in verify(copy, manifest, lambda _: None) if s.problem]
+    assert wrong == ["marks.bin"]
