@@ -35,8 +35,8 @@ def _adam(settings: OptimizerSection) -> dict[str, Any]:
 
 
 def _muon(settings: OptimizerSection) -> dict[str, Any]:
-    names = ("momentum", "nesterov", "num_ns_steps", "scale_mode", "extra_scale_factor")
-    names += ("fp32_matmul_prec", "tp_mode")
+    names = ["momentum", "nesterov", "num_ns_steps", "scale_mode", "extra_scale_factor"]
+    names += ["fp32_matmul_prec", "tp_mode"]
     return {"optimizer": "muon"} | {f"muon_{n}": getattr(settings, f"muon_{n}") for n in names}
 
 
