@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import optimizer as upstream
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -34,8 +35,8 @@ def _adam(settings: OptimizerSection) -> dict[str, Any]:
 
 
 def _muon(settings: OptimizerSection) -> dict[str, Any]:
-    names = ("momentum", "nesterov", "num_ns_steps", "scale_mode", "extra_scale_factor")
-    names += ("fp32_matmul_prec", "tp_mode")
+    names = ["momentum", "nesterov", "num_ns_steps", "scale_mode", "extra_scale_factor"]
+    names += ["fp32_matmul_prec", "tp_mode"]
     return {"optimizer": "muon"} | {f"muon_{n}": getattr(settings, f"muon_{n}") for n in names}
 
 
@@ -74,6 +75,10 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
 def _optimizer_config(config: Config) -> OptimizerConfig:
     settings, parallel = config.optimizer, config.parallel
     dtype, is_emerging = params_dtype(config), config.optimizer.is_emerging
+    # With one rank there is nothing to share out, and megatron-core would store experts that
+    # several ranks hold (expert tensor ranks are fewer than tensor ranks) once for each of them.
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    by_layer = parallel.use_distributed_optimizer and is_emerging and ranks > 1
     return OptimizerConfig(
         **pick(OPTIMIZERS, "optimizer.kind", settings.kind)(settings),
         adam_beta1=settings.adam_beta1,
@@ -86,7 +91,7 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=parallel.use_distributed_optimizer and not is_emerging,
-        use_layer_wise_distributed_optimizer=parallel.use_distributed_optimizer and is_emerging,
+        use_layer_wise_distributed_optimizer=by_layer,
         overlap_param_gather=parallel.overlap_param_gather,
         # How it cuts FP8 weights depends on their format.
         fp8_recipe=config.precision.recipe,

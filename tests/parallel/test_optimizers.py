@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from moepp_megatron.training.checkpoint.names import checkpoint_name
 from tests.parallel.checkpoint_runs import logged, run_trainer, train_between, trainer_settings
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import assemble, compare, settings, train
@@ -94,7 +95,7 @@ def test_muon_is_the_same_in_every_layout(ranks: RankPools, layout: str) -> None
         (
             MUON,
             2,
-            {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}} | BF16,
+            {"parallel": TP2} | BF16,
         ),
         (MUON, 2, {"parallel": EP2} | BF16),
         (LION, 1, {"parallel": PLAIN}),
@@ -130,7 +131,7 @@ def test_matrices_shared_out_are_those_that_are_not(ranks: RankPools, tmp_path: 
     whole = ranks(2).run(train_between, copies, tmp_path / "whole", 6)[0]
     first = ranks(2).run(train_between, shared, tmp_path / "first", 3)[0]
     assert first == whole[:3]
-    start = tmp_path / "first"
+    start = tmp_path / "first" / checkpoint_name(3)
     for name, raw in (("shared", shared), ("copies", copies)):
         rest = ranks(2).run(train_between, raw, tmp_path / name, 6, start)[0]
         assert rest == whole[3:], name
@@ -213,5 +214,6 @@ def test_groups_are_resumed(ranks: RankPools, tmp_path: Path) -> None:
     raw = settings(optimizer={"groups": GROUPS}, parallel=EP2)
     whole = ranks(2).run(train_between, raw, tmp_path / "whole", 6)[0]
     first = ranks(2).run(train_between, raw, tmp_path / "first", 3)[0]
-    rest = ranks(2).run(train_between, raw, tmp_path / "rest", 6, tmp_path / "first")[0]
+    start = tmp_path / "first" / checkpoint_name(3)
+    rest = ranks(2).run(train_between, raw, tmp_path / "rest", 6, start)[0]
     assert first + rest == whole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from moepp_megatron.config import Config, ConfigError, load_config, parse_split
 from moepp_megatron.config.problem import Problem, raise_problems, show
 from moepp_megatron.experts import KINDS
 from moepp_megatron.training.checkpoint.names import CONFIG_FILE
+from moepp_megatron.training.checkpoint.progress import read_record
 
 
 def _latent_widths(config: Config) -> dict[str, Any] | None:
@@ -82,13 +83,13 @@ _SECTIONS = ("model", "moe", "precision", "data", "optimizer", "training", "dist
 
 
 def check_compatible(checkpoint: Path, config: Config) -> Config:
-    """Refuse a checkpoint whose model has other shapes.
+    """Refuse a checkpoint whose model has other shapes, or whose state is of another optimizer.
 
     Returns:
         The configuration that it was written with.
 
     Raises:
-        ConfigError: If the shapes differ; one line per setting.
+        ConfigError: If they differ; one line per setting.
     """
     try:
         saved = load_config(checkpoint / CONFIG_FILE)
@@ -97,7 +98,9 @@ def check_compatible(checkpoint: Path, config: Config) -> Config:
             f"checkpoint ({checkpoint}) must have a configuration that this version reads, and: "
             f"{error}; convert it, or use the version that wrote it"
         ) from error
-    raise_problems(_shape_problems(checkpoint, saved, config))
+    raise_problems(
+        [*_shape_problems(checkpoint, saved, config), *_state_problems(checkpoint, saved, config)]
+    )
     return saved
 
 
@@ -131,6 +134,20 @@ def _shape_problems(checkpoint: Path, saved: Config, config: Config) -> list[Pro
             rule = f"must place the MoE layers as the checkpoint {checkpoint} ({show(found)})"
         problems.append(Problem(name, wanted, rule, remedy))
     return problems
+
+
+def _state_problems(checkpoint: Path, saved: Config, config: Config) -> Iterator[Problem]:
+    """Optimizers keep other things of a parameter; weights without state fit each of them."""
+    has_state = config.checkpoint.load_optimizer and read_record(checkpoint) is not None
+    kind, wanted = saved.optimizer.kind, config.optimizer.kind
+    if has_state and kind != wanted:
+        yield Problem(
+            "optimizer.kind",
+            wanted,
+            f"must be that of the checkpoint {checkpoint} ({kind}), whose state it goes on with",
+            f"use {kind}, or in another run.dir checkpoint.load_optimizer=false, which takes the "
+            "weights alone",
+        )
 
 
 def _follows(name: str, saved: Config, config: Config) -> bool:

@@ -154,6 +154,10 @@ def test_keep_counts_valid_ones_and_never_deletes_what_is_damaged(write, tmp_pat
         ({"model": {"hidden_size": 64}}, r"model.hidden_size \(64\) must be .* \(32\); use 32"),
         ({"moe": {"num_ffn_experts": 8}}, r"moe.num_ffn_experts \(8\) must be .* \(4\); use 4"),
         ({"moe": {"gating_residual": False}}, r"moe.gating_residual \(false\) must be"),
+        (
+            {"optimizer": {"kind": "lion"}, "parallel": {"use_distributed_optimizer": False}},
+            r"optimizer.kind \('lion'\) must be .* \(adam\), whose state",
+        ),
     ],
 )
 def test_other_shapes_are_refused_by_name(write, tmp_path: Path, sections, message):
@@ -162,6 +166,12 @@ def test_other_shapes_are_refused_by_name(write, tmp_path: Path, sections, messa
         check_compatible(checkpoint, config_of(**sections))
     with pytest.raises(ConfigError, match=message):
         check_start(config_of(**sections, checkpoint={"load": str(tmp_path)}), tmp_path / "own")
+
+
+def test_weights_alone_fit_every_optimizer(write, tmp_path: Path):
+    sections = {"optimizer": {"kind": "lion"}, "parallel": {"use_distributed_optimizer": False}}
+    config = config_of(**sections, checkpoint={"load": "there", "load_optimizer": False})
+    check_compatible(write(tmp_path, 5), config)
 
 
 def test_one_wrong_width_is_one_line(write, tmp_path: Path):
