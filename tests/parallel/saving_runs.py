@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.parallel.training_runs import SyntheticDataset, settings
-
-EP2 = {"expert_model_parallel_size": 2}
+from tests.parallel.training_runs import EP2, SyntheticDataset, settings
 
 
 class Run:

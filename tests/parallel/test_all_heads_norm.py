@@ -11,7 +11,18 @@ import pytest
 from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import Run, assemble, compare, settings, short, train
+from tests.parallel.training_runs import (
+    EP2,
+    FULL,
+    PP2,
+    TP2,
+    Run,
+    assemble,
+    compare,
+    settings,
+    short,
+    train,
+)
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -26,10 +37,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "two key heads": ALL_HEADS | {"num_query_groups": 2},
     "one key head": ALL_HEADS | {"num_query_groups": 1},
 }
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-EP2 = {"expert_model_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2}
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "tp2": ("two key heads", 2, {"parallel": TP2}),
     "tp2, layers again": ("two key heads", 2, {"parallel": TP2, "training": FULL}),

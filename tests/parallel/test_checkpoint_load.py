@@ -13,8 +13,8 @@ from tests.commands import moepp
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
 from tests.parallel.planted_pickles import STATEFUL, plant
 from tests.parallel.ranks import RankError, RankPools
+from tests.parallel.training_runs import EP2
 
-EP2 = {"expert_model_parallel_size": 2}
 AUTO = {"save_interval": 5, "load": "auto"}
 
 

@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 
-from tests.parallel.training_runs import assemble, compare, settings, short, train
+from tests.parallel.training_runs import CP2, assemble, compare, settings, short, train
 
 # Two orders of summation of the same fp32 terms: some hundred roundings of 2^-24 each.
 FP32_TOLERANCE = 1e-5
@@ -289,7 +289,6 @@ def one_process(ranks):
     return assemble(ranks(1).run(train, short(model=MODEL), STEPS))
 
 
-CP2 = {"context_parallel_size": 2}
 LAYOUTS = {
     "cp2": (2, CP2),
     "cp2_ep2": (2, CP2 | {"expert_model_parallel_size": 2}),

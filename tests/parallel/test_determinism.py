@@ -8,9 +8,8 @@ import pytest
 
 from tests.parallel.forced_routing import duplicate_router_rows
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import assemble, difference, settings, short, train
+from tests.parallel.training_runs import TP2, assemble, difference, settings, short, train
 
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "tp2 ep2": (2, {**TP2, "expert_model_parallel_size": 2}),

@@ -7,13 +7,10 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankError, RankPools
-from tests.parallel.training_runs import SyntheticDataset, settings
+from tests.parallel.training_runs import EP2, PP2, TP2, SyntheticDataset, settings
 
 pytestmark = pytest.mark.parallel
 
-EP2 = {"expert_model_parallel_size": 2}
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-PP2 = {"pipeline_model_parallel_size": 2}
 
 HEALTHY: dict[str, dict[str, Any]] = {
     "ep2": {"parallel": EP2},

@@ -11,6 +11,8 @@ import pytest
 from moepp_megatron.config import parse_config
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
+    FULL,
+    PP2,
     SyntheticDataset,
     assemble,
     compare,
@@ -35,13 +37,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     ),
 }
-UNIFORM = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
-BLOCK = {**UNIFORM, "recompute_method": "block"}
-PP2 = {"pipeline_model_parallel_size": 2}
+BLOCK = {**FULL, "recompute_method": "block"}
 VANILLA = {
     "num_zero_experts": 0,
     "num_copy_experts": 0,
@@ -99,7 +95,7 @@ def check_hybrid_equals_gpt(
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("training", [{}, UNIFORM], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("training", [{}, FULL], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_hybrid_equals_gpt(ranks: RankPools, layout: str, training: dict[str, Any]) -> None:
     world_size, parallel = LAYOUTS[layout]

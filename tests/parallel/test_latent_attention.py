@@ -14,8 +14,8 @@ import pytest
 from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
-from tests.parallel.test_expert_overlap import EP2, STAGES, both
-from tests.parallel.training_runs import Run, assemble, compare, short, train
+from tests.parallel.test_expert_overlap import STAGES, both
+from tests.parallel.training_runs import EP2, FULL, TP2, Run, assemble, compare, short, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -31,12 +31,6 @@ MODEL: dict[str, Any] = {
     "num_query_groups": None,
     "qk_layernorm": True,
     "latent_attention": WIDTHS,
-}
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-FULL = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
 }
 UP_PROJECTION = {
     "recompute_granularity": "selective",

@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.test_expert_overlap import EP2, both
-from tests.parallel.test_hybrid import HYBRID, UNIFORM
-from tests.parallel.training_runs import assemble, compare, difference, settings, train
+from tests.parallel.test_expert_overlap import both
+from tests.parallel.test_hybrid import HYBRID
+from tests.parallel.training_runs import (
+    CP2,
+    EP2,
+    FULL,
+    PP2,
+    TP2,
+    assemble,
+    compare,
+    difference,
+    settings,
+    train,
+)
 
 STEPS = 2
 # fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
@@ -33,9 +44,6 @@ def _with_mask(function: Any) -> Any:
     return inner
 
 
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-CP2 = {"context_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "dp2 ep2": (2, EP2, {}),
     "dp2 ep2 dedup": (2, EP2, {"dispatcher": "alltoall_dedup"}),
@@ -83,7 +91,7 @@ def test_combined_schedule(ranks: RankPools) -> None:
 HYBRID_LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one process": (1, {}, {}),
     "tp2 ep2": (2, TP2 | EP2, {}),
-    "pp2, recomputed": (2, PP2, UNIFORM),
+    "pp2, recomputed": (2, PP2, FULL),
 }
 
 
@@ -142,7 +150,7 @@ def losses_and_gradients(raw: dict[str, Any], is_padded: bool) -> dict[str, Any]
     return {name: value.numpy().copy() for name, value in values.items()}
 
 
-@pytest.mark.parametrize("training", [{}, UNIFORM], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("training", [{}, FULL], ids=["kept", "recomputed"])
 def test_hybrid_model_is_as_without_the_padded_tokens(
     ranks: RankPools, training: dict[str, Any]
 ) -> None:

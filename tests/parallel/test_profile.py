@@ -16,7 +16,7 @@ from moepp_megatron.workbench.profiling.document import document
 from moepp_megatron.workbench.profiling.measures.purpose import Place, place_of
 from tests.parallel import forced_routing
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import SyntheticDataset, settings
+from tests.parallel.training_runs import EP2, SyntheticDataset, settings
 
 pytestmark = pytest.mark.parallel
 
@@ -88,7 +88,6 @@ def profile(
     return analyse(folder)
 
 
-EP2 = {"expert_model_parallel_size": 2}
 RECOMPUTE = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",

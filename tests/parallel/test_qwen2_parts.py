@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import Run, assemble, compare, short, train
+from tests.parallel.training_runs import TP2, Run, assemble, compare, short, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -18,7 +18,6 @@ MOE: dict[str, Any] = {
     "shared_expert_ffn_hidden_size": 32,
     "shared_expert_gate": True,
 }
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, TP2),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),

@@ -18,12 +18,10 @@ from tests.parallel.guard_runs import Fault, Found, guard_settings, learn_losses
 from tests.parallel.ranks import RankPools
 from tests.parallel.resilience_runs import Fault as NumericalFault
 from tests.parallel.resilience_runs import run_trainer, trainer_settings
+from tests.parallel.training_runs import EP2, PP2, TP2
 
 pytestmark = pytest.mark.parallel
 
-EP2 = {"expert_model_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2}
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
     "dp2": (2, {}),

@@ -11,14 +11,13 @@ import pytest
 from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import Run, assemble, compare, settings, short, train
+from tests.parallel.training_runs import TP2, Run, assemble, compare, settings, short, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
 STEPS = 2
 SHARED = {"num_ffn_experts": 8, "constants_shared": True}
 CONSTANTS = "zero_computation.constants"
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 RECOMPUTED = {
     "recompute_granularity": "full",

@@ -32,6 +32,13 @@ BASE: dict[str, dict[str, Any]] = {
     "training": {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2, "seed": 7},
 }
 
+# What layouts are made of, and layers that are all computed again.
+EP2 = {"expert_model_parallel_size": 2}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
 
 @dataclass
 class Run:

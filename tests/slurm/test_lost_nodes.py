@@ -43,7 +43,9 @@ def test_job_does_not_wait_for_ranks_that_slurm_does_not_miss(jobs: Jobs) -> Non
     assert "a node did not come back within 5 s after a failure; requeued (1 of at" in job.output
     job.wait_for_step(reached + 5)
     assert job.restarts == 1
-    assert sorted(losses(job.run)) == list(range(1, job.step + 1))
+    # It goes on meanwhile.
+    steps = sorted(losses(job.run))
+    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.slow
