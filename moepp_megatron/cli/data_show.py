@@ -54,7 +54,7 @@ def show(
     from moepp_megatron.runtime.terminal import Console
 
     console = Console()
-    if not what.is_file():
+    if not what.is_file() or what.suffix in (".bin", ".idx"):
         if overrides:
             raise ConfigError(
                 f"{overrides[0]!r} is a setting, and DIR|CONFIG ({what}) is no configuration; name "

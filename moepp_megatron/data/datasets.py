@@ -134,7 +134,8 @@ def build_validation_sets(
 
 def _open_blends(blends: Sequence[Blend], opener: "_Opener", num_samples: Samples) -> Datasets:
     draws, needed = plan_draws(blends, num_samples[0])
-    validated, validating = plan_draws(blends[:1], num_samples[1])
+    validated, to_validate = plan_draws(blends[:1], num_samples[1])
+    validating = to_validate if num_samples[1] else {}
     folders = [folder for real, folder in folders_of(blends).items() if real in needed]
     is_told = len(folders) <= MAX_SOURCES
     opened = {
