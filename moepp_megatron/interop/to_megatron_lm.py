@@ -49,7 +49,8 @@ def to_megatron_lm(source: Path, target: Path) -> str:
     folder = find_checkpoint(source)
     if isinstance(folder, ObjectPath):
         raise ConfigError(
-            f"SRC ({folder}) must be a folder of this machine, whose files can be linked; copy it here"
+            f"SRC ({folder}) must be a folder of this machine, whose files can be linked; copy it "
+            "here"
         )
     config = load_config(folder / CONFIG_FILE)
     arguments = " ".join(megatron_arguments(config))
