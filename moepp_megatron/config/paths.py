@@ -27,7 +27,7 @@ def is_address(text: str) -> bool:
 
 
 def without_password(text: str) -> str:
-    """`text` without what stands before the @ of an address in it."""
+    """`text` without user and password of an address in it."""
     return _PASSWORD.sub(r"\1***@", text)
 
 

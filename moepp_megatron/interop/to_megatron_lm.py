@@ -19,6 +19,7 @@ from moepp_megatron.interop.megatron_arguments import OWN_SETTINGS, option
 from moepp_megatron.interop.megatron_checkpoint import RELEASE, TRACKER_FILE
 from moepp_megatron.interop.to_mcore import free_folder, write_objects
 from moepp_megatron.runtime.atomic import partial_folder, publish
+from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
 
 ARGUMENTS_FILE = "arguments.txt"
@@ -46,6 +47,11 @@ def to_megatron_lm(source: Path, target: Path) -> str:
             lacks a tensor, or the folder cannot be written.
     """
     folder = find_checkpoint(source)
+    if isinstance(folder, ObjectPath):
+        raise ConfigError(
+            f"SRC ({folder}) must be a folder of this machine, whose files can be linked; copy it "
+            "here"
+        )
     config = load_config(folder / CONFIG_FILE)
     arguments = " ".join(megatron_arguments(config))
     reader = CheckpointReader(folder)

@@ -14,6 +14,7 @@ launch.py            starts this machine's ranks with torchrun and looks after t
 meeting.py           how long a machine waits for the other machines of a run
 nodes.py             describes the machines of a run and how they find each other
 numa.py              keeps a rank on the CPU cores next to its GPU
+object_store.py      paths of objects in a store such as S3, read and written as files are
 optional.py          which optional packages are usable
 own_gpu.py           which GPU a rank computes on
 parent.py            ends a process together with the process that started it
@@ -22,6 +23,7 @@ quiet.py             readies other libraries for their import: silent, without b
 rank.py              what the launcher's environment says about this rank
 rank_environment.py  sets the environment variables with which every rank is started
 stop_signals.py      passes requests to stop from a launcher to its ranks, past torchrun
+store_errors.py      what the errors of an object store's client mean
 terminal.py          the console for all output that may hold untrusted text
 triton_compiler.py   whether Triton can compile here
 """

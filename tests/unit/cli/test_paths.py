@@ -39,9 +39,11 @@ def _is_path(command: Any, parameter: Any) -> bool:
     return Path in _types(command, parameter)
 
 
-def _may_be_far(parameter: Any) -> bool:
+def _may_be_far(command: Any, parameter: Any) -> bool:
     """Whether it is a checkpoint's place, which may be in object storage."""
-    return getattr(parameter.type, "func", None) is place
+    function = inspect.unwrap(command.callback)
+    hint = typing.get_type_hints(function, include_extras=True)[parameter.name]
+    return any(getattr(one, "parser", None) is place for one in typing.get_args(hint))
 
 
 # Every place that takes a path: the words that lead to it, and the command.
@@ -49,7 +51,9 @@ PLACES = [
     (path, parameter, command)
     for path, command in _commands(typer.main.get_command(main.app))
     for parameter in command.params
-    if parameter.name != "help" and _is_path(command, parameter) and not _may_be_far(parameter)
+    if parameter.name != "help"
+    and _is_path(command, parameter)
+    and not _may_be_far(command, parameter)
 ]
 
 
