@@ -83,8 +83,11 @@ def _find(name: str, config: Config) -> Path:
     try:
         # Tensors are hashed when they are read, by all ranks together.
         return find_checkpoint(name, Path(os.path.abspath(config.run.dir)), plain_damage)
-    except ConfigError as error:
-        raise ConfigError(f"distillation.teacher: {error}") from None
+    except ConfigError:
+        raise ConfigError(
+            f"distillation.teacher ({name}) must be a checkpoint folder or a run that has a valid "
+            "one; name another one, or null"
+        ) from None
 
 
 def _in_layout(saved: Config, config: Config) -> Config:
