@@ -78,7 +78,7 @@ def _find(name: str, config: Config) -> Path:
         raise ConfigError(
             f"distillation.teacher ({name}) must be a checkpoint of ours, and is one of Hugging "
             f"Face; convert it once: moepp convert upcycle {name} TEACHER --zero 0 --copy 0 "
-            "--constant 0 --no-gating-residual, or moepp convert hf-to-mcore if it is a MoE++ model"
+            "--constant 0, or moepp convert hf-to-mcore if it is a MoE++ model"
         )
     try:
         # Tensors are hashed when they are read, by all ranks together.
