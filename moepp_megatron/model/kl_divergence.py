@@ -91,6 +91,6 @@ class _Divergence(torch.autograd.Function):
         return nats * temperature**2
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (difference,) = ctx.saved_tensors
         return difference * grad.unsqueeze(-1).to(difference.dtype), None, None, None, None

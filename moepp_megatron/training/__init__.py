@@ -7,6 +7,7 @@ budget.py              applies the budget of FFN experts per token to the model,
 collect.py             adds up what all ranks counted in one step
 data_sources.py        loss, FFN share and use of the experts by data source, of one step
 decoding.py            continues prompts with a cache of keys and values
+distillation.py        a teacher's forward pass, and the loss that compares both models
 evaluate.py            validation loss
 generate.py            `moepp generate` as a function
 generate_request.py    what `moepp generate` is asked to do
@@ -30,6 +31,7 @@ signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
 step_sums.py           what a step decides by: summed over all ranks and read once
 tagging.py             whether layers are told which tokens they see, and by what
+teacher.py             which model teaches, and its configuration in the layout of the run
 telemetry.py           adds telemetry of all nodes to a step's metrics
 token_groups.py        FFN experts of each class of tokens, in one step
 train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported

@@ -177,7 +177,7 @@ def _forward_step(
     """One micro-batch's output, or its plan for the combined schedule, and its loss function."""
     batch = next(iterator)
     forward = model.build_schedule_plan if return_schedule_plan else model
-    extra = {SOURCES: batch[SOURCES]} if tells_sources and SOURCES in batch else {}
+    extra: dict[str, Any] = {SOURCES: batch[SOURCES]} if tells_sources and SOURCES in batch else {}
     if distillation is not None:
         distillation.begin_micro_batch(batch)
         extra["output_processor"] = distillation.process_output

@@ -336,13 +336,13 @@ class Trainer:
             grad_norm=grad_norm,
             step_time_s=elapsed,
             tokens_per_s=tokens / elapsed,
+            distillation_loss=None if self._distillation is None else self._distillation.mean,
             valid_loss=valid_loss,
             skipped_steps=self.progress.skipped_steps or None,
             **self._supervisor.metrics(),  # type: ignore[arg-type]
             failed_saves=self.checkpoints.failed_saves if self._saves() else None,
             **routing,
             **self._routers.metrics(self.progress.step),
-            **({} if self._distillation is None else self._distillation.metrics()),
             **telemetry,
         )
 
