@@ -1,6 +1,6 @@
 """How should an upcycled model be trained on? Tiny models that have something to lose.
 
-    python -m benchmarks.upcycle_recipe OUT [--only TEXT] [--list] [--table]
+    python -m benchmarks.upcycle_recipe OUT [--only TEXT | --exact NAME] [--list] [--table]
 
 A Mixtral or a Qwen3-MoE of 3 layers, 48 wide, 8 experts, top-2, is trained from nothing with
 transformers (400 steps of 3,072 bytes), upcycled by `moepp convert upcycle`'s function, and trained
@@ -29,6 +29,7 @@ from benchmarks.upcycle_table import AFTER, Run, table
 from moepp_megatron.config import Config, Layout, load_config
 from moepp_megatron.runtime import cpu_support, distributed
 from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
 
 BEFORE, LENGTH, BATCH = 400, 64, 48
@@ -257,6 +258,7 @@ def main() -> None:
         print("\n".join(run.name for run in missing))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
+    quiet()
     cpu_support.install()
     distributed.start(RankEnvironment())
     for run in missing:

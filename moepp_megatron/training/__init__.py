@@ -8,6 +8,7 @@ collect.py             adds up what all ranks counted in one step
 data_sources.py        loss, FFN share and use of the experts by data source, of one step
 data_stages.py         which of its data a run is drawing from, and when others follow
 decoding.py            continues prompts with a cache of keys and values
+distillation.py        a teacher's forward pass, and the loss that compares both models
 evaluate.py            validation loss
 further_tokens.py      the loss of multi-token prediction of a step, over all ranks
 generate.py            `moepp generate` as a function
@@ -34,6 +35,7 @@ signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
 step_sums.py           what a step decides by: summed over all ranks and read once
 tagging.py             whether layers are told which tokens they see, and by what
+teacher.py             which model teaches, and its configuration in the layout of the run
 telemetry.py           adds telemetry of all nodes to a step's metrics
 token_groups.py        FFN experts of each class of tokens, in one step
 train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported

@@ -37,6 +37,9 @@ class Distillation:
     Args:
         config: The run's configuration.
         teacher: Its teacher. Every rank builds its part of it; process groups must exist.
+
+    Attributes:
+        mean: Divergence of the last step's tokens, their mean over all ranks; nats.
     """
 
     def __init__(self, config: Config, teacher: TeacherModel) -> None:
@@ -53,7 +56,7 @@ class Distillation:
         # Last hidden states [s, b, D] of micro-batches that the model has not reached yet.
         self._hidden: deque[Tensor] = deque()
         self._sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-        self._mean = 0.0
+        self.mean = 0.0
 
     def parameters(self) -> Iterator[Tensor]:
         """This rank's parameters of the teacher."""
@@ -147,11 +150,7 @@ class Distillation:
     def take_sum(self, total: Tensor) -> None:
         """Note the sums [2] over all ranks."""
         divergence, tokens = total.tolist()
-        self._mean = divergence / tokens if tokens > 0 else float("nan")
-
-    def metrics(self) -> dict[str, Any]:
-        """Fields of the last step's record."""
-        return {"distillation_loss": self._mean}
+        self.mean = divergence / tokens if tokens > 0 else float("nan")
 
     def state(self) -> dict[str, str]:
         """What a checkpoint keeps of the teacher: which one it is."""

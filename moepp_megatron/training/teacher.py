@@ -78,13 +78,16 @@ def _find(name: str, config: Config) -> Path:
         raise ConfigError(
             f"distillation.teacher ({name}) must be a checkpoint of ours, and is one of Hugging "
             f"Face; convert it once: moepp convert upcycle {name} TEACHER --zero 0 --copy 0 "
-            "--constant 0 --no-gating-residual, or moepp convert hf-to-mcore if it is a MoE++ model"
+            "--constant 0, or moepp convert hf-to-mcore if it is a MoE++ model"
         )
     try:
         # Tensors are hashed when they are read, by all ranks together.
         return find_checkpoint(name, Path(os.path.abspath(config.run.dir)), plain_damage)
-    except ConfigError as error:
-        raise ConfigError(f"distillation.teacher: {error}") from None
+    except ConfigError:
+        raise ConfigError(
+            f"distillation.teacher ({name}) must be a checkpoint folder or a run that has a valid "
+            "one; name another one, or null"
+        ) from None
 
 
 def _in_layout(saved: Config, config: Config) -> Config:

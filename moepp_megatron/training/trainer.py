@@ -355,13 +355,13 @@ class Trainer:
             step_time_s=elapsed,
             tokens_per_s=tokens / elapsed,
             **validation,
+            distillation_loss=None if self._distillation is None else self._distillation.mean,
             skipped_steps=self.progress.skipped_steps or None,
             **self._supervisor.metrics(),  # type: ignore[arg-type]
             failed_saves=self.checkpoints.failed_saves if self._saves() else None,
             **routing,
             **self._routers.metrics(self.progress.step),
             **self._further_tokens.metrics(),
-            **({} if self._distillation is None else self._distillation.metrics()),
             **telemetry,
         )
 

@@ -116,7 +116,7 @@ def train(
         collector.reset()
         result = training_step(model, batches, config, layout, distillation=distillation)
         if distillation is not None:
-            run.divergences.append(distillation.metrics()["distillation_loss"])
+            run.divergences.append(distillation.mean)
         run.losses.append(mean_loss(result.losses))
         run.grad_norms.append(result.grad_norm)
         run.routing.append(collector.collect())

@@ -56,6 +56,18 @@ def guard_rule(**keys: object) -> str:
 
 # (overrides on the minimal configuration, name with value, remedy)
 INVALID = [
+    # teacher
+    (
+        ["distillation.teacher=runs/t", "model.implementation=hybrid"],
+        "model.implementation ('hybrid')",
+        "use gpt",
+    ),
+    (
+        ["distillation.teacher=runs/t", "distillation.weight=0", "distillation.text_weight=0"],
+        "distillation.text_weight (0.0)",
+        "leave one of them out",
+    ),
+    (["distillation.top_k=1000000"], "distillation.top_k (1000000)", "use fewer"),
     # routing guard
     (
         [guard_rule(metric="ffn_fractoin")],
@@ -1002,6 +1014,7 @@ def test_message_stays_on_one_line_whatever_the_value(minimal: Path) -> None:
 
 # (overrides, name with value, reason): settings without an effect
 IGNORED = [
+    (["distillation.weight=2.0"], "distillation.weight (2.0)", "without distillation.teacher"),
     (
         ["precision.grad_reduce_in_fp32=false"],
         "precision.grad_reduce_in_fp32 (false)",
