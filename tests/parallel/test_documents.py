@@ -51,9 +51,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "tp2 latent": (2, TP2, {"model": LATENT}),
     "pp2 hybrid": (2, PP2, {"model": HYBRID}),
     "ep2 vanilla": (2, EP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
-    "tp2 vanilla": (2, TP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
-    "cp2 vanilla": (2, CP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
-    "tp2 pp2 vanilla": (4, TP2 | PP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
     "pp2 vanilla": (2, PP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
 }
 

@@ -24,6 +24,7 @@ def check(monkeypatch: pytest.MonkeyPatch):
             vocab_size = vocabulary
             documents = 1000
             split = None
+            chat = None
 
         monkeypatch.setattr(verify, "read_manifest", lambda *arguments: Prepared())
         monkeypatch.setattr(verify, "check_start", lambda *arguments: None)
