@@ -5,6 +5,8 @@
 #   launch/env.sh [--dev] [--te] [--offline DIR]
 #
 # Reads  MOEPP_PYTHON  the interpreter to build with (default: the first that fits)
+#        MOEPP_PAIR    torch2.11: Python 3.12 and the versions of constraints-torch2.11.txt, in
+#                      .venv-torch2.11 (default: those of constraints.txt)
 #        MOEPP_VENV    where the environment is or goes (default: .venv in the repository);
 #                      one that this script did not make keeps the versions it has
 #        MOEPP_ENV     current: install nothing, take MOEPP_PYTHON or the python3 of the PATH, and
@@ -22,6 +24,9 @@
 # Neither is exported, and nothing is activated. Returns non-zero, with the reason on stderr, on failure.
 
 MOEPP_ROOT=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
+
+# The versions that were tested together.
+_moepp_tested=$MOEPP_ROOT/constraints${MOEPP_PAIR:+-$MOEPP_PAIR}.txt
 
 _moepp_say() { printf 'set-up: %s\n' "$*" >&2; }
 
@@ -43,13 +48,16 @@ _moepp_candidates() {
     fi
 }
 
+_moepp_versions() { [[ -n ${MOEPP_PAIR:-} ]] && printf '3.12' || printf '3.12 or 3.13'; }
+
 # Prints "VERSION PATH" when $1 is a usable CPython, else fails. VERSION gains "-novenv" where
 # `python -m venv` cannot work (Debian keeps ensurepip in a package of its own).
 _moepp_probe() {
     [[ ${1##*/} =~ ^python[0-9.]*$ && -x $1 ]] || return 1
     "$1" -I -c '
 import sys, sysconfig
-fits = (3, 12) <= sys.version_info[:2] < (3, 14) and sys.implementation.name == "cpython"
+versions = [(3, 12)] if sys.argv[1:] else [(3, 12), (3, 13)]
+fits = sys.version_info[:2] in versions and sys.implementation.name == "cpython"
 if not fits or sysconfig.get_config_var("Py_GIL_DISABLED"):
     sys.exit(1)
 try:
@@ -59,7 +67,7 @@ try:
 except Exception:
     note = "-novenv"
 print("%d.%d%s" % (*sys.version_info[:2], note), sys.executable)
-' </dev/null 2>/dev/null
+' ${MOEPP_PAIR:+"$MOEPP_PAIR"} </dev/null 2>/dev/null
 }
 
 # Prints "VERSION PATH" of the interpreter to use; one without venv only if nothing better is there.
@@ -68,7 +76,7 @@ _moepp_find_python() {
     if [[ -n ${MOEPP_PYTHON:-} ]]; then
         candidate=$(type -P "$MOEPP_PYTHON" || true)
         if [[ -n $candidate ]] && _moepp_probe "$candidate"; then return 0; fi
-        _moepp_say "MOEPP_PYTHON ($MOEPP_PYTHON) must be CPython 3.12 or 3.13; unset it or name another"
+        _moepp_say "MOEPP_PYTHON ($MOEPP_PYTHON) must be CPython $(_moepp_versions); unset it or name another"
         return 1
     fi
     while IFS= read -r candidate; do
@@ -83,7 +91,7 @@ _moepp_find_python() {
         printf '%s\n' "$fallback"
         return 0
     fi
-    _moepp_say "no Python 3.12 or 3.13 found on the PATH, in /usr/bin, /usr/local/bin or pyenv;" \
+    _moepp_say "no Python $(_moepp_versions) found on the PATH, in /usr/bin, /usr/local/bin or pyenv;" \
         "install one (Debian 13: apt-get install python3-venv; elsewhere pyenv or uv) or set MOEPP_PYTHON"
     return 1
 }
@@ -136,14 +144,14 @@ _moepp_create_venv() {
     return 1
 }
 
-# Prints the constraints file for the environment $1: all of constraints.txt for our own, and for
+# Prints the constraints file for the environment $1: all that were tested for our own, and for
 # somebody else's only what it lacks, so that a container's own torch build stays in place.
 _moepp_constraints() {
     if [[ -e $1/.moepp-made ]]; then
-        printf '%s\n' "$MOEPP_ROOT/constraints.txt"
+        printf '%s\n' "$_moepp_tested"
         return
     fi
-    "$1/bin/python" -I - "$MOEPP_ROOT/constraints.txt" "$2" <<'PYTHON' && printf '%s\n' "$2"
+    "$1/bin/python" -I - "$_moepp_tested" "$2" <<'PYTHON' && printf '%s\n' "$2"
 import importlib.metadata, re, sys
 
 def normal(name):
@@ -206,7 +214,7 @@ _moepp_install() {
 
 # ---- Transformer Engine ------------------------------------------------------------------
 
-# Installs the version of constraints.txt into the environment $1, log $2, and imports it. Its part for
+# Installs the tested version into the environment $1, log $2, and imports it. Its part for
 # torch is compiled against the torch that is there (no build isolation), and the wheel is kept, so
 # that another environment or a second try does not compile it again.
 _moepp_install_te() {
@@ -230,7 +238,7 @@ _moepp_install_te() {
             "${sources[@]}" -f "$wheels" --no-build-isolation --no-deps \
             --wheel-dir "$wheels" "transformer_engine_torch==$version" ||
         ! _moepp_logged "$log" "${pip[@]}" install --disable-pip-version-check --no-input \
-            "${sources[@]}" -f "$wheels" -c "$MOEPP_ROOT/constraints.txt" \
+            "${sources[@]}" -f "$wheels" -c "$_moepp_tested" \
             "transformer_engine[pytorch,core_cu$cuda]==$version"; then
         _moepp_say "the installation failed; the end of $log:"
         tail -n 15 -- "$log" >&2
@@ -252,7 +260,7 @@ _moepp_te_version() {
     local line
     while IFS= read -r line; do
         if [[ $line == transformer_engine==* ]]; then printf '%s\n' "${line#*==}"; fi
-    done <"$MOEPP_ROOT/constraints.txt"
+    done <"$_moepp_tested"
 }
 
 # Whether Transformer Engine is there, or not asked for.
@@ -266,7 +274,7 @@ _moepp_has_te() {
 # Says what the interpreter $1 lacks of pyproject.toml; installs nothing.
 _moepp_check_current() {
     if ! _moepp_probe "$1" >/dev/null; then
-        _moepp_say "the current Python ($1) must be CPython 3.12 or 3.13; set MOEPP_PYTHON to one," \
+        _moepp_say "the current Python ($1) must be CPython $(_moepp_versions); set MOEPP_PYTHON to one," \
             "or unset MOEPP_ENV"
         return 1
     fi
@@ -308,7 +316,7 @@ PYTHON
 _moepp_stamp() {
     printf 'root %s\n' "$MOEPP_ROOT"
     sha256sum <"$MOEPP_ROOT/pyproject.toml"
-    sha256sum <"$MOEPP_ROOT/constraints.txt"
+    sha256sum <"$_moepp_tested"
     # The environment's own record of its Python version; absent where it is no venv.
     if [[ -e $1/pyvenv.cfg ]]; then sha256sum <"$1/pyvenv.cfg"; fi
 }
@@ -342,7 +350,7 @@ _moepp_make_ready() {
             _moepp_create_venv "$venv" "$log" || return 1
         fi
     elif ! _moepp_probe "$venv/bin/python" >/dev/null; then
-        _moepp_say "MOEPP_VENV ($venv) must hold CPython 3.12 or 3.13; name another or unset it"
+        _moepp_say "MOEPP_VENV ($venv) must hold CPython $(_moepp_versions); name another or unset it"
         return 1
     fi
     if ! _moepp_is_installed "$venv"; then
@@ -363,7 +371,11 @@ _moepp_works() {
 }
 
 _moepp_env() {
-    local venv=${MOEPP_VENV:-$MOEPP_ROOT/.venv} python
+    local venv=${MOEPP_VENV:-$MOEPP_ROOT/.venv${MOEPP_PAIR:+-$MOEPP_PAIR}} python
+    if [[ ! -e $_moepp_tested ]]; then
+        _moepp_say "MOEPP_PAIR ($MOEPP_PAIR) has no $_moepp_tested; set it to torch2.11, or unset it"
+        return 1
+    fi
     case ${MOEPP_ENV:-} in
     '') ;;
     current)

@@ -385,7 +385,7 @@ IN_LAYERS = {
 }
 
 # What rules of the routing guard judge besides, of the whole model.
-OF_GUARD: dict[str, Metric] = {
+_OF_GUARD: dict[str, Metric] = {
     "grad_norm_to_past": Metric(
         "gradient norm over its running mean before", guard="whole"),
     "loss_plateau": Metric(
@@ -405,5 +405,5 @@ def _of_record() -> dict[str, Metric]:
 OF_RECORD = _of_record()
 BY_NAME = tuple(key for key, row in OF_RECORD.items() if row.labels in ("source", "class"))
 """Keys whose values are numbers by name."""
-METRICS = {**OF_RECORD, **IN_LAYERS, **OF_GUARD}
+METRICS = {**OF_RECORD, **IN_LAYERS, **_OF_GUARD}
 """All rows by name."""

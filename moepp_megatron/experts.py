@@ -20,9 +20,9 @@ from pydantic import Field, JsonValue
 from pydantic.fields import FieldInfo
 
 Shape = tuple[int, ...]
-MOST_EXPERTS = 65_536
+_MOST_EXPERTS = 65_536
 """Of one kind: far above any model, and little enough that a list of their names fits in memory."""
-GATE_WIDTH = 8
+_GATE_WIDTH = 8
 """Hidden width of a two-layer gate, in units of E (released MoE++ model)."""
 
 
@@ -140,7 +140,7 @@ def setting(
 
 
 def _count(kind: ExpertKind, least: int = 0) -> FieldInfo:
-    return setting("experts", kind.description, exported=True, ge=least, le=MOST_EXPERTS)
+    return setting("experts", kind.description, exported=True, ge=least, le=_MOST_EXPERTS)
 
 
 # Kinds have no order that a caller would guess, so only the first count goes without its name.
@@ -216,7 +216,7 @@ class ExpertLayout(ExpertCounts):
     """The experts of a layer and its router: all that their weights and work depend on."""
 
     router_topk: Annotated[
-        int, setting("experts", "Experts selected per token, K", ge=1, le=MOST_EXPERTS)
+        int, setting("experts", "Experts selected per token, K", ge=1, le=_MOST_EXPERTS)
     ] = 2
     gating_residual: Annotated[
         bool,
@@ -267,7 +267,7 @@ class ExpertLayout(ExpertCounts):
         experts = self.num_experts
         if not self.two_layer_gate:
             return [(experts, hidden)]
-        return [(GATE_WIDTH * experts, hidden), (experts, GATE_WIDTH * experts)]
+        return [(_GATE_WIDTH * experts, hidden), (experts, _GATE_WIDTH * experts)]
 
     def router_shapes(self, hidden: int, *, is_first: bool) -> list[tuple[int, int]]:
         """The gate's weights and G [E, E] of the gating residual, which the first layer lacks."""

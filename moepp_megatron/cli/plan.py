@@ -95,7 +95,7 @@ def plan(
                 "--measured must come without CONFIG, --out, --plot and --simulate: rows say what "
                 "ran; leave these out"
             )
-        hold_to_runs(measured, json_file, fit)
+        _hold_to_runs(measured, json_file, fit)
         return
     if fit is not None:
         raise ConfigError(f"--fit ({fit}) must come with --measured FILE; name the rows to fit to")
@@ -141,7 +141,7 @@ def plan(
         echo(f"layout       {out}")
 
 
-def hold_to_runs(measured: Path, json_file: Path | None, fit_file: Path | None) -> None:
+def _hold_to_runs(measured: Path, json_file: Path | None, fit_file: Path | None) -> None:
     """Print predicted beside measured for a file of rows; fit the machine's inputs to them."""
     if fit_file is not None and fit_file.exists():
         raise ConfigError(

@@ -24,7 +24,7 @@ from moepp_megatron.config.shorthand import WORDS, expanded
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
 
 Content = dict[str, Any]
-COMMAND_LINE = "command line"
+_COMMAND_LINE = "command line"
 """The origin of overrides in `config_layers`."""
 
 
@@ -58,7 +58,7 @@ def config_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple
     Raises:
         ConfigError: If a file or an override cannot be read.
     """
-    overriding = [(COMMAND_LINE, _overriding(override)) for override in overrides]
+    overriding = [(_COMMAND_LINE, _overriding(override)) for override in overrides]
     return [*_read_with_bases(Path(path), chain=()), *overriding]
 
 

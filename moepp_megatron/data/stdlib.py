@@ -2,6 +2,7 @@
 
 import ast
 import re
+import warnings
 from pathlib import Path
 
 # Nothing but tables and short files made from one pattern; and texts of Python's documentation.
@@ -37,7 +38,10 @@ def is_table(name: str, path: Path) -> bool:
     if _GENERATED.search(text[:_TOP_CHARACTERS]):
         return True
     try:
-        module = ast.parse(text)
+        with warnings.catch_warnings():
+            # Of the library's own sources, which the user did not write.
+            warnings.simplefilter("ignore", SyntaxWarning)
+            module = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return False
     lines = sum(

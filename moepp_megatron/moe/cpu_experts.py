@@ -10,6 +10,7 @@ only the first product's result is kept. Parameters, their names and checkpoints
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,8 +79,19 @@ class CPUExperts(SequentialMLP):
         return _forward(tokens, gates, rows, weights, keep=None)
 
 
+@cache
+def _onednn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype here; bf16 needs AVX-512 (or what replaces it)."""
+    if dtype == torch.bfloat16:
+        supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return supported
+    return dtype == torch.float32
+
+
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """X [n, in] times weight [out, in] transposed, by oneDNN."""
+    """X [n, in] times weight [out, in] transposed, by oneDNN where it can."""
+    if not _onednn_has(x.dtype):
+        return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 

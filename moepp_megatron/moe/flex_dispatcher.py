@@ -43,7 +43,7 @@ def set_deepep_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> Non
     manager.token_probs = torch.where(is_used, probs.gather(1, indices), 0.0)
 
 
-def multihot(num_local_experts: int, indices: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+def _multihot(num_local_experts: int, indices: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     """Replacement of DeepEP's `_indices_to_multihot`, which selects by a mask: the host then waits.
 
     Args:
@@ -94,7 +94,7 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
         if backend == "deepep":
             manager = comm_manager(self)
             manager.setup_metadata = partial(set_deepep_metadata, manager)
-            manager._indices_to_multihot = partial(multihot, num_local_experts)
+            manager._indices_to_multihot = partial(_multihot, num_local_experts)
 
 
 def comm_manager(dispatcher: MoEFlexTokenDispatcher) -> Any:

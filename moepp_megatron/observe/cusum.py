@@ -6,7 +6,7 @@ import math
 
 # Of every deviation so much is usual and does not count: a change of two standard deviations is
 # found soonest with 1.
-ALLOWANCE = 1.0
+_ALLOWANCE = 1.0
 # One step may count for no more, so that a single odd batch is no alarm.
 _MOST = 6.0
 # Evidence beyond this many limits is forgotten, and all of it after so many steps in a row without
@@ -14,7 +14,7 @@ _MOST = 6.0
 _MOST_LIMITS = 1.5
 QUIET = 4
 # The limit is `_OFFSET + _SLOPE ln N` for one false alarm in N steps. Normal deviations alone would
-# have the slope 1 / (2 ALLOWANCE) (Siegmund 1985); with a median and a spread that are learnt from
+# have the slope 1 / (2 _ALLOWANCE) (Siegmund 1985); with a median and a spread that are learnt from
 # 40 steps and with the tails of real batches it is larger: docs/routing_shift.md.
 _OFFSET, _SLOPE = -0.75, 0.95
 
@@ -52,9 +52,9 @@ class Cusum:
 
     def add(self, deviation: float) -> None:
         """Add a step's deviation, in standard deviations."""
-        total = self.evidence + min(deviation, _MOST) - ALLOWANCE
+        total = self.evidence + min(deviation, _MOST) - _ALLOWANCE
         self.evidence = min(max(total, 0.0), _MOST_LIMITS * self._limit)
-        self._quiet = self._quiet + 1 if deviation < ALLOWANCE else 0
+        self._quiet = self._quiet + 1 if deviation < _ALLOWANCE else 0
         if self._quiet >= QUIET:
             self.evidence = 0.0
 

@@ -31,7 +31,7 @@ _ODD = 4.0
 _PATIENCE = 15
 # Routers change their experts by themselves, above all in the first hundreds of steps: without
 # the loss so many times the evidence is needed.
-ROUTING_ALONE = 2.5
+_ROUTING_ALONE = 2.5
 # Steps that make a line, at least.
 _FEWEST = 12
 
@@ -65,7 +65,7 @@ class ShiftMonitor:
         self._span = max(settings.span * settings.window, _FEWEST)
         self._lag = settings.lag * settings.window
         limit = self._limit = settings.threshold or limit_for(settings.false_alarm_steps)
-        self._cusums = [Cusum(limit * ROUTING_ALONE), *(Cusum(limit) for _ in range(3))]
+        self._cusums = [Cusum(limit * _ROUTING_ALONE), *(Cusum(limit) for _ in range(3))]
         self._routing, self._rise, self._fall, self._mixed = self._cusums
         self._noise = UsageNoise(settings) if noise is None else noise
         self._loss_noises = [LossNoise(settings) for _ in range(2)]

@@ -19,7 +19,7 @@ from moepp_megatron.runtime.optional import (
 )
 
 TRANSFORMER_ENGINE, APEX, TORCH = "Transformer Engine", "apex", "torch"
-TRITON = "Triton"
+_TRITON = "Triton"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _cross_entropy(wanted: CrossEntropy) -> KernelChoice:
     """The loss of model/cross_entropy.py."""
     name = "cross entropy"
     return {
-        "fused": KernelChoice(name, TRITON, "its gradient written over the logits"),
+        "fused": KernelChoice(name, _TRITON, "its gradient written over the logits"),
         "native": KernelChoice(name, TORCH, "megatron-core's native fusion, on an fp32 copy"),
         "unfused": KernelChoice(name, TORCH, "megatron-core's, on an fp32 copy of the logits"),
     }[chosen_cross_entropy(wanted)]

@@ -37,9 +37,9 @@ HUNG = 70
 LOST = 71
 
 # A user's error, which the rank has said in one line, and starting ranks anew would only repeat.
-REFUSALS = (ConfigError.exit_code, UnfitError.exit_code)
+_REFUSALS = (ConfigError.exit_code, UnfitError.exit_code)
 # What is told apart from other failures of torchrun, which makes 1 of all of them.
-_TOLD_FAILURES = (HUNG, *REFUSALS)
+_TOLD_FAILURES = (HUNG, *_REFUSALS)
 
 # torchrun turns every status of a rank but 0 into 1, and restarts all ranks. So ranks that stop on
 # request leave with 0, and what a status meant is written down here.
@@ -132,7 +132,7 @@ def refused_with() -> int | None:
     """
     status_file = os.environ.get(_STATUS_FILE)
     status = None if status_file is None else _written(Path(status_file))
-    return status if status in REFUSALS else None
+    return status if status in _REFUSALS else None
 
 
 def write_status(status: int) -> bool:
@@ -205,7 +205,7 @@ def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path
             return agent.wait(_POLL_S)
         written = _written(status_file)
         if meeting is None:
-            if written in REFUSALS:
+            if written in _REFUSALS:
                 # Time for torchrun to pass on what ranks have printed.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return agent.wait(_REFUSAL_GRACE_S)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from moepp_megatron.config import Config
 
-CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,12 @@ def connections(config: Config) -> Variable:
             "8",
             "collectives run beside kernels that are launched before them; this is CUDA's default",
         )
-    return Variable(CONNECTIONS, value, reason)
+    return Variable(_CONNECTIONS, value, reason)
 
 
 def contradiction(config: Config, environment: Mapping[str, str]) -> str | None:
     """A warning where the user's number of hardware queues is not what the run needs."""
-    wanted, given = connections(config), environment.get(CONNECTIONS)
+    wanted, given = connections(config), environment.get(_CONNECTIONS)
     if given is None:
         return None
     # More queues than are needed do no harm.
@@ -153,7 +153,7 @@ def contradiction(config: Config, environment: Mapping[str, str]) -> str | None:
     if given == wanted.value or is_enough:
         return None
     return (
-        f"{CONNECTIONS} ({given}) should be {wanted.value} in this layout: {wanted.reason}; unset "
+        f"{_CONNECTIONS} ({given}) should be {wanted.value} in this layout: {wanted.reason}; unset "
         "it, and moepp train sets it"
     )
 

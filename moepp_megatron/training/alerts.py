@@ -47,7 +47,7 @@ class RunAlerts:
         logger.error("step %d: %s (%d failed saves)", progress.step, error, failed)
         if failed > self._told_failed_saves:
             self._told_failed_saves = failed
-            self.send(save_failed(progress, failed, error))
+            self.send(_save_failed(progress, failed, error))
 
     def close(self) -> None:
         """Close the sinks; nothing is sent after it."""
@@ -55,7 +55,7 @@ class RunAlerts:
             self._sinks.close()
 
 
-def save_failed(progress: Progress, failed_saves: int, reason: str) -> Alert:
+def _save_failed(progress: Progress, failed_saves: int, reason: str) -> Alert:
     """A checkpoint could not be written."""
     return Alert(
         step=progress.step,

@@ -53,7 +53,8 @@ class Machine:
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a clone with spaces"
         (self.root / "launch").mkdir(parents=True)
-        for name in ("launch/env.sh", "pyproject.toml", "constraints.txt"):
+        versions = ("constraints.txt", "constraints-torch2.11.txt")
+        for name in ("launch/env.sh", "pyproject.toml", *versions):
             shutil.copy(ROOT / name, self.root / name)
         self.bin = folder / "bin"
         self.tools = folder / "tools"
@@ -115,6 +116,23 @@ def test_installs_once_and_then_starts_no_python(machine):
     python_calls = machine.python_calls
     assert machine.source() == (0, out, "")
     assert machine.python_calls == python_calls
+
+
+def test_another_tested_pair_has_its_own_versions_and_environment(machine):
+    machine.add_python("python3.12", "3.12")
+    status, out, err = machine.source(MOEPP_PAIR="torch2.11")
+    assert (status, out.strip()) == (0, f"{machine.root}/.venv-torch2.11/bin"), err
+    assert "-c " + str(machine.root / "constraints-torch2.11.txt") in machine.calls.read_text()
+    assert machine.source(MOEPP_PAIR="torch2.11") == (0, out, "")
+    assert machine.source()[1].strip() == f"{machine.root}/.venv/bin"
+    assert machine.installs == 2
+
+
+def test_an_unknown_pair_is_refused(machine):
+    status, _, err = machine.source(MOEPP_PAIR="torch9")
+    assert status == 1
+    assert "MOEPP_PAIR (torch9)" in err
+    assert "torch2.11" in err
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", ".venv/pyvenv.cfg"])

@@ -1,9 +1,72 @@
-"""What other Megatron loops import."""
+"""What other programs import: the names on the pages of docs/api, and no others."""
 
+import ast
+import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import moepp_megatron
+from moepp_megatron import config
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _documented() -> set[str]:
+    """Full names that the pages of docs/api document."""
+    found = set()
+    for page in (REPOSITORY / "docs/api").glob("*.md"):
+        module = ""
+        for directive, name in re.findall(
+            r"^\.\. (currentmodule|auto\w+):: (\S+)", page.read_text("utf-8"), re.MULTILINE
+        ):
+            if directive in ("currentmodule", "automodule"):
+                module = name
+            else:
+                found.add(name if name.startswith("moepp_megatron.") else f"{module}.{name}")
+    return found
+
+
+def _internal(source: str) -> set[str]:
+    """Names of the package that a program imports and no page of docs/api documents."""
+    used = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moepp_megatron"):
+            used |= {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Import):
+            used |= {name.name for name in node.names if name.name.startswith("moepp_megatron.")}
+    documented = _documented() | {f"moepp_megatron.{name}" for name in moepp_megatron.__all__}
+    modules = {name.rpartition(".")[0] for name in documented}
+    return used - documented - modules
+
+
+def test_documented_names_exist() -> None:
+    names = _documented()
+    assert len(names) > 30
+    for name in names:
+        module, _, own_name = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), own_name), name
+
+
+def test_every_export_is_documented() -> None:
+    exported = {f"moepp_megatron.{name}" for name in moepp_megatron.__all__}
+    exported |= {f"moepp_megatron.config.{name}" for name in config.__all__}
+    short = {name.rpartition(".")[2] for name in _documented()} | {"__version__"}
+    assert not {name for name in exported if name.rpartition(".")[2] not in short}
+
+
+@pytest.mark.parametrize("program", ["examples/own_megatron_loop.py"])
+def test_an_example_uses_documented_names(program: str) -> None:
+    assert not _internal((REPOSITORY / program).read_text("utf-8"))
+
+
+def test_an_internal_name_is_noticed() -> None:
+    assert _internal("from moepp_megatron.moe.copies import anything") == {
+        "moepp_megatron.moe.copies.anything"
+    }
 
 
 def test_exports_are_there() -> None:

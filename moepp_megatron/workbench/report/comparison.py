@@ -23,7 +23,7 @@ from moepp_megatron.workbench.report.run_data import ReportError, RunData, load_
 from moepp_megatron.workbench.report.summary import RunSummary, finite_mean, step_weights, summarize
 
 # Beyond these a plot's lines are no longer told apart.
-MOST_RUNS = 24
+_MOST_RUNS = 24
 # Share of a common range, at its end, over which a loss is averaged.
 _END = 0.1
 # The folder is the run's name on the page.
@@ -87,9 +87,9 @@ def load_runs(folders: Sequence[Path]) -> list[ComparedRun]:
     """
     # By their real paths, and read by the names that were given, which messages repeat.
     given = {Path(os.path.realpath(folder)): folder for folder in folders}
-    if not 2 <= len(given) <= MOST_RUNS:
+    if not 2 <= len(given) <= _MOST_RUNS:
         raise ReportError(
-            f"RUN ({len(given)} different folders) must be 2 to {MOST_RUNS} to be compared; "
+            f"RUN ({len(given)} different folders) must be 2 to {_MOST_RUNS} to be compared; "
             "name other runs, or one alone for its own page"
         )
     runs = [load_run(folder) for folder in given.values()]

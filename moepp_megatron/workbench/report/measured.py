@@ -111,7 +111,7 @@ def rows_table(comparisons: Iterable[Comparison]) -> str:
             continue
         name = one.run.row.name + ("" if one.run.row.scope == "in" else f" ({one.run.row.scope})")
         lines.append(
-            f"| {name} | {one.run.row.gpus:,} | {layout_words(one.run.grid)} | {measured:,.0f} "
+            f"| {name} | {one.run.row.gpus:,} | {_layout_words(one.run.grid)} | {measured:,.0f} "
             f"| {one.tokens_per_s_per_gpu:,.0f} | {one.error:+.1%} |"
         )
     return "\n".join(lines)
@@ -141,7 +141,7 @@ def _cell(errors: FamilyErrors | None, largest: bool) -> str:
     return f"{text}, {errors.largest:.0%}" if largest else text
 
 
-def layout_words(grid: Grid) -> str:
+def _layout_words(grid: Grid) -> str:
     """Degrees above 1, such as TP2 PP8 EP64, overlap."""
     text = " ".join(grid.splits) or "data parallel"
     return text + (", overlap" if grid.expert_overlap else "")

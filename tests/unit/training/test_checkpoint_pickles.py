@@ -96,7 +96,9 @@ def test_index_of_a_rank_is_refused(tmp_path: Path) -> None:
     assert unsafe_pickle(folder) == "__0.metadata does not belong into this format"
     assert not exploded.exists()
     # Otherwise this would happen: torch falls back to the rank's own index.
-    with pytest.raises(CheckpointException, match="rank local metadata read failed"):
+    # torch 2.11 says it otherwise, after it has read the index.
+    message = "rank local metadata read failed|metadata is None"
+    with pytest.raises(CheckpointException, match=message):
         load_like_megatron(folder)
     assert exploded.exists()
 

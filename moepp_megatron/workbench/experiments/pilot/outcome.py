@@ -99,7 +99,7 @@ def arm_outcome(
         valid_loss=_mean(mine, lambda run: run.valid_loss),
         loss_difference=difference,
         step_time_s=_mean(mine, lambda run: run.step_time_s),
-        time_ratio=factor_interval(log_time_ratios(pairs)) if has_ratio else None,
+        time_ratio=factor_interval(_log_time_ratios(pairs)) if has_ratio else None,
         tokens_per_s=_mean(mine, lambda run: run.tokens_per_s),
         ffn_share=_mean(mine, lambda run: run.ffn_share),
         a2a_bytes=_mean(mine, lambda run: run.a2a_bytes),
@@ -110,7 +110,7 @@ def arm_outcome(
     )
 
 
-def log_time_ratios(pairs: Sequence[tuple[RunOutcome, RunOutcome]]) -> list[float]:
+def _log_time_ratios(pairs: Sequence[tuple[RunOutcome, RunOutcome]]) -> list[float]:
     """Logarithm of the first's step time over the second's, of each pair."""
     return [math.log(one.step_time_s / other.step_time_s) for one, other in pairs]
 

@@ -22,7 +22,7 @@ from moepp_megatron.workbench.experiments.pilot.statistics import Estimate
 from moepp_megatron.workbench.experiments.runs import RunFailed, RunSet
 
 # Steps of each model in a session; each round begins with the other one.
-ROUNDS = 20
+_ROUNDS = 20
 # A share of exactly 1 has no tau.
 _LARGEST_TAU = 10.0
 
@@ -82,7 +82,7 @@ class SpeedSessions(RunSet[Session]):
         # The command starts the ranks itself only where it is typed by hand.
         config = self.path / "configs" / f"{run_name(session.arm.arm, _first_seed(session))}.yaml"
         overrides = with_tau(session.arm.config, float(f"{tau:.6g}"))[1]
-        options = ["--rounds", str(ROUNDS), "--json", str(self.file(session))]
+        options = ["--rounds", str(_ROUNDS), "--json", str(self.file(session))]
         return ["bench", "step", str(config), *overrides, *options]
 
     def do(self, session: Session) -> None:

@@ -23,7 +23,7 @@ from moepp_megatron.workbench.planning.measured.compare import compare
 from moepp_megatron.workbench.planning.measured.rows import Run
 
 # What may be fitted, and by how much (of the logarithm) it plausibly differs from the usual.
-INPUTS: Mapping[str, float] = {
+_INPUTS: Mapping[str, float] = {
     "bf16_matmul": 0.15,
     "fp8_matmul": 0.15,
     "fp8_blockwise_matmul": 0.15,
@@ -43,7 +43,7 @@ _PROBE = 0.02
 # An input that changes no row by more than this (of a 2% change) is left alone.
 _LEAST_EFFECT = 1e-4
 # Shares of a rated number.
-_SHARES = frozenset(INPUTS) - {"launch_s", "metadata_s", "attention_scale"}
+_SHARES = frozenset(_INPUTS) - {"launch_s", "metadata_s", "attention_scale"}
 
 Values = NDArray[np.float64]
 
@@ -98,9 +98,9 @@ def fit(runs: Sequence[Run]) -> Fit:
             f"--fit needs rows of one kind of GPU, not of {kinds}; give a file for each"
         )
     start = Efficiencies.of(hardware.reached, hardware.name)
-    names = list(INPUTS)
+    names = list(_INPUTS)
     origin = np.array([getattr(start, name) for name in names])
-    spread = np.array(list(INPUTS.values()))
+    spread = np.array(list(_INPUTS.values()))
     shift = np.zeros(len(names))
 
     def errors(at: Values) -> Values:
