@@ -34,7 +34,7 @@ class UnusableChat(ValueError):
 
 
 class _Generation(Extension):
-    """Renders what stands in a template's `generation` block, which marks answers elsewhere."""
+    """Renders the content of a template's `generation` block, which marks answers elsewhere."""
 
     tags = {"generation"}  # noqa: RUF012  # Jinja declares it so
 
@@ -53,7 +53,7 @@ class ChatTemplate:
 
     Attributes:
         text: The template.
-        tokenizer: As given.
+        tokenizer: Encodes what it renders.
 
     Raises:
         ConfigError: The text is no template.
@@ -188,7 +188,7 @@ def _refuse(message: str) -> Never:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    """As Hugging Face's filter; Jinja's own escapes for HTML."""
+    """JSON as Hugging Face's filter writes it; Jinja's own escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 

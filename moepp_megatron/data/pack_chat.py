@@ -101,7 +101,7 @@ def _write_sequences(
 
     Args:
         encoded: the conversations.
-        tokenizer: its end-of-document token stands where padding is.
+        tokenizer: padding is its end-of-document token.
         sequence_length: tokens of a sequence.
         folder: the folder.
         seed: Seed of the order.

@@ -117,12 +117,26 @@ def _check_chat(config: Config, manifest: Manifest, folder: Folder) -> None:
             f"data.eod_mask_loss (true) must be false with {name} {of} and says itself which "
             "tokens have loss; leave it out"
         )
-    if config.moe.is_vanilla and config.moe.capacity_factor is not None:
+    if config.moe.is_vanilla:
+        _check_vanilla_padding(config, f"for vanilla layers with {name} {of} and padding")
+
+
+def _check_vanilla_padding(config: Config, when: str) -> None:
+    """Refuse what megatron-core's own router does not compute over tokens without padding."""
+    moe, parallel = config.moe, config.parallel
+    if moe.capacity_factor is not None:
         raise ConfigError(
-            f"moe.capacity_factor ({config.moe.capacity_factor}) must be null for vanilla layers "
-            f"with {name} {of} and padding: megatron-core's router lets padding take places; "
-            "leave it out, or add zero-computation experts"
+            f"moe.capacity_factor ({moe.capacity_factor}) must be null {when}: megatron-core lets "
+            "padding take experts' places; leave it out, or add zero-computation experts"
         )
+    for key in ("tensor_model_parallel_size", "context_parallel_size"):
+        size = getattr(parallel, key)
+        if size > 1 and moe.balance_coeff > 0:
+            raise ConfigError(
+                f"parallel.{key} ({size}) must be 1 {when}: megatron-core weighs the balance loss "
+                "on each rank by that rank's own tokens, of which padding leaves them unequal "
+                "numbers; use 1, moe.balance_coeff 0, or zero-computation experts"
+            )
 
 
 def _wasted_vocabulary(config: Config, tokens: int, name: str) -> list[str]:

@@ -113,7 +113,7 @@ class Tokenizer:
         return encoding.ids, encoding.offsets
 
     def encode_with_special_tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """As `encode_with_spans`, of a text in which special tokens are meant as such."""
+        """The same of a text whose special tokens are meant as such."""
         self._backend.encode_special_tokens = False
         try:
             return self.encode_with_spans(text)

@@ -25,7 +25,6 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cuda_graphs import refuse_uncapturable
 from moepp_megatron.moe.dispatcher import RowDispatcher, build_dispatcher, bytes_sent
 from moepp_megatron.moe.kernels import use_kernels
-from moepp_megatron.moe.padding import local_padding
 from moepp_megatron.moe.router import Choice, MoEPPRouter, Routing
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.upstream_private import check_upstream
@@ -47,8 +46,6 @@ class VanillaMoELayer(MoELayer):
         self, hidden_states: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Route as megatron-core does and count the selections."""
-        if padding_mask is not None:
-            padding_mask = local_padding(padding_mask, hidden_states, self.attn_tp_group)
         probs, routing_map = super().route(hidden_states, padding_mask)
         if RoutingStatistics.counts_now(self.training):
             counted, num_tokens = routing_map, routing_map.shape[0]
@@ -173,7 +170,11 @@ class MoEPPLayer(MoELayer):
         if padding_mask is None:
             return None
         padding = padding_mask.transpose(0, 1).bool()
-        return local_padding(padding, hidden_states, self.attn_tp_group)
+        size = self.attn_tp_group.size()
+        if self.config.sequence_parallel and len(padding) == len(hidden_states) * size:
+            # megatron-core shares out the mask on the first pipeline stage alone.
+            padding = padding.chunk(size)[self.attn_tp_group.rank()]
+        return padding
 
     def _recomputed_forward(
         self,

@@ -7,18 +7,6 @@ in a MoE++ layer, [T] inside of its router. A padded token selects nothing and c
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
-
-
-def local_padding(padding: Tensor, tokens: Tensor, tensor_group: ProcessGroup) -> Tensor:
-    """The mask [s, b] of the local `tokens` [s, b, ...], from that or from one of all tokens.
-
-    megatron-core shares out the mask over sequence-parallel ranks on the first stage alone.
-    """
-    size = tensor_group.size()
-    if size > 1 and len(padding) == len(tokens) * size:
-        return padding.chunk(size)[tensor_group.rank()]
-    return padding
 
 
 def flat_mask(padding_mask: Tensor | None, tokens: Tensor) -> Tensor | None:

@@ -51,7 +51,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "tp2 latent": (2, TP2, {"model": LATENT}),
     "pp2 hybrid": (2, PP2, {"model": HYBRID}),
     "ep2 vanilla": (2, EP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
-    "tp2 pp2 vanilla": (4, TP2 | PP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
+    "pp2 vanilla": (2, PP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
 }
 
 
@@ -139,3 +139,39 @@ def test_documents_of_a_sequence_are_as_each_by_itself(
         assert apart <= RELATIVE * np.abs(expected).max(), name
         # A few tokens do not reach every expert.
         assert expected.any() or ".local_experts." in name, f"{name} compares nothing"
+
+
+def masks_of_text(raw: dict[str, Any], eod: int | None) -> tuple[Any, Any]:
+    """Tokens and mask of the first micro-batch of plain text, where a tokenizer ends documents."""
+    from types import SimpleNamespace
+
+    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training.batches import rank_batches
+    from tests.parallel.training_runs import SyntheticDataset
+
+    class Text(SyntheticDataset):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            sample = super().__getitem__(index)
+            return {key: value for key, value in sample.items() if key != "documents"}
+
+    config = parse_config(raw)
+    build_groups(config, Layout.from_config(config, 1))
+    dataset = Text(config, STEPS)
+    if eod is not None:
+        dataset.config = SimpleNamespace(tokenizer=SimpleNamespace(eod=eod))
+    batch = next(rank_batches(dataset, 0, config, 1)[0])
+    return batch["tokens"].numpy(), batch["attention_mask"].numpy()
+
+
+@pytest.mark.parametrize("eod", [None, 2])
+def test_text_is_masked_as_by_megatron_cores_dataset(ranks: RankPools, eod: int | None) -> None:
+    import torch
+    from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+    ((tokens, masks),) = ranks(1).run(masks_of_text, settings(data=DATA), eod)
+    resets = eod is not None
+    assert not resets or (tokens == eod).any()
+    for row, mask in zip(torch.from_numpy(tokens), masks, strict=True):
+        expected, *_ = _get_ltor_masks_and_position_ids(row, eod, False, resets, False, True)
+        assert np.array_equal(mask, expected.numpy())

@@ -51,7 +51,8 @@ def test_the_example(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPat
     made = [sys.executable, "examples/make_chat.py", "data/chat.jsonl", "120"]
     subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
     one = "parallel.expert_model_parallel_size=1"
-    run("train", "configs/quickstart.yaml", *TINY, one)
+    within = ("data.reset_attention_mask=true", "data.eod_mask_loss=true")
+    run("train", "configs/quickstart.yaml", *TINY, one, *within)
 
     prepare, train, generate = commands()
     printed = run(*prepare)

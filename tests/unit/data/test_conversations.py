@@ -315,6 +315,12 @@ def test_sources_and_tokenizers_that_do_not_fit(tokenizer_folder: Path, tmp_path
         )
 
 
+VANILLA = {
+    "num_zero_experts": 0,
+    "num_copy_experts": 0,
+    "num_constant_experts": 0,
+    "gating_residual": False,
+}
 RUNS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "documents": (
         {"data": {"reset_attention_mask": False}},
@@ -323,16 +329,12 @@ RUNS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "loss": ({"data": {"eod_mask_loss": True}}, "data.eod_mask_loss .true. must be false with"),
     "length": ({"model": {"seq_length": 32}}, "model.seq_length .32. must be the --seq-length"),
     "capacity": (
-        {
-            "moe": {
-                "num_zero_experts": 0,
-                "num_copy_experts": 0,
-                "num_constant_experts": 0,
-                "gating_residual": False,
-                "capacity_factor": 1.0,
-            }
-        },
+        {"moe": VANILLA | {"capacity_factor": 1.0}},
         "moe.capacity_factor .1.0. must be null for vanilla layers",
+    ),
+    "parts of a sequence": (
+        {"moe": VANILLA, "parallel": {"context_parallel_size": 2}},
+        "parallel.context_parallel_size .2. must be 1 for vanilla layers",
     ),
 }
 
@@ -358,7 +360,7 @@ def test_runs_that_would_train_on_something_else(name: str | None, folder: Path)
         check_data(parse_config(raw))
         return
     for section, values in RUNS[name][0].items():
-        raw[section] = raw[section] | values
+        raw[section] = raw.get(section, {}) | values
     with pytest.raises(ConfigError, match=RUNS[name][1]):
         check_data(parse_config(raw))
 

@@ -25,6 +25,7 @@ def check(monkeypatch: pytest.MonkeyPatch):
             documents = 1000
             split = None
             is_bare = False
+            chat = None
 
         monkeypatch.setattr(verify, "read_manifest", lambda *arguments: Prepared())
         monkeypatch.setattr(verify, "check_start", lambda *arguments: None)
