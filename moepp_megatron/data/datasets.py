@@ -105,17 +105,17 @@ def build_validation_sets(
     Args:
         paths: the folders by the sets' names.
         trained: the blends of the run.
-        tokenizer: as for `build_datasets`, and so are the others.
+        tokenizer: tokenizer of the folders, or one with the same ids.
         sequence_length: tokens of a sample.
         split: the split of a folder that is trained on.
         seed: seed of the order of samples.
         num_samples: samples that each set must have at least.
-        reset_position_ids: as for `build_datasets`, and so is `eod_mask_loss`.
+        reset_position_ids: positions start at 0 after every EOD.
         eod_mask_loss: no loss where the input is EOD.
         cache_dir: folder of the sample indices.
 
     Raises:
-        ConfigError: as `build_datasets`.
+        ConfigError: the errors of `build_datasets`.
     """
     options = {
         "random_seed": seed,

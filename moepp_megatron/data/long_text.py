@@ -142,7 +142,7 @@ def _kind(step: dict[str, Any]) -> str:
     if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         # Files spell line ends as escapes or as themselves.
         pattern = step["pattern"].get("Regex", "").replace("\r", r"\r").replace("\n", r"\n")
-        if pattern in PATTERNS:
+        if pattern in PATTERNS.values():
             return "splits"
         if pattern in _FURTHER_PATTERNS:
             return "fits"

@@ -10,13 +10,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
-
-if TYPE_CHECKING:
-    from moepp_megatron.data.sources import SourceFile
+from moepp_megatron.data.source_files import SourceFile
 
 _DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 # Such as train-00000-of-00002.parquet, or with a hash behind the numbers.

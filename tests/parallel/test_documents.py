@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.parallel.layouts import RECOMPUTE
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import both
-from tests.parallel.test_hybrid import HYBRID, UNIFORM
+from tests.parallel.test_hybrid import HYBRID
 from tests.parallel.training_runs import assemble, compare, settings, train
 
 STEPS = 2
@@ -45,7 +46,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "tp2 ep2": (2, TP2 | EP2, {"moe": {"capacity_factor": 1.0}}),
     "cp2": (2, CP2, {}),
     "cp2 tp2": (4, CP2 | TP2, {"moe": {"balance_scope": "sequence", "capacity_factor": 0.9}}),
-    "pp2 tp2 recomputed": (4, PP2 | TP2, {"training": UNIFORM}),
+    "pp2 tp2 recomputed": (4, PP2 | TP2, {"training": RECOMPUTE["uniform"]}),
     "pp2 vpp2 ep2": (4, PP2 | EP2 | {"virtual_pipeline_model_parallel_size": 2}, {}),
     "ep2 attention recomputed": (2, EP2, {"training": CORE}),
     "tp2 latent": (2, TP2, {"model": LATENT}),

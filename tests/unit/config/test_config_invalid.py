@@ -12,6 +12,7 @@ from moepp_megatron.config import (
     checks,
     load_config,
 )
+from tests.unit.config.test_data_section import INVALID as DATA
 
 DEDUP = "moe.dispatcher ('alltoall_dedup')"
 SHARED, SHARED_NAME = "moe.constants_shared=true", "moe.constants_shared (true)"
@@ -813,7 +814,16 @@ INVALID = [
         "unknown key moe.hidden_size",
         "did you mean moe.ffn_hidden_size or model.hidden_size?",
     ),
-    (["moe.top_k=1"], "unknown key moe.top_k", "did you mean moe.router_topk?"),
+    (
+        ["distillation.teacher=runs/teacher", "model.mtp_num_layers=1"],
+        "model.mtp_num_layers (1)",
+        "leave one of the two out",
+    ),
+    (
+        ["moe.top_k=1"],
+        "unknown key moe.top_k",
+        "did you mean moe.router_topk or",
+    ),
     (["parallel.num_nodes=2"], "unknown key parallel.num_nodes", "parallel has tensor_model"),
     (["optimiser.lr=1.0"], "unknown section optimiser", "did you mean optimizer?"),
     (["cluster.nodes=2"], "unknown section cluster", "the sections are run, model"),
@@ -905,7 +915,7 @@ def test_every_rule_is_broken_by_a_case_above(
     rules = (*checks.RULES, *checks.IGNORED, *checks.WORLD_SIZE_RULES, *checks.WORLD_SIZE_IGNORED)
     for name in ("RULES", "IGNORED", "WORLD_SIZE_RULES", "WORLD_SIZE_IGNORED"):
         monkeypatch.setattr(checks, name, tuple(map(recording, getattr(checks, name))))
-    for overrides, *_ in INVALID:
+    for overrides, *_ in (*INVALID, *DATA):
         with pytest.raises(ConfigError):
             load_config(minimal, overrides)
     for overrides, world_size, *_ in INVALID_WORLD_SIZE:
@@ -1014,6 +1024,11 @@ def test_message_stays_on_one_line_whatever_the_value(minimal: Path) -> None:
 
 # (overrides, name with value, reason): settings without an effect
 IGNORED = [
+    (
+        ["data.path=a", "data.stages=[{from_step: 100, blend: [{path: b, weight: 1}]}]"],
+        "data.stages[0] ('from step 100')",
+        "the run ends at training.train_iters (100)",
+    ),
     (["distillation.weight=2.0"], "distillation.weight (2.0)", "without distillation.teacher"),
     (
         ["precision.grad_reduce_in_fp32=false"],

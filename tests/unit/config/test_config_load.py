@@ -111,7 +111,8 @@ def test_unknown_key_names_its_file(minimal: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(top)
     assert (
-        str(caught.value) == f"unknown key moe.top_k; did you mean moe.router_topk? (in {middle})"
+        str(caught.value) == "unknown key moe.top_k; did you mean moe.router_topk or "
+        f"distillation.top_k? (in {middle})"
     )
 
 

@@ -160,7 +160,7 @@ def test_validation_sets(folders, tmp_path: Path) -> None:
     trained = [blend(folders, a=1)]
     paths = {"seen": folders["a"], "other": folders["cd"]}
     tokenizer = Tokenizer.load(folders["a"])
-    sets = build_validation_sets(paths, trained, tokenizer, LENGTH, SPLIT, 7, 8, tmp_path)
+    sets = build_validation_sets(paths, trained, tokenizer, LENGTH, SPLIT, 7, 8, cache_dir=tmp_path)
     assert {name: len(each.indices) for name, each in sets.items()} == {"seen": 12, "other": 120}
     assert sets["seen"].indices[0] == 48
     assert SOURCES not in sets["other"][0]

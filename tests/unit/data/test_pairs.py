@@ -33,7 +33,7 @@ def pair(prepared: Path, tmp_path: Path) -> Path:
 
 def config(pair: Path, tokenizer: Path | None, **training: int):
     data = {"path": str(pair), "tokenizer": None if tokenizer is None else str(tokenizer)}
-    return config_of(data=data, model={"vocab_size": 512}, training=training)
+    return config_of(data=data, model={"vocab_size": 300}, training=training)
 
 
 def test_it_draws_as_the_prepared_folder(pair, prepared, tokenizer, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_documents_of_several_sentences(tmp_path: Path, tokenizer: Tokenizer) ->
     prefix = tmp_path / "sentences"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     for document in range(6):
-        builder.add_document(torch.arange(40) + document, [15, 25])
+        builder.add_document(np.arange(40) + document, [15, 25])
     builder.finalize(f"{prefix}.idx")
     manifest = read_manifest(prefix, "data.path")
     assert (manifest.documents, manifest.tokens) == (12, 240)
