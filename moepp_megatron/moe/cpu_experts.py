@@ -9,7 +9,6 @@ only the first product's result is kept. Parameters, their names and checkpoints
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,16 +79,8 @@ class CPUExperts(SequentialMLP):
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """X [n, in] times weight [out, in] transposed, by oneDNN where it has the product."""
-    if x.dtype == torch.bfloat16 and not _has_bf16():
-        return F.linear(x, weight)
+    """X [n, in] times weight [out, in] transposed, by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-@functools.cache
-def _has_bf16() -> bool:
-    """Whether oneDNN multiplies bf16 on this processor: not without AVX-512 or the like."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _forward(
