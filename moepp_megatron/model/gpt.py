@@ -112,14 +112,13 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
         if not self.mtp_process:
             return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **kwargs)
         further: list[Tensor] = []
-        learns = labels is not None and torch.is_grad_enabled()
-        if learns:
+        if labels is not None and torch.is_grad_enabled():
             hidden_states = self._further_states(hidden_states, **kwargs)
             hidden_states, *further = hidden_states.chunk(1 + self.config.mtp_num_layers)
         if self._mtp_has_lane:
             hidden_states, _ = unpack(hidden_states, self.hidden_size)
             further = [unpack(states, self.hidden_size)[0] for states in further]
-        if learns:
+        if labels is not None and further:
             hidden_states = self.further_loss.attach(
                 hidden_states,
                 further,
