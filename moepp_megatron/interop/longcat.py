@@ -29,7 +29,7 @@ UNKNOWN_THERE: tuple[tuple[str, Any, str], ...] = (
     ("gating_residual", False, "gating residuals are unknown there"),
     ("score_function", "softmax", "scores are softmax probabilities there"),
     ("expert_input_scale", 1.0, "experts see their input as it is there"),
-    ("limits_groups", False, "experts have no groups there (moe.group_topk, moe.num_groups)"),
+    ("num_groups", 1, "experts have no groups there"),
     ("two_layer_gate", False, "gates have one layer there"),
     ("logits_norm_std", None, "logits are not rescaled there"),
 )

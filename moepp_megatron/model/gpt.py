@@ -118,7 +118,7 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
         if self._mtp_has_lane:
             hidden_states, _ = unpack(hidden_states, self.hidden_size)
             further = [unpack(states, self.hidden_size)[0] for states in further]
-        if labels is not None and torch.is_grad_enabled():
+        if labels is not None and further:
             hidden_states = self.further_loss.attach(
                 hidden_states,
                 further,

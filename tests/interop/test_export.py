@@ -46,6 +46,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "groups": {
         "moe": {
+            "num_ffn_experts": 8,
             "num_groups": 4,
             "group_topk": 2,
             "router_topk": 4,
@@ -53,7 +54,9 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "selection_bias": True,
         },
     },
-    "groups without a bias": {"moe": {"num_groups": 4, "group_topk": 1}},
+    "groups without a bias": {
+        "moe": {"num_ffn_experts": 8, "num_groups": 4, "group_topk": 1},
+    },
     "biases": {"model": {"qkv_bias": True, "num_query_groups": 2}},
     "norms over all heads": {
         "model": {

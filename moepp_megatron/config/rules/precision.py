@@ -116,8 +116,8 @@ def _fp8_latent_vectors_are_aligned(
             latent.kv_lora_rank + latent.qk_pos_emb_head_dim,
         ),
         ("qk_head_dim", "query", heads * latent.qk_dim),
-        ("qk_head_dim", "key and value", heads * (latent.qk_head_dim + latent.v_head_dim)),
         ("v_head_dim", "value", heads * latent.v_head_dim),
+        ("qk_head_dim", "key and value", heads * (latent.qk_head_dim + latent.v_head_dim)),
     ):
         if channels % _FP8_ALIGNMENT:
             yield Problem(

@@ -415,6 +415,17 @@ def test_rows_over_nvlink_are_those_of_different_experts(ranks: int, counted: fl
     assert found == pytest.approx(counted, abs=0.015)
 
 
+def test_groups_bound_the_nodes_of_a_token() -> None:
+    """8 groups, 4 kept: 4 nodes of 4 or 8; of 16 nodes each group has 2, of 64 it has 8."""
+    limited = configured(num_ffn_experts=128, router_topk=8, num_groups=8, group_topk=4)
+    experts = Workload.from_config(limited).experts
+    assert [experts.most_nodes_of(nodes) for nodes in (4, 8, 16, 64)] == [4, 4, 8, 32]
+    free = Workload.from_config(configured(num_ffn_experts=128, router_topk=8)).experts
+    assert free.most_nodes_of(16) is None
+    across = [hierarchical_rows(Placement(64, 8), 8, 128, most)[1] for most in (None, 4)]
+    assert across[1] == 4 * 7 / 8 < across[0]
+
+
 def test_a_block_of_layers_is_recomputed(h100: Machine) -> None:
     full = Grid(8, recompute=FULL)
     some = [replace(full, recomputed_layers=count) for count in (0, 2, 4, 8)]
