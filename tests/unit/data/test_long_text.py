@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
-from moepp_megatron.data.long_text import _PATTERNS, PIECE_CHARACTERS, can_cut, cut_text
+from moepp_megatron.data.long_text import PATTERNS, PIECE_CHARACTERS, can_cut, cut_text
 from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
 # Parts that texts are drawn from: words, contractions and their halves, digits, punctuation, white
@@ -56,7 +56,7 @@ def known() -> dict[str, pre_tokenizers.PreTokenizer]:
         "digits": steps([pre_tokenizers.Digits(individual_digits=True), own]),
         "runs of digits": steps([pre_tokenizers.Digits(individual_digits=False), own]),
     }
-    for index, pattern in enumerate(sorted(_PATTERNS)):
+    for index, pattern in enumerate(sorted(PATTERNS.values())):
         further = [split(p) for p in DEEPSEEK] if r"\p{P}" in pattern else []
         found[f"pattern {index}"] = steps([*further, split(pattern), bytes_of()])
     return found
@@ -154,7 +154,7 @@ OWN = known()["own"]
         (made(bytes_of()), False),
         (made(split(r"\p{N}")), False),
         (made(split(r"\w+ \w+")), False),
-        (made(pre_tokenizers.Split(Regex(sorted(_PATTERNS)[0]), "removed")), False),
+        (made(pre_tokenizers.Split(Regex(sorted(PATTERNS.values())[0]), "removed")), False),
         (made(pre_tokenizers.ByteLevel(add_prefix_space=True)), False),
         (made(pre_tokenizers.Sequence([OWN, pre_tokenizers.Metaspace()])), False),
         (made(OWN, normalizers.Replace("a b", "c")), False),

@@ -33,7 +33,7 @@ def pair(prepared: Path, tmp_path: Path) -> Path:
 
 def config(pair: Path, tokenizer: Path | None, **training: int):
     data = {"path": str(pair), "tokenizer": None if tokenizer is None else str(tokenizer)}
-    return config_of(data=data, model={"vocab_size": 512}, training=training)
+    return config_of(data=data, model={"vocab_size": 300}, training=training)
 
 
 def test_it_draws_as_the_prepared_folder(pair, prepared, tokenizer, tmp_path: Path) -> None:
