@@ -12,7 +12,7 @@ from typing import Literal
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.compressed import COMPRESSIONS, Compression
-from moepp_megatron.data.saved_datasets import without_companions
+from moepp_megatron.data.saved_datasets import companions
 from moepp_megatron.data.stdlib import is_table, package_of
 
 Format = Literal["text", "jsonl", "parquet", "arrow"]
@@ -98,7 +98,9 @@ def _resolve(given: str, exclude: Path | None) -> TextSource:
         root = Path(name)
         mode = _stat(name, root).st_mode
         if stat.S_ISDIR(mode):
-            files = without_companions(name, root, _walk(name, root, exclude))
+            files = _walk(name, root, exclude)
+            left_out = companions(name, root, [file.name for file in files])
+            files = [file for file in files if file.name not in left_out]
         elif stat.S_ISREG(mode):
             files = [_source_file(name, root, root.name)]
         else:
