@@ -31,7 +31,7 @@ class Draw:
     Attributes:
         blend: Folders and shares.
         size: Samples of the stage.
-        firsts: By the folder's real path, the sample of its own order that the stage starts from.
+        firsts: The sample of a folder's own order that the stage starts from, by its real path.
     """
 
     blend: Blend

@@ -104,7 +104,7 @@ def build_validation_sets(
     Args:
         paths: the folders by the sets' names.
         trained: the blends of the run.
-        tokenizer: as for `build_datasets`, and so are the others.
+        tokenizer: the run's.
         sequence_length: tokens of a sample.
         split: the split of a folder that is trained on.
         seed: seed of the order of samples.
@@ -112,7 +112,7 @@ def build_validation_sets(
         cache_dir: folder of the sample indices.
 
     Raises:
-        ConfigError: as `build_datasets`.
+        ConfigError: no dataset there, or nothing to validate on.
     """
     options = {
         "random_seed": seed,

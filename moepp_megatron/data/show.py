@@ -94,9 +94,9 @@ class Share:
 
     Attributes:
         path: The folder.
-        share: Of the samples of the stage, or of the run.
+        share: Its share of the samples of the stage, or of the run.
         tokens: Tokens drawn, to within a sample.
-        epochs: Over the tokens that the folder has to train on.
+        epochs: The tokens drawn over those that the folder has to train on.
     """
 
     path: Path
@@ -113,7 +113,7 @@ class StageShares:
         name: The setting that describes it; `the run` for all.
         first_step: Steps taken before it.
         last_step: Its last step.
-        shares: By folder.
+        shares: What is drawn of each folder.
     """
 
     name: str
