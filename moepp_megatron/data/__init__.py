@@ -24,7 +24,6 @@ read_chat.py        reads and encodes conversations
 same_tokenizer.py   checks that a tokenizer is the one whose token ids a corpus or a model uses
 saved_datasets.py   folders of Hugging Face datasets: what in them is data
 show.py             what prepared data hold, and what a run will draw of them
-source_files.py     what a source of text is: its files, in the order they are read
 sources.py          resolves the user's sources to a fixed order of files
 split.py            the split of a corpus's documents into train, validation and test
 stdlib.py           the built-in corpus: which of Python's library sources are code

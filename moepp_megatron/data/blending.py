@@ -31,7 +31,7 @@ class Draw:
     Attributes:
         blend: Folders and shares.
         size: Samples of the stage.
-        firsts: The sample of each folder's own order that the stage starts from, by real path.
+        firsts: The sample of a folder's own order that the stage starts from, by its real path.
     """
 
     blend: Blend

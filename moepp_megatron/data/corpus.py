@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moepp_megatron.data.encoding import EncodedPiece, token_dtype
 from moepp_megatron.data.manifest import CORPUS, DOCUMENT_SOURCES, MAX_SOURCES, SourceSummary
-from moepp_megatron.data.source_files import TextSource
+from moepp_megatron.data.sources import TextSource
 
 _VALIDATION_SHARE = 0.05
 # Of a document that belongs to no group.

@@ -13,7 +13,7 @@ from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.compressed import Compression, open_source
-from moepp_megatron.data.source_files import Format, SourceFile, TextSource
+from moepp_megatron.data.sources import Format, SourceFile, TextSource
 from moepp_megatron.data.tables import TABLES, count_groups, read_column
 
 PIECE_BYTES = 256 * 1024

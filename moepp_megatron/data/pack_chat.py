@@ -26,7 +26,7 @@ from moepp_megatron.data.manifest import (
 )
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.read_chat import Encoded, encode_chat, notice_of_ends
-from moepp_megatron.data.source_files import TextSource
+from moepp_megatron.data.sources import TextSource
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.runtime.terminal import Console
 

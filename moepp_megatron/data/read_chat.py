@@ -14,7 +14,7 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.chat_template import ANSWERS, ChatTemplate, Message, UnusableChat
 from moepp_megatron.data.documents import Piece, Skipped, is_utf8, read_records
 from moepp_megatron.data.manifest import SourceSummary
-from moepp_megatron.data.source_files import TextSource
+from moepp_megatron.data.sources import TextSource
 from moepp_megatron.data.tokenizer import Tokenizer
 
 _KEY = "messages"

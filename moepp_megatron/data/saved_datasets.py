@@ -13,62 +13,60 @@ from pathlib import Path, PurePosixPath
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
-from moepp_megatron.data.source_files import SourceFile
 
 _DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 # Such as train-00000-of-00002.parquet, or with a hash behind the numbers.
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.parquet")
 
 
-def without_companions(source: str, root: Path, files: Sequence[SourceFile]) -> list[SourceFile]:
-    """Leave out what is not data in the folders of Hugging Face's datasets below `root`.
+def companions(source: str, root: Path, names: Sequence[str]) -> set[str]:
+    """What is not data in the folders of Hugging Face's datasets below `root`.
 
     Args:
         source: The source, for messages.
         root: The folder that is read.
-        files: What is in it.
+        names: Files in it, by their paths within it.
+
+    Returns:
+        Those of `names` that are to be left out.
 
     Raises:
         ConfigError: It holds several splits, of which one must be named.
     """
-    by_folder: dict[PurePosixPath, list[SourceFile]] = defaultdict(list)
-    for file in files:
-        by_folder[PurePosixPath(file.name).parent].append(file)
-    splits = sorted(set(_splits(files)))
+    paths = [PurePosixPath(name) for name in names]
+    splits = sorted({split for path in paths for split in _splits(root, path)})
     if len(splits) > 1:
-        names = ", ".join(splits)
         raise ConfigError(
-            f"source {source} holds a dataset of the splits {names}, and must be one of them; name "
-            f"the folder or the files of one, such as those of {splits[-1]}"
+            f"source {source} holds a dataset of the splits {', '.join(splits)}, and must be one "
+            f"of them; name the folder or the files of one, such as those of {splits[-1]}"
         )
-    has_shards = bool(splits)
-    return [
-        file
-        for folder in by_folder
-        for file in _data_of(root / folder, by_folder[folder])
-        if not (has_shards and file.path.name in ("README.md", _DICT))
-    ]
+    found = set()
+    by_folder: dict[PurePosixPath, set[str]] = defaultdict(set)
+    for path in paths:
+        by_folder[path.parent].add(path.name)
+        if splits and path.name in ("README.md", _DICT):
+            found.add(str(path))
+    for folder, inside in by_folder.items():
+        if {_STATE, _INFO} <= inside:
+            data = _data_files(root / folder / _STATE)
+            found |= {str(folder / name) for name in inside - data} if data else set()
+    return found
 
 
-def _splits(files: Sequence[SourceFile]) -> Iterator[str]:
-    """Names of the splits that saved dictionaries and shards of parquet are of."""
-    for file in files:
-        if file.path.name == _DICT:
-            content = _read(file.path)
-            yield from map(str, content.get("splits", []) if isinstance(content, dict) else [])
-        elif (shard := _SHARD.fullmatch(file.path.name)) is not None:
-            yield shard[1]
+def _splits(root: Path, path: PurePosixPath) -> Iterator[str]:
+    """Names of the splits that a saved dictionary has, or a shard of parquet is of."""
+    if path.name == _DICT:
+        content = _read(root / path)
+        yield from map(str, content.get("splits", []) if isinstance(content, dict) else [])
+    elif (shard := _SHARD.fullmatch(path.name)) is not None:
+        yield shard[1]
 
 
-def _data_of(folder: Path, files: list[SourceFile]) -> list[SourceFile]:
-    """The data files of one folder that `save_to_disk` has written, or all of another's."""
-    names = {file.path.name for file in files}
-    if not {_STATE, _INFO} <= names:
-        return files
-    content = _read(folder / _STATE)
+def _data_files(state: Path) -> set[str]:
+    """The data files that `save_to_disk` has listed."""
+    content = _read(state)
     listed = content.get("_data_files") if isinstance(content, dict) else None
-    data = {each.get("filename") for each in listed or [] if isinstance(each, dict)}
-    return [file for file in files if file.path.name in data] if data else files
+    return {str(each.get("filename")) for each in listed or [] if isinstance(each, dict)}
 
 
 def _read(path: Path) -> object:

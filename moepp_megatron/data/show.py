@@ -94,9 +94,9 @@ class Share:
 
     Attributes:
         path: The folder.
-        share: Share of the samples of the stage, or of the run.
+        share: Its share of the samples of the stage, or of the run.
         tokens: Tokens drawn, to within a sample.
-        epochs: Passes over the tokens that the folder has to train on.
+        epochs: The tokens drawn over those that the folder has to train on.
     """
 
     path: Path

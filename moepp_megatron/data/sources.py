@@ -6,13 +6,16 @@ import os
 import stat
 import sysconfig
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.compressed import COMPRESSIONS
-from moepp_megatron.data.saved_datasets import without_companions
-from moepp_megatron.data.source_files import Format, SourceFile, TextSource
+from moepp_megatron.data.compressed import COMPRESSIONS, Compression
+from moepp_megatron.data.saved_datasets import companions
 from moepp_megatron.data.stdlib import is_table, package_of
+
+Format = Literal["text", "jsonl", "parquet", "arrow"]
 
 _STDLIB = "stdlib"
 _FORMATS: dict[str, Format] = {
@@ -22,6 +25,44 @@ _FORMATS: dict[str, Format] = {
     ".arrow": "arrow",
 }
 _SITE_FOLDERS = frozenset({"site-packages", "dist-packages"})
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file to read.
+
+    Attributes:
+        path: where it is.
+        name: its path within the source, with forward slashes; the part of it that fingerprints
+            see, so that a corpus may move.
+        format: how to read documents from it.
+        size: bytes, as stored.
+        mtime_ns: modification time, nanoseconds.
+        compression: compression of the whole file, by the end of its name.
+        group: name of its group; documents of one group are together in one part of the split.
+            None if each document is by itself.
+    """
+
+    path: Path
+    name: str
+    format: Format
+    size: int
+    mtime_ns: int
+    compression: Compression | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One SOURCE argument and its files, in the order they are read."""
+
+    name: str
+    files: tuple[SourceFile, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in all files."""
+        return sum(file.size for file in self.files)
 
 
 def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[TextSource]:
@@ -57,7 +98,9 @@ def _resolve(given: str, exclude: Path | None) -> TextSource:
         root = Path(name)
         mode = _stat(name, root).st_mode
         if stat.S_ISDIR(mode):
-            files = without_companions(name, root, _walk(name, root, exclude))
+            files = _walk(name, root, exclude)
+            left_out = companions(name, root, [file.name for file in files])
+            files = [file for file in files if file.name not in left_out]
         elif stat.S_ISREG(mode):
             files = [_source_file(name, root, root.name)]
         else:

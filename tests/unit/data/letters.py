@@ -15,9 +15,10 @@ SETTINGS = PrepareSettings(vocab_size=257, workers=1)
 
 
 def write_letters(path: Path, letter: str, documents: int = 60, seed: int = 1) -> Path:
-    """A JSONL file of documents that repeat a letter."""
+    """A JSONL file of documents that repeat a letter, each behind numbers of its own."""
     lengths = np.random.RandomState(seed).randint(1, 40, documents)
-    lines = [json.dumps({"text": letter * int(length)}) + "\n" for length in lengths]
+    texts = [f"{number * 7919}{letter * int(n)}{n}" for number, n in enumerate(lengths)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
     path.write_text("".join(lines))
     return path
 

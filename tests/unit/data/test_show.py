@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
-from moepp_megatron.config.blends import blends_of, folders_of
+from moepp_megatron.config.blends import Folder, blends_of, folders_of
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.show import Corpus, planned_shares
@@ -60,8 +60,6 @@ def test_shares_are_those_drawn(folders: list[Path], tmp_path: Path) -> None:
 
 
 def test_documents_are_the_corpus_s(prepared: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
-    from moepp_megatron.config.blends import Folder
-
     corpus = Corpus(Folder("DIR", prepared))
     found = {tokenizer.decode(corpus.document(i).tolist()) for i in range(len(texts))}
     assert found == {text + tokenizer.eod_token for text in texts}
@@ -80,7 +78,9 @@ def test_the_command(folders: list[Path], tmp_path: Path) -> None:
     folder = CliRunner().invoke(app, ["data", "show", str(folders[0]), "--tokens", "5"])
     assert folder.exit_code == 0, folder.output
     assert "60 documents" in folder.output
-    assert "aaaa" in folder.output
+    ids = Corpus(Folder("DIR", folders[0])).document(0).tolist()
+    assert Tokenizer.load(folders[0]).decode(ids[:5]) in folder.output
+    assert f"5 of {len(ids)} tokens" in folder.output
     wrong = CliRunner().invoke(app, ["data", "show", str(folders[0]), "moe.tau=1"])
     assert isinstance(wrong.exception, ConfigError)
     missing = CliRunner().invoke(app, ["data", "show", str(tmp_path / "none")])
