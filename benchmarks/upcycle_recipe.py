@@ -3,10 +3,10 @@
     python -m benchmarks.upcycle_recipe OUT [--only TEXT | --exact NAME] [--list] [--table]
 
 A Mixtral or a Qwen3-MoE of 3 layers, 48 wide, 8 experts, top-2, is trained from nothing with
-transformers (400 steps of 3,072 bytes), upcycled by `moepp convert upcycle`'s function, and trained
-on for 200 steps. A run takes about a minute on one core. Sources lie in `OUT/sources`; each run
-leaves `OUT/<name>.json`, which is not made again. `--table` prints the tables of
-docs/how_to/upcycle.md from what is there.
+transformers (steps of 3,072 bytes: 400, or 160 of Qwen3-MoE), upcycled by `moepp convert upcycle`'s
+function, and trained on for 200 steps. A run takes about a minute on one core, a Mixtral's source
+two, a Qwen3-MoE's three or more. Sources lie in `OUT/sources`; each run leaves `OUT/<name>.json`,
+which is not made again. `--table` prints the table of docs/how_to/upcycle.md from what is there.
 
 `chose` runs are those that the settings in configs/upcycle/ were chosen by; the text, the seeds and
 the architecture of `proved` runs were not looked at before.
@@ -32,7 +32,9 @@ from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
 
-BEFORE, LENGTH, BATCH = 400, 64, 48
+# Steps of a source; Qwen3-MoE's take three times as long here.
+BEFORE = {"mixtral": 400, "qwen3": 160}
+LENGTH, BATCH = 64, 48
 # Bytes at the end of a text that no run is trained on.
 HELD_OUT = 1 << 18
 VALIDATION = 64
@@ -120,21 +122,22 @@ def source(run: Run, out: Path) -> Path:
         own = {"num_experts": 8, "moe_intermediate_size": 64, "norm_topk_prob": True}
         config = transformers.Qwen3MoeConfig(**shape, **own, intermediate_size=64, head_dim=16)
         model = transformers.Qwen3MoeForCausalLM(config)
-    losses = _train_source(model, _Part(run.text, run.seed, held_out=False))
+    text = _Part(run.text, run.seed, held_out=False)
+    losses = _train_source(model, text, BEFORE[run.family])
     model.save_pretrained(folder)
     write_atomic(folder / "losses.json", json.dumps(losses).encode())
     return folder
 
 
-def _train_source(model: Any, text: _Part) -> list[float]:
+def _train_source(model: Any, text: _Part, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = 20
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, (step + 1) / warmup) * (0.6 + 0.4 * np.cos(np.pi * step / BEFORE)),
+        lambda step: min(1.0, (step + 1) / warmup) * (0.6 + 0.4 * np.cos(np.pi * step / steps)),
     )
     losses = []
-    for step in range(BEFORE):
+    for step in range(steps):
         rows = [text[step * BATCH + row] for row in range(BATCH)]
         tokens = torch.stack([row["tokens"] for row in rows])
         labels = torch.stack([row["labels"] for row in rows])
