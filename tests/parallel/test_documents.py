@@ -165,7 +165,7 @@ def masks_of_text(raw: dict[str, Any], eod: int | None) -> tuple[Any, Any]:
     return batch["tokens"].numpy(), batch["attention_mask"].numpy()
 
 
-@pytest.mark.parametrize("eod", [None, 2])
+@pytest.mark.parametrize("eod", [None, 10])
 def test_text_is_masked_as_by_megatron_cores_dataset(ranks: RankPools, eod: int | None) -> None:
     import torch
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
