@@ -31,6 +31,17 @@ def _teacher_predicts_one_token(config: Config) -> Iterator[Problem]:
         )
 
 
+def _teacher_sees_what_the_model_sees(config: Config) -> Iterator[Problem]:
+    """The teacher's forward pass is given tokens and positions."""
+    if config.distillation.teacher is not None and config.data.reset_attention_mask:
+        yield Problem(
+            "data.reset_attention_mask",
+            True,
+            "must be false with distillation.teacher, which is given no mask of documents",
+            "leave one of the two out",
+        )
+
+
 def _something_is_learnt(config: Config) -> Iterator[Problem]:
     """One of the two losses counts."""
     settings = config.distillation
@@ -58,6 +69,7 @@ def _compared_tokens_exist(config: Config) -> Iterator[Problem]:
 RULES = (
     _teacher_has_a_model_to_teach,
     _teacher_predicts_one_token,
+    _teacher_sees_what_the_model_sees,
     _something_is_learnt,
     _compared_tokens_exist,
 )

@@ -815,6 +815,11 @@ INVALID = [
         "did you mean moe.ffn_hidden_size or model.hidden_size?",
     ),
     (
+        ["distillation.teacher=runs/teacher", "data.reset_attention_mask=true"],
+        "data.reset_attention_mask (true)",
+        "leave one of the two out",
+    ),
+    (
         ["distillation.teacher=runs/teacher", "model.mtp_num_layers=1"],
         "model.mtp_num_layers (1)",
         "leave one of the two out",
