@@ -27,6 +27,7 @@ Labels = Literal[
     "source",
     "source,expert,kind",
     "class",
+    "task",
 ]
 
 
@@ -67,7 +68,8 @@ class Metric:
         labels: What tells its values of one run apart: ``layer`` is the transformer layer from 1,
             ``kind`` the kind of expert, ``expert`` an expert's name, ``ffn_experts`` how many FFN
             experts a token takes, ``metric`` a name of `IN_LAYERS`, ``source`` a data source,
-            ``class`` a class of tokens; empty for a single number.
+            ``class`` a class of tokens, ``task`` a task of lm-eval and its metric; empty for a
+            single number.
         guard: Whether its rules may look at it: "counted" in each MoE layer and every step from
             what its router wants, "compared" likewise with what was before, "measured" in each MoE
             layer and steps with router health, "whole" of the model, read by the guard itself,
@@ -176,6 +178,9 @@ class Record(BaseModel):
     valid_loss: Annotated[MaybeFloat, Metric(
         "validation loss; only on evaluated steps", "nats", "loss/validation",
         "moepp_valid_loss")] = None
+    task_score: Annotated[dict[str, Number] | None, Metric(
+        "score of a task of lm-eval by TASK/METRIC (evaluation.tasks); only on evaluated steps",
+        "", "task", "moepp_task_score", "task", panel=("Scores of tasks", "{{task}}"))] = None
     layer_expert_share: Annotated[list[list[Number]] | None, Metric(
         "share of a layer's selections that an expert takes; Prometheus has them by kind",
         "share", "expert_share", "moepp_layer_share_ratio", "layer,kind",
@@ -403,7 +408,7 @@ def _of_record() -> dict[str, Metric]:
 
 
 OF_RECORD = _of_record()
-BY_NAME = tuple(key for key, row in OF_RECORD.items() if row.labels in ("source", "class"))
+BY_NAME = tuple(key for key, row in OF_RECORD.items() if row.labels in ("source", "class", "task"))
 """Keys whose values are numbers by name."""
 METRICS = {**OF_RECORD, **IN_LAYERS, **OF_GUARD}
 """All rows by name."""

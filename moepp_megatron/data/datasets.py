@@ -1,11 +1,12 @@
 """Opens a prepared folder as megatron-core GPT datasets: train, validation, test."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.data.document_sources import SourcedDataset, read_document_sources
 from moepp_megatron.data.manifest import CACHE, CORPUS, Manifest
 from moepp_megatron.data.split import check_split
@@ -88,6 +89,22 @@ def build_datasets(
         if isinstance(dataset, SourcedDataset):
             dataset.source_names, dataset.document_sources = manifest.source_names, sources
     return train, validation, test
+
+
+def _shuffled_documents(
+    config: Config, tokenizer: Tokenizer, num_samples: tuple[int, int, int]
+) -> Datasets:
+    assert config.data.path is not None, "training needs data.path"
+    data, seed = config.data, config.training.seed
+    length = config.model.seq_length
+    return build_datasets(config.data.path, tokenizer, length, data.split, seed, num_samples)
+
+
+# What `data.dataset` may name: from the configuration, the run's tokenizer and the numbers of
+# samples that training, validation and test want at least. Every rank calls it.
+DATASETS: dict[str, Callable[[Config, Tokenizer, tuple[int, int, int]], Datasets]] = {
+    "gpt": _shuffled_documents
+}
 
 
 def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, data_path: Path) -> None:

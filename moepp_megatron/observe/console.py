@@ -49,6 +49,8 @@ class ConsoleSink:
                 self._progress.start()
             if record.valid_loss is not None:
                 self.message(f"step {record.step}: validation loss {record.valid_loss:.4f}")
+            for name, score in (record.task_score or {}).items():
+                self.message(f"step {record.step}: {name} {score:.4f}")
             self._progress.update(self._task, completed=record.step, status=self._status(record))
         else:
             self.message(f"step {record.step}/{self._total_steps} | {self._status(record)}")
@@ -71,6 +73,7 @@ class ConsoleSink:
         if self._progress is None:
             if record.valid_loss is not None:
                 parts.append(f"valid loss {record.valid_loss:.4f}")
+            parts += [f"{name} {score:.4f}" for name, score in (record.task_score or {}).items()]
             parts += [f"lr {record.lr:.2e}", f"grad norm {record.grad_norm:.3f}"]
         parts.append(f"FFN share {record.ffn_fraction:.3f} ({self._wanted(record)})")
         parts.append(f"{record.tokens_per_s:,.0f} tokens/s")

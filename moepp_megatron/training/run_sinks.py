@@ -26,6 +26,7 @@ def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
             resume_step=progress.step + 1,
             wandb=_wandb(config),
             moe_layers=[number for number, is_moe in enumerate(pattern, start=1) if is_moe],
+            plugins=config.observe.sinks,
         )
     )
 

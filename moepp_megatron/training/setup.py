@@ -181,7 +181,7 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
     settings = config.optimizer
     dtype = params_dtype(config)
     return OptimizerConfig(
-        **pick(OPTIMIZERS, "optimizer.kind", settings.kind)(settings),
+        **pick(OPTIMIZERS, "optimizer.kind", settings.kind, "optimizers")(settings),
         lr=settings.lr,
         min_lr=settings.min_lr,
         weight_decay=settings.weight_decay,
@@ -206,7 +206,7 @@ def learning_rate(config: Config, step: int) -> float:
 def _schedule(
     config: Config, optimizer: MegatronOptimizer | SimpleNamespace
 ) -> OptimizerParamScheduler:
-    build = pick(SCHEDULES, "optimizer.decay_style", config.optimizer.decay_style)
+    build = pick(SCHEDULES, "optimizer.decay_style", config.optimizer.decay_style, "schedules")
     return build(config, optimizer)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.data.datasets import build_datasets
+from moepp_megatron.config.choices import pick
+from moepp_megatron.data.datasets import DATASETS
 from moepp_megatron.data.same_tokenizer import tokenizer_of_run
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import corpus_identity
@@ -19,6 +20,7 @@ from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks
 from moepp_megatron.training.alerts import RunAlerts, guard_alert, new_stage
 from moepp_megatron.training.batches import rank_batches
+from moepp_megatron.training.callbacks import Callback, Callbacks
 from moepp_megatron.training.checkpoint import (
     CheckpointWriter,
     Loaded,
@@ -45,6 +47,7 @@ from moepp_megatron.training.run_sinks import open_run_sinks
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
 from moepp_megatron.training.step import Batch, StepResult, training_step
+from moepp_megatron.training.task_evaluation import TaskEvaluation
 from moepp_megatron.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class Trainer:
     Args:
         config: The run's configuration, checked.
         layout: The rank grid; process groups exist.
+        callbacks: Told what the run does, before those that `run.callbacks` names.
 
     Attributes:
         progress: The run's progress.
@@ -66,20 +70,15 @@ class Trainer:
         start_lines: Messages: the checkpoint that the run continues from, and what differs from it.
     """
 
-    def __init__(self, config: Config, layout: Layout) -> None:
+    def __init__(self, config: Config, layout: Layout, callbacks: Sequence[Callback] = ()) -> None:
         self.config = config
         self.layout = layout
         self.model: TrainingModel = build_training_model(config)
         assert config.data.path is not None, "training needs data.path"
         self._tokenizer = tokenizer_of_run(config)
-        self._train_set, self._valid_set, _ = build_datasets(
-            Path(config.data.path),
-            Tokenizer.load(self._tokenizer),
-            config.model.seq_length,
-            config.data.split,
-            config.training.seed,
-            self._num_samples(),
-        )
+        build = pick(DATASETS, "data.dataset", config.data.dataset, "datasets")
+        tokenizer = Tokenizer.load(self._tokenizer)
+        self._train_set, self._valid_set, _ = build(config, tokenizer, self._num_samples())
         self._supervisor = Supervisor(config, self.model)
         self.stopped = False
         self.pause_reason: str | None = None
@@ -97,6 +96,10 @@ class Trainer:
         self._routers = Routers(config, self.model, layout, self.extra, self._train_set)
         self._telemetry = Telemetry(config, self.progress.tokens)
         self._recorder = StepRecorder(config, layout, self.model)
+        self._tasks: TaskEvaluation | None = None
+        if config.evaluation.tasks:
+            self._tasks = TaskEvaluation(config, self.model, layout, self._tokenizer)
+        self._callbacks = Callbacks(config, self.model, self._supervisor, callbacks)
 
     def run(self) -> StepMetrics | None:
         """Train to `training.train_iters`.
@@ -113,19 +116,28 @@ class Trainer:
         self.model.set_training(True)
         if self.extra.get("corpus", self._corpus) != self._corpus:
             self.announce_stage("data.path holds another corpus than before")
-        with StopRequest().listening() as stop, self._supervisor as supervisor, self._telemetry:
+        with (
+            StopRequest().listening() as stop,
+            self._supervisor as supervisor,
+            self._telemetry,
+            self._callbacks.following(lambda: self.progress, stop) as callbacks,
+        ):
             while self.progress.step < training.train_iters and not self.stopped:
                 result, started = self._take_step(batches, stop)
                 self.checkpoints.poll()
                 # The loss is needed by the log alone, but reading it waits for the device: so the
                 # time of the step is its own.
-                logs = result.updated and (self._due(training.log_interval) or self._evaluates())
+                logs = result.updated and any(
+                    (self._due(training.log_interval), self._validates(), self._does_tasks())
+                )
                 if logs:
                     record = self._record(result.losses, result.grad_norm, started)
                     if self._sinks is not None:
                         self._sinks.write(record)
                         self._alerts.complain(self.progress, self.checkpoints)
                 stays = self._judge_routers(result) if result.updated else self._skip(result)
+                if stays and result.updated:
+                    callbacks.tell_step(record if logs else None)
                 # A request may have come while the host was busy after the step's read. Elsewhere
                 # it has only queued the optimizer's work, and the next step's read comes at once.
                 is_plain = result.updated and stays and not logs
@@ -134,10 +146,12 @@ class Trainer:
                 if stays and self._due(config.checkpoint.save_interval) or self.stopped:
                     with supervisor.during("save"):
                         self._save()
+                callbacks.tell_saves(self.checkpoints.written)
             self._recorder.close()
             with supervisor.during("save"):
                 self.checkpoints.finish()
                 self._routers.write_expert_usage()
+            callbacks.tell_saves(self.checkpoints.written)
             # No logged step comes after the last save.
             self._alerts.complain(self.progress, self.checkpoints)
         self._close_sinks()
@@ -302,7 +316,13 @@ class Trainer:
         at_end = step == self.config.training.train_iters
         return interval > 0 and (step % interval == 0 or at_end)
 
-    def _evaluates(self) -> bool:
+    def _does_tasks(self) -> bool:
+        if self._tasks is None:
+            return False
+        is_last = self.progress.step == self.config.training.train_iters
+        return is_last or self._due(self.config.evaluation.interval)
+
+    def _validates(self) -> bool:
         training = self.config.training
         if self._valid_set is None or training.eval_iters == 0:
             return False
@@ -314,10 +334,14 @@ class Trainer:
         elapsed = time.perf_counter() - started
         tokens = self.config.training.global_batch_size * self.config.model.seq_length
         routing = self._routers.routing_metrics()
-        valid_loss = None
-        if self._evaluates():
+        valid_loss, task_score = None, None
+        if self._validates():
             with self._supervisor.during("evaluation"):
                 valid_loss = validation_loss(self.model, self._valid_set, self.config, self.layout)
+        if self._does_tasks():
+            assert self._tasks is not None, "there are tasks to do"
+            with self._supervisor.during("evaluation"):
+                task_score = self._tasks.scores()
         ffn_fraction: float = routing["ffn_fraction"]
         telemetry = self._telemetry.metrics(self.progress.tokens, tokens / elapsed, ffn_fraction)
         return StepMetrics(
@@ -329,6 +353,7 @@ class Trainer:
             step_time_s=elapsed,
             tokens_per_s=tokens / elapsed,
             valid_loss=valid_loss,
+            task_score=task_score,
             skipped_steps=self.progress.skipped_steps or None,
             **self._supervisor.metrics(),  # type: ignore[arg-type]
             failed_saves=self.checkpoints.failed_saves if self._saves() else None,

@@ -3,6 +3,7 @@
 budget.py            rules of `moe.budget`
 cuda_graphs.py       rules of `training.cuda_graphs`
 divisibility.py      divisibility, the most common rule, with a remedy that can be typed in
+evaluation.py        rules of the section `evaluation`
 expert_overlap.py    rules of `parallel.overlap_moe_expert_parallel_comm`
 flex.py              the sizes that deep_ep, the package of the flex dispatcher, requires
 ignored.py           settings that the user gave and that have no effect: warnings, not errors
@@ -29,6 +30,7 @@ from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules import (
     budget,
     cuda_graphs,
+    evaluation,
     expert_overlap,
     flex,
     ignored,
@@ -60,6 +62,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *resilience.RULES,
     *slurm.RULES,
     *observe.RULES,
+    *evaluation.RULES,
     *routing_guard.RULES,
 )
 IGNORED: tuple[Callable[[Config], Iterator[Problem]], ...] = ignored.RULES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 from pydantic import Field
 
+from moepp_megatron.config.schema.evaluation import EvaluationSection
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.observe import ObserveSection, TelemetrySection
@@ -48,6 +49,9 @@ class Config(Section):
     )
     observe: ObserveSection = Field(
         default_factory=ObserveSection, description="W&B, and where alerts are sent"
+    )
+    evaluation: EvaluationSection = Field(
+        default_factory=EvaluationSection, description="Tasks of lm-eval while training"
     )
     routing_guard: RoutingGuardSection = Field(
         default_factory=RoutingGuardSection,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.schema.section import Section, unit
+
+Schedule = Annotated[str, Plugin("schedules")]
+Optimizer = Annotated[str, Plugin("optimizers")]
 
 
 class OptimizerSection(Section):
@@ -40,7 +44,7 @@ class OptimizerSection(Section):
         description="Steps in which the rate rises from 0 to lr",
         json_schema_extra=unit("steps"),
     )
-    decay_style: Literal["cosine", "linear", "constant"] = Field(
+    decay_style: Literal["cosine", "linear", "constant"] | Schedule = Field(
         default="cosine",
         description="How the rate falls from lr to min_lr",
         json_schema_extra=unit("-"),
@@ -51,7 +55,7 @@ class OptimizerSection(Section):
         description="Step at which min_lr is reached; null means training.train_iters",
         json_schema_extra=unit("steps"),
     )
-    kind: Literal["adam"] = Field(
+    kind: Literal["adam"] | Optimizer = Field(
         default="adam", description="The optimizer; adam is AdamW", json_schema_extra=unit("-")
     )
 
