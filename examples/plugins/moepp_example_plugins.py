@@ -1,8 +1,8 @@
 """One plugin of each kind; pyproject.toml beside it gives each its name.
 
 pip install ./examples/plugins
-moepp train configs/quickstart.yaml run.dir=runs/plugins optimizer.kind=adam_l2 \
-    optimizer.decay_style=inverse_root data.dataset=one_batch \
+moepp train configs/quickstart.yaml run.dir=runs/plugins data.dataset=one_batch \
+    optimizer.kind=adam_l2 optimizer.decay_style=inverse_root \
     'observe.sinks=[csv]' 'run.callbacks=[patience]'
 """
 

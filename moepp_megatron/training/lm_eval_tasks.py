@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lm_eval.tasks.manager import load_yaml  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
 from moepp_megatron.config import Config, ConfigError  # noqa: E402
+from moepp_megatron.config.json_file import parse_json  # noqa: E402
 from moepp_megatron.data.tokenizer import Tokenizer  # noqa: E402
 
 # Of each row of tokens, log-probability and whether it is the likeliest of each after the first.
@@ -30,6 +32,8 @@ SETTING = "evaluation.tasks"
 # Few-shot examples are drawn as `lm_eval run` draws them by default.
 _FEWSHOT_SEED = 1234
 _GENERATES = "generate_until"
+# Its warnings are advice for its own command line.
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def load_tasks(config: Config) -> Tasks:
@@ -119,14 +123,14 @@ def _documents(file: Path, data_files: Any) -> datasets.DatasetDict:
 
 def _rows(file: Path, path: Path) -> list[Any]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         rule = f"names documents that cannot be read ({_line(error)})"
         raise _refusal(file, rule, "correct it") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line.strip() else None
+            row = parse_json(line) if line.strip() else None
         except ValueError:
             row = line
         if row is not None and not isinstance(row, dict):
@@ -160,7 +164,9 @@ def run_tasks(
         Scores by `TASK/METRIC`, or `TASK/METRIC/FILTER` where a task has filters.
     """
     model = _Model(score, tokenizer, max_length)
-    found = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=False)
+    # It draws bars.
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        found = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=False)
     return {
         "/".join([name, *key.removesuffix(",none").split(",")]): float(value)
         for name, values in found["results"].items()
