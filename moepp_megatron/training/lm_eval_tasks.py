@@ -175,6 +175,31 @@ def run_tasks(
     }
 
 
+def try_tasks(tasks: Tasks, tokenizer: Tokenizer, max_length: int, limit: int | None) -> None:
+    """Evaluate with scores of 0, so that what is wrong with a task is found before training.
+
+    Args:
+        tasks: Same as in `run_tasks`.
+        tokenizer: Same.
+        max_length: Same.
+        limit: Same.
+
+    Raises:
+        ConfigError: A task cannot be evaluated.
+    """
+
+    def score(rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(np.zeros(len(row) - 1), np.zeros(len(row) - 1, dtype=bool)) for row in rows]
+
+    try:
+        run_tasks(tasks, score, tokenizer, max_length, limit)
+    except Exception as error:  # whatever lm-eval, or code that a task names, raises
+        raise ConfigError(
+            f"{SETTING} ({', '.join(tasks)}) must be possible to evaluate, which fails "
+            f"({_line(error)}); correct the task"
+        ) from error
+
+
 class _Model(TemplateLM):
     """What lm-eval asks: tokens and their log-probabilities. One process asks for all ranks."""
 

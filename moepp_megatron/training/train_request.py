@@ -133,9 +133,9 @@ class TrainRequest:
             load_hardware(config.telemetry.hardware)
         if self.speaks:
             _check_sinks(config)
+        warnings = check_data(config, whole_index=self.rank.rank == 0)
         if self.speaks and not has_launcher():
             _check_tasks(config)
-        warnings = check_data(config, whole_index=self.rank.rank == 0)
         if self.speaks and not has_launcher():
             for warning in warnings:
                 warn(warning)
@@ -165,7 +165,7 @@ def _resumed(config: Config) -> Config:
 
 
 def _check_tasks(config: Config) -> None:
-    """Refuse tasks that cannot be loaded, and read their documents once for that."""
+    """Refuse tasks that cannot be evaluated, for which each is tried without the model."""
     if not config.evaluation.tasks:
         return
     if not have_lm_eval():
@@ -173,9 +173,12 @@ def _check_tasks(config: Config) -> None:
             f"evaluation.tasks ({', '.join(map(str, config.evaluation.tasks))}) must have the "
             f"package lm-eval, which is not installed; {how_to_install('lm-eval')}, or leave it out"
         )
-    from moepp_megatron.training.lm_eval_tasks import load_tasks
+    from moepp_megatron.data.same_tokenizer import tokenizer_of_run
+    from moepp_megatron.data.tokenizer import Tokenizer
+    from moepp_megatron.training.lm_eval_tasks import load_tasks, try_tasks
 
-    load_tasks(config)
+    tokenizer = Tokenizer.load(tokenizer_of_run(config))
+    try_tasks(load_tasks(config), tokenizer, config.model.seq_length, config.evaluation.limit)
 
 
 def _check_sinks(config: Config) -> None:
