@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moepp_megatron.interop.score import score
     from moepp_megatron.moe.config import MoEPPConfig
     from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
+    from moepp_megatron.training.callbacks import Callback
     from moepp_megatron.training.generate import generate
     from moepp_megatron.training.run import train
     from moepp_megatron.workbench.planning.plan import plan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
+    "Callback",
     "ConfigError",
     "MoEPPConfig",
     "PrepareSettings",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Callback": "training.callbacks.Callback",
     "ConfigError": "config.ConfigError",
     "MoEPPConfig": "moe.config.MoEPPConfig",
     "PrepareSettings": "data.prepare.PrepareSettings",

@@ -28,6 +28,7 @@ Labels = Literal[
     "source,expert,kind",
     "class",
     "set",
+    "task",
 ]
 
 
@@ -68,7 +69,8 @@ class Metric:
         labels: What tells its values of one run apart: ``layer`` is the transformer layer from 1,
             ``kind`` the kind of expert, ``expert`` an expert's name, ``ffn_experts`` how many FFN
             experts a token takes, ``metric`` a name of `IN_LAYERS`, ``source`` a data source,
-            ``class`` a class of tokens, ``set`` a validation set; empty for a single number.
+            ``class`` a class of tokens, ``set`` a validation set, ``task`` a task of lm-eval and
+            its metric; empty for a single number.
         guard: Whether its rules may look at it: "counted" in each MoE layer and every step from
             what its router wants, "compared" likewise with what was before, "measured" in each MoE
             layer and steps with router health, "whole" of the model, read by the guard itself,
@@ -187,6 +189,9 @@ class Record(BaseModel):
         "validation loss of each set of data.validation; only on evaluated steps", "nats",
         "loss/validation_sets", "moepp_valid_set_loss", "set",
         panel=("Loss by validation set", "{{set}}"))] = None
+    task_score: Annotated[dict[str, Number] | None, Metric(
+        "score of a task of lm-eval by TASK/METRIC (evaluation.tasks); only on evaluated steps",
+        "", "task", "moepp_task_score", "task", panel=("Scores of tasks", "{{task}}"))] = None
     layer_expert_share: Annotated[list[list[Number]] | None, Metric(
         "share of a layer's selections that an expert takes; Prometheus has them by kind",
         "share", "expert_share", "moepp_layer_share_ratio", "layer,kind",
@@ -421,7 +426,9 @@ def _of_record() -> dict[str, Metric]:
 
 
 OF_RECORD = _of_record()
-BY_NAME = tuple(key for key, row in OF_RECORD.items() if row.labels in ("source", "class", "set"))
+BY_NAME = tuple(
+    key for key, row in OF_RECORD.items() if row.labels in ("source", "class", "set", "task")
+)
 """Keys whose values are numbers by name."""
 METRICS = {**OF_RECORD, **IN_LAYERS, **_OF_GUARD}
 """All rows by name."""

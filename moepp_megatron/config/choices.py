@@ -6,16 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.plugins import PREFIX, load_plugin
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def pick[T](registry: Mapping[str, T], setting: str, name: str) -> T:
-    """What a registry holds under the name that a setting gives.
+def pick[T](registry: Mapping[str, T], setting: str, name: str, plugins: str | None = None) -> T:
+    """What a registry holds under the name that a setting gives, or an installed package has.
+
+    Args:
+        registry: What this package has.
+        setting: Dotted name of the setting.
+        name: Its value.
+        plugins: The kind of plugins that `plugin:NAME` may name; None for no plugins.
 
     Raises:
         ConfigError: It holds no such name; the message lists those that it holds.
     """
+    if plugins is not None and name.startswith(PREFIX):
+        plugin: T = load_plugin(plugins, setting, name)
+        return plugin
     if name not in registry:
         known = ", ".join(registry)
         raise ConfigError(f"{setting} ({name}) must be one of {known}; use one of these")

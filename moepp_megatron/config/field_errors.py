@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from moepp_megatron.config.known_keys import section_models, subsection
+from moepp_megatron.config.plugins import PREFIX, plugin_of
 from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Section
 
@@ -121,7 +122,7 @@ def _problem(
             f"must be given: {field.description}",
             f"add {key} under {section}: or pass {name}=VALUE",
         )
-    if first["type"] == "no_path":
+    if first["type"] in ("no_path", "no_plugin"):
         return Problem(name, value, first["ctx"]["rule"], first["ctx"]["remedy"])
     if first["type"] in _BOUNDS:
         return _bound_problem(name, field, first, value)
@@ -165,18 +166,18 @@ def _choice_problem(name: str, field: FieldInfo, value: Any) -> Problem:
     shown = [show(choice).strip("'") for choice in choices]
     named = [text for text, choice in zip(shown, choices, strict=True) if choice is not None]
     near = get_close_matches(str(value).lower(), named, n=1, cutoff=0.5)
+    plugin = plugin_of(field.annotation)
+    if plugin is not None:
+        return Problem(name, value, **plugin.refusal(str(value).removeprefix(PREFIX), tuple(named)))
     best = near or ([field.default] if field.default in named else ["null"])
     return Problem(name, value, f"must be one of {', '.join(shown)}", f"use {best[0]}")
 
 
 def _choices(annotation: Any) -> list[Any]:
     """The values of a Literal, and None where the field may be null."""
-    choices: list[Any] = []
-    for argument in get_args(annotation):
-        if argument is type(None):
-            choices.append(None)
-        elif get_args(argument):
-            choices += _choices(argument)
-        else:
-            choices.append(argument)
-    return choices
+    if annotation is type(None):
+        return [None]
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return list(arguments)
+    return [choice for argument in arguments for choice in _choices(argument)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from moepp_megatron.config.known_keys import is_optional, section_models, subsection
+from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.problem import show
 from moepp_megatron.config.schema import Section
 
@@ -144,7 +145,9 @@ def _choices(annotation: Any) -> Iterator[Any]:
         yield from (True, False)
     elif annotation is type(None):
         yield None
-    elif _is_union(annotation) or get_origin(annotation) is list:
+    elif isinstance(annotation, Plugin):
+        yield "plugin:NAME"
+    elif _is_union(annotation) or get_origin(annotation) in (list, Annotated):
         for kind in get_args(annotation):
             yield from _choices(kind)
 

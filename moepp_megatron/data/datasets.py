@@ -1,6 +1,6 @@
 """Opens prepared folders as megatron-core GPT datasets: train, validation, test."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from moepp_megatron.config.blends import Blend, Folder, folders_of, labels
-from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.blends import Blend, Folder, blends_of, folders_of, labels
 from moepp_megatron.data.blending import DrawnDataset, plan_draws
 from moepp_megatron.data.conversations import ConversationDataset, open_marks
 from moepp_megatron.data.document_sources import SourcedDataset, read_document_sources
@@ -86,48 +86,33 @@ def build_datasets(
 
 
 def build_validation_sets(
-    paths: Mapping[str, Path],
-    trained: Sequence[Blend],
-    tokenizer: Tokenizer,
-    sequence_length: int,
-    split: str | None,
-    seed: int,
-    num_samples: int,
-    *,
-    reset_position_ids: bool = False,
-    eod_mask_loss: bool = False,
-    cache_dir: Path | None = None,
+    config: Config, tokenizer: Tokenizer, num_samples: int
 ) -> dict[str, GPTDataset]:
     """Open the sets of `data.validation`; every rank must call.
 
     A folder that is trained on gives its validation part, any other all of its documents.
 
     Args:
-        paths: the folders by the sets' names.
-        trained: the blends of the run.
-        tokenizer: tokenizer of the folders, or one with the same ids.
-        sequence_length: tokens of a sample.
-        split: the split of a folder that is trained on.
-        seed: seed of the order of samples.
-        num_samples: samples that each set must have at least.
-        reset_position_ids: positions start at 0 after every EOD.
-        eod_mask_loss: no loss where the input is EOD.
-        cache_dir: folder of the sample indices.
+        config: the run's configuration.
+        tokenizer: the run's.
+        num_samples: samples that each set must have at least; with 0 none is opened.
 
     Raises:
-        ConfigError: the errors of `build_datasets`.
+        ConfigError: no dataset there, or nothing to validate on.
     """
+    data = config.data
     options = {
-        "random_seed": seed,
-        "sequence_length": sequence_length,
+        "random_seed": config.training.seed,
+        "sequence_length": config.model.seq_length,
         "tokenizer": tokenizer,
-        "reset_position_ids": reset_position_ids,
-        "eod_mask_loss": eod_mask_loss,
+        "reset_position_ids": data.reset_position_ids,
+        "eod_mask_loss": data.eod_mask_loss,
     }
-    found = {}
-    for name, path in paths.items():
+    found, trained = {}, blends_of(config)
+    for name, path in data.validation.items() if num_samples else ():
         folder = Folder(f"data.validation.{name}", path)
-        opener = _Opener(options, split_of_set(folder, trained, split), cache_dir, False)
+        split = split_of_set(folder, trained, data.split)
+        opener = _Opener(options, split, data.cache, False)
         _, found[name], _ = opener.open(folder, (0, num_samples, 0))
     return found
 
@@ -236,6 +221,26 @@ class _Opener:
         """The folder of the sample indices."""
         path = folder.path
         return self.cache_dir or (path if path.is_dir() else path.parent) / CACHE
+
+
+def _shuffled_documents(config: Config, tokenizer: Tokenizer, num_samples: Samples) -> Datasets:
+    data = config.data
+    return build_datasets(
+        blends_of(config),
+        tokenizer,
+        config.model.seq_length,
+        data.split,
+        config.training.seed,
+        num_samples,
+        reset_position_ids=data.reset_position_ids,
+        eod_mask_loss=data.eod_mask_loss,
+        cache_dir=data.cache,
+    )
+
+
+# What `data.dataset` may name: from the configuration, the run's tokenizer and the numbers of
+# samples that training, validation and test want at least. Every rank calls it.
+DATASETS: dict[str, Callable[[Config, Tokenizer, Samples], Datasets]] = {"gpt": _shuffled_documents}
 
 
 def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, folder: Folder) -> None:

@@ -47,7 +47,7 @@ class ConsoleSink:
         if self._progress is not None:
             if not self._started:
                 self._progress.start()
-            for text in _validation_texts(record, "validation loss"):
+            for text in _evaluation_texts(record, "validation loss"):
                 self.message(f"step {record.step}: {text}")
             self._progress.update(self._task, completed=record.step, status=self._status(record))
         else:
@@ -69,7 +69,7 @@ class ConsoleSink:
     def _status(self, record: StepMetrics) -> str:
         parts = [f"loss {record.loss:.4f}"]
         if self._progress is None:
-            parts += _validation_texts(record, "valid loss")
+            parts += _evaluation_texts(record, "valid loss")
             parts += [f"lr {record.lr:.2e}", f"grad norm {record.grad_norm:.3f}"]
         parts.append(f"FFN share {record.ffn_fraction:.3f} ({self._wanted(record)})")
         parts.append(f"{record.tokens_per_s:,.0f} tokens/s")
@@ -91,8 +91,9 @@ class ConsoleSink:
         return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _validation_texts(record: StepMetrics, what: str) -> list[str]:
-    """The validation losses of a record, as a reader sees them."""
+def _evaluation_texts(record: StepMetrics, what: str) -> list[str]:
+    """The validation losses and scores of a record, as a reader sees them."""
     whole = [] if record.valid_loss is None else [f"{what} {record.valid_loss:.4f}"]
     named = record.valid_set_loss or {}
-    return whole + [f"{what} of {name} {loss:.4f}" for name, loss in named.items()]
+    losses = [f"{what} of {name} {loss:.4f}" for name, loss in named.items()]
+    return whole + losses + [f"{n} {score:.4f}" for n, score in (record.task_score or {}).items()]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.config.choices import pick
 from moepp_megatron.config.schema import WandbSection
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe.console import ConsoleSink
@@ -123,6 +124,7 @@ class SinkSettings:
         resume_step: The first step that will be written; see ``JsonlSink``.
         wandb: The run at W&B; None for none.
         moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
+        plugins: ``observe.sinks``.
     """
 
     run_dir: Path
@@ -132,6 +134,7 @@ class SinkSettings:
     resume_step: int | None = None
     wandb: WandbRun | None = None
     moe_layers: Sequence[int] = ()
+    plugins: Sequence[str] = ()
 
 
 def _tensorboard(run: SinkSettings) -> Sink:
@@ -156,13 +159,13 @@ VIEWS: dict[str, Callable[[SinkSettings], Sink | None]] = {
 
 
 def open_sinks(run: SinkSettings) -> Sinks:
-    """The sinks of a training run: ``metrics.jsonl``, the console, and ``VIEWS``."""
+    """The sinks of a training run: ``metrics.jsonl``, the console, ``VIEWS`` and plugins."""
     jsonl = JsonlSink(run.run_dir / "metrics.jsonl", run.resume_step)
     console = ConsoleSink(run.total_steps, phi=run.phi)
     optional: list[Sink] = [console]
-    for name, view in VIEWS.items():
+    for name in (*VIEWS, *run.plugins):
         try:
-            sink = view(run)
+            sink = pick(VIEWS, "observe.sinks", name, "sinks")(run)
         except Exception as error:  # a view must not keep a run from starting
             logger.warning("no %s: %s", name, error)
             continue

@@ -101,6 +101,14 @@ PATCHES = (
         "the optimizer's step takes a norm",
     ),
     Patch(
+        "training.task_evaluation",
+        "megatron-core",
+        "moe_expert_capacity_factor and moe_input_jitter_eps of the model's configuration, and the "
+        "capacity of this package's routers; while tasks are evaluated",
+        "a token's score would depend on the tokens beside it, and on noise",
+        "megatron-core limits and disturbs in training alone",
+    ),
+    Patch(
         "training.resilience.collective_clock",
         "torch, megatron-core",
         "collectives under every name, and Work.wait; while the clock runs",

@@ -4,6 +4,7 @@ alerts.py              the alerts of a run; those about refused batches, stages,
 batches.py             micro-batches on this rank's device, for training and validation
 batch_losses.py        the loss of each batch and how much its sequences differ
 budget.py              applies the budget of FFN experts per token to the model, step by step
+callbacks.py           a user's own objects that are told what a run does
 collect.py             adds up what all ranks counted in one step
 data_sources.py        loss, FFN share and use of the experts by data source, of one step
 data_stages.py         which of its data a run is drawing from, and when others follow
@@ -16,6 +17,7 @@ generate_request.py    what `moepp generate` is asked to do
 going_back.py          putting an earlier checkpoint of the run in place of the present model
 gradient_norm.py       the gradient norm on the device
 inference_settings.py  turns a training configuration into one for forward passes only
+lm_eval_tasks.py       tasks of lm-eval from local files, and the model that lm-eval asks
 move_aside.py          moving a run out of the way of a new one in the same folder
 occupancy.py           whether a run may start in its folder
 optimizers.py          the optimizer: its kind, and the groups of parameters that differ
@@ -36,8 +38,10 @@ step.py                one training step
 step_sums.py           what a step decides by: summed over all ranks and read once
 tagging.py             whether layers are told which tokens they see, and by what
 teacher.py             which model teaches, and its configuration in the layout of the run
+task_evaluation.py     evaluates the running model on tasks of lm-eval, in the run's own layout
 telemetry.py           adds telemetry of all nodes to a step's metrics
 token_groups.py        FFN experts of each class of tokens, in one step
+token_scores.py        log-probabilities of given tokens from a model that is there
 train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported
 trainer.py             the run from start to end
 """

@@ -79,11 +79,10 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
     # several ranks hold (expert tensor ranks are fewer than tensor ranks) once for each of them.
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     by_layer = parallel.use_distributed_optimizer and is_emerging and ranks > 1
+    own = {key: getattr(settings, key) for key in ("adam_beta1", "adam_beta2", "adam_eps")}
+    own |= pick(OPTIMIZERS, "optimizer.kind", settings.kind, "optimizers")(settings)
     return OptimizerConfig(
-        **pick(OPTIMIZERS, "optimizer.kind", settings.kind)(settings),
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
+        **own,
         lr=settings.lr,
         min_lr=settings.min_lr,
         weight_decay=settings.weight_decay,

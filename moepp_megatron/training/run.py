@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from moepp_megatron.training.train_request import Say, TrainRequest
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
+    from moepp_megatron.training.callbacks import Callback
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     nproc: int = 1,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train the model that a configuration describes, as `moepp train` does but for the report.
 
@@ -73,6 +75,8 @@ def train(
         resume: Go on from the newest checkpoint of the run in `run.dir`.
         overwrite: Move the run in `run.dir` aside and start anew.
         nproc: Ranks to start on this machine, in processes of their own.
+        callbacks: Told what the run does, before those of `run.callbacks`. They cannot be handed to
+            processes that `nproc` starts.
 
     Returns:
         The run's progress; losses in nats per token, times in seconds (`StepMetrics`).
@@ -87,8 +91,13 @@ def train(
         options = LaunchOptions(nproc, stoppable=True)
         start = occupancy.Start(resume=resume, overwrite=overwrite)
         request = TrainRequest.read(file, overrides, options, start, _warn).admitted(_warn)
+        if callbacks and request.starts_ranks:
+            raise ConfigError(
+                f"nproc ({nproc}) must be 1 with callbacks, which are objects of this process; "
+                "start the script with torchrun, or name installed ones in run.callbacks"
+            )
         try:
-            result = run(request, print)
+            result = run(request, print, callbacks)
         except RanksFailedError as error:
             for refusal in (ConfigError, UnfitError):
                 if error.status == refusal.exit_code:
@@ -111,12 +120,13 @@ def _as_file(config: Config | str | Path) -> Iterator[Path]:
         yield file
 
 
-def run(request: TrainRequest, say: Say) -> TrainResult:
+def run(request: TrainRequest, say: Say, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Train as an admitted request says: be one rank, or start this machine's ranks.
 
     Args:
         request: The result of `TrainRequest.admitted`.
         say: Told what happens before the first step, on rank 0.
+        callbacks: As of `train`.
 
     Returns:
         Of ranks that were started only what their exit status tells.
@@ -128,7 +138,7 @@ def run(request: TrainRequest, say: Say) -> TrainResult:
         OSError: The run was asked to stop and could not be saved.
     """
     with _entering(request, say):
-        return _start_ranks(request) if request.starts_ranks else _be_rank(request, say)
+        return _start_ranks(request) if request.starts_ranks else _be_rank(request, say, callbacks)
 
 
 def _entering(request: TrainRequest, say: Say) -> AbstractContextManager[None]:
@@ -157,7 +167,7 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
     return TrainResult(Path(request.config.run.dir), stopped=status == STOPPED)
 
 
-def _be_rank(request: TrainRequest, say: Say) -> TrainResult:
+def _be_rank(request: TrainRequest, say: Say, callbacks: Sequence[Callback]) -> TrainResult:
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
@@ -187,7 +197,7 @@ def _be_rank(request: TrainRequest, say: Say) -> TrainResult:
                 say(f"warning: {doubt}")
             if (choices := choices_to_log(config)) is not None:
                 say(choices)
-        trainer = Trainer(config, request.layout)
+        trainer = Trainer(config, request.layout, callbacks)
         if rank.rank == 0:
             for line in trainer.start_lines:
                 say(line)

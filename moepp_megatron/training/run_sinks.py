@@ -27,6 +27,7 @@ def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
             moe_layers=[
                 number for number, is_moe in enumerate(config.router_pattern, start=1) if is_moe
             ],
+            plugins=config.observe.sinks,
         )
     )
 

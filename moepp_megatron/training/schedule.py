@@ -17,6 +17,7 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.config.choices import pick
 
 # Further seconds of imports, before a drawing of a schedule.
 if TYPE_CHECKING:
@@ -30,6 +31,13 @@ def build_schedule(
     config: Config, optimizer: MegatronOptimizer | SimpleNamespace
 ) -> OptimizerParamScheduler:
     """The schedule that sets the learning rate and the weight decay of an optimizer's groups."""
+    build = pick(SCHEDULES, "optimizer.decay_style", config.optimizer.decay_style, "schedules")
+    return build(config, optimizer)
+
+
+def _megatron_schedule(
+    config: Config, optimizer: MegatronOptimizer | SimpleNamespace
+) -> OptimizerParamScheduler:
     settings = config.optimizer
     return OptimizerParamScheduler(
         optimizer,
@@ -46,6 +54,12 @@ def build_schedule(
         wd_incr_steps=config.training.train_iters,
         wd_incr_style="constant",
     )
+
+
+# What `optimizer.decay_style` may name.
+SCHEDULES = dict.fromkeys(
+    ("cosine", "linear", "constant", "inverse-square-root", "WSD"), _megatron_schedule
+)
 
 
 def learning_rate(config: Config, step: int) -> float:

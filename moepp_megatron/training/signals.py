@@ -52,6 +52,11 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def ask(self) -> None:
+        """Ask this run to stop, as a signal to this rank does."""
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+
     def agreed(self) -> bool:
         """Whether any rank was asked; every rank must call, and all get the same answer.
 

@@ -17,9 +17,11 @@ from moepp_megatron.config import (
     load_config,
     with_overrides,
 )
+from moepp_megatron.config.plugins import check_plugins, load_plugin
 from moepp_megatron.runtime.install import how_to_install
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
 from moepp_megatron.runtime.object_store import check_store, place
+from moepp_megatron.runtime.optional import have_lm_eval
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import adopt_rank_variables, contradiction
 from moepp_megatron.training import occupancy
@@ -79,6 +81,7 @@ class TrainRequest:
         machines = 1 if nodes is None else nodes.count
         world_size = rank.world_size if rank.is_launched else machines * options.num_local_ranks
         layout = Layout.from_config(settings, world_size)
+        check_plugins(settings)
         name = nodes.run_id if nodes is not None else rank.start_name
         start = replace(start, name=name, config_file=config)
         request = cls(settings, layout, rank, options, start, [str(config), *overrides])
@@ -136,6 +139,8 @@ class TrainRequest:
             _check_sinks(config)
         warnings = check_data(config, whole_index=self.rank.rank == 0)
         if self.speaks and not has_launcher():
+            _check_tasks(config)
+        if self.speaks and not has_launcher():
             for warning in warnings:
                 warn(warning)
         TeacherModel.of(config)
@@ -172,8 +177,27 @@ def _check_stores(config: Config) -> None:
         check_store(place(name), "checkpoint.load", writes=False)
 
 
+def _check_tasks(config: Config) -> None:
+    """Refuse tasks that cannot be evaluated, for which each is tried without the model."""
+    if not config.evaluation.tasks:
+        return
+    if not have_lm_eval():
+        raise UnfitError(
+            f"evaluation.tasks ({', '.join(map(str, config.evaluation.tasks))}) must have the "
+            f"package lm-eval, which is not installed; {how_to_install('lm-eval')}, or leave it out"
+        )
+    from moepp_megatron.data.same_tokenizer import tokenizer_of_run
+    from moepp_megatron.data.tokenizer import Tokenizer
+    from moepp_megatron.training.lm_eval_tasks import load_tasks, try_tasks
+
+    tokenizer = Tokenizer.load(tokenizer_of_run(config))
+    try_tasks(load_tasks(config), tokenizer, config.model.seq_length, config.evaluation.limit)
+
+
 def _check_sinks(config: Config) -> None:
     """Refuse sinks that cannot work, where the rank that owns them starts."""
+    for name in config.observe.sinks:
+        load_plugin("sinks", "observe.sinks", name)
     from moepp_megatron.runtime.optional import have_wandb
 
     project, variable = config.observe.wandb.project, config.observe.webhook_url_env

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.config.blends import blends_of
-from moepp_megatron.data.datasets import build_datasets, build_validation_sets
+from moepp_megatron.config.choices import pick
+from moepp_megatron.data.datasets import DATASETS, build_validation_sets
 from moepp_megatron.data.same_tokenizer import tokenizer_of_run
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks
 from moepp_megatron.training.alerts import RunAlerts, guard_alert, new_stage
 from moepp_megatron.training.batches import rank_batches
+from moepp_megatron.training.callbacks import Callback, Callbacks
 from moepp_megatron.training.checkpoint import (
     CheckpointWriter,
     Loaded,
@@ -50,6 +51,7 @@ from moepp_megatron.training.schedule import BatchSizes, planned_samples
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
 from moepp_megatron.training.step import Batch, StepResult, training_step, unchanged
+from moepp_megatron.training.task_evaluation import TaskEvaluation
 from moepp_megatron.training.teacher import TeacherModel
 from moepp_megatron.training.telemetry import Telemetry
 
@@ -62,6 +64,7 @@ class Trainer:
     Args:
         config: The run's configuration, checked.
         layout: The rank grid; process groups exist.
+        callbacks: Told what the run does, before those that `run.callbacks` names.
 
     Attributes:
         progress: The run's progress.
@@ -72,22 +75,15 @@ class Trainer:
         start_lines: Messages: the checkpoint that the run continues from, and what differs from it.
     """
 
-    def __init__(self, config: Config, layout: Layout) -> None:
+    def __init__(self, config: Config, layout: Layout, callbacks: Sequence[Callback] = ()) -> None:
         self.config = config
         self.layout = layout
         self.model: TrainingModel = build_training_model(config)
         self._tokenizer = tokenizer_of_run(config)
-        tokenizer, blends = Tokenizer.load(self._tokenizer), blends_of(config)
-        order = (tokenizer, config.model.seq_length, config.data.split, config.training.seed)
-        options: dict[str, Any] = {
-            "reset_position_ids": config.data.reset_position_ids,
-            "eod_mask_loss": config.data.eod_mask_loss,
-            "cache_dir": config.data.cache,
-        }
-        samples = self._num_samples()
-        self._train_set, valid_set, _ = build_datasets(blends, *order, samples, **options)
-        sets = config.data.validation if samples[1] else {}
-        named = build_validation_sets(sets, blends, *order, samples[1], **options)
+        build = pick(DATASETS, "data.dataset", config.data.dataset, "datasets")
+        tokenizer, samples = Tokenizer.load(self._tokenizer), self._num_samples()
+        self._train_set, valid_set, _ = build(config, tokenizer, samples)
+        named = build_validation_sets(config, tokenizer, samples[1])
         self._validation = Validation(valid_set, named)
         self._distillation = self._teach()
         self._supervisor = Supervisor(config, self.model)
@@ -112,6 +108,10 @@ class Trainer:
         self._further_tokens = FurtherTokens(self.model, config.model.mtp_num_layers)
         self._telemetry = Telemetry(config, self.progress.tokens)
         self._recorder = StepRecorder(config, layout, self.model)
+        self._tasks: TaskEvaluation | None = None
+        if config.evaluation.tasks:
+            self._tasks = TaskEvaluation(config, self.model, layout, self._tokenizer)
+        self._callbacks = Callbacks(config, self.model, self._supervisor, callbacks)
 
     def run(self) -> StepMetrics | None:
         """Train to `training.train_iters`.
@@ -126,7 +126,12 @@ class Trainer:
         )
         record = None
         self.model.set_training(True)
-        with StopRequest().listening() as stop, self._supervisor as supervisor, self._telemetry:
+        with (
+            StopRequest().listening() as stop,
+            self._supervisor as supervisor,
+            self._telemetry,
+            self._callbacks.following(lambda: self.progress, stop) as callbacks,
+        ):
             while self.progress.step < training.train_iters and not self.stopped:
                 if (why := self._stages.enter(self.progress.consumed_samples)) is not None:
                     self.announce_stage(why)
@@ -134,13 +139,17 @@ class Trainer:
                 self.checkpoints.poll()
                 # The loss is needed by the log alone, but reading it waits for the device: so the
                 # time of the step is its own.
-                logs = result.updated and (self._due(training.log_interval) or self._evaluates())
+                logs = result.updated and any(
+                    (self._due(training.log_interval), self._validates(), self._does_tasks())
+                )
                 if logs:
                     record = self._record(result.losses, result.grad_norm, started)
                     if self._sinks is not None:
                         self._sinks.write(record)
                         self._alerts.complain(self.progress, self.checkpoints)
                 stays = self._judge_routers(result) if result.updated else self._skip(result)
+                if stays and result.updated:
+                    callbacks.tell_step(record if logs else None)
                 # A request may have come while the host was busy after the step's read. Elsewhere
                 # it has only queued the optimizer's work, and the next step's read comes at once.
                 is_plain = result.updated and stays and not logs
@@ -149,10 +158,12 @@ class Trainer:
                 if stays and self._due(config.checkpoint.save_interval) or self.stopped:
                     with supervisor.during("save"):
                         self._save()
+                callbacks.tell_saves(self.checkpoints.written)
             self._recorder.close()
             with supervisor.during("save"):
                 self.checkpoints.finish()
                 self._routers.write_expert_usage()
+            callbacks.tell_saves(self.checkpoints.written)
             # No logged step comes after the last save.
             self._alerts.complain(self.progress, self.checkpoints)
         self._close_sinks()
@@ -327,7 +338,13 @@ class Trainer:
         at_end = step == self.config.training.train_iters
         return interval > 0 and (step % interval == 0 or at_end)
 
-    def _evaluates(self) -> bool:
+    def _does_tasks(self) -> bool:
+        if self._tasks is None:
+            return False
+        is_last = self.progress.step == self.config.training.train_iters
+        return is_last or self._due(self.config.evaluation.interval)
+
+    def _validates(self) -> bool:
         training = self.config.training
         if not self._validation.exists or training.eval_iters == 0:
             return False
@@ -339,10 +356,14 @@ class Trainer:
         elapsed = time.perf_counter() - started
         tokens = self._samples * self.config.model.seq_length
         routing = self._routers.routing_metrics()
-        validation = {}
-        if self._evaluates():
+        validation: dict[str, Any] = {}
+        if self._validates():
             with self._supervisor.during("evaluation"):
                 validation = self._validation.losses(self.model, self.config, self.layout)
+        if self._does_tasks():
+            assert self._tasks is not None, "there are tasks to do"
+            with self._supervisor.during("evaluation"):
+                validation["task_score"] = self._tasks.scores()
         ffn_fraction: float = routing["ffn_fraction"]
         telemetry = self._telemetry.metrics(self.progress.tokens, tokens / elapsed, ffn_fraction)
         return StepMetrics(

@@ -6,6 +6,7 @@ data.py              rules of the section `data`: blends, stages, validation set
 distillation.py      rules of the section `distillation`
 divisibility.py      divisibility, the most common rule, with a remedy that can be typed in
 documents.py         rules of attention that stays within documents
+evaluation.py        rules of the section `evaluation`
 expert_overlap.py    rules of `parallel.overlap_moe_expert_parallel_comm`
 flex.py              the sizes that deep_ep, the package of the flex dispatcher, requires
 ignored.py           settings that the user gave and that have no effect: warnings, not errors
@@ -37,6 +38,7 @@ from moepp_megatron.config.rules import (
     data,
     distillation,
     documents,
+    evaluation,
     expert_overlap,
     flex,
     ignored,
@@ -75,6 +77,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *resilience.RULES,
     *slurm.RULES,
     *observe.RULES,
+    *evaluation.RULES,
     *routing_guard.RULES,
 )
 IGNORED: tuple[Callable[[Config], Iterator[Problem]], ...] = ignored.RULES

@@ -163,6 +163,14 @@ def _budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
         )
 
 
+def _evaluation_without_tasks(config: Config) -> Iterator[Problem]:
+    """Interval and limit belong to tasks."""
+    if not config.evaluation.tasks:
+        for key in ("interval", "limit"):
+            reason, remedy = "without evaluation.tasks", "name some, or leave it out"
+            yield from _ignored(config, f"evaluation.{key}", reason, remedy)
+
+
 def _nothing_evens_out_experts(config: Config) -> Iterator[Problem]:
     """The measured bias moves all FFN experts alike; the balance loss tells them apart."""
     if config.moe.budget.measures_gain and config.moe.balance_coeff == 0:
@@ -444,6 +452,7 @@ RULES = (
     _kernels_of_the_vanilla_layer,
     _tau_beside_a_target,
     _budget_settings_of_what_is_off,
+    _evaluation_without_tasks,
     _nothing_evens_out_experts,
     _residual_without_predecessor,
     _weight_of_no_further_tokens,

@@ -6,6 +6,7 @@ import yaml
 from pydantic import Field
 
 from moepp_megatron.config.schema.distillation import DistillationSection
+from moepp_megatron.config.schema.evaluation import EvaluationSection
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.observe import ObserveSection, TelemetrySection
@@ -53,6 +54,9 @@ class Config(Section):
     )
     observe: ObserveSection = Field(
         default_factory=ObserveSection, description="W&B, and where alerts are sent"
+    )
+    evaluation: EvaluationSection = Field(
+        default_factory=EvaluationSection, description="Tasks of lm-eval while training"
     )
     routing_guard: RoutingGuardSection = Field(
         default_factory=RoutingGuardSection,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.schema.section import PathText, Section, unit
 
 
@@ -45,6 +46,11 @@ class ObserveSection(Section):
         default=True,
         description="Measure FFN experts by class of tokens, and loss, FFN share and use of the "
         "experts by data source where the prepared data have several",
+        json_schema_extra=unit("-"),
+    )
+    sinks: list[Annotated[str, Plugin("sinks")]] = Field(
+        default=[],
+        description="Sinks of installed packages that get every record too",
         json_schema_extra=unit("-"),
     )
     wandb: WandbSection = Field(default_factory=WandbSection, description="Weights & Biases")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.schema.section import Section, unit
 
 
@@ -71,7 +72,10 @@ class OptimizerSection(Section):
         description="Steps in which the rate rises from 0 to lr",
         json_schema_extra=unit("steps"),
     )
-    decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = Field(
+    decay_style: (
+        Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"]
+        | Annotated[str, Plugin("schedules")]
+    ) = Field(
         default="cosine",
         description="How the rate falls from lr to min_lr; WSD keeps it at lr until its last steps",
         json_schema_extra=unit("-"),
@@ -93,7 +97,7 @@ class OptimizerSection(Section):
         description="Step at which min_lr is reached; null means training.train_iters",
         json_schema_extra=unit("steps"),
     )
-    kind: Literal["adam", "muon", "lion"] = Field(
+    kind: Literal["adam", "muon", "lion"] | Annotated[str, Plugin("optimizers")] = Field(
         default="adam",
         description="The optimizer; adam is AdamW; the others train the matrices, and AdamW the "
         "router, constants, embeddings, output layer, norms and biases",
@@ -150,4 +154,4 @@ class OptimizerSection(Section):
     @property
     def is_emerging(self) -> bool:
         """Whether it comes from the package emerging_optimizers."""
-        return self.kind != "adam"
+        return self.kind in ("muon", "lion")

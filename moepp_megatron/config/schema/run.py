@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.schema.blend import BlendPart, DataStage
 from moepp_megatron.config.schema.section import (
     ConfigPath,
@@ -27,6 +29,11 @@ class RunSection(Section):
         default="moepp",
         min_length=1,
         description="Name shown in reports and logs",
+        json_schema_extra=unit("-"),
+    )
+    callbacks: list[Annotated[str, Plugin("callbacks")]] = Field(
+        default=[],
+        description="Callbacks of installed packages that are told what the run does",
         json_schema_extra=unit("-"),
     )
     numa_binding: bool = Field(
@@ -70,6 +77,12 @@ class DataSection(Section):
     tokenizer: ConfigPath | None = Field(
         default=None,
         description="Tokenizer file; null takes tokenizer.json in the (first) data folder",
+        json_schema_extra=unit("-"),
+    )
+    dataset: Literal["gpt"] | Annotated[str, Plugin("datasets")] = Field(
+        default="gpt",
+        description="What samples are made of the documents in data.path; gpt is megatron-core's "
+        "dataset of shuffled documents, cut into sequences",
         json_schema_extra=unit("-"),
     )
     split: str | None = Field(

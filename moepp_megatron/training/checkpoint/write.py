@@ -75,11 +75,13 @@ class CheckpointWriter:
     Attributes:
         failed_saves: Saves that failed so far.
         error: Why the last save failed; None if it did not.
+        written: Complete checkpoints, oldest first, until whoever wants to know takes them out.
     """
 
     def __init__(self, folder: Path, config: Config, tokenizer: Path) -> None:
         self.failed_saves = 0
         self.error: str | None = None
+        self.written: list[Path] = []
         self._folder = folder
         self._config = config
         self._tokenizer = tokenizer_files(tokenizer) if dist.get_rank() == 0 else {}
@@ -220,6 +222,7 @@ class CheckpointWriter:
             self._failed(save.final, reason)
             return
         self.error = None
+        self.written.append(save.final)
         if dist.get_rank() == 0:
             self._pruner.wrote(save.final)
 

@@ -30,7 +30,7 @@ simulation.py          `moepp plan --simulate` on the terminal, and its plot
 summary.py             the numbers of a run that the page shows, computed from its records
 template.py            the templates of this room's pages
 terminal.py            tables on a terminal that are whole wherever they are printed
-token_groups.py        data sources and classes of tokens: a table of sources, and plots over steps
+token_groups.py        sources, classes of tokens and tasks: a table, and plots over steps
 """
 
 from moepp_megatron.workbench.report.page import build_report

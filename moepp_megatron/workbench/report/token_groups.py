@@ -1,4 +1,4 @@
-"""Data sources and classes of tokens: a table of sources, and plots over steps."""
+"""Data sources, classes of tokens and tasks: a table of sources, and plots over steps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -59,6 +59,7 @@ class Lines:
         caption: Text below it.
         names: What is drawn, in order.
         is_share: Whether the number is one.
+        is_rare: Whether few records have it, so that each is a mark and one is enough.
     """
 
     key: str
@@ -67,6 +68,7 @@ class Lines:
     caption: str
     names: Sequence[str]
     is_share: bool = False
+    is_rare: bool = False
 
 
 def source_table(run: RunData) -> list[SourceRow]:
@@ -99,6 +101,7 @@ def token_plots(run: RunData) -> list[Plot]:
     sources = _sources(run)[: len(LINE_COLOURS)]
     classes = list(dict.fromkeys(n for r in run.records for n in r.class_ffn_per_token or {}))
     more = "" if len(sources) == len(_sources(run)) else " The sources with the most tokens."
+    scores = list(dict.fromkeys(n for r in run.records for n in r.task_score or {}))
     of_class = "FFN experts per token, mean over MoE layers, of the tokens"
     sets = list(dict.fromkeys(n for r in run.records for n in r.valid_set_loss or {}))
     plots = [
@@ -115,6 +118,9 @@ def token_plots(run: RunData) -> list[Plot]:
         Lines("class_ffn_per_token", "FFN experts by kind of token", "FFN experts",
               f"{of_class} of ids by their characters; a keyword is any that is spelt like one.",
               [name for name in classes if name not in BANDS]),
+        Lines("task_score", "Scores of tasks", "score",
+              "Scores of the tasks of evaluation.tasks by their metrics, as lm-eval computes them.",
+              scores[: len(LINE_COLOURS)], is_rare=True),
     ]  # fmt: skip
     drawn = [_plot(run, lines) for lines in plots if lines.names]
     return [plot for plot in drawn if plot is not None]
@@ -138,11 +144,14 @@ def _plot(run: RunData, lines: Lines) -> Plot | None:
     for name, colour in zip(lines.names, LINE_COLOURS, strict=False):
         values = [(r.step, (getattr(r, lines.key) or {}).get(name, math.nan)) for r in run.records]
         values = [(step, value) for step, value in values if math.isfinite(value)]
-        if len(values) < 2:
+        if len(values) < (1 if lines.is_rare else 2):
             continue
         steps, numbers = [step for step, _ in values], [value for _, value in values]
         x, y = thin(steps, numbers)
-        axes.plot(x, smooth(y) if len(x) >= 60 else y, color=colour, label=plain(short_name(name)))
+        if len(x) >= 60 and not lines.is_rare:
+            y = smooth(y)
+        marker = "o" if lines.is_rare else None
+        axes.plot(x, y, color=colour, label=plain(short_name(name)), marker=marker)
         words.append(f"{name} {show(numbers[-1])} at step {steps[-1]}")
         all_steps.update(steps)
     if not words:

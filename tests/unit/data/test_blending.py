@@ -18,6 +18,7 @@ from moepp_megatron.data.document_sources import SOURCES, source_names
 from moepp_megatron.data.loader import batches
 from moepp_megatron.data.tokenizer import Tokenizer
 from tests.unit.data.letters import prepare_letters
+from tests.unit.training.conftest import config_of
 
 LENGTH = 16
 SPLIT = "80,20,0"
@@ -157,10 +158,12 @@ def test_a_damaged_token_is_named(folders, tmp_path: Path) -> None:
 
 def test_validation_sets(folders, tmp_path: Path) -> None:
     """A folder that is trained on gives its validation part, any other all of it."""
-    trained = [blend(folders, a=1)]
-    paths = {"seen": folders["a"], "other": folders["cd"]}
+    paths = {"seen": str(folders["a"]), "other": str(folders["cd"])}
+    data = {"path": str(folders["a"]), "validation": paths, "split": SPLIT, "cache": str(tmp_path)}
+    config = config_of(data=data, model={"seq_length": LENGTH}, training={"seed": 7})
     tokenizer = Tokenizer.load(folders["a"])
-    sets = build_validation_sets(paths, trained, tokenizer, LENGTH, SPLIT, 7, 8, cache_dir=tmp_path)
+    sets = build_validation_sets(config, tokenizer, 8)
     assert {name: len(each.indices) for name, each in sets.items()} == {"seen": 12, "other": 120}
     assert sets["seen"].indices[0] == 48
     assert SOURCES not in sets["other"][0]
+    assert build_validation_sets(config, tokenizer, 0) == {}

@@ -8,18 +8,26 @@ import pytest
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.choices import pick
+from moepp_megatron.config.plugins import plugin_of
+from moepp_megatron.data.datasets import DATASETS
 from moepp_megatron.moe.dispatcher import DEDUPLICATING, DISPATCHERS
 from moepp_megatron.training.optimizers import OPTIMIZERS
+from moepp_megatron.training.schedule import SCHEDULES
 
 
 def allowed(section: str, key: str) -> set[str]:
     """What the configuration accepts for a setting."""
     fields = Config.model_fields[section].annotation.model_fields
-    return set(get_args(fields[key].annotation))
+    annotation = fields[key].annotation
+    # With plugins it is a union of the package's own names and text.
+    own, *_ = get_args(annotation) if plugin_of(annotation) else (annotation,)
+    return set(get_args(own))
 
 
 def test_settings_and_registries_have_the_same_names() -> None:
     assert allowed("optimizer", "kind") == set(OPTIMIZERS)
+    assert allowed("optimizer", "decay_style") == set(SCHEDULES)
+    assert allowed("data", "dataset") == set(DATASETS)
     dispatchers = {*DISPATCHERS, *(f"{name}_dedup" for name in DEDUPLICATING)}
     assert allowed("moe", "dispatcher") == dispatchers
 

@@ -70,7 +70,7 @@ def _lists(
 
 def _samples(metric: Exported, content: Any, config: RunConfig | None) -> list[Sample]:
     """Turn one list, or lists by name, into samples; none if experts are needed and unknown."""
-    if metric.labels in ("source", "class", "set"):
+    if metric.labels in ("source", "class", "set", "task"):
         return [((name,), value) for name, value in content.items()]
     if metric.labels == "ffn_experts":
         return [((str(count),), loss) for count, loss in enumerate(content)]

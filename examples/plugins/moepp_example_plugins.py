@@ -1,0 +1,106 @@
+"""One plugin of each kind; pyproject.toml beside it gives each its name.
+
+pip install ./examples/plugins
+moepp train configs/quickstart.yaml run.dir=runs/plugins data.dataset=one_batch \
+    optimizer.kind=adam_l2 optimizer.decay_style=inverse_root \
+    'observe.sinks=[csv]' 'run.callbacks=[patience]'
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.utils.data import Dataset
+
+from moepp_megatron import Callback
+from moepp_megatron.config import Config
+from moepp_megatron.data.datasets import DATASETS
+from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.observe.sinks import SinkSettings
+
+
+class Patience(Callback):
+    """Ends the run when the validation loss has not improved three times in a row."""
+
+    def __init__(self) -> None:
+        self.best, self.waited = math.inf, 0
+
+    def on_evaluation(self, run: Any, results: Mapping[str, float]) -> None:
+        """Compare with the best before. The results are the same on every rank."""
+        loss = results.get("valid_loss", math.inf)
+        self.waited = 0 if loss < self.best else self.waited + 1
+        self.best = min(self.best, loss)
+        if self.waited == 3:
+            run.stop()
+
+
+class CsvSink:
+    """Writes steps and losses to RUN/losses.csv. One rank of a run has the sinks."""
+
+    def __init__(self, run: SinkSettings) -> None:
+        # Buffering by lines, so that the file is whole up to the last record.
+        self.file = (run.run_dir / "losses.csv").open("a", buffering=1, encoding="utf-8")
+
+    def write(self, record: StepMetrics) -> None:
+        """Write the record of one logged step."""
+        self.file.write(f"{record.step},{record.loss}\n")
+
+    def go_back(self, step: int) -> None:
+        """Leave repeated steps in the file; the last line of a step counts."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class FirstBatch(Dataset):
+    """The first samples of a data set over and over."""
+
+    def __init__(self, samples: Any, count: int) -> None:
+        self.samples, self.count = samples, count
+
+    def __len__(self) -> int:
+        """As many as there are."""
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        """One of the first `count`."""
+        return self.samples[index % self.count]
+
+
+def one_batch(config: Config, tokenizer: Any, num_samples: tuple[int, int, int]) -> tuple:
+    """Train on one batch alone: a model that cannot learn it by heart has a fault."""
+    train, validation, test = DATASETS["gpt"](config, tokenizer, num_samples)
+    return FirstBatch(train, config.training.global_batch_size), validation, test
+
+
+def inverse_root(config: Config, optimizer: Any) -> OptimizerParamScheduler:
+    """After the warm-up the rate falls as one over the square root of the step."""
+    settings, steps = config.optimizer, config.training.train_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_iters,
+        lr_decay_steps=settings.decay_iters or steps,
+        lr_decay_style="inverse-square-root",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )
+
+
+def adam_l2(settings: Any) -> dict[str, Any]:
+    """Adam as first published: weight decay is a part of the gradient (L2), unlike in AdamW."""
+    return {
+        "optimizer": "adam",
+        "decoupled_weight_decay": False,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_eps": settings.adam_eps,
+    }

@@ -1,0 +1,32 @@
+"""The package in examples/plugins as if pip had installed it, without pip or a network."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "examples" / "plugins"
+
+
+def install(folder: Path) -> Path:
+    """Put module and entry points into a folder, which is for the path of imports."""
+    project = tomllib.loads((SOURCE / "pyproject.toml").read_text(encoding="utf-8"))
+    modules = project["tool"]["setuptools"]["py-modules"]
+    for module in modules:
+        shutil.copy(SOURCE / f"{module}.py", folder)
+    write_entry_points(folder, project["project"]["entry-points"])
+    return folder
+
+
+def write_entry_points(
+    folder: Path, groups: dict[str, dict[str, str]], name: str = "example"
+) -> None:
+    """What an installed package says it has."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines: list[str] = []
+    for group, names in groups.items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in names.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")

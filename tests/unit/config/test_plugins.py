@@ -1,0 +1,142 @@
+"""Settings that name entry points of installed packages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moepp_megatron.config import ConfigError, parse_config
+from moepp_megatron.config.choices import pick
+from moepp_megatron.config.plugins import check_plugins, load_plugin
+from tests.example_plugins import install, write_entry_points
+from tests.unit.config.conftest import MINIMAL
+
+SETTINGS = {
+    "optimizer": {"kind": "adam_l2", "decay_style": "inverse_root"},
+    "data": {"dataset": "one_batch"},
+    "observe": {"sinks": ["csv"]},
+    "run": {"callbacks": ["patience"]},
+}
+
+
+def config(changes: dict[str, dict[str, Any]]) -> Any:
+    raw = yaml.safe_load(MINIMAL.replace("1e-3", "0.001"))
+    for section, values in changes.items():
+        raw.setdefault(section, {}).update(values)
+    return parse_config(raw)
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(install(tmp_path))
+    yield tmp_path
+    sys.modules.pop("moepp_example_plugins", None)
+
+
+def test_a_bare_name_is_written_with_its_prefix(installed: Path) -> None:
+    settings = config(SETTINGS)
+    named = {
+        settings.optimizer.kind,
+        settings.optimizer.decay_style,
+        settings.data.dataset,
+        *settings.observe.sinks,
+        *settings.run.callbacks,
+    }
+    names = ("adam_l2", "inverse_root", "one_batch", "csv", "patience")
+    assert named == {f"plugin:{name}" for name in names}
+    check_plugins(settings)
+    assert parse_config(settings.model_dump(mode="json")) == settings
+    # Looking for names has imported nothing.
+    assert "moepp_example_plugins" not in sys.modules
+
+
+def test_a_configuration_can_be_read_where_the_package_is_not(tmp_path: Path) -> None:
+    settings = config({"optimizer": {"kind": "plugin:adam_l2"}})
+    with pytest.raises(ConfigError) as refused:
+        check_plugins(settings)
+    assert str(refused.value) == (
+        "optimizer.kind ('plugin:adam_l2') must be an entry point of the group "
+        "moepp_megatron.optimizers (none is installed); install the package that has it, or "
+        "correct the name"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optimizer": {"decay_style": "inverse_rot"}},
+            "optimizer.decay_style ('inverse_rot') must be one of cosine, linear, constant, or an "
+            "entry point of the group moepp_megatron.schedules (inverse_root); use inverse_root",
+        ),
+        (
+            {"optimizer": {"decay_style": "cosin"}},
+            "optimizer.decay_style ('cosin') must be one of cosine, linear, constant, or an "
+            "entry point of the group moepp_megatron.schedules (inverse_root); use cosine",
+        ),
+        (
+            {"run": {"callbacks": ["patience", "patient"]}},
+            "run.callbacks (['patience', 'patient']) must be an entry point of the group "
+            "moepp_megatron.callbacks (patience); use patience",
+        ),
+        (
+            {"run": {"callbacks": "patience"}},
+            "run.callbacks ('patience') must be a list; write it as [a, b]",
+        ),
+        (
+            {"observe": {"sinks": [3]}},
+            "observe.sinks ([3]) must be a list whose every entry is text; put it in quotes",
+        ),
+    ],
+)
+def test_unknown_names(installed: Path, changes: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config(changes)
+    assert str(refused.value) == message
+
+
+def test_what_a_name_stands_for(installed: Path) -> None:
+    assert pick({"gpt": 1}, "data.dataset", "gpt", "datasets") == 1
+    found = pick({"gpt": 1}, "data.dataset", "plugin:one_batch", "datasets")
+    assert found.__name__ == "one_batch"
+
+
+def test_a_name_of_two_packages_is_refused(installed: Path) -> None:
+    groups = {"moepp_megatron.sinks": {"csv": "other:Sink"}}
+    write_entry_points(installed, groups, "other")
+    with pytest.raises(ConfigError, match="must be of one package, and is of several") as refused:
+        check_plugins(config({"observe": {"sinks": ["csv"]}}))
+    assert "moepp_example_plugins:CsvSink" in str(refused.value)
+
+
+def test_a_package_that_fails_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_entry_points(tmp_path, {"moepp_megatron.sinks": {"broken": "moepp_broken:Sink"}})
+    (tmp_path / "moepp_broken.py").write_text("raise OSError('no\\nlicence')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        load_plugin("sinks", "observe.sinks", "plugin:broken")
+    assert str(refused.value) == (
+        "observe.sinks (plugin:broken) must be importable, and moepp_broken:Sink raises "
+        "OSError: no licence; repair or reinstall the package"
+    )
+
+
+def test_the_same_package_twice_on_the_path_is_one(
+    installed: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(install(tmp_path_factory.mktemp("again")))
+    check_plugins(config({"observe": {"sinks": ["csv"]}}))
+
+
+def test_a_refusal_is_fast_and_imports_no_torch() -> None:
+    code = (
+        "import sys; from moepp_megatron.config.plugins import Plugin; "
+        "Plugin('sinks').installed(); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
