@@ -199,7 +199,7 @@ class _Opener:
         manifest = read_manifest(folder.path, folder.name)
         check_start(folder.path, manifest, whole_index=False, name=folder.name)
         _check_tokenizer(self.options["tokenizer"], manifest, folder)
-        plain_split = check_split(self.split, manifest, validates=num_samples[1] > 0)
+        plain_split = check_split(self.split, manifest, num_samples[1] > 0, folder)
         config = GPTDatasetConfig(
             blend=([str(manifest.prefix(folder.path).resolve())], None),
             split=plain_split,
