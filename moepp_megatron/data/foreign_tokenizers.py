@@ -195,7 +195,8 @@ def _from_sentencepiece(
             "transformers",
             *("sentencepiece", "protobuf", "transformers>=5"),
         ) from None
-    proto = messages.ModelProto()
+    # protobuf makes the class when the module is imported.
+    proto: Any = vars(messages)["ModelProto"]()
     try:
         proto.ParseFromString(content)
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -253,7 +254,7 @@ def _from_ranks(
             *("tiktoken", "transformers>=5"),
         ) from None
 
-    class Converter(TikTokenConverter):  # type: ignore[misc]  # transformers has no types
+    class Converter(TikTokenConverter):
         # The library's own keeps a copy by the path, and would not see that a file has changed.
         load_tiktoken_bpe = staticmethod(lambda path: ranks)
 
