@@ -195,7 +195,8 @@ def _from_sentencepiece(
             "transformers",
             *("sentencepiece", "protobuf", "transformers>=5"),
         ) from None
-    proto = messages.ModelProto()
+    # protobuf makes the class when the module is imported.
+    proto: Any = vars(messages)["ModelProto"]()
     try:
         proto.ParseFromString(content)
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)

@@ -57,6 +57,7 @@ PATTERNS = {
     r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES,
 }
 """Patterns of byte-level tokenizers by name. A tokenizer whose texts may be cut has one of them."""
+_SPLITTING = frozenset(PATTERNS.values())
 # Patterns that may be there too: they split between classes of characters.
 _FURTHER_PATTERNS = frozenset(
     {r"\p{N}{1,3}", r"\p{N}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"}
@@ -142,7 +143,11 @@ def _kind(step: dict[str, Any]) -> str:
     if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         # Files spell line ends as escapes or as themselves.
         pattern = step["pattern"].get("Regex", "").replace("\r", r"\r").replace("\n", r"\n")
+<<<<<<< HEAD
         if pattern in PATTERNS.values():
+=======
+        if pattern in _SPLITTING:
+>>>>>>> data
             return "splits"
         if pattern in _FURTHER_PATTERNS:
             return "fits"

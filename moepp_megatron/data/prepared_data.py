@@ -59,7 +59,7 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
         if folder in sets:
             check_set(folder, blends, data.split, manifest)
         else:
-            check_split(data.split, manifest, validates=folder.real in validated)
+            check_split(data.split, manifest, folder.real in validated, folder)
     return [*_wasted_vocabulary(config, tokens, blends[0].name), *warnings]
 
 

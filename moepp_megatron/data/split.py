@@ -12,7 +12,9 @@ _ALL_TO_VALIDATION = "0,1,0"
 _SPLITS = ("train", "validation", "test")
 
 
-def check_split(split: str | None, manifest: Manifest, validates: bool = True) -> str:
+def check_split(
+    split: str | None, manifest: Manifest, validates: bool = True, folder: Folder | None = None
+) -> str:
     """Check that a split string has three weights and leaves no wanted part without a document.
 
     megatron-core would loop for ever over a split without documents.
@@ -23,6 +25,7 @@ def check_split(split: str | None, manifest: Manifest, validates: bool = True) -
         manifest: the corpus's manifest.
         validates: whether the validation part is read. If not, it may have no document; its weight
             then goes to the training part, whose documents that does not change.
+        folder: the corpus's folder, for messages.
 
     Returns:
         The split as megatron-core reads it.
@@ -45,7 +48,8 @@ def check_split(split: str | None, manifest: Manifest, validates: bool = True) -
     for name, bounds in zip(_SPLITS, ranges, strict=True):
         if _is_empty(bounds):
             raise ConfigError(
-                f"data.split ({split}) gives {name} none of the {manifest.documents} documents; "
+                f"data.split ({split}) gives {name} none of the {manifest.documents} documents"
+                f"{'' if folder is None else f' of {folder.name} ({folder.path})'}; "
                 "give it more weight, or 0, or prepare the text as more files or records"
             )
     return plain
@@ -62,7 +66,7 @@ def check_set(folder: Folder, trained: Sequence[Blend], split: str | None, corpu
     Raises:
         ConfigError: it has not.
     """
-    plain = check_split(split_of_set(folder, trained, split), corpus)
+    plain = check_split(split_of_set(folder, trained, split), corpus, folder=folder)
     if document_ranges(plain, corpus.documents)[1] is None:
         raise ConfigError(
             f"{folder.name} ({folder.path}) is trained on, and must leave something to validate on "

@@ -4,6 +4,7 @@ blend.py             entries of `data.blend` and `data.stages`
 budget.py            section `moe.budget`: how many FFN experts a token gets
 config.py            the whole configuration: one section per subject
 distillation.py      section `distillation`: a teacher beside the text
+evaluation.py        section `evaluation`: tasks of lm-eval while a model is trained
 latent_attention.py  section `model.latent_attention`: multi-head latent attention
 model.py             section `model`: the decoder around the experts
 moe.py               section `moe`: experts and routing of MoE++ (arXiv 2410.07348)

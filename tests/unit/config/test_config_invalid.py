@@ -815,6 +815,11 @@ INVALID = [
         "did you mean moe.ffn_hidden_size or model.hidden_size?",
     ),
     (
+        ["evaluation.tasks=[tasks]", "training.cuda_graphs=[attn]"],
+        "evaluation.tasks (['tasks'])",
+        "evaluate the exported model with lm_eval run",
+    ),
+    (
         ["distillation.teacher=runs/teacher", "data.reset_attention_mask=true"],
         "data.reset_attention_mask (true)",
         "leave one of the two out",
@@ -1029,6 +1034,7 @@ def test_message_stays_on_one_line_whatever_the_value(minimal: Path) -> None:
 
 # (overrides, name with value, reason): settings without an effect
 IGNORED = [
+    (["evaluation.limit=5"], "evaluation.limit (5)", "without evaluation.tasks"),
     (
         ["data.path=a", "data.stages=[{from_step: 100, blend: [{path: b, weight: 1}]}]"],
         "data.stages[0] ('from step 100')",
