@@ -185,12 +185,8 @@ class _Opener:
         manifest = read_manifest(folder.path, folder.name)
         check_start(folder.path, manifest, whole_index=False, name=folder.name)
         _check_tokenizer(self.options["tokenizer"], manifest, folder)
-<<<<<<< HEAD
-        plain_split = check_split(self.split, manifest, validates=num_samples[1] > 0)
-        check_sequence_length(self.options["sequence_length"], manifest, folder)
-=======
         plain_split = check_split(self.split, manifest, num_samples[1] > 0, folder)
->>>>>>> data
+        check_sequence_length(self.options["sequence_length"], manifest, folder)
         config = GPTDatasetConfig(
             # Masks are made on the device, from the documents (`model.document_attention`).
             reset_attention_mask=False,

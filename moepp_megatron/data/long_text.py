@@ -143,11 +143,7 @@ def _kind(step: dict[str, Any]) -> str:
     if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         # Files spell line ends as escapes or as themselves.
         pattern = step["pattern"].get("Regex", "").replace("\r", r"\r").replace("\n", r"\n")
-<<<<<<< HEAD
-        if pattern in PATTERNS.values():
-=======
         if pattern in _SPLITTING:
->>>>>>> data
             return "splits"
         if pattern in _FURTHER_PATTERNS:
             return "fits"

@@ -72,12 +72,14 @@ def test_a_configuration_can_be_read_where_the_package_is_not(tmp_path: Path) ->
         (
             {"optimizer": {"decay_style": "inverse_rot"}},
             "optimizer.decay_style ('inverse_rot') must be one of cosine, linear, constant, "
-            "inverse-square-root, WSD, or an entry point of the group moepp_megatron.schedules (inverse_root); use inverse_root",
+            "inverse-square-root, WSD, or an entry point of the group moepp_megatron.schedules "
+            "(inverse_root); use inverse_root",
         ),
         (
             {"optimizer": {"decay_style": "cosin"}},
             "optimizer.decay_style ('cosin') must be one of cosine, linear, constant, "
-            "inverse-square-root, WSD, or an entry point of the group moepp_megatron.schedules (inverse_root); use cosine",
+            "inverse-square-root, WSD, or an entry point of the group moepp_megatron.schedules "
+            "(inverse_root); use cosine",
         ),
         (
             {"run": {"callbacks": ["patience", "patient"]}},
