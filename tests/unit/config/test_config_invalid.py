@@ -12,7 +12,6 @@ from moepp_megatron.config import (
     checks,
     load_config,
 )
-from tests.unit.config.test_data_section import INVALID as DATA
 
 DEDUP = "moe.dispatcher ('alltoall_dedup')"
 SHARED, SHARED_NAME = "moe.constants_shared=true", "moe.constants_shared (true)"
@@ -55,6 +54,10 @@ def guard_rule(**keys: object) -> str:
     return f"routing_guard.rules=[{{{text}}}]"
 
 
+FIRST_FOLDER, FOLDER = "{path: data/a, weight: 3}", "{path: data/b, weight: 1}"
+BLEND = f"data.blend=[{FIRST_FOLDER}, {FOLDER}]"
+LAST = f"blend: [{FOLDER}]"
+
 # (overrides on the minimal configuration, name with value, remedy)
 INVALID = [
     # teacher
@@ -69,6 +72,69 @@ INVALID = [
         "leave one of them out",
     ),
     (["distillation.top_k=1000000"], "distillation.top_k (1000000)", "use fewer"),
+    # blends and stages of data
+    (
+        [
+            BLEND,
+            f"data.stages=[{{from_step: 5, {LAST}}}]",
+            "training.batch_ramp=[[0, 8], [1280, 16]]",
+        ],
+        "training.batch_ramp ([[0, 8], [1280, 16]])",
+        "leave out one of the two",
+    ),
+    ([BLEND, "data.path=data/a"], "data.blend", "must be empty where data.path (data/a) is set"),
+    ([f"data.stages=[{{from_step: 5, {LAST}}}]"], "data.stages", "set data.path or data.blend"),
+    (["data.blend=[{path: a, weight: -1}]"], "data.blend[0].weight (-1)", "use 0 or more"),
+    (["data.blend=[{path: a, weight: 0}]"], "data.blend ([0.0])", "use [{path: DIR, weight: 1}]"),
+    (["data.blend=[{path: a}]"], "data.blend[0].weight (missing)", "must be given"),
+    (
+        [f"data.blend=[{FIRST_FOLDER}, {FIRST_FOLDER}]"],
+        "data.blend[1].path ('data/a')",
+        "add its weight",
+    ),
+    (
+        ["data.blend=[{path: data/a, weight: 1}, {path: data/../data/a, weight: 1}]"],
+        "data.blend[1].path",
+        "must be another folder than those before it",
+    ),
+    (
+        [BLEND, f"data.stages=[{{{LAST}}}]"],
+        "data.stages[0] ({'from_step': None, 'from_tokens': None})",
+        "must have one of from_step and from_tokens",
+    ),
+    (
+        [BLEND, f"data.stages=[{{from_step: 5, from_tokens: 1e6, {LAST}}}]"],
+        "data.stages[0]",
+        "keep one of them",
+    ),
+    (
+        [BLEND, f"data.stages=[{{from_step: 50, {LAST}}}, {{from_step: 50, {LAST}}}]"],
+        "data.stages[1].from_step (50)",
+        "must begin after step 50",
+    ),
+    # 20,480 tokens are 10 steps of 16 sequences of 128 tokens.
+    (
+        [BLEND, f"data.stages=[{{from_step: 10, {LAST}}}, {{from_tokens: 20480, {LAST}}}]"],
+        "data.stages[1].from_tokens (20480.0)",
+        "put the stages in order",
+    ),
+    (
+        [BLEND, "data.stages=[{from_step: 5, blend: [{path: a, weight: 0}]}]"],
+        "data.stages[0].blend ([0.0])",
+        "at least one folder with a weight above 0",
+    ),
+    (
+        [BLEND, "data.stages=[{from_step: 5, blend: [{path: a, weight: x}]}]"],
+        "data.stages[0].blend[0].weight ('x')",
+        "must be a number",
+    ),
+    (
+        [BLEND, "data.stages=[{from_step: 5, blend: [{path: a, wieght: 1, weight: 2}]}]"],
+        "data.stages[0].blend[0].wieght (1)",
+        "did you mean weight?",
+    ),
+    (["data.validation={web: 3}"], "data.validation", "must be"),
+    (["data.split='1,0,0'", BLEND], "data.split ('1,0,0')", "name sets in data.validation"),
     # routing guard
     (
         [guard_rule(metric="ffn_fractoin")],
@@ -925,7 +991,7 @@ def test_every_rule_is_broken_by_a_case_above(
     rules = (*checks.RULES, *checks.IGNORED, *checks.WORLD_SIZE_RULES, *checks.WORLD_SIZE_IGNORED)
     for name in ("RULES", "IGNORED", "WORLD_SIZE_RULES", "WORLD_SIZE_IGNORED"):
         monkeypatch.setattr(checks, name, tuple(map(recording, getattr(checks, name))))
-    for overrides, *_ in (*INVALID, *DATA):
+    for overrides, *_ in INVALID:
         with pytest.raises(ConfigError):
             load_config(minimal, overrides)
     for overrides, world_size, *_ in INVALID_WORLD_SIZE:
@@ -1041,6 +1107,16 @@ IGNORED = [
         "the run ends at training.train_iters (100)",
     ),
     (["distillation.weight=2.0"], "distillation.weight (2.0)", "without distillation.teacher"),
+    (
+        [BLEND, f"data.stages=[{{from_step: 100, {LAST}}}]"],
+        "data.stages[0] ('from step 100') has no effect",
+        "the run ends at training.train_iters (100)",
+    ),
+    (
+        ["training.eval_iters=0", "data.validation={web: data/v}"],
+        "data.validation ({'web': ",
+        "with training.eval_iters 0",
+    ),
     (
         ["precision.grad_reduce_in_fp32=false"],
         "precision.grad_reduce_in_fp32 (false)",
