@@ -84,6 +84,7 @@ NAVIGATION = {
     ],
     "Project": [
         "docs/proven",
+        "docs/compared",
         "CHANGELOG",
         "CONTRIBUTING",
         "SECURITY",

@@ -12,7 +12,9 @@ from benchmarks import commands_page, megatron_flags_page
 from benchmarks.site_check import loads_elsewhere
 
 ROOT = Path(__file__).parents[2]
-PROVEN = (ROOT / "docs" / "proven.md").read_text(encoding="utf-8")
+PROVEN, COMPARED = (
+    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("proven.md", "compared.md")
+)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,8 @@ def _missing(text: str) -> list[str]:
 
 def test_every_proof_exists() -> None:
     assert PROVEN.count("::test_") > 60
-    assert _missing(PROVEN) == []
+    assert COMPARED.count("::test_") > 20
+    assert _missing(PROVEN) == _missing(COMPARED) == []
 
 
 def test_a_proof_that_is_gone_is_noticed() -> None:
