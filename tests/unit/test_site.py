@@ -52,7 +52,7 @@ def _missing(text: str) -> list[str]:
 
 def test_every_proof_exists() -> None:
     assert PROVEN.count("::test_") > 60
-    assert COMPARED.count("::test_") > 20
+    assert COMPARED.count("::test_") > 15
     assert _missing(PROVEN) == _missing(COMPARED) == []
 
 
