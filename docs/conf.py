@@ -52,6 +52,7 @@ NAVIGATION = {
         "The routing guard <docs/guard>",
         "Shifts of the data <docs/routing_shift>",
         "Parallel layouts <docs/parallelism>",
+        "Fully sharded data parallelism <docs/fsdp>",
         "Precision and FP8 <docs/precision>",
         "What is supported <docs/limits>",
     ],

@@ -154,7 +154,7 @@ def run_tasks(
     """Evaluate.
 
     Args:
-        tasks: From `load_tasks`.
+        tasks: Result of `load_tasks`.
         score: Scores rows of at most `max_length` + 1 tokens.
         tokenizer: The model's.
         max_length: Tokens that the model reads at once.
@@ -209,7 +209,7 @@ class _Model(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token that is put before a text without context."""
         return self._tokenizer.eod
 
     def tok_encode(
@@ -221,7 +221,7 @@ class _Model(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Of each continuation, how likely it is, and whether greedy decoding would write it.
+        """How likely each continuation is, and whether greedy decoding would write it.
 
         A context that is too long loses its beginning, as in lm-eval's own model for transformers.
         """

@@ -126,7 +126,7 @@ def run(request: TrainRequest, say: Say, callbacks: Sequence[Callback] = ()) -> 
     Args:
         request: The result of `TrainRequest.admitted`.
         say: Told what happens before the first step, on rank 0.
-        callbacks: As of `train`.
+        callbacks: Same as in `train`.
 
     Returns:
         Of ranks that were started only what their exit status tells.

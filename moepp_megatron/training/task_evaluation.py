@@ -102,7 +102,7 @@ class TaskEvaluation:
     def _score(
         self, stages: list[PipelineStage], rows: Sequence[Sequence[int]]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each row, log-probabilities of the tokens after the first, and which are likeliest."""
+        """Log-probabilities of each row's tokens after the first, and which are likeliest."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
             by_length[self._padded(len(row) - 1)].append(number)

@@ -2,6 +2,7 @@
 
 budget.py            section `moe.budget`: how many FFN experts a token gets
 config.py            the whole configuration: one section per subject
+evaluation.py        section `evaluation`: tasks of lm-eval while the model trains
 latent_attention.py  section `model.latent_attention`: multi-head latent attention
 model.py             section `model`: the decoder around the experts
 moe.py               section `moe`: experts and routing of MoE++ (arXiv 2410.07348)
