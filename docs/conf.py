@@ -55,6 +55,7 @@ NAVIGATION = {
         "Shifts of the data <docs/routing_shift>",
         "Parallel layouts <docs/parallelism>",
         "Optimizers and schedules <docs/optimizers>",
+        "Fully sharded data parallelism <docs/fsdp>",
         "Precision and FP8 <docs/precision>",
         "What is supported <docs/limits>",
     ],

@@ -221,6 +221,11 @@ INVALID = [
         "give rule mine the action warn",
     ),
     (
+        ["evaluation.tasks=[t.yaml]", *FP8],
+        "evaluation.tasks (['t.yaml'])",
+        "must have precision.fp8 (hybrid) null",
+    ),
+    (
         ["observe.webhook_url_env=https://example.com/secret"],
         "observe.webhook_url_env ('...')",
         "export MOEPP_WEBHOOK=ADDRESS",
@@ -1205,6 +1210,7 @@ IGNORED = [
         "same as selected",
     ),
     ([*VANILLA, "moe.fused=true"], "moe.fused (true)", "vanilla MoE layer"),
+    (["evaluation.limit=5"], "evaluation.limit (5)", "without evaluation.tasks"),
     (["moe.flex_backend=deepep"], "moe.flex_backend ('deepep')", "with moe.dispatcher alltoall"),
     (["moe.flex_num_sms=24"], "moe.flex_num_sms (24)", "with moe.dispatcher alltoall"),
     (["moe.dispatcher=alltoall_dedup"], DEDUP, "parallel.expert_model_parallel_size (1)"),
