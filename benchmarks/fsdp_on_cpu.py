@@ -76,7 +76,8 @@ def train(config: Config, wrap: Callable[[Any, Any], Any] | None) -> Course:
     from moepp_megatron.model.megatron_config import moepp_config
     from moepp_megatron.moe.lane import pipeline_config
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.setup import _optimizer_config, wrap_models
+    from moepp_megatron.training.optimizers import _optimizer_config
+    from moepp_megatron.training.setup import wrap_models
     from moepp_megatron.training.step import _forward_step
 
     layout = Layout.from_config(config, dist.get_world_size())

@@ -205,7 +205,7 @@ def train(
         schedule.append((SAVED + 1 + case.steps, {case.base: 1.0}))
     data = Mixed(corpora, schedule, BATCH, LENGTH, case.seed)
     with (
-        mock.patch.object(module, "build_datasets", return_value=(data, None, None)),
+        mock.patch.dict(module.DATASETS, gpt=lambda *_: (data, None, None)),
         mock.patch.object(module.Tokenizer, "load", return_value=None),
     ):
         trainer = module.Trainer(config, layout)

@@ -2,9 +2,9 @@
 
 `./launch/test.sh` runs the tests on workers of pytest-xdist. The tests of one file stay together,
 for they share models, ranks and browsers; the longest files come first, so that none is left over
-for one worker at the end. Slurm's come before all others, in one worker: they wait most of the
-time, and the other workers, as many as there are cores, compute meanwhile. `durations.json` says
-how long each file took; it is written anew by `./launch/test.sh --record-durations`.
+for one worker at the end. Slurm's come before all others, each with a cluster of its own: they wait
+most of the time, beside which the other workers compute. `durations.json` says how long each file
+took; it is written anew by `./launch/test.sh --record-durations`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DURATIONS = Path(__file__).parent / "durations.json"
 # What waits most of the time.
 FIRST = "tests/slurm/"
 # Folders whose tests stay with one worker.
-TOGETHER = [FIRST]
+TOGETHER: list[str] = []
 # A new file, until its duration is recorded: seconds a test.
 UNKNOWN_S = 0.3
 # A line of progress at most this often.

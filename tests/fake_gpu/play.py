@@ -154,11 +154,12 @@ class _Run:
     """One configuration, built and played inside the modes."""
 
     def __init__(self, config: Any, layout: Any, case: Case, outcome: Outcome) -> None:
-        from megatron.core.optimizer import get_megatron_optimizer
         from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
 
         from moepp_megatron.model.build import build_chunks
         from moepp_megatron.training import setup
+        from moepp_megatron.training.optimizers import build_optimizer
+        from moepp_megatron.training.schedule import build_schedule
 
         self.config, self.layout, self.case, self.outcome = config, layout, case, outcome
         setup._start_a_kernel()
@@ -167,13 +168,11 @@ class _Run:
             models = build_chunks(config)
         machine.restore_orders(models)
         schedule_config, chunks = setup.wrap_models(models, config)
-        optimizer = get_megatron_optimizer(
-            setup._optimizer_config(config), chunks, use_gloo_process_groups=False
-        )
+        optimizer = build_optimizer(config, chunks)
         # megatron-core asks all ranks once, and the answer is a number.
         optimizer._has_grad_norm_group_cache = dict.fromkeys(SEPARATE_GRAD_NORM_GROUPS, False)
         setup._connect(schedule_config, config, chunks, optimizer)
-        schedule = setup._schedule(config, optimizer)
+        schedule = build_schedule(config, optimizer)
         self.model = setup.TrainingModel(chunks, models, optimizer, schedule)
         self.model.set_training(True)
         outcome.parameters = sum(p.numel() for model in models for p in model.parameters())

@@ -103,7 +103,7 @@ def run(
     build_groups(config, layout)
     dataset = Without(DATA[data](config, BATCHES), without)
     with (
-        mock.patch.object(module, "build_datasets", return_value=(dataset, dataset, None)),
+        mock.patch.dict(module.DATASETS, gpt=lambda *_: (dataset, dataset, None)),
         mock.patch.object(module.Tokenizer, "load", return_value=None),
     ):
         trainer = module.Trainer(config, layout)

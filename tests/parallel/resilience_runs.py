@@ -60,6 +60,7 @@ def run_trainer(
 
     from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.training import data_stages
     from moepp_megatron.training import trainer as module
 
     config = parse_config(raw)
@@ -67,11 +68,8 @@ def run_trainer(
     build_groups(config, layout)
     dataset = Without(_dataset(config, data), without)
     with ExitStack() as stack:
-        for name, value in (
-            ("build_datasets", (dataset, None, None)),
-            ("corpus_identity", corpus),
-        ):
-            stack.enter_context(mock.patch.object(module, name, return_value=value))
+        stack.enter_context(mock.patch.dict(module.DATASETS, gpt=lambda *_: (dataset, None, None)))
+        stack.enter_context(mock.patch.object(data_stages, "corpus_identity", return_value=corpus))
         stack.enter_context(mock.patch.object(module.Tokenizer, "load", return_value=None))
         trainer = module.Trainer(config, layout)
         for fault in faults:
@@ -169,8 +167,8 @@ def _changed_weights(trainer: Any, fault: Fault, factor: float) -> Iterator[None
     original = routers.begin_step
 
     @torch.no_grad()
-    def begin_step(step: int) -> None:
-        original(step)
+    def begin_step(step: int, num_microbatches: int) -> None:
+        original(step, num_microbatches)
         if not planted and _is_on(trainer, fault):
             planted.append(step)
             for parameter in trainer.model.models[0].parameters():

@@ -63,8 +63,8 @@ def stopped_at(raw: dict[str, Any], step_of_signal: int) -> int:
     trainer = Trainer(config, layout)
     begin = trainer._routers.begin_step
 
-    def begin_step(step: int) -> None:
-        begin(step)
+    def begin_step(step: int, num_microbatches: int) -> None:
+        begin(step, num_microbatches)
         if step == step_of_signal and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

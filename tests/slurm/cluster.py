@@ -110,10 +110,6 @@ class Cluster:
         """A node dies: its daemon, and everything that runs on it, at the same moment."""
         self._kill([self._daemons.pop(node).pid, *self._on_node(node)])
 
-    def miss(self, node: str) -> None:
-        """Slurm misses a node now that it would miss after SlurmdTimeout."""
-        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test", check=True)
-
     def kill_steps(self, node: str) -> None:
         """Everything that runs on a node dies; its daemon goes on and tells nobody."""
         self._kill(self._on_node(node))

@@ -1,4 +1,4 @@
-"""One cluster for all tests of a file; one corpus and one undisturbed run for all of a worker."""
+"""One cluster for all tests of a file, one corpus for all of a worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.commands import moepp
 from tests.faults.harness import losses, prepare_data
 from tests.slurm.cluster import Cluster, missing_programs
-from tests.slurm.jobs import STEPS, Jobs, write_job_config
+from tests.slurm.jobs import STEPS, Jobs
 
 # Shell, YAML and sbatch all have something to say about these characters.
 NASTY = 'it\'s "a" $(touch pwned) `touch pwned` $HOME; # & * %j \u00e9'
@@ -61,14 +61,16 @@ def jobs(cluster: Cluster, data: Path, tmp_path: Path) -> Iterator[Jobs]:
         cluster.heal()
 
 
-@pytest.fixture(scope="session")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+@pytest.fixture(scope="module")
+def undisturbed(
+    cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, float]:
     """Losses by step of the expert-parallel run that nobody disturbs: two ranks, without Slurm."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    config = write_job_config(folder, data, {})
+    jobs = Jobs(cluster, data, tmp_path_factory.mktemp("undisturbed"))
+    config = jobs.config({})
     never = ("checkpoint.save_interval=0", "checkpoint.async_save=false")
     done = moepp("train", config, *never, "--nproc", 2)
     assert done.returncode == 0, done.stdout + done.stderr
-    reached = losses(folder / "run")
+    reached = losses(jobs.folder / "run")
     assert sorted(reached) == list(range(1, STEPS + 1))
     return reached

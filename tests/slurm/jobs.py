@@ -23,7 +23,6 @@ _TIMEOUT_S = 900.0
 _POLL_S = 0.05
 # Between questions to the controller: each is a process.
 _ASK_EVERY_S = 0.3
-_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 class Job:
@@ -68,12 +67,7 @@ class Job:
             time.sleep(_POLL_S)
 
     def wait_for_state(self, *states: str) -> None:
-        def reached() -> bool:
-            now = self.state
-            assert now in states or now not in _ENDED, f"not {states}:\n{self.report()}"
-            return now in states
-
-        self._ask_until(reached, f"in state {' or '.join(states)}")
+        self._ask_until(lambda: self.state in states, f"in state {' or '.join(states)}")
 
     def wait_for_step(self, step: int) -> None:
         asked = 0.0
@@ -90,15 +84,11 @@ class Job:
         self.wait_until(reached, f"at step {step}")
 
     def wait_for_end(self, state: str) -> None:
-        self.wait_for_state(*_ENDED)
+        self.wait_for_state("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         assert self.state == state, self.report()
 
     def wait_for_restart(self, count: int) -> None:
-        def restarted() -> bool:
-            assert self.state not in _ENDED, self.report()
-            return self.restarts >= count
-
-        self._ask_until(restarted, f"restarted {count} times")
+        self._ask_until(lambda: self.restarts >= count, f"restarted {count} times")
 
     def _ask_until(self, answered: Callable[[], bool], what: str) -> None:
         """As `wait_until`, for what the controller is asked for."""
@@ -146,25 +136,6 @@ class Job:
         return found
 
 
-def write_job_config(folder: Path, data: Path, sections: dict[str, dict[str, Any]]) -> Path:
-    """A configuration for two nodes with one CPU rank each; `sections` are merged into it."""
-    path = folder / "run.yaml"
-    write_config(path, data, folder / "run", 2, train_iters=STEPS)
-    content = yaml.safe_load(path.read_text())
-    content["slurm"] = {
-        # Doctor imports torch on every node; its own tests are in tests/unit/workbench/doctor.
-        "preflight": False,
-        "nodes": 2,
-        "gpus_per_node": 0,
-        "exclusive": False,
-        "max_restarts": 0,
-    }
-    for name, section in sections.items():
-        content.setdefault(name, {}).update(section)
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
 class Jobs:
     """Writes configurations and submits them.
 
@@ -177,20 +148,37 @@ class Jobs:
     def __init__(self, cluster: Cluster, data: Path, folder: Path) -> None:
         self.cluster, self.data, self.folder = cluster, data, folder
         self._submitted: list[Job] = []
+
+    def config(self, sections: dict[str, dict[str, Any]]) -> Path:
+        """A configuration for two nodes with one CPU rank each; `sections` are merged into it."""
+        path = self.folder / "run.yaml"
+        write_config(path, self.data, self.folder / "run", 2, train_iters=STEPS)
+        content = yaml.safe_load(path.read_text())
+        content["slurm"] = {
+            # Doctor imports torch on every node; its own tests are in tests/unit/workbench/doctor.
+            "preflight": False,
+            "nodes": 2,
+            "gpus_per_node": 0,
+            "exclusive": False,
+            "max_restarts": 0,
+        }
+        for name, section in sections.items():
+            content.setdefault(name, {}).update(section)
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of whoever submits; jobs inherit it."""
         root = str(Path(__file__).parents[2])
-        # Of whoever submits; jobs inherit it.
-        self.environment = {
-            **cluster.environment,
+        return {
+            **self.cluster.environment,
             "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
             # As by default: on a busy machine the node that writes the report ends much later.
             "MOEPP_STEP_WAIT": "60",
-            "MOEPP_LOG_DIR": str(folder / "rank logs"),
+            "MOEPP_LOG_DIR": str(self.folder / "rank logs"),
         }
-
-    def config(self, sections: dict[str, dict[str, Any]]) -> Path:
-        """A configuration as `write_job_config` writes it."""
-        return write_job_config(self.folder, self.data, sections)
 
     def moepp(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A `moepp` command in the folder of the jobs."""

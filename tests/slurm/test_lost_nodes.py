@@ -16,8 +16,6 @@ def test_job_waits_for_a_lost_node(jobs: Jobs, undisturbed: dict[int, float]) ->
     job = jobs.submit()
     job.wait_for_step(10)
     jobs.cluster.kill_node("n2")
-    job.wait_until(lambda: not job.ranks(), "without ranks")
-    jobs.cluster.miss("n2")
     job.wait_for_state("PENDING")
     jobs.cluster.wait_for_nodes("down", ("n2",))
     # Its node is back before anything else could have let it start.
@@ -30,22 +28,18 @@ def test_job_waits_for_a_lost_node(jobs: Jobs, undisturbed: dict[int, float]) ->
 
 def test_job_does_not_wait_for_ranks_that_slurm_does_not_miss(jobs: Jobs) -> None:
     """Everything on a node dies, but its daemon answers: Slurm sees nothing wrong with the job."""
-    # The default then, no longer than the restart's: the rest of a step is not waited for either.
-    del jobs.environment["MOEPP_STEP_WAIT"]
+    # Nodes must also meet within it at the start, on a machine that may be busy.
     job = jobs.submit(
-        slurm={"max_restarts": 3, "restart_timeout_s": 5}, training={"train_iters": 100000}
+        slurm={"max_restarts": 3, "restart_timeout_s": 30}, training={"train_iters": 40}
     )
     job.wait_for_step(10)
     jobs.cluster.kill_steps("n2")
     job.wait_for_state("PENDING")
-    reached = job.step
-    assert "did not come back within 5 s after a failure" in job.output
-    assert "a node did not come back within 5 s after a failure; requeued (1 of at" in job.output
-    job.wait_for_step(reached + 5)
+    assert "did not come back within 30 s after a failure" in job.output
+    assert "a node did not come back within 30 s after a failure; requeued (1 of at" in job.output
+    job.wait_for_end("COMPLETED")
     assert job.restarts == 1
-    # It goes on meanwhile.
-    steps = sorted(losses(job.run))
-    assert steps == list(range(1, len(steps) + 1))
+    assert sorted(losses(job.run)) == list(range(1, 41))
 
 
 @pytest.mark.slow
@@ -93,9 +87,11 @@ def test_wrong_preflight_command_excludes_nobody(jobs: Jobs) -> None:
     assert job.cluster.job(job.number)["ExcNodeList"] == "(null)"
 
 
-def test_crashed_rank_restarts_once_and_leaves_no_orphans(jobs: Jobs) -> None:
+def test_crashed_rank_restarts_once_and_leaves_no_orphans(
+    jobs: Jobs, undisturbed: dict[int, float]
+) -> None:
     job = jobs.submit(slurm={"max_restarts": 1}, training={"train_iters": 100000})
-    job.wait_for_step(8)
+    job.wait_for_step(20)
     first = job.ranks()
     first[1].kill()
     reached = job.step
@@ -106,7 +102,7 @@ def test_crashed_rank_restarts_once_and_leaves_no_orphans(jobs: Jobs) -> None:
         return now.keys() == {0, 1} and now[1] != first[1]
 
     job.wait_until(has_restarted, "restarted")
-    job.wait_for_step(reached + 8)
+    job.wait_for_step(reached + 30)
     # A node counts the restarts that its own ranks cause.
     job.ranks()[1].kill()
     job.wait_for_end("FAILED")
