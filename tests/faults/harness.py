@@ -65,7 +65,7 @@ def write_config(
         "training": {
             "train_iters": 60,
             "global_batch_size": 8,
-            "micro_batch_size": 8 // num_ranks,
+            "micro_batch_size": 1,
             "eval_iters": 0,
             **training,
         },

@@ -47,16 +47,16 @@ class Run:
     Attributes:
         losses: Language-model loss of each step.
         grad_norms: Gradient norm of each step.
-        divergences: Divergence from the teacher of each step, where there is one.
         routing: Routing metrics of each step.
         gradients: Of the first step: checkpoint name to global gradient, assembled from all ranks.
+        divergences: Divergence from the teacher of each step, where there is one.
     """
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    divergences: list[float] = field(default_factory=list)
     routing: list[dict[str, Any]] = field(default_factory=list)
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    divergences: list[float] = field(default_factory=list)
 
 
 def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
