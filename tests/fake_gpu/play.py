@@ -250,7 +250,7 @@ class _Run:
             gc.collect()
             self.outcome.held = MEMORY.live
             MEMORY.begin()
-            routers.begin_step(step)
+            routers.begin_step(step, self.layout.num_microbatches)
             result = training_step(
                 self.model,
                 self.batches(),

@@ -65,7 +65,7 @@ def measure(raw: dict[str, Any], recounts: bool = False) -> tuple[dict[str, Any]
     for step in (1, 2):
         maps.clear()
         losses.clear()
-        routers.begin_step(step)
+        routers.begin_step(step, layout.num_microbatches)
 
         def watch(chunk: Any, batch: Any, token_losses: Any) -> None:
             routers.watch_losses(chunk, batch, token_losses)
