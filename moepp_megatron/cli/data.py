@@ -110,7 +110,7 @@ def prepare(
     Examples:
         moepp data prepare corpus.jsonl --out data/mine --vocab-size 65536
         moepp data prepare web=web.parquet code=src --out data/mixed
-        moepp data prepare c.jsonl --out d/chat --chat --tokenizer d/mine --seq-length 64
+        moepp data prepare c.jsonl --out d/c --chat --tokenizer d/mine --seq-length 64
     """
     from moepp_megatron.data.prepare import PrepareSettings
     from moepp_megatron.data.prepare import prepare as prepare_data

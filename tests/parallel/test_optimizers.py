@@ -128,16 +128,15 @@ def test_matrices_shared_out_are_those_that_are_not(ranks: RankPools, tmp_path: 
     """bf16 on two ranks: layer-wise, every rank a copy, and one resumed as the other."""
     shared = settings(optimizer=MUON, **BF16)
     copies = settings(optimizer=MUON, parallel=PLAIN, **BF16)
-    whole = ranks(2).run(train_between, copies, tmp_path / "whole", 6)[0]
+    whole = ranks(2).run(train_between, shared, tmp_path / "whole", 6)[0]
     first = ranks(2).run(train_between, shared, tmp_path / "first", 3)[0]
     assert first == whole[:3]
     start = tmp_path / "first" / checkpoint_name(3)
-    for name, raw in (("shared", shared), ("copies", copies)):
-        rest = ranks(2).run(train_between, raw, tmp_path / name, 6, start)[0]
-        assert rest == whole[3:], name
-    alone = ranks(1).run(train_between, copies, tmp_path / "alone", 6, start)[0]
-    # bf16 sums of one rank instead of two.
-    assert alone == pytest.approx(whole[3:], rel=2e-3)
+    assert ranks(2).run(train_between, shared, tmp_path / "shared", 6, start)[0] == whole[3:]
+    # The gradient norm adds up in another order, and bf16 weights round to neighbours.
+    for name, size in (("copies", 2), ("alone", 1)):
+        rest = ranks(size).run(train_between, copies, tmp_path / name, 6, start)[0]
+        assert rest == pytest.approx(whole[3:], rel=2e-3), name
 
 
 GROUPS = {
