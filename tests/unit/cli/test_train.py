@@ -226,11 +226,11 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
         layout=Layout.from_config(config, 1),
         rank=SimpleNamespace(rank=0, is_launched=False),
     )
-    _be_rank(request, print)
+    _be_rank(request, print, ())
     assert capsys.readouterr().out.splitlines()[:3] == [*trainer.start_lines, "trains"]
     assert bound == ["its GPU"]
     request.config = with_overrides(config, ["run.numa_binding=false"])
-    _be_rank(request, print)
+    _be_rank(request, print, ())
     assert len(bound) == 1
 
 

@@ -82,6 +82,8 @@ def by_export(logits: Tensor, config: MoEPPConfig) -> tuple[Tensor, None]:
         num_experts_per_tok=config.router_topk,
         total_experts=config.num_experts,
         num_zero_experts=config.num_zero_experts,
+        num_groups=config.num_groups,
+        group_topk=config.group_topk,
     )
     gate = MoEPPGate.__new__(MoEPPGate)
     torch.nn.Module.__init__(gate)
