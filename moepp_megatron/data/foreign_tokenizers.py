@@ -140,8 +140,8 @@ def _is_text(content: bytes) -> bool:
         return False
 
 
-def _needed(path: Path, what: str, *packages: str) -> UnfitError:
-    return UnfitError(f"--tokenizer ({path}) is {what}; {how_to_install(*packages)}")
+def _needed(path: Path, what: str, command: str) -> UnfitError:
+    return UnfitError(f"--tokenizer ({path}) is {what}; {command}")
 
 
 def _from_folder(path: Path, eod_token: str | None) -> GivenTokenizer:
@@ -155,7 +155,9 @@ def _from_folder(path: Path, eod_token: str | None) -> GivenTokenizer:
         from transformers import AutoTokenizer
     except ImportError:
         raise _needed(
-            path, f"a folder without {TOKENIZER}, which needs transformers", "transformers>=5"
+            path,
+            f"a folder without {TOKENIZER}, which needs transformers",
+            how_to_install("transformers>=5"),
         ) from None
     try:
         loaded: Any = AutoTokenizer.from_pretrained(
@@ -193,7 +195,7 @@ def _from_sentencepiece(
             path,
             "a sentencepiece model, or no tokenizer; the former needs sentencepiece, protobuf and "
             "transformers",
-            *("sentencepiece", "protobuf", "transformers>=5"),
+            how_to_install("sentencepiece", "protobuf", "transformers>=5"),
         ) from None
     # protobuf makes the class when the module is imported.
     proto: Any = vars(messages)["ModelProto"]()
@@ -251,7 +253,7 @@ def _from_ranks(
         raise _needed(
             path,
             "a file of tiktoken's ranks, which needs tiktoken and transformers",
-            *("tiktoken", "transformers>=5"),
+            how_to_install("tiktoken", "transformers>=5"),
         ) from None
 
     class Converter(TikTokenConverter):

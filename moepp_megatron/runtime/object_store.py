@@ -254,9 +254,8 @@ def _client(scheme: str, name: str, process: int) -> Any:
         import multistorageclient as msc
     except ImportError as error:
         raise StoreError(
-            f"{scheme}://{name} needs the package {error.name}, which is not installed (the extra "
-            f"moepp-megatron[s3]); {how_to_install('multi-storage-client[boto3]')}, or use a "
-            "folder of this machine"
+            f"{scheme}://{name} needs the package {error.name}, which is not installed; "
+            f"{how_to_install('multi-storage-client[boto3]')}, or use a folder of this machine"
         ) from None
     # Every error that it logs is raised, too.
     logging.getLogger("multistorageclient").setLevel(logging.CRITICAL)

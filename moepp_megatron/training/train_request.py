@@ -184,7 +184,8 @@ def _check_tasks(config: Config) -> None:
     if not have_lm_eval():
         raise UnfitError(
             f"evaluation.tasks ({', '.join(map(str, config.evaluation.tasks))}) must have the "
-            f"package lm-eval, which is not installed; {how_to_install('lm-eval')}, or leave it out"
+            "package lm-eval, which is not installed; "
+            f"{how_to_install('lm-eval>=0.4.13,<0.5')}, or leave it out"
         )
     from moepp_megatron.data.same_tokenizer import tokenizer_of_run
     from moepp_megatron.data.tokenizer import Tokenizer

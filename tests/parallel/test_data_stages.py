@@ -78,7 +78,7 @@ def run_and_read(raw: dict[str, Any], killed_at: int | None = None) -> list[list
 
 
 def raw_of(data: dict[str, Any], run: Path, **sections: Any) -> dict[str, Any]:
-    training = {"train_iters": STEPS, "eval_iters": 1, "eval_interval": 6}
+    training = {"train_iters": STEPS, "eval_iters": 1, "eval_interval": 6, "micro_batch_size": 2}
     raw = trainer_settings(Path("unused"), run, training=training, **sections)
     return raw | {"data": data}
 

@@ -29,7 +29,9 @@ def named_in_messages() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="ascii"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "how_to_install":
                 for argument in node.args:
-                    text = re.sub(r"\{.*?\}", "", ast.unparse(argument).strip("f'\""))
+                    text = re.sub(
+                        r"\{.*?\}", "", ast.unparse(argument).removeprefix("f").strip("'\"")
+                    )
                     found.add(text.rstrip("="))
     return found
 
