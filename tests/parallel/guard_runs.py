@@ -125,7 +125,9 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
     now = 0
     seen: dict[int, Any] = {}
 
-    def begin_step(step: int, begin: Callable[[int], None] = routers.begin_step) -> None:
+    begin = routers.begin_step
+
+    def begin_step(step: int, num_microbatches: int) -> None:
         nonlocal now
         for fault in [fault for fault in faults if fault.step == step and fault not in planted]:
             planted.append(fault)
@@ -133,7 +135,7 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
         now = step
         counts[:] = [0, 0]
         found.forced[step] = [0, 0]
-        begin(step)
+        begin(step, num_microbatches)
         masks = [getattr(chunk.token_tags, "forced_ids", None) for chunk in trainer.model.models]
         if masks[0] is not None:
             found.forced_ids[step] = masks[0].nonzero().flatten().tolist()
