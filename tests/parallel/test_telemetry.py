@@ -24,7 +24,7 @@ def test_telemetry_stands_beside_every_step(ranks: RankPools, tmp_path: Path) ->
         training={"train_iters": 3, "global_batch_size": 4, "micro_batch_size": 1},
         telemetry={"interval_s": 1.0, "hardware": str(card)},
     )
-    ranks(2).run(run_trainer, raw, (), None)
+    ranks(2).run(run_trainer, raw)
     config = parse_config(raw)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert len(records) == 3
@@ -47,6 +47,6 @@ def test_telemetry_can_be_off(ranks: RankPools, tmp_path: Path) -> None:
         training={"train_iters": 3, "global_batch_size": 2, "micro_batch_size": 1},
         telemetry={"interval_s": 0.0},
     )
-    ranks(2).run(run_trainer, raw, (), None)
+    ranks(2).run(run_trainer, raw)
     for record in read_metrics(tmp_path / "metrics.jsonl"):
         assert (record.model_tflops, record.cpu_utilization) == (None, None)
