@@ -109,7 +109,6 @@ def prepare(
 
     Examples:
         moepp data prepare corpus.jsonl --out data/mine --vocab-size 65536
-        moepp data prepare web=web.parquet code=src --out data/mixed
         moepp data prepare c.jsonl --out d/c --chat --tokenizer d/mine --seq-length 64
     """
     from moepp_megatron.data.prepare import PrepareSettings

@@ -70,7 +70,6 @@ def generate(
 
     Examples:
         moepp generate runs/quickstart --prompt "def main("
-        moepp generate runs/quickstart --prompt "class Node:" --temperature 0
         moepp generate runs/fine_tuned --chat --prompt "In which module is deepcopy?"
     """
     from moepp_megatron.runtime.quiet import quiet

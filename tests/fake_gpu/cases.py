@@ -97,14 +97,9 @@ def shipped(path: Path, layers: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def smallest(
-    *overrides: str, world_size: int = 1, replicas: int | None = None, **fields: Any
-) -> dict[str, Any]:
-    """The smallest of the paper's models; two sequences a step for each of `replicas`.
-
-    These are all ranks where None.
-    """
-    batch = f"training.global_batch_size={2 * (replicas or world_size)}"
+def smallest(*overrides: str, world_size: int = 1, **fields: Any) -> dict[str, Any]:
+    """The smallest of the paper's models; as many sequences a step as two for each rank."""
+    batch = f"training.global_batch_size={2 * world_size}"
     return {
         "config": SMALLEST, "overrides": [batch, *overrides], "world_size": world_size, **fields
     }  # fmt: skip
@@ -128,12 +123,12 @@ LOCAL: dict[str, dict[str, Any]] = {
         *_WATCHED, parts=["guard", "health", "evaluation", "save"]
     ),
     "capacity": smallest("moe.capacity_factor=1.25"),
-    "context parallel": smallest("parallel.context_parallel_size=2", world_size=2, replicas=1),
-    "first stage": smallest(_STAGES, world_size=2, replicas=1),
-    "last stage": smallest(_STAGES, world_size=2, replicas=1, rank=1),
+    "context parallel": smallest("parallel.context_parallel_size=2", world_size=2),
+    "first stage": smallest(_STAGES, world_size=2),
+    "last stage": smallest(_STAGES, world_size=2, rank=1),
     "tensor parallel": smallest(
         "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
-        "parallel.expert_tensor_parallel_size=2", world_size=2, replicas=1,
+        "parallel.expert_tensor_parallel_size=2", world_size=2,
     ),
     "expert parallel": smallest(_TWO_EXPERT_RANKS, world_size=2),
     "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
@@ -142,7 +137,7 @@ LOCAL: dict[str, dict[str, Any]] = {
     "HybridEP": smallest(
         _TWO_EXPERT_RANKS, "moe.dispatcher=flex", "moe.flex_backend=hybridep", world_size=2
     ),
-    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4, replicas=1),
+    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4),
     "graphs": smallest("training.cuda_graphs=[attn,moe_router]"),
     "recompute": smallest(
         "training.recompute_granularity=full", "training.recompute_method=uniform",
@@ -158,7 +153,7 @@ ENGINE: dict[str, dict[str, Any]] = {
     "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
     "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
     "DeepEP": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=flex", world_size=2),
-    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4, replicas=1),
+    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4),
     "recompute": smallest(
         "training.recompute_granularity=selective", "training.recompute_modules=[moe_act]"
     ),

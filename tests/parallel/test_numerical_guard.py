@@ -145,7 +145,7 @@ def taken(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Taken:
     return run
 
 
-@pytest.mark.parametrize("layout", ["one rank", "ep2", "pp2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_new_data_are_taken(ranks: RankPools, tmp_path: Path, taken: Taken, layout: str) -> None:
     """From batch 24 on: three are refused, and the rest is a run whose data lack these three."""
     world_size, sections = LAYOUTS[layout]

@@ -22,8 +22,7 @@ def test_job_waits_for_a_lost_node(jobs: Jobs, undisturbed: dict[int, float]) ->
     assert job.state == "PENDING"
     jobs.cluster.start_node("n2")
     job.wait_for_end("COMPLETED")
-    # More than one where a busy machine takes longer than that to start them anew.
-    assert 1 <= job.restarts <= 3
+    assert job.restarts == 1
     assert losses(job.run) == undisturbed
 
 

@@ -903,7 +903,7 @@ INVALID = [
     (
         ["moe.top_k=1"],
         "unknown key moe.top_k",
-        "did you mean moe.router_topk or",
+        "did you mean moe.router_topk or distillation.top_k?",
     ),
     (["parallel.num_nodes=2"], "unknown key parallel.num_nodes", "parallel has tensor_model"),
     (["optimiser.lr=1.0"], "unknown section optimiser", "did you mean optimizer?"),

@@ -125,12 +125,9 @@ def test_card_measures_products_and_copies() -> None:
 def test_each_product_is_a_product(dtype: str) -> None:
     """What is timed is the whole product of two full matrices, in that format."""
     torch.manual_seed(0)
-    try:
-        output = card.matmul(dtype, 64)()
-    except NotImplementedError:
-        if dtype != "fp8":
-            raise
-        pytest.skip(f"torch {torch.__version__} multiplies no FP8 matrices on a CPU")
+    if dtype == "fp8" and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11 multiplies no FP8 matrices on a CPU")
+    output = card.matmul(dtype, 64)()
     torch.manual_seed(0)
     left, right = torch.randn(64, 64), torch.randn(64, 64)
     number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[dtype]
