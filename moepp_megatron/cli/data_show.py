@@ -71,7 +71,13 @@ def show(
             )
         tokenizer = tokenizer or config.data.tokenizer
         corpora = {path: Corpus(folder) for path, folder in folders.items()}
-        for stage in planned_shares(config, corpora):
+        samples = None
+        if config.training.batch_ramp is not None:
+            # Seconds of imports: megatron-core computes the ramp.
+            from moepp_megatron.training.schedule import planned_samples
+
+            samples = planned_samples(config)
+        for stage in planned_shares(config, corpora, samples):
             _print_stage(console, stage, config)
     for path, folder in folders.items():
         _print_counts(console, folder.path, corpora[path].manifest)

@@ -122,22 +122,30 @@ class StageShares:
     shares: tuple[Share, ...]
 
 
-def planned_shares(config: Config, corpora: dict[str, Corpus]) -> list[StageShares]:
+def planned_shares(
+    config: Config, corpora: dict[str, Corpus], num_samples: int | None = None
+) -> list[StageShares]:
     """What each stage of a run draws, and behind them the whole run.
 
     Args:
         config: The configuration.
         corpora: The folders by their real paths.
+        num_samples: Samples of the whole run, where not every step reads
+            `training.global_batch_size` of them; then the run has one stage.
     """
     training, length = config.training, config.model.seq_length
-    batch, end = training.global_batch_size, training.train_iters * training.global_batch_size
+    batch = training.global_batch_size
+    end = training.train_iters * batch if num_samples is None else num_samples
     blends = [blend for blend in blends_of(config) if blend.first_sample < end]
     own = {real: each.training_tokens(config.data.split) for real, each in corpora.items()}
     drawn: dict[str, float] = {}
     paths: dict[str, Path] = {}
     stages = []
-    bounds = pairwise([*(blend.first_sample for blend in blends), end])
-    for blend, (first, behind) in zip(blends, bounds, strict=True):
+    firsts = [blend.first_sample for blend in blends]
+    steps = pairwise([*(first // batch for first in firsts), training.train_iters])
+    for blend, (first, behind), (step, last_step) in zip(
+        blends, pairwise([*firsts, end]), steps, strict=True
+    ):
         shares = []
         for folder in blend.folders:
             tokens = folder.share * (behind - first) * length
@@ -145,7 +153,7 @@ def planned_shares(config: Config, corpora: dict[str, Corpus]) -> list[StageShar
             paths.setdefault(folder.real, folder.path)
             epochs = tokens / max(own[folder.real], 1)
             shares.append(Share(folder.path, folder.share, tokens, epochs))
-        stages.append(StageShares(blend.name, first // batch, behind // batch, tuple(shares)))
+        stages.append(StageShares(blend.name, step, last_step, tuple(shares)))
     whole = tuple(
         Share(paths[real], tokens / (end * length), tokens, tokens / max(own[real], 1))
         for real, tokens in drawn.items()

@@ -133,8 +133,8 @@ def test_matrices_shared_out_are_those_that_are_not(ranks: RankPools, tmp_path: 
     assert first == whole[:3]
     start = tmp_path / "first" / checkpoint_name(3)
     assert ranks(2).run(train_between, shared, tmp_path / "shared", 6, start)[0] == whole[3:]
-    # Copies sum the gradient norm in another order (1e-7 of it in the first step), which may round a
-    # bf16 weight to its neighbour: unbroken runs of both have the same losses for five steps, and
+    # Copies sum the gradient norm in another order (1e-7 of it in the first step), which may round
+    # a bf16 weight to its neighbour: unbroken runs of both have the same losses for five steps, and
     # differ by 4e-5 in the sixth. One rank sums gradients in another order as well.
     for name, size, tolerance in (("copies", 2, 2e-4), ("alone", 1, 2e-3)):
         rest = ranks(size).run(train_between, copies, tmp_path / name, 6, start)[0]
