@@ -18,7 +18,6 @@ app = typer.Typer(
 
     Examples:
         moepp data prepare corpus.jsonl --out data/mine
-        moepp data verify data/mine
         moepp data show data/mine
     """,
     no_args_is_help=True,
