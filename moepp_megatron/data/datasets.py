@@ -70,13 +70,7 @@ def build_datasets(
     """
     if sequence_length < 1:
         raise ConfigError(f"model.seq_length ({sequence_length}) must be at least 1; use 2048")
-    options = {
-        "random_seed": seed,
-        "sequence_length": sequence_length,
-        "tokenizer": tokenizer,
-        "reset_position_ids": reset_position_ids,
-        "eod_mask_loss": eod_mask_loss,
-    }
+    options = _options(tokenizer, sequence_length, seed, reset_position_ids, eod_mask_loss)
     if isinstance(data, Path):
         data = [Blend("data.path", 0, (Folder("data.path", data),))]
     opener = _Opener(options, split, cache_dir)
@@ -101,13 +95,13 @@ def build_validation_sets(
         ConfigError: no dataset there, or nothing to validate on.
     """
     data = config.data
-    options = {
-        "random_seed": config.training.seed,
-        "sequence_length": config.model.seq_length,
-        "tokenizer": tokenizer,
-        "reset_position_ids": data.reset_position_ids,
-        "eod_mask_loss": data.eod_mask_loss,
-    }
+    options = _options(
+        tokenizer,
+        config.model.seq_length,
+        config.training.seed,
+        data.reset_position_ids,
+        data.eod_mask_loss,
+    )
     found, trained = {}, blends_of(config)
     for name, path in data.validation.items() if num_samples else ():
         folder = Folder(f"data.validation.{name}", path)
@@ -115,6 +109,19 @@ def build_validation_sets(
         opener = _Opener(options, split, data.cache, False)
         _, found[name], _ = opener.open(folder, (0, num_samples, 0))
     return found
+
+
+def _options(
+    tokenizer: Tokenizer, sequence_length: int, seed: int, resets_positions: bool, masks_eod: bool
+) -> dict[str, Any]:
+    """What all folders of a run give to megatron-core's `GPTDatasetConfig`."""
+    return {
+        "random_seed": seed,
+        "sequence_length": sequence_length,
+        "tokenizer": tokenizer,
+        "reset_position_ids": resets_positions,
+        "eod_mask_loss": masks_eod,
+    }
 
 
 def _open_blends(blends: Sequence[Blend], opener: "_Opener", num_samples: Samples) -> Datasets:

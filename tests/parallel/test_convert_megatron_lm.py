@@ -171,12 +171,26 @@ def test_settings_of_the_environment_are_kept(
     assert config_from_arguments(arguments, None, "save") == expected
 
 
+def test_groups_of_experts_go_both_ways(saved: tuple[Path, np.ndarray]) -> None:
+    arguments = read_arguments(CheckpointReader(find_megatron_checkpoint(saved[0])))
+    arguments.moe_router_num_groups, arguments.moe_router_group_topk = 4, 2
+    config = config_from_arguments(arguments, None, "save")
+    assert (config.moe.num_groups, config.moe.group_topk) == (4, 2)
+    words = megatron_arguments(config)
+    for option, value in (("num-groups", "4"), ("group-topk", "2")):
+        assert words[words.index(f"--moe-router-{option}") + 1] == value
+    # Without group_topk, megatron-core's router does not look at the groups.
+    arguments.moe_router_group_topk = None
+    assert not config_from_arguments(arguments, None, "save").moe.limits_groups
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type .* be rope"),
         ({"add_bias_linear": True}, r"biases \(--disable-bias-linear\) \(True\) .* be False"),
-        ({"moe_router_num_groups": 2}, "moe_router_num_groups .* is not supported"),
+        ({"moe_router_force_load_balancing": True}, "force_load_balancing .* is not supported"),
+        ({"moe_router_num_groups": 3, "moe_router_group_topk": 1}, "num_groups"),
         ({"num_layers": 5}, "layers.4.* is missing"),
         ({"num_layers": 3}, "layers.3.* is unexpected"),
         ({"hidden_size": "wide"}, "hidden_size"),
