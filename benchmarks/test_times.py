@@ -75,7 +75,8 @@ def _phase(item: pytest.Item, when: str) -> Generator[None, Any, Any]:
             "started": [each[:120] for each in _STARTED],
         }
         if item.config.option.times is not None:
-            with item.config.option.times.open("a", encoding="utf-8") as file:
+            # Not Path.open, which some tests replace.
+            with open(item.config.option.times, "a", encoding="utf-8") as file:  # noqa: PTH123
                 file.write(json.dumps(record) + "\n")
 
 

@@ -1,5 +1,6 @@
 """Fixtures and collection rules for every test."""
 
+import gc
 import os
 import shutil
 import signal
@@ -133,6 +134,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.loadscopereorder = False
         config.stash[_PROGRESS] = timetable.Progress(config)
         config.pluginmanager.register(config.stash[_PROGRESS])
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage need not walk what lives as long as this process."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -34,6 +34,7 @@ CASES = {
 
 def estimated_and_measured(settings: list[str]) -> tuple[float, int]:
     """Bytes of this rank at its peak."""
+    import torch
     import torch.distributed as dist
 
     from benchmarks.tensor_bytes import tensor_bytes
@@ -52,7 +53,14 @@ def estimated_and_measured(settings: list[str]) -> tuple[float, int]:
         return stepper.step
 
     said = rank_memory(config, layout, layout.coordinates(dist.get_rank()).pp, "local")
-    return said.total, tensor_bytes(prepare).peak
+    for _ in range(3):
+        taken = tensor_bytes(prepare)
+        # On a busy machine a thread of gloo's may free blocks, which nobody is told of.
+        unseen = torch.tensor(taken.unseen / taken.peak)
+        dist.all_reduce(unseen, dist.ReduceOp.MAX)
+        if unseen < 0.01:
+            return said.total, taken.peak
+    raise AssertionError(f"{unseen:.1%} of the peak was freed unseen in the last of three tries")
 
 
 @pytest.mark.parametrize("case", CASES)
