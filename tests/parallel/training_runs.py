@@ -32,12 +32,18 @@ BASE: dict[str, dict[str, Any]] = {
     "training": {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2, "seed": 7},
 }
 
-# What layouts are made of, and layers that are all computed again.
+# What layouts are made of, layers that are all computed again, and the vanilla MoE layer.
 EP2 = {"expert_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+VANILLA = {
+    "num_zero_experts": 0,
+    "num_copy_experts": 0,
+    "num_constant_experts": 0,
+    "gating_residual": False,
+}
 
 
 @dataclass
