@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 
-from tests.parallel.training_runs import CP2, assemble, compare, settings, short, train
+from tests.parallel.training_runs import CP2, FULL, assemble, compare, settings, short, train
 
 # Two orders of summation of the same fp32 terms: some hundred roundings of 2^-24 each.
 FP32_TOLERANCE = 1e-5
@@ -298,11 +298,7 @@ LAYOUTS = {
     "dp2_cp2_ep4": (4, CP2 | {"expert_model_parallel_size": 4}),
 }
 RECOMPUTE = {
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
+    "full": FULL,
     "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
 }
 

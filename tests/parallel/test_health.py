@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import SyntheticDataset, settings
+from tests.parallel.training_runs import CP2, FULL, TP2, SyntheticDataset, settings
 
 
 def measure(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], float]:
@@ -44,24 +44,8 @@ def measure(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], float]
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "ep2": (2, {"expert_model_parallel_size": 2}, {}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
-    "tp2 cp2": (
-        4,
-        {
-            "tensor_model_parallel_size": 2,
-            "sequence_parallel": True,
-            "context_parallel_size": 2,
-        },
-        {},
-    ),
-    "recompute": (
-        1,
-        {},
-        {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        },
-    ),
+    "tp2 cp2": (4, TP2 | CP2, {}),
+    "recompute": (1, {}, FULL),
 }
 MOE = {"num_ffn_experts": 8, "balance_coeff": 0.1}
 

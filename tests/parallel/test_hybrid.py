@@ -13,6 +13,7 @@ from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     FULL,
     PP2,
+    VANILLA,
     SyntheticDataset,
     assemble,
     compare,
@@ -38,21 +39,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 BLOCK = {**FULL, "recompute_method": "block"}
-VANILLA = {
-    "num_zero_experts": 0,
-    "num_copy_experts": 0,
-    "num_constant_experts": 0,
-    "gating_residual": False,
-}
 
 # Ranks and settings by section; what a lane or a pattern could get wrong.
 CORNERS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "cp2": (2, {"parallel": {"context_parallel_size": 2}}),
     "first layer dense, pp2": (2, {"moe": {"layer_freq": [0, 1, 0, 1]}, "parallel": PP2}),
-    "uneven stages": (
-        2,
-        {"parallel": {**PP2, "pipeline_model_parallel_layout": "Ettt|tL"}},
-    ),
+    "uneven stages": (2, {"parallel": {**PP2, "pipeline_model_parallel_layout": "Ettt|tL"}}),
     "no layer on the first stage": (
         2,
         {"parallel": {**PP2, "pipeline_model_parallel_layout": "E|ttttL"}},

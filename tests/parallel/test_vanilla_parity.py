@@ -15,7 +15,7 @@ import pytest
 
 from tests.parallel.layouts import OPTIMIZER, RECOMPUTE, VANILLA
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import SyntheticDataset, short, train
+from tests.parallel.training_runs import EP2, PP2, TP2, SyntheticDataset, short, train
 
 STEPS = 2
 
@@ -118,16 +118,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         4,
         {"parallel": {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}},
     ),
-    "tp2 ep2": (
-        2,
-        {
-            "parallel": {
-                "tensor_model_parallel_size": 2,
-                "sequence_parallel": True,
-                "expert_model_parallel_size": 2,
-            }
-        },
-    ),
+    "tp2 ep2": (2, {"parallel": TP2 | EP2}),
     "pp2 ep2 bf16": (
         4,
         {
@@ -138,10 +129,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "pp2 interleaved recompute": (
         2,
         {
-            "parallel": {
-                "pipeline_model_parallel_size": 2,
-                "virtual_pipeline_model_parallel_size": 2,
-            },
+            "parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2},
             "training": RECOMPUTE["uniform"],
         },
     ),

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from transformer_engine.pytorch.record import CALLS
 
+from tests.parallel.training_runs import FULL
 from tests.te_stand_in.models import RECIPES, calls_of, config_of, losses, model_of
 from tests.te_stand_in.test_latent_attention import local_model
 
@@ -35,11 +36,7 @@ def test_every_gemm_runs_in_fp8(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recomputation_repeats_the_first_pass(recipe: str) -> None:
     """The same gradients to the bit: the same operands, quantised in the same context."""
-    again: dict[str, Any] = {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
+    again: dict[str, Any] = FULL
     gradients = []
     for training in ({}, again):
         model = model_of(config_of(recipe, model=MODEL, training=training))
