@@ -16,6 +16,7 @@ from tests.parallel.training_runs import (
     VANILLA,
     SyntheticDataset,
     assemble,
+    begin_training,
     compare,
     settings,
     short,
@@ -106,21 +107,12 @@ def resume(
     raw: dict[str, Any], folder: Path, is_writer: bool, weights_only: bool = False
 ) -> list[float]:
     """Losses of two steps: the writer's 0 and 1, then saved, or the reader's 2 and 3 from there."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training import checkpoint
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    model = build_training_model(config)
-    model.set_training(True)
+    config, layout, model = begin_training(raw)
 
     def losses_of_two_steps(first: int) -> list[float]:
         consumed = first * config.training.global_batch_size

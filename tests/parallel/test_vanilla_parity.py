@@ -15,7 +15,7 @@ import pytest
 
 from tests.parallel.layouts import OPTIMIZER, RECOMPUTE, VANILLA
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, TP2, SyntheticDataset, short, train
+from tests.parallel.training_runs import EP2, PP2, TP2, SyntheticDataset, begin, short, train
 
 STEPS = 2
 
@@ -84,18 +84,12 @@ def _norms_with_sequence_parallelism(needed: bool) -> Iterator[None]:
 
 def train_upstream(raw: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of megatron-core's model."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training import setup
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.step import training_step
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     original, setup.build_model = setup.build_model, upstream_model
     try:
         model = setup.build_training_model(config)
