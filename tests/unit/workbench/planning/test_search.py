@@ -26,11 +26,6 @@ from tests.parallel.training_runs import VANILLA
 WORLD = 16
 
 
-@pytest.fixture(scope="module")
-def h100() -> Machine:
-    return machine_of(load_hardware("h100_sxm"))
-
-
 def configured(
     model: dict[str, Any] | None = None,
     moe: dict[str, Any] | None = None,
