@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
@@ -36,9 +34,8 @@ def test_every_gemm_runs_in_fp8(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recomputation_repeats_the_first_pass(recipe: str) -> None:
     """The same gradients to the bit: the same operands, quantised in the same context."""
-    again: dict[str, Any] = FULL
     gradients = []
-    for training in ({}, again):
+    for training in ({}, FULL):
         model = model_of(config_of(recipe, model=MODEL, training=training))
         losses(model).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

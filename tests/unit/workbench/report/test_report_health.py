@@ -112,8 +112,7 @@ def test_single_layer_and_missing_values_draw(make_run):
 
 
 def test_a_vanilla_run_has_no_health(make_run):
-    vanilla = VANILLA
-    assert plots_of(make_run(moe=vanilla)) == {}
+    assert plots_of(make_run(moe=VANILLA)) == {}
 
 
 def test_alerts_stand_in_the_table_with_their_moments(make_run):
