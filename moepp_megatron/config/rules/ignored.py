@@ -233,9 +233,7 @@ def _settings_of_tokens_that_are_not_forced(config: Config) -> Iterator[Problem]
 RULES: tuple[Rule, ...] = (
     _where(
         lambda config: config.moe.num_zero_computation_experts == 0,
-        "without zero-computation experts",
-        "moe.tau",
-        "add some, or leave it out",
+        "without zero-computation experts", "moe.tau", "add some, or leave it out",
     ),
     _where(
         lambda config: (
@@ -243,8 +241,7 @@ RULES: tuple[Rule, ...] = (
             and config.moe.balance_coeff == 0
             and config.moe.capacity_factor is None
         ),
-        "with moe.balance_coeff 0 and no moe.capacity_factor",
-        "moe.tau",
+        "with moe.balance_coeff 0 and no moe.capacity_factor", "moe.tau",
         "set moe.balance_coeff above 0, or leave it out",
     ),
     _with("moe.balance_coeff", 0, "moe.balance_scope", "set moe.balance_coeff above 0"),
@@ -254,15 +251,12 @@ RULES: tuple[Rule, ...] = (
     _flex_settings_without_flex,
     _deduplication_without_duplicates,
     _where(
-        lambda config: config.moe.is_vanilla,
-        "on megatron-core's vanilla MoE layer",
-        "moe.fused",
+        lambda config: config.moe.is_vanilla, "on megatron-core's vanilla MoE layer", "moe.fused",
         "add zero-computation experts, or leave it out",
     ),
     _where(
         lambda config: config.moe.budget.target_ffn_per_token is not None,
-        "with moe.budget.target_ffn_per_token, from which tau follows",
-        "moe.tau",
+        "with moe.budget.target_ffn_per_token, from which tau follows", "moe.tau",
         "leave one of them out",
     ),
     _budget_settings_of_what_is_off,
@@ -270,15 +264,12 @@ RULES: tuple[Rule, ...] = (
     _nothing_evens_out_experts,
     _residual_without_predecessor,
     _with(
-        "model.mtp_num_layers",
-        0,
-        "model.mtp_loss_scaling_factor",
+        "model.mtp_num_layers", 0, "model.mtp_loss_scaling_factor",
         "set model.mtp_num_layers above 0",
     ),
     _where(
         lambda config: config.parallel.tensor_model_parallel_size == 1,
-        "with parallel.tensor_model_parallel_size 1",
-        "parallel.sequence_parallel",
+        "with parallel.tensor_model_parallel_size 1", "parallel.sequence_parallel",
         "set it to false, or use more tensor-parallel ranks",
     ),
     _without(
@@ -289,11 +280,10 @@ RULES: tuple[Rule, ...] = (
     _with("training.recompute_granularity", "full", "training.recompute_modules", "use selective"),
     _shared_experts_that_are_not_there,
     _with(
-        "precision.dtype", "fp32", "precision.grad_reduce_in_fp32", "set precision.dtype to bf16"
+        "precision.dtype", "fp32", "precision.grad_reduce_in_fp32", "set precision.dtype to bf16",
     ),
     _where(
-        lambda config: config.precision.recipe != "delayed",
-        "without precision.fp8_recipe delayed",
+        lambda config: config.precision.recipe != "delayed", "without precision.fp8_recipe delayed",
         "precision.fp8_margin precision.fp8_amax_history_len precision.fp8_amax_compute_algo",
         "leave it out",
     ),
@@ -303,64 +293,50 @@ RULES: tuple[Rule, ...] = (
         "set precision.first_last_layers_bf16 to true",
     ),
     _without(
-        "optimizer.decay_style WSD",
-        "optimizer.wsd_decay_iters optimizer.wsd_decay_style",
+        "optimizer.decay_style WSD", "optimizer.wsd_decay_iters optimizer.wsd_decay_style",
         "set optimizer.decay_style to WSD",
     ),
     _with(
-        "optimizer.decay_style",
-        "constant",
-        "optimizer.min_lr optimizer.decay_iters",
+        "optimizer.decay_style", "constant", "optimizer.min_lr optimizer.decay_iters",
         "use another one",
     ),
     _parts_of_other_optimizers,
     _with(
-        "training.eval_iters",
-        0,
-        "training.eval_interval data.validation",
+        "training.eval_iters", 0, "training.eval_interval data.validation",
         "set training.eval_iters above 0",
     ),
     _with("checkpoint.save_interval", 0, "checkpoint.keep", "set checkpoint.save_interval above 0"),
     _where(
         lambda config: not is_address(config.checkpoint.dir or ""),
-        "where checkpoint.dir is a folder",
-        "checkpoint.staging",
+        "where checkpoint.dir is a folder", "checkpoint.staging",
         "set checkpoint.dir to an address such as s3://bucket/prefix, or leave it out",
     ),
     _with("checkpoint.load", None, "checkpoint.load_optimizer", "set checkpoint.load"),
     _stages_behind_the_end,
     _with(
-        "resilience.guard",
-        False,
+        "resilience.guard", False,
         "resilience.guard_window resilience.guard_threshold "
         "resilience.guard_max_consecutive_skips resilience.guard_max_rollbacks "
         "resilience.guard_new_data",
         "switch resilience.guard on",
     ),
     _with(
-        "resilience.hang_timeout_s",
-        0.0,
-        "resilience.hang_slow_phase_timeout_s",
+        "resilience.hang_timeout_s", 0.0, "resilience.hang_slow_phase_timeout_s",
         "switch resilience.hang_timeout_s on",
     ),
     _with(
-        "resilience.straggler_interval",
-        0,
-        "resilience.straggler_threshold",
+        "resilience.straggler_interval", 0, "resilience.straggler_threshold",
         "switch resilience.straggler_interval on",
     ),
     _where(
         lambda config: config.resilience.guard and config.checkpoint.save_interval == 0,
-        "with checkpoint.save_interval 0",
-        "resilience.guard_max_rollbacks",
+        "with checkpoint.save_interval 0", "resilience.guard_max_rollbacks",
         "set checkpoint.save_interval above 0, or leave it out",
     ),
     _without("training.profile_steps", "training.profile_ranks", "name some steps"),
     _where(
-        lambda config: config.observe.wandb.project is None,
-        "without observe.wandb.project",
-        "observe.wandb.entity observe.wandb.mode",
-        "name a project",
+        lambda config: config.observe.wandb.project is None, "without observe.wandb.project",
+        "observe.wandb.entity observe.wandb.mode", "name a project",
     ),
     _without(
         "distillation.teacher",
@@ -368,16 +344,13 @@ RULES: tuple[Rule, ...] = (
         "name one",
     ),
     _where(
-        lambda config: config.routing_guard.enabled is False,
-        "with routing_guard.enabled false",
-        "routing_guard.dry_run routing_guard.rules",
-        "leave enabled out",
+        lambda config: config.routing_guard.enabled is False, "with routing_guard.enabled false",
+        "routing_guard.dry_run routing_guard.rules", "leave enabled out",
     ),
     _settings_of_tokens_that_are_not_forced,
     _where(
         lambda config: not config.data.reset_attention_mask,
         "on attention, which sees distances alone; only metrics by position see it",
-        "data.reset_position_ids",
-        "set data.reset_attention_mask to true, or leave it out",
+        "data.reset_position_ids", "set data.reset_attention_mask to true, or leave it out",
     ),
-)
+)  # fmt: skip
