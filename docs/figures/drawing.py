@@ -24,7 +24,16 @@ def start(salt: str, font_size: int) -> None:
     )
 
 
-def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, fill: str) -> None:
+def box(
+    axes: Axes,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    text: str,
+    fill: str,
+    ink: str = "black",
+) -> None:
     """A rounded box with text."""
     axes.add_patch(
         FancyBboxPatch(
@@ -37,4 +46,4 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, 
             linewidth=0.8,
         )
     )
-    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center")
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", color=ink)

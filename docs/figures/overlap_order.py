@@ -8,9 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from drawing import EDGE, start
+from drawing import EDGE, box, start
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyBboxPatch
 
 start("order", 9)
 NETWORK, NEEDED, FILLS = "#b3400e", "#dbe5ee", "#cfe6cf"
@@ -41,22 +40,6 @@ BACKWARD = {
 }
 
 
-def box(axes: Axes, x: float, y: float, width: float, text: str, fill: str, ink: str) -> None:
-    """A piece of work."""
-    axes.add_patch(
-        FancyBboxPatch(
-            (x, y),
-            width,
-            0.9,
-            boxstyle="round,pad=0,rounding_size=0.08",
-            facecolor=fill,
-            edgecolor=EDGE,
-            linewidth=0.8,
-        )
-    )
-    axes.text(x + width / 2, y + 0.45, text, ha="center", va="center", color=ink)
-
-
 def panel(axes: Axes, title: str, pieces: dict) -> None:
     """One pass: network above, what needs it and what fills its time below."""
     axes.set_xlim(-2.6, 15.2)
@@ -67,7 +50,7 @@ def panel(axes: Axes, title: str, pieces: dict) -> None:
     rows["fills"] = (0.0, FILLS, "black")
     for row, (y, fill, ink) in rows.items():
         for x, width, text in pieces[row]:
-            box(axes, x, y, width, text, fill, ink)
+            box(axes, x, y, width, 0.9, text, fill, ink)
     for y, text in (
         (2.65, "network"),
         (1.55, "compute"),

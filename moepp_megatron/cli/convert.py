@@ -1,4 +1,4 @@
-"""`moepp convert`: checkpoints in and out."""
+"""`moepp convert`: converts checkpoints from other formats and to them."""
 
 from __future__ import annotations
 

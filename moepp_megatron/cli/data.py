@@ -1,4 +1,4 @@
-"""`moepp data`: text to Megatron indexed datasets and a tokenizer; what they hold, whole or not."""
+"""`moepp data`: prepares text as Megatron indexed datasets, and checks and shows prepared data."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""Prints output of commands, made safe for a terminal: it may quote untrusted files."""
+"""Prints the output of commands, which may quote untrusted files, safely for a terminal."""
 
 from __future__ import annotations
 

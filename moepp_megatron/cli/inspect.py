@@ -1,4 +1,4 @@
-"""`moepp inspect`: which tokens of a text take which experts, as a page to look at."""
+"""`moepp inspect`: which tokens of a text take which experts, as a page."""
 
 from __future__ import annotations
 

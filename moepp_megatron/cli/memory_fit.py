@@ -1,4 +1,4 @@
-"""Whether a run fits the GPUs that are here, by the planner's estimate, before anything starts."""
+"""Estimates with the planner whether a run fits the GPUs of this machine, before it starts."""
 
 from __future__ import annotations
 

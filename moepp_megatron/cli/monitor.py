@@ -1,4 +1,4 @@
-"""`moepp monitor RUN`: a run as it goes on, on the terminal; runs for Prometheus."""
+"""`moepp monitor RUN`: shows a running run in the terminal, or serves runs to Prometheus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``moepp report RUN``: rebuilds a run's page, or lays several runs over each other."""
+"""``moepp report RUN``: rebuilds a run's page, or compares several runs on one page."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Runs the cross-field rules and reports every broken one, each on its line."""
+"""Runs the cross-field rules and reports every broken rule on a line of its own."""
 
 from __future__ import annotations
 

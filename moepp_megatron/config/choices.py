@@ -1,4 +1,4 @@
-"""Values that are one of several: names in registries, comma-separated ones of options."""
+"""Reads values that must be one of several: names in registries, comma-separated options."""
 
 from __future__ import annotations
 

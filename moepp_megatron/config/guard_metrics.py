@@ -1,4 +1,4 @@
-"""What rules of the routing guard may look at, and what it means: as the catalogue says."""
+"""The metrics that rules of the routing guard may use, with their meanings from the catalogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a setting may name besides this package's own: entry points of installed packages.
+"""Plugins: entry points of installed packages, which a setting may name.
 
 A package offers an object of kind K (`callbacks`, `datasets`, `optimizers`, `schedules`, `sinks`)
 in its entry-point group `moepp_megatron.K`. A setting names it as `plugin:NAME`. The bare name is

@@ -1,4 +1,4 @@
-"""Every conversion by the name that `moepp convert` gives it."""
+"""All conversions, each under its name in `moepp convert`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of tokens or a text: what `moepp score` does, for it and for Python."""
+"""Scores tokens or a text, for `moepp score` and for callers from Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `moepp score` is asked to do, checked before anything heavy is imported."""
+"""Checks a request of `moepp score` before anything heavy is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention that stays within documents: the mask of a micro-batch, and who computes with it.
+"""Attention that stays within documents: the mask of a micro-batch, and the attention that uses it.
 
 Documents share sequences. Which document a token belongs to reaches the core attention of every
 layer through megatron-core's argument `attention_mask`, which pipeline stages, recomputation and

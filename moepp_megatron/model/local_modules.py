@@ -1,4 +1,4 @@
-"""megatron-core's local modules, made fit for the layouts that Transformer Engine's have."""
+"""megatron-core's local modules, extended to the layouts that Transformer Engine supports."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def moepp_config(config: Config) -> MoEPPConfig:
 def transformer_config(config: Config) -> TransformerConfig:
     """megatron-core's configuration of the model.
 
-    `num_moe_experts` counts FFN experts; see `moepp_megatron.moe.router.router_config`. Weights are
+    `num_moe_experts` counts FFN experts; see `moepp_megatron.moe.router_config`. Weights are
     not initialised here: `moepp_megatron.model.initialize` does it, independent of the layout.
     """
     model, training = config.model, config.training

@@ -24,6 +24,7 @@ padding.py            padding masks: which tokens a router does not route
 parameter.py          parameters that every rank of a tensor-parallel group holds whole
 reference.py          the MoE++ layer in plain PyTorch on one process
 router.py             the router: gating residuals, selection over all experts, gates, balance loss
+router_config.py      the router's configuration: megatron-core's, with the count of all experts
 selection.py          which experts a token's logits select, and with which gates
 spec.py               builds MoE++ layers from megatron-core's own specs
 statistics.py         what one MoE layer did since the last reset

@@ -1,4 +1,4 @@
-"""An all-to-all that leaves time for work, forward and backward.
+"""An all-to-all that runs while other work is computed, forward and backward.
 
 The collective starts at `begin` and is waited for at `end`; what the layer computes between the two
 runs while vectors travel. `begin` returns a *ticket*, an empty tensor: it carries the edge of the

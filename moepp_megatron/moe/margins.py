@@ -1,4 +1,4 @@
-"""How far a router is from other numbers of FFN experts: the margins of its selections.
+"""The margins of selections: how far a router is from selecting more or fewer FFN experts.
 
 The *margin* of a token's j-th best FFN expert is what the selection bias of all FFN experts would
 have to rise by for the token to take j of them: the score of the zero-computation expert in its

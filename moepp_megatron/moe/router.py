@@ -5,7 +5,6 @@ Shape suffixes: T local tokens, E all experts (FFN, constant, copy, zero), K sel
 
 from __future__ import annotations
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -34,11 +33,11 @@ from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.margins import count_margins
 from moepp_megatron.moe.padding import flat_mask, without_padding
 from moepp_megatron.moe.parameter import replicated_parameter
+from moepp_megatron.moe.router_config import router_config
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.moe.selection import Selection, select, standardized
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.token_tags import cells, forced_tokens, groups, sources
-from moepp_megatron.moe.upstream_settings import refuse_ignored
 
 # The names under which Megatron's training loop looks for a balance loss of this scope.
 _TRACKED_NAMES: dict[BalanceScope, str] = {
@@ -64,42 +63,6 @@ class Routing(NamedTuple):
     routing_map: Tensor
     logits: Tensor
     mixing_logits: Tensor | None = None
-
-
-def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerConfig:
-    """The configuration of the router alone.
-
-    megatron-core sizes the router, the experts and the expert-parallel group by one number,
-    `num_moe_experts`. Here it counts FFN experts; the router alone chooses among all experts. Only
-    this function converts between the two counts.
-
-    Raises:
-        ValueError: Where the two configurations contradict each other, the router would ignore a
-            setting (`upstream_settings`), or balance over the global batch would count on from step
-            to step.
-    """
-    refuse_ignored(config, moepp)
-    _require_new_counts(config, moepp)
-    own = copy.copy(config)
-    own.num_moe_experts = moepp.num_experts
-    # The heterogeneous balance loss replaces megatron-core's.
-    own.moe_router_load_balancing_type = "none"
-    own.moe_aux_loss_coeff = 0.0
-    if own.moe_router_dtype != "fp64":
-        own.moe_router_dtype = "fp32"
-    return own
-
-
-def _require_new_counts(config: TransformerConfig, moepp: MoEPPConfig) -> None:
-    """Refuse balance over the global batch where nobody would begin its counts anew."""
-    types = config.moe_router_load_balancing_type
-    if moepp.balance_scope == "global" and "global_aux_loss" not in types:
-        raise ValueError(
-            f"TransformerConfig.moe_router_load_balancing_type ({types}) must be global_aux_loss "
-            "with balance_scope (global), because megatron-core's finalize_model_grads begins the "
-            "counts of a step anew for that type alone; use global_aux_loss (its "
-            "moe_aux_loss_coeff may be 0), or another balance_scope"
-        )
 
 
 class Choice(NamedTuple):

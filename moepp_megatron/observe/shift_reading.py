@@ -1,4 +1,4 @@
-"""What the detector of shifts keeps of a step, and what it says after one."""
+"""The data that the detector of shifts keeps from a step, and its result after the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files, lines and folders that appear whole or not at all, whoever reads them meanwhile."""
+"""Writes files, lines and folders that readers see whole or not at all."""
 
 import contextlib
 import ctypes

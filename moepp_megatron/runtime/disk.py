@@ -1,4 +1,4 @@
-"""Full disks: what a failed write means, and how much space is free."""
+"""Full disks: recognises a write that failed for lack of space, and measures free space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a machine waits for the other machines of a run."""
+"""The time that a machine waits for the other machines of a run."""
 
 from __future__ import annotations
 

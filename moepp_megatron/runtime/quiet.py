@@ -1,4 +1,4 @@
-"""Readies other libraries for their import: silent about what says nothing about the user's run."""
+"""Prepares the import of other libraries: silences idle messages, hides broken packages."""
 
 from __future__ import annotations
 

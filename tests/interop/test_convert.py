@@ -26,6 +26,7 @@ from tests.interop.checkpoints import (
 from tests.interop.conftest import RunPlain
 from tests.interop.models import build, settings
 from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import VANILLA
 
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
@@ -50,14 +51,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "kv_channels": 16,
         },
     },
-    "vanilla": {
-        "moe": {
-            "num_zero_experts": 0,
-            "num_copy_experts": 0,
-            "num_constant_experts": 0,
-            "gating_residual": False,
-        }
-    },
+    "vanilla": {"moe": VANILLA},
 }
 
 

@@ -13,6 +13,7 @@ from moepp_megatron.config import ConfigError
 from tests.interop.checkpoints import score
 from tests.interop.conftest import RunPlain
 from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import join
 
 # The issue's tolerance for the function at step 0.
 SAME = 1e-5
@@ -271,9 +272,8 @@ def train_upcycled(
     """Losses and FFN shares of a short run from the upcycled checkpoint, and phi."""
     import torch.distributed as dist
 
-    from moepp_megatron.config import Layout, load_config, with_overrides
+    from moepp_megatron.config import load_config, with_overrides
     from moepp_megatron.interop.upcycle import Additions, upcycle
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.budget import BudgetControl
     from moepp_megatron.training.checkpoint import load_checkpoint
@@ -290,8 +290,7 @@ def train_upcycled(
     overrides += ["optimizer.lr=0.001", "optimizer.decay_style=constant", "model.seq_length=16"]
     overrides += ["parallel.expert_model_parallel_size=2"]
     config = with_overrides(load_config(target / "config.yaml"), overrides)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    layout = join(config)
     model = build_training_model(config)
     load_checkpoint(target, model, config)
     model.set_training(True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.parallel.training_runs import settings
+from tests.parallel.training_runs import join, settings
 
 # Long enough for prompts of several lengths and some dozen new tokens.
 LENGTH = 48
@@ -27,14 +27,12 @@ def build(raw: dict[str, Any], overrides: list[str]) -> tuple[Any, Any, list[Any
     """Configuration for generation, layout, and a model with the seed's weights."""
     import torch.distributed as dist
 
-    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.config import parse_config
     from moepp_megatron.model.build import build_model
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.generate_request import generation_config
 
     config = generation_config(parse_config(raw), overrides, dist.get_world_size())
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    layout = join(config)
     return config, layout, build_model(config)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.parallel.training_runs import begin
+
 SEQUENCE, BATCH = 16, 8
 _LAYER = 1  # The second layer has a gating residual.
 _PREFIX = f"decoder.layers.{_LAYER}.mlp."
@@ -22,13 +24,9 @@ def run_layer(raw: dict[str, Any]) -> dict[str, Any]:
     import torch.distributed as dist
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.model.build import build_model
-    from moepp_megatron.runtime.distributed import build_groups
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     (model,) = build_model(config)
     layer = model.decoder.layers[_LAYER].mlp
     place = layout.coordinates(dist.get_rank())
@@ -54,13 +52,9 @@ def evaluate_layer(raw: dict[str, Any]) -> Any:
     import torch
     import torch.distributed as dist
 
-    from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.model.build import build_model
-    from moepp_megatron.runtime.distributed import build_groups
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     (model,) = build_model(config)
     model.eval()
     place = layout.coordinates(dist.get_rank())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tests.parallel import forced_routing
-from tests.parallel.training_runs import settings
+from tests.parallel.training_runs import FULL, VANILLA, settings
 
 GLOBAL_BATCH = 8
 
@@ -26,11 +26,7 @@ STAGES = {
 }
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
-    "uniform": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
+    "uniform": FULL,
     "block": {
         "recompute_granularity": "full",
         "recompute_method": "block",
@@ -93,12 +89,6 @@ ROUTINGS = {
     "one FFN expert": forced_routing.one_ffn_expert,
     "half of the FFN experts": forced_routing.first_half_of_ffn_experts,
     "no FFN token in half of the sequence": forced_routing.second_half_without_ffn,
-}
-VANILLA = {
-    "num_zero_experts": 0,
-    "num_copy_experts": 0,
-    "num_constant_experts": 0,
-    "gating_residual": False,
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.parallel.training_runs import SyntheticDataset
+from tests.parallel.training_runs import SyntheticDataset, begin
 
 BATCH = 8
 
@@ -58,14 +58,10 @@ def run_trainer(
     """
     import torch.distributed as dist
 
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training import data_stages
     from moepp_megatron.training import trainer as module
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     dataset = Without(_dataset(config, data), without)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(module.DATASETS, gpt=lambda *_: (dataset, None, None)))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moepp_megatron.observe.shift_reading import ShiftReading
-from tests.parallel.training_runs import settings
+from tests.parallel.training_runs import begin_training, settings
 
 LENGTH, BATCH, TOKENS = 32, 64, 128
 
@@ -106,18 +106,9 @@ def watch(counts: list[tuple[int, int]]) -> tuple[list[ShiftReading | None], Any
 
 def begin(raw: dict[str, Any], dataset: Any) -> tuple[Any, Any, Any, Any, Any]:
     """Configuration, layout, model in training, collector and batches on this rank."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import RoutingCollector
-    from moepp_megatron.training.setup import build_training_model
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    model = build_training_model(config)
-    model.set_training(True)
+    config, layout, model = begin_training(raw)
     routing = RoutingCollector(model, config, layout)
     return config, layout, model, routing, rank_batches(dataset, 0, config, len(model.chunks))

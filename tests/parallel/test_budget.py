@@ -10,7 +10,7 @@ import torch
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import SyntheticDataset, settings
+from tests.parallel.training_runs import SyntheticDataset, begin, begin_training, settings
 
 BATCH = 32
 
@@ -36,21 +36,12 @@ class ShiftedDataset(SyntheticDataset):
 
 def train(raw: dict[str, Any], steps: int, shift: int) -> tuple[list[float], list[float], Any]:
     """FFN experts per token and loss of each step, and the controller's last state."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.budget import BudgetControl
     from moepp_megatron.training.collect import RoutingCollector, mean_loss
-    from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    model = build_training_model(config)
-    model.set_training(True)
+    config, layout, model = begin_training(raw)
     routing = RoutingCollector(model, config, layout)
     budget = BudgetControl(config, model, routing, None)
     batches = rank_batches(ShiftedDataset(config, steps, shift), 0, config, len(model.chunks))
@@ -67,22 +58,13 @@ def train(raw: dict[str, Any], steps: int, shift: int) -> tuple[list[float], lis
 
 def recorded_and_set_taus(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
     """Of each step: tau in its record, and the mean tau of its forward passes."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.moe.layer import moepp_layers
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.budget import BudgetControl
     from moepp_megatron.training.collect import RoutingCollector
-    from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    model = build_training_model(config)
-    model.set_training(True)
+    config, layout, model = begin_training(raw)
     routing = RoutingCollector(model, config, layout)
     budget = BudgetControl(config, model, routing, None)
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
@@ -207,17 +189,11 @@ def test_a_run_begun_without_a_bias_goes_on_with_one(
 
 def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tuple[int, str]]:
     """Step and text of each alert while routers take what they like."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.budget import BudgetControl
     from moepp_megatron.training.collect import RoutingCollector
     from moepp_megatron.training.setup import build_training_model
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     model = build_training_model(config)
     routing = RoutingCollector(model, config, layout)
     budget = BudgetControl(config, model, routing, None)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import assemble, settings, train
+from tests.parallel.training_runs import CP2, EP2, PP2, TP2, assemble, settings, train
 
 # As between layouts without a checkpoint (test_matrix.py): sums in another order, a few units in
 # the last place (6e-8) each, carried on by six steps of Adam.
@@ -41,41 +41,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tttL"},
     ),
     "ep4": (4, {"expert_model_parallel_size": 4}),
-    "tp2 pp2 ep2": (
-        4,
-        {
-            "tensor_model_parallel_size": 2,
-            "sequence_parallel": True,
-            "pipeline_model_parallel_size": 2,
-            "expert_model_parallel_size": 2,
-        },
-    ),
-    "tp2 etp2 ep2": (
-        4,
-        {
-            "tensor_model_parallel_size": 2,
-            "sequence_parallel": True,
-            "expert_tensor_parallel_size": 2,
-            "expert_model_parallel_size": 2,
-        },
-    ),
-    "pp2 ep2 ends apart": (
-        4,
-        {
-            "pipeline_model_parallel_size": 2,
-            "pipeline_model_parallel_layout": "Etttt|L",
-            "expert_model_parallel_size": 2,
-        },
-    ),
-    "cp2 pp2 ep2 whole optimizer": (
-        4,
-        {
-            "context_parallel_size": 2,
-            "pipeline_model_parallel_size": 2,
-            "expert_model_parallel_size": 2,
-            "use_distributed_optimizer": False,
-        },
-    ),
+    "tp2 pp2 ep2": (4, TP2 | PP2 | EP2),
+    "tp2 etp2 ep2": (4, {**TP2, **EP2, "expert_tensor_parallel_size": 2}),
+    "pp2 ep2 ends apart": (4, {**PP2, **EP2, "pipeline_model_parallel_layout": "Etttt|L"}),
+    "cp2 pp2 ep2 whole optimizer": (4, {**PP2, **EP2, **CP2, "use_distributed_optimizer": False}),
 }
 PAIRS = [
     ("one", "ep2"),

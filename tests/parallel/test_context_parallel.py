@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 
-from tests.parallel.training_runs import CP2, assemble, compare, settings, short, train
+from tests.parallel.training_runs import CP2, FULL, assemble, begin, compare, settings, short, train
 
 # Two orders of summation of the same fp32 terms: some hundred roundings of 2^-24 each.
 FP32_TOLERANCE = 1e-5
@@ -191,18 +191,13 @@ def batches_read(parallel):
     """Data-parallel rank, context-parallel rank and the micro-batches of one step."""
     from itertools import islice
 
-    import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
 
     # Every number is a token.
     model = MODEL | {"vocab_size": len(NumberedSamples()) * SEQUENCE}
-    config = parse_config(settings(model=model, parallel=parallel))
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(settings(model=model, parallel=parallel))
     (batches,) = rank_batches(NumberedSamples(), 0, config, 1)
     read = [
         {key: value.tolist() for key, value in batch.items()}
@@ -298,11 +293,7 @@ LAYOUTS = {
     "dp2_cp2_ep4": (4, CP2 | {"expert_model_parallel_size": 4}),
 }
 RECOMPUTE = {
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
+    "full": FULL,
     "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
 }
 

@@ -8,19 +8,12 @@ import pytest
 
 from tests.parallel.forced_routing import duplicate_router_rows
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import TP2, assemble, difference, settings, short, train
+from tests.parallel.training_runs import EP2, PP2, TP2, assemble, difference, settings, short, train
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "tp2 ep2": (2, {**TP2, "expert_model_parallel_size": 2}),
-    "dp2 pp2 interleaved ep2": (
-        4,
-        {
-            "pipeline_model_parallel_size": 2,
-            "virtual_pipeline_model_parallel_size": 2,
-            "expert_model_parallel_size": 2,
-        },
-    ),
+    "dp2 pp2 interleaved ep2": (4, {**PP2, **EP2, "virtual_pipeline_model_parallel_size": 2}),
     "cp2 ep4": (4, {"context_parallel_size": 2, "expert_model_parallel_size": 4}),
 }
 

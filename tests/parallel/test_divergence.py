@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankError, RankPools
-from tests.parallel.training_runs import EP2, PP2, TP2, SyntheticDataset, settings
+from tests.parallel.training_runs import EP2, PP2, TP2, SyntheticDataset, begin_training, settings
 
 pytestmark = pytest.mark.parallel
 
@@ -47,18 +47,11 @@ def train_and_check(raw: dict[str, Any], flipped: str | None = None) -> str:
     """
     import torch.distributed as dist
 
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.resilience.supervisor import Supervisor
-    from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    model = build_training_model(config)
-    model.set_training(True)
+    config, layout, model = begin_training(raw)
     supervisor = Supervisor(config, model)
     batches = rank_batches(SyntheticDataset(config, 2), 0, config, len(model.chunks))
     name = ""

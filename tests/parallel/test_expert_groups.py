@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import Run, assemble, compare, settings, train
+from tests.parallel.training_runs import EP2, TP2, Run, assemble, compare, settings, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -24,14 +24,7 @@ MOE: dict[str, Any] = {
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, {"expert_model_parallel_size": 2}),
     "ep4, once to each rank": (4, {"expert_model_parallel_size": 4}),
-    "tp2 ep2": (
-        2,
-        {
-            "tensor_model_parallel_size": 2,
-            "sequence_parallel": True,
-            "expert_model_parallel_size": 2,
-        },
-    ),
+    "tp2 ep2": (2, TP2 | EP2),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
 }
 

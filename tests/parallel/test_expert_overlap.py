@@ -13,13 +13,9 @@ import pytest
 from tests.parallel.flex_stand_ins import train_with_deepep, train_with_hybridep
 from tests.parallel.forced_routing import only_zero_experts, second_half_without_ffn
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, assemble, compare, settings, train
+from tests.parallel.training_runs import EP2, PP2, assemble, compare, settings, train
 
-STAGES = {
-    **EP2,
-    "pipeline_model_parallel_size": 2,
-    "virtual_pipeline_model_parallel_size": 2,
-}
+STAGES = {**PP2, **EP2, "virtual_pipeline_model_parallel_size": 2}
 
 
 def counted(function: Any, *args: Any) -> Any:

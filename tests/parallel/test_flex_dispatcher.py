@@ -13,7 +13,7 @@ from tests.parallel.forced_routing import (
     only_zero_experts,
 )
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import Run, assemble, compare, settings, short, train
+from tests.parallel.training_runs import TP2, Run, assemble, compare, settings, short, train
 
 FP32 = 1e-5
 
@@ -23,14 +23,7 @@ FLEX = {"moe": {"dispatcher": "flex"}}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, {"expert_model_parallel_size": 2}),
     "ep2 etp2": (4, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
-    "tp2 ep4": (
-        4,
-        {
-            "expert_model_parallel_size": 4,
-            "tensor_model_parallel_size": 2,
-            "sequence_parallel": True,
-        },
-    ),
+    "tp2 ep4": (4, {**TP2, "expert_model_parallel_size": 4}),
 }
 
 

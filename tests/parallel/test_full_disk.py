@@ -15,6 +15,7 @@ from tests.full_disk import fill
 from tests.parallel.checkpoint_runs import logged, trainer_settings
 from tests.parallel.ranks import RankPools
 from tests.parallel.saving_runs import Run, names
+from tests.parallel.training_runs import begin
 
 # A checkpoint of some 12 MB, with tensors larger than the buffer of a file: only then does
 # torch.save fail in its own way.
@@ -101,10 +102,6 @@ def train_on_a_disk_that_stays_full(raw: dict[str, Any], disk: Path) -> str | No
     """What the trainer calls missing at the end, where the disk is full from step 3 on."""
     from unittest import mock
 
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training import trainer as module
 
     step = module.training_step
@@ -114,9 +111,7 @@ def train_on_a_disk_that_stays_full(raw: dict[str, Any], disk: Path) -> str | No
             fill(disk)
         return step(*args)
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     with mock.patch.object(module, "training_step", fill_before_step_3):
         trainer = module.Trainer(config, layout)
         trainer.run()

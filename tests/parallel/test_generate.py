@@ -17,6 +17,7 @@ from tests.parallel.generation_runs import (
     scored_again,
 )
 from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import VANILLA
 
 # fp32, logits of size 3 to 4: attention over one query is another matrix product than over all,
 # and another layout adds up in another order.
@@ -39,10 +40,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2 etp2": (2, [TP2, ETP2]),
     "ep2": (2, [EP2]),
     "pp2": (2, [PP2]),
-    "no layer on the first stage": (
-        2,
-        [PP2, "parallel.pipeline_model_parallel_layout=E|ttttL"],
-    ),
+    "no layer on the first stage": (2, [PP2, "parallel.pipeline_model_parallel_layout=E|ttttL"]),
     "tp2 ep2": (4, [TP2, EP2]),
     "tp2 pp2": (4, [TP2, PP2]),
     "pp2 ep2": (4, [PP2, EP2]),
@@ -80,17 +78,7 @@ MODELS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         "tp2 pp2",
     ),
     "tied embeddings": ({"model": {"tie_embeddings": True}}, "pp2"),
-    "vanilla": (
-        {
-            "moe": {
-                "num_zero_experts": 0,
-                "num_copy_experts": 0,
-                "num_constant_experts": 0,
-                "gating_residual": False,
-            }
-        },
-        "pp2",
-    ),
+    "vanilla": ({"moe": VANILLA}, "pp2"),
 }
 
 

@@ -8,26 +8,17 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import SyntheticDataset, settings
+from tests.parallel.training_runs import CP2, FULL, TP2, SyntheticDataset, begin_training, settings
 
 
 def measure(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], float]:
     """Fields of a measured step, of one that is not, and the measured step's loss."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import RoutingCollector, mean_loss
     from moepp_megatron.training.router_health import HealthCollector
-    from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    model = build_training_model(config)
-    model.set_training(True)
+    config, layout, model = begin_training(raw)
     routing = RoutingCollector(model, config, layout)
     health = HealthCollector(config, model, routing.layer_numbers, 2)
     batches = rank_batches(SyntheticDataset(config, 2), 0, config, len(model.chunks))
@@ -44,24 +35,8 @@ def measure(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], float]
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "ep2": (2, {"expert_model_parallel_size": 2}, {}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
-    "tp2 cp2": (
-        4,
-        {
-            "tensor_model_parallel_size": 2,
-            "sequence_parallel": True,
-            "context_parallel_size": 2,
-        },
-        {},
-    ),
-    "recompute": (
-        1,
-        {},
-        {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        },
-    ),
+    "tp2 cp2": (4, TP2 | CP2, {}),
+    "recompute": (1, {}, FULL),
 }
 MOE = {"num_ffn_experts": 8, "balance_coeff": 0.1}
 

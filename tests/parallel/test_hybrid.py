@@ -13,8 +13,10 @@ from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     FULL,
     PP2,
+    VANILLA,
     SyntheticDataset,
     assemble,
+    begin_training,
     compare,
     settings,
     short,
@@ -38,21 +40,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 BLOCK = {**FULL, "recompute_method": "block"}
-VANILLA = {
-    "num_zero_experts": 0,
-    "num_copy_experts": 0,
-    "num_constant_experts": 0,
-    "gating_residual": False,
-}
 
 # Ranks and settings by section; what a lane or a pattern could get wrong.
 CORNERS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "cp2": (2, {"parallel": {"context_parallel_size": 2}}),
     "first layer dense, pp2": (2, {"moe": {"layer_freq": [0, 1, 0, 1]}, "parallel": PP2}),
-    "uneven stages": (
-        2,
-        {"parallel": {**PP2, "pipeline_model_parallel_layout": "Ettt|tL"}},
-    ),
+    "uneven stages": (2, {"parallel": {**PP2, "pipeline_model_parallel_layout": "Ettt|tL"}}),
     "no layer on the first stage": (
         2,
         {"parallel": {**PP2, "pipeline_model_parallel_layout": "E|ttttL"}},
@@ -114,21 +107,12 @@ def resume(
     raw: dict[str, Any], folder: Path, is_writer: bool, weights_only: bool = False
 ) -> list[float]:
     """Losses of two steps: the writer's 0 and 1, then saved, or the reader's 2 and 3 from there."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training import checkpoint
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    model = build_training_model(config)
-    model.set_training(True)
+    config, layout, model = begin_training(raw)
 
     def losses_of_two_steps(first: int) -> list[float]:
         consumed = first * config.training.global_batch_size

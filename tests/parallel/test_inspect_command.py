@@ -16,14 +16,9 @@ from moepp_megatron.workbench.inspection.request import InspectRequest
 from tests.commands import cold, moepp
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import VANILLA
 
 WINDOW = 16
-VANILLA = {
-    "num_zero_experts": 0,
-    "num_copy_experts": 0,
-    "num_constant_experts": 0,
-    "gating_residual": False,
-}
 
 
 @pytest.fixture(scope="module")

@@ -49,14 +49,7 @@ LAYOUTS: dict[str, tuple[int, Sections]] = {
     ),
     "tp2 ep2 dp2, overlapped": (
         4,
-        {
-            "parallel": {
-                **TP2,
-                "expert_model_parallel_size": 2,
-                "overlap_grad_reduce": True,
-                "overlap_param_gather": True,
-            }
-        },
+        {"parallel": {**EP2, **TP2, "overlap_grad_reduce": True, "overlap_param_gather": True}},
     ),
     "tp2 cp2": (4, {"parallel": {**TP2, "context_parallel_size": 2}}),
 }

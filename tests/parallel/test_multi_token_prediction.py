@@ -15,7 +15,7 @@ from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_latent_attention import MODEL as LATENT
-from tests.parallel.training_runs import Run, assemble, compare, settings, train
+from tests.parallel.training_runs import Run, assemble, begin_training, compare, settings, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -140,21 +140,12 @@ def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
 
 def logged_loss(raw: Sections) -> float:
     """`mtp_loss` of one step, as every rank records it."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.further_tokens import FurtherTokens
-    from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import compute_gradients
     from tests.parallel.training_runs import SyntheticDataset
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    model = build_training_model(config)
-    model.set_training(True)
+    config, layout, model = begin_training(raw)
     tokens = FurtherTokens(model, config.model.mtp_num_layers)
     for _ in range(2):
         tokens.reset()

@@ -13,6 +13,7 @@ from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.workbench.experiments import runs
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import join
 
 CONFIG = """\
 run: {{dir: unused, name: tiny}}
@@ -31,29 +32,23 @@ training: {{train_iters: 8, global_batch_size: 2, micro_batch_size: 1}}
 
 
 def train(path: str) -> None:
-    import torch.distributed as dist
 
-    from moepp_megatron.config import Layout, load_config
-    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.config import load_config
     from moepp_megatron.training.trainer import Trainer
 
     config = load_config(path)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    layout = join(config)
     Trainer(config, layout).run()
 
 
 def bench(path: str, overrides: list[str], out: str) -> None:
-    import torch.distributed as dist
 
-    from moepp_megatron.config import Layout, load_config
-    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.config import load_config
     from moepp_megatron.workbench.bench.step import run_step_benchmark
     from moepp_megatron.workbench.report.bench import write_records
 
     config = load_config(path, overrides)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    layout = join(config)
     write_records(Path(out), run_step_benchmark(config, layout, rounds=2))
 
 

@@ -16,7 +16,7 @@ from moepp_megatron.workbench.profiling.document import document
 from moepp_megatron.workbench.profiling.measures.purpose import Place, place_of
 from tests.parallel import forced_routing
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, SyntheticDataset, settings
+from tests.parallel.training_runs import EP2, SyntheticDataset, begin, settings
 
 pytestmark = pytest.mark.parallel
 
@@ -32,17 +32,13 @@ def record(
     import torch.distributed as dist
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.profiler import StepRecorder
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     model = build_training_model(config)
     if prepare is not None:
         prepare(model.models)

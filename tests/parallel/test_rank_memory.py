@@ -8,7 +8,7 @@ import pytest
 
 from tests.parallel.layouts import Cell, parse_cells, run_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import settings
+from tests.parallel.training_runs import begin, settings
 
 CELLS = parse_cells("""
     1 tied
@@ -25,14 +25,10 @@ def held(raw: dict[str, Any]) -> tuple[Any, tuple[int, int], int]:
     import torch
     import torch.distributed as dist
 
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.workbench.planning.memory import rank_memory
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     model = build_training_model(config)
     sizes = [0, 0]
     for chunk in model.models:

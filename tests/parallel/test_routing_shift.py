@@ -13,7 +13,7 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.observe.usage_file import USAGE_FILE
 from tests.parallel.ranks import RankPools
 from tests.parallel.shift_runs import begin, watch
-from tests.parallel.training_runs import SyntheticDataset, settings
+from tests.parallel.training_runs import CP2, TP2, SyntheticDataset, settings
 
 GUARD = {"shift": {"window": 2}}
 # Of runs of many steps: one micro-batch, two layers.
@@ -53,11 +53,7 @@ def usages(raw: dict[str, Any], steps: int) -> tuple[list[Any], list[Any]]:
 
 LAYOUTS = [
     {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
-    {
-        "tensor_model_parallel_size": 2,
-        "sequence_parallel": True,
-        "context_parallel_size": 2,
-    },
+    TP2 | CP2,
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import begin
 
 CONFIG: dict[str, Any] = {
     "run": {"dir": "unused"},
@@ -36,14 +37,10 @@ def measure(raw: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.workbench.experiments.scaling.measure import measure_point
     from moepp_megatron.workbench.experiments.scaling.runs import Measuring
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     measuring = Measuring(("moepp", "vanilla"), warmup=1, steps=1, repeats=2)
     original = dist.all_to_all_single
     result = measure_point(config, layout, measuring, torch.device("cpu"))

@@ -11,7 +11,17 @@ import pytest
 from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import TP2, Run, assemble, compare, settings, short, train
+from tests.parallel.training_runs import (
+    EP2,
+    FULL,
+    TP2,
+    Run,
+    assemble,
+    compare,
+    settings,
+    short,
+    train,
+)
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -19,28 +29,17 @@ STEPS = 2
 SHARED = {"num_ffn_experts": 8, "constants_shared": True}
 CONSTANTS = "zero_computation.constants"
 OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-RECOMPUTED = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
-    "recompute": (1, {"training": RECOMPUTED}),
+    "recompute": (1, {"training": FULL}),
     "ep2": (2, {"parallel": {"expert_model_parallel_size": 2}}),
     "tp2": (2, {"parallel": TP2}),
     "dp2 overlapped": (2, {"parallel": OVERLAPPED}),
     # Each layer's backward pass adds its part by itself; megatron-core counts them in the first
     # step and reduces the gradient after as many in the others.
-    "dp2 overlapped, recompute": (2, {"parallel": OVERLAPPED, "training": RECOMPUTED}),
+    "dp2 overlapped, recompute": (2, {"parallel": OVERLAPPED, "training": FULL}),
     "ep2 tp2, plain optimizer": (
         4,
-        {
-            "parallel": {
-                **TP2,
-                "expert_model_parallel_size": 2,
-                "use_distributed_optimizer": False,
-            }
-        },
+        {"parallel": {**EP2, **TP2, "use_distributed_optimizer": False}},
     ),
 }
 

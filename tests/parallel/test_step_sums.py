@@ -11,7 +11,7 @@ import pytest
 
 from tests.parallel.checkpoint_runs import trainer_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import settings
+from tests.parallel.training_runs import EP2, begin, settings
 
 
 def norms(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
@@ -39,11 +39,7 @@ def test_gradient_norm_has_the_bits_of_megatron_core(
     ranks: RankPools, is_distributed: bool
 ) -> None:
     """One norm over all ranks, or, not distributed, one of experts and one of the rest."""
-    parallel = {
-        "expert_model_parallel_size": 2,
-        "use_distributed_optimizer": is_distributed,
-        "overlap_param_gather": False,
-    }
+    parallel = {**EP2, "use_distributed_optimizer": is_distributed, "overlap_param_gather": False}
     for pairs in ranks(2).run(norms, settings(parallel=parallel), 2):
         assert len(pairs) == 2
         assert all(ours == theirs > 0 for ours, theirs in pairs)
@@ -53,18 +49,14 @@ def stopped_at(raw: dict[str, Any], step_of_signal: int) -> int:
     """The step after which a run ends whose rank 1 gets a signal within `step_of_signal`."""
     import torch.distributed as dist
 
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.trainer import Trainer
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     trainer = Trainer(config, layout)
-    begin = trainer._routers.begin_step
+    begin_original = trainer._routers.begin_step
 
     def begin_step(step: int, num_microbatches: int) -> None:
-        begin(step, num_microbatches)
+        begin_original(step, num_microbatches)
         if step == step_of_signal and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

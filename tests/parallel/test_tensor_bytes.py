@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import join
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SMALL = ("model.num_layers=2", "training.global_batch_size=4", "training.micro_batch_size=4")
@@ -38,14 +39,12 @@ def estimated_and_measured(settings: list[str]) -> tuple[float, int]:
     import torch.distributed as dist
 
     from benchmarks.tensor_bytes import tensor_bytes
-    from moepp_megatron.config import Layout, load_config
-    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.config import load_config
     from moepp_megatron.workbench.bench.step import Stepper
     from moepp_megatron.workbench.planning.memory import rank_memory
 
     config = load_config(QUICKSTART, settings)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    layout = join(config)
 
     def prepare() -> Callable[[], None]:
         stepper = Stepper(config, layout)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.parallel.layouts import OPTIMIZER, RECOMPUTE, VANILLA
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import SyntheticDataset, short, train
+from tests.parallel.training_runs import EP2, PP2, TP2, SyntheticDataset, begin, short, train
 
 STEPS = 2
 
@@ -84,18 +84,12 @@ def _norms_with_sequence_parallelism(needed: bool) -> Iterator[None]:
 
 def train_upstream(raw: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of megatron-core's model."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training import setup
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.step import training_step
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     original, setup.build_model = setup.build_model, upstream_model
     try:
         model = setup.build_training_model(config)
@@ -118,16 +112,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         4,
         {"parallel": {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}},
     ),
-    "tp2 ep2": (
-        2,
-        {
-            "parallel": {
-                "tensor_model_parallel_size": 2,
-                "sequence_parallel": True,
-                "expert_model_parallel_size": 2,
-            }
-        },
-    ),
+    "tp2 ep2": (2, {"parallel": TP2 | EP2}),
     "pp2 ep2 bf16": (
         4,
         {
@@ -138,10 +123,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "pp2 interleaved recompute": (
         2,
         {
-            "parallel": {
-                "pipeline_model_parallel_size": 2,
-                "virtual_pipeline_model_parallel_size": 2,
-            },
+            "parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2},
             "training": RECOMPUTE["uniform"],
         },
     ),

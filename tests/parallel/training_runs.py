@@ -32,12 +32,18 @@ BASE: dict[str, dict[str, Any]] = {
     "training": {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2, "seed": 7},
 }
 
-# What layouts are made of, and layers that are all computed again.
+# What layouts are made of, layers that are all computed again, and the vanilla MoE layer.
 EP2 = {"expert_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+VANILLA = {
+    "num_zero_experts": 0,
+    "num_copy_experts": 0,
+    "num_constant_experts": 0,
+    "gating_residual": False,
+}
 
 
 @dataclass
@@ -74,6 +80,36 @@ def short(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     )
 
 
+def join(config: Any) -> Any:
+    """The layout of a configuration on the ranks that call; its process groups are there."""
+    import torch.distributed as dist
+
+    from moepp_megatron.config import Layout
+    from moepp_megatron.runtime.distributed import build_groups
+
+    layout = Layout.from_config(config, dist.get_world_size())
+    build_groups(config, layout)
+    return layout
+
+
+def begin(raw: dict[str, Any]) -> tuple[Any, Any]:
+    """Configuration and layout on this rank."""
+    from moepp_megatron.config import parse_config
+
+    config = parse_config(raw)
+    return config, join(config)
+
+
+def begin_training(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Configuration, layout and a model in training on this rank."""
+    from moepp_megatron.training.setup import build_training_model
+
+    config, layout = begin(raw)
+    model = build_training_model(config)
+    model.set_training(True)
+    return config, layout, model
+
+
 def train(
     raw: dict[str, Any], steps: int, prepare: Callable[[list[Any]], None] | None = None
 ) -> tuple[Run, list[Any]]:
@@ -87,10 +123,6 @@ def train(
     Returns:
         The run and this rank's pieces of the gradients.
     """
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import RoutingCollector, mean_loss
     from moepp_megatron.training.distillation import Distillation
@@ -98,9 +130,7 @@ def train(
     from moepp_megatron.training.step import training_step
     from moepp_megatron.training.teacher import TeacherModel
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     model = build_training_model(config)
     teacher = TeacherModel.of(config)
     distillation = None if teacher is None else Distillation(config, teacher)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from transformer_engine.pytorch.record import CALLS
 
+from tests.parallel.training_runs import FULL
 from tests.te_stand_in.models import RECIPES, calls_of, config_of, losses, model_of
 from tests.te_stand_in.test_latent_attention import local_model
 
@@ -35,13 +34,8 @@ def test_every_gemm_runs_in_fp8(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recomputation_repeats_the_first_pass(recipe: str) -> None:
     """The same gradients to the bit: the same operands, quantised in the same context."""
-    again: dict[str, Any] = {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
     gradients = []
-    for training in ({}, again):
+    for training in ({}, FULL):
         model = model_of(config_of(recipe, model=MODEL, training=training))
         losses(model).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
+from typing import Any
 
 from moepp_megatron.config.blends import first_step
 from moepp_megatron.config.paths import is_address
@@ -11,6 +12,8 @@ from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.experts import LOCAL_KINDS
 from moepp_megatron.layer_settings import settings_of
+
+Rule = Callable[[Config], Iterator[Problem]]
 
 
 def _ignored(config: Config, name: str, reason: str, remedy: str) -> Iterator[Problem]:
@@ -21,28 +24,40 @@ def _ignored(config: Config, name: str, reason: str, remedy: str) -> Iterator[Pr
         yield Problem(name, getattr(owner, key), f"has no effect {reason}", remedy)
 
 
-def _routing_without_object(config: Config) -> Iterator[Problem]:
-    """Tau weighs zero-computation experts; scope and tau shape a balance loss or capacity."""
-    moe = config.moe
-    if moe.num_zero_computation_experts == 0:
-        yield from _ignored(
-            config, "moe.tau", "without zero-computation experts", "add some, or leave it out"
-        )
-    elif moe.balance_coeff == 0 and moe.capacity_factor is None:
-        yield from _ignored(
-            config,
-            "moe.tau",
-            "with moe.balance_coeff 0 and no moe.capacity_factor",
-            "set moe.balance_coeff above 0, or leave it out",
-        )
-    if moe.balance_coeff == 0:
-        yield from _ignored(
-            config,
-            "moe.balance_scope",
-            "with moe.balance_coeff 0",
-            "set moe.balance_coeff above 0, or leave it out",
-        )
-    if moe.gate_normalization == "nonzero" and moe.num_zero_experts == 0:
+def _where(applies: Callable[[Config], bool], reason: str, names: str, remedy: str) -> Rule:
+    """A rule: none of `names` (one or more, with spaces) has an effect where `applies` is true."""
+
+    def rule(config: Config) -> Iterator[Problem]:
+        if applies(config):
+            for name in names.split():
+                yield from _ignored(config, name, reason, remedy)
+
+    rule.__name__ = f"{names} {reason}"
+    return rule
+
+
+def _with(switch: str, value: Any, names: str, remedy: str) -> Rule:
+    """A rule: none of `names` has an effect with this value of another setting."""
+    reason = f"with {switch} {value if isinstance(value, str) else show(value)}"
+    value_of = attrgetter(switch)
+    remedy = f"{remedy}, or leave it out"
+    return _where(lambda config: value_of(config) == value, reason, names, remedy)
+
+
+def _without(switch: str, names: str, remedy: str) -> Rule:
+    """A rule: none of `names` has an effect without another setting, or without a value of it."""
+    setting, _, value = switch.partition(" ")
+    value_of = attrgetter(setting)
+
+    def is_missing(config: Config) -> bool:
+        return value_of(config) != value if value else not value_of(config)
+
+    return _where(is_missing, f"without {switch}", names, f"{remedy}, or leave it out")
+
+
+def _nonzero_without_zero_experts(config: Config) -> Iterator[Problem]:
+    """Only a zero expert leaves a probability out of the sum."""
+    if config.moe.gate_normalization == "nonzero" and config.moe.num_zero_experts == 0:
         yield Problem(
             "moe.gate_normalization",
             "nonzero",
@@ -83,14 +98,11 @@ def _priority_of_groups_of_one(config: Config) -> Iterator[Problem]:
 
 def _flex_settings_without_flex(config: Config) -> Iterator[Problem]:
     """Backend and multiprocessors belong to the flex dispatcher."""
-    if config.moe.dispatcher != "flex":
+    dispatcher = config.moe.dispatcher
+    if dispatcher != "flex":
+        remedy = "set moe.dispatcher to flex, or leave it out"
         for key in ("flex_backend", "flex_num_sms"):
-            yield from _ignored(
-                config,
-                f"moe.{key}",
-                f"with moe.dispatcher {config.moe.dispatcher}",
-                "set moe.dispatcher to flex, or leave it out",
-            )
+            yield from _ignored(config, f"moe.{key}", f"with moe.dispatcher {dispatcher}", remedy)
 
 
 def _deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
@@ -112,28 +124,6 @@ def _deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
                 "use alltoall",
             )
             return
-
-
-def _kernels_of_the_vanilla_layer(config: Config) -> Iterator[Problem]:
-    """The Triton kernels belong to the MoE++ layer."""
-    if config.moe.is_vanilla:
-        yield from _ignored(
-            config,
-            "moe.fused",
-            "on megatron-core's vanilla MoE layer",
-            "add zero-computation experts, or leave it out",
-        )
-
-
-def _tau_beside_a_target(config: Config) -> Iterator[Problem]:
-    """Tau follows from the budget's target."""
-    if config.moe.budget.target_ffn_per_token is not None:
-        yield from _ignored(
-            config,
-            "moe.tau",
-            "with moe.budget.target_ffn_per_token, from which tau follows",
-            "leave one of them out",
-        )
 
 
 def _budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
@@ -163,14 +153,6 @@ def _budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
         )
 
 
-def _evaluation_without_tasks(config: Config) -> Iterator[Problem]:
-    """Interval and limit belong to tasks."""
-    if not config.evaluation.tasks:
-        for key in ("interval", "limit"):
-            reason, remedy = "without evaluation.tasks", "name some, or leave it out"
-            yield from _ignored(config, f"evaluation.{key}", reason, remedy)
-
-
 def _nothing_evens_out_experts(config: Config) -> Iterator[Problem]:
     """The measured bias moves all FFN experts alike; the balance loss tells them apart."""
     if config.moe.budget.measures_gain and config.moe.balance_coeff == 0:
@@ -195,48 +177,12 @@ def _residual_without_predecessor(config: Config) -> Iterator[Problem]:
         )
 
 
-def _weight_of_no_further_tokens(config: Config) -> Iterator[Problem]:
-    """The weight belongs to the loss of multi-token prediction."""
-    if config.model.mtp_num_layers == 0:
-        yield from _ignored(
-            config,
-            "model.mtp_loss_scaling_factor",
-            "with model.mtp_num_layers 0",
-            "set model.mtp_num_layers above 0, or leave it out",
-        )
-
-
-def _sequence_parallel_without_tensor_parallel(config: Config) -> Iterator[Problem]:
-    """Sequence parallelism splits over the tensor-parallel ranks."""
-    if config.parallel.tensor_model_parallel_size == 1:
-        yield from _ignored(
-            config,
-            "parallel.sequence_parallel",
-            "with parallel.tensor_model_parallel_size 1",
-            "set it to false, or use more tensor-parallel ranks",
-        )
-
-
-def _recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
-    """Method, layers and modules describe a recomputation that must be switched on."""
+def _shared_experts_that_are_not_there(config: Config) -> Iterator[Problem]:
+    """Their recomputation needs some."""
     training = config.training
-    if training.recompute_granularity is None:
-        for key in ("recompute_method", "recompute_num_layers", "recompute_modules"):
-            yield from _ignored(
-                config,
-                f"training.{key}",
-                "without training.recompute_granularity",
-                "set training.recompute_granularity, or leave it out",
-            )
-    elif training.recompute_granularity == "full":
-        yield from _ignored(
-            config,
-            "training.recompute_modules",
-            "with training.recompute_granularity full",
-            "use selective, or leave it out",
-        )
-    elif (
-        "shared_experts" in training.recompute_modules
+    if (
+        training.recompute_granularity == "selective"
+        and "shared_experts" in training.recompute_modules
         and config.moe.shared_expert_ffn_hidden_size is None
     ):
         yield Problem(
@@ -245,51 +191,6 @@ def _recompute_settings_without_recompute(config: Config) -> Iterator[Problem]:
             "has no effect for shared_experts without moe.shared_expert_ffn_hidden_size",
             "drop shared_experts from the list",
         )
-
-
-def _number_formats_without_use(config: Config) -> Iterator[Problem]:
-    """Gradients of fp32 are fp32; only delayed scaling has a history; bf16 layers need a switch."""
-    precision = config.precision
-    if precision.dtype == "fp32":
-        yield from _ignored(
-            config,
-            "precision.grad_reduce_in_fp32",
-            "with precision.dtype fp32",
-            "set precision.dtype to bf16, or leave it out",
-        )
-    if precision.recipe != "delayed":
-        for key in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
-            yield from _ignored(
-                config, f"precision.{key}", "without precision.fp8_recipe delayed", "leave it out"
-            )
-    if not precision.first_last_layers_bf16:
-        for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
-            yield from _ignored(
-                config,
-                f"precision.{key}",
-                "without precision.first_last_layers_bf16",
-                "set precision.first_last_layers_bf16 to true, or leave it out",
-            )
-
-
-def _schedule_parts_of_other_schedules(config: Config) -> Iterator[Problem]:
-    """A constant learning rate does not decay, and only WSD decays in its last steps."""
-    if config.optimizer.decay_style != "WSD":
-        for key in ("wsd_decay_iters", "wsd_decay_style"):
-            yield from _ignored(
-                config,
-                f"optimizer.{key}",
-                "without optimizer.decay_style WSD",
-                "set optimizer.decay_style to WSD, or leave it out",
-            )
-    if config.optimizer.decay_style == "constant":
-        for key in ("min_lr", "decay_iters"):
-            yield from _ignored(
-                config,
-                f"optimizer.{key}",
-                "with optimizer.decay_style constant",
-                "use another one, or leave it out",
-            )
 
 
 def _parts_of_other_optimizers(config: Config) -> Iterator[Problem]:
@@ -305,44 +206,6 @@ def _parts_of_other_optimizers(config: Config) -> Iterator[Problem]:
             )
 
 
-def _intervals_of_nothing(config: Config) -> Iterator[Problem]:
-    """Validation without batches; checkpoints that are not written or not read."""
-    if config.training.eval_iters == 0:
-        yield from _ignored(
-            config,
-            "training.eval_interval",
-            "with training.eval_iters 0",
-            "set training.eval_iters above 0, or leave it out",
-        )
-        yield from _ignored(
-            config,
-            "data.validation",
-            "with training.eval_iters 0",
-            "set training.eval_iters above 0, or leave it out",
-        )
-    if config.checkpoint.save_interval == 0:
-        yield from _ignored(
-            config,
-            "checkpoint.keep",
-            "with checkpoint.save_interval 0",
-            "set checkpoint.save_interval above 0, or leave it out",
-        )
-    if not is_address(config.checkpoint.dir or ""):
-        yield from _ignored(
-            config,
-            "checkpoint.staging",
-            "where checkpoint.dir is a folder",
-            "set checkpoint.dir to an address such as s3://bucket/prefix, or leave it out",
-        )
-    if config.checkpoint.load is None:
-        yield from _ignored(
-            config,
-            "checkpoint.load_optimizer",
-            "with checkpoint.load null",
-            "set checkpoint.load, or leave it out",
-        )
-
-
 def _stages_behind_the_end(config: Config) -> Iterator[Problem]:
     """A run that is trained in parts may name them all the same."""
     for index, stage in enumerate(config.data.stages):
@@ -356,118 +219,138 @@ def _stages_behind_the_end(config: Config) -> Iterator[Problem]:
             )
 
 
-def _settings_of_what_is_off(config: Config) -> Iterator[Problem]:
-    """Details of a guard, a timeout or a comparison that is switched off."""
-    resilience = config.resilience
-    off = {
-        "guard": ("guard_window", "guard_threshold", "guard_max_consecutive_skips",
-                  "guard_max_rollbacks", "guard_new_data"),
-        "hang_timeout_s": ("hang_slow_phase_timeout_s",),
-        "straggler_interval": ("straggler_threshold",),
-    }  # fmt: skip
-    for switch, keys in off.items():
-        value = getattr(resilience, switch)
-        if value:
-            continue
-        for key in keys:
-            yield from _ignored(
-                config,
-                f"resilience.{key}",
-                f"with resilience.{switch} {show(value)}",
-                f"switch resilience.{switch} on, or leave it out",
-            )
-
-
-def _rollback_without_checkpoint(config: Config) -> Iterator[Problem]:
-    """Rolling back needs a checkpoint of this run."""
-    if config.resilience.guard and config.checkpoint.save_interval == 0:
-        yield from _ignored(
-            config,
-            "resilience.guard_max_rollbacks",
-            "with checkpoint.save_interval 0",
-            "set checkpoint.save_interval above 0, or leave it out",
-        )
-
-
-def _profiled_ranks_without_steps(config: Config) -> Iterator[Problem]:
-    """Ranks record nothing if no steps are given."""
-    if not config.training.profile_steps:
-        yield from _ignored(
-            config,
-            "training.profile_ranks",
-            "without training.profile_steps",
-            "name some steps, or leave it out",
-        )
-
-
-def _wandb_settings_without_project(config: Config) -> Iterator[Problem]:
-    """W&B is on only if a project is named."""
-    wandb = config.observe.wandb
-    if wandb.project is None:
-        for key in ("entity", "mode"):
-            reason = "without observe.wandb.project"
-            yield from _ignored(config, f"observe.wandb.{key}", reason, "name a project")
-
-
-def _distillation_without_teacher(config: Config) -> Iterator[Problem]:
-    """Only a teacher gives weights and temperature something to act on."""
-    if config.distillation.teacher is None:
-        for key in ("weight", "text_weight", "temperature", "top_k"):
-            reason = "without distillation.teacher"
-            yield from _ignored(config, f"distillation.{key}", reason, "name one, or leave it out")
-
-
-def _guard_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
-    """Rules are judged only if the guard is on; ids and shares belong to one kind of tokens."""
-    guard = config.routing_guard
-    if guard.enabled is False:
-        for key in ("dry_run", "rules"):
-            reason = "with routing_guard.enabled false"
-            yield from _ignored(config, f"routing_guard.{key}", reason, "leave enabled out")
+def _settings_of_tokens_that_are_not_forced(config: Config) -> Iterator[Problem]:
+    """Ids and shares belong to one kind of tokens."""
+    tokens = config.routing_guard.force_ffn.tokens
     kinds = {"token_ids": "ids", "share": "high_loss", "decay": "high_loss"}
     for key, kind in kinds.items():
-        if guard.force_ffn.tokens != kind:
-            reason = f"with routing_guard.force_ffn.tokens {guard.force_ffn.tokens}"
-            section = "routing_guard.force_ffn"
-            yield from _ignored(config, f"{section}.{key}", reason, f"use tokens {kind}")
+        if tokens != kind:
+            reason = f"with routing_guard.force_ffn.tokens {tokens}"
+            name = f"routing_guard.force_ffn.{key}"
+            yield from _ignored(config, name, reason, f"use tokens {kind}")
 
 
-def _positions_of_documents_that_are_seen(config: Config) -> Iterator[Problem]:
-    """Rotary embeddings know distances alone, which are the same within a document."""
-    if config.data.reset_position_ids and not config.data.reset_attention_mask:
-        yield from _ignored(
-            config,
-            "data.reset_position_ids",
-            "on attention, which sees distances alone; only metrics by position see it",
-            "set data.reset_attention_mask to true, or leave it out",
-        )
-
-
-RULES = (
-    _routing_without_object,
+RULES: tuple[Rule, ...] = (
+    _where(
+        lambda config: config.moe.num_zero_computation_experts == 0,
+        "without zero-computation experts", "moe.tau", "add some, or leave it out",
+    ),
+    _where(
+        lambda config: (
+            config.moe.num_zero_computation_experts > 0
+            and config.moe.balance_coeff == 0
+            and config.moe.capacity_factor is None
+        ),
+        "with moe.balance_coeff 0 and no moe.capacity_factor", "moe.tau",
+        "set moe.balance_coeff above 0, or leave it out",
+    ),
+    _with("moe.balance_coeff", 0, "moe.balance_scope", "set moe.balance_coeff above 0"),
+    _nonzero_without_zero_experts,
     _settings_of_absent_experts,
     _priority_of_groups_of_one,
     _flex_settings_without_flex,
     _deduplication_without_duplicates,
-    _kernels_of_the_vanilla_layer,
-    _tau_beside_a_target,
+    _where(
+        lambda config: config.moe.is_vanilla, "on megatron-core's vanilla MoE layer", "moe.fused",
+        "add zero-computation experts, or leave it out",
+    ),
+    _where(
+        lambda config: config.moe.budget.target_ffn_per_token is not None,
+        "with moe.budget.target_ffn_per_token, from which tau follows", "moe.tau",
+        "leave one of them out",
+    ),
     _budget_settings_of_what_is_off,
-    _evaluation_without_tasks,
+    _without("evaluation.tasks", "evaluation.interval evaluation.limit", "name some"),
     _nothing_evens_out_experts,
     _residual_without_predecessor,
-    _weight_of_no_further_tokens,
-    _sequence_parallel_without_tensor_parallel,
-    _recompute_settings_without_recompute,
-    _number_formats_without_use,
-    _schedule_parts_of_other_schedules,
+    _with(
+        "model.mtp_num_layers", 0, "model.mtp_loss_scaling_factor",
+        "set model.mtp_num_layers above 0",
+    ),
+    _where(
+        lambda config: config.parallel.tensor_model_parallel_size == 1,
+        "with parallel.tensor_model_parallel_size 1", "parallel.sequence_parallel",
+        "set it to false, or use more tensor-parallel ranks",
+    ),
+    _without(
+        "training.recompute_granularity",
+        "training.recompute_method training.recompute_num_layers training.recompute_modules",
+        "set training.recompute_granularity",
+    ),
+    _with("training.recompute_granularity", "full", "training.recompute_modules", "use selective"),
+    _shared_experts_that_are_not_there,
+    _with(
+        "precision.dtype", "fp32", "precision.grad_reduce_in_fp32", "set precision.dtype to bf16",
+    ),
+    _where(
+        lambda config: config.precision.recipe != "delayed", "without precision.fp8_recipe delayed",
+        "precision.fp8_margin precision.fp8_amax_history_len precision.fp8_amax_compute_algo",
+        "leave it out",
+    ),
+    _without(
+        "precision.first_last_layers_bf16",
+        "precision.num_layers_at_start_in_bf16 precision.num_layers_at_end_in_bf16",
+        "set precision.first_last_layers_bf16 to true",
+    ),
+    _without(
+        "optimizer.decay_style WSD", "optimizer.wsd_decay_iters optimizer.wsd_decay_style",
+        "set optimizer.decay_style to WSD",
+    ),
+    _with(
+        "optimizer.decay_style", "constant", "optimizer.min_lr optimizer.decay_iters",
+        "use another one",
+    ),
     _parts_of_other_optimizers,
-    _intervals_of_nothing,
+    _with(
+        "training.eval_iters", 0, "training.eval_interval data.validation",
+        "set training.eval_iters above 0",
+    ),
+    _with("checkpoint.save_interval", 0, "checkpoint.keep", "set checkpoint.save_interval above 0"),
+    _where(
+        lambda config: not is_address(config.checkpoint.dir or ""),
+        "where checkpoint.dir is a folder", "checkpoint.staging",
+        "set checkpoint.dir to an address such as s3://bucket/prefix, or leave it out",
+    ),
+    _with("checkpoint.load", None, "checkpoint.load_optimizer", "set checkpoint.load"),
     _stages_behind_the_end,
-    _settings_of_what_is_off,
-    _rollback_without_checkpoint,
-    _profiled_ranks_without_steps,
-    _wandb_settings_without_project,
-    _distillation_without_teacher,
-    _guard_settings_of_what_is_off,
-    _positions_of_documents_that_are_seen,
-)
+    _with(
+        "resilience.guard", False,
+        "resilience.guard_window resilience.guard_threshold "
+        "resilience.guard_max_consecutive_skips resilience.guard_max_rollbacks "
+        "resilience.guard_new_data",
+        "switch resilience.guard on",
+    ),
+    _with(
+        "resilience.hang_timeout_s", 0.0, "resilience.hang_slow_phase_timeout_s",
+        "switch resilience.hang_timeout_s on",
+    ),
+    _with(
+        "resilience.straggler_interval", 0, "resilience.straggler_threshold",
+        "switch resilience.straggler_interval on",
+    ),
+    _where(
+        lambda config: config.resilience.guard and config.checkpoint.save_interval == 0,
+        "with checkpoint.save_interval 0", "resilience.guard_max_rollbacks",
+        "set checkpoint.save_interval above 0, or leave it out",
+    ),
+    _without("training.profile_steps", "training.profile_ranks", "name some steps"),
+    _where(
+        lambda config: config.observe.wandb.project is None, "without observe.wandb.project",
+        "observe.wandb.entity observe.wandb.mode", "name a project",
+    ),
+    _without(
+        "distillation.teacher",
+        "distillation.weight distillation.text_weight distillation.temperature distillation.top_k",
+        "name one",
+    ),
+    _where(
+        lambda config: config.routing_guard.enabled is False, "with routing_guard.enabled false",
+        "routing_guard.dry_run routing_guard.rules", "leave enabled out",
+    ),
+    _settings_of_tokens_that_are_not_forced,
+    _where(
+        lambda config: not config.data.reset_attention_mask,
+        "on attention, which sees distances alone; only metrics by position see it",
+        "data.reset_position_ids", "set data.reset_attention_mask to true, or leave it out",
+    ),
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What `combine.py` launches. Tiles are [BLOCK_T tokens, BLOCK_D columns]; sums are in fp32.
+"""Kernels that `combine.py` launches. Tiles are [BLOCK_T tokens, BLOCK_D columns]; sums are fp32.
 
 Constant and copy experts are the columns of tiles [BLOCK_T, BLOCK_C], padded to a power of two, and
 A V and the two products of its backward pass are products of matrices. A GPU multiplies bf16 alone

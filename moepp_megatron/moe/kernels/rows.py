@@ -1,4 +1,4 @@
-"""Where each token's rows are, in two small launches instead of a dozen; for `kernels.combine`.
+"""Finds each token's rows for `kernels.combine`, in two small launches instead of a dozen.
 
 The definition is `moepp_megatron.moe.copies.rows_of_tokens`. Programs first count their tokens'
 rows, then each adds up the counts of those before it, which it reads from the cache: 4 bytes for

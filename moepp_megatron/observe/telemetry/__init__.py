@@ -1,4 +1,4 @@
-"""Samples the machine while a run trains: in the background, aligned with steps.
+"""Samples the machine in the background while a run trains, and aligns samples with steps.
 
 sampler.py  one background thread per node that samples its devices
 sources.py  sources of samples: a node's GPUs through NVML, or its CPU through psutil

@@ -1,4 +1,4 @@
-"""What a check says: one finding, its severity, what to do; and what GPUs are measured by."""
+"""A finding of a check, with its severity and remedy, and what is expected of a GPU."""
 
 from __future__ import annotations
 

@@ -20,14 +20,10 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import moe_statistics, moepp_layers
 from moepp_megatron.moe.multi_token import get_moepp_mtp_block_spec
 from moepp_megatron.moe.spec import get_moepp_block_spec
+from tests.parallel.training_runs import FULL
 from tests.unit.moe.builders import SEQUENCE, VOCAB, assert_close, megatron_config, randomize
 
 DEPTHS, WEIGHT, BATCH = 2, 0.3, 3
-AGAIN = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
 MOEPP = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.0)
 
 
@@ -102,7 +98,7 @@ def by_hand(model: MoEPPGPTModel, ids: Tensor, labels: Tensor, mask: Tensor) -> 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, AGAIN],
+    [{}, FULL],
     ids=["kept", "layers again"],
 )
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from moepp_megatron.moe import selection
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
 from moepp_megatron.moe.reference import ReferenceOutput, balance_loss, select_experts
+from tests.parallel.training_runs import FULL
 from tests.unit.moe.builders import (
     HIDDEN,
     SEQUENCE,
@@ -253,11 +254,7 @@ def test_cells_of_expert_usage() -> None:
 
 RECOMPUTES: dict[str, dict[str, Any]] = {
     "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
+    "full": FULL,
 }
 
 

@@ -5,15 +5,12 @@ import torch
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import moe_statistics
+from tests.parallel.training_runs import FULL
 from tests.unit.moe.builders import SEQUENCE, VOCAB, build_model, randomize, token_losses
 
 RECOMPUTES = {
     "selective moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-    "uniform 1": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
+    "uniform 1": FULL,
     "uniform 2": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",

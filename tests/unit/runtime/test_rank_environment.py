@@ -19,7 +19,7 @@ from moepp_megatron.runtime.rank_environment import (
     rank_variables,
     with_rank_variables,
 )
-from tests.parallel.training_runs import settings
+from tests.parallel.training_runs import TP2, settings
 
 
 def test_nothing_that_the_user_has_set_is_changed() -> None:
@@ -58,7 +58,6 @@ def test_a_rank_without_launcher_adopts_what_still_matters(monkeypatch) -> None:
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
-TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP, EP = {"context_parallel_size": 2}, {"expert_model_parallel_size": 2}
 OVERLAPPED = EP | {"overlap_moe_expert_parallel_comm": True}
 FLEX = {"dispatcher": "flex"}
@@ -76,12 +75,12 @@ def layout(parallel: dict[str, Any] | None = None, moe: dict[str, Any] | None = 
     [
         ({}, {}, 8),
         (EP, {}, 8),
-        (TP, {}, 1),
+        (TP2, {}, 1),
         (CP, {}, 1),
-        (TP | OVERLAPPED, {}, 8),
+        (TP2 | OVERLAPPED, {}, 8),
         (EP, FLEX, 32),
         # Megatron-LM's loop refuses another value than 1 here, whatever the dispatcher.
-        (TP | EP, FLEX, 1),
+        (TP2 | EP, FLEX, 1),
         (CP | OVERLAPPED, FLEX, 32),
     ],
 )
@@ -100,11 +99,11 @@ def test_hardware_queues_follow_from_the_layout(monkeypatch, parallel, moe, valu
 @pytest.mark.parametrize(
     ("parallel", "moe", "given", "wanted"),
     [
-        (TP, {}, "8", "1"),
+        (TP2, {}, "8", "1"),
         ({}, {}, "1", "8"),
         ({}, {}, "32", None),
         (EP, FLEX, "8", "32"),
-        (TP | OVERLAPPED, {}, "1", "8"),
+        (TP2 | OVERLAPPED, {}, "1", "8"),
         ({}, {}, "many", "8"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the runs of a pilot say of one MoE++ arm: differences of losses, and what they are worth."""
+"""The evidence of a pilot for one MoE++ arm: differences of losses, and their value in time."""
 
 from __future__ import annotations
 

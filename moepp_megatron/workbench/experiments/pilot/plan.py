@@ -1,4 +1,4 @@
-"""What a pilot has fixed before it may be decided: looks, and the arms that match a MoE++ arm.
+"""The plan that a pilot fixes before any decision: its looks, and the arms matched to MoE++.
 
 DIR/plan.json  written by the first call, completed once the MoE++ arms were timed
 """

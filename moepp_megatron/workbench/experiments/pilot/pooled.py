@@ -1,4 +1,4 @@
-"""Losses of all arms in one model, arm + seed + noise, so that every run tells of the noise.
+"""Fits the losses of all arms as arm + seed + noise, so that every run informs the noise.
 
 A seed decides initial weights and the order of the data, which shifts the losses of all its runs.
 What is left after the means of arms and seeds is noise, whose size is taken to be the same in every

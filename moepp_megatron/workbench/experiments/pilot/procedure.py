@@ -1,4 +1,4 @@
-"""A pilot's runs in their order: all arms, then their speed, then the arms that match in it.
+"""Runs a pilot in order: all arms, then their speed, then the arms matched by speed.
 
 1. Vanilla, MoE++, MoE++ with more selections and the short runs, seed by seed.
 2. Sessions that time each MoE++ arm beside vanilla, its routing held at the share it has shown.

@@ -1,4 +1,4 @@
-"""When a pilot may be decided, and how sure it has to be then.
+"""The times when a pilot may be decided, and the confidence that a decision needs.
 
 A pilot may be looked at after every `first` seeds: after the k-th look's k * first seeds. Somebody
 who looks again and again until something is decided would decide wrongly more often than the level

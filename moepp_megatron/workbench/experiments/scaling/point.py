@@ -1,4 +1,4 @@
-"""What the job of one point writes down: DIR/points/NAME.json of a scaling test."""
+"""The file that the job of one point of a scaling test writes: DIR/points/NAME.json."""
 
 from __future__ import annotations
 

@@ -48,11 +48,6 @@ from moepp_megatron.workbench.planning.workload import Numbers, Workload
 from tests.unit.workbench.planning.test_cpu import RATES
 
 
-@pytest.fixture(scope="module")
-def h100() -> Machine:
-    return machine_of(load_hardware("h100_sxm"))
-
-
 def configured(**moe: object) -> Config:
     return parse_config(
         {

@@ -7,7 +7,6 @@ import statistics
 
 import pytest
 
-from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.links import (
     Placement,
@@ -17,18 +16,13 @@ from moepp_megatron.workbench.planning.links import (
     hierarchical_seconds,
     placement,
 )
-from moepp_megatron.workbench.planning.machine import Machine, machine_of
+from moepp_megatron.workbench.planning.machine import Machine
 
 # Hidden size 7168 in bf16, 4096 tokens per rank, 8 of 256 experts, nodes of 8 cards.
 TOKENS, ROW, TOPK = 4096, 7168 * 2, 8
 # Ranks -> microseconds: plain all-to-all and HybridEP, each dispatch and combine.
 PLAIN = {8: (1265, 1277), 16: (5774, 5628), 32: (8059, 7815), 64: (9164, 8727)}
 HYBRID = {8: (661, 624), 16: (1485, 1688), 32: (3064, 3088), 64: (4626, 4398)}
-
-
-@pytest.fixture(scope="module")
-def h100() -> Machine:
-    return machine_of(load_hardware("h100_sxm"))
 
 
 def test_plain_exchange_takes_the_measured_times(h100: Machine) -> None:

@@ -21,13 +21,9 @@ from moepp_megatron.workbench.planning.pipeline import stage_sizes
 from moepp_megatron.workbench.planning.plan import TIE, complexity, make_plan
 from moepp_megatron.workbench.planning.search import Space, divisors
 from moepp_megatron.workbench.planning.workload import Workload
+from tests.parallel.training_runs import VANILLA
 
 WORLD = 16
-
-
-@pytest.fixture(scope="module")
-def h100() -> Machine:
-    return machine_of(load_hardware("h100_sxm"))
 
 
 def configured(
@@ -251,14 +247,7 @@ def test_the_fastest_dispatcher_is_taken_where_tokens_travel(h100: Machine) -> N
 
 
 def test_vanilla_has_no_deduplicated_dispatcher() -> None:
-    vanilla = configured(
-        moe={
-            "num_zero_experts": 0,
-            "num_copy_experts": 0,
-            "num_constant_experts": 0,
-            "gating_residual": False,
-        }
-    )
+    vanilla = configured(moe=VANILLA)
     assert Space.of(vanilla, WORLD, 8).dispatchers == ("alltoall", "flex")
     in_fp32 = configured(precision={"dtype": "fp32"})
     assert "flex" not in Space.of(in_fp32, WORLD, 8).dispatchers

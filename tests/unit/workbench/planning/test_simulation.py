@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import parse_config
-from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, AssumedRouting, rank_load
 from moepp_megatron.workbench.planning.layer_time import EXCHANGE, layer_key
 from moepp_megatron.workbench.planning.links import Placement
-from moepp_megatron.workbench.planning.machine import Machine, machine_of
+from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.pipeline import (
     bubble_seconds,
     even_stages,
@@ -32,11 +31,6 @@ from moepp_megatron.workbench.planning.workload import Workload
 
 QUIET = Conditions(EVEN)
 NO_MESSAGE = Message(0.0, 0.0)
-
-
-@pytest.fixture(scope="module")
-def h100() -> Machine:
-    return machine_of(load_hardware("h100_sxm"))
 
 
 def workload(batch: int = 512, layers: int = 16, vocab: int = 65536, topk: int = 2) -> Workload:

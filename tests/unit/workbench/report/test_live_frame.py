@@ -16,6 +16,7 @@ from moepp_megatron.workbench.report.live.experts import expert_bars, layer_shar
 from moepp_megatron.workbench.report.live.frame import Size, build_frame
 from moepp_megatron.workbench.report.live.glyphs import ASCII, UNICODE
 from moepp_megatron.workbench.report.live.run import LiveRun
+from tests.parallel.training_runs import VANILLA
 
 FAR_FUTURE_S = 1e6
 
@@ -133,12 +134,7 @@ def test_what_hardware_tells(make_run, width):
 def test_a_vanilla_run(make_run):
     run = make_run(
         steps=5,
-        moe={
-            "num_zero_experts": 0,
-            "num_copy_experts": 0,
-            "num_constant_experts": 0,
-            "gating_residual": False,
-        },
+        moe=VANILLA,
     )
     lines = lines_of(run, 80)
     assert any(line.startswith("layer 1 ") and "FFN 1.000" in line for line in lines)

@@ -16,6 +16,7 @@ from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.router_health_plots import health_plots
 from moepp_megatron.workbench.report.run_data import load_run
+from tests.parallel.training_runs import VANILLA
 from tests.unit.workbench.report.conftest import add_health
 
 TITLES = {
@@ -111,13 +112,7 @@ def test_single_layer_and_missing_values_draw(make_run):
 
 
 def test_a_vanilla_run_has_no_health(make_run):
-    vanilla = {
-        "num_zero_experts": 0,
-        "num_copy_experts": 0,
-        "num_constant_experts": 0,
-        "gating_residual": False,
-    }
-    assert plots_of(make_run(moe=vanilla)) == {}
+    assert plots_of(make_run(moe=VANILLA)) == {}
 
 
 def test_alerts_stand_in_the_table_with_their_moments(make_run):

@@ -18,13 +18,7 @@ from moepp_megatron.workbench.report import build_report, formatting
 from moepp_megatron.workbench.report.run_data import load_run
 from moepp_megatron.workbench.report.savings import compute_savings
 from moepp_megatron.workbench.report.summary import summarize
-
-VANILLA = {
-    "num_zero_experts": 0,
-    "num_copy_experts": 0,
-    "num_constant_experts": 0,
-    "gating_residual": False,
-}
+from tests.parallel.training_runs import VANILLA
 
 
 class Reader(HTMLParser):

@@ -1,4 +1,4 @@
-"""The answers of a pilot in a word each, large at the top of its page."""
+"""The answers of a pilot, one word each, at the top of its page."""
 
 from __future__ import annotations
 

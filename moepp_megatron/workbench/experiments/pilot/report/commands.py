@@ -1,4 +1,4 @@
-"""Command lines of the roll-out, made of the pilot's own."""
+"""Command lines of the roll-out, derived from the pilot's command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When to go on from the pilot to a node and to the cluster, and when to go back, in sentences.
+"""The conditions for going from the pilot to a node and the cluster, and for going back.
 
 The numbers are this pilot's. Break-even follows from time to equal loss = token factor times time
 ratio: MoE++ pays below a time ratio of 1 / token factor, and, with tokens worth v nats per e-fold,

@@ -1,0 +1,46 @@
+"""The configuration of a MoE++ layer's router: megatron-core's, with the count of all experts."""
+
+from __future__ import annotations
+
+import copy
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.upstream_settings import refuse_ignored
+
+
+def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerConfig:
+    """The configuration of the router alone.
+
+    megatron-core sizes the router, the experts and the expert-parallel group by one number,
+    `num_moe_experts`. Here it counts FFN experts; the router alone chooses among all experts. Only
+    this function converts between the two counts.
+
+    Raises:
+        ValueError: Where the two configurations contradict each other, the router would ignore a
+            setting (`upstream_settings`), or balance over the global batch would count on from step
+            to step.
+    """
+    refuse_ignored(config, moepp)
+    _require_new_counts(config, moepp)
+    own = copy.copy(config)
+    own.num_moe_experts = moepp.num_experts
+    # The heterogeneous balance loss replaces megatron-core's.
+    own.moe_router_load_balancing_type = "none"
+    own.moe_aux_loss_coeff = 0.0
+    if own.moe_router_dtype != "fp64":
+        own.moe_router_dtype = "fp32"
+    return own
+
+
+def _require_new_counts(config: TransformerConfig, moepp: MoEPPConfig) -> None:
+    """Refuse balance over the global batch where nobody would begin its counts anew."""
+    types = config.moe_router_load_balancing_type
+    if moepp.balance_scope == "global" and "global_aux_loss" not in types:
+        raise ValueError(
+            f"TransformerConfig.moe_router_load_balancing_type ({types}) must be global_aux_loss "
+            "with balance_scope (global), because megatron-core's finalize_model_grads begins the "
+            "counts of a step anew for that type alone; use global_aux_loss (its "
+            "moe_aux_loss_coeff may be 0), or another balance_scope"
+        )
