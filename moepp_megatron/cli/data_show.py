@@ -9,6 +9,7 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import OverridesArgument
+from moepp_megatron.cli.planned import planned_samples
 
 if TYPE_CHECKING:
     from moepp_megatron.config import Config
@@ -71,13 +72,7 @@ def show(
             )
         tokenizer = tokenizer or config.data.tokenizer
         corpora = {path: Corpus(folder) for path, folder in folders.items()}
-        samples = None
-        if config.training.batch_ramp is not None:
-            # Seconds of imports: megatron-core computes the ramp.
-            from moepp_megatron.training.schedule import planned_samples
-
-            samples = planned_samples(config)
-        for stage in planned_shares(config, corpora, samples):
+        for stage in planned_shares(config, corpora, planned_samples(config)):
             _print_stage(console, stage, config)
     for path, folder in folders.items():
         _print_counts(console, folder.path, corpora[path].manifest)

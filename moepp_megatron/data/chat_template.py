@@ -95,11 +95,10 @@ class ChatTemplate:
         """
         folder = tokenizer_file(tokenizer_path).parent
         content = _tokenizer_config(folder / TOKENIZER_CONFIG)
-        beside = folder / TEMPLATE
         text, name = _named_template(content), f"chat_template in {folder / TOKENIZER_CONFIG}"
-        if file is not None or beside.is_file():
-            path = file or beside
-            name = f"--template ({path})"
+        path = file or folder / TEMPLATE
+        if file is not None or path.is_file():
+            name = f"chat template ({path})" if file is None else f"--template ({path})"
             try:
                 text = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
@@ -126,7 +125,8 @@ class ChatTemplate:
                 eos_token=self.tokenizer.eod_token,
             )
         except jinja2.TemplateError as error:
-            raise UnusableChat(f"the template refuses it: {error.message}") from None
+            reason = " ".join(str(error.message).split())
+            raise UnusableChat(f"the template refuses it: {reason}") from None
         except Exception as error:  # a template is a program of somebody else's
             raise UnusableChat(f"the template fails: {type(error).__name__}") from None
 
@@ -156,7 +156,7 @@ class ChatTemplate:
         """
         self._check_content(messages)
         text = self.render(messages)
-        ids, spans = self.tokenizer.encode_with_special_tokens(text)
+        ids, spans = self.tokenizer.encode_with_spans(text, has_special_tokens=True)
         starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
         is_learnt = np.zeros(len(ids), dtype=np.bool_)
         for index, message in enumerate(messages):
@@ -164,8 +164,13 @@ class ChatTemplate:
                 continue
             before = self.render(messages[:index], add_generation_prompt=True)
             until = self.render(messages[: index + 1])
-            if not (until.startswith(before) and text.startswith(until)):
+            if not text.startswith(until):
                 raise UnusableChat("the template changes earlier messages when later ones follow")
+            if not until.startswith(before):
+                raise UnusableChat("the template begins an answer in another way if it is there")
+            if ((starts < len(before)) & (ends > len(before))).any():
+                # `moepp generate` asks for an answer behind the tokens of `before` alone.
+                raise UnusableChat("an answer begins in the middle of a token")
             own = (starts >= len(before)) & (ends <= len(until)) & (ends > starts)
             # What stands behind the token that ends generation is never generated.
             over = own & (np.array(ids) == self.tokenizer.eod)
@@ -177,8 +182,10 @@ class ChatTemplate:
         return ids, is_learnt
 
     def _check_content(self, messages: Sequence[Message]) -> None:
+        # Whole messages: templates render names and tool calls, too.
+        text = json.dumps(messages, ensure_ascii=False)
         for token in self.tokenizer.special_tokens:
-            if any(token in message["content"] for message in messages):
+            if json.dumps(token, ensure_ascii=False)[1:-1] in text:
                 # It would end a message, or a document, where the author only wrote of it.
                 raise UnusableChat(f"a message spells the special token {token}")
 

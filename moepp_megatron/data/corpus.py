@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +108,7 @@ class WrittenCorpus:
 
 
 def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> WrittenCorpus:
-    """Write `folder/corpus.bin` and `folder/corpus.idx` with megatron-core's builder.
+    """Write `folder/corpus.bin` and `folder/corpus.idx`.
 
     Where documents come from several data sources, `folder/sources.npy` says which is whose.
 
@@ -119,30 +120,44 @@ def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> Wr
         folder: the folder.
         seed: Seed of the shuffle.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     tokens = np.memmap(spooled.path, dtype=spooled.dtype, mode="r")
     ends = np.cumsum(spooled.lengths)
     order, validation = arrange(spooled.groups, spooled.lengths, seed)
-    bin_file, idx_file = folder / f"{CORPUS}.bin", folder / f"{CORPUS}.idx"
-    builder = IndexedDatasetBuilder(str(bin_file), dtype=spooled.dtype)
-    digest = hashlib.sha256()
-    for document in order:
-        length = int(spooled.lengths[document])
-        end = int(ends[document])
-        ids = tokens[end - length : end]
-        digest.update(ids)
-        builder.add_document(ids, [length])
-    builder.finalize(str(idx_file))
-    with idx_file.open("rb") as stream:
-        idx_digest = hashlib.file_digest(stream, "sha256")
-    hashes = {bin_file.name: digest.hexdigest(), idx_file.name: idx_digest.hexdigest()}
+    documents = (tokens[ends[each] - spooled.lengths[each] : ends[each]] for each in order)
+    hashes = write_documents(folder / CORPUS, documents, spooled.dtype)
     if 1 < spooled.source_ids.max() + 1 <= MAX_SOURCES:
         sources_file = folder / DOCUMENT_SOURCES
         np.save(sources_file, spooled.source_ids[order].astype(np.uint8))
         hashes[sources_file.name] = hashlib.sha256(sources_file.read_bytes()).hexdigest()
     split = None if validation is None else f"{len(order) - validation},{validation},0"
     return WrittenCorpus(hashes, split)
+
+
+def write_documents(
+    prefix: Path, documents: Iterable[NDArray[Any]], dtype: type[np.generic]
+) -> dict[str, str]:
+    """Write `PREFIX.bin` and `PREFIX.idx` with megatron-core's builder.
+
+    Args:
+        prefix: Path of both files without the suffix.
+        documents: Ids of each document.
+        dtype: Integer type of the ids.
+
+    Returns:
+        SHA-256 by file name.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    bin_file, idx_file = prefix.with_suffix(".bin"), prefix.with_suffix(".idx")
+    builder = IndexedDatasetBuilder(str(bin_file), dtype=dtype)
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document)
+        builder.add_document(document, [len(document)])
+    builder.finalize(str(idx_file))
+    with idx_file.open("rb") as stream:
+        idx_digest = hashlib.file_digest(stream, "sha256")
+    return {bin_file.name: digest.hexdigest(), idx_file.name: idx_digest.hexdigest()}
 
 
 def arrange(

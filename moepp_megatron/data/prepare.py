@@ -9,18 +9,13 @@ from pathlib import Path
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.chat_template import ChatTemplate
-from moepp_megatron.data.corpus import (
-    SpooledCorpus,
-    WrittenCorpus,
-    spool_corpus,
-    write_indexed_dataset,
-)
+from moepp_megatron.data.corpus import SpooledCorpus, spool_corpus, write_indexed_dataset
 from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
 from moepp_megatron.data.foreign_tokenizers import GivenTokenizer, open_given
 from moepp_megatron.data.long_text import BYTES_PER_BYTE
-from moepp_megatron.data.manifest import FORMAT_VERSION, TOKENIZER, Inputs, Manifest
+from moepp_megatron.data.manifest import TOKENIZER, Inputs, Manifest
 from moepp_megatron.data.pack_chat import write_chat
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.read_chat import check_formats
@@ -30,11 +25,7 @@ from moepp_megatron.data.sources import (
     resolve_sources,
     stat_fingerprint,
 )
-from moepp_megatron.data.tokenizer import (
-    MIN_VOCAB_SIZE,
-    Tokenizer,
-    train_tokenizer,
-)
+from moepp_megatron.data.tokenizer import Tokenizer, check_vocab_size, train_tokenizer
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.terminal import Console
@@ -94,11 +85,8 @@ class PrepareSettings:
             raise ConfigError(
                 f"--eod-token ({self.eod_token}) needs --tokenizer; leave it out to train one"
             )
-        if self.vocab_size is not None and self.vocab_size < MIN_VOCAB_SIZE:
-            raise ConfigError(
-                f"--vocab-size ({self.vocab_size}) must be at least {MIN_VOCAB_SIZE} (256 bytes "
-                f"and the end-of-document token); use {_DEFAULT_VOCAB_SIZE}"
-            )
+        if self.vocab_size is not None:
+            check_vocab_size(self.vocab_size)
 
     def _check_chat(self) -> None:
         options = [("--seq-length", self.sequence_length), ("--template", self.template)]
@@ -216,7 +204,17 @@ def prepare(
             spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
             written = write_indexed_dataset(spooled, partial, settings.seed)
             spooled.path.unlink()
-            manifest = _manifest(spooled, tokenizer, inputs, partial, written)
+            manifest = Manifest.of(
+                partial,
+                tokenizer,
+                inputs,
+                spooled.sources,
+                spooled.skipped,
+                documents=len(spooled.lengths),
+                tokens=int(spooled.lengths.sum()),
+                sha256=written.sha256,
+                split=written.split,
+            )
         else:
             assert settings.sequence_length is not None, "the settings have been checked"
             length, seed = settings.sequence_length, settings.seed
@@ -311,36 +309,3 @@ def _tokenize(
 def _import_megatron() -> None:
     # Several seconds, needed at the end only: hidden behind the workers.
     import megatron.core.datasets.indexed_dataset  # noqa: F401
-
-
-def _manifest(
-    spooled: SpooledCorpus,
-    tokenizer: Tokenizer,
-    inputs: Inputs,
-    folder: Path,
-    written: WrittenCorpus,
-) -> Manifest:
-    files = [*written.sha256, TOKENIZER]
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        sources=spooled.sources,
-        documents=len(spooled.lengths),
-        skipped=spooled.skipped.total(),
-        skipped_reasons=dict(sorted(spooled.skipped.items())),
-        tokens=int(spooled.lengths.sum()),
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod,
-        eod_token=tokenizer.eod_token,
-        tokenizer_sha256=_sha256(folder / TOKENIZER),
-        files={name: (folder / name).stat().st_size for name in files},
-        inputs=inputs,
-        sha256=written.sha256,
-        split=written.split,
-    )
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"--tokenizer ({path}) cannot be read ({error.strerror})") from error
