@@ -164,10 +164,11 @@ class ChatTemplate:
                 continue
             before = self.render(messages[:index], add_generation_prompt=True)
             until = self.render(messages[: index + 1])
-            if not text.startswith(until):
-                raise UnusableChat("the template changes earlier messages when later ones follow")
-            if not until.startswith(before):
-                raise UnusableChat("the template begins an answer in another way if it is there")
+            if not (until.startswith(before) and text.startswith(until)):
+                raise UnusableChat(
+                    "the template changes earlier messages, or what begins an answer, when later "
+                    "ones follow"
+                )
             if ((starts < len(before)) & (ends > len(before))).any():
                 # `moepp generate` asks for an answer behind the tokens of `before` alone.
                 raise UnusableChat("an answer begins in the middle of a token")

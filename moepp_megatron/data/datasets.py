@@ -158,7 +158,7 @@ def _place_sources(names: Sequence[str], opened: Sequence[Any]) -> None:
     for name, parts in zip(names, opened, strict=True):
         first, own = len(all_names), _own_sources(parts) if is_detailed else ("",)
         all_names += [f"{name}/{each}" if each else name for each in own]
-        for dataset in filter(None, parts):
+        for dataset in (each for each in parts if each is not None):
             dataset.first_source = first
             if own == ("",):
                 dataset.document_sources = None
@@ -225,7 +225,7 @@ class _Opener:
         )
         with cached_in(Path(config.path_to_cache)):
             train, validation, test = builder.build()
-        for dataset in filter(None, (train, validation, test)):
+        for dataset in (each for each in (train, validation, test) if each is not None):
             dataset.setting = folder.name  # for `check_tokens`
             if isinstance(dataset, SourcedDataset):
                 dataset.source_names, dataset.document_sources = manifest.source_names, sources

@@ -268,7 +268,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "begins answers otherwise": (
         "{% for m in messages %}{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}think{% endif %}",
-        "begins an answer in another way",
+        "or what begins an answer, when",
     ),
     "within a token": (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
