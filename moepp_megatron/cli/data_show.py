@@ -98,13 +98,17 @@ def _print_counts(console: Console, path: Path, manifest: Manifest) -> None:
     from rich.table import Table
 
     table = Table("source", title=str(path))
-    for column in ("documents", "tokens", "share"):
+    kept = "documents" if manifest.chat is None else "conversations"
+    for column in (kept, "tokens", "share"):
         table.add_column(column, justify="right")
+    # Padding is of no source.
+    total = sum(source.tokens for source in manifest.sources)
     for source in manifest.sources:
-        share = source.tokens / max(manifest.tokens, 1)
+        share = source.tokens / max(total, 1)
         table.add_row(source.name, f"{source.documents:,}", f"{source.tokens:,}", f"{share:.1%}")
     console.print(table)
-    echo(f"{path}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+    parts = "documents" if manifest.chat is None else "sequences"
+    echo(f"{path}: {manifest.documents:,} {parts}, {manifest.tokens:,} tokens")
     if manifest.is_bare:
         echo("no manifest: tokenizer, vocabulary and hashes are not known")
     else:

@@ -152,13 +152,13 @@ def _wasted_vocabulary(config: Config, tokens: int, name: str) -> list[str]:
     from moepp_megatron.config.parameters import count_parameters
 
     model = config.model
-    rows = model.vocab_size - tokens
+    enough = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    rows = max(model.vocab_size - enough, 0)
     flops = forward_flops_per_token(config, config.moe.ffn_share)
     share = 2 * model.hidden_size * rows / flops
     if share < _WASTED_SHARE:
         return []
     parameters = rows * model.hidden_size * (1 if model.tie_embeddings else 2)
-    enough = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     return [
         f"model.vocab_size ({model.vocab_size}) is far larger than the vocabulary of {name} "
         f"({tokens}): {parameters / 1e6:,.1f} of {count_parameters(config).total / 1e6:,.1f} M "

@@ -87,6 +87,14 @@ INVALID = [
     (["data.blend=[{path: a, weight: -1}]"], "data.blend[0].weight (-1)", "use 0 or more"),
     (["data.blend=[{path: a, weight: 0}]"], "data.blend ([0.0])", "use [{path: DIR, weight: 1}]"),
     (["data.blend=[{path: a}]"], "data.blend[0].weight (missing)", "must be given"),
+    (["data.blend=[{path: a, wieght: 1}]"], "data.blend[0].wieght (1)", "did you mean weight?"),
+    (["data.validation=[data/a]"], "data.validation (['data/a'])", "write it as {name: value}"),
+    (
+        ["data.validation={a: [b]}"],
+        "data.validation",
+        "must be a mapping whose every value is a path",
+    ),
+    (["data.validation={'': data/a}"], "data.validation ('')", "names of printable characters"),
     (
         [f"data.blend=[{FIRST_FOLDER}, {FIRST_FOLDER}]"],
         "data.blend[1].path ('data/a')",
@@ -105,7 +113,7 @@ INVALID = [
     (
         [BLEND, f"data.stages=[{{from_step: 5, from_tokens: 1e6, {LAST}}}]"],
         "data.stages[0]",
-        "keep one of them",
+        "give one of them",
     ),
     (
         [BLEND, f"data.stages=[{{from_step: 50, {LAST}}}, {{from_step: 50, {LAST}}}]"],

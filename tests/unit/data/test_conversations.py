@@ -226,14 +226,17 @@ def test_another_template_is_another_folder(
 def test_reasons_stay_few(tokenizer_folder: Path, tmp_path: Path) -> None:
     """A template may tell each conversation another one."""
     file = tmp_path / "template.jinja"
-    file.write_text("{% if messages | length < 3 %}{{ raise_exception('no\n' ~ messages[0].content"
-                    ") }}{% endif %}" + CHATML)  # fmt: skip
-    records = [{"messages": chat(2 * number)} for number in range(200)]
+    refusal = "{% if messages[0].content[-1] == '1' %}"
+    refusal += "{{ raise_exception('no\\n' ~ messages[0].content) }}"
+    file.write_text(refusal + "{% endif %}" + CHATML)
+    records = [
+        {"messages": [turn("user", f"{n} {n % 2}"), turn("assistant", "yes")]} for n in range(120)
+    ]
     source = write(tmp_path / "chats.jsonl", records)
-    reasons = prepared(source, tokenizer_folder, tmp_path / "out", template=file).manifest
-    assert len(reasons.skipped_reasons) == 51
-    assert "the template refuses it: no what is 2?" in reasons.skipped_reasons
-    assert sum(reasons.skipped_reasons.values()) == reasons.skipped > 100
+    manifest = prepared(source, tokenizer_folder, tmp_path / "out", template=file).manifest
+    assert manifest.skipped_reasons["the template refuses it: no 1 1"] == 1
+    assert manifest.skipped_reasons["another reason"] == 10
+    assert len(manifest.skipped_reasons) == 51
 
 
 @pytest.mark.parametrize("trims", [False, True])

@@ -123,4 +123,6 @@ def test_what_has_been_prepared_is_no_text(prepared: Path, tmp_path: Path):
             ConfigError, match=r"texts/old must be text, and is a folder that moepp"
         ):
             resolve_sources([str(source)])
-    resolve_sources([str(tmp_path / "texts")], exclude=tmp_path / "texts" / "old")
+    (tmp_path / "texts" / "new.txt").write_text("text")
+    (source,) = resolve_sources([str(tmp_path / "texts")], exclude=tmp_path / "texts" / "old")
+    assert names(source) == ["new.txt"]
